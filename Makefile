@@ -1,0 +1,33 @@
+# Every target sets up .venv by itself. PYTHON names the interpreter that it is made with (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
+	$(BIN)/python tools/demo.py
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, types and the tests that take no launch
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not launch"
+
+bench: $(READY)  ## a training step against open-mythos, as ratios; wants an idle machine
+	$(BIN)/python benchmarks/step_vs_open_mythos.py
+
+clean:  ## everything that the targets above made
+	rm -rf .venv runs data/sample data/sample-source *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# open-mythos is the tests' reference. Its own requirements pin an older torch, so it lies beside the environment and
+# not in it, and `pip check` stays clean.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/reference open-mythos==0.5.0
+	$(BIN)/python -m pip check
+	touch $(READY)

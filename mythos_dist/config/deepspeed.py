@@ -1,0 +1,26 @@
+"""The only place that writes DeepSpeed's JSON."""
+
+from typing import Any
+
+from mythos_dist.config.schema import Config
+
+
+def deepspeed_config(config: Config, num_replicas: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a run on `num_replicas` replicas."""
+    train = config.train
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * num_replicas),
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW is handed in
+        "steps_per_print": 1 << 60,  # our own line a step is enough
+    }
+    if train.dtype == "bf16":
+        settings["bf16"] = {"enabled": True}
+        if config.parallel.zero == 1:  # the stage that can; 2 and 3 accumulate in bf16
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif train.dtype == "fp16":
+        # A dynamic loss scale that starts at 2^16; a step that overflows is skipped and halves it.
+        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}
+    return settings

@@ -1,0 +1,266 @@
+"""Every setting, its type, its default and what it means; `problems` says what cannot work together.
+
+A setting's path in YAML and on the command line is `section.field`. `global_batch` and `micro_batch` are set,
+the accumulation between them is derived. Checks that need a world size are in `layout_problems`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MythosConfig:
+    """The model. Field names up to `dropout` are OpenMythos', and so are their meanings and defaults."""
+
+    vocab_size: int = 32000
+    dim: int = 2048  # width of the residual stream
+    n_heads: int = 16
+    n_kv_heads: int = 4  # GQA only
+    max_seq_len: int = 4096  # the longest context, in tokens
+    max_loop_iters: int = 16  # loops of the recurrent block, and rows of the depth LoRA's table
+    prelude_layers: int = 2
+    coda_layers: int = 2
+    attn_type: Literal["gqa", "mla"] = "mla"
+    kv_lora_rank: int = 512  # MLA: width of the latent that keys and values are made from; what the cache holds
+    q_lora_rank: int = 1536  # MLA: width of the queries' latent
+    qk_rope_head_dim: int = 64  # MLA: rotary channels per head
+    qk_nope_head_dim: int = 128  # MLA: channels per head without position
+    v_head_dim: int = 128  # MLA
+    n_experts: int = 64  # routed experts
+    n_shared_experts: int = 2  # always active; each `expert_dim * n_experts_per_tok` wide
+    n_experts_per_tok: int = 4
+    expert_dim: int = 512  # hidden width of one routed expert
+    act_threshold: float = 0.99  # a token halts when its cumulative halting probability reaches this
+    rope_theta: float = 500000.0
+    lora_rank: int = 16  # depth LoRA
+    max_output_tokens: int = 4096  # default bound on generated tokens
+    dropout: float = 0.0
+    # `reference` gives OpenMythos 0.5.0's numbers exactly. `train` mends what keeps it from training:
+    # the last loop takes the halting mass that is left, and the router's bias follows the load.
+    mode: Literal["reference", "train"] = "train"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one query or key head."""
+        return self.dim // self.n_heads if self.attn_type == "gqa" else self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotary channels of one head: all of them in GQA, a part in MLA."""
+        return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the dense FFN in prelude and coda (OpenMythos: dim * 4 // 3)."""
+        return self.dim * 4 // 3
+
+    @property
+    def shared_dim(self) -> int:
+        """Hidden width of all shared experts together: their sum is one wider SwiGLU."""
+        return self.n_shared_experts * self.expert_dim * self.n_experts_per_tok
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """How routed experts run, and how their load is kept even."""
+
+    backend: Literal["grouped", "reference"] = "grouped"
+    bias_update_rate: float = 1e-3  # a step's change of an expert's selection bias (DeepSeek-V3); 0 switches it off
+    z_loss: float = 0.0  # weight of mean(logsumexp(router logits)^2) (ST-MoE, Zoph et al. 2022)
+    sequence_balance_loss: float = 0.0  # weight of DeepSeek-V3's sequence-wise auxiliary loss
+
+
+@dataclass(frozen=True)
+class LoopsConfig:
+    """How many loops a training step runs."""
+
+    mean: int | None = None  # None: model.max_loop_iters
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the run is spread over ranks."""
+
+    zero: Literal[1, 2, 3] = 1  # what is sharded over replicas: 1 optimizer state, 2 and gradients, 3 and parameters
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000  # optimizer updates
+    seq_len: int = 1024  # tokens
+    global_batch: int = 8  # sequences per step, over all replicas
+    micro_batch: int = 1  # sequences per replica and forward pass
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    recompute: Literal["none", "loop"] = "none"  # loop: keep one loop's activations, compute the others again
+    eval_every: int = 0  # steps between held-out losses; 0: only before the first and after the last step
+    eval_samples: int = 64  # held-out sequences per evaluation, at most
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up, then a cosine to `lr * min_lr_ratio` at the last step."""
+
+    lr: float = 3e-4
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only: no norm, injection, halting, bias or embedding decays
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""  # a folder of MDS shards with manifest.json
+    tokenizer: str | None = None  # None: the one that lies with the shards
+    document_mask: bool = True  # attention stays inside a document
+    workers: int = 0  # loader processes per rank
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints that stay on disk
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs/mythos"
+    seed: int = 0
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    # Peak of one rank in TFLOP/s, what `mfu` is a share of; None: known GPUs by name, a CPU is measured at the start.
+    peak_tflops: float | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: MythosConfig = field(default_factory=MythosConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    loops: LoopsConfig = field(default_factory=LoopsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def divisors(n: int) -> list[int]:
+    """All positive divisors of n, in order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+_AT_LEAST_ONE = {
+    "model": "vocab_size dim n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_nope_head_dim "
+    "v_head_dim n_experts n_experts_per_tok expert_dim lora_rank max_output_tokens",
+    "train": "steps seq_len global_batch micro_batch eval_samples",
+    "checkpoint": "every keep",
+}
+_NOT_NEGATIVE = {
+    "model": "prelude_layers coda_layers n_shared_experts",
+    "experts": "bias_update_rate z_loss sequence_balance_loss",
+    "train": "eval_every",
+    "optim": "lr warmup_steps weight_decay grad_clip",
+    "data": "workers",
+    "run": "seed",
+}
+
+
+def _range_problems(name: str, section: object) -> Iterator[str]:
+    for key in _AT_LEAST_ONE.get(name, "").split():
+        if getattr(section, key) < 1:
+            yield f"{name}.{key}={getattr(section, key)} must be at least 1"
+    for key in _NOT_NEGATIVE.get(name, "").split():
+        if not getattr(section, key) >= 0:
+            yield f"{name}.{key}={getattr(section, key)} must not be negative"
+
+
+def model_problems(model: MythosConfig) -> list[str]:
+    """What is wrong with a model by itself, a line each; empty when it can be built."""
+    found = list(_range_problems("model", model))
+    if found:
+        return found  # the checks below divide by these numbers
+    if model.attn_type == "gqa":
+        if model.dim % model.n_heads:
+            found.append(
+                f"model.dim={model.dim} is not divisible by model.n_heads={model.n_heads}; "
+                f"set model.n_heads to one of {divisors(model.dim)}"
+            )
+        if model.n_heads % model.n_kv_heads:
+            found.append(
+                f"model.n_heads={model.n_heads} is not divisible by model.n_kv_heads={model.n_kv_heads}; "
+                f"set model.n_kv_heads to one of {divisors(model.n_heads)}"
+            )
+        if not found and model.head_dim % 2:
+            found.append(
+                f"model.dim / model.n_heads = {model.head_dim} is odd, and RoPE turns pairs of channels; "
+                "choose model.dim and model.n_heads with an even ratio"
+            )
+    elif model.qk_rope_head_dim < 2 or model.qk_rope_head_dim % 2:
+        found.append(
+            f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even and at least 2: RoPE turns pairs of channels"
+        )
+    if model.n_experts_per_tok > model.n_experts:
+        found.append(
+            f"model.n_experts_per_tok={model.n_experts_per_tok} is more than model.n_experts={model.n_experts}; "
+            f"set it to at most {model.n_experts}"
+        )
+    if not 0 < model.act_threshold <= 1:
+        found.append(f"model.act_threshold={model.act_threshold} must be above 0 and at most 1")
+    if not 0 <= model.dropout < 1:
+        found.append(f"model.dropout={model.dropout} must be at least 0 and below 1")
+    if not model.rope_theta > 0:
+        found.append(f"model.rope_theta={model.rope_theta} must be above 0")
+    return found
+
+
+def problems(config: Config) -> list[str]:
+    """What is wrong with a config on any number of ranks, a line each."""
+    found = model_problems(config.model)
+    for name in ("experts", "train", "optim", "data", "checkpoint", "run"):
+        found += _range_problems(name, getattr(config, name))
+    train, optim, run = config.train, config.optim, config.run
+    if train.seq_len > config.model.max_seq_len:
+        found.append(
+            f"train.seq_len={train.seq_len} is longer than the context model.max_seq_len={config.model.max_seq_len}; "
+            f"set train.seq_len to at most {config.model.max_seq_len}, or model.max_seq_len to at least {train.seq_len}"
+        )
+    if train.micro_batch >= 1 and train.global_batch >= 1 and train.global_batch % train.micro_batch:
+        found.append(
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
+            f"set train.micro_batch to one of {divisors(train.global_batch)}"
+        )
+    if config.loops.mean is not None and config.loops.mean < 1:
+        found.append(f"loops.mean={config.loops.mean} must be at least 1")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, key) < 1:
+            found.append(f"optim.{key}={getattr(optim, key)} must be at least 0 and below 1")
+    if not 0 <= optim.min_lr_ratio <= 1:
+        found.append(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie between 0 and 1")
+    if not optim.eps > 0:
+        found.append(f"optim.eps={optim.eps} must be above 0")
+    if not config.data.path:
+        found.append("data.path is not set; give the folder of shards that tools/make_shards.py wrote")
+    if not run.dir:
+        found.append("run.dir is not set; give the folder that checkpoints and metrics go to")
+    if run.peak_tflops is not None and not run.peak_tflops > 0:
+        found.append(f"run.peak_tflops={run.peak_tflops} must be above 0, or null to find it out")
+    return found
+
+
+def layout_problems(config: Config, world_size: int) -> list[str]:
+    """What is wrong with a config on `world_size` ranks, each of them one replica."""
+    train = config.train
+    per_pass = train.micro_batch * world_size  # sequences in one forward pass over all replicas
+    if train.global_batch % per_pass == 0:
+        return []
+    ok = [d for d in divisors(train.global_batch) if train.global_batch % (d * world_size) == 0]
+    remedy = f"set train.micro_batch to one of {ok}" if ok else f"set train.global_batch to a multiple of {per_pass}"
+    return [
+        f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} "
+        f"x {world_size} replicas = {per_pass}; {remedy}"
+    ]

@@ -1,0 +1,1 @@
+"""Text to batches: parquet -> tokens -> windows -> MDS shards -> the micro-batches of one replica."""

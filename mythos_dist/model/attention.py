@@ -1,0 +1,195 @@
+"""Attention: grouped-query (GQA) and multi-head latent (MLA), rotary positions, one causal kernel, the key-value cache.
+
+softmax(q k^T / sqrt(d)) v over earlier tokens of the same document. Rotary channels turn in adjacent pairs.
+The trap: PyTorch's fused kernel wants values as wide as keys. MLA's are narrower, so they are padded with zeros and
+sliced again; without that the math kernel runs and builds S x S scores (`benchmarks/README.md`).
+"""
+
+# B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,
+# R rotary channels, L latent, d channels of a query or key head, v channels of a value head.
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mythos_dist.config.schema import MythosConfig
+
+
+class KVCache:
+    """Keys and values (GQA) or their latent and rotary key (MLA) of every layer and loop, for one batch.
+
+    A layer appends its new tokens' numbers and reads all of them back; buffers double when they are full.
+    `tokens` is how many tokens every layer has seen; the model advances it once per forward pass.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._buffers: dict[str, Tensor] = {}
+
+    def append(self, key: str, new: Tensor) -> Tensor:
+        """Store `new` (B, S, ...) behind the `tokens` already there; return all, (B, tokens + S, ...)."""
+        end = self.tokens + new.shape[1]
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape[1] < end:
+            assert buffer is not None or self.tokens == 0, f"{key} was not run on the first {self.tokens} tokens"
+            grown = new.new_empty(new.shape[0], max(end, 2 * self.tokens), *new.shape[2:])
+            if buffer is not None:
+                grown[:, : self.tokens] = buffer[:, : self.tokens]
+            self._buffers[key] = buffer = grown
+        buffer[:, self.tokens : end] = new
+        return buffer[:, :end]
+
+    def numbers_per_token(self) -> dict[str, int]:
+        """How many numbers each layer and loop keeps for one token."""
+        return {key: buffer[0, 0].numel() for key, buffer in self._buffers.items()}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every attention layer of one forward pass shares."""
+
+    rope: Tensor  # (S, R / 2) complex64: exp(i * position * frequency)
+    # Documents as (start, end) over the B * S flattened tokens; None when every row is one document.
+    documents: list[tuple[int, int]] | None = None
+    cache: KVCache | None = None
+
+
+def build_context(
+    config: MythosConfig,
+    shape: torch.Size,
+    device: torch.device,
+    document_ids: Tensor | None = None,
+    cache: KVCache | None = None,
+) -> Context:
+    """The context of a pass over (B, S) tokens that start behind what `cache` holds.
+
+    Rotary angles are made anew in fp32: as buffers they would lose their imaginary part in `.to(bfloat16)` and
+    fill checkpoints (768 MB at a context of 1,000,000).
+    """
+    start = cache.tokens if cache is not None else 0
+    positions = torch.arange(start, start + shape[1], device=device, dtype=torch.float32)
+    exponents = torch.arange(0, config.rope_dim, 2, device=device, dtype=torch.float32) / config.rope_dim
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
+    rope = torch.polar(torch.ones_like(angles), angles)
+    return Context(rope, None if document_ids is None else _document_spans(document_ids), cache)
+
+
+def _document_spans(document_ids: Tensor) -> list[tuple[int, int]] | None:
+    """(B, S) ids -> spans of equal id within a row, over flattened tokens. One host sync per forward pass."""
+    B, S = document_ids.shape
+    inner = document_ids[:, 1:] != document_ids[:, :-1]
+    if not bool(inner.any()):
+        return None
+    changes = torch.ones(B, S, dtype=torch.bool, device=document_ids.device)  # a row always begins a span
+    changes[:, 1:] = inner
+    starts = changes.flatten().nonzero().flatten().tolist()
+    return list(zip(starts, [*starts[1:], B * S], strict=True))
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn adjacent channel pairs of x (B, S, H, R) by rope (S, R / 2), in fp32; same shape and dtype as x."""
+    # Not view_as_complex: it fails on a slice that lies behind an odd number of channels.
+    pairs = torch.complex(*x.float().unflatten(-1, (-1, 2)).unbind(-1))
+    return torch.view_as_real(pairs * rope[None, :, None]).flatten(-2).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, dropout: float) -> Tensor:
+    """Causal attention inside documents: q (B, S, H, d), k (B, T, K, d), v (B, T, K, v) -> (B, S, H * v).
+
+    With T > S the queries are the last S of the T tokens.
+    """
+    B, S, H, d = q.shape
+    T, v_dim = k.shape[1], v.shape[-1]
+    scale = d**-0.5
+    if v_dim < d:
+        v = F.pad(v, (0, d - v_dim))
+    elif v_dim > d:
+        q, k = F.pad(q, (0, v_dim - d)), F.pad(k, (0, v_dim - d))
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (B, S, H, d) -> (B, H, S, d)
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=k.shape[2] != H,
+        ).transpose(1, 2)
+
+    if T > S:  # decoding: query i sits at position T - S + i; S is 1 or a chunk of the prompt
+        mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
+        out = kernel(q, k, v, mask)
+    elif context.documents is None:
+        out = kernel(q, k, v)
+    else:  # one call per document: a dense mask takes three times as long on a CPU
+        rows = [x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)]  # (1, B * S, heads, channels)
+        parts = [kernel(*(x[:, start:end] for x in rows)) for start, end in context.documents]
+        out = torch.cat(parts, dim=1)
+    return out[..., :v_dim].reshape(B, S, H * v_dim)
+
+
+class GQAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): n_heads queries share n_kv_heads keys and values."""
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        self.config = config
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        B, S, _ = x.shape
+        head_dim = self.config.head_dim
+        q = apply_rope(self.wq(x).view(B, S, -1, head_dim), context.rope)  # (B, S, D) -> (B, S, H, d)
+        k = apply_rope(self.wk(x).view(B, S, -1, head_dim), context.rope)  # -> (B, S, K, d)
+        v = self.wv(x).view(B, S, -1, head_dim)
+        if context.cache is not None:
+            k, v = context.cache.append(cache_key, torch.stack([k, v], dim=2)).unbind(2)
+        return self.wo(attend(q, k, v, context, self.config.dropout if self.training else 0.0))
+
+
+class MLAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are made from one narrow latent per token.
+
+    A head's query and key are nope channels without position and rope channels with it; the rotary key is one for
+    all heads. The cache holds the latent (before its norm) and that rotary key, kv_lora_rank + qk_rope_head_dim.
+    """
+
+    def __init__(self, config: MythosConfig):
+        super().__init__()
+        self.config = config
+        heads = config.n_heads
+        self.q_down = nn.Linear(config.dim, config.q_lora_rank, bias=False)
+        self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+        self.q_up = nn.Linear(config.q_lora_rank, heads * config.head_dim, bias=False)  # per head: nope, then rope
+        self.kv_down = nn.Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=1e-6)
+        self.kv_up = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.wo = nn.Linear(heads * config.v_head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        B, S, _ = x.shape
+        c = self.config
+        nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
+        q = self.q_up(self.q_norm(self.q_down(x))).view(B, S, -1, nope + rope)  # (B, S, D) -> (B, S, H, d)
+        q_nope, q_rope = q.split([nope, rope], dim=-1)
+        q = torch.cat([q_nope, apply_rope(q_rope, context.rope)], dim=-1)
+
+        latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, rope], dim=-1)  # (B, S, L), (B, S, R)
+        k_rope = apply_rope(k_rope.unsqueeze(2), context.rope).squeeze(2)
+        if context.cache is not None:
+            cached = context.cache.append(cache_key, torch.cat([latent, k_rope], dim=-1))  # (B, T, L + R)
+            latent, k_rope = cached.split([c.kv_lora_rank, rope], dim=-1)
+        kv = self.kv_up(self.kv_norm(latent)).unflatten(-1, (-1, nope + c.v_head_dim))  # (B, T, H, nope + v)
+        k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)
+        k = torch.cat([k_nope, k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
+        return self.wo(attend(q, k, v, context, c.dropout if self.training else 0.0))

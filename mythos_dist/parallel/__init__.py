@@ -1,0 +1,1 @@
+"""Ranks: which process this is, and what it shares with the others."""

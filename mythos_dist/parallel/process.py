@@ -1,0 +1,47 @@
+"""This process among the ranks: its accelerator, its device, the process group that it joins.
+
+The launcher says who we are in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without a launcher the
+process is alone.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed what to run on before it is imported: left to itself it warns when it finds no GPU."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def join_process_group() -> None:
+    """Start DeepSpeed's process group, NCCL on GPUs and gloo on CPUs."""
+    choose_accelerator()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", _free_port())
+    import deepspeed
+    import deepspeed.ops
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # Else every process would compile a shared-memory all-reduce first: 40-120 s under one file lock.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), verbose=False)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

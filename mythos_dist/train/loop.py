@@ -1,0 +1,163 @@
+"""THE loop: check, build, resume, then step after step until the run is done. Reads top to bottom."""
+
+import importlib.metadata
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mythos_dist.checkpoint.restore import layout_problems, load_checkpoint, read_meta
+from mythos_dist.checkpoint.save import save_checkpoint
+from mythos_dist.config.schema import Config
+from mythos_dist.data.stream import MicroBatch, ReplicaStream
+from mythos_dist.errors import UserError
+from mythos_dist.parallel.process import device
+from mythos_dist.plan.cost import train_flops_per_token
+from mythos_dist.train.engine import Engine, StepResult
+from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
+from mythos_dist.train.run_folder import check_run_folder, start_logging, write_run_folder
+
+
+def train(config: Config) -> None:
+    """Run to `train.steps`, from the newest checkpoint in `run.dir` if there is one. The process group must be there.
+
+    Raises UserError, before anything is written, for whatever the user has to mend.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    run_dir = Path(config.run.dir)
+    layout = {"ranks": world, "parallel.zero": config.parallel.zero}
+
+    check_run_folder(config)
+    meta = read_meta(run_dir / "checkpoints")
+    if meta and (found := layout_problems(meta, layout)):
+        raise UserError(found)
+    stream = open_stream(config, "train")
+    heldout = open_stream(config, "heldout")
+    if meta and meta["data"] != stream.fingerprint:
+        raise UserError(
+            f"data.path={config.data.path} holds other shards than those that the run in run.dir={run_dir} was "
+            "trained on; give their folder, or another run.dir"
+        )
+    dist.barrier()  # no rank writes before all have checked
+    if rank == 0:
+        write_run_folder(config, world)
+    dist.barrier()
+    start_logging(run_dir, rank)
+    if (run_dir / "COMPLETED").exists() and meta and meta["step"] >= config.train.steps:
+        if rank == 0:
+            print(f"{run_dir} is done: {meta['step']} of {config.train.steps} steps; raise train.steps to go on")
+        return
+
+    engine = Engine(config)
+    done = 0  # steps
+    if meta:
+        load_checkpoint(engine.deepspeed, meta)
+        done = meta["step"]
+        if rank == 0:
+            print(f"resuming from {meta['path']}", flush=True)
+    metrics = Metrics(config, run_dir, done) if rank == 0 else None
+    peak = peak_flops(config)
+
+    def evaluate(step: int) -> None:
+        loss = engine.evaluate(heldout_passes(heldout, config))
+        if metrics:
+            metrics.held_out(step, loss)
+
+    def save(step: int) -> None:
+        notes = {"layout": layout, "data": stream.fingerprint, "versions": versions()}
+        save_checkpoint(engine.deepspeed, run_dir / "checkpoints", step, notes, config.checkpoint.keep)
+
+    if done == 0:
+        evaluate(0)
+    batches = stream.steps(done)
+    for step in range(done + 1, config.train.steps + 1):
+        begin = time.perf_counter()
+        micro_batches = next(batches)
+        result = engine.train_step(micro_batches, step)
+        ids = gather_sample_ids(micro_batches)
+        if metrics:
+            metrics.step(step_line(config, step, result, ids, time.perf_counter() - begin, peak * world))
+        last = step == config.train.steps
+        if last or (config.train.eval_every and step % config.train.eval_every == 0):
+            evaluate(step)
+        if last or step % config.checkpoint.every == 0:
+            save(step)
+    if metrics:
+        (run_dir / "COMPLETED").write_text(f"{config.train.steps} steps\n")
+        metrics.close()
+        print(f"done: {config.train.steps} steps; metrics, logs and checkpoints are in {run_dir}", flush=True)
+
+
+def open_stream(config: Config, split: str) -> ReplicaStream:
+    """This replica's stream of a split. Held-out passes take one micro-batch per replica, in order."""
+    train, world = config.train, dist.get_world_size()
+    training = split == "train"
+    return ReplicaStream(
+        config.data.path,
+        split,
+        seq_len=train.seq_len,
+        vocab_size=config.model.vocab_size,
+        global_batch=train.global_batch if training else train.micro_batch * world,
+        micro_batch=train.micro_batch,
+        replica=dist.get_rank(),
+        num_replicas=world,
+        seed=config.run.seed,
+        shuffle=training,
+        workers=config.data.workers if training else 0,
+        tokenizer_path=config.data.tokenizer,
+    )
+
+
+def heldout_passes(heldout: ReplicaStream, config: Config) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """The first `eval_samples` held-out samples, as micro-batches with a mask (B,) of those that count.
+
+    Every replica gets as many passes; a sample counts once, at any number of replicas.
+    """
+    samples = min(config.train.eval_samples, heldout.num_samples)
+    micro_batch, world = config.train.micro_batch, dist.get_world_size()
+    for i in range(-(-samples // (micro_batch * world))):
+        (batch,) = heldout.step(i)
+        positions = (i * world + dist.get_rank()) * micro_batch + torch.arange(micro_batch)
+        yield batch, positions < samples
+
+
+def gather_sample_ids(micro_batches: list[MicroBatch]) -> list[int]:
+    """The sample ids that all replicas really trained on in this step."""
+    mine = torch.cat([batch.sample_ids for batch in micro_batches]).to(device())
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return list(itertools.chain.from_iterable(ids.tolist() for ids in everyone))
+
+
+def step_line(config: Config, step: int, result: StepResult, ids: list[int], seconds: float, peak: float) -> dict:
+    """A line of metrics.jsonl; `peak` is the FLOP/s of all ranks together."""
+    tokens = config.train.global_batch * config.train.seq_len
+    flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops) * tokens
+    load = result.expert_counts.sum(0).double()
+    return {
+        "step": step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "n_loops": result.n_loops,
+        "tokens": step * tokens,
+        "batch_id": batch_id(ids),
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / peak,
+        "objective": result.objective,
+        "expert_load_max": float(load.max() / load.mean()),
+        "experts_idle": int((load == 0).sum()),
+        "skipped": result.skipped,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The libraries that a checkpoint depends on."""
+    return {
+        name: importlib.metadata.version(name) for name in ("mythos_dist", "torch", "deepspeed", "mosaicml-streaming")
+    }

@@ -1,0 +1,139 @@
+"""What a run tells: one line a step in metrics.jsonl, on the console and in wandb, all from rank 0.
+
+Lines of steps behind the checkpoint that a run resumes from are cut off: each step stands in the file once.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mythos_dist.config.schema import Config
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets.
+_GPU_PEAKS = {"H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
+
+
+def batch_id(sample_ids: Sequence[int]) -> str:
+    """Hash of a global batch's sample ids, whatever their order: the same at every layout."""
+    return hashlib.sha256(",".join(map(str, sorted(sample_ids))).encode()).hexdigest()[:16]
+
+
+def peak_flops(config: Config) -> float:
+    """FLOP/s that one rank could reach: as set, by the GPU's name, or measured on a CPU while all ranks measure."""
+    if config.run.peak_tflops is not None:
+        return config.run.peak_tflops * 1e12
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return next((peak * 1e12 for part, peak in _GPU_PEAKS.items() if part in name), math.nan)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.dtype]
+    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    begin, products = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.3:
+        torch.mm(a, b)
+        products += 1
+    return products * 2 * 1024**3 / (time.perf_counter() - begin)
+
+
+class Metrics:
+    """Rank 0's writer. `step` writes a training step's line, `held_out` one of eval.jsonl."""
+
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int):
+        """Cut off lines behind `resumed_step` and open wandb."""
+        self.total_steps = config.train.steps
+        self.run_dir = run_dir
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            _keep_until(run_dir / name, resumed_step)
+        self.wandb = _start_wandb(config, run_dir)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Append a step's line and show it."""
+        self._write("metrics.jsonl", line)
+        skipped = "  skipped: gradients overflowed" if line["skipped"] else ""
+        print(
+            f"step {line['step']}/{self.total_steps}  loss {line['loss']:.3f}  grad_norm {line['grad_norm']:.2f}  "
+            f"lr {line['lr']:.1e}  tokens/s {_short(line['tokens_per_second'])}  mfu {100 * line['mfu']:.1f}%  "
+            f"expert_load_max {line['expert_load_max']:.1f}x{skipped}",
+            flush=True,
+        )
+
+    def held_out(self, step: int, loss: float) -> None:
+        """Append a held-out loss, measured after `step` steps."""
+        self._write("eval.jsonl", {"step": step, "heldout_loss": loss})
+        print(f"step {step}/{self.total_steps}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}", flush=True)
+
+    def close(self) -> None:
+        """End the wandb run."""
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        with (self.run_dir / name).open("a") as file:
+            # JSON has no NaN or infinity: a number that is none of its kind becomes null.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            file.write(json.dumps(finite) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line["step"] <= step:
+            kept.append(text + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def _start_wandb(config: Config, run_dir: Path):
+    """A wandb run, or None. Offline never touches the network; online falls back to it when there is none."""
+    mode = os.environ.get("WANDB_MODE", config.run.wandb)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if mode == "online" and not _reaches("api.wandb.ai"):
+        log.warning("wandb: api.wandb.ai cannot be reached; this run is recorded offline (later: wandb sync)")
+        mode = "offline"
+    run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+    return wandb.init(
+        mode="online" if mode == "online" else "offline",
+        project="mythos_dist",
+        name=run_dir.name,
+        id=run_id,
+        resume="allow",
+        dir=run_dir,
+        settings=settings,
+    )
+
+
+def _reaches(host: str) -> bool:
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError:
+        return False
+    return True

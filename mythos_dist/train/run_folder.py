@@ -1,0 +1,75 @@
+"""The run folder: its config, its logs, and the refusal to mix two runs in one folder."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from mythos_dist.config.deepspeed import deepspeed_config
+from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.errors import UserError
+
+# May differ when a run goes on: nothing here changes what is computed up to the step where it stopped.
+_MAY_CHANGE = {
+    "train.steps",
+    "train.eval_every",
+    "train.eval_samples",
+    "train.recompute",
+    "train.micro_batch",
+    "data.path",  # the shards' fingerprint is checked instead
+    "data.tokenizer",
+    "data.workers",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "run.dir",
+    "run.wandb",
+    "run.peak_tflops",
+}
+
+
+def check_run_folder(config: Config) -> None:
+    """Raise UserError when `run.dir` holds a run of another config, naming each setting that differs."""
+    path = Path(config.run.dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run.dir={config.run.dir} is a file; name a folder")
+    if not (path / "config.yaml").exists():
+        return
+    before = load_config(path / "config.yaml")
+    found = []
+    for section, now in vars(config).items():
+        for key, value in vars(now).items():
+            old = getattr(getattr(before, section), key)
+            if old != value and f"{section}.{key}" not in _MAY_CHANGE:
+                found.append(f"{section}.{key}={value}, but the run in run.dir={path} has {old}")
+    if found:
+        raise UserError([*found, "set these back to go on with that run, or give another run.dir"])
+
+
+def write_run_folder(config: Config, num_replicas: int) -> None:
+    """Write the resolved config and DeepSpeed's JSON (rank 0)."""
+    path = Path(config.run.dir)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.yaml").write_text(dump_config(config))
+    (path / "deepspeed.json").write_text(json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
+
+
+def start_logging(run_dir: Path, rank: int) -> None:
+    """Send every library's log lines to logs/rank-NNNNN.log; the console gets our warnings, from rank 0."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(run_dir / "logs" / f"rank-{rank:05d}.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)  # deprecations inside DeepSpeed and torch are for the log, not for the console
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.handlers = [to_file]
+    if rank == 0:
+        to_console = logging.StreamHandler(sys.stderr)
+        to_console.setLevel(logging.WARNING)
+        to_console.addFilter(lambda record: record.name.startswith("mythos_dist"))
+        to_console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        root.addHandler(to_console)
+    for name in list(logging.root.manager.loggerDict):  # DeepSpeed's logger brings a console handler of its own
+        logger = logging.getLogger(name)
+        if name.split(".")[0] in ("DeepSpeed", "deepspeed", "streaming"):
+            logger.handlers, logger.propagate = [], True

@@ -1,0 +1,34 @@
+"""What all tests share: few threads, and OpenMythos 0.5.0 as the reference for numbers."""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Tensors here are tiny: a second thread costs more in hand-over than it saves.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def open_mythos() -> SimpleNamespace:
+    """The reference package's modules: `main` and `variants`.
+
+    It lies in a folder of its own, away from the environment's packages, because it asks for others that we do not
+    need; its `__init__`, which imports transformers for seconds, is not run.
+    """
+    folder = os.environ.get("OPEN_MYTHOS") or str(REPOSITORY / ".venv" / "reference")
+    spec = importlib.machinery.PathFinder.find_spec("open_mythos", [folder])
+    if spec is None:
+        pytest.fail(f"OpenMythos 0.5.0 is not in {folder}; `make test` installs it there", pytrace=False)
+    sys.modules["open_mythos"] = importlib.util.module_from_spec(spec)
+    return SimpleNamespace(
+        main=importlib.import_module("open_mythos.main"), variants=importlib.import_module("open_mythos.variants")
+    )

@@ -1,0 +1,38 @@
+"""Make shards without a download: the text of CPython's own help -> parquet -> tokenizer -> MDS shards.
+
+Everything is written below --out: corpus.parquet, tokenizer.model and the shards with their manifest.
+"""
+
+import argparse
+from pathlib import Path
+
+from mythos_dist.errors import UserError, exit_with
+
+
+def main() -> None:
+    """Parse the command line and run the three steps; running it again finds everything done."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("data/sample"), help="folder of the shards (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens in a window (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (%(default)s)")
+    parser.add_argument("--heldout", type=float, default=0.1, help="share of documents held out (%(default)s)")
+    arguments = parser.parse_args()
+
+    from mythos_dist.data.corpus import read_documents, write_sample_corpus
+    from mythos_dist.data.shards import convert
+    from mythos_dist.data.tokenizer import train_tokenizer
+
+    work = arguments.out.with_name(arguments.out.name + "-source")
+    try:
+        corpus = write_sample_corpus(work / "corpus.parquet")
+        tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", arguments.vocab_size)
+        manifest = convert(corpus, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
+    except UserError as error:
+        exit_with(error)
+    for split, counts in manifest["splits"].items():
+        print(f"{split}: {counts['documents']} documents, {counts['tokens']} tokens, {counts['windows']} windows")
+    print(f"shards of {arguments.seq_len} tokens are in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
