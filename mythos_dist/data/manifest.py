@@ -54,9 +54,13 @@ def read_manifest(path: str | Path) -> Manifest:
     """Raises UserError if `path` is missing, is empty, was not finished, or its manifest cannot be read."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError("no such folder; make shards with tools/make_shards.py", str(path))
+        raise UserError(
+            "no such folder; set data.path to a folder of shards, or make them with tools/make_shards.py", str(path)
+        )
     if not any(path.iterdir()):
-        raise UserError("no shards here; make them with tools/make_shards.py", str(path))
+        raise UserError(
+            "no shards here; set data.path to a folder of shards, or make them with tools/make_shards.py", str(path)
+        )
     file = path / "manifest.json"
     if not file.is_file():
         raise UserError("no manifest.json: not a finished conversion; run tools/make_shards.py (again)", str(path))

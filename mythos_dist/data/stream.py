@@ -131,8 +131,10 @@ class ReplicaStream:
             self._orders[epoch] = self._windows.order(self._seed, epoch) if self._shuffle else self._windows.ids
         return self._orders[epoch]
 
-    def _checked(self, batch: MicroBatch) -> MicroBatch:
+    def _checked(self, batch: MicroBatch | UserError) -> MicroBatch:
         """`batch`, or UserError on a token that the model has no embedding for (on a GPU: an assert without a name)."""
+        if isinstance(batch, UserError):
+            raise batch
         windows = torch.cat([batch.input_ids, batch.labels[:, -1:]], dim=1)  # (B, S + 1)
         if int(windows.max()) >= self._vocab_size:
             row, column = (windows >= self._vocab_size).nonzero()[0].tolist()
@@ -163,6 +165,7 @@ class _Windows(Dataset):
                 str(folder),
             ) from None
         self._window = manifest.seq_len + 1
+        self._folder = str(folder)
         expected = manifest.splits[folder.name].windows
         if self._data.num_samples != expected:  # len(dataset) is one rank's share
             raise UserError(
@@ -184,15 +187,23 @@ class _Windows(Dataset):
     def __len__(self) -> int:
         return self._data.num_samples
 
-    def __getitem__(self, sample_id: int) -> tuple[int, np.ndarray]:
-        tokens = self._data[sample_id]["tokens"]
+    def __getitem__(self, sample_id: int) -> tuple[int, np.ndarray | UserError]:
+        """The sample's window; an error is handed over like data, for DataLoader would wrap it in a traceback."""
+        try:
+            tokens = self._data[sample_id]["tokens"]
+        except (IndexError, KeyError, ValueError) as error:  # what streaming's decoder makes of damaged bytes
+            problem = f"sample {sample_id} cannot be decoded ({error}): the shard is damaged; convert again"
+            return sample_id, UserError(problem, self._folder)
         assert tokens.shape == (self._window,), f"sample {sample_id} has shape {tokens.shape}"
         return sample_id, tokens
 
 
-def _collate(samples: list[tuple[int, np.ndarray]], eos_id: int) -> MicroBatch:
-    """B pairs of (sample id, window of S + 1 tokens) to a MicroBatch; runs in the worker."""
+def _collate(samples: list[tuple[int, np.ndarray | UserError]], eos_id: int) -> MicroBatch | UserError:
+    """B pairs of (sample id, window of S + 1 tokens) to a MicroBatch, or their first error; runs in the worker."""
     ids, rows = zip(*samples, strict=True)
+    for row in rows:
+        if isinstance(row, UserError):
+            return row
     windows = np.stack(rows).astype(np.int64)  # (B, S + 1)
     inputs = windows[:, :-1].copy()
     return MicroBatch(

@@ -68,8 +68,10 @@ def _check(
     model: Mythos, input_ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, prefill_chunk: int
 ) -> None:
     config, problems = model.config, []
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise UserError(f"input_ids has shape {tuple(input_ids.shape)}; expected (batch, at least one token)")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise UserError(
+            f"input_ids has shape {tuple(input_ids.shape)}; expected (at least one prompt, at least one token)"
+        )
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= config.vocab_size:
         problems.append(

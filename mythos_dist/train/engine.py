@@ -88,7 +88,9 @@ class Engine:
             counts += losses["expert_counts"]
         dist.all_reduce(total)
         dist.all_reduce(counts)
-        self.model.update_router_bias(counts)
+        skipped = engine.skipped_steps > skipped_before
+        if not skipped:
+            self.model.update_router_bias(counts)
         grad_norm = engine.get_global_grad_norm()
         assert grad_norm is not None, "DeepSpeed's ZeRO optimizers all measure it"
         loss, objective = (total / self.num_replicas).tolist()
@@ -99,7 +101,7 @@ class Engine:
             lr=lr,
             n_loops=n_loops,
             expert_counts=counts.cpu(),
-            skipped=engine.skipped_steps > skipped_before,
+            skipped=skipped,
         )
 
     @torch.no_grad()

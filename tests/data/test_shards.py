@@ -192,7 +192,7 @@ def test_impossible_requests_are_refused(corpus, tokenizer, tmp_path):
 def test_a_folder_without_whole_shards_is_refused(shards, tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         read_manifest(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no shards here; make them with tools/make_shards\.py"):
+    with pytest.raises(UserError, match=r"no shards here; .* make them with tools/make_shards\.py"):
         read_manifest(tmp_path)
     folder = shutil.copytree(shards, tmp_path / "copy")
     whole = json.loads((folder / "manifest.json").read_text())

@@ -1,0 +1,397 @@
+"""From files and overrides to one Config, or to every problem at once."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.schema import Config, MythosConfig, divisors, layout_problems, model_problems, problems
+from mythos_dist.config.variants import VARIANTS
+from mythos_dist.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function: text, file name -> path; `data.path` is what a config must name, so `complete` adds it."""
+
+    def to_file(text: str, name: str = "config.yaml", complete: bool = True) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + ("\ndata: {path: shards}\n" if complete else ""), encoding="utf-8")
+        return path
+
+    return to_file
+
+
+def refused(path: Path, *overrides: str) -> list[str]:
+    """The problems that a config is refused with."""
+    with pytest.raises(UserError) as raised:
+        load_config(path, overrides)
+    assert str(path) in str(raised.value)
+    return raised.value.problems
+
+
+def test_an_empty_file_is_the_defaults(write):
+    config = load_config(write(""))
+    assert config == dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path="shards"))
+
+
+def test_a_file_lies_over_its_bases_and_overrides_over_the_file(write):
+    """Each source changes what it names and leaves the rest; a base's path is relative to the file that names it."""
+    write("train: {steps: 1, seq_len: 10, global_batch: 3}\noptim: {lr: 0.5}", "sizes/bottom.yaml")
+    write("base: bottom.yaml\ntrain: {steps: 2}", "sizes/middle.yaml", complete=False)
+    top = write("base: sizes/middle.yaml\ntrain: {seq_len: 20}", complete=False)
+    config = load_config(top, ["train.global_batch=5", "run.seed = 7"])
+    assert (config.train.steps, config.train.seq_len, config.train.global_batch) == (2, 20, 5)
+    assert (config.optim.lr, config.run.seed, config.data.path) == (0.5, 7, "shards")
+
+
+def test_of_several_bases_the_later_wins(write):
+    write("train: {steps: 1, seq_len: 10}", "one.yaml")
+    write("train: {steps: 2}", "two.yaml")
+    config = load_config(write("base: [one.yaml, two.yaml]", complete=False))
+    assert (config.train.steps, config.train.seq_len) == (2, 10)
+
+
+def test_two_files_may_share_a_base(write):
+    """A diamond is no cycle."""
+    write("train: {steps: 3}", "root.yaml")
+    write("base: root.yaml", "left.yaml", complete=False)
+    write("base: root.yaml", "right.yaml", complete=False)
+    assert load_config(write("base: [left.yaml, right.yaml]", complete=False)).train.steps == 3
+
+
+def test_a_file_that_is_its_own_base_is_refused(write):
+    write("base: b.yaml", "a.yaml")
+    path = write("base: a.yaml", "b.yaml")
+    with pytest.raises(UserError, match=r"b\.yaml is its own base; remove"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named_with_whoever_named_it(write, tmp_path):
+    with pytest.raises(UserError, match=r"no config file .*nowhere\.yaml; check the path"):
+        load_config(tmp_path / "nowhere.yaml")
+    path = write("base: gone.yaml")
+    with pytest.raises(UserError, match=rf"gone\.yaml \(named by `base:` in {path}\)"):
+        load_config(path)
+
+
+def test_a_folder_and_a_binary_file_cannot_be_read(tmp_path):
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, binary):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {steps: 1", "not valid YAML"),
+        ("train: {steps: 1, steps: 2}", "the key 'steps' stands twice"),
+        ("train: {steps: 1}\ntrain: {seq_len: 2}", "the key 'train' stands twice"),
+        ("? [a, b]\n: 1", "a key must be a name"),
+        ("[train, model]", "instead of sections"),
+        ("just words", "instead of sections"),
+        ("base: 3", "base=3: expected a file name or a list of them"),
+        ("base: [1]", "expected a file name or a list of them"),
+        ("train: !!python/name:os.system", "not valid YAML"),
+    ],
+)
+def test_what_is_not_a_mapping_of_sections_is_refused(text, said, write):
+    path = write(text, complete=False)
+    with pytest.raises(UserError) as raised:
+        load_config(path)
+    assert said in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_fills_the_model_and_own_keys_lie_over_it(name, write):
+    """Wherever the line stands; a later source's variant replaces what earlier sources said."""
+    expected = MythosConfig(**VARIANTS[name] | {"dim": 64})
+    for text in (f"model: {{variant: {name}, dim: 64}}", f"model: {{dim: 64, variant: {name}}}"):
+        assert load_config(write(text), ["train.seq_len=8"]).model == expected
+    path = write("model: {dim: 64, vocab_size: 9}")
+    assert load_config(path, ["train.seq_len=8", f"model.variant={name}"]).model == MythosConfig(**VARIANTS[name])
+
+
+def test_an_unknown_variant_is_told_the_known_ones(write):
+    (problem,) = refused(write("model: {variant: 2b}"))
+    assert problem.startswith("model.variant='2b'")
+    assert all(name in problem for name in VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("modle: {dim: 8}", "modle: unknown section; did you mean model?"),
+        ("train: {step: 8}", "train.step: unknown key; did you mean train.steps?"),
+        ("train: {lr: 8}", "train.lr: unknown key; did you mean optim.lr?"),
+        ("optim: {vocab_size: 8}", "optim.vocab_size: unknown key; did you mean model.vocab_size?"),
+        ("checkpoint: {zzz: 1}", "checkpoint.zzz: unknown key; known here: every, keep"),
+        ("train: {3: 1}", "train.3: unknown key"),
+        ("train: 5", "train=5: expected settings below it"),
+        ("train: [steps]", "train=['steps']: expected settings below it"),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(text, said, write):
+    assert any(problem.startswith(said) for problem in refused(write(text)))
+
+
+def test_a_section_with_nothing_below_it_changes_nothing(write):
+    assert load_config(write("train:")).train == Config().train
+
+
+@pytest.mark.parametrize("text", ["steps=3", "train.steps", "train", "=3", "train steps=3"])
+def test_an_override_of_another_form_is_shown_the_right_one(text, write):
+    assert any("expected section.key=value" in problem and text in problem for problem in refused(write(""), text))
+
+
+def test_an_override_that_is_no_yaml_is_refused(write):
+    (problem,) = refused(write(""), "run.dir=[a")
+    assert problem.startswith("run.dir='[a'")
+
+
+def test_an_overrides_value_may_hold_an_equals_sign(write):
+    assert load_config(write(""), ["run.dir=runs/lr=3"]).run.dir == "runs/lr=3"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optim.lr=3e-4", "optim", "lr", 3e-4),
+        ("optim.lr=3E-4", "optim", "lr", 3e-4),
+        ("optim.lr=1e2", "optim", "lr", 100.0),
+        ("optim.eps=+1.5e-8", "optim", "eps", 1.5e-8),
+        ("optim.lr=1", "optim", "lr", 1.0),
+        ("loops.mean=null", "loops", "mean", None),
+        ("loops.mean=4", "loops", "mean", 4),
+        ("run.dir=2026", "run", "dir", "2026"),
+        ("data.tokenizer=7", "data", "tokenizer", "7"),
+        ("data.document_mask=false", "data", "document_mask", False),
+        ("parallel.zero=3", "parallel", "zero", 3),
+        ("train.dtype=fp32", "train", "dtype", "fp32"),
+    ],
+)
+def test_a_value_is_read_as_its_settings_type(override, section, key, value, write):
+    found = getattr(getattr(load_config(write(""), [override]), section), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=abc", "train.steps='abc': expected a whole number"),
+        ("train.steps=true", "train.steps=true: expected a whole number"),
+        ("train.steps=1.5", "train.steps=1.5: expected a whole number"),
+        ("train.steps=null", "train.steps=None: expected a whole number"),
+        ("optim.lr=true", "optim.lr=true: expected a number"),
+        ("optim.lr=high", "optim.lr='high': expected a number"),
+        ("optim.lr=.nan", "optim.lr=nan: expected a finite number"),
+        ("optim.lr=.inf", "optim.lr=inf: expected a finite number"),
+        ("model.rope_theta=-.inf", "model.rope_theta=-inf: expected a finite number"),
+        ("loops.mean=true", "loops.mean=true: expected a whole number"),
+        ("train.dtype=fp8", "train.dtype='fp8': expected 'fp32', 'bf16' or 'fp16'"),
+        ("parallel.zero=4", "parallel.zero=4: expected 1, 2 or 3"),
+        ("parallel.zero=true", "parallel.zero=true: expected 1 or 2 or 3"),
+        ("run.dir=[a]", "run.dir=['a']: expected text"),
+        ("run.dir=true", "run.dir=true: expected text"),
+        ("data.document_mask=maybe", "data.document_mask='maybe': expected"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_once(override, said, write):
+    """One line with path, value and what was expected; nothing is said about the default that stands in for it."""
+    (problem,) = refused(write(""), override)
+    assert problem.startswith(said)
+
+
+def test_every_problem_is_reported_in_one_message(write):
+    """Files, overrides, types and values that do not go together: six slips, six lines, each naming its setting."""
+    path = write("model: {dimm: 8, n_experts: lots}\ntrane: {steps: 1}", complete=False)
+    found = refused(path, "train.global_batch=6", "train.micro_batch=4", "optim.beta1=1", "steps=3")
+    for name in (
+        "model.dimm",
+        "model.n_experts='lots'",
+        "trane",
+        "train.micro_batch=4",
+        "optim.beta1=1",
+        "'steps=3'",
+        "data.path",
+    ):
+        assert sum(name in problem for problem in found) == 1, name
+    assert len(found) == 7
+
+
+def test_the_message_names_the_file_and_counts(write):
+    path = write("train: {stepz: 1, seq_length: 2}")
+    with pytest.raises(UserError) as raised:
+        load_config(path)
+    assert str(raised.value).splitlines()[0] == f"{path}: 2 problems"
+
+
+WHOLE = st.integers(1, 10**6)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    lr=st.floats(0, 1e3),
+    eps=st.floats(1e-30, 1),
+    seed=st.integers(0, 2**62),
+    steps=WHOLE,
+    dim=WHOLE,
+    mean=st.none() | WHOLE,
+    folder=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
+    tokenizer=st.none() | st.sampled_from(["null", "yes", "1e3", "~", "3", "2026-01-01", ": #", " a "]),
+    mask=st.booleans(),
+    dtype=st.sampled_from(["fp32", "bf16", "fp16"]),
+    zero=st.sampled_from([1, 2, 3]),
+)
+def test_a_dumped_config_reads_back_equal(
+    tmp_path_factory, lr, eps, seed, steps, dim, mean, folder, tokenizer, mask, dtype, zero
+):
+    """Floats to the last bit, texts that look like something else, unset values."""
+    replace, default = dataclasses.replace, Config()
+    config = replace(
+        default,
+        model=replace(default.model, dim=dim),
+        train=replace(default.train, steps=steps, dtype=dtype),
+        optim=replace(default.optim, lr=lr, eps=eps),
+        loops=replace(default.loops, mean=mean),
+        parallel=replace(default.parallel, zero=zero),
+        data=replace(default.data, path=folder, tokenizer=tokenizer, document_mask=mask),
+        run=replace(default.run, seed=seed, dir=folder),
+    )
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def change(**sections: dict) -> Config:
+    """A config without problems, with settings of its sections changed."""
+    config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path="shards"))
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+
+
+def test_a_right_config_has_no_problem():
+    assert problems(change()) == []
+    assert problems(change(model={"attn_type": "gqa"}, loops={"mean": 3}, run={"peak_tflops": 0.1})) == []
+    for variant in VARIANTS.values():
+        assert model_problems(MythosConfig(**variant)) == []
+        assert model_problems(MythosConfig(**variant | {"attn_type": "gqa"})) == []
+
+
+AT_LEAST_ONE = {
+    "model": "vocab_size dim n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_nope_head_dim "
+    "v_head_dim n_experts n_experts_per_tok expert_dim lora_rank max_output_tokens",
+    "train": "steps seq_len global_batch micro_batch eval_samples",
+    "checkpoint": "every keep",
+    "loops": "mean",
+}
+NOT_NEGATIVE = {
+    "model": "prelude_layers coda_layers n_shared_experts",
+    "experts": "bias_update_rate z_loss sequence_balance_loss",
+    "train": "eval_every",
+    "optim": "lr warmup_steps weight_decay grad_clip",
+    "data": "workers",
+    "run": "seed",
+}
+
+
+@pytest.mark.parametrize(("section", "key"), [(s, key) for s, keys in AT_LEAST_ONE.items() for key in keys.split()])
+def test_a_size_or_a_count_below_one_is_named(section, key):
+    for value in (0, -3):
+        assert f"{section}.{key}={value} must be at least 1" in problems(change(**{section: {key: value}}))
+
+
+@pytest.mark.parametrize(("section", "key"), [(s, key) for s, keys in NOT_NEGATIVE.items() for key in keys.split()])
+def test_what_may_be_zero_may_not_be_negative(section, key):
+    assert problems(change(**{section: {key: 0}})) == []
+    assert problems(change(**{section: {key: -1}})) == [f"{section}.{key}=-1 must not be negative"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"model": {"attn_type": "gqa", "n_heads": 24, "n_kv_heads": 4}}, ["model.dim=2048", "model.n_heads=24", "16"]),
+        ({"model": {"attn_type": "gqa", "n_kv_heads": 5}}, ["model.n_heads=16", "model.n_kv_heads=5", "8, 16"]),
+        ({"model": {"attn_type": "gqa", "dim": 48, "n_heads": 16}}, ["model.dim / model.n_heads = 3", "even ratio"]),
+        ({"model": {"qk_rope_head_dim": 5}}, ["model.qk_rope_head_dim=5", "even"]),
+        ({"model": {"qk_rope_head_dim": 0}}, ["model.qk_rope_head_dim=0", "at least 2"]),
+        ({"model": {"n_experts_per_tok": 65}}, ["model.n_experts_per_tok=65", "model.n_experts=64", "at most 64"]),
+        ({"model": {"act_threshold": 0.0}}, ["model.act_threshold=0.0", "above 0"]),
+        ({"model": {"act_threshold": 1.01}}, ["model.act_threshold=1.01", "at most 1"]),
+        ({"model": {"dropout": 1.0}}, ["model.dropout=1.0", "below 1"]),
+        ({"model": {"dropout": -0.1}}, ["model.dropout=-0.1", "at least 0"]),
+        ({"model": {"rope_theta": 0.0}}, ["model.rope_theta=0.0", "above 0"]),
+        ({"train": {"seq_len": 4097}}, ["train.seq_len=4097", "model.max_seq_len=4096", "at most 4096"]),
+        ({"train": {"micro_batch": 3}}, ["train.global_batch=8", "train.micro_batch=3", "[1, 2, 4, 8]"]),
+        ({"optim": {"beta1": 1.0}}, ["optim.beta1=1.0", "below 1"]),
+        ({"optim": {"beta2": -0.5}}, ["optim.beta2=-0.5", "at least 0"]),
+        ({"optim": {"min_lr_ratio": 1.5}}, ["optim.min_lr_ratio=1.5", "between 0 and 1"]),
+        ({"optim": {"eps": 0.0}}, ["optim.eps=0.0", "above 0"]),
+        ({"data": {"path": ""}}, ["data.path is not set", "tools/make_shards.py"]),
+        ({"run": {"dir": ""}}, ["run.dir is not set"]),
+        ({"run": {"peak_tflops": 0.0}}, ["run.peak_tflops=0.0", "null"]),
+    ],
+)
+def test_a_combination_that_cannot_work_is_one_line_with_setting_value_and_remedy(sections, named):
+    (problem,) = problems(change(**sections))
+    for part in named:
+        assert part in problem
+
+
+def test_checks_of_one_attention_do_not_concern_the_other():
+    """MLA's heads are as wide as it likes, and GQA has no rotary part of its own."""
+    assert problems(change(model={"attn_type": "mla", "n_heads": 24, "n_kv_heads": 7})) == []
+    assert problems(change(model={"attn_type": "gqa", "qk_rope_head_dim": 5})) == []
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4))
+def test_a_layout_is_refused_exactly_when_no_whole_number_of_passes_fits(global_batch, micro_batch, world_size):
+    """Against counting passes by hand; the micro-batches it proposes all work."""
+    config = change(train={"global_batch": global_batch, "micro_batch": micro_batch})
+    passes = next((n for n in range(13) if n * micro_batch * world_size == global_batch), None)
+    found = layout_problems(config, world_size)
+    assert (found == []) == (passes is not None)
+    if found:
+        (problem,) = found
+        for part in (
+            f"train.global_batch={global_batch}",
+            f"train.micro_batch={micro_batch}",
+            f"{world_size} replicas",
+        ):
+            assert part in problem
+        if "one of [" in problem:
+            for proposal in problem.split("one of [")[1].rstrip("]").split(", "):
+                assert (
+                    layout_problems(
+                        change(train={"global_batch": global_batch, "micro_batch": int(proposal)}), world_size
+                    )
+                    == []
+                )
+        else:
+            multiple = int(problem.split("multiple of ")[1])
+            assert (
+                layout_problems(change(train={"global_batch": multiple, "micro_batch": micro_batch}), world_size) == []
+            )
+
+
+def test_divisors():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(1) == [1]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_of_the_repository_loads(path):
+    """Some are bases and leave data.path to whoever names them."""
+    load_config(path, ["data.path=shards"])

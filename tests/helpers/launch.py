@@ -1,0 +1,143 @@
+"""Ranks for tests: forked from one server that has imported torch, DeepSpeed and streaming, so a launch takes a second.
+
+A rank that hangs dumps its stack and dies; the launch then fails with every rank's output.
+"""
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it: these tests run on CPU and gloo
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["mythos_dist.train.loop", "deepspeed", "streaming"])
+
+
+@dataclass
+class Launch:
+    """What the ranks left: exit codes, return values, and what they printed."""
+
+    codes: list[int]
+    values: list[Any]
+    out: str  # rank 0's standard output
+    err: str  # rank 0's standard error
+
+
+def launch(
+    world: int, program: Callable, *arguments: Any, seconds: int = 120, env: dict[str, str] | None = None
+) -> Launch:
+    """Run `program(*arguments)` on `world` ranks. A SystemExit becomes the rank's exit code, an exception code 1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(world):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | (env or {})
+            process = _CONTEXT.Process(
+                target=_rank, args=(folder, rank, variables, os.getcwd(), seconds, program, arguments)
+            )
+            process.start()
+            ranks.append(process)
+        for process in ranks:
+            process.join(seconds + 20)
+            with contextlib.suppress(ProcessLookupError):  # the rank, if it hangs, and its loader's workers
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+        files = [Path(folder, str(rank)) for rank in range(world)]
+        values = []
+        for file in files:
+            value = file.with_suffix(".value")
+            values.append(_load(value) if value.exists() else None)
+        return Launch(
+            [process.exitcode if process.exitcode is not None else -1 for process in ranks],
+            values,
+            files[0].with_suffix(".out").read_text(),
+            files[0].with_suffix(".err").read_text(),
+        )
+
+
+def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 120) -> list[Any]:
+    """Every rank's value of `program(*arguments)`, called with the process group joined; fails if a rank fails."""
+    result = launch(world, _in_group, program, *arguments, seconds=seconds)
+    assert result.codes == [0] * world, f"exit codes {result.codes}; rank 0 printed\n{result.out}\n{result.err}"
+    return result.values
+
+
+def train(world: int, *arguments: str, seconds: int = 120, env: dict[str, str] | None = None) -> Launch:
+    """`python -m mythos_dist.train ARGUMENTS` on `world` ranks."""
+    return launch(world, _train, list(arguments), seconds=seconds, env=env)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from mythos_dist.train.__main__ import main
+
+    sys.argv = ["mythos_dist.train", *arguments]
+    main()
+
+
+def _in_group(program: Callable, *arguments: Any) -> Any:
+    import torch.distributed as dist
+
+    from mythos_dist.parallel.process import join_process_group
+
+    join_process_group()
+    value = program(*arguments)
+    dist.destroy_process_group()
+    return value
+
+
+def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, program: Callable, arguments: tuple) -> None:
+    import torch
+
+    os.setpgrp()
+    multiprocessing.set_start_method("fork", force=True)  # as under a real launcher: loader workers fork
+    os.chdir(cwd)
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    if "KILL_AFTER" in os.environ:
+        threading.Thread(target=_kill_after, args=(Path(os.environ["KILL_AFTER"]),), daemon=True).start()
+    file = Path(folder, str(rank))
+    with file.with_suffix(".out").open("w") as out, file.with_suffix(".err").open("w") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr)
+        code = 0
+        try:
+            value = program(*arguments)
+            torch.save(value, file.with_suffix(".value"))
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        with contextlib.suppress(ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)  # no interpreter shutdown: gloo's threads of a failed rank would wait for its peers
+
+
+def _kill_after(file: Path) -> None:
+    """SIGKILL this rank as soon as `file` exists: no handler, no clean-up, as a node that loses power."""
+    while not file.exists():
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _load(path: Path) -> Any:
+    import torch
+
+    return torch.load(path, weights_only=True)

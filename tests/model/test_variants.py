@@ -1,0 +1,50 @@
+"""The seven sizes are OpenMythos' own."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from mythos_dist.config.load import load_config
+from mythos_dist.config.variants import VARIANTS
+from mythos_dist.model import Mythos, MythosConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = ["1b", "3b", "10b", "50b", "100b", "500b", "1t"]
+
+
+def test_there_are_seven():
+    assert list(VARIANTS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_equals_the_reference(name, open_mythos):
+    """Fields that a variant does not name keep defaults, and these are compared too."""
+    reference = getattr(open_mythos.variants, f"mythos_{name}")()
+    ours = MythosConfig(**VARIANTS[name])
+    assert {f.name: getattr(ours, f.name) for f in fields(reference)} == vars(reference)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_parameters_as_the_reference(name, build_reference):
+    """On the meta device, without storage. The reference counts its tied head once, as `parameters()` does."""
+    config = MythosConfig(**VARIANTS[name])
+    with torch.device("meta"):
+        ours, reference = Mythos(config), build_reference(config)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
+
+
+def test_the_smallest_has_the_published_number_of_parameters():
+    """1,064,028,034, the figure of OpenMythos 0.5.0."""
+    with torch.device("meta"):
+        model = Mythos(MythosConfig(**VARIANTS["1b"]))
+    assert sum(p.numel() for p in model.parameters()) == 1_064_028_034
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_file_holds_the_same_model(name, open_mythos):
+    """The file spells the numbers out, where a reader can see them."""
+    model = load_config(CONFIGS / f"{name}.yaml").model
+    reference = getattr(open_mythos.variants, f"mythos_{name}")()
+    assert {f.name: getattr(model, f.name) for f in fields(reference)} == vars(reference)

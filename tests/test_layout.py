@@ -1,0 +1,95 @@
+"""Imports among our packages point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# What each room may import of the others. `errors` is everybody's.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": set(),
+    "data": {"config"},
+    "parallel": {"config"},
+    "model": {"parallel", "config"},
+    "checkpoint": {"model", "parallel", "config"},
+    "plan": {"model", "parallel", "config"},
+    "train": {"checkpoint", "plan", "model", "parallel", "data", "config"},
+}
+FILES = sorted((REPOSITORY / "mythos_dist").rglob("*.py"))
+SCRIPTS = sorted(path for folder in ("tools", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, wherever the line stands; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms(path: Path) -> set[str]:
+    """The rooms of ours that a file imports from."""
+    names = (module.split(".") for module in imported_modules(path))
+    return {name[1] for name in names if name[0] == "mythos_dist" and name[1:] and not name[1].startswith("__")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_imports_point_one_way(path):
+    """An import inside a function counts as well."""
+    room = path.relative_to(REPOSITORY / "mythos_dist").parts[0].removesuffix(".py")
+    if room == "__init__":
+        assert rooms(path) == set()
+    else:
+        assert rooms(path) - {room, "errors"} <= MAY_IMPORT[room]
+
+
+def test_the_allowed_directions_have_no_cycle():
+    """Each round takes away the rooms that import nothing that is left; at the end none remains."""
+    left = dict(MAY_IMPORT)
+    while left:
+        leaves = [room for room, imports in left.items() if not imports & left.keys()]
+        assert leaves, f"a cycle among {sorted(left)}"
+        for room in leaves:
+            del left[room]
+
+
+def test_files_of_a_room_have_no_cycle():
+    """Among files, imports at the top level of a module only: those inside functions run later."""
+    graph = {}
+    names = {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        targets = {
+            f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in names else node.module
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        graph[name] = {target for target in targets if target in names and target != name}
+    while graph:
+        leaves = [name for name, targets in graph.items() if not targets & graph.keys()]
+        assert leaves, f"a cycle among {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+def test_the_rule_catches_a_wrong_import(tmp_path):
+    """The check itself: an import hidden in a function and one of a name from the package are both seen."""
+    path = tmp_path / "wrong.py"
+    path.write_text("from mythos_dist import train\ndef f():\n    import mythos_dist.data.pack\nimport torch\n")
+    assert rooms(path) == {"train", "data"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_scripts_import_the_package_and_not_each_other(path):
+    ours = {script.stem for script in SCRIPTS} | {"tools", "benchmarks", "tests"}
+    assert not {module.split(".")[0] for module in imported_modules(path)} & ours

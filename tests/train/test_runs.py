@@ -1,0 +1,225 @@
+"""Whole runs through the command line: what they write, that they resume exactly, and how they refuse."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.launch import train
+
+from mythos_dist.checkpoint.restore import load_model
+from mythos_dist.data.stream import ReplicaStream
+
+pytestmark = pytest.mark.launch
+EXACT = ("loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
+
+
+def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(text) for text in (run_dir / name).read_text().splitlines()]
+
+
+def exact(run_dir: Path) -> list[tuple]:
+    return [tuple(line[key] for key in ("step", *EXACT)) for line in lines(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run on two ranks."""
+    run_dir = tmp_path_factory.mktemp("run") / "finished"
+    result = train(2, *settings, f"run.dir={run_dir}")
+    assert result.codes == [0, 0], result.err
+    return run_dir
+
+
+def test_a_run_writes_the_folder_that_is_promised(finished, config, shards):
+    """Every file, and in metrics.jsonl each number that a closed formula or the shards themselves give."""
+    names = {path.relative_to(finished).as_posix() for path in finished.rglob("*")}
+    assert names >= {"config.yaml", "deepspeed.json", "metrics.jsonl", "eval.jsonl", "COMPLETED", "checkpoints/latest"}
+    assert names >= {"logs/rank-00000.log", "logs/rank-00001.log"}
+    assert sorted(n for n in names if re.fullmatch(r"checkpoints/step-\d{8}", n)) == [
+        f"checkpoints/step-{step:08d}" for step in (2, 4, 6)
+    ]
+    assert (finished / "checkpoints" / "latest").read_text().strip() == "step-00000006"
+    assert json.loads((finished / "deepspeed.json").read_text())["gradient_accumulation_steps"] == 4
+    assert yaml.safe_load((finished / "config.yaml").read_text())["model"]["dim"] == config.model.dim
+
+    stream = ReplicaStream(
+        shards, "train", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0
+    )
+    found = lines(finished)
+    assert [line["step"] for line in found] == list(range(1, 7))
+    for line in found:
+        step = line["step"]
+        o, warm = config.optim, config.optim.warmup_steps
+        cosine = (1 + math.cos(math.pi * (step - warm) / (6 - warm))) / 2
+        rate = o.lr * step / warm if step <= warm else o.lr * (0.1 + 0.9 * cosine)
+        assert line["lr"] == pytest.approx(rate)
+        assert line["tokens"] == step * 8 * 32 and line["n_loops"] == 2
+        ids = sorted(stream.step(step - 1)[0].sample_ids.tolist())
+        assert line["batch_id"] == hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+        assert line["tokens_per_second"] == pytest.approx(8 * 32 / line["step_seconds"])
+        assert 0 < line["mfu"] < 1 and 1 <= line["expert_load_max"] <= 4
+    evaluations = lines(finished, "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 6]
+    # Tokens of a uniform prediction cost ln(512); training on English must do better than at the start.
+    assert evaluations[0]["heldout_loss"] == pytest.approx(math.log(512), abs=0.2)
+    assert evaluations[1]["heldout_loss"] < evaluations[0]["heldout_loss"] - 0.1
+
+
+def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, tmp_path):
+    """One rank and four, other micro-batches: batch_id equal, losses and norms equal but for the order of sums."""
+    for world, micro_batch in ((1, 4), (4, 2)):
+        run_dir = tmp_path / str(world)
+        result = train(world, *settings, f"run.dir={run_dir}", f"train.micro_batch={micro_batch}")
+        assert result.codes == [0] * world, result.err
+        for got, expected in zip(lines(run_dir), lines(finished), strict=True):
+            assert got["batch_id"] == expected["batch_id"] and got["tokens"] == expected["tokens"]
+            assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        for got, expected in zip(lines(run_dir, "eval.jsonl"), lines(finished, "eval.jsonl"), strict=True):
+            assert got["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, zero):
+    """SIGKILL of all ranks behind a checkpoint; the same command again gives the lines of an undisturbed run."""
+    arguments = [*settings, f"parallel.zero={zero}", "data.workers=1", "model.dropout=0.1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train(2, *arguments, f"run.dir={whole}").codes == [0, 0]
+    env = {"KILL_AFTER": str(broken / "checkpoints" / "step-00000002" / "checkpoint.json")}
+    killed = train(2, *arguments, f"run.dir={broken}", env=env)
+    assert killed.codes == [-signal.SIGKILL] * 2 and not (broken / "COMPLETED").exists()
+    (broken / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # a line that a kill cut short
+    resumed = train(2, *arguments, f"run.dir={broken}")
+    assert resumed.codes == [0, 0], resumed.err
+    assert "resuming from" in resumed.out
+    assert exact(broken) == exact(whole)
+    assert lines(broken, "eval.jsonl") == lines(whole, "eval.jsonl")
+
+
+def test_running_a_finished_run_again_changes_nothing(finished, settings):
+    """The second start says that it is done, and the files keep their bytes."""
+    before = {path: path.read_bytes() for path in finished.rglob("*.jsonl")}
+    result = train(2, *settings, f"run.dir={finished}")
+    assert result.codes == [0, 0] and "is done: 6 of 6 steps" in result.out
+    assert {path: path.read_bytes() for path in finished.rglob("*.jsonl")} == before
+
+
+def test_the_saved_model_has_the_held_out_loss_that_was_logged(finished, config, shards):
+    """`load_model` on one process without DeepSpeed's engine: the same weights, so the same loss to fp32 rounding."""
+    model, loaded, step = load_model(finished)
+    assert step == 6 and loaded.model == config.model
+    stream = ReplicaStream(
+        shards, "heldout", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0,
+        shuffle=False,
+    )  # fmt: skip
+    (batch,) = stream.step(0)  # eval_samples of the tiny config is 8
+    loss = model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)["cross_entropy"]
+    assert float(loss) == pytest.approx(lines(finished, "eval.jsonl")[-1]["heldout_loss"], rel=1e-5)
+
+
+def refused(result, *words: str) -> None:
+    """Exit code 2 on every rank, the words on rank 0's standard error, and no traceback."""
+    assert set(result.codes) == {2}, (result.codes, result.err)
+    assert "Traceback" not in result.err and result.err.startswith("error: "), result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.dimm=64", ("model.dimm", "did you mean model.dim?")),
+        ("train.steps=many", ("train.steps='many'", "whole number")),
+        ("model.attn_type=gqa model.n_heads=5", ("model.dim=32", "model.n_heads=5", "one of [1, 2, 4, 8, 16, 32]")),
+        ("train.seq_len=512", ("train.seq_len=512", "model.max_seq_len=256")),
+        ("model.vocab_size=300", ("model.vocab_size", "300", "512")),
+        ("train.seq_len=16", ("train.seq_len=16", "32")),
+        ("data.path=EMPTY", ("data.path", "EMPTY", "tools/make_shards.py")),
+        ("data.path=MISSING", ("MISSING",)),
+        ("data.tokenizer=OTHER", ("another tokenizer",)),
+        ("train.micro_batch=8", ("train.global_batch=8", "2 replicas", "train.micro_batch to one of [1, 2, 4]")),
+        ("train.micro_batch=3", ("train.global_batch=8", "train.micro_batch=3")),
+    ],
+)
+def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(override, words, settings, tmp_path, monkeypatch):
+    """Each names the thing and the remedy; the run folder is not made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    if "OTHER" in override:
+        from mythos_dist.data.tokenizer import train_tokenizer
+
+        train_tokenizer(["some other text, of which there is not much " * 40], tmp_path / "OTHER", 278)
+    refused(train(2, *settings, "run.dir=here", *override.split()), *words)
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_run_folder_of_another_config_is_refused_and_kept(finished, settings, tmp_path):
+    """The differing settings are named with both values; not a byte of the old run changes."""
+    run_dir = tmp_path / "copy"
+    shutil.copytree(finished, run_dir)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    result = train(2, *settings, f"run.dir={run_dir}", "model.n_experts=16", "optim.lr=1e-3", "train.steps=8")
+    refused(result, "model.n_experts=16", "has 8", "optim.lr=0.001", "has 0.002", "another run.dir")
+    assert "train.steps" not in result.err  # a run may be made longer
+    refused(train(4, *settings, f"run.dir={run_dir}", "train.steps=8"), "ranks=2", "ranks=4")
+    (run_dir / "checkpoints" / "latest").write_text("step-00000099\n")
+    refused(train(2, *settings, f"run.dir={run_dir}", "train.steps=8"), "step-00000099", "step-00000006")
+    (run_dir / "checkpoints" / "latest").write_text("step-00000006\n")
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_shard_stops_the_run_and_is_named(settings, shards, tmp_path):
+    """The sample is named, and the token that the model has no row for; a damaged sample likewise. Exit code 2."""
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    (shard,) = (folder / "train").glob("*.mds")
+    whole = shard.read_bytes()
+    stream = ReplicaStream(
+        shards, "train", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0
+    )
+    batch = stream.step(1)[0]
+    tokens = torch.cat([batch.input_ids[3], batch.labels[3, -1:]]).numpy().astype("uint16").tobytes()
+    assert whole.count(tokens) == 1
+    arguments = [*settings, f"data.path={folder}", "data.workers=1"]
+    shard.write_bytes(whole.replace(tokens, b"\xff" * len(tokens)))
+    refused(train(1, *arguments, f"run.dir={tmp_path / '1'}"), f"sample {batch.sample_ids[3]}", "65535", "512")
+    end = len(whole) // 2
+    shard.write_bytes(whole[:end] + b"\xff" * (len(whole) - end))  # headers of samples as well
+    refused(train(1, *arguments, f"run.dir={tmp_path / '2'}"), "damaged; convert again")
+
+
+def test_help_and_a_launcher_of_the_users_own(settings, tmp_path):
+    """`--help` answers at once; under torchrun two ranks train; a mistake without a launcher exits with 2."""
+    module = [sys.executable, "-m", "mythos_dist.train"]
+    begin = time.monotonic()
+    shown = subprocess.run([*module, "--help"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0 and "section.key=value" in shown.stdout
+    assert time.monotonic() - begin < 20  # it does not import torch
+    bad = subprocess.run([*module, *settings, "optim.lrr=1"], capture_output=True, text=True, timeout=60)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "did you mean optim.lr?" in bad.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *module[1:]]
+    done = subprocess.run([*torchrun, *settings, f"run.dir={tmp_path}"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "COMPLETED").exists()
+    steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "grad_norm" in line]
+    assert len(steps) == 6  # one console line a step
+
+
+def test_wandb_offline_records_every_step_without_a_network(settings, tmp_path):
+    """The default: a run folder of wandb's own with a file of records, no login, no waiting."""
+    result = train(
+        1, *settings, f"run.dir={tmp_path}", "run.wandb=offline", env={"WANDB_BASE_URL": "http://127.0.0.1:9"}
+    )
+    assert result.codes == [0], result.err
+    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"heldout_loss" in record.read_bytes()
