@@ -7,6 +7,7 @@ operating system's own peak of resident memory; the figures compared are medians
 """
 
 import argparse
+import importlib
 import json
 import resource
 import statistics
@@ -42,11 +43,9 @@ PEERS = ("reference fp32", "reference bf16", "ours fp32", "ours bf16")
 def build_reference(settings: dict) -> torch.nn.Module:
     """OpenMythos with a halting bias that no token overcomes."""
     sys.path.insert(0, str(ROOT / ".venv" / "reference"))
-    from open_mythos.main import MythosConfig as ReferenceConfig
-    from open_mythos.main import OpenMythos
-
+    reference = importlib.import_module("open_mythos.main")
     torch.manual_seed(0)
-    model = OpenMythos(ReferenceConfig(**settings))
+    model = reference.OpenMythos(reference.MythosConfig(**settings))
     torch.nn.init.constant_(model.recurrent.act.halt.bias, -3.0)  # 8 loops add up to 0.4 of 0.99
     return model
 
@@ -62,13 +61,14 @@ class Stepper:
         if self.name == "ours":
             ours = Mythos(MythosConfig(**settings, mode="reference"))  # equal loss, equal work
             ours.load_state_dict(from_open_mythos(model.state_dict(), ours.config))
-            model = ours
+            model = ours  # the reference is freed
         self.model = model
-        self.masters = list(model.parameters())
-        if self.bf16 and self.name == "ours":
+        self.masters: list[torch.Tensor] = list(model.parameters())
+        self.mixed = self.bf16 and self.name == "ours"
+        if self.mixed:
             self.masters = [p.detach().clone() for p in model.parameters()]
             model.to(torch.bfloat16)
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
 
     def step(self, ids: torch.Tensor, labels: torch.Tensor) -> float:
         """Forward, backward, update; returns the loss."""
@@ -80,12 +80,12 @@ class Stepper:
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         loss.backward()
         parameters = list(self.model.parameters())
-        if parameters[0] is not self.masters[0]:
+        if self.mixed:
             for master, parameter in zip(self.masters, parameters, strict=True):
-                master.grad = parameter.grad.float()
+                master.grad = parameter.grad.float() if parameter.grad is not None else None
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if parameters[0] is not self.masters[0]:
+        if self.mixed:
             torch._foreach_copy_([p.detach() for p in parameters], self.masters)
             self.model.zero_grad()
         return loss.item()

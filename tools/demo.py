@@ -4,11 +4,12 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 RUN_DIR = Path("runs/demo")
 TRAIN = [
@@ -20,7 +21,7 @@ TRAIN = [
 def main() -> None:
     """Run the demo from the project's root; an earlier demo's run folder is replaced."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stop-at", type=int, default=60, help="step at which the first run is killed (%(default)s)")
+    parser.add_argument("--stop-at", type=int, default=50, help="step at which the first run is killed (%(default)s)")
     stop_at = parser.parse_args().stop_at
     begin = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # 4 ranks share the cores
@@ -55,11 +56,13 @@ def run(command: list[str]) -> None:
 def train_until(step: int) -> None:
     """Start training and kill it, all ranks at once, when `step` has been logged."""
     metrics = RUN_DIR / "metrics.jsonl"
-    job = subprocess.Popen(TRAIN, start_new_session=True)
+    job = subprocess.Popen(TRAIN)
     while job.poll() is None:
         lines = metrics.read_text().count("\n") if metrics.exists() else 0
         if lines >= step:
-            os.killpg(job.pid, signal.SIGKILL)
+            # The launcher's ranks are in sessions of their own: killed alone, it would leave them running.
+            for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+                process.kill()
             job.wait()
             print(f"killed at step {lines}")
             return

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from mythos_dist.parallel.process import device
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
-from mythos_dist.train.run_folder import check_run_folder, start_logging, write_run_folder
+from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, start_logging, write_run_folder
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
@@ -43,6 +46,13 @@ def train(config: Config) -> None:
             "trained on; give their folder, or another run.dir"
         )
     dist.barrier()  # no rank writes before all have checked
+    writer = claim_run_folder(run_dir) if rank == 0 else None
+    claimed = [writer is not None]
+    dist.broadcast_object_list(claimed)
+    if not claimed[0]:
+        raise UserError(
+            f"run.dir={run_dir} is in use: another run writes there; stop its ranks, or give another run.dir"
+        )
     if rank == 0:
         write_run_folder(config, world)
     dist.barrier()
@@ -79,6 +89,7 @@ def train(config: Config) -> None:
         micro_batches = next(batches)
         result = engine.train_step(micro_batches, step)
         ids = gather_sample_ids(micro_batches)
+        log.info("step %d took %.3f s", step, time.perf_counter() - begin)  # in every rank's log: who is slow?
         if metrics:
             metrics.step(step_line(config, step, result, ids, time.perf_counter() - begin, peak * world))
         last = step == config.train.steps
@@ -86,10 +97,11 @@ def train(config: Config) -> None:
             evaluate(step)
         if last or step % config.checkpoint.every == 0:
             save(step)
-    if metrics:
+    if metrics and writer:
         (run_dir / "COMPLETED").write_text(f"{config.train.steps} steps\n")
         metrics.close()
         print(f"done: {config.train.steps} steps; metrics, logs and checkpoints are in {run_dir}", flush=True)
+        writer.close()
 
 
 def open_stream(config: Config, split: str) -> ReplicaStream:

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -119,16 +119,24 @@ def _start_wandb(config: Config, run_dir: Path):
         log.warning("wandb: api.wandb.ai cannot be reached; this run is recorded offline (later: wandb sync)")
         mode = "offline"
     run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
-    return wandb.init(
-        mode="online" if mode == "online" else "offline",
-        project="mythos_dist",
-        name=run_dir.name,
-        id=run_id,
-        resume="allow",
-        dir=run_dir,
-        settings=settings,
-    )
+
+    def start(mode: Literal["online", "offline"]):
+        return wandb.init(
+            mode=mode,
+            project="mythos_dist",
+            name=run_dir.name,
+            id=run_id,
+            resume="allow",
+            dir=run_dir,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30),
+        )
+
+    if mode == "online":
+        try:
+            return start("online")
+        except wandb.Error as error:  # not logged in, or the server does not answer
+            log.warning("wandb: %s; this run is recorded offline (later: wandb sync)", error)
+    return start("offline")
 
 
 def _reaches(host: str) -> bool:

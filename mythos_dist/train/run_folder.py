@@ -1,9 +1,11 @@
 """The run folder: its config, its logs, and the refusal to mix two runs in one folder."""
 
+import fcntl
 import json
 import logging
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
@@ -46,10 +48,24 @@ def check_run_folder(config: Config) -> None:
         raise UserError([*found, "set these back to go on with that run, or give another run.dir"])
 
 
+def claim_run_folder(path: Path) -> TextIO | None:
+    """Take the folder for this process (rank 0) as long as the returned file is open; None if another run has it.
+
+    Ranks outlive a launcher that is killed, so the same command given again may meet the old run, still writing.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / "writer.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
 def write_run_folder(config: Config, num_replicas: int) -> None:
     """Write the resolved config and DeepSpeed's JSON (rank 0)."""
     path = Path(config.run.dir)
-    path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(config))
     (path / "deepspeed.json").write_text(json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
 

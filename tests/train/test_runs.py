@@ -1,5 +1,6 @@
 """Whole runs through the command line: what they write, that they resume exactly, and how they refuse."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -89,6 +90,13 @@ def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, t
             assert got["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-4)
 
 
+def test_every_rank_logs_its_own_steps(finished):
+    """A line a step in each rank's log, to find a slow one."""
+    for rank in (0, 1):
+        log = (finished / "logs" / f"rank-{rank:05d}.log").read_text()
+        assert [int(n) for n in re.findall(r"step (\d+) took", log)] == list(range(1, 7))
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, zero):
     """SIGKILL of all ranks behind a checkpoint; the same command again gives the lines of an undisturbed run."""
@@ -176,6 +184,15 @@ def test_a_run_folder_of_another_config_is_refused_and_kept(finished, settings, 
     refused(train(2, *settings, f"run.dir={run_dir}", "train.steps=8"), "step-00000099", "step-00000006")
     (run_dir / "checkpoints" / "latest").write_text("step-00000006\n")
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_folder_has_one_writer(settings, tmp_path):
+    """While another process holds the folder, as ranks do that outlive their launcher, a second run is refused."""
+    with (tmp_path / "writer.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(train(2, *settings, f"run.dir={tmp_path}"), f"run.dir={tmp_path}", "in use", "another run.dir")
+        assert [path.name for path in tmp_path.iterdir()] == ["writer.lock"]
+    assert train(2, *settings, f"run.dir={tmp_path}", "train.steps=1").codes == [0, 0]
 
 
 def test_a_damaged_shard_stops_the_run_and_is_named(settings, shards, tmp_path):

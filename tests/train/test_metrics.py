@@ -1,0 +1,68 @@
+"""The writer's own rules, without a run."""
+
+import dataclasses
+import json
+import logging
+import socket
+import time
+
+import pytest
+
+from mythos_dist.train.metrics import Metrics, batch_id
+
+
+def replace_wandb(config, mode):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, wandb=mode))
+
+
+def test_batch_id_sees_samples_and_not_their_order():
+    """Equal for any order, different for any other set, for a repeated sample too."""
+    assert batch_id([3, 1, 2]) == batch_id([1, 2, 3])
+    others = [[1, 2], [1, 2, 4], [1, 2, 3, 3], [12, 3]]
+    assert len({batch_id(ids) for ids in [[1, 2, 3], *others]}) == 5
+
+
+@pytest.mark.parametrize("reason", ["no network", "not logged in"])
+def test_wandb_online_without_a_way_out_records_offline_at_once(config, tmp_path, monkeypatch, caplog, reason):
+    """Neither a missing network nor a missing login stops or delays a run; a warning says what happens."""
+    import wandb
+
+    start = wandb.init
+
+    def unreachable(*_, **__):
+        raise OSError("network is unreachable")
+
+    def refuse(**arguments):
+        if arguments["mode"] == "online":
+            raise wandb.errors.UsageError("no API key")
+        return start(**arguments)
+
+    class Reached:
+        def close(self):
+            pass
+
+    if reason == "no network":
+        monkeypatch.setattr(socket, "create_connection", unreachable)
+    else:
+        monkeypatch.setattr(socket, "create_connection", lambda *_, **__: Reached())
+        monkeypatch.setattr(wandb, "init", refuse)
+    begin = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        metrics = Metrics(replace_wandb(config, "online"), tmp_path, 0)
+    metrics.held_out(0, 6.0)
+    metrics.close()
+    assert time.monotonic() - begin < 30
+    assert "recorded offline" in caplog.text
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_numbers_that_json_lacks_become_null(config, tmp_path):
+    """An fp16 step that overflows has an infinite norm; the line stays valid JSON for any reader."""
+    metrics = Metrics(replace_wandb(config, "disabled"), tmp_path, 0)
+    metrics._write("metrics.jsonl", {"step": 1, "grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5})
+
+    def refuse(name):
+        raise ValueError(name)
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "grad_norm": None, "loss": None, "lr": 0.5}
