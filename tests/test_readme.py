@@ -1,0 +1,32 @@
+"""What the README shows is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def test_the_python_example_runs():
+    """The block as it stands, in a process of its own."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    shape = "\nassert logits.shape == (1, 16, 1000) and tokens.shape == (1, 23), (logits.shape, tokens.shape)\n"
+    subprocess.run([sys.executable, "-c", code + shape], check=True, timeout=120)
+
+
+def test_the_errors_shown_are_the_errors_printed():
+    """The command of the README, its output word for word, and exit code 2."""
+    (command, shown) = re.findall(r"\$ python (-m mythos_dist\.train .*?)\n(.*?)```", README, flags=re.DOTALL)[0]
+    result = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", shown)
+
+
+def test_every_file_that_the_readme_names_is_there():
+    """Paths in code spans and commands, but for what a run makes."""
+    named = set(re.findall(r"\b(?:tools|configs|benchmarks)/[\w./-]*\w", README)) | {"DECISIONS.md", "CHANGELOG.md"}
+    assert {"tools/make_shards.py", "configs/1b.yaml"} <= named
+    assert [name for name in sorted(named) if not (REPOSITORY / name).exists()] == []
