@@ -39,10 +39,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that `_Loader` would read as a number."""
+
+
 # PyYAML follows YAML 1.1, where a float needs a dot: without this `lr: 3e-4` would be a text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -63,7 +68,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """The whole config as YAML, every setting written out; `load_config` reads it back to an equal Config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...]) -> list[dict]:

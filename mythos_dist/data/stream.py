@@ -69,16 +69,12 @@ class ReplicaStream:
         """
         assert 0 <= replica < num_replicas and split in ("train", "heldout")
         path = Path(path)
-        manifest = read_manifest(path)
-        problems = _folder_problems(path, split, manifest, tokenizer_path)
-        problems += _config_problems(path, manifest, seq_len, vocab_size)
+        manifest = check_shards(path, split, seq_len=seq_len, vocab_size=vocab_size, tokenizer_path=tokenizer_path)
         if global_batch % (num_replicas * micro_batch):
-            problems.append(
+            raise UserError(
                 f"train.global_batch={global_batch} is not divisible by {num_replicas} replicas x "
                 f"train.micro_batch={micro_batch}; set train.global_batch to a multiple of {num_replicas * micro_batch}"
             )
-        if problems:
-            raise UserError(problems, str(path))
         self.fingerprint = manifest.fingerprint  # of the shards on disk
         self.num_samples = manifest.splits[split].windows
         self._split, self._vocab_size = split, vocab_size
@@ -144,6 +140,22 @@ class ReplicaStream:
                 "the shards are damaged, convert them again"
             )
         return batch
+
+
+def check_shards(
+    path: str | Path, split: str, *, seq_len: int, vocab_size: int, tokenizer_path: str | Path | None = None
+) -> Manifest:
+    """The manifest of the folder, or UserError with all that is wrong with it or with its fit to the config.
+
+    Unlike building a stream this waits for no other rank, so ranks can check first and then agree.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    problems = _folder_problems(path, split, manifest, tokenizer_path)
+    problems += _config_problems(path, manifest, seq_len, vocab_size)
+    if problems:
+        raise UserError(problems, str(path))
+    return manifest
 
 
 class _Windows(Dataset):

@@ -4,8 +4,9 @@ import importlib.metadata
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,17 @@ from torch import Tensor
 from mythos_dist.checkpoint.restore import layout_problems, load_checkpoint, read_meta
 from mythos_dist.checkpoint.save import save_checkpoint
 from mythos_dist.config.schema import Config
-from mythos_dist.data.stream import MicroBatch, ReplicaStream
+from mythos_dist.data.manifest import SPLITS
+from mythos_dist.data.stream import MicroBatch, ReplicaStream, check_shards
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.process import device
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
-from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, start_logging, write_run_folder
+from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, start_logging
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def train(config: Config) -> None:
@@ -34,28 +37,9 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     layout = {"ranks": world, "parallel.zero": config.parallel.zero}
 
-    check_run_folder(config)
-    meta = read_meta(run_dir / "checkpoints")
-    if meta and (found := layout_problems(meta, layout)):
-        raise UserError(found)
-    stream = open_stream(config, "train")
-    heldout = open_stream(config, "heldout")
-    if meta and meta["data"] != stream.fingerprint:
-        raise UserError(
-            f"data.path={config.data.path} holds other shards than those that the run in run.dir={run_dir} was "
-            "trained on; give their folder, or another run.dir"
-        )
-    dist.barrier()  # no rank writes before all have checked
-    writer = claim_run_folder(run_dir) if rank == 0 else None
-    claimed = [writer is not None]
-    dist.broadcast_object_list(claimed)
-    if not claimed[0]:
-        raise UserError(
-            f"run.dir={run_dir} is in use: another run writes there; stop its ranks, or give another run.dir"
-        )
-    if rank == 0:
-        write_run_folder(config, world)
-    dist.barrier()
+    meta = together(lambda: check_inputs(config, layout))
+    stream, heldout = (open_stream(config, split) for split in SPLITS)
+    writer = together(lambda: claim_run_folder(config, world) if rank == 0 else None)
     start_logging(run_dir, rank)
     if (run_dir / "COMPLETED").exists() and meta and meta["step"] >= config.train.steps:
         if rank == 0:
@@ -102,6 +86,44 @@ def train(config: Config) -> None:
         metrics.close()
         print(f"done: {config.train.steps} steps; metrics, logs and checkpoints are in {run_dir}", flush=True)
         writer.close()
+
+
+def together(check: Callable[[], T]) -> T:
+    """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code."""
+    result, problem = None, None
+    try:
+        result = check()
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if found := [(rank, text) for rank, text in enumerate(problems) if text]:
+        rank, text = found[0]
+        raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+    return cast(T, result)
+
+
+def check_inputs(config: Config, layout: dict) -> dict | None:
+    """The notes of the checkpoint to resume from, or None; UserError for whatever the user has to mend."""
+    run_dir = Path(config.run.dir)
+    check_run_folder(config)
+    meta = read_meta(run_dir / "checkpoints")
+    if meta and (found := layout_problems(meta, layout)):
+        raise UserError(found)
+    for split in SPLITS:
+        manifest = check_shards(
+            config.data.path,
+            split,
+            seq_len=config.train.seq_len,
+            vocab_size=config.model.vocab_size,
+            tokenizer_path=config.data.tokenizer,
+        )
+        if meta and meta["data"] != manifest.fingerprint:
+            raise UserError(
+                f"data.path={config.data.path} holds other shards than those that the run in run.dir={run_dir} was "
+                "trained on; give their folder, or another run.dir"
+            )
+    return meta
 
 
 def open_stream(config: Config, split: str) -> ReplicaStream:

@@ -48,26 +48,25 @@ def check_run_folder(config: Config) -> None:
         raise UserError([*found, "set these back to go on with that run, or give another run.dir"])
 
 
-def claim_run_folder(path: Path) -> TextIO | None:
-    """Take the folder for this process (rank 0) as long as the returned file is open; None if another run has it.
+def claim_run_folder(config: Config, num_replicas: int) -> TextIO:
+    """Make `run.dir` this process's (rank 0's) as long as the returned file is open; write config and DeepSpeed's JSON.
 
-    Ranks outlive a launcher that is killed, so the same command given again may meet the old run, still writing.
+    Ranks outlive a launcher that is killed, so the same command given again may meet the old run, still writing:
+    that raises UserError.
     """
+    path = Path(config.run.dir)
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / "writer.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        return None
-    return lock
-
-
-def write_run_folder(config: Config, num_replicas: int) -> None:
-    """Write the resolved config and DeepSpeed's JSON (rank 0)."""
-    path = Path(config.run.dir)
+        raise UserError(
+            f"run.dir={path} is in use: another run writes there; stop its ranks, or give another run.dir"
+        ) from None
     (path / "config.yaml").write_text(dump_config(config))
     (path / "deepspeed.json").write_text(json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
+    return lock
 
 
 def start_logging(run_dir: Path, rank: int) -> None:

@@ -273,6 +273,14 @@ def test_a_dumped_config_reads_back_equal(
     assert load_config(path) == config
 
 
+@pytest.mark.parametrize("text", ["1e3", "-2E5", "1.5e-3", "3", "true", "~", "2026-11-23", "0x10", "1_000"])
+def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
+    """Found by the test above once it drew 1e3: dumper and loader must agree on what a number is."""
+    config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path="shards", tokenizer=text))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml").data.tokenizer == text
+
+
 def change(**sections: dict) -> Config:
     """A config without problems, with settings of its sections changed."""
     config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path="shards"))

@@ -81,6 +81,14 @@ def train(world: int, *arguments: str, seconds: int = 120, env: dict[str, str] |
     return launch(world, _train, list(arguments), seconds=seconds, env=env)
 
 
+def in_folder_of_rank(parent: str, arguments: Sequence[str]) -> None:
+    """Train with `parent`/RANK as working directory: a file system that differs between ranks."""
+    folder = Path(parent, os.environ["RANK"])
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    _train(arguments)
+
+
 def _train(arguments: Sequence[str]) -> None:
     from mythos_dist.train.__main__ import main
 

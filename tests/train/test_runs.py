@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.launch import train
+from helpers.launch import in_folder_of_rank, launch, train
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.data.stream import ReplicaStream
@@ -169,6 +169,16 @@ def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(override, word
         train_tokenizer(["some other text, of which there is not much " * 40], tmp_path / "OTHER", 278)
     refused(train(2, *settings, "run.dir=here", *override.split()), *words)
     assert not (tmp_path / "here").exists()
+
+
+def test_a_mistake_that_one_rank_sees_ends_all_with_its_words(settings, shards, tmp_path):
+    """Rank 1 lacks the shards, as on a node without the mount: no rank waits for it, all leave with exit code 2."""
+    (tmp_path / "0").mkdir()
+    shutil.copytree(shards, tmp_path / "0" / "shards")
+    arguments = [*settings, f"run.dir={tmp_path / 'run'}", "data.path=shards"]
+    result = launch(2, in_folder_of_rank, str(tmp_path), arguments, seconds=60)
+    refused(result, "rank 1: shards: no such folder")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_of_another_config_is_refused_and_kept(finished, settings, tmp_path):
