@@ -41,11 +41,15 @@ def train(config: Config) -> None:
     stream, heldout = (open_stream(config, split) for split in SPLITS)
     writer = together(lambda: claim_run_folder(config, world) if rank == 0 else None)
     start_logging(run_dir, rank)
-    if (run_dir / "COMPLETED").exists() and meta and meta["step"] >= config.train.steps:
+    completed = run_dir / "COMPLETED"
+    if meta and meta["step"] >= config.train.steps:
         if rank == 0:
+            completed.touch()  # a kill between the last checkpoint and the marker left it out
             print(f"{run_dir} is done: {meta['step']} of {config.train.steps} steps; raise train.steps to go on")
         return
 
+    if rank == 0:
+        completed.unlink(missing_ok=True)  # train.steps was raised
     engine = Engine(config)
     done = 0  # steps
     if meta:
@@ -82,7 +86,7 @@ def train(config: Config) -> None:
         if last or step % config.checkpoint.every == 0:
             save(step)
     if metrics and writer:
-        (run_dir / "COMPLETED").write_text(f"{config.train.steps} steps\n")
+        completed.touch()
         metrics.close()
         print(f"done: {config.train.steps} steps; metrics, logs and checkpoints are in {run_dir}", flush=True)
         writer.close()

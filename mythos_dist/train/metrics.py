@@ -54,7 +54,7 @@ class Metrics:
         self.total_steps = config.train.steps
         self.run_dir = run_dir
         for name in ("metrics.jsonl", "eval.jsonl"):
-            _keep_until(run_dir / name, resumed_step)
+            _keep_until(run_dir / name, resumed_step or -1)  # from the start, even the loss before step 1 comes anew
         self.wandb = _start_wandb(config, run_dir)
 
     def step(self, line: dict[str, Any]) -> None:

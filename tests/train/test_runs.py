@@ -122,6 +122,31 @@ def test_running_a_finished_run_again_changes_nothing(finished, settings):
     assert {path: path.read_bytes() for path in finished.rglob("*.jsonl")} == before
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, settings, tmp_path):
+    """Its lines are replaced, not continued."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    assert train(2, *settings, f"run.dir={run_dir}").codes == [0, 0]
+    assert exact(run_dir) == exact(finished)
+    assert lines(run_dir, "eval.jsonl") == lines(finished, "eval.jsonl")
+
+
+def test_a_finished_run_can_be_made_longer(finished, settings, tmp_path):
+    """More steps: it goes on from the last checkpoint; the marker is gone until they are done, and back behind them."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    arguments = [*settings, f"run.dir={run_dir}", "train.steps=10"]
+    killed = train(
+        2, *arguments, env={"KILL_AFTER": str(run_dir / "checkpoints" / "step-00000008" / "checkpoint.json")}
+    )
+    assert killed.codes == [-signal.SIGKILL] * 2 and not (run_dir / "COMPLETED").exists()
+    assert train(2, *arguments).codes == [0, 0] and (run_dir / "COMPLETED").exists()
+    assert exact(run_dir)[:6] == exact(finished) and [line["step"] for line in lines(run_dir)] == list(range(1, 11))
+    (run_dir / "COMPLETED").unlink()  # killed between the last checkpoint and the marker
+    assert train(2, *arguments).codes == [0, 0] and (run_dir / "COMPLETED").exists()
+
+
 def test_the_saved_model_has_the_held_out_loss_that_was_logged(finished, config, shards):
     """`load_model` on one process without DeepSpeed's engine: the same weights, so the same loss to fp32 rounding."""
     model, loaded, step = load_model(finished)
