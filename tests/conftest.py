@@ -10,6 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is no failure; CI judges a change by the same examples every time, a person's run looks for new ones.
+settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("patient")
 
 REPOSITORY = Path(__file__).parents[1]
 
