@@ -4,6 +4,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,10 @@ from hypothesis import settings
 # A busy machine is no failure; CI judges a change by the same examples every time, a person's run looks for new ones.
 settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("patient")
+
+# Streaming keeps a dozen files open per dataset that the process has had, times the datasets before it.
+_, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard if _hard != resource.RLIM_INFINITY else 65536, _hard))
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -37,3 +42,17 @@ def open_mythos() -> SimpleNamespace:
     return SimpleNamespace(
         main=importlib.import_module("open_mythos.main"), variants=importlib.import_module("open_mythos.variants")
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_memory_of_killed_runs(tmp_path_factory):
+    """Remove what runs that a test killed have left in /dev/shm: streaming's next dataset would open all of it.
+
+    Other jobs' memory stays: a data set's `locals` name the folder it reads, and only this session's folders count.
+    """
+    yield
+    ours = str(tmp_path_factory.getbasetemp()).encode()
+    for names in Path("/dev/shm").glob("??????_locals"):
+        if ours in names.read_bytes():
+            for segment in names.parent.glob(names.name.removesuffix("locals") + "*"):
+                segment.unlink(missing_ok=True)

@@ -20,9 +20,12 @@ def read_meta(checkpoints: Path) -> dict[str, Any] | None:
     Raises UserError when `latest` names a checkpoint that is not there or not complete.
     """
     pointer = checkpoints / "latest"
-    if not pointer.exists():
+    if pointer.exists():
+        path = checkpoints / pointer.read_text().strip()
+    elif whole := sorted(checkpoints.glob(f"step-????????/{META_FILE}")):
+        path = whole[-1].parent  # killed between the first checkpoint's rename and the pointer to it
+    else:
         return None
-    path = checkpoints / pointer.read_text().strip()
     try:
         return {**json.loads((path / META_FILE).read_text()), "path": str(path)}
     except (OSError, json.JSONDecodeError) as error:

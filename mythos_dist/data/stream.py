@@ -10,10 +10,10 @@ samples at any number of replicas, micro-batch size and worker count. B micro-ba
 import json
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -158,17 +158,28 @@ def check_shards(
     return manifest
 
 
+@lru_cache
+def _open_dataset(folder: str, fingerprint: str) -> Any:
+    """The StreamingDataset of a split, one for a folder and process.
+
+    Streaming holds the shared memory of every dataset until the process ends, and each new one opens that of all
+    earlier ones again: a hundred of them are thousands of open files, more than many machines allow.
+    """
+    # DeepSpeed's launcher sets LOCAL_SIZE only. Without LOCAL_WORLD_SIZE every rank takes itself for the first on
+    # its machine, and two of them die of FileExistsError '/000000_locals' (streaming #717).
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    from streaming import StreamingDataset  # 6 seconds of import
+
+    del fingerprint  # part of the cache's key: a folder that was converted again is another one
+    return StreamingDataset(local=folder, batch_size=1)
+
+
 class _Windows(Dataset):
     """The windows of a split by index: map-style, because DataLoader would iterate over a StreamingDataset itself."""
 
     def __init__(self, folder: Path, manifest: Manifest):
-        # DeepSpeed's launcher sets LOCAL_SIZE only. Without LOCAL_WORLD_SIZE every rank takes itself for the first on
-        # its machine, and two of them die of FileExistsError '/000000_locals' (streaming #717).
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
-        from streaming import StreamingDataset  # 6 seconds of import
-
         try:
-            self._data = StreamingDataset(local=str(folder), batch_size=1)
+            self._data = _open_dataset(str(folder), manifest.fingerprint)
         except FileExistsError:
             raise UserError(
                 "another rank or job took the same shared memory; "

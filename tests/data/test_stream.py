@@ -108,16 +108,26 @@ def test_without_shuffle_the_order_is_the_one_on_disk(make_stream):
 def test_settings_that_do_not_fit_the_shards_are_reported_together(make_stream, shards, tmp_path):
     (tmp_path / "mine.model").write_bytes(b"another")
     with pytest.raises(UserError) as error:
-        make_stream(seq_len=32, vocab_size=500, global_batch=9, micro_batch=2, tokenizer_path=tmp_path / "mine.model")
+        make_stream(seq_len=32, vocab_size=500, tokenizer_path=tmp_path / "mine.model")
     expected = [
         f"these shards were made with another tokenizer than {tmp_path / 'mine.model'}",
         "train.seq_len=32, but these shards hold windows of seq_len=64; set train.seq_len to 64",
         f"model.vocab_size=500 is smaller than the tokenizer of data.path={shards}, which has 1000 pieces; "
         "set model.vocab_size to 1000 or more",
-        "train.global_batch=9 is not divisible by 1 replicas x train.micro_batch=2",
     ]
     assert len(error.value.problems) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(error.value.problems, expected, strict=True))
+    with pytest.raises(UserError, match=r"global_batch=9 is not divisible by 1 replicas x train\.micro_batch=2"):
+        make_stream(global_batch=9, micro_batch=2)
+
+
+def test_many_streams_of_a_folder_open_few_files(make_stream):
+    """Streaming alone opens some 12 more files for each dataset that the process has had."""
+    make_stream()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        make_stream().step(0)
+    assert len(os.listdir("/proc/self/fd")) <= before + 5
 
 
 def test_a_larger_vocabulary_and_the_users_own_tokenizer_are_fine(make_stream, tokenizer):
