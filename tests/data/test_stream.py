@@ -193,16 +193,17 @@ def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(make_s
         next(stream.steps(last))
 
 
-def test_ranks_that_do_not_know_their_number_are_told(make_stream, monkeypatch):
+def test_ranks_that_do_not_know_their_number_are_told(make_stream, shards, tmp_path, monkeypatch):
     """What streaming raises in the second of two ranks that both take themselves for the first."""
 
     def collide(**_):
         raise FileExistsError("/000000_locals")
 
+    shutil.copytree(shards, tmp_path / "shards")  # a folder that this process has not opened yet
     monkeypatch.setattr("streaming.StreamingDataset", collide)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(UserError, match="LOCAL_WORLD_SIZE=1 must be the number of ranks on this machine"):
-        make_stream()
+        make_stream(path=tmp_path / "shards")
 
 
 TWO_RANKS = """
