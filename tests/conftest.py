@@ -1,4 +1,4 @@
-"""What all tests share: few threads, and OpenMythos 0.5.0 as the reference for numbers."""
+"""What all tests share: few threads, OpenMythos 0.5.0 as the reference for numbers, and one small set of shards."""
 
 import importlib
 import importlib.machinery
@@ -11,17 +11,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import settings as hypothesis_settings
+
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.data.corpus import read_documents, write_sample_corpus
+from mythos_dist.data.shards import convert
+from mythos_dist.data.tokenizer import train_tokenizer
 
 # A busy machine is no failure; CI judges a change by the same examples every time, a person's run looks for new ones.
-settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("patient")
+hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
+hypothesis_settings.load_profile("patient")
 
 # Streaming keeps a dozen files open per dataset that the process has had, times the datasets before it.
 _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard if _hard != resource.RLIM_INFINITY else 65536, _hard))
 
 REPOSITORY = Path(__file__).parents[1]
+
+TINY = REPOSITORY / "configs" / "tiny_cpu.yaml"
+SMALL = (  # a step in a few hundredths of a second
+    "model.dim=32 model.vocab_size=512 model.kv_lora_rank=16 model.q_lora_rank=16 model.max_loop_iters=2 "
+    "train.seq_len=32 train.steps=6 optim.warmup_steps=2 optim.grad_clip=0.5 checkpoint.every=2 checkpoint.keep=3"
+).split()
 
 # Tensors here are tiny: a second thread costs more in hand-over than it saves.
 torch.set_num_threads(1)
@@ -56,3 +68,25 @@ def shared_memory_of_killed_runs(tmp_path_factory):
         if ours in names.read_bytes():
             for segment in names.parent.glob(names.name.removesuffix("locals") + "*"):
                 segment.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Shards of 32 tokens from CPython's help, vocabulary 512."""
+    work = tmp_path_factory.mktemp("shards")
+    corpus = write_sample_corpus(work / "corpus.parquet")
+    tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", 512)
+    convert(corpus, tokenizer, 32, work / "mds", heldout=0.1, progress=False)
+    return work / "mds"
+
+
+@pytest.fixture(scope="session")
+def settings(shards) -> list[str]:
+    """Command line of a small run, without run.dir."""
+    return [str(TINY), *SMALL, f"data.path={shards}"]
+
+
+@pytest.fixture(scope="session")
+def config(settings) -> Config:
+    """The same as a Config."""
+    return load_config(settings[0], settings[1:])

@@ -14,6 +14,8 @@ def deepspeed_config(config: Config, num_replicas: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.parallel.zero},
         "zero_allow_untested_optimizer": True,  # torch.optim.AdamW is handed in
+        # Tensor ranks would otherwise split what stages send each other, and expect a tuple of tensors.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1 << 60,  # our own line a step is enough
     }
     if train.dtype == "bf16":

@@ -1,12 +1,14 @@
 """Every setting, its type, its default and what it means; `problems` says what cannot work together.
 
 A setting's path in YAML and on the command line is `section.field`. `global_batch` and `micro_batch` are set,
-the accumulation between them is derived. Checks that need a world size are in `layout_problems`.
+the accumulation between them is derived. What has to do with loops, ranks and what is cut is checked in `layout`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
+
+from mythos_dist.config.layout import divisors, layout_problems
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class MythosConfig:
     n_shared_experts: int = 2  # always active; each `expert_dim * n_experts_per_tok` wide
     n_experts_per_tok: int = 4
     expert_dim: int = 512  # hidden width of one routed expert
+    # act: loops' states are mixed by halting probabilities; none: the last loop's state goes on, nothing halts.
+    halting: Literal["act", "none"] = "act"
     act_threshold: float = 0.99  # a token halts when its cumulative halting probability reaches this
     rope_theta: float = 500000.0
     lora_rank: int = 16  # depth LoRA
@@ -73,15 +77,22 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class LoopsConfig:
-    """How many loops a training step runs."""
+    """How many loops a training step runs. The number is drawn from (run.seed, step): the same at every layout."""
 
+    distribution: Literal["fixed", "poisson"] = "fixed"
     mean: int | None = None  # None: model.max_loop_iters
+    maximum: int | None = None  # largest number that is drawn; None: model.max_loop_iters, or the mean if that is more
+    backprop: int | None = None  # gradient flows through the last so many loops; None: through all
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the run is spread over ranks."""
+    """How the run is spread over ranks. What the axes leave is the data axis: ranks / (pipe * tensor) replicas."""
 
+    tensor: int = 1  # ranks that share each matrix
+    pipe: int = 1  # stages that the layers are cut into
+    expert: int = 1  # neighbouring replicas that share one copy of the routed experts
+    sequence: bool = False  # norms and residuals on 1 / tensor of each sequence
     zero: Literal[1, 2, 3] = 1  # what is sharded over replicas: 1 optimizer state, 2 and gradients, 3 and parameters
 
 
@@ -92,7 +103,10 @@ class TrainConfig:
     global_batch: int = 8  # sequences per step, over all replicas
     micro_batch: int = 1  # sequences per replica and forward pass
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    recompute: Literal["none", "loop"] = "none"  # loop: keep one loop's activations, compute the others again
+    # What the backward pass computes again. loop: everything inside a loop. selective: of attention what is made from
+    # the latents (GQA: from q, k, v), of an FFN what is made from its input.
+    recompute: Literal["none", "loop", "selective"] = "none"
+    recompute_every: int = 1  # with recompute=loop: of so many loops only the state before the first is kept
     eval_every: int = 0  # steps between held-out losses; 0: only before the first and after the last step
     eval_samples: int = 64  # held-out sequences per evaluation, at most
 
@@ -130,6 +144,8 @@ class RunConfig:
     dir: str = "runs/mythos"
     seed: int = 0
     wandb: Literal["offline", "online", "disabled"] = "offline"
+    # Adds `communication` to each step's line: bytes of all ranks' messages by axis and kind. It slows CPU steps down.
+    count_communication: bool = False
     # Peak of one rank in TFLOP/s, what `mfu` is a share of; None: known GPUs by name, a CPU is measured at the start.
     peak_tflops: float | None = None
 
@@ -149,15 +165,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def divisors(n: int) -> list[int]:
-    """All positive divisors of n, in order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
 _AT_LEAST_ONE = {
     "model": "vocab_size dim n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_nope_head_dim "
     "v_head_dim n_experts n_experts_per_tok expert_dim lora_rank max_output_tokens",
-    "train": "steps seq_len global_batch micro_batch eval_samples",
+    "loops": "mean maximum backprop",
+    "parallel": "tensor pipe expert",
+    "train": "steps seq_len global_batch micro_batch recompute_every eval_samples",
     "checkpoint": "every keep",
 }
 _NOT_NEGATIVE = {
@@ -172,8 +185,9 @@ _NOT_NEGATIVE = {
 
 def _range_problems(name: str, section: object) -> Iterator[str]:
     for key in _AT_LEAST_ONE.get(name, "").split():
-        if getattr(section, key) < 1:
-            yield f"{name}.{key}={getattr(section, key)} must be at least 1"
+        value = getattr(section, key)
+        if value is not None and value < 1:
+            yield f"{name}.{key}={value} must be at least 1"
     for key in _NOT_NEGATIVE.get(name, "").split():
         if not getattr(section, key) >= 0:
             yield f"{name}.{key}={getattr(section, key)} must not be negative"
@@ -221,10 +235,10 @@ def model_problems(model: MythosConfig) -> list[str]:
 def problems(config: Config) -> list[str]:
     """What is wrong with a config on any number of ranks, a line each."""
     found = model_problems(config.model)
-    for name in ("experts", "train", "optim", "data", "checkpoint", "run"):
+    for name in ("experts", "loops", "parallel", "train", "optim", "data", "checkpoint", "run"):
         found += _range_problems(name, getattr(config, name))
     train, optim, run = config.train, config.optim, config.run
-    if train.seq_len > config.model.max_seq_len:
+    if train.seq_len > config.model.max_seq_len >= 1:
         found.append(
             f"train.seq_len={train.seq_len} is longer than the context model.max_seq_len={config.model.max_seq_len}; "
             f"set train.seq_len to at most {config.model.max_seq_len}, or model.max_seq_len to at least {train.seq_len}"
@@ -234,8 +248,7 @@ def problems(config: Config) -> list[str]:
             f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
             f"set train.micro_batch to one of {divisors(train.global_batch)}"
         )
-    if config.loops.mean is not None and config.loops.mean < 1:
-        found.append(f"loops.mean={config.loops.mean} must be at least 1")
+    found += layout_problems(config)
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optim, key) < 1:
             found.append(f"optim.{key}={getattr(optim, key)} must be at least 0 and below 1")
@@ -250,17 +263,3 @@ def problems(config: Config) -> list[str]:
     if run.peak_tflops is not None and not run.peak_tflops > 0:
         found.append(f"run.peak_tflops={run.peak_tflops} must be above 0, or null to find it out")
     return found
-
-
-def layout_problems(config: Config, world_size: int) -> list[str]:
-    """What is wrong with a config on `world_size` ranks, each of them one replica."""
-    train = config.train
-    per_pass = train.micro_batch * world_size  # sequences in one forward pass over all replicas
-    if train.global_batch % per_pass == 0:
-        return []
-    ok = [d for d in divisors(train.global_batch) if train.global_batch % (d * world_size) == 0]
-    remedy = f"set train.micro_batch to one of {ok}" if ok else f"set train.global_batch to a multiple of {per_pass}"
-    return [
-        f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} "
-        f"x {world_size} replicas = {per_pass}; {remedy}"
-    ]

@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
+from mythos_dist.model.recompute import recomputed
+from mythos_dist.parallel.collectives import gather_together
+from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.tensor import CutLinear, whole_on_every_rank
 
 
 class KVCache:
@@ -133,27 +137,46 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, dropout: float) ->
 
 
 class GQAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023): n_heads queries share n_kv_heads keys and values."""
+    """Grouped-query attention (Ainslie et al. 2023): n_heads queries share n_kv_heads keys and values.
 
-    def __init__(self, config: MythosConfig):
+    Query heads are cut over the tensor axis. So are keys and values, where their heads divide evenly; otherwise each
+    rank makes 1 / tensor of their channels, and takes from everybody's the heads that its queries look at.
+    """
+
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
         super().__init__()
         self.config = config
+        self.mesh = mesh
+        self.selective = selective
         kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wq = CutLinear(config.dim, config.dim, "outputs", mesh)
+        self.wk = CutLinear(config.dim, kv_dim, "outputs", mesh)
+        self.wv = CutLinear(config.dim, kv_dim, "outputs", mesh)
+        self.wo = CutLinear(config.dim, config.dim, "inputs", mesh)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        B, S, _ = x.shape
-        head_dim = self.config.head_dim
-        q = apply_rope(self.wq(x).view(B, S, -1, head_dim), context.rope)  # (B, S, D) -> (B, S, H, d)
-        k = apply_rope(self.wk(x).view(B, S, -1, head_dim), context.rope)  # -> (B, S, K, d)
-        v = self.wv(x).view(B, S, -1, head_dim)
+        """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
+        q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        if self.config.n_kv_heads % self.mesh.tensor.size:
+            k, v = self._own_heads(k, v)
+        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
+        return self.wo(recomputed(self.selective, self._mix, q, k, v, context, cache_key))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: str) -> Tensor:
+        q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if context.cache is not None:
             k, v = context.cache.append(cache_key, torch.stack([k, v], dim=2)).unbind(2)
-        return self.wo(attend(q, k, v, context, self.config.dropout if self.training else 0.0))
+        return attend(q, k, v, context, self.config.dropout if self.training else 0.0)
+
+    def _own_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's channels of keys and values -> the heads that its queries look at, (B, S, H / tensor * d) each."""
+        c, axis = self.config, self.mesh.tensor
+        queries = c.n_heads // axis.size
+        heads = torch.arange(axis.rank * queries, (axis.rank + 1) * queries, device=k.device)
+        heads = heads * c.n_kv_heads // c.n_heads  # which key head a query head looks at
+        whole = (x[..., : c.n_kv_heads * c.head_dim] for x in gather_together([k, v], axis, -1))
+        k, v = (x.unflatten(-1, (-1, c.head_dim)).index_select(2, heads).flatten(2) for x in whole)
+        return k, v
 
 
 class MLAttention(nn.Module):
@@ -161,30 +184,40 @@ class MLAttention(nn.Module):
 
     A head's query and key are nope channels without position and rope channels with it; the rotary key is one for
     all heads. The cache holds the latent (before its norm) and that rotary key, kv_lora_rank + qk_rope_head_dim.
+    Heads are cut over the tensor axis, and so are the channels of the latents, which every rank needs whole.
     """
 
-    def __init__(self, config: MythosConfig):
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
         super().__init__()
         self.config = config
-        heads = config.n_heads
-        self.q_down = nn.Linear(config.dim, config.q_lora_rank, bias=False)
-        self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
-        self.q_up = nn.Linear(config.q_lora_rank, heads * config.head_dim, bias=False)  # per head: nope, then rope
-        self.kv_down = nn.Linear(config.dim, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=1e-6)
-        self.kv_up = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.wo = nn.Linear(heads * config.v_head_dim, config.dim, bias=False)
+        self.mesh = mesh
+        self.selective = selective
+        heads, latent = config.n_heads, config.kv_lora_rank
+        self.q_down = CutLinear(config.dim, config.q_lora_rank, "outputs", mesh)
+        self.q_norm = whole_on_every_rank(nn.RMSNorm(config.q_lora_rank, eps=1e-6), mesh, inside=True)
+        # Per head: nope, then rope.
+        self.q_up = CutLinear(config.q_lora_rank, heads * config.head_dim, "outputs", mesh)
+        self.kv_down = CutLinear(config.dim, latent + config.qk_rope_head_dim, "outputs", mesh)
+        self.kv_norm = whole_on_every_rank(nn.RMSNorm(latent, eps=1e-6), mesh, inside=True)
+        self.kv_up = CutLinear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
+        self.wo = CutLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        B, S, _ = x.shape
+        """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
+        c = self.config
+        q, kv = gather_together([self.q_down(x), self.kv_down(x)], self.mesh.tensor, -1)
+        q, kv = q[..., : c.q_lora_rank], kv[..., : c.kv_lora_rank + c.qk_rope_head_dim]
+        return self.wo(recomputed(self.selective, self._mix, q, kv, context, cache_key))
+
+    def _mix(self, q: Tensor, kv: Tensor, context: Context, cache_key: str) -> Tensor:
+        """Latents of queries (B, S, -) and keys and values (B, S, L + R), whole -> this rank's heads (B, S, H * v)."""
         c = self.config
         nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
-        q = self.q_up(self.q_norm(self.q_down(x))).view(B, S, -1, nope + rope)  # (B, S, D) -> (B, S, H, d)
+        q = self.q_up(self.q_norm(q)).unflatten(-1, (-1, nope + rope))  # -> (B, S, H, d)
         q_nope, q_rope = q.split([nope, rope], dim=-1)
         q = torch.cat([q_nope, apply_rope(q_rope, context.rope)], dim=-1)
 
-        latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, rope], dim=-1)  # (B, S, L), (B, S, R)
+        latent, k_rope = kv.split([c.kv_lora_rank, rope], dim=-1)  # (B, S, L), (B, S, R)
         k_rope = apply_rope(k_rope.unsqueeze(2), context.rope).squeeze(2)
         if context.cache is not None:
             cached = context.cache.append(cache_key, torch.cat([latent, k_rope], dim=-1))  # (B, T, L + R)
@@ -192,4 +225,4 @@ class MLAttention(nn.Module):
         kv = self.kv_up(self.kv_norm(latent)).unflatten(-1, (-1, nope + c.v_head_dim))  # (B, T, H, nope + v)
         k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)
         k = torch.cat([k_nope, k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
-        return self.wo(attend(q, k, v, context, c.dropout if self.training else 0.0))
+        return attend(q, k, v, context, c.dropout if self.training else 0.0)

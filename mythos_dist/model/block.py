@@ -6,44 +6,50 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context, GQAttention, MLAttention
 from mythos_dist.model.moe import FFN, MoE, RouterStats
+from mythos_dist.parallel.collectives import enter, leave
+from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.tensor import whole_on_every_rank
 
 
 class _ResidualBlock(nn.Module):
     """Norms, attention and dropout, the same for both kinds of block."""
 
-    def __init__(self, config: MythosConfig):
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.attn = MLAttention(config) if config.attn_type == "mla" else GQAttention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.mesh = mesh
+        self.attn_norm = whole_on_every_rank(nn.RMSNorm(config.dim, eps=1e-6), mesh)
+        self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, mesh, selective)
+        self.ffn_norm = whole_on_every_rank(nn.RMSNorm(config.dim, eps=1e-6), mesh)
         self.dropout = config.dropout
 
     def _attend(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        return x + F.dropout(self.attn(self.attn_norm(x), context, cache_key), self.dropout, self.training)
+        y = leave(self.attn(enter(self.attn_norm(x), self.mesh), context, cache_key), self.mesh)
+        return x + F.dropout(y, self.dropout, self.training)
 
 
 class DenseBlock(_ResidualBlock):
     """A block of the prelude or the coda."""
 
-    def __init__(self, config: MythosConfig):
-        super().__init__(config)
-        self.ffn = FFN(config.dim, config.ffn_dim)
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
+        super().__init__(config, mesh, selective)
+        self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+        """(B, S or S / tensor, D) -> the same."""
         x = self._attend(x, context, cache_key)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+        y = leave(self.ffn(enter(self.ffn_norm(x), self.mesh)), self.mesh)
+        return x + F.dropout(y, self.dropout, self.training)
 
 
 class MoEBlock(_ResidualBlock):
     """The block that is looped."""
 
-    def __init__(self, config: MythosConfig, experts: ExpertsConfig):
-        super().__init__(config)
-        self.ffn = MoE(config, experts)
+    def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh, selective: bool = False):
+        super().__init__(config, mesh, selective)
+        self.ffn = MoE(config, experts, mesh, selective)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> tuple[Tensor, RouterStats]:
-        """(B, S, D) -> (B, S, D) and the router's statistics."""
+        """(B, S or S / tensor, D) -> the same and the router's statistics."""
         x = self._attend(x, context, cache_key)
         y, stats = self.ffn(self.ffn_norm(x))
         return x + F.dropout(y, self.dropout, self.training), stats

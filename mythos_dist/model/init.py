@@ -5,10 +5,15 @@ whoever holds a slice draws only the blocks that the slice touches, and gets the
 Scheme: OpenMythos', N(0, 0.02) for every matrix and table, ones for norms, 0 / 0 / 0.1 for the injection.
 """
 
+import functools
 import hashlib
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor, nn
+
+from mythos_dist.parallel.tensor import Slice, slice_of
 
 STD = 0.02
 _BLOCK_NUMBERS = 1 << 20  # about how many numbers one generator draws
@@ -38,8 +43,36 @@ def _fill(parameter: Tensor, name: str, seed: int) -> None:
     elif leaf == "bias":
         parameter.zero_()
     else:
-        rows = parameter.view(-1, parameter.shape[-1])
-        step = max(1, _BLOCK_NUMBERS // rows.shape[1])
-        for block, start in enumerate(range(0, rows.shape[0], step)):
-            part = rows[start : start + step]
-            part.copy_(normal_block(seed, name, block, *part.shape))
+        _fill_normal(parameter, slice_of(parameter), name, seed)
+
+
+def _fill_normal(parameter: Tensor, part: Slice, name: str, seed: int) -> None:
+    parameter.zero_()  # what lies behind the slice stays so
+    n_rows = part.whole[:-1]
+    total = 1
+    for size in n_rows:
+        total *= size
+    step = max(1, _BLOCK_NUMBERS // part.whole[-1])
+
+    @functools.lru_cache(maxsize=1)  # neighbouring runs share a block
+    def drawn(block: int) -> Tensor:
+        return normal_block(seed, name, block, min(step, total - block * step), part.whole[-1])
+
+    for local, row, length in _runs(part):
+        target = parameter[local[:-1]].narrow(0, local[-1], length).narrow(1, 0, part.shape[-1])
+        for block in range(row // step, (row + length - 1) // step + 1):
+            first, last = max(row, block * step), min(row + length, (block + 1) * step)
+            values = drawn(block)[first - block * step : last - block * step]
+            target[first - row : last - row] = values[:, part.start[-1] : part.stop[-1]]
+
+
+def _runs(part: Slice) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Stretches of neighbouring rows: where they begin in the parameter, in the whole tensor's rows, and how many."""
+    *outer, length = part.shape[:-1]
+    if length == 0:
+        return
+    for index in product(*(range(n) for n in outer)):
+        row = 0
+        for offset, start, size in zip((*index, 0), part.start, part.whole[:-1], strict=False):
+            row = row * size + start + offset
+        yield (*index, 0), row, length

@@ -1,7 +1,8 @@
 """OpenMythos' parameter names and shapes to ours and back: a relabelling, no arithmetic.
 
-Names are equal but for three places: the two query up-projections of MLA become one (per head nope, then rope),
-routed experts are stacked (E, F, D) with `down` transposed, and shared experts are joined along their hidden width.
+Names are equal but for four places: two weights of the depth LoRA lack `.weight`, the two query up-projections of MLA
+become one (per head nope, then rope), routed experts are stacked (E, F, D) with `down` transposed, and shared experts
+are joined along their hidden width.
 """
 
 import torch
@@ -11,6 +12,8 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.errors import UserError
 
 _FFN = "recurrent.block.ffn."
+_OURS = {f"recurrent.lora.{leaf}.weight": f"recurrent.lora.{leaf}" for leaf in ("down", "scale")}
+_STACKED = {"gate": "w1", "up": "w3", "down": "w2"}  # routed experts
 _NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # tables, and the embedding a second time
 
 
@@ -19,16 +22,16 @@ def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str
 
     Raises UserError if a name is missing.
     """
-    rest = {name: value for name, value in state.items() if name not in _NOT_PARAMETERS}
+    rest = {_OURS.get(name, name): value for name, value in state.items() if name not in _NOT_PARAMETERS}
     ours: dict[str, Tensor] = {}
     try:
         for name in [n for n in rest if n.endswith("q_up_nope.weight")]:
             rope_name = name.replace("q_up_nope", "q_up_rope")
             parts = [rest.pop(n).unflatten(0, (config.n_heads, -1)) for n in (name, rope_name)]
             ours[name.replace("q_up_nope", "q_up")] = torch.cat(parts, dim=1).flatten(0, 1)
-        for leaf in ("gate", "up", "down"):
+        for leaf, stacked in _STACKED.items():
             routed = [rest.pop(f"{_FFN}routed_experts.{e}.{leaf}.weight") for e in range(config.n_experts)]
-            ours[f"{_FFN}experts.{leaf}"] = torch.stack([w.T if leaf == "down" else w for w in routed])
+            ours[f"{_FFN}experts.{stacked}"] = torch.stack([w.T if leaf == "down" else w for w in routed])
             shared = [rest.pop(f"{_FFN}shared_experts.{i}.{leaf}.weight") for i in range(config.n_shared_experts)]
             if shared:
                 ours[f"{_FFN}shared.{leaf}.weight"] = torch.cat(shared, dim=1 if leaf == "down" else 0)
@@ -41,15 +44,16 @@ def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str
 
 def to_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:
     """The inverse of `from_open_mythos`, without OpenMythos' rotary tables; the head is the embedding."""
-    theirs = dict(state)
+    names = {ours: name for name, ours in _OURS.items()}
+    theirs = {names.get(name, name): value for name, value in state.items()}
     for name in [n for n in state if n.endswith("q_up.weight")]:
         heads = theirs.pop(name).unflatten(0, (config.n_heads, -1))
         nope, rope = heads.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=1)
         theirs[name.replace("q_up", "q_up_nope")] = nope.flatten(0, 1)
         theirs[name.replace("q_up", "q_up_rope")] = rope.flatten(0, 1)
     width = config.expert_dim * config.n_experts_per_tok
-    for leaf in ("gate", "up", "down"):
-        for e, w in enumerate(theirs.pop(f"{_FFN}experts.{leaf}")):
+    for leaf, stacked in _STACKED.items():
+        for e, w in enumerate(theirs.pop(f"{_FFN}experts.{stacked}")):
             theirs[f"{_FFN}routed_experts.{e}.{leaf}.weight"] = w.T if leaf == "down" else w
         if config.n_shared_experts:
             parts = theirs.pop(f"{_FFN}shared.{leaf}.weight").split(width, dim=1 if leaf == "down" else 0)

@@ -6,16 +6,23 @@ u = block(norm(h + signal(t) + e)) plus its depth LoRA; h = A * h + B * e + u wi
 rank that left early would hang the others. Tokens that have halted add with weight zero instead.
 """
 
-# B batch, S sequence, D model, r rank of the depth LoRA.
+# B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, E experts,
+# r rank of the depth LoRA.
+
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.moe import RouterStats
+from mythos_dist.model.recompute import Recompute, recomputed
+from mythos_dist.parallel.collectives import gather_together
+from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.tensor import cut_parameter, whole_on_every_rank
 
 
 def loop_signal(t: int, dim: int, like: Tensor) -> Tensor:
@@ -31,50 +38,63 @@ def loop_signal(t: int, dim: int, like: Tensor) -> Tensor:
 class Injection(nn.Module):
     """h = A * h + B * e + u, A = exp(-exp(log_dt + log_A)) per channel."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, mesh: Mesh):
         super().__init__()
         self.log_A = nn.Parameter(torch.empty(dim))
         self.log_dt = nn.Parameter(torch.empty(1))
         self.B = nn.Parameter(torch.empty(dim))
+        whole_on_every_rank(self, mesh)
 
     def forward(self, h: Tensor, e: Tensor, u: Tensor) -> Tensor:
-        """Three times (B, S, D) -> (B, S, D)."""
+        """Three times (B, S', D) -> (B, S', D)."""
         # The clamp keeps the exponential finite for any value that an optimizer step may reach.
         A = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
         return torch.addcmul(torch.addcmul(u, A.to(h.dtype), h), self.B, e)
 
 
 class DepthLoRA(nn.Module):
-    """((down(u) * scale[t]) @ B): a low-rank correction whose diagonal depends on the loop (Bae et al. 2024)."""
+    """((u @ down^T) * scale[t]) @ B: a low-rank correction whose diagonal depends on the loop (Bae et al. 2024).
 
-    def __init__(self, dim: int, rank: int, max_loops: int):
+    The rank r is cut over the tensor axis. To use it each rank gathers the 2 * D * r weights: that sends r / N of what
+    it would take to gather the N tokens' states and to add up the results.
+    """
+
+    def __init__(self, dim: int, rank: int, max_loops: int, mesh: Mesh):
         super().__init__()
-        self.down = nn.Linear(dim, rank, bias=False)
-        self.scale = nn.Embedding(max_loops, rank)
-        self.B = nn.Parameter(torch.empty(rank, dim))
+        self.mesh = mesh
+        self.down = cut_parameter((rank, dim), {0: mesh.tensor})
+        self.scale = cut_parameter((max_loops, rank), {1: mesh.tensor})
+        self.B = cut_parameter((rank, dim), {0: mesh.tensor})
 
     def forward(self, u: Tensor, t: int) -> Tensor:
-        """(B, S, D) -> (B, S, D); loops beyond the table use its last row."""
-        row = torch.full((), min(t, self.scale.num_embeddings - 1), device=u.device)
-        return (self.down(u) * self.scale(row)) @ self.B
+        """(B, S', D) -> (B, S', D); loops beyond the table use its last row."""
+        scale = self.scale[min(t, self.scale.shape[0] - 1)]
+        # With sequence parallelism ranks see different tokens, so their gradients are parts; otherwise they are equal.
+        down, scale, B = gather_together([self.down, scale, self.B], self.mesh.tensor, 0, partial=self.mesh.sequence)
+        return (F.linear(u, down) * scale) @ B
 
 
 class Halting(nn.Module):
     """The probability that a token halts after this loop, and the weight its state gets.
 
-    A token whose cumulative probability reaches the threshold gets what is left of 1 and halts. `train` mode gives
-    tokens that are still running at the last loop what is left as well, so weights sum to 1 at any number of loops;
-    the reference loses that mass (0.45 of it at one loop).
+    With `model.halting: none` nothing halts: the last loop's state gets weight 1, the others 0. Otherwise a token whose
+    cumulative probability reaches the threshold gets what is left of 1 and halts. `train` mode gives tokens that are
+    still running at the last loop what is left as well, so weights sum to 1 at any number of loops; the reference loses
+    that mass (0.45 of it at one loop).
     """
 
-    def __init__(self, config: MythosConfig):
+    def __init__(self, config: MythosConfig, mesh: Mesh):
         super().__init__()
-        self.halt = nn.Linear(config.dim, 1)
+        self.halts = config.halting == "act"
+        if self.halts:
+            self.halt = whole_on_every_rank(nn.Linear(config.dim, 1), mesh)
         self.threshold = config.act_threshold
         self.last_takes_rest = config.mode == "train"
 
     def forward(self, h: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """h (B, S, D), mass (B, S) fp32, cumulative -> weight (B, S) fp32, the new mass."""
+        """h (B, S', D), mass (B, S') fp32, cumulative -> weight (B, S') fp32, the new mass."""
+        if not self.halts:
+            return torch.full_like(mass, float(last)), mass
         p = torch.sigmoid(self.halt(h).squeeze(-1).float())
         running = (mass < self.threshold).float()
         rest = (1.0 - mass).clamp(min=0)
@@ -82,40 +102,89 @@ class Halting(nn.Module):
         return torch.where(halts, rest, p) * running, mass + p * running
 
 
+class Carry(NamedTuple):
+    """What one loop hands to the next, and one pipeline stage to the next."""
+
+    h: Tensor  # (B, S', D)
+    e: Tensor  # (B, S', D): the prelude's output, injected in every loop
+    mixed: Tensor  # (B, S', D) fp32: the sum of h weighted so far; that of up to 64 states is kept in fp32
+    mass: Tensor  # (B, S') fp32: halting probability so far
+    loss: Tensor  # (1,) fp32: auxiliary losses so far, over the number of loops
+
+    @staticmethod
+    def start(e: Tensor) -> "Carry":
+        """Before the first loop, from the prelude's output (B, S', D)."""
+        zeros = e.new_zeros(e.shape, dtype=torch.float32)
+        return Carry(e, e, zeros, zeros[..., 0].clone(), zeros.new_zeros(1))
+
+
 class Recurrent(nn.Module):
     """The looped block and everything that knows which loop it is."""
 
-    def __init__(self, config: MythosConfig, experts: ExpertsConfig, recompute: str):
+    def __init__(self, config: MythosConfig, experts: ExpertsConfig, recompute: Recompute, mesh: Mesh):
         super().__init__()
         self.config = config
         self.recompute = recompute
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.block = MoEBlock(config, experts)
-        self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters)
-        self.injection = Injection(config.dim)
-        self.act = Halting(config)
+        self.norm = whole_on_every_rank(nn.RMSNorm(config.dim, eps=1e-6), mesh)
+        self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective")
+        self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, mesh)
+        self.injection = Injection(config.dim, mesh)
+        self.act = Halting(config, mesh)
 
-    def forward(self, e: Tensor, n_loops: int, context: Context) -> tuple[Tensor, RouterStats]:
-        """e (B, S, D) -> halting-weighted state (B, S, D); stats of all loops: counts (n_loops, E), mean loss."""
-        h, mass = e, e.new_zeros(e.shape[:2], dtype=torch.float32)
-        mixed = e.new_zeros(e.shape, dtype=torch.float32)  # the sum of up to 64 states is kept in fp32
-        counts, losses = [], []
-        for t in range(n_loops):
-            arguments = (t, t == n_loops - 1, h, mass, mixed, e, context)
-            if self.recompute == "loop" and torch.is_grad_enabled():
-                # Statistics are outputs of the first run: the second one, in the backward, cannot count again.
-                h, mass, mixed, stats = checkpoint(self._loop, *arguments, use_reentrant=False)
-            else:
-                h, mass, mixed, stats = self._loop(*arguments)
+    def forward(
+        self, carry: Carry, turns: range, n_loops: int, context: Context, frozen: int = 0
+    ) -> tuple[Carry, Tensor]:
+        """Run the loops `turns` of all `n_loops`; no gradient flows through the first `frozen` of them.
+
+        Returns the carry and the counts (len(turns), E) of each loop's (token, expert) pairs.
+        """
+        every = self.recompute.every if self.recompute.kind == "loop" else 1
+        counts = []
+        t = turns.start
+        while t < turns.stop:
+            live = t >= frozen
+            stop = min(t + every, turns.stop if live else min(frozen, turns.stop))
+            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                # Counts are outputs of the first run: the second one, in the backward, cannot count again.
+                carry, more = recomputed(
+                    self.recompute.kind == "loop", self._loops, range(t, stop), n_loops, carry, context
+                )
+            counts += more
+            t = stop
+        if torch.is_grad_enabled() and turns.stop <= max(frozen, turns.start):
+            carry = carry._replace(mixed=_ZeroGradients.apply(carry.mixed, *self.parameters()))
+        E = self.config.n_experts
+        return carry, torch.stack(counts) if counts else carry.mass.new_zeros(0, E, dtype=torch.int64)
+
+    def _loops(self, turns: range, n_loops: int, carry: Carry, context: Context) -> tuple[Carry, list[Tensor]]:
+        counts = []
+        for t in turns:
+            carry, stats = self._loop(t, n_loops, carry, context)
             counts.append(stats.counts)
-            losses.append(stats.loss)
-        return mixed.to(e.dtype), RouterStats(torch.stack(counts), torch.stack(losses).mean())
+        return carry, counts
 
-    def _loop(self, t: int, last: bool, h: Tensor, mass: Tensor, mixed: Tensor, e: Tensor, context: Context):
-        """One turn: states (B, S, D), mass (B, S) -> the same and the router's statistics."""
+    def _loop(self, t: int, n_loops: int, carry: Carry, context: Context) -> tuple[Carry, RouterStats]:
+        h, e, mixed, mass, loss = carry
         x = self.norm(h + e + loop_signal(t, self.config.dim, like=h))
         u, stats = self.block(x, context, f"recurrent.{t}")
         u = u + self.lora(u, t)
         h = self.injection(h, e, u)
-        weight, mass = self.act(h, mass, last)
-        return h, mass, torch.addcmul(mixed, weight.unsqueeze(-1), h.float()), stats
+        weight, mass = self.act(h, mass, t == n_loops - 1)
+        mixed = torch.addcmul(mixed, weight.unsqueeze(-1), h.float())
+        return Carry(h, e, mixed, mass, loss + stats.loss / n_loops), stats
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """x as it is; backward gives each parameter a gradient of zeros.
+
+    For a pipeline stage that runs no loop with a gradient in this step: its parameters take part in collectives.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, *(torch.zeros_like(parameter) for parameter in ctx.parameters)

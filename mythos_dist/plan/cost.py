@@ -4,7 +4,10 @@ A training step costs three forward passes (the backward is two); recomputed act
 compares layouts. Attention counts the causal half of its scores.
 """
 
-from mythos_dist.config.schema import MythosConfig
+from mythos_dist.config.schema import Config, MythosConfig
+from mythos_dist.parallel.mesh import mesh_of
+from mythos_dist.parallel.pipeline import Costs, plan_loops, plan_parts
+from mythos_dist.plan.communication import Rows, stage_communication
 
 
 def _attention_flops(c: MythosConfig, seq_len: int) -> float:
@@ -23,16 +26,60 @@ def _attention_flops(c: MythosConfig, seq_len: int) -> float:
     return 2.0 * weights + 2.0 * c.n_heads * channels * (seq_len + 1) / 2
 
 
+def _dense_block_flops(c: MythosConfig, seq_len: int) -> float:
+    return _attention_flops(c, seq_len) + 2.0 * 3 * c.dim * c.ffn_dim
+
+
+def _loop_flops(c: MythosConfig, seq_len: int) -> float:
+    experts = 3 * c.dim * (c.n_experts_per_tok * c.expert_dim + c.shared_dim)
+    return _attention_flops(c, seq_len) + 2.0 * (experts + c.dim * c.n_experts + 2 * c.dim * c.lora_rank + c.dim)
+
+
+def _head_flops(c: MythosConfig) -> float:
+    return 2.0 * c.dim * c.vocab_size
+
+
 def forward_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     """Forward FLOPs per token of a sequence of seq_len tokens without document boundaries."""
-    attention = _attention_flops(c, seq_len)
-    dense = attention + 2.0 * 3 * c.dim * c.ffn_dim
-    experts = 3 * c.dim * (c.n_experts_per_tok * c.expert_dim + c.shared_dim)
-    loop = attention + 2.0 * (experts + c.dim * c.n_experts + 2 * c.dim * c.lora_rank + c.dim)
-    head = 2.0 * c.dim * c.vocab_size
-    return (c.prelude_layers + c.coda_layers) * dense + n_loops * loop + head
+    blocks = (c.prelude_layers + c.coda_layers) * _dense_block_flops(c, seq_len)
+    return blocks + n_loops * _loop_flops(c, seq_len) + _head_flops(c)
 
 
 def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     """FLOPs per token of forward and backward: three times the forward."""
     return 3.0 * forward_flops_per_token(c, seq_len, n_loops)
+
+
+def stage_costs(config: Config) -> Costs:
+    """FLOPs per token that layers really execute in a training step, recomputation included, to balance stages by."""
+    c, seq_len = config.model, config.train.seq_len
+    loop = _loop_flops(c, seq_len)
+    return Costs(
+        block=3 * _dense_block_flops(c, seq_len),
+        loop=(4 if config.train.recompute == "loop" else 3) * loop,
+        frozen_loop=loop,
+        head=3 * _head_flops(c),
+    )
+
+
+def communication(
+    config: Config,
+    world_size: int,
+    rank: int,
+    n_loops: int,
+    frozen: int,
+    rows: Rows | None = None,
+    first_send: bool = False,
+) -> dict[str, dict[str, int]]:
+    """{axis: {kind: bytes}} of what `rank` sends in a step of `n_loops` loops, the first `frozen` without gradient.
+
+    rows: with parallel.expert > 1, [micro-batch][loop] -> (rows sent, rows received), own ones included.
+    first_send: whether the pipeline's stages have sent each other nothing yet; they begin with shapes.
+    Sizes are those of `parallel.traffic`. Holds for a step that is not skipped (fp16).
+    """
+    mesh = mesh_of(config.parallel, world_size, rank)
+    costs = stage_costs(config)
+    mean = config.loops.mean or config.model.max_loop_iters
+    parts = plan_parts(config.model, mean, mesh.pipe.size, costs)
+    turns = plan_loops(tuple(parts), n_loops, frozen, costs)[mesh.pipe.rank]
+    return stage_communication(config, mesh, parts, turns, frozen, rows, first_send)

@@ -5,8 +5,8 @@ import logging
 import os
 import sys
 
+from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import layout_problems
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, exit_with
 
 

@@ -1,11 +1,14 @@
-"""DeepSpeed around the model: build the engine, run one step, measure the held-out loss.
+"""DeepSpeed around the model: build the engine, run one step, measure the held-out loss, at any layout.
 
 One `train_step` = `accumulation` forward and backward passes, the optimizer step, then the router's bias, moved once
 by the token counts of the whole global batch. Every rank passes the same collectives in the same order.
+With one stage `DeepSpeedEngine` runs the passes, with several `PipelineEngine` does.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +18,16 @@ from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config, OptimConfig
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos
+from mythos_dist.model.recompute import Recompute
+from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.pipeline import plan_loops, plan_parts
 from mythos_dist.parallel.process import device
-from mythos_dist.train.schedule import learning_rate, loops_at, step_seed
+from mythos_dist.parallel.traffic import Totals, Traffic
+from mythos_dist.plan.cost import stage_costs
+from mythos_dist.train.schedule import Loops, learning_rate, loops_at, mean_loops, step_seed
 
 # Not decayed: norms, injection, halting, biases, embeddings (the depth LoRA's scale is one too).
-_NO_DECAY = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale.")
+_NO_DECAY = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
 
 
 @dataclass
@@ -31,31 +39,58 @@ class StepResult:
     grad_norm: float  # global, before clipping
     lr: float
     n_loops: int
+    backprop: int  # loops that gradient flows through
     expert_counts: Tensor  # (n_loops, E) int64 on the CPU, of the global batch
     skipped: bool  # fp16: gradients overflowed, parameters stayed
+    communication: Totals | None  # bytes of all ranks' messages, by axis and kind; None: not counted
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
-    """AdamW's groups: matrices decay, everything that `_NO_DECAY` names does not."""
-    decay, keep = [], []
+    """AdamW's groups: matrices decay, everything that `_NO_DECAY` names does not; DeepSpeed wants experts that are
+    spread over ranks in groups of their own."""
+    groups: dict[tuple[float, str], dict] = {}
     for name, parameter in model.named_parameters():
-        (keep if any(part in name for part in _NO_DECAY) else decay).append(parameter)
-    return [{"params": decay, "weight_decay": optim.weight_decay}, {"params": keep, "weight_decay": 0.0}]
+        decay = 0.0 if any(part in name for part in _NO_DECAY) else optim.weight_decay
+        experts = "" if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[attr-defined]
+        marks = {"moe": True, "name": experts} if experts else {}
+        group = groups.setdefault((decay, experts), {"params": [], "weight_decay": decay, **marks})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 class Engine:
     """A model under DeepSpeed, and the two things a run does with it: `train_step` and `evaluate`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mesh: Mesh):
         """Build model, optimizer and DeepSpeed's engine; the process group must be there."""
         import deepspeed
 
+        from mythos_dist.train.deepspeed_seam import (
+            Pipeline,
+            StageLayer,
+            make_experts_known,
+            mend_gradient_norm,
+            register_groups,
+            topology_of,
+        )
+
         self.config = config
-        self.num_replicas = dist.get_world_size()
+        self.mesh = mesh
+        self.traffic = Traffic(mesh) if config.run.count_communication else None
+        self.costs = stage_costs(config)
+        self.parts = plan_parts(config.model, mean_loops(config), mesh.pipe.size, self.costs)
+        train, o = config.train, config.optim
         self.model = Mythos(
-            config.model, experts=config.experts, recompute=config.train.recompute, seed=config.run.seed
+            config.model,
+            experts=config.experts,
+            recompute=Recompute(train.recompute, train.recompute_every),
+            seed=config.run.seed,
+            mesh=mesh,
+            part=self.parts[mesh.pipe.rank],
         ).to(device())
-        o = config.optim
+        topology = topology_of(mesh)
+        grid = register_groups(mesh, topology)
+        make_experts_known(self.model, mesh)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, o),
             lr=o.lr,
@@ -63,46 +98,69 @@ class Engine:
             eps=o.eps,
             fused=True,  # one pass over the numbers: on a CPU an eighth of the time of the default
         )
+        self.stage = StageLayer(self.model) if mesh.pipe.size > 1 else None
+        self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self.optimizer, config=deepspeed_config(config, self.num_replicas)
+            model=Pipeline(self.stage, self.parts, mesh, topology) if self.stage else self.model,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, mesh.data.size),
+            mpu=None if self.stage else grid,
         )
+        mend_gradient_norm(self.deepspeed.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int) -> StepResult:
         """Optimizer step `step` (1-based) on this replica's micro-batches."""
         config, engine = self.config, self.deepspeed
-        n_loops = loops_at(config, step)
-        torch.manual_seed(step_seed(config.run.seed, step, dist.get_rank()))
+        loops = loops_at(config, step)
+        torch.manual_seed(step_seed(config.run.seed, step, self.mesh))
         lr = learning_rate(config.optim, step, config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         engine.train()
         skipped_before = engine.skipped_steps
-        total = torch.zeros(2, device=device())  # cross entropy, objective
-        counts = torch.zeros(n_loops, config.model.n_experts, dtype=torch.int64, device=device())
-        accumulation = engine.gradient_accumulation_steps()
-        for batch in micro_batches:
-            losses = self._forward(batch, batch.labels, n_loops)
-            engine.backward(losses["objective"])
-            engine.step()  # DeepSpeed steps the optimizer behind the last micro-batch only
-            total += torch.stack([losses["cross_entropy"], losses["objective"].detach()]).float() / accumulation
-            counts += losses["expert_counts"]
-        dist.all_reduce(total)
-        dist.all_reduce(counts)
+        with self.traffic or contextlib.nullcontext():
+            total, counts = self._passes(list(micro_batches), loops)
+        self._sum_over_ranks(total, counts)
         skipped = engine.skipped_steps > skipped_before
         if not skipped:
             self.model.update_router_bias(counts)
         grad_norm = engine.get_global_grad_norm()
         assert grad_norm is not None, "DeepSpeed's ZeRO optimizers all measure it"
-        loss, objective = (total / self.num_replicas).tolist()
+        loss, objective = (total / (self.mesh.data.size * engine.gradient_accumulation_steps())).tolist()
         return StepResult(
             loss=loss,
             objective=objective,
             grad_norm=float(grad_norm),
             lr=lr,
-            n_loops=n_loops,
+            n_loops=loops.n_loops,
+            backprop=loops.n_loops - loops.frozen,
             expert_counts=counts.cpu(),
             skipped=skipped,
+            communication=self.traffic.of_all_ranks() if self.traffic else None,
         )
+
+    def _passes(self, micro_batches: list[MicroBatch], loops: Loops) -> tuple[Tensor, Tensor]:
+        """Forward, backward and the optimizer's step. This rank's sums over the micro-batches: (cross entropy,
+        objective), from the last stage; and counts (n_loops, E), each loop's from the stage that ran it."""
+        total = torch.zeros(2, dtype=torch.float64, device=device())
+        counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
+        if self.stage:
+            turns = self._hand_out(((batch, batch.labels) for batch in micro_batches), loops)
+            self.deepspeed.train_batch(iter(self._tokens(micro_batches)))
+            for found in self.stage.counts:
+                counts[turns.start : turns.stop] += found
+            losses = self.stage.losses
+        else:
+            losses = []
+            for batch in micro_batches:
+                found = self._forward(batch, batch.labels, loops)
+                self.deepspeed.backward(found["objective"])
+                self.deepspeed.step()  # DeepSpeed steps the optimizer behind the last micro-batch only
+                counts += found["expert_counts"]
+                losses.append(found)
+        for found in losses:
+            total += torch.stack([found["cross_entropy"], found["objective"].detach()])
+        return total, counts
 
     @torch.no_grad()
     def evaluate(self, passes: Iterator[tuple[MicroBatch, Tensor]]) -> float:
@@ -111,15 +169,52 @@ class Engine:
         passes: micro-batches with a mask (B,) of the samples that count; as many on every rank.
         """
         self.deepspeed.eval()
+        loops = Loops(mean_loops(self.config), 0)
+        work = [(batch, torch.where(counts.unsqueeze(1), batch.labels, IGNORED)) for batch, counts in passes]
+        if self.stage:
+            self._hand_out(work, loops)
+            tokens = iter(self._tokens([batch for batch, _ in work]))
+            self.deepspeed.eval_batch(tokens, num_micro_batches=len(work))
+            losses = self.stage.losses
+        else:
+            losses = [self._forward(batch, labels, loops) for batch, labels in work]
         total = torch.zeros(2, dtype=torch.float64, device=device())  # summed cross entropy, tokens
-        for batch, counts in passes:
-            labels = torch.where(counts.unsqueeze(1), batch.labels, IGNORED)
-            losses = self._forward(batch, labels, loops_at(self.config, 0))
-            total += torch.stack([losses["cross_entropy"].double() * losses["tokens"], losses["tokens"].double()])
-        dist.all_reduce(total)
+        for found in losses:
+            total += torch.stack([found["cross_entropy"].double() * found["tokens"], found["tokens"].double()])
+        (total,) = self._sum_over_ranks(total)
         return float(total[0] / total[1])
 
-    def _forward(self, batch: MicroBatch, labels: Tensor, n_loops: int) -> Losses:
+    def _sum_over_ranks(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Over replicas and stages: the ranks of one tensor line have found the same."""
+        for found in sums:
+            if self.mesh.tensor.rank:
+                found.zero_()
+            dist.all_reduce(found)
+        return sums
+
+    def _forward(self, batch: MicroBatch, labels: Tensor, loops: Loops) -> Losses:
+        ids, labels, documents = self._move(batch, labels)
+        return self.deepspeed(
+            ids, loops.n_loops, labels=labels, document_ids=documents, backprop=loops.n_loops - loops.frozen
+        )
+
+    def _move(self, batch: MicroBatch, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         to = device()
-        document_ids = batch.document_ids.to(to) if self.config.data.document_mask else None
-        return self.deepspeed(batch.input_ids.to(to), n_loops, labels=labels.to(to), document_ids=document_ids)
+        documents = batch.document_ids.to(to) if self.config.data.document_mask else None
+        return batch.input_ids.to(to), labels.to(to), documents
+
+    def _hand_out(self, work: Iterable[tuple[MicroBatch, Tensor]], loops: Loops) -> range:
+        """Put micro-batches and labels before this pipeline stage; returns the loops that it will run."""
+        from mythos_dist.train.deepspeed_seam import Work
+
+        assert self.stage is not None
+        turns = plan_loops(tuple(self.parts), *loops, self.costs)[self.mesh.pipe.rank]
+        self.stage.counts, self.stage.losses = [], []
+        for batch, labels in work:
+            self.stage.work.append(Work(*self._move(batch, labels), turns, *loops))
+        return turns
+
+    @staticmethod
+    def _tokens(batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        """What PipelineEngine wants on its first and last stage; ours have their work already."""
+        return [(batch.input_ids, batch.labels) for batch in batches]

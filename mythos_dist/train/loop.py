@@ -1,7 +1,6 @@
 """THE loop: check, build, resume, then step after step until the run is done. Reads top to bottom."""
 
 import importlib.metadata
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.data.stream import MicroBatch, ReplicaStream, check_shards
 from mythos_dist.errors import UserError
+from mythos_dist.parallel.collectives import gather
+from mythos_dist.parallel.mesh import Axis, build_mesh
 from mythos_dist.parallel.process import device
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.engine import Engine, StepResult
@@ -35,11 +36,12 @@ def train(config: Config) -> None:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     run_dir = Path(config.run.dir)
-    layout = {"ranks": world, "parallel.zero": config.parallel.zero}
+    layout = {"ranks": world, **{f"parallel.{key}": value for key, value in vars(config.parallel).items()}}
 
     meta = together(lambda: check_inputs(config, layout))
-    stream, heldout = (open_stream(config, split) for split in SPLITS)
-    writer = together(lambda: claim_run_folder(config, world) if rank == 0 else None)
+    mesh = build_mesh(config.parallel)
+    stream, heldout = (open_stream(config, split, mesh.data) for split in SPLITS)
+    writer = together(lambda: claim_run_folder(config, mesh.data.size) if rank == 0 else None)
     start_logging(run_dir, rank)
     completed = run_dir / "COMPLETED"
     if meta and meta["step"] >= config.train.steps:
@@ -50,7 +52,7 @@ def train(config: Config) -> None:
 
     if rank == 0:
         completed.unlink(missing_ok=True)  # train.steps was raised
-    engine = Engine(config)
+    engine = Engine(config, mesh)
     done = 0  # steps
     if meta:
         load_checkpoint(engine.deepspeed, meta)
@@ -61,7 +63,7 @@ def train(config: Config) -> None:
     peak = peak_flops(config)
 
     def evaluate(step: int) -> None:
-        loss = engine.evaluate(heldout_passes(heldout, config))
+        loss = engine.evaluate(heldout_passes(heldout, config, mesh.data))
         if metrics:
             metrics.held_out(step, loss)
 
@@ -76,7 +78,7 @@ def train(config: Config) -> None:
         begin = time.perf_counter()
         micro_batches = next(batches)
         result = engine.train_step(micro_batches, step)
-        ids = gather_sample_ids(micro_batches)
+        ids = gather_sample_ids(micro_batches, mesh.data)
         log.info("step %d took %.3f s", step, time.perf_counter() - begin)  # in every rank's log: who is slow?
         if metrics:
             metrics.step(step_line(config, step, result, ids, time.perf_counter() - begin, peak * world))
@@ -130,19 +132,20 @@ def check_inputs(config: Config, layout: dict) -> dict | None:
     return meta
 
 
-def open_stream(config: Config, split: str) -> ReplicaStream:
-    """This replica's stream of a split. Held-out passes take one micro-batch per replica, in order."""
-    train, world = config.train, dist.get_world_size()
+def open_stream(config: Config, split: str, data: Axis) -> ReplicaStream:
+    """This replica's stream of a split, the same on all its ranks. Held-out passes take one micro-batch per replica,
+    in order."""
+    train = config.train
     training = split == "train"
     return ReplicaStream(
         config.data.path,
         split,
         seq_len=train.seq_len,
         vocab_size=config.model.vocab_size,
-        global_batch=train.global_batch if training else train.micro_batch * world,
+        global_batch=train.global_batch if training else train.micro_batch * data.size,
         micro_batch=train.micro_batch,
-        replica=dist.get_rank(),
-        num_replicas=world,
+        replica=data.rank,
+        num_replicas=data.size,
         seed=config.run.seed,
         shuffle=training,
         workers=config.data.workers if training else 0,
@@ -150,25 +153,22 @@ def open_stream(config: Config, split: str) -> ReplicaStream:
     )
 
 
-def heldout_passes(heldout: ReplicaStream, config: Config) -> Iterator[tuple[MicroBatch, Tensor]]:
+def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterator[tuple[MicroBatch, Tensor]]:
     """The first `eval_samples` held-out samples, as micro-batches with a mask (B,) of those that count.
 
     Every replica gets as many passes; a sample counts once, at any number of replicas.
     """
     samples = min(config.train.eval_samples, heldout.num_samples)
-    micro_batch, world = config.train.micro_batch, dist.get_world_size()
-    for i in range(-(-samples // (micro_batch * world))):
+    micro_batch = config.train.micro_batch
+    for i in range(-(-samples // (micro_batch * data.size))):
         (batch,) = heldout.step(i)
-        positions = (i * world + dist.get_rank()) * micro_batch + torch.arange(micro_batch)
+        positions = (i * data.size + data.rank) * micro_batch + torch.arange(micro_batch)
         yield batch, positions < samples
 
 
-def gather_sample_ids(micro_batches: list[MicroBatch]) -> list[int]:
+def gather_sample_ids(micro_batches: list[MicroBatch], data: Axis) -> list[int]:
     """The sample ids that all replicas really trained on in this step."""
-    mine = torch.cat([batch.sample_ids for batch in micro_batches]).to(device())
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return list(itertools.chain.from_iterable(ids.tolist() for ids in everyone))
+    return gather(torch.cat([batch.sample_ids for batch in micro_batches]).to(device()), data, 0).tolist()
 
 
 def step_line(config: Config, step: int, result: StepResult, ids: list[int], seconds: float, peak: float) -> dict:
@@ -182,6 +182,7 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "n_loops": result.n_loops,
+        "backprop": result.backprop,
         "tokens": step * tokens,
         "batch_id": batch_id(ids),
         "step_seconds": seconds,
@@ -191,6 +192,7 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "expert_load_max": float(load.max() / load.mean()),
         "experts_idle": int((load == 0).sum()),
         "skipped": result.skipped,
+        **({"communication": result.communication} if result.communication is not None else {}),
     }
 
 

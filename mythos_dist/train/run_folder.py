@@ -18,6 +18,7 @@ _MAY_CHANGE = {
     "train.eval_every",
     "train.eval_samples",
     "train.recompute",
+    "train.recompute_every",
     "train.micro_batch",
     "data.path",  # the shards' fingerprint is checked instead
     "data.tokenizer",
@@ -27,6 +28,7 @@ _MAY_CHANGE = {
     "run.dir",
     "run.wandb",
     "run.peak_tflops",
+    "run.count_communication",
 }
 
 

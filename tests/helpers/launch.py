@@ -32,6 +32,7 @@ class Launch:
     values: list[Any]
     out: str  # rank 0's standard output
     err: str  # rank 0's standard error
+    tails: list[str]  # every rank's last lines of standard error
 
 
 def launch(
@@ -66,13 +67,15 @@ def launch(
             values,
             files[0].with_suffix(".out").read_text(),
             files[0].with_suffix(".err").read_text(),
+            ["\n".join(file.with_suffix(".err").read_text().splitlines()[-40:]) for file in files],
         )
 
 
 def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 120) -> list[Any]:
     """Every rank's value of `program(*arguments)`, called with the process group joined; fails if a rank fails."""
     result = launch(world, _in_group, program, *arguments, seconds=seconds)
-    assert result.codes == [0] * world, f"exit codes {result.codes}; rank 0 printed\n{result.out}\n{result.err}"
+    failed = "".join(f"\nrank {i}:\n{tail}" for i, tail in enumerate(result.tails) if result.codes[i])
+    assert not any(result.codes), f"exit codes {result.codes}{failed}"
     return result.values
 
 

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mythos_dist.config.schema import ParallelConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.init import STD, init_parameters, normal_block
+from mythos_dist.parallel.mesh import Axis, mesh_of
+from mythos_dist.parallel.pipeline import Costs, plan_parts
+from mythos_dist.parallel.tensor import cut_parameter, slice_of
 
 
 def test_values_depend_on_the_seed_and_the_name_only(tiny):
@@ -86,3 +90,87 @@ def test_a_model_on_the_meta_device_stays_there(tiny):
     init_parameters(real, seed=7)
     for ours, fresh in zip(real.parameters(), Mythos(tiny(), seed=7).parameters(), strict=True):
         assert torch.equal(ours, fresh)
+
+
+class Assembly:
+    """Whole tensors put together from the slices of many ranks. Ranks that hold the same numbers must agree."""
+
+    def __init__(self):
+        self.whole: dict[str, Tensor] = {}
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        part, value = slice_of(parameter), parameter.detach().clone()
+        held = value[tuple(slice(size) for size in part.shape)].clone()
+        value[tuple(slice(size) for size in part.shape)] = 0.0
+        assert not value.any(), f"{name}: numbers behind the slice"
+        whole = self.whole.setdefault(name, torch.full(part.whole, torch.nan))
+        place = whole[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))]
+        assert bool((place.isnan() | (place == held)).all()), f"{name}: ranks disagree"
+        place.copy_(held)
+
+
+LAYOUTS = [
+    (tensor, expert, (1, 2, 4)[(tensor + i) % 3]) for tensor in range(1, 6) for i, expert in enumerate((1, 2, 4))
+]
+
+
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize(("tensor", "expert", "pipe"), LAYOUTS)
+def test_every_layout_begins_with_the_same_model(tensor, expert, pipe, attn_type, tiny):
+    """The ranks' slices put together are one process' model bit for bit, with no number missing or left over.
+
+    Widths do not divide: 515 tokens, latents of 18 and 12 + 4 channels, 42 of the FFN, a LoRA of rank 6, experts 30
+    wide, and 2 key heads of 8 channels over up to 5 ranks, the last of which then holds none.
+    """
+    config = tiny(
+        attn_type=attn_type, vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, n_experts=8, n_kv_heads=2
+    )
+    parallel = ParallelConfig(tensor=tensor, expert=expert, pipe=pipe)
+    parts = plan_parts(config, config.max_loop_iters, pipe, Costs(block=1, loop=1, frozen_loop=1, head=1))
+    world = tensor * expert * pipe
+    found = Assembly()
+    for rank in range(world):
+        mesh = mesh_of(parallel, world, rank)
+        for name, parameter in Mythos(config, seed=11, mesh=mesh, part=parts[mesh.pipe.rank]).named_parameters():
+            found.add(name, parameter)
+    expected = dict(Mythos(config, seed=11).named_parameters())
+    assert set(found.whole) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found.whole[name], value), name
+
+
+@pytest.mark.parametrize("mode", ["columns", "rows", "stack"])
+def test_slices_that_straddle_generators_are_those_of_the_whole(mode):
+    """Tensors of 2 to 3 million numbers, drawn by several generators each, cut where no generator ends.
+
+    A rank that draws only what it needs gets the numbers of a process that draws everything.
+    """
+    whole = {"columns": (3001, 1000), "rows": (3001, 1000), "stack": (7, 301, 1000)}[mode]
+    sizes = {"columns": {1: ("tensor", 3)}, "rows": {0: ("tensor", 4)}, "stack": {0: ("expert", 2), 1: ("tensor", 3)}}
+    cuts = sizes[mode]
+    table = nn.Module()
+    table.weight = nn.Parameter(torch.empty(whole))
+    init_parameters(table, seed=5)
+    found = Assembly()
+    indices = torch.cartesian_prod(*(torch.arange(size) for _, size in cuts.values())).view(-1, len(cuts)).tolist()
+    for ranks in indices:
+        part = nn.Module()
+        part.weight = cut_parameter(
+            whole, {dim: Axis(name, size, i) for (dim, (name, size)), i in zip(cuts.items(), ranks, strict=True)}
+        )
+        init_parameters(part, seed=5)
+        found.add("weight", part.weight)
+    assert torch.equal(found.whole["weight"], table.weight)
+
+
+def test_a_rank_draws_only_what_it_holds(monkeypatch):
+    """One of 64 ranks of a table of 40 million numbers, 39 generators' worth, needs one or two of them."""
+    drawn = []
+    monkeypatch.setattr(
+        "mythos_dist.model.init.normal_block",
+        lambda seed, name, block, rows, columns: drawn.append(block) or normal_block(seed, name, block, rows, columns),
+    )
+    part = nn.Module()
+    part.weight = cut_parameter((40_000, 1000), {0: Axis("tensor", 64, 31)})
+    init_parameters(part, seed=5)
+    assert len(drawn) in (1, 2)

@@ -97,8 +97,8 @@ def test_a_backend_equals_one_expert_after_the_other(dim, expert_dim, backend, d
     weights = torch.rand(20, 3, generator=generator, requires_grad=True)
     index = torch.stack([1 + torch.randperm(5, generator=generator)[:3] for _ in range(20)])
     direction = torch.randn(20, dim, generator=generator).to(dtype)
-    y, counts = moe.experts(x, weights, index)
-    leaves = [x, weights, moe.experts.gate, moe.experts.up, moe.experts.down]
+    y = moe.experts(x, weights, index)
+    leaves = [x, weights, moe.experts.w1, moe.experts.w3, moe.experts.w2]
     gradients = torch.autograd.grad(y, leaves, direction)
 
     x64, w64, gate, up, down = (leaf.detach().double().requires_grad_() for leaf in leaves)
@@ -114,12 +114,13 @@ def test_a_backend_equals_one_expert_after_the_other(dim, expert_dim, backend, d
     exact = torch.autograd.grad(expected, [x64, w64, gate, up, down], direction.double())
     for ours, theirs in zip([y, *gradients], [expected, *exact], strict=True):
         assert (ours.detach() - theirs.detach()).norm() <= tolerance * theirs.detach().norm()
-    assert counts.tolist() == [int((index == e).sum()) for e in range(7)]
 
 
 def test_shared_experts_are_the_sum_of_their_parts(tiny):
     """One wide SwiGLU against its slices run alone and added: only the order of summation differs."""
     wide = FFN(8, 15)
+    for parameter in wide.parameters():
+        nn.init.normal_(parameter)
     x = torch.randn(4, 8)
     parts = 0
     for lane in (slice(0, 5), slice(5, 10), slice(10, 15)):
@@ -184,7 +185,7 @@ def test_the_bias_selects_but_does_not_weigh(tiny, enliven):
     moe = one_moe(tiny(n_experts_per_tok=2), ExpertsConfig(), enliven)
     moe.router.bias[4:] = 1e4
     x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
-    weights, index, _ = moe.router(x)
+    weights, index, _ = (part[0] if part.dim() else part for part in moe.router(x))
     scores = (x[0] @ moe.router.weight.T).softmax(-1)[:, 4:]
     assert index.sort(-1).values.tolist() == [[4, 5]] * 7
     expected = (scores / scores.sum(-1, keepdim=True)).gather(-1, index - 4)

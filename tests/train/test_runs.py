@@ -77,11 +77,15 @@ def test_a_run_writes_the_folder_that_is_promised(finished, config, shards):
 
 
 def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, tmp_path):
-    """One rank and four, other micro-batches: batch_id equal, losses and norms equal but for the order of sums."""
-    for world, micro_batch in ((1, 4), (4, 2)):
+    """Other ranks, micro-batches and axes: batch_id equal, losses and norms equal but for the order of sums."""
+    cube = "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 run.count_communication=true"
+    for world, change in ((1, "train.micro_batch=4"), (4, "train.micro_batch=2"), (8, cube)):
         run_dir = tmp_path / str(world)
-        result = train(world, *settings, f"run.dir={run_dir}", f"train.micro_batch={micro_batch}")
-        assert result.codes == [0] * world, result.err
+        result = train(world, *settings, f"run.dir={run_dir}", *change.split(), seconds=240)
+        assert result.codes == [0] * world, result.tails
+        counted = [line.get("communication") for line in lines(run_dir)]
+        assert all(set(each) == {"data", "expert", "pipe", "replica", "tensor"} for each in counted if world == 8)
+        assert world == 8 or counted == [None] * 6
         for got, expected in zip(lines(run_dir), lines(finished), strict=True):
             assert got["batch_id"] == expected["batch_id"] and got["tokens"] == expected["tokens"]
             assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -97,18 +101,30 @@ def test_every_rank_logs_its_own_steps(finished):
         assert [int(n) for n in re.findall(r"step (\d+) took", log)] == list(range(1, 7))
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, zero):
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "parallel.zero=1"),
+        (2, "parallel.zero=2"),
+        (2, "parallel.zero=3"),
+        (2, "parallel.expert=2 parallel.zero=3"),
+        (4, "parallel.pipe=2 parallel.expert=2 train.dtype=bf16"),
+        (4, "parallel.tensor=2 parallel.expert=2 parallel.sequence=true"),
+        (8, "parallel.tensor=2 parallel.expert=2 parallel.pipe=2"),
+    ],
+)
+def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, ranks, layout):
     """SIGKILL of all ranks behind a checkpoint; the same command again gives the lines of an undisturbed run."""
-    arguments = [*settings, f"parallel.zero={zero}", "data.workers=1", "model.dropout=0.1"]
+    arguments = [*settings, *layout.split(), "data.workers=1", "model.dropout=0.1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert train(2, *arguments, f"run.dir={whole}").codes == [0, 0]
+    undisturbed = train(ranks, *arguments, f"run.dir={whole}", seconds=240)
+    assert undisturbed.codes == [0] * ranks, undisturbed.tails
     env = {"KILL_AFTER": str(broken / "checkpoints" / "step-00000002" / "checkpoint.json")}
-    killed = train(2, *arguments, f"run.dir={broken}", env=env)
-    assert killed.codes == [-signal.SIGKILL] * 2 and not (broken / "COMPLETED").exists()
+    killed = train(ranks, *arguments, f"run.dir={broken}", env=env, seconds=240)
+    assert killed.codes == [-signal.SIGKILL] * ranks and not (broken / "COMPLETED").exists()
     (broken / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # a line that a kill cut short
-    resumed = train(2, *arguments, f"run.dir={broken}")
-    assert resumed.codes == [0, 0], resumed.err
+    resumed = train(ranks, *arguments, f"run.dir={broken}", seconds=240)
+    assert resumed.codes == [0] * ranks, resumed.tails
     assert "resuming from" in resumed.out
     assert exact(broken) == exact(whole)
     assert lines(broken, "eval.jsonl") == lines(whole, "eval.jsonl")

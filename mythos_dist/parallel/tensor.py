@@ -1,0 +1,157 @@
+"""Layers whose weights are cut over the tensor axis, and the loss over a vocabulary that is (Shoeybi et al. 2019).
+
+A cut dimension of F numbers gives every rank ceil(F / size) of them; what the last ranks lack is filled with zeros.
+Zeros get zero gradients in every layer here, so they stay zeros: exact, and invisible outside of the parameter.
+DeepSpeed learns from marks on the parameters which gradient norms to add up (`tensor_model_parallel`) and which
+gradients stay among the holders of an expert (`allreduce`, `group_name`).
+"""
+
+# B batch, S sequence, N = B * S tokens, D model, V vocabulary; "local" means this rank's part.
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mythos_dist.parallel.collectives import _all_reduce, enter, gather, leave
+from mythos_dist.parallel.mesh import Axis, Mesh
+
+IGNORED = -100  # a label that does not count (PyTorch's own default)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a whole tensor a parameter holds; its numbers behind that part are zeros."""
+
+    whole: tuple[int, ...]  # shape of the whole tensor
+    start: tuple[int, ...]  # per dimension
+    stop: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many numbers per dimension are real."""
+        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+
+
+def cut_range(size: int, axis: Axis) -> tuple[int, int, int]:
+    """Start and stop of this rank's part of `size` numbers, and how many it allocates: ceil(size / axis.size)."""
+    local = -(-size // axis.size)
+    return min(axis.rank * local, size), min((axis.rank + 1) * local, size), local
+
+
+def cut_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Parameter:
+    """This rank's part of a tensor of shape `whole`, dimension d cut over the axis `cuts[d]`; values not set."""
+    ranges = [cut_range(size, cuts.get(dim, Axis("none"))) for dim, size in enumerate(whole)]
+    parameter = nn.Parameter(torch.empty([local for _, _, local in ranges]))
+    parameter.slice = Slice(whole, tuple(r[0] for r in ranges), tuple(r[1] for r in ranges))  # type: ignore[attr-defined]
+    for axis in cuts.values():
+        if axis.name == "tensor" and axis.size > 1:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        if axis.name == "expert" and axis.size > 1:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = f"ep_size_{axis.size}"  # type: ignore[attr-defined]
+    return parameter
+
+
+def slice_of(parameter: Tensor) -> Slice:
+    """The part that a parameter holds; all of it unless it was made by `cut_parameter`."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a shape of (0,) between uses
+    return getattr(parameter, "slice", Slice(shape, (0,) * len(shape), shape))
+
+
+def whole_on_every_rank(module: nn.Module, mesh: Mesh, *, inside: bool = False) -> nn.Module:
+    """Add up, over the tensor axis, the gradients of a module's parameters that every rank holds whole.
+
+    Their gradients are partial with sequence parallelism, where each rank sees its own tokens, and always `inside`
+    work that is divided over the axis. Once per backward pass: a hook on a leaf gets the sum of all its uses.
+    """
+    if mesh.tensor.size > 1 and (inside or mesh.sequence):
+        for parameter in module.parameters(recurse=False):
+            parameter.register_hook(lambda grad: _all_reduce(grad, mesh.tensor))
+    return module
+
+
+class CutLinear(nn.Module):
+    """x @ weight^T, the weight (outputs, inputs) cut over the tensor axis along its outputs or its inputs.
+
+    Cut outputs: whole x -> this rank's outputs. Cut inputs: this rank's inputs -> a partial sum of all outputs.
+    """
+
+    def __init__(self, inputs: int, outputs: int, cut: Literal["outputs", "inputs"], mesh: Mesh):
+        super().__init__()
+        self.weight = cut_parameter((outputs, inputs), {0 if cut == "outputs" else 1: mesh.tensor})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs, local if cut) -> (..., outputs, local if cut)."""
+        return F.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """One table (V, D), cut by tokens, for both ends of the model; both go through `forward`, where ZeRO-3 gathers."""
+
+    def __init__(self, vocab_size: int, dim: int, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+        self.vocab_size = vocab_size
+        self.first, self.last, _ = cut_range(vocab_size, mesh.tensor)
+        self.weight = cut_parameter((vocab_size, dim), {0: mesh.tensor})
+
+    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+        """ids (B, S) -> states (B, S or S / tensor, D); as head: states -> this rank's logits (B, S, local V)."""
+        if as_head:
+            return F.linear(enter(x, self.mesh), self.weight)
+        mine = (x >= self.first) & (x < self.last)
+        rows = F.embedding(torch.where(mine, x - self.first, 0), self.weight)
+        if self.mesh.tensor.size > 1:
+            rows = rows * mine.unsqueeze(-1)
+        return leave(rows, self.mesh)
+
+    def whole_logits(self, logits: Tensor) -> Tensor:
+        """(B, S, local V) -> (B, S, V) on every rank."""
+        return gather(logits, self.mesh.tensor, -1, partial=False)[..., : self.vocab_size]
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sum over the labels (B, S) that are not IGNORED, in nats, of logits (B, S, local V): (), fp32."""
+        loss = _CrossEntropy.apply(
+            logits.flatten(0, 1), labels.flatten(), self.mesh.tensor, self.first, self.last - self.first
+        )
+        return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Each rank keeps the probabilities of its own tokens; three numbers per position travel, never the logits."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, axis: Axis, first: int, size: int) -> Tensor:
+        """logits (N, local V), of which `size` are real; labels (N,) -> ()."""
+        x = logits.to(torch.float32, copy=True)
+        x[:, size:] = float("-inf")
+        highest = x.amax(-1, keepdim=True)
+        if axis.size > 1:
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=axis.group)
+        x.sub_(highest)
+        counts = labels != IGNORED
+        mine = counts & (labels >= first) & (labels < first + size)
+        column = torch.where(mine, labels - first, 0).unsqueeze(-1)
+        target = x.gather(-1, column).squeeze(-1).where(mine, 0.0)
+        x.exp_()
+        sums = torch.stack([x.sum(-1), target])  # of the exponentials; and the label's logit, from whoever holds it
+        if axis.size > 1:
+            dist.all_reduce(sums, group=axis.group)
+        ctx.save_for_backward(x.div_(sums[0].unsqueeze(-1)), column, mine, counts)
+        ctx.dtype = logits.dtype
+        return (sums[0].log() - sums[1]).where(counts, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        probabilities, column, mine, counts = ctx.saved_tensors
+        scale = (grad * counts).unsqueeze(-1)
+        out = torch.mul(probabilities, scale, out=probabilities.new_empty(probabilities.shape, dtype=ctx.dtype))
+        at_label = (probabilities.gather(-1, column) - mine.unsqueeze(-1).float()) * scale
+        return out.scatter_(-1, column, at_label.to(ctx.dtype)), None, None, None, None

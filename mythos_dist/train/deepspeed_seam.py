@@ -1,0 +1,196 @@
+"""Where our mesh, experts and stages meet DeepSpeed's internals. Everything here that is not public API is checked by
+`tests/train/test_deepspeed_seam.py`, which says what moved when DeepSpeed's version changes.
+
+- groups: DeepSpeed's expert groups assume the rank order [pipe, data, model]; ours are put into its tables.
+- experts: a layer that is an `AutoEPMoELayer` is saved, loaded and partitioned (ZeRO-3 included) as experts.
+- stages: a PipelineModule with one layer per stage, and our own list of tied weights.
+"""
+
+import contextlib
+import io
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint import constants
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from mythos_dist.model.attention import build_context
+from mythos_dist.model.moe import MoE
+from mythos_dist.model.mythos import Losses, Mythos
+from mythos_dist.parallel.mesh import Mesh, new_group
+from mythos_dist.parallel.pipeline import Part, pack, unpack
+from mythos_dist.parallel.process import device
+
+
+def topology_of(mesh: Mesh) -> ProcessTopology:
+    """Our rank order in DeepSpeed's terms."""
+    return ProcessTopology(axes=["data", "pipe", "model"], dims=[mesh.data.size, mesh.pipe.size, mesh.tensor.size])
+
+
+def register_groups(mesh: Mesh, topology: ProcessTopology) -> PipelineParallelGrid:
+    """Tell DeepSpeed who shares what; returns what `deepspeed.initialize` takes as `mpu`. Before every engine."""
+    groups.mpu = grid = PipelineParallelGrid(topology=topology)
+    tables = (
+        (mesh.expert, groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS),
+        (mesh.expert_data, groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS),
+    )
+    groups.expert_tensor_parallel_world_size = mesh.tensor.size  # else bf16's norm of experts leaves tensor ranks out
+    if mesh.expert.size > 1:
+        name = f"ep_size_{mesh.expert.size}"
+        for axis, group_table, rank_table in tables:
+            group_table[name] = axis.group or new_group([dist.get_rank()])  # so on all ranks or on none
+            rank_table[name] = dist.get_process_group_ranks(group_table[name])
+    return grid
+
+
+def mend_gradient_norm(optimizer: Any) -> None:
+    """Make the global gradient norm right and its collectives complete, whatever a rank holds.
+
+    ZeRO-3 takes it that a group of ranks that share experts spans the tensor ranks; ours are cut over both axes, and
+    their norms have to be added up over both. BF16_Optimizer skips the sum over experts on ranks without experts to
+    count, and fails on ranks without anything to count: a pipeline stage that holds tied weights only has neither. A
+    zero in each list keeps the sum and the order.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer._grad_norm_counts_every_rank = lambda params, process_group: False  # type: ignore[method-assign]
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+    collect = optimizer.get_grads_for_norm
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return collect(for_clipping=True)
+        others, experts = collect()
+        nothing = torch.zeros(1, device=device())
+        names = [group["name"] for group in optimizer.optimizer.param_groups if group.get("moe")]
+        return [*others, nothing], {name: [*experts.get(name, []), nothing] for name in names}
+
+    optimizer.get_grads_for_norm = get_grads_for_norm
+
+
+class _KnownMoE(MoE, AutoEPMoELayer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Our mixture of experts with the attributes that DeepSpeed asks an `AutoEPMoELayer` for."""
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the groups are registered."""
+
+
+def make_experts_known(model: nn.Module, mesh: Mesh) -> None:
+    """Let DeepSpeed see the mixture as experts that are spread over ranks; their parameters carry marks already."""
+    if mesh.expert.size == 1:
+        return
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+        layer.__class__ = _KnownMoE
+        n_experts, n_local = layer.experts.n_experts, layer.experts.w1.shape[0]
+        placement = legacy_uniform_autoep_placement_descriptor(n_experts, n_local, mesh.expert.size)
+        name = f"ep_size_{mesh.expert.size}"
+        for key, value in {
+            "num_experts": n_experts,
+            "num_local_experts": n_local,
+            "ep_size": mesh.expert.size,
+            "ep_rank": mesh.expert.rank,
+            "ep_group": mesh.expert.group,
+            "ep_group_name": name,
+            "expert_group_name": name,
+            "expert_placement_descriptor": placement,
+            "folding_group_handles": None,
+            "tp_group": None,
+        }.items():
+            setattr(layer, key, value)
+        for parameter in layer.experts.parameters():
+            whole = [n_experts, *parameter.shape[1:]]
+            about = {
+                constants.AUTOEP_EXPERT_PLACEMENT: placement,
+                constants.AFFINE_MAP: autoep_placement_to_affine_map(placement, whole).to_dict(),
+                constants.AUTOEP_PARAM_LOGICAL_SHAPE: whole,
+                constants.AUTOEP_PARAM_EP_RANK: mesh.expert.rank,
+                constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, mesh.expert.rank)),
+            }
+            setattr(parameter, constants.DS_AUTOEP_UC_META, about)
+            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+            parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
+
+
+class Work(NamedTuple):
+    """One micro-batch and what a stage is to do with it."""
+
+    input_ids: Tensor  # (B, S)
+    labels: Tensor  # (B, S)
+    document_ids: Tensor | None  # (B, S)
+    turns: range  # the loops that this stage runs
+    n_loops: int
+    frozen: int  # loops without gradient, the first ones
+
+
+class StageLayer(nn.Module):
+    """A stage as the one layer that DeepSpeed sees: token ids or the tensor of the stage before -> the next one's.
+
+    Every rank of a replica reads the replica's batches, so tokens, documents and labels never travel: `work` holds
+    the micro-batches to come, in order. `counts` and, on the last stage, `losses` collect what the passes found.
+    """
+
+    def __init__(self, model: Mythos):
+        super().__init__()
+        self.model = model
+        self.work: deque[Work] = deque()
+        self.counts: list[Tensor] = []  # (loops of this stage, E)
+        self.losses: list[Losses] = []
+
+    def forward(self, received: Tensor) -> Tensor:
+        """The flat tensor for the next stage; on the last stage the objective ()."""
+        work, model = self.work.popleft(), self.model
+        context = build_context(model.config, work.input_ids.shape, work.input_ids.device, work.document_ids)
+        B, S = work.input_ids.shape
+        state = (work.input_ids,) if model.part.first else tuple(unpack(received, model.arrives(B, S)))
+        state, counts = model.run(state, work.turns, work.n_loops, work.frozen, context)
+        self.counts.append(counts)
+        if not model.part.last:
+            return pack(state, next(model.parameters()).dtype)
+        losses = model.losses(state[0], work.labels, state[1], counts)
+        self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
+        return losses["objective"]
+
+
+class Pipeline(PipelineModule):
+    """DeepSpeed's pipeline with one layer per stage, bounds that we chose, and weights that several stages hold."""
+
+    def __init__(self, layer: StageLayer, parts: list[Part], mesh: Mesh, topology: ProcessTopology):
+        layers = [layer if i == mesh.pipe.rank else nn.Identity() for i in range(mesh.pipe.size)]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its random seeds
+            super().__init__(layers, topology=topology)
+        self._tied: list[tuple[Tensor, Any]] = []
+        # The same order on every stage, or their all-reduces would not meet: first the embedding, then the loop.
+        holders = {
+            "embed": [i for i, part in enumerate(parts) if part.first or part.last],
+            "recurrent": [i for i, part in enumerate(parts) if part.loops],
+        }
+        for name, stages in holders.items():
+            ranks: list[int] = [topology.get_rank(data=mesh.data.rank, pipe=i, model=mesh.tensor.rank) for i in stages]
+            group = new_group(ranks if self.global_rank in ranks else [self.global_rank])
+            if len(stages) > 1 and mesh.pipe.rank in stages:
+                for parameter in getattr(layer.model, name).parameters():
+                    self._tied.append((parameter, group))
+                    # One stage counts in the gradient norm.
+                    parameter.ds_pipe_replicated = mesh.pipe.rank != stages[0]
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = list(range(len(self._layer_specs) + 1))
+        stage = int(self._topo.get_coord(self.global_rank).pipe)
+        self._local_start, self._local_stop = stage, stage + 1
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
+        """Parameters whose gradients DeepSpeed adds up over stages, and over which ranks."""
+        return self._tied

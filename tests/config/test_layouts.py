@@ -1,0 +1,364 @@
+"""Loops and layouts that cannot work are refused with a reason, and what the refusal proposes works."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mythos_dist.config.layout import divisors, layout_problems, nearest
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import Config, problems
+from mythos_dist.errors import UserError
+
+RANKS = "the number of ranks"
+Case = dict[str, Any]  # path -> value, and RANKS -> number
+
+
+BASE = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path="shards"))
+
+
+def config_of(case: Case) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in case.items():
+        if path != RANKS:
+            section, _, key = path.partition(".")
+            sections.setdefault(section, {})[key] = value
+    changed = {name: dataclasses.replace(getattr(BASE, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(BASE, **changed)
+
+
+def lines(case: Case) -> list[str]:
+    """All that is refused: on any number of ranks and, if it is known, on this one."""
+    config = config_of(case)
+    return problems(config) + (layout_problems(config, case[RANKS]) if RANKS in case else [])
+
+
+def refusals(case: Case) -> list[str]:
+    """Lines whose remedies are made knowing all of the case: those on any number of ranks do not know it."""
+    config = config_of(case)
+    return layout_problems(config, case[RANKS]) if RANKS in case else problems(config)
+
+
+def kind(line: str) -> str:
+    """A refusal without its values and remedies: the same after some values have changed."""
+    return re.sub(r" \(model.max_loop_iters=\d+\)|=\w+|\d+", "", line.split(";")[0])
+
+
+def proposals(line: str) -> Iterator[tuple[str, list[Any], bool]]:
+    """What a refusal proposes: path, values, and whether that is said to be enough."""
+    form = r"(with further changes )?set ([\w. ]+?) to (?:one of \[(.+?)\]|(\w+))(?:, or |$)"
+    remedies = line.split("; ")[1]
+    found = list(re.finditer(form, remedies))
+    assert "".join(match[0] for match in found) == remedies, "something of it was not read"
+    words = {"true": True, "false": False}
+    for match in found:
+        values = [int(v) if v.isdigit() else words.get(v, v) for v in (match[3] or match[4]).split(", ")]
+        yield match[2], values, not match[1]
+
+
+def uneven(n: int, size: int) -> bool:
+    """Whether pieces of `size` laid end to end miss n."""
+    return n not in range(0, n + 1, size)
+
+
+def how_many_are_wrong(case: Case) -> int:
+    """The rules once more: by laying pieces end to end, with nothing of `mythos_dist`."""
+    mean = case["model.max_loop_iters"] if case["loops.mean"] is None else case["loops.mean"]
+    tensor, pipe, expert = case["parallel.tensor"], case["parallel.pipe"], case["parallel.expert"]
+    batch, micro_batch = case["train.global_batch"], case["train.micro_batch"]
+    wrong = [
+        case["loops.maximum"] is not None and case["loops.maximum"] < mean,
+        case["loops.distribution"] == "fixed" and case["loops.backprop"] is not None and case["loops.backprop"] > mean,
+        case["train.recompute"] in ("none", "selective") and case["train.recompute_every"] > 1,
+        case["parallel.zero"] in (2, 3) and pipe > 1,
+        len(range(pipe)[1:-1]) > mean,
+        uneven(case["model.n_experts"], expert),
+        uneven(case["model.n_heads"], tensor),
+        expert > 1 and uneven(case["model.dim"], tensor),
+        case["parallel.sequence"] and uneven(case["train.seq_len"], tensor),
+        case["train.seq_len"] > case["model.max_seq_len"],
+        uneven(batch, micro_batch),
+    ]
+    if RANKS not in case:
+        return sum(wrong)
+    if uneven(case[RANKS], pipe * tensor):
+        return sum(wrong) + 1
+    replicas = len(range(0, case[RANKS], pipe * tensor))
+    return sum(wrong) + uneven(replicas, expert) + uneven(batch, micro_batch * replicas)
+
+
+WORKS: Case = {
+    "model.max_seq_len": 16,
+    "model.n_experts_per_tok": 1,
+    "model.max_loop_iters": 4,
+    "model.n_heads": 12,
+    "model.dim": 24,
+    "model.n_experts": 12,
+    "loops.distribution": "fixed",
+    "loops.mean": None,
+    "loops.maximum": None,
+    "loops.backprop": None,
+    "parallel.tensor": 2,
+    "parallel.pipe": 2,
+    "parallel.expert": 2,
+    "parallel.sequence": True,
+    "parallel.zero": 1,
+    "train.recompute": "none",
+    "train.recompute_every": 1,
+    "train.seq_len": 12,
+    "train.micro_batch": 1,
+    "train.global_batch": 12,
+    RANKS: 24,
+}
+NUMBERS = [path for path, value in WORKS.items() if type(value) is int and path not in (RANKS, "parallel.zero")]
+AXIS = st.integers(1, 6)
+ANY: dict[str, st.SearchStrategy] = {
+    "model.max_loop_iters": st.integers(1, 4),
+    "model.n_heads": st.integers(1, 12),
+    "model.dim": st.integers(8, 30),
+    "model.n_experts": st.integers(1, 12),
+    "loops.distribution": st.sampled_from(["fixed", "poisson"]),
+    "loops.mean": st.none() | st.integers(1, 5),
+    "loops.maximum": st.none() | st.integers(1, 9),
+    "loops.backprop": st.none() | st.integers(1, 5),
+    "parallel.tensor": AXIS,
+    "parallel.pipe": AXIS,
+    "parallel.expert": AXIS,
+    "parallel.sequence": st.booleans(),
+    "parallel.zero": st.sampled_from([1, 2, 3]),
+    "train.recompute": st.sampled_from(["none", "loop", "selective"]),
+    "train.recompute_every": st.integers(1, 3),
+    "train.seq_len": st.integers(1, 17),
+    "train.micro_batch": st.integers(1, 4),
+    "train.global_batch": st.integers(1, 24),
+    RANKS: st.integers(1, 48),
+}
+
+
+@st.composite
+def cases(draw: st.DrawFn, most: int = len(ANY)) -> Case:
+    """A layout that works, up to `most` settings of it changed, on a known or an unknown number of ranks."""
+    changed = draw(st.sets(st.sampled_from(list(ANY)), max_size=most))
+    case = WORKS | {path: draw(ANY[path]) for path in ANY if path in changed}
+    if draw(st.booleans()):
+        del case[RANKS]
+    return case
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(cases())
+def test_a_layout_is_refused_exactly_when_a_rule_is_broken(case):
+    """Against the rules written down a second time: as many lines as broken rules, so none exactly when it works."""
+    assert len(lines(case)) == how_many_are_wrong(case)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(cases())
+def test_every_proposed_value_mends_its_line_and_breaks_nothing_unless_it_says_so(case):
+    before = {kind(line) for line in lines(case)}
+    for line in refusals(case):
+        if "longer than the context" in line:
+            continue  # it names bounds, not values
+        proposed = list(proposals(line))
+        assert proposed
+        for path, values, enough in proposed:
+            for value in values:
+                after = {kind(line) for line in lines(case | {path: value})}
+                assert kind(line) not in after
+                assert (after <= before) == enough
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(cases(most=3))
+def test_the_nearest_values_are_proposed(case):
+    """Where one thing is wrong: of all numbers up to 900, the first below and the first above with which all works."""
+    if how_many_are_wrong(case) != 1 or not (found := refusals(case)) or "longer than the context" in found[0]:
+        return
+    for path, values, enough in proposals(found[0]):
+        if type(case[path]) is not int or path == "parallel.zero":
+            continue  # not a number
+        working = [n for n in range(1, 901) if not how_many_are_wrong(case | {path: n})]
+        if path == "train.micro_batch":
+            assert values == working
+        elif enough:
+            below, above = [n for n in working if n < case[path]], [n for n in working if n > case[path]]
+            assert values == below[-1:] + above[:1]
+        else:
+            assert working == []
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(cases(), st.sets(st.sampled_from(NUMBERS)))
+def test_numbers_below_one_are_refused_once(case, too_small):
+    """No other line is about them, and `layout_problems` does not fail on them."""
+    case = case | dict.fromkeys(too_small, 0)
+    found = problems(config_of(case))
+    for path in too_small:
+        assert [line for line in found if f"{path}=0" in line] == [f"{path}=0 must be at least 1"]
+    lines(case)
+
+
+DEFAULT_LOOPS = "loops.mean=null (model.max_loop_iters=16)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            "parallel.tensor=3",
+            "model.n_heads=16 is not divisible by parallel.tensor=3: a tensor rank works on whole heads, equally many; "
+            "set parallel.tensor to one of [2, 4]",
+        ),
+        (
+            "parallel.tensor=17",
+            "model.n_heads=16 is not divisible by parallel.tensor=17: a tensor rank works on whole heads, equally "
+            "many; set parallel.tensor to 16",
+        ),
+        (
+            "parallel.pipe=4 parallel.zero=3",
+            "parallel.zero=3 does not go with parallel.pipe=4: DeepSpeed's pipelines cannot shard gradients or "
+            "parameters; set parallel.zero to 1, or set parallel.pipe to 1",
+        ),
+        (
+            "parallel.pipe=19",
+            f"parallel.pipe=19 is more than {DEFAULT_LOOPS} + 2: all stages but the two at the ends must run a loop; "
+            "set parallel.pipe to 18",
+        ),
+        (
+            "parallel.pipe=4 loops.mean=1",
+            "parallel.pipe=4 is more than loops.mean=1 + 2: all stages but the two at the ends must run a loop; "
+            "set parallel.pipe to 3",
+        ),
+        (
+            "parallel.expert=6",
+            "model.n_experts=64 is not divisible by parallel.expert=6: each of the ranks that share experts holds "
+            "equally many; set parallel.expert to one of [4, 8]",
+        ),
+        (
+            "parallel.expert=2 parallel.tensor=4 model.dim=30",
+            "model.dim=30 is not divisible by parallel.tensor=4: with parallel.expert=2, rows travel in as many equal "
+            "slices; set parallel.tensor to 2, or set parallel.expert to 1",
+        ),
+        (
+            "parallel.sequence=true parallel.tensor=4 train.seq_len=1021",
+            "train.seq_len=1021 is not divisible by parallel.tensor=4: parallel.sequence=true gives tensor ranks equal "
+            "parts of it; set train.seq_len to one of [1020, 1024], or set parallel.tensor to 1, or set "
+            "parallel.sequence to false",
+        ),
+        (
+            "train.recompute_every=2",
+            "train.recompute_every=2 means nothing with train.recompute=none: only `loop` takes several loops at once; "
+            "set train.recompute to loop, or set train.recompute_every to 1",
+        ),
+        (
+            "loops.maximum=3",
+            f"loops.maximum=3 is less than {DEFAULT_LOOPS}: no step runs more than the maximum; "
+            "set loops.maximum to 16, or set loops.mean to 3",
+        ),
+        (
+            "loops.backprop=17",
+            f"loops.backprop=17 is more than {DEFAULT_LOOPS}, and a step with loops.distribution=fixed never runs "
+            "more; set loops.backprop to 16",
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, said, tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {path: shards}")
+    with pytest.raises(UserError) as raised:
+        load_config(tmp_path / "config.yaml", overrides.split())
+    assert raised.value.problems == [said]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case", "said"),
+    [
+        (
+            12,
+            {"parallel.tensor": 4, "parallel.pipe": 2},
+            "12 ranks are not divisible by parallel.pipe=2 x parallel.tensor=4 = 8: so many hold one replica; "
+            "set parallel.pipe to 3, or set the number of ranks to one of [8, 16], "
+            "or with further changes set parallel.tensor to 2",
+        ),
+        (
+            8,
+            {"parallel.tensor": 2, "parallel.expert": 8},
+            "4 replicas (8 ranks / parallel.pipe=1 / parallel.tensor=2) are not divisible by parallel.expert=8: "
+            "so many replicas share one copy of the experts; "
+            "set parallel.expert to 4, or set the number of ranks to 16",
+        ),
+        (
+            4,
+            {"parallel.expert": 8, "train.global_batch": 4},
+            "4 replicas (4 ranks / parallel.pipe=1 / parallel.tensor=1) are not divisible by parallel.expert=8: "
+            "so many replicas share one copy of the experts; "
+            "set parallel.expert to 4, or with further changes set the number of ranks to 8",
+        ),
+        (
+            8,
+            {"parallel.tensor": 2, "parallel.pipe": 2, "train.micro_batch": 8},
+            "train.global_batch=8 is not divisible by train.micro_batch=8 x 2 replicas = 16: every replica runs "
+            "equally many passes; set train.micro_batch to one of [1, 2, 4], or set train.global_batch to 16",
+        ),
+        (
+            3,
+            {},
+            "train.global_batch=8 is not divisible by train.micro_batch=1 x 3 replicas = 3: every replica runs "
+            "equally many passes; set train.global_batch to one of [6, 9]",
+        ),
+    ],
+)
+def test_a_refusal_on_a_number_of_ranks(ranks, case, said):
+    assert problems(config_of(case)) == []
+    assert layout_problems(config_of(case), ranks) == [said]
+
+
+def test_every_broken_rule_gets_a_line_at_once():
+    case = {
+        "parallel.tensor": 3,
+        "parallel.pipe": 19,
+        "parallel.expert": 5,
+        "parallel.zero": 2,
+        "parallel.sequence": True,
+        "train.recompute_every": 2,
+        "loops.maximum": 1,
+        "loops.backprop": 17,
+    }
+    found = problems(config_of(case))
+    assert len(found) == len(set(found)) == 9
+    for path in case:
+        assert any(f"{path}=" in line for line in found), path
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Widths that are cut into parts of one size are filled up with zeros.
+        {"parallel.tensor": 4, "model.vocab_size": 1001, "model.lora_rank": 3, "model.dim": 2050},
+        {"parallel.tensor": 4, "model.q_lora_rank": 7, "model.kv_lora_rank": 5, "model.expert_dim": 9},
+        # Key heads that do not divide are made by everybody.
+        {"parallel.tensor": 16, "model.attn_type": "gqa", "model.n_kv_heads": 2},
+        {"parallel.sequence": True, "train.seq_len": 1021},  # without tensor parallelism nothing is cut
+        {"loops.distribution": "poisson", "loops.backprop": 17},  # some steps run more than the mean
+        {"loops.maximum": 16, "loops.backprop": 16, "train.recompute": "loop", "train.recompute_every": 4},
+        {"parallel.pipe": 18, "model.prelude_layers": 0, "model.coda_layers": 0},
+        {"parallel.zero": 3, "parallel.tensor": 16, "parallel.expert": 64, "parallel.sequence": True},
+    ],
+)
+def test_what_can_work_is_not_refused(case):
+    assert problems(config_of(case)) == []
+
+
+def test_nearest():
+    assert nearest(5, [8, 1, 2, 4]) == [4, 8]
+    assert nearest(9, [1, 2, 4, 8]) == [8]
+    assert nearest(1, [1, 2, 4]) == [2]
+    assert nearest(3, [3]) == []
+
+
+def test_divisors():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(1) == [1]

@@ -1,0 +1,184 @@
+"""A few optimizer steps on one process with torch alone, and the same through our engine on the ranks of a layout.
+
+Both start from the same initial values, wide enough that every part of the model moves the loss.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import mythos_dist.model.init
+from mythos_dist.config.schema import Config
+from mythos_dist.data.stream import MicroBatch, ReplicaStream
+from mythos_dist.model import Mythos
+from mythos_dist.train.schedule import learning_rate, loops_at
+
+STEPS = 6
+STD = 0.2  # of initial values; with 0.02 routed experts would hardly count in the gradient norm
+
+
+def change(config: Config, **sections: dict) -> Config:
+    """A copy with some fields of some sections changed."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    )
+
+
+def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[MicroBatch]]:
+    """A replica's micro-batches, step after step: of shards, or of random tokens when no data.path is set."""
+    train, per_replica = config.train, config.train.global_batch // num_replicas
+    if config.data.path:
+        yield from ReplicaStream(
+            config.data.path,
+            "train",
+            seq_len=train.seq_len,
+            vocab_size=config.model.vocab_size,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            replica=replica,
+            num_replicas=num_replicas,
+            seed=0,
+        ).steps(0)
+    generator = torch.Generator().manual_seed(0)
+    shape = (train.global_batch, train.seq_len)
+    while True:
+        tokens = torch.randint(config.model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
+        documents = (torch.rand(shape, generator=generator) < 0.1).cumsum(1).int()
+        whole = MicroBatch(tokens[:, :-1], tokens[:, 1:], documents, torch.arange(shape[0]))
+        first = replica * per_replica
+        yield [
+            MicroBatch(*(field[i : i + train.micro_batch] for field in whole))
+            for i in range(first, first + per_replica, train.micro_batch)
+        ]
+
+
+def train_plainly(config: Config, bias: list[float] | None = None) -> dict[str, Any]:
+    """The run on one process: the whole global batch at once, AdamW as its paper says, the sign rule for the bias."""
+    mythos_dist.model.init.STD = STD
+    model = Mythos(config.model, experts=config.experts, seed=config.run.seed)
+    mythos_dist.model.init.STD = 0.02
+    router_bias = model.recurrent.block.ffn.router.bias
+    if bias:
+        router_bias += torch.tensor(bias)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    o = config.optim
+    decays = {  # by hand: matrices of attention, FFNs, experts, router and the depth LoRA
+        name
+        for name, p in model.named_parameters()
+        if p.dim() >= 2 and not name.startswith(("embed", "recurrent.act", "recurrent.lora.scale"))
+    }
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if n in decays], "weight_decay": o.weight_decay},
+        {"params": [p for n, p in model.named_parameters() if n not in decays], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    losses, norms, share, n_loops, ids, idle = [], [], [], [], [], []
+    for step, micro_batches in zip(range(1, STEPS + 1), batches(config, 0, 1), strict=False):
+        tokens = MicroBatch(*(torch.cat(field) for field in zip(*micro_batches, strict=True)))
+        loops = loops_at(config, step)
+        out = model(
+            tokens.input_ids,
+            loops.n_loops,
+            labels=tokens.labels,
+            document_ids=tokens.document_ids,
+            backprop=loops.n_loops - loops.frozen,
+        )
+        out["objective"].backward()
+        experts = [p.grad for name, p in model.named_parameters() if ".experts." in name and p.grad is not None]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)))
+        share.append(float(torch.stack([grad.norm() for grad in experts]).norm() / o.grad_clip))  # they are clipped now
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(o, step, config.train.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        load = out["expert_counts"].sum(0).double()
+        router_bias += config.experts.bias_update_rate * torch.sign(load.mean() - load).float()
+        losses.append(float(out["cross_entropy"]))
+        n_loops.append(loops.n_loops)
+        ids.append(sorted(tokens.sample_ids.tolist()))
+        idle.append(int((load == 0).sum()))
+    nothing = torch.zeros(())
+    moments = {
+        name: [optimizer.state[p].get(key, nothing).expand_as(p) for key in ("exp_avg", "exp_avg_sq")]
+        for name, p in model.named_parameters()
+    }
+    return {
+        "loss": losses,
+        "grad_norm": norms,
+        "expert_share": share,  # of the norm
+        "n_loops": n_loops,
+        "ids": ids,
+        "idle": idle,
+        "bias": router_bias,
+        "initial": initial,
+        "final": {name: [p.detach(), *moments[name]] for name, p in model.named_parameters()},
+    }
+
+
+def train_under_deepspeed(cases: list[tuple[Config, list[float] | None]]) -> list[dict[str, Any]]:
+    """On each rank: the same run through our engine, once per config. Tensors come with the place of their slice."""
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.parallel.tensor import slice_of
+    from mythos_dist.train.engine import Engine
+    from mythos_dist.train.loop import gather_sample_ids
+
+    def real(parameter: torch.Tensor, place: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """What the slice holds; behind it there must be zeros."""
+        tensor = tensor.view(parameter.shape if parameter.numel() == tensor.numel() else parameter.ds_shape).clone()
+        inner = tensor[tuple(slice(0, size) for size in place.shape)]
+        assert tensor.count_nonzero() == inner.count_nonzero(), f"{place}: the filling has moved"
+        return inner.clone()
+
+    results = []
+    mythos_dist.model.init.STD = STD
+    for config, bias in cases:
+        print(config.parallel, config.train, bias, file=sys.stderr)  # a launch that fails says where it was
+        mesh = build_mesh(config.parallel)
+        engine = Engine(config, mesh)
+        names = dict(engine.model.named_parameters())
+        places = {name: slice_of(p) for name, p in names.items()}
+        if bias and engine.model.part.loops:
+            engine.model.recurrent.block.ffn.router.bias += torch.tensor(bias)
+        initial = {name: real(p, places[name], safe_get_full_fp32_param(p)) for name, p in names.items()}
+        steps, ids = [], []
+        for step, mine in zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False):
+            steps.append(engine.train_step(mine, step))
+            ids.append(sorted(gather_sample_ids(mine, mesh.data)))
+        if hasattr(engine.deepspeed.optimizer, "_hp_optimizer_states_linked"):
+            # ZeRO-1/2 link parameters to their moments when the first group has been stepped: others have none yet.
+            engine.deepspeed.optimizer._hp_optimizer_states_linked = False
+            engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        final = {
+            name: [
+                real(p, places[name], tensor)
+                for tensor in (
+                    safe_get_full_fp32_param(p),
+                    safe_get_full_optimizer_state(p, "exp_avg"),
+                    safe_get_full_optimizer_state(p, "exp_avg_sq"),
+                )
+            ]
+            for name, p in names.items()
+        }
+        results.append(
+            {
+                "loss": [s.loss for s in steps],
+                "grad_norm": [s.grad_norm for s in steps],
+                "n_loops": [s.n_loops for s in steps],
+                "counts": [s.expert_counts.sum(1).tolist() for s in steps],
+                "skipped": [s.skipped for s in steps],
+                "ids": ids,
+                "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None,
+                "places": {name: [place.start, place.stop] for name, place in places.items()},
+                "initial": initial,
+                "final": final,
+            }
+        )
+        engine.deepspeed.destroy()
+        dist.barrier()
+    return results

@@ -1,0 +1,220 @@
+"""No rank holds a large tensor whole, neither as a parameter nor while it computes."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.launch import launch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import MythosConfig, ParallelConfig
+from mythos_dist.model import Mythos
+from mythos_dist.model.recompute import Recompute
+from mythos_dist.parallel.mesh import SINGLE, Mesh, build_mesh, mesh_of
+from mythos_dist.parallel.tensor import slice_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# ---- Parameters of 10b on 32 ranks, on the meta device
+
+PARALLEL, WORLD = ParallelConfig(tensor=4, expert=8), 32
+LARGE = 1_000_000  # numbers
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[nn.Module]:
+    """10b as each of 32 ranks holds it: tensor 4, and 8 replicas that share one copy of the experts."""
+    config = load_config(CONFIGS / "10b.yaml").model
+    with torch.device("meta"):
+        return [Mythos(config, mesh=mesh_of(PARALLEL, WORLD, rank)) for rank in range(WORLD)]
+
+
+def numbers_per_rank(c: MythosConfig, tensor: int, expert: int) -> dict[str, int]:
+    """What a rank should hold, from the config's numbers: a cut width is rounded up, norms and router are whole."""
+
+    def cut(width: int) -> int:
+        return math.ceil(width / tensor)
+
+    queries = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    attention = (
+        c.dim * cut(c.q_lora_rank)
+        + c.q_lora_rank * cut(queries)
+        + c.dim * cut(c.kv_lora_rank + c.qk_rope_head_dim)
+        + c.kv_lora_rank * cut(c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        + c.dim * cut(c.n_heads * c.v_head_dim)
+        + (c.q_lora_rank + c.kv_lora_rank)  # norms of the latents
+        + 2 * c.dim  # the block's norms
+    )
+    shared = c.n_shared_experts * c.expert_dim * c.n_experts_per_tok
+    return {
+        "embedding": cut(c.vocab_size) * c.dim,
+        "prelude and coda": (c.prelude_layers + c.coda_layers) * (attention + 3 * c.dim * cut(4 * c.dim // 3)),
+        "looped block": attention + c.n_experts * c.dim + 3 * c.dim * cut(shared),
+        "experts": 3 * math.ceil(c.n_experts / expert) * cut(c.expert_dim) * c.dim,
+        "depth LoRA": (2 * c.dim + c.max_loop_iters) * cut(c.lora_rank),
+        "injection and halting": 2 * c.dim + 1 + c.dim + 1,
+        "norms before the loops and the head": 2 * c.dim,
+    }
+
+
+def test_every_rank_holds_its_share_of_10b(ranks):
+    """In bytes, in the fp32 that a model is built in. The FFN's 5461 channels are the one width that 4 does not divide.
+
+    Buffers are the router's bias and nothing else.
+    """
+    config = load_config(CONFIGS / "10b.yaml").model
+    expected = 4 * sum(numbers_per_rank(config, PARALLEL.tensor, PARALLEL.expert).values())
+    for model in ranks:
+        assert sum(p.numel() * p.element_size() for p in model.parameters()) == expected
+        assert sum(b.numel() for b in model.buffers()) == config.n_experts
+
+
+def test_no_large_parameter_is_whole_on_a_rank(ranks):
+    """Of every parameter of more than a million numbers a rank holds a quarter, of experts a thirty-second, with what
+    is filled up less than 0.1 % more."""
+    for model in ranks:
+        for name, parameter in model.named_parameters():
+            numbers = math.prod(slice_of(parameter).whole)
+            if numbers > LARGE:
+                share = 32 if ".experts." in name else 4
+                assert numbers / share <= parameter.numel() < 1.001 * numbers / share, name
+            else:
+                assert parameter.numel() <= LARGE
+    large = {name for name, p in ranks[0].named_parameters() if math.prod(slice_of(p).whole) > LARGE}
+    # Embedding; in 5 blocks q_down, q_up, kv_down, kv_up, wo and three of an FFN, which is the shared one in the loop;
+    # three stacks of experts.
+    assert len(large) == 1 + 5 * (5 + 3) + 3
+
+
+def test_the_slices_of_all_ranks_make_up_the_reference(ranks, open_mythos):
+    """Distinct slices of one copy of the model tile every tensor and count as many numbers as OpenMythos has."""
+    boxes: dict[str, set] = {}
+    whole = {}
+    for model in ranks:
+        for name, parameter in model.named_parameters():
+            part = slice_of(parameter)
+            whole[name] = part.whole
+            boxes.setdefault(name, set()).add((part.start, part.stop))
+    total = 0
+    for name, found in boxes.items():
+        volumes = sum(math.prod(b - a for a, b in zip(start, stop, strict=True)) for start, stop in found)
+        assert volumes == math.prod(whole[name]), name
+        for dim in range(len(whole[name])):  # a grid: along each dim stretches that follow on each other
+            stretches = sorted({(start[dim], stop[dim]) for start, stop in found})
+            assert [0, *(b for _, b in stretches)] == [*(a for a, _ in stretches), whole[name][dim]], name
+        total += volumes
+    with torch.device("meta"):
+        reference = open_mythos.main.OpenMythos(open_mythos.variants.mythos_10b())
+    assert total == sum(p.numel() for p in reference.parameters())
+
+
+# ---- A pass through a small model of that shape, as one of 32 ranks
+
+# Every large tensor has 24576 numbers or more, all logits too; every slice and every activation of a rank fewer.
+# 561 tokens, 181 channels of the FFN and 6 of the LoRA are not divisible by 4.
+SMALL = MythosConfig(
+    vocab_size=561,
+    dim=136,
+    n_heads=8,
+    max_seq_len=44,
+    max_loop_iters=2,
+    prelude_layers=1,
+    coda_layers=1,
+    q_lora_rank=128,
+    kv_lora_rank=64,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=32,
+    n_experts=16,
+    n_shared_experts=1,
+    n_experts_per_tok=2,
+    expert_dim=120,
+    lora_rank=6,
+)
+SEQ_LEN = 44
+LARGE_IN_SMALL = {
+    "q_up": 8 * (16 + 8) * 128,
+    "kv_up": 8 * (16 + 32) * 64,
+    "wo": 8 * 32 * 136,
+    "FFN": 181 * 136,
+    "shared": 2 * 120 * 136,
+    "experts": 16 * 120 * 136,
+    "embedding": 561 * 136,
+    "logits": SEQ_LEN * 561,
+    # Cut once only, these are still large.
+    "experts cut by tensor": 16 * 30 * 136,
+    "experts cut by expert": 2 * 120 * 136,
+}
+BOUND = min(LARGE_IN_SMALL.values())
+
+
+class Outputs(TorchDispatchMode):
+    """Remembers the size, the operation and the shape of every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, str, tuple[int, ...]]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.seen.add((leaf.numel(), str(func), tuple(leaf.shape)))
+        return out
+
+
+def echo(output: Tensor, input: Tensor, *_, **__) -> None:
+    """All-to-all of a world in which every rank sends what this one sends: without it splits would be noise."""
+    output.copy_(input)
+
+
+def pass_through(mesh: Mesh, kind: str) -> list[tuple[int, str, tuple[int, ...]]]:
+    """Everything that a forward and a backward pass allocate, largest first."""
+    model = Mythos(SMALL, mesh=mesh, recompute=Recompute(kind))  # type: ignore[arg-type]
+    tokens = torch.randint(SMALL.vocab_size, (1, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
+    with Outputs() as outputs:
+        losses = model(tokens[:, :-1], labels=tokens[:, 1:])
+        losses["objective"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    return sorted(outputs.seen, reverse=True)
+
+
+def as_ranks(ranks: list[int], kinds: list[tuple[bool, str]]) -> list[list]:
+    """`pass_through` as each of some ranks of 32, with no other rank there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.all_to_all_single = echo
+    found = []
+    for rank in ranks:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
+        for sequence, kind in kinds:
+            mesh = build_mesh(ParallelConfig(tensor=4, expert=8, sequence=sequence))
+            assert (mesh.tensor.rank, mesh.expert.rank) == (rank % 4, rank // 4)
+            found.append(pass_through(mesh, kind)[:10])
+        dist.destroy_process_group()
+    return found
+
+
+def test_one_process_would_be_seen_to_hold_them():
+    """The check itself: without a mesh every large tensor turns up, at least as a gradient."""
+    sizes = {numel for numel, _, _ in pass_through(SINGLE, "none")}
+    assert sizes >= {numel for name, numel in LARGE_IN_SMALL.items() if " cut by " not in name}
+
+
+@pytest.mark.launch
+def test_no_operation_of_a_rank_returns_a_large_tensor():
+    """The first and the last of 32 ranks, under a fake world, with all kinds of recomputation, forward and backward.
+
+    Weights, gradients, activations, logits and what messages carry: all are smaller than the smallest large tensor.
+    """
+    kinds = [(False, "none"), (True, "none"), (True, "selective"), (False, "selective"), (True, "loop")]
+    result = launch(1, as_ranks, [0, 31], kinds)
+    assert result.codes == [0], result.err
+    assert len(result.values[0]) == 2 * len(kinds)
+    for largest in result.values[0]:
+        assert largest[0][0] < BOUND, largest

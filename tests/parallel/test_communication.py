@@ -1,0 +1,176 @@
+"""Counted communication: what goes over the process groups is what the formula says, to the byte, on every rank."""
+
+import sys
+
+import pytest
+import torch
+from helpers.launch import run_ranks
+from helpers.parity import batches, change
+
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.model import Mythos
+from mythos_dist.plan.cost import communication
+from mythos_dist.train.schedule import loops_at
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
+
+# Nothing divides: the vocabulary, the latents, the rank of the depth LoRA, an expert's width. Two micro-batches or
+# more. Gradient flows through the last two of three loops. Nothing is learned, so that each pass is as the first.
+SMALL = (
+    "model.dim=32 model.vocab_size=515 model.kv_lora_rank=16 model.q_lora_rank=18 model.lora_rank=6 "
+    "model.expert_dim=30 train.seq_len=32 train.global_batch=8 train.micro_batch=1 experts.z_loss=0.01 "
+    "experts.sequence_balance_loss=0.01 loops.mean=3 loops.backprop=2 optim.lr=0"
+)
+# In bf16 the order of a sum may change what the router chooses next, so where it matters there is one loop.
+ONE_LOOP = "loops.mean=1 loops.backprop=1"
+LARGE = "model.expert_dim=1000 model.vocab_size=6000"  # parameters that ZeRO-3 gathers anew for each micro-batch
+LAYOUTS = {
+    2: [
+        "parallel.zero=1",
+        "parallel.zero=2",
+        "parallel.zero=2 train.micro_batch=2",
+        "parallel.zero=3",
+        f"parallel.zero=3 train.recompute=loop {LARGE}",
+        "parallel.zero=3 train.dtype=fp16",
+        "parallel.zero=3 parallel.expert=2",
+        "train.dtype=bf16",
+        "train.dtype=bf16 parallel.zero=2",
+        "train.dtype=fp16",
+        "optim.weight_decay=0",
+        "parallel.tensor=2",
+        "parallel.tensor=2 model.attn_type=gqa",
+        "parallel.tensor=2 train.recompute=selective",
+        "parallel.tensor=2 parallel.sequence=true",
+        "parallel.tensor=2 parallel.sequence=true experts.sequence_balance_loss=0",
+        "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2",
+        "parallel.expert=2",
+        "parallel.expert=2 train.recompute=loop",
+        f"parallel.expert=2 train.dtype=bf16 {ONE_LOOP}",
+        "parallel.pipe=2",
+        "parallel.pipe=2 train.dtype=bf16",
+        "parallel.pipe=2 train.dtype=fp16",
+        "parallel.pipe=2 loops.backprop=1 train.recompute=loop",
+        f"parallel.pipe=2 {ONE_LOOP}",
+    ],
+    4: [
+        "parallel.tensor=4",
+        "parallel.tensor=4 model.attn_type=gqa",
+        "parallel.tensor=4 model.attn_type=gqa parallel.sequence=true",
+        "parallel.tensor=2 parallel.zero=2",
+        "parallel.tensor=2 parallel.zero=3",
+        "parallel.tensor=2 parallel.sequence=true train.dtype=bf16",
+        "parallel.expert=4",
+        "parallel.expert=2 parallel.zero=2",
+        f"parallel.expert=2 parallel.zero=3 {LARGE}",
+        f"parallel.expert=2 train.dtype=fp16 {ONE_LOOP}",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.recompute=loop",
+        f"parallel.tensor=2 parallel.expert=2 train.dtype=bf16 {ONE_LOOP}",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=3 model.attn_type=gqa",
+        "parallel.pipe=4",
+        "parallel.pipe=4 loops.mean=12 loops.backprop=6 model.prelude_layers=2",
+        "parallel.pipe=2 parallel.tensor=2 train.dtype=bf16",
+        "parallel.pipe=2 parallel.tensor=2 parallel.sequence=true train.recompute=loop model.attn_type=gqa",
+        "parallel.pipe=2 parallel.expert=2",
+        f"parallel.pipe=2 parallel.expert=2 train.dtype=bf16 {ONE_LOOP}",
+    ],
+    8: [
+        "parallel.pipe=2 parallel.tensor=2 parallel.expert=2",
+        "parallel.pipe=2 parallel.tensor=2 parallel.expert=2 parallel.sequence=true",
+        f"parallel.pipe=2 parallel.tensor=2 parallel.expert=2 train.dtype=bf16 {ONE_LOOP}",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=2",
+    ],
+}
+
+
+def config_of(layout: str) -> Config:
+    config = load_config("configs/tiny_cpu.yaml", [*SMALL.split(), *layout.split(), "data.path=none"])
+    return change(config, data=dict(path=""))  # random tokens
+
+
+def passes_of(config: Config) -> int:
+    """The step that is counted: the first, where a pipeline's stages send shapes; in bf16 the second, where they do
+    not; of ZeRO-3 the third, when it has seen which parameters are needed when."""
+    return 3 if config.parallel.zero == 3 else 2 if config.train.dtype == "bf16" else 1
+
+
+def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
+    """On each rank: for every layout, what goes over the groups in a step."""
+    import torch.distributed as dist
+
+    from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.parallel.traffic import Traffic
+    from mythos_dist.train.engine import Engine
+
+    found = []
+    for layout in layouts:
+        print(layout, file=sys.stderr)  # a launch that fails says where it was
+        config = config_of(layout)
+        mesh = build_mesh(config.parallel)
+        engine = Engine(config, mesh)
+        engine.deepspeed.train()
+        micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))
+        for _ in range(passes_of(config) - 1):
+            engine._passes(micro_batches, loops_at(config, 1))
+        with Traffic(mesh) as traffic:
+            engine._passes(micro_batches, loops_at(config, 1))
+        found.append(traffic.totals)
+        engine.deepspeed.destroy()
+        dist.barrier()
+    return found
+
+
+def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
+    """For each replica, micro-batch and loop of step 1 the rows that it sends and receives.
+
+    What the router of the model on one process chooses, token by token: a token goes once to every rank that holds
+    one of its experts.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.dtype]
+    model = Mythos(config.model, experts=config.experts, seed=config.run.seed).to(dtype)
+    chosen: list[list[list[int]]] = []  # experts of each token, a list per pass through the router
+    model.recurrent.block.ffn.router.register_forward_hook(
+        lambda *call: chosen.append(call[2][1].flatten(0, 1).tolist())
+    )
+    expert = config.parallel.expert
+    replicas = world // (config.parallel.pipe * config.parallel.tensor)
+    owned = config.model.n_experts // expert
+    # destinations[replica][micro-batch][loop]: how many tokens go to each rank of the expert axis
+    destinations: list[list[list[list[int]]]] = []
+    for replica in range(replicas):
+        destinations.append([])
+        for batch in next(batches(config, replica, replicas)):
+            chosen.clear()
+            with torch.no_grad():
+                model(batch.input_ids, loops_at(config, 1).n_loops, document_ids=batch.document_ids)
+            goes = [[{e // owned for e in experts} for experts in tokens] for tokens in chosen]
+            destinations[-1].append([[sum(r in token for token in loop) for r in range(expert)] for loop in goes])
+
+    def rows(replica: int, micro_batch: int, loop: int) -> tuple[int, int]:
+        first = replica // expert * expert
+        received = (destinations[other][micro_batch][loop][replica - first] for other in range(first, first + expert))
+        return sum(destinations[replica][micro_batch][loop]), sum(received)
+
+    return [
+        [[rows(replica, m, t) for t in range(len(loops))] for m, loops in enumerate(of_replica)]
+        for replica, of_replica in enumerate(destinations)
+    ]
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_every_byte_of_a_step_is_in_the_formula(world):
+    """By axis and kind, on every rank: what layers send, DeepSpeed's gradients and parameters, and all scalars."""
+    layouts = LAYOUTS[world]
+    for layout, ranks in zip(layouts, zip(*run_ranks(world, count, layouts, seconds=400), strict=True), strict=True):
+        config = config_of(layout)
+        rows = rows_of(config, world) if config.parallel.expert > 1 else None
+        for rank, found in enumerate(ranks):
+            replica = rank // (config.parallel.pipe * config.parallel.tensor)
+            assert found == communication(
+                config,
+                world,
+                rank,
+                *loops_at(config, 1),
+                rows=rows and rows[replica],
+                first_send=passes_of(config) == 1,
+            ), f"{layout}, rank {rank}"

@@ -1,0 +1,142 @@
+"""Copies of tokens in rows, and sums of rows in tokens."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mythos_dist.parallel.rows import Places, sum_rows, take_rows
+
+
+@st.composite
+def placements(draw) -> tuple[Places, int]:
+    """Where 1 to 6 tokens lie among rows, and how many rows are real; a token may have no row, or one per slot.
+
+    Rows are in any order, slots too, and behind the real rows there may be others that no slot names.
+    """
+    N, slots = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    filled = [draw(st.integers(0, slots)) for _ in range(N)]
+    token = draw(st.permutations([n for n in range(N) for _ in range(filled[n])]))
+    unnamed = draw(st.integers(0, 2))
+    M = len(token) + unnamed
+    row = torch.full((N, slots), M)
+    free = {n: draw(st.permutations(range(slots))) for n in range(N)}
+    for m, n in enumerate(token):
+        row[n, free[n].pop()] = m
+    holes = any(count < slots for count in filled) or draw(st.booleans())
+    places = Places(torch.tensor([*token, *[0] * unnamed], dtype=torch.int64), row, holes)
+    return places, len(token)
+
+
+def spread(N: int, slots: int) -> Places:
+    """Each token in `slots` rows: copy after copy of all tokens, as if each were sent to `slots` ranks."""
+    return Places(torch.arange(N).repeat(slots), torch.arange(N * slots).view(slots, N).T.contiguous(), False)
+
+
+@given(placements(), st.integers(1, 5), st.integers(0, 2**31))
+def test_taking_rows_is_index_select(case, width, seed):
+    """Forward exactly; backward sums a token's rows, what index_add does in float64, without the rows of no slot."""
+    places, real = case
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(places.row.shape[0], width, generator=generator, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(len(places.token), width, generator=generator, dtype=torch.float64)
+    rows = take_rows(x, places)
+    assert torch.equal(rows, x.index_select(0, places.token))
+    (gradient,) = torch.autograd.grad(rows, x, direction)
+    expected = torch.zeros_like(gradient).index_add(0, places.token[:real], direction[:real])
+    torch.testing.assert_close(gradient, expected)
+
+
+@given(placements(), st.integers(1, 5), st.integers(0, 2**31))
+def test_summing_rows_is_index_add(case, width, seed):
+    """Forward against index_add in float64, which knows nothing of slots; backward copies a token's to its rows."""
+    places, real = case
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randn(len(places.token), width, generator=generator, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(places.row.shape[0], width, generator=generator, dtype=torch.float64)
+    sums = sum_rows(y, places)
+    zeros = torch.zeros(places.row.shape[0], width, dtype=torch.float64)
+    torch.testing.assert_close(sums, zeros.index_add(0, places.token[:real], y[:real]))
+    (gradient,) = torch.autograd.grad(sums, y, direction)
+    assert torch.equal(gradient[:real], direction.index_select(0, places.token[:real]))
+
+
+@pytest.mark.parametrize("holes", [True, False])
+def test_no_rows_at_all(holes):
+    """A rank that sends nothing, or that nothing is sent to: empty rows, sums of zero, gradients of zero.
+
+    Without holes there can be no rows only where there are no tokens.
+    """
+    N = 3 if holes else 0
+    places = Places(torch.zeros(0, dtype=torch.int64), torch.zeros(N, 2, dtype=torch.int64), holes)
+    x = torch.randn(N, 4, requires_grad=True)
+    y = torch.randn(0, 4, requires_grad=True)
+    rows, sums = take_rows(x, places), sum_rows(y, places)
+    assert rows.shape == (0, 4)
+    assert torch.equal(sums, torch.zeros(N, 4))
+    (rows.sum() + sums.sum()).backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.equal(x.grad, torch.zeros(N, 4))
+    assert y.grad.shape == (0, 4)
+
+
+def test_a_row_that_is_not_finite_stays_among_its_tokens():
+    """Empty slots add nothing at all: not zero times something, which would be NaN."""
+    places = Places(torch.tensor([1, 1]), torch.tensor([[2, 2], [0, 1]]), True)
+    sums = sum_rows(torch.tensor([[float("inf")], [float("nan")]]), places)
+    assert sums[0].item() == 0.0
+    assert sums[1].isnan()
+
+
+class Ops(TorchDispatchMode):
+    """Remembers which operations run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+def forward_and_backward(x: Tensor, direction: Tensor, places: Places) -> list[Tensor]:
+    """Both directions of both functions."""
+    x = x.clone().requires_grad_()
+    sums = sum_rows(take_rows(x, places), places)
+    return [sums.detach(), *torch.autograd.grad(sums, x, direction)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_the_same_bits_every_time(dtype, threads):
+    """Twenty times over, with one thread and with two. On a GPU atomic additions would come in any order, so there
+    must be none: no operation that PyTorch calls nondeterministic, and none that scatters and adds."""
+    generator = torch.Generator().manual_seed(0)
+    x, direction = (torch.randn(700, 64, generator=generator).to(dtype) for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Ops() as ops:
+            first = forward_and_backward(x, direction, spread(700, 5))
+        assert not {name for name in ops.names if "add" in name and name != "add"}
+        assert not ops.names & {"index_put", "scatter_reduce", "embedding_dense_backward", "index_select_backward"}
+        for _ in range(20):
+            again = forward_and_backward(x, direction, spread(700, 5))
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_order_of_a_sum_is_that_of_the_slots():
+    """Rows may lie anywhere: 1e8 + 1 - 1e8 in fp32 depends on the order, and the same slots give the same number."""
+    values = torch.tensor([[1e8], [1.0], [-1e8], [1.0]])
+    found = set()
+    for order in ([0, 1, 2, 3], [3, 0, 2, 1], [2, 3, 1, 0]):
+        where = torch.tensor(order)  # the row of each slot
+        rows = torch.empty(4, 1).index_copy(0, where, values)
+        found.add(sum_rows(rows, Places(torch.zeros(4, dtype=torch.int64), where.view(1, 4), False)).item())
+    assert len(found) == 1

@@ -1,0 +1,286 @@
+"""Parameters cut over axes, and the loss over a vocabulary that is cut."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.launch import run_ranks
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mythos_dist.config.schema import ParallelConfig
+from mythos_dist.parallel.mesh import SINGLE, Axis, build_mesh
+from mythos_dist.parallel.tensor import IGNORED, Embedding, cut_parameter, cut_range, slice_of
+
+# ---- Cuts
+
+
+def axes(name: str, size: int) -> list[Axis]:
+    """An axis as each of its ranks sees it."""
+    return [Axis(name, size, rank) for rank in range(size)]
+
+
+@given(st.integers(1, 200), st.integers(1, 70))
+def test_parts_tile_the_whole(size, n_ranks):
+    """Laid side by side the parts are 0 .. size - 1, each number once; all ranks allocate the least that is enough."""
+    parts = [cut_range(size, axis) for axis in axes("tensor", n_ranks)]
+    assert [i for start, stop, _ in parts for i in range(start, stop)] == list(range(size))
+    (local,) = {local for _, _, local in parts}
+    assert local * n_ranks >= size > (local - 1) * n_ranks
+    assert all(0 <= stop - start <= local for start, stop, _ in parts)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_slices_of_a_parameter_tile_the_whole_tensor(whole, n_expert, n_tensor, data):
+    """Marked in an array of counters, every number belongs to exactly one rank of the axes that cut it.
+
+    Ranks hold equal shapes, the slice says how much of them is real, and a tensor that nothing cuts is held whole.
+    """
+    dims = data.draw(st.permutations(range(len(whole))))
+    names = data.draw(st.sampled_from([[], ["tensor"], ["expert"], ["expert", "tensor"]]))[: len(whole)]
+    size = {"expert": n_expert, "tensor": n_tensor}
+    counters = torch.zeros(whole, dtype=torch.int64)
+    shapes = set()
+    ranks = [
+        (e, t) for e in range(n_expert if "expert" in names else 1) for t in range(n_tensor if "tensor" in names else 1)
+    ]
+    for e, t in ranks:
+        rank = {"expert": e, "tensor": t}
+        cuts = {dim: Axis(name, size[name], rank[name]) for dim, name in zip(dims, names, strict=False)}
+        parameter = cut_parameter(tuple(whole), cuts)
+        part = slice_of(parameter)
+        assert part.whole == tuple(whole)
+        counters[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))] += 1
+        assert part.shape == tuple(b - a for a, b in zip(part.start, part.stop, strict=True))
+        assert all(real <= held for real, held in zip(part.shape, parameter.shape, strict=True))
+        shapes.add(tuple(parameter.shape))
+    assert bool((counters == 1).all())
+    assert len(shapes) == 1
+    if not names:
+        assert shapes == {tuple(whole)}
+
+
+def test_a_parameter_that_was_not_cut_is_its_own_slice():
+    part = slice_of(nn.Parameter(torch.empty(3, 5)))
+    assert (part.whole, part.start, part.stop, part.shape) == ((3, 5), (0, 0), (3, 5), (3, 5))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("expert", [1, 4])
+def test_deepspeed_understands_the_marks(tensor, expert):
+    """DeepSpeed's own predicates, and the name that its own MoE layer gives to the group of an expert."""
+    from deepspeed.moe.experts import Experts
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import is_moe_param
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    by_tensor, by_expert = Axis("tensor", tensor, 0), Axis("expert", expert, 0)
+    plain = cut_parameter((8, 8), {})
+    column = cut_parameter((8, 8), {0: by_tensor})
+    stack = cut_parameter((8, 8, 8), {0: by_expert, 1: by_tensor})
+    assert not is_model_parallel_parameter(plain)
+    assert is_model_parallel_parameter(column) == is_model_parallel_parameter(stack) == (tensor > 1)
+    assert not is_moe_param(plain)
+    assert not is_moe_param(column)
+    assert is_moe_param(stack) == (expert > 1)
+    if expert > 1:
+        layer = MoE(8, nn.Linear(8, 8, bias=False), num_experts=8, ep_size=expert)
+        (theirs,) = {p.group_name for m in layer.modules() if isinstance(m, Experts) for p in m.parameters()}
+        assert stack.group_name == theirs
+
+
+# ---- The loss on one rank
+
+
+def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Ours on one rank: the loss and its gradient, of logits (B, S, V)."""
+    logits = logits.clone().requires_grad_()
+    loss = Embedding(logits.shape[-1], 4, SINGLE).cross_entropy(logits, labels)
+    (0.3 * loss).backward()
+    assert loss.dtype == torch.float32
+    assert logits.grad is not None
+    return loss.detach(), logits.grad
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 7),
+    st.integers(1, 40),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([1.0, 30.0, 1e4]),
+    st.integers(0, 2**31),
+)
+def test_cross_entropy_is_pytorchs(B, S, V, dtype, spread, seed):
+    """F.cross_entropy in float64 of the same logits, a third of the labels ignored.
+
+    The loss is computed in fp32 and carries a few of its roundings: of each position's highest logit, and of the sum.
+    Each number of the gradient is a probability or one less, off by fp32's rounding of its exponent (a logit of 1e4
+    is known to 1e-3 only), rounded once to the dtype of the logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(B, S, V, generator=generator)).to(dtype)
+    labels = torch.randint(V, (B, S), generator=generator)
+    labels[torch.rand(B, S, generator=generator) < 1 / 3] = IGNORED
+    loss, gradient = losses_of(logits, labels)
+
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="sum")
+    (0.3 * expected).backward()
+    highest = logits.double().abs().max().item()
+    eps = 2**-23
+    assert abs(loss.item() - expected.item()) <= 4 * eps * B * S * (highest + 10)
+    assert gradient.dtype == dtype
+    assert exact.grad is not None
+    tiny = torch.finfo(dtype).tiny  # what is smaller may be flushed
+    allowed = 0.3 * (torch.finfo(dtype).eps * exact.grad.abs() / 0.3 + 4 * eps) + tiny
+    assert bool(((gradient.double() - exact.grad).abs() <= allowed).all())
+
+
+def test_a_confident_model_overflows_nowhere():
+    """Logits of 1e4 and -1e4: a right answer costs 0, a wrong one their difference, and gradients are 0, 1 and -1."""
+    logits = torch.full((1, 2, 6), -1e4)
+    logits[..., 2] = 1e4
+    loss, gradient = losses_of(logits, torch.tensor([[2, 5]]))
+    assert loss.item() == 2e4
+    expected = torch.zeros(1, 2, 6)
+    expected[0, 1, 2], expected[0, 1, 5] = 0.3, -0.3
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_ignored_labels_cost_nothing():
+    """All ignored: the loss is zero, and so is every gradient."""
+    loss, gradient = losses_of(torch.randn(2, 3, 9), torch.full((2, 3), IGNORED))
+    assert loss.item() == 0.0
+    assert not gradient.any()
+
+
+# ---- The vocabulary over several ranks
+
+
+class Shapes(TorchDispatchMode):
+    """Remembers the shape of everything that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+        return out
+
+
+D = 12
+CASES = [  # vocabulary, B, S, dtype, how large logits are, sequence parallelism
+    (515, 2, 8, torch.float32, 1.0, False),
+    (515, 2, 8, torch.float32, 1.0, True),
+    (515, 1, 4, torch.float32, 1e4, True),
+    (515, 2, 8, torch.bfloat16, 1.0, True),
+    (512, 2, 4, torch.float32, 1.0, False),
+    (5, 2, 4, torch.float32, 1.0, False),  # 2 tokens a rank: on 4 ranks the last one has none
+    (5, 1, 8, torch.float32, 1.0, True),
+    (1, 1, 4, torch.float32, 1.0, False),
+]
+
+
+def inputs_of(case: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same on every rank: ids, labels (B, S), a table (V, D), a factor and an offset (B, S, D)."""
+    V, B, S, dtype, spread, _ = case
+    generator = torch.Generator().manual_seed(V + S)
+    ids = torch.randint(V, (B, S), generator=generator)
+    ids[0, 0] = V - 1  # the last rank's last token
+    labels = torch.randint(V, (B, S), generator=generator)
+    labels[0, 1], labels[-1, -1] = IGNORED, V - 1
+    table = torch.randn(V, D, generator=generator) / D**0.5
+    factor, offset = (torch.randn(B, S, D, generator=generator) for _ in range(2))
+    return ids, labels, table.to(dtype), (spread * factor).to(dtype), (spread * offset).to(dtype)
+
+
+def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
+    """This rank's loss and gradients of `table -> states * factor + offset -> table -> loss`."""
+    import torch.distributed as dist
+
+    world = dist.get_world_size()
+    found = []
+    for case in cases:
+        V, B, S, dtype, _, sequence = case
+        ids, labels, table, factor, offset = inputs_of(case)
+        mesh = build_mesh(ParallelConfig(tensor=world, sequence=sequence))
+        embed = Embedding(V, D, mesh).to(dtype)
+        part = slice_of(embed.weight)
+        assert tuple(embed.weight.shape) == (-(-V // world), D)
+        with torch.no_grad():
+            embed.weight.zero_()
+            embed.weight[: part.shape[0]] = table[part.start[0] : part.stop[0]]
+        if sequence:  # this rank's tokens of each sequence
+            factor, offset = (x.chunk(world, dim=1)[mesh.tensor.rank] for x in (factor, offset))
+        offset = offset.clone().requires_grad_()
+        with Shapes() as shapes:
+            logits = embed(embed(ids) * factor + offset, as_head=True)
+            loss = embed.cross_entropy(logits, labels)
+            (0.3 * loss).backward()
+        if V > B * S * D:  # else the width of a state could be taken for a vocabulary
+            whole = [shape for shape in shapes.seen if max(shape, default=0) >= V]
+            assert not whole, f"a rank allocated {whole}"
+            if B * S > D:  # else its rows of the table are more than all logits
+                assert max(torch.Size(shape).numel() for shape in shapes.seen) < B * S * V
+            # Which would have been seen, had it been there.
+            with Shapes() as shapes:
+                assert embed.whole_logits(logits).shape == (B, S, V)
+            assert any(shape[-1] >= V for shape in shapes.seen)
+        assert embed.weight.grad is not None
+        assert offset.grad is not None
+        real, behind = embed.weight.grad.split([part.shape[0], embed.weight.shape[0] - part.shape[0]])
+        assert not behind.any()
+        found.append(
+            {
+                "loss": loss.detach(),
+                "logits": embed.whole_logits(logits).detach(),
+                "states": offset.grad,
+                "table": real.clone(),
+            }
+        )
+    return found
+
+
+def expected_of(case: tuple) -> dict[str, Tensor]:
+    """PyTorch's own embedding, product and loss on one process, in float64."""
+    ids, labels, table, factor, offset = (x.double() if x.is_floating_point() else x for x in inputs_of(case))
+    table.requires_grad_()
+    offset.requires_grad_()
+    logits = (F.embedding(ids, table) * factor + offset) @ table.T
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    (0.3 * loss).backward()
+    assert table.grad is not None
+    assert offset.grad is not None
+    return {"loss": loss.detach(), "logits": logits.detach(), "states": offset.grad, "table": table.grad}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_cut_vocabulary_gives_one_process_loss_and_gradients(world):
+    """The table at both ends of a model, cut over 2 and 4 ranks, against float64 on one process.
+
+    On each rank: the loss, the logits joined, the gradient of the states in between, and the rank's rows of the
+    table's gradient. Off by a few roundings of the dtype: of the states, of the logits and of the sums over tokens.
+    No rank allocates anything as wide as the vocabulary before the logits are asked for whole.
+    """
+    ranks = run_ranks(world, both_ends, CASES)
+    for case, found in zip(CASES, zip(*ranks, strict=True), strict=True):
+        expected = expected_of(case)
+        got = {
+            "table": torch.cat([rank["table"] for rank in found]),
+            "states": torch.cat([rank["states"] for rank in found], dim=1) if case[-1] else found[0]["states"],
+        }
+        # A position with logits of 1e4 has its probabilities from differences that fp32 knows to 1e-3.
+        tolerance = 2e-2 if case[3] == torch.bfloat16 else 1e-6 if case[4] == 1.0 else 1e-3
+        for rank in found:
+            alone = {"loss": rank["loss"], "logits": rank["logits"]}
+            if not case[-1]:
+                alone["states"] = rank["states"]  # without sequence parallelism every rank holds all of them
+            for name, value in (got | alone).items():
+                difference = (value.double() - expected[name]).norm()
+                assert difference <= tolerance * expected[name].norm() + 1e-12, (case, name)
+            assert torch.equal(rank["loss"], found[0]["loss"])
