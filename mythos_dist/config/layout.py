@@ -9,20 +9,19 @@ names is below 1, and all rules about replicas are while ranks do not make whole
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:  # `schema` asks this file for a config's problems
-    from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig, ParallelConfig, TrainConfig
+from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig, ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class Layout:
     """The sections that rules are about, and the number of ranks; while that is unknown (0), replicas are too."""
 
-    model: "MythosConfig"
-    loops: "LoopsConfig"
-    parallel: "ParallelConfig"
-    train: "TrainConfig"
+    model: MythosConfig
+    loops: LoopsConfig
+    parallel: ParallelConfig
+    train: TrainConfig
     ranks: int = 0
 
     @property
@@ -103,8 +102,8 @@ _RULES = (
 )
 _RANK_RULES = (
     Rule(
-        "{at.ranks} ranks are not divisible by parallel.pipe x parallel.tensor = {at.ranks_per_replica}: "
-        "so many hold one replica",
+        "the number of ranks, {at.ranks}, is not divisible by parallel.pipe x parallel.tensor = "
+        "{at.ranks_per_replica}: so many hold one replica",
         lambda at: at.ranks % at.ranks_per_replica == 0,
         "parallel.tensor parallel.pipe ranks",
     ),
@@ -156,7 +155,7 @@ def nearest(wanted: int, working: Iterable[int]) -> list[int]:
     return [n for n in working if n < wanted][-1:] + [n for n in working if n > wanted][:1]
 
 
-def layout_problems(config: "Config", world_size: int = 0) -> list[str]:
+def layout_problems(config: Config, world_size: int = 0) -> list[str]:
     """What is wrong with a layout on `world_size` ranks but would not be on others, a line each.
 
     Without a number of ranks: what is wrong on any. `problems` has those lines among its own.

@@ -15,7 +15,8 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from mythos_dist.config.schema import Config, problems
+from mythos_dist.config.check import problems
+from mythos_dist.config.schema import Config
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 

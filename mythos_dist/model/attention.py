@@ -169,7 +169,7 @@ class GQAttention(nn.Module):
         return attend(q, k, v, context, self.config.dropout if self.training else 0.0)
 
     def _own_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's channels of keys and values -> the heads that its queries look at, (B, S, H / tensor * d) each."""
+        """This rank's channels of keys and values -> the heads that its queries look at, (B, S, H / tensor * d)."""
         c, axis = self.config, self.mesh.tensor
         queries = c.n_heads // axis.size
         heads = torch.arange(axis.rank * queries, (axis.rank + 1) * queries, device=k.device)

@@ -13,7 +13,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from mythos_dist.config.schema import ExpertsConfig, MythosConfig, model_problems
+from mythos_dist.config.check import model_problems
+from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.attention import Context, KVCache, build_context
 from mythos_dist.model.block import DenseBlock

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mythos_dist.config.check import problems
 from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import Config, problems
+from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 
 RANKS = "the number of ranks"
@@ -279,7 +280,7 @@ def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, said, tm
         (
             12,
             {"parallel.tensor": 4, "parallel.pipe": 2},
-            "12 ranks are not divisible by parallel.pipe=2 x parallel.tensor=4 = 8: so many hold one replica; "
+            "the number of ranks, 12, is not divisible by parallel.pipe=2 x parallel.tensor=4 = 8: so many hold one replica; "
             "set parallel.pipe to 3, or set the number of ranks to one of [8, 16], "
             "or with further changes set parallel.tensor to 2",
         ),

@@ -284,3 +284,60 @@ def test_a_config_that_cannot_be_built_names_all_its_problems(tiny):
     assert len(raised.value.problems) == 3
     for setting in ("model.dim=32", "model.n_kv_heads=2", "model.n_experts_per_tok=7"):
         assert setting in str(raised.value)
+
+
+@pytest.mark.parametrize("backprop", [1, 2, 4, 9])
+def test_truncated_gradients_are_those_of_a_graph_that_is_cut_by_hand(backprop, tiny):
+    """Hooks detach what the first loops leave behind: their state, and the halting weights made from it."""
+    config = tiny()
+    input_ids = tokens(config, 2, 8)
+
+    def gradients(model: Mythos, **settings) -> dict[str, Tensor]:
+        model(input_ids, 4, labels=input_ids, **settings)["objective"].backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    cut = Mythos(config)
+    seen = {"injection": 0, "act": 0}
+    for name in seen:
+
+        def detach(module, inputs, output, name=name):
+            seen[name] += 1
+            if seen[name] > 4 - backprop:
+                return output
+            return tuple(x.detach() for x in output) if isinstance(output, tuple) else output.detach()
+
+        getattr(cut.recurrent, name).register_forward_hook(detach)
+    expected = gradients(cut)
+    for name, gradient in gradients(Mythos(config), backprop=backprop).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_loops_without_gradient_keep_nothing_for_the_backward(tiny):
+    """What a pass saves does not grow with the number of loops that get no gradient."""
+
+    def saved(n_loops: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids, n_loops, labels=input_ids, backprop=2)
+        return sum(sizes.values())
+
+    model = Mythos(tiny())
+    input_ids = tokens(model.config, 2, 16)
+    assert saved(9) == pytest.approx(saved(3), rel=0.02)
+
+
+def test_without_halting_the_last_state_goes_on(tiny):
+    """No halting parameters, and the coda gets the last loop's state as it is."""
+    model = Mythos(tiny(halting="none"))
+    assert not [name for name, _ in model.named_parameters() if ".act." in name]
+    states, mixed = [], []
+    model.recurrent.injection.register_forward_hook(lambda module, inputs, output: states.append(output))
+    model.recurrent.register_forward_hook(lambda module, inputs, output: mixed.append(output[0].mixed))
+    model(tokens(model.config, 2, 8), 3)
+    assert len(states) == 3 and torch.equal(states[-1].float(), mixed[0])

@@ -17,7 +17,9 @@ import torch
 from helpers.launch import run_ranks
 from helpers.parity import change, train_plainly, train_under_deepspeed
 
-from mythos_dist.config.schema import Config, layout_problems, problems
+from mythos_dist.config.check import problems
+from mythos_dist.config.layout import layout_problems
+from mythos_dist.config.schema import Config
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
@@ -52,6 +54,7 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (4, dict(tensor=2, expert=2), "mla"),
     (4, dict(tensor=2, expert=2, sequence=True), "mla"),
     (4, dict(tensor=2, expert=2, sequence=True, zero=3), "gqa"),
+    (4, dict(tensor=2, expert=2, sequence=True), "no halting"),
     (4, dict(pipe=4), "mla"),
     (4, dict(pipe=2, tensor=2), "gqa"),
     (4, dict(pipe=2, tensor=2, sequence=True), "loop"),
@@ -97,9 +100,11 @@ def run_of(config: Config, kind: str) -> Config:
 
 
 def at_layout(config: Config, parallel: dict[str, Any], kind: str, ranks: int) -> Config:
-    """The run at a layout, with two micro-batches per replica and step or more; refused if the layout cannot work."""
+    """The run at a layout, with two micro-batches per replica and step; refused if the layout cannot work."""
     recompute = {"loop": dict(recompute="loop", recompute_every=2), "selective": dict(recompute="selective")}
-    config = change(config, parallel=parallel, train=recompute.get(kind, {}))
+    replicas = ranks // (parallel.get("tensor", 1) * parallel.get("pipe", 1))
+    micro_batch = config.train.global_batch // (2 * replicas)
+    config = change(config, parallel=parallel, train=dict(micro_batch=micro_batch, **recompute.get(kind, {})))
     refused = layout_problems(config, ranks) + [line for line in problems(config) if not line.startswith("data.path")]
     assert not refused, refused
     return config

@@ -1,0 +1,105 @@
+"""What is wrong with a config: bounds of numbers, and settings that contradict each other; a line each."""
+
+from collections.abc import Iterator
+
+from mythos_dist.config.layout import divisors, layout_problems
+from mythos_dist.config.schema import Config, MythosConfig
+
+_AT_LEAST_ONE = {
+    "model": "vocab_size dim n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_nope_head_dim "
+    "v_head_dim n_experts n_experts_per_tok expert_dim lora_rank max_output_tokens",
+    "loops": "mean maximum backprop",
+    "parallel": "tensor pipe expert",
+    "train": "steps seq_len global_batch micro_batch recompute_every eval_samples",
+    "checkpoint": "every keep",
+}
+_NOT_NEGATIVE = {
+    "model": "prelude_layers coda_layers n_shared_experts",
+    "experts": "bias_update_rate z_loss sequence_balance_loss",
+    "train": "eval_every",
+    "optim": "lr warmup_steps weight_decay grad_clip",
+    "data": "workers",
+    "run": "seed",
+}
+
+
+def _range_problems(name: str, section: object) -> Iterator[str]:
+    for key in _AT_LEAST_ONE.get(name, "").split():
+        value = getattr(section, key)
+        if value is not None and value < 1:
+            yield f"{name}.{key}={value} must be at least 1"
+    for key in _NOT_NEGATIVE.get(name, "").split():
+        if not getattr(section, key) >= 0:
+            yield f"{name}.{key}={getattr(section, key)} must not be negative"
+
+
+def model_problems(model: MythosConfig) -> list[str]:
+    """What is wrong with a model by itself, a line each; empty when it can be built."""
+    found = list(_range_problems("model", model))
+    if found:
+        return found  # the checks below divide by these numbers
+    if model.attn_type == "gqa":
+        if model.dim % model.n_heads:
+            found.append(
+                f"model.dim={model.dim} is not divisible by model.n_heads={model.n_heads}; "
+                f"set model.n_heads to one of {divisors(model.dim)}"
+            )
+        if model.n_heads % model.n_kv_heads:
+            found.append(
+                f"model.n_heads={model.n_heads} is not divisible by model.n_kv_heads={model.n_kv_heads}; "
+                f"set model.n_kv_heads to one of {divisors(model.n_heads)}"
+            )
+        if not found and model.head_dim % 2:
+            found.append(
+                f"model.dim / model.n_heads = {model.head_dim} is odd, and RoPE turns pairs of channels; "
+                "choose model.dim and model.n_heads with an even ratio"
+            )
+    elif model.qk_rope_head_dim < 2 or model.qk_rope_head_dim % 2:
+        found.append(
+            f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even and at least 2: RoPE turns pairs of channels"
+        )
+    if model.n_experts_per_tok > model.n_experts:
+        found.append(
+            f"model.n_experts_per_tok={model.n_experts_per_tok} is more than model.n_experts={model.n_experts}; "
+            f"set it to at most {model.n_experts}"
+        )
+    if not 0 < model.act_threshold <= 1:
+        found.append(f"model.act_threshold={model.act_threshold} must be above 0 and at most 1")
+    if not 0 <= model.dropout < 1:
+        found.append(f"model.dropout={model.dropout} must be at least 0 and below 1")
+    if not model.rope_theta > 0:
+        found.append(f"model.rope_theta={model.rope_theta} must be above 0")
+    return found
+
+
+def problems(config: Config) -> list[str]:
+    """What is wrong with a config on any number of ranks, a line each."""
+    found = model_problems(config.model)
+    for name in ("experts", "loops", "parallel", "train", "optim", "data", "checkpoint", "run"):
+        found += _range_problems(name, getattr(config, name))
+    train, optim, run = config.train, config.optim, config.run
+    if train.seq_len > config.model.max_seq_len >= 1:
+        found.append(
+            f"train.seq_len={train.seq_len} is longer than the context model.max_seq_len={config.model.max_seq_len}; "
+            f"set train.seq_len to at most {config.model.max_seq_len}, or model.max_seq_len to at least {train.seq_len}"
+        )
+    if train.micro_batch >= 1 and train.global_batch >= 1 and train.global_batch % train.micro_batch:
+        found.append(
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
+            f"set train.micro_batch to one of {divisors(train.global_batch)}"
+        )
+    found += layout_problems(config)
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, key) < 1:
+            found.append(f"optim.{key}={getattr(optim, key)} must be at least 0 and below 1")
+    if not 0 <= optim.min_lr_ratio <= 1:
+        found.append(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie between 0 and 1")
+    if not optim.eps > 0:
+        found.append(f"optim.eps={optim.eps} must be above 0")
+    if not config.data.path:
+        found.append("data.path is not set; give the folder of shards that tools/make_shards.py wrote")
+    if not run.dir:
+        found.append("run.dir is not set; give the folder that checkpoints and metrics go to")
+    if run.peak_tflops is not None and not run.peak_tflops > 0:
+        found.append(f"run.peak_tflops={run.peak_tflops} must be above 0, or null to find it out")
+    return found
