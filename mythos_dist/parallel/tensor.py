@@ -44,6 +44,11 @@ def cut_range(size: int, axis: Axis) -> tuple[int, int, int]:
     return min(axis.rank * local, size), min((axis.rank + 1) * local, size), local
 
 
+def expert_group_name(axis: Axis) -> str:
+    """What DeepSpeed calls the group of ranks that share one copy of the experts."""
+    return f"ep_size_{axis.size}"
+
+
 def cut_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Parameter:
     """This rank's part of a tensor of shape `whole`, dimension d cut over the axis `cuts[d]`; values not set."""
     ranges = [cut_range(size, cuts.get(dim, Axis("none"))) for dim, size in enumerate(whole)]
@@ -54,7 +59,7 @@ def cut_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Parame
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         if axis.name == "expert" and axis.size > 1:
             parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = f"ep_size_{axis.size}"  # type: ignore[attr-defined]
+            parameter.group_name = expert_group_name(axis)  # type: ignore[attr-defined]
     return parameter
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import Part
 
@@ -27,7 +28,6 @@ Rows = Sequence[Sequence[tuple[int, int]]]  # per micro-batch and loop: rows sen
 
 _FP32, _FP64, _INT32, _INT64 = 4, 8, 4, 8
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_NO_DECAY = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")  # as in train/engine.py
 _PERSISTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 
 
@@ -262,7 +262,7 @@ def _zero(model: nn.Module, layers: _Layers, micro_batches: int) -> Counter[tupl
     bf16_optimizer = dtype == "bf16" and zero == 1  # runtime/bf16_optimizer.py; else runtime/zero/stage*.py
     replica = _replica(mesh)
     total: Counter[tuple[str, str]] = Counter()
-    groups = _parameter_groups(model, layers.config.optim.weight_decay)
+    groups = _group_sizes(model, layers)
     for experts, sizes in groups:
         axis = mesh.expert_data if experts else mesh.data
         if zero == 3:
@@ -270,7 +270,8 @@ def _zero(model: nn.Module, layers: _Layers, micro_batches: int) -> Counter[tupl
             for norm_over in (axis, replica, *[mesh.expert] * experts):  # get_grad_norm_direct, as the seam mends it
                 total += _sent(norm_over, "all_reduce", _FP64)
             continue
-        padded = ceil(sum(sizes) / (2 * axis.size)) * 2 * axis.size  # nccl_start_alignment_factor
+        size = sum(sizes) or 1  # a stand-in, where this stage holds nothing of the group; it has no gradient
+        padded = ceil(size / (2 * axis.size)) * 2 * axis.size  # nccl_start_alignment_factor
         times = micro_batches if zero == 2 else 1
         total += _sent(axis, "all_reduce", times * (padded if bf16_optimizer else sum(sizes)) * item)
         total += _sent(axis, "all_gather", padded * item)
@@ -279,7 +280,7 @@ def _zero(model: nn.Module, layers: _Layers, micro_batches: int) -> Counter[tupl
             total += _sent(axis, "all_reduce", _FP32) if experts else Counter()
     if bf16_optimizer:  # runtime/utils.py: get_global_norm_of_tensors, once more for experts
         total += _sent(replica, "all_reduce", _FP32)
-        if any(experts for experts, _ in groups):
+        if mesh.expert.size > 1:
             total += _sent(replica if mesh.tensor.size > 1 else mesh.pipe, "all_reduce", _FP32)
             total += _sent(mesh.expert, "all_reduce", _FP32)
     elif dtype == "fp16" or (dtype == "bf16" and zero == 2):  # has_overflow: one byte
@@ -306,11 +307,11 @@ def _replica(mesh: Mesh) -> Axis:
     return Axis("replica", mesh.pipe.size * mesh.tensor.size)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[tuple[bool, list[int]]]:
-    """train/engine.py: parameter_groups. Per group whether it holds experts that are spread, and its sizes."""
-    groups: dict[tuple[bool, float], list[int]] = {}
-    for name, parameter in model.named_parameters():
-        experts = not getattr(parameter, "allreduce", True)
-        decay = 0.0 if any(part in name for part in _NO_DECAY) else weight_decay
-        groups.setdefault((experts, decay), []).append(parameter.numel())
-    return [(experts, sizes) for (experts, _), sizes in groups.items()]
+def _group_sizes(model: nn.Module, layers: _Layers) -> list[tuple[bool, list[int]]]:
+    """Per optimizer group whether it holds experts that are spread, and the sizes of its parameters; none where a
+    stand-in is all that this stage has."""
+    held = {id(parameter) for parameter in model.parameters()}
+    return [
+        ("moe" in group, [parameter.numel() for parameter in group["params"] if id(parameter) in held])
+        for group in parameter_groups(model, layers.config.optim, layers.mesh)
+    ]

@@ -33,6 +33,7 @@ from mythos_dist.model.mythos import Losses, Mythos
 from mythos_dist.parallel.mesh import Mesh, new_group
 from mythos_dist.parallel.pipeline import Part, pack, unpack
 from mythos_dist.parallel.process import device
+from mythos_dist.parallel.tensor import expert_group_name
 
 
 def topology_of(mesh: Mesh) -> ProcessTopology:
@@ -49,20 +50,20 @@ def register_groups(mesh: Mesh, topology: ProcessTopology) -> PipelineParallelGr
     )
     groups.expert_tensor_parallel_world_size = mesh.tensor.size  # else bf16's norm of experts leaves tensor ranks out
     if mesh.expert.size > 1:
-        name = f"ep_size_{mesh.expert.size}"
+        name = expert_group_name(mesh.expert)
         for axis, group_table, rank_table in tables:
             group_table[name] = axis.group or new_group([dist.get_rank()])  # so on all ranks or on none
             rank_table[name] = dist.get_process_group_ranks(group_table[name])
     return grid
 
 
-def mend_gradient_norm(optimizer: Any) -> None:
+def mend_gradient_norm(optimizer: Any, mesh: Mesh) -> None:
     """Make the global gradient norm right and its collectives complete, whatever a rank holds.
 
     ZeRO-3 takes it that a group of ranks that share experts spans the tensor ranks; ours are cut over both axes, and
     their norms have to be added up over both. BF16_Optimizer skips the sum over experts on ranks without experts to
-    count, and fails on ranks without anything to count: a pipeline stage that holds tied weights only has neither. A
-    zero in each list keeps the sum and the order.
+    count, and fails on ranks without anything to count: a pipeline stage that holds tied weights only has neither, one
+    without loops has no experts at all. A zero in each list keeps the sum and the order.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer._grad_norm_counts_every_rank = lambda params, process_group: False  # type: ignore[method-assign]
@@ -75,9 +76,11 @@ def mend_gradient_norm(optimizer: Any) -> None:
             return collect(for_clipping=True)
         others, experts = collect()
         nothing = torch.zeros(1, device=device())
-        names = [group["name"] for group in optimizer.optimizer.param_groups if group.get("moe")]
         return [*others, nothing], {name: [*experts.get(name, []), nothing] for name in names}
 
+    names = [expert_group_name(mesh.expert)] if mesh.expert.size > 1 else []
+    if names and not optimizer.has_moe_layers:
+        optimizer.has_moe_layers, optimizer.expert_gradients = True, {}
     optimizer.get_grads_for_norm = get_grads_for_norm
 
 
@@ -96,7 +99,7 @@ def make_experts_known(model: nn.Module, mesh: Mesh) -> None:
         layer.__class__ = _KnownMoE
         n_experts, n_local = layer.experts.n_experts, layer.experts.w1.shape[0]
         placement = legacy_uniform_autoep_placement_descriptor(n_experts, n_local, mesh.expert.size)
-        name = f"ep_size_{mesh.expert.size}"
+        name = expert_group_name(mesh.expert)
         for key, value in {
             "num_experts": n_experts,
             "num_local_experts": n_local,
@@ -142,9 +145,12 @@ class StageLayer(nn.Module):
     the micro-batches to come, in order. `counts` and, on the last stage, `losses` collect what the passes found.
     """
 
-    def __init__(self, model: Mythos):
+    def __init__(self, model: Mythos, groups: list[dict]):
         super().__init__()
         self.model = model
+        held = {id(parameter) for parameter in model.parameters()}
+        stand_ins = [p for group in groups for p in group["params"] if id(p) not in held]  # of optimizer groups
+        self.stand_ins = nn.ParameterList(stand_ins)
         self.work: deque[Work] = deque()
         self.counts: list[Tensor] = []  # (loops of this stage, E)
         self.losses: list[Losses] = []

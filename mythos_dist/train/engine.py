@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mythos_dist.config.deepspeed import deepspeed_config
-from mythos_dist.config.schema import Config, OptimConfig
+from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos
+from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import plan_loops, plan_parts
@@ -25,9 +26,6 @@ from mythos_dist.parallel.process import device
 from mythos_dist.parallel.traffic import Totals, Traffic
 from mythos_dist.plan.cost import stage_costs
 from mythos_dist.train.schedule import Loops, learning_rate, loops_at, mean_loops, step_seed
-
-# Not decayed: norms, injection, halting, biases, embeddings (the depth LoRA's scale is one too).
-_NO_DECAY = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
 
 
 @dataclass
@@ -43,19 +41,6 @@ class StepResult:
     expert_counts: Tensor  # (n_loops, E) int64 on the CPU, of the global batch
     skipped: bool  # fp16: gradients overflowed, parameters stayed
     communication: Totals | None  # bytes of all ranks' messages, by axis and kind; None: not counted
-
-
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
-    """AdamW's groups: matrices decay, everything that `_NO_DECAY` names does not; DeepSpeed wants experts that are
-    spread over ranks in groups of their own."""
-    groups: dict[tuple[float, str], dict] = {}
-    for name, parameter in model.named_parameters():
-        decay = 0.0 if any(part in name for part in _NO_DECAY) else optim.weight_decay
-        experts = "" if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[attr-defined]
-        marks = {"moe": True, "name": experts} if experts else {}
-        group = groups.setdefault((decay, experts), {"params": [], "weight_decay": decay, **marks})
-        group["params"].append(parameter)
-    return list(groups.values())
 
 
 class Engine:
@@ -91,14 +76,15 @@ class Engine:
         topology = topology_of(mesh)
         grid = register_groups(mesh, topology)
         make_experts_known(self.model, mesh)
+        groups = parameter_groups(self.model, o, mesh)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, o),
+            groups,
             lr=o.lr,
             betas=(o.beta1, o.beta2),
             eps=o.eps,
             fused=True,  # one pass over the numbers: on a CPU an eighth of the time of the default
         )
-        self.stage = StageLayer(self.model) if mesh.pipe.size > 1 else None
+        self.stage = StageLayer(self.model, groups) if mesh.pipe.size > 1 else None
         self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
             model=Pipeline(self.stage, self.parts, mesh, topology) if self.stage else self.model,
@@ -106,7 +92,7 @@ class Engine:
             config=deepspeed_config(config, mesh.data.size),
             mpu=None if self.stage else grid,
         )
-        mend_gradient_norm(self.deepspeed.optimizer)
+        mend_gradient_norm(self.deepspeed.optimizer, mesh)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int) -> StepResult:
         """Optimizer step `step` (1-based) on this replica's micro-batches."""

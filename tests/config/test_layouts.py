@@ -280,8 +280,8 @@ def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, said, tm
         (
             12,
             {"parallel.tensor": 4, "parallel.pipe": 2},
-            "the number of ranks, 12, is not divisible by parallel.pipe=2 x parallel.tensor=4 = 8: so many hold one replica; "
-            "set parallel.pipe to 3, or set the number of ranks to one of [8, 16], "
+            "the number of ranks, 12, is not divisible by parallel.pipe=2 x parallel.tensor=4 = 8: so many hold one "
+            "replica; set parallel.pipe to 3, or set the number of ranks to one of [8, 16], "
             "or with further changes set parallel.tensor to 2",
         ),
         (
