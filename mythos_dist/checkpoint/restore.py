@@ -39,10 +39,10 @@ def read_meta(checkpoints: Path) -> dict[str, Any] | None:
 def layout_problems(meta: dict[str, Any], layout: dict[str, Any]) -> list[str]:
     """Why ranks of `layout` cannot load the checkpoint, a line per difference."""
     return [
-        f"the checkpoint {meta['path']} was written at {key}={meta['layout'][key]}, this run has {key}={value}; "
-        f"resume at {key}={meta['layout'][key]}, or start in another run.dir"
+        f"the checkpoint {meta['path']} was written at {key}={meta['layout'].get(key)}, this run has {key}={value}; "
+        f"resume at {key}={meta['layout'].get(key)}, or start in another run.dir"
         for key, value in layout.items()
-        if meta["layout"][key] != value
+        if meta["layout"].get(key) != value
     ]
 
 
@@ -57,7 +57,7 @@ def load_checkpoint(engine: Any, meta: dict[str, Any]) -> None:
 def load_model(run_dir: Path) -> tuple[Mythos, Config, int]:
     """The model of a run's newest checkpoint on this process in fp32, the run's config and the step.
 
-    Raises UserError when the folder is not a run or has no checkpoint.
+    Raises UserError when the folder is not a run, has no checkpoint, or one of ranks that each held a part.
     """
     choose_accelerator()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -71,6 +71,13 @@ def load_model(run_dir: Path) -> tuple[Mythos, Config, int]:
             f"{run_dir} has no checkpoint yet; train to step checkpoint.every={config.checkpoint.every} first"
         )
     path = Path(meta["path"])
+    divided = [axis for axis in ("tensor", "pipe", "expert") if meta["layout"][f"parallel.{axis}"] > 1]
+    if divided:
+        raise UserError(
+            f"the checkpoint {path} was written at "
+            + ", ".join(f"parallel.{axis}={meta['layout'][f'parallel.{axis}']}" for axis in divided)
+            + "; a model can be put together from data-parallel checkpoints only, so far"
+        )
     chatter = io.StringIO()  # DeepSpeed prints what it reads
     with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
         state = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)

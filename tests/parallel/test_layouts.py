@@ -57,6 +57,7 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (4, dict(tensor=2, expert=2, sequence=True), "no halting"),
     (4, dict(pipe=4), "mla"),
     (4, dict(pipe=4), "bare"),
+    (4, dict(pipe=4), "two loops"),
     (4, dict(pipe=2, tensor=2), "gqa"),
     (4, dict(pipe=2, tensor=2, sequence=True), "loop"),
     (4, dict(pipe=2, expert=2), "mla"),
@@ -89,7 +90,8 @@ def run_of(config: Config, kind: str) -> Config:
         train=dict(global_batch=8, micro_batch=1),
         experts=dict(bias_update_rate=0.01, z_loss=0.01, sequence_balance_loss=0.01),
         loops=dict(distribution="poisson", mean=3, maximum=5, backprop=2),
-        optim=dict(grad_clip=CLIP),
+        # Adam divides by sqrt(v) + eps: with 1e-8 it would blow the rounding of a gradient of 1e-7 up to a step of lr.
+        optim=dict(grad_clip=CLIP, eps=1e-6),
         run=dict(seed=18),
     )
     if kind == "gqa":
@@ -100,6 +102,8 @@ def run_of(config: Config, kind: str) -> Config:
         return change(config, model=dict(n_experts_per_tok=1))
     if kind == "bare":  # a stage without any block, and one without experts
         return change(config, model=dict(prelude_layers=0, coda_layers=0, vocab_size=4000))
+    if kind == "two loops":  # as many stages as can be: loops + 2
+        return change(config, loops=dict(mean=2))
     if kind == "prime":
         return change(config, train=dict(seq_len=31), data=dict(path=""))
     return config

@@ -19,6 +19,7 @@ from helpers.launch import in_folder_of_rank, launch, train
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.data.stream import ReplicaStream
+from mythos_dist.errors import UserError
 
 pytestmark = pytest.mark.launch
 EXACT = ("loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
@@ -92,6 +93,9 @@ def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, t
             assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         for got, expected in zip(lines(run_dir, "eval.jsonl"), lines(finished, "eval.jsonl"), strict=True):
             assert got["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-4)
+
+    with pytest.raises(UserError, match=r"parallel\.tensor=2, parallel\.pipe=2, parallel\.expert=2"):
+        load_model(tmp_path / "8")
 
 
 def test_every_rank_logs_its_own_steps(finished):
