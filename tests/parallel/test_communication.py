@@ -25,6 +25,8 @@ SMALL = (
 # In half precision the order of a sum may change what the router chooses: here it chooses all.
 ALL_EXPERTS = "model.n_experts_per_tok=8"
 LARGE = "model.expert_dim=1000 model.vocab_size=6000"  # parameters that ZeRO-3 gathers anew for each micro-batch
+# Stages without any block, and without experts: stand-ins take their places in the optimizer's groups.
+BARE = "model.prelude_layers=0 model.coda_layers=0 model.vocab_size=4000"
 LAYOUTS = {
     2: [
         "parallel.zero=1",
@@ -41,6 +43,7 @@ LAYOUTS = {
         "parallel.tensor=2",
         "parallel.tensor=2 model.attn_type=gqa",
         "parallel.tensor=2 train.recompute=selective",
+        "parallel.tensor=2 train.seq_len=31",
         "parallel.tensor=2 parallel.sequence=true",
         "parallel.tensor=2 parallel.sequence=true experts.sequence_balance_loss=0",
         "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2",
@@ -67,7 +70,10 @@ LAYOUTS = {
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.recompute=loop",
         f"parallel.tensor=2 parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=3 model.attn_type=gqa",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true model.halting=none",
         "parallel.pipe=4",
+        "parallel.pipe=4 loops.mean=2",
+        f"parallel.pipe=4 {BARE}",
         "parallel.pipe=4 loops.mean=12 loops.backprop=6 model.prelude_layers=2",
         "parallel.pipe=2 parallel.tensor=2 train.dtype=bf16",
         "parallel.pipe=2 parallel.tensor=2 parallel.sequence=true train.recompute=loop model.attn_type=gqa",
@@ -79,6 +85,8 @@ LAYOUTS = {
         "parallel.pipe=2 parallel.tensor=2 parallel.expert=2 parallel.sequence=true",
         f"parallel.pipe=2 parallel.tensor=2 parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=2",
+        f"parallel.pipe=4 parallel.expert=2 {BARE}",
+        f"parallel.pipe=4 parallel.expert=2 train.dtype=bf16 {BARE} {ALL_EXPERTS}",
     ],
 }
 
