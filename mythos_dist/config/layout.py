@@ -26,7 +26,7 @@ class Layout:
 
     @property
     def mean_loops(self) -> int:
-        return self.model.max_loop_iters if self.loops.mean is None else self.loops.mean
+        return self.loops.mean_of(self.model)
 
     @property
     def ranks_per_replica(self) -> int:

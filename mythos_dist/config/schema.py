@@ -81,6 +81,10 @@ class LoopsConfig:
     maximum: int | None = None  # largest number that is drawn; None: model.max_loop_iters, or the mean if that is more
     backprop: int | None = None  # gradient flows through the last so many loops; None: through all
 
+    def mean_of(self, model: MythosConfig) -> int:
+        """The loops that a step runs on average; evaluation runs as many, and stages are balanced for them."""
+        return model.max_loop_iters if self.mean is None else self.mean
+
 
 @dataclass(frozen=True)
 class ParallelConfig:

@@ -79,7 +79,6 @@ def communication(
     """
     mesh = mesh_of(config.parallel, world_size, rank)
     costs = stage_costs(config)
-    mean = config.loops.mean or config.model.max_loop_iters
-    parts = plan_parts(config.model, mean, mesh.pipe.size, costs)
+    parts = plan_parts(config.model, config.loops.mean_of(config.model), mesh.pipe.size, costs)
     turns = plan_loops(tuple(parts), n_loops, frozen, costs)[mesh.pipe.rank]
     return stage_communication(config, mesh, parts, turns, frozen, rows, first_send)

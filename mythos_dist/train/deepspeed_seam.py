@@ -41,9 +41,13 @@ def topology_of(mesh: Mesh) -> ProcessTopology:
     return ProcessTopology(axes=["data", "pipe", "model"], dims=[mesh.data.size, mesh.pipe.size, mesh.tensor.size])
 
 
-def register_groups(mesh: Mesh, topology: ProcessTopology) -> PipelineParallelGrid:
-    """Tell DeepSpeed who shares what; returns what `deepspeed.initialize` takes as `mpu`. Before every engine."""
-    groups.mpu = grid = PipelineParallelGrid(topology=topology)
+def mpu_of(mesh: Mesh) -> PipelineParallelGrid:
+    """The groups of a run without a pipeline, as `deepspeed.initialize` asks for them; a pipeline makes its own."""
+    return PipelineParallelGrid(topology=topology_of(mesh))
+
+
+def register_experts(mesh: Mesh) -> None:
+    """Tell DeepSpeed which ranks share experts; before every engine."""
     tables = (
         (mesh.expert, groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS),
         (mesh.expert_data, groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS),
@@ -54,7 +58,6 @@ def register_groups(mesh: Mesh, topology: ProcessTopology) -> PipelineParallelGr
         for axis, group_table, rank_table in tables:
             group_table[name] = axis.group or new_group([dist.get_rank()])  # so on all ranks or on none
             rank_table[name] = dist.get_process_group_ranks(group_table[name])
-    return grid
 
 
 def mend_gradient_norm(optimizer: Any, mesh: Mesh) -> None:
@@ -173,7 +176,8 @@ class StageLayer(nn.Module):
 class Pipeline(PipelineModule):
     """DeepSpeed's pipeline with one layer per stage, bounds that we chose, and weights that several stages hold."""
 
-    def __init__(self, layer: StageLayer, parts: list[Part], mesh: Mesh, topology: ProcessTopology):
+    def __init__(self, layer: StageLayer, parts: list[Part], mesh: Mesh):
+        topology = topology_of(mesh)
         layers = [layer if i == mesh.pipe.rank else nn.Identity() for i in range(mesh.pipe.size)]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its random seeds
             super().__init__(layers, topology=topology)

@@ -25,7 +25,7 @@ from mythos_dist.parallel.pipeline import plan_loops, plan_parts
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.traffic import Totals, Traffic
 from mythos_dist.plan.cost import stage_costs
-from mythos_dist.train.schedule import Loops, learning_rate, loops_at, mean_loops, step_seed
+from mythos_dist.train.schedule import Loops, learning_rate, loops_at, step_seed
 
 
 @dataclass
@@ -55,15 +55,15 @@ class Engine:
             StageLayer,
             make_experts_known,
             mend_gradient_norm,
-            register_groups,
-            topology_of,
+            mpu_of,
+            register_experts,
         )
 
         self.config = config
         self.mesh = mesh
         self.traffic = Traffic(mesh) if config.run.count_communication else None
         self.costs = stage_costs(config)
-        self.parts = plan_parts(config.model, mean_loops(config), mesh.pipe.size, self.costs)
+        self.parts = plan_parts(config.model, config.loops.mean_of(config.model), mesh.pipe.size, self.costs)
         train, o = config.train, config.optim
         self.model = Mythos(
             config.model,
@@ -73,8 +73,7 @@ class Engine:
             mesh=mesh,
             part=self.parts[mesh.pipe.rank],
         ).to(device())
-        topology = topology_of(mesh)
-        grid = register_groups(mesh, topology)
+        register_experts(mesh)
         make_experts_known(self.model, mesh)
         groups = parameter_groups(self.model, o, mesh)
         self.optimizer = torch.optim.AdamW(
@@ -87,10 +86,10 @@ class Engine:
         self.stage = StageLayer(self.model, groups) if mesh.pipe.size > 1 else None
         self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
-            model=Pipeline(self.stage, self.parts, mesh, topology) if self.stage else self.model,
+            model=Pipeline(self.stage, self.parts, mesh) if self.stage else self.model,
             optimizer=self.optimizer,
             config=deepspeed_config(config, mesh.data.size),
-            mpu=None if self.stage else grid,
+            mpu=None if self.stage else mpu_of(mesh),
         )
         mend_gradient_norm(self.deepspeed.optimizer, mesh)
 
@@ -155,7 +154,7 @@ class Engine:
         passes: micro-batches with a mask (B,) of the samples that count; as many on every rank.
         """
         self.deepspeed.eval()
-        loops = Loops(mean_loops(self.config), 0)
+        loops = Loops(self.config.loops.mean_of(self.config.model), 0)
         work = [(batch, torch.where(counts.unsqueeze(1), batch.labels, IGNORED)) for batch, counts in passes]
         if self.stage:
             self._hand_out(work, loops)

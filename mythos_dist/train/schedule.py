@@ -26,14 +26,9 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)
 
 
-def mean_loops(config: Config) -> int:
-    """The loops that a step runs on average; evaluation runs as many."""
-    return config.loops.mean or config.model.max_loop_iters
-
-
 def loops_at(config: Config, step: int) -> Loops:
     """The loops of optimizer step `step`: the same on every rank, in every micro-batch and after a resume."""
-    n_loops = mean = mean_loops(config)
+    n_loops = mean = config.loops.mean_of(config.model)
     if config.loops.distribution == "poisson":
         maximum = config.loops.maximum or max(mean, config.model.max_loop_iters)
         drawn = np.random.default_rng(_seed(config.run.seed, "loops", step)).poisson(mean)

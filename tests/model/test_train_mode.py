@@ -1,5 +1,7 @@
 """What `mode: train` mends of the reference, each shown on both models: ours holds, and the reference does not."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -197,21 +199,27 @@ def test_recomputation_changes_neither_gradients_nor_counts(attn_type, tiny):
             assert torch.equal(gradient, recomputed[name]), name
 
 
+def bytes_saved(run: Callable[[], object]) -> int:
+    """What autograd keeps of `run` for the backward, parameters included, each storage once."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(sizes.values())
+
+
 def test_recomputation_keeps_less_for_the_backward(tiny):
     """Half the bytes or fewer at three loops: one loop's activations instead of three loops'."""
 
     def saved(recompute: str) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         model = Mythos(config, recompute=Recompute(recompute))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(input_ids, labels=input_ids)
-        return sum(sizes.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
+        parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
+        return bytes_saved(lambda: model(input_ids, labels=input_ids)) - parameters
 
     config = tiny(vocab_size=3, prelude_layers=0, coda_layers=0)
     input_ids = tokens(config, 4, 64)
@@ -316,16 +324,7 @@ def test_loops_without_gradient_keep_nothing_for_the_backward(tiny):
     """What a pass saves does not grow with the number of loops that get no gradient."""
 
     def saved(n_loops: int) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(input_ids, n_loops, labels=input_ids, backprop=2)
-        return sum(sizes.values())
+        return bytes_saved(lambda: model(input_ids, n_loops, labels=input_ids, backprop=2))
 
     model = Mythos(tiny())
     input_ids = tokens(model.config, 2, 16)
