@@ -76,7 +76,7 @@ def shards(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("shards")
     corpus = write_sample_corpus(work / "corpus.parquet")
     tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", 512)
-    convert(corpus, tokenizer, 32, work / "mds", heldout=0.1, progress=False)
+    convert(corpus, tokenizer, 32, work / "mds", heldout=0.1, quiet=True)
     return work / "mds"
 
 

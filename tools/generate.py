@@ -28,10 +28,13 @@ def continue_text(arguments: argparse.Namespace) -> str:
     import torch
 
     from mythos_dist.checkpoint.restore import load_model
+    from mythos_dist.data.manifest import read_manifest
     from mythos_dist.data.tokenizer import Tokenizer
 
     model, config, step = load_model(arguments.run_dir)
-    tokenizer = Tokenizer.load(config.data.tokenizer or Path(config.data.path) / "tokenizer.model")
+    shards = Path(next(iter(config.data.folders)))  # all folders of a mix have the same tokenizer
+    manifest = read_manifest(shards)
+    tokenizer = Tokenizer.load(config.data.tokenizer or shards / manifest.tokenizer, manifest.eos)
     prompt = torch.from_numpy(tokenizer.encode(arguments.prompt).astype("int64")).unsqueeze(0)
     tokens = model.generate(
         prompt,

@@ -29,8 +29,7 @@ def main() -> None:
         manifest = convert(corpus, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
     except UserError as error:
         exit_with(error)
-    for split, counts in manifest["splits"].items():
-        print(f"{split}: {counts['documents']} documents, {counts['tokens']} tokens, {counts['windows']} windows")
+    print(manifest.summary())
     print(f"shards of {arguments.seq_len} tokens are in {arguments.out}")
 
 

@@ -1,36 +1,87 @@
-"""Parquet (FineWeb-Edu's schema) -> MDS shards with a manifest, ready for `data.path`."""
+"""Text -> MDS shards with a manifest, ready for `data.path`.
+
+Input: parquet (FineWeb-Edu's schema), JSON lines or plain text, the latter two also .gz or .zst; local paths, folders,
+patterns, and URLs (https://, hf://datasets/…, s3://…). Stopped at any moment, it goes on where it was when the same
+command is given again; the shards are the same bytes at any number of workers.
+"""
 
 import argparse
 import json
+import os
+import sys
+import time
 from pathlib import Path
 
 from mythos_dist.errors import UserError, exit_with
 
 
-def main() -> None:
-    """Parse the command line and convert; running it again with the same settings finds the work done."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", required=True, nargs="+", help="parquet files, folders or globs")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="a SentencePiece model file")
-    parser.add_argument("--seq-len", required=True, type=int, help="tokens in a window")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the shards")
-    parser.add_argument("--heldout", type=float, default=0.02, help="share of documents held out (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    arguments = parser.parse_args()
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", required=True, nargs="+", help="files, folders, patterns, URLs")
+    add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
+    add("--seq-len", required=True, type=int, help="tokens in a window; one more is stored, for the labels")
+    add("--out", required=True, type=Path, help="folder of the shards")
+    add(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s); 0: no other process"
+    )
+    add("--heldout", type=float, default=0.02, help="share of documents that training never sees (%(default)s)")
+    add("--dedup", action="store_true", help="keep the first of documents with the same text (reads everything twice)")
+    add("--min-score", type=float, help="leave out documents whose column `score` is lower")
+    add("--min-tokens", type=int, help="leave out documents with fewer tokens")
+    add("--limit-tokens", type=int, help="stop with the document that reaches this many tokens")
+    add("--compression", help="of the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
+    add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
+    add(
+        "--sample-by",
+        choices=("document", "line"),
+        default="document",
+        help="plain text: a document is a file or a line",
+    )
+    add("--eos", help="the token that ends documents, where the tokenizer's files do not say")
+    add("--skip-bad", action="store_true", help="leave out what cannot be read, and list it in the manifest")
+    add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
+    add("--quiet", action="store_true", help="say nothing but errors")
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Convert; the exit code is 0, 2 for a mistake in what was given, or 130 if a person stopped it."""
+    arguments = parse()
+    # Arrow's own allocator keeps what it has freed; a worker's memory would follow the largest document it ever saw.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    from mythos_dist.data.documents import Columns
+    from mythos_dist.data.manifest import Filters
     from mythos_dist.data.shards import convert
     from mythos_dist.data.tokenizer import Tokenizer
 
+    begin = time.monotonic()
     try:
-        tokenizer = Tokenizer.load(arguments.tokenizer)
-        manifest = convert(arguments.input, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
+        manifest = convert(
+            arguments.input,
+            Tokenizer.load(arguments.tokenizer, arguments.eos),
+            arguments.seq_len,
+            arguments.out,
+            heldout=arguments.heldout,
+            compression=arguments.compression,
+            filters=Filters(arguments.min_score, arguments.min_tokens, arguments.limit_tokens, arguments.dedup),
+            columns=Columns(arguments.text_column, sample_by=arguments.sample_by),
+            skip_bad=arguments.skip_bad,
+            workers=arguments.workers,
+            quiet=arguments.quiet,
+        )
     except UserError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    seconds = time.monotonic() - begin
     if arguments.json:
-        print(json.dumps(manifest))
-        return
-    for split, counts in manifest["splits"].items():
-        print(f"{split}: {counts['documents']} documents, {counts['tokens']} tokens, {counts['windows']} windows")
+        tokens = sum(split.tokens for split in manifest.splits.values())
+        print(json.dumps({**manifest.to_json(), "seconds": seconds, "tokens_per_second": tokens / seconds}))
+    elif not arguments.quiet:
+        print(manifest.summary())
 
 
 if __name__ == "__main__":

@@ -1,35 +1,71 @@
-"""Train a SentencePiece model with byte fallback on the texts of parquet files."""
+"""Train a SentencePiece model with byte fallback on text: the same input, options and seed give the same file.
+
+Input is what tools/make_shards.py reads. Of a large corpus --sample-mb are read, from all over it.
+bpe converts faster (each distinct word is encoded once), unigram is the default of SentencePiece.
+"""
 
 import argparse
+import json
+import sys
+import time
 from pathlib import Path
 
 from mythos_dist.errors import UserError, exit_with
 
 
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", required=True, nargs="+", help="files, folders, patterns, URLs")
+    add("--out", required=True, type=Path, help="the model file to write")
+    add("--vocab-size", type=int, default=32000, help="pieces (%(default)s)")
+    add("--model-type", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
+    add("--seed", type=int, default=0, help="which parts and lines of a large input are used (%(default)s)")
+    add("--sample-mb", type=int, default=1024, help="MB of text to read; a smaller input is read whole (%(default)s)")
+    add("--json", action="store_true", help="print path, vocab_size, sha256, model_type and more as JSON")
+    add("--quiet", action="store_true", help="say nothing but errors")
+    return parser.parse_args()
+
+
 def main() -> None:
-    """Parse the command line and train; the same input gives the same file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", required=True, nargs="+", help="parquet files, folders or globs")
-    parser.add_argument("--out", required=True, type=Path, help="the model file to write")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="(%(default)s)")
-    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which lines of a large input are used (%(default)s)")
-    arguments = parser.parse_args()
-
-    from mythos_dist.data.corpus import read_documents
-    from mythos_dist.data.tokenizer import train_tokenizer
-
+    """Train; the exit code is 0, or 2 for a mistake in what was given."""
+    arguments = parse()
+    begin = time.monotonic()
     try:
-        tokenizer = train_tokenizer(
-            read_documents(arguments.input),
-            arguments.out,
-            arguments.vocab_size,
-            model_type=arguments.model_type,
-            seed=arguments.seed,
-        )
+        result = train(arguments)
     except UserError as error:
         exit_with(error)
-    print(f"{arguments.out}: {tokenizer.vocab_size} pieces")
+    if arguments.json:
+        print(json.dumps(result))
+    elif not arguments.quiet:
+        print(f"{arguments.out}: {result['vocab_size']} pieces in {time.monotonic() - begin:.0f} s")
+
+
+def train(arguments: argparse.Namespace) -> dict[str, str | int]:
+    """Read, sample and train; what --json prints."""
+    from mythos_dist.data.corpus import sample_documents
+    from mythos_dist.data.tokenizer import sample_lines, train_on_lines
+
+    if arguments.sample_mb < 1:
+        raise UserError(f"--sample-mb={arguments.sample_mb} is no amount of text; set it to 1 or more")
+    documents = sample_documents(
+        arguments.input, arguments.sample_mb * 1_000_000, arguments.seed, progress=not arguments.quiet
+    )
+    lines = sample_lines(documents, arguments.seed)
+    text_bytes = sum(len(line.encode()) for line in lines)
+    kind, size = arguments.model_type, arguments.vocab_size
+    if not arguments.quiet:
+        print(f"training {kind} of {size} pieces on {len(lines)} lines, {text_bytes / 1e6:.1f} MB", file=sys.stderr)
+    tokenizer = train_on_lines(lines, arguments.out, size, kind)
+    return {
+        "path": str(arguments.out),
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": tokenizer.sha256,
+        "model_type": kind,
+        "lines": len(lines),
+        "text_bytes": text_bytes,
+    }
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What is wrong with a config: bounds of numbers, and settings that contradict each other; a line each."""
 
+import math
 from collections.abc import Iterator
 
 from mythos_dist.config.layout import divisors, layout_problems
-from mythos_dist.config.schema import Config, MythosConfig
+from mythos_dist.config.schema import Config, DataConfig, MythosConfig
 
 _AT_LEAST_ONE = {
     "model": "vocab_size dim n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_nope_head_dim "
@@ -72,6 +73,26 @@ def model_problems(model: MythosConfig) -> list[str]:
     return found
 
 
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if data.mix is None:
+        if not data.path:
+            yield (
+                "data.path is not set; give the folder of shards that tools/make_shards.py wrote, "
+                "or several with weights, such as data.mix={shards/web: 0.7, shards/code: 0.3}"
+            )
+        return
+    if data.path:
+        yield f"data.path={data.path} and data.mix={data.mix} are both set; leave one of them out"
+    if not data.mix:
+        yield "data.mix={} names no folder; give some with their weights, such as {shards/web: 0.7, shards/code: 0.3}"
+    total = sum(data.mix.values())
+    for folder, weight in data.mix.items():
+        if not 0 < weight < math.inf:
+            yield f"data.mix[{folder}]={weight} must be above 0 and finite; leave the folder out to train without it"
+        elif weight < total * 1e-9 < math.inf:
+            yield f"data.mix[{folder}]={weight} is less than a billionth of all weights; leave the folder out"
+
+
 def problems(config: Config) -> list[str]:
     """What is wrong with a config on any number of ranks, a line each."""
     found = model_problems(config.model)
@@ -96,8 +117,7 @@ def problems(config: Config) -> list[str]:
         found.append(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie between 0 and 1")
     if not optim.eps > 0:
         found.append(f"optim.eps={optim.eps} must be above 0")
-    if not config.data.path:
-        found.append("data.path is not set; give the folder of shards that tools/make_shards.py wrote")
+    found += _data_problems(config.data)
     if not run.dir:
         found.append("run.dir is not set; give the folder that checkpoints and metrics go to")
     if run.peak_tflops is not None and not run.peak_tflops > 0:

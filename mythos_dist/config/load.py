@@ -128,6 +128,9 @@ def _lay_over(values: dict[str, dict[str, Any]], source: dict, found: list[str])
             continue
         known = [f.name for f in dataclasses.fields(SECTIONS[section])]
         target = values.setdefault(section, {})
+        if section == "data" and len(named := {"path", "mix"} & entries.keys()) == 1:
+            for other in {"path", "mix"} - named:  # one stands for the other, so a later source's `mix` replaces `path`
+                target.pop(other, None)
         if section == "model" and "variant" in entries:
             variant = str(entries["variant"])
             if variant in VARIANTS:
@@ -160,6 +163,7 @@ _EXPECTED = {
     "float_type": "a number",
     "string_type": "text",
 }
+_MIX = "folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}"
 
 
 def _build(values: dict[str, dict[str, Any]], found: list[str]) -> Config:
@@ -173,12 +177,17 @@ def _build(values: dict[str, dict[str, Any]], found: list[str]) -> Config:
                 bad[key] = _plain(hints[key])  # pydantic would read true as 1
             elif isinstance(value, int | float) and str in (hints[key], *get_args(hints[key])):
                 entries[key] = str(value)  # a folder may be called 2026
+            elif isinstance(value, dict):
+                entries[key] = {str(folder): weight for folder, weight in value.items()}
+                if any(isinstance(weight, bool) for weight in value.values()):
+                    bad[key] = _MIX
         try:
             adapter.validate_python(entries)
         except ValidationError as error:
             for problem in error.errors():
+                key = str(problem["loc"][0])
                 expected = _EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]
-                bad.setdefault(str(problem["loc"][0]), expected)
+                bad.setdefault(key, _MIX if dict[str, float] in get_args(hints[key]) else expected)
         found += [f"{name}.{key}={_yaml(entries[key])}: expected {expected}" for key, expected in bad.items()]
         wrong += [f"{name}.{key}=" for key in bad]
         section = adapter.validate_python({k: v for k, v in entries.items() if k not in bad})
@@ -198,6 +207,6 @@ def _yaml(value: Any) -> str:
 
 
 def _plain(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text"}
+    names = {int: "a whole number", float: "a number", str: "text", dict[str, float]: _MIX}
     options = [names.get(h, repr(h)) for h in (get_args(hint) or (hint,)) if h is not type(None)]
     return " or ".join(options)

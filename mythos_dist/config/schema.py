@@ -129,9 +129,20 @@ class OptimConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = ""  # a folder of MDS shards with manifest.json
+    # Instead of `path`: several such folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}. Every
+    # stretch of training holds them in this ratio of samples; a corpus that runs out starts its next epoch.
+    mix: dict[str, float] | None = None
     tokenizer: str | None = None  # None: the one that lies with the shards
     document_mask: bool = True  # attention stays inside a document
     workers: int = 0  # loader processes per rank
+    verify: bool = True  # each process checks a shard's hash when it first reads it; false: for storage that does so
+    # Where compressed shards are unpacked, by each machine and for ever: it needs room for all of them.
+    cache: str | None = None  # None: a folder in the system's temporary folder
+
+    @property
+    def folders(self) -> dict[str, float]:
+        """The folders of shards with their weights; `path` is the mix of one."""
+        return {self.path: 1.0} if self.mix is None else self.mix
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,19 @@
-"""Documents from parquet files, and a small real corpus to try everything on.
+"""Texts of a corpus one by one, for those that need strings, and a small real corpus to try everything on."""
 
-The schema is FineWeb-Edu's; only its column `text` is read. Text is decoded here and not by pyarrow, because one
-document with invalid UTF-8 would end the conversion: bad bytes become U+FFFD.
-"""
-
-import glob
 import os
-from collections.abc import Iterator, Sequence
+import random
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
+from mythos_dist.data.documents import Columns, LongDocument, Span, Units, read_span, units_of, valid_utf8
+from mythos_dist.data.inputs import Inputs, find_sources, reading
 from mythos_dist.errors import UserError
-
-READ_ROWS = 1024  # documents held in memory at a time, about 5 MB of web text
 
 
 def write_sample_corpus(out: Path) -> Path:
@@ -47,69 +45,50 @@ def write_sample_corpus(out: Path) -> Path:
     return out
 
 
-def parquet_files(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that a file, a folder of *.parquet, a glob, or several of these stand for; each once.
-
-    A folder's and a glob's files are sorted by name. Raises UserError if there are none, naming `path`.
-    """
-    if not isinstance(path, (str, Path)):
-        return list(dict.fromkeys(file for one in path for file in parquet_files(one)))
-    if Path(path).is_dir():
-        files = sorted(Path(path).glob("*.parquet"))
-        problem = "the folder holds no *.parquet file"
-    elif Path(path).exists():
-        return [Path(path)]
-    else:
-        files = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
-        problem = "no such file or folder, and as a pattern it matches nothing"
-    if not files:
-        raise UserError(f"{problem}; give a parquet file, a folder of them, or a pattern", str(path))
-    return files
+def read_documents(inputs: Inputs) -> Iterator[str]:
+    """The non-empty texts of all inputs, file after file. Raises UserError naming a file that cannot be read."""
+    columns = Columns()
+    for source in find_sources(inputs):
+        yield from _texts([_whole(units_of(source, columns))], columns)
 
 
-def read_documents(path: str | Path | Sequence[str | Path]) -> Iterator[str]:
-    """The non-empty texts of every row, file after file, a few row groups in memory.
-
-    Raises UserError naming the file if it is not parquet, is cut short, or has no column `text` of strings.
-    """
-    for file in parquet_files(path):
-        parquet = _open_parquet(file)
-        try:
-            for batch in parquet.iter_batches(batch_size=READ_ROWS, columns=["text"]):
-                for text in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    if text:
-                        yield text.decode("utf-8", "replace")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"cannot be read to its end ({error}); fetch the file again", str(file)) from None
-        finally:
-            parquet.close()
-
-
-def count_rows(files: Sequence[Path]) -> int:
-    """Rows of all files, from their footers. Raises UserError on a file that `read_documents` would refuse to open."""
-    total = 0
-    for file in files:
-        with _open_parquet(file) as parquet:
-            total += parquet.metadata.num_rows
-    return total
+def sample_documents(inputs: Inputs, max_bytes: int, seed: int = 0, progress: bool = False) -> Iterator[str]:
+    """Texts of about `max_bytes` from all over the inputs: spans in an order drawn from `seed`. A corpus that is
+    smaller is read whole. Raises UserError naming a file that cannot be read."""
+    columns = Columns()
+    units = [units_of(source, columns) for source in find_sources(inputs)]
+    spans = [one.span(i, i + 1) for one in units for i in range(len(one.sizes))]
+    random.Random(seed).shuffle(spans)
+    total = min(max_bytes, sum(span.size for span in spans))
+    size = 0
+    with tqdm(
+        total=total, desc="reading text", unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty())
+    ) as bar:
+        for text in _texts(spans, columns):
+            if size >= max_bytes:
+                return
+            yield text
+            size += len(text)
+            bar.update(len(text))
 
 
-def _open_parquet(file: Path) -> pq.ParquetFile:
-    """Raises UserError if `file` is not parquet or has no column `text` of strings, naming the columns it has."""
-    try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"not a parquet file, or cut short ({error})", str(file)) from None
-    schema = parquet.schema_arrow
-    if "text" not in schema.names:
-        problem = f"no column 'text'; the columns are {', '.join(schema.names)}"
-    elif not _is_text(schema.field("text").type):
-        problem = f"column 'text' holds {schema.field('text').type}, not strings"
-    else:
-        return parquet
-    parquet.close()
-    raise UserError(problem, str(file))
+def _whole(units: Units) -> Span:
+    return units.span(0, len(units.sizes))
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary))
+def _texts(spans: Iterable[Span], columns: Columns) -> Iterator[str]:
+    for span in spans:
+
+        def bad(where: str, reason: str, path: str = span.source.path) -> None:
+            raise UserError(f"{where} cannot be read ({reason}); fetch the file again", path)
+
+        with reading(span.source):
+            for documents in read_span(span, columns, bad):
+                if isinstance(documents, LongDocument):
+                    yield "".join(piece.tobytes().decode() for piece, _ in valid_utf8(documents.pieces()))
+                    continue
+                data, start = documents.data.tobytes(), 0
+                for end in documents.ends.tolist():
+                    if end > start:
+                        yield data[start:end].decode()
+                    start = end

@@ -1,26 +1,51 @@
 """`manifest.json`: what a folder of shards was made from and holds. Written last: where it is, the conversion is whole.
 
-Training reads it before any shard, to refuse shards that do not fit the config.
+Training reads it before any shard, to refuse shards that do not fit the config. Nothing in it depends on when, where
+or by how many workers the shards were made.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mythos_dist.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One parquet file that was converted; `size` in bytes."""
+    """One file that was converted: its path below the folder that all inputs share, its size in bytes, its hash."""
 
     name: str
     size: int
-    sha256: str
+    hash: str  # "sha256:…"; of a remote file what its server gives: "sha256:…", "etag:…", or "" where it gives nothing
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which documents were left out on request; None: that filter was off."""
+
+    min_score: float | None = None  # least value of the column `score`
+    min_tokens: int | None = None  # least number of tokens of a document
+    limit_tokens: int | None = None  # the document with which this many tokens are reached is the last
+    dedup: bool = False  # of documents with the same text, only the first was kept
+
+
+@dataclass(frozen=True)
+class DocumentCounts:
+    """read == written + empty + low_score + duplicate + short."""
+
+    read: int = 0
+    written: int = 0
+    empty: int = 0
+    low_score: int = 0
+    duplicate: int = 0
+    short: int = 0  # fewer than `min_tokens`
+    repaired: int = 0  # of those read: invalid UTF-8 or lone surrogates became U+FFFD
 
 
 @dataclass(frozen=True)
@@ -28,10 +53,20 @@ class SplitCounts:
     """tokens + documents (one EOS each) == tokens_written + tokens_dropped."""
 
     documents: int
-    tokens: int
+    tokens: int  # without EOS
     windows: int
     tokens_written: int  # windows * (seq_len + 1)
-    tokens_dropped: int
+    tokens_dropped: int  # at the very end of the split: at most seq_len
+    eos_dropped: int  # of tokens_dropped: the shards hold documents - eos_dropped EOS tokens
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Input that could not be read and was left out with --skip-bad."""
+
+    name: str  # of the input
+    where: str  # "file", "row group 3", "line 17"
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -42,12 +77,47 @@ class Manifest:
     seq_len: int
     dtype: str
     vocab_size: int
+    eos: str  # the text of the token that ends documents
     eos_id: int
+    tokenizer: str  # name of the tokenizer's file in the folder
     tokenizer_sha256: str
     heldout: float
+    compression: str | None  # of the shards: "zstd:3"
+    text_column: str
+    sample_by: str  # of plain text files: a "document" or a "line" is a document
+    filters: Filters
     inputs: tuple[InputFile, ...]
+    documents: DocumentCounts
     splits: dict[str, SplitCounts]
-    fingerprint: str
+    skipped: tuple[Skipped, ...] = field(default=())
+    fingerprint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        left_out = [
+            f"{getattr(self.documents, fate):,} {name}"
+            for fate, name in (
+                ("empty", "empty"),
+                ("low_score", "below the score"),
+                ("duplicate", "duplicate"),
+                ("short", "too short"),
+            )
+            if getattr(self.documents, fate)
+        ]
+        lines = [f"{self.documents.read:,} documents read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
+        if self.documents.repaired:
+            lines.append(f"{self.documents.repaired:,} documents held invalid text, which became U+FFFD")
+        lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
+        for name, split in self.splits.items():
+            lines.append(
+                f"{name}: {split.documents:,} documents, {split.tokens:,} tokens -> {split.windows:,} windows of "
+                f"{self.seq_len}; {split.tokens_dropped} tokens at the end fill none"
+            )
+        return "\n".join(lines)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -68,12 +138,15 @@ def read_manifest(path: str | Path) -> Manifest:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw["format_version"] != FORMAT_VERSION:
             raise UserError(f"format_version={raw['format_version']} is not {FORMAT_VERSION}; convert again", str(file))
+        raw["filters"] = Filters(**raw["filters"])
         raw["inputs"] = tuple(InputFile(**one) for one in raw["inputs"])
+        raw["documents"] = DocumentCounts(**raw["documents"])
         raw["splits"] = {split: SplitCounts(**raw["splits"][split]) for split in SPLITS}
+        raw["skipped"] = tuple(Skipped(**one) for one in raw["skipped"])
         return Manifest(**raw)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot be read ({type(error).__name__}: {error}); convert again", str(file)) from None
 
 

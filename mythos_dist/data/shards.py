@@ -1,198 +1,395 @@
-"""Parquet to MDS shards, in a folder that needs nothing else.
+"""Text to MDS shards, in a folder that needs nothing else.
 
-    out/train/        index.json, shard.*.mds: column `tokens`, windows of seq_len + 1 token ids
+    out/train/        index.json, part-*/shard.*.mds: column `tokens`, windows of seq_len + 1 token ids
     out/heldout/      the same; a document is held out by a hash of its text, so order and file names do not matter
-    out/tokenizer.model, out/manifest.json
+    out/tokenizer.model (or .json), out/manifest.json
 
-Everything is written into out.partial and renamed at the end: a folder with a manifest is a whole conversion.
-The trap: MDSWriter as a context manager writes a valid-looking index.json when an exception cuts it short,
-so `finish()` is called here, and only after the last window.
+Inputs are divided into parts by their own row groups alone, parts are converted by any number of workers, and what
+fills no window at the end of a part is joined with what the other parts left: `part-tails`. A conversion that was
+stopped goes on where it was when it is started again; out/unfinished holds what is known so far. The manifest is
+written last.
 """
 
-import hashlib
+import base64
+import fcntl
 import json
+import os
+import re
 import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from time import sleep
+from typing import Any, TextIO
 
 import numpy as np
-from tqdm import tqdm
 
-from mythos_dist.data.corpus import count_rows, parquet_files, read_documents
+from mythos_dist.data import pool
+from mythos_dist.data.documents import Columns, Units, units_of
+from mythos_dist.data.duplicates import find_duplicates, save_digests
+from mythos_dist.data.inputs import Inputs, Source, Unreadable, content_hash, find_sources
 from mythos_dist.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
+    DocumentCounts,
+    Filters,
     InputFile,
     Manifest,
+    Skipped,
     SplitCounts,
-    file_sha256,
     index_fingerprint,
     read_manifest,
 )
-from mythos_dist.data.pack import Packer
+from mythos_dist.data.mds import ShardWriter
+from mythos_dist.data.part import (
+    UNFINISHED,
+    Job,
+    Part,
+    Record,
+    convert_part,
+    document_digests,
+    read_record,
+    write_atomically,
+)
+from mythos_dist.data.pool import Workers
+from mythos_dist.data.progress import Progress
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 
-HASHES = ["sha1", "xxh64"]
-UNFINISHED = "UNFINISHED"  # a file that marks a folder as ours to delete
+# A part is about 1 / PARTS of the text, within these bounds: enough parts for many workers, few enough files.
+PARTS = 256
+MIN_PART_BYTES, MAX_PART_BYTES = 4 << 20, 128 << 20
+TRIES, RETRY_SECONDS = 4, 2.0  # of a part with remote input; the pause doubles
+TAILS = "part-tails"
 
 
 def convert(
-    inputs: str | Path | Sequence[str | Path],
+    inputs: Inputs,
     tokenizer: Tokenizer,
     seq_len: int,
-    out: Path,
+    out: str | Path,
     *,
     heldout: float = 0.02,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Tokenize and pack the documents of `inputs` into the folder `out`; returns its manifest as a dict.
+    compression: str | None = None,
+    filters: Filters | None = None,
+    columns: Columns | None = None,
+    skip_bad: bool = False,
+    workers: int = 0,
+    quiet: bool = False,
+) -> Manifest:
+    """Tokenize and pack the documents of `inputs` into the folder `out`; returns its manifest.
 
-    `heldout` is the share of documents, in [0, 1), that go to the held-out split. If `out` already holds this very
-    conversion, nothing is done. Raises UserError if it holds anything else, or if the inputs cannot be read.
+    `heldout`: share of documents, in [0, 1), for the held-out split. `compression`: zstd or zstd:1 … zstd:22.
+    `skip_bad`: what cannot be read is left out and counted. `workers`: processes; 0: none but this one. `quiet`: no
+    progress on standard error. If `out` already holds this very conversion, nothing is done; if it holds the beginning
+    of it, it is finished. Raises UserError if it holds anything else, or if the inputs cannot be read.
     """
-    if seq_len < 1:
-        raise UserError(f"seq_len={seq_len} must be at least 1 token")
-    if not 0 <= heldout < 1:
-        raise UserError(f"heldout={heldout} is a share of the documents; set it to 0 or more and below 1")
-    files = parquet_files(inputs)
-    num_rows = count_rows(files)  # opens every file, so a bad one is refused before the work
-    settings = _settings(files, tokenizer, seq_len, heldout)
-    out = Path(out)
-    if done := _earlier_conversion(out, settings):
-        print(f"{out}: already converted with these settings; nothing to do", file=sys.stderr)
-        return _to_json(done)
-    partial = _start_partial(out)
+    filters, columns = filters or Filters(), columns or Columns()
+    columns = replace(columns, score="score" if filters.min_score is not None else None)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    job = Job(
+        *(Path(out), seq_len, dtype, tokenizer.vocab_size, tokenizer.eos_id),
+        *(heldout, filters, columns, compression, skip_bad),
+    )
+    _check(job, workers)
     try:
-        with tqdm(total=num_rows, unit=" documents", disable=not (progress and sys.stderr.isatty())) as bar:
-            splits = _write_splits(files, tokenizer, settings, partial, bar)
-        if not splits["train"].windows:
-            raise UserError(
-                f"{splits['train'].tokens} tokens of text do not fill one window of seq_len={seq_len}; "
-                "give more text or a smaller seq_len"
-            )
-        shutil.copyfile(tokenizer.path, partial / "tokenizer.model")
-        manifest = Manifest(**settings, splits=splits, fingerprint=index_fingerprint(partial))
-        (partial / "manifest.json").write_text(json.dumps(_to_json(manifest), indent=2) + "\n", encoding="utf-8")
-        partial.rename(out)  # replaces an empty folder, fails on any other
-        (out / UNFINISHED).unlink()
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return _to_json(manifest)
+        return _convert(inputs, tokenizer, job, workers, quiet)
+    except OSError as error:
+        raise UserError(
+            f"{error.strerror or error}: mend that (a full disk: make room) and give the same command again; "
+            "it goes on where it stopped",
+            error.filename or str(out),
+        ) from None
 
 
-def is_heldout(text: str, heldout: float) -> bool:
-    """Whether a document belongs to the held-out split: a share `heldout` of all texts, by hash."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < heldout * 2**64
+def _convert(inputs: Inputs, tokenizer: Tokenizer, job: Job, workers: int, quiet: bool) -> Manifest:
+    with Workers(workers, tokenizer) as crew, Progress(crew, quiet) as progress:
+        found = _inspect(find_sources(inputs), job, crew, progress)
+        settings = _settings(found, job, tokenizer)
+        if done := _earlier_conversion(job.out, settings):
+            progress.say(f"{job.out}: already converted with these settings; nothing to do")
+            return done
+        with _claim(job.out, settings):
+            parts = list(_parts([one.units for one in found if one.units]))
+            duplicates = _duplicates(job, parts, crew, progress) if job.filters.dedup else None
+            records = list(_records(job, parts, duplicates, crew, progress))
+            crew.stop()  # behind the limit they may still be writing
+            skipped = [one.skipped for one in found if one.skipped] + [
+                one for record in records for one in record.skipped
+            ]
+            return _finish(job, records, settings, skipped, tokenizer)
 
 
-def to_dtype(tokens: np.ndarray, vocab_size: int, dtype: str) -> np.ndarray:
-    """`tokens` as `dtype`. Raises ValueError if an id is outside the vocabulary: `astype` alone would wrap it."""
-    low, high = tokens.min(initial=0), tokens.max(initial=0)
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"token ids from {low} to {high} do not fit a vocabulary of {vocab_size}")
-    assert vocab_size - 1 <= np.iinfo(dtype).max, f"vocab_size={vocab_size} does not fit {dtype}"
-    return tokens.astype(dtype)
+def _check(job: Job, workers: int) -> None:
+    problems = []
+    if job.seq_len < 1:
+        problems.append(f"seq_len={job.seq_len} must be at least 1 token")
+    if not 0 <= job.heldout < 1:
+        problems.append(f"heldout={job.heldout} is a share of the documents; set it to 0 or more and below 1")
+    if job.compression is not None and not re.fullmatch(r"zstd(:([1-9]|1\d|2[0-2]))?", job.compression):
+        problems.append(f"compression={job.compression} is not known; set it to zstd, or zstd:1 … zstd:22")
+    for name in ("min_tokens", "limit_tokens"):
+        value = getattr(job.filters, name)
+        if value is not None and value < 1:
+            problems.append(f"{name}={value} must be at least 1")
+    if workers < 0:
+        problems.append(f"workers={workers} must not be negative")
+    if problems:
+        raise UserError(problems)
 
 
-class _SplitWriter:
-    """One split being written: documents in, MDS windows out, and the counts of both."""
+@dataclass(frozen=True)
+class _Found:
+    """An input file that was looked into."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        from streaming import MDSWriter  # seconds of import, and only a conversion needs it
-
-        self._vocab_size, self._dtype = settings["vocab_size"], settings["dtype"]
-        self._packer = Packer(settings["seq_len"], settings["eos_id"])
-        self._writer = MDSWriter(out=str(folder), columns={"tokens": f"ndarray:{self._dtype}"}, hashes=HASHES)
-        self._documents = self._tokens = self._windows = 0
-
-    def add(self, document: np.ndarray) -> None:
-        self._documents += 1
-        self._tokens += len(document)
-        for window in to_dtype(self._packer.add(document), self._vocab_size, self._dtype):
-            self._writer.write({"tokens": window})
-            self._windows += 1
-
-    def finish(self) -> SplitCounts:
-        self._writer.finish()
-        written, dropped = self._windows * self._packer.window, self._packer.pending
-        assert self._tokens + self._documents == written + dropped, "tokens were lost"
-        return SplitCounts(self._documents, self._tokens, self._windows, written, dropped)
+    source: Source
+    hash: str = ""
+    units: Units | None = None
+    skipped: Skipped | None = None
 
 
-def _settings(files: list[Path], tokenizer: Tokenizer, seq_len: int, heldout: float) -> dict[str, Any]:
+def _look_into(item: tuple[Source, Columns]) -> "_Found | UserError":
+    source, columns = item
+    pool.count(source.size, 0)
+    for number in count(1):
+        try:
+            units = units_of(source, columns)
+            return _Found(source, content_hash(source), units)
+        except UserError as error:
+            if number == TRIES or not source.remote or not isinstance(error, Unreadable):
+                return error
+            sleep(RETRY_SECONDS * 2 ** (number - 1))
+    raise AssertionError("never")
+
+
+def _inspect(sources: list[Source], job: Job, workers: Workers, progress: Progress) -> list[_Found]:
+    """Hash and spans of every input. Raises UserError with all files that cannot be read, unless they are skipped."""
+    progress.begin("reading inputs", sum(source.size for source in sources))
+    found, problems = [], []
+    looked = workers.map(_look_into, [(source, job.columns) for source in sources], progress.tick)
+    for source, result in zip(sources, looked, strict=True):
+        if isinstance(result, _Found):
+            found.append(result)
+        elif job.skip_bad:
+            found.append(_Found(source, skipped=Skipped(source.name, "file", "; ".join(result.problems))))
+        else:
+            problems += [f"{result.source}: {problem}" if result.source else problem for problem in result.problems]
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def _settings(found: list[_Found], job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that decides the result, under the manifest's names."""
     return {
         "format_version": FORMAT_VERSION,
-        "seq_len": seq_len,
-        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
+        "seq_len": job.seq_len,
+        "dtype": job.dtype,
+        "vocab_size": job.vocab_size,
+        "eos": tokenizer.eos,
+        "eos_id": job.eos_id,
+        "tokenizer": tokenizer.file_name,
         "tokenizer_sha256": tokenizer.sha256,
-        "heldout": heldout,
-        "inputs": tuple(InputFile(file.name, file.stat().st_size, file_sha256(file)) for file in files),
+        "heldout": job.heldout,
+        "compression": job.compression,
+        "text_column": job.columns.text,
+        "sample_by": job.columns.sample_by,
+        "filters": job.filters,
+        "inputs": tuple(InputFile(one.source.name, one.source.size, one.hash) for one in found),
     }
 
 
-def _write_splits(
-    files: list[Path], tokenizer: Tokenizer, settings: dict[str, Any], folder: Path, bar: tqdm
-) -> dict[str, SplitCounts]:
-    writers = {split: _SplitWriter(folder / split, settings) for split in SPLITS}
-    for text in read_documents(files):
-        split = "heldout" if is_heldout(text, settings["heldout"]) else "train"
-        writers[split].add(tokenizer.encode(text))
-        bar.update()
-    return {split: writer.finish() for split, writer in writers.items()}
+def _parts(units: list[Units]) -> Iterator[Part]:
+    """Neighbouring units, joined into parts of about equal size; by the inputs alone."""
+    target = min(max(sum(int(one.sizes.sum()) for one in units) // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+    number, size, spans = 0, 0, []
+    for one in units:
+        first = 0
+        for unit, unit_size in enumerate(one.sizes.tolist()):
+            if size and size + unit_size / 2 > target:
+                spans += [one.span(first, unit)] if unit > first else []
+                yield Part(number, tuple(spans))
+                number, size, spans, first = number + 1, 0, [], unit
+            size += unit_size
+        if len(one.sizes) > first:
+            spans.append(one.span(first, len(one.sizes)))
+    if spans:
+        yield Part(number, tuple(spans))
 
 
 def _earlier_conversion(out: Path, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of `out` if it is this conversion, None if there is nothing; UserError if it is anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / "manifest.json").is_file():
-        raise UserError("exists and is not an earlier conversion; choose another folder", str(out))
-    manifest = read_manifest(out)
+    """The manifest of `out` if it is this conversion, None if it is to be begun or finished; UserError otherwise."""
+    if out.exists() and not out.is_dir():
+        raise UserError("is a file; name a folder", str(out))
+    unfinished = out / UNFINISHED / "settings.json"
+    if (out / "manifest.json").is_file():
+        manifest = read_manifest(out)
+        _compare(out, settings, manifest.to_json())
+        try:
+            changed = index_fingerprint(out) != manifest.fingerprint
+        except OSError:
+            changed = True
+        if changed:
+            raise UserError("index.json changed after the conversion; delete the folder and convert again", str(out))
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a kill between the manifest and this left it
+        return manifest
+    if unfinished.is_file():
+        _compare(out, settings, json.loads(unfinished.read_text()))
+    elif out.exists() and (other := sorted(file.name for file in out.iterdir() if file.name != UNFINISHED)):
+        raise UserError(
+            f"holds {', '.join(other[:3])}{' …' if len(other) > 3 else ''} and is no conversion of ours; "
+            "name another folder, or a new one",
+            str(out),
+        )
+    return None
+
+
+def _compare(out: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises UserError that lists each setting in which a folder was begun differently."""
+    now = json.loads(json.dumps(settings, default=asdict))
     differing = [
-        f"{name}={_shown(value)}, but these shards were made with {_shown(getattr(manifest, name))}"
-        for name, value in settings.items()
-        if getattr(manifest, name) != value
+        f"{name}={_shown(value)}, but these shards were made with {_shown(before.get(name))}"
+        for name, value in now.items()
+        if before.get(name) != value
     ]
     if differing:
-        differing[-1] += "; choose another folder, or delete this one to convert again"
+        differing[-1] += "; name another folder, or delete this one to convert again"
         raise UserError(differing, str(out))
-    try:
-        changed = index_fingerprint(out) != manifest.fingerprint
-    except OSError:
-        changed = True
-    if changed:
-        raise UserError(
-            "the shards' index.json changed after the conversion; delete the folder and convert again", str(out)
-        )
-    return manifest
-
-
-def _start_partial(out: Path) -> Path:
-    """A fresh folder beside `out`; what a killed conversion left there is removed."""
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        if not (partial / UNFINISHED).is_file():
-            raise UserError("in the way, and not left by a conversion; move it", str(partial))
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    (partial / UNFINISHED).touch()
-    return partial
-
-
-def _to_json(manifest: Manifest) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(manifest)))
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(f"{file.name} ({file.size} bytes, sha256 {file.sha256[:8]})" for file in value)
+    if isinstance(value, list):
+        files = [f"{file['name']} ({file['size']} bytes, {file['hash'][:15]})" for file in value]
+        return f"{len(files)} files: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
     return str(value)
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> TextIO:
+    """Make `out` this process's as long as the returned file is open, and write down what is being made."""
+    folder = out / UNFINISHED
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("another conversion is writing here; wait for it, or stop it", str(out)) from None
+    write_atomically(folder / "settings.json", json.dumps(settings, default=asdict))
+    return lock
+
+
+def _digest_part(item: tuple[Job, Part]) -> None:
+    job, part = item
+    digests = _with_retries(job, part, lambda job: document_digests(job, part, pool.count))
+    save_digests(job.out / UNFINISHED / f"{part.name}.digests.npy", digests)
+
+
+def _duplicates(job: Job, parts: list[Part], workers: Workers, progress: Progress) -> list[np.ndarray]:
+    """Which documents of each part are duplicates."""
+    files = [job.out / UNFINISHED / f"{part.name}.digests.npy" for part in parts]
+    missing = [part for part, file in zip(parts, files, strict=True) if not file.is_file()]
+    progress.begin("looking for duplicates", sum(part.size for part in missing))
+    for _ in workers.map(_digest_part, [(job, part) for part in missing], progress.tick):
+        pass
+    return find_duplicates(files)
+
+
+def _convert_part(item: tuple[Job, Part, int | None, np.ndarray]) -> Record:
+    job, part, limit, duplicates = item
+    return _with_retries(job, part, lambda job: convert_part(job, part, pool.shared(), limit, duplicates, pool.count))
+
+
+def _with_retries(job: Job, part: Part, attempt: Any) -> Any:
+    """`attempt(job)`; where input comes over a network, several times, and only the last time may skip anything."""
+    tries = TRIES if any(span.source.remote for span in part.spans) else 1
+    for number in range(tries - 1):
+        try:
+            return attempt(replace(job, skip_bad=False))
+        except UserError:
+            sleep(RETRY_SECONDS * 2**number)
+    return attempt(job)
+
+
+def _records(
+    job: Job, parts: list[Part], duplicates: list[np.ndarray] | None, workers: Workers, progress: Progress
+) -> Iterator[Record]:
+    """The records of all parts in order, up to the one in which the limit of tokens is reached."""
+    none = np.empty(0, np.int64)
+    limit = job.filters.limit_tokens
+    finished = [read_record(job, part) for part in parts]
+    finished = [record if record and (record.limit is None or limit) else None for record in finished]
+    progress.begin("converting", sum(part.size for part in parts))
+    progress.skip(sum(part.size for part, record in zip(parts, finished, strict=True) if record))
+
+    def item(part: Part, room: int | None) -> tuple[Job, Part, int | None, np.ndarray]:
+        return job, part, room, none if duplicates is None else duplicates[part.number]
+
+    todo = (part for part, record in zip(parts, finished, strict=True) if not record)
+    fresh = workers.map(_convert_part, (item(part, None) for part in todo), progress.tick)
+    room = limit
+    for part, record in zip(parts, finished, strict=True):
+        record = record or next(fresh)
+        if room is not None and (record.tokens_with_eos >= room or record.limit is not None) and record.limit != room:
+            (record,) = workers.map(_convert_part, [item(part, room)], progress.tick)
+        progress.wrote(record.disk_bytes)
+        yield record
+        if room is not None:
+            room -= record.tokens_with_eos
+            if room <= 0:
+                return
+
+
+def _finish(
+    job: Job, records: list[Record], settings: dict[str, Any], skipped: list[Skipped], tokenizer: Tokenizer
+) -> Manifest:
+    """Join the tails, write the indexes and the manifest, and remove everything that is not part of the result."""
+    splits = {split: _finish_split(job, split, records) for split in SPLITS}
+    if not splits["train"].windows:
+        for name in (*SPLITS, UNFINISHED):
+            shutil.rmtree(job.out / name, ignore_errors=True)
+        with suppress(OSError):  # somebody's files in it
+            job.out.rmdir()
+        raise UserError(
+            f"{splits['train'].tokens} tokens of text do not fill one window of seq_len={job.seq_len}; "
+            "give more text or a smaller seq_len",
+            str(job.out),
+        )
+    documents = {fate: sum(record.documents[fate] for record in records) for fate in records[0].documents}
+    counts = DocumentCounts(
+        read=sum(documents.values()), **documents, repaired=sum(record.repaired for record in records)
+    )
+    shutil.copyfile(tokenizer.path, job.out / f"{tokenizer.file_name}.tmp")
+    os.replace(job.out / f"{tokenizer.file_name}.tmp", job.out / tokenizer.file_name)
+    manifest = Manifest(
+        **settings, documents=counts, splits=splits, skipped=tuple(skipped), fingerprint=index_fingerprint(job.out)
+    )
+    assert counts.written == sum(split.documents for split in splits.values()), "documents were lost"
+    write_atomically(job.out / "manifest.json", json.dumps(manifest.to_json(), indent=2) + "\n")
+    shutil.rmtree(job.out / UNFINISHED)
+    return manifest
+
+
+def _finish_split(job: Job, split: str, records: list[Record]) -> SplitCounts:
+    folder = job.out / split
+    shutil.rmtree(folder / TAILS, ignore_errors=True)
+    tails = ShardWriter(folder / TAILS, job.seq_len, job.dtype, job.compression, f"{TAILS}/")
+    for record in records:
+        tails.add(np.frombuffer(base64.b64decode(record.tails[split]), job.dtype))
+    tails.finish()
+    shards = [shard for record in records for shard in record.shards[split]] + tails.shards
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    used = {shard["raw_data"]["basename"].split("/")[0] for shard in shards}
+    for left in folder.glob("part-*/"):  # unfinished, or behind the limit
+        if left.name not in used and re.fullmatch(r"part-\d+(\.tmp)?", left.name):
+            shutil.rmtree(left)
+    documents = sum(record.documents_in[split] for record in records)
+    tokens = sum(record.tokens[split] for record in records)
+    windows = sum(shard["samples"] for shard in shards)
+    written, dropped = windows * (job.seq_len + 1), len(tails.tail)
+    assert tokens + documents == written + dropped, "tokens were lost"
+    eos_dropped = int((tails.tail == job.eos_id).sum())
+    return SplitCounts(documents, tokens, windows, written, dropped, eos_dropped)

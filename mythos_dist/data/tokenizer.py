@@ -1,88 +1,264 @@
-"""A SentencePiece model file: text to token ids and back.
+"""Documents to token ids and back, with a SentencePiece model file or a tokenizer.json of Hugging Face.
 
 decode(encode(text)) == text for models trained here: identity normalisation, no dummy prefix, no whitespace removed,
-bytes as fallback. EOS is a control piece, so no text can spell it: documents are told apart by EOS alone (pack.py).
+bytes as fallback. Text cannot spell EOS, so documents are told apart by EOS alone (pack.py): it is a control piece, or
+a special token that is looked for in ids, not in text. A model that breaks this is refused on load.
 The trap is U+2581: SentencePiece writes a space as that character, so a real one would come back as a space;
-it is encoded as its three byte pieces instead.
+models trained here encode it as its three byte pieces instead.
 """
 
 import hashlib
 import io
+import json
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
 
+from mythos_dist.data.words import SPACE, WordCache, huggingface_cuts, parse_sentencepiece, sentencepiece_cuts
 from mythos_dist.errors import UserError
 
-SPACE = "\u2581"  # what SentencePiece writes for a space
 MAX_LINE_CHARS = 4096  # a training line in SentencePiece has at most 4 * this many bytes; longer text is cut
 MAX_TRAIN_LINES = 2_000_000  # about 1 GB of text: the unigram trainer holds everything in memory
 TRAIN_THREADS = 16  # fixed: sums in another number of threads round differently and give another model
+WORDS_PER_CALL = 4096  # an Encoding of `tokenizers` takes hundreds of bytes
+COMMON_EOS = "<|endoftext|> </s> <eos> <EOS> [EOS] <|end_of_text|> <|eos|>".split()
+PROBE = "  The  trick's  12345 (of) it,\n\n\tall:   naïve, \u00a0日本語 e\u0301 🙂🙂\r\n x=y+1; \x01\x7f the end. \n "
 
 
 class Tokenizer:
-    """A loaded model; `path` is its file, `sha256` the hash of that file."""
+    """What both kinds share; `load` is the way in."""
 
-    def __init__(self, path: Path, model: bytes):
-        """`load` is the way in: it checks what is assumed here."""
+    file_name: str  # in a folder of shards
+    eos: str  # the text of the token that ends documents
+    eos_id: int
+    vocab_size: int  # the largest possible id + 1
+
+    def __init__(self, path: Path, content: bytes):
         self.path = path
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._model = spm.SentencePieceProcessor(model_proto=model)
-        self.vocab_size = int(self._model.get_piece_size())
-        self.eos_id = int(self._model.eos_id())
-        self._space_bytes = self._find_space_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._words: WordCache | None = None
+        self._drops_space = False  # whether a document that goes on with a space is encoded without it
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Raises UserError if the file is missing, is no SentencePiece model, or has no EOS that text cannot spell."""
+    @staticmethod
+    def load(path: str | Path, eos: str | None = None) -> "Tokenizer":
+        """`eos`: the text of the token that ends documents, where the file does not say which one does.
+
+        Raises UserError if the file is missing or no tokenizer, or has no EOS that text cannot spell.
+        """
         path = Path(path)
         if not path.is_file():
             raise UserError("no such file; train a tokenizer with tools/train_tokenizer.py", str(path))
-        model = path.read_bytes()
-        try:
-            if not model:  # SentencePiece takes an empty file for a model and complains on the console later
-                raise RuntimeError("the file is empty")
-            tokenizer = cls(path, model)
-        except RuntimeError as error:
-            raise UserError(f"not a SentencePiece model ({_reason(error)})", str(path)) from None
-        if tokenizer.eos_id < 0:  # also where "</s>" is a user-defined piece, which text can spell
-            problem = "the model has no EOS control piece, which documents are told apart by; train one that has it"
-            raise UserError(problem, str(path))
+        content = path.read_bytes()
+        is_json = path.suffix == ".json" or content.lstrip()[:1] == b"{"
+        tokenizer = (HuggingFaceTokenizer if is_json else SentencePieceTokenizer)(path, content, eos)
+        tokenizer._probe()
         return tokenizer
+
+    @property
+    def cached(self) -> bool:
+        """Whether each distinct word is encoded once (words.py)."""
+        return self._words is not None
 
     def encode(self, text: str) -> np.ndarray:
         """int32 of shape (tokens,), never containing `eos_id`; lone surrogates are read as "?"."""
-        if not text.isascii():
-            text = text.encode("utf-8", "replace").decode("utf-8")  # SentencePiece raises on lone surrogates
-            if self._space_bytes is not None and SPACE in text:
-                return self._encode_around_spaces(text, self._space_bytes)
-        return self._model.encode(text, out_type="numpy")
+        return self._encode(text.encode("utf-8", "replace"))
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """One int32 array per text, each as from `encode`."""
-        return [self.encode(text) for text in texts]  # a batch call of SentencePiece measured no faster
+    def encode_documents(
+        self, data: np.ndarray, ends: np.ndarray, continues: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encode documents that lie end to end in `data` (uint8, valid UTF-8) and end at `ends` (int64, (n,)).
+
+        With `continues` the first one goes on where the last call's last one was cut (by `cut`).
+        Returns all tokens, int32, and each document's number of tokens, int64 (n,). There is no EOS among them.
+        """
+        if self._words is not None:
+            return self._words.encode(data, ends, continues)
+        buffer, places = data.tobytes(), [0, *ends.tolist()]
+        texts = [buffer[start:end] for start, end in pairwise(places)]
+        ids = [self._encode(text) for text in texts[continues:]]
+        if continues and texts:
+            ids.insert(0, self._encode_rest(texts[0]))
+        return np.concatenate([np.zeros(0, np.int32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
+
+    def cut(self, data: np.ndarray, limit: int) -> int:
+        """Where to cut a document of more than `limit` bytes: before the last space up to there that ends a word.
+
+        The pieces then encode as the whole does; with a unigram model but for ties, which its sums' rounding decides.
+        Text without such a space is cut between two characters.
+        """
+        before, after = data[:limit], data[1 : limit + 1]
+        space = after == ord(" ")
+        for ends_word in ((before > 32) & (before < 127), before != ord(" ")):  # ASCII is safe for every tokenizer
+            places = np.flatnonzero(space & ends_word[: len(space)])
+            if len(places):
+                return int(places[-1]) + 1
+        place = limit
+        while data[place] & 0xC0 == 0x80:
+            place -= 1
+        assert place > 0, f"no character ends within {limit} bytes"
+        return place
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; control pieces such as EOS decode to nothing."""
+        raise NotImplementedError
+
+    def _encode(self, text: bytes) -> np.ndarray:
+        raise NotImplementedError
+
+    def _encode_rest(self, text: bytes) -> np.ndarray:
+        """Encode the rest of a document: a dummy prefix stands for the space that it begins with."""
+        return self._encode(text[1:] if self._drops_space and text.startswith(b" ") else text)
+
+    def _probe(self) -> None:
+        """Try what is assumed: how a cut text goes on, that the cache changes nothing, that text cannot spell EOS."""
+        for text in (self.eos, f"a {self.eos}b"):
+            if self.eos_id in self.encode(text):
+                problem = f"text can spell {self.eos!r}, which documents are told apart by"
+                raise UserError(f"{problem}; use another tokenizer, or pass --eos with another token", str(self.path))
+        first, whole = self.encode("xx").tolist(), self.encode("xx yy").tolist()
+        self._drops_space = first + self.encode(" yy").tolist() != whole == first + self.encode("yy").tolist()
+        texts = [PROBE.encode(), b"", PROBE[2:].encode(), b"a" * 100]
+        ids = [self._encode(text) for text in texts]
+        tokens, counts = self.encode_documents(
+            np.frombuffer(b"".join(texts), dtype=np.uint8), np.cumsum([len(text) for text in texts])
+        )
+        if not np.array_equal(tokens, np.concatenate(ids)) or counts.tolist() != [len(one) for one in ids]:
+            self._words = None
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, path: Path, content: bytes, eos: str | None):
+        super().__init__(path, content)
+        try:
+            if not content:  # SentencePiece takes an empty file for a model and complains on the console later
+                raise RuntimeError("the file is empty")
+            self._model = spm.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(f"not a SentencePiece model ({_reason(error)})", str(path)) from None
+        self.vocab_size = int(self._model.get_piece_size())
+        self.eos_id = int(self._model.eos_id() if eos is None else self._model.piece_to_id(eos))
+        if self.eos_id < 0 or not self._model.is_control(self.eos_id):  # also where "</s>" is a user-defined piece
+            name = "EOS" if eos is None else repr(eos)
+            problem = f"the model has no {name} control piece, which documents are told apart by; train one that has it"
+            raise UserError(problem, str(path))
+        self.eos = self._model.id_to_piece(self.eos_id)
+        self._take_apart(parse_sentencepiece(content))
+
+    def _take_apart(self, proto: Any) -> None:
+        """What the model does to white space decides how text is cut."""
+        normalizer, prefix = proto.normalizer_spec, proto.normalizer_spec.add_dummy_prefix
+        keeps_spaces = not (prefix or normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap)
+        self._space_bytes = None  # ids that stand for a literal U+2581, where the text around it may be encoded apart
+        if keeps_spaces and proto.trainer_spec.byte_fallback:
+            pieces = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
+            self._space_bytes = np.array([self._model.piece_to_id(piece) for piece in pieces], dtype=np.int32)
+        self._bare = self._model  # adds no dummy prefix
+        if prefix:
+            normalizer.add_dummy_prefix = False
+            self._bare = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        cuts = sentencepiece_cuts(proto)
+        if cuts is not None:
+            self._words = WordCache(cuts, self._encode_words, prefix)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(np.asarray(ids, dtype=np.int64).tolist())
 
-    def _encode_around_spaces(self, text: str, space_bytes: np.ndarray) -> np.ndarray:
-        first, *rest = (self._model.encode(part, out_type="numpy") for part in text.split(SPACE))
-        return np.concatenate([first, *(ids for part in rest for ids in (space_bytes, part))])
+    def _encode(self, text: bytes) -> np.ndarray:
+        if self._space_bytes is not None and not text.isascii() and SPACE.encode() in text:
+            first, *rest = (self._model.encode(part, out_type="numpy") for part in text.split(SPACE.encode()))
+            return np.concatenate([first, *(ids for part in rest for ids in (self._space_bytes, part))])
+        return self._model.encode(text, out_type="numpy")
 
-    def _find_space_bytes(self) -> np.ndarray | None:
-        """Ids of the byte pieces of U+2581, or None where cutting the text there would change the rest of it."""
-        pieces = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
-        ids = [self._model.piece_to_id(piece) for piece in pieces]
-        first = self._model.encode("a", out_type=str) if self.vocab_size else []
-        if not all(self._model.is_byte(i) for i in ids) or not first or first[0].startswith(SPACE):
-            return None
-        return np.array(ids, dtype=np.int32)
+    def _encode_rest(self, text: bytes) -> np.ndarray:
+        if text.startswith(b" ") or self._bare is self._model:
+            return super()._encode_rest(text)
+        return self._bare.encode(text, out_type="numpy")
+
+    def _encode_words(self, words: list[bytes]) -> list[Sequence[int]]:
+        ids = self._bare.encode(words, out_type=int, num_threads=1)  # measured as fast as one call for all words joined
+        if self._space_bytes is not None:
+            for i, word in enumerate(words):
+                if SPACE.encode() in word:
+                    ids[i] = self._encode(word).tolist()
+        return ids
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json. Special tokens are not looked for in text; what the file says of padding and truncation is off.
+
+    `tokenizers` runs in one thread: its pool of threads would not survive the fork of a converter's workers.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, path: Path, content: bytes, eos: str | None):
+        super().__init__(path, content)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        try:
+            import tokenizers
+
+            self._model = tokenizers.Tokenizer.from_str(content.decode())
+        except ImportError:
+            raise UserError("a tokenizer.json needs the package tokenizers; pip install it", str(path)) from None
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"not a tokenizer.json that can be read ({error})", str(path)) from None
+        self._model.no_padding()
+        self._model.no_truncation()
+        self._model.encode_special_tokens = True
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        self.eos = _find_eos(eos or _configured_eos(path.parent), list(special), path)
+        self.eos_id = special[self.eos]
+        cuts = huggingface_cuts(json.loads(self._model.to_str()))
+        if cuts is not None:
+            self._words = WordCache(cuts, self._encode_words)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._model.decode(np.asarray(ids, dtype=np.int64).tolist())
+
+    def _encode(self, text: bytes) -> np.ndarray:
+        encoding = self._model.encode_batch_fast([text.decode()], add_special_tokens=False)[0]
+        return np.array(encoding.ids, dtype=np.int32)
+
+    def _encode_words(self, words: list[bytes]) -> Iterator[Sequence[int]]:
+        for start in range(0, len(words), WORDS_PER_CALL):
+            texts = [word.decode() for word in words[start : start + WORDS_PER_CALL]]
+            for encoding in self._model.encode_batch_fast(texts, add_special_tokens=False):
+                yield encoding.ids
+
+
+def _find_eos(eos: str | None, special: list[str], path: Path) -> str:
+    """`eos`, or else the only one of a tokenizer's special tokens that is known to end documents."""
+    names = [eos] if eos else [name for name in COMMON_EOS if name in special]
+    if len(names) == 1 and names[0] in special:
+        return names[0]
+    problem = f"{eos!r} is no special token of this file" if eos else "it does not say which token ends documents"
+    raise UserError(f"{problem}; pass --eos with one of: {' '.join(special) or '(it has no special token)'}", str(path))
+
+
+def _configured_eos(folder: Path) -> str | None:
+    """The text of "eos_token" in the files that lie beside a tokenizer.json."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            token = json.loads((folder / name).read_bytes()).get("eos_token")
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError):
+            raise UserError("not readable as JSON; repair or remove it, or pass --eos", str(folder / name)) from None
+        if token:
+            return token["content"] if isinstance(token, dict) else token
+    return None
 
 
 def train_tokenizer(
@@ -91,9 +267,13 @@ def train_tokenizer(
     """Train a SentencePiece model of `vocab_size` pieces on `texts` and write it to `out`.
 
     The same texts give the same bytes. Of more than MAX_TRAIN_LINES lines a random sample is used, drawn from `seed`.
-    Unigram is the default: it encodes 4 to 5 times as fast as BPE. Raises UserError if `vocab_size` does not fit.
+    Raises UserError if `vocab_size` does not fit.
     """
-    lines = _sample_lines(texts, seed)
+    return train_on_lines(sample_lines(texts, seed), out, vocab_size, model_type)
+
+
+def train_on_lines(lines: list[str], out: Path, vocab_size: int, model_type: str) -> Tokenizer:
+    """The same for lines from `sample_lines`."""
     if not lines:
         raise UserError("no text to train a tokenizer on; check the input files")
     model = io.BytesIO()
@@ -126,7 +306,7 @@ def train_tokenizer(
     return Tokenizer.load(out)
 
 
-def _sample_lines(texts: Iterable[str], seed: int) -> list[str]:
+def sample_lines(texts: Iterable[str], seed: int) -> list[str]:
     """A uniform sample of at most MAX_TRAIN_LINES lines, in one pass (Vitter's algorithm R)."""
     draw = random.Random(seed)
     lines: list[str] = []

@@ -14,8 +14,9 @@ from torch import Tensor
 from mythos_dist.checkpoint.restore import layout_problems, load_checkpoint, read_meta
 from mythos_dist.checkpoint.save import save_checkpoint
 from mythos_dist.config.schema import Config
+from mythos_dist.data.corpora import Corpus, changes, open_corpora
 from mythos_dist.data.manifest import SPLITS
-from mythos_dist.data.stream import MicroBatch, ReplicaStream, check_shards
+from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, build_mesh
@@ -38,9 +39,9 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     layout = {"ranks": world, **{f"parallel.{key}": value for key, value in vars(config.parallel).items()}}
 
-    meta = together(lambda: check_inputs(config, layout))
+    meta, corpora = together(lambda: check_inputs(config, layout))
     mesh = build_mesh(config.parallel)
-    stream, heldout = (open_stream(config, split, mesh.data) for split in SPLITS)
+    stream, heldout = (open_stream(config, corpora, split, mesh.data) for split in SPLITS)
     writer = together(lambda: claim_run_folder(config, mesh.data.size) if rank == 0 else None)
     start_logging(run_dir, rank)
     completed = run_dir / "COMPLETED"
@@ -63,7 +64,7 @@ def train(config: Config) -> None:
     peak = peak_flops(config)
 
     def evaluate(step: int) -> None:
-        loss = engine.evaluate(heldout_passes(heldout, config, mesh.data))
+        loss = engine.evaluate(iter(together(lambda: list(heldout_passes(heldout, config, mesh.data)))))
         if metrics:
             metrics.held_out(step, loss)
 
@@ -76,7 +77,7 @@ def train(config: Config) -> None:
     batches = stream.steps(done)
     for step in range(done + 1, config.train.steps + 1):
         begin = time.perf_counter()
-        micro_batches = next(batches)
+        micro_batches = together(lambda: next(batches))  # one rank's damaged shard ends all of them
         result = engine.train_step(micro_batches, step)
         ids = gather_sample_ids(micro_batches, mesh.data)
         log.info("step %d took %.3f s", step, time.perf_counter() - begin)  # in every rank's log: who is slow?
@@ -95,50 +96,52 @@ def train(config: Config) -> None:
 
 
 def together(check: Callable[[], T]) -> T:
-    """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code."""
+    """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code.
+
+    While there is none this costs an all-reduce of one number, so every step can afford it.
+    """
     result, problem = None, None
     try:
         result = check()
     except UserError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if found := [(rank, text) for rank, text in enumerate(problems) if text]:
-        rank, text = found[0]
+    failed = torch.tensor(int(problem is not None), device=device())
+    dist.all_reduce(failed)
+    if failed:
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
         raise UserError(text if rank == 0 else f"rank {rank}: {text}")
     return cast(T, result)
 
 
-def check_inputs(config: Config, layout: dict) -> dict | None:
-    """The notes of the checkpoint to resume from, or None; UserError for whatever the user has to mend."""
+def check_inputs(config: Config, layout: dict) -> tuple[dict | None, list[Corpus]]:
+    """The notes of the checkpoint to resume from, or None, and the shards; UserError for what the user has to mend."""
     run_dir = Path(config.run.dir)
     check_run_folder(config)
     meta = read_meta(run_dir / "checkpoints")
     if meta and (found := layout_problems(meta, layout)):
         raise UserError(found)
-    for split in SPLITS:
-        manifest = check_shards(
-            config.data.path,
-            split,
-            seq_len=config.train.seq_len,
-            vocab_size=config.model.vocab_size,
-            tokenizer_path=config.data.tokenizer,
-        )
-        if meta and meta["data"] != manifest.fingerprint:
-            raise UserError(
-                f"data.path={config.data.path} holds other shards than those that the run in run.dir={run_dir} was "
-                "trained on; give their folder, or another run.dir"
-            )
-    return meta
+    corpora = open_corpora(
+        config.data.folders,
+        seq_len=config.train.seq_len,
+        vocab_size=config.model.vocab_size,
+        tokenizer_path=config.data.tokenizer,
+    )
+    if meta and (found := changes(corpora, meta["data"])):
+        setting = "data.path" if config.data.mix is None else "data.mix"
+        remedy = f"set {setting} back to go on with the run in run.dir={run_dir}, or give another run.dir"
+        raise UserError([*found, remedy])
+    return meta, corpora
 
 
-def open_stream(config: Config, split: str, data: Axis) -> ReplicaStream:
+def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:
     """This replica's stream of a split, the same on all its ranks. Held-out passes take one micro-batch per replica,
     in order."""
     train = config.train
     training = split == "train"
     return ReplicaStream(
-        config.data.path,
+        corpora,
         split,
         seq_len=train.seq_len,
         vocab_size=config.model.vocab_size,
@@ -149,7 +152,8 @@ def open_stream(config: Config, split: str, data: Axis) -> ReplicaStream:
         seed=config.run.seed,
         shuffle=training,
         workers=config.data.workers if training else 0,
-        tokenizer_path=config.data.tokenizer,
+        verify=config.data.verify,
+        cache=config.data.cache,
     )
 
 

@@ -20,9 +20,12 @@ _MAY_CHANGE = {
     "train.recompute",
     "train.recompute_every",
     "train.micro_batch",
-    "data.path",  # the shards' fingerprint is checked instead
+    "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
+    "data.mix",
     "data.tokenizer",
     "data.workers",
+    "data.verify",
+    "data.cache",
     "checkpoint.every",
     "checkpoint.keep",
     "run.dir",

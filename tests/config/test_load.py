@@ -274,6 +274,40 @@ def test_a_dumped_config_reads_back_equal(
     assert load_config(path) == config
 
 
+def test_a_mix_of_folders_is_read_and_dumped_with_its_order(write, tmp_path):
+    """From a file, and from the command line; a folder may be called 2026."""
+    config = load_config(write("data: {mix: {web: 0.7, code: 3, 2026: 1e-2}}", complete=False))
+    assert list(config.data.folders.items()) == [("web", 0.7), ("code", 3.0), ("2026", 0.01)]
+    assert all(type(weight) is float for weight in config.data.folders.values())
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    again = load_config(tmp_path / "dumped.yaml")
+    assert again == config and list(again.data.folders) == ["web", "code", "2026"]
+    assert load_config(write(""), ["data.mix={b: 0.7, a: 0.3}"]).data.folders == {"b": 0.7, "a": 0.3}
+    assert load_config(write("")).data.folders == {"shards": 1.0}
+
+
+def test_path_and_mix_replace_each_other_from_source_to_source(write):
+    """Like any setting the later wins; within one source they contradict each other."""
+    path = write("data: {path: shards}", complete=False)
+    mixed = load_config(path, ["data.mix={a: 1, b: 2}"])
+    assert (mixed.data.path, mixed.data.mix) == ("", {"a": 1.0, "b": 2.0})
+    write(dump_config(mixed), "mixed.yaml", complete=False)
+    alone = load_config(write("base: mixed.yaml\ndata: {path: other, workers: 2}", complete=False))
+    assert (alone.data.path, alone.data.mix, alone.data.folders) == ("other", None, {"other": 1.0})
+    (problem,) = refused(path, "data.mix={a: 1, b: 2}", "data.path=other")
+    assert "data.path=other" in problem and "data.mix={'a': 1.0, 'b': 2.0}" in problem and "leave one" in problem
+
+
+@pytest.mark.parametrize(
+    "mix", ["true", "3", "web", "[web, code]", "{web:0.7, code:0.3}", "{web: much}", "{web: true}", "{web: {code: 1}}"]
+)
+def test_a_mix_of_another_form_is_shown_the_right_one(mix, write):
+    """A pitfall of YAML: `{web:0.7}` without the blank is a name and nothing."""
+    (problem,) = refused(write(""), f"data.mix={mix}")
+    assert problem.startswith("data.mix=")
+    assert problem.endswith("expected folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}")
+
+
 @pytest.mark.parametrize("text", ["1e3", "-2E5", "1.5e-3", "3", "true", "~", "2026-11-23", "0x10", "1_000"])
 def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
     """Found by the test above once it drew 1e3: dumper and loader must agree on what a number is."""
@@ -348,7 +382,14 @@ def test_what_may_be_zero_may_not_be_negative(section, key):
         ({"optim": {"beta2": -0.5}}, ["optim.beta2=-0.5", "at least 0"]),
         ({"optim": {"min_lr_ratio": 1.5}}, ["optim.min_lr_ratio=1.5", "between 0 and 1"]),
         ({"optim": {"eps": 0.0}}, ["optim.eps=0.0", "above 0"]),
-        ({"data": {"path": ""}}, ["data.path is not set", "tools/make_shards.py"]),
+        ({"data": {"path": ""}}, ["data.path is not set", "tools/make_shards.py", "data.mix="]),
+        ({"data": {"mix": {"a": 1.0}}}, ["data.path=shards", "data.mix={'a': 1.0}", "leave one of them out"]),
+        ({"data": {"path": "", "mix": {}}}, ["data.mix={} names no folder"]),
+        ({"data": {"path": "", "mix": {"a": 0.0, "b": 1.0}}}, ["data.mix[a]=0.0 must be above 0", "leave"]),
+        ({"data": {"path": "", "mix": {"a": 1.0, "b": -1.0}}}, ["data.mix[b]=-1.0 must be above 0"]),
+        ({"data": {"path": "", "mix": {"a": float("nan"), "b": 1.0}}}, ["data.mix[a]=nan must be above 0"]),
+        ({"data": {"path": "", "mix": {"a": 1.0, "b": float("inf")}}}, ["data.mix[b]=inf must be"]),
+        ({"data": {"path": "", "mix": {"a": 1e-10, "b": 1.0}}}, ["data.mix[a]=1e-10", "a billionth"]),
         ({"run": {"dir": ""}}, ["run.dir is not set"]),
         ({"run": {"peak_tflops": 0.0}}, ["run.peak_tflops=0.0", "null"]),
     ],

@@ -1,18 +1,56 @@
-"""A step holds the same samples at every layout, each sample comes once an epoch, and seeking is exact."""
+"""A step holds the same samples at every layout, each sample comes once an epoch, seeking is exact, errors arrive."""
 
-import json
+import multiprocessing
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from helpers.shard_folder import EOS, SEQ_LEN, VOCAB_SIZE, copy, rewrite_index, shard_files, write_folder
 from streaming import StreamingDataset
 
+from mythos_dist.data.mix import deal
+from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("stream") / "shards", [40, 13, 57, 21], [30, 7])
+
+
+@pytest.fixture(scope="module")
+def mix(folder, tmp_path_factory):
+    """Three corpora of 131, 50 and 20 training windows; the second is compressed."""
+    root = tmp_path_factory.mktemp("mix")
+    second = write_folder(root / "second", [20, 30], [11], corpus=1, compression="zstd:3")
+    third = write_folder(root / "third", [20], [9, 9], corpus=2)
+    return {str(folder): 0.6, str(second): 0.3, str(third): 0.1}
+
+
+@pytest.fixture(scope="module")
+def make_stream(folder, tmp_path_factory):
+    """ReplicaStream with small defaults; name only what a test is about."""
+    return partial(
+        ReplicaStream,
+        path=folder,
+        split="train",
+        seq_len=SEQ_LEN,
+        vocab_size=VOCAB_SIZE,
+        global_batch=8,
+        micro_batch=2,
+        replica=0,
+        num_replicas=1,
+        seed=7,
+        cache=tmp_path_factory.mktemp("cache"),
+    )
 
 
 def ids_of(micro_batches):
@@ -34,59 +72,67 @@ def assert_same(left, right):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_micro_batch_is_the_windows_on_disk(make_stream, shards, tokenizer):
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_micro_batch_is_the_windows_on_disk(make_stream, tmp_path, dtype):
     """Against streaming alone: inputs w[:-1], labels w[1:], and document ids counted by hand."""
-    stream = make_stream()
-    data = StreamingDataset(local=str(shards / "train"), batch_size=1)
+    folder = write_folder(tmp_path / "shards", [15, 25], dtype=dtype)
+    stream = make_stream(path=folder)
+    data = StreamingDataset(local=str(folder / "train"), batch_size=1)
     assert stream.num_samples == data.num_samples
     documents = set()
     for batch in [one for step in range(5) for one in stream.step(step)]:
         windows = np.stack([data[i]["tokens"] for i in batch.sample_ids.tolist()]).astype(np.int64)
         assert batch.input_ids.tolist() == windows[:, :-1].tolist()
         assert batch.labels.tolist() == windows[:, 1:].tolist()
-        ids = [[row[:i].count(tokenizer.eos_id) for i in range(64)] for row in batch.input_ids.tolist()]
+        ids = [[row[:i].count(EOS) for i in range(SEQ_LEN)] for row in batch.input_ids.tolist()]
         assert batch.document_ids.tolist() == ids
         documents.update(id for row in ids for id in row)
         assert [x.dtype for x in batch] == [torch.int64, torch.int64, torch.int32, torch.int64]
-        assert (batch.input_ids.shape, batch.sample_ids.shape) == ((2, 64), (2,))
+        assert (batch.input_ids.shape, batch.sample_ids.shape) == ((2, SEQ_LEN), (2,))
+        assert all(x.is_contiguous() for x in batch)
     assert len(documents) > 1, "no window held two documents: the ids were not tried"
 
 
 @pytest.mark.parametrize(
-    ("num_replicas", "micro_batch", "global_batch"), [(1, 7, 7), (2, 2, 12), (4, 5, 20), (1, 9, 900)]
+    ("num_replicas", "micro_batch", "global_batch"), [(1, 7, 7), (2, 2, 12), (4, 5, 20), (1, 9, 90)]
 )
 def test_every_epoch_holds_every_sample_once(make_stream, num_replicas, micro_batch, global_batch):
     """Also where an epoch ends inside a step, and where one step holds several epochs."""
     streams = replicas(make_stream, num_replicas, split="heldout", micro_batch=micro_batch, global_batch=global_batch)
     n = streams[0].num_samples
-    assert n % global_batch, "the layout must not divide the split"
+    assert n == 37 and n % global_batch, "the layout must not divide the split"
     sequence = [i for step in range(-(-3 * n // global_batch)) for i in step_ids(streams, step)]
     epochs = [sequence[e * n : (e + 1) * n] for e in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_a_step_holds_the_same_samples_at_every_layout(make_stream):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_step_holds_the_same_samples_at_every_layout(make_stream, folder, mix, mixed):
     """In the same order even: a replica takes the next part of the global batch."""
-    expected = [step_ids([make_stream(global_batch=16, micro_batch=16)], step) for step in range(4)]
+    path = mix if mixed else folder
+    expected = [step_ids([make_stream(path=path, global_batch=16, micro_batch=16)], step) for step in range(4)]
     for num_replicas, micro_batch in [(1, 2), (2, 8), (2, 1), (4, 2)]:
-        streams = replicas(make_stream, num_replicas, global_batch=16, micro_batch=micro_batch)
+        streams = replicas(make_stream, num_replicas, path=path, global_batch=16, micro_batch=micro_batch)
         assert [step_ids(streams, step) for step in range(4)] == expected
     assert len({i for ids in expected for i in ids}) == 4 * 16
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reading_ahead_equals_reading_each_step(make_stream, workers):
-    stream = make_stream(num_replicas=2, replica=1, split="heldout", workers=workers)
-    around_the_end = stream.num_samples // 8 - 2  # steps from here cross into the next epoch
-    for step, micro_batches in enumerate(islice(stream.steps(around_the_end), 5), around_the_end):
-        assert len(micro_batches) == 2
+@pytest.mark.parametrize("mixed", [False, True])
+def test_reading_ahead_equals_reading_each_step(make_stream, folder, mix, mixed, workers):
+    stream = make_stream(
+        path=mix if mixed else folder, num_replicas=2, replica=1, split="heldout", workers=workers, micro_batch=1
+    )
+    around_the_end = stream.num_samples // 8 - 1  # steps from here cross into the next epoch
+    for step, micro_batches in enumerate(islice(stream.steps(around_the_end), 4), around_the_end):
+        assert len(micro_batches) == 4
         assert_same(micro_batches, stream.step(step))
 
 
-def test_starting_at_a_step_equals_reading_on_to_it(make_stream):
-    read_on = list(islice(make_stream().steps(0), 8))
-    for micro_batches, expected in zip(make_stream().steps(5), read_on[5:], strict=False):
+def test_starting_at_a_step_equals_reading_on_to_it(make_stream, mix):
+    read_on = list(islice(make_stream(path=mix).steps(0), 8))
+    for micro_batches, expected in zip(make_stream(path=mix).steps(5), read_on[5:], strict=False):
         assert_same(micro_batches, expected)
 
 
@@ -101,151 +147,178 @@ def test_the_order_depends_on_the_seed_and_not_on_the_global_generator(make_stre
 
 
 def test_without_shuffle_the_order_is_the_one_on_disk(make_stream):
-    stream = make_stream(shuffle=False, split="heldout", global_batch=4, micro_batch=2)
+    stream = make_stream(shuffle=False, split="heldout", global_batch=4)
     assert [ids_of(stream.step(step)) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_settings_that_do_not_fit_the_shards_are_reported_together(make_stream, shards, tmp_path):
-    (tmp_path / "mine.model").write_bytes(b"another")
-    with pytest.raises(UserError) as error:
-        make_stream(seq_len=32, vocab_size=500, tokenizer_path=tmp_path / "mine.model")
-    expected = [
-        f"these shards were made with another tokenizer than {tmp_path / 'mine.model'}",
-        "train.seq_len=32, but these shards hold windows of seq_len=64; set train.seq_len to 64",
-        f"model.vocab_size=500 is smaller than the tokenizer of data.path={shards}, which has 1000 pieces; "
-        "set model.vocab_size to 1000 or more",
-    ]
-    assert len(error.value.problems) == len(expected)
-    assert all(problem.startswith(start) for problem, start in zip(error.value.problems, expected, strict=True))
+def test_a_mix_of_one_is_the_corpus_itself(make_stream, folder):
+    alone, mixed = make_stream(), make_stream(path={str(folder): 0.25})
+    assert alone.fingerprint == mixed.fingerprint and alone.num_samples == mixed.num_samples
+    assert [ids_of(alone.step(step)) for step in range(5)] == [ids_of(mixed.step(step)) for step in range(5)]
+
+
+def test_a_mix_holds_each_corpus_by_its_weight_and_once_in_each_of_its_epochs(make_stream, mix):
+    """Ids of a corpus follow those of the corpora before it; its windows are those that it has alone."""
+    stream = make_stream(path=mix)
+    ids = np.array([i for step in range(60) for i in ids_of(stream.step(step))])
+    sizes = {0: 131, 1: 50, 2: 20}
+    corpus = np.searchsorted(np.cumsum(list(sizes.values())), ids, side="right")
+    for number, (weight, first) in enumerate(zip(mix.values(), [0, 131, 181], strict=True)):
+        mine = corpus == number
+        assert np.abs(mine.cumsum() - weight * np.arange(1, len(ids) + 1)).max() < 3
+        own = ids[mine] - first
+        for epoch in range(len(own) // sizes[number]):
+            here = own[epoch * sizes[number] : (epoch + 1) * sizes[number]]
+            assert sorted(here.tolist()) == list(range(sizes[number])), f"corpus {number}, epoch {epoch}"
+    assert Counter(corpus.tolist()).keys() == {0, 1, 2} and (corpus == 2).sum() > 2 * 20, "a small one comes again"
+
+    alone = [make_stream(path=path, shuffle=False, global_batch=8, micro_batch=8) for path in mix]
+    windows = {}
+    for number, (first, one) in enumerate(zip([0, 131, 181], alone, strict=True)):
+        for step in range(one.num_samples // 8):
+            (batch,) = one.step(step)
+            for i, tokens in zip(batch.sample_ids.tolist(), batch.input_ids.tolist(), strict=True):
+                windows[first + i] = (number, tokens)
+    for batch in stream.step(1):
+        for i, tokens in zip(batch.sample_ids.tolist(), batch.input_ids.tolist(), strict=True):
+            assert windows.get(i, (0, tokens))[1] == tokens
+
+
+def test_the_held_out_split_of_a_mix_is_in_the_order_on_disk_and_ends_with_its_first_corpus(make_stream, mix):
+    """37, 11 and 18 windows at 6 : 3 : 1. The second is read through first: behind its 11 come at most 4 others."""
+    stream = make_stream(path=mix, split="heldout", shuffle=False, global_batch=1, micro_batch=1)
+    ids = [ids_of(stream.step(step))[0] for step in range(stream.num_samples + 1)]
+    corpus, own = deal(np.arange(len(ids)), [6, 3, 1])
+    assert ids == (np.array([0, 37, 48])[corpus] + own % np.array([37, 11, 18])[corpus]).tolist()
+    assert len(set(ids[:-1])) == len(ids) - 1 and ids[-1] == 37, "the next one would be the second corpus's first again"
+    assert 11 * 10 // 3 <= stream.num_samples <= 11 * 10 // 3 + 4
+
+
+def test_a_batch_that_replicas_cannot_share_is_refused(make_stream):
     with pytest.raises(UserError, match=r"global_batch=9 is not divisible by 1 replicas x train\.micro_batch=2"):
-        make_stream(global_batch=9, micro_batch=2)
+        make_stream(global_batch=9)
+
+
+def test_a_folder_that_does_not_fit_is_refused(make_stream, folder):
+    with pytest.raises(UserError, match=r"set train\.seq_len to 16"):
+        make_stream(seq_len=32)
+    with pytest.raises(UserError, match="no such folder"):
+        make_stream(path={str(folder): 1, "nowhere": 1})
 
 
 def test_many_streams_of_a_folder_open_few_files(make_stream):
-    """Streaming alone opens some 12 more files for each dataset that the process has had."""
+    """Not so with StreamingDataset: each opens some 12 more for each one that the process has had."""
     make_stream()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         make_stream().step(0)
-    assert len(os.listdir("/proc/self/fd")) <= before + 5
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_a_larger_vocabulary_and_the_users_own_tokenizer_are_fine(make_stream, tokenizer):
-    stream = make_stream(vocab_size=1024, tokenizer_path=tokenizer.path)
-    assert len(stream.step(0)) == 4
-
-
-def rewrite_manifest(folder, **changes):
-    content = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**content, **changes}))
-
-
-def lose_windows(folder):
-    splits = json.loads((folder / "manifest.json").read_text())["splits"]
-    splits["train"]["windows"] = 0
-    rewrite_manifest(folder, splits=splits)
-
-
-def miscount_windows(folder):
-    splits = json.loads((folder / "manifest.json").read_text())["splits"]
-    splits["train"]["windows"] += 1
-    rewrite_manifest(folder, splits=splits)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (shutil.rmtree, "no such folder"),
-        (lambda at: (at / "manifest.json").unlink(), "not a finished conversion"),
-        (lambda at: (at / "train/index.json").open("a").write(" "), "the shards changed after the conversion"),
-        (lambda at: (at / "heldout/index.json").unlink(), "heldout/index.json cannot be read"),
-        (lambda at: (at / "train/shard.00000.mds").unlink(), "1 shard files are missing in train/, .* shard.00000.mds"),
-        (
-            lambda at: (at / "tokenizer.model").open("ab").write(b" "),
-            "made with another tokenizer than .*tokenizer.mod",
-        ),
-        (lambda at: (at / "tokenizer.model").unlink(), "no tokenizer at"),
-        (lose_windows, "split train has 0 windows"),
-        (miscount_windows, "windows, but the manifest says"),
-    ],
-)
-def test_a_damaged_folder_is_refused_before_training(make_stream, shards, tmp_path, damage, message):
-    folder = shutil.copytree(shards, tmp_path / "copy")
-    damage(folder)
-    with pytest.raises(UserError, match=message):
-        make_stream(path=folder)
+def write_token(folder, token: int) -> None:
+    """Make `token` the last label of the last held-out window, in the shard and its hashes."""
+    shard = shard_files(folder, "heldout")[-1]
+    with open(shard, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(token.to_bytes(2, "little"))
+    rewrite_index(folder, "heldout", lambda entries: entries[-1]["raw_data"]["hashes"].clear())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(make_stream, shards, tmp_path, workers):
-    """The last label of the last window, two bytes at the end of the shard: index.json stays as it was."""
-    folder = shutil.copytree(shards, tmp_path / "copy")
-    with open(folder / "heldout/shard.00000.mds", "r+b") as shard:
-        shard.seek(-2, os.SEEK_END)
-        shard.write(b"\xff\xff")
-    stream = make_stream(path=folder, split="heldout", shuffle=False, global_batch=1, micro_batch=1, workers=workers)
+def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(make_stream, folder, tmp_path, workers):
+    folder = copy(folder, tmp_path / "copy")
+    write_token(folder, 65535)
+    stream = make_stream(
+        path=folder, split="heldout", shuffle=False, global_batch=1, micro_batch=1, workers=workers, verify=False
+    )
     last = stream.num_samples - 1
     assert ids_of(stream.step(last - 1)) == [last - 1]
-    message = f"split heldout, sample {last}: token 65535 is outside model.vocab_size=1000"
+    message = f"split heldout, sample {last}: token 65535 is outside model.vocab_size={VOCAB_SIZE}"
     with pytest.raises(UserError, match=message):
         stream.step(last)
     with pytest.raises(UserError, match=message):
         next(stream.steps(last))
 
 
-def test_ranks_that_do_not_know_their_number_are_told(make_stream, shards, tmp_path, monkeypatch):
-    """What streaming raises in the second of two ranks that both take themselves for the first."""
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_is_an_error_at_its_step_at_once_and_without_a_traceback(
+    make_stream, folder, tmp_path, workers
+):
+    """Steps before it come out whole, though the workers have met the damage already."""
+    folder = copy(folder, tmp_path / "copy")
+    damaged = shard_files(folder)[1]
+    with open(damaged, "r+b") as file:
+        file.seek(damaged.stat().st_size // 2)
+        file.write(b"\xff\xff")
+    stream = make_stream(path=folder, shuffle=False, workers=workers)
+    steps = stream.steps(0)
+    for step in range(5):
+        assert ids_of(next(steps)) == list(range(step * 8, step * 8 + 8))
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"train/part-00001/shard.00000.mds: its xxh64 is") as error:
+        next(steps)
+    assert time.monotonic() - begin < 5, "a fraction of a second; more on a busy machine"
+    assert "Traceback" not in str(error.value) and error.value.problems
 
-    def collide(**_):
-        raise FileExistsError("/000000_locals")
 
-    shutil.copytree(shards, tmp_path / "shards")  # a folder that this process has not opened yet
-    monkeypatch.setattr("streaming.StreamingDataset", collide)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE=1 must be the number of ranks on this machine"):
-        make_stream(path=tmp_path / "shards")
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_killed_is_an_error(make_stream):
+    """As by a machine that runs out of memory."""
+    before = set(multiprocessing.active_children())
+    steps = make_stream(workers=2).steps(0)
+    next(steps)
+    victim, _ = set(multiprocessing.active_children()) - before
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=f"worker .*{victim.pid}"):
+        for _ in range(1000):
+            next(steps)
 
 
-TWO_RANKS = """
-import os, sys
-import torch.distributed as dist
+RANK = """
+import os, sys, torch
+from itertools import islice
 from mythos_dist.data.stream import ReplicaStream
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-settings = dict(seq_len=64, vocab_size=1000, global_batch=8, micro_batch=2, replica=rank, num_replicas=2, seed=7)
-train = ReplicaStream(sys.argv[1], "train", **settings)
-heldout = ReplicaStream(sys.argv[1], "heldout", shuffle=False, **settings)
-for stream in (train, heldout):
-    print(f"{stream._windows._data._shm_prefix_int:06}", *[i for b in stream.step(0) for i in b.sample_ids.tolist()])
-dist.barrier()
-dist.destroy_process_group()
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method(sys.argv[3])
+    stream = ReplicaStream(
+        sys.argv[1], "train", seq_len=16, vocab_size=1000, global_batch=8, micro_batch=2,
+        replica=int(sys.argv[2]), num_replicas=2, seed=7, workers=1,
+    )
+    print(*[i for step in islice(stream.steps(0), 3) for b in step for i in b.sample_ids.tolist()], flush=True)
+    os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.timeout(100)
-def test_two_ranks_construct_at_once_and_leave_nothing_behind(make_stream, shards, tmp_path):
-    """As DeepSpeed's launcher starts them: LOCAL_SIZE and no LOCAL_WORLD_SIZE. Silent, and no shared memory is left."""
-    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_WORLD_SIZE"}
+@pytest.mark.launch
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("method", "num_ranks"), [("fork", 2), ("spawn", 1)])  # spawned workers import it all again
+def test_ranks_read_at_once_and_leave_nothing_behind_when_they_are_killed(
+    make_stream, folder, tmp_path, method, num_ranks
+):
+    """Without a launcher's variables, as under any launcher: LOCAL_WORLD_SIZE was a trap of streaming's. No rank waits
+    for another. The workers' ends are found closed, and nothing is left in /dev/shm."""
+    before = set(os.listdir("/dev/shm"))
+    program = tmp_path / "rank.py"
+    program.write_text(RANK)
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "LOCAL_RANK", "RANK", "WORLD_SIZE")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(shards), str(tmp_path / "store")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"},
+            [sys.executable, str(program), str(folder), str(rank), method],
+            env={name: value for name, value in os.environ.items() if name not in names},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(num_ranks)
     ]
     try:
-        outputs = [rank.communicate(timeout=90) for rank in ranks]
+        outputs = [rank.communicate(timeout=100) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [errors for _, errors in outputs] == ["", ""]
-    (train_0, heldout_0), (train_1, heldout_1) = (output.splitlines() for output, _ in outputs)
-    prefixes = {line.split()[0] for line in (train_0, heldout_0)}
-    assert prefixes == {line.split()[0] for line in (train_1, heldout_1)}
-    assert not [name for name in os.listdir("/dev/shm") if name.split("_")[0] in prefixes]
-    ids = [int(i) for line in (train_0, train_1) for i in line.split()[1:]]
-    assert ids == ids_of(make_stream().step(0)), "together the ranks hold what one process reads"
-    assert [int(i) for line in (heldout_0, heldout_1) for i in line.split()[1:]] == list(range(8))
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * num_ranks, outputs
+    assert set(os.listdir("/dev/shm")) <= before
+    got = [[int(i) for i in out.split()] for out, _ in outputs]
+    streams = replicas(make_stream, 2)[:num_ranks]
+    assert got == [[i for step in range(3) for i in ids_of(stream.step(step))] for stream in streams]

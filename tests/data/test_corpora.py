@@ -1,0 +1,195 @@
+"""What is wrong with folders, with their fit to the config and to each other is said before training, all at once."""
+
+import json
+import os
+import shutil
+
+import pytest
+from helpers.shard_folder import SEQ_LEN, VOCAB_SIZE, copy, rewrite_index, shard_files, write_folder, write_manifest
+
+from mythos_dist.data.corpora import changes, fingerprint, open_corpora
+from mythos_dist.data.manifest import read_manifest
+from mythos_dist.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three corpora; the second is compressed."""
+    root = tmp_path_factory.mktemp("corpora")
+    return [
+        write_folder(root / "a", [5, 8, 3], [4]),
+        write_folder(root / "b", [6, 6], [2, 2], corpus=1, compression="zstd:3"),
+        write_folder(root / "c", [9], [5], corpus=2),
+    ]
+
+
+def open_(*folders, **settings):
+    mix = folders[0] if isinstance(folders[0], dict) else {str(folder): 1 for folder in folders}
+    return open_corpora(mix, **{"seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE, **settings})
+
+
+def refused(*folders, **settings) -> list[str]:
+    with pytest.raises(UserError) as error:
+        open_(*folders, **settings)
+    return error.value.problems
+
+
+def test_whole_folders_are_opened_with_their_shards_and_weights(folders):
+    """Weights as the smallest whole numbers; the tokenizer of the user's own may be any file with the same bytes."""
+    a, b, c = open_({str(folders[0]): 0.5, str(folders[1]): 0.3, str(folders[2]): 0.2})
+    assert [a.weight, b.weight, c.weight] == [5, 3, 2] and b.folder == folders[1]
+    assert [shard.entry["samples"] for shard in a.shards["train"]] == [5, 8, 3]
+    assert [shard.stored["basename"] for shard in b.shards["heldout"]] == [
+        "part-00000/shard.00000.mds.zstd",
+        "part-00001/shard.00000.mds.zstd",
+    ]
+    open_(folders[0], vocab_size=VOCAB_SIZE + 24, tokenizer_path=folders[1] / "tokenizer.model")
+
+
+def test_settings_that_do_not_fit_the_shards_are_reported_together(folders, tmp_path):
+    (tmp_path / "mine.model").write_bytes(b"another")
+    problems = refused(folders[0], seq_len=32, vocab_size=500, tokenizer_path=tmp_path / "mine.model")
+    expected = [
+        f"these shards were made with another tokenizer than {tmp_path / 'mine.model'}",
+        f"train.seq_len=32, but these shards hold windows of seq_len={SEQ_LEN}; set train.seq_len to {SEQ_LEN}",
+        f"model.vocab_size=500 is smaller than the tokenizer of these shards, which has {VOCAB_SIZE} pieces; "
+        f"set model.vocab_size to {VOCAB_SIZE} or more",
+    ]
+    assert len(problems) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True))
+
+
+def miscount_windows(folder):
+    splits = json.loads((folder / "manifest.json").read_text())["splits"]
+    splits["train"]["windows"] += 1
+    write_manifest(folder, splits=splits)
+
+
+def change_index(**fields):
+    return lambda at: rewrite_index(at, "train", lambda entries: entries[1].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda at: (at / "manifest.json").unlink(), "not a finished conversion"),
+        (lambda at: write_manifest(at, format_version=1), "format_version=1 is not 2; convert again"),
+        (lambda at: (at / "train/index.json").open("a").write(" "), "the shards changed after the conversion"),
+        (lambda at: (at / "heldout/index.json").unlink(), "heldout/index.json cannot be read"),
+        (
+            lambda at: shard_files(at)[1].unlink(),
+            r"1 shard files are missing in train/, the first is train/part-00001/shard.00000.mds; copy them",
+        ),
+        (lambda at: shutil.rmtree(at / "train/part-00002"), r"1 shard files are missing in train/, .*part-00002"),
+        (
+            lambda at: os.truncate(shard_files(at)[2], 10),
+            r"1 shard files in train/ have another size than index.json says, the first is "
+            r"train/part-00002/shard.00000.mds with 10 bytes instead of \d+; copy",
+        ),
+        (
+            lambda at: (at / "tokenizer.model").open("ab").write(b" "),
+            "another tokenizer than .*tokenizer.mod",
+        ),
+        (lambda at: (at / "tokenizer.model").unlink(), "no tokenizer at"),
+        (miscount_windows, "train/index.json lists 16 windows, but the manifest says 17; convert again"),
+        (change_index(raw_data=None), "train/index.json lists no shards"),
+        (change_index(raw_data={"basename": "../../x.mds", "bytes": 9, "hashes": {}}), "lists no shards .*x.mds"),
+        (change_index(raw_data={"basename": "/x.mds", "bytes": 9, "hashes": {}}), "lists no shards .*/x.mds"),
+        (change_index(samples="many"), "lists no shards"),
+        (change_index(samples=-800), "lists no shards"),
+    ],
+)
+def test_a_damaged_folder_is_refused(folders, tmp_path, damage, message):
+    folder = copy(folders[0], tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        open_(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_shards_may_be_links(folders, tmp_path):
+    """As in a cache of downloads; a link to nothing is a missing file."""
+    folder = copy(folders[0], tmp_path / "copy")
+    first, second, _ = shard_files(folder)
+    for file in (first, second):
+        file.rename(tmp_path / f"{file.parent.name}.blob")
+        file.symlink_to(tmp_path / f"{file.parent.name}.blob")
+    open_(folder)
+    (tmp_path / "part-00001.blob").unlink()
+    (problem,) = refused(folder)
+    assert problem.startswith("1 shard files are missing in train/, the first is train/part-00001/")
+
+
+def test_a_split_without_windows_matters_to_those_that_read_it(tmp_path):
+    folder = write_folder(tmp_path / "shards", [5], [])
+    assert refused(folder) == [
+        "split heldout has 0 windows; convert more text, or with a larger share of held-out text"
+    ]
+    open_(folder, splits=["train"])
+
+
+def test_all_problems_of_all_folders_are_reported_with_their_names(folders, tmp_path):
+    """The first is missing, the second damaged twice, the third right."""
+    damaged = copy(folders[1], tmp_path / "damaged")
+    os.truncate(shard_files(damaged)[0], 3)
+    shard_files(damaged, "heldout")[0].unlink()
+    problems = refused(tmp_path / "nowhere", damaged, folders[2])
+    assert [problem.split(": ")[0] for problem in problems] == [str(tmp_path / "nowhere"), str(damaged), str(damaged)]
+    for problem, words in zip(problems, ["no such folder", "another size", "missing in heldout/"], strict=True):
+        assert words in problem
+
+
+def test_corpora_that_do_not_go_together_are_named_with_both_values(folders, tmp_path):
+    other = write_folder(tmp_path / "other", [4], corpus=3, seq_len=8, eos=2, tokenizer=b"another")
+    problems = refused(folders[0], folders[1], other)
+    pairs = [("seq_len", 8, SEQ_LEN), ("eos_id", 2, 1)]
+    pairs.append(("tokenizer_sha256", *(read_manifest(folder).tokenizer_sha256 for folder in (other, folders[0]))))
+    for key, here, there in pairs:
+        (problem,) = [problem for problem in problems if f" {key}=" in problem and "but these shards" not in problem]
+        assert problem.startswith(f"{other}: {key}={here}, but {folders[0]} has {there}; ")
+    assert len(problems) == 4  # and train.seq_len does not fit the third
+
+
+def test_the_same_shards_twice_are_refused(folders, tmp_path):
+    again = copy(folders[0], tmp_path / "again")
+    assert refused(folders[0], folders[1], again) == [
+        f"{again}: holds the same shards as {folders[0]}; give one of them, with the sum of their weights"
+    ]
+
+
+def test_the_fingerprint_covers_shards_weights_and_order(folders):
+    """One corpus has its manifest's own, whatever its weight; equal ratios are equal."""
+    a, b = (str(folder) for folder in folders[:2])
+    alone = read_manifest(a).fingerprint
+    assert fingerprint(open_({a: 1})) == fingerprint(open_({a: 0.3})) == alone
+    assert fingerprint(open_({a: 0.7, b: 0.3})) == fingerprint(open_({a: 7, b: 3}))
+    mixes = [{a: 1}, {b: 1}, {a: 1, b: 1}, {a: 2, b: 1}, {b: 1, a: 2}]
+    assert len({fingerprint(open_(mix)) for mix in mixes}) == len(mixes)
+
+
+def test_what_changed_since_the_run_began_is_named(folders, tmp_path):
+    """Folders may move; shards, weights and their order may not change."""
+    a, b, c = (str(folder) for folder in folders)
+    before = fingerprint(open_({a: 0.7, b: 0.3}))
+    moved = str(copy(folders[0], tmp_path / "moved"))
+    assert changes(open_({moved: 7, b: 3}), before) == []
+    assert changes(open_({a: 0.6, b: 0.4}), before) == [
+        f"{a} has weight 3 of 5, but the run was trained with 7 of 10",
+        f"{b} has weight 2 of 5, but the run was trained with 3 of 10",
+    ]
+    old = read_manifest(b).fingerprint[:12]
+    assert changes(open_({a: 0.7, c: 0.3}), before) == [
+        f"{c} holds other shards than those that the run was trained on",
+        f"the shards of fingerprint {old}…, with weight 3 of 10, are not given any more",
+    ]
+    assert changes(open_({a: 1}), before) == [
+        f"the shards of fingerprint {old}…, with weight 3 of 10, are not given any more"
+    ]
+    assert changes(open_({b: 3, a: 7}), before) == [
+        f"the folders of data.mix stand in another order than the run was trained with: {a}, {b}"
+    ]
+    alone = fingerprint(open_({a: 1}))
+    assert changes(open_({a: 1}), alone) == []
+    (added,) = changes(open_({a: 1, b: 1}), alone)
+    assert added == f"{b} holds other shards than those that the run was trained on"

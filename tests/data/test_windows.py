@@ -1,0 +1,288 @@
+"""Windows come out as streaming reads them, and nothing of a damaged shard comes out at all."""
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.shard_folder import SEQ_LEN, copy, rewrite_index, shard_files, window, write_folder
+from streaming import MDSWriter, StreamingDataset
+
+from mythos_dist.data import windows
+from mythos_dist.data.corpora import read_index
+from mythos_dist.data.windows import Windows
+from mythos_dist.errors import UserError
+
+SIZES = [5, 8, 3]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("raw") / "shards", SIZES)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("packed") / "shards", SIZES, compression="zstd:3")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Windows of a folder's training split; unpacks below tmp_path/cache."""
+
+    def make(folder: Path, **settings) -> Windows:
+        settings = {"cache": tmp_path / "cache", **settings}
+        return Windows(read_index(folder, "train", "f" * 64), SEQ_LEN + 1, **settings)
+
+    return make
+
+
+def expected(samples) -> list[list[int]]:
+    return [window(0, sample).tolist() for sample in samples]
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3", "zstd", "gz"])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_windows_are_what_streaming_reads(make, tmp_path, dtype, compression):
+    """In any order and more than once; and as they were written."""
+    folder = write_folder(tmp_path / "shards", SIZES, dtype=dtype, compression=compression)
+    samples = [15, 0, 4, 5, 12, 13, 4]
+    got = make(folder).read(samples)
+    assert got.dtype == dtype and got.tolist() == expected(samples)
+    data = StreamingDataset(local=str(copy(folder, tmp_path / "copy") / "train"), batch_size=1)  # it unpacks in place
+    assert got.tolist() == [data[sample]["tokens"].tolist() for sample in samples]
+    names = [path.name for path in folder.rglob("*.mds*")]
+    assert len(names) == len(SIZES) + 1, "the folder itself is left as it is"
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    with open(path, "r+b") as file:
+        file.seek(int(os.path.getsize(path) * at))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = {
+    "flipped": (flip, "its xxh64 is [0-9a-f]{16}, but index.json says [0-9a-f]{16}"),
+    "shortened": (lambda path: os.truncate(path, 100), "has 100 bytes, but index.json says"),
+    "lengthened": (lambda path: path.open("ab").write(b"x"), "bytes, but index.json says"),
+    "missing": (Path.unlink, r"(cannot be opened|cannot be read) \(No such file or directory\)"),
+    "a folder": (replace_by_folder, "bytes, but index.json says|Is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+def test_a_damaged_shard_is_named_with_what_was_found_and_what_to_do(make, raw, packed, tmp_path, kind, compression):
+    folder = copy(packed if compression else raw, tmp_path / "copy")
+    damage, found = DAMAGE[kind]
+    file = shard_files(folder)[1]
+    damage(file)
+    reader = make(folder)
+    assert reader.read([0, 15]).tolist() == expected([0, 15]), "the other shards can be read"
+    with pytest.raises(UserError, match=found) as error:
+        reader.read([0, 6])
+    assert str(error.value).startswith(f"{folder}: train/{file.relative_to(folder / 'train')}: ")
+    assert f"tools/verify_shards.py {folder}`" in str(error.value) and "convert again" in str(error.value)
+
+
+def test_sha1_is_checked_where_there_is_no_xxh64_and_nothing_is_taken_on_trust(make, raw, tmp_path):
+    folder = copy(raw, tmp_path / "copy")
+    flip(shard_files(folder)[1])
+    rewrite_index(folder, "train", lambda entries: [entry["raw_data"]["hashes"].pop("xxh64") for entry in entries])
+    assert make(folder).read([0]).tolist() == expected([0])
+    with pytest.raises(UserError, match="its sha1 is"):
+        make(folder).read([6])
+    rewrite_index(folder, "train", lambda entries: [entry["raw_data"]["hashes"].clear() for entry in entries])
+    with pytest.raises(UserError, match=r"neither its xxh64 nor its sha1; to trust it set data.verify to false"):
+        make(folder).read([0])
+
+
+def test_without_verifying_only_sizes_are_checked(make, raw, packed, tmp_path):
+    """A flipped token comes out as it is; what cannot be decoded or unpacked is still an error with a name."""
+    folder = copy(raw, tmp_path / "copy")
+    first, second, third = shard_files(folder)
+    flip(first, at=0.99)
+    assert make(folder, verify=False).read(range(5)).tolist() != expected(range(5))
+    second.write_bytes(b"\xff" * second.stat().st_size)
+    with pytest.raises(UserError, match=r"part-00001/shard.00000.mds: sample 1 of this file cannot be read"):
+        make(folder, verify=False).read([6])
+    os.truncate(third, 10)
+    with pytest.raises(UserError, match="has 10 bytes"):
+        make(folder, verify=False).read([15])
+    folder = copy(packed, tmp_path / "packed")
+    first = shard_files(folder)[0]
+    first.write_bytes(b"\xff" * first.stat().st_size)
+    with pytest.raises(UserError, match=r"shard.00000.mds.zstd: cannot be unpacked"):
+        make(folder, verify=False).read([0])
+
+
+def test_a_shard_is_hashed_once_by_a_process(make, raw, tmp_path, monkeypatch):
+    """Also when its file was closed in between; a file that is shortened then is found by its size."""
+    monkeypatch.setattr(windows, "OPEN_FILES", 1)
+    pieces = []
+    real = windows._pieces
+    monkeypatch.setattr(windows, "_pieces", lambda file: (pieces.append(piece) or piece for piece in real(file)))
+    folder = copy(raw, tmp_path / "copy")
+    reader = make(folder)
+    reader.read([0, 6, 0, 6, 15])
+    assert sum(map(len, pieces)) == sum(file.stat().st_size for file in shard_files(folder))
+    os.truncate(shard_files(folder)[0], 50)
+    with pytest.raises(UserError, match="has 50 bytes"):
+        reader.read([0])
+
+
+def test_a_shard_that_shrinks_while_it_is_open_is_an_error(make, raw, tmp_path):
+    folder = copy(raw, tmp_path / "copy")
+    reader = make(folder)
+    reader.read([0])
+    os.truncate(shard_files(folder)[0], 50)
+    with pytest.raises(UserError, match="sample 4 of this file cannot be read"):
+        reader.read([4])
+
+
+def test_few_files_are_open_and_none_is_left(make, raw, monkeypatch):
+    monkeypatch.setattr(windows, "OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    reader = make(raw)
+    for _ in range(3):
+        reader.read(range(16))
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def read_in_a_process(reader: Windows, samples: list[int], results) -> None:
+    try:
+        results.put(reader.read(samples).tolist())
+    except UserError as error:
+        results.put(str(error))
+
+
+def in_processes(reader: Windows, orders: list[list[int]]) -> list:
+    """What forked processes read, all at once."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=read_in_a_process, args=(reader, order, results)) for order in orders]
+    for process in processes:
+        process.start()
+    values = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return values
+
+
+def test_processes_that_fork_and_copies_that_travel_read_the_same(make, packed):
+    """Both with files already open: a forked process shares them, a pickled copy opens its own."""
+    reader = make(packed)
+    reader.read([0, 6])
+    assert pickle.loads(pickle.dumps(reader)).read(range(16)).tolist() == expected(range(16))
+    got = in_processes(reader, [list(range(16))] * 3)
+    assert got == [expected(range(16))] * 3
+
+
+def test_processes_may_unpack_the_same_shards_at_once(make, packed, tmp_path):
+    """No lock and no half-written file: each writes its own and renames it."""
+    orders = [list(range(16)), list(range(15, -1, -1)), [6, 0, 15], [6, 5, 7]]
+    got = in_processes(make(packed), orders)
+    assert sorted(got) == sorted(expected(order) for order in orders)
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    names = [path.relative_to(tmp_path / "cache").as_posix() for path in files]
+    assert sorted(names) == [f"{'f' * 16}/train/part-0000{part}/shard.00000.mds" for part in range(3)]
+
+
+def test_the_cache_is_used_again_unless_it_is_damaged(make, packed, tmp_path):
+    make(packed).read(range(16))
+    cached = sorted((tmp_path / "cache").rglob("*.mds"))
+    before = [path.stat().st_ino for path in cached]
+    flip(cached[1])
+    os.truncate(cached[2], 7)
+    assert make(packed).read(range(16)).tolist() == expected(range(16))
+    assert [path.stat().st_ino == inode for path, inode in zip(cached, before, strict=True)] == [True, False, False]
+
+
+def test_the_cache_is_in_the_temporary_folder_when_none_is_named(make, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    make(packed, cache=None).read([0])
+    (file,) = (tmp_path / "tmp").rglob("*.mds")
+    assert file.relative_to(tmp_path / "tmp").parts[:2] == (f"mythos-shards-{os.getuid()}", "f" * 16)
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(make, packed, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be unpacked to .*/file/.*; set data.cache to a folder with room"):
+        make(packed, cache=tmp_path / "file").read([0])
+
+    def full(path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"No space left on device\); set data.cache"):
+        make(packed).read([0])
+    assert not list((tmp_path / "cache").rglob("*.*")), "what was begun is removed"
+
+
+def test_nothing_pickled_is_ever_loaded(make, raw, tmp_path):
+    """An index that calls the tokens a pickle, over a shard that is one with a payload: refused before it is read."""
+    folder = copy(raw, tmp_path / "copy")
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    writer = MDSWriter(out=str(tmp_path / "evil"), columns={"tokens": "pkl"}, hashes=["xxh64"])
+    writer.write({"tokens": Payload()})
+    writer.finish()
+    entry = json.loads((tmp_path / "evil" / "index.json").read_text())["shards"][0]
+    (tmp_path / "evil" / "shard.00000.mds").rename(folder / "train" / "shard.00000.mds")
+    rewrite_index(folder, "train", lambda entries: entries.insert(0, entry))
+    with pytest.raises(UserError, match=r"describes no shard that can be read .*unsafe type: pkl"):
+        make(folder).read([0])
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry.update(column_encodings=["ndarray:uint16"]), "sample 0 of this file cannot be read"),
+        (lambda entry: entry.update(column_encodings=["str"]), "sample 0 of this file cannot be read"),
+        (lambda entry: entry.update(column_names=["text"]), "sample 0 of this file cannot be read"),
+        (lambda entry: entry.update(format="csv"), "describes no shard that can be read"),
+        (lambda entry: entry.pop("column_names"), "describes no shard that can be read"),
+    ],
+)
+def test_an_index_that_describes_something_else_is_an_error(make, raw, tmp_path, change, message):
+    folder = copy(raw, tmp_path / "copy")
+    rewrite_index(folder, "train", lambda entries: change(entries[0]))
+    with pytest.raises(UserError, match=message):
+        make(folder).read([0])
+
+
+def test_windows_of_another_length_are_refused(raw, tmp_path):
+    reader = Windows(read_index(raw, "train", "f"), SEQ_LEN, cache=tmp_path)
+    with pytest.raises(UserError, match=r"uint16 of shape \(17,\), not 16 tokens"):
+        reader.read([0])
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_tokens_that_are_not_unsigned_are_refused(make, tmp_path, dtype):
+    folder = write_folder(tmp_path / "shards", [2], dtype=dtype)
+    with pytest.raises(UserError, match=f"{dtype} of shape"):
+        make(folder).read([0])
+
+
+def test_arrays_come_out_in_one_piece(make, raw):
+    got = make(raw).read([3, 1])
+    assert got.flags.c_contiguous and got.shape == (2, SEQ_LEN + 1) and isinstance(got, np.ndarray)

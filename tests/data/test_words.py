@@ -1,0 +1,240 @@
+"""Words that are encoded once give the tokens of the plain tokenizer, whatever the text and however it is cut."""
+
+import io
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import tokenizers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from mythos_dist.data import tokenizer as tokenizer_module
+from mythos_dist.data import words
+from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.data.words import parse_sentencepiece
+
+TOPICS = list(topics.values())
+SPACE = "\u2581"
+TRAINING = [*TOPICS[:60], *["naïve café 3٣ x\u0301y 3² 日a本"] * 100]  # with merges of ASCII and what is none
+SPELLED = """</s> <s> <unk> <0x0A> <|endoftext|> the The def naïve café 3٣ x\u0301y 3² return's
+    DON'T we'll 'v x=y[0]; 12345 3rd ... -- (a b ' " .
+    日本 本 é e\u0301 \u0301 🙂 👩\u200d👧 Привет \u017f ٣ \0 \x01 \ufeff
+    long_words_are_not_kept_in_the_cache_but_encoded_whenever_they_are_met_as_a_part_of_a_text""".split()
+WHITE = [" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\x0b", "\x1c", "\x85", "\u00a0", "\u2003", "\u3000"]
+TEXTS = st.lists(st.sampled_from([*SPELLED, *WHITE, *WHITE, SPACE])).map("".join) | st.text()
+WORDS = st.lists(st.text(max_size=3) | st.sampled_from(SPELLED), min_size=40)
+OURS = dict(
+    model_type="bpe",
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    byte_fallback=True,
+)
+LLAMA3 = words.CL100K_REGEX
+
+
+def sentencepiece_model(vocab_size=1000, **options) -> bytes:
+    """Trained on the help texts; `options` differ from ours."""
+    model = io.BytesIO()
+    lines = (line for text in TRAINING for line in text.split("\n"))
+    options = {**OURS, **options}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, minloglevel=2, **options
+    )
+    return model.getvalue()
+
+
+def with_pieces(model: bytes, *pieces: str, unused: str = "") -> bytes:
+    """The model with more pieces, of the lowest scores, and with `unused` marked as not to be used."""
+    proto = parse_sentencepiece(model)
+    for piece in proto.pieces:
+        if piece.piece == unused:
+            piece.type = piece.UNUSED
+    lowest = min(piece.score for piece in proto.pieces)
+    for i, piece in enumerate(pieces):
+        proto.pieces.add(piece=piece, score=lowest - 1 - i)
+    return proto.SerializeToString()
+
+
+def huggingface_model(pre_tokenizer, normalizer=None, added=(), **options) -> bytes:
+    """Byte-level BPE trained on the help texts."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TRAINING, trainer)
+    tokenizer.add_tokens(list(added))
+    return tokenizer.to_str().encode()
+
+
+def split(regex, **level):
+    """As Llama 3 and others split text."""
+    by_regex = pre_tokenizers.Split(Regex(regex), "isolated")
+    return pre_tokenizers.Sequence(
+        [by_regex, pre_tokenizers.ByteLevel(**{"add_prefix_space": False, "use_regex": False, **level})]
+    )
+
+
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+CACHED = {
+    "ours": sentencepiece_model,
+    "dummy prefix": lambda: sentencepiece_model(add_dummy_prefix=True),
+    "pieces over words": lambda: sentencepiece_model(split_by_whitespace=False),
+    "pieces over lines": lambda: with_pieces(sentencepiece_model(), "e\n", "e\nt", "\n\n", "🙂🙂"),
+    "GPT-2": lambda: huggingface_model(GPT2),
+    "Llama 3": lambda: huggingface_model(split(LLAMA3), ignore_merges=True),
+    "Qwen 2": lambda: huggingface_model(split(LLAMA3.replace("{1,3}", ""))),
+}
+NOT_CACHED = {
+    "unigram": lambda: sentencepiece_model(model_type="unigram"),
+    "normalizer": lambda: sentencepiece_model(normalization_rule_name="nmt_nfkc"),
+    "white space removed": lambda: sentencepiece_model(remove_extra_whitespaces=True),
+    "white space last": lambda: sentencepiece_model(treat_whitespace_as_suffix=True),
+    "no bytes": lambda: sentencepiece_model(byte_fallback=False),
+    "piece of the user": lambda: sentencepiece_model(user_defined_symbols=["in the"]),
+    "unused piece": lambda: with_pieces(sentencepiece_model(), unused=f"{SPACE}the"),
+    "HF: prefix": lambda: huggingface_model(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "HF: other split": lambda: huggingface_model(split(LLAMA3.replace("'ll|", ""))),
+    "HF: normalizer": lambda: huggingface_model(GPT2, normalizers.NFC()),
+    "HF: added token": lambda: huggingface_model(GPT2, added=["in the"]),
+    "HF: added word": lambda: huggingface_model(GPT2, added=[AddedToken("return", single_word=True, lstrip=True)]),
+}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Name of a kind -> (tokenizer, the plain library's encoding of one whole text)."""
+    loaded = {}
+    folder = tmp_path_factory.mktemp("models")
+
+    def load(kind):
+        if kind not in loaded:
+            content = {**CACHED, **NOT_CACHED}[kind]()
+            path = folder / kind.replace(":", "")
+            path.write_bytes(content)
+            loaded[kind] = Tokenizer.load(path), plain(content)
+        return loaded[kind]
+
+    return load
+
+
+def plain(content: bytes):
+    """text -> ids, without any of our code but for U+2581, which a model that keeps text spells in bytes."""
+    if content.startswith(b"{"):
+        huggingface = tokenizers.Tokenizer.from_str(content.decode())
+        huggingface.encode_special_tokens = True
+        return lambda text: huggingface.encode(text, add_special_tokens=False).ids
+    model, proto = spm.SentencePieceProcessor(model_proto=content), parse_sentencepiece(content)
+    normalizer = proto.normalizer_spec
+    changes_text = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.name != "identity"
+    if changes_text or not proto.trainer_spec.byte_fallback:
+        return model.encode
+
+    def encode(text):
+        first, *rest = map(model.encode, text.split(SPACE))
+        symbol = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        return first + [i for part in rest for i in symbol + part]
+
+    return encode
+
+
+def check(tokenizer, encode, texts):
+    """`texts` in one call have the tokens of `encode`, document by document."""
+    documents = [text.encode() for text in texts]
+    data = np.frombuffer(b"".join(documents), dtype=np.uint8)
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    tokens, counts = tokenizer.encode_documents(data, ends)
+    assert tokens.dtype == np.int32 and counts.dtype == np.int64 and counts.shape == ends.shape
+    expected = [encode(text) for text in texts]
+    assert counts.tolist() == [len(ids) for ids in expected]
+    assert tokens.tolist() == [i for ids in expected for i in ids]
+
+
+@pytest.mark.parametrize("kind", CACHED)
+@settings(max_examples=80)
+@given(texts=st.lists(TEXTS, max_size=5))
+def test_a_cached_encoding_is_the_plain_one(load, kind, texts):
+    tokenizer, encode = load(kind)
+    assert tokenizer.cached
+    check(tokenizer, encode, texts)
+
+
+@pytest.mark.parametrize("kind", CACHED)
+def test_real_text_is_encoded_alike_at_first_and_at_second_sight(load, kind):
+    tokenizer, encode = load(kind)
+    check(tokenizer, encode, TOPICS[:40])
+    check(tokenizer, encode, TOPICS[20:60] + [text.replace(" ", "  ") for text in TOPICS[:3]])
+
+
+@pytest.mark.parametrize("kind", NOT_CACHED)
+def test_a_model_that_joins_words_in_other_ways_is_not_cached(load, kind):
+    tokenizer, encode = load(kind)
+    assert not tokenizer.cached
+    check(tokenizer, encode, [*TOPICS[:5], "", " in  the\nreturn 日本🙂 🙂\t", "in the", SPACE + "a"])
+
+
+@pytest.mark.parametrize("bounds", [(0, 10**9, 64), (50, 10**9, 5), (10**9, 300, 64), (10**9, 10**9, 0)])
+def test_emptying_the_cache_changes_nothing(tmp_path, monkeypatch, bounds):
+    for name, bound in zip(("MAX_WORDS", "MAX_TOKENS", "MAX_WORD_BYTES"), bounds, strict=True):
+        monkeypatch.setattr(words, name, bound)
+    (tmp_path / "m").write_bytes(content := sentencepiece_model(600))
+    tokenizer = Tokenizer.load(tmp_path / "m")
+    for start in range(0, 20, 4):
+        check(tokenizer, plain(content), TOPICS[start : start + 8])
+
+
+@pytest.mark.parametrize("kind", ["ours", "GPT-2"])
+def test_a_short_word_is_encoded_once(load, kind, monkeypatch):
+    tokenizer, encode = load(kind)
+    check(tokenizer, encode, ["one two three " * 3])
+    monkeypatch.setattr(tokenizer._words, "_encode_words", lambda words: pytest.fail(f"{words} again"))
+    check(tokenizer, encode, ["one two three " * 3, " two three"])
+
+
+def test_the_cache_stays_small(load, monkeypatch):
+    """What is kept is bounded by the limits and one batch more."""
+    monkeypatch.setattr(words, "MAX_WORDS", 200)
+    tokenizer, encode = load("ours")
+    check(tokenizer, encode, TOPICS[:2])
+    check(tokenizer, encode, ["one two"])
+    assert len(tokenizer._words._slot_of) <= 10
+
+
+def test_a_cache_that_is_wrong_is_found_on_load_and_left_out(tmp_path, monkeypatch):
+    """Cuts between any two characters: the probe must notice."""
+    every = ~np.repeat(np.arange(256) & 0xC0 == 0x80, 256)
+    monkeypatch.setattr(tokenizer_module, "sentencepiece_cuts", lambda proto: every)
+    (tmp_path / "m").write_bytes(content := sentencepiece_model())
+    tokenizer = Tokenizer.load(tmp_path / "m")
+    assert not tokenizer.cached
+    check(tokenizer, plain(content), TOPICS[:2])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CACHED if kind != "pieces over words"])
+@settings(max_examples=30)
+@given(
+    words=st.lists(st.text(max_size=3) | st.sampled_from(SPELLED), min_size=20), other=TEXTS, limit=st.integers(30, 60)
+)
+def test_a_document_cut_at_spaces_has_the_tokens_of_the_whole(load, kind, words, other, limit):
+    """Another document follows the last piece in its batch."""
+    tokenizer, encode = load(kind)
+    text = " ".join(words)
+    rest, tokens, continues = np.frombuffer(text.encode(), np.uint8), [], False
+    while len(rest) > limit:
+        end = tokenizer.cut(rest, limit)
+        assume(rest[end] == ord(" ") and 32 < rest[end - 1] < 127)
+        tokens += tokenizer.encode_documents(rest[:end], np.array([end]), continues)[0].tolist()
+        rest, continues = rest[end:], True
+    data = np.concatenate([rest, np.frombuffer(other.encode(), np.uint8)])
+    found, counts = tokenizer.encode_documents(data, np.array([len(rest), len(data)]), continues)
+    assert tokens + found[: counts[0]].tolist() == encode(text)
+    assert found[counts[0] :].tolist() == encode(other)

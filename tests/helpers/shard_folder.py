@@ -1,0 +1,122 @@
+"""A folder of shards as training reads it, written with streaming's MDSWriter and without our converter.
+
+Every window says where it comes from, so a test can tell a sample by its tokens.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mythos_dist.data.manifest import (
+    FORMAT_VERSION,
+    DocumentCounts,
+    Filters,
+    Manifest,
+    SplitCounts,
+    index_fingerprint,
+)
+
+SEQ_LEN = 16
+VOCAB_SIZE = 1000
+EOS = 1
+
+
+def window(corpus: int, sample: int, seq_len: int = SEQ_LEN) -> np.ndarray:
+    """A sample's tokens: random, but always the same, with an EOS here and there."""
+    draw = np.random.RandomState([corpus, sample])
+    tokens = draw.randint(2, VOCAB_SIZE, seq_len + 1)
+    tokens[draw.rand(seq_len + 1) < 0.1] = EOS
+    return tokens
+
+
+def write_folder(
+    out: Path,
+    train: list[int],
+    heldout: list[int] | None = None,
+    *,
+    corpus: int = 0,
+    dtype: str = "uint16",
+    compression: str | None = None,
+    seq_len: int = SEQ_LEN,
+    eos: int = EOS,
+    tokenizer: bytes = b"a tokenizer",
+) -> Path:
+    """Write `out` with shards of so many windows in each split, each in a subfolder of its own; returns `out`."""
+    from streaming import MDSWriter  # seconds of import, and not every test that copies a folder writes one
+
+    splits = {"train": train, "heldout": [3] if heldout is None else heldout}
+    for split, sizes in splits.items():
+        (out / split).mkdir(parents=True)
+        entries = []
+        for part in range(len(sizes)):
+            folder = out / split / f"part-{part:05}"
+            writer = MDSWriter(
+                out=str(folder),
+                columns={"tokens": f"ndarray:{dtype}:{seq_len + 1}"},
+                hashes=["sha1", "xxh64"],
+                compression=compression,
+                size_limit=None,
+            )
+            for sample in range(sum(sizes[:part]), sum(sizes[: part + 1])):
+                tokens = window(corpus + 1000 * (split == "heldout"), sample, seq_len)
+                writer.write({"tokens": tokens.astype(dtype)})
+            writer.finish()
+            for entry in json.loads((folder / "index.json").read_text())["shards"]:
+                for data in filter(None, (entry["raw_data"], entry["zip_data"])):
+                    data["basename"] = f"{folder.name}/{data['basename']}"
+                entries.append(entry)
+            (folder / "index.json").unlink()
+        (out / split / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
+    (out / "tokenizer.model").write_bytes(tokenizer)
+    windows = {split: sum(sizes) for split, sizes in splits.items()}
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        seq_len=seq_len,
+        dtype=dtype,
+        vocab_size=VOCAB_SIZE,
+        eos="</s>",
+        eos_id=eos,
+        tokenizer="tokenizer.model",
+        tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
+        heldout=0.1,
+        compression=compression,
+        text_column="text",
+        sample_by="document",
+        filters=Filters(),
+        inputs=(),
+        documents=DocumentCounts(),
+        splits={split: SplitCounts(0, 0, count, count * (seq_len + 1), 0, 0) for split, count in windows.items()},
+        fingerprint=index_fingerprint(out),
+    )
+    write_manifest(out, **manifest.to_json())
+    return out
+
+
+def write_manifest(folder: Path, **changes: Any) -> None:
+    """Change entries of the manifest, or write it."""
+    file = folder / "manifest.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**before, **changes}))
+
+
+def rewrite_index(folder: Path, split: str, change: Any) -> None:
+    """Apply `change` to the list of index.json's entries, and let the manifest agree."""
+    file = folder / split / "index.json"
+    index = json.loads(file.read_text())
+    change(index["shards"])
+    file.write_text(json.dumps(index))
+    write_manifest(folder, fingerprint=index_fingerprint(folder))
+
+
+def shard_files(folder: Path, split: str = "train") -> list[Path]:
+    """Paths of a split's shard files, in order."""
+    index = json.loads((folder / split / "index.json").read_text())
+    return [folder / split / (entry["zip_data"] or entry["raw_data"])["basename"] for entry in index["shards"]]
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return shutil.copytree(folder, to)

@@ -1,0 +1,146 @@
+"""A shard that is damaged, or data that changed, ends a run on all ranks: one message that names it, exit code 2."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.launch import launch, train
+from helpers.shard_folder import rewrite_index, shard_files
+
+from mythos_dist.data.stream import ReplicaStream
+from mythos_dist.train import loop
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def folder(shards, tmp_path) -> Path:
+    """A copy of the shards, to damage."""
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+@pytest.fixture
+def arguments(settings, folder, tmp_path) -> list[str]:
+    return [*settings, f"data.path={folder}", f"run.dir={tmp_path / 'run'}"]
+
+
+def flip(file: Path, at: float = 0.5) -> None:
+    with open(file, "r+b") as stream:
+        stream.seek(int(file.stat().st_size * at))
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+
+
+def refused(result, *words: str) -> None:
+    """Exit code 2 on every rank, one message, on rank 0's standard error, and no traceback on any."""
+    assert set(result.codes) == {2}, (result.codes, result.tails)
+    assert result.err.startswith("error: ") and result.err.count("error: ") == 1, result.err
+    assert not any("Traceback" in tail for tail in result.tails), result.tails
+    for word in words:
+        assert word in result.err, result.err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_byte_ends_the_run_at_once(arguments, folder, tmp_path, workers):
+    """In the first step that reads the shard, before the model has seen it. No checkpoint is left."""
+    (shard,) = shard_files(folder)
+    flip(shard)
+    begin = time.monotonic()
+    result = train(2, *arguments, f"data.workers={workers}", seconds=60)
+    assert time.monotonic() - begin < 30
+    refused(result, f"{folder}: train/{shard.relative_to(folder / 'train')}: its xxh64 is", "tools/verify_shards.py")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_held_out_shard_is_checked_too(arguments, folder):
+    (shard,) = shard_files(folder, "heldout")
+    flip(shard)
+    refused(train(2, *arguments, seconds=60), "heldout/", shard.name, "its xxh64 is")
+
+
+def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
+    """Train, with a shard that is lost for rank 1 once the inputs have been checked: a disk of one machine."""
+    if os.environ["RANK"] == "1":
+        real = loop.check_inputs
+
+        def then_lost(config, layout):
+            checked = real(config, layout)
+            for entry in checked[1][0].shards["train"]:
+                entry.entry["raw_data"]["basename"] = shard
+            return checked
+
+        loop.check_inputs = then_lost
+    from helpers.launch import _train
+
+    _train(arguments)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_only_one_rank_meets_ends_the_others_with_its_words(arguments, workers):
+    """They do not wait for it in a collective until that times out."""
+    result = launch(2, damage_for_rank_1, "lost.mds", [*arguments, f"data.workers={workers}"], seconds=60)
+    refused(result, "error: rank 1: ", "train/lost.mds: cannot be opened (No such file or directory)")
+
+
+def test_a_shortened_and_a_missing_shard_are_found_before_the_model_is_built(arguments, folder, tmp_path):
+    """Both at once, and the run folder is not made."""
+    (shard,), (heldout,) = shard_files(folder), shard_files(folder, "heldout")
+    os.truncate(shard, 100)
+    heldout.unlink()
+    refused(
+        train(2, *arguments, seconds=60),
+        "2 problems",
+        "1 shard files in train/ have another size than index.json says",
+        "1 shard files are missing in heldout/",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_token_outside_the_vocabulary_is_named_where_nothing_is_verified(arguments, folder, shards, workers):
+    """The sample, and the token that the model has no row for."""
+    stream = ReplicaStream(
+        shards, "train", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0
+    )
+    batch = stream.step(1)[0]
+    tokens = np.append(batch.input_ids[3].numpy(), batch.labels[3, -1].numpy()).astype("uint16").tobytes()
+    (shard,) = shard_files(folder)
+    whole = shard.read_bytes()
+    assert whole.count(tokens) == 1
+    shard.write_bytes(whole.replace(tokens, b"\xff" * len(tokens)))
+    result = train(1, *arguments, "data.verify=false", f"data.workers={workers}", seconds=60)
+    refused(result, f"sample {batch.sample_ids[3]}", "65535", "512")
+
+
+def test_a_run_on_a_mix_resumes_and_refuses_other_shards_and_weights(settings, folder, shards, tmp_path):
+    """The same text and a part of it, whose shards are others. Folders may move, weights may be written otherwise."""
+    other = Path(shutil.copytree(shards, tmp_path / "other"))
+    rewrite_index(other, "train", lambda entries: entries[0].update(size_limit=1))  # the same windows, another index
+    run = tmp_path / "run"
+    common = [*settings[:-1], f"run.dir={run}"]
+
+    def mixed(*weights: float, a: Path = folder) -> list[str]:
+        return [*common, f"data.mix={{{a}: {weights[0]}, {other}: {weights[1]}}}"]
+
+    assert train(2, *mixed(0.75, 0.25), "train.steps=2").codes == [0, 0]
+    first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    moved = shutil.move(folder, tmp_path / "moved")
+    refused(
+        train(2, *mixed(0.5, 0.5, a=moved), "train.steps=4", seconds=60),
+        f"{moved} has weight 1 of 2, but the run was trained with 3 of 4",
+        "set data.mix back",
+        "another run.dir",
+    )
+    refused(
+        train(2, *common, f"data.path={moved}", "train.steps=4", seconds=60),
+        "with weight 1 of 4, are not given any more",
+    )
+    result = train(2, *mixed(3, 1, a=moved), "train.steps=4")
+    assert result.codes == [0, 0], result.err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[:2] == first and [line["step"] for line in lines] == [1, 2, 3, 4]

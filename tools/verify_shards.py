@@ -1,0 +1,70 @@
+"""Is a folder of shards whole and undamaged? Reads every byte once, writes nothing; after a copy, or before a long run.
+
+Exit code 0: all good. 1: something is damaged, and what. 2: no such folder, or a conversion that was never finished.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mythos_dist.errors import UserError, exit_with
+
+if TYPE_CHECKING:
+    from mythos_dist.data.verify import Report
+
+MAX_LINES = 100  # of bad shards
+ADVICE = "copy these files again from where they came, or delete the folder and run tools/make_shards.py again"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="folder of the shards, with manifest.json")
+    add(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s); 0: no other process"
+    )
+    add("--json", action="store_true", help="print everything found as JSON on standard output")
+    add("--quiet", action="store_true", help="say nothing but what is wrong")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Verify; the exit code is 0, 1 for damage, 2 where nothing can be verified, or 130 if a person stopped it."""
+    arguments = parse()
+    from mythos_dist.data.verify import verify
+
+    try:
+        report = verify(arguments.folder, workers=arguments.workers, quiet=arguments.quiet)
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    if arguments.json:
+        print(json.dumps({"ok": report.ok, **asdict(report)}))
+    elif not (arguments.quiet and report.ok):
+        print("\n".join(lines(report)))
+    sys.exit(0 if report.ok else 1)
+
+
+def lines(report: "Report") -> list[str]:
+    """For a person: remarks, what is wrong, and a verdict that says what to do."""
+    total = (
+        f"{report.shards:,} shards, {report.windows:,} windows, {report.tokens:,} tokens, {report.bytes / 1e9:.3f} GB"
+    )
+    remarks = [f"remark: {remark}" for remark in report.remarks]
+    if report.ok:
+        return [*remarks, f"{total}: all good"]
+    bad = [f"{one['shard']}: {'; '.join(one['problems'])}" for one in report.bad]
+    more = [f"and {len(bad) - MAX_LINES:,} more"] if len(bad) > MAX_LINES else []
+    verdict = f"{total}: {len(bad):,} bad shards, {len(report.problems)} problems of the folder; {ADVICE}"
+    return [*remarks, *report.problems, *bad[:MAX_LINES], *more, verdict]
+
+
+if __name__ == "__main__":
+    main()
