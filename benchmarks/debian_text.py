@@ -43,7 +43,7 @@ PARAGRAPH_TAGS = set("p div section article h1 h2 h3 h4 h5 h6 pre ul ol dl table
 LINE_TAGS = set("br li dt dd tr caption".split())
 MIN_CHARACTERS = 200
 NUM_FILES = 2
-ROWS_PER_GROUP, BYTES_PER_GROUP = 1000, 4 << 20  # whichever is reached first ends a row group
+ROWS_PER_GROUP, BYTES_PER_GROUP = 1000, 1 << 20  # whichever is reached first ends a row group
 SCHEMA = pa.schema(
     dict.fromkeys("text id dump url file_path language".split(), pa.string())
     | dict(language_score=pa.float64(), token_count=pa.int64(), score=pa.float64(), int_score=pa.int64())

@@ -137,7 +137,12 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw["format_version"] != FORMAT_VERSION:
-            raise UserError(f"format_version={raw['format_version']} is not {FORMAT_VERSION}; convert again", str(file))
+            version = raw["format_version"]
+            raise UserError(
+                f"format_version={version} is not {FORMAT_VERSION}: another version of mythos_dist made these shards; "
+                "delete the folder and convert again",
+                str(file),
+            )
         raw["filters"] = Filters(**raw["filters"])
         raw["inputs"] = tuple(InputFile(**one) for one in raw["inputs"])
         raw["documents"] = DocumentCounts(**raw["documents"])

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mythos_dist.data.corpora import Corpus, fingerprint, open_corpora
+from mythos_dist.data.document_ids import document_ids
 from mythos_dist.data.mix import deal, positions_before_repeat
 from mythos_dist.data.order import Order
-from mythos_dist.data.pack import document_ids
 from mythos_dist.data.windows import Windows
 from mythos_dist.errors import UserError
 

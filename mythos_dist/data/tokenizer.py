@@ -1,7 +1,7 @@
 """Documents to token ids and back, with a SentencePiece model file or a tokenizer.json of Hugging Face.
 
 decode(encode(text)) == text for models trained here: identity normalisation, no dummy prefix, no whitespace removed,
-bytes as fallback. Text cannot spell EOS, so documents are told apart by EOS alone (pack.py): it is a control piece, or
+bytes as fallback. Text cannot spell EOS, so documents are told apart by EOS alone: it is a control piece, or
 a special token that is looked for in ids, not in text. A model that breaks this is refused on load.
 The trap is U+2581: SentencePiece writes a space as that character, so a real one would come back as a space;
 models trained here encode it as its three byte pieces instead.

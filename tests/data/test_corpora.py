@@ -74,7 +74,7 @@ def change_index(**fields):
     [
         (shutil.rmtree, "no such folder"),
         (lambda at: (at / "manifest.json").unlink(), "not a finished conversion"),
-        (lambda at: write_manifest(at, format_version=1), "format_version=1 is not 2; convert again"),
+        (lambda at: write_manifest(at, format_version=1), "format_version=1 is not 2: another version"),
         (lambda at: (at / "train/index.json").open("a").write(" "), "the shards changed after the conversion"),
         (lambda at: (at / "heldout/index.json").unlink(), "heldout/index.json cannot be read"),
         (

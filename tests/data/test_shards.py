@@ -541,7 +541,7 @@ def test_a_folder_that_is_no_conversion_is_left_alone(text_folder, byte_tokenize
         assert contents(tmp_path) == before
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "manifest.json").write_text('{"format_version": 1}')
-    with pytest.raises(UserError, match="format_version=1 is not 2; convert again"):
+    with pytest.raises(UserError, match="format_version=1 is not 2: another version"):
         convert_folder(text_folder, byte_tokenizer, tmp_path / "old")
 
 
