@@ -9,7 +9,6 @@ bytes at any number of workers. Its files appear under their own names only when
 """
 
 import base64
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mythos_dist.data.documents import Batch, Columns, LongDocument, Span, read_span, valid_utf8
 from mythos_dist.data.inputs import Source, reading
@@ -28,7 +28,6 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 
 UNFINISHED = "unfinished"  # the folder of records; it goes when the manifest is there
-DIGEST_BYTES = 16  # of a document's text: who is held out, and who is a duplicate
 FRAGMENT_BYTES = 1 << 20  # of a long document, encoded at a time
 FATES = ("written", "empty", "low_score", "duplicate", "short")  # of a document; names of DocumentCounts
 WRITTEN, EMPTY, LOW_SCORE, DUPLICATE, SHORT = range(len(FATES))
@@ -94,8 +93,8 @@ def stored(shard: dict) -> dict:
 
 
 def digest(text: Any) -> bytes:
-    """DIGEST_BYTES of blake2b of a document's bytes."""
-    return hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
+    """xxh3_128 of a document's bytes."""
+    return xxhash.xxh3_128_digest(text)
 
 
 def is_heldout(text_digest: bytes, heldout: float) -> bool:
@@ -330,7 +329,7 @@ def _starts(ends: np.ndarray) -> np.ndarray:
 
 
 def _long_digest(document: LongDocument) -> bytes:
-    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    state = xxhash.xxh3_128()
     for piece, _ in valid_utf8(document.pieces()):
         state.update(piece.data)
     return state.digest()
