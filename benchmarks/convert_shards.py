@@ -7,6 +7,7 @@ document of it, so most of what is converted was not seen.
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -34,6 +35,7 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(measure(*arguments.run)))
         return
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # as tools/make_shards.py does
     subprocess.run(
         [sys.executable, str(Path(__file__).with_name("debian_text.py")), "--out", str(arguments.text)], check=True
     )

@@ -60,7 +60,7 @@ from mythos_dist.errors import UserError
 
 # A part is about 1 / PARTS of the text, within these bounds: enough parts for many workers, few enough files.
 PARTS = 256
-MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 128 << 20
+MIN_PART_BYTES, MAX_PART_BYTES = 1 << 21, 128 << 20
 TRIES, RETRY_SECONDS = 4, 2.0  # of a part with remote input; the pause doubles
 TAILS = "part-tails"
 
