@@ -24,11 +24,17 @@ from helpers.conversion import contents, ended
 from mythos_dist.data.shards import convert
 
 REPOSITORY = Path(__file__).parents[2]
-# tools/make_shards.py with parts of one row group, as a user's command otherwise.
+# tools/make_shards.py with parts of one row group, as a user's command otherwise. With SLOW a part takes as long as a
+# larger one would: long enough to interrupt the tool between two of them on any machine.
 TOOL = """
-import runpy, sys
+import os, runpy, sys, time
 import mythos_dist.data.shards as shards
 shards.MIN_PART_BYTES = 1
+convert_part = shards.convert_part
+def slow_part(*arguments):
+    time.sleep(float(os.environ.get("SLOW", 0)))
+    return convert_part(*arguments)
+shards.convert_part = slow_part
 sys.argv = [sys.argv[1], *sys.argv[2:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -113,7 +119,11 @@ def test_a_killed_worker_costs_nothing_but_time(task, tmp_path):
     arguments, whole = task
     out = tmp_path / "out"
     job = subprocess.Popen(
-        command([*arguments, "--out", str(out), "--quiet"]), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        command([*arguments, "--out", str(out), "--quiet"]),
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SLOW": "0.1"},
     )
     wait_for(lambda: len(list(out.glob("unfinished/part-*.json"))) > 5)
     psutil.Process(job.pid).children()[0].kill()
@@ -131,6 +141,7 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(task, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "SLOW": "0.1"},
     )
     wait_for(lambda: len(list(out.glob("unfinished/part-*.json"))) > 5)
     os.killpg(job.pid, signal.SIGINT)  # a terminal signals all processes of a job
