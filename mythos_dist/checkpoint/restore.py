@@ -1,87 +1,108 @@
-"""Find the newest checkpoint of a run and load it at the layout that wrote it; or the model alone."""
+"""Find the newest checkpoint that is whole and load it at any layout; or the model alone, on one process.
 
-import contextlib
-import io
-import json
+Every rank reads just the parts of the files that it needs, whoever wrote them: the layout that wrote a checkpoint is
+one of many that can load it, and no faster way exists for it.
+"""
+
 from pathlib import Path
-from typing import Any
 
-from mythos_dist.checkpoint.save import META_FILE
-from mythos_dist.config.load import load_config
+import torch
+import torch.distributed as dist
+
+from mythos_dist.checkpoint.manifest import (
+    BUFFER,
+    MOMENTS,
+    PARAMETER,
+    Checkpoint,
+    checkpoints_of,
+    damage,
+    read_manifest,
+)
+from mythos_dist.checkpoint.state import State
+from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.parallel.process import choose_accelerator
 
 
-def read_meta(checkpoints: Path) -> dict[str, Any] | None:
-    """What `save_checkpoint` noted in the newest checkpoint, plus its `path`; None when the run has none yet.
+def find_checkpoint(checkpoints: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that `latest` names, or if it is damaged the newest one that is not; None if there is none at all.
+    And what is damaged in those that were passed over, a line each.
 
-    Raises UserError when `latest` names a checkpoint that is not there or not complete.
+    Every rank calls this; with `verify` each reads its share of the bytes. Raises UserError if there are checkpoints
+    and none is whole.
     """
-    pointer = checkpoints / "latest"
-    if pointer.exists():
-        path = checkpoints / pointer.read_text().strip()
-    elif whole := sorted(checkpoints.glob(f"step-????????/{META_FILE}")):
-        path = whole[-1].parent  # killed between the first checkpoint's rename and the pointer to it
-    else:
-        return None
-    try:
-        return {**json.loads((path / META_FILE).read_text()), "path": str(path)}
-    except (OSError, json.JSONDecodeError) as error:
-        others = sorted(p.name for p in checkpoints.glob("step-????????") if p != path)
-        raise UserError(
-            f"{pointer} names {path.name}, which cannot be read ({error}); "
-            f"write the name of another one into it ({', '.join(others) or 'there is none'}), or give another run.dir"
-        ) from None
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: list[str] = []
+    for folder in checkpoints_of(checkpoints):
+        checkpoint = None
+        try:
+            checkpoint = Checkpoint(folder)
+            files = sorted(checkpoint.manifest.files)[rank::world]
+            mine = damage(folder, checkpoint.manifest, files, hashes=verify)
+        except UserError as error:
+            mine = [str(error)]
+        everybodys: list[list[str]] = [[]] * world
+        dist.all_gather_object(everybodys, mine)
+        problems = list(dict.fromkeys(line for lines in everybodys for line in lines))
+        if checkpoint and not problems:
+            return checkpoint, found
+        found += problems
+    if found:
+        remedy = "no checkpoint is whole: put these files back from a copy, or give another run.dir"
+        raise UserError([*found, remedy])
+    return None, []
 
 
-def layout_problems(meta: dict[str, Any], layout: dict[str, Any]) -> list[str]:
-    """Why ranks of `layout` cannot load the checkpoint, a line per difference."""
-    return [
-        f"the checkpoint {meta['path']} was written at {key}={meta['layout'].get(key)}, this run has {key}={value}; "
-        f"resume at {key}={meta['layout'].get(key)}, or start in another run.dir"
-        for key, value in layout.items()
-        if meta["layout"].get(key) != value
-    ]
+def load_state(checkpoint: Checkpoint, state: State) -> None:
+    """Fill a rank's `state` from a checkpoint; moments that it lacks are zero (imported weights have none).
 
-
-def load_checkpoint(engine: Any, meta: dict[str, Any]) -> None:
-    """Load model, router bias and optimizer into DeepSpeed's engine. Every rank calls this."""
-    path = Path(meta["path"])
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:  # DeepSpeed's way to say that it found nothing
-        raise UserError(f"DeepSpeed found no checkpoint in {path}; start in another run.dir")
-
-
-def load_model(run_dir: Path) -> tuple[Mythos, Config, int]:
-    """The model of a run's newest checkpoint on this process in fp32, the run's config and the step.
-
-    Raises UserError when the folder is not a run, has no checkpoint, or one of ranks that each held a part.
+    Raises UserError if the checkpoint is of another model.
     """
-    choose_accelerator()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    for name, held in state.items():
+        for kind, value in held.values.items():
+            tensor = checkpoint.manifest.tensors.get(name)
+            if kind in MOMENTS and tensor is not None and kind not in tensor.kinds:
+                value.zero_()
+                continue
+            on_host = value.detach() if value.device.type == "cpu" else torch.zeros(value.shape, dtype=value.dtype)
+            checkpoint.read(kind, name, held.piece, on_host.numpy())
+            if on_host.device != value.device:
+                value.copy_(on_host)
 
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(f"{run_dir} is not the folder of a run: it has no config.yaml; give the run.dir of a training")
-    config = load_config(run_dir / "config.yaml")
-    meta = read_meta(run_dir / "checkpoints")
-    if meta is None:
+
+def load_model(path: Path) -> tuple[Mythos, Config, int]:
+    """The model of a run's newest checkpoint, or of a checkpoint, on this process in fp32; its config and the step.
+
+    Raises UserError when there is none, or none that is whole.
+    """
+    checkpoint = open_checkpoint(path)
+    manifest = checkpoint.manifest
+    if problems := damage(checkpoint.folder, manifest, list(manifest.files)):
+        raise UserError([*problems, "give another checkpoint of the run"], str(checkpoint.folder))
+    config = config_from(manifest.config)
+    with torch.device("meta"):
+        model = Mythos(config.model, experts=config.experts)
+    kinds = {name: PARAMETER for name, _ in model.named_parameters()} | {
+        name: BUFFER for name, _ in model.named_buffers()
+    }
+    values = {name: torch.from_numpy(checkpoint.whole(kind, name)) for name, kind in kinds.items()}
+    model.load_state_dict(values, assign=True)
+    return model.eval(), config, manifest.step
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the one that the run (or its folder of checkpoints) at `path` would resume from.
+
+    Its files are not looked at. Raises UserError if there is none.
+    """
+    if (path / "checkpoint.json").exists() or path.name.startswith("step-"):
+        return Checkpoint(path)
+    folder = path / "checkpoints" if (path / "config.yaml").exists() else path
+    found = checkpoints_of(folder)
+    if not found:
+        what = "this run has no checkpoint yet" if (path / "config.yaml").exists() else "no run and no checkpoint"
         raise UserError(
-            f"{run_dir} has no checkpoint yet; train to step checkpoint.every={config.checkpoint.every} first"
+            f"{what}; give the run.dir of a training that has saved one, or a checkpoint's folder", str(path)
         )
-    path = Path(meta["path"])
-    divided = [axis for axis in ("tensor", "pipe", "expert") if meta["layout"][f"parallel.{axis}"] > 1]
-    if divided:
-        raise UserError(
-            f"the checkpoint {path} was written at "
-            + ", ".join(f"parallel.{axis}={meta['layout'][f'parallel.{axis}']}" for axis in divided)
-            + "; a model can be put together from data-parallel checkpoints only, so far"
-        )
-    chatter = io.StringIO()  # DeepSpeed prints what it reads
-    with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name)
-    assert state is not None
-    model = Mythos(config.model, experts=config.experts)
-    model.load_state_dict(state)
-    return model.eval(), config, meta["step"]
+    return Checkpoint(found[0], read_manifest(found[0]))

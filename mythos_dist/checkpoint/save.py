@@ -1,40 +1,220 @@
-"""Write a checkpoint: DeepSpeed's ZeRO files and what they lack, in a temporary folder that is renamed when complete.
+"""Save checkpoints without stopping the run: copy to host memory, write behind the training, publish when all is there.
 
-checkpoints/step-00000010/ holds DeepSpeed's files and checkpoint.json; checkpoints/latest names the newest one.
-A run that is killed while it saves leaves a `.tmp` folder that nobody reads.
+    checkpoints/step-00000010.tmp-3/    start 3 of the run is writing: a file of tensors per rank
+    checkpoints/step-00000010/          complete: every file is on disk, and checkpoint.json has their hashes
+    checkpoints/latest                  the name of the one to resume from
+
+A thread of each rank writes; it passes no collective. That all of them are done is agreed by the main threads, between
+two steps, and rank 0 then writes the manifest, renames the folder and moves `latest`. Whatever ends the run before
+that leaves a folder that nobody reads. The trap: a rank whose disk is full must not make the others wait, so a failure
+is a result like any other; the run goes on, with the last good checkpoint.
 """
 
-import json
+import logging
+import os
 import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-META_FILE = "checkpoint.json"
+from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.manifest import FILE, File, Manifest, checkpoints_of
+from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
+from mythos_dist.checkpoint.state import State
+from mythos_dist.checkpoint.tensor_file import write_tensors
+from mythos_dist.config.schema import CheckpointConfig, Config
+from mythos_dist.parallel.process import device, together
+
+log = logging.getLogger(__name__)
 
 
-def save_checkpoint(engine: Any, checkpoints: Path, step: int, meta: dict[str, Any], keep: int) -> None:
-    """Save under `checkpoints` after `step` steps and delete all but the `keep` newest. Every rank calls this.
+class Saver:
+    """One run's writer of checkpoints. Every rank has one and calls the same methods in the same order."""
 
-    engine: DeepSpeed's. meta: JSON values that `read_meta` gives back, with the layout that can load the files.
+    def __init__(self, checkpoints: Path, settings: CheckpointConfig, fence: Fence, state: State):
+        """`state`: views that stay valid as long as the run lasts; `save` reads them."""
+        self._folder, self._settings, self._fence = checkpoints, settings, fence
+        self._writes = {name: held for name, held in state.items() if held.writes}
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._written: tuple[File | None, str | None] = (None, None)  # this rank's file; what went wrong
+        self._saving: Manifest | None = None
+        if dist.get_rank() == 0:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            for left in checkpoints.glob("step-????????.*"):  # by starts that ended while they wrote
+                shutil.rmtree(left, ignore_errors=True)
+        if settings.background:
+            # Memory that was never touched comes at a twentieth of the speed at which it is copied to.
+            self._thread = threading.Thread(target=self._make_room, daemon=True)
+            self._thread.start()
+
+    def save(self, manifest: Manifest) -> None:
+        """Begin to save the state as it is now; `manifest` is without tensors and files. First ends an earlier save."""
+        self.finish()
+        if self._settings.background:
+            for key, value in self._values():
+                self._copies[key].copy_(value, non_blocking=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        self._saving, self._written = manifest, (None, None)
+        self._thread = threading.Thread(target=self._write, args=(self._temporary(manifest),), daemon=True)
+        self._thread.start()
+        if not self._settings.background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Between two steps: publish what was being saved if every rank has written its part."""
+        if self._saving is None:
+            return
+        writing = torch.tensor(int(self._thread is not None and self._thread.is_alive()), device=device())
+        dist.all_reduce(writing)
+        if not writing:
+            self.finish()
+
+    def finish(self) -> bool:
+        """Wait until nothing is being saved. Returns whether the last save is whole; the same on every rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._saving is None:
+            return True
+        manifest, self._saving = self._saving, None
+        rank = dist.get_rank()
+        found: list[Any] = [None] * dist.get_world_size()
+        shapes = {name: (held.whole, tuple(held.values)) for name, held in self._writes.items()}
+        dist.gather_object((*self._written, shapes), found if rank == 0 else None)
+        published = together(lambda: rank == 0 and self._publish(manifest, found))
+        whole = torch.tensor(int(published), device=device())
+        dist.all_reduce(whole)
+        return bool(whole)
+
+    def _make_room(self) -> None:
+        pinned = torch.cuda.is_available()
+        for key, value in self._values():
+            self._copies[key] = torch.zeros(value.shape, dtype=value.dtype, pin_memory=pinned)
+
+    def _values(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank's file holds, in order."""
+        for name, held in self._writes.items():
+            for kind, value in held.values.items():
+                yield f"{kind}/{name}", value
+
+    def _temporary(self, manifest: Manifest) -> Path:
+        return self._folder / f"step-{manifest.step:08d}.tmp-{self._fence.start}"
+
+    def _write(self, folder: Path) -> None:
+        """In the thread: this rank's file."""
+        try:
+            self._written = (self._write_file(folder), None)
+        except OSError as error:
+            self._written = (None, f"rank {dist.get_rank()}: {error}")
+        except BaseException as error:
+            log.exception("saving failed")
+            self._written = (None, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+
+    def _write_file(self, folder: Path) -> File | None:
+        if not self._writes:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        shapes = {key: tuple(value.shape) for key, value in self._values()}
+        copies = (self._copies.get(key, value) for key, value in self._values())
+        blocks = (copy.detach().cpu().numpy().data for copy in copies)
+        size, digest = write_tensors(folder / file_name(dist.get_rank()), shapes, blocks)
+        return File(size, digest, {name: held.piece for name, held in self._writes.items()})
+
+    def _publish(self, manifest: Manifest, found: Sequence[tuple[File | None, str | None, dict]]) -> bool:
+        """On rank 0: make a checkpoint of what the ranks have written. Raises UserError if the run was taken over."""
+        temporary = self._temporary(manifest)
+        problems = [problem for _, problem, _ in found if problem]
+        try:
+            if not problems:
+                self._fence.check()
+                files = {file_name(rank): file for rank, (file, *_) in enumerate(found) if file}
+                tensors = {
+                    name: WholeTensor(shape, kinds) for *_, shapes in found for name, (shape, kinds) in shapes.items()
+                }
+                publish(temporary, replace(manifest, files=files, tensors=tensors))
+                prune(self._folder, manifest.step, self._settings)
+        except OSError as error:
+            problems = [f"rank 0: {error}"]
+        if problems:
+            shutil.rmtree(temporary, ignore_errors=True)
+            log.warning(
+                "the checkpoint of step %d could not be written (%s); the run goes on, and would resume from %s",
+                manifest.step,
+                "; ".join(problems[:3]),
+                next((path.name for path in checkpoints_of(self._folder)), "its beginning"),
+            )
+        return not problems
+
+
+def file_name(rank: int) -> str:
+    """Of what a rank has written."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def publish(temporary: Path, manifest: Manifest) -> None:
+    """Turn a folder whose files are all on disk into the newest checkpoint: manifest, rename, `latest`.
+
+    A checkpoint of the same step is replaced.
     """
-    rank = dist.get_rank()
-    name = f"step-{step:08d}"
-    temporary = checkpoints / f"{name}.tmp"
-    if rank == 0:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(str(checkpoints), tag=temporary.name, save_latest=False)
-    dist.barrier()  # all files are there
-    if rank == 0:
-        (temporary / META_FILE).write_text(json.dumps({"step": step, **meta}, indent=2) + "\n")
-        shutil.rmtree(checkpoints / name, ignore_errors=True)
-        temporary.rename(checkpoints / name)
-        pointer = checkpoints / "latest.tmp"
-        pointer.write_text(name + "\n")
-        pointer.replace(checkpoints / "latest")
-        for old in sorted(checkpoints.glob("step-????????"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with open(temporary / FILE, "w", encoding="utf-8") as stream:
+        stream.write(manifest.to_text())
+        _to_disk(stream)
+    _folder_to_disk(temporary)
+    folder = temporary.parent
+    final = folder / f"step-{manifest.step:08d}"
+    if final.exists():
+        final.rename(temporary.with_name(f"{final.name}.old-{manifest.start}"))
+    temporary.rename(final)
+    pointer = folder / f"latest.tmp-{manifest.start}"
+    with open(pointer, "w", encoding="utf-8") as stream:
+        stream.write(final.name + "\n")
+        _to_disk(stream)
+    pointer.replace(folder / "latest")
+    _folder_to_disk(folder)
+    shutil.rmtree(temporary.with_name(f"{final.name}.old-{manifest.start}"), ignore_errors=True)
+
+
+def prune(folder: Path, step: int, settings: CheckpointConfig) -> None:
+    """Delete checkpoints up to `step` but the newest `keep` and those that are pinned.
+
+    Later ones are left alone: the run went back behind them, and will replace them when it gets there.
+    """
+    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-????????")}
+    old = sorted(number for number in steps if number <= step and not is_pinned(number, settings))
+    for number in old[: -settings.keep]:
+        shutil.rmtree(steps[number], ignore_errors=True)
+
+
+def is_pinned(step: int, settings: CheckpointConfig) -> bool:
+    """Whether a step's checkpoint is saved and kept whatever else is."""
+    return step in settings.pin or bool(settings.pin_every and step % settings.pin_every == 0)
+
+
+def is_due(step: int, config: Config) -> bool:
+    """Whether a checkpoint is saved behind a step."""
+    settings = config.checkpoint
+    return step == config.train.steps or step % settings.every == 0 or is_pinned(step, settings)
+
+
+def _to_disk(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _folder_to_disk(folder: Path) -> None:
+    """So that names, too, survive a power cut."""
+    with suppress(OSError):  # not every file system has it
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -18,6 +18,7 @@ _NOT_NEGATIVE = {
     "model": "prelude_layers coda_layers n_shared_experts",
     "experts": "bias_update_rate z_loss sequence_balance_loss",
     "train": "eval_every",
+    "checkpoint": "pin_every",
     "optim": "lr warmup_steps weight_decay grad_clip",
     "data": "workers",
     "run": "seed",
@@ -118,6 +119,8 @@ def problems(config: Config) -> list[str]:
     if not optim.eps > 0:
         found.append(f"optim.eps={optim.eps} must be above 0")
     found += _data_problems(config.data)
+    if negative := [step for step in config.checkpoint.pin if step < 1]:
+        found.append(f"checkpoint.pin={list(config.checkpoint.pin)} names {negative}; steps are counted from 1")
     if not run.dir:
         found.append("run.dir is not set; give the folder that checkpoints and metrics go to")
     if run.peak_tflops is not None and not run.peak_tflops > 0:

@@ -67,6 +67,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
+def config_from(values: dict[str, dict[str, Any]]) -> Config:
+    """The Config of plain settings by section, as `dataclasses.asdict` makes them; others have their defaults.
+
+    Raises UserError that lists every problem.
+    """
+    found: list[str] = []
+    laid: dict[str, dict[str, Any]] = {}
+    _lay_over(laid, values, found)
+    config = _build(laid, found)
+    if found:
+        raise UserError(found)
+    return config
+
+
 def dump_config(config: Config) -> str:
     """The whole config as YAML, every setting written out; `load_config` reads it back to an equal Config."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)

@@ -149,6 +149,12 @@ class DataConfig:
 class CheckpointConfig:
     every: int = 100  # steps; the last step is always saved
     keep: int = 2  # newest checkpoints that stay on disk
+    pin: tuple[int, ...] = ()  # steps whose checkpoints are saved and stay, besides the newest
+    pin_every: int = 0  # every so many steps likewise; 0: none
+    # Training waits for a copy in host memory only (which then takes 12 bytes per parameter / replica); false: until
+    # all is on disk.
+    background: bool = True
+    verify: bool = True  # read every byte and compare hashes before loading; false: compare sizes only
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,16 @@ process is alone.
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
+import torch.distributed as dist
+
+from mythos_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 def choose_accelerator() -> None:
@@ -39,6 +46,26 @@ def join_process_group() -> None:
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def together(check: Callable[[], T]) -> T:
+    """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code.
+
+    While there is none this costs an all-reduce of one number, so every step can afford it.
+    """
+    result, problem = None, None
+    try:
+        result = check()
+    except UserError as error:
+        problem = str(error)
+    failed = torch.tensor(int(problem is not None), device=device())
+    dist.all_reduce(failed)
+    if failed:
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
+        raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+    return cast(T, result)
 
 
 def _free_port() -> str:

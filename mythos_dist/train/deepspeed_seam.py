@@ -87,6 +87,93 @@ def mend_gradient_norm(optimizer: Any, mesh: Mesh) -> None:
     optimizer.get_grads_for_norm = get_grads_for_norm
 
 
+class Partition(NamedTuple):
+    """What ZeRO leaves a rank of a parameter: of its flattened numbers those in [first, last), as flat fp32 views."""
+
+    first: int
+    last: int
+    values: dict[str, Tensor]  # parameter (the master copy), exp_avg, exp_avg_sq
+
+
+def start_moments(optimizer: Any) -> None:
+    """Give Adam its state, all zeros, as its first step would: it can be loaded into then, and saved before."""
+    for flat in _flat_masters(optimizer):
+        state = optimizer.optimizer.state[flat]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.detach()), torch.zeros_like(flat.detach())
+
+
+def partition_of(optimizer: Any, parameter: nn.Parameter) -> Partition | None:
+    """This rank's numbers of a parameter; None if it holds none."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        first = optimizer._get_param_partition_rank(parameter) * size
+        size = max(0, min(size, parameter.ds_numel - first))  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:
+            return None
+        flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        first, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+        size = mapping.lp_fragment_address.numel
+    if not size:
+        return None
+    state = optimizer.optimizer.state[flat]
+    sources = {"parameter": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    return Partition(first, first + size, {kind: source.narrow(0, offset, size) for kind, source in sources.items()})
+
+
+def spread_masters(optimizer: Any) -> None:
+    """Make the model's parameters what their master copies are, as the end of a step does. Every rank calls this."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.update_lp_params()
+        return
+    resident = optimizer.persistent_parameters  # small ones, which every rank keeps whole
+    if resident:
+        resident[0].partition(resident)
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if resident:
+        resident[0].all_gather(resident)
+
+
+def optimizer_state(engine: Any) -> dict[str, Any]:
+    """Numbers that belong to the state and are the same on every rank: steps taken and skipped, fp16's loss scale."""
+    optimizer = engine.optimizer
+    scaler = getattr(optimizer, "loss_scaler", None)
+    steps = {int(optimizer.optimizer.state[flat]["step"]) for flat in _flat_masters(optimizer)}
+    assert len(steps) == 1, f"Adam counts {steps} steps"
+    return {
+        "steps": steps.pop(),
+        "skipped_steps": engine.skipped_steps,
+        "loss_scale": {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+    }
+
+
+def set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
+    """What `optimizer_state` gave, and `step` optimizer updates of the run behind us."""
+    optimizer = engine.optimizer
+    for flat in _flat_masters(optimizer):
+        optimizer.optimizer.state[flat]["step"].fill_(state["steps"])
+    for name, value in state["loss_scale"].items():
+        if hasattr(optimizer.loss_scaler, name):
+            setattr(optimizer.loss_scaler, name, value)
+    engine.skipped_steps = state["skipped_steps"]
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of a DynamicLossScaler, what moves
+
+
+def _flat_masters(optimizer: Any) -> list[Tensor]:
+    """The fp32 tensors that Adam steps; each is this rank's part of one group's parameters, laid end to end."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return optimizer.fp32_partitioned_groups_flat
+    return [group["params"][0] for group in optimizer.optimizer.param_groups]
+
+
 class _KnownMoE(MoE, AutoEPMoELayer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Our mixture of experts with the attributes that DeepSpeed asks an `AutoEPMoELayer` for."""
 

@@ -6,6 +6,7 @@ With one stage `DeepSpeedEngine` runs the passes, with several `PipelineEngine` 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.state import Held, State
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
@@ -23,6 +26,7 @@ from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import plan_loops, plan_parts
 from mythos_dist.parallel.process import device
+from mythos_dist.parallel.tensor import slice_of
 from mythos_dist.parallel.traffic import Totals, Traffic
 from mythos_dist.plan.cost import stage_costs
 from mythos_dist.train.schedule import Loops, learning_rate, loops_at, step_seed
@@ -57,6 +61,7 @@ class Engine:
             mend_gradient_norm,
             mpu_of,
             register_experts,
+            start_moments,
         )
 
         self.config = config
@@ -92,6 +97,42 @@ class Engine:
             mpu=None if self.stage else mpu_of(mesh),
         )
         mend_gradient_norm(self.deepspeed.optimizer, mesh)
+        start_moments(self.deepspeed.optimizer)
+
+    @functools.cached_property
+    def state(self) -> State:
+        """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers."""
+        from mythos_dist.train.deepspeed_seam import partition_of
+
+        state, mesh, part = {}, self.mesh, self.model.part
+        for name, parameter in self.model.named_parameters():
+            if partition := partition_of(self.deepspeed.optimizer, parameter):
+                place = slice_of(parameter)
+                # A pipeline's stages share weights, and the ranks of a tensor line hold some of them whole.
+                writes = not getattr(parameter, "ds_pipe_replicated", False) and (
+                    mesh.tensor.rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+                )
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                piece = Piece(shape, place.start, partition.first, partition.last)
+                state[name] = Held(piece, place.whole, partition.values, writes)
+        for name, buffer in self.model.named_buffers():  # the router's bias
+            shape = tuple(buffer.shape)
+            writes = part.loops_start and mesh.data.rank == 0 and mesh.tensor.rank == 0
+            state[name] = Held(Piece.whole(shape), shape, {"buffer": buffer.view(-1)}, writes)
+        return state
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Steps taken and skipped, fp16's loss scale: the same on every rank."""
+        from mythos_dist.train.deepspeed_seam import optimizer_state
+
+        return optimizer_state(self.deepspeed)
+
+    def after_load(self, optimizer_state: dict[str, Any], step: int) -> None:
+        """Go on behind step `step` with a `state` that was filled. Every rank calls this."""
+        from mythos_dist.train.deepspeed_seam import set_optimizer_state, spread_masters
+
+        set_optimizer_state(self.deepspeed, optimizer_state, step)
+        spread_masters(self.deepspeed.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int) -> StepResult:
         """Optimizer step `step` (1-based) on this replica's micro-batches."""

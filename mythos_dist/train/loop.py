@@ -3,16 +3,19 @@
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos_dist.checkpoint.restore import layout_problems, load_checkpoint, read_meta
-from mythos_dist.checkpoint.save import save_checkpoint
+from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.manifest import Checkpoint, Manifest
+from mythos_dist.checkpoint.restore import find_checkpoint, load_state
+from mythos_dist.checkpoint.save import Saver, is_due
+from mythos_dist.config.compare import differences
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, changes, open_corpora
 from mythos_dist.data.manifest import SPLITS
@@ -20,46 +23,53 @@ from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, build_mesh
-from mythos_dist.parallel.process import device
+from mythos_dist.parallel.process import device, together
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
 from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, start_logging
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def train(config: Config) -> None:
-    """Run to `train.steps`, from the newest checkpoint in `run.dir` if there is one. The process group must be there.
+    """Run to `train.steps`, from the newest whole checkpoint in `run.dir` if there is one. The process group must be
+    there.
 
     Raises UserError, before anything is written, for whatever the user has to mend.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     run_dir = Path(config.run.dir)
-    layout = {"ranks": world, **{f"parallel.{key}": value for key, value in vars(config.parallel).items()}}
+    checkpoints = run_dir / "checkpoints"
 
-    meta, corpora = together(lambda: check_inputs(config, layout))
+    corpora = together(lambda: check_inputs(config))
+    checkpoint, damaged = find_checkpoint(checkpoints, config.checkpoint.verify)
+    if checkpoint:
+        together(lambda: check_checkpoint(config, checkpoint, corpora))
     mesh = build_mesh(config.parallel)
     stream, heldout = (open_stream(config, corpora, split, mesh.data) for split in SPLITS)
     writer = together(lambda: claim_run_folder(config, mesh.data.size) if rank == 0 else None)
     start_logging(run_dir, rank)
+    for line in damaged:
+        log.warning("%s", line)
     completed = run_dir / "COMPLETED"
-    if meta and meta["step"] >= config.train.steps:
+    done = checkpoint.manifest.step if checkpoint else 0  # steps
+    if done >= config.train.steps:
         if rank == 0:
             completed.touch()  # a kill between the last checkpoint and the marker left it out
-            print(f"{run_dir} is done: {meta['step']} of {config.train.steps} steps; raise train.steps to go on")
+            print(f"{run_dir} is done: {done} of {config.train.steps} steps; raise train.steps to go on")
         return
 
+    fence = take_fence(run_dir)
     if rank == 0:
         completed.unlink(missing_ok=True)  # train.steps was raised
     engine = Engine(config, mesh)
-    done = 0  # steps
-    if meta:
-        load_checkpoint(engine.deepspeed, meta)
-        done = meta["step"]
+    if checkpoint:
         if rank == 0:
-            print(f"resuming from {meta['path']}", flush=True)
+            print(f"resuming from {checkpoint.folder}", flush=True)
+        together(lambda: load_state(checkpoint, engine.state))
+        engine.after_load(checkpoint.manifest.optimizer, done)
+    saver = Saver(checkpoints, config.checkpoint, fence, engine.state)
     metrics = Metrics(config, run_dir, done) if rank == 0 else None
     peak = peak_flops(config)
 
@@ -68,16 +78,18 @@ def train(config: Config) -> None:
         if metrics:
             metrics.held_out(step, loss)
 
-    def save(step: int) -> None:
-        notes = {"layout": layout, "data": stream.fingerprint, "versions": versions()}
-        save_checkpoint(engine.deepspeed, run_dir / "checkpoints", step, notes, config.checkpoint.keep)
-
     if done == 0:
         evaluate(0)
     batches = stream.steps(done)
+
+    def read() -> list[MicroBatch]:
+        if rank == 0:
+            fence.check()  # a newer start of this run ends this one
+        return next(batches)  # one rank's damaged shard ends all
+
     for step in range(done + 1, config.train.steps + 1):
         begin = time.perf_counter()
-        micro_batches = together(lambda: next(batches))  # one rank's damaged shard ends all of them
+        micro_batches = together(read)
         result = engine.train_step(micro_batches, step)
         ids = gather_sample_ids(micro_batches, mesh.data)
         log.info("step %d took %.3f s", step, time.perf_counter() - begin)  # in every rank's log: who is slow?
@@ -86,8 +98,14 @@ def train(config: Config) -> None:
         last = step == config.train.steps
         if last or (config.train.eval_every and step % config.train.eval_every == 0):
             evaluate(step)
-        if last or step % config.checkpoint.every == 0:
-            save(step)
+        saver.poll()
+        if is_due(step, config):
+            saver.save(manifest_of(config, step, world, fence, stream.fingerprint, engine))
+    if not saver.finish():
+        raise UserError(
+            f"the last checkpoint could not be written to {checkpoints}; mend that (a full disk: make room) and give "
+            "the same command again; it goes on from the checkpoint before"
+        )
     if metrics and writer:
         completed.touch()
         metrics.close()
@@ -95,44 +113,51 @@ def train(config: Config) -> None:
         writer.close()
 
 
-def together(check: Callable[[], T]) -> T:
-    """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code.
-
-    While there is none this costs an all-reduce of one number, so every step can afford it.
-    """
-    result, problem = None, None
-    try:
-        result = check()
-    except UserError as error:
-        problem = str(error)
-    failed = torch.tensor(int(problem is not None), device=device())
-    dist.all_reduce(failed)
-    if failed:
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
-        raise UserError(text if rank == 0 else f"rank {rank}: {text}")
-    return cast(T, result)
-
-
-def check_inputs(config: Config, layout: dict) -> tuple[dict | None, list[Corpus]]:
-    """The notes of the checkpoint to resume from, or None, and the shards; UserError for what the user has to mend."""
-    run_dir = Path(config.run.dir)
+def check_inputs(config: Config) -> list[Corpus]:
+    """The shards; UserError for what the user has to mend."""
     check_run_folder(config)
-    meta = read_meta(run_dir / "checkpoints")
-    if meta and (found := layout_problems(meta, layout)):
-        raise UserError(found)
-    corpora = open_corpora(
+    return open_corpora(
         config.data.folders,
         seq_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
         tokenizer_path=config.data.tokenizer,
     )
-    if meta and (found := changes(corpora, meta["data"])):
-        setting = "data.path" if config.data.mix is None else "data.mix"
-        remedy = f"set {setting} back to go on with the run in run.dir={run_dir}, or give another run.dir"
-        raise UserError([*found, remedy])
-    return meta, corpora
+
+
+def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpus]) -> None:
+    """UserError if a run with this config and these shards cannot go on from a checkpoint, with all that differs."""
+    manifest = checkpoint.manifest
+    found = [
+        f"{name}={value}, but {checkpoint.folder} was saved with {old}"
+        for name, value, old in differences(config, manifest.config)
+    ]
+    if manifest.data:
+        found += changes(corpora, manifest.data)
+    if found:
+        raise UserError([*found, f"set these back to go on with the run in run.dir={config.run.dir}, or give another"])
+
+
+def take_fence(run_dir: Path) -> Fence:
+    """This start of the run, the same on every rank."""
+    start = torch.tensor(Fence.take(run_dir).start if dist.get_rank() == 0 else 0, device=device())
+    dist.broadcast(start, 0)
+    return Fence(run_dir, int(start))
+
+
+def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: Engine) -> Manifest:
+    """What a checkpoint behind a step says of itself; which tensors and files it has is found when they are written."""
+    return Manifest(
+        step=step,
+        tokens=step * config.train.global_batch * config.train.seq_len,
+        start=fence.start,
+        layout={"ranks": ranks, **asdict(config.parallel)},
+        config=asdict(config),
+        data=data,
+        versions=versions(),
+        optimizer=engine.optimizer_state(),
+        tensors={},
+        files={},
+    )
 
 
 def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:

@@ -4,35 +4,15 @@ import fcntl
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
-
-# May differ when a run goes on: nothing here changes what is computed up to the step where it stopped.
-_MAY_CHANGE = {
-    "train.steps",
-    "train.eval_every",
-    "train.eval_samples",
-    "train.recompute",
-    "train.recompute_every",
-    "train.micro_batch",
-    "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
-    "data.mix",
-    "data.tokenizer",
-    "data.workers",
-    "data.verify",
-    "data.cache",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "run.dir",
-    "run.wandb",
-    "run.peak_tflops",
-    "run.count_communication",
-}
 
 
 def check_run_folder(config: Config) -> None:
@@ -42,13 +22,10 @@ def check_run_folder(config: Config) -> None:
         raise UserError(f"run.dir={config.run.dir} is a file; name a folder")
     if not (path / "config.yaml").exists():
         return
-    before = load_config(path / "config.yaml")
-    found = []
-    for section, now in vars(config).items():
-        for key, value in vars(now).items():
-            old = getattr(getattr(before, section), key)
-            if old != value and f"{section}.{key}" not in _MAY_CHANGE:
-                found.append(f"{section}.{key}={value}, but the run in run.dir={path} has {old}")
+    before = asdict(load_config(path / "config.yaml"))
+    found = [
+        f"{name}={value}, but the run in run.dir={path} has {old}" for name, value, old in differences(config, before)
+    ]
     if found:
         raise UserError([*found, "set these back to go on with that run, or give another run.dir"])
 

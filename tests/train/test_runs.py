@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.launch import in_folder_of_rank, launch, train
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.data.stream import ReplicaStream
-from mythos_dist.errors import UserError
 
 pytestmark = pytest.mark.launch
 EXACT = ("loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
@@ -93,8 +93,9 @@ def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, t
         for got, expected in zip(lines(run_dir, "eval.jsonl"), lines(finished, "eval.jsonl"), strict=True):
             assert got["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-4)
 
-    with pytest.raises(UserError, match=r"parallel\.tensor=2, parallel\.pipe=2, parallel\.expert=2"):
-        load_model(tmp_path / "8")
+        (model, _, _), (expected, _, _) = load_model(run_dir), load_model(finished)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-4, msg=name)
 
 
 def test_every_rank_logs_its_own_steps(finished):
@@ -233,10 +234,6 @@ def test_a_run_folder_of_another_config_is_refused_and_kept(finished, settings, 
     result = train(2, *settings, f"run.dir={run_dir}", "model.n_experts=16", "optim.lr=1e-3", "train.steps=8")
     refused(result, "model.n_experts=16", "has 8", "optim.lr=0.001", "has 0.002", "another run.dir")
     assert "train.steps" not in result.err  # a run may be made longer
-    refused(train(4, *settings, f"run.dir={run_dir}", "train.steps=8"), "ranks=2", "ranks=4")
-    (run_dir / "checkpoints" / "latest").write_text("step-00000099\n")
-    refused(train(2, *settings, f"run.dir={run_dir}", "train.steps=8"), "step-00000099", "step-00000006")
-    (run_dir / "checkpoints" / "latest").write_text("step-00000006\n")
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 

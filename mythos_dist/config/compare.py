@@ -1,0 +1,40 @@
+"""Which settings of a run may be others when it goes on, and how two configs differ."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mythos_dist.config.schema import Config
+
+# Nothing here changes what is computed up to the step where a run stopped, but for the order of sums.
+MAY_CHANGE = {
+    "train.steps",
+    "train.eval_every",
+    "train.eval_samples",
+    "train.recompute",
+    "train.recompute_every",
+    "train.micro_batch",
+    "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
+    "data.mix",
+    "data.tokenizer",
+    "data.workers",
+    "data.verify",
+    "data.cache",
+    "run.dir",
+    "run.wandb",
+    "run.peak_tflops",
+    "run.count_communication",
+}
+_MAY_CHANGE_SECTIONS = {"parallel", "checkpoint"}
+
+
+def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, its value now, its value before) for each that must not change and did; settings that `before` lacks
+    are not compared."""
+    for section, values in before.items():
+        for key, old in values.items():
+            name = f"{section}.{key}"
+            if section in _MAY_CHANGE_SECTIONS or name in MAY_CHANGE:
+                continue
+            value = getattr(getattr(now, section, None), key, None)
+            if value != old:
+                yield name, value, old
