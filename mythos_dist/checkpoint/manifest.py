@@ -6,11 +6,12 @@ parameter there are three tensors, `parameter/NAME`, `exp_avg/NAME` and `exp_avg
 `buffer/NAME`. Every byte is covered by a hash, the manifest's own included.
 """
 
+import importlib.metadata
 import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return [named, *(path for path in found if path != named)] if named in found else found
 
 
-def with_files(manifest: Manifest, files: Mapping[str, File]) -> Manifest:
-    """The same checkpoint in other files."""
-    return replace(manifest, files=dict(files))
+def versions() -> dict[str, str]:
+    """The libraries that a run's numbers depend on."""
+    names = ("mythos_dist", "torch", "deepspeed", "mosaicml-streaming")
+    return {name: importlib.metadata.version(name) for name in names}

@@ -98,7 +98,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if (path / "checkpoint.json").exists() or path.name.startswith("step-"):
         return Checkpoint(path)
-    folder = path / "checkpoints" if (path / "config.yaml").exists() else path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = checkpoints_of(folder)
     if not found:
         what = "this run has no checkpoint yet" if (path / "config.yaml").exists() else "no run and no checkpoint"

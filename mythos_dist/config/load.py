@@ -68,17 +68,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def config_from(values: dict[str, dict[str, Any]]) -> Config:
-    """The Config of plain settings by section, as `dataclasses.asdict` makes them; others have their defaults.
+    """The Config of settings that `dataclasses.asdict` made of one that was checked; sections that lack are defaults.
 
-    Raises UserError that lists every problem.
+    Raises UserError for settings that this version does not know.
     """
-    found: list[str] = []
-    laid: dict[str, dict[str, Any]] = {}
-    _lay_over(laid, values, found)
-    config = _build(laid, found)
-    if found:
-        raise UserError(found)
-    return config
+    try:
+        return Config(**{section: SECTIONS[section](**settings) for section, settings in values.items()})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"settings of another version of mythos_dist ({error})") from None
 
 
 def dump_config(config: Config) -> str:

@@ -14,15 +14,16 @@ from mythos_dist.errors import UserError
 _FFN = "recurrent.block.ffn."
 _OURS = {f"recurrent.lora.{leaf}.weight": f"recurrent.lora.{leaf}" for leaf in ("down", "scale")}
 _STACKED = {"gate": "w1", "up": "w3", "down": "w2"}  # routed experts
-_NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # tables, and the embedding a second time
+NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # tables, and the embedding a second time
 
 
 def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:
-    """OpenMythos' state dict (or its gradients under the same names) by our names.
+    """OpenMythos' state dict (or its gradients under the same names) by our names; or a part of it, as long as it is
+    all that one of our tensors is made of.
 
     Raises UserError if a name is missing.
     """
-    rest = {_OURS.get(name, name): value for name, value in state.items() if name not in _NOT_PARAMETERS}
+    rest = {_OURS.get(name, name): value for name, value in state.items() if name not in NOT_PARAMETERS}
     ours: dict[str, Tensor] = {}
     try:
         for name in [n for n in rest if n.endswith("q_up_nope.weight")]:
@@ -30,9 +31,10 @@ def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str
             parts = [rest.pop(n).unflatten(0, (config.n_heads, -1)) for n in (name, rope_name)]
             ours[name.replace("q_up_nope", "q_up")] = torch.cat(parts, dim=1).flatten(0, 1)
         for leaf, stacked in _STACKED.items():
-            routed = [rest.pop(f"{_FFN}routed_experts.{e}.{leaf}.weight") for e in range(config.n_experts)]
-            ours[f"{_FFN}experts.{stacked}"] = torch.stack([w.T if leaf == "down" else w for w in routed])
-            shared = [rest.pop(f"{_FFN}shared_experts.{i}.{leaf}.weight") for i in range(config.n_shared_experts)]
+            routed = _all_of("routed_experts", leaf, config.n_experts, rest)
+            if routed:
+                ours[f"{_FFN}experts.{stacked}"] = torch.stack([w.T if leaf == "down" else w for w in routed])
+            shared = _all_of("shared_experts", leaf, config.n_shared_experts, rest)
             if shared:
                 ours[f"{_FFN}shared.{leaf}.weight"] = torch.cat(shared, dim=1 if leaf == "down" else 0)
     except KeyError as error:
@@ -42,8 +44,16 @@ def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str
     return ours | rest
 
 
+def _all_of(what: str, leaf: str, number: int, state: dict[str, Tensor]) -> list[Tensor]:
+    """Take the weights of so many experts out of `state`, or none if it has none. KeyError if it has some of them."""
+    if not any(name.startswith(f"{_FFN}{what}.") and name.endswith(f".{leaf}.weight") for name in state):
+        return []
+    return [state.pop(f"{_FFN}{what}.{i}.{leaf}.weight") for i in range(number)]
+
+
 def to_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:
-    """The inverse of `from_open_mythos`, without OpenMythos' rotary tables; the head is the embedding."""
+    """The inverse of `from_open_mythos`, of all of our tensors or some, without OpenMythos' rotary tables; the head is
+    the embedding."""
     names = {ours: name for name, ours in _OURS.items()}
     theirs = {names.get(name, name): value for name, value in state.items()}
     for name in [n for n in state if n.endswith("q_up.weight")]:
@@ -53,12 +63,14 @@ def to_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, 
         theirs[name.replace("q_up", "q_up_rope")] = rope.flatten(0, 1)
     width = config.expert_dim * config.n_experts_per_tok
     for leaf, stacked in _STACKED.items():
-        for e, w in enumerate(theirs.pop(f"{_FFN}experts.{stacked}")):
-            theirs[f"{_FFN}routed_experts.{e}.{leaf}.weight"] = w.T if leaf == "down" else w
-        if config.n_shared_experts:
-            parts = theirs.pop(f"{_FFN}shared.{leaf}.weight").split(width, dim=1 if leaf == "down" else 0)
-            for i, w in enumerate(parts):
+        if (name := f"{_FFN}experts.{stacked}") in theirs:
+            for e, w in enumerate(theirs.pop(name)):
+                theirs[f"{_FFN}routed_experts.{e}.{leaf}.weight"] = w.T if leaf == "down" else w
+        if (name := f"{_FFN}shared.{leaf}.weight") in theirs:
+            for i, w in enumerate(theirs.pop(name).split(width, dim=1 if leaf == "down" else 0)):
                 theirs[f"{_FFN}shared_experts.{i}.{leaf}.weight"] = w
-    theirs[f"{_FFN}router_bias"] = theirs.pop(f"{_FFN}router.bias")
-    theirs["head.weight"] = theirs["embed.weight"]
+    if (name := f"{_FFN}router.bias") in theirs:
+        theirs[f"{_FFN}router_bias"] = theirs.pop(name)
+    if "embed.weight" in theirs:
+        theirs["head.weight"] = theirs["embed.weight"]
     return theirs

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,17 @@ def join_process_group() -> None:
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def check_dtype(dtype: str) -> None:
+    """UserError if DeepSpeed does not compute in `train.dtype` on this machine."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    runs = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not runs[dtype]:
+        others = " or ".join(name for name, supported in runs.items() if supported)
+        raise UserError(f"train.dtype={dtype} is not supported on this {accelerator.device_name()}; set it to {others}")
 
 
 def together(check: Callable[[], T]) -> T:

@@ -1,6 +1,5 @@
 """THE loop: check, build, resume, then step after step until the run is done. Reads top to bottom."""
 
-import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import Checkpoint, Manifest
+from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, is_due
 from mythos_dist.config.compare import differences
@@ -23,7 +22,7 @@ from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, build_mesh
-from mythos_dist.parallel.process import device, together
+from mythos_dist.parallel.process import check_dtype, device, together
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
@@ -115,6 +114,7 @@ def train(config: Config) -> None:
 
 def check_inputs(config: Config) -> list[Corpus]:
     """The shards; UserError for what the user has to mend."""
+    check_dtype(config.train.dtype)
     check_run_folder(config)
     return open_corpora(
         config.data.folders,
@@ -222,11 +222,4 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "experts_idle": int((load == 0).sum()),
         "skipped": result.skipped,
         **({"communication": result.communication} if result.communication is not None else {}),
-    }
-
-
-def versions() -> dict[str, str]:
-    """The libraries that a checkpoint depends on."""
-    return {
-        name: importlib.metadata.version(name) for name in ("mythos_dist", "torch", "deepspeed", "mosaicml-streaming")
     }

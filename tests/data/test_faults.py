@@ -142,6 +142,7 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(task, tmp_path):
         text=True,
         start_new_session=True,
         env={**os.environ, "SLOW": "0.1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     wait_for(lambda: len(list(out.glob("unfinished/part-*.json"))) > 5)
     os.killpg(job.pid, signal.SIGINT)  # a terminal signals all processes of a job

@@ -101,10 +101,13 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _in_group(program: Callable, *arguments: Any) -> Any:
     import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
 
     from mythos_dist.parallel.process import join_process_group
 
     join_process_group()
+    # torch has fp16 on every CPU; DeepSpeed refuses it where it is not fast.
+    get_accelerator().is_fp16_supported = lambda: True
     value = program(*arguments)
     dist.destroy_process_group()
     return value

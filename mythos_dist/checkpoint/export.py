@@ -1,0 +1,116 @@
+"""A checkpoint's weights for other programs: safetensors files with an index, as Hugging Face's loaders read them.
+
+Under our own names, or under OpenMythos' (`model/open_mythos.py`): then `OpenMythos.load_state_dict` takes them, all
+but its rotary tables and its head, which is the embedding. One tensor is in memory at a time.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mythos_dist.checkpoint.canonical import Progress, blocks_of, grouped
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint, damage
+from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
+from mythos_dist.config.load import config_from
+from mythos_dist.config.schema import MythosConfig
+from mythos_dist.errors import UserError
+from mythos_dist.model.open_mythos import to_open_mythos
+
+FILE_BYTES = 5 << 30
+Format = Literal["safetensors", "open_mythos"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
+_OURS_ALONE = ("halting", "mode")  # of MythosConfig, what OpenMythos' does not have
+
+
+def export(
+    source: Checkpoint,
+    out: Path,
+    form: Format,
+    *,
+    dtype: Dtype = "fp32",
+    workers: int = 2,
+    verify: bool = True,
+    progress: Progress = lambda size: None,
+    file_bytes: int = FILE_BYTES,
+) -> list[Path]:
+    """Write model.safetensors, or several with model.safetensors.index.json, and config.json into the new folder `out`.
+
+    `workers`: files that are written at a time. Returns the files of weights. Raises UserError if the source is damaged
+    or `out` is there already.
+    """
+    manifest = source.manifest
+    if out.exists():
+        raise UserError("exists; name a new folder", str(out))
+    if verify and (problems := damage(source.folder, manifest, list(manifest.files))):
+        raise UserError([*problems, "give another checkpoint of the run"], str(source.folder))
+    model = config_from({"model": manifest.config["model"]}).model
+    label, _ = _DTYPES[dtype]
+    names = {name: _names(name, tensor.shape, model, form) for name, tensor in manifest.tensors.items()}
+    size_of = {name: ITEM_BYTES[label] * sum(map(math.prod, theirs.values())) for name, theirs in names.items()}
+    groups = grouped(size_of, file_bytes)
+    files = [
+        "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        for i in range(1, len(groups) + 1)
+    ]
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+    def write(item: tuple[str, list[str]]) -> None:
+        file, ours = item
+        shapes = {theirs: shape for name in ours for theirs, shape in names[name].items()}
+        blocks = (block for name in ours for block in _blocks(source, name, model, form, dtype, progress))
+        write_tensors(temporary / file, shapes, blocks, label, {"format": "pt"})
+
+    try:
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            list(pool.map(write, zip(files, groups, strict=True)))
+        if len(files) > 1:
+            place = {
+                their: file for file, group in zip(files, groups, strict=True) for our in group for their in names[our]
+            }
+            index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": place}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        fields = {k: v for k, v in asdict(model).items() if form == "safetensors" or k not in _OURS_ALONE}
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [out / file for file in files]
+
+
+def _names(name: str, shape: tuple[int, ...], model: MythosConfig, form: Format) -> dict[str, tuple[int, ...]]:
+    """What a tensor of ours becomes: names and shapes."""
+    if form == "safetensors":
+        return {name: shape}
+    theirs = to_open_mythos({name: torch.empty(shape, device="meta")}, model)
+    theirs.pop("head.weight", None)
+    return {their_name: tuple(tensor.shape) for their_name, tensor in theirs.items()}
+
+
+def _blocks(
+    source: Checkpoint, name: str, model: MythosConfig, form: Format, dtype: Dtype, progress: Progress
+) -> Iterator[memoryview]:
+    kind = PARAMETER if PARAMETER in source.manifest.tensors[name].kinds else BUFFER
+    if form == "safetensors":
+        for block in blocks_of(source, kind, name, progress):
+            yield _bytes_of(torch.frombuffer(block, dtype=torch.float32), dtype)
+        return
+    whole = torch.from_numpy(source.whole(kind, name))
+    for their_name, tensor in to_open_mythos({name: whole}, model).items():
+        if their_name != "head.weight":
+            yield _bytes_of(tensor, dtype)
+    progress(4 * whole.numel())
+
+
+def _bytes_of(tensor: Tensor, dtype: Dtype) -> memoryview:
+    return tensor.to(_DTYPES[dtype][1]).contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,139 @@
+"""OpenMythos' weights as the checkpoint that a run begins with: step 0, any layout, no moments.
+
+They come as a state dict in a .pt file or as safetensors, and are read a tensor at a time. A .pt file is a pickle: it
+is opened with `weights_only`, which builds tensors and runs nothing.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mythos_dist.checkpoint.canonical import FILE_BYTES, Progress, grouped, new_checkpoint
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, File, Manifest, versions
+from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
+from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.save import publish
+from mythos_dist.checkpoint.tensor_file import write_tensors
+from mythos_dist.config.schema import Config
+from mythos_dist.errors import UserError
+from mythos_dist.model.mythos import Mythos
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, to_open_mythos
+
+MAX_LINES = 8  # of problems of one kind
+
+
+def import_open_mythos(
+    weights: Path,
+    config: Config,
+    progress: Progress = lambda size: None,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Write the checkpoint of step 0 below `config.run.dir`; returns its folder.
+
+    `weights`: a .pt file, a .safetensors file, or a folder of the latter. Raises UserError if they are not of
+    `config.model`, with all that differs, or if the run has checkpoints already.
+    """
+    model, run_dir = config.model, Path(config.run.dir)
+    with torch.device("meta"):
+        ours = Mythos(model, experts=config.experts)
+    wanted = {name: (PARAMETER, value) for name, value in ours.named_parameters()}
+    wanted |= {name: (BUFFER, value) for name, value in ours.named_buffers()}
+    parts = {name: _parts(name, value, config) for name, (_, value) in wanted.items()}
+    theirs = open_weights(weights)
+    if problems := list(_differences(theirs, {k: shape for part in parts.values() for k, shape in part.items()})):
+        raise UserError([*problems, "is `model.*` the config that these weights were made with?"], str(weights))
+    if "head.weight" in theirs and not torch.equal(theirs["head.weight"], theirs["embed.weight"]):
+        raise UserError("head.weight is not embed.weight, but this model has one table for both", str(weights))
+
+    tensors = {name: WholeTensor(tuple(value.shape), (kind,)) for name, (kind, value) in wanted.items()}
+    sizes = {name: 4 * math.prod(tensor.shape) for name, tensor in tensors.items()}
+    groups = grouped(sizes, file_bytes)
+    manifest = Manifest(
+        *(0, 0, 0, {}, {"model": asdict(model)}, "", versions()),
+        *({"steps": 0, "skipped_steps": 0, "loss_scale": {}}, tensors, {}),
+    )
+    files = {}
+    with new_checkpoint(run_dir, manifest, sum(sizes.values())) as folder:
+        for number, names in enumerate(groups):
+            file = f"tensors-{number:05d}-of-{len(groups):05d}.safetensors"
+            shapes = {f"{tensors[name].kinds[0]}/{name}": tensors[name].shape for name in names}
+
+            def blocks(names: list[str] = names) -> Iterator[memoryview]:
+                for name in names:
+                    joined = from_open_mythos({their: theirs[their].float() for their in parts[name]}, model)[name]
+                    yield joined.contiguous().flatten().numpy().data
+                    progress(sizes[name])
+
+            size, digest = write_tensors(folder / file, shapes, blocks())
+            files[file] = File(size, digest, {name: Piece.whole(tensors[name].shape) for name in names})
+        publish(folder, Manifest(**{**vars(manifest), "files": files}))
+    return run_dir / "checkpoints" / "step-00000000"
+
+
+def _parts(name: str, tensor: Tensor, config: Config) -> dict[str, tuple[int, ...]]:
+    """What a tensor of ours is made of: their names and shapes."""
+    theirs = to_open_mythos({name: tensor}, config.model)
+    return {their: tuple(part.shape) for their, part in theirs.items() if their not in NOT_PARAMETERS}
+
+
+def _differences(theirs: Mapping[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    def told(what: str, names: Iterable[str]) -> Iterator[str]:
+        if found := sorted(names):
+            more = f" and {len(found) - MAX_LINES} more" if len(found) > MAX_LINES else ""
+            yield f"{len(found)} tensors {what}: {', '.join(found[:MAX_LINES])}{more}"
+
+    here = set(theirs) - set(NOT_PARAMETERS)
+    yield from told("are missing", wanted.keys() - here)
+    yield from told("are not known", here - wanted.keys())
+    shapes = ((name, tuple(theirs[name].shape), wanted[name]) for name in sorted(here & wanted.keys()))
+    yield from told(
+        "have another shape",
+        (f"{name} {list(found)} instead of {list(shape)}" for name, found, shape in shapes if found != shape),
+    )
+
+
+def open_weights(path: Path) -> Mapping[str, Tensor]:
+    """A state dict whose tensors are read when they are asked for. Raises UserError if it cannot be read."""
+    try:
+        if path.is_dir():
+            files = sorted(path.glob("*.safetensors"))
+            if not files:
+                raise UserError("holds no .safetensors files; give a folder that does, or a .pt file", str(path))
+            return _SafeTensors(files)
+        if path.suffix == ".safetensors":
+            return _SafeTensors([path])
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise UserError("no such file; give OpenMythos' weights", str(path)) from None
+    except UserError:
+        raise
+    except Exception as error:  # torch and safetensors raise whatever they meet
+        raise UserError(f"cannot be read as weights ({' '.join(str(error).split())[:300]})", str(path)) from None
+    for key in ("model", "model_state_dict", "state_dict"):  # as training scripts wrap it
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError("holds no state dict (names and tensors)", str(path))
+    return state
+
+
+class _SafeTensors(Mapping[str, Tensor]):
+    def __init__(self, files: list[Path]):
+        from safetensors import safe_open
+
+        opened: list[Any] = [safe_open(file, "pt") for file in files]
+        self._place = {name: one for one in opened for name in one.keys()}  # noqa: SIM118 — no mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._place[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)

@@ -1,0 +1,59 @@
+"""Weights of a checkpoint, from any layout, as safetensors: under our names, or under OpenMythos' for its own class.
+
+    model = OpenMythos(MythosConfig(**json.load(open("OUT/config.json"))))
+    model.load_state_dict(safetensors.torch.load_file("OUT/model.safetensors"), strict=False)
+
+Needs no GPU; one tensor is in memory at a time.
+"""
+
+import argparse
+from pathlib import Path
+
+from mythos_dist.errors import UserError, exit_with
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("--out", type=Path, required=True, help="a new folder")
+    add("--format", choices=("safetensors", "open_mythos"), default="safetensors", help="whose names (%(default)s)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    add("--workers", type=int, default=2, help="files written at a time (%(default)s)")
+    add("--no-verify", action="store_true", help="do not read everything once before, to look for damage")
+    add("--quiet", action="store_true", help="say nothing but errors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Export; the exit code is 0, or 2 for a mistake in what was given."""
+    arguments = parse()
+    from tqdm import tqdm
+
+    from mythos_dist.checkpoint.export import export
+    from mythos_dist.checkpoint.restore import open_checkpoint
+
+    try:
+        source = open_checkpoint(arguments.checkpoint)
+        numbers = source.manifest.num_parameters
+        hidden = True if arguments.quiet else None  # None: where nobody watches
+        with tqdm(total=4 * numbers, desc="exporting", unit="B", unit_scale=True, disable=hidden) as bar:
+            files = export(
+                source,
+                arguments.out,
+                arguments.format,
+                dtype=arguments.dtype,
+                workers=arguments.workers,
+                verify=not arguments.no_verify,
+                progress=bar.update,
+            )
+    except UserError as error:
+        exit_with(error)
+    if not arguments.quiet:
+        size = sum(file.stat().st_size for file in files)
+        print(f"step {source.manifest.step}: {numbers:,} parameters, {size / 1e9:.3f} GB in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

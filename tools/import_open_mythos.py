@@ -1,0 +1,44 @@
+"""Begin a run with OpenMythos' weights: they become the checkpoint of step 0, which any layout can load.
+
+python tools/import_open_mythos.py open_mythos.pt configs/1b.yaml run.dir=runs/from-open-mythos
+torchrun … -m mythos_dist.train configs/1b.yaml run.dir=runs/from-open-mythos
+"""
+
+import argparse
+from pathlib import Path
+
+from mythos_dist.errors import UserError, exit_with
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("weights", type=Path, help="a state dict in a .pt or .safetensors file, or a folder of the latter")
+    add("config", help="a YAML file of the run that is to begin; its model must be theirs")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add("--quiet", action="store_true", help="say nothing but errors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Import; the exit code is 0, or 2 for a mistake in what was given."""
+    arguments = parse()
+    from tqdm import tqdm
+
+    from mythos_dist.checkpoint.open_mythos import import_open_mythos
+    from mythos_dist.config.load import load_config
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        hidden = True if arguments.quiet else None  # None: where nobody watches
+        with tqdm(desc="importing", unit="B", unit_scale=True, disable=hidden) as bar:
+            folder = import_open_mythos(arguments.weights, config, bar.update)
+    except UserError as error:
+        exit_with(error)
+    if not arguments.quiet:
+        print(f"the weights are in {folder}; train with run.dir={config.run.dir} to begin with them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Rewrite a checkpoint as whole tensors in few large files, in the folder of a new run, which goes on from there.
+
+Not needed to change the layout: any run reads any checkpoint. For keeping a checkpoint, carrying it to another cluster,
+or starting thousands of ranks from few files. Needs no GPU, and no more memory for a larger model.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from mythos_dist.errors import UserError, exit_with
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("--out", type=Path, required=True, help="run.dir of the new run")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="files written at a time (%(default)s)")
+    add("--no-verify", action="store_true", help="do not read everything once before, to look for damage")
+    add("--quiet", action="store_true", help="say nothing but errors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Rewrite; the exit code is 0, or 2 for a mistake in what was given."""
+    arguments = parse()
+    from tqdm import tqdm
+
+    from mythos_dist.checkpoint.canonical import write_canonical
+    from mythos_dist.checkpoint.restore import open_checkpoint
+
+    try:
+        source = open_checkpoint(arguments.checkpoint)
+        size = source.manifest.bytes
+        hidden = True if arguments.quiet else None  # None: where nobody watches
+        with tqdm(total=size, desc="writing", unit="B", unit_scale=True, disable=hidden) as bar:
+            folder = write_canonical(
+                source,
+                arguments.out,
+                workers=arguments.workers,
+                verify=not arguments.no_verify,
+                progress=bar.update,
+            )
+    except UserError as error:
+        exit_with(error)
+    if not arguments.quiet:
+        print(f"{source.folder} is now {folder}, {size / 1e9:.3f} GB; train with run.dir={arguments.out} to go on")
+
+
+if __name__ == "__main__":
+    main()
