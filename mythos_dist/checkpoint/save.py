@@ -50,6 +50,7 @@ class Saver:
             checkpoints.mkdir(parents=True, exist_ok=True)
             for left in checkpoints.glob("step-????????.*"):  # by starts that ended while they wrote
                 shutil.rmtree(left, ignore_errors=True)
+        dist.barrier()  # or rank 0 might remove what a faster rank has begun
         if settings.background:
             # Memory that was never touched comes at a twentieth of the speed at which it is copied to.
             self._thread = threading.Thread(target=self._make_room, daemon=True)

@@ -9,6 +9,7 @@ from mythos_dist.parallel.tensor import expert_group_name
 
 # Not decayed: norms, injection, halting, biases, embeddings (the depth LoRA's scale is one too).
 _NO_DECAY = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
+_REGISTER = 16  # fp32 numbers in the widest register (AVX-512)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) -> list[dict]:
@@ -16,7 +17,9 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) 
     spread over ranks in groups of their own.
 
     DeepSpeed adds up one gradient norm per group over all stages of a pipeline, so every stage has the same groups in
-    the same order: where a stage holds nothing of a group, a single zero that never gets a gradient stands in.
+    the same order. And stages that hold the same weights must step them alike, to the last bit, though ZeRO lays
+    different ones beside them: on CPUs Adam rounds the last few numbers of a tensor otherwise than those that fill a
+    register. So in a pipeline each group is filled up, with zeros that never get a gradient.
     """
     experts = {"moe": True, "name": expert_group_name(mesh.expert)} if mesh.expert.size > 1 else {}
     groups = {
@@ -31,10 +34,11 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) 
             groups["keep" if any(part in name for part in _NO_DECAY) else "decay"]["params"].append(parameter)
     if not experts:
         del groups["experts"]
-    for name, group in groups.items():
-        if mesh.pipe.size > 1 and not group["params"]:
-            groups[name] = {
-                "weight_decay": 0.0,
-                "params": [nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))],
-            }
+    if mesh.pipe.size > 1:
+        device = next(model.parameters()).device
+        for name, group in groups.items():
+            ranks = mesh.expert_data.size if name == "experts" else mesh.data.size
+            numbers = sum(parameter.numel() for parameter in group["params"])
+            if filling := -numbers % (_REGISTER * ranks) or _REGISTER * ranks * (not numbers):
+                group["params"].append(nn.Parameter(torch.zeros(filling, device=device)))
     return [group for group in groups.values() if group["params"]]

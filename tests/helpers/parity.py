@@ -6,6 +6,7 @@ Both start from the same initial values, wide enough that every part of the mode
 import dataclasses
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mythos_dist.model import Mythos
 from mythos_dist.train.schedule import learning_rate, loops_at
 
 STEPS = 6
+FIRST_LOSS_SCALE = 2.0**19  # so high that most steps overflow, and halve it
 STD = 0.2  # of initial values; with 0.02 routed experts would hardly count in the gradient norm
 
 
@@ -131,67 +133,137 @@ def clip(model: Mythos, limit: float) -> float:
     return norm
 
 
-def train_under_deepspeed(cases: list[tuple[Config, list[float] | None]]) -> list[dict[str, Any]]:
-    """On each rank: the same run through our engine, once per config. Tensors come with the place of their slice."""
+def save_checkpoint(engine: Any, config: Config, folder: str, step: int) -> None:
+    """What the training loop does behind a step, and waits for it. On each rank."""
     import torch.distributed as dist
+
+    from mythos_dist.checkpoint.fence import Fence
+    from mythos_dist.checkpoint.save import Saver
+    from mythos_dist.train.loop import manifest_of
+
+    fence = Fence(Path(folder), 1)
+    saver = Saver(Path(folder, "checkpoints"), config.checkpoint, fence, engine.state)
+    saver.save(manifest_of(config, step, dist.get_world_size(), fence, "", engine))
+    assert saver.finish()
+
+
+def load_checkpoint(engine: Any, folder: str) -> None:
+    """What the training loop does before its first step. On each rank."""
+    from mythos_dist.checkpoint.restore import find_checkpoint, load_state
+
+    checkpoint, damaged = find_checkpoint(Path(folder, "checkpoints"))
+    assert checkpoint and not damaged
+    load_state(checkpoint, engine.state)
+    engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
+
+
+def held_by(engine: Any) -> dict[str, list[torch.Tensor]]:
+    """Name -> parameter and both moments, as DeepSpeed itself puts them together: this rank's slices, without filling.
+    Every rank calls this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.parallel.tensor import slice_of
-    from mythos_dist.train.engine import Engine
-    from mythos_dist.train.loop import gather_sample_ids
 
-    def real(parameter: torch.Tensor, place: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def real(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """What the slice holds; behind it there must be zeros."""
+        place = slice_of(parameter)
         tensor = tensor.view(parameter.shape if parameter.numel() == tensor.numel() else parameter.ds_shape).clone()
         inner = tensor[tuple(slice(0, size) for size in place.shape)]
         assert tensor.count_nonzero() == inner.count_nonzero(), f"{place}: the filling has moved"
         return inner.clone()
 
+    if hasattr(engine.deepspeed.optimizer, "_hp_optimizer_states_linked"):
+        # ZeRO-1/2 link parameters to their moments when the first group has been stepped: others have none yet.
+        engine.deepspeed.optimizer._hp_optimizer_states_linked = False
+        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+    return {
+        name: [
+            real(p, safe_get_full_fp32_param(p)),
+            real(p, safe_get_full_optimizer_state(p, "exp_avg")),
+            real(p, safe_get_full_optimizer_state(p, "exp_avg_sq")),
+        ]
+        for name, p in engine.model.named_parameters()
+    }
+
+
+def places_of(engine: Any) -> dict[str, list[tuple[int, ...]]]:
+    """Name -> where this rank's slice begins and ends in the whole tensor."""
+    from mythos_dist.parallel.tensor import slice_of
+
+    places = {name: slice_of(p) for name, p in engine.model.named_parameters()}
+    return {name: [place.start, place.stop] for name, place in places.items()}
+
+
+def train_under_deepspeed(
+    cases: list[tuple[Config, list[float] | None]], folder: str | None = None
+) -> list[dict[str, Any]]:
+    """On each rank: the same run through our engine, once per config. Tensors come with the place of their slice.
+
+    With a `folder`, a checkpoint is saved after half of the steps, and another engine, begun with other values, goes on
+    from there: `resumed` is what it finds.
+    """
+    import torch.distributed as dist
+
+    from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.train.engine import Engine
+    from mythos_dist.train.loop import gather_sample_ids
+
     results = []
     mythos_dist.model.init.STD = STD
-    for config, bias in cases:
+    for i, (config, bias) in enumerate(cases):
         print(config.parallel, config.train, bias, file=sys.stderr)  # a launch that fails says where it was
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)
-        names = dict(engine.model.named_parameters())
-        places = {name: slice_of(p) for name, p in names.items()}
         if bias and engine.model.part.loops:
             engine.model.recurrent.block.ffn.router.bias += torch.tensor(bias)
-        initial = {name: real(p, places[name], safe_get_full_fp32_param(p)) for name, p in names.items()}
+        initial = {name: parameter for name, (parameter, *_) in held_by(engine).items()}
+        if folder and config.train.dtype == "fp16":
+            engine.deepspeed.optimizer.loss_scaler.cur_scale = FIRST_LOSS_SCALE
         steps, ids = [], []
         for step, mine in zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False):
             steps.append(engine.train_step(mine, step))
             ids.append(sorted(gather_sample_ids(mine, mesh.data)))
-        if hasattr(engine.deepspeed.optimizer, "_hp_optimizer_states_linked"):
-            # ZeRO-1/2 link parameters to their moments when the first group has been stepped: others have none yet.
-            engine.deepspeed.optimizer._hp_optimizer_states_linked = False
-            engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
-        final = {
-            name: [
-                real(p, places[name], tensor)
-                for tensor in (
-                    safe_get_full_fp32_param(p),
-                    safe_get_full_optimizer_state(p, "exp_avg"),
-                    safe_get_full_optimizer_state(p, "exp_avg_sq"),
-                )
-            ]
-            for name, p in names.items()
+            if folder and step == STEPS // 2:
+                save_checkpoint(engine, config, f"{folder}/{i}", step)
+        found = {
+            "loss": [s.loss for s in steps],
+            "grad_norm": [s.grad_norm for s in steps],
+            "n_loops": [s.n_loops for s in steps],
+            "counts": [s.expert_counts.sum(1).tolist() for s in steps],
+            "skipped": [s.skipped for s in steps],
+            "ids": ids,
+            "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None,
+            "places": places_of(engine),
+            "initial": initial,
+            "final": held_by(engine),
         }
-        results.append(
-            {
-                "loss": [s.loss for s in steps],
-                "grad_norm": [s.grad_norm for s in steps],
-                "n_loops": [s.n_loops for s in steps],
-                "counts": [s.expert_counts.sum(1).tolist() for s in steps],
-                "skipped": [s.skipped for s in steps],
-                "ids": ids,
-                "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None,
-                "places": {name: [place.start, place.stop] for name, place in places.items()},
-                "initial": initial,
-                "final": final,
-            }
-        )
         engine.deepspeed.destroy()
         dist.barrier()
+        if folder:
+            found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, f"{folder}/{i}", config.run.seed)
+        results.append(found)
     return results
+
+
+def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
+    """The second half of a run from its checkpoint: losses and norms, and what there is in the end."""
+    import torch.distributed as dist
+
+    from mythos_dist.train.engine import Engine
+
+    engine = Engine(config, mesh)
+    load_checkpoint(engine, folder)
+    engine.config = config = change(config, run=dict(seed=seed))  # of loops and dropout
+    every = zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False)
+    steps = [engine.train_step(mine, step) for step, mine in every if step > STEPS // 2]
+    found = {
+        "loss": [s.loss for s in steps],
+        "grad_norm": [s.grad_norm for s in steps],
+        "n_loops": [s.n_loops for s in steps],
+        "skipped": [s.skipped for s in steps],
+        "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None,
+        "final": held_by(engine),
+    }
+    engine.deepspeed.destroy()
+    dist.barrier()
+    return found

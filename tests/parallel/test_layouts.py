@@ -79,6 +79,7 @@ BF16: list[tuple[int, dict[str, Any], str]] = [
     (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
 ]
 CLIP = 0.2
+DTYPES = ("bf16", "fp16")
 BIAS = {"one expert": [1e3] + [0.0] * 7, "idle ranks": [1e3, 1e3] + [0.0] * 6}  # experts 0, or 0 and 1, get all tokens
 
 
@@ -128,7 +129,7 @@ def references(config) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(config) -> Callable[[int], dict[str, list[dict[str, Any]]]]:
+def runs(config, tmp_path_factory) -> Callable[[int], dict[str, list[dict[str, Any]]]]:
     """What every rank of every case found, for a number of ranks: one launch each, when first asked for."""
 
     @functools.cache
@@ -136,7 +137,8 @@ def runs(config) -> Callable[[int], dict[str, list[dict[str, Any]]]]:
         cases = [(parallel, kind) for world, parallel, kind in GRID if world == ranks]
         work = [(at_layout(run_of(config, kind), parallel, kind, ranks), BIAS.get(kind)) for parallel, kind in cases]
         try:
-            values = run_ranks(ranks, train_under_deepspeed, work, seconds=400)
+            folder = str(tmp_path_factory.mktemp("checkpoints"))
+            values = run_ranks(ranks, train_under_deepspeed, work, folder, seconds=500)
         except AssertionError as error:
             failure = error  # remembered: every case of this launch fails with it
             return defaultdict(lambda: [failure])
@@ -191,6 +193,40 @@ def test_a_layout_trains_as_one_process(case, runs, references):
         for place in held[name]:
             seen[place] = True
         assert seen.all(), f"no rank holds all of {name}"
+
+
+@pytest.mark.parametrize("case", [name_of(*case) for case in GRID])
+def test_a_run_resumes_bit_for_bit(case, runs):
+    """From the checkpoint behind step 3, on ranks that began with other values: every later number is the same."""
+    for got in runs(int(case[0]))[case]:
+        if isinstance(got, AssertionError):
+            raise got
+        assert_resumed(got)
+
+
+def assert_resumed(got: dict[str, Any]) -> None:
+    resumed = got["resumed"]
+    for key in ("loss", "grad_norm", "n_loops", "skipped"):
+        assert resumed[key] == got[key][3:], key
+    assert got["bias"] is None or torch.equal(resumed["bias"], got["bias"])
+    assert resumed["final"].keys() == got["final"].keys()
+    for name, tensors in got["final"].items():
+        assert all(map(torch.equal, resumed["final"][name], tensors)), name
+
+
+def test_half_precision_resumes_bit_for_bit(config, tmp_path):
+    """With fp16's loss scale: it begins so high that steps are skipped before the checkpoint and behind it."""
+    for ranks in (2, 4):
+        layouts = [dict(zero=1), dict(zero=2), dict(zero=3), dict(tensor=2)]
+        layouts = layouts if ranks == 2 else [dict(pipe=2, expert=2), dict(expert=2, zero=3)]
+        runs = [(change(run_of(config, "mla"), train=dict(dtype=dtype)), at) for at in layouts for dtype in DTYPES]
+        work = [(at_layout(run, at, "mla", ranks), None) for run, at in runs]
+        found = run_ranks(ranks, train_under_deepspeed, work, str(tmp_path / str(ranks)), seconds=300)
+        for rank in found:
+            for (run, at), got in zip(runs, rank, strict=True):
+                if run.train.dtype == "fp16":
+                    assert any(got["skipped"][:3]) and any(got["skipped"][3:]) and not all(got["skipped"]), got["skipped"]
+                assert_resumed(got)
 
 
 def test_bf16_follows_bf16_at_every_layout(config):
