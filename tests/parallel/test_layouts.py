@@ -223,9 +223,11 @@ def test_half_precision_resumes_bit_for_bit(config, tmp_path):
         work = [(at_layout(run, at, "mla", ranks), None) for run, at in runs]
         found = run_ranks(ranks, train_under_deepspeed, work, str(tmp_path / str(ranks)), seconds=300)
         for rank in found:
-            for (run, at), got in zip(runs, rank, strict=True):
+            for (run, _), got in zip(runs, rank, strict=True):
                 if run.train.dtype == "fp16":
-                    assert any(got["skipped"][:3]) and any(got["skipped"][3:]) and not all(got["skipped"]), got["skipped"]
+                    assert any(got["skipped"][:3]) and any(got["skipped"][3:]) and not all(got["skipped"]), got[
+                        "skipped"
+                    ]
                 assert_resumed(got)
 
 

@@ -1,0 +1,164 @@
+"""Manifests, damage, and which checkpoint a run goes on from; folders made by hand, without ranks."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from mythos_dist.checkpoint.manifest import (
+    Checkpoint,
+    File,
+    Manifest,
+    Tensor,
+    checkpoints_of,
+    damage,
+    read_manifest,
+)
+from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.save import is_due, is_pinned, prune, publish
+from mythos_dist.checkpoint.tensor_file import write_tensors
+from mythos_dist.config.schema import CheckpointConfig, Config, TrainConfig
+from mythos_dist.errors import UserError
+
+WHOLE = np.arange(60, dtype=np.float32).reshape(5, 12)
+
+
+def make(folder, step=10, start=1) -> Manifest:
+    """A checkpoint of one matrix, its columns cut among two ranks and the second's slice among two replicas."""
+    temporary = folder / f"step-{step:08d}.tmp-{start}"
+    temporary.mkdir(parents=True)
+    held = {
+        "rank-00000.safetensors": (Piece((5, 7), (0, 0), 0, 35), WHOLE[:, :7].reshape(-1)),
+        "rank-00001.safetensors": (
+            Piece((5, 7), (0, 7), 0, 17),
+            np.pad(WHOLE[:, 7:], ((0, 0), (0, 2))).reshape(-1)[:17],
+        ),
+        "rank-00002.safetensors": (
+            Piece((5, 7), (0, 7), 17, 35),
+            np.pad(WHOLE[:, 7:], ((0, 0), (0, 2))).reshape(-1)[17:],
+        ),
+    }
+    files = {}
+    for name, (piece, numbers) in held.items():
+        size, digest = write_tensors(temporary / name, {"parameter/w": numbers.shape}, [numbers.data])
+        files[name] = File(size, digest, {"w": piece})
+    manifest = Manifest(
+        step=step, tokens=step * 8, start=start, layout={"ranks": 3}, config={"model": {"dim": 12}}, data="d",
+        versions={"torch": "2"}, optimizer={"steps": step, "skipped_steps": 0, "loss_scale": {}},
+        tensors={"w": Tensor((5, 12), ("parameter",))}, files=files,
+    )  # fmt: skip
+    publish(temporary, manifest)
+    return manifest
+
+
+def test_a_manifest_reads_back(tmp_path):
+    manifest = make(tmp_path)
+    assert read_manifest(tmp_path / "step-00000010") == manifest
+    assert manifest.num_parameters == 60
+    assert (tmp_path / "latest").read_text() == "step-00000010\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
+
+
+def test_every_part_of_a_tensor_comes_from_the_files_that_hold_it(tmp_path):
+    make(tmp_path)
+    checkpoint = Checkpoint(tmp_path / "step-00000010")
+    assert np.array_equal(checkpoint.whole("parameter", "w"), WHOLE)
+    piece = Piece((3, 12), (1, 0), 5, 30)  # other rows, another stretch
+    out = np.zeros(25, np.float32)
+    checkpoint.read("parameter", "w", piece, out)
+    assert np.array_equal(out, WHOLE[1:4].reshape(-1)[5:30])
+
+
+def test_what_a_checkpoint_does_not_hold_is_said(tmp_path):
+    make(tmp_path)
+    checkpoint = Checkpoint(tmp_path / "step-00000010")
+    with pytest.raises(UserError, match="holds no exp_avg w"):
+        checkpoint.whole("exp_avg", "w")
+    del checkpoint.manifest.files["rank-00002.safetensors"]
+    with pytest.raises(UserError, match=r"holds 48 of 60 numbers"):
+        Checkpoint(checkpoint.folder, checkpoint.manifest).whole("parameter", "w")
+
+
+def test_every_kind_of_damage_is_found_and_named(tmp_path):
+    manifest = make(tmp_path)
+    folder = tmp_path / "step-00000010"
+    assert damage(folder, manifest, list(manifest.files)) == []
+    file = folder / "rank-00001.safetensors"
+    good = file.read_bytes()
+    for bad, words in [
+        (good[:-1], f"{len(good) - 1} bytes instead of {len(good)}"),
+        (b"", f"0 bytes instead of {len(good)}"),
+        (None, "is missing"),
+        *((good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :], "its hash") for i in range(0, len(good), 7)),
+    ]:
+        file.unlink(missing_ok=True)
+        if bad is not None:
+            file.write_bytes(bad)
+        (line,) = damage(folder, manifest, list(manifest.files))
+        assert str(file) in line and words in line
+        assert bool(damage(folder, manifest, list(manifest.files), hashes=False)) == ("hash" not in words)
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path):
+    make(tmp_path)
+    file = tmp_path / "step-00000010" / "checkpoint.json"
+    good = file.read_bytes()
+    draw = random.Random(0)
+    for place in [*draw.sample(range(len(good)), 200), 0, len(good) - 1]:
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1 << draw.randrange(8)]) + good[place + 1 :])
+        with pytest.raises(UserError, match=r"checkpoint\.json: is damaged"):
+            read_manifest(file.parent)
+    for content in (b"", good[:-40], good + b"x"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            read_manifest(file.parent)
+    file.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        read_manifest(file.parent)
+
+
+def test_latest_comes_first_and_then_the_newest(tmp_path):
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+    (tmp_path / "step-00000040.tmp-1").mkdir()
+    (tmp_path / "step-00000050").write_text("a file")
+
+    def order() -> list[int]:
+        return [int(path.name[5:]) for path in checkpoints_of(tmp_path)]
+
+    assert order() == [30, 20, 10]
+    (tmp_path / "latest").write_text("step-00000010\n")  # a person goes back
+    assert order() == [10, 30, 20]
+    for content in (b"step-00000099\n", b"", b"\xff\xfe", b"../.."):
+        (tmp_path / "latest").write_bytes(content)
+        assert order() == [30, 20, 10]
+    (tmp_path / "latest").unlink()
+    assert order() == [30, 20, 10]
+    assert checkpoints_of(tmp_path / "absent") == []
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    make(tmp_path, start=1)
+    assert read_manifest(tmp_path / "step-00000010").start == 1
+    make(tmp_path, start=2)
+    assert read_manifest(tmp_path / "step-00000010").start == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
+
+
+def test_the_newest_and_the_pinned_stay(tmp_path):
+    """Those of later steps, too: the run has gone back behind them, and what it goes on from must not be deleted."""
+    for step in (5, 10, 15, 20, 25, 30, 80):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    prune(tmp_path, 30, CheckpointConfig(keep=2, pin=(5,), pin_every=20))
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [5, 20, 25, 30, 80]
+    shutil.rmtree(tmp_path / "step-00000080")
+    prune(tmp_path, 30, CheckpointConfig(keep=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
+
+
+def test_which_steps_are_saved():
+    config = Config(train=TrainConfig(steps=50), checkpoint=CheckpointConfig(every=20, pin=(3,), pin_every=25))
+    assert [step for step in range(1, 51) if is_due(step, config)] == [3, 20, 25, 40, 50]
+    assert [step for step in range(1, 51) if is_pinned(step, config.checkpoint)] == [3, 25, 50]
+    assert not is_pinned(10, CheckpointConfig())

@@ -1,0 +1,220 @@
+"""A run goes on at any layout: what one writes, all others load bit for bit, and train on to the same losses.
+
+Nine layouts, every ordered pair. What was held when the checkpoint was saved, and what is held after loading, is put
+together by DeepSpeed's own functions, not by the code that writes and reads checkpoints.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.launch import run_ranks
+from helpers.parity import (
+    STD,
+    STEPS,
+    batches,
+    change,
+    held_by,
+    load_checkpoint,
+    places_of,
+    save_checkpoint,
+)
+
+import mythos_dist.model.init
+from mythos_dist.checkpoint.canonical import write_canonical
+from mythos_dist.checkpoint.restore import open_checkpoint
+from mythos_dist.config.schema import Config
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+
+SAVED = STEPS // 2
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, dict()),
+    "zero 3": (2, dict(zero=3)),
+    "pipe 2": (2, dict(pipe=2)),
+    "expert 2, zero 2": (2, dict(expert=2, zero=2)),
+    "tensor 4": (4, dict(tensor=4)),
+    "tensor 2, expert 2, sequence": (4, dict(tensor=2, expert=2, sequence=True)),
+    "expert 4, zero 3": (4, dict(expert=4, zero=3)),
+    "pipe 4": (4, dict(pipe=4)),
+    "pipe 2, tensor 2, expert 2": (8, dict(pipe=2, tensor=2, expert=2)),
+}
+BIAS = [2.0, 1.0, 0.5, 0.25, 0.0, -0.25, -0.5, -4.0]  # experts get very different numbers of tokens
+
+
+def run_of(config: Config, name: str) -> Config:
+    """Widths that divide by nothing, another number of loops in each step, and each layout its own micro-batch."""
+    ranks, parallel = LAYOUTS[name]
+    replicas = ranks // (parallel.get("tensor", 1) * parallel.get("pipe", 1))
+    return change(
+        config,
+        model=dict(vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, max_loop_iters=4),
+        train=dict(global_batch=8, micro_batch=8 // replicas // (1 if replicas > 2 else 2)),
+        experts=dict(bias_update_rate=0.01),
+        loops=dict(distribution="poisson", mean=3, maximum=5, backprop=2),
+        optim=dict(grad_clip=0.2, eps=1e-6),
+        parallel=parallel,
+        run=dict(seed=18),
+    )
+
+
+def engine_of(config: Config) -> Any:
+    from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.train.engine import Engine
+
+    mythos_dist.model.init.STD = STD
+    return Engine(config, build_mesh(config.parallel))
+
+
+def train(engine: Any, config: Config, steps: range) -> dict[str, list[float]]:
+    mesh = engine.mesh
+    every = zip(range(1, steps.stop), batches(config, mesh.data.rank, mesh.data.size), strict=False)
+    found = [engine.train_step(mine, step) for step, mine in every if step in steps]
+    return {"loss": [step.loss for step in found], "grad_norm": [step.grad_norm for step in found]}
+
+
+def bias_of(engine: Any) -> torch.Tensor | None:
+    return engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None
+
+
+def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
+    """On each rank: train, save, train on."""
+    import torch.distributed as dist
+
+    results = []
+    for config, folder in zip(configs, folders, strict=True):
+        engine = engine_of(config)
+        if engine.model.part.loops:
+            engine.model.recurrent.block.ffn.router.bias += torch.tensor(BIAS)
+        train(engine, config, range(1, SAVED + 1))
+        save_checkpoint(engine, config, folder, SAVED)
+        saved = {"places": places_of(engine), "held": held_by(engine), "bias": bias_of(engine)}
+        results.append({**saved, "later": train(engine, config, range(SAVED + 1, STEPS + 1))})
+        engine.deepspeed.destroy()
+        dist.barrier()
+    return results
+
+
+def read(configs: list[Config], folders: list[str]) -> list[list[dict[str, Any]]]:
+    """On each rank and for each layout, one engine after the other's checkpoint: what it holds, and how it goes on."""
+    import torch.distributed as dist
+
+    results = []
+    for config in configs:
+        engine = engine_of(change(config, run=dict(seed=99)))
+        engine.config = config
+        found = []
+        for folder in folders:
+            load_checkpoint(engine, folder)
+            loaded = {"places": places_of(engine), "held": held_by(engine), "bias": bias_of(engine)}
+            found.append({**loaded, "later": train(engine, config, range(SAVED + 1, STEPS + 1))})
+        results.append(found)
+        engine.deepspeed.destroy()
+        dist.barrier()
+    return results
+
+
+def by_ranks() -> dict[int, list[str]]:
+    return {ranks: [name for name in LAYOUTS if LAYOUTS[name][0] == ranks] for ranks in (1, 2, 4, 8)}
+
+
+@pytest.fixture(scope="module")
+def written(config, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """For each layout the folder of its checkpoint, the whole tensors that it was made of, and the losses behind it."""
+    found = {}
+    for ranks, names in by_ranks().items():
+        folders = [str(tmp_path_factory.mktemp("written")) for _ in names]
+        results = run_ranks(ranks, write, [run_of(config, name) for name in names], folders, seconds=300)
+        for i, name in enumerate(names):
+            found[name] = {
+                "folder": folders[i],
+                "later": results[0][i]["later"],
+                **whole([rank[i] for rank in results]),
+            }
+    return found
+
+
+def whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whole tensors of what the ranks hold; where several hold the same numbers, they must be the same bits."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for rank in ranks:
+        for name, (_, stop) in rank["places"].items():
+            sizes[name] = tuple(map(max, stop, sizes.get(name, stop)))
+    tensors = {name: [torch.full(size, torch.nan) for _ in range(3)] for name, size in sizes.items()}
+    for rank in ranks:
+        for name, (start, stop) in rank["places"].items():
+            place = tuple(slice(*ends) for ends in zip(start, stop, strict=True))
+            for tensor, part in zip(tensors[name], rank["held"][name], strict=True):
+                known = tensor[place]
+                assert torch.equal(known.where(~known.isnan(), part), part), f"ranks disagree about {name}"
+                tensor[place] = part
+    assert not any(tensor.isnan().any() for each in tensors.values() for tensor in each)
+    (bias,) = {tuple(rank["bias"].tolist()) for rank in ranks if rank["bias"] is not None}
+    return {"tensors": tensors, "bias": bias}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_layout_loads_every_other(ranks, written, config):
+    names = by_ranks()[ranks]
+    folders = [source["folder"] for source in written.values()]
+    results = run_ranks(ranks, read, [run_of(config, name) for name in names], folders, seconds=400)
+    for i, target in enumerate(names):
+        for j, (name, source) in enumerate(written.items()):
+            got = whole([rank[i][j] for rank in results])
+            where = f"{name} -> {target}"
+            assert got["bias"] == source["bias"], where
+            assert got["tensors"].keys() == source["tensors"].keys(), where
+            for tensor, expected in source["tensors"].items():
+                assert all(map(torch.equal, got["tensors"][tensor], expected)), f"{where}: {tensor}"
+            later = results[0][i][j]["later"]
+            assert later["loss"] == pytest.approx(source["later"]["loss"], rel=1e-5), where
+            assert later["grad_norm"] == pytest.approx(source["later"]["grad_norm"], rel=1e-4), where
+
+
+def test_the_matrix_is_a_hard_case(written):
+    """Experts' moments differ from each other and from zero, and training moved everything."""
+    for source in written.values():
+        for _, first, second in (source["tensors"][f"recurrent.block.ffn.experts.w{i}"] for i in (1, 2, 3)):
+            norms = [[float(expert.norm()) for expert in moment] for moment in (first, second)]
+            assert all(len(set(each)) == 8 for each in norms)
+            assert max(norms[0]) > 2 * min(norms[0])
+    (loss, *others) = (source["later"]["loss"] for source in written.values())
+    assert all(other == pytest.approx(loss, rel=1e-5) for other in others)
+
+
+@pytest.mark.parametrize("file_bytes", [1, 20_000, 1 << 30])  # a file for each name, a few, one
+def test_the_canonical_form_holds_the_same_bits(file_bytes, written, tmp_path):
+    """From the layout that cuts most, read by the package safetensors."""
+    from safetensors.torch import load_file
+
+    source = written["pipe 2, tensor 2, expert 2"]
+    folder = write_canonical(open_checkpoint(Path(source["folder"])), tmp_path / "run", file_bytes=file_bytes)
+    found = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    assert found.pop("buffer/recurrent.block.ffn.router.bias").tolist() == list(source["bias"])
+    expected = {
+        f"{kind}/{name}": tensor
+        for name, tensors in source["tensors"].items()
+        for kind, tensor in zip(("parameter", "exp_avg", "exp_avg_sq"), tensors, strict=True)
+    }
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert len(list(folder.glob("*.safetensors"))) == {1: len(source["tensors"]) + 1, 1 << 30: 1}.get(
+        file_bytes, len(list(folder.glob("*.safetensors")))
+    )
+    again = open_checkpoint(folder).manifest
+    before = open_checkpoint(Path(source["folder"])).manifest
+    assert (again.step, again.optimizer, again.config, again.layout) == (
+        before.step,
+        before.optimizer,
+        before.config,
+        before.layout,
+    )
+
+
+def test_a_canonical_checkpoint_is_loaded_like_any_other(written, config, tmp_path):
+    source = written["expert 4, zero 3"]
+    write_canonical(open_checkpoint(Path(source["folder"])), tmp_path, file_bytes=20_000)
+    results = run_ranks(2, read, [run_of(config, "pipe 2")], [str(tmp_path)], seconds=100)
+    got = whole([rank[0][0] for rank in results])
+    assert all(all(map(torch.equal, got["tensors"][name], source["tensors"][name])) for name in source["tensors"])
