@@ -46,6 +46,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._written: tuple[File | None, str | None] = (None, None)  # this rank's file; what went wrong
         self._saving: Manifest | None = None
+        self._last_is_whole = True
         if dist.get_rank() == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
             for left in checkpoints.glob("step-????????.*"):  # by starts that ended while they wrote
@@ -85,7 +86,7 @@ class Saver:
             self._thread.join()
             self._thread = None
         if self._saving is None:
-            return True
+            return self._last_is_whole
         manifest, self._saving = self._saving, None
         rank = dist.get_rank()
         found: list[Any] = [None] * dist.get_world_size()
@@ -94,7 +95,8 @@ class Saver:
         published = together(lambda: rank == 0 and self._publish(manifest, found))
         whole = torch.tensor(int(published), device=device())
         dist.all_reduce(whole)
-        return bool(whole)
+        self._last_is_whole = bool(whole)
+        return self._last_is_whole
 
     def _make_room(self) -> None:
         pinned = torch.cuda.is_available()

@@ -3,6 +3,7 @@
 Lines of steps behind the checkpoint that a run resumes from are cut off: each step stands in the file once.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -53,6 +54,7 @@ class Metrics:
         """Cut off lines behind `resumed_step` and open wandb."""
         self.total_steps = config.train.steps
         self.run_dir = run_dir
+        self._unwritten: dict[str, str] = {}  # lines by file, while the disk is full
         for name in ("metrics.jsonl", "eval.jsonl"):
             _keep_until(run_dir / name, resumed_step or -1)  # from the start, even the loss before step 1 comes anew
         self.wandb = _start_wandb(config, run_dir)
@@ -74,17 +76,34 @@ class Metrics:
         print(f"step {step}/{self.total_steps}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}", flush=True)
 
     def close(self) -> None:
-        """End the wandb run."""
+        """Write what could not be written before, and end the wandb run."""
+        for name, text in self._unwritten.items():
+            _append(self.run_dir / name, text)
         if self.wandb is not None:
             self.wandb.finish()
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
-        with (self.run_dir / name).open("a") as file:
-            # JSON has no NaN or infinity: a number that is none of its kind becomes null.
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            file.write(json.dumps(finite) + "\n")
+        # JSON has no NaN or infinity: a number that is none of its kind becomes null.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        text = self._unwritten.pop(name, "") + json.dumps(finite) + "\n"
+        try:
+            _append(self.run_dir / name, text)
+        except OSError as error:
+            if not self._unwritten:
+                log.warning("%s cannot be written (%s); its lines are kept until it can", name, error.strerror)
+            self._unwritten[name] = text
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+def _append(file: Path, text: str) -> None:
+    """All of `text` or nothing."""
+    content = text.encode()
+    with file.open("ab", buffering=0) as stream:
+        end = stream.tell()
+        if stream.write(content) < len(content):
+            stream.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _short(number: float) -> str:

@@ -13,13 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import psutil
 import pytest
 from helpers.conversion import contents, ended
+from helpers.disk import enlarge, small_disk
 
 from mythos_dist.data.shards import convert
 
@@ -154,21 +154,6 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(task, tmp_path):
     assert contents(out) == contents(whole)
 
 
-@contextmanager
-def small_disk(place: Path, kilobytes: int):
-    """A file system of so many kB at `place`; skips where none may be mounted."""
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
 @pytest.mark.parametrize("kilobytes", [64, 160, 300])  # for the first parts, for about half, for nearly all
 def test_a_full_disk_loses_nothing(task, tmp_path, kilobytes):
     arguments, whole = task
@@ -180,7 +165,7 @@ def test_a_full_disk_loses_nothing(task, tmp_path, kilobytes):
         assert told.returncode == 2
         assert "No space left on device" in told.stderr and "it goes on where it stopped" in told.stderr
         assert "Traceback" not in told.stderr and not (out / "manifest.json").exists()
-        subprocess.run(["mount", "-o", "remount,size=20m", str(tmp_path / "disk")], check=True)
+        enlarge(tmp_path / "disk")
         told = run([*arguments, "--out", str(out)])
         assert told.returncode == 0, told.stderr
         assert contents(out) == contents(whole)

@@ -5,6 +5,7 @@ A rank that hangs dumps its stack and dies; the launch then fails with every ran
 
 import contextlib
 import faulthandler
+import glob
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
     os.chdir(cwd)
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
-    if "KILL_AFTER" in os.environ:
-        threading.Thread(target=_kill_after, args=(Path(os.environ["KILL_AFTER"]),), daemon=True).start()
+    if "KILL_AFTER" in os.environ or "KILL_IN" in os.environ:
+        threading.Thread(target=_kill, daemon=True).start()
+    if "SLOW_SAVE" in os.environ:
+        _save_slowly(float(os.environ["SLOW_SAVE"]))
     file = Path(folder, str(rank))
     with file.with_suffix(".out").open("w") as out, file.with_suffix(".err").open("w") as err:
         os.dup2(out.fileno(), 1)
@@ -144,11 +147,25 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
         os._exit(code)  # no interpreter shutdown: gloo's threads of a failed rank would wait for its peers
 
 
-def _kill_after(file: Path) -> None:
-    """SIGKILL this rank as soon as `file` exists: no handler, no clean-up, as a node that loses power."""
-    while not file.exists():
+def _kill() -> None:
+    """SIGKILL this rank when a file matches KILL_AFTER, or in KILL_IN seconds: no handler, no clean-up, as a node that
+    loses power."""
+    while "KILL_AFTER" in os.environ and not glob.glob(os.environ["KILL_AFTER"]):
         time.sleep(0.002)
+    time.sleep(float(os.environ.get("KILL_IN", 0)))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _save_slowly(seconds: float) -> None:
+    """Each tensor of a checkpoint takes so long to write, as large ones do."""
+    from mythos_dist.checkpoint import save
+
+    write = save.write_tensors
+
+    def slowly(file: Path, shapes: dict, blocks: Iterable) -> tuple[int, str]:
+        return write(file, shapes, (time.sleep(seconds) or block for block in blocks))
+
+    save.write_tensors = slowly
 
 
 def _load(path: Path) -> Any:

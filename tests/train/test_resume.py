@@ -1,0 +1,198 @@
+"""Runs that are killed, run out of disk, find damaged checkpoints or are started twice; whatever happens, each step's
+line is in the end that of a run to which nothing happened."""
+
+import json
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers.disk import enlarge, small_disk
+from helpers.launch import train
+
+from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.manifest import read_manifest
+from mythos_dist.checkpoint.restore import load_model
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def run(settings) -> list[str]:
+    return [*settings, f"train.steps={STEPS}", "checkpoint.every=3", "checkpoint.keep=3", "loops.distribution=poisson"]
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("resume") / "whole"
+    assert train(2, *run, f"run.dir={run_dir}").codes == [0, 0]
+    return run_dir
+
+
+def lines(run_dir: Path) -> list[tuple]:
+    found = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in EXACT) for line in found]
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))
+
+
+def test_checkpoints_are_kept_and_pinned(whole, run, tmp_path):
+    assert checkpoints(whole) == [24, 27, 30]
+    pinned = train(2, *run, f"run.dir={tmp_path}", "checkpoint.pin=[4,9]", "checkpoint.pin_every=15", "train.steps=18")
+    assert pinned.codes == [0, 0] and checkpoints(tmp_path) == [4, 6, 9, 12, 15, 18]
+
+
+def test_killed_twenty_times_it_writes_the_same_lines(whole, run, tmp_path):
+    """kill -9 of all ranks at random moments, five of them while a checkpoint is written in the background."""
+    seed = random.SystemRandom().randrange(2**32)
+    draw, run_dir = random.Random(seed), tmp_path / "run"
+    kills, resumed = 0, set()
+    while kills < 20:
+        during_save = kills % 4 == 3
+        env = {"KILL_IN": str(draw.random() * (0.3 if during_save else 2.5))}
+        if during_save:
+            env |= {"KILL_AFTER": str(run_dir / "checkpoints" / "step-*.tmp-*" / "rank-*"), "SLOW_SAVE": "0.01"}
+        result = train(2, *run, f"run.dir={run_dir}", env=env)
+        if result.codes == [0, 0]:  # it was faster
+            assert lines(run_dir) == lines(whole), f"seed {seed}, {kills} kills"
+            shutil.rmtree(run_dir)
+            continue
+        assert -signal.SIGKILL in result.codes, (result.codes, result.tails)
+        if during_save:
+            assert list((run_dir / "checkpoints").glob("step-*.tmp-*")), f"seed {seed}: it was killed elsewhere"
+        resumed |= {line for line in result.out.splitlines() if line.startswith("resuming from")}
+        kills += 1
+    assert train(2, *run, f"run.dir={run_dir}").codes == [0, 0]
+    assert lines(run_dir) == lines(whole), f"seed {seed}"
+    assert not list((run_dir / "checkpoints").glob("*tmp*"))
+    assert resumed, f"seed {seed}: it never resumed"
+
+
+def test_a_run_goes_on_at_other_layouts(whole, run, tmp_path):
+    """Stopped three times; each time other axes, ranks and micro-batches. The same batches, losses to 1e-5."""
+    legs = [
+        (2, "parallel.tensor=2", 9),
+        (4, "parallel.pipe=2 parallel.expert=2", 15),
+        (4, "parallel.expert=4 parallel.zero=3 train.micro_batch=2", 21),
+        (1, "train.micro_batch=4", STEPS),
+    ]
+    for ranks, layout, stop in legs:
+        leg = train(ranks, *run, *layout.split(), f"run.dir={tmp_path}", env=kill_behind(tmp_path, stop), seconds=200)
+        assert leg.codes == ([0] if stop == STEPS else [-signal.SIGKILL] * ranks), leg.tails
+    for got, expected in zip(lines(tmp_path), lines(whole), strict=True):
+        assert got[:1] + got[3:7] == expected[:1] + expected[3:7]
+        assert got[1] == pytest.approx(expected[1], rel=1e-5)
+        assert got[2] == pytest.approx(expected[2], rel=1e-4)
+    assert read_manifest(tmp_path / "checkpoints" / f"step-{STEPS:08d}").layout["ranks"] == 1
+
+
+def kill_behind(run_dir: Path, step: int) -> dict[str, str]:
+    return (
+        {} if step == STEPS else {"KILL_AFTER": str(run_dir / "checkpoints" / f"step-{step:08d}" / "checkpoint.json")}
+    )
+
+
+def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(whole, run, tmp_path):
+    """Truncated, flipped, missing, empty, in turn, of tensors and of the manifest; then none is whole."""
+    newest = f"step-{STEPS:08d}"
+
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-100])
+
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+
+    for harm in (cut, flip, Path.unlink, lambda file: file.write_bytes(b"")):
+        for name in ("rank-00001.safetensors", "checkpoint.json"):
+            run_dir = tmp_path / "run"
+            shutil.copytree(whole, run_dir)
+            harm(run_dir / "checkpoints" / newest / name)
+            result = train(2, *run, f"run.dir={run_dir}")
+            assert result.codes == [0, 0], result.tails
+            assert f"{newest}/{name}" in result.err and "WARNING" in result.err, result.err
+            assert "resuming from" in result.out and "step-00000027" in result.out
+            assert lines(run_dir) == lines(whole)
+            read_manifest(run_dir / "checkpoints" / newest)
+            shutil.rmtree(run_dir)
+    shutil.copytree(whole, run_dir)
+    for step in checkpoints(run_dir):
+        cut(run_dir / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors")
+    result = train(2, *run, f"run.dir={run_dir}")
+    assert result.codes == [2, 2] and "Traceback" not in result.err
+    for words in ("step-00000024/rank-00000", "step-00000030/rank-00000", "no checkpoint is whole"):
+        assert words in result.err
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_full_disk_stops_no_run(whole, run, tmp_path, background):
+    """The checkpoints that fit stay, the others are missed with a warning; with room again the run can be completed."""
+    size = sum(file.stat().st_size for file in (whole / "checkpoints" / "step-00000030").iterdir()) // 1024
+    with small_disk(tmp_path / "disk", 2 * size + size // 2 + 100):
+        run_dir = tmp_path / "disk" / "run"
+        arguments = [*run, f"run.dir={run_dir}", f"checkpoint.background={background}"]
+        result = train(2, *arguments)
+        assert result.codes == [2, 2], result.tails
+        assert "the checkpoint of step 9 could not be written" in result.err and "No space left" in result.err
+        assert "would resume from step-00000006" in result.err and "Traceback" not in result.err
+        assert "the last checkpoint could not be written" in result.err
+        assert lines(run_dir) == lines(whole) and not (run_dir / "COMPLETED").exists()
+        assert checkpoints(run_dir) == [3, 6]
+        enlarge(tmp_path / "disk")
+        again = train(2, *arguments)
+        assert again.codes == [0, 0] and "step-00000006" in again.out
+        assert lines(run_dir) == lines(whole) and (run_dir / "COMPLETED").exists()
+
+
+def test_a_newer_start_ends_the_one_before(whole, run, tmp_path):
+    """As where a node lost its network: it still runs, while the run was begun again elsewhere. What it had not
+    published stays unpublished."""
+    run_dir = tmp_path / "run"
+
+    def take_over() -> None:
+        while not (run_dir / "checkpoints" / "step-00000006").exists():
+            time.sleep(0.002)
+        Fence.take(run_dir)
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    stale = train(2, *run, f"run.dir={run_dir}", env={"SLOW_SAVE": "0.01"})
+    thread.join()
+    assert stale.codes == [2, 2] and "Traceback" not in stale.err, stale.err
+    assert "taken over by start 2" in stale.err and "this is start 1" in stale.err
+    assert max(checkpoints(run_dir)) == 6
+    assert train(2, *run, f"run.dir={run_dir}").codes == [0, 0]
+    assert lines(run_dir) == lines(whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(whole, run, tmp_path):
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    result = train(2, *run, f"run.dir={tmp_path}", "model.n_experts=4", "model.lora_rank=2", "parallel.tensor=2")
+    assert result.codes == [2, 2] and "Traceback" not in result.err
+    for words in ("model.n_experts=4", "was saved with 8", "model.lora_rank=2", "was saved with 4"):
+        assert words in result.err, result.err
+    assert "parallel.tensor" not in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_what_runs_of_other_settings_may_share(whole, run, tmp_path):
+    """Only what does not change the numbers: checkpoints of another learning rate or seed are refused."""
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    result = train(1, *run, f"run.dir={tmp_path}", "optim.lr=1e-3", "run.seed=5", "checkpoint.keep=1", "train.steps=31")
+    assert result.codes == [2] and "optim.lr=0.001" in result.err and "run.seed=5" in result.err
+    assert "checkpoint.keep" not in result.err and "train.steps" not in result.err
+
+
+def test_a_model_loads_from_a_run_or_from_one_checkpoint(whole):
+    for path, step in ((whole, 30), (whole / "checkpoints", 30), (whole / "checkpoints" / "step-00000024", 24)):
+        model, config, found = load_model(path)
+        assert found == step and model.config == config.model
