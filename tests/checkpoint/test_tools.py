@@ -1,0 +1,268 @@
+"""Export, import, inspection and rewriting as their users run them, against open-mythos and the operating system."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.launch import train
+from safetensors.torch import load_file, save_file
+
+from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, Tensor, versions
+from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.restore import load_model
+from mythos_dist.checkpoint.save import publish
+from mythos_dist.checkpoint.tensor_file import write_tensors
+
+REPOSITORY = Path(__file__).parents[2]
+TABLES = {"freqs_cis", "freqs_cis_mla", "head.weight"}  # what OpenMythos makes itself, and the embedding again
+
+pytestmark = pytest.mark.timeout(200)
+
+
+def tool(name: str, *arguments: object, code: int = 0) -> str:
+    """What a tool prints; it must leave with `code`, and 2 comes without a traceback."""
+    command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *map(str, arguments)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=REPOSITORY)
+    assert told.returncode == code and "Traceback" not in told.stderr, told.stderr
+    return told.stdout + told.stderr
+
+
+@pytest.fixture(scope="module")
+def run(settings, tmp_path_factory) -> Path:
+    """The folder of a run whose numbers are OpenMythos' own, cut three ways."""
+    run_dir = tmp_path_factory.mktemp("tools") / "run"
+    layout = "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 model.mode=reference checkpoint.keep=1"
+    result = train(8, *settings, *layout.split(), f"run.dir={run_dir}", "optim.lr=2e-2", seconds=150)
+    assert result.codes == [0] * 8, result.tails
+    return run_dir
+
+
+def reference_of(open_mythos, folder: Path, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """OpenMythos with the config and the weights that were exported."""
+    settings = json.loads((folder / "config.json").read_text())
+    model = open_mythos.main.OpenMythos(open_mythos.main.MythosConfig(**settings))
+    found = model.load_state_dict(state, strict=False)
+    assert set(found.missing_keys) == TABLES and not found.unexpected_keys
+    return model.eval()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_export_runs_in_open_mythos(dtype, run, open_mythos, tmp_path):
+    """Equal logits: to fp32 rounding, or to that of bf16 weights."""
+    out = tmp_path / "out"
+    said = tool("export_checkpoint", run, "--out", out, "--format", "open_mythos", "--dtype", dtype)
+    assert "step 6: " in said and str(out) in said
+    ours, config, _ = load_model(run)
+    theirs = reference_of(open_mythos, out, load_file(out / "model.safetensors"))
+    input_ids = torch.arange(24).view(2, 12)
+    expected = ours(input_ids)
+    assert expected.std() > 0.05, "the model must have learnt something"
+    tolerance = {"fp32": 1e-5, "bf16": 3e-2}[dtype]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    assert config.model.mode == "reference"
+
+
+@pytest.mark.launch
+def test_an_export_in_several_files_has_an_index(run, tmp_path, monkeypatch):
+    from mythos_dist.checkpoint.export import export
+    from mythos_dist.checkpoint.restore import open_checkpoint
+
+    one, many = (
+        export(open_checkpoint(run), tmp_path / str(size), "safetensors", file_bytes=size) for size in (1 << 30, 30_000)
+    )
+    assert [file.name for file in one] == ["model.safetensors"] and len(many) > 2
+    index = json.loads((tmp_path / "30000" / "model.safetensors.index.json").read_text())
+    whole = load_file(one[0])
+    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    for file in many:
+        for name, tensor in load_file(file).items():
+            assert index["weight_map"][name] == file.name and torch.equal(tensor, whole[name])
+    model, *_ = load_model(run)
+    assert all(torch.equal(whole[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("form", ["pt", "wrapped", "safetensors", "folder"])
+def test_weights_of_open_mythos_begin_a_run_at_any_layout(form, run, settings, open_mythos, tmp_path):
+    """OpenMythos' own state dict, with its tables and its tied head; the first held-out loss is that of the weights."""
+    tool("export_checkpoint", run, "--out", tmp_path / "out", "--format", "open_mythos", "--quiet")
+    model = reference_of(open_mythos, tmp_path / "out", load_file(tmp_path / "out" / "model.safetensors"))
+    if form in ("pt", "wrapped"):
+        weights = tmp_path / "weights.pt"
+        state = model.state_dict()
+        torch.save({"model": state, "step": 3} if form == "wrapped" else state, weights)
+    else:
+        weights = tmp_path / "out" / ("model.safetensors" if form == "safetensors" else "")
+    begun = tmp_path / "begun"
+    common = [*settings, "model.mode=reference", f"run.dir={begun}", "parallel.tensor=2", "train.steps=1"]
+    tool("import_open_mythos", weights, *common[:1], *common[1:])
+    assert Checkpoint(begun / "checkpoints" / "step-00000000").manifest.optimizer["steps"] == 0
+    if form != "pt":
+        return
+    result = train(2, *common)
+    assert result.codes == [0, 0] and "resuming from" in result.out, result.tails
+    losses = [json.loads(line)["heldout_loss"] for line in (begun / "eval.jsonl").read_text().splitlines()]
+    before = [json.loads(line)["heldout_loss"] for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(before[-1], rel=1e-5)
+
+
+@pytest.mark.launch
+def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings, tmp_path):
+    tool("export_checkpoint", run, "--out", tmp_path / "out", "--format", "open_mythos")
+    file = tmp_path / "out" / "model.safetensors"
+    state = load_file(file)
+    state["extra.weight"] = torch.zeros(2)
+    del state["prelude.0.attn_norm.weight"]
+    state["norm.weight"] = torch.zeros(5)
+    save_file(state, file)
+    begun = [*settings, f"run.dir={tmp_path / 'begun'}"]
+    said = tool("import_open_mythos", file, *begun, code=2)
+    for words in (
+        "1 tensors are missing: prelude.0.attn_norm",
+        "not known: extra.weight",
+        "norm.weight [5] instead of",
+    ):
+        assert words in said, said
+    for content, words in ((b"", "cannot be read"), (b"\x80\x04K\x01.", "cannot be read")):
+        (tmp_path / "bad.pt").write_bytes(content)
+        assert words in tool("import_open_mythos", tmp_path / "bad.pt", *begun, code=2)
+    assert "no such file" in tool("import_open_mythos", tmp_path / "absent.pt", *begun, code=2)
+    assert not (tmp_path / "begun").exists()
+
+
+class _Opens:
+    """What a pickle can do when it is read."""
+
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["TARGET"],))
+
+
+@pytest.mark.launch
+def test_no_code_of_a_weights_file_runs(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("TARGET", str(tmp_path / "made"))
+    torch.save({"embed.weight": _Opens()}, tmp_path / "evil.pt")
+    said = tool("import_open_mythos", tmp_path / "evil.pt", *settings, f"run.dir={tmp_path / 'run'}", code=2)
+    assert "cannot be read as weights" in said and not (tmp_path / "made").exists()
+
+
+@pytest.mark.launch
+def test_inspection_tells_what_a_checkpoint_is_and_how_two_differ(run, tmp_path):
+    said = tool("inspect_checkpoint", run)
+    model, *_ = load_model(run)
+    for words in (
+        "step        6, 1,536 tokens",
+        f"{sum(p.numel() for p in model.parameters()):,}; weights and both",
+        "ranks 8",
+        "tensor 2",
+        "6 steps, 0 skipped",
+        "every byte is as it was written",
+    ):
+        assert words in said, said
+    told = json.loads(tool("inspect_checkpoint", run, "--json"))["checkpoints"][0]
+    files = list((run / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    assert told["bytes"] == sum(file.stat().st_size for file in files) and told["files"] == len(files)
+
+    tool("reshape_checkpoint", run, "--out", tmp_path / "same")
+    assert "every parameter is equal, bit for bit" in tool("inspect_checkpoint", run, tmp_path / "same")
+    changed = load_file(tmp_path / "same" / "checkpoints" / "step-00000006" / "tensors-00000-of-00001.safetensors")
+    changed["parameter/norm.weight"][3] += 0.25
+    rewritten(tmp_path / "same", changed)
+    said = tool("inspect_checkpoint", run, tmp_path / "same", code=1)
+    assert "norm.weight: up to 0.25 apart" in said and "1 tensors differ" in said
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    file = damaged / "checkpoints" / "step-00000006" / files[0].name
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"DAMAGED\n    {file} has" in tool("inspect_checkpoint", damaged, code=1)
+    assert "is damaged" not in tool("inspect_checkpoint", tmp_path / "same")
+    for name, arguments in (
+        ("reshape_checkpoint", ["--out", tmp_path / "x"]),
+        ("export_checkpoint", ["--out", tmp_path / "x"]),
+    ):
+        assert f"{file} has" in tool(name, damaged, *arguments, code=2)
+    assert not (tmp_path / "x").exists() or not list((tmp_path / "x").iterdir())
+
+
+def rewritten(run_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Put other numbers into a canonical checkpoint of one file."""
+    folder = run_dir / "checkpoints" / "step-00000006"
+    manifest = Checkpoint(folder).manifest
+    (name,) = manifest.files
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    temporary = folder.with_name("step-00000006.tmp-9")
+    temporary.mkdir()
+    size, digest = write_tensors(temporary / name, shapes, (t.reshape(-1).numpy().data for t in tensors.values()))
+    files = {name: File(size, digest, manifest.files[name].pieces)}
+    publish(temporary, Manifest(**{**vars(manifest), "files": files}))
+
+
+def test_what_is_no_checkpoint_is_the_users_mistake(tmp_path):
+    for name, arguments in (
+        ("inspect_checkpoint", []),
+        ("reshape_checkpoint", ["--out", tmp_path / "x"]),
+        ("export_checkpoint", ["--out", tmp_path / "x"]),
+    ):
+        assert "no run and no checkpoint" in tool(name, tmp_path, *arguments, code=2)
+        assert "usage: " in tool(name, "--help")
+    assert "usage: " in tool("import_open_mythos", "--help")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A checkpoint of 1.2 GB: one matrix of 400 MB and its moments, its columns cut among four ranks."""
+    run_dir = tmp_path_factory.mktemp("large")
+    temporary = run_dir / "checkpoints" / "step-00000001.tmp-1"
+    temporary.mkdir(parents=True)
+    rows, columns, kinds = 10_000, 10_000, ("parameter", "exp_avg", "exp_avg_sq")
+    files = {}
+    for rank in range(4):
+        numbers = np.arange(rows * columns // 4, dtype=np.float32) + rank
+        shapes = {f"{kind}/prelude.0.w": numbers.shape for kind in kinds}
+        size, digest = write_tensors(temporary / f"rank-{rank:05d}.safetensors", shapes, [numbers.data] * 3)
+        piece = Piece((rows, columns // 4), (0, rank * columns // 4), 0, numbers.size)
+        files[f"rank-{rank:05d}.safetensors"] = File(size, digest, {"prelude.0.w": piece})
+    from mythos_dist.config.schema import MythosConfig
+
+    manifest = Manifest(
+        1, 1, 1, {}, {"model": asdict(MythosConfig())}, "", versions(),
+        {"steps": 1, "skipped_steps": 0, "loss_scale": {}},
+        {"prelude.0.w": Tensor((rows, columns), kinds)}, files,
+    )  # fmt: skip
+    publish(temporary, manifest)
+    yield run_dir
+    shutil.rmtree(run_dir)
+
+
+@pytest.mark.launch
+def test_memory_does_not_grow_with_the_model(large, tmp_path):
+    """The operating system's own peak: rewriting 1.2 GB, and exporting a tensor of 400 MB, takes a block or two more than
+    the imports alone."""
+    script = str(REPOSITORY / "tools" / "{}.py")
+    little = peak([sys.executable, "-c", "import mythos_dist.checkpoint.export, torch"])
+    rewriting = peak([sys.executable, script.format("reshape_checkpoint"), str(large), "--out", str(tmp_path / "run")])
+    exporting = peak([sys.executable, script.format("export_checkpoint"), str(large), "--out", str(tmp_path / "out")])
+    assert rewriting - little < 200, f"{rewriting:.0f} MB, {little:.0f} MB of them for imports"
+    assert exporting - little < 200, f"{exporting:.0f} MB, {little:.0f} MB of them for imports"
+
+
+def peak(command: list[str]) -> float:
+    """Largest resident size of a process in MB, measured by a small one: a child begins with its parent's."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=100, check=True
+    )
+    return int(told.stdout) / 1024
