@@ -17,9 +17,10 @@ check: $(READY)  ## lint, types and the tests that take no launch
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not launch"
 
-bench: $(READY)  ## a training step against open-mythos, conversion against a plain loop, as ratios; wants an idle machine
+bench: $(READY)  ## a step against open-mythos, conversion against a plain loop, checkpoints against the disk; wants an idle machine
 	$(BIN)/python benchmarks/step_vs_open_mythos.py
 	$(BIN)/python benchmarks/convert_shards.py --memory
+	$(BIN)/python benchmarks/checkpoints.py
 
 clean:  ## everything that the targets above made
 	rm -rf .venv runs data/sample data/sample-source *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,5 @@
-"""The whole way in minutes on a CPU: text -> shards -> 4 ranks -> killed halfway -> resumed -> a sample of text."""
+"""The whole way in minutes on a CPU: text -> shards -> 4 ranks -> killed halfway -> resumed at another layout -> a
+sample of text."""
 
 import argparse
 import json
@@ -16,6 +17,7 @@ TRAIN = [
     *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--log-dir", "runs"),
     *("-m", "mythos_dist.train", "configs/demo.yaml"),
 ]
+FIRST, THEN = ("parallel.tensor=2", "parallel.expert=2"), ("parallel.pipe=2",)  # on 4 ranks, so 2 replicas each
 
 
 def main() -> None:
@@ -29,16 +31,17 @@ def main() -> None:
 
     say("1. Text that every machine has becomes shards")
     run([sys.executable, "tools/make_sample_data.py"])
-    say(f"2. Training on 4 ranks; at step {stop_at} the job is killed, as a scheduler would")
+    say(f"2. Training on 4 ranks, tensor 2 x expert 2; at step {stop_at} the job is killed, as a scheduler would")
     train_until(stop_at)
-    say("3. The same command again: it resumes from the newest checkpoint")
-    run(TRAIN)
+    say("3. The same command again at another layout, pipe 2 x data 2: it resumes from the newest checkpoint")
+    run([*TRAIN, *THEN])
     say("4. A sample from the trained model")
     run([sys.executable, "tools/generate.py", str(RUN_DIR), "--prompt", "The import statement", "--temperature", "0.6"])
 
     losses = {line["step"]: line["heldout_loss"] for line in map(json.loads, (RUN_DIR / "eval.jsonl").open())}
     first, last = losses[min(losses)], losses[max(losses)]
     say(f"Held-out loss {first:.2f} -> {last:.2f} nats ({first - last:.2f} better), {time.monotonic() - begin:.0f} s")
+    run([sys.executable, "tools/inspect_checkpoint.py", str(RUN_DIR)])
     print(f"Look at {RUN_DIR}/metrics.jsonl (a line a step), eval.jsonl, logs/ and checkpoints/")
 
 
@@ -56,7 +59,7 @@ def run(command: list[str]) -> None:
 def train_until(step: int) -> None:
     """Start training and kill it, all ranks at once, when `step` has been logged."""
     metrics = RUN_DIR / "metrics.jsonl"
-    job = subprocess.Popen(TRAIN)
+    job = subprocess.Popen([*TRAIN, *FIRST])
     while job.poll() is None:
         lines = metrics.read_text().count("\n") if metrics.exists() else 0
         if lines >= step:

@@ -246,8 +246,8 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.mark.launch
 def test_memory_does_not_grow_with_the_model(large, tmp_path):
-    """The operating system's own peak: rewriting 1.2 GB, and exporting a tensor of 400 MB, takes a block or two more than
-    the imports alone."""
+    """The operating system's own peak: rewriting 1.2 GB, and exporting a tensor of 400 MB, takes a block or two more
+    than the imports alone."""
     script = str(REPOSITORY / "tools" / "{}.py")
     little = peak([sys.executable, "-c", "import mythos_dist.checkpoint.export, torch"])
     rewriting = peak([sys.executable, script.format("reshape_checkpoint"), str(large), "--out", str(tmp_path / "run")])
