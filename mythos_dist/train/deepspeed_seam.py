@@ -2,7 +2,8 @@
 `tests/train/test_deepspeed_seam.py`, which says what moved when DeepSpeed's version changes.
 
 - groups: DeepSpeed's expert groups assume the rank order [pipe, data, model]; ours are put into its tables.
-- experts: a layer that is an `AutoEPMoELayer` is saved, loaded and partitioned (ZeRO-3 included) as experts.
+- experts: a layer that is an `AutoEPMoELayer` is reduced and partitioned (ZeRO-3 included) as experts.
+- partitions: what ZeRO holds of a parameter, as views that checkpoints read and fill.
 - stages: a PipelineModule with one layer per stage, and our own list of tied weights.
 """
 
@@ -13,12 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint import constants
-from deepspeed.checkpoint.autoep_affine import (
-    autoep_experts_for_rank,
-    autoep_placement_to_affine_map,
-    legacy_uniform_autoep_placement_descriptor,
-)
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -188,7 +183,6 @@ def make_experts_known(model: nn.Module, mesh: Mesh) -> None:
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         layer.__class__ = _KnownMoE
         n_experts, n_local = layer.experts.n_experts, layer.experts.w1.shape[0]
-        placement = legacy_uniform_autoep_placement_descriptor(n_experts, n_local, mesh.expert.size)
         name = expert_group_name(mesh.expert)
         for key, value in {
             "num_experts": n_experts,
@@ -198,21 +192,11 @@ def make_experts_known(model: nn.Module, mesh: Mesh) -> None:
             "ep_group": mesh.expert.group,
             "ep_group_name": name,
             "expert_group_name": name,
-            "expert_placement_descriptor": placement,
             "folding_group_handles": None,
             "tp_group": None,
         }.items():
             setattr(layer, key, value)
         for parameter in layer.experts.parameters():
-            whole = [n_experts, *parameter.shape[1:]]
-            about = {
-                constants.AUTOEP_EXPERT_PLACEMENT: placement,
-                constants.AFFINE_MAP: autoep_placement_to_affine_map(placement, whole).to_dict(),
-                constants.AUTOEP_PARAM_LOGICAL_SHAPE: whole,
-                constants.AUTOEP_PARAM_EP_RANK: mesh.expert.rank,
-                constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, mesh.expert.rank)),
-            }
-            setattr(parameter, constants.DS_AUTOEP_UC_META, about)
             parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
             parameter.ds_zero_partition_group_name = name  # type: ignore[attr-defined]
 

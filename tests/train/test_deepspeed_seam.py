@@ -16,7 +16,8 @@ ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 PIPE = "deepspeed.runtime.pipe.module.PipelineModule"
 PIPE_ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 STAGE3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
-AUTOEP = "deepspeed.checkpoint.constants"
+STAGE12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
 LEANED_ON = [
     # groups
     ("deepspeed.utils.groups.mpu", "", "the process groups of the engine"),
@@ -46,14 +47,6 @@ LEANED_ON = [
     (f"{ENGINE}._resolve_zero3_param_placement", "ds_zero_partition_group_name", "and by this name"),
     ("deepspeed.moe.utils.is_moe_param", "allreduce", "the mark of an expert's parameter"),
     ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._configure_moe_settings", "group['name']", "groups"),
-    ("deepspeed.checkpoint.autoep_affine.legacy_uniform_autoep_placement_descriptor", "", "where experts lie"),
-    ("deepspeed.checkpoint.autoep_affine.autoep_placement_to_affine_map", "", "where experts lie"),
-    ("deepspeed.checkpoint.autoep_affine.autoep_experts_for_rank", "", "where experts lie"),
-    *((f"{AUTOEP}.{name}", "", "what a saved expert is") for name in ("DS_AUTOEP_UC_META", "AUTOEP_EXPERT_PLACEMENT")),
-    *((f"{AUTOEP}.{name}", "", "what a saved expert is") for name in ("AFFINE_MAP", "AUTOEP_PARAM_LOGICAL_SHAPE")),
-    *((f"{AUTOEP}.AUTOEP_PARAM_{name}", "", "what a saved expert is") for name in ("EP_RANK", "LOCAL_EXPERTS")),
-    (f"{ENGINE}._save_moe_checkpoint", "('w1', 'w2', 'w3')", "the names of experts' weights"),
-    (f"{ENGINE}.load_moe_state_dict", "('w1', 'w2', 'w3')", "the names of experts' weights"),
     # gradient norms
     ("deepspeed.runtime.utils.is_model_parallel_parameter", "tensor_model_parallel", "the mark of a cut parameter"),
     ("deepspeed.runtime.utils.get_norm_with_moe_layers", "expert_tensors.items()", "a norm that skips empty lists"),
@@ -64,11 +57,27 @@ LEANED_ON = [
         "if self._autoep_expert_parallel_group(params) is not None:",
         "the norm we mend",
     ),
+    # partitions
+    ("deepspeed.utils.tensor_fragment.tensor_fragment", "lp_fragment_address: fragment_address", "ZeRO-1, 2: which"),
+    ("deepspeed.utils.tensor_fragment.tensor_fragment", "hp_fragment_address: fragment_address", "and where it lies"),
+    (f"{STAGE12}._link_all_hp_params", "flat_hp_partition = self.single_partition_of_fp32_groups[i]", "masters"),
+    (f"{STAGE12}.__init__", "param_group['params'] = [self.single_partition_of_fp32_groups[i]]", "masters"),
+    (f"{STAGE12}.update_lp_params", "bit16_partitions[partition_id].data.copy_(fp32_partition.data)", "after loading"),
+    (f"{BF16}._setup_for_real_optimizer", "param_group['params'] = [self.fp32_groups_flat_partition[i]]", "masters"),
+    (f"{BF16}.update_lp_params", "bf16_partitions[partition_id].data.copy_(fp32_partition.data)", "after loading"),
+    (
+        f"{STAGE3}._get_fp32_opt_state_partition",
+        "group_idx, dest_offset, num_elements = self.grad_position",
+        "ZeRO-3: which part",
+    ),
+    (f"{STAGE3}._reassign_or_swap_out_partitioned_parameters", "", "after loading"),
+    (f"{STAGE3}.checkpoint_event_epilogue", "self.persistent_parameters[0].all_gather(", "after loading"),
+    (f"{ENGINE}.__init__", "self.skipped_steps = 0", "counts that are set when loading"),
+    ("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler.__init__", "self.cur_hysteresis", "fp16's loss scale"),
     # stages
     (f"{PIPE}.__init__", "self._partition_layers(", "our bounds"),
     (f"{PIPE}._build", "specs[self._local_start:self._local_stop]", "our bounds"),
     (f"{PIPE}._build", "isinstance(layer, nn.Module)", "a stage as one layer"),
-    (f"{PIPE}.ckpt_layer_path", "self._local_start", "a file of its own for each stage"),
     (f"{PIPE_ENGINE}._exec_reduce_tied_grads", "self.module.get_tied_weights_and_groups()", "our tied weights"),
     (f"{PIPE_ENGINE}._exec_forward_pass", "self.loss = outputs", "a last stage that computes the loss itself"),
     (f"{PIPE_ENGINE}.eval_batch", "num_micro_batches", "evaluation under pipe"),
