@@ -37,8 +37,14 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) 
     if mesh.pipe.size > 1:
         device = next(model.parameters()).device
         for name, group in groups.items():
-            ranks = mesh.expert_data.size if name == "experts" else mesh.data.size
+            spread = name == "experts" and len(group["params"]) > 0
+            if not group["params"]:  # no group of experts for DeepSpeed, where this stage has none
+                groups[name] = group = {"weight_decay": 0.0, "params": []}
+            whole = _REGISTER * (mesh.expert_data.size if spread else mesh.data.size)
             numbers = sum(parameter.numel() for parameter in group["params"])
-            if filling := -numbers % (_REGISTER * ranks) or _REGISTER * ranks * (not numbers):
-                group["params"].append(nn.Parameter(torch.zeros(filling, device=device)))
+            if missing := -numbers % whole or whole * (numbers == 0):
+                filling = nn.Parameter(torch.zeros(missing, device=device))
+                if spread:
+                    filling.allreduce, filling.group_name = False, experts["name"]  # type: ignore[attr-defined]
+                group["params"].append(filling)
     return [group for group in groups.values() if group["params"]]

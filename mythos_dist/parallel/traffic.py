@@ -41,7 +41,8 @@ _NOT_COUNTED = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_", "c
 def axis_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callable[[Collection[int]], str]:
     """What the axis of a group of ranks that holds `rank` is called, where groups are told apart by their ranks only.
 
-    `pipe` are also the stages that share a weight, `replica` is pipe x tensor. Of equal lines the first name counts.
+    `pipe` are also the stages that share a weight, `tied` are such stages of several replicas, `replica` is pipe x
+    tensor. Of equal lines the first name counts.
     """
     lines = {
         name: next(set(line) for line in of_axis if rank in line)
@@ -49,12 +50,16 @@ def axis_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callable
     }
     per_replica = parallel.pipe * parallel.tensor
     lines["replica"] = set(range(rank // per_replica * per_replica, (rank // per_replica + 1) * per_replica))
+    same_slices = set(range(rank % parallel.tensor, world_size, parallel.tensor))
     lines["world"] = set(range(world_size))
 
     def name(ranks: Collection[int]) -> str:
         if set(ranks) <= lines["pipe"]:
             return "pipe"
-        found = [name for name, line in lines.items() if line == set(ranks)]
+        found = [name for name, line in lines.items() if name != "world" and line == set(ranks)]
+        if not found and len({other % per_replica for other in ranks}) > 1 and set(ranks) <= same_slices:
+            return "tied"
+        found = found or ["world"] * (lines["world"] == set(ranks))
         assert found, f"ranks {sorted(ranks)} are no line of {parallel} on {world_size} ranks"
         return found[0]
 

@@ -234,16 +234,18 @@ def _states(layers: _Layers, parts: Sequence[Part]) -> Counter[tuple[str, str]]:
 
 
 def _tied(model: nn.Module, parts: Sequence[Part], layers: _Layers) -> Counter[tuple[str, str]]:
-    """train/deepspeed_seam.py: get_tied_weights_and_groups; BF16_Optimizer adds up its fp32 gradients."""
-    item = _FP32 if layers.config.train.dtype == "bf16" else layers.item
+    """train/deepspeed_seam.py: reduce_tied_weights_alike; BF16_Optimizer has its gradients in fp32."""
+    item, pipe = _FP32 if layers.config.train.dtype == "bf16" else layers.item, layers.mesh.pipe
     held = [("embed", [part.first or part.last for part in parts]), ("recurrent", [part.loops for part in parts])]
-    numbers = sum(
-        parameter.numel()
-        for name, holders in held
-        if sum(holders) > 1 and holders[layers.mesh.pipe.rank]
-        for parameter in getattr(model, name).parameters()
-    )
-    return _sent(layers.mesh.pipe, "all_reduce", numbers * item)
+    total: Counter[tuple[str, str]] = Counter()
+    for name, holders in held:
+        if sum(holders) > 1 and holders[pipe.rank]:
+            for parameter in getattr(model, name).parameters():
+                spread = not getattr(parameter, "allreduce", True)
+                replicas = layers.mesh.expert_data if spread else layers.mesh.data
+                over = Axis("tied", sum(holders) * replicas.size) if replicas.size > 1 else pipe
+                total += _sent(over, "all_reduce", parameter.numel() * item)
+    return total
 
 
 def _pipeline_scalars(mesh: Mesh, first_send: bool) -> Counter[tuple[str, str]]:
@@ -263,15 +265,14 @@ def _zero(model: nn.Module, layers: _Layers, micro_batches: int) -> Counter[tupl
     replica = _replica(mesh)
     total: Counter[tuple[str, str]] = Counter()
     groups = _group_sizes(model, layers)
-    for experts, sizes in groups:
+    for experts, sizes, whole in groups:
         axis = mesh.expert_data if experts else mesh.data
         if zero == 3:
             total += _zero_3(sizes, axis, item, micro_batches)
             for norm_over in (axis, replica, *[mesh.expert] * experts):  # get_grad_norm_direct, as the seam mends it
                 total += _sent(norm_over, "all_reduce", _FP64)
             continue
-        size = sum(sizes) or 1  # a stand-in, where this stage holds nothing of the group; it has no gradient
-        padded = ceil(size / (2 * axis.size)) * 2 * axis.size  # nccl_start_alignment_factor
+        padded = ceil(whole / (2 * axis.size)) * 2 * axis.size  # nccl_start_alignment_factor
         times = micro_batches if zero == 2 else 1
         total += _sent(axis, "all_reduce", times * (padded if bf16_optimizer else sum(sizes)) * item)
         total += _sent(axis, "all_gather", padded * item)
@@ -307,11 +308,15 @@ def _replica(mesh: Mesh) -> Axis:
     return Axis("replica", mesh.pipe.size * mesh.tensor.size)
 
 
-def _group_sizes(model: nn.Module, layers: _Layers) -> list[tuple[bool, list[int]]]:
-    """Per optimizer group whether it holds experts that are spread, and the sizes of its parameters; none where a
-    stand-in is all that this stage has."""
+def _group_sizes(model: nn.Module, layers: _Layers) -> list[tuple[bool, list[int], int]]:
+    """Per optimizer group whether it holds experts that are spread, the sizes of its parameters, and the numbers in all
+    of it: a pipeline's groups are filled up, and the filling has no gradient."""
     held = {id(parameter) for parameter in model.parameters()}
     return [
-        ("moe" in group, [parameter.numel() for parameter in group["params"] if id(parameter) in held])
+        (
+            "moe" in group,
+            [parameter.numel() for parameter in group["params"] if id(parameter) in held],
+            sum(parameter.numel() for parameter in group["params"]),
+        )
         for group in parameter_groups(model, layers.config.optim, layers.mesh)
     ]

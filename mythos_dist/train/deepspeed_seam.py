@@ -4,7 +4,7 @@
 - groups: DeepSpeed's expert groups assume the rank order [pipe, data, model]; ours are put into its tables.
 - experts: a layer that is an `AutoEPMoELayer` is reduced and partitioned (ZeRO-3 included) as experts.
 - partitions: what ZeRO holds of a parameter, as views that checkpoints read and fill.
-- stages: a PipelineModule with one layer per stage, and our own list of tied weights.
+- stages: a PipelineModule with one layer per stage, and our own way to add up the gradients of tied weights.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
@@ -252,18 +253,21 @@ class Pipeline(PipelineModule):
         layers = [layer if i == mesh.pipe.rank else nn.Identity() for i in range(mesh.pipe.size)]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its random seeds
             super().__init__(layers, topology=topology)
-        self._tied: list[tuple[Tensor, Any]] = []
+        self.tied: list[tuple[nn.Parameter, Any, int]] = []  # a weight, who has a copy of it, how many replicas of them
         # The same order on every stage, or their all-reduces would not meet: first the embedding, then the loop.
         holders = {
             "embed": [i for i, part in enumerate(parts) if part.first or part.last],
             "recurrent": [i for i, part in enumerate(parts) if part.loops],
         }
+        experts = range(mesh.data.rank % mesh.expert.size, mesh.data.size, mesh.expert.size)  # replicas with ours
         for name, stages in holders.items():
-            ranks: list[int] = [topology.get_rank(data=mesh.data.rank, pipe=i, model=mesh.tensor.rank) for i in stages]
-            group = new_group(ranks if self.global_rank in ranks else [self.global_rank])
+            groups = []
+            for replicas in (range(mesh.data.size), experts):
+                ranks = [topology.get_rank(data=d, pipe=i, model=mesh.tensor.rank) for d in replicas for i in stages]
+                groups.append((new_group(ranks if self.global_rank in ranks else [self.global_rank]), len(replicas)))
             if len(stages) > 1 and mesh.pipe.rank in stages:
                 for parameter in getattr(layer.model, name).parameters():
-                    self._tied.append((parameter, group))
+                    self.tied.append((parameter, *groups[not getattr(parameter, "allreduce", True)]))
                     # One stage counts in the gradient norm.
                     parameter.ds_pipe_replicated = mesh.pipe.rank != stages[0]
 
@@ -272,6 +276,19 @@ class Pipeline(PipelineModule):
         stage = int(self._topo.get_coord(self.global_rank).pipe)
         self._local_start, self._local_stop = stage, stage + 1
 
-    def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
-        """Parameters whose gradients DeepSpeed adds up over stages, and over which ranks."""
-        return self._tied
+
+def reduce_tied_weights_alike(engine: Any) -> None:
+    """Let stages that hold copies of a weight get the same gradient for it, to the last bit.
+
+    DeepSpeed adds up over stages first and over replicas then, each stage with buffers of its own; from three replicas
+    on, the order of a sum follows from where a number lies in its buffer, and copies drift apart. Here one all-reduce
+    goes over the stages of all replicas. Averaging over replicas then adds up equal numbers, the same everywhere.
+    """
+
+    def reduce(engine: Any) -> None:
+        for parameter, group, replicas in engine.module.tied:
+            grad = parameter._hp_grad if engine.using_bf16_optimizer else parameter.grad
+            grad.div_(replicas)
+            dist.all_reduce(grad, group=group)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: reduce}

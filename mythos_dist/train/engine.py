@@ -60,6 +60,7 @@ class Engine:
             make_experts_known,
             mend_gradient_norm,
             mpu_of,
+            reduce_tied_weights_alike,
             register_experts,
             start_moments,
         )
@@ -96,6 +97,8 @@ class Engine:
             config=deepspeed_config(config, mesh.data.size),
             mpu=None if self.stage else mpu_of(mesh),
         )
+        if self.stage:
+            reduce_tied_weights_alike(self.deepspeed)
         mend_gradient_norm(self.deepspeed.optimizer, mesh)
         start_moments(self.deepspeed.optimizer)
 

@@ -62,6 +62,9 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (4, dict(pipe=2, tensor=2, sequence=True), "loop"),
     (4, dict(pipe=2, expert=2), "mla"),
     (4, dict(pipe=2, expert=2), "idle ranks"),
+    (4, dict(pipe=2, expert=2), "odd widths"),
+    (8, dict(pipe=2), "mla"),  # four replicas: the order in which they are added up matters
+    (8, dict(pipe=2, expert=4), "mla"),
     (8, dict(pipe=4, expert=2), "bare"),
     (8, dict(pipe=2, tensor=2, expert=2), "mla"),
     (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
@@ -72,7 +75,9 @@ BF16: list[tuple[int, dict[str, Any], str]] = [
     (1, dict(), "bare"),
     (2, dict(zero=3), "mla"),
     (2, dict(tensor=2, sequence=True), "mla"),
+    (1, dict(), "odd widths"),
     (4, dict(pipe=2, expert=2), "mla"),
+    (4, dict(pipe=2, expert=2), "odd widths"),
     (4, dict(tensor=2, expert=2), "mla"),
     (4, dict(expert=4, zero=2), "mla"),
     (8, dict(pipe=4, expert=2), "bare"),
@@ -101,6 +106,8 @@ def run_of(config: Config, kind: str) -> Config:
         return change(config, model=dict(halting="none"))
     if kind == "one expert":
         return change(config, model=dict(n_experts_per_tok=1))
+    if kind == "odd widths":  # every group of parameters is filled up, experts' too
+        return change(config, model=dict(dim=36, expert_dim=7, n_experts=6))
     if kind == "bare":  # a stage without any block, and one without experts
         return change(config, model=dict(prelude_layers=0, coda_layers=0, vocab_size=4000))
     if kind == "two loops":  # as many stages as can be: loops + 2
@@ -169,6 +176,7 @@ def test_a_layout_trains_as_one_process(case, runs, references):
     kind = case.rsplit(", ", 1)[1]
     expected = references[kind if kind in references else "mla"]
     held = defaultdict(list)
+    copies: dict[tuple, list[torch.Tensor]] = {}
     for got in runs(int(case[0]))[case]:
         if isinstance(got, AssertionError):
             raise got
@@ -181,6 +189,8 @@ def test_a_layout_trains_as_one_process(case, runs, references):
         for name, (start, stop) in got["places"].items():
             place = tuple(slice(*ends) for ends in zip(start, stop, strict=True))
             held[name].append(place)
+            copy = copies.setdefault((name, *start, *stop), got["final"][name])
+            assert all(map(torch.equal, copy, got["final"][name])), f"copies of {name} have drifted apart"
             assert torch.equal(got["initial"][name], expected["initial"][name][place]), name
             for what, ours, whole in zip(
                 ("parameter", "first moment", "second moment"), got["final"][name], expected["final"][name], strict=True

@@ -84,7 +84,9 @@ def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, t
         result = train(world, *settings, f"run.dir={run_dir}", *change.split(), seconds=240)
         assert result.codes == [0] * world, result.tails
         counted = [line.get("communication") for line in lines(run_dir)]
-        assert all(set(each) == {"data", "expert", "pipe", "replica", "tensor"} for each in counted if world == 8)
+        assert all(
+            set(each) == {"data", "expert", "pipe", "replica", "tensor", "tied"} for each in counted if world == 8
+        )
         assert world == 8 or counted == [None] * 6
         for got, expected in zip(lines(run_dir), lines(finished), strict=True):
             assert got["batch_id"] == expected["batch_id"] and got["tokens"] == expected["tokens"]
