@@ -7,14 +7,14 @@ not grow with the model.
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, damage
+from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, Progress, damage
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import publish
 from mythos_dist.checkpoint.tensor_file import write_tensors
@@ -22,7 +22,6 @@ from mythos_dist.errors import UserError
 
 FILE_BYTES = 4 << 30  # of a file, unless one name's tensors take more
 BLOCK = 1 << 24  # numbers that are put together at a time
-Progress = Callable[[int], object]  # bytes written since the last call
 
 
 def write_canonical(

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.canonical import Progress, blocks_of, grouped
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint, damage
+from mythos_dist.checkpoint.canonical import blocks_of, grouped
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint, Progress, damage
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import MythosConfig

@@ -9,7 +9,7 @@ parameter there are three tensors, `parameter/NAME`, `exp_avg/NAME` and `exp_avg
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from mythos_dist.checkpoint.tensor_file import TensorFile, file_hash
 from mythos_dist.errors import UserError
 
 FILE = "checkpoint.json"
+Progress = Callable[[int], object]  # of long work: bytes since the last call
 FORMAT_VERSION = 1
 PARAMETER, MOMENTS, BUFFER = "parameter", ("exp_avg", "exp_avg_sq"), "buffer"
 

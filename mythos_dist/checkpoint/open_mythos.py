@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.canonical import FILE_BYTES, Progress, grouped, new_checkpoint
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, File, Manifest, versions
+from mythos_dist.checkpoint.canonical import FILE_BYTES, grouped, new_checkpoint
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, File, Manifest, Progress, versions
 from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import publish

@@ -14,6 +14,7 @@ from mythos_dist.checkpoint.manifest import (
     MOMENTS,
     PARAMETER,
     Checkpoint,
+    Progress,
     checkpoints_of,
     damage,
     read_manifest,
@@ -54,10 +55,11 @@ def find_checkpoint(checkpoints: Path, verify: bool = True) -> tuple[Checkpoint 
     return None, []
 
 
-def load_state(checkpoint: Checkpoint, state: State) -> None:
+def load_state(checkpoint: Checkpoint, state: State, progress: Progress = lambda size: None) -> None:
     """Fill a rank's `state` from a checkpoint; moments that it lacks are zero (imported weights have none).
 
-    Raises UserError if the checkpoint is of another model.
+    `progress` is called with the bytes read since the last call. Raises UserError if the checkpoint is of another
+    model.
     """
     for name, held in state.items():
         for kind, value in held.values.items():
@@ -69,6 +71,7 @@ def load_state(checkpoint: Checkpoint, state: State) -> None:
             checkpoint.read(kind, name, held.piece, on_host.numpy())
             if on_host.device != value.device:
                 value.copy_(on_host)
+            progress(4 * value.numel())
 
 
 def load_model(path: Path) -> tuple[Mythos, Config, int]:

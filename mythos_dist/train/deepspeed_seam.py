@@ -39,7 +39,8 @@ def topology_of(mesh: Mesh) -> ProcessTopology:
 
 def mpu_of(mesh: Mesh) -> PipelineParallelGrid:
     """The groups of a run without a pipeline, as `deepspeed.initialize` asks for them; a pipeline makes its own."""
-    return PipelineParallelGrid(topology=topology_of(mesh))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
+        return PipelineParallelGrid(topology=topology_of(mesh))
 
 
 def register_experts(mesh: Mesh) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
@@ -66,7 +67,9 @@ def train(config: Config) -> None:
     if checkpoint:
         if rank == 0:
             print(f"resuming from {checkpoint.folder}", flush=True)
-        together(lambda: load_state(checkpoint, engine.state))
+        size = sum(4 * value.numel() for held in engine.state.values() for value in held.values.values())
+        with tqdm(total=size, desc="loading", unit="B", unit_scale=True, disable=rank > 0 or None, leave=False) as bar:
+            together(lambda: load_state(checkpoint, engine.state, bar.update))
         engine.after_load(checkpoint.manifest.optimizer, done)
     saver = Saver(checkpoints, config.checkpoint, fence, engine.state)
     metrics = Metrics(config, run_dir, done) if rank == 0 else None

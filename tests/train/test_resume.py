@@ -153,6 +153,25 @@ def test_a_full_disk_stops_no_run(whole, run, tmp_path, background):
         assert lines(run_dir) == lines(whole) and (run_dir / "COMPLETED").exists()
 
 
+def test_one_checkpoint_is_written_at_a_time(whole, run, tmp_path):
+    """Though they are due faster than they are written."""
+    run_dir, most, done = tmp_path / "run", 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, len(list((run_dir / "checkpoints").glob("step-*.tmp-*"))))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    slow = {"SLOW_SAVE": "0.005"}
+    result = train(2, *run, f"run.dir={run_dir}", "checkpoint.every=1", "checkpoint.keep=30", env=slow)
+    done.set()
+    thread.join()
+    assert result.codes == [0, 0] and most == 1
+    assert checkpoints(run_dir) == list(range(1, STEPS + 1)) and lines(run_dir) == lines(whole)
+
+
 def test_a_newer_start_ends_the_one_before(whole, run, tmp_path):
     """As where a node lost its network: it still runs, while the run was begun again elsewhere. What it had not
     published stays unpublished."""
