@@ -15,9 +15,9 @@ from hypothesis import settings as hypothesis_settings
 
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
-from mythos_dist.data.corpus import read_documents, write_sample_corpus
-from mythos_dist.data.shards import convert
 from mythos_dist.data.tokenizer import train_tokenizer
+from mythos_dist.shards.convert import convert
+from mythos_dist.shards.corpus import read_documents, write_sample_corpus
 
 # A busy machine is no failure; CI judges a change by the same examples every time, a person's run looks for new ones.
 hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)

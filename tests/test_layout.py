@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": set(),
     "data": {"config"},
+    "shards": {"data", "config"},
     "parallel": {"config"},
     "model": {"parallel", "config"},
     "checkpoint": {"model", "parallel", "config"},

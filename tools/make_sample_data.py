@@ -18,9 +18,9 @@ def main() -> None:
     parser.add_argument("--heldout", type=float, default=0.1, help="share of documents held out (%(default)s)")
     arguments = parser.parse_args()
 
-    from mythos_dist.data.corpus import read_documents, write_sample_corpus
-    from mythos_dist.data.shards import convert
     from mythos_dist.data.tokenizer import train_tokenizer
+    from mythos_dist.shards.convert import convert
+    from mythos_dist.shards.corpus import read_documents, write_sample_corpus
 
     work = arguments.out.with_name(arguments.out.name + "-source")
     try:

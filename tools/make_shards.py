@@ -51,10 +51,10 @@ def main() -> None:
     arguments = parse()
     # Arrow's own allocator keeps what it has freed; a worker's memory would follow the largest document it ever saw.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-    from mythos_dist.data.documents import Columns
     from mythos_dist.data.manifest import Filters
-    from mythos_dist.data.shards import convert
     from mythos_dist.data.tokenizer import Tokenizer
+    from mythos_dist.shards.convert import convert
+    from mythos_dist.shards.documents import Columns
 
     begin = time.monotonic()
     try:

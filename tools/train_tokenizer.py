@@ -44,8 +44,8 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace) -> dict[str, str | int]:
     """Read, sample and train; what --json prints."""
-    from mythos_dist.data.corpus import sample_documents
     from mythos_dist.data.tokenizer import sample_lines, train_on_lines
+    from mythos_dist.shards.corpus import sample_documents
 
     if arguments.sample_mb < 1:
         raise UserError(f"--sample-mb={arguments.sample_mb} is no amount of text; set it to 1 or more")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mythos_dist.errors import UserError, exit_with
 
 if TYPE_CHECKING:
-    from mythos_dist.data.verify import Report
+    from mythos_dist.shards.verify import Report
 
 MAX_LINES = 100  # of bad shards
 ADVICE = "copy these files again from where they came, or delete the folder and run tools/make_shards.py again"
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Verify; the exit code is 0, 1 for damage, 2 where nothing can be verified, or 130 if a person stopped it."""
     arguments = parse()
-    from mythos_dist.data.verify import verify
+    from mythos_dist.shards.verify import verify
 
     try:
         report = verify(arguments.folder, workers=arguments.workers, quiet=arguments.quiet)

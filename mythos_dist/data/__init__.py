@@ -1,1 +1,1 @@
-"""Text to batches: parquet -> tokens -> windows -> MDS shards -> the micro-batches of one replica."""
+"""Shards to batches: tokenizers, the folders of shards that a run reads, the micro-batches of one replica."""

@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from mythos_dist.data import pool
 from mythos_dist.data.corpora import read_index
 from mythos_dist.data.manifest import SPLITS, Manifest, SplitCounts, file_sha256, index_fingerprint, read_manifest
-from mythos_dist.data.part import UNFINISHED
-from mythos_dist.data.pool import Workers
-from mythos_dist.data.progress import Progress
 from mythos_dist.data.windows import Shard
 from mythos_dist.errors import UserError
+from mythos_dist.shards import pool
+from mythos_dist.shards.part import UNFINISHED
+from mythos_dist.shards.pool import Workers
+from mythos_dist.shards.progress import Progress
 
 PIECE_BYTES = 1 << 20  # read at a time; a multiple of a token's size
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape leads to

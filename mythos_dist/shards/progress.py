@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mythos_dist.data.pool import Workers
+from mythos_dist.shards.pool import Workers
 
 LINE_SECONDS = 60.0  # between two lines where no person watches
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_dist.data import duplicates
-from mythos_dist.data.duplicates import find_duplicates, save_digests
+from mythos_dist.shards import duplicates
+from mythos_dist.shards.duplicates import find_duplicates, save_digests
 
 
 def plain(parts):

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from mythos_dist.data import mds
-from mythos_dist.data import shards as shards_module
-from mythos_dist.data import verify as verify_module
 from mythos_dist.data.manifest import index_fingerprint
-from mythos_dist.data.shards import convert
-from mythos_dist.data.verify import verify
 from mythos_dist.errors import UserError
+from mythos_dist.shards import convert as convert_module
+from mythos_dist.shards import mds
+from mythos_dist.shards import verify as verify_module
+from mythos_dist.shards.convert import convert
+from mythos_dist.shards.verify import verify
 
 TOOL = Path(__file__).parents[2] / "tools" / "verify_shards.py"
 SEQ_LEN = 32
@@ -42,7 +42,7 @@ def made(byte_tokenizer, tmp_path_factory):
     pq.write_table(pa.table({"text": texts}), work / "corpus.parquet", row_group_size=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mds, "SIZE_LIMIT", 2500)
-        patch.setattr(shards_module, "MIN_PART_BYTES", 1)
+        patch.setattr(convert_module, "MIN_PART_BYTES", 1)
         patch.setattr(os, "fsync", lambda descriptor: None)
         for name, compression in (("plain", None), ("zstd", "zstd:1")):
             convert(

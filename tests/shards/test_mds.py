@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_dist.data import mds
-from mythos_dist.data.mds import ShardWriter
+from mythos_dist.shards import mds
+from mythos_dist.shards.mds import ShardWriter
 
 
 def reference(folder, tokens, seq_len, compression, size_limit):

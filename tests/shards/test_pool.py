@@ -11,9 +11,9 @@ import psutil
 import pytest
 from helpers.conversion import ended
 
-from mythos_dist.data import pool
-from mythos_dist.data.pool import Workers
 from mythos_dist.errors import UserError
+from mythos_dist.shards import pool
+from mythos_dist.shards.pool import Workers
 
 
 def square(number):
@@ -102,7 +102,7 @@ def test_stopping_ends_the_workers_in_the_middle_of_their_work():
 
 PARENT = """
 import sys, time
-from mythos_dist.data.pool import Workers
+from mythos_dist.shards.pool import Workers
 with Workers(2) as crew:
     print(*[child.pid for child in crew._children()], flush=True)
     list(crew.map(time.sleep, [1000] * 4))

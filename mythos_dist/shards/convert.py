@@ -26,10 +26,6 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from mythos_dist.data import pool
-from mythos_dist.data.documents import Columns, Units, units_of
-from mythos_dist.data.duplicates import find_duplicates, save_digests
-from mythos_dist.data.inputs import Inputs, Source, Unreadable, content_hash, find_sources
 from mythos_dist.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -42,8 +38,14 @@ from mythos_dist.data.manifest import (
     index_fingerprint,
     read_manifest,
 )
-from mythos_dist.data.mds import ShardWriter
-from mythos_dist.data.part import (
+from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.errors import UserError
+from mythos_dist.shards import pool
+from mythos_dist.shards.documents import Columns, Units, units_of
+from mythos_dist.shards.duplicates import find_duplicates, save_digests
+from mythos_dist.shards.inputs import Inputs, Source, Unreadable, content_hash, find_sources
+from mythos_dist.shards.mds import ShardWriter
+from mythos_dist.shards.part import (
     UNFINISHED,
     Job,
     Part,
@@ -53,10 +55,8 @@ from mythos_dist.data.part import (
     read_record,
     write_atomically,
 )
-from mythos_dist.data.pool import Workers
-from mythos_dist.data.progress import Progress
-from mythos_dist.data.tokenizer import Tokenizer
-from mythos_dist.errors import UserError
+from mythos_dist.shards.pool import Workers
+from mythos_dist.shards.progress import Progress
 
 # A part is about 1 / PARTS of the text, within these bounds: enough parts for many workers, few enough files.
 PARTS = 256

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mythos_dist.data.inputs import Source, open_bytes, read_pieces, reading
-from mythos_dist.data.lines import LONG_BYTES, Text, read_lines, text_of_json
 from mythos_dist.errors import UserError
+from mythos_dist.shards.inputs import Source, open_bytes, read_pieces, reading
+from mythos_dist.shards.lines import LONG_BYTES, Text, read_lines, text_of_json
 
 BATCH_BYTES = 4 << 20  # text that is handed on at a time
 TEXT_SPAN_BYTES = 4 << 20  # lines are divided at this grain

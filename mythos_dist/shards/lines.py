@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mythos_dist.data.inputs import Source, read_pieces
+from mythos_dist.shards.inputs import Source, read_pieces
 
 LONG_BYTES = 1 << 20  # of a document or line that is handled in pieces
 

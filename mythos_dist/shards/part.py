@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mythos_dist.data.documents import Batch, Columns, LongDocument, Span, read_span, valid_utf8
-from mythos_dist.data.inputs import Source, reading
 from mythos_dist.data.manifest import SPLITS, Filters, Skipped
-from mythos_dist.data.mds import ShardWriter
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.shards.documents import Batch, Columns, LongDocument, Span, read_span, valid_utf8
+from mythos_dist.shards.inputs import Source, reading
+from mythos_dist.shards.mds import ShardWriter
 
 UNFINISHED = "unfinished"  # the folder of records; it goes when the manifest is there
 FRAGMENT_BYTES = 1 << 20  # of a long document, encoded at a time

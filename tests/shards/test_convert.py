@@ -15,13 +15,14 @@ from helpers.conversion import SPLITS, ByteTokenizer, assert_holds, contents, ex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_dist.data import documents, lines, mds, shards
-from mythos_dist.data.corpus import read_documents
-from mythos_dist.data.documents import Columns
 from mythos_dist.data.manifest import Filters, Skipped, read_manifest
-from mythos_dist.data.part import to_dtype
-from mythos_dist.data.shards import convert
 from mythos_dist.errors import UserError
+from mythos_dist.shards import convert as convert_module
+from mythos_dist.shards import documents, lines, mds
+from mythos_dist.shards.convert import convert
+from mythos_dist.shards.corpus import read_documents
+from mythos_dist.shards.documents import Columns
+from mythos_dist.shards.part import to_dtype
 
 WORDS = "the quick brown fox jumps over the lazy dog, naïve 日本 🙂".split()
 TEXTS = [" ".join(WORDS[number % 7 :] + [str(number)] * (number % 5)) for number in range(120)]
@@ -59,8 +60,8 @@ def finished(text_folder, byte_tokenizer, tmp_path_factory):
     """A conversion of `text_folder`, a part for each row group. Tests that change it copy it first."""
     out = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "MIN_PART_BYTES", 1)
-        patch.setattr(shards, "PARTS", 1 << 30)
+        patch.setattr(convert_module, "MIN_PART_BYTES", 1)
+        patch.setattr(convert_module, "PARTS", 1 << 30)
         convert_folder(text_folder, byte_tokenizer, out)
     return out
 
@@ -162,11 +163,11 @@ def test_any_filters_over_any_documents(
     shutil.rmtree(property_folder / "out", ignore_errors=True)
     file = property_folder / f"a.{kind}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "MIN_PART_BYTES", 1)
-        patch.setattr(shards, "PARTS", 1 << 30)
+        patch.setattr(convert_module, "MIN_PART_BYTES", 1)
+        patch.setattr(convert_module, "PARTS", 1 << 30)
         patch.setattr(documents, "LONG_BYTES", long)
         patch.setattr(documents, "BATCH_BYTES", 2 * long)
-        patch.setattr("mythos_dist.data.part.FRAGMENT_BYTES", max(4, long // 2))
+        patch.setattr("mythos_dist.shards.part.FRAGMENT_BYTES", max(4, long // 2))
         if kind == "parquet":
             pq.write_table(
                 pa.table(
@@ -255,7 +256,7 @@ def test_neighbouring_spans_make_parts_of_about_equal_size(write_parquet, byte_t
     texts = [np.random.default_rng(number).bytes(150).hex() for number in range(300)]
     for number, name in enumerate("abc"):
         write_parquet(f"{name}.parquet", text=texts[100 * number : 100 * number + 100])
-    monkeypatch.setattr(shards, "MIN_PART_BYTES", 10_000)
+    monkeypatch.setattr(convert_module, "MIN_PART_BYTES", 10_000)
     monkeypatch.setattr(mds, "SIZE_LIMIT", 5000)
     manifest = convert(tmp_path, byte_tokenizer, 99, tmp_path / "out", heldout=0, quiet=True)
     folders = sorted((tmp_path / "out/train").glob("part-0*"))
@@ -659,14 +660,14 @@ def test_a_conversion_that_ends_while_another_begins_is_left_as_it_is(
     begun, finished, text_folder, byte_tokenizer, monkeypatch
 ):
     """The other one looks at the folder before the first has finished it, and gets the lock after that."""
-    claim = shards._claim
+    claim = convert_module._claim
 
     def late(out, settings_of):
-        monkeypatch.setattr(shards, "_claim", claim)
+        monkeypatch.setattr(convert_module, "_claim", claim)
         convert_folder(text_folder, byte_tokenizer, begun)
         return claim(out, settings_of)
 
-    monkeypatch.setattr(shards, "_claim", late)
+    monkeypatch.setattr(convert_module, "_claim", late)
     tokenizer = Interrupted(byte_tokenizer.path)
     assert convert_folder(text_folder, tokenizer, begun) == read_manifest(begun)
     assert tokenizer.calls == 10**9

@@ -21,14 +21,14 @@ import pytest
 from helpers.conversion import contents, ended
 from helpers.disk import enlarge, small_disk
 
-from mythos_dist.data.shards import convert
+from mythos_dist.shards.convert import convert
 
 REPOSITORY = Path(__file__).parents[2]
 # tools/make_shards.py with parts of one row group, as a user's command otherwise. With SLOW a part takes as long as a
 # larger one would: long enough to interrupt the tool between two of them on any machine.
 TOOL = """
 import os, runpy, sys, time
-import mythos_dist.data.shards as shards
+import mythos_dist.shards.convert as shards
 shards.MIN_PART_BYTES = 1
 convert_part = shards.convert_part
 def slow_part(*arguments):
@@ -77,9 +77,8 @@ def wait_for(condition, seconds: float = 30.0) -> None:
 
 def test_nothing_that_converts_imports_torch_or_streaming():
     """They take 700 MB in each worker."""
-    code = (
-        "import mythos_dist.data.shards, mythos_dist.data.verify, sys; print({'torch', 'streaming'} & set(sys.modules))"
-    )
+    code = "import mythos_dist.shards.convert, mythos_dist.shards.verify, sys\n"
+    code += "print({*sys.modules} & {'torch', 'streaming'})"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
     assert told.stdout == "set()\n", told.stderr
 
@@ -183,7 +182,7 @@ def test_a_batch_jobs_log_is_quiet_on_request(task, tmp_path):
 
 
 def test_lines_come_now_and_then_where_nobody_watches(task, tokenizer, tmp_path, monkeypatch, capsys):
-    from mythos_dist.data import progress
+    from mythos_dist.shards import progress
 
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     convert(task[0][1], tokenizer, 64, tmp_path / "out")

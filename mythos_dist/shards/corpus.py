@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from mythos_dist.data.documents import Columns, LongDocument, Span, Units, read_span, units_of, valid_utf8
-from mythos_dist.data.inputs import Inputs, find_sources, reading
 from mythos_dist.errors import UserError
+from mythos_dist.shards.documents import Columns, LongDocument, Span, Units, read_span, units_of, valid_utf8
+from mythos_dist.shards.inputs import Inputs, find_sources, reading
 
 
 def write_sample_corpus(out: Path) -> Path:

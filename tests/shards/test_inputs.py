@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.conversion import assert_holds, contents, expect
 
-from mythos_dist.data import shards
-from mythos_dist.data.inputs import Source, content_hash, find_sources, kind_of
 from mythos_dist.data.manifest import file_sha256
-from mythos_dist.data.shards import convert
 from mythos_dist.errors import UserError
+from mythos_dist.shards import convert as convert_module
+from mythos_dist.shards.convert import convert
+from mythos_dist.shards.inputs import Source, content_hash, find_sources, kind_of
 
 TEXTS = [f"document {number} of the remote corpus, {'word ' * (number % 7)}" for number in range(60)]
 
@@ -185,7 +185,7 @@ def test_dropped_connections_are_tried_again(
     remote_folder, byte_tokenizer, tmp_path, part_per_span, monkeypatch, workers
 ):
     """The first answers are those to the look at the files, the later ones carry text."""
-    monkeypatch.setattr(shards, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(convert_module, "RETRY_SECONDS", 0.01)
     convert(remote_folder, byte_tokenizer, 16, tmp_path / "local", quiet=True)
     with serving(remote_folder, drop=(1, 2, 5, 8, 10)) as (url, server):
         inputs = [f"{url}/{name}" for name in NAMES]
@@ -198,7 +198,7 @@ def test_dropped_connections_are_tried_again(
 def test_a_server_that_always_drops_is_given_up_and_the_file_named(
     remote_folder, byte_tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(shards, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(convert_module, "RETRY_SECONDS", 0.01)
     with (
         serving(remote_folder, drop=range(1000)) as (url, server),
         pytest.raises(UserError, match=r"c.jsonl.gz: cannot be read \(ClientPayloadError"),
@@ -211,7 +211,7 @@ def test_a_server_without_ranges_serves_small_files_and_large_ones_are_refused(
     remote_folder, byte_tokenizer, tmp_path, monkeypatch
 ):
     """Up to 8 MB, one answer is the whole file."""
-    monkeypatch.setattr(shards, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(convert_module, "RETRY_SECONDS", 0.01)
     with serving(remote_folder, ranges=False, etags=False) as (url, _):
         inputs = [f"{url}/{name}" for name in NAMES]
         manifest = convert(inputs, byte_tokenizer, 16, tmp_path / "out", quiet=True)

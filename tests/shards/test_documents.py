@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_dist.data import documents, inputs, lines
-from mythos_dist.data.documents import Columns, LongDocument, read_span, units_of, valid_utf8
-from mythos_dist.data.inputs import find_sources
 from mythos_dist.errors import UserError
+from mythos_dist.shards import documents, inputs, lines
+from mythos_dist.shards.documents import Columns, LongDocument, read_span, units_of, valid_utf8
+from mythos_dist.shards.inputs import find_sources
 
 TEXTS = [
     *("first", "", "naïve 日本語 🙂", "two\\nlines\r\nand a tab\t", 'a "quoted" \\ text', "x" * 5000, " ", "</s>\0"),

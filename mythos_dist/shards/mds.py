@@ -5,7 +5,7 @@ torchvision), and MDSWriter handles a window at a time in Python. Windows of one
 
     uint32 samples | uint32 (samples + 1) offsets | JSON with the columns | the windows, one after the other
 
-Samples of a fixed shape (`ndarray:uint16:2049`) have no header of their own. tests/data/test_mds.py holds the files
+Samples of a fixed shape (`ndarray:uint16:2049`) have no header of their own. tests/shards/test_mds.py holds the files
 and the index entries against MDSWriter's.
 """
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mythos_dist.data.corpus import read_documents, sample_documents, write_sample_corpus
 from mythos_dist.errors import UserError
+from mythos_dist.shards.corpus import read_documents, sample_documents, write_sample_corpus
 
 FINEWEB_EDU = "text id dump url file_path language language_score token_count score int_score".split()
 

@@ -1,0 +1,1 @@
+"""Text to shards: parquet, JSON lines or plain text -> tokens -> windows -> MDS shards, verified."""

@@ -1,0 +1,104 @@
+"""One small corpus for all data tests: CPython's help texts, a vocabulary of 1000, windows of 64 tokens."""
+
+import os
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.conversion import ByteTokenizer
+
+from mythos_dist.data.tokenizer import train_tokenizer
+from mythos_dist.shards import convert as convert_module
+from mythos_dist.shards import documents, lines
+from mythos_dist.shards.convert import convert
+from mythos_dist.shards.corpus import read_documents, write_sample_corpus
+
+SEQ_LEN = 64
+VOCAB_SIZE = 1000
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """What a disk has after a power cut is not tried here, and hundreds of small files would wait for it."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def corpus(data_folder):
+    """The parquet file."""
+    return write_sample_corpus(data_folder / "corpus.parquet")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus, data_folder):
+    return train_tokenizer(read_documents(corpus), data_folder / "tokenizer.model", VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(data_folder):
+    """Token = byte + 3."""
+    return ByteTokenizer(data_folder / "bytes.model")
+
+
+@pytest.fixture(scope="session")
+def shards(corpus, tokenizer, data_folder):
+    """The folder of shards; a tenth of the documents is held out. Tests that change it copy it first."""
+    out = data_folder / "shards"
+    convert(corpus, tokenizer, SEQ_LEN, out, heldout=0.1, quiet=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_stream(shards):
+    """ReplicaStream with small defaults; name only what a test is about."""
+    from mythos_dist.data.stream import ReplicaStream  # imports streaming, which takes seconds
+
+    return partial(
+        ReplicaStream,
+        path=shards,
+        split="train",
+        seq_len=SEQ_LEN,
+        vocab_size=VOCAB_SIZE,
+        global_batch=8,
+        micro_batch=2,
+        replica=0,
+        num_replicas=1,
+        seed=7,
+    )
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    """Write columns (lists) to a parquet file of `tmp_path`, `rows` to a row group."""
+
+    def write(name="a.parquet", rows=10, **columns):
+        pq.write_table(pa.table(columns), tmp_path / name, row_group_size=rows)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def part_per_span(monkeypatch):
+    """Each row group is a part."""
+    monkeypatch.setattr(convert_module, "MIN_PART_BYTES", 1)
+    monkeypatch.setattr(convert_module, "PARTS", 1 << 30)
+
+
+@pytest.fixture
+def tiny_pieces(monkeypatch):
+    """`tiny_pieces(n)`: documents of more than n bytes are long ones, and batches hold about 2 n bytes."""
+
+    def patch(size):
+        for module in (documents, lines):
+            monkeypatch.setattr(module, "LONG_BYTES", size)
+        monkeypatch.setattr(documents, "BATCH_BYTES", 2 * size)
+        monkeypatch.setattr("mythos_dist.shards.part.FRAGMENT_BYTES", size)
+
+    return patch
