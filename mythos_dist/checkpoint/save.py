@@ -60,16 +60,17 @@ class Saver:
     def save(self, manifest: Manifest) -> None:
         """Begin to save the state as it is now; `manifest` is without tensors and files. First ends an earlier save."""
         self.finish()
-        if self._settings.background:
-            for key, value in self._values():
-                self._copies[key].copy_(value, non_blocking=True)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+        for key, value in self._values() if self._copies else ():
+            self._copies[key].copy_(value, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self._saving, self._written = manifest, (None, None)
         self._thread = threading.Thread(target=self._write, args=(self._temporary(manifest),), daemon=True)
         self._thread.start()
         if not self._settings.background:
             self.finish()
+        elif not self._copies:
+            self._thread.join()  # this rank's values must not change until they are on disk
 
     def poll(self) -> None:
         """Between two steps: publish what was being saved if every rank has written its part."""
@@ -99,9 +100,14 @@ class Saver:
         return self._last_is_whole
 
     def _make_room(self) -> None:
+        """In a thread: host memory for a copy of what this rank writes."""
         pinned = torch.cuda.is_available()
-        for key, value in self._values():
-            self._copies[key] = torch.zeros(value.shape, dtype=value.dtype, pin_memory=pinned)
+        try:
+            self._copies = {
+                key: torch.zeros(value.shape, dtype=value.dtype, pin_memory=pinned) for key, value in self._values()
+            }
+        except RuntimeError as error:
+            log.warning("no room for a copy of the state (%s): training waits while checkpoints are written", error)
 
     def _values(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank's file holds, in order."""

@@ -134,10 +134,13 @@ def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpu
         f"{name}={value}, but {checkpoint.folder} was saved with {old}"
         for name, value, old in differences(config, manifest.config)
     ]
-    if manifest.data:
-        found += changes(corpora, manifest.data)
+    settings = ["these"] if found else []
+    if manifest.data and (changed := changes(corpora, manifest.data)):
+        found += changed
+        settings.append("data.path" if config.data.mix is None else "data.mix")
     if found:
-        raise UserError([*found, f"set these back to go on with the run in run.dir={config.run.dir}, or give another"])
+        remedy = f"set {' and '.join(settings)} back to go on with the run in run.dir={config.run.dir}"
+        raise UserError([*found, f"{remedy}, or give another run.dir"])
 
 
 def take_fence(run_dir: Path) -> Fence:

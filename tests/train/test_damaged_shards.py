@@ -68,9 +68,9 @@ def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
     if os.environ["RANK"] == "1":
         real = loop.check_inputs
 
-        def then_lost(config, layout):
-            checked = real(config, layout)
-            for entry in checked[1][0].shards["train"]:
+        def then_lost(config):
+            checked = real(config)
+            for entry in checked[0].shards["train"]:
                 entry.entry["raw_data"]["basename"] = shard
             return checked
 
