@@ -153,9 +153,10 @@ def set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
     optimizer = engine.optimizer
     for flat in _flat_masters(optimizer):
         optimizer.optimizer.state[flat]["step"].fill_(state["steps"])
+    scaler = getattr(optimizer, "loss_scaler", None)  # BF16_Optimizer has none, other stages' have one for bf16 too
     for name, value in state["loss_scale"].items():
-        if hasattr(optimizer.loss_scaler, name):
-            setattr(optimizer.loss_scaler, name, value)
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
     engine.skipped_steps = state["skipped_steps"]
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()

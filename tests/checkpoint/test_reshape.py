@@ -172,6 +172,26 @@ def test_every_layout_loads_every_other(ranks, written, config):
             assert later["grad_norm"] == pytest.approx(source["later"]["grad_norm"], rel=1e-4), where
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_goes_on_at_other_stages_of_zero(dtype, config, tmp_path):
+    """They have optimizers of three kinds, not all with a loss scale. The fp32 masters are the same bits after loading,
+    and the losses those of a half precision that is cast and summed otherwise."""
+    base = change(run_of(config, "zero 3"), train=dict(dtype=dtype, micro_batch=2))
+    runs = [change(base, parallel=dict(zero=1, **dict(pipe=2) if pipe else {})) for pipe in (False, True)]
+    runs = [change(run, train=dict(micro_batch=2)) for run in runs]
+    runs += [change(base, parallel=dict(zero=zero)) for zero in (2, 3)]
+    folders = [str(tmp_path / str(i)) for i in range(len(runs))]
+    sources = run_ranks(2, write, runs, folders, seconds=150)
+    targets = run_ranks(2, read, runs, folders, seconds=250)
+    for i in range(len(runs)):
+        source = whole([rank[i] for rank in sources])
+        for j in range(len(runs)):
+            got = whole([rank[j][i] for rank in targets])
+            assert got["bias"] == source["bias"]
+            assert all(all(map(torch.equal, got["tensors"][name], source["tensors"][name])) for name in got["tensors"])
+            assert targets[0][j][i]["later"]["loss"] == pytest.approx(sources[0][i]["later"]["loss"], rel=2e-2)
+
+
 def test_the_matrix_is_a_hard_case(written):
     """Experts' moments differ from each other and from zero, and training moved everything."""
     for source in written.values():
