@@ -29,16 +29,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Export; the exit code is 0, or 2 for a mistake in what was given."""
     arguments = parse()
-    from tqdm import tqdm
-
     from mythos_dist.checkpoint.export import export
+    from mythos_dist.checkpoint.progress import bar
     from mythos_dist.checkpoint.restore import open_checkpoint
 
     try:
         source = open_checkpoint(arguments.checkpoint)
         numbers = source.manifest.num_parameters
-        hidden = True if arguments.quiet else None  # None: where nobody watches
-        with tqdm(total=4 * numbers, desc="exporting", unit="B", unit_scale=True, disable=hidden) as bar:
+        with bar("exporting", 4 * numbers, arguments.quiet) as shown:
             files = export(
                 source,
                 arguments.out,
@@ -46,7 +44,7 @@ def main() -> None:
                 dtype=arguments.dtype,
                 workers=arguments.workers,
                 verify=not arguments.no_verify,
-                progress=bar.update,
+                progress=shown.update,
             )
     except UserError as error:
         exit_with(error)

@@ -24,16 +24,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Import; the exit code is 0, or 2 for a mistake in what was given."""
     arguments = parse()
-    from tqdm import tqdm
-
     from mythos_dist.checkpoint.open_mythos import import_open_mythos
+    from mythos_dist.checkpoint.progress import bar
     from mythos_dist.config.load import load_config
 
     try:
         config = load_config(arguments.config, arguments.overrides)
-        hidden = True if arguments.quiet else None  # None: where nobody watches
-        with tqdm(desc="importing", unit="B", unit_scale=True, disable=hidden) as bar:
-            folder = import_open_mythos(arguments.weights, config, bar.update)
+        with bar("importing", quiet=arguments.quiet) as shown:
+            folder = import_open_mythos(arguments.weights, config, shown.update)
     except UserError as error:
         exit_with(error)
     if not arguments.quiet:

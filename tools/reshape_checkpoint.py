@@ -26,22 +26,20 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Rewrite; the exit code is 0, or 2 for a mistake in what was given."""
     arguments = parse()
-    from tqdm import tqdm
-
     from mythos_dist.checkpoint.canonical import write_canonical
+    from mythos_dist.checkpoint.progress import bar
     from mythos_dist.checkpoint.restore import open_checkpoint
 
     try:
         source = open_checkpoint(arguments.checkpoint)
         size = source.manifest.bytes
-        hidden = True if arguments.quiet else None  # None: where nobody watches
-        with tqdm(total=size, desc="writing", unit="B", unit_scale=True, disable=hidden) as bar:
+        with bar("writing", size, arguments.quiet) as shown:
             folder = write_canonical(
                 source,
                 arguments.out,
                 workers=arguments.workers,
                 verify=not arguments.no_verify,
-                progress=bar.update,
+                progress=shown.update,
             )
     except UserError as error:
         exit_with(error)

@@ -7,15 +7,17 @@ not grow with the model.
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, Progress, damage
+from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest
 from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.save import publish
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.errors import UserError
@@ -38,49 +40,52 @@ def write_canonical(
     `workers`: files that are written at a time. `verify`: look for damage first, which reads every byte once more.
     Raises UserError if the source is damaged, or `run_dir` has no room or holds checkpoints already.
     """
-    manifest = source.manifest
-    if verify and (problems := damage(source.folder, manifest, list(manifest.files))):
-        raise UserError([*problems, "give another checkpoint of the run"], str(source.folder))
-    sizes = {name: 4 * math.prod(tensor.shape) * len(tensor.kinds) for name, tensor in manifest.tensors.items()}
+    if verify:
+        source.must_be_whole()
+    tensors = partial(blocks_of, source, progress=progress)
+    return write_whole_tensors(run_dir, source.manifest, tensors, workers=workers, file_bytes=file_bytes)
+
+
+def write_whole_tensors(
+    run_dir: Path,
+    manifest: Manifest,
+    blocks: Callable[[str, str], Iterator[memoryview]],
+    *,
+    workers: int,
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Write all tensors of `manifest` as the first checkpoint of a run; `blocks(kind, name)` are the bytes of one.
+
+    Returns its folder; nothing stays behind if the writing fails. Raises UserError if `run_dir` has no room or holds
+    checkpoints already.
+    """
+    tensors = manifest.tensors
+    sizes = {name: 4 * math.prod(tensor.shape) * len(tensor.kinds) for name, tensor in tensors.items()}
     groups = grouped(sizes, file_bytes)
+    checkpoints = run_dir / "checkpoints"
+    if found := sorted(path.name for path in checkpoints.glob("step-*")):
+        raise UserError(f"holds {', '.join(found[:3])} already; name another folder", str(checkpoints))
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    size, free = sum(sizes.values()), shutil.disk_usage(checkpoints).free
+    if free < size:
+        raise UserError(f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room", str(run_dir))
+    folder = checkpoints / f"step-{manifest.step:08d}.tmp-0"
+    folder.mkdir()
 
     def write(item: tuple[int, list[str]]) -> tuple[str, File]:
         number, names = item
         file = f"tensors-{number:05d}-of-{len(groups):05d}.safetensors"
-        held = {name: manifest.tensors[name] for name in names}
-        keys = [(kind, name) for name, tensor in held.items() for kind in tensor.kinds]
-        shapes = {f"{kind}/{name}": held[name].shape for kind, name in keys}
-        blocks = (block for kind, name in keys for block in blocks_of(source, kind, name, progress))
-        size, digest = write_tensors(folder / file, shapes, blocks)
-        return file, File(size, digest, {name: Piece.whole(tensor.shape) for name, tensor in held.items()})
+        keys = [(kind, name) for name in names for kind in tensors[name].kinds]
+        shapes = {f"{kind}/{name}": tensors[name].shape for kind, name in keys}
+        size, digest = write_tensors(folder / file, shapes, (block for key in keys for block in blocks(*key)))
+        return file, File(size, digest, {name: Piece.whole(tensors[name].shape) for name in names})
 
-    with new_checkpoint(run_dir, manifest, manifest.bytes) as folder, ThreadPoolExecutor(max(1, workers)) as pool:
-        files = dict(pool.map(write, enumerate(groups)))
-        publish(folder, replace(manifest, files=files))
-    return run_dir / "checkpoints" / f"step-{manifest.step:08d}"
-
-
-class new_checkpoint:
-    """A context: the folder in which a run's first checkpoint is made; it goes if the making fails."""
-
-    def __init__(self, run_dir: Path, manifest: Manifest, size: int):
-        """Raises UserError if `run_dir` holds checkpoints, or if so many bytes do not fit."""
-        checkpoints = run_dir / "checkpoints"
-        if found := sorted(path.name for path in checkpoints.glob("step-*")):
-            raise UserError(f"holds {', '.join(found[:3])} already; name another folder", str(checkpoints))
-        self._checkpoints, self._step = checkpoints, manifest.step
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(checkpoints).free
-        if free < size:
-            raise UserError(f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room", str(run_dir))
-
-    def __enter__(self) -> Path:
-        self._folder = self._checkpoints / f"step-{self._step:08d}.tmp-0"
-        self._folder.mkdir()
-        return self._folder
-
-    def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)  # published, it has another name
+    try:
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            files = dict(pool.map(write, enumerate(groups)))
+        return publish(folder, replace(manifest, files=files))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # published, it has another name
 
 
 def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

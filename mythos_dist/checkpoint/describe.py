@@ -84,14 +84,12 @@ def differing_tensors(first: Checkpoint, second: Checkpoint) -> Iterator[Differe
             largest, squares, norm, same = 0.0, 0.0, 0.0, True
             for here, there in zip(blocks_of(first, kind, name), blocks_of(second, kind, name), strict=True):
                 a, b = (np.frombuffer(block, np.float32) for block in (here, there))
-                if np.array_equal(a, b):
-                    norm += float(np.square(a, dtype=np.float64).sum())
-                    continue
-                same = False
-                difference = b.astype(np.float64) - a
-                largest = max(largest, float(np.abs(difference).max()))
-                squares += float(np.square(difference).sum())
                 norm += float(np.square(a, dtype=np.float64).sum())
+                if not np.array_equal(a, b):
+                    same = False
+                    difference = b.astype(np.float64) - a
+                    largest = max(largest, float(np.abs(difference).max()))
+                    squares += float(np.square(difference).sum())
             if not same:
                 yield Difference(name, largest, (squares / norm) ** 0.5 if norm else float("inf"))
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from mythos_dist.checkpoint.canonical import blocks_of, grouped
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint, Progress, damage
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint
+from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.errors import UserError
-from mythos_dist.model.open_mythos import to_open_mythos
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, parts_of, to_open_mythos
 
 FILE_BYTES = 5 << 30
 Format = Literal["safetensors", "open_mythos"]
@@ -50,11 +51,14 @@ def export(
     manifest = source.manifest
     if out.exists():
         raise UserError("exists; name a new folder", str(out))
-    if verify and (problems := damage(source.folder, manifest, list(manifest.files))):
-        raise UserError([*problems, "give another checkpoint of the run"], str(source.folder))
+    if verify:
+        source.must_be_whole()
     model = config_from({"model": manifest.config["model"]}).model
     label, _ = _DTYPES[dtype]
-    names = {name: _names(name, tensor.shape, model, form) for name, tensor in manifest.tensors.items()}
+    names = {
+        name: {name: tensor.shape} if form == "safetensors" else parts_of(name, tensor.shape, model)
+        for name, tensor in manifest.tensors.items()
+    }
     size_of = {name: ITEM_BYTES[label] * sum(map(math.prod, theirs.values())) for name, theirs in names.items()}
     groups = grouped(size_of, file_bytes)
     files = [
@@ -88,15 +92,6 @@ def export(
     return [out / file for file in files]
 
 
-def _names(name: str, shape: tuple[int, ...], model: MythosConfig, form: Format) -> dict[str, tuple[int, ...]]:
-    """What a tensor of ours becomes: names and shapes."""
-    if form == "safetensors":
-        return {name: shape}
-    theirs = to_open_mythos({name: torch.empty(shape, device="meta")}, model)
-    theirs.pop("head.weight", None)
-    return {their_name: tuple(tensor.shape) for their_name, tensor in theirs.items()}
-
-
 def _blocks(
     source: Checkpoint, name: str, model: MythosConfig, form: Format, dtype: Dtype, progress: Progress
 ) -> Iterator[memoryview]:
@@ -107,7 +102,7 @@ def _blocks(
         return
     whole = torch.from_numpy(source.whole(kind, name))
     for their_name, tensor in to_open_mythos({name: whole}, model).items():
-        if their_name != "head.weight":
+        if their_name not in NOT_PARAMETERS:
             yield _bytes_of(tensor, dtype)
     progress(4 * whole.numel())
 

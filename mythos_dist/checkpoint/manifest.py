@@ -9,7 +9,7 @@ parameter there are three tensors, `parameter/NAME`, `exp_avg/NAME` and `exp_avg
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,6 @@ from mythos_dist.checkpoint.tensor_file import TensorFile, file_hash
 from mythos_dist.errors import UserError
 
 FILE = "checkpoint.json"
-Progress = Callable[[int], object]  # of long work: bytes since the last call
 FORMAT_VERSION = 1
 PARAMETER, MOMENTS, BUFFER = "parameter", ("exp_avg", "exp_avg_sq"), "buffer"
 
@@ -132,6 +131,11 @@ class Checkpoint:
         for file, entry in self.manifest.files.items():
             for name, piece in entry.pieces.items():
                 self._holders.setdefault(name, []).append((file, piece))
+
+    def must_be_whole(self) -> None:
+        """Read every byte. Raises UserError that names each file that is damaged."""
+        if problems := damage(self.folder, self.manifest, list(self.manifest.files)):
+            raise UserError([*problems, "give another checkpoint of the run"], str(self.folder))
 
     def read(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
         """Fill `out`, flat fp32, with a piece of a tensor; numbers outside of the whole tensor are left as they are.

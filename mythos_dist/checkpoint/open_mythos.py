@@ -4,7 +4,6 @@ They come as a state dict in a .pt file or as safetensors, and are read a tensor
 is opened with `weights_only`, which builds tensors and runs nothing.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.canonical import FILE_BYTES, grouped, new_checkpoint
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, File, Manifest, Progress, versions
+from mythos_dist.checkpoint.canonical import FILE_BYTES, write_whole_tensors
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Manifest, versions
 from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
-from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.save import publish
-from mythos_dist.checkpoint.tensor_file import write_tensors
+from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, to_open_mythos
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, parts_of
 
 MAX_LINES = 8  # of problems of one kind
 
@@ -43,7 +40,7 @@ def import_open_mythos(
         ours = Mythos(model, experts=config.experts)
     wanted = {name: (PARAMETER, value) for name, value in ours.named_parameters()}
     wanted |= {name: (BUFFER, value) for name, value in ours.named_buffers()}
-    parts = {name: _parts(name, value, config) for name, (_, value) in wanted.items()}
+    parts = {name: parts_of(name, tuple(value.shape), model) for name, (_, value) in wanted.items()}
     theirs = open_weights(weights)
     if problems := list(_differences(theirs, {k: shape for part in parts.values() for k, shape in part.items()})):
         raise UserError([*problems, "is `model.*` the config that these weights were made with?"], str(weights))
@@ -51,34 +48,17 @@ def import_open_mythos(
         raise UserError("head.weight is not embed.weight, but this model has one table for both", str(weights))
 
     tensors = {name: WholeTensor(tuple(value.shape), (kind,)) for name, (kind, value) in wanted.items()}
-    sizes = {name: 4 * math.prod(tensor.shape) for name, tensor in tensors.items()}
-    groups = grouped(sizes, file_bytes)
     manifest = Manifest(
         *(0, 0, 0, {}, {"model": asdict(model)}, "", versions()),
         *({"steps": 0, "skipped_steps": 0, "loss_scale": {}}, tensors, {}),
     )
-    files = {}
-    with new_checkpoint(run_dir, manifest, sum(sizes.values())) as folder:
-        for number, names in enumerate(groups):
-            file = f"tensors-{number:05d}-of-{len(groups):05d}.safetensors"
-            shapes = {f"{tensors[name].kinds[0]}/{name}": tensors[name].shape for name in names}
 
-            def blocks(names: list[str] = names) -> Iterator[memoryview]:
-                for name in names:
-                    joined = from_open_mythos({their: theirs[their].float() for their in parts[name]}, model)[name]
-                    yield joined.contiguous().flatten().numpy().data
-                    progress(sizes[name])
+    def blocks(_: str, name: str) -> Iterator[memoryview]:
+        joined = from_open_mythos({their: theirs[their].float() for their in parts[name]}, model)[name]
+        yield joined.contiguous().flatten().numpy().data
+        progress(4 * joined.numel())
 
-            size, digest = write_tensors(folder / file, shapes, blocks())
-            files[file] = File(size, digest, {name: Piece.whole(tensors[name].shape) for name in names})
-        publish(folder, Manifest(**{**vars(manifest), "files": files}))
-    return run_dir / "checkpoints" / "step-00000000"
-
-
-def _parts(name: str, tensor: Tensor, config: Config) -> dict[str, tuple[int, ...]]:
-    """What a tensor of ours is made of: their names and shapes."""
-    theirs = to_open_mythos({name: tensor}, config.model)
-    return {their: tuple(part.shape) for their, part in theirs.items() if their not in NOT_PARAMETERS}
+    return write_whole_tensors(run_dir, manifest, blocks, workers=1, file_bytes=file_bytes)
 
 
 def _differences(theirs: Mapping[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> Iterator[str]:

@@ -14,11 +14,10 @@ from mythos_dist.checkpoint.manifest import (
     MOMENTS,
     PARAMETER,
     Checkpoint,
-    Progress,
     checkpoints_of,
     damage,
-    read_manifest,
 )
+from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.state import State
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
@@ -80,10 +79,8 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
     Raises UserError when there is none, or none that is whole.
     """
     checkpoint = open_checkpoint(path)
-    manifest = checkpoint.manifest
-    if problems := damage(checkpoint.folder, manifest, list(manifest.files)):
-        raise UserError([*problems, "give another checkpoint of the run"], str(checkpoint.folder))
-    config = config_from(manifest.config)
+    checkpoint.must_be_whole()
+    config = config_from(checkpoint.manifest.config)
     with torch.device("meta"):
         model = Mythos(config.model, experts=config.experts)
     kinds = {name: PARAMETER for name, _ in model.named_parameters()} | {
@@ -91,7 +88,7 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
     }
     values = {name: torch.from_numpy(checkpoint.whole(kind, name)) for name, kind in kinds.items()}
     model.load_state_dict(values, assign=True)
-    return model.eval(), config, manifest.step
+    return model.eval(), config, checkpoint.manifest.step
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -108,4 +105,4 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"{what}; give the run.dir of a training that has saved one, or a checkpoint's folder", str(path)
         )
-    return Checkpoint(found[0], read_manifest(found[0]))
+    return Checkpoint(found[0])

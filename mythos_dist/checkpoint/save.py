@@ -169,10 +169,10 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def publish(temporary: Path, manifest: Manifest) -> None:
+def publish(temporary: Path, manifest: Manifest) -> Path:
     """Turn a folder whose files are all on disk into the newest checkpoint: manifest, rename, `latest`.
 
-    A checkpoint of the same step is replaced.
+    A checkpoint of the same step is replaced. Returns the checkpoint's folder.
     """
     with open(temporary / FILE, "w", encoding="utf-8") as stream:
         stream.write(manifest.to_text())
@@ -190,6 +190,7 @@ def publish(temporary: Path, manifest: Manifest) -> None:
     pointer.replace(folder / "latest")
     _folder_to_disk(folder)
     shutil.rmtree(temporary.with_name(f"{final.name}.old-{manifest.start}"), ignore_errors=True)
+    return final
 
 
 def prune(folder: Path, step: int, settings: CheckpointConfig) -> None:

@@ -81,9 +81,7 @@ class TensorFile:
             if length > _LIMIT:
                 raise ValueError(f"its header would have {length} bytes")
             header = json.loads(stream.read(length))
-        self.notes: dict[str, str] = header.pop("__metadata__", {})
-        self.shapes: dict[str, Index] = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        self.dtypes: dict[str, str] = {name: entry["dtype"] for name, entry in header.items()}
+        header.pop("__metadata__", None)
         self._begins: dict[str, int] = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
     def read(self, name: str, source: Region, out: np.ndarray, target: Region) -> None:

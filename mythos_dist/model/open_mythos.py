@@ -44,6 +44,12 @@ def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str
     return ours | rest
 
 
+def parts_of(name: str, shape: tuple[int, ...], config: MythosConfig) -> dict[str, tuple[int, ...]]:
+    """What a tensor of ours is in OpenMythos: names and shapes of its parameters, the head left out."""
+    theirs = to_open_mythos({name: torch.empty(shape, device="meta")}, config)
+    return {their: tuple(part.shape) for their, part in theirs.items() if their not in NOT_PARAMETERS}
+
+
 def _all_of(what: str, leaf: str, number: int, state: dict[str, Tensor]) -> list[Tensor]:
     """Take the weights of so many experts out of `state`, or none if it has none. KeyError if it has some of them."""
     if not any(name.startswith(f"{_FFN}{what}.") and name.endswith(f".{leaf}.weight") for name in state):

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
+from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, is_due
 from mythos_dist.config.compare import differences
@@ -68,8 +68,8 @@ def train(config: Config) -> None:
         if rank == 0:
             print(f"resuming from {checkpoint.folder}", flush=True)
         size = sum(4 * value.numel() for held in engine.state.values() for value in held.values.values())
-        with tqdm(total=size, desc="loading", unit="B", unit_scale=True, disable=rank > 0 or None, leave=False) as bar:
-            together(lambda: load_state(checkpoint, engine.state, bar.update))
+        with bar("loading", size, quiet=rank > 0) as shown:
+            together(lambda: load_state(checkpoint, engine.state, shown.update))
         engine.after_load(checkpoint.manifest.optimizer, done)
     saver = Saver(checkpoints, config.checkpoint, fence, engine.state)
     metrics = Metrics(config, run_dir, done) if rank == 0 else None

@@ -172,10 +172,8 @@ def held_by(engine: Any) -> dict[str, list[torch.Tensor]]:
         assert tensor.count_nonzero() == inner.count_nonzero(), f"{place}: the filling has moved"
         return inner.clone()
 
-    if hasattr(engine.deepspeed.optimizer, "_hp_optimizer_states_linked"):
-        # ZeRO-1/2 link parameters to their moments when the first group has been stepped: others have none yet.
-        engine.deepspeed.optimizer._hp_optimizer_states_linked = False
-        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+    if hasattr(engine.deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()  # ZeRO-1/2 do it with their first step
     return {
         name: [
             real(p, safe_get_full_fp32_param(p)),
