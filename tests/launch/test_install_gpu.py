@@ -1,0 +1,393 @@
+"""launch/install_gpu.sh and what it is made of: sources, their fixes, the plan, the order of builds, the check."""
+
+import ast
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.megablocks_cpu import REPOSITORY, fetch, launch_script, result_of, start
+from packaging.requirements import Requirement
+
+from mythos_dist.errors import UserError
+
+SCRIPT = REPOSITORY / "launch" / "install_gpu.sh"
+TOOLS = "bash cat cut date dirname env grep mkdir nproc pwd sed sh sort tail tee tr".split()
+gpu_sources = launch_script("gpu_sources")
+check_gpu = launch_script("check_gpu")
+PINS = gpu_sources.pins()
+
+
+# Sources and fixes
+
+
+@pytest.fixture(params=list(PINS))
+def copy(request, tmp_path) -> tuple:
+    """A package's pin, and the files of its published source that are to be fixed, in a folder of the test's own."""
+    pin = PINS[request.param]
+    try:
+        (source,) = fetch(pin.name)
+    except UserError as error:
+        pytest.skip(f"the source of {pin.name} is not to be had here: {error}")
+    for file in {"setup.py", *(fix.file for fix in gpu_sources.FIXES[pin.name])}:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(source / file, tmp_path / file)
+    return pin, tmp_path
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_fixes_apply_to_the_published_sources_once(copy):
+    """The second time nothing is left to do, and nothing changes."""
+    pin, folder = copy
+    fixes = gpu_sources.FIXES[pin.name]
+    published = contents(folder)
+    assert [line.count(" -> ") for line in gpu_sources.patch(pin, folder)] == [1] * len(fixes)
+    fixed = contents(folder)
+    assert {str(path.relative_to(folder)) for path in fixed if fixed[path] != published[path]} == {
+        f.file for f in fixes
+    }
+    assert all(line.endswith("is there") for line in gpu_sources.patch(pin, folder))
+    assert contents(folder) == fixed
+
+
+def test_fixed_sources_build_with_what_is_installed(copy):
+    """No flag for C++17, which torch's headers refuse; no pin that an installed package breaks; no CUB argument."""
+    pin, folder = copy
+    gpu_sources.patch(pin, folder)
+    setup = (folder / "setup.py").read_text()
+    assert '"-std=c++17"' not in setup
+    for requirement in map(Requirement, install_requires(setup)):
+        if requirement.name in ("torch", "numpy", "packaging"):
+            assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), requirement
+    header = folder / "csrc" / "cumsum.h"
+    if header.exists():
+        calls = header.read_text().split("CUDA_CALL(cub::DeviceScan::")[1:]
+        assert len(calls) == 2
+        assert all("debug_synchronous" not in call.partition(";")[0] for call in calls)
+
+
+def install_requires(setup: str) -> list[str]:
+    """The strings of `install_requires`, a list in the call of setup or a variable of that name."""
+    for node in ast.walk(ast.parse(setup)):
+        if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["install_requires"]:
+            return ast.literal_eval(node.value)
+        if isinstance(node, ast.keyword) and node.arg == "install_requires" and isinstance(node.value, ast.List):
+            return ast.literal_eval(node.value)
+    return []
+
+
+def test_a_source_that_is_not_known_is_not_touched(tmp_path):
+    """All fixes that have no place are named, with the file; the one that has is not made."""
+    pin = PINS["megablocks"]
+    (tmp_path / "setup.py").write_text("install_requires = ['torch>=2.7.0,<2.7.1', 'numpy>=1.21.5,<2.1.0'] * 2\n")
+    with pytest.raises(UserError) as caught:
+        gpu_sources.patch(pin, tmp_path)
+    assert len(caught.value.problems) == 2
+    assert str(tmp_path / "csrc" / "cumsum.h") in caught.value.problems[0]
+    assert "is there 0 times and not 2" in caught.value.problems[0]
+    assert "'packaging>=21.3.0,<24.2'" in caught.value.problems[1]
+    assert "torch>=2.7.0,<2.7.1" in (tmp_path / "setup.py").read_text()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch) -> tuple:
+    """A small package on a shelf that pip looks at instead of an index, and its pin."""
+    source = tmp_path / "work" / "small_thing-1.0"
+    source.mkdir(parents=True)
+    (source / "setup.py").write_text("from setuptools import setup\nsetup(name='small-thing', version='1.0')\n")
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: small-thing\nVersion: 1.0\n")
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    archive = shelf / "small_thing-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, "small_thing-1.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return archive, pin_of("small-thing", "1.0", sha256)
+
+
+def pin_of(name: str, version: str, sha256: str):
+    return gpu_sources.Pin(name, version, sha256, f"{name}=={version} --hash=sha256:{sha256}")
+
+
+def test_a_source_comes_through_pip_and_is_kept(shelf, tmp_path):
+    archive, pin = shelf
+    source = gpu_sources.fetch(pin, tmp_path / "sources")
+    assert "small-thing" in (source / "setup.py").read_text()
+    assert [path.name for path in (tmp_path / "sources").iterdir()] == ["small_thing-1.0"]
+    archive.unlink()
+    assert gpu_sources.fetch(pin, tmp_path / "sources") == source
+
+
+def test_another_file_under_the_same_name_is_refused(shelf, tmp_path):
+    """Before its setup.py could run, and nothing is left behind."""
+    _, pin = shelf
+    wrong = pin_of(pin.name, pin.version, "0" * 64)
+    with pytest.raises(UserError, match=r"small-thing==1\.0 cannot be downloaded.*HASHES"):
+        gpu_sources.fetch(wrong, tmp_path / "sources")
+    assert list((tmp_path / "sources").iterdir()) == []
+
+
+def test_a_source_that_is_nowhere_says_so(shelf, tmp_path):
+    _, pin = shelf
+    missing = dataclasses.replace(pin, version="2.0", line=pin.line.replace("1.0", "2.0"))
+    with pytest.raises(UserError, match=r"small-thing==2\.0 cannot be downloaded.*No matching distribution"):
+        gpu_sources.fetch(missing, tmp_path / "sources")
+
+
+# The script
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch) -> Path:
+    """A folder `bin` that is the whole PATH, with a g++ and an nvcc of CUDA 13.0 that do nothing, and a python.
+
+    That python has no packages but those in the folder `packages`: a torch that says it is 2.14.1+cu130 and sees no
+    GPU. It notes what is asked of pip and of gpu_sources.py in `calls` and does nothing of it.
+    """
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for tool in TOOLS:
+        path = shutil.which(tool)
+        assert path is not None, tool
+        (bin / tool).symlink_to(path)
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "include").mkdir()
+    (toolkit / "include" / "cusparse.h").touch()
+    executable(bin / "g++", "exit 1")
+    executable(
+        bin / "nvcc",
+        f"""case $1 in
+            --version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
+            --dryrun) echo '#$ TOP={toolkit}/bin/..' >&2 ;;
+        esac""",
+    )
+    executable(
+        bin / "python",
+        f"""case $1 in
+            -m | */gpu_sources.py) echo "$@ jobs=$MAX_JOBS cuda=$CUDA_HOME" >> {tmp_path}/calls
+                [ -z "$FAIL_ON" ] || case "$*" in *$FAIL_ON*) echo 'nvcc: fatal'; exit 3 ;; esac ;;
+            *) exec {sys.executable} -S "$@" ;;
+        esac""",
+    )
+    give(tmp_path, "torch/__init__.py", "from . import cuda, version\n__version__ = '2.14.1+cu130'\n")
+    give(tmp_path, "torch/version.py", "cuda = '13.0'\n")
+    give(tmp_path, "torch/cuda.py", "def is_available():\n    return False\n")
+    for name in list(os.environ):
+        if name.startswith(("CUDA", "TORCH", "PYTHON", "VIRTUAL_ENV", "GROUPED", "CPATH", "CXX", "MAX_JOBS", "FLASH")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(bin))
+    monkeypatch.setenv("PYTHON", str(bin / "python"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return tmp_path
+
+
+def executable(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def give(machine: Path, file: str, text: str = "") -> None:
+    """A file among the packages that the machine's python sees."""
+    path = machine / "packages" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def give_package(machine: Path, name: str, version: str, *modules: str) -> None:
+    """An installed distribution with empty modules."""
+    give(machine, f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    for module in modules:
+        give(machine, f"{module}.py")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=250)
+
+
+def test_help_names_every_option_and_variable():
+    done = run("--help")
+    assert done.returncode == 0
+    for word in "--only --force --dry-run --build-dir CUDA_HOME TORCH_CUDA_ARCH_LIST MAX_JOBS".split():
+        assert word in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_dry_run_shows_the_plan_and_changes_nothing(machine):
+    done = run("--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "torch 2.14.1+cu130" in done.stdout
+    assert f"{machine / 'toolkit'}, CUDA 13.0" in done.stdout
+    assert "8.0;9.0;10.0 (TORCH_CUDA_ARCH_LIST); there is none here" in done.stdout
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("build")] == [
+        f"{name}:" for name in PINS
+    ]
+    assert "GROUPED_GEMM_CUTLASS=0" in done.stdout
+    assert not (machine / "home").exists()
+    assert "install" not in (machine / "calls").read_text()
+
+
+def test_everything_that_is_missing_is_said_at_once(machine, monkeypatch):
+    """No nvcc, no compiler, no torch, and settings that cannot be: exit code 2, one line each."""
+    (machine / "bin" / "nvcc").unlink()
+    (machine / "bin" / "g++").unlink()
+    shutil.rmtree(machine / "packages" / "torch")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;H100")
+    monkeypatch.setenv("MAX_JOBS", "all")
+    done = run("--dry-run")
+    assert done.returncode == 2
+    first, *problems = done.stderr.splitlines()
+    assert first == "error: 6 problems"
+    for words in [
+        ("torch cannot be imported", "No module named 'torch'", "install torch"),
+        ("nvcc is not on the PATH", "CUDA_HOME", "install the CUDA 13 toolkit"),
+        ("7.5 has no bf16",),
+        ("H100 is no compute capability", "8.0;9.0"),
+        ("MAX_JOBS=all", "a number"),
+        ("g++ is not on the PATH", "CXX"),
+    ]:
+        assert any(all(word in problem for word in words) for problem in problems), words
+
+
+def test_a_toolkit_of_another_major_version_is_refused(machine):
+    executable(machine / "bin" / "nvcc", "echo 'Cuda compilation tools, release 12.8, V12.8.61'")
+    done = run("--dry-run")
+    assert done.returncode == 2
+    assert "nvcc is of CUDA 12.8, torch 2.14.1+cu130 is built with CUDA 13.0" in done.stderr
+    assert "set CUDA_HOME to a CUDA 13 toolkit" in done.stderr
+
+
+def test_a_torch_without_cuda_is_refused(machine):
+    give(machine, "torch/version.py", "cuda = None\n")
+    done = run("--dry-run")
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: torch 2.14.1+cu130 is built without CUDA; install a build with CUDA (see pytorch.org)\n"
+    )
+
+
+def test_headers_that_a_small_toolkit_lacks_come_from_torch_s_packages(machine):
+    (machine / "toolkit" / "include" / "cusparse.h").unlink()
+    done = run("--dry-run")
+    assert done.returncode == 2
+    assert "no include/cusparse.h" in done.stderr
+    give(machine, "nvidia/cu13/include/cusparse.h")
+    done = run("--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"more headers from {machine}/packages/nvidia/cu13/include" in done.stdout
+
+
+def test_wrong_arguments_are_named_together(machine):
+    done = run("--only", "megablocks,apex", "--verbose")
+    assert done.returncode == 2
+    assert "error: 2 problems" in done.stderr
+    assert "unknown argument --verbose" in done.stderr
+    assert "--only apex: there are stanford-stk grouped_gemm megablocks flash-attn" in done.stderr
+
+
+def test_what_is_there_is_left_alone(machine):
+    """By version, and by whether it can be imported; --force builds it all the same."""
+    give_package(machine, "stanford_stk", "0.7.1", "stk")
+    give_package(machine, "grouped_gemm", "0.2.0", "grouped_gemm")
+    give_package(machine, "megablocks", "0.10.0")
+    plan = run("--dry-run").stdout
+    assert "leave     stanford-stk: it is there" in plan
+    assert "build     grouped_gemm: 0.2.0 is installed" in plan
+    assert "build     megablocks: cannot be imported: No module named 'megablocks_ops'" in plan
+    assert "build     flash-attn: is not installed" in plan
+    assert "build     stanford-stk: it is there, and --force was given" in run("--dry-run", "--force").stdout
+
+
+def test_a_build_fetches_fixes_and_installs_without_dependencies(machine):
+    """In order, with the settings in the environment and everything in the log; then the check."""
+    give_package(machine, "stanford_stk", "0.7.1", "stk")
+    give_package(machine, "grouped_gemm", "0.3.0", "grouped_gemm")
+    done = run("--only", "stanford-stk,grouped_gemm", "--force", "--build-dir", str(machine / "build"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, tools, *calls = (machine / "calls").read_text().splitlines()
+    assert "-m pip install setuptools wheel ninja" in tools
+    assert len(calls) == 4
+    for name, folder, fetched, built in [
+        ("stanford-stk", "stanford_stk-0.7.1", *calls[:2]),
+        ("grouped_gemm", "grouped_gemm-0.3.0", *calls[2:]),
+    ]:
+        assert f"gpu_sources.py {machine}/build {name}" in fetched
+        assert f"--no-deps --no-build-isolation --force-reinstall {machine}/build/{folder}" in built
+        assert f"cuda={machine}/toolkit" in built
+    assert "stanford-stk 0.7.1: imports" in done.stdout
+    log = (machine / "build" / "install_gpu.log").read_text()
+    assert "grouped_gemm: build" in log
+    assert "grouped_gemm 0.3.0: imports" in log
+
+
+def test_a_failed_build_shows_its_end_and_where_the_log_is(machine, monkeypatch):
+    monkeypatch.setenv("FAIL_ON", "force-reinstall")
+    done = run("--build-dir", str(machine / "build"))
+    assert done.returncode == 1
+    assert "nvcc: fatal" in done.stderr
+    assert f"the whole log is {machine}/build/install_gpu.log" in done.stderr
+    assert "grouped_gemm" not in (machine / "calls").read_text()
+
+
+def test_a_package_that_cannot_be_imported_after_all_fails_the_run(machine):
+    done = run("--only", "stanford-stk", "--build-dir", str(machine / "build"))
+    assert done.returncode == 1
+    assert "stanford-stk 0.7.1: is not installed" in done.stdout
+    assert "a check failed" in done.stderr
+
+
+# The check
+
+
+def test_the_check_computes_what_the_packages_should():
+    """The real MegaBlocks and grouped_gemm, with the mocks of `helpers/megablocks_cpu.py` for what needs a GPU."""
+    try:
+        sources = fetch("megablocks", "stanford-stk", "grouped_gemm")
+    except UserError as error:
+        pytest.skip(f"MegaBlocks' sources are not to be had here: {error}")
+    found = result_of(start("check_gpu", ["grouped_gemm", "megablocks"], sources, TRITON_INTERPRET="1"))
+    assert all(0 < error < check_gpu.TOLERANCE for error in found.values()), found
+
+
+@pytest.mark.parametrize(("causal", "good"), [(True, True), (False, False)])
+def test_the_check_of_flash_attn_sees_a_wrong_result(causal, good, monkeypatch):
+    """torch's fused attention in its place: right as it is, wrong if it looks ahead."""
+
+    def flash_attn_func(q, k, v, causal: bool):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and looks_back, enable_gqa=True).transpose(1, 2)
+
+    looks_back = causal
+    module = ModuleType("flash_attn")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    assert (check_gpu.CHECKS["flash-attn"]("cpu") < check_gpu.TOLERANCE) == good
+
+
+def test_a_result_that_is_wrong_or_no_result_is_a_failure(monkeypatch):
+    monkeypatch.setattr(check_gpu, "why_missing", lambda name: None)
+    monkeypatch.setitem(check_gpu.CHECKS, "grouped_gemm", lambda device: 0.5)
+    monkeypatch.setitem(check_gpu.CHECKS, "flash-attn", lambda device: torch.zeros(1)[1])
+    good, line = check_gpu.line_of("grouped_gemm", "a GPU")
+    assert not good
+    assert "DIFFERS from plain torch on a GPU, error 5.0e-01" in line
+    good, line = check_gpu.line_of("flash-attn", "a GPU")
+    assert not good
+    assert "fails on a GPU" in line
+    assert check_gpu.line_of("stanford-stk", "a GPU") == (True, "stanford-stk 0.7.1: imports")

@@ -1,0 +1,183 @@
+"""The megablocks backend: MegaBlocks' published code in Triton's interpreter, against float64 written out.
+
+See `helpers/megablocks_cpu.py` for what is real here and what is a mock. On a GPU, `launch/check_gpu.py` is the test.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.megablocks_cpu import fetch, result_of, start
+from helpers.megablocks_worker import STACKS, Case
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mythos_dist.errors import UserError
+from mythos_dist.model import megablocks as module
+
+FP32, BF16 = 1e-5, 1e-2  # relative: dozens of roundings of 2^-24, a few of 2^-9
+
+SPARSE = Case(dim=128, width=128, experts=3, tokens=5, impl="sparse")  # its kernels know whole blocks of 128 only
+CASES = [
+    *(Case(k=k, experts=9, tokens=6) for k in range(1, 9)),
+    Case(to=(1, 3)),  # three experts get no token
+    Case(k=1, to=(2,)),  # all tokens to one expert
+    Case(k=1, experts=1),
+    *(Case(dim=dim, width=width) for dim, width in [(31, 17), (5, 1), (4, 70), (130, 129)]),
+    Case(k=3, empty=2),
+    Case(k=1, empty=1),  # every slot is empty
+    Case(tokens=0),
+    Case(tokens=0, empty=1),
+    Case(strided=True),
+    Case(strided=True, empty=3),
+    Case(recompute=True),
+    Case(recompute=True, empty=3),
+    *(Case(dtype="bfloat16", k=k, experts=9) for k in (1, 2, 8)),
+    Case(dtype="bfloat16", empty=3),
+    Case(dtype="bfloat16", empty=3, half_weights=True),
+    Case(dtype="bfloat16", recompute=True),
+    Case(dtype="bfloat16", tokens=0),
+    replace(SPARSE, k=1, to=(1,)),
+    replace(SPARSE, k=3),
+    replace(SPARSE, empty=3, recompute=True),
+]
+
+SPREAD = [
+    Case(experts=4),
+    Case(experts=4, width=10),  # 5 on each of two tensor ranks
+    Case(experts=4, k=4, tokens=5),
+    Case(experts=4, to=(0, 1)),  # with two ranks to an expert group, the second gets no token
+    Case(experts=4, k=1, to=(2,)),
+    Case(experts=4, recompute=True),
+    Case(experts=4, dtype="bfloat16", width=16),
+]
+LAYOUTS = [{"expert": 2}, {"expert": 2, "tensor": 2}, {"expert": 4}]
+WORLD = 4
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[Path]:
+    """MegaBlocks and what it imports, as published."""
+    try:
+        return fetch("megablocks", "stanford-stk", "grouped_gemm")
+    except UserError as error:
+        pytest.skip(f"MegaBlocks' sources are not to be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def on_one_process(sources) -> dict:
+    """All cases in one interpreting process; each test looks at one of them."""
+    return result_of(start("one_process", [asdict(case) for case in CASES], sources, TRITON_INTERPRET="1"))
+
+
+def whole_16_bytes(case: Case, tensor: int = 1) -> bool:
+    """Whether no row has to be filled up, with `width` cut over so many ranks."""
+    bytes = 4 if case.dtype == "float32" else 2
+    return case.dim * bytes % 16 == 0 and -(-case.width // tensor) * bytes % 16 == 0
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{number}-{CASES[number].impl}")
+def test_megablocks_equals_every_token_through_its_experts(number, on_one_process):
+    """Output and all gradients; an expert without tokens gets zeros, and no gradient is missing.
+
+    The grouped products work on our parameters where they lie: nothing is copied, but for widths that are filled up.
+    """
+    case, found = CASES[number], on_one_process["cases"][number]
+    assert found["missing"] == []
+    assert max(found["errors"].values()) < (FP32 if case.dtype == "float32" else BF16), found["errors"]
+    assert set(found["errors"]) == {"y", "x", "weights", *STACKS}
+    assert found["idle_experts_get_zeros"]
+    assert found["same_dtype"]
+    assert found["random_numbers_kept"]
+    some_rows = case.tokens > 0 and case.empty != 1
+    assert found["multiplied"] == (some_rows and case.impl == "grouped")
+    if found["multiplied"]:
+        assert found["operands_are_parameters"] == whole_16_bytes(case)
+
+
+def test_nothing_of_megablocks_stays_behind(on_one_process):
+    """Its list of auxiliary losses is empty after all those forwards, and its own parameters take no memory."""
+    assert on_one_process["auxiliary_losses"] == 0
+    assert on_one_process["shell_devices"] == ["meta"]
+
+
+@pytest.mark.launch
+def test_experts_on_several_ranks_are_those_of_one_process(sources, tmp_path):
+    """Two ranks to an expert group, alone and times two tensor ranks; four to a group; some get no token.
+
+    Each rank's outputs and gradients against float64 on one process. Which ranks multiplied shows that ranks without
+    tokens were among them.
+    """
+    arguments = {"file": str(tmp_path / "store"), "world": WORLD, "layouts": LAYOUTS}
+    arguments["cases"] = [asdict(case) for case in SPREAD]
+    ranks = [start("several_ranks", arguments, sources, RANK=str(r), TRITON_INTERPRET="1") for r in range(WORLD)]
+    try:
+        found = [one for process in ranks for one in result_of(process)]
+    finally:
+        for process in ranks:  # a rank whose peer has failed would wait for it
+            process.kill()
+            process.wait()
+    assert len(found) == WORLD * len(LAYOUTS) * len(SPREAD)
+    for one in found:
+        tolerance = FP32 if one["case"]["dtype"] == "float32" else BF16
+        assert max(one["errors"].values()) < tolerance, one
+        if one["multiplied"]:
+            aligned = whole_16_bytes(Case(**one["case"]), one["layout"].get("tensor", 1))
+            assert one["operands_are_parameters"] == aligned, one
+    idle = {(json.dumps(one["layout"]), one["rank"]) for one in found if not one["multiplied"]}
+    assert {rank for layout, rank in idle if layout == '{"expert": 2}'} == {0, 1, 2, 3}
+    assert {rank for layout, rank in idle if layout == '{"expert": 2, "tensor": 2}'} == {0, 1, 2, 3}
+
+
+def as_on_a_gpu(launch: dict) -> dict:
+    """A launch that was noted in fp32 as it would be in bf16, at a width as in a real model."""
+    types = launch["signature"].values()
+    change = {} if "*bf16" in types else {"*fp32": "*bf16"}
+    constants = dict(launch["constants"])
+    if "NUM_COLUMNS" in constants:
+        constants |= {"NUM_COLUMNS": 2048, "TOP_K": min(constants["TOP_K"], 2)}
+    return launch | {
+        "signature": {name: change.get(type, type) for name, type in launch["signature"].items()},
+        "constants": constants,
+    }
+
+
+def test_the_kernels_compile_for_a_gpu(sources, on_one_process, tmp_path):
+    """Every kind of launch that the cases above made becomes machine code for sm_90: an ELF file of some size."""
+    launches = []
+    for launch in map(as_on_a_gpu, on_one_process["launches"]):
+        if launch not in launches:
+            launches.append(launch)
+    found = result_of(start("compile_ahead", launches, sources, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)))
+    names = {"_padded_copy", "_padded_copy_wgrad", "_sdd_kernel", "_dsd_kernel", "_row_indices_kernel"}
+    assert {one["kernel"] for one in found} == names
+    assert all(one["elf"] and one["target"] == 90 for one in found)
+
+
+def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch):
+    """Never a silent fallback: the setting, the reason, and both ways out; and that there is no GPU."""
+    monkeypatch.setattr(module, "why_not", lambda package: f"{package}_ops cannot be imported (no such module)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError) as caught:
+        module.check()
+    missing, no_gpu = caught.value.problems
+    assert "experts.backend=megablocks" in missing
+    assert "megablocks_ops cannot be imported (no such module)" in missing
+    assert "launch/install_gpu.sh" in missing
+    assert "experts.backend=grouped" in missing
+    assert "GPU" in no_gpu
+
+    monkeypatch.setattr(module, "why_not", lambda package: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_gpu_only_bf16_is_taken(dtype):
+    """Before anything is launched. The tensors only pretend to be on a GPU."""
+    with FakeTensorMode(), pytest.raises(UserError, match=r"bf16 only.*set train\.dtype=bf16"):
+        x, stack = torch.empty(3, 8, dtype=dtype, device="cuda:0"), torch.empty(2, 4, 8, dtype=dtype, device="cuda:0")
+        weights = torch.empty(3, 1, device="cuda:0")
+        module.megablocks(x, weights, torch.empty(3, 1, dtype=torch.int64, device="cuda:0"), stack, stack, stack)
