@@ -110,6 +110,11 @@ def problems(config: Config) -> list[str]:
             f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
             f"set train.micro_batch to one of {divisors(train.global_batch)}"
         )
+    if train.compile and config.parallel.zero == 3:
+        found.append(
+            "train.compile=true does not go with parallel.zero=3, which gathers parameters in hooks that no compiler "
+            "sees; set train.compile=false, or parallel.zero to 1 or 2"
+        )
     found += layout_problems(config)
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optim, key) < 1:

@@ -10,9 +10,12 @@ MAY_CHANGE = {
     "train.steps",
     "train.eval_every",
     "train.eval_samples",
+    "train.attention",
+    "train.compile",
     "train.recompute",
     "train.recompute_every",
     "train.micro_batch",
+    "experts.backend",
     "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
     "data.mix",
     "data.tokenizer",

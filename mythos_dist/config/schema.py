@@ -66,7 +66,9 @@ class MythosConfig:
 class ExpertsConfig:
     """How routed experts run, and how their load is kept even."""
 
-    backend: Literal["grouped", "reference"] = "grouped"
+    # grouped: torch's grouped matrix product. megablocks: MegaBlocks' kernels, bf16 on a GPU (launch/install_gpu.sh).
+    # reference: one expert after the other, for tests.
+    backend: Literal["grouped", "megablocks", "reference"] = "grouped"
     bias_update_rate: float = 1e-3  # a step's change of an expert's selection bias (DeepSeek-V3); 0 switches it off
     z_loss: float = 0.0  # weight of mean(logsumexp(router logits)^2) (ST-MoE, Zoph et al. 2022)
     sequence_balance_loss: float = 0.0  # weight of DeepSeek-V3's sequence-wise auxiliary loss
@@ -104,6 +106,10 @@ class TrainConfig:
     global_batch: int = 8  # sequences per step, over all replicas
     micro_batch: int = 1  # sequences per replica and forward pass
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    # auto: flash-attn where it is installed, on a GPU and in half precision, else PyTorch's own fused kernel (sdpa).
+    attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
+    # Blocks go through `torch.compile`: minutes at the start, and a compiler must be there; not with ZeRO-3.
+    compile: bool = False
     # What the backward pass computes again. loop: everything inside a loop. selective: of attention what is made from
     # the latents (GQA: from q, k, v), of an FFN what is made from its input.
     recompute: Literal["none", "loop", "selective"] = "none"

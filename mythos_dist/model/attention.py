@@ -1,8 +1,6 @@
-"""Attention: grouped-query (GQA) and multi-head latent (MLA), rotary positions, one causal kernel, the key-value cache.
+"""Attention layers: grouped-query (GQA) and multi-head latent (MLA), rotary positions, the key-value cache.
 
-softmax(q k^T / sqrt(d)) v over earlier tokens of the same document. Rotary channels turn in adjacent pairs.
-The trap: PyTorch's fused kernel wants values as wide as keys. MLA's are narrower, so they are padded with zeros and
-sliced again; without that the math kernel runs and builds S x S scores (`benchmarks/README.md`).
+Rotary channels turn in adjacent pairs. `mythos_dist.model.attend` has the kernels.
 """
 
 # B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,
@@ -11,10 +9,11 @@ sliced again; without that the math kernel runs and builds S x S scores (`benchm
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
+from mythos_dist.model.attend import Documents, Kernel, attend, find_documents
+from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import recomputed
 from mythos_dist.parallel.collectives import gather_together
 from mythos_dist.parallel.mesh import Mesh
@@ -54,9 +53,9 @@ class KVCache:
 class Context:
     """What every attention layer of one forward pass shares."""
 
-    rope: Tensor  # (S, R / 2) complex64: exp(i * position * frequency)
-    # Documents as (start, end) over the B * S flattened tokens; None when every row is one document.
-    documents: list[tuple[int, int]] | None = None
+    rope: Tensor  # (S, 1, R / 2) complex64: exp(i * position * frequency)
+    kernel: Kernel
+    documents: Documents | None = None  # None when every row is one document
     cache: KVCache | None = None
 
 
@@ -66,6 +65,7 @@ def build_context(
     device: torch.device,
     document_ids: Tensor | None = None,
     cache: KVCache | None = None,
+    kernel: Kernel = "sdpa",
 ) -> Context:
     """The context of a pass over (B, S) tokens that start behind what `cache` holds.
 
@@ -75,65 +75,18 @@ def build_context(
     start = cache.tokens if cache is not None else 0
     positions = torch.arange(start, start + shape[1], device=device, dtype=torch.float32)
     exponents = torch.arange(0, config.rope_dim, 2, device=device, dtype=torch.float32) / config.rope_dim
-    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents).unsqueeze(1)
     rope = torch.polar(torch.ones_like(angles), angles)
-    return Context(rope, None if document_ids is None else _document_spans(document_ids), cache)
-
-
-def _document_spans(document_ids: Tensor) -> list[tuple[int, int]] | None:
-    """(B, S) ids -> spans of equal id within a row, over flattened tokens. One host sync per forward pass."""
-    B, S = document_ids.shape
-    inner = document_ids[:, 1:] != document_ids[:, :-1]
-    if not bool(inner.any()):
-        return None
-    changes = torch.ones(B, S, dtype=torch.bool, device=document_ids.device)  # a row always begins a span
-    changes[:, 1:] = inner
-    starts = changes.flatten().nonzero().flatten().tolist()
-    return list(zip(starts, [*starts[1:], B * S], strict=True))
+    documents = None if document_ids is None else find_documents(document_ids)
+    return Context(rope, kernel, documents, cache)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of x (B, S, H, R) by rope (S, R / 2), in fp32; same shape and dtype as x."""
-    # Not view_as_complex: it fails on a slice that lies behind an odd number of channels.
-    pairs = torch.complex(*x.float().unflatten(-1, (-1, 2)).unbind(-1))
-    return torch.view_as_real(pairs * rope[None, :, None]).flatten(-2).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, context: Context, dropout: float) -> Tensor:
-    """Causal attention inside documents: q (B, S, H, d), k (B, T, K, d), v (B, T, K, v) -> (B, S, H * v).
-
-    With T > S the queries are the last S of the T tokens.
-    """
-    B, S, H, d = q.shape
-    T, v_dim = k.shape[1], v.shape[-1]
-    scale = d**-0.5
-    if v_dim < d:
-        v = F.pad(v, (0, d - v_dim))
-    elif v_dim > d:
-        q, k = F.pad(q, (0, v_dim - d)), F.pad(k, (0, v_dim - d))
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # (B, S, H, d) -> (B, H, S, d)
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=k.shape[2] != H,
-        ).transpose(1, 2)
-
-    if T > S:  # decoding: query i sits at position T - S + i; S is 1 or a chunk of the prompt
-        mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
-        out = kernel(q, k, v, mask)
-    elif context.documents is None:
-        out = kernel(q, k, v)
-    else:  # one call per document: a dense mask takes three times as long on a CPU
-        rows = [x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)]  # (1, B * S, heads, channels)
-        parts = [kernel(*(x[:, start:end] for x in rows)) for start, end in context.documents]
-        out = torch.cat(parts, dim=1)
-    return out[..., :v_dim].reshape(B, S, H * v_dim)
+    """Turn adjacent channel pairs of x (B, S, H, R) by rope (S, 1, R / 2), in fp32; same shape and dtype as x."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
+        pairs = pairs.contiguous()  # a slice that lies behind an odd number of channels
+    return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
 
 
 class GQAttention(nn.Module):
@@ -156,26 +109,28 @@ class GQAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
-        q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        rows = x.flatten(0, 1)  # a product of matrices takes fewer operations than one of batches of them
+        q, k, v = self.wq(rows), self.wk(rows), self.wv(rows)
         if self.config.n_kv_heads % self.mesh.tensor.size:
             k, v = self._own_heads(k, v)
-        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
-        return self.wo(recomputed(self.selective, self._mix, q, k, v, context, cache_key))
+        q, k, v = (part.view(*x.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
+        return self.wo(recomputed(self.selective, self._mix, q, k, v, context, cache_key)).view_as(x)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: str) -> Tensor:
         q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if context.cache is not None:
             k, v = context.cache.append(cache_key, torch.stack([k, v], dim=2)).unbind(2)
-        return attend(q, k, v, context, self.config.dropout if self.training else 0.0)
+        dropout = self.config.dropout if self.training else 0.0
+        return attend(q, k, v, context.kernel, context.documents, dropout)
 
     def _own_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's channels of keys and values -> the heads that its queries look at, (B, S, H / tensor * d)."""
+        """This rank's channels of keys and values -> the heads that its queries look at, (N, H / tensor * d)."""
         c, axis = self.config, self.mesh.tensor
         queries = c.n_heads // axis.size
         heads = torch.arange(axis.rank * queries, (axis.rank + 1) * queries, device=k.device)
         heads = heads * c.n_kv_heads // c.n_heads  # which key head a query head looks at
         whole = (x[..., : c.n_kv_heads * c.head_dim] for x in gather_together([k, v], axis, -1))
-        k, v = (x.unflatten(-1, (-1, c.head_dim)).index_select(2, heads).flatten(2) for x in whole)
+        k, v = (x.unflatten(-1, (-1, c.head_dim)).index_select(1, heads).flatten(1) for x in whole)
         return k, v
 
 
@@ -194,35 +149,38 @@ class MLAttention(nn.Module):
         self.selective = selective
         heads, latent = config.n_heads, config.kv_lora_rank
         self.q_down = CutLinear(config.dim, config.q_lora_rank, "outputs", mesh)
-        self.q_norm = whole_on_every_rank(nn.RMSNorm(config.q_lora_rank, eps=1e-6), mesh, inside=True)
+        self.q_norm = whole_on_every_rank(Norm(config.q_lora_rank), mesh, inside=True)
         # Per head: nope, then rope.
         self.q_up = CutLinear(config.q_lora_rank, heads * config.head_dim, "outputs", mesh)
         self.kv_down = CutLinear(config.dim, latent + config.qk_rope_head_dim, "outputs", mesh)
-        self.kv_norm = whole_on_every_rank(nn.RMSNorm(latent, eps=1e-6), mesh, inside=True)
+        self.kv_norm = whole_on_every_rank(Norm(latent), mesh, inside=True)
         self.kv_up = CutLinear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
         self.wo = CutLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
-        c = self.config
-        q, kv = gather_together([self.q_down(x), self.kv_down(x)], self.mesh.tensor, -1)
-        q, kv = q[..., : c.q_lora_rank], kv[..., : c.kv_lora_rank + c.qk_rope_head_dim]
-        return self.wo(recomputed(self.selective, self._mix, q, kv, context, cache_key))
+        c, rows = self.config, x.flatten(0, 1)
+        q, kv = gather_together([self.q_down(rows), self.kv_down(rows)], self.mesh.tensor, -1)
+        if self.mesh.tensor.size > 1:
+            q, kv = q[:, : c.q_lora_rank], kv[:, : c.kv_lora_rank + c.qk_rope_head_dim]
+        shape = x.shape[:2]
+        return self.wo(recomputed(self.selective, self._mix, q, kv, shape, context, cache_key)).view_as(x)
 
-    def _mix(self, q: Tensor, kv: Tensor, context: Context, cache_key: str) -> Tensor:
-        """Latents of queries (B, S, -) and keys and values (B, S, L + R), whole -> this rank's heads (B, S, H * v)."""
+    def _mix(self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: str) -> Tensor:
+        """Latents of queries (N, -) and keys and values (N, L + R), whole -> this rank's heads (N, H * v)."""
         c = self.config
         nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
-        q = self.q_up(self.q_norm(q)).unflatten(-1, (-1, nope + rope))  # -> (B, S, H, d)
-        q_nope, q_rope = q.split([nope, rope], dim=-1)
-        q = torch.cat([q_nope, apply_rope(q_rope, context.rope)], dim=-1)
+        q_nope, q_rope = self.q_up(self.q_norm(q)).view(*shape, -1, nope + rope).split([nope, rope], dim=-1)
+        latent, k_rope = kv.split([c.kv_lora_rank, rope], dim=-1)  # (N, L), (N, R)
+        turned = apply_rope(torch.cat([q_rope, k_rope.view(*shape, 1, rope)], dim=2), context.rope)
+        q_rope, k_rope = turned.split([q_rope.shape[2], 1], dim=2)
+        q = torch.cat([q_nope, q_rope], dim=-1)  # (B, S, H, d)
 
-        latent, k_rope = kv.split([c.kv_lora_rank, rope], dim=-1)  # (B, S, L), (B, S, R)
-        k_rope = apply_rope(k_rope.unsqueeze(2), context.rope).squeeze(2)
         if context.cache is not None:
-            cached = context.cache.append(cache_key, torch.cat([latent, k_rope], dim=-1))  # (B, T, L + R)
-            latent, k_rope = cached.split([c.kv_lora_rank, rope], dim=-1)
-        kv = self.kv_up(self.kv_norm(latent)).unflatten(-1, (-1, nope + c.v_head_dim))  # (B, T, H, nope + v)
-        k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)
-        k = torch.cat([k_nope, k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
-        return attend(q, k, v, context, c.dropout if self.training else 0.0)
+            cached = context.cache.append(cache_key, torch.cat([latent.view(*shape, -1), k_rope.squeeze(2)], dim=-1))
+            latent, k_rope = cached.split([c.kv_lora_rank, rope], dim=-1)  # (B, T, -)
+            latent, k_rope = latent.flatten(0, 1), k_rope.unsqueeze(2)
+        kv = self.kv_up(self.kv_norm(latent)).view(shape[0], -1, q.shape[2], nope + c.v_head_dim)
+        k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)  # (B, T, H, -)
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
+        return attend(q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0)

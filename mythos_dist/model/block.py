@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context, GQAttention, MLAttention
 from mythos_dist.model.moe import FFN, MoE, RouterStats
+from mythos_dist.model.norm import Norm
 from mythos_dist.parallel.collectives import enter, leave
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import whole_on_every_rank
@@ -17,9 +18,9 @@ class _ResidualBlock(nn.Module):
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool):
         super().__init__()
         self.mesh = mesh
-        self.attn_norm = whole_on_every_rank(nn.RMSNorm(config.dim, eps=1e-6), mesh)
+        self.attn_norm = whole_on_every_rank(Norm(config.dim), mesh)
         self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, mesh, selective)
-        self.ffn_norm = whole_on_every_rank(nn.RMSNorm(config.dim, eps=1e-6), mesh)
+        self.ffn_norm = whole_on_every_rank(Norm(config.dim), mesh)
         self.dropout = config.dropout
 
     def _attend(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
@@ -37,7 +38,8 @@ class DenseBlock(_ResidualBlock):
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """(B, S or S / tensor, D) -> the same."""
         x = self._attend(x, context, cache_key)
-        y = leave(self.ffn(enter(self.ffn_norm(x), self.mesh)), self.mesh)
+        whole = enter(self.ffn_norm(x), self.mesh)
+        y = leave(self.ffn(whole.flatten(0, 1)).view_as(whole), self.mesh)
         return x + F.dropout(y, self.dropout, self.training)
 
 

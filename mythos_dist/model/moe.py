@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
-from mythos_dist.model.experts import Experts, SwiGLU, count_tokens
+from mythos_dist.model.experts import Experts
+from mythos_dist.model.grouped import count_tokens
 from mythos_dist.model.recompute import recomputed
+from mythos_dist.model.swiglu import GatedLinear
 from mythos_dist.parallel.collectives import enter, gather, leave, sum_over
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.tensor import CutLinear, cut_parameter, whole_on_every_rank
@@ -26,7 +28,8 @@ class RouterStats(NamedTuple):
     """What one pass through the mixture leaves for the objective and the load balance."""
 
     counts: Tensor  # (E,) int64: (token, expert) pairs of this replica
-    loss: Tensor  # (): weighted auxiliary losses; this rank's part of the sum over the ranks that share a sequence
+    # (): weighted auxiliary losses, None if there are none; this rank's part of the sum over those who share a sequence
+    loss: Tensor | None
 
 
 class FFN(nn.Module):
@@ -36,15 +39,15 @@ class FFN(nn.Module):
         super().__init__()
         self.gate = CutLinear(dim, hidden, "outputs", mesh)
         self.up = CutLinear(dim, hidden, "outputs", mesh)
-        self.down = CutLinear(hidden, dim, "inputs", mesh)
+        self.down = GatedLinear(hidden, dim, mesh)
         self.selective = selective
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D); callers `enter` before and `leave` after."""
+        """x (N, D) whole -> this tensor rank's partial sum (N, D); callers `enter` before and `leave` after."""
         return recomputed(self.selective, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self.down(SwiGLU.apply(self.gate(x), self.up(x), None))
+        return self.down(self.gate(x), self.up(x))
 
 
 class Router(nn.Module):
@@ -69,21 +72,24 @@ class Router(nn.Module):
             self.bias = exact.to(self.bias.device)
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, S', D) -> weights (B, S', k) fp32, index (B, S', k) int64, weighted auxiliary losses ()."""
-        logits = F.linear(x.float(), self.weight.float())  # (B, S', D) -> (B, S', E)
-        scores = logits.softmax(-1)
-        index = (logits.detach() + self.bias).topk(self.k, dim=-1).indices
-        weights = scores.gather(-1, index)
-        return weights / weights.sum(-1, keepdim=True), index, self._losses(logits, scores)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (B, S', D) -> N' = B * S' weights (N', k) fp32, index (N', k), weighted auxiliary losses () or None."""
+        logits = F.linear(x.flatten(0, 1).float(), self.weight.float())  # (N, D) -> (N, E)
+        with torch.no_grad():
+            index = (logits + self.bias).topk(self.k, dim=-1).indices
+        weights = logits.gather(-1, index).softmax(-1)  # softmax over all, renormalised over the chosen
+        if not self.experts.z_loss and not self.experts.sequence_balance_loss:
+            return weights, index, None
+        return weights, index, self._losses(logits.view(*x.shape[:2], -1))
 
-    def _losses(self, logits: Tensor, scores: Tensor) -> Tensor:
-        """ST-MoE's z-loss and DeepSeek-V3's sequence-wise balance loss, each times its weight: ()."""
+    def _losses(self, logits: Tensor) -> Tensor:
+        """ST-MoE's z-loss and DeepSeek-V3's sequence-wise balance loss of logits (B, S', E), each times its weight."""
         loss = logits.new_zeros(())
         parts = self.mesh.tensor.size if self.mesh.sequence else 1  # ranks that a sequence's tokens are spread over
         if self.experts.z_loss:
             loss = loss + self.experts.z_loss * logits.logsumexp(-1).square().mean() / parts
         if self.experts.sequence_balance_loss:
+            scores = logits.softmax(-1)
             n_experts = scores.shape[-1]
             chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(self.k, dim=-1).indices, 1.0)
             share = chosen.mean(1) * (n_experts / self.k)  # f_i in the paper, per sequence: (B, E)
@@ -112,11 +118,18 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """x (B, S', D) -> y (B, S', D) and the router's statistics."""
         weights, index, loss = self.router(x)
+        if self.mesh.tensor.size > 1:
+            weights, index = self._of_all_tokens(weights, index, x.shape)
+        x = enter(x, self.mesh)  # once for the routed and the shared experts
+        rows = x.flatten(0, 1)
+        y = self.experts(rows, weights, index)
+        if self.shared is not None:
+            y = y + self.shared(rows)
+        return leave(y.view_as(x), self.mesh), RouterStats(count_tokens(index, self.experts.n_experts), loss)
+
+    def _of_all_tokens(self, weights: Tensor, index: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """What the router chose for this rank's tokens (N', k) -> for those of all ranks (N, k)."""
+        weights, index = (part.view(*shape[:2], -1) for part in (weights, index))
         if self.mesh.sequence:
             index = gather(index.to(torch.int32), self.mesh.tensor, 1).long()
-        weights, index = enter(weights, self.mesh).flatten(0, 1), index.flatten(0, 1)  # (N, k)
-        x = enter(x, self.mesh)  # once for the routed and the shared experts
-        y = self.experts(x.flatten(0, 1), weights, index).view_as(x)
-        if self.shared is not None:
-            y = y + self.shared(x)
-        return leave(y, self.mesh), RouterStats(count_tokens(index, self.experts.n_experts), loss)
+        return enter(weights, self.mesh).flatten(0, 1), index.flatten(0, 1)

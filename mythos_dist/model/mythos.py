@@ -8,7 +8,7 @@ A mesh makes it hold this rank's slices, a `Part` this pipeline stage's layers; 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,
 # E experts.
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from mythos_dist.config.check import model_problems
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
+from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.attention import Context, KVCache, build_context
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
+from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Carry, Recurrent
 from mythos_dist.parallel.collectives import sum_over
@@ -45,6 +47,7 @@ class Mythos(nn.Module):
         *,
         experts: ExpertsConfig | None = None,
         recompute: Recompute | None = None,
+        attention: Literal["auto", "flash_attn", "sdpa"] = "auto",
         seed: int = 0,
         mesh: Mesh = SINGLE,
         part: Part | None = None,
@@ -55,6 +58,7 @@ class Mythos(nn.Module):
         experts = experts or ExpertsConfig()
         recompute = recompute or Recompute()
         self.config = config
+        self.attention = attention
         self.mesh = mesh
         self.part = part = part or Part.whole(config)
         self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0
@@ -66,7 +70,7 @@ class Mythos(nn.Module):
             self.recurrent = Recurrent(config, experts, recompute, mesh)
         self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in part.coda})
         if part.last:
-            self.norm = whole_on_every_rank(nn.RMSNorm(config.dim, eps=1e-6), mesh)
+            self.norm = whole_on_every_rank(Norm(config.dim), mesh)
         init_parameters(self, seed)
 
     def forward(
@@ -97,12 +101,20 @@ class Mythos(nn.Module):
         if n_loops < 1:
             raise UserError(f"n_loops={n_loops} must be at least 1")
 
-        context = build_context(config, input_ids.shape, input_ids.device, document_ids, cache)
+        context = self.context(input_ids, document_ids, cache)
         frozen = 0 if backprop is None else max(0, n_loops - backprop)
-        (logits, auxiliary), counts = self.run((input_ids,), range(n_loops), n_loops, frozen, context)
+        (x, auxiliary), counts = self.run((input_ids,), range(n_loops), n_loops, frozen, context)
         if cache is not None:
             cache.tokens = end
-        return self.embed.whole_logits(logits) if labels is None else self.losses(logits, labels, auxiliary, counts)
+        if labels is None:
+            return self.embed.whole_logits(self.embed(x, as_head=True))
+        return self.losses(x, labels, auxiliary, counts)
+
+    def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
+        """What the layers share in a pass over input_ids (B, S); see `forward` for the other arguments."""
+        dtype = next(self.parameters()).dtype
+        kernel = choose_kernel(self.attention, input_ids.device, dtype, self.config)
+        return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel)
 
     def run(
         self, state: tuple[Tensor, ...], turns: range, n_loops: int, frozen: int, context: Context
@@ -110,7 +122,7 @@ class Mythos(nn.Module):
         """Run the layers that this rank holds, and of the `n_loops` loops those of `turns`.
 
         state: before the first layer (input_ids,); in the prelude (x,), x (B, S', D); between loops a `Carry`; in the
-        coda (x, auxiliary losses); behind the last layer (logits (B, S, local V), auxiliary losses).
+        coda, and behind the last norm, (x, auxiliary losses).
         Returns the state behind this rank's layers and the counts (len(turns), E).
         """
         part = self.part
@@ -129,7 +141,7 @@ class Mythos(nn.Module):
             state = (block(x, context, f"coda.{i}"), auxiliary)
         if part.last:
             x, auxiliary = state[0], state[-1]
-            state = (self.embed(self.norm(x), as_head=True), auxiliary)
+            state = (self.norm(x), auxiliary)
         return state, counts
 
     def arrives(self, batch: int, seq_len: int) -> list[tuple[torch.Size, torch.dtype]]:
@@ -143,10 +155,10 @@ class Mythos(nn.Module):
             return [x]
         return [x, x, (shape, torch.float32), (shape[:2], torch.float32), loss]  # a Carry
 
-    def losses(self, logits: Tensor, labels: Tensor, auxiliary: Tensor, counts: Tensor) -> Losses:
-        """logits (B, S, local V), labels (B, S), this rank's auxiliary losses (1,), counts (n_loops, E)."""
+    def losses(self, x: Tensor, labels: Tensor, auxiliary: Tensor, counts: Tensor) -> Losses:
+        """x (B, S', D) behind the last norm, labels (B, S), this rank's auxiliary losses (1,), counts (n_loops, E)."""
         tokens = (labels != IGNORED).sum()
-        cross_entropy = self.embed.cross_entropy(logits, labels) / tokens.clamp(min=1)
+        cross_entropy = self.embed(x, labels=labels) / tokens.clamp(min=1)
         auxiliary = auxiliary.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
             auxiliary = sum_over(auxiliary, self.mesh.tensor)
@@ -156,6 +168,12 @@ class Mythos(nn.Module):
             tokens=tokens,
             expert_counts=counts,
         )
+
+    def compile_blocks(self) -> None:
+        """Let `torch.compile` take each block; names and state stay."""
+        loops = [self.recurrent.block] if self.part.loops else []
+        for block in [*self.prelude.values(), *loops, *self.coda.values()]:
+            block.compile()
 
     def update_router_bias(self, counts: Tensor) -> None:
         """Call once after an optimizer step with the counts (n_loops, E) of its global batch; reference mode stays."""

@@ -19,24 +19,26 @@ from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.moe import RouterStats
+from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute, recomputed
 from mythos_dist.parallel.collectives import gather_together
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import cut_parameter, whole_on_every_rank
 
 
-def loop_signal(t: int, dim: int, like: Tensor) -> Tensor:
-    """Sines and cosines of t * 10000^(-2i / L) in the first L = dim // 8 channels, zeros behind: (D,)."""
+def loop_signals(turns: range, dim: int, like: Tensor) -> Tensor:
+    """Sines and cosines of t * 10000^(-2i / L) in the first L = dim // 8 channels, zeros behind: (len(turns), D)."""
     width = dim // 8
     pairs = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)
-    angles = t * 10000.0 ** (-pairs / max(width, 1))
-    signal = torch.zeros(dim, device=like.device, dtype=torch.float32)
-    signal[:width] = torch.cat([angles.sin(), angles.cos()])[:width]
-    return signal.to(like.dtype)
+    t = torch.arange(turns.start, turns.stop, device=like.device, dtype=torch.float32)
+    angles = torch.outer(t, 10000.0 ** (-pairs / max(width, 1)))
+    signals = torch.zeros(len(turns), dim, device=like.device, dtype=torch.float32)
+    signals[:, :width] = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+    return signals.to(like.dtype)
 
 
 class Injection(nn.Module):
-    """h = A * h + B * e + u, A = exp(-exp(log_dt + log_A)) per channel."""
+    """What h = A * h + B * e + u needs, A = exp(-exp(log_dt + log_A)) per channel."""
 
     def __init__(self, dim: int, mesh: Mesh):
         super().__init__()
@@ -45,15 +47,24 @@ class Injection(nn.Module):
         self.B = nn.Parameter(torch.empty(dim))
         whole_on_every_rank(self, mesh)
 
-    def forward(self, h: Tensor, e: Tensor, u: Tensor) -> Tensor:
-        """Three times (B, S', D) -> (B, S', D)."""
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """A and B, (D,) each: the same in every loop."""
         # The clamp keeps the exponential finite for any value that an optimizer step may reach.
         A = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
-        return torch.addcmul(torch.addcmul(u, A.to(h.dtype), h), self.B, e)
+        return A.to(self.B.dtype), self.B.clone()  # ZeRO-3 takes a parameter's own numbers away behind its module
+
+
+class Fixed(NamedTuple):
+    """What is the same in every loop of a pass, or known before the first: made once."""
+
+    A: Tensor  # (D,)
+    B: Tensor  # (D,)
+    signals: tuple[Tensor, ...]  # (D,) per turn of this stage
+    first: int  # the turn of the first signal
 
 
 class DepthLoRA(nn.Module):
-    """((u @ down^T) * scale[t]) @ B: a low-rank correction whose diagonal depends on the loop (Bae et al. 2024).
+    """u + ((u @ down^T) * scale[t]) @ B: a low-rank correction whose diagonal depends on the loop (Bae et al. 2024).
 
     The rank r is cut over the tensor axis. To use it each rank gathers the 2 * D * r weights: that sends r / N of what
     it would take to gather the N tokens' states and to add up the results.
@@ -67,11 +78,12 @@ class DepthLoRA(nn.Module):
         self.B = cut_parameter((rank, dim), {0: mesh.tensor})
 
     def forward(self, u: Tensor, t: int) -> Tensor:
-        """(B, S', D) -> (B, S', D); loops beyond the table use its last row."""
+        """u (B, S', D) -> u plus its correction; loops beyond the table use its last row."""
         scale = self.scale[min(t, self.scale.shape[0] - 1)]
         # With sequence parallelism ranks see different tokens, so their gradients are parts; otherwise they are equal.
         down, scale, B = gather_together([self.down, scale, self.B], self.mesh.tensor, 0, partial=self.mesh.sequence)
-        return (F.linear(u, down) * scale) @ B
+        rows = u.flatten(0, 1)
+        return torch.addmm(rows, F.linear(rows, down) * scale, B).view_as(u)
 
 
 class Halting(nn.Module):
@@ -95,11 +107,13 @@ class Halting(nn.Module):
         """h (B, S', D), mass (B, S') fp32, cumulative -> weight (B, S') fp32, the new mass."""
         if not self.halts:
             return torch.full_like(mass, float(last)), mass
-        p = torch.sigmoid(self.halt(h).squeeze(-1).float())
-        running = (mass < self.threshold).float()
-        rest = (1.0 - mass).clamp(min=0)
-        halts = torch.ones_like(mass, dtype=torch.bool) if last and self.last_takes_rest else mass + p >= self.threshold
-        return torch.where(halts, rest, p) * running, mass + p * running
+        running = mass < self.threshold
+        p = torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(mass) * running
+        rest = (1.0 - mass) * running  # of those that run it is positive: their mass is below the threshold
+        new_mass = mass + p
+        # In the last loop too the halting layer takes part: a stage that runs no other must have a gradient for it.
+        halts = torch.ones_like(running) if last and self.last_takes_rest else new_mass >= self.threshold
+        return torch.where(halts, rest, p), new_mass
 
 
 class Carry(NamedTuple):
@@ -125,7 +139,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = recompute
-        self.norm = whole_on_every_rank(nn.RMSNorm(config.dim, eps=1e-6), mesh)
+        self.norm = whole_on_every_rank(Norm(config.dim), mesh)
         self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective")
         self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, mesh)
         self.injection = Injection(config.dim, mesh)
@@ -138,6 +152,10 @@ class Recurrent(nn.Module):
 
         Returns the carry and the counts (len(turns), E) of each loop's (token, expert) pairs.
         """
+        live_loops = turns.stop - max(frozen, turns.start) if torch.is_grad_enabled() else 0
+        self.block.ffn.experts.start_pass(live_loops)
+        A, B = self.injection()
+        fixed = Fixed(A, B, loop_signals(turns, self.config.dim, carry.h).unbind(), turns.start)
         every = self.recompute.every if self.recompute.kind == "loop" else 1
         counts = []
         t = turns.start
@@ -147,7 +165,7 @@ class Recurrent(nn.Module):
             with torch.set_grad_enabled(live and torch.is_grad_enabled()):
                 # Counts are outputs of the first run: the second one, in the backward, cannot count again.
                 carry, more = recomputed(
-                    self.recompute.kind == "loop", self._loops, range(t, stop), n_loops, carry, context
+                    self.recompute.kind == "loop", self._loops, range(t, stop), n_loops, carry, fixed, context
                 )
             counts += more
             t = stop
@@ -156,22 +174,27 @@ class Recurrent(nn.Module):
         E = self.config.n_experts
         return carry, torch.stack(counts) if counts else carry.mass.new_zeros(0, E, dtype=torch.int64)
 
-    def _loops(self, turns: range, n_loops: int, carry: Carry, context: Context) -> tuple[Carry, list[Tensor]]:
+    def _loops(
+        self, turns: range, n_loops: int, carry: Carry, fixed: Fixed, context: Context
+    ) -> tuple[Carry, list[Tensor]]:
         counts = []
         for t in turns:
-            carry, stats = self._loop(t, n_loops, carry, context)
+            carry, stats = self._loop(t, n_loops, carry, fixed, context)
             counts.append(stats.counts)
         return carry, counts
 
-    def _loop(self, t: int, n_loops: int, carry: Carry, context: Context) -> tuple[Carry, RouterStats]:
+    def _loop(self, t: int, n_loops: int, carry: Carry, fixed: Fixed, context: Context) -> tuple[Carry, RouterStats]:
         h, e, mixed, mass, loss = carry
-        x = self.norm(h + e + loop_signal(t, self.config.dim, like=h))
-        u, stats = self.block(x, context, f"recurrent.{t}")
-        u = u + self.lora(u, t)
-        h = self.injection(h, e, u)
+        x = self.norm(h + e + fixed.signals[t - fixed.first])
+        # One name for all loops without a cache: `torch.compile` would compile the block for each name.
+        u, stats = self.block(x, context, "recurrent" if context.cache is None else f"recurrent.{t}")
+        u = self.lora(u, t)
+        h = torch.addcmul(torch.addcmul(u, fixed.A, h), fixed.B, e)
         weight, mass = self.act(h, mass, t == n_loops - 1)
         mixed = torch.addcmul(mixed, weight.unsqueeze(-1), h.float())
-        return Carry(h, e, mixed, mass, loss + stats.loss / n_loops), stats
+        if stats.loss is not None:
+            loss = loss + stats.loss / n_loops
+        return Carry(h, e, mixed, mass, loss), stats
 
 
 class _ZeroGradients(torch.autograd.Function):

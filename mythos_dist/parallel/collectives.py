@@ -4,6 +4,8 @@ Their names say what the forward pass does; each docstring says what the backwar
 2019; Korthikanti et al. 2022 for the sequence-parallel pair) calls them f, g, and g with a bar.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -96,14 +98,21 @@ def _all_to_all(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -
     return out
 
 
+def _run(function: Any, *arguments: Any) -> Any:
+    return function.apply(*arguments)
+
+
+_apply: Any = torch.compiler.disable(_run)  # traced by it, a message's gradient came out wrong
+
+
 def copy(x: Tensor, axis: Axis) -> Tensor:
     """x, the same on every rank, for work that is divided over the axis; backward sums the parts of its gradient."""
-    return x if axis.size == 1 else _Copy.apply(x, axis)
+    return x if axis.size == 1 else _apply(_Copy, x, axis)
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """The sum of every rank's part, on every rank; backward hands the gradient on as it is."""
-    return x if axis.size == 1 else _Sum.apply(x, axis)
+    return x if axis.size == 1 else _apply(_Sum, x, axis)
 
 
 def gather(x: Tensor, axis: Axis, dim: int, *, partial: bool = True) -> Tensor:
@@ -112,7 +121,7 @@ def gather(x: Tensor, axis: Axis, dim: int, *, partial: bool = True) -> Tensor:
     partial: ranks differentiate different work with it, so backward sums and scatters (reduce-scatter); otherwise all
     of them get the same gradient, and backward takes this rank's part of it.
     """
-    return x if axis.size == 1 else _Gather.apply(x, axis, dim, partial)
+    return x if axis.size == 1 else _apply(_Gather, x, axis, dim, partial)
 
 
 def gather_together(parts: list[Tensor], axis: Axis, dim: int, *, partial: bool = True) -> list[Tensor]:
@@ -129,12 +138,12 @@ def gather_together(parts: list[Tensor], axis: Axis, dim: int, *, partial: bool 
 
 def sum_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the sum over the ranks; backward gathers."""
-    return x if axis.size == 1 else _SumScatter.apply(x, axis, dim)
+    return x if axis.size == 1 else _apply(_SumScatter, x, axis, dim)
 
 
 def exchange(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
     """Rows sorted by the rank they go to, `send[r]` to rank r -> those that came, `receive[r]` from rank r."""
-    return rows if axis.size == 1 else _Exchange.apply(rows, axis, send, receive)
+    return rows if axis.size == 1 else _apply(_Exchange, rows, axis, send, receive)
 
 
 def enter(x: Tensor, mesh: Mesh) -> Tensor:

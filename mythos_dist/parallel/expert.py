@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mythos_dist.parallel.collectives import exchange, gather, sum_scatter
 from mythos_dist.parallel.mesh import Axis, Mesh
-from mythos_dist.parallel.rows import Places, sum_rows, take_rows
+from mythos_dist.parallel.rows import Places, place_slots, sum_rows, take_rows
 
 
 class Route(NamedTuple):
@@ -42,16 +42,12 @@ def _exchange_counts(owner: Tensor, goes: Tensor, axis: Axis) -> tuple[list[int]
     return send, receive, sum(pairs_in)
 
 
-def _place(owner: Tensor, goes: Tensor, n_rows: int) -> tuple[Places, Tensor]:
+def _place(goes: Tensor, n_rows: int) -> tuple[Places, Tensor]:
     """Rows sorted by destination, then by token; and each row's destination (n_rows,)."""
-    ranks, N = goes.shape
+    N = goes.shape[1]
     flat = goes.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n_rows]
-    row = (goes.flatten().cumsum(0) - 1).view(ranks, N).T.gather(1, owner)  # (N, k): the row of a slot's destination
-    by_owner, order = owner.sort(dim=1)
-    row = row.gather(1, order)
-    row[:, 1:].masked_fill_(by_owner[:, 1:] == by_owner[:, :-1], n_rows)  # the same row is not to be summed twice
-    row = row.sort(dim=1).values[:, : min(owner.shape[1], ranks)]
-    return Places(flat % N, row, holes=True), flat // N
+    row = (goes.flatten().cumsum(0) - 1).view_as(goes)  # of each (rank, token)
+    return place_slots(flat % N, row.T, goes.T, n_rows), flat // N
 
 
 def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Mesh) -> Route:
@@ -62,7 +58,7 @@ def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Me
     owner = index // local
     goes = torch.zeros(axis.size, x.shape[0], dtype=torch.bool, device=x.device).scatter_(0, owner.T, True)
     send, receive, pairs = _exchange_counts(owner, goes, axis)
-    sent, destination = _place(owner, goes, sum(send))
+    sent, destination = _place(goes, sum(send))
 
     here = owner[sent.token] == destination.unsqueeze(1)  # (rows, k): slots whose expert is at the destination
     index_out = torch.where(here, index[sent.token] % local, local)

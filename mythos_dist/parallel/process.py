@@ -48,6 +48,9 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `train.dtype`
+
+
 def check_dtype(dtype: str) -> None:
     """UserError if DeepSpeed does not compute in `train.dtype` on this machine."""
     from deepspeed.accelerator import get_accelerator

@@ -1,22 +1,37 @@
 """Copying tokens to rows and summing rows to tokens, each the other's gradient, in an order that never changes.
 
 `index_add` would do the second, but on a GPU it adds in whatever order its threads arrive, and a resumed run would
-differ from an undisturbed one.
+differ from an undisturbed one. `embedding_bag` adds a token's rows one after the other, in fp32, as it reads them.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
 class Places(NamedTuple):
-    """Where N tokens lie among M rows, at most s rows to a token."""
+    """Where N tokens lie among M rows; R of the rows count, and a token may have none."""
 
     token: Tensor  # (M,) the token that a row is a copy of
-    row: Tensor  # (N, s) the rows that count for a token; M where a slot is empty
-    holes: bool  # whether slots may be empty
+    row: Tensor  # (R,) the rows that count, token after token
+    starts: Tensor  # (N,) where each token's rows begin in `row`
+
+
+def place_slots(token: Tensor, row: Tensor, filled: Tensor | None = None, n_filled: int | None = None) -> Places:
+    """Places from a table with one column per slot.
+
+    token (M,); row (N, s): the row of each slot; filled (N, s) bool: whether a slot has one, None: all do;
+    n_filled: how many do, known on the host so that nothing waits for the GPU.
+    """
+    N, slots = row.shape
+    if filled is None:
+        return Places(token, row.flatten(), torch.arange(0, N * slots, slots, device=row.device))
+    per_token = filled.sum(1)
+    first = filled.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n_filled]
+    return Places(token, row.flatten().index_select(0, first), per_token.cumsum(0) - per_token)
 
 
 def take_rows(x: Tensor, places: Places) -> Tensor:
@@ -29,33 +44,29 @@ def sum_rows(y: Tensor, places: Places) -> Tensor:
     return _Sum.apply(y, *places)
 
 
-def _sum(y: Tensor, row: Tensor, holes: bool) -> Tensor:
-    if holes:
-        y = torch.cat([y, y.new_zeros(1, y.shape[1])])
-    if row.shape[1] == 1:
-        return y.index_select(0, row.flatten())
-    return y.index_select(0, row.flatten()).view(*row.shape, y.shape[1]).sum(1)
+def add_rows(y: Tensor, row: Tensor, starts: Tensor) -> Tensor:
+    """`sum_rows` that autograd does not see."""
+    with torch.no_grad():
+        return F.embedding_bag(row, y, starts, mode="sum")
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, token: Tensor, row: Tensor, holes: bool) -> Tensor:
-        ctx.save_for_backward(row)
-        ctx.holes = holes
+    def forward(ctx, x: Tensor, token: Tensor, row: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(row, starts)
         return x.index_select(0, token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (row,) = ctx.saved_tensors
-        return _sum(grad, row, ctx.holes), None, None, None
+        return add_rows(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, token: Tensor, row: Tensor, holes: bool) -> Tensor:
+    def forward(ctx, y: Tensor, token: Tensor, row: Tensor, starts: Tensor) -> Tensor:
         ctx.save_for_backward(token)
-        return _sum(y, row, holes)
+        return add_rows(y.contiguous(), row, starts)
 
     @staticmethod
     @once_differentiable

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from mythos_dist.parallel.collectives import _all_reduce, enter, gather, leave
 from mythos_dist.parallel.mesh import Axis, Mesh
 
+_LEAST_ROWS = 256  # tokens whose logits are made at a time, at least: fewer would make small products
 IGNORED = -100  # a label that does not count (PyTorch's own default)
 
 
@@ -106,8 +107,17 @@ class Embedding(nn.Module):
         self.first, self.last, _ = cut_range(vocab_size, mesh.tensor)
         self.weight = cut_parameter((vocab_size, dim), {0: mesh.tensor})
 
-    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
-        """ids (B, S) -> states (B, S or S / tensor, D); as head: states -> this rank's logits (B, S, local V)."""
+    def forward(self, x: Tensor, as_head: bool = False, labels: Tensor | None = None) -> Tensor:
+        """ids (B, S) -> states (B, S or S / tensor, D); as head: states -> this rank's logits (B, S, local V).
+
+        With labels (B, S): states -> the sum of cross entropies, in nats, over those that are not IGNORED: (), fp32.
+        """
+        if labels is not None:
+            rows = enter(x, self.mesh).flatten(0, 1)
+            real = self.last - self.first
+            return _HeadLoss.apply(
+                rows, self.weight, labels.flatten(), self.mesh.tensor, self.first, real, torch.is_grad_enabled()
+            )
         if as_head:
             return F.linear(enter(x, self.mesh), self.weight)
         mine = (x >= self.first) & (x < self.last)
@@ -120,43 +130,59 @@ class Embedding(nn.Module):
         """(B, S, local V) -> (B, S, V) on every rank."""
         return gather(logits, self.mesh.tensor, -1, partial=False)[..., : self.vocab_size]
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum over the labels (B, S) that are not IGNORED, in nats, of logits (B, S, local V): (), fp32."""
-        loss = _CrossEntropy.apply(
-            logits.flatten(0, 1), labels.flatten(), self.mesh.tensor, self.first, self.last - self.first
-        )
-        return loss
 
+class _HeadLoss(torch.autograd.Function):
+    """The head's product and the cross entropy of its logits, a piece of the tokens at a time, gradients included.
 
-class _CrossEntropy(torch.autograd.Function):
-    """Each rank keeps the probabilities of its own tokens; three numbers per position travel, never the logits."""
+    So the logits of all tokens never exist, in any precision, and nothing is computed twice: a piece's gradient is
+    known as soon as its logits are, but for the factor that the backward pass brings.
+    """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, axis: Axis, first: int, size: int) -> Tensor:
-        """logits (N, local V), of which `size` are real; labels (N,) -> ()."""
-        x = logits.to(torch.float32, copy=True)
-        x[:, size:] = float("-inf")
-        highest = x.amax(-1, keepdim=True)
-        if axis.size > 1:
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=axis.group)
-        x.sub_(highest)
-        counts = labels != IGNORED
-        mine = counts & (labels >= first) & (labels < first + size)
-        column = torch.where(mine, labels - first, 0).unsqueeze(-1)
-        target = x.gather(-1, column).squeeze(-1).where(mine, 0.0)
-        x.exp_()
-        sums = torch.stack([x.sum(-1), target])  # of the exponentials; and the label's logit, from whoever holds it
-        if axis.size > 1:
-            dist.all_reduce(sums, group=axis.group)
-        ctx.save_for_backward(x.div_(sums[0].unsqueeze(-1)), column, mine, counts)
-        ctx.dtype = logits.dtype
-        return (sums[0].log() - sums[1]).where(counts, 0.0).sum()
+    def forward(
+        ctx, x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, first: int, real: int, differentiate: bool
+    ) -> Tensor:
+        """x (N, D), weight (local V, D) of which `real` rows are tokens from `first` on, labels (N,) -> ()."""
+        N, D = x.shape
+        step = max(_LEAST_ROWS, N * D // weight.shape[0])  # a piece's logits are about as large as x
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grads = [torch.empty_like(x), torch.zeros_like(weight)] if differentiate else []
+        for start in range(0, N, step):
+            piece = slice(start, start + step)
+            loss, gradient = _cross_entropy(x[piece] @ weight.t(), labels[piece], axis, first, real)
+            total += loss
+            if grads:
+                torch.mm(gradient, weight, out=grads[0][piece])
+                torch.addmm(grads[1], gradient.t(), x[piece], out=grads[1])
+        ctx.save_for_backward(*grads)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        probabilities, column, mine, counts = ctx.saved_tensors
-        scale = (grad * counts).unsqueeze(-1)
-        out = torch.mul(probabilities, scale, out=probabilities.new_empty(probabilities.shape, dtype=ctx.dtype))
-        at_label = (probabilities.gather(-1, column) - mine.unsqueeze(-1).float()) * scale
-        return out.scatter_(-1, column, at_label.to(ctx.dtype)), None, None, None, None
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad, grad_weight * grad, None, None, None, None, None
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, axis: Axis, first: int, real: int) -> tuple[Tensor, Tensor]:
+    """logits (N, local V), labels (N,) -> the sum of their cross entropies () and its gradient (N, local V).
+
+    Three numbers per position travel between the parts of the vocabulary, never the logits.
+    """
+    x = logits.float()
+    x[:, real:] = float("-inf")
+    highest = x.amax(-1, keepdim=True)
+    if axis.size > 1:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=axis.group)
+    x.sub_(highest)
+    counts = labels != IGNORED
+    mine = counts & (labels >= first) & (labels < first + real)
+    column = torch.where(mine, labels - first, 0).unsqueeze(-1)
+    target = x.gather(-1, column).squeeze(-1).where(mine, 0.0)
+    x.exp_()
+    sums = torch.stack([x.sum(-1), target])  # of the exponentials; and the label's logit, from whoever holds it
+    if axis.size > 1:
+        dist.all_reduce(sums, group=axis.group)
+    x.mul_((counts / sums[0]).unsqueeze(-1))  # probabilities, 0 where a label does not count
+    x.scatter_add_(-1, column, -mine.unsqueeze(-1).float())
+    return (sums[0].log() - sums[1]).where(counts, 0.0).sum(), x.to(logits.dtype)

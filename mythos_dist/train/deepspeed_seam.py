@@ -23,7 +23,6 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mythos_dist.model.attention import build_context
 from mythos_dist.model.moe import MoE
 from mythos_dist.model.mythos import Losses, Mythos
 from mythos_dist.parallel.mesh import Mesh, new_group
@@ -235,7 +234,7 @@ class StageLayer(nn.Module):
     def forward(self, received: Tensor) -> Tensor:
         """The flat tensor for the next stage; on the last stage the objective ()."""
         work, model = self.work.popleft(), self.model
-        context = build_context(model.config, work.input_ids.shape, work.input_ids.device, work.document_ids)
+        context = model.context(work.input_ids, work.document_ids)
         B, S = work.input_ids.shape
         state = (work.input_ids,) if model.part.first else tuple(unpack(received, model.arrives(B, S)))
         state, counts = model.run(state, work.turns, work.n_loops, work.frozen, context)

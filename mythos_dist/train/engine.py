@@ -75,10 +75,13 @@ class Engine:
             config.model,
             experts=config.experts,
             recompute=Recompute(train.recompute, train.recompute_every),
+            attention=train.attention,
             seed=config.run.seed,
             mesh=mesh,
             part=self.parts[mesh.pipe.rank],
         ).to(device())
+        if train.compile:
+            self.model.compile_blocks()
         register_experts(mesh)
         make_experts_known(self.model, mesh)
         groups = parameter_groups(self.model, o, mesh)

@@ -1,6 +1,8 @@
 """THE loop: check, build, resume, then step after step until the run is done. Reads top to bottom."""
 
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,9 +23,11 @@ from mythos_dist.data.corpora import Corpus, changes, open_corpora
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
+from mythos_dist.model.attend import choose_kernel
+from mythos_dist.model.megablocks import check as check_megablocks
 from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, build_mesh
-from mythos_dist.parallel.process import check_dtype, device, together
+from mythos_dist.parallel.process import DTYPES, check_dtype, device, together
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
@@ -61,6 +65,7 @@ def train(config: Config) -> None:
         return
 
     fence = take_fence(run_dir)
+    log.info("%s", check_kernels(config))
     if rank == 0:
         completed.unlink(missing_ok=True)  # train.steps was raised
     engine = Engine(config, mesh)
@@ -118,6 +123,7 @@ def train(config: Config) -> None:
 def check_inputs(config: Config) -> list[Corpus]:
     """The shards; UserError for what the user has to mend."""
     check_dtype(config.train.dtype)
+    check_kernels(config)
     check_run_folder(config)
     return open_corpora(
         config.data.folders,
@@ -125,6 +131,27 @@ def check_inputs(config: Config) -> list[Corpus]:
         vocab_size=config.model.vocab_size,
         tokenizer_path=config.data.tokenizer,
     )
+
+
+def check_kernels(config: Config) -> str:
+    """Which kernels run experts and attention; UserError, with all reasons, if those that are asked for cannot."""
+    dtype = DTYPES[config.train.dtype]
+    problems, attention = [], ""
+    try:
+        attention = choose_kernel(config.train.attention, device(), dtype, config.model)
+    except UserError as error:
+        problems += error.problems
+    if config.experts.backend == "megablocks":
+        try:
+            check_megablocks(dtype)
+        except UserError as error:
+            problems += error.problems
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and device().type == "cpu" and not shutil.which(compiler):
+        problems.append(f"train.compile=true: there is no C++ compiler {compiler}; install one, or set it to false")
+    if problems:
+        raise UserError(problems)
+    return f"experts: {config.experts.backend}, attention: {attention}"
 
 
 def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpus]) -> None:

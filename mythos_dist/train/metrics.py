@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from mythos_dist.config.schema import Config
+from mythos_dist.parallel.process import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def peak_flops(config: Config) -> float:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         return next((peak * 1e12 for part, peak in _GPU_PEAKS.items() if part in name), math.nan)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.dtype]
+    dtype = DTYPES[config.train.dtype]
     a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     begin, products = time.perf_counter(), 0

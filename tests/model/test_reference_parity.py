@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
-from mythos_dist.model.experts import BACKENDS
 from mythos_dist.model.open_mythos import from_open_mythos
 
-EXAMPLES = 150
+EXAMPLES = 220
 # fp32 rounds at 6e-8; sums over some hundred terms in another order, through up to 6 loops, stay below this.
 TOLERANCE = 1e-5
 # A choice (which expert, whether to halt) closer to its tie than this may fall either way in fp32: not comparable.
@@ -214,7 +213,7 @@ def test_logits_and_every_gradient_equal_the_reference(open_mythos, build_refere
         gradients = gradients_by_our_names(reference, config)
         allowed = {name: TOLERANCE * scale for name, scale in scales(case, watch, gradients).items()}
         exact: dict[str, Tensor] = {}
-        for backend in BACKENDS:
+        for backend in ("grouped", "reference"):
             ours = Mythos(config, experts=ExpertsConfig(backend=backend))
             ours.load_open_mythos(reference.state_dict())
             logits = ours(input_ids, case.n_loops)

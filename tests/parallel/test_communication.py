@@ -137,9 +137,7 @@ def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.dtype]
     model = Mythos(config.model, experts=config.experts, seed=config.run.seed).to(dtype)
     chosen: list[list[list[int]]] = []  # experts of each token, a list per pass through the router
-    model.recurrent.block.ffn.router.register_forward_hook(
-        lambda *call: chosen.append(call[2][1].flatten(0, 1).tolist())
-    )
+    model.recurrent.block.ffn.router.register_forward_hook(lambda *call: chosen.append(call[2][1].tolist()))
     expert = config.parallel.expert
     replicas = world // (config.parallel.pipe * config.parallel.tensor)
     owned = config.model.n_experts // expert

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mythos_dist.parallel.rows import Places, sum_rows, take_rows
+from mythos_dist.parallel.rows import Places, place_slots, sum_rows, take_rows
 
 
 @st.composite
@@ -25,14 +25,15 @@ def placements(draw) -> tuple[Places, int]:
     free = {n: draw(st.permutations(range(slots))) for n in range(N)}
     for m, n in enumerate(token):
         row[n, free[n].pop()] = m
-    holes = any(count < slots for count in filled) or draw(st.booleans())
-    places = Places(torch.tensor([*token, *[0] * unnamed], dtype=torch.int64), row, holes)
-    return places, len(token)
+    tokens = torch.tensor([*token, *[0] * unnamed], dtype=torch.int64)
+    if all(count == slots for count in filled) and draw(st.booleans()):
+        return place_slots(tokens, row), len(token)
+    return place_slots(tokens, row, row < M, len(token)), len(token)
 
 
 def spread(N: int, slots: int) -> Places:
     """Each token in `slots` rows: copy after copy of all tokens, as if each were sent to `slots` ranks."""
-    return Places(torch.arange(N).repeat(slots), torch.arange(N * slots).view(slots, N).T.contiguous(), False)
+    return place_slots(torch.arange(N).repeat(slots), torch.arange(N * slots).view(slots, N).T)
 
 
 @given(placements(), st.integers(1, 5), st.integers(0, 2**31))
@@ -40,7 +41,7 @@ def test_taking_rows_is_index_select(case, width, seed):
     """Forward exactly; backward sums a token's rows, what index_add does in float64, without the rows of no slot."""
     places, real = case
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(places.row.shape[0], width, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(places.starts.shape[0], width, generator=generator, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(len(places.token), width, generator=generator, dtype=torch.float64)
     rows = take_rows(x, places)
     assert torch.equal(rows, x.index_select(0, places.token))
@@ -55,9 +56,9 @@ def test_summing_rows_is_index_add(case, width, seed):
     places, real = case
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(len(places.token), width, generator=generator, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(places.row.shape[0], width, generator=generator, dtype=torch.float64)
+    direction = torch.randn(places.starts.shape[0], width, generator=generator, dtype=torch.float64)
     sums = sum_rows(y, places)
-    zeros = torch.zeros(places.row.shape[0], width, dtype=torch.float64)
+    zeros = torch.zeros(places.starts.shape[0], width, dtype=torch.float64)
     torch.testing.assert_close(sums, zeros.index_add(0, places.token[:real], y[:real]))
     (gradient,) = torch.autograd.grad(sums, y, direction)
     assert torch.equal(gradient[:real], direction.index_select(0, places.token[:real]))
@@ -70,7 +71,9 @@ def test_no_rows_at_all(holes):
     Without holes there can be no rows only where there are no tokens.
     """
     N = 3 if holes else 0
-    places = Places(torch.zeros(0, dtype=torch.int64), torch.zeros(N, 2, dtype=torch.int64), holes)
+    none = torch.zeros(0, dtype=torch.int64)
+    table = torch.zeros(N, 2, dtype=torch.int64)
+    places = place_slots(none, table, torch.zeros(N, 2, dtype=torch.bool), 0) if holes else place_slots(none, table)
     x = torch.randn(N, 4, requires_grad=True)
     y = torch.randn(0, 4, requires_grad=True)
     rows, sums = take_rows(x, places), sum_rows(y, places)
@@ -85,7 +88,7 @@ def test_no_rows_at_all(holes):
 
 def test_a_row_that_is_not_finite_stays_among_its_tokens():
     """Empty slots add nothing at all: not zero times something, which would be NaN."""
-    places = Places(torch.tensor([1, 1]), torch.tensor([[2, 2], [0, 1]]), True)
+    places = Places(torch.tensor([1, 1]), row=torch.tensor([0, 1]), starts=torch.tensor([0, 0]))
     sums = sum_rows(torch.tensor([[float("inf")], [float("nan")]]), places)
     assert sums[0].item() == 0.0
     assert sums[1].isnan()
@@ -138,5 +141,5 @@ def test_the_order_of_a_sum_is_that_of_the_slots():
     for order in ([0, 1, 2, 3], [3, 0, 2, 1], [2, 3, 1, 0]):
         where = torch.tensor(order)  # the row of each slot
         rows = torch.empty(4, 1).index_copy(0, where, values)
-        found.add(sum_rows(rows, Places(torch.zeros(4, dtype=torch.int64), where.view(1, 4), False)).item())
+        found.add(sum_rows(rows, place_slots(torch.zeros(4, dtype=torch.int64), where.view(1, 4))).item())
     assert len(found) == 1

@@ -94,10 +94,26 @@ def test_deepspeed_understands_the_marks(tensor, expert):
 # ---- The loss on one rank
 
 
+class Shapes(TorchDispatchMode):
+    """Remembers the shape of everything that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+        return out
+
+
 def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours on one rank: the loss and its gradient, of logits (B, S, V)."""
+    """Ours on one rank: the loss and its gradient, of logits (B, S, V), which a table of ones and zeros hands on."""
+    V = logits.shape[-1]
+    embed = Embedding(V, V, SINGLE).to(logits.dtype)
+    nn.init.eye_(embed.weight)
     logits = logits.clone().requires_grad_()
-    loss = Embedding(logits.shape[-1], 4, SINGLE).cross_entropy(logits, labels)
+    loss = embed(logits, labels=labels)
     (0.3 * loss).backward()
     assert loss.dtype == torch.float32
     assert logits.grad is not None
@@ -156,20 +172,29 @@ def test_ignored_labels_cost_nothing():
     assert not gradient.any()
 
 
+def test_many_tokens_are_taken_piece_by_piece():
+    """1,000 tokens of 3 channels, a vocabulary of 700: PyTorch's loss and gradients, fp32 sums in another order, and no
+    tensor half as large as all logits."""
+    generator = torch.Generator().manual_seed(0)
+    embed = Embedding(700, 3, SINGLE)
+    nn.init.normal_(embed.weight, generator=generator)
+    states = torch.randn(2, 500, 3, generator=generator, requires_grad=True)
+    labels = torch.randint(700, (2, 500), generator=generator)
+    labels[0, 490:] = IGNORED
+    with Shapes() as shapes:
+        loss = embed(states, labels=labels)
+        found = torch.autograd.grad(loss, [states, embed.weight])
+    assert max(torch.Size(shape).numel() for shape in shapes.seen) < 500 * 700
+    logits = (states @ embed.weight.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, [states, embed.weight]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert embed(states, labels=labels) == loss
+
+
 # ---- The vocabulary over several ranks
-
-
-class Shapes(TorchDispatchMode):
-    """Remembers the shape of everything that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
-        return out
 
 
 D = 12
@@ -218,9 +243,10 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
             factor, offset = (x.chunk(world, dim=1)[mesh.tensor.rank] for x in (factor, offset))
         offset = offset.clone().requires_grad_()
         with Shapes() as shapes:
-            logits = embed(embed(ids) * factor + offset, as_head=True)
-            loss = embed.cross_entropy(logits, labels)
+            states = embed(ids) * factor + offset
+            loss = embed(states, labels=labels)
             (0.3 * loss).backward()
+        logits = embed(states.detach(), as_head=True)
         if V > B * S * D:  # else the width of a state could be taken for a vocabulary
             whole = [shape for shape in shapes.seen if max(shape, default=0) >= V]
             assert not whole, f"a rank allocated {whole}"

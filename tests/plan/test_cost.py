@@ -50,7 +50,9 @@ def counted(config: MythosConfig, n_loops: int, backward: bool = False) -> int:
     """FLOPs of one batch as FlopCounterMode sees them. It knows matrix products only, so attention runs as two."""
     model = Mythos(config, experts=ExpertsConfig(backend="reference"))
     input_ids = torch.randint(config.vocab_size, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # Without gradients when they are not asked for: the head makes its own on the way forward.
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
         losses = model(input_ids, n_loops, labels=input_ids)
         if backward:
             losses["objective"].backward()

@@ -25,6 +25,18 @@ def test_bf16_and_fp16_follow_fp32(config):
         assert steps.abs().max() > 0
 
 
+def test_compiled_blocks_give_the_same_numbers(config):
+    """Under tensor parallelism, and in a pipeline that recomputes its loops: losses of one plain process, 1e-5."""
+    base = change(config, train={"global_batch": 4, "micro_batch": 2})
+    compiled = [
+        change(base, train={"compile": True}, parallel={"tensor": 2}),
+        change(base, train={"compile": True, "recompute": "loop"}, parallel={"pipe": 2}),
+    ]
+    expected = train_plainly(base)
+    for got in run_ranks(2, train_under_deepspeed, [(each, None) for each in compiled], seconds=280)[0]:
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
 def evaluate(configs: list[Config]) -> list[list[float]]:
     """Each config's held-out loss on two passes, the second empty but on replica 0, before and after a step."""
     from mythos_dist.parallel.mesh import build_mesh

@@ -1,0 +1,126 @@
+"""softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, by a kernel that builds no S x S scores.
+
+`flash_attn` is FlashAttention 2 (Dao 2023), for half precision on a GPU; `sdpa` is PyTorch's own. The trap: both want
+values as wide as keys. MLA's are narrower, so they are padded with zeros and sliced again; without that PyTorch falls
+back to its math kernel, which builds the scores, and flash-attn refuses (`benchmarks/README.md`).
+"""
+
+# B batch, S new tokens, T all tokens (cached and new), H query heads, K key-value heads, d channels of a query or key
+# head, v channels of a value head.
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mythos_dist.config.schema import MythosConfig
+from mythos_dist.errors import UserError
+from mythos_dist.model.kernels import why_not
+
+Kernel = Literal["flash_attn", "sdpa"]
+WIDEST_HEAD = 256  # channels, in flash-attn 2
+
+
+def choose_kernel(setting: str, device: torch.device, dtype: torch.dtype, config: MythosConfig) -> Kernel:
+    """The kernel that `train.attention` means. Raises UserError if flash-attn is asked for and cannot run."""
+    if setting == "sdpa":
+        return "sdpa"
+    reasons = []
+    if device.type != "cuda":
+        reasons.append(f"it runs on a GPU, not on {device.type}")
+    elif torch.cuda.get_device_capability(device)[0] < 8:
+        reasons.append(f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)")
+    if dtype == torch.float32:
+        reasons.append("it computes in half precision, and train.dtype=fp32")
+    widest = max(config.head_dim, config.v_head_dim if config.attn_type == "mla" else 0)
+    if widest > WIDEST_HEAD:
+        reasons.append(f"a head has {widest} channels, more than its {WIDEST_HEAD}")
+    if setting == "auto" and reasons:
+        return "sdpa"  # without importing the package
+    if missing := why_not("flash_attn"):
+        reasons.append(f"{missing}: bash launch/install_gpu.sh installs it")
+    if not reasons:
+        return "flash_attn"
+    if setting == "auto":
+        return "sdpa"
+    raise UserError(f"train.attention=flash_attn cannot run: {'; '.join(reasons)}; set train.attention=auto")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents lie among the B * S flattened tokens of a batch; a row always begins one."""
+
+    spans: list[tuple[int, int]]  # start and end of each
+    ends: Tensor  # (documents + 1,) int32: 0, then the ends
+    longest: int  # tokens
+
+
+def find_documents(document_ids: Tensor) -> Documents | None:
+    """(B, S) ids, equal within a document -> where they lie; None if each row is one. Waits once for the GPU."""
+    B, S = document_ids.shape
+    inner = document_ids[:, 1:] != document_ids[:, :-1]
+    if not bool(inner.any()):
+        return None
+    changes = torch.ones(B, S, dtype=torch.bool, device=document_ids.device)
+    changes[:, 1:] = inner
+    bounds = [*changes.flatten().nonzero().flatten().tolist(), B * S]
+    spans = list(itertools.pairwise(bounds))
+    ends = torch.tensor(bounds, dtype=torch.int32, device=document_ids.device)
+    return Documents(spans, ends, max(end - start for start, end in spans))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel = "sdpa", documents: Documents | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention inside documents: q (B, S, H, d), k (B, T, K, d), v (B, T, K, v) -> (B * S, H * v).
+
+    With T > S the queries are the last S of the T tokens.
+    """
+    d, v_dim = q.shape[-1], v.shape[-1]
+    scale = d**-0.5
+    if v_dim < d:
+        v = F.pad(v, (0, d - v_dim))
+    elif v_dim > d:
+        q, k = F.pad(q, (0, v_dim - d)), F.pad(k, (0, v_dim - d))
+    run = _flash_attn if kernel == "flash_attn" else _sdpa
+    out = run(q, k, v, documents, dropout, scale)  # (B, S, H, max(d, v))
+    return out[..., :v_dim].reshape(q.shape[0] * q.shape[1], -1)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dropout: float, scale: float) -> Tensor:
+    """flash_attn/flash_attn_interface.py; its causal mask is aligned to the last query and key, as ours."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    settings = dict(dropout_p=dropout, softmax_scale=scale, causal=True)
+    if documents is None or k.shape[1] > q.shape[1]:
+        return flash_attn_func(q, k, v, **settings)
+    rows = (x.flatten(0, 1) for x in (q, k, v))  # (B * S, heads, channels)
+    ends, longest = documents.ends, documents.longest
+    return flash_attn_varlen_func(*rows, ends, ends, longest, longest, **settings).view(*q.shape[:3], -1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dropout: float, scale: float) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (B, S, H, d) -> (B, H, S, d)
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=k.shape[2] != q.shape[2],
+        ).transpose(1, 2)
+
+    S, T = q.shape[1], k.shape[1]
+    if T > S:  # decoding: query i sits at position T - S + i; S is 1 or a chunk of the prompt
+        return kernel(q, k, v, torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S))
+    if documents is None:
+        return kernel(q, k, v)
+    # One call per document: a dense mask takes three times as long on a CPU.
+    rows = [x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)]  # (1, B * S, heads, channels)
+    parts = [kernel(*(x[:, start:end] for x in rows)) for start, end in documents.spans]
+    return torch.cat(parts, dim=1).view(*q.shape[:3], -1)

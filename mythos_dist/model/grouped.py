@@ -1,0 +1,134 @@
+"""The `grouped` backend of the routed experts: rows sorted by expert, then one grouped matrix product per weight.
+
+No operation depends on how many rows an expert got, so on a GPU nothing waits for the host, and 512 experts launch as
+many kernels as 8. What is kept for the backward pass: the tokens, the products with gate and up, and where rows lie.
+"""
+
+# N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, at least N * k.
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mythos_dist.model.gradient_sums import GradientSums
+from mythos_dist.model.swiglu import hidden_gradients, hidden_rows
+from mythos_dist.parallel.rows import Places, add_rows, place_slots
+
+
+def count_tokens(index: Tensor, n_experts: int) -> Tensor:
+    """How many rows each expert gets: (N, k) -> (E,) int64. Unlike `bincount` it does not wait for the GPU."""
+    flat = index.flatten()
+    return torch.zeros(n_experts, dtype=torch.int64, device=index.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+class Rows(NamedTuple):
+    """Where each (token, slot) pair sits among the rows that the experts work on."""
+
+    ends: Tensor  # (E,) int32: where each expert's rows end, filling rows included
+    pair: Tensor  # (M,) token * k + slot; 0 in filling rows
+    real: Tensor | None  # (M,) whether a row is no filling row; None: all are real
+    row: Tensor  # (N * k,) the row of each pair; M for an empty slot
+    places: Places
+
+
+def place_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dtype) -> Rows:
+    """Sort (token, slot) pairs by expert. On a CPU in half precision each expert's rows are filled up to 16s.
+
+    oneDNN compiles a kernel for every shape it has not met, and the router makes new ones all the time: bf16 products
+    of 1..512 rows run at 36-123 GFLOP/s as they come and at 239-417 in multiples of 16 (256 x 128 and 512 x 512).
+    """
+    N, k = index.shape
+    device = index.device
+    by_expert, pair = index.flatten().sort(stable=True)  # empty slots come last and are cut off
+    by_expert, pair = by_expert[:pairs], pair[:pairs]
+    ends = torch.searchsorted(by_expert, torch.arange(n_experts, device=device), right=True, out_int32=True)
+    M = pair.shape[0]
+    row, real = torch.arange(M, device=device), None
+    if device.type == "cpu" and dtype != torch.float32:
+        filled = (ends.diff(prepend=ends.new_zeros(1)) + 15) // 16 * 16
+        filled_ends = filled.cumsum(0)
+        row += ((filled_ends - filled) - F.pad(ends[:-1], (1, 0))).index_select(0, by_expert)  # filling rows before
+        M, ends = int(filled_ends[-1]), filled_ends.int()
+        pair = pair.new_zeros(M).scatter_(0, row, pair)
+        real = torch.zeros(M, dtype=torch.bool).scatter_(0, row, True)
+    row_of_pair = row.new_full((N * k,), M).scatter_(0, pair if real is None else pair[real], row)
+    is_pair = None if pairs is None else index < n_experts
+    places = place_slots(pair // k, row_of_pair.view(N, k), is_pair, pairs)
+    return Rows(ends, pair, real, row_of_pair, places)
+
+
+def grouped(
+    x: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    pairs: int | None = None,
+    sums: GradientSums | None = None,
+) -> Tensor:
+    """See `mythos_dist.model.experts.Backend`."""
+    D, width = x.shape[1], gate.shape[1]
+    align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
+    if D % align or width % align:
+        x = F.pad(x, (0, -D % align))
+        gate, up, down = (F.pad(w, (0, -D % align, 0, -width % align)) for w in (gate, up, down))
+        sums = None  # these are copies
+    if not torch.is_grad_enabled():
+        sums = None
+    rows = place_rows(index, gate.shape[0], pairs, x.dtype)
+    token = None if sums is None else sums.token((gate, up, down))
+    return _Grouped.apply(x, weights, gate, up, down, rows, sums, token)[..., :D]
+
+
+class _Grouped(torch.autograd.Function):
+    """y[n] = sum of the rows of n, of weight * (silu(x @ gate^T) * (x @ up^T)) @ down.
+
+    Weighting the hidden rows, not what comes out, saves a pass over the wider output and its copy for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weights, gate, up, down, rows: Rows, sums: GradientSums | None, token: Tensor | None) -> Tensor:
+        place, row, starts = rows.places
+        xs = x.index_select(0, place)  # (N, D) -> (M, D)
+        g = F.grouped_mm(xs, gate.transpose(-2, -1), offs=rows.ends)  # (M, D) -> (M, F)
+        u = F.grouped_mm(xs, up.transpose(-2, -1), offs=rows.ends)
+        weight = weights.flatten().index_select(0, rows.pair).to(x.dtype)  # (M,)
+        if rows.real is not None:
+            weight.mul_(rows.real)  # filling rows add nothing, forward or backward
+        ctx.save_for_backward(x, g, u, weight, gate, up, down, place, row, starts, rows.row, rows.ends)
+        ctx.weights, ctx.sums = (weights.shape, weights.dtype), sums
+        ys = F.grouped_mm(hidden_rows(g, u, weight), down, offs=rows.ends)  # (M, F) -> (M, D)
+        return add_rows(ys, row, starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, g, u, weight, gate, up, down, place, row, starts, row_of_pair, ends = ctx.saved_tensors
+        product = _weight_gradients((gate, up, down), ends, ctx.sums)
+        grad_ys = grad.index_select(0, place)  # (M, D)
+        grad_hidden = F.grouped_mm(grad_ys, down.transpose(-2, -1), offs=ends)
+        hidden, grad_g, grad_u, grad_weight = hidden_gradients(grad_hidden, g, u, weight)
+        grad_down = product(2, hidden, grad_ys)
+        del hidden, grad_ys
+        xs = x.index_select(0, place)
+        grad_gate, grad_up = product(0, grad_g, xs), product(1, grad_u, xs)
+        del xs
+        grad_xs = F.grouped_mm(grad_g, gate, offs=ends).add_(F.grouped_mm(grad_u, up, offs=ends))
+        shape, dtype = ctx.weights
+        grad_weights = F.pad(grad_weight, (0, 1)).index_select(0, row_of_pair).view(shape).to(dtype)
+        return add_rows(grad_xs, row, starts), grad_weights, grad_gate, grad_up, grad_down, None, None, None
+
+
+def _weight_gradients(
+    stacks: tuple[Tensor, Tensor, Tensor], ends: Tensor, sums: GradientSums | None
+) -> Callable[[int, Tensor, Tensor], Tensor | None]:
+    """What makes the gradient of a stack from its rows (M, F) and (M, D): (E, F, D), or None if it went to the sums."""
+    if sums is None:
+        return lambda which, left, right: F.grouped_mm(left.t(), right, offs=ends)
+    host = ends.tolist()
+    return lambda which, left, right: sums.add(which, left, right, host, stacks)
