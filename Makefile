@@ -17,8 +17,11 @@ check: $(READY)  ## lint, types and the tests that take no launch
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not launch"
 
-bench: $(READY)  ## a step against open-mythos, conversion against a plain loop, checkpoints against the disk; wants an idle machine
+bench: $(READY)  ## against open-mythos, plain loops and the disk, and what loops and recomputation cost; wants an idle machine
 	$(BIN)/python benchmarks/step_vs_open_mythos.py
+	$(BIN)/python benchmarks/moe_layer.py
+	$(BIN)/python benchmarks/loops.py
+	$(BIN)/python benchmarks/recompute.py
 	$(BIN)/python benchmarks/convert_shards.py --memory
 	$(BIN)/python benchmarks/checkpoints.py
 

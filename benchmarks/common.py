@@ -1,0 +1,152 @@
+"""What the benchmarks share: shapes, a training step, peak memory, and processes that measure in turns.
+
+Each side of a comparison is a process of its own, and they take turns, so that a machine whose speed drifts does so
+for all.
+"""
+
+import ctypes
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mythos_dist.model.mythos import Losses
+from mythos_dist.model.recompute import Recompute
+
+ROOT = Path(__file__).parents[1]
+COMMON: dict[str, Any] = dict(
+    vocab_size=8192, n_kv_heads=4, max_seq_len=512, max_loop_iters=8, prelude_layers=1, coda_layers=1, attn_type="mla",
+    n_shared_experts=1, lora_rank=8,
+)  # fmt: skip
+SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
+    "coarse": (512, dict(dim=512, n_heads=8, kv_lora_rank=128, q_lora_rank=256, qk_rope_head_dim=32,
+                         qk_nope_head_dim=64, v_head_dim=64, n_experts=32, n_experts_per_tok=4, expert_dim=512)),
+    "fine": (256, dict(dim=256, n_heads=4, kv_lora_rank=64, q_lora_rank=128, qk_rope_head_dim=32,
+                       qk_nope_head_dim=32, v_head_dim=32, n_experts=128, n_experts_per_tok=8, expert_dim=128)),
+}  # fmt: skip
+POLICIES = {
+    "none": Recompute(),
+    "every loop": Recompute("loop"),
+    "every 2nd loop": Recompute("loop", 2),
+    "every 4th loop": Recompute("loop", 4),
+    "selective": Recompute("selective"),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Trainer:
+    """A model, its optimizer and one batch of random tokens."""
+
+    def __init__(self, model: torch.nn.Module, vocab_size: int, tokens: tuple[int, int], dtype: torch.dtype):
+        """tokens: (sequences, tokens of each). In half precision the model is cast and the optimizer steps a copy."""
+        self.model = model
+        self.parameters = list(model.parameters())
+        self.masters: list[Tensor] = list(self.parameters)
+        if dtype != torch.float32:
+            self.masters = [parameter.detach().clone() for parameter in self.parameters]
+            model.to(dtype)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
+        generator = torch.Generator().manual_seed(1)
+        batch = torch.randint(0, vocab_size, (tokens[0], tokens[1] + 1), generator=generator)
+        batch = batch.to(self.parameters[0].device)
+        self.ids, self.labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def losses(self, n_loops: int | None) -> Losses:
+        """Forward."""
+        return self.model(self.ids, n_loops, labels=self.labels)
+
+    def step(self, n_loops: int | None = None) -> Losses:
+        """Forward, backward, update."""
+        losses = self.losses(n_loops)
+        losses["objective"].backward()
+        mixed = self.masters[0] is not self.parameters[0]
+        if mixed:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None  # type: ignore[union-attr]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if mixed:
+            torch._foreach_copy_([parameter.detach() for parameter in self.parameters], self.masters)
+        return losses
+
+
+def resident(field: str) -> int:
+    """VmRSS, what this process holds, or VmHWM, the most it held since `forget_peak` or its start; in bytes."""
+    # Not getrusage: its peak is handed on from the parent, through fork and exec.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def forget_peak() -> int:
+    """Hand freed memory back and start a new VmHWM; returns what this process holds, in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")
+    return resident("VmRSS")
+
+
+def answer(first: dict, measure: Callable[[int], dict]) -> None:
+    """A process of `take_turns`: say that it is ready, then measure once for each line, a round's number."""
+    print(json.dumps(first), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(measure(int(line))), flush=True)
+
+
+def take_turns(
+    commands: Mapping[str, list[str]], rounds: int, between: Callable[[], Any] = lambda: None
+) -> dict[str, list[dict]]:
+    """Start a process for each command, one after the other, and let them measure in turns; `between` opens a round.
+
+    Returns what each said: when it was ready, then of each round. One that says a "problem" is not asked again.
+    """
+    processes, said = {}, {}
+
+    def hear(name: str) -> None:
+        line = processes[name].stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {name!r} ended; its own message is above")
+        said[name].append(json.loads(line))
+
+    try:
+        for name, command in commands.items():
+            pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            processes[name], said[name] = subprocess.Popen(command, **pipes), []
+            hear(name)
+        for i in range(rounds):
+            between()
+            for name in [name for name in commands if "problem" not in said[name][0]]:
+                processes[name].stdin.write(f"{i}\n")
+                hear(name)
+    finally:
+        for process in processes.values():
+            process.stdin.close()  # a worker ends when there is nothing left to read
+            process.wait()
+    return said
+
+
+def build_reference(settings: dict) -> torch.nn.Module:
+    """OpenMythos 0.5.0 with a halting bias that no token overcomes; settings: of its config."""
+    sys.path.insert(0, str(ROOT / ".venv" / "reference"))
+    reference = importlib.import_module("open_mythos.main")
+    torch.manual_seed(0)
+    model = reference.OpenMythos(reference.MythosConfig(**settings))
+    torch.nn.init.constant_(model.recurrent.act.halt.bias, -3.0)  # 8 loops add up to 0.4 of 0.99
+    return model
+
+
+def matmul_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """FLOP/s of 2048^3 products on this machine, sustained."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    begin, products = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        torch.mm(a, b)
+        products += 1
+    return products * 2 * 2048**3 / (time.perf_counter() - begin)

@@ -1,0 +1,254 @@
+"""A training step of a whole variant on one GPU, in bf16: which backend, attention, recomputation; against open-mythos.
+
+A step is forward, loss, backward and fused AdamW on fp32 master weights. `mfu` counts the FLOPs of all loops
+(`mythos_dist.plan.cost`, nothing for recomputation) against the data sheet's peak; `matmul` against products of
+8192^3 measured here. By default one choice at a time is changed from `grouped, sdpa, every loop`. Each case is a
+process of its own, one after the other: what does not fit in memory, or is not installed, is said in its row.
+open-mythos runs under autocast, the only way in which its halting code runs in bf16, and never halts; if it does not
+fit, it gets sequences of half the length, and ours is measured with these too.
+
+Never run on a GPU so far. `--device cpu --tiny` runs the same code on a small model; its figures mean nothing.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+import traceback
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from common import POLICIES, Trainer, answer, build_reference, resident, take_turns
+
+from mythos_dist.config.schema import Config, ExpertsConfig, MythosConfig, TrainConfig
+from mythos_dist.config.variants import VARIANTS
+from mythos_dist.errors import UserError, exit_with
+from mythos_dist.model import Mythos
+from mythos_dist.model.kernels import PACKAGES, why_not
+from mythos_dist.model.mythos import Losses
+from mythos_dist.plan.cost import train_flops_per_token
+from mythos_dist.train.metrics import peak_flops
+
+TINY = dict(
+    vocab_size=512, dim=64, n_heads=4, max_loop_iters=3, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
+    qk_nope_head_dim=16, v_head_dim=16, n_experts=8, expert_dim=32, max_seq_len=64,
+)  # fmt: skip
+CHOICES = {
+    "backend": ("grouped", "megablocks"),
+    "attention": ("sdpa", "flash_attn"),
+    "recompute": ("every loop", "none", "selective"),
+    "compile": ("", "compiled"),  # each block by torch.compile
+}
+REFERENCE, MATMUL = "open-mythos", "matmul"
+
+
+def cases(every: bool) -> list[str]:
+    """Names of cases, their choices joined; the first is the base, the others change one choice, or all of them."""
+    if every:
+        return [join(choices) for choices in itertools.product(*CHOICES.values())]
+    base = [values[0] for values in CHOICES.values()]
+    changed = [(i, value) for i, values in enumerate(CHOICES.values()) for value in values[1:]]
+    return [join(base), *(join([*base[:i], value, *base[i + 1 :]]) for i, value in changed)]
+
+
+def join(choices: Any) -> str:
+    """The name of a case."""
+    return ", ".join(filter(None, choices))
+
+
+class ReferenceTrainer(Trainer):
+    """open-mythos with its fp32 weights, under autocast."""
+
+    def losses(self, n_loops: int | None) -> Losses:
+        """Forward."""
+        with torch.autocast(self.ids.device.type, torch.bfloat16):
+            logits = self.model(self.ids, n_loops)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), self.labels.flatten())
+        return cast(Losses, {"objective": loss})
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the model's config."""
+    return VARIANTS[arguments.variant] | (TINY if arguments.tiny else {})
+
+
+def build_ours(case: str, settings: dict[str, Any], device: torch.device, tokens: tuple[int, int]) -> Trainer:
+    """Our model as a case wants it. UserError if a package is missing."""
+    backend, attention, recompute, *compiled = case.split(", ")
+    for package in {backend, attention} & set(PACKAGES):
+        if problem := why_not(package):
+            raise UserError(problem)
+    model = Mythos(
+        MythosConfig(**settings),
+        experts=ExpertsConfig(backend=cast(Any, backend)),
+        recompute=POLICIES[recompute],
+        attention=cast(Any, attention),
+    ).to(device)
+    if compiled:
+        model.compile_blocks()
+    return Trainer(model, settings["vocab_size"], tokens, torch.bfloat16)
+
+
+def build_open_mythos(settings: dict[str, Any], device: torch.device, tokens: tuple[int, int]) -> Trainer:
+    """The reference."""
+    return ReferenceTrainer(build_reference(settings).to(device), settings["vocab_size"], tokens, torch.float32)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """Median seconds of a step, the first loss, peak memory."""
+    device = trainer.ids.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of longer sequences that did not fit
+    loss = trainer.step()["objective"].item()
+    trainer.step()
+    seconds = []
+    for _ in range(steps):
+        begin = clock(device)
+        trainer.step()
+        seconds.append(clock(device) - begin)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")
+    return {"seconds": statistics.median(seconds), "loss": loss, "bytes": peak, "tokens": list(trainer.ids.shape)}
+
+
+def time_shorter(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """The same with sequences that are halved until the step fits in memory."""
+    while True:
+        try:
+            return time_steps(trainer, steps)
+        except torch.OutOfMemoryError:
+            if trainer.ids.shape[1] <= 256:
+                raise
+        trainer.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        half = trainer.ids.shape[1] // 2
+        trainer.ids, trainer.labels = trainer.ids[:, :half].contiguous(), trainer.labels[:, :half].contiguous()
+
+
+def time_matmul(device: torch.device) -> dict[str, Any]:
+    """Median seconds of a bf16 product as FLOP/s, and the name of the device and its peak."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(30):
+        begin = clock(device)
+        torch.mm(a, b)
+        seconds.append(clock(device) - begin)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = peak_flops(Config(train=TrainConfig(dtype="bf16")))
+    return {"device": name, "matmul": 2 * size**3 / statistics.median(seconds), "peak": peak}
+
+
+def worker(case: str, arguments: argparse.Namespace) -> None:
+    """Say what was measured of a case, or why it could not be."""
+    device, settings, tokens = torch.device(arguments.device), settings_of(arguments), tokens_of(arguments)
+    try:
+        if case == MATMUL:
+            found = time_matmul(device)
+        elif case == REFERENCE:
+            found = time_shorter(build_open_mythos(settings, device, tokens), arguments.steps)
+        else:
+            found = time_steps(build_ours(case, settings, device, tokens), arguments.steps)
+    except torch.OutOfMemoryError:
+        found = {"problem": "does not fit in memory"}
+    except UserError as error:
+        found = {"problem": str(error)}
+    except Exception as error:  # a compiler or a kernel that fails says so in its row, and the others still run
+        traceback.print_exc()
+        found = {"problem": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+    answer(found, lambda _: {})
+
+
+def tokens_of(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Sequences and their length."""
+    return arguments.batch, min(arguments.seq_len, int(settings_of(arguments)["max_seq_len"]))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All cases, each in a process of its own."""
+    names = ("variant", "batch", "steps", "device")
+    settings = [f"--{name}={getattr(arguments, name)}" for name in names] + ["--tiny"] * arguments.tiny
+
+    def run(case: str, seq_len: int) -> dict[str, Any]:
+        command = [sys.executable, __file__, *settings, f"--seq-len={seq_len}", f"--worker={case}"]
+        try:
+            return take_turns({case: command}, 0)[case][0]
+        except RuntimeError as error:  # the process itself died
+            return {"problem": str(error)}
+
+    seq_len = tokens_of(arguments)[1]
+    wanted = [case for case in cases(arguments.all) if arguments.compile or not case.endswith("compiled")]
+    found = {case: run(case, seq_len) for case in (MATMUL, REFERENCE, *wanted)}
+    if "problem" in found[MATMUL]:
+        raise UserError(f"not even a matrix product runs on {arguments.device}: {found[MATMUL]['problem']}")
+    shorter = found[REFERENCE].get("tokens", [0, seq_len])[1]
+    if shorter < seq_len:
+        found[f"{wanted[0]}, {shorter} tokens"] = run(wanted[0], shorter)
+    config = MythosConfig(**settings_of(arguments))
+    for case in (case for case in found.values() if "seconds" in case):
+        sequences, length = case["tokens"]
+        case["tokens_per_second"] = sequences * length / case["seconds"]
+        flops = case["tokens_per_second"] * train_flops_per_token(config, length, config.max_loop_iters)
+        case["mfu"], case["matmul_share"] = (flops / found[MATMUL][of] for of in ("peak", "matmul"))
+    return found
+
+
+def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """The table."""
+    matmul = found.pop(MATMUL)
+    print(f"{matmul['device']}: {matmul['matmul'] / 1e12:.1f} TFLOP/s in bf16 products, ", end="")
+    print(f"{matmul['peak'] / 1e12:.1f} on the data sheet" if arguments.device == "cuda" else "not a GPU")
+    sequences, length = tokens_of(arguments)
+    name = f"{arguments.variant}{', tiny' * arguments.tiny}"
+    print(f"{name}: {sequences} x {length} tokens, medians of {arguments.steps} steps\n")
+    print(f"{'':40}{'tokens/s':>10}{'x':>7}{'mfu':>8}{'matmul':>8}{'memory':>10}{'loss':>9}")
+    base = found[REFERENCE].get("tokens_per_second")
+    for case, r in found.items():
+        if "problem" in r:
+            print(f"{case:40}  {r['problem']}")
+            continue
+        ratio = f"{r['tokens_per_second'] / base:.2f}" if base else ""
+        shorter = f"  {r['tokens'][1]} tokens" if r["tokens"][1] < length else ""
+        print(
+            f"{case:40}{r['tokens_per_second']:10.0f}{ratio:>7}{r['mfu']:8.1%}{r['matmul_share']:8.1%}"
+            f"{r['bytes'] / 1e9:7.1f} GB{r['loss']:9.4f}{shorter}"
+        )
+
+
+def main() -> None:
+    """Measure and print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", choices=VARIANTS, default="1b", help="(%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed, after two (%(default)s)")
+    parser.add_argument("--all", action="store_true", help="every combination of the choices")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile's cases")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try this script")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    try:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("no CUDA GPU is here; run this on a machine with one, or try it with --device cpu --tiny")
+        if arguments.worker:
+            worker(arguments.worker, arguments)
+            return
+        found = measure(arguments)
+    except UserError as error:
+        exit_with(error)
+    print(json.dumps(found)) if arguments.json else report(found, arguments)
+
+
+if __name__ == "__main__":
+    main()

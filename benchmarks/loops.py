@@ -1,0 +1,236 @@
+"""What a loop costs: time and memory by the number of loops, and what exists only because there are loops.
+
+time: seconds of forward and backward for 1, 2, ... loops, taken in turns, and a line through the medians.
+memory: the peak of whole processes that recompute every loop, by the number of loops. What has to grow is what one loop
+hands to the next, kept for the backward pass: h in the model's dtype, the mixed states and the halting mass in fp32.
+overhead: the share of a training step that goes to drawing the number of loops, halting (with mixing the states),
+counting the experts' tokens, and moving the router's bias. Nothing is left out to find it: each piece is marked in real
+steps, its forward timed by the clock, its backward found by the profiler through autograd's sequence numbers.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from common import COMMON, DTYPES, SHAPES, Trainer, answer, resident, take_turns
+from torch.profiler import ProfilerActivity, profile
+
+import mythos_dist.model.moe as moe
+import mythos_dist.train.schedule as schedule
+from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
+from mythos_dist.model import Mythos
+from mythos_dist.model.recompute import Recompute
+
+WANTED = {"r2": 0.99, "growth": 1.15, "overhead": 0.02}
+MEMORY_LOOPS = (4, 8, 16, 32)
+
+
+def model_config(arguments: argparse.Namespace) -> MythosConfig:
+    """The model that all parts run, with 8 loops on average."""
+    return MythosConfig(**(COMMON | SHAPES[arguments.shape][1]))
+
+
+def build(arguments: argparse.Namespace, recompute: Recompute | None = None) -> Trainer:
+    """The model with its optimizer and a batch."""
+    torch.set_num_threads(arguments.threads)
+    config = model_config(arguments)
+    tokens = arguments.batch, SHAPES[arguments.shape][0]
+    return Trainer(Mythos(config, recompute=recompute), config.vocab_size, tokens, DTYPES[arguments.dtype])
+
+
+def time_loops(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of forward and backward by loops, and the line through them."""
+    trainer = build(arguments)
+    numbers = range(1, arguments.loops + 1)
+    seconds: dict[int, list[float]] = {n: [] for n in numbers}
+
+    def run(n_loops: int) -> float:
+        begin = time.perf_counter()
+        trainer.losses(n_loops)["objective"].backward()
+        passed = time.perf_counter() - begin
+        trainer.model.zero_grad()
+        return passed
+
+    run(arguments.loops)
+    for i in range(arguments.rounds):  # every second round backwards, so that a drift bends nothing
+        for n in reversed(numbers) if i % 2 else numbers:
+            seconds[n].append(run(n))
+    medians = {n: statistics.median(some) for n, some in seconds.items()}
+    slope, rest = statistics.linear_regression(list(medians), list(medians.values()))
+    r2 = statistics.correlation(list(medians), list(medians.values())) ** 2
+    return {"seconds": medians, "per_loop": slope, "without_loops": rest, "r2": r2}
+
+
+def memory_worker(n_loops: int, arguments: argparse.Namespace) -> None:
+    """Two training steps, then the most that this process has held."""
+    trainer = build(arguments, Recompute("loop"))
+    for _ in range(2):
+        trainer.step(n_loops)
+    answer({"bytes": resident("VmHWM")}, lambda _: {})
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peak bytes of whole processes by loops, and their growth relative to the states that have to be kept."""
+    # Each large tensor gets pages of its own: glibc raises this threshold when it frees one, and the holes between
+    # tensors of all sizes then move the peak by 20 MB from one run to the next.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
+    settings = f"--shape {arguments.shape} --dtype {arguments.dtype} --batch {arguments.batch}"
+    command = [sys.executable, __file__, *settings.split(), f"--threads={arguments.threads}"]
+    found: dict[int, list[int]] = {n: [] for n in MEMORY_LOOPS}
+    for _ in range(-(-arguments.rounds // 2)):  # hardly anything varies here
+        for n in MEMORY_LOOPS:
+            ((first,),) = take_turns({"memory": [*command, f"--worker={n}"]}, 0).values()
+            found[n].append(first["bytes"])
+    peaks = {n: statistics.median(some) for n, some in found.items()}
+    tokens, dim = arguments.batch * SHAPES[arguments.shape][0], SHAPES[arguments.shape][1]["dim"]
+    state = tokens * (dim * DTYPES[arguments.dtype].itemsize + dim * 4 + 4)
+    first, last = MEMORY_LOOPS[0], MEMORY_LOOPS[-1]
+    per_loop = (peaks[last] - peaks[first]) / (last - first)
+    return {"bytes": peaks, "per_loop": per_loop, "state": state, "growth": per_loop / state}
+
+
+class Pieces:
+    """Seconds of marked pieces of a step, forward and backward."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._nodes: list[tuple[str, int, int]] = []  # the autograd nodes of a piece are between these numbers
+
+    @contextlib.contextmanager
+    def mark(self, name: str) -> Iterator[None]:
+        """Time the forward of what runs inside, and remember the nodes that it makes."""
+        first, begin = _next_node(), time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begin
+        self._nodes.append((name, first, _next_node()))
+
+    def wrap(self, name: str, owner: Any, attribute: str) -> None:
+        """Mark every call of owner.attribute."""
+        function = getattr(owner, attribute)
+
+        def marked(*arguments: Any, **settings: Any) -> Any:
+            with self.mark(name):
+                return function(*arguments, **settings)
+
+        setattr(owner, attribute, marked)
+
+    def add_backward(self, found: profile) -> None:
+        """Add the backward of all marked nodes."""
+        for event in found.events() or []:
+            if event.name.startswith("autograd::engine::evaluate_function"):
+                for name, first, last in self._nodes:
+                    if first < event.sequence_nr < last:
+                        self.seconds[f"{name}, backward"] += event.cpu_time_total / 1e6
+        self._nodes.clear()
+
+
+def _next_node() -> int:
+    """Autograd numbers its nodes in the order in which the forward makes them; this makes one, and says its number."""
+    return torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
+
+
+def mark_halting(pieces: Pieces, model: Mythos) -> None:
+    """What runs from the beginning of `Halting` to the end of its loop: halting, and mixing the states."""
+    recurrent, open_piece = model.recurrent, contextlib.ExitStack()
+    halt, loop = recurrent.act.forward, recurrent._loop
+
+    def marked_halt(*arguments: Any) -> Any:
+        open_piece.enter_context(pieces.mark("halting"))
+        return halt(*arguments)
+
+    def marked_loop(*arguments: Any) -> Any:
+        result = loop(*arguments)
+        open_piece.close()
+        return result
+
+    recurrent.act.forward, recurrent._loop = marked_halt, marked_loop  # type: ignore[method-assign]
+
+
+def measure_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The share of a training step that goes to each piece, medians; each step draws its number of loops."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler has nothing to say that anybody wants to know
+    trainer, pieces = build(arguments), Pieces()
+    model = trainer.model
+    assert isinstance(model, Mythos)
+    config = Config(model=model.config, loops=LoopsConfig(distribution="poisson", maximum=2 * COMMON["max_loop_iters"]))
+    trainer.step()
+    mark_halting(pieces, model)
+    pieces.wrap("counting experts' tokens", moe, "count_tokens")
+    pieces.wrap("drawing the number of loops", schedule, "loops_at")
+    pieces.wrap("moving the router's bias", model, "update_router_bias")
+    loops, steps = [], []
+    for step in range(1, 1 + arguments.rounds):
+        pieces.seconds.clear()
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            begin = time.perf_counter()
+            loops.append(schedule.loops_at(config, step).n_loops)
+            losses = trainer.step(loops[-1])
+            model.update_router_bias(losses["expert_counts"])
+            total = time.perf_counter() - begin
+        pieces.add_backward(found)
+        steps.append({name: seconds / total for name, seconds in pieces.seconds.items()})
+    shares = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    return {"shares": shares, "overhead": statistics.median(sum(step.values()) for step in steps), "loops": loops}
+
+
+def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Tables, and what was wanted."""
+    tokens = arguments.batch * SHAPES[arguments.shape][0]
+    print(
+        f"{arguments.shape} {arguments.dtype}: {tokens} tokens, {arguments.threads} threads, {arguments.rounds} rounds"
+    )
+    if timed := found.get("time"):
+        for n, seconds in timed["seconds"].items():
+            line = timed["without_loops"] + n * timed["per_loop"]
+            print(f"{n:3} loops {seconds:8.3f} s   on the line {line:8.3f} s   {seconds / line - 1:+6.1%}")
+        print(f"{timed['per_loop']:.4f} s a loop and {timed['without_loops']:.4f} s without any")
+        print(f"R^2 {timed['r2']:.5f} (wanted: more than {WANTED['r2']})\n")
+    if memory := found.get("memory"):
+        before = None
+        for n, peak in memory["bytes"].items():
+            more = f"{(peak - before[1]) / (n - before[0]) / 1e6:8.3f} MB a loop more" if before else ""
+            print(f"{n:3} loops {peak / 1e6:8.1f} MB{more}")
+            before = n, peak
+        print(f"{memory['per_loop'] / 1e6:.3f} MB a loop; the states alone {memory['state'] / 1e6:.3f} MB")
+        print(f"growth {memory['growth']:.3f} x the states' (wanted: at most {WANTED['growth']})\n")
+    if overhead := found.get("overhead"):
+        for name, share in overhead["shares"].items():
+            print(f"{name:40}{share:8.3%}")
+        print(f"in all {overhead['overhead']:.2%} of steps with {overhead['loops']} loops, medians", end=" ")
+        print(f"(wanted: at most {WANTED['overhead']:.0%})")
+
+
+def main() -> None:
+    """Measure all parts, or one; print tables, or JSON."""
+    parts = {"time": time_loops, "memory": measure_memory, "overhead": measure_overhead}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=parts, help="default: all")
+    parser.add_argument("--shape", choices=SHAPES, default="fine", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
+    parser.add_argument("--loops", type=int, default=16, help="the most that are timed (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", type=int, metavar="LOOPS", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        memory_worker(arguments.worker, arguments)
+        return
+    found = {part: parts[part](arguments) for part in ([arguments.part] if arguments.part else parts)}
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        report(found, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What recomputing activations costs and saves: a training step under each policy, against keeping everything.
+
+A step is forward, loss, backward and AdamW; bf16 has fp32 master weights, as under DeepSpeed. Each policy is a process
+of its own and they take turns, so that a machine whose speed drifts does so for all; seconds are medians. Peak memory
+is the operating system's: of the whole process, and above the model's own state (what the process holds before a step,
+plus the gradients). The table is Markdown.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import torch
+from common import COMMON, DTYPES, POLICIES, SHAPES, Trainer, answer, forget_peak, resident, take_turns
+
+from mythos_dist.config.schema import MythosConfig
+from mythos_dist.model import Mythos
+
+
+def worker(policy: str, arguments: argparse.Namespace) -> None:
+    """Answer each round with the seconds of a step, and the most that the process has held in any so far."""
+    torch.set_num_threads(arguments.threads)
+    seq_len, shape = SHAPES[arguments.shape]
+    config = MythosConfig(**(COMMON | shape | dict(max_loop_iters=arguments.loops)))
+    model = Mythos(config, recompute=POLICIES[policy])
+    trainer = Trainer(model, config.vocab_size, (arguments.batch, seq_len), DTYPES[arguments.dtype])
+    trainer.step(1)  # the optimizer's moments are there
+    held = forget_peak() + sum(parameter.numel() * parameter.element_size() for parameter in trainer.parameters)
+    for _ in range(2):  # in bf16 kernels are compiled for shapes that are met for the first time
+        trainer.step()
+
+    def measure(_: int) -> dict:
+        begin = time.perf_counter()
+        trainer.step()
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "process_bytes": resident("VmHWM"), "above_bytes": resident("VmHWM") - held}
+
+    answer({}, measure)
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """{policy: seconds of a step, bytes, and the same relative to keeping everything}."""
+    settings = f"--shape {arguments.shape} --dtype {arguments.dtype} --loops {arguments.loops}"
+    settings += f" --batch {arguments.batch} --threads {arguments.threads}"
+    command = [sys.executable, __file__, *settings.split(), "--worker"]
+    said = take_turns({policy: [*command, policy] for policy in POLICIES}, arguments.rounds)
+    result = {}
+    for policy, (_, *rounds) in said.items():
+        found = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
+        found |= {what: rounds[-1][what] for what in found if what.endswith("bytes")}  # the most of all rounds
+        base = result["none"] if result else found
+        result[policy] = found | {f"{what}_ratio": found[what] / base[what] for what in list(found)}
+    return result
+
+
+def main() -> None:
+    """Print the Markdown table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="fine", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
+    parser.add_argument("--loops", type=int, default=8, help="turns of the recurrent block (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each policy (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", choices=POLICIES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker, arguments)
+        return
+    result = compare(arguments)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    a, tokens = arguments, arguments.batch * SHAPES[arguments.shape][0]
+    print(f"{a.shape} {a.dtype}: {a.loops} loops, {tokens} tokens, {a.threads} threads, medians of {a.rounds} rounds\n")
+    print("| recompute | step, s | time | process, MB | ratio | above its state, MB | ratio |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for policy, r in result.items():
+        print(
+            f"| {policy} | {r['seconds']:.2f} | {r['seconds_ratio']:.2f} | {r['process_bytes'] / 1e6:.0f} | "
+            f"{r['process_bytes_ratio']:.2f} | {r['above_bytes'] / 1e6:.0f} | {r['above_bytes_ratio']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
