@@ -20,6 +20,7 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.open_mythos import from_open_mythos
 from mythos_dist.model.recompute import Recompute
+from mythos_dist.parallel.process import keep_freed_memory
 from mythos_dist.plan.cost import train_flops_per_token
 
 BATCH = 4  # sequences
@@ -47,6 +48,7 @@ def build(peer: str, seq_len: int, settings: dict) -> Trainer:
     tokens, vocab_size = (BATCH, seq_len), COMMON["vocab_size"]
     if name == "reference":
         return Trainer(Reference(settings, bf16), vocab_size, tokens, torch.float32)
+    keep_freed_memory()  # as our trainer does
     recompute = Recompute("loop") if more else None
     ours = Mythos(MythosConfig(**settings, mode="reference"), recompute=recompute)  # equal loss, equal work
     ours.load_state_dict(from_open_mythos(build_reference(settings).state_dict(), ours.config))

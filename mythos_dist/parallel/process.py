@@ -4,6 +4,7 @@ The launcher says who we are in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MA
 process is alone.
 """
 
+import ctypes
 import os
 import socket
 from collections.abc import Callable
@@ -48,6 +49,18 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def keep_freed_memory() -> None:
+    """On a CPU with glibc, let freed memory stay in the process: the next step's tensors find pages that are in use.
+
+    By default the largest are given back and come anew, filled with zeros by the kernel (`benchmarks/README.md`).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if device().type == "cpu" and mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # /usr/include/malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `train.dtype`
 
 

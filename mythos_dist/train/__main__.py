@@ -26,10 +26,11 @@ def main() -> None:
         config = load_config(arguments.config, arguments.overrides)
         if problems := layout_problems(config, world):
             raise UserError(problems, source=arguments.config)
-        from mythos_dist.parallel.process import join_process_group
+        from mythos_dist.parallel.process import join_process_group, keep_freed_memory
         from mythos_dist.train.loop import train
 
         join_process_group()
+        keep_freed_memory()
         train(config)
     except UserError as error:
         if rank == 0:
