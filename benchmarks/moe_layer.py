@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.experts import Experts
 from mythos_dist.parallel.mesh import SINGLE
+from mythos_dist.parallel.process import keep_freed_memory
 
 # N tokens, D model, E experts, k experts per token, F hidden width of an expert.
 
@@ -53,7 +54,8 @@ def choose(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def build_ours(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Layer, nn.Module]:
-    """`Experts` with the grouped backend."""
+    """`Experts` with the grouped backend, in a process that keeps freed memory, as our trainer's does."""
+    keep_freed_memory()
     experts = Experts(config, "grouped", SINGLE)
     experts.load_state_dict({"w1": gate, "w3": up, "w2": down.transpose(1, 2)})
     return lambda x, logits: experts(x, *choose(logits, config.n_experts_per_tok)), experts

@@ -1,7 +1,8 @@
 """The `grouped` backend of the routed experts: rows sorted by expert, then one grouped matrix product per weight.
 
-No operation depends on how many rows an expert got, so on a GPU nothing waits for the host, and 512 experts launch as
-many kernels as 8. What is kept for the backward pass: the tokens, the products with gate and up, and where rows lie.
+No operation depends on how many rows an expert got, so 512 experts launch as many as 8, and on a GPU nothing waits for
+the host (where `F.grouped_mm` is one kernel: bf16, compute capability 9.x and 10.x; elsewhere torch's own loop waits).
+Kept for the backward pass are the tokens, the products with gate and up, and where rows lie.
 """
 
 # N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, at least N * k.

@@ -1,5 +1,7 @@
 """Half precision, evaluation and dropout under DeepSpeed; fp32 at every layout is `tests/parallel/test_layouts.py`."""
 
+import shutil
+
 import pytest
 import torch
 from helpers.launch import run_ranks
@@ -25,6 +27,7 @@ def test_bf16_and_fp16_follow_fp32(config):
         assert steps.abs().max() > 0
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_give_the_same_numbers(config):
     """Under tensor parallelism, and in a pipeline that recomputes its loops: losses of one plain process, 1e-5."""
     base = change(config, train={"global_batch": 4, "micro_batch": 2})
