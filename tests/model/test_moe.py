@@ -79,7 +79,7 @@ def test_experts_without_tokens_get_zero_gradients(k, backend, tiny, build_pair)
     }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("backend", ["grouped", "reference"])
 @pytest.mark.parametrize(("dim", "expert_dim"), [(32, 16), (31, 17), (5, 1), (4, 64)])
 def test_a_backend_equals_one_expert_after_the_other(dim, expert_dim, backend, dtype, tolerance, tiny, enliven):
