@@ -4,6 +4,7 @@ Each side of a comparison is a process of its own, and they take turns, so that 
 for all.
 """
 
+import argparse
 import ctypes
 import importlib
 import json
@@ -12,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mythos_dist.model.mythos import Losses
@@ -77,6 +79,33 @@ class Trainer:
         return losses
 
 
+class ReferenceTrainer(Trainer):
+    """OpenMythos with the loss of its own training script; in bf16 under autocast, which is all that it runs in."""
+
+    def __init__(self, settings: dict, tokens: tuple[int, int], bf16: bool, device: str | torch.device = "cpu"):
+        """settings: of its config; tokens: (sequences, tokens of each)."""
+        super().__init__(build_reference(settings).to(device), settings["vocab_size"], tokens, torch.float32)
+        self.bf16 = bf16
+
+    def losses(self, n_loops: int | None) -> Losses:
+        """Forward."""
+        with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(self.ids, n_loops)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), self.labels.flatten())
+        return cast(Losses, {"objective": loss})
+
+
+def add_options(parser: argparse.ArgumentParser, loops: int, loops_help: str, rounds_help: str) -> None:
+    """Options of the benches that train one of the shapes; loops: the default number."""
+    parser.add_argument("--shape", choices=SHAPES, default="fine", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
+    parser.add_argument("--loops", type=int, default=loops, help=f"{loops_help} (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help=f"{rounds_help} (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    parser.add_argument("--json", action="store_true")
+
+
 def resident(field: str) -> int:
     """VmRSS, what this process holds, or VmHWM, the most it held since `forget_peak` or its start; in bytes."""
     # Not getrusage: its peak is handed on from the parent, through fork and exec.
@@ -131,10 +160,15 @@ def take_turns(
     return said
 
 
+def open_mythos() -> Any:
+    """The reference's module, from where `make` has put it."""
+    sys.path.insert(0, str(ROOT / ".venv" / "reference"))
+    return importlib.import_module("open_mythos.main")
+
+
 def build_reference(settings: dict) -> torch.nn.Module:
     """OpenMythos 0.5.0 with a halting bias that no token overcomes; settings: of its config."""
-    sys.path.insert(0, str(ROOT / ".venv" / "reference"))
-    reference = importlib.import_module("open_mythos.main")
+    reference = open_mythos()
     torch.manual_seed(0)
     model = reference.OpenMythos(reference.MythosConfig(**settings))
     torch.nn.init.constant_(model.recurrent.act.halt.bias, -3.0)  # 8 loops add up to 0.4 of 0.99

@@ -20,15 +20,13 @@ import traceback
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from common import POLICIES, Trainer, answer, build_reference, resident, take_turns
+from common import POLICIES, ReferenceTrainer, Trainer, answer, resident, take_turns
 
 from mythos_dist.config.schema import Config, ExpertsConfig, MythosConfig, TrainConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError, exit_with
 from mythos_dist.model import Mythos
 from mythos_dist.model.kernels import PACKAGES, why_not
-from mythos_dist.model.mythos import Losses
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.metrics import peak_flops
 
@@ -59,17 +57,6 @@ def join(choices: Any) -> str:
     return ", ".join(filter(None, choices))
 
 
-class ReferenceTrainer(Trainer):
-    """open-mythos with its fp32 weights, under autocast."""
-
-    def losses(self, n_loops: int | None) -> Losses:
-        """Forward."""
-        with torch.autocast(self.ids.device.type, torch.bfloat16):
-            logits = self.model(self.ids, n_loops)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), self.labels.flatten())
-        return cast(Losses, {"objective": loss})
-
-
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of the model's config."""
     return VARIANTS[arguments.variant] | (TINY if arguments.tiny else {})
@@ -90,11 +77,6 @@ def build_ours(case: str, settings: dict[str, Any], device: torch.device, tokens
     if compiled:
         model.compile_blocks()
     return Trainer(model, settings["vocab_size"], tokens, torch.bfloat16)
-
-
-def build_open_mythos(settings: dict[str, Any], device: torch.device, tokens: tuple[int, int]) -> Trainer:
-    """The reference."""
-    return ReferenceTrainer(build_reference(settings).to(device), settings["vocab_size"], tokens, torch.float32)
 
 
 def clock(device: torch.device) -> float:
@@ -155,7 +137,7 @@ def worker(case: str, arguments: argparse.Namespace) -> None:
         if case == MATMUL:
             found = time_matmul(device)
         elif case == REFERENCE:
-            found = time_shorter(build_open_mythos(settings, device, tokens), arguments.steps)
+            found = time_shorter(ReferenceTrainer(settings, tokens, True, device), arguments.steps)
         else:
             found = time_steps(build_ours(case, settings, device, tokens), arguments.steps)
     except torch.OutOfMemoryError:

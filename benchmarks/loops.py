@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import COMMON, DTYPES, SHAPES, Trainer, answer, resident, take_turns
+from common import COMMON, DTYPES, SHAPES, Trainer, add_options, answer, resident, take_turns
 from torch.profiler import ProfilerActivity, profile
 
 import mythos_dist.model.moe as moe
@@ -213,13 +213,7 @@ def main() -> None:
     parts = {"time": time_loops, "memory": measure_memory, "overhead": measure_overhead}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=parts, help="default: all")
-    parser.add_argument("--shape", choices=SHAPES, default="fine", help="(%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
-    parser.add_argument("--loops", type=int, default=16, help="the most that are timed (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
-    parser.add_argument("--json", action="store_true")
+    add_options(parser, 16, "the most that are timed", "of each measurement")
     parser.add_argument("--worker", type=int, metavar="LOOPS", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import DTYPES, ROOT, answer, forget_peak, resident, take_turns
+from common import DTYPES, answer, forget_peak, open_mythos, resident, take_turns
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
@@ -63,11 +63,8 @@ def build_ours(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> 
 
 def build_open_mythos(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Layer, nn.Module]:
     """The reference's MoEFFN without shared experts, its router replaced by the logits."""
-    sys.path.insert(0, str(ROOT / ".venv" / "reference"))
     names = ("dim", "n_experts", "n_experts_per_tok", "expert_dim")
-    ffn = importlib.import_module("open_mythos.main").MoEFFN(
-        SimpleNamespace(n_shared_experts=0, **{name: getattr(config, name) for name in names})
-    )
+    ffn = open_mythos().MoEFFN(SimpleNamespace(n_shared_experts=0, **{name: getattr(config, name) for name in names}))
     for e, expert in enumerate(ffn.routed_experts):
         expert.load_state_dict({"gate.weight": gate[e], "up.weight": up[e], "down.weight": down[e]})
 

@@ -13,7 +13,7 @@ import sys
 import time
 
 import torch
-from common import COMMON, DTYPES, POLICIES, SHAPES, Trainer, answer, forget_peak, resident, take_turns
+from common import COMMON, DTYPES, POLICIES, SHAPES, Trainer, add_options, answer, forget_peak, resident, take_turns
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model import Mythos
@@ -58,13 +58,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Print the Markdown table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="fine", help="(%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
-    parser.add_argument("--loops", type=int, default=8, help="turns of the recurrent block (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each policy (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
-    parser.add_argument("--json", action="store_true")
+    add_options(parser, 8, "turns of the recurrent block", "steps of each policy")
     parser.add_argument("--worker", choices=POLICIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -13,8 +13,18 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
-from common import COMMON, SHAPES, Trainer, answer, build_reference, forget_peak, matmul_peak, resident, take_turns
+from common import (
+    COMMON,
+    SHAPES,
+    ReferenceTrainer,
+    Trainer,
+    answer,
+    build_reference,
+    forget_peak,
+    matmul_peak,
+    resident,
+    take_turns,
+)
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model import Mythos
@@ -27,32 +37,18 @@ BATCH = 4  # sequences
 PEERS = ("reference fp32", "reference bf16", "ours fp32", "ours bf16", "ours fp32 recompute")
 
 
-class Reference(torch.nn.Module):
-    """OpenMythos with the loss of its own training script, called like ours."""
-
-    def __init__(self, settings: dict, bf16: bool):
-        super().__init__()
-        self.model, self.bf16 = build_reference(settings), bf16
-
-    def forward(self, ids: torch.Tensor, n_loops: int | None, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """ids, labels (B, S) -> the loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            logits = self.model(ids, n_loops)
-        return {"objective": F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())}
-
-
 def build(peer: str, seq_len: int, settings: dict) -> Trainer:
     """The model of a peer; all start from the reference's weights, which are equal for equal seeds."""
     name, dtype, *more = peer.split()
     bf16 = dtype == "bf16"
-    tokens, vocab_size = (BATCH, seq_len), COMMON["vocab_size"]
+    tokens = (BATCH, seq_len)
     if name == "reference":
-        return Trainer(Reference(settings, bf16), vocab_size, tokens, torch.float32)
+        return ReferenceTrainer(settings, tokens, bf16)
     keep_freed_memory()  # as our trainer does
     recompute = Recompute("loop") if more else None
     ours = Mythos(MythosConfig(**settings, mode="reference"), recompute=recompute)  # equal loss, equal work
     ours.load_state_dict(from_open_mythos(build_reference(settings).state_dict(), ours.config))
-    return Trainer(ours, vocab_size, tokens, torch.bfloat16 if bf16 else torch.float32)
+    return Trainer(ours, settings["vocab_size"], tokens, torch.bfloat16 if bf16 else torch.float32)
 
 
 def worker(peer: str, shape: str) -> None:

@@ -47,6 +47,11 @@ class MythosConfig:
         return self.dim // self.n_heads if self.attn_type == "gqa" else self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def widest_head(self) -> int:
+        """Channels of a query, key or value head, whichever has most: attention kernels get all of them as wide."""
+        return max(self.head_dim, self.v_head_dim if self.attn_type == "mla" else 0)
+
+    @property
     def rope_dim(self) -> int:
         """Rotary channels of one head: all of them in GQA, a part in MLA."""
         return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim

@@ -48,6 +48,11 @@ class Shard:
         )
 
 
+def default_cache() -> Path:
+    """Where compressed shards are unpacked if `data.cache` does not say."""
+    return Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}")
+
+
 class Windows:
     """The windows of `shards`, one after the other, by index; each has `window` tokens."""
 
@@ -56,7 +61,7 @@ class Windows:
         temporary folder."""
         self._shards, self._window, self._verify = shards, window, verify
         self._ends = np.cumsum([shard.entry["samples"] for shard in shards])
-        self._cache = Path(cache) if cache else Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}")
+        self._cache = Path(cache) if cache else default_cache()
         self._checked: set[int] = set()  # shards whose hash was right
         self._open: dict[int, _OpenShard] = {}
         import_reader()  # before loader processes fork: they would all do it

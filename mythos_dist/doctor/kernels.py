@@ -15,7 +15,6 @@ from mythos_dist.doctor.lines import Line, note, ok, problem
 
 INSTALL = "bash launch/install_gpu.sh"
 DISTRIBUTIONS = {"megablocks": ("megablocks", "grouped_gemm", "stanford-stk"), "flash_attn": ("flash-attn",)}
-FLASH_HEAD_DIM = 256  # the widest that flash-attn takes
 HALF = (8, 0)  # compute capability that bf16, flash-attn and grouped_gemm want
 ONE_KERNEL = (9, 10)  # major compute capabilities with a grouped kernel for bf16
 
@@ -121,16 +120,18 @@ def _experts(config: Config, found: Kernels, gpus: Gpus) -> Line:
 
 
 def _attention(config: Config, found: Kernels, gpus: Gpus) -> Line:
+    from mythos_dist.model.attend import WIDEST_HEAD
+
     asked, topic = f"train.attention={config.train.attention}", "train.attention"
     if config.train.attention == "sdpa":
         return ok(topic, f"{asked} -> sdpa, PyTorch's own fused kernel")
-    head_dim = max(config.model.head_dim, config.model.v_head_dim if config.model.attn_type == "mla" else 0)
+    head_dim = config.model.widest_head
     missing = found.missing["flash_attn"]
     reasons = _those(
         ("no GPU", not gpus.usable),
         ("train.dtype=fp32 is not half precision", config.train.dtype == "fp32"),
         (f"compute capability {_dotted(gpus)} is below 8.0", _older(gpus)),
-        (f"heads of {head_dim} channels are wider than {FLASH_HEAD_DIM}", head_dim > FLASH_HEAD_DIM),
+        (f"heads of {head_dim} channels are wider than {WIDEST_HEAD}", head_dim > WIDEST_HEAD),
     )
     if config.train.attention == "flash_attn":
         if not (reasons or missing):

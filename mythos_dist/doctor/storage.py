@@ -47,6 +47,7 @@ class Storage:
 def find(config: Config) -> Storage:
     """Look at the folders; nothing stays in them."""
     from mythos_dist.data.corpora import open_corpora
+    from mythos_dist.data.windows import default_cache
     from mythos_dist.train.run_folder import check_run_folder
 
     run_dir = Path(config.run.dir)
@@ -65,7 +66,7 @@ def find(config: Config) -> Storage:
     except UserError as error:
         data_problems = tuple(f"{error.source}: {text}" if error.source else text for text in error.problems)
     # As in data/windows.py.
-    cache = Path(config.data.cache or Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}"))
+    cache = Path(config.data.cache) if config.data.cache else default_cache()
     packed = [
         shard for corpus in corpora for shards in corpus.shards.values() for shard in shards if shard.entry["zip_data"]
     ]

@@ -35,9 +35,8 @@ def choose_kernel(setting: str, device: torch.device, dtype: torch.dtype, config
         reasons.append(f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)")
     if dtype == torch.float32:
         reasons.append("it computes in half precision, and train.dtype=fp32")
-    widest = max(config.head_dim, config.v_head_dim if config.attn_type == "mla" else 0)
-    if widest > WIDEST_HEAD:
-        reasons.append(f"a head has {widest} channels, more than its {WIDEST_HEAD}")
+    if config.widest_head > WIDEST_HEAD:
+        reasons.append(f"a head has {config.widest_head} channels, more than its {WIDEST_HEAD}")
     if setting == "auto" and reasons:
         return "sdpa"  # without importing the package
     if missing := why_not("flash_attn"):

@@ -62,6 +62,16 @@ def place_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dt
     return Rows(ends, pair, real, row_of_pair, places)
 
 
+def fill_to_16_bytes(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zeros behind x (N, D) and the stacks (E, F, D), so that D and F are whole 16 bytes; as they are if they are."""
+    align = 16 // x.element_size()
+    spare_D, spare_F = -x.shape[1] % align, -gate.shape[1] % align
+    if not spare_D and not spare_F:
+        return x, gate, up, down
+    gate, up, down = (F.pad(stack, (0, spare_D, 0, spare_F)) for stack in (gate, up, down))
+    return F.pad(x, (0, spare_D)), gate, up, down
+
+
 def grouped(
     x: Tensor,
     weights: Tensor,
@@ -73,14 +83,10 @@ def grouped(
     sums: GradientSums | None = None,
 ) -> Tensor:
     """See `mythos_dist.model.experts.Backend`."""
-    D, width = x.shape[1], gate.shape[1]
-    align = 16 // x.element_size()  # grouped_mm wants rows of whole 16 bytes
-    if D % align or width % align:
-        x = F.pad(x, (0, -D % align))
-        gate, up, down = (F.pad(w, (0, -D % align, 0, -width % align)) for w in (gate, up, down))
-        sums = None  # these are copies
-    if not torch.is_grad_enabled():
-        sums = None
+    D, stack = x.shape[1], gate
+    x, gate, up, down = fill_to_16_bytes(x, gate, up, down)  # grouped_mm wants that
+    if gate is not stack or not torch.is_grad_enabled():
+        sums = None  # copies have gradients of their own
     rows = place_rows(index, gate.shape[0], pairs, x.dtype)
     token = None if sums is None else sums.token((gate, up, down))
     return _Grouped.apply(x, weights, gate, up, down, rows, sums, token)[..., :D]

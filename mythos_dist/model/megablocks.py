@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from mythos_dist.errors import UserError
+from mythos_dist.model.grouped import fill_to_16_bytes
 from mythos_dist.model.kernels import why_not
-from mythos_dist.parallel.rows import Places, sum_rows, take_rows
+from mythos_dist.parallel.rows import Places, list_filled, starts_of, sum_rows, take_rows
 
 BLOCK = 128  # MegaBlocks' unit of hidden width, all experts together
 
@@ -71,21 +72,17 @@ def megablocks(
 
     # MegaBlocks has no empty slots: every filled one becomes a token of its own, with one expert.
     filled = index < gate.shape[0]
-    per_token = filled.sum(1)
-    slot = filled.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:pairs]  # (M,) token * k + slot
+    slot = list_filled(filled, pairs)  # (M,) token * k + slot
     order = torch.arange(pairs, device=x.device)  # rows lie token after token
-    places = Places(slot // index.shape[1], order, per_token.cumsum(0) - per_token)
+    places = Places(slot // index.shape[1], order, starts_of(filled))
     weights, index = (given.flatten().index_select(0, slot).unsqueeze(1) for given in (weights, index))  # (M, 1)
     return sum_rows(run(take_rows(x, places), weights, index), places)
 
 
 def _run(x: Tensor, weights: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor, impl: str) -> Tensor:
     """All slots filled: x (N, D), weights and index (N, k) -> (N, D)."""
-    true_D, align = x.shape[1], 16 // x.element_size()
-    spare_D, spare_width = -gate.shape[2] % align, -gate.shape[1] % align
-    if spare_D or spare_width:  # grouped_gemm's CUTLASS wants rows of whole 16 bytes; nowhere else stacks are copied
-        x = F.pad(x, (0, spare_D))
-        gate, up, down = (F.pad(stack, (0, spare_D, 0, spare_width)) for stack in (gate, up, down))
+    true_D = x.shape[1]
+    x, gate, up, down = fill_to_16_bytes(x, gate, up, down)  # grouped_gemm's CUTLASS wants that
     E, width, D = gate.shape
     layer = _layer(E, width, D, index.shape[1], x.dtype, impl)
     stacks = {"mlp.w1": gate.view(-1, D), "mlp.v1": up.view(-1, D), "mlp.w2": down.view(-1, D)}

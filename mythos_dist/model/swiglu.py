@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import CutLinear
 
-# Rows that are worked on at a time on a CPU: what they need fits its cache (1,024 rows of 512: 7 ms for a backward,
-# against 10 for 8,192 rows at once and 18 with a fresh tensor for each operation).
-_CHUNK = 1 << 19
+# Numbers of gate that are worked on at a time on a CPU: what they need fits its cache (1,024 rows of 512: 7 ms for a
+# backward, against 10 for 8,192 rows at once and 18 with a fresh tensor for each operation).
+_CHUNK_NUMBERS = 1 << 19
 
 
 def _chunks(gate: Tensor) -> list[slice]:
     rows = gate.shape[0]
-    step = max(1, _CHUNK // gate.shape[1]) if gate.device.type == "cpu" else max(1, rows)
+    step = max(1, _CHUNK_NUMBERS // gate.shape[1]) if gate.device.type == "cpu" else max(1, rows)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mythos_dist.parallel.collectives import exchange, gather, sum_scatter
 from mythos_dist.parallel.mesh import Axis, Mesh
-from mythos_dist.parallel.rows import Places, place_slots, sum_rows, take_rows
+from mythos_dist.parallel.rows import Places, list_filled, place_slots, sum_rows, take_rows
 
 
 class Route(NamedTuple):
@@ -45,7 +45,7 @@ def _exchange_counts(owner: Tensor, goes: Tensor, axis: Axis) -> tuple[list[int]
 def _place(goes: Tensor, n_rows: int) -> tuple[Places, Tensor]:
     """Rows sorted by destination, then by token; and each row's destination (n_rows,)."""
     N = goes.shape[1]
-    flat = goes.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n_rows]
+    flat = list_filled(goes, n_rows)
     row = (goes.flatten().cumsum(0) - 1).view_as(goes)  # of each (rank, token)
     return place_slots(flat % N, row.T, goes.T, n_rows), flat // N
 

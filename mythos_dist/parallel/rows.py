@@ -29,9 +29,18 @@ def place_slots(token: Tensor, row: Tensor, filled: Tensor | None = None, n_fill
     N, slots = row.shape
     if filled is None:
         return Places(token, row.flatten(), torch.arange(0, N * slots, slots, device=row.device))
+    return Places(token, row.flatten().index_select(0, list_filled(filled, n_filled)), starts_of(filled))
+
+
+def list_filled(filled: Tensor, n_filled: int | None) -> Tensor:
+    """Where a table of bool is true, in its own order: (n_filled,). Unlike `nonzero` it does not wait for the GPU."""
+    return filled.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n_filled]
+
+
+def starts_of(filled: Tensor) -> Tensor:
+    """Where each token's rows begin when its filled slots (N, s) lie one after the other: (N,)."""
     per_token = filled.sum(1)
-    first = filled.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n_filled]
-    return Places(token, row.flatten().index_select(0, first), per_token.cumsum(0) - per_token)
+    return per_token.cumsum(0) - per_token
 
 
 def take_rows(x: Tensor, places: Places) -> Tensor:
