@@ -73,7 +73,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x (B, S', D) -> N' = B * S' weights (N', k) fp32, index (N', k), weighted auxiliary losses () or None."""
+        """x (B, S', D) -> weights (B * S', k) fp32, index (B * S', k), weighted auxiliary losses () or None."""
         logits = F.linear(x.flatten(0, 1).float(), self.weight.float())  # (N, D) -> (N, E)
         with torch.no_grad():
             index = (logits + self.bias).topk(self.k, dim=-1).indices
