@@ -1,18 +1,28 @@
-"""One exception for the user's own mistakes: printed without a traceback, exit code 2.
+"""One exception for the user's own mistakes: printed without a traceback, exit code 2. And all exit codes.
 
-Everything that a user can get wrong (a config, a folder, a token file) raises `UserError`; `report` prints it.
+Everything that a user can get wrong (a config, a folder, a token file) raises `UserError`; `exit_with` prints it.
 Slips of our own stay `assert` and keep their traceback.
 """
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-EXIT_USER_ERROR = 2
+# What a launch script decides by; 0 is done, and whatever is not here is a fault.
+EXIT_USER_ERROR = 2  # the user has to mend something: starting again is of no use
+EXIT_BAD_NODE = 3  # a node is unfit, others are not: start again without it
+EXIT_LOST = 4  # a rank hung or vanished: start again
+EXIT_DIVERGED = 5  # the numbers went wrong again and again: starting again is of no use
+EXIT_STOPPED = 85  # stopped on a signal, or at the end of the time, behind a checkpoint: start again
 
 
 class UserError(ValueError):
     """One or more problems, each a line that names the thing, shows its value and says what to do."""
+
+    exit_code = EXIT_USER_ERROR
+    alone = False  # True: no other rank knows of it, so this one has to say it
 
     def __init__(self, problems: str | Sequence[str], source: str = ""):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -24,7 +34,35 @@ class UserError(ValueError):
             super().__init__(f"{where}{len(self.problems)} problems\n" + "\n".join(f"  {p}" for p in self.problems))
 
 
+class NodeError(UserError):
+    """What some nodes of a run have and others have not, so that it would train without them."""
+
+    exit_code = EXIT_BAD_NODE
+
+    def __init__(self, problems: str | Sequence[str], nodes: Sequence[str]):
+        """`nodes`: the host names of those that are unfit."""
+        super().__init__(problems)
+        self.nodes = list(nodes)
+
+
+class DivergedError(UserError):
+    """Gradients stay useless whatever is skipped; a person has to look at it."""
+
+    exit_code = EXIT_DIVERGED
+
+
 def exit_with(error: UserError) -> NoReturn:
-    """Print the problems on standard error and leave with exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    """Print the problems on standard error and leave with the error's exit code."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def tell_launcher(code: int, nodes: Sequence[str] = ()) -> None:
+    """Leave the exit code, and host names of unfit nodes, in the files that a launch script has named.
+
+    When ranks leave one after the other, srun kills the later ones and returns what became of those.
+    """
+    for name, lines in {"MYTHOS_VERDICT": [str(code)], "MYTHOS_BAD_NODES": nodes}.items():
+        if lines and (file := os.environ.get(name)):
+            with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as stream:
+                stream.write("".join(f"{line}\n" for line in lines))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mythos_dist.cluster.fabric import infiniband_ports
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.doctor import __main__ as doctor
@@ -25,6 +26,7 @@ from mythos_dist.doctor.network import Network
 from mythos_dist.doctor.probe import Outcome, Probe
 from mythos_dist.doctor.software import Software
 from mythos_dist.doctor.storage import Folder, Storage
+from mythos_dist.plan.cost import count_parameters
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -292,8 +294,8 @@ def test_infiniband_ports_are_read(tmp_path):
     port.mkdir(parents=True)
     (port / "state").write_text("4: ACTIVE\n")
     (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
-    assert network.infiniband_ports(tmp_path) == {"mlx5_0:1": "ACTIVE, 400 Gb/sec (4X NDR), ?"}
-    assert network.infiniband_ports(tmp_path / "absent") == {}
+    assert infiniband_ports(tmp_path) == {"mlx5_0:1": "ACTIVE, 400 Gb/sec (4X NDR), ?"}
+    assert infiniband_ports(tmp_path / "absent") == {}
 
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}
@@ -475,7 +477,7 @@ def test_memory_of_several_machines_holds_the_copy():
 
 def test_parameters_are_counted():
     """1,064,028,034, the figure of OpenMythos 0.5.0."""
-    assert storage.count_parameters(configured()) == 1_064_028_034
+    assert count_parameters(configured().model) == 1_064_028_034
 
 
 def test_pinned_checkpoints_are_counted_once():

@@ -17,8 +17,9 @@ MAY_IMPORT = {
     "model": {"parallel", "config"},
     "checkpoint": {"model", "parallel", "config"},
     "plan": {"model", "parallel", "config"},
-    "train": {"checkpoint", "plan", "model", "parallel", "data", "config"},
-    "doctor": {"train", "model", "parallel", "data", "config"},
+    "cluster": {"parallel", "config"},
+    "train": {"cluster", "checkpoint", "plan", "model", "parallel", "data", "config"},
+    "doctor": {"train", "cluster", "plan", "model", "parallel", "data", "config"},
 }
 FILES = sorted((REPOSITORY / "mythos_dist").rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("tools", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))

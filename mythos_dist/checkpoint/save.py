@@ -47,6 +47,7 @@ class Saver:
         self._written: tuple[File | None, str | None] = (None, None)  # this rank's file; what went wrong
         self._saving: Manifest | None = None
         self._last_is_whole = True
+        self.newest: int | None = None  # the step of the newest state that was saved, whole or not yet
         if dist.get_rank() == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
             for left in checkpoints.glob("step-????????.*"):  # by starts that ended while they wrote
@@ -64,7 +65,7 @@ class Saver:
             self._copies[key].copy_(value, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._saving, self._written = manifest, (None, None)
+        self._saving, self._written, self.newest = manifest, (None, None), manifest.step
         self._thread = threading.Thread(target=self._write, args=(self._temporary(manifest),), daemon=True)
         self._thread.start()
         if not self._settings.background:

@@ -13,6 +13,7 @@ _AT_LEAST_ONE = {
     "parallel": "tensor pipe expert",
     "train": "steps seq_len global_batch micro_batch recompute_every eval_samples",
     "checkpoint": "every keep",
+    "faults": "join_within hang_after lost_after roll_back_after",
 }
 _NOT_NEGATIVE = {
     "model": "prelude_layers coda_layers n_shared_experts",
@@ -22,6 +23,7 @@ _NOT_NEGATIVE = {
     "optim": "lr warmup_steps weight_decay grad_clip",
     "data": "workers",
     "run": "seed",
+    "faults": "clock_skew spike_factor max_rollbacks",
 }
 
 

@@ -26,8 +26,9 @@ MAY_CHANGE = {
     "run.wandb",
     "run.peak_tflops",
     "run.count_communication",
+    "run.max_seconds",
 }
-_MAY_CHANGE_SECTIONS = {"parallel", "checkpoint"}
+_MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
 
 
 def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:

@@ -177,6 +177,27 @@ class RunConfig:
     count_communication: bool = False
     # Peak of one rank in TFLOP/s, what `mfu` is a share of; None: known GPUs by name, a CPU is measured at the start.
     peak_tflops: float | None = None
+    # Seconds after which the run ends its step, saves and leaves with exit code 85; None: no limit. Leave room below
+    # the scheduler's own limit for one step and one checkpoint.
+    max_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """When a run gives up waiting, and what it does about gradients that are of no use."""
+
+    join_within: float = 300  # seconds in which every rank must report when the run starts
+    hang_after: float = 600  # seconds that a step (or loading, evaluating, saving) may take before it counts as hung
+    lost_after: float = 30  # seconds without a sign of life after which a rank counts as lost
+    preflight: bool = True  # before the model is built every node is checked, and messages between them are
+    clock_skew: float = 5  # seconds that clocks of nodes may differ
+    retry: bool = True  # a step with gradients that are not finite is computed once more before it is skipped
+    # A step is skipped whose gradient norm is more than so many times the median of the last 100; 0: only steps with
+    # gradients that are not finite.
+    spike_factor: float = 0
+    roll_back_after: int = 3  # so many skipped steps in a row: back to the last checkpoint, past their batches
+    max_rollbacks: int = 3  # one more and the run ends with exit code 5
+    inject: str = ""  # faults on order, for drills: mythos_dist/cluster/inject.py
 
 
 @dataclass(frozen=True)
@@ -192,3 +213,4 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)

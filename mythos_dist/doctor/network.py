@@ -4,8 +4,8 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from mythos_dist.cluster.fabric import infiniband_ports
 from mythos_dist.doctor.launcher import machines
 from mythos_dist.doctor.lines import Line, note, ok, problem
 from mythos_dist.doctor.probe import Outcome
@@ -47,21 +47,9 @@ def find(gpus: int, joined: Outcome, addresses: Outcome, environment: Mapping[st
         host=socket.gethostname(),
         addresses=addresses,
         interfaces=tuple(name for _, name in socket.if_nameindex()),
-        ports=infiniband_ports(Path("/sys/class/infiniband")),
+        ports=infiniband_ports(),
         environment=environment,
     )
-
-
-def infiniband_ports(folder: Path) -> dict[str, str]:
-    """State, rate and link layer of each port below /sys/class/infiniband; empty where there is no such folder."""
-    ports = {}
-    for port in sorted(folder.glob("*/ports/*")):
-        state, rate, link = (
-            (port / name).read_text().strip() if (port / name).is_file() else "?"
-            for name in ("state", "rate", "link_layer")
-        )
-        ports[f"{port.parent.parent.name}:{port.name}"] = f"{state.rpartition(': ')[2]}, {rate}, {link}"
-    return ports
 
 
 def lines(found: Network) -> Iterator[Line]:

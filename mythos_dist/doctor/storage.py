@@ -16,8 +16,7 @@ from pathlib import Path
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.doctor.lines import Line, gigabytes, note, ok, problem
 from mythos_dist.errors import UserError
-
-BYTES_PER_PARAMETER = 12
+from mythos_dist.plan.cost import BYTES_PER_PARAMETER, count_parameters
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def find(config: Config) -> Storage:
     ]
     return Storage(
         run=look_at(run_dir),
-        parameters=count_parameters(config),
+        parameters=count_parameters(config.model),
         present=_size(run_dir / "checkpoints"),
         run_problems=run_problems,
         data_problems=data_problems,
@@ -84,16 +83,6 @@ def find(config: Config) -> Storage:
         unpacked=sum(shard.entry["raw_data"]["bytes"] for shard in packed),
         unpacked_present=sum(_size(cache / name) for name in {shard.fingerprint[:16] for shard in packed}),
     )
-
-
-def count_parameters(config: Config) -> int:
-    """Of the whole model; built on the meta device, so it takes no memory at any size."""
-    import torch
-
-    from mythos_dist.model import Mythos
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Mythos(config.model).parameters())
 
 
 def look_at(path: Path) -> Folder:

@@ -7,14 +7,14 @@ process is alone.
 import ctypes
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from mythos_dist.errors import UserError
+from mythos_dist.errors import NodeError, UserError
 
 T = TypeVar("T")
 
@@ -24,14 +24,17 @@ def choose_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def join_process_group() -> None:
-    """Start DeepSpeed's process group, NCCL on GPUs and gloo on CPUs."""
+def join_process_group(store: dist.Store | None = None, seconds: float = 600) -> None:
+    """Start DeepSpeed's process group, NCCL on GPUs and gloo on CPUs; a message may take so many `seconds`.
+
+    `store`: one that all ranks share; None: the one that the launcher's variables lead to.
+    """
     choose_accelerator()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", _free_port())
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     import deepspeed
     import deepspeed.ops
 
@@ -41,7 +44,11 @@ def join_process_group() -> None:
     else:
         # Else every process would compile a shared-memory all-reduce first: 40-120 s under one file lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(minutes=10), verbose=False)
+    backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=seconds)
+    if store is not None:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
 def device() -> torch.device:
@@ -75,27 +82,37 @@ def check_dtype(dtype: str) -> None:
         raise UserError(f"train.dtype={dtype} is not supported on this {accelerator.device_name()}; set it to {others}")
 
 
-def together(check: Callable[[], T]) -> T:
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on any rank: an all-reduce of one number. Every rank calls this."""
+    number = torch.tensor(int(flag), device=device())
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return bool(number)
+
+
+def together(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
     """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code.
 
-    While there is none this costs an all-reduce of one number, so every step can afford it.
+    With the `nodes` of all ranks it becomes a NodeError if other nodes have no such problem. While there is none this
+    costs an all-reduce of one number, so every step can afford it.
     """
     result, problem = None, None
     try:
         result = check()
     except UserError as error:
         problem = str(error)
-    failed = torch.tensor(int(problem is not None), device=device())
-    dist.all_reduce(failed)
-    if failed:
+    if any_rank(problem is not None):
         problems: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
+        of_node = {nodes[rank]: text for rank, text in enumerate(problems) if text and nodes}
+        if 0 < len(of_node) < len(set(nodes)):
+            raise NodeError([f"{node}: {text}" for node, text in of_node.items()], list(of_node))
         rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
         raise UserError(text if rank == 0 else f"rank {rank}: {text}")
     return cast(T, result)
 
 
-def _free_port() -> str:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""FLOPs of the model by formula: 2 per multiply-add of every matrix product, nothing else counted.
+"""FLOPs of the model by formula: 2 per multiply-add of every matrix product, nothing else counted. And its parameters.
 
 A training step costs three forward passes (the backward is two); recomputed activations do not count, so that `mfu`
 compares layouts. Attention counts the causal half of its scores.
@@ -8,6 +8,18 @@ from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.parallel.mesh import mesh_of
 from mythos_dist.parallel.pipeline import Costs, plan_loops, plan_parts
 from mythos_dist.plan.communication import Rows, stage_communication
+
+BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and both of Adam's moments
+
+
+def count_parameters(model: MythosConfig) -> int:
+    """Of the whole model; built on the meta device, so it takes no memory at any size."""
+    import torch
+
+    from mythos_dist.model.mythos import Mythos
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Mythos(model).parameters())
 
 
 def _attention_flops(c: MythosConfig, seq_len: int) -> float:

@@ -4,44 +4,109 @@ import argparse
 import logging
 import os
 import sys
+import time
 
+from mythos_dist.cluster.inject import parse
+from mythos_dist.cluster.place import Place, find_place
+from mythos_dist.cluster.stop import Stop
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.load import load_config
-from mythos_dist.errors import EXIT_USER_ERROR, UserError, exit_with
+from mythos_dist.config.schema import Config
+from mythos_dist.errors import NodeError, UserError, exit_with, tell_launcher
+
+_LET_RANK_0_SPEAK = 3  # seconds
+EPILOG = """\
+under a launcher:
+  torchrun --nproc_per_node N -m mythos_dist.train CONFIG.yaml ...
+  srun python -m mythos_dist.train CONFIG.yaml ...     (launch/slurm.sbatch does more)
+  launch/deepspeed.sh HOSTFILE CONFIG.yaml ...
+
+exit codes:
+  0   done; run.dir/COMPLETED says so
+  2   something has to be mended: the message says what
+  3   a node is unfit: start again without it
+  4   a rank hung or vanished: start again
+  5   gradients stay useless: the message says where to look
+  85  stopped early behind a checkpoint (SIGUSR1, SIGTERM, run.max_seconds, a file run.dir/STOP): start again
+"""
 
 
 def main() -> None:
-    """Train; exit code 0 when done, 2 for what the user has to mend, another for a fault."""
+    """Train; see EPILOG for the exit codes."""
+    stop = Stop()
+    stop.listen()
     parser = argparse.ArgumentParser(
         prog="python -m mythos_dist.train",
         description="Train a Recurrent-Depth Transformer. Running it again with the same run.dir resumes.",
-        epilog="Under a launcher: torchrun --nproc_per_node N -m mythos_dist.train CONFIG.yaml ...",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--preflight", action="store_true", help="only check all nodes and the links between them")
     arguments = parser.parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place, watchdog, code = Place(), None, 0
     try:
+        place = find_place()
         # What can be checked without torch is checked before it is imported: an error takes a second, not ten.
-        config = load_config(arguments.config, arguments.overrides)
-        if problems := layout_problems(config, world):
-            raise UserError(problems, source=arguments.config)
-        from mythos_dist.parallel.process import join_process_group, keep_freed_memory
+        config = read(arguments.config, arguments.overrides, place)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of every attempt; we say it once
+        from mythos_dist.parallel.process import keep_freed_memory
         from mythos_dist.train.loop import train
+        from mythos_dist.train.session import join
 
-        join_process_group()
+        session = join(config, place, stop)
+        watchdog = session.watchdog
         keep_freed_memory()
-        train(config)
+        code = train(config, session, only_preflight=arguments.preflight)
+        session.close()
     except UserError as error:
-        if rank == 0:
-            exit_with(error)
-        sys.exit(EXIT_USER_ERROR)
-    except Exception:
-        logging.getLogger(__name__).exception("rank %d failed", rank)
+        if watchdog:
+            watchdog.leave()
+        leave(error, place)
+    except Exception as error:
+        logging.getLogger(__name__).exception("%s failed", place)
+        if watchdog:
+            watchdog.fail(error)
         raise
+    if code:
+        if place.rank == 0:
+            tell_launcher(code)
+        # At once: a launcher ends all others when the first one leaves with another code than 0.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     import torch.distributed as dist
 
     dist.destroy_process_group()
+
+
+def read(path: str, overrides: list[str], place: Place) -> Config:
+    """The config, fit for so many ranks. Raises UserError."""
+    try:
+        config = load_config(path, overrides)
+        parse(config.faults.inject)
+        if problems := layout_problems(config, place.world):
+            raise UserError(problems, source=f"{path} on {place.world} ranks")
+        return config
+    except UserError as error:
+        if place.rank and place.local_rank == 0:
+            # A node of its own may be wrong on its own, as one without the file. If it is not, rank 0 has said so by
+            # then, and the launcher ends this rank.
+            time.sleep(_LET_RANK_0_SPEAK)
+            error.alone = True
+        raise
+
+
+def leave(error: UserError, place: Place) -> None:
+    """One rank says what is wrong; all leave with the same code."""
+    if place.rank == 0:
+        tell_launcher(error.exit_code, error.nodes if isinstance(error, NodeError) else ())
+    if place.rank and error.alone and place.local_rank == 0:
+        print(f"{place}: ", end="", file=sys.stderr)
+    if place.rank == 0 or (error.alone and place.local_rank == 0):
+        exit_with(error)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

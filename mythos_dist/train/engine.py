@@ -7,7 +7,8 @@ With one stage `DeepSpeedEngine` runs the passes, with several `PipelineEngine` 
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,19 @@ class StepResult:
     expert_counts: Tensor  # (n_loops, E) int64 on the CPU, of the global batch
     skipped: bool  # fp16: gradients overflowed, parameters stayed
     communication: Totals | None  # bytes of all ranks' messages, by axis and kind; None: not counted
+
+
+class LimitedAdamW(torch.optim.AdamW):
+    """AdamW that leaves everything as it is when told to: DeepSpeed knows the gradients' norm when it calls it.
+
+    The norm is the same number on every rank, so all ranks skip or none does.
+    """
+
+    skip: Callable[[], bool] = staticmethod(lambda: False)
+
+    def step(self, closure: Any = None) -> Any:
+        """As AdamW's, unless `skip()`."""
+        return None if self.skip() else super().step(closure)
 
 
 class Engine:
@@ -85,7 +99,7 @@ class Engine:
         register_experts(mesh)
         make_experts_known(self.model, mesh)
         groups = parameter_groups(self.model, o, mesh)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = LimitedAdamW(
             groups,
             lr=o.lr,
             betas=(o.beta1, o.beta2),
@@ -140,8 +154,11 @@ class Engine:
         set_optimizer_state(self.deepspeed, optimizer_state, step)
         spread_masters(self.deepspeed.optimizer)
 
-    def train_step(self, micro_batches: Iterable[MicroBatch], step: int) -> StepResult:
-        """Optimizer step `step` (1-based) on this replica's micro-batches."""
+    def train_step(self, micro_batches: Iterable[MicroBatch], step: int, norm_limit: float = math.inf) -> StepResult:
+        """Optimizer step `step` (1-based) on this replica's micro-batches.
+
+        It is skipped, and nothing changes, if gradients are not finite or their norm is above `norm_limit`.
+        """
         config, engine = self.config, self.deepspeed
         loops = loops_at(config, step)
         torch.manual_seed(step_seed(config.run.seed, step, self.mesh))
@@ -150,10 +167,12 @@ class Engine:
             group["lr"] = lr
         engine.train()
         skipped_before = engine.skipped_steps
+        # The engine itself learns of the norm after the optimizer only.
+        self.optimizer.skip = lambda: float(engine.optimizer._global_grad_norm) > norm_limit
         with self.traffic or contextlib.nullcontext():
             total, counts = self._passes(list(micro_batches), loops)
         self._sum_over_ranks(total, counts)
-        skipped = engine.skipped_steps > skipped_before
+        skipped = engine.skipped_steps > skipped_before or self.optimizer.skip()
         if not skipped:
             self.model.update_router_bias(counts)
         grad_norm = engine.get_global_grad_norm()

@@ -1,123 +1,298 @@
 """THE loop: check, build, resume, then step after step until the run is done. Reads top to bottom."""
 
+import contextlib
+import functools
 import logging
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, is_due
+from mythos_dist.cluster.inject import Faults
+from mythos_dist.cluster.stop import forget
 from mythos_dist.config.compare import differences
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, changes, open_corpora
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
-from mythos_dist.errors import UserError
+from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.megablocks import check as check_megablocks
 from mythos_dist.parallel.collectives import gather
-from mythos_dist.parallel.mesh import Axis, build_mesh
+from mythos_dist.parallel.mesh import Axis, Mesh, build_mesh
 from mythos_dist.parallel.process import DTYPES, check_dtype, device, together
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
+from mythos_dist.train.preflight import preflight
+from mythos_dist.train.restarts import note_restart, time_of_step
 from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, start_logging
+from mythos_dist.train.session import Session
+from mythos_dist.train.spikes import Spikes
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> None:
-    """Run to `train.steps`, from the newest whole checkpoint in `run.dir` if there is one. The process group must be
-    there.
+def train(config: Config, session: Session, only_preflight: bool = False) -> int:
+    """Run to `train.steps`, from the newest whole checkpoint in `run.dir` if there is one; the process group must be
+    there. Returns the exit code: 0, or EXIT_STOPPED if something asked the run to stop before.
 
     Raises UserError, before anything is written, for whatever the user has to mend.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    run_dir = Path(config.run.dir)
-    checkpoints = run_dir / "checkpoints"
-
-    corpora = together(lambda: check_inputs(config))
-    checkpoint, damaged = find_checkpoint(checkpoints, config.checkpoint.verify)
+    rank, run_dir = dist.get_rank(), Path(config.run.dir)
+    session.watchdog.enter("checking")
+    corpora = together(lambda: check_inputs(config), session.nodes)
+    checkpoint, damaged = find_checkpoint(run_dir / "checkpoints", config.checkpoint.verify)
     if checkpoint:
         together(lambda: check_checkpoint(config, checkpoint, corpora))
+    session.timed("checking")
+    if config.faults.preflight or only_preflight:
+        session.watchdog.enter("preflight")
+        found = preflight(config, session.place, Faults.of(config.faults.inject, rank, start=0))
+        if rank == 0 and (only_preflight or len(set(session.nodes)) > 1):
+            print(found, flush=True)
+        session.timed("preflight")
+    if only_preflight:
+        return 0
+
     mesh = build_mesh(config.parallel)
     stream, heldout = (open_stream(config, corpora, split, mesh.data) for split in SPLITS)
     writer = together(lambda: claim_run_folder(config, mesh.data.size) if rank == 0 else None)
-    start_logging(run_dir, rank)
-    for line in damaged:
-        log.warning("%s", line)
     completed = run_dir / "COMPLETED"
     done = checkpoint.manifest.step if checkpoint else 0  # steps
     if done >= config.train.steps:
         if rank == 0:
             completed.touch()  # a kill between the last checkpoint and the marker left it out
             print(f"{run_dir} is done: {done} of {config.train.steps} steps; raise train.steps to go on")
-        return
-
+        return 0
+    before = newest_start(run_dir)
     fence = take_fence(run_dir)
+    start_logging(run_dir, session.place, fence.start)
+    for line in damaged:
+        log.warning("%s", line)
     log.info("%s", check_kernels(config))
     if rank == 0:
         completed.unlink(missing_ok=True)  # train.steps was raised
-    engine = Engine(config, mesh)
-    if checkpoint:
-        if rank == 0:
-            print(f"resuming from {checkpoint.folder}", flush=True)
-        size = sum(4 * value.numel() for held in engine.state.values() for value in held.values.values())
-        with bar("loading", size, quiet=rank > 0) as shown:
-            together(lambda: load_state(checkpoint, engine.state, shown.update))
-        engine.after_load(checkpoint.manifest.optimizer, done)
-    saver = Saver(checkpoints, config.checkpoint, fence, engine.state)
-    metrics = Metrics(config, run_dir, done) if rank == 0 else None
-    peak = peak_flops(config)
-
-    def evaluate(step: int) -> None:
-        loss = engine.evaluate(iter(together(lambda: list(heldout_passes(heldout, config, mesh.data)))))
-        if metrics:
-            metrics.held_out(step, loss)
-
-    if done == 0:
-        evaluate(0)
-    batches = stream.steps(done)
-
-    def read() -> list[MicroBatch]:
-        if rank == 0:
-            fence.check()  # a newer start of this run ends this one
-        return next(batches)  # one rank's damaged shard ends all
-
-    for step in range(done + 1, config.train.steps + 1):
-        begin = time.perf_counter()
-        micro_batches = together(read)
-        result = engine.train_step(micro_batches, step)
-        ids = gather_sample_ids(micro_batches, mesh.data)
-        log.info("step %d took %.3f s", step, time.perf_counter() - begin)  # in every rank's log: who is slow?
-        if metrics:
-            metrics.step(step_line(config, step, result, ids, time.perf_counter() - begin, peak * world))
-        last = step == config.train.steps
-        if last or (config.train.eval_every and step % config.train.eval_every == 0):
-            evaluate(step)
-        saver.poll()
-        if is_due(step, config):
-            saver.save(manifest_of(config, step, world, fence, stream.fingerprint, engine))
-    if not saver.finish():
-        raise UserError(
-            f"the last checkpoint could not be written to {checkpoints}; mend that (a full disk: make room) and give "
-            "the same command again; it goes on from the checkpoint before"
-        )
-    if metrics and writer:
-        completed.touch()
-        metrics.close()
-        print(f"done: {config.train.steps} steps; metrics, logs and checkpoints are in {run_dir}", flush=True)
+    run = Run(config, session, mesh, stream, heldout, fence, done)
+    try:
+        run.begin(checkpoint, before)
+        why = run.steps()
+        run.end(why)
+    except UserError as error:
+        run.note("failed", str(error))
+        raise
+    if writer:
         writer.close()
+    return EXIT_STOPPED if why else 0
+
+
+class Run:
+    """One start of a run: what `train` has built, and what it does with it. Every rank has one."""
+
+    def __init__(
+        self,
+        config: Config,
+        session: Session,
+        mesh: Mesh,
+        stream: ReplicaStream,
+        heldout: ReplicaStream,
+        fence: Fence,
+        step: int,
+    ):
+        """`step`: the last one that is behind us."""
+        self.config, self.session, self.mesh, self.fence, self.step = config, session, mesh, fence, step
+        self.stream, self.heldout = stream, heldout
+        self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
+        self.watchdog = session.watchdog
+        self.watchdog.on_end = lambda why: self.note("failed", why)
+        self.watchdog.on_alive = fence.show_life
+        self.faults = Faults.of(config.faults.inject, self.rank, fence.start)
+        self.watchdog.enter("building the engine")
+        self.engine = Engine(config, mesh)
+        session.timed("engine")
+
+    def begin(self, checkpoint: Checkpoint | None, before: dict[str, Any]) -> None:
+        """Load, open what is written to, and measure the held-out loss of a run that is new.
+
+        before: what the start before, if there was one, has written of itself.
+        """
+        config, since = self.config, time_of_step(self.run_dir, self.step) or before.get("time")
+        norms = checkpoint.manifest.optimizer.get("recent_grad_norms", ()) if checkpoint else ()
+        self.spikes = Spikes.load(config.faults, self.run_dir, norms)
+        if checkpoint:
+            if self.rank == 0:
+                print(f"resuming from {checkpoint.folder}", flush=True)
+            self.load(checkpoint)
+        self.session.timed("loading")
+        self.saver = Saver(self.run_dir / "checkpoints", config.checkpoint, self.fence, self.engine.state)
+        self.metrics = Metrics(config, self.run_dir, self.step) if self.rank == 0 else None
+        self.peak = peak_flops(config)
+        if self.step == 0:
+            self.evaluate()
+        self.session.timed("opening")
+        log.info("start: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.session.phases.items()))
+        if before and self.rank == 0:
+            line = note_restart(self.run_dir, before, self.fence.start, self.step, since, self.session.phases)
+            lost = "" if line["seconds_lost"] is None else f"; {line['seconds_lost']:.0f} s were lost"
+            print(f"start {self.fence.start} goes on behind step {self.step}{lost}: {line['why']}", flush=True)
+
+    def steps(self) -> str:
+        """Step after step until the run is done. Returns why it stops early; empty: it does not."""
+        config, stop = self.config, self.session.stop
+        batches = self.batches()
+        while self.step < config.train.steps:
+            if why := stop.agreed(self.run_dir, config.run.max_seconds):
+                return why
+            step = self.step + 1
+            self.watchdog.enter(f"step {step}")
+            self.faults.before(step)
+            begin = time.perf_counter()
+            batch, micro_batches = together(functools.partial(self.read, batches))
+            result, decision = self.train_step(micro_batches, step, batch)
+            ids = gather_sample_ids(micro_batches, self.mesh.data)
+            self.step = step
+            seconds = time.perf_counter() - begin
+            log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
+            if self.metrics:
+                line = step_line(config, step, result, ids, seconds, self.peak * dist.get_world_size())
+                decision = "; ".join(filter(None, (self.spikes.decision(step), decision)))
+                self.metrics.step(line | ({"decision": decision} if decision else {}))
+            if len(self.spikes.skipped) >= config.faults.roll_back_after:
+                self.roll_back()
+                batches = self.batches()
+                continue
+            last = step == config.train.steps
+            if last or (config.train.eval_every and step % config.train.eval_every == 0):
+                self.evaluate()
+            self.watchdog.enter(f"saving behind step {step}")
+            self.saver.poll()
+            # Not in the middle of trouble: it would push out the checkpoint to go back to.
+            if is_due(step, config) and (last or not self.spikes.skipped):
+                self.save()
+        return ""
+
+    def end(self, why: str) -> None:
+        """All is on disk, and COMPLETED says so; or, with a reason `why`, the run can be started again."""
+        self.watchdog.enter("the last checkpoint")
+        stopped = f"stopped behind step {self.step}: {why}"
+        if why and self.saver.newest != self.step:
+            self.save()
+        if not self.saver.finish():
+            raise UserError(
+                f"the last checkpoint could not be written to {self.run_dir / 'checkpoints'}; mend that (a full disk: "
+                "make room) and give the same command again; it goes on from the checkpoint before"
+            )
+        self.note("stopped" if why else "completed", stopped if why else "")
+        if self.metrics:
+            forget(self.run_dir)
+            if not why:
+                (self.run_dir / "COMPLETED").touch()
+            self.metrics.close()
+            told = f"{stopped}; the same command goes on" if why else f"done: {self.step} steps"
+            print(f"{told}; metrics, logs and checkpoints are in {self.run_dir}", flush=True)
+
+    def read(self, batches: Iterator[tuple[int, list[MicroBatch]]]) -> tuple[int, list[MicroBatch]]:
+        """The next batch's number and micro-batches. Raises UserError on one rank: a damaged shard ends all."""
+        if self.rank == 0:
+            self.fence.check()  # a newer start of this run ends this one
+        return next(batches)
+
+    def batches(self) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """Behind `step`: number and micro-batches of each batch that is not passed over."""
+        wanted = self.spikes.batches(self.step + 1)
+        first = number = next(wanted)
+        for i, batch in enumerate(self.stream.steps(first), first):
+            if i == number:
+                yield i, batch
+                number = next(wanted)
+
+    def train_step(self, micro_batches: list[MicroBatch], step: int, batch: int) -> tuple[StepResult, str]:
+        """One optimizer step, or two tries at it; and what was decided, if anything was."""
+
+        def run() -> StepResult:
+            with self.faults.during(step, batch, self.engine.model):
+                return self.engine.train_step(micro_batches, step, self.spikes.limit)
+
+        result = run()
+        if not result.skipped:
+            self.spikes.trained(result.grad_norm)
+            return result, ""
+        if math.isfinite(result.loss) and self.config.train.dtype == "fp16" and not math.isfinite(result.grad_norm):
+            return result, "skipped: gradients overflowed, and the loss scale is halved"
+        bad = "gradients are not finite"
+        if math.isfinite(result.grad_norm):
+            bad = f"grad_norm {result.grad_norm:.3g} is above {self.spikes.limit:.3g}"
+        elif self.config.faults.retry:
+            result = run()
+            if not result.skipped:
+                self.spikes.trained(result.grad_norm)
+                return result, f"computed again: {bad} at first"
+        self.spikes.skipped.append(batch)
+        return result, f"skipped: {bad}"
+
+    def roll_back(self) -> None:
+        """Back to the newest checkpoint, and past the batches that were skipped."""
+        self.watchdog.enter("rolling back")
+        self.saver.finish()
+        checkpoint, _ = find_checkpoint(self.run_dir / "checkpoints", self.config.checkpoint.verify)
+        to = checkpoint.manifest.step if checkpoint else None
+        rollback = self.spikes.roll_back(self.step, to, self.run_dir / "metrics.jsonl")
+        together(lambda: self.spikes.write(self.run_dir) if self.rank == 0 else None)
+        assert checkpoint, "there would be no decision to go back"
+        log.warning("%s", rollback)
+        self.load(checkpoint)
+        self.step = checkpoint.manifest.step
+        self.spikes.norms.clear()
+        self.spikes.norms.extend(checkpoint.manifest.optimizer.get("recent_grad_norms", ()))
+        if self.metrics:
+            self.metrics.rewind(self.step)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fill the engine."""
+        size = sum(4 * value.numel() for held in self.engine.state.values() for value in held.values.values())
+        with bar("loading", size, quiet=self.rank > 0) as shown:
+
+            def progress(size: int) -> None:
+                self.watchdog.enter("loading")
+                shown.update(size)
+
+            together(lambda: load_state(checkpoint, self.engine.state, progress))
+        self.engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
+
+    def save(self) -> None:
+        """Begin to save the state behind `step`."""
+        manifest = manifest_of(
+            self.config, self.step, dist.get_world_size(), self.fence, self.stream.fingerprint, self.engine
+        )
+        manifest.optimizer["recent_grad_norms"] = list(self.spikes.norms)
+        self.saver.save(manifest)
+
+    def evaluate(self) -> None:
+        """Measure and write down the held-out loss."""
+        self.watchdog.enter("evaluating")
+        passes = together(lambda: list(heldout_passes(self.heldout, self.config, self.mesh.data)))
+        loss = self.engine.evaluate(iter(passes))
+        if self.metrics:
+            self.metrics.held_out(self.step, loss)
+
+    def note(self, state: str, why: str) -> None:
+        """On rank 0: write down how this start is doing; if that cannot be, the run's end does not wait for it."""
+        if self.rank == 0:
+            with contextlib.suppress(OSError, UserError):
+                self.fence.note(state, why, self.step)
 
 
 def check_inputs(config: Config) -> list[Corpus]:
@@ -240,6 +415,7 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
     load = result.expert_counts.sum(0).double()
     return {
         "step": step,
+        "time": time.time(),
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": result.lr,

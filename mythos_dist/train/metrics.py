@@ -56,14 +56,20 @@ class Metrics:
         self.total_steps = config.train.steps
         self.run_dir = run_dir
         self._unwritten: dict[str, str] = {}  # lines by file, while the disk is full
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            _keep_until(run_dir / name, resumed_step or -1)  # from the start, even the loss before step 1 comes anew
+        self.rewind(resumed_step)
         self.wandb = _start_wandb(config, run_dir)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of the steps behind `step`: they come again."""
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            if name in self._unwritten:
+                self._unwritten[name] = _kept(self._unwritten[name], step)
+            _keep_until(self.run_dir / name, step or -1)  # from the start, even the loss before step 1 comes anew
 
     def step(self, line: dict[str, Any]) -> None:
         """Append a step's line and show it."""
         self._write("metrics.jsonl", line)
-        skipped = "  skipped: gradients overflowed" if line["skipped"] else ""
+        skipped = f"  {line['decision']}" if "decision" in line else ""
         print(
             f"step {line['step']}/{self.total_steps}  loss {line['loss']:.3f}  grad_norm {line['grad_norm']:.2f}  "
             f"lr {line['lr']:.1e}  tokens/s {_short(line['tokens_per_second'])}  mfu {100 * line['mfu']:.1f}%  "
@@ -115,17 +121,20 @@ def _keep_until(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a line that a kill cut short."""
     if not path.exists():
         return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(_kept(path.read_text(), step))
+    temporary.replace(path)
+
+
+def _kept(text: str, step: int) -> str:
     kept = []
-    for text in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
-            line = json.loads(text)
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-        if line["step"] <= step:
-            kept.append(text + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    return "".join(kept)
 
 
 def _start_wandb(config: Config, run_dir: Path):

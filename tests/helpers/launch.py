@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import glob
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -37,9 +38,17 @@ class Launch:
 
 
 def launch(
-    world: int, program: Callable, *arguments: Any, seconds: int = 120, env: dict[str, str] | None = None
+    world: int,
+    program: Callable,
+    *arguments: Any,
+    seconds: int = 120,
+    env: dict[str, str] | None = None,
+    grace: float | None = None,
 ) -> Launch:
-    """Run `program(*arguments)` on `world` ranks. A SystemExit becomes the rank's exit code, an exception code 1."""
+    """Run `program(*arguments)` on `world` ranks. A SystemExit becomes the rank's exit code, an exception code 1.
+
+    `grace`: seconds after which the others are killed when a rank has failed, as srun and torchrun do.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -53,8 +62,14 @@ def launch(
             )
             process.start()
             ranks.append(process)
+        if grace is not None:
+            sentinels = {process.sentinel: process for process in ranks}
+            while sentinels and not any(process.exitcode for process in ranks):
+                for ended in multiprocessing.connection.wait(list(sentinels), seconds + 20):
+                    sentinels.pop(ended)  # pyright: ignore[reportArgumentType]
+            time.sleep(grace)
         for process in ranks:
-            process.join(seconds + 20)
+            process.join(seconds + 20 if grace is None else 0)
             with contextlib.suppress(ProcessLookupError):  # the rank, if it hangs, and its loader's workers
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
@@ -80,9 +95,11 @@ def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 120
     return result.values
 
 
-def train(world: int, *arguments: str, seconds: int = 120, env: dict[str, str] | None = None) -> Launch:
+def train(
+    world: int, *arguments: str, seconds: int = 120, env: dict[str, str] | None = None, grace: float | None = None
+) -> Launch:
     """`python -m mythos_dist.train ARGUMENTS` on `world` ranks."""
-    return launch(world, _train, list(arguments), seconds=seconds, env=env)
+    return launch(world, _train, list(arguments), seconds=seconds, env=env, grace=grace)
 
 
 def in_folder_of_rank(parent: str, arguments: Sequence[str]) -> None:
@@ -124,6 +141,8 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
     torch.set_num_threads(1)
     if "KILL_AFTER" in os.environ or "KILL_IN" in os.environ:
         threading.Thread(target=_kill, daemon=True).start()
+    if os.environ.get("FAIL_AT", "").startswith(f"{rank}:"):
+        _fail_at(int(os.environ["FAIL_AT"].partition(":")[2]))
     if "SLOW_SAVE" in os.environ:
         _save_slowly(float(os.environ["SLOW_SAVE"]))
     file = Path(folder, str(rank))
@@ -154,6 +173,17 @@ def _kill() -> None:
         time.sleep(0.002)
     time.sleep(float(os.environ.get("KILL_IN", 0)))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail_at(step: int) -> None:
+    """This rank raises what nobody expects when it begins a step."""
+    from mythos_dist.cluster.inject import Faults
+
+    def fail(self: Faults, at: int) -> None:
+        if at == step:
+            raise ZeroDivisionError("on order")
+
+    Faults.before = fail
 
 
 def _save_slowly(seconds: float) -> None:

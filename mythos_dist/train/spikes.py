@@ -1,0 +1,114 @@
+"""Gradients that are of no use: what is done about a step that DeepSpeed or the limit on gradient norms has skipped.
+
+First the same step is computed again: a bit that flipped in one GPU does not flip twice. If it fails again it is
+skipped. `faults.roll_back_after` skipped steps in a row, and the run goes back to its newest checkpoint and passes over
+the batches of those steps for ever; after `faults.max_rollbacks` of that, it ends. All ranks decide from numbers that
+an all-reduce has given them, so all decide the same.
+
+Which batch a step trains on is thus no longer its number: `rollbacks.json` has those that are left out, and a step
+takes the next one that is not. It is written before the run goes back, so a start that is killed then knows.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mythos_dist.config.schema import FaultsConfig
+from mythos_dist.errors import DivergedError, UserError
+
+FILE = "rollbacks.json"
+_WINDOW, _ENOUGH = 100, 20  # norms that a median is taken of, and how many there must be
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """One decision to go back."""
+
+    step: int  # at which it was taken
+    to: int  # the checkpoint's step
+    batches: list[int]  # passed over from here on; numbers of batches, from 0
+    why: str
+
+    def __str__(self) -> str:
+        return (
+            f"back from step {self.step} to the checkpoint of step {self.to} and past batches "
+            f"{', '.join(map(str, self.batches))}: {self.why}"
+        )
+
+
+@dataclass
+class Spikes:
+    """The state of the policy; the same on every rank."""
+
+    settings: FaultsConfig
+    rollbacks: list[Rollback] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # batches of the last steps in a row
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+
+    @staticmethod
+    def load(settings: FaultsConfig, run_dir: Path, norms: Sequence[float] = ()) -> "Spikes":
+        """With the rollbacks of earlier starts, as rank 0 reads them, and the norms that a checkpoint has kept."""
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            file = run_dir / FILE
+            found = [json.loads(file.read_text()) if file.exists() else []]
+        dist.broadcast_object_list(found)
+        return Spikes(settings, [Rollback(**entry) for entry in found[0]], norms=deque(norms, maxlen=_WINDOW))
+
+    @property
+    def limit(self) -> float:
+        """The largest gradient norm that is not a spike."""
+        if not self.settings.spike_factor or len(self.norms) < _ENOUGH:
+            return math.inf
+        return self.settings.spike_factor * statistics.median(self.norms)
+
+    def batches(self, step: int) -> Iterator[int]:
+        """Numbers of the batches of step `step` (from 1) and those after it."""
+        left_out = {batch for rollback in self.rollbacks for batch in rollback.batches}
+        wanted = (batch for batch in count() if batch not in left_out)
+        for _ in range(step - 1):
+            next(wanted)
+        return wanted
+
+    def trained(self, norm: float) -> None:
+        """A step was not skipped."""
+        self.skipped.clear()
+        self.norms.append(norm)
+
+    def roll_back(self, step: int, to: int | None, metrics: Path) -> Rollback:
+        """Decide on it, on every rank. Raises DivergedError if that was done too often already.
+
+        to: the newest checkpoint's step; while steps are skipped none is saved, so it lies before them.
+        """
+        why = f"{len(self.skipped)} steps in a row were skipped"
+        if len(self.rollbacks) >= self.settings.max_rollbacks or to is None:
+            tried = f"after {len(self.rollbacks)} rollbacks" if to is not None else "and there is no checkpoint yet"
+            raise DivergedError(
+                f"step {step}: {why} {tried}; look at loss and grad_norm in {metrics}, then lower optim.lr or raise "
+                "optim.warmup_steps, or allow more (faults.max_rollbacks)"
+            )
+        rollback = Rollback(step, to, list(self.skipped), why)
+        self.rollbacks.append(rollback)
+        self.skipped.clear()
+        return rollback
+
+    def write(self, run_dir: Path) -> None:
+        """On rank 0, before the run goes back. Raises UserError if the disk takes nothing."""
+        temporary = run_dir / f"{FILE}.tmp"
+        try:
+            temporary.write_text(json.dumps([asdict(entry) for entry in self.rollbacks], indent=1) + "\n")
+            temporary.replace(run_dir / FILE)
+        except OSError as error:
+            raise UserError(f"{run_dir / FILE} cannot be written ({error.strerror}); make room") from None
+
+    def decision(self, step: int) -> str:
+        """The rollback that step `step` comes behind, in words; empty: none."""
+        return "; ".join(str(rollback) for rollback in self.rollbacks if rollback.to + 1 == step)

@@ -1,0 +1,240 @@
+"""Signals, hangs, lost ranks and gradients that are not finite: how a run ends, and that the same command goes on as if
+nothing had happened. Real nodes and a real scheduler are in `tests/cluster`."""
+
+import hashlib
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers.launch import Launch, run_ranks, train
+from helpers.parity import batches, change
+
+from mythos_dist.config.schema import Config
+from mythos_dist.data.stream import ReplicaStream
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
+# The checkpoint of step 2 is there when step 3 begins.
+QUICK = ["faults.hang_after=10", "faults.lost_after=5", "checkpoint.background=false"]
+
+
+def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(text) for text in (run_dir / name).read_text().splitlines()]
+
+
+def exact(run_dir: Path) -> list[tuple]:
+    return [tuple(line[key] for key in EXACT) for line in lines(run_dir)]
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to: 6 steps, a checkpoint every second."""
+    run_dir = tmp_path_factory.mktemp("faults") / "whole"
+    assert train(2, *settings, f"run.dir={run_dir}").codes == [0, 0]
+    return run_dir
+
+
+def resumed(settings: list[str], run_dir: Path, whole: Path, why: str, step: int) -> None:
+    """The same command again ends with the lines of a run that nothing happened to, and says what had happened."""
+    result = train(2, *settings, f"run.dir={run_dir}")
+    assert result.codes == [0, 0], result.tails
+    assert exact(run_dir) == exact(whole)
+    assert (run_dir / "COMPLETED").exists()
+    (line,) = lines(run_dir, "restarts.jsonl")
+    assert line["start"] == 2 and line["from_step"] == step and why in line["why"], line
+    assert line["seconds_lost"] > 0 and set(line["startup_seconds"]) >= {"import", "roll call", "engine"}
+    assert f"goes on behind step {step}" in result.out
+
+
+@pytest.mark.parametrize("fault", ["usr1@3:1", "term@3:0", "usr1@3:0,term@3:1"])
+def test_a_signal_to_one_rank_stops_all_behind_the_same_step(fault, settings, whole, tmp_path):
+    """It comes when step 3 begins: step 3 is the last, and its checkpoint is there though none was due."""
+    run_dir = tmp_path / "run"
+    result = train(2, *settings, f"run.dir={run_dir}", f"faults.inject={fault}")
+    assert result.codes == [85, 85], result.tails
+    assert [line["step"] for line in lines(run_dir)] == [1, 2, 3] and checkpoints(run_dir) == [2, 3]
+    assert not (run_dir / "COMPLETED").exists()
+    name = "SIG" + fault[:4].upper()
+    assert f"stopped behind step 3: {name} to rank {fault.split(',')[0][-1]}" in result.out
+    resumed(settings, run_dir, whole, name, 3)
+
+
+def test_the_end_of_the_time_and_a_file_stop_a_run(settings, whole, tmp_path):
+    """Each start gets a bit further or at least to its end without harm; STOP is gone when it was obeyed."""
+    run_dir = tmp_path / "run"
+    out_of_time = train(2, *settings, f"run.dir={run_dir}", "run.max_seconds=0.001")
+    assert out_of_time.codes == [85, 85] and "run.max_seconds=0.001 are over" in out_of_time.out
+    assert (run_dir / "metrics.jsonl").exists() is False and checkpoints(run_dir) == [0]
+    (run_dir / "STOP").touch()
+    asked = train(2, *settings, f"run.dir={run_dir}")
+    assert asked.codes == [85, 85] and "STOP asked for it" in asked.out and not (run_dir / "STOP").exists()
+    assert train(2, *settings, f"run.dir={run_dir}").codes == [0, 0]
+    assert exact(run_dir) == exact(whole)
+    assert [line["start"] for line in lines(run_dir, "restarts.jsonl")] == [2, 3]
+
+
+def ended(result: Launch, fault_rank: int, code: int) -> None:
+    other = result.codes[1 - fault_rank]
+    assert other == 4 and result.codes[fault_rank] == code, (result.codes, result.tails)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "why", "seconds"),
+    [
+        ("kill@3:1", -signal.SIGKILL, "rank 1 on {node} ended without a word", 10),
+        # The launcher here kills a frozen rank in the end, as srun and torchrun do.
+        ("freeze@3:1", -signal.SIGKILL, "rank 1 on {node} has said nothing for 5 s", 20),
+        ("hang@3:1", 4, "step 3 takes longer than 10 s: rank 1 on {node} (at cluster/inject.py", 25),
+        ("freeze@3:0", -signal.SIGKILL, "rank 0 on 127.0.0.1 has not answered for 5 s", 20),
+    ],
+)
+def test_a_rank_that_is_lost_or_hangs_is_named_and_ends_the_run(fault, code, why, seconds, settings, whole, tmp_path):
+    """Within seconds; the others leave with exit code 4 and their stacks and last collectives in their logs."""
+    import socket
+
+    run_dir, rank = tmp_path / "run", int(fault[-1])
+    begin = time.monotonic()
+    result = train(2, *settings, *QUICK, f"run.dir={run_dir}", f"faults.inject={fault}", grace=15)
+    ended(result, rank, code)
+    why = why.format(node=socket.gethostname())
+    log = (run_dir / "logs" / f"rank-{1 - rank:05d}.log").read_text()
+    assert why in log, log
+    assert "train/loop.py" in log and "last collective: all_reduce number" in log
+    told = json.loads((run_dir / "writer.json").read_text())
+    if rank:
+        assert told["state"] == "failed" and why in told["why"]
+        noticed = told["time"] - lines(run_dir)[-1]["time"]
+        assert noticed < seconds, "from the last step to the end"
+    assert time.monotonic() - begin < 120
+    resumed(settings, run_dir, whole, why if rank else "left no word", 2)
+
+
+def test_an_error_of_one_rank_ends_all_and_is_named(settings, whole, tmp_path, monkeypatch):
+    """A rank that raises what it should not: its own traceback, and the others say whose fault it was."""
+    run_dir = tmp_path / "run"
+    result = train(2, *settings, *QUICK, f"run.dir={run_dir}", env={"FAIL_AT": "1:3"})
+    assert result.codes == [4, 1], (result.codes, result.tails)
+    assert "rank 1 on" in result.err and "ZeroDivisionError: on order" in result.err
+    assert "ZeroDivisionError" in result.tails[1]
+    resumed(settings, run_dir, whole, "ZeroDivisionError", 2)
+
+
+def test_a_nan_that_comes_once_changes_nothing(settings, whole, tmp_path):
+    """The step is computed again, and the run is the one that nothing happened to; the line says so."""
+    result = train(2, *settings, f"run.dir={tmp_path}", "faults.inject=nan@3:1")
+    assert result.codes == [0, 0], result.tails
+    assert exact(tmp_path) == exact(whole)
+    decisions = {line["step"]: line["decision"] for line in lines(tmp_path) if "decision" in line}
+    assert decisions == {3: "computed again: gradients are not finite at first"}
+
+
+@pytest.mark.parametrize("layout", ["parallel.zero=1", "parallel.zero=3", "parallel.pipe=2", "train.dtype=bf16"])
+def test_a_nan_that_stays_skips_the_step(layout, settings, tmp_path):
+    """Parameters are not touched by it: the loss is that of a run whose second step never was."""
+    run_dir, arguments = tmp_path / "run", [*settings, layout, "train.steps=3", "optim.warmup_steps=0"]
+    bad = train(2, *arguments, f"run.dir={run_dir}", "faults.inject=bad_batch@1:1")
+    assert bad.codes == [0, 0], bad.tails
+    found = lines(run_dir)
+    assert [line["skipped"] for line in found] == [False, True, False]
+    assert found[1]["grad_norm"] is None and found[1]["decision"] == "skipped: gradients are not finite"
+    # Without batch 1 the second step is on batch 2, from the same parameters.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "rollbacks.json").write_text(json.dumps([{"step": 9, "to": 9, "batches": [1], "why": ""}]))
+    assert train(2, *arguments, f"run.dir={other}").codes == [0, 0]
+    assert found[2]["loss"] == lines(other)[1]["loss"] and found[2]["batch_id"] == lines(other)[1]["batch_id"]
+
+
+def test_after_three_skips_in_a_row_the_run_goes_back_and_past_them(settings, shards, tmp_path):
+    """Batches 3, 4 and 5 are bad: at step 6 the run goes back to the checkpoint of step 2 and on to 6, 7, ...
+    No checkpoint was saved at step 4, in the middle of it. A run that starts anew still knows."""
+    run_dir = tmp_path / "run"
+    order = "faults.inject=" + ",".join(f"bad_batch@{batch}:0" for batch in (3, 4, 5))
+    arguments = [*settings, f"run.dir={run_dir}", order, "train.steps=8"]
+    result = train(2, *arguments)
+    assert result.codes == [0, 0], result.tails
+    stream = ReplicaStream(
+        shards, "train", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0
+    )
+    wanted = []
+    for batch in (0, 1, 2, 6, 7, 8, 9, 10):
+        ids = sorted(stream.step(batch)[0].sample_ids.tolist())
+        wanted.append(hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16])
+    found = lines(run_dir)
+    assert [line["batch_id"] for line in found] == wanted
+    assert not any(line["skipped"] for line in found) and checkpoints(run_dir) == [4, 6, 8]
+    assert "back from step 6 to the checkpoint of step 2 and past batches 3, 4, 5" in found[2]["decision"]
+    assert [line["step"] for line in found] == list(range(1, 9))
+    for step in (4, 6, 8):
+        shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}")
+    again = train(2, *arguments)  # from the start, as there is no checkpoint any more: never again onto bad batches
+    assert again.codes == [0, 0] and "WARNING" not in again.err
+    assert [line["batch_id"] for line in lines(run_dir)] == wanted
+
+
+def test_a_run_that_goes_back_too_often_ends(settings, tmp_path):
+    """Every batch from the third on is bad: one rollback is allowed, the next ends the run with exit code 5."""
+    order = "faults.inject=" + ",".join(f"bad_batch@{batch}:1" for batch in range(2, 12))
+    limits = ["faults.roll_back_after=2", "faults.max_rollbacks=1", "train.steps=20"]
+    result = train(2, *settings, f"run.dir={tmp_path}", order, *limits)
+    assert result.codes == [5, 5], result.tails
+    assert "2 steps in a row were skipped after 1 rollbacks" in result.err and "Traceback" not in result.err
+    assert json.loads((tmp_path / "writer.json").read_text())["state"] == "failed"
+    none = train(
+        2, *settings, f"run.dir={tmp_path / 'none'}", order.replace("@2:", "@0:"), *limits, "checkpoint.every=9"
+    )
+    assert none.codes == [5, 5] and "there is no checkpoint yet" in none.err
+
+
+def step_with_limit(configs: list[Config]) -> list[tuple]:
+    """For each config: (skipped, whether any parameter changed) of a step over its limit and one below."""
+    from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.train.engine import Engine
+
+    found = []
+    for config in configs:
+        mesh = build_mesh(config.parallel)
+        engine = Engine(config, mesh)
+        steps = batches(config, mesh.data.rank, mesh.data.size)
+        for limit in (1e-6, 1e6):
+            before = [value.clone() for held in engine.state.values() for value in held.values.values()]
+            result = engine.train_step(next(steps), 1, limit)
+            after = [value for held in engine.state.values() for value in held.values.values()]
+            changed = any(not a.equal(b) for a, b in zip(before, after, strict=True))
+            found.append((result.skipped, changed, result.grad_norm > 1e-6))
+        engine.deepspeed.destroy()
+    return found
+
+
+def test_a_gradient_norm_above_the_limit_skips_the_step_at_every_layout(config):
+    """ZeRO 1 to 3, experts on several ranks, pipelines, bf16 and fp16: nothing changes, moments and bias included."""
+    base = change(config, train={"global_batch": 8, "micro_batch": 2}, experts={"bias_update_rate": 0.001})
+    layouts = [{"zero": 1}, {"zero": 2}, {"zero": 3}, {"expert": 2}, {"tensor": 2}, {"pipe": 2}]
+    work = [change(base, parallel=layout) for layout in layouts]
+    work += [change(base, train={"dtype": dtype}) for dtype in ("bf16", "fp16")]
+    for got in run_ranks(2, step_with_limit, work):
+        assert got == [(True, False, True), (False, True, True)] * len(work)
+
+
+def test_a_spike_is_skipped_and_the_median_survives_a_resume(settings, tmp_path):
+    """With a factor below 1 every step is a spike, once 20 norms are there: after a resume they still are."""
+    arguments = [*settings, f"run.dir={tmp_path}", "faults.spike_factor=0.1", "faults.roll_back_after=99"]
+    assert train(2, *arguments, "train.steps=20").codes == [0, 0]
+    assert not any(line["skipped"] for line in lines(tmp_path))
+    assert train(2, *arguments, "train.steps=22").codes == [0, 0]
+    found = lines(tmp_path)
+    assert [line["skipped"] for line in found] == [False] * 20 + [True] * 2
+    assert "is above" in found[20]["decision"] and found[20]["grad_norm"] > 0
+
+
+def test_a_fault_that_is_none_is_refused(settings, tmp_path):
+    result = train(2, *settings, f"run.dir={tmp_path / 'run'}", "faults.inject=kill@3:1,explode@2:0,nan@x:1")
+    assert result.codes == [2, 2] and "'explode@2:0'" in result.err and "'nan@x:1'" in result.err
+    assert not (tmp_path / "run").exists()
