@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import importlib
 import io
 from collections import deque
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime import compiler
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
@@ -40,6 +42,18 @@ def mpu_of(mesh: Mesh) -> PipelineParallelGrid:
     """The groups of a run without a pipeline, as `deepspeed.initialize` asks for them; a pipeline makes its own."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
         return PipelineParallelGrid(topology=topology_of(mesh))
+
+
+def import_muon() -> None:
+    """Before every engine: DeepSpeed imports its Muon when it looks at our optimizer, and Muon asks for compiled kernels
+    then. Loading the compiler takes each rank 2 s, for what is never called; so Muon gets what DeepSpeed has for a
+    torch without a compiler."""
+    compile_for_muon = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_for_muon
 
 
 def register_experts(mesh: Mesh) -> None:

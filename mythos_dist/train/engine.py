@@ -71,6 +71,7 @@ class Engine:
         from mythos_dist.train.deepspeed_seam import (
             Pipeline,
             StageLayer,
+            import_muon,
             make_experts_known,
             mend_gradient_norm,
             mpu_of,
@@ -96,6 +97,7 @@ class Engine:
         ).to(device())
         if train.compile:
             self.model.compile_blocks()
+        import_muon()
         register_experts(mesh)
         make_experts_known(self.model, mesh)
         groups = parameter_groups(self.model, o, mesh)

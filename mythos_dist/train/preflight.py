@@ -129,7 +129,7 @@ def judge(everyone: list[dict[str, Any]], clock_skew: float) -> list[tuple[str, 
             found.append(
                 (
                     node,
-                    f"it does not see what {everyone[0]['node']} writes in run.dir; give a folder that all nodes share",
+                    f"it does not see what {everyone[0]['node']} writes in run.dir; give a folder that all share",
                 )
             )
     of_node = {one["node"]: one for one in everyone}
@@ -201,12 +201,12 @@ def _wrong(told: list[Any]) -> dict[int, str]:
     if suspects:
         worst = max(suspects.values())
         return {
-            rank: f"what rank {rank} sent or got in an all-to-all was wrong {number} times; look at its link and memory"
+            rank: f"rank {rank} sent or got wrong numbers in an all-to-all; look at its link and its memory"
             for rank, number in suspects.items()
             if number == worst
         }
     return {
-        rank: "an all-reduce came out wrong here; look at its link and memory"
+        rank: "an all-reduce came out wrong here; look at its link and its memory"
         for rank, (_, right, _) in enumerate(told)
         if not right
     }

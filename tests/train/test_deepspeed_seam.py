@@ -7,9 +7,13 @@ to exist), and what we need it for. A failure names the entry: look there first 
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from helpers.launch import run_ranks
+
+from mythos_dist.config.schema import Config
 
 REPOSITORY = Path(__file__).parents[2]
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
@@ -83,6 +87,11 @@ LEANED_ON = [
     (f"{PIPE_ENGINE}._exec_forward_pass", "self.loss = outputs", "a last stage that computes the loss itself"),
     (f"{PIPE_ENGINE}.eval_batch", "num_micro_batches", "evaluation under pipe"),
     ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.get_grad_norm_direct", "ds_pipe_replicated", "norm"),
+    ("deepspeed.runtime.compiler.dummy_decorator", "", "start: Muon without a compiler"),
+    ("deepspeed.runtime.zero.utils.is_zero_supported_optimizer", "muon_optimizer import", "start: who imports Muon"),
+    ("deepspeed.runtime.zero.muon.original_muon.muon_update", "", "start: Muon"),
+    (f"{STAGE12}.step", "self._global_grad_norm =", "limit on norms: known before the optimizer steps"),
+    (f"{BF16}.step", "self._global_grad_norm =", "limit on norms"),
 ]
 
 
@@ -104,6 +113,21 @@ def test_deepspeed_has_not_moved(path, says, purpose):
         found = getattr(found, part)
     if says:
         assert says in inspect.getsource(found), f"{path} no longer says {says!r}; needed for: {purpose}"
+
+
+@pytest.mark.launch
+def test_an_engine_is_built_without_loading_a_compiler(config):
+    """DeepSpeed's Muon would load it: seconds of every rank's start."""
+    assert run_ranks(1, modules_of_a_compiler, config) == [[]]
+
+
+def modules_of_a_compiler(config: Config) -> list[str]:
+    from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.train.engine import Engine
+
+    Engine(config, build_mesh(config.parallel))
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules, "it was looked at"
+    return [name for name in sys.modules if name.startswith("torch._inductor.compile_fx")]
 
 
 def test_the_version_is_the_one_that_is_pinned():

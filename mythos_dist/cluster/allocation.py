@@ -1,0 +1,233 @@
+"""Which nodes a run gets and how many ranks go on each, and whether a config's layout fits there.
+
+`python -m mythos_dist.cluster.allocation CONFIG.yaml [section.key=value ...] --ranks N [--nodes M] | --hostfile FILE`
+is what the launch scripts ask before they start anything: it prints run.dir, or leaves with exit code 2 and all that is
+wrong. The trap: it runs once per start on a node whose GPUs wait, so it must answer in a second: nothing here imports
+torch.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mythos_dist.config.layout import divisors, layout_problems, nearest
+from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.errors import EXIT_USER_ERROR, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Nodes, and as many ranks on each."""
+
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int | None = None  # None: not known, or CPUs compute
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def read_hostfile(path: str | Path) -> Allocation:
+    """The hosts of a file of DeepSpeed's form: `HOST slots=N` a line, `#` for comments.
+
+    Raises UserError with all problems: lines of another form, a host that stands twice, hosts with different slots.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the hostfile {path} cannot be read: {error}; see hostfile.example") from None
+    slots: dict[str, int] = {}
+    problems = []
+    for number, line in enumerate(lines, 1):
+        line = line.partition("#")[0].strip()  # DeepSpeed too stops reading a line after its number
+        if not line:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
+        if not found:
+            problems.append(f"line {number}: {line!r} is not of the form `HOST slots=N`, such as `node1 slots=8`")
+        elif int(found[2]) < 1:
+            problems.append(f"line {number}: {line!r} gives no rank; leave the host out, or set slots to 1 or more")
+        elif found[1] in slots:
+            problems.append(f"line {number}: {found[1]} stands there a second time; one line per host")
+        else:
+            slots[found[1]] = int(found[2])
+    if not slots and not problems:
+        problems.append("names no host; write a line like `node1 slots=8` for each")
+    problems += _uneven(slots)
+    if problems:
+        raise UserError(problems, source=str(path))
+    return Allocation(len(slots), next(iter(slots.values())))
+
+
+def _uneven(slots: dict[str, int]) -> list[str]:
+    """Every host whose number of ranks is not that of the most hosts."""
+    counts = Counter(slots.values()).most_common()
+    if len(counts) < 2:
+        return []
+    usual = counts[0][0]
+    others = [host for host, number in slots.items() if number == usual]
+    most = f"{others[0]} has" if len(others) == 1 else f"{others[0]} and {len(others) - 1} more have"
+    return [
+        f"{host} has slots={number}, but {most} slots={usual}: every node runs equally many ranks; "
+        f"set its slots to {usual}, leave {host} out, or set all to {min(slots.values())}"
+        for host, number in slots.items()
+        if number != usual
+    ]
+
+
+def spread(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocation:
+    """`ranks` on `nodes`. Raises UserError if they cannot be dealt out evenly, or a node lacks GPUs for them."""
+    if ranks < 1 or nodes < 1 or ranks % nodes:
+        around = nearest(ranks, [nodes * n for n in range(1, ranks // max(1, nodes) + 2)]) or [1]
+        raise UserError(
+            f"{ranks} ranks on {nodes} nodes: every node runs equally many, at least one; "
+            f"set the number of ranks to one of {around}, or give the ranks per node (SLURM: --ntasks-per-node)"
+        )
+    if gpus_per_node and ranks // nodes > gpus_per_node:
+        raise UserError(
+            f"{ranks // nodes} ranks per node, but a node gives {gpus_per_node} GPUs: each rank takes one of its own; "
+            f"set the ranks per node to {gpus_per_node} (SLURM: --ntasks-per-node), or ask for more GPUs"
+        )
+    return Allocation(nodes, ranks // nodes, gpus_per_node)
+
+
+def check(config: Config, allocation: Allocation, source: str) -> list[str]:
+    """Notes about a layout that fits, a line each. Raises UserError, with all problems, if it does not."""
+    problems = layout_problems(config, allocation.ranks)
+    if problems:
+        raise UserError([*problems, _fitting(config, allocation)], source=source)
+    return notes(config, allocation)
+
+
+def _fitting(config: Config, allocation: Allocation) -> str:
+    """How many such nodes would do, as a sentence."""
+    per_node = allocation.ranks_per_node
+    replica = config.parallel.pipe * config.parallel.tensor
+    # A replica more than there are micro-batches would have nothing to do.
+    most = replica * (config.train.global_batch // config.train.micro_batch)
+    ranks = [replica * replicas for replicas in divisors(config.train.global_batch // config.train.micro_batch)]
+    fitting = [n // per_node for n in ranks if n % per_node == 0 and not layout_problems(config, n)]
+    said = f"{allocation.nodes} nodes x {per_node} ranks = {allocation.ranks} ranks do not fit"
+    if allocation.ranks > most:
+        said += (
+            f", and this layout can use {most} at most (parallel.pipe x parallel.tensor x train.global_batch / "
+            "train.micro_batch)"
+        )
+    choices = nearest(allocation.nodes, fitting)
+    if not choices:
+        return f"{said}; no number of nodes with {per_node} ranks each does: change the ranks per node, or the layout"
+    return f"{said}; set the number of nodes to {choices[0] if len(choices) == 1 else f'one of {choices}'}"
+
+
+def notes(config: Config, allocation: Allocation) -> list[str]:
+    """What works but wastes: groups of ranks that lie on more nodes than they need, and GPUs without a rank."""
+    found = []
+    per_node, gpus = allocation.ranks_per_node, allocation.gpus_per_node
+    if gpus and gpus > per_node:
+        found.append(f"{gpus} GPUs per node, but {per_node} ranks: {gpus - per_node} GPUs of each node stay idle")
+    tensor, pipe = config.parallel.tensor, config.parallel.pipe
+    for name, size in (("parallel.tensor", tensor), ("parallel.pipe x parallel.tensor", pipe * tensor)):
+        if allocation.nodes > 1 and _nodes_of_group(size, allocation) > -(-size // per_node):
+            found.append(
+                f"{name}={size} and {per_node} ranks per node: some of these groups of {size} neighbouring ranks lie "
+                f"on {_nodes_of_group(size, allocation)} nodes where {-(-size // per_node)} would do, and the network "
+                "between nodes is slower; choose them so that one divides the other"
+            )
+            break
+    if tensor > per_node:
+        found.append(
+            f"parallel.tensor={tensor} is more than the {per_node} ranks of a node: a few messages per loop cross the "
+            "network; parallel.pipe or parallel.zero=3 divide a model with fewer"
+        )
+    return found
+
+
+def _nodes_of_group(size: int, allocation: Allocation) -> int:
+    """On how many nodes the ranks of a group are at most, with ranks counted node by node."""
+    per_node = allocation.ranks_per_node
+    groups = range(0, allocation.ranks, size)
+    return max((first + size - 1) // per_node - first // per_node + 1 for first in groups)
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run in run.dir has done what this config asks for: the marker is there, and train.steps was not
+    raised since.
+
+    The marker alone does not say so: until a new start has come far enough to take it away, it is the old run's.
+    """
+    run_dir = Path(config.run.dir)
+    if not (run_dir / "COMPLETED").exists():
+        return False
+    try:
+        newest = (run_dir / "checkpoints" / "latest").read_text().strip()
+    except OSError:
+        return True  # checkpoints were moved away: of a finished run nobody needs them
+    step = newest.rpartition("-")[2]
+    return not step.isdecimal() or int(step) >= config.train.steps
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mythos_dist.cluster.allocation",
+        description="Does a config fit on these ranks? Prints its run.dir; exit code 2 and what is wrong if not.",
+    )
+    add = parser.add_argument
+    add("config", help="a YAML file, such as configs/1b.yaml")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--ranks", type=int, help="processes, over all nodes")
+    where.add_argument("--hostfile", help="instead of --ranks and --nodes: a file of lines `HOST slots=N`")
+    where.add_argument("--finished", action="store_true", help="only say by exit code 0 or 1 if the run is done")
+    where.add_argument("--write", type=Path, metavar="FILE", help="only write the whole config there")
+    add("--nodes", type=int, default=1, help="that the ranks are spread over evenly (%(default)s)")
+    add("--gpus-per-node", type=int, help="that the scheduler gives")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> None:
+    """Check; see the top of this file."""
+    arguments = parse()
+    errors: list[UserError] = []
+    config = _tried(errors, lambda: load_config(arguments.config, arguments.overrides))
+    if config and arguments.finished:
+        sys.exit(0 if is_finished(config) else 1)
+    if config and arguments.write:
+        arguments.write.write_text(dump_config(config))
+        return
+    allocation = said = None
+    if arguments.hostfile:
+        allocation = _tried(errors, lambda: read_hostfile(arguments.hostfile))
+    elif arguments.ranks is not None:
+        allocation = _tried(errors, lambda: spread(arguments.ranks, arguments.nodes, arguments.gpus_per_node))
+    if config and allocation:
+        said = _tried(errors, lambda: check(config, allocation, arguments.config))
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if errors or not config:
+        sys.exit(EXIT_USER_ERROR)
+    for line in said or []:
+        print(f"note: {line}", file=sys.stderr)
+    print(config.run.dir)
+
+
+def _tried(errors: list[UserError], step: Callable[[], T]) -> T | None:
+    """What `step` returns; None if it raised one more of `errors`."""
+    try:
+        return step()
+    except UserError as error:
+        errors.append(error)
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The SLURM cluster keeps its word: hosts of their own, faults as in a machine room, and nothing left behind."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster.cluster import Cluster, ClusterError, advice, missing, wait_until
+
+pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(missing()), reason=advice(missing()))]
+
+SCRIPT = Path(__file__).with_name("cluster.py")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Three nodes; a test leaves them as it found them."""
+    with Cluster(nodes=3, folder=tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+def reachable(cluster: Cluster, host: str) -> bool:
+    return cluster.run("ctl", ["ssh", "-o", "ConnectTimeout=1", host, "true"], check=False).returncode == 0
+
+
+def family(pid: int) -> set[int]:
+    """A process and its descendants, as this process counts."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # ended in this moment
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+
+
+def test_srun_starts_ranks_on_the_nodes(cluster):
+    """Two nodes, two tasks each."""
+    command = ["srun", "-N2", "--ntasks-per-node=2", "sh", "-c", "echo $SLURM_PROCID $SLURM_LOCALID $(hostname)"]
+    ranks = sorted(cluster.run("ctl", command).stdout.splitlines())
+    assert ranks == ["0 0 node1", "1 1 node1", "2 0 node2", "3 1 node2"]
+
+
+def test_ssh_and_pdsh_reach_every_node(cluster):
+    """From the login host and from node to node; each host has its own address."""
+    assert cluster.run("node1", ["ssh", "node3", "hostname"]).stdout == "node3\n"
+    pdsh = cluster.run("ctl", ["pdsh", "-R", "ssh", "-w", "node[1-3]", "hostname -I"]).stdout
+    assert sorted(pdsh.split()) == ["10.77.0.1", "10.77.0.2", "10.77.0.3", "node1:", "node2:", "node3:"]
+
+
+def test_a_node_has_its_own_processes_and_shared_memory(cluster):
+    """The folder of the cluster is everybody's, /dev/shm is not; `pkill` on one node spares the others."""
+    cluster.run(1, "touch /dev/shm/mine ours")
+    assert cluster.run(2, f"ls /dev/shm {cluster.folder}/ours").stdout.split() == [
+        f"{cluster.folder}/ours",
+        "/dev/shm:",
+    ]
+    sleepers = [cluster.popen(node, ["sleep", "77"]) for node in (1, 2)]
+    wait_until(lambda: cluster.run(1, ["pgrep", "-fx", "sleep 77"], check=False).stdout, 5, "sleep on node1")
+    cluster.run(1, ["pkill", "-fx", "sleep 77"])
+    assert sleepers[0].wait(5) == -15
+    assert sleepers[1].poll() is None
+    sleepers[1].kill()
+    sleepers[1].wait()
+    wait_until(lambda: not cluster.run(2, ["pgrep", "-fx", "sleep 77"], check=False).stdout, 5, "no sleep on node2")
+
+
+def test_a_node_without_power_comes_back(cluster):
+    """Its processes are gone, it cannot be reached; after a boot SLURM starts tasks on it."""
+    sleeper = cluster.popen(2, ["sleep", "1000"])
+    cluster.power_off(2)
+    assert sleeper.wait(5) != 0
+    assert not reachable(cluster, "node2")
+    with pytest.raises(ClusterError, match="node2 is switched off"):
+        cluster.run(2, ["true"])
+    cluster.boot(2)
+    assert reachable(cluster, "node2")
+    cluster.wait_node(2, "idle", 20)
+    assert cluster.run("ctl", ["srun", "-w", "node2", "hostname"]).stdout == "node2\n"
+
+
+def test_an_unplugged_node_runs_on_alone(cluster):
+    """Nobody reaches it, its processes live; plugged in again it is as before."""
+    sleeper = cluster.popen(1, ["sleep", "1000"])
+    cluster.unplug(1)
+    assert not reachable(cluster, "node1")
+    assert sleeper.poll() is None
+    assert cluster.run(1, ["ssh", "-o", "ConnectTimeout=1", "ctl", "true"], check=False).returncode != 0
+    cluster.plug(1)
+    assert reachable(cluster, "node1")
+    sleeper.kill()
+    sleeper.wait()
+    cluster.wait_node(1, "idle", 20)
+
+
+def test_a_requeued_job_starts_again_within_seconds(cluster):
+    """It knows that it is the second run."""
+    job = cluster.sbatch("#!/bin/sh\necho run $SLURM_RESTART_COUNT >> runs\n[ $SLURM_RESTART_COUNT ] || sleep 100\n")
+    wait_until((cluster.folder / "runs").exists, 10, "the first run")
+    cluster.run("ctl", ["scontrol", "requeue", str(job)])
+    cluster.wait_job(job, "COMPLETED", 40)
+    assert (cluster.folder / "runs").read_text().splitlines() == ["run", "run 1"]
+    assert cluster.job(job)["Restarts"] == "1"
+
+
+def test_the_login_host_comes_back(tmp_path):
+    """The nodes go on without it, and slurmctld finds them again."""
+    with Cluster(nodes=2, folder=tmp_path) as cluster:
+        cluster.power_off("ctl")
+        assert cluster.run("node1", ["ssh", "node2", "hostname"]).stdout == "node2\n"
+        cluster.boot("ctl")
+        for node in (1, 2):
+            cluster.wait_node(node, "idle", 20)
+        assert cluster.run("ctl", ["srun", "-w", "node2", "hostname"]).stdout == "node2\n"
+
+
+def test_high_takes_the_nodes_of_low(tmp_path):
+    """The job of partition `low` gets SIGTERM, and is requeued."""
+    script = "#!/bin/bash\ntrap 'echo TERM >> signals' TERM\ntouch signals\nwhile :; do sleep 0.1; done\n"
+    with Cluster(nodes=1, folder=tmp_path, grace=0) as cluster:
+        low = cluster.sbatch(script, "-p", "low", "--exclusive")
+        wait_until((tmp_path / "signals").exists, 10, "the job in low")
+        high = cluster.sbatch("#!/bin/sh\n", "-p", "high", "--exclusive")
+        cluster.wait_job(high, "COMPLETED", 40)
+        assert (tmp_path / "signals").read_text().startswith("TERM\n")
+        assert cluster.job(low)["Restarts"] == "1"
+
+
+def test_hosts_may_differ(tmp_path):
+    """Another name for an interface, a folder of one's own, another folder in its place, made-up GPUs."""
+    other = tmp_path / "other"
+    shared = tmp_path / "shared"
+    for folder in (other, shared, tmp_path / "place"):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    with Cluster(
+        nodes=2,
+        folder=tmp_path,
+        gpus=2,
+        interfaces={"node2": "ens7"},
+        private={"*": ["/tmp"], "node2": [shared]},
+        bind={"node2": [(other, tmp_path / "place")]},
+    ) as cluster:
+        look = f"ls /sys/class/net {tmp_path}/shared {tmp_path}/place"
+        one, two = (cluster.run(k, look).stdout.replace(f"{tmp_path}/", "").split() for k in (1, 2))
+        assert one == ["/sys/class/net:", "eth0", "lo", "place:", "place", "shared:", "shared"]
+        assert two == ["/sys/class/net:", "ens7", "lo", "place:", "other", "shared:"]
+        cluster.run(1, ["touch", "/tmp/mine"])
+        assert "mine" not in cluster.run(2, ["ls", "/tmp"]).stdout
+        gpus = cluster.run("ctl", ["srun", "-N2", "--gres=gpu:2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"])
+        assert gpus.stdout == "0,1\n0,1\n"
+
+
+def test_nothing_is_left_after_down(tmp_path):
+    """No process, an orphan in a session of its own included; no mount, no interface."""
+    before = [Path(f"/proc/self/{name}").read_text() for name in ("mountinfo", "net/route")]
+    with Cluster(nodes=2, folder=tmp_path) as cluster:
+        cluster.run(1, "setsid sleep 1000 > /dev/null 2>&1 &")
+        sleeper = cluster.popen("ctl", ["srun", "-N2", "sleep", "1000"])
+        wait_until(lambda: cluster.run("ctl", ["squeue", "-h", "-t", "R"]).stdout, 10, "srun")
+        pids = family(cluster.pid()) | family(sleeper.pid)
+        assert len(pids) > 20
+        start = time.monotonic()
+    assert time.monotonic() - start < 5  # 0.1 s on an idle machine
+    sleeper.wait(5)
+    assert not alive(pids)
+    assert before == [Path(f"/proc/self/{name}").read_text() for name in ("mountinfo", "net/route")]
+
+
+def test_a_killed_test_takes_its_cluster_along(tmp_path):
+    """By SIGKILL, which lets no clean-up run."""
+    code = f"from cluster import Cluster; Cluster(1, {str(tmp_path)!r}).up(); print('up', flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "up\n"
+        pids = family(process.pid)
+        assert len(pids) > 10
+        process.kill()
+    wait_until(lambda: not alive(pids), 5, "the cluster gone")
+
+
+def test_two_clusters_do_not_meet(cluster, tmp_path):
+    """The same names and addresses, other hosts."""
+    with Cluster(nodes=1, folder=tmp_path) as second:
+        second.run(1, ["touch", "/dev/shm/second"])
+        assert "second" not in cluster.run(1, ["ls", "/dev/shm"]).stdout
+        second.power_off(1)
+        assert reachable(cluster, "node1")
+        assert len(cluster.node_states()) == 3
+    assert reachable(cluster, "node1")
+
+
+def test_the_command_line_starts_and_ends_a_cluster(tmp_path):
+    """Every call is a process of its own; what goes wrong is one line."""
+
+    def call(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), "--folder", str(tmp_path), *words], capture_output=True, text=True
+        )
+
+    assert call("up", "1").returncode == 0
+    try:
+        assert call("exec", "node1", "sh", "-c", "hostname; exit 7").stdout == "node1\n"
+        assert call("exec", "node1", "sh", "-c", "exit 7").returncode == 7
+        assert "node1    idle" in call("status").stdout
+        again = call("up", "1")
+        assert again.returncode == 1
+        assert again.stderr == f"cluster.py: a cluster is up in {tmp_path} already\n"
+    finally:
+        down = call("down")
+    assert (down.returncode, down.stderr) == (0, "")
+    assert call("status").stderr == f"cluster.py: no cluster is up in {tmp_path}\n"
+    assert call("up", "many").returncode == 2
+
+
+def test_who_is_not_root_reads_so(tmp_path, monkeypatch):
+    """In one line, with what to install."""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(ClusterError, match="a SLURM cluster lacks root here; as root: apt-get install slurm-wlm"):
+        Cluster(nodes=1, folder=tmp_path).up()

@@ -1,0 +1,124 @@
+"""The roll call: who is missing, who is different, and who is to blame; then the same with real processes."""
+
+import pytest
+from helpers.launch import launch, train
+
+from mythos_dist.cluster.recorder import blame
+from mythos_dist.cluster.rollcall import differences, ranges
+
+
+def card(node: str, code: str = "a", config: str = "x") -> dict[str, str]:
+    return {"node": node, "the code": code, "the config": config}
+
+
+def test_a_node_in_the_minority_is_blamed():
+    assert differences([card("n1"), card("n1"), card("n2"), card("n2")]) == ([], [])
+    problems, nodes = differences([card("n1"), card("n2", code="b"), card("n3")])
+    assert nodes == ["n2"] and problems[0].startswith("the code on n2 is b, and elsewhere a; ")
+
+
+def test_without_a_majority_and_for_a_config_nobody_is_blamed():
+    """One of two nodes is other than the first, by its name; who is right only the user knows."""
+    problems, nodes = differences([card("n1"), card("n2", code="b")])
+    assert nodes == [] and "the code on n2 is b, and elsewhere a" in problems[0]
+    problems, nodes = differences([card("n1"), card("n2", config="y"), card("n3")])
+    assert nodes == [] and "the config on n2" in problems[0]
+    problems, _ = differences([card("n1"), card("n1", code="b")])
+    assert problems == ["the code differs between ranks of n1; start all of them with the same"]
+
+
+def test_ranges():
+    assert ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3, 7-9" and ranges([]) == ""
+
+
+def report(group: str, members: list[int], begun: dict[str, int], last: str = "all_reduce") -> dict:
+    return {"group": group, "members": members, "begun": begun, "last": last, "at": ""}
+
+
+def test_who_did_not_arrive():
+    """Ranks 0 and 1 wait for 2 in a group of three, 3 waits for 1 in another one: it is 2 that keeps all waiting."""
+    reports = {
+        0: report("world", [0, 1, 2], {"world": 8}),
+        1: report("world", [0, 1, 2], {"world": 8, "pair": 3}),
+        2: report("world", [0, 1, 2], {"world": 7}),
+        3: report("pair", [1, 3], {"pair": 4}),
+    }
+    assert blame(reports, 4) == ([2], "all_reduce")
+    del reports[2]  # it does not even answer
+    assert blame(reports, 4) == ([2], "all_reduce")
+
+
+def test_ranks_that_have_begun_the_same_blame_nobody():
+    both = {rank: report("world", [0, 1], {"world": 5}) for rank in (0, 1)}
+    assert blame(both, 2) == ([], "")
+
+
+def test_ranks_that_wait_for_each_other_are_both_named():
+    """Two groups in opposite order: a slip in the code, and no rank alone is at fault."""
+    reports = {
+        0: report("a", [0, 1], {"a": 1}),
+        1: report("b", [0, 1], {"b": 1}),
+    }
+    assert blame(reports, 2)[0] == [0, 1]
+
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.launch
+def test_a_rank_that_never_comes_is_named(settings, tmp_path):
+    """Two of three ranks are started: exit code 2 within the time, and one line."""
+    result = launch(2, alone_of_three, [*settings, f"run.dir={tmp_path / 'run'}", "faults.join_within=6"])
+    assert result.codes == [2, 2], result.tails
+    assert "rank 2 (there are ranks on" in result.err and "of 3 did not report to rank 0 on" in result.err
+    assert "Traceback" not in result.err and result.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def alone_of_three(arguments: list[str]) -> None:
+    import os
+    import sys
+
+    from mythos_dist.train.__main__ import main
+
+    os.environ["WORLD_SIZE"] = "3"
+    sys.argv = ["mythos_dist.train", *arguments, "train.global_batch=3"]
+    main()
+
+
+@pytest.mark.launch
+def test_a_port_that_is_taken_is_one_line(settings, tmp_path):
+    """Rank 0 names node, port and remedy; the other ranks do not wait for it for ever."""
+    import socket
+
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = train(
+            2,
+            *settings,
+            f"run.dir={tmp_path / 'run'}",
+            "faults.join_within=5",
+            env={"MASTER_PORT": str(port)},
+            grace=1,
+        )
+    assert result.codes[0] == 2, result.tails
+    assert f"MASTER_PORT={port}: this port of {socket.gethostname()} is taken" in result.err
+    assert "set MASTER_PORT to a free one" in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.launch
+def test_ranks_with_another_config_are_told(settings, tmp_path):
+    """Rank 1 was given another learning rate: refused before anything is written."""
+    result = launch(2, with_own_rate, [*settings, f"run.dir={tmp_path / 'run'}"])
+    assert result.codes == [2, 2] and "the config differs between ranks of" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def with_own_rate(arguments: list[str]) -> None:
+    import os
+    import sys
+
+    from mythos_dist.train.__main__ import main
+
+    sys.argv = ["mythos_dist.train", *arguments, f"optim.lr=1e-{os.environ['RANK']}"]
+    main()
