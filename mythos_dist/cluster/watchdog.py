@@ -136,7 +136,7 @@ class Watchdog:
         if self._leaving or self._failed:
             return
         self._dump(why)
-        log.error("%s; this rank was in %s, its last collective: %s", why, self._phase, self.recorder.describe())
+        log.info("this rank ends: %s; it was in %s", why, self._phase)
         if self.place.local_rank == 0:
             print(f"error: {self.place} ends: {why}", file=sys.stderr, flush=True)
         if self.place.rank == 0:
@@ -151,7 +151,7 @@ class Watchdog:
 
     def _dump(self, why: str) -> None:
         """The stacks of all threads into this rank's log."""
-        log.error("%s. What every thread of this rank is doing:", why)
+        log.info("%s. What every thread of this rank is doing:", why)  # not for the console, which gets one line
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.FileHandler) and handler.stream:
                 handler.flush()

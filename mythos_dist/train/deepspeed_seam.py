@@ -45,9 +45,11 @@ def mpu_of(mesh: Mesh) -> PipelineParallelGrid:
 
 
 def import_muon() -> None:
-    """Before every engine: DeepSpeed imports its Muon when it looks at our optimizer, and Muon asks for compiled kernels
-    then. Loading the compiler takes each rank 2 s, for what is never called; so Muon gets what DeepSpeed has for a
-    torch without a compiler."""
+    """Before every engine: DeepSpeed imports its Muon when it looks at our optimizer, and Muon asks for kernels.
+
+    Loading the compiler takes each rank 2 s, for what is never called; so Muon gets what DeepSpeed has for a torch
+    without a compiler.
+    """
     compile_for_muon = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
     try:

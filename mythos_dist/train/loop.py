@@ -70,6 +70,7 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
 
     mesh = build_mesh(config.parallel)
     stream, heldout = (open_stream(config, corpora, split, mesh.data) for split in SPLITS)
+    session.timed("opening the shards")
     writer = together(lambda: claim_run_folder(config, mesh.data.size) if rank == 0 else None)
     completed = run_dir / "COMPLETED"
     done = checkpoint.manifest.step if checkpoint else 0  # steps
@@ -142,8 +143,7 @@ class Run:
         self.peak = peak_flops(config)
         if self.step == 0:
             self.evaluate()
-        self.session.timed("opening")
-        log.info("start: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.session.phases.items()))
+        self.session.timed("opening the run")
         if before and self.rank == 0:
             line = note_restart(self.run_dir, before, self.fence.start, self.step, since, self.session.phases)
             lost = "" if line["seconds_lost"] is None else f"; {line['seconds_lost']:.0f} s were lost"
@@ -166,6 +166,7 @@ class Run:
             self.step = step
             seconds = time.perf_counter() - begin
             log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
+            self.session.started()
             if self.metrics:
                 line = step_line(config, step, result, ids, seconds, self.peak * dist.get_world_size())
                 decision = "; ".join(filter(None, (self.spikes.decision(step), decision)))

@@ -5,6 +5,7 @@ The phases of a start are timed (`Session.phases`), because a run that is requeu
 
 import hashlib
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -22,6 +23,8 @@ from mythos_dist.cluster.watchdog import Limits, Watchdog
 from mythos_dist.config.schema import Config
 from mythos_dist.parallel.process import free_port, join_process_group
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Session:
@@ -38,6 +41,12 @@ class Session:
         """A phase of the start has ended."""
         now = time.monotonic()
         self.phases[phase], self._since = now - self._since, now
+
+    def started(self) -> None:
+        """A step is done; if it is the first one, say where the time until then went."""
+        if "first step" not in self.phases:
+            self.timed("first step")
+            log.info("start: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phases.items()))
 
     def close(self) -> None:
         """All ranks leave together."""

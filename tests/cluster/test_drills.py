@@ -4,6 +4,8 @@ metrics.jsonl is in the end that of a run to which nothing happened."""
 import contextlib
 import json
 import re
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from pathlib import Path
 import pytest
 from cluster.cluster import Cluster, advice, missing, wait_until
 from helpers.disk import enlarge, small_disk
+from helpers.launch import train
 
 REPOSITORY = Path(__file__).parents[2]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
-STEPS = 80
+STEPS = 50
 
 pytestmark = [
     pytest.mark.launch,
@@ -76,16 +79,23 @@ class Drill:
         return next(line["time"] for line in self.lines() if line["step"] == start["from_step"] + 1) - after
 
 
+def lines_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Whole lines: a run may be writing."""
+    file = run_dir / name
+    texts = file.read_text().splitlines(True) if file.exists() else []
+    return [json.loads(text) for text in texts if text.endswith("\n")]
+
+
 def exact(run_dir: Path) -> list[tuple]:
-    found = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line[key] for key in EXACT) for line in found]
+    return [tuple(line[key] for key in EXACT) for line in lines_of(run_dir)]
 
 
 @pytest.fixture(scope="module")
 def arguments(settings) -> list[str]:
     """A layout of every axis but the pipeline, and steps of a tenth of a second."""
-    more = f"train.steps={STEPS} checkpoint.every=10 parallel.expert=2 faults.lost_after=6 faults.hang_after=20"
-    return [*settings, *more.split(), "run.wandb=disabled"]
+    # A rate that does not depend on the number of steps: a longer run begins as a shorter one does.
+    more = f"train.steps={STEPS} optim.min_lr_ratio=1 checkpoint.every=10 parallel.expert=2 run.wandb=disabled"
+    return [*settings, *more.split(), "faults.lost_after=6", "faults.hang_after=20"]
 
 
 @pytest.fixture
@@ -147,7 +157,7 @@ def test_preemption(drill, undisturbed, recovery):
 def test_the_time_limit(drill, undisturbed, recovery):
     """The scheduler's warning comes before the limit; the run is back in the queue before it is killed."""
     with drill() as one:
-        time.sleep(10)  # SLURM looks at limits 30 s after its start, and the run has to be under way then
+        time.sleep(12)  # SLURM looks at limits 30 s after its start, and the run has to be under way then
         job = one.submit(options=("--signal=B:USR1@30",))
         one.wait(lambda: one.cluster.job(job)["JobState"] == "RUNNING", 20, "the start")
         one.cluster.end_in(job, 45)
@@ -203,9 +213,11 @@ def test_a_cable_of_the_first_node(drill, undisturbed, recovery):
         one.wait(lambda: len(one.lines("restarts.jsonl")) == 1, 90, "the second start")
         writer = json.loads((one.run_dir / "writer.json").read_text())
         assert writer["start"] == 2 and writer["host"] != "node1"
-        left = one.cluster.run("node1", ["pgrep", "-f", "mythos_dist.train"], check=False).stdout.split()
+        left = one.cluster.run(
+            "node1", ["pgrep", "-f", "^[^ ]*python[^ ]* -m mythos_dist.train"], check=False
+        ).stdout.split()
         log = (one.run_dir / "logs" / "rank-00000.log").read_text()
-        assert "node1 start 1 ERROR" in log and "has said nothing for 6 s" in log
+        assert re.search("node1 start 1 INFO .* this rank ends: rank [23] on node2 has said nothing for 6 s", log)
         one.wait_done(job)
         assert not left, "ranks of the first start still run on the node that is cut off"
         newest = (one.run_dir / "logs" / "rank-00000.log").read_text().splitlines()
@@ -263,13 +275,111 @@ def test_a_full_disk(drill, undisturbed, tmp_path):
 def test_two_jobs_on_one_run_folder(drill, undisturbed):
     """The second ends with exit code 2 and names the first; the first takes no notice."""
     with drill() as one:
-        job = one.submit()
+        job = one.submit("train.steps=1000")
         one.wait_step(5)
         second = one.submit(options=(f"--output={one.cluster.folder / 'second.out'}",))
         one.wait(lambda: one.cluster.job(second)["JobState"] == "FAILED", 60, "the refusal")
         said = (one.cluster.folder / "second.out").read_text()
         assert f"is in use: a run of job {job} on node1" in said and "Traceback" not in said
         assert one.cluster.job(second)["ExitCode"] == "2:0"
-        one.wait_done(job)
+        refused = one.lines()[-1]["step"]
+        one.wait_step(max(STEPS, refused + 5), 60)
         assert not one.lines("restarts.jsonl")
+        assert exact(one.run_dir)[:STEPS] == exact(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def demo(shards) -> list[str]:
+    """`configs/demo.yaml`, its model and its layout, on shards that are quicker to read."""
+    more = "parallel.tensor=2 parallel.expert=2 model.vocab_size=512 train.seq_len=32 train.steps=4 checkpoint.every=2"
+    return [str(REPOSITORY / "configs" / "demo.yaml"), *more.split(), f"data.path={shards}", "run.wandb=disabled"]
+
+
+@pytest.fixture(scope="module")
+def one_process(demo, tmp_path_factory) -> list[dict]:
+    """The lines of one process on one rank."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    alone = [argument for argument in demo if not argument.startswith("parallel.")]
+    assert train(1, *alone, f"run.dir={run_dir}").codes == [0]
+    return lines_of(run_dir)
+
+
+def same(got: list[dict], expected: list[dict]) -> None:
+    assert [line["batch_id"] for line in got] == [line["batch_id"] for line in expected]
+    assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+
+
+def test_sbatch_trains_as_one_process(drill, demo, one_process):
+    """On nodes whose interfaces have other names."""
+    with drill(interfaces={"node2": "ens7"}) as one:
+        one.arguments = [*demo, f"run.dir={one.run_dir}"]
+        one.wait_done(one.submit())
+        assert "preflight: 4 ranks on 2 nodes, all-reduce" in one.said()
+        same(one.lines(), one_process)
+        assert re.search(r" node2 start 1 INFO .* start: import ", (one.run_dir / "logs/rank-00003.log").read_text())
+
+
+def test_deepspeed_with_pdsh_trains_as_one_process(drill, demo, one_process):
+    """launch/deepspeed.sh from a login host; a file STOP ends the first run, the same command goes on."""
+    with drill() as one:
+        hostfile = one.cluster.folder / "hostfile"
+        hostfile.write_text("node1 slots=2\nnode2 slots=2\n")
+        command = [REPOSITORY / "launch" / "deepspeed.sh", hostfile, *demo, f"run.dir={one.run_dir}"]
+        one.run_dir.mkdir()
+        (one.run_dir / "STOP").touch()
+        stopped = one.cluster.run("ctl", command, cwd=REPOSITORY, check=False, timeout=90)
+        assert stopped.returncode == 85, stopped.stdout + stopped.stderr
+        assert not (one.run_dir / "COMPLETED").exists()
+        done = one.cluster.run("ctl", command, cwd=REPOSITORY, check=False, timeout=90)
+        assert done.returncode == 0 and (one.run_dir / "COMPLETED").exists(), done.stdout + done.stderr
+        same(one.lines(), one_process)
+
+
+def test_a_node_without_the_shards_is_left_out(drill, undisturbed, shards):
+    """Preflight names it, the job goes back to the queue without it and runs on the spare."""
+    with drill(nodes=3, private={"node2": [shards]}) as one:
+        job = one.submit(options=("--nodelist=node[1-2]",))
+        one.wait(lambda: "error: node2: " in one.said(), 40, "preflight's word")
+        assert one.said().count("error: ") == 1
+        one.cluster.run("ctl", ["scontrol", "update", f"JobId={job}", "ReqNodeList="], check=False)
+        one.wait_done(job)
+        assert one.cluster.job(job)["ExcNodeList"] == "node2"
     assert exact(one.run_dir) == exact(undisturbed)
+
+
+def test_mistakes_on_a_cluster_are_one_line_that_names_the_node(drill, tmp_path):
+    """More ranks than the layout needs, a port that is taken, other code on a node, a run folder that is not shared."""
+    code, own = tmp_path / "code", tmp_path / "own"
+    shutil.copytree(REPOSITORY / "mythos_dist", code)
+    (code / "errors.py").open("a").write("\n")
+    own.mkdir()
+    with drill(nodes=3, private={"node2": [own]}, bind={"node3": [(code, REPOSITORY / "mythos_dist")]}) as one:
+
+        def refused(*options: str, run_dir: Path | None = None, port: int = 0) -> str:
+            command = ["srun", "--nodes=2", *options, sys.executable, "-m", "mythos_dist.train", *one.arguments]
+            env = {"OMP_NUM_THREADS": "1"} | ({"MASTER_PORT": str(port)} if port else {})
+            more = [f"run.dir={run_dir or one.run_dir}", "faults.join_within=20"]
+            done = one.cluster.run("ctl", [*command, *more], cwd=REPOSITORY, check=False, env=env)
+            errors = [text for text in done.stderr.splitlines() if "error: " in text and "srun: " not in text]
+            assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+            assert not one.run_dir.exists()
+            return errors[0]
+
+        first, other = (
+            ("--ntasks-per-node=1", "--nodelist=node1,node2"),
+            ("--ntasks-per-node=1", "--nodelist=node1,node3"),
+        )
+        said = refused("--ntasks-per-node=3", "--nodelist=node1,node2")
+        assert "6 ranks" in said and "train.global_batch=8 is not divisible" in said
+        with one.cluster.popen("node1", LISTEN) as taken:
+            time.sleep(0.5)
+            said = refused(*first, port=29511)
+            assert "MASTER_PORT=29511: this port of node1 is taken" in said and "free one" in said
+            taken.kill()
+        said = refused(*other)
+        assert "the code (mythos_dist) on node3 is" in said and "one shared folder" in said
+        said = refused(*first, run_dir=own / "run")
+        assert "node2: it does not see what node1 writes in run.dir" in said and "a folder that all share" in said
+
+
+LISTEN = [sys.executable, "-c", "import socket, time; s = socket.create_server(('', 29511)); time.sleep(60)"]
