@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +38,18 @@ log = logging.getLogger(__name__)
 class Saver:
     """One run's writer of checkpoints. Every rank has one and calls the same methods in the same order."""
 
-    def __init__(self, checkpoints: Path, settings: CheckpointConfig, fence: Fence, state: State):
-        """`state`: views that stay valid as long as the run lasts; `save` reads them."""
+    def __init__(
+        self,
+        checkpoints: Path,
+        settings: CheckpointConfig,
+        fence: Fence,
+        state: State,
+        on_progress: Callable[[], None] = lambda: None,
+    ):
+        """`state`: views that stay valid as long as the run lasts; `save` reads them.
+
+        `on_progress` is called now and then while training waits for a save that gets on.
+        """
         self._folder, self._settings, self._fence = checkpoints, settings, fence
         self._writes = {name: held for name, held in state.items() if held.writes}
         self._copies: dict[str, Tensor] = {}
@@ -47,7 +57,8 @@ class Saver:
         self._written: tuple[File | None, str | None] = (None, None)  # this rank's file; what went wrong
         self._saving: Manifest | None = None
         self._last_is_whole = True
-        self.newest: int | None = None  # the step of the newest state that was saved, whole or not yet
+        self._on_progress, self._tensors_written = on_progress, 0
+        self.newest: int | None = None  # the step of the newest state that was saved (or loaded), whole or not yet
         if dist.get_rank() == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
             for left in checkpoints.glob("step-????????.*"):  # by starts that ended while they wrote
@@ -71,7 +82,7 @@ class Saver:
         if not self._settings.background:
             self.finish()
         elif not self._copies:
-            self._thread.join()  # this rank's values must not change until they are on disk
+            self._wait(self._thread)  # this rank's values must not change until they are on disk
 
     def poll(self) -> None:
         """Between two steps: publish what was being saved if every rank has written its part."""
@@ -85,7 +96,7 @@ class Saver:
     def finish(self) -> bool:
         """Wait until nothing is being saved. Returns whether the last save is whole; the same on every rank."""
         if self._thread is not None:
-            self._thread.join()
+            self._wait(self._thread)
             self._thread = None
         if self._saving is None:
             return self._last_is_whole
@@ -99,6 +110,14 @@ class Saver:
         dist.all_reduce(whole)
         self._last_is_whole = bool(whole)
         return self._last_is_whole
+
+    def _wait(self, thread: threading.Thread) -> None:
+        written = -1
+        while thread.is_alive():
+            if self._tensors_written != written:
+                written = self._tensors_written
+                self._on_progress()
+            thread.join(1.0)
 
     def _make_room(self) -> None:
         """In a thread: host memory for a copy of what this rank writes."""
@@ -135,8 +154,13 @@ class Saver:
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {key: tuple(value.shape) for key, value in self._values()}
         copies = (self._copies.get(key, value) for key, value in self._values())
-        blocks = (copy.detach().cpu().numpy().data for copy in copies)
-        size, digest = write_tensors(folder / file_name(dist.get_rank()), shapes, blocks)
+
+        def blocks() -> Iterator[memoryview]:
+            for copy in copies:
+                yield copy.detach().cpu().numpy().data
+                self._tensors_written += 1
+
+        size, digest = write_tensors(folder / file_name(dist.get_rank()), shapes, blocks())
         return File(size, digest, {name: held.piece for name, held in self._writes.items()})
 
     def _publish(self, manifest: Manifest, found: Sequence[tuple[File | None, str | None, dict]]) -> bool:

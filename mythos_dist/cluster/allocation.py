@@ -86,11 +86,12 @@ def _uneven(slots: dict[str, int]) -> list[str]:
 
 def spread(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocation:
     """`ranks` on `nodes`. Raises UserError if they cannot be dealt out evenly, or a node lacks GPUs for them."""
-    if ranks < 1 or nodes < 1 or ranks % nodes:
-        around = nearest(ranks, [nodes * n for n in range(1, ranks // max(1, nodes) + 2)]) or [1]
+    if ranks < 1 or nodes < 1:
+        raise UserError(f"{ranks} ranks on {nodes} nodes: give at least one of each")
+    if ranks % nodes:
+        around = nearest(ranks, range(nodes, ranks + nodes + 1, nodes))
         raise UserError(
-            f"{ranks} ranks on {nodes} nodes: every node runs equally many, at least one; "
-            f"set the number of ranks to one of {around}, or give the ranks per node (SLURM: --ntasks-per-node)"
+            f"{ranks} ranks on {nodes} nodes: every node runs equally many; set the number of ranks to one of {around}"
         )
     if gpus_per_node and ranks // nodes > gpus_per_node:
         raise UserError(

@@ -20,9 +20,12 @@ class Stop:
         self.why = ""
         self._begin = time.monotonic()
 
-    def listen(self) -> None:
-        """From here on both signals are requests. Before that they end the process."""
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+    def listen(self, *numbers: signal.Signals) -> None:
+        """From here on these signals are requests. Before that they end the process.
+
+        SIGUSR1 is always one, from the first moment; SIGTERM while a rank waits for others means that none will come.
+        """
+        for number in numbers:
             signal.signal(number, self._note)
 
     def agreed(self, run_dir: Path, max_seconds: float | None) -> str:

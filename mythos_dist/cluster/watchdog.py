@@ -15,6 +15,7 @@ import faulthandler
 import json
 import logging
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -53,20 +54,25 @@ class Watchdog:
         self._hub: _Hub | None = None
         self._send_lock = threading.Lock()
 
-    def serve(self, nodes: list[str]) -> int:
-        """On rank 0: listen, for ranks on `nodes`. Returns the port."""
+    def serve(self, nodes: list[str]) -> str:
+        """On rank 0: listen, for ranks on `nodes`. Returns what the others need to connect."""
         self._hub = _Hub(nodes, self.limits, lambda: self.on_alive())  # whatever it is by then
-        return self._hub.port
+        return f"{self._hub.port} {self._hub.token}"
 
-    def start(self, host: str, port: int) -> None:
-        """Connect to rank 0 and watch from here on."""
-        self._socket = socket.create_connection((host, port), timeout=self.limits.lost_after)
-        self._send({"rank": self.place.rank, "phase": self._phase, "age": 0.0})
+    def start(self, host: str, address: str) -> None:
+        """Connect to rank 0, which has given `address`, and watch from here on."""
+        port, token = address.split()
+        self._socket = socket.create_connection((host, int(port)), timeout=self.limits.lost_after)
+        self._send({"rank": self.place.rank, "token": token, "phase": self._phase, "age": 0.0})
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str) -> None:
-        """A new phase begins, or the present one has got on: it may take `hang_after` seconds from now."""
+        """A new phase begins: it may take `hang_after` seconds from now."""
         self._phase, self._since = phase, time.monotonic()
+
+    def get_on(self) -> None:
+        """The present phase is a long one and has got on: it may take so long again."""
+        self._since = time.monotonic()
 
     def leave(self) -> None:
         """This rank is done: that its peers end does not matter any more."""
@@ -195,9 +201,10 @@ class _Hub:
             self._listener = socket.create_server(("", 0), backlog=4096)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
+        self.token = secrets.token_hex(8)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._begin = self._alive = time.monotonic()
+        self._alive = time.monotonic()
         threading.Thread(target=self._run, name="watchdog of all ranks", daemon=True).start()
 
     def _run(self) -> None:
@@ -244,11 +251,13 @@ class _Hub:
     def _understand(self, peer: _Peer, line: bytes) -> None:
         try:
             message = json.loads(line)
-        except ValueError:
+            if message.get("token") == self.token:
+                peer.rank = int(message["rank"])
+                self.peers[peer.rank] = peer
+        except (ValueError, AttributeError):
+            return
+        if peer.rank < 0:
             return  # a stranger on our port
-        if "rank" in message:
-            peer.rank = int(message["rank"])
-            self.peers[peer.rank] = peer
         if "age" in message:
             peer.phase, peer.age = message["phase"], message["age"]
             self._tell(peer, {"ok": 1})

@@ -3,8 +3,10 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
+from pathlib import Path
 
 from mythos_dist.cluster.inject import parse
 from mythos_dist.cluster.place import Place, find_place
@@ -14,7 +16,6 @@ from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError, exit_with, tell_launcher
 
-_LET_RANK_0_SPEAK = 3  # seconds
 EPILOG = """\
 under a launcher:
   torchrun --nproc_per_node N -m mythos_dist.train CONFIG.yaml ...
@@ -34,7 +35,7 @@ exit codes:
 def main() -> None:
     """Train; see EPILOG for the exit codes."""
     stop = Stop()
-    stop.listen()
+    stop.listen(signal.SIGUSR1)
     parser = argparse.ArgumentParser(
         prog="python -m mythos_dist.train",
         description="Train a Recurrent-Depth Transformer. Running it again with the same run.dir resumes.",
@@ -90,11 +91,7 @@ def read(path: str, overrides: list[str], place: Place) -> Config:
             raise UserError(problems, source=f"{path} on {place.world} ranks")
         return config
     except UserError as error:
-        if place.rank and place.local_rank == 0:
-            # A node of its own may be wrong on its own, as one without the file. If it is not, rank 0 has said so by
-            # then, and the launcher ends this rank.
-            time.sleep(_LET_RANK_0_SPEAK)
-            error.alone = True
+        error.alone = not Path(path).is_file()  # perhaps only here; all else rank 0 finds as well
         raise
 
 
@@ -106,6 +103,7 @@ def leave(error: UserError, place: Place) -> None:
         print(f"{place}: ", end="", file=sys.stderr)
     if place.rank == 0 or (error.alone and place.local_rank == 0):
         exit_with(error)
+    time.sleep(1)  # a launcher may kill all others as soon as one has left, and rank 0 is to speak
     sys.exit(error.exit_code)
 
 

@@ -138,7 +138,11 @@ class Run:
                 print(f"resuming from {checkpoint.folder}", flush=True)
             self.load(checkpoint)
         self.session.timed("loading")
-        self.saver = Saver(self.run_dir / "checkpoints", config.checkpoint, self.fence, self.engine.state)
+        self.saver = Saver(
+            self.run_dir / "checkpoints", config.checkpoint, self.fence, self.engine.state, self.watchdog.get_on
+        )
+        if checkpoint:
+            self.saver.newest = self.step
         self.metrics = Metrics(config, self.run_dir, self.step) if self.rank == 0 else None
         self.peak = peak_flops(config)
         if self.step == 0:
@@ -263,11 +267,12 @@ class Run:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill the engine."""
+        self.watchdog.enter("loading")
         size = sum(4 * value.numel() for held in self.engine.state.values() for value in held.values.values())
         with bar("loading", size, quiet=self.rank > 0) as shown:
 
             def progress(size: int) -> None:
-                self.watchdog.enter("loading")
+                self.watchdog.get_on()
                 shown.update(size)
 
             together(lambda: load_state(checkpoint, self.engine.state, progress))

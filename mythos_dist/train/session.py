@@ -6,6 +6,7 @@ The phases of a start are timed (`Session.phases`), because a run that is requeu
 import hashlib
 import json
 import logging
+import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -69,12 +70,13 @@ def join(config: Config, place: Place, stop: Stop) -> Session:
     cards = call(store, place, card(config), faults.join_within)
     session.nodes = [card["node"] for card in cards]
     if place.rank == 0:
-        store.set("watchdog", str(session.watchdog.serve(session.nodes)))
-    session.watchdog.start(place.master, int(store.get("watchdog")))
+        store.set("watchdog", session.watchdog.serve(session.nodes))
+    session.watchdog.start(place.master, store.get("watchdog").decode())
     session.timed("roll call")
     # The watchdog comes first and says more.
     join_process_group(dist.PrefixStore("group", store), seconds=faults.hang_after + 120)
     recorder.install()
+    stop.listen(signal.SIGTERM)
     session.timed("process group")
     return session
 

@@ -291,7 +291,7 @@ def test_two_jobs_on_one_run_folder(drill, undisturbed):
 @pytest.fixture(scope="module")
 def demo(shards) -> list[str]:
     """`configs/demo.yaml`, its model and its layout, on shards that are quicker to read."""
-    more = "parallel.tensor=2 parallel.expert=2 model.vocab_size=512 train.seq_len=32 train.steps=4 checkpoint.every=2"
+    more = "parallel.tensor=2 parallel.expert=2 model.vocab_size=512 train.seq_len=32 train.steps=8 checkpoint.every=2"
     return [str(REPOSITORY / "configs" / "demo.yaml"), *more.split(), f"data.path={shards}", "run.wandb=disabled"]
 
 
@@ -325,11 +325,13 @@ def test_deepspeed_with_pdsh_trains_as_one_process(drill, demo, one_process):
         hostfile = one.cluster.folder / "hostfile"
         hostfile.write_text("node1 slots=2\nnode2 slots=2\n")
         command = [REPOSITORY / "launch" / "deepspeed.sh", hostfile, *demo, f"run.dir={one.run_dir}"]
-        one.run_dir.mkdir()
-        (one.run_dir / "STOP").touch()
-        stopped = one.cluster.run("ctl", command, cwd=REPOSITORY, check=False, timeout=90)
-        assert stopped.returncode == 85, stopped.stdout + stopped.stderr
-        assert not (one.run_dir / "COMPLETED").exists()
+        with one.output.open("w") as output:
+            first = one.cluster.popen("ctl", command, cwd=REPOSITORY, stdout=output, stderr=output)
+            one.wait_step(1)
+            (one.run_dir / "STOP").touch()
+            one.wait(lambda: first.poll() is not None, 60, "the end")
+        assert first.returncode == 85, one.said()
+        assert not (one.run_dir / "COMPLETED").exists() and "STOP asked for it" in one.said()
         done = one.cluster.run("ctl", command, cwd=REPOSITORY, check=False, timeout=90)
         assert done.returncode == 0 and (one.run_dir / "COMPLETED").exists(), done.stdout + done.stderr
         same(one.lines(), one_process)
@@ -338,10 +340,11 @@ def test_deepspeed_with_pdsh_trains_as_one_process(drill, demo, one_process):
 def test_a_node_without_the_shards_is_left_out(drill, undisturbed, shards):
     """Preflight names it, the job goes back to the queue without it and runs on the spare."""
     with drill(nodes=3, private={"node2": [shards]}) as one:
-        job = one.submit(options=("--nodelist=node[1-2]",))
-        one.wait(lambda: "error: node2: " in one.said(), 40, "preflight's word")
-        assert one.said().count("error: ") == 1
-        one.cluster.run("ctl", ["scontrol", "update", f"JobId={job}", "ReqNodeList="], check=False)
+        one.cluster.run("ctl", ["scontrol", "update", "NodeName=node3", "State=DRAIN", "Reason=later"])
+        job = one.submit()
+        one.wait(lambda: "unfit: node2" in one.said(), 40, "preflight's word")
+        one.cluster.run("ctl", ["scontrol", "update", "NodeName=node3", "State=RESUME"])
+        assert re.search(r"^0: error: node2: .*mds: no shards here; set data.path", one.said(), re.M)
         one.wait_done(job)
         assert one.cluster.job(job)["ExcNodeList"] == "node2"
     assert exact(one.run_dir) == exact(undisturbed)
@@ -356,12 +359,14 @@ def test_mistakes_on_a_cluster_are_one_line_that_names_the_node(drill, tmp_path)
     with drill(nodes=3, private={"node2": [own]}, bind={"node3": [(code, REPOSITORY / "mythos_dist")]}) as one:
 
         def refused(*options: str, run_dir: Path | None = None, port: int = 0) -> str:
-            command = ["srun", "--nodes=2", *options, sys.executable, "-m", "mythos_dist.train", *one.arguments]
+            command = ["srun", "--nodes=2", "--kill-on-bad-exit=1", *options]
+            command += [sys.executable, "-m", "mythos_dist.train", *one.arguments]
             env = {"OMP_NUM_THREADS": "1"} | ({"MASTER_PORT": str(port)} if port else {})
             more = [f"run.dir={run_dir or one.run_dir}", "faults.join_within=20"]
             done = one.cluster.run("ctl", [*command, *more], cwd=REPOSITORY, check=False, env=env)
-            errors = [text for text in done.stderr.splitlines() if "error: " in text and "srun: " not in text]
-            assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+            errors = [text for text in done.stderr.splitlines() if re.match("error: |rank .* error: ", text)]
+            assert "Exited with exit code 2" in done.stderr and len(errors) == 1, done.stderr
+            assert "Traceback" not in done.stderr
             assert not one.run_dir.exists()
             return errors[0]
 

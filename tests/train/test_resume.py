@@ -31,7 +31,9 @@ def run(settings) -> list[str]:
 def whole(run, tmp_path_factory) -> Path:
     """The folder of a run that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("resume") / "whole"
+    begin = time.monotonic()
     assert train(2, *run, f"run.dir={run_dir}").codes == [0, 0]
+    (run_dir.parent / "seconds").write_text(str(time.monotonic() - begin))
     return run_dir
 
 
@@ -54,10 +56,11 @@ def test_killed_twenty_times_it_writes_the_same_lines(whole, run, tmp_path):
     """kill -9 of all ranks at random moments, five of them while a checkpoint is written in the background."""
     seed = random.SystemRandom().randrange(2**32)
     draw, run_dir = random.Random(seed), tmp_path / "run"
+    longest = float((whole.parent / "seconds").read_text())  # on a busy machine kills come later, too
     kills, resumed = 0, set()
     while kills < 20:
         during_save = kills % 4 == 3
-        env = {"KILL_IN": str(draw.random() * (0.3 if during_save else 2.5))}
+        env = {"KILL_IN": str(draw.random() * (0.3 if during_save else longest))}
         if during_save:
             env |= {"KILL_AFTER": str(run_dir / "checkpoints" / "step-*.tmp-*" / "rank-*"), "SLOW_SAVE": "0.01"}
         result = train(2, *run, f"run.dir={run_dir}", env=env)

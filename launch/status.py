@@ -1,0 +1,47 @@
+"""How a run is doing: running, finished, requeued, stopped, hung or dead; with its step, loss, speed and time to go.
+
+Asks the run folder and, if the run is a SLURM job, squeue; no rank is disturbed. Exit code 1: it is hung or dead, 2:
+there is no run in the folder, 0: all is in order.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+from mythos_dist.cluster.status import PATIENCE, look, report
+from mythos_dist.errors import UserError, exit_with
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run_dir", help="run.dir of the run")
+    add("--json", action="store_true", help="print one line of JSON")
+    add("--watch", type=float, nargs="?", const=10, metavar="SECONDS", help="again every so often (%(const)g s)")
+    add("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="without a step, no hang yet (%(default)g)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Look once or, with --watch, until the run has ended and no job of it is left that could start it again."""
+    arguments = parse()
+    while True:
+        try:
+            status = look(arguments.run_dir, arguments.patience)
+        except UserError as error:
+            exit_with(error)
+        lines = [json.dumps(dataclasses.asdict(status))] if arguments.json else report(status)
+        if arguments.watch and not arguments.json:
+            lines.insert(0, time.strftime("%F %T"))
+        print("\n".join(lines), flush=True)
+        ended = status.state == "finished" or (status.state in ("stopped", "dead") and not status.job_state)
+        if not arguments.watch or ended:
+            sys.exit(status.exit_code)
+        time.sleep(arguments.watch)
+
+
+if __name__ == "__main__":
+    main()
