@@ -16,6 +16,7 @@ checkpoint. From the environment:
   LAUNCHER       pdsh (default), mpich, openmpi, or slurm (inside salloc, without ssh)
   LAUNCHER_ARGS  more options for it
   MAX_FAILURES   in a row, without a new checkpoint in between: then it is not started again (3)
+  HOSTS_WITHIN   seconds in which hosts that went down must be back for the next start (600)
   PYTHON         the interpreter on all hosts (.venv/bin/python of the project)
   MASTER_ADDR    how the others reach the first host, if not by its name in HOSTFILE
 
@@ -40,12 +41,15 @@ is_done() { [[ -e $run_dir/COMPLETED ]] && ask --finished; }
 
 # --- The hosts
 
+# Without these ssh waits for ever for a host that has lost its power, and whoever started it too.
+ssh_options='-o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3'
+
 # Runs bash with the script on standard input; arguments go to the script.
 on_host() { # HOST [ARGUMENT ...]
     if [[ $launcher == slurm ]]; then
         srun --overlap --quiet --nodes=1 --ntasks=1 --nodelist="$1" bash -s -- "${@:2}"
     else
-        ssh -o BatchMode=yes -o ConnectTimeout=10 "$1" "bash -s -- $(printf '%q ' "${@:2}")"
+        ssh -o BatchMode=yes $ssh_options "$1" "bash -s -- $(printf '%q ' "${@:2}")"
     fi
 }
 on_all_hosts() { # SCRIPT [ARGUMENT ...]: at the same time; prints the hosts where it fails
@@ -57,8 +61,8 @@ on_all_hosts() { # SCRIPT [ARGUMENT ...]: at the same time; prints the hosts whe
     wait "${running[@]}"
 }
 
-check_hosts() {
-    local program bad
+check_launcher() {
+    local program
     case $launcher in
     pdsh) program=pdsh ;;
     slurm) program=srun ;;
@@ -69,9 +73,23 @@ check_hosts() {
     [[ $launcher != slurm || ${SLURM_JOB_ID:-} ]] ||
         fail 2 "LAUNCHER=slurm works inside an allocation; start it from salloc --nodes=${#hosts[@]} \
 --ntasks-per-node=$ranks_per_node, or use launch/slurm.sbatch"
-    bad=$(on_all_hosts 'cd "$1" && [[ -x $2 && -r $3 ]]' "$project" "$python" "$config")
-    [[ -z $bad ]] || fail 2 "$(paste -sd' ' <<<"$bad"): not to be reached without a password, or $project, $python or \
-$config is not there; try \`ssh HOST ls $project\`, and share the folder"
+}
+
+missing_hosts() { # on one line
+    on_all_hosts 'cd "$1" && [[ -x $2 && -r $3 ]]' "$project" "$python" "$config" | paste -sd' '
+}
+
+# A host that is down may be on its way up again.
+wait_for_hosts() {
+    local begin=$SECONDS missing
+    while missing=$(missing_hosts) && [[ $missing ]]; do
+        ((SECONDS - begin < HOSTS_WITHIN)) || fail 3 "not to be reached for $HOSTS_WITHIN s: $missing; mend it, or take it \
+out of $hostfile"
+        say "not to be reached: $missing; waiting"
+        sleep 10
+        [[ ! -e $run_dir/STOP ]] || return
+    done
+    ((SECONDS == begin)) || kill_leftovers # of a host that was cut off, not down
 }
 
 # What belongs to this launch has its name in the environment: no other process of the user is meant, and neither is a
@@ -107,8 +125,9 @@ write_env_file() {
 }
 
 start() { # starts DeepSpeed's launcher: $launched
-    local options=(--hostfile="$hostfile" --launcher="$launcher" --master_addr="$MASTER_ADDR" --force_multi \
-        --log_level=warning) more=''
+    local more='' options=(
+        --hostfile="$hostfile" --launcher="$launcher" --master_addr="$MASTER_ADDR" --force_multi --log_level=warning
+    )
     choose_port
     options+=(--master_port="$MASTER_PORT")
     case $launcher in
@@ -201,7 +220,7 @@ main() {
     hostfile=$(realpath -m "$hostfile")
     python=${PYTHON:-$project/.venv/bin/python}
     export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
-    : "${MAX_FAILURES:=3}"
+    : "${MAX_FAILURES:=3}" "${HOSTS_WITHIN:=600}"
     run_dir=$(ask "${overrides[@]}" --hostfile="$hostfile") || exit
     run_dir=$(realpath -m "$run_dir")
     mapfile -t hosts < <(sed -n 's/^ *\([^# ][^ \t]*\)[ \t].*slots=.*/\1/p' "$hostfile")
@@ -214,7 +233,10 @@ main() {
         say "the run in $run_dir is done already"
         exit 0
     fi
-    check_hosts
+    check_launcher
+    missing=$(missing_hosts)
+    [[ -z $missing ]] || fail 2 "$missing: not to be reached without a password, or $project, $python or $config is not \
+there; try \`ssh HOST ls $project\`, and share the folder"
     cores=$(on_host "${hosts[0]}" <<<nproc) # this machine may be another kind
     source launch/env.sh
     unset MYTHOS_LAUNCH
@@ -222,6 +244,8 @@ main() {
     export MYTHOS_BAD_NODES=$run_dir/launch/bad_nodes MYTHOS_VERDICT=$run_dir/launch/verdict DS_ENV_FILE
     export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}} MASTER_PORT LOCAL_WORLD_SIZE=$ranks_per_node
     DS_ENV_FILE=$(mktemp)
+    export PDSH_SSH_ARGS_APPEND="$ssh_options ${PDSH_SSH_ARGS_APPEND:-}"
+    export HYDRA_LAUNCHER_EXTRA_ARGS=$ssh_options OMPI_MCA_plm_rsh_args=$ssh_options # mpich, openmpi
     rm -f "$run_dir/STOP"
     trap clean_up EXIT
     local signal
@@ -233,6 +257,7 @@ main() {
         start
         wait_for_it
         decide
+        wait_for_hosts
         [[ ! -e $run_dir/STOP ]] || { say "stopped" && exit 85; }
     done
 }

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mythos_dist.cluster.place import Place
-from mythos_dist.cluster.recorder import Recorder, blame
+from mythos_dist.cluster.recorder import Recorder, blame, where
 from mythos_dist.errors import EXIT_LOST, tell_launcher
 
 log = logging.getLogger(__name__)
