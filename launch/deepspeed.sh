@@ -9,9 +9,9 @@ Starts one rank per slot on the hosts of HOSTFILE (lines `HOST slots=N`, see hos
 folder and run.dir under the same paths and this machine's ssh without a password. Relative paths in the config and on
 the command line count from the project folder; HOSTFILE and CONFIG.yaml may also lie where you are.
 
-Ctrl-C, SIGTERM and SIGUSR1 stop the run behind its next step and a checkpoint, and so does a file run.dir/STOP; a second
-Ctrl-C or SIGTERM kills it. After a failure all that is left of the run is killed on all hosts, and it starts again from the newest
-checkpoint. From the environment:
+Ctrl-C, SIGTERM and SIGUSR1 stop the run behind its next step and a checkpoint, and so does a file run.dir/STOP; a
+second Ctrl-C or SIGTERM kills it. After a failure all that is left of the run is killed on all hosts, and it starts
+again from the newest checkpoint; a host that is down is waited for. From the environment:
 
   LAUNCHER       pdsh (default), mpich, openmpi, or slurm (inside salloc, without ssh)
   LAUNCHER_ARGS  more options for it
@@ -20,11 +20,11 @@ checkpoint. From the environment:
   PYTHON         the interpreter on all hosts (.venv/bin/python of the project)
   MASTER_ADDR    how the others reach the first host, if not by its name in HOSTFILE
 
-Variables that begin with NCCL_, GLOO_, TORCH_, UCX_, FI_, OMP_, WANDB_ or HF_ reach all ranks, as those of launch/env.sh
-do; keys and tokens do not, because they could be read in the list of processes.
+Variables that begin with NCCL_, GLOO_, TORCH_, UCX_, FI_, OMP_, WANDB_ or HF_ reach all ranks, as those of
+launch/env.sh do; keys and tokens do not, because they could be read in the list of processes.
 
-Exit code 0: the run is done. 85: it was stopped; the same command goes on. 2: something has to be mended, and what. 3: a
-host is unfit. 5: training diverged. Others: the last failure.
+Exit code 0: the run is done. 85: it was stopped; the same command goes on. 2: something has to be mended, and what. 3:
+a host is unfit. 5: training diverged. Others: the last failure.
 HELP
 }
 
@@ -83,8 +83,8 @@ missing_hosts() { # on one line
 wait_for_hosts() {
     local begin=$SECONDS missing
     while missing=$(missing_hosts) && [[ $missing ]]; do
-        ((SECONDS - begin < HOSTS_WITHIN)) || fail 3 "not to be reached for $HOSTS_WITHIN s: $missing; mend it, or take it \
-out of $hostfile"
+        ((SECONDS - begin < HOSTS_WITHIN)) || fail 3 "not to be reached for $HOSTS_WITHIN s: $missing; mend it, or \
+take it out of $hostfile"
         say "not to be reached: $missing; waiting"
         sleep 10
         [[ ! -e $run_dir/STOP ]] || return
@@ -97,7 +97,8 @@ out of $hostfile"
 kill_leftovers() {
     local unreached
     unreached=$(on_all_hosts 'for file in /proc/[0-9]*/environ; do
-        if grep -qzxF "MYTHOS_LAUNCH=$1" "$file" 2>/dev/null; then pid=${file#/proc/} && kill -KILL "${pid%/environ}"; fi
+        pid=${file#/proc/}
+        if grep -qzxF "MYTHOS_LAUNCH=$1" "$file" 2>/dev/null; then kill -KILL "${pid%/environ}"; fi
     done; true' "$launch")
     [[ -z $unreached ]] || say "not reached, ranks may go on there: $(paste -sd' ' <<<"$unreached")"
 }
@@ -112,11 +113,13 @@ choose_port() { # below the ports that kernels give to outgoing connections
 # pdsh and mpirun pass no variables on; DeepSpeed passes on those of this file.
 write_env_file() {
     local name value theirs
-    theirs=$(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX|FI|OMP|WANDB|HF)_|^LD_LIBRARY_PATH$' | grep -vE 'KEY|TOKEN|SECRET')
+    theirs=$(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX|FI|OMP|WANDB|HF)_|^LD_LIBRARY_PATH$' |
+        grep -vE 'KEY|TOKEN|SECRET')
     for name in $(printf '%s\n' $theirs "${env_names[@]}" MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE MYTHOS_LAUNCH \
         MYTHOS_BAD_NODES MYTHOS_VERDICT | sort -u); do
         value=${!name}
-        if [[ $value =~ [^[:alnum:]_@%+=:,./-] ]]; then # DeepSpeed puts such values into quotes, and not all take them off
+        # DeepSpeed puts values with other characters into quotes, and not all launchers take them off.
+        if [[ $value =~ [^[:alnum:]_@%+=:,./-] ]]; then
             say "$name=$value does not reach the ranks: LAUNCHER=$launcher would change its characters" >&2
         else
             echo "$name=$value"
@@ -235,8 +238,8 @@ main() {
     fi
     check_launcher
     missing=$(missing_hosts)
-    [[ -z $missing ]] || fail 2 "$missing: not to be reached without a password, or $project, $python or $config is not \
-there; try \`ssh HOST ls $project\`, and share the folder"
+    [[ -z $missing ]] || fail 2 "$missing: not to be reached without a password, or $project, $python or $config is \
+not there; try \`ssh HOST ls $project\`, and share the folder"
     cores=$(on_host "${hosts[0]}" <<<nproc) # this machine may be another kind
     source launch/env.sh
     unset MYTHOS_LAUNCH

@@ -1,9 +1,9 @@
-# What launch scripts put into every rank's environment, and why. Sourced by them, not run; what is set already stays, so
-# for one run set a variable before you submit. They have set ranks_per_node and run_dir.
+# What launch scripts put into every rank's environment, and why. Sourced by them, not run; what is set already stays,
+# so for one run set a variable before you submit. They have set ranks_per_node, run_dir and, for another node, cores.
 #
-# Not here: which network interface NCCL and gloo use. Each node finds the one that leads to rank 0 when training starts,
-# since names differ from node to node; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME count where you set them.
-# mosaicml-streaming, tokenizers and the Hugging Face hub need nothing: training reads shards by index, from their files.
+# Not here: which network interface NCCL and gloo use. Each node finds the one that leads to rank 0 when training
+# starts, since names differ from node to node; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME count where you set them.
+# mosaicml-streaming, tokenizers and the Hugging Face hub need nothing: training reads shards by index from their files.
 
 # NCCL is silent by default: WARN says why a communicator could not be made. INFO tells links and rings too.
 : "${NCCL_DEBUG:=WARN}"
@@ -21,8 +21,8 @@ fi
 : "${PYTHONUNBUFFERED:=1}" # the last lines before a crash reach the log
 : "${PYTHONFAULTHANDLER:=1}" # a segmentation fault leaves the stacks of all threads
 
-# Compiled kernels, on a disk of the node's own: by default they go below the home, and on a shared one hundreds of ranks
-# wait for each other's locks.
+# Compiled kernels, on a disk of the node's own: by default they go below the home, and on a shared one hundreds of
+# ranks wait for each other's locks.
 local_disk=${TMPDIR:-/tmp}/mythos_dist-$(id -u)
 : "${TRITON_CACHE_DIR:=$local_disk/triton}"
 : "${TORCH_EXTENSIONS_DIR:=$local_disk/torch_extensions}" # what DeepSpeed compiles

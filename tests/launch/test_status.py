@@ -1,0 +1,230 @@
+"""What launch/status.py says of a run, from run folders as runs in every state leave them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mythos_dist.cluster.status import Job, Status, duration, look, report
+from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+NOW = 1_700_000_000.0
+TOKENS = 8 * 256  # of a step of tiny_cpu
+
+
+def run_folder(
+    tmp_path: Path, *, steps: int = 40, each: float = 2.0, life: float = 5, quiet: float = 1, **writer: Any
+) -> Path:
+    """A run of 100 steps that has done `steps`, one every `each` seconds, the last `quiet` seconds before NOW.
+
+    life: seconds since the sign of life. writer: what writer.json has besides or instead of the usual.
+    """
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        dump_config(load_config(REPOSITORY / "configs/tiny_cpu.yaml", ["train.steps=100"]))
+    )
+    about = {"start": 1, "host": "node1", "pid": 77, "state": "running", "why": "", "step": None, "time": NOW - 1000}
+    (folder / "writer.json").write_text(json.dumps(about | writer))
+    os.utime(folder / "writer.json", (NOW - life, NOW - life))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            ended = NOW - quiet - (steps - step) * each
+            line = {"step": step, "loss": 7 - step / 100, "step_seconds": each * 0.9, "tokens": step * TOKENS}
+            file.write(json.dumps(line | {"tokens_per_second": TOKENS / each / 0.9, "time": ended}) + "\n")
+    return folder
+
+
+def see(folder: Path, job: Job | None = None, patience: float = 120) -> Status:
+    return look(folder, patience, slurm=lambda number: job, now=NOW)
+
+
+# States
+
+
+def test_a_running_run_says_where_it_is_and_how_long_it_takes(tmp_path):
+    """Speeds are from one step's end to the next, so with checkpoints; 60 steps of 2 s are left."""
+    seen = see(run_folder(tmp_path))
+    assert (seen.state, seen.step, seen.steps, seen.tokens, seen.exit_code) == ("running", 40, 100, 40 * TOKENS, 0)
+    assert seen.loss == pytest.approx(6.6)
+    assert seen.seconds_per_step == pytest.approx(2)
+    assert seen.tokens_per_second == pytest.approx(TOKENS / 2)
+    assert seen.eta_seconds == pytest.approx(120)
+    first, numbers, place = report(seen)
+    assert first == f"{seen.run_dir}: running"
+    assert numbers == "  step 40/100  loss 6.600  tokens/s 1.0k  2.00 s/step  40.0% done  2 min 0 s to go"
+    assert place == "  start 1 on node1 (pid 77); sign of life 5 s ago, last step 1 s ago"
+
+
+def test_a_pause_between_two_starts_is_no_part_of_the_speed(tmp_path):
+    folder = run_folder(tmp_path)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    earlier = [json.loads(line) for line in lines[:20]]
+    for line in earlier:
+        line["time"] -= 3600
+    (folder / "metrics.jsonl").write_text("\n".join([*map(json.dumps, earlier), *lines[20:]]) + "\n")
+    assert see(folder).seconds_per_step == pytest.approx(2)
+
+
+def test_a_finished_run_is_finished_by_its_marker_alone(tmp_path):
+    """Whatever the last start has said of itself, and however old its sign of life is."""
+    folder = run_folder(tmp_path, life=9999, quiet=9999)
+    assert see(folder).state == "dead"
+    (folder / "COMPLETED").touch()
+    assert (see(folder).state, see(folder).exit_code) == ("finished", 0)
+
+
+def test_a_finished_run_whose_steps_were_raised_is_running_again(tmp_path):
+    folder = run_folder(tmp_path, start=2)
+    (folder / "COMPLETED").touch()
+    assert see(folder).state == "running"
+
+
+def test_a_stopped_run_is_stopped_or_waits_in_the_queue_or_starts_again(tmp_path):
+    why = "stopped behind step 40: SIGUSR1 to rank 0"
+    folder = run_folder(tmp_path, state="stopped", why=why, slurm_job_id="12", slurm_restart_count="1", life=300)
+    seen = see(folder)
+    assert (seen.state, seen.why) == ("stopped", f"{why}; the same command goes on")
+    assert report(seen)[0] == f"{folder}: {why}; the same command goes on"
+    seen = see(folder, Job("PENDING", "BeginTime", 2))
+    assert (seen.state, seen.why) == ("requeued", f"job 12 waits in SLURM's queue (BeginTime); {why}")
+    seen = see(folder, Job("RUNNING", "None", 2))
+    assert seen.state == "requeued"
+    assert "started job 12 again, and ranks are joining" in seen.why
+    assert see(folder, Job("RUNNING", "None", 1)).state == "stopped"  # its script has not decided yet
+
+
+@pytest.mark.parametrize(
+    ("quiet", "each", "state"), [(100, 2, "running"), (130, 2, "hung"), (130, 20, "running"), (190, 20, "hung")]
+)
+def test_hung_is_who_lives_and_makes_no_step_for_ten_usual_ones_and_two_minutes(tmp_path, quiet, each, state):
+    """A step's own time is 0.9 of the time from one to the next here: 10 x 18 s are 180 s."""
+    seen = see(run_folder(tmp_path, quiet=quiet, each=each))
+    assert (seen.state, seen.exit_code) == (state, int(state == "hung"))
+    assert ("no step for" in seen.why) == (state == "hung")
+
+
+def test_patience_is_the_users(tmp_path):
+    folder = run_folder(tmp_path, quiet=60)
+    assert [see(folder, patience=seconds).state for seconds in (30, 120)] == ["hung", "running"]
+
+
+def test_before_its_first_step_a_start_has_as_long_as_the_run_itself_allows(tmp_path):
+    """Loading may take minutes: faults.hang_after = 600 s. The steps of the start before do not count."""
+    folder = run_folder(tmp_path, quiet=5000, start=2, time=NOW - 500)
+    assert see(folder).state == "running"
+    (folder / "writer.json").write_text(json.dumps({"start": 2, "state": "running", "time": NOW - 700}))
+    os.utime(folder / "writer.json", (NOW - 5, NOW - 5))
+    assert see(folder).state == "hung"
+
+
+def test_dead_is_who_gave_no_sign_of_life_for_a_minute_and_left_no_word(tmp_path):
+    folder = run_folder(tmp_path, life=61, slurm_job_id="12")
+    seen = see(folder)
+    assert (seen.state, seen.exit_code) == ("dead", 1)
+    assert seen.why.startswith("no sign of life for 1 min 1 s: rank 0 was killed")
+    assert see(folder, Job("PENDING", "BeginTime", 1)).state == "requeued"
+    assert "end it with scancel" in see(folder, Job("RUNNING", "None", 0)).why
+
+
+def test_a_failed_run_is_dead_and_says_why(tmp_path):
+    seen = see(run_folder(tmp_path, state="failed", why="rank 3 on node2 ended without a word"))
+    assert (seen.state, seen.exit_code) == ("dead", 1)
+    assert seen.why.startswith("rank 3 on node2 ended without a word; the same command goes on")
+
+
+# What kills and full disks leave
+
+
+def test_a_line_that_was_cut_short_is_left_out(tmp_path):
+    folder = run_folder(tmp_path)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    assert see(folder).step == 40
+
+
+def test_of_a_long_file_the_end_is_read(tmp_path):
+    """More than a quarter of a megabyte; the first line of what is read is cut."""
+    folder = run_folder(tmp_path, steps=4000)
+    assert (folder / "metrics.jsonl").stat().st_size > 1 << 18
+    assert see(folder).step == 4000
+
+
+def test_a_run_before_its_first_step_has_a_status(tmp_path):
+    folder = run_folder(tmp_path, steps=0, time=NOW - 3)
+    (folder / "config.yaml").write_text("model: {")  # it is being written
+    seen = see(folder)
+    assert (seen.state, seen.step, seen.steps, seen.loss, seen.eta_seconds) == ("running", 0, None, None, None)
+    assert report(seen)[1] == "  step 0"
+
+
+def test_the_last_restart_is_told(tmp_path):
+    folder = run_folder(tmp_path, start=3)
+    line = {"start": 3, "why": "rank 3 on node2 ended without a word", "from_step": 30, "seconds_lost": 95.2}
+    (folder / "restarts.jsonl").write_text(json.dumps({"start": 2}) + "\n" + json.dumps(line) + "\n")
+    told = "  start 3 went on behind step 30, 1 min 35 s were lost: rank 3 on node2 ended without a word"
+    assert report(see(folder))[-1] == told
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        see(tmp_path)
+    (tmp_path / "launch").mkdir()
+    with pytest.raises(UserError, match="no start of this run has come as far as its first step"):
+        see(tmp_path)
+
+
+def test_durations_are_for_a_person():
+    told = [duration(seconds) for seconds in (0.4, 59, 61, 3600, 90000)]
+    assert told == ["0 s", "59 s", "1 min 1 s", "1 h 0 min", "1 d 1 h"]
+
+
+# The script
+
+
+def script(*arguments: str | Path, path: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, REPOSITORY / "launch" / "status.py", *arguments]
+    env = os.environ | {"PATH": path or os.environ["PATH"]}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+
+
+def test_the_script_asks_squeue_of_the_runs_job(tmp_path):
+    """A squeue that knows one job, which waits."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        f"#!{sys.executable}\nimport sys\nprint('PENDING   2    BeginTime') if '--jobs=12' in sys.argv else 0\n"
+    )
+    squeue.chmod(0o755)
+    folder = run_folder(tmp_path, state="stopped", why="stopped behind step 40: SIGUSR1", slurm_job_id="12")
+    done = script(folder, "--json", path=str(tmp_path))
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["state"], told["job_state"]) == (0, "requeued", "PENDING")
+
+
+def test_the_script_tells_programs_by_its_exit_code(tmp_path):
+    """1: somebody has to look at it; 2: a mistake, without a traceback."""
+    assert script(run_folder(tmp_path)).returncode == 1  # of long ago
+    done = script(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path} is not a run folder: give the run.dir of a run, such as runs/demo\n"
+
+
+def test_watching_ends_with_the_run(tmp_path):
+    folder = run_folder(tmp_path)
+    (folder / "writer.json").write_text(json.dumps({"start": 1, "state": "running", "time": time.time()}))
+    command = [sys.executable, REPOSITORY / "launch" / "status.py", folder, "--watch", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        lines = iter(watching.stdout)
+        assert any(line.endswith(": running\n") for line in lines)
+        (folder / "writer.json").write_text(json.dumps({"start": 1, "state": "completed", "time": time.time()}))
+        (folder / "COMPLETED").touch()
+        assert any(line.endswith(": finished\n") for line in lines)
+        assert watching.wait(30) == 0
