@@ -50,10 +50,14 @@ def preflight(config: Config, place: Place, faults: Faults) -> Found:
     """Every rank calls this. Raises NodeError or UserError, the same on every rank, with all problems."""
     begin = time.perf_counter()
     dist.barrier()
-    about = look(config, place, _shared_name(place))
+    run_dir = Path(config.run.dir)
+    above = next(folder for folder in [run_dir, *run_dir.parents] if folder.is_dir())
+    token = above / _shared_name()
+    about = look(config, place, token)
     everyone: list[dict[str, Any]] = [{} for _ in range(place.world)]
     dist.all_gather_object(everyone, about)
-    _leave_shared(config, place)
+    if place.rank == 0:
+        token.unlink(missing_ok=True)  # all have looked
     refuse(judge(everyone, config.faults.clock_skew), everyone)
     nodes = [one["node"] for one in everyone]
     rates, wrong = exchange(place, corrupt=any(fault.kind == "bad_link" for fault in faults.left))
@@ -62,21 +66,20 @@ def preflight(config: Config, place: Place, faults: Faults) -> Found:
     return Found(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin)
 
 
-def _shared_name(place: Place) -> str:
+def _shared_name() -> str:
     """A file name that nobody has looked for before: file systems remember for seconds what was not there."""
     name = [f".seen-by-all-{secrets.token_hex(8)}"]
     dist.broadcast_object_list(name)
     return name[0]
 
 
-def look(config: Config, place: Place, shared_name: str) -> dict[str, Any]:
-    """What this rank finds on its node; the clock first, while all ranks have just left a barrier."""
-    clock = time.time()
-    run_dir = Path(config.run.dir)
-    above = next(folder for folder in [run_dir, *run_dir.parents] if folder.is_dir())
-    problems = []
-    sees, problem = _sees(above / shared_name, place)
-    problems += problem
+def look(config: Config, place: Place, token: Path) -> dict[str, Any]:
+    """What this rank finds on its node; the clock first, while all ranks have just left a barrier.
+
+    token: a file that rank 0 makes in run.dir, or in the nearest folder above it that is there.
+    """
+    clock, above = time.time(), token.parent
+    sees, problems = _sees(token, place)
     need = BYTES_PER_PARAMETER * count_parameters(config.model)
     if (free := shutil.disk_usage(above).free) < need:
         problems.append(
@@ -107,14 +110,6 @@ def _sees(file: Path, place: Place) -> tuple[bool, list[str]]:
     while place.rank and not file.exists() and time.monotonic() - begin < _SHARED_WITHIN:
         time.sleep(0.1)
     return place.rank == 0 or file.exists(), problems
-
-
-def _leave_shared(config: Config, place: Place) -> None:
-    if place.rank == 0:
-        run_dir = Path(config.run.dir)
-        above = next(folder for folder in [run_dir, *run_dir.parents] if folder.is_dir())
-        for file in above.glob(".seen-by-all-*"):
-            file.unlink(missing_ok=True)
 
 
 def judge(everyone: list[dict[str, Any]], clock_skew: float) -> list[tuple[str, str]]:

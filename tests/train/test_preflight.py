@@ -65,3 +65,12 @@ def test_preflight_alone_trains_nothing(settings, tmp_path):
     assert result.codes == [0, 0], result.tails
     assert "preflight: 2 ranks on 1 node, all-reduce" in result.out and "all-to-all" in result.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.launch
+def test_preflights_in_one_folder_leave_each_others_files_alone(settings, tmp_path):
+    """Two runs that start beside each other look for files of their own; a file of another one stays."""
+    other = tmp_path / ".seen-by-all-0123456789abcdef"
+    other.touch()
+    assert train(2, *settings, f"run.dir={tmp_path / 'run'}", "--preflight").codes == [0, 0]
+    assert list(tmp_path.iterdir()) == [other]
