@@ -51,6 +51,11 @@ class DivergedError(UserError):
     exit_code = EXIT_DIVERGED
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error).splitlines() or ["no message"])[0]
+
+
 def exit_with(error: UserError) -> NoReturn:
     """Print the problems on standard error and leave with the error's exit code."""
     print(f"error: {error}", file=sys.stderr, flush=True)

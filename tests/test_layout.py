@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "shards": {"data", "config"},
     "parallel": {"config"},
     "model": {"parallel", "config"},
-    "checkpoint": {"model", "parallel", "config"},
+    "checkpoint": {"cluster", "model", "parallel", "config"},
     "plan": {"model", "parallel", "config"},
     "cluster": {"parallel", "config"},
     "train": {"cluster", "checkpoint", "plan", "model", "parallel", "data", "config"},

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mythos_dist.cluster.place import launch_of
 from mythos_dist.errors import UserError
 
 FILE = "writer.json"
@@ -61,8 +62,7 @@ class Fence:
     def _write(self, state: str, why: str, step: int | None) -> None:
         about: dict[str, Any] = {"start": self.start, "host": socket.gethostname(), "pid": os.getpid()}
         about |= {name.lower(): os.environ[name] for name in _ABOUT if name in os.environ}
-        about["launch"] = os.environ.get("SLURM_JOB_ID") or os.environ.get("MYTHOS_LAUNCH", "")
-        about |= {"state": state, "why": why, "step": step, "time": time.time()}
+        about |= {"launch": launch_of(), "state": state, "why": why, "step": step, "time": time.time()}
         temporary = self.run_dir / f"{FILE}.tmp-{os.getpid()}"
         temporary.write_text(json.dumps(about) + "\n")
         temporary.replace(self.run_dir / FILE)

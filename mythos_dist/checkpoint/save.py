@@ -30,7 +30,7 @@ from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
 from mythos_dist.checkpoint.state import State
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config
-from mythos_dist.parallel.process import device, together
+from mythos_dist.parallel.process import any_rank, together
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,7 @@ class Saver:
         """Between two steps: publish what was being saved if every rank has written its part."""
         if self._saving is None:
             return
-        writing = torch.tensor(int(self._thread is not None and self._thread.is_alive()), device=device())
-        dist.all_reduce(writing)
-        if not writing:
+        if not any_rank(self._thread is not None and self._thread.is_alive()):
             self.finish()
 
     def finish(self) -> bool:
@@ -106,9 +104,7 @@ class Saver:
         shapes = {name: (held.whole, tuple(held.values)) for name, held in self._writes.items()}
         dist.gather_object((*self._written, shapes), found if rank == 0 else None)
         published = together(lambda: rank == 0 and self._publish(manifest, found))
-        whole = torch.tensor(int(published), device=device())
-        dist.all_reduce(whole)
-        self._last_is_whole = bool(whole)
+        self._last_is_whole = any_rank(published)
         return self._last_is_whole
 
     def _wait(self, thread: threading.Thread) -> None:

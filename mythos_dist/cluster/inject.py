@@ -72,15 +72,14 @@ class Faults:
     @contextlib.contextmanager
     def during(self, step: int, batch: int, model: "nn.Module") -> Iterator[None]:
         """Around a step's passes: a NaN in one gradient of this rank."""
-        once = Fault("nan", step, -1)
-        due = [f for f in self.left if f[:2] in (once[:2], ("bad_batch", batch))]
+        due = [fault for fault in self.left if fault[:2] in (("nan", step), ("bad_batch", batch))]
+        if not due:
+            yield
+            return
         self.left = [fault for fault in self.left if fault not in due or fault.kind == "bad_batch"]
-        hooks = []
-        if due:
-            largest = max(model.parameters(), key=lambda parameter: parameter.numel())
-            hooks.append(largest.register_hook(lambda gradient: gradient * float("nan")))
+        largest = max(model.parameters(), key=lambda parameter: parameter.numel())
+        hook = largest.register_hook(lambda gradient: gradient * float("nan"))
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()

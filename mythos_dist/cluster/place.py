@@ -43,7 +43,7 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
     """Read the environment. Raises UserError if it is half set, or set to what is no number."""
     env = os.environ if environment is None else environment
     node = socket.gethostname()
-    launch = env.get("SLURM_JOB_ID") or env.get("MYTHOS_LAUNCH", "")
+    launch = launch_of(env)
     for launcher, (rank, world, local, local_world) in _NAMES.items():
         if rank not in env or world not in env:
             continue
@@ -76,6 +76,12 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
             f"WORLD_SIZE={env['WORLD_SIZE']} on {node}, but RANK is not set; unset WORLD_SIZE, or use a launcher"
         )
     return Place(node=node, launch=launch)
+
+
+def launch_of(environment: Mapping[str, str] | None = None) -> str:
+    """What names this submission over all its restarts; empty: nobody has named it."""
+    env = os.environ if environment is None else environment
+    return env.get("SLURM_JOB_ID") or env.get("MYTHOS_LAUNCH", "")
 
 
 def tell_libraries(place: Place, environment: MutableMapping[str, str] = os.environ) -> None:

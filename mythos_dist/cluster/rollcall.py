@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from mythos_dist.cluster.place import Place, nodes_of_ranks
-from mythos_dist.errors import NodeError, UserError
+from mythos_dist.errors import NodeError, UserError, first_line
 
 Card = dict[str, str]  # what a rank tells; `node` is its host
 
@@ -40,7 +40,7 @@ def open_store(place: Place, seconds: float) -> dist.Store:
                 f"{where}: this port of {place.node} is taken by another program; set MASTER_PORT to a free one"
             ) from None
         if serves:
-            raise UserError(f"{where}: {place} cannot listen there ({_last_line(error)})") from None
+            raise UserError(f"{where}: {place} cannot listen there ({first_line(error)})") from None
         raise _unreachable(place, seconds) from None
     except dist.DistStoreError:
         raise _unreachable(place, seconds) from None
@@ -168,7 +168,3 @@ def ranges(numbers: set[int] | list[int]) -> str:
         else:
             parts.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no reason given"])[0][:200]

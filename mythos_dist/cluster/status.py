@@ -6,6 +6,7 @@ sign of life is old, unless its job is back in the queue. Nothing here imports t
 asked from a login node at any time.
 """
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -97,8 +98,8 @@ def look(
         config = load_config(folder / "config.yaml")
     except UserError:
         config = None  # it is being written, or by another version
-    lines = _last_lines(folder / "metrics.jsonl")
-    restarts = _last_lines(folder / "restarts.jsonl")
+    lines = last_lines(folder / "metrics.jsonl")
+    restarts = last_lines(folder / "restarts.jsonl")
     job = slurm(writer["slurm_job_id"]) if "slurm_job_id" in writer else None
     last = lines[-1] if lines else {}
     seconds_per_step = _seconds_per_step(lines)
@@ -221,24 +222,20 @@ def _writer(folder: Path) -> tuple[dict[str, Any], float]:
     raise UserError(f"{folder} is not a run folder: give the run.dir of a run, such as runs/demo")
 
 
-def _last_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON lines at the end of a file. One that a kill cut short is left out."""
+def last_lines(file: Path, tail: int | None = _TAIL) -> list[dict[str, Any]]:
+    """The JSON lines in the last `tail` bytes of a file; None: in all of it. One that a kill cut short is left out."""
     try:
         with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - _TAIL))
-            texts = stream.read().splitlines()[1 if size > _TAIL else 0 :]
+            skipped = max(0, stream.seek(0, 2) - tail) if tail else 0
+            stream.seek(skipped)
+            texts = stream.read().splitlines()[1 if skipped else 0 :]
     except OSError:
         return []
     found = []
     for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def _seconds_per_step(lines: list[dict[str, Any]]) -> float | None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from mythos_dist.cluster.place import Place
 from mythos_dist.cluster.recorder import Recorder, blame, where
-from mythos_dist.errors import EXIT_LOST, tell_launcher
+from mythos_dist.errors import EXIT_LOST, first_line, tell_launcher
 
 log = logging.getLogger(__name__)
 _SETTLE = 1.0  # seconds from the first sign of an end to the verdict: the rank that died first may be heard of last
@@ -90,11 +90,10 @@ class Watchdog:
             word in str(error) for word in ("onnection", "socket", "NCCL", "Timed out", "gloo")
         )
         self._failed = not connection  # a lost connection is a consequence: the verdict says of what
+        text = f"{type(error).__name__}: {first_line(error)}"
         if self._failed and self.place.rank == 0:
-            self.on_end(f"{self.place} failed: {type(error).__name__}: {error}")
-        self._send(
-            {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", "cause": not connection}
-        )
+            self.on_end(f"{self.place} failed: {text}")
+        self._send({"failed": text, "cause": self._failed})
         time.sleep(_SETTLE + 3)
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -118,7 +117,7 @@ class Watchdog:
                     return self._end(f"rank 0 on {self.place.master} ended", late=True)
                 heard, received = time.monotonic(), received + data
             except TimeoutError:
-                data = b""
+                pass
             except OSError as error:
                 return self._end(f"the connection to rank 0 on {self.place.master} broke ({error.strerror})", late=True)
             if now - heard > self.limits.lost_after:
@@ -307,11 +306,11 @@ class _Hub:
             guilty, waits_at = blame(reports, len(self.nodes))
             why = self.hang
             if guilty:
-                where = [
+                named = [
                     f"{self._name(rank)} ({'at ' + reports[rank]['at'] if rank in reports else 'no answer'})"
                     for rank in guilty[:8]
                 ]
-                why += f": {', '.join(where)} did not arrive at {waits_at}"
+                why += f": {', '.join(named)} did not arrive at {waits_at}"
             else:
                 last = sorted({report["last"] for report in reports.values()})
                 why += f": all ranks have begun the same, the last {'; '.join(last[:4])}"

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from mythos_dist.errors import first_line
+
 
 @dataclass(frozen=True)
 class Line:
@@ -32,11 +34,10 @@ def examine(topic: str, check: Callable[[], Iterable[Line]]) -> list[Line]:
     try:
         return list(check())
     except Exception as error:
-        what = str(error).splitlines()[0] if str(error) else "no message"
         return [
             problem(
                 topic,
-                f"this could not be looked at ({type(error).__name__}: {what})",
+                f"this could not be looked at ({type(error).__name__}: {first_line(error)})",
                 "mend what the message names; if training starts all the same, the doctor is wrong: report this line",
             )
         ]

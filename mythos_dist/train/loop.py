@@ -4,8 +4,6 @@ import contextlib
 import functools
 import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,23 +21,21 @@ from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, is_due
 from mythos_dist.cluster.inject import Faults
 from mythos_dist.cluster.stop import forget
-from mythos_dist.config.compare import differences
 from mythos_dist.config.schema import Config
-from mythos_dist.data.corpora import Corpus, changes, open_corpora
+from mythos_dist.data.corpora import Corpus
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
-from mythos_dist.model.attend import choose_kernel
-from mythos_dist.model.megablocks import check as check_megablocks
 from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, Mesh, build_mesh
-from mythos_dist.parallel.process import DTYPES, check_dtype, device, together
+from mythos_dist.parallel.process import device, together
 from mythos_dist.plan.cost import train_flops_per_token
+from mythos_dist.train.checks import check_checkpoint, check_inputs, check_kernels
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
 from mythos_dist.train.preflight import preflight
 from mythos_dist.train.restarts import note_restart, time_of_step
-from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, start_logging
+from mythos_dist.train.run_folder import claim_run_folder, start_logging
 from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
 
@@ -79,7 +75,7 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
             completed.touch()  # a kill between the last checkpoint and the marker left it out
             print(f"{run_dir} is done: {done} of {config.train.steps} steps; raise train.steps to go on")
         return 0
-    before = newest_start(run_dir)
+    before = newest_start(run_dir) if rank == 0 else {}
     fence = take_fence(run_dir)
     start_logging(run_dir, session.place, fence.start)
     for line in damaged:
@@ -128,9 +124,11 @@ class Run:
     def begin(self, checkpoint: Checkpoint | None, before: dict[str, Any]) -> None:
         """Load, open what is written to, and measure the held-out loss of a run that is new.
 
-        before: what the start before, if there was one, has written of itself.
+        before: on rank 0 what the start before, if there was one, has written of itself.
         """
-        config, since = self.config, time_of_step(self.run_dir, self.step) or before.get("time")
+        config = self.config
+        # Before the lines behind this step are cut off.
+        since = (time_of_step(self.run_dir, self.step) or before.get("time")) if before else None
         norms = checkpoint.manifest.optimizer.get("recent_grad_norms", ()) if checkpoint else ()
         self.spikes = Spikes.load(config.faults, self.run_dir, norms)
         if checkpoint:
@@ -148,7 +146,7 @@ class Run:
         if self.step == 0:
             self.evaluate()
         self.session.timed("opening the run")
-        if before and self.rank == 0:
+        if before:
             line = note_restart(self.run_dir, before, self.fence.start, self.step, since, self.session.phases)
             lost = "" if line["seconds_lost"] is None else f"; {line['seconds_lost']:.0f} s were lost"
             print(f"start {self.fence.start} goes on behind step {self.step}{lost}: {line['why']}", flush=True)
@@ -299,56 +297,6 @@ class Run:
         if self.rank == 0:
             with contextlib.suppress(OSError, UserError):
                 self.fence.note(state, why, self.step)
-
-
-def check_inputs(config: Config) -> list[Corpus]:
-    """The shards; UserError for what the user has to mend."""
-    check_dtype(config.train.dtype)
-    check_kernels(config)
-    check_run_folder(config)
-    return open_corpora(
-        config.data.folders,
-        seq_len=config.train.seq_len,
-        vocab_size=config.model.vocab_size,
-        tokenizer_path=config.data.tokenizer,
-    )
-
-
-def check_kernels(config: Config) -> str:
-    """Which kernels run experts and attention; UserError, with all reasons, if those that are asked for cannot."""
-    dtype = DTYPES[config.train.dtype]
-    problems, attention = [], ""
-    try:
-        attention = choose_kernel(config.train.attention, device(), dtype, config.model)
-    except UserError as error:
-        problems += error.problems
-    if config.experts.backend == "megablocks":
-        try:
-            check_megablocks(dtype)
-        except UserError as error:
-            problems += error.problems
-    compiler = os.environ.get("CXX", "g++")
-    if config.train.compile and device().type == "cpu" and not shutil.which(compiler):
-        problems.append(f"train.compile=true: there is no C++ compiler {compiler}; install one, or set it to false")
-    if problems:
-        raise UserError(problems)
-    return f"experts: {config.experts.backend}, attention: {attention}"
-
-
-def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpus]) -> None:
-    """UserError if a run with this config and these shards cannot go on from a checkpoint, with all that differs."""
-    manifest = checkpoint.manifest
-    found = [
-        f"{name}={value}, but {checkpoint.folder} was saved with {old}"
-        for name, value, old in differences(config, manifest.config)
-    ]
-    settings = ["these"] if found else []
-    if manifest.data and (changed := changes(corpora, manifest.data)):
-        found += changed
-        settings.append("data.path" if config.data.mix is None else "data.mix")
-    if found:
-        remedy = f"set {' and '.join(settings)} back to go on with the run in run.dir={config.run.dir}"
-        raise UserError([*found, f"{remedy}, or give another run.dir"])
 
 
 def take_fence(run_dir: Path) -> Fence:

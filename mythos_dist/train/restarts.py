@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mythos_dist.cluster.status import last_lines
+
 FILE = "restarts.jsonl"
 _UNSAID = "the start before left no word: it was killed, or its node was lost"
 
@@ -12,10 +14,8 @@ _UNSAID = "the start before left no word: it was killed, or its node was lost"
 def time_of_step(run_dir: Path, step: int) -> float | None:
     """When step `step` ended, in unix seconds, and None if metrics.jsonl does not say. To be asked before later lines
     are cut off."""
-    for line in _lines(run_dir / "metrics.jsonl"):
-        if line.get("step") == step:
-            return line.get("time")
-    return None
+    lines = last_lines(run_dir / "metrics.jsonl", tail=None)
+    return next((line.get("time") for line in lines if line.get("step") == step), None)
 
 
 def note_restart(
@@ -44,14 +44,3 @@ def note_restart(
     with (run_dir / FILE).open("a") as stream:
         stream.write(json.dumps(line) + "\n")
     return line
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """A line that a kill cut short is left out."""
-    found = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mythos_dist.checkpoint.fence import newest_start
-from mythos_dist.cluster.place import Place, find_place
+from mythos_dist.cluster.place import Place, launch_of
 from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
@@ -77,7 +77,7 @@ def _locked(file: Path) -> TextIO | None:
 
 def _is_ours(run_dir: Path) -> bool:
     """Whether the run's newest start belongs to this process's submission."""
-    launch = find_place().launch
+    launch = launch_of()
     return bool(launch) and newest_start(run_dir).get("launch") == launch
 
 

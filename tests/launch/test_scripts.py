@@ -88,19 +88,42 @@ esac
 """
 
 
-class Job:
+class Launch:
+    """A script of launch/ under way, among programs in `work`/bin."""
+
+    def __init__(self, work: Path, python: str):
+        self.work, self.run_dir = work, work / "run"
+        self.env = CLEAN | {"PATH": f"{work}/bin:{os.environ['PATH']}", "PYTHON": python}
+        (work / "bin").mkdir()
+
+    def command(self, **options: Any) -> list[Any]:
+        """What is typed before the config."""
+        raise NotImplementedError
+
+    def start(self, ranks: str, *overrides: str, **options: Any) -> subprocess.Popen:
+        (self.work / "ranks").write_text(ranks)
+        command = [*self.command(**options), TINY, f"run.dir={self.run_dir}", *overrides]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.env, cwd=self.work, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, ranks: str, *overrides: str, **options: Any) -> int:
+        """Returns the script's exit code."""
+        process = self.start(ranks, *overrides, **options)
+        self.out, self.err = process.communicate(timeout=60)
+        return process.returncode
+
+
+class Job(Launch):
     """A job whose ranks do what the bash lines in `ranks` say; `$run` is their run folder."""
 
     def __init__(self, work: Path):
-        self.work, self.run_dir = work, work / "run"
-        self.env = CLEAN | {"PATH": f"{work}/bin:{os.environ['PATH']}", "PYTHON": sys.executable}
+        super().__init__(work, sys.executable)
         self.env |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_TASKS_PER_NODE": "2(x2)"}
         self.env |= {
             "SLURM_JOB_NODELIST": "localhost,node2",
             "SLURM_JOB_PARTITION": "gpus",
             "SLURM_SUBMIT_DIR": str(work),
         }
-        (work / "bin").mkdir()
         program(work / "bin" / "srun", SRUN.format(work=work))
         program(work / "bin" / "scontrol", SCONTROL.format(work=work))
         program(work / "bin" / "sinfo", "printf 'node2\\nlocalhost\\nnode3\\nnode3\\n'")
@@ -118,17 +141,8 @@ class Job:
         (self.work / "job").write_text(text)
         return f"cat > {self.work}/job <<'EOF'\n{text}EOF\n"
 
-    def start(self, ranks: str, *overrides: str) -> subprocess.Popen:
-        (self.work / "ranks").write_text(ranks)
-        command = ["bash", self.work / "slurm_script", TINY, f"run.dir={self.run_dir}", *overrides]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.env, cwd=self.work, stdout=pipe, stderr=pipe, text=True)
-
-    def run(self, ranks: str, *overrides: str) -> int:
-        """Returns the job's exit code."""
-        process = self.start(ranks, *overrides)
-        self.out, self.err = process.communicate(timeout=60)
-        return process.returncode
+    def command(self) -> list[Any]:
+        return ["bash", self.work / "slurm_script"]
 
     @property
     def asked(self) -> list[str]:
@@ -307,28 +321,18 @@ esac
 """
 
 
-class Hosts:
+class Hosts(Launch):
     """Two hosts that are both this machine, and a launcher that does what the bash lines in `ranks` say."""
 
     def __init__(self, work: Path):
-        self.work, self.run_dir = work, work / "run"
-        self.env = CLEAN | {"PATH": f"{work}/bin:{os.environ['PATH']}", "PYTHON": str(work / "bin" / "python")}
-        (work / "bin").mkdir()
+        super().__init__(work, str(work / "bin" / "python"))
         (work / "hostfile").write_text("# ours\nlocalhost slots=2\n127.0.0.1 slots=2\n")
         program(work / "bin" / "python", PYTHON.format(work=work, python=sys.executable))
         program(work / "bin" / "pdsh", "exit 1")
         program(work / "bin" / "ssh", 'while [[ $1 == -* ]]; do shift 2; done; shift; exec bash -c "$*"')
 
-    def start(self, ranks: str, *overrides: str, hostfile: str = "hostfile") -> subprocess.Popen:
-        (self.work / "ranks").write_text(ranks)
-        command = [LAUNCH / "deepspeed.sh", hostfile, TINY, f"run.dir={self.run_dir}", *overrides]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.env, cwd=self.work, stdout=pipe, stderr=pipe, text=True)
-
-    def run(self, ranks: str, *overrides: str, **options: Any) -> int:
-        process = self.start(ranks, *overrides, **options)
-        self.out, self.err = process.communicate(timeout=60)
-        return process.returncode
+    def command(self, hostfile: str = "hostfile") -> list[Any]:
+        return [LAUNCH / "deepspeed.sh", hostfile]
 
     @property
     def starts(self) -> list[str]:

@@ -1,0 +1,64 @@
+"""What every rank checks before anything is built or written; each raises UserError with all that it finds."""
+
+import os
+import shutil
+
+from mythos_dist.checkpoint.manifest import Checkpoint
+from mythos_dist.config.compare import differences
+from mythos_dist.config.schema import Config
+from mythos_dist.data.corpora import Corpus, changes, open_corpora
+from mythos_dist.errors import UserError
+from mythos_dist.model.attend import choose_kernel
+from mythos_dist.model.megablocks import check as check_megablocks
+from mythos_dist.parallel.process import DTYPES, check_dtype, device
+from mythos_dist.train.run_folder import check_run_folder
+
+
+def check_inputs(config: Config) -> list[Corpus]:
+    """The shards; UserError for what the user has to mend."""
+    check_dtype(config.train.dtype)
+    check_kernels(config)
+    check_run_folder(config)
+    return open_corpora(
+        config.data.folders,
+        seq_len=config.train.seq_len,
+        vocab_size=config.model.vocab_size,
+        tokenizer_path=config.data.tokenizer,
+    )
+
+
+def check_kernels(config: Config) -> str:
+    """Which kernels run experts and attention; UserError, with all reasons, if those that are asked for cannot."""
+    dtype = DTYPES[config.train.dtype]
+    problems, attention = [], ""
+    try:
+        attention = choose_kernel(config.train.attention, device(), dtype, config.model)
+    except UserError as error:
+        problems += error.problems
+    if config.experts.backend == "megablocks":
+        try:
+            check_megablocks(dtype)
+        except UserError as error:
+            problems += error.problems
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and device().type == "cpu" and not shutil.which(compiler):
+        problems.append(f"train.compile=true: there is no C++ compiler {compiler}; install one, or set it to false")
+    if problems:
+        raise UserError(problems)
+    return f"experts: {config.experts.backend}, attention: {attention}"
+
+
+def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpus]) -> None:
+    """UserError if a run with this config and these shards cannot go on from a checkpoint, with all that differs."""
+    manifest = checkpoint.manifest
+    found = [
+        f"{name}={value}, but {checkpoint.folder} was saved with {old}"
+        for name, value, old in differences(config, manifest.config)
+    ]
+    settings = ["these"] if found else []
+    if manifest.data and (changed := changes(corpora, manifest.data)):
+        found += changed
+        settings.append("data.path" if config.data.mix is None else "data.mix")
+    if found:
+        remedy = f"set {' and '.join(settings)} back to go on with the run in run.dir={config.run.dir}"
+        raise UserError([*found, f"{remedy}, or give another run.dir"])
