@@ -28,6 +28,14 @@ def test_the_errors_shown_are_the_errors_printed():
         assert (result.returncode, result.stdout, result.stderr) == (2, "", shown)
 
 
+def test_the_plan_shown_is_the_plan_printed():
+    (command, shown), *_ = re.findall(r"\$ python (tools/plan\.py --variant .*?)\n(.*?)```", README, flags=re.DOTALL)
+    result = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, shown, "")
+
+
 def test_every_file_that_the_readme_names_is_there():
     """Paths in code spans and commands, but for what a run makes."""
     named = set(re.findall(r"\b(?:tools|configs|benchmarks)/[\w./-]*\w", README)) | {"DECISIONS.md", "CHANGELOG.md"}

@@ -27,6 +27,8 @@ MAY_CHANGE = {
     "run.peak_tflops",
     "run.count_communication",
     "run.max_seconds",
+    "run.cluster",
+    "run.check_memory",
 }
 _MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
 

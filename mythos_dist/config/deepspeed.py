@@ -19,7 +19,9 @@ def deepspeed_config(config: Config, num_replicas: int) -> dict[str, Any]:
         "steps_per_print": 1 << 60,  # our own line a step is enough
     }
     if train.dtype == "bf16":
-        settings["bf16"] = {"enabled": True}
+        # A gradient goes into its accumulator as soon as it is whole, and leaves nothing: by default all of them stay,
+        # 2 bytes per parameter for the whole run.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         if config.parallel.zero == 1:  # the stage that can; 2 and 3 accumulate in bf16
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     elif train.dtype == "fp16":

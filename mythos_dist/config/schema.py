@@ -136,6 +136,12 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices only: no norm, injection, halting, bias or embedding decays
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping
 
+    @staticmethod
+    def decays(name: str) -> bool:
+        """Whether weight decay acts on a parameter, by its canonical name; the depth LoRA's scale is an embedding."""
+        kept = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
+        return not any(part in name for part in kept)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -180,6 +186,10 @@ class RunConfig:
     # Seconds after which the run ends its step, saves and leaves with exit code 85; None: no limit. Leave room below
     # the scheduler's own limit for one step and one checkpoint.
     max_seconds: float | None = None
+    # A file such as configs/h100_80gb.yaml: what a rank may hold, and how long a step should take. None: memory is that
+    # of this machine, and no step time is planned.
+    cluster: str | None = None
+    check_memory: bool = True  # a layout that cannot fit by plan is refused; false: it starts all the same
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ _NAMES = re.compile(
     r"\d{6}_(locals|barrier|next_epoch|cache_usage|shard_states|shard_access_times|resume|epoch_shape|epoch_data)"
     r"|nccl-\w+|torch_\d+_\w+"
 )
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container: v2, v1
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,13 @@ class Memory:
 
 def find(infiniband: bool, gpus: int) -> Memory:
     """Of this machine."""
-    import psutil
+    from mythos_dist.cluster.memory import node_memory
 
-    memory = psutil.virtual_memory()
-    limits = [int(text) for text in map(_text, _LIMITS) if text.isdecimal()]
+    total, available = node_memory()
     usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
     return Memory(
-        total=min([memory.total, *limits]),
-        available=min([memory.available, *limits]),
+        total=total,
+        available=available,
         shared=(usage.total, usage.free) if usage else None,
         left=left_behind(SHARED_MEMORY),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],

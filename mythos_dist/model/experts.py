@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.gradient_sums import GradientSums
 from mythos_dist.model.grouped import grouped
+from mythos_dist.model.kernels import on_cpu
 from mythos_dist.model.megablocks import check, megablocks
 from mythos_dist.model.recompute import recomputed
 from mythos_dist.parallel.expert import combine, dispatch
@@ -76,11 +77,11 @@ class Experts(nn.Module):
 
     def start_pass(self, loops: int) -> None:
         """Says that the next so many calls belong to one pass through the model, all with a gradient."""
-        add_up = loops > 1 and self.w1.requires_grad and self.w1.device.type == "cpu"
+        add_up = loops > 1 and self.w1.requires_grad and on_cpu(self.w1)
         self._sums = GradientSums() if add_up else None
 
     def _run(self, x: Tensor, weights: Tensor, index: Tensor, pairs: int | None) -> Tensor:
         inputs = x, weights, index, self.w1, self.w3, self.w2, pairs
-        if self.backend is grouped and x.device.type == "cpu":
+        if self.backend is grouped and on_cpu(x):
             return recomputed(self.selective, _grouped_on_cpu, *inputs, self._sums)
         return recomputed(self.selective, self.backend, *inputs)

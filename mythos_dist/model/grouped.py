@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos_dist.model.gradient_sums import GradientSums
+from mythos_dist.model.kernels import on_cpu
 from mythos_dist.model.swiglu import hidden_gradients, hidden_rows
 from mythos_dist.parallel.rows import Places, add_rows, place_slots
 
@@ -49,7 +50,7 @@ def place_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dt
     ends = torch.searchsorted(by_expert, torch.arange(n_experts, device=device), right=True, out_int32=True)
     M = pair.shape[0]
     row, real = torch.arange(M, device=device), None
-    if device.type == "cpu" and dtype != torch.float32:
+    if on_cpu(index) and dtype != torch.float32:
         filled = (ends.diff(prepend=ends.new_zeros(1)) + 15) // 16 * 16
         filled_ends = filled.cumsum(0)
         row += ((filled_ends - filled) - F.pad(ends[:-1], (1, 0))).index_select(0, by_expert)  # filling rows before

@@ -5,16 +5,13 @@ from torch import nn
 
 from mythos_dist.config.schema import OptimConfig
 from mythos_dist.parallel.mesh import SINGLE, Mesh
+from mythos_dist.parallel.pipeline import REGISTER
 from mythos_dist.parallel.tensor import expert_group_name
-
-# Not decayed: norms, injection, halting, biases, embeddings (the depth LoRA's scale is one too).
-_NO_DECAY = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
-_REGISTER = 16  # fp32 numbers in the widest register (AVX-512)
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) -> list[dict]:
-    """AdamW's groups: matrices decay, everything that `_NO_DECAY` names does not; DeepSpeed wants experts that are
-    spread over ranks in groups of their own.
+    """AdamW's groups: what `OptimConfig.decays` names, and what it does not; DeepSpeed wants experts that are spread
+    over ranks in groups of their own.
 
     DeepSpeed adds up one gradient norm per group over all stages of a pipeline, so every stage has the same groups in
     the same order. And stages that hold the same weights must step them alike, to the last bit, though ZeRO lays
@@ -31,7 +28,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) 
         if not getattr(parameter, "allreduce", True):
             groups["experts"]["params"].append(parameter)
         else:
-            groups["keep" if any(part in name for part in _NO_DECAY) else "decay"]["params"].append(parameter)
+            groups["decay" if optim.decays(name) else "keep"]["params"].append(parameter)
     if not experts:
         del groups["experts"]
     if mesh.pipe.size > 1:
@@ -40,7 +37,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) 
             spread = name == "experts" and len(group["params"]) > 0
             if not group["params"]:  # no group of experts for DeepSpeed, where this stage has none
                 groups[name] = group = {"weight_decay": 0.0, "params": []}
-            whole = _REGISTER * (mesh.expert_data.size if spread else mesh.data.size)
+            whole = REGISTER * (mesh.expert_data.size if spread else mesh.data.size)
             numbers = sum(parameter.numel() for parameter in group["params"])
             if missing := -numbers % whole or whole * (numbers == 0):
                 filling = nn.Parameter(torch.zeros(missing, device=device))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mythos_dist.model.kernels import on_cpu
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import CutLinear
 
@@ -21,7 +22,7 @@ _CHUNK_NUMBERS = 1 << 19
 
 def _chunks(gate: Tensor) -> list[slice]:
     rows = gate.shape[0]
-    step = max(1, _CHUNK_NUMBERS // gate.shape[1]) if gate.device.type == "cpu" else max(1, rows)
+    step = max(1, _CHUNK_NUMBERS // gate.shape[1]) if on_cpu(gate) else max(1, rows)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 

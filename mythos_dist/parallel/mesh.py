@@ -5,14 +5,17 @@ lies inside the data axis: `expert` neighbouring replicas hold one copy of all r
 ranks that hold the same ones. An axis of size 1 has no group, and nothing is sent over it: that is the dense model.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING
 
 from mythos_dist.config.schema import ParallelConfig
+
+if TYPE_CHECKING:  # planning asks who holds what a thousand times, and needs no torch
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,31 @@ def mesh_of(
     return Mesh(**axes, sequence=parallel.sequence and parallel.tensor > 1)
 
 
+def place_of(parallel: ParallelConfig, world_size: int, rank: int) -> Mesh:
+    """`mesh_of` without groups, by arithmetic: lists of all ranks of a large world take milliseconds."""
+    data = world_size // (parallel.pipe * parallel.tensor)
+    replica, column = divmod(rank, parallel.pipe * parallel.tensor)
+    stage, slice_ = divmod(column, parallel.tensor)
+    block, share = divmod(replica, parallel.expert)
+    return Mesh(
+        data=Axis("data", data, replica),
+        pipe=Axis("pipe", parallel.pipe, stage),
+        tensor=Axis("tensor", parallel.tensor, slice_),
+        expert=Axis("expert", parallel.expert, share),
+        expert_data=Axis("expert_data", data // parallel.expert, block),
+        sequence=parallel.sequence and parallel.tensor > 1,
+    )
+
+
 def new_group(ranks: list[int]) -> ProcessGroup:
     """A process group that only its members make: every rank making every group would take minutes on 4096 ranks.
 
     The trap: torch names such a group by its ranks and by how many groups the process has, and members that count
     differently wait for each other for ever. So whenever some ranks make a group, the others make one of themselves.
     """
+    import torch.distributed as dist
+    from torch.distributed import ProcessGroup
+
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, ProcessGroup), "only members call this"
     return group
@@ -86,4 +108,6 @@ def new_group(ranks: list[int]) -> ProcessGroup:
 
 def build_mesh(parallel: ParallelConfig) -> Mesh:
     """This rank's mesh with its process groups; every rank calls this once the process group is there."""
+    import torch.distributed as dist
+
     return mesh_of(parallel, dist.get_world_size(), dist.get_rank(), new_group)

@@ -1,4 +1,4 @@
-"""The list of layers cut into pipeline stages, and the one tensor that goes from each stage to the next.
+"""The list of layers cut into pipeline stages.
 
 Prelude and coda blocks lie on one stage each. Every stage that runs loops holds the looped block, and which of a
 step's loops it runs is decided for each step: their number changes, and loops without gradient cost a third.
@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from mythos_dist.config.schema import MythosConfig
+
+# In a pipeline optimizer groups are filled up to multiples of this per rank: fp32 numbers in the widest register
+# (AVX-512); model/parameter_groups.py says why.
+REGISTER = 16
 
 
 @dataclass(frozen=True)
@@ -121,59 +122,3 @@ def plan_loops(parts: tuple[Part, ...], n_loops: int, frozen: int, costs: Costs)
     stretches = split_evenly(turns, [fixed[i] for i in holders], [0] * len(holders))
     ranges = dict(zip(holders, stretches, strict=True))
     return [ranges.get(i, range(0)) for i in range(len(parts))]
-
-
-Like = Sequence[tuple[torch.Size, torch.dtype]]  # shapes and dtypes of some tensors
-
-
-def pack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Tensors of any dtypes as the bits of one flat tensor of `dtype`, none of them narrower than that; their gradients
-    come back the same way.
-
-    DeepSpeed runs backward once per tensor that stages exchange, so there is one. Nothing is rounded.
-    """
-    return _Pack.apply(dtype, *tensors)
-
-
-def unpack(flat: Tensor, like: Like) -> list[Tensor]:
-    """The tensors that `pack` was given, by their shapes and dtypes."""
-    return list(_Unpack.apply(flat, tuple(like)))
-
-
-def _wide_first(dtypes: Sequence[torch.dtype]) -> list[int]:
-    """The order in which tensors are packed: then each begins at a multiple of its own item size."""
-    return sorted(range(len(dtypes)), key=lambda i: -dtypes[i].itemsize)
-
-
-def _to_bits(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    order = _wide_first([tensor.dtype for tensor in tensors])
-    return torch.cat([tensors[i].contiguous().flatten().view(dtype) for i in order])
-
-
-def _from_bits(flat: Tensor, like: Like) -> tuple[Tensor, ...]:
-    order = _wide_first([dtype for _, dtype in like])
-    sizes = [like[i][0].numel() * like[i][1].itemsize // flat.element_size() for i in order]
-    parts = dict(zip(order, flat.split(sizes), strict=True))
-    return tuple(parts[i].view(dtype).view(shape) for i, (shape, dtype) in enumerate(like))
-
-
-class _Pack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        ctx.like = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        return _to_bits(tensors, dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return None, *_from_bits(grad.contiguous(), ctx.like)
-
-
-class _Unpack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, flat: Tensor, like: tuple[tuple[torch.Size, torch.dtype], ...]) -> tuple[Tensor, ...]:
-        ctx.dtype = flat.dtype
-        return tuple(part.clone() for part in _from_bits(flat, like))
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        return _to_bits(grads, ctx.dtype), None

@@ -15,16 +15,13 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-import torch
-from torch import nn
-
 from mythos_dist.config.schema import Config
-from mythos_dist.model.mythos import Mythos
-from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import Part
+from mythos_dist.plan.parameters import Weight, group_sizes, weights_of
 
-Rows = Sequence[Sequence[tuple[int, int]]]  # per micro-batch and loop: rows sent and received over the expert axis
+Pair = tuple[int, int]  # rows sent and received over the expert axis
+Rows = Sequence[Sequence[Pair]] | Pair  # [micro-batch][loop]; or those of every loop, if all are alike
 
 _FP32, _FP64, _INT32, _INT64 = 4, 8, 4, 8
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -32,41 +29,60 @@ _PERSISTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 
 
 def stage_communication(
-    config: Config, mesh: Mesh, parts: Sequence[Part], turns: range, frozen: int, rows: Rows | None, first_send: bool
+    config: Config,
+    mesh: Mesh,
+    parts: Sequence[Part],
+    turns: range,
+    frozen: int,
+    rows: Rows | None,
+    first_send: bool,
+    micro_batches: int,
 ) -> dict[str, dict[str, int]]:
     """`plan.cost.communication` of a rank whose stage, one of `parts`, runs the loops `turns`."""
     part = parts[mesh.pipe.rank]
-    with torch.device("meta"):
-        model = Mythos(config.model, mesh=mesh, part=part)
+    weights = weights_of(config.model, mesh.tensor.size, mesh.expert.size, part)
     layers = _Layers(config, mesh)
-    micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
+    live_turns = range(max(frozen, turns.start), max(frozen, turns.stop))
 
     total: Counter[tuple[str, str]] = Counter()
-    for micro_batch in range(micro_batches):
-        for once in _once(layers, part):
-            total += once.forward + once.backward
-        for t in turns:
-            loop = layers.loop(*(rows[micro_batch][t] if rows else (0, 0)))
-            total += loop.forward
-            if t >= frozen:
-                total += loop.backward
-                if config.train.recompute == "loop":  # model/recompute.py; selective sends nothing twice
-                    total += loop.forward
-        total += _summed_gradients(model, layers)
-        total += _states(layers, parts)
-    total += _tied(model, parts, layers)
+    for block in _once(layers, part):
+        total += block.forward + block.backward
+    total += _summed_gradients(weights, layers)
+    total += _states(layers, parts)
+    total = _times(total, micro_batches)
+    live = layers.loops(micro_batches * len(live_turns), *_sum_rows(rows, micro_batches, live_turns))
+    total += layers.loops(micro_batches * len(turns), *_sum_rows(rows, micro_batches, turns)).forward
+    total += live.backward
+    if config.train.recompute == "loop":  # model/recompute.py; selective sends nothing twice
+        total += live.forward
+    total += _tied(weights, parts, layers)
     if mesh.pipe.size > 1:
         total += _pipeline_scalars(mesh, first_send)
-    total += _zero(model, layers, micro_batches)
+    total += _zero(weights, layers, micro_batches)
     out: dict[str, dict[str, int]] = {}
     for (axis, kind), size in total.items():
         out.setdefault(axis, {})[kind] = size
     return out
 
 
+def _sum_rows(rows: Rows | None, micro_batches: int, turns: range) -> Pair:
+    """Rows sent and received in the loops `turns` of all micro-batches: every size is proportional to them."""
+    match rows:
+        case None:
+            return 0, 0
+        case (int(sent), int(received)):
+            return sent * micro_batches * len(turns), received * micro_batches * len(turns)
+    pairs = [rows[micro_batch][t] for micro_batch in range(micro_batches) for t in turns]
+    return sum(sent for sent, _ in pairs), sum(received for _, received in pairs)
+
+
 def _sent(axis: Axis, kind: str, size: int) -> Counter[tuple[str, str]]:
     """One message; nothing goes over an axis of one rank."""
     return Counter({(axis.name, kind): size}) if axis.size > 1 else Counter()
+
+
+def _times(sent: Counter[tuple[str, str]], times: int) -> Counter[tuple[str, str]]:
+    return Counter({key: times * size for key, size in sent.items()})
 
 
 class _Pass(NamedTuple):
@@ -156,8 +172,9 @@ class _Layers:
         share = self.config.train.micro_batch * c.n_experts * _FP32
         return weights.and_(index, _Pass(_sent(tensor, "all_reduce", share), Counter()))
 
-    def experts(self, sent: int, received: int) -> _Pass:
-        """parallel/expert.py: counts; a row's channels, weights and experts there; its channels back."""
+    def experts(self, loops: int, sent: int, received: int) -> _Pass:
+        """parallel/expert.py: counts; a row's channels, weights and experts there; its channels back. So many rows in
+        all of the loops."""
         c, expert, tensor = self.config.model, self.mesh.expert, self.mesh.tensor
         slots = min(c.n_experts_per_tok, c.n_experts // expert.size)
         width = c.dim // tensor.size
@@ -171,7 +188,7 @@ class _Layers:
         whole = self.gather(received * c.dim * self.item)  # of the rows that came; and the sums that go back:
         scattered = _Pass(whole.backward, whole.forward)
         return _Pass(
-            exchange(expert.size * 2 * _INT64) + exchange(sent * there) + exchange(received * back),
+            exchange(loops * expert.size * 2 * _INT64) + exchange(sent * there) + exchange(received * back),
             exchange(received * there) + exchange(sent * back),
         ).and_(whole, scattered)
 
@@ -181,10 +198,11 @@ class _Layers:
         numbers = self.cut(c.lora_rank) * (2 * c.dim + 1)
         return self.gather(numbers * self.item, partial=self.mesh.sequence)
 
-    def loop(self, sent: int, received: int) -> _Pass:
-        """model/recurrence.py: one turn."""
-        mixture = self.router().and_(self.enter(self.x), self.experts(sent, received), self.leave(self.x))
-        return self.attention().and_(mixture, self.depth_lora())
+    def loops(self, loops: int, sent: int, received: int) -> _Pass:
+        """model/recurrence.py: so many turns, and the rows of all of them together."""
+        once = self.attention().and_(self.router(), self.enter(self.x), self.leave(self.x), self.depth_lora())
+        all_loops = _Pass(_times(once.forward, loops), _times(once.backward, loops))
+        return all_loops.and_(self.experts(loops, sent, received))
 
     def head(self) -> _Pass:
         """parallel/tensor.py: the output embedding, and three numbers per position for the cross entropy: the highest
@@ -202,14 +220,13 @@ def _once(layers: _Layers, part: Part) -> list[_Pass]:
     return blocks + [layers.leave(layers.x)] * part.first + [layers.head()] * part.last  # first: the input embedding
 
 
-def _summed_gradients(model: nn.Module, layers: _Layers) -> Counter[tuple[str, str]]:
+def _summed_gradients(weights: Sequence[Weight], layers: _Layers) -> Counter[tuple[str, str]]:
     """parallel/tensor.py: whole_on_every_rank, once per backward pass. Uncut parameters: with sequence parallelism all
     of them, else the norms of MLA's latents, which work on this rank's heads."""
     numbers = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if not getattr(parameter, "tensor_model_parallel", False)
-        and (layers.mesh.sequence or name.endswith(("q_norm.weight", "kv_norm.weight")))
+        weight.numel
+        for weight in weights
+        if not weight.cut and (layers.mesh.sequence or weight.name.endswith(("q_norm.weight", "kv_norm.weight")))
     )
     return _sent(layers.mesh.tensor, "all_reduce", numbers * layers.item)
 
@@ -233,18 +250,17 @@ def _states(layers: _Layers, parts: Sequence[Part]) -> Counter[tuple[str, str]]:
     return _sent(pipe, "send", ahead + behind)
 
 
-def _tied(model: nn.Module, parts: Sequence[Part], layers: _Layers) -> Counter[tuple[str, str]]:
+def _tied(weights: Sequence[Weight], parts: Sequence[Part], layers: _Layers) -> Counter[tuple[str, str]]:
     """train/deepspeed_seam.py: reduce_tied_weights_alike; BF16_Optimizer has its gradients in fp32."""
     item, pipe = _FP32 if layers.config.train.dtype == "bf16" else layers.item, layers.mesh.pipe
-    held = [("embed", [part.first or part.last for part in parts]), ("recurrent", [part.loops for part in parts])]
+    held = [("embed.", [part.first or part.last for part in parts]), ("recurrent.", [part.loops for part in parts])]
     total: Counter[tuple[str, str]] = Counter()
     for name, holders in held:
         if sum(holders) > 1 and holders[pipe.rank]:
-            for parameter in getattr(model, name).parameters():
-                spread = not getattr(parameter, "allreduce", True)
-                replicas = layers.mesh.expert_data if spread else layers.mesh.data
+            for spread, replicas in ((False, layers.mesh.data), (True, layers.mesh.expert_data)):
+                numbers = sum(w.numel for w in weights if w.spread == spread and w.name.startswith(name))
                 over = Axis("tied", sum(holders) * replicas.size) if replicas.size > 1 else pipe
-                total += _sent(over, "all_reduce", parameter.numel() * item)
+                total += _sent(over, "all_reduce", numbers * item)
     return total
 
 
@@ -255,7 +271,7 @@ def _pipeline_scalars(mesh: Mesh, first_send: bool) -> Counter[tuple[str, str]]:
     return loss + (_sent(mesh.pipe, "send", 256 * _INT32) if first_send and not last else Counter())
 
 
-def _zero(model: nn.Module, layers: _Layers, micro_batches: int) -> Counter[tuple[str, str]]:
+def _zero(weights: Sequence[Weight], layers: _Layers, micro_batches: int) -> Counter[tuple[str, str]]:
     """What DeepSpeed's optimizers send (Rajbhandari et al. 2020): gradients, parameters, and scalars of the norm.
 
     ZeRO-1 and 2 reduce gradients with all_reduce, ZeRO-2 after every micro-batch, and gather updated parameters.
@@ -264,8 +280,7 @@ def _zero(model: nn.Module, layers: _Layers, micro_batches: int) -> Counter[tupl
     bf16_optimizer = dtype == "bf16" and zero == 1  # runtime/bf16_optimizer.py; else runtime/zero/stage*.py
     replica = _replica(mesh)
     total: Counter[tuple[str, str]] = Counter()
-    groups = _group_sizes(model, layers)
-    for experts, sizes, whole in groups:
+    for experts, sizes, whole in group_sizes(weights, mesh):
         axis = mesh.expert_data if experts else mesh.data
         if zero == 3:
             total += _zero_3(sizes, axis, item, micro_batches)
@@ -306,17 +321,3 @@ def _replica(mesh: Mesh) -> Axis:
     if mesh.pipe.size == 1 or mesh.tensor.size == 1:
         return max(mesh.pipe, mesh.tensor, key=lambda axis: axis.size)
     return Axis("replica", mesh.pipe.size * mesh.tensor.size)
-
-
-def _group_sizes(model: nn.Module, layers: _Layers) -> list[tuple[bool, list[int], int]]:
-    """Per optimizer group whether it holds experts that are spread, the sizes of its parameters, and the numbers in all
-    of it: a pipeline's groups are filled up, and the filling has no gradient."""
-    held = {id(parameter) for parameter in model.parameters()}
-    return [
-        (
-            "moe" in group,
-            [parameter.numel() for parameter in group["params"] if id(parameter) in held],
-            sum(parameter.numel() for parameter in group["params"]),
-        )
-        for group in parameter_groups(model, layers.config.optim, layers.mesh)
-    ]

@@ -4,22 +4,20 @@ A training step costs three forward passes (the backward is two); recomputed act
 compares layouts. Attention counts the causal half of its scores.
 """
 
+import functools
+
 from mythos_dist.config.schema import Config, MythosConfig
-from mythos_dist.parallel.mesh import mesh_of
-from mythos_dist.parallel.pipeline import Costs, plan_loops, plan_parts
+from mythos_dist.parallel.mesh import place_of
+from mythos_dist.parallel.pipeline import Costs, Part, plan_loops, plan_parts
 from mythos_dist.plan.communication import Rows, stage_communication
+from mythos_dist.plan.parameters import total_parameters
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and both of Adam's moments
 
 
 def count_parameters(model: MythosConfig) -> int:
-    """Of the whole model; built on the meta device, so it takes no memory at any size."""
-    import torch
-
-    from mythos_dist.model.mythos import Mythos
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Mythos(model).parameters())
+    """Of the whole model."""
+    return total_parameters(model)
 
 
 def _attention_flops(c: MythosConfig, seq_len: int) -> float:
@@ -74,6 +72,12 @@ def stage_costs(config: Config) -> Costs:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def parts_of(model: MythosConfig, n_loops: int, stages: int, costs: Costs) -> tuple[Part, ...]:
+    """`plan_parts`, kept: for 1t in many stages it takes tens of milliseconds."""
+    return tuple(plan_parts(model, n_loops, stages, costs))
+
+
 def communication(
     config: Config,
     world_size: int,
@@ -82,15 +86,20 @@ def communication(
     frozen: int,
     rows: Rows | None = None,
     first_send: bool = False,
+    micro_batches: int | None = None,
 ) -> dict[str, dict[str, int]]:
     """{axis: {kind: bytes}} of what `rank` sends in a step of `n_loops` loops, the first `frozen` without gradient.
 
-    rows: with parallel.expert > 1, [micro-batch][loop] -> (rows sent, rows received), own ones included.
+    rows: with parallel.expert > 1, [micro-batch][loop] -> (rows sent, rows received), own ones included; or one such
+    pair that holds for all.
     first_send: whether the pipeline's stages have sent each other nothing yet; they begin with shapes.
+    micro_batches: how many each replica runs; None: as many as train.global_batch makes.
     Sizes are those of `parallel.traffic`. Holds for a step that is not skipped (fp16).
     """
-    mesh = mesh_of(config.parallel, world_size, rank)
+    mesh = place_of(config.parallel, world_size, rank)
+    if micro_batches is None:
+        micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
     costs = stage_costs(config)
-    parts = plan_parts(config.model, config.loops.mean_of(config.model), mesh.pipe.size, costs)
-    turns = plan_loops(tuple(parts), n_loops, frozen, costs)[mesh.pipe.rank]
-    return stage_communication(config, mesh, parts, turns, frozen, rows, first_send)
+    parts = parts_of(config.model, config.loops.mean_of(config.model), mesh.pipe.size, costs)
+    turns = plan_loops(parts, n_loops, frozen, costs)[mesh.pipe.rank]
+    return stage_communication(config, mesh, parts, turns, frozen, rows, first_send, micro_batches)

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from mythos_dist.model.moe import MoE
 from mythos_dist.model.mythos import Losses, Mythos
 from mythos_dist.parallel.mesh import Mesh, new_group
-from mythos_dist.parallel.pipeline import Part, pack, unpack
+from mythos_dist.parallel.packing import pack, unpack
+from mythos_dist.parallel.pipeline import Part
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.tensor import expert_group_name
 

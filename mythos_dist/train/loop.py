@@ -30,8 +30,10 @@ from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, Mesh, build_mesh
 from mythos_dist.parallel.process import device, together
 from mythos_dist.plan.cost import train_flops_per_token
+from mythos_dist.plan.estimate import Estimate
 from mythos_dist.train.checks import check_checkpoint, check_inputs, check_kernels
 from mythos_dist.train.engine import Engine, StepResult
+from mythos_dist.train.fits import Comparison, check_memory
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
 from mythos_dist.train.preflight import preflight
 from mythos_dist.train.restarts import note_restart, time_of_step
@@ -51,6 +53,8 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     rank, run_dir = dist.get_rank(), Path(config.run.dir)
     session.watchdog.enter("checking")
     corpora = together(lambda: check_inputs(config), session.nodes)
+    ranks_here = session.nodes.count(session.place.node)
+    estimate = together(lambda: check_memory(config, dist.get_world_size(), ranks_here), session.nodes)
     checkpoint, damaged = find_checkpoint(run_dir / "checkpoints", config.checkpoint.verify)
     if checkpoint:
         together(lambda: check_checkpoint(config, checkpoint, corpora))
@@ -83,7 +87,7 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     log.info("%s", check_kernels(config))
     if rank == 0:
         completed.unlink(missing_ok=True)  # train.steps was raised
-    run = Run(config, session, mesh, stream, heldout, fence, done)
+    run = Run(config, session, mesh, stream, heldout, fence, done, estimate)
     try:
         run.begin(checkpoint, before)
         why = run.steps()
@@ -108,6 +112,7 @@ class Run:
         heldout: ReplicaStream,
         fence: Fence,
         step: int,
+        estimate: Estimate,
     ):
         """`step`: the last one that is behind us."""
         self.config, self.session, self.mesh, self.fence, self.step = config, session, mesh, fence, step
@@ -117,6 +122,7 @@ class Run:
         self.watchdog.on_end = lambda why: self.note("failed", why)
         self.watchdog.on_alive = fence.show_life
         self.faults = Faults.of(config.faults.inject, self.rank, fence.start)
+        self.comparison = Comparison(estimate)
         self.watchdog.enter("building the engine")
         self.engine = Engine(config, mesh)
         session.timed("engine")
@@ -169,15 +175,20 @@ class Run:
             seconds = time.perf_counter() - begin
             log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
             self.session.started()
+            last = step == config.train.steps
+            compared = self.comparison.step(seconds, last)
             if self.metrics:
                 line = step_line(config, step, result, ids, seconds, self.peak * dist.get_world_size())
                 decision = "; ".join(filter(None, (self.spikes.decision(step), decision)))
-                self.metrics.step(line | ({"decision": decision} if decision else {}))
+                line |= {"decision": decision} if decision else {}
+                self.metrics.step(line | ({"planned": compared.line} if compared else {}))
+                if compared:
+                    log.info("%s", compared)
+                    print(compared, flush=True)
             if len(self.spikes.skipped) >= config.faults.roll_back_after:
                 self.roll_back()
                 batches = self.batches()
                 continue
-            last = step == config.train.steps
             if last or (config.train.eval_every and step % config.train.eval_every == 0):
                 self.evaluate()
             self.watchdog.enter(f"saving behind step {step}")

@@ -1,6 +1,7 @@
 """Counted communication: what goes over the process groups is what the formula says, to the byte, on every rank."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from mythos_dist.config.schema import Config
 from mythos_dist.model import Mythos
 from mythos_dist.plan.cost import communication
 from mythos_dist.train.schedule import loops_at
-
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
 # Nothing divides: the vocabulary, the latents, the rank of the depth LoRA, an expert's width. Two micro-batches or
 # more. Gradient flows through the last two of three loops. Nothing is learned, so that each pass is as the first.
@@ -163,6 +162,8 @@ def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
     ]
 
 
+@pytest.mark.launch
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_every_byte_of_a_step_is_in_the_formula(world):
     """By axis and kind, on every rank: what layers send, DeepSpeed's gradients and parameters, and all scalars."""
@@ -180,3 +181,48 @@ def test_every_byte_of_a_step_is_in_the_formula(world):
                 rows=rows and rows[replica],
                 first_send=passes_of(config) == 1,
             ), f"{layout}, rank {rank}"
+
+
+SPREAD = [layout for world in (4, 8) for layout in LAYOUTS[world] if "parallel.expert" in layout]
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("layout", SPREAD)
+def test_equal_rows_may_be_given_once(layout, frozen):
+    """One pair for all loops and micro-batches against the same pair for each, on every rank of 8, exactly."""
+    config = config_of(layout)
+    one_by_one = [[(70, 90)] * 5] * 8
+    for rank in range(8):
+        step = config, 8, rank, 5, frozen
+        assert communication(*step, rows=(70, 90)) == communication(*step, rows=one_by_one)
+
+
+@pytest.mark.parametrize("layout", SPREAD)
+def test_rows_count_where_their_loops_run(layout):
+    """Rows of one loop after the other add up to those of all: each is sent by the stage that runs the loop, and its
+    gradient only behind the frozen ones. Exactly, on every rank of 8."""
+    config = config_of(layout)
+    rows = [[(10 + m + 3 * t, 20 + m * t) for t in range(5)] for m in range(8)]
+
+    def sent(rank: int, rows: list[list[tuple[int, int]]] | None) -> Counter:
+        found = communication(config, 8, rank, 5, 2, rows=rows)
+        return Counter({(axis, kind): size for axis, kinds in found.items() for kind, size in kinds.items()})
+
+    for rank in range(8):
+        nothing = sent(rank, None)
+        total = Counter(nothing)
+        for t in range(5):
+            only = [[pair if i == t else (0, 0) for i, pair in enumerate(loops)] for loops in rows]
+            total += sent(rank, only) - nothing
+        assert sent(rank, rows) == total
+
+
+@pytest.mark.parametrize("layout", [layout for layouts in LAYOUTS.values() for layout in layouts])
+def test_the_number_of_micro_batches_may_be_given(layout):
+    """Three per replica against a global batch that makes three, on every rank of 8."""
+    config = config_of(layout)
+    replicas = 8 // (config.parallel.pipe * config.parallel.tensor)
+    larger = change(config, train=dict(global_batch=3 * config.train.micro_batch * replicas))
+    for rank in range(8):
+        given = communication(config, 8, rank, 3, 1, rows=(5, 6), micro_batches=3)
+        assert given == communication(larger, 8, rank, 3, 1, rows=(5, 6))

@@ -1,6 +1,7 @@
 """Which ranks share what."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mythos_dist.config.schema import ParallelConfig
-from mythos_dist.parallel.mesh import SINGLE, axis_lines, build_mesh, mesh_of
+from mythos_dist.parallel.mesh import SINGLE, axis_lines, build_mesh, mesh_of, place_of
 
 AXES = ["data", "pipe", "tensor", "expert", "expert_data"]
 
@@ -57,6 +58,15 @@ def test_a_rank_has_the_coordinates_of_its_number(parallel, copies):
         assert (mesh.pipe.size, mesh.tensor.size, mesh.expert.size) == (parallel.pipe, parallel.tensor, parallel.expert)
         assert mesh.expert_data.size == copies
         assert all(getattr(mesh, name).group is None for name in AXES)  # nobody gave it a way to make one
+
+
+@given(degrees, blocks, st.booleans())
+def test_a_place_by_arithmetic_is_that_on_the_lines(parallel, copies, sequence):
+    """`place_of` against the lists of ranks, for every rank."""
+    parallel = replace(parallel, sequence=sequence)
+    world = world_of(parallel, copies)
+    for rank in range(world):
+        assert place_of(parallel, world, rank) == mesh_of(parallel, world, rank)
 
 
 @given(degrees, blocks)

@@ -1,0 +1,131 @@
+"""What `tools/plan.py` does with its arguments."""
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mythos_dist.config.layout import layout_problems
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.config.variants import VARIANTS
+from mythos_dist.errors import UserError
+from mythos_dist.plan.clusters import load_cluster
+from mythos_dist.plan.estimate import Estimate
+from mythos_dist.plan.report import advice, as_json, beside, details, table, why_not
+from mythos_dist.plan.search import AXES, check_fixed, search, smallest_cluster
+from mythos_dist.plan.write import write_config
+
+_KINDS = {"sequence": bool, "recompute": str}
+
+
+def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> int:
+    """Plan and print; returns the exit code. configs: where the variants' files lie; dry_run: `train.dry_run.dry_run`.
+
+    Raises UserError for the user's mistakes.
+    """
+    config = read_config(arguments, configs)
+    cluster, gpus = load_cluster(arguments.cluster), arguments.gpus
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus} must be at least 1")
+    fixed = read_fixed(arguments.fixed)
+    smallest = None
+    if arguments.as_is:
+        if found := layout_problems(config, gpus):
+            raise UserError(found)
+        estimates, said = [Estimate(config, gpus, cluster, arguments.imbalance)], []
+    else:
+        check_fixed(config, gpus, fixed)
+        found = search(config, gpus, cluster, fixed, arguments.top, arguments.imbalance)
+        if not found.best:
+            smallest = smallest_cluster(config, gpus, cluster, fixed)
+            if arguments.json:
+                least = as_json(found.tightest, arguments.tokens) if found.tightest else None
+                print(json.dumps({"fits": False, "least": least, "smallest_cluster": smallest}))
+            else:
+                print("\n".join(why_not(found, smallest)))
+            return 1
+        estimates, said = found.best, advice(found)
+    best = estimates[0]
+    measured = dry_run(best.config, gpus, rank_of(best), arguments.imbalance) if dry_run else None
+    if arguments.write:
+        write_config(best, arguments.write)
+    if arguments.json:
+        out = {"fits": best.fits, "layouts": [as_json(one, arguments.tokens) for one in estimates], "advice": said}
+        print(json.dumps(out | ({"dry_run": vars(measured)} if measured else {})))
+    else:
+        n_loops, frozen = best.loops
+        print(
+            f"{arguments.variant or arguments.config}: {gpus} x {cluster.name}, {config.train.seq_len} tokens, "
+            f"{config.train.global_batch} sequences a step, {n_loops} loops, {n_loops - frozen} with gradient"
+        )
+        print("\n".join([*table(estimates), "", *details(best, arguments.tokens), *said]))
+        if measured:
+            print("\n".join(["", f"rank {rank_of(best)} of {gpus}:", *beside(best, measured)]))
+            print(f"the dry run took {measured.seconds:.0f} s")
+    if not best.fits:
+        print(f"does not fit: {best.fullest.bytes / 1e9:.1f} GB of {cluster.usable / 1e9:.1f} GB")
+    return 0 if best.fits else 1
+
+
+def rank_of(estimate: Estimate) -> int:
+    """The first rank of the stage that needs most memory."""
+    return estimate.fullest.mesh.pipe.rank * estimate.config.parallel.tensor
+
+
+def read_config(arguments: Any, configs: Path) -> Config:
+    """The file or the variant's, with what the command line says of length, batch and loops."""
+    if (arguments.config is None) == (arguments.variant is None):
+        raise UserError("give a config file or --variant, one of the two")
+    if arguments.variant is not None and arguments.variant not in VARIANTS:
+        close = difflib.get_close_matches(arguments.variant, VARIANTS, n=1)
+        raise UserError(
+            f"--variant {arguments.variant}: unknown; "
+            + (f"did you mean {close[0]}? " if close else "")
+            + f"there are {', '.join(VARIANTS)}"
+        )
+    more = {
+        "train.seq_len": arguments.seq_len,
+        "train.global_batch": arguments.global_batch,
+        "loops.mean": arguments.loops,
+        "loops.backprop": arguments.backprop,
+    }
+    path = arguments.config or configs / f"{arguments.variant}.yaml"
+    overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in more.items() if value is not None)]
+    if arguments.global_batch or not arguments.as_is:
+        overrides.append("train.micro_batch=1")  # else it would have to divide the batch; a search chooses another
+    return load_config(path, ["data.path=shards", *overrides])
+
+
+def read_fixed(texts: Sequence[str]) -> Mapping[str, Any]:
+    """`tensor=16 recompute=loop` -> values by name. Raises UserError with all that is wrong."""
+    fixed: dict[str, Any] = {}
+    found = []
+    for text in (part for one in texts for part in one.split(",") if part):
+        name, equals, raw = text.partition("=")
+        kind = _KINDS.get(name, int)
+        value = yaml.safe_load(raw) if equals else None
+        if name not in AXES:
+            close = difflib.get_close_matches(name, AXES, n=1)
+            found.append(
+                f"--fixed {text}: unknown; "
+                + (f"did you mean {close[0]}? " if close else "")
+                + f"there are {', '.join(AXES)}"
+            )
+        elif type(value) is not kind or (isinstance(value, int) and value < (kind is int)):
+            wanted = {int: "a whole number, at least 1", bool: "true or false", str: "none, selective or loop"}[kind]
+            found.append(f"--fixed {text}: expected {wanted}")
+        elif name == "recompute" and value not in ("none", "selective", "loop"):
+            found.append(f"--fixed {text}: expected none, selective or loop")
+        elif name == "zero" and value not in (1, 2, 3):
+            found.append(f"--fixed {text}: expected 1, 2 or 3")
+        elif fixed.get(name, value) != value:
+            found.append(f"--fixed {name}={fixed[name]} and {name}={value} contradict each other; leave one out")
+        else:
+            fixed[name] = value
+    if found:
+        raise UserError(found)
+    return fixed

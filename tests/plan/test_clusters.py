@@ -1,0 +1,40 @@
+"""Seconds of messages against what the links' rates say."""
+
+import pytest
+
+from mythos_dist.plan.clusters import Cluster
+
+CLUSTER = Cluster(
+    name="round",
+    gpus_per_node=8,
+    nvlink_domain=8,
+    memory_gb=80,
+    reserved_gb=0,
+    bf16_tflops=1000,
+    fp32_tflops=50,
+    product_efficiency=1,
+    memory_gb_per_s=1000,
+    fast_gb_per_s=400,
+    slow_gb_per_s=50,
+    fast_latency_us=0,
+    slow_latency_us=0,
+    link_efficiency=1,
+    dollars_per_gpu_hour=1,
+)
+GB = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "stride", "seconds"),
+    [
+        ("all_gather", 8, 1, 7 / 8 / 400),  # inside: each rank gets seven eighths over its own NVLink
+        ("all_reduce", 8, 1, 2 * 7 / 8 / 400),  # a reduce-scatter and an all-gather
+        ("all_gather", 4, 8, 3 / 4 / 50),  # one rank per domain: its own port
+        ("all_gather", 16, 4, 15 / 16 / 100),  # two ranks per domain share two ports
+        ("all_to_all", 16, 1, 8 / 16 / 50),  # half of the rows leave the domain, each through the sender's port
+        ("send", 2, 8, 1 / 50),
+        ("all_reduce", 1, 1, 0),
+    ],
+)
+def test_a_gigabyte_takes_what_the_links_allow(kind, ranks, stride, seconds):
+    assert CLUSTER.seconds(kind, GB, ranks, stride, messages=3) == pytest.approx(seconds)

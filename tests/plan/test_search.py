@@ -1,0 +1,168 @@
+"""The planner: its best against brute force, its refusals, and what it prints."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mythos_dist.config.layout import layout_problems
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.errors import UserError
+from mythos_dist.plan.clusters import load_cluster
+from mythos_dist.plan.estimate import Estimate, with_layout
+from mythos_dist.plan.search import search, smallest_cluster
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "configs"
+H100 = load_cluster(CONFIGS / "h100_80gb.yaml")
+
+
+def config_of(variant: str, *overrides: str) -> Config:
+    return load_config(CONFIGS / f"{variant}.yaml", ["data.path=shards", "train.micro_batch=1", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("variant", "gpus", "overrides"),
+    [
+        ("1b", 8, ["train.global_batch=32"]),
+        ("10b", 16, ["train.global_batch=64", "train.seq_len=4096"]),
+        ("50b", 16, ["train.global_batch=32", "train.seq_len=4096", "loops.backprop=8"]),
+    ],
+)
+def test_the_best_layout_is_that_of_brute_force(variant, gpus, overrides):
+    """Every combination of powers of two is asked of the config's own rules, and costed; nothing is left out."""
+    config = config_of(variant, *overrides)
+    powers = [1, 2, 4, 8, 16, 32]
+    fastest, fitting = float("inf"), 0
+    for tensor, expert, pipe, micro_batch in itertools.product(powers, powers, powers[:5], powers):
+        for zero, sequence, recompute in itertools.product((1, 2, 3), (False, True), ("none", "selective", "loop")):
+            if sequence and tensor == 1:
+                continue  # the same layout as without
+            layout = dict(tensor=tensor, expert=expert, pipe=pipe, zero=zero, sequence=sequence)
+            tried = with_layout(config, **layout, micro_batch=micro_batch, recompute=recompute)
+            if gpus % (tensor * pipe) or layout_problems(tried) or layout_problems(tried, gpus):
+                continue
+            found = Estimate(tried, gpus, H100)
+            block = sum(found.stages[0].part.loops and w for w in _recurrent_numbers(tried))
+            if zero == 3 and block >= 1_000_000_000:
+                continue  # would be gathered anew in every loop: the planner does not look at it
+            if found.fits:
+                fitting += 1
+                fastest = min(fastest, found.step_seconds)
+    assert fitting > 10
+    assert search(config, gpus, H100, {}).best[0].step_seconds == fastest
+
+
+def _recurrent_numbers(config: Config) -> list[int]:
+    from mythos_dist.parallel.pipeline import Part
+    from mythos_dist.plan.parameters import weights_of
+
+    whole = weights_of(config.model, config.parallel.tensor, config.parallel.expert, Part.whole(config.model))
+    return [weight.numel for weight in whole if weight.name.startswith("recurrent")]
+
+
+def test_what_does_not_fit_says_what_would():
+    """1t needs more than 64 H100: the part that is too large, and a cluster on which a search finds a layout."""
+    config = config_of("1t", "train.seq_len=4096", "train.global_batch=4096")
+    found = search(config, 64, H100, {})
+    assert not found.best and found.tightest is not None and not found.tightest.fits
+    smallest = smallest_cluster(config, 64, H100, {})
+    assert smallest and search(config, smallest, H100, {}).best
+    assert not search(config, smallest // 2, H100, {}).best
+
+
+def test_a_faster_link_never_makes_a_plan_slower():
+    """NVLink across 72 GPUs instead of 8, all else equal."""
+    from dataclasses import replace
+
+    config = config_of("500b", "parallel.tensor=32", "parallel.expert=8")
+    seconds = [Estimate(config, 512, replace(H100, nvlink_domain=domain)).step_seconds for domain in (8, 32, 64)]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """The tool's standard output; with code 2 what it says on standard error."""
+    command = [sys.executable, "tools/plan.py", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if code == 2 else done.stdout
+
+
+def test_the_tool_prints_a_table_and_json_of_the_same_layouts():
+    arguments = ["--variant", "10b", "--gpus", "16", "--seq-len", "4096", "--global-batch", "64", "--top", "3"]
+    table, found = run(*arguments), json.loads(run(*arguments, "--json"))
+    rows = [line for line in table.splitlines() if re.match(r" +\d+ +\d+ +\d+", line)]
+    assert len(rows) == len(found["layouts"]) == 3
+    for row, layout in zip(rows, found["layouts"], strict=True):
+        shown = row.split()
+        assert [int(number) for number in shown[:5]] == [
+            layout["layout"][name] for name in ("tensor", "expert", "pipe", "data", "zero")
+        ]
+        assert f"{layout['memory_total'] / 1e9:.1f}" in shown
+        assert layout["fits"] and layout["memory_total"] == pytest.approx(sum(layout["memory_bytes"].values()), abs=9)
+    assert "pipeline stages" in table
+
+
+def test_a_written_config_trains_as_planned(tmp_path):
+    """It loads, is the best layout, and gives the same plan again; a file that is there stays as it is."""
+    path = tmp_path / "planned.yaml"
+    arguments = ["--variant", "3b", "--gpus", "8", "--global-batch", "64", "--top", "1", "--write", str(path)]
+    found = json.loads(run(*arguments, "--json"))["layouts"][0]
+    config = load_config(path, ["data.path=shards"])
+    assert Estimate(config, 8, H100).step_seconds == pytest.approx(found["step_seconds"])
+    before = path.read_text()
+    assert "--write" in run(*arguments, code=2) and path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--variant", "1b", "--gpus", "61"], ["--gpus 61", "32 or 64"]),
+        (["--variant", "1x", "--gpus", "8"], ["--variant 1x", "1b, 3b"]),
+        (["--gpus", "8"], ["give a config file or --variant"]),
+        (["--variant", "1b", "--gpus", "8", "--seq-len", "8192"], ["train.seq_len=8192", "4096"]),
+        (["--variant", "1b", "--gpus", "8", "--fixed", "tensr=2"], ["tensr=2", "did you mean tensor?"]),
+        (["--variant", "1b", "--gpus", "8", "--fixed", "zero=2", "pipe=2"], ["parallel.zero=2", "parallel.pipe=2"]),
+        (["--variant", "1b", "--gpus", "8", "--fixed", "tensor=2", "tensor=4"], ["contradict"]),
+        (["--variant", "1b", "--gpus", "8", "--fixed", "tensor=3"], ["model.n_heads=16", "[2, 4]"]),
+        (["--variant", "1b", "--gpus", "8", "--cluster", "configs/h100.yaml"], ["no cluster file", "h100_80gb.yaml"]),
+    ],
+)
+def test_a_mistake_is_a_line_with_the_nearest_that_works(arguments, said):
+    found = run(*arguments, code=2)
+    assert len(found.strip().splitlines()) == 1
+    for part in said:
+        assert part in found
+
+
+CLUSTERS = ["h100_80gb", "h200_141gb", "gb200_nvl72", "laptop"]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_the_clusters_of_the_repository_load(name):
+    assert load_cluster(CONFIGS / f"{name}.yaml").usable > 0
+
+
+def test_a_clusters_mistakes_are_told_all_at_once(tmp_path):
+    values = yaml.safe_load((CONFIGS / "h100_80gb.yaml").read_text())
+    del values["fast_gb_per_s"]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values | {"memry_gb": 3, "gpus_per_node": "eight", "link_efficiency": 1.5}))
+    with pytest.raises(UserError) as caught:
+        load_cluster(path)
+    said = str(caught.value)
+    for part in (
+        "memry_gb",
+        "did you mean memory_gb?",
+        "fast_gb_per_s is missing",
+        "gpus_per_node='eight'",
+        "at most 1",
+    ):
+        assert part in said

@@ -1,0 +1,110 @@
+"""Every variant's config on its cluster: one real rank of it, dry, against the plan; and what the files say of both."""
+
+import os
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launch import launch
+
+from mythos_dist.config.load import load_config
+from mythos_dist.plan.clusters import load_cluster
+from mythos_dist.plan.command import rank_of
+from mythos_dist.plan.estimate import Estimate
+from mythos_dist.plan.report import beside
+from mythos_dist.plan.write import BEGIN, END, planned_lines
+from mythos_dist.train.dry_run import DryRun, dry_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+README = (CONFIGS.parent / "README.md").read_text()
+NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b"]  # the long ones first
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
+
+
+def comment_of(name: str) -> list[str]:
+    """The lines of a config's plan."""
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    return lines[lines.index(BEGIN) : lines.index(END) + 1]
+
+
+def estimate_of(name: str) -> Estimate:
+    """The plan of the layout in the file, for the GPUs and the cluster that its comment names."""
+    found = re.search(r"--gpus (\d+) --cluster configs/(\S+)", comment_of(name)[1])
+    assert found
+    config = load_config(CONFIGS / f"{name}.yaml", ["data.path=shards"])
+    return Estimate(config, int(found[1]), load_cluster(CONFIGS / found[2]))
+
+
+def run_in_turns(names: list[str]) -> dict[str, tuple[DryRun, float]]:
+    """On each of two processes: the dry runs of its half, and the most memory that it ever held, in bytes."""
+    found = {}
+    for name in names[int(os.environ["LOCAL_RANK"]) :: 2]:
+        estimate, begin = estimate_of(name), time.monotonic()
+        measured = dry_run(estimate.config, estimate.world_size, rank_of(estimate))
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"{name}: {time.monotonic() - begin:.0f} s, {held / 1e9:.2f} GB", file=sys.stderr)
+        found[name] = measured, held
+    return found
+
+
+@pytest.fixture(scope="module")
+def dry() -> dict[str, tuple[DryRun, float]]:
+    halves = launch(2, run_in_turns, NAMES, seconds=1400)
+    assert halves.codes == [0, 0], "\n".join(halves.tails)
+    return {name: found for half in halves.values for name, found in half.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variants_plan_is_what_its_real_rank_does(name, dry):
+    """Parameters, FLOPs and every axis' bytes to the last one; memory within 1 %, each part of it within 10 %."""
+    estimate, (measured, held) = estimate_of(name), dry[name]
+    stage, m = estimate.fullest, measured.micro_batches
+    assert estimate.fits
+    assert measured.parameters == estimate.parameters
+    assert measured.flops == estimate.flops(stage, m)
+    assert measured.communication == estimate.communication(stage, m)
+    total = sum(measured.memory.values())
+    assert stage.bytes == pytest.approx(total, rel=0.01)
+    for part, size in measured.memory.items():
+        # What is less than a thousandth of the whole is not a figure that anybody plans by.
+        assert stage.memory.get(part, 0) == pytest.approx(size, rel=0.1, abs=total / 1000), part
+    assert held < 2e9, "a dry run holds no numbers"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configs_comment_is_what_the_tools_say(name, dry):
+    command = f"python tools/plan.py configs/{name}.yaml --gpus {estimate_of(name).world_size} "
+    command += "--cluster configs/h100_80gb.yaml --as-is --dry-run"
+    assert comment_of(name) == planned_lines(estimate_of(name), command, dry[name][0])
+
+
+def test_the_readme_shows_the_plan_and_the_dry_run_of_1t(dry):
+    shown = README[README.index("rank 0 of 4096:") :].splitlines()[1:]
+    lines = beside(estimate_of("1t"), dry["1t"][0])
+    assert shown[: len(lines)] == lines
+
+
+def test_what_cannot_fit_does_not_fit_in_the_dry_run_either():
+    """10b on 8 H100: with tensor 2 and expert 2 the plan wants more than there is, with tensor 4 it does not."""
+    cluster = load_cluster(CONFIGS / "h100_80gb.yaml")
+    sizes = {}
+    for tensor in (2, 4):
+        overrides = ["data.path=shards", f"parallel.tensor={tensor}", "train.global_batch=64", "loops.mean=8"]
+        config = load_config(CONFIGS / "10b.yaml", overrides)
+        estimate = Estimate(config, 8, cluster)
+        sizes[tensor] = estimate.fits, sum(_memory(config).values()) <= cluster.usable
+    assert sizes == {2: (False, False), 4: (True, True)}
+
+
+def _memory(config: Any) -> dict[str, int]:
+    (found,) = launch(1, _dry_memory, config, seconds=300).values
+    return found
+
+
+def _dry_memory(config: Any) -> dict[str, int]:
+    return dry_run(config, 8).memory

@@ -1,0 +1,58 @@
+"""Plan a run before it costs anything: which layouts fit, what each needs, how long a step takes and what it costs.
+
+  python tools/plan.py --variant 1t --gpus 4096 --cluster configs/h100_80gb.yaml
+  python tools/plan.py configs/1t.yaml --gpus 4096 --cluster configs/h100_80gb.yaml --as-is --dry-run
+
+The first looks for the best layouts. The second takes the layout of the file and runs one of its ranks, the trainer's
+own code on tensors without numbers, beside the plan. Exit code 0: something fits; 1: nothing does; 2: a mistake.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mythos_dist.errors import UserError, exit_with
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("config", type=Path, nargs="?", help="a config file; what it says of the layout is looked at with --as-is only")
+    add("overrides", nargs="*", help="section.key=value, laid over the file")
+    add("--variant", help="instead of a file: 1b, 3b, 10b, 50b, 100b, 500b or 1t, as configs/ has them")
+    add("--gpus", type=int, required=True, help="how many")
+    add("--cluster", type=Path, default=CONFIGS / "h100_80gb.yaml", help="what they are (default: %(default)s)")
+    add("--seq-len", type=int, help="tokens of a sequence")
+    add("--global-batch", type=int, help="sequences of a step, over all replicas")
+    add("--loops", type=int, help="mean number of loops")
+    add("--backprop", type=int, help="loops with gradient, the last ones")
+    add("--fixed", nargs="*", default=[], metavar="KEY=VALUE", help="tensor=16 expert=64 pipe=1 zero=1 sequence=true …")
+    add("--as-is", action="store_true", help="the layout of the config, no search")
+    add("--tokens", type=float, default=1e12, help="what cost is counted for (%(default)g)")
+    add("--imbalance", type=float, default=1.0, help="rows that the busiest experts get, over the mean (%(default)g)")
+    add("--top", type=int, default=8, help="layouts to show (%(default)s)")
+    add("--dry-run", action="store_true", help="run one rank of the best layout on tensors without numbers: a minute")
+    add("--write", type=Path, help="write the best layout as a config that trains")
+    add("--json", action="store_true", help="print everything as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Plan; see the top of this file for exit codes."""
+    arguments = parse()
+    from mythos_dist.plan.command import run
+
+    dry_run = None
+    if arguments.dry_run:
+        from mythos_dist.train.dry_run import dry_run
+    try:
+        sys.exit(run(arguments, CONFIGS, dry_run))
+    except UserError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main()
