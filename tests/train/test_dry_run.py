@@ -37,14 +37,14 @@ SMALL = (
 LAYOUTS = {
     2: [
         "train.micro_batch=2 train.global_batch=4",
-        "model.attn_type=gqa loops.backprop=2 train.dtype=bf16",
-        "train.dtype=bf16 train.global_batch=8",
+        "model.attn_type=gqa loops.backprop=2",
+        "train.dtype=bf16 train.global_batch=4",
         "parallel.zero=2 train.dtype=bf16 train.global_batch=4",
         "parallel.zero=3 train.dtype=bf16",
         "parallel.zero=3 train.recompute=loop",
         "parallel.tensor=2 train.recompute=selective train.global_batch=1",
         "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1",
-        "parallel.expert=2 train.recompute=loop train.dtype=bf16",
+        "parallel.expert=2 train.recompute=loop",
         "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",
         "parallel.pipe=2 train.dtype=bf16",
         "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",

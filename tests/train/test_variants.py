@@ -40,7 +40,7 @@ def estimate_of(name: str) -> Estimate:
     return Estimate(config, int(found[1]), load_cluster(CONFIGS / found[2]))
 
 
-def run_in_turns(names: list[str]) -> dict[str, tuple[DryRun, float]]:
+def run_in_turns(names: list[str]) -> dict[str, tuple[dict[str, Any], float]]:
     """On each of two processes: the dry runs of its half, and the most memory that it ever held, in bytes."""
     found = {}
     for name in names[int(os.environ["LOCAL_RANK"]) :: 2]:
@@ -48,7 +48,7 @@ def run_in_turns(names: list[str]) -> dict[str, tuple[DryRun, float]]:
         measured = dry_run(estimate.config, estimate.world_size, rank_of(estimate))
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"{name}: {time.monotonic() - begin:.0f} s, {held / 1e9:.2f} GB", file=sys.stderr)
-        found[name] = measured, held
+        found[name] = vars(measured), held  # ranks hand plain values back
     return found
 
 
@@ -56,7 +56,7 @@ def run_in_turns(names: list[str]) -> dict[str, tuple[DryRun, float]]:
 def dry() -> dict[str, tuple[DryRun, float]]:
     halves = launch(2, run_in_turns, NAMES, seconds=1400)
     assert halves.codes == [0, 0], "\n".join(halves.tails)
-    return {name: found for half in halves.values for name, found in half.items()}
+    return {name: (DryRun(**values), held) for half in halves.values for name, (values, held) in half.items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
