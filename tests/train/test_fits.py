@@ -126,9 +126,10 @@ def test_a_start_compares_once_at_its_tenth_step_or_at_the_last(monkeypatch):
 def test_without_a_cluster_memory_is_that_of_the_node(monkeypatch):
     """What is available is divided by the ranks on the node; recompute=loop is not recommended to who has it."""
     config = config_of("train.recompute=loop", "train.micro_batch=2")
-    needed = Estimate(config, 2, load_cluster(LAPTOP)).fullest.bytes
+    stage = Estimate(config, 2, load_cluster(LAPTOP)).fullest
+    needed = stage.bytes - stage.memory["communication"]  # DeepSpeed's bucket stays empty here
     monkeypatch.setattr(fits, "node_memory", lambda: (10**12, 2.02 * needed))
-    assert check_memory(config, 2, ranks_here=2).fits
+    check_memory(config, 2, ranks_here=2)  # raises nothing
     with pytest.raises(UserError, match="each of 3 ranks on this node can have") as refused:
         check_memory(config, 2, ranks_here=3)
     assert "recompute" not in str(refused.value) and "lower train.micro_batch=2" in str(refused.value)
