@@ -165,6 +165,12 @@ def layout_problems(config: Config, world_size: int = 0) -> list[str]:
     return [_line(rule, at, refused) for rule in refused if rule in (_RANK_RULES if world_size else _RULES)]
 
 
+def works(config: Config, world_size: int) -> bool:
+    """Whether `layout_problems` has none, for who asks thousands of times; no number may be below 1."""
+    at = Layout(config.model, config.loops, config.parallel, config.train, world_size)
+    return all(rule.holds(at) for rule in _RULES + _RANK_RULES)
+
+
 def _broken(at: Layout) -> list[Rule]:
     return [rule for rule in _RULES + _RANK_RULES if _speaks(rule, at) and not rule.holds(at)]
 

@@ -23,6 +23,7 @@ from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute, recomputed
 from mythos_dist.parallel.collectives import gather_together
 from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.pipeline import live_turns
 from mythos_dist.parallel.tensor import cut_parameter, whole_on_every_rank
 
 
@@ -152,8 +153,8 @@ class Recurrent(nn.Module):
 
         Returns the carry and the counts (len(turns), E) of each loop's (token, expert) pairs.
         """
-        live_loops = turns.stop - max(frozen, turns.start) if torch.is_grad_enabled() else 0
-        self.block.ffn.experts.start_pass(live_loops)
+        trained = live_turns(turns, frozen) if torch.is_grad_enabled() else range(0)
+        self.block.ffn.experts.start_pass(len(trained))
         A, B = self.injection()
         fixed = Fixed(A, B, loop_signals(turns, self.config.dim, carry.h).unbind(), turns.start)
         every = self.recompute.every if self.recompute.kind == "loop" else 1
@@ -169,7 +170,7 @@ class Recurrent(nn.Module):
                 )
             counts += more
             t = stop
-        if torch.is_grad_enabled() and turns.stop <= max(frozen, turns.start):
+        if torch.is_grad_enabled() and not trained:
             carry = carry._replace(mixed=_ZeroGradients.apply(carry.mixed, *self.parameters()))
         E = self.config.n_experts
         return carry, torch.stack(counts) if counts else carry.mass.new_zeros(0, E, dtype=torch.int64)

@@ -113,6 +113,11 @@ def plan_parts(config: MythosConfig, n_loops: int, stages: int, costs: Costs) ->
     ]
 
 
+def live_turns(turns: range, frozen: int) -> range:
+    """Those of the loops `turns` that gradient flows through: all but the first `frozen` of the step."""
+    return range(max(frozen, turns.start), max(frozen, turns.stop))
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_loops(parts: tuple[Part, ...], n_loops: int, frozen: int, costs: Costs) -> list[range]:
     """Which of a step's loops each stage runs; the first `frozen` of them have no gradient. Some may run none."""

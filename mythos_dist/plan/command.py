@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
     fixed = read_fixed(arguments.fixed)
-    smallest = None
     if arguments.as_is:
         if found := layout_problems(config, gpus):
             raise UserError(found)
@@ -66,8 +65,8 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
         if measured:
             print("\n".join(["", f"rank {rank_of(best)} of {gpus}:", *beside(best, measured)]))
             print(f"the dry run took {measured.seconds:.0f} s")
-    if not best.fits:
-        print(f"does not fit: {best.fullest.bytes / 1e9:.1f} GB of {cluster.usable / 1e9:.1f} GB")
+        if not best.fits:
+            print(f"does not fit: {best.fullest.bytes / 1e9:.1f} GB of {cluster.usable / 1e9:.1f} GB")
     return 0 if best.fits else 1
 
 
@@ -81,12 +80,7 @@ def read_config(arguments: Any, configs: Path) -> Config:
     if (arguments.config is None) == (arguments.variant is None):
         raise UserError("give a config file or --variant, one of the two")
     if arguments.variant is not None and arguments.variant not in VARIANTS:
-        close = difflib.get_close_matches(arguments.variant, VARIANTS, n=1)
-        raise UserError(
-            f"--variant {arguments.variant}: unknown; "
-            + (f"did you mean {close[0]}? " if close else "")
-            + f"there are {', '.join(VARIANTS)}"
-        )
+        raise UserError(_unknown(f"--variant {arguments.variant}", arguments.variant, VARIANTS))
     more = {
         "train.seq_len": arguments.seq_len,
         "train.global_batch": arguments.global_batch,
@@ -109,12 +103,7 @@ def read_fixed(texts: Sequence[str]) -> Mapping[str, Any]:
         kind = _KINDS.get(name, int)
         value = yaml.safe_load(raw) if equals else None
         if name not in AXES:
-            close = difflib.get_close_matches(name, AXES, n=1)
-            found.append(
-                f"--fixed {text}: unknown; "
-                + (f"did you mean {close[0]}? " if close else "")
-                + f"there are {', '.join(AXES)}"
-            )
+            found.append(_unknown(f"--fixed {text}", name, AXES))
         elif type(value) is not kind or (isinstance(value, int) and value < (kind is int)):
             wanted = {int: "a whole number, at least 1", bool: "true or false", str: "none, selective or loop"}[kind]
             found.append(f"--fixed {text}: expected {wanted}")
@@ -129,3 +118,8 @@ def read_fixed(texts: Sequence[str]) -> Mapping[str, Any]:
     if found:
         raise UserError(found)
     return fixed
+
+
+def _unknown(what: str, name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{what}: unknown; {f'did you mean {close[0]}? ' if close else ''}there are {', '.join(known)}"

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from mythos_dist.config.schema import Config
 from mythos_dist.parallel.mesh import Axis, Mesh
-from mythos_dist.parallel.pipeline import Part
+from mythos_dist.parallel.pipeline import Part, live_turns
+from mythos_dist.plan.memory import accumulates_at_once
 from mythos_dist.plan.parameters import Weight, group_sizes, weights_of
 
 Pair = tuple[int, int]  # rows sent and received over the expert axis
@@ -42,7 +43,7 @@ def stage_communication(
     part = parts[mesh.pipe.rank]
     weights = weights_of(config.model, mesh.tensor.size, mesh.expert.size, part)
     layers = _Layers(config, mesh)
-    live_turns = range(max(frozen, turns.start), max(frozen, turns.stop))
+    live = live_turns(turns, frozen)
 
     total: Counter[tuple[str, str]] = Counter()
     for block in _once(layers, part):
@@ -50,11 +51,11 @@ def stage_communication(
     total += _summed_gradients(weights, layers)
     total += _states(layers, parts)
     total = _times(total, micro_batches)
-    live = layers.loops(micro_batches * len(live_turns), *_sum_rows(rows, micro_batches, live_turns))
+    trained = layers.loops(micro_batches * len(live), *_sum_rows(rows, micro_batches, live))
     total += layers.loops(micro_batches * len(turns), *_sum_rows(rows, micro_batches, turns)).forward
-    total += live.backward
+    total += trained.backward
     if config.train.recompute == "loop":  # model/recompute.py; selective sends nothing twice
-        total += live.forward
+        total += trained.forward
     total += _tied(weights, parts, layers)
     if mesh.pipe.size > 1:
         total += _pipeline_scalars(mesh, first_send)
@@ -277,7 +278,7 @@ def _zero(weights: Sequence[Weight], layers: _Layers, micro_batches: int) -> Cou
     ZeRO-1 and 2 reduce gradients with all_reduce, ZeRO-2 after every micro-batch, and gather updated parameters.
     """
     mesh, item, dtype, zero = layers.mesh, layers.item, layers.config.train.dtype, layers.config.parallel.zero
-    bf16_optimizer = dtype == "bf16" and zero == 1  # runtime/bf16_optimizer.py; else runtime/zero/stage*.py
+    bf16_optimizer = accumulates_at_once(layers.config)  # runtime/bf16_optimizer.py; else runtime/zero/stage*.py
     replica = _replica(mesh)
     total: Counter[tuple[str, str]] = Counter()
     for experts, sizes, whole in group_sizes(weights, mesh):

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.parallel.mesh import Mesh, place_of
-from mythos_dist.parallel.pipeline import Part, plan_loops
+from mythos_dist.parallel.pipeline import Part, live_turns, plan_loops
 from mythos_dist.plan.clusters import Cluster
 from mythos_dist.plan.communication import stage_communication
 from mythos_dist.plan.cost import parts_of, stage_costs, train_flops_per_token
@@ -123,7 +123,7 @@ class Estimate:
     def _stage_seconds(self, stage: Stage) -> Seconds:
         config, cluster, m = self.config, self.cluster, self.micro_batches
         c, train, mesh = config.model, config.train, stage.mesh
-        live = len(stage.turns) - max(0, min(stage.frozen, stage.turns.stop) - stage.turns.start)
+        live = len(live_turns(stage.turns, stage.frozen))
         forwards = len(stage.turns) + live * (train.recompute == "loop")
         tensors = Tensors(config, mesh, stage.routed)
         blocks = len(stage.part.prelude) + len(stage.part.coda)

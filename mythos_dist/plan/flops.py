@@ -13,7 +13,7 @@ from math import ceil
 
 from mythos_dist.config.schema import Config
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import Part
+from mythos_dist.parallel.pipeline import Part, live_turns
 from mythos_dist.plan.routing import Routed
 
 
@@ -88,7 +88,7 @@ def executed_flops(config: Config, mesh: Mesh, part: Part, turns: range, frozen:
     layers, recompute = _Layers(config, mesh, routed), config.train.recompute
     blocks = len(part.prelude) + len(part.coda)
     total = blocks * layers.block().step("selective" if recompute == "selective" else "none")
-    live = max(0, turns.stop - max(frozen, turns.start))
+    live = len(live_turns(turns, frozen))
     loop = layers.loop()
     total += live * loop.step(recompute) + (len(turns) - live) * loop.forward
     return total + layers.head() * part.last

@@ -19,7 +19,7 @@ from math import ceil
 
 from mythos_dist.config.schema import Config
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import Part
+from mythos_dist.parallel.pipeline import Part, live_turns
 from mythos_dist.plan.parameters import Weight, group_sizes, weights_of
 from mythos_dist.plan.routing import Routed
 
@@ -79,9 +79,8 @@ class Tensors:
         """model/attention.py, from the normed x to the input of `wo`."""
         c, N, b, H = self.c, self.N, self.b, self.heads
         if c.attn_type == "gqa":
-            keys = self.heads if c.n_heads % self.t or c.n_kv_heads % self.t else c.n_kv_heads // self.t
-            per_token = (2 * H + 2 * keys) * c.head_dim * b
-            return self.entered() + Saved(N * (per_token + H * c.head_dim * b + 4 * H))
+            keys = H if c.n_kv_heads % self.t else c.n_kv_heads // self.t
+            return self.entered() + Saved(N * ((3 * H + 2 * keys) * c.head_dim * b + 4 * H))
         d, v = c.head_dim, c.v_head_dim
 
         def cut(width: int) -> int:
@@ -180,7 +179,7 @@ def _moments(
 ) -> Iterator[Memory]:
     """What is live besides the static parts at the moments that can be the peak."""
     s = Tensors(config, mesh, routed)
-    live = max(0, turns.stop - max(frozen, turns.start))
+    live = len(live_turns(turns, frozen))
     every = config.train.recompute_every if config.train.recompute == "loop" else 1
     recomputed = config.train.recompute == "loop"
     b, c = s.b, config.model
@@ -194,7 +193,7 @@ def _moments(
     before = s.dense_block() * len(part.prelude)
     behind = s.dense_block() * len(part.coda)
     kept = s.loop() if not recomputed else Saved()
-    carries = s.carry() * ceil(live / every) if recomputed else s.carry() * 0
+    carries = s.carry() * ceil(live / every) if recomputed else 0.0
     whole = before.all + behind.all + kept.all * live + carries
     others = in_flight * whole
 
@@ -278,6 +277,7 @@ def _loop_moments(
     tail = 2 * s.residual + 4 * s.n * D  # what the end of the loop has let go of: its output twice, and in fp32
     around = 3 * s.residual + 4 * s.n * D
     spread = s.mesh.expert.size > 1
+    back = s.x if s.mesh.sequence else 0.0  # the gradient of the mixture's output, gathered
     for behind in range(min(2, live)):  # loops whose backward is done
         kept, made = below + loop.all * (live - behind), Saved()
         if recomputed:
@@ -285,9 +285,7 @@ def _loop_moments(
             kept = below + s.carry() * (ceil(live / every) - group)
             made = loop * (min(every, live) - inside)
         moment = _Loop(kept, made, grads + (recurrent if behind else 0.0), around, recomputed)
-        # model/swiglu.py: hidden rows and their gradients; the gradient of `down` is made last. With sequence
-        # parallelism the gradient of the mixture's output is gathered.
-        back = s.x if s.mesh.sequence else 0.0
+        # model/swiglu.py: hidden rows and their gradients; the gradient of `down` is made last.
         yield moment.at(shared, (5 if selective else 3) * s.gate(), back, Saved(tail))
         if behind:  # the gradient of `gate` or `up` and, once, its sum
             yield moment.at(2 * shared, s.gate() + s.x, back, Saved(tail + gates))
@@ -302,7 +300,7 @@ def _loop_moments(
         # The first loop comes last: the whole gradient of `down` goes to its accumulator, by way of a copy in fp32.
         kept, made = (below + s.carry(), loop * min(every, live)) if recomputed else (below + loop.all, Saved())
         moment = _Loop(kept, made, grads + recurrent, around, recomputed)
-        yield moment.at(4 / b * shared, 2 * s.gate(), s.x if s.mesh.sequence else 0.0, Saved(tail + gates))
+        yield moment.at(4 / b * shared, 2 * s.gate(), back, Saved(tail + gates))
 
 
 def _accumulation(config: Config, mesh: Mesh) -> int:

@@ -8,9 +8,10 @@ activations, and a larger micro-batch never needs less memory.
 import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
-from mythos_dist.config.layout import divisors, layout_problems, nearest
+from mythos_dist.config.layout import divisors, layout_problems, nearest, works
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.mesh import place_of
@@ -25,6 +26,7 @@ AXES = ("tensor", "expert", "pipe", "zero", "sequence", "micro_batch", "recomput
 _PIPES = (1, 2, 4, 8, 16)
 _RECOMPUTE = ("none", "selective", "loop")
 _MOST_GPUS = 1 << 17
+_MOST_AT_ONCE = 64  # sequences in a micro-batch
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,6 @@ class Found:
 
     best: list[Estimate]
     tightest: Estimate | None  # None if no layout can be dealt out at all
-    looked_at: int
     best_by_pipe: dict[int, Estimate]  # the fastest with so many stages
     best_by_expert: dict[int, Estimate]  # the fastest of this expert degree
 
@@ -45,27 +46,22 @@ def candidates(config: Config, gpus: int, fixed: Mapping[str, Any]) -> Iterator[
     def choices(name: str, values: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(values)
 
-    for pipe in choices("pipe", (pipe for pipe in _PIPES if gpus % pipe == 0)):
+    for pipe in choices("pipe", _PIPES):
         for tensor in choices("tensor", divisors(c.n_heads)):
-            if gpus % (pipe * tensor) or (config.loops.mean_of(c) + 2 < pipe):
+            if gpus % (pipe * tensor) or batch % (gpus // (pipe * tensor)):
                 continue
-            data = gpus // (pipe * tensor)
-            if batch % data:
-                continue
-            micro = [m for m in choices("micro_batch", divisors(batch // data)) if (batch // data) % m == 0 and m <= 64]
-            for expert in choices("expert", divisors(c.n_experts)):
-                if not micro or data % expert or c.n_heads % tensor or (expert > 1 and c.dim % tensor):
-                    continue
-                if c.n_experts % expert:
-                    continue
-                for zero in choices("zero", _zeros(c, pipe, tensor, expert)):
-                    for sequence in choices("sequence", (True, False) if tensor > 1 else (False,)):
-                        if sequence and config.train.seq_len % tensor:
-                            continue
-                        layout = dict(pipe=pipe, tensor=tensor, expert=expert, zero=zero, sequence=sequence)
-                        for recompute in choices("recompute", _RECOMPUTE):
-                            layouts = with_layout(config, **layout, recompute=recompute, micro_batch=micro[0])
-                            yield layouts, micro
+            each = batch // (gpus // (pipe * tensor))  # sequences of a replica
+            micro = [m for m in choices("micro_batch", divisors(each)) if each % m == 0 and m <= _MOST_AT_ONCE]
+            for expert in choices("expert", divisors(c.n_experts)) if micro else ():
+                for zero, sequence, recompute in product(
+                    choices("zero", _zeros(c, pipe, tensor, expert)),
+                    choices("sequence", (True, False) if tensor > 1 else (False,)),
+                    choices("recompute", _RECOMPUTE),
+                ):
+                    layout = dict(pipe=pipe, tensor=tensor, expert=expert, zero=zero, sequence=sequence)
+                    first = with_layout(config, **layout, recompute=recompute, micro_batch=micro[0])
+                    if works(first, gpus):
+                        yield first, micro
 
 
 def _zeros(c: MythosConfig, pipe: int, tensor: int, expert: int) -> tuple[int, ...]:
@@ -108,7 +104,7 @@ def search(
             elif rank > best[0][:2]:
                 heapq.heapreplace(best, (*rank, found))
     fastest = [found for *_, found in sorted(best, key=lambda item: item[:2], reverse=True)]
-    return Found(fastest, tightest, looked_at, by_pipe, by_expert)
+    return Found(fastest, tightest, by_pipe, by_expert)
 
 
 def _held(config: Config, gpus: int) -> float:
@@ -136,10 +132,9 @@ def smallest_cluster(config: Config, gpus: int, cluster: Cluster, fixed: Mapping
 
 def check_fixed(config: Config, gpus: int, fixed: Mapping[str, Any]) -> None:
     """Raises UserError for settings that contradict each other or the cluster, with the nearest that work."""
-    layout = dict(fixed)
-    problems = layout_problems(with_layout(config, **layout))
+    problems = layout_problems(with_layout(config, **fixed))
     if not problems and {"tensor", "pipe"} <= fixed.keys():
-        problems = layout_problems(with_layout(config, **layout), gpus)
+        problems = layout_problems(with_layout(config, **fixed), gpus)
     if problems:
         raise UserError(problems)
     if not any(True for _ in candidates(config, gpus, fixed)):

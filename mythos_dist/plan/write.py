@@ -1,5 +1,6 @@
 """A planned layout as a config file that trains."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,6 @@ def layout_settings(config: Config) -> dict[str, dict[str, Any]]:
 
 def write_config(found: Estimate, path: Path) -> None:
     """Write what differs from a config's defaults, with the plan above it. Raises UserError if the file is there."""
-    import dataclasses
-
     config, default = found.config, Config()
     sections: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(Config):

@@ -103,16 +103,14 @@ def dry_run(
     begin = time.monotonic()
     parallel = config.parallel
     replicas = world_size // (parallel.pipe * parallel.tensor)
-    accumulation = config.train.global_batch // (config.train.micro_batch * replicas)
+    per_pass = config.train.micro_batch * replicas
     if micro_batches is None:
         # A pipeline is full with one micro-batch per stage. Where gradients are not added up at once, one more meets
         # those of another. All that follow only take longer.
-        micro_batches = min(accumulation, parallel.pipe + (not accumulates_at_once(config)))
-    accumulation = micro_batches
-    batch = config.train.micro_batch * replicas * accumulation
+        micro_batches = min(config.train.global_batch // per_pass, parallel.pipe + (not accumulates_at_once(config)))
     config = replace(
         config,
-        train=replace(config.train, global_batch=batch),
+        train=replace(config.train, global_batch=per_pass * micro_batches),
         data=replace(config.data, document_mask=False),
         run=replace(config.run, count_communication=False),
     )
@@ -128,7 +126,7 @@ def dry_run(
             _mark(meter, engine)
             build_peak = meter.peak
             static = dict(meter.live)
-            work = _micro_batches(config, accumulation)
+            work = _micro_batches(config, micro_batches)
             meter.phase = "passes"
             if parallel.zero == 3 or parallel.pipe > 1:
                 # A first step differs: ZeRO-3 learns in it which parameters are needed when; a pipeline's stages send
@@ -143,7 +141,7 @@ def dry_run(
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
         assert result.communication is not None
         return DryRun(
-            micro_batches=accumulation,
+            micro_batches=micro_batches,
             parameters=parameters,
             memory={part: meter.at_peak.get(part, 0) for part in PARTS},
             peak_phase=meter.peak_phase,

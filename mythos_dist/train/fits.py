@@ -126,12 +126,15 @@ class Comparison:
         self.memory_gb = estimate.fullest.bytes / 1e9
         self.step_seconds = None if config.run.cluster is None else estimate.step_seconds
         self._measured: list[float] = []
+        self._compared = False
 
     def step(self, seconds: float, last: bool) -> Compared | None:
         """A step is done, the run's `last` or not. Every rank calls this: where it compares, it holds a collective."""
+        if self._compared:
+            return None
         self._measured.append(seconds)
-        steps = len(self._measured)
-        if steps > COMPARED_AT or (steps < COMPARED_AT and not last):
+        self._compared = last or len(self._measured) == COMPARED_AT
+        if not self._compared:
             return None
         rank, size = fullest_rank()
         seconds = statistics.median(self._measured[_SETTLED:] or self._measured[-1:])
