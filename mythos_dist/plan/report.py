@@ -81,7 +81,8 @@ def advice(found: Found) -> list[str]:
         )
     elif without:
         lines.append(
-            "pipeline stages do not pay: no layout with them was found that fits. Every stage holds the whole looped block."
+            "pipeline stages do not pay: no layout with them was found that fits. Every stage holds the whole looped "
+            "block."
         )
     elif with_stages:
         lines.append("only layouts with pipeline stages fit")
