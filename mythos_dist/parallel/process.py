@@ -24,6 +24,13 @@ def choose_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
+def compile_nothing() -> None:
+    """On CPUs: else every process would first compile a shared-memory all-reduce, 40 to 120 s under one file lock."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def join_process_group(store: dist.Store | None = None, seconds: float = 600) -> None:
     """Start DeepSpeed's process group, NCCL on GPUs and gloo on CPUs; a message may take so many `seconds`.
 
@@ -36,14 +43,12 @@ def join_process_group(store: dist.Store | None = None, seconds: float = 600) ->
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     import deepspeed
-    import deepspeed.ops
 
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        # Else every process would compile a shared-memory all-reduce first: 40-120 s under one file lock.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        compile_nothing()
     backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=seconds)
     if store is not None:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -26,6 +26,7 @@ from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.kernels import as_on_gpus
 from mythos_dist.parallel import expert
 from mythos_dist.parallel.mesh import Axis, build_mesh
+from mythos_dist.parallel.process import compile_nothing
 from mythos_dist.parallel.traffic import Totals, Traffic
 from mythos_dist.plan.memory import PARTS, accumulates_at_once
 from mythos_dist.plan.meter import Meter
@@ -211,11 +212,10 @@ def _fake_world(world_size: int, rank: int) -> Iterator[None]:
     place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     place["DS_ACCELERATOR"] = "cpu"  # a machine with GPUs does not use them here
     with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
-        import deepspeed
-        import deepspeed.ops
-
         with _silent_children():  # DeepSpeed tries a linker to learn what it could build
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as parallel/process.py says
+            import deepspeed
+
+            compile_nothing()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             deepspeed.init_distributed("gloo", verbose=False)

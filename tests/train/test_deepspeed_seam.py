@@ -44,6 +44,14 @@ LEANED_ON = [
     ),
     ("deepspeed.runtime.pipe.topology.PipelineParallelGrid.get_slice_parallel_group", "", "tensor groups by mpu"),
     ("deepspeed.ops.__compatible_ops__", "", "no compilation at the start on CPUs"),
+    # dry runs
+    (
+        f"{PIPE_ENGINE}._recv_tensor_meta",
+        "return self._allocate_or_extend_buffers(0, recv_shape, recv_dtype)",
+        "shapes",
+    ),
+    ("deepspeed.runtime.zero.partition_parameters.assert_ints_same_as_other_ranks", "", "a message left out"),
+    ("deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks", "", "the same"),
     # experts
     (f"{ENGINE}._configure_distributed_model", "isinstance(module, _AutoEPMoELayer)", "experts are recognised"),
     (f"{ENGINE}._validate_zero3_moe_compatibility", "_AutoEPMoELayer", "ZeRO-3 lets our experts in"),
@@ -138,11 +146,12 @@ def test_the_version_is_the_one_that_is_pinned():
 
 
 def test_the_seam_is_where_deepspeeds_internals_are_used():
-    """Private names of DeepSpeed appear in one file, but for the switch that keeps it from compiling when it starts."""
+    """Private names of DeepSpeed appear in one file, but for the switch that keeps it from compiling when it starts,
+    and for what a dry run puts in the place of messages."""
     private = re.compile(r"deepspeed[\w.]*\._|groups\._|from deepspeed\.(checkpoint|module_inject|runtime)")
     users = [
         path.name
         for path in (REPOSITORY / "mythos_dist").rglob("*.py")
         if private.search(path.read_text(encoding="utf-8"))
     ]
-    assert sorted(users) == ["deepspeed_seam.py", "process.py"]
+    assert sorted(users) == ["deepspeed_seam.py", "dry_run.py", "process.py"]
