@@ -39,7 +39,7 @@ def continue_text(arguments: argparse.Namespace) -> str:
     tokens = model.generate(
         prompt,
         arguments.max_new_tokens,
-        n_loops=arguments.n_loops or config.loops.mean,
+        n_loops=arguments.n_loops or config.loops.mean_of(config.model),
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         stop_token=tokenizer.eos_id,

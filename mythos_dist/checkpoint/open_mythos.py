@@ -37,7 +37,7 @@ def import_open_mythos(
     """
     model, run_dir = config.model, Path(config.run.dir)
     with torch.device("meta"):
-        ours = Mythos(model, experts=config.experts)
+        ours = Mythos(model, act=config.act, experts=config.experts)
     wanted = {name: (PARAMETER, value) for name, value in ours.named_parameters()}
     wanted |= {name: (BUFFER, value) for name, value in ours.named_buffers()}
     parts = {name: parts_of(name, tuple(value.shape), model) for name, (_, value) in wanted.items()}

@@ -82,7 +82,7 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
     checkpoint.must_be_whole()
     config = config_from(checkpoint.manifest.config)
     with torch.device("meta"):
-        model = Mythos(config.model, experts=config.experts)
+        model = Mythos(config.model, act=config.act, experts=config.experts)
     kinds = {name: PARAMETER for name, _ in model.named_parameters()} | {
         name: BUFFER for name, _ in model.named_buffers()
     }

@@ -18,6 +18,8 @@ _AT_LEAST_ONE = {
 _NOT_NEGATIVE = {
     "model": "prelude_layers coda_layers n_shared_experts",
     "experts": "bias_update_rate z_loss sequence_balance_loss",
+    "act": "ponder_cost kl",
+    "loops": "sigma curriculum_steps telemetry_every",
     "train": "eval_every",
     "checkpoint": "pin_every",
     "optim": "lr warmup_steps weight_decay grad_clip",
@@ -71,6 +73,14 @@ def model_problems(model: MythosConfig) -> list[str]:
         found.append(f"model.act_threshold={model.act_threshold} must be above 0 and at most 1")
     if not 0 <= model.dropout < 1:
         found.append(f"model.dropout={model.dropout} must be at least 0 and below 1")
+    if model.mode == "reference":
+        default = MythosConfig()
+        for key in ("loop_signal", "lora", "injection", "initial_state", "qk_norm", "init"):
+            if getattr(model, key) != getattr(default, key):
+                found.append(
+                    f"model.{key}={getattr(model, key)} is not OpenMythos', as model.mode=reference wants it; "
+                    "set model.mode=train"
+                )
     if not model.rope_theta > 0:
         found.append(f"model.rope_theta={model.rope_theta} must be above 0")
     return found
@@ -96,10 +106,60 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             yield f"data.mix[{folder}]={weight} is less than a billionth of all weights; leave the folder out"
 
 
+def _act_problems(config: Config) -> Iterator[str]:
+    act, mode = config.act, config.act.mode_of(config.model)
+    if config.model.mode == "reference" and mode != "reference":
+        yield f"act.mode={mode} does not go with model.mode=reference, which is OpenMythos'; set model.mode=train"
+    if act.prior is not None and not 0 < act.prior < 1:
+        yield f"act.prior={act.prior} is a probability to halt; set it between 0 and 1, or null for a uniform prior"
+    for key in ("ponder_cost", "kl"):
+        if mode == "off" and getattr(act, key) > 0:
+            yield f"act.{key}={getattr(act, key)} weighs how tokens halt, and with act.mode=off none does; set act.mode"
+    if mode != "ponder":
+        return
+    if config.loops.objective != "per_loop":
+        yield (
+            "act.mode=ponder weighs the losses of all loops; set loops.objective=per_loop, or act.mode to one of "
+            "reference, safe, off"
+        )
+    if config.loops.backprop is not None:
+        yield (
+            f"loops.backprop={config.loops.backprop} leaves out loops that act.mode=ponder gives weight to; set "
+            "loops.backprop=null, or act.mode to one of reference, safe, off"
+        )
+
+
+def _loops_problems(config: Config) -> Iterator[str]:
+    loops, name = config.loops, config.loops.distribution
+    if name == "uniform_set":
+        if not loops.set:
+            yield "loops.distribution=uniform_set needs loops.set, such as [1,2,4,8]"
+        if loops.mean is not None:
+            yield f"loops.mean={loops.mean} has no place beside loops.distribution=uniform_set; leave it out"
+        if loops.curriculum != "none":
+            yield f"loops.curriculum={loops.curriculum} moves a mean, and a set has none; set loops.curriculum=none"
+    elif loops.set:
+        yield f"loops.set={list(loops.set)} is for loops.distribution=uniform_set, but that is {name}; leave one out"
+    for key in ("set", "sweep"):
+        if wrong := [n for n in getattr(loops, key) if n < 1]:
+            yield f"loops.{key}={list(getattr(loops, key))} holds {wrong}; loops are counted from 1"
+    if loops.maximum is not None and 1 <= loops.maximum < max(loops.mean_of(config.model), *loops.set, 0):
+        yield f"loops.maximum={loops.maximum} is less than loops.mean={loops.mean_of(config.model)} or loops.set allows"
+    if loops.curriculum != "none" and loops.curriculum_steps < 1:
+        yield f"loops.curriculum={loops.curriculum} needs loops.curriculum_steps, the steps until the mean is reached"
+    if loops.per == "sequence" and name == "fixed":
+        yield "loops.per=sequence draws a number for each sequence, and loops.distribution=fixed has one for all"
+    if loops.per == "sequence" and config.model.lora == "per_loop":
+        yield (
+            "model.lora=per_loop has matrices for a loop, and with loops.per=sequence sequences are in different ones; "
+            "set loops.per=step or model.lora=shared"
+        )
+
+
 def problems(config: Config) -> list[str]:
     """What is wrong with a config on any number of ranks, a line each."""
     found = model_problems(config.model)
-    for name in ("experts", "loops", "parallel", "train", "optim", "data", "checkpoint", "run"):
+    for name in ("experts", "act", "loops", "parallel", "train", "optim", "data", "checkpoint", "run"):
         found += _range_problems(name, getattr(config, name))
     train, optim, run = config.train, config.optim, config.run
     if train.seq_len > config.model.max_seq_len >= 1:
@@ -117,6 +177,7 @@ def problems(config: Config) -> list[str]:
             "train.compile=true does not go with parallel.zero=3, which gathers parameters in hooks that no compiler "
             "sees; set train.compile=false, or parallel.zero to 1 or 2"
         )
+    found += [*_act_problems(config), *_loops_problems(config)]
     found += layout_problems(config)
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optim, key) < 1:

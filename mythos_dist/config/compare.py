@@ -16,6 +16,8 @@ MAY_CHANGE = {
     "train.recompute_every",
     "train.micro_batch",
     "experts.backend",
+    "loops.telemetry_every",
+    "loops.sweep",
     "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
     "data.mix",
     "data.tokenizer",

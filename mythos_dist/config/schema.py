@@ -30,16 +30,24 @@ class MythosConfig:
     n_shared_experts: int = 2  # always active; each `expert_dim * n_experts_per_tok` wide
     n_experts_per_tok: int = 4
     expert_dim: int = 512  # hidden width of one routed expert
-    # act: loops' states are mixed by halting probabilities; none: the last loop's state goes on, nothing halts.
-    halting: Literal["act", "none"] = "act"
     act_threshold: float = 0.99  # a token halts when its cumulative halting probability reaches this
     rope_theta: float = 500000.0
     lora_rank: int = 16  # depth LoRA
     max_output_tokens: int = 4096  # default bound on generated tokens
     dropout: float = 0.0
     # `reference` gives OpenMythos 0.5.0's numbers exactly. `train` mends what keeps it from training:
-    # the last loop takes the halting mass that is left, and the router's bias follows the load.
+    # the router's bias follows the load, and `act.mode` and what is below can be chosen (docs/loops.md).
     mode: Literal["reference", "train"] = "train"
+    loop_signal: bool = True  # sines and cosines of the loop's number in the first eighth of the channels
+    # Depth LoRA: one pair of matrices with a diagonal per loop, a pair of matrices per loop, or none.
+    lora: Literal["shared", "per_loop", "none"] = "shared"
+    # parcae: a step size per channel, a full matrix B that starts as the identity, a norm behind the prelude.
+    injection: Literal["reference", "parcae"] = "reference"
+    initial_state: Literal["e", "zero", "random"] = "e"  # of the loops: the prelude's output, zeros, or N(0, 2 / 5)
+    qk_norm: bool = False  # queries and keys are brought to one length: attention stays sane at any depth
+    # depth_scaled: matrices N(0, 2 / (5 dim)), those that write to the residual stream divided by
+    # sqrt(2 * (prelude + loops + coda)) (Huginn); reference: N(0, 0.02).
+    init: Literal["reference", "depth_scaled"] = "reference"
 
     @property
     def head_dim(self) -> int:
@@ -80,16 +88,50 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
-class LoopsConfig:
-    """How many loops a training step runs. The number is drawn from (run.seed, step): the same at every layout."""
+class ActConfig:
+    """Which loop's state goes on (adaptive computation time)."""
 
-    distribution: Literal["fixed", "poisson"] = "fixed"
-    mean: int | None = None  # None: model.max_loop_iters
-    maximum: int | None = None  # largest number that is drawn; None: model.max_loop_iters, or the mean if that is more
+    # off: the last loop's; nothing halts. reference: the sum of all, weighted by halting probabilities, as OpenMythos
+    # has it, which loses the mass that is left after the last loop. safe: the same, but the last loop takes what is
+    # left. ponder: every loop's in training, each with its halting probability (loops.objective=per_loop); otherwise
+    # the first at which their sum reaches model.act_threshold. None: off, and reference in model.mode=reference.
+    mode: Literal["reference", "safe", "ponder", "off"] | None = None
+    ponder_cost: float = 0.0  # nats of loss for each loop that a token is expected to take
+    kl: float = 0.0  # weight of KL(halting distribution, prior)
+    # Of the geometric prior (PonderNet), the probability to halt in a loop; None: a uniform prior (Ouro's entropy).
+    prior: float | None = None
+
+    def mode_of(self, model: MythosConfig) -> str:
+        """The mode, whoever set it."""
+        return self.mode or ("reference" if model.mode == "reference" else "off")
+
+
+@dataclass(frozen=True)
+class LoopsConfig:
+    """How many loops training runs. Numbers are drawn from (run.seed, step): the same at every layout."""
+
+    # poisson: at least 1 (Parcae). lognormal_poisson: 1 + Poisson of a log-normal rate (Huginn), a heavy tail.
+    # uniform_set: any of `set`.
+    distribution: Literal["fixed", "poisson", "lognormal_poisson", "uniform_set"] = "fixed"
+    mean: int | None = None  # None: model.max_loop_iters, or the set's
+    maximum: int | None = None  # larger numbers that are drawn become this; None: four times the mean
+    sigma: float = 0.5  # lognormal_poisson: standard deviation of the rate's logarithm
+    set: tuple[int, ...] = ()
+    per: Literal["step", "sequence"] = "step"  # whether the sequences of a step have one number, or each its own
+    # The mean grows from 1 in the first `curriculum_steps` steps: along a line, or as 1 - sqrt(1 - x).
+    curriculum: Literal["none", "linear", "1-sqrt"] = "none"
+    curriculum_steps: int = 0
     backprop: int | None = None  # gradient flows through the last so many loops; None: through all
+    # final: the loss of what the last loop leaves. per_loop: the mean over loops of the loss if that loop were the last
+    # (act.mode=ponder: each with its halting probability); where shards have targets for each loop, with these.
+    objective: Literal["final", "per_loop"] = "final"
+    telemetry_every: int = 50  # steps between looks at what happens inside the loops; 0: none
+    sweep: tuple[int, ...] = ()  # numbers of loops that evaluation measures besides the mean: a curve over depth
 
     def mean_of(self, model: MythosConfig) -> int:
         """The loops that a step runs on average; evaluation runs as many, and stages are balanced for them."""
+        if self.distribution == "uniform_set" and self.set:
+            return max(1, round(sum(self.set) / len(self.set)))
         return model.max_loop_iters if self.mean is None else self.mean
 
 
@@ -216,6 +258,7 @@ class Config:
 
     model: MythosConfig = field(default_factory=MythosConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    act: ActConfig = field(default_factory=ActConfig)
     loops: LoopsConfig = field(default_factory=LoopsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -188,7 +188,7 @@ def _config_problems(manifest: Manifest, seq_len: int, vocab_size: int) -> Itera
 def _differences(corpora: list[Corpus]) -> Iterator[str]:
     """Why the last of `corpora` cannot be mixed with the first."""
     first, last = corpora[0], corpora[-1]
-    for key in ("seq_len", "tokenizer_sha256", "eos_id"):
+    for key in ("seq_len", "tokenizer_sha256", "eos_id", "targets"):
         here, there = getattr(last.manifest, key), getattr(first.manifest, key)
         if here != there:
             yield f"{key}={here}, but {first.folder} has {there}; convert one of them like the other"

@@ -55,8 +55,8 @@ class SplitCounts:
     documents: int
     tokens: int  # without EOS
     windows: int
-    tokens_written: int  # windows * (seq_len + 1)
-    tokens_dropped: int  # at the very end of the split: at most seq_len
+    tokens_written: int  # windows * window
+    tokens_dropped: int  # at the very end of the split: less than a window
     eos_dropped: int  # of tokens_dropped: the shards hold documents - eos_dropped EOS tokens
 
 
@@ -91,6 +91,14 @@ class Manifest:
     splits: dict[str, SplitCounts]
     skipped: tuple[Skipped, ...] = field(default=())
     fingerprint: str = ""
+    # Rows of seq_len labels behind the seq_len + 1 tokens of each window, row t for what the model should say after
+    # loop t, the last row for all loops behind it; a label that is `eos_id` does not count. 0: labels are next tokens.
+    targets: int = 0
+
+    @property
+    def window(self) -> int:
+        """Numbers in a window."""
+        return self.seq_len + 1 + self.targets * self.seq_len
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings."""

@@ -35,9 +35,14 @@ class MicroBatch(NamedTuple):
     """
 
     input_ids: Tensor  # (B, S) int64
-    labels: Tensor  # (B, S) int64
+    labels: Tensor  # (B, S) int64; of shards with targets (B, T, S), see Manifest.targets
     document_ids: Tensor  # (B, S) int32, of each input token, from 0 in each window
     sample_ids: Tensor  # (B,) int64
+
+    @property
+    def final_labels(self) -> Tensor:
+        """(B, S): what is to be said in the end."""
+        return self.labels if self.labels.dim() == 2 else self.labels[:, -1]
 
 
 class ReplicaStream:
@@ -98,7 +103,8 @@ class ReplicaStream:
         self._first = replica * self._per_step
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
-        self._windows = _Reads(Windows(shards, seq_len + 1, verify, cache))
+        self._seq_len, self._targets = seq_len, corpora[0].manifest.targets
+        self._windows = _Reads(Windows(shards, corpora[0].manifest.window, verify, cache))
 
     def step(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches of optimizer step `step` (from 0), read here and now.
@@ -155,10 +161,14 @@ class ReplicaStream:
                 f"token {windows[row, column]} is outside model.vocab_size={self._vocab_size}; "
                 "the shards are damaged, convert them again"
             )
-        inputs = windows[:, :-1]
+        S = self._seq_len
+        inputs, labels = windows[:, :S], windows[:, 1 : S + 1].astype(np.int64)
+        if self._targets:
+            labels = windows[:, S + 1 :].astype(np.int64).reshape(-1, self._targets, S)
+            labels[labels == self._eos_id] = -100  # PyTorch's own for a label that does not count
         return MicroBatch(
             torch.from_numpy(inputs.astype(np.int64)),
-            torch.from_numpy(windows[:, 1:].astype(np.int64)),
+            torch.from_numpy(labels),
             torch.from_numpy(document_ids(inputs, self._eos_id)),
             torch.tensor(ids, dtype=torch.int64),
         )

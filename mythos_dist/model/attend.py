@@ -56,6 +56,13 @@ class Documents:
     ends: Tensor  # (documents + 1,) int32: 0, then the ends
     longest: int  # tokens
 
+    def repeated(self, times: int) -> "Documents":
+        """For so many copies of the batch, one behind the other."""
+        total = self.spans[-1][1]
+        spans = [(start + i * total, end + i * total) for i in range(times) for start, end in self.spans]
+        starts = [self.ends[:1], *(self.ends[1:] + i * total for i in range(times))]
+        return Documents(spans, torch.cat(starts), self.longest)
+
 
 def find_documents(document_ids: Tensor) -> Documents | None:
     """(B, S) ids, equal within a document -> where they lie; None if each row is one. Waits once for the GPU."""

@@ -6,14 +6,15 @@ Rotary channels turn in adjacent pairs. `mythos_dist.model.attend` has the kerne
 # B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,
 # R rotary channels, L latent, d channels of a query or key head, v channels of a value head.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import Documents, Kernel, attend, find_documents
-from mythos_dist.model.norm import Norm
+from mythos_dist.model.norm import EPS, Norm
 from mythos_dist.model.recompute import recomputed
 from mythos_dist.parallel.collectives import gather_together
 from mythos_dist.parallel.mesh import Mesh
@@ -58,6 +59,11 @@ class Context:
     documents: Documents | None = None  # None when every row is one document
     cache: KVCache | None = None
 
+    def repeated(self, times: int) -> "Context":
+        """For so many copies of the batch, one behind the other."""
+        documents = None if self.documents is None else self.documents.repeated(times)
+        return replace(self, documents=documents)
+
 
 def build_context(
     config: MythosConfig,
@@ -79,6 +85,11 @@ def build_context(
     rope = torch.polar(torch.ones_like(angles), angles)
     documents = None if document_ids is None else find_documents(document_ids)
     return Context(rope, kernel, documents, cache)
+
+
+def same_length(x: Tensor) -> Tensor:
+    """x (..., d) with a mean square of 1: RMSNorm without weights."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -106,6 +117,8 @@ class GQAttention(nn.Module):
         self.wk = CutLinear(config.dim, kv_dim, "outputs", mesh)
         self.wv = CutLinear(config.dim, kv_dim, "outputs", mesh)
         self.wo = CutLinear(config.dim, config.dim, "inputs", mesh)
+        if config.qk_norm:
+            self.qk_norm = whole_on_every_rank(Norm(config.head_dim), mesh, inside=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
@@ -117,6 +130,8 @@ class GQAttention(nn.Module):
         return self.wo(recomputed(self.selective, self._mix, q, k, v, context, cache_key)).view_as(x)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: str) -> Tensor:
+        if self.config.qk_norm:  # one weight for both: only its product with the keys' would count
+            q, k = self.qk_norm(q), same_length(k)
         q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if context.cache is not None:
             k, v = context.cache.append(cache_key, torch.stack([k, v], dim=2)).unbind(2)
@@ -156,6 +171,8 @@ class MLAttention(nn.Module):
         self.kv_norm = whole_on_every_rank(Norm(latent), mesh, inside=True)
         self.kv_up = CutLinear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
         self.wo = CutLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
+        if config.qk_norm:
+            self.qk_norm = whole_on_every_rank(Norm(config.head_dim), mesh, inside=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
@@ -170,7 +187,8 @@ class MLAttention(nn.Module):
         """Latents of queries (N, -) and keys and values (N, L + R), whole -> this rank's heads (N, H * v)."""
         c = self.config
         nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
-        q_nope, q_rope = self.q_up(self.q_norm(q)).view(*shape, -1, nope + rope).split([nope, rope], dim=-1)
+        q = self.q_up(self.q_norm(q)).view(*shape, -1, nope + rope)
+        q_nope, q_rope = (self.qk_norm(q) if c.qk_norm else q).split([nope, rope], dim=-1)
         latent, k_rope = kv.split([c.kv_lora_rank, rope], dim=-1)  # (N, L), (N, R)
         turned = apply_rope(torch.cat([q_rope, k_rope.view(*shape, 1, rope)], dim=2), context.rope)
         q_rope, k_rope = turned.split([q_rope.shape[2], 1], dim=2)
@@ -183,4 +201,6 @@ class MLAttention(nn.Module):
         kv = self.kv_up(self.kv_norm(latent)).view(shape[0], -1, q.shape[2], nope + c.v_head_dim)
         k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)  # (B, T, H, -)
         k = torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
+        if c.qk_norm:
+            k = same_length(k)  # rotation does not change a length, so it can come behind
         return attend(q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0)

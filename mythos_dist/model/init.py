@@ -2,51 +2,78 @@
 
 A parameter is cut into blocks of rows along its flattened leading dims, and each block has a generator of its own:
 whoever holds a slice draws only the blocks that the slice touches, and gets the numbers that everybody gets.
-Scheme: OpenMythos', N(0, 0.02) for every matrix and table, ones for norms, 0 / 0 / 0.1 for the injection.
+Scheme: OpenMythos', N(0, 0.02) for every matrix and table, ones for norms, 0 / 0 / 0.1 for the injection; or Huginn's
+for the matrices of blocks (`model.init`), and Parcae's for its injection.
 """
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
+from mythos_dist.config.schema import MythosConfig
 from mythos_dist.parallel.tensor import Slice, slice_of
 
 STD = 0.02
+_REFERENCE = MythosConfig()
 _BLOCK_NUMBERS = 1 << 20  # about how many numbers one generator draws
 
 
+DECAY = 0.447  # what Parcae's injection leaves of a state in one loop, at first
+_OUTPUTS = ("attn.wo.weight", ".down.weight", "experts.w2")  # what writes to the residual stream
+
+
 def normal_block(seed: int, name: str, block: int, rows: int, columns: int) -> Tensor:
-    """The values of one block, (rows, columns) fp32, N(0, 0.02)."""
+    """The values of one block, (rows, columns) fp32, N(0, 1)."""
     digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(rows, columns, generator=generator) * STD
+    return torch.randn(rows, columns, generator=generator)
+
+
+def deviation(config: MythosConfig, name: str) -> float:
+    """Standard deviation that a matrix or table begins with, by its canonical name."""
+    block = name.startswith(("prelude.", "coda.", "recurrent.block.")) and not name.endswith("router.weight")
+    if config.init == "reference" or not block:
+        return STD
+    layers = config.prelude_layers + config.max_loop_iters + config.coda_layers
+    return math.sqrt(2 / (5 * config.dim)) / (math.sqrt(2 * layers) if name.endswith(_OUTPUTS) else 1)
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module, seed: int) -> None:
+def init_parameters(model: nn.Module, seed: int, config: MythosConfig = _REFERENCE) -> None:
     """Fill every parameter of `model` that is not on the meta device."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            _fill(parameter, name, seed)
+            _fill(parameter, name, config, seed)
 
 
-def _fill(parameter: Tensor, name: str, seed: int) -> None:
+def _fill(parameter: Tensor, name: str, config: MythosConfig, seed: int) -> None:
     parent, _, leaf = name.rpartition(".")
     if parent.endswith("norm"):
         parameter.fill_(1.0)
     elif parent.endswith("injection"):
-        parameter.fill_(0.1 if leaf == "B" else 0.0)
+        # softplus(delta) = -log(DECAY), and exp(log_A) = 1
+        values = {"B": 0.1, "delta": math.log(1 / DECAY - 1)}
+        parameter.fill_(values.get(leaf, 0.0))
+    elif parent.endswith("injection.B"):
+        _fill_identity(parameter, slice_of(parameter))
     elif leaf == "bias":
         parameter.zero_()
     else:
-        _fill_normal(parameter, slice_of(parameter), name, seed)
+        _fill_normal(parameter, slice_of(parameter), name, deviation(config, name), seed)
 
 
-def _fill_normal(parameter: Tensor, part: Slice, name: str, seed: int) -> None:
+def _fill_identity(parameter: Tensor, part: Slice) -> None:
+    rows, columns = (torch.arange(start, stop) for start, stop in zip(part.start, part.stop, strict=True))
+    parameter.zero_()
+    parameter[: len(rows), : len(columns)] = (rows.unsqueeze(1) == columns).to(parameter)
+
+
+def _fill_normal(parameter: Tensor, part: Slice, name: str, std: float, seed: int) -> None:
     parameter.zero_()  # what lies behind the slice stays so
     n_rows = part.whole[:-1]
     total = 1
@@ -56,7 +83,7 @@ def _fill_normal(parameter: Tensor, part: Slice, name: str, seed: int) -> None:
 
     @functools.lru_cache(maxsize=1)  # neighbouring runs share a block
     def drawn(block: int) -> Tensor:
-        return normal_block(seed, name, block, min(step, total - block * step), part.whole[-1])
+        return normal_block(seed, name, block, min(step, total - block * step), part.whole[-1]) * std
 
     for local, row, length in _runs(part):
         target = parameter[local[:-1]].narrow(0, local[-1], length).narrow(1, 0, part.shape[-1])

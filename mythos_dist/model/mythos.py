@@ -1,20 +1,21 @@
 """The Recurrent-Depth Transformer: embedding, prelude, one looped block, coda, norm, and the embedding again as head.
 
 `Mythos(config)` is a plain module on one process. `mode: reference` gives OpenMythos 0.5.0's numbers at equal weights
-(`load_open_mythos`); `mode: train` differs only in the halting mass of the last loop and in a router bias that moves.
+(`load_open_mythos`); `mode: train` has a router bias that moves, and the loops as `act.*` and `model.*` choose them.
 A mesh makes it hold this rank's slices, a `Part` this pipeline stage's layers; names stay those of the whole model.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,
-# E experts.
+# E experts, R readouts: 1, or the loops that gradient flows through (loops.objective=per_loop).
 
-from typing import Literal, TypedDict
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.check import model_problems
-from mythos_dist.config.schema import ExpertsConfig, MythosConfig
+from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.attention import Context, KVCache, build_context
@@ -22,8 +23,8 @@ from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.model.recurrence import Carry, Recurrent
-from mythos_dist.parallel.collectives import sum_over
+from mythos_dist.model.recurrence import Carry, Loops, Read, Recurrent
+from mythos_dist.parallel.collectives import gather, sum_over
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import Part
 from mythos_dist.parallel.tensor import IGNORED, Embedding, whole_on_every_rank
@@ -32,9 +33,10 @@ from mythos_dist.parallel.tensor import IGNORED, Embedding, whole_on_every_rank
 class Losses(TypedDict):
     """What a training pass returns. A plain dict of tensors: DeepSpeed's ZeRO-3 hooks walk through it."""
 
-    objective: Tensor  # (): what is differentiated, cross entropy plus auxiliary losses
-    cross_entropy: Tensor  # (): mean over the tokens that count, in nats, detached
+    objective: Tensor  # (): what is differentiated, cross entropy of all readouts plus auxiliary losses
+    cross_entropy: Tensor  # (): of the last readout, mean over the tokens that count, in nats, detached
     tokens: Tensor  # (): how many labels count
+    correct: Tensor  # (B, S) bool: where the last readout's highest logit is the label's
     expert_counts: Tensor  # (n_loops, E) int64: (token, expert) pairs per loop and expert
 
 
@@ -45,6 +47,7 @@ class Mythos(nn.Module):
         self,
         config: MythosConfig,
         *,
+        act: ActConfig | None = None,
         experts: ExpertsConfig | None = None,
         recompute: Recompute | None = None,
         attention: Literal["auto", "flash_attn", "sdpa"] = "auto",
@@ -55,23 +58,24 @@ class Mythos(nn.Module):
         super().__init__()
         if problems := model_problems(config):
             raise UserError(problems)
+        act = act or ActConfig()
         experts = experts or ExpertsConfig()
         recompute = recompute or Recompute()
         self.config = config
         self.attention = attention
         self.mesh = mesh
         self.part = part = part or Part.whole(config)
-        self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0
+        self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0 or act.ponder_cost + act.kl > 0
         selective = recompute.kind == "selective"
         if part.first or part.last:
             self.embed = Embedding(config.vocab_size, config.dim, mesh)
         self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in part.prelude})
         if part.loops:
-            self.recurrent = Recurrent(config, experts, recompute, mesh)
+            self.recurrent = Recurrent(config, act, experts, recompute, mesh)
         self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in part.coda})
         if part.last:
             self.norm = whole_on_every_rank(Norm(config.dim), mesh)
-        init_parameters(self, seed)
+        init_parameters(self, seed, config)
 
     def forward(
         self,
@@ -82,33 +86,37 @@ class Mythos(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         backprop: int | None = None,
+        loops: Loops | None = None,
     ) -> Tensor | Losses:
         """input_ids (B, S) -> logits (B, S, V); with labels (B, S), the `Losses` of predicting them.
 
         n_loops: turns of the recurrent block, by default `max_loop_iters`, and any number from 1 on.
+        labels: also (B, T, S), one row after each loop, the last for it and all that come behind; see `losses`.
         document_ids: (B, S), equal within a document; attention then stays inside documents.
         cache: keys and values of the tokens before these; this call adds its own.
         backprop: gradient flows through the last so many loops only; None: through all.
+        loops: instead of n_loops and backprop, with all that can be said of loops.
         Raises UserError when the tokens go beyond the context or n_loops is below 1.
         """
         config = self.config
-        n_loops = config.max_loop_iters if n_loops is None else n_loops
+        if loops is None:
+            n_loops = config.max_loop_iters if n_loops is None else n_loops
+            loops = Loops(n_loops, 0 if backprop is None else max(0, n_loops - backprop))
         end = input_ids.shape[1] + (cache.tokens if cache is not None else 0)
         if end > config.max_seq_len:
             raise UserError(
                 f"a sequence of {end} tokens is longer than the context model.max_seq_len={config.max_seq_len}"
             )
-        if n_loops < 1:
-            raise UserError(f"n_loops={n_loops} must be at least 1")
+        if loops.n_loops < 1:
+            raise UserError(f"n_loops={loops.n_loops} must be at least 1")
 
         context = self.context(input_ids, document_ids, cache)
-        frozen = 0 if backprop is None else max(0, n_loops - backprop)
-        (x, auxiliary), counts = self.run((input_ids,), range(n_loops), n_loops, frozen, context)
+        state, counts = self.run((input_ids,), range(loops.n_loops), loops, context)
         if cache is not None:
             cache.tokens = end
         if labels is None:
-            return self.embed.whole_logits(self.embed(x, as_head=True))
-        return self.losses(x, labels, auxiliary, counts)
+            return self.embed.whole_logits(self.embed(state[0], as_head=True))
+        return self.losses(state, labels, loops, counts)
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
         """What the layers share in a pass over input_ids (B, S); see `forward` for the other arguments."""
@@ -117,57 +125,102 @@ class Mythos(nn.Module):
         return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel)
 
     def run(
-        self, state: tuple[Tensor, ...], turns: range, n_loops: int, frozen: int, context: Context
+        self, received: Sequence[Tensor], turns: range, loops: Loops, context: Context
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Run the layers that this rank holds, and of the `n_loops` loops those of `turns`.
+        """Run the layers that this rank holds, and of all loops those of `turns`.
 
-        state: before the first layer (input_ids,); in the prelude (x,), x (B, S', D); between loops a `Carry`; in the
-        coda, and behind the last norm, (x, auxiliary losses).
+        received: before the first layer (input_ids,); in the prelude (x,), x (B, S', D); between loops a `Carry`, and
+        with readouts a `Read` of those so far; behind them (x, auxiliary losses), and with readouts, which make x
+        (R * B, S', D), their weights (R, B, S').
         Returns the state behind this rank's layers and the counts (len(turns), E).
         """
         part = self.part
-        state = tuple(state)
+        state: Any = tuple(received)
         counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=state[0].device)
         if part.first:
             state = (self.embed(state[0]),)
         for i, block in self.prelude.items():
             state = (block(state[0], context, f"prelude.{i}"),)
         if part.loops:
-            carry = Carry.start(*state) if part.loops_start else Carry(*state)
-            carry, counts = self.recurrent(carry, turns, n_loops, context, frozen)
-            state = (carry.mixed.to(carry.e.dtype), carry.loss) if part.loops_end else tuple(carry)
-        for i, block in self.coda.items():
-            x, auxiliary = state[0], state[-1]
-            state = (block(x, context, f"coda.{i}"), auxiliary)
+            carry = self.recurrent.start(state[0], loops) if part.loops_start else Carry(*state[:5])
+            before = state[5:]
+            carry, counts, read = self.recurrent(carry, turns, loops, context)
+            if loops.readouts and before:
+                read = Read(torch.cat([before[0], read.states]), torch.cat([before[1], read.weights]))
+            if part.loops_end:
+                state = self._behind_loops(carry, read, loops)
+            else:
+                state = (*carry, *read) if loops.readouts else carry
+        if part.last or self.coda:
+            repeated = context.repeated(state[2].shape[0]) if loops.readouts else context
+            for i, block in self.coda.items():
+                state = (block(state[0], repeated, f"coda.{i}"), *state[1:])
         if part.last:
-            x, auxiliary = state[0], state[-1]
-            state = (self.norm(x), auxiliary)
+            state = (self.norm(state[0]), *state[1:])
         return state, counts
 
-    def arrives(self, batch: int, seq_len: int) -> list[tuple[torch.Size, torch.dtype]]:
-        """Shapes and dtypes of the state that the stage before this one hands on for (batch, seq_len) tokens."""
+    @staticmethod
+    def _behind_loops(carry: Carry, read: Read, loops: Loops) -> tuple[Tensor, ...]:
+        if loops.readouts:
+            return read.states.flatten(0, 1), carry.loss, read.weights
+        return carry.mixed.to(carry.e.dtype), carry.loss
+
+    def arrives(self, batch: int, seq_len: int, readouts: int = 0) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shapes and dtypes of the state that the stage before this one hands on for (batch, seq_len) tokens, with so
+        many readouts; 0: none are made."""
         tokens = seq_len // self.mesh.tensor.size if self.mesh.sequence else seq_len
         shape, dtype = torch.Size([batch, tokens, self.config.dim]), next(self.parameters()).dtype
         x, loss = (shape, dtype), (torch.Size([1]), torch.float32)
-        if self.part.behind_loops:
-            return [x, loss]
-        if not self.part.loops or self.part.loops_start:
+        if (not self.part.loops and not self.part.behind_loops) or (self.part.loops and self.part.loops_start):
             return [x]
-        return [x, x, (shape, torch.float32), (shape[:2], torch.float32), loss]  # a Carry
+        weights = [(torch.Size([readouts, *shape[:2]]), torch.float32)] * (readouts > 0)
+        if self.part.behind_loops:
+            return [(torch.Size([max(1, readouts) * batch, *shape[1:]]), dtype), loss, *weights]
+        carry = [x, x, (shape, torch.float32), (shape[:2], torch.float32), loss]
+        return carry + [(torch.Size([readouts, *shape]), dtype)] * (readouts > 0) + weights
 
-    def losses(self, x: Tensor, labels: Tensor, auxiliary: Tensor, counts: Tensor) -> Losses:
-        """x (B, S', D) behind the last norm, labels (B, S), this rank's auxiliary losses (1,), counts (n_loops, E)."""
-        tokens = (labels != IGNORED).sum()
-        cross_entropy = self.embed(x, labels=labels) / tokens.clamp(min=1)
+    def losses(self, state: tuple[Tensor, ...], labels: Tensor, loops: Loops, counts: Tensor) -> Losses:
+        """state: what `run` leaves behind the last norm. counts (n_loops, E).
+
+        labels (B, S), or (B, T, S): row t after loop t of each sequence, the last row for all loops behind it. Each
+        readout's mean over its labels that count is weighted by what its loop counts, and the last one is reported.
+        """
+        x, auxiliary, *rest = state
+        if labels.dim() == 2:
+            labels = labels.unsqueeze(1)
+        final, weights = labels[:, -1], None  # (B, S)
+        if rest:
+            (weights,) = rest
+            if self.mesh.sequence:
+                weights = gather(weights, self.mesh.tensor, 2, partial=False)
+            wanted = self._labels_by_loop(labels, loops, weights.shape[0])
+            final = wanted[-1]
+            counted = (wanted != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # by each readout
+            weights = (weights * (counted[-1] / counted)).flatten(0, 1)  # of the size of 1: fp16 keeps small ones badly
+            found = self.embed(x, labels=wanted.flatten(0, 1), weights=weights)
+        else:
+            found = self.embed(x, labels=final)
+        B, tokens = final.shape[0], (final != IGNORED).sum()
         auxiliary = auxiliary.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
             auxiliary = sum_over(auxiliary, self.mesh.tensor)
         return Losses(
-            objective=cross_entropy + auxiliary,
-            cross_entropy=cross_entropy.detach(),
+            objective=found.total / tokens.clamp(min=1) + auxiliary,
+            cross_entropy=found.losses[-B:].sum() / tokens.clamp(min=1),
             tokens=tokens,
+            correct=found.correct[-B:],
             expert_counts=counts,
         )
+
+    @staticmethod
+    def _labels_by_loop(labels: Tensor, loops: Loops, readouts: int) -> Tensor:
+        """labels (B, T, S) -> (R, B, S): those of the last R loops."""
+        B, T, _ = labels.shape
+        rows = []
+        for t in range(loops.n_loops - readouts, loops.n_loops):
+            turn = torch.as_tensor(loops.own_turn(t), device=labels.device).expand(B).clamp(max=T - 1)
+            rows.append(labels[torch.arange(B, device=labels.device), turn])
+        return torch.stack(rows)
 
     def compile_blocks(self) -> None:
         """Let `torch.compile` take each block; names and state stay."""

@@ -1,30 +1,53 @@
 """The recurrent block: one transformer block, applied `n_loops` times to a state h with the input e injected each time.
 
-u = block(norm(h + signal(t) + e)) plus its depth LoRA; h = A * h + B * e + u with A in (0, 1) by construction
-(Parcae, Prairie et al. 2026); the output is the sum of h weighted by halting probabilities (ACT, Graves 2016).
-`e` is the prelude's output and stays fixed. Every rank runs the same number of loops: a loop holds collectives, so a
-rank that left early would hang the others. Tokens that have halted add with weight zero instead.
+u = block(norm(h + signal(t) + e)) plus its depth LoRA; h = A * h + injected(e) + u with A in (0, 1) by construction
+(Parcae, Prairie et al. 2026). What goes on is the last h, or the sum of h weighted by halting probabilities (ACT,
+Graves 2016), or every loop's h (PonderNet, Banino et al. 2021; Ouro, Zhu et al. 2025). `e` is the prelude's output.
+
+Every rank runs the same number of loops: a loop holds collectives, so a rank that left early would hang the others.
+Tokens that have halted add with weight zero instead. A sequence with fewer loops than the others joins later, so that
+all end together: gradient through the last k loops is then through the last k of each sequence.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, E experts,
-# r rank of the depth LoRA.
+# r rank of the depth LoRA, R loops that are read out.
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos_dist.config.schema import ExpertsConfig, MythosConfig
+from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute, recomputed
-from mythos_dist.parallel.collectives import gather_together
+from mythos_dist.model.watch import Watch
+from mythos_dist.parallel.collectives import enter, gather_together, leave
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import live_turns
-from mythos_dist.parallel.tensor import cut_parameter, whole_on_every_rank
+from mythos_dist.parallel.tensor import CutLinear, cut_parameter, whole_on_every_rank
+
+
+class Loops(NamedTuple):
+    """The loops of one pass, known before it begins and the same on every rank that sees these sequences."""
+
+    n_loops: int
+    frozen: int = 0  # so many of them, the first ones, get no gradient
+    depths: Tensor | None = None  # (B,) loops of each sequence, at most n_loops; None: n_loops
+    seeds: Tensor | None = None  # (B,) int64: of random initial states; None: 0 to B - 1
+    readouts: bool = False  # read out, behind every loop with a gradient, what would go on if it were the last
+
+    def started(self, t: int) -> Tensor | None:
+        """Which sequences take part in loop t, (B, 1, 1); None: all of them."""
+        return None if self.depths is None else (self.depths > self.n_loops - 1 - t).view(-1, 1, 1)
+
+    def own_turn(self, t: int) -> int | Tensor:
+        """Which loop of its own, from 0, loop t is for each sequence: (B,), or one number for all."""
+        return t if self.depths is None else (t - self.n_loops + self.depths).clamp(min=0)
 
 
 def loop_signals(turns: range, dim: int, like: Tensor) -> Tensor:
@@ -48,11 +71,32 @@ class Injection(nn.Module):
         self.B = nn.Parameter(torch.empty(dim))
         whole_on_every_rank(self, mesh)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """A and B, (D,) each: the same in every loop."""
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A and B (D,), e as it is: the same in every loop."""
         # The clamp keeps the exponential finite for any value that an optimizer step may reach.
         A = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
-        return A.to(self.B.dtype), self.B.clone()  # ZeRO-3 takes a parameter's own numbers away behind its module
+        return A.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 takes a parameter's numbers away behind its module
+
+
+class ParcaeInjection(nn.Module):
+    """Parcae's: A = exp(-dt * exp(log_A)) with a step dt = softplus(delta) per channel, and dt * (B @ e), B (D, D)."""
+
+    def __init__(self, dim: int, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+        self.log_A = nn.Parameter(torch.empty(dim))
+        self.delta = nn.Parameter(torch.empty(dim))
+        self.B = CutLinear(dim, dim, "inputs", mesh)
+        whole_on_every_rank(self, mesh)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A and dt (D,), B @ e (B, S', D): one product, for all loops."""
+        dt = F.softplus(self.delta.float())
+        A = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
+        whole, width = enter(e, self.mesh), self.B.weight.shape[1]
+        first = self.mesh.tensor.rank * width
+        own = F.pad(whole, (0, max(0, first + width - whole.shape[-1])))[..., first : first + width]
+        return A.to(e.dtype), dt.to(e.dtype), leave(self.B(own), self.mesh)
 
 
 class Fixed(NamedTuple):
@@ -60,61 +104,111 @@ class Fixed(NamedTuple):
 
     A: Tensor  # (D,)
     B: Tensor  # (D,)
-    signals: tuple[Tensor, ...]  # (D,) per turn of this stage
+    injected: Tensor  # (B, S', D): B * injected is added in every loop
+    signals: tuple[Tensor, ...]  # (D,) per turn of this stage; (B, 1, D) where sequences differ; empty: none
     first: int  # the turn of the first signal
 
 
 class DepthLoRA(nn.Module):
     """u + ((u @ down^T) * scale[t]) @ B: a low-rank correction whose diagonal depends on the loop (Bae et al. 2024).
+    With `per_loop` each loop has its own down and B instead of a row of `scale`.
 
     The rank r is cut over the tensor axis. To use it each rank gathers the 2 * D * r weights: that sends r / N of what
     it would take to gather the N tokens' states and to add up the results.
     """
 
-    def __init__(self, dim: int, rank: int, max_loops: int, mesh: Mesh):
+    def __init__(self, dim: int, rank: int, max_loops: int, per_loop: bool, mesh: Mesh):
         super().__init__()
         self.mesh = mesh
-        self.down = cut_parameter((rank, dim), {0: mesh.tensor})
-        self.scale = cut_parameter((max_loops, rank), {1: mesh.tensor})
-        self.B = cut_parameter((rank, dim), {0: mesh.tensor})
+        self.max_loops = max_loops
+        self.per_loop = per_loop
+        if per_loop:
+            self.down = cut_parameter((max_loops, rank, dim), {1: mesh.tensor})
+            self.B = cut_parameter((max_loops, rank, dim), {1: mesh.tensor})
+        else:
+            self.down = cut_parameter((rank, dim), {0: mesh.tensor})
+            self.scale = cut_parameter((max_loops, rank), {1: mesh.tensor})
+            self.B = cut_parameter((rank, dim), {0: mesh.tensor})
 
-    def forward(self, u: Tensor, t: int) -> Tensor:
-        """u (B, S', D) -> u plus its correction; loops beyond the table use its last row."""
-        scale = self.scale[min(t, self.scale.shape[0] - 1)]
-        # With sequence parallelism ranks see different tokens, so their gradients are parts; otherwise they are equal.
-        down, scale, B = gather_together([self.down, scale, self.B], self.mesh.tensor, 0, partial=self.mesh.sequence)
+    def forward(self, u: Tensor, t: int | Tensor) -> Tensor:
+        """u (B, S', D), t the loop, or that of each sequence (B,) -> u plus its correction; loops beyond the table use
+        its last row."""
         rows = u.flatten(0, 1)
-        return torch.addmm(rows, F.linear(rows, down) * scale, B).view_as(u)
+        # With sequence parallelism ranks see different tokens, so their gradients are parts; otherwise they are equal.
+        axis, partial = self.mesh.tensor, self.mesh.sequence
+        if self.per_loop:
+            assert isinstance(t, int), "config.check refuses it"
+            t = min(t, self.max_loops - 1)
+            down, B = gather_together([self.down[t], self.B[t]], axis, 0, partial=partial)
+            return torch.addmm(rows, F.linear(rows, down), B).view_as(u)
+        if isinstance(t, int):
+            scale = self.scale[min(t, self.max_loops - 1)]
+            down, scale, B = gather_together([self.down, scale, self.B], axis, 0, partial=partial)
+            return torch.addmm(rows, F.linear(rows, down) * scale, B).view_as(u)
+        scale = self.scale[t.clamp(max=self.max_loops - 1)].t()  # (local r, B)
+        down, scale, B = gather_together([self.down, scale, self.B], axis, 0, partial=partial)
+        scaled = F.linear(u, down) * scale.t().unsqueeze(1)
+        return torch.addmm(rows, scaled.flatten(0, 1), B).view_as(u)
 
 
 class Halting(nn.Module):
-    """The probability that a token halts after this loop, and the weight its state gets.
+    """The probability that a token halts after this loop, and the weight its state gets; `act.mode` says how.
 
-    With `model.halting: none` nothing halts: the last loop's state gets weight 1, the others 0. Otherwise a token whose
-    cumulative probability reaches the threshold gets what is left of 1 and halts. `train` mode gives tokens that are
-    still running at the last loop what is left as well, so weights sum to 1 at any number of loops; the reference loses
-    that mass (0.45 of it at one loop).
+    off: the last loop's state gets weight 1, the others 0; the layer is there all the same, so that checkpoints do not
+    depend on the mode. reference and safe: a token whose cumulative probability reaches the threshold gets what is left
+    of 1 and halts. In the last loop safe gives tokens that are still running what is left as well, so weights sum to 1
+    at any number of loops; the reference loses that mass (0.45 of it at one loop). ponder: the probability is that of
+    halting now if not before; weights are the resulting distribution over loops in training, and otherwise 1 at the
+    first loop where its sum reaches the threshold.
     """
 
-    def __init__(self, config: MythosConfig, mesh: Mesh):
+    def __init__(self, config: MythosConfig, act: ActConfig, mesh: Mesh):
         super().__init__()
-        self.halts = config.halting == "act"
-        if self.halts:
-            self.halt = whole_on_every_rank(nn.Linear(config.dim, 1), mesh)
+        self.mode = act.mode_of(config)
+        self.cost, self.kl, self.prior = act.ponder_cost, act.kl, act.prior
+        self.halt = whole_on_every_rank(nn.Linear(config.dim, 1), mesh)
         self.threshold = config.act_threshold
-        self.last_takes_rest = config.mode == "train"
+        self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that a sequence's tokens are spread over
+
+    @property
+    def regularised(self) -> bool:
+        """Whether `loss` is anything but 0."""
+        return self.cost > 0 or self.kl > 0
 
     def forward(self, h: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """h (B, S', D), mass (B, S') fp32, cumulative -> weight (B, S') fp32, the new mass."""
-        if not self.halts:
-            return torch.full_like(mass, float(last)), mass
+        p = torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(mass)
+        if self.mode == "ponder":
+            return self._ponder(p, mass, last)
         running = mass < self.threshold
-        p = torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(mass) * running
+        p = p * running
         rest = (1.0 - mass) * running  # of those that run it is positive: their mass is below the threshold
         new_mass = mass + p
         # In the last loop too the halting layer takes part: a stage that runs no other must have a gradient for it.
-        halts = torch.ones_like(running) if last and self.last_takes_rest else new_mass >= self.threshold
+        halts = torch.ones_like(running) if last and self.mode == "safe" else new_mass >= self.threshold
         return torch.where(halts, rest, p), new_mass
+
+    def _ponder(self, p: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        # The last loop takes the rest whatever p is; with a zero of p, for a stage that runs no other.
+        weight = (1.0 - mass) * (1.0 + 0.0 * p if last else p)
+        new_mass = mass + weight
+        if torch.is_grad_enabled() and self.training:
+            return weight, new_mass
+        leaves = (mass < self.threshold) & ((new_mass >= self.threshold) | last)
+        return leaves.float(), new_mass
+
+    def loss(self, weight: Tensor, t: int | Tensor, n_loops: int | Tensor, last: bool) -> Tensor:
+        """One loop's part of what halting costs, (): ponder_cost * expected loops + kl * KL(weights, prior), mean over
+        tokens. weight (B, S'), loop t from 0 of n_loops, each for all or (B,).
+        """
+        like = weight.new_zeros(weight.shape[0], 1)
+        t, n_loops = (like + (x.unsqueeze(1) if isinstance(x, Tensor) else x) for x in (t, n_loops))
+        if self.prior is None:
+            log_prior = -n_loops.log()  # uniform: Ouro's entropy, but for a constant
+        else:
+            log_prior = t * math.log1p(-self.prior) + (0.0 if last else math.log(self.prior))  # PonderNet's, cut off
+        divergence = weight * (weight.clamp(min=1e-9).log() - log_prior)
+        return (self.cost * weight * (t + 1) + self.kl * divergence).mean() / self.parts
 
 
 class Carry(NamedTuple):
@@ -126,82 +220,190 @@ class Carry(NamedTuple):
     mass: Tensor  # (B, S') fp32: halting probability so far
     loss: Tensor  # (1,) fp32: auxiliary losses so far, over the number of loops
 
-    @staticmethod
-    def start(e: Tensor) -> "Carry":
-        """Before the first loop, from the prelude's output (B, S', D)."""
-        zeros = e.new_zeros(e.shape, dtype=torch.float32)
-        return Carry(e, e, zeros, zeros[..., 0].clone(), zeros.new_zeros(1))
+
+class Read(NamedTuple):
+    """What would go on behind loops, the first loop's first, and what each counts in the objective."""
+
+    states: Tensor  # (R, B, S', D)
+    weights: Tensor  # (R, B, S') fp32
 
 
 class Recurrent(nn.Module):
     """The looped block and everything that knows which loop it is."""
 
-    def __init__(self, config: MythosConfig, experts: ExpertsConfig, recompute: Recompute, mesh: Mesh):
+    def __init__(self, config: MythosConfig, act: ActConfig, experts: ExpertsConfig, recompute: Recompute, mesh: Mesh):
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.mesh = mesh
         self.norm = whole_on_every_rank(Norm(config.dim), mesh)
         self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective")
-        self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, mesh)
-        self.injection = Injection(config.dim, mesh)
-        self.act = Halting(config, mesh)
+        if config.lora != "none":
+            per_loop = config.lora == "per_loop"
+            self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, per_loop, mesh)
+        if config.injection == "parcae":
+            self.e_norm = whole_on_every_rank(Norm(config.dim), mesh)
+            self.injection = ParcaeInjection(config.dim, mesh)
+        else:
+            self.injection = Injection(config.dim, mesh)
+        self.act = Halting(config, act, mesh)
+        self.watch: Watch | None = None  # set while somebody wants to know how the loops are doing
 
-    def forward(
-        self, carry: Carry, turns: range, n_loops: int, context: Context, frozen: int = 0
-    ) -> tuple[Carry, Tensor]:
-        """Run the loops `turns` of all `n_loops`; no gradient flows through the first `frozen` of them.
+    def start(self, e: Tensor, loops: Loops) -> Carry:
+        """Before the first loop, from the prelude's output (B, S', D)."""
+        if self.config.injection == "parcae":
+            e = self.e_norm(e)
+        zeros = e.new_zeros(e.shape, dtype=torch.float32)
+        h = {"e": lambda: e, "zero": lambda: torch.zeros_like(e), "random": lambda: self._random(e, loops.seeds)}
+        return Carry(h[self.config.initial_state](), e, zeros, zeros[..., 0].clone(), zeros.new_zeros(1))
 
-        Returns the carry and the counts (len(turns), E) of each loop's (token, expert) pairs.
+    def _random(self, e: Tensor, seeds: Tensor | None) -> Tensor:
+        """A state of N(0, 2 / 5) (Huginn, Geiping et al. 2025), drawn for each sequence by itself: the same numbers in
+        whatever micro-batch, on whatever rank of a tensor line."""
+        B, parts, D = e.shape[0], self.mesh.tensor.size if self.mesh.sequence else 1, e.shape[2]
+        generator = torch.Generator(e.device)
+        drawn = torch.empty(B, e.shape[1] * parts, D, device=e.device)
+        for row, seed in zip(drawn, range(B) if seeds is None else seeds.tolist(), strict=True):
+            row.normal_(0.0, math.sqrt(2 / 5), generator=generator.manual_seed(seed))
+        return drawn.chunk(parts, 1)[self.mesh.tensor.rank if parts > 1 else 0].to(e.dtype)
+
+    def forward(self, carry: Carry, turns: range, loops: Loops, context: Context) -> tuple[Carry, Tensor, Read]:
+        """Run the loops `turns`; no gradient flows through the first `frozen` of all.
+
+        Returns the carry, the counts (len(turns), E) of each loop's (token, expert) pairs, and with `loops.readouts`
+        what is read out of those of these loops that gradient flows through.
         """
-        trained = live_turns(turns, frozen) if torch.is_grad_enabled() else range(0)
+        trained = live_turns(turns, loops.frozen) if torch.is_grad_enabled() else range(0)
         self.block.ffn.experts.start_pass(len(trained))
-        A, B = self.injection()
-        fixed = Fixed(A, B, loop_signals(turns, self.config.dim, carry.h).unbind(), turns.start)
+        A, B, injected = self.injection(carry.e)
+        fixed = Fixed(A, B, injected, self._signals(turns, loops, carry.h), turns.start)
         every = self.recompute.every if self.recompute.kind == "loop" else 1
-        counts = []
+        counts: list[Tensor] = []
+        read: list[tuple[Tensor, Tensor]] = []
         t = turns.start
-        while t < turns.stop:
-            live = t >= frozen
-            stop = min(t + every, turns.stop if live else min(frozen, turns.stop))
+        while t < turns.stop and not self._all_halted(carry, context):
+            live = t >= loops.frozen
+            stop = min(t + every, turns.stop if live else min(loops.frozen, turns.stop))
             with torch.set_grad_enabled(live and torch.is_grad_enabled()):
                 # Counts are outputs of the first run: the second one, in the backward, cannot count again.
-                carry, more = recomputed(
-                    self.recompute.kind == "loop", self._loops, range(t, stop), n_loops, carry, fixed, context
+                carry, more, states = recomputed(
+                    self.recompute.kind == "loop", self._loops, range(t, stop), loops, carry, fixed, context
                 )
             counts += more
+            read += states if live else []
             t = stop
-        if torch.is_grad_enabled() and not trained:
-            carry = carry._replace(mixed=_ZeroGradients.apply(carry.mixed, *self.parameters()))
+        if torch.is_grad_enabled():
+            unused = self if not trained else self.act if self.act.mode == "off" else nn.Module()
+            carry = carry._replace(loss=_ZeroGradients.apply(carry.loss, *unused.parameters()))
+        if self.watch is not None and len(turns) > 0:
+            self.watch.rho = A.max()
+            self.watch.gain(lambda h: self._update(turns.stop - 1, loops, h, carry.e, fixed, context)[0], carry.h)
+        counts += [carry.mass.new_zeros(self.config.n_experts, dtype=torch.int64)] * (len(turns) - len(counts))
+        return carry, self._stacked(counts, carry), self._read(read, carry)
+
+    def _signals(self, turns: range, loops: Loops, like: Tensor) -> tuple[Tensor, ...]:
+        if not self.config.loop_signal:
+            return ()
+        if loops.depths is None:
+            return loop_signals(turns, self.config.dim, like).unbind()
+        table = loop_signals(range(loops.n_loops), self.config.dim, like)
+        return tuple(table[loops.own_turn(t)].unsqueeze(1) for t in turns)
+
+    def _stacked(self, counts: list[Tensor], carry: Carry) -> Tensor:
         E = self.config.n_experts
-        return carry, torch.stack(counts) if counts else carry.mass.new_zeros(0, E, dtype=torch.int64)
+        return torch.stack(counts) if counts else carry.mass.new_zeros(0, E, dtype=torch.int64)
+
+    @staticmethod
+    def _read(read: list[tuple[Tensor, Tensor]], carry: Carry) -> Read:
+        if not read:
+            return Read(carry.h.new_zeros(0, *carry.h.shape), carry.mass.new_zeros(0, *carry.mass.shape))
+        states, weights = zip(*read, strict=True)
+        return Read(torch.stack(states), torch.stack(weights))
+
+    def _all_halted(self, carry: Carry, context: Context) -> bool:
+        """Whether what is left would add with weight zero: looked at where nobody waits for this rank's messages, and
+        where no later token will ask for the keys of all loops."""
+        alone = self.mesh.tensor.size == self.mesh.expert.size == self.mesh.pipe.size == 1
+        watched = torch.is_grad_enabled() or context.cache is not None or self.watch is not None
+        if self.act.mode == "off" or watched or not alone:
+            return False
+        return bool((carry.mass >= self.act.threshold).all())
 
     def _loops(
-        self, turns: range, n_loops: int, carry: Carry, fixed: Fixed, context: Context
-    ) -> tuple[Carry, list[Tensor]]:
-        counts = []
+        self, turns: range, loops: Loops, carry: Carry, fixed: Fixed, context: Context
+    ) -> tuple[Carry, list[Tensor], list[tuple[Tensor, Tensor]]]:
+        counts, read = [], []
         for t in turns:
-            carry, stats = self._loop(t, n_loops, carry, fixed, context)
+            carry, stats, answer = self._loop(t, loops, carry, fixed, context)
             counts.append(stats.counts)
-        return carry, counts
+            read += [answer] if loops.readouts else []
+        return carry, counts, read
 
-    def _loop(self, t: int, n_loops: int, carry: Carry, fixed: Fixed, context: Context) -> tuple[Carry, RouterStats]:
+    def _loop(
+        self, t: int, loops: Loops, carry: Carry, fixed: Fixed, context: Context
+    ) -> tuple[Carry, RouterStats, tuple[Tensor, Tensor]]:
+        """The carry behind loop t, the router's statistics, and what can be read out: a state (B, S', D), its weight
+        in the objective (B, S')."""
         h, e, mixed, mass, loss = carry
-        x = self.norm(h + e + fixed.signals[t - fixed.first])
-        # One name for all loops without a cache: `torch.compile` would compile the block for each name.
-        u, stats = self.block(x, context, "recurrent" if context.cache is None else f"recurrent.{t}")
-        u = self.lora(u, t)
-        h = torch.addcmul(torch.addcmul(u, fixed.A, h), fixed.B, e)
-        weight, mass = self.act(h, mass, t == n_loops - 1)
-        mixed = torch.addcmul(mixed, weight.unsqueeze(-1), h.float())
+        joined = loops.started(t - 1)
+        if joined is not None and self.config.initial_state == "e":
+            h = torch.where(joined, h, e)  # what waits through loops without gradient would come without it
+        new_h, stats = self._update(t, loops, h, e, fixed, context)
         if stats.loss is not None:
-            loss = loss + stats.loss / n_loops
-        return Carry(h, e, mixed, mass, loss), stats
+            loss = loss + stats.loss / loops.n_loops
+        started, last = loops.started(t), t == loops.n_loops - 1
+        new_h = new_h if started is None else torch.where(started, new_h, h)
+        if self.act.mode == "off":
+            weight, new_mass = torch.full_like(mass, float(last)), mass
+            mixed = new_h.float() if last else mixed
+        else:
+            weight, new_mass = self.act(new_h, mass, last)
+            if started is not None:
+                weight, new_mass = weight * started.squeeze(-1), torch.where(started.squeeze(-1), new_mass, mass)
+            if self.act.regularised:
+                depths = loops.n_loops if loops.depths is None else loops.depths
+                loss = loss + self.act.loss(weight, loops.own_turn(t), depths, last)
+        read = (new_h, weight)
+        if self.act.mode in ("reference", "safe"):
+            if loops.readouts:
+                rest = (1.0 - mass) * (mass < self.act.threshold) if self.act.mode == "safe" else weight
+                read = (torch.addcmul(mixed, rest.unsqueeze(-1), new_h.float()).to(h.dtype), weight)
+            mixed = torch.addcmul(mixed, weight.unsqueeze(-1), new_h.float())
+        elif self.act.mode == "ponder" and not loops.readouts:
+            mixed = torch.addcmul(mixed, weight.unsqueeze(-1), new_h.float())
+        if loops.readouts and self.act.mode != "ponder":
+            read = (read[0], self._even(loops, mass, started))
+        if self.watch is not None:
+            self.watch.see(t, h, new_h, weight)
+        return Carry(new_h, e, mixed, new_mass, loss), stats, read
+
+    def _update(
+        self, t: int, loops: Loops, h: Tensor, e: Tensor, fixed: Fixed, context: Context
+    ) -> tuple[Tensor, RouterStats]:
+        """The state behind loop t, and the router's statistics."""
+        x = h + e
+        if fixed.signals:
+            x = x + fixed.signals[t - fixed.first]
+        # One name for all loops without a cache: `torch.compile` would compile the block for each name.
+        u, stats = self.block(self.norm(x), context, "recurrent" if context.cache is None else f"recurrent.{t}")
+        if self.config.lora != "none":
+            u = self.lora(u, loops.own_turn(t))
+        return torch.addcmul(torch.addcmul(u, fixed.A, h), fixed.B, fixed.injected), stats
+
+    @staticmethod
+    def _even(loops: Loops, like: Tensor, started: Tensor | None) -> Tensor:
+        """Every loop of a sequence that gradient flows through counts the same."""
+        live = loops.n_loops - loops.frozen
+        if started is None or loops.depths is None:
+            return torch.full_like(like, 1 / live)
+        return (started.squeeze(-1) / loops.depths.clamp(max=live).unsqueeze(1)).expand_as(like).float()
 
 
 class _ZeroGradients(torch.autograd.Function):
     """x as it is; backward gives each parameter a gradient of zeros.
 
-    For a pipeline stage that runs no loop with a gradient in this step: its parameters take part in collectives.
+    For parameters that take part in collectives though nothing was made with them: those of a pipeline stage that runs
+    no loop with a gradient in this step, and those of a halting layer that is off.
     """
 
     @staticmethod

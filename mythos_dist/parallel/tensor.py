@@ -10,7 +10,7 @@ gradients stay among the holders of an expert (`allreduce`, `group_name`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -107,17 +107,20 @@ class Embedding(nn.Module):
         self.first, self.last, _ = cut_range(vocab_size, mesh.tensor)
         self.weight = cut_parameter((vocab_size, dim), {0: mesh.tensor})
 
-    def forward(self, x: Tensor, as_head: bool = False, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, as_head: bool = False, labels: Tensor | None = None, weights: Tensor | None = None
+    ) -> Any:
         """ids (B, S) -> states (B, S or S / tensor, D); as head: states -> this rank's logits (B, S, local V).
 
-        With labels (B, S): states -> the sum of cross entropies, in nats, over those that are not IGNORED: (), fp32.
+        With labels (B, S), and weights (B, S) fp32 or None for ones: states -> a `HeadLoss`.
         """
         if labels is not None:
             rows = enter(x, self.mesh).flatten(0, 1)
-            real = self.last - self.first
-            return _HeadLoss.apply(
-                rows, self.weight, labels.flatten(), self.mesh.tensor, self.first, real, torch.is_grad_enabled()
-            )
+            real, differentiate = self.last - self.first, torch.is_grad_enabled()
+            weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+            axis, flat = self.mesh.tensor, (labels.flatten(), weights.flatten())
+            total, losses, correct = _HeadLoss.apply(rows, self.weight, *flat, axis, self.first, real, differentiate)
+            return HeadLoss(total, losses.view_as(labels), correct.view_as(labels))
         if as_head:
             return F.linear(enter(x, self.mesh), self.weight)
         mine = (x >= self.first) & (x < self.last)
@@ -131,6 +134,14 @@ class Embedding(nn.Module):
         return gather(logits, self.mesh.tensor, -1, partial=False)[..., : self.vocab_size]
 
 
+class HeadLoss(NamedTuple):
+    """What a head has to say of its labels; those that are IGNORED have a loss of 0 and are not correct."""
+
+    total: Tensor  # (): sum of weights * losses, fp32; what gradient flows from
+    losses: Tensor  # (B, S) fp32: cross entropies in nats
+    correct: Tensor  # (B, S) bool: whether the label has the highest logit
+
+
 class _HeadLoss(torch.autograd.Function):
     """The head's product and the cross entropy of its logits, a piece of the tokens at a time, gradients included.
 
@@ -140,32 +151,46 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, labels: Tensor, axis: Axis, first: int, real: int, differentiate: bool
-    ) -> Tensor:
-        """x (N, D), weight (local V, D) of which `real` rows are tokens from `first` on, labels (N,) -> ()."""
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        axis: Axis,
+        first: int,
+        real: int,
+        differentiate: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, D), weight (local V, D) of which `real` rows are tokens from `first` on, labels and weights (N,) ->
+        (), (N,), (N,) of a HeadLoss."""
         N, D = x.shape
         step = max(_LEAST_ROWS, N * D // weight.shape[0])  # a piece's logits are about as large as x
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        losses, correct = weights.new_empty(N), torch.empty_like(labels, dtype=torch.bool)
         grads = [torch.empty_like(x), torch.zeros_like(weight)] if differentiate else []
         for start in range(0, N, step):
             piece = slice(start, start + step)
-            loss, gradient = _cross_entropy(x[piece] @ weight.t(), labels[piece], axis, first, real)
-            total += loss
+            losses[piece], correct[piece], gradient = _cross_entropy(
+                x[piece] @ weight.t(), labels[piece], weights[piece], axis, first, real
+            )
             if grads:
                 torch.mm(gradient, weight, out=grads[0][piece])
                 torch.addmm(grads[1], gradient.t(), x[piece], out=grads[1])
-        ctx.save_for_backward(*grads)
-        return total
+        ctx.save_for_backward(*grads, losses)
+        ctx.mark_non_differentiable(losses, correct)
+        return losses @ weights, losses, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None, None, None, None, None
+    def backward(ctx, grad: Tensor, *_: Tensor):  # type: ignore[override]
+        grad_x, grad_weight, losses = ctx.saved_tensors
+        return grad_x * grad, grad_weight * grad, None, losses * grad, None, None, None, None
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, axis: Axis, first: int, real: int) -> tuple[Tensor, Tensor]:
-    """logits (N, local V), labels (N,) -> the sum of their cross entropies () and its gradient (N, local V).
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor, axis: Axis, first: int, real: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (N, local V), labels and weights (N,) -> cross entropies (N,), whether they are correct (N,), and the
+    gradient of the cross entropies' weighted sum (N, local V).
 
     Three numbers per position travel between the parts of the vocabulary, never the logits.
     """
@@ -183,6 +208,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, axis: Axis, first: int, real:
     sums = torch.stack([x.sum(-1), target])  # of the exponentials; and the label's logit, from whoever holds it
     if axis.size > 1:
         dist.all_reduce(sums, group=axis.group)
-    x.mul_((counts / sums[0]).unsqueeze(-1))  # probabilities, 0 where a label does not count
-    x.scatter_add_(-1, column, -mine.unsqueeze(-1).float())
-    return (sums[0].log() - sums[1]).where(counts, 0.0).sum(), x.to(logits.dtype)
+    weights = weights * counts
+    x.mul_((weights / sums[0]).unsqueeze(-1))  # probabilities, 0 where a label does not count
+    x.scatter_add_(-1, column, (-weights * mine).unsqueeze(-1))
+    return (sums[0].log() - sums[1]).where(counts, 0.0), (sums[1] == 0) & counts, x.to(logits.dtype)

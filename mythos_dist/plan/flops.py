@@ -75,7 +75,7 @@ class _Layers:
         wide, dim = (ceil(size / align) * align for size in (self.cut(c.expert_dim), c.dim))
         experts = Layer(inner=2.0 * 3 * self.routed.pairs * dim * wide)
         shared = self.ffn(c.shared_dim) if c.shared_dim else Layer()
-        halting = n * c.dim if c.halting == "act" else 0
+        halting = n * c.dim if self.config.act.mode_of(c) != "off" else 0
         small = 2.0 * (n * c.dim * c.n_experts + 2 * n * c.dim * self.cut(c.lora_rank) * self.t + halting)
         return self.attention() + experts + shared + Layer(small)
 

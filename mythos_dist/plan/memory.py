@@ -132,13 +132,18 @@ class Tensors:
 
     def loop(self) -> Saved:
         """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the mean."""
-        around = 5 * self.residual + 4 * self.n * self.c.dim
+        around = 5 * self.residual + self.mixed
         lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
         return Saved(around + lora) + self.attention() + self.mixture()
 
+    @property
+    def mixed(self) -> float:
+        """Of each loop, the mixed states in fp32: none are mixed with act.mode=off."""
+        return 0 if self.config.act.mode_of(self.c) == "off" else 4 * self.n * self.c.dim
+
     def carry(self) -> float:
         """What goes into a loop: h, the mixed states in fp32, the halting mass."""
-        return self.residual + 4 * self.n * (self.c.dim + 2)
+        return self.residual + self.mixed + 8 * self.n
 
 
 def static_memory(config: Config, mesh: Mesh, weights: list[Weight]) -> Memory:
@@ -274,8 +279,8 @@ def _loop_moments(
     b, D, M, selective = s.b, s.c.dim, s.routed.pairs, s.selective
     shared, expert = D * s.shared * b, s.local * D * s.expert * b  # one weight of three
     loop, gates = s.loop(), 0 if selective else 2 * s.gate()
-    tail = 2 * s.residual + 4 * s.n * D  # what the end of the loop has let go of: its output twice, and in fp32
-    around = 3 * s.residual + 4 * s.n * D
+    tail = 2 * s.residual + s.mixed  # what the end of the loop has let go of: its output twice, and in fp32
+    around = 3 * s.residual + s.mixed
     spread = s.mesh.expert.size > 1
     back = s.x if s.mesh.sequence else 0.0  # the gradient of the mixture's output, gathered
     for behind in range(min(2, live)):  # loops whose backward is done

@@ -150,5 +150,5 @@ def _recurrent(c: MythosConfig, at: str) -> list[_Whole]:
         _Whole(f"{at}injection.log_A", (c.dim,)),
         _Whole(f"{at}injection.log_dt", (1,)),
         _Whole(f"{at}injection.B", (c.dim,)),
-        *(halting if c.halting == "act" else []),
+        *halting,
     ]

@@ -66,7 +66,7 @@ def verify(folder: str | Path, *, workers: int = 0, quiet: bool = True) -> Repor
     if manifest := _read_manifest(folder, report):
         report.problems += _file_problems(folder, manifest)
         shards = {split: _read_index(folder, split, manifest, report) for split in SPLITS}
-        report.shards, report.tokens = sum(map(len, shards.values())), report.windows * (manifest.seq_len + 1)
+        report.shards, report.tokens = sum(map(len, shards.values())), report.windows * manifest.window
         with Workers(workers, manifest) as crew, Progress(crew, quiet) as progress:
             progress.begin("verifying", report.bytes)
             for split in SPLITS:
@@ -100,7 +100,7 @@ def _read_manifest(folder: Path, report: Report) -> Manifest | None:
 
 def _broken_rules(manifest: Manifest) -> list[str]:
     """Where it contradicts itself, see manifest.py. Raises one of MALFORMED for what is no count or no dtype."""
-    of, splits, window = manifest.documents, manifest.splits.values(), manifest.seq_len + 1
+    of, splits, window = manifest.documents, manifest.splits.values(), manifest.window
     fates = of.written + of.empty + of.low_score + of.duplicate + of.short
     room = np.iinfo(manifest.dtype).max + 1
     ids = f"eos_id={manifest.eos_id} < vocab_size={manifest.vocab_size} <= {room}"
@@ -114,8 +114,8 @@ def _broken_rules(manifest: Manifest) -> list[str]:
         kept, total = one.tokens_written, one.tokens + one.documents
         rules += [
             ("tokens + documents == tokens_written + tokens_dropped", one, total == kept + one.tokens_dropped),
-            ("tokens_written == windows * (seq_len + 1)", one, kept == one.windows * window),
-            ("eos_dropped <= tokens_dropped <= seq_len", one, one.eos_dropped <= one.tokens_dropped < window),
+            ("tokens_written == windows * window", one, kept == one.windows * window),
+            ("eos_dropped <= tokens_dropped < window", one, one.eos_dropped <= one.tokens_dropped < window),
         ]
     rules += [("no count is negative", one, min(vars(one).values()) >= 0) for one in (of, *splits)]
     return [f"manifest.json: {rule} does not hold of {counts}" for rule, counts, holds in rules if not holds]
@@ -185,13 +185,13 @@ def _check(shard: Shard) -> tuple[list[str], int]:
 
 def _entry_problems(entry: dict[str, Any], manifest: Manifest) -> list[str]:
     """What in an entry of index.json does not follow from the manifest or from the format."""
-    window_bytes = (manifest.seq_len + 1) * np.dtype(manifest.dtype).itemsize
+    window_bytes = manifest.window * np.dtype(manifest.dtype).itemsize
     expected = {
         "version": 2,
         "format": "mds",
         "compression": manifest.compression,
         "column_names": ["tokens"],
-        "column_encodings": [f"ndarray:{manifest.dtype}:{manifest.seq_len + 1}"],
+        "column_encodings": [f"ndarray:{manifest.dtype}:{manifest.window}"],
         "column_sizes": [window_bytes],
     }
     found = {name: value for name, value in entry.items() if name not in FREE}
@@ -237,7 +237,7 @@ def _check_content(stream: Any, entry: dict[str, Any], manifest: Manifest) -> tu
     """Of a shard, unpacked: header as the format says, windows in pieces. See mds.py."""
     samples, columns, dtype = entry["samples"], _columns(entry), np.dtype(manifest.dtype)
     begin = 8 + 4 * samples + len(columns)
-    offsets = begin + np.arange(samples + 1) * (manifest.seq_len + 1) * dtype.itemsize
+    offsets = begin + np.arange(samples + 1) * manifest.window * dtype.itemsize
     header = {
         "number of windows": np.uint32(samples).tobytes(),
         "offsets": offsets.astype("<u4").tobytes(),

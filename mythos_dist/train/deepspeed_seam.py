@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mythos_dist.model.moe import MoE
 from mythos_dist.model.mythos import Losses, Mythos
+from mythos_dist.model.recurrence import Loops
 from mythos_dist.parallel.mesh import Mesh, new_group
 from mythos_dist.parallel.packing import pack, unpack
 from mythos_dist.parallel.pipeline import Part
@@ -224,11 +225,11 @@ class Work(NamedTuple):
     """One micro-batch and what a stage is to do with it."""
 
     input_ids: Tensor  # (B, S)
-    labels: Tensor  # (B, S)
+    labels: Tensor  # (B, S) or (B, T, S)
     document_ids: Tensor | None  # (B, S)
     turns: range  # the loops that this stage runs
-    n_loops: int
-    frozen: int  # loops without gradient, the first ones
+    read: int  # how many readouts the stages before it have made
+    loops: Loops
 
 
 class StageLayer(nn.Module):
@@ -253,12 +254,12 @@ class StageLayer(nn.Module):
         work, model = self.work.popleft(), self.model
         context = model.context(work.input_ids, work.document_ids)
         B, S = work.input_ids.shape
-        state = (work.input_ids,) if model.part.first else tuple(unpack(received, model.arrives(B, S)))
-        state, counts = model.run(state, work.turns, work.n_loops, work.frozen, context)
+        state = (work.input_ids,) if model.part.first else tuple(unpack(received, model.arrives(B, S, work.read)))
+        state, counts = model.run(state, work.turns, work.loops, context)
         self.counts.append(counts)
         if not model.part.last:
             return pack(state, next(model.parameters()).dtype)
-        losses = model.losses(state[0], work.labels, state[1], counts)
+        losses = model.losses(state, work.labels, work.loops, counts)
         self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
         return losses["objective"]
 
@@ -266,11 +267,12 @@ class StageLayer(nn.Module):
 class Pipeline(PipelineModule):
     """DeepSpeed's pipeline with one layer per stage, bounds that we chose, and weights that several stages hold."""
 
-    def __init__(self, layer: StageLayer, parts: list[Part], mesh: Mesh):
+    def __init__(self, layer: StageLayer, parts: list[Part], mesh: Mesh, sizes_vary: bool):
+        """sizes_vary: what stages send each other is not of one size in all steps, so they say how large it is."""
         topology = topology_of(mesh)
         layers = [layer if i == mesh.pipe.rank else nn.Identity() for i in range(mesh.pipe.size)]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its random seeds
-            super().__init__(layers, topology=topology)
+            super().__init__(layers, topology=topology, dynamic_shape=sizes_vary)
         self.tied: list[tuple[nn.Parameter, Any, int]] = []  # a weight, who has a copy of it, how many replicas of them
         # The same order on every stage, or their all-reduces would not meet: first the embedding, then the loop.
         holders = {

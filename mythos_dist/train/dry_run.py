@@ -235,7 +235,7 @@ def _fake_tensors() -> Iterator[None]:
     patches = [
         mock.patch.object(torch.cuda, "is_available", without_gpus),
         mock.patch.object(nn.Module, "_apply", _apply),
-        mock.patch("mythos_dist.model.mythos.init_parameters", lambda model, seed: None),
+        mock.patch("mythos_dist.model.mythos.init_parameters", lambda *_: None),
         mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes),
         # ZeRO-3's ranks compare what they are about to do.
         mock.patch("deepspeed.runtime.zero.partition_parameters.assert_ints_same_as_other_ranks", lambda numbers: None),

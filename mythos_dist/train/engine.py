@@ -8,10 +8,11 @@ With one stage `DeepSpeedEngine` runs the passes, with several `PipelineEngine` 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,13 +25,16 @@ from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos
 from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.model.recompute import Recompute
+from mythos_dist.model.recurrence import Loops
+from mythos_dist.model.watch import Watch
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import plan_loops, plan_parts
+from mythos_dist.parallel.pipeline import live_turns, plan_loops, plan_parts
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.tensor import slice_of
 from mythos_dist.parallel.traffic import Totals, Traffic
 from mythos_dist.plan.cost import stage_costs
-from mythos_dist.train.schedule import Loops, learning_rate, loops_at, step_seed
+from mythos_dist.train.depth import HeldOut, Look
+from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, state_seed, step_seed
 
 
 @dataclass
@@ -43,6 +47,7 @@ class StepResult:
     lr: float
     n_loops: int
     backprop: int  # loops that gradient flows through
+    mean_loops: float  # of the sequences, where each has its own number
     expert_counts: Tensor  # (n_loops, E) int64 on the CPU, of the global batch
     skipped: bool  # fp16: gradients overflowed, parameters stayed
     communication: Totals | None  # bytes of all ranks' messages, by axis and kind; None: not counted
@@ -88,6 +93,7 @@ class Engine:
         train, o = config.train, config.optim
         self.model = Mythos(
             config.model,
+            act=config.act,
             experts=config.experts,
             recompute=Recompute(train.recompute, train.recompute_every),
             attention=train.attention,
@@ -108,10 +114,11 @@ class Engine:
             eps=o.eps,
             fused=True,  # one pass over the numbers: on a CPU an eighth of the time of the default
         )
+        readouts = config.loops.objective == "per_loop"  # as many as a step has loops
         self.stage = StageLayer(self.model, groups) if mesh.pipe.size > 1 else None
         self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
-            model=Pipeline(self.stage, self.parts, mesh) if self.stage else self.model,
+            model=Pipeline(self.stage, self.parts, mesh, readouts) if self.stage else self.model,
             optimizer=self.optimizer,
             config=deepspeed_config(config, mesh.data.size),
             mpu=None if self.stage else mpu_of(mesh),
@@ -172,7 +179,7 @@ class Engine:
         # The engine itself learns of the norm after the optimizer only.
         self.optimizer.skip = lambda: float(engine.optimizer._global_grad_norm) > norm_limit
         with self.traffic or contextlib.nullcontext():
-            total, counts = self._passes(list(micro_batches), loops)
+            total, counts = self._passes(list(micro_batches), loops, step)
         self._sum_over_ranks(total, counts)
         skipped = engine.skipped_steps > skipped_before or self.optimizer.skip()
         if not skipped:
@@ -187,26 +194,33 @@ class Engine:
             lr=lr,
             n_loops=loops.n_loops,
             backprop=loops.n_loops - loops.frozen,
+            mean_loops=float(np.mean(loops.depths)) if loops.depths else loops.n_loops,
             expert_counts=counts.cpu(),
             skipped=skipped,
             communication=self.traffic.of_all_ranks() if self.traffic else None,
         )
 
-    def _passes(self, micro_batches: list[MicroBatch], loops: Loops) -> tuple[Tensor, Tensor]:
+    def _passes(self, micro_batches: list[MicroBatch], loops: StepLoops, step: int) -> tuple[Tensor, Tensor]:
         """Forward, backward and the optimizer's step. This rank's sums over the micro-batches: (cross entropy,
         objective), from the last stage; and counts (n_loops, E), each loop's from the stage that ran it."""
         total = torch.zeros(2, dtype=torch.float64, device=device())
         counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
+        readouts = self.config.loops.objective == "per_loop"
+        first = self.mesh.data.rank * self.config.train.global_batch // self.mesh.data.size
+        work = []
+        for i, batch in enumerate(micro_batches):
+            positions = range(first + i * len(batch.labels), first + (i + 1) * len(batch.labels))
+            work.append((batch, batch.labels, self._loops_of(loops, step, positions, readouts)))
         if self.stage:
-            turns = self._hand_out(((batch, batch.labels) for batch in micro_batches), loops)
+            turns = self._hand_out(work)
             self.deepspeed.train_batch(iter(self._tokens(micro_batches)))
             for found in self.stage.counts:
                 counts[turns.start : turns.stop] += found
             losses = self.stage.losses
         else:
             losses = []
-            for batch in micro_batches:
-                found = self._forward(batch, batch.labels, loops)
+            for one in work:
+                found = self._forward(*one)
                 self.deepspeed.backward(found["objective"])
                 self.deepspeed.step()  # DeepSpeed steps the optimizer behind the last micro-batch only
                 counts += found["expert_counts"]
@@ -216,26 +230,53 @@ class Engine:
         return total, counts
 
     @torch.no_grad()
-    def evaluate(self, passes: Iterator[tuple[MicroBatch, Tensor]]) -> float:
-        """Mean cross entropy in nats over the samples that count, on all replicas.
+    def evaluate(self, passes: Iterable[tuple[MicroBatch, Tensor]], n_loops: int | None = None) -> HeldOut:
+        """Over the samples that count, on all replicas, with `n_loops` loops; None: the mean of training.
 
         passes: micro-batches with a mask (B,) of the samples that count; as many on every rank.
         """
         self.deepspeed.eval()
-        loops = Loops(self.config.loops.mean_of(self.config.model), 0)
-        work = [(batch, torch.where(counts.unsqueeze(1), batch.labels, IGNORED)) for batch, counts in passes]
+        loops = StepLoops(n_loops or self.config.loops.mean_of(self.config.model), 0)
+        work = []
+        for i, (batch, counts) in enumerate(passes):
+            labels = torch.where(counts.unsqueeze(1), batch.final_labels, IGNORED)
+            first = (i * self.mesh.data.size + self.mesh.data.rank) * len(counts)
+            work.append((batch, labels, self._loops_of(loops, 0, range(first, first + len(counts)))))
         if self.stage:
-            self._hand_out(work, loops)
-            tokens = iter(self._tokens([batch for batch, _ in work]))
+            self._hand_out(work)
+            tokens = iter(self._tokens([batch for batch, *_ in work]))
             self.deepspeed.eval_batch(tokens, num_micro_batches=len(work))
             losses = self.stage.losses
         else:
-            losses = [self._forward(batch, labels, loops) for batch, labels in work]
-        total = torch.zeros(2, dtype=torch.float64, device=device())  # summed cross entropy, tokens
+            losses = [self._forward(*one) for one in work]
+        total = torch.zeros(3, dtype=torch.float64, device=device())  # summed cross entropy, correct tokens, tokens
         for found in losses:
-            total += torch.stack([found["cross_entropy"].double() * found["tokens"], found["tokens"].double()])
+            tokens = found["tokens"].double()
+            total += torch.stack([found["cross_entropy"].double() * tokens, found["correct"].sum(), tokens])
         (total,) = self._sum_over_ranks(total)
-        return float(total[0] / total[1])
+        return HeldOut(float(total[0] / total[2]), float(total[1] / total[2]))
+
+    def look(self, batch: MicroBatch) -> Look:
+        """What happens inside the loops of a pass over one micro-batch per replica, with the mean of training."""
+        n_loops, recurrent = self.config.loops.mean_of(self.config.model), getattr(self.model, "recurrent", None)
+        passes, watch = [(batch, torch.ones(len(batch.labels), dtype=torch.bool))], Watch(self.mesh)
+        one = self.evaluate(passes, 1)
+        try:
+            if recurrent is not None:
+                recurrent.watch = watch
+            found = self.evaluate(passes, n_loops)
+        finally:
+            if recurrent is not None:
+                recurrent.watch = None
+        rows = torch.zeros(n_loops + 1, len(Watch.COLUMNS), device=device())
+        for t, row in watch.rows.items():
+            rows[t] = row
+        if n_loops - 1 in watch.rows and watch.rho is not None:  # on the stage that ran the last loop
+            rows[n_loops, :3] = torch.stack([torch.ones_like(watch.rho), watch.gains[-1], watch.rho])
+        (rows,) = self._sum_over_ranks(rows)
+        means = (rows[:-1] / rows[:-1, :1]).T.tolist()
+        gain, rho = (rows[-1, 1:3] / rows[-1, 0]).tolist()
+        return Look(n_loops, found.loss, one.loss, dict(zip(Watch.COLUMNS, means, strict=True)), gain, rho)
 
     def _sum_over_ranks(self, *sums: Tensor) -> tuple[Tensor, ...]:
         """Over replicas and stages: the ranks of one tensor line have found the same."""
@@ -245,26 +286,36 @@ class Engine:
             dist.all_reduce(found)
         return sums
 
+    def _loops_of(self, step_loops: StepLoops, step: int, positions: range, readouts: bool = False) -> Loops:
+        """The loops of sequences at `positions` of step `step`'s global batch, or of the held-out samples (step 0)."""
+        n_loops, frozen, depths = step_loops
+        seeds = None
+        if self.config.model.initial_state == "random":
+            seeds = torch.tensor([state_seed(self.config.run.seed, step, position) for position in positions])
+        own = torch.tensor(depths[positions.start : positions.stop], device=device()) if depths else None
+        return Loops(n_loops, frozen, own, seeds, readouts)
+
     def _forward(self, batch: MicroBatch, labels: Tensor, loops: Loops) -> Losses:
         ids, labels, documents = self._move(batch, labels)
-        return self.deepspeed(
-            ids, loops.n_loops, labels=labels, document_ids=documents, backprop=loops.n_loops - loops.frozen
-        )
+        return self.deepspeed(ids, labels=labels, document_ids=documents, loops=loops)
 
     def _move(self, batch: MicroBatch, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         to = device()
         documents = batch.document_ids.to(to) if self.config.data.document_mask else None
         return batch.input_ids.to(to), labels.to(to), documents
 
-    def _hand_out(self, work: Iterable[tuple[MicroBatch, Tensor]], loops: Loops) -> range:
-        """Put micro-batches and labels before this pipeline stage; returns the loops that it will run."""
+    def _hand_out(self, work: list[tuple[MicroBatch, Tensor, Loops]]) -> range:
+        """Put micro-batches with labels and loops before this pipeline stage; returns the loops that it will run."""
         from mythos_dist.train.deepspeed_seam import Work
 
         assert self.stage is not None
-        turns = plan_loops(tuple(self.parts), *loops, self.costs)[self.mesh.pipe.rank]
+        n_loops, frozen, *_, readouts = work[0][2]
+        stages = plan_loops(tuple(self.parts), n_loops, frozen, self.costs)
+        turns, before = stages[self.mesh.pipe.rank], stages[: self.mesh.pipe.rank]
+        read = sum(len(live_turns(each, frozen)) for each in before) if readouts else 0
         self.stage.counts, self.stage.losses = [], []
-        for batch, labels in work:
-            self.stage.work.append(Work(*self._move(batch, labels), turns, *loops))
+        for batch, labels, loops in work:
+            self.stage.work.append(Work(*self._move(batch, labels), turns, read, loops))
         return turns
 
     @staticmethod

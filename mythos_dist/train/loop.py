@@ -32,6 +32,7 @@ from mythos_dist.parallel.process import device, together
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.plan.estimate import Estimate
 from mythos_dist.train.checks import check_checkpoint, check_inputs, check_kernels
+from mythos_dist.train.depth import depth_line, failures
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.fits import Comparison, check_memory
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
@@ -123,6 +124,7 @@ class Run:
         self.watchdog.on_alive = fence.show_life
         self.faults = Faults.of(config.faults.inject, self.rank, fence.start)
         self.comparison = Comparison(estimate)
+        self.warned: set[str] = set()  # failures of loops that the console knows of
         self.watchdog.enter("building the engine")
         self.engine = Engine(config, mesh)
         session.timed("engine")
@@ -177,8 +179,9 @@ class Run:
             self.session.started()
             last = step == config.train.steps
             compared = self.comparison.step(seconds, last)
+            depth = self.look(micro_batches[0], step, result)
             if self.metrics:
-                line = step_line(config, step, result, ids, seconds, self.peak * dist.get_world_size())
+                line = depth | step_line(config, step, result, ids, seconds, self.peak * dist.get_world_size())
                 decision = "; ".join(filter(None, (self.spikes.decision(step), decision)))
                 line |= {"decision": decision} if decision else {}
                 self.metrics.step(line | ({"planned": compared.line} if compared else {}))
@@ -295,13 +298,30 @@ class Run:
         manifest.optimizer["recent_grad_norms"] = list(self.spikes.norms)
         self.saver.save(manifest)
 
+    def look(self, batch: MicroBatch, step: int, result: StepResult) -> dict[str, Any]:
+        """Every few steps: what happens inside the loops, for metrics.jsonl; warns of what goes wrong there."""
+        every = self.config.loops.telemetry_every
+        if not every or step % every:
+            return {}
+        self.watchdog.enter(f"looking into the loops behind step {step}")
+        found = self.engine.look(batch)
+        wrong = failures(found, result.expert_counts) if step > self.config.optim.warmup_steps else {}
+        for name, text in wrong.items():
+            log.log(logging.INFO if name in self.warned else logging.WARNING, "step %d: %s: %s", step, name, text)
+            self.warned.add(name)
+        return {"depth": depth_line(found, result.expert_counts) | ({"failures": list(wrong)} if wrong else {})}
+
     def evaluate(self) -> None:
-        """Measure and write down the held-out loss."""
+        """Measure and write down the held-out loss, and the curve of it over loops."""
         self.watchdog.enter("evaluating")
         passes = together(lambda: list(heldout_passes(self.heldout, self.config, self.mesh.data)))
-        loss = self.engine.evaluate(iter(passes))
+        found = self.engine.evaluate(passes)
+        curve = {}
+        for n_loops in self.config.loops.sweep:
+            self.watchdog.get_on()
+            curve[n_loops] = self.engine.evaluate(passes, n_loops)
         if self.metrics:
-            self.metrics.held_out(self.step, loss)
+            self.metrics.held_out(self.step, found, curve)
 
     def note(self, state: str, why: str) -> None:
         """On rank 0: write down how this start is doing; if that cannot be, the run's end does not wait for it."""
@@ -386,6 +406,7 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "lr": result.lr,
         "n_loops": result.n_loops,
         "backprop": result.backprop,
+        **({"mean_loops": result.mean_loops} if config.loops.per == "sequence" else {}),
         "tokens": step * tokens,
         "batch_id": batch_id(ids),
         "step_seconds": seconds,

@@ -19,6 +19,7 @@ import torch
 
 from mythos_dist.config.schema import Config
 from mythos_dist.parallel.process import DTYPES
+from mythos_dist.train.depth import HeldOut, draw_curves
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Metrics:
     def __init__(self, config: Config, run_dir: Path, resumed_step: int):
         """Cut off lines behind `resumed_step` and open wandb."""
         self.total_steps = config.train.steps
+        self.mean_loops = config.loops.mean_of(config.model)
         self.run_dir = run_dir
         self._unwritten: dict[str, str] = {}  # lines by file, while the disk is full
         self.rewind(resumed_step)
@@ -77,10 +79,22 @@ class Metrics:
             flush=True,
         )
 
-    def held_out(self, step: int, loss: float) -> None:
-        """Append a held-out loss, measured after `step` steps."""
-        self._write("eval.jsonl", {"step": step, "heldout_loss": loss})
-        print(f"step {step}/{self.total_steps}  held-out loss {loss:.3f}  perplexity {math.exp(loss):.1f}", flush=True)
+    def held_out(self, step: int, found: HeldOut, curve: dict[int, HeldOut]) -> None:
+        """Append what was measured on held-out data after `step` steps, `curve` by the number of loops."""
+        by_loops = {str(n): one._asdict() for n, one in curve.items()}
+        line = {"step": step, "heldout_loss": found.loss, "accuracy": found.accuracy}
+        self._write("eval.jsonl", line | ({"by_loops": by_loops} if curve else {}))
+        print(
+            f"step {step}/{self.total_steps}  held-out loss {found.loss:.3f}  perplexity {math.exp(found.loss):.1f}",
+            flush=True,
+        )
+        if curve:
+            losses = "  ".join(f"{n}: {one.loss:.3f}" for n, one in curve.items())
+            print(f"step {step}/{self.total_steps}  held-out loss by loops  {losses}", flush=True)
+            try:
+                draw_curves(self.run_dir / "loops.png", {"held out": curve}, self.mean_loops)
+            except OSError as error:
+                log.warning("loops.png cannot be written (%s)", error.strerror)
 
     def close(self) -> None:
         """Write what could not be written before, and end the wandb run."""

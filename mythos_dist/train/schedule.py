@@ -10,11 +10,12 @@ from mythos_dist.config.schema import Config, OptimConfig
 from mythos_dist.parallel.mesh import Mesh
 
 
-class Loops(NamedTuple):
+class StepLoops(NamedTuple):
     """Turns of the recurrent block in one step."""
 
     n_loops: int
     frozen: int  # how many of them, the first ones, get no gradient
+    depths: list[int] | None = None  # of each sequence of the global batch, at most n_loops; None: n_loops
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -26,14 +27,39 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)
 
 
-def loops_at(config: Config, step: int) -> Loops:
-    """The loops of optimizer step `step`: the same on every rank, in every micro-batch and after a resume."""
-    n_loops = mean = config.loops.mean_of(config.model)
-    if config.loops.distribution == "poisson":
-        maximum = config.loops.maximum or max(mean, config.model.max_loop_iters)
-        drawn = np.random.default_rng(_seed(config.run.seed, "loops", step)).poisson(mean)
-        n_loops = int(min(max(drawn, 1), maximum))
-    return Loops(n_loops, max(0, n_loops - (config.loops.backprop or n_loops)))
+def loops_at(config: Config, step: int) -> StepLoops:
+    """The loops of optimizer step `step` (1-based): the same on every rank, in every micro-batch, after a resume."""
+    loops, size = config.loops, config.train.global_batch if config.loops.per == "sequence" else 1
+    mean = mean_at(config, step)
+    random = np.random.default_rng(_seed(config.run.seed, "loops", step))
+    if loops.distribution == "fixed":
+        drawn = np.full(size, round(mean))
+    elif loops.distribution == "poisson":
+        drawn = random.poisson(mean, size)
+    elif loops.distribution == "lognormal_poisson":
+        rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - loops.sigma**2 / 2, loops.sigma, size)
+        drawn = 1 + random.poisson(rate)
+    else:
+        drawn = random.choice(loops.set, size)
+    maximum = loops.maximum or 4 * max(loops.mean_of(config.model), *loops.set, 1)
+    depths = np.clip(drawn, 1, maximum).tolist()
+    n_loops = max(depths)
+    frozen = max(0, n_loops - (loops.backprop or n_loops))
+    return StepLoops(n_loops, frozen, depths if loops.per == "sequence" else None)
+
+
+def mean_at(config: Config, step: int) -> float:
+    """The mean of the numbers that step `step` draws, behind a curriculum the one that is set."""
+    mean, loops = config.loops.mean_of(config.model), config.loops
+    if loops.curriculum == "none" or step > loops.curriculum_steps:
+        return mean
+    progress = (step - 1) / loops.curriculum_steps
+    return 1 + (mean - 1) * (progress if loops.curriculum == "linear" else 1 - math.sqrt(1 - progress))
+
+
+def state_seed(seed: int, step: int, position: int) -> int:
+    """Seed of a sequence's random initial state, by its position in the global batch of a step; step 0: held out."""
+    return _seed(seed, "state", step, position)
 
 
 def step_seed(seed: int, step: int, mesh: Mesh) -> int:

@@ -15,7 +15,8 @@ import mythos_dist.model.init
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.model import Mythos
-from mythos_dist.train.schedule import learning_rate, loops_at
+from mythos_dist.model.recurrence import Loops
+from mythos_dist.train.schedule import learning_rate, loops_at, state_seed
 
 STEPS = 6
 FIRST_LOSS_SCALE = 2.0**19  # so high that most steps overflow, and halve it
@@ -60,7 +61,7 @@ def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[Mi
 def train_plainly(config: Config, bias: list[float] | None = None) -> dict[str, Any]:
     """The run on one process: the whole global batch at once, AdamW as its paper says, the sign rule for the bias."""
     mythos_dist.model.init.STD = STD
-    model = Mythos(config.model, experts=config.experts, seed=config.run.seed)
+    model = Mythos(config.model, act=config.act, experts=config.experts, seed=config.run.seed)
     mythos_dist.model.init.STD = 0.02
     router_bias = model.recurrent.block.ffn.router.bias
     if bias:
@@ -70,7 +71,8 @@ def train_plainly(config: Config, bias: list[float] | None = None) -> dict[str, 
     decays = {  # by hand: matrices of attention, FFNs, experts, router and the depth LoRA
         name
         for name, p in model.named_parameters()
-        if p.dim() >= 2 and not name.startswith(("embed", "recurrent.act", "recurrent.lora.scale"))
+        if p.dim() >= 2
+        and not name.startswith(("embed", "recurrent.act", "recurrent.lora.scale", "recurrent.injection"))
     }
     groups = [
         {"params": [p for n, p in model.named_parameters() if n in decays], "weight_decay": o.weight_decay},
@@ -81,13 +83,15 @@ def train_plainly(config: Config, bias: list[float] | None = None) -> dict[str, 
     for step, micro_batches in zip(range(1, STEPS + 1), batches(config, 0, 1), strict=False):
         tokens = MicroBatch(*(torch.cat(field) for field in zip(*micro_batches, strict=True)))
         loops = loops_at(config, step)
-        out = model(
-            tokens.input_ids,
+        size, seed = len(tokens.labels), config.run.seed
+        arranged = Loops(
             loops.n_loops,
-            labels=tokens.labels,
-            document_ids=tokens.document_ids,
-            backprop=loops.n_loops - loops.frozen,
+            loops.frozen,
+            torch.tensor(loops.depths) if loops.depths else None,
+            torch.tensor([state_seed(seed, step, position) for position in range(size)]),
+            config.loops.objective == "per_loop",
         )
+        out = model(tokens.input_ids, labels=tokens.labels, document_ids=tokens.document_ids, loops=arranged)
         out["objective"].backward()
         experts = [p.grad for name, p in model.named_parameters() if ".experts." in name and p.grad is not None]
         norms.append(clip(model, o.grad_clip))

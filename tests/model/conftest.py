@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mythos_dist.config.schema import ActConfig
 from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
 
 
@@ -57,10 +58,15 @@ def build_pair(build_reference, enliven) -> Callable[..., tuple[Mythos, nn.Modul
     """A function: config -> (our model, the reference), with the same lively weights."""
 
     def build(
-        config: MythosConfig, *, experts: ExpertsConfig | None = None, seed: int = 0, halt_bias: float = -1.0
+        config: MythosConfig,
+        *,
+        act: ActConfig | None = None,
+        experts: ExpertsConfig | None = None,
+        seed: int = 0,
+        halt_bias: float = -1.0,
     ) -> tuple[Mythos, nn.Module]:
         reference = enliven(build_reference(config), seed, halt_bias)
-        ours = Mythos(config, experts=experts)
+        ours = Mythos(config, act=act, experts=experts)
         ours.load_open_mythos(reference.state_dict())
         return ours, reference
 

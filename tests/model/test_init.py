@@ -45,10 +45,10 @@ def test_a_block_drawn_alone_is_the_slice_of_the_whole():
     table.weight = nn.Parameter(torch.empty(3000, 1000))
     init_parameters(table, seed=5)
     rows = 2**20 // 1000
-    assert torch.equal(table.weight[rows : 2 * rows], normal_block(5, "weight", 1, rows, 1000))
+    assert torch.equal(table.weight[rows : 2 * rows], STD * normal_block(5, "weight", 1, rows, 1000))
     assert (table.weight[:rows] == table.weight[rows : 2 * rows]).double().mean() < 1e-3
     tail = 3000 - 2 * rows
-    assert torch.equal(table.weight[2 * rows :], normal_block(5, "weight", 2, tail, 1000))
+    assert torch.equal(table.weight[2 * rows :], STD * normal_block(5, "weight", 2, tail, 1000))
 
 
 def test_matrices_are_normal_with_the_references_deviation(build_reference, tiny):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mythos_dist.config.schema import ActConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model import ExpertsConfig, Mythos
 from mythos_dist.model.attention import build_context
 from mythos_dist.model.mythos import IGNORED
 from mythos_dist.model.recompute import Recompute
+
+SAFE = ActConfig(mode="safe")
 
 
 def tokens(config, *shape: int, seed: int = 0) -> Tensor:
@@ -94,7 +97,7 @@ def mixing_weights(model: nn.Module, input_ids: Tensor, n_loops: int) -> Tensor:
 def test_halting_weights_sum_to_one_at_any_number_of_loops(halt_bias, tiny, build_pair):
     """States and output are fp32; solving for their weights loses a few digits, so 1e-4."""
     config = tiny()
-    ours, reference = build_pair(config, halt_bias=halt_bias)
+    ours, reference = build_pair(config, act=SAFE, halt_bias=halt_bias)
     input_ids = tokens(config, 2, 8)
     for n_loops in (1, 2, 3, 6):
         weights = mixing_weights(ours, input_ids, n_loops)
@@ -304,18 +307,18 @@ def test_truncated_gradients_are_those_of_a_graph_that_is_cut_by_hand(backprop, 
         model(input_ids, 4, labels=input_ids, **settings)["objective"].backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
-    cut = Mythos(config)
+    cut = Mythos(config, act=SAFE)
     run = cut.recurrent._loop
 
     def loop(t: int, *arguments) -> tuple:
-        carry, stats = run(t, *arguments)
+        carry, *rest = run(t, *arguments)
         if t < 4 - backprop:  # all but the prelude's output, which every loop gets anew
             carry = carry._replace(**{name: getattr(carry, name).detach() for name in ("h", "mixed", "mass", "loss")})
-        return carry, stats
+        return carry, *rest
 
     cut.recurrent._loop = loop  # type: ignore[method-assign]
     expected = gradients(cut)
-    for name, gradient in gradients(Mythos(config), backprop=backprop).items():
+    for name, gradient in gradients(Mythos(config, act=SAFE), backprop=backprop).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -331,11 +334,12 @@ def test_loops_without_gradient_keep_nothing_for_the_backward(tiny):
 
 
 def test_without_halting_the_last_state_goes_on(tiny):
-    """No halting parameters, and the coda gets the last loop's state as it is."""
-    model = Mythos(tiny(halting="none"))
-    assert not [name for name, _ in model.named_parameters() if ".act." in name]
-    states, mixed = [], []
-    model.recurrent.act.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
-    model.recurrent.register_forward_hook(lambda module, inputs, output: mixed.append(output[0].mixed))
-    model(tokens(model.config, 2, 8), 3)
-    assert len(states) == 3 and torch.equal(states[-1].float(), mixed[0])
+    """The coda gets the last loop's state as it is, and the halting layer, which is there for other modes, no
+    gradient but zeros."""
+    model = Mythos(tiny(), act=ActConfig(mode="off"))
+    carries = []
+    model.recurrent.register_forward_hook(lambda module, inputs, output: carries.append(output[0]))
+    input_ids = tokens(model.config, 2, 8)
+    model(input_ids, 3, labels=input_ids)["objective"].backward()
+    assert torch.equal(carries[0].h.float(), carries[0].mixed)
+    assert not any(p.grad.any() for p in model.recurrent.act.parameters())

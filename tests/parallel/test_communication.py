@@ -69,7 +69,7 @@ LAYOUTS = {
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.recompute=loop",
         f"parallel.tensor=2 parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=3 model.attn_type=gqa",
-        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true model.halting=none",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true act.mode=safe",
         "parallel.pipe=4",
         "parallel.pipe=4 loops.mean=2",
         f"parallel.pipe=4 {BARE}",

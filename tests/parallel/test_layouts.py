@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 # (ranks, parallel.*, kind of run)
 GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(), "mla"),
-    (2, dict(zero=2), "mla"),
+    (2, dict(zero=2), "sequences"),
     (2, dict(zero=3), "mla"),
     (2, dict(tensor=2), "mla"),
     (2, dict(tensor=2), "gqa"),
@@ -34,41 +34,45 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(tensor=2, sequence=True), "gqa"),
     (2, dict(tensor=2), "prime"),
     (2, dict(expert=2), "mla"),
-    (2, dict(expert=2, zero=2), "mla"),
-    (2, dict(expert=2, zero=3), "mla"),
+    (2, dict(expert=2, zero=2), "act as shipped"),
+    (2, dict(expert=2, zero=3), "ponder"),
     (2, dict(expert=2), "one expert"),
     (2, dict(expert=2), "loop"),
     (2, dict(tensor=2, sequence=True), "selective"),
+    (2, dict(tensor=2, sequence=True), "per loop"),
+    (2, dict(tensor=2, sequence=True), "ponder"),
     (2, dict(pipe=2), "mla"),
     (2, dict(pipe=2), "loop"),
     (2, dict(pipe=2), "no halting"),
+    (2, dict(pipe=2), "ponder"),
+    (2, dict(pipe=2), "sequences"),
     (4, dict(), "mla"),
-    (4, dict(tensor=4), "mla"),
+    (4, dict(tensor=4), "sequences"),
     (4, dict(tensor=4, sequence=True), "gqa"),
-    (4, dict(expert=4), "mla"),
+    (4, dict(expert=4), "per loop"),
     (4, dict(expert=4), "idle ranks"),
     (4, dict(expert=2, zero=2), "mla"),
     (4, dict(expert=2, zero=3), "mla"),
-    (4, dict(tensor=2, zero=2), "mla"),
-    (4, dict(tensor=2, zero=3), "mla"),
+    (4, dict(tensor=2, zero=2), "ponder"),
+    (4, dict(tensor=2, zero=3), "per loop"),
     (4, dict(tensor=2, expert=2), "mla"),
     (4, dict(tensor=2, expert=2, sequence=True), "mla"),
     (4, dict(tensor=2, expert=2, sequence=True, zero=3), "gqa"),
     (4, dict(tensor=2, expert=2, sequence=True), "no halting"),
-    (4, dict(pipe=4), "mla"),
+    (4, dict(pipe=4), "per loop"),
     (4, dict(pipe=4), "bare"),
     (4, dict(pipe=4), "two loops"),
     (4, dict(pipe=2, tensor=2), "gqa"),
     (4, dict(pipe=2, tensor=2, sequence=True), "loop"),
-    (4, dict(pipe=2, expert=2), "mla"),
+    (4, dict(pipe=2, expert=2), "act as shipped"),
     (4, dict(pipe=2, expert=2), "idle ranks"),
     (4, dict(pipe=2, expert=2), "odd widths"),
     (8, dict(pipe=2), "mla"),  # four replicas: the order in which they are added up matters
-    (8, dict(pipe=2, expert=4), "mla"),
+    (8, dict(pipe=2, expert=4), "ponder"),
     (8, dict(pipe=4, expert=2), "bare"),
     (8, dict(pipe=2, tensor=2, expert=2), "mla"),
     (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
-    (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "gqa"),
+    (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "per loop"),
 ]
 BF16: list[tuple[int, dict[str, Any], str]] = [
     (1, dict(), "mla"),
@@ -96,6 +100,7 @@ def run_of(config: Config, kind: str) -> Config:
         train=dict(global_batch=8, micro_batch=1),
         experts=dict(bias_update_rate=0.01, z_loss=0.01, sequence_balance_loss=0.01),
         loops=dict(distribution="poisson", mean=3, maximum=5, backprop=2),
+        act=dict(mode="safe", ponder_cost=0.01, kl=0.01),
         # Adam divides by sqrt(v) + eps: with 1e-8 it would blow the rounding of a gradient of 1e-7 up to a step of lr.
         optim=dict(grad_clip=CLIP, eps=1e-6),
         run=dict(seed=18),
@@ -103,7 +108,20 @@ def run_of(config: Config, kind: str) -> Config:
     if kind == "gqa":
         return change(config, model=dict(attn_type="gqa"))
     if kind == "no halting":
-        return change(config, model=dict(halting="none"))
+        return change(config, act=dict(mode="off", ponder_cost=0.0, kl=0.0))
+    if kind == "act as shipped":
+        return change(config, act=dict(mode="reference"))
+    if kind == "ponder":
+        loops = dict(distribution="lognormal_poisson", backprop=None, objective="per_loop")
+        return change(config, act=dict(mode="ponder", prior=0.3), loops=loops)
+    if kind == "per loop":
+        others = dict(lora="per_loop", injection="parcae", qk_norm=True, loop_signal=False, initial_state="zero")
+        loops = dict(distribution="uniform_set", set=(1, 2, 3, 5), mean=None, objective="per_loop")
+        return change(config, model=others, loops=loops)
+    if kind == "sequences":  # each with a depth of its own, half of the run with a mean that grows
+        others = dict(initial_state="random", lora="shared", init="depth_scaled", attn_type="gqa", qk_norm=True)
+        loops = dict(per="sequence", curriculum="1-sqrt", curriculum_steps=3)
+        return change(config, model=others, loops=loops)
     if kind == "one expert":
         return change(config, model=dict(n_experts_per_tok=1))
     if kind == "odd widths":  # every group of parameters is filled up, experts' too

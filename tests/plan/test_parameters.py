@@ -32,10 +32,10 @@ ODD = {
 ODD_CONFIGS = [
     MythosConfig(**ODD),
     MythosConfig(**ODD, attn_type="gqa"),
-    MythosConfig(**ODD, halting="none", prelude_layers=1),
+    MythosConfig(**ODD, prelude_layers=1),
     MythosConfig(**ODD, n_shared_experts=0, coda_layers=3),
     MythosConfig(**ODD, attn_type="gqa", prelude_layers=0, coda_layers=0),
-    MythosConfig(**ODD, halting="none", n_shared_experts=0, prelude_layers=0),
+    MythosConfig(**ODD, n_shared_experts=0, prelude_layers=0),
 ]
 ODD_LAYOUTS = [
     ParallelConfig(tensor=3, pipe=3),

@@ -1,0 +1,127 @@
+"""Held-out loss and accuracy of a checkpoint over the number of loops, on one process."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mythos_dist.checkpoint.restore import load_model
+from mythos_dist.config.schema import Config
+from mythos_dist.data.manifest import read_manifest
+from mythos_dist.data.stream import MicroBatch, ReplicaStream
+from mythos_dist.errors import UserError
+from mythos_dist.model.mythos import IGNORED, Mythos
+from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a checkpoint does with each number of loops."""
+
+    step: int
+    data: str
+    trained: int  # loops of a training step on average
+    curve: Curve
+    by_position: dict[int, list[float]]  # accuracy at each position of the sequence, by the number of loops
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers for a program."""
+        return {
+            "step": self.step,
+            "data": self.data,
+            "trained_loops": self.trained,
+            "best_loops": min(self.curve, key=lambda n: self.curve[n].loss),
+            "overthinking_from": overthinks_from(self.curve),
+            "loops": {
+                str(n): {**found._asdict(), "accuracy_by_position": self.by_position[n]}
+                for n, found in self.curve.items()
+            },
+        }
+
+
+def sweep(
+    checkpoint: Path,
+    loops: Sequence[int],
+    *,
+    data: Path | None = None,
+    samples: int = 256,
+    batch: int = 16,
+    progress: Callable[[], object] = lambda: None,
+) -> Sweep:
+    """Measure a run's newest checkpoint, or a checkpoint, with each of `loops` on the first `samples` held-out
+    sequences of `data`, by default of the folders that it was trained on; `progress` is called behind each pass.
+
+    Raises UserError for what the user has to mend.
+    """
+    if wrong := [n for n in loops if n < 1]:
+        raise UserError(f"--loops holds {wrong}; loops are counted from 1")
+    model, config, step = load_model(checkpoint)
+    stream, folder = _open(config, data, batch)
+    samples = min(samples, stream.num_samples)
+    batches = list(_batches(stream, samples, batch))
+    curve, by_position = {}, {}
+    for n in sorted(set(loops)):
+        curve[n], by_position[n] = measure(model, config, batches, n, progress)
+    return Sweep(step, folder, config.loops.mean_of(config.model), curve, by_position)
+
+
+def _open(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream, str]:
+    folders = {str(data): 1.0} if data else config.data.folders
+    manifest = read_manifest(next(iter(folders)))
+    if manifest.seq_len > config.model.max_seq_len:
+        raise UserError(
+            f"windows of seq_len={manifest.seq_len} are longer than the context of this model, "
+            f"model.max_seq_len={config.model.max_seq_len}; give shards of shorter windows",
+            next(iter(folders)),
+        )
+    stream = ReplicaStream(
+        folders,
+        "heldout",
+        seq_len=manifest.seq_len,
+        vocab_size=config.model.vocab_size,
+        global_batch=batch,
+        micro_batch=batch,
+        replica=0,
+        num_replicas=1,
+        seed=0,
+        shuffle=False,
+        cache=config.data.cache,
+    )
+    return stream, ", ".join(folders)
+
+
+def _batches(stream: ReplicaStream, samples: int, batch: int) -> Iterator[MicroBatch]:
+    for i in range(-(-samples // batch)):
+        (whole,) = stream.step(i)
+        left = samples - i * batch
+        yield MicroBatch(*(field[:left] for field in whole))
+
+
+@torch.no_grad()
+def measure(
+    model: Mythos, config: Config, batches: Sequence[MicroBatch], n_loops: int, progress: Callable[[], object]
+) -> tuple[HeldOut, list[float]]:
+    """Loss and accuracy with `n_loops` loops, and the accuracy at each position (0 where no label counts)."""
+    loss, tokens = 0.0, 0
+    correct = counted = torch.zeros(batches[0].input_ids.shape[1], dtype=torch.int64)
+    for batch in batches:
+        labels = batch.final_labels
+        documents = batch.document_ids if config.data.document_mask else None
+        found = model(batch.input_ids, n_loops, labels=labels, document_ids=documents)
+        loss += float(found["cross_entropy"]) * int(found["tokens"])
+        tokens += int(found["tokens"])
+        correct = correct + found["correct"].sum(0)
+        counted = counted + (labels != IGNORED).sum(0)
+        progress()
+    return HeldOut(loss / tokens, float(correct.sum()) / tokens), (correct / counted.clamp(min=1)).tolist()
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """All of it or nothing."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, file)

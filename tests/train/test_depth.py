@@ -1,0 +1,162 @@
+"""How many loops a step runs, what a run says of them, and the task on which depth can be measured."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mythos_dist.config.check import problems
+from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
+from mythos_dist.data.stream import ReplicaStream
+from mythos_dist.shards.depth_task import EOS, FIRST, group_table, make_depth_task, products
+from mythos_dist.shards.verify import verify
+from mythos_dist.train.depth import HeldOut, Look, draw_curves, failures, overthinks_from
+from mythos_dist.train.schedule import loops_at, mean_at
+
+
+def config(batch: int = 8, **loops) -> Config:
+    base = Config()
+    train = replace(base.train, global_batch=batch)
+    return replace(base, model=MythosConfig(max_loop_iters=8), train=train, loops=LoopsConfig(**loops))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(distribution="poisson", mean=8),
+        dict(distribution="lognormal_poisson", mean=8),
+        dict(distribution="uniform_set", set=(2, 4, 8, 16)),
+    ],
+)
+def test_numbers_of_loops_have_the_mean_that_is_set(settings):
+    """Over 4000 steps, and the same over sequences; a step asks again and gets the same, other seeds others."""
+    run = config(**settings)
+    drawn = [loops_at(run, step).n_loops for step in range(1, 4001)]
+    mean = sum(settings.get("set", ())) / 4 or settings["mean"]
+    assert np.mean(drawn) == pytest.approx(mean, rel=0.04)
+    assert min(drawn) >= 1 and max(drawn) <= 4 * max(mean, 16)
+    assert drawn[:50] == [loops_at(run, step).n_loops for step in range(1, 51)]
+    other = replace(run, run=replace(run.run, seed=1))
+    assert drawn[:50] != [loops_at(other, step).n_loops for step in range(1, 51)]
+    each = replace(run, loops=replace(run.loops, per="sequence"))
+    steps = [loops_at(each, step) for step in range(1, 501)]
+    assert np.mean([step.depths for step in steps]) == pytest.approx(mean, rel=0.04)
+    assert all(len(step.depths) == 8 and step.n_loops == max(step.depths) for step in steps)
+
+
+def test_a_log_normal_rate_has_a_heavier_tail_than_poisson():
+    """Huginn's variance: that of Poisson plus that of the rate, (mean - 1)^2 * (exp(sigma^2) - 1)."""
+    deviation = {}
+    for name in ("poisson", "lognormal_poisson"):
+        run = config(distribution=name, mean=32, maximum=10_000)
+        deviation[name] = np.std([loops_at(run, step).n_loops for step in range(1, 6001)])
+    assert deviation["poisson"] == pytest.approx(math.sqrt(32), rel=0.05)
+    assert deviation["lognormal_poisson"] == pytest.approx(math.sqrt(31 + 31**2 * (math.exp(0.25) - 1)), rel=0.1)
+
+
+def test_the_maximum_and_the_loops_without_gradient():
+    run = config(distribution="poisson", mean=8, maximum=9, backprop=3)
+    steps = [loops_at(run, step) for step in range(1, 200)]
+    assert max(step.n_loops for step in steps) == 9
+    assert all(step.frozen == max(0, step.n_loops - 3) for step in steps)
+
+
+@pytest.mark.parametrize("curve, middle", [("linear", 1 + 31 * 0.5), ("1-sqrt", 1 + 31 * (1 - math.sqrt(0.5)))])
+def test_a_curriculum_begins_with_one_loop_and_ends_with_the_mean(curve, middle):
+    run = config(mean=32, curriculum=curve, curriculum_steps=100)
+    assert [mean_at(run, step) for step in (1, 51, 101, 500)] == pytest.approx([1, middle, 32, 32])
+    assert [loops_at(run, step).n_loops for step in (1, 51, 101)] == [1, round(middle), 32]
+
+
+def test_settings_of_loops_that_contradict_each_other_are_all_named():
+    bad = config(distribution="uniform_set", mean=4, curriculum="linear", per="sequence", sweep=(0, 4), sigma=-1.0)
+    bad = replace(bad, act=replace(bad.act, mode="ponder", prior=1.5), model=replace(bad.model, lora="per_loop"))
+    found = "\n".join(problems(bad))
+    for part in (
+        "needs loops.set",
+        "loops.mean=4",
+        "moves a mean",
+        "loops.curriculum_steps",
+        "loops.sweep=[0, 4] holds [0]",
+        "loops.sigma=-1.0",
+        "act.prior=1.5",
+        "set loops.objective=per_loop",
+        "set loops.per=step",
+    ):
+        assert part in found, part
+    reference = replace(bad, model=MythosConfig(mode="reference", qk_norm=True, lora="none"))
+    found = "\n".join(problems(reference))
+    for part in ("model.qk_norm=True is not OpenMythos'", "model.lora=none", "act.mode=ponder does not go with"):
+        assert part in found, part
+
+
+def look(**changes) -> Look:
+    by_loop = {"token_correlation": [0.2, 0.3], "state_norm": [1.0, 1.0], "act_mass": [0.5, 0.5]}
+    by_loop |= {"residual_ratio": [1.0, 0.5], "tokens": [8.0, 8.0]}
+    return Look(2, 2.0, 2.5, by_loop, 0.9, 0.4)._replace(**changes)
+
+
+def test_the_known_failures_are_named():
+    even = torch.full((2, 4), 5)
+    assert not failures(look(), even)
+    assert set(failures(look(loss_of_one=2.001), even)) == {"state ignored"}
+    assert set(failures(look(gain=1.3), even)) == {"growth"}
+    assert set(failures(look(by_loop={**look().by_loop, "token_correlation": [0.5, 0.999]}), even)) == {"collapse"}
+    idle = even.clone()
+    idle[:, 3] = 0
+    assert "1 of 4 experts" in failures(look(), idle)["dead experts"]
+
+
+def test_overthinking_is_where_more_loops_do_harm(tmp_path):
+    curve = {n: HeldOut(loss, 0.5) for n, loss in {1: 3.0, 2: 2.5, 4: 2.0, 8: 2.01, 16: 2.1, 32: 2.05}.items()}
+    assert overthinks_from(curve) == 16
+    assert overthinks_from({1: HeldOut(2.0, 0.1), 2: HeldOut(1.9, 0.2)}) is None
+    draw_curves(tmp_path / "curve.png", {"a": curve}, 4)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_products_are_those_of_permutations():
+    """Each element applied to each point, one after the other."""
+    table, degree = group_table(4), 4
+    permutations = list(itertools.permutations(range(degree)))
+    elements = np.random.default_rng(0).integers(24, size=(5, 6))
+    for last in (1, 2, 3, 6):
+        found = products(elements, table, last)
+        for row, i in itertools.product(range(5), range(6)):
+            points = list(range(degree))
+            for element in elements[row, max(0, i - last + 1) : i + 1]:
+                points = [permutations[element][point] for point in points]
+            assert permutations[found[row, i]] == tuple(points)
+
+
+@pytest.mark.parametrize("per_loop", [False, True])
+def test_the_tasks_shards_are_read_like_any_others(per_loop, tmp_path):
+    """Whole for the verifier; labels are products, the final one in the last row; BOS has none."""
+    out = tmp_path / "s3"
+    manifest = make_depth_task(out, hops=4, sequences=50, heldout=10, per_loop=per_loop)
+    assert verify(out).ok
+    stream = ReplicaStream(
+        str(out),
+        "train",
+        seq_len=5,
+        vocab_size=manifest.vocab_size,
+        global_batch=4,
+        micro_batch=4,
+        replica=0,
+        num_replicas=1,
+        seed=0,
+    )
+    (batch,) = stream.step(3)
+    assert batch.labels.shape == (4, 4 if per_loop else 1, 5)
+    elements = batch.input_ids[:, 1:].numpy() - FIRST
+    assert np.array_equal(batch.final_labels[:, 1:].numpy() - FIRST, products(elements, group_table(3), 4))
+    assert (batch.labels[:, :, 0] == -100).all() and not (batch.input_ids == EOS).any()
+    if per_loop:
+        assert np.array_equal(batch.labels[:, 1, 1:].numpy() - FIRST, products(elements, group_table(3), 2))
+    again = tmp_path / "again"
+    make_depth_task(again, hops=4, sequences=50, heldout=10, per_loop=per_loop)
+    assert json.loads((again / "manifest.json").read_text())["fingerprint"] == manifest.fingerprint

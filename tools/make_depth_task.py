@@ -1,0 +1,55 @@
+"""Make shards of a task that needs depth: products of group elements, S3 (chance 17 %) or S5 (chance 1 %).
+
+    python tools/make_depth_task.py --out data/s3 --per-loop
+    python tools/make_depth_task.py --out data/s3-16 --hops 16 --sequences 64 --heldout 2000
+
+Train on the first (train.seq_len=9, model.vocab_size=8 or more), then measure more hops with more loops on the second:
+tools/depth_sweep.py RUN_DIR --data data/s3-16.
+"""
+
+import argparse
+from pathlib import Path
+
+from mythos_dist.errors import UserError, exit_with
+
+
+def main() -> None:
+    """Make the shards; the exit code is 0, or 2 for a mistake in what was given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="a new folder")
+    add("--group", choices=("S3", "S4", "S5"), default="S3", help="(%(default)s)")
+    add("--hops", type=int, default=8, help="elements of a sequence; the shards' seq_len is one more (%(default)s)")
+    add("--sequences", type=int, default=100_000, help="for training (%(default)s)")
+    add("--heldout", type=int, default=1_000, help="sequences that are held out (%(default)s)")
+    add("--per-loop", action="store_true", help="targets for each loop (loops.objective=per_loop), not the final only")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    arguments = parser.parse_args()
+
+    from mythos_dist.shards.depth_task import make_depth_task
+
+    try:
+        problems = [
+            f"--{name}={getattr(arguments, name)} must be at least 1"
+            for name in ("hops", "sequences", "heldout")
+            if getattr(arguments, name) < 1
+        ]
+        if problems:
+            raise UserError(problems)
+        manifest = make_depth_task(
+            arguments.out,
+            degree=int(arguments.group[1:]),
+            hops=arguments.hops,
+            sequences=arguments.sequences,
+            heldout=arguments.heldout,
+            per_loop=arguments.per_loop,
+            seed=arguments.seed,
+        )
+    except UserError as error:
+        exit_with(error)
+    windows = {split: counts.windows for split, counts in manifest.splits.items()}
+    print(f"{windows} windows of seq_len {manifest.seq_len} with {manifest.targets} rows of targets in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
