@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo depth-demo test check bench clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
+
+depth-demo: $(READY)  ## teach small models a task that needs depth, and see whether more loops help; half an hour
+	$(BIN)/python tools/depth_demo.py
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest

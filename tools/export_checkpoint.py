@@ -32,6 +32,7 @@ def main() -> None:
     from mythos_dist.checkpoint.export import export
     from mythos_dist.checkpoint.progress import bar
     from mythos_dist.checkpoint.restore import open_checkpoint
+    from mythos_dist.config.load import config_from
 
     try:
         source = open_checkpoint(arguments.checkpoint)
@@ -50,6 +51,11 @@ def main() -> None:
         exit_with(error)
     if not arguments.quiet:
         size = sum(file.stat().st_size for file in files)
+        trained = config_from(source.manifest.config)
+        if arguments.format == "open_mythos" and (mode := trained.act.mode_of(trained.model)) != "reference":
+            print(
+                f"note: OpenMythos' class halts; these weights were trained with act.mode={mode}, so its logits differ"
+            )
         print(f"step {source.manifest.step}: {numbers:,} parameters, {size / 1e9:.3f} GB in {arguments.out}")
 
 

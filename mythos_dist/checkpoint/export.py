@@ -29,7 +29,9 @@ FILE_BYTES = 5 << 30
 Format = Literal["safetensors", "open_mythos"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
-_OURS_ALONE = ("halting", "mode")  # of MythosConfig, what OpenMythos' does not have
+# Of MythosConfig, what OpenMythos' does not have. Its weights can be ours if these are as in a fresh config.
+_OURS_ALONE = ("mode", "loop_signal", "lora", "injection", "initial_state", "qk_norm", "init")
+_PLAIN = MythosConfig()
 
 
 def export(
@@ -54,6 +56,10 @@ def export(
     if verify:
         source.must_be_whole()
     model = config_from({"model": manifest.config["model"]}).model
+    other = [key for key in _OURS_ALONE if key not in ("mode", "init") and getattr(model, key) != getattr(_PLAIN, key)]
+    if form == "open_mythos" and other:
+        settings = ", ".join(f"model.{key}={getattr(model, key)}" for key in other)
+        raise UserError(f"OpenMythos has no {settings}; export with --format safetensors", str(source.folder))
     label, _ = _DTYPES[dtype]
     names = {
         name: {name: tensor.shape} if form == "safetensors" else parts_of(name, tensor.shape, model)

@@ -143,8 +143,6 @@ def _loops_problems(config: Config) -> Iterator[str]:
     for key in ("set", "sweep"):
         if wrong := [n for n in getattr(loops, key) if n < 1]:
             yield f"loops.{key}={list(getattr(loops, key))} holds {wrong}; loops are counted from 1"
-    if loops.maximum is not None and 1 <= loops.maximum < max(loops.mean_of(config.model), *loops.set, 0):
-        yield f"loops.maximum={loops.maximum} is less than loops.mean={loops.mean_of(config.model)} or loops.set allows"
     if loops.curriculum != "none" and loops.curriculum_steps < 1:
         yield f"loops.curriculum={loops.curriculum} needs loops.curriculum_steps, the steps until the mean is reached"
     if loops.per == "sequence" and name == "fixed":

@@ -128,6 +128,10 @@ class LoopsConfig:
     telemetry_every: int = 50  # steps between looks at what happens inside the loops; 0: none
     sweep: tuple[int, ...] = ()  # numbers of loops that evaluation measures besides the mean: a curve over depth
 
+    def readouts(self, n_loops: int, frozen: int) -> int:
+        """How often a training step of so many loops, the first ones without gradient, is read out."""
+        return n_loops - frozen if self.objective == "per_loop" else 1
+
     def mean_of(self, model: MythosConfig) -> int:
         """The loops that a step runs on average; evaluation runs as many, and stages are balanced for them."""
         if self.distribution == "uniform_set" and self.set:

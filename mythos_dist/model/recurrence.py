@@ -167,6 +167,7 @@ class Halting(nn.Module):
         self.mode = act.mode_of(config)
         self.cost, self.kl, self.prior = act.ponder_cost, act.kl, act.prior
         self.halt = whole_on_every_rank(nn.Linear(config.dim, 1), mesh)
+        self.dim = config.dim
         self.threshold = config.act_threshold
         self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that a sequence's tokens are spread over
 
@@ -174,6 +175,10 @@ class Halting(nn.Module):
     def regularised(self) -> bool:
         """Whether `loss` is anything but 0."""
         return self.cost > 0 or self.kl > 0
+
+    def idle(self, like: Tensor) -> Tensor:
+        """A zero in fp32, made with the parameters: through the layer, where ZeRO-3 gathers them. like: (…, D), typed."""
+        return 0.0 * self.halt(like.new_zeros(1, self.dim)).float().sum()
 
     def forward(self, h: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """h (B, S', D), mass (B, S') fp32, cumulative -> weight (B, S') fp32, the new mass."""
@@ -293,13 +298,24 @@ class Recurrent(nn.Module):
             read += states if live else []
             t = stop
         if torch.is_grad_enabled():
-            unused = self if not trained else self.act if self.act.mode == "off" else nn.Module()
-            carry = carry._replace(loss=_ZeroGradients.apply(carry.loss, *unused.parameters()))
+            carry = carry._replace(loss=self._touched(carry, bool(trained)))
         if self.watch is not None and len(turns) > 0:
             self.watch.rho = A.max()
             self.watch.gain(lambda h: self._update(turns.stop - 1, loops, h, carry.e, fixed, context)[0], carry.h)
         counts += [carry.mass.new_zeros(self.config.n_experts, dtype=torch.int64)] * (len(turns) - len(counts))
         return carry, self._stacked(counts, carry), self._read(read, carry)
+
+    def _touched(self, carry: Carry, trained: bool) -> Tensor:
+        """The carry's loss as it is; its backward gives gradients of zeros to what nothing was made with. Every parameter takes
+        part in collectives."""
+        loss = carry.loss
+        if trained and self.act.mode == "off":
+            loss = loss + self.act.idle(carry.h)
+        if self.mesh.pipe.size == 1:
+            return loss
+        # Of a pipeline's stages some run no loop with a gradient, and only the first with loops norms e.
+        unused = self if not trained else getattr(self, "e_norm", nn.Module())
+        return _ZeroGradients.apply(loss, *unused.parameters())
 
     def _signals(self, turns: range, loops: Loops, like: Tensor) -> tuple[Tensor, ...]:
         if not self.config.loop_signal:
@@ -402,8 +418,8 @@ class Recurrent(nn.Module):
 class _ZeroGradients(torch.autograd.Function):
     """x as it is; backward gives each parameter a gradient of zeros.
 
-    For parameters that take part in collectives though nothing was made with them: those of a pipeline stage that runs
-    no loop with a gradient in this step, and those of a halting layer that is off.
+    For parameters that take part in collectives though nothing was made with them; not with ZeRO-3, which would have to
+    gather them.
     """
 
     @staticmethod

@@ -34,22 +34,23 @@ def stage_communication(
     mesh: Mesh,
     parts: Sequence[Part],
     turns: range,
+    n_loops: int,
     frozen: int,
     rows: Rows | None,
     first_send: bool,
     micro_batches: int,
 ) -> dict[str, dict[str, int]]:
-    """`plan.cost.communication` of a rank whose stage, one of `parts`, runs the loops `turns`."""
+    """`plan.cost.communication` of a rank whose stage, one of `parts`, runs the loops `turns` of `n_loops`."""
     part = parts[mesh.pipe.rank]
     weights = weights_of(config.model, mesh.tensor.size, mesh.expert.size, part)
-    layers = _Layers(config, mesh)
+    layers = _Layers(config, mesh, config.loops.readouts(n_loops, frozen))
     live = live_turns(turns, frozen)
 
     total: Counter[tuple[str, str]] = Counter()
     for block in _once(layers, part):
         total += block.forward + block.backward
     total += _summed_gradients(weights, layers)
-    total += _states(layers, parts)
+    total += _states(layers, parts, turns, frozen)
     total = _times(total, micro_batches)
     trained = layers.loops(micro_batches * len(live), *_sum_rows(rows, micro_batches, live))
     total += layers.loops(micro_batches * len(turns), *_sum_rows(rows, micro_batches, turns)).forward
@@ -58,7 +59,8 @@ def stage_communication(
         total += trained.forward
     total += _tied(weights, parts, layers)
     if mesh.pipe.size > 1:
-        total += _pipeline_scalars(mesh, first_send)
+        shapes = micro_batches if layers.varies else int(first_send)
+        total += _pipeline_scalars(mesh, shapes)
     total += _zero(weights, layers, micro_batches)
     out: dict[str, dict[str, int]] = {}
     for (axis, kind), size in total.items():
@@ -105,6 +107,12 @@ class _Layers:
 
     config: Config
     mesh: Mesh
+    readouts: int = 1  # which the coda and the head run on together
+
+    @property
+    def varies(self) -> bool:
+        """Whether every loop is read out, so that stages send each other more with every loop."""
+        return self.config.loops.objective == "per_loop"
 
     @property
     def item(self) -> int:
@@ -196,7 +204,9 @@ class _Layers:
     def depth_lora(self) -> _Pass:
         """model/recurrence.py: the weights are gathered; their gradients are parts with sequence parallelism only."""
         c = self.config.model
-        numbers = self.cut(c.lora_rank) * (2 * c.dim + 1)
+        if c.lora == "none":
+            return _Pass(Counter(), Counter())
+        numbers = self.cut(c.lora_rank) * (2 * c.dim + (c.lora == "shared"))
         return self.gather(numbers * self.item, partial=self.mesh.sequence)
 
     def loops(self, loops: int, sent: int, received: int) -> _Pass:
@@ -208,46 +218,55 @@ class _Layers:
     def head(self) -> _Pass:
         """parallel/tensor.py: the output embedding, and three numbers per position for the cross entropy: the highest
         logit first, then the sum of exponentials and the label's logit. model/mythos.py: the auxiliary losses' sum."""
-        tensor, experts = self.mesh.tensor, self.config.experts
-        loss = _sent(tensor, "all_reduce", self.tokens * _FP32) + _sent(tensor, "all_reduce", 2 * self.tokens * _FP32)
-        if self.mesh.sequence and (experts.z_loss > 0 or experts.sequence_balance_loss > 0):
+        tensor, experts, act = self.mesh.tensor, self.config.experts, self.config.act
+        size = self.tokens * self.readouts * _FP32
+        loss = _sent(tensor, "all_reduce", size) + _sent(tensor, "all_reduce", 2 * size)
+        if self.mesh.sequence and experts.z_loss + experts.sequence_balance_loss + act.ponder_cost + act.kl > 0:
             loss += _sent(tensor, "all_reduce", _FP32)
-        return self.enter(self.x).and_(_Pass(loss, Counter()))
+        if self.mesh.sequence and self.varies:  # the readouts' weights
+            loss += _sent(tensor, "all_gather", size)
+        return self.enter(self.x * self.readouts).and_(_Pass(loss, Counter()))
+
+    def injection(self) -> _Pass:
+        """model/recurrence.py: Parcae's matrix, once for all loops."""
+        if self.config.model.injection == "reference":
+            return _Pass(Counter(), Counter())
+        return self.enter(self.x).and_(self.leave(self.x))
 
 
 def _once(layers: _Layers, part: Part) -> list[_Pass]:
     """What a stage runs once per micro-batch: everything but loops."""
-    blocks = [layers.dense_block()] * (len(part.prelude) + len(part.coda))
+    blocks = [layers.dense_block()] * (len(part.prelude) + len(part.coda) * layers.readouts)
+    blocks += [layers.injection()] * part.loops
     return blocks + [layers.leave(layers.x)] * part.first + [layers.head()] * part.last  # first: the input embedding
 
 
 def _summed_gradients(weights: Sequence[Weight], layers: _Layers) -> Counter[tuple[str, str]]:
     """parallel/tensor.py: whole_on_every_rank, once per backward pass. Uncut parameters: with sequence parallelism all
     of them, else the norms of MLA's latents, which work on this rank's heads."""
-    numbers = sum(
-        weight.numel
-        for weight in weights
-        if not weight.cut and (layers.mesh.sequence or weight.name.endswith(("q_norm.weight", "kv_norm.weight")))
-    )
+    inside = ("q_norm.weight", "kv_norm.weight", "qk_norm.weight")
+    numbers = sum(w.numel for w in weights if not w.cut and (layers.mesh.sequence or w.name.endswith(inside)))
     return _sent(layers.mesh.tensor, "all_reduce", numbers * layers.item)
 
 
-def _state_bytes(layers: _Layers, part: Part) -> int:
-    """model/mythos.py: what arrives at a stage, packed."""
+def _state_bytes(layers: _Layers, part: Part, read: int) -> int:
+    """model/mythos.py: what arrives at a stage, packed, behind so many loops with a gradient."""
     tokens = layers.tokens // (layers.mesh.tensor.size if layers.mesh.sequence else 1)
     x, loss = tokens * layers.config.model.dim, _FP32
+    weights = layers.varies * tokens * _FP32
     if part.behind_loops:
-        return x * layers.item + loss
+        return layers.readouts * (x * layers.item + weights) + loss
     if not part.loops or part.loops_start:
         return x * layers.item
-    return 2 * x * layers.item + (x + tokens) * _FP32 + loss  # Carry: h, e; the sum so far, halting mass
+    carry = 2 * x * layers.item + (x + tokens) * _FP32 + loss  # h, e; the sum so far, halting mass
+    return carry + layers.varies * read * (x * layers.item + weights)
 
 
-def _states(layers: _Layers, parts: Sequence[Part]) -> Counter[tuple[str, str]]:
+def _states(layers: _Layers, parts: Sequence[Part], turns: range, frozen: int) -> Counter[tuple[str, str]]:
     """deepspeed/runtime/pipe/engine.py: the state goes to the next stage, its gradient to the one before."""
     pipe, i = layers.mesh.pipe, layers.mesh.pipe.rank
-    ahead = 0 if parts[i].last else _state_bytes(layers, parts[i + 1])
-    behind = 0 if parts[i].first else _state_bytes(layers, parts[i])
+    ahead = 0 if parts[i].last else _state_bytes(layers, parts[i + 1], max(0, turns.stop - frozen))
+    behind = 0 if parts[i].first else _state_bytes(layers, parts[i], max(0, turns.start - frozen))
     return _sent(pipe, "send", ahead + behind)
 
 
@@ -265,11 +284,11 @@ def _tied(weights: Sequence[Weight], parts: Sequence[Part], layers: _Layers) -> 
     return total
 
 
-def _pipeline_scalars(mesh: Mesh, first_send: bool) -> Counter[tuple[str, str]]:
-    """deepspeed/runtime/pipe/engine.py: the loss over replicas and to all stages; 256 numbers of shape, once."""
+def _pipeline_scalars(mesh: Mesh, shapes: int) -> Counter[tuple[str, str]]:
+    """deepspeed/runtime/pipe/engine.py: the loss over replicas and to all stages; 256 numbers of shape, so often."""
     last = mesh.pipe.rank == mesh.pipe.size - 1
     loss = _sent(mesh.pipe, "broadcast", 2 * _FP32) + (_sent(mesh.data, "all_reduce", _FP32) if last else Counter())
-    return loss + (_sent(mesh.pipe, "send", 256 * _INT32) if first_send and not last else Counter())
+    return loss + (_sent(mesh.pipe, "send", shapes * 256 * _INT32) if shapes and not last else Counter())
 
 
 def _zero(weights: Sequence[Weight], layers: _Layers, micro_batches: int) -> Counter[tuple[str, str]]:

@@ -1,4 +1,5 @@
 """FLOPs of the model by formula: 2 per multiply-add of every matrix product, nothing else counted. And its parameters.
+Halting, one column per loop, and readouts behind each loop are left out: the work is that of what is trained.
 
 A training step costs three forward passes (the backward is two); recomputed activations do not count, so that `mfu`
 compares layouts. Attention counts the causal half of its scores.
@@ -42,7 +43,8 @@ def _dense_block_flops(c: MythosConfig, seq_len: int) -> float:
 
 def _loop_flops(c: MythosConfig, seq_len: int) -> float:
     experts = 3 * c.dim * (c.n_experts_per_tok * c.expert_dim + c.shared_dim)
-    return _attention_flops(c, seq_len) + 2.0 * (experts + c.dim * c.n_experts + 2 * c.dim * c.lora_rank + c.dim)
+    lora = 2 * c.dim * c.lora_rank * (c.lora != "none")
+    return _attention_flops(c, seq_len) + 2.0 * (experts + c.dim * c.n_experts + lora)
 
 
 def _head_flops(c: MythosConfig) -> float:
@@ -52,6 +54,7 @@ def _head_flops(c: MythosConfig) -> float:
 def forward_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     """Forward FLOPs per token of a sequence of seq_len tokens without document boundaries."""
     blocks = (c.prelude_layers + c.coda_layers) * _dense_block_flops(c, seq_len)
+    blocks += 2.0 * c.dim * c.dim * (c.injection == "parcae")
     return blocks + n_loops * _loop_flops(c, seq_len) + _head_flops(c)
 
 
@@ -102,4 +105,4 @@ def communication(
     costs = stage_costs(config)
     parts = parts_of(config.model, config.loops.mean_of(config.model), mesh.pipe.size, costs)
     turns = plan_loops(parts, n_loops, frozen, costs)[mesh.pipe.rank]
-    return stage_communication(config, mesh, parts, turns, frozen, rows, first_send, micro_batches)
+    return stage_communication(config, mesh, parts, turns, n_loops, frozen, rows, first_send, micro_batches)

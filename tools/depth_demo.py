@@ -1,0 +1,176 @@
+"""`make depth-demo`: does thinking longer help? Small models learn to multiply 8 permutations in at most 8 loops, and
+are asked for 9 to 16 with more loops. Half an hour on two cores; the same command goes on where it was stopped.
+
+Three settings, three seeds each: targets for each loop, the final target only, and the loops of OpenMythos as shipped.
+Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mythos_dist.errors import UserError, exit_with
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = REPOSITORY / "configs" / "depth_task.yaml"
+SETTINGS: dict[str, list[str]] = {
+    "per-loop targets": ["loops.objective=per_loop"],
+    "final target": [],
+    "reference": [
+        "model.mode=reference",
+        "model.loop_signal=true",
+        "model.lora=shared",
+        "model.injection=reference",
+        "model.initial_state=e",
+        "model.qk_norm=false",
+        "model.init=reference",
+        "act.mode=reference",
+        "loops.distribution=fixed",
+        "loops.set=[]",
+    ],
+}
+TRAINED, LOOPS, SHORT, LONG = 8, (2, 4, 8, 12, 16, 24, 32), 8, 16  # LOOPS of the sweep; hops in training and behind it
+
+
+def main() -> None:
+    """Make the data, train, sweep, sum up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/depth-demo"), help="folder of everything (%(default)s)")
+    add("--settings", default=",".join(SETTINGS), help="which of them, comma between (%(default)s)")
+    add("--seeds", type=int, default=3, help="of each setting (%(default)s)")
+    add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, a core each (%(default)s)")
+    add("overrides", nargs="*", help="section.key=value for every run, such as train.steps=50")
+    arguments = parser.parse_args()
+    try:
+        settings = arguments.settings.split(",")
+        if unknown := [name for name in settings if name not in SETTINGS]:
+            raise UserError(f"--settings names {unknown}; there are {list(SETTINGS)}")
+        demonstrate(arguments.out, settings, range(arguments.seeds), arguments.jobs, arguments.overrides)
+    except UserError as error:
+        exit_with(error)
+
+
+def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int, overrides: Sequence[str]) -> None:
+    """All runs, `jobs` at a time, then summary.json and summary.png in `out`."""
+    from tqdm import tqdm
+
+    from mythos_dist.shards.depth_task import make_depth_task
+    from mythos_dist.train.sweep import write_json
+
+    short, long = out / "data" / f"s3-{SHORT}", out / "data" / f"s3-{LONG}"
+    if not short.exists():
+        make_depth_task(short, hops=SHORT, sequences=400_000, per_loop=True)
+    if not long.exists():
+        make_depth_task(long, hops=LONG, sequences=1, heldout=1000)
+    work = [(name, seed) for seed in seeds for name in settings]
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(work), desc="runs", unit="", disable=None) as bar:
+
+        def one(item: tuple[str, int]) -> dict[int, dict[str, Any]]:
+            name, seed = item
+            run_dir = out / name.replace(" ", "-") / f"seed-{seed}"
+            run(run_dir, short, [*SETTINGS[name], f"run.seed={seed}", *overrides])
+            found = measure(run_dir, long)
+            bar.update()
+            accuracy = "  ".join(f"{n}: {found[n]['mean']:.0%}" for n in (8, 16, 32))
+            bar.write(f"{name}, seed {seed}: accuracy at {SHORT + 1} to {LONG} hops by loops  {accuracy}")
+            return found
+
+        results = dict(zip(work, pool.map(one, work), strict=True))
+    summary: dict[str, Any] = {
+        "task": "prefix products in S3, trained on 8 hops with at most 8 loops",
+        "chance": 1 / 6,
+        "settings": {
+            name: {
+                "overrides": SETTINGS[name],
+                "seeds": {str(seed): results[name, seed] for seed in seeds},
+                "mean": {str(n): statistics.mean(results[name, seed][n]["mean"] for seed in seeds) for n in LOOPS},
+            }
+            for name in settings
+        },
+    }
+    write_json(out / "summary.json", summary)
+    draw(out / "summary.png", summary)
+    print(f"\naccuracy at {SHORT + 1} to {LONG} hops, mean over {len(seeds)} seeds (chance 17 %)")
+    print(f"{'loops':24s}" + "".join(f"{n:7d}" for n in LOOPS))
+    for name, found in summary["settings"].items():
+        print(f"{name:24s}" + "".join(f"{found['mean'][str(n)]:7.1%}" for n in LOOPS))
+    print(f"{out / 'summary.json'}, {out / 'summary.png'}")
+
+
+def run(run_dir: Path, shards: Path, overrides: Sequence[str]) -> None:
+    """One training on one core; one that is done ends at once. Raises UserError with the end of what it said."""
+    command = [sys.executable, "-m", "mythos_dist.train", str(CONFIG), f"data.path={shards}", f"run.dir={run_dir}"]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    log = run_dir.with_suffix(".log")
+    with log.open("w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([*command, *overrides], stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if ended.returncode:
+        tail = "\n".join(log.read_text().splitlines()[-5:])
+        raise UserError(f"the run ended with exit code {ended.returncode}; all that it said is in {log}:\n{tail}")
+
+
+def measure(run_dir: Path, shards: Path) -> dict[int, dict[str, Any]]:
+    """By the number of loops: accuracy at each number of hops, and its mean behind those of training."""
+    import torch
+
+    from mythos_dist.train.sweep import sweep
+
+    torch.set_num_threads(1)
+    found = sweep(run_dir, LOOPS, data=shards, samples=1000, batch=250)
+    return {
+        n: {
+            "mean": statistics.mean(accuracy[SHORT + 1 : LONG + 1]),
+            "hops": {str(i): accuracy[i] for i in range(1, LONG + 1)},
+        }
+        for n, accuracy in found.by_position.items()
+    }
+
+
+def draw(file: Path, summary: dict[str, Any]) -> None:
+    """Accuracy over loops for each setting and seed, and over hops for the first setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for i, (name, found) in enumerate(summary["settings"].items()):
+        for seed in found["seeds"].values():
+            left.plot(LOOPS, [seed[n]["mean"] for n in LOOPS], color=f"C{i}", alpha=0.3, linewidth=1)
+        left.plot(LOOPS, [found["mean"][str(n)] for n in LOOPS], color=f"C{i}", marker="o", label=name)
+    left.axvline(TRAINED, color="grey", linestyle=":", label="most loops in training")
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_locator(FixedLocator(LOOPS))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.xaxis.set_major_formatter(ScalarFormatter())
+    left.set_xlabel("loops")
+    left.set_title(f"accuracy at {SHORT + 1} to {LONG} hops (trained on {SHORT})")
+    left.legend()
+    name, found = next(iter(summary["settings"].items()))
+    for n in LOOPS:
+        hops = [seed[n]["hops"] for seed in found["seeds"].values()]
+        right.plot(range(1, LONG + 1), [statistics.mean(h[str(i)] for h in hops) for i in range(1, LONG + 1)], label=n)
+    right.axvline(SHORT, color="grey", linestyle=":")
+    right.set_xlabel("hops")
+    right.set_title(f"{name}: accuracy by hops, mean over seeds")
+    right.legend(title="loops")
+    for panel in (left, right):
+        panel.set_ylim(0, 1.02)
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+        panel.axhline(summary["chance"], color="black", linewidth=0.5)
+        panel.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
