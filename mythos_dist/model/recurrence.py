@@ -177,7 +177,7 @@ class Halting(nn.Module):
         return self.cost > 0 or self.kl > 0
 
     def idle(self, like: Tensor) -> Tensor:
-        """A zero in fp32, made with the parameters: through the layer, where ZeRO-3 gathers them. like: (…, D), typed."""
+        """A zero in fp32, made with the parameters: through the layer, where ZeRO-3 gathers them. like: (…, D)."""
         return 0.0 * self.halt(like.new_zeros(1, self.dim)).float().sum()
 
     def forward(self, h: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
@@ -306,8 +306,8 @@ class Recurrent(nn.Module):
         return carry, self._stacked(counts, carry), self._read(read, carry)
 
     def _touched(self, carry: Carry, trained: bool) -> Tensor:
-        """The carry's loss as it is; its backward gives gradients of zeros to what nothing was made with. Every parameter takes
-        part in collectives."""
+        """The carry's loss as it is; its backward gives gradients of zeros to what nothing was made with: every
+        parameter takes part in collectives."""
         loss = carry.loss
         if trained and self.act.mode == "off":
             loss = loss + self.act.idle(carry.h)
