@@ -37,12 +37,12 @@ _MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
 
 def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
     """(setting, its value now, its value before) for each that must not change and did; settings that `before` lacks
-    are not compared."""
+    are not compared. JSON, from which `before` may come, knows lists and no tuples."""
     for section, values in before.items():
         for key, old in values.items():
             name = f"{section}.{key}"
             if section in _MAY_CHANGE_SECTIONS or name in MAY_CHANGE:
                 continue
             value = getattr(getattr(now, section, None), key, None)
-            if value != old:
+            if (list(value) if isinstance(value, tuple) else value) != (list(old) if isinstance(old, tuple) else old):
                 yield name, value, old

@@ -1,6 +1,8 @@
 """From files and overrides to one Config, or to every problem at once."""
 
 import dataclasses
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_dist.config.check import model_problems, problems
+from mythos_dist.config.compare import differences
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.config.variants import VARIANTS
@@ -413,3 +416,13 @@ CONFIGS = [path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if "
 def test_every_config_of_the_repository_loads(path):
     """Some are bases and leave data.path to whoever names them; files of clusters are not configs."""
     load_config(path, ["data.path=shards"])
+
+
+def test_a_config_that_went_through_json_is_the_same():
+    """As checkpoints hold it: a run that loads its own must go on."""
+    tiny = REPOSITORY / "configs" / "tiny_cpu.yaml"
+    now = load_config(tiny, ["loops.distribution=uniform_set", "loops.set=[1,2]", "checkpoint.pin=[2]"])
+    saved = json.loads(json.dumps(asdict(now)))
+    assert list(differences(now, saved)) == list(differences(now, asdict(now))) == []
+    other = load_config(tiny, ["loops.distribution=uniform_set", "loops.set=[1,3]"])
+    assert [name for name, *_ in differences(other, saved)] == ["loops.set"]
