@@ -6,12 +6,8 @@ Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,13 @@ from mythos_dist.errors import UserError, exit_with
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "depth_task.yaml"
 SETTINGS: dict[str, list[str]] = {
-    "per-loop targets": ["loops.objective=per_loop"],
+    "per-loop targets": [
+        "loops.objective=per_loop",
+        "loops.distribution=uniform_set",
+        "loops.set=[1,2,3,4,5,6,7,8]",
+        "loops.mean=null",
+        "loops.curriculum=none",
+    ],
     "final target": [],
     "reference": [
         "model.mode=reference",
@@ -31,8 +33,7 @@ SETTINGS: dict[str, list[str]] = {
         "model.qk_norm=false",
         "model.init=reference",
         "act.mode=reference",
-        "loops.distribution=fixed",
-        "loops.set=[]",
+        "loops.curriculum=none",
     ],
 }
 TRAINED, LOOPS, SHORT, LONG = 8, (2, 4, 8, 12, 16, 24, 32), 8, 16  # LOOPS of the sweep; hops in training and behind it
@@ -45,7 +46,7 @@ def main() -> None:
     add("--out", type=Path, default=Path("runs/depth-demo"), help="folder of everything (%(default)s)")
     add("--settings", default=",".join(SETTINGS), help="which of them, comma between (%(default)s)")
     add("--seeds", type=int, default=3, help="of each setting (%(default)s)")
-    add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time, a core each (%(default)s)")
+    add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
     add("overrides", nargs="*", help="section.key=value for every run, such as train.steps=50")
     arguments = parser.parse_args()
     try:
@@ -57,32 +58,33 @@ def main() -> None:
         exit_with(error)
 
 
-def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int, overrides: Sequence[str]) -> None:
+def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int | None, overrides: Sequence[str]) -> None:
     """All runs, `jobs` at a time, then summary.json and summary.png in `out`."""
-    from tqdm import tqdm
-
     from mythos_dist.shards.depth_task import make_depth_task
     from mythos_dist.train.sweep import write_json
+    from mythos_dist.train.trials import Trial, run_all
 
     short, long = out / "data" / f"s3-{SHORT}", out / "data" / f"s3-{LONG}"
     if not short.exists():
         make_depth_task(short, hops=SHORT, sequences=400_000, per_loop=True)
     if not long.exists():
         make_depth_task(long, hops=LONG, sequences=1, heldout=1000)
-    work = [(name, seed) for seed in seeds for name in settings]
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(work), desc="runs", unit="", disable=None) as bar:
+    cases = [(name, seed) for seed in seeds for name in settings]
+    trials = [
+        Trial(
+            CONFIG,
+            out / name.replace(" ", "-") / f"seed-{seed}",
+            (*SETTINGS[name], f"data.path={short}", f"run.seed={seed}", *overrides),
+        )
+        for name, seed in cases
+    ]
 
-        def one(item: tuple[str, int]) -> dict[int, dict[str, Any]]:
-            name, seed = item
-            run_dir = out / name.replace(" ", "-") / f"seed-{seed}"
-            run(run_dir, short, [*SETTINGS[name], f"run.seed={seed}", *overrides])
-            found = measure(run_dir, long)
-            bar.update()
-            accuracy = "  ".join(f"{n}: {found[n]['mean']:.0%}" for n in (8, 16, 32))
-            bar.write(f"{name}, seed {seed}: accuracy at {SHORT + 1} to {LONG} hops by loops  {accuracy}")
-            return found
+    def look(trial: Trial) -> tuple[dict[int, dict[str, Any]], str]:
+        found = measure(trial.run_dir, long)
+        accuracy = "  ".join(f"{n}: {found[n]['mean']:.0%}" for n in (8, 16, 32))
+        return found, f"{trial.run_dir}: accuracy at {SHORT + 1} to {LONG} hops by loops  {accuracy}"
 
-        results = dict(zip(work, pool.map(one, work), strict=True))
+    results = dict(zip(cases, run_all(trials, look, jobs), strict=True))
     summary: dict[str, Any] = {
         "task": "prefix products in S3, trained on 8 hops with at most 8 loops",
         "chance": 1 / 6,
@@ -104,26 +106,10 @@ def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int, ove
     print(f"{out / 'summary.json'}, {out / 'summary.png'}")
 
 
-def run(run_dir: Path, shards: Path, overrides: Sequence[str]) -> None:
-    """One training on one core; one that is done ends at once. Raises UserError with the end of what it said."""
-    command = [sys.executable, "-m", "mythos_dist.train", str(CONFIG), f"data.path={shards}", f"run.dir={run_dir}"]
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    log = run_dir.with_suffix(".log")
-    with log.open("w") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run([*command, *overrides], stdout=file, stderr=subprocess.STDOUT, env=environment)
-    if ended.returncode:
-        tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise UserError(f"the run ended with exit code {ended.returncode}; all that it said is in {log}:\n{tail}")
-
-
 def measure(run_dir: Path, shards: Path) -> dict[int, dict[str, Any]]:
     """By the number of loops: accuracy at each number of hops, and its mean behind those of training."""
-    import torch
-
     from mythos_dist.train.sweep import sweep
 
-    torch.set_num_threads(1)
     found = sweep(run_dir, LOOPS, data=shards, samples=1000, batch=250)
     return {
         n: {

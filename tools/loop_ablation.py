@@ -1,0 +1,220 @@
+"""Which switches of the loops pay? Each is changed alone, at equal FLOPs, three seeds, on the demo's text and on the
+task of `make depth-demo`. The defaults of model.mode=train follow from the table in docs/loops.md that this makes.
+
+    python tools/loop_ablation.py [--data text,task] [--only "act safe,lora shared"] [--jobs 2]
+
+Writes OUT/ablation.json, OUT/ablation.md and OUT/ablation.png. The same command goes on where it was stopped.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mythos_dist.errors import UserError, exit_with
+
+REPOSITORY = Path(__file__).parents[1]
+
+BASE = (
+    "model.loop_signal=false model.lora=none model.injection=parcae model.initial_state=zero model.qk_norm=true "
+    "model.init=depth_scaled act.mode=off loops.backprop=null loops.objective=final loops.per=step"
+).split()
+SWITCHES = {
+    "base": "",
+    "every loop's loss": "loops.objective=per_loop",
+    "fixed loops": "loops.distribution=fixed",
+    "a number of loops per sequence": "loops.per=sequence",
+    "gradient through half of the loops": "loops.backprop={half}",
+    "act reference": "act.mode=reference",
+    "act safe": "act.mode=safe",
+    "act ponder": "act.mode=ponder act.kl=0.01 loops.objective=per_loop",
+    "loop signal": "model.loop_signal=true",
+    "lora shared": "model.lora=shared",
+    "lora per loop": "model.lora=per_loop",
+    "injection reference": "model.injection=reference",
+    "initial state e": "model.initial_state=e",
+    "initial state random": "model.initial_state=random",
+    "no qk_norm": "model.qk_norm=false",
+    "init reference": "model.init=reference",
+    "as OpenMythos": "model.mode=reference model.loop_signal=true model.lora=shared model.injection=reference "
+    "model.initial_state=e model.qk_norm=false model.init=reference act.mode=reference loops.distribution=fixed",
+}
+
+
+class Text:
+    """The demo's text: held-out loss in nats, lower is better."""
+
+    name, config, unit, better = "text", "tiny_cpu.yaml", "nats", "lower"
+    loops, mean = (1, 2, 4, 8, 16, 32), 4  # of the sweep; the mean of training
+    judged = (4, 32)  # at the mean of training, and at four times its maximum
+    base = (
+        "data.path=data/sample train.steps=400 train.global_batch=8 train.micro_batch=8 train.eval_samples=8 "
+        "optim.warmup_steps=20 checkpoint.every=1000000 loops.distribution=poisson loops.mean=4 loops.maximum=8"
+    ).split()
+
+    def __init__(self, out: Path):
+        if not (REPOSITORY / "data" / "sample").exists():
+            raise UserError("data/sample is not there; make it with `python tools/make_sample_data.py`")
+
+    def measure(self, run_dir: Path) -> dict[int, float]:
+        from mythos_dist.train.sweep import sweep
+
+        return {n: found.loss for n, found in sweep(run_dir, self.loops, samples=64).curve.items()}
+
+
+class Task:
+    """Products of 9 to 16 permutations by models that learned to multiply 8: accuracy, higher is better."""
+
+    name, config, unit, better = "task", "depth_task.yaml", "share", "higher"
+    loops, mean = (4, 8, 16, 32), 8
+    judged = (16, 32)
+    base = "train.steps=2000 checkpoint.every=1000000".split()
+
+    def __init__(self, out: Path):
+        from mythos_dist.shards.depth_task import make_depth_task
+
+        self.short, self.long = out / "data" / "s3-8", out / "data" / "s3-16"
+        if not self.short.exists():
+            make_depth_task(self.short, hops=8, sequences=400_000)
+        if not self.long.exists():
+            make_depth_task(self.long, hops=16, sequences=1, heldout=500)
+        self.base = [*self.base, f"data.path={self.short}"]
+
+    def measure(self, run_dir: Path) -> dict[int, float]:
+        from mythos_dist.train.sweep import sweep
+
+        found = sweep(run_dir, self.loops, data=self.long, samples=500, batch=250).by_position
+        return {n: statistics.mean(accuracy[9:17]) for n, accuracy in found.items()}
+
+
+DATA = {kind.name: kind for kind in (Text, Task)}
+
+
+def main() -> None:
+    """Train all, and sum up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/loop-ablation"), help="folder of everything (%(default)s)")
+    add("--data", default=",".join(DATA), help="comma between (%(default)s)")
+    add("--only", default=",".join(SWITCHES), help="switches, comma between (all)")
+    add("--seeds", type=int, default=3, help="of each (%(default)s)")
+    add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
+    add("overrides", nargs="*", help="section.key=value for every run, such as train.steps=50")
+    arguments = parser.parse_args()
+    try:
+        data, switches = arguments.data.split(","), arguments.only.split(",")
+        for option, names, there in (("--data", data, DATA), ("--only", switches, SWITCHES)):
+            if unknown := [name for name in names if name not in there]:
+                raise UserError(f"{option} names {unknown}; there are {list(there)}")
+        compare(arguments, data, switches)
+    except UserError as error:
+        exit_with(error)
+
+
+def compare(arguments: argparse.Namespace, data: Sequence[str], switches: Sequence[str]) -> None:
+    """All runs on all data, then the files."""
+    from mythos_dist.train.sweep import write_json
+
+    out, seeds = arguments.out, range(arguments.seeds)
+    summary = {name: on(DATA[name](out), out, switches, seeds, arguments.overrides, arguments.jobs) for name in data}
+    write_json(out / "ablation.json", summary)
+    text = "\n".join(line for name in data for line in table(DATA[name], summary[name]))
+    (out / "ablation.md").write_text(text + "\n")
+    print(text)
+    draw(out / "ablation.png", summary)
+    print(f"{out / 'ablation.json'}, {out / 'ablation.md'}, {out / 'ablation.png'}")
+
+
+def on(
+    data: Text | Task, out: Path, switches: Sequence[str], seeds: range, more: Sequence[str], jobs: int | None
+) -> dict[str, Any]:
+    """By switch: its settings, its steps, and what each seed's run found by the number of loops."""
+    from mythos_dist.train.trials import Trial, run_all, steps_for, training_flops
+
+    config = REPOSITORY / "configs" / data.config
+
+    def trial(switch: str, seed: int, *last: str) -> Trial:
+        changes = SWITCHES[switch].format(half=data.mean // 2).split()
+        if "loops.distribution=fixed" in changes:
+            changes += [f"loops.mean={data.mean}", "loops.maximum=null", "loops.set=[]"]
+        folder = out / data.name / switch.replace(" ", "-").replace("'", "") / f"seed-{seed}"
+        return Trial(config, folder, (*BASE, *data.base, *more, *changes, f"run.seed={seed}", *last))
+
+    base = trial("base", 0).load()
+    budget = sum(flops for flops, _ in zip(training_flops(base), range(base.train.steps), strict=False))
+    steps = {switch: steps_for(trial(switch, 0).load(), budget) for switch in switches}
+    cases = [(switch, seed) for seed in seeds for switch in switches]
+    trials = [trial(switch, seed, f"train.steps={steps[switch]}") for switch, seed in cases]
+
+    def look(one: Trial) -> tuple[dict[str, float], str]:
+        found = data.measure(one.run_dir)
+        words = "  ".join(f"{n}: {value:.3f}" for n, value in found.items())
+        return {str(n): value for n, value in found.items()}, f"{one.run_dir} ({data.unit} by loops)  {words}"
+
+    found = dict(zip(cases, run_all(trials, look, jobs), strict=True))
+    return {
+        "flops": budget,
+        "switches": {
+            switch: {
+                "overrides": SWITCHES[switch],
+                "steps": steps[switch],
+                "seeds": [found[switch, seed] for seed in seeds],
+            }
+            for switch in switches
+        },
+    }
+
+
+def spread(seeds: Sequence[dict[str, float]], n: int) -> tuple[float, float]:
+    """Mean, and standard deviation between seeds."""
+    values = [seed[str(n)] for seed in seeds]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def table(data: type[Text] | type[Task], found: dict[str, Any]) -> list[str]:
+    """Markdown, the best at the first of the judged numbers of loops first."""
+    rows = []
+    for switch, one in found["switches"].items():
+        values = [spread(one["seeds"], n) for n in data.judged]
+        rows.append((values[0][0], switch, one["steps"], values))
+    lines = ["", f"**{data.name}** ({data.unit}, {data.better} is better; {found['flops']:.2e} FLOPs a run)", ""]
+    lines.append("| | steps | " + " | ".join(f"{n} loops" for n in data.judged) + " |")
+    lines.append("|---|---:|" + "---:|" * len(data.judged))
+    for _, switch, steps, values in sorted(rows, reverse=data.better == "higher"):
+        lines.append(f"| {switch} | {steps} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in values) + " |")
+    return lines
+
+
+def draw(file: Path, summary: dict[str, Any]) -> None:
+    """A bar for each switch with a dot for each seed, the base's mean as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(summary), figsize=(6.5 * len(summary), 6), layout="constrained", squeeze=False
+    )
+    for panel, (name, found) in zip(panels[0], summary.items(), strict=True):
+        n = DATA[name].judged[0]
+        switches = sorted(found["switches"], key=lambda s: spread(found["switches"][s]["seeds"], n)[0])
+        if DATA[name].better == "lower":
+            switches.reverse()
+        for i, switch in enumerate(switches):
+            seeds = found["switches"][switch]["seeds"]
+            panel.barh(i, spread(seeds, n)[0], color="C1" if switch == "base" else "C0", alpha=0.5)
+            panel.scatter([seed[str(n)] for seed in seeds], [i] * len(seeds), color="black", s=12, zorder=3)
+        panel.set_yticks(range(len(switches)), switches)
+        values = [seed[str(n)] for one in found["switches"].values() for seed in one["seeds"]]
+        if DATA[name].better == "lower":
+            panel.set_xlim(min(values) * 0.98, max(values) * 1.02)
+        what = "held-out loss, nats" if name == "text" else "accuracy at 9 to 16 hops"
+        panel.set_title(f"{name}: {what}, {n} loops")
+        panel.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
