@@ -69,7 +69,11 @@ class Manifest:
     def to_text(self) -> str:
         """The content of checkpoint.json."""
         text = json.dumps(asdict(self), sort_keys=True)
-        return json.dumps({"xxh3_128": xxhash.xxh3_128_hexdigest(text)}) + "\n" + text + "\n"
+        return json.dumps({"xxh3_128": _seal(text)}) + "\n" + text + "\n"
+
+
+def _seal(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -77,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / FILE
     try:
         seal, text, rest = file.read_text(encoding="utf-8").split("\n")
-        if rest or json.loads(seal)["xxh3_128"] != xxhash.xxh3_128_hexdigest(text):
+        if rest or json.loads(seal)["xxh3_128"] != _seal(text):
             raise ValueError("its hash is another")
         raw = json.loads(text)
         if raw["format_version"] != FORMAT_VERSION:

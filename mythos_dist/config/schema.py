@@ -125,7 +125,7 @@ class LoopsConfig:
     # final: the loss of what the last loop leaves. per_loop: the mean over loops of the loss if that loop were the last
     # (act.mode=ponder: each with its halting probability); where shards have targets for each loop, with these.
     objective: Literal["final", "per_loop"] = "final"
-    telemetry_every: int = 50  # steps between looks at what happens inside the loops; 0: none
+    telemetry_every: int = 100  # steps between looks at what happens inside the loops; 0: none
     sweep: tuple[int, ...] = ()  # numbers of loops that evaluation measures besides the mean: a curve over depth
 
     def readouts(self, n_loops: int, frozen: int) -> int:
