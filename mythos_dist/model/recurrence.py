@@ -177,8 +177,10 @@ class Halting(nn.Module):
         return self.cost > 0 or self.kl > 0
 
     def idle(self, like: Tensor) -> Tensor:
-        """A zero in fp32, made with the parameters: through the layer, where ZeRO-3 gathers them. like: (…, D)."""
-        return 0.0 * self.halt(like.new_zeros(1, self.dim)).float().sum()
+        """A zero in fp32, made with the parameters of no token: through the layer, where ZeRO-3 gathers them.
+
+        like: (…, D), for its kind of numbers and its device."""
+        return self.halt(like.new_zeros(0, self.dim)).float().sum()
 
     def forward(self, h: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """h (B, S', D), mass (B, S') fp32, cumulative -> weight (B, S') fp32, the new mass."""

@@ -184,7 +184,7 @@ def test_every_byte_of_a_step_is_in_the_formula(world):
                 config,
                 world,
                 rank,
-                *loops_at(config, 1),
+                *loops_at(config, 1)[:2],
                 rows=rows and rows[replica],
                 first_send=passes_of(config) == 1,
             ), f"{layout}, rank {rank}"
