@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,10 @@ hypothesis_settings.load_profile("patient")
 # Streaming keeps a dozen files open per dataset that the process has had, times the datasets before it.
 _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard if _hard != resource.RLIM_INFINITY else 65536, _hard))
+
+# A shell's background job ignores Ctrl-C, and so would every program that is started here; a script could not undo it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -101,6 +101,7 @@ def _read_manifest(folder: Path, report: Report) -> Manifest | None:
 def _broken_rules(manifest: Manifest) -> list[str]:
     """Where it contradicts itself, see manifest.py. Raises one of MALFORMED for what is no count or no dtype."""
     of, splits, window = manifest.documents, manifest.splits.values(), manifest.window
+    size = "(seq_len + 1 + targets * seq_len)" if manifest.targets else "(seq_len + 1)"
     fates = of.written + of.empty + of.low_score + of.duplicate + of.short
     room = np.iinfo(manifest.dtype).max + 1
     ids = f"eos_id={manifest.eos_id} < vocab_size={manifest.vocab_size} <= {room}"
@@ -114,8 +115,8 @@ def _broken_rules(manifest: Manifest) -> list[str]:
         kept, total = one.tokens_written, one.tokens + one.documents
         rules += [
             ("tokens + documents == tokens_written + tokens_dropped", one, total == kept + one.tokens_dropped),
-            ("tokens_written == windows * window", one, kept == one.windows * window),
-            ("eos_dropped <= tokens_dropped < window", one, one.eos_dropped <= one.tokens_dropped < window),
+            (f"tokens_written == windows * {size}", one, kept == one.windows * window),
+            (f"eos_dropped <= tokens_dropped < {size}", one, one.eos_dropped <= one.tokens_dropped < window),
         ]
     rules += [("no count is negative", one, min(vars(one).values()) >= 0) for one in (of, *splits)]
     return [f"manifest.json: {rule} does not hold of {counts}" for rule, counts, holds in rules if not holds]

@@ -331,14 +331,14 @@ MANIFEST_DAMAGE = [
     ),
     (
         add(("splits.train.tokens", SPLIT_WINDOW), ("splits.train.tokens_dropped", SPLIT_WINDOW)),
-        "eos_dropped <= tokens_dropped <= seq_len",
+        r"eos_dropped <= tokens_dropped < \(seq_len \+ 1\)",
     ),
     (
         add(
             *(("splits.train.documents", 40), ("splits.train.tokens", -40), ("splits.train.eos_dropped", 40)),
             *(("documents.written", 40), ("documents.read", 40)),
         ),
-        "eos_dropped <= tokens_dropped <= seq_len",
+        r"eos_dropped <= tokens_dropped < \(seq_len \+ 1\)",
     ),
     (add(("splits.train.eos_dropped", 1)), "EOS tokens, not documents - eos_dropped"),
     (

@@ -41,7 +41,8 @@ def test_compiled_blocks_give_the_same_numbers(config):
 
 
 def evaluate(configs: list[Config]) -> list[list[float]]:
-    """Each config's held-out loss on two passes, the second empty but on replica 0, before and after a step."""
+    """Each config's held-out loss and accuracy, before and after a step; of two passes the second is empty but on
+    replica 0."""
     from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.train.engine import Engine
 
@@ -55,14 +56,14 @@ def evaluate(configs: list[Config]) -> list[list[float]]:
         passes = [(first[0], whole), (first[1], whole if mesh.data.rank == 0 else ~whole)]
         before = engine.evaluate(iter(passes))
         engine.train_step(next(steps), 1)
-        found.append([before, engine.evaluate(iter(passes))])
+        found.append([*before, *engine.evaluate(iter(passes))])
         engine.deepspeed.destroy()
     return found
 
 
 def test_the_held_out_loss_is_the_same_at_every_layout(config):
     """Layouts of one replica against one rank, layouts of two against data parallelism alone. A stage may be without
-    loops in some step, and only the last computes a loss: every rank must come to know it."""
+    loops in some step, and only the last computes a loss: every rank must come to know it, and the accuracy."""
     base = change(config, train={"global_batch": 4, "micro_batch": 1}, loops={"backprop": 1})
     one_replica = {2: [{"tensor": 2, "sequence": True}, {"pipe": 2}], 4: [{"pipe": 2, "tensor": 2}, {"pipe": 4}]}
     two_replicas = {2: [{}], 4: [{"tensor": 2}, {"pipe": 2}, {"tensor": 2, "expert": 2}]}
@@ -76,7 +77,7 @@ def test_the_held_out_loss_is_the_same_at_every_layout(config):
     for losses in found.values():
         for each in losses:
             assert each == pytest.approx(losses[0], rel=1e-5)
-        assert losses[0][0] != losses[0][1]
+        assert losses[0][0] != losses[0][2]
 
 
 def test_dropout_trains_at_every_layout(config):

@@ -88,7 +88,7 @@ def test_step_10_tells_planned_and_measured(settings, tmp_path):
     planned = line["planned"]
     assert line["step"] == 10
     estimate = Estimate(load_config(asked[0], asked[1:]), 2, load_cluster(LAPTOP))
-    assert planned["memory_gb"] * 1e9 == estimate.fullest.bytes
+    assert planned["memory_gb"] == pytest.approx(estimate.fullest.bytes / 1e9)
     assert planned["step_seconds"] == estimate.step_seconds > 0
     # One step and a checkpoint come after it. Both counts are exact to some pages per core.
     assert planned["measured_memory_gb"] * 1e9 == pytest.approx(max(result.values), rel=0.05)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from mythos_dist.train.depth import HeldOut
 from mythos_dist.train.metrics import Metrics, batch_id
 
 
@@ -49,7 +50,7 @@ def test_wandb_online_without_a_way_out_records_offline_at_once(config, tmp_path
     begin = time.monotonic()
     with caplog.at_level(logging.WARNING):
         metrics = Metrics(replace_wandb(config, "online"), tmp_path, 0)
-    metrics.held_out(0, 6.0)
+    metrics.held_out(0, HeldOut(6.0, 0.25), {})
     metrics.close()
     assert time.monotonic() - begin < 30
     assert "recorded offline" in caplog.text
