@@ -44,11 +44,17 @@ class _Dumper(yaml.SafeDumper):
     """Puts quotes around texts that `_Loader` would read as a number."""
 
 
-# PyYAML follows YAML 1.1, where a float needs a dot: without this `lr: 3e-4` would be a text.
+# PyYAML follows YAML 1.1, where a float needs a dot and `off` is false: without this `lr: 3e-4` would be a text, and
+# `act.mode: off` none. Such words are still written in quotes.
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != _BOOL] for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -317,6 +318,15 @@ def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
     config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path="shards", tokenizer=text))
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml").data.tokenizer == text
+
+
+def test_off_is_a_word(write):
+    """YAML 1.1 has it false, in a file and behind `act.mode=` alike; so would other readers of what is written."""
+    path = write("act: {mode: off}")
+    assert load_config(path).act.mode == "off"
+    assert load_config(path, ["act.mode=off"]).act.mode == "off"
+    for text in ("off", "on", "yes", "no"):
+        assert yaml.safe_load(dump_config(change(data={"path": text})))["data"]["path"] == text
 
 
 def change(**sections: dict) -> Config:
