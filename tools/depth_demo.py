@@ -1,7 +1,8 @@
 """`make depth-demo`: does thinking longer help? Small models learn to multiply 8 permutations in at most 8 loops, and
 are asked for 9 to 16 with more loops. Half an hour on two cores; the same command goes on where it was stopped.
 
-Three settings, three seeds each: targets for each loop, the final target only, and the loops of OpenMythos as shipped.
+Three settings, three seeds each: targets for each loop; the final target only, of more elements as the loops become
+more; and the loops of OpenMythos as shipped.
 Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 """
 
@@ -9,32 +10,34 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mythos_dist.errors import UserError, exit_with
+from mythos_dist.shards.depth_task import Targets, make_depth_task
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "depth_task.yaml"
-SETTINGS: dict[str, list[str]] = {
-    "per-loop targets": [
-        "loops.objective=per_loop",
-        "loops.distribution=uniform_set",
-        "loops.set=[1,2,3,4,5,6,7,8]",
-        "loops.mean=null",
-        "loops.curriculum=none",
-    ],
-    "final target": [],
-    "reference": [
-        "model.mode=reference",
-        "model.loop_signal=true",
-        "model.lora=shared",
-        "model.injection=reference",
-        "model.initial_state=e",
-        "model.qk_norm=false",
-        "model.init=reference",
-        "act.mode=reference",
-        "loops.curriculum=none",
-    ],
+
+
+class Setting(NamedTuple):
+    """Which targets the data has (mythos_dist.shards.depth_task), and what is not as in CONFIG."""
+
+    targets: Targets
+    overrides: str
+
+
+SETTINGS = {
+    "per-loop targets": Setting(
+        "per_loop",
+        "loops.objective=per_loop loops.distribution=uniform_set loops.set=[1,2,3,4,5,6,7,8] loops.mean=null "
+        "loops.curriculum=none train.global_batch=32 train.micro_batch=32 train.steps=2200",
+    ),
+    "final target": Setting("reached", ""),
+    "reference": Setting(
+        "final",
+        "model.mode=reference model.loop_signal=true model.lora=shared model.injection=reference "
+        "model.initial_state=e model.qk_norm=false model.init=reference act.mode=reference loops.curriculum=none",
+    ),
 }
 TRAINED, LOOPS, SHORT, LONG = 8, (2, 4, 8, 12, 16, 24, 32), 8, 16  # LOOPS of the sweep; hops in training and behind it
 
@@ -60,13 +63,14 @@ def main() -> None:
 
 def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int | None, overrides: Sequence[str]) -> None:
     """All runs, `jobs` at a time, then summary.json and summary.png in `out`."""
-    from mythos_dist.shards.depth_task import make_depth_task
     from mythos_dist.train.sweep import write_json
     from mythos_dist.train.trials import Trial, run_all
 
-    short, long = out / "data" / f"s3-{SHORT}", out / "data" / f"s3-{LONG}"
-    if not short.exists():
-        make_depth_task(short, hops=SHORT, sequences=400_000, per_loop=True)
+    data = {name: out / "data" / f"s3-{SHORT}-{SETTINGS[name].targets}" for name in settings}
+    for name, folder in data.items():
+        if not folder.exists():
+            make_depth_task(folder, hops=SHORT, sequences=100_000, targets=SETTINGS[name].targets)
+    long = out / "data" / f"s3-{LONG}"
     if not long.exists():
         make_depth_task(long, hops=LONG, sequences=1, heldout=1000)
     cases = [(name, seed) for seed in seeds for name in settings]
@@ -74,7 +78,7 @@ def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int | No
         Trial(
             CONFIG,
             out / name.replace(" ", "-") / f"seed-{seed}",
-            (*SETTINGS[name], f"data.path={short}", f"run.seed={seed}", *overrides),
+            (*SETTINGS[name].overrides.split(), f"data.path={data[name]}", f"run.seed={seed}", *overrides),
         )
         for name, seed in cases
     ]
@@ -90,7 +94,7 @@ def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int | No
         "chance": 1 / 6,
         "settings": {
             name: {
-                "overrides": SETTINGS[name],
+                **SETTINGS[name]._asdict(),
                 "seeds": {str(seed): results[name, seed] for seed in seeds},
                 "mean": {str(n): statistics.mean(results[name, seed][n]["mean"] for seed in seeds) for n in LOOPS},
             }

@@ -10,7 +10,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mythos_dist.errors import UserError, exit_with
 
@@ -23,8 +23,9 @@ BASE = (
 SWITCHES = {
     "base": "",
     "every loop's loss": "loops.objective=per_loop",
-    "fixed loops": "loops.distribution=fixed",
-    "a number of loops per sequence": "loops.per=sequence",
+    "fixed loops": "{fixed}",
+    "drawn loops": "{drawn}",
+    "a number of loops per sequence": "{drawn} loops.per=sequence",
     "gradient through half of the loops": "loops.backprop={half}",
     "act reference": "act.mode=reference",
     "act safe": "act.mode=safe",
@@ -38,7 +39,7 @@ SWITCHES = {
     "no qk_norm": "model.qk_norm=false",
     "init reference": "model.init=reference",
     "as OpenMythos": "model.mode=reference model.loop_signal=true model.lora=shared model.injection=reference "
-    "model.initial_state=e model.qk_norm=false model.init=reference act.mode=reference loops.distribution=fixed",
+    "model.initial_state=e model.qk_norm=false model.init=reference act.mode=reference {fixed}",
 }
 
 
@@ -46,11 +47,16 @@ class Text:
     """The demo's text: held-out loss in nats, lower is better."""
 
     name, config, unit, better = "text", "tiny_cpu.yaml", "nats", "lower"
-    loops, mean = (1, 2, 4, 8, 16, 32), 4  # of the sweep; the mean of training
+    loops = (1, 2, 4, 8, 16, 32)  # of the sweep
     judged = (4, 32)  # at the mean of training, and at four times its maximum
+    words: ClassVar = {  # of SWITCHES
+        "half": "2",
+        "fixed": "loops.distribution=fixed loops.mean=4 loops.maximum=null",
+        "drawn": "loops.distribution=poisson loops.mean=4 loops.maximum=8",
+    }
     base = (
-        "data.path=data/sample train.steps=400 train.global_batch=8 train.micro_batch=8 train.eval_samples=8 "
-        "optim.warmup_steps=20 checkpoint.every=1000000 loops.distribution=poisson loops.mean=4 loops.maximum=8"
+        "data.path=data/sample train.steps=200 train.global_batch=8 train.micro_batch=8 train.eval_samples=8 "
+        f"optim.warmup_steps=20 checkpoint.every=1000000 {words['drawn']}"
     ).split()
 
     def __init__(self, out: Path):
@@ -64,19 +70,25 @@ class Text:
 
 
 class Task:
-    """Products of 9 to 16 permutations by models that learned to multiply 8: accuracy, higher is better."""
+    """Products of 9 to 16 permutations by models that learned to multiply 8, from the final target: accuracy, higher is
+    better."""
 
     name, config, unit, better = "task", "depth_task.yaml", "share", "higher"
-    loops, mean = (4, 8, 16, 32), 8
+    loops = (4, 8, 16, 32)
     judged = (16, 32)
-    base = "train.steps=2000 checkpoint.every=1000000".split()
+    words: ClassVar = {
+        "half": "4",
+        "fixed": "loops.curriculum=none",
+        "drawn": "loops.curriculum=none loops.mean=null loops.distribution=uniform_set loops.set=[1,2,3,4,5,6,7,8]",
+    }
+    base = "train.steps=1000 loops.curriculum_steps=600 checkpoint.every=1000000".split()
 
     def __init__(self, out: Path):
         from mythos_dist.shards.depth_task import make_depth_task
 
-        self.short, self.long = out / "data" / "s3-8", out / "data" / "s3-16"
+        self.short, self.long = out / "data" / "s3-8-reached", out / "data" / "s3-16"
         if not self.short.exists():
-            make_depth_task(self.short, hops=8, sequences=400_000)
+            make_depth_task(self.short, hops=8, sequences=100_000, targets="reached")
         if not self.long.exists():
             make_depth_task(self.long, hops=16, sequences=1, heldout=500)
         self.base = [*self.base, f"data.path={self.short}"]
@@ -133,13 +145,12 @@ def on(
     from mythos_dist.train.trials import Trial, run_all, steps_for, training_flops
 
     config = REPOSITORY / "configs" / data.config
+    changes = {switch: words.format(**data.words).split() for switch, words in SWITCHES.items()}
+    switches = [s for s in switches if s == "base" or not set(changes[s]) <= {*data.base}]  # else it is the base
 
     def trial(switch: str, seed: int, *last: str) -> Trial:
-        changes = SWITCHES[switch].format(half=data.mean // 2).split()
-        if "loops.distribution=fixed" in changes:
-            changes += [f"loops.mean={data.mean}", "loops.maximum=null", "loops.set=[]"]
         folder = out / data.name / switch.replace(" ", "-").replace("'", "") / f"seed-{seed}"
-        return Trial(config, folder, (*BASE, *data.base, *more, *changes, f"run.seed={seed}", *last))
+        return Trial(config, folder, (*BASE, *data.base, *more, *changes[switch], f"run.seed={seed}", *last))
 
     base = trial("base", 0).load()
     budget = sum(flops for flops, _ in zip(training_flops(base), range(base.train.steps), strict=False))
@@ -157,7 +168,7 @@ def on(
         "flops": budget,
         "switches": {
             switch: {
-                "overrides": SWITCHES[switch],
+                "overrides": " ".join(changes[switch]),
                 "steps": steps[switch],
                 "seeds": [found[switch, seed] for seed in seeds],
             }

@@ -1,6 +1,6 @@
 """Make shards of a task that needs depth: products of group elements, S3 (chance 17 %) or S5 (chance 1 %).
 
-    python tools/make_depth_task.py --out data/s3 --per-loop
+    python tools/make_depth_task.py --out data/s3 --targets per_loop
     python tools/make_depth_task.py --out data/s3-16 --hops 16 --sequences 64 --heldout 2000
 
 Train on the first (train.seq_len=9, model.vocab_size=8 or more), then measure more hops with more loops on the second:
@@ -22,7 +22,13 @@ def main() -> None:
     add("--hops", type=int, default=8, help="elements of a sequence; the shards' seq_len is one more (%(default)s)")
     add("--sequences", type=int, default=100_000, help="for training (%(default)s)")
     add("--heldout", type=int, default=1_000, help="sequences that are held out (%(default)s)")
-    add("--per-loop", action="store_true", help="targets for each loop (loops.objective=per_loop), not the final only")
+    add(
+        "--targets",
+        choices=("final", "reached", "per_loop"),
+        default="final",
+        help="the product of all elements; the same, where as many loops can have got to; or after t loops that of the "
+        "last t (%(default)s)",
+    )
     add("--seed", type=int, default=0, help="(%(default)s)")
     arguments = parser.parse_args()
 
@@ -42,7 +48,7 @@ def main() -> None:
             hops=arguments.hops,
             sequences=arguments.sequences,
             heldout=arguments.heldout,
-            per_loop=arguments.per_loop,
+            targets=arguments.targets,
             seed=arguments.seed,
         )
     except UserError as error:

@@ -123,7 +123,7 @@ class LoopsConfig:
     curriculum_steps: int = 0
     backprop: int | None = None  # gradient flows through the last so many loops; None: through all
     # final: the loss of what the last loop leaves. per_loop: the mean over loops of the loss if that loop were the last
-    # (act.mode=ponder: each with its halting probability); where shards have targets for each loop, with these.
+    # (act.mode=ponder: each with its halting probability). Where shards have targets for each loop, with that loop's.
     objective: Literal["final", "per_loop"] = "final"
     telemetry_every: int = 100  # steps between looks at what happens inside the loops; 0: none
     sweep: tuple[int, ...] = ()  # numbers of loops that evaluation measures besides the mean: a curve over depth

@@ -186,20 +186,15 @@ class Mythos(nn.Module):
         readout's mean over its labels that count is weighted by what its loop counts, and the last one is reported.
         """
         x, auxiliary, *rest = state
-        if labels.dim() == 2:
-            labels = labels.unsqueeze(1)
-        final, weights = labels[:, -1], None  # (B, S)
-        if rest:
-            (weights,) = rest
+        weights = rest[0] if rest else None  # (R, B, S)
+        wanted = self._labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
+        final = wanted[-1]
+        if weights is not None:
             if self.mesh.sequence:
                 weights = gather(weights, self.mesh.tensor, 2, partial=False)
-            wanted = self._labels_by_loop(labels, loops, weights.shape[0])
-            final = wanted[-1]
             counted = (wanted != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # by each readout
             weights = (weights * (counted[-1] / counted)).flatten(0, 1)  # of the size of 1: fp16 keeps small ones badly
-            found = self.embed(x, labels=wanted.flatten(0, 1), weights=weights)
-        else:
-            found = self.embed(x, labels=final)
+        found = self.embed(x, labels=wanted.flatten(0, 1), weights=weights)
         B, tokens = final.shape[0], (final != IGNORED).sum()
         auxiliary = auxiliary.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
@@ -214,7 +209,9 @@ class Mythos(nn.Module):
 
     @staticmethod
     def _labels_by_loop(labels: Tensor, loops: Loops, readouts: int) -> Tensor:
-        """labels (B, T, S) -> (R, B, S): those of the last R loops."""
+        """labels (B, S) or (B, T, S) -> (R, B, S): those of the last R loops."""
+        if labels.dim() == 2:
+            return labels.expand(readouts, *labels.shape)
         B, T, _ = labels.shape
         rows = []
         for t in range(loops.n_loops - readouts, loops.n_loops):

@@ -4,8 +4,9 @@ A window is BOS and n elements; after the i-th the model is to say the product o
 one after the other (S5 is not solvable, so no shallow circuit does it: Barrington 1989; Merrill and Sabharwal 2023),
 and a loop that does one product at each position needs i - 1 loops. Chance is 1 / |group|: 17 % for S3.
 
-With targets for each loop the model is to hold, after loop t, the product of the last t + 1 elements, so that a loop
-is asked for one product more than the loop before it.
+Targets are the product of all elements so far (`final`), or there are some for each loop, so that a loop is asked for
+one product more than the loop before it: `reached` has the product of all, of the first t elements after loop t, and
+none behind them; `per_loop` has the product of the last t elements after loop t, at every position.
 """
 
 import itertools
@@ -13,6 +14,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -30,6 +32,8 @@ from mythos_dist.shards.mds import ShardWriter
 
 BOS, EOS, FIRST = 0, 1, 2  # tokens; elements come from FIRST on. EOS stands for labels that do not count
 TOKENS_FILE = "tokens.json"
+
+Targets = Literal["final", "reached", "per_loop"]
 
 
 def group_table(degree: int) -> np.ndarray:
@@ -57,21 +61,21 @@ def make_depth_task(
     hops: int = 8,
     sequences: int = 100_000,
     heldout: int = 1_000,
-    per_loop: bool = False,
+    targets: Targets = "final",
     seed: int = 0,
 ) -> Manifest:
-    """Write shards into the new folder `out`: windows of hops + 1 tokens, and one row of targets, or with `per_loop` a
-    row for each of `hops` loops. Held-out sequences are drawn by themselves. Raises UserError if `out` is there.
+    """Write shards into the new folder `out`: windows of hops + 1 tokens and their targets, one row of `final` ones, or
+    a row for each of `hops` loops. Held-out sequences are drawn by themselves. Raises UserError if `out` is there.
     """
     if out.exists():
         raise UserError("exists; name a new folder, or delete it", str(out))
     table = group_table(degree)
-    vocab_size, S, T = FIRST + len(table), hops + 1, hops if per_loop else 1
+    vocab_size, S, T = FIRST + len(table), hops + 1, 1 if targets == "final" else hops
     temporary = out.with_name(out.name + ".tmp")
     counts = {}
     for split, size in (("train", sequences), ("heldout", heldout)):
         random = np.random.default_rng(np.random.SeedSequence([seed, degree, hops, split == "heldout"]))
-        windows = windows_of(random.integers(len(table), size=(size, hops)), table, T)
+        windows = windows_of(random.integers(len(table), size=(size, hops)), table, targets)
         writer = ShardWriter(temporary / split, windows.shape[1] - 1, "uint16", prefix="")
         writer.add(windows.astype(np.uint16).ravel())
         writer.finish()
@@ -107,13 +111,17 @@ def make_depth_task(
     return manifest
 
 
-def windows_of(elements: np.ndarray, table: np.ndarray, targets: int) -> np.ndarray:
-    """elements (N, n) -> windows (N, n + 2 + targets * (n + 1)): BOS, the elements, EOS, then rows of targets. The
+def windows_of(elements: np.ndarray, table: np.ndarray, targets: Targets) -> np.ndarray:
+    """elements (N, n) -> windows (N, n + 2 + T * (n + 1)): BOS, the elements, EOS, then T rows of targets, 1 or n. The
     last row is the product of all, whatever `targets` is."""
     N, n = elements.shape
     start, end = np.full((N, 1), BOS), np.full((N, 1), EOS)
     columns = [start, elements + FIRST, end]
-    for t in range(targets):
-        last = n if t == targets - 1 else t + 1
-        columns += [end, products(elements, table, last) + FIRST]
+    whole = products(elements, table, n) + FIRST
+    for t in range(1, n) if targets != "final" else ():
+        if targets == "per_loop":
+            columns += [end, products(elements, table, t) + FIRST]
+        else:
+            columns += [end, whole[:, :t], np.full((N, n - t), EOS)]
+    columns += [end, whole]
     return np.concatenate(columns, axis=1)

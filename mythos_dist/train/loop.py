@@ -304,12 +304,15 @@ class Run:
         if not every or step % every:
             return {}
         self.watchdog.enter(f"looking into the loops behind step {step}")
+        begin = time.perf_counter()
         found = self.engine.look(batch)
+        seconds = time.perf_counter() - begin
         wrong = failures(found, result.expert_counts) if step > self.config.optim.warmup_steps else {}
         for name, text in wrong.items():
             log.log(logging.INFO if name in self.warned else logging.WARNING, "step %d: %s: %s", step, name, text)
             self.warned.add(name)
-        return {"depth": depth_line(found, result.expert_counts) | ({"failures": list(wrong)} if wrong else {})}
+        line = {"seconds": seconds} | depth_line(found, result.expert_counts)
+        return {"depth": line | ({"failures": list(wrong)} if wrong else {})}
 
     def evaluate(self) -> None:
         """Measure and write down the held-out loss, and the curve of it over loops."""

@@ -133,11 +133,11 @@ def test_products_are_those_of_permutations():
             assert permutations[found[row, i]] == tuple(points)
 
 
-@pytest.mark.parametrize("per_loop", [False, True])
-def test_the_tasks_shards_are_read_like_any_others(per_loop, tmp_path):
+@pytest.mark.parametrize("targets", ["final", "reached", "per_loop"])
+def test_the_tasks_shards_are_read_like_any_others(targets, tmp_path):
     """Whole for the verifier; labels are products, the final one in the last row; BOS has none."""
     out = tmp_path / "s3"
-    manifest = make_depth_task(out, hops=4, sequences=50, heldout=10, per_loop=per_loop)
+    manifest = make_depth_task(out, hops=4, sequences=50, heldout=10, targets=targets)
     assert verify(out).ok
     stream = ReplicaStream(
         str(out),
@@ -151,12 +151,15 @@ def test_the_tasks_shards_are_read_like_any_others(per_loop, tmp_path):
         seed=0,
     )
     (batch,) = stream.step(3)
-    assert batch.labels.shape == (4, 4 if per_loop else 1, 5)
+    assert batch.labels.shape == (4, 1 if targets == "final" else 4, 5)
     elements = batch.input_ids[:, 1:].numpy() - FIRST
     assert np.array_equal(batch.final_labels[:, 1:].numpy() - FIRST, products(elements, group_table(3), 4))
     assert (batch.labels[:, :, 0] == -100).all() and not (batch.input_ids == EOS).any()
-    if per_loop:
+    if targets == "per_loop":
         assert np.array_equal(batch.labels[:, 1, 1:].numpy() - FIRST, products(elements, group_table(3), 2))
+    if targets == "reached":
+        assert torch.equal(batch.labels[:, 1, :3], batch.final_labels[:, :3])
+        assert (batch.labels[:, 1, 3:] == -100).all()
     again = tmp_path / "again"
-    make_depth_task(again, hops=4, sequences=50, heldout=10, per_loop=per_loop)
+    make_depth_task(again, hops=4, sequences=50, heldout=10, targets=targets)
     assert json.loads((again / "manifest.json").read_text())["fingerprint"] == manifest.fingerprint

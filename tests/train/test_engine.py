@@ -1,5 +1,6 @@
 """Half precision, evaluation and dropout under DeepSpeed; fp32 at every layout is `tests/parallel/test_layouts.py`."""
 
+import itertools
 import shutil
 
 import pytest
@@ -40,9 +41,9 @@ def test_compiled_blocks_give_the_same_numbers(config):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def evaluate(configs: list[Config]) -> list[list[float]]:
+def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:
     """Each config's held-out loss and accuracy, before and after a step; of two passes the second is empty but on
-    replica 0."""
+    replica 0. Then what a look into the loops finds."""
     from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.train.engine import Engine
 
@@ -56,28 +57,34 @@ def evaluate(configs: list[Config]) -> list[list[float]]:
         passes = [(first[0], whole), (first[1], whole if mesh.data.rank == 0 else ~whole)]
         before = engine.evaluate(iter(passes))
         engine.train_step(next(steps), 1)
-        found.append([*before, *engine.evaluate(iter(passes))])
+        after = engine.evaluate(iter(passes))
+        look = engine.look(first[0])
+        inside = [look.loss, look.loss_of_one, look.rho, *itertools.chain(*look.by_loop.values()), look.gain]
+        found.append(([*before, *after], inside))
         engine.deepspeed.destroy()
     return found
 
 
 def test_the_held_out_loss_is_the_same_at_every_layout(config):
     """Layouts of one replica against one rank, layouts of two against data parallelism alone. A stage may be without
-    loops in some step, and only the last computes a loss: every rank must come to know it, and the accuracy."""
+    loops in some step, and only the last computes a loss: every rank must come to know it, the accuracy, and what
+    each loop was like."""
     base = change(config, train={"global_batch": 4, "micro_batch": 1}, loops={"backprop": 1})
     one_replica = {2: [{"tensor": 2, "sequence": True}, {"pipe": 2}], 4: [{"pipe": 2, "tensor": 2}, {"pipe": 4}]}
     two_replicas = {2: [{}], 4: [{"tensor": 2}, {"pipe": 2}, {"tensor": 2, "expert": 2}]}
-    found: dict[int, list[list[float]]] = {1: run_ranks(1, evaluate, [base])[0], 2: []}
+    found: dict[int, list[tuple[list[float], list[float]]]] = {1: run_ranks(1, evaluate, [base])[0], 2: []}
     for ranks in (2, 4):
         layouts = one_replica[ranks] + two_replicas[ranks]
         results = run_ranks(ranks, evaluate, [change(base, parallel=layout) for layout in layouts])
         assert all(each == results[0] for each in results), "ranks disagree"
         found[1] += results[0][: len(one_replica[ranks])]
         found[2] += results[0][len(one_replica[ranks]) :]
-    for losses in found.values():
-        for each in losses:
-            assert each == pytest.approx(losses[0], rel=1e-5)
-        assert losses[0][0] != losses[0][2]
+    for same in found.values():
+        for held_out, inside in same:
+            assert held_out == pytest.approx(same[0][0], rel=1e-5)
+            assert inside[:-1] == pytest.approx(same[0][1][:-1], rel=1e-4)
+            assert inside[-1] == pytest.approx(same[0][1][-1], rel=1e-3)  # a power iteration that begins elsewhere
+        assert same[0][0][0] != same[0][0][2]
 
 
 def test_dropout_trains_at_every_layout(config):
