@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos_dist.errors import UserError, exit_with
-from mythos_dist.shards.depth_task import Targets, make_depth_task
+from mythos_dist.shards.depth_task import Targets, have_depth_task
+from mythos_dist.train.trials import AS_OPEN_MYTHOS, Trial, run_all
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "depth_task.yaml"
@@ -35,8 +36,7 @@ SETTINGS = {
     "final target": Setting("reached", ""),
     "reference": Setting(
         "final",
-        "model.mode=reference model.loop_signal=true model.lora=shared model.injection=reference "
-        "model.initial_state=e model.qk_norm=false model.init=reference act.mode=reference loops.curriculum=none",
+        f"{AS_OPEN_MYTHOS} loops.curriculum=none",
     ),
 }
 TRAINED, LOOPS, SHORT, LONG = 8, (2, 4, 8, 12, 16, 24, 32), 8, 16  # LOOPS of the sweep; hops in training and behind it
@@ -64,15 +64,13 @@ def main() -> None:
 def demonstrate(out: Path, settings: Sequence[str], seeds: range, jobs: int | None, overrides: Sequence[str]) -> None:
     """All runs, `jobs` at a time, then summary.json and summary.png in `out`."""
     from mythos_dist.train.sweep import write_json
-    from mythos_dist.train.trials import Trial, run_all
 
-    data = {name: out / "data" / f"s3-{SHORT}-{SETTINGS[name].targets}" for name in settings}
-    for name, folder in data.items():
-        if not folder.exists():
-            make_depth_task(folder, hops=SHORT, sequences=100_000, targets=SETTINGS[name].targets)
-    long = out / "data" / f"s3-{LONG}"
-    if not long.exists():
-        make_depth_task(long, hops=LONG, sequences=1, heldout=1000)
+    data = {}
+    for name in settings:
+        targets = SETTINGS[name].targets
+        folder = out / "data" / f"s3-{SHORT}-{targets}"
+        data[name] = have_depth_task(folder, hops=SHORT, sequences=100_000, targets=targets)
+    long = have_depth_task(out / "data" / f"s3-{LONG}", hops=LONG, sequences=1, heldout=1000)
     cases = [(name, seed) for seed in seeds for name in settings]
     trials = [
         Trial(

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mythos_dist.errors import UserError, exit_with
+from mythos_dist.shards.depth_task import have_depth_task
+from mythos_dist.train.trials import AS_OPEN_MYTHOS, Trial, run_all, steps_for, training_flops
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -38,8 +40,7 @@ SWITCHES = {
     "initial state random": "model.initial_state=random",
     "no qk_norm": "model.qk_norm=false",
     "init reference": "model.init=reference",
-    "as OpenMythos": "model.mode=reference model.loop_signal=true model.lora=shared model.injection=reference "
-    "model.initial_state=e model.qk_norm=false model.init=reference act.mode=reference {fixed}",
+    "as OpenMythos": AS_OPEN_MYTHOS + " {fixed}",
 }
 
 
@@ -84,14 +85,9 @@ class Task:
     base = "train.steps=1000 loops.curriculum_steps=600 checkpoint.every=1000000".split()
 
     def __init__(self, out: Path):
-        from mythos_dist.shards.depth_task import make_depth_task
-
-        self.short, self.long = out / "data" / "s3-8-reached", out / "data" / "s3-16"
-        if not self.short.exists():
-            make_depth_task(self.short, hops=8, sequences=100_000, targets="reached")
-        if not self.long.exists():
-            make_depth_task(self.long, hops=16, sequences=1, heldout=500)
-        self.base = [*self.base, f"data.path={self.short}"]
+        short = have_depth_task(out / "data" / "s3-8-reached", hops=8, sequences=100_000, targets="reached")
+        self.long = have_depth_task(out / "data" / "s3-16", hops=16, sequences=1, heldout=500)
+        self.base = [*self.base, f"data.path={short}"]
 
     def measure(self, run_dir: Path) -> dict[int, float]:
         from mythos_dist.train.sweep import sweep
@@ -142,8 +138,6 @@ def on(
     data: Text | Task, out: Path, switches: Sequence[str], seeds: range, more: Sequence[str], jobs: int | None
 ) -> dict[str, Any]:
     """By switch: its settings, its steps, and what each seed's run found by the number of loops."""
-    from mythos_dist.train.trials import Trial, run_all, steps_for, training_flops
-
     config = REPOSITORY / "configs" / data.config
     changes = {switch: words.format(**data.words).split() for switch, words in SWITCHES.items()}
     switches = [s for s in switches if s == "base" or not set(changes[s]) <= {*data.base}]  # else it is the base

@@ -9,8 +9,10 @@ tools/depth_sweep.py RUN_DIR --data data/s3-16.
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from mythos_dist.errors import UserError, exit_with
+from mythos_dist.shards.depth_task import Targets, make_depth_task
 
 
 def main() -> None:
@@ -24,15 +26,13 @@ def main() -> None:
     add("--heldout", type=int, default=1_000, help="sequences that are held out (%(default)s)")
     add(
         "--targets",
-        choices=("final", "reached", "per_loop"),
+        choices=get_args(Targets),
         default="final",
         help="the product of all elements; the same, where as many loops can have got to; or after t loops that of the "
         "last t (%(default)s)",
     )
     add("--seed", type=int, default=0, help="(%(default)s)")
     arguments = parser.parse_args()
-
-    from mythos_dist.shards.depth_task import make_depth_task
 
     try:
         problems = [

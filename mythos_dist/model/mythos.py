@@ -186,7 +186,7 @@ class Mythos(nn.Module):
         readout's mean over its labels that count is weighted by what its loop counts, and the last one is reported.
         """
         x, auxiliary, *rest = state
-        weights = rest[0] if rest else None  # (R, B, S)
+        weights = rest[0] if rest else None  # (R, B, S')
         wanted = self._labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
         final = wanted[-1]
         if weights is not None:

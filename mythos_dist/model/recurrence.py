@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context
 from mythos_dist.model.block import MoEBlock
+from mythos_dist.model.halting import Halting
+from mythos_dist.model.injection import Injection, ParcaeInjection
 from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute, recomputed
 from mythos_dist.model.watch import Watch
-from mythos_dist.parallel.collectives import enter, gather_together, leave
+from mythos_dist.parallel.collectives import gather_together
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import live_turns
-from mythos_dist.parallel.tensor import CutLinear, cut_parameter, whole_on_every_rank
+from mythos_dist.parallel.tensor import cut_parameter, whole_on_every_rank
 
 
 class Loops(NamedTuple):
@@ -59,44 +61,6 @@ def loop_signals(turns: range, dim: int, like: Tensor) -> Tensor:
     signals = torch.zeros(len(turns), dim, device=like.device, dtype=torch.float32)
     signals[:, :width] = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
     return signals.to(like.dtype)
-
-
-class Injection(nn.Module):
-    """What h = A * h + B * e + u needs, A = exp(-exp(log_dt + log_A)) per channel."""
-
-    def __init__(self, dim: int, mesh: Mesh):
-        super().__init__()
-        self.log_A = nn.Parameter(torch.empty(dim))
-        self.log_dt = nn.Parameter(torch.empty(1))
-        self.B = nn.Parameter(torch.empty(dim))
-        whole_on_every_rank(self, mesh)
-
-    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A and B (D,), e as it is: the same in every loop."""
-        # The clamp keeps the exponential finite for any value that an optimizer step may reach.
-        A = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
-        return A.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 takes a parameter's numbers away behind its module
-
-
-class ParcaeInjection(nn.Module):
-    """Parcae's: A = exp(-dt * exp(log_A)) with a step dt = softplus(delta) per channel, and dt * (B @ e), B (D, D)."""
-
-    def __init__(self, dim: int, mesh: Mesh):
-        super().__init__()
-        self.mesh = mesh
-        self.log_A = nn.Parameter(torch.empty(dim))
-        self.delta = nn.Parameter(torch.empty(dim))
-        self.B = CutLinear(dim, dim, "inputs", mesh)
-        whole_on_every_rank(self, mesh)
-
-    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A and dt (D,), B @ e (B, S', D): one product, for all loops."""
-        dt = F.softplus(self.delta.float())
-        A = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
-        whole, width = enter(e, self.mesh), self.B.weight.shape[1]
-        first = self.mesh.tensor.rank * width
-        own = F.pad(whole, (0, max(0, first + width - whole.shape[-1])))[..., first : first + width]
-        return A.to(e.dtype), dt.to(e.dtype), leave(self.B(own), self.mesh)
 
 
 class Fixed(NamedTuple):
@@ -149,73 +113,6 @@ class DepthLoRA(nn.Module):
         down, scale, B = gather_together([self.down, scale, self.B], axis, 0, partial=partial)
         scaled = F.linear(u, down) * scale.t().unsqueeze(1)
         return torch.addmm(rows, scaled.flatten(0, 1), B).view_as(u)
-
-
-class Halting(nn.Module):
-    """The probability that a token halts after this loop, and the weight its state gets; `act.mode` says how.
-
-    off: the last loop's state gets weight 1, the others 0; the layer is there all the same, so that checkpoints do not
-    depend on the mode. reference and safe: a token whose cumulative probability reaches the threshold gets what is left
-    of 1 and halts. In the last loop safe gives tokens that are still running what is left as well, so weights sum to 1
-    at any number of loops; the reference loses that mass (0.45 of it at one loop). ponder: the probability is that of
-    halting now if not before; weights are the resulting distribution over loops in training, and otherwise 1 at the
-    first loop where its sum reaches the threshold.
-    """
-
-    def __init__(self, config: MythosConfig, act: ActConfig, mesh: Mesh):
-        super().__init__()
-        self.mode = act.mode_of(config)
-        self.cost, self.kl, self.prior = act.ponder_cost, act.kl, act.prior
-        self.halt = whole_on_every_rank(nn.Linear(config.dim, 1), mesh)
-        self.dim = config.dim
-        self.threshold = config.act_threshold
-        self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that a sequence's tokens are spread over
-
-    @property
-    def regularised(self) -> bool:
-        """Whether `loss` is anything but 0."""
-        return self.cost > 0 or self.kl > 0
-
-    def idle(self, like: Tensor) -> Tensor:
-        """A zero in fp32, made with the parameters of no token: through the layer, where ZeRO-3 gathers them.
-
-        like: (…, D), for its kind of numbers and its device."""
-        return self.halt(like.new_zeros(0, self.dim)).float().sum()
-
-    def forward(self, h: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """h (B, S', D), mass (B, S') fp32, cumulative -> weight (B, S') fp32, the new mass."""
-        p = torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(mass)
-        if self.mode == "ponder":
-            return self._ponder(p, mass, last)
-        running = mass < self.threshold
-        p = p * running
-        rest = (1.0 - mass) * running  # of those that run it is positive: their mass is below the threshold
-        new_mass = mass + p
-        # In the last loop too the halting layer takes part: a stage that runs no other must have a gradient for it.
-        halts = torch.ones_like(running) if last and self.mode == "safe" else new_mass >= self.threshold
-        return torch.where(halts, rest, p), new_mass
-
-    def _ponder(self, p: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        # The last loop takes the rest whatever p is; with a zero of p, for a stage that runs no other.
-        weight = (1.0 - mass) * (1.0 + 0.0 * p if last else p)
-        new_mass = mass + weight
-        if torch.is_grad_enabled() and self.training:
-            return weight, new_mass
-        leaves = (mass < self.threshold) & ((new_mass >= self.threshold) | last)
-        return leaves.float(), new_mass
-
-    def loss(self, weight: Tensor, t: int | Tensor, n_loops: int | Tensor, last: bool) -> Tensor:
-        """One loop's part of what halting costs, (): ponder_cost * expected loops + kl * KL(weights, prior), mean over
-        tokens. weight (B, S'), loop t from 0 of n_loops, each for all or (B,).
-        """
-        like = weight.new_zeros(weight.shape[0], 1)
-        t, n_loops = (like + (x.unsqueeze(1) if isinstance(x, Tensor) else x) for x in (t, n_loops))
-        if self.prior is None:
-            log_prior = -n_loops.log()  # uniform: Ouro's entropy, but for a constant
-        else:
-            log_prior = t * math.log1p(-self.prior) + (0.0 if last else math.log(self.prior))  # PonderNet's, cut off
-        divergence = weight * (weight.clamp(min=1e-9).log() - log_prior)
-        return (self.cost * weight * (t + 1) + self.kl * divergence).mean() / self.parts
 
 
 class Carry(NamedTuple):

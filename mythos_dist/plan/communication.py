@@ -228,7 +228,7 @@ class _Layers:
         return self.enter(self.x * self.readouts).and_(_Pass(loss, Counter()))
 
     def injection(self) -> _Pass:
-        """model/recurrence.py: Parcae's matrix, once for all loops."""
+        """model/injection.py: Parcae's matrix, once for all loops."""
         if self.config.model.injection == "reference":
             return _Pass(Counter(), Counter())
         return self.enter(self.x).and_(self.leave(self.x))

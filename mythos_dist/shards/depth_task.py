@@ -111,6 +111,13 @@ def make_depth_task(
     return manifest
 
 
+def have_depth_task(out: Path, **settings) -> Path:
+    """`out`, with the shards that `make_depth_task` makes of the settings; what is there is taken for them."""
+    if not out.exists():
+        make_depth_task(out, **settings)
+    return out
+
+
 def windows_of(elements: np.ndarray, table: np.ndarray, targets: Targets) -> np.ndarray:
     """elements (N, n) -> windows (N, n + 2 + T * (n + 1)): BOS, the elements, EOS, then T rows of targets, 1 or n. The
     last row is the product of all, whatever `targets` is."""

@@ -29,13 +29,12 @@ from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, Mesh, build_mesh
 from mythos_dist.parallel.process import device, together
-from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.plan.estimate import Estimate
 from mythos_dist.train.checks import check_checkpoint, check_inputs, check_kernels
 from mythos_dist.train.depth import depth_line, failures
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.fits import Comparison, check_memory
-from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
+from mythos_dist.train.metrics import Metrics, peak_flops, step_line
 from mythos_dist.train.preflight import preflight
 from mythos_dist.train.restarts import note_restart, time_of_step
 from mythos_dist.train.run_folder import claim_run_folder, start_logging
@@ -394,30 +393,3 @@ def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterat
 def gather_sample_ids(micro_batches: list[MicroBatch], data: Axis) -> list[int]:
     """The sample ids that all replicas really trained on in this step."""
     return gather(torch.cat([batch.sample_ids for batch in micro_batches]).to(device()), data, 0).tolist()
-
-
-def step_line(config: Config, step: int, result: StepResult, ids: list[int], seconds: float, peak: float) -> dict:
-    """A line of metrics.jsonl; `peak` is the FLOP/s of all ranks together."""
-    tokens = config.train.global_batch * config.train.seq_len
-    flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops) * tokens
-    load = result.expert_counts.sum(0).double()
-    return {
-        "step": step,
-        "time": time.time(),
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": result.lr,
-        "n_loops": result.n_loops,
-        "backprop": result.backprop,
-        **({"mean_loops": result.mean_loops} if config.loops.per == "sequence" else {}),
-        "tokens": step * tokens,
-        "batch_id": batch_id(ids),
-        "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "mfu": flops / seconds / peak,
-        "objective": result.objective,
-        "expert_load_max": float(load.max() / load.mean()),
-        "experts_idle": int((load == 0).sum()),
-        "skipped": result.skipped,
-        **({"communication": result.communication} if result.communication is not None else {}),
-    }

@@ -19,7 +19,9 @@ import torch
 
 from mythos_dist.config.schema import Config
 from mythos_dist.parallel.process import DTYPES
+from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.depth import HeldOut, draw_curves
+from mythos_dist.train.engine import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,33 @@ def peak_flops(config: Config) -> float:
         torch.mm(a, b)
         products += 1
     return products * 2 * 1024**3 / (time.perf_counter() - begin)
+
+
+def step_line(config: Config, step: int, result: StepResult, ids: list[int], seconds: float, peak: float) -> dict:
+    """A line of metrics.jsonl; `peak` is the FLOP/s of all ranks together."""
+    tokens = config.train.global_batch * config.train.seq_len
+    flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops) * tokens
+    load = result.expert_counts.sum(0).double()
+    return {
+        "step": step,
+        "time": time.time(),
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "n_loops": result.n_loops,
+        "backprop": result.backprop,
+        **({"mean_loops": result.mean_loops} if config.loops.per == "sequence" else {}),
+        "tokens": step * tokens,
+        "batch_id": batch_id(ids),
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": flops / seconds / peak,
+        "objective": result.objective,
+        "expert_load_max": float(load.max() / load.mean()),
+        "experts_idle": int((load == 0).sum()),
+        "skipped": result.skipped,
+        **({"communication": result.communication} if result.communication is not None else {}),
+    }
 
 
 class Metrics:

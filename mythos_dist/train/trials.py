@@ -25,6 +25,11 @@ from mythos_dist.train.schedule import loops_at
 
 Found = TypeVar("Found")
 
+AS_OPEN_MYTHOS = (  # the loops of OpenMythos as shipped, but for their number: changes to any config
+    "model.mode=reference model.loop_signal=true model.lora=shared model.injection=reference model.initial_state=e "
+    "model.qk_norm=false model.init=reference act.mode=reference"
+)
+
 
 class Trial(NamedTuple):
     """One training: a config file, changes to it, and the folder that it writes."""

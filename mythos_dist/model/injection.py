@@ -1,0 +1,52 @@
+"""How the prelude's output e enters every loop: h = A * h + B * injected(e) + u, with A in (0, 1) by construction.
+
+The reference's, of OpenMythos, and that of Parcae (Prairie et al. 2026).
+"""
+
+# B batch, S' tokens of each sequence on this rank, D model.
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mythos_dist.parallel.collectives import enter, leave
+from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.tensor import CutLinear, whole_on_every_rank
+
+
+class Injection(nn.Module):
+    """What h = A * h + B * e + u needs, A = exp(-exp(log_dt + log_A)) per channel."""
+
+    def __init__(self, dim: int, mesh: Mesh):
+        super().__init__()
+        self.log_A = nn.Parameter(torch.empty(dim))
+        self.log_dt = nn.Parameter(torch.empty(1))
+        self.B = nn.Parameter(torch.empty(dim))
+        whole_on_every_rank(self, mesh)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A and B (D,), e as it is: the same in every loop."""
+        # The clamp keeps the exponential finite for any value that an optimizer step may reach.
+        A = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
+        return A.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 takes a parameter's numbers away behind its module
+
+
+class ParcaeInjection(nn.Module):
+    """Parcae's: A = exp(-dt * exp(log_A)) with a step dt = softplus(delta) per channel, and dt * (B @ e), B (D, D)."""
+
+    def __init__(self, dim: int, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+        self.log_A = nn.Parameter(torch.empty(dim))
+        self.delta = nn.Parameter(torch.empty(dim))
+        self.B = CutLinear(dim, dim, "inputs", mesh)
+        whole_on_every_rank(self, mesh)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A and dt (D,), B @ e (B, S', D): one product, for all loops."""
+        dt = F.softplus(self.delta.float())
+        A = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
+        whole, width = enter(e, self.mesh), self.B.weight.shape[1]
+        first = self.mesh.tensor.rank * width
+        own = F.pad(whole, (0, max(0, first + width - whole.shape[-1])))[..., first : first + width]
+        return A.to(e.dtype), dt.to(e.dtype), leave(self.B(own), self.mesh)
