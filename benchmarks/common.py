@@ -59,10 +59,11 @@ class Trainer:
         batch = torch.randint(0, vocab_size, (tokens[0], tokens[1] + 1), generator=generator)
         batch = batch.to(self.parameters[0].device)
         self.ids, self.labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        self.passed: dict[str, Any] = {}  # more of a forward pass's arguments
 
     def losses(self, n_loops: int | None) -> Losses:
         """Forward."""
-        return self.model(self.ids, n_loops, labels=self.labels)
+        return self.model(self.ids, n_loops, labels=self.labels, **self.passed)
 
     def step(self, n_loops: int | None = None) -> Losses:
         """Forward, backward, update."""

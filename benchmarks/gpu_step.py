@@ -7,7 +7,7 @@ process of its own, one after the other: what does not fit in memory, or is not 
 open-mythos runs under autocast, the only way in which its halting code runs in bf16, and never halts; if it does not
 fit, it gets sequences of half the length, and ours is measured with these too.
 
-Never run on a GPU so far. `--device cpu --tiny` runs the same code on a small model; its figures mean nothing.
+`--device cpu --tiny` runs the same code on a small model; its figures mean nothing.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from common import POLICIES, ReferenceTrainer, Trainer, answer, resident, take_turns
+from tqdm import tqdm
 
 from mythos_dist.config.schema import Config, ExpertsConfig, MythosConfig, TrainConfig
 from mythos_dist.config.variants import VARIANTS
@@ -169,7 +170,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     seq_len = tokens_of(arguments)[1]
     wanted = [case for case in cases(arguments.all) if arguments.compile or not case.endswith("compiled")]
-    found = {case: run(case, seq_len) for case in (MATMUL, REFERENCE, *wanted)}
+    found = {case: run(case, seq_len) for case in tqdm((MATMUL, REFERENCE, *wanted), unit="case", disable=None)}
     if "problem" in found[MATMUL]:
         raise UserError(f"not even a matrix product runs on {arguments.device}: {found[MATMUL]['problem']}")
     shorter = found[REFERENCE].get("tokens", [0, seq_len])[1]

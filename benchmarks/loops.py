@@ -3,6 +3,10 @@
 time: seconds of forward and backward for 1, 2, ... loops, taken in turns, and a line through the medians.
 memory: the peak of whole processes that recompute every loop, by the number of loops. What has to grow is what one loop
 hands to the next, kept for the backward pass: h in the model's dtype, the mixed states and the halting mass in fp32.
+frozen: the peak of whole processes without recomputation, by the number of loops: with gradient through all of them,
+and through the last 4 only. What a loop without gradient adds should be nothing.
+telemetry: what the trainer's looks into the loops (`loops.telemetry_every`) take of a training of the demo's model, one
+process and one micro-batch a step, from its metrics.jsonl.
 overhead: the share of a training step that goes to drawing the number of loops, halting (with mixing the states),
 counting the experts' tokens, and moving the router's bias. Nothing is left out to find it: each piece is marked in real
 steps, its forward timed by the clock, its backward found by the profiler through autograd's sequence numbers.
@@ -13,14 +17,17 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import COMMON, DTYPES, SHAPES, Trainer, add_options, answer, resident, take_turns
+from common import COMMON, DTYPES, ROOT, SHAPES, Trainer, add_options, answer, resident, take_turns
 from torch.profiler import ProfilerActivity, profile
 
 import mythos_dist.model.moe as moe
@@ -29,8 +36,9 @@ from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.recompute import Recompute
 
-WANTED = {"r2": 0.99, "growth": 1.15, "overhead": 0.02}
+WANTED = {"r2": 0.99, "growth": 1.15, "overhead": 0.02, "frozen": 0.02, "telemetry": 0.02}
 MEMORY_LOOPS = (4, 8, 16, 32)
+BACKPROP = 4  # loops with gradient, of more
 
 
 def model_config(arguments: argparse.Namespace) -> MythosConfig:
@@ -71,30 +79,63 @@ def time_loops(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def memory_worker(n_loops: int, arguments: argparse.Namespace) -> None:
     """Two training steps, then the most that this process has held."""
-    trainer = build(arguments, Recompute("loop"))
+    trainer = build(arguments, Recompute(arguments.recompute))
+    trainer.passed = {"backprop": arguments.backprop}
     for _ in range(2):
         trainer.step(n_loops)
     answer({"bytes": resident("VmHWM")}, lambda _: {})
 
 
-def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peak bytes of whole processes by loops, and their growth relative to the states that have to be kept."""
+def peaks_of(arguments: argparse.Namespace, numbers: Sequence[int], *more: str) -> dict[int, float]:
+    """Peak bytes of whole processes by loops, medians."""
     # Each large tensor gets pages of its own: glibc raises this threshold when it frees one, and the holes between
     # tensors of all sizes then move the peak by 20 MB from one run to the next.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
     settings = f"--shape {arguments.shape} --dtype {arguments.dtype} --batch {arguments.batch}"
     command = [sys.executable, __file__, *settings.split(), f"--threads={arguments.threads}"]
-    found: dict[int, list[int]] = {n: [] for n in MEMORY_LOOPS}
+    found: dict[int, list[int]] = {n: [] for n in numbers}
     for _ in range(-(-arguments.rounds // 2)):  # hardly anything varies here
-        for n in MEMORY_LOOPS:
-            ((first,),) = take_turns({"memory": [*command, f"--worker={n}"]}, 0).values()
+        for n in numbers:
+            ((first,),) = take_turns({"memory": [*command, f"--worker={n}", *more]}, 0).values()
             found[n].append(first["bytes"])
-    peaks = {n: statistics.median(some) for n, some in found.items()}
+    return {n: statistics.median(some) for n, some in found.items()}
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peaks with recomputation, and their growth relative to the states that have to be kept."""
+    peaks = peaks_of(arguments, MEMORY_LOOPS, "--recompute=loop")
     tokens, dim = arguments.batch * SHAPES[arguments.shape][0], SHAPES[arguments.shape][1]["dim"]
     state = tokens * (dim * DTYPES[arguments.dtype].itemsize + dim * 4 + 4)
     first, last = MEMORY_LOOPS[0], MEMORY_LOOPS[-1]
     per_loop = (peaks[last] - peaks[first]) / (last - first)
     return {"bytes": peaks, "per_loop": per_loop, "state": state, "growth": per_loop / state}
+
+
+def measure_frozen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peaks without recomputation, and what a loop more adds without gradient and with one."""
+    every = peaks_of(arguments, (4, 8))
+    some = peaks_of(arguments, (8, 32), f"--backprop={BACKPROP}")
+    with_gradient, without = (every[8] - every[4]) / 4, (some[32] - some[8]) / 24
+    return {"bytes": {"all": every, "last": some}, "with": with_gradient, "without": without}
+
+
+def measure_telemetry(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a look and of a step, and the share of the time that looks take at their default interval."""
+    if not (ROOT / "data" / "sample").exists():
+        subprocess.run([sys.executable, ROOT / "tools" / "make_sample_data.py"], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (
+            f"train.steps={4 * arguments.rounds} train.micro_batch=8 loops.telemetry_every=4 train.eval_samples=8 "
+            f"run.wandb=disabled checkpoint.every=1000000 run.dir={folder}/run"
+        )
+        command = [sys.executable, "-m", "mythos_dist.train", "configs/demo.yaml", *settings.split()]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    step = statistics.median(line["step_seconds"] for line in lines)
+    look = statistics.median(line["depth"]["seconds"] for line in lines if "depth" in line)
+    every = LoopsConfig().telemetry_every
+    return {"step": step, "look": look, "every": every, "share": look / (every * step)}
 
 
 class Pieces:
@@ -201,6 +242,21 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> N
             before = n, peak
         print(f"{memory['per_loop'] / 1e6:.3f} MB a loop; the states alone {memory['state'] / 1e6:.3f} MB")
         print(f"growth {memory['growth']:.3f} x the states' (wanted: at most {WANTED['growth']})\n")
+    if frozen := found.get("frozen"):
+        share = frozen["without"] / frozen["with"]
+        for name, peaks in frozen["bytes"].items():
+            said = "  ".join(f"{n} loops {peak / 1e6:.1f} MB" for n, peak in peaks.items())
+            print(f"gradient through {'all' if name == 'all' else f'the last {BACKPROP}'}: {said}")
+        print(
+            f"a loop adds {frozen['with'] / 1e6:.2f} MB, one without gradient {frozen['without'] / 1e6:.3f} MB",
+            end=": ",
+        )
+        print(f"{share:.2%} (wanted: at most {WANTED['frozen']:.0%})\n")
+    if telemetry := found.get("telemetry"):
+        print(f"a look {telemetry['look']:.3f} s, a step {telemetry['step']:.3f} s: ", end="")
+        print(
+            f"every {telemetry['every']} steps {telemetry['share']:.2%} (wanted: at most {WANTED['telemetry']:.0%})\n"
+        )
     if overhead := found.get("overhead"):
         for name, share in overhead["shares"].items():
             print(f"{name:40}{share:8.3%}")
@@ -210,11 +266,19 @@ def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> N
 
 def main() -> None:
     """Measure all parts, or one; print tables, or JSON."""
-    parts = {"time": time_loops, "memory": measure_memory, "overhead": measure_overhead}
+    parts = {
+        "time": time_loops,
+        "memory": measure_memory,
+        "frozen": measure_frozen,
+        "telemetry": measure_telemetry,
+        "overhead": measure_overhead,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=parts, help="default: all")
     add_options(parser, 16, "the most that are timed", "of each measurement")
     parser.add_argument("--worker", type=int, metavar="LOOPS", help=argparse.SUPPRESS)
+    parser.add_argument("--backprop", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--recompute", choices=("none", "loop"), default="none", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         memory_worker(arguments.worker, arguments)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from mythos_dist import __version__
 from mythos_dist.checkpoint.pieces import Index, Piece, real_numbers, shared
 from mythos_dist.checkpoint.tensor_file import TensorFile, file_hash
 from mythos_dist.errors import UserError
@@ -182,5 +183,6 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 def versions() -> dict[str, str]:
     """The libraries that a run's numbers depend on."""
-    names = ("mythos_dist", "torch", "deepspeed", "mosaicml-streaming")
-    return {name: importlib.metadata.version(name) for name in names}
+    # Ours from the code: it may run from a checkout that is not installed.
+    names = ("torch", "deepspeed", "mosaicml-streaming")
+    return {"mythos_dist": __version__, **{name: importlib.metadata.version(name) for name in names}}

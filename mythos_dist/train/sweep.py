@@ -15,6 +15,7 @@ from mythos_dist.data.manifest import read_manifest
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import IGNORED, Mythos
+from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
 
 
@@ -60,6 +61,7 @@ def sweep(
     if wrong := [n for n in loops if n < 1]:
         raise UserError(f"--loops holds {wrong}; loops are counted from 1")
     model, config, step = load_model(checkpoint)
+    model.to(device())
     stream, folder = _open(config, data, batch)
     samples = min(samples, stream.num_samples)
     batches = list(_batches(stream, samples, batch))
@@ -98,7 +100,7 @@ def _batches(stream: ReplicaStream, samples: int, batch: int) -> Iterator[MicroB
     for i in range(-(-samples // batch)):
         (whole,) = stream.step(i)
         left = samples - i * batch
-        yield MicroBatch(*(field[:left] for field in whole))
+        yield MicroBatch(*(field[:left].to(device()) for field in whole))
 
 
 @torch.no_grad()
@@ -107,7 +109,7 @@ def measure(
 ) -> tuple[HeldOut, list[float]]:
     """Loss and accuracy with `n_loops` loops, and the accuracy at each position (0 where no label counts)."""
     loss, tokens = 0.0, 0
-    correct = counted = torch.zeros(batches[0].input_ids.shape[1], dtype=torch.int64)
+    correct = counted = torch.zeros(batches[0].input_ids.shape[1], dtype=torch.int64, device=device())
     for batch in batches:
         labels = batch.final_labels
         documents = batch.document_ids if config.data.document_mask else None

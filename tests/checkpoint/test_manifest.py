@@ -1,11 +1,13 @@
 """Manifests, damage, and which checkpoint a run goes on from; folders made by hand, without ranks."""
 
+import importlib.metadata
 import random
 import shutil
 
 import numpy as np
 import pytest
 
+import mythos_dist
 from mythos_dist.checkpoint.manifest import (
     Checkpoint,
     File,
@@ -14,6 +16,7 @@ from mythos_dist.checkpoint.manifest import (
     checkpoints_of,
     damage,
     read_manifest,
+    versions,
 )
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import is_due, is_pinned, prune, publish
@@ -162,3 +165,15 @@ def test_which_steps_are_saved():
     assert [step for step in range(1, 51) if is_due(step, config)] == [3, 20, 25, 40, 50]
     assert [step for step in range(1, 51) if is_pinned(step, config.checkpoint)] == [3, 25, 50]
     assert not is_pinned(10, CheckpointConfig())
+
+
+def test_it_names_our_version_where_the_package_is_not_installed(monkeypatch):
+    """A checkout that runs by PYTHONPATH has no metadata: its first checkpoint ended such a run."""
+
+    def version(name: str) -> str:
+        if name == "mythos_dist":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert versions()["mythos_dist"] == mythos_dist.__version__
