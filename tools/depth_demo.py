@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "per-loop targets": Setting("per_loop", "loops.objective=per_loop model.initial_state=random"),
+    "per-loop targets": Setting("per_loop", "loops.objective=per_loop"),
     "final target": Setting("reached", ""),
     "reference": Setting(
         "final",
