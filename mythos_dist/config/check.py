@@ -136,15 +136,13 @@ def _loops_problems(config: Config) -> Iterator[str]:
             yield "loops.distribution=uniform_set needs loops.set, such as [1,2,4,8]"
         if loops.mean is not None:
             yield f"loops.mean={loops.mean} has no place beside loops.distribution=uniform_set; leave it out"
-        if loops.curriculum != "none":
-            yield f"loops.curriculum={loops.curriculum} moves a mean, and a set has none; set loops.curriculum=none"
     elif loops.set:
         yield f"loops.set={list(loops.set)} is for loops.distribution=uniform_set, but that is {name}; leave one out"
     for key in ("set", "sweep"):
         if wrong := [n for n in getattr(loops, key) if n < 1]:
             yield f"loops.{key}={list(getattr(loops, key))} holds {wrong}; loops are counted from 1"
     if loops.curriculum != "none" and loops.curriculum_steps < 1:
-        yield f"loops.curriculum={loops.curriculum} needs loops.curriculum_steps, the steps until the mean is reached"
+        yield f"loops.curriculum={loops.curriculum} needs loops.curriculum_steps, the steps until it ends"
     if loops.per == "sequence" and name == "fixed":
         yield "loops.per=sequence draws a number for each sequence, and loops.distribution=fixed has one for all"
     if loops.per == "sequence" and config.model.lora == "per_loop":

@@ -118,7 +118,8 @@ class LoopsConfig:
     sigma: float = 0.5  # lognormal_poisson: standard deviation of the rate's logarithm
     set: tuple[int, ...] = ()
     per: Literal["step", "sequence"] = "step"  # whether the sequences of a step have one number, or each its own
-    # The mean grows from 1 in the first `curriculum_steps` steps: along a line, or as 1 - sqrt(1 - x).
+    # The mean (of a set: the largest number that is drawn) grows from 1 in the first `curriculum_steps` steps: along a
+    # line, or as 1 - sqrt(1 - x).
     curriculum: Literal["none", "linear", "1-sqrt"] = "none"
     curriculum_steps: int = 0
     backprop: int | None = None  # gradient flows through the last so many loops; None: through all

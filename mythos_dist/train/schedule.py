@@ -40,7 +40,8 @@ def loops_at(config: Config, step: int) -> StepLoops:
         rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - loops.sigma**2 / 2, loops.sigma, size)
         drawn = 1 + random.poisson(rate)
     else:
-        drawn = random.choice(loops.set, size)
+        largest = _grown(config, step, max(loops.set))
+        drawn = random.choice([n for n in loops.set if n <= largest] or [min(loops.set)], size)
     maximum = loops.maximum or 4 * max(loops.mean_of(config.model), *loops.set, 1)
     depths = np.clip(drawn, 1, maximum).tolist()
     n_loops = max(depths)
@@ -49,12 +50,17 @@ def loops_at(config: Config, step: int) -> StepLoops:
 
 
 def mean_at(config: Config, step: int) -> float:
-    """The mean of the numbers that step `step` draws, behind a curriculum the one that is set."""
-    mean, loops = config.loops.mean_of(config.model), config.loops
+    """The mean of what step `step` draws from all but a set, behind a curriculum the one that is set."""
+    return _grown(config, step, config.loops.mean_of(config.model))
+
+
+def _grown(config: Config, step: int, full: int) -> float:
+    """From 1 in the first step up to `full` behind the curriculum."""
+    loops = config.loops
     if loops.curriculum == "none" or step > loops.curriculum_steps:
-        return mean
+        return full
     progress = (step - 1) / loops.curriculum_steps
-    return 1 + (mean - 1) * (progress if loops.curriculum == "linear" else 1 - math.sqrt(1 - progress))
+    return 1 + (full - 1) * (progress if loops.curriculum == "linear" else 1 - math.sqrt(1 - progress))
 
 
 def state_seed(seed: int, step: int, position: int) -> int:

@@ -72,6 +72,13 @@ def test_a_curriculum_begins_with_one_loop_and_ends_with_the_mean(curve, middle)
     assert [loops_at(run, step).n_loops for step in (1, 51, 101)] == [1, round(middle), 32]
 
 
+def test_a_curriculum_over_a_set_begins_with_its_smallest_number_and_ends_with_all():
+    run = config(distribution="uniform_set", set=(2, 4, 8), curriculum="linear", curriculum_steps=700)
+    largest = [max(loops_at(run, step).n_loops for step in range(first, first + 100)) for first in (1, 301, 601, 701)]
+    assert largest == [2, 4, 4, 8]
+    assert {loops_at(run, step).n_loops for step in range(701, 801)} == {2, 4, 8}
+
+
 def test_settings_of_loops_that_contradict_each_other_are_all_named():
     bad = config(distribution="uniform_set", mean=4, curriculum="linear", per="sequence", sweep=(0, 4), sigma=-1.0)
     bad = replace(bad, act=replace(bad.act, mode="ponder", prior=1.5), model=replace(bad.model, lora="per_loop"))
@@ -79,7 +86,6 @@ def test_settings_of_loops_that_contradict_each_other_are_all_named():
     for part in (
         "needs loops.set",
         "loops.mean=4",
-        "moves a mean",
         "loops.curriculum_steps",
         "loops.sweep=[0, 4] holds [0]",
         "loops.sigma=-1.0",
