@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo depth-demo test check bench clean
+.PHONY: demo depth-demo loop-ablation test check bench clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
 
 depth-demo: $(READY)  ## teach small models a task that needs depth, and see whether more loops help; half an hour
 	$(BIN)/python tools/depth_demo.py
+
+loop-ablation: $(READY)  ## each switch of the loops alone, at equal FLOPs; two hours
+	$(BIN)/python tools/loop_ablation.py
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest

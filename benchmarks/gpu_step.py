@@ -23,7 +23,7 @@ import torch
 from common import POLICIES, ReferenceTrainer, Trainer, answer, resident, take_turns
 from tqdm import tqdm
 
-from mythos_dist.config.schema import Config, ExpertsConfig, MythosConfig, TrainConfig
+from mythos_dist.config.schema import BY_MODE, Config, ExpertsConfig, MythosConfig, TrainConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError, exit_with
 from mythos_dist.model import Mythos
@@ -70,7 +70,7 @@ def build_ours(case: str, settings: dict[str, Any], device: torch.device, tokens
         if problem := why_not(package):
             raise UserError(problem)
     model = Mythos(
-        MythosConfig(**settings),
+        MythosConfig(**settings, **BY_MODE["reference"]),  # OpenMythos' loops, its work
         experts=ExpertsConfig(backend=cast(Any, backend)),
         recompute=POLICIES[recompute],
         attention=cast(Any, attention),
@@ -176,7 +176,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     shorter = found[REFERENCE].get("tokens", [0, seq_len])[1]
     if shorter < seq_len:
         found[f"{wanted[0]}, {shorter} tokens"] = run(wanted[0], shorter)
-    config = MythosConfig(**settings_of(arguments))
+    config = MythosConfig(**settings_of(arguments), **BY_MODE["reference"])
     for case in (case for case in found.values() if "seconds" in case):
         sequences, length = case["tokens"]
         case["tokens_per_second"] = sequences * length / case["seconds"]

@@ -71,7 +71,9 @@ def worker(peer: str, shape: str) -> None:
 def compare(shape: str, rounds: int) -> dict:
     """Interleaved rounds of all peers on a shape: medians, ratios, shares of the peak."""
     seq_len, settings = SHAPES[shape]
-    flops = train_flops_per_token(MythosConfig(**(COMMON | settings)), seq_len, COMMON["max_loop_iters"])
+    flops = train_flops_per_token(
+        MythosConfig(**(COMMON | settings), mode="reference"), seq_len, COMMON["max_loop_iters"]
+    )
     peaks = {"fp32": matmul_peak(torch.float32), "bf16": matmul_peak(torch.bfloat16)}
     command = [sys.executable, __file__, "--shape", shape, "--worker"]
     result = {}

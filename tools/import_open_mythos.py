@@ -1,7 +1,7 @@
 """Begin a run with OpenMythos' weights: they become the checkpoint of step 0, which any layout can load.
 
-python tools/import_open_mythos.py open_mythos.pt configs/1b.yaml run.dir=runs/from-open-mythos
-torchrun … -m mythos_dist.train configs/1b.yaml run.dir=runs/from-open-mythos
+python tools/import_open_mythos.py open_mythos.pt configs/1b.yaml model.mode=reference run.dir=runs/from-open-mythos
+torchrun … -m mythos_dist.train configs/1b.yaml model.mode=reference run.dir=runs/from-open-mythos
 """
 
 import argparse

@@ -21,17 +21,15 @@ from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.load import config_from
-from mythos_dist.config.schema import MythosConfig
+from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
-from mythos_dist.model.open_mythos import NOT_PARAMETERS, parts_of, to_open_mythos
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, other_loops, parts_of, to_open_mythos
 
 FILE_BYTES = 5 << 30
 Format = Literal["safetensors", "open_mythos"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
-# Of MythosConfig, what OpenMythos' does not have. Its weights can be ours if these are as in a fresh config.
-_OURS_ALONE = ("mode", "loop_signal", "lora", "injection", "initial_state", "qk_norm", "init")
-_PLAIN = MythosConfig()
+_OURS_ALONE = ("mode", *BY_MODE["reference"])  # of MythosConfig, what OpenMythos' does not have
 
 
 def export(
@@ -56,10 +54,8 @@ def export(
     if verify:
         source.must_be_whole()
     model = config_from({"model": manifest.config["model"]}).model
-    other = [key for key in _OURS_ALONE if key not in ("mode", "init") and getattr(model, key) != getattr(_PLAIN, key)]
-    if form == "open_mythos" and other:
-        settings = ", ".join(f"model.{key}={getattr(model, key)}" for key in other)
-        raise UserError(f"OpenMythos has no {settings}; export with --format safetensors", str(source.folder))
+    if form == "open_mythos" and (other := other_loops(model)):
+        raise UserError(f"OpenMythos has no {', '.join(other)}; export with --format safetensors", str(source.folder))
     label, _ = _DTYPES[dtype]
     names = {
         name: {name: tensor.shape} if form == "safetensors" else parts_of(name, tensor.shape, model)

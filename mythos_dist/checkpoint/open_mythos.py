@@ -19,7 +19,7 @@ from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, parts_of
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, must_be_its_loops, parts_of
 
 MAX_LINES = 8  # of problems of one kind
 
@@ -33,9 +33,10 @@ def import_open_mythos(
     """Write the checkpoint of step 0 below `config.run.dir`; returns its folder.
 
     `weights`: a .pt file, a .safetensors file, or a folder of the latter. Raises UserError if they are not of
-    `config.model`, with all that differs, or if the run has checkpoints already.
+    `config.model`, with all that differs, if its loops are not OpenMythos', or if the run has checkpoints already.
     """
     model, run_dir = config.model, Path(config.run.dir)
+    must_be_its_loops(model)
     with torch.device("meta"):
         ours = Mythos(model, act=config.act, experts=config.experts)
     wanted = {name: (PARAMETER, value) for name, value in ours.named_parameters()}

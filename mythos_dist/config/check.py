@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from mythos_dist.config.layout import divisors, layout_problems
-from mythos_dist.config.schema import Config, DataConfig, MythosConfig
+from mythos_dist.config.schema import BY_MODE, Config, DataConfig, MythosConfig
 
 _AT_LEAST_ONE = {
     "model": "vocab_size dim n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_nope_head_dim "
@@ -74,9 +74,8 @@ def model_problems(model: MythosConfig) -> list[str]:
     if not 0 <= model.dropout < 1:
         found.append(f"model.dropout={model.dropout} must be at least 0 and below 1")
     if model.mode == "reference":
-        default = MythosConfig()
-        for key in ("loop_signal", "lora", "injection", "initial_state", "qk_norm", "init"):
-            if getattr(model, key) != getattr(default, key):
+        for key, wanted in BY_MODE["reference"].items():
+            if getattr(model, key) != wanted:
                 found.append(
                     f"model.{key}={getattr(model, key)} is not OpenMythos', as model.mode=reference wants it; "
                     "set model.mode=train"

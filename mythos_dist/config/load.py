@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mythos_dist.config.check import problems
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 
@@ -76,8 +76,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def config_from(values: dict[str, dict[str, Any]]) -> Config:
     """The Config of settings that `dataclasses.asdict` made of one that was checked; sections that lack are defaults.
 
-    Raises UserError for settings that this version does not know.
+    Settings of `model` that lack are OpenMythos': they were made before there was a choice. Raises UserError for
+    settings that this version does not know.
     """
+    values = {**values, "model": BY_MODE["reference"] | values.get("model", {})}
     try:
         return Config(**{section: SECTIONS[section](**settings) for section, settings in values.items()})
     except (KeyError, TypeError) as error:

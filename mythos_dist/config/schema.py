@@ -4,8 +4,13 @@ A setting's path in YAML and on the command line is `section.field`. `global_bat
 the accumulation between them is derived.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+def _by_mode(reference: Any, train: Any) -> Any:
+    """A field of MythosConfig whose default depends on its `mode`."""
+    return field(default=None, metadata={"reference": reference, "train": train})
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,27 @@ class MythosConfig:
     lora_rank: int = 16  # depth LoRA
     max_output_tokens: int = 4096  # default bound on generated tokens
     dropout: float = 0.0
-    # `reference` gives OpenMythos 0.5.0's numbers exactly. `train` mends what keeps it from training:
-    # the router's bias follows the load, and `act.mode` and what is below can be chosen (docs/loops.md).
+    # `reference` gives OpenMythos 0.5.0's numbers exactly. `train` mends what keeps it from training: the router's bias
+    # follows the load, and `act.mode` and what is below can be chosen. Its defaults are what docs/loops.md measured.
     mode: Literal["reference", "train"] = "train"
-    loop_signal: bool = True  # sines and cosines of the loop's number in the first eighth of the channels
+    # Sines and cosines of the loop's number in the first eighth of the channels.
+    loop_signal: bool = _by_mode(reference=True, train=False)
     # Depth LoRA: one pair of matrices with a diagonal per loop, a pair of matrices per loop, or none.
-    lora: Literal["shared", "per_loop", "none"] = "shared"
+    lora: Literal["shared", "per_loop", "none"] = _by_mode(reference="shared", train="shared")
     # parcae: a step size per channel, a full matrix B that starts as the identity, a norm behind the prelude.
-    injection: Literal["reference", "parcae"] = "reference"
-    initial_state: Literal["e", "zero", "random"] = "e"  # of the loops: the prelude's output, zeros, or N(0, 2 / 5)
-    qk_norm: bool = False  # queries and keys are brought to one length: attention stays sane at any depth
+    injection: Literal["reference", "parcae"] = _by_mode(reference="reference", train="parcae")
+    # Of the loops: the prelude's output, zeros, or N(0, 2 / 5).
+    initial_state: Literal["e", "zero", "random"] = _by_mode(reference="e", train="zero")
+    # Queries and keys are brought to one length: attention stays sane at any depth.
+    qk_norm: bool = _by_mode(reference=False, train=True)
     # depth_scaled: matrices N(0, 2 / (5 dim)), those that write to the residual stream divided by
     # sqrt(2 * (prelude + loops + coda)) (Huginn); reference: N(0, 0.02).
-    init: Literal["reference", "depth_scaled"] = "reference"
+    init: Literal["reference", "depth_scaled"] = _by_mode(reference="reference", train="depth_scaled")
+
+    def __post_init__(self) -> None:
+        for key, default in BY_MODE[self.mode].items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, default)
 
     @property
     def head_dim(self) -> int:
@@ -73,6 +86,13 @@ class MythosConfig:
     def shared_dim(self) -> int:
         """Hidden width of all shared experts together: their sum is one wider SwiGLU."""
         return self.n_shared_experts * self.expert_dim * self.n_experts_per_tok
+
+
+# Of each mode, the defaults that are its own.
+BY_MODE: dict[str, dict[str, Any]] = {
+    mode: {one.name: one.metadata[mode] for one in fields(MythosConfig) if one.metadata}
+    for mode in ("reference", "train")
+}
 
 
 @dataclass(frozen=True)

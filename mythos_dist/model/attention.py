@@ -9,12 +9,11 @@ Rotary channels turn in adjacent pairs. `mythos_dist.model.attend` has the kerne
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import Documents, Kernel, attend, find_documents
-from mythos_dist.model.norm import EPS, Norm
+from mythos_dist.model.norm import Norm, same_length
 from mythos_dist.model.recompute import recomputed
 from mythos_dist.parallel.collectives import gather_together
 from mythos_dist.parallel.mesh import Mesh
@@ -85,11 +84,6 @@ def build_context(
     rope = torch.polar(torch.ones_like(angles), angles)
     documents = None if document_ids is None else find_documents(document_ids)
     return Context(rope, kernel, documents, cache)
-
-
-def same_length(x: Tensor) -> Tensor:
-    """x (..., d) with a mean square of 1: RMSNorm without weights."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.parallel.tensor import Slice, slice_of
 
 STD = 0.02
-_REFERENCE = MythosConfig()
 _BLOCK_NUMBERS = 1 << 20  # about how many numbers one generator draws
 
 
@@ -44,7 +43,7 @@ def deviation(config: MythosConfig, name: str) -> float:
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module, seed: int, config: MythosConfig = _REFERENCE) -> None:
+def init_parameters(model: nn.Module, seed: int, config: MythosConfig) -> None:
     """Fill every parameter of `model` that is not on the meta device."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:

@@ -48,5 +48,7 @@ class ParcaeInjection(nn.Module):
         A = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
         whole, width = enter(e, self.mesh), self.B.weight.shape[1]
         first = self.mesh.tensor.rank * width
-        own = F.pad(whole, (0, max(0, first + width - whole.shape[-1])))[..., first : first + width]
+        own = whole[..., first : first + width].contiguous()  # a part of `whole` would keep all of it
+        if own.shape[-1] < width:
+            own = F.pad(own, (0, width - own.shape[-1]))
         return A.to(e.dtype), dt.to(e.dtype), leave(self.B(own), self.mesh)

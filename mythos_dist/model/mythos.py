@@ -233,10 +233,11 @@ class Mythos(nn.Module):
     def load_open_mythos(self, state_dict: dict[str, Tensor]) -> None:
         """Take the weights of an `open_mythos.OpenMythos` with the same config.
 
-        Raises UserError when names or shapes are those of another config.
+        Raises UserError when names or shapes are those of another config, or the loops are not OpenMythos'.
         """
-        from mythos_dist.model.open_mythos import from_open_mythos
+        from mythos_dist.model.open_mythos import from_open_mythos, must_be_its_loops
 
+        must_be_its_loops(self.config)
         try:
             self.load_state_dict(from_open_mythos(state_dict, self.config))
         except RuntimeError as error:

@@ -1,4 +1,7 @@
-"""RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
+"""RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019).
+
+On a GPU PyTorch's fused kernel; on a CPU, where it has none, one that keeps nothing but its input.
+"""
 
 # N rows, D channels.
 
@@ -10,8 +13,13 @@ from torch.autograd.function import once_differentiable
 EPS = 1e-6
 
 
+def same_length(x: Tensor) -> Tensor:
+    """x (..., D) with a mean square of 1: a norm without weights."""
+    return _norm(x, None)
+
+
 class Norm(nn.Module):
-    """On a GPU PyTorch's fused kernel; on a CPU, where it has none, one that keeps nothing but its input."""
+    """A norm and its weights."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -19,26 +27,32 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if x.device.type == "cpu":
-            return _RMSNorm.apply(x, self.weight)
-        return F.rms_norm(x, self.weight.shape, self.weight, EPS)
+        return _norm(x, self.weight)
+
+
+def _norm(x: Tensor, weight: Tensor | None) -> Tensor:
+    if x.device.type == "cpu":
+        return _RMSNorm.apply(x, weight)
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
         exact = x.float()
         rstd = exact.square().mean(-1, keepdim=True).add_(EPS).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, rstd)
-        return (exact * rstd).mul_(weight).to(x.dtype)
+        normed = exact * rstd
+        return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
         normed = x.float() * rstd
-        scaled = grad * normed  # fp32
-        grad_weight = scaled.flatten(0, -2).sum(0)
-        share = scaled.mul_(weight).mean(-1, keepdim=True)
-        grad_x = (grad.float() * weight).sub_(normed.mul_(share)).mul_(rstd)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+        scaled, grad_x, grad_weight = grad * normed, grad.float(), None  # fp32
+        if weight is not None:
+            grad_weight = scaled.flatten(0, -2).sum(0).to(weight.dtype)
+            scaled, grad_x = scaled.mul_(weight), grad_x * weight
+        grad_x = grad_x.sub(normed.mul_(scaled.mean(-1, keepdim=True))).mul_(rstd)
+        return grad_x.to(x.dtype), grad_weight

@@ -8,13 +8,33 @@ are joined along their hidden width.
 import torch
 from torch import Tensor
 
-from mythos_dist.config.schema import MythosConfig
+from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
 
 _FFN = "recurrent.block.ffn."
 _OURS = {f"recurrent.lora.{leaf}.weight": f"recurrent.lora.{leaf}" for leaf in ("down", "scale")}
 _STACKED = {"gate": "w1", "up": "w3", "down": "w2"}  # routed experts
+_LOOPS = {key: value for key, value in BY_MODE["reference"].items() if key != "init"}
 NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # tables, and the embedding a second time
+
+
+def other_loops(config: MythosConfig) -> list[str]:
+    """The settings that OpenMythos would have to have to compute with this model's weights; empty if it can."""
+    return [f"model.{key}={_yaml(getattr(config, key))}" for key in _LOOPS if getattr(config, key) != _LOOPS[key]]
+
+
+def must_be_its_loops(config: MythosConfig) -> None:
+    """Raises UserError if weights of OpenMythos would mean something else in this model."""
+    if other_loops(config):
+        wanted = " ".join(f"model.{key}={_yaml(value)}" for key, value in _LOOPS.items())
+        raise UserError(
+            f"OpenMythos' weights were not made for {', '.join(other_loops(config))}; set {wanted} to go on from them, "
+            "or model.mode=reference for its numbers"
+        )
+
+
+def _yaml(value: bool | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:

@@ -80,7 +80,8 @@ class Tensors:
         c, N, b, H = self.c, self.N, self.b, self.heads
         if c.attn_type == "gqa":
             keys = H if c.n_kv_heads % self.t else c.n_kv_heads // self.t
-            return self.entered() + Saved(N * ((3 * H + 2 * keys) * c.head_dim * b + 4 * H))
+            normed = (H + keys) * (c.head_dim * b + 4) * c.qk_norm
+            return self.entered() + Saved(N * ((3 * H + 2 * keys) * c.head_dim * b + 4 * H + normed))
         d, v = c.head_dim, c.v_head_dim
 
         def cut(width: int) -> int:
@@ -92,6 +93,7 @@ class Tensors:
         normed = c.q_lora_rank + c.kv_lora_rank
         values = d if v < d else c.qk_nope_head_dim + v  # padded, or a view of the product
         heads = H * (2 * max(d, v) + values + max(d, v) + v) * b + 4 * H  # queries, keys, values, output twice, lse
+        heads += 2 * H * (d * b + 4) * c.qk_norm  # queries and keys before their norms
         return self.entered() + Saved(N * ((latents + normed) * b + heads + 8))
 
     @property
@@ -135,6 +137,12 @@ class Tensors:
         around = 5 * self.residual + self.mixed
         lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
         return Saved(around + lora) + self.attention() + self.mixture()
+
+    def injection(self) -> Saved:
+        """model/injection.py, once for all loops: what e's norm got, this rank's channels of e, and their product."""
+        if self.c.injection == "reference":
+            return Saved()
+        return Saved(2 * self.residual + self.N * ceil(self.c.dim / self.t) * self.b)
 
     @property
     def mixed(self) -> float:
@@ -195,7 +203,7 @@ def _moments(
     head = gradients("embed") if part.last else 0.0  # pending until the embedding's backward
     recurrent = gradients("recurrent")
     in_flight = min(mesh.pipe.size - mesh.pipe.rank, _accumulation(config, mesh)) - 1
-    before = s.dense_block() * len(part.prelude)
+    before = s.dense_block() * len(part.prelude) + (s.injection() if part.loops else Saved())
     readouts = config.loops.readouts(config.loops.mean_of(c), frozen)  # the coda and the head run on all at once
     behind = s.dense_block() * (len(part.coda) * readouts) + Saved(s.residual * (readouts - 1) * 2)
     kept = s.loop() if not recomputed else Saved()

@@ -125,7 +125,7 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings
     del state["prelude.0.attn_norm.weight"]
     state["norm.weight"] = torch.zeros(5)
     save_file(state, file)
-    begun = [*settings, f"run.dir={tmp_path / 'begun'}"]
+    begun = [*settings, "model.mode=reference", f"run.dir={tmp_path / 'begun'}"]
     said = tool("import_open_mythos", file, *begun, code=2)
     for words in (
         "1 tensors are missing: prelude.0.attn_norm",
@@ -137,6 +137,9 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings
         (tmp_path / "bad.pt").write_bytes(content)
         assert words in tool("import_open_mythos", tmp_path / "bad.pt", *begun, code=2)
     assert "no such file" in tool("import_open_mythos", tmp_path / "absent.pt", *begun, code=2)
+    assert "not made for model.loop_signal=false" in tool(
+        "import_open_mythos", file, *begun, "model.mode=train", code=2
+    )
     assert not (tmp_path / "begun").exists()
 
 
@@ -151,7 +154,8 @@ class _Opens:
 def test_no_code_of_a_weights_file_runs(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("TARGET", str(tmp_path / "made"))
     torch.save({"embed.weight": _Opens()}, tmp_path / "evil.pt")
-    said = tool("import_open_mythos", tmp_path / "evil.pt", *settings, f"run.dir={tmp_path / 'run'}", code=2)
+    begun = [*settings, "model.mode=reference", f"run.dir={tmp_path / 'run'}"]
+    said = tool("import_open_mythos", tmp_path / "evil.pt", *begun, code=2)
     assert "cannot be read as weights" in said and not (tmp_path / "made").exists()
 
 

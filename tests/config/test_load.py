@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mythos_dist.config.check import model_problems, problems
 from mythos_dist.config.compare import differences
-from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.load import config_from, dump_config, load_config
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
@@ -124,6 +124,25 @@ def test_a_variant_fills_the_model_and_own_keys_lie_over_it(name, write):
         assert load_config(write(text), ["train.seq_len=8"]).model == expected
     path = write("model: {dim: 64, vocab_size: 9}")
     assert load_config(path, ["train.seq_len=8", f"model.variant={name}"]).model == MythosConfig(**VARIANTS[name])
+
+
+def test_the_mode_gives_the_loops_their_defaults(write):
+    """And only that: what is set is set. A reference that asks for other loops is refused (test_check)."""
+    trained = load_config(write("model: {init: reference}")).model
+    assert (trained.injection, trained.qk_norm, trained.init) == ("parcae", True, "reference")
+    reference = load_config(write("model: {mode: reference}")).model
+    assert (reference.injection, reference.qk_norm, reference.init) == ("reference", False, "reference")
+    assert reference == load_config(write("model: {mode: train}"), ["model.mode=reference"]).model
+
+
+def test_settings_from_before_there_was_a_choice_are_openmythos():
+    """A checkpoint of such a run has weights of its loops only."""
+    old = asdict(MythosConfig(dim=64))
+    for key in ("loop_signal", "lora", "injection", "initial_state", "qk_norm", "init"):
+        del old[key]
+    assert config_from({"model": old}).model == dataclasses.replace(
+        MythosConfig(mode="reference", dim=64), mode="train"
+    )
 
 
 def test_an_unknown_variant_is_told_the_known_ones(write):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mythos_dist.config.schema import ActConfig
+from mythos_dist.config.schema import BY_MODE, ActConfig
 from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
 
 
@@ -75,7 +75,10 @@ def build_pair(build_reference, enliven) -> Callable[..., tuple[Mythos, nn.Modul
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., MythosConfig]:
-    """A function: changed settings -> a config that a test can afford; values are narrower than keys, as in 1b."""
+    """A function: changed settings -> a config that a test can afford, OpenMythos' but for its mode.
+
+    Values are narrower than keys, as in 1b.
+    """
 
     def config(**changes) -> MythosConfig:
         settings = {
@@ -98,6 +101,7 @@ def tiny() -> Callable[..., MythosConfig]:
             "n_experts_per_tok": 2,
             "expert_dim": 16,
             "lora_rank": 4,
+            **BY_MODE["reference"],
         }
         return MythosConfig(**settings | changes)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mythos_dist.config.schema import ParallelConfig
+from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.init import STD, init_parameters, normal_block
 from mythos_dist.parallel.mesh import Axis, mesh_of
@@ -43,7 +43,7 @@ def test_a_block_drawn_alone_is_the_slice_of_the_whole():
     """
     table = nn.Module()
     table.weight = nn.Parameter(torch.empty(3000, 1000))
-    init_parameters(table, seed=5)
+    init_parameters(table, seed=5, config=MythosConfig())
     rows = 2**20 // 1000
     assert torch.equal(table.weight[rows : 2 * rows], STD * normal_block(5, "weight", 1, rows, 1000))
     assert (table.weight[:rows] == table.weight[rows : 2 * rows]).double().mean() < 1e-3
@@ -87,7 +87,7 @@ def test_a_model_on_the_meta_device_stays_there(tiny):
         model = Mythos(tiny())
     assert all(p.is_meta for p in model.parameters())
     real = model.to_empty(device="cpu")
-    init_parameters(real, seed=7)
+    init_parameters(real, seed=7, config=tiny())
     for ours, fresh in zip(real.parameters(), Mythos(tiny(), seed=7).parameters(), strict=True):
         assert torch.equal(ours, fresh)
 
@@ -150,7 +150,7 @@ def test_slices_that_straddle_generators_are_those_of_the_whole(mode):
     cuts = sizes[mode]
     table = nn.Module()
     table.weight = nn.Parameter(torch.empty(whole))
-    init_parameters(table, seed=5)
+    init_parameters(table, seed=5, config=MythosConfig())
     found = Assembly()
     indices = torch.cartesian_prod(*(torch.arange(size) for _, size in cuts.values())).view(-1, len(cuts)).tolist()
     for ranks in indices:
@@ -158,7 +158,7 @@ def test_slices_that_straddle_generators_are_those_of_the_whole(mode):
         part.weight = cut_parameter(
             whole, {dim: Axis(name, size, i) for (dim, (name, size)), i in zip(cuts.items(), ranks, strict=True)}
         )
-        init_parameters(part, seed=5)
+        init_parameters(part, seed=5, config=MythosConfig())
         found.add("weight", part.weight)
     assert torch.equal(found.whole["weight"], table.weight)
 
@@ -172,5 +172,5 @@ def test_a_rank_draws_only_what_it_holds(monkeypatch):
     )
     part = nn.Module()
     part.weight = cut_parameter((40_000, 1000), {0: Axis("tensor", 64, 31)})
-    init_parameters(part, seed=5)
+    init_parameters(part, seed=5, config=MythosConfig())
     assert len(drawn) in (1, 2)

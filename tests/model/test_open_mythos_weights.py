@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import yaml
 
 from mythos_dist.errors import UserError
-from mythos_dist.model import MythosConfig
+from mythos_dist.model import Mythos, MythosConfig
 from mythos_dist.model.open_mythos import from_open_mythos, to_open_mythos
 
 SMALL = {
@@ -25,6 +26,7 @@ SMALL = {
     "n_experts_per_tok": 2,
     "expert_dim": 7,
     "lora_rank": 3,
+    "mode": "reference",
 }
 CASES = [
     MythosConfig(**SMALL, attn_type=attn_type, n_shared_experts=shared)
@@ -71,6 +73,18 @@ def test_a_missing_expert_or_projection_is_named(name, build_reference):
     del state[name]
     with pytest.raises(UserError, match=name):
         from_open_mythos(state, config)
+
+
+def test_a_model_with_other_loops_takes_no_weights(build_reference):
+    """They would fit in part and mean something else: what to set is said, for training and for equal numbers."""
+    state = build_reference(MythosConfig(**SMALL)).state_dict()
+    with pytest.raises(UserError) as caught:
+        Mythos(MythosConfig(**SMALL | {"mode": "train", "injection": "reference"})).load_open_mythos(state)
+    said = str(caught.value)
+    assert "not made for model.loop_signal=false, model.initial_state=zero, model.qk_norm=true;" in said
+    settings = said.split("; set ")[1].split(" to go on")[0].split()
+    loops = {key[6:]: yaml.safe_load(value) for key, value in (one.split("=") for one in settings)}
+    Mythos(MythosConfig(**SMALL | {"mode": "train"} | loops)).load_open_mythos(state)
 
 
 def test_weights_of_another_size_are_refused(build_reference, build_pair):

@@ -26,10 +26,15 @@ PARALLEL, WORLD = ParallelConfig(tensor=4, expert=8), 32
 LARGE = 1_000_000  # numbers
 
 
+@pytest.fixture(scope="module", params=["reference", "train"])
+def mode(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def ranks() -> list[nn.Module]:
+def ranks(mode) -> list[nn.Module]:
     """10b as each of 32 ranks holds it: tensor 4, and 8 replicas that share one copy of the experts."""
-    config = load_config(CONFIGS / "10b.yaml").model
+    config = load_config(CONFIGS / "10b.yaml", [f"model.mode={mode}"]).model
     with torch.device("meta"):
         return [Mythos(config, mesh=mesh_of(PARALLEL, WORLD, rank)) for rank in range(WORLD)]
 
@@ -49,7 +54,9 @@ def numbers_per_rank(c: MythosConfig, tensor: int, expert: int) -> dict[str, int
         + c.dim * cut(c.n_heads * c.v_head_dim)
         + (c.q_lora_rank + c.kv_lora_rank)  # norms of the latents
         + 2 * c.dim  # the block's norms
+        + (c.qk_nope_head_dim + c.qk_rope_head_dim) * c.qk_norm
     )
+    parcae = c.dim * cut(c.dim) + 2 * c.dim + c.dim  # B; decay and step; the norm of e
     shared = c.n_shared_experts * c.expert_dim * c.n_experts_per_tok
     return {
         "embedding": cut(c.vocab_size) * c.dim,
@@ -57,24 +64,25 @@ def numbers_per_rank(c: MythosConfig, tensor: int, expert: int) -> dict[str, int
         "looped block": attention + c.n_experts * c.dim + 3 * c.dim * cut(shared),
         "experts": 3 * math.ceil(c.n_experts / expert) * cut(c.expert_dim) * c.dim,
         "depth LoRA": (2 * c.dim + c.max_loop_iters) * cut(c.lora_rank),
-        "injection and halting": 2 * c.dim + 1 + c.dim + 1,
+        "injection": parcae if c.injection == "parcae" else 2 * c.dim + 1,
+        "halting": c.dim + 1,
         "norms before the loops and the head": 2 * c.dim,
     }
 
 
-def test_every_rank_holds_its_share_of_10b(ranks):
+def test_every_rank_holds_its_share_of_10b(ranks, mode):
     """In bytes, in the fp32 that a model is built in. The FFN's 5461 channels are the one width that 4 does not divide.
 
     Buffers are the router's bias and nothing else.
     """
-    config = load_config(CONFIGS / "10b.yaml").model
+    config = load_config(CONFIGS / "10b.yaml", [f"model.mode={mode}"]).model
     expected = 4 * sum(numbers_per_rank(config, PARALLEL.tensor, PARALLEL.expert).values())
     for model in ranks:
         assert sum(p.numel() * p.element_size() for p in model.parameters()) == expected
         assert sum(b.numel() for b in model.buffers()) == config.n_experts
 
 
-def test_no_large_parameter_is_whole_on_a_rank(ranks):
+def test_no_large_parameter_is_whole_on_a_rank(ranks, mode):
     """Of every parameter of more than a million numbers a rank holds a quarter, of experts a thirty-second, with what
     is filled up less than 0.1 % more."""
     for model in ranks:
@@ -87,12 +95,14 @@ def test_no_large_parameter_is_whole_on_a_rank(ranks):
                 assert parameter.numel() <= LARGE
     large = {name for name, p in ranks[0].named_parameters() if math.prod(slice_of(p).whole) > LARGE}
     # Embedding; in 5 blocks q_down, q_up, kv_down, kv_up, wo and three of an FFN, which is the shared one in the loop;
-    # three stacks of experts.
-    assert len(large) == 1 + 5 * (5 + 3) + 3
+    # three stacks of experts; Parcae's matrix.
+    assert len(large) == 1 + 5 * (5 + 3) + 3 + (mode == "train")
 
 
-def test_the_slices_of_all_ranks_make_up_the_reference(ranks, open_mythos):
-    """Distinct slices of one copy of the model tile every tensor and count as many numbers as OpenMythos has."""
+def test_the_slices_of_all_ranks_make_up_the_reference(ranks, mode, open_mythos):
+    """Distinct slices of one copy of the model tile every tensor and count as many numbers as OpenMythos has, and with
+    the loops that train as many as Parcae's injection (B, and a norm and a step where there was a factor) and a weight
+    for each channel of a query's and a key's norm are more."""
     boxes: dict[str, set] = {}
     whole = {}
     for model in ranks:
@@ -110,7 +120,9 @@ def test_the_slices_of_all_ranks_make_up_the_reference(ranks, open_mythos):
         total += volumes
     with torch.device("meta"):
         reference = open_mythos.main.OpenMythos(open_mythos.variants.mythos_10b())
-    assert total == sum(p.numel() for p in reference.parameters())
+    c = load_config(CONFIGS / "10b.yaml").model
+    more = c.dim * c.dim + c.dim - 1 + (4 + 1) * (c.qk_nope_head_dim + c.qk_rope_head_dim) if mode == "train" else 0
+    assert total == sum(p.numel() for p in reference.parameters()) + more
 
 
 # ---- A pass through a small model of that shape, as one of 32 ranks

@@ -31,6 +31,7 @@ ODD = {
 }
 ODD_CONFIGS = [
     MythosConfig(**ODD),
+    MythosConfig(**ODD, mode="reference"),
     MythosConfig(**ODD, attn_type="gqa"),
     MythosConfig(**ODD, prelude_layers=1),
     MythosConfig(**ODD, lora="per_loop", injection="parcae", qk_norm=True),
@@ -132,4 +133,4 @@ def test_the_variants_have_as_many_parameters_as_the_reference(name, parameters,
     with torch.device("meta"):
         reference = open_mythos.main.OpenMythos(getattr(open_mythos.variants, f"mythos_{name}")())
     assert sum(parameter.numel() for parameter in reference.parameters()) == parameters
-    assert count_parameters(MythosConfig(**VARIANTS[name])) == parameters
+    assert count_parameters(MythosConfig(**VARIANTS[name], mode="reference")) == parameters
