@@ -11,7 +11,7 @@ demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 depth-demo: $(READY)  ## teach small models a task that needs depth, and see whether more loops help; half an hour
 	$(BIN)/python tools/depth_demo.py
 
-loop-ablation: $(READY)  ## each switch of the loops alone, at equal FLOPs; two hours
+loop-ablation: $(READY)  ## each switch of the loops alone, at equal FLOPs; an hour or two
 	$(BIN)/python tools/loop_ablation.py
 
 test: $(READY)  ## all tests

@@ -19,7 +19,7 @@ from helpers.parity import change, train_plainly, train_under_deepspeed
 
 from mythos_dist.config.check import problems
 from mythos_dist.config.layout import layout_problems
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import BY_MODE, Config
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 
@@ -34,7 +34,7 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(tensor=2, sequence=True), "gqa"),
     (2, dict(tensor=2), "prime"),
     (2, dict(expert=2), "mla"),
-    (2, dict(expert=2, zero=2), "act as shipped"),
+    (2, dict(expert=2, zero=2), "as shipped"),
     (2, dict(expert=2, zero=3), "ponder"),
     (2, dict(expert=2), "one expert"),
     (2, dict(expert=2), "loop"),
@@ -59,12 +59,13 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (4, dict(tensor=2, expert=2, sequence=True), "mla"),
     (4, dict(tensor=2, expert=2, sequence=True, zero=3), "gqa"),
     (4, dict(tensor=2, expert=2, sequence=True), "no halting"),
+    (4, dict(tensor=2, expert=2, sequence=True), "as shipped"),
     (4, dict(pipe=4), "per loop"),
     (4, dict(pipe=4), "bare"),
     (4, dict(pipe=4), "two loops"),
     (4, dict(pipe=2, tensor=2), "gqa"),
     (4, dict(pipe=2, tensor=2, sequence=True), "loop"),
-    (4, dict(pipe=2, expert=2), "act as shipped"),
+    (4, dict(pipe=2, expert=2), "as shipped"),
     (4, dict(pipe=2, expert=2), "idle ranks"),
     (4, dict(pipe=2, expert=2), "odd widths"),
     (8, dict(pipe=2), "mla"),  # four replicas: the order in which they are added up matters
@@ -109,17 +110,17 @@ def run_of(config: Config, kind: str) -> Config:
         return change(config, model=dict(attn_type="gqa"))
     if kind == "no halting":
         return change(config, act=dict(mode="off", ponder_cost=0.0, kl=0.0))
-    if kind == "act as shipped":
-        return change(config, act=dict(mode="reference"))
+    if kind == "as shipped":
+        return change(config, model=BY_MODE["reference"], act=dict(mode="reference"))
     if kind == "ponder":
         loops = dict(distribution="lognormal_poisson", backprop=None, objective="per_loop")
         return change(config, act=dict(mode="ponder", prior=0.3), loops=loops)
     if kind == "per loop":
-        others = dict(lora="per_loop", injection="parcae", qk_norm=True, loop_signal=False, initial_state="zero")
+        others = dict(lora="per_loop")
         loops = dict(distribution="uniform_set", set=(1, 2, 3, 5), mean=None, objective="per_loop")
         return change(config, model=others, loops=loops)
     if kind == "sequences":  # each with a depth of its own, half of the run with a mean that grows
-        others = dict(initial_state="random", lora="shared", init="depth_scaled", attn_type="gqa", qk_norm=True)
+        others = dict(initial_state="random", injection="reference", attn_type="gqa")
         loops = dict(per="sequence", curriculum="1-sqrt", curriculum_steps=3)
         return change(config, model=others, loops=loops)
     if kind == "one expert":
@@ -181,7 +182,7 @@ def test_the_reference_is_a_hard_case(references):
     """Clipping bites, loops change from step to step, and the special runs do what their names say."""
     for kind, run in references.items():
         assert min(run["grad_norm"]) > CLIP, kind
-        assert min(run["expert_share"]) > 0.02, f"{kind}: routed experts must count in the norm"
+        assert min(run["expert_share"]) > 0.01, f"{kind}: routed experts must count in the norm"
     n_loops = references["mla"]["n_loops"]
     assert all(a != b for a, b in itertools.pairwise(n_loops))
     assert min(n_loops) <= 2, "a pipeline of four stages must meet a step with fewer loops than stages"
