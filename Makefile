@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
 
-depth-demo: $(READY)  ## teach small models a task that needs depth, and see whether more loops help; half an hour
+depth-demo: $(READY)  ## teach small models a task that needs depth, and see whether more loops help; a quarter of an hour
 	$(BIN)/python tools/depth_demo.py
 
 loop-ablation: $(READY)  ## each switch of the loops alone, at equal FLOPs; an hour or two

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "plan": {"model", "parallel", "config"},
     "cluster": {"parallel", "config"},
     "train": {"cluster", "checkpoint", "plan", "model", "parallel", "data", "config"},
+    "studies": {"train", "shards", "plan", "parallel", "config"},
     "doctor": {"train", "cluster", "plan", "model", "parallel", "data", "config"},
 }
 FILES = sorted((REPOSITORY / "mythos_dist").rglob("*.py"))

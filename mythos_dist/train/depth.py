@@ -62,7 +62,7 @@ def failures(look: Look, counts: Tensor) -> dict[str, str]:
     if look.n_loops > 1 and abs(look.loss - look.loss_of_one) < SAME_LOSS * look.loss:
         found["state ignored"] = (
             f"the loss is the same with 1 loop ({look.loss_of_one:.4f}) and with {look.n_loops} ({look.loss:.4f}): the "
-            "loops are of no use yet; try act.mode=off, loops.distribution=poisson, loops.objective=per_loop"
+            "loops are of no use yet; try act.mode=off, loops.curriculum=linear, loops.distribution=poisson"
         )
     correlation = look.by_loop["token_correlation"][-1]
     if correlation > SAME_TOKENS:
@@ -112,7 +112,8 @@ def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
                 at = [getattr(curve[n], what) for n in marked]
                 panel.scatter(marked, at, marker="x", s=70, color=line.get_color(), zorder=3)
         panel.axvline(trained, color="grey", linestyle=":", label=f"trained with {trained} on average")
-        panel.scatter([], [], marker="x", s=70, color="black", label="overthinking")
+        if any(overthinks_from(curve) is not None for curve in curves.values()):
+            panel.scatter([], [], marker="x", s=70, color="black", label="overthinking")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_locator(FixedLocator(sorted({n for curve in curves.values() for n in curve})))
         panel.xaxis.set_minor_locator(NullLocator())

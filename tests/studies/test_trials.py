@@ -11,7 +11,7 @@ import pytest
 
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError
-from mythos_dist.train.trials import Trial, run_all, steps_for, training_flops
+from mythos_dist.studies.trials import Trial, run_all, steps_for, training_flops
 
 REPOSITORY = Path(__file__).parents[2]
 TASK = REPOSITORY / "configs" / "depth_task.yaml"

@@ -1,0 +1,1 @@
+"""Comparisons made of many trainings: what docs/loops.md says is measured here."""
