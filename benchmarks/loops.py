@@ -2,14 +2,15 @@
 
 time: seconds of forward and backward for 1, 2, ... loops, taken in turns, and a line through the medians.
 memory: the peak of whole processes that recompute every loop, by the number of loops. What has to grow is what one loop
-hands to the next, kept for the backward pass: h in the model's dtype, the mixed states and the halting mass in fp32.
+hands to the next, kept for the backward pass: h in the model's dtype.
 frozen: the peak of whole processes without recomputation, by the number of loops: with gradient through all of them,
 and through the last 4 only. What a loop without gradient adds should be nothing.
 telemetry: what the trainer's looks into the loops (`loops.telemetry_every`) take of a training of the demo's model, one
 process and one micro-batch a step, from its metrics.jsonl.
-overhead: the share of a training step that goes to drawing the number of loops, halting (with mixing the states),
-counting the experts' tokens, and moving the router's bias. Nothing is left out to find it: each piece is marked in real
-steps, its forward timed by the clock, its backward found by the profiler through autograd's sequence numbers.
+overhead: the share of a training step with act.mode=safe that goes to drawing the number of loops, halting (with mixing
+the states), counting the experts' tokens, and moving the router's bias. Nothing is left out to find it: each piece is
+marked in real steps, its forward timed by the clock, its backward found by the profiler through autograd's sequence
+numbers.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import mythos_dist.model.moe as moe
 import mythos_dist.train.schedule as schedule
-from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
+from mythos_dist.config.schema import ActConfig, Config, LoopsConfig, MythosConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.recompute import Recompute
 
@@ -46,12 +47,12 @@ def model_config(arguments: argparse.Namespace) -> MythosConfig:
     return MythosConfig(**(COMMON | SHAPES[arguments.shape][1]))
 
 
-def build(arguments: argparse.Namespace, recompute: Recompute | None = None) -> Trainer:
+def build(arguments: argparse.Namespace, recompute: Recompute | None = None, act: ActConfig | None = None) -> Trainer:
     """The model with its optimizer and a batch."""
     torch.set_num_threads(arguments.threads)
     config = model_config(arguments)
     tokens = arguments.batch, SHAPES[arguments.shape][0]
-    return Trainer(Mythos(config, recompute=recompute), config.vocab_size, tokens, DTYPES[arguments.dtype])
+    return Trainer(Mythos(config, act=act, recompute=recompute), config.vocab_size, tokens, DTYPES[arguments.dtype])
 
 
 def time_loops(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peaks with recomputation, and their growth relative to the states that have to be kept."""
     peaks = peaks_of(arguments, MEMORY_LOOPS, "--recompute=loop")
     tokens, dim = arguments.batch * SHAPES[arguments.shape][0], SHAPES[arguments.shape][1]["dim"]
-    state = tokens * (dim * DTYPES[arguments.dtype].itemsize + dim * 4 + 4)
+    state = tokens * dim * DTYPES[arguments.dtype].itemsize  # nothing halts, so no states are mixed
     first, last = MEMORY_LOOPS[0], MEMORY_LOOPS[-1]
     per_loop = (peaks[last] - peaks[first]) / (last - first)
     return {"bytes": peaks, "per_loop": per_loop, "state": state, "growth": per_loop / state}
@@ -198,7 +199,7 @@ def mark_halting(pieces: Pieces, model: Mythos) -> None:
 def measure_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     """The share of a training step that goes to each piece, medians; each step draws its number of loops."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler has nothing to say that anybody wants to know
-    trainer, pieces = build(arguments), Pieces()
+    trainer, pieces = build(arguments, act=ActConfig(mode="safe")), Pieces()
     model = trainer.model
     assert isinstance(model, Mythos)
     config = Config(model=model.config, loops=LoopsConfig(distribution="poisson", maximum=2 * COMMON["max_loop_iters"]))

@@ -29,10 +29,7 @@ SETTINGS = {
         "train.global_batch=32 train.micro_batch=32 train.steps=2200",
     ),
     "final target": Setting("reached", ""),
-    "reference": Setting(
-        "final",
-        f"{AS_OPEN_MYTHOS} loops.curriculum=none",
-    ),
+    "reference": Setting("final", f"{AS_OPEN_MYTHOS} loops.curriculum=none"),
 }
 TRAINED, LOOPS, SHORT, LONG = 8, (2, 4, 8, 12, 16, 24, 32), 8, 16  # LOOPS of the sweep; hops in training and behind it
 
