@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from mythos_dist.errors import UserError
 from mythos_dist.shards.depth_task import have_depth_task
-from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, run_all, steps_for, training_flops
+from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, must_be_known, run_all, steps_for, training_flops
+from mythos_dist.train.pictures import picture
 
 SAMPLE = Path("data/sample")
 
@@ -45,6 +46,7 @@ class Text:
     """The demo's text: held-out loss in nats, lower is better."""
 
     name, config, unit, better = "text", "tiny_cpu.yaml", "nats", "lower"
+    what = "held-out loss, nats"
     loops = (1, 2, 4, 8, 16, 32)  # of the sweep
     judged = (4, 32)  # at the mean of training, and at four times its maximum
     words: ClassVar = {  # of SWITCHES
@@ -72,6 +74,7 @@ class Task:
     better."""
 
     name, config, unit, better = "task", "depth_task.yaml", "share", "higher"
+    what = "accuracy at 9 to 16 hops"
     loops = (4, 8, 16, 32)
     judged = (16, 32)
     words: ClassVar = {
@@ -108,9 +111,8 @@ def compare(
     """All runs, of files in the folder `configs`, on all data, `jobs` at a time; then the files. Raises UserError."""
     from mythos_dist.train.sweep import write_json
 
-    for option, names, there in (("--data", data, DATA), ("--only", switches, SWITCHES)):
-        if unknown := [name for name in names if name not in there]:
-            raise UserError(f"{option} names {unknown}; there are {list(there)}")
+    must_be_known("--data", data, DATA)
+    must_be_known("--only", switches, SWITCHES)
     found = {name: DATA[name](out) for name in data}
     summary = {name: on(one, configs, out, switches, seeds, overrides, jobs) for name, one in found.items()}
     write_json(out / "ablation.json", summary)
@@ -186,29 +188,19 @@ def table(data: type[Text] | type[Task], found: dict[str, Any]) -> list[str]:
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """A bar for each switch with a dot for each seed, the base's mean as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        1, len(summary), figsize=(6.5 * len(summary), 6), layout="constrained", squeeze=False
-    )
-    for panel, (name, found) in zip(panels[0], summary.items(), strict=True):
-        n = DATA[name].judged[0]
-        switches = sorted(found["switches"], key=lambda s: spread(found["switches"][s]["seeds"], n)[0])
-        if DATA[name].better == "lower":
-            switches.reverse()
-        for i, switch in enumerate(switches):
-            seeds = found["switches"][switch]["seeds"]
-            panel.barh(i, spread(seeds, n)[0], color="C1" if switch == "base" else "C0", alpha=0.5)
-            panel.scatter([seed[str(n)] for seed in seeds], [i] * len(seeds), color="black", s=12, zorder=3)
-        panel.set_yticks(range(len(switches)), switches)
-        values = [seed[str(n)] for one in found["switches"].values() for seed in one["seeds"]]
-        if DATA[name].better == "lower":
-            panel.set_xlim(min(values) * 0.98, max(values) * 1.02)
-        what = "held-out loss, nats" if name == "text" else "accuracy at 9 to 16 hops"
-        panel.set_title(f"{name}: {what}, {n} loops")
-        panel.grid(axis="x", alpha=0.3)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    with picture(file, len(summary), (6.5 * len(summary), 6)) as panels:
+        for panel, (name, found) in zip(panels, summary.items(), strict=True):
+            data, n = DATA[name], DATA[name].judged[0]
+            switches = sorted(found["switches"], key=lambda s: spread(found["switches"][s]["seeds"], n)[0])
+            if data.better == "lower":
+                switches.reverse()
+            for i, switch in enumerate(switches):
+                seeds = found["switches"][switch]["seeds"]
+                panel.barh(i, spread(seeds, n)[0], color="C1" if switch == "base" else "C0", alpha=0.5)
+                panel.scatter([seed[str(n)] for seed in seeds], [i] * len(seeds), color="black", s=12, zorder=3)
+            panel.set_yticks(range(len(switches)), switches)
+            values = [seed[str(n)] for one in found["switches"].values() for seed in one["seeds"]]
+            if data.better == "lower":
+                panel.set_xlim(min(values) * 0.98, max(values) * 1.02)
+            panel.set_title(f"{name}: {data.what}, {n} loops")
+            panel.grid(axis="x", alpha=0.3)

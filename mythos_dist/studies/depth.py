@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mythos_dist.errors import UserError
 from mythos_dist.shards.depth_task import Targets, have_depth_task
-from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, run_all
+from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, must_be_known, run_all
+from mythos_dist.train.pictures import loops_axis, picture
 
 
 class Setting(NamedTuple):
@@ -40,8 +40,7 @@ def demonstrate(
     """All runs of the file `config`, `jobs` at a time, then summary.json and summary.png in `out`. Raises UserError."""
     from mythos_dist.train.sweep import write_json
 
-    if unknown := [name for name in settings if name not in SETTINGS]:
-        raise UserError(f"--settings names {unknown}; there are {list(SETTINGS)}")
+    must_be_known("--settings", settings, SETTINGS)
     data = {}
     for name in settings:
         targets = SETTINGS[name].targets
@@ -101,37 +100,28 @@ def measure(run_dir: Path, shards: Path) -> dict[int, dict[str, Any]]:
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """Accuracy over loops for each setting and seed, and over hops for the first setting."""
-    import matplotlib
+    from matplotlib.ticker import PercentFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    for i, (name, found) in enumerate(summary["settings"].items()):
-        for seed in found["seeds"].values():
-            left.plot(LOOPS, [seed[n]["mean"] for n in LOOPS], color=f"C{i}", alpha=0.3, linewidth=1)
-        left.plot(LOOPS, [found["mean"][str(n)] for n in LOOPS], color=f"C{i}", marker="o", label=name)
-    left.axvline(TRAINED, color="grey", linestyle=":", label="most loops in training")
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_locator(FixedLocator(LOOPS))
-    left.xaxis.set_minor_locator(NullLocator())
-    left.xaxis.set_major_formatter(ScalarFormatter())
-    left.set_xlabel("loops")
-    left.set_title(f"accuracy at {SHORT + 1} to {LONG} hops (trained on {SHORT})")
-    left.legend()
-    name, found = next(iter(summary["settings"].items()))
-    for n in LOOPS:
-        hops = [seed[n]["hops"] for seed in found["seeds"].values()]
-        right.plot(range(1, LONG + 1), [statistics.mean(h[str(i)] for h in hops) for i in range(1, LONG + 1)], label=n)
-    right.axvline(SHORT, color="grey", linestyle=":")
-    right.set_xlabel("hops")
-    right.set_title(f"{name}: accuracy by hops, mean over seeds")
-    right.legend(title="loops")
-    for panel in (left, right):
-        panel.set_ylim(0, 1.02)
-        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-        panel.axhline(summary["chance"], color="black", linewidth=0.5)
-        panel.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    with picture(file, 2, (12, 4.6)) as (left, right):
+        for i, (name, found) in enumerate(summary["settings"].items()):
+            for seed in found["seeds"].values():
+                left.plot(LOOPS, [seed[n]["mean"] for n in LOOPS], color=f"C{i}", alpha=0.3, linewidth=1)
+            left.plot(LOOPS, [found["mean"][str(n)] for n in LOOPS], color=f"C{i}", marker="o", label=name)
+        left.axvline(TRAINED, color="grey", linestyle=":", label="most loops in training")
+        loops_axis(left, LOOPS)
+        left.set_title(f"accuracy at {SHORT + 1} to {LONG} hops (trained on {SHORT})")
+        left.legend()
+        name, found = next(iter(summary["settings"].items()))
+        hops = range(1, LONG + 1)
+        for n in LOOPS:
+            seeds = [seed[n]["hops"] for seed in found["seeds"].values()]
+            right.plot(hops, [statistics.mean(one[str(i)] for one in seeds) for i in hops], label=str(n))
+        right.axvline(SHORT, color="grey", linestyle=":")
+        right.set_xlabel("hops")
+        right.set_title(f"{name}: accuracy by hops, mean over seeds")
+        right.legend(title="loops")
+        for panel in (left, right):
+            panel.set_ylim(0, 1.02)
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+            panel.axhline(summary["chance"], color="black", linewidth=0.5)
+            panel.grid(alpha=0.3)

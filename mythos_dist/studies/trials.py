@@ -8,14 +8,14 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import Part
@@ -25,9 +25,13 @@ from mythos_dist.train.schedule import loops_at
 
 Found = TypeVar("Found")
 
-AS_OPEN_MYTHOS = (  # the loops of OpenMythos as shipped, but for their number: changes to any config
-    "model.mode=reference model.loop_signal=true model.lora=shared model.injection=reference model.initial_state=e "
-    "model.qk_norm=false model.init=reference act.mode=reference"
+# The loops of OpenMythos as shipped, but for their number: changes to any config.
+AS_OPEN_MYTHOS = " ".join(
+    [
+        "model.mode=reference",
+        *(f"model.{key}={str(value).lower()}" for key, value in BY_MODE["reference"].items()),
+        "act.mode=reference",
+    ]
 )
 
 
@@ -53,6 +57,12 @@ class Trial(NamedTuple):
         if ended.returncode:
             tail = "\n".join(log.read_text().splitlines()[-5:])
             raise UserError(f"the run ended with exit code {ended.returncode}; all that it said is in {log}:\n{tail}")
+
+
+def must_be_known(option: str, names: Sequence[str], there: Collection[str]) -> None:
+    """Raises UserError if `option` names what is not there."""
+    if unknown := [name for name in names if name not in there]:
+        raise UserError(f"{option} names {unknown}; there are {list(there)}")
 
 
 def run_all(

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mythos_dist.train.pictures import loops_axis, picture
+
 SAME_LOSS = 1e-3  # share of a loss that one and many loops must differ by
 SAME_TOKENS = 0.98  # mean cosine of the states of a sequence's tokens
 GROWTH = 1.1  # gain of one loop's update
@@ -94,35 +96,21 @@ def overthinks_from(curve: Curve) -> int | None:
 def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
     """A picture of loss and accuracy over loops, a line for each of `curves` by its name; `trained` is the mean number
     of loops in training. Where more loops do harm the line is marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # a server has no screen
-    from matplotlib import pyplot
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for panel, what in zip(panels, HeldOut._fields, strict=True):
-        for name, curve in curves.items():
-            loops = sorted(curve)
-            values = [getattr(curve[n], what) for n in loops]
-            (line,) = panel.plot(loops, values, marker="o", markersize=4, label=name)
-            worse = overthinks_from(curve)
-            if worse is not None:
-                marked = [n for n in loops if n >= worse]
+    harm = {name: worse for name, curve in curves.items() if (worse := overthinks_from(curve)) is not None}
+    with picture(file, len(HeldOut._fields), (11, 4.2)) as panels:
+        for panel, what in zip(panels, HeldOut._fields, strict=True):
+            for name, curve in curves.items():
+                loops = sorted(curve)
+                (line,) = panel.plot(
+                    loops, [getattr(curve[n], what) for n in loops], marker="o", markersize=4, label=name
+                )
+                marked = [n for n in loops if name in harm and n >= harm[name]]
                 at = [getattr(curve[n], what) for n in marked]
                 panel.scatter(marked, at, marker="x", s=70, color=line.get_color(), zorder=3)
-        panel.axvline(trained, color="grey", linestyle=":", label=f"trained with {trained} on average")
-        if any(overthinks_from(curve) is not None for curve in curves.values()):
-            panel.scatter([], [], marker="x", s=70, color="black", label="overthinking")
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_locator(FixedLocator(sorted({n for curve in curves.values() for n in curve})))
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.xaxis.set_major_formatter(ScalarFormatter())
-        panel.set_xlabel("loops")
-        panel.set_ylabel("held-out loss (nats)" if what == "loss" else "accuracy (first choice)")
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    temporary = file.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
-    temporary.replace(file)
+            panel.axvline(trained, color="grey", linestyle=":", label=f"trained with {trained} on average")
+            if harm:
+                panel.scatter([], [], marker="x", s=70, color="black", label="overthinking")
+            loops_axis(panel, {n for curve in curves.values() for n in curve})
+            panel.set_ylabel("held-out loss (nats)" if what == "loss" else "accuracy (first choice)")
+            panel.grid(alpha=0.3)
+        panels[0].legend(fontsize=8)

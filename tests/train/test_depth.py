@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.shards.depth_task import EOS, FIRST, group_table, make_depth_task, products
 from mythos_dist.shards.verify import verify
 from mythos_dist.train.depth import HeldOut, Look, draw_curves, failures, overthinks_from
+from mythos_dist.train.pictures import picture
 from mythos_dist.train.schedule import loops_at, mean_at
 
 
@@ -123,6 +125,35 @@ def test_overthinking_is_where_more_loops_do_harm(tmp_path):
     assert overthinks_from({1: HeldOut(2.0, 0.1), 2: HeldOut(1.9, 0.2)}) is None
     draw_curves(tmp_path / "curve.png", {"a": curve}, 4)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_legend_names_overthinking_only_where_it_is(tmp_path, monkeypatch):
+    legends = []
+
+    @contextmanager
+    def kept(*arguments):
+        with picture(*arguments) as panels:
+            yield panels
+            legends.append([text.get_text() for text in panels[0].get_legend().get_texts()])
+
+    monkeypatch.setattr("mythos_dist.train.depth.picture", kept)
+    for last in (1.9, 2.5):
+        draw_curves(
+            tmp_path / "curve.png", {"a": {1: HeldOut(2.0, 0.1), 2: HeldOut(1.9, 0.2), 4: HeldOut(last, 0.2)}}, 2
+        )
+    assert ["overthinking" in legend for legend in legends] == [False, True]
+
+
+def test_a_picture_is_whole_or_not_there(tmp_path):
+    """A fault while drawing leaves the picture of before, and nothing half-written."""
+    file = tmp_path / "a.png"
+    with picture(file, 2, (4, 2)) as panels:
+        assert len(panels) == 2
+    before = file.read_bytes()
+    assert before.startswith(b"\x89PNG")
+    with pytest.raises(ZeroDivisionError), picture(file, 1, (4, 2)):
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
 
 
 def test_products_are_those_of_permutations():

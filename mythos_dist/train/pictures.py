@@ -1,0 +1,38 @@
+"""What all pictures share: a file that is there whole or not at all, and an axis of loops."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@contextmanager
+def picture(file: Path, columns: int, size: tuple[float, float]) -> Iterator[list["Axes"]]:
+    """`columns` empty panels side by side, together of `size` (inches); behind the block they are `file`, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a server has no screen
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    try:
+        yield list(panels[0])
+        temporary = file.with_suffix(".tmp")
+        figure.savefig(temporary, format="png", dpi=110)
+        temporary.replace(file)
+    finally:
+        pyplot.close(figure)
+
+
+def loops_axis(panel: "Axes", loops: Collection[int]) -> None:
+    """Numbers of loops from left to right, at equal distances for equal ratios; those of `loops` are named."""
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_locator(FixedLocator(sorted(loops)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(ScalarFormatter())
+    panel.set_xlabel("loops")
