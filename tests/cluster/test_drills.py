@@ -105,7 +105,7 @@ def drill(tmp_path, arguments):
     @contextlib.contextmanager
     def make(nodes: int = 2, run_dir: Path | None = None, **options) -> Iterator[Drill]:
         run_dir = run_dir or tmp_path / "run"
-        with Cluster(nodes=nodes, folder=tmp_path, slurmd_timeout=5, conf=["MessageTimeout=2"], **options) as cluster:
+        with Cluster(nodes=nodes, folder=tmp_path, slurmd_timeout=5, **options) as cluster:
             yield Drill(cluster, run_dir, [*arguments, f"run.dir={run_dir}"])
 
     return make
