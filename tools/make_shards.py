@@ -23,9 +23,7 @@ def parse() -> argparse.Namespace:
     add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
     add("--seq-len", required=True, type=int, help="tokens in a window; one more is stored, for the labels")
     add("--out", required=True, type=Path, help="folder of the shards")
-    add(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s); 0: no other process"
-    )
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s); 0: only this one")
     add("--heldout", type=float, default=0.02, help="share of documents that training never sees (%(default)s)")
     add("--dedup", action="store_true", help="keep the first of documents with the same text (reads everything twice)")
     add("--min-score", type=float, help="leave out documents whose column `score` is lower")
@@ -33,12 +31,7 @@ def parse() -> argparse.Namespace:
     add("--limit-tokens", type=int, help="stop with the document that reaches this many tokens")
     add("--compression", help="of the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
-    add(
-        "--sample-by",
-        choices=("document", "line"),
-        default="document",
-        help="plain text: a document is a file or a line",
-    )
+    add("--sample-by", choices=("document", "line"), default="document", help="what is a document of plain text")
     add("--eos", help="the token that ends documents, where the tokenizer's files do not say")
     add("--skip-bad", action="store_true", help="leave out what cannot be read, and list it in the manifest")
     add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
@@ -78,8 +71,7 @@ def main() -> None:
         sys.exit(130)
     seconds = time.monotonic() - begin
     if arguments.json:
-        tokens = sum(split.tokens for split in manifest.splits.values())
-        print(json.dumps({**manifest.to_json(), "seconds": seconds, "tokens_per_second": tokens / seconds}))
+        print(json.dumps({**manifest.to_json(), "seconds": seconds, "tokens_per_second": manifest.tokens / seconds}))
     elif not arguments.quiet:
         print(manifest.summary())
 

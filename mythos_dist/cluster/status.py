@@ -21,6 +21,7 @@ from typing import Any, Literal
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
+from mythos_dist.units import short
 
 ALIVE_FOR = 60.0  # seconds without a sign of life after which a start is dead; one comes every ten
 PATIENCE = 120.0  # seconds without a step after which a living run may be called hung
@@ -178,7 +179,7 @@ def report(status: Status) -> list[str]:
     if here.loss is not None:
         numbers.append(f"loss {here.loss:.3f}")
     if here.tokens_per_second and here.seconds_per_step:
-        numbers.append(f"tokens/s {_short(here.tokens_per_second)}  {here.seconds_per_step:.2f} s/step")
+        numbers.append(f"tokens/s {short(here.tokens_per_second)}  {here.seconds_per_step:.2f} s/step")
     if here.steps:
         numbers.append(f"{100 * here.step / here.steps:.1f}% done")
     if here.eta_seconds is not None:
@@ -258,7 +259,3 @@ def _tokens_per_second(
     if config and seconds_per_step:
         return config.train.global_batch * config.train.seq_len / seconds_per_step
     return lines[-1].get("tokens_per_second") if lines else None
-
-
-def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"

@@ -100,6 +100,11 @@ class Manifest:
         """Numbers in a window."""
         return self.seq_len + 1 + self.targets * self.seq_len
 
+    @property
+    def tokens(self) -> int:
+        """Of all documents, without EOS."""
+        return sum(split.tokens for split in self.splits.values())
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings."""
         return json.loads(json.dumps(asdict(self)))

@@ -6,6 +6,7 @@ from typing import Any
 from mythos_dist.plan.estimate import Estimate
 from mythos_dist.plan.memory import PARTS
 from mythos_dist.plan.search import Found
+from mythos_dist.units import short
 
 _HEAD = (
     "tensor expert pipe data zero seq micro recompute | params grads optim saved  work  comm total GB | step s tokens/s"
@@ -165,11 +166,3 @@ def as_json(found: Estimate, tokens: float) -> dict[str, Any]:
         "gpu_hours": found.gpu_hours(tokens),
         "dollars": found.gpu_hours(tokens) * found.cluster.dollars_per_gpu_hour,
     }
-
-
-def short(number: float) -> str:
-    """1234567 -> 1.23M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"

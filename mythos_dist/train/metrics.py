@@ -22,6 +22,7 @@ from mythos_dist.parallel.process import DTYPES
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.depth import HeldOut, draw_curves
 from mythos_dist.train.engine import StepResult
+from mythos_dist.units import short
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Metrics:
         skipped = f"  {line['decision']}" if "decision" in line else ""
         print(
             f"step {line['step']}/{self.total_steps}  loss {line['loss']:.3f}  grad_norm {line['grad_norm']:.2f}  "
-            f"lr {line['lr']:.1e}  tokens/s {_short(line['tokens_per_second'])}  mfu {100 * line['mfu']:.1f}%  "
+            f"lr {line['lr']:.1e}  tokens/s {short(line['tokens_per_second'])}  mfu {100 * line['mfu']:.1f}%  "
             f"expert_load_max {line['expert_load_max']:.1f}x{skipped}",
             flush=True,
         )
@@ -154,10 +155,6 @@ def _append(file: Path, text: str) -> None:
         if stream.write(content) < len(content):
             stream.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
 
 
 def _keep_until(path: Path, step: int) -> None:

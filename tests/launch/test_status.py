@@ -59,7 +59,7 @@ def test_a_running_run_says_where_it_is_and_how_long_it_takes(tmp_path):
     assert seen.eta_seconds == pytest.approx(120)
     first, numbers, place = report(seen)
     assert first == f"{seen.run_dir}: running"
-    assert numbers == "  step 40/100  loss 6.600  tokens/s 1.0k  2.00 s/step  40.0% done  2 min 0 s to go"
+    assert numbers == "  step 40/100  loss 6.600  tokens/s 1.02k  2.00 s/step  40.0% done  2 min 0 s to go"
     assert place == "  start 1 on node1 (pid 77); sign of life 5 s ago, last step 1 s ago"
 
 

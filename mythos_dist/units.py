@@ -1,0 +1,10 @@
+"""How numbers are written for people, in every report and every line of progress."""
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 1234567 -> "1.23M", 999.6 -> "1k"."""
+    number = float(f"{number:.3g}")
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
