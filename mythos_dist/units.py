@@ -1,4 +1,4 @@
-"""How numbers are written for people, in every report and every line of progress."""
+"""Numbers as people read them."""
 
 
 def short(number: float) -> str:

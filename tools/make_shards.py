@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     add("--limit-tokens", type=int, help="stop with the document that reaches this many tokens")
     add("--compression", help="of the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
-    add("--sample-by", choices=("document", "line"), default="document", help="what is a document of plain text")
+    add("--sample-by", choices=("document", "line"), default="document", help="plain text: a document per file or line")
     add("--eos", help="the token that ends documents, where the tokenizer's files do not say")
     add("--skip-bad", action="store_true", help="leave out what cannot be read, and list it in the manifest")
     add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
