@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -20,6 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from helpers.ports import reserved_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it: these tests run on CPU and gloo
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -49,10 +50,7 @@ def launch(
 
     `grace`: seconds after which the others are killed when a rank has failed, as srun and torchrun do.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
+    with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
