@@ -2,15 +2,17 @@
 
 A sentence names the settings it is about, and a refusal is the sentence with their values put in. Remedies are tried
 before they are named: whatever is proposed mends the line, and breaks nothing else wherever such a value is found.
-The trap: a rule about a value that is refused already would talk nonsense. So a rule is silent while a number that it
-names is below 1, and all rules about replicas are while ranks do not make whole ones.
+The trap: a rule about a value that is refused already would talk nonsense. So all rules about replicas are silent while
+ranks do not make whole ones; numbers below 1 do not get here (schema.py).
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from mythos_dist.config.fields import kinds_of
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig, ParallelConfig, TrainConfig
 
 
@@ -35,7 +37,7 @@ class Layout:
     @property
     def replicas(self) -> int:
         """0 if ranks do not make whole ones."""
-        if self.ranks_per_replica < 1 or self.ranks % self.ranks_per_replica:
+        if self.ranks % self.ranks_per_replica:
             return 0
         return self.ranks // self.ranks_per_replica
 
@@ -132,27 +134,34 @@ _CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "train.micro_batch": lambda at: divisors(at.train.global_batch),
     "train.global_batch": lambda at: _around(at.train.global_batch, at.per_pass),
     "parallel.zero": lambda at: [1],
-    "parallel.pipe": lambda at: range(1, at.mean_loops + 3),
-    "parallel.expert": lambda at: divisors(at.model.n_experts) or [1],
-    "parallel.tensor": lambda at: divisors(at.model.n_heads) or [1],
+    # Any number up to mean + 2, and where ranks are known those that divide them.
+    "parallel.pipe": lambda at: [n for n in {1, at.mean_loops + 2, *divisors(at.ranks)} if n <= at.mean_loops + 2],
+    "parallel.expert": lambda at: divisors(at.model.n_experts),
+    "parallel.tensor": lambda at: divisors(at.model.n_heads),
     "parallel.sequence": lambda at: [False],
     # Numbers that the batch can be dealt to, and in case none of them suits the experts, numbers that do.
     "ranks": lambda at: (
-        [at.ranks_per_replica * n for n in divisors(at.train.global_batch // max(1, at.train.micro_batch))]
+        [at.ranks_per_replica * n for n in divisors(at.train.global_batch // at.train.micro_batch)]
         + _around(at.ranks, at.ranks_per_replica * at.parallel.expert)
     ),
 }
 
 
 def divisors(n: int) -> list[int]:
-    """All positive divisors of n, in order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    """All positive divisors of n, in order; none of 0. Takes sqrt(n) steps."""
+    small = [d for d in range(1, math.isqrt(max(n, 0)) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def nearest(wanted: int, working: Iterable[int]) -> list[int]:
     """The closest of `working` below `wanted` and the closest above it, as far as there are any."""
     working = sorted(working)
     return [n for n in working if n < wanted][-1:] + [n for n in working if n > wanted][:1]
+
+
+def few(values: list[int], wanted: int, most: int = 24) -> list[int]:
+    """For a message: all values, or of many the nearest to `wanted`."""
+    return values if len(values) <= most else sorted(sorted(values, key=lambda one: abs(one - wanted))[:most])
 
 
 def layout_problems(config: Config, world_size: int = 0) -> list[str]:
@@ -166,28 +175,23 @@ def layout_problems(config: Config, world_size: int = 0) -> list[str]:
 
 
 def works(config: Config, world_size: int) -> bool:
-    """Whether `layout_problems` has none, for who asks thousands of times; no number may be below 1."""
+    """Whether `layout_problems` has none, for who asks thousands of times."""
     at = Layout(config.model, config.loops, config.parallel, config.train, world_size)
     return all(rule.holds(at) for rule in _RULES + _RANK_RULES)
 
 
 def _broken(at: Layout) -> list[Rule]:
-    return [rule for rule in _RULES + _RANK_RULES if _speaks(rule, at) and not rule.holds(at)]
+    return [rule for rule in _RULES + _RANK_RULES if not rule.holds(at)]
 
 
 _SETTING = re.compile(r"\b(?:model|loops|parallel|train)\.\w+")
-
-
-def _speaks(rule: Rule, at: Layout) -> bool:
-    values = [_value(at, path) for path in _SETTING.findall(rule.sentence)]
-    return all(value >= 1 for value in values if type(value) is int)
 
 
 def _line(rule: Rule, at: Layout, refused: list[Rule]) -> str:
     """The refusal with its remedies. Those that leave another rule broken that was not come last and say so."""
     alone, with_others = [], []
     for path in rule.remedies.split():
-        tried = {value: _changed(at, path, value) for value in _CHOICES[path](at)}
+        tried = {value: _changed(at, path, value) for value in _CHOICES[path](at) if _in_range(at, path, value)}
         mending = {value: after for value, after in tried.items() if rule.holds(after)}
         clean = [value for value, after in mending.items() if all(other in refused for other in _broken(after))]
         if clean:
@@ -195,12 +199,15 @@ def _line(rule: Rule, at: Layout, refused: list[Rule]) -> str:
         elif mending:
             with_others.append("with further changes " + _remedy(path, _value(at, path), list(mending)))
     said = _SETTING.sub(lambda found: _named(at, found[0]), rule.sentence.format(at=at))
-    return f"{said}; {', or '.join(alone + with_others)}"
+    remedies = ", or ".join(alone + with_others)
+    return f"{said}; {remedies}" if remedies else said
 
 
 def _remedy(path: str, value: Any, choices: list[Any]) -> str:
     if isinstance(value, int) and path != "train.micro_batch":  # of those all: which one is best depends on memory
         choices = nearest(value, choices)
+    elif isinstance(value, int):
+        choices = few(choices, value)
     name = "the number of ranks" if path == "ranks" else path
     return f"set {name} to {_yaml(choices[0]) if len(choices) == 1 else f'one of {choices}'}"
 
@@ -210,6 +217,11 @@ def _value(at: Layout, path: str) -> Any:
         return at.ranks
     section, _, key = path.partition(".")
     return at.mean_loops if path == "loops.mean" else getattr(getattr(at, section), key)
+
+
+def _in_range(at: Layout, path: str, value: Any) -> bool:
+    section, _, key = path.partition(".")
+    return path == "ranks" or kinds_of(type(getattr(at, section)))[key].problem(value) is None
 
 
 def _changed(at: Layout, path: str, value: Any) -> Layout:

@@ -2,74 +2,69 @@
 
 Rule: later wins. `base:` files first (paths relative to the file that names them), then the file, then overrides;
 within a source, `model.variant` fills `model.*` before the other model keys of the same source are laid over it.
+The trap: what a text means depends on the type of its setting, so texts stay texts until all sources are laid over
+each other (config/tree.py, config/fields.py).
 """
 
 import dataclasses
 import difflib
-import math
-import re
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from mythos_dist.config.check import problems
+from mythos_dist.config.fields import kinds_of, show, value_problems
 from mythos_dist.config.schema import BY_MODE, Config
+from mythos_dist.config.tree import NULLS, Node, Scalar, parse_yaml, read_yaml, show_node
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
+_MOST_FILES = 100  # a config and all its bases, each counted as often as it is named
+_COMMAND_LINE = "the command line"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `3e-4` is a number and a key that stands twice is an error."""
+class _Source(NamedTuple):
+    """What one file, or the command line, sets: section -> what is below it."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, list | dict):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    name: str
+    sections: dict[str, Node]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that `_Loader` would read as a number."""
+    """Puts quotes around texts that any reader of YAML, 1.1 or 1.2, would take for something else."""
 
 
-# PyYAML follows YAML 1.1, where a float needs a dot and `off` is false: without this `lr: 3e-4` would be a text, and
-# `act.mode: off` none. Such words are still written in quotes.
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != _BOOL] for first, rules in _Loader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+def _quoted_where_unsure(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = text.replace("/", "").replace("_", "").replace("-", "").replace(".", "")
+    unsure = not plain.isascii() or not plain.isalnum() or not plain[0].isalpha() or text.lower() in _WORDS
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if unsure else None)
+
+
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "nan"}
+_Dumper.add_representer(str, _quoted_where_unsure)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read `path`, lay the overrides over it and check the result.
 
+    Where a source replaces `data.path` by `data.mix`, or the other way round, rank 0 says so on standard error.
     Raises UserError that lists every problem: unknown keys, wrong types, values that do not go together.
     """
     found: list[str] = []
-    values: dict[str, dict[str, Any]] = {}
-    for source in _read_with_bases(Path(path), ()):
-        _lay_over(values, source, found)
-    _lay_over(values, _parse_overrides(overrides, found), found)
+    path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+    sources = [*_read_with_bases(path, (), [0]), _Source(_COMMAND_LINE, _parse_overrides(overrides, found))]
+    values, notes = _laid_over(sources, found)
     config = _build(values, found)
     if found:
         raise UserError(found, source=str(path))
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        for note in notes:
+            print(f"note: {path}: {note}", file=sys.stderr)
     return config
 
 
@@ -91,141 +86,192 @@ def dump_config(config: Config) -> str:
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
-def _read_with_bases(path: Path, above: tuple[Path, ...]) -> list[dict]:
-    """The mappings of `path` and of all its bases, bases first."""
+def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> list[_Source]:
+    """What `path` and all its bases set, bases first. count: [files read so far]."""
     if path.resolve() in above:
         raise UserError(f"base: {path} is its own base; remove one of the `base:` lines", source=str(above[0]))
+    count[0] += 1
+    if count[0] > _MOST_FILES:
+        raise UserError(f"base: more than {_MOST_FILES} files in all; name each base once", source=str(above[0]))
+    named = f" (named by `base:` in {above[-1]})" if above else ""
     try:
-        text = path.read_text(encoding="utf-8")
+        document = read_yaml(path)
     except FileNotFoundError:
-        named = f" (named by `base:` in {above[-1]})" if above else ""
-        raise UserError(f"there is no config file {path}{named}; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the config file {path} cannot be read: {error}") from None
-    try:
-        document = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())}", source=str(path)) from None
-    document = {} if document is None else document
+        raise UserError(f"there is no config file {path}{named}; check the path{_files_like(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"the config file {path}{named} cannot be read: it is a folder{_files_in(path)}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the config file {path}{named} cannot be read: {error}") from None
+    if isinstance(document, Scalar) and document.plain and document.text in NULLS:
+        document = {}
     if not isinstance(document, dict):
-        raise UserError(f"holds {document!r} instead of sections like `model:` and `train:`", source=str(path))
-    bases = document.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"base={bases!r}: expected a file name or a list of them", source=str(path))
-    sources: list[dict] = []
-    for base in bases:
-        sources += _read_with_bases(path.parent / base, (*above, path.resolve()))
-    return [*sources, document]
+        raise UserError(f"holds {show(document)} instead of sections like `model:` and `train:`", source=str(path))
+    sections = dict(document)
+    base = sections.pop("base", Scalar(""))
+    bases = base if isinstance(base, list) else [] if base == Scalar("null") or base == Scalar("") else [base]
+    sources: list[_Source] = []
+    for one in bases:
+        if not isinstance(one, Scalar) or not one.text:
+            raise UserError(f"base={show_node(base)}: expected a file name or a list of them", source=str(path))
+        sources += _read_with_bases(path.parent / os.path.expanduser(one.text), (*above, path.resolve()), count)
+    return [*sources, _Source(str(path), sections)]
 
 
-def _parse_overrides(overrides: Iterable[str], found: list[str]) -> dict[str, dict[str, Any]]:
-    source: dict[str, dict[str, Any]] = {}
+def _files_like(path: Path) -> str:
+    """The configs that may have been meant: those beside the path, else those of the repository."""
+    for folder in (path.parent, Path("configs"), Path(__file__).parents[2] / "configs"):
+        if names := _configs_in(folder):
+            close = difflib.get_close_matches(path.stem, [name.removesuffix(".yaml") for name in names], n=1)
+            meant = f"; did you mean {folder / close[0]}.yaml?" if close else ""
+            return f"{meant or ';'} in {folder} there are {', '.join(names)}"
+    return ""
+
+
+def _files_in(folder: Path) -> str:
+    names = _configs_in(folder)
+    return f"; give a file in it, such as {folder / names[0]}" if names else ", with no .yaml file in it"
+
+
+def _configs_in(folder: Path, most: int = 30) -> list[str]:
+    """Names of the config files in a folder; files of clusters lie beside them."""
+    try:
+        names = sorted(file.name for file in folder.glob("*.yaml") if file.is_file())[:most]
+        return [name for name in names if b"nvlink_domain" not in (folder / name).read_bytes()[:4096]]
+    except OSError:
+        return []
+
+
+def _parse_overrides(overrides: Iterable[str], found: list[str]) -> dict[str, Node]:
+    """Texts like `train.steps=100` as one source; what is none goes to `found`."""
+    source: dict[str, dict[str, Node]] = {}
     for text in overrides:
         name, equals, raw = text.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
             found.append(f"{text!r}: expected section.key=value, such as train.steps=100")
             continue
+        kind = kinds_of(SECTIONS[section]).get(key) if section in SECTIONS else None
+        is_text = (section, key) == ("model", "variant") or (kind is not None and kind.type is str)
         try:
-            source.setdefault(section, {})[key] = yaml.load(raw, _Loader)
-        except yaml.YAMLError:
-            found.append(f"{name}={raw!r}: not a YAML value; put it in quotes")
-    return source
+            source.setdefault(section, {})[key] = _override(raw.strip(" "), is_text)
+        except UserError:
+            found.append(f"{name}={show(raw)}: not a YAML value; put it in quotes")
+    return {**source}
 
 
-def _lay_over(values: dict[str, dict[str, Any]], source: dict, found: list[str]) -> None:
-    """Add a source's settings to `values`; what is not a setting goes to `found`."""
-    for section, entries in source.items():
-        if section not in SECTIONS:
-            found.append(f"{section}: unknown section{_did_you_mean(section, list(SECTIONS))}")
-            continue
-        if entries is None:  # `train:` with nothing below it
-            continue
-        if not isinstance(entries, dict):
-            found.append(f"{section}={entries!r}: expected settings below it, such as `{section}: {{...}}`")
-            continue
-        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
-        target = values.setdefault(section, {})
-        if section == "data" and len(named := {"path", "mix"} & entries.keys()) == 1:
-            for other in {"path", "mix"} - named:  # one stands for the other, so a later source's `mix` replaces `path`
-                target.pop(other, None)
-        if section == "model" and "variant" in entries:
-            variant = str(entries["variant"])
-            if variant in VARIANTS:
-                target.update(VARIANTS[variant])
-            else:
-                found.append(f"model.variant={variant!r}: unknown variant; set it to one of {', '.join(VARIANTS)}")
-        for key, value in entries.items():
-            if section == "model" and key == "variant":
-                continue
-            if key in known:
-                target[key] = value
-            else:
-                found.append(f"{section}.{key}: unknown key{_did_you_mean(str(key), known, section + '.')}")
+def _override(raw: str, is_text: bool) -> Node:
+    """The value of an override. A text is what was typed, but for quotes around all of it, lists and mappings."""
+    if not is_text or raw[:1] in ("[", "{"):
+        return parse_yaml(raw)
+    if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"":
+        try:
+            return parse_yaml(raw)
+        except UserError:
+            pass  # quotes that are part of the text
+    return Scalar(raw)
+
+
+def _laid_over(sources: Iterable[_Source], found: list[str]) -> tuple[dict[str, dict[str, Node]], list[str]]:
+    """All settings, section by section, and notes on what replaced what; what is no setting goes to `found`."""
+    values: dict[str, dict[str, Node]] = {}
+    notes: list[str] = []
+    for source in sources:
+        for section, entries in source.sections.items():
+            if section not in SECTIONS:
+                found.append(f"{section[:80]}: unknown section{_did_you_mean(section, list(SECTIONS))}")
+            elif isinstance(entries, dict):
+                target = values.setdefault(section, {})
+                if section == "data":
+                    notes += _one_of_path_and_mix(target, entries, source.name)
+                _lay_over(target, section, entries, found)
+            elif not (isinstance(entries, Scalar) and entries.plain and entries.text in NULLS):  # `train:` alone
+                found.append(
+                    f"{section}={show_node(entries, 80)}: expected settings below it, such as `{section}: {{...}}`"
+                )
+    return values, notes
+
+
+def _one_of_path_and_mix(target: dict[str, Node], entries: dict[str, Node], source: str) -> Iterable[str]:
+    """One stands for the other, so a later source's `mix` replaces `path`: take it out of `target`, and say so."""
+    for key, other in (("mix", "path"), ("path", "mix")):
+        if _is_set(entries.get(key)) and other not in entries and _is_set(before := target.pop(other, None)):
+            yield (
+                f"data.{key} of {source} replaces data.{other}={_short(before)}; "
+                f"set data.{other} to null there if that is meant"
+            )
+
+
+def _is_set(node: Node | None) -> bool:
+    return node is not None and not (
+        isinstance(node, Scalar) and (not node.text or (node.plain and node.text in NULLS))
+    )
+
+
+def _short(node: Node | None) -> str:
+    return node.text if isinstance(node, Scalar) else show_node(node or {}, 80)
+
+
+def _lay_over(target: dict[str, Node], section: str, entries: dict[str, Node], found: list[str]) -> None:
+    """Lay one source's settings of a section over those of earlier sources."""
+    known = list(kinds_of(SECTIONS[section]))
+    if section == "model" and "variant" in entries:
+        variant = entries["variant"]
+        if isinstance(variant, Scalar) and variant.text in VARIANTS:
+            target.update({key: Scalar(str(value)) for key, value in VARIANTS[variant.text].items()})
+        else:
+            shown = repr(variant.text[:80]) if isinstance(variant, Scalar) else show_node(variant, 80)
+            found.append(f"model.variant={shown}: {unknown_name(shown.strip(chr(39)), VARIANTS, 'variant')}")
+    for key, value in entries.items():
+        if key in known:
+            target[key] = value
+        elif (section, key) != ("model", "variant"):
+            found.append(f"{section}.{key[:80]}: unknown key{_did_you_mean(key, known, section + '.')}")
+
+
+def unknown_name(name: str, known: Iterable[str], what: str) -> str:
+    """What is said of a name that is none of `known`: the closest one, and all of them."""
+    close = difflib.get_close_matches(name[:80].lower(), list(known), n=1, cutoff=0.5)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"unknown {what}; {meant}set it to one of {', '.join(known)}"
 
 
 def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key[:80], known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
     # Perhaps a right key under a wrong section: `train.lr`.
-    homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in {f.name for f in dataclasses.fields(cls)}]
+    homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in kinds_of(cls)]
     return f"; did you mean {homes[0]}?" if homes else f"; known here: {', '.join(known)}"
 
 
-_EXPECTED = {
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "string_type": "text",
-}
-_MIX = "folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}"
-
-
-def _build(values: dict[str, dict[str, Any]], found: list[str]) -> Config:
-    """The Config; each value of a wrong type goes to `found`, and the problems of all other settings too."""
-    sections, wrong = {}, []
+def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
+    """The Config; each value that its field cannot hold goes to `found`, and the problems of all others too."""
+    sections: dict[str, Any] = {}
+    wrong = []
     for name, cls in SECTIONS.items():
-        adapter, hints, entries = TypeAdapter(cls), get_type_hints(cls), dict(values.get(name, {}))
-        bad: dict[str, str] = {}  # key -> what was expected
-        for key, value in entries.items():
-            if isinstance(value, bool) and bool not in (hints[key], *get_args(hints[key])):
-                bad[key] = _plain(hints[key])  # pydantic would read true as 1
-            elif isinstance(value, int | float) and str in (hints[key], *get_args(hints[key])):
-                entries[key] = str(value)  # a folder may be called 2026
-            elif isinstance(value, dict):
-                entries[key] = {str(folder): weight for folder, weight in value.items()}
-                if any(isinstance(weight, bool) for weight in value.values()):
-                    bad[key] = _MIX
-        try:
-            adapter.validate_python(entries)
-        except ValidationError as error:
-            for problem in error.errors():
-                key = str(problem["loc"][0])
-                expected = _EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]
-                bad.setdefault(key, _MIX if dict[str, float] in get_args(hints[key]) else expected)
-        found += [f"{name}.{key}={_yaml(entries[key])}: expected {expected}" for key, expected in bad.items()]
-        wrong += [f"{name}.{key}=" for key in bad]
-        section = adapter.validate_python({k: v for k, v in entries.items() if k not in bad})
-        for key, value in vars(section).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                found.append(f"{name}.{key}={value}: expected a finite number")
-                wrong.append(f"{name}.{key}=")
-        sections[name] = section
+        kinds, right = kinds_of(cls), {}
+        for key, node in values.get(name, {}).items():
+            try:
+                value = kinds[key].read(node)
+            except ValueError as error:
+                lines = [f"={_shown(node)}: expected {error}"]
+            else:
+                lines = list(value_problems(kinds[key], value))
+                right |= {} if lines else {key: value}
+            found += [f"{name}.{key}{line}" for line in lines]
+            wrong += [f"{name}.{key}="] * bool(lines)
+        sections[name] = cls(**right)
     config = Config(**sections)
     # A wrong value was replaced by its default above: what is said about that default would confuse.
-    found += [line for line in problems(config) if not any(setting in line for setting in wrong)]
+    found += [
+        line
+        for line in problems(config)
+        if not any(setting in line or line.startswith(f"{setting[:-1]} is not set") for setting in wrong)
+    ]
     return config
 
 
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _plain(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", dict[str, float]: _MIX}
-    options = [names.get(h, repr(h)) for h in (get_args(hint) or (hint,)) if h is not type(None)]
-    return " or ".join(options)
+def _shown(node: Node) -> str:
+    return show_node(node, 80) if not isinstance(node, Scalar) else show(node)

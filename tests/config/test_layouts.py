@@ -194,13 +194,19 @@ def test_the_nearest_values_are_proposed(case):
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(cases(), st.sets(st.sampled_from(NUMBERS)))
-def test_numbers_below_one_are_refused_once(case, too_small):
-    """No other line is about them, and `layout_problems` does not fail on them."""
-    case = case | dict.fromkeys(too_small, 0)
-    found = problems(config_of(case))
+def test_numbers_below_one_are_refused_once(tmp_path_factory, case, too_small):
+    """No other line is about them, nor about the defaults that stand in for them."""
+    values = {path: value for path, value in (case | dict.fromkeys(too_small, 0)).items() if path != RANKS}
+    overrides = [f"{path}={'null' if value is None else value}" for path, value in values.items()]
+    path = tmp_path_factory.getbasetemp() / "below_one.yaml"
+    path.write_text("data: {path: shards}")
+    try:
+        load_config(path, overrides)
+        found = []
+    except UserError as error:
+        found = error.problems
     for path in too_small:
-        assert [line for line in found if f"{path}=0" in line] == [f"{path}=0 must be at least 1"]
-    lines(case)
+        assert [line for line in found if f"{path}=" in line] == [f"{path}=0 must be at least 1"]
 
 
 DEFAULT_LOOPS = "loops.mean=null (model.max_loop_iters=16)"

@@ -103,8 +103,8 @@ def test_a_folder_and_a_binary_file_cannot_be_read(tmp_path):
         ("? [a, b]\n: 1", "a key must be a name"),
         ("[train, model]", "instead of sections"),
         ("just words", "instead of sections"),
-        ("base: 3", "base=3: expected a file name or a list of them"),
-        ("base: [1]", "expected a file name or a list of them"),
+        ("base: {a: 3}", "base={'a': 3}: expected a file name or a list of them"),
+        ("base: [[1]]", "expected a file name or a list of them"),
         ("train: !!python/name:os.system", "not valid YAML"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_value_is_read_as_its_settings_type(override, section, key, value, wri
         ("train.steps=abc", "train.steps='abc': expected a whole number"),
         ("train.steps=true", "train.steps=true: expected a whole number"),
         ("train.steps=1.5", "train.steps=1.5: expected a whole number"),
-        ("train.steps=null", "train.steps=None: expected a whole number"),
+        ("train.steps=null", "train.steps=null: expected a whole number"),
         ("optim.lr=true", "optim.lr=true: expected a number"),
         ("optim.lr=high", "optim.lr='high': expected a number"),
         ("optim.lr=.nan", "optim.lr=nan: expected a finite number"),
@@ -224,7 +224,7 @@ def test_a_value_is_read_as_its_settings_type(override, section, key, value, wri
         ("loops.mean=true", "loops.mean=true: expected a whole number"),
         ("train.dtype=fp8", "train.dtype='fp8': expected 'fp32', 'bf16' or 'fp16'"),
         ("parallel.zero=4", "parallel.zero=4: expected 1, 2 or 3"),
-        ("parallel.zero=true", "parallel.zero=true: expected 1 or 2 or 3"),
+        ("parallel.zero=true", "parallel.zero=true: expected 1, 2 or 3"),
         ("run.dir=[a]", "run.dir=['a']: expected text"),
         ("run.dir=true", "run.dir=true: expected text"),
         ("data.document_mask=maybe", "data.document_mask='maybe': expected"),
@@ -270,7 +270,7 @@ WHOLE = st.integers(1, 10**6)
     seed=st.integers(0, 2**62),
     steps=WHOLE,
     dim=WHOLE,
-    mean=st.none() | WHOLE,
+    mean=st.none() | st.integers(1, 1024),
     folder=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
     tokenizer=st.none() | st.sampled_from(["null", "yes", "1e3", "~", "3", "2026-01-01", ": #", " a "]),
     mask=st.booleans(),
@@ -356,6 +356,14 @@ def change(**sections: dict) -> Config:
     )
 
 
+def said_of(**sections: dict) -> list[str]:
+    """What a config with these changes is refused with: when a section is built, or when all are compared."""
+    try:
+        return problems(change(**sections))
+    except UserError as error:
+        return error.problems
+
+
 def test_a_right_config_has_no_problem():
     assert problems(change()) == []
     assert problems(change(model={"attn_type": "gqa"}, loops={"mean": 3}, run={"peak_tflops": 0.1})) == []
@@ -385,13 +393,13 @@ NOT_NEGATIVE = {
 @pytest.mark.parametrize(("section", "key"), [(s, key) for s, keys in AT_LEAST_ONE.items() for key in keys.split()])
 def test_a_size_or_a_count_below_one_is_named(section, key):
     for value in (0, -3):
-        assert problems(change(**{section: {key: value}})) == [f"{section}.{key}={value} must be at least 1"]
+        assert said_of(**{section: {key: value}}) == [f"{section}.{key}={value} must be at least 1"]
 
 
 @pytest.mark.parametrize(("section", "key"), [(s, key) for s, keys in NOT_NEGATIVE.items() for key in keys.split()])
 def test_what_may_be_zero_may_not_be_negative(section, key):
-    assert problems(change(**{section: {key: 0}})) == []
-    assert problems(change(**{section: {key: -1}})) == [f"{section}.{key}=-1 must not be negative"]
+    assert said_of(**{section: {key: 0}}) == []
+    assert said_of(**{section: {key: -1}}) == [f"{section}.{key}=-1 must not be negative"]
 
 
 @pytest.mark.parametrize(
@@ -427,7 +435,7 @@ def test_what_may_be_zero_may_not_be_negative(section, key):
     ],
 )
 def test_a_combination_that_cannot_work_is_one_line_with_setting_value_and_remedy(sections, named):
-    (problem,) = problems(change(**sections))
+    (problem,) = said_of(**sections)
     for part in named:
         assert part in problem
 

@@ -1,0 +1,192 @@
+"""YAML as a tree of texts: which value a text is, the type of the setting says (config/fields.py).
+
+What is read: mappings, lists, scalars, anchors with aliases, `<<` and the tags of YAML's core schema. All else is
+refused, in one sentence with the line. The traps: a few hundred bytes of aliases are billions of values, and PyYAML
+descends into nested brackets by recursion; so aliases count as often as they are used, and depth is bounded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from mythos_dist.errors import UserError
+
+NULLS = ("", "~", "null", "Null", "NULL")
+MOST_BYTES = 1 << 18  # of a file: a hundred times the largest config that this project writes
+_MOST_NODES = 50_000  # aliases counted as often as they are used
+_MOST_DEPTH = 32
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A text as it is written; `plain`: without quotes or a tag `!!str`, so that `null` means no value."""
+
+    text: str
+    plain: bool = True
+
+
+Node = Scalar | list["Node"] | dict[str, "Node"]
+
+
+def parse_yaml(text: str) -> Node:
+    """The tree of a document; an empty one is an unquoted empty text. Raises UserError for what is no such document."""
+    if len(text) > MOST_BYTES:
+        _refuse(f"over {MOST_BYTES:,} characters are no config")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        return _Builder(yaml.parse(text, Loader=loader)).document()
+    except yaml.YAMLError as error:
+        _refuse(" ".join(str(error).split()))
+    except UnicodeEncodeError:
+        _refuse("holds bytes that are not UTF-8")
+    except (ValueError, OverflowError) as error:  # such as a version or an escape that PyYAML converts without a check
+        if isinstance(error, UserError):
+            raise
+        _refuse(" ".join(str(error).split())[:100])
+
+
+def read_yaml(path: Path) -> Node:
+    """The tree of a file. Raises UserError for content that is not UTF-8 or no YAML, OSError as `open` does."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise UserError(f"over {MOST_BYTES:,} bytes are no config", source=str(path))
+    try:
+        return parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot be read: byte {error.start + 1} is not UTF-8; save it as UTF-8", str(path)) from None
+    except UserError as error:
+        raise UserError(error.problems, source=str(path)) from None
+
+
+def show_node(node: Node, most: int = 200) -> str:
+    """A tree in a message, as Python writes texts and numbers; only its beginning is built."""
+    text = ""
+    for part in _parts(node):
+        text += part
+        if len(text) > most:
+            break
+    return text
+
+
+def _parts(node: Node) -> Iterator[str]:
+    if isinstance(node, Scalar):
+        yield _show_scalar(node)
+    elif isinstance(node, list):
+        yield "["
+        for i, one in enumerate(node):
+            yield ", " if i else ""
+            yield from _parts(one)
+        yield "]"
+    else:
+        yield "{"
+        for i, (key, one) in enumerate(node.items()):
+            yield f"{', ' if i else ''}{key!r}: "
+            yield from _parts(one)
+        yield "}"
+
+
+def _show_scalar(node: Scalar) -> str:
+    if node.plain:
+        if node.text in NULLS:
+            return "null"
+        if node.text.lower() in ("true", "false"):
+            return node.text.lower()
+        if node.text.lower() in (".nan", ".inf", "-.inf", "+.inf"):
+            return node.text.lower().replace(".", "").lstrip("+")
+        if len(node.text) <= 300 and _is_number(node.text):
+            return node.text
+    return repr(node.text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
+
+
+def _refuse(what: str, event: yaml.Event | None = None) -> NoReturn:
+    mark = getattr(event, "start_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    raise UserError(f"not valid YAML: {where}{what}")
+
+
+class _Builder:
+    """One tree from the events of a parser."""
+
+    def __init__(self, events: Iterator[yaml.Event]):
+        self.events = events
+        self.anchors: dict[str, tuple[Node, int]] = {}  # a finished node and how many nodes are in it
+        self.count = 0
+
+    def document(self) -> Node:
+        root: Node = Scalar("")
+        for event in self.events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                root = self.node(next(self.events), 0)
+                if not isinstance(next(self.events), yaml.DocumentEndEvent):
+                    raise AssertionError("a document holds one node")
+                after = next(self.events)
+                if not isinstance(after, yaml.StreamEndEvent):
+                    _refuse("a second document begins here; give one", after)
+                return root
+        return root
+
+    def node(self, event: yaml.Event, depth: int) -> Node:
+        if depth > _MOST_DEPTH:
+            _refuse(f"nested more than {_MOST_DEPTH} deep", event)
+        before = self.count
+        self.count += 1
+        if isinstance(event, yaml.AliasEvent):
+            return self.alias(event)
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag not in _TAGS and tag != "!":
+            _refuse(f"the tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is none of a config; leave it out", event)
+        if isinstance(event, yaml.ScalarEvent):
+            quoted = bool(event.style) or tag in ("!", "tag:yaml.org,2002:str")
+            found: Node = Scalar(event.value, plain=not quoted)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            found = []
+            while not isinstance(item := next(self.events), yaml.SequenceEndEvent):
+                found.append(self.node(item, depth + 1))
+        else:
+            found = self.mapping(depth)
+        if self.count > _MOST_NODES:
+            _refuse(f"more than {_MOST_NODES:,} values, counting what aliases repeat", event)
+        anchor = getattr(event, "anchor", None)
+        if anchor is not None:
+            self.anchors[anchor] = found, self.count - before
+        return found
+
+    def alias(self, event: yaml.AliasEvent) -> Node:
+        if event.anchor not in self.anchors:
+            _refuse(f"the alias *{event.anchor} has no anchor before it", event)
+        found, size = self.anchors[event.anchor]
+        self.count += size
+        if self.count > _MOST_NODES:
+            _refuse(f"more than {_MOST_NODES:,} values, counting what aliases repeat", event)
+        return found
+
+    def mapping(self, depth: int) -> dict[str, Node]:
+        own: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            key = self.node(event, depth + 1)
+            if not isinstance(key, Scalar):
+                _refuse("a key must be a name", event)
+            value = self.node(next(self.events), depth + 1)
+            if key.plain and key.text == "<<":
+                for other in value if isinstance(value, list) else [value]:
+                    if not isinstance(other, dict):
+                        _refuse("`<<` takes a mapping, or a list of them", event)
+                    merged = other | merged
+            elif key.text in own:
+                _refuse(f"the key {key.text!r} stands twice", event)
+            else:
+                own[key.text] = value
+        return merged | own
