@@ -116,6 +116,7 @@ class Manifest:
     splits: dict[str, SplitCounts]
     skipped: tuple[Skipped, ...] = field(default=())
     left_out: tuple[LeftOut, ...] = field(default=())
+    unknown_tokens: int = 0  # <unk>: characters that the tokenizer does not know
     fingerprint: str = ""
     # Rows of seq_len labels behind the seq_len + 1 tokens of each window, row t for what the model should say after
     # loop t, the last row for all loops behind it; a label that is `eos_id` does not count. 0: labels are next tokens.
@@ -150,6 +151,12 @@ class Manifest:
         lines = [f"{self.documents.read:,} documents read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
         if self.documents.repaired:
             lines.append(f"{self.documents.repaired:,} documents held invalid text, which became U+FFFD")
+        if self.unknown_tokens:
+            share = 100 * self.unknown_tokens / max(1, self.tokens)
+            lines.append(
+                f"{self.unknown_tokens:,} tokens ({share:.2g} %) are <unk>: characters that the tokenizer does not "
+                "know, which are lost; train one with byte fallback (tools/train_tokenizer.py) to keep them"
+            )
         lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
         if self.left_out:
             lines.append(f"not taken: {count_reasons(self.left_out)}; manifest.json lists them")

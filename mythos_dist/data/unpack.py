@@ -1,7 +1,7 @@
 """Decompression in pieces, with a bound on the output: a small file may unpack to any size.
 
-The traps: a library that reads a damaged or truncated file raises and drops what it had unpacked until then, and
-compressed files may be concatenated (`cat a.gz b.gz`, pigz, pzstd), zstd frames and gzip members one after the other.
+The traps: a library that reads a truncated file raises and drops what it had unpacked until then, and compressed files
+may be concatenated (`cat a.gz b.gz`, pigz, pzstd), zstd frames and gzip members one after the other.
 """
 
 import bz2
@@ -22,7 +22,6 @@ _DECODERS: dict[str, Callable[[], Any]] = {
     "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY),
 }
 _ARROW = ("zstd", "brotli")
-_ZLIB = type(zlib.decompressobj())
 
 
 class TooLarge(OSError):
@@ -33,7 +32,7 @@ def unpack(open_packed: Callable[[], IO[bytes]], codec: str, limit: int, piece_b
     """The unpacked content in pieces of at most `piece_bytes` (PIECE_BYTES), at most `limit` bytes in all.
 
     `codec`: gzip, bz2, xz, zstd or brotli. Raises TooLarge after `limit` bytes, and OSError if the data is damaged or
-    truncated, after everything before the damage.
+    truncated, in the latter case after all of it. (What is damaged is often found out later: its content may be wrong.)
     """
     size = 0
     reader = _unpack_arrow if codec in _ARROW else _unpack_members
@@ -67,28 +66,15 @@ def _unpack_members(open_packed: Callable[[], IO[bytes]], codec: str, piece_byte
 def _decode(decoder: Any, data: bytes, piece_bytes: int) -> Iterator[bytes]:
     """All output of `data`, or until the member ends."""
     while True:
-        before = decoder.copy() if isinstance(decoder, _ZLIB) else None
         try:
             piece = decoder.decompress(data, piece_bytes)
-        except (zlib.error, OSError, lzma.LZMAError, ValueError) as error:
-            if before is not None:
-                yield from _until_damage(before, data)
+        except (zlib.error, lzma.LZMAError, OSError, ValueError) as error:
             raise OSError(f"damaged: {error}") from None
         if piece:
             yield piece
-        data = decoder.unconsumed_tail if before is not None else b""
-        # Output that did not fit: zlib returns the rest of its input, the others keep it.
-        if decoder.eof or not (data or (len(piece) == piece_bytes)):
-            return
-
-
-def _until_damage(decoder: Any, data: bytes) -> Iterator[bytes]:
-    """What zlib unpacks before it meets the damage, byte by byte: with the error it drops the call's output."""
-    for i in range(len(data)):
-        try:
-            if piece := decoder.decompress(data[i : i + 1]):
-                yield piece
-        except zlib.error:
+        # Output that did not fit in: zlib returns the rest of its input, the others keep it.
+        data = getattr(decoder, "unconsumed_tail", b"")
+        if decoder.eof or not (data or len(piece) == piece_bytes):
             return
 
 
