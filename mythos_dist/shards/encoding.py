@@ -9,10 +9,12 @@ class WrongEncoding(OSError):
     """A file that is not UTF-8, in a way that repairing single bytes would make nonsense of."""
 
 
-def check_encoding(piece: bytes) -> None:
-    """Raises WrongEncoding if the beginning of a file, or of a range of it, is UTF-16, UTF-32 or no text."""
-    head = piece[:HEAD_BYTES]
-    name = next((name for mark, name in _MARKS.items() if head.startswith(mark) and len(head) % 2 == 0), "")
+def check_encoding(piece: bytes, offset: int = 0) -> None:
+    """Raises WrongEncoding if what a file holds from `offset` on is UTF-16, UTF-32 or no text."""
+    head = piece[-offset % 4 : HEAD_BYTES]
+    name = ""
+    if offset == 0 and len(head) % 2 == 0:
+        name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
     if not name and (nuls := head.count(0)):
         name = _by_nuls(head, nuls)
     if name:
@@ -21,16 +23,17 @@ def check_encoding(piece: bytes) -> None:
 
 
 def _by_nuls(head: bytes, nuls: int) -> str:
-    """Without a mark: ASCII characters, at least spaces and line ends, have their NULs all at odd, or all at even
-    places in UTF-16, and three in a row in UTF-32."""
-    one_side = head[::2].count(0) in (0, nuls)
-    if 2 * nuls > len(head):
-        return "UTF-32" if 10 * nuls > 6 * len(head) else "binary (it holds NUL bytes)"
-    if 5 * nuls > len(head):
-        return ("UTF-16LE" if head[1::2].count(0) else "UTF-16BE") if one_side else "binary (it holds NUL bytes)"
-    if nuls >= 4 and one_side and not _is_utf8(head):
-        return "UTF-16LE" if head[1::2].count(0) else "UTF-16BE"
-    return ""
+    """Without a mark. In UTF-16 all NULs are at odd or all at even places, those of spaces and line ends at least; in
+    UTF-32 every fourth byte is one."""
+    odd = head[1::2].count(0)
+    many = 5 * nuls > len(head)
+    if odd in (0, nuls) and (many or (nuls >= 4 and not _is_utf8(head))):
+        return "UTF-16LE" if odd else "UTF-16BE"
+    if 2 * nuls >= len(head):
+        for name, every in (("UTF-32LE", head[3::4]), ("UTF-32BE", head[::4])):
+            if not any(every):
+                return name
+    return "binary (it holds NUL bytes)" if many else ""
 
 
 def _is_utf8(head: bytes) -> bool:

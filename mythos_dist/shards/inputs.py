@@ -189,7 +189,7 @@ def read_text(source: Source, offset: int = 0) -> Iterator[bytes]:
     """`read_pieces` of a file that holds text. Raises WrongEncoding if it is not UTF-8 from `offset` on."""
     pieces = read_pieces(source, offset)
     if first := next(pieces, b""):
-        check_encoding(first)
+        check_encoding(first, offset)
         yield first
     yield from pieces
 

@@ -187,7 +187,9 @@ class _Walk:
         hidden = is_hidden(entry.name) and not _spells(self._pattern, entry.name)
         try:
             if entry.is_dir():
-                if hidden:
+                if hidden and not (whole or any(self._pattern[state] == "**" for state in states)):
+                    pass  # the pattern names files further below, as in the shell
+                elif hidden:
                     self._files.left_out.append(LeftOut(f"{name}/", HIDDEN))
                 else:
                     (self._links if entry.is_symlink() else self._folders).append((entry.path, parts, states))
@@ -314,11 +316,11 @@ def _parts_below(base: str, path: str) -> tuple[str, ...]:
 def _chosen(files: Files, pattern: list[str]) -> Files:
     """Without what only describes the data. Raises UserError if nothing is left."""
     spelled = {part for part in pattern if not _is_pattern(part)}
-    read = [file for file in files.found if kind_of(file.path)]
-    records = [file for file in read if _kind(file) != "text" and not is_metadata(file.parts[-1])]
+    data = [file for file in files.found if kind_of(file.path) and not _describes(file.parts[-1])]
+    records = [file for file in data if _kind(file) != "text"]
     above = {file.parts[:i] for file in records for i in range(len(file.parts))}
-    others = {suffix_of(file.parts[-1]) for file in read if not is_documentation(file.parts[-1])}
-    reason_of = partial(_reason, records=bool(records), above=above, suffixes=others)
+    only_notes = all(suffix_of(file.parts[-1]).startswith(".md") for file in data)
+    reason_of = partial(_reason, above=above, only_notes=only_notes)
     kept = []
     for file in files.found:
         if file.parts[-1] not in spelled and (reason := reason_of(file)):
@@ -336,15 +338,25 @@ def _kind(file: Found) -> str:
     return kind[0] if kind else ""
 
 
-def _reason(file: Found, records: bool, above: set[tuple[str, ...]], suffixes: set[str]) -> str:
-    """Why a file in a folder is no data; "" if it is. `above`: all folders with parquet or JSON lines below."""
+def _describes(name: str) -> bool:
+    return is_documentation(name) or is_metadata(name)
+
+
+def _reason(file: Found, above: set[tuple[str, ...]], only_notes: bool) -> str:
+    """Why a file in a folder is no data; "" if it is.
+
+    `above`: all folders with parquet or JSON lines below them. `only_notes`: all that is data is Markdown, or there is
+    none; README.md may then be what is wanted.
+    """
     name, kind = file.parts[-1], _kind(file)
     if not kind:
         return f"format not read ({suffix_of(name)})"
-    if kind == "text" and is_documentation(name) and (records or (suffixes and suffix_of(name) not in suffixes)):
+    if only_notes:
+        return ""
+    if kind == "text" and is_documentation(name):
         return "documentation"
+    if kind == "jsonl" and is_metadata(name):
+        return "metadata"
     if kind == "text" and file.parts[:-1] in above and suffix_of(name).startswith(".md"):
         return "notes (.md) beside parquet or JSON lines"
-    if kind == "jsonl" and records and is_metadata(name):
-        return "metadata"
     return ""

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 from mythos_dist.shards.inputs import Source, open_bytes
 from mythos_dist.shards.lines import number_of
 
-SHORT_BYTES = 256  # of a text, on average in a row group
+# Writers give up a dictionary of more than 1 MB, so in larger row groups of longer texts rows share nothing.
+SMALL_BYTES = 4 << 20  # of a row group's texts
+SHORT_BYTES = 256  # of a text, on average
 
 
 def open_parquet(source: Source, text: str | None = None, groups: Iterable[int] = ()) -> pq.ParquetFile:
@@ -28,10 +30,11 @@ def open_parquet(source: Source, text: str | None = None, groups: Iterable[int] 
 
 
 def _shares_texts(group: Any, name: str) -> bool:
-    """Whether rows may refer to one text: their dictionary is then kept, and taken apart in `plain_texts`. (That takes
-    twice the time, so not where texts are long as they are: writers give up dictionaries of more than 1 MB.)"""
+    """Whether rows may refer to one text, so that a few kB stand for many GB: their dictionary is then kept, and taken
+    apart in `plain_texts`."""
     column = next(column for i in range(group.num_columns) if (column := group.column(i)).path_in_schema == name)
-    return column.has_dictionary_page and column.total_uncompressed_size < SHORT_BYTES * group.num_rows
+    size = column.total_uncompressed_size
+    return column.has_dictionary_page and (size < SMALL_BYTES or size < SHORT_BYTES * group.num_rows)
 
 
 def schema_problem(schema: pa.Schema, text: str, score: str | None) -> str | None:
