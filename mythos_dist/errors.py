@@ -6,6 +6,7 @@ Slips of our own stay `assert` and keep their traceback.
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -25,8 +26,8 @@ class UserError(ValueError):
     alone = False  # True: no other rank knows of it, so this one has to say it
 
     def __init__(self, problems: str | Sequence[str], source: str = ""):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        self.source = source  # what was being read: a file, a folder; may be empty
+        self.problems = [redact(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
+        self.source = source = redact(source)  # what was being read: a file, a folder; may be empty
         where = f"{source}: " if source else ""
         if len(self.problems) == 1:
             super().__init__(where + self.problems[0])
@@ -49,6 +50,36 @@ class DivergedError(UserError):
     """Gradients stay useless whatever is skipped; a person has to look at it."""
 
     exit_code = EXIT_DIVERGED
+
+
+_SECRET = (  # names of parameters, of signed URLs and others, whose values give access
+    r"x-(?:amz|goog|oss|cos|ms)-[\w-]+|sig|signature|token|password|passwd|pwd|secret|credentials?|authorization"
+    r"|(?:access|auth|refresh|session|sas|id|api|hf)[-_]?token|(?:access|api|account|client|secret)[-_]?(?:key|secret)"
+    r"|(?:aws)?accesskeyid|(?:aws)?secretaccesskey|googleaccessid|key-pair-id"
+)
+# Bounded repeats and the look behind keep the search linear, whatever a message holds.
+_URL = r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]{0,30}://)"
+_USER = re.compile(_URL + r"(?:[^\s/?#'\"]{1,400}|[^\s/?#:'\"]{0,99}:(?!\d{1,5}/)[^\s'\":]{0,400})@", re.IGNORECASE)
+_QUERY = re.compile(r"(?<![a-z0-9+.-])(https?://[^\s?#'\"<>]*)[?#][^\s'\"<>)]*", re.IGNORECASE)
+_PARAMETER = re.compile(rf"(?<![\w.-])({_SECRET})(=|%3D|['\"]: ?['\"])(?!\*\*\*)[^\s&'\"<>,;)]+", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|AKIA|ASIA)[A-Za-z0-9_-]{8,}|\b(Bearer|Basic) [\w.~+/=-]{8,}")
+
+
+def redact(text: str) -> str:
+    """`text` without what gives access: user names and passwords in URLs, queries of web addresses (a signed URL is a
+    password), values of parameters that are named like secrets, and access tokens.
+
+    Messages of network libraries repeat the URL that they were given, so every UserError passes here.
+    """
+    text = _TOKEN.sub(lambda match: f"{match[1] or match[2] + ' '}***", text)
+    text = _QUERY.sub(r"\1?***", _USER.sub(_without_user, text))
+    return _PARAMETER.sub(r"\1\2***", text)
+
+
+def _without_user(match: re.Match[str]) -> str:
+    """abfs://container@account is no secret."""
+    user = match[0].removeprefix(match[1])
+    return f"{match[1]}***@" if ":" in user or match[1].lower() in ("http://", "https://", "ftp://") else match[0]
 
 
 def first_line(error: BaseException) -> str:

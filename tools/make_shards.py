@@ -1,8 +1,7 @@
 """Text -> MDS shards with a manifest, ready for `data.path`.
 
-Input: parquet (FineWeb-Edu's schema), JSON lines or plain text, the latter two also .gz or .zst; local paths, folders,
-patterns, and URLs (https://, hf://datasets/…, s3://…). Stopped at any moment, it goes on where it was when the same
-command is given again; the shards are the same bytes at any number of workers.
+Input: parquet, JSON lines or plain text (also .gz, .zst, .bz2, .xz): files, folders, patterns and URLs.
+Stopped at any moment, it goes on when the same command is given again, to the same bytes at any number of workers.
 """
 
 import argparse
@@ -13,6 +12,8 @@ import time
 from pathlib import Path
 
 from mythos_dist.errors import UserError, exit_with
+
+OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # handed on as they are
 
 
 def parse() -> argparse.Namespace:
@@ -34,6 +35,7 @@ def parse() -> argparse.Namespace:
     add("--sample-by", choices=("document", "line"), default="document", help="plain text: a document per file or line")
     add("--eos", help="the token that ends documents, where the tokenizer's files do not say")
     add("--skip-bad", action="store_true", help="leave out what cannot be read, and list it in the manifest")
+    add("--max-unpack-ratio", type=float, default=100.0, help="refuse inputs that unpack to more (%(default)g times)")
     add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
     add("--quiet", action="store_true", help="say nothing but errors")
     return parser.parse_args()
@@ -56,13 +58,9 @@ def main() -> None:
             Tokenizer.load(arguments.tokenizer, arguments.eos),
             arguments.seq_len,
             arguments.out,
-            heldout=arguments.heldout,
-            compression=arguments.compression,
             filters=Filters(arguments.min_score, arguments.min_tokens, arguments.limit_tokens, arguments.dedup),
             columns=Columns(arguments.text_column, sample_by=arguments.sample_by),
-            skip_bad=arguments.skip_bad,
-            workers=arguments.workers,
-            quiet=arguments.quiet,
+            **{name: getattr(arguments, name) for name in OPTIONS},
         )
     except UserError as error:
         exit_with(error)

@@ -23,6 +23,8 @@ def parse() -> argparse.Namespace:
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
     add("--seed", type=int, default=0, help="which parts and lines of a large input are used (%(default)s)")
     add("--sample-mb", type=int, default=1024, help="MB of text to read; a smaller input is read whole (%(default)s)")
+    add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
+    add("--max-unpack-ratio", type=float, default=100.0, help="refuse inputs that unpack to more (%(default)g times)")
     add("--json", action="store_true", help="print path, vocab_size, sha256, model_type and more as JSON")
     add("--quiet", action="store_true", help="say nothing but errors")
     return parser.parse_args()
@@ -46,11 +48,17 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
     """Read, sample and train; what --json prints."""
     from mythos_dist.data.tokenizer import sample_lines, train_on_lines
     from mythos_dist.shards.corpus import sample_documents
+    from mythos_dist.shards.documents import Columns
 
     if arguments.sample_mb < 1:
         raise UserError(f"--sample-mb={arguments.sample_mb} is no amount of text; set it to 1 or more")
     documents = sample_documents(
-        arguments.input, arguments.sample_mb * 1_000_000, arguments.seed, progress=not arguments.quiet
+        arguments.input,
+        arguments.sample_mb * 1_000_000,
+        arguments.seed,
+        progress=not arguments.quiet,
+        columns=Columns(arguments.text_column),
+        max_unpack_ratio=arguments.max_unpack_ratio,
     )
     lines = sample_lines(documents, arguments.seed)
     text_bytes = sum(len(line.encode()) for line in lines)

@@ -5,13 +5,13 @@ checked when they are first read (windows.py).
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from mythos_dist.data.manifest import SPLITS, Manifest, file_sha256, index_fingerprint, read_manifest
+from mythos_dist.data.manifest import SPLITS, Manifest, file_sha256, index_fingerprint, read_json, read_manifest
 from mythos_dist.data.mix import whole_weights
 from mythos_dist.data.windows import Shard
 from mythos_dist.errors import UserError
@@ -117,19 +117,40 @@ def read_index(folder: Path, split: str, fingerprint: str) -> list[Shard]:
     """The shards that folder/split/index.json lists. Raises UserError if they are not such a list, or OSError."""
     file = folder / split / "index.json"
     try:
-        entries = json.loads(file.read_bytes())["shards"]
+        entries = read_json(file.read_bytes())["shards"]
+        if not isinstance(entries, list):
+            raise TypeError(f"shards={entries!r:.40}")
         for entry in entries:
-            # What is below compares and sums these; what else an entry needs is found when it is opened.
-            packed = entry.setdefault("zip_data", None)
-            for data in [entry["raw_data"], *([packed] if packed else [])]:
-                path = PurePosixPath(data["basename"])
-                if path.is_absolute() or ".." in path.parts or data["bytes"] + entry["samples"] < 0:
-                    raise ValueError(f"basename {path}, {data['bytes']} bytes, {entry['samples']} samples")
-    except (ValueError, KeyError, TypeError) as error:
+            entry.setdefault("zip_data", None)
+            if problem := _entry_problem(entry):
+                raise ValueError(problem)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{split}/index.json lists no shards ({type(error).__name__}: {error}); convert again", str(folder)
         ) from None
     return [Shard(folder / split, fingerprint, entry) for entry in entries]
+
+
+def _entry_problem(entry: dict[str, Any]) -> str:
+    """What cannot be in an entry of an index that may come from anywhere. What is used later compares and sums these
+    values and joins the names to paths; the rest of an entry is checked when its shard is opened."""
+    if not _is_count(entry["samples"]):
+        return f"{entry['samples']!r:.40} samples"
+    for data in [entry["raw_data"], *([entry["zip_data"]] if entry["zip_data"] else [])]:
+        name, size, hashes = data["basename"], data["bytes"], data["hashes"]
+        if not isinstance(name, str) or not name or "\0" in name:
+            return f"basename {name!r:.40}"
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"basename {name} is outside of the folder"
+        if not _is_count(size):
+            return f"{name}: {size!r:.40} bytes"
+        if not isinstance(hashes, dict) or not all(isinstance(one, str) for one in hashes.values()):
+            return f"{name}: hashes {hashes!r:.40}"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _split_problems(split: str, shards: list[Shard], manifest: Manifest) -> Iterator[str]:

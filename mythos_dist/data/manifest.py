@@ -1,25 +1,35 @@
 """`manifest.json`: what a folder of shards was made from and holds. Written last: where it is, the conversion is whole.
 
 Training reads it before any shard, to refuse shards that do not fit the config. Nothing in it depends on when, where
-or by how many workers the shards were made.
+or by how many workers the shards were made. It may come from anywhere, so its shape and values are checked here.
 """
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mythos_dist.errors import UserError
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
+_EXACT = {"extra": "forbid", "strict": True}  # pydantic's: no unknown keys, and no "32" for 32
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+}
 
 
 @dataclass(frozen=True)
 class InputFile:
     """One file that was converted: its path below the folder that all inputs share, its size in bytes, its hash."""
 
+    __pydantic_config__: ClassVar = _EXACT
     name: str
     size: int
     hash: str  # "sha256:…"; of a remote file what its server gives: "sha256:…", "etag:…", or "" where it gives nothing
@@ -29,6 +39,7 @@ class InputFile:
 class Filters:
     """Which documents were left out on request; None: that filter was off."""
 
+    __pydantic_config__: ClassVar = _EXACT
     min_score: float | None = None  # least value of the column `score`
     min_tokens: int | None = None  # least number of tokens of a document
     limit_tokens: int | None = None  # the document with which this many tokens are reached is the last
@@ -39,6 +50,7 @@ class Filters:
 class DocumentCounts:
     """read == written + empty + low_score + duplicate + short."""
 
+    __pydantic_config__: ClassVar = _EXACT
     read: int = 0
     written: int = 0
     empty: int = 0
@@ -52,6 +64,7 @@ class DocumentCounts:
 class SplitCounts:
     """tokens + documents (one EOS each) == tokens_written + tokens_dropped."""
 
+    __pydantic_config__: ClassVar = _EXACT
     documents: int
     tokens: int  # without EOS
     windows: int
@@ -64,15 +77,27 @@ class SplitCounts:
 class Skipped:
     """Input that could not be read and was left out with --skip-bad."""
 
+    __pydantic_config__: ClassVar = _EXACT
     name: str  # of the input
-    where: str  # "file", "row group 3", "line 17"
+    where: str  # "file", "row group 3", "line 17", "what follows line 17"
     reason: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file, or a folder (its name ends with /), that a folder or a pattern holds and that was not taken."""
+
+    __pydantic_config__: ClassVar = _EXACT
+    name: str  # below the folder that was given
+    reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a folder of shards was made from and holds; `fingerprint` is the sha256 of its index files."""
 
+    __pydantic_config__: ClassVar = _EXACT
     format_version: int
     seq_len: int
     dtype: str
@@ -90,6 +115,8 @@ class Manifest:
     documents: DocumentCounts
     splits: dict[str, SplitCounts]
     skipped: tuple[Skipped, ...] = field(default=())
+    left_out: tuple[LeftOut, ...] = field(default=())
+    unknown_tokens: int = 0  # <unk>: characters that the tokenizer does not know
     fingerprint: str = ""
     # Rows of seq_len labels behind the seq_len + 1 tokens of each window, row t for what the model should say after
     # loop t, the last row for all loops behind it; a label that is `eos_id` does not count. 0: labels are next tokens.
@@ -124,13 +151,26 @@ class Manifest:
         lines = [f"{self.documents.read:,} documents read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
         if self.documents.repaired:
             lines.append(f"{self.documents.repaired:,} documents held invalid text, which became U+FFFD")
+        if self.unknown_tokens:
+            share = 100 * self.unknown_tokens / max(1, self.tokens)
+            lines.append(
+                f"{self.unknown_tokens:,} tokens ({share:.2g} %) are <unk>: characters that the tokenizer does not "
+                "know, which are lost; train one with byte fallback (tools/train_tokenizer.py) to keep them"
+            )
         lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
+        if self.left_out:
+            lines.append(f"not taken: {count_reasons(self.left_out)}; manifest.json lists them")
         for name, split in self.splits.items():
             lines.append(
                 f"{name}: {split.documents:,} documents, {split.tokens:,} tokens -> {split.windows:,} windows of "
                 f"{self.seq_len}; {split.tokens_dropped} tokens at the end fill none"
             )
         return "\n".join(lines)
+
+
+def count_reasons(left_out: Iterable[LeftOut]) -> str:
+    """ "3 hidden, 1 link to nothing", the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(one.reason for one in left_out).most_common())
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -148,24 +188,62 @@ def read_manifest(path: str | Path) -> Manifest:
     if not file.is_file():
         raise UserError("no manifest.json: not a finished conversion; run tools/make_shards.py (again)", str(path))
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw["format_version"] != FORMAT_VERSION:
-            version = raw["format_version"]
+        content = file.read_bytes()
+        version = read_json(content)["format_version"]
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"format_version={version} is not {FORMAT_VERSION}: another version of mythos_dist made these shards; "
-                "delete the folder and convert again",
+                f"format_version={version!r:.40} is not {FORMAT_VERSION}: another version of mythos_dist made these "
+                "shards; delete the folder and convert again",
                 str(file),
             )
-        raw["filters"] = Filters(**raw["filters"])
-        raw["inputs"] = tuple(InputFile(**one) for one in raw["inputs"])
-        raw["documents"] = DocumentCounts(**raw["documents"])
-        raw["splits"] = {split: SplitCounts(**raw["splits"][split]) for split in SPLITS}
-        raw["skipped"] = tuple(Skipped(**one) for one in raw["skipped"])
-        return Manifest(**raw)
+        return _checked(content)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot be read ({type(error).__name__}: {error}); convert again", str(file)) from None
+
+
+def read_json(content: bytes | str) -> Any:
+    """What JSON holds. Raises ValueError for whatever is wrong with it, also where it is nested too deeply."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _checked(content: bytes) -> Manifest:
+    """The manifest in a JSON document. Raises ValueError that names every value that cannot be."""
+    from pydantic import TypeAdapter, ValidationError  # a second of import, for those that read one
+
+    try:
+        manifest = TypeAdapter(Manifest).validate_json(content)
+    except ValidationError as error:
+        found = [
+            f"{'.'.join(map(str, one['loc'])) or 'JSON'}: "
+            + (
+                f"expected {_EXPECTED[one['type']]}, not {one['input']!r:.40}"
+                if one["type"] in _EXPECTED
+                else one["msg"]
+            )
+            for one in error.errors()
+        ]
+        raise ValueError("; ".join(found[:5]) + " …" * (len(found) > 5)) from None
+    if manifest.splits.keys() != {*SPLITS}:
+        raise ValueError(f"splits: expected {' and '.join(SPLITS)}, not {', '.join(manifest.splits) or 'none'}")
+    counts = [vars(one) for one in (manifest, manifest.documents, *manifest.splits.values(), *manifest.inputs)]
+    wrong = [
+        f"{name}={value}"
+        for group in counts
+        for name, value in group.items()
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+    ]
+    least = {"seq_len": 1, "vocab_size": 1, "eos_id": 0, "targets": 0}
+    wrong += [f"{name}={getattr(manifest, name)}" for name, low in least.items() if getattr(manifest, name) < low]
+    if manifest.tokenizer != Path(manifest.tokenizer).name:
+        wrong.append(f"tokenizer={manifest.tokenizer!r}, which is no name of a file in the folder")
+    if wrong:
+        raise ValueError("; ".join(wrong[:5]))
+    return manifest
 
 
 def index_fingerprint(path: Path) -> str:

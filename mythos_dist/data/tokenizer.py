@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 import sentencepiece as spm
 
+from mythos_dist.data.manifest import read_json
 from mythos_dist.data.words import SPACE, WordCache, huggingface_cuts, parse_sentencepiece, sentencepiece_cuts
-from mythos_dist.errors import UserError
+from mythos_dist.errors import UserError, first_line
 
 MAX_LINE_CHARS = 4096  # a training line in SentencePiece has at most 4 * this many bytes; longer text is cut
 MAX_TRAIN_LINES = 2_000_000  # about 1 GB of text: the unigram trainer holds everything in memory
 TRAIN_THREADS = 16  # fixed: sums in another number of threads round differently and give another model
 WORDS_PER_CALL = 4096  # an Encoding of `tokenizers` takes hundreds of bytes
 COMMON_EOS = "<|endoftext|> </s> <eos> <EOS> [EOS] <|end_of_text|> <|eos|>".split()
+# Of many scripts and planes: a tokenizer with an alphabet of its own does not know all of them.
+RARE = "éßЖאعไ語한₿🙂\u0939\u0d85\u10d0\u1200\U00010330\U0001f9ff\U0002070e"
 PROBE = "  The  trick's  12345 (of) it,\n\n\tall:   naïve, \u00a0日本語 e\u0301 🙂🙂\r\n x=y+1; \x01\x7f the end. \n "
 
 
@@ -39,6 +42,7 @@ class Tokenizer:
     eos: str  # the text of the token that ends documents
     eos_id: int
     vocab_size: int  # the largest possible id + 1
+    unk_id: int | None = None  # of the token that stands for characters that are not known; None: all are
 
     def __init__(self, path: Path, content: bytes):
         self.path = path
@@ -58,7 +62,14 @@ class Tokenizer:
         content = path.read_bytes()
         is_json = path.suffix == ".json" or content.lstrip()[:1] == b"{"
         tokenizer = (HuggingFaceTokenizer if is_json else SentencePieceTokenizer)(path, content, eos)
-        tokenizer._probe()
+        try:
+            tokenizer._probe()
+        except UserError:
+            raise
+        except Exception as error:  # the libraries raise nothing narrower
+            raise UserError(
+                f"cannot encode some texts ({first_line(error)}); use another tokenizer", str(path)
+            ) from None
         return tokenizer
 
     @property
@@ -117,11 +128,18 @@ class Tokenizer:
         return self._encode(text[1:] if self._drops_space and text.startswith(b" ") else text)
 
     def _probe(self) -> None:
-        """Try what is assumed: how a cut text goes on, that the cache changes nothing, that text cannot spell EOS."""
+        """Try what is assumed: how a cut text goes on, that the cache changes nothing, that text cannot spell EOS, and
+        that no character is lost without a trace."""
         for text in (self.eos, f"a {self.eos}b"):
             if self.eos_id in self.encode(text):
                 problem = f"text can spell {self.eos!r}, which documents are told apart by"
                 raise UserError(f"{problem}; use another tokenizer, or pass --eos with another token", str(self.path))
+        if lost := [character for character in RARE if not len(self.encode(character))]:
+            raise UserError(
+                f"loses characters: {' '.join(lost[:5])} become no token at all, for it has neither an unknown token "
+                "nor bytes to fall back on; use a byte-level tokenizer, or train one with tools/train_tokenizer.py",
+                str(self.path),
+            )
         first, whole = self.encode("xx").tolist(), self.encode("xx yy").tolist()
         self._drops_space = first + self.encode(" yy").tolist() != whole == first + self.encode("yy").tolist()
         texts = [PROBE.encode(), b"", PROBE[2:].encode(), b"a" * 100]
@@ -163,6 +181,8 @@ class SentencePieceTokenizer(Tokenizer):
         if keeps_spaces and proto.trainer_spec.byte_fallback:
             pieces = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
             self._space_bytes = np.array([self._model.piece_to_id(piece) for piece in pieces], dtype=np.int32)
+        if not proto.trainer_spec.byte_fallback:
+            self.unk_id = int(self._model.unk_id())
         self._bare = self._model  # adds no dummy prefix
         if prefix:
             normalizer.add_dummy_prefix = False
@@ -220,7 +240,9 @@ class HuggingFaceTokenizer(Tokenizer):
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self.eos = _find_eos(eos or _configured_eos(path.parent), list(special), path)
         self.eos_id = special[self.eos]
-        cuts = huggingface_cuts(json.loads(self._model.to_str()))
+        spec = json.loads(self._model.to_str())
+        self.unk_id = _unknown_id(spec["model"], self._model)
+        cuts = huggingface_cuts(spec)
         if cuts is not None:
             self._words = WordCache(cuts, self._encode_words)
 
@@ -238,6 +260,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 yield encoding.ids
 
 
+def _unknown_id(model: dict[str, Any], tokenizer: Any) -> int | None:
+    """The id of a tokenizer.json's unknown token, unless it can do without."""
+    if model.get("byte_fallback"):
+        return None
+    return model["unk_id"] if model.get("unk_id") is not None else tokenizer.token_to_id(model.get("unk_token") or "")
+
+
 def _find_eos(eos: str | None, special: list[str], path: Path) -> str:
     """`eos`, or else the only one of a tokenizer's special tokens that is known to end documents."""
     names = [eos] if eos else [name for name in COMMON_EOS if name in special]
@@ -251,7 +280,7 @@ def _configured_eos(folder: Path) -> str | None:
     """The text of "eos_token" in the files that lie beside a tokenizer.json."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
-            token = json.loads((folder / name).read_bytes()).get("eos_token")
+            token = read_json((folder / name).read_bytes()).get("eos_token")
         except FileNotFoundError:
             continue
         except (ValueError, AttributeError):

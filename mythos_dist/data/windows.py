@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from mythos_dist.data.unpack import TooLarge, unpack
 from mythos_dist.errors import UserError
 
 OPEN_FILES = 128  # per stream; opening a file for every sample would ask a cluster's metadata server thousands of times
 PIECE_BYTES = 1 << 20  # that a file is hashed by
+CODECS = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli", "snappy": "snappy"}  # streaming's names
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Windows:
                 return _OpenShard(shard, _open_whole(shard.folder / raw["basename"], raw, hashed))
             except _NotWhole as problem:
                 raise shard.damaged(str(problem)) from None
+        if raw["bytes"] > _largest(shard, self._window):
+            raise shard.damaged(f"index.json says {raw['bytes']} bytes, more than its samples can take")
         unpacked = self._cache / shard.fingerprint[:16] / shard.folder.name / raw["basename"]
         with contextlib.suppress(_NotWhole):  # not there, or not whole after a power cut: unpacked (again)
             return _OpenShard(shard, _open_whole(unpacked, raw, hashed))
@@ -113,6 +118,11 @@ class Windows:
             return _OpenShard(shard, _open_whole(unpacked, raw, hashed))
         except _NotWhole as problem:
             raise shard.damaged(f"unpacked to {unpacked}, {problem}") from None
+
+
+def _largest(shard: Shard, window: int) -> int:
+    """Bytes of a shard of so many samples, in 8 bytes a token and with room for its header; offsets are uint32."""
+    return min(1 << 32, (1 << 16) + shard.entry["samples"] * (4 + 8 * window))
 
 
 class _OpenShard:
@@ -189,34 +199,49 @@ def _check_hash(pieces: Iterable[bytes], hashes: dict[str, str]) -> None:
 
 
 def _unpack(shard: Shard, target: Path, verify: bool) -> None:
-    """Write the shard's raw file to `target`; UserError if that fails, or if the packed file is damaged."""
-    from streaming.base.compression import decompress
+    """Write the shard's raw file to `target`; UserError if that fails, or if the packed file is damaged.
 
-    packed = shard.folder / shard.stored["basename"]
-    try:
-        if (size := packed.stat().st_size) != shard.stored["bytes"]:
-            raise _NotWhole(f"has {size} bytes, but index.json says {shard.stored['bytes']}")
-        data = packed.read_bytes()
-        if verify:
-            _check_hash([data], shard.stored["hashes"])
-        data = decompress(shard.entry["compression"], data)
-    except _NotWhole as problem:
-        raise shard.damaged(str(problem)) from None
-    except OSError as error:
-        raise shard.damaged(f"cannot be read ({error.strerror})") from None
-    except Exception as error:  # every codec has an exception of its own
-        raise shard.damaged(f"cannot be unpacked ({type(error).__name__}: {error})") from None
+    Never more than the bytes that index.json says: a few kB may unpack to many GB.
+    """
+    packed, size = shard.folder / shard.stored["basename"], shard.entry["raw_data"]["bytes"]
     unfinished = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            unfinished.write_bytes(data)
+            with open(unfinished, "wb") as file:
+                for piece in _unpacked(shard, packed, size, verify):
+                    file.write(piece)
             os.replace(unfinished, target)
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{shard.name} cannot be unpacked to {target} ({error.strerror}); "
-            f"set data.cache to a folder with room for the raw shards ({len(data) / 1e6:.1f} MB for this one)",
+            f"set data.cache to a folder with room for the raw shards ({size / 1e6:.1f} MB for this one)",
             str(shard.folder.parent),
         ) from None
+
+
+def _unpacked(shard: Shard, packed: Path, size: int, verify: bool) -> Iterator[bytes]:
+    """The raw file in pieces, `size` bytes in all. UserError if the packed file is damaged, or holds more or less."""
+    codec = CODECS.get(str(shard.entry["compression"]).partition(":")[0])
+    if codec is None:
+        raise shard.damaged(f"compression={shard.entry['compression']} in index.json is not known")
+    done = 0
+    try:
+        os.close(_open_whole(packed, shard.stored, verify))
+        if codec == "snappy":  # it is not read in pieces; its own header says the size, which is compared first
+            pieces: Iterable[bytes] = [pa.Codec(codec).decompress(packed.read_bytes(), size, asbytes=True)]
+        else:
+            pieces = unpack(lambda: open(packed, "rb"), codec, size)  # noqa: SIM115
+        for piece in pieces:
+            done += len(piece)
+            yield piece
+    except _NotWhole as problem:
+        raise shard.damaged(str(problem)) from None
+    except TooLarge:
+        raise shard.damaged(f"it unpacks to more than the {size} bytes that index.json says") from None
+    except (OSError, pa.ArrowException) as error:
+        raise shard.damaged(f"cannot be unpacked ({type(error).__name__}: {error})") from None
+    if done != size:
+        raise shard.damaged(f"it unpacks to {done} bytes, but index.json says {size}")

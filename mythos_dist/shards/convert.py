@@ -36,14 +36,13 @@ from mythos_dist.data.manifest import (
     Skipped,
     SplitCounts,
     index_fingerprint,
-    read_manifest,
 )
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.shards import pool
 from mythos_dist.shards.documents import Columns, Units, units_of
 from mythos_dist.shards.duplicates import find_duplicates, save_digests
-from mythos_dist.shards.inputs import Inputs, Source, Unreadable, content_hash, find_sources
+from mythos_dist.shards.inputs import MAX_RATIO, Inputs, Listing, Source, Unreadable, content_hash, list_inputs
 from mythos_dist.shards.mds import ShardWriter
 from mythos_dist.shards.part import (
     UNFINISHED,
@@ -57,6 +56,7 @@ from mythos_dist.shards.part import (
 )
 from mythos_dist.shards.pool import Workers
 from mythos_dist.shards.progress import Progress
+from mythos_dist.shards.resume import earlier_conversion
 
 # A part is about 1 / PARTS of the text, within these bounds: enough parts for many workers, few enough files.
 PARTS = 256
@@ -76,13 +76,15 @@ def convert(
     filters: Filters | None = None,
     columns: Columns | None = None,
     skip_bad: bool = False,
+    max_unpack_ratio: float = MAX_RATIO,
     workers: int = 0,
     quiet: bool = False,
 ) -> Manifest:
     """Tokenize and pack the documents of `inputs` into the folder `out`; returns its manifest.
 
     `heldout`: share of documents, in [0, 1), for the held-out split. `compression`: zstd or zstd:1 … zstd:22.
-    `skip_bad`: what cannot be read is left out and counted. `workers`: processes; 0: none but this one. `quiet`: no
+    `skip_bad`: what cannot be read is left out and counted. `max_unpack_ratio`: how many times its size an input may
+    unpack to (64 MB are always allowed). `workers`: processes; 0: none but this one. `quiet`: no
     progress on standard error. If `out` already holds this very conversion, nothing is done; if it holds the beginning
     of it, it is finished. Raises UserError if it holds anything else, or if the inputs cannot be read.
     """
@@ -94,8 +96,9 @@ def convert(
         *(heldout, filters, columns, compression, skip_bad),
     )
     _check(job, workers)
+    listing = list_inputs(inputs, job.out, max_unpack_ratio)
     try:
-        return _convert(inputs, tokenizer, job, workers, quiet)
+        return _convert(listing, tokenizer, job, workers, quiet)
     except OSError as error:
         raise UserError(
             f"{error.strerror or error}: mend that (a full disk: make room) and give the same command again; "
@@ -104,21 +107,24 @@ def convert(
         ) from None
 
 
-def _convert(inputs: Inputs, tokenizer: Tokenizer, job: Job, workers: int, quiet: bool) -> Manifest:
+def _convert(listing: Listing, tokenizer: Tokenizer, job: Job, workers: int, quiet: bool) -> Manifest:
     with Workers(workers, tokenizer) as crew, Progress(crew, quiet) as progress:
-        found = _inspect(find_sources(inputs), job, crew, progress)
+        found = _inspect(listing, job, crew, progress)
         settings = _settings(found, job, tokenizer)
-        if done := _earlier_conversion(job.out, settings):
+        if done := earlier_conversion(job.out, settings):
             progress.say(f"{job.out}: already converted with these settings; nothing to do")
             return done
+        for line in listing.lines():
+            progress.say(line)
         with _claim(job.out, settings):
             parts = list(_parts([one.units for one in found if one.units]))
             duplicates = _duplicates(job, parts, crew, progress) if job.filters.dedup else None
             records = list(_records(job, parts, duplicates, crew, progress))
             crew.stop()  # behind the limit they may still be writing
-            skipped = [one.skipped for one in found if one.skipped] + [
-                one for record in records for one in record.skipped
-            ]
+            skipped = [Skipped(one.name, "folder", f"{one.reason} ({one.detail})") for one in listing.unreadable]
+            skipped += [one.skipped for one in found if one.skipped]
+            skipped += [one for record in records for one in record.skipped]
+            settings["left_out"] = tuple(listing.left_out)
             return _finish(job, records, settings, skipped, tokenizer)
 
 
@@ -164,10 +170,12 @@ def _look_into(item: tuple[Source, Columns]) -> "_Found | UserError":
     raise AssertionError("never")
 
 
-def _inspect(sources: list[Source], job: Job, workers: Workers, progress: Progress) -> list[_Found]:
+def _inspect(listing: Listing, job: Job, workers: Workers, progress: Progress) -> list[_Found]:
     """Hash and spans of every input. Raises UserError with all files that cannot be read, unless they are skipped."""
+    sources = listing.sources
     progress.begin("reading inputs", sum(source.size for source in sources))
-    found, problems = [], []
+    found = []
+    problems = [] if job.skip_bad else [f"{one.name}: {one.reason} ({one.detail})" for one in listing.unreadable]
     looked = workers.map(_look_into, [(source, job.columns) for source in sources], progress.tick)
     for source, result in zip(sources, looked, strict=True):
         if isinstance(result, _Found):
@@ -217,55 +225,6 @@ def _parts(units: list[Units]) -> Iterator[Part]:
             spans.append(one.span(first, len(one.sizes)))
     if spans:
         yield Part(number, tuple(spans))
-
-
-def _earlier_conversion(out: Path, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of `out` if it is this conversion, None if it is to be begun or finished; UserError otherwise."""
-    if out.exists() and not out.is_dir():
-        raise UserError("is a file; name a folder", str(out))
-    unfinished = out / UNFINISHED / "settings.json"
-    if (out / "manifest.json").is_file():
-        manifest = read_manifest(out)
-        _compare(out, settings, manifest.to_json())
-        try:
-            changed = index_fingerprint(out) != manifest.fingerprint
-        except OSError:
-            changed = True
-        if changed:
-            raise UserError("index.json changed after the conversion; delete the folder and convert again", str(out))
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a kill between the manifest and this left it
-        return manifest
-    if unfinished.is_file():
-        _compare(out, settings, json.loads(unfinished.read_text()))
-    elif out.exists() and (other := sorted(file.name for file in out.iterdir() if file.name != UNFINISHED)):
-        raise UserError(
-            f"holds {', '.join(other[:3])}{' …' if len(other) > 3 else ''} and is no conversion of ours; "
-            "name another folder, or a new one",
-            str(out),
-        )
-    return None
-
-
-def _compare(out: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
-    """Raises UserError that lists each setting in which a folder was begun differently."""
-    now = json.loads(json.dumps(settings, default=asdict))
-    differing = [
-        f"{name}={_shown(value)}, but these shards were made with {_shown(before.get(name))}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if differing:
-        differing[-1] += "; name another folder, or delete this one to convert again"
-        raise UserError(differing, str(out))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        files = [f"{file['name']} ({file['size']} bytes, {file['hash'][:15]})" for file in value]
-        return f"{len(files)} files: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {one}" for name, one in value.items())
-    return str(value)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> TextIO:
@@ -363,8 +322,14 @@ def _finish(
     )
     shutil.copyfile(tokenizer.path, job.out / f"{tokenizer.file_name}.tmp")
     os.replace(job.out / f"{tokenizer.file_name}.tmp", job.out / tokenizer.file_name)
+    unknown = sum(record.unknown for record in records)
     manifest = Manifest(
-        **settings, documents=counts, splits=splits, skipped=tuple(skipped), fingerprint=index_fingerprint(job.out)
+        **settings,
+        unknown_tokens=unknown,
+        documents=counts,
+        splits=splits,
+        skipped=tuple(skipped),
+        fingerprint=index_fingerprint(job.out),
     )
     assert counts.written == sum(split.documents for split in splits.values()), "documents were lost"
     write_atomically(job.out / "manifest.json", json.dumps(manifest.to_json(), indent=2) + "\n")

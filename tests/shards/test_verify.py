@@ -371,11 +371,20 @@ MANIFEST_DAMAGE = [
         "is not the tokenizer that the shards were made with",
     ),
     (lambda manifest: manifest.update(tokenizer="other.model"), "the tokenizer 'other.model' cannot be read"),
-    (lambda manifest: manifest.update(tokenizer=None), "the tokenizer None cannot be read"),
-    (lambda manifest: manifest.update(seq_len="32"), "manifest.json: a value that cannot be"),
+    (lambda manifest: manifest.update(tokenizer=None), "manifest.json: cannot be read .*tokenizer: expected text"),
+    (
+        lambda manifest: manifest.update(seq_len="32"),
+        "manifest.json: cannot be read .*seq_len: expected a whole number, not '32'",
+    ),
     (lambda manifest: manifest.update(dtype="text"), "manifest.json: a value that cannot be"),
-    (lambda manifest: manifest["documents"].update(read=None), "manifest.json: a value that cannot be"),
-    (lambda manifest: manifest["splits"]["train"].update(windows="9"), "manifest.json: a value that cannot be"),
+    (
+        lambda manifest: manifest["documents"].update(read=None),
+        "manifest.json: cannot be read .*documents.read: expected",
+    ),
+    (
+        lambda manifest: manifest["splits"]["train"].update(windows="9"),
+        "cannot be read .*splits.train.windows: expected",
+    ),
     (lambda manifest: manifest["splits"].pop("train"), "manifest.json: cannot be read"),
     (lambda manifest: manifest.update(format_version=1), "manifest.json: format_version=1 is not 2"),
 ]

@@ -1,0 +1,88 @@
+"""What a file holds, by its name alone, and which names in a folder are no data."""
+
+import posixpath
+import re
+from typing import Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from mythos_dist.errors import redact
+
+Kind = Literal["parquet", "jsonl", "text"]
+SUFFIXES: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",  # C4 and others name their JSON lines so
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
+KNOWN = "name.parquet, name.jsonl or name.txt, the latter two also with .gz, .zst, .bz2 or .xz"
+KIND_NAMES = {"parquet": "parquet", "jsonl": "JSON lines", "text": "plain text"}
+
+_DOCUMENTATION = re.compile(
+    r"(readme|licen[sc]e|copying|notice|change(log|s)|contributing|authors|citation|code_of_conduct|datasheet"
+    r"|data(set)?[-_]?card|requirements|(sha\d+|md5)sums?|checksums?)([-_. ].*)?",
+    re.IGNORECASE,
+)
+# Of data sets of Hugging Face, of models and of shards: one JSON document each, no lines of records.
+_METADATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state|croissant|metadata|manifest|index|package|config|generation_config"
+    r"|tokenizer|tokenizer_config|special_tokens_map|vocab)\.json",
+    re.IGNORECASE,
+)
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec and not the operating system opens `path`."""
+    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
+def kind_of(path: str) -> tuple[Kind, str | None] | None:
+    """What a file of this name holds and how it is compressed; None for other names."""
+    stem, suffix = posixpath.splitext(urlsplit(path).path if is_url(path) else path)
+    compression = COMPRESSIONS.get(suffix.lower())
+    if compression:
+        suffix = posixpath.splitext(stem)[1]
+    kind = SUFFIXES.get(suffix.lower())
+    return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
+
+
+def kind_of_query(url: str) -> bool:
+    """Whether the `?` of a URL begins its query and is no pattern: https://host/a.parquet?download=true."""
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.query) and not any(sign in parts.path for sign in "*[")
+
+
+def without_secrets(url: str) -> str:
+    """A URL by which the same file is recognised when a signature in it is another: no user, no secret parameters."""
+    parts = urlsplit(url)
+    query = [(name, value) for name, value in parse_qsl(parts.query) if redact(f"{name}=x") == f"{name}=x"]
+    host = parts.netloc.rpartition("@")[2] if parts.scheme in ("http", "https") else parts.netloc
+    return parts._replace(netloc=host, query=urlencode(query), fragment="").geturl()
+
+
+def is_hidden(name: str) -> bool:
+    """Names that file managers, notebooks, macOS, Hadoop and Spark give to what is no data: .ipynb_checkpoints, ._a,
+    __MACOSX, _SUCCESS, _temporary."""
+    return name.startswith((".", "_"))
+
+
+def is_documentation(name: str) -> bool:
+    """README.md, LICENSE.txt and the like."""
+    return _DOCUMENTATION.fullmatch(name) is not None
+
+
+def is_metadata(name: str) -> bool:
+    """JSON files that describe data: dataset_info.json and the like."""
+    return _METADATA.fullmatch(name) is not None
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a name for messages: .csv, .csv.gz, or "no suffix"."""
+    stem, suffix = posixpath.splitext(name.lower())
+    if suffix in COMPRESSIONS or suffix in (".part", ".tmp", ".incomplete", ".crc"):
+        suffix = posixpath.splitext(stem)[1] + suffix
+    return suffix or "no suffix"
