@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_dist.errors import UserError
+from mythos_dist.units import count
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
@@ -94,6 +95,9 @@ class Manifest:
     # Rows of seq_len labels behind the seq_len + 1 tokens of each window, row t for what the model should say after
     # loop t, the last row for all loops behind it; a label that is `eos_id` does not count. 0: labels are next tokens.
     targets: int = 0
+    # "document": whole documents were held out, by a hash of their text. "window": these were too few, and the last
+    # windows of the text were held out; a document counts in the split that has its EOS.
+    heldout_by: str = "document"
 
     @property
     def window(self) -> int:
@@ -121,16 +125,28 @@ class Manifest:
             )
             if getattr(self.documents, fate)
         ]
-        lines = [f"{self.documents.read:,} documents read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
+        read = count(self.documents.read, "document")
+        lines = [f"{read} read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
         if self.documents.repaired:
-            lines.append(f"{self.documents.repaired:,} documents held invalid text, which became U+FFFD")
+            lines.append(f"{count(self.documents.repaired, 'document')} held invalid text, which became U+FFFD")
         lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
-        for name, split in self.splits.items():
-            lines.append(
-                f"{name}: {split.documents:,} documents, {split.tokens:,} tokens -> {split.windows:,} windows of "
-                f"{self.seq_len}; {split.tokens_dropped} tokens at the end fill none"
+        return "\n".join([*lines, *map(self._split_summary, SPLITS)])
+
+    def _split_summary(self, name: str) -> str:
+        split = self.splits[name]
+        documents, tokens = count(split.documents, "document"), count(split.tokens, "token")
+        windows = f"{count(split.windows, 'window')} of {self.seq_len}"
+        if name == "heldout" and not split.windows:
+            why = "the text fills only one window" if self.heldout else "a share of 0 was asked for"
+            return f"{name}: none, because {why}; training runs without evaluation"
+        if name == "heldout" and self.heldout_by == "window":
+            written = count(self.documents.written, "document")
+            return (
+                f"{name}: {tokens} -> {windows}, cut from the end of the text: {written} cannot be divided as a whole "
+                f"to hold out a share of {self.heldout:g}"
             )
-        return "\n".join(lines)
+        dropped, fill = count(split.tokens_dropped, "token"), "fills" if split.tokens_dropped == 1 else "fill"
+        return f"{name}: {documents}, {tokens} -> {windows}; {dropped} at the end {fill} none"
 
 
 def read_manifest(path: str | Path) -> Manifest:
