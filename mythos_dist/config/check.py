@@ -11,7 +11,7 @@ _AT_LEAST_ONE = {
     "v_head_dim n_experts n_experts_per_tok expert_dim lora_rank max_output_tokens",
     "loops": "mean maximum backprop",
     "parallel": "tensor pipe expert",
-    "train": "steps seq_len global_batch micro_batch recompute_every eval_samples",
+    "train": "steps seq_len global_batch micro_batch recompute_every",
     "checkpoint": "every keep",
     "faults": "join_within hang_after lost_after roll_back_after",
 }
@@ -20,7 +20,7 @@ _NOT_NEGATIVE = {
     "experts": "bias_update_rate z_loss sequence_balance_loss",
     "act": "ponder_cost kl",
     "loops": "sigma curriculum_steps telemetry_every",
-    "train": "eval_every",
+    "train": "eval_every eval_samples",
     "checkpoint": "pin_every",
     "optim": "lr warmup_steps weight_decay grad_clip",
     "data": "workers",

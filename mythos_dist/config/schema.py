@@ -187,7 +187,7 @@ class TrainConfig:
     recompute: Literal["none", "loop", "selective"] = "none"
     recompute_every: int = 1  # with recompute=loop: of so many loops only the state before the first is kept
     eval_every: int = 0  # steps between held-out losses; 0: only before the first and after the last step
-    eval_samples: int = 64  # held-out sequences per evaluation, at most
+    eval_samples: int = 64  # held-out sequences per evaluation, at most; 0: no evaluation
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mythos_dist.units import count
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
+EMPTY_INDEX = json.dumps({"version": 2, "shards": []}, sort_keys=True)  # index.json of a split without windows
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,13 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def index_fingerprint(path: Path) -> str:
-    """sha256 over the index.json of every split; these hold the hashes of the shards. OSError if one is missing."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        digest.update((path / split / "index.json").read_bytes())
+    """sha256 over the index.json of every split; these hold the hashes of the shards. OSError if train/ has none.
+
+    A folder without heldout/ has the fingerprint of one whose heldout/ is empty.
+    """
+    digest = hashlib.sha256((path / "train" / "index.json").read_bytes())
+    heldout = path / "heldout"
+    digest.update((heldout / "index.json").read_bytes() if heldout.exists() else EMPTY_INDEX.encode())
     return digest.hexdigest()
 
 
