@@ -8,3 +8,8 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number and what it counts: "1 rank", "1,024 ranks"; `plural` where it is not `noun` with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -3,6 +3,7 @@ sample of text."""
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -38,8 +39,10 @@ def main() -> None:
     say("4. A sample from the trained model")
     run([sys.executable, "tools/generate.py", str(RUN_DIR), "--prompt", "The import statement", "--temperature", "0.6"])
 
-    losses = {line["step"]: line["heldout_loss"] for line in map(json.loads, (RUN_DIR / "eval.jsonl").open())}
-    first, last = losses[min(losses)], losses[max(losses)]
+    losses = {}
+    if (RUN_DIR / "eval.jsonl").exists():  # not without a held-out split
+        losses = {line["step"]: line["heldout_loss"] for line in map(json.loads, (RUN_DIR / "eval.jsonl").open())}
+    first, last = (losses[min(losses)], losses[max(losses)]) if losses else (math.nan, math.nan)
     say(f"Held-out loss {first:.2f} -> {last:.2f} nats ({first - last:.2f} better), {time.monotonic() - begin:.0f} s")
     run([sys.executable, "tools/inspect_checkpoint.py", str(RUN_DIR)])
     print(f"Look at {RUN_DIR}/metrics.jsonl (a line a step), eval.jsonl, logs/ and checkpoints/")

@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     add("--seq-len", required=True, type=int, help="tokens in a window; one more is stored, for the labels")
     add("--out", required=True, type=Path, help="folder of the shards")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s); 0: only this one")
-    add("--heldout", type=float, default=0.02, help="share of documents that training never sees (%(default)s)")
+    add("--heldout", type=float, default=0.02, help="share of text that training never sees; 0: none (%(default)s)")
     add("--dedup", action="store_true", help="keep the first of documents with the same text (reads everything twice)")
     add("--min-score", type=float, help="leave out documents whose column `score` is lower")
     add("--min-tokens", type=int, help="leave out documents with fewer tokens")

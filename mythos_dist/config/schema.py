@@ -222,7 +222,8 @@ class TrainConfig(Section, section="train"):
     recompute: Literal["none", "loop", "selective"] = "none"
     recompute_every: Loops = 1  # with recompute=loop: of so many loops only the state before the first is kept
     eval_every: StepsOrOff = 0  # steps between held-out losses; 0: only before the first and after the last step
-    eval_samples: Sequences = 64  # held-out sequences per evaluation, at most
+    # Held-out sequences per evaluation, at most; 0: no evaluation.
+    eval_samples: Annotated[int, Range(0, 1 << 30)] = 64
 
 
 @dataclass(frozen=True)

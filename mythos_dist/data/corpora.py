@@ -38,7 +38,8 @@ def open_corpora(
     """The corpora of `mix` (folder -> weight), or UserError with all that is wrong with them or their fit to the
     config.
 
-    `splits` are those that will be read. It waits for no other rank, so ranks can check first and then agree.
+    `splits` are those that will be read; a corpus may be without a held-out split, see `with_windows`. It waits for no
+    other rank, so ranks can check first and then agree.
     """
     found: list[tuple[str, str]] = []  # folder, problem
     corpora = []
@@ -48,7 +49,13 @@ def open_corpora(
             manifest = read_manifest(folder)
             shards = {}
             problems = []
-            if index_fingerprint(folder) != manifest.fingerprint:
+            lost = not (folder / "heldout").exists() and manifest.splits["heldout"].windows
+            if lost and "heldout" in splits:
+                problems.append(
+                    "heldout/ is missing, and the manifest says that it holds a held-out split; copy it too, or set "
+                    "train.eval_samples=0 to train without evaluation"
+                )
+            elif not lost and index_fingerprint(folder) != manifest.fingerprint:
                 problems.append("the shards changed after the conversion (index.json is another); convert again")
             else:
                 for split in splits:
@@ -73,6 +80,11 @@ def open_corpora(
     if found:
         raise UserError([f"{name}: {problem}" for name, problem in found])
     return corpora
+
+
+def with_windows(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
+    """Those of `corpora` that have windows in a split. All have some in train/; heldout/ may be empty."""
+    return [corpus for corpus in corpora if corpus.shards.get(split)]
 
 
 def fingerprint(corpora: Sequence[Corpus]) -> str:
@@ -116,6 +128,8 @@ def changes(corpora: Sequence[Corpus], before: str) -> list[str]:
 def read_index(folder: Path, split: str, fingerprint: str) -> list[Shard]:
     """The shards that folder/split/index.json lists. Raises UserError if they are not such a list, or OSError."""
     file = folder / split / "index.json"
+    if split == "heldout" and not file.parent.exists():
+        return []
     try:
         entries = read_json(file.read_bytes())["shards"]
         if not isinstance(entries, list):
@@ -157,8 +171,8 @@ def _split_problems(split: str, shards: list[Shard], manifest: Manifest) -> Iter
     windows, expected = sum(shard.entry["samples"] for shard in shards), manifest.splits[split].windows
     if windows != expected:
         yield f"{split}/index.json lists {windows} windows, but the manifest says {expected}; convert again"
-    if not windows:
-        yield f"split {split} has 0 windows; convert more text, or with a larger share of held-out text"
+    if not windows and split == "train":
+        yield "train/ has 0 windows; convert more text, or with a smaller share of held-out text"
     sizes = _sizes(shards)
     missing = [shard.name for shard in shards if shard.name not in sizes]
     if missing:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mythos_dist.errors import UserError
+from mythos_dist.units import count
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
@@ -23,6 +24,7 @@ _EXPECTED = {
     "string_type": "text",
     "bool_type": "true or false",
 }
+EMPTY_INDEX = json.dumps({"version": 2, "shards": []}, sort_keys=True)  # index.json of a split without windows
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,9 @@ class Manifest:
     # Rows of seq_len labels behind the seq_len + 1 tokens of each window, row t for what the model should say after
     # loop t, the last row for all loops behind it; a label that is `eos_id` does not count. 0: labels are next tokens.
     targets: int = 0
+    # "document": whole documents were held out, by a hash of their text. "window": these were too few, and the last
+    # windows of the text were held out; a document counts in the split that has its EOS.
+    heldout_by: str = "document"
 
     @property
     def window(self) -> int:
@@ -148,29 +153,43 @@ class Manifest:
             )
             if getattr(self.documents, fate)
         ]
-        lines = [f"{self.documents.read:,} documents read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
+        read = count(self.documents.read, "document")
+        lines = [f"{read} read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
         if self.documents.repaired:
-            lines.append(f"{self.documents.repaired:,} documents held invalid text, which became U+FFFD")
+            lines.append(f"{count(self.documents.repaired, 'document')} held invalid text, which became U+FFFD")
         if self.unknown_tokens:
             share = 100 * self.unknown_tokens / max(1, self.tokens)
             lines.append(
-                f"{self.unknown_tokens:,} tokens ({share:.2g} %) are <unk>: characters that the tokenizer does not "
-                "know, which are lost; train one with byte fallback (tools/train_tokenizer.py) to keep them"
+                f"{count(self.unknown_tokens, 'token')} ({share:.2g} %) {'is' if self.unknown_tokens == 1 else 'are'} "
+                "<unk>: characters that the tokenizer does not know, which are lost; train one with byte fallback "
+                "(tools/train_tokenizer.py) to keep them"
             )
         lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
         if self.left_out:
             lines.append(f"not taken: {count_reasons(self.left_out)}; manifest.json lists them")
-        for name, split in self.splits.items():
-            lines.append(
-                f"{name}: {split.documents:,} documents, {split.tokens:,} tokens -> {split.windows:,} windows of "
-                f"{self.seq_len}; {split.tokens_dropped} tokens at the end fill none"
+        return "\n".join([*lines, *map(self._split_summary, SPLITS)])
+
+    def _split_summary(self, name: str) -> str:
+        split = self.splits[name]
+        documents, tokens = count(split.documents, "document"), count(split.tokens, "token")
+        windows = f"{count(split.windows, 'window')} of {self.seq_len}"
+        if name == "heldout" and not split.windows:
+            why = "the text fills only one window" if self.heldout else "a share of 0 was asked for"
+            return f"{name}: none, because {why}; training runs without evaluation"
+        if name == "heldout" and self.heldout_by == "window":
+            written = count(self.documents.written, "document")
+            return (
+                f"{name}: {tokens} -> {windows}, cut from the end of the text: {written} cannot be divided as a whole "
+                f"to hold out a share of {self.heldout:g}"
             )
-        return "\n".join(lines)
+        dropped, fill = count(split.tokens_dropped, "token"), "fills" if split.tokens_dropped == 1 else "fill"
+        return f"{name}: {documents}, {tokens} -> {windows}; {dropped} at the end {fill} none"
 
 
 def count_reasons(left_out: Iterable[LeftOut]) -> str:
     """ "3 hidden, 1 link to nothing", the most frequent first."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(one.reason for one in left_out).most_common())
+    frequent = Counter(one.reason for one in left_out).most_common()
+    return ", ".join(f"{number:,} {reason}" for reason, number in frequent)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -247,10 +266,13 @@ def _checked(content: bytes) -> Manifest:
 
 
 def index_fingerprint(path: Path) -> str:
-    """sha256 over the index.json of every split; these hold the hashes of the shards. OSError if one is missing."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        digest.update((path / split / "index.json").read_bytes())
+    """sha256 over the index.json of every split; these hold the hashes of the shards. OSError if train/ has none.
+
+    A folder without heldout/ has the fingerprint of one whose heldout/ is empty.
+    """
+    digest = hashlib.sha256((path / "train" / "index.json").read_bytes())
+    heldout = path / "heldout"
+    digest.update((heldout / "index.json").read_bytes() if heldout.exists() else EMPTY_INDEX.encode())
     return digest.hexdigest()
 
 

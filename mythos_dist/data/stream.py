@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mythos_dist.data.corpora import Corpus, fingerprint, open_corpora
+from mythos_dist.data.corpora import Corpus, fingerprint, open_corpora, with_windows
 from mythos_dist.data.document_ids import document_ids
 from mythos_dist.data.mix import deal, positions_before_repeat
 from mythos_dist.data.order import Order
@@ -73,6 +73,8 @@ class ReplicaStream:
 
         `global_batch` and `micro_batch` in sequences; `workers` are processes that read ahead for `steps`; `verify` and
         `cache` as in `Windows`. Raises UserError with all problems of the folders and of their fit to the config.
+
+        Of a mix, corpora without windows in a split are left out of it; UserError if none has any.
         """
         assert 0 <= replica < num_replicas and split in ("train", "heldout")
         if isinstance(path, str | Path | Mapping):
@@ -88,6 +90,13 @@ class ReplicaStream:
                 f"train.micro_batch={micro_batch}; set train.global_batch to a multiple of {num_replicas * micro_batch}"
             )
         self.fingerprint = fingerprint(corpora)
+        folders = ", ".join(str(corpus.folder) for corpus in corpora)
+        corpora = with_windows(corpora, split)
+        if not corpora:
+            raise UserError(
+                "there is no held-out split; convert more text, or with a larger --heldout, or give other shards",
+                folders,
+            )
         self._weights = [corpus.weight for corpus in corpora]
         self._orders = [
             Order([shard.entry["samples"] for shard in corpus.shards[split]], seed if shuffle else None, corpus=i)

@@ -17,6 +17,7 @@ from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.doctor.lines import Line, gigabytes, note, ok, problem
 from mythos_dist.errors import UserError
 from mythos_dist.plan.cost import BYTES_PER_PARAMETER, count_parameters
+from mythos_dist.units import count
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Storage:
 def find(config: Config) -> Storage:
     """Look at the folders; nothing stays in them."""
     from mythos_dist.data.corpora import open_corpora
+    from mythos_dist.data.manifest import SPLITS
     from mythos_dist.data.windows import default_cache
     from mythos_dist.train.run_folder import check_run_folder
 
@@ -61,6 +63,7 @@ def find(config: Config) -> Storage:
             seq_len=config.train.seq_len,
             vocab_size=config.model.vocab_size,
             tokenizer_path=config.data.tokenizer,
+            splits=SPLITS if config.train.eval_samples else ["train"],
         )
     except UserError as error:
         data_problems = tuple(f"{error.source}: {text}" if error.source else text for text in error.problems)
@@ -76,7 +79,8 @@ def find(config: Config) -> Storage:
         run_problems=run_problems,
         data_problems=data_problems,
         data=", ".join(
-            f"{corpus.folder}: {corpus.manifest.splits['train'].windows:,} windows of {corpus.manifest.seq_len} tokens"
+            f"{corpus.folder}: {count(corpus.manifest.splits['train'].windows, 'window')} of {corpus.manifest.seq_len} "
+            f"tokens{'' if corpus.manifest.splits['heldout'].windows else ', no held-out split'}"
             for corpus in corpora
         ),
         cache=look_at(cache) if packed else None,

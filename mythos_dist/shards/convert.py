@@ -2,6 +2,7 @@
 
     out/train/        index.json, part-*/shard.*.mds: column `tokens`, windows of seq_len + 1 token ids
     out/heldout/      the same; a document is held out by a hash of its text, so order and file names do not matter
+                      (of too few documents the last windows of the text are held out, see heldout.py)
     out/tokenizer.model (or .json), out/manifest.json
 
 Inputs are divided into parts by their own row groups alone, parts are converted by any number of workers, and what
@@ -42,6 +43,15 @@ from mythos_dist.errors import UserError
 from mythos_dist.shards import pool
 from mythos_dist.shards.documents import Columns, Units, units_of
 from mythos_dist.shards.duplicates import find_duplicates, save_digests
+from mythos_dist.shards.heldout import (
+    CUT,
+    KEPT,
+    begin_one_stream,
+    cut_windows,
+    one_stream,
+    split_counts,
+    too_few_documents,
+)
 from mythos_dist.shards.inputs import MAX_RATIO, Inputs, Listing, Source, Unreadable, content_hash, list_inputs
 from mythos_dist.shards.mds import ShardWriter
 from mythos_dist.shards.part import (
@@ -52,6 +62,7 @@ from mythos_dist.shards.part import (
     convert_part,
     document_digests,
     read_record,
+    stored,
     write_atomically,
 )
 from mythos_dist.shards.pool import Workers
@@ -63,6 +74,7 @@ PARTS = 256
 MIN_PART_BYTES, MAX_PART_BYTES = 1 << 21, 128 << 20
 TRIES, RETRY_SECONDS = 4, 2.0  # of a part with remote input; the pause doubles
 TAILS = "part-tails"
+ADDED = {"train": (KEPT,), "heldout": (CUT,)}  # by an earlier attempt to finish
 
 
 def convert(
@@ -82,7 +94,8 @@ def convert(
 ) -> Manifest:
     """Tokenize and pack the documents of `inputs` into the folder `out`; returns its manifest.
 
-    `heldout`: share of documents, in [0, 1), for the held-out split. `compression`: zstd or zstd:1 … zstd:22.
+    `heldout`: share of documents, in [0, 1), for the held-out split; of windows where there are too few documents, see
+    heldout.py; 0: training has no held-out split. `compression`: zstd or zstd:1 … zstd:22.
     `skip_bad`: what cannot be read is left out and counted. `max_unpack_ratio`: how many times its size an input may
     unpack to (64 MB are always allowed). `workers`: processes; 0: none but this one. `quiet`: no
     progress on standard error. If `out` already holds this very conversion, nothing is done; if it holds the beginning
@@ -119,8 +132,16 @@ def _convert(listing: Listing, tokenizer: Tokenizer, job: Job, workers: int, qui
         with _claim(job.out, settings):
             parts = list(_parts([one.units for one in found if one.units]))
             duplicates = _duplicates(job, parts, crew, progress) if job.filters.dedup else None
-            records = list(_records(job, parts, duplicates, crew, progress))
-            crew.stop()  # behind the limit they may still be writing
+            records: list[Record] = []
+            if not one_stream(job):
+                records = list(_records(job, parts, duplicates, crew, progress))
+                crew.stop()  # behind the limit they may still be writing
+                if too_few_documents(job, records):
+                    begin_one_stream(job)
+                    crew.start()
+            if one_stream(job):
+                records = list(_records(replace(job, heldout=0.0), parts, duplicates, crew, progress))
+                crew.stop()
             skipped = [Skipped(one.name, "folder", f"{one.reason} ({one.detail})") for one in listing.unreadable]
             skipped += [one.skipped for one in found if one.skipped]
             skipped += [one for record in records for one in record.skipped]
@@ -280,7 +301,8 @@ def _records(
     limit = job.filters.limit_tokens
     finished = [read_record(job, part) for part in parts]
     finished = [record if record and (record.limit is None or limit) else None for record in finished]
-    progress.begin("converting", sum(part.size for part in parts))
+    what = "converting again, without held-out documents" if one_stream(job) else "converting"
+    progress.begin(what, sum(part.size for part in parts))
     progress.skip(sum(part.size for part, record in zip(parts, finished, strict=True) if record))
 
     def item(part: Part, room: int | None) -> tuple[Job, Part, int | None, np.ndarray]:
@@ -305,7 +327,13 @@ def _finish(
     job: Job, records: list[Record], settings: dict[str, Any], skipped: list[Skipped], tokenizer: Tokenizer
 ) -> Manifest:
     """Join the tails, write the indexes and the manifest, and remove everything that is not part of the result."""
-    splits = {split: _finish_split(job, split, records) for split in SPLITS}
+    shards, splits = {}, {}
+    for split in SPLITS:
+        shards[split], splits[split] = _join(job, split, records)
+    if cut := one_stream(job):
+        shards["train"], shards["heldout"], eos = cut_windows(job, shards["train"])
+        windows = sum(shard["samples"] for shard in shards["heldout"])
+        splits = split_counts(job, splits["train"], windows, eos)
     if not splits["train"].windows:
         for name in (*SPLITS, UNFINISHED):
             shutil.rmtree(job.out / name, ignore_errors=True)
@@ -316,6 +344,8 @@ def _finish(
             "give more text or a smaller seq_len",
             str(job.out),
         )
+    for split in SPLITS:
+        _write_index(job, split, shards[split])
     documents = {fate: sum(record.documents[fate] for record in records) for fate in records[0].documents}
     counts = DocumentCounts(
         read=sum(documents.values()), **documents, repaired=sum(record.repaired for record in records)
@@ -330,6 +360,7 @@ def _finish(
         splits=splits,
         skipped=tuple(skipped),
         fingerprint=index_fingerprint(job.out),
+        heldout_by="window" if cut else "document",
     )
     assert counts.written == sum(split.documents for split in splits.values()), "documents were lost"
     write_atomically(job.out / "manifest.json", json.dumps(manifest.to_json(), indent=2) + "\n")
@@ -337,24 +368,36 @@ def _finish(
     return manifest
 
 
-def _finish_split(job: Job, split: str, records: list[Record]) -> SplitCounts:
+def _join(job: Job, split: str, records: list[Record]) -> tuple[list[dict[str, Any]], SplitCounts]:
+    """A split's entries for index.json, those of the joined tails last, and what they hold."""
     folder = job.out / split
-    shutil.rmtree(folder / TAILS, ignore_errors=True)
+    for name in (TAILS, *ADDED[split]):
+        shutil.rmtree(folder / name, ignore_errors=True)
     tails = ShardWriter(folder / TAILS, job.seq_len, job.dtype, job.compression, f"{TAILS}/")
     for record in records:
         tails.add(np.frombuffer(base64.b64decode(record.tails[split]), job.dtype))
     tails.finish()
     shards = [shard for record in records for shard in record.shards[split]] + tails.shards
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True))
-    used = {shard["raw_data"]["basename"].split("/")[0] for shard in shards}
-    for left in folder.glob("part-*/"):  # unfinished, or behind the limit
-        if left.name not in used and re.fullmatch(r"part-\d+(\.tmp)?", left.name):
-            shutil.rmtree(left)
     documents = sum(record.documents_in[split] for record in records)
     tokens = sum(record.tokens[split] for record in records)
     windows = sum(shard["samples"] for shard in shards)
     written, dropped = windows * (job.seq_len + 1), len(tails.tail)
     assert tokens + documents == written + dropped, "tokens were lost"
     eos_dropped = int((tails.tail == job.eos_id).sum())
-    return SplitCounts(documents, tokens, windows, written, dropped, eos_dropped)
+    return shards, SplitCounts(documents, tokens, windows, written, dropped, eos_dropped)
+
+
+def _write_index(job: Job, split: str, shards: list[dict[str, Any]]) -> None:
+    """Write a split's index.json, and remove shards that are not in it: unfinished, behind the limit or cut off."""
+    folder = job.out / split
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    named = {stored(shard)["basename"] for shard in shards}
+    used = {name.split("/")[0] for name in named}
+    for part in folder.glob("part-*/"):
+        if part.name not in used and re.fullmatch(r"part-(\d+(\.tmp)?|tails|kept|cut)", part.name):
+            shutil.rmtree(part)
+        elif part.name in used:
+            for file in part.glob("shard.*"):
+                if f"{part.name}/{file.name}" not in named and re.fullmatch(r"shard\.\d+\.mds(\.zstd)?", file.name):
+                    file.unlink()

@@ -149,7 +149,10 @@ def convert_part(
 
 
 def read_record(job: Job, part: Part) -> Record | None:
-    """The record of a part that is whole: every file is there in its size. Otherwise None."""
+    """The record of a part that is whole: every file is there in its size. Otherwise None.
+
+    With a held-out share of 0 it must have no held-out document: see heldout.py.
+    """
     try:
         raw = read_json((job.out / UNFINISHED / f"{part.name}.json").read_bytes())
         if raw.keys() != asdict(Record()).keys():  # of another version
@@ -160,7 +163,7 @@ def read_record(job: Job, part: Part) -> Record | None:
         whole = all((job.out / split / file["basename"]).stat().st_size == file["bytes"] for split, file in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if whole else None
+    return record if whole and (job.heldout or not record.documents_in["heldout"]) else None
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -59,7 +59,7 @@ class Workers:
     def __enter__(self) -> "Workers":
         global _shared, _done
         _shared, _done = self._given, multiprocessing.get_context("fork").Array(ctypes.c_int64, 2)
-        self._start(self._number)
+        self.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -95,8 +95,7 @@ class Workers:
                     survived = result.done() and not result.exception()
                     yield result.result() if survived else self._alone(task, other, tick)
                 pending.clear()
-                self.stop()
-                self._start(self._number)
+                self.start()
 
     def _alone(self, task: Callable[[T], R], item: T, tick: Callable[[], None]) -> R:
         """The result of a task that may kill its worker, from a worker of its own."""
@@ -135,6 +134,11 @@ class Workers:
 
     def _children(self) -> list[Any]:
         return [child for child in multiprocessing.active_children() if child not in self._others]
+
+    def start(self) -> None:
+        """New workers; those that are there are stopped."""
+        self.stop()
+        self._start(self._number)
 
     def stop(self) -> None:
         """Workers are killed, not asked: what they were writing is not under its name yet."""

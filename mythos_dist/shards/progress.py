@@ -44,7 +44,7 @@ class Progress:
     def skip(self, text_bytes: int) -> None:
         """So much was done by an earlier run."""
         self._skipped = text_bytes
-        if text_bytes:
+        if 0 < text_bytes < self._total:
             self.say(f"{self._what}: going on; {100 * text_bytes / self._total:.0f} % was done before")
             if self._bar is not None:
                 self._bar.initial = text_bytes  # the rate and the time left count from here

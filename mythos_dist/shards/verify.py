@@ -33,6 +33,7 @@ from mythos_dist.shards.progress import Progress
 PIECE_BYTES = 1 << 20  # read at a time; a multiple of a token's size
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape leads to
 OWN = ("samples", "raw_data", "zip_data")  # of a shard; the rest of its entry in index.json is repeated in its header
+HELDOUT_BY = ("document", "window")
 FREE = (*OWN, "hashes", "size_limit")  # the rest of these follows from the manifest
 
 
@@ -118,6 +119,10 @@ def _broken_rules(manifest: Manifest) -> list[str]:
             (f"tokens_written == windows * {size}", one, kept == one.windows * window),
             (f"eos_dropped <= tokens_dropped < {size}", one, one.eos_dropped <= one.tokens_dropped < window),
         ]
+    rules.append(("heldout_by is document or window", repr(manifest.heldout_by), manifest.heldout_by in HELDOUT_BY))
+    if manifest.heldout_by == "window":
+        last = manifest.splits["heldout"]
+        rules.append(("tokens_dropped == 0 of windows that were held out", last, last.tokens_dropped == 0))
     rules += [("no count is negative", one, min(vars(one).values()) >= 0) for one in (of, *splits)]
     return [f"manifest.json: {rule} does not hold of {counts}" for rule, counts, holds in rules if not holds]
 

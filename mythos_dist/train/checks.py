@@ -7,6 +7,7 @@ from mythos_dist.checkpoint.manifest import Checkpoint
 from mythos_dist.config.compare import differences
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, changes, open_corpora
+from mythos_dist.data.manifest import SPLITS
 from mythos_dist.errors import UserError
 from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.megablocks import check as check_megablocks
@@ -24,6 +25,7 @@ def check_inputs(config: Config) -> list[Corpus]:
         seq_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
         tokenizer_path=config.data.tokenizer,
+        splits=SPLITS if config.train.eval_samples else ["train"],
     )
 
 

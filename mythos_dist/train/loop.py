@@ -22,8 +22,7 @@ from mythos_dist.checkpoint.save import Saver, is_due
 from mythos_dist.cluster.inject import Faults
 from mythos_dist.cluster.stop import forget
 from mythos_dist.config.schema import Config
-from mythos_dist.data.corpora import Corpus
-from mythos_dist.data.manifest import SPLITS
+from mythos_dist.data.corpora import Corpus, with_windows
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.parallel.collectives import gather
@@ -69,7 +68,8 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
         return 0
 
     mesh = build_mesh(config.parallel)
-    stream, heldout = (open_stream(config, corpora, split, mesh.data) for split in SPLITS)
+    stream = open_stream(config, corpora, "train", mesh.data)
+    heldout = open_heldout(config, corpora, mesh.data)
     session.timed("opening the shards")
     writer = together(lambda: claim_run_folder(config, mesh.data.size) if rank == 0 else None)
     completed = run_dir / "COMPLETED"
@@ -109,7 +109,7 @@ class Run:
         session: Session,
         mesh: Mesh,
         stream: ReplicaStream,
-        heldout: ReplicaStream,
+        heldout: ReplicaStream | None,
         fence: Fence,
         step: int,
         estimate: Estimate,
@@ -314,9 +314,12 @@ class Run:
         return {"depth": line | ({"failures": list(wrong)} if wrong else {})}
 
     def evaluate(self) -> None:
-        """Measure and write down the held-out loss, and the curve of it over loops."""
+        """Measure and write down the held-out loss, and the curve of it over loops, if there is a held-out split."""
+        if self.heldout is None:
+            return
+        heldout = self.heldout
         self.watchdog.enter("evaluating")
-        passes = together(lambda: list(heldout_passes(self.heldout, self.config, self.mesh.data)))
+        passes = together(lambda: list(heldout_passes(heldout, self.config, self.mesh.data)))
         found = self.engine.evaluate(passes)
         curve = {}
         for n_loops in self.config.loops.sweep:
@@ -375,6 +378,27 @@ def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -
         verify=config.data.verify,
         cache=config.data.cache,
     )
+
+
+def open_heldout(config: Config, corpora: list[Corpus], data: Axis) -> ReplicaStream | None:
+    """This replica's held-out stream, or None for a run without evaluation; rank 0 says why that is."""
+    found = with_windows(corpora, "heldout")
+    why = ""
+    if not config.train.eval_samples:
+        why = "no evaluation: train.eval_samples=0"
+    elif not found:
+        why = f"no evaluation: no held-out split in {', '.join(str(corpus.folder) for corpus in corpora)}"
+    elif without := [str(corpus.folder) for corpus in corpora if corpus not in found]:
+        print_once(f"evaluation leaves out {', '.join(without)}: no held-out split there")
+    if why:
+        print_once(f"{why}; eval.jsonl is not written")
+    return None if why else open_stream(config, corpora, "heldout", data)
+
+
+def print_once(text: str) -> None:
+    """From rank 0."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterator[tuple[MicroBatch, Tensor]]:

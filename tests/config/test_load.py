@@ -377,13 +377,13 @@ AT_LEAST_ONE = {
     "v_head_dim n_experts n_experts_per_tok expert_dim lora_rank max_output_tokens",
     "loops": "mean maximum backprop",
     "parallel": "tensor pipe expert",
-    "train": "steps seq_len global_batch micro_batch recompute_every eval_samples",
+    "train": "steps seq_len global_batch micro_batch recompute_every",
     "checkpoint": "every keep",
 }
 NOT_NEGATIVE = {
     "model": "prelude_layers coda_layers n_shared_experts",
     "experts": "bias_update_rate z_loss sequence_balance_loss",
-    "train": "eval_every",
+    "train": "eval_every eval_samples",
     "optim": "lr warmup_steps weight_decay grad_clip",
     "data": "workers",
     "run": "seed",

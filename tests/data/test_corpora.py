@@ -4,12 +4,33 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
-from helpers.shard_folder import SEQ_LEN, VOCAB_SIZE, copy, rewrite_index, shard_files, write_folder, write_manifest
+from helpers.shard_folder import (
+    SEQ_LEN,
+    VOCAB_SIZE,
+    copy,
+    rewrite_index,
+    shard_files,
+    window,
+    write_folder,
+    write_manifest,
+)
 
-from mythos_dist.data.corpora import changes, fingerprint, open_corpora
-from mythos_dist.data.manifest import read_manifest
+from mythos_dist.data.corpora import changes, fingerprint, open_corpora, with_windows
+from mythos_dist.data.manifest import index_fingerprint, read_manifest
+from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
+
+STREAM = {
+    "seq_len": SEQ_LEN,
+    "vocab_size": VOCAB_SIZE,
+    "global_batch": 1,
+    "micro_batch": 1,
+    "replica": 0,
+    "num_replicas": 1,
+    "seed": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +142,30 @@ def test_shards_may_be_links(folders, tmp_path):
     assert problem.startswith("1 shard files are missing in train/, the first is train/part-00001/")
 
 
-def test_a_split_without_windows_matters_to_those_that_read_it(tmp_path):
-    folder = write_folder(tmp_path / "shards", [5], [])
-    assert refused(folder) == [
-        "split heldout has 0 windows; convert more text, or with a larger share of held-out text"
+def test_a_held_out_split_may_be_empty_or_not_there_but_not_lost(tmp_path):
+    """A mix takes held-out windows from the folders that have some. A folder whose manifest promises held-out windows
+    and has no heldout/ is refused where these are to be read; training text has to be there always."""
+    empty = write_folder(tmp_path / "empty", [5], [])
+    (empty / "heldout" / "index.json").write_text(json.dumps({"shards": [], "version": 2}))  # as the converter's
+    write_manifest(empty, fingerprint=index_fingerprint(empty))
+    (corpus,) = open_(empty)
+    shutil.rmtree(empty / "heldout")
+    assert open_(empty) == [corpus] and not with_windows([corpus], "heldout")
+    full = write_folder(tmp_path / "full", [5], [3], corpus=1)
+    both = open_(empty, full)
+    assert [one.folder for one in with_windows(both, "heldout")] == [full]
+    with pytest.raises(UserError, match="there is no held-out split"):
+        ReplicaStream([corpus], "heldout", **STREAM)
+    stream = ReplicaStream(both, "heldout", shuffle=False, **STREAM)
+    assert stream.num_samples == 3
+    np.testing.assert_array_equal(stream.step(2)[0].input_ids[0].numpy(), window(1001, 2)[:-1])
+    with_training_only = fingerprint(open_(full, splits=["train"]))
+    shutil.rmtree(full / "heldout")
+    assert [problem.split(",")[0] for problem in refused(full)] == ["heldout/ is missing"]
+    assert fingerprint(open_(full, splits=["train"])) == with_training_only
+    assert refused(write_folder(tmp_path / "none", [], [3])) == [
+        "train/ has 0 windows; convert more text, or with a smaller share of held-out text"
     ]
-    open_(folder, splits=["train"])
 
 
 def test_all_problems_of_all_folders_are_reported_with_their_names(folders, tmp_path):

@@ -68,7 +68,42 @@ def expect(
     limit_tokens: int | None = None,
     dedup: bool = False,
 ) -> Expected:
-    """The documents of each part, one after the other; each part's windows, then those of the joined tails."""
+    """The documents of each part, one after the other; each part's windows, then those of the joined tails.
+
+    Where whole documents do not give the share `heldout`, the last windows of all are held out.
+    """
+    found = expect_documents(parts, tokenizer, seq_len, heldout, min_score, min_tokens, limit_tokens, dedup)
+    size = {split: found.tokens[split] + found.documents[split] for split in SPLITS}
+    documents = sum(found.documents.values())
+    too_few = min(documents * heldout, documents * (1 - heldout)) < 1 or not all(found.windows.values())
+    if not heldout or not (too_few or size["train"] < (1 - heldout) * sum(size.values()) / 2):
+        return found
+    found = expect_documents(parts, tokenizer, seq_len, 0.0, min_score, min_tokens, limit_tokens, dedup)
+    windows = found.windows["train"]
+    if len(windows) > 1:
+        last = min(max(round(len(windows) * heldout), 1), len(windows) - 1)
+        found.windows = {"train": windows[:-last], "heldout": windows[-last:]}
+        ids = [i for window in windows[-last:] for i in window]
+        for counts, moved in (
+            (found.documents, ids.count(tokenizer.eos_id)),
+            (found.tokens, len(ids) - ids.count(tokenizer.eos_id)),
+        ):
+            counts["train"] -= moved
+            counts["heldout"] += moved
+    return found
+
+
+def expect_documents(
+    parts: Sequence[Sequence[Document]],
+    tokenizer,
+    seq_len: int,
+    heldout: float,
+    min_score: float | None,
+    min_tokens: int | None,
+    limit_tokens: int | None,
+    dedup: bool,
+) -> Expected:
+    """The same, with whole documents held out by a hash of their text, however few there are."""
     counts: Counter[str] = Counter()
     streams: dict[str, list[list[int]]] = {split: [[] for _ in parts] for split in SPLITS}
     documents, tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
