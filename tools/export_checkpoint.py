@@ -12,6 +12,13 @@ from pathlib import Path
 from mythos_dist.errors import UserError, exit_with
 
 
+def positive(text: str) -> int:
+    """A count on the command line."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,8 +27,8 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="a new folder")
     add("--format", choices=("safetensors", "open_mythos"), default="safetensors", help="whose names (%(default)s)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
-    add("--workers", type=int, default=2, help="files written at a time (%(default)s)")
-    add("--no-verify", action="store_true", help="do not read everything once before, to look for damage")
+    add("--workers", type=positive, default=2, help="files written at a time (%(default)s)")
+    add("--no-verify", action="store_true", help="do not look for damage first (ignored with a signing key)")
     add("--quiet", action="store_true", help="say nothing but errors")
     return parser.parse_args()
 
