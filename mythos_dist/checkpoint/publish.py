@@ -30,7 +30,7 @@ from mythos_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 _warned: set[Path] = set()  # of what stays: once each
-_published: dict[Path, tuple[int, int]] = {}  # by this process, with `_identity`: these need not be read again
+_published: dict[Path, list[tuple[int, int]]] = {}  # by this process, with `_identity`: these need not be read again
 
 
 def publish(temporary: Path, manifest: Manifest, key: Key | None = None) -> Path:
@@ -110,12 +110,12 @@ def _may_remove(path: Path, newest: Manifest) -> bool:
     try:
         if not is_plain_folder(path):
             why = "it is no folder of its own"
-        elif _published.get(path) == _identity(path):
-            return True
         elif not any(path.iterdir()):
             why = "it is empty"
         elif others := not_ours(path):
             why = f"it holds {', '.join(others[:3])}"
+        elif path in _published and _published[path] == _identity(path):
+            why = ""
         else:
             why = _other_run(path, newest)
     except OSError as error:
@@ -125,10 +125,9 @@ def _may_remove(path: Path, newest: Manifest) -> bool:
     return not why
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    """Another value when a name in the folder changes, or the folder is another: inode, and time of its last change."""
-    about = folder.stat()
-    return about.st_ino, about.st_ctime_ns
+def _identity(folder: Path) -> list[tuple[int, int]]:
+    """Another value when the folder, names in it or the manifest are others: inodes, times of change."""
+    return [(about.st_ino, about.st_ctime_ns) for about in (folder.stat(), (folder / FILE).stat())]
 
 
 def _other_run(path: Path, newest: Manifest) -> str:

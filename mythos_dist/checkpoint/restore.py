@@ -43,7 +43,7 @@ class _Check:
     """What a rank found in a checkpoint."""
 
     problems: tuple[str, ...] = ()  # damage in its share of the files
-    refused: str = ""  # why the run must not start at all
+    refused: VersionError | SignatureError | None = None  # the run must not start at all
     gone: bool = False  # the folder was removed meanwhile
 
 
@@ -68,8 +68,8 @@ def find_checkpoint(
         checkpoint, mine = _check(folder, verify, key, rank, world)
         checks: list[_Check] = [_Check()] * world
         dist.all_gather_object(checks, mine)
-        if refused := next((check.refused for check in checks if check.refused), ""):
-            raise UserError(refused)
+        if refused := next((check.refused for check in checks if check.refused), None):
+            raise refused
         if all(check.gone for check in checks):
             continue
         problems = list(dict.fromkeys(line for check in checks for line in check.problems))
@@ -97,7 +97,7 @@ def _check(folder: Path, verify: bool, key: Key | None, rank: int, world: int) -
         checkpoint = Checkpoint(folder, key=key)
         damaged = checkpoint.damage(sorted(checkpoint.manifest.files)[rank::world], verify)
     except (VersionError, SignatureError) as error:
-        return None, _Check(refused=str(error))
+        return None, _Check(refused=error)
     except UserError as error:
         checkpoint, damaged = None, [str(error)]
     return checkpoint, _Check(tuple(damaged), gone=bool(damaged) and not os.path.lexists(folder))

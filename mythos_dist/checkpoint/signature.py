@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from mythos_dist.checkpoint.strict_json import without_waiting
 from mythos_dist.errors import UserError
 
 VARIABLE = "MYTHOS_CHECKPOINT_KEY_FILE"
@@ -98,9 +99,8 @@ def signing_key(key_file: str | None = None) -> Key | None:
 
 
 def _read(file: Path, where: str) -> bytes:
-    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, "rb") as stream:
-        about = os.fstat(handle)
+    with open(file, "rb", opener=without_waiting) as stream:
+        about = os.fstat(stream.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise UserError(f"{where}: is not a regular file; name a file with a key")
         if about.st_mode & 0o077:

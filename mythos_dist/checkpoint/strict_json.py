@@ -14,15 +14,18 @@ MAX_PROBLEMS = 8  # shown of a file
 
 def read_text(file: Path, limit: int) -> str:
     """A regular file's text. OSError; ValueError if it is of another kind, longer than `limit` bytes, or not UTF-8."""
-    # Opening a named pipe must not wait for a writer.
-    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, "rb") as stream:
-        about = os.fstat(handle)
+    with open(file, "rb", opener=without_waiting) as stream:
+        about = os.fstat(stream.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("it is not a regular file")
         if about.st_size > limit:
             raise ValueError(f"it has {about.st_size} bytes, and at most {limit} are read")
         return stream.read(limit + 1).decode("utf-8")
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An opener: a named pipe is opened without waiting for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def parse(text: str | bytes) -> Any:
