@@ -8,8 +8,8 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
+from mythos_dist.checkpoint.arguments import path
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, exit_with
 
 MAX_LINES = 100  # of tensors that differ
@@ -19,8 +19,8 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
-    add("other", type=Path, nargs="?", help="a second one, to compare")
+    add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("other", type=path, nargs="?", help="a second one, to compare")
     add("--no-verify", action="store_true", help="look at sizes only, do not read every byte")
     add("--json", action="store_true", help="print everything as JSON")
     return parser.parse_args()
@@ -40,8 +40,8 @@ def main() -> None:
     )
 
     try:
-        paths = [path for path in (arguments.checkpoint, arguments.other) if path]
-        both, about = zip(*(inspect(path, verify=not arguments.no_verify) for path in paths), strict=True)
+        given = [arguments.checkpoint, *([arguments.other] if arguments.other else [])]
+        both, about = zip(*(inspect(one, verify=not arguments.no_verify) for one in given), strict=True)
         damaged = any(one["damaged"] for one in about)
         refused = any(one["signature"] in REFUSED for one in about)
         settings = list(differing_settings(*both)) if len(both) == 2 else []

@@ -8,25 +8,18 @@ If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, an
 
 import argparse
 import os
-from pathlib import Path
 
+from mythos_dist.checkpoint.arguments import count, path
 from mythos_dist.errors import UserError, exit_with
-
-
-def positive(text: str) -> int:
-    """A count on the command line."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
-    add("--out", type=Path, required=True, help="run.dir of the new run")
-    add("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="files written at a time (%(default)s)")
+    add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("--out", type=path, required=True, help="run.dir of the new run")
+    add("--workers", type=count, default=len(os.sched_getaffinity(0)), help="files written at a time (%(default)s)")
     add("--no-verify", action="store_true", help="do not look for damage first (ignored with a signing key)")
     add("--ignore-signature", action="store_true", help="accept an unsigned CHECKPOINT, or one of another key")
     add("--quiet", action="store_true", help="say nothing but errors")

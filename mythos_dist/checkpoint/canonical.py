@@ -27,6 +27,7 @@ from mythos_dist.checkpoint.publish import publish
 from mythos_dist.checkpoint.signature import Key, signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.errors import UserError
+from mythos_dist.units import short
 
 FILE_BYTES = 4 << 30  # of a file, unless one name's tensors take more
 BLOCK = 1 << 24  # numbers that are put together at a time
@@ -128,9 +129,9 @@ def outside(source: Checkpoint, out: Path) -> Path:
 
 def must_have_room(folder: Path, size: int) -> None:
     """Raises UserError unless `size` bytes are free; OSError if the system does not say."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise UserError(f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room", str(folder))
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < size:  # a file system that does not know says 0 of 0
+        raise UserError(f"{short(size)}B are needed and {short(usage.free)}B are free; make room", str(folder))
 
 
 def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -125,7 +125,7 @@ def difference_line(name: str, first: Any, second: Any) -> str:
         return f"{name}: {here} in both, {unequal} of them not equal"
     if here == there:  # 1 and 1.0, "none" and None
         here, there = (f"{text} ({type(value).__name__})" for text, value in ((here, first), (there, second)))
-    return f"{name}: {here} in the first, {there} in the second"
+    return f"{name}: {here} in the first; {there} in the second"
 
 
 @dataclass(frozen=True)

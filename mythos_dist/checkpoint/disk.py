@@ -39,7 +39,11 @@ def make_folders(folder: Path) -> None:
         return
     if folder.parent != folder:
         make_folders(folder.parent)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():  # or another process was faster
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     with suppress(PermissionError):  # a parent may be closed to reading
         folder_to_disk(folder.parent)
 
