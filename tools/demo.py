@@ -5,13 +5,14 @@ import argparse
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+
+from mythos_dist.studies.earlier import make_room
 
 RUN_DIR = Path("runs/demo")
 TRAIN = [
@@ -22,13 +23,13 @@ FIRST, THEN = ("parallel.tensor=2", "parallel.expert=2"), ("parallel.pipe=2",)  
 
 
 def main() -> None:
-    """Run the demo from the project's root; an earlier demo's run folder is replaced."""
+    """Run the demo from the project's root; an earlier demo's run folder is replaced, another run's is not."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stop-at", type=int, default=50, help="step at which the first run is killed (%(default)s)")
     stop_at = parser.parse_args().stop_at
     begin = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # 4 ranks share the cores
-    shutil.rmtree(RUN_DIR, ignore_errors=True)
+    make_room(RUN_DIR, "configs/demo.yaml", (FIRST, THEN))
 
     say("1. Text that every machine has becomes shards")
     run([sys.executable, "tools/make_sample_data.py"])

@@ -7,8 +7,8 @@ Needs no GPU; one tensor is in memory at a time.
 """
 
 import argparse
-from pathlib import Path
 
+from mythos_dist.checkpoint.arguments import count, path
 from mythos_dist.errors import UserError, exit_with
 
 
@@ -16,12 +16,12 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
-    add("--out", type=Path, required=True, help="a new folder")
+    add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("--out", type=path, required=True, help="a new folder")
     add("--format", choices=("safetensors", "open_mythos"), default="safetensors", help="whose names (%(default)s)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
-    add("--workers", type=int, default=2, help="files written at a time (%(default)s)")
-    add("--no-verify", action="store_true", help="do not read everything once before, to look for damage")
+    add("--workers", type=count, default=2, help="files written at a time (%(default)s)")
+    add("--no-verify", action="store_true", help="do not look for damage first (ignored with a signing key)")
     add("--quiet", action="store_true", help="say nothing but errors")
     return parser.parse_args()
 

@@ -5,8 +5,8 @@ torchrun … -m mythos_dist.train configs/1b.yaml model.mode=reference run.dir=r
 """
 
 import argparse
-from pathlib import Path
 
+from mythos_dist.checkpoint.arguments import path
 from mythos_dist.errors import UserError, exit_with
 
 
@@ -14,7 +14,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("weights", type=Path, help="a state dict in a .pt or .safetensors file, or a folder of the latter")
+    add("weights", type=path, help="a state dict in a .pt or .safetensors file, or a folder of the latter")
     add("config", help="a YAML file of the run that is to begin; its model must be theirs")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     add("--quiet", action="store_true", help="say nothing but errors")

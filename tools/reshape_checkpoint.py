@@ -2,12 +2,14 @@
 
 Not needed to change the layout: any run reads any checkpoint. For keeping a checkpoint, carrying it to another cluster,
 or starting thousands of ranks from few files. Needs no GPU, and no more memory for a larger model.
+
+If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, and the copy is.
 """
 
 import argparse
 import os
-from pathlib import Path
 
+from mythos_dist.checkpoint.arguments import count, path
 from mythos_dist.errors import UserError, exit_with
 
 
@@ -15,10 +17,11 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
-    add("--out", type=Path, required=True, help="run.dir of the new run")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="files written at a time (%(default)s)")
-    add("--no-verify", action="store_true", help="do not read everything once before, to look for damage")
+    add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("--out", type=path, required=True, help="run.dir of the new run")
+    add("--workers", type=count, default=len(os.sched_getaffinity(0)), help="files written at a time (%(default)s)")
+    add("--no-verify", action="store_true", help="do not look for damage first (ignored with a signing key)")
+    add("--ignore-signature", action="store_true", help="accept an unsigned CHECKPOINT, or one of another key")
     add("--quiet", action="store_true", help="say nothing but errors")
     return parser.parse_args()
 
@@ -31,7 +34,7 @@ def main() -> None:
     from mythos_dist.checkpoint.restore import open_checkpoint
 
     try:
-        source = open_checkpoint(arguments.checkpoint)
+        source = open_checkpoint(arguments.checkpoint, check_signature=not arguments.ignore_signature)
         size = source.manifest.bytes
         with bar("writing", size, arguments.quiet) as shown:
             folder = write_canonical(

@@ -5,22 +5,29 @@ of thousands of ranks, which find what they need in few files. Tensors are put t
 not grow with the model.
 """
 
+import hashlib
 import math
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest
+from mythos_dist.checkpoint.disk import make_folders, reason
+from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, checkpoints_of
+from mythos_dist.checkpoint.names import folder_name, remove
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.progress import Progress
-from mythos_dist.checkpoint.save import publish
+from mythos_dist.checkpoint.publish import publish
+from mythos_dist.checkpoint.signature import Key, signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.errors import UserError
+from mythos_dist.units import short
 
 FILE_BYTES = 4 << 30  # of a file, unless one name's tensors take more
 BLOCK = 1 << 24  # numbers that are put together at a time
@@ -37,11 +44,12 @@ def write_canonical(
 ) -> Path:
     """Write a checkpoint's canonical form below `run_dir`, where a run finds it; returns its folder.
 
-    `workers`: files that are written at a time. `verify`: look for damage first, which reads every byte once more.
-    Raises UserError if the source is damaged, or `run_dir` has no room or holds checkpoints already.
+    `workers`: files that are written at a time. `verify`: look for damage first, which reads every byte once more; it
+    is done in any case if the source's signature is checked. Signed if MYTHOS_CHECKPOINT_KEY_FILE names a key.
+    Raises UserError if the source is damaged, or `run_dir` has no room, cannot be written or holds checkpoints already.
     """
-    if verify:
-        source.must_be_whole()
+    run_dir = outside(source, run_dir)
+    source.must_be_whole(verify)
     tensors = partial(blocks_of, source, progress=progress)
     return write_whole_tensors(run_dir, source.manifest, tensors, workers=workers, file_bytes=file_bytes)
 
@@ -56,20 +64,35 @@ def write_whole_tensors(
 ) -> Path:
     """Write all tensors of `manifest` as the first checkpoint of a run; `blocks(kind, name)` are the bytes of one.
 
-    Returns its folder; nothing stays behind if the writing fails. Raises UserError if `run_dir` has no room or holds
-    checkpoints already.
+    Returns its folder; nothing stays behind if the writing fails. Signed if MYTHOS_CHECKPOINT_KEY_FILE names a key.
+    Raises UserError if `run_dir` has no room, cannot be written or holds checkpoints already.
     """
+    key = signing_key()
+    checkpoints = run_dir / "checkpoints"
+    if found := [path.name for path in checkpoints_of(checkpoints)]:
+        raise UserError(f"holds {', '.join(found[:3])} already; name another folder", str(checkpoints))
+    try:
+        make_folders(checkpoints)
+        return _write(checkpoints, manifest, blocks, workers, file_bytes, key)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({reason(error)}); name another folder or make room", str(run_dir)
+        ) from None
+
+
+def _write(
+    checkpoints: Path,
+    manifest: Manifest,
+    blocks: Callable[[str, str], Iterator[memoryview]],
+    workers: int,
+    file_bytes: int,
+    key: Key | None,
+) -> Path:
     tensors = manifest.tensors
     sizes = {name: 4 * math.prod(tensor.shape) * len(tensor.kinds) for name, tensor in tensors.items()}
     groups = grouped(sizes, file_bytes)
-    checkpoints = run_dir / "checkpoints"
-    if found := sorted(path.name for path in checkpoints.glob("step-*")):
-        raise UserError(f"holds {', '.join(found[:3])} already; name another folder", str(checkpoints))
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    size, free = sum(sizes.values()), shutil.disk_usage(checkpoints).free
-    if free < size:
-        raise UserError(f"{size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room", str(run_dir))
-    folder = checkpoints / f"step-{manifest.step:08d}.tmp-0"
+    must_have_room(checkpoints, sum(sizes.values()))
+    folder = checkpoints / f"{folder_name(manifest.step)}.tmp-0-{secrets.token_hex(4)}"
     folder.mkdir()
 
     def write(item: tuple[int, list[str]]) -> tuple[str, File]:
@@ -77,15 +100,38 @@ def write_whole_tensors(
         file = f"tensors-{number:05d}-of-{len(groups):05d}.safetensors"
         keys = [(kind, name) for name in names for kind in tensors[name].kinds]
         shapes = {f"{kind}/{name}": tensors[name].shape for kind, name in keys}
-        size, digest = write_tensors(folder / file, shapes, (block for key in keys for block in blocks(*key)))
-        return file, File(size, digest, {name: Piece.whole(tensors[name].shape) for name in names})
+        sha256 = hashlib.sha256() if key else None
+        data = (block for one in keys for block in blocks(*one))
+        size, digest = write_tensors(folder / file, shapes, data, sha256=sha256)
+        pieces = {name: Piece.whole(tensors[name].shape) for name in names}
+        return file, File(size, digest, pieces, sha256 and sha256.hexdigest())
 
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             files = dict(pool.map(write, enumerate(groups)))
-        return publish(folder, replace(manifest, files=files))
+        return publish(folder, replace(manifest, files=files), key)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # published, it has another name
+        with suppress(OSError):
+            remove(folder)  # published, it has another name
+
+
+def outside(source: Checkpoint, out: Path) -> Path:
+    """`out`, its `~` expanded. Raises UserError if it is inside of the source, or among a run's checkpoints."""
+    try:
+        out, here = out.expanduser(), source.folder.resolve()
+        above = [out.resolve(), *out.resolve().parents]
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, a home that is not known
+        raise UserError(f"cannot be used ({reason(error)})", str(out)) from None
+    if here in above or (here.parent in above and here.parent.name == "checkpoints"):
+        raise UserError(f"is inside of {here if here in above else here.parent}; name another folder", str(out))
+    return out
+
+
+def must_have_room(folder: Path, size: int) -> None:
+    """Raises UserError unless `size` bytes are free; OSError if the system does not say."""
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < size:  # a file system that does not know says 0 of 0
+        raise UserError(f"{short(size)}B are needed and {short(usage.free)}B are free; make room", str(folder))
 
 
 def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

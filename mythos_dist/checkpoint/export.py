@@ -6,6 +6,8 @@ but its rotary tables and its head, which is the embedding. One tensor is in mem
 
 import json
 import math
+import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.canonical import blocks_of, grouped
+from mythos_dist.checkpoint.canonical import blocks_of, grouped, must_have_room, outside
+from mythos_dist.checkpoint.disk import folder_to_disk, make_folders, reason, write_to_disk
 from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint
 from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
-from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, other_loops, parts_of, to_open_mythos
@@ -45,15 +48,14 @@ def export(
 ) -> list[Path]:
     """Write model.safetensors, or several with model.safetensors.index.json, and config.json into the new folder `out`.
 
-    `workers`: files that are written at a time. Returns the files of weights. Raises UserError if the source is damaged
-    or `out` is there already.
+    `workers`: files that are written at a time. `verify`: as in `write_canonical`. Returns the files of weights. Raises
+    UserError if the source is damaged, or `out` is there already or cannot be written.
     """
-    manifest = source.manifest
-    if out.exists():
+    manifest, out = source.manifest, outside(source, out)
+    if os.path.lexists(out):
         raise UserError("exists; name a new folder", str(out))
-    if verify:
-        source.must_be_whole()
-    model = config_from({"model": manifest.config["model"]}).model
+    source.must_be_whole(verify)
+    model = config_of(source).model
     if form == "open_mythos" and (other := other_loops(model)):
         raise UserError(f"OpenMythos has no {', '.join(other)}; export with --format safetensors", str(source.folder))
     label, _ = _DTYPES[dtype]
@@ -67,9 +69,6 @@ def export(
         "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
         for i in range(1, len(groups) + 1)
     ]
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
 
     def write(item: tuple[str, list[str]]) -> None:
         file, ours = item
@@ -77,7 +76,13 @@ def export(
         blocks = (block for name in ours for block in _blocks(source, name, model, form, dtype, progress))
         write_tensors(temporary / file, shapes, blocks, label, {"format": "pt"})
 
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # nobody else's
+    made = False
     try:
+        make_folders(out.parent)
+        must_have_room(out.parent, sum(size_of.values()))
+        temporary.mkdir()
+        made = True
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(write, zip(files, groups, strict=True)))
         if len(files) > 1:
@@ -85,12 +90,17 @@ def export(
                 their: file for file, group in zip(files, groups, strict=True) for our in group for their in names[our]
             }
             index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": place}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_to_disk(temporary / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         fields = {k: v for k, v in asdict(model).items() if form == "safetensors" or k not in _OURS_ALONE}
-        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        write_to_disk(temporary / "config.json", json.dumps(fields, indent=2) + "\n")
+        folder_to_disk(temporary)
         temporary.rename(out)
+        folder_to_disk(out.parent)
+    except OSError as error:
+        raise UserError(f"cannot be written ({reason(error)}); name another folder or make room", str(out)) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            shutil.rmtree(temporary, ignore_errors=True)  # renamed, it has another name
     return [out / file for file in files]
 
 

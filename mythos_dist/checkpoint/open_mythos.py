@@ -16,12 +16,15 @@ from mythos_dist.checkpoint.canonical import FILE_BYTES, write_whole_tensors
 from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Manifest, versions
 from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
 from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.signature import signing_key
+from mythos_dist.checkpoint.strict_json import shorten
 from mythos_dist.config.schema import Config
-from mythos_dist.errors import UserError
+from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, must_be_its_loops, parts_of
 
 MAX_LINES = 8  # of problems of one kind
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def import_open_mythos(
@@ -36,6 +39,7 @@ def import_open_mythos(
     `config.model`, with all that differs, if its loops are not OpenMythos', or if the run has checkpoints already.
     """
     model, run_dir = config.model, Path(config.run.dir)
+    signing_key()  # a mistake in it is found before gigabytes are read
     must_be_its_loops(model)
     with torch.device("meta"):
         ours = Mythos(model, act=config.act, experts=config.experts)
@@ -45,7 +49,7 @@ def import_open_mythos(
     theirs = open_weights(weights)
     if problems := list(_differences(theirs, {k: shape for part in parts.values() for k, shape in part.items()})):
         raise UserError([*problems, "is `model.*` the config that these weights were made with?"], str(weights))
-    if "head.weight" in theirs and not torch.equal(theirs["head.weight"], theirs["embed.weight"]):
+    if "head.weight" in theirs and not _equal(theirs["head.weight"], theirs["embed.weight"]):
         raise UserError("head.weight is not embed.weight, but this model has one table for both", str(weights))
 
     tensors = {name: WholeTensor(tuple(value.shape), (kind,)) for name, (kind, value) in wanted.items()}
@@ -66,21 +70,32 @@ def _differences(theirs: Mapping[str, Tensor], wanted: dict[str, tuple[int, ...]
     def told(what: str, names: Iterable[str]) -> Iterator[str]:
         if found := sorted(names):
             more = f" and {len(found) - MAX_LINES} more" if len(found) > MAX_LINES else ""
-            yield f"{len(found)} tensors {what}: {', '.join(found[:MAX_LINES])}{more}"
+            one = len(found) == 1
+            is_or_has = what if not one else what.replace("are", "is", 1).replace("have", "has", 1)
+            yield f"{len(found)} {'tensor' if one else 'tensors'} {is_or_has}: {', '.join(found[:MAX_LINES])}{more}"
 
     here = set(theirs) - set(NOT_PARAMETERS)
     yield from told("are missing", wanted.keys() - here)
-    yield from told("are not known", here - wanted.keys())
-    shapes = ((name, tuple(theirs[name].shape), wanted[name]) for name in sorted(here & wanted.keys()))
-    yield from told(
-        "have another shape",
-        (f"{name} {list(found)} instead of {list(shape)}" for name, found, shape in shapes if found != shape),
-    )
+    yield from told("are not known", (shorten(name)[1:-1] for name in here - wanted.keys()))
+    shapes, kinds = {}, {}
+    for name in sorted(here & wanted.keys()):
+        tensor = theirs[name]
+        shapes[name] = list(tensor.shape)
+        if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            kinds[name] = f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.device.type}, {tensor.layout}"
+    others = [name for name, shape in shapes.items() if shape != list(wanted[name])]
+    yield from told("have another shape", (f"{name} {shapes[name]} instead of {list(wanted[name])}" for name in others))
+    yield from told("are not of plain floating-point values", (f"{name} ({kind})" for name, kind in kinds.items()))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.float(), other.float())
 
 
 def open_weights(path: Path) -> Mapping[str, Tensor]:
     """A state dict whose tensors are read when they are asked for. Raises UserError if it cannot be read."""
     try:
+        path = path.expanduser()
         if path.is_dir():
             files = sorted(path.glob("*.safetensors"))
             if not files:
@@ -98,7 +113,9 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
     for key in ("model", "model_state_dict", "state_dict"):  # as training scripts wrap it
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError("holds no state dict (names and tensors)", str(path))
     return state
 
@@ -107,11 +124,20 @@ class _SafeTensors(Mapping[str, Tensor]):
     def __init__(self, files: list[Path]):
         from safetensors import safe_open
 
-        opened: list[Any] = [safe_open(file, "pt") for file in files]
-        self._place = {name: one for one in opened for name in one.keys()}  # noqa: SIM118 — no mapping
+        self._place: dict[str, tuple[Path, Any]] = {}
+        for file in files:
+            opened: Any = safe_open(file, "pt")
+            for name in opened.keys():  # noqa: SIM118 — no mapping
+                if name in self._place:
+                    raise UserError(f"{shorten(name)} is also in {self._place[name][0].name}; keep one set", str(file))
+                self._place[name] = file, opened
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._place[name].get_tensor(name)
+        file, opened = self._place[name]
+        try:
+            return opened.get_tensor(name)
+        except Exception as error:  # of any kind: safetensors has its own
+            raise UserError(f"{shorten(name)} cannot be read ({first_line(error)[:300]})", str(file)) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)

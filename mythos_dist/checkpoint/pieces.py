@@ -11,8 +11,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
-Index = tuple[int, ...]
+from pydantic import Field
+
+Size = Annotated[int, Field(strict=True, ge=0, le=1 << 52)]  # bounds hold where a manifest is read
+Index = tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Piece:
 
     shape: Index  # of the slice, filling included
     start: Index  # where it begins in the whole tensor
-    first: int
-    last: int
+    first: Size
+    last: Size
 
     @staticmethod
     def whole(shape: Index) -> "Piece":

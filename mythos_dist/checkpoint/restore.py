@@ -4,54 +4,129 @@ Every rank reads just the parts of the files that it needs, whoever wrote them: 
 one of many that can load it, and no faster way exists for it.
 """
 
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
+from mythos_dist.checkpoint.disk import reason
 from mythos_dist.checkpoint.manifest import (
     BUFFER,
+    FILE,
     MOMENTS,
     PARAMETER,
     Checkpoint,
+    VersionError,
     checkpoints_of,
-    damage,
+    read_manifest,
 )
+from mythos_dist.checkpoint.names import LATEST, step_of
 from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
 from mythos_dist.checkpoint.state import State
+from mythos_dist.checkpoint.strict_json import validate
+from mythos_dist.config.check import model_problems
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.parallel.process import together
 
 
-def find_checkpoint(checkpoints: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
+@dataclass(frozen=True)
+class _Check:
+    """What a rank found in a checkpoint."""
+
+    problems: tuple[str, ...] = ()  # damage in its share of the files
+    refused: VersionError | SignatureError | None = None  # the run must not start at all
+    gone: bool = False  # the folder was removed meanwhile
+
+
+def find_checkpoint(
+    checkpoints: Path, verify: bool = True, key_file: str | None = None
+) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that `latest` names, or if it is damaged the newest one that is not; None if there is none at all.
     And what is damaged in those that were passed over, a line each.
 
-    Every rank calls this; with `verify` each reads its share of the bytes. Raises UserError if there are checkpoints
-    and none is whole.
+    Every rank calls this; with `verify` each reads its share of the bytes. `key_file`: see `signing_key`; with a key
+    all bytes are read in any case. Raises UserError on every rank if there are checkpoints and none is whole, if one is
+    of another format version, which training would overwrite, or if one is not signed with the key.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    key = together(lambda: signing_key(key_file))
+    _must_be_one_key(key)
+    # Rank 0 lists them for all: another rank might see a list that has changed since.
+    listed = [together(lambda: _candidates(checkpoints) if rank == 0 else [])]
+    dist.broadcast_object_list(listed, 0)
     found: list[str] = []
-    for folder in checkpoints_of(checkpoints):
-        checkpoint = None
-        try:
-            checkpoint = Checkpoint(folder)
-            files = sorted(checkpoint.manifest.files)[rank::world]
-            mine = damage(folder, checkpoint.manifest, files, hashes=verify)
-        except UserError as error:
-            mine = [str(error)]
-        everybodys: list[list[str]] = [[]] * world
-        dist.all_gather_object(everybodys, mine)
-        problems = list(dict.fromkeys(line for lines in everybodys for line in lines))
+    for i, folder in enumerate(listed[0]):
+        checkpoint, mine = _check(folder, verify, key, rank, world)
+        checks: list[_Check] = [_Check()] * world
+        dist.all_gather_object(checks, mine)
+        if refused := next((check.refused for check in checks if check.refused), None):
+            raise refused
+        if all(check.gone for check in checks):
+            continue
+        problems = list(dict.fromkeys(line for check in checks for line in check.problems))
         if checkpoint and not problems:
+            together(lambda i=i: _must_not_overwrite(listed[0][i:]) if rank == 0 else None)
             return checkpoint, found
         found += problems
     if found:
         remedy = "no checkpoint is whole: put these files back from a copy, or give another run.dir"
         raise UserError([*found, remedy])
     return None, []
+
+
+def _candidates(checkpoints: Path) -> list[Path]:
+    """Checkpoints to try, in order. Raises UserError for a `latest` that the next checkpoint could not replace."""
+    latest = checkpoints / LATEST
+    if latest.is_dir() and not latest.is_symlink():
+        raise UserError("is a folder, and a run writes a file there; move it away", str(latest))
+    return checkpoints_of(checkpoints)
+
+
+def _check(folder: Path, verify: bool, key: Key | None, rank: int, world: int) -> tuple[Checkpoint | None, _Check]:
+    """Open a checkpoint and look at this rank's share of its files."""
+    try:
+        checkpoint = Checkpoint(folder, key=key)
+        damaged = checkpoint.damage(sorted(checkpoint.manifest.files)[rank::world], verify)
+    except (VersionError, SignatureError) as error:
+        return None, _Check(refused=error)
+    except UserError as error:
+        checkpoint, damaged = None, [str(error)]
+    return checkpoint, _Check(tuple(damaged), gone=bool(damaged) and not os.path.lexists(folder))
+
+
+def _must_not_overwrite(taken: Sequence[Path]) -> None:
+    """Raises VersionError if a checkpoint behind the one that is taken, `taken[0]`, is of another format version:
+    training would replace it when it gets there."""
+    for other in taken[1:]:
+        if (step_of(other.name) or 0) > (step_of(taken[0].name) or 0):
+            try:
+                read_manifest(other)
+            except VersionError:
+                raise
+            except UserError:
+                continue  # damaged; replacing it is what it is for
+
+
+def _must_be_one_key(key: Key | None) -> None:
+    """Raises UserError on every rank if ranks have different keys, or some have none."""
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, key and key.name)
+    if len(set(names)) > 1:
+        without = [rank for rank, name in enumerate(names) if name is None]
+        which = f"ranks {without[:5]} have no key" if without else "ranks have different keys"
+        raise UserError(
+            f"{which} to check checkpoints with: set checkpoint.key_file, or {VARIABLE} on every node, "
+            "to files with the same key"
+        )
 
 
 def load_state(checkpoint: Checkpoint, state: State, progress: Progress = lambda size: None) -> None:
@@ -80,29 +155,66 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
     """
     checkpoint = open_checkpoint(path)
     checkpoint.must_be_whole()
-    config = config_from(checkpoint.manifest.config)
+    config = config_of(checkpoint)
     with torch.device("meta"):
         model = Mythos(config.model, act=config.act, experts=config.experts)
     kinds = {name: PARAMETER for name, _ in model.named_parameters()} | {
         name: BUFFER for name, _ in model.named_buffers()
     }
+    shapes = {name: tuple(value.shape) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    for name, shape in shapes.items():
+        tensor = checkpoint.manifest.tensors.get(name)
+        if tensor is None or tensor.shape != shape:
+            there = "none" if tensor is None else f"shape {list(tensor.shape)}"
+            raise UserError(f"holds {there} of {name}, and its config asks for {list(shape)}", str(checkpoint.folder))
     values = {name: torch.from_numpy(checkpoint.whole(kind, name)) for name, kind in kinds.items()}
     model.load_state_dict(values, assign=True)
     return model.eval(), config, checkpoint.manifest.step
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The config that a checkpoint was saved with; its types and its model are checked, as a manifest may have been
+    tampered with. Raises UserError for settings that this version does not know, and for values that it refuses.
+    """
+    config = config_from(checkpoint.manifest.config)
+    wrong: list[str] = []
+    sections: dict[str, Any] = {}
+    for name, cls in get_type_hints(Config).items():
+        try:
+            sections[name] = validate(TypeAdapter(cls), asdict(getattr(config, name)))
+        except ValueError as error:
+            wrong.append(f"{name}: {error}")
+    if not wrong:
+        config = replace(config, **sections)
+        wrong = model_problems(config.model)
+    if wrong:
+        raise UserError(["its config is wrong", *wrong], str(checkpoint.folder))
+    return config
+
+
+def open_checkpoint(path: Path, check_signature: bool = True) -> Checkpoint:
     """The checkpoint at `path`, or the one that the run (or its folder of checkpoints) at `path` would resume from.
 
-    Its files are not looked at. Raises UserError if there is none.
+    Its files are not looked at. Raises UserError if there is none, or none that can be read, and if
+    MYTHOS_CHECKPOINT_KEY_FILE names a key and it is not signed with it (unless `check_signature` is false).
     """
-    if (path / "checkpoint.json").exists() or path.name.startswith("step-"):
-        return Checkpoint(path)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = checkpoints_of(folder)
-    if not found:
-        what = "this run has no checkpoint yet" if (path / "config.yaml").exists() else "no run and no checkpoint"
-        raise UserError(
-            f"{what}; give the run.dir of a training that has saved one, or a checkpoint's folder", str(path)
-        )
-    return Checkpoint(found[0])
+    key = signing_key() if check_signature else None
+    try:
+        path = path.expanduser()
+        if path.is_file():
+            raise UserError("is a file; give a run.dir, or a checkpoint's folder", str(path))
+        if (path / FILE).exists() or step_of(path.name) is not None:
+            return Checkpoint(path, key=key)
+        folder = path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
+        for found in checkpoints_of(folder):
+            try:
+                return Checkpoint(found, key=key)
+            except UserError:
+                if os.path.lexists(found):
+                    raise  # otherwise it was removed meanwhile: a run is writing
+        begun = (path / "config.yaml").exists()
+        what = "this run has no checkpoint yet" if begun else "no run and no checkpoint"
+        what = what if path.exists() else "there is no such folder"
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user who is not known
+        raise UserError(f"cannot be read ({reason(error)})", str(path)) from None
+    raise UserError(f"{what}; give the run.dir of a training that has saved one, or a checkpoint's folder", str(path))

@@ -10,9 +10,9 @@ that leaves a folder that nobody reads. The trap: a rank whose disk is full must
 is a result like any other; the run goes on, with the last good checkpoint.
 """
 
+import functools
+import hashlib
 import logging
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,12 +24,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mythos_dist.checkpoint.disk import make_folders, reason
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import FILE, File, Manifest, checkpoints_of
+from mythos_dist.checkpoint.manifest import File, Manifest, checkpoints_of
 from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
+from mythos_dist.checkpoint.names import folder_name, remove
+from mythos_dist.checkpoint.publish import prune, publish, remove_leftovers
+from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.state import State
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config
+from mythos_dist.errors import UserError
 from mythos_dist.parallel.process import any_rank, together
 
 log = logging.getLogger(__name__)
@@ -59,15 +64,21 @@ class Saver:
         self._last_is_whole = True
         self._on_progress, self._tensors_written = on_progress, 0
         self.newest: int | None = None  # the step of the newest state that was saved (or loaded), whole or not yet
-        if dist.get_rank() == 0:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            for left in checkpoints.glob("step-????????.*"):  # by starts that ended while they wrote
-                shutil.rmtree(left, ignore_errors=True)
-        dist.barrier()  # or rank 0 might remove what a faster rank has begun
+        self._key = together(lambda: signing_key(settings.key_file))
+        # The others wait in `together`, or rank 0 might remove what a faster rank has begun.
+        together(lambda: self._prepare() if dist.get_rank() == 0 else None)
         if settings.background:
             # Memory that was never touched comes at a twentieth of the speed at which it is copied to.
             self._thread = threading.Thread(target=self._make_room, daemon=True)
             self._thread.start()
+
+    def _prepare(self) -> None:
+        """On rank 0: make the folder, and remove what starts have left that ended while they wrote."""
+        try:
+            make_folders(self._folder)
+            remove_leftovers(self._folder, self._fence.start)
+        except OSError as error:
+            raise UserError(f"cannot be written ({reason(error)}); checkpoints go there", str(self._folder)) from None
 
     def save(self, manifest: Manifest) -> None:
         """Begin to save the state as it is now; `manifest` is without tensors and files. First ends an earlier save."""
@@ -132,7 +143,7 @@ class Saver:
                 yield f"{kind}/{name}", value
 
     def _temporary(self, manifest: Manifest) -> Path:
-        return self._folder / f"step-{manifest.step:08d}.tmp-{self._fence.start}"
+        return self._folder / f"{folder_name(manifest.step)}.tmp-{self._fence.start}"
 
     def _write(self, folder: Path) -> None:
         """In the thread: this rank's file."""
@@ -156,8 +167,10 @@ class Saver:
                 yield copy.detach().cpu().numpy().data
                 self._tensors_written += 1
 
-        size, digest = write_tensors(folder / file_name(dist.get_rank()), shapes, blocks())
-        return File(size, digest, {name: held.piece for name, held in self._writes.items()})
+        sha256 = hashlib.sha256() if self._key else None
+        size, digest = write_tensors(folder / file_name(dist.get_rank()), shapes, blocks(), sha256=sha256)
+        pieces = {name: held.piece for name, held in self._writes.items()}
+        return File(size, digest, pieces, sha256 and sha256.hexdigest())
 
     def _publish(self, manifest: Manifest, found: Sequence[tuple[File | None, str | None, dict]]) -> bool:
         """On rank 0: make a checkpoint of what the ranks have written. Raises UserError if the run was taken over."""
@@ -170,59 +183,34 @@ class Saver:
                 tensors = {
                     name: WholeTensor(shape, kinds) for *_, shapes in found for name, (shape, kinds) in shapes.items()
                 }
-                publish(temporary, replace(manifest, files=files, tensors=tensors))
-                prune(self._folder, manifest.step, self._settings)
+                manifest = replace(manifest, files=files, tensors=tensors)
+                publish(temporary, manifest, self._key)
+                pinned = functools.partial(is_pinned, settings=self._settings)
+                prune(self._folder, manifest, self._settings.keep, pinned)
         except OSError as error:
             problems = [f"rank 0: {error}"]
         if problems:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):  # the next start tries again
+                remove(temporary)
             log.warning(
                 "the checkpoint of step %d could not be written (%s); the run goes on, and would resume from %s",
                 manifest.step,
                 "; ".join(problems[:3]),
-                next((path.name for path in checkpoints_of(self._folder)), "its beginning"),
+                self._last(),
             )
         return not problems
+
+    def _last(self) -> str:
+        """What the run would resume from, for a message."""
+        try:
+            return next((path.name for path in checkpoints_of(self._folder)), "its beginning")
+        except UserError as error:
+            return f"nothing: {error}"
 
 
 def file_name(rank: int) -> str:
     """Of what a rank has written."""
     return f"rank-{rank:05d}.safetensors"
-
-
-def publish(temporary: Path, manifest: Manifest) -> Path:
-    """Turn a folder whose files are all on disk into the newest checkpoint: manifest, rename, `latest`.
-
-    A checkpoint of the same step is replaced. Returns the checkpoint's folder.
-    """
-    with open(temporary / FILE, "w", encoding="utf-8") as stream:
-        stream.write(manifest.to_text())
-        _to_disk(stream)
-    _folder_to_disk(temporary)
-    folder = temporary.parent
-    final = folder / f"step-{manifest.step:08d}"
-    if final.exists():
-        final.rename(temporary.with_name(f"{final.name}.old-{manifest.start}"))
-    temporary.rename(final)
-    pointer = folder / f"latest.tmp-{manifest.start}"
-    with open(pointer, "w", encoding="utf-8") as stream:
-        stream.write(final.name + "\n")
-        _to_disk(stream)
-    pointer.replace(folder / "latest")
-    _folder_to_disk(folder)
-    shutil.rmtree(temporary.with_name(f"{final.name}.old-{manifest.start}"), ignore_errors=True)
-    return final
-
-
-def prune(folder: Path, step: int, settings: CheckpointConfig) -> None:
-    """Delete checkpoints up to `step` but the newest `keep` and those that are pinned.
-
-    Later ones are left alone: the run went back behind them, and will replace them when it gets there.
-    """
-    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-????????")}
-    old = sorted(number for number in steps if number <= step and not is_pinned(number, settings))
-    for number in old[: -settings.keep]:
-        shutil.rmtree(steps[number], ignore_errors=True)
 
 
 def is_pinned(step: int, settings: CheckpointConfig) -> bool:
@@ -234,18 +222,3 @@ def is_due(step: int, config: Config) -> bool:
     """Whether a checkpoint is saved behind a step."""
     settings = config.checkpoint
     return step == config.train.steps or step % settings.every == 0 or is_pinned(step, settings)
-
-
-def _to_disk(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _folder_to_disk(folder: Path) -> None:
-    """So that names, too, survive a power cut."""
-    with suppress(OSError):  # not every file system has it
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -275,6 +275,9 @@ class CheckpointConfig(Section, section="checkpoint"):
     # all is on disk.
     background: bool = True
     verify: bool = True  # read every byte and compare hashes before loading; false: compare sizes only
+    # A file with a key: checkpoints are signed with it, and others are refused (docs/security.md). None: the file that
+    # the variable MYTHOS_CHECKPOINT_KEY_FILE names, if it is set.
+    key_file: str | None = None
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,7 @@ def train_on_lines(lines: list[str], out: Path, vocab_size: int, model_type: str
         raise UserError(_vocab_problem(vocab_size, _reason(error))) from None
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".tmp")
+    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     unfinished.write_bytes(model.getvalue())
     os.replace(unfinished, out)
     return Tokenizer.load(out)

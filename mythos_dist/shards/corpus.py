@@ -39,7 +39,7 @@ def write_sample_corpus(out: Path) -> Path:
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".tmp")
+    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     pq.write_table(table, unfinished, row_group_size=16)
     os.replace(unfinished, out)
     return out

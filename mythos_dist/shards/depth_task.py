@@ -12,6 +12,8 @@ none behind them; `per_loop` has the product of the last t elements after loop t
 import itertools
 import json
 import os
+import secrets
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -70,10 +72,24 @@ def make_depth_task(
     if out.exists():
         raise UserError("exists; name a new folder, or delete it", str(out))
     table = group_table(degree)
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # nobody else's
+    try:
+        manifest = _write_task(temporary, table, degree, hops, {"train": sequences, "heldout": heldout}, targets, seed)
+        os.rename(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror}); name another folder, or make room", str(out)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # renamed, it has another name
+    return manifest
+
+
+def _write_task(
+    temporary: Path, table: np.ndarray, degree: int, hops: int, sizes: dict[str, int], targets: Targets, seed: int
+) -> Manifest:
+    """Write shards, tokens and manifest into the new folder `temporary`."""
     vocab_size, S, T = FIRST + len(table), hops + 1, 1 if targets == "final" else hops
-    temporary = out.with_name(out.name + ".tmp")
     counts = {}
-    for split, size in (("train", sequences), ("heldout", heldout)):
+    for split, size in sizes.items():
         random = np.random.default_rng(np.random.SeedSequence([seed, degree, hops, split == "heldout"]))
         windows = windows_of(random.integers(len(table), size=(size, hops)), table, targets)
         writer = ShardWriter(temporary / split, windows.shape[1] - 1, "uint16", prefix="")
@@ -95,7 +111,7 @@ def make_depth_task(
         eos_id=EOS,
         tokenizer=TOKENS_FILE,
         tokenizer_sha256=file_sha256(temporary / TOKENS_FILE),
-        heldout=heldout / (sequences + heldout),
+        heldout=sizes["heldout"] / sum(sizes.values()),
         compression=None,
         text_column="",
         sample_by="document",
@@ -107,7 +123,6 @@ def make_depth_task(
         targets=T,
     )
     (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    os.replace(temporary, out)
     return manifest
 
 

@@ -54,7 +54,7 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     corpora = together(lambda: check_inputs(config), session.nodes)
     ranks_here = session.nodes.count(session.place.node)
     estimate = together(lambda: check_memory(config, dist.get_world_size(), ranks_here), session.nodes)
-    checkpoint, damaged = find_checkpoint(run_dir / "checkpoints", config.checkpoint.verify)
+    checkpoint, damaged = find_checkpoint(run_dir / "checkpoints", config.checkpoint.verify, config.checkpoint.key_file)
     if checkpoint:
         together(lambda: check_checkpoint(config, checkpoint, corpora))
     session.timed("checking")
@@ -263,7 +263,9 @@ class Run:
         """Back to the newest checkpoint, and past the batches that were skipped."""
         self.watchdog.enter("rolling back")
         self.saver.finish()
-        checkpoint, _ = find_checkpoint(self.run_dir / "checkpoints", self.config.checkpoint.verify)
+        checkpoint, _ = find_checkpoint(
+            self.run_dir / "checkpoints", self.config.checkpoint.verify, self.config.checkpoint.key_file
+        )
         to = checkpoint.manifest.step if checkpoint else None
         rollback = self.spikes.roll_back(self.step, to, self.run_dir / "metrics.jsonl")
         together(lambda: self.spikes.write(self.run_dir) if self.rank == 0 else None)

@@ -19,7 +19,8 @@ from mythos_dist.checkpoint.manifest import (
     versions,
 )
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.save import is_due, is_pinned, prune, publish
+from mythos_dist.checkpoint.publish import prune, publish
+from mythos_dist.checkpoint.save import is_due, is_pinned
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config, TrainConfig
 from mythos_dist.errors import UserError
@@ -133,7 +134,15 @@ def test_latest_comes_first_and_then_the_newest(tmp_path):
     assert order() == [30, 20, 10]
     (tmp_path / "latest").write_text("step-00000010\n")  # a person goes back
     assert order() == [10, 30, 20]
-    for content in (b"step-00000099\n", b"", b"\xff\xfe", b"../.."):
+    for content in (
+        b"step-00000099\n",
+        b"",
+        b"\xff\xfe",
+        b"../..",
+        b"../x/step-00000010",
+        b"/step-00000010",
+        b"s" * 5000,
+    ):
         (tmp_path / "latest").write_bytes(content)
         assert order() == [30, 20, 10]
     (tmp_path / "latest").unlink()
@@ -151,13 +160,13 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
 
 def test_the_newest_and_the_pinned_stay(tmp_path):
     """Those of later steps, too: the run has gone back behind them, and what it goes on from must not be deleted."""
-    for step in (5, 10, 15, 20, 25, 30, 80):
-        (tmp_path / f"step-{step:08d}").mkdir()
-    prune(tmp_path, 30, CheckpointConfig(keep=2, pin=(5,), pin_every=20))
-    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [5, 20, 25, 30, 80]
+    manifests = {step: make(tmp_path, step) for step in (5, 10, 15, 20, 25, 80, 30)}
+    settings = CheckpointConfig(pin=(5,), pin_every=20)
+    prune(tmp_path, manifests[30], 2, lambda step: is_pinned(step, settings))
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [5, 20, 25, 30, 80]
     shutil.rmtree(tmp_path / "step-00000080")
-    prune(tmp_path, 30, CheckpointConfig(keep=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
+    prune(tmp_path, manifests[30], 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000030"]
 
 
 def test_which_steps_are_saved():

@@ -128,7 +128,7 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings
     begun = [*settings, "model.mode=reference", f"run.dir={tmp_path / 'begun'}"]
     said = tool("import_open_mythos", file, *begun, code=2)
     for words in (
-        "1 tensors are missing: prelude.0.attn_norm",
+        "1 tensor is missing: prelude.0.attn_norm",
         "not known: extra.weight",
         "norm.weight [5] instead of",
     ):
@@ -182,7 +182,7 @@ def test_inspection_tells_what_a_checkpoint_is_and_how_two_differ(run, tmp_path)
     changed["parameter/norm.weight"][3] += 0.25
     rewritten(tmp_path / "same", changed)
     said = tool("inspect_checkpoint", run, tmp_path / "same", code=1)
-    assert "norm.weight: up to 0.25 apart" in said and "1 tensors differ" in said
+    assert "norm.weight: up to 0.25 apart" in said and "1 tensor differs" in said
 
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)

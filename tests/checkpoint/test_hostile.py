@@ -1,0 +1,320 @@
+"""Manifests and tensor files that were written to do harm: hashes are right, and what they say is not."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from mythos_dist.checkpoint.manifest import Checkpoint, VersionError, read_manifest
+from mythos_dist.checkpoint.restore import config_of, find_checkpoint, open_checkpoint
+from mythos_dist.checkpoint.tensor_file import TensorFile
+from mythos_dist.errors import UserError
+
+from .conftest import names
+
+
+def folder_of(run, step: int) -> Path:
+    return run.checkpoints / f"step-{step:08d}"
+
+
+def write(folder: Path, text: str) -> None:
+    """A manifest with the right hash."""
+    seal = json.dumps({"xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())})
+    (folder / "checkpoint.json").write_text(f"{seal}\n{text}\n")
+
+
+def raw_of(folder: Path) -> dict:
+    return json.loads((folder / "checkpoint.json").read_text().split("\n")[1])
+
+
+def change(raw: dict, where: str, value: object) -> str:
+    """The manifest's text with one value, at a path of keys, replaced."""
+    *path, last = where.split("/")
+    inner = raw
+    for key in path:
+        inner = inner[int(key)] if isinstance(inner, list) else inner[key]
+    if isinstance(inner, list):
+        inner[int(last)] = value
+    else:
+        inner[last] = value
+    return json.dumps(raw)
+
+
+FILE = "rank-00000.safetensors"
+PIECE = f"files/{FILE}/pieces/w"
+BAD = [
+    *(("step", value) for value in (-1, True, 2.0, "2", None, [2], 10**30, 4)),
+    *(("tokens", value) for value in (-1, 1.5)),
+    *(("start", value) for value in (-1, 10**12)),
+    *(("data", value) for value in (None, 5)),
+    *(("layout", value) for value in (None, [], {"x": [[[[[[[[[[1]]]]]]]]]]})),
+    *(("config", value) for value in ([], {"model": []}, {"model": {"a": [[[[[[[[[1]]]]]]]]]}})),
+    *(("versions", value) for value in ([], {"torch": 2})),
+    *(("optimizer", value) for value in ([], {}, {"steps": 1})),
+    *(("optimizer/steps", value) for value in (-1, True, "1", float("nan"))),
+    *(("optimizer/loss_scale", value) for value in ([], {"__class__": 1}, {"cur_scale": "1"}, {"cur_scale": 1e999})),
+    *(("optimizer/recent_grad_norms", value) for value in (5, ["1"], [float("nan")], [float("inf")])),
+    ("optimizer/extra", 1),
+    ("extra", 1),
+    *(("tensors/w/shape", value) for value in ([5, -12], [True, 60], [5.0, 12], [0, 12], [1] * 60, "60", [10**30])),
+    *(("tensors/w/shape", value) for value in ([1 << 40, 1 << 40], [5, 13], [60], [])),
+    *(("tensors/w/kinds", value) for value in ([], ["parameter"] * 2, ["code"], ["buffer", "parameter"], "parameter")),
+    ("tensors/a b", {"shape": [1], "kinds": ["parameter"]}),
+    ("tensors/v", {"shape": [1 << 20, 1 << 20], "kinds": ["parameter"]}),
+    *((f"{PIECE}/shape", value) for value in ([5, 13], [60], [1 << 40, 1 << 40], [5, -12])),
+    *((f"{PIECE}/start", value) for value in ([0, 1], [0], [-1, 0], [0, 10**30], [False, 0])),
+    *((f"{PIECE}/first", value) for value in (-1, 1, 60, 61, 0.0)),
+    *((f"{PIECE}/last", value) for value in (0, 59, 61, 10**18)),
+    (f"files/{FILE}/pieces/v", {"shape": [1], "start": [0], "first": 0, "last": 1}),
+    *((f"files/{FILE}/bytes", value) for value in (-1, 0, 719, "900", True)),
+    *((f"files/{FILE}/hash", value) for value in ("", "0" * 31, "z" * 32, 5, "0" * 31 + "\n")),
+    (f"files/{FILE}/sha256", "0" * 64),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), BAD, ids=[f"{where}={str(value)[:40]}" for where, value in BAD])
+def test_a_manifest_with_a_wrong_value_is_damaged_and_the_older_checkpoint_is_taken(run, where, value):
+    run.save(2)
+    run.save(6)
+    folder = folder_of(run, 6)
+    write(folder, change(raw_of(folder), where, value))
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=r"checkpoint\.json: is damaged") as problem:
+        read_manifest(folder)
+    assert time.perf_counter() - begin < 2 and len(str(problem.value)) < 2000
+    checkpoint, damaged = find_checkpoint(run.checkpoints)
+    assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1
+
+
+FILE_NAMES = """
+/etc/passwd ../step-00000002/rank-00000.safetensors .. a/b x.safetensors .safetensors rank-00000.pt rank-0.safetensors
+""".split()
+
+
+@pytest.mark.parametrize("name", [*FILE_NAMES, "", "rank-00000.safetensors\n", "rank-0000\u0660.safetensors"])
+def test_a_file_name_that_leads_elsewhere_is_refused(run, name):
+    run.save(2)
+    folder = folder_of(run, 2)
+    raw = raw_of(folder)
+    raw["files"][name] = raw["files"].pop(FILE)
+    write(folder, json.dumps(raw))
+    with pytest.raises(UserError, match="is no name of a checkpoint's file"):
+        read_manifest(folder)
+
+
+def test_all_problems_are_said_at_once(run):
+    run.save(2)
+    folder = folder_of(run, 2)
+    raw = raw_of(folder)
+    raw["step"], raw["tokens"], raw["tensors"]["w"]["shape"] = -1, "x", [5, True]
+    write(folder, json.dumps(raw))
+    with pytest.raises(UserError) as problem:
+        read_manifest(folder)
+    for words in ("step=-1", "tokens='x'", "tensors.w.shape.1=True"):
+        assert words in str(problem.value)
+
+
+def test_pieces_that_overlap_do_not_make_up_for_those_that_lack(run):
+    """One column twice and one not at all: as many values as the tensor has, and what is read would be memory."""
+    run.save(2)
+    folder = folder_of(run, 2)
+    raw = raw_of(folder)
+    file = raw["files"][FILE]
+    for name, pieces in (("rank-00000", [(0, 7)]), ("rank-00001", [(6, 4)]), ("rank-00002", [(11, 1)])):
+        ((start, width),) = pieces
+        piece = {"shape": [5, width], "start": [0, start], "first": 0, "last": 5 * width}
+        raw["files"][f"{name}.safetensors"] = {**file, "pieces": {"w": piece}}
+    write(folder, json.dumps(raw))
+    with pytest.raises(UserError, match="its pieces overlap"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "[" * 900 + "]" * 900,
+        '{"step": 1, "step": 2}',
+        "9" * 5000,
+        "null",
+        "[]",
+        '"x"',
+        "",
+        "{",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_json_of_any_shape_is_damage_or_another_version(run, text):
+    run.save(2)
+    folder = folder_of(run, 2)
+    write(folder, text)
+    with pytest.raises(UserError) as problem:
+        read_manifest(folder)
+    assert "is damaged" in str(problem.value) or isinstance(problem.value, VersionError)
+    (folder / "checkpoint.json").write_text(f"{text}\n{text}\n")
+    with pytest.raises(UserError, match="is damaged"):
+        read_manifest(folder)
+
+
+def test_a_manifest_that_is_no_file_or_far_too_long_is_not_read(run, tmp_path):
+    run.save(2)
+    file = folder_of(run, 2) / "checkpoint.json"
+    with open(file, "r+b") as stream:
+        stream.truncate(1 << 40)  # sparse
+    for make, words in (
+        (None, "at most"),
+        (os.mkfifo, "not a regular file"),
+        (os.mkdir, "not a regular file|director"),
+    ):
+        if make:
+            file.unlink()
+            make(file)
+        begin = time.perf_counter()
+        with pytest.raises(UserError, match=words):
+            read_manifest(file.parent)
+        assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize("version", [2, 0, -1, 10**60, "1", "2", 1.0, True, None, [1], {"a": 1}, "absent"])
+def test_another_format_version_is_refused_and_never_overwritten(run, version):
+    """Newest, or behind the one that `latest` names: training would write over it when it gets there."""
+    run.save(2)
+    run.save(6)
+    folder = folder_of(run, 6)
+    raw = raw_of(folder)
+    if version == "absent":
+        del raw["format_version"]
+    else:
+        raw["format_version"] = version
+    write(folder, json.dumps(raw))
+    before = (folder / "checkpoint.json").read_bytes()
+    for latest in ("step-00000006", "step-00000002"):
+        (run.checkpoints / "latest").write_text(latest)
+        with pytest.raises(UserError, match=r"reads format_version=1") as problem:
+            find_checkpoint(run.checkpoints)
+        assert problem.value.exit_code == 2 and str(folder) in str(problem.value)
+        if version == 2:
+            assert "has format_version=2, and" in str(problem.value) and "newer" in str(problem.value)
+        assert len(str(problem.value)) < 600
+    with pytest.raises(VersionError):
+        open_checkpoint(folder)
+    assert run.save(6, start=2)  # nothing in the saver relies on the check at the start
+    assert (run.checkpoints / "step-00000006.kept" / "checkpoint.json").read_bytes() == before
+
+
+def test_a_newer_format_that_seals_its_manifest_in_another_way_is_not_damage(run):
+    run.save(2)
+    file = folder_of(run, 2) / "checkpoint.json"
+    for content in (
+        '{"blake3": "00"}\n{"format_version": 2}\n',
+        '{"format_version": 3}',
+        '{"x":1}\n{"format_version":7,\n"y":1}',
+    ):
+        file.write_text(content)
+        with pytest.raises(VersionError):
+            read_manifest(file.parent)
+
+
+def header(entries: object, data: int = 240, length: int | None = None) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(data)
+
+
+def entry(shape: object = (60,), offsets: object = (0, 240), dtype: object = "F32", **more: object) -> dict:
+    return {"parameter/w": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}
+
+
+HEADERS = {
+    "giant length": header(entry(), length=1 << 60),
+    "longer than the file": header(entry(), length=10_000),
+    "deep": header(b"[" * 100_000),
+    "twice": header(b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": {}}', 0),
+    "no object": header([1, 2]),
+    "no entry": header({"parameter/w": 5}),
+    "dtype": header(entry(dtype="I32")),
+    "half": header(entry(dtype="F16")),
+    "offsets behind the end": header(entry(offsets=(1 << 40, (1 << 40) + 240))),
+    "negative": header(entry(offsets=(-8, 232))),
+    "backwards": header(entry(offsets=(240, 0))),
+    "a bool": header(entry(shape=[True, 60])),
+    "float": header(entry(shape=[60.0])),
+    "shape is larger": header(entry(shape=[61])),
+    "shape is huge": header(entry(shape=[1 << 50, 1 << 50])),
+    "overlap": header(entry() | {"exp_avg/w": entry()["parameter/w"]}),
+    "hole": header(entry(offsets=(8, 248)), 248),
+    "left over": header(entry(), 300),
+    "short": header(entry(), 100),
+    "more": header(entry(extra=1)),
+}
+
+
+@pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS.keys())
+def test_a_tensor_file_whose_header_is_wrong_is_damaged_though_its_hash_is_right(run, content):
+    run.save(2)
+    run.save(4)
+    folder = folder_of(run, 4)
+    raw = raw_of(folder)
+    (folder / FILE).write_bytes(content)
+    with pytest.raises(ValueError):
+        TensorFile(folder / FILE)
+    raw["tensors"]["w"]["kinds"] = ["parameter"]
+    raw["files"][FILE] |= {"bytes": len(content), "hash": xxhash.xxh3_128_hexdigest(content)}
+    write(folder, json.dumps(raw))
+    checkpoint, damaged = find_checkpoint(run.checkpoints)
+    assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1 and "damaged" in damaged[0]
+    with pytest.raises(UserError):  # and if nobody looks first
+        Checkpoint(folder).whole("parameter", "w")
+
+
+def test_a_link_in_a_checkpoint_is_read_if_the_bytes_are_right_and_never_removed_with_its_target(run, tmp_path):
+    """Some stores keep files elsewhere and link them. A named pipe or a device is not waited for."""
+    for step in (2, 4):
+        run.save(step)
+    folder = folder_of(run, 4)
+    elsewhere = tmp_path / "store"
+    (folder / FILE).rename(elsewhere)
+    (folder / FILE).symlink_to(elsewhere)
+    checkpoint, damaged = find_checkpoint(run.checkpoints)
+    assert checkpoint and checkpoint.manifest.step == 4 and not damaged
+    run.save(6, start=2, keep=1)
+    assert names(run.checkpoints) == ["latest", "step-00000006"] and elsewhere.exists()
+    for target in ("/dev/zero", tmp_path / "pipe"):
+        if target != "/dev/zero":
+            os.mkfifo(target)
+        file = folder_of(run, 6) / FILE
+        file.unlink(missing_ok=True)
+        file.symlink_to(target)
+        with pytest.raises(UserError, match="is not a regular file"):
+            find_checkpoint(run.checkpoints)
+
+
+def test_settings_in_a_manifest_are_checked_before_a_model_is_made_of_them(run):
+    run.save(2)
+    folder = folder_of(run, 2)
+    bad = [
+        ("dim", "many"),
+        ("dim", -1),
+        ("n_experts_per_tok", 1000),
+        ("mode", "zzz"),
+        ("attn_type", []),
+        ("unknown", 1),
+    ]
+    for key, value in bad:
+        model = {key: value}
+        write(folder, change(raw_of(folder), "config/model", model))
+        with pytest.raises(UserError):
+            config_of(Checkpoint(folder))
+
+
+def test_a_folder_of_another_step_is_not_taken_for_it(run):
+    run.save(2)
+    folder_of(run, 2).rename(folder_of(run, 8))
+    with pytest.raises(UserError, match="it is of step 2, and the folder's name says 8"):
+        find_checkpoint(run.checkpoints)
+    folder_of(run, 8).rename(run.checkpoints / "mine")
+    assert np.isfinite(open_checkpoint(run.checkpoints / "mine").whole("parameter", "w")).all()
