@@ -46,6 +46,12 @@ class NodeError(UserError):
         self.nodes = list(nodes)
 
 
+class LostError(UserError):
+    """A rank did not come, or cannot be reached: another start may find it."""
+
+    exit_code = EXIT_LOST
+
+
 class DivergedError(UserError):
     """Gradients stay useless whatever is skipped; a person has to look at it."""
 

@@ -30,25 +30,45 @@ def choose_interface(place: Place, environment: MutableMapping[str, str] = os.en
     """
     if place.world == place.local_world:
         return ""
-    address = _own_address(place.master, place.port)
-    names = {
-        entry.address: name
-        for name, entries in psutil.net_if_addrs().items()
-        for entry in entries
-        if entry.family in (socket.AF_INET, socket.AF_INET6)
-    }
-    name = names.get(address, "")
-    if not name or address.startswith("127."):
-        up = psutil.net_if_stats()
-        others = [name for address, name in names.items() if up[name].isup and not address.startswith(("127.", "::1"))]
-        name = next(iter(others), "")
+    name, _ = outward(place.master, place.port)
     if name:
         environment.setdefault("GLOO_SOCKET_IFNAME", name)
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this name and not all that begin so
     return name
 
 
-def _own_address(host: str, port: int) -> str:
+def outward(host: str, port: int) -> tuple[str, str]:
+    """(interface, our address on it) on the way to `host`, or else of the first one that is up; ("", "") without any.
+
+    The host's own name leads to a loopback address on many systems, where no other node can reach it.
+    """
+    address = own_address(host, port)
+    names = {
+        entry.address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    if address in names and not is_loopback(address):
+        return names[address], address
+    up = psutil.net_if_stats()
+    others = [(name, address) for address, name in names.items() if up[name].isup and not is_loopback(address)]
+    return min(others, key=lambda found: found[1].startswith("fe80:"), default=("", ""))
+
+
+def listen_address(host: str, port: int, one_node: bool) -> str:
+    """Where rank 0 listens: its address on the way to the others, loopback on one node; "" (all) if none is known."""
+    address = own_address(host, port)
+    if not address or (is_loopback(address) and not one_node):
+        address = outward(host, port)[1]
+    return "" if address.startswith("fe80:") else address  # without the interface's name it leads nowhere
+
+
+def is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def own_address(host: str, port: int) -> str:
     """Ours on the way to `host`; nothing is sent."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]

@@ -42,7 +42,7 @@ class Place:
 def find_place(environment: Mapping[str, str] | None = None) -> Place:
     """Read the environment. Raises UserError if it is half set, or set to what is no number."""
     env = os.environ if environment is None else environment
-    node = socket.gethostname()
+    node = re.sub(r"[^\w.-]", "_", socket.gethostname(), flags=re.ASCII)  # it goes into files and command lines
     launch = launch_of(env)
     for launcher, (rank, world, local, local_world) in _NAMES.items():
         if rank not in env or world not in env:
@@ -51,7 +51,9 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
         if bad := [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]:
             raise UserError(f"{', '.join(bad)} on {node}: not a number; unset it, or start with one of {list(_NAMES)}")
         found = {name: int(value) for name, value in numbers.items()}
-        on_node = found.get(local_world) or _tasks_here(env) or (1 if found[world] == 1 else 0)
+        on_node = found.get(local_world) or _number(env, "LOCAL_SIZE") or _tasks_here(env) or int(found[world] == 1)
+        if found[world] == 1:
+            env = {**env, "MASTER_PORT": ""}  # nobody to meet: a left-over one does no harm
         place = Place(
             rank=found[rank],
             world=found[world],
@@ -65,6 +67,7 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
         )
         if place.rank >= place.world:
             raise UserError(f"{rank}={place.rank} on {node}, but {world}={place.world}: ranks count from 0; mend both")
+        _check_outer_launcher(env, place, (rank, world))
         if place.world > 1 and not (place.master and place.port):
             raise UserError(
                 f"{place} of {place.world} does not know where rank 0 is; set MASTER_ADDR to its node and MASTER_PORT "
@@ -76,6 +79,29 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
             f"WORLD_SIZE={env['WORLD_SIZE']} on {node}, but RANK is not set; unset WORLD_SIZE, or use a launcher"
         )
     return Place(node=node, launch=launch)
+
+
+def _check_outer_launcher(env: Mapping[str, str], place: Place, names: tuple[str, str]) -> None:
+    """Raises UserError for RANK and WORLD_SIZE that are left over from something else than this srun or mpirun.
+
+    Every task would take itself for the same rank. A launcher inside another one starts at least one rank per task.
+    """
+    if names[0] != "RANK" or "TORCHELASTIC_RUN_ID" in env or "CROSS_SIZE" in env:  # torchrun's and DeepSpeed's own
+        return
+    for launcher, (rank, world, *_) in list(_NAMES.items())[1:]:
+        outer_rank, outer_world = _number(env, rank), _number(env, world)
+        if outer_world is None or outer_rank is None:
+            continue
+        if place.world < outer_world or (place.world == outer_world and place.rank != outer_rank):
+            raise UserError(
+                f"RANK={place.rank} and WORLD_SIZE={place.world} on {place.node}, but {rank}={outer_rank} and "
+                f"{world}={outer_world}: they were not set for this {launcher}; unset RANK and WORLD_SIZE"
+            )
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    value = env.get(name, "")
+    return int(value) if value.isdecimal() else None
 
 
 def launch_of(environment: Mapping[str, str] | None = None) -> str:
@@ -118,6 +144,8 @@ def nodes_of_ranks(environment: Mapping[str, str] | None = None) -> dict[int, st
         ("cyclic", "plane", "arb")
     ):
         return {}
+    if env.get("WORLD_SIZE", env["SLURM_STEP_NUM_TASKS"]) != env["SLURM_STEP_NUM_TASKS"]:
+        return {}  # each task has started several ranks
     nodes, tasks = expand_nodes(env.get("SLURM_STEP_NODELIST", "")), _tasks(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     placed = [node for node, number in zip(nodes, tasks, strict=False) for _ in range(number)]
     return dict(enumerate(placed)) if len(placed) == int(env["SLURM_STEP_NUM_TASKS"]) else {}

@@ -12,7 +12,6 @@ interpreter's lock, so `lost_after` must be longer than any such stretch; import
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import secrets
@@ -22,23 +21,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
+import torch.distributed as dist
+
+from mythos_dist.cluster.hub import SETTLE, Hub, Limits, Message, Order, Report
+from mythos_dist.cluster.messages import LINE_BYTES, Channel, challenge, derive, hello, launch_secret, welcome
 from mythos_dist.cluster.place import Place
-from mythos_dist.cluster.recorder import Recorder, blame, where
-from mythos_dist.errors import EXIT_LOST, first_line, tell_launcher
+from mythos_dist.cluster.recorder import Recorder, where
+from mythos_dist.errors import EXIT_LOST, LostError, first_line, tell_launcher
 
 log = logging.getLogger(__name__)
-_SETTLE = 1.0  # seconds from the first sign of an end to the verdict: the rank that died first may be heard of last
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds."""
-
-    hang_after: float
-    lost_after: float
+_CONNECTION_WORDS = ("onnection", "ocket", "NCCL", "imed out", "gloo", "roken pipe", "eset by peer")
 
 
 class Watchdog:
@@ -53,21 +47,51 @@ class Watchdog:
         self.on_alive: Callable[[], None] = lambda: None  # rank 0: called every ten seconds
         self._phase, self._since = "start", time.monotonic()
         self._leaving = self._failed = False
+        self._leaves = threading.Event()  # the main thread is on its way out: `leave` or `fail`
+        self._rank_0_ended = False
         self._socket: socket.socket | None = None
-        self._hub: _Hub | None = None
+        self._channel: Channel | None = None
+        self._hub: Hub | None = None
         self._send_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    def serve(self, nodes: list[str]) -> str:
-        """On rank 0: listen, for ranks on `nodes`. Returns what the others need to connect."""
-        self._hub = _Hub(nodes, self.limits, lambda: self.on_alive())  # whatever it is by then
-        return f"{self._hub.port} {self._hub.token}"
+    def serve(self, nodes: list[str], address: str = "") -> str:
+        """On rank 0: listen at `address` for ranks on `nodes`. Returns what the others need to connect: host, port and
+        a number of this start, which is no secret."""
+        number = secrets.token_hex(8)
+        on_alive = lambda: self.on_alive()  # noqa: E731 - whatever it is by then
+        self._hub = Hub(nodes, self.limits, self._key(number), on_alive, address)
+        return f"{address or self.place.master or '127.0.0.1'} {self._hub.port} {number}"
 
-    def start(self, host: str, address: str) -> None:
-        """Connect to rank 0, which has given `address`, and watch from here on."""
-        port, token = address.split()
-        self._socket = socket.create_connection((host, int(port)), timeout=self.limits.lost_after)
-        self._send({"rank": self.place.rank, "token": token, "phase": self._phase, "age": 0.0})
-        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+    def start(self, address: str) -> None:
+        """Connect to rank 0, which has given `address`, and watch from here on. Raises LostError if that fails."""
+        end, why = time.monotonic() + self.limits.lost_after, ""
+        while time.monotonic() < end:
+            try:
+                host, port, number = address.split()
+                self._socket = socket.create_connection((host, int(port)), timeout=min(5, self.limits.lost_after))
+                self._channel = self._prove(self._socket, self._key(number))
+                break
+            except (OSError, ValueError, OverflowError) as error:
+                why = first_line(error)
+                time.sleep(0.2)
+        if self._socket is None or self._channel is None:
+            raise LostError(f"{self.place} cannot connect to rank 0 on {self.place.master} at {address!r}: {why}")
+        self._send(Message(phase=self._phase))
+        self._thread.start()
+
+    @staticmethod
+    def _key(number: str) -> bytes:
+        return derive(launch_secret(), "watchdog", number)
+
+    def _prove(self, connection: socket.socket, key: bytes) -> Channel:
+        """The handshake. Raises OSError or ValueError if rank 0 does not prove that it is of this run."""
+        with connection.makefile("rb", buffering=0) as lines:  # what comes behind the two lines is left for `_watch`
+            theirs, ours = lines.readline(LINE_BYTES).strip().decode(), challenge()
+            connection.sendall(hello(key, self.place.rank, theirs, ours))
+            if lines.readline(LINE_BYTES).strip() != welcome(key, self.place.rank, theirs, ours):
+                raise ValueError("it refused this rank, or is not rank 0 of this launch (MYTHOS_SECRET differs?)")
+        return Channel(key, self.place.rank, theirs, ours, serves=False)
 
     def enter(self, phase: str) -> None:
         """A new phase begins: it may take `hang_after` seconds from now."""
@@ -78,69 +102,104 @@ class Watchdog:
         self._since = time.monotonic()
 
     def leave(self) -> None:
-        """This rank is done: that its peers end does not matter any more."""
+        """This rank is done: that its peers end does not matter any more. Rank 0 waits for their goodbyes."""
         self._leaving = True
-        self._send({"bye": True})
+        self._leaves.set()
+        self._send(Message(bye=True))
+        if self._hub:
+            self._hub.all_left.wait(SETTLE + 3)
 
     def fail(self, error: BaseException) -> None:
-        """This rank ends with an error: let the others know. Does not return if another rank was the cause."""
+        """This rank ends with an error: let the others know, and wait until they do. Does not return if another rank
+        was the cause: this process then ends as the others do."""
         if self._socket is None or self._leaving:
             return
-        connection = isinstance(error, RuntimeError) and any(
-            word in str(error) for word in ("onnection", "socket", "NCCL", "Timed out", "gloo")
-        )
-        self._failed = not connection  # a lost connection is a consequence: the verdict says of what
-        text = f"{type(error).__name__}: {first_line(error)}"
+        consequence = self._is_consequence(error)  # the verdict says of what
+        self._failed = not consequence
+        text = f"{type(error).__name__}: {first_line(error)}"[:2000]
         if self._failed and self.place.rank == 0:
             self.on_end(f"{self.place} failed: {text}")
-        self._send({"failed": text, "cause": self._failed})
-        time.sleep(_SETTLE + 3)
+        self._leaves.set()
+        self._send(Message(failed=text, cause=self._failed))
+        # The verdict, the end of rank 0 or its silence: one of them comes.
+        limit = self.limits.lost_after + 30
+        if self._hub:
+            self._hub.finished.wait(limit)
+        self._thread.join(limit)
+        if consequence:
+            self._end(f"the other ranks cannot be reached: {text}")
 
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._socket is None:
+    def _is_consequence(self, error: BaseException) -> bool:
+        """Of the end of another rank: a connection broke."""
+        if isinstance(error, (dist.DistError, ConnectionError, TimeoutError)):
+            return True
+        words = str(error)
+        return isinstance(error, RuntimeError) and (
+            self._rank_0_ended or any(word in words for word in _CONNECTION_WORDS)
+        )
+
+    def _send(self, message: Message) -> None:
+        if self._socket is None or self._channel is None:
             return
         with contextlib.suppress(OSError), self._send_lock:  # the reading side notices
-            self._socket.sendall((json.dumps(message) + "\n").encode())
+            line = self._channel.line(message.model_dump_json(exclude_defaults=True))
+            self._channel.count_sent()
+            self._socket.sendall(line)
 
     def _run(self) -> None:
-        assert self._socket is not None
-        received, told, heard = b"", 0.0, time.monotonic()
-        self._socket.settimeout(0.2)
+        """In the thread: watch until the run ends, then end this process."""
+        assert self._socket is not None and self._channel is not None
+        why, of_rank_0 = self._watch(self._socket, self._channel)
+        if of_rank_0:
+            self._rank_0_ended = True
+            self._leaves.wait(SETTLE + 3)  # this rank may be on its way out by itself, and say more than we could
+        if not self._failed:
+            self._end(why)
+
+    def _watch(self, connection: socket.socket, channel: Channel) -> tuple[str, bool]:
+        """Returns why this rank has to end, and whether that is because rank 0 has ended or is silent."""
+        told, heard = 0.0, time.monotonic()
+        connection.settimeout(self.limits.lost_after)  # for what is sent
+        reading = selectors.DefaultSelector()
+        reading.register(connection, selectors.EVENT_READ)
         while True:
             now = time.monotonic()
             if now - told >= self._interval:
                 told = now
-                self._send({"phase": self._phase, "age": now - self._since})
+                self._send(Message(phase=self._phase, age=now - self._since))
             try:
-                data = self._socket.recv(1 << 16)
-                if not data:
-                    return self._end(f"rank 0 on {self.place.master} ended", late=True)
-                heard, received = time.monotonic(), received + data
-            except TimeoutError:
-                pass
+                data = connection.recv(1 << 16) if reading.select(0.2) else None
+                if data == b"":
+                    return f"rank 0 on {self.place.master} ended", True
+                texts = channel.feed(data or b"")
             except OSError as error:
-                return self._end(f"the connection to rank 0 on {self.place.master} broke ({error.strerror})", late=True)
+                return f"the connection to rank 0 on {self.place.master} broke ({error.strerror})", True
+            except ValueError as error:
+                return f"the connection to rank 0 on {self.place.master} brought {first_line(error)}", True
+            for text in texts:
+                order = self._read(text)
+                heard = time.monotonic() if order else heard
+                if order and order.report:
+                    self._dump(order.report)
+                    self._send(Message(report=Report(**self.recorder.report())))
+                if order and order.end:
+                    return order.end, False
             if now - heard > self.limits.lost_after:
-                return self._end(
+                why = (
                     f"rank 0 on {self.place.master} has not answered for {self.limits.lost_after:g} s: it is stopped, "
-                    f"or the network between it and {self.place.node} is cut"
                 )
-            *lines, received = received.split(b"\n")
-            for line in lines:
-                message = json.loads(line)
-                if "report" in message:
-                    self._dump(message["report"])
-                    self._send({"report": self.recorder.report()})
-                if "end" in message:
-                    return self._end(message["end"])
+                return why + f"or the network between it and {self.place.node} is cut", False
 
-    def _end(self, why: str, late: bool = False) -> None:
-        """In the thread: end this process. `late`: it may be on its way out by itself, and say more than we could."""
+    def _read(self, text: str) -> Order | None:
+        try:
+            return Order.model_validate_json(text)
+        except ValueError as error:
+            log.warning("rank 0 sent what is no message: %s", " ".join(str(error).split())[:500])
+            return None
+
+    def _end(self, why: str) -> None:
+        """End this process, unless it is done."""
         if self._leaving:
-            return
-        if late:
-            time.sleep(_SETTLE + 3)
-        if self._leaving or self._failed:
             return
         self._dump(why)
         log.info("this rank ends: %s; it was in %s", why, self._phase)
@@ -152,7 +211,8 @@ class Watchdog:
                 self.on_end(why)
             except Exception:
                 log.exception("why the run ends could not be written down")
-            time.sleep(0.5)  # the others still have to hear of it
+            if self._hub:
+                self._hub.finished.wait(SETTLE + 10)  # the others still have to hear of it
         logging.shutdown()
         os._exit(EXIT_LOST)
 
@@ -165,161 +225,3 @@ class Watchdog:
                 faulthandler.dump_traceback(handler.stream, all_threads=True)
                 handler.stream.write(f"last collective: {self.recorder.describe()}, at {where()}\n")
                 handler.flush()
-
-
-@dataclass
-class _Peer:
-    """A rank as rank 0 knows it."""
-
-    rank: int
-    connection: socket.socket
-    heard: float
-    phase: str = "start"
-    age: float = 0.0
-    left: bool = False
-    received: bytes = b""
-    report: dict[str, Any] | None = None
-
-
-@dataclass
-class _Hub:
-    """Rank 0's side: a thread that hears all ranks and comes to a verdict."""
-
-    nodes: list[str]
-    limits: Limits
-    on_alive: Callable[[], Any]
-    peers: dict[int, _Peer] = field(default_factory=dict)
-    signs: list[tuple[int, str]] = field(default_factory=list)  # (how little it explains, what was seen)
-    decide_at: float | None = None
-    hang: str = ""  # what hangs, once reports were asked for
-
-    def __post_init__(self):
-        try:
-            self._listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-        except (OSError, ValueError):  # no IPv6 here
-            self._listener = socket.create_server(("", 0), backlog=4096)
-        self._listener.setblocking(False)
-        self.port: int = self._listener.getsockname()[1]
-        self.token = secrets.token_hex(8)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._alive = time.monotonic()
-        threading.Thread(target=self._run, name="watchdog of all ranks", daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            for key, _ in self._selector.select(0.2):
-                if key.fileobj is self._listener:
-                    self._accept()
-                else:
-                    self._hear(key)
-            now = time.monotonic()
-            if now - self._alive > 10:
-                self._alive = now
-                self.on_alive()
-            self._look(now)
-            if self.decide_at is not None and now >= self.decide_at:
-                return self._decide()
-
-    def _accept(self) -> None:
-        connection, _ = self._listener.accept()
-        connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ, _Peer(-1, connection, time.monotonic()))
-
-    def _hear(self, key: selectors.SelectorKey) -> None:
-        peer: _Peer = key.data
-        try:
-            data = peer.connection.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._selector.unregister(peer.connection)
-            if peer.rank >= 0 and not peer.left:
-                peer.left = True
-                self._sign(
-                    0, f"{self._name(peer.rank)} ended without a word: it was killed, ran out of memory or crashed"
-                )
-            return
-        peer.heard = time.monotonic()
-        *lines, peer.received = (peer.received + data).split(b"\n")
-        for line in lines:
-            self._understand(peer, line)
-
-    def _understand(self, peer: _Peer, line: bytes) -> None:
-        try:
-            message = json.loads(line)
-            if message.get("token") == self.token:
-                peer.rank = int(message["rank"])
-                self.peers[peer.rank] = peer
-        except (ValueError, AttributeError):
-            return
-        if peer.rank < 0:
-            return  # a stranger on our port
-        if "age" in message:
-            peer.phase, peer.age = message["phase"], message["age"]
-            self._tell(peer, {"ok": 1})
-        if "bye" in message:
-            peer.left = True
-        if "failed" in message:
-            peer.left = True
-            self._sign(1 if message["cause"] else 2, f"{self._name(peer.rank)} failed: {message['failed']}")
-        if "report" in message:
-            peer.report = message["report"]
-
-    def _look(self, now: float) -> None:
-        """Is one silent, does one hang?"""
-        here = [peer for peer in self.peers.values() if not peer.left]
-        for peer in here:
-            if now - peer.heard > self.limits.lost_after:
-                peer.left = True
-                self._sign(
-                    0,
-                    f"{self._name(peer.rank)} has said nothing for {self.limits.lost_after:g} s: it is stopped, or its "
-                    "node is cut off or off",
-                )
-        hanging = [peer for peer in here if peer.age + now - peer.heard > self.limits.hang_after]
-        if hanging and not self.hang:
-            # A rank that answers knows where the run is.
-            first = max(hanging, key=lambda peer: (now - peer.heard < 3, peer.age))
-            self.hang = f"{first.phase} takes longer than {self.limits.hang_after:g} s"
-            for peer in here:
-                self._tell(peer, {"report": self.hang})
-            self.decide_at = now + min(5.0, self.limits.lost_after)
-
-    def _sign(self, rank_of_sign: int, text: str) -> None:
-        self.signs.append((rank_of_sign, text))
-        if self.decide_at is None:
-            # Of a rank that says nothing others ask first what they wait for.
-            self.decide_at = time.monotonic() + _SETTLE
-            for peer in self.peers.values():
-                if not peer.left:
-                    self._tell(peer, {"report": text})
-
-    def _decide(self) -> None:
-        best = min((number for number, _ in self.signs), default=None)
-        texts = [text for number, text in self.signs if number == best]
-        why = "; ".join(texts[:8])
-        if self.hang:
-            reports = {peer.rank: peer.report for peer in self.peers.values() if peer.report}
-            guilty, waits_at = blame(reports, len(self.nodes))
-            why = self.hang
-            if guilty:
-                named = [
-                    f"{self._name(rank)} ({'at ' + reports[rank]['at'] if rank in reports else 'no answer'})"
-                    for rank in guilty[:8]
-                ]
-                why += f": {', '.join(named)} did not arrive at {waits_at}"
-            else:
-                last = sorted({report["last"] for report in reports.values()})
-                why += f": all ranks have begun the same, the last {'; '.join(last[:4])}"
-        for peer in self.peers.values():
-            self._tell(peer, {"end": why})
-
-    def _tell(self, peer: _Peer, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # its silence or its end is noticed where we listen
-            peer.connection.send((json.dumps(message) + "\n").encode())
-
-    def _name(self, rank: int) -> str:
-        return f"rank {rank} on {self.nodes[rank]}"

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import secrets
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from mythos_dist.data.unpack import TooLarge, unpack
 from mythos_dist.errors import UserError
+from mythos_dist.private import make_private, shard_cache
 
 OPEN_FILES = 128  # per stream; opening a file for every sample would ask a cluster's metadata server thousands of times
 PIECE_BYTES = 1 << 20  # that a file is hashed by
@@ -51,11 +51,6 @@ class Shard:
         )
 
 
-def default_cache() -> Path:
-    """Where compressed shards are unpacked if `data.cache` does not say."""
-    return Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}")
-
-
 class Windows:
     """The windows of `shards`, one after the other, by index; each has `window` tokens."""
 
@@ -64,7 +59,7 @@ class Windows:
         temporary folder."""
         self._shards, self._window, self._verify = shards, window, verify
         self._ends = np.cumsum([shard.entry["samples"] for shard in shards])
-        self._cache = Path(cache) if cache else default_cache()
+        self._cache = Path(cache) if cache else None
         self._checked: set[int] = set()  # shards whose hash was right
         self._open: dict[int, _OpenShard] = {}
         import_reader()  # before loader processes fork: they would all do it
@@ -110,7 +105,8 @@ class Windows:
                 raise shard.damaged(str(problem)) from None
         if raw["bytes"] > _largest(shard, self._window):
             raise shard.damaged(f"index.json says {raw['bytes']} bytes, more than its samples can take")
-        unpacked = self._cache / shard.fingerprint[:16] / shard.folder.name / raw["basename"]
+        cache = self._cache or make_private(shard_cache(), "set data.cache to a folder of yours")
+        unpacked = cache / shard.fingerprint[:16] / shard.folder.name / raw["basename"]
         with contextlib.suppress(_NotWhole):  # not there, or not whole after a power cut: unpacked (again)
             return _OpenShard(shard, _open_whole(unpacked, raw, hashed))
         _unpack(shard, unpacked, self._verify)

@@ -17,6 +17,7 @@ from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.doctor.lines import Line, gigabytes, note, ok, problem
 from mythos_dist.errors import UserError
 from mythos_dist.plan.cost import BYTES_PER_PARAMETER, count_parameters
+from mythos_dist.private import problem_of, shard_cache
 from mythos_dist.units import count
 
 
@@ -48,7 +49,6 @@ def find(config: Config) -> Storage:
     """Look at the folders; nothing stays in them."""
     from mythos_dist.data.corpora import open_corpora
     from mythos_dist.data.manifest import SPLITS
-    from mythos_dist.data.windows import default_cache
     from mythos_dist.train.run_folder import check_run_folder
 
     run_dir = Path(config.run.dir)
@@ -68,10 +68,12 @@ def find(config: Config) -> Storage:
     except UserError as error:
         data_problems = tuple(f"{error.source}: {text}" if error.source else text for text in error.problems)
     # As in data/windows.py.
-    cache = Path(config.data.cache) if config.data.cache else default_cache()
+    cache = Path(config.data.cache) if config.data.cache else shard_cache()
     packed = [
         shard for corpus in corpora for shards in corpus.shards.values() for shard in shards if shard.entry["zip_data"]
     ]
+    if packed and not config.data.cache and (foreign := problem_of(cache)):
+        data_problems += (f"{foreign}; look at what is there, remove it, or set data.cache to a folder of yours",)
     return Storage(
         run=look_at(run_dir),
         parameters=count_parameters(config.model),

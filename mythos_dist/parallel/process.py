@@ -39,9 +39,10 @@ def join_process_group(store: dist.Store | None = None, seconds: float = 600) ->
     choose_accelerator()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if os.environ["WORLD_SIZE"] == "1" and store is None:
+        # A launcher's variables may be left over, and its store is nothing that one process needs.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     import deepspeed
 
     cuda = torch.cuda.is_available()

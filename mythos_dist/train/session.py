@@ -15,14 +15,18 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from mythos_dist.cluster.fabric import choose_interface
+from mythos_dist.cluster.fabric import choose_interface, listen_address
+from mythos_dist.cluster.hub import Limits
+from mythos_dist.cluster.messages import launch_secret, seal, unseal
 from mythos_dist.cluster.place import Place, tell_libraries
 from mythos_dist.cluster.recorder import Recorder
 from mythos_dist.cluster.rollcall import call, open_store
 from mythos_dist.cluster.stop import Stop
-from mythos_dist.cluster.watchdog import Limits, Watchdog
+from mythos_dist.cluster.watchdog import Watchdog
 from mythos_dist.config.schema import Config
-from mythos_dist.parallel.process import free_port, join_process_group
+from mythos_dist.errors import LostError, UserError, first_line
+from mythos_dist.parallel.process import free_port, join_process_group, together
+from mythos_dist.private import check_compile_caches
 
 log = logging.getLogger(__name__)
 
@@ -51,34 +55,58 @@ class Session:
 
     def close(self) -> None:
         """All ranks leave together."""
-        self.watchdog.leave()
+        self.watchdog.enter("leaving")
         dist.barrier()
+        self.watchdog.leave()
 
 
 def join(config: Config, place: Place, stop: Stop) -> Session:
-    """Meet the other ranks. Raises UserError or NodeError if some are missing, or run other code or another config."""
+    """Meet the other ranks.
+
+    Raises LostError if some are missing, UserError or NodeError if they run other code or another config.
+    """
     imported = time.time() - psutil.Process().create_time()
+    faults = config.faults
+    store = open_store(place, faults.join_within)
     if place.world == 1:
-        place = replace(place, master="127.0.0.1", port=free_port())
+        place = replace(place, master="127.0.0.1", port=free_port())  # for libraries that ask; nobody has to listen
     choose_interface(place)
     tell_libraries(place)
-    faults = config.faults
     recorder = Recorder()
     session = Session(place, stop, Watchdog(place, Limits(faults.hang_after, faults.lost_after), recorder))
     session.phases["import"] = imported
-    store = open_store(place, faults.join_within)
-    cards = call(store, place, card(config), faults.join_within)
+    cards, store = call(store, place, card(config), faults.join_within)
     session.nodes = [card["node"] for card in cards]
-    if place.rank == 0:
-        store.set("watchdog", session.watchdog.serve(session.nodes))
-    session.watchdog.start(place.master, store.get("watchdog").decode())
+    start_watchdog(session, store)
     session.timed("roll call")
-    # The watchdog comes first and says more.
-    join_process_group(dist.PrefixStore("group", store), seconds=faults.hang_after + 120)
+    try:
+        # The watchdog comes first and says more.
+        join_process_group(dist.PrefixStore("group", store), seconds=faults.hang_after + 120)
+        together(check_compile_caches, session.nodes)
+    except UserError:
+        session.watchdog.leave()
+        raise
+    except Exception as error:
+        session.watchdog.fail(error)
+        raise
     recorder.install()
     stop.listen(signal.SIGTERM)
     session.timed("process group")
     return session
+
+
+def start_watchdog(session: Session, store: dist.Store) -> None:
+    """Rank 0 listens and says where; all connect. Raises LostError."""
+    place, secret = session.place, launch_secret()
+    try:
+        if place.rank == 0:
+            one_node = len(set(session.nodes)) == 1
+            address = session.watchdog.serve(session.nodes, listen_address(place.master, place.port, one_node))
+            store.set("watchdog", seal(secret, "watchdog", address))
+        address = unseal(secret, "watchdog", store.get("watchdog"))
+    except (dist.DistError, ValueError) as error:
+        raise LostError(f"{place}: where rank 0 on {place.master} listens is not known: {first_line(error)}") from None
+    session.watchdog.start(address)
 
 
 def card(config: Config) -> dict[str, str]:

@@ -1,0 +1,71 @@
+"""Folders below /tmp, where anybody may be first to make one of a name that can be guessed.
+
+What is compiled, unpacked or cached there is run or trained on later, so a folder is used only if it is this user's own
+and nobody else can write into it. launch/env.sh does the same in bash.
+"""
+
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from mythos_dist.errors import UserError
+
+# Where compilers keep what they have made; launch/env.sh points the first three below `compile_caches()`.
+CACHES = ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+def compile_caches(environment: Mapping[str, str] | None = None) -> Path:
+    """This user's folder for compiled code on the node's own disk."""
+    env = os.environ if environment is None else environment
+    return Path(env.get("TMPDIR") or "/tmp", f"mythos_dist-{os.getuid()}")
+
+
+def shard_cache() -> Path:
+    """This user's folder for unpacked shards, if `data.cache` does not say."""
+    return Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}")
+
+
+def problem_of(folder: Path) -> str:
+    """Why `folder` is not to be trusted; empty: it is, or it is not there."""
+    try:
+        about = folder.lstat()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"{folder} cannot be looked at ({error.strerror})"
+    if stat.S_ISLNK(about.st_mode):
+        return f"{folder} is a symbolic link"
+    if not stat.S_ISDIR(about.st_mode):
+        return f"{folder} is no folder"
+    if about.st_uid != os.getuid():
+        return f"{folder} belongs to user {about.st_uid}, and this is user {os.getuid()}"
+    if about.st_mode & 0o022:
+        return f"{folder} has mode {stat.S_IMODE(about.st_mode):04o}: others can write into it"
+    return ""
+
+
+def make_private(folder: Path, remedy: str) -> Path:
+    """The folder, made with mode 0700 if it is not there.
+
+    Raises UserError with `remedy` if it is somebody else's, a link, or open to others. One of ours that is open stays
+    as it is: what others have put there in the meantime would be used.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass  # by us, by another of our processes, or by somebody else
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); {remedy}") from None
+    if problem := problem_of(folder):
+        raise UserError(f"{problem}; look at what is there, remove it, or {remedy}")
+    return folder
+
+
+def check_compile_caches(environment: Mapping[str, str] | None = None) -> None:
+    """On every node: the folder of compiled code is ours, wherever variables lead into it. Raises UserError."""
+    env = os.environ if environment is None else environment
+    folder = compile_caches(env)
+    if any(folder in Path(env[name]).parents for name in CACHES if env.get(name)):
+        make_private(folder, "set TRITON_CACHE_DIR and TORCH_EXTENSIONS_DIR to folders of yours")

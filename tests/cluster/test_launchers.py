@@ -1,0 +1,104 @@
+"""Every launcher at world sizes 1, 2, 3 and 5: ranks find each other, and one rank needs nobody."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster.cluster import Cluster, advice, missing
+
+from mythos_dist.parallel.process import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PROGRAM = ["helpers.join", str(REPOSITORY / "configs" / "tiny_cpu.yaml"), "faults.join_within=100"]
+STALE = {
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "x",
+}  # fmt: skip
+CLEAN = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in STALE and not name.startswith(("SLURM", "MYTHOS", "TORCHELASTIC", "LOCAL_"))
+}
+CLEAN |= {
+    "PYTHONPATH": str(REPOSITORY / "tests"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+}  # fmt: skip
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(400)]
+
+
+def torchrun(ranks: int, *options: str) -> list[str]:
+    return [str(BIN / "torchrun"), *options, f"--nproc_per_node={ranks}", "-m", *PROGRAM]
+
+
+def met(command: list[str], folder: Path, **variables: str) -> list[str]:
+    """What the ranks say in the end."""
+    done = subprocess.run(
+        command, env=CLEAN | variables, cwd=folder, capture_output=True, text=True, timeout=350, start_new_session=True
+    )
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return sorted(line for line in done.stdout.splitlines() if line.startswith("joined"))
+
+
+def everyone(world: int) -> list[str]:
+    return [f"joined {rank} of {world}" for rank in range(world)]
+
+
+@pytest.mark.parametrize("variables", [{}, STALE], ids=["nothing set", "variables of an earlier torchrun"])
+def test_python_alone(variables, tmp_path):
+    assert met([sys.executable, "-m", *PROGRAM], tmp_path, **variables) == everyone(1)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_torchrun_standalone(world, tmp_path):
+    """The agent keeps the store. One rank waited 300 s at a port where nobody listened, and died."""
+    assert met(torchrun(world, "--standalone", "--max-restarts=2"), tmp_path) == everyone(world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_torchrun_with_a_port(world, tmp_path):
+    assert met(torchrun(world, f"--master_port={free_port()}"), tmp_path) == everyone(world)
+
+
+def test_torchrun_starts_again_at_the_store_of_the_first_attempt(tmp_path):
+    """What the first attempt has left there is not taken for the second one's."""
+    assert met(torchrun(2, "--standalone", "--max-restarts=2"), tmp_path, FAIL_FIRST="1") == everyone(2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_deepspeed(world, tmp_path):
+    """With variables of an earlier launch around it."""
+    command = [str(BIN / "deepspeed"), f"--num_gpus={world}", f"--master_port={free_port()}"]
+    stale = STALE if world == 2 else {}
+    assert met([*command, "--no_local_rank", "--module", *PROGRAM], tmp_path, **stale) == everyone(world)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    with Cluster(nodes=2, folder=tmp_path_factory.mktemp("launchers")) as cluster:
+        yield cluster
+
+
+@pytest.mark.skipif(bool(missing()), reason=advice(missing()))
+@pytest.mark.parametrize(("world", "nodes"), [(1, 1), (2, 2), (3, 1), (5, 1)])
+def test_srun(world, nodes, cluster):
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={world}", sys.executable, "-m", *PROGRAM]
+    done = cluster.run(
+        "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=300
+    )
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == everyone(world)
+
+
+@pytest.mark.skipif(bool(missing()), reason=advice(missing()))
+def test_torchrun_within_srun(cluster):
+    """Its rank is torchrun's, and the store too; two agents meet at one."""
+    agents = ["--rdzv_backend=c10d", "--rdzv_endpoint=node1:29400", "--nnodes=2"]
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", *torchrun(1, *agents)]
+    done = cluster.run(
+        "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=300
+    )
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == everyone(2)

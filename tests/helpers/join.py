@@ -1,0 +1,38 @@
+"""A program for launchers: the ranks meet as those of a training run do, send one message, and leave.
+
+`python -m helpers.join CONFIG.yaml [section.key=value ...]` prints "joined 2 of 5" on each rank. With FAIL_FIRST in the
+environment the last rank of the first attempt kills itself once all have met.
+"""
+
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    from mythos_dist.cluster.place import find_place
+    from mythos_dist.cluster.stop import Stop
+    from mythos_dist.config.load import load_config
+
+    config = load_config(sys.argv[1], sys.argv[2:])
+    place = find_place()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import torch
+    import torch.distributed as dist
+
+    from mythos_dist.train.session import join
+
+    session = join(config, place, Stop())
+    first = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if first and place.rank == place.world - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks = torch.ones(1)
+    dist.all_reduce(ranks)
+    assert int(ranks) == len(session.nodes) == place.world
+    session.close()
+    print(f"joined {place.rank} of {place.world}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
