@@ -59,6 +59,7 @@ class Saver:
         self._last_is_whole = True
         self._on_progress, self._tensors_written = on_progress, 0
         self.newest: int | None = None  # the step of the newest state that was saved (or loaded), whole or not yet
+        self.published: int | None = None  # the step of the newest whole one
         if dist.get_rank() == 0:
             checkpoints.mkdir(parents=True, exist_ok=True)
             for left in checkpoints.glob("step-????????.*"):  # by starts that ended while they wrote
@@ -105,6 +106,8 @@ class Saver:
         dist.gather_object((*self._written, shapes), found if rank == 0 else None)
         published = together(lambda: rank == 0 and self._publish(manifest, found))
         self._last_is_whole = any_rank(published)
+        if self._last_is_whole:
+            self.published = manifest.step
         return self._last_is_whole
 
     def _wait(self, thread: threading.Thread) -> None:
@@ -165,12 +168,12 @@ class Saver:
         problems = [problem for _, problem, _ in found if problem]
         try:
             if not problems:
-                self._fence.check()
                 files = {file_name(rank): file for rank, (file, *_) in enumerate(found) if file}
                 tensors = {
                     name: WholeTensor(shape, kinds) for *_, shapes in found for name, (shape, kinds) in shapes.items()
                 }
-                publish(temporary, replace(manifest, files=files, tensors=tensors))
+                with self._fence.guard():
+                    publish(temporary, replace(manifest, files=files, tensors=tensors))
                 prune(self._folder, manifest.step, self._settings)
         except OSError as error:
             problems = [f"rank 0: {error}"]
