@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 COMPLETED, LOCK, SETTINGS = "COMPLETED", "writer.lock", ("config.yaml", "deepspeed.json")
 # What the run itself replaces, under the lock; its own temporary files of these names may be removed.
-_REPLACED = (*SETTINGS, *LINES, restarts.FILE, spikes.FILE, fences.FILE, "loops.png")
-_FILES = (*_REPLACED, COMPLETED, LOCK, fences.GUARD, stop.FILE)
+_REPLACED = (*SETTINGS, *LINES, restarts.FILE, spikes.FILE, fences.FILE, "loops.png", COMPLETED)
+_FILES = (*_REPLACED, LOCK, fences.GUARD, stop.FILE)
 _FOLDERS = ("checkpoints", "logs", "wandb")
 
 
@@ -173,6 +173,8 @@ def claim_run_folder(config: Config) -> TextIO:
         raise UserError(
             f"run.dir={path} is in use: {_holder(path)} writes there; stop its ranks, or give another run.dir"
         )
+    with user_errors(path):
+        remove_temporaries(path, _REPLACED)
     return lock
 
 
@@ -180,7 +182,6 @@ def write_settings(config: Config, num_replicas: int, fence: Fence) -> None:
     """On rank 0: config.yaml and DeepSpeed's JSON, when this start is the newest. Raises UserError."""
     path = fence.run_dir
     with user_errors(path), fence.guard():
-        remove_temporaries(path, (*_REPLACED, COMPLETED))
         write_atomically(path / "config.yaml", dump_config(config))
         write_atomically(path / "deepspeed.json", json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
         (path / COMPLETED).unlink(missing_ok=True)  # train.steps was raised
