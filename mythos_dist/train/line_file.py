@@ -99,7 +99,8 @@ class LineFile:
         stream = self._stream
         if stream is None:
             try:
-                stream = self._stream = self.file.open("xb+", buffering=0)
+                self.file.open("xb").close()
+                stream = self._stream = self.file.open("ab+", buffering=0)
             except FileExistsError:  # of an old start that was stopped just before it made it
                 return self._replace(_kept(self.file.read_bytes(), self._keep)[0])
         try:
@@ -115,7 +116,7 @@ class LineFile:
     def _replace(self, content: bytes) -> FileIO:
         write_atomically(self.file, content)
         self.close()
-        stream = self._stream = self.file.open("rb+", buffering=0)
+        stream = self._stream = self.file.open("ab+", buffering=0)
         return stream
 
 
