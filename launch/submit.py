@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mythos_dist.cluster.allocation import check, spread
 from mythos_dist.config.load import load_config
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 SCRIPT = Path(__file__).with_name("slurm.sbatch")
 
@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,12 +4,14 @@ Everything that a user can get wrong (a config, a folder, a token file) raises `
 Slips of our own stay `assert` and keep their traceback.
 """
 
+import atexit
 import contextlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 # What a launch script decides by; 0 is done, and whatever is not here is a fault.
 EXIT_USER_ERROR = 2  # the user has to mend something: starting again is of no use
@@ -17,6 +19,7 @@ EXIT_BAD_NODE = 3  # a node is unfit, others are not: start again without it
 EXIT_LOST = 4  # a rank hung or vanished: start again
 EXIT_DIVERGED = 5  # the numbers went wrong again and again: starting again is of no use
 EXIT_STOPPED = 85  # stopped on a signal, or at the end of the time, behind a checkpoint: start again
+EXIT_INTERRUPTED = 130  # Ctrl-C where there is nothing to save, or a second one; what a shell makes of SIGINT
 
 
 class UserError(ValueError):
@@ -97,6 +100,41 @@ def exit_with(error: UserError) -> NoReturn:
     """Print the problems on standard error and leave with the error's exit code."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run a program's `main` so that a mistake is a message with exit code 2, and Ctrl-C one line with exit code 130.
+
+    Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into an error
+    of theirs while they are imported or wait for worker processes, so whatever leaves `main` after it counts as it.
+    """
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a script's background job ignores it
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        main()
+    except BaseException as error:
+        if interrupted or isinstance(error, KeyboardInterrupt):
+            _leave_interrupted()
+        if isinstance(error, UserError):
+            exit_with(error)
+        raise
+
+
+def _leave_interrupted() -> NoReturn:
+    """Not by way of the interpreter's own end, which waits for threads: what they have not finished has no name yet."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends this as well, without a word
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()  # temporary folders, worker processes
+    os._exit(EXIT_INTERRUPTED)
 
 
 def tell_launcher(code: int, nodes: Sequence[str] = ()) -> None:

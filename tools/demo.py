@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from mythos_dist.errors import run_command
 from mythos_dist.studies.earlier import make_room
 
 RUN_DIR = Path("runs/demo")
@@ -55,8 +56,8 @@ def say(text: str) -> None:
 
 
 def run(command: list[str]) -> None:
-    """Run a command and leave with its exit code if it fails."""
-    if code := subprocess.run(command).returncode:
+    """Run a command and leave with its exit code if it fails. Ctrl-C reaches it, too, and is not followed by a kill."""
+    if code := subprocess.Popen(command).wait():
         sys.exit(code)
 
 
@@ -78,4 +79,4 @@ def train_until(step: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,7 +9,7 @@ Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 import argparse
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.studies.depth import SETTINGS, demonstrate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "depth_task.yaml"
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

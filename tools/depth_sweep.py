@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 
 def main() -> None:
@@ -67,4 +67,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,7 +9,7 @@ Needs no GPU; one tensor is in memory at a time.
 import argparse
 
 from mythos_dist.checkpoint.arguments import count, path
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 
 def main() -> None:
@@ -49,4 +49,4 @@ def continue_text(arguments: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,7 +7,7 @@ torchrun … -m mythos_dist.train configs/1b.yaml model.mode=reference run.dir=r
 import argparse
 
 from mythos_dist.checkpoint.arguments import path
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 
 from mythos_dist.checkpoint.arguments import path
-from mythos_dist.errors import EXIT_USER_ERROR, UserError, exit_with
+from mythos_dist.errors import EXIT_USER_ERROR, UserError, exit_with, run_command
 
 MAX_LINES = 100  # of tensors that differ
 
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

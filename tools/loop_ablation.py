@@ -9,7 +9,7 @@ Writes OUT/ablation.json, OUT/ablation.md and OUT/ablation.png. The same command
 import argparse
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.studies.ablation import DATA, SWITCHES, compare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

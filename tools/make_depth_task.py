@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.shards.depth_task import Targets, make_depth_task
 
 
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

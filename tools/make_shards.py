@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # handed on as they are
 
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

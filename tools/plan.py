@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

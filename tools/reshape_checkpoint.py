@@ -10,7 +10,7 @@ import argparse
 import os
 
 from mythos_dist.checkpoint.arguments import count, path
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

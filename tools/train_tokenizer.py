@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -77,4 +77,4 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 if TYPE_CHECKING:
     from mythos_dist.shards.verify import Report
@@ -67,4 +67,4 @@ def lines(report: "Report") -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

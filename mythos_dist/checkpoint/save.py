@@ -64,6 +64,7 @@ class Saver:
         self._last_is_whole = True
         self._on_progress, self._tensors_written = on_progress, 0
         self.newest: int | None = None  # the step of the newest state that was saved (or loaded), whole or not yet
+        self.published: int | None = None  # the step of the newest whole one
         self._key = together(lambda: signing_key(settings.key_file))
         # The others wait in `together`, or rank 0 might remove what a faster rank has begun.
         together(lambda: self._prepare() if dist.get_rank() == 0 else None)
@@ -116,6 +117,8 @@ class Saver:
         dist.gather_object((*self._written, shapes), found if rank == 0 else None)
         published = together(lambda: rank == 0 and self._publish(manifest, found))
         self._last_is_whole = any_rank(published)
+        if self._last_is_whole:
+            self.published = manifest.step
         return self._last_is_whole
 
     def _wait(self, thread: threading.Thread) -> None:
@@ -178,14 +181,14 @@ class Saver:
         problems = [problem for _, problem, _ in found if problem]
         try:
             if not problems:
-                self._fence.check()
                 files = {file_name(rank): file for rank, (file, *_) in enumerate(found) if file}
                 tensors = {
                     name: WholeTensor(shape, kinds) for *_, shapes in found for name, (shape, kinds) in shapes.items()
                 }
                 manifest = replace(manifest, files=files, tensors=tensors)
-                publish(temporary, manifest, self._key)
                 pinned = functools.partial(is_pinned, settings=self._settings)
+                with self._fence.guard():
+                    publish(temporary, manifest, self._key)
                 prune(self._folder, manifest, self._settings.keep, pinned)
         except OSError as error:
             problems = [f"rank 0: {error}"]

@@ -18,7 +18,7 @@ from typing import TypeVar
 from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
-from mythos_dist.errors import EXIT_USER_ERROR, UserError
+from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
 
 T = TypeVar("T")
 
@@ -231,4 +231,4 @@ def _tried(errors: list[UserError], step: Callable[[], T]) -> T | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,14 +1,16 @@
 """How a run is doing, from what lies in its folder and what SLURM says of its job.
 
 Rule: COMPLETED says that a run is done and nothing else does; `writer.json` says what its newest start has told of
-itself, and that file's time of change is the sign of life. A start that was killed tells nothing: it is dead when the
-sign of life is old, unless its job is back in the queue. Nothing here imports torch or talks to ranks, so it can be
-asked from a login node at any time.
+itself, and that file's time of change is the sign of life. A start that was killed tells nothing: it is dead when its
+process is gone (asked on the same host and in the same container only), or when the sign of life is old, unless its job
+is back in the queue. Nothing here imports torch or talks to ranks, so it can be asked from a login node at any time.
+What is read may be torn or damaged: a value that is none is taken to be missing.
 """
 
-import contextlib
 import itertools
 import json
+import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -18,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mythos_dist.cluster.process_identity import is_running
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
+from mythos_dist.files import number_of, read_json_lines
 from mythos_dist.units import short
 
 ALIVE_FOR = 60.0  # seconds without a sign of life after which a start is dead; one comes every ten
@@ -99,8 +103,9 @@ def look(
         config = load_config(folder / "config.yaml")
     except UserError:
         config = None  # it is being written, or by another version
-    lines = last_lines(folder / "metrics.jsonl")
-    restarts = last_lines(folder / "restarts.jsonl")
+    lines = [_sound(line) for line in read_json_lines(folder / "metrics.jsonl", _TAIL)]
+    lines = [line for line in lines if "step" in line]
+    restarts = [_sound(line) for line in read_json_lines(folder / "restarts.jsonl", _TAIL)]
     job = slurm(writer["slurm_job_id"]) if "slurm_job_id" in writer else None
     last = lines[-1] if lines else {}
     seconds_per_step = _seconds_per_step(lines)
@@ -108,15 +113,16 @@ def look(
     since_step = now - last["time"] if "time" in last else None
     since_life = now - sign_of_life
     # Steps of the start before do not count; before its first step a start loads, as long as the run itself allows.
-    since_start, limit = now - writer.get("time", sign_of_life), patience
+    since_start, limit = now - writer.get("began", writer.get("time", sign_of_life)), patience
     if since_step is not None and since_step < since_start:
-        limit = max(patience, 10 * statistics.median(line["step_seconds"] for line in lines[-_RECENT:]))
+        recent = [line["step_seconds"] for line in lines[-_RECENT:] if "step_seconds" in line]
+        limit = max(patience, 10 * statistics.median(recent or [0.0]))
         quiet = since_step
     else:
         limit = max(patience, config.faults.hang_after if config else 0)
         quiet = since_start
     completed = (folder / "COMPLETED").exists()
-    state, why = judge(writer, job, completed, since_life, quiet, limit)
+    state, why = judge(writer, job, completed, since_life, quiet, limit, gone=is_running(writer) is False)
     eta = (steps - step) * seconds_per_step if state == "running" and steps and seconds_per_step else None
     return Status(
         run_dir=str(run_dir),
@@ -141,30 +147,41 @@ def look(
 
 
 def judge(
-    writer: dict[str, Any], job: Job | None, completed: bool, since_life: float, quiet: float, limit: float
+    writer: dict[str, Any],
+    job: Job | None,
+    completed: bool,
+    since_life: float,
+    quiet: float,
+    limit: float,
+    gone: bool = False,
 ) -> tuple[State, str]:
     """The state, and what speaks for it.
 
-    quiet: seconds since the last step or, before the first, since the start. limit: from when on that is a hang.
+    quiet: seconds since the last step or, before the first, since the start. limit: from when on that is a hang. gone:
+    rank 0's process was looked for, and is not there.
     """
     said, why = writer.get("state", "running"), writer.get("why") or ""
-    alive = said == "running" and since_life <= ALIVE_FOR
+    alive = said == "running" and since_life <= ALIVE_FOR and not gone
     if alive and quiet > limit:
         return "hung", f"no step for {duration(quiet)}, though it shows life; logs/ in the run folder may say where"
     if alive:
         return "running", ""
     if completed or said == "completed":
         return "finished", ""
-    if said == "running":
+    if said == "running" and gone:
+        why = f"rank 0 (pid {writer.get('pid')}) does not run any more on this host, and left no word: it was killed"
+    elif said == "running":
         why = f"no sign of life for {duration(since_life)}: rank 0 was killed, or its node was lost"
     name = f"job {writer.get('slurm_job_id')}"
     if job and job.state == "PENDING":
         return "requeued", f"{name} waits in SLURM's queue ({job.reason}); {why}"
-    if job and job.restarts > int(writer.get("slurm_restart_count") or 0):
+    if job and job.restarts > _whole(writer.get("slurm_restart_count")):
         return "requeued", f"SLURM has started {name} again, and ranks are joining; {why}"
     if said == "stopped":
         return "stopped", f"{why}; the same command goes on"
-    holds = job and job.state == "RUNNING" and since_life > ALIVE_FOR  # else its script is about to requeue it
+    holds = (
+        job and job.state == "RUNNING" and (since_life > ALIVE_FOR or gone)
+    )  # else its script is about to requeue it
     still = f"; {name} still holds its nodes, end it with scancel" if holds else ""
     return "dead", f"{why}{still}; the same command goes on from the newest checkpoint"
 
@@ -213,30 +230,32 @@ def _writer(folder: Path) -> tuple[dict[str, Any], float]:
     """What the newest start has written of itself, and when its file was last touched."""
     file = folder / "writer.json"
     try:
-        writer = json.loads(file.read_text())
+        writer = json.loads(file.read_bytes())
         if isinstance(writer.get("start"), int):
-            return writer, file.stat().st_mtime
-    except (OSError, ValueError, AttributeError):
+            return _sound(writer), file.stat().st_mtime
+    except (OSError, ValueError, AttributeError, RecursionError):
         pass
-    if (folder / "config.yaml").exists() or (folder / "launch").is_dir():
+    if os.path.isfile(file):
+        raise UserError(f"{file} is damaged; the next start of the run writes it anew")
+    if os.path.exists(folder / "config.yaml") or os.path.isdir(folder / "launch"):
         raise UserError(f"{folder}: no start of this run has come as far as its first step; see what the launcher said")
     raise UserError(f"{folder} is not a run folder: give the run.dir of a run, such as runs/demo")
 
 
-def last_lines(file: Path, tail: int | None = _TAIL) -> list[dict[str, Any]]:
-    """The JSON lines in the last `tail` bytes of a file; None: in all of it. One that a kill cut short is left out."""
-    try:
-        with file.open("rb") as stream:
-            skipped = max(0, stream.seek(0, 2) - tail) if tail else 0
-            stream.seek(skipped)
-            texts = stream.read().splitlines()[1 if skipped else 0 :]
-    except OSError:
-        return []
-    found = []
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
-    return [line for line in found if isinstance(line, dict)]
+_NUMBERS = "start step time began loss tokens tokens_per_second step_seconds pid from_step seconds_lost".split()
+_TEXTS = "state why host slurm_job_id".split()
+
+
+def _sound(line: dict[str, Any]) -> dict[str, Any]:
+    """`line` without values that are none of their kind: a reader must not fail over what a disk or an editor left."""
+    wrong = {key for key in _NUMBERS if key in line and not math.isfinite(number_of(line, key) or 0.0)}
+    wrong |= {key for key in _NUMBERS if key in line and number_of(line, key) is None}
+    wrong |= {key for key in _TEXTS if key in line and not isinstance(line[key], str)}
+    return {key: value for key, value in line.items() if key not in wrong}
+
+
+def _whole(value: Any) -> int:
+    return int(value) if str(value).isdecimal() else 0
 
 
 def _seconds_per_step(lines: list[dict[str, Any]]) -> float | None:

@@ -10,6 +10,7 @@ The trap: what a loader process raises comes out as a traceback of two processes
 /dev/shm, which containers keep at 64 MB. So errors travel as data, and windows as arrays, as narrow as on disk.
 """
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
@@ -133,6 +134,7 @@ class ReplicaStream:
             batch_sampler=chain.from_iterable(map(self._micro_batches, count(start))),  # endless; runs in this process
             num_workers=self._workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # else it draws from the global generator, and a resumed run drifts
         )
         reads = iter(loader)
@@ -205,3 +207,10 @@ class _Reads(Dataset):
 def _as_it_is(read: Any) -> Any:
     """DataLoader's own collate function would make tensors of the arrays, and send them through /dev/shm."""
     return read
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """In a new worker process. A terminal and launchers signal all processes of a job, and a rank that is asked to stop
+    finishes its step first, for which it may need its workers. They end with it (torch watches the parent)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,7 @@ from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.doctor import gpu, kernels, launcher, memory, network, probe, software, storage
 from mythos_dist.doctor.lines import Line, examine, ok, problem
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, exit_with, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -117,4 +117,4 @@ def layout(config: Config, env: dict[str, str]) -> Iterable[Line]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

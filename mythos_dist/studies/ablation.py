@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mythos_dist.errors import UserError
+from mythos_dist.files import write_atomically
 from mythos_dist.shards.depth_task import have_depth_task
 from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, must_be_known, run_all, steps_for, training_flops
 from mythos_dist.train.pictures import picture
@@ -117,7 +118,7 @@ def compare(
     summary = {name: on(one, configs, out, switches, seeds, overrides, jobs) for name, one in found.items()}
     write_json(out / "ablation.json", summary)
     text = "\n".join(line for name in data for line in table(DATA[name], summary[name]))
-    (out / "ablation.md").write_text(text + "\n")
+    write_atomically(out / "ablation.md", text + "\n")
     print(text)
     draw(out / "ablation.png", summary)
     print(f"{out / 'ablation.json'}, {out / 'ablation.md'}, {out / 'ablation.png'}")

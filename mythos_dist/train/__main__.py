@@ -7,14 +7,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mythos_dist.cluster.inject import parse
-from mythos_dist.cluster.place import Place, find_place
-from mythos_dist.cluster.stop import Stop
-from mythos_dist.config.layout import layout_problems
-from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import Config
-from mythos_dist.errors import NodeError, UserError, exit_with, tell_launcher
+from mythos_dist.errors import NodeError, UserError, exit_with, run_command, tell_launcher
+
+if TYPE_CHECKING:  # what takes longer to import comes when Ctrl-C is handled
+    from mythos_dist.cluster.place import Place
+    from mythos_dist.config.schema import Config
 
 EPILOG = """\
 under a launcher:
@@ -28,24 +27,23 @@ exit codes:
   3   a node is unfit: start again without it
   4   a rank hung or vanished: start again
   5   gradients stay useless: the message says where to look
-  85  stopped early behind a checkpoint (SIGUSR1, SIGTERM, run.max_seconds, a file run.dir/STOP): start again
+  85  stopped early behind a checkpoint (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, run.max_seconds, a file run.dir/STOP): start
+      again
+  130 stopped by Ctrl-C before the first step, or at once by a second Ctrl-C
 """
 
 
 def main() -> None:
     """Train; see EPILOG for the exit codes."""
+    from mythos_dist.cluster.stop import Stop
+
     stop = Stop()
-    stop.listen(signal.SIGUSR1)
-    parser = argparse.ArgumentParser(
-        prog="python -m mythos_dist.train",
-        description="Train a Recurrent-Depth Transformer. Running it again with the same run.dir resumes.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--preflight", action="store_true", help="only check all nodes and the links between them")
-    arguments = parser.parse_args()
+    stop.listen(signal.SIGUSR1, signal.SIGINT)
+    arguments = parse()
+    from mythos_dist.cluster.place import Place, find_place
+    from mythos_dist.train.console import keep_console
+
+    keep_console()
     place, watchdog, code = Place(), None, 0
     try:
         place = find_place()
@@ -82,11 +80,29 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def read(path: str, overrides: list[str], place: Place) -> Config:
+def parse() -> argparse.Namespace:
+    """The command line: options and settings in any order."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mythos_dist.train",
+        description="Train a Recurrent-Depth Transformer. Running it again with the same run.dir resumes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--preflight", action="store_true", help="only check all nodes and the links between them")
+    return parser.parse_intermixed_args()
+
+
+def read(path: str, overrides: list[str], place: "Place") -> "Config":
     """The config, fit for so many ranks. Raises UserError."""
+    from mythos_dist.cluster.inject import parse as parse_faults
+    from mythos_dist.config.layout import layout_problems
+    from mythos_dist.config.load import load_config
+
     try:
         config = load_config(path, overrides)
-        parse(config.faults.inject)
+        parse_faults(config.faults.inject)
         if problems := layout_problems(config, place.world):
             raise UserError(problems, source=f"{path} on {place.world} ranks")
         return config
@@ -95,7 +111,7 @@ def read(path: str, overrides: list[str], place: Place) -> Config:
         raise
 
 
-def leave(error: UserError, place: Place) -> None:
+def leave(error: UserError, place: "Place") -> None:
     """One rank says what is wrong; all leave with the same code."""
     if place.rank == 0:
         tell_launcher(error.exit_code, error.nodes if isinstance(error, NodeError) else ())
@@ -108,4 +124,4 @@ def leave(error: UserError, place: Place) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos_dist.checkpoint.fence import Fence, newest_start
+from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
@@ -25,18 +25,20 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, with_windows
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
+from mythos_dist.files import user_errors
 from mythos_dist.parallel.collectives import gather
 from mythos_dist.parallel.mesh import Axis, Mesh, build_mesh
 from mythos_dist.parallel.process import device, together
 from mythos_dist.plan.estimate import Estimate
-from mythos_dist.train.checks import check_checkpoint, check_inputs, check_kernels
+from mythos_dist.train.checks import check_inputs, check_kernels
 from mythos_dist.train.depth import depth_line, failures
 from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.fits import Comparison, check_memory
 from mythos_dist.train.metrics import Metrics, peak_flops, step_line
 from mythos_dist.train.preflight import preflight
-from mythos_dist.train.restarts import note_restart, time_of_step
-from mythos_dist.train.run_folder import claim_run_folder, start_logging
+from mythos_dist.train.restarts import Previous, cost, note_restart
+from mythos_dist.train.resume import Resume, schedule_changes, take_fence
+from mythos_dist.train.run_folder import claim_run_folder, mark_completed, start_logging, write_settings
 from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
 
@@ -54,9 +56,7 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     corpora = together(lambda: check_inputs(config), session.nodes)
     ranks_here = session.nodes.count(session.place.node)
     estimate = together(lambda: check_memory(config, dist.get_world_size(), ranks_here), session.nodes)
-    checkpoint, damaged = find_checkpoint(run_dir / "checkpoints", config.checkpoint.verify, config.checkpoint.key_file)
-    if checkpoint:
-        together(lambda: check_checkpoint(config, checkpoint, corpora))
+    resume = Resume(config, corpora)
     session.timed("checking")
     if config.faults.preflight or only_preflight:
         session.watchdog.enter("preflight")
@@ -71,25 +71,25 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     stream = open_stream(config, corpora, "train", mesh.data)
     heldout = open_heldout(config, corpora, mesh.data)
     session.timed("opening the shards")
-    writer = together(lambda: claim_run_folder(config, mesh.data.size) if rank == 0 else None)
-    completed = run_dir / "COMPLETED"
-    done = checkpoint.manifest.step if checkpoint else 0  # steps
-    if done >= config.train.steps:
+    writer = together(lambda: claim_run_folder(config) if rank == 0 else None)
+    resume.under_lock()
+    if resume.step >= config.train.steps:
+        # A kill between the last checkpoint and the marker left it out.
+        together(lambda: mark_completed(None, run_dir) if rank == 0 else None)
         if rank == 0:
-            completed.touch()  # a kill between the last checkpoint and the marker left it out
-            print(f"{run_dir} is done: {done} of {config.train.steps} steps; raise train.steps to go on")
+            print(f"{run_dir} is done: {resume.step} of {config.train.steps} steps; raise train.steps to go on")
         return 0
-    before = newest_start(run_dir) if rank == 0 else {}
+    previous = Previous.find(run_dir, resume.step) if rank == 0 else Previous()
     fence = take_fence(run_dir)
-    start_logging(run_dir, session.place, fence.start)
-    for line in damaged:
+    session.stop.after_the_next_step(run_dir)
+    together(lambda: start_logging(run_dir, session.place, fence.start))
+    together(lambda: write_settings(config, mesh.data.size, fence) if rank == 0 else None)
+    for line in resume.damaged:
         log.warning("%s", line)
     log.info("%s", check_kernels(config))
-    if rank == 0:
-        completed.unlink(missing_ok=True)  # train.steps was raised
-    run = Run(config, session, mesh, stream, heldout, fence, done, estimate)
+    run = Run(config, session, mesh, stream, heldout, fence, resume.step, estimate)
     try:
-        run.begin(checkpoint, before)
+        run.begin(resume.checkpoint, previous)
         why = run.steps()
         run.end(why)
     except UserError as error:
@@ -119,7 +119,7 @@ class Run:
         self.stream, self.heldout = stream, heldout
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.watchdog = session.watchdog
-        self.watchdog.on_end = lambda why: self.note("failed", why)
+        self.watchdog.on_end = session.stop.on_leave = lambda why: self.note("failed", why)
         self.watchdog.on_alive = fence.show_life
         self.faults = Faults.of(config.faults.inject, self.rank, fence.start)
         self.comparison = Comparison(estimate)
@@ -128,35 +128,42 @@ class Run:
         self.engine = Engine(config, mesh)
         session.timed("engine")
 
-    def begin(self, checkpoint: Checkpoint | None, before: dict[str, Any]) -> None:
+    def begin(self, checkpoint: Checkpoint | None, previous: Previous) -> None:
         """Load, open what is written to, and measure the held-out loss of a run that is new.
 
-        before: on rank 0 what the start before, if there was one, has written of itself.
+        previous: on rank 0, the start before.
         """
         config = self.config
-        # Before the lines behind this step are cut off.
-        since = (time_of_step(self.run_dir, self.step) or before.get("time")) if before else None
         norms = checkpoint.manifest.optimizer.get("recent_grad_norms", ()) if checkpoint else ()
         self.spikes = Spikes.load(config.faults, self.run_dir, norms)
         if checkpoint:
             if self.rank == 0:
                 print(f"resuming from {checkpoint.folder}", flush=True)
+                for line in schedule_changes(config, checkpoint):
+                    log.warning("%s", line)
             self.load(checkpoint)
+        elif previous.last_step:
+            print(f"no checkpoint was saved before: {previous.last_step} steps are computed again", flush=True)
         self.session.timed("loading")
         self.saver = Saver(
             self.run_dir / "checkpoints", config.checkpoint, self.fence, self.engine.state, self.watchdog.get_on
         )
         if checkpoint:
-            self.saver.newest = self.step
-        self.metrics = Metrics(config, self.run_dir, self.step) if self.rank == 0 else None
+            self.saver.newest = self.saver.published = self.step
+        self.published = self.saver.published
+        self.metrics = together(self.open_metrics)
         self.peak = peak_flops(config)
         if self.step == 0:
             self.evaluate()
         self.session.timed("opening the run")
-        if before:
-            line = note_restart(self.run_dir, before, self.fence.start, self.step, since, self.session.phases)
-            lost = "" if line["seconds_lost"] is None else f"; {line['seconds_lost']:.0f} s were lost"
-            print(f"start {self.fence.start} goes on behind step {self.step}{lost}: {line['why']}", flush=True)
+        if previous.about:
+            line = note_restart(previous, self.fence, self.step, self.session.phases)
+            print(f"start {self.fence.start} goes on behind step {self.step}{cost(line)}: {line['why']}", flush=True)
+
+    def open_metrics(self) -> Metrics | None:
+        """On rank 0. Raises UserError if the files cannot be written, or a newer start runs."""
+        with user_errors(self.run_dir):
+            return Metrics(self.config, self.run_dir, self.step, self.fence) if self.rank == 0 else None
 
     def steps(self) -> str:
         """Step after step until the run is done. Returns why it stops early; empty: it does not."""
@@ -195,6 +202,7 @@ class Run:
                 self.evaluate()
             self.watchdog.enter(f"saving behind step {step}")
             self.saver.poll()
+            self.note_published()
             # Not in the middle of trouble: it would push out the checkpoint to go back to.
             if is_due(step, config) and (last or not self.spikes.skipped):
                 self.save()
@@ -211,14 +219,22 @@ class Run:
                 f"the last checkpoint could not be written to {self.run_dir / 'checkpoints'}; mend that (a full disk: "
                 "make room) and give the same command again; it goes on from the checkpoint before"
             )
-        self.note("stopped" if why else "completed", stopped if why else "")
+        together(lambda: self.close(why, stopped) if self.rank == 0 else None)
         if self.metrics:
-            forget(self.run_dir)
-            if not why:
-                (self.run_dir / "COMPLETED").touch()
             self.metrics.close()
             told = f"{stopped}; the same command goes on" if why else f"done: {self.step} steps"
             print(f"{told}; metrics, logs and checkpoints are in {self.run_dir}", flush=True)
+
+    def close(self, why: str, stopped: str) -> None:
+        """On rank 0: all lines are in their files, and then the markers. Raises UserError."""
+        assert self.metrics
+        with user_errors(self.run_dir):
+            self.metrics.flush()
+            self.note_published()
+            self.fence.note("stopped" if why else "completed", stopped if why else "", self.step)
+            forget(self.run_dir)
+        if not why:
+            mark_completed(self.fence, self.run_dir)
 
     def read(self, batches: Iterator[tuple[int, list[MicroBatch]]]) -> tuple[int, list[MicroBatch]]:
         """The next batch's number and micro-batches. Raises UserError on one rank: a damaged shard ends all."""
@@ -268,15 +284,20 @@ class Run:
         )
         to = checkpoint.manifest.step if checkpoint else None
         rollback = self.spikes.roll_back(self.step, to, self.run_dir / "metrics.jsonl")
-        together(lambda: self.spikes.write(self.run_dir) if self.rank == 0 else None)
+        together(lambda: self.spikes.write(self.fence) if self.rank == 0 else None)
         assert checkpoint, "there would be no decision to go back"
         log.warning("%s", rollback)
         self.load(checkpoint)
         self.step = checkpoint.manifest.step
         self.spikes.norms.clear()
         self.spikes.norms.extend(checkpoint.manifest.optimizer.get("recent_grad_norms", ()))
-        if self.metrics:
-            self.metrics.rewind(self.step)
+        together(self.rewind_metrics)
+
+    def rewind_metrics(self) -> None:
+        """On rank 0. Raises UserError as `open_metrics`."""
+        with user_errors(self.run_dir):
+            if self.metrics:
+                self.metrics.rewind(self.step)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill the engine."""
@@ -297,6 +318,8 @@ class Run:
             self.config, self.step, dist.get_world_size(), self.fence, self.stream.fingerprint, self.engine
         )
         manifest.optimizer["recent_grad_norms"] = list(self.spikes.norms)
+        if self.metrics:
+            self.metrics.to_disk()
         self.saver.save(manifest)
 
     def look(self, batch: MicroBatch, step: int, result: StepResult) -> dict[str, Any]:
@@ -336,12 +359,12 @@ class Run:
             with contextlib.suppress(OSError, UserError):
                 self.fence.note(state, why, self.step)
 
-
-def take_fence(run_dir: Path) -> Fence:
-    """This start of the run, the same on every rank."""
-    start = torch.tensor(Fence.take(run_dir).start if dist.get_rank() == 0 else 0, device=device())
-    dist.broadcast(start, 0)
-    return Fence(run_dir, int(start))
+    def note_published(self) -> None:
+        """On rank 0: write down that there is a checkpoint. A start that finds none must know that there was one."""
+        if self.rank == 0 and self.saver.published != self.published:
+            self.published = self.saver.published
+            with contextlib.suppress(OSError, UserError):
+                self.fence.note("running", "", self.step, self.published)
 
 
 def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: Engine) -> Manifest:

@@ -3,9 +3,7 @@
 Lines of steps behind the checkpoint that a run resumes from are cut off: each step stands in the file once.
 """
 
-import errno
 import hashlib
-import json
 import logging
 import math
 import os
@@ -17,11 +15,14 @@ from typing import Any, Literal
 
 import torch
 
+from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import Config
+from mythos_dist.files import number_of
 from mythos_dist.parallel.process import DTYPES
 from mythos_dist.plan.cost import train_flops_per_token
 from mythos_dist.train.depth import HeldOut, draw_curves
 from mythos_dist.train.engine import StepResult
+from mythos_dist.train.line_file import FILES, LineFile
 from mythos_dist.units import short
 
 log = logging.getLogger(__name__)
@@ -82,21 +83,26 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
 class Metrics:
     """Rank 0's writer. `step` writes a training step's line, `held_out` one of eval.jsonl."""
 
-    def __init__(self, config: Config, run_dir: Path, resumed_step: int):
-        """Cut off lines behind `resumed_step` and open wandb."""
+    def __init__(self, config: Config, run_dir: Path, resumed_step: int, fence: Fence | None = None):
+        """Cut off lines behind `resumed_step` and open wandb. Raises OSError, and UserError if `fence` is not the
+        newest start's."""
         self.total_steps = config.train.steps
         self.mean_loops = config.loops.mean_of(config.model)
-        self.run_dir = run_dir
-        self._unwritten: dict[str, str] = {}  # lines by file, while the disk is full
+        self.run_dir, self.fence = run_dir, fence
+        self._files = {name: LineFile(run_dir / name, fence) for name in FILES}
         self.rewind(resumed_step)
         self.wandb = _start_wandb(config, run_dir)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of the steps behind `step`: they come again."""
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            if name in self._unwritten:
-                self._unwritten[name] = _kept(self._unwritten[name], step)
-            _keep_until(self.run_dir / name, step or -1)  # from the start, even the loss before step 1 comes anew
+        last = step or -1  # from the start, even the loss before step 1 comes anew
+
+        def keep(line: dict[str, Any]) -> bool | None:
+            at = number_of(line, "step")
+            return None if at is None else at <= last
+
+        for file in self._files.values():
+            file.rewind(keep)
 
     def step(self, line: dict[str, Any]) -> None:
         """Append a step's line and show it."""
@@ -113,7 +119,7 @@ class Metrics:
         """Append what was measured on held-out data after `step` steps, `curve` by the number of loops."""
         by_loops = {str(n): one._asdict() for n, one in curve.items()}
         line = {"step": step, "heldout_loss": found.loss, "accuracy": found.accuracy}
-        self._write("eval.jsonl", line | ({"by_loops": by_loops} if curve else {}))
+        written = self._write("eval.jsonl", line | ({"by_loops": by_loops} if curve else {}))
         print(
             f"step {step}/{self.total_steps}  held-out loss {found.loss:.3f}  perplexity {math.exp(found.loss):.1f}",
             flush=True,
@@ -122,59 +128,41 @@ class Metrics:
             losses = "  ".join(f"{n}: {one.loss:.3f}" for n, one in curve.items())
             print(f"step {step}/{self.total_steps}  held-out loss by loops  {losses}", flush=True)
             try:
-                draw_curves(self.run_dir / "loops.png", {"held out": curve}, self.mean_loops)
+                if written:
+                    draw_curves(self.run_dir / "loops.png", {"held out": curve}, self.mean_loops)
             except OSError as error:
                 log.warning("loops.png cannot be written (%s)", error.strerror)
 
+    def to_disk(self) -> None:
+        """Before a checkpoint: lines of the steps in it must not be lost when it is not. What fails costs a warning."""
+        for file in self._files.values():
+            try:
+                file.to_disk()
+            except OSError as error:
+                log.warning("%s: %s", file.file, error.strerror)
+
+    def flush(self) -> None:
+        """Write what could not be written before. Raises OSError, and UserError as `__init__`."""
+        for file in self._files.values():
+            file.flush()
+        self.to_disk()
+
     def close(self) -> None:
-        """Write what could not be written before, and end the wandb run."""
-        for name, text in self._unwritten.items():
-            _append(self.run_dir / name, text)
+        """End the wandb run."""
+        for file in self._files.values():
+            file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _write(self, name: str, line: dict[str, Any]) -> None:
+    def _write(self, name: str, line: dict[str, Any]) -> bool:
+        """Returns False if the run was started again since: nothing is written then."""
         # JSON has no NaN or infinity: a number that is none of its kind becomes null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        text = self._unwritten.pop(name, "") + json.dumps(finite) + "\n"
-        try:
-            _append(self.run_dir / name, text)
-        except OSError as error:
-            if not self._unwritten:
-                log.warning("%s cannot be written (%s); its lines are kept until it can", name, error.strerror)
-            self._unwritten[name] = text
+        if not self._files[name].append(finite):
+            return False
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-
-def _append(file: Path, text: str) -> None:
-    """All of `text` or nothing."""
-    content = text.encode()
-    with file.open("ab", buffering=0) as stream:
-        end = stream.tell()
-        if stream.write(content) < len(content):
-            stream.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and a line that a kill cut short."""
-    if not path.exists():
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(_kept(path.read_text(), step))
-    temporary.replace(path)
-
-
-def _kept(text: str, step: int) -> str:
-    kept = []
-    for line in text.splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
-    return "".join(kept)
+        return True
 
 
 def _start_wandb(config: Config, run_dir: Path):

@@ -1,9 +1,12 @@
 """What all pictures share: a file that is there whole or not at all, and an axis of loops."""
 
+import io
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mythos_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +23,9 @@ def picture(file: Path, columns: int, size: tuple[float, float]) -> Iterator[lis
     figure, panels = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
     try:
         yield list(panels[0])
-        temporary = file.with_suffix(".tmp")
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(file)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=110)
+        write_atomically(file, content.getvalue())
     finally:
         pyplot.close(figure)
 

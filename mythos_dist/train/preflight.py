@@ -4,6 +4,7 @@ Each rank looks at its node and all tell all; then messages of known content go 
 and others have not is theirs (exit code 3: start again without them), one that all have is the user's (2).
 """
 
+import contextlib
 import secrets
 import shutil
 import statistics
@@ -57,7 +58,8 @@ def preflight(config: Config, place: Place, faults: Faults) -> Found:
     everyone: list[dict[str, Any]] = [{} for _ in range(place.world)]
     dist.all_gather_object(everyone, about)
     if place.rank == 0:
-        token.unlink(missing_ok=True)  # all have looked
+        with contextlib.suppress(OSError):  # where nothing can be written `look` has said so
+            token.unlink(missing_ok=True)  # all have looked
     refuse(judge(everyone, config.faults.clock_skew), everyone)
     nodes = [one["node"] for one in everyone]
     rates, wrong = exchange(place, corrupt=any(fault.kind == "bad_link" for fault in faults.left))

@@ -3,31 +3,54 @@
 import fcntl
 import json
 import logging
+import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from mythos_dist.checkpoint.fence import newest_start
+from mythos_dist.checkpoint import fence as fences
+from mythos_dist.checkpoint.fence import Fence, newest_start
+from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of
+from mythos_dist.cluster import stop
 from mythos_dist.cluster.place import Place, launch_of
 from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
+from mythos_dist.files import (
+    number_of,
+    os_user_error,
+    read_json_lines,
+    remove_temporaries,
+    user_errors,
+    write_atomically,
+)
+from mythos_dist.train import restarts, spikes
+from mythos_dist.train.line_file import FILES as LINES
 
 log = logging.getLogger(__name__)
 
+COMPLETED, LOCK, SETTINGS = "COMPLETED", "writer.lock", ("config.yaml", "deepspeed.json")
+# What the run itself replaces, under the lock; its own temporary files of these names may be removed.
+_REPLACED = (*SETTINGS, *LINES, restarts.FILE, spikes.FILE, fences.FILE, "loops.png", COMPLETED)
+_FILES = (*_REPLACED, LOCK, fences.GUARD, stop.FILE)
+_FOLDERS = ("checkpoints", "logs", "wandb")
+
 
 def check_run_folder(config: Config) -> None:
-    """Raise UserError when `run.dir` holds a run of another config, naming each setting that differs."""
+    """Raise UserError when `run.dir` cannot be a run's folder, or holds a run of another config, naming each setting
+    that differs. Writes nothing."""
     path = Path(config.run.dir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run.dir={config.run.dir} is a file; name a folder")
-    if not (path / "config.yaml").exists():
+    if found := _unusable(path):
+        raise UserError(found)
+    spikes.read_rollbacks(path)
+    if not (path / SETTINGS[0]).exists():
         return
-    before = asdict(load_config(path / "config.yaml"))
+    before = asdict(_settings_of(path / SETTINGS[0]))
     found = [
         f"{name}={value}, but the run in run.dir={path} has {old}" for name, value, old in differences(config, before)
     ]
@@ -35,33 +58,142 @@ def check_run_folder(config: Config) -> None:
         raise UserError([*found, "set these back to go on with that run, or give another run.dir"])
 
 
-def claim_run_folder(config: Config, num_replicas: int) -> TextIO:
-    """Make `run.dir` this process's (rank 0's) as long as the returned file is open; write config and DeepSpeed's JSON.
+def _unusable(path: Path) -> list[str]:
+    """Why `path` can be no run folder, a line each."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        os.stat(
+            path
+        )  # for what `lexists` does not tell: a name that is too long, links in a circle, a forbidden folder
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        return [f"run.dir={str(path)!r} is no path ({error}); give another"]
+    except NotADirectoryError:
+        return [f"run.dir={path}: {there} is a file, and no folder can be made below it; give another run.dir"]
+    except OSError as error:
+        return [f"run.dir={path}: {os_user_error(error, path, 'cannot be used')}"]
+    if there.is_symlink() and not there.exists():
+        return [f"run.dir={path}: {there} is a link to {os.readlink(there)}, which is not there; make that folder"]
+    if not there.is_dir():
+        what = "is a file" if there == path else f"lies below {there}, which is a file"
+        return [f"run.dir={path} {what}; name a folder"]
+    folders = [there, *(there / name for name in _FOLDERS)] if there == path else [there]
+    found = [_not_writable(path, folder) for folder in folders if folder.is_dir()]
+    if there == path:
+        found += [
+            f"{path / name} is a folder; the run writes a file of this name: move it away"
+            for name in _FILES
+            if (path / name).is_dir()
+        ]
+        found += [
+            f"{path / name} is no folder, and the run needs one of this name: move it away"
+            for name in _FOLDERS
+            if os.path.lexists(path / name) and not (path / name).is_dir()
+        ]
+    return [line for line in found if line]
+
+
+def _not_writable(run_dir: Path, folder: Path) -> str:
+    """Why nothing can be written in a folder, as far as that can be seen without writing; empty: it can."""
+    if os.access(folder, os.W_OK | os.X_OK):
+        return ""
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"run.dir={run_dir}: {folder} lies on a file system that is mounted read-only; give another run.dir"
+    return f"run.dir={run_dir}: nothing may be written in {folder} (permission denied); give another run.dir"
+
+
+def _settings_of(file: Path) -> Config:
+    """The config of the run in the folder. Raises UserError if it is damaged, with what to do."""
+    try:
+        text, config = file.read_text(encoding="utf-8"), load_config(file)
+        whole = dump_config(config)
+        if text == whole or not whole.startswith(text):  # else its end is missing, and defaults stand for it
+            return config
+        problems = ["it ends too early"]
+    except OSError as error:
+        problems = [error.strerror or str(error)]
+    except UnicodeDecodeError as error:
+        problems = [str(error)]
+    except UserError as error:
+        problems = error.problems
+    raise UserError(
+        [
+            *problems,
+            "this file of the run is damaged, or of another version: remove it, and the same command writes it again "
+            f"(checkpoints hold these settings, too); or give another run.dir than {file.parent}",
+        ],
+        source=str(file),
+    )
+
+
+def refuse_to_start_over(run_dir: Path, checkpoint: Checkpoint | None) -> None:
+    """Raise UserError if a run without a checkpoint had one: it would begin again, and drop its metrics."""
+    if checkpoint or checkpoints_of(run_dir / "checkpoints"):
+        return
+    lines = read_json_lines(run_dir / LINES[0], tail=1 << 16)
+    last = max((int(number_of(line, "step") or 0) for line in lines), default=0)
+    completed, published = (run_dir / COMPLETED).exists(), newest_start(run_dir).get("published")
+    if completed or (published and last):
+        had = f"has the marker {COMPLETED}" if completed else f"has saved a checkpoint of step {published}"
+        remove = " and ".join(name for name, there in ((COMPLETED, completed), (LINES[0], last)) if there)
+        raise UserError(
+            f"run.dir={run_dir} {had}, but {run_dir / 'checkpoints'} holds no checkpoint: training would begin at "
+            f"step 0 and drop the {last} steps in {LINES[0]}; put the checkpoints back, or give another run.dir, or "
+            f"remove {remove} there to begin again"
+        )
+
+
+def claim_run_folder(config: Config) -> TextIO:
+    """Make `run.dir` this process's (rank 0's) as long as the returned file is open.
 
     Ranks outlive a launcher that is killed, so the same command given again may meet the old run, still writing:
-    that raises UserError. But a later start of the same submission takes over: its scheduler has given the old one up,
-    and whatever is left of it meets the fence.
+    that raises UserError, as does a folder that cannot be written. But a later start of the same submission takes over:
+    its scheduler has given the old one up, and whatever is left of it meets the fence.
     """
     path = Path(config.run.dir)
-    path.mkdir(parents=True, exist_ok=True)
-    file = path / "writer.lock"
-    lock = _locked(file)
-    if lock is None and _is_ours(path):
-        for _ in range(20):  # it may be on its way out
-            time.sleep(0.25)
-            if lock := _locked(file):
-                break
-        else:
-            log.warning("a rank 0 of an earlier start still holds %s: it is cut off, and this start takes over", path)
-            file.unlink(missing_ok=True)
-            lock = _locked(file)
+    with user_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        file = path / LOCK
+        lock = _locked(file)
+        if lock is None and _is_ours(path):
+            for _ in range(20):  # it may be on its way out
+                time.sleep(0.25)
+                if lock := _locked(file):
+                    break
+            else:
+                log.warning(
+                    "a rank 0 of an earlier start still holds %s: it is cut off, and this start takes over", path
+                )
+                file.unlink(missing_ok=True)
+                lock = _locked(file)
     if lock is None:
         raise UserError(
             f"run.dir={path} is in use: {_holder(path)} writes there; stop its ranks, or give another run.dir"
         )
-    (path / "config.yaml").write_text(dump_config(config))
-    (path / "deepspeed.json").write_text(json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
+    with user_errors(path):
+        remove_temporaries(path, _REPLACED)
     return lock
+
+
+def write_settings(config: Config, num_replicas: int, fence: Fence) -> None:
+    """On rank 0: config.yaml and DeepSpeed's JSON, when this start is the newest. Raises UserError."""
+    path = fence.run_dir
+    with user_errors(path), fence.guard():
+        write_atomically(path / "config.yaml", dump_config(config))
+        write_atomically(path / "deepspeed.json", json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
+        (path / COMPLETED).unlink(missing_ok=True)  # train.steps was raised
+
+
+def mark_completed(fence: Fence | None, run_dir: Path) -> None:
+    """On rank 0: the marker, when all before it is on disk. fence: None for a start that has taken none, and writes
+    nothing else. Raises UserError."""
+    marker = run_dir / COMPLETED
+    with user_errors(marker), fence.guard() if fence else nullcontext():
+        if not marker.exists():
+            write_atomically(marker, "")
 
 
 def _locked(file: Path) -> TextIO | None:
@@ -84,13 +216,17 @@ def _is_ours(run_dir: Path) -> bool:
 def _holder(run_dir: Path) -> str:
     about = newest_start(run_dir)
     job = f" of job {about['slurm_job_id']}" if "slurm_job_id" in about else ""
-    return f"a run{job} on {about['host']} (pid {about['pid']})" if about else "another run"
+    return f"a run{job} on {about.get('host')} (pid {about.get('pid')})" if about else "another run"
 
 
 def start_logging(run_dir: Path, place: Place, start: int) -> None:
-    """Send every library's log lines to logs/rank-NNNNN.log; the console gets our warnings, from rank 0."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(run_dir / "logs" / f"rank-{place.rank:05d}.log")
+    """Send every library's log lines to logs/rank-NNNNN.log; the console gets our warnings, from rank 0.
+
+    Raises UserError if the file cannot be opened.
+    """
+    with user_errors(run_dir / "logs"):
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(run_dir / "logs" / f"rank-{place.rank:05d}.log")
     to_file.setFormatter(
         logging.Formatter(f"%(asctime)s {place.node} start {start} %(levelname)s %(name)s: %(message)s")
     )

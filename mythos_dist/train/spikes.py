@@ -21,8 +21,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import FaultsConfig
-from mythos_dist.errors import DivergedError, UserError
+from mythos_dist.errors import DivergedError, UserError, first_line
+from mythos_dist.files import user_errors, write_atomically
+from mythos_dist.parallel.process import together
 
 FILE = "rollbacks.json"
 _WINDOW, _ENOUGH = 100, 20  # norms that a median is taken of, and how many there must be
@@ -55,13 +58,13 @@ class Spikes:
 
     @staticmethod
     def load(settings: FaultsConfig, run_dir: Path, norms: Sequence[float] = ()) -> "Spikes":
-        """With the rollbacks of earlier starts, as rank 0 reads them, and the norms that a checkpoint has kept."""
-        found: list[Any] = [None]
-        if dist.get_rank() == 0:
-            file = run_dir / FILE
-            found = [json.loads(file.read_text()) if file.exists() else []]
+        """With the rollbacks of earlier starts, as rank 0 reads them, and the norms that a checkpoint has kept.
+
+        Raises UserError, on every rank, if their file is damaged.
+        """
+        found: list[Any] = [together(lambda: read_rollbacks(run_dir) if dist.get_rank() == 0 else [])]
         dist.broadcast_object_list(found)
-        return Spikes(settings, [Rollback(**entry) for entry in found[0]], norms=deque(norms, maxlen=_WINDOW))
+        return Spikes(settings, found[0], norms=deque(norms, maxlen=_WINDOW))
 
     @property
     def limit(self) -> float:
@@ -100,15 +103,29 @@ class Spikes:
         self.skipped.clear()
         return rollback
 
-    def write(self, run_dir: Path) -> None:
-        """On rank 0, before the run goes back. Raises UserError if the disk takes nothing."""
-        temporary = run_dir / f"{FILE}.tmp"
-        try:
-            temporary.write_text(json.dumps([asdict(entry) for entry in self.rollbacks], indent=1) + "\n")
-            temporary.replace(run_dir / FILE)
-        except OSError as error:
-            raise UserError(f"{run_dir / FILE} cannot be written ({error.strerror}); make room") from None
+    def write(self, fence: Fence) -> None:
+        """On rank 0, before the run goes back. Raises UserError if the disk takes nothing, or a newer start runs."""
+        with user_errors(fence.run_dir / FILE), fence.guard():
+            content = json.dumps([asdict(entry) for entry in self.rollbacks], indent=1) + "\n"
+            write_atomically(fence.run_dir / FILE, content)
 
     def decision(self, step: int) -> str:
         """The rollback that step `step` comes behind, in words; empty: none."""
         return "; ".join(str(rollback) for rollback in self.rollbacks if rollback.to + 1 == step)
+
+
+def read_rollbacks(run_dir: Path) -> list[Rollback]:
+    """Those that earlier starts have written. Raises UserError if their file is damaged."""
+    file = run_dir / FILE
+    try:
+        found = [Rollback(**entry) for entry in json.loads(file.read_bytes())]
+        if not all(isinstance(batch, int) for rollback in found for batch in rollback.batches):
+            raise ValueError("batches are numbers")
+        return found
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is damaged ({first_line(error)}): it says which batches are left out; put it back from a copy, or "
+            "remove it, and no batch is left out"
+        ) from None

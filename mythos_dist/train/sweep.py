@@ -1,7 +1,6 @@
 """Held-out loss and accuracy of a checkpoint over the number of loops, on one process."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.manifest import read_manifest
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
+from mythos_dist.files import write_atomically
 from mythos_dist.model.mythos import IGNORED, Mythos
 from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
@@ -124,6 +124,4 @@ def measure(
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, file)
+    write_atomically(file, json.dumps(content, indent=2) + "\n")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers import kill_points
 from helpers.ports import reserved_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it: these tests run on CPU and gloo
@@ -141,6 +142,8 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
         threading.Thread(target=_kill, daemon=True).start()
     if os.environ.get("FAIL_AT", "").startswith(f"{rank}:"):
         _fail_at(int(os.environ["FAIL_AT"].partition(":")[2]))
+    if "KILL_POINTS_IN" in os.environ:
+        kill_points.install()
     if "SLOW_SAVE" in os.environ:
         _save_slowly(float(os.environ["SLOW_SAVE"]))
     file = Path(folder, str(rank))

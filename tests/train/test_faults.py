@@ -174,6 +174,8 @@ def test_after_three_skips_in_a_row_the_run_goes_back_and_past_them(settings, sh
     assert [line["step"] for line in found] == list(range(1, 9))
     for step in (4, 6, 8):
         shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}")
+    for name in ("COMPLETED", "metrics.jsonl"):  # else it would ask
+        (run_dir / name).unlink()
     again = train(2, *arguments)  # from the start, as there is no checkpoint any more: never again onto bad batches
     assert again.codes == [0, 0] and "WARNING" not in again.err
     assert [line["batch_id"] for line in lines(run_dir)] == wanted

@@ -145,11 +145,16 @@ def test_running_a_finished_run_again_changes_nothing(finished, settings):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, settings, tmp_path):
-    """Its lines are replaced, not continued."""
+    """Its lines are replaced, not continued, and it says how many steps are lost."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "checkpoints")
-    assert train(2, *settings, f"run.dir={run_dir}").codes == [0, 0]
+    (run_dir / "COMPLETED").unlink()
+    about = json.loads((run_dir / "writer.json").read_text())
+    (run_dir / "writer.json").write_text(json.dumps(about | {"state": "running", "published": None}))
+    again = train(2, *settings, f"run.dir={run_dir}")
+    assert again.codes == [0, 0]
+    assert "no checkpoint was saved before: 6 steps are computed again" in again.out
     assert exact(run_dir) == exact(finished)
     assert lines(run_dir, "eval.jsonl") == lines(finished, "eval.jsonl")
 

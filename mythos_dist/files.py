@@ -1,0 +1,116 @@
+"""Files that survive a kill: written as a whole or not at all, and read without trust in what is there.
+
+Rule: temporary file in the same folder, fsync, rename, fsync of the folder. A reader sees the old content or the new
+one, whenever the writer is killed and the machine loses its power. Temporary files are called `NAME.tmp-PID`; whoever
+holds the folder's lock removes those that killed writers have left (`remove_temporaries`).
+"""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mythos_dist.errors import UserError
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Replace `file` by `content`; on disk when this returns. Raises OSError, and leaves the old file, if it fails."""
+    temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    folder_to_disk(file.parent)
+
+
+def folder_to_disk(folder: Path) -> None:
+    """fsync of a folder: names that were made, renamed or removed there survive a power failure."""
+    with suppress(OSError):  # not every file system has it
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed writers of the files `names` in `folder` have left, and nothing else."""
+    pattern = re.compile(rf"({'|'.join(map(re.escape, names))})\.tmp-\d+")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of `content` and the JSON object on it; None: the line holds none, or is not UTF-8.
+
+    Raises nothing: a kill may have cut the last line, and a bad disk or an editor anything else.
+    """
+    for line in content.splitlines():
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        yield line, found if isinstance(found, dict) else None
+
+
+def read_json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]:
+    """The JSON objects in the last `tail` bytes of a file of lines; None: in all of it. Other lines are left out.
+
+    Empty if there is no such file, or if it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            skipped = max(0, stream.seek(0, 2) - tail) if tail else 0
+            stream.seek(skipped)
+            content = stream.read()
+    except OSError:
+        return []
+    lines = list(json_lines(content))
+    return [found for _, found in lines[1 if skipped else 0 :] if found is not None]
+
+
+def number_of(line: dict[str, Any], key: str) -> float | None:
+    """The number under `key`; None if there is none (true and false are none)."""
+    value = line.get(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room: the quota is used up",
+    errno.EROFS: "this file system is mounted read-only; give another run.dir, or mount it to write",
+    errno.EACCES: "give another run.dir, or get the right to write there",
+    errno.EPERM: "give another run.dir, or get the right to write there",
+    errno.ENOTDIR: "a part of this path is a file; give another run.dir",
+    errno.ENAMETOOLONG: "this name is too long; give a shorter run.dir",
+    errno.ELOOP: "links of this path form a circle; give another run.dir",
+    errno.EISDIR: "it is a folder where a file belongs; move it away",
+    errno.EEXIST: "it is a file where a folder belongs; move it away",
+}
+
+
+@contextmanager
+def user_errors(place: Path, what: str = "cannot be written") -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that names the file (or else `place`) and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise os_user_error(error, place, what) from None
+
+
+def os_user_error(error: OSError, place: Path, what: str = "cannot be written") -> UserError:
+    """What `user_errors` raises."""
+    name = error.filename if isinstance(error.filename, str) else str(place)
+    remedy = _REMEDIES.get(error.errno or 0, "look at this folder and its file system")
+    return UserError(f"{name} {what} ({error.strerror or error}); {remedy}")

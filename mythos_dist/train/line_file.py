@@ -1,0 +1,141 @@
+"""A file of JSON lines that one start of a run appends to: metrics.jsonl, eval.jsonl, restarts.jsonl.
+
+An old start may still run, or have been stopped for a while and go on (`checkpoint/fence.py`). It looks before each
+line whether it is the newest start. And because it may be stopped between that look and the line, every start begins by
+putting a copy of the file in its place and keeps that open: what an old one appends goes to the file that it opened,
+which has no name any more.
+"""
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.errors import UserError
+from mythos_dist.files import json_lines, write_atomically
+
+log = logging.getLogger(__name__)
+FILES = ("metrics.jsonl", "eval.jsonl")  # a line a step; a line an evaluation
+Keep = Callable[[dict[str, Any]], bool | None]  # whether a line stays; None: it is no line of this file
+
+
+class LineFile:
+    """Rank 0's writer of one file. Lines that cannot be written are kept until they can."""
+
+    def __init__(self, file: Path, fence: Fence | None = None):
+        """fence: of the start that writes; None: nobody else does. Nothing is opened before `rewind` or `append`."""
+        self.file, self._fence = file, fence
+        self._keep: Keep = lambda line: True
+        self._stream: FileIO | None = None
+        self._unwritten = b""
+        self._taken_over = False
+
+    def rewind(self, keep: Keep) -> None:
+        """Leave out lines that `keep` is false for; with a warning those that are no JSON objects, or None for `keep`.
+
+        Raises OSError, and UserError if the run was started again since.
+        """
+        self._keep, self._unwritten = keep, _kept(self._unwritten, keep)[0]
+        with self._guard():
+            try:
+                content = self.file.read_bytes()
+            except FileNotFoundError:
+                return
+            kept, broken = _kept(content, keep)
+            if broken:
+                log.warning("%s: %d lines that hold no values were left out", self.file, broken)
+            self._replace(kept)
+
+    def append(self, line: dict[str, Any]) -> bool:
+        """Add a line. Returns False, and writes nothing, if the run was started again since: `Fence.check` says so to
+        all ranks before the next step."""
+        if self._taken_over:
+            return False
+        had_room = not self._unwritten
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            self.flush()
+        except UserError as error:
+            self._taken_over = True
+            log.warning("%s", error)
+            return False
+        except OSError as error:
+            if had_room:
+                log.warning(
+                    "%s cannot be written (%s); its lines are kept until it can", self.file.name, error.strerror
+                )
+        return True
+
+    def flush(self) -> None:
+        """Write what could not be written before. Raises OSError, and UserError as `rewind`."""
+        if not self._unwritten:
+            return
+        with self._guard():
+            _append(self._opened(), self._unwritten)
+        self._unwritten = b""
+
+    def to_disk(self) -> None:
+        """What was written survives a power failure. Raises OSError."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _guard(self):
+        return self._fence.guard() if self._fence else nullcontext()
+
+    def _opened(self) -> FileIO:
+        """The file behind the name, which is ours."""
+        stream = self._stream
+        if stream is None:
+            try:
+                self.file.open("xb").close()
+                stream = self._stream = self.file.open("ab+", buffering=0)
+            except FileExistsError:  # of an old start that was stopped just before it made it
+                return self._replace(_kept(self.file.read_bytes(), self._keep)[0])
+        try:
+            ours = os.path.samestat(os.stat(self.file), os.fstat(stream.fileno()))
+        except FileNotFoundError:
+            ours = False
+        if ours:
+            return stream
+        # An old start that woke up after its look, or an editor, has put another file in its place.
+        stream.seek(0)
+        return self._replace(stream.readall() or b"")
+
+    def _replace(self, content: bytes) -> FileIO:
+        write_atomically(self.file, content)
+        self.close()
+        stream = self._stream = self.file.open("ab+", buffering=0)
+        return stream
+
+
+def _append(stream: FileIO, content: bytes) -> None:
+    """All of `content` or nothing."""
+    end = stream.seek(0, os.SEEK_END)
+    if stream.write(content) < len(content):
+        stream.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _kept(content: bytes, keep: Keep) -> tuple[bytes, int]:
+    """The lines that stay, and how many were broken; the last one, which a kill cuts short, is not counted."""
+    kept, broken = [], 0
+    lines = list(json_lines(content))
+    for i, (line, found) in enumerate(lines):
+        verdict = None if found is None else keep(found)
+        if verdict:
+            kept.append(line + b"\n")
+        elif verdict is None and line.strip() and (i < len(lines) - 1 or content.endswith(b"\n")):
+            broken += 1
+    return b"".join(kept), broken

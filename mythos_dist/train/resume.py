@@ -1,0 +1,109 @@
+"""What a run resumes from, found before anything is written and again under the folder's lock; and what changes then.
+
+Between the two, ranks of an earlier start that have outlived their launcher may publish a newer checkpoint, remove the
+one that was found, or finish the run.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.manifest import FILE, Checkpoint, checkpoints_of
+from mythos_dist.checkpoint.restore import find_checkpoint
+from mythos_dist.config.load import config_from
+from mythos_dist.config.schema import Config
+from mythos_dist.data.corpora import Corpus
+from mythos_dist.errors import UserError
+from mythos_dist.files import user_errors
+from mythos_dist.parallel.process import any_rank, device, together
+from mythos_dist.train.checks import check_checkpoint
+from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over
+from mythos_dist.train.schedule import learning_rate, mean_at
+
+
+class Resume:
+    """The checkpoint to resume from; the same on every rank, and every rank calls the same methods."""
+
+    def __init__(self, config: Config, corpora: list[Corpus]):
+        """Raises UserError if there is one that this config and these shards cannot go on from, or none any more."""
+        self._config, self._corpora = config, corpora
+        self._folder = Path(config.run.dir) / "checkpoints"
+        self._seen = together(self._state)
+        self._find()
+
+    def under_lock(self) -> None:
+        """Look again, when rank 0 holds the folder's lock: no other start writes now. Raises UserError as before."""
+        together(lambda: check_run_folder(self._config) if dist.get_rank() == 0 else None)
+        if any_rank(together(self._state) != self._seen):
+            self._find()
+
+    @property
+    def step(self) -> int:
+        """The last that is behind us."""
+        return self.checkpoint.manifest.step if self.checkpoint else 0
+
+    def _find(self) -> None:
+        settings = self._config.checkpoint
+        self.checkpoint, self.damaged = find_checkpoint(self._folder, settings.verify, settings.key_file)
+        together(self._check)
+
+    def _check(self) -> None:
+        if self.checkpoint:
+            check_checkpoint(self._config, self.checkpoint, self._corpora)
+        elif dist.get_rank() == 0:
+            refuse_to_start_over(self._folder.parent, None)
+
+    def _state(self) -> list[tuple[Any, ...]]:
+        """On rank 0, what changes when a checkpoint is published, replaced or removed. Raises UserError."""
+        found = []
+        for folder in checkpoints_of(self._folder) if dist.get_rank() == 0 else ():
+            try:
+                about = (folder / FILE).stat()
+                found.append((folder.name, about.st_ino, about.st_mtime_ns))
+            except OSError:
+                found.append((folder.name,))
+        return found
+
+
+def take_fence(run_dir: Path) -> Fence:
+    """This start of the run, the same on every rank."""
+
+    def take() -> Fence:
+        with user_errors(run_dir):
+            return Fence.take(run_dir) if dist.get_rank() == 0 else Fence(run_dir, 0)
+
+    fence = together(take)
+    start = torch.tensor(fence.start, device=device())
+    dist.broadcast(start, 0)
+    return fence if dist.get_rank() == 0 else Fence(run_dir, int(start))
+
+
+def schedule_changes(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
+    """What steps after `checkpoint` do otherwise than they would have with the settings that it was saved with.
+
+    Only settings that may change between two starts can differ here: of them `train.steps` moves the learning rate.
+    """
+    done = checkpoint.manifest.step
+    try:
+        before = config_from(checkpoint.manifest.config)
+    except UserError:  # settings of another version: nothing to compare with
+        return
+    changed = f"train.steps={config.train.steps}, and the checkpoint of step {done} was saved with {before.train.steps}"
+    schedules: dict[str, tuple[Callable[[Config, int], float], str]] = {
+        "the learning rate": (lambda c, step: learning_rate(c.optim, step, c.train.steps), ".2e"),
+        "the mean number of loops": (mean_at, "g"),
+    }
+    # Before the end of a warm-up nothing differs; the first step after it shows the change.
+    for step in sorted({done + 1, max(done, config.optim.warmup_steps) + 1}):
+        for name, (value, form) in schedules.items():
+            was, now = value(before, step), value(config, step)
+            if abs(now - was) > 1e-6 * abs(was):
+                yield (
+                    f"{changed}: {name} of step {step} is {now:{form}} instead of {was:{form}}"
+                    + (f" ({value(before, done):{form}} in step {done})" if done else "")
+                )
+                return

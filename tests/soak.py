@@ -1,0 +1,49 @@
+"""Kill a small run many times and compare it bit for bit with an undisturbed one: `python tests/soak.py --kills 200`.
+
+Kills come at random moments, and before, after and in the middle of every call that changes the run folder. Exit code
+0, or a traceback that names what differs and where the last kills were; the folder is kept then.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from conftest import SMALL, TINY
+from helpers.soak import Soak, leftovers_in_shared_memory
+
+from mythos_dist.data.tokenizer import train_tokenizer
+from mythos_dist.shards.convert import convert
+from mythos_dist.shards.corpus import read_documents, write_sample_corpus
+
+
+def main() -> None:
+    """Make shards, then kill."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="(a new one)")
+    parser.add_argument("--kills", type=int, default=200, help="(%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3600, help="ends sooner after this time (%(default)s)")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    print(f"seed {arguments.seed}, in {folder}", flush=True)
+    corpus = write_sample_corpus(folder / "corpus.parquet")
+    tokenizer = train_tokenizer(read_documents(corpus), folder / "tokenizer.model", 512)
+    convert(corpus, tokenizer, 32, folder / "shards", heldout=0.1, quiet=True)
+    begin = time.monotonic()
+    try:
+        soak = Soak([str(TINY), *SMALL, f"data.path={folder / 'shards'}"], folder, arguments.seed)
+        soak.run(arguments.kills, arguments.seconds)
+    finally:
+        leftovers_in_shared_memory(folder)
+    points = Counter(where.partition(" ")[0] for where in soak.kills)
+    print(
+        f"{len(soak.kills)} kills in {time.monotonic() - begin:.0f} s: {points['before']} before, {points['after']} "
+        f"after and {points['half']} in the middle of a call, {points['at']} at random; {len(soak._untried())} places "
+        f"left; {soak.runs} runs, each equal to the undisturbed one"
+    )
+
+
+if __name__ == "__main__":
+    main()
