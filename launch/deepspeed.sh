@@ -37,6 +37,13 @@ found_from_here() { # PATH: absolute if there is such a file where the user is
     if [[ -f $1 ]]; then realpath "$1"; else echo "$1"; fi
 }
 ask() { "$python" -m mythos_dist.cluster.allocation "$config" "$@"; }
+# What bash computes with may hold a command, so numbers from files and variables are looked at first.
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
+# Launchers put these words into command lines for shells on other hosts, and not all of them quote.
+check_plain() { # NAME VALUE
+    [[ ! $2 =~ [^[:alnum:]_@%+=:,./-] && $2 != -* ]] || fail 2 "$1=$2: launchers give it to shells on other hosts; \
+use letters, digits and _@%+=:,./- only"
+}
 is_done() { [[ -e $run_dir/COMPLETED ]] && ask --finished; }
 
 # --- The hosts
@@ -49,7 +56,7 @@ on_host() { # HOST [ARGUMENT ...]
     if [[ $launcher == slurm ]]; then
         srun --overlap --quiet --nodes=1 --ntasks=1 --nodelist="$1" bash -s -- "${@:2}"
     else
-        ssh -o BatchMode=yes $ssh_options "$1" "bash -s -- $(printf '%q ' "${@:2}")"
+        ssh -o BatchMode=yes $ssh_options -- "$1" "bash -s -- $(printf '%q ' "${@:2}")"
     fi
 }
 on_all_hosts() { # SCRIPT [ARGUMENT ...]: at the same time; prints the hosts where it fails
@@ -107,7 +114,9 @@ kill_leftovers() {
 
 choose_port() { # below the ports that kernels give to outgoing connections
     MASTER_PORT=$((10000 + RANDOM % 20000))
-    while timeout 2 bash -c ": <'/dev/tcp/$MASTER_ADDR/$MASTER_PORT'" 2>/dev/null; do ((MASTER_PORT += 1)); done
+    while timeout 2 bash -c ': <"/dev/tcp/$1/$2"' bash "$MASTER_ADDR" "$MASTER_PORT" 2>/dev/null; do
+        ((MASTER_PORT += 1))
+    done
 }
 
 # pdsh and mpirun pass no variables on; DeepSpeed passes on those of this file.
@@ -116,7 +125,7 @@ write_env_file() {
     theirs=$(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX|FI|OMP|WANDB|HF)_|^LD_LIBRARY_PATH$' |
         grep -vE 'KEY|TOKEN|SECRET')
     for name in $(printf '%s\n' $theirs "${env_names[@]}" MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE MYTHOS_LAUNCH \
-        MYTHOS_BAD_NODES MYTHOS_VERDICT | sort -u); do
+        MYTHOS_BAD_NODES MYTHOS_VERDICT MYTHOS_SECRET_FILE | sort -u); do
         value=${!name}
         # DeepSpeed puts values with other characters into quotes, and not all launchers take them off.
         if [[ $value =~ [^[:alnum:]_@%+=:,./-] ]]; then
@@ -129,7 +138,7 @@ write_env_file() {
 
 start() { # starts DeepSpeed's launcher: $launched
     local more='' options=(
-        --hostfile="$hostfile" --launcher="$launcher" --master_addr="$MASTER_ADDR" --force_multi --log_level=warning
+        --hostfile="$run_dir/launch/hostfile" --launcher="$launcher" --master_addr="$MASTER_ADDR" --force_multi --log_level=warning
     )
     choose_port
     options+=(--master_port="$MASTER_PORT")
@@ -185,7 +194,9 @@ decide() {
     fi
     kill_leftovers
     # Launchers return 0 when they are killed, or what became of the ranks that they killed: the ranks' own word counts.
-    [[ ! -s $MYTHOS_VERDICT ]] || read -r exit_code <"$MYTHOS_VERDICT"
+    local told=''
+    [[ ! -s $MYTHOS_VERDICT ]] || read -r told <"$MYTHOS_VERDICT"
+    ! is_number "$told" || exit_code=$told
     if [[ -s $MYTHOS_BAD_NODES ]]; then
         fail 3 "unfit: $(sort -u "$MYTHOS_BAD_NODES" | paste -sd' '); mend it, or take it out of $hostfile"
     elif ((exit_code == 2 || exit_code == 5)); then
@@ -209,8 +220,18 @@ count_failure() {
     ((failures < MAX_FAILURES)) || fail "$exit_code" "not started again; see $run_dir/logs"
 }
 
+# By which the ranks of this launch know each other: in a file, because the environment goes through command lines.
+make_secret() {
+    MYTHOS_SECRET_FILE=$run_dir/launch/secret-$launch
+    (umask 077 && head -c 32 /dev/urandom | base64 >"$MYTHOS_SECRET_FILE")
+    if [[ $(stat -c %a "$MYTHOS_SECRET_FILE") != 600 ]]; then
+        say "others can read files in $run_dir, whose file system has no modes: ranks trust whoever can reach them"
+        rm -f "$MYTHOS_SECRET_FILE" && unset MYTHOS_SECRET_FILE
+    fi
+}
+
 clean_up() {
-    rm -f "$DS_ENV_FILE" "$run_dir/STOP" # a request that nobody is left to hear must not stop the next start
+    rm -f "$DS_ENV_FILE" ${MYTHOS_SECRET_FILE:+"$MYTHOS_SECRET_FILE"} "$run_dir/STOP" # a request that nobody is left to hear must not stop the next start
 }
 
 main() {
@@ -224,11 +245,21 @@ main() {
     python=${PYTHON:-$project/.venv/bin/python}
     export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
     : "${MAX_FAILURES:=3}" "${HOSTS_WITHIN:=600}"
+    local name
+    for name in MAX_FAILURES HOSTS_WITHIN; do
+        is_number "${!name}" || fail 2 "$name=${!name}: set it to a number"
+    done
     run_dir=$(ask "${overrides[@]}" --hostfile="$hostfile") || exit
     run_dir=$(realpath -m "$run_dir")
-    mapfile -t hosts < <(sed -n 's/^ *\([^# ][^ \t]*\)[ \t].*slots=.*/\1/p' "$hostfile")
-    ranks_per_node=$(sed -n 's/^ *[^# ].*slots=\([0-9]*\).*/\1/p' "$hostfile" | head -n1)
+    check_plain PYTHON "$python"
+    check_plain "the project folder" "$project"
+    check_plain run.dir "$run_dir"
+    check_plain MASTER_ADDR "${MASTER_ADDR:-}"
     mkdir -p "$run_dir/launch"
+    # What was checked is what is used: DeepSpeed reads a hostfile by rules of its own.
+    ask "${overrides[@]}" --hosts="$hostfile" >"$run_dir/launch/hostfile" || exit
+    mapfile -t hosts < <(sed 's/ slots=.*//' "$run_dir/launch/hostfile")
+    ranks_per_node=$(sed -n '1s/.*slots=//p' "$run_dir/launch/hostfile")
     # As one file: shells and launchers on the way would take settings apart at their braces and spaces.
     ask "${overrides[@]}" --write="$run_dir/launch/config.yaml" || exit
     config=$run_dir/launch/config.yaml
@@ -241,11 +272,13 @@ main() {
     [[ -z $missing ]] || fail 2 "$missing: not to be reached without a password, or $project, $python or $config is \
 not there; try \`ssh HOST ls $project\`, and share the folder"
     cores=$(on_host "${hosts[0]}" <<<nproc) # this machine may be another kind
+    is_number "$cores" || cores=1
     source launch/env.sh
     unset MYTHOS_LAUNCH
     launch=$(hostname)-$$-$(date +%s)
     export MYTHOS_BAD_NODES=$run_dir/launch/bad_nodes MYTHOS_VERDICT=$run_dir/launch/verdict DS_ENV_FILE
-    export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}} MASTER_PORT LOCAL_WORLD_SIZE=$ranks_per_node
+    export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]#*@}} MASTER_PORT LOCAL_WORLD_SIZE=$ranks_per_node MYTHOS_SECRET_FILE
+    make_secret
     DS_ENV_FILE=$(mktemp)
     export PDSH_SSH_ARGS_APPEND="$ssh_options ${PDSH_SSH_ARGS_APPEND:-}"
     export HYDRA_LAUNCHER_EXTRA_ARGS=$ssh_options OMPI_MCA_plm_rsh_args=$ssh_options # mpich, openmpi

@@ -23,12 +23,26 @@ fi
 
 # Compiled kernels, on a disk of the node's own: by default they go below the home, and on a shared one hundreds of
 # ranks wait for each other's locks.
+#
+# Anybody can make a folder of this name, and what lies in it is run: every rank looks whose it is on its own node before
+# it compiles anything, and so does this script here (mythos_dist/private.py).
 local_disk=${TMPDIR:-/tmp}/mythos_dist-$(id -u)
 : "${TRITON_CACHE_DIR:=$local_disk/triton}"
 : "${TORCH_EXTENSIONS_DIR:=$local_disk/torch_extensions}" # what DeepSpeed compiles
+: "${TORCHINDUCTOR_CACHE_DIR:=$local_disk/inductor}" # what train.compile compiles; by default /tmp/torchinductor_USER
+own_folder() { # FOLDER: made if it is not there; else it must be ours alone
+    mkdir -m 700 -p "$1" 2>/dev/null
+    [[ -d $1 && ! -L $1 && -O $1 ]] && ! (($(stat -c 0%a "$1") & 022)) && return
+    echo "error: $1 is no folder that is yours and that nobody else can write into; look at what is there, remove it, \
+or set TMPDIR to a folder of yours" >&2
+    return 1
+}
+if [[ "$TRITON_CACHE_DIR $TORCH_EXTENSIONS_DIR $TORCHINDUCTOR_CACHE_DIR" == *"$local_disk"/* ]]; then
+    own_folder "$local_disk" || exit 2
+fi
 
 env_names=(
     NCCL_DEBUG TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_FR_DUMP_TEMP_FILE OMP_NUM_THREADS PYTHONUNBUFFERED PYTHONFAULTHANDLER
-    TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR
+    TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR
 )
 export "${env_names[@]}"

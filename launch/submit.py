@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mythos_dist.cluster.allocation import check, spread
+from mythos_dist.cluster.allocation import MOST, check, spread
 from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError, exit_with, run_command
 
@@ -36,6 +36,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def check_counts(arguments: argparse.Namespace) -> None:
+    """Raises UserError with every count that is none. SLURM would take 0 and less for something else."""
+    counts = {name: getattr(arguments, name) for name in ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank")}
+    problems = [
+        f"--{name.replace('_', '-')} {number}: give a whole number from 1 to {MOST:,}"
+        for name, number in {**counts, "chain": arguments.chain}.items()
+        if number is not None and not 1 <= number <= MOST
+    ]
+    if problems:
+        raise UserError(problems)
+
+
 def sbatch_line(arguments: argparse.Namespace, ranks_per_node: int, name: str) -> list[str]:
     """What to type for it. The job is called as the run is: so chains by --dependency=singleton work too."""
     options = {
@@ -59,11 +71,12 @@ def main() -> None:
     arguments = parse()
     ranks_per_node = arguments.ranks_per_node or arguments.gpus_per_node or 1
     try:
+        check_counts(arguments)
         config = load_config(arguments.config, arguments.overrides)
         allocation = spread(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
         for line in check(config, allocation, arguments.config):
             print(f"note: {line}", file=sys.stderr)
-        line = sbatch_line(arguments, ranks_per_node, Path(config.run.dir).name)
+        line = sbatch_line(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
         print(shlex.join(line), flush=True)
         if not arguments.dry_run and not shutil.which("sbatch"):
             raise UserError("there is no sbatch here; give this command, or the line above, on a login node")

@@ -7,12 +7,12 @@ and nobody else can write into it. launch/env.sh does the same in bash.
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from mythos_dist.errors import UserError
 
-# Where compilers keep what they have made; launch/env.sh points the first three below `compile_caches()`.
+# Where compilers keep what they have made; launch/env.sh points them below `compile_caches()`.
 CACHES = ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -63,9 +63,16 @@ def make_private(folder: Path, remedy: str) -> Path:
     return folder
 
 
-def check_compile_caches(environment: Mapping[str, str] | None = None) -> None:
-    """On every node: the folder of compiled code is ours, wherever variables lead into it. Raises UserError."""
-    env = os.environ if environment is None else environment
-    folder = compile_caches(env)
-    if any(folder in Path(env[name]).parents for name in CACHES if env.get(name)):
-        make_private(folder, "set TRITON_CACHE_DIR and TORCH_EXTENSIONS_DIR to folders of yours")
+def check_compile_caches(compiles: bool = False, environment: MutableMapping[str, str] = os.environ) -> None:
+    """On every node: the folder of compiled code is ours, wherever variables lead into it. Raises UserError.
+
+    compiles: torch.compile is used, whose own default is a folder that anybody can make.
+    """
+    if compiles:
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_caches(environment) / "inductor"))
+    name = compile_caches(environment).name  # TMPDIR may be another one where the launch script ran
+    above = {
+        folder for cache in CACHES for folder in Path(environment.get(cache) or "/").parents if folder.name == name
+    }
+    for folder in sorted(above):
+        make_private(folder, f"set {', '.join(CACHES)} to folders of yours")

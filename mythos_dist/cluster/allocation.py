@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
 
 T = TypeVar("T")
+MOST = 100_000  # of nodes, of ranks on one, and of jobs in a chain: more is a slip
+_HOST_RULE = "use letters, digits, dots, hyphens and underscores, such as node1 or user@node1.cluster (no IPv6 address)"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Allocation:
     nodes: int
     ranks_per_node: int
     gpus_per_node: int | None = None  # None: not known, or CPUs compute
+    hosts: tuple[str, ...] = field(default=(), compare=False)  # their names, where a hostfile gives them
 
     @property
     def ranks(self) -> int:
@@ -39,7 +42,8 @@ class Allocation:
 def read_hostfile(path: str | Path) -> Allocation:
     """The hosts of a file of DeepSpeed's form: `HOST slots=N` a line, `#` for comments.
 
-    Raises UserError with all problems: lines of another form, a host that stands twice, hosts with different slots.
+    Raises UserError with all problems: lines of another form, names that are no host's, a host that stands twice, hosts
+    with different slots.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -54,8 +58,11 @@ def read_hostfile(path: str | Path) -> Allocation:
         found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
         if not found:
             problems.append(f"line {number}: {line!r} is not of the form `HOST slots=N`, such as `node1 slots=8`")
-        elif int(found[2]) < 1:
-            problems.append(f"line {number}: {line!r} gives no rank; leave the host out, or set slots to 1 or more")
+        elif not is_host(found[1]):
+            problems.append(f"line {number}: {found[1]!r} is no host name: {_HOST_RULE}")
+        elif len(found[2]) > 6 or not 1 <= int(found[2]) <= MOST:
+            what = "gives no rank" if not found[2].strip("0") else f"gives more than {MOST:,} ranks"
+            problems.append(f"line {number}: {line[:300]!r} {what}; leave the host out, or set slots to 1 or more")
         elif found[1] in slots:
             problems.append(f"line {number}: {found[1]} stands there a second time; one line per host")
         else:
@@ -65,7 +72,16 @@ def read_hostfile(path: str | Path) -> Allocation:
     problems += _uneven(slots)
     if problems:
         raise UserError(problems, source=str(path))
-    return Allocation(len(slots), next(iter(slots.values())))
+    return Allocation(len(slots), next(iter(slots.values())), hosts=tuple(slots))
+
+
+def is_host(name: str) -> bool:
+    """Whether it may go into the command lines of shells, ssh, pdsh and mpirun: a name or an IPv4 address.
+
+    They read more into other characters: commands, options, lists and patterns of hosts, other ways to reach one.
+    """
+    word = r"[A-Za-z0-9_][\w.-]{0,254}"
+    return re.fullmatch(f"({word}@)?{word}", name, re.ASCII) is not None
 
 
 def _uneven(slots: dict[str, int]) -> list[str]:
@@ -88,6 +104,10 @@ def spread(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocati
     """`ranks` on `nodes`. Raises UserError if they cannot be dealt out evenly, or a node lacks GPUs for them."""
     if ranks < 1 or nodes < 1:
         raise UserError(f"{ranks} ranks on {nodes} nodes: give at least one of each")
+    if not 1 <= nodes <= MOST or not 1 <= ranks <= nodes * MOST:
+        raise UserError(f"{ranks} ranks on {nodes} nodes: give at most {MOST:,} nodes, and {MOST:,} ranks on each")
+    if gpus_per_node is not None and not 1 <= gpus_per_node <= MOST:
+        raise UserError(f"{gpus_per_node} GPUs per node: give 1 to {MOST:,}, or leave it out to compute on CPUs")
     if ranks % nodes:
         around = nearest(ranks, range(nodes, ranks + nodes + 1, nodes))
         raise UserError(
@@ -190,6 +210,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     where.add_argument("--hostfile", help="instead of --ranks and --nodes: a file of lines `HOST slots=N`")
     where.add_argument("--finished", action="store_true", help="only say by exit code 0 or 1 if the run is done")
     where.add_argument("--write", type=Path, metavar="FILE", help="only write the whole config there")
+    where.add_argument("--hosts", metavar="HOSTFILE", help="only print its hosts and slots, `HOST slots=N` a line")
     add("--nodes", type=int, default=1, help="that the ranks are spread over evenly (%(default)s)")
     add("--gpus-per-node", type=int, help="that the scheduler gives")
     return parser.parse_intermixed_args(arguments)
@@ -206,8 +227,8 @@ def main() -> None:
         arguments.write.write_text(dump_config(config))
         return
     allocation = said = None
-    if arguments.hostfile:
-        allocation = _tried(errors, lambda: read_hostfile(arguments.hostfile))
+    if arguments.hosts or arguments.hostfile:
+        allocation = _tried(errors, lambda: read_hostfile(arguments.hosts or arguments.hostfile))
     elif arguments.ranks is not None:
         allocation = _tried(errors, lambda: spread(arguments.ranks, arguments.nodes, arguments.gpus_per_node))
     if config and allocation:
@@ -216,6 +237,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
     if errors or not config:
         sys.exit(EXIT_USER_ERROR)
+    if allocation and arguments.hosts:
+        print("\n".join(f"{host} slots={allocation.ranks_per_node}" for host in allocation.hosts))
+        return
     for line in said or []:
         print(f"note: {line}", file=sys.stderr)
     print(config.run.dir)

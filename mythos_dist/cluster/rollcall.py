@@ -28,6 +28,7 @@ Card = dict[str, str]  # what a rank reports; `node` is its host, `start` a rand
 _OWN = ("node", "start")  # what differs between ranks
 _CARD = TypeAdapter(Card)
 _AGENT_SECONDS = 10  # in which the store of a launcher that has it answers
+_READ_MORE = 60  # seconds more that the others wait for the verdict than rank 0 for them
 _READ_WITHIN = 20  # seconds in which ranks read a verdict that ends them
 
 
@@ -107,7 +108,7 @@ def call(store: dist.Store, place: Place, card: Card, seconds: float) -> tuple[l
         if place.rank == 0:
             verdict, ours = _judge_all(store, place, card, seconds, secret)
         else:
-            verdict, ours = _await_verdict(store, place, card, seconds + 60, secret)
+            verdict, ours = _await_verdict(store, place, card, seconds + _READ_MORE, secret)
     except dist.DistError:  # rank 0 said why
         raise LostError(f"{place}: rank 0 on {place.master} ended while ranks were called") from None
     if verdict.lost and not verdict.nodes:

@@ -82,7 +82,7 @@ def join(config: Config, place: Place, stop: Stop) -> Session:
     try:
         # The watchdog comes first and says more.
         join_process_group(dist.PrefixStore("group", store), seconds=faults.hang_after + 120)
-        together(check_compile_caches, session.nodes)
+        together(lambda: check_compile_caches(config.train.compile), session.nodes)
     except UserError:
         session.watchdog.leave()
         raise

@@ -1,10 +1,18 @@
 """The roll call: who is missing, who is different, and who is to blame; then the same with real processes."""
 
+import json
+import threading
+from typing import Any
+
 import pytest
+import torch.distributed as dist
 from helpers.launch import launch, train
 
+from mythos_dist.cluster.messages import seal
+from mythos_dist.cluster.place import Place
 from mythos_dist.cluster.recorder import blame
-from mythos_dist.cluster.rollcall import differences, ranges
+from mythos_dist.cluster.rollcall import call, differences, ranges
+from mythos_dist.errors import LostError
 
 
 def card(node: str, code: str = "a", config: str = "x") -> dict[str, str]:
@@ -60,6 +68,82 @@ def test_ranks_that_wait_for_each_other_are_both_named():
         1: report("b", [0, 1], {"b": 1}),
     }
     assert blame(reports, 2)[0] == [0, 1]
+
+
+def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60) -> dict[int, Any]:
+    """What the roll call gives each of `ranks`: cards, or an error."""
+    outcomes: dict[int, Any] = {}
+
+    def one(rank: int) -> None:
+        try:
+            outcomes[rank] = call(store, Place(rank, world, node=f"n{rank}"), {"the code": "a"}, seconds)[0]
+        except LostError as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks or range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def test_what_an_earlier_start_has_left_in_the_store_is_not_taken_for_this_one(monkeypatch):
+    """torchrun's store outlives an attempt. Each meets at a place of its own, whoever comes first."""
+    store = dist.HashStore()
+    places = []
+    for _ in range(3):
+        outcomes = called(store, 3)
+        assert all([card["node"] for card in cards] == ["n0", "n1", "n2"] for cards in outcomes.values())
+        places.append(store.get("start"))
+        assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert len(set(places)) == 3
+    starts = []  # ranks that were there before rank 0 has begun again
+    thread = threading.Thread(target=lambda: starts.append(called(store, 2, [1])))
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive(), "it has taken the verdict of another start for its own"
+    called(store, 2, [0])
+    thread.join()
+    assert [card["node"] for card in starts[0][1]] == ["n0", "n1"]
+
+
+BAD_CARDS = [
+    "", "x", "[" * 1000, "{}", "5", "null", '{"node": 5, "start": "x"}', '{"node": "n1", "start": {}}',
+    '{"node": "a b", "start": "x"}', '{"node": "n1\\nn2", "start": "x"}', '{"node": "-x;touch", "start": ";"} x',
+    json.dumps({"node": "n" * 300, "start": "x"}), json.dumps({"node": "n1", "the code": "\x1b[2J"}), '{"node":' * 900,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_cards_that_are_none_are_not_believed_and_end_nothing(sealed):
+    """Anybody can write into torch's store. A rank's own card may still come; else it counts as missing."""
+    for text in BAD_CARDS[:: 1 if sealed else 6]:
+        store = dist.HashStore()
+
+        def forge(store: dist.Store = store, text: str = text) -> None:
+            store.wait(["start"])
+            number = store.get("start").decode().partition(" ")[2]
+            store.set(f"{number}/card/1", seal(b"", f"card 1 {number}", text) if sealed else text)
+
+        forger = threading.Thread(target=forge)
+        forger.start()
+        outcomes = called(store, 2, [0], seconds=0.4)
+        forger.join()
+        assert outcomes[0].exit_code == 4, text
+        assert "rank 1 (there are ranks on n0) of 2 did not report" in str(outcomes[0])
+        assert "what lies there as the card of rank 1" in str(outcomes[0])
+
+
+def test_a_verdict_that_is_none_is_not_believed(monkeypatch):
+    """Of a forged start, and of one that is signed with another secret: the rank goes on waiting, then says why."""
+    monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
+    for start in (b"\xff", b"[" * 1000, seal(b"", "start", "0" * 32).encode(), b""):
+        store = dist.HashStore()
+        store.set("start", start.decode("latin1"))
+        monkeypatch.setattr("mythos_dist.cluster.rollcall._READ_MORE", 0.3)
+        outcomes = called(store, 2, [1], seconds=0.1)
+        assert outcomes[1].exit_code == 4 and "cannot be used: it is not signed with the secret" in str(outcomes[1])
 
 
 pytestmark = pytest.mark.timeout(120)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,47 @@ def test_rank_0_listens_at_the_address_it_gives_and_nowhere_else():
             if not other.startswith("127."):
                 with pytest.raises(OSError):
                     socket.create_connection((other, first._hub.port), timeout=1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the exit in a thread
+@pytest.mark.parametrize("late", [0.0, 4.5])
+def test_a_rank_whose_connection_broke_ends_as_lost_however_late_the_cause_is_known(late, monkeypatch, capsys):
+    """Two threads slept the same four seconds: the one that ends with 4, and the one that raises and ends with 1."""
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr("os._exit", leave)
+    with served() as (first, address):
+        first.start(address)
+        rank = watchdog(1)
+        rank.place = replace(rank.place, local_rank=0)  # the one that has words
+        rank.start(address)
+        assert first._hub
+        connection = first._hub.peers[1].connection
+        first._hub.peers[1].left = True  # its verdict is not what is waited for
+        monkeypatch.setattr(rank, "_send", lambda message: None)
+        if late:
+            threading.Timer(late, connection.shutdown, [socket.SHUT_RDWR]).start()
+        else:
+            connection.shutdown(socket.SHUT_RDWR)
+            wait_for(lambda: rank._rank_0_ended)
+        with pytest.raises(SystemExit):
+            rank.fail(RuntimeError("Connection closed by peer [127.0.0.1]:39001"))
+    assert set(codes) == {4} and not rank._failed
+    assert "rank 0 on 127.0.0.1 ended" in capsys.readouterr().err
+
+
+def test_a_rank_that_never_connects_is_a_sign_of_an_end():
+    """It was there at the roll call; without it rank 0 would wait for ten minutes."""
+    first = watchdog()
+    first.limits = Limits(600, 0.1 - hub_module._CONNECT_MORE)
+    first.serve(["a", "b"], "127.0.0.1")
+    assert first._hub
+    assert first._hub.finished.wait(60)
+    assert "rank 1 on b came to the roll call and did not connect" in first._hub.signs[1][1]
 
 
 def test_the_secret_of_a_launch_comes_from_whatever_the_launcher_gives(tmp_path):

@@ -219,6 +219,15 @@ def test_the_cache_is_in_the_temporary_folder_when_none_is_named(make, packed, t
     assert file.relative_to(tmp_path / "tmp").parts[:2] == (f"mythos-shards-{os.getuid()}", "f" * 16)
 
 
+def test_a_cache_that_somebody_else_has_made_is_not_read_from(make, packed, tmp_path, monkeypatch):
+    """Its files would be taken for unpacked shards; and the user is told what to do."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"mythos-shards-{os.getuid()}").mkdir()
+    (tmp_path / f"mythos-shards-{os.getuid()}").chmod(0o777)
+    with pytest.raises(UserError, match=r"has mode 0777: others can write into it; .* set data.cache to a folder of"):
+        make(packed, cache=None).read([0])
+
+
 def test_a_cache_that_cannot_be_written_says_what_to_set(make, packed, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be unpacked to .*/file/.*; set data.cache to a folder with room"):

@@ -4,6 +4,7 @@ tests/cluster has the real ones; here every decision is taken once, in a second.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,31 @@ def environment(**variables: str) -> dict[str, str]:
     )
     *values, names = done.stdout.decode().splitlines()
     return dict(zip(names.split(), values, strict=True))
+
+
+def test_the_folder_of_compiled_code_must_be_this_users_own(tmp_path):
+    """It is made for the user alone; with one that is a link, open to others or no folder nothing starts."""
+    folder = tmp_path / f"mythos_dist-{os.getuid()}"
+    script = f"run_dir=/runs/x; ranks_per_node=4; source {LAUNCH}/env.sh; echo $TRITON_CACHE_DIR"
+
+    def sourced() -> subprocess.CompletedProcess:
+        env = CLEAN | {"TMPDIR": str(tmp_path)}
+        return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+
+    assert sourced().stdout == f"{folder}/triton\n"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o777, 0o770, 0o702):
+        folder.chmod(mode)
+        done = sourced()
+        assert done.returncode == 2 and f"{folder} is no folder that is yours" in done.stderr
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert sourced().returncode == 2
+    (tmp_path / "elsewhere").mkdir()
+    assert sourced().returncode == 2
+    folder.unlink()
+    folder.touch()
+    assert sourced().returncode == 2
 
 
 def test_env_sets_what_is_not_set():
@@ -329,7 +355,10 @@ class Hosts(Launch):
         (work / "hostfile").write_text("# ours\nlocalhost slots=2\n127.0.0.1 slots=2\n")
         program(work / "bin" / "python", PYTHON.format(work=work, python=sys.executable))
         program(work / "bin" / "pdsh", "exit 1")
-        program(work / "bin" / "ssh", 'while [[ $1 == -* ]]; do shift 2; done; shift; exec bash -c "$*"')
+        program(
+            work / "bin" / "ssh",
+            'while [[ $1 == -[^-]* ]]; do shift 2; done; [[ $1 == -- ]] || exit 9; shift 2; exec bash -c "$*"',
+        )
 
     def command(self, hostfile: str = "hostfile") -> list[Any]:
         return [LAUNCH / "deepspeed.sh", hostfile]
@@ -511,6 +540,83 @@ def test_mistakes_in_hostfile_and_config_are_told_together(hosts):
     assert "did you mean model.dim?" in hosts.err
 
 
+HOST_INJECTIONS = [
+    "x';touch${IFS}FILE;'", "$(touch${IFS}FILE)", "`touch${IFS}FILE`", "-oProxyCommand=touch${IFS}FILE", "a;touch",
+    "node[1-3]", "a,b", "^file", "exec:node1", "::1", "a\\b", "näme", "a" * 300, "@b", "-x@b", "a&b", "a|b", "{a,b}",
+]  # fmt: skip
+
+
+def test_host_names_that_a_shell_would_read_otherwise_are_refused(hosts):
+    """All at once, before ssh, bash or a launcher sees one."""
+    program(hosts.work / "bin" / "ssh", f"touch {hosts.work}/asked")
+    (hosts.work / "hostfile").write_text("".join(f"{host} slots=2\n" for host in ["localhost", *HOST_INJECTIONS]))
+    assert hosts.run(DONE) == 2
+    for number, _ in enumerate(HOST_INJECTIONS, 2):
+        assert re.search(f"line {number}: .* is no host name: use letters", hosts.err), number
+    assert "Traceback" not in hosts.err
+    assert nothing_ran(hosts) and not (hosts.work / "asked").exists()
+
+
+def nothing_ran(hosts: Hosts) -> bool:
+    return not list(hosts.work.rglob("FILE")) and not (REPOSITORY / "FILE").exists() and hosts.starts == []
+
+
+@pytest.mark.parametrize(("variable", "value"), [
+    ("MASTER_ADDR", "x';touch FILE;'"), ("MAX_FAILURES", "a[$(touch FILE)]"), ("HOSTS_WITHIN", "a[$(touch FILE)]"),
+    ("MAX_FAILURES", "08"), ("MASTER_ADDR", "-x"),
+])  # fmt: skip
+def test_a_variable_that_a_shell_would_run_is_refused(variable, value, hosts):
+    """Arithmetic of bash runs commands that stand in a subscript, and /dev/tcp was opened by a line of bash."""
+    hosts.env[variable] = value
+    assert hosts.run(DONE) == 2
+    assert f"{variable}={value}" in hosts.err and nothing_ran(hosts)
+
+
+@pytest.mark.parametrize("name", ["a'b", "$(touch FILE)"])
+def test_a_run_folder_that_shells_on_other_hosts_would_read_otherwise_is_refused(name, hosts):
+    assert hosts.run(DONE, f'run.dir="{hosts.work}/{name}"') == 2
+    assert "launchers give it to shells on other hosts" in hosts.err and nothing_ran(hosts)
+
+
+def test_settings_reach_the_run_as_they_were_given_whatever_is_in_them(hosts):
+    """They go into a file and not through shells; bash runs nothing of them."""
+    text = "it's $(touch FILE) `touch FILE` ; touch FILE & \\ {a,b}"
+    assert hosts.run(DONE, f"run.wandb_project={text}") in (0, 2)
+    assert not list(hosts.work.rglob("FILE")) and not (REPOSITORY / "FILE").exists()
+
+
+def test_what_lies_in_a_verdict_is_not_run(hosts):
+    """Whoever may write into the run folder must not thereby run commands as the user."""
+    assert hosts.run("echo 'a[$(touch $run/FILE)]' > $MYTHOS_VERDICT; exit 4") == 4
+    assert not (hosts.run_dir / "FILE").exists()
+
+
+def test_a_jobs_record_of_failures_and_nodes_is_not_run(job):
+    text = "a[$(touch $run/FILE)]"
+    assert job.run(f"echo '{text}' > $MYTHOS_VERDICT; echo '77 {text} x' > $run/launch/failures; exit 4") == 4
+    assert not (job.run_dir / "FILE").exists()
+    assert job.asked == ["requeue 77"]
+    assert job.run("echo 'ALL' > $MYTHOS_BAD_NODES; echo 'node9 Requeue=0' >> $MYTHOS_BAD_NODES; exit 3") == 3
+    assert job.asked[1:] == ["requeue 77"] and "no node of this partition, left alone: ALL" in job.out
+
+
+def test_ranks_of_a_launch_share_a_secret_that_is_in_no_command_line(hosts):
+    """A file that only the user can read, gone at the end; the environment names it."""
+    look = "stat -c %a $MYTHOS_SECRET_FILE > $run/mode; wc -c < $MYTHOS_SECRET_FILE >> $run/mode"
+    ranks = f"grep SECRET $DS_ENV_FILE > $run/named; {look}; {DONE}"
+    assert hosts.run(ranks) == 0, hosts.err
+    name, _, file = (hosts.run_dir / "named").read_text().strip().partition("=")
+    assert name == "MYTHOS_SECRET_FILE" and Path(file).parent == hosts.run_dir / "launch" and not Path(file).exists()
+    assert (hosts.run_dir / "mode").read_text() == "600\n45\n"
+
+
+def test_ranks_of_a_job_share_a_secret_that_each_start_has_anew(job):
+    for _ in range(2):
+        job.run("echo $MYTHOS_SECRET >> $run/secrets; exit 85")
+    found = (job.run_dir / "secrets").read_text().split()
+    assert len(set(found)) == 2 and all(len(secret) == 44 for secret in found)
+
+
 # submit.py
 
 
@@ -553,3 +659,19 @@ def test_without_sbatch_that_is_said(tmp_path):
     assert done.returncode == 2
     assert "there is no sbatch here" in done.stderr
     assert done.stdout.startswith("sbatch --job-name=tiny_cpu")
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1000000000000"])
+def test_counts_that_are_none_are_refused_together(number):
+    """--chain -1 went to sbatch as an array of 1 to -1, and --ranks-per-node 0 was taken for not given."""
+    options = ["--nodes", "--ranks-per-node", "--gpus-per-node", "--cpus-per-rank", "--chain"]
+    done = submit(*[word for option in options for word in (option, number)], "--dry-run")
+    assert done.returncode == 2 and done.stdout == ""
+    for option in options:
+        assert f"{option} {number}: give a whole number from 1 to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_scripts_that_are_run_may_be_run():
+    for name in ("deepspeed.sh", "slurm.sbatch", "install_gpu.sh"):
+        assert os.access(LAUNCH / name, os.X_OK), name

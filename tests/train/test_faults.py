@@ -92,6 +92,7 @@ def ended(result: Launch, fault_rank: int, code: int) -> None:
         # The launcher here kills a frozen rank in the end, as srun and torchrun do.
         ("freeze@3:1", -signal.SIGKILL, "rank 1 on {node} has said nothing for 5 s", 20),
         ("hang@3:1", 4, "step 3 takes longer than 10 s: rank 1 on {node} (at cluster/inject.py", 25),
+        ("kill@3:0", -signal.SIGKILL, "rank 0 on 127.0.0.1 ended", 20),
         ("freeze@3:0", -signal.SIGKILL, "rank 0 on 127.0.0.1 has not answered for 5 s", 20),
     ],
 )

@@ -1,0 +1,65 @@
+"""Folders of guessable names in /tmp: used only if they are this user's own."""
+
+import os
+import socket
+
+import pytest
+
+from mythos_dist.errors import UserError
+from mythos_dist.private import check_compile_caches, compile_caches, make_private, problem_of, shard_cache
+
+
+def test_a_folder_is_made_for_its_owner_alone(tmp_path):
+    """Whatever the umask allows."""
+    before = os.umask(0)
+    try:
+        folder = make_private(tmp_path / "new", "set it")
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert make_private(folder, "set it") == folder
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file", "socket", "mode 770", "mode 702", "another owner"])
+def test_what_others_could_have_made_or_filled_is_refused(kind, tmp_path, monkeypatch):
+    """With what it is and what to do; and nothing is changed there."""
+    folder = tmp_path / "cache"
+    if "link" in kind:
+        folder.symlink_to(tmp_path if kind == "link" else tmp_path / "nowhere")
+    elif kind == "file":
+        folder.touch()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder))
+    else:
+        folder.mkdir()
+        folder.chmod(int(kind[-3:], 8) if "mode" in kind else 0o700)
+        if kind == "another owner":
+            me = os.getuid()
+            monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    before = folder.lstat().st_mode
+    assert problem_of(folder)
+    with pytest.raises(UserError, match=f"{folder} .*; look at what is there, remove it, or set data.cache"):
+        make_private(folder, "set data.cache")
+    assert folder.lstat().st_mode == before
+
+
+def test_caches_of_compilers_are_looked_at_where_variables_lead_there(tmp_path):
+    """A folder that the user has named is the user's business."""
+    env = {"TMPDIR": str(tmp_path)}
+    folder = compile_caches(env)
+    assert folder == tmp_path / f"mythos_dist-{os.getuid()}"
+    folder.symlink_to(tmp_path)
+    check_compile_caches(environment=env | {"TRITON_CACHE_DIR": str(tmp_path / "mine")})
+    for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        with pytest.raises(UserError, match="is a symbolic link"):
+            check_compile_caches(environment=env | {name: str(folder / "x" / "y")})
+    with pytest.raises(UserError, match="is a symbolic link"):
+        check_compile_caches(compiles=True, environment=env)
+    elsewhere = {"TMPDIR": "/nowhere", "TRITON_CACHE_DIR": str(folder / "triton")}  # from a launch on another host
+    with pytest.raises(UserError, match="is a symbolic link"):
+        check_compile_caches(environment=elsewhere)
+
+
+def test_names_are_the_users():
+    assert compile_caches({}).name.endswith(str(os.getuid())) and shard_cache().name.endswith(str(os.getuid()))
