@@ -140,7 +140,72 @@ def test_a_failed_run_is_dead_and_says_why(tmp_path):
     assert seen.why.startswith("rank 3 on node2 ended without a word; the same command goes on")
 
 
+# The process
+
+
+def process() -> tuple[subprocess.Popen, dict[str, Any]]:
+    """A process of this machine, and what it says that it is."""
+    program = (
+        "import json, time\nfrom mythos_dist.cluster.process_identity import identity\n"
+        "print(json.dumps(identity()), flush=True)\ntime.sleep(600)"
+    )
+    running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    return running, json.loads(running.stdout.readline())
+
+
+def test_a_killed_process_of_this_host_is_dead_at_once(tmp_path):
+    """However young its sign of life is; before anybody has waited for it, too. A COMPLETED of old is no word of it."""
+    running, about = process()
+    with running:
+        folder = run_folder(tmp_path, **about)
+        assert see(folder).state == "running"
+        running.kill()
+        os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+        for _ in range(2):
+            seen = see(folder)
+            assert (seen.state, seen.exit_code) == ("dead", 1)
+            assert seen.why.startswith(f"rank 0 (pid {running.pid}) does not run any more on this host")
+            running.wait()
+    assert see(folder, Job("PENDING", "BeginTime", 1)).state == "dead"  # it is no job of SLURM's
+
+
+def test_another_process_of_the_same_pid_does_not_count_and_other_machines_are_not_judged(tmp_path):
+    """A pid that is used again; another host, boot or container, and a start that has not said so much of itself."""
+    running, about = process()
+    try:
+        others = [{"pid_started": about["pid_started"] - 1}, {"host": "elsewhere"}, {"boot": "x"}]
+        others += [{"pid_namespace": "pid:[1]"}, {"pid_started": None}, {"pid": "77"}, {"pid": -1}]
+        states = []
+        for i, other in enumerate(others):
+            (tmp_path / str(i)).mkdir()
+            states.append(see(run_folder(tmp_path / str(i), **(about | other))).state)
+        assert states == ["dead", *["running"] * 6]
+    finally:
+        running.kill()
+        running.wait()
+
+
 # What kills and full disks leave
+
+
+def test_whatever_is_in_the_files_there_is_a_status(tmp_path):
+    """Not UTF-8, no object, values of another kind, as metrics, restarts or the start's own word."""
+    folder = run_folder(tmp_path, steps=3)
+    bad = [b"\xff\xfe", b'{"loss": 3}', b"[1]", b'{"step": "x", "time": "y"}', b'{"step": 4, "time": "y", "loss": []}']
+    with (folder / "metrics.jsonl").open("ab") as stream:
+        stream.write(b"\n".join(bad) + b"\n")
+    (folder / "restarts.jsonl").write_bytes(b'\xff\n{"start": [], "seconds_lost": "much", "why": 3}\n')
+    seen = see(folder)
+    assert (seen.step, seen.loss) == (4, None) and report(seen)
+    (folder / "config.yaml").write_bytes(b"\xff")
+    about = {"start": 2, "time": "now", "pid": [], "host": 3, "state": {}, "why": 5, "slurm_job_id": 1}
+    (folder / "writer.json").write_text(json.dumps(about))
+    assert report(see(folder))
+    for content in (b"", b"\xff", b"[]", b'{"start": 1'):
+        (folder / "writer.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"writer\.json is damaged"):
+            see(folder)
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path):

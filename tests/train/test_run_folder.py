@@ -172,7 +172,7 @@ def test_only_temporary_files_of_the_run_are_removed(tmp_path):
 
 
 def test_a_torn_config_is_named_with_its_remedy(config, tmp_path):
-    """Cut anywhere, as an older version left it when it was killed; empty; no text. What users write there is read."""
+    """Cut anywhere, as older versions left it when they were killed; no text. What a user writes there is read."""
     file, whole = tmp_path / "config.yaml", dump_config(config)
     torn = [whole[:size].encode() for size in range(0, len(whole) - 1, 97)]
     torn += [whole[: whole.index(f"\n{name}:") + 1].encode() for name in ("train", "run", "faults")]

@@ -1,0 +1,120 @@
+"""Ctrl-C in any program: one line, exit code 130, no traceback; the training's own is in tests/train."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PROGRAMS = sorted(
+    [*(REPOSITORY / "tools").glob("*.py"), REPOSITORY / "launch/status.py", REPOSITORY / "launch/submit.py"]
+)
+MODULES = ("train", "doctor", "cluster/allocation")
+
+
+def interrupted(code: str, times: int = 1, folder: Path | None = None) -> subprocess.CompletedProcess:
+    """A program that prints `ready` and gets SIGINT then; `times`, if it prints that again."""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as job:
+        watch = threading.Timer(120, job.kill)
+        watch.start()
+        assert job.stdout and job.stderr
+        for _ in range(times):
+            assert job.stdout.readline() == "ready\n"
+            job.send_signal(signal.SIGINT)
+        out, err = job.communicate()
+        watch.cancel()
+    return subprocess.CompletedProcess(command, job.returncode, out, err)
+
+
+START = "import time\nfrom mythos_dist.errors import run_command, UserError\n"
+WAIT = "print('ready', flush=True); time.sleep(600)"
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_every_program_runs_its_main_under_the_handler(path):
+    assert path.read_text().endswith('if __name__ == "__main__":\n    run_command(main)\n')
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_with_a_command_line_does_so_too(name):
+    file = REPOSITORY / "mythos_dist" / f"{name}.py"
+    text = (file if file.exists() else file.with_suffix("") / "__main__.py").read_text()
+    assert text.endswith('if __name__ == "__main__":\n    run_command(main)\n')
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path):
+    """`finally` blocks and temporary folders are cleaned up."""
+    code = f"""{START}
+import tempfile
+kept = tempfile.TemporaryDirectory(dir='.')
+def main():
+    try:
+        {WAIT}
+    finally:
+        print('cleaned up', flush=True)
+run_command(main)"""
+    done = interrupted(code, folder=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "\nstopped by Ctrl-C\n", "cleaned up\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", ["ImportError('numpy failed')", "UserError('a worker died')", "SystemExit(2)"])
+def test_what_a_library_makes_of_ctrl_c_is_still_one(error):
+    code = f"{START}\ndef main():\n    try:\n        {WAIT}\n    except KeyboardInterrupt:\n        raise {error}\n"
+    done = interrupted(code + "run_command(main)")
+    assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
+
+
+def test_threads_that_still_work_do_not_keep_it():
+    """A pool's threads are waited for by the interpreter's own end."""
+    code = f"""{START}
+import threading
+def main():
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    {WAIT}
+run_command(main)"""
+    begin = time.monotonic()
+    assert interrupted(code).returncode == 130 and time.monotonic() - begin < 100
+
+
+def test_errors_without_ctrl_c_are_what_they_are():
+    for error, code, words in (
+        ("UserError('set it to 3')", 2, "^error: set it to 3\n$"),
+        ("ZeroDivisionError('ours')", 1, "^Traceback(.|\n)*ZeroDivisionError: ours\n$"),
+        ("SystemExit(3)", 3, "^$"),
+    ):
+        program = f"{START}\ndef main():\n    raise {error}\nrun_command(main)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and re.search(words, done.stderr), done
+
+
+def test_a_background_job_of_a_script_still_ignores_it():
+    code = f"""{START}
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+    print('still here')
+run_command(main)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+def test_a_tool_is_stopped_while_it_imports_torch():
+    """Most tools do so for seconds; a library that has an import of its own stopped says more than one line."""
+    command = [sys.executable, REPOSITORY / "tools" / "plan.py", "--variant", "1t", "--gpus", "4096", "--dry-run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        watch = threading.Timer(120, job.kill)
+        watch.start()
+        while job.poll() is None and "libtorch" not in Path(f"/proc/{job.pid}/maps").read_text():
+            time.sleep(0.01)
+        job.send_signal(signal.SIGINT)
+        _, err = job.communicate()
+        watch.cancel()
+    assert (job.returncode, err) == (130, "\nstopped by Ctrl-C\n")

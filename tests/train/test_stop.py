@@ -1,0 +1,206 @@
+"""Ctrl-C and a closed terminal: the run stops after its step with a checkpoint, as on SIGTERM, and loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launch import launch, train
+
+from mythos_dist.train.console import keep_console
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
+
+
+def exact(run_dir: Path) -> list[tuple]:
+    found = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in EXACT) for line in found]
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("stop") / "whole"
+    assert train(1, *settings, f"run.dir={run_dir}").codes == [0]
+    return run_dir
+
+
+def interrupt_at(arguments: Sequence[str], module: str, name: str, call: int, numbers: Sequence[int]) -> None:
+    """Train; when a function of ours is called for the `call`-th time, signals come to the whole process group, as
+    from a terminal: loader workers get them, too. A second one comes `_ONE_KEYSTROKE` later."""
+    import importlib
+
+    from mythos_dist.cluster import stop
+    from mythos_dist.train.__main__ import main
+
+    owner: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), 0
+
+    def watched(*values: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            for i, number in enumerate(numbers):
+                if i:
+                    time.sleep(stop._ONE_KEYSTROKE + 0.2)
+                os.killpg(os.getpgrp(), number)
+            if len(numbers) > 1:
+                time.sleep(60)  # it does not get that far
+        return original(*values, **options)
+
+    setattr(owner, last, watched)
+    sys.argv = ["mythos_dist.train", *arguments]
+    main()
+
+
+LOOP, SAVE = "mythos_dist.train.loop", "mythos_dist.checkpoint.save"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call", "number", "step"),
+    [
+        (LOOP, "Run.train_step", 3, signal.SIGINT, 3),
+        (LOOP, "Run.train_step", 3, signal.SIGHUP, 3),
+        (LOOP, "Run.load", 1, signal.SIGINT, 0),  # is not called in the first start
+        (LOOP, "Run.evaluate", 1, signal.SIGINT, 0),
+        (SAVE, "publish", 1, signal.SIGINT, 2),
+    ],
+)
+def test_a_stop_saves_and_the_same_command_ends_as_an_undisturbed_run(
+    settings, whole, tmp_path, module, name, call, number, step
+):
+    """In a step, at the first evaluation, while a checkpoint is published; with loader workers in the same group."""
+    run_dir = tmp_path / "run"
+    arguments = [*settings, f"run.dir={run_dir}", "data.workers=1"]
+    result = launch(1, interrupt_at, arguments, module, name, call, [number])
+    assert "Traceback" not in result.err, result.err
+    if name != "Run.load":
+        told = {signal.SIGINT: "Ctrl-C (SIGINT)", signal.SIGHUP: "SIGHUP"}[number]
+        assert result.codes == [85], result.err
+        assert f"stopped behind step {step}: {told} to rank 0; the same command goes on" in result.out
+        assert ("Ctrl-C: stopping after this step" in result.err) == (number == signal.SIGINT)
+        assert (run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
+        again = train(1, *arguments)
+        assert again.codes == [0], again.err
+        (line,) = [json.loads(text) for text in (run_dir / "restarts.jsonl").read_text().splitlines()]
+        assert told in line["why"] and line["from_step"] == step
+    assert exact(run_dir) == exact(whole)
+
+
+def test_ctrl_c_at_the_last_checkpoint_lets_it_finish(settings, whole, tmp_path):
+    result = launch(1, interrupt_at, [*settings, f"run.dir={tmp_path}"], LOOP, "Run.end", 1, [signal.SIGINT])
+    assert result.codes == [0] and (tmp_path / "COMPLETED").exists() and exact(tmp_path) == exact(whole)
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_says_where_it_resumes(settings, whole, tmp_path):
+    """Even while the main thread waits in a call that runs no handler."""
+    arguments = [*settings, f"run.dir={tmp_path}"]
+    result = launch(1, interrupt_at, arguments, LOOP, "Run.train_step", 4, [signal.SIGINT, signal.SIGINT])
+    assert result.codes == [130] and "Traceback" not in result.err, result.err
+    assert "stopped at once; the same command resumes from step-00000002" in result.err
+    again = train(1, *arguments)
+    assert again.codes == [0] and exact(tmp_path) == exact(whole)
+    assert "ended by a second Ctrl-C" in again.out
+
+
+def in_a_terminal(settings: Sequence[str], ready: Callable[[], bool], shell: str = "{}") -> tuple[int, str]:
+    """`python -m mythos_dist.train` in a process group of its own, which gets SIGINT when `ready`; exit code and all
+    that was printed."""
+    command = shell.format(" ".join([sys.executable, "-m", "mythos_dist.train", *settings]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        ["bash", "-c", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    ) as job:
+        watch = threading.Timer(200, os.killpg, (job.pid, signal.SIGKILL))
+        watch.start()
+        while not ready() and job.poll() is None:
+            time.sleep(0.02)
+        os.killpg(job.pid, signal.SIGINT)
+        out, _ = job.communicate()
+        watch.cancel()
+    return job.returncode, out
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(settings, tmp_path):
+    """While torch is imported, which is what takes longest; nothing is written."""
+    begin = time.monotonic()
+    code, out = in_a_terminal(
+        [*settings, f"run.dir={tmp_path / 'run'}"], lambda: time.monotonic() - begin > 1.0, "exec {}"
+    )
+    assert (code, out.strip()) == (130, "stopped by Ctrl-C before the first step; nothing was lost")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipe_that_ctrl_c_breaks_does_not_lose_the_checkpoint(settings, tmp_path):
+    """`train ... | tee log`: the terminal ends tee, too, and what the run prints then goes nowhere."""
+    run_dir = tmp_path / "run"
+
+    def ready() -> bool:
+        return (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text().count("\n") > 2
+
+    arguments = [*settings, f"run.dir={run_dir}", "train.steps=100000", "checkpoint.every=100000"]
+    code, _ = in_a_terminal(arguments, ready, f"set -o pipefail; {{}} 2>&1 | tee {tmp_path / 'log'}")
+    about = json.loads((run_dir / "writer.json").read_text())
+    assert about["state"] == "stopped" and about["published"] == about["step"] > 2
+    assert code in (85, 130)  # of the shell, which the signal reaches as well
+
+
+def test_a_console_that_takes_nothing_does_not_end_a_run():
+    program = (
+        "import os, sys\nfrom mythos_dist.train.console import keep_console\nkeep_console()\n"
+        "print('first', flush=True)\nsys.stdin.read()\nfor i in range(3): print('lost', flush=True)\n"
+        "os.write(2, b'still here')"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as job:
+        assert job.stdin and job.stdout and job.stderr
+        assert job.stdout.readline() == b"first\n"
+        job.stdout.close()
+        job.stdin.close()
+        assert job.stderr.read() == b"still here" and job.wait(60) == 0
+
+
+def test_a_stream_that_is_no_file_stays(monkeypatch):
+    import io
+
+    streams = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    keep_console()
+    assert (sys.stdout, sys.stderr) == streams
+
+
+def test_options_and_settings_come_in_any_order(monkeypatch, capsys):
+    """And without arguments only the config is asked for: settings may be left out."""
+    from mythos_dist.train.__main__ import parse
+
+    for arguments in (
+        "a.yaml --preflight run.dir=x train.steps=3",
+        "--preflight a.yaml run.dir=x train.steps=3",
+        "a.yaml run.dir=x --preflight train.steps=3",
+        "a.yaml run.dir=x train.steps=3 --preflight",
+    ):
+        monkeypatch.setattr(sys, "argv", ["train", *arguments.split()])
+        found = parse()
+        assert (found.config, found.overrides, found.preflight) == ("a.yaml", ["run.dir=x", "train.steps=3"], True)
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit) as refused:
+        parse()
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
