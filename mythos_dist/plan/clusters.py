@@ -1,12 +1,11 @@
 """What a planner has to know of a cluster: `configs/h100_80gb.yaml` and its like, a figure a line with its source."""
 
 import contextlib
-import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mythos_dist.config.fields import Kind, Range, show
 from mythos_dist.config.tree import read_yaml, show_node
@@ -81,11 +80,11 @@ def load_cluster(path: str | Path) -> Cluster:
     if not isinstance(tree, dict):
         raise UserError("holds no lines such as `gpus_per_node: 8`", source=str(path))
     values: dict[str, Any] = {}
-    kinds = {field.name: field.type for field in dataclasses.fields(Cluster)}
+    kinds = get_type_hints(Cluster)
     found = []
     for key in tree.keys() - kinds.keys():
         close = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.5)
-        found.append(f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"))
+        found.append(f"{key[:80]}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"))
     for key, kind in kinds.items():
         if key not in tree:
             found.append(f"{key} is missing")
