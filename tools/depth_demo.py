@@ -9,6 +9,7 @@ Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 import argparse
 from pathlib import Path
 
+from mythos_dist.config.arguments import add_overrides, parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.studies.depth import SETTINGS, demonstrate
 
@@ -23,8 +24,8 @@ def main() -> None:
     add("--settings", default=",".join(SETTINGS), help="which of them, comma between (%(default)s)")
     add("--seeds", type=int, default=3, help="of each setting (%(default)s)")
     add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
-    add("overrides", nargs="*", help="section.key=value for every run, such as train.steps=50")
-    arguments = parser.parse_args()
+    add_overrides(parser, "settings for every run, such as train.steps=50")
+    arguments = parse_arguments(parser)
     try:
         settings, seeds = arguments.settings.split(","), range(arguments.seeds)
         demonstrate(CONFIG, arguments.out, settings, seeds, arguments.jobs, arguments.overrides)

@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     add("--batch", type=int, default=16, help="sequences at a time (%(default)s)")
     add("--out", type=Path, help="where OUT.json and OUT.png go (default: depth-sweep in the folder of CHECKPOINT)")
     add("--json", action="store_true", help="print JSON, not a table")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
     try:
         run(arguments)
     except UserError as error:

@@ -9,6 +9,7 @@ Needs no GPU; one tensor is in memory at a time.
 import argparse
 
 from mythos_dist.checkpoint.arguments import count, path
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 
 
@@ -23,7 +24,7 @@ def parse() -> argparse.Namespace:
     add("--workers", type=count, default=2, help="files written at a time (%(default)s)")
     add("--no-verify", action="store_true", help="do not look for damage first (ignored with a signing key)")
     add("--quiet", action="store_true", help="say nothing but errors")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:

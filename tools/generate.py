@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="0 samples from all tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
     try:
         print(continue_text(arguments))
     except UserError as error:

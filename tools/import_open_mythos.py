@@ -7,6 +7,7 @@ torchrun … -m mythos_dist.train configs/1b.yaml model.mode=reference run.dir=r
 import argparse
 
 from mythos_dist.checkpoint.arguments import path
+from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 
 
@@ -15,10 +16,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("weights", type=path, help="a state dict in a .pt or .safetensors file, or a folder of the latter")
-    add("config", help="a YAML file of the run that is to begin; its model must be theirs")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_config(parser, "a YAML file of the run that is to begin; its model must be theirs")
     add("--quiet", action="store_true", help="say nothing but errors")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:

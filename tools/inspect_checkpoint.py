@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 
 from mythos_dist.checkpoint.arguments import path
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, exit_with, run_command
 
 MAX_LINES = 100  # of tensors that differ
@@ -23,7 +24,7 @@ def parse() -> argparse.Namespace:
     add("other", type=path, nargs="?", help="a second one, to compare")
     add("--no-verify", action="store_true", help="look at sizes only, do not read every byte")
     add("--json", action="store_true", help="print everything as JSON")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:

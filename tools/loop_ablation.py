@@ -9,6 +9,7 @@ Writes OUT/ablation.json, OUT/ablation.md and OUT/ablation.png. The same command
 import argparse
 from pathlib import Path
 
+from mythos_dist.config.arguments import add_overrides, parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.studies.ablation import DATA, SWITCHES, compare
 
@@ -24,8 +25,8 @@ def main() -> None:
     add("--only", default=",".join(SWITCHES), help="switches, comma between (all)")
     add("--seeds", type=int, default=3, help="of each (%(default)s)")
     add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
-    add("overrides", nargs="*", help="section.key=value for every run, such as train.steps=50")
-    arguments = parser.parse_args()
+    add_overrides(parser, "settings for every run, such as train.steps=50")
+    arguments = parse_arguments(parser)
     try:
         data, switches, seeds = arguments.data.split(","), arguments.only.split(","), range(arguments.seeds)
         compare(CONFIGS, arguments.out, data, switches, seeds, arguments.jobs, arguments.overrides)

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.shards.depth_task import Targets, make_depth_task
 
@@ -32,7 +33,7 @@ def main() -> None:
         "last t (%(default)s)",
     )
     add("--seed", type=int, default=0, help="(%(default)s)")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
 
     try:
         problems = [

@@ -6,6 +6,7 @@ Everything is written below --out: corpus.parquet, tokenizer.model and the shard
 import argparse
 from pathlib import Path
 
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256, help="tokens in a window (%(default)s)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (%(default)s)")
     parser.add_argument("--heldout", type=float, default=0.1, help="share of documents held out (%(default)s)")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser)
 
     from mythos_dist.data.tokenizer import train_tokenizer
     from mythos_dist.shards.convert import convert

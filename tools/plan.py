@@ -11,8 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from mythos_dist.config.arguments import add_config, number, parse_arguments, whole
 from mythos_dist.errors import UserError, exit_with, run_command
 
+MOST_GPUS = 1 << 17
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -20,10 +22,9 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("config", type=Path, nargs="?", help="a config file; what it says of the layout is looked at with --as-is only")
-    add("overrides", nargs="*", help="section.key=value, laid over the file")
+    add_config(parser, "a config file; what it says of the layout is looked at with --as-is only", optional=True)
     add("--variant", help="instead of a file: 1b, 3b, 10b, 50b, 100b, 500b or 1t, as configs/ has them")
-    add("--gpus", type=int, required=True, help="how many")
+    add("--gpus", type=whole(1, MOST_GPUS), required=True, help="how many")
     add("--cluster", type=Path, default=CONFIGS / "h100_80gb.yaml", help="what they are (default: %(default)s)")
     add("--seq-len", type=int, help="tokens of a sequence")
     add("--global-batch", type=int, help="sequences of a step, over all replicas")
@@ -31,13 +32,13 @@ def parse() -> argparse.Namespace:
     add("--backprop", type=int, help="loops with gradient, the last ones")
     add("--fixed", nargs="*", default=[], metavar="KEY=VALUE", help="tensor=16 expert=64 pipe=1 zero=1 sequence=true …")
     add("--as-is", action="store_true", help="the layout of the config, no search")
-    add("--tokens", type=float, default=1e12, help="what cost is counted for (%(default)g)")
-    add("--imbalance", type=float, default=1.0, help="rows that the busiest experts get, over the mean (%(default)g)")
-    add("--top", type=int, default=8, help="layouts to show (%(default)s)")
+    add("--tokens", type=number(0, 1e30, above=True), default=1e12, help="what cost is counted for (%(default)g)")
+    add("--imbalance", type=number(1, 1e6), default=1.0, help="rows of the busiest experts over the mean (%(default)g)")
+    add("--top", type=whole(1, 1000), default=8, help="layouts to show (%(default)s)")
     add("--dry-run", action="store_true", help="run one rank of the best layout on tensors without numbers: a minute")
     add("--write", type=Path, help="write the best layout as a config that trains")
     add("--json", action="store_true", help="print everything as JSON")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import UserError, exit_with, run_command
 
 
@@ -17,7 +18,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", required=True, nargs="+", help="files, folders, patterns, URLs")
+    add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
     add("--out", required=True, type=Path, help="the model file to write")
     add("--vocab-size", type=int, default=32000, help="pieces (%(default)s)")
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
@@ -27,7 +28,7 @@ def parse() -> argparse.Namespace:
     add("--max-unpack-ratio", type=float, default=100.0, help="refuse inputs that unpack to more (%(default)g times)")
     add("--json", action="store_true", help="print path, vocab_size, sha256, model_type and more as JSON")
     add("--quiet", action="store_true", help="say nothing but errors")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:

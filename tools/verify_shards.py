@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def parse() -> argparse.Namespace:
     )
     add("--json", action="store_true", help="print everything found as JSON on standard output")
     add("--quiet", action="store_true", help="say nothing but what is wrong")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:

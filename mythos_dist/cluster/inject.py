@@ -34,7 +34,7 @@ def parse(text: str) -> list[Fault]:
     """Raises UserError, with every part that is no fault."""
     faults, problems = [], []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch(r"(\w+)@(\d+):(\d+)", part)
+        found = re.fullmatch(r"(\w+)@([0-9]{1,15}):([0-9]{1,9})", part)
         if found and found[1] in KINDS:
             faults.append(Fault(found[1], int(found[2]), int(found[3])))
         else:

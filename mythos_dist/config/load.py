@@ -83,7 +83,16 @@ def config_from(values: dict[str, dict[str, Any]]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The whole config as YAML, every setting written out; `load_config` reads it back to an equal Config."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False)
+    return dump_settings(dataclasses.asdict(config))
+
+
+def dump_settings(sections: dict[str, dict[str, Any]]) -> str:
+    """Settings by section as YAML that `load_config` reads back."""
+    plain = {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+        for section, settings in sections.items()
+    }
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> list[_Source]:
@@ -199,7 +208,7 @@ def _one_of_path_and_mix(target: dict[str, Node], entries: dict[str, Node], sour
         if _is_set(entries.get(key)) and other not in entries and _is_set(before := target.pop(other, None)):
             yield (
                 f"data.{key} of {source} replaces data.{other}={_short(before)}; "
-                f"set data.{other} to null there if that is meant"
+                f"give data.{other}=null beside it to leave out this note"
             )
 
 

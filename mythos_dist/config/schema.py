@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from mythos_dist.config.fields import PATH, Range, Section, show
 from mythos_dist.errors import UserError
 
-MOST_LOOPS = 1024  # 16 times what the largest size runs; dealing them out to stages takes their number squared
+MOST_LOOPS = 512  # 8 times what the largest size runs; dealing them out to stages takes their number squared
 
 # Upper bounds are far beyond what any machine holds: they keep a typing error from being computed with for hours.
 Width = Annotated[int, Range(1, 1 << 20)]  # channels, rows of a matrix, and what is counted like them
 Tokens = Annotated[int, Range(1, 1 << 30)]
-Layers = Annotated[int, Range(0, 256)]
+Layers = Annotated[int, Range(0, 128)]
 Loops = Annotated[int, Range(1, MOST_LOOPS)]
 Ranks = Annotated[int, Range(1, 1 << 16)]
 Sequences = Annotated[int, Range(1, 1 << 30)]
@@ -200,7 +200,7 @@ class ParallelConfig(Section, section="parallel"):
     """How the run is spread over ranks. What the axes leave is the data axis: ranks / (pipe * tensor) replicas."""
 
     tensor: Ranks = 1  # ranks that share each matrix
-    pipe: Ranks = 1  # stages that the layers are cut into
+    pipe: Annotated[int, Range(1, 128)] = 1  # stages that the layers are cut into
     expert: Ranks = 1  # neighbouring replicas that share one copy of the routed experts
     sequence: bool = False  # norms and residuals on 1 / tensor of each sequence
     zero: Literal[1, 2, 3] = 1  # what is sharded over replicas: 1 optimizer state, 2 and gradients, 3 and parameters

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 from mythos_dist import __version__
+from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
@@ -29,16 +30,17 @@ def parse() -> argparse.Namespace:
         prog="python -m mythos_dist.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("config", nargs="?", help="a YAML file; without one only the machine is looked at")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_config(parser, "a YAML file; without one only the machine is looked at", optional=True)
     add("--json", action="store_true", help="print everything as JSON")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:
     """Look, report; see the top of this file for exit codes."""
     arguments = parse()
     try:
+        if arguments.overrides and not arguments.config:
+            raise UserError(f"{arguments.overrides[0]} needs a config file before it, such as configs/1b.yaml")
         config = load_config(arguments.config, arguments.overrides) if arguments.config else None
         # Libraries print and warn while they are imported; what matters of it is in the lines.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

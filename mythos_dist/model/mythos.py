@@ -14,13 +14,13 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from mythos_dist.config.check import model_problems
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.attention import Context, KVCache, build_context
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
+from mythos_dist.model.inputs import check_parts, check_tokens, number_of_loops, type_problem
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Carry, Loops, Read, Recurrent
@@ -56,10 +56,9 @@ class Mythos(nn.Module):
         part: Part | None = None,
     ):
         super().__init__()
-        if problems := model_problems(config):
-            raise UserError(problems)
         act = act or ActConfig()
         experts = experts or ExpertsConfig()
+        check_parts(config, act, experts, attention)
         recompute = recompute or Recompute()
         self.config = config
         self.attention = attention
@@ -90,25 +89,24 @@ class Mythos(nn.Module):
     ) -> Tensor | Losses:
         """input_ids (B, S) -> logits (B, S, V); with labels (B, S), the `Losses` of predicting them.
 
-        n_loops: turns of the recurrent block, by default `max_loop_iters`, and any number from 1 on.
+        n_loops: turns of the recurrent block, by default `max_loop_iters`, and any number from 1 to 512.
         labels: also (B, T, S), one row after each loop, the last for it and all that come behind; see `losses`.
         document_ids: (B, S), equal within a document; attention then stays inside documents.
         cache: keys and values of the tokens before these; this call adds its own.
         backprop: gradient flows through the last so many loops only; None: through all.
         loops: instead of n_loops and backprop, with all that can be said of loops.
-        Raises UserError when the tokens go beyond the context or n_loops is below 1.
+        Raises UserError for tokens beyond the context; without `loops` also for ids that are none of the vocabulary's,
+        shapes that do not go together, and an n_loops that is no number from 1 to 512 (model/inputs.py).
         """
         config = self.config
         if loops is None:
-            n_loops = config.max_loop_iters if n_loops is None else n_loops
-            loops = Loops(n_loops, 0 if backprop is None else max(0, n_loops - backprop))
+            check_tokens(input_ids, labels, document_ids, config)
+            loops = Loops(*number_of_loops(n_loops, backprop, config))
         end = input_ids.shape[1] + (cache.tokens if cache is not None else 0)
         if end > config.max_seq_len:
             raise UserError(
                 f"a sequence of {end} tokens is longer than the context model.max_seq_len={config.max_seq_len}"
             )
-        if loops.n_loops < 1:
-            raise UserError(f"n_loops={loops.n_loops} must be at least 1")
 
         context = self.context(input_ids, document_ids, cache)
         state, counts = self.run((input_ids,), range(loops.n_loops), loops, context)
@@ -251,4 +249,6 @@ class Mythos(nn.Module):
         """Continue prompts (B, S); see `mythos_dist.model.generate.generate` for the settings."""
         from mythos_dist.model.generate import generate
 
+        if problem := type_problem("input_ids", input_ids, 2):
+            raise UserError(problem)
         return generate(self, input_ids, max_new_tokens, **settings)

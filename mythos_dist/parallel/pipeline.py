@@ -54,7 +54,16 @@ def split_evenly(costs: Sequence[float], loads: Sequence[float], least: Sequence
     """Cut `costs` into neighbouring stretches, one for each of `loads`, so that the dearest of load plus stretch is
     as cheap as can be, and then the sum of squares. Stretch i has at least `least[i]` members.
     """
-    highest, _ = _best_split(costs, loads, least, lambda so_far, cost: max(so_far, cost))
+    # Nothing dearer than a bound that some split keeps has to be tried: without one, time is the cube of the layers.
+    bound = (sum(costs) + sum(loads)) / len(loads) + max(costs, default=0.0)
+    while True:
+        try:
+            highest, _ = _best_split(costs, loads, least, max, bound)
+            break
+        except ValueError:
+            if bound > sum(costs) + sum(loads):
+                raise
+            bound = 2 * bound or 1.0
     _, stretches = _best_split(costs, loads, least, lambda so_far, cost: so_far + cost * cost, highest)
     return stretches
 
@@ -76,8 +85,10 @@ def _best_split(
         for start, (so_far, stretches) in before.items():
             for end in range(start + few, n + 1):
                 cost = load + sums[end] - sums[start]
+                if cost > highest:  # and so are all longer ones
+                    break
                 total = join(so_far, cost)
-                if cost <= highest and (end not in ends or total < ends[end][0]):
+                if end not in ends or total < ends[end][0]:
                     ends[end] = total, [*stretches, range(start, end)]
     if n not in ends:
         raise ValueError(f"{n} layers cannot be cut into {len(loads)} stretches of at least {list(least)}")
@@ -121,6 +132,8 @@ def live_turns(turns: range, frozen: int) -> range:
 @functools.lru_cache(maxsize=1024)
 def plan_loops(parts: tuple[Part, ...], n_loops: int, frozen: int, costs: Costs) -> list[range]:
     """Which of a step's loops each stage runs; the first `frozen` of them have no gradient. Some may run none."""
+    if len(parts) == 1:
+        return [range(n_loops)]
     holders = [i for i, part in enumerate(parts) if part.loops]
     fixed = [costs.block * (len(p.prelude) + len(p.coda)) + costs.head * p.last for p in parts]
     turns = [costs.frozen_loop] * frozen + [costs.loop] * (n_loops - frozen)

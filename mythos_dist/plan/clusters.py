@@ -1,12 +1,14 @@
 """What a planner has to know of a cluster: `configs/h100_80gb.yaml` and its like, a figure a line with its source."""
 
-import dataclasses
+import contextlib
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
-import yaml
-
+from mythos_dist.config.fields import Kind, Range, show
+from mythos_dist.config.tree import read_yaml, show_node
 from mythos_dist.errors import UserError
 
 
@@ -59,31 +61,43 @@ class Cluster:
         return seconds + messages * latency * 1e-6
 
 
+def _is_cluster(file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return b"nvlink_domain" in file.read_bytes()[:4096]
+    return False
+
+
 def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster's file. Raises UserError with all that is wrong with it."""
-    path = Path(path)
+    path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except FileNotFoundError:
-        others = sorted(str(file) for file in path.parent.glob("*.yaml") if "nvlink_domain" in file.read_text())
+        others = sorted(str(file) for file in path.parent.glob("*.yaml") if _is_cluster(file))
         raise UserError(f"there is no cluster file {path}; there are {', '.join(others) or 'none beside it'}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot be read: {' '.join(str(error).split())}", source=str(path)) from None
-    if not isinstance(values, dict):
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", source=str(path)) from None
+    if not isinstance(tree, dict):
         raise UserError("holds no lines such as `gpus_per_node: 8`", source=str(path))
-    kinds = {field.name: field.type for field in dataclasses.fields(Cluster)}
+    values: dict[str, Any] = {}
+    kinds = get_type_hints(Cluster)
     found = []
-    for key in values.keys() - kinds.keys():
+    for key in tree.keys() - kinds.keys():
         close = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.5)
-        found.append(f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"))
+        found.append(f"{key[:80]}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"))
     for key, kind in kinds.items():
-        value = values.get(key)
-        if key not in values:
+        if key not in tree:
             found.append(f"{key} is missing")
-        elif key == "name":
-            values[key] = str(value)
-        elif isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-            found.append(f"{key}={value!r}: expected {'a whole number' if kind is int else 'a number'}")
+            continue
+        try:
+            values[key] = value = Kind(kind).read(tree[key])
+        except ValueError as error:
+            found.append(f"{key}={show_node(tree[key], 80)}: expected {error}")
+            continue
+        if problem := Kind(kind, range=None if kind is str else Range(-math.inf, 1e15)).problem(value):
+            found.append(f"{key}={show(value)}{problem}")
+        elif kind is str:
+            continue
         elif value < 0 or (value == 0 and key not in ("reserved_gb", "dollars_per_gpu_hour")):
             found.append(f"{key}={value} must be above 0")
         elif key.endswith("efficiency") and value > 1:

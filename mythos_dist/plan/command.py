@@ -1,16 +1,15 @@
 """What `tools/plan.py` does with its arguments."""
 
-import difflib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mythos_dist.config.fields import kinds_of, show
 from mythos_dist.config.layout import layout_problems
-from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import Config
+from mythos_dist.config.load import load_config, unknown_name
+from mythos_dist.config.schema import Config, ParallelConfig, TrainConfig
+from mythos_dist.config.tree import Scalar
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 from mythos_dist.plan.clusters import load_cluster
@@ -19,7 +18,7 @@ from mythos_dist.plan.report import advice, as_json, beside, details, table, why
 from mythos_dist.plan.search import AXES, check_fixed, search, smallest_cluster
 from mythos_dist.plan.write import write_config
 
-_KINDS = {"sequence": bool, "recompute": str}
+_OF_TRAIN = ("micro_batch", "recompute")
 
 
 def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> int:
@@ -27,10 +26,13 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
 
     Raises UserError for the user's mistakes.
     """
+    arguments.fixed, words = split_fixed(arguments.fixed)
+    overrides = [word for word in words if "=" in word]
+    arguments.overrides = [*arguments.overrides, *overrides]
+    if arguments.config is None and len(overrides) < len(words):
+        arguments.config = next(word for word in words if "=" not in word)
     config = read_config(arguments, configs)
     cluster, gpus = load_cluster(arguments.cluster), arguments.gpus
-    if gpus < 1:
-        raise UserError(f"--gpus {gpus} must be at least 1")
     fixed = read_fixed(arguments.fixed)
     if arguments.as_is:
         if found := layout_problems(config, gpus):
@@ -80,7 +82,7 @@ def read_config(arguments: Any, configs: Path) -> Config:
     if (arguments.config is None) == (arguments.variant is None):
         raise UserError("give a config file or --variant, one of the two")
     if arguments.variant is not None and arguments.variant not in VARIANTS:
-        raise UserError(_unknown(f"--variant {arguments.variant}", arguments.variant, VARIANTS))
+        raise UserError(f"--variant {arguments.variant}: {unknown_name(arguments.variant, VARIANTS, 'variant')}")
     more = {
         "train.seq_len": arguments.seq_len,
         "train.global_batch": arguments.global_batch,
@@ -89,9 +91,20 @@ def read_config(arguments: Any, configs: Path) -> Config:
     }
     path = arguments.config or configs / f"{arguments.variant}.yaml"
     overrides = [*arguments.overrides, *(f"{key}={value}" for key, value in more.items() if value is not None)]
-    if arguments.global_batch or not arguments.as_is:
+    if arguments.global_batch is not None or not arguments.as_is:
         overrides.append("train.micro_batch=1")  # else it would have to divide the batch; a search chooses another
     return load_config(path, ["data.path=shards", *overrides])
+
+
+def split_fixed(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """--fixed takes all words up to the next option: those that are its own, and the config and overrides."""
+    own = [text for text in texts if not _belongs_elsewhere(text)]
+    return own, [text for text in texts if _belongs_elsewhere(text)]
+
+
+def _belongs_elsewhere(text: str) -> bool:
+    name, equals, _ = text.partition("=")
+    return "." in name if equals else name.endswith((".yaml", ".yml"))
 
 
 def read_fixed(texts: Sequence[str]) -> Mapping[str, Any]:
@@ -100,17 +113,17 @@ def read_fixed(texts: Sequence[str]) -> Mapping[str, Any]:
     found = []
     for text in (part for one in texts for part in one.split(",") if part):
         name, equals, raw = text.partition("=")
-        kind = _KINDS.get(name, int)
-        value = yaml.safe_load(raw) if equals else None
         if name not in AXES:
-            found.append(_unknown(f"--fixed {text}", name, AXES))
-        elif type(value) is not kind or (isinstance(value, int) and value < (kind is int)):
-            wanted = {int: "a whole number, at least 1", bool: "true or false", str: "none, selective or loop"}[kind]
-            found.append(f"--fixed {text}: expected {wanted}")
-        elif name == "recompute" and value not in ("none", "selective", "loop"):
-            found.append(f"--fixed {text}: expected none, selective or loop")
-        elif name == "zero" and value not in (1, 2, 3):
-            found.append(f"--fixed {text}: expected 1, 2 or 3")
+            found.append(f"--fixed {text[:80]}: {unknown_name(name, AXES, 'name')}")
+            continue
+        kind = kinds_of(TrainConfig if name in _OF_TRAIN else ParallelConfig)[name]
+        try:
+            value = kind.read(Scalar(raw, plain=bool(equals)))
+            problem = kind.problem(value)
+        except ValueError as error:
+            value, problem = None, f": expected {error}"
+        if problem:
+            found.append(f"--fixed {name}={show(value if value is not None else raw)}{problem}")
         elif fixed.get(name, value) != value:
             found.append(f"--fixed {name}={fixed[name]} and {name}={value} contradict each other; leave one out")
         else:
@@ -118,8 +131,3 @@ def read_fixed(texts: Sequence[str]) -> Mapping[str, Any]:
     if found:
         raise UserError(found)
     return fixed
-
-
-def _unknown(what: str, name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{what}: unknown; {f'did you mean {close[0]}? ' if close else ''}there are {', '.join(known)}"

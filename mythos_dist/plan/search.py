@@ -144,8 +144,8 @@ def check_fixed(config: Config, gpus: int, fixed: Mapping[str, Any]) -> None:
 def _no_layout(config: Config, gpus: int, fixed: Mapping[str, Any]) -> str:
     """Why no layout can be dealt out to so many GPUs, and the nearest number that has one."""
     given = ", ".join(f"{name}={value}" for name, value in fixed.items())
-    reach = range(1, max(2, 2 * gpus) + 1)
-    near = sorted(reach, key=lambda other: abs(other - gpus))
+    batch = config.train.global_batch
+    near = sorted(_numbers_of_gpus(config, fixed, 2 * gpus), key=lambda other: abs(other - gpus))
     working = []
     for other in near:
         if any(True for _ in candidates(config, other, fixed)):
@@ -153,9 +153,16 @@ def _no_layout(config: Config, gpus: int, fixed: Mapping[str, Any]) -> str:
         if len(working) == 2:
             break
     what = f"--gpus {gpus}" + (f" with --fixed {given}" if given else "")
-    batch = config.train.global_batch
     return (
         f"{what}: no layout deals a global batch of {batch} sequences to so many GPUs"
         + (f"; nearest that works: --gpus {' or '.join(map(str, nearest(gpus, working)))}" if working else "")
         + f", or another --global-batch, such as {max(1, batch // gpus) * gpus}"
     )
+
+
+def _numbers_of_gpus(config: Config, fixed: Mapping[str, Any], most: int) -> set[int]:
+    """Numbers that whole replicas make which the batch can be dealt to: no other has a layout."""
+    pipes = [fixed["pipe"]] if "pipe" in fixed else _PIPES
+    tensors = [fixed["tensor"]] if "tensor" in fixed else divisors(config.model.n_heads)
+    numbers = (pipe * tensor * n for pipe in pipes for tensor in tensors for n in divisors(config.train.global_batch))
+    return {number for number in numbers if number <= most}

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mythos_dist.config.load import dump_settings
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.plan.estimate import Estimate
@@ -73,7 +72,7 @@ def write_config(found: Estimate, path: Path) -> None:
     text = "\n".join(planned_lines(found, command)) + "\n# Set data.path and run.dir.\n"
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text + yaml.safe_dump(sections, sort_keys=False))
+            file.write(text + dump_settings(sections))
     except FileExistsError:
         raise UserError(f"--write {path}: the file is there; give another name, or remove it") from None
     except OSError as error:

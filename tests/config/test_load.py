@@ -270,7 +270,7 @@ WHOLE = st.integers(1, 10**6)
     seed=st.integers(0, 2**62),
     steps=WHOLE,
     dim=WHOLE,
-    mean=st.none() | st.integers(1, 1024),
+    mean=st.none() | st.integers(1, 512),
     folder=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
     tokenizer=st.none() | st.sampled_from(["null", "yes", "1e3", "~", "3", "2026-01-01", ": #", " a "]),
     mask=st.booleans(),

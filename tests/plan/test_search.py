@@ -131,7 +131,7 @@ def test_a_written_config_trains_as_planned(tmp_path):
     ("arguments", "said"),
     [
         (["--variant", "1b", "--gpus", "61"], ["--gpus 61", "32 or 64"]),
-        (["--variant", "1x", "--gpus", "8"], ["--variant 1x", "1b, 3b"]),
+        (["--variant", "1x", "--gpus", "8"], ["--variant 1x", "did you mean 1", "1b, 3b"]),
         (["--gpus", "8"], ["give a config file or --variant"]),
         (["--variant", "1b", "--gpus", "8", "--seq-len", "8192"], ["train.seq_len=8192", "4096"]),
         (["--variant", "1b", "--gpus", "8", "--fixed", "tensr=2"], ["tensr=2", "did you mean tensor?"]),

@@ -1,0 +1,103 @@
+"""Command lines: options and `section.key=value` in any order, `~/` in paths, and numbers within bounds."""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_OVERRIDE = re.compile(r"[a-z]+\.\w+\s*=")
+_AS_OPTION = re.compile(r"--?([a-z]+\.\w+)(?:=(.*))?")
+
+
+def add_config(parser: argparse.ArgumentParser, what: str, optional: bool = False) -> None:
+    """The arguments `config` and `overrides`. what: the help of `config`."""
+    parser.add_argument("config", nargs="?" if optional else None, help=what)
+    add_overrides(parser, "settings that replace the file's")
+
+
+def add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
+    """The argument `overrides`. what: its help."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=what)
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line whose positional arguments and options may come in any order.
+
+    A setting in the place of `config` counts as an override. Ends the process with exit code 2 as argparse does.
+    """
+    found, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        settings = [match for match in map(_AS_OPTION.fullmatch, unknown) if match]
+        hints = [f"{match[1]}={'VALUE' if match[2] is None else match[2]}" for match in settings]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + f"; write {' '.join(hints)}" * bool(hints))
+    if hasattr(found, "config") and hasattr(found, "overrides"):
+        _order(parser, found)
+    for action in parser._actions:
+        value = getattr(found, action.dest, None)
+        if action.type is Path:
+            setattr(found, action.dest, [_home(one) for one in value] if isinstance(value, list) else _home(value))
+    return found
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"[-+]?[0-9]{1,40}", text.strip()):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected a whole number")
+        return _within(int(text), least, most)
+
+    return convert
+
+
+def number(least: float, most: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number from `least` (or, `above` it) to `most`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected a finite number")
+        if above and value == least:
+            raise argparse.ArgumentTypeError(f"{text[:40]} must be above {least:g}")
+        return _within(value, least, most)
+
+    return convert
+
+
+def _within(value: Any, least: float, most: float) -> Any:
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} must be at least {least:,}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{value} must be at most {most:,}")
+    return value
+
+
+def _order(parser: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+    """Whichever of the positional arguments is no setting is the config."""
+    required = any(action.dest == "config" and action.nargs is None for action in parser._actions)
+    config = str(found.config) if found.config is not None else ""
+    if not _OVERRIDE.match(config) or os.path.exists(config):
+        return
+    others = [word for word in found.overrides if not _OVERRIDE.match(word)]
+    if not others and required:
+        parser.error(f"the following arguments are required: config; {config} is a setting")
+    named = others[0] if others else None
+    kind = next(action.type for action in parser._actions if action.dest == "config")
+    found.overrides = [config, *(word for word in found.overrides if word is not named)]
+    found.config = Path(named) if named is not None and kind is Path else named
+
+
+def _home(path: Any) -> Any:
+    """`~/x` and `~user/x` as the shell expands them, which it does not in `--out=~/x`."""
+    return Path(os.path.expanduser(path)) if isinstance(path, Path) and str(path).startswith("~") else path
+
+
+def path_text(text: str) -> str:
+    """An argparse type for what may be a path, a pattern or a URL: a leading `~/` is expanded."""
+    return os.path.expanduser(text) if text.startswith("~") else text

@@ -1,0 +1,78 @@
+"""Command lines: any order of options and settings, bounds, home folders."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from mythos_dist.config.arguments import add_config, number, parse_arguments, path_text, whole
+
+
+def parse(line: list[str], optional: bool = False) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="x")
+    add_config(parser, "a file", optional)
+    parser.add_argument("--flag", action="store_true")
+    parser.add_argument("--top", type=whole(1, 9), default=3)
+    parser.add_argument("--share", type=number(0, 1, above=True))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--input", nargs="+", type=path_text)
+    return parse_arguments(parser, line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "c.yaml a.b=-1 c.d=2 --flag --top 2",
+        "--flag --top 2 c.yaml a.b=-1 c.d=2",
+        "c.yaml --flag a.b=-1 --top 2 c.d=2",
+        "c.yaml a.b=-1 --flag --top=2 c.d=2",
+        "a.b=-1 c.yaml --flag c.d=2 --top 2",
+        "--flag a.b=-1 --top 2 c.d=2 c.yaml",
+        "c.yaml --flag --top 2 -- a.b=-1 c.d=2",
+    ],
+)
+def test_options_and_settings_come_in_any_order(line):
+    found = parse(line.split())
+    assert (found.config, found.overrides, found.flag, found.top) == ("c.yaml", ["a.b=-1", "c.d=2"], True, 2)
+
+
+def test_a_setting_in_the_place_of_a_file_is_a_setting(tmp_path, monkeypatch):
+    assert parse(["a.b=1", "c.d=2"], optional=True).overrides == ["a.b=1", "c.d=2"]
+    assert parse([], optional=True).config is None
+    monkeypatch.chdir(tmp_path)
+    Path("a.b=c.yaml").touch()
+    assert parse(["a.b=c.yaml", "c.d=2"]).config == "a.b=c.yaml"
+    assert parse(["runs/lr=3/config.yaml", "c.d=2"]).config == "runs/lr=3/config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "the following arguments are required: config\n"),
+        ("a.b=1", "required: config; a.b=1 is a setting"),
+        ("c.yaml --train.steps=5", "unrecognized arguments: --train.steps=5; write train.steps=5"),
+        ("c.yaml --train.steps 5", "write train.steps=VALUE"),
+        ("c.yaml --top -1", "--top: -1 must be at least 1"),
+        ("c.yaml --top 0", "--top: 0 must be at least 1"),
+        ("c.yaml --top 10", "--top: 10 must be at most 9"),
+        ("c.yaml --top 1.5", "--top: '1.5': expected a whole number"),
+        ("c.yaml --top " + "9" * 5001, "expected a whole number"),
+        ("c.yaml --share nan", "--share: nan: expected a finite number"),
+        ("c.yaml --share inf", "expected a finite number"),
+        ("c.yaml --share 0", "--share: 0 must be above 0"),
+        ("c.yaml --share x", "--share: 'x': expected a number"),
+    ],
+)
+def test_a_wrong_line_is_named(line, said, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(line.split())
+    assert raised.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_home_folder_is_expanded_behind_an_equals_sign(tmp_path, monkeypatch):
+    """A shell leaves `--out=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = parse(["c.yaml", "--out=~/x", "--input", "~/a", "hf://b/~/c"])
+    assert found.out == tmp_path / "x"
+    assert found.input == [f"{tmp_path}/a", "hf://b/~/c"]
