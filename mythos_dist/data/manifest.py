@@ -258,7 +258,7 @@ def _checked(content: bytes) -> Manifest:
     ]
     least = {"seq_len": 1, "vocab_size": 1, "eos_id": 0, "targets": 0}
     wrong += [f"{name}={getattr(manifest, name)}" for name, low in least.items() if getattr(manifest, name) < low]
-    if manifest.tokenizer != Path(manifest.tokenizer).name:
+    if not manifest.tokenizer or manifest.tokenizer != Path(manifest.tokenizer).name:
         wrong.append(f"tokenizer={manifest.tokenizer!r}, which is no name of a file in the folder")
     if wrong:
         raise ValueError("; ".join(wrong[:5]))

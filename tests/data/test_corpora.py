@@ -21,6 +21,7 @@ from mythos_dist.data.corpora import changes, fingerprint, open_corpora, with_wi
 from mythos_dist.data.manifest import index_fingerprint, read_manifest
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
+from mythos_dist.shards.verify import verify
 
 STREAM = {
     "seq_len": SEQ_LEN,
@@ -232,3 +233,83 @@ def test_what_changed_since_the_run_began_is_named(folders, tmp_path):
     assert changes(open_({a: 1}), alone) == []
     (added,) = changes(open_({a: 1, b: 1}), alone)
     assert added == f"{b} holds other shards than those that the run was trained on"
+
+
+DEEP = b'{"shards": ' + b"[" * 100_000
+HOSTILE_INDEXES = [
+    DEEP,
+    b"\xff\xfe",
+    b"[]",
+    b"null",
+    b'{"shards": {}}',
+    b'{"shards": [null]}',
+    b'{"shards": "text"}',
+    b'{"shards": [[]]}',
+]
+HOSTILE_ENTRIES = [
+    {"samples": None},
+    {"samples": 1.5},
+    {"samples": True},
+    {"samples": -1},
+    {"samples": 10**30},
+    {"raw_data": []},
+    {"raw_data": {"basename": 7, "bytes": 9, "hashes": {}}},
+    {"raw_data": {"basename": "", "bytes": 9, "hashes": {}}},
+    {"raw_data": {"basename": "a\0b", "bytes": 9, "hashes": {}}},
+    {"raw_data": {"basename": "a/../../x", "bytes": 9, "hashes": {}}},
+    {"raw_data": {"basename": "x", "bytes": "9", "hashes": {}}},
+    {"raw_data": {"basename": "x", "bytes": -9, "hashes": {}}},
+    {"raw_data": {"basename": "x", "bytes": 9, "hashes": None}},
+    {"raw_data": {"basename": "x", "bytes": 9, "hashes": {"sha1": 7}}},
+    {"zip_data": {"basename": "/x", "bytes": 9, "hashes": {}}},
+    {"zip_data": "x"},
+]
+
+
+@pytest.mark.parametrize("content", [*HOSTILE_INDEXES, *HOSTILE_ENTRIES], ids=range(24))
+def test_an_index_of_any_content_is_refused_without_a_traceback(folders, tmp_path, content):
+    folder = copy(folders[0], tmp_path / "copy")
+    if isinstance(content, bytes):
+        (folder / "train/index.json").write_bytes(content)
+        write_manifest(folder, fingerprint=index_fingerprint(folder))
+    else:
+        change_index(**content)(folder)
+    with pytest.raises(UserError, match=r"train/index.json lists no shards \("):
+        open_(folder)
+    assert any("train/index.json" in problem for problem in verify(folder).problems)
+
+
+HOSTILE_MANIFESTS = [
+    ({"seq_len": "16"}, "seq_len: expected a whole number, not '16'"),
+    ({"seq_len": True}, "seq_len: expected a whole number, not True"),
+    ({"seq_len": 0}, "seq_len=0"),
+    ({"vocab_size": 10**30}, "vocab_size=1000"),
+    ({"eos_id": -1}, "eos_id=-1"),
+    ({"targets": -1}, "targets=-1"),
+    ({"tokenizer": "../../etc/passwd"}, "tokenizer='../../etc/passwd', which is no name of a file in the folder"),
+    ({"tokenizer": "/etc/passwd"}, "tokenizer='/etc/passwd'"),
+    ({"tokenizer": ""}, "tokenizer=''"),
+    ({"inputs": [{"name": 7, "size": 1, "hash": ""}]}, "inputs.0.name: expected text, not 7"),
+    ({"inputs": "many"}, "inputs: "),
+    ({"filters": []}, "filters: "),
+    ({"documents": {"read": 10**30}}, "read=1000"),
+    ({"splits": {}}, "splits: expected train and heldout, not none"),
+    ({"splits": {"train": 7}}, "splits.train: "),
+    ({"fingerprint": None}, "fingerprint: expected text"),
+    ({"format_version": {}}, "format_version={} is not 2"),
+    ({"eos": [[[]]]}, "eos: expected text"),
+]
+
+
+@pytest.mark.parametrize("changes, message", HOSTILE_MANIFESTS, ids=range(len(HOSTILE_MANIFESTS)))
+def test_a_manifest_of_any_content_is_refused_without_a_traceback(folders, tmp_path, changes, message):
+    folder = copy(folders[0], tmp_path / "copy")
+    write_manifest(folder, **changes)
+    with pytest.raises(UserError) as error:
+        open_(folder)
+    assert message in str(error.value) and "manifest.json" in str(error.value)
+    assert not verify(folder).ok
+    for content in (DEEP, b"\xff", b"7", b'{"format_version": ' + b"1" * 5001 + b"}"):
+        (folder / "manifest.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"manifest.json: (cannot be read|format_version)"):
+            open_(folder)

@@ -378,3 +378,58 @@ def test_the_command_trains_the_same_file_again_and_says_what_it_does(tmp_path):
     assert (tmp_path / "b.model").read_bytes() == (tmp_path / "a.model").read_bytes()
     wrong = run_tool(*command, tmp_path / "c.model", "--sample-mb", 0)
     assert wrong.returncode == 2 and "--sample-mb=0" in wrong.stderr and not (tmp_path / "c.model").exists()
+
+
+# --- characters that are not known
+
+
+def json_file(model, folder, **parts):
+    """A tokenizer.json of `model` with an EOS."""
+    tokenizer = tokenizers.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.add_special_tokens(["<eos>"])
+    return save(tokenizer, folder)
+
+
+LETTERS = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+
+
+def test_a_tokenizer_that_drops_characters_is_refused_with_the_remedy(tmp_path):
+    """Neither an unknown token nor bytes: the library leaves such characters out, or raises."""
+    with pytest.raises(UserError, match=r"loses characters: é ß .* train one with tools/train_tokenizer.py"):
+        Tokenizer.load(json_file(models.BPE(LETTERS, []), tmp_path))
+    latin = {**LETTERS, **{letter: 27 + i for i, letter in enumerate("éß語")}}
+    with pytest.raises(UserError, match=r"loses characters: Ж "):
+        Tokenizer.load(json_file(models.BPE(latin, []), tmp_path))
+    scores = [(letter, -1.0) for letter in LETTERS]
+    for model in (models.Unigram(scores), models.WordLevel(LETTERS)):
+        with pytest.raises(UserError, match=r"cannot encode some texts .*; use another tokenizer"):
+            Tokenizer.load(json_file(model, tmp_path))
+
+
+def test_characters_that_become_the_unknown_token_are_counted(tmp_path):
+    from mythos_dist.shards.convert import convert
+
+    (tmp_path / "a.txt").write_text("some text with ÄÖ and 日本\n" * 20)
+    unknown = {**LETTERS, "<unk>": 27}
+    scores = [("<unk>", -10.0), *((letter, -1.0) for letter in LETTERS)]
+    for i, model in enumerate((models.BPE(unknown, [], unk_token="<unk>"), models.Unigram(scores, unk_id=0))):
+        tokenizer = Tokenizer.load(json_file(model, tmp_path))
+        count = sum(tokenizer.encode("some text with ÄÖ and 日本\n") == tokenizer.unk_id)
+        assert count >= 2
+        manifest = convert(tmp_path / "a.txt", tokenizer, 8, tmp_path / f"{i}", heldout=0, quiet=True)
+        assert manifest.unknown_tokens == tokenizer.encode("some text with ÄÖ and 日本\n" * 20).tolist().count(
+            tokenizer.unk_id
+        )
+        assert "are <unk>: characters that the tokenizer does not know" in manifest.summary()
+
+
+def test_tokenizers_that_know_every_character_have_nothing_to_count(tokenizer, json_tokenizer):
+    assert tokenizer.unk_id is None and json_tokenizer.unk_id is None
+
+
+def test_a_sentencepiece_model_without_bytes_has_its_unknown_token(tmp_path):
+    (tmp_path / "a.model").write_bytes(foreign_model())
+    tokenizer = Tokenizer.load(tmp_path / "a.model")
+    assert tokenizer.unk_id in tokenizer.encode("日本")

@@ -1,6 +1,8 @@
 """Windows come out as streaming reads them, and nothing of a damaged shard comes out at all."""
 
+import bz2
 import errno
+import gzip
 import json
 import multiprocessing
 import os
@@ -9,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import xxhash
 from helpers.shard_folder import SEQ_LEN, copy, rewrite_index, shard_files, window, write_folder
 from streaming import MDSWriter, StreamingDataset
 
@@ -297,3 +301,67 @@ def test_tokens_that_are_not_unsigned_are_refused(make, tmp_path, dtype):
 def test_arrays_come_out_in_one_piece(make, raw):
     got = make(raw).read([3, 1])
     assert got.flags.c_contiguous and got.shape == (2, SEQ_LEN + 1) and isinstance(got, np.ndarray)
+
+
+BOMBS = {
+    "zstd:3": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "br": lambda content: pa.Codec("brotli").compress(content, asbytes=True),
+    "snappy": lambda content: pa.Codec("snappy").compress(content, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("compression", BOMBS)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_shard_is_unpacked_to_no_more_than_its_index_says(make, tmp_path, monkeypatch, compression, verify):
+    """A few kB that hold 100 MB, with hashes that agree: refused, and never more than the raw size was written."""
+    folder = write_folder(tmp_path / "shards", SIZES, compression=compression)
+    assert make(folder).read(range(16)).tolist() == expected(range(16))
+    (file, *_), most = shard_files(folder), 0
+    bomb = BOMBS[compression](bytes(100_000_000))
+    assert len(bomb) < 5_000_000
+    file.write_bytes(bomb)
+    digest = xxhash.xxh64(bomb).hexdigest()
+    rewrite_index(
+        folder, "train", lambda entries: entries[0]["zip_data"].update(bytes=len(bomb), hashes={"xxh64": digest})
+    )
+    size = json.loads((folder / "train/index.json").read_text())["shards"][0]["raw_data"]["bytes"]
+    real = windows.open if hasattr(windows, "open") else open
+
+    class Counting:
+        def __init__(self, *arguments):
+            self.file = real(*arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, piece):
+            nonlocal most
+            most += len(piece)
+            return self.file.write(piece)
+
+    counting = lambda path, mode: Counting(path, mode) if mode == "wb" else real(path, mode)  # noqa: E731
+    monkeypatch.setattr(windows, "open", counting, raising=False)
+    with pytest.raises(
+        UserError, match=r"it unpacks to more than the \d+ bytes that index.json says|cannot be unpacked"
+    ):
+        make(folder, cache=tmp_path / "other", verify=verify).read([0])
+    assert most <= size and not [path for path in (tmp_path / "other").rglob("*") if path.is_file()]
+
+
+def test_a_raw_size_that_its_samples_cannot_take_is_refused(make, packed, tmp_path):
+    folder = copy(packed, tmp_path / "copy")
+    rewrite_index(folder, "train", lambda entries: entries[0]["raw_data"].update(bytes=1 << 33))
+    with pytest.raises(UserError, match=r"index.json says 8589934592 bytes, more than its samples can take"):
+        make(folder).read([0])
+    rewrite_index(folder, "train", lambda entries: entries[0].update(compression="lz77"))
+    rewrite_index(folder, "train", lambda entries: entries[0]["raw_data"].update(bytes=200))
+    with pytest.raises(UserError, match=r"compression=lz77 in index.json is not known"):
+        make(folder).read([0])
+    rewrite_index(folder, "train", lambda entries: entries[1]["raw_data"].update(bytes=9999))
+    with pytest.raises(UserError, match=r"it unpacks to \d+ bytes, but index.json says 9999"):
+        make(folder, verify=False).read([6])

@@ -1,16 +1,14 @@
 """Files are found, named, told apart, and read over a network that fails now and then."""
 
-import contextlib
 import gzip
-import http.server
 import json
 import os
-import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.conversion import assert_holds, contents, expect
+from helpers.http_server import serving
 
 from mythos_dist.data.manifest import file_sha256
 from mythos_dist.errors import UserError
@@ -90,69 +88,6 @@ def test_a_file_that_the_disk_does_not_give_is_named(tmp_path, byte_tokenizer):
 
 
 # --- over HTTP
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, with single ranges; `server.drop` times it closes the connection inside a response."""
-
-    protocol_version = "HTTP/1.1"
-    ranges, etags = True, True
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        file = self.server.folder / self.path.split("?")[0].strip("/")
-        if not file.is_file():
-            return self.send_error(404)
-        content = file.read_bytes()
-        size = len(content)
-        wanted = self.headers.get("Range") if self.ranges else None
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            begin, end = wanted.removeprefix("bytes=").split("-")
-            begin, end = int(begin), min(int(end or size), size - 1)
-            content = content[begin : end + 1]
-            self.send_header("Content-Range", f"bytes {begin}-{end}/{size}")
-        if self.ranges:
-            self.send_header("Accept-Ranges", "bytes")
-        if self.etags:
-            self.send_header("ETag", f'"{file.name}-{size}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if not body:
-            return None
-        with self.server.lock:
-            self.server.answers += 1
-            dropped = self.server.answers in self.server.drop
-        if dropped:
-            self.wfile.write(content[: len(content) // 2])
-            self.wfile.flush()
-            self.close_connection = True
-            return self.connection.close()
-        with contextlib.suppress(ConnectionError):  # who asked for less does not wait for all
-            self.wfile.write(content)
-        return None
-
-    def log_message(self, *arguments):
-        pass
-
-
-@contextlib.contextmanager
-def serving(folder, drop=(), **attributes):
-    """URL of a server; the answers numbered in `drop` (from 1) are cut short."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handling", (Handler,), attributes))
-    server.folder, server.drop, server.answers, server.lock = folder, set(drop), 0, threading.Lock()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
