@@ -7,7 +7,7 @@ Slips of our own stay `assert` and keep their traceback.
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 # What a launch script decides by; 0 is done, and whatever is not here is a fault.
@@ -60,6 +60,27 @@ def exit_with(error: UserError) -> NoReturn:
     """Print the problems on standard error and leave with the error's exit code."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def mistakes_end() -> Iterator[None]:
+    """Around the work of a command: a mistake of the user ends it with a message and its exit code, Ctrl-C with 130.
+
+    A file or folder that cannot be read or written, and more memory than there is, are such mistakes as well.
+    """
+    try:
+        yield
+    except UserError as error:
+        exit_with(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        exit_with(UserError(f"cannot be used ({error.strerror}); name another, or fix that", str(error.filename)))
+    except MemoryError as error:
+        exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def tell_launcher(code: int, nodes: Sequence[str] = ()) -> None:

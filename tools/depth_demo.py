@@ -9,7 +9,7 @@ Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 import argparse
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import mistakes_end
 from mythos_dist.studies.depth import SETTINGS, demonstrate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "depth_task.yaml"
@@ -25,11 +25,9 @@ def main() -> None:
     add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
     add("overrides", nargs="*", help="section.key=value for every run, such as train.steps=50")
     arguments = parser.parse_args()
-    try:
+    with mistakes_end():
         settings, seeds = arguments.settings.split(","), range(arguments.seeds)
         demonstrate(CONFIG, arguments.out, settings, seeds, arguments.jobs, arguments.overrides)
-    except UserError as error:
-        exit_with(error)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Writes OUT/ablation.json, OUT/ablation.md and OUT/ablation.png. The same command
 import argparse
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import mistakes_end
 from mythos_dist.studies.ablation import DATA, SWITCHES, compare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,11 +26,9 @@ def main() -> None:
     add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
     add("overrides", nargs="*", help="section.key=value for every run, such as train.steps=50")
     arguments = parser.parse_args()
-    try:
+    with mistakes_end():
         data, switches, seeds = arguments.data.split(","), arguments.only.split(","), range(arguments.seeds)
         compare(CONFIGS, arguments.out, data, switches, seeds, arguments.jobs, arguments.overrides)
-    except UserError as error:
-        exit_with(error)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import UserError, mistakes_end
 from mythos_dist.shards.depth_task import Targets, make_depth_task
+from mythos_dist.units import count
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     add("--group", choices=("S3", "S4", "S5"), default="S3", help="(%(default)s)")
     add("--hops", type=int, default=8, help="elements of a sequence; the shards' seq_len is one more (%(default)s)")
     add("--sequences", type=int, default=100_000, help="for training (%(default)s)")
-    add("--heldout", type=int, default=1_000, help="sequences that are held out (%(default)s)")
+    add("--heldout", type=int, default=1_000, help="sequences that are held out; 0: none (%(default)s)")
     add(
         "--targets",
         choices=get_args(Targets),
@@ -34,11 +35,15 @@ def main() -> None:
     add("--seed", type=int, default=0, help="(%(default)s)")
     arguments = parser.parse_args()
 
-    try:
+    with mistakes_end():
         problems = [
             f"--{name}={getattr(arguments, name)} must be at least 1"
-            for name in ("hops", "sequences", "heldout")
+            for name in ("hops", "sequences")
             if getattr(arguments, name) < 1
+        ] + [
+            f"--{name}={getattr(arguments, name)} must not be negative"
+            for name in ("heldout", "seed")
+            if getattr(arguments, name) < 0
         ]
         if problems:
             raise UserError(problems)
@@ -51,10 +56,11 @@ def main() -> None:
             targets=arguments.targets,
             seed=arguments.seed,
         )
-    except UserError as error:
-        exit_with(error)
-    windows = {split: counts.windows for split, counts in manifest.splits.items()}
-    print(f"{windows} windows of seq_len {manifest.seq_len} with {manifest.targets} rows of targets in {arguments.out}")
+    train, heldout = (manifest.splits[split].windows for split in ("train", "heldout"))
+    print(
+        f"{count(train, 'window')} for training, {heldout:,} held out, of seq_len {manifest.seq_len} with "
+        f"{count(manifest.targets, 'row')} of targets, in {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Everything is written below --out: corpus.parquet, tokenizer.model and the shard
 """
 
 import argparse
+import os
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with
+from mythos_dist.errors import mistakes_end
 
 
 def main() -> None:
@@ -22,13 +23,11 @@ def main() -> None:
     from mythos_dist.shards.convert import convert
     from mythos_dist.shards.corpus import read_documents, write_sample_corpus
 
-    work = arguments.out.with_name(arguments.out.name + "-source")
-    try:
+    work = Path(f"{os.path.abspath(arguments.out)}-source")
+    with mistakes_end():
         corpus = write_sample_corpus(work / "corpus.parquet")
         tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", arguments.vocab_size)
         manifest = convert(corpus, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
-    except UserError as error:
-        exit_with(error)
     print(manifest.summary())
     print(f"shards of {arguments.seq_len} tokens are in {arguments.out}")
 
