@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import UserError, run_command
 
 PINS = Path(__file__).with_name("gpu_packages.txt")
 
@@ -150,15 +150,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to unpack")
     parser.add_argument("packages", nargs="+", choices=list(pins()), metavar="PACKAGE", help=", ".join(pins()))
     arguments = parser.parse_args()
-    try:
-        for name in arguments.packages:
-            pin = pins()[name]
-            shutil.rmtree(arguments.folder / pin.folder, ignore_errors=True)
-            source = fetch(pin, arguments.folder)
-            print(*patch(pin, source), sep="\n", file=sys.stderr)
-            print(source)
-    except UserError as error:
-        exit_with(error)
+    for name in arguments.packages:
+        pin = pins()[name]
+        shutil.rmtree(arguments.folder / pin.folder, ignore_errors=True)
+        source = fetch(pin, arguments.folder)
+        print(*patch(pin, source), sep="\n", file=sys.stderr)
+        print(source)
 
 
 if __name__ == "__main__":

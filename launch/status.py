@@ -11,7 +11,7 @@ import sys
 import time
 
 from mythos_dist.cluster.status import PATIENCE, look, report
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 
 
 def parse() -> argparse.Namespace:
@@ -29,10 +29,7 @@ def main() -> None:
     """Look once or, with --watch, until the run has ended and no job of it is left that could start it again."""
     arguments = parse()
     while True:
-        try:
-            status = look(arguments.run_dir, arguments.patience)
-        except UserError as error:
-            exit_with(error)
+        status = look(arguments.run_dir, arguments.patience)
         lines = [json.dumps(dataclasses.asdict(status))] if arguments.json else report(status)
         if arguments.watch and not arguments.json:
             lines.insert(0, time.strftime("%F %T"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mythos_dist.cluster.allocation import MOST, check, spread
 from mythos_dist.config.load import load_config
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import UserError, run_command
 
 SCRIPT = Path(__file__).with_name("slurm.sbatch")
 
@@ -70,18 +70,15 @@ def main() -> None:
     """Check, print, submit."""
     arguments = parse()
     ranks_per_node = arguments.ranks_per_node or arguments.gpus_per_node or 1
-    try:
-        check_counts(arguments)
-        config = load_config(arguments.config, arguments.overrides)
-        allocation = spread(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
-        for line in check(config, allocation, arguments.config):
-            print(f"note: {line}", file=sys.stderr)
-        line = sbatch_line(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
-        print(shlex.join(line), flush=True)
-        if not arguments.dry_run and not shutil.which("sbatch"):
-            raise UserError("there is no sbatch here; give this command, or the line above, on a login node")
-    except UserError as error:
-        exit_with(error)
+    check_counts(arguments)
+    config = load_config(arguments.config, arguments.overrides)
+    allocation = spread(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
+    for line in check(config, allocation, arguments.config):
+        print(f"note: {line}", file=sys.stderr)
+    line = sbatch_line(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
+    print(shlex.join(line), flush=True)
+    if not arguments.dry_run and not shutil.which("sbatch"):
+        raise UserError("there is no sbatch here; give this command, or the line above, on a login node")
     if not arguments.dry_run:
         sys.exit(subprocess.run(line).returncode)
 

@@ -102,8 +102,11 @@ def exit_with(error: UserError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def run_command(main: Callable[[], object]) -> None:
+def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     """Run a program's `main` so that a mistake is a message with exit code 2, and Ctrl-C one line with exit code 130.
+
+    is_tool: a file that cannot be read or written, and too little memory, count as mistakes of the user too. Training
+    says no: a launcher would not start it again after exit code 2.
 
     Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into an error
     of theirs while they are imported or wait for worker processes, so whatever leaves `main` after it counts as it.
@@ -123,6 +126,10 @@ def run_command(main: Callable[[], object]) -> None:
             _leave_interrupted()
         if isinstance(error, UserError):
             exit_with(error)
+        if is_tool and isinstance(error, OSError) and error.filename is not None:
+            exit_with(UserError(f"cannot be used ({error.strerror}); name another, or fix that", str(error.filename)))
+        if is_tool and isinstance(error, MemoryError):
+            exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
         raise
 
 

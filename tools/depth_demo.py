@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from mythos_dist.config.arguments import add_overrides, parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 from mythos_dist.studies.depth import SETTINGS, demonstrate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "depth_task.yaml"
@@ -26,11 +26,8 @@ def main() -> None:
     add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
     add_overrides(parser, "settings for every run, such as train.steps=50")
     arguments = parse_arguments(parser)
-    try:
-        settings, seeds = arguments.settings.split(","), range(arguments.seeds)
-        demonstrate(CONFIG, arguments.out, settings, seeds, arguments.jobs, arguments.overrides)
-    except UserError as error:
-        exit_with(error)
+    settings, seeds = arguments.settings.split(","), range(arguments.seeds)
+    demonstrate(CONFIG, arguments.out, settings, seeds, arguments.jobs, arguments.overrides)
 
 
 if __name__ == "__main__":

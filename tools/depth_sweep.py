@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import UserError, run_command
 
 
 def main() -> None:
@@ -26,25 +26,25 @@ def main() -> None:
     add("--out", type=Path, help="where OUT.json and OUT.png go (default: depth-sweep in the folder of CHECKPOINT)")
     add("--json", action="store_true", help="print JSON, not a table")
     arguments = parse_arguments(parser)
-    try:
-        run(arguments)
-    except UserError as error:
-        exit_with(error)
+    run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """What the command line asks for."""
-    try:
-        loops = [int(n) for n in arguments.loops.split(",")]
-    except ValueError:
-        raise UserError(f"--loops={arguments.loops} is not a list of numbers such as 1,2,4,8") from None
-    if arguments.samples < 1 or arguments.batch < 1:
-        raise UserError(f"--samples={arguments.samples} and --batch={arguments.batch} must be at least 1")
     from tqdm import tqdm
 
+    from mythos_dist.checkpoint.restore import open_checkpoint
     from mythos_dist.train.depth import draw_curves
-    from mythos_dist.train.sweep import sweep, write_json
+    from mythos_dist.train.sweep import parse_loops, sweep, write_json
 
+    loops, problems = parse_loops(arguments.loops)
+    sizes = {"samples": arguments.samples, "batch": arguments.batch}
+    problems += [f"--{name}={value} must be at least 1" for name, value in sizes.items() if value < 1]
+    if problems:
+        raise UserError(problems)
+    out = arguments.out or arguments.checkpoint / "depth-sweep"
+    open_checkpoint(arguments.checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work
     with tqdm(desc="passes", unit="", disable=None) as bar:
         found = sweep(
             arguments.checkpoint,
@@ -54,9 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
             batch=arguments.batch,
             progress=bar.update,
         )
-    out = arguments.out or arguments.checkpoint / "depth-sweep"
-    write_json(out.with_name(out.name + ".json"), found.to_json())
-    draw_curves(out.with_name(out.name + ".png"), {f"step {found.step}": found.curve}, found.trained)
+    write_json(Path(f"{out}.json"), found.to_json())
+    draw_curves(Path(f"{out}.png"), {f"step {found.step}": found.curve}, found.trained)
     if arguments.json:
         print(json.dumps(found.to_json()))
         return

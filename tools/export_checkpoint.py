@@ -10,7 +10,7 @@ import argparse
 
 from mythos_dist.checkpoint.arguments import count, path
 from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 
 
 def parse() -> argparse.Namespace:
@@ -35,21 +35,18 @@ def main() -> None:
     from mythos_dist.checkpoint.restore import open_checkpoint
     from mythos_dist.config.load import config_from
 
-    try:
-        source = open_checkpoint(arguments.checkpoint)
-        numbers = source.manifest.num_parameters
-        with bar("exporting", 4 * numbers, arguments.quiet) as shown:
-            files = export(
-                source,
-                arguments.out,
-                arguments.format,
-                dtype=arguments.dtype,
-                workers=arguments.workers,
-                verify=not arguments.no_verify,
-                progress=shown.update,
-            )
-    except UserError as error:
-        exit_with(error)
+    source = open_checkpoint(arguments.checkpoint)
+    numbers = source.manifest.num_parameters
+    with bar("exporting", 4 * numbers, arguments.quiet) as shown:
+        files = export(
+            source,
+            arguments.out,
+            arguments.format,
+            dtype=arguments.dtype,
+            workers=arguments.workers,
+            verify=not arguments.no_verify,
+            progress=shown.update,
+        )
     if not arguments.quiet:
         size = sum(file.stat().st_size for file in files)
         trained = config_from(source.manifest.config)

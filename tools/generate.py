@@ -1,51 +1,75 @@
 """Continue a text with a trained model: `python tools/generate.py RUN_DIR --prompt "..."`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import UserError, run_command
 
 
 def main() -> None:
     """Parse the command line, load the run's newest checkpoint on one process and print the continued text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, help="the folder of a run (run.dir) that has a checkpoint")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--n-loops", type=int, help="loops of the recurrent block; default: as in training")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="0 samples from all tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="its file, where the shards of the training are not here")
     arguments = parse_arguments(parser)
+    text = continue_text(arguments, read_prompt(arguments.prompt))
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of a terminal without UTF-8
+    print(text)
+
+
+def read_prompt(prompt: str) -> str:
+    """The text to continue. Raises UserError if there is none."""
     try:
-        print(continue_text(arguments))
-    except UserError as error:
-        exit_with(error)
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+        text.encode()  # an argument that is not UTF-8 holds surrogates
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise UserError(f"the prompt is not valid UTF-8 ({error.reason}); convert it first") from None
+    if not text:
+        raise UserError("the prompt is empty; give some text to continue")
+    return text
 
 
-def continue_text(arguments: argparse.Namespace) -> str:
+def continue_text(arguments: argparse.Namespace, prompt: str) -> str:
     """The prompt and its continuation."""
     import torch
 
     from mythos_dist.checkpoint.restore import load_model
     from mythos_dist.data.manifest import read_manifest
     from mythos_dist.data.tokenizer import Tokenizer
+    from mythos_dist.model.generate import sampling_problems
 
+    names = ("max_new_tokens", "n_loops", "temperature", "top_k")
+    options = {name: getattr(arguments, name) for name in names}
+    problems = [f"--{problem.replace('_', '-', 2)}" for problem in sampling_problems(**options)]
+    if not 0 <= arguments.seed < 1 << 63:
+        problems.append(f"--seed={arguments.seed} must be from 0 to 2^63 - 1")
+    if problems:
+        raise UserError(problems)
     model, config, step = load_model(arguments.run_dir)
     shards = Path(next(iter(config.data.folders)))  # all folders of a mix have the same tokenizer
-    manifest = read_manifest(shards)
-    tokenizer = Tokenizer.load(config.data.tokenizer or shards / manifest.tokenizer, manifest.eos)
-    prompt = torch.from_numpy(tokenizer.encode(arguments.prompt).astype("int64")).unsqueeze(0)
-    tokens = model.generate(
-        prompt,
-        arguments.max_new_tokens,
-        n_loops=arguments.n_loops or config.loops.mean_of(config.model),
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        stop_token=tokenizer.eos_id,
-        generator=torch.Generator().manual_seed(arguments.seed),
-    )
+    if arguments.tokenizer:
+        tokenizer = Tokenizer.load(arguments.tokenizer)
+    else:
+        try:
+            manifest = read_manifest(shards)
+        except UserError as error:
+            raise UserError(f"no tokenizer ({error}); name its file with --tokenizer", str(arguments.run_dir)) from None
+        tokenizer = Tokenizer.load(config.data.tokenizer or shards / manifest.tokenizer, manifest.eos)
+    ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
+    if not len(ids):
+        raise UserError(f"the prompt {prompt!r} has no tokens in {tokenizer.path}; give some text to continue")
+    if options["n_loops"] is None:
+        options["n_loops"] = config.loops.mean_of(config.model)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    tokens = model.generate(ids.unsqueeze(0), stop_token=tokenizer.eos_id, generator=generator, **options)
     return f"[after {step} steps] " + tokenizer.decode(tokens[0].tolist())
 
 

@@ -8,7 +8,7 @@ import argparse
 
 from mythos_dist.checkpoint.arguments import path
 from mythos_dist.config.arguments import add_config, parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 
 
 def parse() -> argparse.Namespace:
@@ -28,12 +28,9 @@ def main() -> None:
     from mythos_dist.checkpoint.progress import bar
     from mythos_dist.config.load import load_config
 
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        with bar("importing", quiet=arguments.quiet) as shown:
-            folder = import_open_mythos(arguments.weights, config, shown.update)
-    except UserError as error:
-        exit_with(error)
+    config = load_config(arguments.config, arguments.overrides)
+    with bar("importing", quiet=arguments.quiet) as shown:
+        folder = import_open_mythos(arguments.weights, config, shown.update)
     if not arguments.quiet:
         print(f"the weights are in {folder}; train with run.dir={config.run.dir} to begin with them")
 

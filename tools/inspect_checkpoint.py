@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from mythos_dist.checkpoint.arguments import path
 from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import EXIT_USER_ERROR, UserError, exit_with, run_command
+from mythos_dist.errors import EXIT_USER_ERROR, run_command
 
 MAX_LINES = 100  # of tensors that differ
 
@@ -40,15 +40,12 @@ def main() -> None:
         lines,
     )
 
-    try:
-        given = [arguments.checkpoint, *([arguments.other] if arguments.other else [])]
-        both, about = zip(*(inspect(one, verify=not arguments.no_verify) for one in given), strict=True)
-        damaged = any(one["damaged"] for one in about)
-        refused = any(one["signature"] in REFUSED for one in about)
-        settings = list(differing_settings(*both)) if len(both) == 2 else []
-        tensors = list(differing_tensors(*both)) if len(both) == 2 and not damaged else []
-    except UserError as error:
-        exit_with(error)
+    given = [arguments.checkpoint, *([arguments.other] if arguments.other else [])]
+    both, about = zip(*(inspect(one, verify=not arguments.no_verify) for one in given), strict=True)
+    damaged = any(one["damaged"] for one in about)
+    refused = any(one["signature"] in REFUSED for one in about)
+    settings = list(differing_settings(*both)) if len(both) == 2 else []
+    tensors = list(differing_tensors(*both)) if len(both) == 2 and not damaged else []
     if arguments.json:
         found = [one if isinstance(one, str) else asdict(one) for one in tensors]
         print(json.dumps({"checkpoints": about, "settings": settings, "tensors": found}))

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from mythos_dist.config.arguments import add_overrides, parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 from mythos_dist.studies.ablation import DATA, SWITCHES, compare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -27,11 +27,8 @@ def main() -> None:
     add("--jobs", type=int, help="runs at a time, a core each (default: as many as there are cores)")
     add_overrides(parser, "settings for every run, such as train.steps=50")
     arguments = parse_arguments(parser)
-    try:
-        data, switches, seeds = arguments.data.split(","), arguments.only.split(","), range(arguments.seeds)
-        compare(CONFIGS, arguments.out, data, switches, seeds, arguments.jobs, arguments.overrides)
-    except UserError as error:
-        exit_with(error)
+    data, switches, seeds = arguments.data.split(","), arguments.only.split(","), range(arguments.seeds)
+    compare(CONFIGS, arguments.out, data, switches, seeds, arguments.jobs, arguments.overrides)
 
 
 if __name__ == "__main__":

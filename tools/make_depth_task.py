@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import get_args
 
 from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import UserError, run_command
 from mythos_dist.shards.depth_task import Targets, make_depth_task
+from mythos_dist.units import count
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     add("--group", choices=("S3", "S4", "S5"), default="S3", help="(%(default)s)")
     add("--hops", type=int, default=8, help="elements of a sequence; the shards' seq_len is one more (%(default)s)")
     add("--sequences", type=int, default=100_000, help="for training (%(default)s)")
-    add("--heldout", type=int, default=1_000, help="sequences that are held out (%(default)s)")
+    add("--heldout", type=int, default=1_000, help="sequences that are held out; 0: none (%(default)s)")
     add(
         "--targets",
         choices=get_args(Targets),
@@ -35,27 +36,31 @@ def main() -> None:
     add("--seed", type=int, default=0, help="(%(default)s)")
     arguments = parse_arguments(parser)
 
-    try:
-        problems = [
-            f"--{name}={getattr(arguments, name)} must be at least 1"
-            for name in ("hops", "sequences", "heldout")
-            if getattr(arguments, name) < 1
-        ]
-        if problems:
-            raise UserError(problems)
-        manifest = make_depth_task(
-            arguments.out,
-            degree=int(arguments.group[1:]),
-            hops=arguments.hops,
-            sequences=arguments.sequences,
-            heldout=arguments.heldout,
-            targets=arguments.targets,
-            seed=arguments.seed,
-        )
-    except UserError as error:
-        exit_with(error)
-    windows = {split: counts.windows for split, counts in manifest.splits.items()}
-    print(f"{windows} windows of seq_len {manifest.seq_len} with {manifest.targets} rows of targets in {arguments.out}")
+    problems = [
+        f"--{name}={getattr(arguments, name)} must be at least 1"
+        for name in ("hops", "sequences")
+        if getattr(arguments, name) < 1
+    ] + [
+        f"--{name}={getattr(arguments, name)} must not be negative"
+        for name in ("heldout", "seed")
+        if getattr(arguments, name) < 0
+    ]
+    if problems:
+        raise UserError(problems)
+    manifest = make_depth_task(
+        arguments.out,
+        degree=int(arguments.group[1:]),
+        hops=arguments.hops,
+        sequences=arguments.sequences,
+        heldout=arguments.heldout,
+        targets=arguments.targets,
+        seed=arguments.seed,
+    )
+    train, heldout = (manifest.splits[split].windows for split in ("train", "heldout"))
+    print(
+        f"{count(train, 'window')} for training, {heldout:,} held out, of seq_len {manifest.seq_len} with "
+        f"{count(manifest.targets, 'row')} of targets, in {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

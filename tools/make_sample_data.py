@@ -4,10 +4,11 @@ Everything is written below --out: corpus.parquet, tokenizer.model and the shard
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 
 
 def main() -> None:
@@ -23,13 +24,10 @@ def main() -> None:
     from mythos_dist.shards.convert import convert
     from mythos_dist.shards.corpus import read_documents, write_sample_corpus
 
-    work = arguments.out.with_name(arguments.out.name + "-source")
-    try:
-        corpus = write_sample_corpus(work / "corpus.parquet")
-        tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", arguments.vocab_size)
-        manifest = convert(corpus, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
-    except UserError as error:
-        exit_with(error)
+    work = Path(f"{os.path.abspath(arguments.out)}-source")
+    corpus = write_sample_corpus(work / "corpus.parquet")
+    tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", arguments.vocab_size)
+    manifest = convert(corpus, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
     print(manifest.summary())
     print(f"shards of {arguments.seq_len} tokens are in {arguments.out}")
 

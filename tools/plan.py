@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mythos_dist.config.arguments import add_config, number, parse_arguments, whole
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 
 MOST_GPUS = 1 << 17
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -49,10 +49,7 @@ def main() -> None:
     dry_run = None
     if arguments.dry_run:
         from mythos_dist.train.dry_run import dry_run
-    try:
-        sys.exit(run(arguments, CONFIGS, dry_run))
-    except UserError as error:
-        exit_with(error)
+    sys.exit(run(arguments, CONFIGS, dry_run))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 
 from mythos_dist.checkpoint.arguments import count, path
 from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import run_command
 
 
 def parse() -> argparse.Namespace:
@@ -34,19 +34,16 @@ def main() -> None:
     from mythos_dist.checkpoint.progress import bar
     from mythos_dist.checkpoint.restore import open_checkpoint
 
-    try:
-        source = open_checkpoint(arguments.checkpoint, check_signature=not arguments.ignore_signature)
-        size = source.manifest.bytes
-        with bar("writing", size, arguments.quiet) as shown:
-            folder = write_canonical(
-                source,
-                arguments.out,
-                workers=arguments.workers,
-                verify=not arguments.no_verify,
-                progress=shown.update,
-            )
-    except UserError as error:
-        exit_with(error)
+    source = open_checkpoint(arguments.checkpoint, check_signature=not arguments.ignore_signature)
+    size = source.manifest.bytes
+    with bar("writing", size, arguments.quiet) as shown:
+        folder = write_canonical(
+            source,
+            arguments.out,
+            workers=arguments.workers,
+            verify=not arguments.no_verify,
+            progress=shown.update,
+        )
     if not arguments.quiet:
         print(f"{source.folder} is now {folder}, {size / 1e9:.3f} GB; train with run.dir={arguments.out} to go on")
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments, path_text
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.errors import UserError, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -35,10 +35,7 @@ def main() -> None:
     """Train; the exit code is 0, or 2 for a mistake in what was given."""
     arguments = parse()
     begin = time.monotonic()
-    try:
-        result = train(arguments)
-    except UserError as error:
-        exit_with(error)
+    result = train(arguments)
     if arguments.json:
         print(json.dumps(result))
     elif not arguments.quiet:
@@ -51,8 +48,15 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
     from mythos_dist.shards.corpus import sample_documents
     from mythos_dist.shards.documents import Columns
 
+    problems = []
     if arguments.sample_mb < 1:
-        raise UserError(f"--sample-mb={arguments.sample_mb} is no amount of text; set it to 1 or more")
+        problems.append(f"--sample-mb={arguments.sample_mb} is no amount of text; set it to 1 or more")
+    if arguments.vocab_size < 1:
+        problems.append(f"--vocab-size={arguments.vocab_size} must be at least 1")
+    if arguments.out.is_dir():
+        problems.append(f"--out={arguments.out} is a folder; name a file, such as tokenizer.model in it")
+    if problems:
+        raise UserError(problems)
     documents = sample_documents(
         arguments.input,
         arguments.sample_mb * 1_000_000,
@@ -62,6 +66,7 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
         max_unpack_ratio=arguments.max_unpack_ratio,
     )
     lines = sample_lines(documents, arguments.seed)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of training
     text_bytes = sum(len(line.encode()) for line in lines)
     kind, size = arguments.model_type, arguments.vocab_size
     if not arguments.quiet:

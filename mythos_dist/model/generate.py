@@ -1,11 +1,16 @@
 """Autoregressive sampling with a key-value cache, for a batch of prompts of one length."""
 
+import math
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
 from mythos_dist.errors import UserError
 from mythos_dist.model.attention import KVCache
 from mythos_dist.model.mythos import Mythos
+
+MAX_LOOPS = 100_000  # a number of loops above it is a slip: a token would take hours
 
 
 @torch.no_grad()
@@ -26,12 +31,22 @@ def generate(
     temperature 0 takes the likeliest token; top_k 0, or one beyond the vocabulary, samples from all tokens.
     A row that has produced `stop_token` is filled with it; when all rows have, generation ends.
     The prompt is read `prefill_chunk` tokens at a time. max_new_tokens defaults to `model.max_output_tokens`, or to
-    what the context leaves. Raises UserError naming the argument that cannot be used.
+    what the context leaves. Raises UserError naming the argument that cannot be used, or if logits are not finite.
     """
     config = model.config
-    room = config.max_seq_len - input_ids.shape[1] if input_ids.dim() == 2 else 0
+    room = max(0, config.max_seq_len - input_ids.shape[1]) if input_ids.dim() == 2 else 0
     max_new_tokens = min(config.max_output_tokens, room) if max_new_tokens is None else max_new_tokens
-    _check(model, input_ids, max_new_tokens, temperature, top_k, prefill_chunk)
+    problems = _token_problems(model, input_ids, stop_token)
+    problems += _length_problems(input_ids.shape[-1], max_new_tokens, config.max_seq_len)
+    problems += sampling_problems(
+        max_new_tokens=max_new_tokens,
+        n_loops=n_loops,
+        temperature=temperature,
+        top_k=top_k,
+        prefill_chunk=prefill_chunk,
+    )
+    if problems:
+        raise UserError(problems)
 
     was_training = model.training
     model.eval()
@@ -55,41 +70,77 @@ def generate(
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
+    """logits (B, V) fp32 -> token ids (B,)."""
+    if not bool(logits.amax(-1).isfinite().all()):  # -inf beside numbers is no fault
+        raise UserError("the model's logits are not finite: its weights have diverged, or n_loops is too large for it")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    # In float64 and with the largest at 0: divided by the smallest temperature that is, none becomes NaN.
+    scaled = (logits.double() - logits.amax(-1, keepdim=True)) / temperature
+    return torch.multinomial(scaled.softmax(-1).float(), 1, generator=generator).squeeze(-1)
 
 
-def _check(
-    model: Mythos, input_ids: Tensor, max_new_tokens: int, temperature: float, top_k: int, prefill_chunk: int
-) -> None:
-    config, problems = model.config, []
+def sampling_problems(
+    *,
+    max_new_tokens: int = 0,
+    n_loops: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    prefill_chunk: int = 1,
+) -> list[str]:
+    """What is wrong with numbers that `generate` takes, whatever the model, a line each."""
+    found = []
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 0),
+        ("n_loops", 1 if n_loops is None else n_loops, 1),
+        ("top_k", top_k, 0),
+        ("prefill_chunk", prefill_chunk, 1),
+    ):
+        if not isinstance(value, Integral):
+            found.append(f"{name}={value!r} must be a whole number")
+        elif value < least:
+            found.append(f"{name}={value} must be at least {least}")
+        elif name == "n_loops" and value > MAX_LOOPS:
+            found.append(f"{name}={value} must be at most {MAX_LOOPS}")
+    if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
+        found.append(f"temperature={temperature!r} must be a number from 0 on; 0 takes the likeliest token")
+    return found
+
+
+def _token_problems(model: Mythos, input_ids: Tensor, stop_token: int | None) -> list[str]:
+    """Raises UserError for what is no batch of prompts."""
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UserError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected (at least one prompt, at least one token)"
         )
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise UserError(f"input_ids has dtype {input_ids.dtype}; token ids are whole numbers, such as torch.int64")
+    found, vocab_size = [], model.config.vocab_size
     low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= config.vocab_size:
-        problems.append(
-            f"token id {low if low < 0 else high} is out of range for model.vocab_size={config.vocab_size}; "
+    if low < 0 or high >= vocab_size:
+        found.append(
+            f"token id {low if low < 0 else high} is out of range for model.vocab_size={vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
-    if input_ids.shape[1] + max_new_tokens > config.max_seq_len:
-        problems.append(
-            f"a prompt of {input_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} go beyond the context "
-            f"model.max_seq_len={config.max_seq_len}; ask for at most {config.max_seq_len - input_ids.shape[1]}"
-        )
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 0),
-        ("temperature", temperature, 0),
-        ("top_k", top_k, 0),
-        ("prefill_chunk", prefill_chunk, 1),
-    ):
-        if not value >= least:
-            problems.append(f"{name}={value} must be at least {least}")
-    if problems:
-        raise UserError(problems)
+    if stop_token is not None and not 0 <= stop_token < vocab_size:
+        found.append(f"stop_token={stop_token} is out of range for model.vocab_size={vocab_size}")
+    return found
+
+
+def _length_problems(prompt: int, new: int, context: int) -> list[str]:
+    """Of so many tokens of the prompt and new ones."""
+    if prompt > context:
+        return [
+            f"the prompt of {prompt} tokens is longer than the context model.max_seq_len={context}; "
+            f"shorten it to at most {context - 1} tokens"
+        ]
+    if isinstance(new, Integral) and prompt + max(0, new) > context:
+        room = f"ask for at most {context - prompt}" if prompt < context else "shorten the prompt"
+        return [
+            f"a prompt of {prompt} tokens and max_new_tokens={new} go beyond the context model.max_seq_len={context}; "
+            f"{room}"
+        ]
+    return []

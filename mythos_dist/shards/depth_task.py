@@ -95,6 +95,7 @@ def _write_task(
         writer = ShardWriter(temporary / split, windows.shape[1] - 1, "uint16", prefix="")
         writer.add(windows.astype(np.uint16).ravel())
         writer.finish()
+        (temporary / split).mkdir(parents=True, exist_ok=True)  # without sequences there is no shard
         index = {"version": 2, "shards": writer.shards}
         (temporary / split / "index.json").write_text(json.dumps(index, sort_keys=True))
         ends, numbers = int((windows == EOS).sum()), windows.size

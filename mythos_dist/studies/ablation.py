@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
 from mythos_dist.shards.depth_task import have_depth_task
-from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, must_be_known, run_all, steps_for, training_flops
+from mythos_dist.studies.trials import (
+    AS_OPEN_MYTHOS,
+    Trial,
+    must_be_known,
+    must_be_positive,
+    run_all,
+    steps_for,
+    training_flops,
+)
 from mythos_dist.train.pictures import picture
 
 SAMPLE = Path("data/sample")
@@ -114,6 +122,9 @@ def compare(
 
     must_be_known("--data", data, DATA)
     must_be_known("--only", switches, SWITCHES)
+    must_be_positive(seeds, jobs)
+    for name in data:  # a mistake is found before the data is made
+        Trial(configs / DATA[name].config, out, (f"data.path={SAMPLE}", *overrides)).load()
     found = {name: DATA[name](out) for name in data}
     summary = {name: on(one, configs, out, switches, seeds, overrides, jobs) for name, one in found.items()}
     write_json(out / "ablation.json", summary)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos_dist.shards.depth_task import Targets, have_depth_task
-from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, must_be_known, run_all
+from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, must_be_known, must_be_positive, run_all
 from mythos_dist.train.pictures import loops_axis, picture
 
 
@@ -41,12 +41,8 @@ def demonstrate(
     from mythos_dist.train.sweep import write_json
 
     must_be_known("--settings", settings, SETTINGS)
-    data = {}
-    for name in settings:
-        targets = SETTINGS[name].targets
-        folder = out / "data" / f"s3-{SHORT}-{targets}"
-        data[name] = have_depth_task(folder, hops=SHORT, sequences=100_000, targets=targets)
-    long = have_depth_task(out / "data" / f"s3-{LONG}", hops=LONG, sequences=1, heldout=1000)
+    must_be_positive(seeds, jobs)
+    data = {name: out / "data" / f"s3-{SHORT}-{SETTINGS[name].targets}" for name in settings}
     cases = [(name, seed) for seed in seeds for name in settings]
     trials = [
         Trial(
@@ -56,6 +52,11 @@ def demonstrate(
         )
         for name, seed in cases
     ]
+    for trial in trials:
+        trial.load()  # a mistake is found before the data is made
+    for name, folder in data.items():
+        have_depth_task(folder, hops=SHORT, sequences=100_000, targets=SETTINGS[name].targets)
+    long = have_depth_task(out / "data" / f"s3-{LONG}", hops=LONG, sequences=1, heldout=1000)
 
     def look(trial: Trial) -> tuple[dict[int, dict[str, Any]], str]:
         found = measure(trial.run_dir, long)

@@ -65,6 +65,15 @@ def must_be_known(option: str, names: Sequence[str], there: Collection[str]) -> 
         raise UserError(f"{option} names {unknown}; there are {list(there)}")
 
 
+def must_be_positive(seeds: Collection[int], jobs: int | None) -> None:
+    """Raises UserError for numbers with which nothing would be run."""
+    problems = [] if seeds else [f"--seeds={len(seeds)} must be at least 1"]
+    if jobs is not None and jobs < 1:
+        problems.append(f"--jobs={jobs} must be at least 1")
+    if problems:
+        raise UserError(problems)
+
+
 def run_all(
     trials: Sequence[Trial], then: Callable[[Trial], tuple[Found, str]], jobs: int | None = None
 ) -> list[Found]:

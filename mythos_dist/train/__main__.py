@@ -124,4 +124,4 @@ def leave(error: UserError, place: "Place") -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, is_tool=False)

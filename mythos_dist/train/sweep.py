@@ -14,6 +14,7 @@ from mythos_dist.data.manifest import read_manifest
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
+from mythos_dist.model.generate import MAX_LOOPS
 from mythos_dist.model.mythos import IGNORED, Mythos
 from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
@@ -44,6 +45,15 @@ class Sweep:
         }
 
 
+def parse_loops(text: str) -> tuple[list[int], list[str]]:
+    """Numbers of loops such as `1,2,4`; and what is wrong with them, a line each."""
+    items = [item.strip() for item in text.split(",")]
+    wrong = [item for item in items if not (item.isdecimal() and 1 <= int(item[:9]) <= MAX_LOOPS)]
+    if wrong:
+        return [], [f"--loops={text} holds {wrong}; give numbers from 1 to {MAX_LOOPS}, such as 1,2,4,8"]
+    return [int(item) for item in items], []
+
+
 def sweep(
     checkpoint: Path,
     loops: Sequence[int],
@@ -59,7 +69,7 @@ def sweep(
     Raises UserError for what the user has to mend.
     """
     if wrong := [n for n in loops if n < 1]:
-        raise UserError(f"--loops holds {wrong}; loops are counted from 1")
+        raise UserError(f"loops={list(loops)} holds {wrong}; loops are counted from 1")
     model, config, step = load_model(checkpoint)
     model.to(device())
     stream, folder = _open(config, data, batch)

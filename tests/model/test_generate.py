@@ -157,13 +157,47 @@ def test_training_mode_survives_generation(tiny):
         (torch.zeros(4).long(), {}, "shape"),
         (torch.zeros(1, 0).long(), {}, "shape"),
         (torch.zeros(0, 4).long(), {}, "shape"),
-        (torch.zeros(1, 65).long(), {}, "max_seq_len=64"),
+        (torch.zeros(1, 65).long(), {}, "shorten it to at most 63 tokens"),
+        (torch.zeros(1, 64).long(), {}, "shorten the prompt"),
+        (torch.zeros(1, 4), {}, "dtype torch.float32"),
+        (torch.zeros(1, 4).long(), {"temperature": float("inf")}, "temperature=inf"),
+        (torch.zeros(1, 4).long(), {"temperature": "hot"}, "temperature='hot'"),
+        (torch.zeros(1, 4).long(), {"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+        (torch.zeros(1, 4).long(), {"n_loops": 2.5}, "n_loops=2.5 must be a whole number"),
+        (torch.zeros(1, 4).long(), {"n_loops": 10**9}, "n_loops=1000000000 must be at most"),
+        (torch.zeros(1, 4).long(), {"stop_token": 40}, "stop_token=40"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_named(input_ids, settings, named, tiny):
     with pytest.raises(UserError) as raised:
         Mythos(tiny()).generate(input_ids, **{"max_new_tokens": 2, **settings})
     assert named in str(raised.value)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-9])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature, tiny, build_pair):
+    """Logits divided by them are beyond fp32."""
+    config = tiny()
+    model, _ = build_pair(config)
+    expected = model.generate(prompts(config), 12, temperature=0)
+    assert torch.equal(model.generate(prompts(config), 12, temperature=temperature), expected)
+
+
+def test_the_largest_temperature_samples_evenly(tiny, build_pair):
+    config = tiny()
+    model, _ = build_pair(config)
+    new = model.generate(prompts(config, rows=1).expand(2000, -1), 1, temperature=1e308, top_k=2)[:, -1]
+    assert torch.unique(new, return_counts=True)[1].tolist() == pytest.approx([1000, 1000], abs=120)  # five deviations
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_named(temperature, tiny, build_pair):
+    config = tiny()
+    model, _ = build_pair(config)
+    with torch.no_grad():
+        next(model.parameters())[0] = float("nan")
+    with pytest.raises(UserError, match="logits are not finite"):
+        model.generate(torch.zeros(1, 3).long(), 2, temperature=temperature)
 
 
 def test_all_bad_arguments_are_named_together(tiny):

@@ -1,0 +1,196 @@
+"""What is typed first at the tools, with the slips of a first try: a message that says what to do, and exit code 2."""
+
+import importlib.util
+import io
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mythos_dist.checkpoint.canonical import write_whole_tensors
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Manifest, Tensor, versions
+from mythos_dist.config.schema import Config
+from mythos_dist.model import Mythos
+
+TOOLS = Path(__file__).parents[1] / "tools"
+LEARNERS = ("depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data")
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys, tmp_path):
+    """`tool(name, *arguments)` runs a tool's main in this process, in an empty folder: its code, out and err."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: object) -> SimpleNamespace:
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as left:
+            code = left.code or 0
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_dir(config, tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("first") / "run", config)
+
+
+def write_run(folder: Path, config: Config) -> Path:
+    """A run whose only checkpoint is of step 3, with drawn weights, large enough that loops make a difference."""
+    torch.manual_seed(0)
+    model = Mythos(config.model, act=config.act, experts=config.experts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 5 if parameter.dim() > 1 else 1
+    values = {name: (PARAMETER, value) for name, value in model.named_parameters()}
+    values |= {name: (BUFFER, value) for name, value in model.named_buffers()}
+    tensors = {name: Tensor(tuple(value.shape), (kind,)) for name, (kind, value) in values.items()}
+    optimizer = {"steps": 3, "skipped_steps": 0, "loss_scale": {}}
+    manifest = Manifest(3, 0, 0, {}, asdict(config), "", versions(), optimizer, tensors, {})
+
+    def blocks(_, name):
+        yield values[name][1].detach().float().contiguous().flatten().numpy().data
+
+    write_whole_tensors(folder, manifest, blocks, workers=1)
+    return folder
+
+
+# --- generate
+
+
+def test_generate_continues_a_prompt_from_the_command_line_or_standard_input(tool, run_dir, config, monkeypatch):
+    """`</s>` in a prompt is text. A repeated seed repeats the text; --n-loops 1 is not the default."""
+    told = tool("generate", run_dir, "--prompt", "The </s> naïve", "--max-new-tokens", 8)
+    assert (told.code, told.err) == (0, "") and told.out.startswith("[after 3 steps] The </s> naïve")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("The </s> naïve".encode())))
+    assert tool("generate", run_dir, "--prompt", "-", "--max-new-tokens", 8).out == told.out
+    other = tool("generate", run_dir, "--prompt", "The </s> naïve", "--max-new-tokens", 8, "--n-loops", 1)
+    assert other.code == 0 and other.out != told.out
+    none = tool("generate", run_dir, "--prompt", "The", "--max-new-tokens", 0)
+    assert none.out == "[after 3 steps] The\n"
+    coldest = [
+        tool("generate", run_dir, "--prompt", "The", "--temperature", t).out for t in ("0", "1e-45", "5e-324", "1e-30")
+    ]
+    assert len(set(coldest)) == 1
+    assert tool("generate", run_dir, "--prompt", "The", "--temperature", "1e308", "--max-new-tokens", 4).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--n-loops", "0"], "--n-loops=0 must be at least 1"),
+        (["--n-loops", "-2"], "--n-loops=-2 must be at least 1"),
+        (["--n-loops", "1000000000"], "--n-loops=1000000000 must be at most 100000"),
+        (["--temperature", "nan"], "--temperature=nan"),
+        (["--temperature", "inf"], "--temperature=inf"),
+        (["--temperature", "-1"], "--temperature=-1.0"),
+        (["--top-k", "-1"], "--top-k=-1 must be at least 0"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens=-1 must be at least 0"),
+        (["--max-new-tokens", "100000"], "ask for at most 25"),
+        (["--seed", "-1"], "--seed=-1 must be from 0"),
+        (["--seed", str(1 << 64)], "--seed=18446744073709551616 must be from 0"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a b c d e " * 200], "shorten it to at most 255 tokens"),
+        (["--prompt", "a\udcff"], "not valid UTF-8"),
+        (["--tokenizer", "nowhere.model"], "nowhere.model: no such file"),
+    ],
+)
+def test_generate_names_what_cannot_be_used(tool, run_dir, arguments, named):
+    told = tool("generate", run_dir, "--prompt", "hello", *arguments)
+    assert told.code == 2 and told.out == "" and named in told.err, told.err
+    assert told.err.count("error: ") == 1
+
+
+def test_generate_names_a_run_without_checkpoint_and_a_tokenizer_that_is_gone(tool, config, shards, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "no run and no checkpoint" in tool("generate", "empty", "--prompt", "hello").err
+    write_run(tmp_path / "run", replace(config, data=replace(config.data, path="moved")))
+    told = tool("generate", "run", "--prompt", "hello")
+    assert told.code == 2 and "moved: no such folder" in told.err and "--tokenizer" in told.err
+    told = tool("generate", "run", "--prompt", "hello", "--tokenizer", shards / "tokenizer.model")
+    assert told.code == 0 and told.out.startswith("[after 3 steps] hello")
+
+
+# --- depth_sweep
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--loops", "0"], "--loops=0 holds ['0']"),
+        (["--loops", "0,,x"], "holds ['0', '', 'x']"),
+        (["--loops", "-1"], "holds ['-1']"),
+        (["--loops", "1,1e9"], "holds ['1e9']"),
+        (["--loops", "1000000000000"], "holds ['1000000000000']"),
+        (["--samples", "0", "--batch", "-1"], "2 problems"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--out", "file/x"], "file: cannot be used"),
+    ],
+)
+def test_depth_sweep_names_what_cannot_be_used(tool, run_dir, arguments, named, tmp_path):
+    (tmp_path / "file").touch()
+    told = tool("depth_sweep", run_dir, *arguments)
+    assert told.code == 2 and named in told.err, told.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
+    told = tool("depth_sweep", run_dir, "--loops", "1, 2", "--samples", 2, "--out", "new/folder/sweep")
+    assert told.code == 0 and sorted(p.name for p in (tmp_path / "new/folder").iterdir()) == ["sweep.json", "sweep.png"]
+
+
+# --- all
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "named"),
+    [
+        ("depth_demo", ["--seeds", "0", "--jobs", "0"], "2 problems"),
+        ("depth_demo", ["--jobs", "-1"], "--jobs=-1 must be at least 1"),
+        ("depth_demo", ["--settings", "typo"], "--settings names ['typo']"),
+        ("depth_demo", ["train.stepss=3"], "did you mean train.steps?"),
+        ("depth_demo", ["--out", "file"], "file/data"),
+        ("loop_ablation", ["--seeds", "0"], "--seeds=0 must be at least 1"),
+        ("loop_ablation", ["--data", "task", "train.stepss=3"], "did you mean train.steps?"),
+        ("loop_ablation", [], "make it with `python tools/make_sample_data.py`"),
+        ("make_depth_task", ["--out", "new", "--seed", "-1", "--heldout", "-1"], "2 problems"),
+        ("make_depth_task", ["--out", "new", "--sequences", "1000000000000"], "not enough memory"),
+        ("make_depth_task", ["--out", "file"], "exists; name a new folder"),
+        ("make_depth_task", ["--out", "file/x"], "file/x"),
+        ("make_sample_data", ["--out", "file/x"], "file/x"),
+        ("make_sample_data", ["--vocab-size", "3"], "vocab_size=3 is too small"),
+        ("train_tokenizer", ["--input", "file", "--out", "."], "--out=. is a folder"),
+        ("train_tokenizer", ["--input", "file", "--out", "x.model", "--vocab-size", "0"], "--vocab-size=0"),
+        ("train_tokenizer", ["--input", "nowhere", "--out", "x.model"], "nowhere: no such file"),
+        ("train_tokenizer", ["--input", "text.txt", "--out", "file/x.model"], "file: cannot be used"),
+    ],
+)
+def test_a_slip_is_named_before_any_work_is_done(tool, name, arguments, named, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    told = tool(name, *arguments)
+    assert told.code == 2 and named in told.err, told.err
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "text.txt", "data"}  # of the sample, its text
+
+
+def test_a_depth_task_without_held_out_sequences_is_made_and_is_whole(tool, tmp_path):
+    told = tool("make_depth_task", "--out", "task", "--sequences", 10, "--heldout", 0)
+    assert told.code == 0 and "10 windows for training, 0 held out" in told.out
+    from mythos_dist.shards.verify import verify
+
+    assert verify(tmp_path / "task").ok
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_help_names_every_option(tool, name):
+    told = tool(name, "--help")
+    assert told.code == 0 and "usage:" in told.out
