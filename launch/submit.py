@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from mythos_dist.cluster.allocation import MOST, check, spread
+from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError, run_command
 
@@ -21,8 +22,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("config", help="a YAML file, such as configs/1b.yaml")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_config(parser, "a YAML file, such as configs/1b.yaml")
     add("--nodes", type=int, required=True)
     add("--ranks-per-node", type=int, help="--gpus-per-node where that is given, else 1")
     add("--gpus-per-node", type=int)
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     add("--chain", type=int, metavar="K", help="K jobs, one after the other, none of which is requeued")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="one more, such as --sbatch=--qos=high")
     add("--dry-run", action="store_true", help="print the line, submit nothing")
-    return parser.parse_intermixed_args()
+    return parse_arguments(parser)
 
 
 def check_counts(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
@@ -203,8 +204,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Does a config fit on these ranks? Prints its run.dir; exit code 2 and what is wrong if not.",
     )
     add = parser.add_argument
-    add("config", help="a YAML file, such as configs/1b.yaml")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_config(parser, "a YAML file, such as configs/1b.yaml")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--ranks", type=int, help="processes, over all nodes")
     where.add_argument("--hostfile", help="instead of --ranks and --nodes: a file of lines `HOST slots=N`")
@@ -213,7 +213,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     where.add_argument("--hosts", metavar="HOSTFILE", help="only print its hosts and slots, `HOST slots=N` a line")
     add("--nodes", type=int, default=1, help="that the ranks are spread over evenly (%(default)s)")
     add("--gpus-per-node", type=int, help="that the scheduler gives")
-    return parser.parse_intermixed_args(arguments)
+    return parse_arguments(parser, arguments)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def parse(text: str) -> list[Fault]:
             faults.append(Fault(found[1], int(found[2]), int(found[3])))
         else:
             problems.append(
-                f"faults.inject: {part!r} is no fault; write kind@step:rank with a kind of {', '.join(KINDS)}, "
+                f"faults.inject: {part[:80]!r} is no fault; write kind@step:rank with a kind of {', '.join(KINDS)}, "
                 "such as kill@3:1, or leave it empty"
             )
     if problems:

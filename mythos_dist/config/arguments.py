@@ -35,10 +35,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + f"; write {' '.join(hints)}" * bool(hints))
     if hasattr(found, "config") and hasattr(found, "overrides"):
         _order(parser, found)
-    for action in parser._actions:
-        value = getattr(found, action.dest, None)
-        if action.type is Path:
-            setattr(found, action.dest, [_home(one) for one in value] if isinstance(value, list) else _home(value))
+    for name, value in vars(found).items():
+        setattr(found, name, [_home(one) for one in value] if isinstance(value, list) else _home(value))
     return found
 
 

@@ -277,7 +277,7 @@ class CheckpointConfig(Section, section="checkpoint"):
     verify: bool = True  # read every byte and compare hashes before loading; false: compare sizes only
     # A file with a key: checkpoints are signed with it, and others are refused (docs/security.md). None: the file that
     # the variable MYTHOS_CHECKPOINT_KEY_FILE names, if it is set.
-    key_file: str | None = None
+    key_file: PathText | None = None
 
 
 @dataclass(frozen=True)

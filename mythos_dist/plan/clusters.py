@@ -84,9 +84,8 @@ def load_cluster(path: str | Path) -> Cluster:
     found = []
     for key in tree.keys() - kinds.keys():
         close = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.5)
-        found.append(
-            f"{key[:80]}: unknown key; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}")
-        )
+        meant = f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"
+        found.append(f"{key[:80]}: unknown key; {meant}")
     for key, kind in kinds.items():
         if key not in tree:
             found.append(f"{key} is missing")

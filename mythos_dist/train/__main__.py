@@ -82,16 +82,17 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line: options and settings in any order."""
+    from mythos_dist.config.arguments import add_config, parse_arguments
+
     parser = argparse.ArgumentParser(
         prog="python -m mythos_dist.train",
         description="Train a Recurrent-Depth Transformer. Running it again with the same run.dir resumes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add_config(parser, "a YAML file, such as configs/demo.yaml")
     parser.add_argument("--preflight", action="store_true", help="only check all nodes and the links between them")
-    return parser.parse_intermixed_args()
+    return parse_arguments(parser)
 
 
 def read(path: str, overrides: list[str], place: "Place") -> "Config":

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mythos_dist.cluster.inject import parse as parse_faults
 from mythos_dist.config.arguments import add_config, number, parse_arguments, path_text, whole
+from mythos_dist.errors import UserError
 
 
 def parse(line: list[str], optional: bool = False) -> argparse.Namespace:
@@ -76,3 +78,29 @@ def test_a_home_folder_is_expanded_behind_an_equals_sign(tmp_path, monkeypatch):
     found = parse(["c.yaml", "--out=~/x", "--input", "~/a", "hf://b/~/c"])
     assert found.out == tmp_path / "x"
     assert found.input == [f"{tmp_path}/a", "hf://b/~/c"]
+
+
+def test_training_and_submission_take_any_order(monkeypatch):
+    """Through the parsers of the programs themselves."""
+    from mythos_dist.cluster.allocation import parse as allocation
+    from mythos_dist.train.__main__ import parse as training
+
+    monkeypatch.setattr("sys.argv", ["train", "run.dir=x", "--preflight", "c.yaml", "train.steps=3"])
+    found = training()
+    assert (found.config, found.overrides, found.preflight) == ("c.yaml", ["run.dir=x", "train.steps=3"], True)
+    found = allocation(["run.dir=x", "--ranks", "2", "c.yaml", "train.steps=3"])
+    assert (found.config, found.overrides, found.ranks) == ("c.yaml", ["run.dir=x", "train.steps=3"], 2)
+
+
+@pytest.mark.parametrize("text", ["kill@3", "kill@-1:0", "kill@" + "9" * 5001 + ":0", "kill@\u0663:0", "explode@1:0"])
+def test_a_fault_that_is_none_is_named(text):
+    with pytest.raises(UserError) as raised:
+        parse_faults(text)
+    assert "is no fault; write kind@step:rank" in raised.value.problems[0] and len(str(raised.value)) < 300
+
+
+def test_faults_are_read():
+    assert [tuple(fault) for fault in parse_faults(" kill@3:1, bad_batch@7:0,")] == [
+        ("kill", 3, 1),
+        ("bad_batch", 7, 0),
+    ]
