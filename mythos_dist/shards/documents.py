@@ -264,7 +264,7 @@ def _texts_of_lines(span: Span, columns: Columns, bad: Bad) -> Iterator[Text]:
 
     def where(number: int) -> str:
         if source.remote and first:
-            return f"the {number}th line behind byte {first}"  # its lines are not counted: it would be read again
+            return f"line {number} after byte {first}"  # its lines are not counted: it would be read again
         return f"line {lines_before(source, first) + number}"
 
     try:

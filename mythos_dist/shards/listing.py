@@ -66,7 +66,8 @@ def list_files(inputs: Iterable[str], out: str | None = None) -> tuple[Files, li
     taken: dict[Hashable, Found] = {}
     for one in inputs:
         try:
-            files = _list_url(one) if is_url(one) else _list_local(one, out)
+            local = one.removeprefix("file://")
+            files = _list_url(one) if is_url(local) else _list_local(local, out)
         except UserError as error:
             problems += [f"{one}: {problem}" for problem in error.problems]
             continue
@@ -107,7 +108,9 @@ def _add(taken: dict[Hashable, Found], file: Found, left_out: list[LeftOut]) -> 
 
 
 def _list_local(given: str, out: str | None) -> Files:
-    path = os.path.abspath(os.path.expanduser(given.removeprefix("file://")))
+    if not given.strip():
+        raise UserError("an empty name; name a file, a folder or a pattern")
+    path = os.path.abspath(os.path.expanduser(given))
     if os.path.isfile(path):
         return Files([_local(path, (os.path.basename(path),))])
     if os.path.isdir(path):
@@ -175,7 +178,7 @@ class _Walk:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             return self._files.unreadable.append(LeftOut(name, "cannot be read", error.strerror or str(error)))
-        if any(os.path.isfile(os.path.join(folder, *file)) for file in _OF_SHARDS):
+        if any(all(os.path.isfile(os.path.join(folder, file)) for file in files) for files in _OF_SHARDS):
             return self._files.left_out.append(LeftOut(name, "shards"))
         for entry in found:
             if after := _advance(self._pattern, states, entry.name):
@@ -208,7 +211,7 @@ class _Walk:
             self._files.found.append(file)
 
 
-_OF_SHARDS = (("train", "index.json"), ("unfinished", "settings.json"))  # of folders that convert.py makes
+_OF_SHARDS = (("manifest.json", "train/index.json"), ("unfinished/settings.json",))  # of folders of convert.py
 
 
 def _advance(pattern: list[str], states: frozenset[int], name: str) -> frozenset[int]:
@@ -241,8 +244,6 @@ def _spells(pattern: list[str], name: str) -> bool:
 
 
 def _list_url(url: str) -> Files:
-    if url.startswith("file://"):
-        return _list_local(url, None)
     try:
         filesystem, path = filesystem_of(url)
         if _is_pattern(path) and not kind_of_query(url):
