@@ -1,23 +1,19 @@
 """Checkpoints of one small matrix, made in this process; and a process group of one, for what ranks do together."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.small_checkpoint import VALUES, manifest
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import Manifest
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import Saver
 from mythos_dist.checkpoint.signature import VARIABLE
 from mythos_dist.checkpoint.state import Held
 from mythos_dist.config.schema import CheckpointConfig
-
-VALUES = np.arange(60, dtype=np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -52,17 +48,3 @@ def run(group, tmp_path) -> SimpleNamespace:
         return one.finish()
 
     return SimpleNamespace(checkpoints=checkpoints, saver=saver, save=save)
-
-
-def manifest(step: int, start: int = 1, seed: int = 0) -> Manifest:
-    """As the training loop makes it, without tensors and files."""
-    return Manifest(
-        step=step, tokens=step * 8, start=start, layout={"ranks": 1}, config={"model": {}, "run": {"seed": seed}},
-        data="", versions={"torch": "2"}, optimizer={"steps": step, "skipped_steps": 0, "loss_scale": {}},
-        tensors={}, files={},
-    )  # fmt: skip
-
-
-def names(folder: Path) -> list[str]:
-    """What a folder holds."""
-    return sorted(path.name for path in folder.iterdir())

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from helpers.small_checkpoint import names
 
 from mythos_dist.checkpoint.manifest import Checkpoint, VersionError, read_manifest
 from mythos_dist.checkpoint.restore import config_of, find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.tensor_file import TensorFile
 from mythos_dist.errors import UserError
-
-from .conftest import names
 
 
 def folder_of(run, step: int) -> Path:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.small_checkpoint import VALUES, names
 
 import mythos_dist.checkpoint.disk
 from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_manifest
 from mythos_dist.checkpoint.restore import find_checkpoint
 from mythos_dist.errors import UserError
-
-from .conftest import VALUES, names
 
 OF_THE_USER = """
 step-00000002.bak step-00000002.old step-00000002.12 step-00000002.tmp step-00000002.tmp-x step-00000002.tmp-1.bak

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 from helpers.launch import run_ranks
+from helpers.small_checkpoint import names
 
 import mythos_dist.checkpoint.manifest
 from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_manifest
 from mythos_dist.checkpoint.restore import find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE
 from mythos_dist.errors import UserError
-
-from .conftest import names
 
 
 def step_found(checkpoints: Path) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.small_checkpoint import VALUES
 
 from mythos_dist.checkpoint.canonical import write_canonical
 from mythos_dist.checkpoint.export import export
@@ -21,8 +22,6 @@ from mythos_dist.checkpoint.restore import find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, SignatureError, signing_key
 from mythos_dist.checkpoint.tensor_file import TensorFile, write_tensors
 from mythos_dist.errors import UserError
-
-from .conftest import VALUES
 
 SECRET = "f00dfacef00dfacef00dfacef00dface"
 

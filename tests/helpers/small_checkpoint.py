@@ -1,0 +1,23 @@
+"""A checkpoint of one matrix `w` of shape (5, 12), with its moments, by one rank."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mythos_dist.checkpoint.manifest import Manifest
+
+VALUES = np.arange(60, dtype=np.float32)  # of the matrix and of each moment
+
+
+def manifest(step: int, start: int = 1, seed: int = 0) -> Manifest:
+    """As the training loop makes it, without tensors and files."""
+    return Manifest(
+        step=step, tokens=step * 8, start=start, layout={"ranks": 1}, config={"model": {}, "run": {"seed": seed}},
+        data="", versions={"torch": "2"}, optimizer={"steps": step, "skipped_steps": 0, "loss_scale": {}},
+        tensors={}, files={},
+    )  # fmt: skip
+
+
+def names(folder: Path) -> list[str]:
+    """What a folder holds."""
+    return sorted(path.name for path in folder.iterdir())
