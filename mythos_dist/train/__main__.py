@@ -114,7 +114,7 @@ def read(path: str, overrides: list[str], place: "Place") -> "Config":
 
 def leave(error: UserError, place: "Place") -> None:
     """One rank says what is wrong; all leave with the same code."""
-    if place.rank == 0:
+    if place.rank == 0 or error.alone:
         tell_launcher(error.exit_code, error.nodes if isinstance(error, NodeError) else ())
     if place.rank and error.alone and place.local_rank == 0:
         print(f"{place}: ", end="", file=sys.stderr)

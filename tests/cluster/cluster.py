@@ -39,6 +39,7 @@ from typing import Any
 INSTALL = "apt-get install slurm-wlm munge iproute2 util-linux procps openssh-server openssh-client pdsh"
 PROGRAMS = "slurmctld slurmd sbatch munged ip unshare nsenter setpriv ps sshd ssh ssh-keygen pdsh".split()
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+FOLDER = Path("/tmp/mythos-cluster")  # of one that is started by hand
 NAMESPACES = ["--mount", "--net", "--uts", "--ipc", "--pid"]
 DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 INSIDE = Path(__file__).resolve().parent / "inside.py"
@@ -338,7 +339,7 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 
 def main() -> int | str:
     parser = argparse.ArgumentParser(description="A real SLURM cluster on this machine: ctl and node1 to nodeN.")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/mythos-cluster"), help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: %(default)s")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check", help="what this machine lacks")
     up = commands.add_parser("up", help="start N nodes; they stay until `down`")
@@ -367,6 +368,10 @@ def command(args: argparse.Namespace) -> int | str:
         print(advice(lacks) if lacks else "nothing is missing", file=sys.stderr if lacks else sys.stdout)
         return int(bool(lacks))
     if args.command == "up":
+        if args.folder == FOLDER:  # anybody can make it, and keys of sshd and munge go there
+            from mythos_dist.private import make_private
+
+            make_private(FOLDER, "give another --folder")
         cluster = Cluster(args.nodes, args.folder, cpus=args.cpus, gpus=args.gpus, slurmd_timeout=args.slurmd_timeout)
         cluster.up(tied=False)
         print(f"{' '.join(cluster.hosts)} are up in {cluster.folder}")

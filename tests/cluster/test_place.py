@@ -76,6 +76,40 @@ def test_what_is_half_set_is_refused_with_the_node(environment, words):
     assert HOST in str(refused.value)
 
 
+@pytest.mark.parametrize("stale", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "4"}])
+def test_variables_that_are_left_over_do_not_make_every_task_the_same_rank(stale):
+    """RANK and WORLD_SIZE of a shell's profile, or of an earlier launch, under srun. A launcher within srun counts."""
+    address = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    with pytest.raises(UserError, match=r"SLURM_PROCID=2 and SLURM_STEP_NUM_TASKS=4: .* unset RANK and WORLD_SIZE"):
+        find_place(SRUN | stale | address)
+    for launcher in ({"TORCHELASTIC_RUN_ID": "x"}, {"CROSS_SIZE": "4"}):
+        assert find_place(SRUN | stale | address | launcher).rank == 0
+    assert find_place(SRUN | address | {"RANK": "2", "WORLD_SIZE": "4"}).rank == 2
+
+
+def test_one_rank_needs_no_address():
+    """What is left of another launch's is not looked at."""
+    place = find_place({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "x"})
+    assert (place.world, place.local_world, place.port) == (1, 1, 0)
+
+
+def test_the_ranks_of_a_node_are_counted_as_deepspeed_tells_them():
+    told = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }
+    assert find_place(told).local_world == 2
+
+
+def test_no_node_is_named_for_ranks_that_srun_has_not_placed():
+    """torchrun under srun starts two ranks per task: rank 1 is not on the second task's node."""
+    assert nodes_of_ranks(SRUN | {"WORLD_SIZE": "8"}) == {} and nodes_of_ranks(SRUN | {"WORLD_SIZE": "4"})[2] == "node2"
+
+
 def test_slurms_short_names_are_read():
     """As `scontrol show hostnames` prints them."""
     assert expand_nodes("node[1-3]") == ["node1", "node2", "node3"]
