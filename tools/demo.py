@@ -2,7 +2,6 @@
 sample of text."""
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from mythos_dist.errors import run_command
+from mythos_dist.files import read_json_lines
 from mythos_dist.studies.earlier import make_room
 
 RUN_DIR = Path("runs/demo")
@@ -41,9 +41,8 @@ def main() -> None:
     say("4. A sample from the trained model")
     run([sys.executable, "tools/generate.py", str(RUN_DIR), "--prompt", "The import statement", "--temperature", "0.6"])
 
-    losses = {}
-    if (RUN_DIR / "eval.jsonl").exists():  # not without a held-out split
-        losses = {line["step"]: line["heldout_loss"] for line in map(json.loads, (RUN_DIR / "eval.jsonl").open())}
+    # There is no such file without a held-out split.
+    losses = {line["step"]: line["heldout_loss"] for line in read_json_lines(RUN_DIR / "eval.jsonl")}
     first, last = (losses[min(losses)], losses[max(losses)]) if losses else (math.nan, math.nan)
     say(f"Held-out loss {first:.2f} -> {last:.2f} nats ({first - last:.2f} better), {time.monotonic() - begin:.0f} s")
     run([sys.executable, "tools/inspect_checkpoint.py", str(RUN_DIR)])

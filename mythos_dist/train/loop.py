@@ -10,9 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
@@ -22,14 +20,13 @@ from mythos_dist.checkpoint.save import Saver, is_due
 from mythos_dist.cluster.inject import Faults
 from mythos_dist.cluster.stop import forget
 from mythos_dist.config.schema import Config
-from mythos_dist.data.corpora import Corpus, with_windows
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
-from mythos_dist.parallel.collectives import gather
-from mythos_dist.parallel.mesh import Axis, Mesh, build_mesh
-from mythos_dist.parallel.process import device, together
+from mythos_dist.parallel.mesh import Mesh, build_mesh
+from mythos_dist.parallel.process import together
 from mythos_dist.plan.estimate import Estimate
+from mythos_dist.train.batches import gather_sample_ids, heldout_passes, open_heldout, open_stream
 from mythos_dist.train.checks import check_inputs, check_kernels
 from mythos_dist.train.depth import depth_line, failures
 from mythos_dist.train.engine import Engine, StepResult
@@ -381,64 +378,3 @@ def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, 
         tensors={},
         files={},
     )
-
-
-def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:
-    """This replica's stream of a split, the same on all its ranks. Held-out passes take one micro-batch per replica,
-    in order."""
-    train = config.train
-    training = split == "train"
-    return ReplicaStream(
-        corpora,
-        split,
-        seq_len=train.seq_len,
-        vocab_size=config.model.vocab_size,
-        global_batch=train.global_batch if training else train.micro_batch * data.size,
-        micro_batch=train.micro_batch,
-        replica=data.rank,
-        num_replicas=data.size,
-        seed=config.run.seed,
-        shuffle=training,
-        workers=config.data.workers if training else 0,
-        verify=config.data.verify,
-        cache=config.data.cache,
-    )
-
-
-def open_heldout(config: Config, corpora: list[Corpus], data: Axis) -> ReplicaStream | None:
-    """This replica's held-out stream, or None for a run without evaluation; rank 0 says why that is."""
-    found = with_windows(corpora, "heldout")
-    why = ""
-    if not config.train.eval_samples:
-        why = "no evaluation: train.eval_samples=0"
-    elif not found:
-        why = f"no evaluation: no held-out split in {', '.join(str(corpus.folder) for corpus in corpora)}"
-    elif without := [str(corpus.folder) for corpus in corpora if corpus not in found]:
-        print_once(f"evaluation leaves out {', '.join(without)}: no held-out split there")
-    if why:
-        print_once(f"{why}; eval.jsonl is not written")
-    return None if why else open_stream(config, corpora, "heldout", data)
-
-
-def print_once(text: str) -> None:
-    """From rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterator[tuple[MicroBatch, Tensor]]:
-    """The first `eval_samples` held-out samples, as micro-batches with a mask (B,) of those that count.
-
-    Every replica gets as many passes; a sample counts once, at any number of replicas.
-    """
-    samples = min(config.train.eval_samples, heldout.num_samples)
-    micro_batch = config.train.micro_batch
-    for i in range(-(-samples // (micro_batch * data.size))):
-        (batch,) = heldout.step(i)
-        positions = (i * data.size + data.rank) * micro_batch + torch.arange(micro_batch)
-        yield batch, positions < samples
-
-
-def gather_sample_ids(micro_batches: list[MicroBatch], data: Axis) -> list[int]:
-    """The sample ids that all replicas really trained on in this step."""
-    return gather(torch.cat([batch.sample_ids for batch in micro_batches]).to(device()), data, 0).tolist()

@@ -207,8 +207,8 @@ def train_under_deepspeed(
     import torch.distributed as dist
 
     from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.train.batches import gather_sample_ids
     from mythos_dist.train.engine import Engine
-    from mythos_dist.train.loop import gather_sample_ids
 
     results = []
     mythos_dist.model.init.STD = STD

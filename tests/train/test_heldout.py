@@ -12,8 +12,8 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.shards.convert import convert
+from mythos_dist.train.batches import heldout_passes, open_heldout
 from mythos_dist.train.checks import check_inputs
-from mythos_dist.train.loop import heldout_passes, open_heldout
 from mythos_dist.train.sweep import sweep
 
 
