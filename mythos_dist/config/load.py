@@ -267,7 +267,8 @@ def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
             except ValueError as error:
                 lines = [f"={_shown(node)}: expected {error}"]
             else:
-                lines = list(value_problems(kinds[key], value))
+                problem = kinds[key].problem(value) if isinstance(node, Scalar) else None
+                lines = [f"={_shown(node)}{problem}"] if problem else list(value_problems(kinds[key], value))
                 right |= {} if lines else {key: value}
             found += [f"{name}.{key}{line}" for line in lines]
             wrong += [f"{name}.{key}="] * bool(lines)
