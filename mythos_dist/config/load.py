@@ -97,7 +97,11 @@ def dump_settings(sections: dict[str, dict[str, Any]]) -> str:
 
 def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> list[_Source]:
     """What `path` and all its bases set, bases first. count: [files read so far]."""
-    if path.resolve() in above:
+    try:
+        here = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+        raise UserError(f"the config file {str(path)!r} cannot be read: {error}") from None
+    if here in above:
         raise UserError(f"base: {path} is its own base; remove one of the `base:` lines", source=str(above[0]))
     count[0] += 1
     if count[0] > _MOST_FILES:
@@ -124,7 +128,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> l
     for one in bases:
         if not isinstance(one, Scalar) or not one.text:
             raise UserError(f"base={show_node(base)}: expected a file name or a list of them", source=str(path))
-        sources += _read_with_bases(path.parent / os.path.expanduser(one.text), (*above, path.resolve()), count)
+        sources += _read_with_bases(path.parent / os.path.expanduser(one.text), (*above, here), count)
     return [*sources, _Source(str(path), sections)]
 
 

@@ -4,6 +4,7 @@ Prelude and coda blocks lie on one stage each. Every stage that runs loops holds
 step's loops it runs is decided for each step: their number changes, and loops without gradient cost a third.
 """
 
+import bisect
 import functools
 import itertools
 import math
@@ -79,11 +80,14 @@ def _best_split(
     programming over where stretches end."""
     sums = [0.0, *itertools.accumulate(costs)]
     n = len(costs)
+    # What later stretches have room for; an end that leaves more than that leads nowhere. A little more, for rounding.
+    room = [0.0, *itertools.accumulate(max(0.0, highest - load) for load in reversed(loads[1:]))][::-1]
+    earliest = [bisect.bisect_left(sums, sums[n] - after - 1e-9 * sums[n]) for after in room]
     ends: dict[int, tuple[float, list[range]]] = {0: (0.0, [])}
-    for load, few in zip(loads, least, strict=True):
+    for load, few, first in zip(loads, least, earliest, strict=True):
         before, ends = ends, {}
         for start, (so_far, stretches) in before.items():
-            for end in range(start + few, n + 1):
+            for end in range(max(start + few, first), n + 1):
                 cost = load + sums[end] - sums[start]
                 if cost > highest:  # and so are all longer ones
                     break

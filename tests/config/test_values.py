@@ -332,6 +332,13 @@ def test_large_numbers_are_judged_at_once(overrides, write):
     assert time.process_time() - began < 2
 
 
+@pytest.mark.parametrize("base", ['"a\\0b"', "loop.yaml", "x" * 5000, "[[a]]", "{a: 1}", "'\\ud800'", "/dev/null/x"])
+def test_a_base_that_cannot_be_read_is_refused(base, write, tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (problem,) = refused(write(f"base: {base}\ndata: {{path: shards}}"))
+    assert len(problem) < 12_000
+
+
 def test_an_unknown_config_is_told_the_known_ones(write, tmp_path, monkeypatch):
     """Those beside it; else those of the repository. Files of clusters are none."""
     write("train: {steps: 1}", "1b.yaml")
