@@ -231,3 +231,20 @@ def test_a_manifest_without_a_list_of_what_was_left_out_is_read(tmp_path, byte_t
     del content["left_out"], content["unknown_tokens"]
     file.write_text(json.dumps(content))
     assert read_manifest(tmp_path / "out").left_out == ()
+
+
+def test_names_of_any_bytes_are_told_and_kept(tmp_path, byte_tokenizer, capsys):
+    """Line ends, control sequences of a terminal, and bytes that are not UTF-8."""
+    top = tmp_path / "top"
+    top.mkdir()
+    names = [b"bad\xff.txt", b"line\nend.txt", b"red\x1b[31m.csv", b"gone\xff.txt.csv"]
+    for name in names:
+        (top / os.fsdecode(name)).write_text("some text")
+    manifest = convert(top, byte_tokenizer, 4, tmp_path / "out", heldout=0)
+    assert read_manifest(tmp_path / "out") == manifest
+    assert [one.name for one in manifest.inputs] == ["bad\\udcff.txt", "line\nend.txt"]
+    said = capsys.readouterr().err
+    assert "red\\x1b[31m.csv" in said and "\x1b" not in said and len(said.splitlines()) == 2
+    said.encode()
+    with pytest.raises(UserError, match="an empty name; name a file, a folder or a pattern"):
+        find_sources("")
