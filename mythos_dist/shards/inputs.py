@@ -18,6 +18,7 @@ from mythos_dist.errors import UserError, redact
 from mythos_dist.shards.encoding import check_encoding
 from mythos_dist.shards.listing import filesystem_of, list_files, shown
 from mythos_dist.shards.names import KIND_NAMES, KNOWN, Kind, as_text, is_url, kind_of, on_console
+from mythos_dist.units import count as count_of
 
 READ_BYTES = 1 << 20
 # A file may unpack to MAX_RATIO times its size, or to MIN_UNPACKED if that is more: text takes 3 to 10 times.
@@ -68,7 +69,7 @@ class Listing:
         kinds = Counter(KIND_NAMES[source.kind] for source in self.sources)
         of = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
         total = sum(source.size for source in self.sources)
-        lines = [f"inputs: {len(self.sources):,} files ({of}), {total / 1e6:,.1f} MB"]
+        lines = [f"inputs: {count_of(len(self.sources), 'file')} ({of}), {total / 1e6:,.1f} MB"]
         if texts := [one.name for one in self.sources if one.kind == "text"] if len(kinds) > 1 else []:
             lines.append(f"note: plain text is read beside records: {_some(texts)}; give a pattern if it is not meant")
         reasons = Counter(one.reason for one in self.left_out).most_common()

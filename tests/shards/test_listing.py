@@ -72,7 +72,7 @@ def test_a_folder_its_patterns_and_a_remote_copy_are_one_corpus(folder, form):
     assert left_out(listing) == {**NO_DATA, **dict.fromkeys(HIDDEN_FOLDERS, "hidden")}
 
 
-def test_what_is_named_is_taken_whatever_it_is_called(folder):
+def test_a_file_given_by_name_is_taken_whatever_its_name(folder):
     names = ["README.md", ".hidden.jsonl", "dataset_infos.json", "_temporary/x.txt"]
     listing = list_inputs([folder / name for name in names])
     assert [source.name for source in listing.sources] == names and not listing.left_out
@@ -206,7 +206,7 @@ def test_a_conversion_says_what_it_takes_and_its_manifest_names_the_rest(tmp_pat
     assert "already converted" in capsys.readouterr().err
 
 
-def test_a_file_that_is_named_is_nothing_to_tell(tmp_path, byte_tokenizer, capsys):
+def test_files_given_by_name_print_no_listing(tmp_path, byte_tokenizer, capsys):
     (tmp_path / "a.txt").write_text("some text")
     manifest = convert(tmp_path / "a.txt", byte_tokenizer, 4, tmp_path / "out", heldout=0)
     assert capsys.readouterr().err == "" and manifest.left_out == ()
@@ -233,7 +233,7 @@ def test_a_manifest_without_a_list_of_what_was_left_out_is_read(tmp_path, byte_t
     assert read_manifest(tmp_path / "out").left_out == ()
 
 
-def test_names_of_any_bytes_are_told_and_kept(tmp_path, byte_tokenizer, capsys):
+def test_names_of_any_bytes_are_listed_and_stored(tmp_path, byte_tokenizer, capsys):
     """Line ends, control sequences of a terminal, and bytes that are not UTF-8."""
     top = tmp_path / "top"
     top.mkdir()
