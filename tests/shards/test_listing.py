@@ -61,7 +61,7 @@ def in_memory(folder):
     return "memory://listing"
 
 
-@pytest.mark.parametrize("form", ["folder", "folder/", "**", "**/*", "*", "memory", "memory **/*"])
+@pytest.mark.parametrize("form", ["folder", "folder/", "**", "**/*", "*", "memory", "memory **/*", "memory *"])
 def test_a_folder_its_patterns_and_a_remote_copy_are_one_corpus(folder, form):
     if form.startswith("memory"):
         given = in_memory(folder) + form.removeprefix("memory").replace(" ", "/")
@@ -69,6 +69,7 @@ def test_a_folder_its_patterns_and_a_remote_copy_are_one_corpus(folder, form):
         given = {"folder": str(folder), "folder/": f"{folder}/"}.get(form) or f"{folder}/{form}"
     listing = list_inputs(given)
     assert [source.name for source in listing.sources] == DATA
+    assert len(listing.left_out) == len(NO_DATA) + len(HIDDEN_FOLDERS)
     assert left_out(listing) == {**NO_DATA, **dict.fromkeys(HIDDEN_FOLDERS, "hidden")}
 
 
@@ -143,6 +144,7 @@ def test_patterns_are_matched_as_the_shell_does(folder):
         assert [source.name for source in find_sources(f"{folder}/{pattern}")] == expected, pattern
     shutil.copytree(folder / "books", folder.parent / "books [1]")
     assert [source.name for source in find_sources(f"{folder.parent}/books [1]/*.txt")] == ["c.txt"]
+    assert left_out(list_inputs(f"{in_memory(folder)}/*/*.txt")) == left_out(list_inputs(f"{folder}/*/*.txt")) == {}
     for pattern in ("*.pq", "absent/*", "*/*/*/*/*.txt"):
         with pytest.raises(UserError, match="as a pattern it matches nothing"):
             find_sources(f"{folder}/{pattern}")
