@@ -55,11 +55,8 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
         raise UserError(f"--sample-mb={arguments.sample_mb} is no amount of text; set it to 1 or more")
     documents = sample_documents(
         arguments.input,
-        arguments.sample_mb * 1_000_000,
-        arguments.seed,
-        progress=not arguments.quiet,
-        columns=Columns(arguments.text_column),
-        max_unpack_ratio=arguments.max_unpack_ratio,
+        *(arguments.sample_mb * 1_000_000, arguments.seed, not arguments.quiet),
+        *(Columns(arguments.text_column), arguments.max_unpack_ratio),
     )
     lines = sample_lines(documents, arguments.seed)
     text_bytes = sum(len(line.encode()) for line in lines)
