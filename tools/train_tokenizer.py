@@ -59,11 +59,8 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
         raise UserError(problems)
     documents = sample_documents(
         arguments.input,
-        arguments.sample_mb * 1_000_000,
-        arguments.seed,
-        progress=not arguments.quiet,
-        columns=Columns(arguments.text_column),
-        max_unpack_ratio=arguments.max_unpack_ratio,
+        *(arguments.sample_mb * 1_000_000, arguments.seed, not arguments.quiet),
+        *(Columns(arguments.text_column), arguments.max_unpack_ratio),
     )
     lines = sample_lines(documents, arguments.seed)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of training

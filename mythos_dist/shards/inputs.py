@@ -17,7 +17,8 @@ from mythos_dist.data.unpack import TooLarge, unpack
 from mythos_dist.errors import UserError, redact
 from mythos_dist.shards.encoding import check_encoding
 from mythos_dist.shards.listing import filesystem_of, list_files, shown
-from mythos_dist.shards.names import KIND_NAMES, KNOWN, Kind, is_url, kind_of
+from mythos_dist.shards.names import KIND_NAMES, KNOWN, Kind, as_text, is_url, kind_of, on_console
+from mythos_dist.units import count as count_of
 
 READ_BYTES = 1 << 20
 # A file may unpack to MAX_RATIO times its size, or to MIN_UNPACKED if that is more: text takes 3 to 10 times.
@@ -68,17 +69,20 @@ class Listing:
         kinds = Counter(KIND_NAMES[source.kind] for source in self.sources)
         of = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
         total = sum(source.size for source in self.sources)
-        lines = [f"inputs: {len(self.sources):,} files ({of}), {total / 1e6:,.1f} MB"]
+        lines = [f"inputs: {count_of(len(self.sources), 'file')} ({of}), {total / 1e6:,.1f} MB"]
         if texts := [one.name for one in self.sources if one.kind == "text"] if len(kinds) > 1 else []:
-            some = f"{', '.join(texts[:3])}{' …' if len(texts) > 3 else ''}"
-            lines.append(f"note: plain text is read beside records: {some}; give a pattern if it is not meant")
+            lines.append(f"note: plain text is read beside records: {_some(texts)}; give a pattern if it is not meant")
         reasons = Counter(one.reason for one in self.left_out).most_common()
         for reason, count in reasons[:MAX_REASONS]:
-            some = [one.name for one in self.left_out if one.reason == reason][:3]
-            lines.append(redact(f"not taken: {count:,} {reason}: {', '.join(some)}{' …' if count > 3 else ''}"))
+            some = [one.name for one in self.left_out if one.reason == reason]
+            lines.append(f"not taken: {count:,} {reason}: {_some(some)}")
         if len(reasons) > MAX_REASONS:
             lines.append(f"not taken for {len(reasons) - MAX_REASONS} more reasons")
         return lines
+
+
+def _some(names: list[str]) -> str:
+    return redact(", ".join(map(on_console, names[:3])) + " …" * (len(names) > 3))
 
 
 def list_inputs(inputs: Inputs, out: str | Path | None = None, max_ratio: float = MAX_RATIO) -> Listing:
@@ -119,7 +123,7 @@ def find_sources(inputs: Inputs) -> list[Source]:
 
 
 def _redacted(one: LeftOut) -> LeftOut:
-    return LeftOut(redact(one.name), one.reason, redact(one.detail))
+    return LeftOut(as_text(redact(one.name)), one.reason, as_text(redact(one.detail)))
 
 
 def content_hash(source: Source) -> str:
@@ -201,7 +205,7 @@ def _names(paths: list[str]) -> list[str]:
     shared = 0
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
         shared += 1
-    return ["/".join(part[shared:]) for part in parts]
+    return [as_text("/".join(part[shared:])) for part in parts]
 
 
 def _plain_url(url: str) -> str:

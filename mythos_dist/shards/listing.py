@@ -276,10 +276,12 @@ def _below(filesystem: Any, base: str, pattern: list[str]) -> Files:
     depth = None if not pattern or "**" in pattern else len(pattern)
     for path, info in _tree(filesystem, base, pattern, depth):
         parts = _parts_below(base, path)
-        visible = [i for i, part in enumerate(parts) if is_hidden(part) and not _spells(pattern, part)]
-        if visible:
-            folder = visible[0] < len(parts) - 1
-            files.left_out.append(LeftOut("/".join(parts[: visible[0] + 1]) + "/" * folder, HIDDEN))
+        hidden = [i for i, part in enumerate(parts) if is_hidden(part) and not _spells(pattern, part)]
+        if hidden and depth is not None and hidden[0] < depth - 1:
+            pass  # the pattern names files further below, as in the shell
+        elif hidden:
+            folder = hidden[0] < len(parts) - 1
+            files.left_out.append(LeftOut("/".join(parts[: hidden[0] + 1]) + "/" * folder, HIDDEN))
         elif kind_of(path):
             files.found.append(_remote(filesystem, path, parts, info))
         else:
@@ -292,6 +294,8 @@ def _tree(filesystem: Any, base: str, pattern: list[str], depth: int | None) -> 
     """(path, info) of all files below `base` that match, and of those in folders that match."""
     found = filesystem.find(base, maxdepth=depth, withdirs=depth is not None, detail=True)
     for path, info in found.items():
+        if path.rstrip("/") == base.rstrip("/") and info.get("type") == "directory":
+            continue  # some file systems list it in itself
         states: frozenset[int] = frozenset({0})
         for part in _parts_below(base, path):
             states = _advance(pattern, states, part)

@@ -86,3 +86,13 @@ def suffix_of(name: str) -> str:
     if suffix in COMPRESSIONS or suffix in (".part", ".tmp", ".incomplete", ".crc"):
         suffix = posixpath.splitext(stem)[1] + suffix
     return suffix or "no suffix"
+
+
+def as_text(name: str) -> str:
+    """A file's name as valid Unicode: bytes of it that are not UTF-8 are written \\udcff, as Python has them."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def on_console(name: str) -> str:
+    """A file's name in a line of its own kind: line ends and control sequences of a terminal are escaped."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)

@@ -61,7 +61,7 @@ def in_memory(folder):
     return "memory://listing"
 
 
-@pytest.mark.parametrize("form", ["folder", "folder/", "**", "**/*", "*", "memory", "memory **/*"])
+@pytest.mark.parametrize("form", ["folder", "folder/", "**", "**/*", "*", "memory", "memory **/*", "memory *"])
 def test_a_folder_its_patterns_and_a_remote_copy_are_one_corpus(folder, form):
     if form.startswith("memory"):
         given = in_memory(folder) + form.removeprefix("memory").replace(" ", "/")
@@ -69,10 +69,11 @@ def test_a_folder_its_patterns_and_a_remote_copy_are_one_corpus(folder, form):
         given = {"folder": str(folder), "folder/": f"{folder}/"}.get(form) or f"{folder}/{form}"
     listing = list_inputs(given)
     assert [source.name for source in listing.sources] == DATA
+    assert len(listing.left_out) == len(NO_DATA) + len(HIDDEN_FOLDERS)
     assert left_out(listing) == {**NO_DATA, **dict.fromkeys(HIDDEN_FOLDERS, "hidden")}
 
 
-def test_what_is_named_is_taken_whatever_it_is_called(folder):
+def test_a_file_given_by_name_is_taken_whatever_its_name(folder):
     names = ["README.md", ".hidden.jsonl", "dataset_infos.json", "_temporary/x.txt"]
     listing = list_inputs([folder / name for name in names])
     assert [source.name for source in listing.sources] == names and not listing.left_out
@@ -143,6 +144,7 @@ def test_patterns_are_matched_as_the_shell_does(folder):
         assert [source.name for source in find_sources(f"{folder}/{pattern}")] == expected, pattern
     shutil.copytree(folder / "books", folder.parent / "books [1]")
     assert [source.name for source in find_sources(f"{folder.parent}/books [1]/*.txt")] == ["c.txt"]
+    assert left_out(list_inputs(f"{in_memory(folder)}/*/*.txt")) == left_out(list_inputs(f"{folder}/*/*.txt")) == {}
     for pattern in ("*.pq", "absent/*", "*/*/*/*/*.txt"):
         with pytest.raises(UserError, match="as a pattern it matches nothing"):
             find_sources(f"{folder}/{pattern}")
@@ -206,7 +208,7 @@ def test_a_conversion_says_what_it_takes_and_its_manifest_names_the_rest(tmp_pat
     assert "already converted" in capsys.readouterr().err
 
 
-def test_a_file_that_is_named_is_nothing_to_tell(tmp_path, byte_tokenizer, capsys):
+def test_files_given_by_name_print_no_listing(tmp_path, byte_tokenizer, capsys):
     (tmp_path / "a.txt").write_text("some text")
     manifest = convert(tmp_path / "a.txt", byte_tokenizer, 4, tmp_path / "out", heldout=0)
     assert capsys.readouterr().err == "" and manifest.left_out == ()
@@ -231,3 +233,20 @@ def test_a_manifest_without_a_list_of_what_was_left_out_is_read(tmp_path, byte_t
     del content["left_out"], content["unknown_tokens"]
     file.write_text(json.dumps(content))
     assert read_manifest(tmp_path / "out").left_out == ()
+
+
+def test_names_of_any_bytes_are_listed_and_stored(tmp_path, byte_tokenizer, capsys):
+    """Line ends, control sequences of a terminal, and bytes that are not UTF-8."""
+    top = tmp_path / "top"
+    top.mkdir()
+    names = [b"bad\xff.txt", b"line\nend.txt", b"red\x1b[31m.csv", b"gone\xff.txt.csv"]
+    for name in names:
+        (top / os.fsdecode(name)).write_text("some text")
+    manifest = convert(top, byte_tokenizer, 4, tmp_path / "out", heldout=0)
+    assert read_manifest(tmp_path / "out") == manifest
+    assert [one.name for one in manifest.inputs] == ["bad\\udcff.txt", "line\nend.txt"]
+    said = capsys.readouterr().err
+    assert "red\\x1b[31m.csv" in said and "\x1b" not in said and len(said.splitlines()) == 2
+    said.encode()
+    with pytest.raises(UserError, match="an empty name; name a file, a folder or a pattern"):
+        find_sources("")

@@ -8,10 +8,16 @@ from helpers.conversion import contents
 from helpers.http_server import serving
 
 from mythos_dist.errors import UserError, redact
+from mythos_dist.shards import convert as convert_module
 from mythos_dist.shards.convert import convert
 from mythos_dist.shards.inputs import find_sources, list_inputs
 
 SIGNED = "X-Amz-Credential=AKIDEXAMPLE&X-Amz-Signature=5ec3e7&sig=a%2Fb5ec3e7&token=hf_5ec3e75ec3e7"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(convert_module, "RETRY_SECONDS", 0.01)
 
 
 @pytest.mark.parametrize(
