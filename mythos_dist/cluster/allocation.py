@@ -191,7 +191,7 @@ def is_finished(config: Config) -> bool:
         return False
     try:
         newest = (run_dir / "checkpoints" / "latest").read_text().strip()
-    except OSError:
+    except (OSError, ValueError):
         return True  # checkpoints were moved away: of a finished run nobody needs them
     step = newest.rpartition("-")[2]
     return not step.isdecimal() or int(step) >= config.train.steps

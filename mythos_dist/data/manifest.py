@@ -210,9 +210,10 @@ def read_manifest(path: str | Path) -> Manifest:
         content = file.read_bytes()
         version = read_json(content)["format_version"]
         if version != FORMAT_VERSION:
+            other = "a newer" if type(version) is int and version > FORMAT_VERSION else "another"
             raise UserError(
-                f"format_version={version!r:.40} is not {FORMAT_VERSION}: another version of mythos_dist made these "
-                "shards; delete the folder and convert again",
+                f"format_version={version!r:.40} is not {FORMAT_VERSION}: {other} version of "
+                "mythos_dist made these shards; use that version, or convert again into another folder",
                 str(file),
             )
         return _checked(content)

@@ -1,11 +1,14 @@
-"""What `make demo` may remove: the folder of an earlier demo, and nothing else of that name."""
+"""What `make demo` may remove: an earlier demo, and nothing else of that name; and temporaries that are others'."""
 
 from pathlib import Path
 
 import pytest
 
 from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.data.tokenizer import train_tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.shards.corpus import write_sample_corpus
+from mythos_dist.shards.depth_task import make_depth_task
 from mythos_dist.studies.earlier import make_room, remove_earlier_run
 
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
@@ -48,3 +51,21 @@ def test_another_run_in_its_place_is_refused(tmp_path, what, capsys):
     assert folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     with pytest.raises(UserError, match=str(folder)):
         remove_earlier_run(folder, [])
+
+
+def test_files_and_folders_named_tmp_of_a_user_stay(tmp_path):
+    """Each was written over, or taken for what the tool had begun."""
+    (tmp_path / "task.tmp").mkdir()
+    for name in ("task.tmp/notes.txt", "corpus.parquet.tmp", "tokenizer.model.tmp"):
+        (tmp_path / name).write_text("mine")
+    make_depth_task(tmp_path / "task", hops=2, sequences=4, heldout=2)
+    write_sample_corpus(tmp_path / "corpus.parquet")
+    train_tokenizer(["some words to train on, again and again"] * 50, tmp_path / "tokenizer.model", 276)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("corpus.parquet", "corpus.parquet.tmp", "task", "task.tmp", "tokenizer.model", "tokenizer.model.tmp")
+    ]
+    for name in ("task.tmp/notes.txt", "corpus.parquet.tmp", "tokenizer.model.tmp"):
+        assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "task" / "notes.txt").exists()
+    with pytest.raises(UserError, match="cannot be written"):
+        make_depth_task(tmp_path / "corpus.parquet" / "task", hops=2, sequences=4, heldout=2)
