@@ -125,7 +125,8 @@ write_env_file() {
     theirs=$(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX|FI|OMP|WANDB|HF)_|^LD_LIBRARY_PATH$' |
         grep -vE 'KEY|TOKEN|SECRET')
     for name in $(printf '%s\n' $theirs "${env_names[@]}" MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE MYTHOS_LAUNCH \
-        MYTHOS_BAD_NODES MYTHOS_VERDICT MYTHOS_SECRET_FILE | sort -u); do
+        MYTHOS_BAD_NODES MYTHOS_VERDICT MYTHOS_SECRET_FILE \
+        ${MYTHOS_CHECKPOINT_KEY_FILE:+MYTHOS_CHECKPOINT_KEY_FILE} | sort -u); do
         value=${!name}
         # DeepSpeed puts values with other characters into quotes, and not all launchers take them off.
         if [[ $value =~ [^[:alnum:]_@%+=:,./-] ]]; then

@@ -483,6 +483,7 @@ def test_ranks_get_the_variables_that_launchers_drop_and_no_secrets(hosts):
         "NCCL_IB_HCA": "mlx5_0,mlx5_1",
         "WANDB_API_KEY": "secret",
         "WANDB_PROJECT": "mine",
+        "MYTHOS_CHECKPOINT_KEY_FILE": "/home/me/key",
         "TORCH_X": 'a "b"',
     }
     ranks = f"cp $DS_ENV_FILE $run/given; stat -c %a $DS_ENV_FILE > $run/mode; echo $DS_ENV_FILE > $run/name; {DONE}"
@@ -490,6 +491,7 @@ def test_ranks_get_the_variables_that_launchers_drop_and_no_secrets(hosts):
     given = dict(line.split("=", 1) for line in (hosts.run_dir / "given").read_text().splitlines())
     assert given["NCCL_IB_HCA"] == "mlx5_0,mlx5_1"
     assert given["WANDB_PROJECT"] == "mine"
+    assert given["MYTHOS_CHECKPOINT_KEY_FILE"] == "/home/me/key"  # a name; without it other hosts refuse to start
     assert given["NCCL_DEBUG"] == "WARN"
     assert given["MASTER_ADDR"] == "localhost"
     assert given["LOCAL_WORLD_SIZE"] == "2"
