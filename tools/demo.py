@@ -41,7 +41,6 @@ def main() -> None:
     say("4. A sample from the trained model")
     run([sys.executable, "tools/generate.py", str(RUN_DIR), "--prompt", "The import statement", "--temperature", "0.6"])
 
-    # There is no such file without a held-out split.
     losses = {line["step"]: line["heldout_loss"] for line in read_json_lines(RUN_DIR / "eval.jsonl")}
     first, last = (losses[min(losses)], losses[max(losses)]) if losses else (math.nan, math.nan)
     say(f"Held-out loss {first:.2f} -> {last:.2f} nats ({first - last:.2f} better), {time.monotonic() - begin:.0f} s")

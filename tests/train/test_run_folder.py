@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_written(conf
         "dangling": "a link to nowhere, which is not there",
         "dangling/below": "a link to nowhere, which is not there",
         "n" * 300: "too long",
-        "nul\0": "no path",
+        "nul\0": "control character",
         "/proc/1/fdinfo/run": "in|denied|not",
     }
     for name, words in expected.items():

@@ -168,6 +168,7 @@ def test_a_finished_run_can_be_made_longer(finished, settings, tmp_path):
         2, *arguments, env={"KILL_AFTER": str(run_dir / "checkpoints" / "step-00000008" / "checkpoint.json")}
     )
     assert killed.codes == [-signal.SIGKILL] * 2 and not (run_dir / "COMPLETED").exists()
+    assert "WARNING: train.steps=10, and the checkpoint of step 6 was saved with 6: the learning rate" in killed.err
     assert train(2, *arguments).codes == [0, 0] and (run_dir / "COMPLETED").exists()
     assert exact(run_dir)[:6] == exact(finished) and [line["step"] for line in lines(run_dir)] == list(range(1, 11))
     (run_dir / "COMPLETED").unlink()  # killed between the last checkpoint and the marker
