@@ -22,6 +22,7 @@ from mythos_dist.studies.trials import (
     training_flops,
 )
 from mythos_dist.train.pictures import picture
+from mythos_dist.units import count
 
 SAMPLE = Path("data/sample")
 
@@ -191,7 +192,7 @@ def table(data: type[Text] | type[Task], found: dict[str, Any]) -> list[str]:
         values = [spread(one["seeds"], n) for n in data.judged]
         rows.append((values[0][0], switch, one["steps"], values))
     lines = ["", f"**{data.name}** ({data.unit}, {data.better} is better; {found['flops']:.2e} FLOPs a run)", ""]
-    lines.append("| | steps | " + " | ".join(f"{n} loops" for n in data.judged) + " |")
+    lines.append("| | steps | " + " | ".join(count(n, "loop") for n in data.judged) + " |")
     lines.append("|---|---:|" + "---:|" * len(data.judged))
     for _, switch, steps, values in sorted(rows, reverse=data.better == "higher"):
         lines.append(f"| {switch} | {steps} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in values) + " |")
@@ -214,5 +215,5 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
             values = [seed[str(n)] for one in found["switches"].values() for seed in one["seeds"]]
             if data.better == "lower":
                 panel.set_xlim(min(values) * 0.98, max(values) * 1.02)
-            panel.set_title(f"{name}: {data.what}, {n} loops")
+            panel.set_title(f"{name}: {data.what}, {count(n, 'loop')}")
             panel.grid(axis="x", alpha=0.3)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mythos_dist.train.pictures import loops_axis, picture
+from mythos_dist.units import count
 
 SAME_LOSS = 1e-3  # share of a loss that one and many loops must differ by
 SAME_TOKENS = 0.98  # mean cosine of the states of a sequence's tokens
@@ -80,8 +81,8 @@ def failures(look: Look, counts: Tensor) -> dict[str, str]:
     idle = int((counts.sum(0) == 0).sum())
     if idle:
         found["dead experts"] = (
-            f"{idle} of {counts.shape[1]} experts got no token in this step; try a larger experts.bias_update_rate, or "
-            "experts.sequence_balance_loss=1e-4"
+            f"{idle} of {count(counts.shape[1], 'expert')} got no token in this step; try a larger "
+            "experts.bias_update_rate, or experts.sequence_balance_loss=1e-4"
         )
     return found
 
