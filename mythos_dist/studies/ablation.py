@@ -21,7 +21,8 @@ from mythos_dist.studies.trials import (
     steps_for,
     training_flops,
 )
-from mythos_dist.train.pictures import picture
+from mythos_dist.train.depth import ACCURACY_RANGE, LOSS_RANGE
+from mythos_dist.train.pictures import picture, value_axis
 from mythos_dist.units import count
 
 SAMPLE = Path("data/sample")
@@ -215,5 +216,6 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
             values = [seed[str(n)] for one in found["switches"].values() for seed in one["seeds"]]
             if data.better == "lower":
                 panel.set_xlim(min(values) * 0.98, max(values) * 1.02)
+            value_axis(panel, LOSS_RANGE * max(values) if data.better == "lower" else ACCURACY_RANGE, "x")
             panel.set_title(f"{name}: {data.what}, {count(n, 'loop')}")
             panel.grid(axis="x", alpha=0.3)
