@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import UserError, run_command
+from mythos_dist.units import count
 
 
 def parse() -> argparse.Namespace:
@@ -48,11 +49,8 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
     from mythos_dist.shards.corpus import sample_documents
     from mythos_dist.shards.documents import Columns
 
-    problems = []
-    if arguments.sample_mb < 1:
-        problems.append(f"--sample-mb={arguments.sample_mb} is no amount of text; set it to 1 or more")
-    if arguments.vocab_size < 1:
-        problems.append(f"--vocab-size={arguments.vocab_size} must be at least 1")
+    numbers = {"sample-mb": arguments.sample_mb, "vocab-size": arguments.vocab_size}
+    problems = [f"--{name}={number} must be at least 1" for name, number in numbers.items() if number < 1]
     if arguments.out.is_dir():
         problems.append(f"--out={arguments.out} is a folder; name a file, such as tokenizer.model in it")
     if problems:
@@ -67,7 +65,10 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
     text_bytes = sum(len(line.encode()) for line in lines)
     kind, size = arguments.model_type, arguments.vocab_size
     if not arguments.quiet:
-        print(f"training {kind} of {size} pieces on {len(lines)} lines, {text_bytes / 1e6:.1f} MB", file=sys.stderr)
+        print(
+            f"training {kind} of {count(size, 'piece')} on {count(len(lines), 'line')}, {text_bytes / 1e6:.1f} MB",
+            file=sys.stderr,
+        )
     tokenizer = train_on_lines(lines, arguments.out, size, kind)
     return {
         "path": str(arguments.out),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.units import count
 
 if TYPE_CHECKING:
     from mythos_dist.shards.verify import Report
@@ -55,15 +56,16 @@ def main() -> None:
 
 def lines(report: "Report") -> list[str]:
     """For a person: remarks, what is wrong, and a verdict that says what to do."""
-    total = (
-        f"{report.shards:,} shards, {report.windows:,} windows, {report.tokens:,} tokens, {report.bytes / 1e9:.3f} GB"
-    )
+    found = {"shard": report.shards, "window": report.windows, "token": report.tokens}
+    total = ", ".join([*(count(number, noun) for noun, number in found.items()), f"{report.bytes / 1e9:.3f} GB"])
     remarks = [f"remark: {remark}" for remark in report.remarks]
     if report.ok:
         return [*remarks, f"{total}: all good"]
     bad = [f"{one['shard']}: {'; '.join(one['problems'])}" for one in report.bad]
     more = [f"and {len(bad) - MAX_LINES:,} more"] if len(bad) > MAX_LINES else []
-    verdict = f"{total}: {len(bad):,} bad shards, {len(report.problems)} problems of the folder; {ADVICE}"
+    verdict = (
+        f"{total}: {count(len(bad), 'bad shard')}, {count(len(report.problems), 'problem')} of the folder; {ADVICE}"
+    )
     return [*remarks, *report.problems, *bad[:MAX_LINES], *more, verdict]
 
 

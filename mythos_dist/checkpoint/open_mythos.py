@@ -22,6 +22,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, must_be_its_loops, parts_of
+from mythos_dist.units import count
 
 MAX_LINES = 8  # of problems of one kind
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -70,9 +71,9 @@ def _differences(theirs: Mapping[str, Tensor], wanted: dict[str, tuple[int, ...]
     def told(what: str, names: Iterable[str]) -> Iterator[str]:
         if found := sorted(names):
             more = f" and {len(found) - MAX_LINES} more" if len(found) > MAX_LINES else ""
-            one = len(found) == 1
-            is_or_has = what if not one else what.replace("are", "is", 1).replace("have", "has", 1)
-            yield f"{len(found)} {'tensor' if one else 'tensors'} {is_or_has}: {', '.join(found[:MAX_LINES])}{more}"
+            if len(found) == 1:
+                what = what.replace("are ", "is ").replace("have ", "has ")
+            yield f"{count(len(found), 'tensor')} {what}: {', '.join(found[:MAX_LINES])}{more}"
 
     here = set(theirs) - set(NOT_PARAMETERS)
     yield from told("are missing", wanted.keys() - here)

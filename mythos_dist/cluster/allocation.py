@@ -20,6 +20,7 @@ from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
+from mythos_dist.units import count
 
 T = TypeVar("T")
 MOST = 100_000  # of nodes, of ranks on one, and of jobs in a chain: more is a slip
@@ -104,7 +105,7 @@ def _uneven(slots: dict[str, int]) -> list[str]:
 def spread(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocation:
     """`ranks` on `nodes`. Raises UserError if they cannot be dealt out evenly, or a node lacks GPUs for them."""
     if ranks < 1 or nodes < 1:
-        raise UserError(f"{ranks} ranks on {nodes} nodes: give at least one of each")
+        raise UserError(f"{count(ranks, 'rank')} on {count(nodes, 'node')}: give at least one of each")
     if not 1 <= nodes <= MOST or not 1 <= ranks <= nodes * MOST:
         raise UserError(f"{ranks} ranks on {nodes} nodes: give at most {MOST:,} nodes, and {MOST:,} ranks on each")
     if gpus_per_node is not None and not 1 <= gpus_per_node <= MOST:
@@ -112,12 +113,14 @@ def spread(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocati
     if ranks % nodes:
         around = nearest(ranks, range(nodes, ranks + nodes + 1, nodes))
         raise UserError(
-            f"{ranks} ranks on {nodes} nodes: every node runs equally many; set the number of ranks to one of {around}"
+            f"{count(ranks, 'rank')} on {count(nodes, 'node')}: every node runs equally many; set the number of ranks "
+            f"to one of {around}"
         )
     if gpus_per_node and ranks // nodes > gpus_per_node:
         raise UserError(
-            f"{ranks // nodes} ranks per node, but a node gives {gpus_per_node} GPUs: each rank takes one of its own; "
-            f"set the ranks per node to {gpus_per_node} (SLURM: --ntasks-per-node), or ask for more GPUs"
+            f"{count(ranks // nodes, 'rank')} per node, but a node gives {count(gpus_per_node, 'GPU')}: each rank "
+            f"takes one of its own; set the ranks per node to {gpus_per_node} (SLURM: --ntasks-per-node), or ask for "
+            "more GPUs"
         )
     return Allocation(nodes, ranks // nodes, gpus_per_node)
 
@@ -138,7 +141,9 @@ def _fitting(config: Config, allocation: Allocation) -> str:
     most = replica * (config.train.global_batch // config.train.micro_batch)
     ranks = [replica * replicas for replicas in divisors(config.train.global_batch // config.train.micro_batch)]
     fitting = [n // per_node for n in ranks if n % per_node == 0 and not layout_problems(config, n)]
-    said = f"{allocation.nodes} nodes x {per_node} ranks = {allocation.ranks} ranks do not fit"
+    said = (
+        f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {count(allocation.ranks, 'rank')} do not fit"
+    )
     if allocation.ranks > most:
         said += (
             f", and this layout can use {most} at most (parallel.pipe x parallel.tensor x train.global_batch / "
@@ -146,7 +151,8 @@ def _fitting(config: Config, allocation: Allocation) -> str:
         )
     choices = nearest(allocation.nodes, fitting)
     if not choices:
-        return f"{said}; no number of nodes with {per_node} ranks each does: change the ranks per node, or the layout"
+        ranks_each = count(per_node, "rank")
+        return f"{said}; no number of nodes with {ranks_each} each does: change the ranks per node, or the layout"
     return f"{said}; set the number of nodes to {choices[0] if len(choices) == 1 else f'one of {choices}'}"
 
 
@@ -155,20 +161,23 @@ def notes(config: Config, allocation: Allocation) -> list[str]:
     found = []
     per_node, gpus = allocation.ranks_per_node, allocation.gpus_per_node
     if gpus and gpus > per_node:
-        found.append(f"{gpus} GPUs per node, but {per_node} ranks: {gpus - per_node} GPUs of each node stay idle")
+        found.append(
+            f"{count(gpus, 'GPU')} per node, but {count(per_node, 'rank')}: {count(gpus - per_node, 'GPU')} of each "
+            f"node {'stays' if gpus - per_node == 1 else 'stay'} idle"
+        )
     tensor, pipe = config.parallel.tensor, config.parallel.pipe
     for name, size in (("parallel.tensor", tensor), ("parallel.pipe x parallel.tensor", pipe * tensor)):
         if allocation.nodes > 1 and _nodes_of_group(size, allocation) > -(-size // per_node):
             found.append(
-                f"{name}={size} and {per_node} ranks per node: some of these groups of {size} neighbouring ranks lie "
-                f"on {_nodes_of_group(size, allocation)} nodes where {-(-size // per_node)} would do, and the network "
-                "between nodes is slower; choose them so that one divides the other"
+                f"{name}={size} and {count(per_node, 'rank')} per node: some of these groups of {size} neighbouring "
+                f"ranks lie on {_nodes_of_group(size, allocation)} nodes where {-(-size // per_node)} would do, and "
+                "the network between nodes is slower; choose them so that one divides the other"
             )
             break
     if tensor > per_node:
         found.append(
-            f"parallel.tensor={tensor} is more than the {per_node} ranks of a node: a few messages per loop cross the "
-            "network; parallel.pipe or parallel.zero=3 divide a model with fewer"
+            f"parallel.tensor={tensor} is more than the {count(per_node, 'rank')} of a node: a few messages per loop "
+            "cross the network; parallel.pipe or parallel.zero=3 divide a model with fewer"
         )
     return found
 

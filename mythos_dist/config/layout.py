@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mythos_dist.config.fields import kinds_of
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig, ParallelConfig, TrainConfig
+from mythos_dist.units import count
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Layout:
         if self.ranks % self.ranks_per_replica:
             return 0
         return self.ranks // self.ranks_per_replica
+
+    @property
+    def counted_replicas(self) -> str:
+        return count(self.replicas, "replica")
+
+    @property
+    def counted_ranks(self) -> str:
+        return count(self.ranks, "rank")
+
+    @property
+    def are(self) -> str:
+        """The verb of the replicas."""
+        return "is" if self.replicas == 1 else "are"
 
     @property
     def per_pass(self) -> int:
@@ -110,13 +124,13 @@ _RANK_RULES = (
         "parallel.tensor parallel.pipe ranks",
     ),
     Rule(
-        "{at.replicas} replicas ({at.ranks} ranks / parallel.pipe / parallel.tensor) are not divisible by "
+        "{at.counted_replicas} ({at.counted_ranks} / parallel.pipe / parallel.tensor) {at.are} not divisible by "
         "parallel.expert: so many replicas share one copy of the experts",
         lambda at: at.replicas % at.parallel.expert == 0,
         "parallel.expert ranks",
     ),
     Rule(
-        "train.global_batch is not divisible by train.micro_batch x {at.replicas} replicas = {at.per_pass}: "
+        "train.global_batch is not divisible by train.micro_batch x {at.counted_replicas} = {at.per_pass}: "
         "every replica runs equally many passes",
         lambda at: not at.replicas or at.train.global_batch % at.per_pass == 0,
         "train.micro_batch train.global_batch",

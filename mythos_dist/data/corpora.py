@@ -15,6 +15,7 @@ from mythos_dist.data.manifest import SPLITS, Manifest, file_sha256, index_finge
 from mythos_dist.data.mix import whole_weights
 from mythos_dist.data.windows import Shard
 from mythos_dist.errors import UserError
+from mythos_dist.units import count
 
 
 @dataclass(frozen=True)
@@ -170,19 +171,22 @@ def _is_count(value: Any) -> bool:
 def _split_problems(split: str, shards: list[Shard], manifest: Manifest) -> Iterator[str]:
     windows, expected = sum(shard.entry["samples"] for shard in shards), manifest.splits[split].windows
     if windows != expected:
-        yield f"{split}/index.json lists {windows} windows, but the manifest says {expected}; convert again"
+        yield f"{split}/index.json lists {count(windows, 'window')}, but the manifest says {expected}; convert again"
     if not windows and split == "train":
         yield "train/ has 0 windows; convert more text, or with a smaller share of held-out text"
     sizes = _sizes(shards)
     missing = [shard.name for shard in shards if shard.name not in sizes]
     if missing:
-        yield f"{len(missing)} shard files are missing in {split}/, the first is {missing[0]}; copy them too"
+        files = count(len(missing), "shard file")
+        are = "is" if len(missing) == 1 else "are"
+        yield f"{files} {are} missing in {split}/, the first is {missing[0]}; copy them too"
     wrong = [shard for shard in shards if sizes.get(shard.name, shard.stored["bytes"]) != shard.stored["bytes"]]
     if wrong:
         first = wrong[0]
         yield (
-            f"{len(wrong)} shard files in {split}/ have another size than index.json says, the first is {first.name} "
-            f"with {sizes[first.name]} bytes instead of {first.stored['bytes']}; copy them again, or convert again"
+            f"{count(len(wrong), 'shard file')} in {split}/ {'has' if len(wrong) == 1 else 'have'} another size than "
+            f"index.json says, the first is {first.name} with {sizes[first.name]} bytes instead of "
+            f"{first.stored['bytes']}; copy again, or convert again"
         )
 
 

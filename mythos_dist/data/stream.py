@@ -10,9 +10,10 @@ The trap: what a loader process raises comes out as a traceback of two processes
 /dev/shm, which containers keep at 64 MB. So errors travel as data, and windows as arrays, as narrow as on disk.
 """
 
+import itertools
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from mythos_dist.data.mix import deal, positions_before_repeat
 from mythos_dist.data.order import Order
 from mythos_dist.data.windows import Windows
 from mythos_dist.errors import UserError
+from mythos_dist.units import count
 
 
 class MicroBatch(NamedTuple):
@@ -87,7 +89,7 @@ class ReplicaStream:
             corpora = path
         if global_batch % (num_replicas * micro_batch):
             raise UserError(
-                f"train.global_batch={global_batch} is not divisible by {num_replicas} replicas x "
+                f"train.global_batch={global_batch} is not divisible by {count(num_replicas, 'replica')} x "
                 f"train.micro_batch={micro_batch}; set train.global_batch to a multiple of {num_replicas * micro_batch}"
             )
         self.fingerprint = fingerprint(corpora)
@@ -131,7 +133,8 @@ class ReplicaStream:
         """
         loader = DataLoader(
             self._windows,
-            batch_sampler=chain.from_iterable(map(self._micro_batches, count(start))),  # endless; runs in this process
+            # Endless; runs in this process.
+            batch_sampler=chain.from_iterable(map(self._micro_batches, itertools.count(start))),
             num_workers=self._workers,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals_to_the_rank,

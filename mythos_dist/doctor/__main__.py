@@ -22,6 +22,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.doctor import gpu, kernels, launcher, memory, network, probe, software, storage
 from mythos_dist.doctor.lines import Line, examine, ok, problem
 from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.units import count
 
 
 def parse() -> argparse.Namespace:
@@ -58,7 +59,7 @@ def main() -> None:
     else:
         print(f"mythos_dist {__version__} on {about['host']}" + (f", {arguments.config}" if config else ""))
         print("\n".join(shown(found)))
-        print(f"{counts['problem']} problems, {counts['note']} notes")
+        print(f"{count(counts['problem'], 'problem')}, {count(counts['note'], 'note')}")
     sys.exit(1 if counts["problem"] else 0)
 
 
@@ -115,7 +116,7 @@ def layout(config: Config, env: dict[str, str]) -> Iterable[Line]:
         said, _, remedy = text.partition("; ")
         yield problem("layout", said, remedy)
     if not layout_problems(config, int(world)):
-        yield ok("layout", f"{world} ranks make {int(world) // replica} replicas of {replica}")
+        yield ok("layout", f"{count(int(world), 'rank')} make {count(int(world) // replica, 'replica')} of {replica}")
 
 
 if __name__ == "__main__":

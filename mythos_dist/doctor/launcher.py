@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mythos_dist.doctor.lines import Line, note, ok, problem
+from mythos_dist.units import count
 
 PROGRAMS = ("torchrun", "deepspeed", "srun", "sbatch", "pdsh", "ssh")
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -65,7 +66,8 @@ def _slurm(env: Mapping[str, str]) -> Iterator[Line]:
     if nodes > 1 and "SLURM_NTASKS_PER_NODE" not in env:
         yield note(
             "launcher",
-            f"the job has {nodes} nodes and no --ntasks-per-node: SLURM may place ranks unevenly, such as 3 + 1",
+            f"the job has {count(int(nodes), 'node')} and no --ntasks-per-node: SLURM may place ranks unevenly, such "
+            "as 3 + 1",
             "give sbatch --ntasks-per-node",
         )
 

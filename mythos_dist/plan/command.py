@@ -17,6 +17,7 @@ from mythos_dist.plan.estimate import Estimate
 from mythos_dist.plan.report import advice, as_json, beside, details, table, why_not
 from mythos_dist.plan.search import AXES, check_fixed, search, smallest_cluster
 from mythos_dist.plan.write import write_config
+from mythos_dist.units import count
 
 _OF_TRAIN = ("micro_batch", "recompute")
 
@@ -60,8 +61,9 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
     else:
         n_loops, frozen = best.loops
         print(
-            f"{arguments.variant or arguments.config}: {gpus} x {cluster.name}, {config.train.seq_len} tokens, "
-            f"{config.train.global_batch} sequences a step, {n_loops} loops, {n_loops - frozen} with gradient"
+            f"{arguments.variant or arguments.config}: {gpus} x {cluster.name}, "
+            f"{count(config.train.seq_len, 'token')}, {count(config.train.global_batch, 'sequence')} a step, "
+            f"{count(n_loops, 'loop')}, {n_loops - frozen} with gradient"
         )
         print("\n".join([*table(estimates), "", *details(best, arguments.tokens), *said]))
         if measured:

@@ -6,7 +6,7 @@ from typing import Any
 from mythos_dist.plan.estimate import Estimate
 from mythos_dist.plan.memory import PARTS
 from mythos_dist.plan.search import Found
-from mythos_dist.units import short
+from mythos_dist.units import count, short
 
 _HEAD = (
     "tensor expert pipe data zero seq micro recompute | params grads optim saved  work  comm total GB | step s tokens/s"
@@ -41,7 +41,7 @@ def details(found: Estimate, tokens: float) -> list[str]:
         f"parameters      {found.parameters / 1e9:.3f} billion on the fullest rank",
         f"step            {total:.2f} s: " + ", ".join(f"{name} {s:.2f}" for name, s in parts if s >= total / 1000),
         f"FLOPs           {found.model_flops / found.world_size:.3e} of the model per GPU and step, "
-        f"{found.flops(stage):.3e} executed ({found.micro_batches} micro-batches)",
+        f"{found.flops(stage):.3e} executed ({count(found.micro_batches, 'micro-batch', 'micro-batches')})",
         *_bytes(found.communication(stage)),
         f"{short(tokens)} tokens ".ljust(16)
         + f"{hours:,.0f} GPU-hours, {hours / found.world_size / 24:,.1f} days"
@@ -107,7 +107,9 @@ def why_not(found: Found, smallest: int | None) -> list[str]:
         f"nothing fits: the least that a layout needs is {tightest.fullest.bytes / 1e9:.1f} GB of the "
         f"{cluster.usable / 1e9:.1f} GB that {cluster.name} leaves a run",
         f"what is too large: {part}, {memory[part] / 1e9:.1f} GB",
-        f"the smallest cluster that would do: {smallest} GPUs" if smallest else "no number of these GPUs would do",
+        f"the smallest cluster that would do: {count(smallest, 'GPU')}"
+        if smallest
+        else "no number of these GPUs would do",
     ]
     return [*lines, *table([tightest])]
 
@@ -127,7 +129,7 @@ def beside(found: Estimate, measured: Any) -> list[str]:
     line("peak memory", sum(planned.values()) / 1e9, sum(measured.memory.values()) / 1e9, ".3f", "GB")
     m = measured.micro_batches
     line(
-        f"FLOPs, {m} micro-batch{'es' if m > 1 else ''}",
+        f"FLOPs, {count(m, 'micro-batch', 'micro-batches')}",
         found.flops(stage, m) / 1e12,
         measured.flops / 1e12,
         ".3f",

@@ -21,6 +21,7 @@ from mythos_dist.plan.cost import parts_of, stage_costs
 from mythos_dist.plan.estimate import Estimate, with_layout
 from mythos_dist.plan.memory import REUSED, static_memory
 from mythos_dist.plan.parameters import weights_of
+from mythos_dist.units import count
 
 AXES = ("tensor", "expert", "pipe", "zero", "sequence", "micro_batch", "recompute")  # what `fixed` may name
 _PIPES = (1, 2, 4, 8, 16)
@@ -154,7 +155,7 @@ def _no_layout(config: Config, gpus: int, fixed: Mapping[str, Any]) -> str:
             break
     what = f"--gpus {gpus}" + (f" with --fixed {given}" if given else "")
     return (
-        f"{what}: no layout deals a global batch of {batch} sequences to so many GPUs"
+        f"{what}: no layout deals a global batch of {count(batch, 'sequence')} to so many GPUs"
         + (f"; nearest that works: --gpus {' or '.join(map(str, nearest(gpus, working)))}" if working else "")
         + f", or another --global-batch, such as {max(1, batch // gpus) * gpus}"
     )

@@ -10,6 +10,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.plan.estimate import Estimate
 from mythos_dist.plan.memory import PARTS
+from mythos_dist.units import count
 
 BEGIN, END = "# planned: begin", "# planned: end"  # `planned_lines` stand between them
 
@@ -19,14 +20,15 @@ def planned_lines(found: Estimate, command: str, measured: Any = None) -> list[s
     stage, p, usable = found.fullest, found.config.parallel, found.cluster.usable / 1e9
     lines = [
         f"# {command}",
-        f"# {found.world_size} x {found.cluster.name}: {found.replicas} replicas of {p.pipe * p.tensor} ranks",
+        f"# {found.world_size} x {found.cluster.name}: {count(found.replicas, 'replica')} of "
+        f"{count(p.pipe * p.tensor, 'rank')}",
         f"# memory, plan: {_memory(stage.memory)} GB of {usable:.1f}",
     ]
     if measured:
         m = measured.micro_batches
         lines += [
             f"# memory, dry run: {_memory(measured.memory)} GB",
-            f"# {m} micro-batch{'es' if m > 1 else ''}: {found.flops(stage, m):.4e} FLOPs planned, "
+            f"# {count(m, 'micro-batch', 'micro-batches')}: {found.flops(stage, m):.4e} FLOPs planned, "
             f"{measured.flops:.4e} in the dry run",
         ]
     lines.append(
@@ -68,7 +70,7 @@ def write_config(found: Estimate, path: Path) -> None:
         sections.setdefault(name, {}).update(settings)
     p = config.parallel
     fixed = f"tensor={p.tensor} expert={p.expert} pipe={p.pipe}"
-    command = f"planned for {found.world_size} GPUs; --fixed {fixed} gives it again"
+    command = f"planned for {count(found.world_size, 'GPU')}; --fixed {fixed} gives it again"
     text = "\n".join(planned_lines(found, command)) + "\n# Set data.path and run.dir.\n"
     try:
         with path.open("x", encoding="utf-8") as file:

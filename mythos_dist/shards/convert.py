@@ -13,6 +13,7 @@ written last.
 
 import base64
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from time import sleep
 from typing import Any, TextIO
@@ -68,6 +68,7 @@ from mythos_dist.shards.part import (
 from mythos_dist.shards.pool import Workers
 from mythos_dist.shards.progress import Progress
 from mythos_dist.shards.resume import earlier_conversion
+from mythos_dist.units import count
 
 # A part is about 1 / PARTS of the text, within these bounds: enough parts for many workers, few enough files.
 PARTS = 256
@@ -180,7 +181,7 @@ class _Found:
 def _look_into(item: tuple[Source, Columns]) -> "_Found | UserError":
     source, columns = item
     pool.count(source.size, 0)
-    for number in count(1):
+    for number in itertools.count(1):
         try:
             units = units_of(source, columns)
             return _Found(source, content_hash(source), units)
@@ -335,12 +336,14 @@ def _finish(
         windows = sum(shard["samples"] for shard in shards["heldout"])
         splits = split_counts(job, splits["train"], windows, eos)
     if not splits["train"].windows:
+        tokens = splits["train"].tokens
         for name in (*SPLITS, UNFINISHED):
             shutil.rmtree(job.out / name, ignore_errors=True)
         with suppress(OSError):  # somebody's files in it
             job.out.rmdir()
         raise UserError(
-            f"{splits['train'].tokens} tokens of text do not fill one window of seq_len={job.seq_len}; "
+            f"{count(tokens, 'token')} of text {'does' if tokens == 1 else 'do'} not fill one window of "
+            f"seq_len={job.seq_len}; "
             "give more text or a smaller seq_len",
             str(job.out),
         )

@@ -29,6 +29,7 @@ from mythos_dist.shards import pool
 from mythos_dist.shards.part import UNFINISHED
 from mythos_dist.shards.pool import Workers
 from mythos_dist.shards.progress import Progress
+from mythos_dist.units import count
 
 PIECE_BYTES = 1 << 20  # read at a time; a multiple of a token's size
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # what JSON of another shape leads to
@@ -152,7 +153,7 @@ def _read_index(folder: Path, split: str, manifest: Manifest, report: Report) ->
     report.windows += windows
     report.bytes += sum(shard.stored["bytes"] for shard in shards)
     if windows != expected:
-        report.problems.append(f"{split}/index.json lists {windows:,} windows, manifest.json {expected:,}")
+        report.problems.append(f"{split}/index.json lists {count(windows, 'window')}, manifest.json {expected:,}")
     named = Counter(shard.stored["basename"] for shard in shards)
     report.problems += [f"{split}/index.json lists {name} twice" for name, count in named.items() if count > 1]
     there = [
@@ -160,7 +161,7 @@ def _read_index(folder: Path, split: str, manifest: Manifest, report: Report) ->
     ]
     if left := sorted({*map(str, there)} - {"index.json", *named}):
         some = ", ".join(left[:3]) + " …" * (len(left) > 3)
-        report.remarks.append(f"{split}/ holds {len(left):,} files that index.json does not name: {some}")
+        report.remarks.append(f"{split}/ holds {count(len(left), 'file')} that index.json does not name: {some}")
     return shards
 
 
@@ -172,7 +173,7 @@ def _check_split(shards: list[Shard], counts: SplitCounts, report: Report, crew:
             sure = False
             report.bad.append({"shard": shard.name, "problems": problems})
     if sure and eos != counts.documents - counts.eos_dropped:
-        rule = f"the shards hold {eos:,} EOS tokens, not documents - eos_dropped"
+        rule = f"the shards hold {count(eos, 'EOS token')}, not documents - eos_dropped"
         report.problems.append(f"{shards[0].folder.name}: {rule} of {counts}")
 
 
@@ -205,7 +206,9 @@ def _entry_problems(entry: dict[str, Any], manifest: Manifest) -> list[str]:
     problems = [f"{name}={found.get(name)!r} instead of {expected.get(name)!r}" for name in sorted(wrong)]
     size = 8 + len(_columns(entry)) + entry["samples"] * (4 + window_bytes)
     if entry["samples"] < 1 or not size == entry["raw_data"]["bytes"] < 1 << 32:  # offsets are uint32
-        problems.append(f"bytes={entry['raw_data']['bytes']}, where {entry['samples']} windows take {size}")
+        problems.append(
+            f"bytes={entry['raw_data']['bytes']}, where {count(entry['samples'], 'window')} would be {size}"
+        )
     if bool(entry["zip_data"]) != bool(manifest.compression):
         problems.append(f"zip_data={entry['zip_data']} with compression={manifest.compression}")
     for file in filter(None, (entry["raw_data"], entry["zip_data"])):
@@ -221,7 +224,7 @@ def _check_file(shard: Shard, manifest: Manifest) -> tuple[list[str], int]:
         with open(shard.folder / stored["basename"], "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != stored["bytes"]:
-                return [f"is {size:,} bytes long, not {stored['bytes']:,}"], 0
+                return [f"is {count(size, 'byte')} long, not {stored['bytes']:,}"], 0
             if stored is raw:
                 return _check_content(file, shard.entry, manifest)
             packed = file.read()
@@ -264,7 +267,7 @@ def _check_content(stream: Any, entry: dict[str, Any], manifest: Manifest) -> tu
         highest = max(highest, int(tokens.max(initial=0)))
         eos += int(np.count_nonzero(tokens == manifest.eos_id))
     if size != entry["raw_data"]["bytes"]:
-        problems.append(f"holds {size:,} bytes, not {entry['raw_data']['bytes']:,}")
+        problems.append(f"holds {count(size, 'byte')}, not {entry['raw_data']['bytes']:,}")
     if highest >= manifest.vocab_size:
         problems.append(f"holds the token {highest}, outside vocab_size={manifest.vocab_size}")
     return hashes.problems() + problems, eos

@@ -21,7 +21,9 @@ from mythos_dist.studies.trials import (
     steps_for,
     training_flops,
 )
-from mythos_dist.train.pictures import picture
+from mythos_dist.train.depth import ACCURACY_RANGE, LOSS_RANGE
+from mythos_dist.train.pictures import picture, value_axis
+from mythos_dist.units import count
 
 SAMPLE = Path("data/sample")
 
@@ -191,7 +193,7 @@ def table(data: type[Text] | type[Task], found: dict[str, Any]) -> list[str]:
         values = [spread(one["seeds"], n) for n in data.judged]
         rows.append((values[0][0], switch, one["steps"], values))
     lines = ["", f"**{data.name}** ({data.unit}, {data.better} is better; {found['flops']:.2e} FLOPs a run)", ""]
-    lines.append("| | steps | " + " | ".join(f"{n} loops" for n in data.judged) + " |")
+    lines.append("| | steps | " + " | ".join(count(n, "loop") for n in data.judged) + " |")
     lines.append("|---|---:|" + "---:|" * len(data.judged))
     for _, switch, steps, values in sorted(rows, reverse=data.better == "higher"):
         lines.append(f"| {switch} | {steps} | " + " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd in values) + " |")
@@ -214,5 +216,6 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
             values = [seed[str(n)] for one in found["switches"].values() for seed in one["seeds"]]
             if data.better == "lower":
                 panel.set_xlim(min(values) * 0.98, max(values) * 1.02)
-            panel.set_title(f"{name}: {data.what}, {n} loops")
+            value_axis(panel, LOSS_RANGE * max(values) if data.better == "lower" else ACCURACY_RANGE, "x")
+            panel.set_title(f"{name}: {data.what}, {count(n, 'loop')}")
             panel.grid(axis="x", alpha=0.3)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from mythos_dist.shards.depth_task import Targets, have_depth_task
 from mythos_dist.studies.trials import AS_OPEN_MYTHOS, Trial, must_be_known, must_be_positive, run_all
 from mythos_dist.train.pictures import loops_axis, picture
+from mythos_dist.units import count
 
 
 class Setting(NamedTuple):
@@ -78,7 +79,7 @@ def demonstrate(
     }
     write_json(out / "summary.json", summary)
     draw(out / "summary.png", summary)
-    print(f"\naccuracy at {SHORT + 1} to {LONG} hops, mean over {len(seeds)} seeds (chance 17 %)")
+    print(f"\naccuracy at {SHORT + 1} to {LONG} hops, mean over {count(len(seeds), 'seed')} (chance 17 %)")
     print(f"{'loops':24s}" + "".join(f"{n:7d}" for n in LOOPS))
     for name, found in summary["settings"].items():
         print(f"{name:24s}" + "".join(f"{found['mean'][str(n)]:7.1%}" for n in LOOPS))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mythos_dist.errors import NodeError, UserError, exit_with, run_command, tell_launcher
+from mythos_dist.units import count
 
 if TYPE_CHECKING:  # what takes longer to import comes when Ctrl-C is handled
     from mythos_dist.cluster.place import Place
@@ -105,7 +106,7 @@ def read(path: str, overrides: list[str], place: "Place") -> "Config":
         config = load_config(path, overrides)
         parse_faults(config.faults.inject)
         if problems := layout_problems(config, place.world):
-            raise UserError(problems, source=f"{path} on {place.world} ranks")
+            raise UserError(problems, source=f"{path} on {count(place.world, 'rank')}")
         return config
     except UserError as error:
         error.alone = not Path(path).is_file()  # perhaps only here; all else rank 0 finds as well

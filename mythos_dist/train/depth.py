@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mythos_dist.train.pictures import loops_axis, picture
+from mythos_dist.train.pictures import loops_axis, picture, value_axis
+from mythos_dist.units import count
 
 SAME_LOSS = 1e-3  # share of a loss that one and many loops must differ by
 SAME_TOKENS = 0.98  # mean cosine of the states of a sequence's tokens
 GROWTH = 1.1  # gain of one loop's update
 OVERTHINKING = 0.01  # share of the best loss by which more loops make it worse
+# Of an axis of a picture, at least: smaller differences are mostly those between seeds, and should look it.
+LOSS_RANGE = 5 * OVERTHINKING  # share of the largest loss
+ACCURACY_RANGE = 0.05
 
 
 class HeldOut(NamedTuple):
@@ -80,8 +84,8 @@ def failures(look: Look, counts: Tensor) -> dict[str, str]:
     idle = int((counts.sum(0) == 0).sum())
     if idle:
         found["dead experts"] = (
-            f"{idle} of {counts.shape[1]} experts got no token in this step; try a larger experts.bias_update_rate, or "
-            "experts.sequence_balance_loss=1e-4"
+            f"{idle} of {count(counts.shape[1], 'expert')} got no token in this step; try a larger "
+            "experts.bias_update_rate, or experts.sequence_balance_loss=1e-4"
         )
     return found
 
@@ -113,4 +117,7 @@ def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
             loops_axis(panel, {n for curve in curves.values() for n in curve})
             panel.set_ylabel("held-out loss (nats)" if what == "loss" else "accuracy (first choice)")
             panel.grid(alpha=0.3)
+            losses = (one.loss for curve in curves.values() for one in curve.values())
+            largest = max(filter(math.isfinite, losses), default=1.0)
+            value_axis(panel, LOSS_RANGE * largest if what == "loss" else ACCURACY_RANGE)
         panels[0].legend(fontsize=8)

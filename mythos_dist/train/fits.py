@@ -19,6 +19,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.parallel.process import device
 from mythos_dist.plan.clusters import Cluster, load_cluster
 from mythos_dist.plan.estimate import Estimate
+from mythos_dist.units import count
 
 # Of a GPU's memory; the rest is for CUDA, NCCL and holes between allocations. A guess on the generous side, to refuse
 # nothing that runs: configs/h100_80gb.yaml has figures with sources, and run.cluster makes them count.
@@ -54,7 +55,10 @@ def _room(ranks_here: int) -> tuple[float, str]:
         return size, f"{100 * _USABLE_OF_GPU:.0f} % of this GPU's memory are {_gb(size)}"
     _, available = node_memory()
     size = available / ranks_here
-    return size, f"each of {ranks_here} ranks on this node can have {_gb(size)} of the memory that is available"
+    return (
+        size,
+        f"each of {count(ranks_here, 'rank')} on this node can have {_gb(size)} of the memory that is available",
+    )
 
 
 def _unknown_cluster(size: float) -> Cluster:

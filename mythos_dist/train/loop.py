@@ -38,6 +38,7 @@ from mythos_dist.train.resume import Resume, schedule_changes, take_fence
 from mythos_dist.train.run_folder import claim_run_folder, mark_completed, start_logging, write_settings
 from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
+from mythos_dist.units import count
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,9 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
         # A kill between the last checkpoint and the marker left it out.
         together(lambda: mark_completed(None, run_dir) if rank == 0 else None)
         if rank == 0:
-            print(f"{run_dir} is done: {resume.step} of {config.train.steps} steps; raise train.steps to go on")
+            print(
+                f"{run_dir} is done: {resume.step} of {count(config.train.steps, 'step')}; raise train.steps to go on"
+            )
         return 0
     previous = Previous.find(run_dir, resume.step) if rank == 0 else Previous()
     fence = take_fence(run_dir)
@@ -219,7 +222,7 @@ class Run:
         together(lambda: self.close(why, stopped) if self.rank == 0 else None)
         if self.metrics:
             self.metrics.close()
-            told = f"{stopped}; the same command goes on" if why else f"done: {self.step} steps"
+            told = f"{stopped}; the same command goes on" if why else f"done: {count(self.step, 'step')}"
             print(f"{told}; metrics, logs and checkpoints are in {self.run_dir}", flush=True)
 
     def close(self, why: str, stopped: str) -> None:

@@ -1,10 +1,10 @@
-"""What all pictures share: a file that is there whole or not at all, and an axis of loops."""
+"""What all pictures share: a file that is there whole or not at all, and axes of loops and of values."""
 
 import io
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mythos_dist.files import write_atomically
 
@@ -39,3 +39,16 @@ def loops_axis(panel: "Axes", loops: Collection[int]) -> None:
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.set_xlabel("loops")
+
+
+def value_axis(panel: "Axes", least: float, which: Literal["x", "y"] = "y") -> None:
+    """Values as they are, without an offset such as "+7", over a range of at least `least`.
+
+    A line is drawn over the full height otherwise, however little its values differ. To be called when all is drawn;
+    values below 0 are not expected.
+    """
+    low, high = panel.get_ylim() if which == "y" else panel.get_xlim()
+    if high - low < least:
+        low = max(0.0, (low + high - least) / 2)
+        (panel.set_ylim if which == "y" else panel.set_xlim)(low, low + least)
+    panel.ticklabel_format(axis=which, style="plain", useOffset=False)

@@ -24,6 +24,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.parallel.process import device
 from mythos_dist.plan.cost import BYTES_PER_PARAMETER, count_parameters
+from mythos_dist.units import count
 
 _NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}  # per rank in a message; fp32
 _SHARED_WITHIN = 10.0  # seconds in which a file that rank 0 has made must be seen elsewhere
@@ -41,7 +42,7 @@ class Found:
 
     def __str__(self) -> str:
         ranks, nodes = len(self.nodes), len(set(self.nodes))
-        text = f"preflight: {ranks} ranks on {nodes} node{'s' if nodes > 1 else ''}"
+        text = f"preflight: {count(ranks, 'rank')} on {count(nodes, 'node')}"
         if ranks > 1:
             text += f", all-reduce {self.all_reduce / 1e9:.2g} GB/s, all-to-all {self.all_to_all / 1e9:.2g} GB/s"
         return text + f", clocks within {self.skew * 1000:.0f} ms ({self.seconds:.1f} s)"

@@ -9,13 +9,13 @@ Which batch a step trains on is thus no longer its number: `rollbacks.json` has 
 takes the next one that is not. It is written before the run goes back, so a start that is killed then knows.
 """
 
+import itertools
 import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mythos_dist.config.schema import FaultsConfig
 from mythos_dist.errors import DivergedError, UserError, first_line
 from mythos_dist.files import user_errors, write_atomically
 from mythos_dist.parallel.process import together
+from mythos_dist.units import count
 
 FILE = "rollbacks.json"
 _WINDOW, _ENOUGH = 100, 20  # norms that a median is taken of, and how many there must be
@@ -76,7 +77,7 @@ class Spikes:
     def batches(self, step: int) -> Iterator[int]:
         """Numbers of the batches of step `step` (from 1) and those after it."""
         left_out = {batch for rollback in self.rollbacks for batch in rollback.batches}
-        wanted = (batch for batch in count() if batch not in left_out)
+        wanted = (batch for batch in itertools.count() if batch not in left_out)
         for _ in range(step - 1):
             next(wanted)
         return wanted
@@ -91,7 +92,7 @@ class Spikes:
 
         to: the newest checkpoint's step; while steps are skipped none is saved, so it lies before them.
         """
-        why = f"{len(self.skipped)} steps in a row were skipped"
+        why = f"{count(len(self.skipped), 'step')} in a row {'was' if len(self.skipped) == 1 else 'were'} skipped"
         if len(self.rollbacks) >= self.settings.max_rollbacks or to is None:
             tried = f"after {len(self.rollbacks)} rollbacks" if to is not None else "and there is no checkpoint yet"
             raise DivergedError(

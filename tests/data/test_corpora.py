@@ -101,12 +101,12 @@ def change_index(**fields):
         (lambda at: (at / "heldout/index.json").unlink(), "heldout/index.json cannot be read"),
         (
             lambda at: shard_files(at)[1].unlink(),
-            r"1 shard files are missing in train/, the first is train/part-00001/shard.00000.mds; copy them",
+            r"1 shard file is missing in train/, the first is train/part-00001/shard.00000.mds; copy them",
         ),
-        (lambda at: shutil.rmtree(at / "train/part-00002"), r"1 shard files are missing in train/, .*part-00002"),
+        (lambda at: shutil.rmtree(at / "train/part-00002"), r"1 shard file is missing in train/, .*part-00002"),
         (
             lambda at: os.truncate(shard_files(at)[2], 10),
-            r"1 shard files in train/ have another size than index.json says, the first is "
+            r"1 shard file in train/ has another size than index.json says, the first is "
             r"train/part-00002/shard.00000.mds with 10 bytes instead of \d+; copy",
         ),
         (
@@ -140,7 +140,7 @@ def test_shards_may_be_links(folders, tmp_path):
     open_(folder)
     (tmp_path / "part-00001.blob").unlink()
     (problem,) = refused(folder)
-    assert problem.startswith("1 shard files are missing in train/, the first is train/part-00001/")
+    assert problem.startswith("1 shard file is missing in train/, the first is train/part-00001/")
 
 
 def test_a_held_out_split_may_be_empty_or_not_there_but_not_lost(tmp_path):

@@ -95,8 +95,8 @@ def test_a_shortened_and_a_missing_shard_are_found_before_the_model_is_built(arg
     refused(
         train(2, *arguments, seconds=60),
         "2 problems",
-        "1 shard files in train/ have another size than index.json says",
-        "1 shard files are missing in heldout/",
+        "1 shard file in train/ has another size than index.json says",
+        "1 shard file is missing in heldout/",
     )
     assert not (tmp_path / "run").exists()
 

@@ -124,6 +124,31 @@ def test_overthinking_is_where_more_loops_do_harm(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_noise_is_drawn_flat_and_axes_have_no_offset(tmp_path, monkeypatch):
+    """Losses that differ by 1e-5 take less than a hundredth of the height, those that differ by half most of it, and
+    the numbers beside the axis are the losses themselves, not their distances from 7."""
+    panels = []
+
+    @contextmanager
+    def kept(*arguments):
+        with picture(*arguments) as drawn:
+            yield drawn
+            drawn[0].figure.canvas.draw()
+            for panel in drawn:
+                low, high = panel.get_ylim()
+                offset = panel.yaxis.get_major_formatter().get_offset()
+                panels.append((high - low, offset, [t.get_text() for t in panel.get_yticklabels()]))
+
+    monkeypatch.setattr("mythos_dist.train.depth.picture", kept)
+    noise = {n: HeldOut(7.0 + 1e-5 * n, 0.0312 + 1e-6 * n) for n in (1, 2, 4)}
+    draw_curves(tmp_path / "noise.png", {"a": noise}, 2)
+    draw_curves(tmp_path / "gain.png", {"a": {1: HeldOut(3.5, 0.1), 2: HeldOut(3.0, 0.4)}}, 2)
+    draw_curves(tmp_path / "inf.png", {"a": {1: HeldOut(math.inf, 0.0), 2: HeldOut(math.nan, 0.0)}}, 2)
+    (loss, offset, ticks), (accuracy, other, _), (gain, *_), *_ = panels
+    assert loss > 100 * 3e-5 and accuracy > 100 * 3e-6 and gain < 2 * 0.5
+    assert offset == other == "" and all(6 < float(tick) < 8 for tick in ticks)
+
+
 def test_a_legend_names_overthinking_only_where_it_is(tmp_path, monkeypatch):
     legends = []
 
