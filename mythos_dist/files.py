@@ -12,9 +12,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mythos_dist.errors import UserError
+
+# What file systems answer that cannot sync a folder; everything else (EIO, ENOSPC …) is a failure.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -23,24 +26,55 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     try:
         with temporary.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
+            file_to_disk(stream)
         os.replace(temporary, file)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
-    folder_to_disk(file.parent)
+    with suppress(PermissionError):  # a folder may be closed to reading
+        folder_to_disk(file.parent)
+
+
+def file_to_disk(stream: IO[Any]) -> None:
+    """Flush and fsync an open file. OSError if it did not reach the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def folder_to_disk(folder: Path) -> None:
-    """fsync of a folder: names that were made, renamed or removed there survive a power failure."""
-    with suppress(OSError):  # not every file system has it
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Fsync a folder: names that were made, renamed or removed there survive a power failure. OSError if they did not
+    reach the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and its parents, each on disk. OSError if there is a file of that name, or no right to."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folders(folder.parent)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():  # or another process was faster
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    with suppress(PermissionError):  # a parent may be closed to reading
+        folder_to_disk(folder.parent)
+
+
+def write_to_disk(file: Path, text: str) -> None:
+    """Write a text file in place and fsync it: for files in a folder that nobody reads yet."""
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        file_to_disk(stream)
 
 
 def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
@@ -98,6 +132,11 @@ _REMEDIES = {
     errno.EISDIR: "it is a folder where a file belongs; move it away",
     errno.EEXIST: "it is a file where a folder belongs; move it away",
 }
+
+
+def reason(error: Exception) -> str:
+    """Why the system refused, in a few words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.disk import make_folders, reason
 from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, checkpoints_of
 from mythos_dist.checkpoint.names import folder_name, remove
 from mythos_dist.checkpoint.pieces import Piece
@@ -27,6 +26,7 @@ from mythos_dist.checkpoint.publish import publish
 from mythos_dist.checkpoint.signature import Key, signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.errors import UserError
+from mythos_dist.files import make_folders, reason
 from mythos_dist.units import short
 
 FILE_BYTES = 4 << 30  # of a file, unless one name's tensors take more

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from mythos_dist.checkpoint.canonical import blocks_of, grouped, must_have_room, outside
-from mythos_dist.checkpoint.disk import folder_to_disk, make_folders, reason, write_to_disk
 from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
+from mythos_dist.files import folder_to_disk, make_folders, reason, write_to_disk
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, other_loops, parts_of, to_open_mythos
 
 FILE_BYTES = 5 << 30

@@ -26,13 +26,13 @@ from typing_extensions import NotRequired, TypedDict
 
 from mythos_dist import __version__
 from mythos_dist.checkpoint.consistency import contradictions
-from mythos_dist.checkpoint.disk import reason
 from mythos_dist.checkpoint.names import LATEST, MANIFEST, step_of
 from mythos_dist.checkpoint.pieces import Index, Piece, Region, Size, real_numbers, shared
 from mythos_dist.checkpoint.signature import VARIABLE, Key, Signature, SignatureError
 from mythos_dist.checkpoint.strict_json import MAX_PROBLEMS, depth_problem, joined, parse, read_text, shorten, validate
 from mythos_dist.checkpoint.tensor_file import TensorFile, file_hash
 from mythos_dist.errors import UserError
+from mythos_dist.files import reason
 
 FILE = MANIFEST
 FORMAT_VERSION = 1

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mythos_dist.checkpoint.disk import folder_to_disk, reason, write_to_disk
 from mythos_dist.checkpoint.manifest import FILE, Manifest, VersionError, read_manifest
 from mythos_dist.checkpoint.names import (
     LATEST,
@@ -27,6 +26,7 @@ from mythos_dist.checkpoint.signature import Key
 from mythos_dist.config.compare import differences
 from mythos_dist.config.load import config_from
 from mythos_dist.errors import UserError
+from mythos_dist.files import folder_to_disk, reason, write_to_disk
 
 log = logging.getLogger(__name__)
 _warned: set[Path] = set()  # of what stays: once each

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
 
-from mythos_dist.checkpoint.disk import reason
 from mythos_dist.checkpoint.manifest import (
     BUFFER,
     FILE,
@@ -34,6 +33,7 @@ from mythos_dist.config.check import model_problems
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
+from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.process import together
 

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos_dist.checkpoint.disk import make_folders, reason
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import File, Manifest, checkpoints_of
 from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
@@ -35,6 +34,7 @@ from mythos_dist.checkpoint.state import State
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
+from mythos_dist.files import make_folders, reason
 from mythos_dist.parallel.process import any_rank, together
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ import xxhash
 from mythos_dist.data.manifest import SPLITS, Filters, Skipped, read_json
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError, redact
+from mythos_dist.files import write_atomically
 from mythos_dist.shards.documents import Batch, Columns, LongDocument, Span, read_span, unreadable, valid_utf8
 from mythos_dist.shards.inputs import Source, reading
 from mythos_dist.shards.mds import ShardWriter
@@ -164,16 +165,6 @@ def read_record(job: Job, part: Part) -> Record | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole and (job.heldout or not record.documents_in["heldout"]) else None
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is either whole or not there, also after a power cut."""
-    unfinished = file.with_name(file.name + ".tmp")
-    with open(unfinished, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)
 
 
 class _Conversion:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.small_checkpoint import VALUES, names
 
-import mythos_dist.checkpoint.disk
+import mythos_dist.files
 from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_manifest
 from mythos_dist.checkpoint.restore import find_checkpoint
 from mythos_dist.errors import UserError
@@ -207,9 +207,9 @@ def test_a_file_system_that_cannot_sync_folders_is_no_failure_and_a_broken_disk_
         monkeypatch.setattr(os, "fsync", fsync)
         if fails:
             with pytest.raises(OSError, match=os.strerror(code)):
-                mythos_dist.checkpoint.disk.folder_to_disk(tmp_path)
+                mythos_dist.files.folder_to_disk(tmp_path)
         else:
-            mythos_dist.checkpoint.disk.folder_to_disk(tmp_path)
+            mythos_dist.files.folder_to_disk(tmp_path)
 
 
 def test_a_place_where_no_checkpoints_can_be_written_is_the_users_mistake(run):
