@@ -122,6 +122,8 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     try:
         main()
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED:
+            raise  # `main` has said what there is to say
         if interrupted or isinstance(error, KeyboardInterrupt):
             _leave_interrupted()
         if isinstance(error, UserError):

@@ -57,27 +57,22 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
         raise UserError(problems)
     documents = sample_documents(
         arguments.input,
-        *(arguments.sample_mb * 1_000_000, arguments.seed, not arguments.quiet),
-        *(Columns(arguments.text_column), arguments.max_unpack_ratio),
+        arguments.sample_mb * 1_000_000,
+        arguments.seed,
+        progress=not arguments.quiet,
+        columns=Columns(arguments.text_column),
+        max_unpack_ratio=arguments.max_unpack_ratio,
     )
     lines = sample_lines(documents, arguments.seed)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of training
     text_bytes = sum(len(line.encode()) for line in lines)
     kind, size = arguments.model_type, arguments.vocab_size
     if not arguments.quiet:
-        print(
-            f"training {kind} of {count(size, 'piece')} on {count(len(lines), 'line')}, {text_bytes / 1e6:.1f} MB",
-            file=sys.stderr,
-        )
+        what, text = count(size, "piece"), count(len(lines), "line")
+        print(f"training {kind} of {what} on {text}, {text_bytes / 1e6:.1f} MB", file=sys.stderr)
     tokenizer = train_on_lines(lines, arguments.out, size, kind)
-    return {
-        "path": str(arguments.out),
-        "vocab_size": tokenizer.vocab_size,
-        "sha256": tokenizer.sha256,
-        "model_type": kind,
-        "lines": len(lines),
-        "text_bytes": text_bytes,
-    }
+    made = {"path": str(arguments.out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+    return {**made, "model_type": kind, "lines": len(lines), "text_bytes": text_bytes}
 
 
 if __name__ == "__main__":
