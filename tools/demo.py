@@ -1,5 +1,4 @@
-"""The whole way in minutes on a CPU: text -> shards -> 4 ranks -> killed halfway -> resumed at another layout -> a
-sample of text."""
+"""In minutes on a CPU: text -> shards -> 4 ranks -> killed halfway -> resumed at another layout -> a sample of text."""
 
 import argparse
 import math

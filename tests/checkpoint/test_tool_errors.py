@@ -33,14 +33,16 @@ def tool(monkeypatch, capsys):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        left: object = 0
+        left, problem = 0, ""
         try:
             module.main()
         except SystemExit as error:
             left = error.code or 0
+        except UserError as error:  # `run_command` prints it
+            left, problem = error.exit_code, str(error)
         said = capsys.readouterr()
-        assert left == code, said
-        return said.out + said.err
+        assert left == code, (said, problem)
+        return said.out + said.err + problem
 
     return run
 
