@@ -11,6 +11,7 @@ import sys
 import time
 
 from mythos_dist.cluster.status import PATIENCE, look, report
+from mythos_dist.config.arguments import number, parse_arguments, path_text
 from mythos_dist.errors import run_command
 
 
@@ -18,11 +19,13 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run_dir", help="run.dir of the run")
+    add("run_dir", type=path_text, help="run.dir of the run")
     add("--json", action="store_true", help="print one line of JSON")
-    add("--watch", type=float, nargs="?", const=10, metavar="SECONDS", help="again every so often (%(const)g s)")
-    add("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="without a step, no hang yet (%(default)g)")
-    return parser.parse_args()
+    seconds = number(0, 10**6, above=True)
+    add("--watch", type=seconds, nargs="?", const=10.0, metavar="SECONDS", help="again every so often (%(const)g s)")
+    patience = "without a step, no hang yet (%(default)g)"
+    add("--patience", type=seconds, default=PATIENCE, metavar="SECONDS", help=patience)
+    return parse_arguments(parser)
 
 
 def main() -> None:

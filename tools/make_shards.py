@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from mythos_dist.errors import UserError, exit_with, run_command
+from mythos_dist.config.arguments import parse_arguments, path_text
+from mythos_dist.errors import run_command
 
 OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # handed on as they are
 
@@ -20,7 +21,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", required=True, nargs="+", help="files, folders, patterns, URLs")
+    add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
     add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
     add("--seq-len", required=True, type=int, help="tokens in a window; one more is stored, for the labels")
     add("--out", required=True, type=Path, help="folder of the shards")
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
     add("--max-unpack-ratio", type=float, default=100.0, help="refuse inputs that unpack to more (%(default)g times)")
     add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
     add("--quiet", action="store_true", help="say nothing but errors")
-    return parser.parse_args()
+    return parse_arguments(parser)
 
 
 def main() -> None:
@@ -62,8 +63,6 @@ def main() -> None:
             columns=Columns(arguments.text_column, sample_by=arguments.sample_by),
             **{name: getattr(arguments, name) for name in OPTIONS},
         )
-    except UserError as error:
-        exit_with(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
