@@ -120,8 +120,9 @@ class Metrics:
         by_loops = {str(n): one._asdict() for n, one in curve.items()}
         line = {"step": step, "heldout_loss": found.loss, "accuracy": found.accuracy}
         written = self._write("eval.jsonl", line | ({"by_loops": by_loops} if curve else {}))
+        perplexity = math.exp(found.loss) if found.loss < 700 else math.inf  # exp(710) overflows
         print(
-            f"step {step}/{self.total_steps}  held-out loss {found.loss:.3f}  perplexity {math.exp(found.loss):.1f}",
+            f"step {step}/{self.total_steps}  held-out loss {found.loss:.3f}  perplexity {perplexity:.1f}",
             flush=True,
         )
         if curve:
