@@ -130,6 +130,23 @@ def _in_group(program: Callable, *arguments: Any) -> Any:
     return value
 
 
+def new_process_groups(name: str) -> None:
+    """Destroy all process groups of this rank and join anew; every rank calls it, with a name that is new.
+
+    For programs that try many layouts in one launch. Each group of gloo has threads that wake up a hundred times a second:
+    behind fifteen layouts they took two thirds of the processors.
+    """
+    import deepspeed.comm
+    import torch.distributed as dist
+
+    from mythos_dist.parallel.process import join_process_group
+
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    deepspeed.comm.destroy_process_group()
+    join_process_group(dist.PrefixStore(name, store))
+
+
 def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, program: Callable, arguments: tuple) -> None:
     import torch
 

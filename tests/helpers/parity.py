@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from helpers.launch import new_process_groups
+
 import mythos_dist.model.init
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
@@ -214,6 +216,7 @@ def train_under_deepspeed(
     mythos_dist.model.init.STD = STD
     for i, (config, bias) in enumerate(cases):
         print(config.parallel, config.train, bias, file=sys.stderr)  # a launch that fails says where it was
+        new_process_groups(f"case {i}")
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)
         if bias and engine.model.part.loops:
