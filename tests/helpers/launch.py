@@ -133,7 +133,7 @@ def _in_group(program: Callable, *arguments: Any) -> Any:
 def new_process_groups(name: str) -> None:
     """Destroy all process groups of this rank and join anew; every rank calls it, with a name that is new.
 
-    For programs that try many layouts in one launch. Each group of gloo has threads that wake up a hundred times a second:
+    For programs that try many layouts in one launch. A group of gloo has threads that wake up a hundred times a second:
     behind fifteen layouts they took two thirds of the processors.
     """
     import deepspeed.comm
@@ -210,8 +210,8 @@ def _save_slowly(seconds: float) -> None:
 
     write = save.write_tensors
 
-    def slowly(file: Path, shapes: dict, blocks: Iterable) -> tuple[int, str]:
-        return write(file, shapes, (time.sleep(seconds) or block for block in blocks))
+    def slowly(file: Path, shapes: dict, blocks: Iterable, **options: Any) -> tuple[int, str]:
+        return write(file, shapes, (time.sleep(seconds) or block for block in blocks), **options)
 
     save.write_tensors = slowly
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from helpers.launch import new_process_groups
 
 import mythos_dist.model.init

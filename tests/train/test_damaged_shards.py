@@ -125,7 +125,7 @@ def test_a_run_on_a_mix_resumes_and_refuses_other_shards_and_weights(settings, f
     common = [*settings[:-1], f"run.dir={run}"]
 
     def mixed(*weights: float, a: Path = folder) -> list[str]:
-        return [*common, f"data.mix={{{a}: {weights[0]}, {other}: {weights[1]}}}"]
+        return [*common, "data.path=null", f"data.mix={{{a}: {weights[0]}, {other}: {weights[1]}}}"]
 
     assert train(2, *mixed(0.75, 0.25), "train.steps=2").codes == [0, 0]
     first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
