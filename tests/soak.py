@@ -13,6 +13,7 @@ from pathlib import Path
 
 from conftest import SMALL, TINY
 from helpers.soak import Soak, leftovers_in_shared_memory
+from tqdm import tqdm
 
 from mythos_dist.data.tokenizer import train_tokenizer
 from mythos_dist.shards.convert import convert
@@ -33,8 +34,10 @@ def main() -> None:
     convert(corpus, tokenizer, 32, folder / "shards", heldout=0.1, quiet=True)
     begin = time.monotonic()
     try:
-        soak = Soak([str(TINY), *SMALL, f"data.path={folder / 'shards'}"], folder, arguments.seed)
-        soak.run(arguments.kills, arguments.seconds)
+        with tqdm(total=arguments.kills, unit="kill", mininterval=10) as bar:
+            settings = [str(TINY), *SMALL, f"data.path={folder / 'shards'}"]
+            soak = Soak(settings, folder, arguments.seed, on_kill=bar.update)
+            soak.run(arguments.kills, arguments.seconds)
     finally:
         leftovers_in_shared_memory(folder)
     points = Counter(where.partition(" ")[0] for where in soak.kills)

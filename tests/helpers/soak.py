@@ -10,7 +10,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ EXACT = (
 class Soak:
     """Kills runs of `settings` in `folder`; all that is random comes from `seed`."""
 
-    def __init__(self, settings: list[str], folder: Path, seed: int):
+    def __init__(self, settings: list[str], folder: Path, seed: int, on_kill: Callable[[], object] = lambda: None):
+        self.on_kill = on_kill
         self.settings, self.folder, self.draw = [*settings, *SETTINGS], folder, random.Random(seed)
         self.log = folder / "calls"
         self.kills: list[str] = []  # where each was
@@ -63,6 +64,7 @@ class Soak:
             else:
                 assert result.codes == [-signal.SIGKILL], (where, result.codes, result.tails)
                 self.kills.append(where)
+                self.on_kill()
         result = self._start(run_dir)
         assert result.codes == [0], (self.kills[-3:], result.tails)
         self._compare(run_dir)
@@ -76,7 +78,7 @@ class Soak:
 
     def _start(self, run_dir: Path, environment: dict[str, str] | None = None) -> Launch:
         environment = {"KILL_POINTS_IN": str(run_dir), "KILL_POINTS_LOG": str(self.log), **(environment or {})}
-        return train(1, *self.settings, f"run.dir={run_dir}", env=environment)
+        return train(1, *self.settings, f"run.dir={run_dir}", env=environment, seconds=900)  # also on a busy machine
 
     def _compare(self, run_dir: Path) -> None:
         """A completed run with the undisturbed one; the next starts in an empty folder."""
