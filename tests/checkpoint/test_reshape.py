@@ -26,7 +26,7 @@ from mythos_dist.checkpoint.canonical import write_canonical
 from mythos_dist.checkpoint.restore import open_checkpoint
 from mythos_dist.config.schema import Config
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
 
 SAVED = STEPS // 2
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -125,7 +125,7 @@ def written(config, tmp_path_factory) -> dict[str, dict[str, Any]]:
     found = {}
     for ranks, names in by_ranks().items():
         folders = [str(tmp_path_factory.mktemp("written")) for _ in names]
-        results = run_ranks(ranks, write, [run_of(config, name) for name in names], folders, seconds=300)
+        results = run_ranks(ranks, write, [run_of(config, name) for name in names], folders, seconds=1200)
         for i, name in enumerate(names):
             found[name] = {
                 "folder": folders[i],
@@ -158,7 +158,7 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def test_every_layout_loads_every_other(ranks, written, config):
     names = by_ranks()[ranks]
     folders = [source["folder"] for source in written.values()]
-    results = run_ranks(ranks, read, [run_of(config, name) for name in names], folders, seconds=400)
+    results = run_ranks(ranks, read, [run_of(config, name) for name in names], folders, seconds=1600)
     for i, target in enumerate(names):
         for j, (name, source) in enumerate(written.items()):
             got = whole([rank[i][j] for rank in results])
@@ -181,8 +181,8 @@ def test_half_precision_goes_on_at_other_stages_of_zero(dtype, config, tmp_path)
     runs = [change(run, train=dict(micro_batch=2)) for run in runs]
     runs += [change(base, parallel=dict(zero=zero)) for zero in (2, 3)]
     folders = [str(tmp_path / str(i)) for i in range(len(runs))]
-    sources = run_ranks(2, write, runs, folders, seconds=150)
-    targets = run_ranks(2, read, runs, folders, seconds=250)
+    sources = run_ranks(2, write, runs, folders, seconds=600)
+    targets = run_ranks(2, read, runs, folders, seconds=1000)
     for i in range(len(runs)):
         source = whole([rank[i] for rank in sources])
         for j in range(len(runs)):
@@ -235,6 +235,6 @@ def test_the_canonical_form_holds_the_same_bits(file_bytes, written, tmp_path):
 def test_a_canonical_checkpoint_is_loaded_like_any_other(written, config, tmp_path):
     source = written["expert 4, zero 3"]
     write_canonical(open_checkpoint(Path(source["folder"])), tmp_path, file_bytes=20_000)
-    results = run_ranks(2, read, [run_of(config, "pipe 2")], [str(tmp_path)], seconds=100)
+    results = run_ranks(2, read, [run_of(config, "pipe 2")], [str(tmp_path)], seconds=400)
     got = whole([rank[0][0] for rank in results])
     assert all(all(map(torch.equal, got["tensors"][name], source["tensors"][name])) for name in source["tensors"])

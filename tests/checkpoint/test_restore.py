@@ -189,5 +189,5 @@ def test_ranks_with_different_keys_all_leave_with_a_message(run, tmp_path):
         ([one, str(tmp_path)], "Is a directory"),
         ([one, one], "is not signed"),
     ):
-        for said in run_ranks(2, disagree, str(run.checkpoints), keys, seconds=60):
+        for said in run_ranks(2, disagree, str(run.checkpoints), keys, seconds=240):
             assert words in said

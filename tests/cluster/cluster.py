@@ -171,7 +171,7 @@ class Cluster:
             if process.stdout.readline() != "up\n":
                 raise ClusterError("a host did not start")
             idle = ["idle"] * self.nodes
-            wait_until(lambda: self.node_states() == idle, 30, "all nodes idle")
+            wait_until(lambda: self.node_states() == idle, 120, "all nodes idle")
         except BaseException as error:
             self.down()
             if isinstance(error, ClusterError):
@@ -183,7 +183,7 @@ class Cluster:
         """End every process of the cluster; returns when they are gone. Logs stay."""
         if pid := self.running():
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10, f"process {pid} gone")
+            wait_until(lambda: not Path(f"/proc/{pid}").exists(), 60, f"process {pid} gone")
         if self.process:
             self.process.kill()
             self.process.communicate()
@@ -250,7 +250,7 @@ class Cluster:
         return subprocess.Popen(line, env=environment(env or {}), text=True, **options)
 
     def run(
-        self, host: int | str, command: Command, *, check: bool = True, timeout: float = 60, stdin: str = "",
+        self, host: int | str, command: Command, *, check: bool = True, timeout: float = 240, stdin: str = "",
         **options: Any,
     ) -> "subprocess.CompletedProcess[str]":  # fmt: skip
         """Run a command on a host as `popen` does (cwd, env) and return what it wrote to stdout and stderr.

@@ -22,7 +22,7 @@ STEPS = 40
 
 pytestmark = [
     pytest.mark.launch,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1600),
     pytest.mark.skipif(bool(missing()), reason=advice(missing())),
 ]
 
@@ -69,7 +69,7 @@ class Drill:
 
     def wait(self, ready, seconds: float, what: str) -> None:
         try:
-            wait_until(ready, seconds, what)
+            wait_until(ready, 4 * seconds, what)  # a busy machine is no failure
         except Exception as error:
             raise AssertionError(f"{error}\n{self.said()[-6000:]}") from None
 
@@ -339,7 +339,7 @@ def test_deepspeed_with_pdsh_trains_as_one_process(drill, demo, one_process):
             one.wait(lambda: first.poll() is not None, 240, "the end")
         assert first.returncode == 85, one.said()
         assert not (one.run_dir / "COMPLETED").exists() and "STOP asked for it" in one.said()
-        done = one.cluster.run("ctl", command, cwd=REPOSITORY, check=False, timeout=90)
+        done = one.cluster.run("ctl", command, cwd=REPOSITORY, check=False, timeout=360)
         assert done.returncode == 0 and (one.run_dir / "COMPLETED").exists(), done.stdout + done.stderr
         same(one.lines(), one_process)
 

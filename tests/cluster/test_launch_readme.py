@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.launch,
-    pytest.mark.timeout(290),
+    pytest.mark.timeout(1160),
     pytest.mark.skipif(bool(missing()), reason=advice(missing())),
 ]
 
@@ -27,7 +27,7 @@ def test_the_commands_of_the_launch_readme(tmp_path):
     assert len(blocks) >= 6
     with Cluster(nodes=3, folder=tmp_path) as cluster:
         script = "set -euo pipefail; set -x\n" + "".join(blocks)
-        done = cluster.run("ctl", script, cwd=project, env={"PYTHONPATH": str(REPOSITORY)}, check=False, timeout=270)
+        done = cluster.run("ctl", script, cwd=project, env={"PYTHONPATH": str(REPOSITORY)}, check=False, timeout=1080)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     runs = project / "runs"
     assert all((runs / name / "COMPLETED").exists() for name in ("first", "second", "third")), done.stdout

@@ -28,7 +28,7 @@ CLEAN |= {
     "PATH": f"{BIN}:{os.environ['PATH']}",
 }  # fmt: skip
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1600)]
 
 
 def torchrun(ranks: int, *options: str) -> list[str]:
@@ -38,7 +38,7 @@ def torchrun(ranks: int, *options: str) -> list[str]:
 def met(command: list[str], folder: Path, **variables: str) -> list[str]:
     """What the ranks say in the end."""
     done = subprocess.run(
-        command, env=CLEAN | variables, cwd=folder, capture_output=True, text=True, timeout=350, start_new_session=True
+        command, env=CLEAN | variables, cwd=folder, capture_output=True, text=True, timeout=1400, start_new_session=True
     )
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return sorted(line for line in done.stdout.splitlines() if line.startswith("joined"))
@@ -88,7 +88,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def test_srun(world, nodes, cluster):
     command = ["srun", f"--nodes={nodes}", f"--ntasks={world}", sys.executable, "-m", *PROGRAM]
     done = cluster.run(
-        "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=300
+        "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=1200
     )
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == everyone(world)
 
@@ -99,6 +99,6 @@ def test_torchrun_within_srun(cluster):
     agents = ["--rdzv_backend=c10d", "--rdzv_endpoint=node1:29400", "--nnodes=2"]
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", *torchrun(1, *agents)]
     done = cluster.run(
-        "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=300
+        "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=1200
     )
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == everyone(2)

@@ -11,7 +11,7 @@ from cluster.test_watchdog import ATTACKS, closed, connect
 from helpers.launch import launch, train
 from train.test_faults import exact
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 
 
 def attacked(arguments: list[str], folder: str) -> None:

@@ -146,7 +146,7 @@ def test_a_verdict_that_is_none_is_not_believed(monkeypatch):
         assert outcomes[1].exit_code == 4 and "cannot be used: it is not signed with the secret" in str(outcomes[1])
 
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(480)
 
 
 @pytest.mark.launch

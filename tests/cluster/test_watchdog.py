@@ -21,7 +21,7 @@ from mythos_dist.cluster.recorder import Recorder
 from mythos_dist.cluster.watchdog import Watchdog
 from mythos_dist.errors import LostError, UserError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(480)
 
 
 def watchdog(rank: int = 0, world: int = 2, lost_after: float = 60) -> Watchdog:
@@ -40,7 +40,7 @@ def served(world: int = 2) -> Iterator[tuple[Watchdog, str]]:
 
 def connect(address: str) -> socket.socket:
     host, port, _ = address.split()
-    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection = socket.create_connection((host, int(port)), timeout=240)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 

@@ -43,7 +43,7 @@ def launch(
     world: int,
     program: Callable,
     *arguments: Any,
-    seconds: int = 120,
+    seconds: int = 480,
     env: dict[str, str] | None = None,
     grace: float | None = None,
 ) -> Launch:
@@ -86,7 +86,7 @@ def launch(
         )
 
 
-def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 120) -> list[Any]:
+def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 480) -> list[Any]:
     """Every rank's value of `program(*arguments)`, called with the process group joined; fails if a rank fails."""
     result = launch(world, _in_group, program, *arguments, seconds=seconds)
     failed = "".join(f"\nrank {i}:\n{tail}" for i, tail in enumerate(result.tails) if result.codes[i])
@@ -95,7 +95,7 @@ def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 120
 
 
 def train(
-    world: int, *arguments: str, seconds: int = 120, env: dict[str, str] | None = None, grace: float | None = None
+    world: int, *arguments: str, seconds: int = 480, env: dict[str, str] | None = None, grace: float | None = None
 ) -> Launch:
     """`python -m mythos_dist.train ARGUMENTS` on `world` ranks."""
     return launch(world, _train, list(arguments), seconds=seconds, env=env, grace=grace)

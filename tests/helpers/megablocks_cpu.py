@@ -65,7 +65,7 @@ def start(program: str, arguments: object, sources: list[Path], **env: str) -> s
 
 def result_of(process: subprocess.Popen) -> Any:
     """What the program found; its last words if it failed."""
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=1000)
     assert process.returncode == 0, err[-4000:]
     return json.loads(out)
 

@@ -218,7 +218,7 @@ def give_package(machine: Path, name: str, version: str, *modules: str) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=250)
+    return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=1000)
 
 
 def test_help_names_every_option_and_variable():

@@ -257,7 +257,7 @@ def test_durations_are_for_a_person():
 def script(*arguments: str | Path, path: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, REPOSITORY / "launch" / "status.py", *arguments]
     env = os.environ | {"PATH": path or os.environ["PATH"]}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
 
 
 def test_the_script_asks_squeue_of_the_runs_job(tmp_path):

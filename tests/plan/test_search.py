@@ -88,7 +88,7 @@ def test_a_faster_link_never_makes_a_plan_slower():
 def run(*arguments: str, code: int = 0) -> str:
     """The tool's standard output; with code 2 what it says on standard error."""
     command = [sys.executable, "tools/plan.py", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=480)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if code == 2 else done.stdout

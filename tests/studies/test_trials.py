@@ -53,7 +53,7 @@ def test_a_mistake_in_the_last_trial_is_found_before_the_first_runs(tmp_path):
 
 def tool(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, REPOSITORY / "tools" / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1120, cwd=REPOSITORY)
 
 
 @pytest.mark.launch

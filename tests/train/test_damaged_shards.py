@@ -14,7 +14,7 @@ from helpers.shard_folder import rewrite_index, shard_files
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.train import loop
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(480)]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_flipped_byte_ends_the_run_at_once(arguments, folder, tmp_path, worker
     (shard,) = shard_files(folder)
     flip(shard)
     begin = time.monotonic()
-    result = train(2, *arguments, f"data.workers={workers}", seconds=60)
+    result = train(2, *arguments, f"data.workers={workers}", seconds=240)
     assert time.monotonic() - begin < 30
     refused(result, f"{folder}: train/{shard.relative_to(folder / 'train')}: its xxh64 is", "tools/verify_shards.py")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
@@ -60,7 +60,7 @@ def test_a_flipped_byte_ends_the_run_at_once(arguments, folder, tmp_path, worker
 def test_a_held_out_shard_is_checked_too(arguments, folder):
     (shard,) = shard_files(folder, "heldout")
     flip(shard)
-    refused(train(2, *arguments, seconds=60), "heldout/", shard.name, "its xxh64 is")
+    refused(train(2, *arguments, seconds=240), "heldout/", shard.name, "its xxh64 is")
 
 
 def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
@@ -83,7 +83,7 @@ def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_only_one_rank_meets_ends_the_others_with_its_words(arguments, workers):
     """They do not wait for it in a collective until that times out."""
-    result = launch(2, damage_for_rank_1, "lost.mds", [*arguments, f"data.workers={workers}"], seconds=60)
+    result = launch(2, damage_for_rank_1, "lost.mds", [*arguments, f"data.workers={workers}"], seconds=240)
     refused(result, "error: rank 1: ", "train/lost.mds: cannot be opened (No such file or directory)")
 
 
@@ -93,7 +93,7 @@ def test_a_shortened_and_a_missing_shard_are_found_before_the_model_is_built(arg
     os.truncate(shard, 100)
     heldout.unlink()
     refused(
-        train(2, *arguments, seconds=60),
+        train(2, *arguments, seconds=240),
         "2 problems",
         "1 shard file in train/ has another size than index.json says",
         "1 shard file is missing in heldout/",
@@ -113,7 +113,7 @@ def test_a_token_outside_the_vocabulary_is_named_where_nothing_is_verified(argum
     whole = shard.read_bytes()
     assert whole.count(tokens) == 1
     shard.write_bytes(whole.replace(tokens, b"\xff" * len(tokens)))
-    result = train(1, *arguments, "data.verify=false", f"data.workers={workers}", seconds=60)
+    result = train(1, *arguments, "data.verify=false", f"data.workers={workers}", seconds=240)
     refused(result, f"sample {batch.sample_ids[3]}", "65535", "512")
 
 
@@ -131,13 +131,13 @@ def test_a_run_on_a_mix_resumes_and_refuses_other_shards_and_weights(settings, f
     first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     moved = shutil.move(folder, tmp_path / "moved")
     refused(
-        train(2, *mixed(0.5, 0.5, a=moved), "train.steps=4", seconds=60),
+        train(2, *mixed(0.5, 0.5, a=moved), "train.steps=4", seconds=240),
         f"{moved} has weight 1 of 2, but the run was trained with 3 of 4",
         "set data.mix back",
         "another run.dir",
     )
     refused(
-        train(2, *common, f"data.path={moved}", "train.steps=4", seconds=60),
+        train(2, *common, f"data.path={moved}", "train.steps=4", seconds=240),
         "with weight 1 of 4, are not given any more",
     )
     result = train(2, *mixed(3, 1, a=moved), "train.steps=4")

@@ -23,7 +23,7 @@ from mythos_dist.parallel import expert
 from mythos_dist.plan.meter import Meter
 from mythos_dist.train.dry_run import Answer, OwnTraffic, dry_run
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
 # Tensors of some MB, so that the scalars do not count. Nothing is learned and the router's bias stays: every step sends
 # the same rows.
@@ -194,13 +194,13 @@ def test_a_rank_without_numbers_does_what_a_real_one_does(world):
     Rank 0, and the last one where it is another stage or gets other rows.
     """
     layouts = LAYOUTS[world]
-    real = list(zip(layouts, zip(*run_ranks(world, measure, layouts, seconds=400), strict=True), strict=True))
+    real = list(zip(layouts, zip(*run_ranks(world, measure, layouts, seconds=1600), strict=True), strict=True))
     cases = [
         (layout, rank, ranks[rank]["routing"])
         for layout, ranks in real
         for rank in ([0, world - 1] if "pipe" in layout or "expert" in layout else [0])
     ]
-    halves = launch(2, run_dry_in_turns, world, cases, seconds=400)
+    halves = launch(2, run_dry_in_turns, world, cases, seconds=1600)
     assert halves.codes == [0, 0], "\n".join(halves.tails)
     dry = {
         case[:2]: found for i, half in enumerate(halves.values) for case, found in zip(cases[i::2], half, strict=True)

@@ -15,7 +15,7 @@ from helpers.parity import batches, change
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
 # The checkpoint of step 2 is there when step 3 begins.
 QUICK = ["faults.hang_after=10", "faults.lost_after=5", "checkpoint.background=false"]

@@ -81,7 +81,7 @@ def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, t
     cube = "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 run.count_communication=true"
     for world, change in ((1, "train.micro_batch=4"), (4, "train.micro_batch=2"), (8, cube)):
         run_dir = tmp_path / str(world)
-        result = train(world, *settings, f"run.dir={run_dir}", *change.split(), seconds=240)
+        result = train(world, *settings, f"run.dir={run_dir}", *change.split(), seconds=960)
         assert result.codes == [0] * world, result.tails
         counted = [line.get("communication") for line in lines(run_dir)]
         assert all(
@@ -123,13 +123,13 @@ def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, ranks, layout):
     """SIGKILL of all ranks behind a checkpoint; the same command again gives the lines of an undisturbed run."""
     arguments = [*settings, *layout.split(), "data.workers=1", "model.dropout=0.1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    undisturbed = train(ranks, *arguments, f"run.dir={whole}", seconds=240)
+    undisturbed = train(ranks, *arguments, f"run.dir={whole}", seconds=960)
     assert undisturbed.codes == [0] * ranks, undisturbed.tails
     env = {"KILL_AFTER": str(broken / "checkpoints" / "step-00000002" / "checkpoint.json")}
-    killed = train(ranks, *arguments, f"run.dir={broken}", env=env, seconds=240)
+    killed = train(ranks, *arguments, f"run.dir={broken}", env=env, seconds=960)
     assert killed.codes == [-signal.SIGKILL] * ranks and not (broken / "COMPLETED").exists()
     (broken / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # a line that a kill cut short
-    resumed = train(ranks, *arguments, f"run.dir={broken}", seconds=240)
+    resumed = train(ranks, *arguments, f"run.dir={broken}", seconds=960)
     assert resumed.codes == [0] * ranks, resumed.tails
     assert "resuming from" in resumed.out
     assert exact(broken) == exact(whole)
@@ -229,7 +229,7 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_its_words(settings, shards, 
     (tmp_path / "0").mkdir()
     shutil.copytree(shards, tmp_path / "0" / "shards")
     arguments = [*settings, f"run.dir={tmp_path / 'run'}", "data.path=shards"]
-    result = launch(2, in_folder_of_rank, str(tmp_path), arguments, seconds=60)
+    result = launch(2, in_folder_of_rank, str(tmp_path), arguments, seconds=240)
     refused(result, "rank 1: shards: no such folder")
     assert not (tmp_path / "run").exists()
 
@@ -258,13 +258,13 @@ def test_help_and_a_launcher_of_the_users_own(settings, tmp_path):
     """`--help` answers at once; under torchrun two ranks train; a mistake without a launcher exits with 2."""
     module = [sys.executable, "-m", "mythos_dist.train"]
     begin = time.monotonic()
-    shown = subprocess.run([*module, "--help"], capture_output=True, text=True, timeout=60)
+    shown = subprocess.run([*module, "--help"], capture_output=True, text=True, timeout=240)
     assert shown.returncode == 0 and "section.key=value" in shown.stdout
     assert time.monotonic() - begin < 20  # it does not import torch
-    bad = subprocess.run([*module, *settings, "optim.lrr=1"], capture_output=True, text=True, timeout=60)
+    bad = subprocess.run([*module, *settings, "optim.lrr=1"], capture_output=True, text=True, timeout=240)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "did you mean optim.lr?" in bad.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *module[1:]]
-    done = subprocess.run([*torchrun, *settings, f"run.dir={tmp_path}"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*torchrun, *settings, f"run.dir={tmp_path}"], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "COMPLETED").exists()
     steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "grad_norm" in line]

@@ -16,7 +16,7 @@ from helpers.launch import launch, train
 
 from mythos_dist.train.console import keep_console
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
 
 

@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 README = (CONFIGS.parent / "README.md").read_text()
 NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b"]  # the long ones first
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(3000)]
 
 
 def comment_of(name: str) -> list[str]:
@@ -54,7 +54,7 @@ def run_in_turns(names: list[str]) -> dict[str, tuple[dict[str, Any], float]]:
 
 @pytest.fixture(scope="module")
 def dry() -> dict[str, tuple[DryRun, float]]:
-    halves = launch(2, run_in_turns, NAMES, seconds=1400)
+    halves = launch(2, run_in_turns, NAMES, seconds=5600)
     assert halves.codes == [0, 0], "\n".join(halves.tails)
     return {name: (DryRun(**values), held) for half in halves.values for name, (values, held) in half.items()}
 
@@ -102,7 +102,7 @@ def test_what_cannot_fit_does_not_fit_in_the_dry_run_either():
 
 
 def _memory(config: Any) -> dict[str, int]:
-    (found,) = launch(1, _dry_memory, config, seconds=300).values
+    (found,) = launch(1, _dry_memory, config, seconds=1200).values
     return found
 
 
