@@ -117,7 +117,8 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
         interrupted.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a script's background job ignores it
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.default_int_handler:  # a script's background job ignores it
         signal.signal(signal.SIGINT, interrupt)
     try:
         main()
@@ -133,6 +134,9 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
         if is_tool and isinstance(error, MemoryError):
             exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
         raise
+    finally:
+        if signal.getsignal(signal.SIGINT) == interrupt:
+            signal.signal(signal.SIGINT, before)
 
 
 def _leave_interrupted() -> NoReturn:

@@ -13,6 +13,7 @@ import torch
 from mythos_dist.checkpoint.canonical import write_whole_tensors
 from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Manifest, Tensor, versions
 from mythos_dist.config.schema import Config
+from mythos_dist.errors import run_command
 from mythos_dist.model import Mythos
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -31,7 +32,7 @@ def tool(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         code = 0
         try:
-            module.main()
+            run_command(module.main)
         except SystemExit as left:
             code = left.code or 0
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mythos_dist.checkpoint.describe import difference_line, spelled
 from mythos_dist.checkpoint.open_mythos import open_weights
 from mythos_dist.checkpoint.signature import VARIABLE
-from mythos_dist.errors import UserError
+from mythos_dist.errors import UserError, run_command
 
 TOOLS = Path(__file__).parents[2] / "tools"
 WRITERS = ("export_checkpoint", "reshape_checkpoint")
@@ -35,7 +35,7 @@ def tool(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         left, problem = 0, ""
         try:
-            module.main()
+            run_command(module.main)
         except SystemExit as error:
             left = error.code or 0
         except UserError as error:  # `run_command` prints it

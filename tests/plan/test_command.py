@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos_dist.errors import UserError
+from mythos_dist.errors import UserError, run_command
 from mythos_dist.plan.clusters import load_cluster
 from mythos_dist.plan.command import read_fixed, split_fixed
 
@@ -33,7 +33,7 @@ def plan(tool, monkeypatch, capsys):
     def run(*arguments: str) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
         with pytest.raises(SystemExit) as ended:
-            tool.main()
+            run_command(tool.main)
         said = capsys.readouterr()
         return ended.value.code, said.out, said.err
 
