@@ -20,9 +20,12 @@ from mythos_dist.errors import UserError
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace `file` by `content`; on disk when this returns. Raises OSError, and leaves the old file, if it fails."""
-    temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+def write_atomically(file: Path, content: str | bytes, ending: str = "") -> None:
+    """Replace `file` by `content`; on disk when this returns. Raises OSError, and leaves the old file, if it fails.
+
+    ending: of the temporary file's name; empty: .tmp-PID.
+    """
+    temporary = file.with_name(f"{file.name}{ending or f'.tmp-{os.getpid()}'}")
     try:
         with temporary.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)

@@ -40,7 +40,6 @@ from mythos_dist.data.manifest import (
 )
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.files import write_atomically
 from mythos_dist.shards import pool
 from mythos_dist.shards.documents import Columns, Units, units_of
 from mythos_dist.shards.duplicates import find_duplicates, save_digests
@@ -64,6 +63,7 @@ from mythos_dist.shards.part import (
     document_digests,
     read_record,
     stored,
+    write_atomically,
 )
 from mythos_dist.shards.pool import Workers
 from mythos_dist.shards.progress import Progress

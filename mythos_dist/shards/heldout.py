@@ -19,9 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from mythos_dist.data.manifest import SplitCounts
-from mythos_dist.files import write_atomically
 from mythos_dist.shards.mds import ShardWriter
-from mythos_dist.shards.part import UNFINISHED, Job, Record, stored
+from mythos_dist.shards.part import UNFINISHED, Job, Record, stored, write_atomically
 
 ONE_STREAM = "one-stream"  # the file in out/unfinished
 KEPT, CUT = "part-kept", "part-cut"  # folders: the windows of train/ before the cut, in its shard; heldout/'s windows

@@ -9,6 +9,7 @@ bytes at any number of workers. Its files appear under their own names only when
 """
 
 import base64
+import functools
 import json
 import os
 import shutil
@@ -23,11 +24,13 @@ import xxhash
 from mythos_dist.data.manifest import SPLITS, Filters, Skipped, read_json
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError, redact
-from mythos_dist.files import write_atomically
+from mythos_dist.files import write_atomically as write_file
 from mythos_dist.shards.documents import Batch, Columns, LongDocument, Span, read_span, unreadable, valid_utf8
 from mythos_dist.shards.inputs import Source, reading
 from mythos_dist.shards.mds import ShardWriter
 
+# Only one conversion at a time writes into a folder, so the next one replaces what a killed one has left.
+write_atomically = functools.partial(write_file, ending=".tmp")
 UNFINISHED = "unfinished"  # the folder of records; it goes when the manifest is there
 FRAGMENT_BYTES = 1 << 20  # of a long document, encoded at a time
 FATES = ("written", "empty", "low_score", "duplicate", "short")  # of a document; names of DocumentCounts

@@ -195,7 +195,7 @@ def test_the_held_out_split_of_a_mix_is_in_the_order_on_disk_and_ends_with_its_f
 
 
 def test_a_batch_that_replicas_cannot_share_is_refused(make_stream):
-    with pytest.raises(UserError, match=r"global_batch=9 is not divisible by 1 replicas x train\.micro_batch=2"):
+    with pytest.raises(UserError, match=r"global_batch=9 is not divisible by 1 replica x train\.micro_batch=2"):
         make_stream(global_batch=9)
 
 
