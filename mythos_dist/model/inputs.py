@@ -84,9 +84,9 @@ def type_problem(name: str, ids: Any, dims: int | None) -> str | None:
 def _range_problem(name: str, ids: Tensor, vocab_size: int) -> str | None:
     if ids.is_meta:
         return None
-    low, high = ids.aminmax()
+    low, high = torch.stack(ids.aminmax()).tolist()  # one wait for both
     if low < 0 or high >= vocab_size:
-        wrong = int(low) if low < 0 else int(high)
+        wrong = low if low < 0 else high
         return (
             f"{name}: token id {wrong} is out of range for model.vocab_size={vocab_size}; "
             "use the tokenizer that the model was trained with"
