@@ -1,8 +1,8 @@
 """Files that survive a kill: written as a whole or not at all, and read without trust in what is there.
 
 Rule: temporary file in the same folder, fsync, rename, fsync of the folder. A reader sees the old content or the new
-one, whenever the writer is killed or the machine loses its power. Temporary files are called `NAME.tmp-PID`; the process
-that holds the folder's lock removes those that killed writers have left (`remove_temporaries`).
+one, whenever the writer is killed or the machine loses its power. Temporary files are called `NAME.tmp-PID`; the
+process that holds the folder's lock removes those that killed writers have left (`remove_temporaries`).
 """
 
 import errno
