@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo depth-demo loop-ablation test check bench clean
+.PHONY: demo depth-demo loop-ablation test test-all check bench clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
@@ -14,14 +14,20 @@ depth-demo: $(READY)  ## teach small models a task that needs depth, and see whe
 loop-ablation: $(READY)  ## each switch of the loops alone, at equal FLOPs; an hour or two
 	$(BIN)/python tools/loop_ablation.py
 
-test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+# Drills and launches wait for each other most of the time: three workers keep two cores busy.
+WORKERS ?= 3
+
+test: $(READY)  ## all that a change needs; a quarter of an hour
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not long"
+
+test-all: $(READY)  ## the long tests too; with MINUTES=20, the long ones only, as many as fit, others each day
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(if $(MINUTES),-m long --minutes $(MINUTES))
 
 check: $(READY)  ## lint, types and the tests that take no launch
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not launch"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not launch"
 
 bench: $(READY)  ## against open-mythos, plain loops and the disk, and what loops and recomputation cost; wants an idle machine
 	$(BIN)/python benchmarks/step_vs_open_mythos.py

@@ -4,6 +4,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import random
 import resource
 import signal
 import sys
@@ -19,6 +20,8 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer import train_tokenizer
 from mythos_dist.shards.convert import convert
 from mythos_dist.shards.corpus import read_documents, write_sample_corpus
+
+pytest_plugins = ["helpers.schedule", "helpers.report"]
 
 # A busy machine is no failure; CI judges a change by the same examples every time, a person's run looks for new ones.
 hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
@@ -73,6 +76,12 @@ def shared_memory_of_killed_runs(tmp_path_factory):
         if ours in names.read_bytes():
             for segment in names.parent.glob(names.name.removesuffix("locals") + "*"):
                 segment.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def seed() -> int:
+    """For what a test draws at random: $SEED, or a new one. A failure's report has it."""
+    return int(os.environ.get("SEED") or random.SystemRandom().randrange(2**32))
 
 
 @pytest.fixture(scope="session")

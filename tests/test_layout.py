@@ -1,6 +1,7 @@
 """Imports among our packages point one way."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,10 @@ def test_scripts_import_the_package_and_not_each_other(path):
 def test_tools_are_thin(path):
     """A command line over functions of the library: one that grows has work in it that belongs there."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_the_tests_readme_has_a_line_for_each_file():
+    """And none for a file that is gone."""
+    tests = REPOSITORY / "tests"
+    listed = re.findall(r"^\| `([^`]+\.py)` ", (tests / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(str(path.relative_to(tests)) for path in tests.rglob("*.py"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.launch import run_ranks
+from helpers.launch import new_process_groups, run_ranks
 from helpers.parity import (
     STD,
     STEPS,
@@ -84,6 +84,7 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
 
     results = []
     for config, folder in zip(configs, folders, strict=True):
+        new_process_groups(folder)
         engine = engine_of(config)
         if engine.model.part.loops:
             engine.model.recurrent.block.ffn.router.bias += torch.tensor(BIAS)
@@ -101,7 +102,8 @@ def read(configs: list[Config], folders: list[str]) -> list[list[dict[str, Any]]
     import torch.distributed as dist
 
     results = []
-    for config in configs:
+    for i, config in enumerate(configs):
+        new_process_groups(f"reader {i}")
         engine = engine_of(change(config, run=dict(seed=99)))
         engine.config = config
         found = []

@@ -39,6 +39,9 @@ class Launch:
     tails: list[str]  # every rank's last lines of standard error
 
 
+recent: list[Launch] = []  # of the test that runs, for the report of its failure
+
+
 def launch(
     world: int,
     program: Callable,
@@ -77,13 +80,15 @@ def launch(
         for file in files:
             value = file.with_suffix(".value")
             values.append(_load(value) if value.exists() else None)
-        return Launch(
+        result = Launch(
             [process.exitcode if process.exitcode is not None else -1 for process in ranks],
             values,
             files[0].with_suffix(".out").read_text(),
             files[0].with_suffix(".err").read_text(),
             ["\n".join(file.with_suffix(".err").read_text().splitlines()[-40:]) for file in files],
         )
+        recent.append(result)
+        return result
 
 
 def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 480) -> list[Any]:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.launch import run_ranks
+from helpers.launch import new_process_groups, run_ranks
 from helpers.parity import batches, change
 
 from mythos_dist.config.load import load_config
@@ -119,6 +119,7 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
     found = []
     for layout in layouts:
         print(layout, file=sys.stderr)  # a launch that fails says where it was
+        new_process_groups(layout)
         config = config_of(layout)
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)

@@ -84,10 +84,9 @@ def test_nothing_that_converts_imports_torch_or_streaming():
 
 
 @pytest.mark.timeout(800)
-def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(task, tmp_path):
+def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(task, tmp_path, seed):
     """kill -9 of the tool alone; its workers end by themselves, so the next run has the folder for itself."""
     arguments, whole = task
-    seed = random.SystemRandom().randrange(2**32)
     draw = random.Random(seed)
     out, kills = tmp_path / "out", 0
 
@@ -101,17 +100,17 @@ def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(task, tm
             wait_for(lambda: job.poll() is not None or records() > enough)  # noqa: B023
         time.sleep(draw.random() * 0.7)
         if job.poll() is not None:  # it was faster
-            assert job.returncode == 0 and contents(out) == contents(whole), f"seed {seed}, {kills} kills"
+            assert job.returncode == 0 and contents(out) == contents(whole), f"{kills} kills"
             shutil.rmtree(out)
             continue
         family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
         job.kill()
         job.wait()
-        assert ended(family, 5), f"seed {seed}: a worker outlived its parent"
+        assert ended(family, 5), "a worker outlived its parent"
         kills += 1
     told = run([*arguments, "--out", str(out)])
-    assert told.returncode == 0, f"seed {seed}: {told.stderr}"
-    assert contents(out) == contents(whole), f"seed {seed}"
+    assert told.returncode == 0, told.stderr
+    assert contents(out) == contents(whole)
 
 
 def test_a_killed_worker_costs_nothing_but_time(task, tmp_path):

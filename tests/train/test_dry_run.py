@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.launch import launch, run_ranks
+from helpers.launch import launch, new_process_groups, run_ranks
 from helpers.parity import batches, change
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -90,6 +90,7 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
     found = []
     for layout in layouts:
         print(layout, file=sys.stderr)  # a launch that fails says where it was
+        new_process_groups(layout)
         config = config_of(layout)
         mesh = build_mesh(config.parallel)
         micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))

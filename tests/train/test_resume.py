@@ -52,9 +52,8 @@ def test_checkpoints_are_kept_and_pinned(whole, run, tmp_path):
     assert pinned.codes == [0, 0] and checkpoints(tmp_path) == [4, 6, 9, 12, 15, 18]
 
 
-def test_killed_twenty_times_it_writes_the_same_lines(whole, run, tmp_path):
+def test_killed_twenty_times_it_writes_the_same_lines(whole, run, tmp_path, seed):
     """kill -9 of all ranks at random moments, five of them while a checkpoint is written in the background."""
-    seed = random.SystemRandom().randrange(2**32)
     draw, run_dir = random.Random(seed), tmp_path / "run"
     longest = float((whole.parent / "seconds").read_text())  # on a busy machine kills come later, too
     kills, resumed = 0, set()
@@ -65,18 +64,18 @@ def test_killed_twenty_times_it_writes_the_same_lines(whole, run, tmp_path):
             env |= {"KILL_AFTER": str(run_dir / "checkpoints" / "step-*.tmp-*" / "rank-*"), "SLOW_SAVE": "0.01"}
         result = train(2, *run, f"run.dir={run_dir}", env=env)
         if result.codes == [0, 0]:  # it was faster
-            assert lines(run_dir) == lines(whole), f"seed {seed}, {kills} kills"
+            assert lines(run_dir) == lines(whole), f"{kills} kills"
             shutil.rmtree(run_dir)
             continue
         assert -signal.SIGKILL in result.codes, (result.codes, result.tails)
         if during_save:
-            assert list((run_dir / "checkpoints").glob("step-*.tmp-*")), f"seed {seed}: it was killed elsewhere"
+            assert list((run_dir / "checkpoints").glob("step-*.tmp-*")), "it was killed elsewhere"
         resumed |= {line for line in result.out.splitlines() if line.startswith("resuming from")}
         kills += 1
     assert train(2, *run, f"run.dir={run_dir}").codes == [0, 0]
-    assert lines(run_dir) == lines(whole), f"seed {seed}"
+    assert lines(run_dir) == lines(whole)
     assert not list((run_dir / "checkpoints").glob("*tmp*"))
-    assert resumed, f"seed {seed}: it never resumed"
+    assert resumed, "it never resumed"
 
 
 def test_a_run_goes_on_at_other_layouts(whole, run, tmp_path):

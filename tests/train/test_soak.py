@@ -1,21 +1,16 @@
 """A short soak: `tests/soak.py` does the same for longer."""
 
-import random
-
 import pytest
 from helpers.soak import Soak, leftovers_in_shared_memory
 
 
 @pytest.mark.launch
 @pytest.mark.timeout(600)
-def test_a_run_killed_anywhere_ends_as_an_undisturbed_one(settings, tmp_path):
-    """Twelve kills at places that are drawn anew each time; what differs is named with the seed."""
-    seed = random.SystemRandom().randrange(2**32)
+def test_a_run_killed_anywhere_ends_as_an_undisturbed_one(settings, tmp_path, seed):
+    """Twelve kills at places that are drawn anew each time."""
     try:
         soak = Soak(settings, tmp_path, seed)
         soak.run(kills=12, seconds=60, at_random=0.2)
-    except AssertionError as error:
-        raise AssertionError(f"python tests/soak.py --seed {seed}: {error}") from error
     finally:
         leftovers_in_shared_memory(tmp_path)
     assert soak.kills and soak.runs
