@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.small_run import REPOSITORY, SMALL, TINY
 from hypothesis import settings as hypothesis_settings
 
 from mythos_dist.config.load import load_config
@@ -34,14 +35,6 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (_hard if _hard != resource.RLIM_INFI
 # A shell's background job ignores Ctrl-C, and so would every program that is started here; a script could not undo it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-REPOSITORY = Path(__file__).parents[1]
-
-TINY = REPOSITORY / "configs" / "tiny_cpu.yaml"
-SMALL = (  # a step in a few hundredths of a second
-    "model.dim=32 model.vocab_size=512 model.kv_lora_rank=16 model.q_lora_rank=16 model.max_loop_iters=2 "
-    "train.seq_len=32 train.steps=6 optim.warmup_steps=2 optim.grad_clip=0.5 checkpoint.every=2 checkpoint.keep=3"
-).split()
 
 # Tensors here are tiny: a second thread costs more in hand-over than it saves.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import SMALL, TINY
+from helpers.small_run import SMALL, TINY
 from helpers.soak import Soak, leftovers_in_shared_memory
 from tqdm import tqdm
 

@@ -24,6 +24,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.parallel.process import device
 from mythos_dist.plan.cost import BYTES_PER_PARAMETER, count_parameters
+from mythos_dist.train.run_folder import probe_prefix
 from mythos_dist.units import count
 
 _NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}  # per rank in a message; fp32
@@ -54,7 +55,7 @@ def preflight(config: Config, place: Place, faults: Faults) -> Found:
     dist.barrier()
     run_dir = Path(config.run.dir)
     above = next(folder for folder in [run_dir, *run_dir.parents] if folder.is_dir())
-    token = above / _shared_name()
+    token = above / _shared_name(run_dir)
     about = look(config, place, token)
     everyone: list[dict[str, Any]] = [{} for _ in range(place.world)]
     dist.all_gather_object(everyone, about)
@@ -69,9 +70,9 @@ def preflight(config: Config, place: Place, faults: Faults) -> Found:
     return Found(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin)
 
 
-def _shared_name() -> str:
+def _shared_name(run_dir: Path) -> str:
     """A file name that nobody has looked for before: file systems remember for seconds what was not there."""
-    name = [f".seen-by-all-{secrets.token_hex(8)}"]
+    name = [f"{probe_prefix(run_dir)}{secrets.token_hex(8)}"]
     dist.broadcast_object_list(name)
     return name[0]
 

@@ -1,9 +1,11 @@
 """The run folder: its config, its logs, and the refusal to mix two runs in one folder."""
 
 import fcntl
+import glob
 import json
 import logging
 import os
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -175,7 +177,25 @@ def claim_run_folder(config: Config) -> TextIO:
         )
     with user_errors(path):
         remove_temporaries(path, _REPLACED)
+        _remove_probes(path)
     return lock
+
+
+def probe_prefix(run_dir: Path) -> str:
+    """How the names of the files begin by which preflight sees whether all nodes share the run's folder."""
+    return f".{run_dir.name}.seen-by-all-"
+
+
+def _remove_probes(run_dir: Path) -> None:
+    """Remove those files that earlier starts of this run made and were killed before they removed them.
+
+    They lie in the run's folder, or above it if it was not there yet.
+    """
+    prefix = probe_prefix(run_dir)
+    for folder in (run_dir, run_dir.parent):
+        for file in folder.glob(f"{glob.escape(prefix)}*"):
+            if re.fullmatch("[0-9a-f]{16}", file.name.removeprefix(prefix)):
+                file.unlink(missing_ok=True)
 
 
 def write_settings(config: Config, num_replicas: int, fence: Fence) -> None:

@@ -1,4 +1,4 @@
-"""SIGKILL at one chosen call that changes a folder: fsync, rename, unlink, mkdir, rmdir, and each JSON line appended.
+"""SIGKILL at one chosen call that changes a folder: fsync, rename, unlink, mkdir, rmdir, touch, or a JSON line.
 
 In a rank, `install` counts such calls. `KILL_POINT=WHEN:LABEL` ends the process just before or just after its first
 call of that label (WHEN is `before` or `after`; `half` leaves half of a line), and `KILL_POINTS_LOG` gets the label of
@@ -41,6 +41,8 @@ def install() -> None:
     for name in ("replace", "rename", "unlink", "remove", "mkdir", "rmdir", "fsync"):
         _watch(name, around)
     _watch_lines(around)
+    touch = Path.touch
+    Path.touch = lambda path, *rest, **more: around("touch", _path(path, None), lambda: touch(path, *rest, **more))
 
 
 def _watch(name: str, around: Callable) -> None:
@@ -77,8 +79,8 @@ def _path(what: Any, folder: int | None) -> str:
 
 
 def _without_numbers(path: str) -> str:
-    """Steps, starts and pids are others in each run."""
-    return re.sub(r"\d+", "#", path)
+    """Steps, starts, pids and random names are others in each run."""
+    return re.sub(r"[0-9a-f]{16}|\d+", "#", path)
 
 
 def labels(log: Path) -> list[str]:

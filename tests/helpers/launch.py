@@ -5,9 +5,11 @@ A rank that hangs dumps its stack and dies; the launch then fails with every ran
 
 import contextlib
 import faulthandler
+import functools
 import glob
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -25,7 +27,19 @@ from helpers.ports import reserved_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it: these tests run on CPU and gloo
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mythos_dist.train.loop", "deepspeed", "streaming"])
+
+
+@functools.cache
+def _start_server() -> None:
+    """Start the process that ranks are forked from. It looks for what it imports in PYTHONPATH only."""
+    _CONTEXT.set_forkserver_preload(["helpers.preload"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [before])])
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
 
 
 @dataclass
@@ -54,6 +68,7 @@ def launch(
 
     `grace`: seconds after which the others are killed when a rank has failed, as srun and torchrun do.
     """
+    _start_server()
     with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world):

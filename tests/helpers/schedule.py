@@ -41,9 +41,10 @@ def write_seconds(spent: dict[str, float]) -> None:
 
 
 def unit_of(nodeid: str) -> str:
-    """What goes to one worker as a whole."""
+    """What goes to one worker as a whole: a file; a test; of the parity grid what shares a launch."""
     file = nodeid.partition("::")[0]
-    return nodeid if file in APART else file
+    ranks = re.search(r"\[(\d) ranks, ", nodeid)
+    return nodeid if file in APART else f"{file} {ranks[1]}" if ranks else file
 
 
 class Scheduling(LoadScopeScheduling):

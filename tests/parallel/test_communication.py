@@ -14,11 +14,11 @@ from mythos_dist.model import Mythos
 from mythos_dist.plan.cost import communication
 from mythos_dist.train.schedule import loops_at
 
-# Nothing divides: the vocabulary, the latents, the rank of the depth LoRA, an expert's width. Two micro-batches or
-# more. Gradient flows through the last two of three loops. Nothing is learned, so that each pass is as the first.
+# Nothing divides: the vocabulary, the latents, the rank of the depth LoRA, an expert's width. Two micro-batches.
+# Gradient flows through the last two of three loops. Nothing is learned, so that each pass is as the first.
 SMALL = (
     "model.dim=32 model.vocab_size=515 model.kv_lora_rank=16 model.q_lora_rank=18 model.lora_rank=6 "
-    "model.expert_dim=30 train.seq_len=32 train.global_batch=8 train.micro_batch=1 experts.z_loss=0.01 "
+    "model.expert_dim=30 train.seq_len=32 train.micro_batch=1 experts.z_loss=0.01 "
     "experts.sequence_balance_loss=0.01 loops.mean=3 loops.backprop=2 optim.lr=0"
 )
 # In half precision the order of a sum may change what the router chooses: here it chooses all.
@@ -97,9 +97,11 @@ LAYOUTS = {
 }
 
 
-def config_of(layout: str) -> Config:
+def config_of(layout: str, world: int) -> Config:
     config = load_config("configs/tiny_cpu.yaml", [*SMALL.split(), *layout.split(), "data.path=none"])
-    return change(config, data=dict(path=""))  # random tokens
+    replicas = world // (config.parallel.pipe * config.parallel.tensor)
+    batch = dict(global_batch=2 * config.train.micro_batch * replicas)
+    return change(config, train=batch, data=dict(path=""))  # random tokens
 
 
 def passes_of(config: Config) -> int:
@@ -120,7 +122,7 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
     for layout in layouts:
         print(layout, file=sys.stderr)  # a launch that fails says where it was
         new_process_groups(layout)
-        config = config_of(layout)
+        config = config_of(layout, dist.get_world_size())
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)
         engine.deepspeed.train()
@@ -177,7 +179,7 @@ def test_every_byte_of_a_step_is_in_the_formula(world):
     """By axis and kind, on every rank: what layers send, DeepSpeed's gradients and parameters, and all scalars."""
     layouts = LAYOUTS[world]
     for layout, ranks in zip(layouts, zip(*run_ranks(world, count, layouts, seconds=1600), strict=True), strict=True):
-        config = config_of(layout)
+        config = config_of(layout, world)
         rows = rows_of(config, world) if config.parallel.expert > 1 else None
         for rank, found in enumerate(ranks):
             replica = rank // (config.parallel.pipe * config.parallel.tensor)
@@ -198,7 +200,7 @@ SPREAD = [layout for world in (4, 8) for layout in LAYOUTS[world] if "parallel.e
 @pytest.mark.parametrize("layout", SPREAD)
 def test_equal_rows_may_be_given_once(layout, frozen):
     """One pair for all loops and micro-batches against the same pair for each, on every rank of 8, exactly."""
-    config = config_of(layout)
+    config = config_of(layout, 8)
     one_by_one = [[(70, 90)] * 5] * 8
     for rank in range(8):
         step = config, 8, rank, 5, frozen
@@ -209,7 +211,7 @@ def test_equal_rows_may_be_given_once(layout, frozen):
 def test_rows_count_where_their_loops_run(layout):
     """Rows of one loop after the other add up to those of all: each is sent by the stage that runs the loop, and its
     gradient only behind the frozen ones. Exactly, on every rank of 8."""
-    config = config_of(layout)
+    config = config_of(layout, 8)
     rows = [[(10 + m + 3 * t, 20 + m * t) for t in range(5)] for m in range(8)]
 
     def sent(rank: int, rows: list[list[tuple[int, int]]] | None) -> Counter:
@@ -228,7 +230,7 @@ def test_rows_count_where_their_loops_run(layout):
 @pytest.mark.parametrize("layout", [layout for layouts in LAYOUTS.values() for layout in layouts])
 def test_the_number_of_micro_batches_may_be_given(layout):
     """Three per replica against a global batch that makes three, on every rank of 8."""
-    config = config_of(layout)
+    config = config_of(layout, 8)
     replicas = 8 // (config.parallel.pipe * config.parallel.tensor)
     larger = change(config, train=dict(global_batch=3 * config.train.micro_batch * replicas))
     for rank in range(8):

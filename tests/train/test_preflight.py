@@ -2,9 +2,11 @@
 
 import pytest
 from helpers.launch import train
+from helpers.parity import change
 
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.train.preflight import judge, refuse
+from mythos_dist.train.run_folder import claim_run_folder
 
 USUAL = {"clock": 100.0, "problems": [], "sees": True, "GPUs": "8 x H100", "InfiniBand": "8 active ports"}
 
@@ -15,7 +17,7 @@ def nodes(**changes) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("changed", "words"),
     [
         ({"clock": 107.5}, "its clock is +7.5 s off the others; start its time service"),
         ({"sees": False}, "it does not see what n1 writes in run.dir; give a folder that all share"),
@@ -24,8 +26,8 @@ def nodes(**changes) -> list[dict]:
         ({"problems": ["disk"]}, "disk"),
     ],
 )
-def test_one_bad_node_is_named_with_the_remedy(change, words):
-    found = judge(nodes(n3=change), clock_skew=5)
+def test_one_bad_node_is_named_with_the_remedy(changed, words):
+    found = judge(nodes(n3=changed), clock_skew=5)
     assert [(node, words in text) for node, text in found] == [("n3", True)]
     with pytest.raises(NodeError) as refused:
         refuse(found, nodes())
@@ -70,7 +72,19 @@ def test_preflight_alone_trains_nothing(settings, tmp_path):
 @pytest.mark.launch
 def test_preflights_in_one_folder_leave_each_others_files_alone(settings, tmp_path):
     """Two runs that start beside each other look for files of their own; a file of another one stays."""
-    other = tmp_path / ".seen-by-all-0123456789abcdef"
+    other = tmp_path / ".run2.seen-by-all-0123456789abcdef"
     other.touch()
     assert train(2, *settings, f"run.dir={tmp_path / 'run'}", "--preflight").codes == [0, 0]
     assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_start_removes_what_a_killed_one_left_to_be_seen_by_all(config, tmp_path):
+    """In the run's folder, and above it for a first start; what is not exactly of this run stays."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    mine = [folder / ".run.seen-by-all-0123456789abcdef" for folder in (run_dir, tmp_path)]
+    others = [tmp_path / f".run{end}" for end in ("2.seen-by-all-0123456789abcdef", ".seen-by-all-of-my-friends", "")]
+    for file in mine + others:
+        file.touch()
+    claim_run_folder(change(config, run=dict(dir=str(run_dir)))).close()
+    assert not any(file.exists() for file in mine) and all(file.exists() for file in others)
