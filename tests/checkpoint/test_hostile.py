@@ -81,10 +81,10 @@ def test_a_manifest_with_a_wrong_value_is_damaged_and_the_older_checkpoint_is_ta
     run.save(6)
     folder = folder_of(run, 6)
     write(folder, change(raw_of(folder), where, value))
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(UserError, match=r"checkpoint\.json: is damaged") as problem:
         read_manifest(folder)
-    assert time.perf_counter() - begin < 2 and len(str(problem.value)) < 2000
+    assert time.process_time() - begin < 2 and len(str(problem.value)) < 2000
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1
 
@@ -173,10 +173,10 @@ def test_a_manifest_that_is_no_file_or_far_too_long_is_not_read(run, tmp_path):
         if make:
             file.unlink()
             make(file)
-        begin = time.perf_counter()
+        begin = time.process_time()
         with pytest.raises(UserError, match=words):
             read_manifest(file.parent)
-        assert time.perf_counter() - begin < 2
+        assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("version", [2, 0, -1, 10**60, "1", "2", 1.0, True, None, [1], {"a": 1}, "absent"])

@@ -643,16 +643,16 @@ def test_two_conversions_do_not_write_to_one_folder(begun, finished, text_folder
     class Slow(ByteTokenizer):
         def encode_documents(self, data, ends, continues=False):
             entered.set()
-            assert leave.wait(30)
+            assert leave.wait(240)
             return super().encode_documents(data, ends, continues)
 
     first = threading.Thread(target=convert_folder, args=(text_folder, Slow(byte_tokenizer.path), begun))
     first.start()
-    assert entered.wait(30)
+    assert entered.wait(240)
     with pytest.raises(UserError, match="out: another conversion is writing here; wait for it, or stop it"):
         convert_folder(text_folder, byte_tokenizer, begun)
     leave.set()
-    first.join(30)
+    first.join(240)
     assert contents(begun) == contents(finished)
 
 
