@@ -242,9 +242,7 @@ def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(make_s
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_shard_is_an_error_at_its_step_and_without_a_traceback(
-    make_stream, folder, tmp_path, workers
-):
+def test_a_damaged_shard_is_an_error_at_its_step_and_without_a_traceback(make_stream, folder, tmp_path, workers):
     """Steps before it come out whole, though the workers have met the damage already."""
     folder = copy(folder, tmp_path / "copy")
     damaged = shard_files(folder)[1]
