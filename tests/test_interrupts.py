@@ -106,9 +106,8 @@ run_command(main)"""
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
-@pytest.mark.parametrize("module", ["numpy.linalg", "torch.nn"])
-def test_a_tool_is_stopped_while_it_imports_libraries(module):
+def test_a_tool_is_stopped_while_it_imports_torch():
     """Most tools do so for seconds; a library that has an import of its own stopped says more than one line."""
     tool = REPOSITORY / "tools" / "plan.py"
-    done = interrupted_import(module, tool, "--variant", "1t", "--gpus", "4096", "--dry-run")
+    done = interrupted_import("torch.nn", tool, "--variant", "1t", "--gpus", "4096", "--dry-run")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped by Ctrl-C\n")
