@@ -281,7 +281,8 @@ if __name__ == "__main__":
         sys.argv[1], "train", seq_len=16, vocab_size=1000, global_batch=8, micro_batch=2,
         replica=int(sys.argv[2]), num_replicas=2, seed=7, workers=1,
     )
-    print(*[i for step in islice(stream.steps(0), 3) for b in step for i in b.sample_ids.tolist()])
+    steps = stream.steps(0)  # kept: its worker is there when this rank is killed
+    print(*[i for step in islice(steps, 3) for b in step for i in b.sample_ids.tolist()])
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     print(*pids)
     for pid in pids:
