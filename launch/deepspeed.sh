@@ -173,8 +173,8 @@ on_signal() {
         return
     fi
     [[ $stopping ]] || say "SIG$1: the run stops behind its next step (Ctrl-C, again, kills it)"
+    stopping=$1 # first: a second signal may come while `touch` runs
     touch "$run_dir/STOP"
-    stopping=$1
 }
 
 wait_for_it() { # exit_code

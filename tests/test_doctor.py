@@ -26,7 +26,6 @@ from mythos_dist.doctor.network import Network
 from mythos_dist.doctor.probe import Outcome, Probe
 from mythos_dist.doctor.software import Software
 from mythos_dist.doctor.storage import Folder, Storage
-from mythos_dist.plan.cost import count_parameters
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -475,11 +474,6 @@ def test_memory_of_several_machines_holds_the_copy():
     assert worst(storage.lines(storage_of(), configured(), 10 * GB, machines=2)).status == "ok"
 
 
-def test_parameters_are_counted():
-    """1,064,028,034, the figure of OpenMythos 0.5.0."""
-    assert count_parameters(configured("model.mode=reference").model) == 1_064_028_034
-
-
 def test_pinned_checkpoints_are_counted_once():
     """Every fifth of 12 steps, and by name 5 again, 7, and one behind the end."""
     assert storage.pinned(CheckpointConfig(pin=(5, 7, 13), pin_every=5), 12) == len({5, 10, 7})
@@ -500,7 +494,13 @@ def test_a_check_that_fails_is_a_problem():
     says(line, "problem", "ZeroDivisionError: integer division or modulo by zero")
 
 
-def test_a_group_is_really_joined(monkeypatch):
+@pytest.fixture
+def patience(monkeypatch):
+    """A probe may take as long as a busy machine needs."""
+    monkeypatch.setattr(probe, "SECONDS", 240)
+
+
+def test_a_group_is_really_joined(monkeypatch, patience):
     """Over loopback; and not over an interface that is not there. A launcher's variables lead to no store of its."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for variable, value in (RANK | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
@@ -511,7 +511,7 @@ def test_a_group_is_really_joined(monkeypatch):
     assert "nosuch0" in Probe(probe.join_group).outcome().error
 
 
-def test_names_are_looked_up(monkeypatch):
+def test_names_are_looked_up(monkeypatch, patience):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert Probe(probe.look_up).outcome().values["localhost"] in ("127.0.0.1", "::1")
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")  # a name that is kept free for ever (RFC 6761)
@@ -521,13 +521,13 @@ def test_names_are_looked_up(monkeypatch):
 @pytest.mark.parametrize(
     ("look", "words"),
     [
-        (lambda: time.sleep(60), "no answer in 0.5 s"),
+        (lambda: time.sleep(600), "no answer in 0.5 s"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "died of SIGKILL"),
         (lambda: {"seconds": 1 // 0}, "ZeroDivisionError: integer division"),
     ],
 )
 def test_a_probe_that_hangs_crashes_or_fails_says_so(look, words):
-    assert words in Probe(look).outcome(seconds=0.5 if "answer" in words else 20).error
+    assert words in Probe(look).outcome(seconds=0.5 if "answer" in words else 240).error
 
 
 @pytest.mark.parametrize(
@@ -567,9 +567,12 @@ def test_exit_code_and_both_forms(line, code, monkeypatch, capsys):
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mythos_dist.doctor", *map(str, arguments)]
+    """The command, whose probes may take as long as a busy machine needs."""
+    code = "import runpy\nfrom mythos_dist.doctor import probe\nprobe.SECONDS = 240\n"
+    code += "runpy.run_module('mythos_dist.doctor', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=REPOSITORY, timeout=90, env={**os.environ, **environment}
+        command, capture_output=True, text=True, cwd=REPOSITORY, timeout=900, env={**os.environ, **environment}
     )
 
 

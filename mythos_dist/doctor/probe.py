@@ -38,8 +38,9 @@ class Probe:
         self._process = _FORK.Process(target=_write_outcome, args=(look, self._file.fileno()), daemon=True)
         self._process.start()
 
-    def outcome(self, seconds: float = SECONDS) -> Outcome:
-        """Wait for it, at most so long, and kill it then. To be called once."""
+    def outcome(self, seconds: float | None = None) -> Outcome:
+        """Wait for it, at most so long (None: SECONDS), and kill it then. To be called once."""
+        seconds = SECONDS if seconds is None else seconds
         self._process.join(seconds)
         code = self._process.exitcode
         if code is None:

@@ -46,47 +46,51 @@ def change(raw: dict, where: str, value: object) -> str:
 FILE = "rank-00000.safetensors"
 PIECE = f"files/{FILE}/pieces/w"
 BAD = [
-    *(("step", value) for value in (-1, True, 2.0, "2", None, [2], 10**30, 4)),
-    *(("tokens", value) for value in (-1, 1.5)),
-    *(("start", value) for value in (-1, 10**12)),
-    *(("data", value) for value in (None, 5)),
-    *(("layout", value) for value in (None, [], {"x": [[[[[[[[[[1]]]]]]]]]]})),
-    *(("config", value) for value in ([], {"model": []}, {"model": {"a": [[[[[[[[[1]]]]]]]]]}})),
-    *(("versions", value) for value in ([], {"torch": 2})),
-    *(("optimizer", value) for value in ([], {}, {"steps": 1})),
-    *(("optimizer/steps", value) for value in (-1, True, "1", float("nan"))),
-    *(("optimizer/loss_scale", value) for value in ([], {"__class__": 1}, {"cur_scale": "1"}, {"cur_scale": 1e999})),
-    *(("optimizer/recent_grad_norms", value) for value in (5, ["1"], [float("nan")], [float("inf")])),
-    ("optimizer/extra", 1),
-    ("extra", 1),
-    *(("tensors/w/shape", value) for value in ([5, -12], [True, 60], [5.0, 12], [0, 12], [1] * 60, "60", [10**30])),
-    *(("tensors/w/shape", value) for value in ([1 << 40, 1 << 40], [5, 13], [60], [])),
-    *(("tensors/w/kinds", value) for value in ([], ["parameter"] * 2, ["code"], ["buffer", "parameter"], "parameter")),
-    ("tensors/a b", {"shape": [1], "kinds": ["parameter"]}),
-    ("tensors/v", {"shape": [1 << 20, 1 << 20], "kinds": ["parameter"]}),
-    *((f"{PIECE}/shape", value) for value in ([5, 13], [60], [1 << 40, 1 << 40], [5, -12])),
-    *((f"{PIECE}/start", value) for value in ([0, 1], [0], [-1, 0], [0, 10**30], [False, 0])),
-    *((f"{PIECE}/first", value) for value in (-1, 1, 60, 61, 0.0)),
-    *((f"{PIECE}/last", value) for value in (0, 59, 61, 10**18)),
-    (f"files/{FILE}/pieces/v", {"shape": [1], "start": [0], "first": 0, "last": 1}),
-    *((f"files/{FILE}/bytes", value) for value in (-1, 0, 719, "900", True)),
-    *((f"files/{FILE}/hash", value) for value in ("", "0" * 31, "z" * 32, 5, "0" * 31 + "\n")),
-    (f"files/{FILE}/sha256", "0" * 64),
+    ("step", (-1, True, 2.0, "2", None, [2], 10**30, 4)),
+    ("tokens", (-1, 1.5)),
+    ("start", (-1, 10**12)),
+    ("data", (None, 5)),
+    ("layout", (None, [], {"x": [[[[[[[[[[1]]]]]]]]]]})),
+    ("config", ([], {"model": []}, {"model": {"a": [[[[[[[[[1]]]]]]]]]}})),
+    ("versions", ([], {"torch": 2})),
+    ("optimizer", ([], {}, {"steps": 1})),
+    ("optimizer/steps", (-1, True, "1", float("nan"))),
+    ("optimizer/loss_scale", ([], {"__class__": 1}, {"cur_scale": "1"}, {"cur_scale": 1e999})),
+    ("optimizer/recent_grad_norms", (5, ["1"], [float("nan")], [float("inf")])),
+    ("optimizer/extra", (1,)),
+    ("extra", (1,)),
+    ("tensors/w/shape", ([5, -12], [True, 60], [5.0, 12], [0, 12], [1] * 60, "60", [10**30])),
+    ("tensors/w/shape", ([1 << 40, 1 << 40], [5, 13], [60], [])),
+    ("tensors/w/kinds", ([], ["parameter"] * 2, ["code"], ["buffer", "parameter"], "parameter")),
+    ("tensors/a b", ({"shape": [1], "kinds": ["parameter"]},)),
+    ("tensors/v", ({"shape": [1 << 20, 1 << 20], "kinds": ["parameter"]},)),
+    (f"{PIECE}/shape", ([5, 13], [60], [1 << 40, 1 << 40], [5, -12])),
+    (f"{PIECE}/start", ([0, 1], [0], [-1, 0], [0, 10**30], [False, 0])),
+    (f"{PIECE}/first", (-1, 1, 60, 61, 0.0)),
+    (f"{PIECE}/last", (0, 59, 61, 10**18)),
+    (f"files/{FILE}/pieces/v", ({"shape": [1], "start": [0], "first": 0, "last": 1},)),
+    (f"files/{FILE}/bytes", (-1, 0, 719, "900", True)),
+    (f"files/{FILE}/hash", ("", "0" * 31, "z" * 32, 5, "0" * 31 + "\n")),
+    (f"files/{FILE}/sha256", ("0" * 64,)),
 ]
 
 
-@pytest.mark.parametrize(("where", "value"), BAD, ids=[f"{where}={str(value)[:40]}" for where, value in BAD])
-def test_a_manifest_with_a_wrong_value_is_damaged_and_the_older_checkpoint_is_taken(run, where, value):
+@pytest.mark.parametrize(("where", "values"), BAD, ids=[f"{i}-{where}" for i, (where, _) in enumerate(BAD)])
+def test_a_manifest_with_a_wrong_value_is_damaged_and_the_older_checkpoint_is_taken(run, where, values):
+    """In little processor time."""
     run.save(2)
     run.save(6)
     folder = folder_of(run, 6)
-    write(folder, change(raw_of(folder), where, value))
-    begin = time.perf_counter()
-    with pytest.raises(UserError, match=r"checkpoint\.json: is damaged") as problem:
-        read_manifest(folder)
-    assert time.perf_counter() - begin < 2 and len(str(problem.value)) < 2000
-    checkpoint, damaged = find_checkpoint(run.checkpoints)
-    assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1
+    good = (folder / "checkpoint.json").read_text().split("\n")[1]
+    for value in values:
+        write(folder, change(json.loads(good), where, value))
+        begin = time.process_time()
+        checkpoint, damaged = find_checkpoint(run.checkpoints)
+        assert time.process_time() - begin < 2
+        assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1, value
+        with pytest.raises(UserError, match=r"checkpoint\.json: is damaged") as problem:
+            read_manifest(folder)
+        assert len(str(problem.value)) < 2000
 
 
 FILE_NAMES = """
@@ -173,13 +177,13 @@ def test_a_manifest_that_is_no_file_or_far_too_long_is_not_read(run, tmp_path):
         if make:
             file.unlink()
             make(file)
-        begin = time.perf_counter()
+        begin = time.process_time()
         with pytest.raises(UserError, match=words):
             read_manifest(file.parent)
-        assert time.perf_counter() - begin < 2
+        assert time.process_time() - begin < 2
 
 
-@pytest.mark.parametrize("version", [2, 0, -1, 10**60, "1", "2", 1.0, True, None, [1], {"a": 1}, "absent"])
+@pytest.mark.parametrize("version", [2, 0, 10**60, "1", 1.0, True, None, [1], "absent"])
 def test_another_format_version_is_refused_and_never_overwritten(run, version):
     """Newest, or behind the one that `latest` names: training would write over it when it gets there."""
     run.save(2)

@@ -93,6 +93,11 @@ def test_a_checkpoint_that_is_none_is_said(name, run, tool, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", [*WRITERS, "inspect_checkpoint", "import_open_mythos"])
+def test_help_shows_how_a_tool_is_called(name, tool):
+    assert f"usage: {name}" in tool(0, name, "--help")
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_wrong_options_are_refused(name, run, tool, tmp_path):
     for workers in ("0", "-1", "x", "1.5", "²"):

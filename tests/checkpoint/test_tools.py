@@ -211,17 +211,6 @@ def rewritten(run_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
     publish(temporary, Manifest(**{**vars(manifest), "files": files}))
 
 
-def test_what_is_no_checkpoint_is_the_users_mistake(tmp_path):
-    for name, arguments in (
-        ("inspect_checkpoint", []),
-        ("reshape_checkpoint", ["--out", tmp_path / "x"]),
-        ("export_checkpoint", ["--out", tmp_path / "x"]),
-    ):
-        assert "no run and no checkpoint" in tool(name, tmp_path, *arguments, code=2)
-        assert "usage: " in tool(name, "--help")
-    assert "usage: " in tool("import_open_mythos", "--help")
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """A checkpoint of 1.2 GB: one matrix of 400 MB and its moments, its columns cut among four ranks."""

@@ -92,11 +92,25 @@ def test_training_and_submission_take_any_order(monkeypatch):
     assert (found.config, found.overrides, found.ranks) == ("c.yaml", ["run.dir=x", "train.steps=3"], 2)
 
 
-@pytest.mark.parametrize("text", ["kill@3", "kill@-1:0", "kill@" + "9" * 5001 + ":0", "kill@\u0663:0", "explode@1:0"])
+@pytest.mark.parametrize(
+    "text", ["kill@3", "kill@-1:0", "kill@" + "9" * 5001 + ":0", "kill@\u0663:0", "explode@1:0", "nan@x:1"]
+)
 def test_a_fault_that_is_none_is_named(text):
     with pytest.raises(UserError) as raised:
         parse_faults(text)
     assert "is no fault; write kind@step:rank" in raised.value.problems[0] and len(str(raised.value)) < 300
+
+
+def test_training_reads_faults_with_its_config():
+    """Before anything is written, and all that are wrong at once."""
+    from mythos_dist.cluster.place import Place
+    from mythos_dist.train.__main__ import read
+
+    tiny = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
+    assert read(tiny, ["faults.inject=kill@3:0"], Place()).faults.inject == "kill@3:0"
+    with pytest.raises(UserError) as raised:
+        read(tiny, ["faults.inject=kill@3:0,explode@2:0,nan@x:0"], Place())
+    assert [problem.split()[1] for problem in raised.value.problems] == ["'explode@2:0'", "'nan@x:0'"]
 
 
 def test_faults_are_read():

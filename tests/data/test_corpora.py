@@ -115,11 +115,7 @@ def change_index(**fields):
         ),
         (lambda at: (at / "tokenizer.model").unlink(), "no tokenizer at"),
         (miscount_windows, "train/index.json lists 16 windows, but the manifest says 17; convert again"),
-        (change_index(raw_data=None), "train/index.json lists no shards"),
         (change_index(raw_data={"basename": "../../x.mds", "bytes": 9, "hashes": {}}), "lists no shards .*x.mds"),
-        (change_index(raw_data={"basename": "/x.mds", "bytes": 9, "hashes": {}}), "lists no shards .*/x.mds"),
-        (change_index(samples="many"), "lists no shards"),
-        (change_index(samples=-800), "lists no shards"),
     ],
 )
 def test_a_damaged_folder_is_refused(folders, tmp_path, damage, message):

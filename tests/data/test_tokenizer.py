@@ -348,7 +348,7 @@ def test_a_forked_process_can_encode(tmp_path, is_json):
     found = context.SimpleQueue()
     child = context.Process(target=lambda: found.put(encode_documents(tokenizer, SENTENCES[:50])))
     child.start()
-    child.join(60)
+    child.join(240)
     assert child.exitcode == 0 and found.get() == expected
 
 

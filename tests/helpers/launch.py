@@ -67,6 +67,8 @@ def launch(
     """Run `program(*arguments)` on `world` ranks. A SystemExit becomes the rank's exit code, an exception code 1.
 
     `grace`: seconds after which the others are killed when a rank has failed, as srun and torchrun do.
+    `KILL_AFTER` in `env`: a pattern; when a file matches it, all ranks are killed at the same moment, and until then
+    none of them publishes a later checkpoint. `KILL_IN` seconds after that, or, alone, of each rank's own time.
     """
     _start_server()
     with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
@@ -79,17 +81,24 @@ def launch(
             )
             process.start()
             ranks.append(process)
+        ended = threading.Event()
+        if env and "KILL_AFTER" in env:
+            killer = (env["KILL_AFTER"], float(env.get("KILL_IN", 0)), ranks, ended)
+            threading.Thread(target=_kill_all, args=killer, daemon=True).start()
         if grace is not None:
             sentinels = {process.sentinel: process for process in ranks}
             while sentinels and not any(process.exitcode for process in ranks):
-                for ended in multiprocessing.connection.wait(list(sentinels), seconds + 20):
-                    sentinels.pop(ended)  # pyright: ignore[reportArgumentType]
-            time.sleep(grace)
+                for one in multiprocessing.connection.wait(list(sentinels), seconds + 20):
+                    sentinels.pop(one)  # pyright: ignore[reportArgumentType]
+            deadline = time.monotonic() + grace
+            for process in ranks:
+                process.join(max(0.0, deadline - time.monotonic()))
         for process in ranks:
             process.join(seconds + 20 if grace is None else 0)
             with contextlib.suppress(ProcessLookupError):  # the rank, if it hangs, and its loader's workers
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
+        ended.set()
         files = [Path(folder, str(rank)) for rank in range(world)]
         values = []
         for file in files:
@@ -175,8 +184,10 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
     os.chdir(cwd)
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
-    if "KILL_AFTER" in os.environ or "KILL_IN" in os.environ:
-        threading.Thread(target=_kill, daemon=True).start()
+    if "KILL_AFTER" in os.environ:
+        _hold(os.environ["KILL_AFTER"])
+    elif "KILL_IN" in os.environ:
+        threading.Timer(float(os.environ["KILL_IN"]), os.kill, (os.getpid(), signal.SIGKILL)).start()
     if os.environ.get("FAIL_AT", "").startswith(f"{rank}:"):
         _fail_at(int(os.environ["FAIL_AT"].partition(":")[2]))
     if "KILL_POINTS_IN" in os.environ:
@@ -204,13 +215,39 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
         os._exit(code)  # no interpreter shutdown: gloo's threads of a failed rank would wait for its peers
 
 
-def _kill() -> None:
-    """SIGKILL this rank when a file matches KILL_AFTER, or in KILL_IN seconds: no handler, no clean-up, as a node that
-    loses power."""
-    while "KILL_AFTER" in os.environ and not glob.glob(os.environ["KILL_AFTER"]):
-        time.sleep(0.002)
-    time.sleep(float(os.environ.get("KILL_IN", 0)))
-    os.kill(os.getpid(), signal.SIGKILL)
+def _kill_all(pattern: str, seconds: float, ranks: Sequence[Any], ended: threading.Event) -> None:
+    """SIGKILL all ranks when a file matches: no handler, no clean-up, as a machine that loses power.
+
+    They are stopped first, so that none of them sees the connection to another one close and exits by itself.
+    """
+    while not glob.glob(pattern):
+        if ended.wait(0.002):
+            return
+    ended.wait(seconds)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+
+def _hold(pattern: str) -> None:
+    """Rank 0 waits before and after it publishes a checkpoint if a file matches, and the others wait for rank 0: the
+    run cannot complete before it is killed, however late that is."""
+    from mythos_dist.checkpoint import save
+
+    publish = save.publish
+
+    def wait_if_killed() -> None:
+        while glob.glob(pattern):
+            time.sleep(0.01)
+
+    def held(*arguments: Any) -> Path:
+        wait_if_killed()
+        folder = publish(*arguments)
+        wait_if_killed()
+        return folder
+
+    save.publish = held
 
 
 def _fail_at(step: int) -> None:

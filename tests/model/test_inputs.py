@@ -56,9 +56,10 @@ def test_tokens_and_loops_that_cannot_be_are_refused(model, input_ids, more, sai
 
 
 def test_what_can_be_is_taken(model):
-    """int32, ignored labels, labels by loop; generation refuses a list as the forward pass does."""
+    """int32, a full context, ignored labels, labels by loop; generation refuses a list as the forward pass does."""
     expected = model(IDS, 2)
     assert torch.equal(model(IDS.int(), 2), expected)
+    assert model(torch.zeros(1, 64, dtype=torch.int64)).shape == (1, 64, 40)
     ignored = IDS.masked_fill(IDS == 2, -100)
     assert torch.isfinite(model(IDS, 2, labels=ignored)["objective"])
     assert torch.isfinite(model(IDS, 2, labels=ignored[:, None].expand(1, 2, 4))["objective"])

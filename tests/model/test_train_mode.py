@@ -276,19 +276,6 @@ def test_no_rotary_table_is_stored_and_a_cast_keeps_positions_right(tiny, build_
     assert (turned - exact).norm() > 0.03 * exact.norm()
 
 
-@pytest.mark.parametrize("n_loops", [0, -1])
-def test_a_loop_count_below_one_is_refused(n_loops, tiny):
-    with pytest.raises(UserError, match=f"n_loops={n_loops}"):
-        Mythos(tiny())(torch.zeros(1, 4, dtype=torch.long), n_loops)
-
-
-def test_tokens_beyond_the_context_are_refused(tiny):
-    model = Mythos(tiny(max_seq_len=8))
-    assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 40)
-    with pytest.raises(UserError, match=r"9 tokens .*model.max_seq_len=8"):
-        model(torch.zeros(1, 9, dtype=torch.long))
-
-
 def test_a_config_that_cannot_be_built_names_all_its_problems(tiny):
     with pytest.raises(UserError) as raised:
         Mythos(tiny(attn_type="gqa", n_heads=5, n_experts_per_tok=7))

@@ -442,7 +442,8 @@ def test_impossible_requests_are_refused(write_parquet, byte_tokenizer, tmp_path
         ({"seq_len": 0, "workers": -1}, r"(?s)2 problems.*seq_len=0 must be at least 1.*workers=-1 must not"),
         ({"heldout": 1.0}, "heldout=1.0 is a share"),
         ({"heldout": -0.1}, "heldout=-0.1 is a share"),
-        ({"heldout": float("nan")}, "heldout=nan is a share"),
+        ({"heldout": float("nan")}, "heldout=nan is a share of the documents"),
+        ({"heldout": float("inf")}, "heldout=inf is a share"),
         ({"compression": "gzip"}, "compression=gzip is not known; set it to zstd"),
         ({"compression": "zstd:23"}, "compression=zstd:23 is not known"),
         ({"filters": Filters(limit_tokens=0, min_tokens=0)}, r"(?s)min_tokens=0 must.*limit_tokens=0 must"),
@@ -643,16 +644,16 @@ def test_two_conversions_do_not_write_to_one_folder(begun, finished, text_folder
     class Slow(ByteTokenizer):
         def encode_documents(self, data, ends, continues=False):
             entered.set()
-            assert leave.wait(30)
+            assert leave.wait(240)
             return super().encode_documents(data, ends, continues)
 
     first = threading.Thread(target=convert_folder, args=(text_folder, Slow(byte_tokenizer.path), begun))
     first.start()
-    assert entered.wait(30)
+    assert entered.wait(240)
     with pytest.raises(UserError, match="out: another conversion is writing here; wait for it, or stop it"):
         convert_folder(text_folder, byte_tokenizer, begun)
     leave.set()
-    first.join(30)
+    first.join(240)
     assert contents(begun) == contents(finished)
 
 
@@ -675,8 +676,6 @@ def test_a_conversion_that_ends_while_another_begins_is_left_as_it_is(
 
 
 def test_reading_a_manifest_names_what_is_wrong_with_it(finished, tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such folder"):
-        read_manifest(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no shards here; .* make them with tools/make_shards\.py"):
         read_manifest(tmp_path)
     whole = json.loads((finished / "manifest.json").read_text())
@@ -685,9 +684,6 @@ def test_reading_a_manifest_names_what_is_wrong_with_it(finished, tmp_path):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=r"manifest.json: cannot be read .*; convert again"):
             read_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({**whole, "format_version": 99}))
-    with pytest.raises(UserError, match="format_version=99 is not 2"):
-        read_manifest(tmp_path)
 
 
 def test_long_lines_and_long_documents_are_the_same_in_every_format(tmp_path, byte_tokenizer, tiny_pieces):

@@ -155,14 +155,6 @@ def test_a_conversion_stopped_at_any_file_operation_gives_the_same_bytes(
     assert n > 30
 
 
-@pytest.mark.parametrize("heldout", [1.0, -0.1, float("nan"), float("inf")])
-def test_a_share_that_is_none_is_refused(byte_tokenizer, tmp_path, heldout):
-    source = write_files(tmp_path / "texts", [text(100)])
-    with pytest.raises(UserError, match="is a share of the documents"):
-        convert(source, byte_tokenizer, SEQ_LEN, tmp_path / "out", heldout=heldout, quiet=True)
-    assert not (tmp_path / "out").exists()
-
-
 def test_text_for_no_window_is_refused_with_all_its_tokens(byte_tokenizer, tmp_path):
     """With a share of 0.5 the hash of one document may hold it out: the count is of all text all the same."""
     for seed in range(8):

@@ -159,9 +159,19 @@ def test_a_byte_order_mark_of_a_long_document_is_left_out(tmp_path, tiny_pieces)
     assert texts_of(tmp_path / "a.txt") == ["x" * 500]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.zst"])
-@pytest.mark.parametrize("line", ["ASCII only", "日本語の文章です。" * 3])
+ENCODINGS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+JAPANESE = "日本語の文章です。" * 3
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "line"),
+    [
+        *((encoding, "a.txt", line) for encoding in ENCODINGS for line in ("ASCII only", JAPANESE)),
+        *((encoding, "a.jsonl", JAPANESE) for encoding in ENCODINGS),
+        ("utf-16-le", "a.txt.gz", JAPANESE),
+        ("utf-32-be", "a.jsonl.zst", JAPANESE),
+    ],
+)
 def test_utf_16_and_utf_32_are_refused_with_the_remedy(tmp_path, encoding, name, line, byte_tokenizer):
     text = "".join((json.dumps({"text": line}, ensure_ascii=False) if "json" in name else line) + "\n" for _ in "12345")
     content = text.encode(encoding)

@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,10 @@ def test_a_flipped_byte_ends_the_run_at_once(arguments, folder, tmp_path, worker
     """In the first step that reads the shard, before the model has seen it. No checkpoint is left."""
     (shard,) = shard_files(folder)
     flip(shard)
-    begin = time.monotonic()
-    result = train(2, *arguments, f"data.workers={workers}", seconds=240)
-    assert time.monotonic() - begin < 30
+    result = train(2, *arguments, f"data.workers={workers}", seconds=240)  # a rank that hangs ends with 1
     refused(result, f"{folder}: train/{shard.relative_to(folder / 'train')}: its xxh64 is", "tools/verify_shards.py")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert not re.search(r"step \d+ took", (tmp_path / "run" / "logs" / "rank-00000.log").read_text())
 
 
 def test_a_held_out_shard_is_checked_too(arguments, folder):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from mythos_dist.data.stream import ReplicaStream
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
 # The checkpoint of step 2 is there when step 3 begins.
-QUICK = ["faults.hang_after=10", "faults.lost_after=5", "checkpoint.background=false"]
+AT_ONCE = "checkpoint.background=false"
 
 
 def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -86,23 +85,25 @@ def ended(result: Launch, fault_rank: int, code: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "why", "seconds"),
+    ("fault", "limit", "code", "why"),
     [
-        ("kill@3:1", -signal.SIGKILL, "rank 1 on {node} ended without a word", 10),
+        ("kill@3:1", "", -signal.SIGKILL, "rank 1 on {node} ended without a word"),
         # The launcher here kills a frozen rank in the end, as srun and torchrun do.
-        ("freeze@3:1", -signal.SIGKILL, "rank 1 on {node} has said nothing for 5 s", 20),
-        ("hang@3:1", 4, "step 3 takes longer than 10 s: rank 1 on {node} (at cluster/inject.py", 25),
-        ("kill@3:0", -signal.SIGKILL, "rank 0 on 127.0.0.1 ended", 20),
-        ("freeze@3:0", -signal.SIGKILL, "rank 0 on 127.0.0.1 has not answered for 5 s", 20),
+        ("freeze@3:1", "faults.lost_after=10", -signal.SIGKILL, "rank 1 on {node} has said nothing for 10 s"),
+        ("hang@3:1", "faults.hang_after=15", 4, "longer than 15 s: rank 1 on {node} (at cluster/inject.py"),
+        ("kill@3:0", "", -signal.SIGKILL, "rank 0 on 127.0.0.1 ended"),
+        ("freeze@3:0", "faults.lost_after=10", -signal.SIGKILL, "rank 0 on 127.0.0.1 has not answered for 10 s"),
     ],
 )
-def test_a_rank_that_is_lost_or_hangs_is_named_and_ends_the_run(fault, code, why, seconds, settings, whole, tmp_path):
-    """Within seconds; the others leave with exit code 4 and their stacks and last collectives in their logs."""
+def test_a_rank_that_is_lost_or_hangs_is_named_and_ends_the_run(fault, limit, code, why, settings, whole, tmp_path):
+    """By the one limit that is set, or none: the defaults are long. The others leave with exit code 4 and their stacks
+    and last collectives in their logs."""
     import socket
 
     run_dir, rank = tmp_path / "run", int(fault[-1])
-    begin = time.monotonic()
-    result = train(2, *settings, *QUICK, f"run.dir={run_dir}", f"faults.inject={fault}", grace=15)
+    grace = 1 if fault.startswith("freeze") else 240  # a frozen rank does not end by itself
+    arguments = [*settings, *limit.split(), AT_ONCE, f"run.dir={run_dir}", f"faults.inject={fault}"]
+    result = train(2, *arguments, grace=grace)
     ended(result, rank, code)
     why = why.format(node=socket.gethostname())
     log = (run_dir / "logs" / f"rank-{1 - rank:05d}.log").read_text()
@@ -112,15 +113,14 @@ def test_a_rank_that_is_lost_or_hangs_is_named_and_ends_the_run(fault, code, why
     if rank:
         assert told["state"] == "failed" and why in told["why"]
         noticed = told["time"] - lines(run_dir)[-1]["time"]
-        assert noticed < seconds, "from the last step to the end"
-    assert time.monotonic() - begin < 120
+        assert noticed < 240, "from the last step to the end; faults.hang_after is 600"
     resumed(settings, run_dir, whole, why if rank else "left no word", 2)
 
 
 def test_an_error_of_one_rank_ends_all_and_is_named(settings, whole, tmp_path, monkeypatch):
     """A rank that raises what it should not: its own traceback, and the others say whose fault it was."""
     run_dir = tmp_path / "run"
-    result = train(2, *settings, *QUICK, f"run.dir={run_dir}", env={"FAIL_AT": "1:3"})
+    result = train(2, *settings, AT_ONCE, f"run.dir={run_dir}", env={"FAIL_AT": "1:3"})
     assert result.codes == [4, 1], (result.codes, result.tails)
     assert "rank 1 on" in result.err and "ZeroDivisionError: on order" in result.err
     assert "ZeroDivisionError" in result.tails[1]
@@ -235,9 +235,3 @@ def test_a_spike_is_skipped_and_the_median_survives_a_resume(settings, tmp_path)
     found = lines(tmp_path)
     assert [line["skipped"] for line in found] == [False] * 20 + [True] * 2
     assert "is above" in found[20]["decision"] and found[20]["grad_norm"] > 0
-
-
-def test_a_fault_that_is_none_is_refused(settings, tmp_path):
-    result = train(2, *settings, f"run.dir={tmp_path / 'run'}", "faults.inject=kill@3:1,explode@2:0,nan@x:1")
-    assert result.codes == [2, 2] and "'explode@2:0'" in result.err and "'nan@x:1'" in result.err
-    assert not (tmp_path / "run").exists()

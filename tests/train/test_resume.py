@@ -2,19 +2,21 @@
 line is in the end that of a run to which nothing happened."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers.disk import enlarge, small_disk
-from helpers.launch import train
+from helpers.launch import launch, train
 
-from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import read_manifest
+from mythos_dist.checkpoint.fence import Fence, newest_start
+from mythos_dist.checkpoint.manifest import Manifest, read_manifest
 from mythos_dist.checkpoint.restore import load_model
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
@@ -60,8 +62,9 @@ def test_killed_twenty_times_it_writes_the_same_lines(whole, run, tmp_path, seed
     while kills < 20:
         during_save = kills % 4 == 3
         env = {"KILL_IN": str(draw.random() * (0.3 if during_save else longest))}
-        if during_save:
-            env |= {"KILL_AFTER": str(run_dir / "checkpoints" / "step-*.tmp-*" / "rank-*"), "SLOW_SAVE": "0.01"}
+        if during_save:  # of this start: an earlier one may have left another folder
+            start = newest_start(run_dir).get("start", 0) + 1
+            env |= {"KILL_AFTER": str(run_dir / f"checkpoints/step-*.tmp-{start}/rank-*"), "SLOW_SAVE": "0.01"}
         result = train(2, *run, f"run.dir={run_dir}", env=env)
         if result.codes == [0, 0]:  # it was faster
             assert lines(run_dir) == lines(whole), f"{kills} kills"
@@ -174,20 +177,28 @@ def test_one_checkpoint_is_written_at_a_time(whole, run, tmp_path):
     assert checkpoints(run_dir) == list(range(1, STEPS + 1)) and lines(run_dir) == lines(whole)
 
 
+def taken_over_in_save_9(run_dir: str, arguments: list[str]) -> None:
+    """Train; while the checkpoint of step 9 is written, another start of the run begins."""
+    from mythos_dist.checkpoint.save import Saver
+    from mythos_dist.train.__main__ import main
+
+    save = Saver.save
+
+    def then_taken_over(self: Saver, manifest: Manifest) -> None:
+        save(self, manifest)
+        if manifest.step == 9 and os.environ["RANK"] == "0":
+            Fence.take(Path(run_dir))
+
+    Saver.save = then_taken_over
+    sys.argv = ["mythos_dist.train", *arguments]
+    main()
+
+
 def test_a_newer_start_ends_the_one_before(whole, run, tmp_path):
     """As where a node lost its network: it still runs, while the run was begun again elsewhere. What it had not
     published stays unpublished."""
     run_dir = tmp_path / "run"
-
-    def take_over() -> None:
-        while not (run_dir / "checkpoints" / "step-00000006").exists():
-            time.sleep(0.002)
-        Fence.take(run_dir)
-
-    thread = threading.Thread(target=take_over)
-    thread.start()
-    stale = train(2, *run, f"run.dir={run_dir}", env={"SLOW_SAVE": "0.01"})
-    thread.join()
+    stale = launch(2, taken_over_in_save_9, str(run_dir), [*run, f"run.dir={run_dir}"])
     assert stale.codes == [2, 2] and "Traceback" not in stale.err, stale.err
     assert "taken over by start 2" in stale.err and "this is start 1" in stale.err
     assert max(checkpoints(run_dir)) == 6

@@ -5,12 +5,11 @@ from helpers.soak import Soak, leftovers_in_shared_memory
 
 
 @pytest.mark.launch
-@pytest.mark.timeout(600)
 def test_a_run_killed_anywhere_ends_as_an_undisturbed_one(settings, tmp_path, seed):
-    """Twelve kills at places that are drawn anew each time."""
+    """Twelve kills at places that are drawn anew each time; the limit is for a run that never gets there."""
     try:
         soak = Soak(settings, tmp_path, seed)
-        soak.run(kills=12, seconds=60, at_random=0.2)
+        soak.run(kills=12, seconds=900, at_random=0.2)
     finally:
         leftovers_in_shared_memory(tmp_path)
-    assert soak.kills and soak.runs
+    assert len(soak.kills) == 12 and soak.runs
