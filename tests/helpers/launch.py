@@ -25,7 +25,18 @@ from helpers.ports import reserved_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the server inherits it: these tests run on CPU and gloo
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mythos_dist.train.loop", "deepspeed", "streaming"])
+_CONTEXT.set_forkserver_preload(  # all that a rank of a run imports, so that a fork imports the test's module only
+    [
+        "mythos_dist.train.__main__",
+        "mythos_dist.train.console",
+        "mythos_dist.train.deepspeed_seam",
+        "mythos_dist.train.loop",
+        "mythos_dist.train.session",
+        "deepspeed.comm.mori",
+        "torch._dynamo",  # an optimizer imports it
+        "streaming",
+    ]
+)
 
 
 @dataclass
