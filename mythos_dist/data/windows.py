@@ -7,12 +7,16 @@ Several processes and nodes may unpack the same shard at once: each writes a fil
 """
 
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import os
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -141,11 +145,36 @@ class _OpenShard:
         return self._reader.decode_sample(os.pread(self._file, end - begin, begin))["tokens"]
 
 
+@functools.cache
 def import_reader() -> Any:
-    """Streaming's reader of MDS shards; importing it takes some seconds, so only what reads samples does."""
-    from streaming.base.format.mds.reader import MDSReader
+    """Streaming's reader of MDS shards, imported without running the `__init__.py` of the packages around it.
 
-    return MDSReader
+    Those import streaming's datasets, and with them Transformers and torchvision: 560 modules, 4,700 opened files and
+    1.3 s of CPU for each rank. Empty packages with the same paths replace them during the import only, so a later
+    `import streaming` gets all of it. Raises ModuleNotFoundError if streaming is not installed.
+    """
+    reader = "streaming.base.format.mds.reader"
+    spec = importlib.util.find_spec("streaming")
+    if "streaming" in sys.modules or spec is None or spec.origin is None:
+        return importlib.import_module(reader).MDSReader
+    for name in _AROUND_THE_READER:
+        package = ModuleType(name)
+        package.__path__ = [str(Path(spec.origin).parent.joinpath(*name.split(".")[1:]))]
+        sys.modules[name] = package
+    try:
+        return importlib.import_module(reader).MDSReader
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "streaming"]:
+            del sys.modules[name]
+
+
+_AROUND_THE_READER = (
+    "streaming",
+    "streaming.base",
+    "streaming.base.format",
+    "streaming.base.format.base",
+    "streaming.base.format.mds",
+)
 
 
 class _NotWhole(Exception):

@@ -85,7 +85,7 @@ def join_group() -> dict[str, Any]:
 
 
 def import_reader() -> dict[str, Any]:
-    """Import streaming's reader of shards, as training does; with it come transformers and torchvision."""
+    """Import streaming's reader of shards, as training does."""
     from mythos_dist.data.windows import import_reader
 
     begin = time.perf_counter()

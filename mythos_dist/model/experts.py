@@ -44,7 +44,9 @@ def reference(
 BACKENDS: dict[str, Backend] = {"grouped": grouped, "megablocks": megablocks, "reference": reference}
 
 
-_grouped_on_cpu = torch.compiler.disable(grouped)  # it cannot look into sums, and refuses a CPU's grouped product
+# torch.compile cannot trace the sums, and refuses a CPU's grouped product. `torch.compiler.disable` would import
+# torch._dynamo here (`parallel/collectives.py`).
+_grouped_on_cpu = torch._disable_dynamo(grouped)
 
 
 class Experts(nn.Module):

@@ -102,7 +102,9 @@ def _run(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-_apply: Any = torch.compiler.disable(_run)  # traced by it, a message's gradient came out wrong
+# Traced by torch.compile, a message's gradient came out wrong. `torch.compiler.disable` would import torch._dynamo here
+# (900 modules, 1.2 s), which tools do not need; this form of it imports at the first call.
+_apply: Any = torch._disable_dynamo(_run)
 
 
 def copy(x: Tensor, axis: Axis) -> Tensor:

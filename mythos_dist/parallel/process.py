@@ -25,10 +25,14 @@ def choose_accelerator() -> None:
 
 
 def compile_nothing() -> None:
-    """On CPUs: else every process would first compile a shared-memory all-reduce, 40 to 120 s under one file lock."""
+    """On CPUs: else every process would first compile a shared-memory all-reduce, 40 to 120 s under one file lock.
+
+    No op is compatible: the first read of DeepSpeed's own table would import setuptools and run the C compiler. Only
+    the all-reduce is looked up there.
+    """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def join_process_group(store: dist.Store | None = None, seconds: float = 600) -> None:

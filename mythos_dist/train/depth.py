@@ -8,12 +8,13 @@ that no token goes to.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mythos_dist.train.pictures import loops_axis, picture, value_axis
 from mythos_dist.units import count
+
+if TYPE_CHECKING:  # studies draw curves, and need no torch
+    from torch import Tensor
 
 SAME_LOSS = 1e-3  # share of a loss that one and many loops must differ by
 SAME_TOKENS = 0.98  # mean cosine of the states of a sequence's tokens
@@ -45,7 +46,7 @@ class Look(NamedTuple):
     rho: float  # the largest of A
 
 
-def depth_line(look: Look, counts: Tensor) -> dict[str, Any]:
+def depth_line(look: Look, counts: "Tensor") -> dict[str, Any]:
     """For metrics.jsonl: the look, and the load of each loop's busiest expert over the mean, from a step's counts
     (n_loops, E)."""
     load = counts.double()
@@ -62,7 +63,7 @@ def depth_line(look: Look, counts: Tensor) -> dict[str, Any]:
     }
 
 
-def failures(look: Look, counts: Tensor) -> dict[str, str]:
+def failures(look: Look, counts: "Tensor") -> dict[str, str]:
     """Known failures that a look and a step's counts (n_loops, E) show: a name, and what to say of it."""
     found = {}
     if look.n_loops > 1 and abs(look.loss - look.loss_of_one) < SAME_LOSS * look.loss:

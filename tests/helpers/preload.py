@@ -1,14 +1,25 @@
-"""What the fork server has imported before it forks a rank."""
+"""What the fork server has imported before it forks a rank: all that a run imports, and what tests begin with."""
 
 import gc
+import importlib
 
-import deepspeed  # noqa: F401
-import pytest  # noqa: F401
-import streaming  # noqa: F401
-from helpers import parity  # noqa: F401
+MODULES = (
+    "deepspeed",
+    "deepspeed.comm.mori",
+    "helpers.parity",
+    "mythos_dist.train.__main__",
+    "mythos_dist.train.console",
+    "mythos_dist.train.deepspeed_seam",
+    "mythos_dist.train.engine",
+    "mythos_dist.train.loop",
+    "mythos_dist.train.session",
+    "pytest",
+    "streaming",
+    "torch._dynamo",  # an optimizer imports it
+)
 
-import mythos_dist.train.__main__
-import mythos_dist.train.engine  # noqa: F401
+for module in MODULES:
+    importlib.import_module(module)
 
 # The collector of a forked rank would otherwise visit all of this, and so copy every page of it.
 gc.collect()

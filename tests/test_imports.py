@@ -1,0 +1,106 @@
+"""What a start does not import: modules that a run or a tool never uses, by name, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = [
+    "launch/status.py",
+    "launch/submit.py",
+    *sorted(f"tools/{path.name}" for path in REPOSITORY.glob("tools/*.py")),
+]
+COMMANDS = ["mythos_dist.train", "mythos_dist.doctor", "mythos_dist.cluster.allocation"]
+
+# Top-level packages that are installed with ours, and why a plain run without wandb needs none of them.
+UNUSED = {
+    "transformers": "streaming's datasets of text import it: 2,800 files are read",
+    "torchvision": "streaming's datasets of images import it",
+    "streaming": "its shard reader is imported alone, and leaves no module of this name",
+    "setuptools": "DeepSpeed's table of compatible ops imports it, and then runs the C compiler",
+    "wandb": "run.wandb=disabled",
+    "matplotlib": "only tools draw",
+    "tokenizers": "shards hold token ids, not text",
+    "sentencepiece": "shards hold token ids, not text",
+    "huggingface_hub": "nothing is downloaded",
+    "fsspec": "shards are local files",
+    "pandas": "nothing here uses it; libraries import it where it is installed",
+}
+
+
+def run(code: str, *arguments: str) -> str:
+    """The standard output of a fresh interpreter that runs `code`."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.launch
+def test_a_run_imports_nothing_that_it_does_not_use(settings, tmp_path):
+    """From the command line to the end of a run of one step, and what was imported before the group was frozen."""
+    code = """if True:
+        import gc, json, sys
+        from mythos_dist.train.__main__ import main
+
+        main()
+        modules = sorted({name.partition(".")[0] for name in sys.modules})
+        print(json.dumps([modules, gc.get_freeze_count(), gc.isenabled()]))
+    """
+    out = run(code, *settings, f"run.dir={tmp_path}", "train.steps=1", "train.eval_samples=0", "run.wandb=disabled")
+    modules, frozen, collects = json.loads(out.splitlines()[-1])
+    assert {"torch", "deepspeed"} <= set(modules), "the run is a real one"
+    assert {name: UNUSED[name] for name in modules if name in UNUSED} == {}
+    assert frozen > 100_000 and collects, "objects of imported modules are not collected; later ones are"
+
+
+def test_a_checkpoint_is_opened_and_a_model_built_without_the_compiler():
+    """torch._dynamo is 800 modules and 1.2 s of CPU. Training imports it in any case: torch's optimizers do."""
+    code = """if True:
+        import sys
+        import mythos_dist.checkpoint.restore, mythos_dist.train.loop
+
+        print("torch._dynamo" in sys.modules, "mythos_dist.model.mythos" in sys.modules)
+    """
+    assert run(code) == "False True\n"
+
+
+def test_help_and_usage_errors_need_no_torch():
+    """Of every tool and command, one after the other in one process: the first one that imports torch is named."""
+    code = """if True:
+        import contextlib, io, runpy, sys
+
+        for name in sys.argv[1:]:
+            for arguments in ["--help"], ["--no-such-option"]:
+                sys.argv = [name, *arguments]
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    try:
+                        run = runpy.run_path if name.endswith(".py") else runpy.run_module
+                        run(name, run_name="__main__")
+                    except SystemExit as left:
+                        assert left.code == (0 if arguments == ["--help"] else 2), (sys.argv, left.code)
+                    else:
+                        raise AssertionError(f"{sys.argv} did not exit")
+                assert "torch" not in sys.modules, f"{sys.argv} imported torch"
+        print("done")
+    """
+    assert run(code, *SCRIPTS, *COMMANDS) == "done\n"
+
+
+def test_the_shard_reader_alone_leaves_streaming_as_it_is():
+    """The reader is streaming's own, and a later `import streaming` gets all packages and their attributes."""
+    code = """if True:
+        import sys
+        from mythos_dist.data.windows import import_reader
+
+        reader = import_reader()
+        print(reader.__module__, {name.partition(".")[0] for name in sys.modules} & {"streaming", "transformers"})
+        import streaming
+
+        packages = streaming.base.dataset.StreamingDataset, streaming.base.format.mds.reader.MDSReader
+        print(import_reader() is reader, reader in packages)
+    """
+    assert run(code) == "streaming.base.format.mds.reader set()\nTrue False\n"
