@@ -51,8 +51,8 @@ OverTimeLimit=0
 MinJobAge=3600
 MessageTimeout=5
 TCPTimeout=2
-BatchStartTimeout=10
-UnkillableStepTimeout=30
+BatchStartTimeout=60
+UnkillableStepTimeout=120
 ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -83,7 +83,7 @@ IdentityFile /etc/ssh/key
 StrictHostKeyChecking no
 UserKnownHostsFile /dev/null
 BatchMode yes
-ConnectTimeout 5
+ConnectTimeout 20
 LogLevel ERROR
 """
 
