@@ -46,7 +46,7 @@ GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0
 SlurmdTimeout={slurmd_timeout}
-KillWait=5
+KillWait={kill_wait}
 OverTimeLimit=0
 MinJobAge=3600
 MessageTimeout=5
