@@ -75,9 +75,9 @@ def wait_until(ready: Callable[[], object], seconds: float, what: str) -> float:
     """Ask until the answer is true; returns the seconds that it took, raises ClusterError after `seconds`."""
     start = time.monotonic()
     while not ready():
-        if time.monotonic() - start > seconds:
+        if (waited := time.monotonic() - start) > seconds:
             raise ClusterError(f"not within {seconds} s: {what}")
-        time.sleep(0.05)
+        time.sleep(min(max(0.05, waited / 20), 0.5))  # an answer of SLURM's costs hundredths of a second of a core
     return time.monotonic() - start
 
 
