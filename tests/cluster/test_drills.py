@@ -400,8 +400,8 @@ def test_mistakes_on_a_cluster_are_one_line_that_names_the_node(drill, tmp_path)
             assert not one.run_dir.exists()
             return errors[0]
 
-        said = refused("node1,node2", "--ntasks=3")
-        assert "3 ranks" in said and "train.global_batch=4 is not divisible" in said
+        said = refused("node1,node2", "--ntasks-per-node=3")
+        assert "6 ranks" in said and "train.global_batch=4 is not divisible" in said
         with one.cluster.popen("node1", LISTEN, stdout=subprocess.PIPE) as taken:
             assert taken.stdout and taken.stdout.readline() == "listens\n"
             said = refused("node1,node2", "--ntasks=2", port=29511)
