@@ -10,9 +10,9 @@ others: nothing outlives a test, a killed one included. The hosts share the mach
 Clocks of SLURM (22.05, measured here), for whoever plans a drill:
 
 - A time limit counts whole minutes and is looked at every 30 s, first 30 s after slurmctld's start. `end_in(job, S)`
-  sets the end of a running job in seconds; SIGTERM comes at the first look after that, 0 to 30 s late, SIGKILL 5 s
-  later. `--signal=B:USR1@S` fires at the first look that is less than S + 30 s before the end, so up to 30 s early.
-  The cheapest drill submits at once, calls `end_in(job, 20)`, and has its SIGTERM 30 s after `up`.
+  sets the end of a running job in seconds; SIGTERM comes at the first look after that, 0 to 30 s late, SIGKILL
+  `kill_wait` (5) seconds later. `--signal=B:USR1@S` fires at the first look that is less than S + 30 s before the end,
+  so up to 30 s early. The cheapest drill submits at once, calls `end_in(job, 20)`, and has its SIGTERM 30 s after `up`.
 - Requeue: by the job itself 7 s, from outside 11 s when its ranks ignore SIGTERM; `cred_expire` is 5 s of it.
 - Preemption: ranks get SIGTERM within 1 s, the batch shell only when the grace time is over, SIGKILL 5 s later, the
   job is back 10 s after that. The end of the grace time is noticed every 10 s: grace=1 is 10 s, grace=0 none.
@@ -75,9 +75,9 @@ def wait_until(ready: Callable[[], object], seconds: float, what: str) -> float:
     """Ask until the answer is true; returns the seconds that it took, raises ClusterError after `seconds`."""
     start = time.monotonic()
     while not ready():
-        if time.monotonic() - start > seconds:
+        if (waited := time.monotonic() - start) > seconds:
             raise ClusterError(f"not within {seconds} s: {what}")
-        time.sleep(0.05)
+        time.sleep(min(max(0.05, waited / 20), 0.5))  # an answer of SLURM's costs hundredths of a second of a core
     return time.monotonic() - start
 
 
@@ -103,6 +103,7 @@ class Cluster:
     memory_mib: int = 16000  # likewise
     gpus: int = 0  # likewise: device files that are /dev/null, so CUDA_VISIBLE_DEVICES is set and no more
     slurmd_timeout: int = 10  # seconds of silence until a node is DOWN
+    kill_wait: int = 5  # seconds from SIGTERM to SIGKILL when a job, or the rest of its ranks, is ended
     cred_expire: int = 5  # seconds before a requeued job may start
     grace: int = 20  # seconds from a preemption's SIGTERM to the end, partition `low`; 1 to 10 are the same
     interfaces: Mapping[str, str] = field(default_factory=dict)  # host -> name of its interface, otherwise eth0

@@ -46,13 +46,13 @@ GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0
 SlurmdTimeout={slurmd_timeout}
-KillWait=5
+KillWait={kill_wait}
 OverTimeLimit=0
 MinJobAge=3600
 MessageTimeout=5
 TCPTimeout=2
-BatchStartTimeout=10
-UnkillableStepTimeout=30
+BatchStartTimeout=60
+UnkillableStepTimeout=120
 ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -83,7 +83,7 @@ IdentityFile /etc/ssh/key
 StrictHostKeyChecking no
 UserKnownHostsFile /dev/null
 BatchMode yes
-ConnectTimeout 5
+ConnectTimeout 20
 LogLevel ERROR
 """
 

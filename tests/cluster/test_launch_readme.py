@@ -1,4 +1,9 @@
-"""Every command of launch/README.md, one after the other as they stand there, on a cluster of three nodes."""
+"""Every command of launch/README.md, one after the other as they stand there, on a cluster of three nodes.
+
+What they train is smaller than the README's: configs/tiny_cpu.yaml with fewer steps and loops, and numbers in commands
+as FEWER has them. The first run waits 4 s before each step from the third on, so that it still runs when
+`status.py` looks at it and `scancel` sends its signal.
+"""
 
 import re
 import shutil
@@ -6,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cluster.cluster import Cluster, advice, missing
+from helpers.paced import paced
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -15,18 +21,45 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=advice(missing())),
 ]
 
+FEWER = {  # what a command has -> what it has here: four ranks where layouts are the point, two in later runs
+    "run.dir=runs/first train.steps=40": "run.dir=runs/first train.steps=10",
+    r"'node1 slots=2\nnode2 slots=2\n'": r"'node1 slots=1\nnode2 slots=1\n'",
+    "run.dir=runs/third --nodes 2 --ranks-per-node 2": "run.dir=runs/third --nodes 2 --ranks-per-node 1",
+}
+SMALLER = """\
+base: {base}
+model: {{max_loop_iters: 2, dim: 32}}
+train: {{steps: 4, global_batch: 4, eval_samples: 4}}
+checkpoint: {{every: 2}}
+run: {{peak_tflops: 1}}
+"""
 
-def test_the_commands_of_the_launch_readme(tmp_path):
-    """In a project folder of their own; they end with three runs that are done, the first after a requeue."""
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("mythos_dist", "configs", "tools", ".venv", "pyproject.toml"):
+
+def project_of(folder: Path) -> Path:
+    """The project in a folder of its own, with an interpreter that waits and a config that is soon done."""
+    project = folder / "project"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / "configs").mkdir()
+    for name in ("mythos_dist", "tools", "pyproject.toml"):
         (project / name).symlink_to(REPOSITORY / name)
     shutil.copytree(REPOSITORY / "launch", project / "launch")
+    paced(project / ".venv" / "bin", 3, 4)
+    base = REPOSITORY / "configs" / "tiny_cpu.yaml"
+    (project / "configs" / "tiny_cpu.yaml").write_text(SMALLER.format(base=base))
+    return project
+
+
+def test_the_commands_of_the_launch_readme(tmp_path):
+    """They end with three runs that are done, the first after a requeue."""
+    project = project_of(tmp_path)
     blocks = re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / "launch" / "README.md").read_text(), re.M | re.S)
     assert len(blocks) >= 6
+    script = "".join(blocks)
+    for words, fewer in FEWER.items():
+        assert script.count(words) == 1, words
+        script = script.replace(words, fewer)
     with Cluster(nodes=3, folder=tmp_path) as cluster:
-        script = "set -euo pipefail; set -x\n" + "".join(blocks)
+        script = "set -euo pipefail; set -x\n" + script
         done = cluster.run("ctl", script, cwd=project, env={"PYTHONPATH": str(REPOSITORY)}, check=False, timeout=1080)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     runs = project / "runs"

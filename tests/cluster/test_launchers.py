@@ -1,4 +1,7 @@
-"""Every launcher at world sizes 1, 2, 3 and 5: ranks find each other, and one rank needs nobody."""
+"""Every launcher at world sizes 1, 2, 3 and 5: ranks find each other, and one rank needs nobody.
+
+More than two ranks meet as two do; those are marked long.
+"""
 
 import os
 import subprocess
@@ -8,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from cluster.cluster import Cluster, advice, missing
-
-from mythos_dist.parallel.process import free_port
+from helpers.ports import reserved_port
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -29,6 +31,7 @@ CLEAN |= {
 }  # fmt: skip
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1600)]
+long = pytest.mark.long
 
 
 def torchrun(ranks: int, *options: str) -> list[str]:
@@ -53,15 +56,16 @@ def test_python_alone(variables, tmp_path):
     assert met([sys.executable, "-m", *PROGRAM], tmp_path, **variables) == everyone(1)
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [1, pytest.param(3, marks=long)])
 def test_torchrun_standalone(world, tmp_path):
     """The agent keeps the store. One rank waited 300 s at a port where nobody listened, and died."""
     assert met(torchrun(world, "--standalone", "--max-restarts=2"), tmp_path) == everyone(world)
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=long), 2, pytest.param(5, marks=long)])
 def test_torchrun_with_a_port(world, tmp_path):
-    assert met(torchrun(world, f"--master_port={free_port()}"), tmp_path) == everyone(world)
+    with reserved_port() as port:
+        assert met(torchrun(world, f"--master_port={port}"), tmp_path) == everyone(world)
 
 
 def test_torchrun_starts_again_at_the_store_of_the_first_attempt(tmp_path):
@@ -69,12 +73,13 @@ def test_torchrun_starts_again_at_the_store_of_the_first_attempt(tmp_path):
     assert met(torchrun(2, "--standalone", "--max-restarts=2"), tmp_path, FAIL_FIRST="1") == everyone(2)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=long), pytest.param(5, marks=long)])
 def test_deepspeed(world, tmp_path):
     """With variables of an earlier launch around it."""
-    command = [str(BIN / "deepspeed"), f"--num_gpus={world}", f"--master_port={free_port()}"]
     stale = STALE if world == 2 else {}
-    assert met([*command, "--no_local_rank", "--module", *PROGRAM], tmp_path, **stale) == everyone(world)
+    with reserved_port() as port:
+        command = [str(BIN / "deepspeed"), f"--num_gpus={world}", f"--master_port={port}"]
+        assert met([*command, "--no_local_rank", "--module", *PROGRAM], tmp_path, **stale) == everyone(world)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.mark.skipif(bool(missing()), reason=advice(missing()))
-@pytest.mark.parametrize(("world", "nodes"), [(1, 1), (2, 2), (3, 1), (5, 1)])
+@pytest.mark.parametrize(
+    ("world", "nodes"), [(1, 1), (2, 2), pytest.param(3, 1, marks=long), pytest.param(5, 1, marks=long)]
+)
 def test_srun(world, nodes, cluster):
     command = ["srun", f"--nodes={nodes}", f"--ntasks={world}", sys.executable, "-m", *PROGRAM]
     done = cluster.run(
