@@ -172,6 +172,8 @@ class Watchdog:
                 if data == b"":
                     return f"rank 0 on {self.place.master} ended", True
                 texts = channel.feed(data or b"")
+            except (ConnectionResetError, BrokenPipeError):  # it was killed before it had read all that we sent
+                return f"rank 0 on {self.place.master} ended", True
             except OSError as error:
                 return f"the connection to rank 0 on {self.place.master} broke ({error.strerror})", True
             except ValueError as error:

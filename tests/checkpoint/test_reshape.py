@@ -182,7 +182,7 @@ def test_every_layout_loads_every_other(ranks, train_on, written, config):
                 assert later["grad_norm"] == pytest.approx(source["later"]["grad_norm"], rel=1e-4), where
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.long), "fp16"])
 def test_half_precision_goes_on_at_other_stages_of_zero(dtype, config, tmp_path):
     """They have optimizers of three kinds, not all with a loss scale. The fp32 masters are the same bits after loading,
     and the losses those of a half precision that is cast and summed otherwise."""

@@ -76,7 +76,7 @@ def test_a_place_that_is_no_readable_folder_does_not_begin_the_run_anew(group, t
     scandir = os.scandir
 
     def denied(path):
-        if Path(path) == locked:
+        if not isinstance(path, int) and Path(path) == locked:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return scandir(path)
 

@@ -316,6 +316,19 @@ def test_a_rank_whose_connection_broke_ends_as_lost_however_late_the_cause_is_kn
     assert "rank 0 on 127.0.0.1 ended" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("unread", [False, True])
+def test_rank_0_has_ended_with_or_without_a_reset(unread):
+    """The kernel resets the connection of a process that is killed before it has read everything."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
+        theirs, _ = server.accept()
+        ours.sendall(b"x" * unread)
+        if unread:
+            wait_for(lambda: theirs.recv(1, socket.MSG_PEEK))
+        theirs.close()
+        channel = Channel(derive(b"s", "watchdog", "n"), 1, challenge(), challenge(), serves=False)
+        assert watchdog(1)._watch(ours, channel) == ("rank 0 on 127.0.0.1 ended", True)
+
+
 def test_a_rank_that_never_connects_is_a_sign_of_an_end():
     """It was there at the roll call; without it rank 0 would wait for ten minutes."""
     first = watchdog()

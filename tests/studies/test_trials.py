@@ -57,6 +57,7 @@ def tool(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.launch
+@pytest.mark.long  # the comparison of switches below runs the same studies
 def test_the_depth_demo_writes_its_summary_and_does_nothing_twice(tmp_path):
     """Four steps teach nothing; what is there is. Accuracies are shares of 1000 windows of 16 hops."""
     asked = ("--out", tmp_path, "--settings", "per-loop targets,reference", "--seeds", 1, *SMALL)

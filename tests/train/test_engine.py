@@ -29,16 +29,16 @@ def test_bf16_and_fp16_follow_fp32(config):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_give_the_same_numbers(config):
+@pytest.mark.parametrize(
+    ("recompute", "parallel"),
+    [("none", {"tensor": 2}), pytest.param("loop", {"pipe": 2}, marks=pytest.mark.long)],
+)
+def test_compiled_blocks_give_the_same_numbers(config, recompute, parallel):
     """Under tensor parallelism, and in a pipeline that recomputes its loops: losses of one plain process, 1e-5."""
     base = change(config, train={"global_batch": 4, "micro_batch": 2})
-    compiled = [
-        change(base, train={"compile": True}, parallel={"tensor": 2}),
-        change(base, train={"compile": True, "recompute": "loop"}, parallel={"pipe": 2}),
-    ]
-    expected = train_plainly(base)
-    for got in run_ranks(2, train_under_deepspeed, [(each, None) for each in compiled], seconds=1120)[0]:
-        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    compiled = change(base, train={"compile": True, "recompute": recompute}, parallel=parallel)
+    (got,) = run_ranks(2, train_under_deepspeed, [(compiled, None)], seconds=1120)[0]
+    assert got["loss"] == pytest.approx(train_plainly(base)["loss"], rel=1e-5)
 
 
 def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:

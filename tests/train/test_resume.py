@@ -54,12 +54,13 @@ def test_checkpoints_are_kept_and_pinned(whole, run, tmp_path):
     assert pinned.codes == [0, 0] and checkpoints(tmp_path) == [4, 6, 9, 12, 15, 18]
 
 
-def test_killed_twenty_times_it_writes_the_same_lines(whole, run, tmp_path, seed):
-    """kill -9 of all ranks at random moments, five of them while a checkpoint is written in the background."""
+@pytest.mark.parametrize("times", [8, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_many_times_it_writes_the_same_lines(whole, run, tmp_path, seed, times):
+    """kill -9 of all ranks at random moments, each fourth while a checkpoint is written in the background."""
     draw, run_dir = random.Random(seed), tmp_path / "run"
     longest = float((whole.parent / "seconds").read_text())  # on a busy machine kills come later, too
     kills, resumed = 0, set()
-    while kills < 20:
+    while kills < times:
         during_save = kills % 4 == 3
         env = {"KILL_IN": str(draw.random() * (0.3 if during_save else longest))}
         if during_save:  # of this start: an earlier one may have left another folder
@@ -138,7 +139,7 @@ def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(whole, run, 
         assert words in result.err
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_a_full_disk_stops_no_run(whole, run, tmp_path, background):
     """The checkpoints that fit stay, the others are missed with a warning; with room again the run can be completed."""
     size = sum(file.stat().st_size for file in (whole / "checkpoints" / "step-00000030").iterdir()) // 1024

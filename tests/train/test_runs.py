@@ -111,11 +111,11 @@ def test_every_rank_logs_its_own_steps(finished):
     [
         (2, "parallel.zero=1"),
         (2, "parallel.zero=2"),
-        (2, "parallel.zero=3"),
+        pytest.param(2, "parallel.zero=3", marks=pytest.mark.long),
         (2, "parallel.expert=2 parallel.zero=3"),
         (4, "parallel.pipe=2 parallel.expert=2 train.dtype=bf16"),
         (4, "parallel.tensor=2 parallel.expert=2 parallel.sequence=true"),
-        (8, "parallel.tensor=2 parallel.expert=2 parallel.pipe=2"),
+        pytest.param(8, "parallel.tensor=2 parallel.expert=2 parallel.pipe=2", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, ranks, layout):

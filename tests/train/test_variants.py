@@ -56,7 +56,8 @@ def run_in_turns(names: list[str]) -> dict[str, tuple[dict[str, Any], float]]:
 @pytest.fixture(scope="module")
 def dry(request) -> dict[str, tuple[DryRun, float]]:
     """Of each variant that a selected test asks for."""
-    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = {item.callspec.params.get("name") for item in here}
     halves = launch(2, run_in_turns, [name for name in NAMES if name in asked | {"1t"}], seconds=5600)
     assert halves.codes == [0, 0], "\n".join(halves.tails)
     return {name: (DryRun(**values), held) for half in halves.values for name, (values, held) in half.items()}
