@@ -104,3 +104,16 @@ def test_the_shard_reader_alone_leaves_streaming_as_it_is():
         print(import_reader() is reader, reader in packages)
     """
     assert run(code) == "streaming.base.format.mds.reader set()\nTrue False\n"
+
+
+def test_threads_may_import_the_shard_reader_at_once():
+    """A second thread once met the packages that are empty during the import."""
+    code = """if True:
+        from concurrent.futures import ThreadPoolExecutor
+        from mythos_dist.data.windows import import_reader
+
+        with ThreadPoolExecutor(8) as pool:
+            readers = [pool.submit(import_reader) for _ in range(8)]
+        print(len({reader.result() for reader in readers}))
+    """
+    assert run(code) == "1\n"

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +146,15 @@ class _OpenShard:
         return self._reader.decode_sample(os.pread(self._file, end - begin, begin))["tokens"]
 
 
-@functools.cache
 def import_reader() -> Any:
-    """Streaming's reader of MDS shards, imported without running the `__init__.py` of the packages around it.
+    """Streaming's reader of MDS shards; threads may ask for it at the same time."""
+    with _importing:
+        return _reader()
+
+
+@functools.cache
+def _reader() -> Any:
+    """Streaming's reader, imported without running the `__init__.py` of the packages around it.
 
     Those import streaming's datasets, and with them Transformers and torchvision: 560 modules, 4,700 opened files and
     1.3 s of CPU for each rank. Empty packages with the same paths replace them during the import only, so a later
@@ -168,6 +175,7 @@ def import_reader() -> Any:
             del sys.modules[name]
 
 
+_importing = threading.Lock()
 _AROUND_THE_READER = (
     "streaming",
     "streaming.base",

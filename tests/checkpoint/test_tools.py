@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.launch import train
+from helpers.launch import run_tool, train
 from safetensors.torch import load_file, save_file
 
 from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, Tensor, versions
@@ -28,10 +28,9 @@ pytestmark = pytest.mark.timeout(800)
 
 def tool(name: str, *arguments: object, code: int = 0) -> str:
     """What a tool prints; it must leave with `code`, and 2 comes without a traceback."""
-    command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *map(str, arguments)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=REPOSITORY)
-    assert told.returncode == code and "Traceback" not in told.stderr, told.stderr
-    return told.stdout + told.stderr
+    told = run_tool(REPOSITORY / "tools" / f"{name}.py", *arguments)
+    assert told.codes == [code] and "Traceback" not in told.err, told.err
+    return told.out + told.err
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -128,6 +129,16 @@ def train(
 ) -> Launch:
     """`python -m mythos_dist.train ARGUMENTS` on `world` ranks."""
     return launch(world, _train, list(arguments), seconds=seconds, env=env, grace=grace)
+
+
+def run_tool(path: Path, *arguments: object) -> Launch:
+    """`python PATH ARGUMENTS`, but for the seconds that its imports take."""
+    return launch(1, _run_program, str(path), [str(argument) for argument in arguments])
+
+
+def _run_program(path: str, arguments: list[str]) -> None:
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 def in_folder_of_rank(parent: str, arguments: Sequence[str]) -> None:

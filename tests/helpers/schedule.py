@@ -1,7 +1,7 @@
 """Which tests run, in which order, and what shares a worker.
 
-Tests of one file share a worker, because they share what its fixtures made. Files begin with the longest, as the table
-in tests/README.md has it. Tests of a file in APART need nothing of each other and go to any worker.
+Tests of one file share a worker, because they share what its fixtures made. Tests of a file in APART need nothing of
+each other and go to any worker. The seconds in tests/README.md decide the order.
 
 A test marked `long` is left out of `make test`. With `--minutes M` tests begin in an order that today's date decides,
 and after M minutes no other one begins: every few days all of them have run.
@@ -20,6 +20,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parents[1]
 APART = ("tests/cluster/test_drills.py", "tests/cluster/test_launchers.py")
+WAITING = ("tests/cluster/", "tests/launch/")
 _DATE, _END = "MYTHOS_TEST_DATE", "MYTHOS_TEST_END"  # for the workers: what the first process decided
 
 
@@ -45,6 +46,29 @@ def unit_of(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
     ranks = re.search(r"\[(\d) ranks, ", nodeid)
     return nodeid if file in APART else f"{file} {ranks[1]}" if ranks else file
+
+
+def order(nodeids: list[str]) -> dict[str, float]:
+    """Unit -> its place: the longest first, and at any time both what computes and what waits.
+
+    WAITING files leave the processor idle. Units of either kind stand where their kind's seconds before them are the
+    same share of all its seconds.
+    """
+    seconds, tests = seconds_by_file(), Counter(nodeid.partition("::")[0] for nodeid in nodeids)
+    spent: dict[str, float] = {}
+    for nodeid in nodeids:
+        file = nodeid.partition("::")[0]
+        unit = unit_of(nodeid)
+        spent[unit] = spent.get(unit, 0) + seconds.get(file, 1) / tests[file]
+    place: dict[str, float] = {}
+    for waits in (False, True):
+        units = sorted((unit for unit in spent if unit.startswith(WAITING) == waits), key=lambda unit: -spent[unit])
+        total = sum(spent[unit] for unit in units)
+        before = 0.0
+        for unit in units:
+            place[unit] = before / total
+            before += spent[unit]
+    return place
 
 
 class Scheduling(LoadScopeScheduling):
@@ -81,8 +105,8 @@ def pytest_collection_modifyitems(config, items):
         place = {unit: index for index, unit in enumerate(units)}
         items.sort(key=lambda item: place[unit_of(item.nodeid)])
     else:
-        seconds = seconds_by_file()
-        items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+        place = order([item.nodeid for item in items])
+        items.sort(key=lambda item: place[unit_of(item.nodeid)])
 
 
 def pytest_runtest_setup(item):

@@ -20,7 +20,14 @@ from helpers.launch import Launch, train
 STEPS = 10
 # Gradients of batches 3 and 4 are not finite: in step 5 the run goes back to the checkpoint of step 2.
 SETTINGS = [
-    *(f"train.steps={STEPS}", "train.eval_every=4", "checkpoint.every=2", "checkpoint.keep=2", "checkpoint.pin=[4]"),
+    *(
+        f"train.steps={STEPS}",
+        "train.global_batch=2",
+        "train.eval_every=4",
+        "checkpoint.every=2",
+        "checkpoint.keep=2",
+        "checkpoint.pin=[4]",
+    ),
     *("faults.inject=bad_batch@3:0,bad_batch@4:0", "faults.roll_back_after=2", "loops.distribution=poisson"),
 ]
 EXACT = (

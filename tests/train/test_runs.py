@@ -120,7 +120,7 @@ def test_every_rank_logs_its_own_steps(finished):
 )
 def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, ranks, layout):
     """SIGKILL of all ranks behind a checkpoint; the same command again gives the lines of an undisturbed run."""
-    arguments = [*settings, *layout.split(), "data.workers=1", "model.dropout=0.1"]
+    arguments = [*settings, *layout.split(), "train.global_batch=4", "data.workers=1", "model.dropout=0.1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = train(ranks, *arguments, f"run.dir={whole}", seconds=960)
     assert undisturbed.codes == [0] * ranks, undisturbed.tails
