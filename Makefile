@@ -23,11 +23,12 @@ test: $(READY)  ## all that a change needs; a quarter of an hour
 test-all: $(READY)  ## the long tests too; with MINUTES=20, the long ones only, as many as fit, others each day
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(if $(MINUTES),-m long --minutes $(MINUTES))
 
-check: $(READY)  ## lint, types and the tests that take no launch
+check: $(READY)  ## lint, types and the quick tests; a minute and a half
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
-	$(BIN)/python -m pytest --numprocesses 2 -m "not launch"
+	$(BIN)/pyright & types=$$!; \
+	$(BIN)/python -m pytest --quiet --numprocesses 2 -m "not launch and not long"; tests=$$?; \
+	wait $$types && exit $$tests
 
 bench: $(READY)  ## against open-mythos, plain loops and the disk, and what loops and recomputation cost; wants an idle machine
 	$(BIN)/python benchmarks/step_vs_open_mythos.py

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.launch
+
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = [
     "launch/status.py",
@@ -39,7 +41,6 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.launch
 def test_a_run_imports_nothing_that_it_does_not_use(settings, tmp_path):
     """From the command line to the end of a run of one step, and what was imported before the group was frozen."""
     code = """if True:

@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 
 from mythos_dist.errors import UserError
 
+pytestmark = pytest.mark.launch
+
 SCRIPT = REPOSITORY / "launch" / "install_gpu.sh"
 TOOLS = "bash cat cut date dirname env grep mkdir nproc pwd sed sh sort tail tee tr".split()
 gpu_sources = launch_script("gpu_sources")

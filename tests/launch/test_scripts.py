@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.launch
+
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
 TINY = str(REPOSITORY / "configs" / "tiny_cpu.yaml")

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mythos_dist.errors import UserError
 from mythos_dist.model import megablocks as module
 
+pytestmark = pytest.mark.launch
+
 FP32, BF16 = 1e-5, 1e-2  # relative: dozens of roundings of 2^-24, a few of 2^-9
 
 SPARSE = Case(dim=128, width=128, experts=3, tokens=5, impl="sparse")  # its kernels know whole blocks of 128 only
@@ -102,7 +104,6 @@ def test_nothing_of_megablocks_stays_behind(on_one_process):
     assert on_one_process["shell_devices"] == ["meta"]
 
 
-@pytest.mark.launch
 def test_experts_on_several_ranks_are_those_of_one_process(sources, tmp_path):
     """Two ranks to an expert group, alone and times two tensor ranks; four to a group; some get no token.
 

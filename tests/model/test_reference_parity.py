@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
@@ -180,6 +181,7 @@ def exact_gradients(main, fp64: nn.Module, case: Case, input_ids: Tensor, direct
     return gradients_by_our_names(fp64, case.config)
 
 
+@pytest.mark.launch
 def test_logits_and_every_gradient_equal_the_reference(open_mythos, build_reference, enliven):
     """Both backends, fp32, relative 1e-5; cases whose discrete choices lie within 1e-5 of a tie are left out.
 

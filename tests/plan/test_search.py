@@ -18,6 +18,8 @@ from mythos_dist.plan.clusters import load_cluster
 from mythos_dist.plan.estimate import Estimate, with_layout
 from mythos_dist.plan.search import search, smallest_cluster
 
+pytestmark = pytest.mark.launch
+
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 H100 = load_cluster(CONFIGS / "h100_80gb.yaml")

@@ -23,6 +23,8 @@ from helpers.disk import enlarge, small_disk
 
 from mythos_dist.shards.convert import convert
 
+pytestmark = pytest.mark.launch
+
 REPOSITORY = Path(__file__).parents[2]
 # tools/make_shards.py with parts of one row group, as a user's command otherwise. With SLOW a part takes as long as a
 # larger one would: long enough to interrupt the tool between two of them on any machine.
