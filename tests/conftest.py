@@ -32,9 +32,11 @@ hypothesis_settings.load_profile("patient")
 _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard if _hard != resource.RLIM_INFINITY else 65536, _hard))
 
-# A shell's background job ignores Ctrl-C, and so would every program that is started here; a script could not undo it.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job ignores Ctrl-C, one under nohup SIGHUP, and so would every program that is started here; a
+# script could not undo it.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Tensors here are tiny: a second thread costs more in hand-over than it saves.
 torch.set_num_threads(1)
