@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import File, Manifest, checkpoints_of
+from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, checkpoints_of
 from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
 from mythos_dist.checkpoint.names import folder_name, remove
 from mythos_dist.checkpoint.publish import prune, publish, remove_leftovers
@@ -214,6 +214,16 @@ class Saver:
 def file_name(rank: int) -> str:
     """Of what a rank has written."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def finish_cleaning(newest: Checkpoint, settings: CheckpointConfig, start: int) -> None:
+    """Remove what starts up to `start` would have removed behind the `newest` checkpoint, had none been killed there.
+
+    For a run that is complete: it makes no Saver, which does the same.
+    """
+    with suppress(OSError):
+        remove_leftovers(newest.folder.parent, start)
+    prune(newest.folder.parent, newest.manifest, settings.keep, functools.partial(is_pinned, settings=settings))
 
 
 def is_pinned(step: int, settings: CheckpointConfig) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
-from mythos_dist.checkpoint.save import Saver, is_due
+from mythos_dist.checkpoint.save import Saver, finish_cleaning, is_due
 from mythos_dist.cluster.inject import Faults
 from mythos_dist.cluster.stop import forget
 from mythos_dist.config.schema import Config
@@ -72,8 +72,8 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     writer = together(lambda: claim_run_folder(config) if rank == 0 else None)
     resume.under_lock()
     if resume.step >= config.train.steps:
-        # A kill between the last checkpoint and the marker left it out.
-        together(lambda: mark_completed(None, run_dir) if rank == 0 else None)
+        # A kill between the last checkpoint and the marker left work to do.
+        together(lambda: finish_earlier_start(config, resume.checkpoint) if rank == 0 else None)
         if rank == 0:
             print(
                 f"{run_dir} is done: {resume.step} of {count(config.train.steps, 'step')}; raise train.steps to go on"
@@ -98,6 +98,14 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     if writer:
         writer.close()
     return EXIT_STOPPED if why else 0
+
+
+def finish_earlier_start(config: Config, newest: Checkpoint | None) -> None:
+    """On rank 0 of a run that is complete: what a start that was killed behind its last checkpoint had left to do."""
+    run_dir = Path(config.run.dir)
+    if newest:
+        finish_cleaning(newest, config.checkpoint, newest_start(run_dir).get("start", 0))
+    mark_completed(None, run_dir)
 
 
 class Run:

@@ -366,3 +366,17 @@ def test_the_time_in_which_nothing_ran_is_not_lost(tmp_path, monkeypatch, about,
     assert (line["seconds_lost"], line["seconds_idle"]) == (lost, idle)
     assert json.loads((tmp_path / "restarts.jsonl").read_text()) == line
     assert previous.last_step == 4
+
+
+@pytest.mark.launch
+def test_a_kill_behind_the_last_checkpoint_leaves_no_checkpoint_too_many(settings, tmp_path):
+    """The next start says that the run is done, and first removes what the killed one would have removed."""
+    arguments = [*settings, f"run.dir={tmp_path / 'run'}"]
+    assert train(1, *arguments, "checkpoint.keep=3").codes == [0]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000002.tmp-1")
+    (tmp_path / "run" / "COMPLETED").unlink()
+    done = train(1, *arguments, "checkpoint.keep=2")
+    assert done.codes == [0] and "is done: 6 of 6 steps" in done.out, done.tails
+    assert (tmp_path / "run" / "COMPLETED").exists()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000004", "step-00000006"]
