@@ -75,8 +75,8 @@ def shared_memory_of_killed_runs(tmp_path_factory):
 
 @pytest.fixture
 def seed() -> int:
-    """For what a test draws at random: $SEED, or a new one. A failure's report has it."""
-    return int(os.environ.get("SEED") or random.SystemRandom().randrange(2**32))
+    """For what a test draws at random: $SEED, the same in all of CI, or a new one. A failure's report has it."""
+    return int(os.environ.get("SEED") or ("CI" in os.environ) or random.SystemRandom().randrange(2**32))
 
 
 @pytest.fixture(scope="session")
