@@ -23,7 +23,7 @@ test: $(READY)  ## all that a change needs; a quarter of an hour
 test-all: $(READY)  ## the long tests too; with MINUTES=20, the long ones only, as many as fit, others each day
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(if $(MINUTES),-m long --minutes $(MINUTES))
 
-check: $(READY)  ## lint, types and the quick tests; a minute and a half
+check: $(READY)  ## lint, types and the quick tests; two minutes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright & types=$$!; \
