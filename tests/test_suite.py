@@ -36,6 +36,12 @@ def test_the_longest_come_first_and_what_waits_beside_what_computes(monkeypatch)
     assert place["tests/cluster/e.py"] == 0.5 and place["tests/c.py"] == 0.6 and place["tests/a.py"] == 0.9
 
 
+def test_files_of_no_seconds_have_an_order_too(monkeypatch):
+    """Such a file, run alone, once ended in a division by zero."""
+    monkeypatch.setattr(schedule, "seconds_by_file", lambda: {"tests/a.py": 0.0})
+    assert order(["tests/a.py::test_1", "tests/a.py::test_2"]) == {"tests/a.py": 0}
+
+
 def test_seconds_are_written_into_the_last_column(monkeypatch, tmp_path):
     monkeypatch.setattr(schedule, "TESTS", tmp_path)
     (tmp_path / "README.md").write_text("| `a.py` | x | y |  |\n| `b.py` | x 1.5 | y | 9.0 |\n")

@@ -41,9 +41,13 @@ def write_seconds(spent: dict[str, float]) -> None:
     table.write_text(re.sub(r"^(\| `([^`]+\.py)` .*\|) *[\d.]* *\|$", row, table.read_text(), flags=re.M))
 
 
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
 def unit_of(nodeid: str) -> str:
     """What goes to one worker as a whole: a file; a test; of the parity grid what shares a launch."""
-    file = nodeid.partition("::")[0]
+    file = file_of(nodeid)
     ranks = re.search(r"\[(\d) ranks, ", nodeid)
     return nodeid if file in APART else f"{file} {ranks[1]}" if ranks else file
 
@@ -54,12 +58,11 @@ def order(nodeids: list[str]) -> dict[str, float]:
     WAITING files leave the processor idle. Units of either kind stand where their kind's seconds before them are the
     same share of all its seconds.
     """
-    seconds, tests = seconds_by_file(), Counter(nodeid.partition("::")[0] for nodeid in nodeids)
-    spent: dict[str, float] = {}
+    seconds, tests = seconds_by_file(), Counter(map(file_of, nodeids))
+    spent: Counter[str] = Counter()
     for nodeid in nodeids:
-        file = nodeid.partition("::")[0]
-        unit = unit_of(nodeid)
-        spent[unit] = spent.get(unit, 0) + seconds.get(file, 1) / tests[file]
+        file = file_of(nodeid)
+        spent[unit_of(nodeid)] += max(seconds.get(file, 1), 0.1) / tests[file]  # the table rounds down to 0.0
     place: dict[str, float] = {}
     for waits in (False, True):
         units = sorted((unit for unit in spent if unit.startswith(WAITING) == waits), key=lambda unit: -spent[unit])
@@ -102,11 +105,10 @@ def pytest_collection_modifyitems(config, items):
     if config.option.minutes is not None:
         units = sorted({unit_of(item.nodeid) for item in items})
         random.Random(os.environ[_DATE]).shuffle(units)
-        place = {unit: index for index, unit in enumerate(units)}
-        items.sort(key=lambda item: place[unit_of(item.nodeid)])
+        place: dict[str, float] = {unit: index for index, unit in enumerate(units)}
     else:
         place = order([item.nodeid for item in items])
-        items.sort(key=lambda item: place[unit_of(item.nodeid)])
+    items.sort(key=lambda item: place[unit_of(item.nodeid)])
 
 
 def pytest_runtest_setup(item):
@@ -115,12 +117,12 @@ def pytest_runtest_setup(item):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """With --minutes: which files ran."""
+    """The seconds of each file, and with --minutes which units ran."""
     if config.option.write_seconds:
         spent: Counter[str] = Counter()
         for report in (report for reports in terminalreporter.stats.values() for report in reports):
             if isinstance(report, pytest.TestReport):
-                spent[report.nodeid.partition("::")[0]] += report.duration
+                spent[file_of(report.nodeid)] += report.duration
         write_seconds(spent)
     if config.option.minutes is None:
         return
