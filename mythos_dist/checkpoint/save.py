@@ -34,7 +34,7 @@ from mythos_dist.checkpoint.state import State
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
-from mythos_dist.files import make_folders, reason
+from mythos_dist.files import make_folders, reason, user_errors
 from mythos_dist.parallel.process import any_rank, together
 
 log = logging.getLogger(__name__)
@@ -186,10 +186,9 @@ class Saver:
                     name: WholeTensor(shape, kinds) for *_, shapes in found for name, (shape, kinds) in shapes.items()
                 }
                 manifest = replace(manifest, files=files, tensors=tensors)
-                pinned = functools.partial(is_pinned, settings=self._settings)
                 with self._fence.guard():
                     publish(temporary, manifest, self._key)
-                prune(self._folder, manifest, self._settings.keep, pinned)
+                _prune(self._folder, manifest, self._settings)
         except OSError as error:
             problems = [f"rank 0: {error}"]
         if problems:
@@ -216,14 +215,19 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def finish_cleaning(newest: Checkpoint, settings: CheckpointConfig, start: int) -> None:
-    """Remove what starts up to `start` would have removed behind the `newest` checkpoint, had none been killed there.
+def clean_complete_run(newest: Checkpoint, settings: CheckpointConfig, start: int) -> None:
+    """Remove what starts up to `start` left because they were killed, after the `newest` checkpoint too.
 
-    For a run that is complete: it makes no Saver, which does the same.
+    For a complete run, which makes no Saver (that removes the same). Raises UserError if the folder cannot be read.
     """
-    with suppress(OSError):
-        remove_leftovers(newest.folder.parent, start)
-    prune(newest.folder.parent, newest.manifest, settings.keep, functools.partial(is_pinned, settings=settings))
+    folder = newest.folder.parent
+    with user_errors(folder):
+        remove_leftovers(folder, start)
+        _prune(folder, newest.manifest, settings)
+
+
+def _prune(folder: Path, newest: Manifest, settings: CheckpointConfig) -> None:
+    prune(folder, newest, settings.keep, functools.partial(is_pinned, settings=settings))
 
 
 def is_pinned(step: int, settings: CheckpointConfig) -> bool:

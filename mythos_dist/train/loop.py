@@ -16,7 +16,7 @@ from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
-from mythos_dist.checkpoint.save import Saver, finish_cleaning, is_due
+from mythos_dist.checkpoint.save import Saver, clean_complete_run, is_due
 from mythos_dist.cluster.inject import Faults
 from mythos_dist.cluster.stop import forget
 from mythos_dist.config.schema import Config
@@ -101,10 +101,10 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
 
 
 def finish_earlier_start(config: Config, newest: Checkpoint | None) -> None:
-    """On rank 0 of a run that is complete: what a start that was killed behind its last checkpoint had left to do."""
+    """On rank 0 of a complete run: what an earlier start did not do because it was killed after its last checkpoint."""
     run_dir = Path(config.run.dir)
     if newest:
-        finish_cleaning(newest, config.checkpoint, newest_start(run_dir).get("start", 0))
+        clean_complete_run(newest, config.checkpoint, newest_start(run_dir).get("start", 0))
     mark_completed(None, run_dir)
 
 
