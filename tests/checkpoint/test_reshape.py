@@ -98,9 +98,9 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
 
 
 def read(configs: list[Config], folders: list[str], train_on: int | None = None) -> list[list[dict[str, Any]]]:
-    """On each rank and for each layout, one engine after the other's checkpoint: what it holds, and how it goes on.
+    """On each rank and for each layout, what an engine holds after loading each checkpoint, and its later losses.
 
-    train_on: how many of the checkpoints each layout trains on from, others in turn; None: from all.
+    train_on: from how many of the checkpoints each layout trains on, a different one for each; None: from all.
     """
     import torch.distributed as dist
 
@@ -113,7 +113,7 @@ def read(configs: list[Config], folders: list[str], train_on: int | None = None)
         for j, folder in enumerate(folders):
             load_checkpoint(engine, folder)
             loaded = {"places": places_of(engine), "held": held_by(engine), "bias": bias_of(engine)}
-            if train_on is None or (j - 2 * i) % len(folders) < train_on:
+            if train_on is None or (j - i) % len(folders) < train_on:
                 loaded["later"] = train(engine, config, range(SAVED + 1, STEPS + 1))
             found.append(loaded)
         results.append(found)
@@ -164,7 +164,7 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("train_on", [1, pytest.param(None, marks=pytest.mark.long)])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_every_layout_loads_every_other(ranks, train_on, written, config):
-    """The same bits, of every pair; and the same losses behind them, of one pair per layout or of all."""
+    """Equal bits for every pair, and equal losses in the steps after that for one pair per layout or for all."""
     names = by_ranks()[ranks]
     folders = [source["folder"] for source in written.values()]
     results = run_ranks(ranks, read, [run_of(config, name) for name in names], folders, train_on, seconds=1600)

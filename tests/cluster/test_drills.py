@@ -31,7 +31,7 @@ from helpers.paced import paced
 REPOSITORY = Path(__file__).parents[2]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
 STEPS, EVERY = 16, 4  # of a run, and from checkpoint to checkpoint
-PACED_FROM = 6  # behind the first checkpoint
+PACED_FROM = 6  # after the first checkpoint
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a rank alone on its node would have one for each core
 LOST_AFTER, HANG_AFTER = 20, 60  # seconds, where the drill waits for them
 
@@ -74,7 +74,7 @@ class Drill:
         self.wait(lambda: any(line["step"] >= step for line in self.lines()), seconds, f"step {step}")
 
     def wait_paced(self) -> None:
-        """Until the run is slow, with a checkpoint behind it."""
+        """Until the run is slow and has saved a checkpoint."""
         self.wait_step(PACED_FROM - 1)
         self.wait((self.run_dir / "checkpoints" / "latest").exists, 60, "a checkpoint")
 
@@ -235,7 +235,7 @@ def test_a_requeue_from_outside(drill, undisturbed, recovery):
 
 
 def test_a_node_without_power(drill, undisturbed, recovery):
-    """The survivor notices in seconds, before SLURM does; with a spare node the job goes on."""
+    """The survivor notices in seconds, before SLURM does; with a spare node the job continues."""
     with drill(nodes=3, slurmd_timeout=30) as one:
         job = one.submit(f"faults.lost_after={LOST_AFTER}", pace=1)
         one.wait_paced()
@@ -253,8 +253,8 @@ def test_a_node_without_power(drill, undisturbed, recovery):
 
 
 def test_a_cable_of_the_first_node(drill, undisturbed_wide, recovery):
-    """Rank 0, who writes, is cut off with its neighbour, and their processes go on: they end by themselves, and write
-    nothing any more once the run goes on elsewhere."""
+    """Rank 0, who writes, is cut off with its neighbour, and their processes stay: they end by themselves, and write
+    nothing any more once the run continues elsewhere."""
     with drill(nodes=3, wide=True) as one:
         job = one.submit(f"faults.lost_after={LOST_AFTER}", pace=1)
         one.wait_paced()

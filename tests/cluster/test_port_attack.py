@@ -1,14 +1,13 @@
 """A run of two ranks while somebody attacks the port of its watchdog: nothing of it changes."""
 
 import contextlib
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from cluster.test_watchdog import ATTACKS, closed, connect
-from helpers.launch import launch, train
+from helpers.launch import launch, train, train_here
 from train.test_faults import exact
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
@@ -17,7 +16,6 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 def attacked(arguments: list[str], folder: str) -> None:
     """Train; rank 0 leaves the address of its port in `folder`, rank 1 connects when a file `go` is there."""
     from mythos_dist.cluster.watchdog import Watchdog
-    from mythos_dist.train.__main__ import main
 
     serve, start = Watchdog.serve, Watchdog.start
 
@@ -33,8 +31,7 @@ def attacked(arguments: list[str], folder: str) -> None:
         start(self, address)
 
     Watchdog.serve, Watchdog.start = serve_and_say, start_late
-    sys.argv = ["mythos_dist.train", *arguments]
-    main()
+    train_here(arguments)
 
 
 def attack(folder: Path, stop: threading.Event, said: list[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from helpers.launch import launch, train
+from helpers.launch import launch, train, train_here
 
 from mythos_dist.cluster.messages import seal
 from mythos_dist.cluster.place import Place
@@ -154,13 +154,9 @@ def test_a_rank_that_never_comes_is_named(settings, tmp_path):
 
 def alone_of_three(arguments: list[str]) -> None:
     import os
-    import sys
-
-    from mythos_dist.train.__main__ import main
 
     os.environ["WORLD_SIZE"] = "3"
-    sys.argv = ["mythos_dist.train", *arguments, "train.global_batch=3"]
-    main()
+    train_here([*arguments, "train.global_batch=3"])
 
 
 @pytest.mark.launch
@@ -194,9 +190,5 @@ def test_ranks_with_another_config_are_told(settings, tmp_path):
 
 def with_own_rate(arguments: list[str]) -> None:
     import os
-    import sys
 
-    from mythos_dist.train.__main__ import main
-
-    sys.argv = ["mythos_dist.train", *arguments, f"optim.lr=1e-{os.environ['RANK']}"]
-    main()
+    train_here([*arguments, f"optim.lr=1e-{os.environ['RANK']}"])

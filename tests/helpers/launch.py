@@ -128,7 +128,7 @@ def train(
     world: int, *arguments: str, seconds: int = 480, env: dict[str, str] | None = None, grace: float | None = None
 ) -> Launch:
     """`python -m mythos_dist.train ARGUMENTS` on `world` ranks."""
-    return launch(world, _train, list(arguments), seconds=seconds, env=env, grace=grace)
+    return launch(world, train_here, list(arguments), seconds=seconds, env=env, grace=grace)
 
 
 def run_tool(path: Path, *arguments: object) -> Launch:
@@ -146,10 +146,11 @@ def in_folder_of_rank(parent: str, arguments: Sequence[str]) -> None:
     folder = Path(parent, os.environ["RANK"])
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
-    _train(arguments)
+    train_here(arguments)
 
 
-def _train(arguments: Sequence[str]) -> None:
+def train_here(arguments: Sequence[str]) -> None:
+    """`python -m mythos_dist.train ARGUMENTS` in this process, for programs of ranks; leaves with SystemExit."""
     from mythos_dist.train.__main__ import main
 
     sys.argv = ["mythos_dist.train", *arguments]

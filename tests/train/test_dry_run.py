@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers.launch import launch, new_process_groups, run_ranks
 from helpers.parity import batches, change
+from helpers.selection import by_ranks
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -37,30 +38,30 @@ SMALL = (
 LAYOUTS = {
     2: [
         "train.micro_batch=2 train.global_batch=4",
+        "model.attn_type=gqa loops.backprop=2",
         "parallel.zero=2 train.dtype=bf16 train.global_batch=4",
         "parallel.zero=3 train.recompute=loop",
+        "parallel.tensor=2 train.recompute=selective train.global_batch=1",
         "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1",
         "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",
         "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
+        "parallel.expert=4 train.global_batch=4",
         "parallel.pipe=2 parallel.expert=2 train.dtype=bf16 train.global_batch=4",
     ],
 }
-# Other pairs of what meets above: recomputation, data types, ways of cutting attention.
+# Other combinations of the settings above.
 LONG = {
     2: [
-        "model.attn_type=gqa loops.backprop=2",
         "train.dtype=bf16 train.global_batch=4",
         "parallel.zero=3 train.dtype=bf16",
-        "parallel.tensor=2 train.recompute=selective train.global_batch=1",
         "parallel.expert=2 train.recompute=loop",
         "parallel.pipe=2 train.dtype=bf16",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true",
-        "parallel.expert=4 train.global_batch=4",
     ],
 }
 TOLERANCE = 0.005
@@ -193,13 +194,7 @@ def run_dry_in_turns(world: int, cases: list[tuple[str, int, list[Answer]]]) -> 
     return run_dry(world, cases[int(os.environ["LOCAL_RANK"]) :: 2])
 
 
-@pytest.mark.parametrize(
-    ("world", "layouts"),
-    [
-        *(pytest.param(world, layouts, id=f"{world}") for world, layouts in LAYOUTS.items()),
-        *(pytest.param(world, layouts, id=f"{world} more", marks=pytest.mark.long) for world, layouts in LONG.items()),
-    ],
-)
+@pytest.mark.parametrize(("world", "layouts"), by_ranks(LAYOUTS, LONG))
 def test_a_rank_without_numbers_does_what_a_real_one_does(world, layouts):
     """FLOPs and bytes over each axis are the same numbers, for the rows that the real routers sent.
 

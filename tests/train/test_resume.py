@@ -6,14 +6,13 @@ import os
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers.disk import enlarge, small_disk
-from helpers.launch import launch, train
+from helpers.launch import launch, train, train_here
 
 from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.manifest import Manifest, read_manifest
@@ -188,7 +187,6 @@ def test_one_checkpoint_is_written_at_a_time(whole, run, tmp_path):
 def taken_over_in_save_9(run_dir: str, arguments: list[str]) -> None:
     """Train; while the checkpoint of step 9 is written, another start of the run begins."""
     from mythos_dist.checkpoint.save import Saver
-    from mythos_dist.train.__main__ import main
 
     save = Saver.save
 
@@ -198,8 +196,7 @@ def taken_over_in_save_9(run_dir: str, arguments: list[str]) -> None:
             Fence.take(Path(run_dir))
 
     Saver.save = then_taken_over
-    sys.argv = ["mythos_dist.train", *arguments]
-    main()
+    train_here(arguments)
 
 
 def test_a_newer_start_ends_the_one_before(whole, run, tmp_path):

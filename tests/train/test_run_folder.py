@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 from helpers.disk import small_disk
-from helpers.launch import launch, train
+from helpers.launch import launch, train, train_here
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Checkpoint
@@ -260,10 +260,8 @@ def test_runs_that_had_checkpoints_are_refused_without_them_and_keep_their_lines
 def start_beside_orphans(arguments: Sequence[str], source: str, run_dir: str, steps: Sequence[int]) -> None:
     """Train; between the look for a checkpoint and the lock, ranks of an earlier start finish what they do: they
     publish the checkpoints `steps` of `source`, and remove the others."""
-    import sys
 
     from mythos_dist.train import loop
-    from mythos_dist.train.__main__ import main
 
     claim = loop.claim_run_folder
 
@@ -279,8 +277,7 @@ def start_beside_orphans(arguments: Sequence[str], source: str, run_dir: str, st
         return claim(config)
 
     loop.claim_run_folder = late
-    sys.argv = ["mythos_dist.train", *arguments]
-    main()
+    train_here(arguments)
 
 
 @pytest.mark.launch

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.interrupted_import import interrupted_import
-from helpers.launch import launch, train
+from helpers.launch import launch, train, train_here
 
 from mythos_dist.train.console import keep_console
 
@@ -40,7 +40,6 @@ def interrupt_at(arguments: Sequence[str], module: str, name: str, call: int, nu
     import importlib
 
     from mythos_dist.cluster import stop
-    from mythos_dist.train.__main__ import main
 
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
@@ -63,8 +62,7 @@ def interrupt_at(arguments: Sequence[str], module: str, name: str, call: int, nu
         return original(*values, **options)
 
     setattr(owner, last, watched)
-    sys.argv = ["mythos_dist.train", *arguments]
-    main()
+    train_here(arguments)
 
 
 LOOP, SAVE = "mythos_dist.train.loop", "mythos_dist.checkpoint.save"

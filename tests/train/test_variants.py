@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.launch import launch
+from helpers.selection import selected
 
 from mythos_dist.config.load import load_config
 from mythos_dist.plan.clusters import load_cluster
@@ -23,6 +24,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 README = (CONFIGS.parent / "README.md").read_text()
 NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b"]  # those that take longest first
 SHORT = ("1t", "3b")  # with a pipeline and without, on many nodes and on one
+
+EACH = pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
+)
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(3000)]
 
@@ -56,14 +61,13 @@ def run_in_turns(names: list[str]) -> dict[str, tuple[dict[str, Any], float]]:
 @pytest.fixture(scope="module")
 def dry(request) -> dict[str, tuple[DryRun, float]]:
     """Of each variant that a selected test asks for."""
-    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    asked = {item.callspec.params.get("name") for item in here}
+    asked = selected(request, "name")
     halves = launch(2, run_in_turns, [name for name in NAMES if name in asked], seconds=5600)
     assert halves.codes == [0, 0], "\n".join(halves.tails)
     return {name: (DryRun(**values), held) for half in halves.values for name, (values, held) in half.items()}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in NAMES])
+@EACH
 def test_a_variants_plan_is_what_its_real_rank_does(name, dry):
     """Parameters, FLOPs and every axis' bytes to the last one; memory within 1 %, each part of it within 10 %."""
     estimate, (measured, held) = estimate_of(name), dry[name]
@@ -80,7 +84,7 @@ def test_a_variants_plan_is_what_its_real_rank_does(name, dry):
     assert held < 2e9, "a dry run holds no numbers"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name not in SHORT)) for name in NAMES])
+@EACH
 def test_a_configs_comment_is_what_the_tools_say(name, dry):
     command = f"python tools/plan.py configs/{name}.yaml --gpus {estimate_of(name).world_size} "
     command += "--cluster configs/h100_80gb.yaml --as-is --dry-run"
