@@ -74,9 +74,9 @@ def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
             return checked
 
         loop.check_inputs = then_lost
-    from helpers.launch import _train
+    from helpers.launch import train_here
 
-    _train(arguments)
+    train_here(arguments)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

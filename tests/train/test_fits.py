@@ -68,10 +68,10 @@ def test_a_layout_that_cannot_fit_is_refused_unless_asked_otherwise(settings, to
 
 def train_with_ballast(arguments: list[str], megabytes: int) -> int:
     """Train while rank 1 holds so much more; the most bytes that the process has held, as getrusage has it."""
-    from helpers.launch import _train
+    from helpers.launch import train_here
 
     ballast = b"1" * (megabytes << 20) if os.environ["RANK"] == "1" else b""
-    _train(arguments)
+    train_here(arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # nothing inherited: this process only forked
     del ballast
     return peak
