@@ -6,13 +6,11 @@ one of many that can load it, and no faster way exists for it.
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
 
 from mythos_dist.checkpoint.manifest import (
     BUFFER,
@@ -28,8 +26,6 @@ from mythos_dist.checkpoint.names import LATEST, step_of
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
 from mythos_dist.checkpoint.state import State
-from mythos_dist.checkpoint.strict_json import validate
-from mythos_dist.config.check import model_problems
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
@@ -173,23 +169,13 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """The config that a checkpoint was saved with; its types and its model are checked, as a manifest may have been
+    """The config that a checkpoint was saved with; types, ranges and the model are checked, as a manifest may have been
     tampered with. Raises UserError for settings that this version does not know, and for values that it refuses.
     """
-    config = config_from(checkpoint.manifest.config)
-    wrong: list[str] = []
-    sections: dict[str, Any] = {}
-    for name, cls in get_type_hints(Config).items():
-        try:
-            sections[name] = validate(TypeAdapter(cls), asdict(getattr(config, name)))
-        except ValueError as error:
-            wrong.append(f"{name}: {error}")
-    if not wrong:
-        config = replace(config, **sections)
-        wrong = model_problems(config.model)
-    if wrong:
-        raise UserError(["its config is wrong", *wrong], str(checkpoint.folder))
-    return config
+    try:
+        return config_from(checkpoint.manifest.config)
+    except UserError as error:
+        raise UserError(["its config is wrong", *error.problems], str(checkpoint.folder)) from None
 
 
 def open_checkpoint(path: Path, check_signature: bool = True) -> Checkpoint:

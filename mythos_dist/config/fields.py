@@ -11,9 +11,11 @@ import os
 import re
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from typing_extensions import Self
 
 from mythos_dist.config.tree import NULLS, Node, Scalar, show_node
 from mythos_dist.errors import UserError
@@ -249,17 +251,35 @@ class Section:
         cls.section = section
 
     def __post_init__(self) -> None:
-        """Expand `~/` in paths, turn lists (JSON has no tuples) into tuples. Raises UserError with all problems."""
-        found = []
+        """Raises UserError with all that is wrong."""
+        self.complete()
+        values = [(key, value_problems(kind, getattr(self, key))) for key, kind in kinds_of(type(self)).items()]
+        found = [f"{self.section}.{key}{words}" for key, problems in values for words in problems]
+        if found := found or self.contradictions():
+            raise UserError(found)
+
+    @classmethod
+    def of_right_values(cls, **values: Any) -> Self:
+        """One whose values are right each, but may contradict each other: `load_config` names all such problems."""
+        one = object.__new__(cls)
+        for each in fields(cls):  # type: ignore[arg-type]  # every section is a dataclass
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            object.__setattr__(one, each.name, values.get(each.name, default))
+        one.complete()
+        return one
+
+    def complete(self) -> None:
+        """Expand `~/` in paths, turn lists (JSON has no tuples) into tuples."""
         for key, kind in kinds_of(type(self)).items():
             value = getattr(self, key)
             if kind.path and value is not None:
                 object.__setattr__(self, key, _expanded(value))
             elif kind.type is tuple and isinstance(value, list):
                 object.__setattr__(self, key, tuple(value))
-            found += [f"{self.section}.{key}{words}" for words in value_problems(kind, getattr(self, key))]
-        if found:
-            raise UserError(found)
+
+    def contradictions(self) -> list[str]:
+        """What settings of this section, each right by itself, cannot be together; a line each."""
+        return []
 
 
 def value_problems(kind: Kind, value: Any) -> Iterator[str]:

@@ -276,7 +276,7 @@ def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
                 right |= {} if lines else {key: value}
             found += [f"{name}.{key}{line}" for line in lines]
             wrong += [f"{name}.{key}="] * bool(lines)
-        sections[name] = cls(**right)
+        sections[name] = cls.of_right_values(**right)
     config = Config(**sections)
     # A wrong value was replaced by its default above: what is said about that default would confuse.
     found += [

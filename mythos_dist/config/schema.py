@@ -89,11 +89,18 @@ class MythosConfig(Section, section="model"):
     # sqrt(2 * (prelude + loops + coda)) (Huginn); reference: N(0, 0.02).
     init: Literal["reference", "depth_scaled"] = _by_mode(reference="reference", train="depth_scaled")
 
-    def __post_init__(self) -> None:
+    def complete(self) -> None:
+        """Set what depends on `mode`."""
         for key, default in BY_MODE.get(self.mode if isinstance(self.mode, str) else "", {}).items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, default)
-        super().__post_init__()
+        super().complete()
+
+    def contradictions(self) -> list[str]:
+        """Of a model by itself: rules for widths that divide each other, and what `mode` allows."""
+        from mythos_dist.config.check import model_problems  # it imports this module
+
+        return model_problems(self)
 
     @property
     def head_dim(self) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_dist.config.check import model_problems
 from mythos_dist.config.schema import MOST_LOOPS, ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.tensor import IGNORED
@@ -24,7 +23,6 @@ def check_parts(config: Any, act: Any, experts: Any, attention: Any) -> None:
         for name, (value, kind) in wanted.items()
         if not isinstance(value, kind)
     ]
-    problems = problems or model_problems(config)
     if attention not in ("auto", "flash_attn", "sdpa"):
         problems.append(f"attention={attention!r}: expected 'auto', 'flash_attn' or 'sdpa'")
     if problems:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos_dist.config.fields import kinds_of, number_of
+from mythos_dist.config.fields import kinds_of, number_of, value_problems
 from mythos_dist.config.load import SECTIONS, config_from, dump_config, load_config
 from mythos_dist.config.schema import ActConfig, Config, DataConfig, FaultsConfig, LoopsConfig, MythosConfig
 from mythos_dist.config.tree import MOST_BYTES
@@ -69,7 +69,8 @@ def test_a_number_is_taken_at_its_bounds_and_refused_beyond(section, key, kind, 
     lowest = bounds.least if not bounds.above else one(min(bounds.most, 1.0) / 2)
     for value in (one(lowest), one(bounds.most) if bounds.most < math.inf else 1e30):
         held = {tuple: (value,), dict: {"web": value}}.get(kind.type, value)
-        assert getattr(cls(**{key: held}), key) == held
+        assert getattr(cls.of_right_values(**{key: held}), key) == held
+        assert not list(value_problems(kind, held))
 
 
 @pytest.mark.parametrize(

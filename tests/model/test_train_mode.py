@@ -277,8 +277,9 @@ def test_no_rotary_table_is_stored_and_a_cast_keeps_positions_right(tiny, build_
 
 
 def test_a_config_that_cannot_be_built_names_all_its_problems(tiny):
+    """At construction, in Python as from YAML."""
     with pytest.raises(UserError) as raised:
-        Mythos(tiny(attn_type="gqa", n_heads=5, n_experts_per_tok=7))
+        tiny(attn_type="gqa", n_heads=5, n_experts_per_tok=7)
     assert len(raised.value.problems) == 3
     for setting in ("model.dim=32", "model.n_kv_heads=2", "model.n_experts_per_tok=7"):
         assert setting in str(raised.value)
