@@ -110,12 +110,20 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
 
     Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into an error
     of theirs while they are imported or wait for worker processes, so whatever leaves `main` after it counts as it.
+    They may also drop it, as torch does while it imports numpy and Python in `__del__`: it is raised again each half
+    second until something handles it.
     """
     interrupted: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
         interrupted.append(number)
+        signal.signal(signal.SIGALRM, interrupt_again)
+        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
         raise KeyboardInterrupt
+
+    def interrupt_again(number: int, frame: Any) -> None:
+        if sys.exc_info()[0] is None:  # of what the signal came between: no `except` or `finally` is under way
+            raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
     if before == signal.default_int_handler:  # a script's background job ignores it
@@ -135,12 +143,15 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
             exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
         raise
     finally:
+        if interrupted:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if signal.getsignal(signal.SIGINT) == interrupt:
             signal.signal(signal.SIGINT, before)
 
 
 def _leave_interrupted() -> NoReturn:
     """Not by way of the interpreter's own end, which waits for threads: what they have not finished has no name yet."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends this as well, without a word
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -72,6 +72,26 @@ def test_what_a_library_makes_of_ctrl_c_is_still_one(error):
     assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
 
 
+def test_what_a_library_drops_is_raised_again():
+    """But not into clean-up that takes its time."""
+    code = f"""{START}
+class Deaf:
+    def __del__(self):
+        {WAIT}
+def main():
+    deaf = Deaf()
+    del deaf
+    try:
+        time.sleep(600)
+    finally:
+        time.sleep(2)
+        print('cleaned up', flush=True)
+run_command(main)"""
+    done = interrupted(code)
+    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
+    assert done.stderr.startswith("Exception ignored in") and done.stderr.endswith("\nstopped by Ctrl-C\n")
+
+
 def test_threads_that_still_work_do_not_keep_it():
     """A pool's threads are waited for by the interpreter's own end: here until SIGKILL."""
     code = f"""{START}
@@ -106,8 +126,9 @@ run_command(main)"""
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
-def test_a_tool_is_stopped_while_it_imports_torch():
-    """Most tools do so for seconds; a library that has an import of its own stopped says more than one line."""
+@pytest.mark.parametrize("module", ["torch.nn", "numpy.linalg"])
+def test_a_tool_is_stopped_while_it_imports_torch(module):
+    """Most tools do so for seconds. torch imports numpy from C++ and drops whatever that raises."""
     tool = REPOSITORY / "tools" / "plan.py"
-    done = interrupted_import("torch.nn", tool, "--variant", "1t", "--gpus", "4096", "--dry-run")
+    done = interrupted_import(module, tool, "--variant", "1t", "--gpus", "4096", "--dry-run")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped by Ctrl-C\n")
