@@ -23,11 +23,11 @@ test: $(READY)  ## all that a change needs; a quarter of an hour
 test-all: $(READY)  ## the long tests too; with MINUTES=20, the long ones only, as many as fit, others each day
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(if $(MINUTES),-m long --minutes $(MINUTES))
 
-check: $(READY)  ## lint, types and the quick tests; two minutes
+check: $(READY)  ## lint, types and the quick tests; a minute and a half
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright & types=$$!; \
-	$(BIN)/python -m pytest --quiet --numprocesses 2 -m "not launch and not long"; tests=$$?; \
+	$(BIN)/python -m pytest --quiet --numprocesses 3 -m "not launch and not long"; tests=$$?; \
 	wait $$types && exit $$tests
 
 bench: $(READY)  ## against open-mythos, plain loops and the disk, and what loops and recomputation cost; wants an idle machine

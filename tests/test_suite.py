@@ -1,6 +1,7 @@
 """The suite's own tools: what goes to a worker, in which order, which part of the long tests, what a failure prints."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -51,9 +52,11 @@ def test_seconds_are_written_into_the_last_column(monkeypatch, tmp_path):
     assert schedule.seconds_by_file() == {"tests/a.py": 1.3, "tests/b.py": 9.0}
 
 
-def _names(module: ast.Module) -> set[str]:
-    """What the module's top level defines."""
-    found = set()
+@functools.cache
+def _names(source: Path) -> set[str]:
+    """What a module's top level defines; of a package, its modules too."""
+    found = {"*"} | ({entry.stem for entry in source.parent.iterdir()} if source.stem == "__init__" else set())
+    module = ast.parse(source.read_text())
     for node in (node for statement in module.body for node in _outside_of_functions(statement)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
@@ -74,19 +77,13 @@ def _outside_of_functions(node: ast.AST):
 def test_every_name_that_a_test_imports_exists():
     """Those inside functions too: such a test once failed in CI only. (Pyright reads the package, not the tests.)"""
     missing = []
-    modules = [TESTS.parent, TESTS]
     for file in sorted(TESTS.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.module:
-                continue
-            bases = [base.joinpath(*node.module.split(".")) for base in modules]
-            sources = [source for base in bases for source in (base.with_suffix(".py"), base / "__init__.py")]
-            for source in filter(Path.is_file, sources):
-                names = _names(ast.parse(source.read_text()))
-                names |= {"*"} | (
-                    {entry.stem for entry in source.parent.iterdir()} if source.stem == "__init__" else set()
-                )
-                missing += [f"{file}: {node.module}.{a.name}" for a in node.names if a.name not in names]
+            if isinstance(node, ast.ImportFrom) and node.module:
+                bases = [root.joinpath(*node.module.split(".")) for root in (TESTS.parent, TESTS)]
+                sources = [source for base in bases for source in (base.with_suffix(".py"), base / "__init__.py")]
+                for source in filter(Path.is_file, sources):
+                    missing += [f"{file}: {node.module}.{a.name}" for a in node.names if a.name not in _names(source)]
     assert not missing
 
 

@@ -63,7 +63,7 @@ def lines(found: Software) -> Iterator[Line]:
         yield problem(
             "streaming",
             f"its reader of shards cannot be imported ({found.reader.error})",
-            "mend what that names; torchvision must be the one that was built for this torch",
+            "mend what that names",
         )
     else:
         yield ok("streaming", f"its reader of shards can be imported ({found.reader.values['seconds']:.1f} s)")

@@ -115,6 +115,7 @@ BAD_CARDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("sealed", [True, False])
 def test_cards_that_are_none_are_not_believed_and_end_nothing(sealed, monkeypatch):
     """Anybody can write into torch's store. A rank's own card may still come; else it counts as missing."""

@@ -260,6 +260,7 @@ def test_an_address_that_is_none_is_an_error_with_words(address):
         rank.start(address)
 
 
+@pytest.mark.launch
 def test_rank_0_without_the_launchers_secret_is_not_believed(monkeypatch):
     """Whoever can read the store knows the number of the start, and can neither join nor be joined."""
     monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
@@ -285,6 +286,7 @@ def test_rank_0_listens_at_the_address_it_gives_and_nowhere_else():
                     socket.create_connection((other, first._hub.port), timeout=1)
 
 
+@pytest.mark.launch
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the exit in a thread
 @pytest.mark.parametrize("late", [0.0, 4.5])
 def test_a_rank_whose_connection_broke_ends_as_lost_however_late_the_cause_is_known(late, monkeypatch, capsys):

@@ -192,6 +192,7 @@ def test_the_nearest_values_are_proposed(case):
             assert working == []
 
 
+@pytest.mark.launch
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(cases(), st.sets(st.sampled_from(NUMBERS)))
 def test_numbers_below_one_are_refused_once(tmp_path_factory, case, too_small):

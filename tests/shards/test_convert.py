@@ -137,6 +137,7 @@ def property_folder(tmp_path_factory):
 SOME_TEXTS = st.sampled_from(["", "a", "bb", "é", "x" * 30, "🙂" * 20, "a longer text that spans windows " * 3])
 
 
+@pytest.mark.launch
 @settings(max_examples=120)
 @given(
     some=st.lists(
@@ -216,6 +217,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert contents(tmp_path / "out") == contents(finished)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "options",

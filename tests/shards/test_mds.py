@@ -61,6 +61,7 @@ def test_files_and_index_are_mds_writers(tmp_path_factory, dtype, seq_len, windo
     assert files(folder / "ours") == files(folder / "theirs")
 
 
+@pytest.mark.launch
 def test_the_default_size_limit_is_theirs(tmp_path):
     """34,000 windows of 2 kB take a shard of 64 MiB and a bit."""
     from streaming import MDSWriter

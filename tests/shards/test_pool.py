@@ -84,6 +84,7 @@ def test_a_task_that_kills_its_worker_is_named(how, name):
     assert f"(8, {how!r}, None): a worker process died of it ({name})" in str(error.value)
 
 
+@pytest.mark.launch
 def test_work_goes_on_where_a_worker_died_but_once(tmp_path):
     """As when there was memory for one at a time only: nobody is guilty, nothing is lost, and the order stays."""
     with Workers(3) as crew:

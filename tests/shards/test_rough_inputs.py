@@ -225,6 +225,7 @@ def json_lines(texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
 def test_all_lines_before_a_cut_are_kept(tmp_path, suffix, share):
@@ -305,6 +306,7 @@ def test_an_input_may_not_unpack_to_more_than_its_limit(tmp_path, byte_tokenizer
         list_inputs(tmp_path, max_ratio=math.nan)
 
 
+@pytest.mark.launch
 def test_rows_that_share_a_text_are_taken_apart_and_limited(tmp_path, monkeypatch):
     """60 kB of parquet with a text of 1 MB in each of 300 rows: batches stay small, and the whole is refused."""
     texts = ["x" * (1 << 20), "y"]

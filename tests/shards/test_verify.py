@@ -408,6 +408,7 @@ def test_files_that_no_index_names_are_remarks(folder):
     assert any("2 files that index.json does not name: notes.json, part-00000/" in one for one in report.remarks)
 
 
+@pytest.mark.launch
 def test_two_bad_shards_are_both_listed_and_the_tool_says_what_to_do(folder):
     other = "heldout/part-00002/shard.00000.mds"
     flip(folder / BAD, -2)
@@ -422,6 +423,7 @@ def test_two_bad_shards_are_both_listed_and_the_tool_says_what_to_do(folder):
     assert [one["shard"] for one in json.loads(machine.stdout)["bad"]] == [BAD, other]
 
 
+@pytest.mark.launch
 def test_the_tools_exit_codes(folder):
     def run(*arguments):
         return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, timeout=240)

@@ -22,6 +22,7 @@ def test_batch_id_sees_samples_and_not_their_order():
     assert len({batch_id(ids) for ids in [[1, 2, 3], *others]}) == 5
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("reason", ["no network", "not logged in"])
 def test_wandb_online_without_a_way_out_records_offline_at_once(config, tmp_path, monkeypatch, caplog, reason):
     """Neither a missing network nor a missing login stops or delays a run; a warning says what happens. Without a
