@@ -391,7 +391,7 @@ def software_of(reader: Outcome = JOINED, **versions: str | None) -> Software:
         (
             software_of(Outcome(error="RuntimeError: torchvision::nms")),
             "problem",
-            ["torchvision::nms", "for this torch"],
+            ["torchvision::nms", "mend what that names"],
         ),
         (software_of(Outcome(error="no answer in 20 s", timed_out=True)), "note", ["no answer", "local disk"]),
     ],
