@@ -129,7 +129,7 @@ def measure(kind: str, model: str, text: str) -> dict[str, Any]:
         work, share = (lambda: plain(model, text, folder / "out")), None
     else:
         from mythos_dist.data.tokenizer import Tokenizer
-        from mythos_dist.shards.convert import convert
+        from mythos_dist.prepare.convert import convert
 
         tokenizer: Any = Tokenizer.load(model)
         share = Timed(tokenizer) if kind == "share" else None
@@ -202,7 +202,7 @@ def plain(model: str, text: str, out: Path) -> int:
 def measure_reading(kind: str, model: str, text: str) -> dict[str, Any]:
     """Samples a second in one process without loader workers, micro-batches of 8, after a first epoch."""
     from mythos_dist.data.tokenizer import Tokenizer
-    from mythos_dist.shards.convert import convert
+    from mythos_dist.prepare.convert import convert
 
     folder = Path(tempfile.mkdtemp())
     manifest = convert(text, Tokenizer.load(model), SEQ_LEN, folder / "out", quiet=True)
@@ -240,7 +240,7 @@ def measure_reading(kind: str, model: str, text: str) -> dict[str, Any]:
 def train(folder: Path, kind: str) -> Path:
     """A tokenizer of VOCAB_SIZE pieces, trained on every fourth document; kept beside the text."""
     from mythos_dist.data.tokenizer import train_tokenizer
-    from mythos_dist.shards.corpus import read_documents
+    from mythos_dist.prepare.corpus import read_documents
 
     model = folder / f"{kind}.model"
     if not model.exists():
@@ -256,7 +256,7 @@ def memory(folder: Path, model: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from mythos_dist.shards.corpus import read_documents
+    from mythos_dist.prepare.corpus import read_documents
 
     texts = list(read_documents(str(folder / "*.parquet")))
     with tempfile.TemporaryDirectory() as place:

@@ -30,8 +30,8 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.open_mythos import from_open_mythos
 from mythos_dist.model.recompute import Recompute
+from mythos_dist.ops.plan.cost import train_flops_per_token
 from mythos_dist.parallel.process import keep_freed_memory
-from mythos_dist.plan.cost import train_flops_per_token
 
 BATCH = 4  # sequences
 PEERS = ("reference fp32", "reference bf16", "ours fp32", "ours bf16", "ours fp32 recompute")

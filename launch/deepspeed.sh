@@ -36,7 +36,7 @@ fail() { # EXIT_CODE MESSAGE
 found_from_here() { # PATH: absolute if there is such a file where the user is
     if [[ -f $1 ]]; then realpath "$1"; else echo "$1"; fi
 }
-ask() { "$python" -m mythos_dist.cluster.allocation "$config" "$@"; }
+ask() { "$python" -m mythos_dist.ops.cluster.allocation "$config" "$@"; }
 # What bash computes with may hold a command, so numbers from files and variables are looked at first.
 is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
 # Launchers put these words into command lines for shells on other hosts, and not all of them quote.

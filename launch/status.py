@@ -10,9 +10,9 @@ import json
 import sys
 import time
 
-from mythos_dist.cluster.status import PATIENCE, look, report
 from mythos_dist.config.arguments import number, parse_arguments, path_text
 from mythos_dist.errors import run_command
+from mythos_dist.ops.cluster.status import PATIENCE, look, report
 
 
 def parse() -> argparse.Namespace:

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mythos_dist.cluster.allocation import MOST, check, spread
 from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError, run_command
+from mythos_dist.ops.cluster.allocation import MOST, check, spread
 
 SCRIPT = Path(__file__).with_name("slurm.sbatch")
 

@@ -19,8 +19,8 @@ from hypothesis import settings as hypothesis_settings
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer import train_tokenizer
-from mythos_dist.shards.convert import convert
-from mythos_dist.shards.corpus import read_documents, write_sample_corpus
+from mythos_dist.prepare.convert import convert
+from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 
 pytest_plugins = ["helpers.schedule", "helpers.report"]
 

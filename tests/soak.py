@@ -16,8 +16,8 @@ from helpers.soak import Soak, leftovers_in_shared_memory
 from tqdm import tqdm
 
 from mythos_dist.data.tokenizer import train_tokenizer
-from mythos_dist.shards.convert import convert
-from mythos_dist.shards.corpus import read_documents, write_sample_corpus
+from mythos_dist.prepare.convert import convert
+from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 
 
 def main() -> None:

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from mythos_dist.cluster.allocation import spread
+from experiments.depth_task import make_depth_task
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.schema import Config
 from mythos_dist.data.manifest import DocumentCounts, SplitCounts
 from mythos_dist.errors import UserError
-from mythos_dist.shards.depth_task import make_depth_task
-from mythos_dist.train.preflight import Found
+from mythos_dist.ops.cluster.allocation import spread
+from mythos_dist.ops.preflight import Found
 from mythos_dist.units import count
 
 PLURALS = "ranks nodes replicas documents windows tokens shards steps problems tensors files rows sequences loops GPUs"

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from mythos_dist.cluster.fabric import infiniband_ports
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import CheckpointConfig, Config
-from mythos_dist.doctor import __main__ as doctor
-from mythos_dist.doctor import gpu, kernels, launcher, memory, network, probe, software, storage
-from mythos_dist.doctor.gpu import Gpu, Gpus
-from mythos_dist.doctor.kernels import Kernels
-from mythos_dist.doctor.launcher import Launcher
-from mythos_dist.doctor.lines import Line, examine, note, ok
-from mythos_dist.doctor.memory import Memory
-from mythos_dist.doctor.network import Network
-from mythos_dist.doctor.probe import Outcome, Probe
-from mythos_dist.doctor.software import Software
-from mythos_dist.doctor.storage import Folder, Storage
+from mythos_dist.ops.cluster.fabric import infiniband_ports
+from mythos_dist.ops.doctor import __main__ as doctor
+from mythos_dist.ops.doctor import gpu, kernels, launcher, memory, network, probe, software, storage
+from mythos_dist.ops.doctor.gpu import Gpu, Gpus
+from mythos_dist.ops.doctor.kernels import Kernels
+from mythos_dist.ops.doctor.launcher import Launcher
+from mythos_dist.ops.doctor.lines import Line, examine, note, ok
+from mythos_dist.ops.doctor.memory import Memory
+from mythos_dist.ops.doctor.network import Network
+from mythos_dist.ops.doctor.probe import Outcome, Probe
+from mythos_dist.ops.doctor.software import Software
+from mythos_dist.ops.doctor.storage import Folder, Storage
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -568,8 +568,8 @@ def test_exit_code_and_both_forms(line, code, monkeypatch, capsys):
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command, whose probes may take as long as a busy machine needs."""
-    code = "import runpy\nfrom mythos_dist.doctor import probe\nprobe.SECONDS = 240\n"
-    code += "runpy.run_module('mythos_dist.doctor', run_name='__main__', alter_sys=True)"
+    code = "import runpy\nfrom mythos_dist.ops.doctor import probe\nprobe.SECONDS = 240\n"
+    code += "runpy.run_module('mythos_dist.ops.doctor', run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=REPOSITORY, timeout=900, env={**os.environ, **environment}

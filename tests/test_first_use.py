@@ -184,7 +184,7 @@ def test_a_slip_is_named_before_any_work_is_done(tool, name, arguments, named, t
 def test_a_depth_task_without_held_out_sequences_is_made_and_is_whole(tool, tmp_path):
     told = tool("make_depth_task", "--out", "task", "--sequences", 10, "--heldout", 0)
     assert told.code == 0 and "10 windows for training, 0 held out" in told.out
-    from mythos_dist.shards.verify import verify
+    from mythos_dist.prepare.verify import verify
 
     assert verify(tmp_path / "task").ok
 

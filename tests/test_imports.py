@@ -15,7 +15,7 @@ SCRIPTS = [
     "launch/submit.py",
     *sorted(f"tools/{path.name}" for path in REPOSITORY.glob("tools/*.py")),
 ]
-COMMANDS = ["mythos_dist.train", "mythos_dist.doctor", "mythos_dist.cluster.allocation"]
+COMMANDS = ["mythos_dist.train", "mythos_dist.ops.doctor", "mythos_dist.ops.cluster.allocation"]
 
 # Top-level packages that are installed with ours, and why a plain run without wandb needs none of them.
 UNUSED = {

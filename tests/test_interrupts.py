@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = sorted(
     [*(REPOSITORY / "tools").glob("*.py"), REPOSITORY / "launch/status.py", REPOSITORY / "launch/submit.py"]
 )
-MODULES = ("train", "doctor", "cluster/allocation")
+MODULES = ("train", "doctor", "ops/cluster/allocation")
 
 
 def interrupted(code: str, times: int = 1, folder: Path | None = None) -> subprocess.CompletedProcess:

@@ -25,8 +25,8 @@ def test_units_are_files_tests_or_launches():
     assert unit_of("tests/data/test_mix.py::test_a[x-1]") == "tests/data/test_mix.py"
     drill = "tests/cluster/test_drills.py::test_preemption"
     assert unit_of(drill) == drill
-    grid = "tests/parallel/test_layouts.py::test_a_run_resumes_bit_for_bit[4 ranks, pipe=4, bare]"
-    assert unit_of(grid) == "tests/parallel/test_layouts.py 4"
+    grid = "tests/parallel/test_parity_grid.py::test_a_run_resumes_bit_for_bit[4 ranks, pipe=4, bare]"
+    assert unit_of(grid) == "tests/parallel/test_parity_grid.py 4"
 
 
 def test_the_longest_come_first_and_what_waits_beside_what_computes(monkeypatch):

@@ -12,7 +12,7 @@ import psutil
 
 from mythos_dist.errors import run_command
 from mythos_dist.files import read_json_lines
-from mythos_dist.studies.earlier import make_room
+from mythos_dist.ops.earlier_run import make_room
 
 RUN_DIR = Path("runs/demo")
 TRAIN = [

@@ -7,11 +7,14 @@ Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from mythos_dist.config.arguments import add_overrides, parse_arguments
 from mythos_dist.errors import run_command
-from mythos_dist.studies.depth import SETTINGS, demonstrate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments are no part of the installed package
+from experiments.depth import SETTINGS, demonstrate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "depth_task.yaml"
 

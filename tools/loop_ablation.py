@@ -7,11 +7,14 @@ Writes OUT/ablation.json, OUT/ablation.md and OUT/ablation.png. The same command
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from mythos_dist.config.arguments import add_overrides, parse_arguments
 from mythos_dist.errors import run_command
-from mythos_dist.studies.ablation import DATA, SWITCHES, compare
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments are no part of the installed package
+from experiments.ablation import DATA, SWITCHES, compare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -8,13 +8,16 @@ tools/depth_sweep.py RUN_DIR --data data/s3-16.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import get_args
 
 from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, run_command
-from mythos_dist.shards.depth_task import Targets, make_depth_task
 from mythos_dist.units import count
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments are no part of the installed package
+from experiments.depth_task import Targets, make_depth_task
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ def main() -> None:
     arguments = parse_arguments(parser)
 
     from mythos_dist.data.tokenizer import train_tokenizer
-    from mythos_dist.shards.convert import convert
-    from mythos_dist.shards.corpus import read_documents, write_sample_corpus
+    from mythos_dist.prepare.convert import convert
+    from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 
     work = Path(f"{os.path.abspath(arguments.out)}-source")
     corpus = write_sample_corpus(work / "corpus.parquet")

@@ -49,8 +49,8 @@ def main() -> None:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     from mythos_dist.data.manifest import Filters
     from mythos_dist.data.tokenizer import Tokenizer
-    from mythos_dist.shards.convert import convert
-    from mythos_dist.shards.documents import Columns
+    from mythos_dist.prepare.convert import convert
+    from mythos_dist.prepare.documents import Columns
 
     begin = time.monotonic()
     try:

@@ -1,7 +1,7 @@
 """Plan a run before it costs anything: which layouts fit, what each needs, how long a step takes and what it costs.
 
-  python tools/plan.py --variant 1t --gpus 4096 --cluster configs/h100_80gb.yaml
-  python tools/plan.py configs/1t.yaml --gpus 4096 --cluster configs/h100_80gb.yaml --as-is --dry-run
+  python tools/plan.py --variant 1t --gpus 4096 --cluster configs/clusters/h100_80gb.yaml
+  python tools/plan.py configs/1t.yaml --gpus 4096 --cluster configs/clusters/h100_80gb.yaml --as-is --dry-run
 
 The first looks for the best layouts. The second takes the layout of the file and runs one of its ranks, the trainer's
 own code on tensors without numbers, beside the plan. Exit code 0: something fits; 1: nothing does; 2: a mistake.
@@ -16,6 +16,7 @@ from mythos_dist.errors import run_command
 
 MOST_GPUS = 1 << 17
 CONFIGS = Path(__file__).parents[1] / "configs"
+H100 = CONFIGS / "clusters" / "h100_80gb.yaml"
 
 
 def parse() -> argparse.Namespace:
@@ -25,7 +26,12 @@ def parse() -> argparse.Namespace:
     add_config(parser, "a config file; what it says of the layout is looked at with --as-is only", optional=True)
     add("--variant", help="instead of a file: 1b, 3b, 10b, 50b, 100b, 500b or 1t, as configs/ has them")
     add("--gpus", type=whole(1, MOST_GPUS), required=True, help="how many")
-    add("--cluster", type=Path, default=CONFIGS / "h100_80gb.yaml", help="what they are (default: %(default)s)")
+    add(
+        "--cluster",
+        type=Path,
+        default=H100,
+        help="what they are (default: %(default)s)",
+    )
     add("--seq-len", type=int, help="tokens of a sequence")
     add("--global-batch", type=int, help="sequences of a step, over all replicas")
     add("--loops", type=int, help="mean number of loops")
@@ -44,11 +50,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Plan; see the top of this file for exit codes."""
     arguments = parse()
-    from mythos_dist.plan.command import run
+    from mythos_dist.ops.plan.command import run
 
     dry_run = None
     if arguments.dry_run:
-        from mythos_dist.train.dry_run import dry_run
+        from mythos_dist.ops.dry_run import dry_run
     sys.exit(run(arguments, CONFIGS, dry_run))
 
 

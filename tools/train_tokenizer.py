@@ -46,8 +46,8 @@ def main() -> None:
 def train(arguments: argparse.Namespace) -> dict[str, str | int]:
     """Read, sample and train; what --json prints."""
     from mythos_dist.data.tokenizer import sample_lines, train_on_lines
-    from mythos_dist.shards.corpus import sample_documents
-    from mythos_dist.shards.documents import Columns
+    from mythos_dist.prepare.corpus import sample_documents
+    from mythos_dist.prepare.documents import Columns
 
     numbers = {"sample-mb": arguments.sample_mb, "vocab-size": arguments.vocab_size}
     problems = [f"--{name}={number} must be at least 1" for name, number in numbers.items() if number < 1]

@@ -16,7 +16,7 @@ from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.units import count
 
 if TYPE_CHECKING:
-    from mythos_dist.shards.verify import Report
+    from mythos_dist.prepare.verify import Report
 
 MAX_LINES = 100  # of bad shards
 ADVICE = "copy these files again from where they came, or delete the folder and run tools/make_shards.py again"
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Verify; the exit code is 0, 1 for damage, 2 where nothing can be verified, or 130 if a person stopped it."""
     arguments = parse()
-    from mythos_dist.shards.verify import verify
+    from mythos_dist.prepare.verify import verify
 
     try:
         report = verify(arguments.folder, workers=arguments.workers, quiet=arguments.quiet)

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos_dist.cluster.place import launch_of
-from mythos_dist.cluster.process_identity import identity
 from mythos_dist.errors import UserError
 from mythos_dist.files import read_json_lines, write_atomically
+from mythos_dist.ops.cluster.place import launch_of
+from mythos_dist.ops.cluster.process_identity import identity
 
 FILE, GUARD = "writer.json", "writer.guard"
 _ABOUT = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # of the job that this start is part of

@@ -299,8 +299,8 @@ class RunConfig(Section, section="run"):
     # Seconds after which the run ends its step, saves and leaves with exit code 85; None: no limit. Leave room below
     # the scheduler's own limit for one step and one checkpoint.
     max_seconds: Annotated[float, Range(0, 10**9, above=True, advice=", or null for no limit")] | None = None
-    # A file such as configs/h100_80gb.yaml: what a rank may hold, and how long a step should take. None: memory is that
-    # of this machine, and no step time is planned.
+    # A file such as configs/clusters/h100_80gb.yaml: what a rank may hold, and how long a step should take. None:
+    # memory is that of this machine, and no step time is planned.
     cluster: PathText | None = None
     check_memory: bool = True  # a layout that cannot fit by plan is refused; false: it starts all the same
 
@@ -321,7 +321,7 @@ class FaultsConfig(Section, section="faults"):
     # So many skipped steps in a row: back to the last checkpoint, past their batches.
     roll_back_after: Annotated[int, Range(1, 10**6)] = 3
     max_rollbacks: Count = 3  # one more and the run ends with exit code 5
-    inject: str = ""  # faults on order, for drills: mythos_dist/cluster/inject.py
+    inject: str = ""  # faults on order, for drills: mythos_dist/ops/cluster/inject.py
 
 
 @dataclass(frozen=True)

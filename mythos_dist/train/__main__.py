@@ -14,8 +14,8 @@ from mythos_dist.errors import NodeError, UserError, exit_with, run_command, tel
 from mythos_dist.units import count
 
 if TYPE_CHECKING:  # what takes longer to import comes when Ctrl-C is handled
-    from mythos_dist.cluster.place import Place
     from mythos_dist.config.schema import Config
+    from mythos_dist.ops.cluster.place import Place
 
 EPILOG = """\
 under a launcher:
@@ -37,12 +37,12 @@ exit codes:
 
 def main() -> None:
     """Train; see EPILOG for the exit codes."""
-    from mythos_dist.cluster.stop import Stop
+    from mythos_dist.ops.cluster.stop import Stop
 
     stop = Stop()
     stop.listen(signal.SIGUSR1, signal.SIGINT)
     arguments = parse()
-    from mythos_dist.cluster.place import Place, find_place
+    from mythos_dist.ops.cluster.place import Place, find_place
     from mythos_dist.train.console import keep_console
 
     keep_console()
@@ -103,9 +103,9 @@ def parse() -> argparse.Namespace:
 
 def read(path: str, overrides: list[str], place: "Place") -> "Config":
     """The config, fit for so many ranks. Raises UserError."""
-    from mythos_dist.cluster.inject import parse as parse_faults
     from mythos_dist.config.layout import layout_problems
     from mythos_dist.config.load import load_config
+    from mythos_dist.ops.cluster.inject import parse as parse_faults
 
     try:
         config = load_config(path, overrides)

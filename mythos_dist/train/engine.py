@@ -27,12 +27,12 @@ from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Loops
 from mythos_dist.model.watch import Watch
+from mythos_dist.ops.plan.cost import stage_costs
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import live_turns, plan_loops, plan_parts
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.tensor import slice_of
 from mythos_dist.parallel.traffic import Totals, Traffic
-from mythos_dist.plan.cost import stage_costs
 from mythos_dist.train.depth import HeldOut, Look
 from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, state_seed, step_seed
 

@@ -17,22 +17,22 @@ from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, clean_complete_run, is_due
-from mythos_dist.cluster.inject import Faults
-from mythos_dist.cluster.stop import forget
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
+from mythos_dist.ops.cluster.inject import Faults
+from mythos_dist.ops.cluster.stop import forget
+from mythos_dist.ops.memory_check import Comparison, check_memory
+from mythos_dist.ops.plan.estimate import Estimate
+from mythos_dist.ops.preflight import preflight
 from mythos_dist.parallel.mesh import Mesh, build_mesh
 from mythos_dist.parallel.process import together
-from mythos_dist.plan.estimate import Estimate
 from mythos_dist.train.batches import gather_sample_ids, heldout_passes, open_heldout, open_stream
 from mythos_dist.train.checks import check_inputs, check_kernels
 from mythos_dist.train.depth import depth_line, failures
 from mythos_dist.train.engine import Engine, StepResult
-from mythos_dist.train.fits import Comparison, check_memory
 from mythos_dist.train.metrics import Metrics, peak_flops, step_line
-from mythos_dist.train.preflight import preflight
 from mythos_dist.train.restarts import Previous, cost, note_restart
 from mythos_dist.train.resume import Resume, schedule_changes, take_fence
 from mythos_dist.train.run_folder import claim_run_folder, mark_completed, start_logging, write_settings

@@ -9,8 +9,8 @@ from typing import Any
 
 from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
-from mythos_dist.cluster.status import duration
 from mythos_dist.files import number_of, read_json_lines
+from mythos_dist.ops.cluster.status import duration
 from mythos_dist.train.line_file import LineFile
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,6 @@ from typing import TextIO
 from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of
-from mythos_dist.cluster import stop
-from mythos_dist.cluster.place import Place, launch_of
 from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
@@ -31,6 +29,8 @@ from mythos_dist.files import (
     user_errors,
     write_atomically,
 )
+from mythos_dist.ops.cluster import stop
+from mythos_dist.ops.cluster.place import Place, launch_of
 from mythos_dist.train import restarts, spikes
 from mythos_dist.train.line_file import FILES as LINES
 

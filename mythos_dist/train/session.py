@@ -15,16 +15,16 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from mythos_dist.cluster.fabric import choose_interface, listen_address
-from mythos_dist.cluster.hub import Limits
-from mythos_dist.cluster.messages import launch_secret, seal, unseal
-from mythos_dist.cluster.place import Place, tell_libraries
-from mythos_dist.cluster.recorder import Recorder
-from mythos_dist.cluster.rollcall import call, open_store
-from mythos_dist.cluster.stop import Stop
-from mythos_dist.cluster.watchdog import Watchdog
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import LostError, UserError, first_line
+from mythos_dist.ops.cluster.fabric import choose_interface, listen_address
+from mythos_dist.ops.cluster.hub import Limits
+from mythos_dist.ops.cluster.messages import launch_secret, seal, unseal
+from mythos_dist.ops.cluster.place import Place, tell_libraries
+from mythos_dist.ops.cluster.recorder import Recorder
+from mythos_dist.ops.cluster.rollcall import call, open_store
+from mythos_dist.ops.cluster.stop import Stop
+from mythos_dist.ops.cluster.watchdog import Watchdog
 from mythos_dist.parallel.process import free_port, join_process_group, together
 from mythos_dist.private import check_compile_caches
 

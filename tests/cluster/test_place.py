@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from mythos_dist.cluster.place import Place, expand_nodes, find_place, nodes_of_ranks, tell_libraries
 from mythos_dist.errors import UserError
+from mythos_dist.ops.cluster.place import Place, expand_nodes, find_place, nodes_of_ranks, tell_libraries
 
 HOST = socket.gethostname()
 SRUN = {

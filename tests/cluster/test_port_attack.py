@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 
 def attacked(arguments: list[str], folder: str) -> None:
     """Train; rank 0 leaves the address of its port in `folder`, rank 1 connects when a file `go` is there."""
-    from mythos_dist.cluster.watchdog import Watchdog
+    from mythos_dist.ops.cluster.watchdog import Watchdog
 
     serve, start = Watchdog.serve, Watchdog.start
 

@@ -8,11 +8,11 @@ import pytest
 import torch.distributed as dist
 from helpers.launch import launch, train, train_here
 
-from mythos_dist.cluster.messages import seal
-from mythos_dist.cluster.place import Place
-from mythos_dist.cluster.recorder import blame
-from mythos_dist.cluster.rollcall import call, differences, ranges
 from mythos_dist.errors import LostError
+from mythos_dist.ops.cluster.messages import seal
+from mythos_dist.ops.cluster.place import Place
+from mythos_dist.ops.cluster.recorder import blame
+from mythos_dist.ops.cluster.rollcall import call, differences, ranges
 
 
 def card(node: str, code: str = "a", config: str = "x") -> dict[str, str]:
@@ -120,7 +120,7 @@ BAD_CARDS = [
 def test_cards_that_are_none_are_not_believed_and_end_nothing(sealed, monkeypatch):
     """Anybody can write into torch's store. A rank's own card may still come; else it counts as missing."""
     number = "0" * 32  # of the start: known before it, so the card is there when rank 0 first looks
-    monkeypatch.setattr("mythos_dist.cluster.rollcall.secrets.token_hex", lambda size: number[: 2 * size])
+    monkeypatch.setattr("mythos_dist.ops.cluster.rollcall.secrets.token_hex", lambda size: number[: 2 * size])
     for text in BAD_CARDS[:: 1 if sealed else 6]:
         store = dist.HashStore()
         store.set(f"{number}/card/1", seal(b"", f"card 1 {number}", text) if sealed else text)
@@ -136,7 +136,7 @@ def test_a_verdict_that_is_none_is_not_believed(monkeypatch):
     for start in (b"\xff", b"[" * 1000, seal(b"", "start", "0" * 32).encode(), b""):
         store = dist.HashStore()
         store.set("start", start.decode("latin1"))
-        monkeypatch.setattr("mythos_dist.cluster.rollcall._READ_MORE", 0.3)
+        monkeypatch.setattr("mythos_dist.ops.cluster.rollcall._READ_MORE", 0.3)
         outcomes = called(store, 2, [1], seconds=0.1)
         assert outcomes[1].exit_code == 4 and "cannot be used: it is not signed with the secret" in str(outcomes[1])
 

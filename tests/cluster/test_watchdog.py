@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from mythos_dist.cluster import hub as hub_module
-from mythos_dist.cluster.hub import STRANGERS, Limits
-from mythos_dist.cluster.messages import Channel, challenge, derive, hello, launch_secret, seal, unseal
-from mythos_dist.cluster.place import Place
-from mythos_dist.cluster.recorder import Recorder
-from mythos_dist.cluster.watchdog import Watchdog
 from mythos_dist.errors import LostError, UserError
+from mythos_dist.ops.cluster import hub as hub_module
+from mythos_dist.ops.cluster.hub import STRANGERS, Limits
+from mythos_dist.ops.cluster.messages import Channel, challenge, derive, hello, launch_secret, seal, unseal
+from mythos_dist.ops.cluster.place import Place
+from mythos_dist.ops.cluster.recorder import Recorder
+from mythos_dist.ops.cluster.watchdog import Watchdog
 
 pytestmark = pytest.mark.timeout(480)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mythos_dist.cluster.inject import parse as parse_faults
 from mythos_dist.config.arguments import add_config, number, parse_arguments, path_text, whole
 from mythos_dist.errors import UserError
+from mythos_dist.ops.cluster.inject import parse as parse_faults
 
 
 def parse(line: list[str], optional: bool = False) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def test_a_home_folder_is_expanded_behind_an_equals_sign(tmp_path, monkeypatch):
 
 def test_training_and_submission_take_any_order(monkeypatch):
     """Through the parsers of the programs themselves."""
-    from mythos_dist.cluster.allocation import parse as allocation
+    from mythos_dist.ops.cluster.allocation import parse as allocation
     from mythos_dist.train.__main__ import parse as training
 
     monkeypatch.setattr("sys.argv", ["train", "run.dir=x", "--preflight", "c.yaml", "train.steps=3"])
@@ -103,7 +103,7 @@ def test_a_fault_that_is_none_is_named(text):
 
 def test_training_reads_faults_with_its_config():
     """Before anything is written, and all that are wrong at once."""
-    from mythos_dist.cluster.place import Place
+    from mythos_dist.ops.cluster.place import Place
     from mythos_dist.train.__main__ import read
 
     tiny = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")

@@ -21,13 +21,13 @@ from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.load import SECTIONS, dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
-from mythos_dist.plan.clusters import load_cluster
-from mythos_dist.plan.estimate import Estimate
+from mythos_dist.ops.plan.clusters import load_cluster
+from mythos_dist.ops.plan.estimate import Estimate
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
 LIMIT = 2.0  # seconds of this process, which other processes do not lengthen
-CLUSTER = load_cluster(REPOSITORY / "configs" / "h100_80gb.yaml")
+CLUSTER = load_cluster(REPOSITORY / "configs" / "clusters" / "h100_80gb.yaml")
 FUZZ = settings(
     deadline=None,
     max_examples=EXAMPLES,
@@ -192,7 +192,7 @@ def test_random_files_are_accepted_or_refused(tmp_path, document, ranks):
 @given(document=documents(), key=st.sampled_from(["gpus_per_node", "memory_gb", "name"]), value=ABSURD)
 def test_random_files_of_clusters_are_accepted_or_refused(tmp_path, document, key, value):
     path = tmp_path / "cluster.yaml"
-    good = (REPOSITORY / "configs" / "laptop.yaml").read_text()
+    good = (REPOSITORY / "configs" / "clusters" / "laptop.yaml").read_text()
     changed = [f"{key}: {value}" if line.startswith(key) else line for line in good.splitlines()]
     for text in (document, f"{good}\n{key}2: 1\n", "\n".join(changed)):
         path.write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -445,7 +445,7 @@ def test_checks_of_one_attention_do_not_concern_the_other():
     assert problems(change(model={"attn_type": "gqa", "qk_rope_head_dim": 5})) == []
 
 
-CONFIGS = [path for path in sorted((REPOSITORY / "configs").glob("*.yaml")) if "nvlink_domain" not in path.read_text()]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -342,11 +342,10 @@ def test_a_base_that_cannot_be_read_is_refused(base, write, tmp_path):
 
 
 def test_an_unknown_config_is_told_the_known_ones(write, tmp_path, monkeypatch):
-    """Those beside it; else those of the repository. Files of clusters are none."""
+    """Those beside it; else those of the repository."""
     write("train: {steps: 1}", "1b.yaml")
-    write("nvlink_domain: 8", "h100.yaml")
     (problem,) = refused(tmp_path / "1bb.yaml")
-    assert f"did you mean {tmp_path / '1b.yaml'}?" in problem and "h100" not in problem
+    assert f"did you mean {tmp_path / '1b.yaml'}?" in problem
     (problem,) = refused(tmp_path / "nowhere" / "tiny.yaml")
     assert "tiny_cpu.yaml" in problem and "500b.yaml" in problem and "h100" not in problem
     (problem,) = refused(tmp_path)

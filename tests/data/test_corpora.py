@@ -21,7 +21,7 @@ from mythos_dist.data.corpora import changes, fingerprint, open_corpora, with_wi
 from mythos_dist.data.manifest import index_fingerprint, read_manifest
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
-from mythos_dist.shards.verify import verify
+from mythos_dist.prepare.verify import verify
 
 STREAM = {
     "seq_len": SEQ_LEN,

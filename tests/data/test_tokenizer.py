@@ -409,7 +409,7 @@ def test_a_tokenizer_that_drops_characters_is_refused_with_the_remedy(tmp_path):
 
 
 def test_characters_that_become_the_unknown_token_are_counted(tmp_path):
-    from mythos_dist.shards.convert import convert
+    from mythos_dist.prepare.convert import convert
 
     (tmp_path / "a.txt").write_text("some text with ÄÖ and 日本\n" * 20)
     unknown = {**LETTERS, "<unk>": 27}

@@ -9,10 +9,10 @@ import pytest
 from helpers.conversion import ByteTokenizer
 
 from mythos_dist.data.tokenizer import train_tokenizer
-from mythos_dist.shards import convert as convert_module
-from mythos_dist.shards import documents, lines
-from mythos_dist.shards.convert import convert
-from mythos_dist.shards.corpus import read_documents, write_sample_corpus
+from mythos_dist.prepare import convert as convert_module
+from mythos_dist.prepare import documents, lines
+from mythos_dist.prepare.convert import convert
+from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 
 SEQ_LEN = 64
 VOCAB_SIZE = 1000
@@ -99,6 +99,6 @@ def tiny_pieces(monkeypatch):
         for module in (documents, lines):
             monkeypatch.setattr(module, "LONG_BYTES", size)
         monkeypatch.setattr(documents, "BATCH_BYTES", 2 * size)
-        monkeypatch.setattr("mythos_dist.shards.part.FRAGMENT_BYTES", size)
+        monkeypatch.setattr("mythos_dist.prepare.part.FRAGMENT_BYTES", size)
 
     return patch

@@ -10,9 +10,9 @@ import sys
 
 
 def main() -> None:
-    from mythos_dist.cluster.place import find_place
-    from mythos_dist.cluster.stop import Stop
     from mythos_dist.config.load import load_config
+    from mythos_dist.ops.cluster.place import find_place
+    from mythos_dist.ops.cluster.stop import Stop
 
     config = load_config(sys.argv[1], sys.argv[2:])
     place = find_place()

@@ -264,7 +264,7 @@ def _hold(pattern: str) -> None:
 
 def _fail_at(step: int) -> None:
     """This rank raises what nobody expects when it begins a step."""
-    from mythos_dist.cluster.inject import Faults
+    from mythos_dist.ops.cluster.inject import Faults
 
     def fail(self: Faults, at: int) -> None:
         if at == step:

@@ -34,7 +34,7 @@ def main() -> None:
     folders = [text.removeprefix("run.dir=") for text in sys.argv if text.startswith("run.dir=")]
     # Asked before the roll call, which no rank passes alone: rank 0 has not claimed the folder yet.
     if folders and not Path(folders[-1], "writer.json").exists():
-        from mythos_dist.cluster.inject import Faults
+        from mythos_dist.ops.cluster.inject import Faults
 
         before = Faults.before
 

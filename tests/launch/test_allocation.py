@@ -10,11 +10,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mythos_dist.cluster.allocation import Allocation, check, is_finished, notes, read_hostfile, spread
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
+from mythos_dist.ops.cluster.allocation import Allocation, check, is_finished, notes, read_hostfile, spread
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = str(REPOSITORY / "configs" / "tiny_cpu.yaml")
@@ -208,7 +208,7 @@ def test_a_done_run_without_its_checkpoints_is_done(tmp_path):
 
 
 def ask(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mythos_dist.cluster.allocation", *arguments]
+    command = [sys.executable, "-m", "mythos_dist.ops.cluster.allocation", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
@@ -241,7 +241,8 @@ def test_the_command_says_by_its_exit_code_if_a_run_is_done(tmp_path):
 
 def test_the_command_answers_without_torch():
     """It runs while GPUs wait. In processor time, of which other processes take none."""
-    code = "import sys, mythos_dist.cluster.allocation, mythos_dist.cluster.status; sys.exit('torch' in sys.modules)"
+    modules = "mythos_dist.ops.cluster.allocation, mythos_dist.ops.cluster.status"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ask(TINY, "--ranks", "8").returncode == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mythos_dist.plan.clusters import Cluster
+from mythos_dist.ops.plan.clusters import Cluster
 
 CLUSTER = Cluster(
     name="round",

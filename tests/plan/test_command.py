@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from mythos_dist.errors import UserError, run_command
-from mythos_dist.plan.clusters import load_cluster
-from mythos_dist.plan.command import read_fixed, split_fixed
+from mythos_dist.ops.plan.clusters import load_cluster
+from mythos_dist.ops.plan.command import read_fixed, split_fixed
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
-LAPTOP = str(CONFIGS / "laptop.yaml")
+LAPTOP = str(CONFIGS / "clusters" / "laptop.yaml")
 TINY = str(CONFIGS / "tiny_cpu.yaml")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from mythos_dist.plan.meter import Meter
+from mythos_dist.ops.plan.meter import Meter
 
 KB = 1024
 MODES = {"real": contextlib.nullcontext, "fake": lambda: FakeTensorMode(allow_non_fake_inputs=True)}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.depth_task import EOS, FIRST, group_table, make_depth_task, products
 from mythos_dist.config.check import problems
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.data.stream import ReplicaStream
-from mythos_dist.shards.depth_task import EOS, FIRST, group_table, make_depth_task, products
-from mythos_dist.shards.verify import verify
+from mythos_dist.prepare.verify import verify
 from mythos_dist.train.depth import HeldOut, Look, draw_curves, failures, overthinks_from
 from mythos_dist.train.pictures import picture
 from mythos_dist.train.schedule import loops_at, mean_at

@@ -1,4 +1,4 @@
-"""Half precision, evaluation and dropout under DeepSpeed; fp32 at every layout is `tests/parallel/test_layouts.py`."""
+"""Half precision, evaluation and dropout under DeepSpeed; fp32 at every layout is in parallel/test_parity_grid.py."""
 
 import itertools
 import shutil

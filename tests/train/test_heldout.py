@@ -11,7 +11,7 @@ from mythos_dist.config.load import load_config
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.mesh import SINGLE
-from mythos_dist.shards.convert import convert
+from mythos_dist.prepare.convert import convert
 from mythos_dist.train.batches import heldout_passes, open_heldout
 from mythos_dist.train.checks import check_inputs
 from mythos_dist.train.sweep import sweep

@@ -13,12 +13,12 @@ from helpers.launch import launch
 from helpers.selection import selected
 
 from mythos_dist.config.load import load_config
-from mythos_dist.plan.clusters import load_cluster
-from mythos_dist.plan.command import rank_of
-from mythos_dist.plan.estimate import Estimate
-from mythos_dist.plan.report import beside
-from mythos_dist.plan.write import BEGIN, END, planned_lines
-from mythos_dist.train.dry_run import DryRun, dry_run
+from mythos_dist.ops.dry_run import DryRun, dry_run
+from mythos_dist.ops.plan.clusters import load_cluster
+from mythos_dist.ops.plan.command import rank_of
+from mythos_dist.ops.plan.estimate import Estimate
+from mythos_dist.ops.plan.report import beside
+from mythos_dist.ops.plan.write import BEGIN, END, planned_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 README = (CONFIGS.parent / "README.md").read_text()
@@ -87,7 +87,7 @@ def test_a_variants_plan_is_what_its_real_rank_does(name, dry):
 @EACH
 def test_a_configs_comment_is_what_the_tools_say(name, dry):
     command = f"python tools/plan.py configs/{name}.yaml --gpus {estimate_of(name).world_size} "
-    command += "--cluster configs/h100_80gb.yaml --as-is --dry-run"
+    command += "--cluster configs/clusters/h100_80gb.yaml --as-is --dry-run"
     assert comment_of(name) == planned_lines(estimate_of(name), command, dry[name][0])
 
 
@@ -100,7 +100,7 @@ def test_the_readme_shows_the_plan_and_the_dry_run(name, dry):
 
 def test_what_cannot_fit_does_not_fit_in_the_dry_run_either():
     """10b on 8 H100: with tensor 2 and expert 2 the plan wants more than there is, with tensor 4 it does not."""
-    cluster = load_cluster(CONFIGS / "h100_80gb.yaml")
+    cluster = load_cluster(CONFIGS / "clusters" / "h100_80gb.yaml")
     sizes = {}
     for tensor in (2, 4):
         overrides = ["data.path=shards", f"parallel.tensor={tensor}", "train.global_batch=64", "loops.mean=8"]

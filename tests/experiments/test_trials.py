@@ -1,0 +1,104 @@
+"""Trainings side by side, and what they are compared by; and the tools that are made of them, with a few steps."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.trials import Trial, run_all, steps_for, training_flops
+from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
+from mythos_dist.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+TASK = REPOSITORY / "configs" / "depth_task.yaml"
+SMALL = "model.dim=32 model.kv_lora_rank=16 model.q_lora_rank=16 train.steps=4 optim.warmup_steps=2".split()
+
+
+def small(**loops) -> Config:
+    base = Config()
+    model = MythosConfig(
+        dim=32, n_heads=2, n_kv_heads=2, vocab_size=64, max_seq_len=16, attn_type="gqa", n_experts=1,
+        n_experts_per_tok=1, expert_dim=32, max_loop_iters=6,
+    )  # fmt: skip
+    train = replace(base.train, seq_len=16, global_batch=4, micro_batch=2, recompute="none")
+    return replace(base, model=model, train=train, loops=LoopsConfig(**loops))
+
+
+def test_equal_flops_are_fewer_steps_of_more_loops():
+    """As many steps as were spent. A loop costs the same wherever it stands; a step, each of its loops."""
+    costs = [next(training_flops(small(distribution="fixed", mean=n))) for n in (1, 3, 5)]
+    assert costs[2] - costs[1] == pytest.approx(costs[1] - costs[0])
+    fixed = small(distribution="fixed", mean=6)
+    budget = sum(itertools.islice(training_flops(fixed), 30))
+    assert steps_for(fixed, budget) == 30
+    assert 31 <= steps_for(small(distribution="fixed", mean=2), budget) <= 90
+    drawn = small(distribution="uniform_set", set=(1, 3, 6))
+    steps = steps_for(drawn, budget)
+    spent = list(itertools.islice(training_flops(drawn), steps))
+    assert sum(spent[:-1]) < budget <= sum(spent)
+
+
+def test_a_mistake_in_the_last_trial_is_found_before_the_first_runs(tmp_path):
+    trials = [
+        Trial(TASK, tmp_path / name, ("data.path=x", f"loops.mean={mean}")) for name, mean in (("a", 8), ("b", 0))
+    ]
+    with pytest.raises(UserError, match=r"loops\.mean"):
+        run_all(trials, lambda trial: (None, ""))
+    assert not list(tmp_path.iterdir())
+
+
+def tool(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, REPOSITORY / "tools" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1120, cwd=REPOSITORY)
+
+
+@pytest.mark.launch
+@pytest.mark.long  # the comparison of switches below runs the same studies
+def test_the_depth_demo_writes_its_summary_and_does_nothing_twice(tmp_path):
+    """Four steps teach nothing; what is there is. Accuracies are shares of 1000 windows of 16 hops."""
+    asked = ("--out", tmp_path, "--settings", "per-loop targets,reference", "--seeds", 1, *SMALL)
+    first = tool("depth_demo.py", *asked)
+    assert first.returncode == 0, first.stderr[-2000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["settings"]) == ["per-loop targets", "reference"]
+    for found in summary["settings"].values():
+        (seed,) = found["seeds"].values()
+        assert list(seed) == ["2", "4", "8", "12", "16", "24", "32"]
+        for one in seed.values():
+            hops = list(one["hops"].values())
+            assert len(hops) == 16
+            assert all(0 <= share <= 1 and share * 1000 == pytest.approx(round(share * 1000)) for share in hops)
+            assert one["mean"] == pytest.approx(sum(hops[8:]) / 8)
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    metrics = {file: file.read_bytes() for file in tmp_path.glob("*/seed-0/metrics.jsonl")}
+    assert len(metrics) == 2
+    second = tool("depth_demo.py", *asked)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert {file: file.read_bytes() for file in metrics} == metrics
+
+
+@pytest.mark.launch
+def test_the_comparison_of_switches_writes_its_tables(tmp_path):
+    """Two switches on the task, and the mistakes that can be made in naming them."""
+    done = tool(
+        "loop_ablation.py", "--out", tmp_path, "--data", "task", "--only", "base,act safe", "--seeds", 1, *SMALL
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "ablation.json").read_text())["task"]["switches"]
+    assert list(found) == ["base", "act safe"]
+    assert found["base"]["steps"] == 4
+    assert found["act safe"]["steps"] <= 4  # halting costs something
+    table = (tmp_path / "ablation.md").read_text()
+    assert table in done.stdout
+    for one in found.values():
+        assert f"{one['seeds'][0]['16']:.3f}" in table
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    for option, value in (("--data", "words"), ("--only", "more loops")):
+        wrong = tool("loop_ablation.py", "--out", tmp_path, option, value)
+        assert wrong.returncode == 2 and f"{option} names ['{value}']" in wrong.stderr
+        assert "Traceback" not in wrong.stderr

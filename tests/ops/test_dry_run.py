@@ -1,0 +1,230 @@
+"""A rank without numbers against the same rank among real ones: peak memory, FLOPs, and every byte of its messages."""
+
+import gc
+import os
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.launch import launch, new_process_groups, run_ranks
+from helpers.parity import batches, change
+from helpers.selection import by_ranks
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mythos_dist.config.deepspeed import deepspeed_config
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.model.kernels import as_on_gpus
+from mythos_dist.ops.dry_run import Answer, OwnTraffic, dry_run
+from mythos_dist.ops.plan.meter import Meter
+from mythos_dist.parallel import expert
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
+
+# Tensors of some MB, so that the scalars do not count. Nothing is learned and the router's bias stays: every step sends
+# the same rows.
+SMALL = (
+    "model.dim=256 model.vocab_size=2000 model.kv_lora_rank=64 model.q_lora_rank=96 model.qk_rope_head_dim=32 "
+    "model.qk_nope_head_dim=32 model.v_head_dim=32 model.expert_dim=128 train.seq_len=256 train.micro_batch=1 "
+    "train.global_batch=2 train.dtype=fp32 loops.mean=3 experts.z_loss=0.01 experts.bias_update_rate=0 optim.lr=0"
+)
+# As many micro-batches as a dry run takes, but for one layout. Most in fp32: a CPU's products in bf16 take ten times as
+# long.
+LAYOUTS = {
+    2: [
+        "train.micro_batch=2 train.global_batch=4",
+        "model.attn_type=gqa loops.backprop=2",
+        "parallel.zero=2 train.dtype=bf16 train.global_batch=4",
+        "parallel.zero=3 train.recompute=loop",
+        "parallel.tensor=2 train.recompute=selective train.global_batch=1",
+        "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1",
+        "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",
+        "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",
+    ],
+    4: [
+        "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
+        "parallel.expert=4 train.global_batch=4",
+        "parallel.pipe=2 parallel.expert=2 train.dtype=bf16 train.global_batch=4",
+    ],
+}
+# Other combinations of the settings above.
+LONG = {
+    2: [
+        "train.dtype=bf16 train.global_batch=4",
+        "parallel.zero=3 train.dtype=bf16",
+        "parallel.expert=2 train.recompute=loop",
+        "parallel.pipe=2 train.dtype=bf16",
+    ],
+    4: [
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true",
+    ],
+}
+TOLERANCE = 0.005
+
+
+def config_of(layout: str) -> Config:
+    config = load_config("configs/tiny_cpu.yaml", [*SMALL.split(), *layout.split(), "data.path=none"])
+    return change(config, data=dict(path="", document_mask=False))  # random tokens
+
+
+def micro_batches_of(config: Config, world: int) -> int:
+    """As many as a step really runs: a dry run by itself takes fewer."""
+    replicas = world // (config.parallel.pipe * config.parallel.tensor)
+    return config.train.global_batch // (config.train.micro_batch * replicas)
+
+
+def with_small_buckets(*arguments: Any) -> dict[str, Any]:
+    """DeepSpeed's settings with gradients reduced 2 to 4 MB at a time: the usual 2 GB would hide all else."""
+    settings = deepspeed_config(*arguments)
+    settings["zero_optimization"]["reduce_bucket_size"] = 1_000_000
+    return settings
+
+
+SMALL_BUCKETS = mock.patch("mythos_dist.train.engine.deepspeed_config", with_small_buckets)
+
+
+def measure(layouts: list[str]) -> list[dict[str, Any]]:
+    """On each rank: what every layout's step needs, as torch's profiler and the counting modes see it."""
+    from mythos_dist.parallel.mesh import build_mesh
+    from mythos_dist.train.engine import Engine
+
+    found = []
+    for layout in layouts:
+        print(layout, file=sys.stderr)  # a launch that fails says where it was
+        new_process_groups(layout)
+        config = config_of(layout)
+        mesh = build_mesh(config.parallel)
+        micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))
+        answers: list[Answer] = []
+        exchange_counts = expert._exchange_counts
+
+        def ask(*arguments: Any, answers: list = answers, exchange_counts: Any = exchange_counts) -> Any:
+            answers.append(exchange_counts(*arguments))
+            return answers[-1]
+
+        with as_on_gpus(), SMALL_BUCKETS, mock.patch.object(expert, "_exchange_counts", ask):
+            gc.collect()  # or the profiler sees the engine before this one go away
+            with let_gloo_go(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                engine = Engine(config, mesh)
+                # In the first step a pipeline's stages send shapes, and ZeRO-3 learns which parameters are needed when.
+                engine.train_step(micro_batches, 1)
+                answers.clear()
+                with record_function("the step"):
+                    engine.train_step(micro_batches, 2)
+            routing = list(answers)
+            engine.traffic = OwnTraffic(mesh)
+            with Meter() as meter:
+                meter.reset()
+                communication = engine.train_step(micro_batches, 2).communication
+        assert answers == routing * 2, "a step that learns nothing has sent other rows than the one before"
+        found.append(
+            {
+                "peak": peak_of(profiler),
+                "flops": meter.flops,
+                "communication": communication,
+                "routing": routing,
+            }
+        )
+        engine.deepspeed.destroy()
+        del engine
+        dist.barrier()
+    return found
+
+
+def let_gloo_go() -> Any:
+    """Behind each message waits until gloo's thread has let go of tensors: the profiler does not see it free them."""
+    wait = dist.Work.wait
+
+    def patiently(*arguments: Any) -> Any:
+        done = wait(*arguments)
+        time.sleep(0.002)
+        return done
+
+    return mock.patch.object(dist.Work, "wait", patiently)
+
+
+def peak_of(profiler: profile) -> int:
+    """The most bytes that are allocated at a time during the step, of all that was since the profiler began."""
+    assert profiler.profiler and profiler.profiler.kineto_results
+    left, events = list(profiler.profiler.kineto_results.experimental_event_tree()), []
+    while left:
+        events.append(left.pop())
+        left += events[-1].children
+    (step,) = (event for event in events if event.name == "the step")
+    allocations = (event for event in events if event.tag == _EventType.Allocation)
+    held: dict[int, int] = {}  # bytes by address: what the profiler did not see begin does not end either
+    live = peak = 0
+    for event in sorted(allocations, key=lambda event: event.start_time_ns):
+        size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
+        live += size if size > 0 else -held.pop(address, 0)
+        if size > 0:
+            live -= held.pop(address, 0)
+            held[address] = size
+        if step.start_time_ns <= event.start_time_ns <= step.end_time_ns:
+            peak = max(peak, live)
+    return peak
+
+
+def run_dry(world: int, cases: list[tuple[str, int, list[Answer]]]) -> list[dict[str, Any]]:
+    """For each layout, rank and routing: what the dry run of that rank says."""
+    found = []
+    for layout, rank, routing in cases:
+        print(layout, rank, file=sys.stderr)
+        config = config_of(layout)
+        with SMALL_BUCKETS:
+            dry = dry_run(config, world, rank, micro_batches=micro_batches_of(config, world), routing=routing)
+        found.append(
+            {
+                "peak": sum(dry.memory.values()),
+                "flops": dry.flops,
+                "communication": dry.communication,
+                "micro_batches": dry.micro_batches,
+            }
+        )
+    return found
+
+
+def run_dry_in_turns(world: int, cases: list[tuple[str, int, list[Answer]]]) -> list[dict[str, Any]]:
+    """On each of two processes: its half of the cases."""
+    return run_dry(world, cases[int(os.environ["LOCAL_RANK"]) :: 2])
+
+
+@pytest.mark.parametrize(("world", "layouts"), by_ranks(LAYOUTS, LONG))
+def test_a_rank_without_numbers_does_what_a_real_one_does(world, layouts):
+    """FLOPs and bytes over each axis are the same numbers, for the rows that the real routers sent.
+
+    Rank 0, and the last one where it is another stage or gets other rows.
+    """
+    real = list(zip(layouts, zip(*run_ranks(world, measure, layouts, seconds=1600), strict=True), strict=True))
+    cases = [
+        (layout, rank, ranks[rank]["routing"])
+        for layout, ranks in real
+        for rank in ([0, world - 1] if "pipe" in layout or "expert" in layout else [0])
+    ]
+    halves = launch(2, run_dry_in_turns, world, cases, seconds=1600)
+    assert halves.codes == [0, 0], "\n".join(halves.tails)
+    dry = {
+        case[:2]: found for i, half in enumerate(halves.values) for case, found in zip(cases[i::2], half, strict=True)
+    }
+    for (layout, rank), found in dry.items():
+        measured, config = dict(real)[layout][rank], config_of(layout)
+        micro_batches = micro_batches_of(config, world)
+        where = f"{layout}, rank {rank}"
+        assert found["peak"] == pytest.approx(measured["peak"], rel=TOLERANCE), where
+        assert found["flops"] / found["micro_batches"] == measured["flops"] / micro_batches, where
+        assert found["communication"] == measured["communication"], where
+
+
+def test_a_dry_run_is_silent_and_leaves_no_trace(capfd):
+    """Neither DeepSpeed nor torch says a word; the process can go on as if nothing had been."""
+    before = dict(os.environ)
+    dry_run(config_of("parallel.zero=3 parallel.tensor=4 train.global_batch=32"), 64, rank=5, imbalance=1.2)
+    assert capfd.readouterr() == ("", "")
+    assert dict(os.environ) == before
+    assert not dist.is_initialized()
+    assert (torch.ones(2) + 1).tolist() == [2, 2]

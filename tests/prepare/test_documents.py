@@ -1,0 +1,396 @@
+"""Every format gives the same documents, each once, wherever files are cut; what is broken is named."""
+
+import codecs
+import gzip
+import json
+import math
+import random
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mythos_dist.errors import UserError
+from mythos_dist.prepare import documents, inputs, lines
+from mythos_dist.prepare.documents import Columns, LongDocument, read_span, units_of, valid_utf8
+from mythos_dist.prepare.inputs import find_sources
+
+TEXTS = [
+    *("first", "", "naïve 日本語 🙂", "two\\nlines\r\nand a tab\t", 'a "quoted" \\ text', "x" * 5000, " ", "</s>\0"),
+    *(f"document {number}" for number in range(20)),
+]
+
+
+def compress(suffix, content):
+    """In two frames or members, as tools for parallel compression write them."""
+    half = len(content) // 2
+    if suffix == ".gz":
+        return gzip.compress(content[:half]) + gzip.compress(content[half:])
+    if suffix == ".zst":
+        return b"".join(pa.Codec("zstd").compress(some, asbytes=True) for some in (content[:half], content[half:]))
+    return content
+
+
+def read(path, columns=None, skip=False, span_units=1):
+    """(documents as bytes, scores, whether repaired) of all spans, and what was called bad."""
+    columns, skipped = columns or Columns(), []
+    found = []
+
+    def bad(where, reason):
+        if not skip:
+            raise UserError(f"{where}: {reason}")
+        skipped.append((where, reason))
+
+    for source in find_sources(path):
+        units = units_of(source, columns)
+        for first in range(0, len(units.sizes), span_units):
+            last = min(first + span_units, len(units.sizes))
+            for some in read_span(units.span(first, last), columns, bad):
+                if isinstance(some, LongDocument):
+                    pieces = list(valid_utf8(some.pieces()))
+                    content = b"".join(piece.tobytes() for piece, _ in pieces)
+                    found.append((content, some.score, any(mended for _, mended in pieces)))
+                    continue
+                assert some.data.dtype == np.uint8 and some.ends.dtype == np.int64
+                scores = [math.nan] * len(some.ends) if some.scores is None else some.scores.tolist()
+                start = 0
+                for end, score, repaired in zip(some.ends.tolist(), scores, some.repaired.tolist(), strict=True):
+                    found.append((some.data[start:end].tobytes(), score, repaired))
+                    start = end
+                assert start == len(some.data)
+    return found, skipped
+
+
+def texts_of(path, columns=None, **options):
+    return [content.decode() for content, _, _ in read(path, columns, **options)[0]]
+
+
+# --- formats
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_parquet_of_every_kind_of_text(tmp_path, kind, rows):
+    """Also with text as the last of several columns, and missing values, which are empty documents."""
+    texts = pa.array([*(text.encode() for text in TEXTS), None], pa.binary()).cast(kind)
+    table = pa.table({"id": range(len(texts)), "nested": [{"text": 1}] * len(texts), "text": texts})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
+    assert texts_of(tmp_path / "a.parquet") == [*TEXTS, ""]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_json_lines_and_plain_text_packed_or_not(tmp_path, suffix):
+    """JSON escapes or not, other keys, blank lines between; text by line and by file."""
+    records = [
+        json.dumps({"id": 1, "text": t, "meta": {"text": 2}}, ensure_ascii=i % 2 > 0) for i, t in enumerate(TEXTS)
+    ]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(suffix, "\n \n\r\n".join(records).encode()))
+    assert texts_of(tmp_path / f"a.jsonl{suffix}") == TEXTS
+    plain = [text for text in TEXTS if "\n" not in text]
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(suffix, "\r\n".join(plain).encode()))
+    assert texts_of(tmp_path / f"a.txt{suffix}", Columns(sample_by="line")) == plain
+    (tmp_path / f"b.md{suffix}").write_bytes(compress(suffix, "\n".join(TEXTS).encode()))
+    assert texts_of(tmp_path / f"b.md{suffix}") == ["\n".join(TEXTS)]
+
+
+def test_another_key_and_empty_files(tmp_path, write_parquet):
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "text": 3}\n{"body": null}')
+    assert texts_of(tmp_path / "a.jsonl", Columns("body")) == ["x", ""]
+    assert texts_of(write_parquet(body=["x"], text=[3]), Columns("body")) == ["x"]
+    (tmp_path / "e.jsonl").touch()
+    (tmp_path / "e.txt").touch()
+    assert texts_of(tmp_path / "e.jsonl") == texts_of(tmp_path / "e.txt", Columns(sample_by="line")) == []
+    assert texts_of(tmp_path / "e.txt") == [""]
+    assert texts_of(write_parquet("e.parquet", text=pa.array([], pa.string()))) == []
+
+
+def test_a_giant_row_group_is_handed_on_in_batches_and_a_giant_document_in_pieces(tmp_path, tiny_pieces):
+    tiny_pieces(1000)
+    texts = [random.Random(number).randbytes(200).hex() for number in range(500)]
+    texts[100] = texts[200] = "y" * 100_000
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1000)
+    units = units_of(*find_sources(tmp_path), Columns())
+    assert len(units.sizes) == 1
+    some = list(read_span(units.span(0, 1), Columns(), pytest.fail))
+    assert sum(isinstance(one, LongDocument) for one in some) == 2
+    assert max(len(one.data) for one in some if not isinstance(one, LongDocument)) <= 2000
+    assert max(len(piece) for one in some if isinstance(one, LongDocument) for piece in one.pieces()) <= 1000
+    assert texts_of(tmp_path / "a.parquet") == texts
+
+
+# --- lines cut anywhere
+
+
+@pytest.fixture(scope="module")
+def line_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lines")
+
+
+LINES = st.lists(st.text("ab\r\u00e9日 ", max_size=12), max_size=12)
+
+
+@settings(max_examples=150)
+@given(
+    texts=LINES,
+    ends=st.lists(st.sampled_from(["\n", "\r\n", "\n\n"]), min_size=12, max_size=12),
+    last_end=st.booleans(),
+    grain=st.integers(1, 40),
+    span_units=st.integers(1, 4),
+    piece=st.integers(1, 20),
+)
+def test_lines_cut_anywhere_are_neither_lost_nor_repeated(line_folder, texts, ends, last_end, grain, span_units, piece):
+    """Spans of `grain` bytes and more, read `piece` bytes at a time, against bytes.split."""
+    content = "".join(text + end for text, end in zip(texts, ends, strict=False))
+    if not last_end:
+        content = content.rstrip("\n")
+    file = line_folder / "a.txt"
+    file.write_bytes(content.encode())
+    *whole, last = content.split("\n")
+    expected = [line.removesuffix("\r") for line in whole] + ([last] if last else [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "TEXT_SPAN_BYTES", grain)
+        patch.setattr(inputs, "READ_BYTES", piece)
+        assert texts_of(file, Columns(sample_by="line"), span_units=span_units) == expected
+
+
+@settings(max_examples=100)
+@given(
+    texts=st.lists(st.text(max_size=80) | st.text('"\\ a', max_size=120), max_size=8),
+    grain=st.integers(1, 300),
+    long=st.integers(24, 200),  # strings of more than a quarter are long ones; keys must not be
+    ascii_only=st.booleans(),
+)
+def test_json_lines_with_long_strings_read_as_json_reads_them(line_folder, texts, grain, long, ascii_only):
+    """Long lines are taken apart by hand; here every line of more than `long` bytes is."""
+    file = line_folder / "a.jsonl"
+    records = [{"id": "i" * (i % 3), "text": text, "after": [text[:3]]} for i, text in enumerate(texts)]
+    content = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
+    file.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "TEXT_SPAN_BYTES", grain)
+        for module in (documents, lines):
+            patch.setattr(module, "LONG_BYTES", long)
+        found, _ = read(file)
+    assert [text.decode() for text, _, _ in found] == texts
+    assert not any(repaired for _, _, repaired in found)
+
+
+# --- text that is not UTF-8
+
+BROKEN = [b"caf\xc3\xa9", b"\xff", b"cut \xe6\x97", b"\xed\xa0\x80 surrogate", b"", b"\xc3", b"\xa9", b"whole"]
+
+
+def test_bad_bytes_become_u_fffd_document_by_document(tmp_path):
+    """As bytes.decode does it; the halves of a character in two documents make no character."""
+    expected = [text.decode("utf-8", "replace") for text in BROKEN]
+    pq.write_table(pa.table({"text": pa.array(BROKEN, pa.binary())}), tmp_path / "a.parquet")
+    unchecked = pa.array(BROKEN, pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": unchecked}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_bytes(b"\n".join(BROKEN))
+    for name in "a.parquet", "b.parquet", "c.txt":
+        found, _ = read(tmp_path / name, Columns(sample_by="line"))
+        assert [text.decode() for text, _, _ in found] == expected
+        assert [repaired for _, _, repaired in found] == ["\ufffd" in text for text in expected]
+
+
+def test_surrogates_in_json_that_stand_alone_become_u_fffd(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        rb'{"text": "pair \ud83d\ude42"}'
+        b"\n"
+        rb'{"text": "alone \ud800 x"}'
+        b"\n"
+        rb'{"text": "\ude42\ud83d"}'
+        b'\n{"text": "byte \xff"}\n'
+    )
+    found, _ = read(tmp_path / "a.jsonl")
+    assert [text.decode() for text, _, _ in found] == ["pair 🙂", "alone \ufffd x", "\ufffd\ufffd", "byte \ufffd"]
+    assert [repaired for _, _, repaired in found] == [False, True, True, True]
+
+
+@given(content=st.binary(max_size=40) | st.text(max_size=20).map(str.encode), cuts=st.sets(st.integers(1, 39)))
+def test_characters_cut_between_pieces_are_put_together(content, cuts):
+    edges = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
+    pieces = list(valid_utf8(content[a:b] for a, b in pairwise(edges) if b > a))
+    assert b"".join(piece.tobytes() for piece, _ in pieces).decode() == content.decode("utf-8", "replace")
+    for piece, _ in pieces:
+        piece.tobytes().decode()  # each by itself
+    is_valid = codecs.decode(content, "utf-8", "ignore").encode() == content
+    assert any(repaired for _, repaired in pieces) == (not is_valid)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt", "a.jsonl", "a.txt.gz"])
+def test_a_long_document_reads_as_in_one_piece(tmp_path, tiny_pieces, name):
+    """With bad bytes and characters of four bytes at the borders of pieces."""
+    content = b"".join(b"x" * (number % 7) + "🙂é".encode() + b"\xf0\x9f" * (number % 2) for number in range(300))
+    expected = content.decode("utf-8", "replace")
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": pa.array([content], pa.binary())}), tmp_path / name)
+    elif name == "a.jsonl":
+        text = content.decode("utf-8", "ignore")
+        (tmp_path / name).write_text(json.dumps({"text": text}))
+        expected = text
+    else:
+        (tmp_path / name).write_bytes(compress(name[5:], content))
+    whole = texts_of(tmp_path / name)
+    tiny_pieces(97)
+    assert texts_of(tmp_path / name) == whole == [expected]
+
+
+# --- scores
+
+
+def test_scores_of_every_kind_missing_ones_are_nan(tmp_path, write_parquet):
+    columns = Columns(score="score")
+
+    def scores(path):
+        return [None if math.isnan(score) else score for _, score, _ in read(path, columns)[0]]
+
+    assert scores(write_parquet(text=["a"] * 4, score=[1.5, None, math.nan, -2.0])) == [1.5, None, None, -2]
+    assert scores(write_parquet(text=["a"] * 2, score=[3, None])) == [3, None]
+    assert scores(write_parquet(text=["a"] * 2, score=pa.array([0.5, 4], pa.float32()))) == [0.5, 4]
+    values = ["4", "4.5", "null", "NaN", '" 5.5"', "1" + "0" * 400, '"high"', "[1]", "true", '""']
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "a", "score": {value}}}\n' for value in values) + '{"text": ""}'
+    )
+    found, skipped = read(tmp_path / "a.jsonl", columns, skip=True)
+    assert [None if math.isnan(score) else score for _, score, _ in found] == [4, 4.5, None, None, 5.5, 1, None, None]
+    assert [where for where, _ in skipped] == ["line 6", "line 7", "line 8"]
+
+
+# --- what cannot be read
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["x"], "url": ["y"]}, "no column 'text'; the columns are body, url"),
+        ({"text": [1, 2]}, "column 'text' holds int64, not strings"),
+        ({"text": [["a"]]}, "column 'text' holds list<.*>, not strings"),
+        ({"text": ["a"], "score": [[1.0]]}, "column 'score' holds list<.*>, not numbers"),
+        ({"text": [{"en": "a"}]}, "column 'text' holds struct<en: string>, not strings"),
+        ({"text": ["a"]}, "no column 'score'; the columns are text"),
+    ],
+)
+def test_a_parquet_file_with_other_columns_is_refused(write_parquet, columns, message):
+    (source,) = find_sources(write_parquet(**columns))
+    with pytest.raises(UserError, match=f"a.parquet: {message}"):
+        units_of(source, Columns(score="score" if "score" in message else None))
+
+
+def test_plain_text_has_no_scores(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match=r"a.txt: plain text has no score;"):
+        units_of(*find_sources(tmp_path), Columns(score="score"))
+
+
+def test_what_is_not_whole_parquet_is_refused(tmp_path, corpus):
+    whole = corpus.read_bytes()
+    footer = whole[:-100] + bytes(92) + whole[-8:]
+    for content in (b"hello", b"", whole[:100_000], whole[:-1], b"PAR1" + bytes(100) + b"PAR1", footer):
+        (tmp_path / "a.parquet").write_bytes(content)
+        with pytest.raises(UserError, match=r"a.parquet: cannot be read \((ArrowInvalid|OSError)"):
+            units_of(*find_sources(tmp_path), Columns())
+
+
+def damage(file, group):
+    """Overwrite the middle of a row group's text with zeros; the footer stays."""
+    chunk = pq.read_metadata(file).row_group(group).column(0)
+    begin = chunk.dictionary_page_offset or chunk.data_page_offset
+    content = bytearray(file.read_bytes())
+    middle = begin + chunk.total_compressed_size // 2
+    content[middle : middle + 40] = bytes(40)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "snappy"])
+def test_a_damaged_page_is_named_and_the_other_row_groups_are_read(tmp_path, compression):
+    texts = [random.Random(number).randbytes(30).hex() for number in range(400)]
+    file = tmp_path / "a.parquet"
+    options = {"use_dictionary": False, "row_group_size": 100, "compression": compression}
+    pq.write_table(pa.table({"text": texts}), file, write_page_checksum=True, **options)
+    damage(file, 2)
+    with pytest.raises(UserError, match=r"row group 2: .*CRC"):
+        read(file)
+    found, skipped = read(file, skip=True, span_units=4)
+    assert [text.decode() for text, _, _ in found] == texts[:200] + texts[300:]
+    assert [where for where, _ in skipped] == ["row group 2"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("harm", ["cut", "flipped", "not packed"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_packed_file_that_cannot_be_unpacked_to_its_end(tmp_path, suffix, harm, name, tiny_pieces):
+    """By line, what comes before is kept; a file that is one document is left out whole, however long."""
+    texts = [random.Random(number).randbytes(30).hex() for number in range(400)]
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if suffix == ".gz":
+        packed = bytearray(gzip.compress(content))
+    else:  # with a checksum, as the command zstd writes it
+        stream = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(stream, "zstd") as out:
+            out.write(content)
+        packed = bytearray(stream.getvalue().to_pybytes())
+    if harm == "cut":
+        del packed[-20:]
+    elif harm == "flipped":
+        packed[len(packed) // 2 :] = bytes(len(packed) - len(packed) // 2)
+    else:
+        packed = bytearray(content)
+    file = tmp_path / f"{name}{suffix}"
+    file.write_bytes(packed)
+    for size in (1 << 20, 1000):
+        tiny_pieces(size)
+        with pytest.raises(UserError, match=r"(what follows )?line \d+|file" if name == "a.jsonl" else "file: "):
+            read(file)
+        found, skipped = read(file, skip=True)
+        if (harm, suffix, name) == ("flipped", ".gz", "a.jsonl"):  # it may give wrong text up to its checksum
+            found = found[:150]
+        else:
+            assert len(skipped) == 1
+        assert [text.decode() for text, _, _ in found] == ([] if name == "a.txt" else texts[: len(found)])
+        if (harm, suffix, name) == ("cut", ".gz", "a.jsonl"):
+            assert len(found) == 399 and skipped[0][0] == "what follows line 399"
+
+
+def test_each_broken_json_line_is_named_by_its_place(tmp_path):
+    good = b'{"text": "good"}\n'
+    broken = {
+        b'{"text": "never ends\n': r"not JSON \(Unterminated string",
+        b'{"txt": "x", "id": 1}\n': r"no key 'text'; there is: txt, id",
+        b'{"text": 17}\n': r"key 'text' holds int, not text",
+        b'{"text": {"\\u0000": 0}}\n': r"key 'text' holds dict, not text",
+        b'["text"]\n': r"no key 'text'; there is: list",
+        b"\xff\xfe\n": r"not JSON",
+        b"[" * 20_000 + b"\n": r"not JSON \(maximum recursion",
+    }
+    (tmp_path / "a.jsonl").write_bytes(b"".join(good + line for line in broken) + good)
+    found, skipped = read(tmp_path / "a.jsonl", skip=True)
+    assert [text for text, _, _ in found] == [b"good"] * (len(broken) + 1)
+    for number, ((line, reason), (where, _)) in enumerate(zip(broken.items(), skipped, strict=True)):
+        assert where == f"line {2 * number + 2}"
+        (tmp_path / "b.jsonl").write_bytes(line)
+        with pytest.raises(UserError, match=f"line 1: {reason}"):
+            read(tmp_path / "b.jsonl")
+
+
+LONG_AND_BROKEN = [
+    b'{"text": "a wrong \\x escape %s"}' % (b"x " * 50),
+    b'{"text": "a wrong escape at the end %s\\ud8"}' % (b"x " * 50),
+    b'{"text": "%s", }' % (b"y" * 100),
+    b'{"text": "%s}' % (b"z" * 100),
+    b'{"body": "%s"}' % (b"z" * 100),
+]
+
+
+@pytest.mark.parametrize("long", [40, 1 << 20])
+@pytest.mark.parametrize("line", LONG_AND_BROKEN)
+def test_a_broken_long_line_is_named_before_any_of_it_is_used(tmp_path, tiny_pieces, long, line):
+    tiny_pieces(long)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n" + b'{"text": "good"}\n')
+    found, skipped = read(tmp_path / "a.jsonl", skip=True)
+    assert [text for text, _, _ in found] == [b"good", b"good"]
+    assert [where for where, _ in skipped] == ["line 2"]

@@ -1,0 +1,120 @@
+"""Results in order, a bound on what is under way, and an end for every worker however its parent ends."""
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from helpers.conversion import ended
+
+from mythos_dist.errors import UserError
+from mythos_dist.prepare import pool
+from mythos_dist.prepare.pool import Workers
+
+
+def square(number):
+    time.sleep(0.02 * (number % 3 == 0))  # some take longer than those after them
+    pool.count(number, 1)
+    return number * number * pool.shared()
+
+
+def die_of(item):
+    """Kills its worker if the item says so; `once`: only the first time, as when memory was short."""
+    number, how, once = item
+    if how is not None and not (once and once.exists()):
+        if once:
+            once.touch()
+        faulthandler.disable()  # it would print the stack
+        if isinstance(how, int):
+            os._exit(how)
+        os.kill(os.getpid(), signal.Signals[how])
+    return number
+
+
+def fail(number):
+    if number == 3:
+        raise UserError("this one is bad", "file.txt")
+    return number
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_results_come_in_the_order_of_items(number):
+    ticks = []
+    with Workers(number, 10) as crew:
+        assert list(crew.map(square, range(20), lambda: ticks.append(crew.done))) == [10 * i * i for i in range(20)]
+        assert crew.done == (sum(range(20)), 20)
+        assert list(crew.map(square, [])) == []
+    assert ticks[-1] == (sum(range(20)), 20)
+    assert ticks == sorted(ticks)
+
+
+def test_items_are_taken_only_as_they_are_needed():
+    taken = []
+
+    def items():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    with Workers(2, 1) as crew:
+        results = crew.map(square, items())
+        for _ in range(5):
+            next(results)
+        assert len(taken) <= 5 + 4
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_error_in_a_task_arrives_as_it_was_raised(number):
+    with Workers(number) as crew, pytest.raises(UserError) as error:
+        list(crew.map(fail, range(10)))
+    assert (str(error.value), error.value.problems, error.value.source) == (
+        *("file.txt: this one is bad", ["this one is bad"], "file.txt"),
+    )
+
+
+@pytest.mark.parametrize(("how", "name"), [("SIGKILL", "SIGKILL"), ("SIGSEGV", "SIGSEGV"), (7, "exit code 7")])
+def test_a_task_that_kills_its_worker_is_named(how, name):
+    """However many others are under way, some of them finished."""
+    with Workers(3) as crew, pytest.raises(UserError) as error:
+        list(crew.map(die_of, [(i, how if i == 8 else None, None) for i in range(20)]))
+    assert f"(8, {how!r}, None): a worker process died of it ({name})" in str(error.value)
+
+
+@pytest.mark.launch
+def test_work_goes_on_where_a_worker_died_but_once(tmp_path):
+    """As when there was memory for one at a time only: nobody is guilty, nothing is lost, and the order stays."""
+    with Workers(3) as crew:
+        items = [(i, "SIGKILL" if i in (4, 5, 12) else None, tmp_path / str(i)) for i in range(20)]
+        assert list(crew.map(die_of, items)) == list(range(20))
+        assert list(crew.map(die_of, items)) == list(range(20))
+
+
+def test_stopping_ends_the_workers_in_the_middle_of_their_work():
+    before = set(psutil.Process().children())
+    with Workers(2) as crew:
+        next(crew.map(time.sleep, [0, 1000, 1000, 1000]))
+        assert len(set(psutil.Process().children()) - before) == 2
+    assert not set(psutil.Process().children()) - before
+
+
+PARENT = """
+import sys, time
+from mythos_dist.prepare.pool import Workers
+with Workers(2) as crew:
+    print(*[child.pid for child in crew._children()], flush=True)
+    list(crew.map(time.sleep, [1000] * 4))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(how):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.send_signal(how)
+    assert parent.wait(240) == -how
+    assert ended(children, seconds=240)  # they sleep for 1000

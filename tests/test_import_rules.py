@@ -1,0 +1,143 @@
+"""Imports among our packages point one way."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# What each room may import of the others. `errors`, `files`, `private` and `units` are everybody's. The core comes
+# first; nothing of it imports operations, the making of shards or experiments.
+MAY_IMPORT = {
+    "errors": set(),
+    "files": set(),
+    "private": set(),
+    "units": set(),
+    "config": set(),
+    "data": {"config"},
+    "parallel": {"config"},
+    "model": {"parallel", "config"},
+    "checkpoint": {"model", "parallel", "config"},
+    "train": {"checkpoint", "model", "parallel", "data", "config"},
+    "prepare": {"data", "config"},
+    "ops.cluster": {"parallel", "config"},
+    "ops.plan": {"model", "parallel", "config"},
+    "ops": {"ops.cluster", "ops.plan", "train", "checkpoint", "model", "parallel", "data", "config"},
+    "ops.doctor": {"ops", "ops.cluster", "ops.plan", "train", "model", "parallel", "data", "config"},
+    "doctor": {"ops.doctor"},
+    "experiments": {"prepare", "train", "ops", "ops.plan", "parallel", "data", "config"},
+}
+# What is still to be turned round.
+NOT_YET = {"checkpoint": {"ops.cluster"}, "train": {"ops", "ops.cluster", "ops.plan"}}
+EVERYBODYS = {"errors", "files", "private", "units"}
+CORE = {"config", "data", "model", "parallel", "checkpoint", "train"}
+FILES = sorted(path for folder in ("mythos_dist", "experiments") for path in (REPOSITORY / folder).rglob("*.py"))
+SCRIPTS = sorted(path for folder in ("tools", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, wherever the line stands; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room_of(module: str) -> str:
+    """The room of a module of ours; "" of others, and of the package itself."""
+    top, *parts = module.split(".")
+    if top == "experiments":
+        return top
+    if top != "mythos_dist" or not parts or parts[0].startswith("__"):
+        return ""
+    nested = parts[0] == "ops" and (REPOSITORY / "mythos_dist" / "ops" / "".join(parts[1:2])).is_dir() and parts[1:]
+    return ".".join(parts[:2]) if nested else parts[0]
+
+
+def rooms(path: Path) -> set[str]:
+    """The rooms of ours that a file imports from."""
+    return {room_of(module) for module in imported_modules(path)} - {""}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_imports_point_one_way(path):
+    """An import inside a function counts as well."""
+    room = room_of(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+    if room:
+        assert rooms(path) - {room} - EVERYBODYS <= MAY_IMPORT[room] | NOT_YET.get(room, set())
+    else:
+        assert rooms(path) == set()
+
+
+def test_the_core_imports_only_the_core():
+    for room in CORE:
+        assert MAY_IMPORT[room] <= CORE
+
+
+def test_the_allowed_directions_have_no_cycle():
+    """Each round takes away the rooms that import nothing that is left; at the end none remains."""
+    left = dict(MAY_IMPORT)
+    while left:
+        leaves = [room for room, imports in left.items() if not imports & left.keys()]
+        assert leaves, f"a cycle among {sorted(left)}"
+        for room in leaves:
+            del left[room]
+
+
+def test_files_of_a_room_have_no_cycle():
+    """Among files, imports at the top level of a module only: those inside functions run later."""
+    graph = {}
+    names = {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        targets = {
+            f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in names else node.module
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        graph[name] = {target for target in targets if target in names and target != name}
+    while graph:
+        leaves = [name for name, targets in graph.items() if not targets & graph.keys()]
+        assert leaves, f"a cycle among {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+def test_the_rule_catches_a_wrong_import(tmp_path):
+    """The check itself: an import hidden in a function and one of a name from the package are both seen."""
+    path = tmp_path / "wrong.py"
+    path.write_text("from mythos_dist import train\ndef f():\n    import mythos_dist.data.mix\nimport torch\n")
+    assert rooms(path) == {"train", "data"}
+    path.write_text("from mythos_dist.ops import preflight\nfrom mythos_dist.ops.plan.cost import count_parameters\n")
+    assert rooms(path) == {"ops", "ops.plan"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_scripts_import_the_package_and_not_each_other(path):
+    """What benchmarks share is in a file that is no script."""
+    runs = {script for script in SCRIPTS if "__main__" in script.read_text(encoding="utf-8")}
+    assert {script.name for script in SCRIPTS} - {script.name for script in runs} == {"common.py"}
+    ours = {script.stem for script in runs} | {"tools", "benchmarks", "tests"}
+    assert not {module.split(".")[0] for module in imported_modules(path)} & ours
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_tools_are_thin(path):
+    """A command line over functions of the library: one that grows has work in it that belongs there."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_the_tests_readme_has_a_line_for_each_file():
+    """And none for a file that is gone."""
+    tests = REPOSITORY / "tests"
+    listed = re.findall(r"^\| `([^`]+\.py)` ", (tests / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(str(path.relative_to(tests)) for path in tests.rglob("*.py"))
