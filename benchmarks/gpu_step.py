@@ -1,7 +1,7 @@
 """A training step of a whole variant on one GPU, in bf16: which backend, attention, recomputation; against open-mythos.
 
 A step is forward, loss, backward and fused AdamW on fp32 master weights. `mfu` counts the FLOPs of all loops
-(`mythos_dist.ops.plan.cost`, nothing for recomputation) against the data sheet's peak; `matmul` against products of
+(`mythos_dist.model.flops`, nothing for recomputation) against the data sheet's peak; `matmul` against products of
 8192^3 measured here. By default one choice at a time is changed from `grouped, sdpa, every loop`. Each case is a
 process of its own, one after the other: what does not fit in memory, or is not installed, is said in its row.
 open-mythos runs under autocast, the only way in which its halting code runs in bf16, and never halts; if it does not
@@ -27,8 +27,8 @@ from mythos_dist.config.schema import BY_MODE, Config, ExpertsConfig, MythosConf
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError, exit_with
 from mythos_dist.model import Mythos
+from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.model.kernels import PACKAGES, why_not
-from mythos_dist.ops.plan.cost import train_flops_per_token
 from mythos_dist.train.metrics import peak_flops
 
 TINY = dict(

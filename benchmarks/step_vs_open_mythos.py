@@ -28,9 +28,9 @@ from common import (
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model import Mythos
+from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.model.open_mythos import from_open_mythos
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.ops.plan.cost import train_flops_per_token
 from mythos_dist.parallel.process import keep_freed_memory
 
 BATCH = 4  # sequences

@@ -22,12 +22,12 @@ from mythos_dist.checkpoint.state import Held, State
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
+from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos
 from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Loops
 from mythos_dist.model.watch import Watch
-from mythos_dist.ops.plan.cost import stage_costs
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import live_turns, plan_loops, plan_parts
 from mythos_dist.parallel.process import device

@@ -18,7 +18,7 @@ import torch
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import Config
 from mythos_dist.files import number_of
-from mythos_dist.ops.plan.cost import train_flops_per_token
+from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.parallel.process import DTYPES
 from mythos_dist.train.depth import HeldOut, draw_curves
 from mythos_dist.train.engine import StepResult

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import MythosConfig
-from mythos_dist.ops.plan.cost import stage_costs
+from mythos_dist.model.flops import stage_costs
 from mythos_dist.parallel.packing import pack, unpack
 from mythos_dist.parallel.pipeline import Costs, Part, plan_loops, plan_parts, split_evenly
 

@@ -6,8 +6,9 @@ import torch
 from mythos_dist.config.schema import Config, OptimConfig, ParallelConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.model import Mythos, MythosConfig
+from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.parameter_groups import parameter_groups
-from mythos_dist.ops.plan.cost import count_parameters, stage_costs
+from mythos_dist.ops.plan.cost import count_parameters
 from mythos_dist.ops.plan.parameters import Weight, group_sizes, weights_of
 from mythos_dist.parallel.mesh import Mesh, mesh_of
 from mythos_dist.parallel.pipeline import Part, plan_parts

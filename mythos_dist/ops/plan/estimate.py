@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from mythos_dist.config.schema import Config, MythosConfig
+from mythos_dist.model.flops import stage_costs, train_flops_per_token
 from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.communication import stage_communication
-from mythos_dist.ops.plan.cost import parts_of, stage_costs, train_flops_per_token
+from mythos_dist.ops.plan.cost import parts_of
 from mythos_dist.ops.plan.flops import executed_flops
 from mythos_dist.ops.plan.memory import Memory, Tensors, peak_memory
 from mythos_dist.ops.plan.parameters import weights_of

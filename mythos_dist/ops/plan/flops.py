@@ -1,6 +1,6 @@
 """FLOPs that one rank really executes in a step: padding, recomputation and attention's second pass included.
 
-`plan.cost` has the model's FLOPs, which layouts share; the ratio of the two is what padding and recomputation cost.
+`model.flops` has the model's FLOPs, which layouts share; the ratio of the two is what padding and recomputation cost.
 Conventions are those of `plan.meter`, which counts the same numbers: 2 per multiply-add of a matrix product, the
 causal half of attention, 2.5 forward passes for its backward (Dao 2023). The head's three products run on the way
 forward.

@@ -14,8 +14,9 @@ from typing import Any
 from mythos_dist.config.layout import divisors, layout_problems, nearest, works
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.errors import UserError
+from mythos_dist.model.flops import stage_costs
 from mythos_dist.ops.plan.clusters import Cluster
-from mythos_dist.ops.plan.cost import parts_of, stage_costs
+from mythos_dist.ops.plan.cost import parts_of
 from mythos_dist.ops.plan.estimate import Estimate, with_layout
 from mythos_dist.ops.plan.memory import REUSED, static_memory
 from mythos_dist.ops.plan.parameters import weights_of

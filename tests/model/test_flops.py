@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
-from mythos_dist.ops.plan.cost import forward_flops_per_token, train_flops_per_token
+from mythos_dist.model.flops import forward_flops_per_token, train_flops_per_token
 
 BATCH, SEQ_LEN = 2, 24
 COMMON = {
