@@ -67,7 +67,7 @@ def test_killed_many_times_it_writes_the_same_lines(whole, run, tmp_path, seed, 
     draw, run_dir = random.Random(seed), tmp_path / "run"
     longest = float((whole.parent / "seconds").read_text())  # on a busy machine kills come later, too
     kills, resumed = 0, set()
-    while kills < times:
+    while kills < times or not resumed:  # kills may all come before the first checkpoint
         during_save = kills % 4 == 3
         env = {"KILL_IN": str(draw.random() * (0.3 if during_save else longest))}
         if during_save:  # of this start: an earlier one may have left another folder
@@ -86,7 +86,6 @@ def test_killed_many_times_it_writes_the_same_lines(whole, run, tmp_path, seed, 
     assert train(2, *run, f"run.dir={run_dir}").codes == [0, 0]
     assert lines(run_dir) == lines(whole)
     assert not list((run_dir / "checkpoints").glob("*tmp*"))
-    assert resumed, "it never resumed"
 
 
 def test_a_run_goes_on_at_other_layouts(whole, run, tmp_path):
