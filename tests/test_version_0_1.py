@@ -1,7 +1,7 @@
-"""A run that version 0.1 began (4 ranks: tensor 2, data 2, ZeRO 1) resumes with today's code, at its layout and at another.
+"""A run that version 0.1 began (4 ranks: tensor 2, data 2, ZeRO 1) resumes at its layout and at two others.
 
 `fixtures/run_of_version_0.1` was written by that version: shards, a checkpoint after step 2, and the metrics of all 4
-steps, which are the reference here.
+steps, which are the reference.
 """
 
 import json
