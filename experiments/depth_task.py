@@ -24,7 +24,7 @@ from mythos_dist.data.manifest import (
     FORMAT_VERSION,
     DocumentCounts,
     Filters,
-    Manifest,
+    ShardManifest,
     SplitCounts,
     file_sha256,
     index_fingerprint,
@@ -65,7 +65,7 @@ def make_depth_task(
     heldout: int = 1_000,
     targets: Targets = "final",
     seed: int = 0,
-) -> Manifest:
+) -> ShardManifest:
     """Write shards into the new folder `out`: windows of hops + 1 tokens and their targets, one row of `final` ones, or
     a row for each of `hops` loops. Held-out sequences are drawn by themselves. Raises UserError if `out` is there.
     """
@@ -85,7 +85,7 @@ def make_depth_task(
 
 def _write_task(
     temporary: Path, table: np.ndarray, degree: int, hops: int, sizes: dict[str, int], targets: Targets, seed: int
-) -> Manifest:
+) -> ShardManifest:
     """Write shards, tokens and manifest into the new folder `temporary`."""
     vocab_size, S, T = FIRST + len(table), hops + 1, 1 if targets == "final" else hops
     counts = {}
@@ -103,7 +103,7 @@ def _write_task(
     names = ["<bos>", "<eos>", *("".join(map(str, p)) for p in itertools.permutations(range(1, degree + 1)))]
     (temporary / TOKENS_FILE).write_text(json.dumps(names) + "\n")
     documents = sum(split.documents for split in counts.values())
-    manifest = Manifest(
+    manifest = ShardManifest(
         format_version=FORMAT_VERSION,
         seq_len=S,
         dtype="uint16",

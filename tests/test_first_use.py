@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mythos_dist.checkpoint.canonical import write_whole_tensors
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Manifest, Tensor, versions
+from mythos_dist.checkpoint.canonical import write_full_tensors
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, versions
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import run_command
 from mythos_dist.model import Mythos
@@ -54,14 +54,14 @@ def write_run(folder: Path, config: Config) -> Path:
             parameter *= 5 if parameter.dim() > 1 else 1
     values = {name: (PARAMETER, value) for name, value in model.named_parameters()}
     values |= {name: (BUFFER, value) for name, value in model.named_buffers()}
-    tensors = {name: Tensor(tuple(value.shape), (kind,)) for name, (kind, value) in values.items()}
+    tensors = {name: TensorEntry(tuple(value.shape), (kind,)) for name, (kind, value) in values.items()}
     optimizer = {"steps": 3, "skipped_steps": 0, "loss_scale": {}}
-    manifest = Manifest(3, 0, 0, {}, asdict(config), "", versions(), optimizer, tensors, {})
+    manifest = CheckpointManifest(3, 0, 0, {}, asdict(config), "", versions(), optimizer, tensors, {})
 
     def blocks(_, name):
         yield values[name][1].detach().float().contiguous().flatten().numpy().data
 
-    write_whole_tensors(folder, manifest, blocks, workers=1)
+    write_full_tensors(folder, manifest, blocks, workers=1)
     return folder
 
 

@@ -42,7 +42,7 @@ def continue_text(arguments: argparse.Namespace, prompt: str) -> str:
     import torch
 
     from mythos_dist.checkpoint.restore import load_model
-    from mythos_dist.data.manifest import read_manifest
+    from mythos_dist.data.manifest import read_shard_manifest
     from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.model.generate import sampling_problems
 
@@ -59,7 +59,7 @@ def continue_text(arguments: argparse.Namespace, prompt: str) -> str:
         tokenizer = Tokenizer.load(arguments.tokenizer)
     else:
         try:
-            manifest = read_manifest(shards)
+            manifest = read_shard_manifest(shards)
         except UserError as error:
             raise UserError(f"no tokenizer ({error}); name its file with --tokenizer", str(arguments.run_dir)) from None
         tokenizer = Tokenizer.load(config.data.tokenizer or shards / manifest.tokenizer, manifest.eos)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, checkpoints_of
+from mythos_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, FileEntry, checkpoints_of
 from mythos_dist.checkpoint.names import folder_name, remove
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.progress import Progress
@@ -49,14 +49,14 @@ def write_canonical(
     Raises UserError if the source is damaged, or `run_dir` has no room, cannot be written or holds checkpoints already.
     """
     run_dir = outside(source, run_dir)
-    source.must_be_whole(verify)
+    source.raise_if_damaged(verify)
     tensors = partial(blocks_of, source, progress=progress)
-    return write_whole_tensors(run_dir, source.manifest, tensors, workers=workers, file_bytes=file_bytes)
+    return write_full_tensors(run_dir, source.manifest, tensors, workers=workers, file_bytes=file_bytes)
 
 
-def write_whole_tensors(
+def write_full_tensors(
     run_dir: Path,
-    manifest: Manifest,
+    manifest: CheckpointManifest,
     blocks: Callable[[str, str], Iterator[memoryview]],
     *,
     workers: int,
@@ -82,7 +82,7 @@ def write_whole_tensors(
 
 def _write(
     checkpoints: Path,
-    manifest: Manifest,
+    manifest: CheckpointManifest,
     blocks: Callable[[str, str], Iterator[memoryview]],
     workers: int,
     file_bytes: int,
@@ -95,7 +95,7 @@ def _write(
     folder = checkpoints / f"{folder_name(manifest.step)}.tmp-0-{secrets.token_hex(4)}"
     folder.mkdir()
 
-    def write(item: tuple[int, list[str]]) -> tuple[str, File]:
+    def write(item: tuple[int, list[str]]) -> tuple[str, FileEntry]:
         number, names = item
         file = f"tensors-{number:05d}-of-{len(groups):05d}.safetensors"
         keys = [(kind, name) for name in names for kind in tensors[name].kinds]
@@ -104,7 +104,7 @@ def _write(
         data = (block for one in keys for block in blocks(*one))
         size, digest = write_tensors(folder / file, shapes, data, sha256=sha256)
         pieces = {name: Piece.whole(tensors[name].shape) for name in names}
-        return file, File(size, digest, pieces, sha256 and sha256.hexdigest())
+        return file, FileEntry(size, digest, pieces, sha256 and sha256.hexdigest())
 
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:

@@ -14,13 +14,13 @@ from mythos_dist.checkpoint.pieces import Index, Piece, real_numbers
 from mythos_dist.checkpoint.strict_json import shorten
 
 if TYPE_CHECKING:
-    from mythos_dist.checkpoint.manifest import Manifest
+    from mythos_dist.checkpoint.manifest import CheckpointManifest
 
 MAX_DIMS = 8
 MAX_ELEMENTS = 1 << 50  # of a tensor
 
 
-def contradictions(manifest: "Manifest") -> Iterator[str]:
+def contradictions(manifest: "CheckpointManifest") -> Iterator[str]:
     """What is wrong, one message each; nothing if every tensor can be read from the files."""
     bad_tensors = set()
     for name, tensor in manifest.tensors.items():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mythos_dist.checkpoint.canonical import blocks_of
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint, read_manifest
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint, read_checkpoint_manifest
 from mythos_dist.checkpoint.restore import open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
 
@@ -43,7 +43,7 @@ def _signature(checkpoint: Checkpoint, key: Key | None) -> str:
     if key is None:
         return "unchecked" if is_signed else "none"
     try:
-        read_manifest(checkpoint.folder, key)
+        read_checkpoint_manifest(checkpoint.folder, key)
     except SignatureError:
         return "wrong" if is_signed else "missing"
     return "valid"

@@ -26,7 +26,7 @@ from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.files import folder_to_disk, make_folders, reason, write_to_disk
-from mythos_dist.model.open_mythos import NOT_PARAMETERS, other_loops, parts_of, to_open_mythos
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, open_mythos_shapes, other_loops, to_open_mythos
 
 FILE_BYTES = 5 << 30
 Format = Literal["safetensors", "open_mythos"]
@@ -54,13 +54,13 @@ def export(
     manifest, out = source.manifest, outside(source, out)
     if os.path.lexists(out):
         raise UserError("exists; name a new folder", str(out))
-    source.must_be_whole(verify)
+    source.raise_if_damaged(verify)
     model = config_of(source).model
     if form == "open_mythos" and (other := other_loops(model)):
         raise UserError(f"OpenMythos has no {', '.join(other)}; export with --format safetensors", str(source.folder))
     label, _ = _DTYPES[dtype]
     names = {
-        name: {name: tensor.shape} if form == "safetensors" else parts_of(name, tensor.shape, model)
+        name: {name: tensor.shape} if form == "safetensors" else open_mythos_shapes(name, tensor.shape, model)
         for name, tensor in manifest.tensors.items()
     }
     size_of = {name: ITEM_BYTES[label] * sum(map(math.prod, theirs.values())) for name, theirs in names.items()}

@@ -51,7 +51,7 @@ class VersionError(UserError):
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorEntry:
     """A whole tensor."""
 
     __pydantic_config__ = _CLOSED
@@ -61,7 +61,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class File:
+class FileEntry:
     __pydantic_config__ = _CLOSED
 
     bytes: Size
@@ -71,7 +71,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What stands in checkpoint.json."""
 
     __pydantic_config__ = _CLOSED
@@ -84,8 +84,8 @@ class Manifest:
     data: _Text  # fingerprint of the shards; empty: any
     versions: dict[_Text, _Text]
     optimizer: dict[str, Any]  # _Optimizer
-    tensors: dict[_Name, Tensor]
-    files: dict[_Text, File]
+    tensors: dict[_Name, TensorEntry]
+    files: dict[_Text, FileEntry]
     format_version: int = FORMAT_VERSION
 
     @property
@@ -111,7 +111,7 @@ class Manifest:
 
 @with_config(_CLOSED)
 class _Optimizer(TypedDict):
-    """What `Manifest.optimizer` holds; deepspeed_seam.optimizer_state and the loop write it."""
+    """What `CheckpointManifest.optimizer` holds; deepspeed_seam.optimizer_state and the loop write it."""
 
     steps: Size
     skipped_steps: Size
@@ -120,14 +120,14 @@ class _Optimizer(TypedDict):
 
 
 _HASH = "xxh3_128"
-_MANIFEST, _OPTIMIZER, _SIGNATURE = TypeAdapter(Manifest), TypeAdapter(_Optimizer), TypeAdapter(Signature)
+_MANIFEST, _OPTIMIZER, _SIGNATURE = TypeAdapter(CheckpointManifest), TypeAdapter(_Optimizer), TypeAdapter(Signature)
 
 
 def _hash(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def read_manifest(folder: Path, key: Key | None = None) -> Manifest:
+def read_checkpoint_manifest(folder: Path, key: Key | None = None) -> CheckpointManifest:
     """Raises UserError if `folder` has no manifest or a damaged one, VersionError if it is of another format, and with
     a `key` SignatureError if it was not signed with it."""
     file = folder / FILE
@@ -199,7 +199,7 @@ def _check_signature(text: str, signature: Signature | None, key: Key, folder: P
         )
 
 
-def _checked(raw: dict[str, Any]) -> Manifest:
+def _checked(raw: dict[str, Any]) -> CheckpointManifest:
     """The manifest. ValueError with all that is wrong with it."""
     for part in ("layout", "config", "optimizer"):
         if problem := depth_problem(raw.get(part), MAX_DEPTH):
@@ -213,7 +213,7 @@ def _checked(raw: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _with_sha256(manifest: Manifest, signature: Signature) -> Manifest:
+def _with_sha256(manifest: CheckpointManifest, signature: Signature) -> CheckpointManifest:
     if signature.files_sha256.keys() != manifest.files.keys():
         raise ValueError("its signature is of other files")
     files = {name: replace(file, sha256=signature.files_sha256[name]) for name, file in manifest.files.items()}
@@ -221,7 +221,7 @@ def _with_sha256(manifest: Manifest, signature: Signature) -> Manifest:
 
 
 def damage(
-    folder: Path, manifest: Manifest, files: Sequence[str], hashes: bool = True, key: Key | None = None
+    folder: Path, manifest: CheckpointManifest, files: Sequence[str], hashes: bool = True, key: Key | None = None
 ) -> list[str]:
     """What is wrong with some of a checkpoint's files, a line each; with `hashes`, every byte of them is read.
 
@@ -258,7 +258,7 @@ def damage(
         return [line for line in pool.map(look, files) if line]
 
 
-def _check_header(opened: TensorFile, expected: File, manifest: Manifest) -> None:
+def _check_header(opened: TensorFile, expected: FileEntry, manifest: CheckpointManifest) -> None:
     """ValueError unless a file holds, in fp32, as many elements of each tensor as the manifest says."""
     wanted = {
         f"{kind}/{name}": piece.last - piece.first
@@ -273,10 +273,10 @@ def _check_header(opened: TensorFile, expected: File, manifest: Manifest) -> Non
 class Checkpoint:
     """A checkpoint to read from. Its files are taken to be whole: `damage` says whether they are."""
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None, key: Key | None = None):
+    def __init__(self, folder: Path, manifest: CheckpointManifest | None = None, key: Key | None = None):
         """Raises UserError if there is no manifest that can be read, or with a `key` if it was not signed with it."""
         self.folder, self.key = folder, key
-        self.manifest = manifest or read_manifest(folder, key)
+        self.manifest = manifest or read_checkpoint_manifest(folder, key)
         self._files: dict[str, TensorFile] = {}
         self._holders: dict[str, list[tuple[str, Piece]]] = {}
         for file, entry in self.manifest.files.items():
@@ -287,7 +287,7 @@ class Checkpoint:
         """What is wrong with some of its files, or all; see `damage`."""
         return damage(self.folder, self.manifest, sorted(files or self.manifest.files), hashes, self.key)
 
-    def must_be_whole(self, hashes: bool = True) -> None:
+    def raise_if_damaged(self, hashes: bool = True) -> None:
         """Read every byte, without `hashes` sizes and headers only. Raises UserError that names each damaged file."""
         if problems := self.damage(hashes=hashes):
             raise UserError([*problems, "give another checkpoint of the run"], str(self.folder))

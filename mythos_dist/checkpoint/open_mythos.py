@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.canonical import FILE_BYTES, write_whole_tensors
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Manifest, versions
-from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
+from mythos_dist.checkpoint.canonical import FILE_BYTES, write_full_tensors
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, versions
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.strict_json import shorten
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, must_be_its_loops, parts_of
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, must_be_its_loops, open_mythos_shapes
 from mythos_dist.units import count
 
 MAX_LINES = 8  # of problems of one kind
@@ -46,15 +45,15 @@ def import_open_mythos(
         ours = Mythos(model, act=config.act, experts=config.experts)
     wanted = {name: (PARAMETER, value) for name, value in ours.named_parameters()}
     wanted |= {name: (BUFFER, value) for name, value in ours.named_buffers()}
-    parts = {name: parts_of(name, tuple(value.shape), model) for name, (_, value) in wanted.items()}
+    parts = {name: open_mythos_shapes(name, tuple(value.shape), model) for name, (_, value) in wanted.items()}
     theirs = open_weights(weights)
     if problems := list(_differences(theirs, {k: shape for part in parts.values() for k, shape in part.items()})):
         raise UserError([*problems, "is `model.*` the config that these weights were made with?"], str(weights))
     if "head.weight" in theirs and not _equal(theirs["head.weight"], theirs["embed.weight"]):
         raise UserError("head.weight is not embed.weight, but this model has one table for both", str(weights))
 
-    tensors = {name: WholeTensor(tuple(value.shape), (kind,)) for name, (kind, value) in wanted.items()}
-    manifest = Manifest(
+    tensors = {name: TensorEntry(tuple(value.shape), (kind,)) for name, (kind, value) in wanted.items()}
+    manifest = CheckpointManifest(
         *(0, 0, 0, {}, {"model": asdict(model)}, "", versions()),
         *({"steps": 0, "skipped_steps": 0, "loss_scale": {}}, tensors, {}),
     )
@@ -64,7 +63,7 @@ def import_open_mythos(
         yield joined.contiguous().flatten().numpy().data
         progress(4 * joined.numel())
 
-    return write_whole_tensors(run_dir, manifest, blocks, workers=1, file_bytes=file_bytes)
+    return write_full_tensors(run_dir, manifest, blocks, workers=1, file_bytes=file_bytes)
 
 
 def _differences(theirs: Mapping[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mythos_dist.checkpoint.manifest import FILE, Manifest, VersionError, read_manifest
+from mythos_dist.checkpoint.manifest import FILE, CheckpointManifest, VersionError, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import (
     LATEST,
     folder_name,
@@ -33,7 +33,7 @@ _warned: set[Path] = set()  # of what stays: once each
 _published: dict[Path, list[tuple[int, int]]] = {}  # by this process, with `_identity`: these need not be read again
 
 
-def publish(temporary: Path, manifest: Manifest, key: Key | None = None) -> Path:
+def publish(temporary: Path, manifest: CheckpointManifest, key: Key | None = None) -> Path:
     """Turn a folder whose files are all on disk into the newest checkpoint: manifest, rename, `latest`.
 
     A checkpoint of the same step is replaced; what else has its name gets another. Returns the checkpoint's folder.
@@ -70,7 +70,9 @@ def publish(temporary: Path, manifest: Manifest, key: Key | None = None) -> Path
     return final
 
 
-def prune(folder: Path, newest: Manifest, keep: int, is_pinned: Callable[[int], bool] = lambda step: False) -> None:
+def prune(
+    folder: Path, newest: CheckpointManifest, keep: int, is_pinned: Callable[[int], bool] = lambda step: False
+) -> None:
     """Delete this run's checkpoints up to the `newest`, which was just published, but the last `keep` and pinned ones.
 
     Later ones are left alone: the run went back behind them, and will replace them when it gets there. So is what this
@@ -105,7 +107,7 @@ def remove_leftovers(folder: Path, start: int) -> None:
                 _warn(path, f"it holds {', '.join(not_ours(path)[:3])}")
 
 
-def _may_remove(path: Path, newest: Manifest) -> bool:
+def _may_remove(path: Path, newest: CheckpointManifest) -> bool:
     """Whether all that has this name is a checkpoint of the run that has written `newest`. Warns if not."""
     try:
         if not is_plain_folder(path):
@@ -130,10 +132,10 @@ def _identity(folder: Path) -> list[tuple[int, int]]:
     return [(about.st_ino, about.st_ctime_ns) for about in (folder.stat(), (folder / FILE).stat())]
 
 
-def _other_run(path: Path, newest: Manifest) -> str:
+def _other_run(path: Path, newest: CheckpointManifest) -> str:
     """Why a checkpoint is not of the run that has written `newest`; empty: it is, or it is damaged."""
     try:
-        manifest = read_manifest(path)
+        manifest = read_checkpoint_manifest(path)
     except VersionError:
         return "its format is that of another version of mythos_dist"
     except UserError:

@@ -20,7 +20,7 @@ from mythos_dist.checkpoint.manifest import (
     Checkpoint,
     VersionError,
     checkpoints_of,
-    read_manifest,
+    read_checkpoint_manifest,
 )
 from mythos_dist.checkpoint.names import LATEST, step_of
 from mythos_dist.checkpoint.progress import Progress
@@ -105,7 +105,7 @@ def _must_not_overwrite(taken: Sequence[Path]) -> None:
     for other in taken[1:]:
         if (step_of(other.name) or 0) > (step_of(taken[0].name) or 0):
             try:
-                read_manifest(other)
+                read_checkpoint_manifest(other)
             except VersionError:
                 raise
             except UserError:
@@ -150,7 +150,7 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
     Raises UserError when there is none, or none that is whole.
     """
     checkpoint = open_checkpoint(path)
-    checkpoint.must_be_whole()
+    checkpoint.raise_if_damaged()
     config = config_of(checkpoint)
     with torch.device("meta"):
         model = Mythos(config.model, act=config.act, experts=config.experts)

@@ -25,8 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, checkpoints_of
-from mythos_dist.checkpoint.manifest import Tensor as WholeTensor
+from mythos_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, FileEntry, TensorEntry, checkpoints_of
 from mythos_dist.checkpoint.names import folder_name, remove
 from mythos_dist.checkpoint.publish import prune, publish, remove_leftovers
 from mythos_dist.checkpoint.signature import signing_key
@@ -59,8 +58,8 @@ class Saver:
         self._writes = {name: held for name, held in state.items() if held.writes}
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._written: tuple[File | None, str | None] = (None, None)  # this rank's file; what went wrong
-        self._saving: Manifest | None = None
+        self._written: tuple[FileEntry | None, str | None] = (None, None)  # this rank's file; what went wrong
+        self._saving: CheckpointManifest | None = None
         self._last_is_whole = True
         self._on_progress, self._tensors_written = on_progress, 0
         self.newest: int | None = None  # the step of the newest state that was saved (or loaded), whole or not yet
@@ -81,7 +80,7 @@ class Saver:
         except OSError as error:
             raise UserError(f"cannot be written ({reason(error)}); checkpoints go there", str(self._folder)) from None
 
-    def save(self, manifest: Manifest) -> None:
+    def save(self, manifest: CheckpointManifest) -> None:
         """Begin to save the state as it is now; `manifest` is without tensors and files. First ends an earlier save."""
         self.finish()
         for key, value in self._values() if self._copies else ():
@@ -145,7 +144,7 @@ class Saver:
             for kind, value in held.values.items():
                 yield f"{kind}/{name}", value
 
-    def _temporary(self, manifest: Manifest) -> Path:
+    def _temporary(self, manifest: CheckpointManifest) -> Path:
         return self._folder / f"{folder_name(manifest.step)}.tmp-{self._fence.start}"
 
     def _write(self, folder: Path) -> None:
@@ -158,7 +157,7 @@ class Saver:
             log.exception("saving failed")
             self._written = (None, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
 
-    def _write_file(self, folder: Path) -> File | None:
+    def _write_file(self, folder: Path) -> FileEntry | None:
         if not self._writes:
             return None
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,9 +172,11 @@ class Saver:
         sha256 = hashlib.sha256() if self._key else None
         size, digest = write_tensors(folder / file_name(dist.get_rank()), shapes, blocks(), sha256=sha256)
         pieces = {name: held.piece for name, held in self._writes.items()}
-        return File(size, digest, pieces, sha256 and sha256.hexdigest())
+        return FileEntry(size, digest, pieces, sha256 and sha256.hexdigest())
 
-    def _publish(self, manifest: Manifest, found: Sequence[tuple[File | None, str | None, dict]]) -> bool:
+    def _publish(
+        self, manifest: CheckpointManifest, found: Sequence[tuple[FileEntry | None, str | None, dict]]
+    ) -> bool:
         """On rank 0: make a checkpoint of what the ranks have written. Raises UserError if the run was taken over."""
         temporary = self._temporary(manifest)
         problems = [problem for _, problem, _ in found if problem]
@@ -183,7 +184,7 @@ class Saver:
             if not problems:
                 files = {file_name(rank): file for rank, (file, *_) in enumerate(found) if file}
                 tensors = {
-                    name: WholeTensor(shape, kinds) for *_, shapes in found for name, (shape, kinds) in shapes.items()
+                    name: TensorEntry(shape, kinds) for *_, shapes in found for name, (shape, kinds) in shapes.items()
                 }
                 manifest = replace(manifest, files=files, tensors=tensors)
                 with self._fence.guard():
@@ -226,7 +227,7 @@ def clean_complete_run(newest: Checkpoint, settings: CheckpointConfig, start: in
         _prune(folder, newest.manifest, settings)
 
 
-def _prune(folder: Path, newest: Manifest, settings: CheckpointConfig) -> None:
+def _prune(folder: Path, newest: CheckpointManifest, settings: CheckpointConfig) -> None:
     prune(folder, newest, settings.keep, functools.partial(is_pinned, settings=settings))
 
 

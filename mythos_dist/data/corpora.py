@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mythos_dist.data.manifest import SPLITS, Manifest, file_sha256, index_fingerprint, read_json, read_manifest
+from mythos_dist.data.manifest import (
+    SPLITS,
+    ShardManifest,
+    file_sha256,
+    index_fingerprint,
+    read_json,
+    read_shard_manifest,
+)
 from mythos_dist.data.mix import whole_weights
 from mythos_dist.data.windows import Shard
 from mythos_dist.errors import UserError
@@ -24,7 +31,7 @@ class Corpus:
 
     folder: Path
     weight: int  # relative to the other corpora's
-    manifest: Manifest
+    manifest: ShardManifest
     shards: dict[str, list[Shard]]  # by split
 
 
@@ -47,7 +54,7 @@ def open_corpora(
     for (name, _), weight in zip(mix.items(), whole_weights(list(mix.values())), strict=True):
         folder = Path(name)
         try:
-            manifest = read_manifest(folder)
+            manifest = read_shard_manifest(folder)
             shards = {}
             problems = []
             lost = not (folder / "heldout").exists() and manifest.splits["heldout"].windows
@@ -168,7 +175,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
-def _split_problems(split: str, shards: list[Shard], manifest: Manifest) -> Iterator[str]:
+def _split_problems(split: str, shards: list[Shard], manifest: ShardManifest) -> Iterator[str]:
     windows, expected = sum(shard.entry["samples"] for shard in shards), manifest.splits[split].windows
     if windows != expected:
         yield f"{split}/index.json lists {count(windows, 'window')}, but the manifest says {expected}; convert again"
@@ -203,7 +210,7 @@ def _sizes(shards: list[Shard]) -> dict[str, int]:
     return found
 
 
-def _tokenizer_problems(manifest: Manifest, files: Sequence[str | Path]) -> Iterator[str]:
+def _tokenizer_problems(manifest: ShardManifest, files: Sequence[str | Path]) -> Iterator[str]:
     for file in map(Path, files):
         if not file.is_file():
             yield f"no tokenizer at {file}; copy it there, or convert again"
@@ -211,7 +218,7 @@ def _tokenizer_problems(manifest: Manifest, files: Sequence[str | Path]) -> Iter
             yield f"these shards were made with another tokenizer than {file}; use that one, or convert again"
 
 
-def _config_problems(manifest: Manifest, seq_len: int, vocab_size: int) -> Iterator[str]:
+def _config_problems(manifest: ShardManifest, seq_len: int, vocab_size: int) -> Iterator[str]:
     if seq_len != manifest.seq_len:
         yield (
             f"train.seq_len={seq_len}, but these shards hold windows of seq_len={manifest.seq_len}; "

@@ -96,7 +96,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ShardManifest:
     """What a folder of shards was made from and holds; `fingerprint` is the sha256 of its index files."""
 
     __pydantic_config__: ClassVar = _EXACT
@@ -192,7 +192,7 @@ def count_reasons(left_out: Iterable[LeftOut]) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in frequent)
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_shard_manifest(path: str | Path) -> ShardManifest:
     """Raises UserError if `path` is missing, is empty, was not finished, or its manifest cannot be read."""
     path = Path(path)
     if not path.is_dir():
@@ -231,12 +231,12 @@ def read_json(content: bytes | str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _checked(content: bytes) -> Manifest:
+def _checked(content: bytes) -> ShardManifest:
     """The manifest in a JSON document. Raises ValueError that names every value that cannot be."""
     from pydantic import TypeAdapter, ValidationError  # a second of import, for those that read one
 
     try:
-        manifest = TypeAdapter(Manifest).validate_json(content)
+        manifest = TypeAdapter(ShardManifest).validate_json(content)
     except ValidationError as error:
         found = [
             f"{'.'.join(map(str, one['loc'])) or 'JSON'}: "

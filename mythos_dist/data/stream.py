@@ -38,7 +38,7 @@ class MicroBatch(NamedTuple):
     """
 
     input_ids: Tensor  # (B, S) int64
-    labels: Tensor  # (B, S) int64; of shards with targets (B, T, S), see Manifest.targets
+    labels: Tensor  # (B, S) int64; of shards with targets (B, T, S), see ShardManifest.targets
     document_ids: Tensor  # (B, S) int32, of each input token, from 0 in each window
     sample_ids: Tensor  # (B,) int64
 

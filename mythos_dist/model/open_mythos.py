@@ -64,7 +64,7 @@ def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str
     return ours | rest
 
 
-def parts_of(name: str, shape: tuple[int, ...], config: MythosConfig) -> dict[str, tuple[int, ...]]:
+def open_mythos_shapes(name: str, shape: tuple[int, ...], config: MythosConfig) -> dict[str, tuple[int, ...]]:
     """What a tensor of ours is in OpenMythos: names and shapes of its parameters, the head left out."""
     theirs = to_open_mythos({name: torch.empty(shape, device="meta")}, config)
     return {their: tuple(part.shape) for their, part in theirs.items() if their not in NOT_PARAMETERS}

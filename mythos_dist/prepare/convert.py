@@ -33,7 +33,7 @@ from mythos_dist.data.manifest import (
     DocumentCounts,
     Filters,
     InputFile,
-    Manifest,
+    ShardManifest,
     Skipped,
     SplitCounts,
     index_fingerprint,
@@ -92,7 +92,7 @@ def convert(
     max_unpack_ratio: float = MAX_RATIO,
     workers: int = 0,
     quiet: bool = False,
-) -> Manifest:
+) -> ShardManifest:
     """Tokenize and pack the documents of `inputs` into the folder `out`; returns its manifest.
 
     `heldout`: share of documents, in [0, 1), for the held-out split; of windows where there are too few documents, see
@@ -121,7 +121,7 @@ def convert(
         ) from None
 
 
-def _convert(listing: Listing, tokenizer: Tokenizer, job: Job, workers: int, quiet: bool) -> Manifest:
+def _convert(listing: Listing, tokenizer: Tokenizer, job: Job, workers: int, quiet: bool) -> ShardManifest:
     with Workers(workers, tokenizer) as crew, Progress(crew, quiet) as progress:
         found = _inspect(listing, job, crew, progress)
         settings = _settings(found, job, tokenizer)
@@ -326,7 +326,7 @@ def _records(
 
 def _finish(
     job: Job, records: list[Record], settings: dict[str, Any], skipped: list[Skipped], tokenizer: Tokenizer
-) -> Manifest:
+) -> ShardManifest:
     """Join the tails, write the indexes and the manifest, and remove everything that is not part of the result."""
     shards, splits = {}, {}
     for split in SPLITS:
@@ -356,7 +356,7 @@ def _finish(
     shutil.copyfile(tokenizer.path, job.out / f"{tokenizer.file_name}.tmp")
     os.replace(job.out / f"{tokenizer.file_name}.tmp", job.out / tokenizer.file_name)
     unknown = sum(record.unknown for record in records)
-    manifest = Manifest(
+    manifest = ShardManifest(
         **settings,
         unknown_tokens=unknown,
         documents=counts,

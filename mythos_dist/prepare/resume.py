@@ -8,18 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos_dist.data.manifest import SPLITS, Manifest, index_fingerprint, read_json, read_manifest
+from mythos_dist.data.manifest import SPLITS, ShardManifest, index_fingerprint, read_json, read_shard_manifest
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.part import UNFINISHED
 
 
-def earlier_conversion(out: Path, settings: dict[str, Any]) -> Manifest | None:
+def earlier_conversion(out: Path, settings: dict[str, Any]) -> ShardManifest | None:
     """The manifest of `out` if it is this conversion, None if it is to be begun or finished; UserError otherwise."""
     if out.exists() and not out.is_dir():
         raise UserError("is a file; name a folder", str(out))
     unfinished = out / UNFINISHED / "settings.json"
     if (out / "manifest.json").is_file():
-        manifest = read_manifest(out)
+        manifest = read_shard_manifest(out)
         _compare(out, settings, manifest.to_json())
         try:
             changed = index_fingerprint(out) != manifest.fingerprint

@@ -22,7 +22,14 @@ import pyarrow as pa
 import xxhash
 
 from mythos_dist.data.corpora import read_index
-from mythos_dist.data.manifest import SPLITS, Manifest, SplitCounts, file_sha256, index_fingerprint, read_manifest
+from mythos_dist.data.manifest import (
+    SPLITS,
+    ShardManifest,
+    SplitCounts,
+    file_sha256,
+    index_fingerprint,
+    read_shard_manifest,
+)
 from mythos_dist.data.windows import Shard
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import pool
@@ -77,7 +84,7 @@ def verify(folder: str | Path, *, workers: int = 0, quiet: bool = True) -> Repor
     return report
 
 
-def _read_manifest(folder: Path, report: Report) -> Manifest | None:
+def _read_manifest(folder: Path, report: Report) -> ShardManifest | None:
     """The manifest, or None if nothing can be checked by it; what is wrong with it goes into the report."""
     try:
         finished, unfinished = ((folder / name).exists() for name in ("manifest.json", UNFINISHED))
@@ -86,7 +93,7 @@ def _read_manifest(folder: Path, report: Report) -> Manifest | None:
             raise UserError(what, str(folder))
         if unfinished:
             report.remarks.append(f"{UNFINISHED}/ is left of the conversion, which is finished; it can be deleted")
-        manifest = read_manifest(folder)
+        manifest = read_shard_manifest(folder)
         report.problems += _broken_rules(manifest)
         return manifest
     except OSError as error:
@@ -100,7 +107,7 @@ def _read_manifest(folder: Path, report: Report) -> Manifest | None:
     return None
 
 
-def _broken_rules(manifest: Manifest) -> list[str]:
+def _broken_rules(manifest: ShardManifest) -> list[str]:
     """Where it contradicts itself, see manifest.py. Raises one of MALFORMED for what is no count or no dtype."""
     of, splits, window = manifest.documents, manifest.splits.values(), manifest.window
     size = "(seq_len + 1 + targets * seq_len)" if manifest.targets else "(seq_len + 1)"
@@ -128,7 +135,7 @@ def _broken_rules(manifest: Manifest) -> list[str]:
     return [f"manifest.json: {rule} does not hold of {counts}" for rule, counts, holds in rules if not holds]
 
 
-def _file_problems(folder: Path, manifest: Manifest) -> list[str]:
+def _file_problems(folder: Path, manifest: ShardManifest) -> list[str]:
     """Of the tokenizer, and of the index files taken together."""
     problems, tokenizer = [], manifest.tokenizer
     try:
@@ -142,7 +149,7 @@ def _file_problems(folder: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _read_index(folder: Path, split: str, manifest: Manifest, report: Report) -> list[Shard]:
+def _read_index(folder: Path, split: str, manifest: ShardManifest, report: Report) -> list[Shard]:
     """The shards of a split; how much these are and what is wrong with the list goes into the report."""
     try:
         shards = read_index(folder, split, manifest.fingerprint)
@@ -190,7 +197,7 @@ def _check(shard: Shard) -> tuple[list[str], int]:
         return [f"its entry in index.json cannot be read ({type(error).__name__}: {error})"], 0
 
 
-def _entry_problems(entry: dict[str, Any], manifest: Manifest) -> list[str]:
+def _entry_problems(entry: dict[str, Any], manifest: ShardManifest) -> list[str]:
     """What in an entry of index.json does not follow from the manifest or from the format."""
     window_bytes = manifest.window * np.dtype(manifest.dtype).itemsize
     expected = {
@@ -217,7 +224,7 @@ def _entry_problems(entry: dict[str, Any], manifest: Manifest) -> list[str]:
     return [f"index.json says {problem}" for problem in problems]
 
 
-def _check_file(shard: Shard, manifest: Manifest) -> tuple[list[str], int]:
+def _check_file(shard: Shard, manifest: ShardManifest) -> tuple[list[str], int]:
     """All that is wrong with a shard's file, and the number of EOS tokens."""
     raw, stored = shard.entry["raw_data"], shard.stored
     try:
@@ -242,7 +249,7 @@ def _check_file(shard: Shard, manifest: Manifest) -> tuple[list[str], int]:
     return hashes.problems() + [f"unpacked, it {one}" for one in problems], eos
 
 
-def _check_content(stream: Any, entry: dict[str, Any], manifest: Manifest) -> tuple[list[str], int]:
+def _check_content(stream: Any, entry: dict[str, Any], manifest: ShardManifest) -> tuple[list[str], int]:
     """Of a shard, unpacked: header as the format says, windows in pieces. See mds.py."""
     samples, columns, dtype = entry["samples"], _columns(entry), np.dtype(manifest.dtype)
     begin = 8 + 4 * samples + len(columns)

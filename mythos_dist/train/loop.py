@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence, newest_start
-from mythos_dist.checkpoint.manifest import Checkpoint, Manifest, versions
+from mythos_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, clean_complete_run, is_due
@@ -375,9 +375,9 @@ class Run:
                 self.fence.note("running", "", self.step, self.published)
 
 
-def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: Engine) -> Manifest:
+def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: Engine) -> CheckpointManifest:
     """What a checkpoint behind a step says of itself; which tensors and files it has is found when they are written."""
-    return Manifest(
+    return CheckpointManifest(
         step=step,
         tokens=step * config.train.global_batch * config.train.seq_len,
         start=fence.start,

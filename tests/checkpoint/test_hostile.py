@@ -10,7 +10,7 @@ import pytest
 import xxhash
 from helpers.small_checkpoint import names
 
-from mythos_dist.checkpoint.manifest import Checkpoint, VersionError, read_manifest
+from mythos_dist.checkpoint.manifest import Checkpoint, VersionError, read_checkpoint_manifest
 from mythos_dist.checkpoint.restore import config_of, find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.tensor_file import TensorFile
 from mythos_dist.errors import UserError
@@ -89,7 +89,7 @@ def test_a_manifest_with_a_wrong_value_is_damaged_and_the_older_checkpoint_is_ta
         assert time.process_time() - begin < 2
         assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1, value
         with pytest.raises(UserError, match=r"checkpoint\.json: is damaged") as problem:
-            read_manifest(folder)
+            read_checkpoint_manifest(folder)
         assert len(str(problem.value)) < 2000
 
 
@@ -106,7 +106,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(run, name):
     raw["files"][name] = raw["files"].pop(FILE)
     write(folder, json.dumps(raw))
     with pytest.raises(UserError, match="is no name of a checkpoint's file"):
-        read_manifest(folder)
+        read_checkpoint_manifest(folder)
 
 
 def test_all_problems_are_said_at_once(run):
@@ -116,7 +116,7 @@ def test_all_problems_are_said_at_once(run):
     raw["step"], raw["tokens"], raw["tensors"]["w"]["shape"] = -1, "x", [5, True]
     write(folder, json.dumps(raw))
     with pytest.raises(UserError) as problem:
-        read_manifest(folder)
+        read_checkpoint_manifest(folder)
     for words in ("step=-1", "tokens='x'", "tensors.w.shape.1=True"):
         assert words in str(problem.value)
 
@@ -133,7 +133,7 @@ def test_pieces_that_overlap_do_not_make_up_for_those_that_lack(run):
         raw["files"][f"{name}.safetensors"] = {**file, "pieces": {"w": piece}}
     write(folder, json.dumps(raw))
     with pytest.raises(UserError, match="its pieces overlap"):
-        read_manifest(folder)
+        read_checkpoint_manifest(folder)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_json_of_any_shape_is_damage_or_another_version(run, text):
     folder = folder_of(run, 2)
     write(folder, text)
     with pytest.raises(UserError) as problem:
-        read_manifest(folder)
+        read_checkpoint_manifest(folder)
     assert "is damaged" in str(problem.value) or isinstance(problem.value, VersionError)
     (folder / "checkpoint.json").write_text(f"{text}\n{text}\n")
     with pytest.raises(UserError, match="is damaged"):
-        read_manifest(folder)
+        read_checkpoint_manifest(folder)
 
 
 def test_a_manifest_that_is_no_file_or_far_too_long_is_not_read(run, tmp_path):
@@ -179,7 +179,7 @@ def test_a_manifest_that_is_no_file_or_far_too_long_is_not_read(run, tmp_path):
             make(file)
         begin = time.process_time()
         with pytest.raises(UserError, match=words):
-            read_manifest(file.parent)
+            read_checkpoint_manifest(file.parent)
         assert time.process_time() - begin < 2
 
 
@@ -220,7 +220,7 @@ def test_a_newer_format_that_seals_its_manifest_in_another_way_is_not_damage(run
     ):
         file.write_text(content)
         with pytest.raises(VersionError):
-            read_manifest(file.parent)
+            read_checkpoint_manifest(file.parent)
 
 
 def header(entries: object, data: int = 240, length: int | None = None) -> bytes:

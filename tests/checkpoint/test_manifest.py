@@ -10,12 +10,12 @@ import pytest
 import mythos_dist
 from mythos_dist.checkpoint.manifest import (
     Checkpoint,
-    File,
-    Manifest,
-    Tensor,
+    CheckpointManifest,
+    FileEntry,
+    TensorEntry,
     checkpoints_of,
     damage,
-    read_manifest,
+    read_checkpoint_manifest,
     versions,
 )
 from mythos_dist.checkpoint.pieces import Piece
@@ -28,7 +28,7 @@ from mythos_dist.errors import UserError
 WHOLE = np.arange(60, dtype=np.float32).reshape(5, 12)
 
 
-def make(folder, step=10, start=1) -> Manifest:
+def make(folder, step=10, start=1) -> CheckpointManifest:
     """A checkpoint of one matrix, its columns cut among two ranks and the second's slice among two replicas."""
     temporary = folder / f"step-{step:08d}.tmp-{start}"
     temporary.mkdir(parents=True)
@@ -46,11 +46,11 @@ def make(folder, step=10, start=1) -> Manifest:
     files = {}
     for name, (piece, numbers) in held.items():
         size, digest = write_tensors(temporary / name, {"parameter/w": numbers.shape}, [numbers.data])
-        files[name] = File(size, digest, {"w": piece})
-    manifest = Manifest(
+        files[name] = FileEntry(size, digest, {"w": piece})
+    manifest = CheckpointManifest(
         step=step, tokens=step * 8, start=start, layout={"ranks": 3}, config={"model": {"dim": 12}}, data="d",
         versions={"torch": "2"}, optimizer={"steps": step, "skipped_steps": 0, "loss_scale": {}},
-        tensors={"w": Tensor((5, 12), ("parameter",))}, files=files,
+        tensors={"w": TensorEntry((5, 12), ("parameter",))}, files=files,
     )  # fmt: skip
     publish(temporary, manifest)
     return manifest
@@ -58,7 +58,7 @@ def make(folder, step=10, start=1) -> Manifest:
 
 def test_a_manifest_reads_back(tmp_path):
     manifest = make(tmp_path)
-    assert read_manifest(tmp_path / "step-00000010") == manifest
+    assert read_checkpoint_manifest(tmp_path / "step-00000010") == manifest
     assert manifest.num_parameters == 60
     assert (tmp_path / "latest").read_text() == "step-00000010\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
@@ -112,14 +112,14 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path):
     for place in [*draw.sample(range(len(good)), 200), 0, len(good) - 1]:
         file.write_bytes(good[:place] + bytes([good[place] ^ 1 << draw.randrange(8)]) + good[place + 1 :])
         with pytest.raises(UserError, match=r"checkpoint\.json: is damaged"):
-            read_manifest(file.parent)
+            read_checkpoint_manifest(file.parent)
     for content in (b"", good[:-40], good + b"x"):
         file.write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
-            read_manifest(file.parent)
+            read_checkpoint_manifest(file.parent)
     file.unlink()
     with pytest.raises(UserError, match="is missing"):
-        read_manifest(file.parent)
+        read_checkpoint_manifest(file.parent)
 
 
 def test_latest_comes_first_and_then_the_newest(tmp_path):
@@ -152,9 +152,9 @@ def test_latest_comes_first_and_then_the_newest(tmp_path):
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     make(tmp_path, start=1)
-    assert read_manifest(tmp_path / "step-00000010").start == 1
+    assert read_checkpoint_manifest(tmp_path / "step-00000010").start == 1
     make(tmp_path, start=2)
-    assert read_manifest(tmp_path / "step-00000010").start == 2
+    assert read_checkpoint_manifest(tmp_path / "step-00000010").start == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
 
 

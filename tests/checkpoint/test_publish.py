@@ -10,7 +10,7 @@ import pytest
 from helpers.small_checkpoint import VALUES, names
 
 import mythos_dist.files
-from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_manifest
+from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_checkpoint_manifest
 from mythos_dist.checkpoint.restore import find_checkpoint
 from mythos_dist.errors import UserError
 
@@ -76,7 +76,7 @@ def test_keep_deletes_only_what_this_run_wrote(run, tmp_path, caplog):
     (run.checkpoints / "step-00000010").mkdir()
     newer = copy(run.checkpoints / "step-00000002", "step-00000001")
     file = newer / "checkpoint.json"
-    manifest = read_manifest(run.checkpoints / "step-00000002")
+    manifest = read_checkpoint_manifest(run.checkpoints / "step-00000002")
     file.write_text(type(manifest)(**{**vars(manifest), "format_version": 2}).to_text())
     run.save(12, start=2, keep=1)
     run.save(14, start=2, keep=1)

@@ -10,7 +10,7 @@ from helpers.launch import run_ranks
 from helpers.small_checkpoint import names
 
 import mythos_dist.checkpoint.manifest
-from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_manifest
+from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_checkpoint_manifest
 from mythos_dist.checkpoint.restore import find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE
 from mythos_dist.errors import UserError
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_another_process_removes_meanwhile_is_passed_over(run,
 
         return call
 
-    name = {"listed": "checkpoints_of", "opened": "read_manifest", "hashed": "file_hash"}[moment]
+    name = {"listed": "checkpoints_of", "opened": "read_checkpoint_manifest", "hashed": "file_hash"}[moment]
     module = mythos_dist.checkpoint.restore if moment == "listed" else mythos_dist.checkpoint.manifest
     monkeypatch.setattr(module, name, then_gone(getattr(module, name)))
     checkpoint, damaged = find_checkpoint(run.checkpoints)
@@ -157,7 +157,7 @@ def test_a_checkpoint_to_be_replaced_gets_its_name_back_when_the_publication_was
     (run.checkpoints / "step-00000004").rename(run.checkpoints / "step-00000004.replaced-by-2")
     run.saver(start=3)
     assert names(run.checkpoints) == ["latest", "step-00000004"]
-    assert read_manifest(run.checkpoints / "step-00000004").start == 1
+    assert read_checkpoint_manifest(run.checkpoints / "step-00000004").start == 1
 
 
 def disagree(checkpoints: str, keys: list[str]) -> str:

@@ -17,7 +17,7 @@ from helpers.small_checkpoint import VALUES
 
 from mythos_dist.checkpoint.canonical import write_canonical
 from mythos_dist.checkpoint.export import export
-from mythos_dist.checkpoint.manifest import Checkpoint, read_manifest
+from mythos_dist.checkpoint.manifest import Checkpoint, read_checkpoint_manifest
 from mythos_dist.checkpoint.restore import find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, SignatureError, signing_key
 from mythos_dist.checkpoint.tensor_file import TensorFile, write_tensors
@@ -43,7 +43,7 @@ def folder_of(run, step: int) -> Path:
 
 def tamper(folder: Path) -> None:
     """Other values, and hashes that are right for them: what whoever can write the folder can do."""
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     (name, file), *_ = manifest.files.items()
     kinds = manifest.tensors["w"].kinds
     size, digest = write_tensors(
@@ -105,7 +105,7 @@ def test_with_a_key_what_is_not_signed_with_it_is_refused_and_no_older_one_taken
             seal["signature"]["files_sha256"] = {"rank-00000.safetensors": "0" * 64}
         file.write_text("\n".join([json.dumps(seal), *rest]))
     elif what == "step":
-        reseal(folder, replace(read_manifest(folder), tokens=1).to_text())
+        reseal(folder, replace(read_checkpoint_manifest(folder), tokens=1).to_text())
     words = "is not signed" if what == "unsigned" else "signature is wrong"
     with pytest.raises(SignatureError, match=words) as problem:
         find_checkpoint(run.checkpoints, True, key_file)
@@ -135,7 +135,7 @@ def test_a_file_made_to_have_the_same_hash_is_refused(run, key_file, monkeypatch
     made to agree."""
     run.save(2, key_file=key_file)
     folder = folder_of(run, 2)
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     (expected,) = {file.hash for file in manifest.files.values()}
     file = folder / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())

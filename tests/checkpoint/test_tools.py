@@ -14,7 +14,7 @@ import torch
 from helpers.launch import run_tool, train
 from safetensors.torch import load_file, save_file
 
-from mythos_dist.checkpoint.manifest import Checkpoint, File, Manifest, Tensor, versions
+from mythos_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, FileEntry, TensorEntry, versions
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.checkpoint.save import publish
@@ -206,8 +206,8 @@ def rewritten(run_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary = folder.with_name("step-00000006.tmp-9")
     temporary.mkdir()
     size, digest = write_tensors(temporary / name, shapes, (t.reshape(-1).numpy().data for t in tensors.values()))
-    files = {name: File(size, digest, manifest.files[name].pieces)}
-    publish(temporary, Manifest(**{**vars(manifest), "files": files}))
+    files = {name: FileEntry(size, digest, manifest.files[name].pieces)}
+    publish(temporary, CheckpointManifest(**{**vars(manifest), "files": files}))
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +223,13 @@ def large(tmp_path_factory) -> Path:
         shapes = {f"{kind}/prelude.0.w": numbers.shape for kind in kinds}
         size, digest = write_tensors(temporary / f"rank-{rank:05d}.safetensors", shapes, [numbers.data] * 3)
         piece = Piece((rows, columns // 4), (0, rank * columns // 4), 0, numbers.size)
-        files[f"rank-{rank:05d}.safetensors"] = File(size, digest, {"prelude.0.w": piece})
+        files[f"rank-{rank:05d}.safetensors"] = FileEntry(size, digest, {"prelude.0.w": piece})
     from mythos_dist.config.schema import MythosConfig
 
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         1, 1, 1, {}, {"model": asdict(MythosConfig())}, "", versions(),
         {"steps": 1, "skipped_steps": 0, "loss_scale": {}},
-        {"prelude.0.w": Tensor((rows, columns), kinds)}, files,
+        {"prelude.0.w": TensorEntry((rows, columns), kinds)}, files,
     )  # fmt: skip
     publish(temporary, manifest)
     yield run_dir

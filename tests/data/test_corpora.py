@@ -18,7 +18,7 @@ from helpers.shard_folder import (
 )
 
 from mythos_dist.data.corpora import changes, fingerprint, open_corpora, with_windows
-from mythos_dist.data.manifest import index_fingerprint, read_manifest
+from mythos_dist.data.manifest import index_fingerprint, read_shard_manifest
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.verify import verify
@@ -180,7 +180,9 @@ def test_corpora_that_do_not_go_together_are_named_with_both_values(folders, tmp
     other = write_folder(tmp_path / "other", [4], corpus=3, seq_len=8, eos=2, tokenizer=b"another")
     problems = refused(folders[0], folders[1], other)
     pairs = [("seq_len", 8, SEQ_LEN), ("eos_id", 2, 1)]
-    pairs.append(("tokenizer_sha256", *(read_manifest(folder).tokenizer_sha256 for folder in (other, folders[0]))))
+    pairs.append(
+        ("tokenizer_sha256", *(read_shard_manifest(folder).tokenizer_sha256 for folder in (other, folders[0])))
+    )
     for key, here, there in pairs:
         (problem,) = [problem for problem in problems if f" {key}=" in problem and "but these shards" not in problem]
         assert problem.startswith(f"{other}: {key}={here}, but {folders[0]} has {there}; ")
@@ -197,7 +199,7 @@ def test_the_same_shards_twice_are_refused(folders, tmp_path):
 def test_the_fingerprint_covers_shards_weights_and_order(folders):
     """One corpus has its manifest's own, whatever its weight; equal ratios are equal."""
     a, b = (str(folder) for folder in folders[:2])
-    alone = read_manifest(a).fingerprint
+    alone = read_shard_manifest(a).fingerprint
     assert fingerprint(open_({a: 1})) == fingerprint(open_({a: 0.3})) == alone
     assert fingerprint(open_({a: 0.7, b: 0.3})) == fingerprint(open_({a: 7, b: 3}))
     mixes = [{a: 1}, {b: 1}, {a: 1, b: 1}, {a: 2, b: 1}, {b: 1, a: 2}]
@@ -214,7 +216,7 @@ def test_what_changed_since_the_run_began_is_named(folders, tmp_path):
         f"{a} has weight 3 of 5, but the run was trained with 7 of 10",
         f"{b} has weight 2 of 5, but the run was trained with 3 of 10",
     ]
-    old = read_manifest(b).fingerprint[:12]
+    old = read_shard_manifest(b).fingerprint[:12]
     assert changes(open_({a: 0.7, c: 0.3}), before) == [
         f"{c} holds other shards than those that the run was trained on",
         f"the shards of fingerprint {old}…, with weight 3 of 10, are not given any more",

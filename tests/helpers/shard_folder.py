@@ -15,7 +15,7 @@ from mythos_dist.data.manifest import (
     FORMAT_VERSION,
     DocumentCounts,
     Filters,
-    Manifest,
+    ShardManifest,
     SplitCounts,
     index_fingerprint,
 )
@@ -73,7 +73,7 @@ def write_folder(
         (out / split / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
     (out / "tokenizer.model").write_bytes(tokenizer)
     windows = {split: sum(sizes) for split, sizes in splits.items()}
-    manifest = Manifest(
+    manifest = ShardManifest(
         format_version=FORMAT_VERSION,
         seq_len=seq_len,
         dtype=dtype,

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.manifest import Manifest
+from mythos_dist.checkpoint.manifest import CheckpointManifest
 
 VALUES = np.arange(60, dtype=np.float32)  # of the matrix and of each moment
 
 
-def manifest(step: int, start: int = 1, seed: int = 0) -> Manifest:
+def manifest(step: int, start: int = 1, seed: int = 0) -> CheckpointManifest:
     """As the training loop makes it, without tensors and files."""
-    return Manifest(
+    return CheckpointManifest(
         step=step, tokens=step * 8, start=start, layout={"ranks": 1}, config={"model": {}, "run": {"seed": seed}},
         data="", versions={"torch": "2"}, optimizer={"steps": step, "skipped_steps": 0, "loss_scale": {}},
         tensors={}, files={},

@@ -15,7 +15,7 @@ from helpers.conversion import SPLITS, ByteTokenizer, assert_holds, contents, ex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_dist.data.manifest import Filters, Skipped, read_manifest
+from mythos_dist.data.manifest import Filters, Skipped, read_shard_manifest
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import convert as convert_module
 from mythos_dist.prepare import documents, lines, mds
@@ -74,11 +74,11 @@ def test_one_part_holds_the_documents_one_after_the_other(write_parquet, byte_to
     expected = expect([DOCUMENTS], byte_tokenizer, 16, heldout=0.2)
     assert min(expected.documents.values()) > 5
     assert_holds(tmp_path / "out", manifest, expected)
-    assert read_manifest(tmp_path / "out") == manifest
+    assert read_shard_manifest(tmp_path / "out") == manifest
 
 
 def test_mixed_formats_in_many_parts_hold_the_same_documents(finished, byte_tokenizer):
-    manifest = read_manifest(finished)
+    manifest = read_shard_manifest(finished)
     assert_holds(finished, manifest, expect(FOLDER_PARTS, byte_tokenizer, 32, heldout=0.1))
     assert [one.name for one in manifest.inputs] == [
         "a.parquet",
@@ -104,7 +104,7 @@ def test_the_real_tokenizers_shards_decode_to_the_corpus(shards, corpus, tokeniz
     from streaming import StreamingDataset
 
     originals, found = list(read_documents(corpus)), []
-    manifest = read_manifest(shards)
+    manifest = read_shard_manifest(shards)
     for split in SPLITS:
         data = StreamingDataset(local=str(shards / split), batch_size=1)
         tokens = np.concatenate([data[i]["tokens"] for i in range(data.num_samples)])
@@ -332,7 +332,7 @@ def test_repaired_text_is_counted_and_hashed_as_it_is_written(tmp_path, byte_tok
 def test_documents_are_held_out_by_their_text_alone(finished, byte_tokenizer, write_parquet, tmp_path):
     """In another order, another format and another window they are the same."""
     manifest = convert(write_parquet(text=TEXTS[::-1]), byte_tokenizer, 16, tmp_path / "out", heldout=0.1, quiet=True)
-    before = read_manifest(finished)
+    before = read_shard_manifest(finished)
     for split in SPLITS:
         assert (4 * manifest.splits[split].documents, 4 * manifest.splits[split].tokens) == (
             before.splits[split].documents,
@@ -476,7 +476,7 @@ def test_impossible_requests_are_refused(write_parquet, byte_tokenizer, tmp_path
 
 def test_converting_again_does_nothing_and_says_so(finished, text_folder, byte_tokenizer, part_per_span, capsys):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
-    manifest = read_manifest(finished)
+    manifest = read_shard_manifest(finished)
     assert convert_folder(text_folder, byte_tokenizer, finished) == manifest
     assert capsys.readouterr() == ("", "")
     assert convert_folder(text_folder, byte_tokenizer, finished, quiet=False, workers=2) == manifest
@@ -503,7 +503,7 @@ def test_other_settings_are_refused_with_what_differs(
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     if begun:
-        settings_of = read_manifest(out).to_json()
+        settings_of = read_shard_manifest(out).to_json()
         (out / "manifest.json").unlink()
         (out / "unfinished").mkdir()
         (out / "unfinished" / "settings.json").write_text(json.dumps(settings_of))
@@ -581,7 +581,7 @@ def begun(text_folder, byte_tokenizer, tmp_path, part_per_span):
 
 def test_an_interrupted_conversion_goes_on_where_it_was(begun, finished, text_folder, byte_tokenizer, capsys):
     with pytest.raises(UserError, match="not a finished conversion"):
-        read_manifest(begun)
+        read_shard_manifest(begun)
     tokenizer = Interrupted(byte_tokenizer.path)
     convert_folder(text_folder, tokenizer, begun, quiet=False)
     assert 10**9 - tokenizer.calls == len(FOLDER_PARTS) - 9
@@ -672,20 +672,20 @@ def test_a_conversion_that_ends_while_another_begins_is_left_as_it_is(
 
     monkeypatch.setattr(convert_module, "_claim", late)
     tokenizer = Interrupted(byte_tokenizer.path)
-    assert convert_folder(text_folder, tokenizer, begun) == read_manifest(begun)
+    assert convert_folder(text_folder, tokenizer, begun) == read_shard_manifest(begun)
     assert tokenizer.calls == 10**9
     assert contents(begun) == contents(finished)
 
 
 def test_reading_a_manifest_names_what_is_wrong_with_it(finished, tmp_path):
     with pytest.raises(UserError, match=r"no shards here; .* make them with tools/make_shards\.py"):
-        read_manifest(tmp_path)
+        read_shard_manifest(tmp_path)
     whole = json.loads((finished / "manifest.json").read_text())
     without_counts = {**whole, "splits": {"train": whole["splits"]["train"]}}
     for content in ("{", "[]", "{}", json.dumps(without_counts), json.dumps({**whole, "unknown": 1})):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=r"manifest.json: cannot be read .*; convert again"):
-            read_manifest(tmp_path)
+            read_shard_manifest(tmp_path)
 
 
 def test_long_lines_and_long_documents_are_the_same_in_every_format(tmp_path, byte_tokenizer, tiny_pieces):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.conversion import SPLITS, assert_holds, contents, expect, read_windows
 
-from mythos_dist.data.manifest import read_manifest
+from mythos_dist.data.manifest import read_shard_manifest
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.documents import Columns
@@ -168,7 +168,7 @@ def test_verify_finds_counts_of_a_cut_that_contradict_each_other(byte_tokenizer,
     out = tmp_path / "out"
     convert(write_files(tmp_path / "texts", [text(3000)]), byte_tokenizer, SEQ_LEN, out, heldout=0.1, quiet=True)
     good = (out / "manifest.json").read_text()
-    assert read_manifest(out).heldout_by == "window"
+    assert read_shard_manifest(out).heldout_by == "window"
     for change, problem in (
         (('"heldout_by": "window"', '"heldout_by": "line"'), "heldout_by is document or window"),
         (('"tokens_dropped": 0', '"tokens_dropped": 1'), "tokens_dropped == 0"),

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mythos_dist.data.manifest import read_manifest
+from mythos_dist.data.manifest import read_shard_manifest
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import listing as listing_module
 from mythos_dist.prepare.convert import convert
@@ -197,7 +197,7 @@ def test_a_conversion_says_what_it_takes_and_its_manifest_names_the_rest(tmp_pat
         "not taken: 1 format not read (.csv): more.csv",
     ]
     assert (manifest.documents.read, len(manifest.inputs)) == (6, 2)
-    assert read_manifest(top / "out") == manifest
+    assert read_shard_manifest(top / "out") == manifest
     found = {one.name: one.reason for one in manifest.left_out}
     assert (
         found.items()
@@ -232,7 +232,7 @@ def test_a_manifest_without_a_list_of_what_was_left_out_is_read(tmp_path, byte_t
     content = json.loads(file.read_text())
     del content["left_out"], content["unknown_tokens"]
     file.write_text(json.dumps(content))
-    assert read_manifest(tmp_path / "out").left_out == ()
+    assert read_shard_manifest(tmp_path / "out").left_out == ()
 
 
 def test_names_of_any_bytes_are_listed_and_stored(tmp_path, byte_tokenizer, capsys):
@@ -243,7 +243,7 @@ def test_names_of_any_bytes_are_listed_and_stored(tmp_path, byte_tokenizer, caps
     for name in names:
         (top / os.fsdecode(name)).write_text("some text")
     manifest = convert(top, byte_tokenizer, 4, tmp_path / "out", heldout=0)
-    assert read_manifest(tmp_path / "out") == manifest
+    assert read_shard_manifest(tmp_path / "out") == manifest
     assert [one.name for one in manifest.inputs] == ["bad\\udcff.txt", "line\nend.txt"]
     said = capsys.readouterr().err
     assert "red\\x1b[31m.csv" in said and "\x1b" not in said and len(said.splitlines()) == 2

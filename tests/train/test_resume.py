@@ -15,7 +15,7 @@ from helpers.disk import enlarge, small_disk
 from helpers.launch import launch, train, train_here
 
 from mythos_dist.checkpoint.fence import Fence, newest_start
-from mythos_dist.checkpoint.manifest import Manifest, read_manifest
+from mythos_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
 from mythos_dist.checkpoint.restore import load_model
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
@@ -103,7 +103,7 @@ def test_a_run_goes_on_at_other_layouts(whole, run, tmp_path):
         assert got[:1] + got[3:7] == expected[:1] + expected[3:7]
         assert got[1] == pytest.approx(expected[1], rel=1e-5)
         assert got[2] == pytest.approx(expected[2], rel=1e-4)
-    assert read_manifest(tmp_path / "checkpoints" / f"step-{STEPS:08d}").layout["ranks"] == 1
+    assert read_checkpoint_manifest(tmp_path / "checkpoints" / f"step-{STEPS:08d}").layout["ranks"] == 1
 
 
 def kill_behind(run_dir: Path, step: int) -> dict[str, str]:
@@ -133,7 +133,7 @@ def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(whole, run, 
             assert f"{NEWEST}/{name}" in result.err and "WARNING" in result.err, result.err
             assert "resuming from" in result.out and SECOND in result.out
             assert lines(run_dir) == lines(whole)
-            read_manifest(run_dir / "checkpoints" / NEWEST)
+            read_checkpoint_manifest(run_dir / "checkpoints" / NEWEST)
             shutil.rmtree(run_dir)
     shutil.copytree(whole, run_dir)
     for step in checkpoints(run_dir):
@@ -189,7 +189,7 @@ def taken_over_in_save_9(run_dir: str, arguments: list[str]) -> None:
 
     save = Saver.save
 
-    def then_taken_over(self: Saver, manifest: Manifest) -> None:
+    def then_taken_over(self: Saver, manifest: CheckpointManifest) -> None:
         save(self, manifest)
         if manifest.step == 9 and os.environ["RANK"] == "0":
             Fence.take(Path(run_dir))
