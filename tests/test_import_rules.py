@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "experiments": {"prepare", "train", "ops", "ops.plan", "parallel", "data", "config"},
 }
 # What is still to be turned round.
-NOT_YET = {"checkpoint": {"ops.cluster"}, "train": {"ops", "ops.cluster", "ops.plan"}}
+NOT_YET = {"train": {"ops", "ops.cluster", "ops.plan"}}
 EVERYBODYS = {"errors", "files", "private", "units"}
 CORE = {"config", "data", "model", "parallel", "checkpoint", "train"}
 FILES = sorted(path for folder in ("mythos_dist", "experiments") for path in (REPOSITORY / folder).rglob("*.py"))

@@ -24,8 +24,8 @@ from typing import Any
 
 from mythos_dist.errors import UserError
 from mythos_dist.files import read_json_lines, write_atomically
-from mythos_dist.ops.cluster.place import launch_of
-from mythos_dist.ops.cluster.process_identity import identity
+from mythos_dist.parallel.launcher import read_job_id
+from mythos_dist.parallel.process_identity import identity
 
 FILE, GUARD = "writer.json", "writer.guard"
 _ABOUT = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # of the job that this start is part of
@@ -97,7 +97,7 @@ class Fence:
         before, now = newest_start(self.run_dir), time.time()
         began = before.get("began") if before.get("start") == self.start else now
         published = before.get("published") if published is None else published
-        about |= {"launch": launch_of(), "state": state, "why": why, "step": step, "published": published}
+        about |= {"launch": read_job_id(), "state": state, "why": why, "step": step, "published": published}
         write_atomically(self.run_dir / FILE, json.dumps(about | {"began": began, "time": now}) + "\n")
 
 

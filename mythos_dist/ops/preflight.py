@@ -21,8 +21,8 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.cluster.inject import Faults
-from mythos_dist.ops.cluster.place import Place
 from mythos_dist.ops.plan.cost import BYTES_PER_PARAMETER, count_parameters
+from mythos_dist.parallel.launcher import RankInfo
 from mythos_dist.parallel.process import device
 from mythos_dist.train.run_folder import probe_prefix
 from mythos_dist.units import count
@@ -49,22 +49,22 @@ class Found:
         return text + f", clocks within {self.skew * 1000:.0f} ms ({self.seconds:.1f} s)"
 
 
-def preflight(config: Config, place: Place, faults: Faults) -> Found:
+def preflight(config: Config, rank_info: RankInfo, faults: Faults) -> Found:
     """Every rank calls this. Raises NodeError or UserError, the same on every rank, with all problems."""
     begin = time.perf_counter()
     dist.barrier()
     run_dir = Path(config.run.dir)
     above = next(folder for folder in [run_dir, *run_dir.parents] if folder.is_dir())
     token = above / _shared_name(run_dir)
-    about = look(config, place, token)
-    everyone: list[dict[str, Any]] = [{} for _ in range(place.world)]
+    about = look(config, rank_info, token)
+    everyone: list[dict[str, Any]] = [{} for _ in range(rank_info.world_size)]
     dist.all_gather_object(everyone, about)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         with contextlib.suppress(OSError):  # where nothing can be written `look` has said so
             token.unlink(missing_ok=True)  # all have looked
     refuse(judge(everyone, config.faults.clock_skew), everyone)
     nodes = [one["node"] for one in everyone]
-    rates, wrong = exchange(place, corrupt=any(fault.kind == "bad_link" for fault in faults.left))
+    rates, wrong = exchange(rank_info, corrupt=any(fault.kind == "bad_link" for fault in faults.left))
     refuse([(nodes[rank], text) for rank, text in wrong.items()], everyone)
     clocks = [one["clock"] for one in everyone]
     return Found(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin)
@@ -77,13 +77,13 @@ def _shared_name(run_dir: Path) -> str:
     return name[0]
 
 
-def look(config: Config, place: Place, token: Path) -> dict[str, Any]:
+def look(config: Config, rank_info: RankInfo, token: Path) -> dict[str, Any]:
     """What this rank finds on its node; the clock first, while all ranks have just left a barrier.
 
     token: a file that rank 0 makes in run.dir, or in the nearest folder above it that is there.
     """
     clock, above = time.time(), token.parent
-    sees, problems = _sees(token, place)
+    sees, problems = _sees(token, rank_info)
     need = BYTES_PER_PARAMETER * count_parameters(config.model)
     if (free := shutil.disk_usage(above).free) < need:
         problems.append(
@@ -92,7 +92,7 @@ def look(config: Config, place: Place, token: Path) -> dict[str, Any]:
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
-        "node": place.node,
+        "node": rank_info.node,
         "clock": clock,
         "problems": problems,
         "sees": sees,
@@ -101,19 +101,19 @@ def look(config: Config, place: Place, token: Path) -> dict[str, Any]:
     }
 
 
-def _sees(file: Path, place: Place) -> tuple[bool, list[str]]:
+def _sees(file: Path, rank_info: RankInfo) -> tuple[bool, list[str]]:
     """Whether what rank 0 makes in the run's folder is seen here; what went wrong with making it."""
     problems = []
-    if place.rank == 0:
+    if rank_info.rank == 0:
         try:
             file.touch()
         except OSError as error:
             problems = [f"nothing can be written in {file.parent} ({error.strerror}); give another run.dir"]
     dist.barrier()
     begin = time.monotonic()
-    while place.rank and not file.exists() and time.monotonic() - begin < _SHARED_WITHIN:
+    while rank_info.rank and not file.exists() and time.monotonic() - begin < _SHARED_WITHIN:
         time.sleep(0.1)
-    return place.rank == 0 or file.exists(), problems
+    return rank_info.rank == 0 or file.exists(), problems
 
 
 def judge(everyone: list[dict[str, Any]], clock_skew: float) -> list[tuple[str, str]]:
@@ -159,12 +159,12 @@ def refuse(found: list[tuple[str, str]], everyone: list[dict[str, Any]]) -> None
     raise NodeError(lines, bad)
 
 
-def exchange(place: Place, corrupt: bool) -> tuple[tuple[float, float], dict[int, str]]:
+def exchange(rank_info: RankInfo, corrupt: bool) -> tuple[tuple[float, float], dict[int, str]]:
     """An all-to-all and an all-reduce of numbers that every rank knows.
 
     Returns bytes per second and rank of (all-reduce, all-to-all), and by rank what came wrong from it.
     """
-    world, rank, here = place.world, place.rank, device()
+    world, rank, here = rank_info.world_size, rank_info.rank, device()
     size = max(1, _NUMBERS[here.type] // world) * world
     places = torch.arange(size, device=here, dtype=torch.float32) % 251  # sums of such numbers are exact in fp32
     sent = places + rank + (1.0 if corrupt else 0.0)

@@ -15,7 +15,7 @@ from mythos_dist.units import count
 
 if TYPE_CHECKING:  # what takes longer to import comes when Ctrl-C is handled
     from mythos_dist.config.schema import Config
-    from mythos_dist.ops.cluster.place import Place
+    from mythos_dist.parallel.launcher import RankInfo
 
 EPILOG = """\
 under a launcher:
@@ -37,20 +37,20 @@ exit codes:
 
 def main() -> None:
     """Train; see EPILOG for the exit codes."""
-    from mythos_dist.ops.cluster.stop import Stop
+    from mythos_dist.train.stop import Stop
 
     stop = Stop()
     stop.listen(signal.SIGUSR1, signal.SIGINT)
     arguments = parse()
-    from mythos_dist.ops.cluster.place import Place, find_place
+    from mythos_dist.parallel.launcher import RankInfo, read_rank_info
     from mythos_dist.train.console import keep_console
 
     keep_console()
-    place, watchdog, code = Place(), None, 0
+    rank_info, watchdog, code = RankInfo(), None, 0
     try:
-        place = find_place()
+        rank_info = read_rank_info()
         # What can be checked without torch is checked before it is imported: an error takes a second, not ten.
-        config = read(arguments.config, arguments.overrides, place)
+        config = read(arguments.config, arguments.overrides, rank_info)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of every attempt; we say it once
         # Imports leave little garbage and 400,000 objects: full collections among them were an eighth of a start's CPU.
         gc.disable()
@@ -60,7 +60,7 @@ def main() -> None:
 
         gc.freeze()
         gc.enable()
-        session = join(config, place, stop)
+        session = join(config, rank_info, stop)
         watchdog = session.watchdog
         keep_freed_memory()
         code = train(config, session, only_preflight=arguments.preflight)
@@ -68,14 +68,14 @@ def main() -> None:
     except UserError as error:
         if watchdog:
             watchdog.leave()
-        leave(error, place)
+        leave(error, rank_info)
     except Exception as error:
-        logging.getLogger(__name__).exception("%s failed", place)
+        logging.getLogger(__name__).exception("%s failed", rank_info)
         if watchdog:
             watchdog.fail(error)
         raise
     if code:
-        if place.rank == 0:
+        if rank_info.rank == 0:
             tell_launcher(code)
         # At once: a launcher ends all others when the first one leaves with another code than 0.
         sys.stdout.flush()
@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     return parse_arguments(parser)
 
 
-def read(path: str, overrides: list[str], place: "Place") -> "Config":
+def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "Config":
     """The config, fit for so many ranks. Raises UserError."""
     from mythos_dist.config.layout import layout_problems
     from mythos_dist.config.load import load_config
@@ -110,21 +110,21 @@ def read(path: str, overrides: list[str], place: "Place") -> "Config":
     try:
         config = load_config(path, overrides)
         parse_faults(config.faults.inject)
-        if problems := layout_problems(config, place.world):
-            raise UserError(problems, source=f"{path} on {count(place.world, 'rank')}")
+        if problems := layout_problems(config, rank_info.world_size):
+            raise UserError(problems, source=f"{path} on {count(rank_info.world_size, 'rank')}")
         return config
     except UserError as error:
         error.alone = not Path(path).is_file()  # perhaps only here; all else rank 0 finds as well
         raise
 
 
-def leave(error: UserError, place: "Place") -> None:
+def leave(error: UserError, rank_info: "RankInfo") -> None:
     """One rank says what is wrong; all leave with the same code."""
-    if place.rank == 0 or error.alone:
+    if rank_info.rank == 0 or error.alone:
         tell_launcher(error.exit_code, error.nodes if isinstance(error, NodeError) else ())
-    if place.rank and error.alone and place.local_rank == 0:
-        print(f"{place}: ", end="", file=sys.stderr)
-    if place.rank == 0 or (error.alone and place.local_rank == 0):
+    if rank_info.rank and error.alone and rank_info.local_rank == 0:
+        print(f"{rank_info}: ", end="", file=sys.stderr)
+    if rank_info.rank == 0 or (error.alone and rank_info.local_rank == 0):
         exit_with(error)
     time.sleep(1)  # a launcher may kill all others as soon as one has left, and rank 0 is to speak
     sys.exit(error.exit_code)

@@ -22,7 +22,6 @@ from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.ops.cluster.inject import Faults
-from mythos_dist.ops.cluster.stop import forget
 from mythos_dist.ops.memory_check import Comparison, check_memory
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.preflight import preflight
@@ -38,6 +37,7 @@ from mythos_dist.train.resume import Resume, schedule_changes, take_fence
 from mythos_dist.train.run_folder import claim_run_folder, mark_completed, start_logging, write_settings
 from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
+from mythos_dist.train.stop import forget
 from mythos_dist.units import count
 
 log = logging.getLogger(__name__)
@@ -52,13 +52,13 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     rank, run_dir = dist.get_rank(), Path(config.run.dir)
     session.watchdog.enter("checking")
     corpora = together(lambda: check_inputs(config), session.nodes)
-    ranks_here = session.nodes.count(session.place.node)
+    ranks_here = session.nodes.count(session.rank_info.node)
     estimate = together(lambda: check_memory(config, dist.get_world_size(), ranks_here), session.nodes)
     resume = Resume(config, corpora)
     session.timed("checking")
     if config.faults.preflight or only_preflight:
         session.watchdog.enter("preflight")
-        found = preflight(config, session.place, Faults.of(config.faults.inject, rank, start=0))
+        found = preflight(config, session.rank_info, Faults.of(config.faults.inject, rank, start=0))
         if rank == 0 and (only_preflight or len(set(session.nodes)) > 1):
             print(found, flush=True)
         session.timed("preflight")
@@ -82,7 +82,7 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     previous = Previous.find(run_dir, resume.step) if rank == 0 else Previous()
     fence = take_fence(run_dir)
     session.stop.after_the_next_step(run_dir)
-    together(lambda: start_logging(run_dir, session.place, fence.start))
+    together(lambda: start_logging(run_dir, session.rank_info, fence.start))
     together(lambda: write_settings(config, mesh.data.size, fence) if rank == 0 else None)
     for line in resume.damaged:
         log.warning("%s", line)

@@ -29,9 +29,8 @@ from mythos_dist.files import (
     user_errors,
     write_atomically,
 )
-from mythos_dist.ops.cluster import stop
-from mythos_dist.ops.cluster.place import Place, launch_of
-from mythos_dist.train import restarts, spikes
+from mythos_dist.parallel.launcher import RankInfo, read_job_id
+from mythos_dist.train import restarts, spikes, stop
 from mythos_dist.train.line_file import FILES as LINES
 
 log = logging.getLogger(__name__)
@@ -229,7 +228,7 @@ def _locked(file: Path) -> TextIO | None:
 
 def _is_ours(run_dir: Path) -> bool:
     """Whether the run's newest start belongs to this process's submission."""
-    launch = launch_of()
+    launch = read_job_id()
     return bool(launch) and newest_start(run_dir).get("launch") == launch
 
 
@@ -239,22 +238,22 @@ def _holder(run_dir: Path) -> str:
     return f"a run{job} on {about.get('host')} (pid {about.get('pid')})" if about else "another run"
 
 
-def start_logging(run_dir: Path, place: Place, start: int) -> None:
+def start_logging(run_dir: Path, rank_info: RankInfo, start: int) -> None:
     """Send every library's log lines to logs/rank-NNNNN.log; the console gets our warnings, from rank 0.
 
     Raises UserError if the file cannot be opened.
     """
     with user_errors(run_dir / "logs"):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(run_dir / "logs" / f"rank-{place.rank:05d}.log")
+        to_file = logging.FileHandler(run_dir / "logs" / f"rank-{rank_info.rank:05d}.log")
     to_file.setFormatter(
-        logging.Formatter(f"%(asctime)s {place.node} start {start} %(levelname)s %(name)s: %(message)s")
+        logging.Formatter(f"%(asctime)s {rank_info.node} start {start} %(levelname)s %(name)s: %(message)s")
     )
     logging.captureWarnings(True)  # deprecations inside DeepSpeed and torch are for the log, not for the console
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.handlers = [to_file]
-    if place.rank == 0:
+    if rank_info.rank == 0:
         to_console = logging.StreamHandler(sys.stderr)
         to_console.setLevel(logging.WARNING)
         to_console.addFilter(lambda record: record.name.startswith("mythos_dist"))

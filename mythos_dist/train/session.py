@@ -20,13 +20,13 @@ from mythos_dist.errors import LostError, UserError, first_line
 from mythos_dist.ops.cluster.fabric import choose_interface, listen_address
 from mythos_dist.ops.cluster.hub import Limits
 from mythos_dist.ops.cluster.messages import launch_secret, seal, unseal
-from mythos_dist.ops.cluster.place import Place, tell_libraries
 from mythos_dist.ops.cluster.recorder import Recorder
 from mythos_dist.ops.cluster.rollcall import call, open_store
-from mythos_dist.ops.cluster.stop import Stop
 from mythos_dist.ops.cluster.watchdog import Watchdog
+from mythos_dist.parallel.launcher import RankInfo, export_rank_info
 from mythos_dist.parallel.process import free_port, join_process_group, together
 from mythos_dist.private import check_compile_caches
+from mythos_dist.train.stop import Stop
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class Session:
     """This process among the ranks, while the run lasts."""
 
-    place: Place
+    rank_info: RankInfo
     stop: Stop
     watchdog: Watchdog
     nodes: list[str] = field(default_factory=list)  # of every rank
@@ -60,22 +60,24 @@ class Session:
         self.watchdog.leave()
 
 
-def join(config: Config, place: Place, stop: Stop) -> Session:
+def join(config: Config, rank_info: RankInfo, stop: Stop) -> Session:
     """Meet the other ranks.
 
     Raises LostError if some are missing, UserError or NodeError if they run other code or another config.
     """
     imported = time.time() - psutil.Process().create_time()
     faults = config.faults
-    store = open_store(place, faults.join_within)
-    if place.world == 1:
-        place = replace(place, master="127.0.0.1", port=free_port())  # for libraries that ask; nobody has to listen
-    choose_interface(place)
-    tell_libraries(place)
+    store = open_store(rank_info, faults.join_within)
+    if rank_info.world_size == 1:
+        rank_info = replace(
+            rank_info, master_addr="127.0.0.1", master_port=free_port()
+        )  # for libraries that ask; nobody has to listen
+    choose_interface(rank_info)
+    export_rank_info(rank_info)
     recorder = Recorder()
-    session = Session(place, stop, Watchdog(place, Limits(faults.hang_after, faults.lost_after), recorder))
+    session = Session(rank_info, stop, Watchdog(rank_info, Limits(faults.hang_after, faults.lost_after), recorder))
     session.phases["import"] = imported
-    cards, store = call(store, place, card(config), faults.join_within)
+    cards, store = call(store, rank_info, card(config), faults.join_within)
     session.nodes = [card["node"] for card in cards]
     start_watchdog(session, store)
     session.timed("roll call")
@@ -97,15 +99,19 @@ def join(config: Config, place: Place, stop: Stop) -> Session:
 
 def start_watchdog(session: Session, store: dist.Store) -> None:
     """Rank 0 listens and says where; all connect. Raises LostError."""
-    place, secret = session.place, launch_secret()
+    rank_info, secret = session.rank_info, launch_secret()
     try:
-        if place.rank == 0:
+        if rank_info.rank == 0:
             one_node = len(set(session.nodes)) == 1
-            address = session.watchdog.serve(session.nodes, listen_address(place.master, place.port, one_node))
+            address = session.watchdog.serve(
+                session.nodes, listen_address(rank_info.master_addr, rank_info.master_port, one_node)
+            )
             store.set("watchdog", seal(secret, "watchdog", address))
         address = unseal(secret, "watchdog", store.get("watchdog"))
     except (dist.DistError, ValueError) as error:
-        raise LostError(f"{place}: where rank 0 on {place.master} listens is not known: {first_line(error)}") from None
+        raise LostError(
+            f"{rank_info}: where rank 0 on {rank_info.master_addr} listens is not known: {first_line(error)}"
+        ) from None
     session.watchdog.start(address)
 
 

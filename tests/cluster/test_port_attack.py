@@ -26,7 +26,7 @@ def attacked(arguments: list[str], folder: str) -> None:
         return where
 
     def start_late(self: Watchdog, address: str) -> None:
-        while self.place.rank and not Path(folder, "go").exists():
+        while self.rank_info.rank and not Path(folder, "go").exists():
             time.sleep(0.02)
         start(self, address)
 

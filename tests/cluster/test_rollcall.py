@@ -10,9 +10,9 @@ from helpers.launch import launch, train, train_here
 
 from mythos_dist.errors import LostError
 from mythos_dist.ops.cluster.messages import seal
-from mythos_dist.ops.cluster.place import Place
 from mythos_dist.ops.cluster.recorder import blame
 from mythos_dist.ops.cluster.rollcall import call, differences, ranges
+from mythos_dist.parallel.launcher import RankInfo
 
 
 def card(node: str, code: str = "a", config: str = "x") -> dict[str, str]:
@@ -76,7 +76,7 @@ def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60
 
     def one(rank: int) -> None:
         try:
-            outcomes[rank] = call(store, Place(rank, world, node=f"n{rank}"), {"the code": "a"}, seconds)[0]
+            outcomes[rank] = call(store, RankInfo(rank, world, node=f"n{rank}"), {"the code": "a"}, seconds)[0]
         except LostError as error:
             outcomes[rank] = error
 

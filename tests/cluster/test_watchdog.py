@@ -17,15 +17,15 @@ from mythos_dist.errors import LostError, UserError
 from mythos_dist.ops.cluster import hub as hub_module
 from mythos_dist.ops.cluster.hub import STRANGERS, Limits
 from mythos_dist.ops.cluster.messages import Channel, challenge, derive, hello, launch_secret, seal, unseal
-from mythos_dist.ops.cluster.place import Place
 from mythos_dist.ops.cluster.recorder import Recorder
 from mythos_dist.ops.cluster.watchdog import Watchdog
+from mythos_dist.parallel.launcher import RankInfo
 
 pytestmark = pytest.mark.timeout(480)
 
 
 def watchdog(rank: int = 0, world: int = 2, lost_after: float = 60) -> Watchdog:
-    return Watchdog(Place(rank, world, rank, world, master="127.0.0.1"), Limits(600, lost_after), Recorder())
+    return Watchdog(RankInfo(rank, world, rank, world, master_addr="127.0.0.1"), Limits(600, lost_after), Recorder())
 
 
 @contextmanager
@@ -301,7 +301,7 @@ def test_a_rank_whose_connection_broke_ends_as_lost_however_late_the_cause_is_kn
     with served() as (first, address):
         first.start(address)
         rank = watchdog(1)
-        rank.place = replace(rank.place, local_rank=0)  # the one that has words
+        rank.rank_info = replace(rank.rank_info, local_rank=0)  # the one that has words
         rank.start(address)
         assert first._hub
         connection = first._hub.peers[1].connection
@@ -365,6 +365,6 @@ def test_the_secret_of_a_launch_comes_from_whatever_the_launcher_gives(tmp_path)
 
 def test_many_ranks_speak_less_often_and_are_waited_for_longer():
     """500 of them a second, and nobody is lost who has missed no more than two turns."""
-    watchdog = Watchdog(Place(world=20000), Limits(600, 30), Recorder())
+    watchdog = Watchdog(RankInfo(world_size=20000), Limits(600, 30), Recorder())
     assert watchdog.limits.lost_after == 120
-    assert Watchdog(Place(world=400), Limits(600, 30), Recorder()).limits.lost_after == 30
+    assert Watchdog(RankInfo(world_size=400), Limits(600, 30), Recorder()).limits.lost_after == 30

@@ -103,13 +103,13 @@ def test_a_fault_that_is_none_is_named(text):
 
 def test_training_reads_faults_with_its_config():
     """Before anything is written, and all that are wrong at once."""
-    from mythos_dist.ops.cluster.place import Place
+    from mythos_dist.parallel.launcher import RankInfo
     from mythos_dist.train.__main__ import read
 
     tiny = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
-    assert read(tiny, ["faults.inject=kill@3:0"], Place()).faults.inject == "kill@3:0"
+    assert read(tiny, ["faults.inject=kill@3:0"], RankInfo()).faults.inject == "kill@3:0"
     with pytest.raises(UserError) as raised:
-        read(tiny, ["faults.inject=kill@3:0,explode@2:0,nan@x:0"], Place())
+        read(tiny, ["faults.inject=kill@3:0,explode@2:0,nan@x:0"], RankInfo())
     assert [problem.split()[1] for problem in raised.value.problems] == ["'explode@2:0'", "'nan@x:0'"]
 
 

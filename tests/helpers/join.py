@@ -11,26 +11,26 @@ import sys
 
 def main() -> None:
     from mythos_dist.config.load import load_config
-    from mythos_dist.ops.cluster.place import find_place
-    from mythos_dist.ops.cluster.stop import Stop
+    from mythos_dist.parallel.launcher import read_rank_info
+    from mythos_dist.train.stop import Stop
 
     config = load_config(sys.argv[1], sys.argv[2:])
-    place = find_place()
+    rank_info = read_rank_info()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     import torch.distributed as dist
 
     from mythos_dist.train.session import join
 
-    session = join(config, place, Stop())
+    session = join(config, rank_info, Stop())
     first = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    if first and place.rank == place.world - 1:
+    if first and rank_info.rank == rank_info.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     ranks = torch.ones(1)
     dist.all_reduce(ranks)
-    assert int(ranks) == len(session.nodes) == place.world
+    assert int(ranks) == len(session.nodes) == rank_info.world_size
     session.close()
-    print(f"joined {place.rank} of {place.world}", flush=True)
+    print(f"joined {rank_info.rank} of {rank_info.world_size}", flush=True)
     dist.destroy_process_group()
 
 

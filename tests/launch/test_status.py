@@ -146,7 +146,7 @@ def test_a_failed_run_is_dead_and_says_why(tmp_path):
 def process() -> tuple[subprocess.Popen, dict[str, Any]]:
     """A process of this machine, and what it says that it is."""
     program = (
-        "import json, time\nfrom mythos_dist.ops.cluster.process_identity import identity\n"
+        "import json, time\nfrom mythos_dist.parallel.process_identity import identity\n"
         "print(json.dumps(identity()), flush=True)\ntime.sleep(600)"
     )
     running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -39,7 +39,7 @@ def interrupt_at(arguments: Sequence[str], module: str, name: str, call: int, nu
     from a terminal: loader workers get them, too. A second one comes `_ONE_KEYSTROKE` after the first was answered."""
     import importlib
 
-    from mythos_dist.ops.cluster import stop
+    from mythos_dist.train import stop
 
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")

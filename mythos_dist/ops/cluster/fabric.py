@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from mythos_dist.ops.cluster.place import Place
+from mythos_dist.parallel.launcher import RankInfo
 
 
 def infiniband_ports(folder: Path = Path("/sys/class/infiniband")) -> dict[str, str]:
@@ -22,15 +22,15 @@ def infiniband_ports(folder: Path = Path("/sys/class/infiniband")) -> dict[str, 
     return ports
 
 
-def choose_interface(place: Place, environment: MutableMapping[str, str] = os.environ) -> str:
+def choose_interface(rank_info: RankInfo, environment: MutableMapping[str, str] = os.environ) -> str:
     """Tell gloo and NCCL which interface leads to rank 0, by this node's own name for it; what is set stays.
 
     Left to itself gloo listens at the address of the host's name, which on many systems is a loopback address, and one
     name for all nodes does not fit where they call their interfaces differently. Returns "" on one node.
     """
-    if place.world == place.local_world:
+    if rank_info.world_size == rank_info.local_world_size:
         return ""
-    name, _ = outward(place.master, place.port)
+    name, _ = outward(rank_info.master_addr, rank_info.master_port)
     if name:
         environment.setdefault("GLOO_SOCKET_IFNAME", name)
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this name and not all that begin so

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from mythos_dist.errors import LostError, NodeError, UserError, first_line
 from mythos_dist.ops.cluster.messages import launch_secret, seal, unseal
-from mythos_dist.ops.cluster.place import Place, nodes_of_ranks
+from mythos_dist.parallel.launcher import RankInfo, nodes_of_ranks
 
 Card = dict[str, str]  # what a rank reports; `node` is its host, `start` a random number of its process
 _OWN = ("node", "start")  # what differs between ranks
@@ -44,56 +44,62 @@ class Verdict(BaseModel):
     lost: bool = False  # ranks are missing
 
 
-def open_store(place: Place, seconds: float) -> dist.Store:
+def open_store(rank_info: RankInfo, seconds: float) -> dist.Store:
     """The store that all ranks share, kept by rank 0 or by torchrun. Raises UserError if it cannot be had in time."""
-    if place.world == 1:
+    if rank_info.world_size == 1:
         # No launcher's: what is left of one in the environment leads nowhere. And nobody else can reach this one.
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        local = replace(place, master="127.0.0.1", port=port)
+        local = replace(rank_info, master_addr="127.0.0.1", master_port=port)
         return _store(local, seconds, is_master=True, master_listen_fd=listener.detach())
-    # An agent of torchrun has opened it, at the same place; unless the variable is left over from another launch.
+    # An agent of torchrun has opened it, at the same address; unless the variable is left over from another launch.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         try:
-            return _store(place, min(seconds, _AGENT_SECONDS), seconds)
+            return _store(rank_info, min(seconds, _AGENT_SECONDS), seconds)
         except dist.DistError as error:
-            if place.rank == 0:
-                print(f"no store of torchrun at {place.master}:{place.port} ({first_line(error)})", file=sys.stderr)
-    where = f"MASTER_ADDR={place.master} MASTER_PORT={place.port}"
+            if rank_info.rank == 0:
+                print(
+                    f"no store of torchrun at {rank_info.master_addr}:{rank_info.master_port} ({first_line(error)})",
+                    file=sys.stderr,
+                )
+    where = f"MASTER_ADDR={rank_info.master_addr} MASTER_PORT={rank_info.master_port}"
     try:
-        return _store(place, seconds, is_master=place.rank == 0)
+        return _store(rank_info, seconds, is_master=rank_info.rank == 0)
     except dist.DistNetworkError as error:
-        if place.rank == 0 and "EADDRINUSE" in str(error):
+        if rank_info.rank == 0 and "EADDRINUSE" in str(error):
             raise UserError(
-                f"{where}: this port of {place.node} is taken by another program; set MASTER_PORT to a free one"
+                f"{where}: this port of {rank_info.node} is taken by another program; set MASTER_PORT to a free one"
             ) from None
-        if place.rank == 0:
-            raise UserError(f"{where}: {place} cannot listen there ({first_line(error)})") from None
-        raise _unreachable(place, seconds) from None
+        if rank_info.rank == 0:
+            raise UserError(f"{where}: {rank_info} cannot listen there ({first_line(error)})") from None
+        raise _unreachable(rank_info, seconds) from None
     except dist.DistStoreError:
-        raise _unreachable(place, seconds) from None
+        raise _unreachable(rank_info, seconds) from None
 
 
-def _store(place: Place, seconds: float, wait: float | None = None, **options: Any) -> dist.Store:
+def _store(rank_info: RankInfo, seconds: float, wait: float | None = None, **options: Any) -> dist.Store:
     """Connect within `seconds`, or serve; later answers may take `wait` seconds."""
     limit = timedelta(seconds=seconds)
-    store = dist.TCPStore(place.master, place.port, timeout=limit, wait_for_workers=False, **options)
+    store = dist.TCPStore(
+        rank_info.master_addr, rank_info.master_port, timeout=limit, wait_for_workers=False, **options
+    )
     store.set_timeout(timedelta(seconds=wait or seconds))
     # Another run whose rank 0 has the same port must not take our cards for its own.
-    return dist.PrefixStore(f"{place.launch}.{os.environ.get('SLURM_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"{rank_info.job_id}.{os.environ.get('SLURM_RESTART_COUNT', 0)}", store)
 
 
-def _unreachable(place: Place, seconds: float) -> LostError:
+def _unreachable(rank_info: RankInfo, seconds: float) -> LostError:
     error = LostError(
-        f"{place} found nobody at MASTER_ADDR={place.master} MASTER_PORT={place.port} in {seconds:g} s; rank 0 has not "
+        f"{rank_info} found nobody at MASTER_ADDR={rank_info.master_addr} MASTER_PORT={rank_info.master_port} in "
+        f"{seconds:g} s; rank 0 has not "
         f"started or was refused there, or a firewall is in between: look at what rank 0 says, and try "
-        f"`nc -vz {place.master} {place.port}` on {place.node}"
+        f"`nc -vz {rank_info.master_addr} {rank_info.master_port}` on {rank_info.node}"
     )
     error.alone = True
     return error
 
 
-def call(store: dist.Store, place: Place, card: Card, seconds: float) -> tuple[list[Card], dist.Store]:
+def call(store: dist.Store, rank_info: RankInfo, card: Card, seconds: float) -> tuple[list[Card], dist.Store]:
     """The cards of all ranks, and a store for this start alone. All ranks leave with the same verdict.
 
     Raises LostError on every rank if some are missing after `seconds`, NodeError or UserError if they do not agree.
@@ -103,14 +109,14 @@ def call(store: dist.Store, place: Place, card: Card, seconds: float) -> tuple[l
     start, under which all else lies; the others take a verdict for theirs only if it answers the card that they wrote.
     """
     secret = launch_secret()
-    card = {"node": place.node, "start": secrets.token_hex(8), **card}
+    card = {"node": rank_info.node, "start": secrets.token_hex(8), **card}
     try:
-        if place.rank == 0:
-            verdict, ours = _judge_all(store, place, card, seconds, secret)
+        if rank_info.rank == 0:
+            verdict, ours = _judge_all(store, rank_info, card, seconds, secret)
         else:
-            verdict, ours = _await_verdict(store, place, card, seconds + _READ_MORE, secret)
+            verdict, ours = _await_verdict(store, rank_info, card, seconds + _READ_MORE, secret)
     except dist.DistError:  # rank 0 said why
-        raise LostError(f"{place}: rank 0 on {place.master} ended while ranks were called") from None
+        raise LostError(f"{rank_info}: rank 0 on {rank_info.master_addr} ended while ranks were called") from None
     if verdict.lost and not verdict.nodes:
         raise LostError(verdict.problems)
     if verdict.problems and verdict.nodes:
@@ -121,7 +127,7 @@ def call(store: dist.Store, place: Place, card: Card, seconds: float) -> tuple[l
 
 
 def _judge_all(
-    store: dist.Store, place: Place, card: Card, seconds: float, secret: bytes
+    store: dist.Store, rank_info: RankInfo, card: Card, seconds: float, secret: bytes
 ) -> tuple[Verdict, dist.Store]:
     """On rank 0."""
     number = secrets.token_hex(16)
@@ -132,7 +138,7 @@ def _judge_all(
     def read(rank: int, text: bytes) -> Card:
         return _checked(_CARD.validate_json(unseal(secret, f"card {rank} {number}", text)))
 
-    verdict = _judge(ours, place, seconds, read)
+    verdict = _judge(ours, rank_info, seconds, read)
     ours.set("verdict", seal(secret, f"verdict {number}", verdict.model_dump_json()))
     if verdict.problems:
         _await_readers(ours, verdict)
@@ -148,7 +154,7 @@ def _await_readers(store: dist.Store, verdict: Verdict) -> None:
 
 
 def _await_verdict(
-    store: dist.Store, place: Place, card: Card, seconds: float, secret: bytes
+    store: dist.Store, rank_info: RankInfo, card: Card, seconds: float, secret: bytes
 ) -> tuple[Verdict, dist.Store]:
     """On the other ranks: leave the card where rank 0 looks for it, until rank 0 answers that card."""
     end, number, pause, unread = time.monotonic() + seconds, "", 0.02, "rank 0 has not begun"
@@ -159,23 +165,23 @@ def _await_verdict(
                 if not re.fullmatch("[0-9a-f]{32}", found):
                     raise ValueError(f"{found[:40]!r} is no number of a start")
                 number, ours = found, dist.PrefixStore(found, store)
-                ours.set(f"card/{place.rank}", seal(secret, f"card {place.rank} {number}", json.dumps(card)))
+                ours.set(f"card/{rank_info.rank}", seal(secret, f"card {rank_info.rank} {number}", json.dumps(card)))
             if number and ours.check(["verdict"]):
                 verdict = Verdict.model_validate_json(unseal(secret, f"verdict {number}", ours.get("verdict")))
-                if verdict.starts.get(str(place.rank)) == card["start"]:
-                    ours.set(f"read/{place.rank}", "")
-                    return _checked_verdict(verdict, place), ours
+                if verdict.starts.get(str(rank_info.rank)) == card["start"]:
+                    ours.set(f"read/{rank_info.rank}", "")
+                    return _checked_verdict(verdict, rank_info), ours
             unread = "it has not answered"
         except ValueError as error:  # of others, or damaged: rank 0's own may still come
             unread = f"what lies in its store cannot be used: {first_line(error)}"
         time.sleep(pause)
         pause = min(pause * 1.2, 0.5)  # hundreds of ranks ask
-    raise LostError(f"{place}: no verdict of rank 0 on {place.master} in {seconds:g} s; {unread}")
+    raise LostError(f"{rank_info}: no verdict of rank 0 on {rank_info.master_addr} in {seconds:g} s; {unread}")
 
 
-def _checked_verdict(verdict: Verdict, place: Place) -> Verdict:
+def _checked_verdict(verdict: Verdict, rank_info: RankInfo) -> Verdict:
     """Raises ValueError if it is no verdict on that many ranks."""
-    if not verdict.problems and len(verdict.cards) != place.world:
+    if not verdict.problems and len(verdict.cards) != rank_info.world_size:
         raise ValueError(f"a verdict with {len(verdict.cards)} cards")
     for card in verdict.cards:
         _checked(card)
@@ -190,25 +196,25 @@ def _checked(card: Card) -> Card:
     return card
 
 
-def _judge(store: dist.Store, place: Place, seconds: float, read: Callable[[int, bytes], Card]) -> Verdict:
+def _judge(store: dist.Store, rank_info: RankInfo, seconds: float, read: Callable[[int, bytes], Card]) -> Verdict:
     """On rank 0: wait, compare. `read` raises ValueError for what is no card of that rank."""
-    cards, unread = _collect(store, place, seconds, read)
+    cards, unread = _collect(store, rank_info, seconds, read)
     starts = {str(rank): card["start"] for rank, card in cards.items()}
-    if len(cards) < place.world:
-        text, nodes = _missing(cards, place, seconds)
+    if len(cards) < rank_info.world_size:
+        text, nodes = _missing(cards, rank_info, seconds)
         problems = [text, *(f"what lies there as the card of rank {rank}: {why}" for rank, why in unread.items())]
         return Verdict(starts=starts, problems=problems, nodes=nodes, lost=True)
-    everyone = [cards[rank] for rank in range(place.world)]
+    everyone = [cards[rank] for rank in range(rank_info.world_size)]
     problems, nodes = differences(everyone)
     return Verdict(starts=starts, cards=everyone, problems=problems, nodes=nodes)
 
 
 def _collect(
-    store: dist.Store, place: Place, seconds: float, read: Callable[[int, bytes], Card]
+    store: dist.Store, rank_info: RankInfo, seconds: float, read: Callable[[int, bytes], Card]
 ) -> tuple[dict[int, Card], dict[int, str]]:
     """The cards that come within `seconds`, and why others could not be read."""
     begin, told = time.monotonic(), 0
-    waiting, cards, unread = set(range(place.world)), {}, {}
+    waiting, cards, unread = set(range(rank_info.world_size)), {}, {}
     while waiting and time.monotonic() - begin < seconds:
         for rank in sorted(waiting):
             try:
@@ -219,23 +225,26 @@ def _collect(
         waiting -= cards.keys()
         if waiting and time.monotonic() - begin > 20 * (told + 1):
             told += 1
-            print(f"waiting for {_who(waiting, cards)} of {place.world}", file=sys.stderr, flush=True)
+            print(f"waiting for {_who(waiting, cards)} of {rank_info.world_size}", file=sys.stderr, flush=True)
         if waiting:
             time.sleep(0.05)
     return cards, {rank: unread[rank] for rank in sorted(waiting & unread.keys())}
 
 
-def _missing(cards: Mapping[int, Card], place: Place, seconds: float) -> tuple[str, list[str]]:
+def _missing(cards: Mapping[int, Card], rank_info: RankInfo, seconds: float) -> tuple[str, list[str]]:
     """What to say of it, and the nodes of which nobody came."""
-    waiting = set(range(place.world)) - cards.keys()
+    waiting = set(range(rank_info.world_size)) - cards.keys()
     placed = nodes_of_ranks()
     silent = sorted({placed[rank] for rank in waiting if rank in placed} - {card["node"] for card in cards.values()})
     remedy = "look at what they printed; the run needs all of them"
     if silent:
         remedy = f"look at {', '.join(silent)}, or leave it out (sbatch --exclude={','.join(silent)})"
-    elif len(cards) == 1 and place.launcher == "torchrun or deepspeed":
+    elif len(cards) == 1 and rank_info.launcher == "torchrun or deepspeed":
         remedy += "; to train with one process alone, unset RANK and WORLD_SIZE"
-    return f"{_who(waiting, cards)} of {place.world} did not report to {place} in {seconds:g} s; {remedy}", silent
+    return (
+        f"{_who(waiting, cards)} of {rank_info.world_size} did not report to {rank_info} in {seconds:g} s; {remedy}",
+        silent,
+    )
 
 
 def _who(ranks: set[int], cards: Mapping[int, Card]) -> str:

@@ -24,7 +24,7 @@ from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import number_of, read_json_lines
-from mythos_dist.ops.cluster.process_identity import is_running
+from mythos_dist.parallel.process_identity import is_running
 from mythos_dist.units import short
 
 ALIVE_FOR = 60.0  # seconds without a sign of life after which a start is dead; one comes every ten

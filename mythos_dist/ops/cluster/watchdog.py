@@ -28,8 +28,8 @@ import torch.distributed as dist
 from mythos_dist.errors import EXIT_LOST, LostError, first_line, tell_launcher
 from mythos_dist.ops.cluster.hub import SETTLE, Hub, Limits, Message, Order, Report
 from mythos_dist.ops.cluster.messages import LINE_BYTES, Channel, challenge, derive, hello, launch_secret, welcome
-from mythos_dist.ops.cluster.place import Place
 from mythos_dist.ops.cluster.recorder import Recorder, where
+from mythos_dist.parallel.launcher import RankInfo
 
 log = logging.getLogger(__name__)
 _CONNECTION_WORDS = ("onnection", "ocket", "NCCL", "imed out", "gloo", "roken pipe", "eset by peer")
@@ -38,11 +38,11 @@ _CONNECTION_WORDS = ("onnection", "ocket", "NCCL", "imed out", "gloo", "roken pi
 class Watchdog:
     """One rank's side of it; on rank 0 the other side too."""
 
-    def __init__(self, place: Place, limits: Limits, recorder: Recorder):
+    def __init__(self, rank_info: RankInfo, limits: Limits, recorder: Recorder):
         # Rank 0 hears 500 ranks a second, whose words cost it a hundredth of a core.
-        self._interval = max(1.0, place.world / 500)
+        self._interval = max(1.0, rank_info.world_size / 500)
         limits = replace(limits, lost_after=max(limits.lost_after, 3 * self._interval))
-        self.place, self.limits, self.recorder = place, limits, recorder
+        self.rank_info, self.limits, self.recorder = rank_info, limits, recorder
         self.on_end: Callable[[str], None] = lambda why: None  # rank 0: write down why the run ends
         self.on_alive: Callable[[], None] = lambda: None  # rank 0: called every ten seconds
         self._phase, self._since = "start", time.monotonic()
@@ -61,7 +61,7 @@ class Watchdog:
         number = secrets.token_hex(8)
         on_alive = lambda: self.on_alive()  # noqa: E731 - whatever it is by then
         self._hub = Hub(nodes, self.limits, self._key(number), on_alive, address)
-        return f"{address or self.place.master or '127.0.0.1'} {self._hub.port} {number}"
+        return f"{address or self.rank_info.master_addr or '127.0.0.1'} {self._hub.port} {number}"
 
     def start(self, address: str) -> None:
         """Connect to rank 0, which has given `address`, and watch from here on. Raises LostError if that fails."""
@@ -76,7 +76,9 @@ class Watchdog:
                 why = first_line(error)
                 time.sleep(0.2)
         if self._socket is None or self._channel is None:
-            raise LostError(f"{self.place} cannot connect to rank 0 on {self.place.master} at {address!r}: {why}")
+            raise LostError(
+                f"{self.rank_info} cannot connect to rank 0 on {self.rank_info.master_addr} at {address!r}: {why}"
+            )
         self._send(Message(phase=self._phase))
         self._thread.start()
 
@@ -88,10 +90,10 @@ class Watchdog:
         """The handshake. Raises OSError or ValueError if rank 0 does not prove that it is of this run."""
         with connection.makefile("rb", buffering=0) as lines:  # what comes behind the two lines is left for `_watch`
             theirs, ours = lines.readline(LINE_BYTES).strip().decode(), challenge()
-            connection.sendall(hello(key, self.place.rank, theirs, ours))
-            if lines.readline(LINE_BYTES).strip() != welcome(key, self.place.rank, theirs, ours):
+            connection.sendall(hello(key, self.rank_info.rank, theirs, ours))
+            if lines.readline(LINE_BYTES).strip() != welcome(key, self.rank_info.rank, theirs, ours):
                 raise ValueError("it refused this rank, or is not rank 0 of this launch (MYTHOS_SECRET differs?)")
-        return Channel(key, self.place.rank, theirs, ours, serves=False)
+        return Channel(key, self.rank_info.rank, theirs, ours, serves=False)
 
     def enter(self, phase: str) -> None:
         """A new phase begins: it may take `hang_after` seconds from now."""
@@ -117,8 +119,8 @@ class Watchdog:
         consequence = self._is_consequence(error)  # the verdict says of what
         self._failed = not consequence
         text = f"{type(error).__name__}: {first_line(error)}"[:2000]
-        if self._failed and self.place.rank == 0:
-            self.on_end(f"{self.place} failed: {text}")
+        if self._failed and self.rank_info.rank == 0:
+            self.on_end(f"{self.rank_info} failed: {text}")
         self._leaves.set()
         self._send(Message(failed=text, cause=self._failed))
         # The verdict, the end of rank 0 or its silence: one of them comes.
@@ -170,14 +172,14 @@ class Watchdog:
             try:
                 data = connection.recv(1 << 16) if reading.select(0.2) else None
                 if data == b"":
-                    return f"rank 0 on {self.place.master} ended", True
+                    return f"rank 0 on {self.rank_info.master_addr} ended", True
                 texts = channel.feed(data or b"")
             except (ConnectionResetError, BrokenPipeError):  # it was killed before it had read all that we sent
-                return f"rank 0 on {self.place.master} ended", True
+                return f"rank 0 on {self.rank_info.master_addr} ended", True
             except OSError as error:
-                return f"the connection to rank 0 on {self.place.master} broke ({error.strerror})", True
+                return f"the connection to rank 0 on {self.rank_info.master_addr} broke ({error.strerror})", True
             except ValueError as error:
-                return f"the connection to rank 0 on {self.place.master} brought {first_line(error)}", True
+                return f"the connection to rank 0 on {self.rank_info.master_addr} brought {first_line(error)}", True
             for text in texts:
                 order = self._read(text)
                 heard = time.monotonic() if order else heard
@@ -187,10 +189,10 @@ class Watchdog:
                 if order and order.end:
                     return order.end, False
             if now - heard > self.limits.lost_after:
-                why = (
-                    f"rank 0 on {self.place.master} has not answered for {self.limits.lost_after:g} s: it is stopped, "
-                )
-                return why + f"or the network between it and {self.place.node} is cut", False
+                return (
+                    f"rank 0 on {self.rank_info.master_addr} has not answered for {self.limits.lost_after:g} s: it is "
+                    f"stopped, or the network between it and {self.rank_info.node} is cut"
+                ), False
 
     def _read(self, text: str) -> Order | None:
         try:
@@ -205,9 +207,9 @@ class Watchdog:
             return
         self._dump(why)
         log.info("this rank ends: %s; it was in %s", why, self._phase)
-        if self.place.local_rank == 0:
-            print(f"error: {self.place} ends: {why}", file=sys.stderr, flush=True)
-        if self.place.rank == 0:
+        if self.rank_info.local_rank == 0:
+            print(f"error: {self.rank_info} ends: {why}", file=sys.stderr, flush=True)
+        if self.rank_info.rank == 0:
             tell_launcher(EXIT_LOST)
             try:
                 self.on_end(why)

@@ -1,12 +1,12 @@
-"""Which rank a process is, by what each launcher leaves in the environment (taken down from the launchers themselves:
-SLURM 22.05, DeepSpeed 0.19.8, Open MPI 4.1, MPICH 4.0)."""
+"""The rank of a process, read from the variables that each launcher sets (recorded from SLURM 22.05, DeepSpeed 0.19.8,
+Open MPI 4.1 and MPICH 4.0)."""
 
 import socket
 
 import pytest
 
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.place import Place, expand_nodes, find_place, nodes_of_ranks, tell_libraries
+from mythos_dist.parallel.launcher import RankInfo, expand_nodes, export_rank_info, nodes_of_ranks, read_rank_info
 
 HOST = socket.gethostname()
 SRUN = {
@@ -22,20 +22,20 @@ SRUN = {
 }
 
 
-def test_srun_alone_is_enough():
-    place = find_place(SRUN)
-    assert (place.rank, place.world, place.local_rank, place.local_world) == (2, 4, 0, 2)
-    assert place.master == "node1" and place.launch == "7" and place.launcher == "srun"
-    assert str(place) == f"rank 2 on {HOST}"
-    assert find_place(SRUN | {"SLURM_PROCID": "3"}).port == place.port >= 1024
-    assert find_place(SRUN | {"SLURM_RESTART_COUNT": "1"}).port != place.port
-    assert find_place(SRUN | {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "999"}).master == "10.0.0.9"
+def test_sruns_variables_are_enough():
+    rank_info = read_rank_info(SRUN)
+    assert (rank_info.rank, rank_info.world_size, rank_info.local_rank, rank_info.local_world_size) == (2, 4, 0, 2)
+    assert rank_info.master_addr == "node1" and rank_info.job_id == "7" and rank_info.launcher == "srun"
+    assert str(rank_info) == f"rank 2 on {HOST}"
+    assert read_rank_info(SRUN | {"SLURM_PROCID": "3"}).master_port == rank_info.master_port >= 1024
+    assert read_rank_info(SRUN | {"SLURM_RESTART_COUNT": "1"}).master_port != rank_info.master_port
+    assert read_rank_info(SRUN | {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "999"}).master_addr == "10.0.0.9"
 
 
-def test_a_batch_script_is_no_rank():
+def test_a_batch_script_is_not_a_rank():
     """It has SLURM_PROCID=0 and SLURM_NTASKS=4, and a training started in it must not wait for three others."""
     batch = {name: value for name, value in SRUN.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
-    assert find_place(batch) == Place(node=HOST, launch="7")
+    assert read_rank_info(batch) == RankInfo(node=HOST, job_id="7")
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,15 @@ def test_a_batch_script_is_no_rank():
         ("PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS", "MPICH"),
     ],
 )
-def test_other_launchers(names, launcher):
-    """A launcher inside srun is the one that is heard, and DeepSpeed's names are set for whoever it was."""
-    told = dict(zip(names.split(), "5 8 1 4".split(), strict=True)) | {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+def test_variables_of_other_launchers_are_read(names, launcher):
+    """A launcher inside srun has priority; the variables that DeepSpeed reads are set for every launcher."""
+    variables = dict(zip(names.split(), "5 8 1 4".split(), strict=True)) | {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}
     outside = SRUN if launcher == "torchrun or deepspeed" else {}
-    place = find_place(outside | told)
-    assert (place.rank, place.world, place.local_rank, place.local_world) == (5, 8, 1, 4)
-    assert place.launcher == launcher
+    rank_info = read_rank_info(outside | variables)
+    assert (rank_info.rank, rank_info.world_size, rank_info.local_rank, rank_info.local_world_size) == (5, 8, 1, 4)
+    assert rank_info.launcher == launcher
     env: dict[str, str] = {}
-    tell_libraries(place, env)
+    export_rank_info(rank_info, env)
     assert [env[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")] == [
         *("5", "8", "1", "a", "29500")
     ]
@@ -64,37 +64,37 @@ def test_other_launchers(names, launcher):
     ("environment", "words"),
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "ranks count from 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "ranks are counted from 0"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
     ],
 )
-def test_what_is_half_set_is_refused_with_the_node(environment, words):
+def test_incomplete_variables_are_an_error_that_names_the_node(environment, words):
     with pytest.raises(UserError, match=words) as refused:
-        find_place(environment)
+        read_rank_info(environment)
     assert HOST in str(refused.value)
 
 
 @pytest.mark.parametrize("stale", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "4"}])
-def test_variables_that_are_left_over_do_not_make_every_task_the_same_rank(stale):
+def test_leftover_variables_do_not_give_every_task_the_same_rank(stale):
     """RANK and WORLD_SIZE of a shell's profile, or of an earlier launch, under srun. A launcher within srun counts."""
     address = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     with pytest.raises(UserError, match=r"SLURM_PROCID=2 and SLURM_STEP_NUM_TASKS=4: .* unset RANK and WORLD_SIZE"):
-        find_place(SRUN | stale | address)
+        read_rank_info(SRUN | stale | address)
     for launcher in ({"TORCHELASTIC_RUN_ID": "x"}, {"CROSS_SIZE": "4"}):
-        assert find_place(SRUN | stale | address | launcher).rank == 0
-    assert find_place(SRUN | address | {"RANK": "2", "WORLD_SIZE": "4"}).rank == 2
+        assert read_rank_info(SRUN | stale | address | launcher).rank == 0
+    assert read_rank_info(SRUN | address | {"RANK": "2", "WORLD_SIZE": "4"}).rank == 2
 
 
 def test_one_rank_needs_no_address():
-    """What is left of another launch's is not looked at."""
-    place = find_place({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "x"})
-    assert (place.world, place.local_world, place.port) == (1, 1, 0)
+    """Leftover MASTER_ADDR and MASTER_PORT are ignored."""
+    rank_info = read_rank_info({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "x"})
+    assert (rank_info.world_size, rank_info.local_world_size, rank_info.master_port) == (1, 1, 0)
 
 
-def test_the_ranks_of_a_node_are_counted_as_deepspeed_tells_them():
-    told = {
+def test_deepspeeds_local_size_is_the_local_world_size():
+    variables = {
         "RANK": "3",
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
@@ -102,15 +102,15 @@ def test_the_ranks_of_a_node_are_counted_as_deepspeed_tells_them():
         "MASTER_ADDR": "a",
         "MASTER_PORT": "1",
     }
-    assert find_place(told).local_world == 2
+    assert read_rank_info(variables).local_world_size == 2
 
 
-def test_no_node_is_named_for_ranks_that_srun_has_not_placed():
+def test_ranks_that_srun_did_not_start_have_no_known_node():
     """torchrun under srun starts two ranks per task: rank 1 is not on the second task's node."""
     assert nodes_of_ranks(SRUN | {"WORLD_SIZE": "8"}) == {} and nodes_of_ranks(SRUN | {"WORLD_SIZE": "4"})[2] == "node2"
 
 
-def test_slurms_short_names_are_read():
+def test_slurms_node_lists_are_expanded():
     """As `scontrol show hostnames` prints them."""
     assert expand_nodes("node[1-3]") == ["node1", "node2", "node3"]
     assert expand_nodes("gpu[008-010,12],login,r1n[1-2]-ib") == [
