@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 # What a launch script decides by; 0 is done, and whatever is not here is a fault.
 EXIT_USER_ERROR = 2  # the user has to mend something: starting again is of no use
 EXIT_BAD_NODE = 3  # a node is unfit, others are not: start again without it
-EXIT_LOST = 4  # a rank hung or vanished: start again
+EXIT_LOST_RANK = 4  # a rank hung or vanished: start again
 EXIT_DIVERGED = 5  # the numbers went wrong again and again: starting again is of no use
 EXIT_STOPPED = 85  # stopped on a signal, or at the end of the time, behind a checkpoint: start again
 EXIT_INTERRUPTED = 130  # Ctrl-C where there is nothing to save, or a second one; what a shell makes of SIGINT
@@ -26,7 +26,7 @@ class UserError(ValueError):
     """One or more problems, each a line that names the thing, shows its value and says what to do."""
 
     exit_code = EXIT_USER_ERROR
-    alone = False  # True: no other rank knows of it, so this one has to say it
+    only_this_rank = False  # True: no other rank knows of it, so this one has to say it
 
     def __init__(self, problems: str | Sequence[str], source: str = ""):
         self.problems = [redact(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
@@ -49,10 +49,10 @@ class NodeError(UserError):
         self.nodes = list(nodes)
 
 
-class LostError(UserError):
+class LostRankError(UserError):
     """A rank did not come, or cannot be reached: another start may find it."""
 
-    exit_code = EXIT_LOST
+    exit_code = EXIT_LOST_RANK
 
 
 class DivergedError(UserError):
@@ -161,7 +161,7 @@ def _leave_interrupted() -> NoReturn:
     os._exit(EXIT_INTERRUPTED)
 
 
-def tell_launcher(code: int, nodes: Sequence[str] = ()) -> None:
+def report_to_launcher(code: int, nodes: Sequence[str] = ()) -> None:
     """Leave the exit code, and host names of unfit nodes, in the files that a launch script has named.
 
     When ranks leave one after the other, srun kills the later ones and returns what became of those.

@@ -29,23 +29,23 @@ def write_atomically(file: Path, content: str | bytes, ending: str = "") -> None
     try:
         with temporary.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
-            file_to_disk(stream)
+            fsync_file(stream)
         os.replace(temporary, file)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     with suppress(PermissionError):  # a folder may be closed to reading
-        folder_to_disk(file.parent)
+        fsync_folder(file.parent)
 
 
-def file_to_disk(stream: IO[Any]) -> None:
+def fsync_file(stream: IO[Any]) -> None:
     """Flush and fsync an open file. OSError if it did not reach the disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
-def folder_to_disk(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Fsync a folder: names that were made, renamed or removed there survive a power failure. OSError if they did not
     reach the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -70,14 +70,14 @@ def make_folders(folder: Path) -> None:
         if not folder.is_dir():  # or another process was faster
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     with suppress(PermissionError):  # a parent may be closed to reading
-        folder_to_disk(folder.parent)
+        fsync_folder(folder.parent)
 
 
-def write_to_disk(file: Path, text: str) -> None:
+def write_and_fsync(file: Path, text: str) -> None:
     """Write a text file in place and fsync it: for files in a folder that nobody reads yet."""
     with open(file, "w", encoding="utf-8") as stream:
         stream.write(text)
-        file_to_disk(stream)
+        fsync_file(stream)
 
 
 def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
@@ -117,7 +117,7 @@ def read_json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]
     return [found for _, found in lines[1 if skipped else 0 :] if found is not None]
 
 
-def number_of(line: dict[str, Any], key: str) -> float | None:
+def get_number(line: dict[str, Any], key: str) -> float | None:
     """The number under `key`; None if there is none (true and false are none)."""
     value = line.get(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -22,12 +22,12 @@ def compile_caches(environment: Mapping[str, str] | None = None) -> Path:
     return Path(env.get("TMPDIR") or "/tmp", f"mythos_dist-{os.getuid()}")
 
 
-def shard_cache() -> Path:
+def default_shard_cache() -> Path:
     """This user's folder for unpacked shards, if `data.cache` does not say."""
     return Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}")
 
 
-def problem_of(folder: Path) -> str:
+def why_untrusted(folder: Path) -> str:
     """Why `folder` is not to be trusted; empty: it is, or it is not there."""
     try:
         about = folder.lstat()
@@ -46,7 +46,7 @@ def problem_of(folder: Path) -> str:
     return ""
 
 
-def make_private(folder: Path, remedy: str) -> Path:
+def make_private_folder(folder: Path, remedy: str) -> Path:
     """The folder, made with mode 0700 if it is not there.
 
     Raises UserError with `remedy` if it is somebody else's, a link, or open to others. One of ours that is open stays
@@ -58,7 +58,7 @@ def make_private(folder: Path, remedy: str) -> Path:
         pass  # by us, by another of our processes, or by somebody else
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}); {remedy}") from None
-    if problem := problem_of(folder):
+    if problem := why_untrusted(folder):
         raise UserError(f"{problem}; look at what is there, remove it, or {remedy}")
     return folder
 
@@ -75,4 +75,4 @@ def check_compile_caches(compiles: bool = False, environment: MutableMapping[str
         folder for cache in CACHES for folder in Path(environment.get(cache) or "/").parents if folder.name == name
     }
     for folder in sorted(above):
-        make_private(folder, f"set {', '.join(CACHES)} to folders of yours")
+        make_private_folder(folder, f"set {', '.join(CACHES)} to folders of yours")

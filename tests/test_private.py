@@ -6,18 +6,24 @@ import socket
 import pytest
 
 from mythos_dist.errors import UserError
-from mythos_dist.private import check_compile_caches, compile_caches, make_private, problem_of, shard_cache
+from mythos_dist.private import (
+    check_compile_caches,
+    compile_caches,
+    default_shard_cache,
+    make_private_folder,
+    why_untrusted,
+)
 
 
 def test_a_folder_is_made_for_its_owner_alone(tmp_path):
     """Whatever the umask allows."""
     before = os.umask(0)
     try:
-        folder = make_private(tmp_path / "new", "set it")
+        folder = make_private_folder(tmp_path / "new", "set it")
     finally:
         os.umask(before)
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert make_private(folder, "set it") == folder
+    assert make_private_folder(folder, "set it") == folder
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "file", "socket", "mode 770", "mode 702", "another owner"])
@@ -38,9 +44,9 @@ def test_what_others_could_have_made_or_filled_is_refused(kind, tmp_path, monkey
             me = os.getuid()
             monkeypatch.setattr(os, "getuid", lambda: me + 1)
     before = folder.lstat().st_mode
-    assert problem_of(folder)
+    assert why_untrusted(folder)
     with pytest.raises(UserError, match=f"{folder} .*; look at what is there, remove it, or set data.cache"):
-        make_private(folder, "set data.cache")
+        make_private_folder(folder, "set data.cache")
     assert folder.lstat().st_mode == before
 
 
@@ -62,4 +68,4 @@ def test_caches_of_compilers_are_looked_at_where_variables_lead_there(tmp_path):
 
 
 def test_names_are_the_users():
-    assert compile_caches({}).name.endswith(str(os.getuid())) and shard_cache().name.endswith(str(os.getuid()))
+    assert compile_caches({}).name.endswith(str(os.getuid())) and default_shard_cache().name.endswith(str(os.getuid()))

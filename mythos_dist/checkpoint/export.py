@@ -25,7 +25,7 @@ from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
-from mythos_dist.files import folder_to_disk, make_folders, reason, write_to_disk
+from mythos_dist.files import fsync_folder, make_folders, reason, write_and_fsync
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, open_mythos_shapes, other_loops, to_open_mythos
 
 FILE_BYTES = 5 << 30
@@ -90,12 +90,12 @@ def export(
                 their: file for file, group in zip(files, groups, strict=True) for our in group for their in names[our]
             }
             index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": place}
-            write_to_disk(temporary / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+            write_and_fsync(temporary / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         fields = {k: v for k, v in asdict(model).items() if form == "safetensors" or k not in _OURS_ALONE}
-        write_to_disk(temporary / "config.json", json.dumps(fields, indent=2) + "\n")
-        folder_to_disk(temporary)
+        write_and_fsync(temporary / "config.json", json.dumps(fields, indent=2) + "\n")
+        fsync_folder(temporary)
         temporary.rename(out)
-        folder_to_disk(out.parent)
+        fsync_folder(out.parent)
     except OSError as error:
         raise UserError(f"cannot be written ({reason(error)}); name another folder or make room", str(out)) from None
     finally:

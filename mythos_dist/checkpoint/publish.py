@@ -26,7 +26,7 @@ from mythos_dist.checkpoint.signature import Key
 from mythos_dist.config.compare import differences
 from mythos_dist.config.load import config_from
 from mythos_dist.errors import UserError
-from mythos_dist.files import folder_to_disk, reason, write_to_disk
+from mythos_dist.files import fsync_folder, reason, write_and_fsync
 
 log = logging.getLogger(__name__)
 _warned: set[Path] = set()  # of what stays: once each
@@ -39,8 +39,8 @@ def publish(temporary: Path, manifest: CheckpointManifest, key: Key | None = Non
     A checkpoint of the same step is replaced; what else has its name gets another. Returns the checkpoint's folder.
     `key`: sign it. OSError if something did not reach the disk: what was there before is there then.
     """
-    write_to_disk(temporary / FILE, manifest.to_text(key))
-    folder_to_disk(temporary)
+    write_and_fsync(temporary / FILE, manifest.to_text(key))
+    fsync_folder(temporary)
     folder = temporary.parent
     final = folder / folder_name(manifest.step)
     replaced = folder / f"{final.name}.replaced-by-{manifest.start}"
@@ -59,11 +59,11 @@ def publish(temporary: Path, manifest: CheckpointManifest, key: Key | None = Non
             replaced.rename(final)
         raise
     _published[final] = _identity(final)
-    folder_to_disk(folder)  # first of all: `latest` must not name what a power cut takes back
+    fsync_folder(folder)  # first of all: `latest` must not name what a power cut takes back
     pointer = folder / f"{LATEST}.tmp-{manifest.start}"
-    write_to_disk(pointer, final.name + "\n")
+    write_and_fsync(pointer, final.name + "\n")
     pointer.replace(folder / LATEST)
-    folder_to_disk(folder)
+    fsync_folder(folder)
     if is_replaced and unfinished(replaced.name):
         with suppress(OSError):  # the next start tries again
             remove(replaced)

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from mythos_dist.data.unpack import TooLarge, unpack
 from mythos_dist.errors import UserError
-from mythos_dist.private import make_private, shard_cache
+from mythos_dist.private import default_shard_cache, make_private_folder
 
 OPEN_FILES = 128  # per stream; opening a file for every sample would ask a cluster's metadata server thousands of times
 PIECE_BYTES = 1 << 20  # that a file is hashed by
@@ -110,7 +110,7 @@ class Windows:
                 raise shard.damaged(str(problem)) from None
         if raw["bytes"] > _largest(shard, self._window):
             raise shard.damaged(f"index.json says {raw['bytes']} bytes, more than its samples can take")
-        cache = self._cache or make_private(shard_cache(), "set data.cache to a folder of yours")
+        cache = self._cache or make_private_folder(default_shard_cache(), "set data.cache to a folder of yours")
         unpacked = cache / shard.fingerprint[:16] / shard.folder.name / raw["basename"]
         with contextlib.suppress(_NotWhole):  # not there, or not whole after a power cut: unpacked (again)
             return _OpenShard(shard, _open_whole(unpacked, raw, hashed))

@@ -109,7 +109,7 @@ def text_of_json(line: bytes | bytearray, text_key: str, score_key: str | None) 
         raise ValueError(f"no key {text_key!r}; there is: {keys:.200}{hint}")
     text = record[text_key]
     try:
-        number = number_of(record.get(score_key)) if score_key else float("nan")
+        number = parse_score(record.get(score_key)) if score_key else float("nan")
     except (ValueError, OverflowError) as error:
         raise ValueError(f"key {score_key!r}: {error}") from None
     if literals and isinstance(text, dict) and "\0" in text:
@@ -123,7 +123,7 @@ def text_of_json(line: bytes | bytearray, text_key: str, score_key: str | None) 
     return Text((text or "").encode("utf-8", "mythos_dist.invalid"), number)
 
 
-def number_of(score: Any) -> float:
+def parse_score(score: Any) -> float:
     """A score as a number: true is 1, "4.5" is 4.5, and nothing is NaN. Raises ValueError for anything else."""
     if score is None or (isinstance(score, str) and not score.strip()):
         return float("nan")

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mythos_dist.prepare.inputs import Source, open_bytes
-from mythos_dist.prepare.lines import number_of
+from mythos_dist.prepare.lines import parse_score
 
 # Writers give up a dictionary of more than 1 MB, so in larger row groups of longer texts rows share nothing.
 SMALL_BYTES = 4 << 20  # of a row group's texts
@@ -103,7 +103,7 @@ def numbers_of(column: Any) -> tuple[np.ndarray, dict[int, str]]:
     numbers, wrong = np.full(len(column), np.nan), {}
     for i, value in enumerate(column.to_pylist()):
         try:
-            numbers[i] = number_of(value)
+            numbers[i] = parse_score(value)
         except ValueError as error:
             wrong[i] = str(error)
     return numbers, wrong

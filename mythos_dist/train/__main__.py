@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos_dist.errors import NodeError, UserError, exit_with, run_command, tell_launcher
+from mythos_dist.errors import NodeError, UserError, exit_with, report_to_launcher, run_command
 from mythos_dist.units import count
 
 if TYPE_CHECKING:  # what takes longer to import comes when Ctrl-C is handled
@@ -76,7 +76,7 @@ def main() -> None:
         raise
     if code:
         if rank_info.rank == 0:
-            tell_launcher(code)
+            report_to_launcher(code)
         # At once: a launcher ends all others when the first one leaves with another code than 0.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -114,17 +114,17 @@ def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "Config":
             raise UserError(problems, source=f"{path} on {count(rank_info.world_size, 'rank')}")
         return config
     except UserError as error:
-        error.alone = not Path(path).is_file()  # perhaps only here; all else rank 0 finds as well
+        error.only_this_rank = not Path(path).is_file()  # perhaps only here; all else rank 0 finds as well
         raise
 
 
 def leave(error: UserError, rank_info: "RankInfo") -> None:
     """One rank says what is wrong; all leave with the same code."""
-    if rank_info.rank == 0 or error.alone:
-        tell_launcher(error.exit_code, error.nodes if isinstance(error, NodeError) else ())
-    if rank_info.rank and error.alone and rank_info.local_rank == 0:
+    if rank_info.rank == 0 or error.only_this_rank:
+        report_to_launcher(error.exit_code, error.nodes if isinstance(error, NodeError) else ())
+    if rank_info.rank and error.only_this_rank and rank_info.local_rank == 0:
         print(f"{rank_info}: ", end="", file=sys.stderr)
-    if rank_info.rank == 0 or (error.alone and rank_info.local_rank == 0):
+    if rank_info.rank == 0 or (error.only_this_rank and rank_info.local_rank == 0):
         exit_with(error)
     time.sleep(1)  # a launcher may kill all others as soon as one has left, and rank 0 is to speak
     sys.exit(error.exit_code)

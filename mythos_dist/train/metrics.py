@@ -17,7 +17,7 @@ import torch
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import Config
-from mythos_dist.files import number_of
+from mythos_dist.files import get_number
 from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.parallel.process import DTYPES
 from mythos_dist.train.depth import HeldOut, draw_curves
@@ -98,7 +98,7 @@ class Metrics:
         last = step or -1  # from the start, even the loss before step 1 comes anew
 
         def keep(line: dict[str, Any]) -> bool | None:
-            at = number_of(line, "step")
+            at = get_number(line, "step")
             return None if at is None else at <= last
 
         for file in self._files.values():

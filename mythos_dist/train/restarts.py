@@ -9,7 +9,7 @@ from typing import Any
 
 from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
-from mythos_dist.files import number_of, read_json_lines
+from mythos_dist.files import get_number, read_json_lines
 from mythos_dist.ops.cluster.status import duration
 from mythos_dist.train.line_file import LineFile
 
@@ -34,8 +34,8 @@ class Previous:
         if not about:
             return Previous()
         lines = read_json_lines(run_dir / "metrics.jsonl")
-        times = {number_of(line, "step"): number_of(line, "time") for line in lines}
-        active = [time for time in (*times.values(), number_of(about, "time")) if time is not None]
+        times = {get_number(line, "step"): get_number(line, "time") for line in lines}
+        active = [time for time in (*times.values(), get_number(about, "time")) if time is not None]
         with contextlib.suppress(OSError):
             active.append((run_dir / fences.FILE).stat().st_mtime)
         last = max((int(number) for number in times if number is not None), default=0)
@@ -56,7 +56,7 @@ class Previous:
         """
         if self.last_active is None:
             return None, None
-        since = [self.step_ended, number_of(self.about, "began")]  # not what starts before that one have lost
+        since = [self.step_ended, get_number(self.about, "began")]  # not what starts before that one have lost
         again = self.last_active - max((time for time in since if time is not None), default=self.last_active)
         return max(0.0, again) + startup, max(0.0, now - startup - self.last_active)
 

@@ -22,7 +22,7 @@ from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import (
-    number_of,
+    get_number,
     os_user_error,
     read_json_lines,
     remove_temporaries,
@@ -135,7 +135,7 @@ def refuse_to_start_over(run_dir: Path, checkpoint: Checkpoint | None) -> None:
     if checkpoint or checkpoints_of(run_dir / "checkpoints"):
         return
     lines = read_json_lines(run_dir / LINES[0], tail=1 << 16)
-    last = max((int(number_of(line, "step") or 0) for line in lines), default=0)
+    last = max((int(get_number(line, "step") or 0) for line in lines), default=0)
     completed, published = (run_dir / COMPLETED).exists(), newest_start(run_dir).get("published")
     if completed or (published and last):
         had = f"has the marker {COMPLETED}" if completed else f"has saved a checkpoint of step {published}"

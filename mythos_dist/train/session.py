@@ -16,7 +16,7 @@ import psutil
 import torch.distributed as dist
 
 from mythos_dist.config.schema import Config
-from mythos_dist.errors import LostError, UserError, first_line
+from mythos_dist.errors import LostRankError, UserError, first_line
 from mythos_dist.ops.cluster.fabric import choose_interface, listen_address
 from mythos_dist.ops.cluster.hub import Limits
 from mythos_dist.ops.cluster.messages import launch_secret, seal, unseal
@@ -63,7 +63,7 @@ class Session:
 def join(config: Config, rank_info: RankInfo, stop: Stop) -> Session:
     """Meet the other ranks.
 
-    Raises LostError if some are missing, UserError or NodeError if they run other code or another config.
+    Raises LostRankError if some are missing, UserError or NodeError if they run other code or another config.
     """
     imported = time.time() - psutil.Process().create_time()
     faults = config.faults
@@ -98,7 +98,7 @@ def join(config: Config, rank_info: RankInfo, stop: Stop) -> Session:
 
 
 def start_watchdog(session: Session, store: dist.Store) -> None:
-    """Rank 0 listens and says where; all connect. Raises LostError."""
+    """Rank 0 listens and says where; all connect. Raises LostRankError."""
     rank_info, secret = session.rank_info, launch_secret()
     try:
         if rank_info.rank == 0:
@@ -109,7 +109,7 @@ def start_watchdog(session: Session, store: dist.Store) -> None:
             store.set("watchdog", seal(secret, "watchdog", address))
         address = unseal(secret, "watchdog", store.get("watchdog"))
     except (dist.DistError, ValueError) as error:
-        raise LostError(
+        raise LostRankError(
             f"{rank_info}: where rank 0 on {rank_info.master_addr} listens is not known: {first_line(error)}"
         ) from None
     session.watchdog.start(address)

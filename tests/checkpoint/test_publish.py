@@ -207,9 +207,9 @@ def test_a_file_system_that_cannot_sync_folders_is_no_failure_and_a_broken_disk_
         monkeypatch.setattr(os, "fsync", fsync)
         if fails:
             with pytest.raises(OSError, match=os.strerror(code)):
-                mythos_dist.files.folder_to_disk(tmp_path)
+                mythos_dist.files.fsync_folder(tmp_path)
         else:
-            mythos_dist.files.folder_to_disk(tmp_path)
+            mythos_dist.files.fsync_folder(tmp_path)
 
 
 def test_a_place_where_no_checkpoints_can_be_written_is_the_users_mistake(run):

@@ -370,9 +370,9 @@ def command(args: argparse.Namespace) -> int | str:
         return int(bool(lacks))
     if args.command == "up":
         if args.folder == FOLDER:  # anybody can make it, and keys of sshd and munge go there
-            from mythos_dist.private import make_private
+            from mythos_dist.private import make_private_folder
 
-            make_private(FOLDER, "give another --folder")
+            make_private_folder(FOLDER, "give another --folder")
         cluster = Cluster(args.nodes, args.folder, cpus=args.cpus, gpus=args.gpus, slurmd_timeout=args.slurmd_timeout)
         cluster.up(tied=False)
         print(f"{' '.join(cluster.hosts)} are up in {cluster.folder}")

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from helpers.launch import launch, train, train_here
 
-from mythos_dist.errors import LostError
+from mythos_dist.errors import LostRankError
 from mythos_dist.ops.cluster.messages import seal
 from mythos_dist.ops.cluster.recorder import blame
 from mythos_dist.ops.cluster.rollcall import call, differences, ranges
@@ -77,7 +77,7 @@ def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60
     def one(rank: int) -> None:
         try:
             outcomes[rank] = call(store, RankInfo(rank, world, node=f"n{rank}"), {"the code": "a"}, seconds)[0]
-        except LostError as error:
+        except LostRankError as error:
             outcomes[rank] = error
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks or range(world)]

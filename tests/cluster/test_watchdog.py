@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos_dist.errors import LostError, UserError
+from mythos_dist.errors import LostRankError, UserError
 from mythos_dist.ops.cluster import hub as hub_module
 from mythos_dist.ops.cluster.hub import STRANGERS, Limits
 from mythos_dist.ops.cluster.messages import Channel, challenge, derive, hello, launch_secret, seal, unseal
@@ -245,7 +245,7 @@ def test_what_is_not_rank_0_is_an_error_with_words_for_a_rank(answer):
         server.start()
         rank = watchdog(1, lost_after=3)
         rank.limits = Limits(600, 1)
-        with pytest.raises(LostError, match="cannot connect to rank 0 on") as raised:
+        with pytest.raises(LostRankError, match="cannot connect to rank 0 on") as raised:
             rank.start(f"127.0.0.1 {listener.getsockname()[1]} 00")
         listener.shutdown(socket.SHUT_RDWR)
         server.join()
@@ -256,7 +256,7 @@ def test_what_is_not_rank_0_is_an_error_with_words_for_a_rank(answer):
 def test_an_address_that_is_none_is_an_error_with_words(address):
     rank = watchdog(1, lost_after=3)
     rank.limits = Limits(600, 0.3)
-    with pytest.raises(LostError, match="cannot connect to rank 0"):
+    with pytest.raises(LostRankError, match="cannot connect to rank 0"):
         rank.start(address)
 
 
@@ -269,7 +269,7 @@ def test_rank_0_without_the_launchers_secret_is_not_believed(monkeypatch):
         assert closed(wrong)
         monkeypatch.setenv("MYTHOS_SECRET", "another")
         rank = watchdog(1, lost_after=5)  # in which a busy machine ends one handshake
-        with pytest.raises(LostError, match="MYTHOS_SECRET differs"):
+        with pytest.raises(LostRankError, match="MYTHOS_SECRET differs"):
             rank.start(address)
         monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
         right, channel = prove(address, 1)

@@ -63,7 +63,7 @@ def _read_secret(file: Path) -> bytes:
 
 def _unusable(file: Path, why: str) -> UserError:
     error = UserError(f"MYTHOS_SECRET_FILE={file} {why}")
-    error.alone = True  # perhaps only on this node
+    error.only_this_rank = True  # perhaps only on this node
     return error
 
 

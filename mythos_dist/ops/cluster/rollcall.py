@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from mythos_dist.errors import LostError, NodeError, UserError, first_line
+from mythos_dist.errors import LostRankError, NodeError, UserError, first_line
 from mythos_dist.ops.cluster.messages import launch_secret, seal, unseal
 from mythos_dist.parallel.launcher import RankInfo, nodes_of_ranks
 
@@ -88,21 +88,21 @@ def _store(rank_info: RankInfo, seconds: float, wait: float | None = None, **opt
     return dist.PrefixStore(f"{rank_info.job_id}.{os.environ.get('SLURM_RESTART_COUNT', 0)}", store)
 
 
-def _unreachable(rank_info: RankInfo, seconds: float) -> LostError:
-    error = LostError(
+def _unreachable(rank_info: RankInfo, seconds: float) -> LostRankError:
+    error = LostRankError(
         f"{rank_info} found nobody at MASTER_ADDR={rank_info.master_addr} MASTER_PORT={rank_info.master_port} in "
         f"{seconds:g} s; rank 0 has not "
         f"started or was refused there, or a firewall is in between: look at what rank 0 says, and try "
         f"`nc -vz {rank_info.master_addr} {rank_info.master_port}` on {rank_info.node}"
     )
-    error.alone = True
+    error.only_this_rank = True
     return error
 
 
 def call(store: dist.Store, rank_info: RankInfo, card: Card, seconds: float) -> tuple[list[Card], dist.Store]:
     """The cards of all ranks, and a store for this start alone. All ranks leave with the same verdict.
 
-    Raises LostError on every rank if some are missing after `seconds`, NodeError or UserError if they do not agree.
+    Raises LostRankError on every rank if some are missing after `seconds`, NodeError or UserError if they do not agree.
     All values of a card but those of `_OWN` must be the same everywhere; their names say what they are.
 
     torchrun's store outlives ranks, so it may hold what an earlier start has left. Rank 0 draws a number for each
@@ -116,9 +116,9 @@ def call(store: dist.Store, rank_info: RankInfo, card: Card, seconds: float) -> 
         else:
             verdict, ours = _await_verdict(store, rank_info, card, seconds + _READ_MORE, secret)
     except dist.DistError:  # rank 0 said why
-        raise LostError(f"{rank_info}: rank 0 on {rank_info.master_addr} ended while ranks were called") from None
+        raise LostRankError(f"{rank_info}: rank 0 on {rank_info.master_addr} ended while ranks were called") from None
     if verdict.lost and not verdict.nodes:
-        raise LostError(verdict.problems)
+        raise LostRankError(verdict.problems)
     if verdict.problems and verdict.nodes:
         raise NodeError(verdict.problems, verdict.nodes)
     if verdict.problems:
@@ -176,7 +176,7 @@ def _await_verdict(
             unread = f"what lies in its store cannot be used: {first_line(error)}"
         time.sleep(pause)
         pause = min(pause * 1.2, 0.5)  # hundreds of ranks ask
-    raise LostError(f"{rank_info}: no verdict of rank 0 on {rank_info.master_addr} in {seconds:g} s; {unread}")
+    raise LostRankError(f"{rank_info}: no verdict of rank 0 on {rank_info.master_addr} in {seconds:g} s; {unread}")
 
 
 def _checked_verdict(verdict: Verdict, rank_info: RankInfo) -> Verdict:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
-from mythos_dist.files import number_of, read_json_lines
+from mythos_dist.files import get_number, read_json_lines
 from mythos_dist.parallel.process_identity import is_running
 from mythos_dist.units import short
 
@@ -248,8 +248,8 @@ _TEXTS = "state why host slurm_job_id".split()
 
 def _sound(line: dict[str, Any]) -> dict[str, Any]:
     """`line` without values that are none of their kind: a reader must not fail over what a disk or an editor left."""
-    wrong = {key for key in _NUMBERS if key in line and not math.isfinite(number_of(line, key) or 0.0)}
-    wrong |= {key for key in _NUMBERS if key in line and number_of(line, key) is None}
+    wrong = {key for key in _NUMBERS if key in line and not math.isfinite(get_number(line, key) or 0.0)}
+    wrong |= {key for key in _NUMBERS if key in line and get_number(line, key) is None}
     wrong |= {key for key in _TEXTS if key in line and not isinstance(line[key], str)}
     return {key: value for key, value in line.items() if key not in wrong}
 

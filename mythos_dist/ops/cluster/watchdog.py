@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
-from mythos_dist.errors import EXIT_LOST, LostError, first_line, tell_launcher
+from mythos_dist.errors import EXIT_LOST_RANK, LostRankError, first_line, report_to_launcher
 from mythos_dist.ops.cluster.hub import SETTLE, Hub, Limits, Message, Order, Report
 from mythos_dist.ops.cluster.messages import LINE_BYTES, Channel, challenge, derive, hello, launch_secret, welcome
 from mythos_dist.ops.cluster.recorder import Recorder, where
@@ -64,7 +64,7 @@ class Watchdog:
         return f"{address or self.rank_info.master_addr or '127.0.0.1'} {self._hub.port} {number}"
 
     def start(self, address: str) -> None:
-        """Connect to rank 0, which has given `address`, and watch from here on. Raises LostError if that fails."""
+        """Connect to rank 0, which has given `address`, and watch from here on. Raises LostRankError if that fails."""
         end, why = time.monotonic() + self.limits.lost_after, ""
         while time.monotonic() < end:
             try:
@@ -76,7 +76,7 @@ class Watchdog:
                 why = first_line(error)
                 time.sleep(0.2)
         if self._socket is None or self._channel is None:
-            raise LostError(
+            raise LostRankError(
                 f"{self.rank_info} cannot connect to rank 0 on {self.rank_info.master_addr} at {address!r}: {why}"
             )
         self._send(Message(phase=self._phase))
@@ -210,7 +210,7 @@ class Watchdog:
         if self.rank_info.local_rank == 0:
             print(f"error: {self.rank_info} ends: {why}", file=sys.stderr, flush=True)
         if self.rank_info.rank == 0:
-            tell_launcher(EXIT_LOST)
+            report_to_launcher(EXIT_LOST_RANK)
             try:
                 self.on_end(why)
             except Exception:
@@ -218,7 +218,7 @@ class Watchdog:
             if self._hub:
                 self._hub.finished.wait(SETTLE + 10)  # the others still have to hear of it
         logging.shutdown()
-        os._exit(EXIT_LOST)
+        os._exit(EXIT_LOST_RANK)
 
     def _dump(self, why: str) -> None:
         """The stacks of all threads into this rank's log."""

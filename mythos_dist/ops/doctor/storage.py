@@ -17,7 +17,7 @@ from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
 from mythos_dist.ops.doctor.lines import Line, gigabytes, note, ok, problem
 from mythos_dist.ops.plan.cost import BYTES_PER_PARAMETER, count_parameters
-from mythos_dist.private import problem_of, shard_cache
+from mythos_dist.private import default_shard_cache, why_untrusted
 from mythos_dist.units import count
 
 
@@ -68,11 +68,11 @@ def find(config: Config) -> Storage:
     except UserError as error:
         data_problems = tuple(f"{error.source}: {text}" if error.source else text for text in error.problems)
     # As in data/windows.py.
-    cache = Path(config.data.cache) if config.data.cache else shard_cache()
+    cache = Path(config.data.cache) if config.data.cache else default_shard_cache()
     packed = [
         shard for corpus in corpora for shards in corpus.shards.values() for shard in shards if shard.entry["zip_data"]
     ]
-    if packed and not config.data.cache and (foreign := problem_of(cache)):
+    if packed and not config.data.cache and (foreign := why_untrusted(cache)):
         data_problems += (f"{foreign}; look at what is there, remove it, or set data.cache to a folder of yours",)
     return Storage(
         run=look_at(run_dir),
