@@ -20,7 +20,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.ops.plan.flops import executed_flops
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel.mesh import SINGLE
-from mythos_dist.parallel.pipeline import Part
+from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.train.schedule import loops_at
 
 Found = TypeVar("Found")
@@ -113,7 +113,7 @@ def training_flops(config: Config) -> Iterator[float]:
         n_loops, frozen, _ = loops_at(config, step)
         if (n_loops, frozen) not in known:
             as_drawn = replace(config, loops=replace(config.loops, distribution="fixed", mean=n_loops, set=()))
-            flops = executed_flops(as_drawn, SINGLE, Part.whole(c), range(n_loops), frozen, routed)
+            flops = executed_flops(as_drawn, SINGLE, StageSpec.full(c), range(n_loops), frozen, routed)
             known[n_loops, frozen] = flops * train.global_batch / train.micro_batch
         yield known[n_loops, frozen]
 

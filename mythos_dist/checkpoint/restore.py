@@ -31,7 +31,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.parallel.process import together
+from mythos_dist.parallel.process import raise_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def find_checkpoint(
     of another format version, which training would overwrite, or if one is not signed with the key.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    key = together(lambda: signing_key(key_file))
+    key = raise_on_all_ranks(lambda: signing_key(key_file))
     _must_be_one_key(key)
     # Rank 0 lists them for all: another rank might see a list that has changed since.
-    listed = [together(lambda: _candidates(checkpoints) if rank == 0 else [])]
+    listed = [raise_on_all_ranks(lambda: _candidates(checkpoints) if rank == 0 else [])]
     dist.broadcast_object_list(listed, 0)
     found: list[str] = []
     for i, folder in enumerate(listed[0]):
@@ -70,7 +70,7 @@ def find_checkpoint(
             continue
         problems = list(dict.fromkeys(line for check in checks for line in check.problems))
         if checkpoint and not problems:
-            together(lambda i=i: _must_not_overwrite(listed[0][i:]) if rank == 0 else None)
+            raise_on_all_ranks(lambda i=i: _must_not_overwrite(listed[0][i:]) if rank == 0 else None)
             return checkpoint, found
         found += problems
     if found:

@@ -34,7 +34,7 @@ from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, reason, user_errors
-from mythos_dist.parallel.process import any_rank, together
+from mythos_dist.parallel.process import any_rank, raise_on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ class Saver:
         self._on_progress, self._tensors_written = on_progress, 0
         self.newest: int | None = None  # the step of the newest state that was saved (or loaded), whole or not yet
         self.published: int | None = None  # the step of the newest whole one
-        self._key = together(lambda: signing_key(settings.key_file))
+        self._key = raise_on_all_ranks(lambda: signing_key(settings.key_file))
         # The others wait in `together`, or rank 0 might remove what a faster rank has begun.
-        together(lambda: self._prepare() if dist.get_rank() == 0 else None)
+        raise_on_all_ranks(lambda: self._prepare() if dist.get_rank() == 0 else None)
         if settings.background:
             # Memory that was never touched comes at a twentieth of the speed at which it is copied to.
             self._thread = threading.Thread(target=self._make_room, daemon=True)
@@ -114,7 +114,7 @@ class Saver:
         found: list[Any] = [None] * dist.get_world_size()
         shapes = {name: (held.whole, tuple(held.values)) for name, held in self._writes.items()}
         dist.gather_object((*self._written, shapes), found if rank == 0 else None)
-        published = together(lambda: rank == 0 and self._publish(manifest, found))
+        published = raise_on_all_ranks(lambda: rank == 0 and self._publish(manifest, found))
         self._last_is_whole = any_rank(published)
         if self._last_is_whole:
             self.published = manifest.step

@@ -8,7 +8,7 @@ from mythos_dist.checkpoint.pieces import Index, Piece
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShard:
     """A piece of a named tensor, for each of its kinds a flat fp32 view of `piece.last - piece.first` numbers."""
 
     piece: Piece
@@ -17,4 +17,4 @@ class Held:
     writes: bool  # of the ranks that hold the same piece, one writes it
 
 
-State = dict[str, Held]
+State = dict[str, LocalShard]

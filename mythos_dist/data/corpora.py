@@ -19,7 +19,7 @@ from mythos_dist.data.manifest import (
     read_json,
     read_shard_manifest,
 )
-from mythos_dist.data.mix import whole_weights
+from mythos_dist.data.mix import integer_weights
 from mythos_dist.data.windows import Shard
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
@@ -51,7 +51,7 @@ def open_corpora(
     """
     found: list[tuple[str, str]] = []  # folder, problem
     corpora = []
-    for (name, _), weight in zip(mix.items(), whole_weights(list(mix.values())), strict=True):
+    for (name, _), weight in zip(mix.items(), integer_weights(list(mix.values())), strict=True):
         folder = Path(name)
         try:
             manifest = read_shard_manifest(folder)

@@ -15,7 +15,7 @@ import numpy as np
 PARTS = 10**9  # weights that need a finer common measure are rounded to parts of this
 
 
-def whole_weights(weights: Sequence[float]) -> list[int]:
+def integer_weights(weights: Sequence[float]) -> list[int]:
     """The smallest whole numbers in the ratio of `weights`: 0.7 and 0.3 are 7 and 3. None is 0."""
     exact = [Fraction(str(weight)) for weight in weights]  # 0.7 is what the user wrote, not the float next to it
     scale = math.lcm(*(weight.denominator for weight in exact))

@@ -18,7 +18,7 @@ EPOCHS_KEPT = 2  # the end of one and the start of the next
 T = TypeVar("T")
 
 
-class Order:
+class SampleOrder:
     """The samples of one corpus, in order, epoch after epoch."""
 
     def __init__(self, shard_sizes: Sequence[int], seed: int | None, *, corpus: int = 0, block: int | None = None):

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from mythos_dist.data.corpora import Corpus, fingerprint, open_corpora, with_windows
 from mythos_dist.data.document_ids import document_ids
 from mythos_dist.data.mix import deal, positions_before_repeat
-from mythos_dist.data.order import Order
-from mythos_dist.data.windows import Windows
+from mythos_dist.data.order import SampleOrder
+from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
 
@@ -75,7 +75,7 @@ class ReplicaStream:
         """`path`: a folder, a mix (folder -> weight), or what `open_corpora` made of one.
 
         `global_batch` and `micro_batch` in sequences; `workers` are processes that read ahead for `steps`; `verify` and
-        `cache` as in `Windows`. Raises UserError with all problems of the folders and of their fit to the config.
+        `cache` as in `WindowReader`. Raises UserError with all problems of the folders and of their fit to the config.
 
         Of a mix, corpora without windows in a split are left out of it; UserError if none has any.
         """
@@ -102,7 +102,7 @@ class ReplicaStream:
             )
         self._weights = [corpus.weight for corpus in corpora]
         self._orders = [
-            Order([shard.entry["samples"] for shard in corpus.shards[split]], seed if shuffle else None, corpus=i)
+            SampleOrder([shard.entry["samples"] for shard in corpus.shards[split]], seed if shuffle else None, corpus=i)
             for i, corpus in enumerate(corpora)
         ]
         lengths = [order.num_samples for order in self._orders]
@@ -116,7 +116,7 @@ class ReplicaStream:
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
         self._seq_len, self._targets = seq_len, corpora[0].manifest.targets
-        self._windows = _Reads(Windows(shards, corpora[0].manifest.window, verify, cache))
+        self._windows = _Reads(WindowReader(shards, corpora[0].manifest.window, verify, cache))
 
     def step(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches of optimizer step `step` (from 0), read here and now.
@@ -194,7 +194,7 @@ _Read = tuple[list[int], np.ndarray] | UserError  # sample ids and their windows
 class _Reads(Dataset):
     """Micro-batches of windows by their sample ids, for DataLoader: it hands a batch's ids to `__getitems__`."""
 
-    def __init__(self, windows: Windows):
+    def __init__(self, windows: WindowReader):
         self._windows = windows
 
     def __getitem__(self, sample_id: int) -> _Read:

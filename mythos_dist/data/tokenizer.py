@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece as spm
 
 from mythos_dist.data.manifest import read_json
-from mythos_dist.data.words import SPACE, WordCache, huggingface_cuts, parse_sentencepiece, sentencepiece_cuts
+from mythos_dist.data.word_cache import SPACE, WordCache, huggingface_cuts, parse_sentencepiece, sentencepiece_cuts
 from mythos_dist.errors import UserError, first_line
 
 MAX_LINE_CHARS = 4096  # a training line in SentencePiece has at most 4 * this many bytes; longer text is cut

@@ -56,7 +56,7 @@ class Shard:
         )
 
 
-class Windows:
+class WindowReader:
     """The windows of `shards`, one after the other, by index; each has `window` tokens."""
 
     def __init__(self, shards: Sequence[Shard], window: int, verify: bool = True, cache: str | Path | None = None):

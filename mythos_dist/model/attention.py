@@ -15,9 +15,9 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import Documents, Kernel, attend, find_documents
 from mythos_dist.model.norm import Norm, same_length
 from mythos_dist.model.recompute import recomputed
-from mythos_dist.parallel.collectives import gather_together
+from mythos_dist.parallel.collectives import all_gather_many
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.tensor import CutLinear, whole_on_every_rank
+from mythos_dist.parallel.tensor import ParallelLinear, replicated
 
 
 class KVCache:
@@ -107,12 +107,12 @@ class GQAttention(nn.Module):
         self.mesh = mesh
         self.selective = selective
         kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = CutLinear(config.dim, config.dim, "outputs", mesh)
-        self.wk = CutLinear(config.dim, kv_dim, "outputs", mesh)
-        self.wv = CutLinear(config.dim, kv_dim, "outputs", mesh)
-        self.wo = CutLinear(config.dim, config.dim, "inputs", mesh)
+        self.wq = ParallelLinear(config.dim, config.dim, "outputs", mesh)
+        self.wk = ParallelLinear(config.dim, kv_dim, "outputs", mesh)
+        self.wv = ParallelLinear(config.dim, kv_dim, "outputs", mesh)
+        self.wo = ParallelLinear(config.dim, config.dim, "inputs", mesh)
         if config.qk_norm:
-            self.qk_norm = whole_on_every_rank(Norm(config.head_dim), mesh, inside=True)
+            self.qk_norm = replicated(Norm(config.head_dim), mesh, inside=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
@@ -138,7 +138,7 @@ class GQAttention(nn.Module):
         queries = c.n_heads // axis.size
         heads = torch.arange(axis.rank * queries, (axis.rank + 1) * queries, device=k.device)
         heads = heads * c.n_kv_heads // c.n_heads  # which key head a query head looks at
-        whole = (x[..., : c.n_kv_heads * c.head_dim] for x in gather_together([k, v], axis, -1))
+        whole = (x[..., : c.n_kv_heads * c.head_dim] for x in all_gather_many([k, v], axis, -1))
         k, v = (x.unflatten(-1, (-1, c.head_dim)).index_select(1, heads).flatten(1) for x in whole)
         return k, v
 
@@ -157,21 +157,21 @@ class MLAttention(nn.Module):
         self.mesh = mesh
         self.selective = selective
         heads, latent = config.n_heads, config.kv_lora_rank
-        self.q_down = CutLinear(config.dim, config.q_lora_rank, "outputs", mesh)
-        self.q_norm = whole_on_every_rank(Norm(config.q_lora_rank), mesh, inside=True)
+        self.q_down = ParallelLinear(config.dim, config.q_lora_rank, "outputs", mesh)
+        self.q_norm = replicated(Norm(config.q_lora_rank), mesh, inside=True)
         # Per head: nope, then rope.
-        self.q_up = CutLinear(config.q_lora_rank, heads * config.head_dim, "outputs", mesh)
-        self.kv_down = CutLinear(config.dim, latent + config.qk_rope_head_dim, "outputs", mesh)
-        self.kv_norm = whole_on_every_rank(Norm(latent), mesh, inside=True)
-        self.kv_up = CutLinear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
-        self.wo = CutLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
+        self.q_up = ParallelLinear(config.q_lora_rank, heads * config.head_dim, "outputs", mesh)
+        self.kv_down = ParallelLinear(config.dim, latent + config.qk_rope_head_dim, "outputs", mesh)
+        self.kv_norm = replicated(Norm(latent), mesh, inside=True)
+        self.kv_up = ParallelLinear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
+        self.wo = ParallelLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
         if config.qk_norm:
-            self.qk_norm = whole_on_every_rank(Norm(config.head_dim), mesh, inside=True)
+            self.qk_norm = replicated(Norm(config.head_dim), mesh, inside=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
         c, rows = self.config, x.flatten(0, 1)
-        q, kv = gather_together([self.q_down(rows), self.kv_down(rows)], self.mesh.tensor, -1)
+        q, kv = all_gather_many([self.q_down(rows), self.kv_down(rows)], self.mesh.tensor, -1)
         if self.mesh.tensor.size > 1:
             q, kv = q[:, : c.q_lora_rank], kv[:, : c.kv_lora_rank + c.qk_rope_head_dim]
         shape = x.shape[:2]

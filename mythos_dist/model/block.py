@@ -7,9 +7,9 @@ from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context, GQAttention, MLAttention
 from mythos_dist.model.moe import FFN, MoE, RouterStats
 from mythos_dist.model.norm import Norm
-from mythos_dist.parallel.collectives import enter, leave
+from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.tensor import whole_on_every_rank
+from mythos_dist.parallel.tensor import replicated
 
 
 class _ResidualBlock(nn.Module):
@@ -18,13 +18,15 @@ class _ResidualBlock(nn.Module):
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool):
         super().__init__()
         self.mesh = mesh
-        self.attn_norm = whole_on_every_rank(Norm(config.dim), mesh)
+        self.attn_norm = replicated(Norm(config.dim), mesh)
         self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, mesh, selective)
-        self.ffn_norm = whole_on_every_rank(Norm(config.dim), mesh)
+        self.ffn_norm = replicated(Norm(config.dim), mesh)
         self.dropout = config.dropout
 
     def _attend(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        y = leave(self.attn(enter(self.attn_norm(x), self.mesh), context, cache_key), self.mesh)
+        y = leave_tensor_parallel(
+            self.attn(enter_tensor_parallel(self.attn_norm(x), self.mesh), context, cache_key), self.mesh
+        )
         return x + F.dropout(y, self.dropout, self.training)
 
 
@@ -38,8 +40,8 @@ class DenseBlock(_ResidualBlock):
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """(B, S or S / tensor, D) -> the same."""
         x = self._attend(x, context, cache_key)
-        whole = enter(self.ffn_norm(x), self.mesh)
-        y = leave(self.ffn(whole.flatten(0, 1)).view_as(whole), self.mesh)
+        whole = enter_tensor_parallel(self.ffn_norm(x), self.mesh)
+        y = leave_tensor_parallel(self.ffn(whole.flatten(0, 1)).view_as(whole), self.mesh)
         return x + F.dropout(y, self.dropout, self.training)
 
 

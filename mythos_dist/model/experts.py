@@ -21,7 +21,7 @@ from mythos_dist.model.megablocks import check, megablocks
 from mythos_dist.model.recompute import recomputed
 from mythos_dist.parallel.expert import combine, dispatch
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.tensor import cut_parameter
+from mythos_dist.parallel.tensor import shard_parameter
 
 # (x, weights, index, gate, up, down, pairs) -> y. An index of E is an empty slot; `pairs` says how many are not empty,
 # None that all are filled.
@@ -66,7 +66,7 @@ class Experts(nn.Module):
         self.n_experts = config.n_experts
         shape = (config.n_experts, config.expert_dim, config.dim)
         cuts = {0: mesh.expert, 1: mesh.tensor}
-        self.w1, self.w2, self.w3 = (cut_parameter(shape, cuts) for _ in range(3))
+        self.w1, self.w2, self.w3 = (shard_parameter(shape, cuts) for _ in range(3))
         self.backend = BACKENDS[backend]
         self._sums: GradientSums | None = None
 

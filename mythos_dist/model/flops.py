@@ -6,7 +6,7 @@ causal half of its scores.
 """
 
 from mythos_dist.config.schema import Config, MythosConfig
-from mythos_dist.parallel.pipeline import Costs
+from mythos_dist.parallel.pipeline import LayerCosts
 
 
 def _attention_flops(c: MythosConfig, seq_len: int) -> float:
@@ -51,13 +51,13 @@ def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     return 3.0 * forward_flops_per_token(c, seq_len, n_loops)
 
 
-def stage_costs(config: Config) -> Costs:
+def stage_costs(config: Config) -> LayerCosts:
     """FLOPs per token that layers really execute in a training step, recomputation included, to balance stages by."""
     c, seq_len = config.model, config.train.seq_len
     loop = _loop_flops(c, seq_len)
-    return Costs(
+    return LayerCosts(
         block=3 * _dense_block_flops(c, seq_len),
         loop=(4 if config.train.recompute == "loop" else 3) * loop,
-        frozen_loop=loop,
+        no_grad_loop=loop,
         head=3 * _head_flops(c),
     )

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from mythos_dist.model.gradient_sums import GradientSums
 from mythos_dist.model.kernels import on_cpu
 from mythos_dist.model.swiglu import hidden_gradients, hidden_rows
-from mythos_dist.parallel.rows import Places, add_rows, place_slots
+from mythos_dist.parallel.rows import RowIndex, index_slots, sum_rows_no_grad
 
 
 def count_tokens(index: Tensor, n_experts: int) -> Tensor:
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     pair: Tensor  # (M,) token * k + slot; 0 in filling rows
     real: Tensor | None  # (M,) whether a row is no filling row; None: all are real
     row: Tensor  # (N * k,) the row of each pair; M for an empty slot
-    places: Places
+    places: RowIndex
 
 
 def place_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dtype) -> Rows:
@@ -59,7 +59,7 @@ def place_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dt
         real = torch.zeros(M, dtype=torch.bool).scatter_(0, row, True)
     row_of_pair = row.new_full((N * k,), M).scatter_(0, pair if real is None else pair[real], row)
     is_pair = None if pairs is None else index < n_experts
-    places = place_slots(pair // k, row_of_pair.view(N, k), is_pair, pairs)
+    places = index_slots(pair // k, row_of_pair.view(N, k), is_pair, pairs)
     return Rows(ends, pair, real, row_of_pair, places)
 
 
@@ -111,7 +111,7 @@ class _Grouped(torch.autograd.Function):
         ctx.save_for_backward(x, g, u, weight, gate, up, down, place, row, starts, rows.row, rows.ends)
         ctx.weights, ctx.sums = (weights.shape, weights.dtype), sums
         ys = F.grouped_mm(hidden_rows(g, u, weight), down, offs=rows.ends)  # (M, F) -> (M, D)
-        return add_rows(ys, row, starts)
+        return sum_rows_no_grad(ys, row, starts)
 
     @staticmethod
     @once_differentiable
@@ -129,7 +129,7 @@ class _Grouped(torch.autograd.Function):
         grad_xs = F.grouped_mm(grad_g, gate, offs=ends).add_(F.grouped_mm(grad_u, up, offs=ends))
         shape, dtype = ctx.weights
         grad_weights = F.pad(grad_weight, (0, 1)).index_select(0, row_of_pair).view(shape).to(dtype)
-        return add_rows(grad_xs, row, starts), grad_weights, grad_gate, grad_up, grad_down, None, None, None
+        return sum_rows_no_grad(grad_xs, row, starts), grad_weights, grad_gate, grad_up, grad_down, None, None, None
 
 
 def _weight_gradients(

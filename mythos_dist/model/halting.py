@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, MythosConfig
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.tensor import whole_on_every_rank
+from mythos_dist.parallel.tensor import replicated
 
 
 class Halting(nn.Module):
@@ -28,7 +28,7 @@ class Halting(nn.Module):
         super().__init__()
         self.mode = act.mode_of(config)
         self.cost, self.kl, self.prior = act.ponder_cost, act.kl, act.prior
-        self.halt = whole_on_every_rank(nn.Linear(config.dim, 1), mesh)
+        self.halt = replicated(nn.Linear(config.dim, 1), mesh)
         self.dim = config.dim
         self.threshold = config.act_threshold
         self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that a sequence's tokens are spread over

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
-from mythos_dist.parallel.tensor import Slice, slice_of
+from mythos_dist.parallel.tensor import ParameterShard, shard_of
 
 STD = 0.02
 _BLOCK_NUMBERS = 1 << 20  # about how many numbers one generator draws
@@ -59,20 +59,20 @@ def _fill(parameter: Tensor, name: str, config: MythosConfig, seed: int) -> None
         values = {"B": 0.1, "delta": math.log(1 / DECAY - 1)}
         parameter.fill_(values.get(leaf, 0.0))
     elif parent.endswith("injection.B"):
-        _fill_identity(parameter, slice_of(parameter))
+        _fill_identity(parameter, shard_of(parameter))
     elif leaf == "bias":
         parameter.zero_()
     else:
-        _fill_normal(parameter, slice_of(parameter), name, deviation(config, name), seed)
+        _fill_normal(parameter, shard_of(parameter), name, deviation(config, name), seed)
 
 
-def _fill_identity(parameter: Tensor, part: Slice) -> None:
+def _fill_identity(parameter: Tensor, part: ParameterShard) -> None:
     rows, columns = (torch.arange(start, stop) for start, stop in zip(part.start, part.stop, strict=True))
     parameter.zero_()
     parameter[: len(rows), : len(columns)] = (rows.unsqueeze(1) == columns).to(parameter)
 
 
-def _fill_normal(parameter: Tensor, part: Slice, name: str, std: float, seed: int) -> None:
+def _fill_normal(parameter: Tensor, part: ParameterShard, name: str, std: float, seed: int) -> None:
     parameter.zero_()  # what lies behind the slice stays so
     n_rows = part.whole[:-1]
     total = 1
@@ -92,7 +92,7 @@ def _fill_normal(parameter: Tensor, part: Slice, name: str, std: float, seed: in
             target[first - row : last - row] = values[:, part.start[-1] : part.stop[-1]]
 
 
-def _runs(part: Slice) -> Iterator[tuple[tuple[int, ...], int, int]]:
+def _runs(part: ParameterShard) -> Iterator[tuple[tuple[int, ...], int, int]]:
     """Stretches of neighbouring rows: where they begin in the parameter, in the whole tensor's rows, and how many."""
     *outer, length = part.shape[:-1]
     if length == 0:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mythos_dist.parallel.collectives import enter, leave
+from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.tensor import CutLinear, whole_on_every_rank
+from mythos_dist.parallel.tensor import ParallelLinear, replicated
 
 
 class Injection(nn.Module):
@@ -22,7 +22,7 @@ class Injection(nn.Module):
         self.log_A = nn.Parameter(torch.empty(dim))
         self.log_dt = nn.Parameter(torch.empty(1))
         self.B = nn.Parameter(torch.empty(dim))
-        whole_on_every_rank(self, mesh)
+        replicated(self, mesh)
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A and B (D,), e as it is: the same in every loop."""
@@ -39,16 +39,16 @@ class ParcaeInjection(nn.Module):
         self.mesh = mesh
         self.log_A = nn.Parameter(torch.empty(dim))
         self.delta = nn.Parameter(torch.empty(dim))
-        self.B = CutLinear(dim, dim, "inputs", mesh)
-        whole_on_every_rank(self, mesh)
+        self.B = ParallelLinear(dim, dim, "inputs", mesh)
+        replicated(self, mesh)
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A and dt (D,), B @ e (B, S', D): one product, for all loops."""
         dt = F.softplus(self.delta.float())
         A = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
-        whole, width = enter(e, self.mesh), self.B.weight.shape[1]
+        whole, width = enter_tensor_parallel(e, self.mesh), self.B.weight.shape[1]
         first = self.mesh.tensor.rank * width
         own = whole[..., first : first + width].contiguous()  # a part of `whole` would keep all of it
         if own.shape[-1] < width:
             own = F.pad(own, (0, width - own.shape[-1]))
-        return A.to(e.dtype), dt.to(e.dtype), leave(self.B(own), self.mesh)
+        return A.to(e.dtype), dt.to(e.dtype), leave_tensor_parallel(self.B(own), self.mesh)

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from mythos_dist.errors import UserError
 from mythos_dist.model.grouped import fill_to_16_bytes
 from mythos_dist.model.kernels import why_not
-from mythos_dist.parallel.rows import Places, list_filled, starts_of, sum_rows, take_rows
+from mythos_dist.parallel.rows import RowIndex, nonzero_no_sync, row_starts, sum_rows, take_rows
 
 BLOCK = 128  # MegaBlocks' unit of hidden width, all experts together
 
@@ -72,9 +72,9 @@ def megablocks(
 
     # MegaBlocks has no empty slots: every filled one becomes a token of its own, with one expert.
     filled = index < gate.shape[0]
-    slot = list_filled(filled, pairs)  # (M,) token * k + slot
+    slot = nonzero_no_sync(filled, pairs)  # (M,) token * k + slot
     order = torch.arange(pairs, device=x.device)  # rows lie token after token
-    places = Places(slot // index.shape[1], order, starts_of(filled))
+    places = RowIndex(slot // index.shape[1], order, row_starts(filled))
     weights, index = (given.flatten().index_select(0, slot).unsqueeze(1) for given in (weights, index))  # (M, 1)
     return sum_rows(run(take_rows(x, places), weights, index), places)
 

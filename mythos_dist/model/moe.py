@@ -19,9 +19,9 @@ from mythos_dist.model.experts import Experts
 from mythos_dist.model.grouped import count_tokens
 from mythos_dist.model.recompute import recomputed
 from mythos_dist.model.swiglu import GatedLinear
-from mythos_dist.parallel.collectives import enter, gather, leave, sum_over
+from mythos_dist.parallel.collectives import all_gather, all_reduce, enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import SINGLE, Mesh
-from mythos_dist.parallel.tensor import CutLinear, cut_parameter, whole_on_every_rank
+from mythos_dist.parallel.tensor import ParallelLinear, replicated, shard_parameter
 
 
 class RouterStats(NamedTuple):
@@ -37,8 +37,8 @@ class FFN(nn.Module):
 
     def __init__(self, dim: int, hidden: int, mesh: Mesh = SINGLE, selective: bool = False):
         super().__init__()
-        self.gate = CutLinear(dim, hidden, "outputs", mesh)
-        self.up = CutLinear(dim, hidden, "outputs", mesh)
+        self.gate = ParallelLinear(dim, hidden, "outputs", mesh)
+        self.up = ParallelLinear(dim, hidden, "outputs", mesh)
         self.down = GatedLinear(hidden, dim, mesh)
         self.selective = selective
 
@@ -60,9 +60,9 @@ class Router(nn.Module):
         self.k = config.n_experts_per_tok
         self.experts = experts
         self.mesh = mesh
-        self.weight = cut_parameter((config.n_experts, config.dim), {})
+        self.weight = shard_parameter((config.n_experts, config.dim), {})
         self.register_buffer("bias", torch.zeros(config.n_experts))
-        whole_on_every_rank(self, mesh)
+        replicated(self, mesh)
 
     def _apply(self, fn, recurse=True):
         """Move the bias with the module, but never cast it (DeepSpeed casts the whole model to bf16)."""
@@ -94,7 +94,7 @@ class Router(nn.Module):
             chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(self.k, dim=-1).indices, 1.0)
             share = chosen.mean(1) * (n_experts / self.k)  # f_i in the paper, per sequence: (B, E)
             if self.mesh.sequence:
-                share = sum_over(share, self.mesh.tensor) / parts
+                share = all_reduce(share, self.mesh.tensor) / parts
             loss = loss + self.experts.sequence_balance_loss * (share * scores.mean(1)).sum(-1).mean() / parts
         return loss
 
@@ -120,16 +120,17 @@ class MoE(nn.Module):
         weights, index, loss = self.router(x)
         if self.mesh.tensor.size > 1:
             weights, index = self._of_all_tokens(weights, index, x.shape)
-        x = enter(x, self.mesh)  # once for the routed and the shared experts
+        x = enter_tensor_parallel(x, self.mesh)  # once for the routed and the shared experts
         rows = x.flatten(0, 1)
         y = self.experts(rows, weights, index)
         if self.shared is not None:
             y = y + self.shared(rows)
-        return leave(y.view_as(x), self.mesh), RouterStats(count_tokens(index, self.experts.n_experts), loss)
+        stats = RouterStats(count_tokens(index, self.experts.n_experts), loss)
+        return leave_tensor_parallel(y.view_as(x), self.mesh), stats
 
     def _of_all_tokens(self, weights: Tensor, index: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """What the router chose for this rank's tokens (N', k) -> for those of all ranks (N, k)."""
         weights, index = (part.view(*shape[:2], -1) for part in (weights, index))
         if self.mesh.sequence:
-            index = gather(index.to(torch.int32), self.mesh.tensor, 1).long()
-        return enter(weights, self.mesh).flatten(0, 1), index.flatten(0, 1)
+            index = all_gather(index.to(torch.int32), self.mesh.tensor, 1).long()
+        return enter_tensor_parallel(weights, self.mesh).flatten(0, 1), index.flatten(0, 1)

@@ -2,7 +2,7 @@
 
 `Mythos(config)` is a plain module on one process. `mode: reference` gives OpenMythos 0.5.0's numbers at equal weights
 (`load_open_mythos`); `mode: train` has a router bias that moves, and the loops as `act.*` and `model.*` choose them.
-A mesh makes it hold this rank's slices, a `Part` this pipeline stage's layers; names stay those of the whole model.
+A mesh makes it hold this rank's slices, a `StageSpec` this pipeline stage's layers; names stay those of the full model.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,
@@ -24,10 +24,10 @@ from mythos_dist.model.inputs import check_parts, check_tokens, number_of_loops,
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Carry, Loops, Read, Recurrent
-from mythos_dist.parallel.collectives import gather, sum_over
+from mythos_dist.parallel.collectives import all_gather, all_reduce
 from mythos_dist.parallel.mesh import SINGLE, Mesh
-from mythos_dist.parallel.pipeline import Part
-from mythos_dist.parallel.tensor import IGNORED, Embedding, whole_on_every_rank
+from mythos_dist.parallel.pipeline import StageSpec
+from mythos_dist.parallel.tensor import IGNORED, Embedding, replicated
 
 
 class Losses(TypedDict):
@@ -53,7 +53,7 @@ class Mythos(nn.Module):
         attention: Literal["auto", "flash_attn", "sdpa"] = "auto",
         seed: int = 0,
         mesh: Mesh = SINGLE,
-        part: Part | None = None,
+        stage: StageSpec | None = None,
     ):
         super().__init__()
         act = act or ActConfig()
@@ -63,17 +63,17 @@ class Mythos(nn.Module):
         self.config = config
         self.attention = attention
         self.mesh = mesh
-        self.part = part = part or Part.whole(config)
+        self.stage = stage = stage or StageSpec.full(config)
         self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0 or act.ponder_cost + act.kl > 0
         selective = recompute.kind == "selective"
-        if part.first or part.last:
+        if stage.first or stage.last:
             self.embed = Embedding(config.vocab_size, config.dim, mesh)
-        self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in part.prelude})
-        if part.loops:
+        self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in stage.prelude})
+        if stage.has_loops:
             self.recurrent = Recurrent(config, act, experts, recompute, mesh)
-        self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in part.coda})
-        if part.last:
-            self.norm = whole_on_every_rank(Norm(config.dim), mesh)
+        self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in stage.coda})
+        if stage.last:
+            self.norm = replicated(Norm(config.dim), mesh)
         init_parameters(self, seed, config)
 
     def forward(
@@ -113,7 +113,7 @@ class Mythos(nn.Module):
         if cache is not None:
             cache.tokens = end
         if labels is None:
-            return self.embed.whole_logits(self.embed(state[0], as_head=True))
+            return self.embed.gather_logits(self.embed(state[0], as_head=True))
         return self.losses(state, labels, loops, counts)
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
@@ -132,28 +132,28 @@ class Mythos(nn.Module):
         (R * B, S', D), their weights (R, B, S').
         Returns the state behind this rank's layers and the counts (len(turns), E).
         """
-        part = self.part
+        stage = self.stage
         state: Any = tuple(received)
         counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=state[0].device)
-        if part.first:
+        if stage.first:
             state = (self.embed(state[0]),)
         for i, block in self.prelude.items():
             state = (block(state[0], context, f"prelude.{i}"),)
-        if part.loops:
-            carry = self.recurrent.start(state[0], loops) if part.loops_start else Carry(*state[:5])
+        if stage.has_loops:
+            carry = self.recurrent.start(state[0], loops) if stage.starts_loops else Carry(*state[:5])
             before = state[5:]
             carry, counts, read = self.recurrent(carry, turns, loops, context)
             if loops.readouts and before:
                 read = Read(torch.cat([before[0], read.states]), torch.cat([before[1], read.weights]))
-            if part.loops_end:
+            if stage.ends_loops:
                 state = self._behind_loops(carry, read, loops)
             else:
                 state = (*carry, *read) if loops.readouts else carry
-        if part.last or self.coda:
+        if stage.last or self.coda:
             repeated = context.repeated(state[2].shape[0]) if loops.readouts else context
             for i, block in self.coda.items():
                 state = (block(state[0], repeated, f"coda.{i}"), *state[1:])
-        if part.last:
+        if stage.last:
             state = (self.norm(state[0]), *state[1:])
         return state, counts
 
@@ -169,10 +169,11 @@ class Mythos(nn.Module):
         tokens = seq_len // self.mesh.tensor.size if self.mesh.sequence else seq_len
         shape, dtype = torch.Size([batch, tokens, self.config.dim]), next(self.parameters()).dtype
         x, loss = (shape, dtype), (torch.Size([1]), torch.float32)
-        if (not self.part.loops and not self.part.behind_loops) or (self.part.loops and self.part.loops_start):
+        stage = self.stage
+        if (not stage.has_loops and not stage.after_loops) or (stage.has_loops and stage.starts_loops):
             return [x]
         weights = [(torch.Size([readouts, *shape[:2]]), torch.float32)] * (readouts > 0)
-        if self.part.behind_loops:
+        if stage.after_loops:
             return [(torch.Size([max(1, readouts) * batch, *shape[1:]]), dtype), loss, *weights]
         carry = [x, x, (shape, torch.float32), (shape[:2], torch.float32), loss]
         return carry + [(torch.Size([readouts, *shape]), dtype)] * (readouts > 0) + weights
@@ -189,14 +190,14 @@ class Mythos(nn.Module):
         final = wanted[-1]
         if weights is not None:
             if self.mesh.sequence:
-                weights = gather(weights, self.mesh.tensor, 2, partial=False)
+                weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
             counted = (wanted != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # by each readout
             weights = (weights * (counted[-1] / counted)).flatten(0, 1)  # of the size of 1: fp16 keeps small ones badly
         found = self.embed(x, labels=wanted.flatten(0, 1), weights=weights)
         B, tokens = final.shape[0], (final != IGNORED).sum()
         auxiliary = auxiliary.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
-            auxiliary = sum_over(auxiliary, self.mesh.tensor)
+            auxiliary = all_reduce(auxiliary, self.mesh.tensor)
         return Losses(
             objective=found.total / tokens.clamp(min=1) + auxiliary,
             cross_entropy=found.losses[-B:].sum() / tokens.clamp(min=1),
@@ -219,13 +220,13 @@ class Mythos(nn.Module):
 
     def compile_blocks(self) -> None:
         """Let `torch.compile` take each block; names and state stay."""
-        loops = [self.recurrent.block] if self.part.loops else []
+        loops = [self.recurrent.block] if self.stage.has_loops else []
         for block in [*self.prelude.values(), *loops, *self.coda.values()]:
             block.compile()
 
     def update_router_bias(self, counts: Tensor) -> None:
         """Call once after an optimizer step with the counts (n_loops, E) of its global batch; reference mode stays."""
-        if self.config.mode == "train" and self.part.loops:
+        if self.config.mode == "train" and self.stage.has_loops:
             self.recurrent.block.ffn.router.update_bias(counts.view(-1, self.config.n_experts).sum(0))
 
     def load_open_mythos(self, state_dict: dict[str, Tensor]) -> None:

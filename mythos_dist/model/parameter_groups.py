@@ -5,7 +5,7 @@ from torch import nn
 
 from mythos_dist.config.schema import OptimConfig
 from mythos_dist.parallel.mesh import SINGLE, Mesh
-from mythos_dist.parallel.pipeline import REGISTER
+from mythos_dist.parallel.pipeline import GROUP_ALIGNMENT
 from mythos_dist.parallel.tensor import expert_group_name
 
 
@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) 
             spread = name == "experts" and len(group["params"]) > 0
             if not group["params"]:  # no group of experts for DeepSpeed, where this stage has none
                 groups[name] = group = {"weight_decay": 0.0, "params": []}
-            whole = REGISTER * (mesh.expert_data.size if spread else mesh.data.size)
+            whole = GROUP_ALIGNMENT * (mesh.expert_data.size if spread else mesh.data.size)
             numbers = sum(parameter.numel() for parameter in group["params"])
             if missing := -numbers % whole or whole * (numbers == 0):
                 filling = nn.Parameter(torch.zeros(missing, device=device))

@@ -28,10 +28,10 @@ from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute, recomputed
 from mythos_dist.model.watch import Watch
-from mythos_dist.parallel.collectives import gather_together
+from mythos_dist.parallel.collectives import all_gather_many
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import live_turns
-from mythos_dist.parallel.tensor import cut_parameter, whole_on_every_rank
+from mythos_dist.parallel.pipeline import loops_with_grad
+from mythos_dist.parallel.tensor import replicated, shard_parameter
 
 
 class Loops(NamedTuple):
@@ -87,12 +87,12 @@ class DepthLoRA(nn.Module):
         self.max_loops = max_loops
         self.per_loop = per_loop
         if per_loop:
-            self.down = cut_parameter((max_loops, rank, dim), {1: mesh.tensor})
-            self.B = cut_parameter((max_loops, rank, dim), {1: mesh.tensor})
+            self.down = shard_parameter((max_loops, rank, dim), {1: mesh.tensor})
+            self.B = shard_parameter((max_loops, rank, dim), {1: mesh.tensor})
         else:
-            self.down = cut_parameter((rank, dim), {0: mesh.tensor})
-            self.scale = cut_parameter((max_loops, rank), {1: mesh.tensor})
-            self.B = cut_parameter((rank, dim), {0: mesh.tensor})
+            self.down = shard_parameter((rank, dim), {0: mesh.tensor})
+            self.scale = shard_parameter((max_loops, rank), {1: mesh.tensor})
+            self.B = shard_parameter((rank, dim), {0: mesh.tensor})
 
     def forward(self, u: Tensor, t: int | Tensor) -> Tensor:
         """u (B, S', D), t the loop, or that of each sequence (B,) -> u plus its correction; loops beyond the table use
@@ -103,14 +103,14 @@ class DepthLoRA(nn.Module):
         if self.per_loop:
             assert isinstance(t, int), "config.check refuses it"
             t = min(t, self.max_loops - 1)
-            down, B = gather_together([self.down[t], self.B[t]], axis, 0, partial=partial)
+            down, B = all_gather_many([self.down[t], self.B[t]], axis, 0, partial=partial)
             return torch.addmm(rows, F.linear(rows, down), B).view_as(u)
         if isinstance(t, int):
             scale = self.scale[min(t, self.max_loops - 1)]
-            down, scale, B = gather_together([self.down, scale, self.B], axis, 0, partial=partial)
+            down, scale, B = all_gather_many([self.down, scale, self.B], axis, 0, partial=partial)
             return torch.addmm(rows, F.linear(rows, down) * scale, B).view_as(u)
         scale = self.scale[t.clamp(max=self.max_loops - 1)].t()  # (local r, B)
-        down, scale, B = gather_together([self.down, scale, self.B], axis, 0, partial=partial)
+        down, scale, B = all_gather_many([self.down, scale, self.B], axis, 0, partial=partial)
         scaled = F.linear(u, down) * scale.t().unsqueeze(1)
         return torch.addmm(rows, scaled.flatten(0, 1), B).view_as(u)
 
@@ -140,13 +140,13 @@ class Recurrent(nn.Module):
         self.config = config
         self.recompute = recompute
         self.mesh = mesh
-        self.norm = whole_on_every_rank(Norm(config.dim), mesh)
+        self.norm = replicated(Norm(config.dim), mesh)
         self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective")
         if config.lora != "none":
             per_loop = config.lora == "per_loop"
             self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, per_loop, mesh)
         if config.injection == "parcae":
-            self.e_norm = whole_on_every_rank(Norm(config.dim), mesh)
+            self.e_norm = replicated(Norm(config.dim), mesh)
             self.injection = ParcaeInjection(config.dim, mesh)
         else:
             self.injection = Injection(config.dim, mesh)
@@ -177,7 +177,7 @@ class Recurrent(nn.Module):
         Returns the carry, the counts (len(turns), E) of each loop's (token, expert) pairs, and with `loops.readouts`
         what is read out of those of these loops that gradient flows through.
         """
-        trained = live_turns(turns, loops.frozen) if torch.is_grad_enabled() else range(0)
+        trained = loops_with_grad(turns, loops.frozen) if torch.is_grad_enabled() else range(0)
         self.block.ffn.experts.start_pass(len(trained))
         A, B, injected = self.injection(carry.e)
         fixed = Fixed(A, B, injected, self._signals(turns, loops, carry.h), turns.start)

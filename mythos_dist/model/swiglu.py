@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mythos_dist.model.kernels import on_cpu
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.tensor import CutLinear
+from mythos_dist.parallel.tensor import ParallelLinear
 
 # Numbers of gate that are worked on at a time on a CPU: what they need fits its cache (1,024 rows of 512: 7 ms for a
 # backward, against 10 for 8,192 rows at once and 18 with a fresh tensor for each operation).
@@ -53,7 +53,7 @@ def hidden_gradients(
     return hidden, grad, grad_up, grad_weight
 
 
-class GatedLinear(CutLinear):
+class GatedLinear(ParallelLinear):
     """(silu(gate) * up) @ weight^T, the weight (outputs, hidden) cut over the tensor axis along its inputs."""
 
     def __init__(self, hidden: int, outputs: int, mesh: Mesh):

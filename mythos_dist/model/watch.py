@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mythos_dist.parallel.collectives import sum_over
+from mythos_dist.parallel.collectives import all_reduce
 from mythos_dist.parallel.mesh import Mesh
 
 GAIN_ROUNDS = 3  # power iterations
@@ -64,4 +64,4 @@ class Watch:
         return self._over_sequence(x.square().sum()).sqrt()
 
     def _over_sequence(self, x: Tensor) -> Tensor:
-        return sum_over(x, self.mesh.tensor) if self.mesh.sequence else x
+        return all_reduce(x, self.mesh.tensor) if self.mesh.sequence else x

@@ -29,7 +29,7 @@ from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel import expert
 from mythos_dist.parallel.mesh import Axis, build_mesh
-from mythos_dist.parallel.process import compile_nothing
+from mythos_dist.parallel.process import disable_cpu_op_builder
 from mythos_dist.parallel.traffic import Totals, Traffic
 
 
@@ -82,7 +82,7 @@ class Oracle:
 class OwnTraffic(Traffic):
     """Counts this rank's messages only: nobody else is there."""
 
-    def of_all_ranks(self) -> Totals:
+    def total_over_ranks(self) -> Totals:
         found, self.totals = self.totals, {}
         return {axis: dict(sorted(kinds.items())) for axis, kinds in sorted(found.items())}
 
@@ -223,7 +223,7 @@ def _fake_world(world_size: int, rank: int) -> Iterator[None]:
         with _silent_children():  # DeepSpeed tries a linker to learn what it could build
             import deepspeed
 
-            compile_nothing()
+            disable_cpu_op_builder()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             deepspeed.init_distributed("gloo", verbose=False)

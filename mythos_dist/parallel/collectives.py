@@ -112,12 +112,12 @@ def copy(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else _apply(_Copy, x, axis)
 
 
-def sum_over(x: Tensor, axis: Axis) -> Tensor:
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """The sum of every rank's part, on every rank; backward hands the gradient on as it is."""
     return x if axis.size == 1 else _apply(_Sum, x, axis)
 
 
-def gather(x: Tensor, axis: Axis, dim: int, *, partial: bool = True) -> Tensor:
+def all_gather(x: Tensor, axis: Axis, dim: int, *, partial: bool = True) -> Tensor:
     """Every rank's part, side by side along `dim`.
 
     partial: ranks differentiate different work with it, so backward sums and scatters (reduce-scatter); otherwise all
@@ -126,11 +126,11 @@ def gather(x: Tensor, axis: Axis, dim: int, *, partial: bool = True) -> Tensor:
     return x if axis.size == 1 else _apply(_Gather, x, axis, dim, partial)
 
 
-def gather_together(parts: list[Tensor], axis: Axis, dim: int, *, partial: bool = True) -> list[Tensor]:
+def all_gather_many(parts: list[Tensor], axis: Axis, dim: int, *, partial: bool = True) -> list[Tensor]:
     """`gather` of several tensors with one message."""
     if axis.size == 1:
         return parts
-    flat = gather(torch.cat([part.flatten() for part in parts]), axis, 0, partial=partial).view(axis.size, -1)
+    flat = all_gather(torch.cat([part.flatten() for part in parts]), axis, 0, partial=partial).view(axis.size, -1)
     columns = flat.split([part.numel() for part in parts], dim=1)
     return [
         torch.cat([row.view_as(part) for row in column.unbind(0)], dim)
@@ -138,21 +138,21 @@ def gather_together(parts: list[Tensor], axis: Axis, dim: int, *, partial: bool 
     ]
 
 
-def sum_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the sum over the ranks; backward gathers."""
     return x if axis.size == 1 else _apply(_SumScatter, x, axis, dim)
 
 
-def exchange(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
+def all_to_all(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
     """Rows sorted by the rank they go to, `send[r]` to rank r -> those that came, `receive[r]` from rank r."""
     return rows if axis.size == 1 else _apply(_Exchange, rows, axis, send, receive)
 
 
-def enter(x: Tensor, mesh: Mesh) -> Tensor:
+def enter_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
     """Into work that is divided over the tensor axis: (B, S or S / tensor, ...) -> (B, S, ...), whole on every rank."""
-    return gather(x, mesh.tensor, 1) if mesh.sequence else copy(x, mesh.tensor)
+    return all_gather(x, mesh.tensor, 1) if mesh.sequence else copy(x, mesh.tensor)
 
 
-def leave(x: Tensor, mesh: Mesh) -> Tensor:
+def leave_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
     """Out of it: every rank's partial sum (B, S, ...) -> the sum, (B, S / tensor, ...) with sequence parallelism."""
-    return sum_scatter(x, mesh.tensor, 1) if mesh.sequence else sum_over(x, mesh.tensor)
+    return reduce_scatter(x, mesh.tensor, 1) if mesh.sequence else all_reduce(x, mesh.tensor)

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mythos_dist.parallel.collectives import exchange, gather, sum_scatter
+from mythos_dist.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from mythos_dist.parallel.mesh import Axis, Mesh
-from mythos_dist.parallel.rows import Places, list_filled, place_slots, sum_rows, take_rows
+from mythos_dist.parallel.rows import RowIndex, index_slots, nonzero_no_sync, sum_rows, take_rows
 
 
 class Route(NamedTuple):
@@ -26,7 +26,7 @@ class Route(NamedTuple):
     weights: Tensor  # (R, s) router weights, 0 where a slot is empty
     experts: Tensor  # (R, s) local expert; one beyond the last where a slot is empty
     pairs: int  # how many slots are not empty
-    sent: Places  # this rank's tokens among the rows it sent
+    sent: RowIndex  # this rank's tokens among the rows it sent
     send: list[int]  # rows sent to each rank of the expert axis
     receive: list[int]  # rows that came from each
 
@@ -42,12 +42,12 @@ def _exchange_counts(owner: Tensor, goes: Tensor, axis: Axis) -> tuple[list[int]
     return send, receive, sum(pairs_in)
 
 
-def _place(goes: Tensor, n_rows: int) -> tuple[Places, Tensor]:
+def _place(goes: Tensor, n_rows: int) -> tuple[RowIndex, Tensor]:
     """Rows sorted by destination, then by token; and each row's destination (n_rows,)."""
     N = goes.shape[1]
-    flat = list_filled(goes, n_rows)
+    flat = nonzero_no_sync(goes, n_rows)
     row = (goes.flatten().cumsum(0) - 1).view_as(goes)  # of each (rank, token)
-    return place_slots(flat % N, row.T, goes.T, n_rows), flat // N
+    return index_slots(flat % N, row.T, goes.T, n_rows), flat // N
 
 
 def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Mesh) -> Route:
@@ -71,9 +71,9 @@ def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Me
     channels = take_rows(x.narrow(1, mesh.tensor.rank * width, width), sent)
     bits = index_out[:, :slots].to(integer).view(x.dtype)
     message = torch.cat([channels, weights_out[:, :slots].to(x.dtype), bits], dim=1)
-    channels, weights, bits = exchange(message, axis, send, receive).split([width, slots, slots], dim=1)
+    channels, weights, bits = all_to_all(message, axis, send, receive).split([width, slots, slots], dim=1)
     return Route(
-        rows=gather(channels, mesh.tensor, -1),
+        rows=all_gather(channels, mesh.tensor, -1),
         weights=weights,
         experts=bits.detach().contiguous().view(integer).long(),
         pairs=pairs,
@@ -89,6 +89,6 @@ def combine(y: Tensor, route: Route, mesh: Mesh) -> Tensor:
     Added up over the tensor axis, the parts are the whole: what `leave` expects.
     """
     D = y.shape[1]
-    y = exchange(sum_scatter(y, mesh.tensor, -1), mesh.expert, route.receive, route.send)
+    y = all_to_all(reduce_scatter(y, mesh.tensor, -1), mesh.expert, route.receive, route.send)
     before = mesh.tensor.rank * y.shape[1]
     return F.pad(sum_rows(y, route.sent), (before, D - before - y.shape[1]))

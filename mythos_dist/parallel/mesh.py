@@ -43,7 +43,7 @@ class Mesh:
 SINGLE = Mesh()  # one process
 
 
-def axis_lines(parallel: ParallelConfig, world_size: int) -> dict[str, list[list[int]]]:
+def axis_groups(parallel: ParallelConfig, world_size: int) -> dict[str, list[list[int]]]:
     """For each axis the lines of global ranks that it joins; every rank is on one line of every axis."""
     pipe, tensor, expert = parallel.pipe, parallel.tensor, parallel.expert
     data = world_size // (pipe * tensor)
@@ -70,13 +70,13 @@ def mesh_of(
 ) -> Mesh:
     """The mesh as `rank` sees it; without `new_group` it only says who holds what, and nothing can be sent."""
     axes = {}
-    for name, lines in axis_lines(parallel, world_size).items():
+    for name, lines in axis_groups(parallel, world_size).items():
         ranks = next(line for line in lines if rank in line)
         axes[name] = Axis(name, len(ranks), ranks.index(rank), new_group(ranks) if len(ranks) > 1 else None)
     return Mesh(**axes, sequence=parallel.sequence and parallel.tensor > 1)
 
 
-def place_of(parallel: ParallelConfig, world_size: int, rank: int) -> Mesh:
+def mesh_coordinates(parallel: ParallelConfig, world_size: int, rank: int) -> Mesh:
     """`mesh_of` without groups, by arithmetic: lists of all ranks of a large world take milliseconds."""
     data = world_size // (parallel.pipe * parallel.tensor)
     replica, column = divmod(rank, parallel.pipe * parallel.tensor)

@@ -15,39 +15,39 @@ from mythos_dist.config.schema import MythosConfig
 
 # In a pipeline optimizer groups are filled up to multiples of this per rank: fp32 numbers in the widest register
 # (AVX-512); model/parameter_groups.py says why.
-REGISTER = 16
+GROUP_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Part:
+class StageSpec:
     """The layers that one pipeline stage holds."""
 
     prelude: range
-    loops: bool
+    has_loops: bool
     coda: range
     first: bool  # reads tokens
     last: bool  # computes the loss
-    loops_start: bool = True  # of the stages with loops the first
-    loops_end: bool = True  # and the last
+    starts_loops: bool = True  # of the stages with loops the first
+    ends_loops: bool = True  # and the last
 
     @property
-    def behind_loops(self) -> bool:
+    def after_loops(self) -> bool:
         """Whether all of it comes after the loops."""
-        return not self.loops and (self.last or len(self.coda) > 0)
+        return not self.has_loops and (self.last or len(self.coda) > 0)
 
     @staticmethod
-    def whole(config: MythosConfig) -> "Part":
+    def full(config: MythosConfig) -> "StageSpec":
         """All layers: a pipeline of one stage."""
-        return Part(range(config.prelude_layers), True, range(config.coda_layers), True, True)
+        return StageSpec(range(config.prelude_layers), True, range(config.coda_layers), True, True)
 
 
 @dataclass(frozen=True)
-class Costs:
+class LayerCosts:
     """What layers cost forward and backward, in any unit."""
 
     block: float  # a block of prelude or coda
     loop: float
-    frozen_loop: float  # one that no gradient flows through
+    no_grad_loop: float  # one that no gradient flows through
     head: float
 
 
@@ -99,11 +99,11 @@ def _best_split(
     return ends[n]
 
 
-def plan_parts(config: MythosConfig, n_loops: int, stages: int, costs: Costs) -> list[Part]:
+def plan_stages(config: MythosConfig, n_loops: int, stages: int, costs: LayerCosts) -> list[StageSpec]:
     """What each of `stages` stages holds, balanced for `n_loops` loops. Only the ends of the line may be without
     layers; at most n_loops + 2 stages."""
     if stages == 1:
-        return [Part.whole(config)]
+        return [StageSpec.full(config)]
     prelude, coda = config.prelude_layers, config.coda_layers
     layers = [costs.block] * prelude + [costs.loop] * n_loops + [costs.block] * coda
     loads = [0.0] * (stages - 1) + [costs.head]
@@ -115,32 +115,32 @@ def plan_parts(config: MythosConfig, n_loops: int, stages: int, costs: Costs) ->
 
     turns = [held(stretch, prelude, n_loops) for stretch in stretches]
     return [
-        Part(
+        StageSpec(
             prelude=held(stretch, 0, prelude),
-            loops=len(turns[i]) > 0,
+            has_loops=len(turns[i]) > 0,
             coda=held(stretch, prelude + n_loops, coda),
             first=i == 0,
             last=i == stages - 1,
-            loops_start=turns[i].start == 0,
-            loops_end=turns[i].stop == n_loops,
+            starts_loops=turns[i].start == 0,
+            ends_loops=turns[i].stop == n_loops,
         )
         for i, stretch in enumerate(stretches)
     ]
 
 
-def live_turns(turns: range, frozen: int) -> range:
+def loops_with_grad(turns: range, frozen: int) -> range:
     """Those of the loops `turns` that gradient flows through: all but the first `frozen` of the step."""
     return range(max(frozen, turns.start), max(frozen, turns.stop))
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_loops(parts: tuple[Part, ...], n_loops: int, frozen: int, costs: Costs) -> list[range]:
+def plan_loops(parts: tuple[StageSpec, ...], n_loops: int, frozen: int, costs: LayerCosts) -> list[range]:
     """Which of a step's loops each stage runs; the first `frozen` of them have no gradient. Some may run none."""
     if len(parts) == 1:
         return [range(n_loops)]
-    holders = [i for i, part in enumerate(parts) if part.loops]
+    holders = [i for i, part in enumerate(parts) if part.has_loops]
     fixed = [costs.block * (len(p.prelude) + len(p.coda)) + costs.head * p.last for p in parts]
-    turns = [costs.frozen_loop] * frozen + [costs.loop] * (n_loops - frozen)
+    turns = [costs.no_grad_loop] * frozen + [costs.loop] * (n_loops - frozen)
     stretches = split_evenly(turns, [fixed[i] for i in holders], [0] * len(holders))
     ranges = dict(zip(holders, stretches, strict=True))
     return [ranges.get(i, range(0)) for i in range(len(parts))]

@@ -24,7 +24,7 @@ def choose_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compile_nothing() -> None:
+def disable_cpu_op_builder() -> None:
     """On CPUs: else every process would first compile a shared-memory all-reduce, 40 to 120 s under one file lock.
 
     No op is compatible: the first read of DeepSpeed's own table would import setuptools and run the C compiler. Only
@@ -53,7 +53,7 @@ def join_process_group(store: dist.Store | None = None, seconds: float = 600) ->
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        compile_nothing()
+        disable_cpu_op_builder()
     backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=seconds)
     if store is not None:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -99,7 +99,7 @@ def any_rank(flag: bool) -> bool:
     return bool(number)
 
 
-def together(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
+def raise_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
     """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code.
 
     With the `nodes` of all ranks it becomes a NodeError if other nodes have no such problem. While there is none this

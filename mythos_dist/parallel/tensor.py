@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mythos_dist.parallel.collectives import _all_reduce, enter, gather, leave
+from mythos_dist.parallel.collectives import _all_reduce, all_gather, enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Axis, Mesh
 
 _LEAST_ROWS = 256  # tokens whose logits are made at a time, at least: fewer would make small products
@@ -26,7 +26,7 @@ IGNORED = -100  # a label that does not count (PyTorch's own default)
 
 
 @dataclass(frozen=True)
-class Slice:
+class ParameterShard:
     """Which part of a whole tensor a parameter holds; its numbers behind that part are zeros."""
 
     whole: tuple[int, ...]  # shape of the whole tensor
@@ -39,7 +39,7 @@ class Slice:
         return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
 
 
-def cut_range(size: int, axis: Axis) -> tuple[int, int, int]:
+def shard_range(size: int, axis: Axis) -> tuple[int, int, int]:
     """Start and stop of this rank's part of `size` numbers, and how many it allocates: ceil(size / axis.size)."""
     local = -(-size // axis.size)
     return min(axis.rank * local, size), min((axis.rank + 1) * local, size), local
@@ -50,11 +50,11 @@ def expert_group_name(axis: Axis) -> str:
     return f"ep_size_{axis.size}"
 
 
-def cut_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Parameter:
+def shard_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Parameter:
     """This rank's part of a tensor of shape `whole`, dimension d cut over the axis `cuts[d]`; values not set."""
-    ranges = [cut_range(size, cuts.get(dim, Axis("none"))) for dim, size in enumerate(whole)]
+    ranges = [shard_range(size, cuts.get(dim, Axis("none"))) for dim, size in enumerate(whole)]
     parameter = nn.Parameter(torch.empty([local for _, _, local in ranges]))
-    parameter.slice = Slice(whole, tuple(r[0] for r in ranges), tuple(r[1] for r in ranges))  # type: ignore[attr-defined]
+    parameter.slice = ParameterShard(whole, tuple(r[0] for r in ranges), tuple(r[1] for r in ranges))  # type: ignore[attr-defined]
     for axis in cuts.values():
         if axis.name == "tensor" and axis.size > 1:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -64,13 +64,13 @@ def cut_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Parame
     return parameter
 
 
-def slice_of(parameter: Tensor) -> Slice:
-    """The part that a parameter holds; all of it unless it was made by `cut_parameter`."""
+def shard_of(parameter: Tensor) -> ParameterShard:
+    """The part that a parameter holds; all of it unless it was made by `shard_parameter`."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a shape of (0,) between uses
-    return getattr(parameter, "slice", Slice(shape, (0,) * len(shape), shape))
+    return getattr(parameter, "slice", ParameterShard(shape, (0,) * len(shape), shape))
 
 
-def whole_on_every_rank(module: nn.Module, mesh: Mesh, *, inside: bool = False) -> nn.Module:
+def replicated(module: nn.Module, mesh: Mesh, *, inside: bool = False) -> nn.Module:
     """Add up, over the tensor axis, the gradients of a module's parameters that every rank holds whole.
 
     Their gradients are partial with sequence parallelism, where each rank sees its own tokens, and always `inside`
@@ -82,7 +82,7 @@ def whole_on_every_rank(module: nn.Module, mesh: Mesh, *, inside: bool = False) 
     return module
 
 
-class CutLinear(nn.Module):
+class ParallelLinear(nn.Module):
     """x @ weight^T, the weight (outputs, inputs) cut over the tensor axis along its outputs or its inputs.
 
     Cut outputs: whole x -> this rank's outputs. Cut inputs: this rank's inputs -> a partial sum of all outputs.
@@ -90,7 +90,7 @@ class CutLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, cut: Literal["outputs", "inputs"], mesh: Mesh):
         super().__init__()
-        self.weight = cut_parameter((outputs, inputs), {0 if cut == "outputs" else 1: mesh.tensor})
+        self.weight = shard_parameter((outputs, inputs), {0 if cut == "outputs" else 1: mesh.tensor})
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs, local if cut) -> (..., outputs, local if cut)."""
@@ -104,8 +104,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.mesh = mesh
         self.vocab_size = vocab_size
-        self.first, self.last, _ = cut_range(vocab_size, mesh.tensor)
-        self.weight = cut_parameter((vocab_size, dim), {0: mesh.tensor})
+        self.first, self.last, _ = shard_range(vocab_size, mesh.tensor)
+        self.weight = shard_parameter((vocab_size, dim), {0: mesh.tensor})
 
     def forward(
         self, x: Tensor, as_head: bool = False, labels: Tensor | None = None, weights: Tensor | None = None
@@ -115,23 +115,23 @@ class Embedding(nn.Module):
         With labels (B, S), and weights (B, S) fp32 or None for ones: states -> a `HeadLoss`.
         """
         if labels is not None:
-            rows = enter(x, self.mesh).flatten(0, 1)
+            rows = enter_tensor_parallel(x, self.mesh).flatten(0, 1)
             real, differentiate = self.last - self.first, torch.is_grad_enabled()
             weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
             axis, flat = self.mesh.tensor, (labels.flatten(), weights.flatten())
             total, losses, correct = _HeadLoss.apply(rows, self.weight, *flat, axis, self.first, real, differentiate)
             return HeadLoss(total, losses.view_as(labels), correct.view_as(labels))
         if as_head:
-            return F.linear(enter(x, self.mesh), self.weight)
+            return F.linear(enter_tensor_parallel(x, self.mesh), self.weight)
         mine = (x >= self.first) & (x < self.last)
         rows = F.embedding(torch.where(mine, x - self.first, 0), self.weight)
         if self.mesh.tensor.size > 1:
             rows = rows * mine.unsqueeze(-1)
-        return leave(rows, self.mesh)
+        return leave_tensor_parallel(rows, self.mesh)
 
-    def whole_logits(self, logits: Tensor) -> Tensor:
+    def gather_logits(self, logits: Tensor) -> Tensor:
         """(B, S, local V) -> (B, S, V) on every rank."""
-        return gather(logits, self.mesh.tensor, -1, partial=False)[..., : self.vocab_size]
+        return all_gather(logits, self.mesh.tensor, -1, partial=False)[..., : self.vocab_size]
 
 
 class HeadLoss(NamedTuple):

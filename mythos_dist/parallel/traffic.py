@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos_dist.config.schema import ParallelConfig
-from mythos_dist.parallel.mesh import Mesh, axis_lines
+from mythos_dist.parallel.mesh import Mesh, axis_groups
 
 Totals = dict[str, dict[str, int]]  # bytes by axis and kind
 
@@ -46,7 +46,7 @@ def axis_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callable
     """
     lines = {
         name: next(set(line) for line in of_axis if rank in line)
-        for name, of_axis in axis_lines(parallel, world_size).items()
+        for name, of_axis in axis_groups(parallel, world_size).items()
     }
     per_replica = parallel.pipe * parallel.tensor
     lines["replica"] = set(range(rank // per_replica * per_replica, (rank // per_replica + 1) * per_replica))
@@ -81,7 +81,7 @@ class Traffic(TorchDispatchMode):
         parallel = ParallelConfig(tensor=mesh.tensor.size, pipe=mesh.pipe.size, expert=mesh.expert.size)
         self._name = axis_namer(parallel, dist.get_world_size(), self._rank)
 
-    def of_all_ranks(self) -> Totals:
+    def total_over_ranks(self) -> Totals:
         """What all ranks have counted since the last call, added up; every rank calls this, outside the context."""
         everyone: list[Totals] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, self.totals)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, with_windows
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
-from mythos_dist.parallel.collectives import gather
+from mythos_dist.parallel.collectives import all_gather
 from mythos_dist.parallel.mesh import Axis
 from mythos_dist.parallel.process import device
 
@@ -72,4 +72,4 @@ def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterat
 
 def gather_sample_ids(micro_batches: list[MicroBatch], data: Axis) -> list[int]:
     """The sample ids that all replicas really trained on in this step."""
-    return gather(torch.cat([batch.sample_ids for batch in micro_batches]).to(device()), data, 0).tolist()
+    return all_gather(torch.cat([batch.sample_ids for batch in micro_batches]).to(device()), data, 0).tolist()

@@ -30,7 +30,7 @@ from mythos_dist.model.mythos import Losses, Mythos
 from mythos_dist.model.recurrence import Loops
 from mythos_dist.parallel.mesh import Mesh, new_group
 from mythos_dist.parallel.packing import pack, unpack
-from mythos_dist.parallel.pipeline import Part
+from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.tensor import expert_group_name
 
@@ -254,10 +254,10 @@ class StageLayer(nn.Module):
         work, model = self.work.popleft(), self.model
         context = model.context(work.input_ids, work.document_ids)
         B, S = work.input_ids.shape
-        state = (work.input_ids,) if model.part.first else tuple(unpack(received, model.arrives(B, S, work.read)))
+        state = (work.input_ids,) if model.stage.first else tuple(unpack(received, model.arrives(B, S, work.read)))
         state, counts = model.run(state, work.turns, work.loops, context)
         self.counts.append(counts)
-        if not model.part.last:
+        if not model.stage.last:
             return pack(state, next(model.parameters()).dtype)
         losses = model.losses(state, work.labels, work.loops, counts)
         self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
@@ -267,7 +267,7 @@ class StageLayer(nn.Module):
 class Pipeline(PipelineModule):
     """DeepSpeed's pipeline with one layer per stage, bounds that we chose, and weights that several stages hold."""
 
-    def __init__(self, layer: StageLayer, parts: list[Part], mesh: Mesh, sizes_vary: bool):
+    def __init__(self, layer: StageLayer, parts: list[StageSpec], mesh: Mesh, sizes_vary: bool):
         """sizes_vary: what stages send each other is not of one size in all steps, so they say how large it is."""
         topology = topology_of(mesh)
         layers = [layer if i == mesh.pipe.rank else nn.Identity() for i in range(mesh.pipe.size)]
@@ -277,7 +277,7 @@ class Pipeline(PipelineModule):
         # The same order on every stage, or their all-reduces would not meet: first the embedding, then the loop.
         holders = {
             "embed": [i for i, part in enumerate(parts) if part.first or part.last],
-            "recurrent": [i for i, part in enumerate(parts) if part.loops],
+            "recurrent": [i for i, part in enumerate(parts) if part.has_loops],
         }
         experts = range(mesh.data.rank % mesh.expert.size, mesh.data.size, mesh.expert.size)  # replicas with ours
         for name, stages in holders.items():

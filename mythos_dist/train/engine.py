@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.state import Held, State
+from mythos_dist.checkpoint.state import LocalShard, State
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
@@ -29,9 +29,9 @@ from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Loops
 from mythos_dist.model.watch import Watch
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import live_turns, plan_loops, plan_parts
+from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
 from mythos_dist.parallel.process import device
-from mythos_dist.parallel.tensor import slice_of
+from mythos_dist.parallel.tensor import shard_of
 from mythos_dist.parallel.traffic import Totals, Traffic
 from mythos_dist.train.depth import HeldOut, Look
 from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, state_seed, step_seed
@@ -89,7 +89,7 @@ class Engine:
         self.mesh = mesh
         self.traffic = Traffic(mesh) if config.run.count_communication else None
         self.costs = stage_costs(config)
-        self.parts = plan_parts(config.model, config.loops.mean_of(config.model), mesh.pipe.size, self.costs)
+        self.parts = plan_stages(config.model, config.loops.mean_of(config.model), mesh.pipe.size, self.costs)
         train, o = config.train, config.optim
         self.model = Mythos(
             config.model,
@@ -99,7 +99,7 @@ class Engine:
             attention=train.attention,
             seed=config.run.seed,
             mesh=mesh,
-            part=self.parts[mesh.pipe.rank],
+            stage=self.parts[mesh.pipe.rank],
         ).to(device())
         if train.compile:
             self.model.compile_blocks()
@@ -133,21 +133,21 @@ class Engine:
         """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers."""
         from mythos_dist.train.deepspeed_seam import partition_of
 
-        state, mesh, part = {}, self.mesh, self.model.part
+        state, mesh, stage = {}, self.mesh, self.model.stage
         for name, parameter in self.model.named_parameters():
             if partition := partition_of(self.deepspeed.optimizer, parameter):
-                place = slice_of(parameter)
+                place = shard_of(parameter)
                 # A pipeline's stages share weights, and the ranks of a tensor line hold some of them whole.
                 writes = not getattr(parameter, "ds_pipe_replicated", False) and (
                     mesh.tensor.rank == 0 or getattr(parameter, "tensor_model_parallel", False)
                 )
                 shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
                 piece = Piece(shape, place.start, partition.first, partition.last)
-                state[name] = Held(piece, place.whole, partition.values, writes)
+                state[name] = LocalShard(piece, place.whole, partition.values, writes)
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)
-            writes = part.loops_start and mesh.data.rank == 0 and mesh.tensor.rank == 0
-            state[name] = Held(Piece.whole(shape), shape, {"buffer": buffer.view(-1)}, writes)
+            writes = stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0
+            state[name] = LocalShard(Piece.whole(shape), shape, {"buffer": buffer.view(-1)}, writes)
         return state
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Engine:
             mean_loops=float(np.mean(loops.depths)) if loops.depths else loops.n_loops,
             expert_counts=counts.cpu(),
             skipped=skipped,
-            communication=self.traffic.of_all_ranks() if self.traffic else None,
+            communication=self.traffic.total_over_ranks() if self.traffic else None,
         )
 
     def _passes(self, micro_batches: list[MicroBatch], loops: StepLoops, step: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +312,7 @@ class Engine:
         n_loops, frozen, *_, readouts = work[0][2]
         stages = plan_loops(tuple(self.parts), n_loops, frozen, self.costs)
         turns, before = stages[self.mesh.pipe.rank], stages[: self.mesh.pipe.rank]
-        read = sum(len(live_turns(each, frozen)) for each in before) if readouts else 0
+        read = sum(len(loops_with_grad(each, frozen)) for each in before) if readouts else 0
         self.stage.counts, self.stage.losses = [], []
         for batch, labels, loops in work:
             self.stage.work.append(Work(*self._move(batch, labels), turns, read, loops))

@@ -26,7 +26,7 @@ from mythos_dist.ops.memory_check import Comparison, check_memory
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.preflight import preflight
 from mythos_dist.parallel.mesh import Mesh, build_mesh
-from mythos_dist.parallel.process import together
+from mythos_dist.parallel.process import raise_on_all_ranks
 from mythos_dist.train.batches import gather_sample_ids, heldout_passes, open_heldout, open_stream
 from mythos_dist.train.checks import check_inputs, check_kernels
 from mythos_dist.train.depth import depth_line, failures
@@ -51,9 +51,9 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     """
     rank, run_dir = dist.get_rank(), Path(config.run.dir)
     session.watchdog.enter("checking")
-    corpora = together(lambda: check_inputs(config), session.nodes)
+    corpora = raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
     ranks_here = session.nodes.count(session.rank_info.node)
-    estimate = together(lambda: check_memory(config, dist.get_world_size(), ranks_here), session.nodes)
+    estimate = raise_on_all_ranks(lambda: check_memory(config, dist.get_world_size(), ranks_here), session.nodes)
     resume = Resume(config, corpora)
     session.timed("checking")
     if config.faults.preflight or only_preflight:
@@ -69,11 +69,11 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     stream = open_stream(config, corpora, "train", mesh.data)
     heldout = open_heldout(config, corpora, mesh.data)
     session.timed("opening the shards")
-    writer = together(lambda: claim_run_folder(config) if rank == 0 else None)
+    writer = raise_on_all_ranks(lambda: claim_run_folder(config) if rank == 0 else None)
     resume.under_lock()
     if resume.step >= config.train.steps:
         # A kill between the last checkpoint and the marker left work to do.
-        together(lambda: finish_earlier_start(config, resume.checkpoint) if rank == 0 else None)
+        raise_on_all_ranks(lambda: finish_earlier_start(config, resume.checkpoint) if rank == 0 else None)
         if rank == 0:
             print(
                 f"{run_dir} is done: {resume.step} of {count(config.train.steps, 'step')}; raise train.steps to go on"
@@ -82,8 +82,8 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     previous = Previous.find(run_dir, resume.step) if rank == 0 else Previous()
     fence = take_fence(run_dir)
     session.stop.after_the_next_step(run_dir)
-    together(lambda: start_logging(run_dir, session.rank_info, fence.start))
-    together(lambda: write_settings(config, mesh.data.size, fence) if rank == 0 else None)
+    raise_on_all_ranks(lambda: start_logging(run_dir, session.rank_info, fence.start))
+    raise_on_all_ranks(lambda: write_settings(config, mesh.data.size, fence) if rank == 0 else None)
     for line in resume.damaged:
         log.warning("%s", line)
     log.info("%s", check_kernels(config))
@@ -159,7 +159,7 @@ class Run:
         if checkpoint:
             self.saver.newest = self.saver.published = self.step
         self.published = self.saver.published
-        self.metrics = together(self.open_metrics)
+        self.metrics = raise_on_all_ranks(self.open_metrics)
         self.peak = peak_flops(config)
         if self.step == 0:
             self.evaluate()
@@ -184,7 +184,7 @@ class Run:
             self.watchdog.enter(f"step {step}")
             self.faults.before(step)
             begin = time.perf_counter()
-            batch, micro_batches = together(functools.partial(self.read, batches))
+            batch, micro_batches = raise_on_all_ranks(functools.partial(self.read, batches))
             result, decision = self.train_step(micro_batches, step, batch)
             ids = gather_sample_ids(micro_batches, self.mesh.data)
             self.step = step
@@ -227,7 +227,7 @@ class Run:
                 f"the last checkpoint could not be written to {self.run_dir / 'checkpoints'}; mend that (a full disk: "
                 "make room) and give the same command again; it goes on from the checkpoint before"
             )
-        together(lambda: self.close(why, stopped) if self.rank == 0 else None)
+        raise_on_all_ranks(lambda: self.close(why, stopped) if self.rank == 0 else None)
         if self.metrics:
             self.metrics.close()
             told = f"{stopped}; the same command goes on" if why else f"done: {count(self.step, 'step')}"
@@ -292,14 +292,14 @@ class Run:
         )
         to = checkpoint.manifest.step if checkpoint else None
         rollback = self.spikes.roll_back(self.step, to, self.run_dir / "metrics.jsonl")
-        together(lambda: self.spikes.write(self.fence) if self.rank == 0 else None)
+        raise_on_all_ranks(lambda: self.spikes.write(self.fence) if self.rank == 0 else None)
         assert checkpoint, "there would be no decision to go back"
         log.warning("%s", rollback)
         self.load(checkpoint)
         self.step = checkpoint.manifest.step
         self.spikes.norms.clear()
         self.spikes.norms.extend(checkpoint.manifest.optimizer.get("recent_grad_norms", ()))
-        together(self.rewind_metrics)
+        raise_on_all_ranks(self.rewind_metrics)
 
     def rewind_metrics(self) -> None:
         """On rank 0. Raises UserError as `open_metrics`."""
@@ -317,7 +317,7 @@ class Run:
                 self.watchdog.get_on()
                 shown.update(size)
 
-            together(lambda: load_state(checkpoint, self.engine.state, progress))
+            raise_on_all_ranks(lambda: load_state(checkpoint, self.engine.state, progress))
         self.engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
 
     def save(self) -> None:
@@ -352,7 +352,7 @@ class Run:
             return
         heldout = self.heldout
         self.watchdog.enter("evaluating")
-        passes = together(lambda: list(heldout_passes(heldout, self.config, self.mesh.data)))
+        passes = raise_on_all_ranks(lambda: list(heldout_passes(heldout, self.config, self.mesh.data)))
         found = self.engine.evaluate(passes)
         curve = {}
         for n_loops in self.config.loops.sweep:

@@ -19,7 +19,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus
 from mythos_dist.errors import UserError
 from mythos_dist.files import user_errors
-from mythos_dist.parallel.process import any_rank, device, together
+from mythos_dist.parallel.process import any_rank, device, raise_on_all_ranks
 from mythos_dist.train.checks import check_checkpoint
 from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over
 from mythos_dist.train.schedule import learning_rate, mean_at
@@ -32,13 +32,13 @@ class Resume:
         """Raises UserError if there is one that this config and these shards cannot go on from, or none any more."""
         self._config, self._corpora = config, corpora
         self._folder = Path(config.run.dir) / "checkpoints"
-        self._seen = together(self._state)
+        self._seen = raise_on_all_ranks(self._state)
         self._find()
 
     def under_lock(self) -> None:
         """Look again, when rank 0 holds the folder's lock: no other start writes now. Raises UserError as before."""
-        together(lambda: check_run_folder(self._config) if dist.get_rank() == 0 else None)
-        if any_rank(together(self._state) != self._seen):
+        raise_on_all_ranks(lambda: check_run_folder(self._config) if dist.get_rank() == 0 else None)
+        if any_rank(raise_on_all_ranks(self._state) != self._seen):
             self._find()
 
     @property
@@ -49,7 +49,7 @@ class Resume:
     def _find(self) -> None:
         settings = self._config.checkpoint
         self.checkpoint, self.damaged = find_checkpoint(self._folder, settings.verify, settings.key_file)
-        together(self._check)
+        raise_on_all_ranks(self._check)
 
     def _check(self) -> None:
         if self.checkpoint:
@@ -76,7 +76,7 @@ def take_fence(run_dir: Path) -> Fence:
         with user_errors(run_dir):
             return Fence.take(run_dir) if dist.get_rank() == 0 else Fence(run_dir, 0)
 
-    fence = together(take)
+    fence = raise_on_all_ranks(take)
     start = torch.tensor(fence.start, device=device())
     dist.broadcast(start, 0)
     return fence if dist.get_rank() == 0 else Fence(run_dir, int(start))

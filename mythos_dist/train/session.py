@@ -24,7 +24,7 @@ from mythos_dist.ops.cluster.recorder import Recorder
 from mythos_dist.ops.cluster.rollcall import call, open_store
 from mythos_dist.ops.cluster.watchdog import Watchdog
 from mythos_dist.parallel.launcher import RankInfo, export_rank_info
-from mythos_dist.parallel.process import free_port, join_process_group, together
+from mythos_dist.parallel.process import free_port, join_process_group, raise_on_all_ranks
 from mythos_dist.private import check_compile_caches
 from mythos_dist.train.stop import Stop
 
@@ -84,7 +84,7 @@ def join(config: Config, rank_info: RankInfo, stop: Stop) -> Session:
     try:
         # The watchdog comes first and says more.
         join_process_group(dist.PrefixStore("group", store), seconds=faults.hang_after + 120)
-        together(lambda: check_compile_caches(config.train.compile), session.nodes)
+        raise_on_all_ranks(lambda: check_compile_caches(config.train.compile), session.nodes)
     except UserError:
         session.watchdog.leave()
         raise

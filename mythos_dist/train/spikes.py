@@ -25,7 +25,7 @@ from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import FaultsConfig
 from mythos_dist.errors import DivergedError, UserError, first_line
 from mythos_dist.files import user_errors, write_atomically
-from mythos_dist.parallel.process import together
+from mythos_dist.parallel.process import raise_on_all_ranks
 from mythos_dist.units import count
 
 FILE = "rollbacks.json"
@@ -63,7 +63,7 @@ class Spikes:
 
         Raises UserError, on every rank, if their file is damaged.
         """
-        found: list[Any] = [together(lambda: read_rollbacks(run_dir) if dist.get_rank() == 0 else [])]
+        found: list[Any] = [raise_on_all_ranks(lambda: read_rollbacks(run_dir) if dist.get_rank() == 0 else [])]
         dist.broadcast_object_list(found)
         return Spikes(settings, found[0], norms=deque(norms, maxlen=_WINDOW))
 

@@ -12,7 +12,7 @@ from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import Saver
 from mythos_dist.checkpoint.signature import VARIABLE
-from mythos_dist.checkpoint.state import Held
+from mythos_dist.checkpoint.state import LocalShard
 from mythos_dist.config.schema import CheckpointConfig
 
 
@@ -38,7 +38,7 @@ def run(group, tmp_path) -> SimpleNamespace:
     def saver(start: int = 1, **settings) -> Saver:
         piece = Piece.whole((5, 12))
         values = {kind: torch.from_numpy(VALUES.copy()) for kind in ("parameter", "exp_avg", "exp_avg_sq")}
-        state = {"w": Held(piece, (5, 12), values, writes=True)}
+        state = {"w": LocalShard(piece, (5, 12), values, writes=True)}
         config = CheckpointConfig(background=False, **settings)
         return Saver(checkpoints, config, Fence(checkpoints.parent, start), state)
 

@@ -75,7 +75,7 @@ def train(engine: Any, config: Config, steps: range) -> dict[str, list[float]]:
 
 
 def bias_of(engine: Any) -> torch.Tensor | None:
-    return engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None
+    return engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None
 
 
 def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
     for config, folder in zip(configs, folders, strict=True):
         new_process_groups(folder)
         engine = engine_of(config)
-        if engine.model.part.loops:
+        if engine.model.stage.has_loops:
             engine.model.recurrent.block.ffn.router.bias += torch.tensor(BIAS)
         train(engine, config, range(1, SAVED + 1))
         save_checkpoint(engine, config, folder, SAVED)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_dist.data.mix import PARTS, deal, positions_before_repeat, whole_weights
+from mythos_dist.data.mix import PARTS, deal, integer_weights, positions_before_repeat
 
 WEIGHTS = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
@@ -82,14 +82,14 @@ def test_a_position_does_not_depend_on_the_others_that_are_asked_with_it(weights
 )
 def test_weights_become_the_whole_numbers_that_the_user_meant(weights, whole):
     """0.7 is not the float next to it, whose ratio to 0.3 has sixteen digits. (1e-9 to 1 is rounded by a billionth.)"""
-    assert whole_weights(weights) == pytest.approx(whole, abs=1)
+    assert integer_weights(weights) == pytest.approx(whole, abs=1)
     if sum(whole) <= PARTS:
-        assert whole_weights(weights) == whole
+        assert integer_weights(weights) == whole
 
 
 @given(st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=6))
 def test_weights_of_any_kind_are_met_to_a_billionth(weights):
-    whole = whole_weights(weights)
+    whole = integer_weights(weights)
     assert min(whole) > 0 and sum(whole) <= PARTS + len(weights)
     for weight, parts in zip(weights, whole, strict=True):
         assert abs(Fraction(parts, sum(whole)) - Fraction(weight) / sum(map(Fraction, weights))) < 1e-8

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_dist.data.order import BLOCKS_KEPT, SHUFFLE_BLOCK, Order
+from mythos_dist.data.order import BLOCKS_KEPT, SHUFFLE_BLOCK, SampleOrder
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 SEEDS = st.integers(-(2**70), 2**70) | st.integers(-2, 2)
 
 
-def epoch_of(order: Order, epoch: int) -> list[int]:
+def epoch_of(order: SampleOrder, epoch: int) -> list[int]:
     n = order.num_samples
     return order.samples(np.arange(epoch * n, (epoch + 1) * n)).tolist()
 
@@ -21,15 +21,15 @@ def epoch_of(order: Order, epoch: int) -> list[int]:
 @given(sizes=SIZES, block=st.integers(1, 100), seed=SEEDS, epoch=st.integers(0, 10**6))
 def test_every_epoch_holds_every_sample_once(sizes, block, seed, epoch):
     """Also with shards of no sample, blocks of one sample, and blocks that end inside a shard."""
-    assert sorted(epoch_of(Order(sizes, seed, block=block), epoch)) == list(range(sum(sizes)))
+    assert sorted(epoch_of(SampleOrder(sizes, seed, block=block), epoch)) == list(range(sum(sizes)))
 
 
 @given(sizes=SIZES, block=st.none() | st.integers(1, 100), seed=SEEDS, data=st.data())
 def test_any_positions_in_any_order_give_what_reading_on_gives(sizes, block, seed, data):
     """A fresh order asked at random places, several epochs at a time, against one that is read through."""
-    whole = [sample for epoch in range(3) for sample in epoch_of(Order(sizes, seed, block=block), epoch)]
+    whole = [sample for epoch in range(3) for sample in epoch_of(SampleOrder(sizes, seed, block=block), epoch)]
     asked = data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=30))
-    order = Order(sizes, seed, block=block)
+    order = SampleOrder(sizes, seed, block=block)
     for some in (asked[:10], asked[10:]):
         assert order.samples(np.array(some, dtype=np.int64)).tolist() == [whole[position] for position in some]
 
@@ -38,8 +38,12 @@ def test_seeds_epochs_and_corpora_are_permuted_differently():
     """Large seeds and negative ones too: none is cut to the 32 bits that NumPy takes at a time."""
     sizes = [30, 20, 50]
     seeds = [0, 1, -1, 2**31, 2**32, -(2**32), 2**32 - 1, 2**63, 2**64, 2**64 + 1, 2**96 - 1]
-    orders = [epoch_of(Order(sizes, seed), 0) for seed in seeds]
-    orders += [epoch_of(Order(sizes, 0), 1), epoch_of(Order(sizes, 0), 2**31), epoch_of(Order(sizes, 0, corpus=1), 0)]
+    orders = [epoch_of(SampleOrder(sizes, seed), 0) for seed in seeds]
+    orders += [
+        epoch_of(SampleOrder(sizes, 0), 1),
+        epoch_of(SampleOrder(sizes, 0), 2**31),
+        epoch_of(SampleOrder(sizes, 0, corpus=1), 0),
+    ]
     assert len(set(map(tuple, orders))) == len(orders)
 
 
@@ -48,17 +52,17 @@ FROZEN = ([0, 6, 5, 2, 3, 4, 1], [3, 5, 4, 1, 0, 6, 2])
 
 def test_the_numbers_are_those_of_the_first_version():
     """Frozen: a run that resumes after an update must go on with the samples it has not seen."""
-    assert epoch_of(Order([3, 4], 7), 0) == FROZEN[0]
-    assert epoch_of(Order([3, 4], -7, block=3, corpus=2), 5) == FROZEN[1]
+    assert epoch_of(SampleOrder([3, 4], 7), 0) == FROZEN[0]
+    assert epoch_of(SampleOrder([3, 4], -7, block=3, corpus=2), 5) == FROZEN[1]
 
 
 def test_without_a_seed_the_order_is_the_one_on_disk():
-    assert Order([2, 3], None).samples(np.arange(12)).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
+    assert SampleOrder([2, 3], None).samples(np.arange(12)).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 
 
 def test_neighbours_come_from_different_shards():
     """64 shards of 1000 in blocks of 16 000: two neighbours share a shard once in 16 pairs, if they are mixed well."""
-    order = Order([1000] * 64, 3, block=16_000)
+    order = SampleOrder([1000] * 64, 3, block=16_000)
     shards = np.array(epoch_of(order, 0)) // 1000
     same = (shards[1:] == shards[:-1]).mean()
     assert same == pytest.approx(1 / 16, rel=0.15)
@@ -69,7 +73,7 @@ def test_neighbours_come_from_different_shards():
 
 
 def test_a_block_mixes_even_shards_that_are_larger_than_it():
-    order = Order([SHUFFLE_BLOCK + 1] * 4, 0)
+    order = SampleOrder([SHUFFLE_BLOCK + 1] * 4, 0)
     shards = order.samples(np.arange(100)) // (SHUFFLE_BLOCK + 1)
     assert len(set(shards.tolist())) > 1
 
@@ -93,7 +97,7 @@ def test_three_hundred_million_samples_take_a_few_megabytes_and_a_seek_draws_one
 
     monkeypatch.setattr(np.random, "RandomState", counting)
     tracemalloc.start()
-    order = Order([60_000] * 5000, 1)
+    order = SampleOrder([60_000] * 5000, 1)
     order.samples(np.arange(290_000_000, 290_000_512))
     assert sorted(drawn) == [5000, SHUFFLE_BLOCK], "one block, and the order of the shards"
     order.samples(np.arange(290_000_512, 290_001_024))
@@ -107,7 +111,7 @@ def test_three_hundred_million_samples_take_a_few_megabytes_and_a_seek_draws_one
 
 def test_blocks_are_forgotten_in_the_order_of_their_use(monkeypatch):
     """What is read over and over stays, however many others come between."""
-    order = Order([10] * 10, 0, block=10)
+    order = SampleOrder([10] * 10, 0, block=10)
     order.samples(np.array([0]))
     for position in range(10, 100, 10):
         order.samples(np.array([position]))

@@ -19,7 +19,7 @@ from streaming import MDSWriter, StreamingDataset
 
 from mythos_dist.data import windows
 from mythos_dist.data.corpora import read_index
-from mythos_dist.data.windows import Windows
+from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
 
 SIZES = [5, 8, 3]
@@ -37,11 +37,11 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def make(tmp_path):
-    """Windows of a folder's training split; unpacks below tmp_path/cache."""
+    """Reader of a folder's training split; unpacks below tmp_path/cache."""
 
-    def make(folder: Path, **settings) -> Windows:
+    def make(folder: Path, **settings) -> WindowReader:
         settings = {"cache": tmp_path / "cache", **settings}
-        return Windows(read_index(folder, "train", "f" * 64), SEQ_LEN + 1, **settings)
+        return WindowReader(read_index(folder, "train", "f" * 64), SEQ_LEN + 1, **settings)
 
     return make
 
@@ -167,14 +167,14 @@ def test_few_files_are_open_and_none_is_left(make, raw, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def read_in_a_process(reader: Windows, samples: list[int], results) -> None:
+def read_in_a_process(reader: WindowReader, samples: list[int], results) -> None:
     try:
         results.put(reader.read(samples).tolist())
     except UserError as error:
         results.put(str(error))
 
 
-def in_processes(reader: Windows, orders: list[list[int]]) -> list:
+def in_processes(reader: WindowReader, orders: list[list[int]]) -> list:
     """What forked processes read, all at once."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
@@ -286,7 +286,7 @@ def test_an_index_that_describes_something_else_is_an_error(make, raw, tmp_path,
 
 
 def test_windows_of_another_length_are_refused(raw, tmp_path):
-    reader = Windows(read_index(raw, "train", "f"), SEQ_LEN, cache=tmp_path)
+    reader = WindowReader(read_index(raw, "train", "f"), SEQ_LEN, cache=tmp_path)
     with pytest.raises(UserError, match=r"uint16 of shape \(17,\), not 16 tokens"):
         reader.read([0])
 

@@ -169,8 +169,8 @@ def on_this_rank(case: Case, mesh: Any) -> dict:
     """One case: this rank's tokens through everybody's experts, against float64 on one process."""
     from mythos_dist.config.schema import MythosConfig
     from mythos_dist.model.experts import Experts
-    from mythos_dist.parallel.collectives import enter, leave
-    from mythos_dist.parallel.tensor import slice_of
+    from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
+    from mythos_dist.parallel.tensor import shard_of
 
     config = MythosConfig(
         dim=case.dim, n_experts=case.experts, n_experts_per_tok=case.k, expert_dim=case.width, n_shared_experts=0
@@ -180,14 +180,16 @@ def on_this_rank(case: Case, mesh: Any) -> dict:
     parts = {}
     with torch.no_grad():
         for (name, parameter), whole in zip(parameters.items(), stacks_of(case), strict=True):
-            part = slice_of(parameter)
+            part = shard_of(parameter)
             parts[name] = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
             parameter.zero_()[tuple(slice(size) for size in part.shape)] = whole[parts[name]]
     x, weights, index, direction = inputs_of(case, mesh.data.rank)
     megablocks_cpu.STACKS_SEEN.clear()
     x.requires_grad_()
     weights.requires_grad_()
-    y = leave(experts(enter(x, mesh), enter(weights, mesh), index), mesh)
+    y = leave_tensor_parallel(
+        experts(enter_tensor_parallel(x, mesh), enter_tensor_parallel(weights, mesh), index), mesh
+    )
     y.backward(direction)
 
     first = mesh.data.rank // mesh.expert.size * mesh.expert.size  # replicas that share these experts
@@ -203,7 +205,7 @@ def on_this_rank(case: Case, mesh: Any) -> dict:
     for name, parameter in parameters.items():
         gradient = parameter.grad
         assert gradient is not None
-        real = tuple(slice(size) for size in slice_of(parameter).shape)
+        real = tuple(slice(size) for size in shard_of(parameter).shape)
         errors[name] = error(gradient[real], expected[name][parts[name]])
     return {
         "errors": errors,

@@ -167,11 +167,11 @@ def held_by(engine: Any) -> dict[str, list[torch.Tensor]]:
     Every rank calls this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from mythos_dist.parallel.tensor import slice_of
+    from mythos_dist.parallel.tensor import shard_of
 
     def real(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """What the slice holds; behind it there must be zeros."""
-        place = slice_of(parameter)
+        place = shard_of(parameter)
         tensor = tensor.view(parameter.shape if parameter.numel() == tensor.numel() else parameter.ds_shape).clone()
         inner = tensor[tuple(slice(0, size) for size in place.shape)]
         assert tensor.count_nonzero() == inner.count_nonzero(), f"{place}: the filling has moved"
@@ -191,9 +191,9 @@ def held_by(engine: Any) -> dict[str, list[torch.Tensor]]:
 
 def places_of(engine: Any) -> dict[str, list[tuple[int, ...]]]:
     """Name -> where this rank's slice begins and ends in the whole tensor."""
-    from mythos_dist.parallel.tensor import slice_of
+    from mythos_dist.parallel.tensor import shard_of
 
-    places = {name: slice_of(p) for name, p in engine.model.named_parameters()}
+    places = {name: shard_of(p) for name, p in engine.model.named_parameters()}
     return {name: [place.start, place.stop] for name, place in places.items()}
 
 
@@ -218,7 +218,7 @@ def train_under_deepspeed(
         new_process_groups(f"case {i}")
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)
-        if bias and engine.model.part.loops:
+        if bias and engine.model.stage.has_loops:
             engine.model.recurrent.block.ffn.router.bias += torch.tensor(bias)
         initial = {name: parameter for name, (parameter, *_) in held_by(engine).items()}
         if folder and config.train.dtype == "fp16":
@@ -236,7 +236,7 @@ def train_under_deepspeed(
             "counts": [s.expert_counts.sum(1).tolist() for s in steps],
             "skipped": [s.skipped for s in steps],
             "ids": ids,
-            "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None,
+            "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None,
             "places": places_of(engine),
             "initial": initial,
             "final": held_by(engine),
@@ -265,7 +265,7 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
         "grad_norm": [s.grad_norm for s in steps],
         "n_loops": [s.n_loops for s in steps],
         "skipped": [s.skipped for s in steps],
-        "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.part.loops else None,
+        "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None,
         "final": held_by(engine),
     }
     engine.deepspeed.destroy()

@@ -8,8 +8,8 @@ from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.init import STD, init_parameters, normal_block
 from mythos_dist.parallel.mesh import Axis, mesh_of
-from mythos_dist.parallel.pipeline import Costs, plan_parts
-from mythos_dist.parallel.tensor import cut_parameter, slice_of
+from mythos_dist.parallel.pipeline import LayerCosts, plan_stages
+from mythos_dist.parallel.tensor import shard_of, shard_parameter
 
 
 def test_values_depend_on_the_seed_and_the_name_only(tiny):
@@ -99,7 +99,7 @@ class Assembly:
         self.whole: dict[str, Tensor] = {}
 
     def add(self, name: str, parameter: Tensor) -> None:
-        part, value = slice_of(parameter), parameter.detach().clone()
+        part, value = shard_of(parameter), parameter.detach().clone()
         held = value[tuple(slice(size) for size in part.shape)].clone()
         value[tuple(slice(size) for size in part.shape)] = 0.0
         assert not value.any(), f"{name}: numbers behind the slice"
@@ -126,12 +126,12 @@ def test_every_layout_begins_with_the_same_model(tensor, expert, pipe, attn_type
         attn_type=attn_type, vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, n_experts=8, n_kv_heads=2
     )
     parallel = ParallelConfig(tensor=tensor, expert=expert, pipe=pipe)
-    parts = plan_parts(config, config.max_loop_iters, pipe, Costs(block=1, loop=1, frozen_loop=1, head=1))
+    parts = plan_stages(config, config.max_loop_iters, pipe, LayerCosts(block=1, loop=1, no_grad_loop=1, head=1))
     world = tensor * expert * pipe
     found = Assembly()
     for rank in range(world):
         mesh = mesh_of(parallel, world, rank)
-        for name, parameter in Mythos(config, seed=11, mesh=mesh, part=parts[mesh.pipe.rank]).named_parameters():
+        for name, parameter in Mythos(config, seed=11, mesh=mesh, stage=parts[mesh.pipe.rank]).named_parameters():
             found.add(name, parameter)
     expected = dict(Mythos(config, seed=11).named_parameters())
     assert set(found.whole) == set(expected)
@@ -155,7 +155,7 @@ def test_slices_that_straddle_generators_are_those_of_the_whole(mode):
     indices = torch.cartesian_prod(*(torch.arange(size) for _, size in cuts.values())).view(-1, len(cuts)).tolist()
     for ranks in indices:
         part = nn.Module()
-        part.weight = cut_parameter(
+        part.weight = shard_parameter(
             whole, {dim: Axis(name, size, i) for (dim, (name, size)), i in zip(cuts.items(), ranks, strict=True)}
         )
         init_parameters(part, seed=5, config=MythosConfig())
@@ -171,6 +171,6 @@ def test_a_rank_draws_only_what_it_holds(monkeypatch):
         lambda seed, name, block, rows, columns: drawn.append(block) or normal_block(seed, name, block, rows, columns),
     )
     part = nn.Module()
-    part.weight = cut_parameter((40_000, 1000), {0: Axis("tensor", 64, 31)})
+    part.weight = shard_parameter((40_000, 1000), {0: Axis("tensor", 64, 31)})
     init_parameters(part, seed=5, config=MythosConfig())
     assert len(drawn) in (1, 2)

@@ -16,7 +16,7 @@ from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import SINGLE, Mesh, build_mesh, mesh_of
-from mythos_dist.parallel.tensor import slice_of
+from mythos_dist.parallel.tensor import shard_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -87,13 +87,13 @@ def test_no_large_parameter_is_whole_on_a_rank(ranks, mode):
     is filled up less than 0.1 % more."""
     for model in ranks:
         for name, parameter in model.named_parameters():
-            numbers = math.prod(slice_of(parameter).whole)
+            numbers = math.prod(shard_of(parameter).whole)
             if numbers > LARGE:
                 share = 32 if ".experts." in name else 4
                 assert numbers / share <= parameter.numel() < 1.001 * numbers / share, name
             else:
                 assert parameter.numel() <= LARGE
-    large = {name for name, p in ranks[0].named_parameters() if math.prod(slice_of(p).whole) > LARGE}
+    large = {name for name, p in ranks[0].named_parameters() if math.prod(shard_of(p).whole) > LARGE}
     # Embedding; in 5 blocks q_down, q_up, kv_down, kv_up, wo and three of an FFN, which is the shared one in the loop;
     # three stacks of experts; Parcae's matrix.
     assert len(large) == 1 + 5 * (5 + 3) + 3 + (mode == "train")
@@ -107,7 +107,7 @@ def test_the_slices_of_all_ranks_make_up_the_reference(ranks, mode, open_mythos)
     whole = {}
     for model in ranks:
         for name, parameter in model.named_parameters():
-            part = slice_of(parameter)
+            part = shard_of(parameter)
             whole[name] = part.whole
             boxes.setdefault(name, set()).add((part.start, part.stop))
     total = 0

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.model.experts import Experts
-from mythos_dist.parallel.collectives import enter, leave
+from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.expert import dispatch
 from mythos_dist.parallel.mesh import build_mesh
-from mythos_dist.parallel.tensor import slice_of
+from mythos_dist.parallel.tensor import shard_of
 
 pytestmark = pytest.mark.launch
 
@@ -100,7 +100,7 @@ def forward_and_backward(parallel: ParallelConfig, cases: list[Case]) -> list[di
         x, weights, index, direction = inputs_of(case, mesh.data.rank)
         with torch.no_grad():
             for name, parameter in experts.named_parameters():
-                part = slice_of(parameter)
+                part = shard_of(parameter)
                 parameter.zero_()
                 parameter[tuple(slice(size) for size in part.shape)] = stacks()[name][
                     tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
@@ -108,12 +108,14 @@ def forward_and_backward(parallel: ParallelConfig, cases: list[Case]) -> list[di
         x.requires_grad_()
         weights.requires_grad_()
         with Messages() as messages:
-            y = leave(experts(enter(x, mesh), enter(weights, mesh), index), mesh)
+            y = leave_tensor_parallel(
+                experts(enter_tensor_parallel(x, mesh), enter_tensor_parallel(weights, mesh), index), mesh
+            )
             forward = len(messages.sent)
             y.backward(direction)
         gradients = {}
         for name, parameter in experts.named_parameters():
-            part = slice_of(parameter)
+            part = shard_of(parameter)
             assert parameter.grad is not None, f"{name} has no gradient on rank {dist.get_rank()} with {case}"
             real = tuple(slice(size) for size in part.shape)
             behind = parameter.grad.clone()

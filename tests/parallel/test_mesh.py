@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mythos_dist.config.schema import ParallelConfig
-from mythos_dist.parallel.mesh import SINGLE, axis_lines, build_mesh, mesh_of, place_of
+from mythos_dist.parallel.mesh import SINGLE, axis_groups, build_mesh, mesh_coordinates, mesh_of
 
 AXES = ["data", "pipe", "tensor", "expert", "expert_data"]
 
@@ -34,7 +34,7 @@ def test_every_rank_is_on_one_line_of_each_axis(parallel, copies):
         "expert": parallel.expert,
         "expert_data": copies,
     }
-    lines = axis_lines(parallel, world)
+    lines = axis_groups(parallel, world)
     assert set(lines) == set(AXES)
     for name, length in lengths.items():
         assert Counter(rank for line in lines[name] for rank in line) == Counter(range(world))
@@ -62,11 +62,11 @@ def test_a_rank_has_the_coordinates_of_its_number(parallel, copies):
 
 @given(degrees, blocks, st.booleans())
 def test_a_place_by_arithmetic_is_that_on_the_lines(parallel, copies, sequence):
-    """`place_of` against the lists of ranks, for every rank."""
+    """`mesh_coordinates` against the lists of ranks, for every rank."""
     parallel = replace(parallel, sequence=sequence)
     world = world_of(parallel, copies)
     for rank in range(world):
-        assert place_of(parallel, world, rank) == mesh_of(parallel, world, rank)
+        assert mesh_coordinates(parallel, world, rank) == mesh_of(parallel, world, rank)
 
 
 @given(degrees, blocks)
@@ -76,7 +76,7 @@ def test_the_ranks_of_a_replica_are_neighbours(parallel, copies):
     Of these the ranks of a tensor line are consecutive again, so that a tensor group stays within a node.
     """
     world = world_of(parallel, copies)
-    lines = axis_lines(parallel, world)
+    lines = axis_groups(parallel, world)
     size = parallel.pipe * parallel.tensor
     for replica in range(world // size):
         assert sorted(line[replica] for line in lines["data"]) == list(range(replica * size, (replica + 1) * size))
@@ -91,7 +91,7 @@ def test_experts_are_spread_over_neighbouring_replicas(parallel, copies):
     So the pieces are the copies of all experts, and each expert_data line takes one rank from every copy.
     """
     world = world_of(parallel, copies)
-    lines = axis_lines(parallel, world)
+    lines = axis_groups(parallel, world)
     for data in lines["data"]:
         pieces = [line for line in lines["expert"] if set(line) <= set(data)]
         assert [rank for line in sorted(pieces) for rank in line] == data
@@ -109,7 +109,7 @@ def test_groups_are_made_for_axes_of_more_than_one_rank(parallel, copies):
     Equally often matters: torch names a group by how many a process has made.
     """
     world = world_of(parallel, copies)
-    lines = axis_lines(parallel, world)
+    lines = axis_groups(parallel, world)
     calls: list[list[int]] = []
     numbers = set()
     for rank in range(world):
@@ -157,6 +157,6 @@ def test_real_groups_join_the_lines():
     ]
     for rank, found in enumerate(run_ranks(6, gather_numbers, layouts)):
         for parallel, answers in zip(layouts, found, strict=True):
-            lines = axis_lines(parallel, 6)
+            lines = axis_groups(parallel, 6)
             expected = {name: next(line for line in lines[name] if rank in line) for name in AXES}
             assert answers == {name: line for name, line in expected.items() if len(line) > 1}

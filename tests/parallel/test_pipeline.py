@@ -14,7 +14,7 @@ from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.parallel.packing import pack, unpack
-from mythos_dist.parallel.pipeline import Costs, Part, plan_loops, plan_parts, split_evenly
+from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, plan_loops, plan_stages, split_evenly
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -65,10 +65,10 @@ def test_a_split_that_can_be_seen():
 
 # ---- Stages
 
-costs_strategy = st.builds(Costs, block=whole_costs, loop=whole_costs, frozen_loop=whole_costs, head=whole_costs)
+costs_strategy = st.builds(LayerCosts, block=whole_costs, loop=whole_costs, no_grad_loop=whole_costs, head=whole_costs)
 
 
-def layers_of(parts: list[Part], turns: list[range]) -> list[tuple[str, int]]:
+def layers_of(parts: list[StageSpec], turns: list[range]) -> list[tuple[str, int]]:
     """The layers that stages run for one batch, in the order in which they run."""
     names = []
     for part, loops in zip(parts, turns, strict=True):
@@ -91,20 +91,20 @@ def test_every_layer_is_run_by_one_stage_in_order(prelude, n_loops, coda, stages
     """
     assume(stages <= n_loops + 2)
     config = MythosConfig(prelude_layers=prelude, coda_layers=coda)
-    parts = plan_parts(config, n_loops, stages, costs)
+    parts = plan_stages(config, n_loops, stages, costs)
     turns = plan_loops(tuple(parts), n_loops, 0, costs)
     assert len(parts) == stages
     assert layers_of(parts, turns) == line(prelude, n_loops, coda)
     assert [part.first for part in parts] == [True] + [False] * (stages - 1)
     assert [part.last for part in parts] == [False] * (stages - 1) + [True]
 
-    holders = [i for i, part in enumerate(parts) if part.loops]
+    holders = [i for i, part in enumerate(parts) if part.has_loops]
     assert holders == list(range(holders[0], holders[-1] + 1))
-    assert [i for i in holders if parts[i].loops_start] == holders[:1]
-    assert [i for i in holders if parts[i].loops_end] == holders[-1:]
+    assert [i for i in holders if parts[i].starts_loops] == holders[:1]
+    assert [i for i in holders if parts[i].ends_loops] == holders[-1:]
     for i, part in enumerate(parts):
-        assert part.behind_loops == (i > holders[-1])
-        assert part.loops or len(part.prelude) + len(part.coda) > 0 or i in (0, stages - 1)
+        assert part.after_loops == (i > holders[-1])
+        assert part.has_loops or len(part.prelude) + len(part.coda) > 0 or i in (0, stages - 1)
 
 
 @given(st.integers(0, 3), st.integers(1, 5), st.integers(0, 3), st.integers(1, 4), costs_strategy)
@@ -118,16 +118,16 @@ def test_stages_are_as_even_as_any(prelude, n_loops, coda, stages, costs):
     inner_hold_something = [cut for cut in cuts if all(len(stretch) for stretch in cut[1:-1])]
     best = min(quality(layers, loads, cut)[0] for cut in inner_hold_something)
 
-    parts = plan_parts(MythosConfig(prelude_layers=prelude, coda_layers=coda), n_loops, stages, costs)
+    parts = plan_stages(MythosConfig(prelude_layers=prelude, coda_layers=coda), n_loops, stages, costs)
     turns = plan_loops(tuple(parts), n_loops, 0, costs)
     assert max(spent(parts, turns, 0, costs)) == best
 
 
-def spent(parts: list[Part], turns: list[range], frozen: int, costs: Costs) -> list[float]:
+def spent(parts: list[StageSpec], turns: list[range], frozen: int, costs: LayerCosts) -> list[float]:
     """What each stage costs in a step that runs `turns`, the first `frozen` loops without gradient."""
     return [
         costs.block * (len(part.prelude) + len(part.coda))
-        + sum(costs.frozen_loop if t < frozen else costs.loop for t in loops)
+        + sum(costs.no_grad_loop if t < frozen else costs.loop for t in loops)
         + (costs.head if part.last else 0)
         for part, loops in zip(parts, turns, strict=True)
     ]
@@ -145,13 +145,13 @@ def spent(parts: list[Part], turns: list[range], frozen: int, costs: Costs) -> l
 def test_a_step_may_run_fewer_or_more_loops_than_were_planned(prelude, planned, coda, stages, n_loops, frozen, costs):
     """The stages that hold the looped block share out all loops of the step, in order and as evenly as can be."""
     assume(stages <= planned + 2 and frozen <= n_loops)
-    parts = plan_parts(MythosConfig(prelude_layers=prelude, coda_layers=coda), planned, stages, costs)
+    parts = plan_stages(MythosConfig(prelude_layers=prelude, coda_layers=coda), planned, stages, costs)
     turns = plan_loops(tuple(parts), n_loops, frozen, costs)
     assert [t for loops in turns for t in loops] == list(range(n_loops))
-    assert all(part.loops or not loops for part, loops in zip(parts, turns, strict=True))
+    assert all(part.has_loops or not loops for part, loops in zip(parts, turns, strict=True))
 
-    holders = [i for i, part in enumerate(parts) if part.loops]
-    fixed = max([spent([part], [range(0)], 0, costs)[0] for part in parts if not part.loops], default=0)
+    holders = [i for i, part in enumerate(parts) if part.has_loops]
+    fixed = max([spent([part], [range(0)], 0, costs)[0] for part in parts if not part.has_loops], default=0)
     best = min(max(spent([parts[i] for i in holders], cut, frozen, costs)) for cut in every_cut(n_loops, len(holders)))
     assert max(spent(parts, turns, frozen, costs)) == max(best, fixed)
 
@@ -161,10 +161,10 @@ def test_a_plan_that_can_be_worked_out_by_hand():
 
     In a step of 8 loops, 4 of them without gradient at 1 each, it is 8 each: the first stage runs all of those.
     """
-    costs = Costs(block=2, loop=4, frozen_loop=1, head=4)
+    costs = LayerCosts(block=2, loop=4, no_grad_loop=1, head=4)
     config = MythosConfig(prelude_layers=2, coda_layers=2)
-    parts = plan_parts(config, 9, 4, costs)
-    assert [(list(p.prelude), p.loops, list(p.coda)) for p in parts] == [
+    parts = plan_stages(config, 9, 4, costs)
+    assert [(list(p.prelude), p.has_loops, list(p.coda)) for p in parts] == [
         ([0, 1], True, []),
         ([], True, []),
         ([], True, []),
@@ -179,19 +179,19 @@ def test_the_largest_model_is_even_over_four_stages():
     config = load_config(CONFIGS / "1t.yaml")
     costs = stage_costs(config)
     n_loops = config.model.max_loop_iters
-    parts = plan_parts(config.model, n_loops, 4, costs)
+    parts = plan_stages(config.model, n_loops, 4, costs)
     everything = costs.block * (config.model.prelude_layers + config.model.coda_layers) + costs.head
     for n, frozen in [(n_loops, 0), (n_loops, n_loops // 2), (n_loops // 2, 0)]:
-        total = everything + frozen * costs.frozen_loop + (n - frozen) * costs.loop
+        total = everything + frozen * costs.no_grad_loop + (n - frozen) * costs.loop
         dearest = max(spent(parts, plan_loops(tuple(parts), n, frozen, costs), frozen, costs))
         assert total / 4 <= dearest <= 1.1 * total / 4
 
 
 def test_one_stage_holds_everything():
     config = MythosConfig(prelude_layers=3, coda_layers=1)
-    (part,) = plan_parts(config, 5, 1, Costs(1, 1, 1, 1))
-    assert part == Part.whole(config)
-    assert plan_loops((part,), 7, 2, Costs(1, 1, 1, 1)) == [range(7)]
+    (part,) = plan_stages(config, 5, 1, LayerCosts(1, 1, 1, 1))
+    assert part == StageSpec.full(config)
+    assert plan_loops((part,), 7, 2, LayerCosts(1, 1, 1, 1)) == [range(7)]
 
 
 # ---- What travels
@@ -297,7 +297,7 @@ def test_a_part_of_the_message_can_be_kept_while_the_rest_goes():
 def test_many_loops_are_dealt_out_to_many_stages_at_once():
     """512 loops over 64 stages, in processor time: trying every end of every stretch would take minutes."""
     began = time.process_time()
-    parts = plan_parts(MythosConfig(prelude_layers=64, coda_layers=64), 512, 64, Costs(3.0, 10.0, 3.0, 5.0))
-    turns = plan_loops(tuple(parts), 512, 256, Costs(3.0, 10.0, 3.0, 5.0))
+    parts = plan_stages(MythosConfig(prelude_layers=64, coda_layers=64), 512, 64, LayerCosts(3.0, 10.0, 3.0, 5.0))
+    turns = plan_loops(tuple(parts), 512, 256, LayerCosts(3.0, 10.0, 3.0, 5.0))
     assert sum(map(len, turns)) == 512
     assert time.process_time() - began < 2

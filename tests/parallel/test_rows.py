@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mythos_dist.parallel.rows import Places, place_slots, sum_rows, take_rows
+from mythos_dist.parallel.rows import RowIndex, index_slots, sum_rows, take_rows
 
 
 @st.composite
-def placements(draw) -> tuple[Places, int]:
+def placements(draw) -> tuple[RowIndex, int]:
     """Where 1 to 6 tokens lie among rows, and how many rows are real; a token may have no row, or one per slot.
 
     Rows are in any order, slots too, and behind the real rows there may be others that no slot names.
@@ -27,13 +27,13 @@ def placements(draw) -> tuple[Places, int]:
         row[n, free[n].pop()] = m
     tokens = torch.tensor([*token, *[0] * unnamed], dtype=torch.int64)
     if all(count == slots for count in filled) and draw(st.booleans()):
-        return place_slots(tokens, row), len(token)
-    return place_slots(tokens, row, row < M, len(token)), len(token)
+        return index_slots(tokens, row), len(token)
+    return index_slots(tokens, row, row < M, len(token)), len(token)
 
 
-def spread(N: int, slots: int) -> Places:
+def spread(N: int, slots: int) -> RowIndex:
     """Each token in `slots` rows: copy after copy of all tokens, as if each were sent to `slots` ranks."""
-    return place_slots(torch.arange(N).repeat(slots), torch.arange(N * slots).view(slots, N).T)
+    return index_slots(torch.arange(N).repeat(slots), torch.arange(N * slots).view(slots, N).T)
 
 
 @given(placements(), st.integers(1, 5), st.integers(0, 2**31))
@@ -73,7 +73,7 @@ def test_no_rows_at_all(holes):
     N = 3 if holes else 0
     none = torch.zeros(0, dtype=torch.int64)
     table = torch.zeros(N, 2, dtype=torch.int64)
-    places = place_slots(none, table, torch.zeros(N, 2, dtype=torch.bool), 0) if holes else place_slots(none, table)
+    places = index_slots(none, table, torch.zeros(N, 2, dtype=torch.bool), 0) if holes else index_slots(none, table)
     x = torch.randn(N, 4, requires_grad=True)
     y = torch.randn(0, 4, requires_grad=True)
     rows, sums = take_rows(x, places), sum_rows(y, places)
@@ -88,7 +88,7 @@ def test_no_rows_at_all(holes):
 
 def test_a_row_that_is_not_finite_stays_among_its_tokens():
     """Empty slots add nothing at all: not zero times something, which would be NaN."""
-    places = Places(torch.tensor([1, 1]), row=torch.tensor([0, 1]), starts=torch.tensor([0, 0]))
+    places = RowIndex(torch.tensor([1, 1]), row=torch.tensor([0, 1]), starts=torch.tensor([0, 0]))
     sums = sum_rows(torch.tensor([[float("inf")], [float("nan")]]), places)
     assert sums[0].item() == 0.0
     assert sums[1].isnan()
@@ -106,7 +106,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def forward_and_backward(x: Tensor, direction: Tensor, places: Places) -> list[Tensor]:
+def forward_and_backward(x: Tensor, direction: Tensor, places: RowIndex) -> list[Tensor]:
     """Both directions of both functions."""
     x = x.clone().requires_grad_()
     sums = sum_rows(take_rows(x, places), places)
@@ -141,5 +141,5 @@ def test_the_order_of_a_sum_is_that_of_the_slots():
     for order in ([0, 1, 2, 3], [3, 0, 2, 1], [2, 3, 1, 0]):
         where = torch.tensor(order)  # the row of each slot
         rows = torch.empty(4, 1).index_copy(0, where, values)
-        found.add(sum_rows(rows, place_slots(torch.zeros(4, dtype=torch.int64), where.view(1, 4))).item())
+        found.add(sum_rows(rows, index_slots(torch.zeros(4, dtype=torch.int64), where.view(1, 4))).item())
     assert len(found) == 1

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mythos_dist.config.schema import ParallelConfig
 from mythos_dist.parallel.mesh import SINGLE, Axis, build_mesh
-from mythos_dist.parallel.tensor import IGNORED, Embedding, cut_parameter, cut_range, slice_of
+from mythos_dist.parallel.tensor import IGNORED, Embedding, shard_of, shard_parameter, shard_range
 
 # ---- Cuts
 
@@ -25,7 +25,7 @@ def axes(name: str, size: int) -> list[Axis]:
 @given(st.integers(1, 200), st.integers(1, 70))
 def test_parts_tile_the_whole(size, n_ranks):
     """Laid side by side the parts are 0 .. size - 1, each number once; all ranks allocate the least that is enough."""
-    parts = [cut_range(size, axis) for axis in axes("tensor", n_ranks)]
+    parts = [shard_range(size, axis) for axis in axes("tensor", n_ranks)]
     assert [i for start, stop, _ in parts for i in range(start, stop)] == list(range(size))
     (local,) = {local for _, _, local in parts}
     assert local * n_ranks >= size > (local - 1) * n_ranks
@@ -49,8 +49,8 @@ def test_slices_of_a_parameter_tile_the_whole_tensor(whole, n_expert, n_tensor, 
     for e, t in ranks:
         rank = {"expert": e, "tensor": t}
         cuts = {dim: Axis(name, size[name], rank[name]) for dim, name in zip(dims, names, strict=False)}
-        parameter = cut_parameter(tuple(whole), cuts)
-        part = slice_of(parameter)
+        parameter = shard_parameter(tuple(whole), cuts)
+        part = shard_of(parameter)
         assert part.whole == tuple(whole)
         counters[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))] += 1
         assert part.shape == tuple(b - a for a, b in zip(part.start, part.stop, strict=True))
@@ -63,7 +63,7 @@ def test_slices_of_a_parameter_tile_the_whole_tensor(whole, n_expert, n_tensor, 
 
 
 def test_a_parameter_that_was_not_cut_is_its_own_slice():
-    part = slice_of(nn.Parameter(torch.empty(3, 5)))
+    part = shard_of(nn.Parameter(torch.empty(3, 5)))
     assert (part.whole, part.start, part.stop, part.shape) == ((3, 5), (0, 0), (3, 5), (3, 5))
 
 
@@ -77,9 +77,9 @@ def test_deepspeed_understands_the_marks(tensor, expert):
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
     by_tensor, by_expert = Axis("tensor", tensor, 0), Axis("expert", expert, 0)
-    plain = cut_parameter((8, 8), {})
-    column = cut_parameter((8, 8), {0: by_tensor})
-    stack = cut_parameter((8, 8, 8), {0: by_expert, 1: by_tensor})
+    plain = shard_parameter((8, 8), {})
+    column = shard_parameter((8, 8), {0: by_tensor})
+    stack = shard_parameter((8, 8, 8), {0: by_expert, 1: by_tensor})
     assert not is_model_parallel_parameter(plain)
     assert is_model_parallel_parameter(column) == is_model_parallel_parameter(stack) == (tensor > 1)
     assert not is_moe_param(plain)
@@ -234,7 +234,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
         ids, labels, table, factor, offset = inputs_of(case)
         mesh = build_mesh(ParallelConfig(tensor=world, sequence=sequence))
         embed = Embedding(V, D, mesh).to(dtype)
-        part = slice_of(embed.weight)
+        part = shard_of(embed.weight)
         assert tuple(embed.weight.shape) == (-(-V // world), D)
         with torch.no_grad():
             embed.weight.zero_()
@@ -254,7 +254,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
                 assert max(torch.Size(shape).numel() for shape in shapes.seen) < B * S * V
             # Which would have been seen, had it been there.
             with Shapes() as shapes:
-                assert embed.whole_logits(logits).shape == (B, S, V)
+                assert embed.gather_logits(logits).shape == (B, S, V)
             assert any(shape[-1] >= V for shape in shapes.seen)
         assert embed.weight.grad is not None
         assert offset.grad is not None
@@ -263,7 +263,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
         found.append(
             {
                 "loss": loss.detach(),
-                "logits": embed.whole_logits(logits).detach(),
+                "logits": embed.gather_logits(logits).detach(),
                 "states": offset.grad,
                 "table": real.clone(),
             }

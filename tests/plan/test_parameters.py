@@ -11,7 +11,7 @@ from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.ops.plan.cost import count_parameters
 from mythos_dist.ops.plan.parameters import Weight, group_sizes, weights_of
 from mythos_dist.parallel.mesh import Mesh, mesh_of
-from mythos_dist.parallel.pipeline import Part, plan_parts
+from mythos_dist.parallel.pipeline import StageSpec, plan_stages
 
 # Little divides by three or five: heads of keys and values, widths, the vocabulary, the rank of the depth LoRA.
 ODD = {
@@ -55,13 +55,13 @@ LARGE_LAYOUTS = [
 ]
 
 
-def parts_of(config: MythosConfig, stages: int) -> list[Part]:
-    return plan_parts(config, config.max_loop_iters, stages, stage_costs(Config(model=config)))
+def parts_of(config: MythosConfig, stages: int) -> list[StageSpec]:
+    return plan_stages(config, config.max_loop_iters, stages, stage_costs(Config(model=config)))
 
 
-def build(config: MythosConfig, mesh: Mesh, part: Part) -> Mythos:
+def build(config: MythosConfig, mesh: Mesh, part: StageSpec) -> Mythos:
     with torch.device("meta"):
-        return Mythos(config, mesh=mesh, part=part)
+        return Mythos(config, mesh=mesh, stage=part)
 
 
 def held(model: Mythos) -> list[Weight]:

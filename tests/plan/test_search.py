@@ -63,9 +63,9 @@ def test_the_best_layout_is_that_of_brute_force(variant, gpus, overrides):
 
 def _recurrent_numbers(config: Config) -> list[int]:
     from mythos_dist.ops.plan.parameters import weights_of
-    from mythos_dist.parallel.pipeline import Part
+    from mythos_dist.parallel.pipeline import StageSpec
 
-    whole = weights_of(config.model, config.parallel.tensor, config.parallel.expert, Part.whole(config.model))
+    whole = weights_of(config.model, config.parallel.tensor, config.parallel.expert, StageSpec.full(config.model))
     return [weight.numel for weight in whole if weight.name.startswith("recurrent")]
 
 

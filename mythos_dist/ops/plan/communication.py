@@ -19,7 +19,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.ops.plan.memory import accumulates_at_once
 from mythos_dist.ops.plan.parameters import Weight, group_sizes, weights_of
 from mythos_dist.parallel.mesh import Axis, Mesh
-from mythos_dist.parallel.pipeline import Part, live_turns
+from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
 Pair = tuple[int, int]  # rows sent and received over the expert axis
 Rows = Sequence[Sequence[Pair]] | Pair  # [micro-batch][loop]; or those of every loop, if all are alike
@@ -32,7 +32,7 @@ _PERSISTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 def stage_communication(
     config: Config,
     mesh: Mesh,
-    parts: Sequence[Part],
+    parts: Sequence[StageSpec],
     turns: range,
     n_loops: int,
     frozen: int,
@@ -44,7 +44,7 @@ def stage_communication(
     part = parts[mesh.pipe.rank]
     weights = weights_of(config.model, mesh.tensor.size, mesh.expert.size, part)
     layers = _Layers(config, mesh, config.loops.readouts(n_loops, frozen))
-    live = live_turns(turns, frozen)
+    live = loops_with_grad(turns, frozen)
 
     total: Counter[tuple[str, str]] = Counter()
     for block in _once(layers, part):
@@ -148,7 +148,7 @@ class _Layers:
         return _Pass(_sent(tensor, "all_gather", size), _sent(tensor, "reduce_scatter", size) if partial else Counter())
 
     def cut(self, *widths: int) -> int:
-        """Numbers in tensors of these widths after gathering: parts are rounded up, parallel/tensor.py: cut_range."""
+        """Numbers in tensors of these widths after gathering: parts are rounded up, parallel/tensor.py: shard_range."""
         n = self.mesh.tensor.size
         return sum(n * ceil(width / n) for width in widths)
 
@@ -234,35 +234,35 @@ class _Layers:
         return self.enter(self.x).and_(self.leave(self.x))
 
 
-def _once(layers: _Layers, part: Part) -> list[_Pass]:
+def _once(layers: _Layers, part: StageSpec) -> list[_Pass]:
     """What a stage runs once per micro-batch: everything but loops."""
     blocks = [layers.dense_block()] * (len(part.prelude) + len(part.coda) * layers.readouts)
-    blocks += [layers.injection()] * part.loops
+    blocks += [layers.injection()] * part.has_loops
     return blocks + [layers.leave(layers.x)] * part.first + [layers.head()] * part.last  # first: the input embedding
 
 
 def _summed_gradients(weights: Sequence[Weight], layers: _Layers) -> Counter[tuple[str, str]]:
-    """parallel/tensor.py: whole_on_every_rank, once per backward pass. Uncut parameters: with sequence parallelism all
+    """parallel/tensor.py: replicated, once per backward pass. Uncut parameters: with sequence parallelism all
     of them, else the norms of MLA's latents, which work on this rank's heads."""
     inside = ("q_norm.weight", "kv_norm.weight", "qk_norm.weight")
     numbers = sum(w.numel for w in weights if not w.cut and (layers.mesh.sequence or w.name.endswith(inside)))
     return _sent(layers.mesh.tensor, "all_reduce", numbers * layers.item)
 
 
-def _state_bytes(layers: _Layers, part: Part, read: int) -> int:
+def _state_bytes(layers: _Layers, part: StageSpec, read: int) -> int:
     """model/mythos.py: what arrives at a stage, packed, behind so many loops with a gradient."""
     tokens = layers.tokens // (layers.mesh.tensor.size if layers.mesh.sequence else 1)
     x, loss = tokens * layers.config.model.dim, _FP32
     weights = layers.varies * tokens * _FP32
-    if part.behind_loops:
+    if part.after_loops:
         return layers.readouts * (x * layers.item + weights) + loss
-    if not part.loops or part.loops_start:
+    if not part.has_loops or part.starts_loops:
         return x * layers.item
     carry = 2 * x * layers.item + (x + tokens) * _FP32 + loss  # h, e; the sum so far, halting mass
     return carry + layers.varies * read * (x * layers.item + weights)
 
 
-def _states(layers: _Layers, parts: Sequence[Part], turns: range, frozen: int) -> Counter[tuple[str, str]]:
+def _states(layers: _Layers, parts: Sequence[StageSpec], turns: range, frozen: int) -> Counter[tuple[str, str]]:
     """deepspeed/runtime/pipe/engine.py: the state goes to the next stage, its gradient to the one before."""
     pipe, i = layers.mesh.pipe, layers.mesh.pipe.rank
     ahead = 0 if parts[i].last else _state_bytes(layers, parts[i + 1], max(0, turns.stop - frozen))
@@ -270,10 +270,10 @@ def _states(layers: _Layers, parts: Sequence[Part], turns: range, frozen: int) -
     return _sent(pipe, "send", ahead + behind)
 
 
-def _tied(weights: Sequence[Weight], parts: Sequence[Part], layers: _Layers) -> Counter[tuple[str, str]]:
+def _tied(weights: Sequence[Weight], parts: Sequence[StageSpec], layers: _Layers) -> Counter[tuple[str, str]]:
     """train/deepspeed_seam.py: reduce_tied_weights_alike; BF16_Optimizer has its gradients in fp32."""
     item, pipe = _FP32 if layers.config.train.dtype == "bf16" else layers.item, layers.mesh.pipe
-    held = [("embed.", [part.first or part.last for part in parts]), ("recurrent.", [part.loops for part in parts])]
+    held = [("embed.", [part.first or part.last for part in parts]), ("recurrent.", [part.has_loops for part in parts])]
     total: Counter[tuple[str, str]] = Counter()
     for name, holders in held:
         if sum(holders) > 1 and holders[pipe.rank]:

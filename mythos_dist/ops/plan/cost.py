@@ -6,8 +6,8 @@ from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.ops.plan.communication import Rows, stage_communication
 from mythos_dist.ops.plan.parameters import total_parameters
-from mythos_dist.parallel.mesh import place_of
-from mythos_dist.parallel.pipeline import Costs, Part, plan_loops, plan_parts
+from mythos_dist.parallel.mesh import mesh_coordinates
+from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, plan_loops, plan_stages
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and both of Adam's moments
 
@@ -18,9 +18,9 @@ def count_parameters(model: MythosConfig) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def parts_of(model: MythosConfig, n_loops: int, stages: int, costs: Costs) -> tuple[Part, ...]:
-    """`plan_parts`, kept: for 1t in many stages it takes tens of milliseconds."""
-    return tuple(plan_parts(model, n_loops, stages, costs))
+def parts_of(model: MythosConfig, n_loops: int, stages: int, costs: LayerCosts) -> tuple[StageSpec, ...]:
+    """`plan_stages`, kept: for 1t in many stages it takes tens of milliseconds."""
+    return tuple(plan_stages(model, n_loops, stages, costs))
 
 
 def communication(
@@ -41,7 +41,7 @@ def communication(
     micro_batches: how many each replica runs; None: as many as train.global_batch makes.
     Sizes are those of `parallel.traffic`. Holds for a step that is not skipped (fp16).
     """
-    mesh = place_of(config.parallel, world_size, rank)
+    mesh = mesh_coordinates(config.parallel, world_size, rank)
     if micro_batches is None:
         micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
     costs = stage_costs(config)

@@ -17,8 +17,8 @@ from mythos_dist.ops.plan.flops import executed_flops
 from mythos_dist.ops.plan.memory import Memory, Tensors, peak_memory
 from mythos_dist.ops.plan.parameters import weights_of
 from mythos_dist.ops.plan.routing import Routed, expected_rows
-from mythos_dist.parallel.mesh import Mesh, place_of
-from mythos_dist.parallel.pipeline import Part, live_turns, plan_loops
+from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
+from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad, plan_loops
 
 Seconds = dict[str, float]
 
@@ -33,7 +33,7 @@ class Stage:
     """One pipeline stage's rank: the layers, the loops that it runs in a step, and what it holds and does."""
 
     mesh: Mesh
-    part: Part
+    part: StageSpec
     turns: range
     frozen: int
     routed: Routed
@@ -63,7 +63,7 @@ class Estimate:
         turns = plan_loops(parts, n_loops, frozen, costs)
         found = []
         for i, part in enumerate(parts):
-            mesh = place_of(config.parallel, self.world_size, i * config.parallel.tensor)
+            mesh = mesh_coordinates(config.parallel, self.world_size, i * config.parallel.tensor)
             c, tokens = config.model, config.train.micro_batch * config.train.seq_len
             routed = expected_rows(tokens, c.n_experts_per_tok, c.n_experts, mesh.expert.size, self.imbalance)
             memory = peak_memory(config, mesh, part, turns[i], frozen, routed)
@@ -125,7 +125,7 @@ class Estimate:
     def _stage_seconds(self, stage: Stage) -> Seconds:
         config, cluster, m = self.config, self.cluster, self.micro_batches
         c, train, mesh = config.model, config.train, stage.mesh
-        live = len(live_turns(stage.turns, stage.frozen))
+        live = len(loops_with_grad(stage.turns, stage.frozen))
         forwards = len(stage.turns) + live * (train.recompute == "loop")
         tensors = Tensors(config, mesh, stage.routed)
         blocks = len(stage.part.prelude) + len(stage.part.coda)

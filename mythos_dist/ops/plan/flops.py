@@ -14,7 +14,7 @@ from math import ceil
 from mythos_dist.config.schema import Config
 from mythos_dist.ops.plan.routing import Routed
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import Part, live_turns
+from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class _Layers:
         return 3 * 2.0 * self.N * self.c.dim * self.cut(self.c.vocab_size)
 
 
-def executed_flops(config: Config, mesh: Mesh, part: Part, turns: range, frozen: int, routed: Routed) -> float:
+def executed_flops(config: Config, mesh: Mesh, part: StageSpec, turns: range, frozen: int, routed: Routed) -> float:
     """Of one micro-batch, forward and backward, on a rank whose stage `part` runs the loops `turns` of a mean step."""
     layers, recompute = _Layers(config, mesh, routed), config.train.recompute
     readouts = config.loops.readouts(config.loops.mean_of(config.model), frozen)
     blocks = len(part.prelude) + len(part.coda) * readouts
     total = blocks * layers.block().step("selective" if recompute == "selective" else "none")
-    total += layers.injection().step("none") if part.loops and len(turns) else 0.0
-    loop, live = layers.loop(), len(live_turns(turns, frozen))
+    total += layers.injection().step("none") if part.has_loops and len(turns) else 0.0
+    loop, live = layers.loop(), len(loops_with_grad(turns, frozen))
     total += live * loop.step(recompute) + (len(turns) - live) * loop.forward
     return total + layers.head() * part.last * readouts

@@ -21,7 +21,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.ops.plan.parameters import Weight, group_sizes, weights_of
 from mythos_dist.ops.plan.routing import Routed
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import Part, live_turns
+from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
 Memory = dict[str, float]  # bytes by part
 
@@ -174,7 +174,7 @@ def static_memory(config: Config, mesh: Mesh, weights: list[Weight]) -> Memory:
     return held | ({} if accumulates_at_once(config) else {"communication": float(_BUCKET * b)})
 
 
-def peak_memory(config: Config, mesh: Mesh, part: Part, turns: range, frozen: int, routed: Routed) -> Memory:
+def peak_memory(config: Config, mesh: Mesh, part: StageSpec, turns: range, frozen: int, routed: Routed) -> Memory:
     """Bytes by part when their sum is largest, of a rank whose stage `part` runs the loops `turns`; those of them below
     `frozen` have no gradient."""
     weights = weights_of(config.model, mesh.tensor.size, mesh.expert.size, part)
@@ -188,11 +188,11 @@ def peak_memory(config: Config, mesh: Mesh, part: Part, turns: range, frozen: in
 
 
 def _moments(
-    config: Config, mesh: Mesh, part: Part, turns: range, frozen: int, routed: Routed, weights: list[Weight]
+    config: Config, mesh: Mesh, part: StageSpec, turns: range, frozen: int, routed: Routed, weights: list[Weight]
 ) -> Iterator[Memory]:
     """What is live besides the static parts at the moments that can be the peak."""
     s = Tensors(config, mesh, routed)
-    live = len(live_turns(turns, frozen))
+    live = len(loops_with_grad(turns, frozen))
     every = config.train.recompute_every if config.train.recompute == "loop" else 1
     recomputed = config.train.recompute == "loop"
     b, c = s.b, config.model
@@ -203,7 +203,7 @@ def _moments(
     head = gradients("embed") if part.last else 0.0  # pending until the embedding's backward
     recurrent = gradients("recurrent")
     in_flight = min(mesh.pipe.size - mesh.pipe.rank, _accumulation(config, mesh)) - 1
-    before = s.dense_block() * len(part.prelude) + (s.injection() if part.loops else Saved())
+    before = s.dense_block() * len(part.prelude) + (s.injection() if part.has_loops else Saved())
     readouts = config.loops.readouts(config.loops.mean_of(c), frozen)  # the coda and the head run on all at once
     behind = s.dense_block() * (len(part.coda) * readouts) + Saved(s.residual * (readouts - 1) * 2)
     kept = s.loop() if not recomputed else Saved()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mythos_dist.config.schema import MythosConfig, OptimConfig
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import REGISTER, Part
+from mythos_dist.parallel.pipeline import GROUP_ALIGNMENT, StageSpec
 
 
 class Weight(NamedTuple):
@@ -37,7 +37,7 @@ class _Whole(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def weights_of(model: MythosConfig, tensor: int, expert: int, part: Part) -> list[Weight]:
+def weights_of(model: MythosConfig, tensor: int, expert: int, part: StageSpec) -> list[Weight]:
     """The parameters of a rank that holds `part` on axes of `tensor` and `expert` ranks, in the order of
     `Mythos(...).named_parameters()`. The list is kept for the next caller: do not change it."""
     return [_held(whole, tensor, expert) for whole in _whole(model, part)]
@@ -45,7 +45,7 @@ def weights_of(model: MythosConfig, tensor: int, expert: int, part: Part) -> lis
 
 def total_parameters(model: MythosConfig) -> int:
     """Of the whole model; the embedding counts once, though it is the head as well."""
-    return sum(weight.numel for weight in weights_of(model, 1, 1, Part.whole(model)))
+    return sum(weight.numel for weight in weights_of(model, 1, 1, StageSpec.full(model)))
 
 
 class Group(NamedTuple):
@@ -66,7 +66,7 @@ def group_sizes(weights: Iterable[Weight], mesh: Mesh) -> list[Group]:
     for name, held in sizes.items():
         spread, numel = name == "experts" and len(held) > 0, sum(held)
         if mesh.pipe.size > 1:
-            whole = REGISTER * (mesh.expert_data.size if spread else mesh.data.size)
+            whole = GROUP_ALIGNMENT * (mesh.expert_data.size if spread else mesh.data.size)
             numel = max(1, ceil(numel / whole)) * whole
         if numel > 0:
             groups.append(Group(spread, held, numel))
@@ -74,7 +74,7 @@ def group_sizes(weights: Iterable[Weight], mesh: Mesh) -> list[Group]:
 
 
 def _held(whole: _Whole, tensor: int, expert: int) -> Weight:
-    """parallel/tensor.py: cut_parameter."""
+    """parallel/tensor.py: shard_parameter."""
     name, shape, cut, spread = whole
     local = list(shape)
     for dim, ranks in ((cut, tensor), (spread, expert)):
@@ -83,12 +83,12 @@ def _held(whole: _Whole, tensor: int, expert: int) -> Weight:
     return Weight(name, prod(local), cut is not None and tensor > 1, spread is not None and expert > 1)
 
 
-def _whole(c: MythosConfig, part: Part) -> list[_Whole]:
+def _whole(c: MythosConfig, part: StageSpec) -> list[_Whole]:
     """model/mythos.py: what a pipeline stage has."""
     found = [_Whole("embed.weight", (c.vocab_size, c.dim), 0)] * (part.first or part.last)
     for i in part.prelude:
         found += _dense_block(c, f"prelude.{i}.")
-    if part.loops:
+    if part.has_loops:
         found += _recurrent(c, "recurrent.")
     for i in part.coda:
         found += _dense_block(c, f"coda.{i}.")

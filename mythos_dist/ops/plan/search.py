@@ -20,8 +20,8 @@ from mythos_dist.ops.plan.cost import parts_of
 from mythos_dist.ops.plan.estimate import Estimate, with_layout
 from mythos_dist.ops.plan.memory import REUSED, static_memory
 from mythos_dist.ops.plan.parameters import weights_of
-from mythos_dist.parallel.mesh import place_of
-from mythos_dist.parallel.pipeline import Part
+from mythos_dist.parallel.mesh import mesh_coordinates
+from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.units import count
 
 AXES = ("tensor", "expert", "pipe", "zero", "sequence", "micro_batch", "recompute")  # what `fixed` may name
@@ -70,7 +70,7 @@ def _zeros(c: MythosConfig, pipe: int, tensor: int, expert: int) -> tuple[int, .
     """Pipelines know ZeRO-1 only. ZeRO-3 would gather a large looped block anew in every loop."""
     if pipe > 1:
         return (1,)
-    block = sum(w.numel for w in weights_of(c, tensor, expert, Part.whole(c)) if w.name.startswith("recurrent"))
+    block = sum(w.numel for w in weights_of(c, tensor, expert, StageSpec.full(c)) if w.name.startswith("recurrent"))
     return (1, 2, 3) if block < REUSED else (1, 2)
 
 
@@ -115,7 +115,7 @@ def _held(config: Config, gpus: int) -> float:
     parts = parts_of(config.model, config.loops.mean_of(config.model), pipe, stage_costs(config))
     sizes = []
     for i, part in enumerate(parts):
-        mesh = place_of(config.parallel, gpus, i * tensor)
+        mesh = mesh_coordinates(config.parallel, gpus, i * tensor)
         weights = weights_of(config.model, tensor, config.parallel.expert, part)
         sizes.append(sum(static_memory(config, mesh, weights).values()))
     return max(sizes)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mythos_dist.data import tokenizer as tokenizer_module
-from mythos_dist.data import words
+from mythos_dist.data import word_cache
 from mythos_dist.data.tokenizer import Tokenizer
-from mythos_dist.data.words import parse_sentencepiece
+from mythos_dist.data.word_cache import parse_sentencepiece
 
 TOPICS = list(topics.values())
 SPACE = "\u2581"
@@ -34,7 +34,7 @@ OURS = dict(
     allow_whitespace_only_pieces=True,
     byte_fallback=True,
 )
-LLAMA3 = words.CL100K_REGEX
+LLAMA3 = word_cache.CL100K_REGEX
 
 
 def sentencepiece_model(vocab_size=1000, **options) -> bytes:
@@ -185,7 +185,7 @@ def test_a_model_that_joins_words_in_other_ways_is_not_cached(load, kind):
 @pytest.mark.parametrize("bounds", [(0, 10**9, 64), (50, 10**9, 5), (10**9, 300, 64), (10**9, 10**9, 0)])
 def test_emptying_the_cache_changes_nothing(tmp_path, monkeypatch, bounds):
     for name, bound in zip(("MAX_WORDS", "MAX_TOKENS", "MAX_WORD_BYTES"), bounds, strict=True):
-        monkeypatch.setattr(words, name, bound)
+        monkeypatch.setattr(word_cache, name, bound)
     (tmp_path / "m").write_bytes(content := sentencepiece_model(600))
     tokenizer = Tokenizer.load(tmp_path / "m")
     for start in range(0, 20, 4):
@@ -202,7 +202,7 @@ def test_a_short_word_is_encoded_once(load, kind, monkeypatch):
 
 def test_the_cache_stays_small(load, monkeypatch):
     """What is kept is bounded by the limits and one batch more."""
-    monkeypatch.setattr(words, "MAX_WORDS", 200)
+    monkeypatch.setattr(word_cache, "MAX_WORDS", 200)
     tokenizer, encode = load("ours")
     check(tokenizer, encode, TOPICS[:2])
     check(tokenizer, encode, ["one two"])
