@@ -12,7 +12,7 @@ import time
 
 from mythos_dist.config.arguments import number, parse_arguments, path_text
 from mythos_dist.errors import run_command
-from mythos_dist.ops.cluster.status import PATIENCE, look, report
+from mythos_dist.ops.cluster.status import PATIENCE, format_status, read_status
 
 
 def parse() -> argparse.Namespace:
@@ -32,8 +32,8 @@ def main() -> None:
     """Look once or, with --watch, until the run has ended and no job of it is left that could start it again."""
     arguments = parse()
     while True:
-        status = look(arguments.run_dir, arguments.patience)
-        lines = [json.dumps(dataclasses.asdict(status))] if arguments.json else report(status)
+        status = read_status(arguments.run_dir, arguments.patience)
+        lines = [json.dumps(dataclasses.asdict(status))] if arguments.json else format_status(status)
         if arguments.watch and not arguments.json:
             lines.insert(0, time.strftime("%F %T"))
         print("\n".join(lines), flush=True)

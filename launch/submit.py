@@ -13,7 +13,7 @@ from pathlib import Path
 from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError, run_command
-from mythos_dist.ops.cluster.allocation import MOST, check, spread
+from mythos_dist.ops.cluster.allocation import MAX_COUNT, check_allocation, even_allocation
 
 SCRIPT = Path(__file__).with_name("slurm.sbatch")
 
@@ -40,9 +40,9 @@ def check_counts(arguments: argparse.Namespace) -> None:
     """Raises UserError with every count that is none. SLURM would take 0 and less for something else."""
     counts = {name: getattr(arguments, name) for name in ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank")}
     problems = [
-        f"--{name.replace('_', '-')} {number}: give a whole number from 1 to {MOST:,}"
+        f"--{name.replace('_', '-')} {number}: give a whole number from 1 to {MAX_COUNT:,}"
         for name, number in {**counts, "chain": arguments.chain}.items()
-        if number is not None and not 1 <= number <= MOST
+        if number is not None and not 1 <= number <= MAX_COUNT
     ]
     if problems:
         raise UserError(problems)
@@ -72,8 +72,8 @@ def main() -> None:
     ranks_per_node = arguments.ranks_per_node or arguments.gpus_per_node or 1
     check_counts(arguments)
     config = load_config(arguments.config, arguments.overrides)
-    allocation = spread(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
-    for line in check(config, allocation, arguments.config):
+    allocation = even_allocation(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
+    for line in check_allocation(config, allocation, arguments.config):
         print(f"note: {line}", file=sys.stderr)
     line = sbatch_line(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
     print(shlex.join(line), flush=True)

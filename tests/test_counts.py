@@ -10,7 +10,7 @@ from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.schema import Config
 from mythos_dist.data.manifest import DocumentCounts, SplitCounts
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.allocation import spread
+from mythos_dist.ops.cluster.allocation import even_allocation
 from mythos_dist.ops.preflight import Found
 from mythos_dist.units import count
 
@@ -31,7 +31,7 @@ def test_messages_about_one_thing_are_in_the_singular(tmp_path):
     told = [manifest.summary(), str(Found(["a"], 1.0, 1.0, 0.0, 1.0))]
     told += layout_problems(replace(config, parallel=parallel), 1)
     with pytest.raises(UserError) as error:
-        spread(1, 2)
+        even_allocation(1, 2)
     told.append(str(error.value))
     for text in told:
         assert not re.search(rf"\b1 ({PLURALS.replace(' ', '|')})\b", text), text

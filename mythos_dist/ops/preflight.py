@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.ops.cluster.fabric import infiniband_ports
-from mythos_dist.ops.cluster.inject import Faults
+from mythos_dist.ops.cluster.inject import FaultInjector
 from mythos_dist.ops.plan.cost import BYTES_PER_PARAMETER, count_parameters
 from mythos_dist.parallel.launcher import RankInfo
 from mythos_dist.parallel.process import device
@@ -49,7 +49,7 @@ class Found:
         return text + f", clocks within {self.skew * 1000:.0f} ms ({self.seconds:.1f} s)"
 
 
-def preflight(config: Config, rank_info: RankInfo, faults: Faults) -> Found:
+def preflight(config: Config, rank_info: RankInfo, faults: FaultInjector) -> Found:
     """Every rank calls this. Raises NodeError or UserError, the same on every rank, with all problems."""
     begin = time.perf_counter()
     dist.barrier()

@@ -105,7 +105,7 @@ def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "Config":
     """The config, fit for so many ranks. Raises UserError."""
     from mythos_dist.config.layout import layout_problems
     from mythos_dist.config.load import load_config
-    from mythos_dist.ops.cluster.inject import parse as parse_faults
+    from mythos_dist.ops.cluster.inject import parse_faults
 
     try:
         config = load_config(path, overrides)

@@ -21,7 +21,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
-from mythos_dist.ops.cluster.inject import Faults
+from mythos_dist.ops.cluster.inject import FaultInjector
 from mythos_dist.ops.memory_check import Comparison, check_memory
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.preflight import preflight
@@ -50,15 +50,15 @@ def train(config: Config, session: Session, only_preflight: bool = False) -> int
     Raises UserError, before anything is written, for whatever the user has to mend.
     """
     rank, run_dir = dist.get_rank(), Path(config.run.dir)
-    session.watchdog.enter("checking")
+    session.watchdog.enter_phase("checking")
     corpora = raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
     ranks_here = session.nodes.count(session.rank_info.node)
     estimate = raise_on_all_ranks(lambda: check_memory(config, dist.get_world_size(), ranks_here), session.nodes)
     resume = Resume(config, corpora)
     session.timed("checking")
     if config.faults.preflight or only_preflight:
-        session.watchdog.enter("preflight")
-        found = preflight(config, session.rank_info, Faults.of(config.faults.inject, rank, start=0))
+        session.watchdog.enter_phase("preflight")
+        found = preflight(config, session.rank_info, FaultInjector.for_rank(config.faults.inject, rank, start=0))
         if rank == 0 and (only_preflight or len(set(session.nodes)) > 1):
             print(found, flush=True)
         session.timed("preflight")
@@ -127,12 +127,12 @@ class Run:
         self.stream, self.heldout = stream, heldout
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.watchdog = session.watchdog
-        self.watchdog.on_end = session.stop.on_leave = lambda why: self.note("failed", why)
-        self.watchdog.on_alive = fence.show_life
-        self.faults = Faults.of(config.faults.inject, self.rank, fence.start)
+        self.watchdog.on_failure = session.stop.on_leave = lambda why: self.note("failed", why)
+        self.watchdog.keepalive = fence.show_life
+        self.faults = FaultInjector.for_rank(config.faults.inject, self.rank, fence.start)
         self.comparison = Comparison(estimate)
         self.warned: set[str] = set()  # failures of loops that the console knows of
-        self.watchdog.enter("building the engine")
+        self.watchdog.enter_phase("building the engine")
         self.engine = Engine(config, mesh)
         session.timed("engine")
 
@@ -154,7 +154,7 @@ class Run:
             print(f"no checkpoint was saved before: {previous.last_step} steps are computed again", flush=True)
         self.session.timed("loading")
         self.saver = Saver(
-            self.run_dir / "checkpoints", config.checkpoint, self.fence, self.engine.state, self.watchdog.get_on
+            self.run_dir / "checkpoints", config.checkpoint, self.fence, self.engine.state, self.watchdog.heartbeat
         )
         if checkpoint:
             self.saver.newest = self.saver.published = self.step
@@ -181,8 +181,8 @@ class Run:
             if why := stop.agreed(self.run_dir, config.run.max_seconds):
                 return why
             step = self.step + 1
-            self.watchdog.enter(f"step {step}")
-            self.faults.before(step)
+            self.watchdog.enter_phase(f"step {step}")
+            self.faults.before_step(step)
             begin = time.perf_counter()
             batch, micro_batches = raise_on_all_ranks(functools.partial(self.read, batches))
             result, decision = self.train_step(micro_batches, step, batch)
@@ -208,7 +208,7 @@ class Run:
                 continue
             if last or (config.train.eval_every and step % config.train.eval_every == 0):
                 self.evaluate()
-            self.watchdog.enter(f"saving behind step {step}")
+            self.watchdog.enter_phase(f"saving behind step {step}")
             self.saver.poll()
             self.note_published()
             # Not in the middle of trouble: it would push out the checkpoint to go back to.
@@ -218,7 +218,7 @@ class Run:
 
     def end(self, why: str) -> None:
         """All is on disk, and COMPLETED says so; or, with a reason `why`, the run can be started again."""
-        self.watchdog.enter("the last checkpoint")
+        self.watchdog.enter_phase("the last checkpoint")
         stopped = f"stopped behind step {self.step}: {why}"
         if why and self.saver.newest != self.step:
             self.save()
@@ -263,7 +263,7 @@ class Run:
         """One optimizer step, or two tries at it; and what was decided, if anything was."""
 
         def run() -> StepResult:
-            with self.faults.during(step, batch, self.engine.model):
+            with self.faults.during_step(step, batch, self.engine.model):
                 return self.engine.train_step(micro_batches, step, self.spikes.limit)
 
         result = run()
@@ -285,7 +285,7 @@ class Run:
 
     def roll_back(self) -> None:
         """Back to the newest checkpoint, and past the batches that were skipped."""
-        self.watchdog.enter("rolling back")
+        self.watchdog.enter_phase("rolling back")
         self.saver.finish()
         checkpoint, _ = find_checkpoint(
             self.run_dir / "checkpoints", self.config.checkpoint.verify, self.config.checkpoint.key_file
@@ -309,12 +309,12 @@ class Run:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill the engine."""
-        self.watchdog.enter("loading")
+        self.watchdog.enter_phase("loading")
         size = sum(4 * value.numel() for held in self.engine.state.values() for value in held.values.values())
         with bar("loading", size, quiet=self.rank > 0) as shown:
 
             def progress(size: int) -> None:
-                self.watchdog.get_on()
+                self.watchdog.heartbeat()
                 shown.update(size)
 
             raise_on_all_ranks(lambda: load_state(checkpoint, self.engine.state, progress))
@@ -335,7 +335,7 @@ class Run:
         every = self.config.loops.telemetry_every
         if not every or step % every:
             return {}
-        self.watchdog.enter(f"looking into the loops behind step {step}")
+        self.watchdog.enter_phase(f"looking into the loops behind step {step}")
         begin = time.perf_counter()
         found = self.engine.look(batch)
         seconds = time.perf_counter() - begin
@@ -351,12 +351,12 @@ class Run:
         if self.heldout is None:
             return
         heldout = self.heldout
-        self.watchdog.enter("evaluating")
+        self.watchdog.enter_phase("evaluating")
         passes = raise_on_all_ranks(lambda: list(heldout_passes(heldout, self.config, self.mesh.data)))
         found = self.engine.evaluate(passes)
         curve = {}
         for n_loops in self.config.loops.sweep:
-            self.watchdog.get_on()
+            self.watchdog.heartbeat()
             curve[n_loops] = self.engine.evaluate(passes, n_loops)
         if self.metrics:
             self.metrics.held_out(self.step, found, curve)

@@ -10,7 +10,7 @@ from typing import Any
 from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.files import get_number, read_json_lines
-from mythos_dist.ops.cluster.status import duration
+from mythos_dist.ops.cluster.status import format_duration
 from mythos_dist.train.line_file import LineFile
 
 log = logging.getLogger(__name__)
@@ -94,4 +94,4 @@ def cost(line: dict[str, Any]) -> str:
     lost, idle = line.get("seconds_lost"), line.get("seconds_idle") or 0
     if lost is None:
         return ""
-    return f"; {lost:.0f} s were lost" + (f" (nothing ran for {duration(idle)})" if idle >= 60 else "")
+    return f"; {lost:.0f} s were lost" + (f" (nothing ran for {format_duration(idle)})" if idle >= 60 else "")

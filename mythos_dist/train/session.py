@@ -17,12 +17,12 @@ import torch.distributed as dist
 
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import LostRankError, UserError, first_line
-from mythos_dist.ops.cluster.fabric import choose_interface, listen_address
-from mythos_dist.ops.cluster.hub import Limits
-from mythos_dist.ops.cluster.messages import launch_secret, seal, unseal
-from mythos_dist.ops.cluster.recorder import Recorder
-from mythos_dist.ops.cluster.rollcall import call, open_store
+from mythos_dist.ops.cluster.authentication import launch_secret, sign, verify
+from mythos_dist.ops.cluster.fabric import listen_address, set_network_interface
+from mythos_dist.ops.cluster.recorder import CollectiveRecorder
+from mythos_dist.ops.cluster.rendezvous import open_store, rendezvous
 from mythos_dist.ops.cluster.watchdog import Watchdog
+from mythos_dist.ops.cluster.watchdog_server import WatchdogLimits
 from mythos_dist.parallel.launcher import RankInfo, export_rank_info
 from mythos_dist.parallel.process import free_port, join_process_group, raise_on_all_ranks
 from mythos_dist.private import check_compile_caches
@@ -55,7 +55,7 @@ class Session:
 
     def close(self) -> None:
         """All ranks leave together."""
-        self.watchdog.enter("leaving")
+        self.watchdog.enter_phase("leaving")
         dist.barrier()
         self.watchdog.leave()
 
@@ -72,12 +72,14 @@ def join(config: Config, rank_info: RankInfo, stop: Stop) -> Session:
         rank_info = replace(
             rank_info, master_addr="127.0.0.1", master_port=free_port()
         )  # for libraries that ask; nobody has to listen
-    choose_interface(rank_info)
+    set_network_interface(rank_info)
     export_rank_info(rank_info)
-    recorder = Recorder()
-    session = Session(rank_info, stop, Watchdog(rank_info, Limits(faults.hang_after, faults.lost_after), recorder))
+    recorder = CollectiveRecorder()
+    session = Session(
+        rank_info, stop, Watchdog(rank_info, WatchdogLimits(faults.hang_after, faults.lost_after), recorder)
+    )
     session.phases["import"] = imported
-    cards, store = call(store, rank_info, card(config), faults.join_within)
+    cards, store = rendezvous(store, rank_info, card(config), faults.join_within)
     session.nodes = [card["node"] for card in cards]
     start_watchdog(session, store)
     session.timed("roll call")
@@ -106,8 +108,8 @@ def start_watchdog(session: Session, store: dist.Store) -> None:
             address = session.watchdog.serve(
                 session.nodes, listen_address(rank_info.master_addr, rank_info.master_port, one_node)
             )
-            store.set("watchdog", seal(secret, "watchdog", address))
-        address = unseal(secret, "watchdog", store.get("watchdog"))
+            store.set("watchdog", sign(secret, "watchdog", address))
+        address = verify(secret, "watchdog", store.get("watchdog"))
     except (dist.DistError, ValueError) as error:
         raise LostRankError(
             f"{rank_info}: where rank 0 on {rank_info.master_addr} listens is not known: {first_line(error)}"

@@ -14,18 +14,22 @@ from pathlib import Path
 import pytest
 
 from mythos_dist.errors import LostRankError, UserError
-from mythos_dist.ops.cluster import hub as hub_module
-from mythos_dist.ops.cluster.hub import STRANGERS, Limits
-from mythos_dist.ops.cluster.messages import Channel, challenge, derive, hello, launch_secret, seal, unseal
-from mythos_dist.ops.cluster.recorder import Recorder
+from mythos_dist.ops.cluster import watchdog_server
+from mythos_dist.ops.cluster.authentication import Channel, challenge, derive, hello, launch_secret, sign, verify
+from mythos_dist.ops.cluster.recorder import CollectiveRecorder
 from mythos_dist.ops.cluster.watchdog import Watchdog
+from mythos_dist.ops.cluster.watchdog_server import MAX_UNAUTHENTICATED, WatchdogLimits
 from mythos_dist.parallel.launcher import RankInfo
 
 pytestmark = pytest.mark.timeout(480)
 
 
 def watchdog(rank: int = 0, world: int = 2, lost_after: float = 60) -> Watchdog:
-    return Watchdog(RankInfo(rank, world, rank, world, master_addr="127.0.0.1"), Limits(600, lost_after), Recorder())
+    return Watchdog(
+        RankInfo(rank, world, rank, world, master_addr="127.0.0.1"),
+        WatchdogLimits(600, lost_after),
+        CollectiveRecorder(),
+    )
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def test_whatever_a_stranger_sends_ends_that_connection_only():
 
 def test_a_connection_that_proves_nothing_is_closed_in_time(monkeypatch):
     """A silent one and one that sends a byte now and then."""
-    monkeypatch.setattr(hub_module, "PROVE_WITHIN", 0.5)
+    monkeypatch.setattr(watchdog_server, "PROVE_WITHIN", 0.5)
     with served() as (_, address), connect(address) as silent, connect(address) as slow:
         slow.sendall(b"1")
         assert closed(silent) and closed(slow)
@@ -134,7 +138,7 @@ def test_no_crowd_of_strangers_keeps_ranks_out_or_fills_the_hub():
         assert first._hub
         for _ in range(456):
             stack.enter_context(connect(address))
-        wait_for(lambda: len(first._hub.strangers) <= STRANGERS + 2 if first._hub else False)
+        wait_for(lambda: len(first._hub.strangers) <= MAX_UNAUTHENTICATED + 2 if first._hub else False)
         first.start(address)
         second = watchdog(1)
         second.start(address)
@@ -244,7 +248,7 @@ def test_what_is_not_rank_0_is_an_error_with_words_for_a_rank(answer):
         server = threading.Thread(target=serve, args=(listener,))
         server.start()
         rank = watchdog(1, lost_after=3)
-        rank.limits = Limits(600, 1)
+        rank.limits = WatchdogLimits(600, 1)
         with pytest.raises(LostRankError, match="cannot connect to rank 0 on") as raised:
             rank.start(f"127.0.0.1 {listener.getsockname()[1]} 00")
         listener.shutdown(socket.SHUT_RDWR)
@@ -255,7 +259,7 @@ def test_what_is_not_rank_0_is_an_error_with_words_for_a_rank(answer):
 @pytest.mark.parametrize("address", ["", "x", "127.0.0.1 x y", "127.0.0.1 99999 00", "127.0.0.1 5 6 7", "\0 1 2"])
 def test_an_address_that_is_none_is_an_error_with_words(address):
     rank = watchdog(1, lost_after=3)
-    rank.limits = Limits(600, 0.3)
+    rank.limits = WatchdogLimits(600, 0.3)
     with pytest.raises(LostRankError, match="cannot connect to rank 0"):
         rank.start(address)
 
@@ -334,7 +338,7 @@ def test_rank_0_has_ended_with_or_without_a_reset(unread):
 def test_a_rank_that_never_connects_is_a_sign_of_an_end():
     """It was there at the roll call; without it rank 0 would wait for ten minutes."""
     first = watchdog()
-    first.limits = Limits(600, 0.1 - hub_module._CONNECT_MORE)
+    first.limits = WatchdogLimits(600, 0.1 - watchdog_server._CONNECT_MORE)
     first.serve(["a", "b"], "127.0.0.1")
     assert first._hub
     assert first._hub.finished.wait(60)
@@ -352,10 +356,10 @@ def test_the_secret_of_a_launch_comes_from_whatever_the_launcher_gives(tmp_path)
     ]  # fmt: skip
     found = [launch_secret(environment) for environment in environments]
     assert found[0] == b"" and len(set(found)) == len(found)
-    assert unseal(found[1], "card", seal(found[1], "card", "text")) == "text"
+    assert verify(found[1], "card", sign(found[1], "card", "text")) == "text"
     for secret, purpose in ((found[2], "card"), (found[1], "verdict")):
         with pytest.raises(ValueError):
-            unseal(secret, purpose, seal(found[1], "card", "text"))
+            verify(secret, purpose, sign(found[1], "card", "text"))
     file.chmod(0o640)
     with pytest.raises(UserError, match="that nobody else can read"):
         launch_secret({"MYTHOS_SECRET_FILE": str(file)})
@@ -365,6 +369,6 @@ def test_the_secret_of_a_launch_comes_from_whatever_the_launcher_gives(tmp_path)
 
 def test_many_ranks_speak_less_often_and_are_waited_for_longer():
     """500 of them a second, and nobody is lost who has missed no more than two turns."""
-    watchdog = Watchdog(RankInfo(world_size=20000), Limits(600, 30), Recorder())
+    watchdog = Watchdog(RankInfo(world_size=20000), WatchdogLimits(600, 30), CollectiveRecorder())
     assert watchdog.limits.lost_after == 120
-    assert Watchdog(RankInfo(world_size=400), Limits(600, 30), Recorder()).limits.lost_after == 30
+    assert Watchdog(RankInfo(world_size=400), WatchdogLimits(600, 30), CollectiveRecorder()).limits.lost_after == 30

@@ -7,7 +7,7 @@ import pytest
 
 from mythos_dist.config.arguments import add_config, number, parse_arguments, path_text, whole
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.inject import parse as parse_faults
+from mythos_dist.ops.cluster.inject import parse_faults
 
 
 def parse(line: list[str], optional: bool = False) -> argparse.Namespace:

@@ -264,13 +264,13 @@ def _hold(pattern: str) -> None:
 
 def _fail_at(step: int) -> None:
     """This rank raises what nobody expects when it begins a step."""
-    from mythos_dist.ops.cluster.inject import Faults
+    from mythos_dist.ops.cluster.inject import FaultInjector
 
-    def fail(self: Faults, at: int) -> None:
+    def fail(self: FaultInjector, at: int) -> None:
         if at == step:
             raise ZeroDivisionError("on order")
 
-    Faults.before = fail
+    FaultInjector.before_step = fail
 
 
 def _save_slowly(seconds: float) -> None:

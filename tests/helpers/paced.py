@@ -34,15 +34,15 @@ def main() -> None:
     folders = [text.removeprefix("run.dir=") for text in sys.argv if text.startswith("run.dir=")]
     # Asked before the roll call, which no rank passes alone: rank 0 has not claimed the folder yet.
     if folders and not Path(folders[-1], "writer.json").exists():
-        from mythos_dist.ops.cluster.inject import Faults
+        from mythos_dist.ops.cluster.inject import FaultInjector
 
-        before = Faults.before
+        before = FaultInjector.before_step
 
-        def wait(self: Faults, number: int) -> None:
+        def wait(self: FaultInjector, number: int) -> None:
             before(self, number)
             time.sleep(seconds if number >= step else 0)
 
-        Faults.before = wait
+        FaultInjector.before_step = wait
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 
 

@@ -14,7 +14,14 @@ from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.allocation import Allocation, check, is_finished, notes, read_hostfile, spread
+from mythos_dist.ops.cluster.allocation import (
+    Allocation,
+    check_allocation,
+    even_allocation,
+    is_finished,
+    layout_notes,
+    read_hostfile,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = str(REPOSITORY / "configs" / "tiny_cpu.yaml")
@@ -80,22 +87,22 @@ def test_a_host_with_other_slots_is_named_with_both_numbers_and_a_remedy(tmp_pat
 
 
 def test_ranks_are_dealt_out_evenly_or_refused_with_numbers_that_can_be():
-    assert spread(8, 2) == Allocation(2, 4)
+    assert even_allocation(8, 2) == Allocation(2, 4)
     with pytest.raises(UserError, match=r"7 ranks on 2 nodes.*one of \[6, 8\]"):
-        spread(7, 2)
+        even_allocation(7, 2)
     with pytest.raises(UserError, match="0 ranks on 0 nodes: give at least one of each"):
-        spread(0, 0)
+        even_allocation(0, 0)
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_refused():
     with pytest.raises(UserError, match=r"8 ranks per node, but a node gives 4 GPUs.*set the ranks per node to 4"):
-        spread(16, 2, gpus_per_node=4)
-    assert spread(16, 4, gpus_per_node=4).gpus_per_node == 4
+        even_allocation(16, 2, gpus_per_node=4)
+    assert even_allocation(16, 4, gpus_per_node=4).gpus_per_node == 4
 
 
 def test_a_layout_that_does_not_fit_is_refused_with_the_next_numbers_of_nodes_that_do():
     with pytest.raises(UserError) as refused:
-        check(config("parallel.tensor=2"), Allocation(3, 4), TINY)
+        check_allocation(config("parallel.tensor=2"), Allocation(3, 4), TINY)
     assert (
         refused.value.problems[-1]
         == "3 nodes x 4 ranks = 12 ranks do not fit; set the number of nodes to one of [2, 4]"
@@ -106,12 +113,12 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_next_numbers_of_nodes_th
 def test_more_ranks_than_a_layout_can_use_are_said_so():
     """tiny_cpu: 8 sequences a step in micro-batches of 1, so 8 replicas."""
     with pytest.raises(UserError, match=r"64 ranks do not fit, and this layout can use 16 at most.*nodes to 2"):
-        check(config("parallel.pipe=2"), Allocation(8, 8), TINY)
+        check_allocation(config("parallel.pipe=2"), Allocation(8, 8), TINY)
 
 
 def test_where_no_number_of_nodes_fits_that_is_said():
     with pytest.raises(UserError, match="no number of nodes with 5 ranks each does"):
-        check(config("parallel.tensor=2"), Allocation(2, 5), TINY)
+        check_allocation(config("parallel.tensor=2"), Allocation(2, 5), TINY)
 
 
 @settings(max_examples=30)
@@ -135,7 +142,7 @@ def test_numbers_of_nodes_that_are_proposed_fit_and_none_nearer_does(
 
     assume(not fits(nodes))
     with pytest.raises(UserError) as refused:
-        check(one, Allocation(nodes, ranks_per_node), TINY)
+        check_allocation(one, Allocation(nodes, ranks_per_node), TINY)
     last = refused.value.problems[-1]
     proposed = {int(n) for n in last.partition("set the number of nodes to ")[2].strip("one f[]").split(", ") if n}
     working = [n for n in range(1, batch * tensor * pipe + 1) if fits(n)]
@@ -157,7 +164,7 @@ def test_numbers_of_nodes_that_are_proposed_fit_and_none_nearer_does(
     ],
 )
 def test_what_wastes_is_noted(overrides, allocation, words):
-    (note,) = notes(config(*overrides.split()), allocation)
+    (note,) = layout_notes(config(*overrides.split()), allocation)
     assert words in note
 
 
@@ -171,7 +178,7 @@ def test_what_wastes_is_noted(overrides, allocation, words):
     ],
 )
 def test_nothing_is_noted_where_groups_lie_as_close_as_they_can(overrides, allocation):
-    assert notes(config(*overrides.split()), allocation) == []
+    assert layout_notes(config(*overrides.split()), allocation) == []
 
 
 # Is the run done?

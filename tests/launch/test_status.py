@@ -12,7 +12,7 @@ import pytest
 
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.status import Job, Status, duration, look, report
+from mythos_dist.ops.cluster.status import RunStatus, SlurmJob, format_duration, format_status, read_status
 
 REPOSITORY = Path(__file__).parents[2]
 NOW = 1_700_000_000.0
@@ -42,8 +42,8 @@ def run_folder(
     return folder
 
 
-def see(folder: Path, job: Job | None = None, patience: float = 120) -> Status:
-    return look(folder, patience, slurm=lambda number: job, now=NOW)
+def see(folder: Path, job: SlurmJob | None = None, patience: float = 120) -> RunStatus:
+    return read_status(folder, patience, slurm=lambda number: job, now=NOW)
 
 
 # States
@@ -57,7 +57,7 @@ def test_a_running_run_says_where_it_is_and_how_long_it_takes(tmp_path):
     assert seen.seconds_per_step == pytest.approx(2)
     assert seen.tokens_per_second == pytest.approx(TOKENS / 2)
     assert seen.eta_seconds == pytest.approx(120)
-    first, numbers, place = report(seen)
+    first, numbers, place = format_status(seen)
     assert first == f"{seen.run_dir}: running"
     assert numbers == "  step 40/100  loss 6.600  tokens/s 1.02k  2.00 s/step  40.0% done  2 min 0 s to go"
     assert place == "  start 1 on node1 (pid 77); sign of life 5 s ago, last step 1 s ago"
@@ -92,13 +92,13 @@ def test_a_stopped_run_is_stopped_or_waits_in_the_queue_or_starts_again(tmp_path
     folder = run_folder(tmp_path, state="stopped", why=why, slurm_job_id="12", slurm_restart_count="1", life=300)
     seen = see(folder)
     assert (seen.state, seen.why) == ("stopped", f"{why}; the same command goes on")
-    assert report(seen)[0] == f"{folder}: {why}; the same command goes on"
-    seen = see(folder, Job("PENDING", "BeginTime", 2))
+    assert format_status(seen)[0] == f"{folder}: {why}; the same command goes on"
+    seen = see(folder, SlurmJob("PENDING", "BeginTime", 2))
     assert (seen.state, seen.why) == ("requeued", f"job 12 waits in SLURM's queue (BeginTime); {why}")
-    seen = see(folder, Job("RUNNING", "None", 2))
+    seen = see(folder, SlurmJob("RUNNING", "None", 2))
     assert seen.state == "requeued"
     assert "started job 12 again, and ranks are joining" in seen.why
-    assert see(folder, Job("RUNNING", "None", 1)).state == "stopped"  # its script has not decided yet
+    assert see(folder, SlurmJob("RUNNING", "None", 1)).state == "stopped"  # its script has not decided yet
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_dead_is_who_gave_no_sign_of_life_for_a_minute_and_left_no_word(tmp_path
     seen = see(folder)
     assert (seen.state, seen.exit_code) == ("dead", 1)
     assert seen.why.startswith("no sign of life for 1 min 1 s: rank 0 was killed")
-    assert see(folder, Job("PENDING", "BeginTime", 1)).state == "requeued"
-    assert "end it with scancel" in see(folder, Job("RUNNING", "None", 0)).why
+    assert see(folder, SlurmJob("PENDING", "BeginTime", 1)).state == "requeued"
+    assert "end it with scancel" in see(folder, SlurmJob("RUNNING", "None", 0)).why
 
 
 def test_a_failed_run_is_dead_and_says_why(tmp_path):
@@ -167,7 +167,7 @@ def test_a_killed_process_of_this_host_is_dead_at_once(tmp_path):
             assert (seen.state, seen.exit_code) == ("dead", 1)
             assert seen.why.startswith(f"rank 0 (pid {running.pid}) does not run any more on this host")
             running.wait()
-    assert see(folder, Job("PENDING", "BeginTime", 1)).state == "dead"  # it is no job of SLURM's
+    assert see(folder, SlurmJob("PENDING", "BeginTime", 1)).state == "dead"  # it is no job of SLURM's
 
 
 def test_another_process_of_the_same_pid_does_not_count_and_other_machines_are_not_judged(tmp_path):
@@ -197,11 +197,11 @@ def test_whatever_is_in_the_files_there_is_a_status(tmp_path):
         stream.write(b"\n".join(bad) + b"\n")
     (folder / "restarts.jsonl").write_bytes(b'\xff\n{"start": [], "seconds_lost": "much", "why": 3}\n')
     seen = see(folder)
-    assert (seen.step, seen.loss) == (4, None) and report(seen)
+    assert (seen.step, seen.loss) == (4, None) and format_status(seen)
     (folder / "config.yaml").write_bytes(b"\xff")
     about = {"start": 2, "time": "now", "pid": [], "host": 3, "state": {}, "why": 5, "slurm_job_id": 1}
     (folder / "writer.json").write_text(json.dumps(about))
-    assert report(see(folder))
+    assert format_status(see(folder))
     for content in (b"", b"\xff", b"[]", b'{"start": 1'):
         (folder / "writer.json").write_bytes(content)
         with pytest.raises(UserError, match=r"writer\.json is damaged"):
@@ -227,7 +227,7 @@ def test_a_run_before_its_first_step_has_a_status(tmp_path):
     (folder / "config.yaml").write_text("model: {")  # it is being written
     seen = see(folder)
     assert (seen.state, seen.step, seen.steps, seen.loss, seen.eta_seconds) == ("running", 0, None, None, None)
-    assert report(seen)[1] == "  step 0"
+    assert format_status(seen)[1] == "  step 0"
 
 
 def test_the_last_restart_is_told(tmp_path):
@@ -235,7 +235,7 @@ def test_the_last_restart_is_told(tmp_path):
     line = {"start": 3, "why": "rank 3 on node2 ended without a word", "from_step": 30, "seconds_lost": 95.2}
     (folder / "restarts.jsonl").write_text(json.dumps({"start": 2}) + "\n" + json.dumps(line) + "\n")
     told = "  start 3 went on behind step 30, 1 min 35 s were lost: rank 3 on node2 ended without a word"
-    assert report(see(folder))[-1] == told
+    assert format_status(see(folder))[-1] == told
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
@@ -247,7 +247,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
 
 
 def test_durations_are_for_a_person():
-    told = [duration(seconds) for seconds in (0.4, 59, 61, 3600, 90000)]
+    told = [format_duration(seconds) for seconds in (0.4, 59, 61, 3600, 90000)]
     assert told == ["0 s", "59 s", "1 min 1 s", "1 h 0 min", "1 d 1 h"]
 
 

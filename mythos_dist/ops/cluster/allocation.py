@@ -25,7 +25,7 @@ from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
 from mythos_dist.units import count
 
 T = TypeVar("T")
-MOST = 100_000  # of nodes, of ranks on one, and of jobs in a chain: more is a slip
+MAX_COUNT = 100_000  # of nodes, of ranks on one, and of jobs in a chain: more is a slip
 _HOST_RULE = "use letters, digits, dots, hyphens and underscores, such as node1 or user@node1.cluster (no IPv6 address)"
 
 
@@ -64,8 +64,8 @@ def read_hostfile(path: str | Path) -> Allocation:
             problems.append(f"line {number}: {line!r} is not of the form `HOST slots=N`, such as `node1 slots=8`")
         elif not is_host(found[1]):
             problems.append(f"line {number}: {found[1]!r} is no host name: {_HOST_RULE}")
-        elif len(found[2]) > 6 or not 1 <= int(found[2]) <= MOST:
-            what = "gives no rank" if not found[2].strip("0") else f"gives more than {MOST:,} ranks"
+        elif len(found[2]) > 6 or not 1 <= int(found[2]) <= MAX_COUNT:
+            what = "gives no rank" if not found[2].strip("0") else f"gives more than {MAX_COUNT:,} ranks"
             problems.append(f"line {number}: {line[:300]!r} {what}; leave the host out, or set slots to 1 or more")
         elif found[1] in slots:
             problems.append(f"line {number}: {found[1]} stands there a second time; one line per host")
@@ -104,14 +104,16 @@ def _uneven(slots: dict[str, int]) -> list[str]:
     ]
 
 
-def spread(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocation:
+def even_allocation(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocation:
     """`ranks` on `nodes`. Raises UserError if they cannot be dealt out evenly, or a node lacks GPUs for them."""
     if ranks < 1 or nodes < 1:
         raise UserError(f"{count(ranks, 'rank')} on {count(nodes, 'node')}: give at least one of each")
-    if not 1 <= nodes <= MOST or not 1 <= ranks <= nodes * MOST:
-        raise UserError(f"{ranks} ranks on {nodes} nodes: give at most {MOST:,} nodes, and {MOST:,} ranks on each")
-    if gpus_per_node is not None and not 1 <= gpus_per_node <= MOST:
-        raise UserError(f"{gpus_per_node} GPUs per node: give 1 to {MOST:,}, or leave it out to compute on CPUs")
+    if not 1 <= nodes <= MAX_COUNT or not 1 <= ranks <= nodes * MAX_COUNT:
+        raise UserError(
+            f"{ranks} ranks on {nodes} nodes: give at most {MAX_COUNT:,} nodes, and {MAX_COUNT:,} ranks on each"
+        )
+    if gpus_per_node is not None and not 1 <= gpus_per_node <= MAX_COUNT:
+        raise UserError(f"{gpus_per_node} GPUs per node: give 1 to {MAX_COUNT:,}, or leave it out to compute on CPUs")
     if ranks % nodes:
         around = nearest(ranks, range(nodes, ranks + nodes + 1, nodes))
         raise UserError(
@@ -127,12 +129,12 @@ def spread(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocati
     return Allocation(nodes, ranks // nodes, gpus_per_node)
 
 
-def check(config: Config, allocation: Allocation, source: str) -> list[str]:
+def check_allocation(config: Config, allocation: Allocation, source: str) -> list[str]:
     """Notes about a layout that fits, a line each. Raises UserError, with all problems, if it does not."""
     problems = layout_problems(config, allocation.ranks)
     if problems:
         raise UserError([*problems, _fitting(config, allocation)], source=source)
-    return notes(config, allocation)
+    return layout_notes(config, allocation)
 
 
 def _fitting(config: Config, allocation: Allocation) -> str:
@@ -158,7 +160,7 @@ def _fitting(config: Config, allocation: Allocation) -> str:
     return f"{said}; set the number of nodes to {choices[0] if len(choices) == 1 else f'one of {choices}'}"
 
 
-def notes(config: Config, allocation: Allocation) -> list[str]:
+def layout_notes(config: Config, allocation: Allocation) -> list[str]:
     """What works but wastes: groups of ranks that lie on more nodes than they need, and GPUs without a rank."""
     found = []
     per_node, gpus = allocation.ranks_per_node, allocation.gpus_per_node
@@ -222,7 +224,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     where.add_argument("--finished", action="store_true", help="only say by exit code 0 or 1 if the run is done")
     where.add_argument("--write", type=Path, metavar="FILE", help="only write the whole config there")
     where.add_argument("--hosts", metavar="HOSTFILE", help="only print its hosts and slots, `HOST slots=N` a line")
-    add("--nodes", type=int, default=1, help="that the ranks are spread over evenly (%(default)s)")
+    add("--nodes", type=int, default=1, help="that the ranks are spread evenly over (%(default)s)")
     add("--gpus-per-node", type=int, help="that the scheduler gives")
     return parse_arguments(parser, arguments)
 
@@ -241,9 +243,9 @@ def main() -> None:
     if arguments.hosts or arguments.hostfile:
         allocation = _tried(errors, lambda: read_hostfile(arguments.hosts or arguments.hostfile))
     elif arguments.ranks is not None:
-        allocation = _tried(errors, lambda: spread(arguments.ranks, arguments.nodes, arguments.gpus_per_node))
+        allocation = _tried(errors, lambda: even_allocation(arguments.ranks, arguments.nodes, arguments.gpus_per_node))
     if config and allocation:
-        said = _tried(errors, lambda: check(config, allocation, arguments.config))
+        said = _tried(errors, lambda: check_allocation(config, allocation, arguments.config))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if errors or not config:

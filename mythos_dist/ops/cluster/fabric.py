@@ -22,7 +22,7 @@ def infiniband_ports(folder: Path = Path("/sys/class/infiniband")) -> dict[str, 
     return ports
 
 
-def choose_interface(rank_info: RankInfo, environment: MutableMapping[str, str] = os.environ) -> str:
+def set_network_interface(rank_info: RankInfo, environment: MutableMapping[str, str] = os.environ) -> str:
     """Tell gloo and NCCL which interface leads to rank 0, by this node's own name for it; what is set stays.
 
     Left to itself gloo listens at the address of the host's name, which on many systems is a loopback address, and one
@@ -30,19 +30,19 @@ def choose_interface(rank_info: RankInfo, environment: MutableMapping[str, str] 
     """
     if rank_info.world_size == rank_info.local_world_size:
         return ""
-    name, _ = outward(rank_info.master_addr, rank_info.master_port)
+    name, _ = interface_to(rank_info.master_addr, rank_info.master_port)
     if name:
         environment.setdefault("GLOO_SOCKET_IFNAME", name)
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this name and not all that begin so
     return name
 
 
-def outward(host: str, port: int) -> tuple[str, str]:
+def interface_to(host: str, port: int) -> tuple[str, str]:
     """(interface, our address on it) on the way to `host`, or else of the first one that is up; ("", "") without any.
 
     The host's own name leads to a loopback address on many systems, where no other node can reach it.
     """
-    address = own_address(host, port)
+    address = local_address_to(host, port)
     names = {
         entry.address: name
         for name, entries in psutil.net_if_addrs().items()
@@ -58,9 +58,9 @@ def outward(host: str, port: int) -> tuple[str, str]:
 
 def listen_address(host: str, port: int, one_node: bool) -> str:
     """Where rank 0 listens: its address on the way to the others, loopback on one node; "" (all) if none is known."""
-    address = own_address(host, port)
+    address = local_address_to(host, port)
     if not address or (is_loopback(address) and not one_node):
-        address = outward(host, port)[1]
+        address = interface_to(host, port)[1]
     return "" if address.startswith("fe80:") else address  # without the interface's name it leads nowhere
 
 
@@ -68,7 +68,7 @@ def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def own_address(host: str, port: int) -> str:
+def local_address_to(host: str, port: int) -> str:
     """Ours on the way to `host`; nothing is sent."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]

@@ -1,4 +1,4 @@
-"""Faults on order, to see what they do: `faults.inject=kill@3:1,bad_batch@7:0`. Off unless that is set.
+"""Fault injection for tests: `faults.inject=kill@3:1,bad_batch@7:0`. Off unless that is set.
 
 `kind@step:rank`. In the first start of a run and once: `kill` (SIGKILL), `freeze` (SIGSTOP), `hang` (an endless loop
 that answers), `usr1` and `term` (a signal to itself), each before the step; `nan` (in a gradient of the step). In every
@@ -30,7 +30,7 @@ class Fault(NamedTuple):
     rank: int
 
 
-def parse(text: str) -> list[Fault]:
+def parse_faults(text: str) -> list[Fault]:
     """Raises UserError, with every part that is no fault."""
     faults, problems = [], []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -48,18 +48,18 @@ def parse(text: str) -> list[Fault]:
 
 
 @dataclass
-class Faults:
+class FaultInjector:
     """Those of one rank in one start."""
 
     left: list[Fault]
 
     @staticmethod
-    def of(text: str, rank: int, start: int) -> "Faults":
+    def for_rank(text: str, rank: int, start: int) -> "FaultInjector":
         """What `faults.inject` means for a rank in start number `start` (from 1)."""
         again = ("bad_batch", "bad_link")
-        return Faults([f for f in parse(text) if f.rank == rank and (start == 1 or f.kind in again)])
+        return FaultInjector([f for f in parse_faults(text) if f.rank == rank and (start == 1 or f.kind in again)])
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """What is to happen before a step."""
         for fault in [fault for fault in self.left if fault.step == step]:
             if fault.kind in _SIGNALS or fault.kind == "hang":
@@ -70,7 +70,7 @@ class Faults:
                 time.sleep(1)
 
     @contextlib.contextmanager
-    def during(self, step: int, batch: int, model: "nn.Module") -> Iterator[None]:
+    def during_step(self, step: int, batch: int, model: "nn.Module") -> Iterator[None]:
         """Around a step's passes: a NaN in one gradient of this rank."""
         due = [fault for fault in self.left if fault[:2] in (("nan", step), ("bad_batch", batch))]
         if not due:

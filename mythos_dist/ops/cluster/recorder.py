@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos_dist.ops.cluster.rollcall import ranges
+from mythos_dist.ops.cluster.rendezvous import format_ranges
 
 _COLLECTIVES = (
     "all_reduce reduce broadcast all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor all_to_all "
@@ -25,7 +25,7 @@ _MESSAGES = {"send": "dst", "isend": "dst", "recv": "src", "irecv": "src"}
 
 
 @dataclass
-class Recorder:
+class CollectiveRecorder:
     """This rank's collectives."""
 
     begun: dict[str, int] = field(default_factory=dict)  # by group's name
@@ -51,7 +51,7 @@ class Recorder:
     def describe(self) -> str:
         """The last collective, for a person."""
         name, number, size = self.last
-        return name + (f" number {number} over ranks {ranges(self.members)}, {size:,} numbers" if number else "")
+        return name + (f" number {number} over ranks {format_ranges(self.members)}, {size:,} numbers" if number else "")
 
     def _wrap(self, name: str, function: Callable) -> Callable:
         names = list(inspect.signature(function).parameters)
@@ -91,10 +91,10 @@ def where() -> str:
     return f"{frame.f_code.co_filename.rpartition('/mythos_dist/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
-def blame(reports: dict[int, dict[str, Any]], ranks: int) -> tuple[list[int], str]:
+def find_blocking_ranks(reports: dict[int, dict[str, Any]], ranks: int) -> tuple[list[int], str]:
     """Who keeps the others waiting, and at what: ranks that did not begin a collective that another has begun.
 
-    `reports`: of the ranks that answered. A rank that waits for a third one is not to blame. Returns ([], "") if all of
+    `reports`: of the ranks that answered. A rank that waits for a third one is not blocking. Returns ([], "") if all of
     them have begun the same.
     """
     missing: dict[int, set[int]] = {}  # whom a rank waits for

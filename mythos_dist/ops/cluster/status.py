@@ -36,7 +36,7 @@ State = Literal["running", "finished", "requeued", "stopped", "hung", "dead"]
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What SLURM has of a job."""
 
     state: str  # PENDING, RUNNING, ...
@@ -45,7 +45,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """A run at one moment. None: not known (yet)."""
 
     run_dir: str
@@ -73,7 +73,7 @@ class Status:
         return 1 if self.state in ("hung", "dead") else 0
 
 
-def ask_slurm(job: str) -> Job | None:
+def query_slurm(job: str) -> SlurmJob | None:
     """None where there is no SLURM, or if it does not know the job any more."""
     if not shutil.which("squeue"):
         return None
@@ -84,15 +84,15 @@ def ask_slurm(job: str) -> Job | None:
         return None
     if len(answer) < 2 or not answer[1].isdecimal():
         return None
-    return Job(answer[0], answer[2].strip() if len(answer) > 2 else "", int(answer[1]))
+    return SlurmJob(answer[0], answer[2].strip() if len(answer) > 2 else "", int(answer[1]))
 
 
-def look(
+def read_status(
     run_dir: str | Path,
     patience: float = PATIENCE,
-    slurm: Callable[[str], Job | None] = ask_slurm,
+    slurm: Callable[[str], SlurmJob | None] = query_slurm,
     now: float | None = None,
-) -> Status:
+) -> RunStatus:
     """The status of the run in `run_dir` at `now` (unix seconds; None: this moment).
 
     patience: seconds without a step that are never called hung. Raises UserError if there is no run in the folder.
@@ -122,9 +122,9 @@ def look(
         limit = max(patience, config.faults.hang_after if config else 0)
         quiet = since_start
     completed = (folder / "COMPLETED").exists()
-    state, why = judge(writer, job, completed, since_life, quiet, limit, gone=is_running(writer) is False)
+    state, why = determine_state(writer, job, completed, since_life, quiet, limit, gone=is_running(writer) is False)
     eta = (steps - step) * seconds_per_step if state == "running" and steps and seconds_per_step else None
-    return Status(
+    return RunStatus(
         run_dir=str(run_dir),
         state=state,
         why=why,
@@ -146,9 +146,9 @@ def look(
     )
 
 
-def judge(
+def determine_state(
     writer: dict[str, Any],
-    job: Job | None,
+    job: SlurmJob | None,
     completed: bool,
     since_life: float,
     quiet: float,
@@ -163,7 +163,10 @@ def judge(
     said, why = writer.get("state", "running"), writer.get("why") or ""
     alive = said == "running" and since_life <= ALIVE_FOR and not gone
     if alive and quiet > limit:
-        return "hung", f"no step for {duration(quiet)}, though it shows life; logs/ in the run folder may say where"
+        return (
+            "hung",
+            f"no step for {format_duration(quiet)}, though it shows life; logs/ in the run folder may say where",
+        )
     if alive:
         return "running", ""
     if completed or said == "completed":
@@ -171,7 +174,7 @@ def judge(
     if said == "running" and gone:
         why = f"rank 0 (pid {writer.get('pid')}) does not run any more on this host, and left no word: it was killed"
     elif said == "running":
-        why = f"no sign of life for {duration(since_life)}: rank 0 was killed, or its node was lost"
+        why = f"no sign of life for {format_duration(since_life)}: rank 0 was killed, or its node was lost"
     name = f"job {writer.get('slurm_job_id')}"
     if job and job.state == "PENDING":
         return "requeued", f"{name} waits in SLURM's queue ({job.reason}); {why}"
@@ -186,7 +189,7 @@ def judge(
     return "dead", f"{why}{still}; the same command goes on from the newest checkpoint"
 
 
-def report(status: Status) -> list[str]:
+def format_status(status: RunStatus) -> list[str]:
     """The status for a person, as lines."""
     here = status
     told = here.why if here.why.startswith(here.state) else "; ".join(filter(None, (here.state, here.why)))
@@ -200,24 +203,24 @@ def report(status: Status) -> list[str]:
     if here.steps:
         numbers.append(f"{100 * here.step / here.steps:.1f}% done")
     if here.eta_seconds is not None:
-        numbers.append(f"{duration(here.eta_seconds)} to go")
+        numbers.append(f"{format_duration(here.eta_seconds)} to go")
     lines.append("  " + "  ".join(numbers))
     job = f", SLURM job {here.job}" + (f" ({here.job_state})" if here.job_state else "") if here.job else ""
-    last = "" if here.seconds_since_step is None else f", last step {duration(here.seconds_since_step)} ago"
-    life = duration(here.seconds_since_life)
+    last = "" if here.seconds_since_step is None else f", last step {format_duration(here.seconds_since_step)} ago"
+    life = format_duration(here.seconds_since_life)
     lines.append(f"  start {here.start} on {here.host} (pid {here.pid}){job}; sign of life {life} ago{last}")
     if here.restart:
         restart = here.restart
         lost = restart.get("seconds_lost")
         lines.append(
             f"  start {restart.get('start')} went on behind step {restart.get('from_step')}"
-            + (f", {duration(lost)} were lost" if lost is not None else "")
+            + (f", {format_duration(lost)} were lost" if lost is not None else "")
             + f": {restart.get('why')}"
         )
     return lines
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """For a person: 42 s, 3 min 10 s, 5 h 12 min, 3 d 4 h."""
     whole = max(0, round(seconds))
     for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):

@@ -26,9 +26,16 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from mythos_dist.errors import EXIT_LOST_RANK, LostRankError, first_line, report_to_launcher
-from mythos_dist.ops.cluster.hub import SETTLE, Hub, Limits, Message, Order, Report
-from mythos_dist.ops.cluster.messages import LINE_BYTES, Channel, challenge, derive, hello, launch_secret, welcome
-from mythos_dist.ops.cluster.recorder import Recorder, where
+from mythos_dist.ops.cluster.authentication import LINE_BYTES, Channel, challenge, derive, hello, launch_secret, welcome
+from mythos_dist.ops.cluster.recorder import CollectiveRecorder, where
+from mythos_dist.ops.cluster.watchdog_server import (
+    SETTLE_SECONDS,
+    Message,
+    Order,
+    Report,
+    WatchdogLimits,
+    WatchdogServer,
+)
 from mythos_dist.parallel.launcher import RankInfo
 
 log = logging.getLogger(__name__)
@@ -38,20 +45,20 @@ _CONNECTION_WORDS = ("onnection", "ocket", "NCCL", "imed out", "gloo", "roken pi
 class Watchdog:
     """One rank's side of it; on rank 0 the other side too."""
 
-    def __init__(self, rank_info: RankInfo, limits: Limits, recorder: Recorder):
+    def __init__(self, rank_info: RankInfo, limits: WatchdogLimits, recorder: CollectiveRecorder):
         # Rank 0 hears 500 ranks a second, whose words cost it a hundredth of a core.
         self._interval = max(1.0, rank_info.world_size / 500)
         limits = replace(limits, lost_after=max(limits.lost_after, 3 * self._interval))
         self.rank_info, self.limits, self.recorder = rank_info, limits, recorder
-        self.on_end: Callable[[str], None] = lambda why: None  # rank 0: write down why the run ends
-        self.on_alive: Callable[[], None] = lambda: None  # rank 0: called every ten seconds
+        self.on_failure: Callable[[str], None] = lambda why: None  # rank 0: write down why the run ends
+        self.keepalive: Callable[[], None] = lambda: None  # rank 0: called every ten seconds
         self._phase, self._since = "start", time.monotonic()
         self._leaving = self._failed = False
         self._leaves = threading.Event()  # the main thread is on its way out: `leave` or `fail`
         self._rank_0_ended = False
         self._socket: socket.socket | None = None
         self._channel: Channel | None = None
-        self._hub: Hub | None = None
+        self._hub: WatchdogServer | None = None
         self._send_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -59,8 +66,8 @@ class Watchdog:
         """On rank 0: listen at `address` for ranks on `nodes`. Returns what the others need to connect: host, port and
         a number of this start, which is no secret."""
         number = secrets.token_hex(8)
-        on_alive = lambda: self.on_alive()  # noqa: E731 - whatever it is by then
-        self._hub = Hub(nodes, self.limits, self._key(number), on_alive, address)
+        keepalive = lambda: self.keepalive()  # noqa: E731 - whatever it is by then
+        self._hub = WatchdogServer(nodes, self.limits, self._key(number), keepalive, address)
         return f"{address or self.rank_info.master_addr or '127.0.0.1'} {self._hub.port} {number}"
 
     def start(self, address: str) -> None:
@@ -95,11 +102,11 @@ class Watchdog:
                 raise ValueError("it refused this rank, or is not rank 0 of this launch (MYTHOS_SECRET differs?)")
         return Channel(key, self.rank_info.rank, theirs, ours, serves=False)
 
-    def enter(self, phase: str) -> None:
+    def enter_phase(self, phase: str) -> None:
         """A new phase begins: it may take `hang_after` seconds from now."""
         self._phase, self._since = phase, time.monotonic()
 
-    def get_on(self) -> None:
+    def heartbeat(self) -> None:
         """The present phase is a long one and has got on: it may take so long again."""
         self._since = time.monotonic()
 
@@ -109,7 +116,7 @@ class Watchdog:
         self._leaves.set()
         self._send(Message(bye=True))
         if self._hub:
-            self._hub.all_left.wait(SETTLE + 3)
+            self._hub.all_left.wait(SETTLE_SECONDS + 3)
 
     def fail(self, error: BaseException) -> None:
         """This rank ends with an error: let the others know, and wait until they do. Does not return if another rank
@@ -120,7 +127,7 @@ class Watchdog:
         self._failed = not consequence
         text = f"{type(error).__name__}: {first_line(error)}"[:2000]
         if self._failed and self.rank_info.rank == 0:
-            self.on_end(f"{self.rank_info} failed: {text}")
+            self.on_failure(f"{self.rank_info} failed: {text}")
         self._leaves.set()
         self._send(Message(failed=text, cause=self._failed))
         # The verdict, the end of rank 0 or its silence: one of them comes.
@@ -154,7 +161,9 @@ class Watchdog:
         why, of_rank_0 = self._watch(self._socket, self._channel)
         if of_rank_0:
             self._rank_0_ended = True
-            self._leaves.wait(SETTLE + 3)  # this rank may be on its way out by itself, and say more than we could
+            self._leaves.wait(
+                SETTLE_SECONDS + 3
+            )  # this rank may be on its way out by itself, and say more than we could
         if not self._failed:
             self._end(why)
 
@@ -212,11 +221,11 @@ class Watchdog:
         if self.rank_info.rank == 0:
             report_to_launcher(EXIT_LOST_RANK)
             try:
-                self.on_end(why)
+                self.on_failure(why)
             except Exception:
                 log.exception("why the run ends could not be written down")
             if self._hub:
-                self._hub.finished.wait(SETTLE + 10)  # the others still have to hear of it
+                self._hub.finished.wait(SETTLE_SECONDS + 10)  # the others still have to hear of it
         logging.shutdown()
         os._exit(EXIT_LOST_RANK)
 

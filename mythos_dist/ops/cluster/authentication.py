@@ -72,13 +72,13 @@ def derive(secret: bytes, *parts: str) -> bytes:
     return hmac.digest(secret, "\0".join(parts).encode(), "sha256")
 
 
-def seal(secret: bytes, purpose: str, text: str) -> str:
+def sign(secret: bytes, purpose: str, text: str) -> str:
     """`text` with its MAC, for a place where others can write."""
     return f"{derive(secret, purpose, text).hex()} {text}"
 
 
-def unseal(secret: bytes, purpose: str, sealed: bytes | str) -> str:
-    """What `seal` was given. Raises ValueError if it was changed, or was sealed with another secret or purpose."""
+def verify(secret: bytes, purpose: str, sealed: bytes | str) -> str:
+    """What `sign` was given. Raises ValueError if it was changed, or was sealed with another secret or purpose."""
     try:
         text = sealed if isinstance(sealed, str) else sealed.decode()
         mac, _, text = text.partition(" ")

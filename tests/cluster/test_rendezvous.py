@@ -9,9 +9,9 @@ import torch.distributed as dist
 from helpers.launch import launch, train, train_here
 
 from mythos_dist.errors import LostRankError
-from mythos_dist.ops.cluster.messages import seal
-from mythos_dist.ops.cluster.recorder import blame
-from mythos_dist.ops.cluster.rollcall import call, differences, ranges
+from mythos_dist.ops.cluster.authentication import sign
+from mythos_dist.ops.cluster.recorder import find_blocking_ranks
+from mythos_dist.ops.cluster.rendezvous import find_mismatches, format_ranges, rendezvous
 from mythos_dist.parallel.launcher import RankInfo
 
 
@@ -20,23 +20,23 @@ def card(node: str, code: str = "a", config: str = "x") -> dict[str, str]:
 
 
 def test_a_node_in_the_minority_is_blamed():
-    assert differences([card("n1"), card("n1"), card("n2"), card("n2")]) == ([], [])
-    problems, nodes = differences([card("n1"), card("n2", code="b"), card("n3")])
+    assert find_mismatches([card("n1"), card("n1"), card("n2"), card("n2")]) == ([], [])
+    problems, nodes = find_mismatches([card("n1"), card("n2", code="b"), card("n3")])
     assert nodes == ["n2"] and problems[0].startswith("the code on n2 is b, and elsewhere a; ")
 
 
 def test_without_a_majority_and_for_a_config_nobody_is_blamed():
     """One of two nodes is other than the first, by its name; who is right only the user knows."""
-    problems, nodes = differences([card("n1"), card("n2", code="b")])
+    problems, nodes = find_mismatches([card("n1"), card("n2", code="b")])
     assert nodes == [] and "the code on n2 is b, and elsewhere a" in problems[0]
-    problems, nodes = differences([card("n1"), card("n2", config="y"), card("n3")])
+    problems, nodes = find_mismatches([card("n1"), card("n2", config="y"), card("n3")])
     assert nodes == [] and "the config on n2" in problems[0]
-    problems, _ = differences([card("n1"), card("n1", code="b")])
+    problems, _ = find_mismatches([card("n1"), card("n1", code="b")])
     assert problems == ["the code differs between ranks of n1; start all of them with the same"]
 
 
 def test_ranges():
-    assert ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3, 7-9" and ranges([]) == ""
+    assert format_ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3, 7-9" and format_ranges([]) == ""
 
 
 def report(group: str, members: list[int], begun: dict[str, int], last: str = "all_reduce") -> dict:
@@ -51,14 +51,14 @@ def test_who_did_not_arrive():
         2: report("world", [0, 1, 2], {"world": 7}),
         3: report("pair", [1, 3], {"pair": 4}),
     }
-    assert blame(reports, 4) == ([2], "all_reduce")
+    assert find_blocking_ranks(reports, 4) == ([2], "all_reduce")
     del reports[2]  # it does not even answer
-    assert blame(reports, 4) == ([2], "all_reduce")
+    assert find_blocking_ranks(reports, 4) == ([2], "all_reduce")
 
 
 def test_ranks_that_have_begun_the_same_blame_nobody():
     both = {rank: report("world", [0, 1], {"world": 5}) for rank in (0, 1)}
-    assert blame(both, 2) == ([], "")
+    assert find_blocking_ranks(both, 2) == ([], "")
 
 
 def test_ranks_that_wait_for_each_other_are_both_named():
@@ -67,7 +67,7 @@ def test_ranks_that_wait_for_each_other_are_both_named():
         0: report("a", [0, 1], {"a": 1}),
         1: report("b", [0, 1], {"b": 1}),
     }
-    assert blame(reports, 2)[0] == [0, 1]
+    assert find_blocking_ranks(reports, 2)[0] == [0, 1]
 
 
 def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60) -> dict[int, Any]:
@@ -76,7 +76,7 @@ def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60
 
     def one(rank: int) -> None:
         try:
-            outcomes[rank] = call(store, RankInfo(rank, world, node=f"n{rank}"), {"the code": "a"}, seconds)[0]
+            outcomes[rank] = rendezvous(store, RankInfo(rank, world, node=f"n{rank}"), {"the code": "a"}, seconds)[0]
         except LostRankError as error:
             outcomes[rank] = error
 
@@ -120,10 +120,10 @@ BAD_CARDS = [
 def test_cards_that_are_none_are_not_believed_and_end_nothing(sealed, monkeypatch):
     """Anybody can write into torch's store. A rank's own card may still come; else it counts as missing."""
     number = "0" * 32  # of the start: known before it, so the card is there when rank 0 first looks
-    monkeypatch.setattr("mythos_dist.ops.cluster.rollcall.secrets.token_hex", lambda size: number[: 2 * size])
+    monkeypatch.setattr("mythos_dist.ops.cluster.rendezvous.secrets.token_hex", lambda size: number[: 2 * size])
     for text in BAD_CARDS[:: 1 if sealed else 6]:
         store = dist.HashStore()
-        store.set(f"{number}/card/1", seal(b"", f"card 1 {number}", text) if sealed else text)
+        store.set(f"{number}/card/1", sign(b"", f"card 1 {number}", text) if sealed else text)
         outcomes = called(store, 2, [0], seconds=0.4)
         assert outcomes[0].exit_code == 4, text
         assert "rank 1 (there are ranks on n0) of 2 did not report" in str(outcomes[0])
@@ -133,10 +133,10 @@ def test_cards_that_are_none_are_not_believed_and_end_nothing(sealed, monkeypatc
 def test_a_verdict_that_is_none_is_not_believed(monkeypatch):
     """Of a forged start, and of one that is signed with another secret: the rank goes on waiting, then says why."""
     monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
-    for start in (b"\xff", b"[" * 1000, seal(b"", "start", "0" * 32).encode(), b""):
+    for start in (b"\xff", b"[" * 1000, sign(b"", "start", "0" * 32).encode(), b""):
         store = dist.HashStore()
         store.set("start", start.decode("latin1"))
-        monkeypatch.setattr("mythos_dist.ops.cluster.rollcall._READ_MORE", 0.3)
+        monkeypatch.setattr("mythos_dist.ops.cluster.rendezvous._READ_MORE", 0.3)
         outcomes = called(store, 2, [1], seconds=0.1)
         assert outcomes[1].exit_code == 4 and "cannot be used: it is not signed with the secret" in str(outcomes[1])
 

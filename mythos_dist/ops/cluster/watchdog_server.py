@@ -1,9 +1,9 @@
 """Rank 0's side of the watchdog: a thread that hears all ranks and comes to a verdict.
 
-Whoever reaches its port may connect, so until a connection has proved that it is a rank of this run
-(`cluster/messages.py`) it gets one short line, a few seconds, and one of few places; the oldest stranger makes room for
-the next. When all ranks are there the port closes. What goes wrong on one connection ends that one only, and nothing
-that a rank reports is used before it was checked.
+Anyone who reaches its port may connect. Until a connection has authenticated itself as a rank of this run
+(`authentication.py`), it may send one short line within a few seconds, and the number of such connections is limited:
+a new one closes the oldest. Once all ranks are connected, the port is closed. An error on one connection ends only that
+connection, and whatever a rank sends is validated before it is used.
 """
 
 import contextlib
@@ -21,14 +21,18 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from mythos_dist.errors import UserError, first_line
-from mythos_dist.ops.cluster.messages import LINE_BYTES, Channel, challenge, read_hello, welcome
-from mythos_dist.ops.cluster.recorder import blame
+from mythos_dist.ops.cluster.authentication import LINE_BYTES, Channel, challenge, read_hello, welcome
+from mythos_dist.ops.cluster.recorder import find_blocking_ranks
 
 log = logging.getLogger(__name__)
 
-SETTLE = 1.0  # seconds from the first sign of an end to the verdict: the rank that died first may be heard of last
+SETTLE_SECONDS = (
+    1.0  # seconds from the first sign of an end to the verdict: the rank that died first may be heard of last
+)
 PROVE_WITHIN = 5.0  # seconds from connecting
-STRANGERS = 64  # connections that may be unproved at the same time, besides one for each rank that is still to come
+MAX_UNAUTHENTICATED = (
+    64  # connections that may be unproved at the same time, besides one for each rank that is still to come
+)
 _OTHER_FILES = 1024  # that rank 0 keeps open for all else
 _CONNECT_MORE = 5.0  # seconds more than `lost_after`, in which ranks themselves give up, that they may take to connect
 _GONE_WITHIN = 2.0  # seconds in which ranks have read the verdict and end
@@ -50,7 +54,7 @@ class Report(_Strict):
     at: _Text
 
     def check(self, ranks: int) -> None:
-        """Raises ValueError if `blame` could not work on it."""
+        """Raises ValueError if `find_blocking_ranks` could not work on it."""
         if not all(0 <= rank < ranks for rank in self.members):
             raise ValueError(f"members {self.members[:8]} of {ranks} ranks")
         if self.members and self.group not in self.begun:
@@ -77,7 +81,7 @@ class Order(_Strict):
 
 
 @dataclass(frozen=True)
-class Limits:
+class WatchdogLimits:
     """Seconds."""
 
     hang_after: float
@@ -102,11 +106,11 @@ class _Peer:
 
 
 @dataclass
-class Hub:
+class WatchdogServer:
     nodes: list[str]  # of all ranks
-    limits: Limits
+    limits: WatchdogLimits
     key: bytes
-    on_alive: Callable[[], Any]
+    keepalive: Callable[[], Any]
     address: str = ""  # where to listen; empty: everywhere
     peers: dict[int, _Peer] = field(default_factory=dict)
     strangers: dict[socket.socket, _Peer] = field(default_factory=dict)  # in the order in which they came
@@ -115,7 +119,7 @@ class Hub:
     hang: str = ""  # what hangs, once reports were asked for
 
     def __post_init__(self):
-        _allow_files(len(self.nodes) + STRANGERS + _OTHER_FILES)
+        _allow_files(len(self.nodes) + MAX_UNAUTHENTICATED + _OTHER_FILES)
         self._listener = _listen(self.address)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
@@ -151,7 +155,7 @@ class Hub:
         if now - self._alive > 10:
             self._alive = now
             try:
-                self.on_alive()
+                self.keepalive()
             except Exception as error:  # a file system that is away for a moment
                 log.warning("the sign of life could not be written: %s", error)
         self._look(now)
@@ -179,7 +183,7 @@ class Hub:
                 self._accept_again = time.monotonic() + 0.5
             return
         connection.setblocking(False)
-        if len(self.strangers) >= STRANGERS + len(self.nodes) - len(self.peers):
+        if len(self.strangers) >= MAX_UNAUTHENTICATED + len(self.nodes) - len(self.peers):
             self._drop_oldest_stranger()
         peer = _Peer(connection, time.monotonic(), challenge())
         self.strangers[connection] = peer
@@ -319,7 +323,7 @@ class Hub:
         self.signs.append((rank_of_sign, text))
         if self.decide_at is None:
             # Of a rank that says nothing others ask first what they wait for.
-            self.decide_at = time.monotonic() + SETTLE
+            self.decide_at = time.monotonic() + SETTLE_SECONDS
             for peer in list(self.peers.values()):
                 if not peer.left:
                     self._tell(peer, {"report": text})
@@ -330,7 +334,7 @@ class Hub:
         why = "; ".join(texts[:8])
         if self.hang:
             reports = {peer.rank: peer.report for peer in self.peers.values() if peer.report}
-            guilty, waits_at = blame(reports, len(self.nodes))
+            guilty, waits_at = find_blocking_ranks(reports, len(self.nodes))
             why = self.hang
             if guilty:
                 named = [

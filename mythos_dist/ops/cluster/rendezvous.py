@@ -21,7 +21,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from mythos_dist.errors import LostRankError, NodeError, UserError, first_line
-from mythos_dist.ops.cluster.messages import launch_secret, seal, unseal
+from mythos_dist.ops.cluster.authentication import launch_secret, sign, verify
 from mythos_dist.parallel.launcher import RankInfo, nodes_of_ranks
 
 Card = dict[str, str]  # what a rank reports; `node` is its host, `start` a random number of its process
@@ -99,7 +99,7 @@ def _unreachable(rank_info: RankInfo, seconds: float) -> LostRankError:
     return error
 
 
-def call(store: dist.Store, rank_info: RankInfo, card: Card, seconds: float) -> tuple[list[Card], dist.Store]:
+def rendezvous(store: dist.Store, rank_info: RankInfo, card: Card, seconds: float) -> tuple[list[Card], dist.Store]:
     """The cards of all ranks, and a store for this start alone. All ranks leave with the same verdict.
 
     Raises LostRankError on every rank if some are missing after `seconds`, NodeError or UserError if they do not agree.
@@ -132,14 +132,14 @@ def _judge_all(
     """On rank 0."""
     number = secrets.token_hex(16)
     ours = dist.PrefixStore(number, store)
-    ours.set("card/0", seal(secret, f"card 0 {number}", json.dumps(card)))
-    store.set("start", seal(secret, "start", number))
+    ours.set("card/0", sign(secret, f"card 0 {number}", json.dumps(card)))
+    store.set("start", sign(secret, "start", number))
 
     def read(rank: int, text: bytes) -> Card:
-        return _checked(_CARD.validate_json(unseal(secret, f"card {rank} {number}", text)))
+        return _checked(_CARD.validate_json(verify(secret, f"card {rank} {number}", text)))
 
     verdict = _judge(ours, rank_info, seconds, read)
-    ours.set("verdict", seal(secret, f"verdict {number}", verdict.model_dump_json()))
+    ours.set("verdict", sign(secret, f"verdict {number}", verdict.model_dump_json()))
     if verdict.problems:
         _await_readers(ours, verdict)
     return verdict, ours
@@ -161,13 +161,13 @@ def _await_verdict(
     ours = store
     while time.monotonic() < end:
         try:
-            if store.check(["start"]) and (found := unseal(secret, "start", store.get("start"))) != number:
+            if store.check(["start"]) and (found := verify(secret, "start", store.get("start"))) != number:
                 if not re.fullmatch("[0-9a-f]{32}", found):
                     raise ValueError(f"{found[:40]!r} is no number of a start")
                 number, ours = found, dist.PrefixStore(found, store)
-                ours.set(f"card/{rank_info.rank}", seal(secret, f"card {rank_info.rank} {number}", json.dumps(card)))
+                ours.set(f"card/{rank_info.rank}", sign(secret, f"card {rank_info.rank} {number}", json.dumps(card)))
             if number and ours.check(["verdict"]):
-                verdict = Verdict.model_validate_json(unseal(secret, f"verdict {number}", ours.get("verdict")))
+                verdict = Verdict.model_validate_json(verify(secret, f"verdict {number}", ours.get("verdict")))
                 if verdict.starts.get(str(rank_info.rank)) == card["start"]:
                     ours.set(f"read/{rank_info.rank}", "")
                     return _checked_verdict(verdict, rank_info), ours
@@ -205,7 +205,7 @@ def _judge(store: dist.Store, rank_info: RankInfo, seconds: float, read: Callabl
         problems = [text, *(f"what lies there as the card of rank {rank}: {why}" for rank, why in unread.items())]
         return Verdict(starts=starts, problems=problems, nodes=nodes, lost=True)
     everyone = [cards[rank] for rank in range(rank_info.world_size)]
-    problems, nodes = differences(everyone)
+    problems, nodes = find_mismatches(everyone)
     return Verdict(starts=starts, cards=everyone, problems=problems, nodes=nodes)
 
 
@@ -253,10 +253,10 @@ def _who(ranks: set[int], cards: Mapping[int, Card]) -> str:
     known = f" ({', '.join(nodes)})" if nodes else ""
     if not known and cards:
         known = f" (there are ranks on {', '.join(sorted({card['node'] for card in cards.values()}))})"
-    return f"{'ranks' if len(ranks) > 1 else 'rank'} {ranges(ranks)}{known}"
+    return f"{'ranks' if len(ranks) > 1 else 'rank'} {format_ranges(ranks)}{known}"
 
 
-def differences(cards: list[Card]) -> tuple[list[str], list[str]]:
+def find_mismatches(cards: list[Card]) -> tuple[list[str], list[str]]:
     """What cards do not agree on, a line each, and the nodes in the minority.
 
     No node is blamed where there is no majority, and none for a config: that one is the user's.
@@ -286,7 +286,7 @@ def differences(cards: list[Card]) -> tuple[list[str], list[str]]:
     return problems, sorted(set(blamed))
 
 
-def ranges(numbers: set[int] | list[int]) -> str:
+def format_ranges(numbers: set[int] | list[int]) -> str:
     """{0, 1, 2, 5}: "0-2, 5"."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
