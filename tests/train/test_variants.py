@@ -22,8 +22,8 @@ from mythos_dist.ops.plan.write import BEGIN, END, planned_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 README = (CONFIGS.parent / "README.md").read_text()
-NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b"]  # those that take longest first
-SHORT = ("1t", "3b")  # with a pipeline and without, on many nodes and on one
+NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b", "300m"]  # those that take longest first
+SHORT = ("1t", "3b", "300m")  # with a pipeline and without, on many nodes, one node and one GPU
 
 EACH = pytest.mark.parametrize(
     "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
