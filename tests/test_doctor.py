@@ -219,7 +219,7 @@ def test_kernels_of_a_config(overrides, facts, gpus, topic, status, words):
     says(lines[topic], status, *words.split("|"))
 
 
-def test_the_readme_shows_what_is_said():
+def test_the_docs_show_the_output():
     """Its lines about a GPU and kernels, word for word, of a machine without GPUs and packages."""
     facts = Kernels({"megablocks": "stk cannot be imported (No module named 'stk')", "flash_attn": "missing"}, {})
     config = configured("experts.backend=megablocks")
@@ -227,7 +227,7 @@ def test_the_readme_shows_what_is_said():
     wanted = [
         line for line in doctor.shown(told) if not line.startswith(("  ok       torch", "  ok       train.dtype"))
     ]
-    readme = (REPOSITORY / "README.md").read_text()
+    readme = (REPOSITORY / "docs" / "running.md").read_text()
     assert len(wanted) == 5 and [line for line in wanted if line not in readme] == []
 
 

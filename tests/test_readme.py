@@ -1,4 +1,4 @@
-"""What the README shows is what happens."""
+"""What the README and docs/ show is what the commands print."""
 
 import re
 import subprocess
@@ -10,6 +10,10 @@ import pytest
 pytestmark = pytest.mark.launch
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
+PAGES = {
+    path.name: path.read_text() for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+}
+ALL = "\n".join(PAGES.values())
 
 
 def test_the_python_example_runs():
@@ -21,8 +25,8 @@ def test_the_python_example_runs():
 
 
 def test_the_errors_shown_are_the_errors_printed():
-    """The commands of the README that are mistakes, their output word for word, and exit code 2."""
-    examples = re.findall(r"\$ python (-m mythos_dist\.train .*?)\n(.*?)```", README, flags=re.DOTALL)
+    """The commands that are mistakes, their output word for word, and exit code 2."""
+    examples = re.findall(r"\$ python (-m mythos_dist\.train .*?)\n(.*?)```", ALL, flags=re.DOTALL)
     assert len(examples) == 2
     for command, shown in examples:
         result = subprocess.run(
@@ -32,15 +36,24 @@ def test_the_errors_shown_are_the_errors_printed():
 
 
 def test_the_plan_shown_is_the_plan_printed():
-    (command, shown), *_ = re.findall(r"\$ python (tools/plan\.py --variant .*?)\n(.*?)```", README, flags=re.DOTALL)
+    (command, shown), *_ = re.findall(r"\$ python (tools/plan\.py --variant .*?)\n(.*?)```", ALL, flags=re.DOTALL)
     result = subprocess.run(
         [sys.executable, *command.split()], capture_output=True, text=True, cwd=REPOSITORY, timeout=240
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, shown, "")
 
 
-def test_every_file_that_the_readme_names_is_there():
-    """Paths in code spans and commands, but for what a run makes."""
-    named = set(re.findall(r"\b(?:tools|configs|benchmarks)/[\w./-]*\w", README)) | {"DECISIONS.md", "CHANGELOG.md"}
-    assert {"tools/make_shards.py", "configs/1b.yaml"} <= named
-    assert [name for name in sorted(named) if not (REPOSITORY / name).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    """Paths in code spans and commands, but for what a run makes; targets of links."""
+    folder = REPOSITORY if page == "README.md" else REPOSITORY / "docs"
+    links = set(re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page]))
+    assert [link for link in sorted(links) if not (folder / link).exists()] == []
+    named = re.findall(r"\b(?:tools|configs|benchmarks|tests|experiments|mythos_dist)/[\w./-]*\w", PAGES[page])
+    assert [name for name in sorted(set(named)) if not (REPOSITORY / name).exists()] == []
+
+
+def test_the_readme_is_short_and_its_first_lines_name_the_map():
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    assert "docs/architecture.md" in "\n".join(lines[:10])

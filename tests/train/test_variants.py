@@ -21,7 +21,7 @@ from mythos_dist.ops.plan.report import beside
 from mythos_dist.ops.plan.write import BEGIN, END, planned_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-README = (CONFIGS.parent / "README.md").read_text()
+PLANNING = (CONFIGS.parent / "docs" / "planning.md").read_text()
 NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b", "300m"]  # those that take longest first
 SHORT = ("1t", "3b", "300m")  # with a pipeline and without, on many nodes, one node and one GPU
 
@@ -92,8 +92,8 @@ def test_a_configs_comment_is_what_the_tools_say(name, dry):
 
 
 @pytest.mark.parametrize("name", ["1t"])
-def test_the_readme_shows_the_plan_and_the_dry_run(name, dry):
-    shown = README[README.index("rank 0 of 4096:") :].splitlines()[1:]
+def test_the_docs_show_the_plan_and_the_dry_run(name, dry):
+    shown = PLANNING[PLANNING.index("rank 0 of 4096:") :].splitlines()[1:]
     lines = beside(estimate_of(name), dry[name][0])
     assert shown[: len(lines)] == lines
 
