@@ -1,5 +1,8 @@
-"""What each loop's state counts: the last one's alone, or by halting probabilities (ACT, Graves 2016; PonderNet, Banino
-et al. 2021; Ouro, Zhu et al. 2025)."""
+"""Halting: the weight that each loop's state has in the output of the loops, by `act.mode`.
+
+off: the last loop's state is the output. reference and safe: the sum of all states, weighted by halting probabilities
+(ACT, Graves 2016). ponder: a distribution over loops (PonderNet, Banino et al. 2021; Ouro, Zhu et al. 2025).
+"""
 
 # B batch, S' tokens of each sequence on this rank, D model.
 
@@ -9,72 +12,147 @@ import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, MythosConfig
+from mythos_dist.model.loops import Loops
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import replicated
 
 
 class Halting(nn.Module):
-    """The probability that a token halts after this loop, and the weight its state gets; `act.mode` says how.
-
-    off: the last loop's state gets weight 1, the others 0; the layer is there all the same, so that checkpoints do not
-    depend on the mode. reference and safe: a token whose cumulative probability reaches the threshold gets what is left
-    of 1 and halts. In the last loop safe gives tokens that are still running what is left as well, so weights sum to 1
-    at any number of loops; the reference loses that mass (0.45 of it at one loop). ponder: the probability is that of
-    halting now if not before; weights are the resulting distribution over loops in training, and otherwise 1 at the
-    first loop where its sum reaches the threshold.
-    """
+    """The halting layer and what the modes have in common. Every mode has the layer, so that checkpoints do not depend
+    on the mode."""
 
     def __init__(self, config: MythosConfig, act: ActConfig, mesh: Mesh):
         super().__init__()
-        self.mode = act.mode_of(config)
         self.cost, self.kl, self.prior = act.ponder_cost, act.kl, act.prior
         self.halt = replicated(nn.Linear(config.dim, 1), mesh)
-        self.dim = config.dim
         self.threshold = config.act_threshold
-        self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that a sequence's tokens are spread over
+        self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that share a sequence's tokens
 
-    @property
-    def regularised(self) -> bool:
-        """Whether `loss` is anything but 0."""
-        return self.cost > 0 or self.kl > 0
+    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """h (B, S', D) after a loop, halted (B, S') fp32 before it -> weight of h (B, S') fp32, `halted` after it."""
+        raise NotImplementedError
 
-    def idle(self, like: Tensor) -> Tensor:
-        """A zero in fp32, made with the parameters of no token: through the layer, where ZeRO-3 gathers them.
+    def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
+        """The output (B, S', D) fp32 before loop t -> after it, with its state h and the weight of h."""
+        return torch.addcmul(output, weight.unsqueeze(-1), h.float())
 
-        like: (…, D), for its kind of numbers and its device."""
-        return self.halt(like.new_zeros(0, self.dim)).float().sum()
+    def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
+        """The output (B, S', D) if the loop with state h were the last; `output` and `halted` are those before it."""
+        return h
 
-    def forward(self, h: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """h (B, S', D), mass (B, S') fp32, cumulative -> weight (B, S') fp32, the new mass."""
-        p = torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(mass)
-        if self.mode == "ponder":
-            return self._ponder(p, mass, last)
-        running = mass < self.threshold
-        p = p * running
-        rest = (1.0 - mass) * running  # of those that run it is positive: their mass is below the threshold
-        new_mass = mass + p
-        # In the last loop too the halting layer takes part: a stage that runs no other must have a gradient for it.
-        halts = torch.ones_like(running) if last and self.mode == "safe" else new_mass >= self.threshold
-        return torch.where(halts, rest, p), new_mass
+    def readout_weight(self, weight: Tensor, t: int, loops: Loops) -> Tensor:
+        """The weight (B, S') fp32 of the loss of loop t's readout: 1 / (loops with gradient)."""
+        return loops.even_weight(t, like=weight)
 
-    def _ponder(self, p: Tensor, mass: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        # The last loop takes the rest whatever p is; with a zero of p, for a stage that runs no other.
-        weight = (1.0 - mass) * (1.0 + 0.0 * p if last else p)
-        new_mass = mass + weight
-        if torch.is_grad_enabled() and self.training:
-            return weight, new_mass
-        leaves = (mass < self.threshold) & ((new_mass >= self.threshold) | last)
-        return leaves.float(), new_mass
+    def all_halted(self, halted: Tensor) -> bool:
+        """Whether all further loops have weight zero. Waits for the GPU."""
+        return bool((halted >= self.threshold).all())
 
-    def loss(self, weight: Tensor, t: int | Tensor, n_loops: int | Tensor, last: bool) -> Tensor:
-        """One loop's part of what halting costs, (): ponder_cost * expected loops + kl * KL(weights, prior), mean over
-        tokens. weight (B, S'), loop t from 0 of n_loops, each for all or (B,).
-        """
+    def probability(self, h: Tensor, halted: Tensor) -> Tensor:
+        """The halting layer's output for h (B, S', D), a probability (B, S') in fp32."""
+        return torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(halted)
+
+    def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
+        """Add loop t's part of ponder_cost * E[loops] + kl * KL(weights, prior), mean over tokens; weight (B, S')."""
+        if self.cost == 0 and self.kl == 0:
+            return aux_loss
+        index, depths = loops.own_index(t), loops.n_loops if loops.depths is None else loops.depths
         like = weight.new_zeros(weight.shape[0], 1)
-        t, n_loops = (like + (x.unsqueeze(1) if isinstance(x, Tensor) else x) for x in (t, n_loops))
+        index, depths = (like + (x.unsqueeze(1) if isinstance(x, Tensor) else x) for x in (index, depths))  # (B, 1)
         if self.prior is None:
-            log_prior = -n_loops.log()  # uniform: Ouro's entropy, but for a constant
-        else:
-            log_prior = t * math.log1p(-self.prior) + (0.0 if last else math.log(self.prior))  # PonderNet's, cut off
+            log_prior = -depths.log()  # uniform: Ouro's entropy up to a constant
+        else:  # PonderNet's geometric prior, truncated
+            log_prior = index * math.log1p(-self.prior) + (0.0 if loops.is_last(t) else math.log(self.prior))
         divergence = weight * (weight.clamp(min=1e-9).log() - log_prior)
-        return (self.cost * weight * (t + 1) + self.kl * divergence).mean() / self.parts
+        return aux_loss + (self.cost * weight * (index + 1) + self.kl * divergence).mean() / self.parts
+
+
+class NoHalting(Halting):
+    """The output is the last loop's state."""
+
+    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Weight 1 for the last loop, 0 for the others."""
+        return torch.full_like(halted, float(last)), halted
+
+    def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
+        """The last h."""
+        return h.float() if loops.is_last(t) else output
+
+    def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
+        """Nothing."""
+        return aux_loss
+
+    def all_halted(self, halted: Tensor) -> bool:
+        """Never."""
+        return False
+
+    def zero_loss(self, like: Tensor) -> Tensor:
+        """An fp32 zero () that depends on the halting layer, applied to no token: the layer gets gradients of zeros,
+        and ZeRO-3 gathers its weights in the module's forward. like: (..., D), for dtype and device."""
+        return self.halt(like.new_zeros(0, like.shape[-1])).float().sum()
+
+
+class WeightedHalting(Halting):
+    """The output is the sum of all states, weighted by halting probabilities.
+
+    A token halts where its cumulative probability reaches the threshold, and that loop gets the remainder of 1. In the
+    last loop `safe` also gives the remainder to tokens that have not halted, so weights sum to 1 at any number of
+    loops; `reference` loses that mass (0.45 of it at one loop).
+    """
+
+    def __init__(self, config: MythosConfig, act: ActConfig, mesh: Mesh, safe: bool):
+        super().__init__(config, act, mesh)
+        self.safe = safe
+
+    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """The halting probability of tokens that still run; of those that halt now, the remainder of 1."""
+        running = halted < self.threshold
+        p = self.probability(h, halted) * running
+        remainder = (1.0 - halted) * running  # positive for running tokens: they are below the threshold
+        new_halted = halted + p
+        # The halting layer is applied in the last loop too: a pipeline stage that runs no other needs its gradient.
+        halts = torch.ones_like(running) if last and self.safe else new_halted >= self.threshold
+        return torch.where(halts, remainder, p), new_halted
+
+    def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
+        """The sum so far plus h with the weight that the last loop would give it."""
+        if self.safe:
+            weight = (1.0 - halted) * (halted < self.threshold)
+        return torch.addcmul(output, weight.unsqueeze(-1), h.float()).to(h.dtype)
+
+
+class PonderHalting(Halting):
+    """Weights are a distribution over loops: a token halts after a loop with the layer's probability, if not before.
+
+    In training every loop's readout has its probability as weight. Otherwise the output is the state of the first loop
+    at which the cumulative probability reaches the threshold.
+    """
+
+    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """The probability of halting after this loop; without gradient 1 or 0."""
+        p = self.probability(h, halted)
+        # The last loop gets the remainder whatever p is; 0 * p is for a pipeline stage that runs no other loop.
+        weight = (1.0 - halted) * (1.0 + 0.0 * p if last else p)
+        new_halted = halted + weight
+        if torch.is_grad_enabled() and self.training:
+            return weight, new_halted
+        exits = (halted < self.threshold) & ((new_halted >= self.threshold) | last)
+        return exits.float(), new_halted
+
+    def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
+        """As the base's; unchanged if states are read out, which then replace the output."""
+        return output if loops.readouts else super().accumulate(output, h, weight, t, loops)
+
+    def readout_weight(self, weight: Tensor, t: int, loops: Loops) -> Tensor:
+        """The probability of halting after loop t."""
+        return weight
+
+
+def build_halting(config: MythosConfig, act: ActConfig, mesh: Mesh) -> Halting:
+    """The halting of `act.mode`."""
+    mode = act.mode_of(config)
+    if mode == "off":
+        return NoHalting(config, act, mesh)
+    if mode == "ponder":
+        return PonderHalting(config, act, mesh)
+    return WeightedHalting(config, act, mesh, safe=mode == "safe")

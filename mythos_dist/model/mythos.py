@@ -2,14 +2,13 @@
 
 `Mythos(config)` is a plain module on one process. `mode: reference` gives OpenMythos 0.5.0's numbers at equal weights
 (`load_open_mythos`); `mode: train` has a router bias that moves, and the loops as `act.*` and `model.*` choose them.
-A mesh makes it hold this rank's slices, a `StageSpec` this pipeline stage's layers; names stay those of the full model.
+With a mesh it holds this rank's shards, with a `StageSpec` this pipeline stage's layers, under the full model's names.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,
 # E experts, R readouts: 1, or the loops that gradient flows through (loops.objective=per_loop).
 
-from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,11 @@ from mythos_dist.model.attention import Context, KVCache, build_context
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
 from mythos_dist.model.inputs import check_parts, check_tokens, number_of_loops, type_problem
+from mythos_dist.model.loops import Loops
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.model.recurrence import Carry, Loops, Read, Recurrent
+from mythos_dist.model.recurrence import Recurrent
+from mythos_dist.model.state import State, TensorSpecs, stage_input_shapes
 from mythos_dist.parallel.collectives import all_gather, all_reduce
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
@@ -109,11 +110,11 @@ class Mythos(nn.Module):
             )
 
         context = self.context(input_ids, document_ids, cache)
-        state, counts = self.run((input_ids,), range(loops.n_loops), loops, context)
+        state, counts = self.run(State(input_ids), range(loops.n_loops), loops, context)
         if cache is not None:
             cache.tokens = end
         if labels is None:
-            return self.embed.gather_logits(self.embed(state[0], as_head=True))
+            return self.embed.gather_logits(self.embed(state.h, as_head=True))
         return self.losses(state, labels, loops, counts)
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
@@ -122,70 +123,48 @@ class Mythos(nn.Module):
         kernel = choose_kernel(self.attention, input_ids.device, dtype, self.config)
         return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel)
 
-    def run(
-        self, received: Sequence[Tensor], turns: range, loops: Loops, context: Context
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Run the layers that this rank holds, and of all loops those of `turns`.
+    def run(self, state: State, loop_range: range, loops: Loops, context: Context) -> tuple[State, Tensor]:
+        """Run the layers that this rank holds; of all loops of the pass, those of `loop_range`.
 
-        received: before the first layer (input_ids,); in the prelude (x,), x (B, S', D); between loops a `Carry`, and
-        with readouts a `Read` of those so far; behind them (x, auxiliary losses), and with readouts, which make x
-        (R * B, S', D), their weights (R, B, S').
-        Returns the state behind this rank's layers and the counts (len(turns), E).
+        state: the output of the previous layer; of the model's input `State(input_ids)`.
+        Returns the state after this rank's layers and the counts (len(loop_range), E).
         """
         stage = self.stage
-        state: Any = tuple(received)
-        counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=state[0].device)
+        counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=state.h.device)
         if stage.first:
-            state = (self.embed(state[0]),)
+            state = State(self.embed(state.h))
         for i, block in self.prelude.items():
-            state = (block(state[0], context, f"prelude.{i}"),)
+            state = State(block(state.h, context, f"prelude.{i}"))
         if stage.has_loops:
-            carry = self.recurrent.start(state[0], loops) if stage.starts_loops else Carry(*state[:5])
-            before = state[5:]
-            carry, counts, read = self.recurrent(carry, turns, loops, context)
-            if loops.readouts and before:
-                read = Read(torch.cat([before[0], read.states]), torch.cat([before[1], read.weights]))
+            if stage.starts_loops:
+                state = self.recurrent.start(state.h, loops)
+            state, counts = self.recurrent(state, loop_range, loops, context)
             if stage.ends_loops:
-                state = self._behind_loops(carry, read, loops)
-            else:
-                state = (*carry, *read) if loops.readouts else carry
-        if stage.last or self.coda:
-            repeated = context.repeated(state[2].shape[0]) if loops.readouts else context
-            for i, block in self.coda.items():
-                state = (block(state[0], repeated, f"coda.{i}"), *state[1:])
+                state = self.recurrent.finish(state)
+        if self.coda and state.readout_weights is not None:
+            context = context.repeated(len(state.readout_weights))
+        for i, block in self.coda.items():
+            state = state._replace(h=block(state.h, context, f"coda.{i}"))
         if stage.last:
-            state = (self.norm(state[0]), *state[1:])
+            state = state._replace(h=self.norm(state.h))
         return state, counts
 
-    @staticmethod
-    def _behind_loops(carry: Carry, read: Read, loops: Loops) -> tuple[Tensor, ...]:
-        if loops.readouts:
-            return read.states.flatten(0, 1), carry.loss, read.weights
-        return carry.mixed.to(carry.e.dtype), carry.loss
+    def input_shapes(self, batch: int, seq_len: int, readouts: int = 0) -> TensorSpecs:
+        """Shapes and dtypes of the state that this pipeline stage receives for (batch, seq_len) tokens.
 
-    def arrives(self, batch: int, seq_len: int, readouts: int = 0) -> list[tuple[torch.Size, torch.dtype]]:
-        """Shapes and dtypes of the state that the stage before this one hands on for (batch, seq_len) tokens, with so
-        many readouts; 0: none are made."""
+        readouts: how many the stages before it have made.
+        """
         tokens = seq_len // self.mesh.tensor.size if self.mesh.sequence else seq_len
-        shape, dtype = torch.Size([batch, tokens, self.config.dim]), next(self.parameters()).dtype
-        x, loss = (shape, dtype), (torch.Size([1]), torch.float32)
-        stage = self.stage
-        if (not stage.has_loops and not stage.after_loops) or (stage.has_loops and stage.starts_loops):
-            return [x]
-        weights = [(torch.Size([readouts, *shape[:2]]), torch.float32)] * (readouts > 0)
-        if stage.after_loops:
-            return [(torch.Size([max(1, readouts) * batch, *shape[1:]]), dtype), loss, *weights]
-        carry = [x, x, (shape, torch.float32), (shape[:2], torch.float32), loss]
-        return carry + [(torch.Size([readouts, *shape]), dtype)] * (readouts > 0) + weights
+        shape = torch.Size([batch, tokens, self.config.dim])
+        return stage_input_shapes(self.stage, shape, next(self.parameters()).dtype, readouts)
 
-    def losses(self, state: tuple[Tensor, ...], labels: Tensor, loops: Loops, counts: Tensor) -> Losses:
+    def losses(self, state: State, labels: Tensor, loops: Loops, counts: Tensor) -> Losses:
         """state: what `run` leaves behind the last norm. counts (n_loops, E).
 
         labels (B, S), or (B, T, S): row t after loop t of each sequence, the last row for all loops behind it. Each
         readout's mean over its labels that count is weighted by what its loop counts, and the last one is reported.
         """
-        x, auxiliary, *rest = state
-        weights = rest[0] if rest else None  # (R, B, S')
+        weights = state.readout_weights  # (R, B, S') or None
         wanted = self._labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
         final = wanted[-1]
         if weights is not None:
@@ -193,13 +172,13 @@ class Mythos(nn.Module):
                 weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
             counted = (wanted != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # by each readout
             weights = (weights * (counted[-1] / counted)).flatten(0, 1)  # of the size of 1: fp16 keeps small ones badly
-        found = self.embed(x, labels=wanted.flatten(0, 1), weights=weights)
+        found = self.embed(state.h, labels=wanted.flatten(0, 1), weights=weights)
         B, tokens = final.shape[0], (final != IGNORED).sum()
-        auxiliary = auxiliary.squeeze()
+        aux_loss = state.aux_loss.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
-            auxiliary = all_reduce(auxiliary, self.mesh.tensor)
+            aux_loss = all_reduce(aux_loss, self.mesh.tensor)
         return Losses(
-            objective=found.total / tokens.clamp(min=1) + auxiliary,
+            objective=found.total / tokens.clamp(min=1) + aux_loss,
             cross_entropy=found.losses[-B:].sum() / tokens.clamp(min=1),
             tokens=tokens,
             correct=found.correct[-B:],
@@ -214,7 +193,7 @@ class Mythos(nn.Module):
         B, T, _ = labels.shape
         rows = []
         for t in range(loops.n_loops - readouts, loops.n_loops):
-            turn = torch.as_tensor(loops.own_turn(t), device=labels.device).expand(B).clamp(max=T - 1)
+            turn = torch.as_tensor(loops.own_index(t), device=labels.device).expand(B).clamp(max=T - 1)
             rows.append(labels[torch.arange(B, device=labels.device), turn])
         return torch.stack(rows)
 

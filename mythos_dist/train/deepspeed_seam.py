@@ -25,9 +25,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from mythos_dist.model.loops import Loops
 from mythos_dist.model.moe import MoE
 from mythos_dist.model.mythos import Losses, Mythos
-from mythos_dist.model.recurrence import Loops
+from mythos_dist.model.state import State
 from mythos_dist.parallel.mesh import Mesh, new_group
 from mythos_dist.parallel.packing import pack, unpack
 from mythos_dist.parallel.pipeline import StageSpec
@@ -254,11 +255,15 @@ class StageLayer(nn.Module):
         work, model = self.work.popleft(), self.model
         context = model.context(work.input_ids, work.document_ids)
         B, S = work.input_ids.shape
-        state = (work.input_ids,) if model.stage.first else tuple(unpack(received, model.arrives(B, S, work.read)))
+        if model.stage.first:
+            state = State(work.input_ids)
+        else:
+            specs = model.input_shapes(B, S, work.read)
+            state = State.unflatten(unpack(received, list(specs.values())), specs)
         state, counts = model.run(state, work.turns, work.loops, context)
         self.counts.append(counts)
         if not model.stage.last:
-            return pack(state, next(model.parameters()).dtype)
+            return pack(state.flatten(), next(model.parameters()).dtype)
         losses = model.losses(state, work.labels, work.loops, counts)
         self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
         return losses["objective"]

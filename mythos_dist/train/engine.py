@@ -23,10 +23,10 @@ from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.flops import stage_costs
+from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos
 from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.model.recurrence import Loops
 from mythos_dist.model.watch import Watch
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages

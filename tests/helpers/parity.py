@@ -16,7 +16,7 @@ import mythos_dist.model.init
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.model import Mythos
-from mythos_dist.model.recurrence import Loops
+from mythos_dist.model.loops import Loops
 from mythos_dist.train.schedule import learning_rate, loops_at, state_seed
 
 STEPS = 4

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
-from mythos_dist.model.recurrence import Loops
+from mythos_dist.model.loops import Loops
 
 # What makes the host wait for a result, or makes a shape depend on one.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave", "is_nonzero")

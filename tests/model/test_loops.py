@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, MythosConfig
 from mythos_dist.model import Mythos
+from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.model.recurrence import Loops
 from mythos_dist.model.watch import Watch
 from mythos_dist.parallel.mesh import SINGLE
 
@@ -127,7 +127,7 @@ def test_at_inference_pondering_stops_where_the_threshold_is_reached(tiny, enliv
             plain(ids, n)
         mixed = torch.stack(states).gather(0, left[None, ..., None].expand(1, 2, 8, config.dim))[0]
         plain.recurrent.register_forward_hook(
-            lambda module, inputs, output: (output[0]._replace(mixed=mixed), *output[1:])
+            lambda module, inputs, output: (output[0]._replace(output=mixed), *output[1:])
         )
         torch.testing.assert_close(logits, plain(ids, 5), rtol=1e-5, atol=1e-5)
     assert len(set(left.flatten().tolist())) > 1, "tokens leave at different loops"

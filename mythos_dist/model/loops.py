@@ -1,0 +1,61 @@
+"""The loops of one pass, and the sinusoidal signal that tells the recurrent block which loop it is in."""
+
+# B batch, S' tokens of each sequence on this rank, D model.
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Loops(NamedTuple):
+    """The loops of one pass, known before it begins and the same on every rank that processes these sequences.
+
+    A sequence with fewer loops than the others starts later, so that all end together.
+    """
+
+    n_loops: int
+    no_grad_loops: int = 0  # the first N loops run without gradient
+    depths: Tensor | None = None  # (B,) loops of each sequence, at most n_loops; None: n_loops
+    seeds: Tensor | None = None  # (B,) int64, seeds of random initial states; None: 0 to B - 1
+    readouts: bool = False  # after every loop with gradient, read out the output as if that loop were the last
+
+    def is_last(self, t: int) -> bool:
+        """Whether no loop follows loop t."""
+        return t == self.n_loops - 1
+
+    def reads_out(self, t: int) -> bool:
+        """Whether the output is read out after loop t."""
+        return self.readouts and t >= self.no_grad_loops
+
+    def where_active(self, t: int, new: Tensor, old: Tensor | float) -> Tensor:
+        """`new` (B, ...) for the sequences that take part in loop t, `old` for those that start later."""
+        if self.depths is None:
+            return new
+        active = self.depths > self.n_loops - 1 - t  # (B,)
+        while active.dim() < new.dim():
+            active = active.unsqueeze(-1)
+        return torch.where(active, new, old)
+
+    def own_index(self, t: int) -> int | Tensor:
+        """The index, from 0, of loop t among each sequence's own loops: (B,), or one int for all sequences."""
+        return t if self.depths is None else (t - self.n_loops + self.depths).clamp(min=0)
+
+    def even_weight(self, t: int, like: Tensor) -> Tensor:
+        """The weight (B, S'), shaped as `like`, of loop t if all of a sequence's loops with gradient weigh the same."""
+        with_grad = self.n_loops - self.no_grad_loops
+        if self.depths is None:
+            return torch.full_like(like, 1 / with_grad)
+        weight = 1.0 / self.depths.clamp(max=with_grad).unsqueeze(1)  # (B, 1)
+        return self.where_active(t, weight, 0.0).expand_as(like)
+
+
+def loop_signals(loop_range: range, dim: int, like: Tensor) -> Tensor:
+    """(len(loop_range), D): sin and cos of t * 10000^(-2i / L) in the first L = dim // 8 channels, then zeros."""
+    width = dim // 8
+    pairs = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)
+    t = torch.arange(loop_range.start, loop_range.stop, device=like.device, dtype=torch.float32)
+    angles = torch.outer(t, 10000.0 ** (-pairs / max(width, 1)))
+    signals = torch.zeros(len(loop_range), dim, device=like.device, dtype=torch.float32)
+    signals[:, :width] = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+    return signals.to(like.dtype)
