@@ -26,9 +26,9 @@ from tqdm import tqdm
 from mythos_dist.config.schema import BY_MODE, Config, ExpertsConfig, MythosConfig, TrainConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError, exit_with
+from mythos_dist.gpu_packages import DISTRIBUTIONS, unavailable
 from mythos_dist.model import Mythos
 from mythos_dist.model.flops import train_flops_per_token
-from mythos_dist.model.kernels import PACKAGES, why_not
 from mythos_dist.train.metrics import peak_flops
 
 TINY = dict(
@@ -66,8 +66,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def build_ours(case: str, settings: dict[str, Any], device: torch.device, tokens: tuple[int, int]) -> Trainer:
     """Our model as a case wants it. UserError if a package is missing."""
     backend, attention, recompute, *compiled = case.split(", ")
-    for package in {backend, attention} & set(PACKAGES):
-        if problem := why_not(package):
+    for package in {backend, attention} & set(DISTRIBUTIONS):
+        if problem := unavailable(package):
             raise UserError(problem)
     model = Mythos(
         MythosConfig(**settings, **BY_MODE["reference"]),  # OpenMythos' loops, its work

@@ -1,7 +1,6 @@
-"""What the doctor says: of machines that are not here by the facts it would find there, of this one by running it."""
+"""The doctor's findings: of machines that do not exist by their facts, of this one by running the command."""
 
 import json
-import mmap
 import os
 import signal
 import subprocess
@@ -9,96 +8,109 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import CheckpointConfig, Config
+from mythos_dist.errors import UserError
+from mythos_dist.model import attend
 from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.doctor import __main__ as doctor
-from mythos_dist.ops.doctor import gpu, kernels, launcher, memory, network, probe, software, storage
-from mythos_dist.ops.doctor.gpu import Gpu, Gpus
-from mythos_dist.ops.doctor.kernels import Kernels
-from mythos_dist.ops.doctor.launcher import Launcher
-from mythos_dist.ops.doctor.lines import Line, examine, note, ok
-from mythos_dist.ops.doctor.memory import Memory
-from mythos_dist.ops.doctor.network import Network
+from mythos_dist.ops.doctor import config_checks, machine_checks, probe
+from mythos_dist.ops.doctor.facts import PROGRAMS, Driver, Gpu, Machine, Torch, driver_version
+from mythos_dist.ops.doctor.findings import Finding, note, ok, run_check, split_remedy
 from mythos_dist.ops.doctor.probe import Outcome, Probe
-from mythos_dist.ops.doctor.software import Software
-from mythos_dist.ops.doctor.storage import Folder, Storage
 
 REPOSITORY = Path(__file__).parents[1]
+GB = 10**9
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 85_017_493_504)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 85_051_637_760)
 RTX_5090 = Gpu("NVIDIA GeForce RTX 5090", (12, 0), 34_190_917_632)
 V100 = Gpu("Tesla V100-SXM2-32GB", (7, 0), 34_072_559_616)
-CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+JOINED = Outcome({"seconds": 0.5})
+MISSING = {"megablocks": "stk cannot be imported", "flash_attn": "flash_attn cannot be imported"}
+PORTS = {"mlx5_0:1": "ACTIVE, 400 Gb/sec (4X NDR), InfiniBand"}
+
+# A node of eight H100 with everything in order, and a machine without GPUs.
+NODE = Machine(
+    env={},
+    driver=Driver("580.65.06", ("NVIDIA H100 80GB HBM3",) * 8),
+    torch=Torch("2.14.1", "13.0", "2.30.7", (H100,) * 8),
+    unavailable={"megablocks": None, "flash_attn": None},
+    versions={"flash-attn": "2.8.3", "grouped-gemm": "0.3.0", "megablocks": "0.10.0"},
+    group=JOINED,
+    interfaces=("lo", "eth0"),
+    ports=PORTS,
+    programs=PROGRAMS,
+    memory=(64 << 30, 100 * GB),
+    shared_memory=(32 << 30, 32 << 30),
+    open_files=65536,
+    locked_memory=-1,
+)
+CPU = replace(NODE, driver=Driver(), torch=Torch("2.14.1", "13.0"), unavailable=MISSING, versions={}, ports={})
 
 
-def machine(one: Gpu | None = H100, **changes) -> Gpus:
-    """A node of eight such GPUs with everything in order, but for `changes`."""
-    usable = (one,) * 8 if one else ()
-    facts = Gpus("2.14.1", "13.0", CUDA_13, usable, present=("NVIDIA",) * len(usable), driver="580.65.06")
-    return replace(facts, **changes)
+def with_gpus(*gpus: Gpu, machine: Machine = NODE, **torch: Any) -> Machine:
+    """The node with other GPUs, or a torch that is built otherwise."""
+    return replace(machine, torch=replace(machine.torch, gpus=gpus, **torch))
 
 
-CPU = machine(None, driver=None)
-UNUSABLE = {"usable": (), "kernels": ()}
+def configured(*overrides: str) -> Config:
+    return load_config(REPOSITORY / "configs" / "1b.yaml", overrides)  # bf16
 
 
-def worst(lines) -> Line:
-    """The first line that is not in order, problems first."""
-    lines = list(lines)
-    return next(line for status in ("problem", "note", "ok") for line in lines if line.status == status)
+def worst(findings) -> Finding:
+    """The first finding that is not in order, problems first."""
+    findings = list(findings)
+    return next(one for status in ("problem", "note", "ok") for one in findings if one.status == status)
 
 
-def says(line: Line, status: str, *words: str) -> None:
-    """A line's status, and words in it or in what to do; whatever is not in order says what to do."""
-    assert line.status == status, line
-    assert [word for word in words if word not in f"{line.text} -> {line.remedy}"] == [], line
-    assert bool(line.remedy) == (status != "ok"), line
+def expect(finding: Finding, status: str, *words: str) -> None:
+    """A finding's status, and words in its text or remedy; all but "ok" have a remedy."""
+    assert finding.status == status, finding
+    assert [word for word in words if word not in f"{finding.text} -> {finding.remedy}"] == [], finding
+    assert bool(finding.remedy) == (status != "ok"), finding
 
 
 @pytest.mark.parametrize(
-    ("facts", "status", "words"),
+    ("machine", "status", "words"),
     [
-        (machine(), "ok", ["2.14.1, built for CUDA 13.0"]),
-        (CPU, "note", ["none", "over gloo", "driver 580 or newer"]),
+        (NODE, "ok", ["2.14.1, built for CUDA 13.0"]),
+        (CPU, "note", ["none", "with gloo", "NVIDIA's driver"]),
         (
-            machine(driver="535.104.05", **UNUSABLE),
+            with_gpus(warning="driver is too old (found version 12020)"),
             "problem",
-            ["8 x NVIDIA", "535.104.05 is too old", "CUDA 13.0 needs 580 or newer", "update the driver"],
+            ["8 x NVIDIA", "found version 12020"],
         ),
-        (machine(cuda=None, driver="570.86", **UNUSABLE), "problem", ["for CPUs only", "CUDA 12 (driver 570.86)"]),
-        (machine(visible="", **UNUSABLE), "problem", ["CUDA_VISIBLE_DEVICES='' hides all", "--gpus-per-node"]),
-        (machine(refused="Error 802: system not yet initialized", **UNUSABLE), "problem", ["802", "fabricmanager"]),
-        (machine(present=(), **UNUSABLE), "problem", ["some x NVIDIA GPU", "no reason"]),
-        (machine(driver_hangs=True, **UNUSABLE), "problem", ["nvidia-smi gives no answer", "Xid"]),
-        (machine(usable=(H100, A100)), "note", ["1 x NVIDIA H100", "1 x NVIDIA A100", "slowest"]),
-        (machine(V100), "problem", ["no kernels for Tesla V100", "compute capability 7.0", "sm_75"]),
-        (machine(A100, kernels=("sm_86",)), "problem", ["no kernels for NVIDIA A100"]),
-        (machine(driver="570.86"), "note", ["570.86 is older", "compatibility package"]),
+        (with_gpus(cuda=None), "problem", ["for CPUs only", "built for CUDA"]),
+        (
+            with_gpus(machine=replace(NODE, env={"CUDA_VISIBLE_DEVICES": ""})),
+            "problem",
+            ["='' hides", "--gpus-per-node"],
+        ),
+        (with_gpus(machine=replace(NODE, driver=Driver("580"))), "problem", ["some x NVIDIA GPU", "no reason"]),
+        (replace(NODE, driver=Driver(hangs=True)), "problem", ["nvidia-smi does not answer", "Xid"]),
+        (with_gpus(H100, A100), "note", ["1 x NVIDIA H100", "1 x NVIDIA A100", "slowest"]),
+        (
+            with_gpus(V100, warning="Found GPU0 Tesla V100 of CC 7.0"),
+            "problem",
+            ["2.14.1 warns: Found GPU0", "built for"],
+        ),
     ],
 )
-def test_gpus(facts, status, words):
-    says(worst(gpu.lines(facts)), status, *words)
+def test_gpus(machine, status, words):
+    expect(worst(machine_checks.check_gpus(machine)), status, *words)
 
 
-def test_gpus_in_order_are_named():
-    """All of a node, and two of them that CUDA_VISIBLE_DEVICES shows."""
-    texts = [line.text for line in gpu.lines(machine())]
-    assert "8 x NVIDIA H100 80GB HBM3, compute capability 9.0, 79 GiB" in texts
-    assert "580.65.06; CUDA 13.0 needs 580 or newer" in texts
-    two = [line.text for line in gpu.lines(machine(usable=(H100, H100), visible="0,1"))]
-    assert any("2 x" in text and "of 8 in this machine; CUDA_VISIBLE_DEVICES=0,1" in text for text in two)
-
-
-@pytest.mark.parametrize("kernels_built", [("sm_80",), ("compute_75",), ()])
-def test_code_for_an_earlier_gpu_runs_on_a_later_one(kernels_built):
-    """Within a major version, or as PTX; a torch that does not say what it holds is not blamed."""
-    a40 = Gpu("NVIDIA A40", (8, 6), 48 << 30)
-    assert worst(gpu.lines(machine(a40, kernels=kernels_built))).status == "ok"
+def test_gpus_are_listed():
+    """All of a node, and the two that CUDA_VISIBLE_DEVICES selects."""
+    texts = [finding.text for finding in machine_checks.check_gpus(NODE)]
+    assert "8 x NVIDIA H100 80GB HBM3, compute capability 9.0, 79 GiB" in texts and "580.65.06" in texts
+    two = machine_checks.check_gpus(with_gpus(H100, H100, machine=replace(NODE, env={"CUDA_VISIBLE_DEVICES": "0,1"})))
+    assert any("2 x" in one.text and "of 8 in this machine; CUDA_VISIBLE_DEVICES=0,1" in one.text for one in two)
 
 
 @pytest.mark.parametrize(
@@ -109,186 +121,106 @@ def test_code_for_an_earlier_gpu_runs_on_a_later_one(kernels_built):
         ("something else", None),
     ],
 )
-def test_the_version_of_the_driver(text, version):
+def test_the_driver_version_is_read_from_proc(text, version):
     """As the closed and the open module write it."""
-    assert gpu.driver_version(text) == version
-
-
-INSTALLED = Kernels({"megablocks": None, "flash_attn": None}, {"flash-attn": "2.8.3", "megablocks": "0.10.0"})
-MISSING = Kernels({"megablocks": "stk cannot be imported", "flash_attn": "flash_attn cannot be imported"}, {})
+    assert driver_version(text) == version
 
 
 @pytest.mark.parametrize(
-    ("facts", "gpus", "status", "words"),
+    ("machine", "status", "words"),
     [
-        (INSTALLED, machine(), "ok", []),
-        (MISSING, CPU, "ok", []),
-        (MISSING, machine(), "note", ["MegaBlocks cannot be used: stk", "bash launch/install_gpu.sh"]),
+        (NODE, "ok", ["one kernel per product"]),
+        (CPU, "ok", []),
+        (replace(NODE, unavailable=MISSING), "note", ["stk cannot be imported", "bash launch/install_gpu.sh"]),
+        (with_gpus(A100), "note", ["compute capability 8.0 a loop over experts", "after bash launch"]),
+        (with_gpus(V100), "note", ["compute capability 7.0", "nothing on these GPUs"]),
+        (with_gpus(RTX_5090), "note", ["compute capability 12.0", "after GROUPED_GEMM_CUTLASS=1 bash"]),
+        (replace(CPU, versions=NODE.versions), "note", ["cannot be imported", "megablocks 0.10.0"]),
+    ],
+)
+def test_kernels_of_the_machine(machine, status, words):
+    """Without a GPU the GPU packages are not needed; a broken installation is reported anyway."""
+    expect(worst(machine_checks.check_kernels(machine)), status, *words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "topic", "status", "words"),
+    [
+        ("", CPU, "experts.backend", "ok", ["experts.backend=grouped -> F.grouped_mm"]),
+        ("train.dtype=fp16", NODE, "experts.backend", "note", ["in fp16 a loop", "set train.dtype=bf16"]),
+        ("experts.backend=reference", CPU, "experts.backend", "note", ["for tests", "experts.backend=grouped"]),
+        ("experts.backend=megablocks", NODE, "experts.backend", "ok", ["-> MegaBlocks"]),
+        ("", CPU, "train.attention", "ok", ["train.attention=auto -> sdpa"]),
+        ("", NODE, "train.attention", "ok", ["train.attention=auto -> flash_attn"]),
         (
-            INSTALLED,
-            machine(A100),
+            "",
+            replace(NODE, unavailable=MISSING),
+            "train.attention",
             "note",
-            ["compute capability 8.0 a loop over experts", "experts.backend=megablocks"],
+            ["sdpa: flash_attn cannot", "install_gpu.sh"],
         ),
-        (INSTALLED, machine(V100), "note", ["compute capability 7.0", "nothing on these GPUs"]),
-        (INSTALLED, machine(RTX_5090), "note", ["compute capability 12.0", "after GROUPED_GEMM_CUTLASS=1 bash"]),
-        (replace(INSTALLED, missing=MISSING.missing), CPU, "note", ["cannot be used", "megablocks 0.10.0"]),
+        ("train.dtype=fp32", replace(NODE, unavailable=MISSING), "train.attention", "ok", ["-> sdpa"]),
+        ("train.attention=flash_attn", NODE, "train.attention", "ok", ["-> flash_attn"]),
+        ("", CPU, "train.dtype", "ok", ["bf16"]),
+        ("", with_gpus(V100), "train.dtype", "problem", ["no bf16 units", "set train.dtype=fp16"]),
+        ("train.dtype=fp32", NODE, "train.dtype", "note", ["tensor cores"]),
     ],
 )
-def test_kernels_of_the_machine(facts, gpus, status, words):
-    """What only GPUs use is not missed on a CPU, unless somebody has installed it."""
-    says(worst(kernels.lines(facts, gpus)), status, *words)
+def test_kernels_of_a_config(overrides, machine, topic, status, words, monkeypatch):
+    """Where training's own checks pass."""
+    monkeypatch.setattr("mythos_dist.parallel.process.check_dtype", lambda dtype: None)
+    monkeypatch.setattr("mythos_dist.train.checks.check_kernels", lambda config: None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: machine.capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(attend, "unavailable", machine.unavailable.get)
+    findings = {one.topic: one for one in config_checks.check_kernels(machine, configured(*overrides.split()))}
+    expect(findings[topic], status, *words)
 
 
-def configured(*overrides: str) -> Config:
-    return load_config(REPOSITORY / "configs" / "1b.yaml", overrides)  # bf16
+def test_what_training_refuses_is_a_problem_once(monkeypatch):
+    def refuse(dtype):
+        raise UserError(f"train.dtype={dtype} is not supported on this cpu; set it to fp32 or bf16")
 
-
-@pytest.mark.parametrize(
-    ("overrides", "facts", "gpus", "topic", "status", "words"),
-    [
-        ("", MISSING, CPU, "experts.backend", "ok", "experts.backend=grouped -> F.grouped_mm, on a CPU a loop"),
-        ("", MISSING, machine(), "experts.backend", "ok", "F.grouped_mm, one kernel per product"),
-        ("train.dtype=fp16", MISSING, machine(), "experts.backend", "note", "in fp16 a loop|set train.dtype=bf16"),
-        ("", MISSING, machine(A100), "experts.backend", "note", "a loop over experts|install_gpu.sh, then compare"),
-        ("experts.backend=reference", MISSING, CPU, "experts.backend", "note", "for tests|experts.backend=grouped"),
-        ("experts.backend=megablocks", INSTALLED, machine(), "experts.backend", "ok", "-> MegaBlocks"),
-        (
-            "experts.backend=megablocks",
-            MISSING,
-            machine(),
-            "experts.backend",
-            "problem",
-            "cannot run: stk cannot be imported|bash launch/install_gpu.sh, or set experts.backend=grouped",
-        ),
-        (
-            "experts.backend=megablocks train.dtype=fp32",
-            MISSING,
-            CPU,
-            "experts.backend",
-            "problem",
-            "stk cannot be imported; torch sees no GPU; it computes in bf16 only, and train.dtype=fp32",
-        ),
-        (
-            "experts.backend=megablocks",
-            INSTALLED,
-            machine(V100),
-            "experts.backend",
-            "problem",
-            "needs compute capability",
-        ),
-        ("", MISSING, CPU, "train.attention", "ok", "train.attention=auto -> sdpa (no GPU)"),
-        ("", INSTALLED, machine(), "train.attention", "ok", "train.attention=auto -> flash-attn"),
-        ("", MISSING, machine(), "train.attention", "note", "-> sdpa: flash_attn cannot|bash launch/install_gpu.sh"),
-        ("train.dtype=fp32", INSTALLED, machine(), "train.attention", "ok", "-> sdpa (train.dtype=fp32"),
-        ("model.v_head_dim=320", INSTALLED, machine(), "train.attention", "ok", "-> sdpa (heads of 320 channels"),
-        ("train.attention=sdpa", INSTALLED, machine(), "train.attention", "ok", "-> sdpa"),
-        ("train.attention=flash_attn", INSTALLED, machine(), "train.attention", "ok", "-> flash-attn"),
-        (
-            "train.attention=flash_attn",
-            MISSING,
-            machine(),
-            "train.attention",
-            "problem",
-            "cannot be|install_gpu.sh, or",
-        ),
-        (
-            "train.attention=flash_attn train.dtype=fp32",
-            MISSING,
-            CPU,
-            "train.attention",
-            "problem",
-            "flash_attn cannot be imported; no GPU; train.dtype=fp32 is not half precision|set train.attention=auto",
-        ),
-        ("train.attention=flash_attn", INSTALLED, machine(V100), "train.attention", "problem", "7.0 is below 8.0"),
-        ("", MISSING, CPU, "train.dtype", "ok", "bf16"),
-        ("", MISSING, machine(V100), "train.dtype", "problem", "no bf16 units|set train.dtype=fp16"),
-        ("train.dtype=fp32", MISSING, machine(), "train.dtype", "note", "tensor cores"),
-        (
-            "train.dtype=fp16",
-            replace(MISSING, dtype_refused="train.dtype=fp16 is not supported on this cpu; set it to fp32 or bf16"),
-            CPU,
-            "train.dtype",
-            "problem",
-            "not supported on this cpu|set it to fp32 or bf16",
-        ),
-    ],
-)
-def test_kernels_of_a_config(overrides, facts, gpus, topic, status, words):
-    lines = {line.topic: line for line in kernels.choices(configured(*overrides.split()), facts, gpus)}
-    says(lines[topic], status, *words.split("|"))
+    monkeypatch.setattr("mythos_dist.parallel.process.check_dtype", refuse)
+    config = configured("train.dtype=fp16", "experts.backend=megablocks", "train.attention=flash_attn")
+    findings = list(config_checks.check_kernels(CPU, config))
+    assert {one.status for one in findings} == {"problem"}
+    assert {one.topic for one in findings} == {"train.dtype", "experts.backend", "train.attention"}
+    expect(findings[0], "problem", "not supported on this cpu", "set it to fp32 or bf16")
 
 
 def test_the_docs_show_the_output():
-    """Its lines about a GPU and kernels, word for word, of a machine without GPUs and packages."""
-    facts = Kernels({"megablocks": "stk cannot be imported (No module named 'stk')", "flash_attn": "missing"}, {})
+    """Its lines about GPU and kernels, word for word."""
     config = configured("experts.backend=megablocks")
-    told = [*gpu.lines(CPU), *kernels.choices(config, facts, CPU)]
-    wanted = [
-        line for line in doctor.shown(told) if not line.startswith(("  ok       torch", "  ok       train.dtype"))
-    ]
-    readme = (REPOSITORY / "docs" / "running.md").read_text()
-    assert len(wanted) == 5 and [line for line in wanted if line not in readme] == []
-
-
-JOINED = Outcome({"seconds": 0.5})
-
-
-def network_of(gpus: int = 0, **changes) -> Network:
-    facts = Network("2.30.7", True, gpus, JOINED, "node1", Outcome({"node1": "10.0.0.1"}), ("lo", "eth0"), {}, {})
-    return replace(facts, **changes)
-
-
-TWO_MACHINES = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
-PORTS = {"mlx5_0:1": "ACTIVE, 400 Gb/sec (4X NDR), InfiniBand"}
+    findings = [*machine_checks.check_gpus(CPU), *config_checks.check_kernels(CPU, config)]
+    lines = doctor.as_table([one for one in findings if one.topic in ("GPU", "experts.backend", "train.attention")])
+    text = (REPOSITORY / "docs" / "running.md").read_text()
+    assert len(lines) == 7 and [line for line in lines if line not in text] == []
 
 
 @pytest.mark.parametrize(
-    ("facts", "status", "words"),
+    ("machine", "status", "words"),
     [
-        (network_of(), "ok", ["gloo: a process group of one"]),
-        (network_of(8, ports=PORTS), "ok", ["NCCL 2.30.7: a process group of one"]),
-        (network_of(8, nccl=None), "problem", ["without NCCL"]),
-        (
-            network_of(joined=Outcome(error="no answer in 20 s")),
-            "problem",
-            ["cannot be joined", "no answer", "lo, eth0"],
-        ),
-        (
-            network_of(8, environment=TWO_MACHINES),
-            "note",
-            ["TCP between machines", "/dev/infiniband"],
-        ),
-        (network_of(ports=PORTS | {"mlx5_1:1": "DOWN, ?, InfiniBand"}), "note", ["not up: mlx5_1:1 DOWN"]),
-        (network_of(ports=PORTS, environment={"NCCL_IB_DISABLE": "1"}), "note", ["NCCL_IB_DISABLE=1", "unset"]),
-        (network_of(environment={"NCCL_IB_DISABLE": "1"}), "ok", []),
-        (network_of(environment={"GLOO_SOCKET_IFNAME": "ib0"}), "problem", ["GLOO_SOCKET_IFNAME=ib0", "lo, eth0"]),
-        (network_of(environment={"GLOO_SOCKET_IFNAME": "eth"}), "problem", ["names no interface"]),
-        (network_of(environment={"GLOO_SOCKET_IFNAME": "eth0"}), "ok", []),
-        (network_of(environment={"NCCL_SOCKET_IFNAME": "ib,eth"}), "ok", []),
-        (network_of(environment={"NCCL_SOCKET_IFNAME": "=eth"}), "problem", ["NCCL_SOCKET_IFNAME==eth"]),
-        (network_of(environment={"NCCL_SOCKET_IFNAME": "^docker0"}), "ok", []),
-        (network_of(environment={"MASTER_ADDR": "node7"}), "problem", ["MASTER_ADDR=node7"]),
-        (network_of(addresses=Outcome(error="no answer in 20 s")), "note", ["cannot be looked up"]),
-        (
-            network_of(addresses=Outcome({"node1": "127.0.1.1"}), environment=TWO_MACHINES),
-            "note",
-            ["node1 leads to 127.0.1.1", "set GLOO_SOCKET_IFNAME"],
-        ),
-        (network_of(addresses=Outcome({"node1": "127.0.1.1"})), "ok", []),
+        (CPU, "ok", ["gloo: one process joined"]),
+        (NODE, "ok", ["NCCL 2.30.7: one process joined"]),
+        (replace(CPU, group=Outcome(error="no answer in 20 s")), "problem", ["cannot join", "no answer", "lo, eth0"]),
+        (replace(NODE, ports={}), "note", ["TCP between nodes", "/dev/infiniband"]),
+        (replace(CPU, ports=PORTS | {"mlx5_1:1": "DOWN, ?, InfiniBand"}), "note", ["not up: mlx5_1:1 DOWN"]),
+        (replace(NODE, env={"NCCL_IB_DISABLE": "1"}), "note", ["NCCL_IB_DISABLE=1 disables InfiniBand", "unset"]),
+        (replace(CPU, env={"NCCL_IB_DISABLE": "1"}), "ok", []),
     ],
 )
-def test_network(facts, status, words):
-    says(worst(network.lines(facts)), status, *words)
+def test_network(machine, status, words):
+    expect(worst(machine_checks.check_network(machine)), status, *words)
 
 
-def test_variables_that_steer_communication_are_shown():
-    facts = network_of(environment={"NCCL_DEBUG": "INFO", "HOME": "/root"})
-    assert "set: NCCL_DEBUG=INFO" in [line.text for line in network.lines(facts)]
+def test_variables_of_nccl_are_listed():
+    machine = replace(CPU, env={"NCCL_DEBUG": "INFO", "HOME": "/root"})
+    assert "set: NCCL_DEBUG=INFO" in [finding.text for finding in machine_checks.check_network(machine)]
 
 
 def test_infiniband_ports_are_read(tmp_path):
-    """In the kernel's layout; a device that says less is there all the same."""
+    """In the kernel's layout; a missing file is "?"."""
     port = tmp_path / "mlx5_0" / "ports" / "1"
     port.mkdir(parents=True)
     (port / "state").write_text("4: ACTIVE\n")
@@ -299,209 +231,169 @@ def test_infiniband_ports_are_read(tmp_path):
 
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}
 RANK = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
-ALL_PROGRAMS = {name: f"/usr/bin/{name}" for name in launcher.PROGRAMS}
 
 
 @pytest.mark.parametrize(
-    ("environment", "programs", "gpus", "status", "words"),
+    ("machine", "status", "words"),
     [
-        ({}, ALL_PROGRAMS, 0, "ok", ["none: this process would train alone"]),
-        ({}, ALL_PROGRAMS | {"srun": None, "pdsh": None}, 0, "note", ["other machines", "pdsh"]),
-        ({}, ALL_PROGRAMS | {"pdsh": None}, 0, "ok", []),
-        (SLURM | {"SLURM_NTASKS_PER_NODE": "8"}, ALL_PROGRAMS, 8, "ok", ["job 4711: 2 nodes (node[1-2]), 16 tasks"]),
-        (SLURM, ALL_PROGRAMS, 8, "note", ["no --ntasks-per-node", "3 + 1"]),
-        (RANK, ALL_PROGRAMS, 8, "ok", ["RANK=9, LOCAL_RANK=1, WORLD_SIZE=16, MASTER_ADDR=node1, MASTER_PORT=29500"]),
-        (RANK, ALL_PROGRAMS, 1, "problem", ["LOCAL_RANK=1", "sees 1 GPU:", "--gpus-per-node"]),
+        (CPU, "ok", ["none: this process would train alone"]),
+        (replace(CPU, programs=("ssh",)), "note", ["other nodes", "pdsh"]),
+        (replace(CPU, programs=("srun",)), "ok", []),
+        (replace(NODE, env=SLURM), "note", ["no --ntasks-per-node", "3 + 1"]),
+        (replace(NODE, env=RANK), "ok", ["torchrun or deepspeed: rank 9 of 16, local rank 1"]),
         (
-            {"RANK": "0", "WORLD_SIZE": "2"},
-            ALL_PROGRAMS,
-            0,
+            with_gpus(H100, machine=replace(NODE, env=RANK)),
             "problem",
-            ["LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"],
+            ["local rank 1", "sees 1 GPU", "--gpus-per-node"],
         ),
-        ({"WORLD_SIZE": "1"}, ALL_PROGRAMS, 0, "ok", ["WORLD_SIZE=1"]),
-        (RANK | {"RANK": "first"}, ALL_PROGRAMS, 0, "problem", ["RANK=first: not a number"]),
+        (replace(CPU, env={"RANK": "0", "WORLD_SIZE": "2"}), "problem", ["MASTER_ADDR"]),
+        (replace(CPU, env={"WORLD_SIZE": "1"}), "ok", ["none"]),
+        (replace(CPU, env=RANK | {"RANK": "first"}), "problem", ["RANK=first", "not a number"]),
     ],
 )
-def test_launcher(environment, programs, gpus, status, words):
-    says(worst(launcher.lines(Launcher(environment, programs, gpus))), status, *words)
+def test_launcher(machine, status, words):
+    expect(worst(machine_checks.check_launcher(machine)), status, *words)
 
 
-def test_machines_are_counted():
-    """By the launcher's ranks, else by the scheduler's nodes; odd values are as if unset."""
-    assert launcher.machines({}) == 1
-    assert launcher.machines(SLURM) == 2
-    assert launcher.machines(TWO_MACHINES) == 2
-    assert launcher.machines(SLURM | RANK | {"LOCAL_WORLD_SIZE": "16"}) == 1
-    assert launcher.machines({"SLURM_NNODES": "two"}) == 1
-
-
-def memory_of(**changes) -> Memory:
-    facts = Memory(64 << 30, 60 << 30, (32 << 30, 32 << 30), {}, 65536, -1, infiniband=True, gpus=8)
-    return replace(facts, **changes)
+def test_a_slurm_job_is_described():
+    machine = replace(NODE, env=SLURM | {"SLURM_NTASKS_PER_NODE": "8"})
+    texts = [finding.text for finding in machine_checks.check_launcher(machine)]
+    assert "SLURM job 4711: 2 nodes (node[1-2]), 16 tasks" in texts
 
 
 @pytest.mark.parametrize(
-    ("facts", "status", "words"),
+    ("env", "nodes"),
     [
-        (memory_of(), "ok", ["64 GB of 69 GB available"]),
-        (memory_of(shared=None), "problem", ["there is none", "--shm-size"]),
-        (memory_of(shared=(64 << 20, 60 << 20)), "note", ["0.067 GB free", "--shm-size=1g"]),
-        (memory_of(shared=(64 << 20, 60 << 20), gpus=0), "ok", []),
-        (memory_of(shared=(32 << 30, 1 << 20), gpus=0), "problem", ["full", "killed jobs"]),
-        (memory_of(left={"000000_locals": 100, "nccl-abc": 100}), "note", ["2 segments", "000000_* /dev/shm/nccl-*"]),
-        (memory_of(open_files=256), "note", ["at most 256 files", "ulimit -n 65536"]),
-        (memory_of(locked=8 << 20), "note", ["0.0084 GB may be locked", "ulimit -l unlimited"]),
-        (memory_of(locked=8 << 20, infiniband=False), "ok", []),
+        ({}, 1),
+        (SLURM, 2),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 2),
+        (SLURM | RANK | {"LOCAL_WORLD_SIZE": "16"}, 1),
+        ({"SLURM_NNODES": "two"}, 1),
     ],
 )
-def test_memory(facts, status, words):
-    says(worst(memory.lines(facts)), status, *words)
+def test_nodes_are_counted(env, nodes):
+    """From the launcher's ranks, else from SLURM's nodes; values that are no number are ignored."""
+    assert replace(CPU, env=env).node_count == nodes
 
 
-def test_what_a_process_has_open_was_not_left_behind(tmp_path):
-    """Two of streaming's segments, one mapped by this process; a file of another name is nobody's business."""
-    for name in ("000000_locals", "000001_barrier", "000002_notes"):
-        (tmp_path / name).write_bytes(bytes(4096))
-    with open(tmp_path / "000001_barrier", "r+b") as file, mmap.mmap(file.fileno(), 0):
-        assert memory.left_behind(tmp_path) == {"000000_locals": 4096}
-    assert set(memory.left_behind(tmp_path)) == {"000000_locals", "000001_barrier"}
-    assert memory.left_behind(tmp_path / "absent") == {}
+@pytest.mark.parametrize(
+    ("machine", "status", "words"),
+    [
+        (NODE, "ok", ["100 GB of 69 GB available"]),
+        (replace(NODE, shared_memory=None), "problem", ["missing", "--shm-size"]),
+        (replace(NODE, shared_memory=(64 << 20, 60 << 20)), "note", ["0.063 GB of 0.067 GB free", "--shm-size=1g"]),
+        (replace(CPU, shared_memory=(64 << 20, 60 << 20)), "ok", []),
+        (replace(CPU, shared_memory=(32 << 30, 1 << 20)), "problem", ["full", "killed jobs"]),
+        (replace(NODE, open_files=256), "note", ["may open 256 files", "ulimit -n 65536"]),
+        (replace(NODE, locked_memory=8 << 20), "note", ["may lock 0.0084 GB", "ulimit -l unlimited"]),
+        (replace(CPU, locked_memory=8 << 20), "ok", []),
+    ],
+)
+def test_memory(machine, status, words):
+    expect(worst(machine_checks.check_memory(machine)), status, *words)
 
 
-def software_of(reader: Outcome = JOINED, **versions: str | None) -> Software:
-    """Streaming with some of its demands."""
+@pytest.mark.parametrize(
+    ("changes", "reader", "status", "words"),
+    [
+        ({}, JOINED, "ok", []),
+        ({"numpy": "2.3.1"}, JOINED, "problem", ["requires numpy", "2.3.1 is installed", "pip install 'numpy"]),
+        ({"transformers": None}, JOINED, "problem", ["requires transformers<5", "it is not installed"]),
+        ({"torch": "2.15.0.dev20260101"}, JOINED, "ok", []),
+        ({}, Outcome(error="RuntimeError: torchvision::nms"), "problem", ["torchvision::nms", "fix what the error"]),
+        ({}, Outcome(error="no answer in 20 s", timed_out=True), "note", ["no answer", "local disk"]),
+    ],
+)
+def test_packages(changes, reader, status, words, monkeypatch):
+    """A package with some of mosaicml-streaming's requirements."""
     installed = {"torch": "2.14.1+cu130", "deepspeed": "0.19.8", "numpy": "2.1.3", "transformers": "4.57.6"}
-    demands = {"mosaicml-streaming": ["numpy<2.2.0,>=1.21.5", "transformers<5", "torch>=1", 'pytest; extra == "dev"']}
-    names = {"mosaicml-streaming": "0.13.0"} | installed | versions
-    return Software("3.11.7", names, demands, reader)
+    versions = {name: version for name, version in (installed | changes).items() if version}
+    required = ["numpy<2.2.0,>=1.21.5", "transformers<5", "torch>=1", 'pytest; extra == "dev"']
+    monkeypatch.setattr(machine_checks.metadata, "requires", lambda name: required)
+    expect(worst(machine_checks.check_packages(versions, reader)), status, *words)
+
+
+def folder_of(free: int = 500 * GB, **changes: str) -> config_checks.Folder:
+    return config_checks.Folder("runs/1b", "runs", free)._replace(**changes)
 
 
 @pytest.mark.parametrize(
-    ("facts", "status", "words"),
+    ("free", "present", "overrides", "status", "words"),
     [
-        (software_of(), "ok", ["3.11.7"]),
-        (
-            software_of(numpy="2.3.1"),
-            "problem",
-            ["streaming 0.13.0 needs numpy", "2.3.1 is installed", "pip install 'numpy"],
-        ),
-        (software_of(transformers=None), "problem", ["needs transformers<5", "it is not installed"]),
-        (software_of(torch="2.15.0.dev20260101"), "ok", []),
-        (
-            software_of(Outcome(error="RuntimeError: torchvision::nms")),
-            "problem",
-            ["torchvision::nms", "mend what that names"],
-        ),
-        (software_of(Outcome(error="no answer in 20 s", timed_out=True)), "note", ["no answer", "local disk"]),
+        (39, 0, "", "ok", ["3 need 38 GB more", "39 GB free in runs"]),
+        (38, 0, "", "problem", ["keep + 1 = 3 need 38 GB more", "38 GB free in runs"]),
+        (38, 2 * 12.8, "", "ok", []),
+        (12, 99, "", "problem", ["need 13 GB more"]),
+        (50, 0, "checkpoint.pin=[100]", "note", ["and 1 pinned need 51 GB", "pin fewer"]),
     ],
 )
-def test_software(facts, status, words):
-    says(worst(software.lines(facts)), status, *words)
+def test_disk_space_for_checkpoints(free, present, overrides, status, words):
+    """Of the 1b model a checkpoint takes 12.8 GB."""
+    config = configured(*overrides.split())
+    expect(config_checks.checkpoint_room(config, folder_of(free * GB), int(present * GB)), status, *words)
 
 
-GB = 10**9
-
-
-def storage_of(free: int = 500 * GB, **changes) -> Storage:
-    """Of the 1b model: three checkpoints are 3 x 12.77 GB."""
-    facts = Storage(Folder("runs/1b", "runs", free), 1_064_028_034, 0, (), (), "shards: 9 windows of 4096 tokens")
-    return replace(facts, **changes)
+def test_memory_for_the_background_copy_of_a_checkpoint():
+    """12.8 GB over the memory of all nodes."""
+    one = replace(CPU, memory=(0, 10 * GB))
+    (finding,) = config_checks.background_copy(one, configured())
+    expect(finding, "note", "copies 13 GB", "10 GB available", "at least 2 such nodes")
+    two = replace(one, env={"SLURM_NNODES": "2"})
+    assert list(config_checks.background_copy(two, configured())) == []
 
 
 @pytest.mark.parametrize(
-    ("facts", "overrides", "available", "status", "words"),
+    ("folder", "problems", "status", "words"),
     [
-        (storage_of(), "", 100 * GB, "ok", ["runs/1b (to be made in runs) can be written"]),
-        (storage_of(39 * GB), "", 100 * GB, "ok", []),
-        (storage_of(38 * GB), "", 100 * GB, "problem", ["keep + 1 = 3 take 38 GB more", "38 GB are free in runs"]),
-        (storage_of(38 * GB, present=2 * 12_768_336_408), "", 100 * GB, "ok", []),
-        (storage_of(12 * GB, present=99 * GB), "", 100 * GB, "problem", ["take 13 GB more"]),
-        (storage_of(50 * GB), "checkpoint.pin=[100]", 100 * GB, "note", ["and 1 pinned take 51 GB", "pin fewer"]),
-        (storage_of(), "", 10 * GB, "note", ["copies 13 GB", "10 GB are available", "at least 2 such machines"]),
-        (storage_of(), "checkpoint.background=false", 10 * GB, "ok", []),
-        (
-            storage_of(run=Folder("runs", "runs", 500 * GB, unwritable="Read-only file system")),
-            "",
-            100 * GB,
-            "problem",
-            ["nothing can be written in runs: Read-only", "another run.dir"],
-        ),
-        (
-            storage_of(run=Folder("runs", "runs", 500 * GB, unlockable="Function not implemented")),
-            "",
-            100 * GB,
-            "problem",
-            ["cannot be locked (Function not implemented)", "-o flock"],
-        ),
-        (
-            storage_of(run_problems=("optim.lr=1, but the run has 2",)),
-            "",
-            100 * GB,
-            "problem",
-            ["optim.lr=1", "run.dir"],
-        ),
-        (
-            storage_of(data_problems=("shards: no such folder; set data.path",)),
-            "",
-            100 * GB,
-            "problem",
-            ["no such folder"],
-        ),
-        (
-            storage_of(cache=Folder("/tmp/c", "/tmp", 50 * GB), unpacked=90 * GB, unpacked_present=30 * GB),
-            "",
-            100 * GB,
-            "problem",
-            ["60 GB more", "/tmp/c", "50 GB are free", "set data.cache"],
-        ),
-        (
-            storage_of(cache=Folder("/tmp/c", "/tmp", 50 * GB), unpacked=90 * GB, unpacked_present=45 * GB),
-            "",
-            100 * GB,
-            "ok",
-            [],
-        ),
+        (folder_of(), [], "ok", ["runs/1b (to be created in runs) can be written"]),
+        (folder_of(write_error="Read-only file system"), [], "problem", ["not writable: Read-only", "another run.dir"]),
+        (folder_of(lock_error="Not implemented"), [], "problem", ["cannot be locked (Not implemented)", "-o flock"]),
+        (folder_of(), ["optim.lr=1, but the run has 2"], "problem", ["optim.lr=1", "set another run.dir"]),
     ],
 )
-def test_storage(facts, overrides, available, status, words):
-    lines = storage.lines(facts, configured(*overrides.split()), available, machines=1)
-    says(worst(lines), status, *words)
+def test_folders(folder, problems, status, words):
+    expect(worst(config_checks.folder_findings("run.dir", folder, problems)), status, *words)
 
 
-def test_memory_of_several_machines_holds_the_copy():
-    """12.8 GB over two machines with 10 GB each."""
-    assert worst(storage.lines(storage_of(), configured(), 10 * GB, machines=2)).status == "ok"
+def test_room_to_unpack_shards():
+    expect(
+        config_checks.cache_room(folder_of(50 * GB), 60 * GB), "problem", "60 GB more", "50 GB free", "set data.cache"
+    )
+    expect(config_checks.cache_room(folder_of(50 * GB), 45 * GB), "ok")
 
 
 def test_pinned_checkpoints_are_counted_once():
-    """Every fifth of 12 steps, and by name 5 again, 7, and one behind the end."""
-    assert storage.pinned(CheckpointConfig(pin=(5, 7, 13), pin_every=5), 12) == len({5, 10, 7})
-    assert storage.pinned(CheckpointConfig(), 12) == 0
+    """Every fifth of 12 steps, and by name 5 again, 7, and one after the end."""
+    assert config_checks.count_pinned(CheckpointConfig(pin=(5, 7, 13), pin_every=5), 12) == len({5, 10, 7})
+    assert config_checks.count_pinned(CheckpointConfig(), 12) == 0
 
 
-def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
-    """One that is not there yet, below one that is; and one that nothing can be made in, whoever asks."""
-    found = storage.look_at(tmp_path / "a" / "b")
-    assert (found.existing, found.unwritable, found.unlockable) == (str(tmp_path), "", "")
-    assert found.free > 0 and list(tmp_path.iterdir()) == []
-    assert storage.look_at(Path("/proc/mythos")).unwritable
+def test_inspecting_a_folder_leaves_nothing(tmp_path):
+    """One that does not exist yet, and one where nobody can write."""
+    folder = config_checks.inspect_folder(tmp_path / "a" / "b")
+    assert (folder.existing, folder.write_error, folder.lock_error) == (str(tmp_path), "", "")
+    assert folder.free > 0 and list(tmp_path.iterdir()) == []
+    assert config_checks.inspect_folder(Path("/proc/mythos")).write_error
 
 
-def test_a_check_that_fails_is_a_problem():
-    """And what it had to say before is not lost in a traceback."""
-    (line,) = examine("GPU", lambda: [ok("GPU", str(1 // 0))])
-    says(line, "problem", "ZeroDivisionError: integer division or modulo by zero")
+def test_a_check_that_raises_is_a_problem():
+    (finding,) = run_check("GPU", lambda: [ok("GPU", str(1 // 0))])
+    expect(finding, "problem", "ZeroDivisionError: integer division or modulo by zero")
+
+
+def test_a_message_is_split_before_its_remedy():
+    assert split_remedy("a", "b; c; d") == Finding("a", "problem", "b; c", "d")
+    assert split_remedy("a", "b", "d") == Finding("a", "problem", "b", "d")
 
 
 @pytest.fixture
-def patience(monkeypatch):
+def slow_machine(monkeypatch):
     """A probe may take as long as a busy machine needs."""
     monkeypatch.setattr(probe, "SECONDS", 240)
 
 
-def test_a_group_is_really_joined(monkeypatch, patience):
-    """Over loopback; and not over an interface that is not there. A launcher's variables lead to no store of its."""
+def test_the_probe_joins_a_group(monkeypatch, slow_machine):
+    """Over loopback, whatever store a launcher's variables name; not over an interface that does not exist."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for variable, value in (RANK | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(variable, value)
@@ -511,59 +403,53 @@ def test_a_group_is_really_joined(monkeypatch, patience):
     assert "nosuch0" in Probe(probe.join_group).outcome().error
 
 
-def test_names_are_looked_up(monkeypatch, patience):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert Probe(probe.look_up).outcome().values["localhost"] in ("127.0.0.1", "::1")
-    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")  # a name that is kept free for ever (RFC 6761)
-    assert Probe(probe.look_up).outcome().values["no.such.host.invalid"] is None
-
-
 @pytest.mark.parametrize(
-    ("look", "words"),
+    ("function", "words"),
     [
         (lambda: time.sleep(600), "no answer in 0.5 s"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "died of SIGKILL"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
         (lambda: {"seconds": 1 // 0}, "ZeroDivisionError: integer division"),
     ],
 )
-def test_a_probe_that_hangs_crashes_or_fails_says_so(look, words):
-    assert words in Probe(look).outcome(seconds=0.5 if "answer" in words else 240).error
+def test_a_probe_that_hangs_crashes_or_raises_has_an_error(function, words):
+    assert words in Probe(function).outcome(seconds=0.5 if "answer" in words else 240).error
 
 
 @pytest.mark.parametrize(
     ("world", "status", "words"),
     [
         ("", "ok", ["any multiple of 4 ranks"]),
-        ("8", "ok", ["8 ranks make 4 replicas of 2"]),
+        ("8", "ok", ["8 ranks form 4 replicas of 2"]),
         ("6", "problem", ["3 replicas (6 ranks", "parallel.expert=2", "set"]),
     ],
 )
 def test_ranks_of_a_layout(world, status, words):
     config = configured("parallel.tensor=2", "parallel.expert=2")
-    says(worst(doctor.layout(config, {"WORLD_SIZE": world} if world else {})), status, *words)
+    expect(worst(config_checks.check_layout(replace(CPU, env={"WORLD_SIZE": world}), config)), status, *words)
 
 
 @pytest.mark.parametrize(
-    ("line", "code"), [(note("GPU", "none", "buy one"), 0), (Line("GPU", "problem", "hot", "cool"), 1)]
+    ("finding", "code"), [(note("GPU", "none", "buy one"), 0), (Finding("GPU", "problem", "hot", "cool"), 1)]
 )
-def test_exit_code_and_both_forms(line, code, monkeypatch, capsys):
-    """Notes let a job begin, problems do not."""
-    told = []
+def test_exit_code_text_and_json(finding, code, monkeypatch, capsys):
+    """Exit code 1 with a problem, 0 with notes only."""
+    outputs = []
     for arguments in ([], ["--json"]):
         monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
-        monkeypatch.setattr(doctor, "diagnose", lambda config: [ok("python", "3.11.7"), line])
-        with pytest.raises(SystemExit) as left:
+        monkeypatch.setattr(doctor, "diagnose", lambda config: [ok("python", "3.11.7"), finding])
+        with pytest.raises(SystemExit) as exit:
             doctor.main()
-        assert left.value.code == code
-        told.append(capsys.readouterr().out)
-    assert told[0].splitlines()[1:4] == [
+        assert exit.value.code == code
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].splitlines()[1:4] == [
         "  ok       python  3.11.7",
-        f"  {line.status:<7}  GPU     {line.text}",
-        f"                   -> {line.remedy}",
+        f"  {finding.status:<7}  GPU     {finding.text}",
+        f"                   -> {finding.remedy}",
     ]
-    answer = json.loads(told[1])
-    assert answer["problems"] == code and answer["notes"] == 1 - code
-    assert answer["lines"][1] == {"topic": "GPU", "status": line.status, "text": line.text, "remedy": line.remedy}
+    report = json.loads(outputs[1])
+    assert report["problems"] == code and report["notes"] == 1 - code
+    expected = {"topic": "GPU", "status": finding.status, "text": finding.text, "remedy": finding.remedy}
+    assert report["lines"][1] == expected
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -578,28 +464,29 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.launch
 def test_this_machine(settings, tmp_path):
-    """The whole command. Every subject is there, none could not be looked at, and a config asks for what cannot be:
-    MegaBlocks computes in bf16, and the config is in fp32."""
+    """The whole command, with a config that cannot run: MegaBlocks computes in bf16, and the config is in fp32."""
     run_dir = tmp_path / "run"
-    told = run(*settings, f"run.dir={run_dir}", "experts.backend=megablocks", "--json", GLOO_SOCKET_IFNAME="lo")
-    assert told.returncode == 1 and told.stderr == ""
-    answer = json.loads(told.stdout)
-    lines = {line["topic"]: line for line in answer["lines"]}
-    asked = "train.dtype experts.backend train.attention layout run.dir checkpoint data.path"
-    here = "python packages streaming torch GPU grouped_mm megablocks flash_attn network InfiniBand launcher programs"
-    assert set(lines) >= {*asked.split(), *here.split(), "memory", "/dev/shm"}
-    assert [line for line in answer["lines"] if "could not be looked at" in line["text"]] == []
-    assert (
-        "MegaBlocks" not in lines["experts.backend"]["text"] and "train.dtype=fp32" in lines["experts.backend"]["text"]
+    done = run(*settings, f"run.dir={run_dir}", "experts.backend=megablocks", "--json", GLOO_SOCKET_IFNAME="lo")
+    assert done.returncode == 1 and done.stderr == ""
+    report = json.loads(done.stdout)
+    findings = {line["topic"]: line for line in report["lines"]}
+    of_config = "train.dtype experts.backend train.attention layout run.dir checkpoint data.path"
+    of_machine = (
+        "python packages streaming torch GPU grouped_mm megablocks flash_attn network InfiniBand launcher programs"
     )
-    assert lines["data.path"]["status"] == "ok" and "windows of 32 tokens" in lines["data.path"]["text"]
-    assert lines["run.dir"]["status"] == "ok" and not run_dir.exists()
-    assert any("was joined on loopback" in line["text"] for line in answer["lines"] if line["topic"] == "network")
+    assert set(findings) >= {*of_config.split(), *of_machine.split(), "memory", "/dev/shm"}
+    assert [line for line in report["lines"] if "this check failed" in line["text"]] == []
+    experts = [line for line in report["lines"] if line["topic"] == "experts.backend"]
+    assert {line["status"] for line in experts} == {"problem"}
+    assert any("bf16" in line["text"] for line in experts)
+    assert findings["data.path"]["status"] == "ok" and "windows of 32 tokens" in findings["data.path"]["text"]
+    assert findings["run.dir"]["status"] == "ok" and not run_dir.exists()
+    assert any("joined a process group" in line["text"] for line in report["lines"] if line["topic"] == "network")
 
 
 def test_a_wrong_config_is_refused_as_by_training():
-    """All problems at once, exit code 2, before anything is looked at."""
-    told = run("configs/tiny_cpu.yaml", "model.dimm=3", "train.steps=many")
-    assert (told.returncode, told.stdout) == (2, "")
-    assert "model.dimm: unknown key" in told.stderr and "train.steps='many'" in told.stderr
-    assert "Traceback" not in told.stderr
+    """All problems at once, exit code 2, before any check runs."""
+    done = run("configs/tiny_cpu.yaml", "model.dimm=3", "train.steps=many")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "model.dimm: unknown key" in done.stderr and "train.steps='many'" in done.stderr
+    assert "Traceback" not in done.stderr

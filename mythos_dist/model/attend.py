@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.errors import UserError
-from mythos_dist.model.kernels import why_not
+from mythos_dist.gpu_packages import unavailable
 
 Kernel = Literal["flash_attn", "sdpa"]
 WIDEST_HEAD = 256  # channels, in flash-attn 2
@@ -39,7 +39,7 @@ def choose_kernel(setting: str, device: torch.device, dtype: torch.dtype, config
         reasons.append(f"a head has {config.widest_head} channels, more than its {WIDEST_HEAD}")
     if setting == "auto" and reasons:
         return "sdpa"  # without importing the package
-    if missing := why_not("flash_attn"):
+    if missing := unavailable("flash_attn"):
         reasons.append(f"{missing}: bash launch/install_gpu.sh installs it")
     if not reasons:
         return "flash_attn"

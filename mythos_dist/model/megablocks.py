@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from mythos_dist.errors import UserError
+from mythos_dist.gpu_packages import unavailable
 from mythos_dist.model.grouped import fill_to_16_bytes
-from mythos_dist.model.kernels import why_not
 from mythos_dist.parallel.rows import RowIndex, nonzero_no_sync, row_starts, sum_rows, take_rows
 
 BLOCK = 128  # MegaBlocks' unit of hidden width, all experts together
@@ -33,7 +33,7 @@ def check(dtype: torch.dtype | None = None) -> None:
     problems = []
     if dtype not in (None, torch.bfloat16) and not _interpreted():
         problems.append(_other_dtype(dtype))
-    missing = why_not("megablocks")
+    missing = unavailable("megablocks")
     if missing:
         problems.append(
             f"experts.backend=megablocks: {missing}; install it with `bash launch/install_gpu.sh`, "

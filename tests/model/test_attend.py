@@ -83,7 +83,7 @@ def test_flash_attn_is_chosen_where_it_can_run(monkeypatch):
     as an error with every reason if it was asked for."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a V100")
-    monkeypatch.setattr(attend, "why_not", lambda _: None)
+    monkeypatch.setattr(attend, "unavailable", lambda _: None)
     config, wide = MythosConfig(), MythosConfig(qk_nope_head_dim=200)
     assert choose_kernel("auto", GPU, BF16, config) == "flash_attn"
     assert choose_kernel("flash_attn", GPU, torch.float16, config) == "flash_attn"
@@ -94,7 +94,7 @@ def test_flash_attn_is_chosen_where_it_can_run(monkeypatch):
             choose_kernel("flash_attn", device, dtype, model)
 
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (7, 0))
-    monkeypatch.setattr(attend, "why_not", lambda _: "flash_attn cannot be imported (No module)")
+    monkeypatch.setattr(attend, "unavailable", lambda _: "flash_attn cannot be imported (No module)")
     assert choose_kernel("auto", GPU, BF16, config) == "sdpa"
     with pytest.raises(UserError) as error:
         choose_kernel("flash_attn", GPU, torch.float32, wide)

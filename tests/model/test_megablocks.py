@@ -158,7 +158,7 @@ def test_the_kernels_compile_for_a_gpu(sources, on_one_process, tmp_path):
 
 def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch):
     """Never a silent fallback: the setting, the reason, and both ways out; and that there is no GPU."""
-    monkeypatch.setattr(module, "why_not", lambda package: f"{package}_ops cannot be imported (no such module)")
+    monkeypatch.setattr(module, "unavailable", lambda package: f"{package}_ops cannot be imported (no such module)")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError) as caught:
@@ -170,7 +170,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch):
     assert "experts.backend=grouped" in missing
     assert "GPU" in no_gpu
 
-    monkeypatch.setattr(module, "why_not", lambda package: None)
+    monkeypatch.setattr(module, "unavailable", lambda package: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     module.check()
 

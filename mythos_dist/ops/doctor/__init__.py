@@ -1,5 +1,5 @@
-"""Is this machine ready, and what would a config use on it? `python -m mythos_dist.doctor`.
+"""`python -m mythos_dist.doctor`: is this machine ready for training, and what would a config use on it?
 
-A file per subject. In each, `find` gathers facts of this machine into a frozen dataclass, and `lines` says what they
-mean; it reads nothing but its arguments, so tests judge machines that are not there.
+`facts.Machine` reads this machine; a check is a function of a Machine (and a config) that yields findings. Checks read
+the machine through it only, so tests pass them machines that do not exist.
 """

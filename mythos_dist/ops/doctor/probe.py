@@ -1,14 +1,13 @@
-"""Looks that may hang, crash or print: each in a forked process of its own, so that nothing takes the report along.
+"""Probes: what may hang, crash or print runs in a forked process of its own.
 
-Forked and not started anew, because torch is imported for seconds. The trap: CUDA does not survive a fork, so probes
-start before this process has asked torch for GPUs.
+Forked because importing torch anew takes seconds. The trap: CUDA does not survive a fork, so probes start before this
+process initializes CUDA.
 """
 
 import json
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,13 +15,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-SECONDS = 20  # that a probe may take: imports from a cold file system, the start of NCCL
+SECONDS = 20  # timeout of a probe: imports from a cold file system, the start of NCCL
 _FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a probe found, or why it did not."""
+    """What a probe returned, or why it returned nothing."""
 
     values: dict[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -30,16 +29,16 @@ class Outcome:
 
 
 class Probe:
-    """`look()`, running in a process of its own; what it returns must go into JSON."""
+    """`function()`, running in a forked process; it returns a dict that JSON can hold."""
 
-    def __init__(self, look: Callable[[], dict[str, Any]]):
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the outcome is read
+    def __init__(self, function: Callable[[], dict[str, Any]]):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `outcome`
         # A daemon: it ends with this process.
-        self._process = _FORK.Process(target=_write_outcome, args=(look, self._file.fileno()), daemon=True)
+        self._process = _FORK.Process(target=_write_outcome, args=(function, self._file.fileno()), daemon=True)
         self._process.start()
 
     def outcome(self, seconds: float | None = None) -> Outcome:
-        """Wait for it, at most so long (None: SECONDS), and kill it then. To be called once."""
+        """Wait for at most `seconds` (None: SECONDS), then kill the process. Call it once."""
         seconds = SECONDS if seconds is None else seconds
         self._process.join(seconds)
         code = self._process.exitcode
@@ -47,58 +46,47 @@ class Probe:
             self._process.kill()
             return Outcome(error=f"no answer in {seconds:g} s", timed_out=True)
         if code < 0:
-            return Outcome(error=f"the process died of {signal.Signals(-code).name}")
+            return Outcome(error=f"the process was killed by {signal.Signals(-code).name}")
         with self._file:
             self._file.seek(0)
             return Outcome(**json.loads(self._file.read()))
 
 
-def _write_outcome(look: Callable[[], dict[str, Any]], file: int) -> None:
-    """In the child: `look()` or its error, as JSON into `file`; what libraries print goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
+def _write_outcome(function: Callable[[], dict[str, Any]], file: int) -> None:
+    """In the child: write what `function` returns, or its error, to `file`; discard what libraries print."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     try:
-        told: dict[str, Any] = {"values": look()}
+        outcome: dict[str, Any] = {"values": function()}
     except Exception as error:
-        said = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-        told = {"error": f"{type(error).__name__}: {said[-1]}"}  # NCCL gives the cause last
-    os.write(file, json.dumps(told).encode())
+        message = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+        outcome = {"error": f"{type(error).__name__}: {message[-1]}"}  # NCCL gives the cause last
+    os.write(file, json.dumps(outcome).encode())
 
 
 def join_group() -> dict[str, Any]:
-    """Join a process group of one on loopback, with the backend that training would take, and pass a collective."""
+    """Join a process group of one on loopback, with training's backend, and run one all-reduce."""
     import torch
     import torch.distributed as dist
 
     begin = time.perf_counter()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    # A store of our own: `init_method` would follow a launcher's variables to the store of its job.
+    # A store of our own: `init_method` would use a launcher's variables and connect to the store of its job.
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timedelta(seconds=SECONDS))
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=SECONDS))
-    numbers = torch.ones(2, device="cuda" if backend == "nccl" else "cpu")
-    dist.all_reduce(numbers)
-    if numbers.tolist() != [1, 1]:
-        raise RuntimeError(f"an all-reduce over one rank made {numbers.tolist()} of ones")
+    ones = torch.ones(2, device="cuda" if backend == "nccl" else "cpu")
+    dist.all_reduce(ones)
+    if ones.tolist() != [1, 1]:
+        raise RuntimeError(f"an all-reduce of ones over one rank returned {ones.tolist()}")
     dist.destroy_process_group()
     return {"seconds": time.perf_counter() - begin}
 
 
 def import_reader() -> dict[str, Any]:
-    """Import streaming's reader of shards, as training does."""
+    """Import streaming's shard reader, as training does."""
     from mythos_dist.data.windows import import_reader
 
     begin = time.perf_counter()
     import_reader()
     return {"seconds": time.perf_counter() - begin}
-
-
-def look_up() -> dict[str, Any]:
-    """{name: address or None} of this host's own name and of MASTER_ADDR. A sick DNS takes a minute to say no."""
-    addresses: dict[str, Any] = {}
-    for name in {socket.gethostname(), os.environ.get("MASTER_ADDR", "")} - {""}:
-        try:
-            addresses[name] = socket.getaddrinfo(name, None)[0][4][0]
-        except OSError:
-            addresses[name] = None
-    return addresses
