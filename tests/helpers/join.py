@@ -30,7 +30,8 @@ def main() -> None:
     dist.all_reduce(ranks)
     assert int(ranks) == len(session.nodes) == rank_info.world_size
     session.close()
-    print(f"joined {rank_info.rank} of {rank_info.world_size}", flush=True)
+    sys.stdout.write(f"joined {rank_info.rank} of {rank_info.world_size}\n")  # one write: ranks share the pipe
+    sys.stdout.flush()
     dist.destroy_process_group()
 
 
