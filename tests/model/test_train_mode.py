@@ -78,7 +78,7 @@ def mixing_weights(model: nn.Module, input_ids: Tensor, n_loops: int) -> Tensor:
         states.append(inputs[0].detach())
 
     def keep_output(module, inputs, output):
-        outputs.append(output if isinstance(output, Tensor) else output[0].mixed)
+        outputs.append(output if isinstance(output, Tensor) else output[0].output)
 
     handles = [
         model.recurrent.act.register_forward_pre_hook(keep_state),
@@ -301,7 +301,8 @@ def test_truncated_gradients_are_those_of_a_graph_that_is_cut_by_hand(backprop, 
     def loop(t: int, *arguments) -> tuple:
         carry, *rest = run(t, *arguments)
         if t < 4 - backprop:  # all but the prelude's output, which every loop gets anew
-            carry = carry._replace(**{name: getattr(carry, name).detach() for name in ("h", "mixed", "mass", "loss")})
+            names = ("h", "output", "halted", "aux_loss")
+            carry = carry._replace(**{name: getattr(carry, name).detach() for name in names})
         return carry, *rest
 
     cut.recurrent._loop = loop  # type: ignore[method-assign]
@@ -329,5 +330,5 @@ def test_without_halting_the_last_state_goes_on(tiny):
     model.recurrent.register_forward_hook(lambda module, inputs, output: carries.append(output[0]))
     input_ids = tokens(model.config, 2, 8)
     model(input_ids, 3, labels=input_ids)["objective"].backward()
-    assert torch.equal(carries[0].h.float(), carries[0].mixed)
+    assert torch.equal(carries[0].h.float(), carries[0].output)
     assert not any(p.grad.any() for p in model.recurrent.act.parameters())
