@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,23 +22,48 @@ from mythos_dist.errors import UserError
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def write_atomically(file: Path, content: str | bytes, ending: str = "") -> None:
-    """Replace `file` by `content`; on disk when this returns. Raises OSError, and leaves the old file, if it fails.
+@contextmanager
+def replacing(file: Path, ending: str = "") -> Iterator[IO[bytes]]:
+    """A temporary file, open for writing; after the block, it is fsynced and renamed to `file`, which it replaces.
 
-    ending: of the temporary file's name; empty: .tmp-PID.
+    If the block or the disk fails, the temporary file is removed and the old file is kept. `ending`: of the temporary
+    name; default: .tmp-PID.
     """
     temporary = file.with_name(f"{file.name}{ending or f'.tmp-{os.getpid()}'}")
     try:
         with temporary.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
+            yield stream
             fsync_file(stream)
         os.replace(temporary, file)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
-    with suppress(PermissionError):  # a folder may be closed to reading
+    with suppress(PermissionError):  # the folder may not be readable
         fsync_folder(file.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """The path of a temporary folder; after the block, it is renamed to `folder`, which must not exist.
+
+    If the block fails, the temporary folder is removed.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # no other process has it
+    try:
+        yield temporary
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomically(file: Path, content: str | bytes, ending: str = "") -> None:
+    """Replace `file` by `content`; on disk when this returns. Raises OSError, and keeps the old file, if it fails.
+
+    `ending`: of the temporary file's name; default: .tmp-PID.
+    """
+    with replacing(file, ending) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
 
 
 def fsync_file(stream: IO[Any]) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
     from mythos_dist.data.manifest import Filters
     from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.prepare.convert import convert
-    from mythos_dist.prepare.documents import Columns
+    from mythos_dist.prepare.spans import Columns
 
     begin = time.monotonic()
     try:
@@ -64,7 +64,7 @@ def main() -> None:
             **{name: getattr(arguments, name) for name in OPTIONS},
         )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     seconds = time.monotonic() - begin
     if arguments.json:

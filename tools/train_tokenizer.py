@@ -47,7 +47,7 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
     """Read, sample and train; what --json prints."""
     from mythos_dist.data.tokenizer import sample_lines, train_on_lines
     from mythos_dist.prepare.corpus import sample_documents
-    from mythos_dist.prepare.documents import Columns
+    from mythos_dist.prepare.spans import Columns
 
     numbers = {"sample-mb": arguments.sample_mb, "vocab-size": arguments.vocab_size}
     problems = [f"--{name}={number} must be at least 1" for name, number in numbers.items() if number < 1]

@@ -16,7 +16,7 @@ from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.units import count
 
 if TYPE_CHECKING:
-    from mythos_dist.prepare.verify import Report
+    from mythos_dist.prepare.verify import VerifyReport
 
 MAX_LINES = 100  # of bad shards
 ADVICE = "copy these files again from where they came, or delete the folder and run tools/make_shards.py again"
@@ -54,7 +54,7 @@ def main() -> None:
     sys.exit(0 if report.ok else 1)
 
 
-def lines(report: "Report") -> list[str]:
+def lines(report: "VerifyReport") -> list[str]:
     """For a person: remarks, what is wrong, and a verdict that says what to do."""
     found = {"shard": report.shards, "window": report.windows, "token": report.tokens}
     total = ", ".join([*(count(number, noun) for noun, number in found.items()), f"{report.bytes / 1e9:.3f} GB"])

@@ -1,6 +1,5 @@
-"""Texts of a corpus one by one, for those that need strings, and a small real corpus to try everything on."""
+"""Read the texts of a corpus one by one as strings, and write a small real corpus for tests and the demo."""
 
-import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,22 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from mythos_dist.errors import UserError
-from mythos_dist.prepare.documents import (
-    Columns,
-    LongDocument,
-    Span,
-    Units,
-    read_span,
-    units_of,
-    unreadable,
-    valid_utf8,
-)
-from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source, find_sources, list_inputs, reading
+from mythos_dist.files import replacing
+from mythos_dist.prepare.batches import LongDocument, valid_utf8
+from mythos_dist.prepare.documents import read_span, unreadable
+from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source, reading
+from mythos_dist.prepare.listing import find_sources, list_inputs, raise_if_unreadable
+from mythos_dist.prepare.spans import Columns, Span, divide
 
 
 def write_sample_corpus(out: Path) -> Path:
-    """Write CPython's own help texts (`pydoc_data.topics`, 0.5 MB of prose) to the parquet file `out`, a row a topic.
+    """Write CPython's own help texts (`pydoc_data.topics`, 0.5 MB of prose) to the parquet file `out`, a row each.
 
     The schema is FineWeb-Edu's; `token_count` counts words, and the scores are constants. Returns `out`.
     """
@@ -48,9 +41,8 @@ def write_sample_corpus(out: Path) -> Path:
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    pq.write_table(table, unfinished, row_group_size=16)
-    os.replace(unfinished, out)
+    with replacing(out) as stream:
+        pq.write_table(table, stream, row_group_size=16)
     return out
 
 
@@ -58,7 +50,8 @@ def read_documents(inputs: Inputs) -> Iterator[str]:
     """The non-empty texts of all inputs, file after file. Raises UserError naming a file that cannot be read."""
     columns = Columns()
     for source in find_sources(inputs):
-        yield from _texts([_whole(units_of(source, columns))], columns)
+        chunks = divide(source, columns)
+        yield from _texts([chunks.span(0, len(chunks.sizes))], columns)
 
 
 def sample_documents(
@@ -69,24 +62,26 @@ def sample_documents(
     columns: Columns | None = None,
     max_unpack_ratio: float = MAX_RATIO,
 ) -> Iterator[str]:
-    """Texts of about `max_bytes` from all over the inputs: spans in an order drawn from `seed`. A corpus that is
-    smaller is read whole. Raises UserError naming a file that cannot be read.
+    """About `max_bytes` of text from all inputs: chunks in a random order drawn from `seed`. A smaller corpus is read
+    completely. Raises UserError that names a file that cannot be read.
 
-    `progress`: on standard error, what was taken and what was not, and a bar on a terminal.
+    `progress`: print on standard error which files are read and which are not, and a bar on a terminal.
     """
-    columns, listing = columns or Columns(), list_inputs(inputs, None, max_unpack_ratio)
-    if listing.unreadable:
-        raise UserError([f"{one.name}: {one.reason} ({one.detail})" for one in listing.unreadable])
-    for line in listing.lines() if progress else []:
-        print(line, file=sys.stderr, flush=True)
-    units = [units_of(source, columns) for source in listing.sources]
-    spans = [one.span(i, i + 1) for one in units for i in range(len(one.sizes))]
+    columns = columns or Columns()
+    listing = list_inputs(inputs, None, max_unpack_ratio)
+    raise_if_unreadable(listing)
+    if progress:
+        for line in listing.lines():
+            print(line, file=sys.stderr, flush=True)
+    spans = []
+    for source in listing.sources:
+        chunks = divide(source, columns)
+        spans += [chunks.span(i, i + 1) for i in range(len(chunks.sizes))]
     random.Random(seed).shuffle(spans)
     total = min(max_bytes, sum(span.size for span in spans))
     size = 0
-    with tqdm(
-        total=total, desc="reading text", unit="B", unit_scale=True, disable=not (progress and sys.stderr.isatty())
-    ) as bar:
+    hidden = not (progress and sys.stderr.isatty())
+    with tqdm(total=total, desc="reading text", unit="B", unit_scale=True, disable=hidden) as bar:
         for text in _texts(spans, columns):
             if size >= max_bytes:
                 return
@@ -95,23 +90,19 @@ def sample_documents(
             bar.update(len(text))
 
 
-def _whole(units: Units) -> Span:
-    return units.span(0, len(units.sizes))
-
-
 def _texts(spans: Iterable[Span], columns: Columns) -> Iterator[str]:
     for span in spans:
 
-        def bad(where: str, reason: str, source: Source = span.source) -> None:
+        def on_bad(where: str, reason: str, source: Source = span.source) -> None:
             raise unreadable(source, where, reason, "fetch the file again")
 
         with reading(span.source):
-            for documents in read_span(span, columns, bad):
-                if isinstance(documents, LongDocument):
-                    yield "".join(piece.tobytes().decode() for piece, _ in valid_utf8(documents.pieces()))
+            for item in read_span(span, columns, on_bad):
+                if isinstance(item, LongDocument):
+                    yield "".join(piece.tobytes().decode() for piece, _ in valid_utf8(item.pieces()))
                     continue
-                data, start = documents.data.tobytes(), 0
-                for end in documents.ends.tolist():
+                data, start = item.data.tobytes(), 0
+                for end in item.ends.tolist():
                     if end > start:
                         yield data[start:end].decode()
                     start = end

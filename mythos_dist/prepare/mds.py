@@ -1,12 +1,12 @@
-"""Windows of token ids to MDS shards, byte for byte what streaming's MDSWriter writes.
+"""Write windows of token ids as MDS shards, byte for byte like streaming's MDSWriter.
 
-Importing streaming takes 7 s of CPU and 700 MB in each converting process (it pulls in torch, transformers and
-torchvision), and MDSWriter handles a window at a time in Python. Windows of one length make the format plain:
+Importing streaming takes 7 s of CPU and 700 MB in each worker (it imports torch, transformers and torchvision), and
+MDSWriter processes one window at a time in Python. With windows of one length the format is simple:
 
-    uint32 samples | uint32 (samples + 1) offsets | JSON with the columns | the windows, one after the other
+    uint32 samples | uint32 (samples + 1) offsets | JSON with the columns | the windows
 
-Samples of a fixed shape (`ndarray:uint16:2049`) have no header of their own. tests/prepare/test_mds.py holds the files
-and the index entries against MDSWriter's.
+Samples of a fixed shape (`ndarray:uint16:2049`) have no header of their own. tests/prepare/test_mds.py compares the
+files and the index entries with MDSWriter's.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ HASHES = ("sha1", "xxh64")
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into windows and writes them to shard.00000.mds, shard.00001.mds, … in `folder`.
+    """Divides a stream of tokens into windows and writes them to shard.00000.mds, shard.00001.mds, … in `folder`.
 
-    tokens added == windows * (seq_len + 1) + len(tail), at any time. The folder is made with the first shard; what
-    does not fill a window stays in `tail`. `shards` are the entries for index.json, with basenames below `prefix`.
+    The folder is created with the first shard. `shards` are the entries for index.json, with `prefix` before each
+    basename. After `finish`, tokens added == windows * (seq_len + 1) + len(tail).
     """
 
     def __init__(self, folder: Path, seq_len: int, dtype: str, compression: str | None = None, prefix: str = ""):
@@ -44,26 +44,27 @@ class ShardWriter:
             "column_sizes": [self._window * self._dtype.itemsize],
         }
         self._config_bytes = json.dumps(self._config, sort_keys=True).encode()
-        room = SIZE_LIMIT - 8 - len(self._config_bytes)
+        available = SIZE_LIMIT - 8 - len(self._config_bytes)
         # Like MDSWriter, a shard takes at least one window, however long it is.
-        self._tokens_per_shard = max(1, room // (4 + self._window * self._dtype.itemsize)) * self._window
-        self._buffer = np.empty(self._tokens_per_shard, self._dtype)  # takes memory as it fills
+        self._tokens_per_shard = max(1, available // (4 + self._window * self._dtype.itemsize)) * self._window
+        self._buffer = np.empty(self._tokens_per_shard, self._dtype)  # memory is used as it is filled
         self._used = 0
         self.shards: list[dict[str, Any]] = []
         self.windows = 0
 
     @property
     def tail(self) -> np.ndarray:
-        """Tokens that fill no window; after `finish`."""
+        """The tokens of the partial window at the end; after `finish`."""
         return self._buffer[: self._used]
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append tokens of any number, already of the shards' dtype; they are kept until their shard is full."""
+        """Append tokens of the shards' dtype; they are buffered until their shard is full."""
         assert tokens.dtype == self._dtype
         while len(tokens):
-            here, tokens = np.split(tokens, [self._tokens_per_shard - self._used])
-            self._buffer[self._used : self._used + len(here)] = here
-            self._used += len(here)
+            free = self._tokens_per_shard - self._used
+            taken, tokens = tokens[:free], tokens[free:]
+            self._buffer[self._used : self._used + len(taken)] = taken
+            self._used += len(taken)
             if self._used == self._tokens_per_shard:
                 self._flush()
 
@@ -73,13 +74,13 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        """Write all windows as one shard; fewer tokens than a window stay."""
-        whole = self._used // self._window * self._window
-        samples = whole // self._window
+        """Write all complete windows as one shard; a partial window stays in the buffer."""
+        samples = self._used // self._window
+        num_tokens = samples * self._window
         begin = 4 + 4 * (samples + 1) + len(self._config_bytes)
         offsets = begin + np.arange(samples + 1, dtype=np.uint32) * np.uint32(self._window * self._dtype.itemsize)
         pieces = [np.uint32(samples).tobytes(), offsets.astype("<u4").tobytes(), self._config_bytes]
-        content = [*map(memoryview, pieces), self._buffer[:whole].data.cast("B")]
+        content = [*(memoryview(piece) for piece in pieces), self._buffer[:num_tokens].data.cast("B")]
         name = f"shard.{len(self.shards):05}.mds"
         entry = {"samples": samples, "raw_data": self._describe(content, name), "zip_data": None, **self._config}
         if self._compression:
@@ -93,8 +94,8 @@ class ShardWriter:
             os.fsync(file.fileno())
         self.shards.append(entry)
         self.windows += samples
-        rest = self._used - whole
-        self._buffer[:rest] = self._buffer[whole : self._used]
+        rest = self._used - num_tokens
+        self._buffer[:rest] = self._buffer[num_tokens : self._used]
         self._used = rest
 
     def _describe(self, content: list[memoryview], name: str) -> dict[str, Any]:
@@ -107,9 +108,9 @@ class ShardWriter:
 
 
 def _compress(compression: str, data: bytes) -> bytes:
-    """zstd or zstd:LEVEL, as one frame that says its size, as streaming's unpacking needs it.
+    """zstd or zstd:LEVEL, as one frame with its size in the header, as streaming needs it.
 
-    Arrow's codec uses one thread: the `zstd` package takes as many as there are cores, and its bytes follow.
+    Arrow's codec uses one thread. The `zstd` package uses one per core, and its bytes depend on their number.
     """
     level = compression.partition(":")[2]
     return pa.Codec("zstd", compression_level=int(level) if level else 3).compress(data, asbytes=True)

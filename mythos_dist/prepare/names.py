@@ -1,4 +1,4 @@
-"""What a file holds, by its name alone, and which names in a folder are no data."""
+"""The format of a file by its name, and names that do not belong to data."""
 
 import posixpath
 import re
@@ -13,13 +13,13 @@ SUFFIXES: dict[str, Kind] = {
     ".pq": "parquet",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",  # C4 and others name their JSON lines so
+    ".json": "jsonl",  # the name of JSON lines in C4 and others
     ".txt": "text",
     ".text": "text",
     ".md": "text",
 }
 COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
-KNOWN = "name.parquet, name.jsonl or name.txt, the latter two also with .gz, .zst, .bz2 or .xz"
+SUPPORTED_NAMES = "name.parquet, name.jsonl or name.txt, the latter two also with .gz, .zst, .bz2 or .xz"
 KIND_NAMES = {"parquet": "parquet", "jsonl": "JSON lines", "text": "plain text"}
 
 _DOCUMENTATION = re.compile(
@@ -27,7 +27,7 @@ _DOCUMENTATION = re.compile(
     r"|data(set)?[-_]?card|requirements|(sha\d+|md5)sums?|checksums?)([-_. ].*)?",
     re.IGNORECASE,
 )
-# Of data sets of Hugging Face, of models and of shards: one JSON document each, no lines of records.
+# Files of Hugging Face data sets, models and shards: a single JSON document, not JSON lines.
 _METADATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|croissant|metadata|manifest|index|package|config|generation_config"
     r"|tokenizer|tokenizer_config|special_tokens_map|vocab)\.json",
@@ -36,12 +36,12 @@ _METADATA = re.compile(
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec and not the operating system opens `path`."""
+    """Whether `path` is opened by fsspec, not by the operating system."""
     return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
 
 
 def kind_of(path: str) -> tuple[Kind, str | None] | None:
-    """What a file of this name holds and how it is compressed; None for other names."""
+    """(format, compression) of a file with this name; None if it is not supported."""
     stem, suffix = posixpath.splitext(urlsplit(path).path if is_url(path) else path)
     compression = COMPRESSIONS.get(suffix.lower())
     if compression:
@@ -50,14 +50,14 @@ def kind_of(path: str) -> tuple[Kind, str | None] | None:
     return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
 
 
-def kind_of_query(url: str) -> bool:
-    """Whether the `?` of a URL begins its query and is no pattern: https://host/a.parquet?download=true."""
+def has_query(url: str) -> bool:
+    """Whether the `?` of a URL begins its query, not a pattern: https://host/a.parquet?download=true."""
     parts = urlsplit(url)
     return parts.scheme in ("http", "https") and bool(parts.query) and not any(sign in parts.path for sign in "*[")
 
 
 def without_secrets(url: str) -> str:
-    """A URL by which the same file is recognised when a signature in it is another: no user, no secret parameters."""
+    """A URL without user and secret parameters: the same for the same file, whatever its signature."""
     parts = urlsplit(url)
     query = [(name, value) for name, value in parse_qsl(parts.query) if redact(f"{name}=x") == f"{name}=x"]
     host = parts.netloc.rpartition("@")[2] if parts.scheme in ("http", "https") else parts.netloc
@@ -65,7 +65,7 @@ def without_secrets(url: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Names that file managers, notebooks, macOS, Hadoop and Spark give to what is no data: .ipynb_checkpoints, ._a,
+    """Names that file managers, notebooks, macOS, Hadoop and Spark give to their own files: .ipynb_checkpoints, ._a,
     __MACOSX, _SUCCESS, _temporary."""
     return name.startswith((".", "_"))
 
@@ -88,11 +88,11 @@ def suffix_of(name: str) -> str:
     return suffix or "no suffix"
 
 
-def as_text(name: str) -> str:
-    """A file's name as valid Unicode: bytes of it that are not UTF-8 are written \\udcff, as Python has them."""
+def valid_unicode(name: str) -> str:
+    """A file's name as valid Unicode; bytes that are not UTF-8 become \\udcff, as in Python."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def on_console(name: str) -> str:
-    """A file's name in a line of its own kind: line ends and control sequences of a terminal are escaped."""
+def escape_control_characters(name: str) -> str:
+    """A file's name for the console: line ends and terminal control sequences are escaped."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)

@@ -1,4 +1,4 @@
-"""Columns of parquet files: opened, checked, and as plain texts and numbers, whatever their writer made of them."""
+"""Open parquet files, check their columns, and read them as plain texts and scores, whatever their encoding."""
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -12,14 +12,17 @@ import pyarrow.parquet as pq
 from mythos_dist.prepare.inputs import Source, open_bytes
 from mythos_dist.prepare.lines import parse_score
 
-# Writers give up a dictionary of more than 1 MB, so in larger row groups of longer texts rows share nothing.
+# Writers abandon a dictionary of more than 1 MB, so rows of larger row groups with longer texts share no texts.
 SMALL_BYTES = 4 << 20  # of a row group's texts
 SHORT_BYTES = 256  # of a text, on average
 
 
 def open_parquet(source: Source, text: str | None = None, groups: Iterable[int] = ()) -> pq.ParquetFile:
-    """Raises ArrowInvalid or OSError if it is not parquet, or cut short. Pages are read as they are needed: a row group
-    may be as large as its file. `text`: the column of `groups` that will be read."""
+    """Open a file. Pages are read when they are needed: a row group may be as large as its file.
+
+    `text`: the column of `groups` that will be read. Raises ArrowInvalid or OSError if the file is not parquet, or
+    truncated.
+    """
     file: Any = open_bytes(source) if source.remote else source.path
     options: Any = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
     parquet = pq.ParquetFile(file, memory_map=False, **options)
@@ -30,22 +33,22 @@ def open_parquet(source: Source, text: str | None = None, groups: Iterable[int] 
 
 
 def _shares_texts(group: Any, name: str) -> bool:
-    """Whether rows may refer to one text, so that a few kB stand for many GB: their dictionary is then kept, and taken
-    apart in `plain_texts`."""
+    """Whether many rows may refer to one text, so that a few kB expand to many GB. The column is then read with its
+    dictionary, and `plain_texts` expands it in pieces."""
     column = next(column for i in range(group.num_columns) if (column := group.column(i)).path_in_schema == name)
     size = column.total_uncompressed_size
     return column.has_dictionary_page and (size < SMALL_BYTES or size < SHORT_BYTES * group.num_rows)
 
 
 def schema_problem(schema: pa.Schema, text: str, score: str | None) -> str | None:
-    """Why these columns cannot be read."""
+    """Why these columns cannot be read; None if they can."""
     for name, what, fits in [(text, "strings", _is_text), (score, "numbers", _is_number)]:
         if name is None:
             continue
         if name not in schema.names:
             return f"no column {name!r}; the columns are {', '.join(schema.names)}"
         if (count := schema.names.count(name)) > 1:
-            return f"{count} columns are called {name!r}; write the file again with one of them under another name"
+            return f"{count} columns are called {name!r}; write the file again with unique names"
         if not fits(kind := schema.field(name).type):
             return f"column {name!r} holds {kind!s:.200}, not {what}"
     return None
@@ -68,8 +71,8 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def plain_texts(column: Any, batch_bytes: int) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
-    """(index of the first, texts without nulls). Where rows share one text, a batch may be any number of times as large
-    as its file, so it comes in pieces of about `batch_bytes`."""
+    """(row of the first, texts without nulls), in pieces of about `batch_bytes`: with a dictionary, a batch may be much
+    larger than its file."""
     edges = [0, len(column)]
     if pa.types.is_dictionary(column.type):
         lengths = (
@@ -87,8 +90,8 @@ def plain_texts(column: Any, batch_bytes: int) -> Iterator[tuple[int, pa.LargeBi
         yield first, texts.fill_null(b"") if texts.null_count else texts  # it copies
 
 
-def numbers_of(column: Any) -> tuple[np.ndarray, dict[int, str]]:
-    """Scores as float64 (n,), NaN where there is none, and what is wrong with those that are no number."""
+def parse_scores(column: Any) -> tuple[np.ndarray, dict[int, str]]:
+    """Scores as float64 (n,), NaN where there is none, and row -> problem for values that are not numbers."""
     try:
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
@@ -100,10 +103,10 @@ def numbers_of(column: Any) -> tuple[np.ndarray, dict[int, str]]:
         return numbers.to_numpy(zero_copy_only=False), {}
     except pa.ArrowInvalid:
         pass
-    numbers, wrong = np.full(len(column), np.nan), {}
+    numbers, invalid = np.full(len(column), np.nan), {}
     for i, value in enumerate(column.to_pylist()):
         try:
             numbers[i] = parse_score(value)
         except ValueError as error:
-            wrong[i] = str(error)
-    return numbers, wrong
+            invalid[i] = str(error)
+    return numbers, invalid

@@ -1,7 +1,7 @@
 """Worker processes for long conversions: tasks in, results out in the order of the tasks.
 
-`concurrent.futures` does the work. What is added: a bound on what is under way, progress while waiting, workers that
-end with this process however it ends, and the name of the task that a worker died of.
+Built on `concurrent.futures`. What is added: a bound on pending tasks, progress while waiting, workers that end with
+this process however it ends, and the name of the task that killed a worker.
 """
 
 import contextlib
@@ -19,129 +19,131 @@ from typing import Any, TypeVar
 
 from mythos_dist.errors import UserError
 
-TICK_SECONDS = 0.2
-T = TypeVar("T")
-R = TypeVar("R")
-
+POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # prctl
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _shared: Any = None  # what tasks use and is too large to send: inherited by forked workers
-_done: Any = None  # of all workers: bytes of text, tokens
+_progress: Any = None  # of all workers: bytes of text, tokens
 
 
 def shared() -> Any:
-    """Inside a task: what `Workers` was given."""
+    """In a task: the object that `WorkerPool` was given."""
     return _shared
 
 
-def count(text_bytes: int, tokens: int) -> None:
-    """Inside a task: so much is done since the last call."""
-    with _done.get_lock():
-        _done[0] += text_bytes
-        _done[1] += tokens
+def add_progress(text_bytes: int, tokens: int) -> None:
+    """In a task: report what was done since the last call."""
+    with _progress.get_lock():
+        _progress[0] += text_bytes
+        _progress[1] += tokens
 
 
-class Workers:
-    """`number` forked processes; 0: tasks run in this one. A context, to be entered before any thread is started.
+class WorkerPool:
+    """`num_workers` forked processes; 0: tasks run in this process. A context, to be entered before threads start.
 
     One at a time in a process. `shared` is what tasks get from `shared()`.
     """
 
-    def __init__(self, number: int, shared: Any = None):
-        self._number, self._given = number, shared
+    def __init__(self, num_workers: int, shared: Any = None):
+        self._num_workers, self._given = num_workers, shared
         self._executor: ProcessPoolExecutor | None = None
-        self._others: set[Any] = set()  # children that are not ours
+        self._other_children: set[Any] = set()  # of this process, not of this pool
 
     @property
     def done(self) -> tuple[int, int]:
-        """Bytes of text and tokens that tasks have counted."""
-        return _done[0], _done[1]
+        """Bytes of text and tokens that tasks have reported."""
+        return _progress[0], _progress[1]
 
-    def __enter__(self) -> "Workers":
-        global _shared, _done
-        _shared, _done = self._given, multiprocessing.get_context("fork").Array(ctypes.c_int64, 2)
+    def __enter__(self) -> "WorkerPool":
+        global _shared, _progress
+        _shared, _progress = self._given, multiprocessing.get_context("fork").Array(ctypes.c_int64, 2)
         self.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.stop()
 
-    def map(self, task: Callable[[T], R], items: Iterable[T], tick: Callable[[], None] = lambda: None) -> Iterator[R]:
-        """`task(item)` for each item, in order; `tick` is called while waiting. Items are taken as they are needed.
+    def map(
+        self, task: Callable[[Item], Result], items: Iterable[Item], on_wait: Callable[[], None] = lambda: None
+    ) -> Iterator[Result]:
+        """`task(item)` for each item, in order; calls `on_wait` while waiting. Items are taken as they are needed.
 
-        An exception in a task is raised here. UserError naming the item if a worker dies of it.
+        An exception in a task is raised here; a UserError that names the item if it kills its worker.
         """
         if self._executor is None:
             for item in items:
                 result = task(item)
-                tick()
+                on_wait()
                 yield result
             return
-        pending: deque[tuple[T, Future[R]]] = deque()
-        waiting = iter(items)
+        pending: deque[tuple[Item, Future[Result]]] = deque()
+        remaining = iter(items)
         while True:
-            for item in waiting:
+            for item in remaining:
                 pending.append((item, self._executor.submit(task, item)))
-                if len(pending) == 2 * self._number:
+                if len(pending) == 2 * self._num_workers:
                     break
             if not pending:
                 return
             item, future = pending.popleft()
             try:
-                yield self._result(future, tick)
+                yield self._wait(future, on_wait)
             except BrokenProcessPool:
-                # Who of those under way was it? One at a time, the guilty one dies again; if none does, there was not
-                # enough memory for so many at once.
+                # Any of the pending tasks may have killed the worker. Run one at a time: that task kills its worker
+                # again; if none does, there was not enough memory for that many at once.
                 for other, result in [(item, future), *pending]:
-                    survived = result.done() and not result.exception()
-                    yield result.result() if survived else self._alone(task, other, tick)
+                    finished = result.done() and not result.exception()
+                    yield result.result() if finished else self._run_alone(task, other, on_wait)
                 pending.clear()
                 self.start()
 
-    def _alone(self, task: Callable[[T], R], item: T, tick: Callable[[], None]) -> R:
-        """The result of a task that may kill its worker, from a worker of its own."""
+    def _run_alone(self, task: Callable[[Item], Result], item: Item, on_wait: Callable[[], None]) -> Result:
+        """Run a task that may kill its worker in a worker of its own."""
         self.stop()
         self._start(1)
         assert self._executor
         (child,) = self._children()
         try:
-            return self._result(self._executor.submit(task, item), tick)
+            return self._wait(self._executor.submit(task, item), on_wait)
         except BrokenProcessPool:
             deadline = monotonic() + 5
-            while child.exitcode is None and monotonic() < deadline:  # the executor's thread may be asking as well
+            while child.exitcode is None and monotonic() < deadline:  # the executor's thread may reap it first
                 sleep(0.01)
             code = child.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise UserError(
-                f"a worker process died of it ({how}): SIGKILL is most often too little memory (use fewer workers), "
+                f"killed a worker process ({how}): SIGKILL usually means too little memory (use fewer workers), "
                 "another signal a damaged file (fetch it again, or leave it out)",
                 str(item),
             ) from None
 
-    def _result(self, future: "Future[R]", tick: Callable[[], None]) -> R:
-        while not wait([future], TICK_SECONDS).done:
-            tick()
-        tick()
+    def _wait(self, future: "Future[Result]", on_wait: Callable[[], None]) -> Result:
+        while not wait([future], POLL_SECONDS).done:
+            on_wait()
+        on_wait()
         return future.result()
 
-    def _start(self, number: int) -> None:
-        if number == 0:
+    def _start(self, num_workers: int) -> None:
+        if num_workers == 0:
             return
-        self._others = set(multiprocessing.active_children())
-        context = multiprocessing.get_context("fork")  # a worker has all modules and the tokenizer from the start
-        self._executor = ProcessPoolExecutor(number, context, _begin, (os.getpid(),))
-        for future in [self._executor.submit(os.getpid) for _ in range(number)]:
+        self._other_children = set(multiprocessing.active_children())
+        context = multiprocessing.get_context("fork")  # a worker inherits all modules and the tokenizer
+        self._executor = ProcessPoolExecutor(num_workers, context, _initialize_worker, (os.getpid(),))
+        for future in [self._executor.submit(os.getpid) for _ in range(num_workers)]:
             future.result()
 
     def _children(self) -> list[Any]:
-        return [child for child in multiprocessing.active_children() if child not in self._others]
+        return [child for child in multiprocessing.active_children() if child not in self._other_children]
 
     def start(self) -> None:
-        """New workers; those that are there are stopped."""
+        """Start new workers; running ones are stopped."""
         self.stop()
-        self._start(self._number)
+        self._start(self._num_workers)
 
     def stop(self) -> None:
-        """Workers are killed, not asked: what they were writing is not under its name yet."""
+        """Kill the workers. What they were writing does not have its final name yet."""
         if self._executor is not None:
             for child in self._children():
                 child.kill()
@@ -150,11 +152,11 @@ class Workers:
             self._executor = None
 
 
-def _begin(parent: int) -> None:
-    """In a new worker: a Ctrl-C is the parent's to handle, and a parent that is killed takes its workers along."""
+def _initialize_worker(parent: int) -> None:
+    """In a new worker: ignore Ctrl-C, which the parent handles, and end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the call
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the parent ended before the call
             os._exit(1)

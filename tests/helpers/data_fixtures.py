@@ -9,8 +9,7 @@ import pytest
 from helpers.conversion import ByteTokenizer
 
 from mythos_dist.data.tokenizer import train_tokenizer
-from mythos_dist.prepare import convert as convert_module
-from mythos_dist.prepare import documents, lines
+from mythos_dist.prepare import batches, documents, lines, part
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 
@@ -87,8 +86,8 @@ def write_parquet(tmp_path):
 @pytest.fixture
 def part_per_span(monkeypatch):
     """Each row group is a part."""
-    monkeypatch.setattr(convert_module, "MIN_PART_BYTES", 1)
-    monkeypatch.setattr(convert_module, "PARTS", 1 << 30)
+    monkeypatch.setattr(part, "MIN_PART_BYTES", 1)
+    monkeypatch.setattr(part, "PARTS", 1 << 30)
 
 
 @pytest.fixture
@@ -96,9 +95,10 @@ def tiny_pieces(monkeypatch):
     """`tiny_pieces(n)`: documents of more than n bytes are long ones, and batches hold about 2 n bytes."""
 
     def patch(size):
-        for module in (documents, lines):
+        for module in (batches, documents, lines):
             monkeypatch.setattr(module, "LONG_BYTES", size)
-        monkeypatch.setattr(documents, "BATCH_BYTES", 2 * size)
-        monkeypatch.setattr("mythos_dist.prepare.part.FRAGMENT_BYTES", size)
+        for module in (batches, documents):
+            monkeypatch.setattr(module, "BATCH_BYTES", 2 * size)
+        monkeypatch.setattr("mythos_dist.prepare.part_converter.FRAGMENT_BYTES", size)
 
     return patch

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from mythos_dist.data.manifest import Filters, Skipped, read_shard_manifest
 from mythos_dist.errors import UserError
+from mythos_dist.prepare import batches, documents, lines, mds, spans
 from mythos_dist.prepare import convert as convert_module
-from mythos_dist.prepare import documents, lines, mds
+from mythos_dist.prepare import part as part_module
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import read_documents
-from mythos_dist.prepare.documents import Columns
-from mythos_dist.prepare.part import to_dtype
+from mythos_dist.prepare.part_converter import to_dtype
+from mythos_dist.prepare.spans import Columns
 
 WORDS = "the quick brown fox jumps over the lazy dog, naïve 日本 🙂".split()
 TEXTS = [" ".join(WORDS[number % 7 :] + [str(number)] * (number % 5)) for number in range(120)]
@@ -60,8 +61,8 @@ def finished(text_folder, byte_tokenizer, tmp_path_factory):
     """A conversion of `text_folder`, a part for each row group. Tests that change it copy it first."""
     out = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert_module, "MIN_PART_BYTES", 1)
-        patch.setattr(convert_module, "PARTS", 1 << 30)
+        patch.setattr(part_module, "MIN_PART_BYTES", 1)
+        patch.setattr(part_module, "PARTS", 1 << 30)
         convert_folder(text_folder, byte_tokenizer, out)
     return out
 
@@ -164,11 +165,12 @@ def test_any_filters_over_any_documents(
     shutil.rmtree(property_folder / "out", ignore_errors=True)
     file = property_folder / f"a.{kind}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert_module, "MIN_PART_BYTES", 1)
-        patch.setattr(convert_module, "PARTS", 1 << 30)
-        patch.setattr(documents, "LONG_BYTES", long)
-        patch.setattr(documents, "BATCH_BYTES", 2 * long)
-        patch.setattr("mythos_dist.prepare.part.FRAGMENT_BYTES", max(4, long // 2))
+        patch.setattr(part_module, "MIN_PART_BYTES", 1)
+        patch.setattr(part_module, "PARTS", 1 << 30)
+        for module in (batches, documents):
+            patch.setattr(module, "LONG_BYTES", long)
+            patch.setattr(module, "BATCH_BYTES", 2 * long)
+        patch.setattr("mythos_dist.prepare.part_converter.FRAGMENT_BYTES", max(4, long // 2))
         if kind == "parquet":
             pq.write_table(
                 pa.table(
@@ -182,7 +184,7 @@ def test_any_filters_over_any_documents(
             )
             parts = in_parts(some, rows)
         else:
-            patch.setattr(documents, "TEXT_SPAN_BYTES", 40 * rows)
+            patch.setattr(spans, "TEXT_CHUNK_BYTES", 40 * rows)
             parts, begin, content = {}, 0, []
             for text, score in some:
                 content.append(json.dumps({"text": text, "score": score}) + "\n")
@@ -254,11 +256,11 @@ def test_compressed_shards_hold_the_same(finished, text_folder, byte_tokenizer, 
 
 
 def test_neighbouring_spans_make_parts_of_about_equal_size(write_parquet, byte_tokenizer, tmp_path, monkeypatch):
-    """30 row groups of about 3000 bytes, parts of 10,000; a part goes on in the next file."""
+    """30 row groups of about 3000 bytes, parts of 10,000; a part continues in the next file."""
     texts = [np.random.default_rng(number).bytes(150).hex() for number in range(300)]
     for number, name in enumerate("abc"):
         write_parquet(f"{name}.parquet", text=texts[100 * number : 100 * number + 100])
-    monkeypatch.setattr(convert_module, "MIN_PART_BYTES", 10_000)
+    monkeypatch.setattr(part_module, "MIN_PART_BYTES", 10_000)
     monkeypatch.setattr(mds, "SIZE_LIMIT", 5000)
     manifest = convert(tmp_path, byte_tokenizer, 99, tmp_path / "out", heldout=0, quiet=True)
     folders = sorted((tmp_path / "out/train").glob("part-0*"))
@@ -365,7 +367,7 @@ def test_ids_outside_the_vocabulary_are_never_written(write_parquet, data_folder
 
 def test_text_that_becomes_the_end_of_a_document_is_an_error(write_parquet, data_folder, tmp_path):
     tokenizer = ByteTokenizer(data_folder / "spells.model", first=2 - ord("e"))
-    with pytest.raises(UserError, match=r"a.parquet: text became the token 2 that ends documents; use a tokenizer"):
+    with pytest.raises(UserError, match=r"a.parquet: text was encoded as the EOS token 2; use a tokenizer"):
         convert(write_parquet(text=["she"] * 100), tokenizer, 4, tmp_path / "out", heldout=0, quiet=True)
 
 
@@ -404,7 +406,7 @@ def test_what_cannot_be_read_stops_the_conversion_or_is_left_out_and_listed(
         assert [(one.name, one.where) for one in manifest.skipped] == left_out
         assert "skipped: a.parquet, row group 1:" in manifest.summary()
     assert contents(tmp_path / "out0") == contents(tmp_path / "out2")
-    convert(damaged, byte_tokenizer, 16, tmp_path / "out", heldout=0, quiet=True, skip_bad=True)  # goes on
+    convert(damaged, byte_tokenizer, 16, tmp_path / "out", heldout=0, quiet=True, skip_bad=True)  # resumes
     assert contents(tmp_path / "out") == contents(tmp_path / "out0")
 
 
@@ -446,8 +448,8 @@ def test_impossible_requests_are_refused(write_parquet, byte_tokenizer, tmp_path
         ({"heldout": -0.1}, "heldout=-0.1 is a share"),
         ({"heldout": float("nan")}, "heldout=nan is a share of the documents"),
         ({"heldout": float("inf")}, "heldout=inf is a share"),
-        ({"compression": "gzip"}, "compression=gzip is not known; set it to zstd"),
-        ({"compression": "zstd:23"}, "compression=zstd:23 is not known"),
+        ({"compression": "gzip"}, "compression=gzip is not supported; set it to zstd"),
+        ({"compression": "zstd:23"}, "compression=zstd:23 is not supported"),
         ({"filters": Filters(limit_tokens=0, min_tokens=0)}, r"(?s)min_tokens=0 must.*limit_tokens=0 must"),
         ({"inputs": tmp_path / "absent"}, "absent: no such file or folder"),
         ({"columns": Columns("body")}, "no column 'body'; the columns are text"),
@@ -538,7 +540,7 @@ def test_a_folder_that_is_no_conversion_is_left_alone(text_folder, byte_tokenize
     for name in ("chapter1.txt", "manifest.json.tmp", "train", "4", "5"):
         (thesis / name).write_text("years of work")
         before = contents(tmp_path)
-        with pytest.raises(UserError, match=r"thesis: holds .* and is no conversion of ours; name another folder"):
+        with pytest.raises(UserError, match=r"thesis: contains .*, which is not the output of a conv"):
             convert_folder(text_folder, byte_tokenizer, thesis)
         with pytest.raises(UserError, match="file: is a file; name a folder"):
             convert_folder(text_folder, byte_tokenizer, tmp_path / "file")
@@ -586,7 +588,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(begun, finished, text_fo
     convert_folder(text_folder, tokenizer, begun, quiet=False)
     assert 10**9 - tokenizer.calls == len(FOLDER_PARTS) - 9
     assert contents(begun) == contents(finished)
-    assert "converting: going on; " in capsys.readouterr().err
+    assert "converting: resuming, " in capsys.readouterr().err
 
 
 def test_what_lies_in_an_unfinished_folder_does_no_harm(begun, finished, text_folder, byte_tokenizer):
@@ -663,14 +665,14 @@ def test_a_conversion_that_ends_while_another_begins_is_left_as_it_is(
     begun, finished, text_folder, byte_tokenizer, monkeypatch
 ):
     """The other one looks at the folder before the first has finished it, and gets the lock after that."""
-    claim = convert_module._claim
+    claim = convert_module.lock_output
 
-    def late(out, settings_of):
-        monkeypatch.setattr(convert_module, "_claim", claim)
+    def late(out):
+        monkeypatch.setattr(convert_module, "lock_output", claim)
         convert_folder(text_folder, byte_tokenizer, begun)
-        return claim(out, settings_of)
+        return claim(out)
 
-    monkeypatch.setattr(convert_module, "_claim", late)
+    monkeypatch.setattr(convert_module, "lock_output", late)
     tokenizer = Interrupted(byte_tokenizer.path)
     assert convert_folder(text_folder, tokenizer, begun) == read_shard_manifest(begun)
     assert tokenizer.calls == 10**9

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_dist.errors import UserError
-from mythos_dist.prepare import documents, inputs, lines
-from mythos_dist.prepare.documents import Columns, LongDocument, read_span, units_of, valid_utf8
-from mythos_dist.prepare.inputs import find_sources
+from mythos_dist.prepare import batches, documents, inputs, lines, spans
+from mythos_dist.prepare.batches import LongDocument, valid_utf8
+from mythos_dist.prepare.documents import read_span
+from mythos_dist.prepare.listing import find_sources
+from mythos_dist.prepare.spans import Columns, divide
 
 TEXTS = [
     *("first", "", "naïve 日本語 🙂", "two\\nlines\r\nand a tab\t", 'a "quoted" \\ text', "x" * 5000, " ", "</s>\0"),
@@ -35,7 +37,7 @@ def compress(suffix, content):
     return content
 
 
-def read(path, columns=None, skip=False, span_units=1):
+def read(path, columns=None, skip=False, span_chunks=1):
     """(documents as bytes, scores, whether repaired) of all spans, and what was called bad."""
     columns, skipped = columns or Columns(), []
     found = []
@@ -46,10 +48,10 @@ def read(path, columns=None, skip=False, span_units=1):
         skipped.append((where, reason))
 
     for source in find_sources(path):
-        units = units_of(source, columns)
-        for first in range(0, len(units.sizes), span_units):
-            last = min(first + span_units, len(units.sizes))
-            for some in read_span(units.span(first, last), columns, bad):
+        chunks = divide(source, columns)
+        for first in range(0, len(chunks.sizes), span_chunks):
+            last = min(first + span_chunks, len(chunks.sizes))
+            for some in read_span(chunks.span(first, last), columns, bad):
                 if isinstance(some, LongDocument):
                     pieces = list(valid_utf8(some.pieces()))
                     content = b"".join(piece.tobytes() for piece, _ in pieces)
@@ -113,9 +115,9 @@ def test_a_giant_row_group_is_handed_on_in_batches_and_a_giant_document_in_piece
     texts = [random.Random(number).randbytes(200).hex() for number in range(500)]
     texts[100] = texts[200] = "y" * 100_000
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1000)
-    units = units_of(*find_sources(tmp_path), Columns())
-    assert len(units.sizes) == 1
-    some = list(read_span(units.span(0, 1), Columns(), pytest.fail))
+    chunks = divide(*find_sources(tmp_path), Columns())
+    assert len(chunks.sizes) == 1
+    some = list(read_span(chunks.span(0, 1), Columns(), pytest.fail))
     assert sum(isinstance(one, LongDocument) for one in some) == 2
     assert max(len(one.data) for one in some if not isinstance(one, LongDocument)) <= 2000
     assert max(len(piece) for one in some if isinstance(one, LongDocument) for piece in one.pieces()) <= 1000
@@ -139,10 +141,12 @@ LINES = st.lists(st.text("ab\r\u00e9日 ", max_size=12), max_size=12)
     ends=st.lists(st.sampled_from(["\n", "\r\n", "\n\n"]), min_size=12, max_size=12),
     last_end=st.booleans(),
     grain=st.integers(1, 40),
-    span_units=st.integers(1, 4),
+    span_chunks=st.integers(1, 4),
     piece=st.integers(1, 20),
 )
-def test_lines_cut_anywhere_are_neither_lost_nor_repeated(line_folder, texts, ends, last_end, grain, span_units, piece):
+def test_lines_cut_anywhere_are_neither_lost_nor_repeated(
+    line_folder, texts, ends, last_end, grain, span_chunks, piece
+):
     """Spans of `grain` bytes and more, read `piece` bytes at a time, against bytes.split."""
     content = "".join(text + end for text, end in zip(texts, ends, strict=False))
     if not last_end:
@@ -152,9 +156,9 @@ def test_lines_cut_anywhere_are_neither_lost_nor_repeated(line_folder, texts, en
     *whole, last = content.split("\n")
     expected = [line.removesuffix("\r") for line in whole] + ([last] if last else [])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "TEXT_SPAN_BYTES", grain)
+        patch.setattr(spans, "TEXT_CHUNK_BYTES", grain)
         patch.setattr(inputs, "READ_BYTES", piece)
-        assert texts_of(file, Columns(sample_by="line"), span_units=span_units) == expected
+        assert texts_of(file, Columns(sample_by="line"), span_chunks=span_chunks) == expected
 
 
 @settings(max_examples=100)
@@ -171,8 +175,8 @@ def test_json_lines_with_long_strings_read_as_json_reads_them(line_folder, texts
     content = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
     file.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "TEXT_SPAN_BYTES", grain)
-        for module in (documents, lines):
+        patch.setattr(spans, "TEXT_CHUNK_BYTES", grain)
+        for module in (batches, documents, lines):
             patch.setattr(module, "LONG_BYTES", long)
         found, _ = read(file)
     assert [text.decode() for text, _, _ in found] == texts
@@ -278,13 +282,13 @@ def test_scores_of_every_kind_missing_ones_are_nan(tmp_path, write_parquet):
 def test_a_parquet_file_with_other_columns_is_refused(write_parquet, columns, message):
     (source,) = find_sources(write_parquet(**columns))
     with pytest.raises(UserError, match=f"a.parquet: {message}"):
-        units_of(source, Columns(score="score" if "score" in message else None))
+        divide(source, Columns(score="score" if "score" in message else None))
 
 
 def test_plain_text_has_no_scores(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match=r"a.txt: plain text has no score;"):
-        units_of(*find_sources(tmp_path), Columns(score="score"))
+        divide(*find_sources(tmp_path), Columns(score="score"))
 
 
 def test_what_is_not_whole_parquet_is_refused(tmp_path, corpus):
@@ -293,7 +297,7 @@ def test_what_is_not_whole_parquet_is_refused(tmp_path, corpus):
     for content in (b"hello", b"", whole[:100_000], whole[:-1], b"PAR1" + bytes(100) + b"PAR1", footer):
         (tmp_path / "a.parquet").write_bytes(content)
         with pytest.raises(UserError, match=r"a.parquet: cannot be read \((ArrowInvalid|OSError)"):
-            units_of(*find_sources(tmp_path), Columns())
+            divide(*find_sources(tmp_path), Columns())
 
 
 def damage(file, group):
@@ -315,7 +319,7 @@ def test_a_damaged_page_is_named_and_the_other_row_groups_are_read(tmp_path, com
     damage(file, 2)
     with pytest.raises(UserError, match=r"row group 2: .*CRC"):
         read(file)
-    found, skipped = read(file, skip=True, span_units=4)
+    found, skipped = read(file, skip=True, span_chunks=4)
     assert [text.decode() for text, _, _ in found] == texts[:200] + texts[300:]
     assert [where for where, _ in skipped] == ["row group 2"]
 

@@ -43,7 +43,7 @@ DIGESTS = st.tuples(st.sampled_from(EDGES), st.sampled_from(EDGES[:3]))
 def test_duplicates_are_those_of_a_set(folder, parts, share):
     """Digests at the borders of shares, that differ in one half only, in one file or several, some of them empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "SHARE_DOCUMENTS", share)
+        patch.setattr(duplicates, "RANGE_DOCUMENTS", share)
         found = find_duplicates(saved(folder, parts))
     assert [rows.tolist() for rows in found] == plain(parts)
     assert all(rows.dtype == np.int64 for rows in found)
@@ -56,7 +56,7 @@ def test_memory_does_not_grow_with_the_corpus(folder, monkeypatch):
     for number in range(2, 10, 2):
         parts[number][::2] = parts[number - 1][::2]
     files = saved(folder, parts)
-    monkeypatch.setattr(duplicates, "SHARE_DOCUMENTS", 10_000)
+    monkeypatch.setattr(duplicates, "RANGE_DOCUMENTS", 10_000)
     tracemalloc.start()
     found = find_duplicates(files)
     peak = tracemalloc.get_traced_memory()[1]

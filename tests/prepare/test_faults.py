@@ -31,7 +31,8 @@ REPOSITORY = Path(__file__).parents[2]
 TOOL = """
 import os, runpy, sys, time
 import mythos_dist.prepare.convert as shards
-shards.MIN_PART_BYTES = 1
+import mythos_dist.prepare.part
+mythos_dist.prepare.part.MIN_PART_BYTES = 1
 convert_part = shards.convert_part
 def slow_part(*arguments):
     time.sleep(float(os.environ.get("SLOW", 0)))
@@ -148,9 +149,9 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(task, tmp_path):
     os.killpg(job.pid, signal.SIGINT)  # a terminal signals all processes of a job
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 130
-    assert errors == "stopped; the same command goes on from here\n"
+    assert errors == "stopped; run the same command again to resume\n"
     told = run([*arguments, "--out", str(out)])
-    assert told.returncode == 0 and re.search(r"converting: going on; \d+ % was done before", told.stderr)
+    assert told.returncode == 0 and re.search(r"converting: resuming, \d+ % already done", told.stderr)
     assert contents(out) == contents(whole)
 
 
@@ -163,7 +164,7 @@ def test_a_full_disk_loses_nothing(task, tmp_path, kilobytes):
         out = tmp_path / "disk" / "out"
         told = run([*arguments, "--out", str(out)])
         assert told.returncode == 2
-        assert "No space left on device" in told.stderr and "it goes on where it stopped" in told.stderr
+        assert "No space left on device" in told.stderr and "it resumes where it stopped" in told.stderr
         assert "Traceback" not in told.stderr and not (out / "manifest.json").exists()
         enlarge(tmp_path / "disk")
         told = run([*arguments, "--out", str(out)])
@@ -206,7 +207,7 @@ def test_a_person_sees_a_bar_with_rate_and_time_left(task, tmp_path):
     os.close(controller)
     assert job.wait(timeout=120) == 0
     text = shown.decode()
-    assert "looking for duplicates" in text
+    assert "finding duplicates" in text
     assert re.search(r"converting: +\d+%\|.*\[\d\d:\d\d<.*B/s, [\d.]+ Mtok/s, [\d.]+ GB on disk\]", text), text[-500:]
 
 
@@ -215,7 +216,7 @@ def test_the_users_mistakes_are_two_and_no_traceback(task, tmp_path):
     for more, message in [
         (["--seq-len", "0"], "seq_len=0 must be at least 1"),
         (["--heldout", "1.5"], "heldout=1.5 is a share"),
-        (["--compression", "zip"], "compression=zip is not known"),
+        (["--compression", "zip"], "compression=zip is not supported"),
         (["--input", "/absent/*.parquet"], "matches nothing"),
         (["--tokenizer", "/absent.model"], "no such file; train a tokenizer"),
         (["--text-column", "body"], "no column 'body'; the columns are text"),

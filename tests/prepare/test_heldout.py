@@ -11,8 +11,8 @@ from helpers.conversion import SPLITS, assert_holds, contents, expect, read_wind
 from mythos_dist.data.manifest import read_shard_manifest
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.convert import convert
-from mythos_dist.prepare.documents import Columns
-from mythos_dist.prepare.part import digest, is_heldout
+from mythos_dist.prepare.heldout import is_heldout, text_digest
+from mythos_dist.prepare.spans import Columns
 from mythos_dist.prepare.verify import verify
 
 SEQ_LEN = 15  # windows of 16 bytes
@@ -83,7 +83,7 @@ def test_lines_that_are_too_few_are_cut_and_many_are_held_out_whole(byte_tokeniz
 def test_a_long_document_that_the_hash_holds_out_does_not_leave_training_without_text(byte_tokenizer, tmp_path):
     """Of 60 documents with a share of 0.3 one is most of the text, and the hash of one of these texts holds it out."""
     texts = (text(5000, seed) for seed in range(100, 200))
-    long = next(one for one in texts if is_heldout(digest(one.encode()), 0.3))
+    long = next(one for one in texts if is_heldout(text_digest(one.encode()), 0.3))
     source = write_files(tmp_path / "texts", [*(text(40, seed) for seed in range(60)), long])
     manifest = convert(source, byte_tokenizer, SEQ_LEN, tmp_path / "out", heldout=0.3, quiet=True)
     windows = [manifest.splits[split].windows for split in SPLITS]
@@ -94,7 +94,7 @@ def test_a_long_document_that_the_hash_holds_out_does_not_leave_training_without
 def many_parts(part_per_span, write_parquet):
     """Four documents, each a part; with a share of SHARE some are held out by their hash at first."""
     texts = [text(60 + 7 * seed, seed) for seed in range(7, 11)]
-    assert 0 < sum(is_heldout(digest(one.encode()), SHARE) for one in texts) < 3
+    assert 0 < sum(is_heldout(text_digest(one.encode()), SHARE) for one in texts) < 3
     return write_parquet(rows=1, text=texts), [[(one, None)] for one in texts]
 
 

@@ -14,7 +14,9 @@ from mythos_dist.data.manifest import file_sha256
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import convert as convert_module
 from mythos_dist.prepare.convert import convert
-from mythos_dist.prepare.inputs import Source, content_hash, find_sources, kind_of
+from mythos_dist.prepare.inputs import Source, content_hash
+from mythos_dist.prepare.listing import find_sources
+from mythos_dist.prepare.names import kind_of
 
 TEXTS = [f"document {number} of the remote corpus, {'word ' * (number % 7)}" for number in range(60)]
 
@@ -72,7 +74,7 @@ def test_everything_wrong_with_the_inputs_is_said_at_once(tmp_path):
         "/empty: no file there is called name.parquet, name.jsonl or name.txt, the latter two also with .gz, .zst, "
         ".bz2 or .xz",
         "/*.pq: no such file or folder, and as a pattern it matches nothing",
-        "/table.csv: what it holds cannot be told from its name; call it name.parquet, name.jsonl or name.txt, the "
+        "/table.csv: its name does not show its format; rename it to name.parquet, name.jsonl or name.txt, the "
         "latter two also with .gz, .zst, .bz2 or .xz",
     ]
     with pytest.raises(UserError, match="no input files; name some"):

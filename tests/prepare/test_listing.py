@@ -10,10 +10,10 @@ import pytest
 
 from mythos_dist.data.manifest import read_shard_manifest
 from mythos_dist.errors import UserError
-from mythos_dist.prepare import listing as listing_module
+from mythos_dist.prepare import local_files
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import sample_documents
-from mythos_dist.prepare.inputs import find_sources, list_inputs
+from mythos_dist.prepare.listing import find_sources, list_inputs
 
 DATA = ["a.parquet", "b.JSONL", "books/c.txt", "deep/er/d.jsonl.zst", "f.txt"]
 NO_DATA = {
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_read_ends_the_conversion_or_is_listed(folder, b
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(listing_module.os, "scandir", denied)
+    monkeypatch.setattr(local_files.os, "scandir", denied)
     for name in ("a.parquet", "b.JSONL", "deep/er/d.jsonl.zst"):
         (folder / name).unlink()
     with pytest.raises(UserError, match=r"books/: cannot be read \(Permission denied\)"):
@@ -191,7 +191,7 @@ def test_a_conversion_says_what_it_takes_and_its_manifest_names_the_rest(tmp_pat
     said = capsys.readouterr().err.splitlines()
     assert said == [
         f"inputs: 2 files (1 parquet, 1 plain text), {sum(one.size for one in manifest.inputs) / 1e6:.1f} MB",
-        "note: plain text is read beside records: x.txt; give a pattern if it is not meant",
+        "note: plain text is converted too: x.txt; to leave it out, give a pattern as input",
         "not taken: 1 shards: earlier/",
         "not taken: 1 documentation: README.md",
         "not taken: 1 format not read (.csv): more.csv",

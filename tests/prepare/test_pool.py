@@ -13,12 +13,12 @@ from helpers.conversion import ended
 
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import pool
-from mythos_dist.prepare.pool import Workers
+from mythos_dist.prepare.pool import WorkerPool
 
 
 def square(number):
     time.sleep(0.02 * (number % 3 == 0))  # some take longer than those after them
-    pool.count(number, 1)
+    pool.add_progress(number, 1)
     return number * number * pool.shared()
 
 
@@ -44,10 +44,12 @@ def fail(number):
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_results_come_in_the_order_of_items(number):
     ticks = []
-    with Workers(number, 10) as crew:
-        assert list(crew.map(square, range(20), lambda: ticks.append(crew.done))) == [10 * i * i for i in range(20)]
-        assert crew.done == (sum(range(20)), 20)
-        assert list(crew.map(square, [])) == []
+    with WorkerPool(number, 10) as workers:
+        assert list(workers.map(square, range(20), lambda: ticks.append(workers.done))) == [
+            10 * i * i for i in range(20)
+        ]
+        assert workers.done == (sum(range(20)), 20)
+        assert list(workers.map(square, [])) == []
     assert ticks[-1] == (sum(range(20)), 20)
     assert ticks == sorted(ticks)
 
@@ -60,8 +62,8 @@ def test_items_are_taken_only_as_they_are_needed():
             taken.append(number)
             yield number
 
-    with Workers(2, 1) as crew:
-        results = crew.map(square, items())
+    with WorkerPool(2, 1) as workers:
+        results = workers.map(square, items())
         for _ in range(5):
             next(results)
         assert len(taken) <= 5 + 4
@@ -69,8 +71,8 @@ def test_items_are_taken_only_as_they_are_needed():
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_an_error_in_a_task_arrives_as_it_was_raised(number):
-    with Workers(number) as crew, pytest.raises(UserError) as error:
-        list(crew.map(fail, range(10)))
+    with WorkerPool(number) as workers, pytest.raises(UserError) as error:
+        list(workers.map(fail, range(10)))
     assert (str(error.value), error.value.problems, error.value.source) == (
         *("file.txt: this one is bad", ["this one is bad"], "file.txt"),
     )
@@ -79,34 +81,34 @@ def test_an_error_in_a_task_arrives_as_it_was_raised(number):
 @pytest.mark.parametrize(("how", "name"), [("SIGKILL", "SIGKILL"), ("SIGSEGV", "SIGSEGV"), (7, "exit code 7")])
 def test_a_task_that_kills_its_worker_is_named(how, name):
     """However many others are under way, some of them finished."""
-    with Workers(3) as crew, pytest.raises(UserError) as error:
-        list(crew.map(die_of, [(i, how if i == 8 else None, None) for i in range(20)]))
-    assert f"(8, {how!r}, None): a worker process died of it ({name})" in str(error.value)
+    with WorkerPool(3) as workers, pytest.raises(UserError) as error:
+        list(workers.map(die_of, [(i, how if i == 8 else None, None) for i in range(20)]))
+    assert f"(8, {how!r}, None): killed a worker process ({name})" in str(error.value)
 
 
 @pytest.mark.launch
 def test_work_goes_on_where_a_worker_died_but_once(tmp_path):
     """As when there was memory for one at a time only: nobody is guilty, nothing is lost, and the order stays."""
-    with Workers(3) as crew:
+    with WorkerPool(3) as workers:
         items = [(i, "SIGKILL" if i in (4, 5, 12) else None, tmp_path / str(i)) for i in range(20)]
-        assert list(crew.map(die_of, items)) == list(range(20))
-        assert list(crew.map(die_of, items)) == list(range(20))
+        assert list(workers.map(die_of, items)) == list(range(20))
+        assert list(workers.map(die_of, items)) == list(range(20))
 
 
 def test_stopping_ends_the_workers_in_the_middle_of_their_work():
     before = set(psutil.Process().children())
-    with Workers(2) as crew:
-        next(crew.map(time.sleep, [0, 1000, 1000, 1000]))
+    with WorkerPool(2) as workers:
+        next(workers.map(time.sleep, [0, 1000, 1000, 1000]))
         assert len(set(psutil.Process().children()) - before) == 2
     assert not set(psutil.Process().children()) - before
 
 
 PARENT = """
 import sys, time
-from mythos_dist.prepare.pool import Workers
-with Workers(2) as crew:
-    print(*[child.pid for child in crew._children()], flush=True)
-    list(crew.map(time.sleep, [1000] * 4))
+from mythos_dist.prepare.pool import WorkerPool
+with WorkerPool(2) as workers:
+    print(*[child.pid for child in workers._children()], flush=True)
+    list(workers.map(time.sleep, [1000] * 4))
 """
 
 

@@ -19,11 +19,13 @@ from helpers.conversion import contents
 from mythos_dist.data.manifest import Filters
 from mythos_dist.data.unpack import TooLarge, unpack
 from mythos_dist.errors import UserError
-from mythos_dist.prepare import documents, inputs, lines
+from mythos_dist.prepare import batches, documents, inputs, lines, spans
+from mythos_dist.prepare.batches import LongDocument
 from mythos_dist.prepare.convert import convert
-from mythos_dist.prepare.documents import Columns, LongDocument, read_span, units_of
-from mythos_dist.prepare.inputs import find_sources, list_inputs
+from mythos_dist.prepare.documents import read_span
 from mythos_dist.prepare.lines import lines_before
+from mythos_dist.prepare.listing import find_sources, list_inputs
+from mythos_dist.prepare.spans import Columns, divide
 
 
 def zstd(content):
@@ -48,7 +50,7 @@ def read(path, columns=None, skip=True, **options):
         skipped.append((where, reason))
 
     for source in list_inputs(path, **options).sources:
-        units = units_of(source, columns)
+        units = divide(source, columns)
         for i in range(len(units.sizes)):
             for some in read_span(units.span(i, i + 1), columns, bad):
                 if isinstance(some, LongDocument):
@@ -118,7 +120,9 @@ def test_a_score_that_is_no_number_is_named_and_only_its_row_left_out(write_parq
     write_parquet(rows=2, text=["a" * 20, "b" * 20, "c" * 20, "d" * 20], score=["4", "5", "high", "3.5"])
     (tmp_path / "b.jsonl").write_text('{"text": "eeeeeeee", "score": "5"}\n{"text": "f", "score": "low"}\n')
     options = {"heldout": 0, "quiet": True, "filters": Filters(min_score=4)}
-    with pytest.raises(UserError, match=r"row group 1, row 0 cannot be read \(column 'score': 'high' is no number\)"):
+    with pytest.raises(
+        UserError, match=r"row group 1, row 0 cannot be read \(column 'score': 'high' is not a number\)"
+    ):
         convert(tmp_path / "a.parquet", byte_tokenizer, 4, tmp_path / "out", **options)
     manifest = convert(tmp_path, byte_tokenizer, 4, tmp_path / "both", **options, skip_bad=True)
     assert (manifest.documents.written, manifest.documents.low_score) == (3, 1)
@@ -192,7 +196,7 @@ def test_utf_16_in_the_middle_or_on_a_server_is_found_when_it_is_read(tmp_path, 
     fsspec.filesystem("memory").pipe("/utf16/a.jsonl", '{"text": "abc"}\n'.encode("utf-16"))
     ((where, reason),) = read("memory://utf16/a.jsonl")[1]
     assert where == "file" and "is UTF-16, not UTF-8" in reason
-    monkeypatch.setattr(documents, "TEXT_SPAN_BYTES", 1000)
+    monkeypatch.setattr(spans, "TEXT_CHUNK_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"x" * 99_999 + b"\n" + ("line of text\n" * 200).encode("utf-16-le"))
     found, skipped = read(tmp_path / "a.txt", Columns(sample_by="line"))
     assert skipped and all("is UTF-16LE" in reason for _, reason in skipped) and found[0][0] == "x" * 99_999
@@ -315,14 +319,15 @@ def test_rows_that_share_a_text_are_taken_apart_and_limited(tmp_path, monkeypatc
         pq.write_table(table, tmp_path / file, store_schema=schema, compression="zstd")
         (source,) = find_sources(tmp_path / file)
         assert source.size < 100_000
-        units, sizes = units_of(source, Columns()), []
+        units, sizes = divide(source, Columns()), []
         with pytest.raises(UserError, match=r"row group 0: unpacks to more than 67,108,864 bytes"):
             for some in read_span(
                 units.span(0, 1), Columns(), lambda w, r: (_ for _ in ()).throw(UserError(f"{w}: {r}"))
             ):
                 sizes.append(len(some.data))
         assert max(sizes) <= documents.BATCH_BYTES and 60 < sum(sizes) >> 20 <= 64
-        monkeypatch.setattr(documents, "BATCH_BYTES", 1 << 21)
+        for module in (batches, documents):
+            monkeypatch.setattr(module, "BATCH_BYTES", 1 << 21)
         assert texts_of(tmp_path / file, max_ratio=math.inf) == texts * 300
         monkeypatch.undo()
 
@@ -343,7 +348,7 @@ def test_a_line_that_does_not_end_is_left_out_without_being_kept(tmp_path, monke
 
 def test_broken_lines_are_named_by_file_and_line_in_every_span(tmp_path, byte_tokenizer, monkeypatch):
     """Whatever line ends and blank lines come before; in a compressed file as well."""
-    monkeypatch.setattr(documents, "TEXT_SPAN_BYTES", 50)
+    monkeypatch.setattr(spans, "TEXT_CHUNK_BYTES", 50)
     content = [b'{"text": "good %d"}' % i if i % 7 else b'{"text": %d}' % i for i in range(1, 60)]
     expected = [f"line {i}" for i in range(1, 60) if i % 7 == 0]
     for name in ("a.jsonl", "a.jsonl.gz"):
@@ -363,9 +368,7 @@ def test_a_json_document_is_told_from_json_lines(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}]))
     (tmp_path / "b.json").write_text(json.dumps([{"text": "a"}], indent=1))
     for name in ("a.json", "b.json"):
-        assert (
-            "JSON lines hold one record a line; of an array they are made by: jq -c" in read(tmp_path / name)[1][0][1]
-        )
+        assert "JSON lines have one record per line; convert an array with: jq -c" in read(tmp_path / name)[1][0][1]
 
 
 # --- starting over

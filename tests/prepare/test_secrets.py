@@ -10,7 +10,7 @@ from helpers.http_server import serving
 from mythos_dist.errors import UserError, redact
 from mythos_dist.prepare import convert as convert_module
 from mythos_dist.prepare.convert import convert
-from mythos_dist.prepare.inputs import find_sources, list_inputs
+from mythos_dist.prepare.listing import find_sources, list_inputs
 
 SIGNED = "X-Amz-Credential=AKIDEXAMPLE&X-Amz-Signature=5ec3e7&sig=a%2Fb5ec3e7&token=hf_5ec3e75ec3e7"
 

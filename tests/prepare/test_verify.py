@@ -21,9 +21,7 @@ import xxhash
 
 from mythos_dist.data.manifest import index_fingerprint
 from mythos_dist.errors import UserError
-from mythos_dist.prepare import convert as convert_module
-from mythos_dist.prepare import mds
-from mythos_dist.prepare import verify as verify_module
+from mythos_dist.prepare import mds, part, verify_shard
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.verify import verify
 
@@ -42,7 +40,7 @@ def made(byte_tokenizer, tmp_path_factory):
     pq.write_table(pa.table({"text": texts}), work / "corpus.parquet", row_group_size=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mds, "SIZE_LIMIT", 2500)
-        patch.setattr(convert_module, "MIN_PART_BYTES", 1)
+        patch.setattr(part, "MIN_PART_BYTES", 1)
         patch.setattr(os, "fsync", lambda descriptor: None)
         for name, compression in (("plain", None), ("zstd", "zstd:1")):
             convert(
@@ -159,7 +157,7 @@ def test_a_good_folder_passes_and_is_left_as_it_was(made, compression, workers):
 
 def test_the_smallest_pieces_count_the_same(made, monkeypatch):
     """Counts do not depend on where a piece ends."""
-    monkeypatch.setattr(verify_module, "PIECE_BYTES", 16)
+    monkeypatch.setattr(verify_shard, "PIECE_BYTES", 16)
     assert verify(made[None]).ok
 
 
@@ -169,7 +167,7 @@ def test_tokens_of_four_bytes(byte_tokenizer, write_parquet, tmp_path):
     assert verify(tmp_path / "out").ok
     change_json(tmp_path / "out" / "manifest.json", lambda manifest: manifest.update(vocab_size=70_000 + ord("z")))
     (bad,) = verify(tmp_path / "out").bad
-    assert bad["problems"] == ["holds the token 70122, outside vocab_size=70122"]
+    assert bad["problems"] == ["contains the token 70122, outside vocab_size=70122"]
 
 
 # What happens to a file, and what must be said of it. Its header: 4 bytes, offsets, JSON.
@@ -180,9 +178,9 @@ IN_HEADER = {
 }
 IN_WINDOWS = {"middle": lambda file: flip(file, file.stat().st_size // 2), "end": lambda file: flip(file, -1)}
 TO_THE_FILE = {
-    "shortened": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is .* bytes long, not"),
-    "lengthened": (lambda file: file.write_bytes(file.read_bytes() + b"0"), "is .* bytes long, not"),
-    "emptied": (lambda file: file.write_bytes(b""), "is 0 bytes long, not"),
+    "shortened": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "has .* bytes, not"),
+    "lengthened": (lambda file: file.write_bytes(file.read_bytes() + b"0"), "has .* bytes, not"),
+    "emptied": (lambda file: file.write_bytes(b""), "has 0 bytes, not"),
     "missing": (lambda file: file.unlink(), "is missing"),
     "a link to nothing": (lambda file: (file.unlink(), file.symlink_to("nowhere")), "is missing"),
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "cannot be read .Is a directory"),
@@ -247,11 +245,11 @@ def test_a_compressed_shard_is_unpacked_and_checked_again(packed):
     (bad,) = verify(packed).bad
     assert bad["problems"][0] == HASHES
     cases = [
-        (compress(bytes(changed), asbytes=True), f"unpacked, it {HASHES}"),
-        (good[:-20], "cannot be unpacked"),
-        (b"no zstd at all", "cannot be unpacked"),
-        (compress(raw[:-1], asbytes=True), "cannot be unpacked"),
-        (compress(raw + b"0", asbytes=True), "cannot be unpacked"),
+        (compress(bytes(changed), asbytes=True), f"decompressed, it {HASHES}"),
+        (good[:-20], "cannot be decompressed"),
+        (b"no zstd at all", "cannot be decompressed"),
+        (compress(raw[:-1], asbytes=True), "cannot be decompressed"),
+        (compress(raw + b"0", asbytes=True), "cannot be decompressed"),
     ]
     for content, expected in cases:
         repack(packed, content)
@@ -270,7 +268,7 @@ def test_a_token_outside_the_vocabulary(folder):
         saved = (folder / BAD).read_bytes()
         change_tokens(folder, lambda tokens, place=place: tokens.__setitem__(place, 260))
         (bad,) = verify(folder).bad
-        assert bad == {"shard": BAD, "problems": ["holds the token 260, outside vocab_size=260"]}
+        assert bad == {"shard": BAD, "problems": ["contains the token 260, outside vocab_size=260"]}
         (folder / BAD).write_bytes(saved)
 
 
@@ -286,7 +284,7 @@ def test_a_lost_document_end(folder, split, change):
 
     name = BAD if split == "train" else "heldout/part-00001/shard.00000.mds"
     change_tokens(folder, edit, name)
-    expected = f"{split}: the shards hold {found + change} EOS tokens, not documents - eos_dropped of SplitCounts("
+    expected = f"{split}: the shards contain {found + change} EOS tokens, not documents - eos_dropped of SplitCounts("
     assert only_problem(verify(folder)).startswith(expected)
 
 
@@ -357,13 +355,13 @@ MANIFEST_DAMAGE = [
     (add(("documents.repaired", 10**6)), "repaired <= read"),
     (add(("documents.repaired", -1)), "no count is negative"),
     (add(("documents.empty", -100), ("documents.low_score", 100)), "no count is negative"),
-    (add(("vocab_size", 1 << 16)), "vocab_size=65796 <= 65536 does not hold of uint16"),
-    (add(("vocab_size", -141)), "holds the token 119, outside vocab_size=119"),
+    (add(("vocab_size", 1 << 16)), "vocab_size=65796 <= 65536 does not hold for uint16"),
+    (add(("vocab_size", -141)), "contains the token 119, outside vocab_size=119"),
     (add(("eos_id", 258)), "eos_id=260 < vocab_size=260"),
     (add(("eos_id", 1)), "EOS tokens"),
-    (add(("seq_len", 1)), "index.json says column_encodings"),
-    (lambda manifest: manifest.update(dtype="uint32"), "index.json says column_encodings"),
-    (lambda manifest: manifest.update(compression="zstd:1"), "index.json says compression=None instead of 'zstd:1'"),
+    (add(("seq_len", 1)), "index.json has column_encodings"),
+    (lambda manifest: manifest.update(dtype="uint32"), "index.json has column_encodings"),
+    (lambda manifest: manifest.update(compression="zstd:1"), "index.json has compression=None instead of 'zstd:1'"),
     (lambda manifest: manifest.update(fingerprint="0" * 64), "not the one that manifest.json was written for"),
     (
         lambda manifest: manifest.update(tokenizer_sha256="0" * 64),
@@ -374,7 +372,7 @@ MANIFEST_DAMAGE = [
         lambda manifest: manifest.update(seq_len="32"),
         "manifest.json: cannot be read .*seq_len: expected a whole number, not '32'",
     ),
-    (lambda manifest: manifest.update(dtype="text"), "manifest.json: a value that cannot be"),
+    (lambda manifest: manifest.update(dtype="text"), "manifest.json: an invalid value"),
 ]
 
 
@@ -394,7 +392,7 @@ def test_a_folder_that_was_never_finished_is_no_damage(folder, tmp_path):
     with pytest.raises(UserError, match="not a finished conversion"):
         verify(folder)
     (folder / "unfinished").mkdir()
-    with pytest.raises(UserError, match=r"not finished; give the same command of tools/make_shards.py again"):
+    with pytest.raises(UserError, match=r"not finished; run the same command of tools/make_shards.py again"):
         verify(folder)
 
 
@@ -405,7 +403,7 @@ def test_files_that_no_index_names_are_remarks(folder):
     report = verify(folder)
     assert report.ok
     assert len(report.remarks) == 2
-    assert any("2 files that index.json does not name: notes.json, part-00000/" in one for one in report.remarks)
+    assert any("2 files not listed in index.json: notes.json, part-00000/" in one for one in report.remarks)
 
 
 @pytest.mark.launch

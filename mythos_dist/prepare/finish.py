@@ -1,0 +1,122 @@
+"""The end of a conversion: join the partial windows of the parts, write the indexes and, last, the manifest."""
+
+import base64
+import json
+import re
+import shutil
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from mythos_dist.data.manifest import (
+    SPLITS,
+    DocumentCounts,
+    ShardManifest,
+    Skipped,
+    SplitCounts,
+    index_fingerprint,
+)
+from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.errors import UserError
+from mythos_dist.prepare.heldout import CUT, KEPT, cut_windows, is_one_stream, split_counts
+from mythos_dist.prepare.mds import ShardWriter
+from mythos_dist.prepare.part import FATES, UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
+from mythos_dist.units import count
+
+TAILS = "part-tails"  # the folder of windows that are joined from the partial windows of all parts
+ADDED = {"train": (TAILS, KEPT), "heldout": (TAILS, CUT)}  # folders that this module writes
+
+
+def finish_conversion(
+    job: ConversionJob,
+    records: list[PartRecord],
+    settings: dict[str, Any],
+    skipped: list[Skipped],
+    tokenizer: Tokenizer,
+) -> ShardManifest:
+    """Write what the parts have in common, and remove every file that is not part of the result."""
+    shards: dict[str, list[dict[str, Any]]] = {}
+    splits: dict[str, SplitCounts] = {}
+    for split in SPLITS:
+        shards[split], splits[split] = _join_tails(job, split, records)
+    one_stream = is_one_stream(job)
+    if one_stream:
+        shards["train"], shards["heldout"], num_eos = cut_windows(job, shards["train"])
+        windows = sum(shard["samples"] for shard in shards["heldout"])
+        splits = split_counts(job, splits["train"], windows, num_eos)
+    if not splits["train"].windows:
+        _remove_output(job)
+        tokens = splits["train"].tokens
+        raise UserError(
+            f"{count(tokens, 'token')} of text {'does' if tokens == 1 else 'do'} not fill one window of "
+            f"seq_len={job.seq_len}; give more text or a smaller seq_len",
+            str(job.out),
+        )
+    for split in SPLITS:
+        _write_index(job, split, shards[split])
+    fates = {fate: sum(record.documents[fate] for record in records) for fate in FATES}
+    documents = DocumentCounts(read=sum(fates.values()), **fates, repaired=sum(record.repaired for record in records))
+    assert documents.written == sum(split.documents for split in splits.values()), "documents were lost"
+    write_atomically(job.out / tokenizer.file_name, tokenizer.path.read_bytes())
+    manifest = ShardManifest(
+        **settings,
+        unknown_tokens=sum(record.unknown for record in records),
+        documents=documents,
+        splits=splits,
+        skipped=tuple(skipped),
+        fingerprint=index_fingerprint(job.out),
+        heldout_by="window" if one_stream else "document",
+    )
+    write_atomically(job.out / "manifest.json", json.dumps(manifest.to_json(), indent=2) + "\n")
+    shutil.rmtree(job.out / UNFINISHED)
+    return manifest
+
+
+def _join_tails(job: ConversionJob, split: str, records: list[PartRecord]) -> tuple[list[dict[str, Any]], SplitCounts]:
+    """A split's entries for index.json, with those of the joined partial windows last, and its counts."""
+    folder = job.out / split
+    for name in ADDED[split]:  # left by an interrupted attempt to finish
+        shutil.rmtree(folder / name, ignore_errors=True)
+    tails = ShardWriter(folder / TAILS, job.seq_len, job.dtype, job.compression, f"{TAILS}/")
+    shards: list[dict[str, Any]] = []
+    for record in records:
+        shards += record.shards[split]
+        tails.add(np.frombuffer(base64.b64decode(record.tails[split]), job.dtype))
+    tails.finish()
+    shards += tails.shards
+    windows = sum(shard["samples"] for shard in shards)
+    counts = SplitCounts(
+        documents=sum(record.documents_in[split] for record in records),
+        tokens=sum(record.tokens[split] for record in records),
+        windows=windows,
+        tokens_written=windows * (job.seq_len + 1),
+        tokens_dropped=len(tails.tail),
+        eos_dropped=int((tails.tail == job.eos_id).sum()),
+    )
+    assert counts.tokens + counts.documents == counts.tokens_written + counts.tokens_dropped, "tokens were lost"
+    return shards, counts
+
+
+def _write_index(job: ConversionJob, split: str, shards: list[dict[str, Any]]) -> None:
+    """Write a split's index.json, and remove shards that are not in it: incomplete, after the token limit, or moved."""
+    folder = job.out / split
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True))
+    listed_files = {stored_file(shard)["basename"] for shard in shards}
+    listed_folders = {name.split("/")[0] for name in listed_files}
+    for part in folder.glob("part-*/"):
+        if part.name in listed_folders:
+            for file in part.glob("shard.*"):
+                is_listed = f"{part.name}/{file.name}" in listed_files
+                if not is_listed and re.fullmatch(r"shard\.\d+\.mds(\.zstd)?", file.name):
+                    file.unlink()
+        elif re.fullmatch(r"part-(\d+(\.tmp)?|tails|kept|cut)", part.name):
+            shutil.rmtree(part)
+
+
+def _remove_output(job: ConversionJob) -> None:
+    for name in (*SPLITS, UNFINISHED):
+        shutil.rmtree(job.out / name, ignore_errors=True)
+    with suppress(OSError):  # it holds other files
+        job.out.rmdir()

@@ -1,0 +1,143 @@
+"""Check one shard: its entry in index.json, its file's size and hashes, and its header and tokens (format: mds.py)."""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from mythos_dist.data.manifest import ShardManifest
+from mythos_dist.data.windows import Shard
+from mythos_dist.prepare import pool
+from mythos_dist.units import count
+
+PIECE_BYTES = 1 << 20  # read at a time; a multiple of a token's size
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # raised by JSON of an unexpected structure
+NOT_IN_HEADER = ("samples", "raw_data", "zip_data")  # the other keys of an index entry are repeated in the shard
+# Keys of an index entry that do not follow from the manifest.
+SHARD_SPECIFIC = (*NOT_IN_HEADER, "hashes", "size_limit")
+
+
+def check_shard(shard: Shard) -> tuple[list[str], int]:
+    """In a worker: the problems of a shard, and its number of EOS tokens (0 if its entry is wrong)."""
+    manifest: ShardManifest = pool.shared()
+    try:
+        problems, num_eos = _check_entry(shard.entry, manifest), 0
+        if not problems:  # a wrong entry does not define what the file must contain
+            problems, num_eos = _check_file(shard, manifest)
+        pool.add_progress(shard.stored["bytes"], 0)
+        return problems, num_eos
+    except MALFORMED as error:
+        return [f"its entry in index.json cannot be read ({type(error).__name__}: {error})"], 0
+
+
+def _check_entry(entry: dict[str, Any], manifest: ShardManifest) -> list[str]:
+    """The values of an index entry that contradict the manifest or the format."""
+    window_bytes = manifest.window * np.dtype(manifest.dtype).itemsize
+    expected = {
+        "version": 2,
+        "format": "mds",
+        "compression": manifest.compression,
+        "column_names": ["tokens"],
+        "column_encodings": [f"ndarray:{manifest.dtype}:{manifest.window}"],
+        "column_sizes": [window_bytes],
+    }
+    actual = {name: value for name, value in entry.items() if name not in SHARD_SPECIFIC}
+    problems = [
+        f"{name}={actual.get(name)!r} instead of {expected.get(name)!r}"
+        for name in sorted(expected | actual)
+        if expected.get(name) != actual.get(name)
+    ]
+    samples, raw_bytes = entry["samples"], entry["raw_data"]["bytes"]
+    size = 8 + len(_header_json(entry)) + samples * (4 + window_bytes)
+    if samples < 1 or raw_bytes != size or size >= 1 << 32:  # offsets are uint32
+        problems.append(f"bytes={raw_bytes}, but {count(samples, 'window')} have {size}")
+    if bool(entry["zip_data"]) != bool(manifest.compression):
+        problems.append(f"zip_data={entry['zip_data']} with compression={manifest.compression}")
+    for file in (entry["raw_data"], entry["zip_data"]):
+        if file and (not file["hashes"] or sorted(file["hashes"]) != sorted(entry["hashes"])):
+            problems.append(f"hashes={file['hashes']}, but {entry['hashes']} are required")
+    return [f"index.json has {problem}" for problem in problems]
+
+
+def _check_file(shard: Shard, manifest: ShardManifest) -> tuple[list[str], int]:
+    """The problems of a shard's file, and its number of EOS tokens."""
+    raw, stored = shard.entry["raw_data"], shard.stored
+    try:
+        with open(shard.folder / stored["basename"], "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != stored["bytes"]:
+                return [f"has {count(size, 'byte')}, not {stored['bytes']:,}"], 0
+            if stored is raw:
+                return _check_content(file, shard.entry, manifest)
+            compressed = file.read()
+    except FileNotFoundError:
+        return ["is missing"], 0
+    except OSError as error:
+        return [f"cannot be read ({error.strerror})"], 0
+    hashes = _Hashes(stored)
+    hashes.update(compressed)
+    try:
+        content = pa.Codec("zstd").decompress(compressed, raw["bytes"])
+    except OSError as error:  # also if it has another size
+        return [*hashes.problems(), f"cannot be decompressed ({error})"], 0
+    problems, num_eos = _check_content(pa.BufferReader(content), shard.entry, manifest)
+    return hashes.problems() + [f"decompressed, it {problem}" for problem in problems], num_eos
+
+
+def _check_content(stream: Any, entry: dict[str, Any], manifest: ShardManifest) -> tuple[list[str], int]:
+    """The problems of an uncompressed shard, read in pieces, and its number of EOS tokens."""
+    samples, header_json, dtype = entry["samples"], _header_json(entry), np.dtype(manifest.dtype)
+    begin = 8 + 4 * samples + len(header_json)
+    offsets = begin + np.arange(samples + 1) * manifest.window * dtype.itemsize
+    header = {
+        "number of windows": np.uint32(samples).tobytes(),
+        "offsets": offsets.astype("<u4").tobytes(),
+        "columns": header_json,
+    }
+    hashes, problems, buffer = _Hashes(entry["raw_data"]), [], np.empty(PIECE_BYTES, np.uint8)
+    size = highest = num_eos = 0
+    for what, expected in header.items():
+        actual = stream.read(len(expected))
+        hashes.update(actual)
+        size += len(actual)
+        if actual != expected:
+            problems.append(f"has other {what} in its header than index.json")
+    while length := stream.readinto(buffer.data):
+        hashes.update(buffer[:length].data)
+        size += length
+        tokens = buffer[: length - length % dtype.itemsize].view(dtype)
+        highest = max(highest, int(tokens.max(initial=0)))
+        num_eos += int(np.count_nonzero(tokens == manifest.eos_id))
+    if size != entry["raw_data"]["bytes"]:
+        problems.append(f"has {count(size, 'byte')}, not {entry['raw_data']['bytes']:,}")
+    if highest >= manifest.vocab_size:
+        problems.append(f"contains the token {highest}, outside vocab_size={manifest.vocab_size}")
+    return hashes.problems() + problems, num_eos
+
+
+def _header_json(entry: dict[str, Any]) -> bytes:
+    """The JSON in a shard's header."""
+    return json.dumps({k: value for k, value in entry.items() if k not in NOT_IN_HEADER}, sort_keys=True).encode()
+
+
+class _Hashes:
+    """Computes every hash that index.json lists for a file."""
+
+    def __init__(self, file: dict[str, Any]):
+        self._expected = file["hashes"]
+        self._states = {
+            name: getattr(xxhash, name)() if name in xxhash.algorithms_available else hashlib.new(name)
+            for name in self._expected
+        }
+
+    def update(self, piece: Any) -> None:
+        for state in self._states.values():
+            state.update(piece)
+
+    def problems(self) -> list[str]:
+        different = [name for name, state in self._states.items() if state.hexdigest() != self._expected[name]]
+        return [f"has another {' and '.join(different)} than index.json lists"] if different else []
