@@ -1,6 +1,7 @@
 """The planner's command line, in this process: orders, bounds, and what is not a number."""
 
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -150,3 +151,16 @@ def test_a_clusters_name_keeps_its_text(tmp_path):
     kept = [one for one in Path(LAPTOP).read_text().splitlines() if not one.startswith("name:")]
     path.write_text("\n".join([*kept, "name: 007"]))
     assert load_cluster(path).name == "007"
+
+
+@pytest.mark.launch
+def test_where_nothing_fits_the_smallest_cluster_is_named_and_enough(plan):
+    """One GPU less than named is too few: the planner's own search on both."""
+    code, out, _ = plan("--variant", "10b", "--gpus", "1")
+    assert code == 1 and "what is too large: " in out
+    code, told, _ = plan("--variant", "10b", "--gpus", "1", "--json")
+    answer = json.loads(told)
+    gpus = answer["smallest_cluster"]
+    assert code == 1 and answer["fits"] is False and f"{gpus} GPUs" in out
+    assert plan("--variant", "10b", "--gpus", str(gpus), "--top", "1")[0] == 0
+    assert plan("--variant", "10b", "--gpus", str(gpus // 2), "--top", "1")[0] == 1
