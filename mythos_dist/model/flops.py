@@ -1,63 +1,181 @@
-"""FLOPs of the model by formula: 2 per multiply-add of every matrix product, nothing else counted.
+"""FLOPs of the model: 2 per multiply-add of a matrix product, from the shapes of the weights; nothing else counts.
 
-The halting layer (one column per loop) and readouts after each loop are left out. A training step costs three forward
-passes (the backward is two); recomputed activations do not count, so that MFU compares layouts. Attention counts the
-causal half of its scores.
+The FLOPs of the model do not depend on the layout, so that MFU compares layouts: no padding, no recomputation, the
+causal half of attention, and three forward passes per training step. The halting layer (one column per loop) and
+readouts after each loop are left out. `executed_flops` is what one rank runs: padding, recomputation and attention's
+second pass included. The ratio of the two is what padding and recomputation cost.
 """
 
+# B batch, S sequence, D model, E experts, k experts per token.
+
+import functools
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import NamedTuple
+
 from mythos_dist.config.schema import Config, MythosConfig
-from mythos_dist.parallel.pipeline import LayerCosts
+from mythos_dist.model.parameter_table import local_parameters
+from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, loops_with_grad
 
 
-def _attention_flops(c: MythosConfig, seq_len: int) -> float:
-    """Forward FLOPs of one attention layer per token, averaged over a causal sequence."""
-    if c.attn_type == "mla":
-        kv_dim = c.qk_nope_head_dim + c.v_head_dim
-        weights = (
-            c.dim * (c.q_lora_rank + c.kv_lora_rank + c.qk_rope_head_dim)
-            + c.n_heads * (c.q_lora_rank * c.head_dim + c.kv_lora_rank * kv_dim)
-            + c.n_heads * c.v_head_dim * c.dim
+class _Matrices(NamedTuple):
+    """Elements of a rank's weight matrices, padding included, by layer."""
+
+    attention: int  # of one block, without:
+    attention_up: int  # MLA's up-projections, which selective recomputation repeats
+    ffn: int  # of one dense block
+    shared: int  # shared experts
+    router: int
+    lora: int  # as every rank gathers them: all of the rank r
+    injection: int
+    head: int
+    expert_hidden: int  # width of one routed expert
+
+
+@functools.lru_cache(maxsize=1024)
+def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
+    matrices = [parameter for parameter in local_parameters(config, tensor) if len(parameter.shape) > 1]
+
+    def elements(prefix: str) -> int:
+        return sum(parameter.numel for parameter in matrices if parameter.name.startswith(prefix))
+
+    shapes = {parameter.name: parameter.shape for parameter in matrices}
+    block = "recurrent.block."
+    attention_up = elements(f"{block}attn.q_up.") + elements(f"{block}attn.kv_up.")
+    lora = [shapes[name] for name in ("recurrent.lora.down", "recurrent.lora.B") if name in shapes]
+    return _Matrices(
+        attention=elements(f"{block}attn.") - attention_up,
+        attention_up=attention_up,
+        ffn=elements("prelude.0.ffn." if config.prelude_layers else "coda.0.ffn."),
+        shared=elements(f"{block}ffn.shared."),
+        router=elements(f"{block}ffn.router."),
+        lora=tensor * sum(prod(shape[-2:]) for shape in lora),  # lora=per_loop: one loop's matrix of (T, r, D)
+        injection=elements("recurrent.injection."),
+        head=elements("embed."),
+        expert_hidden=shapes[f"{block}ffn.experts.w1"][1],
+    )
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """Forward FLOPs of a layer."""
+
+    products: float = 0.0
+    attention: float = 0.0  # scores, and their product with the values
+    inner: float = 0.0  # products that selective recomputation repeats
+
+    def __add__(self, other: "LayerFlops") -> "LayerFlops":
+        return LayerFlops(
+            self.products + other.products, self.attention + other.attention, self.inner + other.inner
         )
-        channels = c.head_dim + c.v_head_dim
-    else:
-        weights = 2 * c.dim * c.dim + 2 * c.dim * c.n_kv_heads * c.head_dim
-        channels = 2 * c.head_dim
-    return 2.0 * weights + 2.0 * c.n_heads * channels * (seq_len + 1) / 2
+
+    @property
+    def forward(self) -> float:
+        return self.products + self.attention + self.inner
+
+    def step(self, recompute: str) -> float:
+        """Forward, recomputation and backward: 2.5 forward passes for attention (Dao 2023), 2 for the rest."""
+        recomputed = {"none": 0.0, "selective": self.attention + self.inner, "loop": self.forward}[recompute]
+        return self.forward + recomputed + 2 * (self.products + self.inner) + 2.5 * self.attention
 
 
-def _dense_block_flops(c: MythosConfig, seq_len: int) -> float:
-    return _attention_flops(c, seq_len) + 2.0 * 3 * c.dim * c.ffn_dim
+@dataclass(frozen=True)
+class _Layers:
+    """Forward FLOPs of each layer. The defaults give the model's FLOPs per token; a rank's sizes, those it executes."""
 
+    config: MythosConfig
+    seq_len: int
+    pairs: float  # (token, expert) pairs that the routed experts compute
+    tokens: float = 1.0
+    local_tokens: float = 1.0  # in router, depth LoRA and halting: tokens / tensor with sequence parallelism
+    tensor: int = 1
+    kernels_pad: bool = False
+    alignment: int = 1  # elements to whose multiple grouped products pad widths
+    halting: bool = False
 
-def _loop_flops(c: MythosConfig, seq_len: int) -> float:
-    experts = 3 * c.dim * (c.n_experts_per_tok * c.expert_dim + c.shared_dim)
-    lora = 2 * c.dim * c.lora_rank * (c.lora != "none")
-    return _attention_flops(c, seq_len) + 2.0 * (experts + c.dim * c.n_experts + lora)
+    @property
+    def matrices(self) -> _Matrices:
+        return _matrices(self.config, self.tensor)
 
+    def attention(self) -> LayerFlops:
+        c = self.config
+        # Kernels pad keys and values to the same width (model/attend.py).
+        value_dim = c.v_head_dim if c.attn_type == "mla" else c.head_dim
+        channels = 2 * c.widest_head if self.kernels_pad else c.head_dim + value_dim
+        scores = 2.0 * self.tokens * (c.n_heads // self.tensor) * (self.seq_len + 1) / 2 * channels
+        m = self.matrices
+        return LayerFlops(2.0 * self.tokens * m.attention, scores, 2.0 * self.tokens * m.attention_up)
 
-def _head_flops(c: MythosConfig) -> float:
-    return 2.0 * c.dim * c.vocab_size
+    def dense_block(self) -> LayerFlops:
+        return self.attention() + LayerFlops(inner=2.0 * self.tokens * self.matrices.ffn)
+
+    def loop(self) -> LayerFlops:
+        c, m = self.config, self.matrices
+        hidden, dim = (ceil(width / self.alignment) * self.alignment for width in (m.expert_hidden, c.dim))
+        experts = LayerFlops(inner=2.0 * 3 * self.pairs * dim * hidden + 2.0 * self.tokens * m.shared)
+        per_token = m.router + m.lora + (c.dim if self.halting else 0)
+        return self.attention() + experts + LayerFlops(2.0 * self.local_tokens * per_token)
+
+    def injection(self) -> LayerFlops:
+        """Parcae's matrix, once for all loops."""
+        return LayerFlops(2.0 * self.tokens * self.matrices.injection)
+
+    def head(self) -> float:
+        return 2.0 * self.tokens * self.matrices.head
 
 
 def forward_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
-    """Forward FLOPs per token of a sequence of seq_len tokens without document boundaries."""
-    blocks = (c.prelude_layers + c.coda_layers) * _dense_block_flops(c, seq_len)
-    blocks += 2.0 * c.dim * c.dim * (c.injection == "parcae")
-    return blocks + n_loops * _loop_flops(c, seq_len) + _head_flops(c)
+    """The model's forward FLOPs per token of a sequence of seq_len tokens without document boundaries."""
+    layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
+    once = (c.prelude_layers + c.coda_layers) * layers.dense_block().forward + layers.injection().forward
+    return once + n_loops * layers.loop().forward + layers.head()
 
 
 def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
-    """FLOPs per token of forward and backward: three times the forward."""
+    """The model's FLOPs per token of forward and backward: three times the forward."""
     return 3.0 * forward_flops_per_token(c, seq_len, n_loops)
 
 
 def stage_costs(config: Config) -> LayerCosts:
-    """FLOPs per token that layers really execute in a training step, recomputation included, to balance stages by."""
-    c, seq_len = config.model, config.train.seq_len
-    loop = _loop_flops(c, seq_len)
+    """FLOPs per token of a training step, recomputed loops included, to balance pipeline stages by."""
+    c = config.model
+    layers = _Layers(c, config.train.seq_len, pairs=c.n_experts_per_tok)
+    loop = layers.loop().forward
     return LayerCosts(
-        block=3 * _dense_block_flops(c, seq_len),
+        block=3 * layers.dense_block().forward,
         loop=(4 if config.train.recompute == "loop" else 3) * loop,
         no_grad_loop=loop,
-        head=3 * _head_flops(c),
+        head=3 * layers.head(),
     )
+
+
+def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, no_grad: int, pairs: int) -> float:
+    """FLOPs of one micro-batch, forward and backward, on a rank whose stage runs the loops `loops` of a mean step.
+
+    The first `no_grad` loops of the step have no gradient. pairs: (token, expert) pairs per loop that this rank's
+    experts compute. Conventions are those of `ops.plan.meter`, which measures the same FLOPs.
+    """
+    train, recompute = config.train, config.train.recompute
+    tokens = train.micro_batch * train.seq_len
+    layers = _Layers(
+        config.model,
+        train.seq_len,
+        pairs,
+        tokens,
+        local_tokens=tokens // mesh.tensor.size if mesh.sequence else tokens,
+        tensor=mesh.tensor.size,
+        kernels_pad=True,
+        alignment=16 // (4 if train.dtype == "fp32" else 2),  # model/grouped.py: 16 bytes
+        halting=config.act.mode_of(config.model) != "off",
+    )
+    readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
+    blocks = len(stage.prelude) + len(stage.coda) * readouts
+    total = blocks * layers.dense_block().step("selective" if recompute == "selective" else "none")
+    if stage.loops and len(loops):
+        total += layers.injection().step("none")
+    loop, with_grad = layers.loop(), len(loops_with_grad(loops, no_grad))
+    total += with_grad * loop.step(recompute) + (len(loops) - with_grad) * loop.forward
+    if stage.last:
+        total += 3 * layers.head() * readouts  # all three products run in the forward pass (parallel/tensor.py)
+    return total

@@ -55,6 +55,7 @@ def shard_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Para
     ranges = [shard_range(size, cuts.get(dim, Axis("none"))) for dim, size in enumerate(whole)]
     parameter = nn.Parameter(torch.empty([local for _, _, local in ranges]))
     parameter.slice = ParameterShard(whole, tuple(r[0] for r in ranges), tuple(r[1] for r in ranges))  # type: ignore[attr-defined]
+    parameter.shard_axes = {dim: axis.name for dim, axis in cuts.items()}  # type: ignore[attr-defined]
     for axis in cuts.values():
         if axis.name == "tensor" and axis.size > 1:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -76,8 +77,9 @@ def replicated(module: nn.Module, mesh: Mesh, *, inside: bool = False) -> nn.Mod
     Their gradients are partial with sequence parallelism, where each rank sees its own tokens, and always `inside`
     work that is divided over the axis. Once per backward pass: a hook on a leaf gets the sum of all its uses.
     """
-    if mesh.tensor.size > 1 and (inside or mesh.sequence):
-        for parameter in module.parameters(recurse=False):
+    for parameter in module.parameters(recurse=False):
+        parameter.gradient_sum = "always" if inside else "sequence"  # type: ignore[attr-defined]
+        if mesh.tensor.size > 1 and (inside or mesh.sequence):
             parameter.register_hook(lambda grad: _all_reduce(grad, mesh.tensor))
     return module
 

@@ -1,1 +1,1 @@
-"""What a run costs, by formula."""
+"""The planner: memory, communication, seconds and cost of a run, by formula."""

@@ -1,46 +1,49 @@
-"""What a run on a cluster needs and how long a step takes, before anything runs: memory, FLOPs, bytes and seconds.
+"""What a run needs on a cluster and how long a step takes, before anything runs: memory, FLOPs, bytes and seconds.
 
-Memory, FLOPs and bytes are those of the real code (a dry run measures the same). Seconds are modelled: products at the
-cluster's `product_efficiency`, passes over memory at its bandwidth, messages at its links' rates. Nothing overlaps, as
-nothing does in the trainer: every message of a loop is waited for.
+Memory, FLOPs and bytes are those of the real code (a dry run measures the same). Seconds are modelled: matrix products
+at the cluster's `product_efficiency`, passes over memory at its bandwidth, messages at its links' rates. Nothing
+overlaps, as nothing does in the trainer: a loop waits for each of its messages.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from mythos_dist.config.schema import Config, MythosConfig
-from mythos_dist.model.flops import stage_costs, train_flops_per_token
+from mythos_dist.model.flops import executed_flops, train_flops_per_token
+from mythos_dist.model.parameter_table import local_parameters
+from mythos_dist.ops.plan.activations import LayerActivations
 from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.communication import stage_communication
-from mythos_dist.ops.plan.cost import parts_of
-from mythos_dist.ops.plan.flops import executed_flops
-from mythos_dist.ops.plan.memory import Memory, Tensors, peak_memory
-from mythos_dist.ops.plan.parameters import weights_of
-from mythos_dist.ops.plan.routing import Routed, expected_rows
+from mythos_dist.ops.plan.memory import Memory, peak_memory
+from mythos_dist.ops.plan.routing import ExpertRows, expected_rows
+from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
-from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad, plan_loops
+from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
 Seconds = dict[str, float]
 
 # Passes over what a loop saves: it is written and read forward; backward reads it, and writes and reads gradients.
 _FORWARD_PASSES, _BACKWARD_PASSES = 3, 5
-_MESSAGES = {"tensor": 10, "expert": 3}  # of one loop's forward pass; the backward has as many, less one exchange
-_STEP_BYTES = 30  # per number that Adam steps: fp32 weights and moments read and written, gradient, weight
+_MESSAGES = {"tensor": 10, "expert": 3}  # of one loop's forward pass; the backward has as many, less one all-to-all
+_BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
+_STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
+_PER_MICRO_BATCH = ("products", "router", "memory", "tensor", "expert", "pipe")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pipeline stage's rank: the layers, the loops that it runs in a step, and what it holds and does."""
+    """A rank of one pipeline stage."""
 
     mesh: Mesh
-    part: StageSpec
-    turns: range
-    frozen: int
-    routed: Routed
+    spec: StageSpec
+    loops: range  # that it runs in a step
+    no_grad: int  # first loops of the step, without gradient
+    rows: ExpertRows
     memory: Memory  # bytes by part at the peak
 
     @property
     def bytes(self) -> float:
+        """Peak memory."""
         return sum(self.memory.values())
 
 
@@ -51,24 +54,22 @@ class Estimate:
     config: Config
     world_size: int
     cluster: Cluster
-    imbalance: float = 1.0  # rows that the busiest rank of the expert axis gets, over the mean
+    imbalance: float = 1.0  # rows that the busiest rank of the expert axis receives, over the mean
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """A rank of each pipeline stage; all ranks of a stage hold as much."""
-        config = self.config
-        costs = stage_costs(config)
-        n_loops, frozen = self.loops
-        parts = parts_of(config.model, config.loops.mean_of(config.model), config.parallel.pipe, costs)
-        turns = plan_loops(parts, n_loops, frozen, costs)
-        found = []
-        for i, part in enumerate(parts):
+        """A rank of each pipeline stage; all ranks of a stage have the same sizes."""
+        config, c = self.config, self.config.model
+        n_loops, no_grad = self.loops
+        ranges = loop_ranges(config, n_loops, no_grad)
+        tokens = config.train.micro_batch * config.train.seq_len
+        stages = []
+        for i, (spec, loops) in enumerate(zip(stage_specs(config), ranges, strict=True)):
             mesh = mesh_coordinates(config.parallel, self.world_size, i * config.parallel.tensor)
-            c, tokens = config.model, config.train.micro_batch * config.train.seq_len
-            routed = expected_rows(tokens, c.n_experts_per_tok, c.n_experts, mesh.expert.size, self.imbalance)
-            memory = peak_memory(config, mesh, part, turns[i], frozen, routed)
-            found.append(Stage(mesh, part, turns[i], frozen, routed, memory))
-        return found
+            rows = expected_rows(tokens, c.n_experts_per_tok, c.n_experts, mesh.expert.size, self.imbalance)
+            memory = peak_memory(config, mesh, spec, loops, no_grad, rows)
+            stages.append(Stage(mesh, spec, loops, no_grad, rows, memory))
+        return stages
 
     @property
     def loops(self) -> tuple[int, int]:
@@ -78,13 +79,13 @@ class Estimate:
         return n_loops, 0 if backprop is None else max(0, n_loops - backprop)
 
     @property
-    def fullest(self) -> Stage:
+    def largest_stage(self) -> Stage:
         """The stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.bytes)
 
     @property
     def fits(self) -> bool:
-        return self.fullest.bytes <= self.cluster.usable
+        return self.largest_stage.bytes <= self.cluster.usable
 
     @property
     def replicas(self) -> int:
@@ -97,64 +98,87 @@ class Estimate:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the fullest rank's weights."""
-        p, part = self.config.parallel, self.fullest.part
-        return sum(weight.numel for weight in weights_of(self.config.model, p.tensor, p.expert, part))
+        """Parameters that a rank of the largest stage holds."""
+        p = self.config.parallel
+        held = local_parameters(self.config.model, p.tensor, p.expert, self.largest_stage.spec)
+        return sum(parameter.numel for parameter in held)
 
     def communication(self, stage: Stage, micro_batches: int | None = None) -> dict[str, dict[str, int]]:
         """Bytes by axis and kind that a rank of `stage` sends in a step that is not the first."""
-        parts = [other.part for other in self.stages]
-        rows = (stage.routed.sent, stage.routed.received)
-        m = self.micro_batches if micro_batches is None else micro_batches
-        n_loops, frozen = self.loops
-        return stage_communication(self.config, stage.mesh, parts, stage.turns, n_loops, frozen, rows, False, m)
+        rows = (stage.rows.sent, stage.rows.received)
+        if micro_batches is None:
+            micro_batches = self.micro_batches
+        n_loops, no_grad = self.loops
+        return stage_communication(
+            self.config, stage.mesh, stage.loops, n_loops, no_grad, rows, first_send=False, micro_batches=micro_batches
+        )
 
     def flops(self, stage: Stage, micro_batches: int | None = None) -> float:
         """FLOPs that a rank of `stage` executes in a step."""
-        m = self.micro_batches if micro_batches is None else micro_batches
-        return m * executed_flops(self.config, stage.mesh, stage.part, stage.turns, stage.frozen, stage.routed)
+        if micro_batches is None:
+            micro_batches = self.micro_batches
+        one = executed_flops(self.config, stage.mesh, stage.spec, stage.loops, stage.no_grad, stage.rows.pairs)
+        return micro_batches * one
 
     @cached_property
     def seconds(self) -> Seconds:
-        """A step's exposed seconds by part, on the stage that takes longest."""
+        """A step's exposed seconds by part, on the slowest stage."""
         times = [self._stage_seconds(stage) for stage in self.stages]
-        slowest = max(times, key=lambda seconds: sum(seconds[name] for name in _PER_PASS))
-        per_pass = sum(slowest[name] for name in _PER_PASS) / self.micro_batches
-        return {**slowest, "bubble": (self.config.parallel.pipe - 1) * per_pass}
+        slowest = max(times, key=_micro_batch_seconds)
+        per_micro_batch = _micro_batch_seconds(slowest) / self.micro_batches
+        return {**slowest, "bubble": (self.config.parallel.pipe - 1) * per_micro_batch}
 
     def _stage_seconds(self, stage: Stage) -> Seconds:
+        cluster = self.cluster
+        seconds = self._compute_seconds(stage)
+        for name, value in self._message_seconds(stage).items():
+            seconds[name] = seconds.get(name, 0.0) + value
+        stepped = stage.memory["optimizer"] / 12  # elements
+        seconds["optimizer"] = stepped * _STEP_BYTES / (cluster.memory_gb_per_s * 1e9)
+        return {name: seconds.get(name, 0.0) for name in (*_PER_MICRO_BATCH, "data", "optimizer")}
+
+    def _passes(self, stage: Stage) -> tuple[int, int]:
+        """Forward passes of loops per micro-batch, recomputed ones included, and backward passes."""
+        with_grad = len(loops_with_grad(stage.loops, stage.no_grad))
+        recomputed = with_grad if self.config.train.recompute == "loop" else 0
+        return len(stage.loops) + recomputed, with_grad
+
+    def _compute_seconds(self, stage: Stage) -> Seconds:
         config, cluster, m = self.config, self.cluster, self.micro_batches
-        c, train, mesh = config.model, config.train, stage.mesh
-        live = len(loops_with_grad(stage.turns, stage.frozen))
-        forwards = len(stage.turns) + live * (train.recompute == "loop")
-        tensors = Tensors(config, mesh, stage.routed)
-        blocks = len(stage.part.prelude) + len(stage.part.coda)
-        read = tensors.loop().all * (forwards * _FORWARD_PASSES + live * _BACKWARD_PASSES)
-        read += blocks * tensors.dense_block().all * (_FORWARD_PASSES + _BACKWARD_PASSES)
-        router = 2.0 * tensors.n * c.dim * c.n_experts * (forwards + 2 * live)  # in fp32
+        c, train = config.model, config.train
+        forwards, backwards = self._passes(stage)
+        layers = LayerActivations(config, stage.mesh, stage.rows)
+        blocks = len(stage.spec.prelude) + len(stage.spec.coda)
+        read = layers.loop().total * (forwards * _FORWARD_PASSES + backwards * _BACKWARD_PASSES)
+        read += blocks * layers.dense_block().total * (_FORWARD_PASSES + _BACKWARD_PASSES)
+        router = 2.0 * layers.n * c.dim * c.n_experts * (forwards + 2 * backwards)  # in fp32
         products = self.flops(stage, 1) - router
         efficiency = cluster.product_efficiency
-        seconds: Seconds = {
+        return {
             "products": m * products / (cluster.peak_flops(train.dtype) * efficiency),
             "router": m * router / (cluster.peak_flops("fp32") * efficiency),
             "memory": m * read / (cluster.memory_gb_per_s * 1e9),
         }
-        turns = forwards + live
-        messages = {name: m * turns * per_loop for name, per_loop in _MESSAGES.items()}
-        messages["tensor"] += m * 8 * blocks
-        messages["pipe"] = 2 * m
-        stride = {"tensor": 1, "pipe": mesh.tensor.size}
+
+    def _message_seconds(self, stage: Stage) -> Seconds:
+        mesh, m = stage.mesh, self.micro_batches
+        forwards, backwards = self._passes(stage)
+        counts = {axis: m * (forwards + backwards) * per_loop for axis, per_loop in _MESSAGES.items()}
+        counts["tensor"] += m * _BLOCK_MESSAGES * (len(stage.spec.prelude) + len(stage.spec.coda))
+        counts["pipe"] = 2 * m
+        seconds: Seconds = {}
         for axis, kinds in self.communication(stage).items():
+            # Axes of DeepSpeed's own ("tied", "replica") are not of the mesh.
             ranks = getattr(mesh, axis).size if hasattr(mesh, axis) else mesh.pipe.size * mesh.data.size
             name = axis if axis in ("tensor", "expert", "pipe") else "data"
-            step = stride.get(axis, mesh.tensor.size * mesh.pipe.size)
-            step *= mesh.expert.size if axis == "expert_data" else 1
+            stride = {"tensor": 1, "pipe": mesh.tensor.size}.get(axis, mesh.tensor.size * mesh.pipe.size)
+            if axis == "expert_data":
+                stride *= mesh.expert.size
             for kind, size in kinds.items():
-                count = messages.get(axis, 2) / len(kinds)
-                seconds[name] = seconds.get(name, 0.0) + cluster.seconds(kind, size, ranks, step, count)
-        numbers = stage.memory["optimizer"] / 12
-        seconds["optimizer"] = numbers * _STEP_BYTES / (cluster.memory_gb_per_s * 1e9)
-        return {name: seconds.get(name, 0.0) for name in (*_PER_PASS, "data", "optimizer")}
+                messages = counts.get(axis, 2) / len(kinds)
+                took = self.cluster.seconds(kind, size, ranks, stride, messages)
+                seconds[name] = seconds.get(name, 0.0) + took
+        return seconds
 
     @property
     def step_seconds(self) -> float:
@@ -180,18 +204,19 @@ class Estimate:
         return self.model_flops / self.step_seconds / peak
 
     def gpu_hours(self, tokens: float) -> float:
-        """GPU-hours for a number of tokens."""
+        """GPU-hours to train on a number of tokens."""
         return tokens / self.tokens_per_second * self.world_size / 3600
 
 
-_PER_PASS = ("products", "router", "memory", "tensor", "expert", "pipe")
+def _micro_batch_seconds(seconds: Seconds) -> float:
+    return sum(seconds[name] for name in _PER_MICRO_BATCH)
 
 
 @lru_cache(maxsize=64)
-def model_flops_per_token(model: MythosConfig, seq_len: int, n_loops: int, frozen: int) -> float:
+def model_flops_per_token(model: MythosConfig, seq_len: int, n_loops: int, no_grad: int) -> float:
     """`train_flops_per_token` in which loops without gradient count their forward pass only."""
-    whole, without = (train_flops_per_token(model, seq_len, loops) for loops in (n_loops, n_loops - frozen))
-    return without + (whole - without) / 3
+    all_loops, with_grad = (train_flops_per_token(model, seq_len, loops) for loops in (n_loops, n_loops - no_grad))
+    return with_grad + (all_loops - with_grad) / 3
 
 
 def with_layout(config: Config, **layout: object) -> Config:

@@ -1,170 +1,165 @@
-"""What `tools/plan.py` prints: layouts as a table, the best one in detail, a dry run beside it."""
+"""What `tools/plan.py` prints: layouts as a table, the best one in detail, a dry run beside the plan."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.memory import PARTS
-from mythos_dist.ops.plan.search import Found
+from mythos_dist.ops.plan.search import SearchResult
 from mythos_dist.units import count, short
 
-_HEAD = (
-    "tensor expert pipe data zero seq micro recompute | params grads optim saved  work  comm total GB | step s tokens/s"
+_HEADER = (
+    "tensor expert pipe data zero seq micro recompute | params grads optim  acts  work  comm total GB | step s tokens/s"
     "   MFU bubble"
 )
 
 
 def table(estimates: Sequence[Estimate]) -> list[str]:
-    """A line per layout."""
-    return [_HEAD, *(_row(found) for found in estimates)]
+    """One row per layout."""
+    return [_HEADER, *(_row(estimate) for estimate in estimates)]
 
 
-def _row(found: Estimate) -> str:
-    p, train, memory = found.config.parallel, found.config.train, found.fullest.memory
-    parts = " ".join(f"{memory.get(part, 0) / 1e9:5.1f}" for part in PARTS)
+def _row(estimate: Estimate) -> str:
+    p, train, stage = estimate.config.parallel, estimate.config.train, estimate.largest_stage
+    parts = " ".join(f"{stage.memory.get(part, 0) / 1e9:5.1f}" for part in PARTS)
     return (
-        f"{p.tensor:6} {p.expert:6} {p.pipe:4} {found.replicas:4} {p.zero:4} {'yes' if p.sequence else 'no':>3} "
-        f"{train.micro_batch:5} {train.recompute:>9} |  {parts} {found.fullest.bytes / 1e9:5.1f}    | "
-        f"{found.step_seconds:6.1f} {short(found.tokens_per_second):>8} {found.mfu:5.1%} "
-        f"{found.seconds['bubble'] / found.step_seconds:6.1%}"
+        f"{p.tensor:6} {p.expert:6} {p.pipe:4} {estimate.replicas:4} {p.zero:4} {'yes' if p.sequence else 'no':>3} "
+        f"{train.micro_batch:5} {train.recompute:>9} |  {parts} {stage.bytes / 1e9:5.1f}    | "
+        f"{estimate.step_seconds:6.1f} {short(estimate.tokens_per_second):>8} {estimate.mfu:5.1%} "
+        f"{estimate.seconds['bubble'] / estimate.step_seconds:6.1%}"
     )
 
 
-def details(found: Estimate, tokens: float) -> list[str]:
-    """The figures of one layout: seconds by part, FLOPs, bytes by axis, what a number of tokens costs."""
-    total = found.step_seconds
-    parts = sorted(found.seconds.items(), key=lambda item: -item[1])
-    stage = max(found.stages, key=lambda stage: found.flops(stage))
-    hours = found.gpu_hours(tokens)
-    dollars = hours * found.cluster.dollars_per_gpu_hour
-    lines = [
-        f"parameters      {found.parameters / 1e9:.3f} billion on the fullest rank",
+def details(estimate: Estimate, tokens: float) -> list[str]:
+    """One layout: seconds by part, FLOPs, bytes by axis, and the cost of training on `tokens` tokens."""
+    total = estimate.step_seconds
+    parts = sorted(estimate.seconds.items(), key=lambda item: -item[1])
+    stage = max(estimate.stages, key=lambda stage: estimate.flops(stage))
+    hours = estimate.gpu_hours(tokens)
+    rate = estimate.cluster.dollars_per_gpu_hour
+    cost = f"{hours:,.0f} GPU-hours, {hours / estimate.world_size / 24:,.1f} days"
+    if hours * rate:
+        cost += f", ${hours * rate:,.0f} at ${rate:.2f} per GPU-hour"
+    return [
+        f"parameters      {estimate.parameters / 1e9:.3f} billion per GPU of the largest stage",
         f"step            {total:.2f} s: " + ", ".join(f"{name} {s:.2f}" for name, s in parts if s >= total / 1000),
-        f"FLOPs           {found.model_flops / found.world_size:.3e} of the model per GPU and step, "
-        f"{found.flops(stage):.3e} executed ({count(found.micro_batches, 'micro-batch', 'micro-batches')})",
-        *_bytes(found.communication(stage)),
-        f"{short(tokens)} tokens ".ljust(16)
-        + f"{hours:,.0f} GPU-hours, {hours / found.world_size / 24:,.1f} days"
-        + (f", ${dollars:,.0f} at ${found.cluster.dollars_per_gpu_hour:.2f} per GPU-hour" if dollars else ""),
+        f"FLOPs           {estimate.model_flops / estimate.world_size:.3e} of the model per GPU and step, "
+        f"{estimate.flops(stage):.3e} executed ({count(estimate.micro_batches, 'micro-batch', 'micro-batches')})",
+        *_bytes(estimate.communication(stage)),
+        f"{short(tokens)} tokens ".ljust(16) + cost,
     ]
-    return lines
 
 
 def _bytes(communication: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Bytes per axis and step, a line per axis."""
+    """Bytes per step, one line per axis."""
     lines = []
     for axis, kinds in sorted(communication.items(), key=lambda item: -sum(item[1].values())):
-        if (total := sum(kinds.values())) >= 1e6:
+        total = sum(kinds.values())
+        if total >= 1e6:
             each = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in sorted(kinds.items()) if size >= 1e5)
             lines.append(f"over {axis} ".ljust(16) + f"{total / 1e9:.3f} GB per step and GPU: {each}")
     return lines
 
 
-def advice(found: Found) -> list[str]:
-    """Whether pipeline stages and a higher expert degree pay, and where the time goes."""
-    best, lines = found.best[0], []
-    by_pipe = {
-        p: min(
-            (e for e in found.best_by_pipe.values() if (e.config.parallel.pipe > 1) == p),
-            default=None,
-            key=lambda e: e.step_seconds,
-        )
-        for p in (False, True)
-    }
-    without, with_stages = by_pipe[False], by_pipe[True]
-    if without and with_stages:
-        ratio = with_stages.step_seconds / without.step_seconds
-        p = with_stages.config.parallel
-        lines.append(
-            f"pipeline stages {'do not pay' if ratio > 1 else 'pay'}: the best layout with them (pipe {p.pipe}, tensor "
-            f"{p.tensor}, expert {p.expert}) takes {ratio:.2f} times as long as the best without. Every stage holds "
-            "the whole looped block."
-        )
-    elif without:
-        lines.append(
-            "pipeline stages do not pay: no layout with them was found that fits. Every stage holds the whole looped "
-            "block."
-        )
-    elif with_stages:
-        lines.append("only layouts with pipeline stages fit")
-    degrees = sorted(found.best_by_expert.items())
-    if len(degrees) > 1:
-        most, mine = degrees[-1][0], best.config.parallel.expert
-        ratio = found.best_by_expert[most].step_seconds / best.step_seconds
-        if most > mine:
-            lines.append(f"more experts per group do not pay: expert {most} takes {ratio:.3f} times as long as {mine}")
-    return lines
+def advice(result: SearchResult) -> list[str]:
+    """Whether pipeline stages and a higher expert degree make a step faster."""
+    return [*_pipeline_advice(result.best_by_pipe), *_expert_advice(result)]
 
 
-def why_not(found: Found, smallest: int | None) -> list[str]:
-    """Nothing fits: the layout that needs least, the part that is too large, the cluster that would do."""
-    tightest = found.tightest
-    if tightest is None:
-        return ["no layout can be dealt out to these GPUs"]
-    memory, cluster = tightest.fullest.memory, tightest.cluster
-    part = max(memory, key=lambda name: memory[name])
-    lines = [
-        f"nothing fits: the least that a layout needs is {tightest.fullest.bytes / 1e9:.1f} GB of the "
-        f"{cluster.usable / 1e9:.1f} GB that {cluster.name} leaves a run",
-        f"what is too large: {part}, {memory[part] / 1e9:.1f} GB",
-        f"the smallest cluster that would do: {count(smallest, 'GPU')}"
-        if smallest
-        else "no number of these GPUs would do",
+def _pipeline_advice(best_by_pipe: Mapping[int, Estimate]) -> list[str]:
+    without = best_by_pipe.get(1)
+    with_stages = min(
+        (estimate for pipe, estimate in best_by_pipe.items() if pipe > 1),
+        default=None,
+        key=lambda estimate: estimate.step_seconds,
+    )
+    if with_stages is None:
+        return [
+            "pipeline stages do not pay: no layout with them fits. Every stage holds the whole looped block."
+        ] if without else []
+    if without is None:
+        return ["only layouts with pipeline stages fit"]
+    ratio = with_stages.step_seconds / without.step_seconds
+    p = with_stages.config.parallel
+    return [
+        f"pipeline stages {'do not pay' if ratio > 1 else 'pay'}: the best layout with them (pipe {p.pipe}, tensor "
+        f"{p.tensor}, expert {p.expert}) takes {ratio:.2f} times as long as the best without. Every stage holds "
+        "the whole looped block."
     ]
-    return [*lines, *table([tightest])]
 
 
-def beside(found: Estimate, measured: Any) -> list[str]:
-    """A plan and the dry run of the same rank and micro-batches, line by line."""
-    stage = found.fullest
-    planned = {part: stage.memory.get(part, 0.0) for part in PARTS}
+def _expert_advice(result: SearchResult) -> list[str]:
+    best = result.best[0]
+    highest, chosen = max(result.best_by_expert), best.config.parallel.expert
+    if highest <= chosen:
+        return []
+    ratio = result.best_by_expert[highest].step_seconds / best.step_seconds
+    return [f"a higher expert degree does not pay: expert {highest} takes {ratio:.3f} times as long as {chosen}"]
+
+
+def does_not_fit(result: SearchResult, smallest_cluster: int | None) -> list[str]:
+    """Nothing fits: the layout that needs least memory, its largest part, and a cluster that is large enough."""
+    estimate = result.smallest
+    if estimate is None:
+        return ["no layout divides these GPUs"]
+    stage, cluster = estimate.largest_stage, estimate.cluster
+    part = max(stage.memory, key=lambda name: stage.memory[name])
+    return [
+        f"no layout fits: the smallest needs {stage.bytes / 1e9:.1f} GB per GPU, and {cluster.name} has "
+        f"{cluster.usable / 1e9:.1f} GB for a run",
+        f"largest part: {part}, {stage.memory[part] / 1e9:.1f} GB",
+        f"smallest cluster with a layout that fits: {count(smallest_cluster, 'GPU')}"
+        if smallest_cluster
+        else "no number of these GPUs is enough",
+        *table([estimate]),
+    ]
+
+
+def compare(estimate: Estimate, measured: Any) -> list[str]:
+    """The plan and the dry run of the same rank and micro-batches, line by line."""
+    stage, m = estimate.largest_stage, measured.micro_batches
     lines = [f"{'':26} {'plan':>16} {'dry run':>16}"]
 
     def line(name: str, plan: float, dry: float, form: str, unit: str) -> None:
         lines.append(f"{name:26} {plan:>16{form}} {dry:>16{form}} {unit}".rstrip())
 
-    line("parameters of the rank", found.parameters, measured.parameters, ",", "")
+    line("parameters of the rank", estimate.parameters, measured.parameters, ",", "")
     for part in PARTS:
-        line(part, planned[part] / 1e9, measured.memory[part] / 1e9, ".3f", "GB")
-    line("peak memory", sum(planned.values()) / 1e9, sum(measured.memory.values()) / 1e9, ".3f", "GB")
-    m = measured.micro_batches
-    line(
-        f"FLOPs, {count(m, 'micro-batch', 'micro-batches')}",
-        found.flops(stage, m) / 1e12,
-        measured.flops / 1e12,
-        ".3f",
-        "T",
-    )
-    plan = found.communication(stage, m)
-    for axis in sorted(plan.keys() | measured.communication.keys()):
-        for kind in sorted(plan.get(axis, {}).keys() | measured.communication.get(axis, {}).keys()):
-            there = measured.communication.get(axis, {}).get(kind, 0)
-            line(f"{axis} {kind}", plan.get(axis, {}).get(kind, 0), there, ",", "bytes")
+        line(part, stage.memory.get(part, 0.0) / 1e9, measured.memory[part] / 1e9, ".3f", "GB")
+    line("peak memory", stage.bytes / 1e9, sum(measured.memory.values()) / 1e9, ".3f", "GB")
+    micro_batches = count(m, "micro-batch", "micro-batches")
+    line(f"FLOPs, {micro_batches}", estimate.flops(stage, m) / 1e12, measured.flops / 1e12, ".3f", "T")
+    planned, dry = estimate.communication(stage, m), measured.communication
+    for axis in sorted(planned.keys() | dry.keys()):
+        of_plan, of_dry_run = planned.get(axis, {}), dry.get(axis, {})
+        for kind in sorted(of_plan.keys() | of_dry_run.keys()):
+            line(f"{axis} {kind}", of_plan.get(kind, 0), of_dry_run.get(kind, 0), ",", "bytes")
     return lines
 
 
-def as_json(found: Estimate, tokens: float) -> dict[str, Any]:
-    """One layout's figures for a program; bytes, seconds, FLOPs."""
-    p, train = found.config.parallel, found.config.train
+def as_json(estimate: Estimate, tokens: float) -> dict[str, Any]:
+    """One layout for a program: bytes, seconds, FLOPs."""
+    p, train, stage = estimate.config.parallel, estimate.config.train, estimate.largest_stage
+    hours = estimate.gpu_hours(tokens)
     return {
         "layout": {
             **{name: getattr(p, name) for name in ("tensor", "expert", "pipe", "zero", "sequence")},
-            "data": found.replicas,
+            "data": estimate.replicas,
             "micro_batch": train.micro_batch,
             "recompute": train.recompute,
             "recompute_every": train.recompute_every,
         },
-        "memory_bytes": {part: round(found.fullest.memory.get(part, 0)) for part in PARTS},
-        "memory_total": round(found.fullest.bytes),
-        "fits": found.fits,
-        "parameters": found.parameters,
-        "model_flops": found.model_flops,
-        "executed_flops": found.flops(found.fullest),
-        "communication_bytes": found.communication(found.fullest),
-        "seconds": found.seconds,
-        "step_seconds": found.step_seconds,
-        "tokens_per_second": found.tokens_per_second,
-        "mfu": found.mfu,
-        "gpu_hours": found.gpu_hours(tokens),
-        "dollars": found.gpu_hours(tokens) * found.cluster.dollars_per_gpu_hour,
+        "memory_bytes": {part: round(stage.memory.get(part, 0)) for part in PARTS},
+        "memory_total": round(stage.bytes),
+        "fits": estimate.fits,
+        "parameters": estimate.parameters,
+        "model_flops": estimate.model_flops,
+        "executed_flops": estimate.flops(stage),
+        "communication_bytes": estimate.communication(stage),
+        "seconds": estimate.seconds,
+        "step_seconds": estimate.step_seconds,
+        "tokens_per_second": estimate.tokens_per_second,
+        "mfu": estimate.mfu,
+        "gpu_hours": hours,
+        "dollars": hours * estimate.cluster.dollars_per_gpu_hour,
     }

@@ -1,26 +1,26 @@
-"""How many rows go over the expert axis when no router has spoken yet."""
+"""Expected number of rows over the expert axis, for plans without a router's choices."""
 
 from typing import NamedTuple
 
 
-class Routed(NamedTuple):
-    """What one loop of one micro-batch sends over the expert axis, and gets; own rows included."""
+class ExpertRows(NamedTuple):
+    """What a rank exchanges over the expert axis in one loop of one micro-batch; its own rows included."""
 
-    sent: int  # rows
+    sent: int
     received: int
-    pairs: int  # (row, expert) pairs received: what this rank's experts work on
+    pairs: int  # (row, expert) pairs received: the work of this rank's experts
 
 
-def expected_rows(tokens: int, k: int, n_experts: int, ranks: int, imbalance: float = 1.0) -> Routed:
-    """When each token chooses k experts with equal chances; `imbalance` times that comes in.
+def expected_rows(tokens: int, k: int, n_experts: int, ranks: int, imbalance: float = 1.0) -> ExpertRows:
+    """If each token chooses k experts uniformly at random, and this rank receives `imbalance` times the mean.
 
-    A token goes once to a rank of s experts, with probability 1 - C(E - s, k) / C(E, k) (parallel/expert.py).
+    A token is sent once to each rank of s experts with probability 1 - C(E - s, k) / C(E, k) (parallel/expert.py).
     """
     if ranks == 1:
-        return Routed(0, 0, tokens * k)
-    local, none = n_experts // ranks, 1.0
+        return ExpertRows(0, 0, tokens * k)
+    local, none_chosen = n_experts // ranks, 1.0
     for i in range(k):
-        none *= max(0, n_experts - local - i) / (n_experts - i)
-    to_each = round(tokens * (1 - none))
+        none_chosen *= max(0, n_experts - local - i) / (n_experts - i)
+    to_each = round(tokens * (1 - none_chosen))
     pairs = round(tokens * k / ranks * imbalance)
-    return Routed(to_each * ranks, round(to_each * imbalance) * ranks, pairs * ranks)
+    return ExpertRows(to_each * ranks, round(to_each * imbalance) * ranks, pairs * ranks)

@@ -12,15 +12,15 @@ from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.memory import PARTS
 from mythos_dist.units import count
 
-BEGIN, END = "# planned: begin", "# planned: end"  # `planned_lines` stand between them
+BEGIN, END = "# planned: begin", "# planned: end"  # around `planned_lines`
 
 
-def planned_lines(found: Estimate, command: str, measured: Any = None) -> list[str]:
-    """The plan, and what a dry run of the same rank has measured, as comments of a config; a test makes them anew."""
-    stage, p, usable = found.fullest, found.config.parallel, found.cluster.usable / 1e9
+def planned_lines(estimate: Estimate, command: str, measured: Any = None) -> list[str]:
+    """The plan, and the dry run of the same rank, as comments of a config; a test generates them again."""
+    stage, p, usable = estimate.largest_stage, estimate.config.parallel, estimate.cluster.usable / 1e9
     lines = [
         f"# {command}",
-        f"# {found.world_size} x {found.cluster.name}: {count(found.replicas, 'replica')} of "
+        f"# {estimate.world_size} x {estimate.cluster.name}: {count(estimate.replicas, 'replica')} of "
         f"{count(p.pipe * p.tensor, 'rank')}",
         f"# memory, plan: {_memory(stage.memory)} GB of {usable:.1f}",
     ]
@@ -28,12 +28,11 @@ def planned_lines(found: Estimate, command: str, measured: Any = None) -> list[s
         m = measured.micro_batches
         lines += [
             f"# memory, dry run: {_memory(measured.memory)} GB",
-            f"# {count(m, 'micro-batch', 'micro-batches')}: {found.flops(stage, m):.4e} FLOPs planned, "
+            f"# {count(m, 'micro-batch', 'micro-batches')}: {estimate.flops(stage, m):.4e} FLOPs planned, "
             f"{measured.flops:.4e} in the dry run",
         ]
-    lines.append(
-        f"# step {found.step_seconds:.1f} s, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.1%} (modelled)"
-    )
+    seconds, rate = estimate.step_seconds, estimate.tokens_per_second
+    lines.append(f"# step {seconds:.1f} s, {rate:,.0f} tokens/s, MFU {estimate.mfu:.1%} (modelled)")
     return [BEGIN, *lines, END]
 
 
@@ -43,39 +42,33 @@ def _memory(memory: Mapping[str, float]) -> str:
 
 
 def layout_settings(config: Config) -> dict[str, dict[str, Any]]:
-    """The settings that a layout is made of, by section."""
+    """The settings that define a layout, by section."""
     p, train = config.parallel, config.train
-    parallel = {name: getattr(p, name) for name in ("tensor", "expert", "pipe", "sequence", "zero")}
     return {
-        "train": {
-            "seq_len": train.seq_len,
-            "global_batch": train.global_batch,
-            "micro_batch": train.micro_batch,
-            "recompute": train.recompute,
-        },
-        "parallel": parallel,
+        "train": {name: getattr(train, name) for name in ("seq_len", "global_batch", "micro_batch", "recompute")},
+        "parallel": {name: getattr(p, name) for name in ("tensor", "expert", "pipe", "sequence", "zero")},
     }
 
 
-def write_config(found: Estimate, path: Path) -> None:
-    """Write what differs from a config's defaults, with the plan above it. Raises UserError if the file is there."""
-    config, default = found.config, Config()
+def write_config(estimate: Estimate, path: Path) -> None:
+    """Write what differs from a config's defaults, with the plan above it. Raises UserError if the file exists."""
+    config, default = estimate.config, Config()
     sections: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(Config):
-        of, plain = getattr(config, field.name), getattr(default, field.name)
-        changed = {key: value for key, value in vars(of).items() if value != getattr(plain, key)}
+        section, defaults = getattr(config, field.name), getattr(default, field.name)
+        changed = {key: value for key, value in vars(section).items() if value != getattr(defaults, key)}
         if changed:
             sections[field.name] = changed
     for name, settings in layout_settings(config).items():
         sections.setdefault(name, {}).update(settings)
     p = config.parallel
     fixed = f"tensor={p.tensor} expert={p.expert} pipe={p.pipe}"
-    command = f"planned for {count(found.world_size, 'GPU')}; --fixed {fixed} gives it again"
-    text = "\n".join(planned_lines(found, command)) + "\n# Set data.path and run.dir.\n"
+    command = f"planned for {count(estimate.world_size, 'GPU')}; reproduce with --fixed {fixed}"
+    text = "\n".join(planned_lines(estimate, command)) + "\n# Set data.path and run.dir.\n"
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text + dump_settings(sections))
     except FileExistsError:
-        raise UserError(f"--write {path}: the file is there; give another name, or remove it") from None
+        raise UserError(f"--write {path}: the file exists; give another name, or delete it") from None
     except OSError as error:
         raise UserError(f"--write {path}: {error.strerror}") from None

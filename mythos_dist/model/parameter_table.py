@@ -1,0 +1,93 @@
+"""Names, shapes and shard axes of the model's parameters, read from one model on the meta device.
+
+Building a model takes tens of milliseconds, and the planner compares thousands of layouts. So a model is built once per
+`MythosConfig`, unsharded, and what a rank of any layout holds follows from the axes that `shard_parameter` records.
+The trap: padding counts. A sharded dim gives every rank of the axis ceil(size / axis) elements, so all of them hold the
+same number, and the shards of all ranks together are larger than the parameter.
+"""
+
+import functools
+from math import ceil, prod
+from typing import NamedTuple
+
+import torch
+
+from mythos_dist.config.schema import MythosConfig
+from mythos_dist.parallel.pipeline import StageSpec
+
+
+class ParameterSpec(NamedTuple):
+    """One parameter of the unsharded model."""
+
+    name: str
+    shape: tuple[int, ...]
+    shard_axes: dict[int, str]  # the axis that a dim is sharded over, by dim
+    gradient_sum: str | None  # when its gradient is all-reduced over the tensor axis; see parallel.tensor.replicated
+
+
+class LocalParameter(NamedTuple):
+    """One parameter as a rank holds it."""
+
+    name: str
+    shape: tuple[int, ...]  # padding included
+    numel: int
+    tensor_sharded: bool  # the parameter's `tensor_model_parallel`
+    expert_sharded: bool  # the parameter's `allreduce` is False
+    gradient_sum: str | None
+
+
+@functools.lru_cache(maxsize=64)
+def parameter_specs(config: MythosConfig) -> tuple[ParameterSpec, ...]:
+    """All parameters, in the order of `Mythos(config).named_parameters()`."""
+    from mythos_dist.model.mythos import Mythos
+
+    with torch.device("meta"):
+        model = Mythos(config)
+    return tuple(
+        ParameterSpec(
+            name,
+            tuple(parameter.shape),
+            getattr(parameter, "shard_axes", {}),
+            getattr(parameter, "gradient_sum", None),
+        )
+        for name, parameter in model.named_parameters()
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def local_parameters(
+    config: MythosConfig, tensor: int = 1, expert: int = 1, stage: StageSpec | None = None
+) -> tuple[LocalParameter, ...]:
+    """The parameters of a rank of pipeline stage `stage` (None: all layers) on axes of `tensor` and `expert` ranks."""
+    sizes = {"tensor": tensor, "expert": expert}
+    held = []
+    for spec in parameter_specs(config):
+        if stage is not None and not _is_on_stage(spec.name, stage):
+            continue
+        shape = list(spec.shape)
+        for dim, axis in spec.shard_axes.items():
+            shape[dim] = ceil(shape[dim] / sizes[axis])
+        axes = [axis for axis in spec.shard_axes.values() if sizes[axis] > 1]
+        held.append(
+            LocalParameter(
+                spec.name, tuple(shape), prod(shape), "tensor" in axes, "expert" in axes, spec.gradient_sum
+            )
+        )
+    return tuple(held)
+
+
+def _is_on_stage(name: str, stage: StageSpec) -> bool:
+    layer, _, rest = name.partition(".")
+    if layer == "embed":  # the embedding is also the head
+        return stage.first or stage.last
+    if layer == "recurrent":
+        return stage.loops
+    if layer == "norm":
+        return stage.last
+    blocks = {"prelude": stage.prelude, "coda": stage.coda}[layer]
+    return int(rest.partition(".")[0]) in blocks
+
+
+def count_parameters(config: MythosConfig) -> int:
+    """Parameters of the whole model; the embedding counts once, though it is the head as well."""
+    return sum(parameter.numel for parameter in local_parameters(config))

@@ -1,0 +1,134 @@
+"""Bytes of the tensors that layers create and autograd saves, per layer and micro-batch; `memory.py` sums them up."""
+
+# B batch, S sequence, N = B * S tokens, n of them in norms and residuals (N / tensor with sequence parallelism),
+# D model, H heads here, d and v channels of a query and a value head, F hidden width here, R rows received over the
+# expert axis, M (row, expert) pairs received, b bytes of an element.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from mythos_dist.config.schema import Config
+from mythos_dist.ops.plan.routing import ExpertRows
+from mythos_dist.parallel.mesh import Mesh
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that autograd saves of some layers: outputs of collectives, and the rest."""
+
+    work: float = 0
+    gathered: float = 0
+
+    def __add__(self, other: Saved) -> Saved:
+        return Saved(self.work + other.work, self.gathered + other.gathered)
+
+    def __mul__(self, times: float) -> Saved:
+        return Saved(self.work * times, self.gathered * times)
+
+    @property
+    def total(self) -> float:
+        return self.work + self.gathered
+
+
+class LayerActivations:
+    """Bytes by layer for one micro-batch on one rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, rows: ExpertRows):
+        c, t = config.model, mesh.tensor.size
+        self.config, self.c, self.t, self.mesh, self.rows = config, c, t, mesh, rows
+        self.b = ITEM_BYTES[config.train.dtype]
+        self.N = config.train.micro_batch * config.train.seq_len
+        self.n = self.N // t if mesh.sequence else self.N
+        self.x = self.N * c.dim * self.b  # full residual stream
+        self.residual = self.n * c.dim * self.b  # this rank's part of it
+        self.heads = c.n_heads // t
+        self.shared_hidden = ceil(c.shared_dim / t)
+        self.ffn_hidden = ceil(c.ffn_dim / t)
+        self.expert_hidden = ceil(c.expert_dim / t)
+        self.local_experts = c.n_experts // mesh.expert.size
+        self.slots = min(c.n_experts_per_tok, self.local_experts)  # experts here that a token can choose
+        self.selective = config.train.recompute == "selective"
+
+    def layer_input(self) -> Saved:
+        """A full, normed x (model/block.py); gathered with sequence parallelism."""
+        return Saved(gathered=self.x) if self.mesh.sequence else Saved(self.x)
+
+    def attention(self) -> Saved:
+        """model/attention.py, from the normed x to the input of `wo`."""
+        return self.layer_input() + (self._gqa() if self.c.attn_type == "gqa" else self._mla())
+
+    def _gqa(self) -> Saved:
+        c, b, H = self.c, self.b, self.heads
+        kv_heads = H if c.n_kv_heads % self.t else c.n_kv_heads // self.t
+        elements = (3 * H + 2 * kv_heads) * c.head_dim  # queries, keys, values, output twice
+        normed = (H + kv_heads) * (c.head_dim * b + 4) if c.qk_norm else 0
+        return Saved(self.N * (elements * b + 4 * H + normed))
+
+    def _mla(self) -> Saved:
+        c, N, b, H, d, v = self.c, self.N, self.b, self.heads, self.c.head_dim, self.c.v_head_dim
+        widths = (c.q_lora_rank, c.kv_lora_rank + c.qk_rope_head_dim)
+        latents = sum(ceil(width / self.t) * self.t for width in widths)
+        if self.selective:
+            return Saved(N * (latents + H * v) * b)
+        normed = c.q_lora_rank + c.kv_lora_rank
+        values = d if v < d else c.qk_nope_head_dim + v  # padded, or a view of the product
+        per_head = 2 * max(d, v) + values + max(d, v) + v  # queries, keys, values, output twice
+        heads = H * per_head * b + 4 * H  # and the log-sum-exp
+        if c.qk_norm:
+            heads += 2 * H * (d * b + 4)  # queries and keys before their norms
+        return Saved(N * ((latents + normed) * b + heads + 8))
+
+    def dense_block(self) -> Saved:
+        """model/block.py: both norms' inputs, attention, an FFN's input and its gate and up."""
+        hidden = 0 if self.selective else 2 * self.N * self.ffn_hidden * self.b
+        return Saved(2 * self.residual) + self.attention() + self.layer_input() + Saved(hidden)
+
+    def shared_gate(self) -> float:
+        """One hidden tensor of the shared experts."""
+        return self.N * self.shared_hidden * self.b
+
+    def _received_rows(self) -> Saved:
+        """parallel/expert.py: the rows received; none without an expert axis."""
+        if self.mesh.expert.size == 1:
+            return Saved()
+        width = self.c.dim + (2 * self.slots if self.t == 1 else 0)
+        return Saved(gathered=self.rows.received * width * self.b)
+
+    def _experts(self) -> Saved:
+        """model/grouped.py: rows, gate and up of every pair, and the indices of rows."""
+        M, R = self.rows.pairs, self.rows.received
+        hidden = 0 if self.selective else 2 * M * self.expert_hidden * self.b
+        # Indices of rows and pairs, 8 bytes each; of received rows, also each slot's order, position and weight.
+        return self._received_rows() + Saved(hidden + M * (16 + self.b) + R * (24 + 21 * self.slots))
+
+    def _mixture(self) -> Saved:
+        """model/moe.py: the router works in fp32; then routed and shared experts."""
+        c = self.c
+        router = 4 * (self.n * (c.dim + c.n_experts) + c.n_experts * c.dim)
+        shared = 0 if self.selective else 2 * self.shared_gate()
+        return Saved(router) + self.layer_input() + self._experts() + Saved(shared)
+
+    def loop(self) -> Saved:
+        """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the mean."""
+        states = 5 * self.residual + self.mixed
+        lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
+        return Saved(states + lora) + self.attention() + self._mixture()
+
+    def injection(self) -> Saved:
+        """model/injection.py, once for all loops: the input of e's norm, this rank's channels of e, their product."""
+        if self.c.injection == "reference":
+            return Saved()
+        return Saved(2 * self.residual + self.N * ceil(self.c.dim / self.t) * self.b)
+
+    @property
+    def mixed(self) -> float:
+        """The weighted sum of states in fp32, of each loop; act.mode=off has none."""
+        return 0 if self.config.act.mode_of(self.c) == "off" else 4 * self.n * self.c.dim
+
+    def carry(self) -> float:
+        """The input of a loop: h, the weighted sum of states in fp32, the halting mass."""
+        return self.residual + self.mixed + 8 * self.n

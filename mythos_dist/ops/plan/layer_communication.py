@@ -1,0 +1,215 @@
+"""Collectives of the model's layers, forward and backward, on one rank; see communication.py."""
+
+# B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, k experts per
+# token, n ranks of an axis, N = B * S tokens.
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+from mythos_dist.config.schema import Config
+from mythos_dist.model.parameter_table import LocalParameter
+from mythos_dist.ops.plan.activations import ITEM_BYTES
+from mythos_dist.parallel.mesh import Axis, Mesh
+from mythos_dist.parallel.pipeline import StageSpec
+
+Messages = Counter[tuple[str, str]]  # bytes by axis and kind
+
+FP32, FP64, INT32, INT64 = 4, 8, 4, 8
+
+
+def message(axis: Axis, kind: str, size: int) -> Messages:
+    """`size` bytes over an axis; nothing over an axis of one rank."""
+    return Counter({(axis.name, kind): size}) if axis.size > 1 else Counter()
+
+
+def scaled(messages: Messages, times: int) -> Messages:
+    return Counter({key: times * size for key, size in messages.items()})
+
+
+class Pass(NamedTuple):
+    """What a layer sends forward and backward."""
+
+    forward: Messages
+    backward: Messages
+
+    def then(self, *others: Pass) -> Pass:
+        """This layer and others."""
+        forward, backward = self.forward.copy(), self.backward.copy()
+        for other in others:
+            forward += other.forward
+            backward += other.backward
+        return Pass(forward, backward)
+
+
+NOTHING = Pass(Counter(), Counter())
+
+
+@dataclass(frozen=True)
+class LayerMessages:
+    """Layers as one rank of `mesh` runs them; each method is one of model/ or parallel/."""
+
+    config: Config
+    mesh: Mesh
+    readouts: int = 1  # that the coda and the head run on together
+
+    @property
+    def per_loop(self) -> bool:
+        """Whether every loop has a readout, so that stages send each other more with every loop."""
+        return self.config.loops.objective == "per_loop"
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element of a parameter or an activation."""
+        return ITEM_BYTES[self.config.train.dtype]
+
+    @property
+    def tokens(self) -> int:
+        return self.config.train.micro_batch * self.config.train.seq_len
+
+    @property
+    def x(self) -> int:
+        """Bytes of a full residual stream (B, S, D)."""
+        return self.tokens * self.config.model.dim * self.item
+
+    def enter(self, size: int) -> Pass:
+        """parallel/collectives.py: Megatron-LM's f (Shoeybi et al. 2019); g (Korthikanti et al. 2022) with sequence."""
+        tensor = self.mesh.tensor
+        if self.mesh.sequence:
+            return Pass(message(tensor, "all_gather", size), message(tensor, "reduce_scatter", size))
+        return Pass(Counter(), message(tensor, "all_reduce", size))
+
+    def leave(self, size: int) -> Pass:
+        """Their conjugates."""
+        tensor = self.mesh.tensor
+        if self.mesh.sequence:
+            return Pass(message(tensor, "reduce_scatter", size), message(tensor, "all_gather", size))
+        return Pass(message(tensor, "all_reduce", size), Counter())
+
+    def gather(self, size: int, partial: bool = True) -> Pass:
+        """An all-gather of shards; partial: their gradients are partial sums."""
+        tensor = self.mesh.tensor
+        backward = message(tensor, "reduce_scatter", size) if partial else Counter()
+        return Pass(message(tensor, "all_gather", size), backward)
+
+    def gathered(self, *widths: int) -> int:
+        """Elements of tensors of these widths after gathering; shards are padded (parallel/tensor.py: shard_range)."""
+        n = self.mesh.tensor.size
+        return sum(n * ceil(width / n) for width in widths)
+
+    def attention(self) -> Pass:
+        """model/attention.py: MLA gathers both latents; GQA keys and values, if their heads do not divide."""
+        c = self.config.model
+        if c.attn_type == "mla":
+            width = self.gathered(c.q_lora_rank, c.kv_lora_rank + c.qk_rope_head_dim)
+        elif c.n_kv_heads % self.mesh.tensor.size:
+            width = 2 * self.gathered(c.n_kv_heads * c.head_dim)
+        else:
+            width = 0
+        gather = self.gather(self.tokens * width * self.item)
+        return self.enter(self.x).then(gather, self.leave(self.x))
+
+    def dense_block(self) -> Pass:
+        """model/block.py: attention and an FFN."""
+        return self.attention().then(self.enter(self.x), self.leave(self.x))
+
+    def router(self) -> Pass:
+        """model/moe.py: weights and indices of the chosen experts, and the shares of the balance loss."""
+        c, tensor = self.config.model, self.mesh.tensor
+        chosen = self.tokens * c.n_experts_per_tok
+        weights = self.enter(chosen * FP32)
+        if not self.mesh.sequence:
+            return weights
+        index = Pass(message(tensor, "all_gather", chosen * INT32), Counter())
+        if not self.config.experts.sequence_balance_loss:
+            return weights.then(index)
+        share = self.config.train.micro_batch * c.n_experts * FP32
+        return weights.then(index, Pass(message(tensor, "all_reduce", share), Counter()))
+
+    def experts(self, loops: int, sent: int, received: int) -> Pass:
+        """parallel/expert.py, all `loops` together: counts; then channels, weights and experts of the rows sent, and
+        the channels of the rows that come back."""
+        c, expert, tensor = self.config.model, self.mesh.expert, self.mesh.tensor
+        if expert.size == 1:
+            return NOTHING
+        slots = min(c.n_experts_per_tok, c.n_experts // expert.size)
+        width = c.dim // tensor.size
+        dispatched, combined = (width + 2 * slots) * self.item, width * self.item
+
+        def all_to_all(size: int) -> Messages:
+            return message(expert, "all_to_all", size)
+
+        counts = all_to_all(loops * expert.size * 2 * INT64)
+        exchange = Pass(
+            counts + all_to_all(sent * dispatched) + all_to_all(received * combined),
+            all_to_all(received * dispatched) + all_to_all(sent * combined),
+        )
+        full_rows = self.gather(received * c.dim * self.item)  # channels of the received rows over the tensor axis
+        scattered_sums = Pass(full_rows.backward, full_rows.forward)
+        return exchange.then(full_rows, scattered_sums)
+
+    def depth_lora(self) -> Pass:
+        """model/recurrence.py: weights are gathered; their gradients are partial with sequence parallelism only."""
+        c = self.config.model
+        if c.lora == "none":
+            return NOTHING
+        elements = self.gathered(c.lora_rank) * (2 * c.dim + (c.lora == "shared"))
+        return self.gather(elements * self.item, partial=self.mesh.sequence)
+
+    def loops(self, loops: int, sent: int, received: int) -> Pass:
+        """model/recurrence.py: `loops` loops, in which `sent` and `received` rows are exchanged altogether."""
+        one = self.attention().then(self.router(), self.enter(self.x), self.leave(self.x), self.depth_lora())
+        all_loops = Pass(scaled(one.forward, loops), scaled(one.backward, loops))
+        return all_loops.then(self.experts(loops, sent, received))
+
+    def head(self) -> Pass:
+        """parallel/tensor.py: the output embedding, and three values per position for the cross entropy: the highest
+        logit first, then the sum of exponentials and the label's logit. model/mythos.py: the auxiliary losses' sum."""
+        tensor, experts, act = self.mesh.tensor, self.config.experts, self.config.act
+        size = self.tokens * self.readouts * FP32
+        loss = message(tensor, "all_reduce", size) + message(tensor, "all_reduce", 2 * size)
+        if self.mesh.sequence and experts.z_loss + experts.sequence_balance_loss + act.ponder_cost + act.kl > 0:
+            loss += message(tensor, "all_reduce", FP32)
+        if self.mesh.sequence and self.per_loop:  # the readouts' weights
+            loss += message(tensor, "all_gather", size)
+        return self.enter(self.x * self.readouts).then(Pass(loss, Counter()))
+
+    def injection(self) -> Pass:
+        """model/injection.py: Parcae's matrix, once for all loops."""
+        if self.config.model.injection == "reference":
+            return NOTHING
+        return self.enter(self.x).then(self.leave(self.x))
+
+    def replicated_gradients(self, parameters: Sequence[LocalParameter]) -> Messages:
+        """parallel/tensor.py: replicated, once per backward pass."""
+        elements = 0
+        for parameter in parameters:
+            if parameter.gradient_sum == "always" or (parameter.gradient_sum == "sequence" and self.mesh.sequence):
+                elements += parameter.numel
+        return message(self.mesh.tensor, "all_reduce", elements * self.item)
+
+    def stage_states(self, stages: Sequence[StageSpec], loops: range, no_grad: int) -> Messages:
+        """deepspeed/runtime/pipe/engine.py: the state goes to the next stage, its gradient to the previous one."""
+        pipe, i = self.mesh.pipe, self.mesh.pipe.rank
+        size = 0
+        if not stages[i].last:
+            size += self._state_bytes(stages[i + 1], max(0, loops.stop - no_grad))
+        if not stages[i].first:
+            size += self._state_bytes(stages[i], max(0, loops.start - no_grad))
+        return message(pipe, "send", size)
+
+    def _state_bytes(self, stage: StageSpec, earlier_loops: int) -> int:
+        """model/mythos.py: the packed input of a stage, after `earlier_loops` loops with gradient."""
+        tokens = self.tokens // self.mesh.tensor.size if self.mesh.sequence else self.tokens
+        x, loss = tokens * self.config.model.dim, FP32
+        readout = x * self.item + tokens * FP32 if self.per_loop else 0  # a state and its weights
+        if stage.after_loops:
+            return self.readouts * (readout or x * self.item) + loss
+        if not stage.loops or stage.starts_loops:
+            return x * self.item
+        carry = 2 * x * self.item + (x + tokens) * FP32 + loss  # h, e; the sum so far, halting mass
+        return carry + earlier_loops * readout
