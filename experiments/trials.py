@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
-from mythos_dist.ops.plan.flops import executed_flops
+from mythos_dist.model.flops import executed_flops
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import StageSpec
@@ -107,13 +107,13 @@ def run_all(
 def training_flops(config: Config) -> Iterator[float]:
     """What one process executes in step 1, 2, ... without end, with the loops that are drawn for each."""
     c, train = config.model, config.train
-    routed = expected_rows(train.micro_batch * train.seq_len, c.n_experts_per_tok, c.n_experts, 1)
+    rows = expected_rows(train.micro_batch * train.seq_len, c.n_experts_per_tok, c.n_experts, 1)
     known: dict[tuple[int, int], float] = {}
     for step in itertools.count(1):
         n_loops, frozen, _ = loops_at(config, step)
         if (n_loops, frozen) not in known:
             as_drawn = replace(config, loops=replace(config.loops, distribution="fixed", mean=n_loops, set=()))
-            flops = executed_flops(as_drawn, SINGLE, StageSpec.full(c), range(n_loops), frozen, routed)
+            flops = executed_flops(as_drawn, SINGLE, StageSpec.full(c), range(n_loops), frozen, rows.pairs)
             known[n_loops, frozen] = flops * train.global_batch / train.micro_batch
         yield known[n_loops, frozen]
 

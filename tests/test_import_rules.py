@@ -118,7 +118,7 @@ def test_the_rule_catches_a_wrong_import(tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text("from mythos_dist import train\ndef f():\n    import mythos_dist.data.mix\nimport torch\n")
     assert rooms(path) == {"train", "data"}
-    path.write_text("from mythos_dist.ops import preflight\nfrom mythos_dist.ops.plan.cost import count_parameters\n")
+    path.write_text("from mythos_dist.ops import preflight\nfrom mythos_dist.ops.plan.estimate import Estimate\n")
     assert rooms(path) == {"ops", "ops.plan"}
 
 

@@ -66,9 +66,7 @@ class LayerFlops:
     inner: float = 0.0  # products that selective recomputation repeats
 
     def __add__(self, other: "LayerFlops") -> "LayerFlops":
-        return LayerFlops(
-            self.products + other.products, self.attention + other.attention, self.inner + other.inner
-        )
+        return LayerFlops(self.products + other.products, self.attention + other.attention, self.inner + other.inner)
 
     @property
     def forward(self) -> float:
@@ -172,7 +170,7 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
     readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
     blocks = len(stage.prelude) + len(stage.coda) * readouts
     total = blocks * layers.dense_block().step("selective" if recompute == "selective" else "none")
-    if stage.loops and len(loops):
+    if stage.has_loops and len(loops):
         total += layers.injection().step("none")
     loop, with_grad = layers.loop(), len(loops_with_grad(loops, no_grad))
     total += with_grad * loop.step(recompute) + (len(loops) - with_grad) * loop.forward

@@ -15,6 +15,8 @@ import torch
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.parallel.pipeline import StageSpec
 
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and both of Adam's moments
+
 
 class ParameterSpec(NamedTuple):
     """One parameter of the unsharded model."""
@@ -69,9 +71,7 @@ def local_parameters(
             shape[dim] = ceil(shape[dim] / sizes[axis])
         axes = [axis for axis in spec.shard_axes.values() if sizes[axis] > 1]
         held.append(
-            LocalParameter(
-                spec.name, tuple(shape), prod(shape), "tensor" in axes, "expert" in axes, spec.gradient_sum
-            )
+            LocalParameter(spec.name, tuple(shape), prod(shape), "tensor" in axes, "expert" in axes, spec.gradient_sum)
         )
     return tuple(held)
 
@@ -81,7 +81,7 @@ def _is_on_stage(name: str, stage: StageSpec) -> bool:
     if layer == "embed":  # the embedding is also the head
         return stage.first or stage.last
     if layer == "recurrent":
-        return stage.loops
+        return stage.has_loops
     if layer == "norm":
         return stage.last
     blocks = {"prelude": stage.prelude, "coda": stage.coda}[layer]

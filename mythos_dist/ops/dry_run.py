@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.kernels import as_on_gpus
-from mythos_dist.ops.plan.memory import PARTS, accumulates_at_once
+from mythos_dist.ops.plan.memory import PARTS, uses_bf16_optimizer
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel import expert
@@ -108,7 +108,7 @@ def dry_run(
     if micro_batches is None:
         # A pipeline is full with one micro-batch per stage. Where gradients are not added up at once, one more meets
         # those of another. All that follow only take longer.
-        micro_batches = min(config.train.global_batch // per_pass, parallel.pipe + (not accumulates_at_once(config)))
+        micro_batches = min(config.train.global_batch // per_pass, parallel.pipe + (not uses_bf16_optimizer(config)))
     config = replace(
         config,
         train=replace(config.train, global_batch=per_pass * micro_batches),

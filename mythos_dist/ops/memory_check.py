@@ -38,11 +38,11 @@ def check_memory(config: Config, world_size: int, ranks_here: int) -> Estimate:
         size, there = _room(ranks_here)
         cluster = _unknown_cluster(size)
     estimate = Estimate(config, world_size, cluster)
-    needed = estimate.fullest.bytes
+    needed = estimate.largest_stage.bytes
     if run.cluster is None and device().type == "cpu":
         # DeepSpeed's bucket of 500 million numbers is the whole need of a small run, but a CPU has only those of its
         # pages that are written to.
-        needed -= estimate.fullest.memory.get("communication", 0.0)
+        needed -= estimate.largest_stage.memory.get("communication", 0.0)
     if run.check_memory and needed > cluster.usable:
         raise UserError(_problem(estimate, there))
     return estimate
@@ -84,15 +84,15 @@ def _unknown_cluster(size: float) -> Cluster:
 
 def _problem(estimate: Estimate, there: str) -> str:
     """One line: what is needed, what is there, what to do."""
-    config, memory = estimate.config, estimate.fullest.memory
+    config, memory = estimate.config, estimate.largest_stage.memory
     largest = max(memory, key=lambda part: memory[part])
     changes = [] if config.train.recompute == "loop" else ["set train.recompute=loop"]
     changes.append("raise parallel.tensor or parallel.expert")
     if config.train.micro_batch > 1:
         changes.append(f"lower train.micro_batch={config.train.micro_batch}")
     return (
-        f"the layout does not fit: the fullest rank needs {_gb(estimate.fullest.bytes)} by plan (most of it {largest}, "
-        f"{_gb(memory[largest])}), but {there}; {', '.join(changes)}, or use more ranks: "
+        f"the layout does not fit: a rank needs {_gb(estimate.largest_stage.bytes)} by plan (most of it "
+        f"{largest}, {_gb(memory[largest])}), but {there}; {', '.join(changes)}, or use more ranks: "
         f"`python tools/plan.py CONFIG --gpus {estimate.world_size} --cluster {config.run.cluster or 'FILE'}` says "
         "what fits; run.check_memory=false starts all the same"
     )
@@ -127,7 +127,7 @@ class Comparison:
 
     def __init__(self, estimate: Estimate):
         config = estimate.config
-        self.memory_gb = estimate.fullest.bytes / 1e9
+        self.memory_gb = estimate.largest_stage.bytes / 1e9
         self.step_seconds = None if config.run.cluster is None else estimate.step_seconds
         self._measured: list[float] = []
         self._compared = False

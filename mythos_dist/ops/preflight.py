@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError
+from mythos_dist.model.parameter_table import CHECKPOINT_BYTES_PER_PARAMETER, count_parameters
 from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.cluster.inject import FaultInjector
-from mythos_dist.ops.plan.cost import BYTES_PER_PARAMETER, count_parameters
 from mythos_dist.parallel.launcher import RankInfo
 from mythos_dist.parallel.process import device
 from mythos_dist.train.run_folder import probe_prefix
@@ -84,7 +84,7 @@ def look(config: Config, rank_info: RankInfo, token: Path) -> dict[str, Any]:
     """
     clock, above = time.time(), token.parent
     sees, problems = _sees(token, rank_info)
-    need = BYTES_PER_PARAMETER * count_parameters(config.model)
+    need = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model)
     if (free := shutil.disk_usage(above).free) < need:
         problems.append(
             f"{free / 1e9:,.3g} GB are free in {above}, and a checkpoint takes {need / 1e9:,.3g} GB; make room, or "

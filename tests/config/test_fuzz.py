@@ -94,7 +94,7 @@ def judge(path: Path, lines: list[str], ranks: int) -> Config | None:
         found = layout_problems(config, ranks)
         if not found and ranks <= 1 << 16 and config.train.global_batch <= 1 << 24:
             estimate = Estimate(config, ranks, CLUSTER)
-            assert estimate.step_seconds > 0 and estimate.fullest.bytes > 0
+            assert estimate.step_seconds > 0 and estimate.largest_stage.bytes > 0
     except UserError as error:
         assert len(str(error)) < 40_000
         assert all(word not in str(error) for word in ("Input should", "Traceback", "<class", "object at 0x"))

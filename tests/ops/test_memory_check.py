@@ -51,7 +51,7 @@ def test_a_layout_that_cannot_fit_is_refused_unless_asked_otherwise(settings, to
     (line,) = refused.err.splitlines()
     needed = re.search(r"the fullest rank needs (\S+) GB by plan \(most of it (\w+), (\S+) GB\)", line)
     estimate = Estimate(load_config(asked[0], asked[1:]), 2, load_cluster(too_small))
-    memory = estimate.fullest.memory
+    memory = estimate.largest_stage.memory
     assert needed and float(needed[1]) == pytest.approx(sum(memory.values()) / 1e9, rel=0.05)
     assert memory[needed[2]] == max(memory.values()) == pytest.approx(float(needed[3]) * 1e9, rel=0.05)
     for words in (f"run.cluster={too_small} leaves 0.001 GB of 0.002 GB", "train.recompute=loop", "parallel.expert"):
@@ -88,7 +88,7 @@ def test_step_10_tells_planned_and_measured(settings, tmp_path):
     planned = line["planned"]
     assert line["step"] == 10
     estimate = Estimate(load_config(asked[0], asked[1:]), 2, load_cluster(LAPTOP))
-    assert planned["memory_gb"] == pytest.approx(estimate.fullest.bytes / 1e9)
+    assert planned["memory_gb"] == pytest.approx(estimate.largest_stage.bytes / 1e9)
     assert planned["step_seconds"] == estimate.step_seconds > 0
     # One step and a checkpoint come after it. Both counts are exact to some pages per core.
     assert planned["measured_memory_gb"] * 1e9 == pytest.approx(max(result.values), rel=0.05)
@@ -126,7 +126,7 @@ def test_a_start_compares_once_at_its_tenth_step_or_at_the_last(monkeypatch):
 def test_without_a_cluster_memory_is_that_of_the_node(monkeypatch):
     """What is available is divided by the ranks on the node; recompute=loop is not recommended to who has it."""
     config = config_of("train.recompute=loop", "train.micro_batch=2")
-    stage = Estimate(config, 2, load_cluster(LAPTOP)).fullest
+    stage = Estimate(config, 2, load_cluster(LAPTOP)).largest_stage
     needed = stage.bytes - stage.memory["communication"]  # DeepSpeed's bucket stays empty here
     monkeypatch.setattr(memory_check, "node_memory", lambda: (10**12, 2.02 * needed))
     check_memory(config, 2, ranks_here=2)  # raises nothing

@@ -12,7 +12,7 @@ from helpers.selection import by_ranks
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.model import Mythos
-from mythos_dist.ops.plan.cost import communication
+from mythos_dist.ops.plan.communication import communication
 from mythos_dist.train.schedule import loops_at
 
 # Nothing divides: the vocabulary, the latents, the rank of the depth LoRA, an expert's width. Two micro-batches.

@@ -1,4 +1,4 @@
-"""What a rank holds by formula, against the real model on the meta device."""
+"""Parameters and optimizer groups of a rank by arithmetic, against the real model on the meta device."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from mythos_dist.config.variants import VARIANTS
 from mythos_dist.model import Mythos, MythosConfig
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.parameter_groups import parameter_groups
-from mythos_dist.ops.plan.cost import count_parameters
-from mythos_dist.ops.plan.parameters import Weight, group_sizes, weights_of
+from mythos_dist.model.parameter_table import LocalParameter, count_parameters, local_parameters
+from mythos_dist.ops.plan.optimizer_groups import group_sizes
 from mythos_dist.parallel.mesh import Mesh, mesh_of
 from mythos_dist.parallel.pipeline import StageSpec, plan_stages
 
-# Little divides by three or five: heads of keys and values, widths, the vocabulary, the rank of the depth LoRA.
+# Hardly any size divides by three or five: key-value heads, widths, the vocabulary, the rank of the depth LoRA.
 ODD = {
     "vocab_size": 515,
     "dim": 48,
@@ -55,55 +55,65 @@ LARGE_LAYOUTS = [
 ]
 
 
-def parts_of(config: MythosConfig, stages: int) -> list[StageSpec]:
+def stages_of(config: MythosConfig, stages: int) -> list[StageSpec]:
     return plan_stages(config, config.max_loop_iters, stages, stage_costs(Config(model=config)))
 
 
-def build(config: MythosConfig, mesh: Mesh, part: StageSpec) -> Mythos:
+def build(config: MythosConfig, mesh: Mesh, stage: StageSpec) -> Mythos:
     with torch.device("meta"):
-        return Mythos(config, mesh=mesh, stage=part)
+        return Mythos(config, mesh=mesh, stage=stage)
 
 
-def held(model: Mythos) -> list[Weight]:
-    """What the formula has to give."""
+def parameters_of(model: Mythos) -> list[LocalParameter]:
     return [
-        Weight(name, p.numel(), getattr(p, "tensor_model_parallel", False), not getattr(p, "allreduce", True))
+        LocalParameter(
+            name=name,
+            shape=tuple(p.shape),
+            numel=p.numel(),
+            tensor_sharded=getattr(p, "tensor_model_parallel", False),
+            expert_sharded=not getattr(p, "allreduce", True),
+            gradient_sum=getattr(p, "gradient_sum", None),
+        )
         for name, p in model.named_parameters()
     ]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_stage_of_the_variants_holds_what_the_model_has(name):
-    """Names in order, numbers and marks of all weights, for the first rank of every stage."""
+def test_local_parameters_of_each_variant_and_stage_equal_the_model(name):
+    """Names, order, shapes and shard axes of all parameters, for the first rank of every stage."""
     config = MythosConfig(**VARIANTS[name])
     for parallel in LARGE_LAYOUTS:
         world = parallel.tensor * parallel.pipe * parallel.expert
-        for stage, part in enumerate(parts_of(config, parallel.pipe)):
-            mesh = mesh_of(parallel, world, stage * parallel.tensor)
-            assert weights_of(config, parallel.tensor, parallel.expert, part) == held(build(config, mesh, part))
+        for i, stage in enumerate(stages_of(config, parallel.pipe)):
+            mesh = mesh_of(parallel, world, i * parallel.tensor)
+            assert list(local_parameters(config, parallel.tensor, parallel.expert, stage)) == parameters_of(
+                build(config, mesh, stage)
+            )
 
 
 @pytest.mark.parametrize("parallel", ODD_LAYOUTS)
 @pytest.mark.parametrize("config", ODD_CONFIGS)
-def test_every_rank_holds_as_much_where_nothing_divides(config, parallel):
-    """All ranks of a replica and its experts, the last of each axis with padding only, included."""
+def test_local_parameters_of_every_rank_equal_the_model_when_sizes_do_not_divide(config, parallel):
+    """All ranks of a replica and its experts, also those whose shard is padding only."""
     world = parallel.tensor * parallel.pipe * parallel.expert
-    parts = parts_of(config, parallel.pipe)
+    stages = stages_of(config, parallel.pipe)
     for rank in range(world):
         mesh = mesh_of(parallel, world, rank)
-        part = parts[mesh.pipe.rank]
-        assert weights_of(config, parallel.tensor, parallel.expert, part) == held(build(config, mesh, part))
+        stage = stages[mesh.pipe.rank]
+        assert list(local_parameters(config, parallel.tensor, parallel.expert, stage)) == parameters_of(
+            build(config, mesh, stage)
+        )
 
 
 @pytest.mark.parametrize("parallel", ODD_LAYOUTS)
 @pytest.mark.parametrize("config", ODD_CONFIGS)
-def test_groups_are_those_of_the_optimizer(config, parallel):
-    """Which are spread, each parameter's numbers in order, and the filling of pipelines; every stage, two copies of all
-    experts."""
+def test_group_sizes_equal_the_parameter_groups_of_the_optimizer(config, parallel):
+    """Expert groups, the size of each parameter in order, and the padding of pipelines; every stage, experts on two
+    replicas."""
     world = 2 * parallel.tensor * parallel.pipe * parallel.expert
-    for stage, part in enumerate(parts_of(config, parallel.pipe)):
-        mesh = mesh_of(parallel, world, stage * parallel.tensor)
-        model = build(config, mesh, part)
+    for i, stage in enumerate(stages_of(config, parallel.pipe)):
+        mesh = mesh_of(parallel, world, i * parallel.tensor)
+        model = build(config, mesh, stage)
         own = {id(parameter) for parameter in model.parameters()}
         expected = [
             (
@@ -113,8 +123,8 @@ def test_groups_are_those_of_the_optimizer(config, parallel):
             )
             for group in parameter_groups(model, OptimConfig(), mesh)
         ]
-        weights = weights_of(config, parallel.tensor, parallel.expert, part)
-        assert [tuple(group) for group in group_sizes(weights, mesh)] == expected
+        parameters = local_parameters(config, parallel.tensor, parallel.expert, stage)
+        assert [tuple(group) for group in group_sizes(parameters, mesh)] == expected
 
 
 @pytest.mark.parametrize(
@@ -129,8 +139,8 @@ def test_groups_are_those_of_the_optimizer(config, parallel):
         ("1t", 999_326_352_386),
     ],
 )
-def test_the_variants_have_as_many_parameters_as_the_reference(name, parameters, open_mythos):
-    """OpenMythos itself, on the meta device; 1b's is the figure that it publishes."""
+def test_the_variants_have_as_many_parameters_as_open_mythos(name, parameters, open_mythos):
+    """OpenMythos itself, on the meta device; 1b's count is the one that it publishes."""
     with torch.device("meta"):
         reference = open_mythos.main.OpenMythos(getattr(open_mythos.variants, f"mythos_{name}")())
     assert sum(parameter.numel() for parameter in reference.parameters()) == parameters

@@ -71,7 +71,7 @@ def dry(request) -> dict[str, tuple[DryRun, float]]:
 def test_a_variants_plan_is_what_its_real_rank_does(name, dry):
     """Parameters, FLOPs and every axis' bytes to the last one; memory within 1 %, each part of it within 10 %."""
     estimate, (measured, held) = estimate_of(name), dry[name]
-    stage, m = estimate.fullest, measured.micro_batches
+    stage, m = estimate.largest_stage, measured.micro_batches
     assert estimate.fits
     assert measured.parameters == estimate.parameters
     assert measured.flops == estimate.flops(stage, m)

@@ -77,7 +77,9 @@ def load_cluster(path: str | Path) -> Cluster:
     except FileNotFoundError:
         folders = (path.parent, path.parent / "clusters")
         others = sorted(str(file) for folder in folders for file in folder.glob("*.yaml") if _is_cluster(file))
-        raise UserError(f"there is no cluster file {path}; cluster files nearby: {', '.join(others) or 'none'}") from None
+        raise UserError(
+            f"there is no cluster file {path}; cluster files nearby: {', '.join(others) or 'none'}"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", source=str(path)) from None
     if not isinstance(tree, dict):

@@ -92,7 +92,7 @@ def _non_looped_layers(layers: LayerMessages, stage: StageSpec) -> list[Pass]:
     """What a stage runs once per micro-batch; the coda runs on all readouts."""
     blocks = len(stage.prelude) + len(stage.coda) * layers.readouts
     passes = [layers.dense_block() for _ in range(blocks)]
-    if stage.loops:
+    if stage.has_loops:
         passes.append(layers.injection())
     if stage.first:
         passes.append(layers.leave(layers.x))  # the input embedding

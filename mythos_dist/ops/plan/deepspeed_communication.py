@@ -21,7 +21,7 @@ def tied_gradients(
     item, pipe = FP32 if layers.config.train.dtype == "bf16" else layers.item, layers.mesh.pipe
     holders = {
         "embed.": [stage.first or stage.last for stage in stages],
-        "recurrent.": [stage.loops for stage in stages],
+        "recurrent.": [stage.has_loops for stage in stages],
     }
     total: Messages = Counter()
     for prefix, is_holder in holders.items():

@@ -209,7 +209,7 @@ class LayerMessages:
         readout = x * self.item + tokens * FP32 if self.per_loop else 0  # a state and its weights
         if stage.after_loops:
             return self.readouts * (readout or x * self.item) + loss
-        if not stage.loops or stage.starts_loops:
+        if not stage.has_loops or stage.starts_loops:
             return x * self.item
         carry = 2 * x * self.item + (x + tokens) * FP32 + loss  # h, e; the sum so far, halting mass
         return carry + earlier_loops * readout

@@ -63,9 +63,7 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
     return memory
 
 
-def peak_memory(
-    config: Config, mesh: Mesh, stage: StageSpec, loops: range, no_grad: int, rows: ExpertRows
-) -> Memory:
+def peak_memory(config: Config, mesh: Mesh, stage: StageSpec, loops: range, no_grad: int, rows: ExpertRows) -> Memory:
     """Bytes by part at the peak, of a rank whose stage runs the loops `loops`; the step's first `no_grad` loops have no
     gradient."""
     parameters = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, stage)
@@ -101,14 +99,12 @@ class _Moments:
         self.head_gradient = self._gradients("embed") if stage.last else 0.0  # held until the embedding's backward
         self.recurrent_gradients = self._gradients("recurrent")
 
-        injection = layers.injection() if stage.loops else Saved()
+        injection = layers.injection() if stage.has_loops else Saved()
         before_loops = layers.dense_block() * len(stage.prelude) + injection
         after_loops = layers.dense_block() * (len(stage.coda) * self.readouts)
         after_loops += Saved(layers.residual * (self.readouts - 1) * 2)
-        if self.recomputed:
-            in_loops = layers.carry() * ceil(self.live / self.every)
-        else:
-            in_loops = layers.loop().total * self.live
+        carries = layers.carry() * ceil(self.live / self.every)
+        in_loops = carries if self.recomputed else layers.loop().total * self.live
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
         in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline

@@ -23,10 +23,11 @@ def group_sizes(parameters: Iterable[LocalParameter], mesh: Mesh) -> list[GroupS
     sizes: dict[str, list[int]] = {"decay": [], "no_decay": [], "experts": []}
     for parameter in parameters:
         if parameter.expert_sharded:
-            name = "experts"
+            sizes["experts"].append(parameter.numel)
+        elif OptimConfig.decays(parameter.name):
+            sizes["decay"].append(parameter.numel)
         else:
-            name = "decay" if OptimConfig.decays(parameter.name) else "no_decay"
-        sizes[name].append(parameter.numel)
+            sizes["no_decay"].append(parameter.numel)
     if mesh.expert.size == 1:
         del sizes["experts"]
     groups = []
