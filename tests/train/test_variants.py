@@ -17,7 +17,7 @@ from mythos_dist.ops.dry_run import DryRun, dry_run
 from mythos_dist.ops.plan.clusters import load_cluster
 from mythos_dist.ops.plan.command import rank_of
 from mythos_dist.ops.plan.estimate import Estimate
-from mythos_dist.ops.plan.report import beside
+from mythos_dist.ops.plan.report import compare
 from mythos_dist.ops.plan.write import BEGIN, END, planned_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -94,7 +94,7 @@ def test_a_configs_comment_is_what_the_tools_say(name, dry):
 @pytest.mark.parametrize("name", ["1t"])
 def test_the_docs_show_the_plan_and_the_dry_run(name, dry):
     shown = PLANNING[PLANNING.index("rank 0 of 4096:") :].splitlines()[1:]
-    lines = beside(estimate_of(name), dry[name][0])
+    lines = compare(estimate_of(name), dry[name][0])
     assert shown[: len(lines)] == lines
 
 
