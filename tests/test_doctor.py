@@ -420,7 +420,7 @@ def test_a_probe_that_hangs_crashes_or_raises_has_an_error(function, words):
     [
         ("", "ok", ["any multiple of 4 ranks"]),
         ("8", "ok", ["8 ranks form 4 replicas of 2"]),
-        ("6", "problem", ["3 replicas (6 ranks", "parallel.expert=2", "set"]),
+        ("6", "problem", ["replicas, 3 (6 ranks", "parallel.expert=2", "set"]),
     ],
 )
 def test_ranks_of_a_layout(world, status, words):

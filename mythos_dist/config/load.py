@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
-from mythos_dist.config.check import problems
-from mythos_dist.config.fields import kinds_of, show, value_problems
+from mythos_dist.config.fields import Kind, kinds_of, show, value_problems
+from mythos_dist.config.rules import find_problems
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.config.tree import NULLS, Node, Scalar, parse_yaml, read_yaml, show_node
 from mythos_dist.config.variants import VARIANTS
@@ -259,31 +259,35 @@ def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:
 
 
 def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
-    """The Config; each value that its field cannot hold goes to `found`, and the problems of all others too."""
+    """The Config. Adds each value that its field cannot hold to `found`, and broken rules among the other values."""
     sections: dict[str, Any] = {}
-    wrong = []
-    for name, cls in SECTIONS.items():
-        kinds, right = kinds_of(cls), {}
-        for key, node in values.get(name, {}).items():
-            try:
-                value = kinds[key].read(node)
-            except ValueError as error:
-                lines = [f"={_shown(node)}: expected {error}"]
+    refused: set[str] = set()  # settings
+    for section, cls in SECTIONS.items():
+        kinds, accepted = kinds_of(cls), {}
+        for key, node in values.get(section, {}).items():
+            value, wrong = _read(kinds[key], node)
+            found += [f"{section}.{key}{words}" for words in wrong]
+            if wrong:
+                refused.add(f"{section}.{key}")
             else:
-                problem = kinds[key].problem(value) if isinstance(node, Scalar) else None
-                lines = [f"={_shown(node)}{problem}"] if problem else list(value_problems(kinds[key], value))
-                right |= {} if lines else {key: value}
-            found += [f"{name}.{key}{line}" for line in lines]
-            wrong += [f"{name}.{key}="] * bool(lines)
-        sections[name] = cls.of_right_values(**right)
+                accepted[key] = value
+        sections[section] = cls.of_right_values(**accepted)
     config = Config(**sections)
-    # A wrong value was replaced by its default above: what is said about that default would confuse.
-    found += [
-        line
-        for line in problems(config)
-        if not any(setting in line or line.startswith(f"{setting[:-1]} is not set") for setting in wrong)
-    ]
+    # Defaults replace the refused values: a rule about such a default would only confuse.
+    found += [problem.message for problem in find_problems(config) if refused.isdisjoint(problem.settings)]
     return config
+
+
+def _read(kind: Kind, node: Node) -> tuple[Any, list[str]]:
+    """The value of a setting, and what is wrong with it, each text to follow the setting's name."""
+    try:
+        value = kind.read(node)
+    except ValueError as error:
+        return None, [f"={_shown(node)}: expected {error}"]
+    if isinstance(node, Scalar):  # shown as the user wrote it
+        problem = kind.problem(value)
+        return value, [f"={_shown(node)}{problem}"] if problem else []
+    return value, list(value_problems(kind, value))
 
 
 def _shown(node: Node) -> str:

@@ -98,7 +98,7 @@ class MythosConfig(Section, section="model"):
 
     def contradictions(self) -> list[str]:
         """Of a model by itself: rules for widths that divide each other, and what `mode` allows."""
-        from mythos_dist.config.check import model_problems  # it imports this module
+        from mythos_dist.config.rules import model_problems  # it imports this module
 
         return model_problems(self)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_dist.config.check import problems
 from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import load_config
+from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 
@@ -214,53 +214,53 @@ DEFAULT_LOOPS = "loops.mean=null (model.max_loop_iters=16)"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             "parallel.tensor=3",
-            "model.n_heads=16 is not divisible by parallel.tensor=3: a tensor rank works on whole heads, equally many; "
-            "set parallel.tensor to one of [2, 4]",
+            "model.n_heads=16 is not divisible by parallel.tensor=3: each tensor rank computes the same number of "
+            "complete heads; set parallel.tensor to one of [2, 4]",
         ),
         (
             "parallel.tensor=17",
-            "model.n_heads=16 is not divisible by parallel.tensor=17: a tensor rank works on whole heads, equally "
-            "many; set parallel.tensor to 16",
+            "model.n_heads=16 is not divisible by parallel.tensor=17: each tensor rank computes the same number of "
+            "complete heads; set parallel.tensor to 16",
         ),
         (
             "parallel.pipe=4 parallel.zero=3",
-            "parallel.zero=3 does not go with parallel.pipe=4: DeepSpeed's pipelines cannot shard gradients or "
+            "parallel.zero=3 does not work with parallel.pipe=4: DeepSpeed's PipelineEngine cannot shard gradients or "
             "parameters; set parallel.zero to 1, or set parallel.pipe to 1",
         ),
         (
             "parallel.pipe=19",
-            f"parallel.pipe=19 is more than {DEFAULT_LOOPS} + 2: all stages but the two at the ends must run a loop; "
-            "set parallel.pipe to 18",
+            f"parallel.pipe=19 is more than {DEFAULT_LOOPS} + 2: every stage except the first and the last must run "
+            "a loop; set parallel.pipe to 18",
         ),
         (
             "parallel.pipe=4 loops.mean=1",
-            "parallel.pipe=4 is more than loops.mean=1 + 2: all stages but the two at the ends must run a loop; "
-            "set parallel.pipe to 3",
+            "parallel.pipe=4 is more than loops.mean=1 + 2: every stage except the first and the last must run a "
+            "loop; set parallel.pipe to 3",
         ),
         (
             "parallel.expert=6",
-            "model.n_experts=64 is not divisible by parallel.expert=6: each of the ranks that share experts holds "
-            "equally many; set parallel.expert to one of [4, 8]",
+            "model.n_experts=64 is not divisible by parallel.expert=6: each rank of an expert group holds the same "
+            "number of experts; set parallel.expert to one of [4, 8]",
         ),
         (
             "parallel.expert=2 parallel.tensor=4 model.dim=30",
-            "model.dim=30 is not divisible by parallel.tensor=4: with parallel.expert=2, rows travel in as many equal "
-            "slices; set parallel.tensor to 2, or set parallel.expert to 1",
+            "model.dim=30 is not divisible by parallel.tensor=4: with parallel.expert=2 each tensor rank sends an "
+            "equal part of every row; set parallel.tensor to 2, or set parallel.expert to 1",
         ),
         (
             "parallel.sequence=true parallel.tensor=4 train.seq_len=1021",
-            "train.seq_len=1021 is not divisible by parallel.tensor=4: parallel.sequence=true gives tensor ranks equal "
-            "parts of it; set train.seq_len to one of [1020, 1024], or set parallel.tensor to 1, or set "
-            "parallel.sequence to false",
+            "train.seq_len=1021 is not divisible by parallel.tensor=4: with parallel.sequence=true each tensor rank "
+            "holds an equal part of the sequence; set train.seq_len to one of [1020, 1024], or set parallel.tensor to "
+            "1, or set parallel.sequence to false",
         ),
         (
             "train.recompute_every=2",
-            "train.recompute_every=2 means nothing with train.recompute=none: only `loop` takes several loops at once; "
-            "set train.recompute to loop, or set train.recompute_every to 1",
+            "train.recompute_every=2 has no effect with train.recompute=none: only `loop` recomputes several loops at "
+            "once; set train.recompute to loop, or set train.recompute_every to 1",
         ),
         (
             "loops.maximum=3",
@@ -274,54 +274,54 @@ DEFAULT_LOOPS = "loops.mean=null (model.max_loop_iters=16)"
         ),
     ],
 )
-def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, said, tmp_path):
+def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, message, tmp_path):
     (tmp_path / "config.yaml").write_text("data: {path: shards}")
     with pytest.raises(UserError) as raised:
         load_config(tmp_path / "config.yaml", overrides.split())
-    assert raised.value.problems == [said]
+    assert raised.value.problems == [message]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "case", "said"),
+    ("ranks", "case", "message"),
     [
         (
             12,
             {"parallel.tensor": 4, "parallel.pipe": 2},
-            "the number of ranks, 12, is not divisible by parallel.pipe=2 x parallel.tensor=4 = 8: so many hold one "
+            "the number of ranks, 12, is not divisible by parallel.pipe=2 x parallel.tensor=4 = 8, the ranks of one "
             "replica; set parallel.pipe to 3, or set the number of ranks to one of [8, 16], "
             "or with further changes set parallel.tensor to 2",
         ),
         (
             8,
             {"parallel.tensor": 2, "parallel.expert": 8},
-            "4 replicas (8 ranks / parallel.pipe=1 / parallel.tensor=2) are not divisible by parallel.expert=8: "
-            "so many replicas share one copy of the experts; "
+            "the number of replicas, 4 (8 ranks / parallel.pipe=1 / parallel.tensor=2), is not divisible by "
+            "parallel.expert=8, the replicas that share one copy of the experts; "
             "set parallel.expert to 4, or set the number of ranks to 16",
         ),
         (
             4,
             {"parallel.expert": 8, "train.global_batch": 4},
-            "4 replicas (4 ranks / parallel.pipe=1 / parallel.tensor=1) are not divisible by parallel.expert=8: "
-            "so many replicas share one copy of the experts; "
+            "the number of replicas, 4 (4 ranks / parallel.pipe=1 / parallel.tensor=1), is not divisible by "
+            "parallel.expert=8, the replicas that share one copy of the experts; "
             "set parallel.expert to 4, or with further changes set the number of ranks to 8",
         ),
         (
             8,
             {"parallel.tensor": 2, "parallel.pipe": 2, "train.micro_batch": 8},
-            "train.global_batch=8 is not divisible by train.micro_batch=8 x 2 replicas = 16: every replica runs "
-            "equally many passes; set train.micro_batch to one of [1, 2, 4], or set train.global_batch to 16",
+            "train.global_batch=8 is not divisible by train.micro_batch=8 x 2 (replicas) = 16: every replica runs the "
+            "same number of micro-batches; set train.micro_batch to one of [1, 2, 4], or set train.global_batch to 16",
         ),
         (
             3,
             {},
-            "train.global_batch=8 is not divisible by train.micro_batch=1 x 3 replicas = 3: every replica runs "
-            "equally many passes; set train.global_batch to one of [6, 9]",
+            "train.global_batch=8 is not divisible by train.micro_batch=1 x 3 (replicas) = 3: every replica runs the "
+            "same number of micro-batches; set train.global_batch to one of [6, 9]",
         ),
     ],
 )
-def test_a_refusal_on_a_number_of_ranks(ranks, case, said):
+def test_a_refusal_on_a_number_of_ranks(ranks, case, message):
     assert problems(config_of(case)) == []
-    assert layout_problems(config_of(case), ranks) == [said]
+    assert layout_problems(config_of(case), ranks) == [message]
 
 
 def test_every_broken_rule_gets_a_line_at_once():

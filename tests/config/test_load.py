@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mythos_dist.config.check import model_problems, problems
 from mythos_dist.config.compare import differences
 from mythos_dist.config.load import config_from, dump_config, load_config
+from mythos_dist.config.rules import model_problems, problems
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError

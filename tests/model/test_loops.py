@@ -38,7 +38,7 @@ def gradients(model: nn.Module, objective: Tensor) -> dict[str, Tensor]:
 def test_a_sequence_with_its_own_depth_is_as_if_it_were_alone(mode, backprop, tiny, enliven):
     """Loss and gradients of a batch whose sequences have 1, 3 and 4 loops, against each sequence with that many."""
     if mode == "ponder" and backprop:
-        pytest.skip("config.check refuses it")
+        pytest.skip("config.rules refuses it")
     readouts = mode == "ponder"
     model = enliven(Mythos(tiny(), act=ActConfig(mode=mode, ponder_cost=0.1 * (mode != "off"))))
     ids, labels = tokens(model.config, 3, 8), tokens(model.config, 3, 8, seed=1)

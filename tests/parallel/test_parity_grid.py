@@ -19,8 +19,8 @@ from helpers.launch import run_ranks
 from helpers.parity import STEPS, change, train_plainly, train_under_deepspeed
 from helpers.selection import selected
 
-from mythos_dist.config.check import problems
 from mythos_dist.config.layout import layout_problems
+from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import BY_MODE, Config
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]

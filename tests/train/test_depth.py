@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.depth_task import EOS, FIRST, group_table, make_depth_task, products
-from mythos_dist.config.check import problems
+from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.prepare.verify import verify
@@ -95,7 +95,7 @@ def test_settings_of_loops_that_contradict_each_other_are_all_named():
         assert part in found, part
     not_open_mythos = MythosConfig.of_right_values(mode="reference", qk_norm=True, lora="none")
     found = "\n".join(problems(replace(bad, model=not_open_mythos)))
-    for part in ("model.qk_norm=True is not OpenMythos'", "model.lora=none", "act.mode=ponder does not go with"):
+    for part in ("model.qk_norm=True is not OpenMythos'", "model.lora=none", "act.mode=ponder does not work with"):
         assert part in found, part
 
 

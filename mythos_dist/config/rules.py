@@ -1,0 +1,194 @@
+"""Rules between settings that are valid each by itself (schema.py). Those about loops and layouts are in layout.py."""
+
+from collections.abc import Iterator
+
+from mythos_dist.config.layout import Problem, divisors, few, find_layout_problems
+from mythos_dist.config.schema import BY_MODE, Config, DataConfig, MythosConfig
+
+
+def problems(config: Config) -> list[str]:
+    """What is wrong with a config on any number of ranks, a line each."""
+    return [problem.message for problem in find_problems(config)]
+
+
+def model_problems(model: MythosConfig) -> list[str]:
+    """What is wrong with a model by itself, a line each."""
+    return [problem.message for problem in _model_problems(model)]
+
+
+def find_problems(config: Config) -> list[Problem]:
+    """As `problems`, with the settings of each."""
+    return [
+        *_model_problems(config.model),
+        *_train_problems(config),
+        *_act_problems(config),
+        *_loops_problems(config),
+        *find_layout_problems(config),
+        *_data_problems(config.data),
+        *_run_problems(config),
+    ]
+
+
+def _model_problems(model: MythosConfig) -> Iterator[Problem]:
+    if model.attn_type == "gqa":
+        yield from _gqa_problems(model)
+    elif model.qk_rope_head_dim < 2 or model.qk_rope_head_dim % 2:
+        yield Problem(
+            ("model.qk_rope_head_dim",),
+            f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even and at least 2: RoPE rotates pairs of "
+            "channels",
+        )
+    if model.n_experts_per_tok > model.n_experts:
+        yield Problem(
+            ("model.n_experts_per_tok", "model.n_experts"),
+            f"model.n_experts_per_tok={model.n_experts_per_tok} is more than model.n_experts={model.n_experts}; "
+            f"set it to at most {model.n_experts}",
+        )
+    if model.mode == "reference":
+        for key, wanted in BY_MODE["reference"].items():
+            if getattr(model, key) != wanted:
+                yield Problem(
+                    (f"model.{key}", "model.mode"),
+                    f"model.{key}={getattr(model, key)} is not OpenMythos', which model.mode=reference requires; "
+                    "set model.mode=train",
+                )
+
+
+def _gqa_problems(model: MythosConfig) -> Iterator[Problem]:
+    dim, heads, kv_heads = model.dim, model.n_heads, model.n_kv_heads
+    if dim % heads:
+        yield Problem(
+            ("model.dim", "model.n_heads"),
+            f"model.dim={dim} is not divisible by model.n_heads={heads}; "
+            f"set model.n_heads to one of {few(divisors(dim), heads)}",
+        )
+    if heads % kv_heads:
+        yield Problem(
+            ("model.n_heads", "model.n_kv_heads"),
+            f"model.n_heads={heads} is not divisible by model.n_kv_heads={kv_heads}; "
+            f"set model.n_kv_heads to one of {few(divisors(heads), kv_heads)}",
+        )
+    if dim % heads == 0 and heads % kv_heads == 0 and model.head_dim % 2:
+        yield Problem(
+            ("model.dim", "model.n_heads"),
+            f"model.dim / model.n_heads = {model.head_dim} is odd, and RoPE rotates pairs of channels; "
+            "choose model.dim and model.n_heads with an even ratio",
+        )
+
+
+def _train_problems(config: Config) -> Iterator[Problem]:
+    train, longest = config.train, config.model.max_seq_len
+    if train.seq_len > longest:
+        yield Problem(
+            ("train.seq_len", "model.max_seq_len"),
+            f"train.seq_len={train.seq_len} is longer than the context model.max_seq_len={longest}; "
+            f"set train.seq_len to at most {longest}, or model.max_seq_len to at least {train.seq_len}",
+        )
+    if train.global_batch % train.micro_batch:
+        yield Problem(
+            ("train.global_batch", "train.micro_batch"),
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
+            f"set train.micro_batch to one of {few(divisors(train.global_batch), train.micro_batch)}",
+        )
+    if train.compile and config.parallel.zero == 3:
+        yield Problem(
+            ("train.compile", "parallel.zero"),
+            "train.compile=true does not work with parallel.zero=3, which gathers parameters in hooks that "
+            "torch.compile does not trace; set train.compile=false, or parallel.zero to 1 or 2",
+        )
+
+
+def _act_problems(config: Config) -> Iterator[Problem]:
+    act, mode = config.act, config.act.mode_of(config.model)
+    if config.model.mode == "reference" and mode != "reference":
+        yield Problem(
+            ("act.mode", "model.mode"),
+            f"act.mode={mode} does not work with model.mode=reference, which is OpenMythos'; set model.mode=train",
+        )
+    for key in ("ponder_cost", "kl"):
+        if mode == "off" and getattr(act, key) > 0:
+            yield Problem(
+                (f"act.{key}", "act.mode"),
+                f"act.{key}={getattr(act, key)} is a loss on halting probabilities, and act.mode=off has none; "
+                "set act.mode",
+            )
+    if mode != "ponder":
+        return
+    if config.loops.objective != "per_loop":
+        yield Problem(
+            ("act.mode", "loops.objective"),
+            "act.mode=ponder weights the losses of all loops; set loops.objective=per_loop, or act.mode to one of "
+            "reference, safe, off",
+        )
+    if config.loops.backprop is not None:
+        yield Problem(
+            ("loops.backprop", "act.mode"),
+            f"loops.backprop={config.loops.backprop} gives no gradient to loops that act.mode=ponder weights; set "
+            "loops.backprop=null, or act.mode to one of reference, safe, off",
+        )
+
+
+def _loops_problems(config: Config) -> Iterator[Problem]:
+    loops, name = config.loops, config.loops.distribution
+    if name == "uniform_set" and not loops.set:
+        yield Problem(
+            ("loops.distribution", "loops.set"), "loops.distribution=uniform_set needs loops.set, such as [1,2,4,8]"
+        )
+    if name == "uniform_set" and loops.mean is not None:
+        yield Problem(
+            ("loops.mean", "loops.distribution"),
+            f"loops.mean={loops.mean} does not work with loops.distribution=uniform_set, whose mean is that of "
+            "loops.set; leave it out, or set loops.mean=null",
+        )
+    if name != "uniform_set" and loops.set:
+        yield Problem(
+            ("loops.set", "loops.distribution"),
+            f"loops.set={list(loops.set)} is for loops.distribution=uniform_set, but that is {name}; "
+            "leave one out, or set loops.set=null",
+        )
+    if loops.curriculum != "none" and loops.curriculum_steps < 1:
+        yield Problem(
+            ("loops.curriculum", "loops.curriculum_steps"),
+            f"loops.curriculum={loops.curriculum} needs loops.curriculum_steps, the number of steps until it ends",
+        )
+    if loops.per == "sequence" and name == "fixed":
+        yield Problem(
+            ("loops.per", "loops.distribution"),
+            "loops.per=sequence draws a number for each sequence, but loops.distribution=fixed draws none",
+        )
+    if loops.per == "sequence" and config.model.lora == "per_loop":
+        yield Problem(
+            ("model.lora", "loops.per"),
+            "model.lora=per_loop has matrices per loop index, and with loops.per=sequence the sequences of a batch "
+            "are at different ones; set loops.per=step or model.lora=shared",
+        )
+
+
+def _data_problems(data: DataConfig) -> Iterator[Problem]:
+    settings = ("data.path", "data.mix")
+    if data.mix is None:
+        if not data.path:
+            yield Problem(
+                settings,
+                "data.path is not set; give the folder of shards that tools/make_shards.py wrote, "
+                "or several with weights, such as data.mix={shards/web: 0.7, shards/code: 0.3}",
+            )
+        return
+    if data.path:
+        yield Problem(settings, f"data.path={data.path} and data.mix={data.mix} are both set; leave one of them out")
+    if not data.mix:
+        yield Problem(
+            settings,
+            "data.mix={} names no folder; give some with their weights, such as {shards/web: 0.7, shards/code: 0.3}",
+        )
+    total = sum(data.mix.values())
+    for folder, weight in data.mix.items():
+        if weight < total * 1e-9:
+            message = f"data.mix[{folder}]={weight} is less than a billionth of all weights; leave the folder out"
+            yield Problem(settings, message)
+
+
+def _run_problems(config: Config) -> Iterator[Problem]:
+    if not config.run.dir:
+        message = "run.dir is not set; give the folder that checkpoints and metrics go to"
+        yield Problem(("run.dir",), message)
