@@ -22,7 +22,7 @@ from mythos_dist.ops.cluster.fabric import listen_address, set_network_interface
 from mythos_dist.ops.cluster.recorder import CollectiveRecorder
 from mythos_dist.ops.cluster.rendezvous import open_store, rendezvous
 from mythos_dist.ops.cluster.watchdog import Watchdog
-from mythos_dist.ops.cluster.watchdog_server import WatchdogLimits
+from mythos_dist.ops.cluster.watchdog_protocol import WatchdogLimits
 from mythos_dist.parallel.launcher import RankInfo, export_rank_info
 from mythos_dist.parallel.process import free_port, join_process_group, raise_on_all_ranks
 from mythos_dist.private import check_compile_caches

@@ -12,6 +12,7 @@ from mythos_dist.errors import LostRankError
 from mythos_dist.ops.cluster.authentication import sign
 from mythos_dist.ops.cluster.recorder import find_blocking_ranks
 from mythos_dist.ops.cluster.rendezvous import find_mismatches, format_ranges, rendezvous
+from mythos_dist.ops.cluster.watchdog_protocol import CollectiveState
 from mythos_dist.parallel.launcher import RankInfo
 
 
@@ -39,35 +40,35 @@ def test_ranges():
     assert format_ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3, 7-9" and format_ranges([]) == ""
 
 
-def report(group: str, members: list[int], begun: dict[str, int], last: str = "all_reduce") -> dict:
-    return {"group": group, "members": members, "begun": begun, "last": last, "at": ""}
+def state(group: str, members: list[int], begun: dict[str, int]) -> CollectiveState:
+    return CollectiveState(group=group, members=members, begun=begun, last="all_reduce", at="")
 
 
-def test_who_did_not_arrive():
-    """Ranks 0 and 1 wait for 2 in a group of three, 3 waits for 1 in another one: it is 2 that keeps all waiting."""
-    reports = {
-        0: report("world", [0, 1, 2], {"world": 8}),
-        1: report("world", [0, 1, 2], {"world": 8, "pair": 3}),
-        2: report("world", [0, 1, 2], {"world": 7}),
-        3: report("pair", [1, 3], {"pair": 4}),
+def test_the_rank_that_did_not_call_a_collective_blocks_the_others():
+    """Ranks 0 and 1 wait for 2 in a group of three, and 3 waits for 1 in another group: 2 blocks all of them."""
+    states = {
+        0: state("world", [0, 1, 2], {"world": 8}),
+        1: state("world", [0, 1, 2], {"world": 8, "pair": 3}),
+        2: state("world", [0, 1, 2], {"world": 7}),
+        3: state("pair", [1, 3], {"pair": 4}),
     }
-    assert find_blocking_ranks(reports, 4) == ([2], "all_reduce")
-    del reports[2]  # it does not even answer
-    assert find_blocking_ranks(reports, 4) == ([2], "all_reduce")
+    assert find_blocking_ranks(states) == ([2], "all_reduce")
+    del states[2]  # it does not respond
+    assert find_blocking_ranks(states) == ([2], "all_reduce")
 
 
-def test_ranks_that_have_begun_the_same_blame_nobody():
-    both = {rank: report("world", [0, 1], {"world": 5}) for rank in (0, 1)}
-    assert find_blocking_ranks(both, 2) == ([], "")
+def test_ranks_that_called_the_same_collectives_do_not_block():
+    states = {rank: state("world", [0, 1], {"world": 5}) for rank in (0, 1)}
+    assert find_blocking_ranks(states) == ([], "")
 
 
-def test_ranks_that_wait_for_each_other_are_both_named():
-    """Two groups in opposite order: a slip in the code, and no rank alone is at fault."""
-    reports = {
-        0: report("a", [0, 1], {"a": 1}),
-        1: report("b", [0, 1], {"b": 1}),
+def test_ranks_that_wait_for_each_other_both_block():
+    """Two groups used in opposite order: a bug in the code, for which neither rank is responsible alone."""
+    states = {
+        0: state("a", [0, 1], {"a": 1}),
+        1: state("b", [0, 1], {"b": 1}),
     }
-    assert find_blocking_ranks(reports, 2)[0] == [0, 1]
+    assert find_blocking_ranks(states)[0] == [0, 1]
 
 
 def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60) -> dict[int, Any]:

@@ -1,5 +1,5 @@
-"""Rank 0's port under attack, and both sides of the watchdog by themselves; what it does to runs is in
-`tests/train/test_faults.py`, in `test_port_attack.py` and in drills."""
+"""Both sides of the watchdog without a run, and attacks on rank 0's port. Runs with a watchdog are in
+`tests/train/test_faults.py`, `test_port_attack.py` and `test_drills.py`."""
 
 import json
 import resource
@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from mythos_dist.errors import LostRankError, UserError
-from mythos_dist.ops.cluster import watchdog_server
+from mythos_dist.ops.cluster import rank_connections, watchdog_server
 from mythos_dist.ops.cluster.authentication import Channel, challenge, derive, hello, launch_secret, sign, verify
+from mythos_dist.ops.cluster.rank_connections import MAX_UNAUTHENTICATED
 from mythos_dist.ops.cluster.recorder import CollectiveRecorder
 from mythos_dist.ops.cluster.watchdog import Watchdog
-from mythos_dist.ops.cluster.watchdog_server import MAX_UNAUTHENTICATED, WatchdogLimits
+from mythos_dist.ops.cluster.watchdog_protocol import WatchdogLimits
 from mythos_dist.parallel.launcher import RankInfo
 
 pytestmark = pytest.mark.timeout(480)
@@ -34,12 +35,12 @@ def watchdog(rank: int = 0, world: int = 2, lost_after: float = 60) -> Watchdog:
 
 @contextmanager
 def served(world: int = 2) -> Iterator[tuple[Watchdog, str]]:
-    """Rank 0 has opened its port, on loopback, and nobody is there yet; at the end all say goodbye."""
+    """Rank 0's watchdog, listening on loopback, before any rank has connected; and its address."""
     first = watchdog(0, world)
     try:
         yield first, first.serve([f"node{rank}" for rank in range(world)], "127.0.0.1")
     finally:
-        first._leaving = True  # its thread must not end this process
+        first._done = True  # its thread must not exit this process
 
 
 def connect(address: str) -> socket.socket:
@@ -49,12 +50,12 @@ def connect(address: str) -> socket.socket:
     return connection
 
 
-def line_of(connection: socket.socket) -> bytes:
+def read_line(connection: socket.socket) -> bytes:
     return connection.makefile("rb", buffering=0).readline().strip()
 
 
-def closed(connection: socket.socket) -> bool:
-    """Waits until the other end has closed, reading what comes before that."""
+def wait_closed(connection: socket.socket) -> bool:
+    """Whether the other end closes the connection; reads and drops what it sends before."""
     try:
         while connection.recv(1 << 16):
             pass
@@ -65,22 +66,22 @@ def closed(connection: socket.socket) -> bool:
     return True
 
 
-def prove(address: str, rank: int, secret: bytes | None = None) -> tuple[socket.socket, Channel]:
-    """A rank by hand: what is behind the handshake."""
+def authenticate(address: str, rank: int, secret: bytes | None = None) -> tuple[socket.socket, Channel]:
+    """Connect as `rank` does, up to its hello line."""
     connection, key = connect(address), derive(secret or launch_secret(), "watchdog", address.split()[2])
-    theirs, ours = line_of(connection).decode(), challenge()
-    connection.sendall(hello(key, rank, theirs, ours))
-    return connection, Channel(key, rank, theirs, ours, serves=False)
+    server_challenge, rank_challenge = read_line(connection).decode(), challenge()
+    connection.sendall(hello(key, rank, server_challenge, rank_challenge))
+    return connection, Channel(key, rank, server_challenge, rank_challenge, is_rank_0=False)
 
 
-def say(connection: socket.socket, channel: Channel, text: str) -> None:
+def send(connection: socket.socket, channel: Channel, text: str) -> None:
     connection.sendall(channel.line(text))
     channel.count_sent()
 
 
-def answers(connection: socket.socket, channel: Channel) -> bool:
-    """Whether rank 0 goes on answering this rank."""
-    say(connection, channel, '{"phase": "step 1", "age": 0.5}')
+def is_answered(connection: socket.socket, channel: Channel) -> bool:
+    """Whether rank 0 replies to a message of this rank."""
+    send(connection, channel, '{"phase": "step 1", "age": 0.5}')
     texts: list[str] = []
     while not texts:
         texts = channel.feed(connection.recv(1 << 16))
@@ -99,58 +100,62 @@ ATTACKS = {
     "objects": b'{"a":' * 1000 + b"\n",
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "number": b"5\n",
-    "no utf-8": bytes(range(128, 256)) + b"\n",
-    "nothing": b"\n\n\n",
-    "the old hello": b'{"rank": 0, "token": "x", "phase": "p", "age": 0}\n',
-    "a hello of nobody": b"1 " + b"0" * 32 + b" " + b"0" * 64 + b"\n",
+    "not UTF-8": bytes(range(128, 256)) + b"\n",
+    "empty lines": b"\n\n\n",
+    "hello of an earlier version": b'{"rank": 0, "token": "x", "phase": "p", "age": 0}\n',
+    "unsigned hello": b"1 " + b"0" * 32 + b" " + b"0" * 64 + b"\n",
     "huge rank": b"9" * 4000 + b" " + b"0" * 32 + b" " + b"0" * 64 + b"\n",
     "endless": b"x" * (1 << 20),
 }
 
 
-def test_whatever_a_stranger_sends_ends_that_connection_only():
-    """And an endless line after 4 KB. Two ranks join, are answered and leave as if nobody had been there."""
+def test_invalid_data_closes_only_its_own_connection():
+    """An endless line after 4 KB. Two ranks then connect and get replies; no failure is recorded."""
     with served() as (first, address), ExitStack() as stack:
         for data in ATTACKS.values():
-            stranger = stack.enter_context(connect(address))
+            connection = stack.enter_context(connect(address))
             try:
-                stranger.sendall(data)
+                connection.sendall(data)
             except ConnectionError:
                 continue  # closed in the middle
-            assert closed(stranger)
+            assert wait_closed(connection)
         first.start(address)
-        rank, channel = prove(address, 1)
-        assert len(line_of(rank)) == 64 and answers(rank, channel)
-        assert first._hub and not first._hub.signs and first._hub.decide_at is None
+        rank, channel = authenticate(address, 1)
+        assert len(read_line(rank)) == 64 and is_answered(rank, channel)
+        assert first._server and not first._server.failures and first._server.decide_at is None
 
 
-def test_a_connection_that_proves_nothing_is_closed_in_time(monkeypatch):
-    """A silent one and one that sends a byte now and then."""
-    monkeypatch.setattr(watchdog_server, "PROVE_WITHIN", 0.5)
+def test_a_connection_that_does_not_authenticate_itself_is_closed_in_time(monkeypatch):
+    """One that sends nothing, and one that sends an incomplete line."""
+    monkeypatch.setattr(rank_connections, "AUTHENTICATE_WITHIN", 0.5)
     with served() as (_, address), connect(address) as silent, connect(address) as slow:
         slow.sendall(b"1")
-        assert closed(silent) and closed(slow)
+        assert wait_closed(silent) and wait_closed(slow)
 
 
-def test_no_crowd_of_strangers_keeps_ranks_out_or_fills_the_hub():
-    """456 connections ended runs by EMFILE. The oldest make room; when all ranks are there the port is closed."""
+def test_many_unauthenticated_connections_do_not_keep_ranks_out():
+    """456 connections once ended runs with EMFILE. The oldest are closed; with all ranks connected, the port is too."""
     with served() as (first, address), ExitStack() as stack:
-        assert first._hub
+        assert first._server
         for _ in range(456):
             stack.enter_context(connect(address))
-        wait_for(lambda: len(first._hub.strangers) <= MAX_UNAUTHENTICATED + 2 if first._hub else False)
+        wait_for(
+            lambda: (
+                len(first._server.connections.unauthenticated) <= MAX_UNAUTHENTICATED + 2 if first._server else False
+            )
+        )
         first.start(address)
         second = watchdog(1)
         second.start(address)
-        second._leaving = True
-        assert first._hub.peers.keys() == {0, 1}
-        wait_for(lambda: first._hub and not first._hub.strangers)
+        second._done = True
+        assert first._server.connections.ranks.keys() == {0, 1}
+        wait_for(lambda: first._server and not first._server.connections.unauthenticated)
         with pytest.raises(ConnectionRefusedError):
             connect(address)
 
 
-def test_without_file_descriptors_the_hub_waits_and_does_not_spin():
-    """accept fails with EMFILE: strangers go, and ranks get in when there are descriptors again."""
+def test_without_file_descriptors_the_server_pauses():
+    """accept fails with EMFILE: unauthenticated connections are closed, and ranks connect once descriptors are free."""
     with served() as (first, address), ExitStack() as stack:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         host, port, _ = address.split()
@@ -159,49 +164,49 @@ def test_without_file_descriptors_the_hub_waits_and_does_not_spin():
         begin = time.process_time()
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (used + 3, hard))
-            for stranger in waiting:
-                stranger.connect((host, int(port)))
+            for connection in waiting:
+                connection.connect((host, int(port)))
             time.sleep(1)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert time.process_time() - begin < 0.8
         first.start(address)
-        rank, channel = prove(address, 1)
-        assert len(line_of(rank)) == 64 and answers(rank, channel)
+        rank, channel = authenticate(address, 1)
+        assert len(read_line(rank)) == 64 and is_answered(rank, channel)
 
 
-def test_a_recorded_hello_and_a_second_rank_are_refused():
-    """Whoever has seen all of rank 1's handshake and lines can neither repeat nor replace it."""
+def test_a_replayed_hello_and_a_second_connection_of_a_rank_are_refused():
+    """An eavesdropper on rank 1's handshake and lines can neither replay nor replace them."""
     with served(3) as (first, address):
         connection = connect(address)
         key = derive(launch_secret(), "watchdog", address.split()[2])
-        theirs, ours = line_of(connection).decode(), challenge()
-        recorded = hello(key, 1, theirs, ours)
+        server_challenge, rank_challenge = read_line(connection).decode(), challenge()
+        recorded = hello(key, 1, server_challenge, rank_challenge)
         connection.sendall(recorded)
-        channel = Channel(key, 1, theirs, ours, serves=False)
-        assert len(line_of(connection)) == 64 and answers(connection, channel)
+        channel = Channel(key, 1, server_challenge, rank_challenge, is_rank_0=False)
+        assert len(read_line(connection)) == 64 and is_answered(connection, channel)
         replay = connect(address)
-        assert line_of(replay).decode() != theirs
+        assert read_line(replay).decode() != server_challenge
         replay.sendall(recorded)
-        assert closed(replay)
-        for rank in (1, 3, 9_999_999):  # it is here; there is none
-            other, _ = prove(address, rank)
-            assert closed(other)
-        assert answers(connection, channel)
-        assert first._hub and first._hub.peers.keys() == {1} and not first._hub.signs
+        assert wait_closed(replay)
+        for rank in (1, 3, 9_999_999):  # connected already; no such rank
+            other, _ = authenticate(address, rank)
+            assert wait_closed(other)
+        assert is_answered(connection, channel)
+        assert first._server and first._server.connections.ranks.keys() == {1} and not first._server.failures
 
 
-def test_lines_that_are_forged_or_repeated_end_the_connection():
-    """A line of somebody who has taken over the connection counts for nothing but its loss."""
+def test_a_replayed_line_closes_the_connection():
+    """As if the rank had exited: the failure says that a line was not signed."""
     with served() as (first, address):
-        rank, channel = prove(address, 1)
-        assert len(line_of(rank)) == 64
+        rank, channel = authenticate(address, 1)
+        assert len(read_line(rank)) == 64
         line = channel.line('{"phase": "a", "age": 0}')
         rank.sendall(line + line)
-        assert closed(rank)
-        assert first._hub
-        wait_for(lambda: first._hub and first._hub.signs)
-        assert "not signed by the other end" in first._hub.signs[0][1]
+        assert wait_closed(rank)
+        assert first._server
+        wait_for(lambda: first._server and first._server.failures)
+        assert "not signed by the other end" in first._server.failures[0][1]
 
 
 MALFORMED = [
@@ -216,33 +221,33 @@ MALFORMED = [
 ]  # fmt: skip
 
 
-def test_a_rank_that_sends_nonsense_is_not_believed_and_does_not_end_the_hub():
-    """Wrong types, missing fields, numbers that are none: nothing of it is taken over, and no sign of an end."""
+def test_malformed_messages_of_a_rank_are_ignored():
+    """Wrong types, missing fields, NaN: the rank's state stays as it was, and no failure is recorded."""
     with served() as (first, address):
-        rank, channel = prove(address, 1)
-        assert len(line_of(rank)) == 64 and answers(rank, channel)
+        rank, channel = authenticate(address, 1)
+        assert len(read_line(rank)) == 64 and is_answered(rank, channel)
         for text in MALFORMED:
-            say(rank, channel, text)
-        assert answers(rank, channel)
-        assert first._hub
-        peer = first._hub.peers[1]
-        assert (peer.phase, peer.age, peer.report, peer.left) == ("step 1", 0.5, None, False)
-        assert not first._hub.signs
+            send(rank, channel, text)
+        assert is_answered(rank, channel)
+        assert first._server
+        one = first._server.connections.ranks[1]
+        assert (one.phase, one.age, one.collectives, one.done) == ("step 1", 0.5, None, False)
+        assert not first._server.failures
 
 
 @pytest.mark.parametrize(
     "answer", [b"", b"\xff\xfe\n", b"[" * 1000 + b"\n", b"x" * 10_000, b"0" * 32 + b"\n" + b"1" * 64]
 )
-def test_what_is_not_rank_0_is_an_error_with_words_for_a_rank(answer):
-    """A program at rank 0's port that says anything: exit code 4 and one line."""
+def test_a_program_that_is_not_rank_0_is_reported(answer):
+    """Whatever it sends at rank 0's address: exit code 4 and one line."""
 
     def serve(listener: socket.socket) -> None:
-        with suppress(OSError):  # closed, at the end
+        with suppress(OSError):  # the listener is closed at the end
             while True:
                 with listener.accept()[0] as connection:
                     connection.settimeout(1)
                     connection.sendall(answer)
-                    closed(connection)
+                    wait_closed(connection)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = threading.Thread(target=serve, args=(listener,))
@@ -257,7 +262,7 @@ def test_what_is_not_rank_0_is_an_error_with_words_for_a_rank(answer):
 
 
 @pytest.mark.parametrize("address", ["", "x", "127.0.0.1 x y", "127.0.0.1 99999 00", "127.0.0.1 5 6 7", "\0 1 2"])
-def test_an_address_that_is_none_is_an_error_with_words(address):
+def test_an_invalid_address_is_reported(address):
     rank = watchdog(1, lost_after=3)
     rank.limits = WatchdogLimits(600, 0.3)
     with pytest.raises(LostRankError, match="cannot connect to rank 0"):
@@ -265,36 +270,38 @@ def test_an_address_that_is_none_is_an_error_with_words(address):
 
 
 @pytest.mark.launch
-def test_rank_0_without_the_launchers_secret_is_not_believed(monkeypatch):
-    """Whoever can read the store knows the number of the start, and can neither join nor be joined."""
+def test_a_rank_and_rank_0_with_different_secrets_refuse_each_other(monkeypatch):
+    """The nonce can be read from the store; without the secret it lets nobody connect, nor be taken for rank 0."""
     monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
     with served() as (_, address):
-        wrong, _ = prove(address, 1, secret=b"guessed")
-        assert closed(wrong)
+        wrong, _ = authenticate(address, 1, secret=b"guessed")
+        assert wait_closed(wrong)
         monkeypatch.setenv("MYTHOS_SECRET", "another")
-        rank = watchdog(1, lost_after=5)  # in which a busy machine ends one handshake
+        rank = watchdog(1, lost_after=5)  # long enough for one handshake on a busy machine
         with pytest.raises(LostRankError, match="MYTHOS_SECRET differs"):
             rank.start(address)
         monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
-        right, channel = prove(address, 1)
-        assert len(line_of(right)) == 64 and answers(right, channel)
+        right, channel = authenticate(address, 1)
+        assert len(read_line(right)) == 64 and is_answered(right, channel)
 
 
-def test_rank_0_listens_at_the_address_it_gives_and_nowhere_else():
+def test_rank_0_listens_only_at_the_address_that_it_returns():
     with served() as (first, address):
-        assert first._hub and first._hub._listener.getsockname()[0] == "127.0.0.1" == address.split()[0]
+        assert (
+            first._server and first._server.connections._listener.getsockname()[0] == "127.0.0.1" == address.split()[0]
+        )
         others = socket.gethostbyname_ex(socket.gethostname())[2]
         for other in others:
             if not other.startswith("127."):
                 with pytest.raises(OSError):
-                    socket.create_connection((other, first._hub.port), timeout=1)
+                    socket.create_connection((other, first._server.connections.port), timeout=1)
 
 
 @pytest.mark.launch
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the exit in a thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit in a thread
 @pytest.mark.parametrize("late", [0.0, 4.5])
-def test_a_rank_whose_connection_broke_ends_as_lost_however_late_the_cause_is_known(late, monkeypatch, capsys):
-    """Two threads slept the same four seconds: the one that ends with 4, and the one that raises and ends with 1."""
+def test_a_broken_connection_ends_a_rank_with_code_4_however_late_rank_0_exits(late, monkeypatch, capsys):
+    """Two threads used to wait the same four seconds: one exits with 4, the other raises and exits with 1."""
     codes: list[int] = []
 
     def leave(code: int) -> None:
@@ -305,48 +312,48 @@ def test_a_rank_whose_connection_broke_ends_as_lost_however_late_the_cause_is_kn
     with served() as (first, address):
         first.start(address)
         rank = watchdog(1)
-        rank.rank_info = replace(rank.rank_info, local_rank=0)  # the one that has words
+        rank.rank_info = replace(rank.rank_info, local_rank=0)  # the one that prints the reason
         rank.start(address)
-        assert first._hub
-        connection = first._hub.peers[1].connection
-        first._hub.peers[1].left = True  # its verdict is not what is waited for
+        assert first._server
+        connection = first._server.connections.ranks[1].socket
+        first._server.connections.ranks[1].done = True  # so that the server reports no failure of rank 1
         monkeypatch.setattr(rank, "_send", lambda message: None)
         if late:
             threading.Timer(late, connection.shutdown, [socket.SHUT_RDWR]).start()
         else:
             connection.shutdown(socket.SHUT_RDWR)
-            wait_for(lambda: rank._rank_0_ended)
+            wait_for(lambda: rank._rank_0_exited)
         with pytest.raises(SystemExit):
             rank.fail(RuntimeError("Connection closed by peer [127.0.0.1]:39001"))
     assert set(codes) == {4} and not rank._failed
-    assert "rank 0 on 127.0.0.1 ended" in capsys.readouterr().err
+    assert "rank 0 on 127.0.0.1 exited" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("unread", [False, True])
-def test_rank_0_has_ended_with_or_without_a_reset(unread):
-    """The kernel resets the connection of a process that is killed before it has read everything."""
+def test_an_exit_of_rank_0_is_noticed_with_or_without_a_reset(unread):
+    """The kernel resets the connection of a process that is killed with unread data."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
         theirs, _ = server.accept()
         ours.sendall(b"x" * unread)
         if unread:
             wait_for(lambda: theirs.recv(1, socket.MSG_PEEK))
         theirs.close()
-        channel = Channel(derive(b"s", "watchdog", "n"), 1, challenge(), challenge(), serves=False)
-        assert watchdog(1)._watch(ours, channel) == ("rank 0 on 127.0.0.1 ended", True)
+        channel = Channel(derive(b"s", "watchdog", "n"), 1, challenge(), challenge(), is_rank_0=False)
+        assert watchdog(1)._monitor(ours, channel) == ("rank 0 on 127.0.0.1 exited", True)
 
 
-def test_a_rank_that_never_connects_is_a_sign_of_an_end():
-    """It was there at the roll call; without it rank 0 would wait for ten minutes."""
+def test_a_rank_that_never_connects_is_a_failure():
+    """It completed the rendezvous; without this check rank 0 would wait for ten minutes."""
     first = watchdog()
     first.limits = WatchdogLimits(600, 0.1 - watchdog_server._CONNECT_MORE)
     first.serve(["a", "b"], "127.0.0.1")
-    assert first._hub
-    assert first._hub.finished.wait(60)
-    assert "rank 1 on b came to the roll call and did not connect" in first._hub.signs[1][1]
+    assert first._server
+    assert first._server.finished.wait(60)
+    assert "rank 1 on b did not connect to the watchdog after the rendezvous" in first._server.failures[1][1]
 
 
-def test_the_secret_of_a_launch_comes_from_whatever_the_launcher_gives(tmp_path):
-    """All of it counts, and a file only if nobody else can read it."""
+def test_the_launch_secret_is_derived_from_all_that_the_launcher_provides(tmp_path):
+    """A file that other users can read is refused."""
     file = tmp_path / "secret"
     file.write_text("abc\n")
     file.chmod(0o600)
@@ -354,21 +361,21 @@ def test_the_secret_of_a_launch_comes_from_whatever_the_launcher_gives(tmp_path)
         {}, {"MYTHOS_SECRET": "abc"}, {"TORCHELASTIC_RUN_ID": "abc"}, {"MYTHOS_SECRET_FILE": str(file)},
         {"MYTHOS_SECRET": "abc", "TORCHELASTIC_RUN_ID": "abc"}, {"MYTHOS_SECRET": "abcabc"},
     ]  # fmt: skip
-    found = [launch_secret(environment) for environment in environments]
-    assert found[0] == b"" and len(set(found)) == len(found)
-    assert verify(found[1], "card", sign(found[1], "card", "text")) == "text"
-    for secret, purpose in ((found[2], "card"), (found[1], "verdict")):
+    derived = [launch_secret(environment) for environment in environments]
+    assert derived[0] == b"" and len(set(derived)) == len(derived)
+    assert verify(derived[1], "card", sign(derived[1], "card", "text")) == "text"
+    for secret, purpose in ((derived[2], "card"), (derived[1], "verdict")):
         with pytest.raises(ValueError):
-            verify(secret, purpose, sign(found[1], "card", "text"))
+            verify(secret, purpose, sign(derived[1], "card", "text"))
     file.chmod(0o640)
-    with pytest.raises(UserError, match="that nobody else can read"):
+    with pytest.raises(UserError, match="that other users cannot read"):
         launch_secret({"MYTHOS_SECRET_FILE": str(file)})
     with pytest.raises(UserError, match="cannot be read"):
         launch_secret({"MYTHOS_SECRET_FILE": str(tmp_path / "none")})
 
 
-def test_many_ranks_speak_less_often_and_are_waited_for_longer():
-    """500 of them a second, and nobody is lost who has missed no more than two turns."""
+def test_many_ranks_send_less_often_and_lost_after_grows():
+    """500 messages a second at most, and a rank may miss two of its messages."""
     watchdog = Watchdog(RankInfo(world_size=20000), WatchdogLimits(600, 30), CollectiveRecorder())
     assert watchdog.limits.lost_after == 120
     assert Watchdog(RankInfo(world_size=400), WatchdogLimits(600, 30), CollectiveRecorder()).limits.lost_after == 30

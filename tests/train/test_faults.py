@@ -87,12 +87,17 @@ def ended(result: Launch, fault_rank: int, code: int) -> None:
 @pytest.mark.parametrize(
     ("fault", "limit", "code", "why"),
     [
-        ("kill@3:1", "", -signal.SIGKILL, "rank 1 on {node} ended without a word"),
+        ("kill@3:1", "", -signal.SIGKILL, "rank 1 on {node} exited unexpectedly"),
         # The launcher here kills a frozen rank in the end, as srun and torchrun do.
-        ("freeze@3:1", "faults.lost_after=10", -signal.SIGKILL, "rank 1 on {node} has said nothing for 10 s"),
-        ("hang@3:1", "faults.hang_after=15", 4, "longer than 15 s: rank 1 on {node} (at cluster/inject.py"),
-        ("kill@3:0", "", -signal.SIGKILL, "rank 0 on 127.0.0.1 ended"),
-        ("freeze@3:0", "faults.lost_after=10", -signal.SIGKILL, "rank 0 on 127.0.0.1 has not answered for 10 s"),
+        ("freeze@3:1", "faults.lost_after=10", -signal.SIGKILL, "rank 1 on {node} has not responded for 10 s"),
+        (
+            "hang@3:1",
+            "faults.hang_after=15",
+            4,
+            "hang_after=15 s: rank 1 on {node} (at cluster/inject.py",
+        ),
+        ("kill@3:0", "", -signal.SIGKILL, "rank 0 on 127.0.0.1 exited"),
+        ("freeze@3:0", "faults.lost_after=10", -signal.SIGKILL, "rank 0 on 127.0.0.1 has not responded for 10 s"),
     ],
 )
 def test_a_rank_that_is_lost_or_hangs_is_named_and_ends_the_run(fault, limit, code, why, settings, whole, tmp_path):

@@ -1,11 +1,11 @@
-"""Authenticated messages between the ranks of one launch: HMAC-SHA256 with a secret that the launcher hands out.
+"""Authenticated messages between the ranks of one launch: HMAC-SHA256 with a secret that the launcher distributes.
 
-Two ranks prove to each other that they know the key without sending it: each signs the other's fresh random number, so
-a recorded handshake is of no use later. After that every line carries a MAC over a counter and its text, so lines
-cannot be forged, replayed, reordered or sent back. Nothing is encrypted: what ranks tell each other is no secret.
+In the handshake each side signs a random challenge of the other, which proves that it knows the key without sending it,
+so a recorded handshake cannot be replayed. After that every line carries a MAC over a counter and its text, so lines
+cannot be forged, replayed, reordered or sent back. Nothing is encrypted: the messages are not confidential.
 
-The trap: torch's store is open to whoever reaches its port, so a key that lies only there protects against programs
-that cannot reach it, not against those that can. `launch_secret` therefore reads the launcher's own secret.
+The trap: anyone who reaches the port of torch's store can read and write it, so a key that is only there gives no
+protection from them. `launch_secret` therefore reads the launcher's own secret.
 """
 
 import hashlib
@@ -19,16 +19,17 @@ from pathlib import Path
 
 from mythos_dist.errors import UserError
 
-LINE_BYTES = 4096  # at most, of a connection that has not proved itself
-_PEER_LINE_BYTES = 1 << 22  # at most, of one that has: a report names up to all ranks of a run
+LINE_BYTES = 4096  # limit for a connection that is not authenticated
+_RANK_LINE_BYTES = 1 << 22  # limit for one that is: a CollectiveState may list all ranks of a run
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 def launch_secret(environment: Mapping[str, str] | None = None) -> bytes:
-    """What only processes of this launch know, the same on all ranks; empty where the launcher gives nothing.
+    """The secret of this launch, the same on all ranks; empty if the launcher provides none.
 
-    From MYTHOS_SECRET_FILE (launch/deepspeed.sh), MYTHOS_SECRET (launch/slurm.sbatch, or the user) and torchrun's run
-    id, which is random with --standalone. Raises UserError for a file that cannot be read or that others can.
+    Derived from MYTHOS_SECRET_FILE (launch/deepspeed.sh), MYTHOS_SECRET (launch/slurm.sbatch, or the user) and
+    torchrun's run id, which is random with --standalone. Raises UserError for a file that this user cannot read or that
+    other users can.
     """
     env = os.environ if environment is None else environment
     digest = hashlib.sha256()
@@ -45,43 +46,44 @@ def launch_secret(environment: Mapping[str, str] | None = None) -> bytes:
 def _read_secret(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:
-            about = os.fstat(stream.fileno())
-            if not stat.S_ISREG(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
                 raise _unusable(
                     file,
-                    "must be a file of yours that nobody else can read; make it with "
+                    "must be a regular file that belongs to you and that other users cannot read; create it with "
                     "`umask 077; openssl rand -hex 32 >FILE`, or unset MYTHOS_SECRET_FILE",
                 )
-            if not (secret := stream.read(LINE_BYTES).strip()):
-                raise _unusable(file, "is empty; make it with `openssl rand -hex 32`, or unset MYTHOS_SECRET_FILE")
+            secret = stream.read(LINE_BYTES).strip()
+            if not secret:
+                raise _unusable(file, "is empty; create it with `openssl rand -hex 32`, or unset MYTHOS_SECRET_FILE")
             return secret
     except OSError as error:
         raise _unusable(
-            file, f"cannot be read ({error.strerror}); give a file that all nodes see, or unset it"
+            file, f"cannot be read ({error.strerror}); set it to a file that all nodes see, or unset it"
         ) from None
 
 
-def _unusable(file: Path, why: str) -> UserError:
-    error = UserError(f"MYTHOS_SECRET_FILE={file} {why}")
+def _unusable(file: Path, problem: str) -> UserError:
+    error = UserError(f"MYTHOS_SECRET_FILE={file} {problem}")
     error.only_this_rank = True  # perhaps only on this node
     return error
 
 
 def derive(secret: bytes, *parts: str) -> bytes:
-    """A key or MAC for one purpose. Parts hold no NUL, so different parts never give the same bytes."""
+    """A key or MAC for one purpose. Parts contain no NUL, so different parts never give the same bytes."""
     return hmac.digest(secret, "\0".join(parts).encode(), "sha256")
 
 
 def sign(secret: bytes, purpose: str, text: str) -> str:
-    """`text` with its MAC, for a place where others can write."""
+    """`text` after its MAC, to be stored where others can write."""
     return f"{derive(secret, purpose, text).hex()} {text}"
 
 
-def verify(secret: bytes, purpose: str, sealed: bytes | str) -> str:
-    """What `sign` was given. Raises ValueError if it was changed, or was sealed with another secret or purpose."""
+def verify(secret: bytes, purpose: str, signed: bytes | str) -> str:
+    """The text that `sign` was given. Raises ValueError if it was changed, or signed with another secret or purpose."""
     try:
-        text = sealed if isinstance(sealed, str) else sealed.decode()
-        mac, _, text = text.partition(" ")
+        decoded = signed if isinstance(signed, str) else signed.decode()
+        mac, _, text = decoded.partition(" ")
         if hmac.compare_digest(mac.encode(), derive(secret, purpose, text).hex().encode()):
             return text
     except UnicodeError:
@@ -90,61 +92,61 @@ def verify(secret: bytes, purpose: str, sealed: bytes | str) -> str:
 
 
 def challenge() -> str:
-    """A random number that was never used before."""
+    """A fresh random number."""
     return secrets.token_hex(16)
 
 
-def hello(key: bytes, rank: int, theirs: str, ours: str) -> bytes:
-    """The line by which `rank` proves itself: `theirs` is rank 0's challenge, `ours` the one for rank 0 to sign."""
-    return f"{rank} {ours} {derive(key, 'rank', str(rank), theirs, ours).hex()}\n".encode()
+def hello(key: bytes, rank: int, server_challenge: str, rank_challenge: str) -> bytes:
+    """The line by which `rank` authenticates itself: it answers rank 0's challenge and sends its own."""
+    mac = derive(key, "rank", str(rank), server_challenge, rank_challenge).hex()
+    return f"{rank} {rank_challenge} {mac}\n".encode()
 
 
-def read_hello(key: bytes, line: bytes, challenge: str) -> tuple[int, str]:
-    """(rank, its challenge) of a line made by `hello`. Raises ValueError for any other."""
-    found = re.fullmatch(rb"(\d{1,7}) ([0-9a-f]{32}) ([0-9a-f]{64})", line)
-    if found:
-        rank, ours, mac = int(found[1]), found[2].decode(), found[3].decode()
-        if hmac.compare_digest(mac, derive(key, "rank", str(rank), challenge, ours).hex()):
-            return rank, ours
-    raise ValueError("no rank of this run")
+def read_hello(key: bytes, line: bytes, server_challenge: str) -> tuple[int, str]:
+    """(rank, its challenge) of a line from `hello`. Raises ValueError for any other line."""
+    match = re.fullmatch(rb"(\d{1,7}) ([0-9a-f]{32}) ([0-9a-f]{64})", line)
+    if match:
+        rank, rank_challenge, mac = int(match[1]), match[2].decode(), match[3].decode()
+        if hmac.compare_digest(mac, derive(key, "rank", str(rank), server_challenge, rank_challenge).hex()):
+            return rank, rank_challenge
+    raise ValueError("not a rank of this run")
 
 
-def welcome(key: bytes, rank: int, theirs: str, ours: str) -> bytes:
-    """Rank 0's answer to a hello: the same two numbers, signed for the other direction."""
-    return derive(key, "rank 0", str(rank), theirs, ours).hex().encode()
+def welcome(key: bytes, rank: int, server_challenge: str, rank_challenge: str) -> bytes:
+    """Rank 0's answer to a hello: both challenges, signed for the other direction."""
+    return derive(key, "rank 0", str(rank), server_challenge, rank_challenge).hex().encode()
 
 
 class Channel:
-    """Both directions of one connection after the handshake: lines with a MAC each."""
+    """Signs the lines that are sent over one connection after the handshake, and checks those received."""
 
-    def __init__(self, key: bytes, rank: int, theirs: str, ours: str, serves: bool):
-        """`serves`: this is rank 0's end. `theirs`, `ours`: the two challenges, in the order of `hello`."""
-        self._key = derive(key, "lines", str(rank), theirs, ours)
-        self._out, self._in = ("0", "1") if serves else ("1", "0")
-        self._sent = self._read = 0
-        self._received = b""
+    def __init__(self, key: bytes, rank: int, server_challenge: str, rank_challenge: str, is_rank_0: bool):
+        """is_rank_0: whether this is rank 0's end."""
+        self._key = derive(key, "lines", str(rank), server_challenge, rank_challenge)
+        self._out, self._in = ("0", "1") if is_rank_0 else ("1", "0")
+        self._num_sent = self._num_received = 0
+        self._unparsed = b""
 
     def line(self, text: str) -> bytes:
-        """The next line to send; call `count_sent` once it is on its way."""
-        return f"{self._mac(self._out, self._sent, text)} {text}\n".encode()
+        """The next line to send; call `count_sent` once it was sent."""
+        return f"{self._mac(self._out, self._num_sent, text)} {text}\n".encode()
 
     def count_sent(self) -> None:
-        self._sent += 1
+        self._num_sent += 1
 
     def feed(self, data: bytes) -> list[str]:
         """The texts of all lines that are now complete. Raises ValueError if one is forged or too long."""
-        *lines, self._received = (self._received + data).split(b"\n")
-        if len(self._received) > _PEER_LINE_BYTES or any(len(line) > _PEER_LINE_BYTES for line in lines):
-            raise ValueError(f"a line of more than {_PEER_LINE_BYTES} bytes")
+        *lines, self._unparsed = (self._unparsed + data).split(b"\n")
+        if len(self._unparsed) > _RANK_LINE_BYTES or any(len(line) > _RANK_LINE_BYTES for line in lines):
+            raise ValueError(f"a line of more than {_RANK_LINE_BYTES} bytes")
         texts = []
         for line in lines:
             mac, _, rest = line.partition(b" ")
             text = rest.decode()  # a UnicodeDecodeError is a ValueError
-            if not _DIGEST.fullmatch(mac) or not hmac.compare_digest(
-                mac.decode(), self._mac(self._in, self._read, text)
-            ):
+            expected = self._mac(self._in, self._num_received, text)
+            if not _DIGEST.fullmatch(mac) or not hmac.compare_digest(mac.decode(), expected):
                 raise ValueError("a line that is not signed by the other end")
-            self._read += 1
+            self._num_received += 1
             texts.append(text)
         return texts
 

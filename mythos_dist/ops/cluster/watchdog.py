@@ -1,13 +1,12 @@
-"""Notices ranks that hang, stop or vanish, and ends the run on all ranks within seconds, stacks in their logs.
+"""Detects ranks that hang, stop or exit, and ends the run on all ranks within seconds, with stacks in their logs.
 
-Every rank tells rank 0 each second where it is; rank 0 answers. Whose connection closes without a goodbye has died, who
-says nothing for `lost_after` seconds is stopped or cut off, and who stays in one phase (a step, a save) for longer than
-`hang_after` hangs: then all ranks report what they wait for, and rank 0 says which of them did not arrive.
-A rank that hears nothing from rank 0 ends by itself, because the run will be started again without it.
+Each rank sends its phase (a step, a checkpoint) to rank 0 every second, and rank 0 replies. From these messages
+`watchdog_server.py` decides when the run has failed, and why; every rank then writes its stacks and exits. A rank that
+gets no reply from rank 0 exits as well, because the run will be restarted without it.
 
-Threads and sockets of our own, because a store of torch answers no faster than its slowest key, waits without a limit
-when a cable is pulled, and does not tell when a client dies. The trap: a thread cannot speak while another holds the
-interpreter's lock, so `lost_after` must be longer than any such stretch; imports are behind us when this starts.
+It uses its own threads and sockets, because a TCPStore of torch is as slow as its slowest key, waits without a limit
+when a cable is pulled, and does not notice when a client exits. The trap: a thread cannot send while another one holds
+the interpreter lock, so `lost_after` must exceed the longest time that happens; imports are done before this starts.
 """
 
 import contextlib
@@ -27,214 +26,213 @@ import torch.distributed as dist
 
 from mythos_dist.errors import EXIT_LOST_RANK, LostRankError, first_line, report_to_launcher
 from mythos_dist.ops.cluster.authentication import LINE_BYTES, Channel, challenge, derive, hello, launch_secret, welcome
-from mythos_dist.ops.cluster.recorder import CollectiveRecorder, where
-from mythos_dist.ops.cluster.watchdog_server import (
-    SETTLE_SECONDS,
-    Message,
-    Order,
-    Report,
-    WatchdogLimits,
-    WatchdogServer,
-)
+from mythos_dist.ops.cluster.recorder import CollectiveRecorder, main_thread_location
+from mythos_dist.ops.cluster.watchdog_protocol import RankMessage, ServerMessage, WatchdogLimits
+from mythos_dist.ops.cluster.watchdog_server import SETTLE_SECONDS, WatchdogServer
 from mythos_dist.parallel.launcher import RankInfo
 
 log = logging.getLogger(__name__)
-_CONNECTION_WORDS = ("onnection", "ocket", "NCCL", "imed out", "gloo", "roken pipe", "eset by peer")
+# Parts of the messages of RuntimeErrors that gloo and NCCL raise when a connection breaks.
+_CONNECTION_ERRORS = ("onnection", "ocket", "NCCL", "imed out", "gloo", "roken pipe", "eset by peer")
 
 
 class Watchdog:
-    """One rank's side of it; on rank 0 the other side too."""
+    """The watchdog of one rank; rank 0 also runs the server."""
 
     def __init__(self, rank_info: RankInfo, limits: WatchdogLimits, recorder: CollectiveRecorder):
-        # Rank 0 hears 500 ranks a second, whose words cost it a hundredth of a core.
+        # Rank 0 gets 500 messages a second at most, which cost it a hundredth of a core.
         self._interval = max(1.0, rank_info.world_size / 500)
         limits = replace(limits, lost_after=max(limits.lost_after, 3 * self._interval))
         self.rank_info, self.limits, self.recorder = rank_info, limits, recorder
-        self.on_failure: Callable[[str], None] = lambda why: None  # rank 0: write down why the run ends
-        self.keepalive: Callable[[], None] = lambda: None  # rank 0: called every ten seconds
-        self._phase, self._since = "start", time.monotonic()
-        self._leaving = self._failed = False
-        self._leaves = threading.Event()  # the main thread is on its way out: `leave` or `fail`
-        self._rank_0_ended = False
+        self.on_failure: Callable[[str], None] = lambda reason: None  # on rank 0: records why the run ends
+        self.keepalive: Callable[[], None] = lambda: None  # on rank 0: called every ten seconds
+        self._phase, self._phase_started = "start", time.monotonic()
+        self._done = self._failed = False
+        self._exiting = threading.Event()  # the main thread has called `leave` or `fail`
+        self._rank_0_exited = False
         self._socket: socket.socket | None = None
         self._channel: Channel | None = None
-        self._hub: WatchdogServer | None = None
+        self._server: WatchdogServer | None = None
         self._send_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def serve(self, nodes: list[str], address: str = "") -> str:
-        """On rank 0: listen at `address` for ranks on `nodes`. Returns what the others need to connect: host, port and
-        a number of this start, which is no secret."""
-        number = secrets.token_hex(8)
-        keepalive = lambda: self.keepalive()  # noqa: E731 - whatever it is by then
-        self._hub = WatchdogServer(nodes, self.limits, self._key(number), keepalive, address)
-        return f"{address or self.rank_info.master_addr or '127.0.0.1'} {self._hub.port} {number}"
+        """On rank 0: start the server at `address` for ranks on `nodes`. Returns what `start` needs on all ranks: host,
+        port and a nonce of this start, which is not secret."""
+        nonce = secrets.token_hex(8)
+        keepalive = lambda: self.keepalive()  # noqa: E731 - `self.keepalive` is set later
+        self._server = WatchdogServer(nodes, self.limits, self._key(nonce), keepalive, address)
+        return f"{address or self.rank_info.master_addr or '127.0.0.1'} {self._server.connections.port} {nonce}"
 
     def start(self, address: str) -> None:
-        """Connect to rank 0, which has given `address`, and watch from here on. Raises LostRankError if that fails."""
-        end, why = time.monotonic() + self.limits.lost_after, ""
-        while time.monotonic() < end:
+        """Connect to rank 0 at `address`, which `serve` returned, and start. Raises LostRankError if that fails."""
+        deadline, problem = time.monotonic() + self.limits.lost_after, ""
+        while time.monotonic() < deadline:
             try:
-                host, port, number = address.split()
+                host, port, nonce = address.split()
                 self._socket = socket.create_connection((host, int(port)), timeout=min(5, self.limits.lost_after))
-                self._channel = self._prove(self._socket, self._key(number))
+                self._channel = self._handshake(self._socket, self._key(nonce))
                 break
             except (OSError, ValueError, OverflowError) as error:
-                why = first_line(error)
+                problem = first_line(error)
                 time.sleep(0.2)
         if self._socket is None or self._channel is None:
             raise LostRankError(
-                f"{self.rank_info} cannot connect to rank 0 on {self.rank_info.master_addr} at {address!r}: {why}"
+                f"{self.rank_info} cannot connect to rank 0 on {self.rank_info.master_addr} at {address!r}: {problem}"
             )
-        self._send(Message(phase=self._phase))
+        self._send(RankMessage(phase=self._phase))
         self._thread.start()
 
     @staticmethod
-    def _key(number: str) -> bytes:
-        return derive(launch_secret(), "watchdog", number)
+    def _key(nonce: str) -> bytes:
+        return derive(launch_secret(), "watchdog", nonce)
 
-    def _prove(self, connection: socket.socket, key: bytes) -> Channel:
-        """The handshake. Raises OSError or ValueError if rank 0 does not prove that it is of this run."""
-        with connection.makefile("rb", buffering=0) as lines:  # what comes behind the two lines is left for `_watch`
-            theirs, ours = lines.readline(LINE_BYTES).strip().decode(), challenge()
-            connection.sendall(hello(key, self.rank_info.rank, theirs, ours))
-            if lines.readline(LINE_BYTES).strip() != welcome(key, self.rank_info.rank, theirs, ours):
+    def _handshake(self, connection: socket.socket, key: bytes) -> Channel:
+        """Raises OSError or ValueError if rank 0 does not prove that it belongs to this run."""
+        rank = self.rank_info.rank
+        with connection.makefile("rb", buffering=0) as lines:  # unbuffered: later lines are for `_monitor`
+            server_challenge, rank_challenge = lines.readline(LINE_BYTES).strip().decode(), challenge()
+            connection.sendall(hello(key, rank, server_challenge, rank_challenge))
+            if lines.readline(LINE_BYTES).strip() != welcome(key, rank, server_challenge, rank_challenge):
                 raise ValueError("it refused this rank, or is not rank 0 of this launch (MYTHOS_SECRET differs?)")
-        return Channel(key, self.rank_info.rank, theirs, ours, serves=False)
+        return Channel(key, rank, server_challenge, rank_challenge, is_rank_0=False)
 
     def enter_phase(self, phase: str) -> None:
-        """A new phase begins: it may take `hang_after` seconds from now."""
-        self._phase, self._since = phase, time.monotonic()
+        """A new phase begins: it may take `hang_after` seconds."""
+        self._phase, self._phase_started = phase, time.monotonic()
 
     def heartbeat(self) -> None:
-        """The present phase is a long one and has got on: it may take so long again."""
-        self._since = time.monotonic()
+        """A long phase makes progress: it may take `hang_after` seconds from now."""
+        self._phase_started = time.monotonic()
 
     def leave(self) -> None:
-        """This rank is done: that its peers end does not matter any more. Rank 0 waits for their goodbyes."""
-        self._leaving = True
-        self._leaves.set()
-        self._send(Message(bye=True))
-        if self._hub:
-            self._hub.all_left.wait(SETTLE_SECONDS + 3)
+        """This rank is done: it ignores the exit of others. Rank 0 waits until all ranks are done."""
+        self._done = True
+        self._exiting.set()
+        self._send(RankMessage(bye=True))
+        if self._server:
+            self._server.all_done.wait(SETTLE_SECONDS + 3)
 
     def fail(self, error: BaseException) -> None:
-        """This rank ends with an error: let the others know, and wait until they do. Does not return if another rank
-        was the cause: this process then ends as the others do."""
-        if self._socket is None or self._leaving:
+        """This rank ends with an error: report it, and wait until the run ends. If the error is a consequence of
+        another rank's exit, this does not return: the process exits as the other ranks do."""
+        if self._socket is None or self._done:
             return
-        consequence = self._is_consequence(error)  # the verdict says of what
-        self._failed = not consequence
+        is_consequence = self._is_consequence(error)
+        self._failed = not is_consequence
         text = f"{type(error).__name__}: {first_line(error)}"[:2000]
         if self._failed and self.rank_info.rank == 0:
             self.on_failure(f"{self.rank_info} failed: {text}")
-        self._leaves.set()
-        self._send(Message(failed=text, cause=self._failed))
-        # The verdict, the end of rank 0 or its silence: one of them comes.
-        limit = self.limits.lost_after + 30
-        if self._hub:
-            self._hub.finished.wait(limit)
-        self._thread.join(limit)
-        if consequence:
-            self._end(f"the other ranks cannot be reached: {text}")
+        self._exiting.set()
+        self._send(RankMessage(failed=text, cause=self._failed))
+        # The thread ends when rank 0 sends the reason, exits or stops responding.
+        timeout = self.limits.lost_after + 30
+        if self._server:
+            self._server.finished.wait(timeout)
+        self._thread.join(timeout)
+        if is_consequence:
+            self._exit(f"the other ranks cannot be reached: {text}")
 
     def _is_consequence(self, error: BaseException) -> bool:
-        """Of the end of another rank: a connection broke."""
+        """Whether the error is that a connection to another rank broke."""
         if isinstance(error, (dist.DistError, ConnectionError, TimeoutError)):
             return True
-        words = str(error)
-        return isinstance(error, RuntimeError) and (
-            self._rank_0_ended or any(word in words for word in _CONNECTION_WORDS)
-        )
+        if not isinstance(error, RuntimeError):
+            return False
+        message = str(error)
+        return self._rank_0_exited or any(part in message for part in _CONNECTION_ERRORS)
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: RankMessage) -> None:
         if self._socket is None or self._channel is None:
             return
-        with contextlib.suppress(OSError), self._send_lock:  # the reading side notices
+        with contextlib.suppress(OSError), self._send_lock:  # `_monitor` notices that the connection is broken
             line = self._channel.line(message.model_dump_json(exclude_defaults=True))
             self._channel.count_sent()
             self._socket.sendall(line)
 
     def _run(self) -> None:
-        """In the thread: watch until the run ends, then end this process."""
+        """The thread: monitor until the run ends, then exit this process."""
         assert self._socket is not None and self._channel is not None
-        why, of_rank_0 = self._watch(self._socket, self._channel)
-        if of_rank_0:
-            self._rank_0_ended = True
-            self._leaves.wait(
-                SETTLE_SECONDS + 3
-            )  # this rank may be on its way out by itself, and say more than we could
+        reason, rank_0_exited = self._monitor(self._socket, self._channel)
+        if rank_0_exited:
+            self._rank_0_exited = True
+            self._exiting.wait(SETTLE_SECONDS + 3)  # the main thread may fail too, with a more specific error
         if not self._failed:
-            self._end(why)
+            self._exit(reason)
 
-    def _watch(self, connection: socket.socket, channel: Channel) -> tuple[str, bool]:
-        """Returns why this rank has to end, and whether that is because rank 0 has ended or is silent."""
-        told, heard = 0.0, time.monotonic()
-        connection.settimeout(self.limits.lost_after)  # for what is sent
-        reading = selectors.DefaultSelector()
-        reading.register(connection, selectors.EVENT_READ)
+    def _monitor(self, connection: socket.socket, channel: Channel) -> tuple[str, bool]:
+        """Returns why this rank must exit, and whether the reason is that rank 0 exited or its connection broke."""
+        rank_0 = f"rank 0 on {self.rank_info.master_addr}"
+        last_sent, last_received = 0.0, time.monotonic()
+        connection.settimeout(self.limits.lost_after)  # for sending
+        readable = selectors.DefaultSelector()
+        readable.register(connection, selectors.EVENT_READ)
         while True:
             now = time.monotonic()
-            if now - told >= self._interval:
-                told = now
-                self._send(Message(phase=self._phase, age=now - self._since))
+            if now - last_sent >= self._interval:
+                last_sent = now
+                self._send(RankMessage(phase=self._phase, age=now - self._phase_started))
             try:
-                data = connection.recv(1 << 16) if reading.select(0.2) else None
+                data = connection.recv(1 << 16) if readable.select(0.2) else None
                 if data == b"":
-                    return f"rank 0 on {self.rank_info.master_addr} ended", True
+                    return f"{rank_0} exited", True
                 texts = channel.feed(data or b"")
             except (ConnectionResetError, BrokenPipeError):  # it was killed before it had read all that we sent
-                return f"rank 0 on {self.rank_info.master_addr} ended", True
+                return f"{rank_0} exited", True
             except OSError as error:
-                return f"the connection to rank 0 on {self.rank_info.master_addr} broke ({error.strerror})", True
+                return f"the connection to {rank_0} broke ({error.strerror})", True
             except ValueError as error:
-                return f"the connection to rank 0 on {self.rank_info.master_addr} brought {first_line(error)}", True
+                return f"received invalid data from {rank_0}: {first_line(error)}", True
             for text in texts:
-                order = self._read(text)
-                heard = time.monotonic() if order else heard
-                if order and order.report:
-                    self._dump(order.report)
-                    self._send(Message(report=Report(**self.recorder.report())))
-                if order and order.end:
-                    return order.end, False
-            if now - heard > self.limits.lost_after:
+                message = self._parse(text)
+                if message is None:
+                    continue
+                last_received = time.monotonic()
+                if message.report:
+                    self._dump_stacks(message.report)
+                    self._send(RankMessage(report=self.recorder.state()))
+                if message.end:
+                    return message.end, False
+            if now - last_received > self.limits.lost_after:
                 return (
-                    f"rank 0 on {self.rank_info.master_addr} has not answered for {self.limits.lost_after:g} s: it is "
-                    f"stopped, or the network between it and {self.rank_info.node} is cut"
-                ), False
+                    f"{rank_0} has not responded for {self.limits.lost_after:g} s: the process is suspended, or the "
+                    f"network between it and {self.rank_info.node} is down",
+                    False,
+                )
 
-    def _read(self, text: str) -> Order | None:
+    def _parse(self, text: str) -> ServerMessage | None:
         try:
-            return Order.model_validate_json(text)
+            return ServerMessage.model_validate_json(text)
         except ValueError as error:
-            log.warning("rank 0 sent what is no message: %s", " ".join(str(error).split())[:500])
+            log.warning("invalid message from rank 0: %s", " ".join(str(error).split())[:500])
             return None
 
-    def _end(self, why: str) -> None:
-        """End this process, unless it is done."""
-        if self._leaving:
+    def _exit(self, reason: str) -> None:
+        """Exit this process, unless it is done."""
+        if self._done:
             return
-        self._dump(why)
-        log.info("this rank ends: %s; it was in %s", why, self._phase)
+        self._dump_stacks(reason)
+        log.info("this rank exits in phase %r: %s", self._phase, reason)
         if self.rank_info.local_rank == 0:
-            print(f"error: {self.rank_info} ends: {why}", file=sys.stderr, flush=True)
+            print(f"error: {self.rank_info} exits: {reason}", file=sys.stderr, flush=True)
         if self.rank_info.rank == 0:
             report_to_launcher(EXIT_LOST_RANK)
             try:
-                self.on_failure(why)
+                self.on_failure(reason)
             except Exception:
-                log.exception("why the run ends could not be written down")
-            if self._hub:
-                self._hub.finished.wait(SETTLE_SECONDS + 10)  # the others still have to hear of it
+                log.exception("cannot record why the run ends")
+            if self._server:
+                self._server.finished.wait(SETTLE_SECONDS + 10)  # until the other ranks have read the reason
         logging.shutdown()
         os._exit(EXIT_LOST_RANK)
 
-    def _dump(self, why: str) -> None:
-        """The stacks of all threads into this rank's log."""
-        log.info("%s. What every thread of this rank is doing:", why)  # not for the console, which gets one line
+    def _dump_stacks(self, reason: str) -> None:
+        """Write the stacks of all threads to this rank's log file, not to the console."""
+        log.info("%s. Stacks of all threads of this rank:", reason)
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.FileHandler) and handler.stream:
                 handler.flush()
                 faulthandler.dump_traceback(handler.stream, all_threads=True)
-                handler.stream.write(f"last collective: {self.recorder.describe()}, at {where()}\n")
+                location = main_thread_location()
+                handler.stream.write(f"last collective: {self.recorder.describe()}, at {location}\n")
                 handler.flush()
