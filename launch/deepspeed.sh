@@ -1,57 +1,58 @@
 #!/usr/bin/env bash
-# Train on the hosts of a hostfile through DeepSpeed's launcher, and start again after a failure; `--help` says more.
+# Train on the hosts of a hostfile through DeepSpeed's launcher, and restart after failures; see `--help`.
 
 usage() {
     cat <<'HELP'
 usage: launch/deepspeed.sh HOSTFILE CONFIG.yaml [section.key=value ...]
 
-Starts one rank per slot on the hosts of HOSTFILE (lines `HOST slots=N`, see hostfile.example), which reach the project
-folder and run.dir under the same paths and this machine's ssh without a password. Relative paths in the config and on
-the command line count from the project folder; HOSTFILE and CONFIG.yaml may also lie where you are.
+Starts one rank per slot on the hosts of HOSTFILE (lines `HOST slots=N`, see hostfile.example). All hosts need the
+project folder and run.dir under the same paths, and ssh from this machine without a password. Relative paths in the
+config and on the command line are relative to the project folder; HOSTFILE and CONFIG.yaml are also looked up in the
+current folder.
 
-Ctrl-C, SIGTERM and SIGUSR1 stop the run behind its next step and a checkpoint, and so does a file run.dir/STOP; a
-second Ctrl-C or SIGTERM kills it. After a failure all that is left of the run is killed on all hosts, and it starts
-again from the newest checkpoint; a host that is down is waited for. From the environment:
+Ctrl-C, SIGTERM, SIGUSR1 or a file run.dir/STOP stop the run after its current step, with a checkpoint; a second Ctrl-C
+or SIGTERM kills it. After a failure, all remaining processes of the run are killed on all hosts, and it restarts from
+the newest checkpoint, waiting for hosts that are down. Environment variables:
 
   LAUNCHER       pdsh (default), mpich, openmpi, or slurm (inside salloc, without ssh)
-  LAUNCHER_ARGS  more options for it
-  MAX_FAILURES   in a row, without a new checkpoint in between: then it is not started again (3)
-  HOSTS_WITHIN   seconds in which hosts that went down must be back for the next start (600)
+  LAUNCHER_ARGS  more options for the launcher
+  MAX_FAILURES   consecutive failures without a new checkpoint after which it is not restarted (3)
+  HOSTS_WITHIN   seconds to wait for hosts that are down before a restart (600)
   PYTHON         the interpreter on all hosts (.venv/bin/python of the project)
-  MASTER_ADDR    how the others reach the first host, if not by its name in HOSTFILE
+  MASTER_ADDR    address of the first host for the others, if it differs from its name in HOSTFILE
 
-Variables that begin with NCCL_, GLOO_, TORCH_, UCX_, FI_, OMP_, WANDB_ or HF_ reach all ranks, as those of
-launch/env.sh do; keys and tokens do not, because they could be read in the list of processes.
+Variables that begin with NCCL_, GLOO_, TORCH_, UCX_, FI_, OMP_, WANDB_ or HF_, and those of launch/env.sh, are passed
+to all ranks. Keys and tokens are not, because they would be visible in process lists.
 
-Exit code 0: the run is done. 85: it was stopped; the same command goes on. 2: something has to be mended, and what. 3:
-a host is unfit. 5: training diverged. Others: the last failure.
+Exit codes: 0 the run is done; 85 stopped, the same command resumes; 2 configuration or input error; 3 a host is unfit;
+5 training diverged; others: of the last failure.
 HELP
 }
 
-say() { printf 'launch %(%F %T)T: %s\n' -1 "$*"; }
+log() { printf 'launch %(%F %T)T: %s\n' -1 "$*"; }
 fail() { # EXIT_CODE MESSAGE
     echo "error: $2" >&2
     exit "$1"
 }
-found_from_here() { # PATH: absolute if there is such a file where the user is
+resolve() { # PATH: absolute if the file exists relative to the current folder
     if [[ -f $1 ]]; then realpath "$1"; else echo "$1"; fi
 }
-ask() { "$python" -m mythos_dist.ops.cluster.allocation "$config" "$@"; }
-# What bash computes with may hold a command, so numbers from files and variables are looked at first.
+run_allocation() { "$python" -m mythos_dist.ops.cluster.allocation "$config" "$@"; }
+# Bash arithmetic runs commands in array subscripts, so numbers from files and variables are checked first.
 is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
-# Launchers put these words into command lines for shells on other hosts, and not all of them quote.
+# Launchers put these values into command lines for shells on other hosts, and not all launchers quote them.
 check_plain() { # NAME VALUE
-    [[ ! $2 =~ [^[:alnum:]_@%+=:,./-] && $2 != -* ]] || fail 2 "$1=$2: launchers give it to shells on other hosts; \
-use letters, digits and _@%+=:,./- only"
+    [[ ! $2 =~ [^[:alnum:]_@%+=:,./-] && $2 != -* ]] || fail 2 "$1=$2: launchers pass it to shells on other hosts; \
+use only letters, digits and _@%+=:,./-"
 }
-is_done() { [[ -e $run_dir/COMPLETED ]] && ask --finished; }
+is_done() { [[ -e $run_dir/COMPLETED ]] && run_allocation --finished; }
 
-# --- The hosts
+# --- Hosts
 
-# Without these ssh waits for ever for a host that has lost its power, and whoever started it too.
+# By default ssh, and whoever runs it, waits forever for a host that has lost power.
 ssh_options='-o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3'
 
-# Runs bash with the script on standard input; arguments go to the script.
+# Runs bash with the script on standard input and these arguments.
 on_host() { # HOST [ARGUMENT ...]
     if [[ $launcher == slurm ]]; then
         srun --overlap --quiet --nodes=1 --ntasks=1 --nodelist="$1" bash -s -- "${@:2}"
@@ -59,7 +60,7 @@ on_host() { # HOST [ARGUMENT ...]
         ssh -o BatchMode=yes $ssh_options -- "$1" "bash -s -- $(printf '%q ' "${@:2}")"
     fi
 }
-on_all_hosts() { # SCRIPT [ARGUMENT ...]: at the same time; prints the hosts where it fails
+on_all_hosts() { # SCRIPT [ARGUMENT ...]: in parallel; prints the hosts where it fails
     local host running=()
     for host in "${hosts[@]}"; do
         { on_host "$host" "${@:2}" <<<"$1" >/dev/null 2>&1 || echo "$host"; } &
@@ -76,9 +77,9 @@ check_launcher() {
     mpich | openmpi) program=mpirun ;;
     *) fail 2 "LAUNCHER=$launcher; set it to one of pdsh, mpich, openmpi, slurm" ;;
     esac
-    command -v "$program" >/dev/null || fail 2 "LAUNCHER=$launcher, but there is no $program here; install it"
+    command -v "$program" >/dev/null || fail 2 "LAUNCHER=$launcher needs $program, which is not installed here"
     [[ $launcher != slurm || ${SLURM_JOB_ID:-} ]] ||
-        fail 2 "LAUNCHER=slurm works inside an allocation; start it from salloc --nodes=${#hosts[@]} \
+        fail 2 "LAUNCHER=slurm needs an allocation; run it in salloc --nodes=${#hosts[@]} \
 --ntasks-per-node=$ranks_per_node, or use launch/slurm.sbatch"
 }
 
@@ -86,69 +87,68 @@ missing_hosts() { # on one line
     on_all_hosts 'cd "$1" && [[ -x $2 && -r $3 ]]' "$project" "$python" "$config" | paste -sd' '
 }
 
-# A host that is down may be on its way up again.
-wait_for_hosts() {
+wait_for_hosts() { # a host that is down may be rebooting
     local begin=$SECONDS missing
     while missing=$(missing_hosts) && [[ $missing ]]; do
-        ((SECONDS - begin < HOSTS_WITHIN)) || fail 3 "not to be reached for $HOSTS_WITHIN s: $missing; mend it, or \
-take it out of $hostfile"
-        say "not to be reached: $missing; waiting"
+        ((SECONDS - begin < HOSTS_WITHIN)) || fail 3 "unreachable for $HOSTS_WITHIN s: $missing; repair the host, or \
+remove it from $hostfile"
+        log "unreachable: $missing; waiting"
         sleep 10
         [[ ! -e $run_dir/STOP ]] || return
     done
-    ((SECONDS == begin)) || kill_leftovers # of a host that was cut off, not down
+    ((SECONDS == begin)) || kill_remaining # a host that was cut off, not down, may still run ranks
 }
 
-# What belongs to this launch has its name in the environment: no other process of the user is meant, and neither is a
-# shell that only speaks of it.
-kill_leftovers() {
+# Processes of this launch have its name in their environment. Others of the same user, and shells that only have the
+# name in their command line, are not killed.
+kill_remaining() {
     local unreached
     unreached=$(on_all_hosts 'for file in /proc/[0-9]*/environ; do
         pid=${file#/proc/}
         if grep -qzxF "MYTHOS_LAUNCH=$1" "$file" 2>/dev/null; then kill -KILL "${pid%/environ}"; fi
     done; true' "$launch")
-    [[ -z $unreached ]] || say "not reached, ranks may go on there: $(paste -sd' ' <<<"$unreached")"
+    [[ -z $unreached ]] || log "unreachable, ranks may still be running there: $(paste -sd' ' <<<"$unreached")"
 }
 
 # --- One start
 
-choose_port() { # below the ports that kernels give to outgoing connections
+choose_port() { # below the ephemeral ports
     MASTER_PORT=$((10000 + RANDOM % 20000))
     while timeout 2 bash -c ': <"/dev/tcp/$1/$2"' bash "$MASTER_ADDR" "$MASTER_PORT" 2>/dev/null; do
         ((MASTER_PORT += 1))
     done
 }
 
-# pdsh and mpirun pass no variables on; DeepSpeed passes on those of this file.
+# pdsh and mpirun pass no variables on; DeepSpeed passes on those in this file.
 write_env_file() {
-    local name value theirs
-    theirs=$(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX|FI|OMP|WANDB|HF)_|^LD_LIBRARY_PATH$' |
+    local name value names
+    names=$(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX|FI|OMP|WANDB|HF)_|^LD_LIBRARY_PATH$' |
         grep -vE 'KEY|TOKEN|SECRET')
-    for name in $(printf '%s\n' $theirs "${env_names[@]}" MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE MYTHOS_LAUNCH \
+    for name in $(printf '%s\n' $names "${env_names[@]}" MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE MYTHOS_LAUNCH \
         MYTHOS_BAD_NODES MYTHOS_VERDICT MYTHOS_SECRET_FILE \
         ${MYTHOS_CHECKPOINT_KEY_FILE:+MYTHOS_CHECKPOINT_KEY_FILE} | sort -u); do
         value=${!name}
-        # DeepSpeed puts values with other characters into quotes, and not all launchers take them off.
+        # DeepSpeed quotes values with other characters, and not all launchers remove the quotes.
         if [[ $value =~ [^[:alnum:]_@%+=:,./-] ]]; then
-            say "$name=$value does not reach the ranks: LAUNCHER=$launcher would change its characters" >&2
+            log "$name=$value is not passed to the ranks: LAUNCHER=$launcher would change its characters" >&2
         else
             echo "$name=$value"
         fi
     done >"$DS_ENV_FILE"
 }
 
-start() { # starts DeepSpeed's launcher: $launched
+start() { # start DeepSpeed's launcher in the background: $launched
     local more='' options=(
         --hostfile="$run_dir/launch/hostfile" --launcher="$launcher" --master_addr="$MASTER_ADDR" --force_multi --log_level=warning
     )
     choose_port
     options+=(--master_port="$MASTER_PORT")
     case $launcher in
-    # DeepSpeed's slurm launcher drops --module, so `-m` goes in as if it were the name of the script.
+    # DeepSpeed's slurm launcher drops --module, so `-m` is passed in place of the script's name.
     slurm) more="--nodes=${#hosts[@]} --ntasks-per-node=$ranks_per_node --nodelist=$(IFS=, && echo "${hosts[*]}") \
 --kill-on-bad-exit=1 --label" program=(-- -m mythos_dist.train) ;;
-    # Its mpich launcher takes --module for a helper of its own, too, which is none. The folder of a script is no place
-    # to import from (Python 3.11 and newer).
+    # Its mpich launcher applies --module to a helper script of its own, which is not a module. PYTHONSAFEPATH keeps the
+    # folder of the script out of sys.path (Python 3.11 and newer).
     mpich) program=("$project/mythos_dist/train/__main__.py") && export PYTHONSAFEPATH=1 ;;
     pdsh) program=(--module --no_local_rank mythos_dist.train) ;;
     openmpi) program=(--module mythos_dist.train) ;;
@@ -156,58 +156,59 @@ start() { # starts DeepSpeed's launcher: $launched
     more+=" ${LAUNCHER_ARGS:-}"
     rm -f "$MYTHOS_BAD_NODES" "$MYTHOS_VERDICT"
     MYTHOS_LAUNCH=$launch write_env_file
-    # In a session of its own, so that Ctrl-C reaches this script alone.
+    # In its own session, so that only this script gets Ctrl-C.
     MYTHOS_LAUNCH=$launch setsid "$python" -m deepspeed.launcher.runner "${options[@]}" --launcher_args="${more# }" \
         "${program[@]}" "$config" &
     launched=$!
 }
 
 stopping='' interrupted='' launched=''
-on_signal() {
+handle_signal() { # NAME
     interrupted=yes
-    if [[ $stopping == [IT]* && $1 == [IT]* ]]; then # INT or TERM, both times
-        say "killing the run"
+    if [[ $stopping == [IT]* && $1 == [IT]* ]]; then # the second INT or TERM
+        log "killing the run"
         trap '' INT TERM
-        kill_leftovers
+        kill_remaining
         kill -KILL -- "-$launched"
         return
     fi
-    [[ $stopping ]] || say "SIG$1: the run stops behind its next step (Ctrl-C, again, kills it)"
-    stopping=$1 # first: a second signal may come while `touch` runs
+    [[ $stopping ]] || log "SIG$1: the run stops after the current step (press Ctrl-C again to kill it)"
+    stopping=$1 # before `touch`, which a second signal may interrupt
     touch "$run_dir/STOP"
 }
 
-wait_for_it() { # exit_code
+wait_for_launcher() { # exit_code
     while :; do
         interrupted=''
-        wait "$launched" # a signal ends the waiting, but not the launcher
+        wait "$launched" # a signal interrupts `wait`, but does not end the launcher
         exit_code=$?
         [[ $interrupted ]] || break
     done
 }
 
-# --- What next? Returns if the run shall start again.
+# --- After a start
 
-decide() {
+decide_next() { # returns if the run is to be restarted
     if is_done; then
-        say "the run is done"
+        log "the run is done"
         exit 0
     fi
-    kill_leftovers
-    # Launchers return 0 when they are killed, or what became of the ranks that they killed: the ranks' own word counts.
-    local told=''
-    [[ ! -s $MYTHOS_VERDICT ]] || read -r told <"$MYTHOS_VERDICT"
-    ! is_number "$told" || exit_code=$told
+    kill_remaining
+    # Launchers return 0 when they are killed, or the exit code of ranks that they killed. The ranks' own report has
+    # precedence.
+    local reported=''
+    [[ ! -s $MYTHOS_VERDICT ]] || read -r reported <"$MYTHOS_VERDICT"
+    ! is_number "$reported" || exit_code=$reported
     if [[ -s $MYTHOS_BAD_NODES ]]; then
-        fail 3 "unfit: $(sort -u "$MYTHOS_BAD_NODES" | paste -sd' '); mend it, or take it out of $hostfile"
+        fail 3 "unfit nodes: $(sort -u "$MYTHOS_BAD_NODES" | paste -sd' '); repair them, or remove them from $hostfile"
     elif ((exit_code == 2 || exit_code == 5)); then
-        exit "$exit_code" # the run has said why
+        exit "$exit_code" # the ranks have printed the reason
     elif ((exit_code == 85)); then
-        say "stopped; the same command goes on"
+        log "stopped; the same command resumes the run"
         exit 85
     fi
     ((exit_code)) || exit_code=1
-    [[ -z $stopping ]] || fail "$exit_code" "ended without a checkpoint of its last step; the same command goes on"
+    [[ -z $stopping ]] || fail "$exit_code" "ended without a checkpoint of the last step; the same command resumes"
     count_failure
 }
 
@@ -217,29 +218,15 @@ count_failure() {
     [[ $newest == "${before-$newest}" ]] || failures=0
     before=$newest
     ((failures += 1))
-    say "exit code $exit_code: failure $failures of $MAX_FAILURES without a new checkpoint"
-    ((failures < MAX_FAILURES)) || fail "$exit_code" "not started again; see $run_dir/logs"
+    log "exit code $exit_code: failure $failures of $MAX_FAILURES without a new checkpoint"
+    ((failures < MAX_FAILURES)) || fail "$exit_code" "not restarted; see $run_dir/logs"
 }
 
-# By which the ranks of this launch know each other: in a file, because the environment goes through command lines.
-make_secret() {
-    MYTHOS_SECRET_FILE=$run_dir/launch/secret-$launch
-    (umask 077 && head -c 32 /dev/urandom | base64 >"$MYTHOS_SECRET_FILE")
-    if [[ $(stat -c %a "$MYTHOS_SECRET_FILE") != 600 ]]; then
-        say "others can read files in $run_dir, whose file system has no modes: ranks trust whoever can reach them"
-        rm -f "$MYTHOS_SECRET_FILE" && unset MYTHOS_SECRET_FILE
-    fi
-}
+# --- Before the first start
 
-clean_up() {
-    rm -f "$DS_ENV_FILE" ${MYTHOS_SECRET_FILE:+"$MYTHOS_SECRET_FILE"} "$run_dir/STOP" # a request that nobody is left to hear must not stop the next start
-}
-
-main() {
-    [[ ${1:-} != --help && ${1:-} != -h ]] || { usage && exit 0; }
-    (($# >= 2)) || fail 2 "launch/deepspeed.sh wants a hostfile and a config; see --help"
-    overrides=("${@:3}") launcher=${LAUNCHER:-pdsh} failures=0
-    hostfile=$(found_from_here "$1") config=$(found_from_here "$2")
+read_settings() { # HOSTFILE CONFIG.yaml
+    launcher=${LAUNCHER:-pdsh} failures=0
+    hostfile=$(resolve "$1") config=$(resolve "$2")
     cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." || exit
     project=$PWD
     hostfile=$(realpath -m "$hostfile")
@@ -248,32 +235,38 @@ main() {
     : "${MAX_FAILURES:=3}" "${HOSTS_WITHIN:=600}"
     local name
     for name in MAX_FAILURES HOSTS_WITHIN; do
-        is_number "${!name}" || fail 2 "$name=${!name}: set it to a number"
+        is_number "${!name}" || fail 2 "$name=${!name} is not a number"
     done
-    run_dir=$(ask "${overrides[@]}" --hostfile="$hostfile") || exit
+    run_dir=$(run_allocation "${overrides[@]}" --hostfile="$hostfile") || exit
     run_dir=$(realpath -m "$run_dir")
     check_plain PYTHON "$python"
     check_plain "the project folder" "$project"
     check_plain run.dir "$run_dir"
     check_plain MASTER_ADDR "${MASTER_ADDR:-}"
+}
+
+write_inputs() { # what the launcher and the ranks read: a hostfile and a config
     mkdir -p "$run_dir/launch"
-    # What was checked is what is used: DeepSpeed reads a hostfile by rules of its own.
-    ask "${overrides[@]}" --hosts="$hostfile" >"$run_dir/launch/hostfile" || exit
+    # The hosts that were checked: DeepSpeed parses hostfiles differently.
+    run_allocation "${overrides[@]}" --hosts="$hostfile" >"$run_dir/launch/hostfile" || exit
     mapfile -t hosts < <(sed 's/ slots=.*//' "$run_dir/launch/hostfile")
     ranks_per_node=$(sed -n '1s/.*slots=//p' "$run_dir/launch/hostfile")
-    # As one file: shells and launchers on the way would take settings apart at their braces and spaces.
-    ask "${overrides[@]}" --write="$run_dir/launch/config.yaml" || exit
+    # Overrides are in this file because shells and launchers would split them at braces and spaces.
+    run_allocation "${overrides[@]}" --write="$run_dir/launch/config.yaml" || exit
     config=$run_dir/launch/config.yaml
-    if is_done; then
-        say "the run in $run_dir is done already"
-        exit 0
-    fi
+}
+
+check_hosts() { # and count the cores of the first one, which may differ from this machine
     check_launcher
+    local missing
     missing=$(missing_hosts)
-    [[ -z $missing ]] || fail 2 "$missing: not to be reached without a password, or $project, $python or $config is \
-not there; try \`ssh HOST ls $project\`, and share the folder"
-    cores=$(on_host "${hosts[0]}" <<<nproc) # this machine may be another kind
+    [[ -z $missing ]] || fail 2 "$missing: unreachable without a password, or $project, $python or $config does not \
+exist there; try \`ssh HOST ls $project\`, and share the folder"
+    cores=$(on_host "${hosts[0]}" <<<nproc)
     is_number "$cores" || cores=1
+}
+
+export_variables() {
     source launch/env.sh
     unset MYTHOS_LAUNCH
     launch=$(hostname)-$$-$(date +%s)
@@ -283,19 +276,48 @@ not there; try \`ssh HOST ls $project\`, and share the folder"
     DS_ENV_FILE=$(mktemp)
     export PDSH_SSH_ARGS_APPEND="$ssh_options ${PDSH_SSH_ARGS_APPEND:-}"
     export HYDRA_LAUNCHER_EXTRA_ARGS=$ssh_options OMPI_MCA_plm_rsh_args=$ssh_options # mpich, openmpi
+}
+
+# Ranks of this launch authenticate each other with it. In a file, because launchers put the environment into command
+# lines.
+make_secret() {
+    MYTHOS_SECRET_FILE=$run_dir/launch/secret-$launch
+    (umask 077 && head -c 32 /dev/urandom | base64 >"$MYTHOS_SECRET_FILE")
+    if [[ $(stat -c %a "$MYTHOS_SECRET_FILE") != 600 ]]; then
+        log "the file system of $run_dir does not protect files from other users: ranks do not authenticate each other"
+        rm -f "$MYTHOS_SECRET_FILE" && unset MYTHOS_SECRET_FILE
+    fi
+}
+
+clean_up() { # a STOP file that was not handled must not stop the next start
+    rm -f "$DS_ENV_FILE" ${MYTHOS_SECRET_FILE:+"$MYTHOS_SECRET_FILE"} "$run_dir/STOP"
+}
+
+main() {
+    [[ ${1:-} != --help && ${1:-} != -h ]] || { usage && exit 0; }
+    (($# >= 2)) || fail 2 "launch/deepspeed.sh needs a hostfile and a config; see --help"
+    overrides=("${@:3}")
+    read_settings "$1" "$2"
+    write_inputs
+    if is_done; then
+        log "the run in $run_dir is already done"
+        exit 0
+    fi
+    check_hosts
+    export_variables
     rm -f "$run_dir/STOP"
     trap clean_up EXIT
     local signal
     for signal in INT TERM USR1 HUP; do
-        trap "on_signal $signal" "$signal"
+        trap "handle_signal $signal" "$signal"
     done
     while :; do
-        say "start on ${#hosts[@]} hosts x $ranks_per_node ranks through $launcher, run $run_dir"
+        log "starting on ${#hosts[@]} hosts x $ranks_per_node ranks with $launcher, run $run_dir"
         start
-        wait_for_it
-        decide
+        wait_for_launcher
+        decide_next
         wait_for_hosts
-        [[ ! -e $run_dir/STOP ]] || { say "stopped" && exit 85; }
+        [[ ! -e $run_dir/STOP ]] || { log "stopped" && exit 85; }
     done
 }
 

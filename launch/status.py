@@ -1,7 +1,7 @@
-"""How a run is doing: running, finished, requeued, stopped, hung or dead; with its step, loss, speed and time to go.
+"""Show whether a run is running, finished, requeued, stopped, hung or dead, with its step, loss, speed and ETA.
 
-Asks the run folder and, if the run is a SLURM job, squeue; no rank is disturbed. Exit code 1: it is hung or dead, 2:
-there is no run in the folder, 0: all is in order.
+Reads the run folder and, for a SLURM job, squeue; it does not contact the ranks. Exit codes: 1 the run is hung or dead;
+2 there is no run in the folder; 0 otherwise.
 """
 
 import argparse
@@ -22,14 +22,14 @@ def parse() -> argparse.Namespace:
     add("run_dir", type=path_text, help="run.dir of the run")
     add("--json", action="store_true", help="print one line of JSON")
     seconds = number(0, 10**6, above=True)
-    add("--watch", type=seconds, nargs="?", const=10.0, metavar="SECONDS", help="again every so often (%(const)g s)")
-    patience = "without a step, no hang yet (%(default)g)"
-    add("--patience", type=seconds, default=PATIENCE, metavar="SECONDS", help=patience)
+    add("--watch", type=seconds, nargs="?", const=10.0, metavar="SECONDS", help="repeat every SECONDS (%(const)g)")
+    patience_help = "time without a step after which the run may be hung (%(default)g)"
+    add("--patience", type=seconds, default=PATIENCE, metavar="SECONDS", help=patience_help)
     return parse_arguments(parser)
 
 
 def main() -> None:
-    """Look once or, with --watch, until the run has ended and no job of it is left that could start it again."""
+    """Print the status once or, with --watch, until the run has ended and no SLURM job can restart it."""
     arguments = parse()
     while True:
         status = read_status(arguments.run_dir, arguments.patience)

@@ -1,6 +1,6 @@
-"""Check that a config fits on the nodes that are asked for, print the sbatch line for it, and submit it.
+"""Check that a config fits on the requested nodes, print the sbatch command, and submit it.
 
-Exit code 0: submitted, or printed with --dry-run. 2: something has to be mended, and what. Else sbatch's own.
+Exit codes: 0 submitted, or printed with --dry-run; 2 configuration or input error; others: sbatch's.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from pathlib import Path
 from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError, run_command
-from mythos_dist.ops.cluster.allocation import MAX_COUNT, check_allocation, even_allocation
+from mythos_dist.ops.cluster.allocation import check_allocation, even_allocation
+from mythos_dist.ops.cluster.hostfile import MAX_COUNT
 
 SCRIPT = Path(__file__).with_name("slurm.sbatch")
 
@@ -24,23 +25,29 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add_config(parser, "a YAML file, such as configs/1b.yaml")
     add("--nodes", type=int, required=True)
-    add("--ranks-per-node", type=int, help="--gpus-per-node where that is given, else 1")
+    add("--ranks-per-node", type=int, help="default: --gpus-per-node, else 1")
     add("--gpus-per-node", type=int)
     add("--cpus-per-rank", type=int)
-    add("--time", help="limit of one job, such as 24:00:00")
+    add("--time", help="time limit of one job, such as 24:00:00")
     add("--partition")
     add("--account")
-    add("--chain", type=int, metavar="K", help="K jobs, one after the other, none of which is requeued")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="one more, such as --sbatch=--qos=high")
-    add("--dry-run", action="store_true", help="print the line, submit nothing")
+    add("--chain", type=int, metavar="K", help="submit K jobs that run one after the other and are not requeued")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another option for sbatch, such as --sbatch=--qos=high; may be repeated",
+    )
+    add("--dry-run", action="store_true", help="print the command without submitting it")
     return parse_arguments(parser)
 
 
 def check_counts(arguments: argparse.Namespace) -> None:
-    """Raises UserError with every count that is none. SLURM would take 0 and less for something else."""
+    """Raises UserError with all counts out of range. SLURM gives 0 and negative values other meanings."""
     counts = {name: getattr(arguments, name) for name in ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank")}
     problems = [
-        f"--{name.replace('_', '-')} {number}: give a whole number from 1 to {MAX_COUNT:,}"
+        f"--{name.replace('_', '-')} {number}: give an integer from 1 to {MAX_COUNT:,}"
         for name, number in {**counts, "chain": arguments.chain}.items()
         if number is not None and not 1 <= number <= MAX_COUNT
     ]
@@ -48,8 +55,8 @@ def check_counts(arguments: argparse.Namespace) -> None:
         raise UserError(problems)
 
 
-def sbatch_line(arguments: argparse.Namespace, ranks_per_node: int, name: str) -> list[str]:
-    """What to type for it. The job is called as the run is: so chains by --dependency=singleton work too."""
+def sbatch_command(arguments: argparse.Namespace, ranks_per_node: int, name: str) -> list[str]:
+    """The sbatch command. The job has the run's name, so chains by --dependency=singleton work too."""
     options = {
         "job-name": name,
         "nodes": arguments.nodes,
@@ -61,9 +68,10 @@ def sbatch_line(arguments: argparse.Namespace, ranks_per_node: int, name: str) -
         "account": arguments.account,
         "array": f"1-{arguments.chain}%1" if arguments.chain else None,
     }
-    line = ["sbatch", *(f"--{option}={value}" for option, value in options.items() if value is not None)]
-    line += ["--no-requeue"] if arguments.chain else []
-    return [*line, *arguments.sbatch, str(SCRIPT), arguments.config, *arguments.overrides]
+    command = ["sbatch", *(f"--{option}={value}" for option, value in options.items() if value is not None)]
+    if arguments.chain:
+        command.append("--no-requeue")
+    return [*command, *arguments.sbatch, str(SCRIPT), arguments.config, *arguments.overrides]
 
 
 def main() -> None:
@@ -73,14 +81,14 @@ def main() -> None:
     check_counts(arguments)
     config = load_config(arguments.config, arguments.overrides)
     allocation = even_allocation(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
-    for line in check_allocation(config, allocation, arguments.config):
-        print(f"note: {line}", file=sys.stderr)
-    line = sbatch_line(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
-    print(shlex.join(line), flush=True)
+    for note in check_allocation(config, allocation, arguments.config):
+        print(f"note: {note}", file=sys.stderr)
+    command = sbatch_command(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
+    print(shlex.join(command), flush=True)
     if not arguments.dry_run and not shutil.which("sbatch"):
-        raise UserError("there is no sbatch here; give this command, or the line above, on a login node")
+        raise UserError("sbatch is not installed here; run this script, or the command above, on a login node")
     if not arguments.dry_run:
-        sys.exit(subprocess.run(line).returncode)
+        sys.exit(subprocess.run(command).returncode)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def test_a_cable_of_the_first_node(drill, undisturbed_wide, recovery):
             "freeze@10:1", f"rank 1 on node2 has not responded for {LOST_AFTER} s",
             marks=pytest.mark.long,  # the others notice as they do without power; train/test_faults.py freezes ranks
         ),
-        ("hang@10:1", f"step 10 exceeded faults.hang_after={HANG_AFTER} s: rank 1 on node2 (at cluster/inject.py"),
+        ("hang@10:1", f"step 10 exceeded faults.hang_after={HANG_AFTER} s: rank 1 on node2 (at ops/cluster/inject.py"),
     ],
 )  # fmt: skip
 def test_a_rank_that_dies_stops_or_hangs(drill, undisturbed, recovery, fault, why):

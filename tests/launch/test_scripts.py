@@ -1,6 +1,6 @@
-"""What launch scripts decide, with programs of our own for srun, scontrol, sinfo, ssh and DeepSpeed's launcher.
+"""The decisions of the launch scripts, with stubs of srun, scontrol, sinfo, ssh and DeepSpeed's launcher.
 
-tests/cluster has the real ones; here every decision is taken once, in a second.
+tests/cluster uses the real programs; here each decision takes a second.
 """
 
 import os
@@ -26,7 +26,7 @@ CLEAN = {
 }
 
 
-def program(path: Path, body: str) -> None:
+def write_program(path: Path, body: str) -> None:
     path.write_text(f"#!/usr/bin/env bash\n{body}\n")
     path.chmod(0o755)
 
@@ -38,7 +38,7 @@ def test_shell_scripts_are_valid_bash(name):
 
 
 @pytest.mark.parametrize("name", ["deepspeed.sh", "status.py", "submit.py"])
-def test_scripts_answer_help(name):
+def test_scripts_have_a_help_text(name):
     interpreter = "bash" if name.endswith(".sh") else sys.executable
     done = subprocess.run([interpreter, LAUNCH / name, "--help"], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
@@ -49,7 +49,7 @@ def test_scripts_answer_help(name):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """All variables that a program sees behind env.sh, of those that it sets."""
+    """The variables that env.sh sets, as a child process sees them."""
     script = (
         f'run_dir=/runs/x; ranks_per_node=4; source {LAUNCH}/env.sh; for n in "${{env_names[@]}}"; do printenv $n; done'
     )
@@ -60,8 +60,8 @@ def environment(**variables: str) -> dict[str, str]:
     return dict(zip(names.split(), values, strict=True))
 
 
-def test_the_folder_of_compiled_code_must_be_this_users_own(tmp_path):
-    """It is made for the user alone; with one that is a link, open to others or no folder nothing starts."""
+def test_the_folder_of_compiled_code_must_belong_to_the_user(tmp_path):
+    """It is created with mode 700; a link, a file or a folder that others can write to is refused."""
     folder = tmp_path / f"mythos_dist-{os.getuid()}"
     script = f"run_dir=/runs/x; ranks_per_node=4; source {LAUNCH}/env.sh; echo $TRITON_CACHE_DIR"
 
@@ -74,7 +74,7 @@ def test_the_folder_of_compiled_code_must_be_this_users_own(tmp_path):
     for mode in (0o777, 0o770, 0o702):
         folder.chmod(mode)
         done = sourced()
-        assert done.returncode == 2 and f"{folder} is no folder that is yours" in done.stderr
+        assert done.returncode == 2 and f"{folder} is not a folder that belongs to you" in done.stderr
     folder.rmdir()
     folder.symlink_to(tmp_path / "elsewhere")
     assert sourced().returncode == 2
@@ -85,13 +85,13 @@ def test_the_folder_of_compiled_code_must_be_this_users_own(tmp_path):
     assert sourced().returncode == 2
 
 
-def test_env_sets_what_is_not_set():
+def test_env_keeps_variables_that_are_set():
     assert environment()["NCCL_DEBUG"] == "WARN"
     assert environment(NCCL_DEBUG="INFO")["NCCL_DEBUG"] == "INFO"
     assert environment()["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/x/logs/nccl-rank-"
 
 
-def test_threads_are_those_of_slurm_or_a_ranks_share_of_the_cores_and_at_least_one():
+def test_threads_are_cpus_per_task_or_a_ranks_share_of_the_cores():
     assert environment(SLURM_CPUS_PER_TASK="12")["OMP_NUM_THREADS"] == "12"
     assert environment(cores="64")["OMP_NUM_THREADS"] == "16"
     assert environment(cores="2")["OMP_NUM_THREADS"] == "1"
@@ -101,7 +101,7 @@ def test_threads_are_those_of_slurm_or_a_ranks_share_of_the_cores_and_at_least_o
 # slurm.sbatch
 
 SRUN = """
-while [[ $1 == -* ]]; do shift; done   # its own options
+while [[ $1 == -* ]]; do shift; done   # options of srun
 case $3 in
     mythos_dist.train) echo "$MASTER_ADDR $MASTER_PORT" >> {work}/rendezvous; run={work}/run; source {work}/ranks ;;
     *) exec "$@" ;;
@@ -111,13 +111,13 @@ SCONTROL = """
 case "$1 $2" in
     "show job") cat {work}/job ;;
     "show hostnames") tr , '\\n' <<<"$3" ;;
-    *) echo "$@" >> {work}/asked ;;
+    *) echo "$@" >> {work}/scontrol_calls ;;
 esac
 """
 
 
 class Launch:
-    """A script of launch/ under way, among programs in `work`/bin."""
+    """A script of launch/ that finds the stubs in `work`/bin."""
 
     def __init__(self, work: Path, python: str):
         self.work, self.run_dir = work, work / "run"
@@ -125,7 +125,7 @@ class Launch:
         (work / "bin").mkdir()
 
     def command(self, **options: Any) -> list[Any]:
-        """What is typed before the config."""
+        """The command line before the config."""
         raise NotImplementedError
 
     def start(self, ranks: str, *overrides: str, **options: Any) -> subprocess.Popen:
@@ -142,7 +142,7 @@ class Launch:
 
 
 class Job(Launch):
-    """A job whose ranks do what the bash lines in `ranks` say; `$run` is their run folder."""
+    """A job whose ranks run the bash script `ranks`, in which `$run` is the run folder."""
 
     def __init__(self, work: Path):
         super().__init__(work, sys.executable)
@@ -152,14 +152,14 @@ class Job(Launch):
             "SLURM_JOB_PARTITION": "gpus",
             "SLURM_SUBMIT_DIR": str(work),
         }
-        program(work / "bin" / "srun", SRUN.format(work=work))
-        program(work / "bin" / "scontrol", SCONTROL.format(work=work))
-        program(work / "bin" / "sinfo", "printf 'node2\\nlocalhost\\nnode3\\nnode3\\n'")
-        program(work / "slurm_script", (LAUNCH / "slurm.sbatch").read_text())  # SLURM runs a copy
-        self.says("RUNNING")
+        write_program(work / "bin" / "srun", SRUN.format(work=work))
+        write_program(work / "bin" / "scontrol", SCONTROL.format(work=work))
+        write_program(work / "bin" / "sinfo", "printf 'node2\\nlocalhost\\nnode3\\nnode3\\n'")
+        write_program(work / "slurm_script", (LAUNCH / "slurm.sbatch").read_text())  # SLURM runs a copy
+        self.set_record("RUNNING")
 
-    def says(self, state: str, reason: str = "None", excluded: str = "(null)", requeue: int = 1) -> str:
-        """SLURM's record of the job, from now on; also as a line for `ranks`."""
+    def set_record(self, state: str, reason: str = "None", excluded: str = "(null)", requeue: int = 1) -> str:
+        """Set SLURM's record of the job; returns a command that does the same, for `ranks`."""
         text = f"""JobId=77 JobName=x
    JobState={state} Reason={reason} Dependency=(null)
    Requeue={requeue} Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
@@ -173,9 +173,9 @@ class Job(Launch):
         return ["bash", self.work / "slurm_script"]
 
     @property
-    def asked(self) -> list[str]:
-        """What scontrol was asked to change."""
-        file = self.work / "asked"
+    def scontrol_calls(self) -> list[str]:
+        """Arguments of the scontrol calls that change something."""
+        file = self.work / "scontrol_calls"
         return file.read_text().splitlines() if file.exists() else []
 
 
@@ -187,21 +187,21 @@ def job(tmp_path) -> Job:
 DONE = "mkdir -p $run/checkpoints; echo step-00000020 > $run/checkpoints/latest; touch $run/COMPLETED"
 
 
-def test_a_run_with_its_marker_is_done(job):
+def test_a_run_with_a_completed_file_is_done(job):
     assert job.run(DONE) == 0, job.err
-    assert job.asked == []
+    assert job.scontrol_calls == []
     assert "the run is done" in job.out
 
 
-def test_the_marker_counts_and_not_the_exit_code(job):
-    """srun left with 0, and the run is not done: a failure. And the other way round."""
+def test_the_completed_file_has_precedence_over_the_exit_code(job):
+    """srun returns 0 without the file: a failure. It returns 137 with the file: done."""
     assert job.run("exit 0") == 1
-    assert job.asked == ["requeue 77"]
+    assert job.scontrol_calls == ["requeue 77"]
     assert job.run(DONE + "; exit 137") == 0
 
 
 def test_a_done_run_starts_nothing(job):
-    """Later jobs of a chain; unless train.steps was raised."""
+    """Such as later jobs of a chain, unless train.steps was raised."""
     job.run(DONE)
     (job.work / "rendezvous").unlink()
     assert job.run("exit 1") == 0
@@ -211,22 +211,22 @@ def test_a_done_run_starts_nothing(job):
 
 
 @pytest.mark.parametrize("code", [2, 5])
-def test_what_a_person_has_to_mend_is_not_requeued(job, code):
+def test_errors_that_a_restart_would_repeat_are_not_requeued(job, code):
     assert job.run(f"exit {code}") == code
-    assert job.asked == []
+    assert job.scontrol_calls == []
 
 
-def test_the_word_that_ranks_leave_counts_more_than_what_srun_makes_of_their_end(job):
-    """One rank left with 5, srun killed the others: 143."""
+def test_the_exit_code_that_ranks_report_has_precedence_over_sruns(job):
+    """One rank exited with 5, then srun killed the others: 143."""
     assert job.run("echo 5 > $MYTHOS_VERDICT; exit 143") == 5
-    assert job.asked == []
-    assert job.run("exit 143") == 143  # a word is of one start
-    assert job.asked == ["requeue 77"]
+    assert job.scontrol_calls == []
+    assert job.run("exit 143") == 143  # the report of the previous start does not count
+    assert job.scontrol_calls == ["requeue 77"]
 
 
 @pytest.mark.parametrize("code", [85, 137])
-def test_a_warning_is_handed_to_srun_and_the_job_requeued(job, code):
-    """SIGUSR1 to the batch script, twice. Whatever ranks made of it, it is no failure of theirs."""
+def test_a_signal_is_forwarded_to_srun_and_the_job_requeued(job, code):
+    """SIGUSR1 to the batch script, twice. Whatever code ranks exit with, it does not count as a failure."""
     process = job.start(f"trap 'echo warned; exit {code}' USR1; touch $run/here; while :; do sleep 0.05; done")
     wait_for(job.run_dir / "here")
     process.send_signal(signal.SIGUSR1)
@@ -234,94 +234,94 @@ def test_a_warning_is_handed_to_srun_and_the_job_requeued(job, code):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == code
     assert "warned" in out
-    assert job.asked == ["requeue 77"]
+    assert job.scontrol_calls == ["requeue 77"]
     assert not (job.run_dir / "launch" / "failures").exists()
 
 
 def wait_for(file: Path) -> None:
     end = time.monotonic() + 240
     while not file.exists():
-        assert time.monotonic() < end, f"{file} did not come"
+        assert time.monotonic() < end, f"{file} was not created"
         time.sleep(0.02)
 
 
 def test_ranks_that_stopped_by_themselves_are_requeued(job):
-    """run.max_seconds, or a preemption of which SLURM told the ranks alone."""
+    """run.max_seconds, or a preemption where SLURM signals only the ranks."""
     assert job.run("exit 85") == 85
-    assert job.asked == ["requeue 77"]
+    assert job.scontrol_calls == ["requeue 77"]
 
 
 def test_a_cancelled_job_stays_cancelled(job):
-    """scancel: the job is COMPLETING when ranks have left, and `scontrol requeue` would bring it back to life."""
-    assert job.run(job.says("COMPLETING") + "exit 85") == 85
-    assert job.asked == []
-    assert "SLURM has ended job 77" in job.out
+    """After scancel the job is COMPLETING when its ranks have exited, and `scontrol requeue` would restart it."""
+    assert job.run(job.set_record("COMPLETING") + "exit 85") == 85
+    assert job.scontrol_calls == []
+    assert "SLURM is ending job 77" in job.out
 
 
-def test_a_job_whose_time_ran_out_is_requeued(job):
-    assert job.run(job.says("COMPLETING", "TimeLimit") + "exit 137") == 137
-    assert job.asked == ["requeue 77"]
+def test_a_job_at_its_time_limit_is_requeued(job):
+    assert job.run(job.set_record("COMPLETING", "TimeLimit") + "exit 137") == 137
+    assert job.scontrol_calls == ["requeue 77"]
 
 
 def test_failures_without_a_new_checkpoint_end_the_job(job):
-    """Three in a row by default; a checkpoint in between counts from the start again."""
+    """Three consecutive ones by default; a new checkpoint resets the count."""
     assert [job.run("exit 4") for _ in range(2)] == [4, 4]
     assert job.run("mkdir $run/checkpoints; echo step-00000010 > $run/checkpoints/latest; exit 4") == 4
-    assert len(job.asked) == 3
+    assert len(job.scontrol_calls) == 3
     assert [job.run("exit 4") for _ in range(2)] == [4, 4]
-    assert len(job.asked) == 4
-    assert "not started again; see" in job.err
-    job.env["SLURM_JOB_ID"] = "78"  # submitted again by a person
+    assert len(job.scontrol_calls) == 4
+    assert "not requeued; see" in job.err
+    job.env["SLURM_JOB_ID"] = "78"  # submitted again by the user
     assert job.run("exit 4") == 4
-    assert job.asked[-1] == "requeue 78"
+    assert job.scontrol_calls[-1] == "requeue 78"
 
 
-def test_an_element_of_an_array_is_requeued_alone(job):
-    """The last element has the array's own number: `scontrol requeue` of that would requeue all elements."""
+def test_an_array_task_is_requeued_alone(job):
+    """The last task has the array's own job id: `scontrol requeue` of that would requeue all tasks."""
     job.env |= {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}
     assert job.run("exit 85") == 85
-    assert job.asked == ["requeue 77_3"]
+    assert job.scontrol_calls == ["requeue 77_3"]
 
 
-def test_a_job_that_may_not_be_requeued_leaves_the_rest_to_the_next(job):
-    job.says("RUNNING", requeue=0)
+def test_a_job_that_may_not_be_requeued_ends(job):
+    job.set_record("RUNNING", requeue=0)
     assert job.run("exit 85") == 85
-    assert job.asked == []
-    assert "the next job with this run.dir goes on" in job.out
+    assert job.scontrol_calls == []
+    assert "the next job with this run.dir resumes the run" in job.out
 
 
-def test_unfit_nodes_are_excluded_once_the_job_is_back_in_the_queue(job):
-    """SLURM takes excluded nodes of waiting jobs only. Those that were excluded before stay so."""
-    job.says("RUNNING", excluded="node9")
+def test_unfit_nodes_are_excluded_after_the_requeue(job):
+    """SLURM accepts excluded nodes only for pending jobs. Nodes that were excluded before stay excluded."""
+    job.set_record("RUNNING", excluded="node9")
     assert job.run("echo node2.cluster.local >> $MYTHOS_BAD_NODES; echo node2 >> $MYTHOS_BAD_NODES; exit 3") == 3
-    assert len(job.asked) == 2
-    assert job.asked[0] == "requeue 77"
-    assert job.asked[1].startswith("update JobId=77 ExcNodeList=node2")
-    assert job.asked[1].endswith(",node9")
+    assert len(job.scontrol_calls) == 2
+    assert job.scontrol_calls[0] == "requeue 77"
+    assert job.scontrol_calls[1].startswith("update JobId=77 ExcNodeList=node2")
+    assert job.scontrol_calls[1].endswith(",node9")
 
 
-def test_a_job_is_not_left_waiting_for_nodes_that_are_not_there(job):
+def test_a_job_with_too_few_nodes_left_ends(job):
     """The partition has three nodes, two are unfit, and the job needs two."""
     assert job.run("printf 'node2\\nnode3\\n' >> $MYTHOS_BAD_NODES; exit 3") == 3
-    assert job.asked == []
-    assert "this partition has 1 nodes, and the job needs 2" in job.err
+    assert job.scontrol_calls == []
+    assert "this partition has 1 nodes, but the job needs 2" in job.err
 
 
-def test_a_layout_that_does_not_fit_ends_the_job_before_ranks_are_started(job):
+def test_a_layout_that_does_not_fit_ends_the_job_before_ranks_start(job):
     job.env |= {"SLURM_JOB_NUM_NODES": "3", "SLURM_TASKS_PER_NODE": "4(x3)"}
     assert job.run("exit 0") == 2
     assert "set the number of nodes to 2" in job.err
     assert not job.run_dir.exists()
 
 
-def test_ranks_that_slurm_placed_unevenly_are_refused(job):
+def test_an_uneven_placement_of_tasks_is_refused(job):
     job.env["SLURM_TASKS_PER_NODE"] = "3,1"
     assert job.run("exit 0") == 2
     assert "give sbatch --ntasks-per-node" in job.err
 
 
-def test_a_start_meets_at_a_port_of_its_own(job):
-    """The next start and the next job have others."""
+def test_each_start_uses_its_own_port(job):
+    """The next start and the next job use other ports."""
     for number, restarts in (("77", ""), ("77", "1"), ("78", "")):
         job.env |= {"SLURM_JOB_ID": number, "SLURM_RESTART_COUNT": restarts}
         job.run("exit 85")
@@ -330,8 +330,8 @@ def test_a_start_meets_at_a_port_of_its_own(job):
     assert all(line.startswith("localhost ") and 10000 <= int(line.split()[1]) < 32768 for line in lines)
 
 
-def test_the_config_may_lie_where_the_job_was_submitted(job):
-    """And relative settings count from the project folder, wherever that was."""
+def test_the_config_is_looked_up_in_the_submit_folder(job):
+    """Relative paths in settings are relative to the project folder."""
     (job.work / "mine.yaml").write_text(f"base: {TINY}\nmodel: {{dimm: 3}}\n")
     done = subprocess.run(["bash", job.work / "slurm_script", "mine.yaml"], env=job.env, capture_output=True, text=True)
     assert done.returncode == 2
@@ -350,14 +350,14 @@ esac
 
 
 class Hosts(Launch):
-    """Two hosts that are both this machine, and a launcher that does what the bash lines in `ranks` say."""
+    """Two hosts that are both this machine, and a launcher that runs the bash script `ranks`."""
 
     def __init__(self, work: Path):
         super().__init__(work, str(work / "bin" / "python"))
-        (work / "hostfile").write_text("# ours\nlocalhost slots=2\n127.0.0.1 slots=2\n")
-        program(work / "bin" / "python", PYTHON.format(work=work, python=sys.executable))
-        program(work / "bin" / "pdsh", "exit 1")
-        program(
+        (work / "hostfile").write_text("# comment\nlocalhost slots=2\n127.0.0.1 slots=2\n")
+        write_program(work / "bin" / "python", PYTHON.format(work=work, python=sys.executable))
+        write_program(work / "bin" / "pdsh", "exit 1")
+        write_program(
             work / "bin" / "ssh",
             'while [[ $1 == -[^-]* ]]; do shift 2; done; [[ $1 == -- ]] || exit 9; shift 2; exec bash -c "$*"',
         )
@@ -367,7 +367,7 @@ class Hosts(Launch):
 
     @property
     def starts(self) -> list[str]:
-        """Arguments of the launcher, of each start."""
+        """The launcher's arguments at each start."""
         file = self.work / "started"
         return file.read_text().splitlines() if file.exists() else []
 
@@ -377,19 +377,19 @@ def hosts(tmp_path) -> Hosts:
     return Hosts(tmp_path)
 
 
-def test_a_launch_ends_with_the_runs_marker(hosts):
-    """The config goes along as one file, with what was set on the command line."""
+def test_a_launch_ends_when_the_run_is_done(hosts):
+    """The ranks get one config file that includes the overrides."""
     assert hosts.run(DONE, "data.mix={a: 1,b: 2}", 'data.path=""') == 0, hosts.err
     (line,) = hosts.starts
     assert line.endswith(f"--module --no_local_rank mythos_dist.train {hosts.run_dir}/launch/config.yaml")
     assert "--launcher=pdsh --master_addr=localhost" in line
     assert "b: 2" in (hosts.run_dir / "launch" / "config.yaml").read_text()
     assert hosts.run("exit 1") == 0
-    assert len(hosts.starts) == 1, "a run that is done is not started"
+    assert len(hosts.starts) == 1, "a run that is done is not started again"
 
 
-def test_a_launcher_that_returns_0_without_the_marker_has_failed(hosts):
-    """It starts again, until the run is done."""
+def test_a_launcher_that_returns_0_before_the_run_is_done_has_failed(hosts):
+    """It is restarted until the run is done."""
     assert hosts.run(f"if [ -e $run/once ]; then {DONE}; else touch $run/once; fi") == 0
     assert len(hosts.starts) == 2
     assert "exit code 1: failure 1 of 3" in hosts.out
@@ -404,7 +404,7 @@ def test_failures_without_a_new_checkpoint_end_a_launch(hosts):
         if (($(cat $run/checkpoints/latest) < 7)); then exit 4; fi
         {DONE}"""
     assert hosts.run(ranks) == 0
-    assert len(hosts.starts) == 7, "each time with another checkpoint"
+    assert len(hosts.starts) == 7, "there was a new checkpoint each time"
 
 
 @pytest.mark.parametrize(("ranks", "code"), [
@@ -413,15 +413,15 @@ def test_failures_without_a_new_checkpoint_end_a_launch(hosts):
     ("echo 85 > $MYTHOS_VERDICT; exit 1", 85),
     ("echo 3 > $MYTHOS_VERDICT; echo node7 >> $MYTHOS_BAD_NODES; exit 1", 3),
 ])  # fmt: skip
-def test_what_no_new_start_would_mend_ends_a_launch(hosts, ranks, code):
+def test_errors_that_a_restart_would_repeat_end_a_launch(hosts, ranks, code):
     assert hosts.run(ranks) == code
     assert len(hosts.starts) == 1
-    assert code != 3 or "unfit: node7" in hosts.err
+    assert code != 3 or "unfit nodes: node7" in hosts.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_the_run_to_stop_and_waits_for_it(hosts, number):
-    """By the file STOP; the launcher itself hears nothing, because it would leave ranks behind."""
+def test_a_signal_stops_the_run_and_the_script_waits(hosts, number):
+    """Through the file STOP. The launcher does not get the signal: it would exit before its ranks."""
     ranks = (
         "touch $run/here; until [ -e $run/STOP ]; do sleep 0.05; done; rm $run/STOP; echo 85 > $MYTHOS_VERDICT; exit 1"
     )
@@ -430,10 +430,10 @@ def test_a_signal_asks_the_run_to_stop_and_waits_for_it(hosts, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 85, err
-    assert "the run stops behind its next step" in out
+    assert "the run stops after the current step" in out
 
 
-def test_a_request_to_stop_that_nobody_heard_does_not_stop_the_next_start(hosts):
+def test_a_stop_file_that_was_not_handled_is_removed(hosts):
     process = hosts.start("touch $run/here; until [ -e $run/STOP ]; do sleep 0.05; done; exit 4")
     wait_for(hosts.run_dir / "here")
     process.send_signal(signal.SIGTERM)
@@ -442,30 +442,30 @@ def test_a_request_to_stop_that_nobody_heard_does_not_stop_the_next_start(hosts)
     assert not (hosts.run_dir / "STOP").exists()
 
 
-def outlives(hosts: Hosts) -> bool:
-    """Whether a process that the run has left is there; one that nobody has waited for is not."""
+def is_running(hosts: Hosts) -> bool:
+    """Whether the process that the run started is still there and not a zombie."""
     status = Path("/proc", (hosts.run_dir / "pid").read_text().strip(), "status")
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def test_ranks_that_outlive_their_launcher_are_killed_before_the_next_start(hosts):
-    """And nobody else's: neither another launch of the same user nor a shell that only names this one."""
+def test_ranks_that_outlive_their_launcher_are_killed_before_a_restart(hosts):
+    """But no process of another launch of the same user, nor a shell with this launch in its command line."""
     ranks = f"""if [ -e $run/pid ]; then
             if grep -q '^State:[^Z]*$' /proc/$(cat $run/pid)/status; then touch $run/alive; fi
             {DONE}
         else
             setsid sleep 300 >/dev/null 2>&1 & echo $! > $run/pid
         fi"""
-    stranger = subprocess.Popen(["sleep", "300"], env=os.environ | {"MYTHOS_LAUNCH": "another-1-2"})
+    other_launch = subprocess.Popen(["sleep", "300"], env=os.environ | {"MYTHOS_LAUNCH": "another-1-2"})
     try:
         assert hosts.run(ranks) == 0, hosts.err
         assert len(hosts.starts) == 2
         assert not (hosts.run_dir / "alive").exists()
-        assert not outlives(hosts)
-        assert stranger.poll() is None
+        assert not is_running(hosts)
+        assert other_launch.poll() is None
     finally:
-        stranger.kill()
-        stranger.wait()
+        other_launch.kill()
+        other_launch.wait()
 
 
 def test_a_second_ctrl_c_kills_the_run(hosts):
@@ -476,11 +476,11 @@ def test_a_second_ctrl_c_kills_the_run(hosts):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode not in (0, 85)
-    assert not outlives(hosts)
+    assert not is_running(hosts)
 
 
-def test_ranks_get_the_variables_that_launchers_drop_and_no_secrets(hosts):
-    """They come by the file that DS_ENV_FILE names, which nobody else can read and which is gone afterwards."""
+def test_ranks_get_the_variables_that_launchers_drop_but_no_secrets(hosts):
+    """In the file DS_ENV_FILE, which only the user can read and which is removed at the end."""
     hosts.env |= {
         "NCCL_IB_HCA": "mlx5_0,mlx5_1",
         "WANDB_API_KEY": "secret",
@@ -488,57 +488,59 @@ def test_ranks_get_the_variables_that_launchers_drop_and_no_secrets(hosts):
         "MYTHOS_CHECKPOINT_KEY_FILE": "/home/me/key",
         "TORCH_X": 'a "b"',
     }
-    ranks = f"cp $DS_ENV_FILE $run/given; stat -c %a $DS_ENV_FILE > $run/mode; echo $DS_ENV_FILE > $run/name; {DONE}"
+    ranks = f"cp $DS_ENV_FILE $run/env; stat -c %a $DS_ENV_FILE > $run/mode; echo $DS_ENV_FILE > $run/name; {DONE}"
     assert hosts.run(ranks) == 0
-    given = dict(line.split("=", 1) for line in (hosts.run_dir / "given").read_text().splitlines())
-    assert given["NCCL_IB_HCA"] == "mlx5_0,mlx5_1"
-    assert given["WANDB_PROJECT"] == "mine"
-    assert given["MYTHOS_CHECKPOINT_KEY_FILE"] == "/home/me/key"  # a name; without it other hosts refuse to start
-    assert given["NCCL_DEBUG"] == "WARN"
-    assert given["MASTER_ADDR"] == "localhost"
-    assert given["LOCAL_WORLD_SIZE"] == "2"
-    assert given["MYTHOS_VERDICT"] == f"{hosts.run_dir}/launch/verdict"
-    assert {"MYTHOS_LAUNCH", "MYTHOS_BAD_NODES", "TORCH_EXTENSIONS_DIR"} <= given.keys()
-    assert not {"WANDB_API_KEY", "TORCH_X"} & given.keys()
-    assert 'TORCH_X=a "b" does not reach the ranks' in hosts.err
+    variables = dict(line.split("=", 1) for line in (hosts.run_dir / "env").read_text().splitlines())
+    assert variables["NCCL_IB_HCA"] == "mlx5_0,mlx5_1"
+    assert variables["WANDB_PROJECT"] == "mine"
+    assert variables["MYTHOS_CHECKPOINT_KEY_FILE"] == "/home/me/key"  # a path; without it other hosts refuse to start
+    assert variables["NCCL_DEBUG"] == "WARN"
+    assert variables["MASTER_ADDR"] == "localhost"
+    assert variables["LOCAL_WORLD_SIZE"] == "2"
+    assert variables["MYTHOS_VERDICT"] == f"{hosts.run_dir}/launch/verdict"
+    assert {"MYTHOS_LAUNCH", "MYTHOS_BAD_NODES", "TORCH_EXTENSIONS_DIR"} <= variables.keys()
+    assert not {"WANDB_API_KEY", "TORCH_X"} & variables.keys()
+    assert 'TORCH_X=a "b" is not passed to the ranks' in hosts.err
     assert (hosts.run_dir / "mode").read_text() == "600\n"
     assert not Path((hosts.run_dir / "name").read_text().strip()).exists()
 
 
-def test_hosts_that_cannot_be_reached_are_named_before_anything_is_started(hosts):
-    program(hosts.work / "bin" / "ssh", "exit 255")
+def test_unreachable_hosts_are_named_before_anything_starts(hosts):
+    write_program(hosts.work / "bin" / "ssh", "exit 255")
     assert hosts.run(DONE) == 2
-    assert "localhost" in hosts.err and "127.0.0.1" in hosts.err and "not to be reached" in hosts.err
+    assert "localhost" in hosts.err and "127.0.0.1" in hosts.err and "unreachable without a password" in hosts.err
     assert hosts.starts == []
 
 
 def test_a_host_that_goes_down_during_a_run_is_waited_for(hosts):
-    """And named, with exit code 3, if it does not come back."""
+    """If it does not come back in time: exit code 3, with its name."""
     ssh = (hosts.work / "bin" / "ssh").read_text()
-    program(hosts.work / "bin" / "ssh", f"[ ! -e {hosts.run_dir}/down ] || exit 255\n{ssh}")
+    write_program(hosts.work / "bin" / "ssh", f"[ ! -e {hosts.run_dir}/down ] || exit 255\n{ssh}")
     hosts.env["HOSTS_WITHIN"] = "0"
     assert hosts.run("touch $run/down; exit 4") == 3
-    assert "not to be reached for 0 s: " in hosts.err and "127.0.0.1" in hosts.err
+    assert "unreachable for 0 s: " in hosts.err and "127.0.0.1" in hosts.err
     (hosts.run_dir / "down").unlink()
     hosts.env["HOSTS_WITHIN"] = "600"
-    program(hosts.work / "bin" / "sleep", f"rm {hosts.run_dir}/down")  # it comes back while the script waits
+    write_program(
+        hosts.work / "bin" / "sleep", f"rm {hosts.run_dir}/down"
+    )  # the host comes back while the script waits
     assert hosts.run(f"if [ -e $run/once ]; then {DONE}; else touch $run/once $run/down; exit 4; fi") == 0
-    assert hosts.out.count("not to be reached: ") == 1 and "; waiting" in hosts.out
+    assert hosts.out.count("unreachable: ") == 1 and "; waiting" in hosts.out
     assert len(hosts.starts) == 3
 
 
 @pytest.mark.parametrize(("launcher", "words"), [
     ("ssh", "set it to one of pdsh, mpich, openmpi, slurm"),
-    ("slurm", "works inside an allocation; start it from salloc --nodes=2 --ntasks-per-node=2"),
+    ("slurm", "needs an allocation; run it in salloc --nodes=2 --ntasks-per-node=2"),
 ])  # fmt: skip
 def test_launchers_that_cannot_work_are_refused(hosts, launcher, words):
-    program(hosts.work / "bin" / "srun", "exit 1")
+    write_program(hosts.work / "bin" / "srun", "exit 1")
     hosts.env["LAUNCHER"] = launcher
     assert hosts.run(DONE) == 2
     assert words in hosts.err
 
 
-def test_mistakes_in_hostfile_and_config_are_told_together(hosts):
+def test_errors_in_hostfile_and_config_are_reported_together(hosts):
     (hosts.work / "hostfile").write_text("node1 slots=8\nnode2 slots=4\n")
     assert hosts.run(DONE, "model.dimm=3") == 2
     assert "node1 has slots=8" in hosts.err or "node2 has slots=4" in hosts.err
@@ -551,15 +553,15 @@ HOST_INJECTIONS = [
 ]  # fmt: skip
 
 
-def test_host_names_that_a_shell_would_read_otherwise_are_refused(hosts):
-    """All at once, before ssh, bash or a launcher sees one."""
-    program(hosts.work / "bin" / "ssh", f"touch {hosts.work}/asked")
+def test_host_names_with_shell_syntax_are_refused(hosts):
+    """All are reported together, before ssh, bash or a launcher gets one."""
+    write_program(hosts.work / "bin" / "ssh", f"touch {hosts.work}/ssh_called")
     (hosts.work / "hostfile").write_text("".join(f"{host} slots=2\n" for host in ["localhost", *HOST_INJECTIONS]))
     assert hosts.run(DONE) == 2
     for number, _ in enumerate(HOST_INJECTIONS, 2):
-        assert re.search(f"line {number}: .* is no host name: use letters", hosts.err), number
+        assert re.search(f"line {number}: .* is not a host name: use letters", hosts.err), number
     assert "Traceback" not in hosts.err
-    assert nothing_ran(hosts) and not (hosts.work / "asked").exists()
+    assert nothing_ran(hosts) and not (hosts.work / "ssh_called").exists()
 
 
 def nothing_ran(hosts: Hosts) -> bool:
@@ -570,56 +572,56 @@ def nothing_ran(hosts: Hosts) -> bool:
     ("MASTER_ADDR", "x';touch FILE;'"), ("MAX_FAILURES", "a[$(touch FILE)]"), ("HOSTS_WITHIN", "a[$(touch FILE)]"),
     ("MAX_FAILURES", "08"), ("MASTER_ADDR", "-x"),
 ])  # fmt: skip
-def test_a_variable_that_a_shell_would_run_is_refused(variable, value, hosts):
-    """Arithmetic of bash runs commands that stand in a subscript, and /dev/tcp was opened by a line of bash."""
+def test_variables_with_shell_commands_are_refused(variable, value, hosts):
+    """Bash arithmetic runs commands in subscripts, and MASTER_ADDR was once part of a bash command line."""
     hosts.env[variable] = value
     assert hosts.run(DONE) == 2
     assert f"{variable}={value}" in hosts.err and nothing_ran(hosts)
 
 
 @pytest.mark.parametrize("name", ["a'b", "$(touch FILE)"])
-def test_a_run_folder_that_shells_on_other_hosts_would_read_otherwise_is_refused(name, hosts):
+def test_a_run_folder_with_shell_syntax_is_refused(name, hosts):
     assert hosts.run(DONE, f'run.dir="{hosts.work}/{name}"') == 2
-    assert "launchers give it to shells on other hosts" in hosts.err and nothing_ran(hosts)
+    assert "launchers pass it to shells on other hosts" in hosts.err and nothing_ran(hosts)
 
 
-def test_settings_reach_the_run_as_they_were_given_whatever_is_in_them(hosts):
-    """They go into a file and not through shells; bash runs nothing of them."""
+def test_settings_with_shell_syntax_are_not_executed(hosts):
+    """They are written to a file and do not pass through shells."""
     text = "it's $(touch FILE) `touch FILE` ; touch FILE & \\ {a,b}"
     assert hosts.run(DONE, f"run.wandb_project={text}") in (0, 2)
     assert not list(hosts.work.rglob("FILE")) and not (REPOSITORY / "FILE").exists()
 
 
-def test_what_lies_in_a_verdict_is_not_run(hosts):
-    """Whoever may write into the run folder must not thereby run commands as the user."""
+def test_a_reported_exit_code_with_shell_syntax_is_not_executed(hosts):
+    """Write access to the run folder must not allow running commands as the user."""
     assert hosts.run("echo 'a[$(touch $run/FILE)]' > $MYTHOS_VERDICT; exit 4") == 4
     assert not (hosts.run_dir / "FILE").exists()
 
 
-def test_a_jobs_record_of_failures_and_nodes_is_not_run(job):
+def test_files_of_a_job_with_shell_syntax_are_not_executed(job):
     text = "a[$(touch $run/FILE)]"
     assert job.run(f"echo '{text}' > $MYTHOS_VERDICT; echo '77 {text} x' > $run/launch/failures; exit 4") == 4
     assert not (job.run_dir / "FILE").exists()
-    assert job.asked == ["requeue 77"]
+    assert job.scontrol_calls == ["requeue 77"]
     assert job.run("echo 'ALL' > $MYTHOS_BAD_NODES; echo 'node9 Requeue=0' >> $MYTHOS_BAD_NODES; exit 3") == 3
-    assert job.asked[1:] == ["requeue 77"] and "no node of this partition, left alone: ALL" in job.out
+    assert job.scontrol_calls[1:] == ["requeue 77"] and "not a node of this partition, ignored: ALL" in job.out
 
 
-def test_ranks_of_a_launch_share_a_secret_that_is_in_no_command_line(hosts):
-    """A file that only the user can read, gone at the end; the environment names it."""
-    look = "stat -c %a $MYTHOS_SECRET_FILE > $run/mode; wc -c < $MYTHOS_SECRET_FILE >> $run/mode"
-    ranks = f"grep SECRET $DS_ENV_FILE > $run/named; {look}; {DONE}"
+def test_ranks_of_a_launch_share_a_secret_file(hosts):
+    """Only the user can read it, and it is removed at the end; the environment has its path, not the secret."""
+    record_mode = "stat -c %a $MYTHOS_SECRET_FILE > $run/mode; wc -c < $MYTHOS_SECRET_FILE >> $run/mode"
+    ranks = f"grep SECRET $DS_ENV_FILE > $run/path; {record_mode}; {DONE}"
     assert hosts.run(ranks) == 0, hosts.err
-    name, _, file = (hosts.run_dir / "named").read_text().strip().partition("=")
+    name, _, file = (hosts.run_dir / "path").read_text().strip().partition("=")
     assert name == "MYTHOS_SECRET_FILE" and Path(file).parent == hosts.run_dir / "launch" and not Path(file).exists()
     assert (hosts.run_dir / "mode").read_text() == "600\n45\n"
 
 
-def test_ranks_of_a_job_share_a_secret_that_each_start_has_anew(job):
+def test_each_start_of_a_job_has_a_new_secret(job):
     for _ in range(2):
         job.run("echo $MYTHOS_SECRET >> $run/secrets; exit 85")
-    found = (job.run_dir / "secrets").read_text().split()
-    assert len(set(found)) == 2 and all(len(secret) == 44 for secret in found)
+    values = (job.run_dir / "secrets").read_text().split()
+    assert len(set(values)) == 2 and all(len(secret) == 44 for secret in values)
 
 
 # submit.py
@@ -630,53 +632,55 @@ def submit(*arguments: str, path: str = os.environ["PATH"]) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=CLEAN | {"PATH": path})
 
 
-def test_a_dry_run_prints_the_line_that_would_be_typed():
-    asked = "run.dir=runs/one --nodes 2 --gpus-per-node 4 --cpus-per-rank 8 --time 1:00:00 --partition p --account a"
-    done = submit(*asked.split(), "--sbatch=--qos=high", "train.steps=9", "--dry-run")
+def test_a_dry_run_prints_the_sbatch_command():
+    arguments = (
+        "run.dir=runs/one --nodes 2 --gpus-per-node 4 --cpus-per-rank 8 --time 1:00:00 --partition p --account a"
+    )
+    done = submit(*arguments.split(), "--sbatch=--qos=high", "train.steps=9", "--dry-run")
     assert done.returncode == 0, done.stderr
     options = "--job-name=one --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=8 --time=1:00:00"
     rest = f"--partition=p --account=a --qos=high {LAUNCH}/slurm.sbatch {TINY} run.dir=runs/one train.steps=9"
     assert done.stdout == f"sbatch {options} {rest}\n"
 
 
-def test_a_chain_is_an_array_of_which_one_runs_at_a_time():
+def test_a_chain_is_an_array_with_one_task_at_a_time():
     done = submit("--nodes", "1", "--chain", "3", "--dry-run")
     assert "--array=1-3%1 --no-requeue" in done.stdout
 
 
 def test_a_layout_that_does_not_fit_is_not_submitted(tmp_path):
-    program(tmp_path / "sbatch", f"touch {tmp_path}/submitted")
+    write_program(tmp_path / "sbatch", f"touch {tmp_path}/submitted")
     done = submit("--nodes", "3", "--ranks-per-node", "4", path=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 2
     assert "set the number of nodes to 2" in done.stderr
     assert not (tmp_path / "submitted").exists()
 
 
-def test_what_sbatch_returns_is_returned(tmp_path):
-    program(tmp_path / "sbatch", f'echo "$@" > {tmp_path}/submitted; exit 7')
+def test_the_exit_code_of_sbatch_is_returned(tmp_path):
+    write_program(tmp_path / "sbatch", f'echo "$@" > {tmp_path}/submitted; exit 7')
     done = submit("--nodes", "2", path=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 7
     assert (tmp_path / "submitted").read_text() == done.stdout.removeprefix("sbatch ")
 
 
-def test_without_sbatch_that_is_said(tmp_path):
+def test_without_sbatch_the_command_is_printed(tmp_path):
     done = submit("--nodes", "2", path=str(tmp_path))
     assert done.returncode == 2
-    assert "there is no sbatch here" in done.stderr
+    assert "sbatch is not installed here" in done.stderr
     assert done.stdout.startswith("sbatch --job-name=tiny_cpu")
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "1000000000000"])
-def test_counts_that_are_none_are_refused_together(number):
-    """--chain -1 went to sbatch as an array of 1 to -1, and --ranks-per-node 0 was taken for not given."""
+def test_invalid_counts_are_refused_together(number):
+    """--chain -1 once became an array of 1 to -1, and --ranks-per-node 0 was treated as not given."""
     options = ["--nodes", "--ranks-per-node", "--gpus-per-node", "--cpus-per-rank", "--chain"]
     done = submit(*[word for option in options for word in (option, number)], "--dry-run")
     assert done.returncode == 2 and done.stdout == ""
     for option in options:
-        assert f"{option} {number}: give a whole number from 1 to" in done.stderr
+        assert f"{option} {number}: give an integer from 1 to" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_scripts_that_are_run_may_be_run():
+def test_scripts_are_executable():
     for name in ("deepspeed.sh", "slurm.sbatch", "install_gpu.sh"):
         assert os.access(LAUNCH / name, os.X_OK), name

@@ -94,7 +94,7 @@ def ended(result: Launch, fault_rank: int, code: int) -> None:
             "hang@3:1",
             "faults.hang_after=15",
             4,
-            "hang_after=15 s: rank 1 on {node} (at cluster/inject.py",
+            "hang_after=15 s: rank 1 on {node} (at ops/cluster/inject.py",
         ),
         ("kill@3:0", "", -signal.SIGKILL, "rank 0 on 127.0.0.1 exited"),
         ("freeze@3:0", "faults.lost_after=10", -signal.SIGKILL, "rank 0 on 127.0.0.1 has not responded for 10 s"),

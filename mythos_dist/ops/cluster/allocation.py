@@ -1,17 +1,14 @@
-"""Which nodes a run gets and how many ranks go on each, and whether a config's layout fits there.
+"""The nodes of a run and the number of ranks on each, and whether the layout of a config fits on them.
 
     python -m mythos_dist.ops.cluster.allocation CONFIG.yaml [section.key=value ...] --ranks N [--nodes M]
     python -m mythos_dist.ops.cluster.allocation CONFIG.yaml [section.key=value ...] --hostfile FILE
 
-is what the launch scripts ask before they start anything: it prints run.dir, or leaves with exit code 2 and all that is
-wrong. The trap: it runs once per start on a node whose GPUs wait, so it must answer in a second: nothing here imports
-torch.
+The launch scripts run this before they start ranks: it prints run.dir, or exits with code 2 and prints all problems.
+The trap: GPUs are idle while it runs at every start, so it must take at most a second and not import torch.
 """
 
 import argparse
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,21 +19,20 @@ from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
+from mythos_dist.ops.cluster.hostfile import MAX_COUNT, read_slots
 from mythos_dist.units import count
 
 T = TypeVar("T")
-MAX_COUNT = 100_000  # of nodes, of ranks on one, and of jobs in a chain: more is a slip
-_HOST_RULE = "use letters, digits, dots, hyphens and underscores, such as node1 or user@node1.cluster (no IPv6 address)"
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Nodes, and as many ranks on each."""
+    """Nodes with the same number of ranks on each."""
 
     nodes: int
     ranks_per_node: int
-    gpus_per_node: int | None = None  # None: not known, or CPUs compute
-    hosts: tuple[str, ...] = field(default=(), compare=False)  # their names, where a hostfile gives them
+    gpus_per_node: int | None = None  # None: unknown, or the run uses CPUs
+    hosts: tuple[str, ...] = field(default=(), compare=False)  # host names, if they come from a hostfile
 
     @property
     def ranks(self) -> int:
@@ -44,68 +40,13 @@ class Allocation:
 
 
 def read_hostfile(path: str | Path) -> Allocation:
-    """The hosts of a file of DeepSpeed's form: `HOST slots=N` a line, `#` for comments.
-
-    Raises UserError with all problems: lines of another form, names that are no host's, a host that stands twice, hosts
-    with different slots.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the hostfile {path} cannot be read: {error}; see hostfile.example") from None
-    slots: dict[str, int] = {}
-    problems = []
-    for number, line in enumerate(lines, 1):
-        line = line.partition("#")[0].strip()  # DeepSpeed too stops reading a line after its number
-        if not line:
-            continue
-        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
-        if not found:
-            problems.append(f"line {number}: {line!r} is not of the form `HOST slots=N`, such as `node1 slots=8`")
-        elif not is_host(found[1]):
-            problems.append(f"line {number}: {found[1]!r} is no host name: {_HOST_RULE}")
-        elif len(found[2]) > 6 or not 1 <= int(found[2]) <= MAX_COUNT:
-            what = "gives no rank" if not found[2].strip("0") else f"gives more than {MAX_COUNT:,} ranks"
-            problems.append(f"line {number}: {line[:300]!r} {what}; leave the host out, or set slots to 1 or more")
-        elif found[1] in slots:
-            problems.append(f"line {number}: {found[1]} stands there a second time; one line per host")
-        else:
-            slots[found[1]] = int(found[2])
-    if not slots and not problems:
-        problems.append("names no host; write a line like `node1 slots=8` for each")
-    problems += _uneven(slots)
-    if problems:
-        raise UserError(problems, source=str(path))
+    """Raises UserError with all problems of the hostfile."""
+    slots = read_slots(path)
     return Allocation(len(slots), next(iter(slots.values())), hosts=tuple(slots))
 
 
-def is_host(name: str) -> bool:
-    """Whether it may go into the command lines of shells, ssh, pdsh and mpirun: a name or an IPv4 address.
-
-    They read more into other characters: commands, options, lists and patterns of hosts, other ways to reach one.
-    """
-    word = r"[A-Za-z0-9_][\w.-]{0,254}"
-    return re.fullmatch(f"({word}@)?{word}", name, re.ASCII) is not None
-
-
-def _uneven(slots: dict[str, int]) -> list[str]:
-    """Every host whose number of ranks is not that of the most hosts."""
-    counts = Counter(slots.values()).most_common()
-    if len(counts) < 2:
-        return []
-    usual = counts[0][0]
-    others = [host for host, number in slots.items() if number == usual]
-    most = f"{others[0]} has" if len(others) == 1 else f"{others[0]} and {len(others) - 1} more have"
-    return [
-        f"{host} has slots={number}, but {most} slots={usual}: every node runs equally many ranks; "
-        f"set its slots to {usual}, leave {host} out, or set all to {min(slots.values())}"
-        for host, number in slots.items()
-        if number != usual
-    ]
-
-
 def even_allocation(ranks: int, nodes: int, gpus_per_node: int | None = None) -> Allocation:
-    """`ranks` on `nodes`. Raises UserError if they cannot be dealt out evenly, or a node lacks GPUs for them."""
+    """Raises UserError if the ranks cannot be distributed evenly, or a node has fewer GPUs than ranks."""
     if ranks < 1 or nodes < 1:
         raise UserError(f"{count(ranks, 'rank')} on {count(nodes, 'node')}: give at least one of each")
     if not 1 <= nodes <= MAX_COUNT or not 1 <= ranks <= nodes * MAX_COUNT:
@@ -113,91 +54,93 @@ def even_allocation(ranks: int, nodes: int, gpus_per_node: int | None = None) ->
             f"{ranks} ranks on {nodes} nodes: give at most {MAX_COUNT:,} nodes, and {MAX_COUNT:,} ranks on each"
         )
     if gpus_per_node is not None and not 1 <= gpus_per_node <= MAX_COUNT:
-        raise UserError(f"{gpus_per_node} GPUs per node: give 1 to {MAX_COUNT:,}, or leave it out to compute on CPUs")
+        raise UserError(f"{gpus_per_node} GPUs per node: give 1 to {MAX_COUNT:,}, or omit it to use CPUs")
     if ranks % nodes:
         around = nearest(ranks, range(nodes, ranks + nodes + 1, nodes))
         raise UserError(
-            f"{count(ranks, 'rank')} on {count(nodes, 'node')}: every node runs equally many; set the number of ranks "
-            f"to one of {around}"
+            f"{count(ranks, 'rank')} on {count(nodes, 'node')}: every node must run the same number of ranks; set the "
+            f"number of ranks to one of {around}"
         )
     if gpus_per_node and ranks // nodes > gpus_per_node:
         raise UserError(
-            f"{count(ranks // nodes, 'rank')} per node, but a node gives {count(gpus_per_node, 'GPU')}: each rank "
-            f"takes one of its own; set the ranks per node to {gpus_per_node} (SLURM: --ntasks-per-node), or ask for "
-            "more GPUs"
+            f"{count(ranks // nodes, 'rank')} per node, but only {count(gpus_per_node, 'GPU')}: each rank needs its "
+            f"own GPU; set the ranks per node to {gpus_per_node} (SLURM: --ntasks-per-node), or request more GPUs"
         )
     return Allocation(nodes, ranks // nodes, gpus_per_node)
 
 
 def check_allocation(config: Config, allocation: Allocation, source: str) -> list[str]:
-    """Notes about a layout that fits, a line each. Raises UserError, with all problems, if it does not."""
+    """Notes about a layout that fits. Raises UserError, with all problems of `source`, if it does not fit."""
     problems = layout_problems(config, allocation.ranks)
     if problems:
-        raise UserError([*problems, _fitting(config, allocation)], source=source)
+        raise UserError([*problems, _suggest_nodes(config, allocation)], source=source)
     return layout_notes(config, allocation)
 
 
-def _fitting(config: Config, allocation: Allocation) -> str:
-    """How many such nodes would do, as a sentence."""
+def _suggest_nodes(config: Config, allocation: Allocation) -> str:
+    """The nearest numbers of nodes with which the layout would fit, as a sentence."""
     per_node = allocation.ranks_per_node
-    replica = config.parallel.pipe * config.parallel.tensor
-    # A replica more than there are micro-batches would have nothing to do.
-    most = replica * (config.train.global_batch // config.train.micro_batch)
-    ranks = [replica * replicas for replicas in divisors(config.train.global_batch // config.train.micro_batch)]
-    fitting = [n // per_node for n in ranks if n % per_node == 0 and not layout_problems(config, n)]
-    said = (
+    ranks_per_replica = config.parallel.pipe * config.parallel.tensor
+    micro_batches = config.train.global_batch // config.train.micro_batch  # per step; each replica needs at least one
+    problem = (
         f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {count(allocation.ranks, 'rank')} do not fit"
     )
-    if allocation.ranks > most:
-        said += (
-            f", and this layout can use {most} at most (parallel.pipe x parallel.tensor x train.global_batch / "
-            "train.micro_batch)"
+    if allocation.ranks > ranks_per_replica * micro_batches:
+        problem += (
+            f", and this layout can use at most {ranks_per_replica * micro_batches} (parallel.pipe x parallel.tensor x "
+            "train.global_batch / train.micro_batch)"
         )
-    choices = nearest(allocation.nodes, fitting)
+    fitting_nodes = []
+    for replicas in divisors(micro_batches):
+        ranks = ranks_per_replica * replicas
+        if ranks % per_node == 0 and not layout_problems(config, ranks):
+            fitting_nodes.append(ranks // per_node)
+    choices = nearest(allocation.nodes, fitting_nodes)
     if not choices:
         ranks_each = count(per_node, "rank")
-        return f"{said}; no number of nodes with {ranks_each} each does: change the ranks per node, or the layout"
-    return f"{said}; set the number of nodes to {choices[0] if len(choices) == 1 else f'one of {choices}'}"
+        return f"{problem}; no number of nodes with {ranks_each} each does: change the ranks per node, or the layout"
+    return f"{problem}; set the number of nodes to {choices[0] if len(choices) == 1 else f'one of {choices}'}"
 
 
 def layout_notes(config: Config, allocation: Allocation) -> list[str]:
-    """What works but wastes: groups of ranks that lie on more nodes than they need, and GPUs without a rank."""
-    found = []
+    """What works but is inefficient: groups that span more nodes than necessary, and unused GPUs."""
+    notes = []
     per_node, gpus = allocation.ranks_per_node, allocation.gpus_per_node
     if gpus and gpus > per_node:
-        found.append(
-            f"{count(gpus, 'GPU')} per node, but {count(per_node, 'rank')}: {count(gpus - per_node, 'GPU')} of each "
-            f"node {'stays' if gpus - per_node == 1 else 'stay'} idle"
+        unused = gpus - per_node
+        notes.append(
+            f"{count(gpus, 'GPU')} per node, but {count(per_node, 'rank')}: {count(unused, 'GPU')} of each node "
+            f"{'stays' if unused == 1 else 'stay'} idle"
         )
     tensor, pipe = config.parallel.tensor, config.parallel.pipe
     for name, size in (("parallel.tensor", tensor), ("parallel.pipe x parallel.tensor", pipe * tensor)):
-        if allocation.nodes > 1 and _nodes_of_group(size, allocation) > -(-size // per_node):
-            found.append(
-                f"{name}={size} and {count(per_node, 'rank')} per node: some of these groups of {size} neighbouring "
-                f"ranks lie on {_nodes_of_group(size, allocation)} nodes where {-(-size // per_node)} would do, and "
-                "the network between nodes is slower; choose them so that one divides the other"
+        needed, spanned = -(-size // per_node), _nodes_per_group(size, allocation)
+        if allocation.nodes > 1 and spanned > needed:
+            notes.append(
+                f"{name}={size} and {count(per_node, 'rank')} per node: some groups of {size} consecutive ranks span "
+                f"{spanned} nodes where {needed} would do, and the network between nodes is slower; choose values of "
+                "which one divides the other"
             )
             break
     if tensor > per_node:
-        found.append(
-            f"parallel.tensor={tensor} is more than the {count(per_node, 'rank')} of a node: a few messages per loop "
-            "cross the network; parallel.pipe or parallel.zero=3 divide a model with fewer"
+        notes.append(
+            f"parallel.tensor={tensor} is more than the {count(per_node, 'rank')} of a node: several collectives per "
+            "loop cross the network; parallel.pipe or parallel.zero=3 shard a model with fewer"
         )
-    return found
+    return notes
 
 
-def _nodes_of_group(size: int, allocation: Allocation) -> int:
-    """On how many nodes the ranks of a group are at most, with ranks counted node by node."""
+def _nodes_per_group(size: int, allocation: Allocation) -> int:
+    """The most nodes that a group of `size` consecutive ranks spans."""
     per_node = allocation.ranks_per_node
     groups = range(0, allocation.ranks, size)
     return max((first + size - 1) // per_node - first // per_node + 1 for first in groups)
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run in run.dir has done what this config asks for: the marker is there, and train.steps was not
-    raised since.
+    """Whether the run in run.dir has trained config.train.steps steps.
 
-    The marker alone does not say so: until a new start has come far enough to take it away, it is the old run's.
+    COMPLETED alone does not say so: after train.steps was raised, the file remains until the new start removes it.
     """
     run_dir = Path(config.run.dir)
     if not (run_dir / "COMPLETED").exists():
@@ -205,7 +148,7 @@ def is_finished(config: Config) -> bool:
     try:
         newest = (run_dir / "checkpoints" / "latest").read_text().strip()
     except (OSError, ValueError):
-        return True  # checkpoints were moved away: of a finished run nobody needs them
+        return True  # its checkpoints were moved away
     step = newest.rpartition("-")[2]
     return not step.isdecimal() or int(step) >= config.train.steps
 
@@ -214,38 +157,39 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mythos_dist.ops.cluster.allocation",
-        description="Does a config fit on these ranks? Prints its run.dir; exit code 2 and what is wrong if not.",
+        description="Check that a config fits on these ranks and print its run.dir; exit with code 2 if it does not.",
     )
     add = parser.add_argument
     add_config(parser, "a YAML file, such as configs/1b.yaml")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--ranks", type=int, help="processes, over all nodes")
-    where.add_argument("--hostfile", help="instead of --ranks and --nodes: a file of lines `HOST slots=N`")
-    where.add_argument("--finished", action="store_true", help="only say by exit code 0 or 1 if the run is done")
-    where.add_argument("--write", type=Path, metavar="FILE", help="only write the whole config there")
-    where.add_argument("--hosts", metavar="HOSTFILE", help="only print its hosts and slots, `HOST slots=N` a line")
-    add("--nodes", type=int, default=1, help="that the ranks are spread evenly over (%(default)s)")
-    add("--gpus-per-node", type=int, help="that the scheduler gives")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--ranks", type=int, help="number of ranks on all nodes together")
+    mode.add_argument("--hostfile", help="instead of --ranks and --nodes: a file of lines `HOST slots=N`")
+    mode.add_argument("--finished", action="store_true", help="only exit with code 0 if the run is done, else with 1")
+    mode.add_argument("--write", type=Path, metavar="FILE", help="only write the config with its overrides to FILE")
+    mode.add_argument("--hosts", metavar="HOSTFILE", help="only check HOSTFILE and print it as lines `HOST slots=N`")
+    add("--nodes", type=int, default=1, help="number of nodes with the same number of ranks each (%(default)s)")
+    add("--gpus-per-node", type=int, help="GPUs that the scheduler allocates on each node")
     return parse_arguments(parser, arguments)
 
 
 def main() -> None:
-    """Check; see the top of this file."""
+    """See the top of this file."""
     arguments = parse()
     errors: list[UserError] = []
-    config = _tried(errors, lambda: load_config(arguments.config, arguments.overrides))
+    config = _collect_error(errors, lambda: load_config(arguments.config, arguments.overrides))
     if config and arguments.finished:
         sys.exit(0 if is_finished(config) else 1)
     if config and arguments.write:
         arguments.write.write_text(dump_config(config))
         return
-    allocation = said = None
+    allocation = notes = None
     if arguments.hosts or arguments.hostfile:
-        allocation = _tried(errors, lambda: read_hostfile(arguments.hosts or arguments.hostfile))
+        allocation = _collect_error(errors, lambda: read_hostfile(arguments.hosts or arguments.hostfile))
     elif arguments.ranks is not None:
-        allocation = _tried(errors, lambda: even_allocation(arguments.ranks, arguments.nodes, arguments.gpus_per_node))
+        gpus = arguments.gpus_per_node
+        allocation = _collect_error(errors, lambda: even_allocation(arguments.ranks, arguments.nodes, gpus))
     if config and allocation:
-        said = _tried(errors, lambda: check_allocation(config, allocation, arguments.config))
+        notes = _collect_error(errors, lambda: check_allocation(config, allocation, arguments.config))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if errors or not config:
@@ -253,15 +197,15 @@ def main() -> None:
     if allocation and arguments.hosts:
         print("\n".join(f"{host} slots={allocation.ranks_per_node}" for host in allocation.hosts))
         return
-    for line in said or []:
-        print(f"note: {line}", file=sys.stderr)
+    for note in notes or []:
+        print(f"note: {note}", file=sys.stderr)
     print(config.run.dir)
 
 
-def _tried(errors: list[UserError], step: Callable[[], T]) -> T | None:
-    """What `step` returns; None if it raised one more of `errors`."""
+def _collect_error(errors: list[UserError], function: Callable[[], T]) -> T | None:
+    """The result of `function`. If it raises UserError, that is appended to `errors`, and the result is None."""
     try:
-        return step()
+        return function()
     except UserError as error:
         errors.append(error)
         return None

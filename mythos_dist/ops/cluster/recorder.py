@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mythos_dist.ops.cluster.rendezvous import format_ranges
 from mythos_dist.ops.cluster.watchdog_protocol import CollectiveState
+from mythos_dist.units import count
 
 _COLLECTIVES = (
     "all_reduce reduce broadcast all_gather all_gather_into_tensor reduce_scatter reduce_scatter_tensor all_to_all "
@@ -53,7 +54,7 @@ class CollectiveRecorder:
         name, number, size = self.last
         if not number:
             return name
-        return f"{name} number {number} over ranks {format_ranges(self.members)}, {size:,} elements"
+        return f"{name} number {number} over ranks {format_ranges(self.members)}, {count(size, 'element')}"
 
     def _wrap(self, name: str, function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters)
