@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mythos_dist.checkpoint.canonical import write_full_tensors
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, versions
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, library_versions
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import run_command
 from mythos_dist.model import Mythos
@@ -56,7 +56,7 @@ def write_run(folder: Path, config: Config) -> Path:
     values |= {name: (BUFFER, value) for name, value in model.named_buffers()}
     tensors = {name: TensorEntry(tuple(value.shape), (kind,)) for name, (kind, value) in values.items()}
     optimizer = {"steps": 3, "skipped_steps": 0, "loss_scale": {}}
-    manifest = CheckpointManifest(3, 0, 0, {}, asdict(config), "", versions(), optimizer, tensors, {})
+    manifest = CheckpointManifest(3, 0, 0, {}, asdict(config), "", library_versions(), optimizer, tensors, {})
 
     def blocks(_, name):
         yield values[name][1].detach().float().contiguous().flatten().numpy().data
@@ -111,7 +111,7 @@ def test_generate_names_what_cannot_be_used(tool, run_dir, arguments, named):
 
 def test_generate_names_a_run_without_checkpoint_and_a_tokenizer_that_is_gone(tool, config, shards, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "no run and no checkpoint" in tool("generate", "empty", "--prompt", "hello").err
+    assert "neither a run nor a checkpoint" in tool("generate", "empty", "--prompt", "hello").err
     write_run(tmp_path / "run", replace(config, data=replace(config.data, path="moved")))
     told = tool("generate", "run", "--prompt", "hello")
     assert told.code == 2 and "moved: no such folder" in told.err and "--tokenizer" in told.err

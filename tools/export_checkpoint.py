@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, from any layout, as safetensors: under our names, or under OpenMythos' for its own class.
+"""Export a checkpoint's weights, from any layout, as safetensors: with our names, or with those of OpenMythos' class.
 
     model = OpenMythos(MythosConfig(**json.load(open("OUT/config.json"))))
     model.load_state_dict(safetensors.torch.load_file("OUT/model.safetensors"), strict=False)
@@ -19,16 +19,21 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
     add("--out", type=path, required=True, help="a new folder")
-    add("--format", choices=("safetensors", "open_mythos"), default="safetensors", help="whose names (%(default)s)")
+    add(
+        "--format",
+        choices=("safetensors", "open_mythos"),
+        default="safetensors",
+        help="tensor names (%(default)s)",
+    )
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
-    add("--workers", type=count, default=2, help="files written at a time (%(default)s)")
-    add("--no-verify", action="store_true", help="do not look for damage first (ignored with a signing key)")
-    add("--quiet", action="store_true", help="say nothing but errors")
+    add("--workers", type=count, default=2, help="files written at once (%(default)s)")
+    add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
+    add("--quiet", action="store_true", help="print only errors")
     return parse_arguments(parser)
 
 
 def main() -> None:
-    """Export; the exit code is 0, or 2 for a mistake in what was given."""
+    """Export. Exit code 0, or 2 for a usage or input error."""
     arguments = parse()
     from mythos_dist.checkpoint.export import export
     from mythos_dist.checkpoint.progress import bar
@@ -36,8 +41,8 @@ def main() -> None:
     from mythos_dist.config.load import config_from
 
     source = open_checkpoint(arguments.checkpoint)
-    numbers = source.manifest.num_parameters
-    with bar("exporting", 4 * numbers, arguments.quiet) as shown:
+    num_parameters = source.manifest.num_parameters
+    with bar("exporting", 4 * num_parameters, arguments.quiet) as shown:
         files = export(
             source,
             arguments.out,
@@ -50,11 +55,13 @@ def main() -> None:
     if not arguments.quiet:
         size = sum(file.stat().st_size for file in files)
         trained = config_from(source.manifest.config)
-        if arguments.format == "open_mythos" and (mode := trained.act.mode_of(trained.model)) != "reference":
+        mode = trained.act.mode_of(trained.model)
+        if arguments.format == "open_mythos" and mode != "reference":
             print(
-                f"note: OpenMythos' class halts; these weights were trained with act.mode={mode}, so its logits differ"
+                f"note: OpenMythos' class uses halting, but these weights were trained with act.mode={mode}: its "
+                "logits will differ"
             )
-        print(f"step {source.manifest.step}: {numbers:,} parameters, {size / 1e9:.3f} GB in {arguments.out}")
+        print(f"step {source.manifest.step}: {num_parameters:,} parameters, {size / 1e9:.3f} GB in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ from mythos_dist.errors import UserError, run_command
 def main() -> None:
     """Parse the command line, load the run's newest checkpoint on one process and print the continued text."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the folder of a run (run.dir) that has a checkpoint")
+    parser.add_argument("run_dir", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--n-loops", type=int, help="loops of the recurrent block; default: as in training")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="0 samples from all tokens (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy decoding (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=50, help="0: sample from all tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--tokenizer", type=Path, help="its file, where the shards of the training are not here")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file, if the training shards are not available")
     arguments = parse_arguments(parser)
     text = continue_text(arguments, read_prompt(arguments.prompt))
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of a terminal without UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without UTF-8
     print(text)
 
 
@@ -29,9 +29,9 @@ def read_prompt(prompt: str) -> str:
     """The text to continue. Raises UserError if there is none."""
     try:
         text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
-        text.encode()  # an argument that is not UTF-8 holds surrogates
+        text.encode()  # an argument that is not UTF-8 has surrogates
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise UserError(f"the prompt is not valid UTF-8 ({error.reason}); convert it first") from None
+        raise UserError(f"the prompt is not valid UTF-8 ({error.reason})") from None
     if not text:
         raise UserError("the prompt is empty; give some text to continue")
     return text
@@ -54,7 +54,7 @@ def continue_text(arguments: argparse.Namespace, prompt: str) -> str:
     if problems:
         raise UserError(problems)
     model, config, step = load_model(arguments.run_dir)
-    shards = Path(next(iter(config.data.folders)))  # all folders of a mix have the same tokenizer
+    shards = Path(next(iter(config.data.folders)))  # all folders of a mix share one tokenizer
     if arguments.tokenizer:
         tokenizer = Tokenizer.load(arguments.tokenizer)
     else:

@@ -1,4 +1,4 @@
-"""Begin a run with OpenMythos' weights: they become the checkpoint of step 0, which any layout can load.
+"""Start a run from OpenMythos' weights: write them as the checkpoint of step 0, which any layout can load.
 
 python tools/import_open_mythos.py open_mythos.pt configs/1b.yaml model.mode=reference run.dir=runs/from-open-mythos
 torchrun … -m mythos_dist.train configs/1b.yaml model.mode=reference run.dir=runs/from-open-mythos
@@ -15,14 +15,14 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("weights", type=path, help="a state dict in a .pt or .safetensors file, or a folder of the latter")
-    add_config(parser, "a YAML file of the run that is to begin; its model must be theirs")
-    add("--quiet", action="store_true", help="say nothing but errors")
+    add("weights", type=path, help="a state dict in a .pt or .safetensors file, or a folder of .safetensors files")
+    add_config(parser, "the YAML file of the new run; its model.* must fit the weights")
+    add("--quiet", action="store_true", help="print only errors")
     return parse_arguments(parser)
 
 
 def main() -> None:
-    """Import; the exit code is 0, or 2 for a mistake in what was given."""
+    """Import. Exit code 0, or 2 for a usage or input error."""
     arguments = parse()
     from mythos_dist.checkpoint.open_mythos import import_open_mythos
     from mythos_dist.checkpoint.progress import bar
@@ -32,7 +32,7 @@ def main() -> None:
     with bar("importing", quiet=arguments.quiet) as shown:
         folder = import_open_mythos(arguments.weights, config, shown.update)
     if not arguments.quiet:
-        print(f"the weights are in {folder}; train with run.dir={config.run.dir} to begin with them")
+        print(f"{arguments.weights} -> {folder}; train with run.dir={config.run.dir} to start from it")
 
 
 if __name__ == "__main__":

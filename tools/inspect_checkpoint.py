@@ -1,7 +1,7 @@
-"""What a checkpoint is and whether it is whole; with a second one, how the two differ.
+"""Describe a checkpoint and check its integrity; with a second checkpoint, list the differences.
 
-Exit code 0: whole (and, of two, equal in every parameter). 1: damaged, or different. 2: there is no checkpoint, or
-MYTHOS_CHECKPOINT_KEY_FILE names a key and it is not signed with it.
+Exit code 0: intact (and, with two, every parameter is equal). 1: damaged, or different. 2: no checkpoint, or
+MYTHOS_CHECKPOINT_KEY_FILE names a key and the checkpoint is not signed with it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from mythos_dist.checkpoint.arguments import path
 from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import EXIT_USER_ERROR, run_command
 
-MAX_LINES = 100  # of tensors that differ
+MAX_LINES = 100  # tensors that differ
 
 
 def parse() -> argparse.Namespace:
@@ -21,8 +21,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
-    add("other", type=path, nargs="?", help="a second one, to compare")
-    add("--no-verify", action="store_true", help="look at sizes only, do not read every byte")
+    add("other", type=path, nargs="?", help="a second checkpoint to compare with")
+    add("--no-verify", action="store_true", help="check file sizes only, not hashes")
     add("--json", action="store_true", help="print everything as JSON")
     return parse_arguments(parser)
 
@@ -32,35 +32,39 @@ def main() -> None:
     arguments = parse()
     from mythos_dist.checkpoint.describe import (
         REFUSED,
-        counted,
         difference_line,
         differing_settings,
         differing_tensors,
         inspect,
-        lines,
+        summary_lines,
     )
+    from mythos_dist.units import count
 
-    given = [arguments.checkpoint, *([arguments.other] if arguments.other else [])]
-    both, about = zip(*(inspect(one, verify=not arguments.no_verify) for one in given), strict=True)
-    damaged = any(one["damaged"] for one in about)
-    refused = any(one["signature"] in REFUSED for one in about)
-    settings = list(differing_settings(*both)) if len(both) == 2 else []
-    tensors = list(differing_tensors(*both)) if len(both) == 2 and not damaged else []
+    paths = [arguments.checkpoint, arguments.other] if arguments.other else [arguments.checkpoint]
+    inspected = [inspect(path, verify=not arguments.no_verify) for path in paths]
+    checkpoints = [checkpoint for checkpoint, _ in inspected]
+    summaries = [summary for _, summary in inspected]
+    damaged = any(summary["damaged"] for summary in summaries)
+    refused = any(summary["signature"] in REFUSED for summary in summaries)
+    compared = len(paths) == 2 and not damaged
+    settings = list(differing_settings(*checkpoints)) if len(paths) == 2 else []
+    tensors = list(differing_tensors(*checkpoints)) if compared else []
     if arguments.json:
-        found = [one if isinstance(one, str) else asdict(one) for one in tensors]
-        print(json.dumps({"checkpoints": about, "settings": settings, "tensors": found}))
+        differences = [tensor if isinstance(tensor, str) else asdict(tensor) for tensor in tensors]
+        print(json.dumps({"checkpoints": summaries, "settings": settings, "tensors": differences}))
     else:
-        for one in about:
-            print("\n".join(lines(one)))
-        for name, first, second in settings:
-            print(f"  {difference_line(name, first, second)}")
-        for one in tensors[:MAX_LINES]:
-            print(f"  {one}")
+        for summary in summaries:
+            print("\n".join(summary_lines(summary)))
+        for name, first_value, second_value in settings:
+            print(f"  {difference_line(name, first_value, second_value)}")
+        for tensor in tensors[:MAX_LINES]:
+            print(f"  {tensor}")
         if len(tensors) > MAX_LINES:
             print(f"  and {len(tensors) - MAX_LINES} more")
-        if len(both) == 2 and not damaged:
-            differ = f"{counted(len(tensors), 'tensor')} {'differs' if len(tensors) == 1 else 'differ'}"
-            print(differ if tensors else "every parameter is equal, bit for bit")
+        if compared and tensors:
+            print(f"{count(len(tensors), 'tensor')} {'differs' if len(tensors) == 1 else 'differ'}")
+        elif compared:
+            print("every parameter is equal, bit for bit")
     sys.exit(EXIT_USER_ERROR if refused else 1 if damaged or tensors else 0)
 
 

@@ -1,9 +1,9 @@
-"""Rewrite a checkpoint as whole tensors in few large files, in the folder of a new run, which goes on from there.
+"""Rewrite a checkpoint as full (unsharded) tensors in few large files, as the first checkpoint of a new run.
 
-Not needed to change the layout: any run reads any checkpoint. For keeping a checkpoint, carrying it to another cluster,
-or starting thousands of ranks from few files. Needs no GPU, and no more memory for a larger model.
+Changing the layout does not need this: any layout loads any checkpoint. It is for archiving a checkpoint, moving it to
+another cluster, or starting thousands of ranks from few files. Needs no GPU; memory does not grow with the model.
 
-If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, and the copy is.
+If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, and the copy is signed, too.
 """
 
 import argparse
@@ -20,15 +20,24 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
     add("--out", type=path, required=True, help="run.dir of the new run")
-    add("--workers", type=count, default=len(os.sched_getaffinity(0)), help="files written at a time (%(default)s)")
-    add("--no-verify", action="store_true", help="do not look for damage first (ignored with a signing key)")
-    add("--ignore-signature", action="store_true", help="accept an unsigned CHECKPOINT, or one of another key")
-    add("--quiet", action="store_true", help="say nothing but errors")
+    add(
+        "--workers",
+        type=count,
+        default=len(os.sched_getaffinity(0)),
+        help="files written at once (%(default)s)",
+    )
+    add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
+    add(
+        "--ignore-signature",
+        action="store_true",
+        help="accept an unsigned CHECKPOINT, or one signed with another key",
+    )
+    add("--quiet", action="store_true", help="print only errors")
     return parse_arguments(parser)
 
 
 def main() -> None:
-    """Rewrite; the exit code is 0, or 2 for a mistake in what was given."""
+    """Rewrite. Exit code 0, or 2 for a usage or input error."""
     arguments = parse()
     from mythos_dist.checkpoint.canonical import write_canonical
     from mythos_dist.checkpoint.progress import bar
@@ -45,7 +54,7 @@ def main() -> None:
             progress=shown.update,
         )
     if not arguments.quiet:
-        print(f"{source.folder} is now {folder}, {size / 1e9:.3f} GB; train with run.dir={arguments.out} to go on")
+        print(f"{source.folder} -> {folder}, {size / 1e9:.3f} GB; train with run.dir={arguments.out} to resume from it")
 
 
 if __name__ == "__main__":

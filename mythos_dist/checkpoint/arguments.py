@@ -1,18 +1,18 @@
-"""Types of command-line arguments that tools for checkpoints share."""
+"""Types of command-line arguments that the checkpoint tools share."""
 
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """An integer >= 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise ArgumentTypeError(f"{text!r} is not an integer >= 1")
     return int(text)
 
 
 def path(text: str) -> Path:
-    """A path; an empty one is a variable that was not set, and would mean the current folder."""
+    """A path. An empty one is refused: it comes from an unset shell variable, and would mean the current folder."""
     if not text.strip():
         raise ArgumentTypeError("is empty; name a folder")
     return Path(text)

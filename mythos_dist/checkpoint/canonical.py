@@ -1,8 +1,8 @@
-"""The canonical form of a checkpoint: whole tensors under their names, in few large files, whatever layout wrote it.
+"""The canonical form of a checkpoint: full (unsharded) tensors in few large files, whatever layout wrote it.
 
-A checkpoint can be loaded at any layout as it is. This form is for keeping it, for carrying it elsewhere, and for runs
-of thousands of ranks, which find what they need in few files. Tensors are put together a block at a time: memory does
-not grow with the model.
+Any layout loads any checkpoint as it is. The canonical form is for archiving a checkpoint, for moving it to another
+cluster, and for runs of thousands of ranks, which then read few files. Tensors are assembled a block at a time, so
+memory does not grow with the model.
 """
 
 import hashlib
@@ -18,19 +18,20 @@ from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, FileEntry, checkpoints_of
-from mythos_dist.checkpoint.names import folder_name, remove
+from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry
+from mythos_dist.checkpoint.names import remove_checkpoint, temporary_name
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.publish import publish
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import Key, signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, reason
 from mythos_dist.units import short
 
-FILE_BYTES = 4 << 30  # of a file, unless one name's tensors take more
-BLOCK = 1 << 24  # numbers that are put together at a time
+FILE_BYTES = 4 << 30  # limit of a file, unless the tensors of a single name are larger
+BLOCK_ELEMENTS = 1 << 24
 
 
 def write_canonical(
@@ -42,15 +43,16 @@ def write_canonical(
     progress: Progress = lambda size: None,
     file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write a checkpoint's canonical form below `run_dir`, where a run finds it; returns its folder.
+    """Write the canonical form of a checkpoint as the first checkpoint of a new run in `run_dir`; returns its folder.
 
-    `workers`: files that are written at a time. `verify`: look for damage first, which reads every byte once more; it
-    is done in any case if the source's signature is checked. Signed if MYTHOS_CHECKPOINT_KEY_FILE names a key.
-    Raises UserError if the source is damaged, or `run_dir` has no room, cannot be written or holds checkpoints already.
+    `workers`: files written at once. `verify`: check for damage first, which reads every byte once more; done
+    in any case if the source's signature is checked. Signed if MYTHOS_CHECKPOINT_KEY_FILE names a key.
+    Raises UserError if the source is damaged, or if `run_dir` has too little space, cannot be written or already holds
+    checkpoints.
     """
-    run_dir = outside(source, run_dir)
+    run_dir = output_path(source, run_dir)
     source.raise_if_damaged(verify)
-    tensors = partial(blocks_of, source, progress=progress)
+    tensors = partial(tensor_blocks, source, progress=progress)
     return write_full_tensors(run_dir, source.manifest, tensors, workers=workers, file_bytes=file_bytes)
 
 
@@ -62,21 +64,22 @@ def write_full_tensors(
     workers: int,
     file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write all tensors of `manifest` as the first checkpoint of a run; `blocks(kind, name)` are the bytes of one.
+    """Write all tensors of `manifest` as the first checkpoint of a run; `blocks(kind, name)` yields a tensor's bytes.
 
-    Returns its folder; nothing stays behind if the writing fails. Signed if MYTHOS_CHECKPOINT_KEY_FILE names a key.
-    Raises UserError if `run_dir` has no room, cannot be written or holds checkpoints already.
+    Returns its folder; leaves nothing if writing fails. Signed if MYTHOS_CHECKPOINT_KEY_FILE names a key.
+    Raises UserError if `run_dir` has too little space, cannot be written or already holds checkpoints.
     """
     key = signing_key()
     checkpoints = run_dir / "checkpoints"
-    if found := [path.name for path in checkpoints_of(checkpoints)]:
-        raise UserError(f"holds {', '.join(found[:3])} already; name another folder", str(checkpoints))
+    existing = [path.name for path in checkpoints_of(checkpoints)]
+    if existing:
+        raise UserError(f"already holds {', '.join(existing[:3])}; name another folder", str(checkpoints))
     try:
         make_folders(checkpoints)
         return _write(checkpoints, manifest, blocks, workers, file_bytes, key)
     except OSError as error:
         raise UserError(
-            f"cannot be written ({reason(error)}); name another folder or make room", str(run_dir)
+            f"cannot be written ({reason(error)}); name another folder or free some space", str(run_dir)
         ) from None
 
 
@@ -90,70 +93,74 @@ def _write(
 ) -> Path:
     tensors = manifest.tensors
     sizes = {name: 4 * math.prod(tensor.shape) * len(tensor.kinds) for name, tensor in tensors.items()}
-    groups = grouped(sizes, file_bytes)
-    must_have_room(checkpoints, sum(sizes.values()))
-    folder = checkpoints / f"{folder_name(manifest.step)}.tmp-0-{secrets.token_hex(4)}"
+    groups = group_by_size(sizes, file_bytes)
+    check_free_space(checkpoints, sum(sizes.values()))
+    # By a tool (start 0), with a name that no other process uses.
+    folder = checkpoints / f"{temporary_name(manifest.step, start=0)}-{secrets.token_hex(4)}"
     folder.mkdir()
 
-    def write(item: tuple[int, list[str]]) -> tuple[str, FileEntry]:
-        number, names = item
-        file = f"tensors-{number:05d}-of-{len(groups):05d}.safetensors"
+    def write_file(index: int, names: list[str]) -> tuple[str, FileEntry]:
+        file = f"tensors-{index:05d}-of-{len(groups):05d}.safetensors"
         keys = [(kind, name) for name in names for kind in tensors[name].kinds]
         shapes = {f"{kind}/{name}": tensors[name].shape for kind, name in keys}
+        data = (block for kind, name in keys for block in blocks(kind, name))
         sha256 = hashlib.sha256() if key else None
-        data = (block for one in keys for block in blocks(*one))
         size, digest = write_tensors(folder / file, shapes, data, sha256=sha256)
-        pieces = {name: Piece.whole(tensors[name].shape) for name in names}
-        return file, FileEntry(size, digest, pieces, sha256 and sha256.hexdigest())
+        pieces = {name: Piece.full(tensors[name].shape) for name in names}
+        return file, FileEntry(size, digest, pieces, sha256.hexdigest() if sha256 else None)
 
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            files = dict(pool.map(write, enumerate(groups)))
+            files = dict(pool.map(write_file, range(len(groups)), groups))
         return publish(folder, replace(manifest, files=files), key)
     finally:
         with suppress(OSError):
-            remove(folder)  # published, it has another name
+            remove_checkpoint(folder)  # does nothing after `publish`, which renames it
 
 
-def outside(source: Checkpoint, out: Path) -> Path:
-    """`out`, its `~` expanded. Raises UserError if it is inside of the source, or among a run's checkpoints."""
+def output_path(source: Checkpoint, out: Path) -> Path:
+    """`out` with `~` expanded. Raises UserError if it is inside the source, or inside a run's folder of checkpoints."""
     try:
-        out, here = out.expanduser(), source.folder.resolve()
-        above = [out.resolve(), *out.resolve().parents]
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, a home that is not known
+        out, folder = out.expanduser(), source.folder.resolve()
+        out_and_parents = [out.resolve(), *out.resolve().parents]
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, an unknown home
         raise UserError(f"cannot be used ({reason(error)})", str(out)) from None
-    if here in above or (here.parent in above and here.parent.name == "checkpoints"):
-        raise UserError(f"is inside of {here if here in above else here.parent}; name another folder", str(out))
+    forbidden = [folder, folder.parent] if folder.parent.name == "checkpoints" else [folder]
+    for path in forbidden:
+        if path in out_and_parents:
+            raise UserError(f"is inside {path}; name another folder", str(out))
     return out
 
 
-def must_have_room(folder: Path, size: int) -> None:
-    """Raises UserError unless `size` bytes are free; OSError if the system does not say."""
+def check_free_space(folder: Path, size: int) -> None:
+    """Raises UserError unless `size` bytes are free; OSError if that cannot be determined."""
     usage = shutil.disk_usage(folder)
-    if usage.total and usage.free < size:  # a file system that does not know says 0 of 0
-        raise UserError(f"{short(size)}B are needed and {short(usage.free)}B are free; make room", str(folder))
+    if usage.total and usage.free < size:  # some file systems report 0 of 0
+        raise UserError(f"{short(size)}B are needed, {short(usage.free)}B are free; free some space", str(folder))
 
 
-def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into groups: as many as take up to `limit` bytes together, at least one."""
+def group_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in alphabetical order, in groups of up to `limit` bytes; a larger tensor is a group of its own."""
     groups: list[list[str]] = [[]]
-    room = limit
+    remaining = limit
     for name, size in sorted(sizes.items()):
-        if groups[-1] and size > room:
+        if groups[-1] and size > remaining:
             groups.append([])
-            room = limit
+            remaining = limit
         groups[-1].append(name)
-        room -= size
+        remaining -= size
     return groups
 
 
-def blocks_of(source: Checkpoint, kind: str, name: str, progress: Progress = lambda size: None) -> Iterator[memoryview]:
-    """The bytes of a whole tensor, fp32, in order; a block is valid until the next one is asked for."""
+def tensor_blocks(
+    source: Checkpoint, kind: str, name: str, progress: Progress = lambda size: None
+) -> Iterator[memoryview]:
+    """The bytes of an unsharded fp32 tensor, in order; a block is valid until the next one is requested."""
     shape = source.manifest.tensors[name].shape
     total = math.prod(shape)
-    room = np.empty(min(total, BLOCK), np.float32)
-    for first in range(0, total, BLOCK):
-        block = room[: min(BLOCK, total - first)]
+    buffer = np.empty(min(total, BLOCK_ELEMENTS), np.float32)
+    for first in range(0, total, BLOCK_ELEMENTS):
+        block = buffer[: min(BLOCK_ELEMENTS, total - first)]
         source.read(kind, name, Piece(shape, (0,) * len(shape), first, first + len(block)), block)
         yield block.data
         progress(block.nbytes)

@@ -1,7 +1,7 @@
-"""A checkpoint's weights for other programs: safetensors files with an index, as Hugging Face's loaders read them.
+"""Export a checkpoint's weights for other programs: safetensors files with an index, as Hugging Face's loaders read.
 
-Under our own names, or under OpenMythos' (`model/open_mythos.py`): then `OpenMythos.load_state_dict` takes them, all
-but its rotary tables and its head, which is the embedding. One tensor is in memory at a time.
+The names are ours, or those of OpenMythos (`model/open_mythos.py`): `OpenMythos.load_state_dict` loads these, except
+for its rotary tables and its head, which is tied to the embedding. One tensor is in memory at a time.
 """
 
 import json
@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.canonical import blocks_of, grouped, must_have_room, outside
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, Checkpoint
+from mythos_dist.checkpoint.canonical import check_free_space, group_by_size, output_path, tensor_blocks
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER
 from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.schema import BY_MODE, MythosConfig
@@ -32,13 +33,13 @@ FILE_BYTES = 5 << 30
 Format = Literal["safetensors", "open_mythos"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
-_OURS_ALONE = ("mode", *BY_MODE["reference"])  # of MythosConfig, what OpenMythos' does not have
+_NOT_IN_OPEN_MYTHOS = ("mode", *BY_MODE["reference"])  # fields of our MythosConfig that theirs does not have
 
 
 def export(
     source: Checkpoint,
     out: Path,
-    form: Format,
+    format: Format,
     *,
     dtype: Dtype = "fp32",
     workers: int = 2,
@@ -46,77 +47,84 @@ def export(
     progress: Progress = lambda size: None,
     file_bytes: int = FILE_BYTES,
 ) -> list[Path]:
-    """Write model.safetensors, or several with model.safetensors.index.json, and config.json into the new folder `out`.
+    """Write config.json and model.safetensors, or several files and an index, into the new folder `out`.
 
-    `workers`: files that are written at a time. `verify`: as in `write_canonical`. Returns the files of weights. Raises
-    UserError if the source is damaged, or `out` is there already or cannot be written.
+    `workers`: files written at once. `verify`: as in `write_canonical`. Returns the files of weights. Raises
+    UserError if the source is damaged, or if `out` exists already or cannot be written.
     """
-    manifest, out = source.manifest, outside(source, out)
+    manifest, out = source.manifest, output_path(source, out)
     if os.path.lexists(out):
         raise UserError("exists; name a new folder", str(out))
     source.raise_if_damaged(verify)
     model = config_of(source).model
-    if form == "open_mythos" and (other := other_loops(model)):
-        raise UserError(f"OpenMythos has no {', '.join(other)}; export with --format safetensors", str(source.folder))
-    label, _ = _DTYPES[dtype]
-    names = {
-        name: {name: tensor.shape} if form == "safetensors" else open_mythos_shapes(name, tensor.shape, model)
+    unsupported = other_loops(model) if format == "open_mythos" else []
+    if unsupported:
+        raise UserError(
+            f"OpenMythos does not have {', '.join(unsupported)}; export with --format safetensors", str(source.folder)
+        )
+    shapes = {
+        name: {name: tensor.shape} if format == "safetensors" else open_mythos_shapes(name, tensor.shape, model)
         for name, tensor in manifest.tensors.items()
-    }
-    size_of = {name: ITEM_BYTES[label] * sum(map(math.prod, theirs.values())) for name, theirs in names.items()}
-    groups = grouped(size_of, file_bytes)
-    files = [
-        "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        for i in range(1, len(groups) + 1)
-    ]
+    }  # our name -> the names and shapes to write
+    label, _ = _DTYPES[dtype]
+    sizes = {name: ITEM_BYTES[label] * sum(map(math.prod, exported.values())) for name, exported in shapes.items()}
+    groups = group_by_size(sizes, file_bytes)
+    files = ["model.safetensors"]
+    if len(groups) > 1:
+        files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # no other process uses it
 
-    def write(item: tuple[str, list[str]]) -> None:
-        file, ours = item
-        shapes = {theirs: shape for name in ours for theirs, shape in names[name].items()}
-        blocks = (block for name in ours for block in _blocks(source, name, model, form, dtype, progress))
-        write_tensors(temporary / file, shapes, blocks, label, {"format": "pt"})
+    def write_file(file: str, names: list[str]) -> None:
+        file_shapes = {key: shape for name in names for key, shape in shapes[name].items()}
+        blocks = (block for name in names for block in _blocks(source, name, model, format, dtype, progress))
+        write_tensors(temporary / file, file_shapes, blocks, label, metadata={"format": "pt"})
 
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # nobody else's
-    made = False
+    created = False
     try:
         make_folders(out.parent)
-        must_have_room(out.parent, sum(size_of.values()))
+        check_free_space(out.parent, sum(sizes.values()))
         temporary.mkdir()
-        made = True
+        created = True
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            list(pool.map(write, zip(files, groups, strict=True)))
+            list(pool.map(write_file, files, groups))
         if len(files) > 1:
-            place = {
-                their: file for file, group in zip(files, groups, strict=True) for our in group for their in names[our]
-            }
-            index = {"metadata": {"total_size": sum(size_of.values())}, "weight_map": place}
+            weight_map = {}
+            for file, names in zip(files, groups, strict=True):
+                for name in names:
+                    weight_map |= dict.fromkeys(shapes[name], file)
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             write_and_fsync(temporary / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        fields = {k: v for k, v in asdict(model).items() if form == "safetensors" or k not in _OURS_ALONE}
+        fields = asdict(model)
+        if format == "open_mythos":
+            fields = {name: value for name, value in fields.items() if name not in _NOT_IN_OPEN_MYTHOS}
         write_and_fsync(temporary / "config.json", json.dumps(fields, indent=2) + "\n")
         fsync_folder(temporary)
         temporary.rename(out)
         fsync_folder(out.parent)
     except OSError as error:
-        raise UserError(f"cannot be written ({reason(error)}); name another folder or make room", str(out)) from None
+        raise UserError(
+            f"cannot be written ({reason(error)}); name another folder or free some space", str(out)
+        ) from None
     finally:
-        if made:
-            shutil.rmtree(temporary, ignore_errors=True)  # renamed, it has another name
+        if created:
+            shutil.rmtree(temporary, ignore_errors=True)  # does nothing after the rename
     return [out / file for file in files]
 
 
 def _blocks(
-    source: Checkpoint, name: str, model: MythosConfig, form: Format, dtype: Dtype, progress: Progress
+    source: Checkpoint, name: str, model: MythosConfig, format: Format, dtype: Dtype, progress: Progress
 ) -> Iterator[memoryview]:
+    """The bytes to write for our tensor `name`."""
     kind = PARAMETER if PARAMETER in source.manifest.tensors[name].kinds else BUFFER
-    if form == "safetensors":
-        for block in blocks_of(source, kind, name, progress):
+    if format == "safetensors":
+        for block in tensor_blocks(source, kind, name, progress):
             yield _bytes_of(torch.frombuffer(block, dtype=torch.float32), dtype)
         return
-    whole = torch.from_numpy(source.whole(kind, name))
-    for their_name, tensor in to_open_mythos({name: whole}, model).items():
-        if their_name not in NOT_PARAMETERS:
+    full_tensor = torch.from_numpy(source.full_tensor(kind, name))
+    for exported_name, tensor in to_open_mythos({name: full_tensor}, model).items():
+        if exported_name not in NOT_PARAMETERS:
             yield _bytes_of(tensor, dtype)
-    progress(4 * whole.numel())
+    progress(4 * full_tensor.numel())
 
 
 def _bytes_of(tensor: Tensor, dtype: Dtype) -> memoryview:

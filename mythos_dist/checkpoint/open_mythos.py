@@ -1,10 +1,10 @@
-"""OpenMythos' weights as the checkpoint that a run begins with: step 0, any layout, no moments.
+"""Import OpenMythos' weights as the checkpoint of step 0 that a new run starts from, at any layout; it has no moments.
 
-They come as a state dict in a .pt file or as safetensors, and are read a tensor at a time. A .pt file is a pickle: it
-is opened with `weights_only`, which builds tensors and runs nothing.
+The weights are a state dict in a .pt file, or safetensors, and are read a tensor at a time. A .pt file is a pickle: it
+is loaded with `weights_only`, which builds tensors and runs no code from the file.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mythos_dist.checkpoint.canonical import FILE_BYTES, write_full_tensors
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, versions
+from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, library_versions
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.strict_json import shorten
@@ -23,7 +23,7 @@ from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, must_be_its_loops, open_mythos_shapes
 from mythos_dist.units import count
 
-MAX_LINES = 8  # of problems of one kind
+MAX_LISTED = 8  # tensors in a message
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -33,59 +33,75 @@ def import_open_mythos(
     progress: Progress = lambda size: None,
     file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write the checkpoint of step 0 below `config.run.dir`; returns its folder.
+    """Write the checkpoint of step 0 to `config.run.dir`; returns its folder.
 
-    `weights`: a .pt file, a .safetensors file, or a folder of the latter. Raises UserError if they are not of
-    `config.model`, with all that differs, if its loops are not OpenMythos', or if the run has checkpoints already.
+    `weights`: a .pt file, a .safetensors file, or a folder of .safetensors files. Raises UserError if names, shapes or
+    types do not fit `config.model` (all mismatches at once), if the model's loops are not those of OpenMythos, or if
+    the run has checkpoints already.
     """
     model, run_dir = config.model, Path(config.run.dir)
-    signing_key()  # a mistake in it is found before gigabytes are read
+    signing_key()  # an error in it is raised before gigabytes are read
     must_be_its_loops(model)
     with torch.device("meta"):
-        ours = Mythos(model, act=config.act, experts=config.experts)
-    wanted = {name: (PARAMETER, value) for name, value in ours.named_parameters()}
-    wanted |= {name: (BUFFER, value) for name, value in ours.named_buffers()}
-    parts = {name: open_mythos_shapes(name, tuple(value.shape), model) for name, (_, value) in wanted.items()}
-    theirs = open_weights(weights)
-    if problems := list(_differences(theirs, {k: shape for part in parts.values() for k, shape in part.items()})):
-        raise UserError([*problems, "is `model.*` the config that these weights were made with?"], str(weights))
-    if "head.weight" in theirs and not _equal(theirs["head.weight"], theirs["embed.weight"]):
-        raise UserError("head.weight is not embed.weight, but this model has one table for both", str(weights))
-
-    tensors = {name: TensorEntry(tuple(value.shape), (kind,)) for name, (kind, value) in wanted.items()}
+        meta_model = Mythos(model, act=config.act, experts=config.experts)
+    tensors = {name: TensorEntry(tuple(value.shape), (PARAMETER,)) for name, value in meta_model.named_parameters()}
+    tensors |= {name: TensorEntry(tuple(value.shape), (BUFFER,)) for name, value in meta_model.named_buffers()}
+    their_shapes = {name: open_mythos_shapes(name, tensor.shape, model) for name, tensor in tensors.items()}
+    state = open_weights(weights)
+    expected = {their_name: shape for shapes in their_shapes.values() for their_name, shape in shapes.items()}
+    if problems := list(_mismatches(state, expected)):
+        raise UserError([*problems, "is `model.*` the config that these weights were trained with?"], str(weights))
+    if "head.weight" in state and not _equal(state["head.weight"], state["embed.weight"]):
+        raise UserError("head.weight differs from embed.weight, but in this model they are tied", str(weights))
     manifest = CheckpointManifest(
-        *(0, 0, 0, {}, {"model": asdict(model)}, "", versions()),
-        *({"steps": 0, "skipped_steps": 0, "loss_scale": {}}, tensors, {}),
+        step=0,
+        tokens=0,
+        start=0,
+        layout={},
+        config={"model": asdict(model)},
+        data="",
+        versions=library_versions(),
+        optimizer={"steps": 0, "skipped_steps": 0, "loss_scale": {}},
+        tensors=tensors,
+        files={},
     )
 
     def blocks(_: str, name: str) -> Iterator[memoryview]:
-        joined = from_open_mythos({their: theirs[their].float() for their in parts[name]}, model)[name]
-        yield joined.contiguous().flatten().numpy().data
-        progress(4 * joined.numel())
+        theirs = {their_name: state[their_name].float() for their_name in their_shapes[name]}
+        ours = from_open_mythos(theirs, model)[name]
+        yield ours.contiguous().flatten().numpy().data
+        progress(4 * ours.numel())
 
     return write_full_tensors(run_dir, manifest, blocks, workers=1, file_bytes=file_bytes)
 
 
-def _differences(theirs: Mapping[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    def told(what: str, names: Iterable[str]) -> Iterator[str]:
-        if found := sorted(names):
-            more = f" and {len(found) - MAX_LINES} more" if len(found) > MAX_LINES else ""
-            if len(found) == 1:
-                what = what.replace("are ", "is ").replace("have ", "has ")
-            yield f"{count(len(found), 'tensor')} {what}: {', '.join(found[:MAX_LINES])}{more}"
-
-    here = set(theirs) - set(NOT_PARAMETERS)
-    yield from told("are missing", wanted.keys() - here)
-    yield from told("are not known", (shorten(name)[1:-1] for name in here - wanted.keys()))
-    shapes, kinds = {}, {}
-    for name in sorted(here & wanted.keys()):
-        tensor = theirs[name]
-        shapes[name] = list(tensor.shape)
+def _mismatches(state: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """A message for each kind of problem."""
+    names = set(state) - set(NOT_PARAMETERS)
+    wrong_shapes, wrong_types = [], []
+    for name in names & expected.keys():
+        tensor = state[name]
+        if tuple(tensor.shape) != expected[name]:
+            wrong_shapes.append(f"{name} {list(tensor.shape)} instead of {list(expected[name])}")
         if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            kinds[name] = f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.device.type}, {tensor.layout}"
-    others = [name for name, shape in shapes.items() if shape != list(wanted[name])]
-    yield from told("have another shape", (f"{name} {shapes[name]} instead of {list(wanted[name])}" for name in others))
-    yield from told("are not of plain floating-point values", (f"{name} ({kind})" for name, kind in kinds.items()))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            wrong_types.append(f"{name} ({dtype}, {tensor.device.type}, {tensor.layout})")
+    missing = expected.keys() - names
+    unknown = [shorten(name)[1:-1] for name in names - expected.keys()]
+    if missing:
+        yield f"missing {_list_tensors(missing)}"
+    if unknown:
+        yield f"unknown {_list_tensors(unknown)}"
+    if wrong_shapes:
+        yield f"wrong shape of {_list_tensors(wrong_shapes)}"
+    if wrong_types:
+        yield f"not a dense floating-point tensor on the CPU: {_list_tensors(wrong_types)}"
+
+
+def _list_tensors(descriptions: Collection[str]) -> str:
+    shown = sorted(descriptions)[:MAX_LISTED]
+    more = f" and {len(descriptions) - len(shown)} more" if len(descriptions) > len(shown) else ""
+    return f"{count(len(descriptions), 'tensor')}: {', '.join(shown)}{more}"
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -93,7 +109,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def open_weights(path: Path) -> Mapping[str, Tensor]:
-    """A state dict whose tensors are read when they are asked for. Raises UserError if it cannot be read."""
+    """A state dict whose tensors are read on access. Raises UserError if it cannot be opened."""
     try:
         path = path.expanduser()
         if path.is_dir():
@@ -108,7 +124,7 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
         raise UserError("no such file; give OpenMythos' weights", str(path)) from None
     except UserError:
         raise
-    except Exception as error:  # torch and safetensors raise whatever they meet
+    except Exception as error:  # torch and safetensors raise many types
         raise UserError(f"cannot be read as weights ({' '.join(str(error).split())[:300]})", str(path)) from None
     for key in ("model", "model_state_dict", "state_dict"):  # as training scripts wrap it
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -116,31 +132,33 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        raise UserError("holds no state dict (names and tensors)", str(path))
+        raise UserError("holds no state dict (tensors by name)", str(path))
     return state
 
 
 class _SafeTensors(Mapping[str, Tensor]):
+    """The tensors of several safetensors files, by name."""
+
     def __init__(self, files: list[Path]):
         from safetensors import safe_open
 
-        self._place: dict[str, tuple[Path, Any]] = {}
+        self._source: dict[str, tuple[Path, Any]] = {}
         for file in files:
             opened: Any = safe_open(file, "pt")
-            for name in opened.keys():  # noqa: SIM118 — no mapping
-                if name in self._place:
-                    raise UserError(f"{shorten(name)} is also in {self._place[name][0].name}; keep one set", str(file))
-                self._place[name] = file, opened
+            for name in opened.keys():  # noqa: SIM118 — not a mapping
+                if name in self._source:
+                    raise UserError(f"{shorten(name)} is also in {self._source[name][0].name}; keep one set", str(file))
+                self._source[name] = file, opened
 
     def __getitem__(self, name: str) -> Tensor:
-        file, opened = self._place[name]
+        file, opened = self._source[name]
         try:
             return opened.get_tensor(name)
-        except Exception as error:  # of any kind: safetensors has its own
+        except Exception as error:  # safetensors raises its own types
             raise UserError(f"{shorten(name)} cannot be read ({first_line(error)[:300]})", str(file)) from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._source)
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._source)

@@ -1,10 +1,21 @@
-"""Pieces of tensors: what one rank holds of a named tensor, and how one layout's pieces fill another's.
+"""Pieces: which elements of a named tensor a rank holds, and which elements two pieces have in common.
 
-A rank holds a slice of a tensor (a box, by tensor and expert parallelism), and of the slice's flattened numbers ZeRO
-leaves it a stretch. Any stretch is a few boxes that lie one after the other in memory: the end of a row, whole rows,
-the beginning of a row. So two pieces, cut by any two layouts, share boxes, and copying those is all that changing the
-layout is. The trap: a slice may be allocated larger than its part of the tensor (`parallel/tensor.py`); what lies
-outside of the whole tensor is filling, and is never copied.
+Tensor and expert parallelism give a rank a shard of the tensor: a box of `shape` at `start`. ZeRO gives it the range
+[first, last) of the shard's flattened elements. Shard and range together are a `Piece`.
+
+How a rank finds its piece in the files of another layout: `checkpoint.json` lists the piece of each tensor in each
+file. The rank takes the files that hold pieces of its tensor, and `overlaps` yields the regions that its own piece
+shares with each of them; it copies only those (`reader.Checkpoint.read`). No layout is special: a range of a box is
+a few smaller boxes, each contiguous in the piece (the end of a row, full rows, the beginning of a row), and two boxes
+intersect in a box.
+
+    A tensor of shape (4, 6), in a file written at parallel.tensor=2 with 2 replicas, read at tensor=1 with 3 replicas:
+    in the file   shard (4, 3) at (0, 3), range [6, 12): rows 2 and 3 of columns 3 to 5
+    of the rank   shard (4, 6) at (0, 0), range [8, 16): columns 2 to 5 of row 1, columns 0 to 3 of row 2
+    overlap       row 2, column 3: element 0 of the file's piece, element 7 of the rank's
+
+The trap: a shard may be allocated larger than its part of the tensor (`parallel/tensor.py`). Elements outside of the
+full tensor are padding and are never copied.
 """
 
 import itertools
@@ -15,31 +26,31 @@ from typing import Annotated
 
 from pydantic import Field
 
-Size = Annotated[int, Field(strict=True, ge=0, le=1 << 52)]  # bounds hold where a manifest is read
+Size = Annotated[int, Field(strict=True, ge=0, le=1 << 52)]  # bounds are checked where a manifest is read
 Index = tuple[Size, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The numbers [first, last) of a flattened slice."""
+    """The elements [first, last) of a flattened shard."""
 
-    shape: Index  # of the slice, filling included
-    start: Index  # where it begins in the whole tensor
+    shape: Index  # of the shard, padding included
+    start: Index  # of the shard in the full tensor
     first: Size
     last: Size
 
     @staticmethod
-    def whole(shape: Index) -> "Piece":
-        """All of a tensor."""
+    def full(shape: Index) -> "Piece":
+        """All elements of a tensor."""
         return Piece(shape, (0,) * len(shape), 0, math.prod(shape))
 
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a piece that is contiguous in it."""
+    """A box of the tensor whose elements are contiguous in the piece."""
 
-    offset: int  # in the piece, in numbers
-    lower: Index  # in the whole tensor
+    offset: int  # of its first element in the piece
+    lower: Index  # corners in the full tensor: lower <= index < upper
     upper: Index
 
     @property
@@ -49,78 +60,84 @@ class Box:
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a box: `where` in an array of the box's shape, which begins at `offset` in the piece."""
+    """A part of a box: `slices` of an array of the box's `shape`, which begins at `offset` in the piece."""
 
     offset: int
     shape: Index
-    where: tuple[slice, ...]
+    slices: tuple[slice, ...]
 
     @property
     def contiguous(self) -> tuple[int, int] | None:
-        """Where in the piece its numbers lie one after the other, or None if they do not."""
-        begin, end, size, open_ended = self.offset, self.offset + 1, 1, True
-        for length, part in zip(reversed(self.shape), reversed(self.where), strict=True):
-            if not open_ended and part.stop - part.start > 1:
+        """The region as a range [begin, end) of the piece, or None if it is not contiguous there."""
+        first, last, stride = self.offset, self.offset, 1
+        inner_dims_are_full = True
+        for length, part in zip(reversed(self.shape), reversed(self.slices), strict=True):
+            if not inner_dims_are_full and part.stop - part.start > 1:
                 return None
-            open_ended = open_ended and part.stop - part.start == length
-            begin += part.start * size
-            end += (part.stop - 1) * size
-            size *= length
-        return begin, end
+            inner_dims_are_full = inner_dims_are_full and part.stop - part.start == length
+            first += part.start * stride
+            last += (part.stop - 1) * stride
+            stride *= length
+        return first, last + 1
 
 
 def boxes(piece: Piece) -> Iterator[Box]:
-    """The boxes that make up a piece, in order."""
+    """The boxes that a piece consists of, in order."""
     offset = 0
-    for lower, upper in _boxes(piece.shape, piece.first, piece.last):
-        moved = [tuple(map(sum, zip(corner, piece.start, strict=True))) for corner in (lower, upper)]
-        box = Box(offset, *moved)
+    for lower, upper in _boxes_of_range(piece.shape, piece.first, piece.last):
+        box = Box(offset, _add(lower, piece.start), _add(upper, piece.start))
         offset += math.prod(box.shape)
         yield box
 
 
-def _boxes(shape: Index, first: int, last: int) -> Iterator[tuple[Index, Index]]:
+def _boxes_of_range(shape: Index, first: int, last: int) -> Iterator[tuple[Index, Index]]:
+    """Corners of the boxes that make up the elements [first, last) of a flattened array of `shape`."""
     if first >= last:
         return
     if not shape:
         yield (), ()
         return
-    row = math.prod(shape[1:])
-    top, before = divmod(first, row)
-    bottom, behind = divmod(last, row)
-    if top == bottom:
-        yield from _inside(top, shape[1:], before, behind)
+    row_size = math.prod(shape[1:])
+    first_row, begin = divmod(first, row_size)
+    last_row, end = divmod(last, row_size)
+    if first_row == last_row:
+        yield from _boxes_of_row(first_row, shape[1:], begin, end)
         return
-    if before:
-        yield from _inside(top, shape[1:], before, row)
-        top += 1
-    if top < bottom:
-        yield (top, *(0,) * (len(shape) - 1)), (bottom, *shape[1:])
-    yield from _inside(bottom, shape[1:], 0, behind)
+    if begin:
+        yield from _boxes_of_row(first_row, shape[1:], begin, row_size)
+        first_row += 1
+    if first_row < last_row:
+        yield (first_row, *(0,) * (len(shape) - 1)), (last_row, *shape[1:])
+    yield from _boxes_of_row(last_row, shape[1:], 0, end)
 
 
-def _inside(index: int, shape: Index, first: int, last: int) -> Iterator[tuple[Index, Index]]:
-    for lower, upper in _boxes(shape, first, last):
-        yield (index, *lower), (index + 1, *upper)
+def _boxes_of_row(row: int, shape: Index, first: int, last: int) -> Iterator[tuple[Index, Index]]:
+    for lower, upper in _boxes_of_range(shape, first, last):
+        yield (row, *lower), (row + 1, *upper)
 
 
-def shared(source: Piece, target: Piece, whole: Index) -> Iterator[tuple[Region, Region]]:
-    """What two pieces of a tensor of shape `whole` have in common: regions of equal shape, in source and target."""
-    for here, there in itertools.product(boxes(source), boxes(target)):
-        lower = tuple(map(max, here.lower, there.lower))
-        upper = tuple(map(min, here.upper, there.upper, whole))
+def _add(index: Index, offset: Index) -> Index:
+    return tuple(a + b for a, b in zip(index, offset, strict=True))
+
+
+def overlaps(source: Piece, target: Piece, full_shape: Index) -> Iterator[tuple[Region, Region]]:
+    """What two pieces of a tensor have in common: pairs of regions of equal shape, in source and in target."""
+    for source_box, target_box in itertools.product(boxes(source), boxes(target)):
+        lower = tuple(map(max, source_box.lower, target_box.lower))
+        upper = tuple(map(min, source_box.upper, target_box.upper, full_shape))
         if all(low < high for low, high in zip(lower, upper, strict=True)):
-            yield _region(here, lower, upper), _region(there, lower, upper)
+            yield _region(source_box, lower, upper), _region(target_box, lower, upper)
 
 
 def _region(box: Box, lower: Index, upper: Index) -> Region:
-    where = tuple(slice(low - at, high - at) for low, high, at in zip(lower, upper, box.lower, strict=True))
-    return Region(box.offset, box.shape, where)
+    slices = tuple(slice(low - at, high - at) for low, high, at in zip(lower, upper, box.lower, strict=True))
+    return Region(box.offset, box.shape, slices)
 
 
-def real_numbers(piece: Piece, whole: Index) -> int:
-    """How many of a piece's numbers belong to the whole tensor; the others are filling."""
-    return sum(
-        math.prod(max(0, min(high, size) - low) for low, high, size in zip(box.lower, box.upper, whole, strict=True))
-        for box in boxes(piece)
-    )
+def size_without_padding(piece: Piece, full_shape: Index) -> int:
+    """How many of a piece's elements belong to the full tensor; the others are padding."""
+    size = 0
+    for box in boxes(piece):
+        upper = map(min, box.upper, full_shape)
+        size += math.prod(max(0, high - low) for low, high in zip(box.lower, upper, strict=True))
+    return size

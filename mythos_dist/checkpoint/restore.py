@@ -1,31 +1,25 @@
-"""Find the newest checkpoint that is whole and load it at any layout; or the model alone, on one process.
+"""Find the newest intact checkpoint and load it at any layout; or load the model alone, on one process.
 
-Every rank reads just the parts of the files that it needs, whoever wrote them: the layout that wrote a checkpoint is
-one of many that can load it, and no faster way exists for it.
+Loading does not depend on the layout that saved: for each tensor of its state a rank looks up in checkpoint.json which
+files hold elements of its piece, and reads only those regions of them (`reader.py`, `pieces.py`). There is no faster
+path for the layout that saved, and none is needed.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from mythos_dist.checkpoint.manifest import (
-    BUFFER,
-    FILE,
-    MOMENTS,
-    PARAMETER,
-    Checkpoint,
-    VersionError,
-    checkpoints_of,
-    read_checkpoint_manifest,
-)
-from mythos_dist.checkpoint.names import LATEST, step_of
+from mythos_dist.checkpoint.manifest import BUFFER, MOMENTS, PARAMETER, VersionError, read_checkpoint_manifest
+from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
-from mythos_dist.checkpoint.state import State
+from mythos_dist.checkpoint.state import RankState
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
@@ -35,172 +29,188 @@ from mythos_dist.parallel.process import raise_on_all_ranks
 
 
 @dataclass(frozen=True)
-class _Check:
-    """What a rank found in a checkpoint."""
+class _Verification:
+    """What a rank found in its share of a checkpoint's files."""
 
-    problems: tuple[str, ...] = ()  # damage in its share of the files
-    refused: VersionError | SignatureError | None = None  # the run must not start at all
-    gone: bool = False  # the folder was removed meanwhile
+    problems: tuple[str, ...] = ()  # a line per damaged file
+    error: VersionError | SignatureError | None = None  # the run must not start at all
+    was_removed: bool = False  # by another process, meanwhile
 
 
 def find_checkpoint(
     checkpoints: Path, verify: bool = True, key_file: str | None = None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that `latest` names, or if it is damaged the newest one that is not; None if there is none at all.
-    And what is damaged in those that were passed over, a line each.
+    """The checkpoint that `latest` names, or if it is damaged the newest intact one; None if there are none at all.
+    And a line per damaged file in the checkpoints that were skipped.
 
     Every rank calls this; with `verify` each reads its share of the bytes. `key_file`: see `signing_key`; with a key
-    all bytes are read in any case. Raises UserError on every rank if there are checkpoints and none is whole, if one is
-    of another format version, which training would overwrite, or if one is not signed with the key.
+    all bytes are read in any case. Raises UserError on every rank if there are checkpoints but none is intact, if one
+    is of another format version, which training would overwrite, or if one is not signed with the key.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     key = raise_on_all_ranks(lambda: signing_key(key_file))
-    _must_be_one_key(key)
-    # Rank 0 lists them for all: another rank might see a list that has changed since.
-    listed = [raise_on_all_ranks(lambda: _candidates(checkpoints) if rank == 0 else [])]
-    dist.broadcast_object_list(listed, 0)
-    found: list[str] = []
-    for i, folder in enumerate(listed[0]):
-        checkpoint, mine = _check(folder, verify, key, rank, world)
-        checks: list[_Check] = [_Check()] * world
-        dist.all_gather_object(checks, mine)
-        if refused := next((check.refused for check in checks if check.refused), None):
-            raise refused
-        if all(check.gone for check in checks):
-            continue
-        problems = list(dict.fromkeys(line for check in checks for line in check.problems))
-        if checkpoint and not problems:
-            raise_on_all_ranks(lambda i=i: _must_not_overwrite(listed[0][i:]) if rank == 0 else None)
-            return checkpoint, found
-        found += problems
-    if found:
-        remedy = "no checkpoint is whole: put these files back from a copy, or give another run.dir"
-        raise UserError([*found, remedy])
+    _raise_unless_same_key(key)
+    # Rank 0 lists them for all ranks: the folder may change between two listings.
+    broadcast = [raise_on_all_ranks(lambda: _candidates(checkpoints) if rank == 0 else [])]
+    dist.broadcast_object_list(broadcast, 0)
+    candidates = broadcast[0]
+    damaged: list[str] = []
+    for i, folder in enumerate(candidates):
+        checkpoint, problems = _verify_on_all_ranks(folder, verify, key)
+        if checkpoint:
+            later = candidates[i + 1 :] if rank == 0 else []
+            raise_on_all_ranks(partial(_refuse_overwrite, folder, later))
+            return checkpoint, damaged
+        damaged += problems
+    if damaged:
+        remedy = "no checkpoint is intact: restore these files from a copy, or give another run.dir"
+        raise UserError([*damaged, remedy])
     return None, []
 
 
 def _candidates(checkpoints: Path) -> list[Path]:
-    """Checkpoints to try, in order. Raises UserError for a `latest` that the next checkpoint could not replace."""
+    """Checkpoints to try, in order. Raises UserError if `latest` is a folder, which no later save could replace."""
     latest = checkpoints / LATEST
     if latest.is_dir() and not latest.is_symlink():
-        raise UserError("is a folder, and a run writes a file there; move it away", str(latest))
+        raise UserError("is a folder, but a run writes a file of this name; move it away", str(latest))
     return checkpoints_of(checkpoints)
 
 
-def _check(folder: Path, verify: bool, key: Key | None, rank: int, world: int) -> tuple[Checkpoint | None, _Check]:
-    """Open a checkpoint and look at this rank's share of its files."""
+def _verify_on_all_ranks(folder: Path, verify: bool, key: Key | None) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint if it is intact; else None and the problems that all ranks found, none if it was removed.
+
+    Raises VersionError or SignatureError on every rank if a rank does.
+    """
+    checkpoint, mine = _verify_share(folder, verify, key)
+    of_ranks = [_Verification()] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    for found in of_ranks:
+        if found.error:
+            raise found.error
+    if all(found.was_removed for found in of_ranks):
+        return None, []
+    problems = list(dict.fromkeys(line for found in of_ranks for line in found.problems))
+    return None if problems else checkpoint, problems
+
+
+def _verify_share(folder: Path, verify: bool, key: Key | None) -> tuple[Checkpoint | None, _Verification]:
+    """Open a checkpoint and check this rank's share of its files."""
     try:
         checkpoint = Checkpoint(folder, key=key)
-        damaged = checkpoint.damage(sorted(checkpoint.manifest.files)[rank::world], verify)
+        share = sorted(checkpoint.manifest.files)[dist.get_rank() :: dist.get_world_size()]
+        problems = checkpoint.find_damage(share, verify)
     except (VersionError, SignatureError) as error:
-        return None, _Check(refused=error)
+        return None, _Verification(error=error)
     except UserError as error:
-        checkpoint, damaged = None, [str(error)]
-    return checkpoint, _Check(tuple(damaged), gone=bool(damaged) and not os.path.lexists(folder))
+        checkpoint, problems = None, [str(error)]
+    return checkpoint, _Verification(tuple(problems), was_removed=bool(problems) and not os.path.lexists(folder))
 
 
-def _must_not_overwrite(taken: Sequence[Path]) -> None:
-    """Raises VersionError if a checkpoint behind the one that is taken, `taken[0]`, is of another format version:
-    training would replace it when it gets there."""
-    for other in taken[1:]:
-        if (step_of(other.name) or 0) > (step_of(taken[0].name) or 0):
+def _refuse_overwrite(chosen: Path, others: Sequence[Path]) -> None:
+    """Raises VersionError if a checkpoint of a later step than `chosen` is of another format version: training would
+    replace it when it gets there."""
+    for other in others:
+        if (step_of(other.name) or 0) > (step_of(chosen.name) or 0):
             try:
                 read_checkpoint_manifest(other)
             except VersionError:
                 raise
             except UserError:
-                continue  # damaged; replacing it is what it is for
+                continue  # damaged: it may be replaced
 
 
-def _must_be_one_key(key: Key | None) -> None:
+def _raise_unless_same_key(key: Key | None) -> None:
     """Raises UserError on every rank if ranks have different keys, or some have none."""
     names: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, key and key.name)
-    if len(set(names)) > 1:
-        without = [rank for rank, name in enumerate(names) if name is None]
-        which = f"ranks {without[:5]} have no key" if without else "ranks have different keys"
-        raise UserError(
-            f"{which} to check checkpoints with: set checkpoint.key_file, or {VARIABLE} on every node, "
-            "to files with the same key"
-        )
+    dist.all_gather_object(names, key.name if key else None)
+    if len(set(names)) == 1:
+        return
+    without = [rank for rank, name in enumerate(names) if name is None]
+    problem = f"ranks {without[:5]} have no signing key" if without else "ranks have different signing keys"
+    raise UserError(f"{problem}: set checkpoint.key_file, or {VARIABLE} on every node, to files with the same key")
 
 
-def load_state(checkpoint: Checkpoint, state: State, progress: Progress = lambda size: None) -> None:
-    """Fill a rank's `state` from a checkpoint; moments that it lacks are zero (imported weights have none).
+def load_state(checkpoint: Checkpoint, state: RankState, progress: Progress = lambda size: None) -> None:
+    """Load a rank's `state` from a checkpoint; moments that the checkpoint lacks become zero (imported weights).
 
     `progress` is called with the bytes read since the last call. Raises UserError if the checkpoint is of another
     model.
     """
-    for name, held in state.items():
-        for kind, value in held.values.items():
+    for name, shard in state.items():
+        for kind, value in shard.values.items():
             tensor = checkpoint.manifest.tensors.get(name)
             if kind in MOMENTS and tensor is not None and kind not in tensor.kinds:
                 value.zero_()
                 continue
             on_host = value.detach() if value.device.type == "cpu" else torch.zeros(value.shape, dtype=value.dtype)
-            checkpoint.read(kind, name, held.piece, on_host.numpy())
+            checkpoint.read(kind, name, shard.piece, on_host.numpy())
             if on_host.device != value.device:
                 value.copy_(on_host)
             progress(4 * value.numel())
 
 
 def load_model(path: Path) -> tuple[Mythos, Config, int]:
-    """The model of a run's newest checkpoint, or of a checkpoint, on this process in fp32; its config and the step.
+    """The unsharded fp32 model of a checkpoint, or of a run's newest one, in eval mode; its config; its step.
 
-    Raises UserError when there is none, or none that is whole.
+    Raises UserError if there is no checkpoint, or if it is damaged.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.raise_if_damaged()
     config = config_of(checkpoint)
     with torch.device("meta"):
         model = Mythos(config.model, act=config.act, experts=config.experts)
-    kinds = {name: PARAMETER for name, _ in model.named_parameters()} | {
-        name: BUFFER for name, _ in model.named_buffers()
-    }
-    shapes = {name: tuple(value.shape) for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    for name, shape in shapes.items():
+    expected = {name: (PARAMETER, value) for name, value in model.named_parameters()}
+    expected |= {name: (BUFFER, value) for name, value in model.named_buffers()}
+    values = {}
+    for name, (kind, value) in expected.items():
         tensor = checkpoint.manifest.tensors.get(name)
-        if tensor is None or tensor.shape != shape:
-            there = "none" if tensor is None else f"shape {list(tensor.shape)}"
-            raise UserError(f"holds {there} of {name}, and its config asks for {list(shape)}", str(checkpoint.folder))
-    values = {name: torch.from_numpy(checkpoint.whole(kind, name)) for name, kind in kinds.items()}
+        if tensor is None or tensor.shape != tuple(value.shape):
+            found = "no tensor" if tensor is None else f"shape {list(tensor.shape)}"
+            wanted = list(value.shape)
+            raise UserError(f"has {found} for {name}; its config needs shape {wanted}", str(checkpoint.folder))
+        values[name] = torch.from_numpy(checkpoint.full_tensor(kind, name))
     model.load_state_dict(values, assign=True)
     return model.eval(), config, checkpoint.manifest.step
 
 
 def config_of(checkpoint: Checkpoint) -> Config:
-    """The config that a checkpoint was saved with; types, ranges and the model are checked, as a manifest may have been
-    tampered with. Raises UserError for settings that this version does not know, and for values that it refuses.
+    """The config that a checkpoint was saved with.
+
+    Types, ranges and the model are checked: a manifest may have been tampered with. Raises UserError for settings that
+    this version does not have, and for values that it refuses.
     """
     try:
         return config_from(checkpoint.manifest.config)
     except UserError as error:
-        raise UserError(["its config is wrong", *error.problems], str(checkpoint.folder)) from None
+        raise UserError(["its config is invalid", *error.problems], str(checkpoint.folder)) from None
 
 
 def open_checkpoint(path: Path, check_signature: bool = True) -> Checkpoint:
     """The checkpoint at `path`, or the one that the run (or its folder of checkpoints) at `path` would resume from.
 
-    Its files are not looked at. Raises UserError if there is none, or none that can be read, and if
-    MYTHOS_CHECKPOINT_KEY_FILE names a key and it is not signed with it (unless `check_signature` is false).
+    Its files are not checked. Raises UserError if there is none, or none that can be read, and if
+    MYTHOS_CHECKPOINT_KEY_FILE names a key and the checkpoint is not signed with it (unless `check_signature` is false).
     """
     key = signing_key() if check_signature else None
     try:
         path = path.expanduser()
         if path.is_file():
             raise UserError("is a file; give a run.dir, or a checkpoint's folder", str(path))
-        if (path / FILE).exists() or step_of(path.name) is not None:
+        if (path / MANIFEST_FILE).exists() or step_of(path.name) is not None:
             return Checkpoint(path, key=key)
         folder = path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
-        for found in checkpoints_of(folder):
+        for candidate in checkpoints_of(folder):
             try:
-                return Checkpoint(found, key=key)
+                return Checkpoint(candidate, key=key)
             except UserError:
-                if os.path.lexists(found):
-                    raise  # otherwise it was removed meanwhile: a run is writing
-        begun = (path / "config.yaml").exists()
-        what = "this run has no checkpoint yet" if begun else "no run and no checkpoint"
-        what = what if path.exists() else "there is no such folder"
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user who is not known
+                if os.path.lexists(candidate):
+                    raise  # otherwise a run that is saving has just removed it
+        if not path.exists():
+            problem = "no such folder"
+        elif (path / "config.yaml").exists():
+            problem = "this run has not saved a checkpoint yet"
+        else:
+            problem = "neither a run nor a checkpoint"
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of an unknown user
         raise UserError(f"cannot be read ({reason(error)})", str(path)) from None
-    raise UserError(f"{what}; give the run.dir of a training that has saved one, or a checkpoint's folder", str(path))
+    raise UserError(f"{problem}; give the run.dir of a run that has saved one, or a checkpoint's folder", str(path))

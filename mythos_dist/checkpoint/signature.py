@@ -1,8 +1,9 @@
-"""Signed checkpoints: HMAC-SHA256 with a key that only those have who may write checkpoints.
+"""Signed checkpoints: HMAC-SHA256 with a secret key.
 
-The hashes in `checkpoint.json` (xxh3_128) find accidents; whoever can write the folder can also write new hashes. With
-a key, the manifest gets a signature over its text and the SHA-256 of every file, and whatever is not signed with this
-key is refused. The signature is on the manifest's first line, beside its hash: readers without a key ignore it.
+The hashes in `checkpoint.json` (xxh3_128) detect accidents, but anyone who can write the folder can also write new
+hashes. With a key, the manifest gets a signature over its text and the SHA-256 of every file, and checkpoints that are
+not signed with this key are refused. The signature is on the manifest's first line, beside the hash; readers without a
+key ignore it.
 
 The key is the content of a file, named by `checkpoint.key_file` or by the variable MYTHOS_CHECKPOINT_KEY_FILE. It is
 never part of a config, a log or a message.
@@ -20,24 +21,24 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from mythos_dist.checkpoint.strict_json import without_waiting
+from mythos_dist.checkpoint.strict_json import open_nonblocking
 from mythos_dist.errors import UserError
 
 VARIABLE = "MYTHOS_CHECKPOINT_KEY_FILE"
 MIN_BYTES, MAX_BYTES = 16, 4096
-_MAKE_ONE = "make one with (umask 077; openssl rand -hex 32 > FILE)"
-_PURPOSE = b"mythos_dist checkpoint, signature 1\n"  # so that a key which also signs other things cannot be confused
+_CREATE_ONE = "create one with (umask 077; openssl rand -hex 32 > FILE)"
+_PURPOSE = b"mythos_dist checkpoint, signature 1\n"  # keeps other messages signed with this key from being valid here
 
 Sha256 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
 
 class SignatureError(UserError):
-    """A checkpoint that is not signed with the key which is set. It is never passed over for an older one."""
+    """The checkpoint is not signed with the configured key. Never skipped in favour of an older checkpoint."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What the first line of checkpoint.json says besides the hash."""
+    """On the first line of checkpoint.json, beside the hash."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -47,7 +48,7 @@ class Signature:
 
 
 class Key:
-    """A secret that signs and checks manifests; it does not print."""
+    """A secret that signs and verifies manifests; its repr does not show it."""
 
     def __init__(self, secret: bytes):
         self._secret = secret
@@ -56,27 +57,27 @@ class Key:
         return "Key(secret)"
 
     def sign(self, text: str, files_sha256: Mapping[str, str]) -> Signature:
-        """Of the manifest's text and the SHA-256 of each of its files."""
+        """Sign the manifest's text and the SHA-256 of each of its files."""
         return Signature("HMAC-SHA256", dict(files_sha256), self._mac(text, files_sha256))
 
-    def has_signed(self, text: str, signature: Signature) -> bool:
+    def verify(self, text: str, signature: Signature) -> bool:
         """Whether this key has signed this text and these files."""
         return hmac.compare_digest(self._mac(text, signature.files_sha256), signature.mac)
 
     @property
     def name(self) -> str:
-        """The same for equal keys; says nothing about the secret."""
+        """Equal for equal keys; does not reveal the secret."""
         return hmac.new(self._secret, _PURPOSE + b"name", hashlib.sha256).hexdigest()[:16]
 
     def _mac(self, text: str, files_sha256: Mapping[str, str]) -> str:
-        files = json.dumps(dict(files_sha256), sort_keys=True)  # one line: json escapes line ends
+        files = json.dumps(dict(files_sha256), sort_keys=True)  # one line: JSON escapes line ends
         return hmac.new(self._secret, _PURPOSE + f"{files}\n{text}".encode(), hashlib.sha256).hexdigest()
 
 
 def signing_key(key_file: str | None = None) -> Key | None:
     """The key in `key_file`, or in the file that MYTHOS_CHECKPOINT_KEY_FILE names; None if neither is set.
 
-    Raises UserError if a file is named and is no key that only its owner can read.
+    Raises UserError if that file does not hold a key, or if others than its owner can read it.
     """
     setting = VARIABLE if key_file is None else "checkpoint.key_file"
     name = os.environ.get(VARIABLE) if key_file is None else key_file
@@ -84,33 +85,33 @@ def signing_key(key_file: str | None = None) -> Key | None:
         return None
     where = f"{setting}={name}"
     if not name.strip():
-        raise UserError(f"{setting} is empty; unset it, or name a file with a key")
+        raise UserError(f"{setting} is empty; unset it, or name a key file")
     try:
         secret = _read(Path(name).expanduser(), where)
     except FileNotFoundError:
-        raise UserError(f"{where}: there is no such file; {_MAKE_ONE}") from None
+        raise UserError(f"{where}: there is no such file; {_CREATE_ONE}") from None
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # a NUL in the name, a home that is not known
+    except (OSError, RuntimeError, ValueError) as error:  # a NUL in the name, an unknown home
         raise UserError(f"{where}: the key cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(secret) < MIN_BYTES:
-        raise UserError(f"{where}: holds {len(secret)} bytes, and a key has at least {MIN_BYTES}; {_MAKE_ONE}")
+        raise UserError(f"{where}: holds {len(secret)} bytes; a key needs at least {MIN_BYTES}; {_CREATE_ONE}")
     return Key(secret)
 
 
 def _read(file: Path, where: str) -> bytes:
-    with open(file, "rb", opener=without_waiting) as stream:
-        about = os.fstat(stream.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{where}: is not a regular file; name a file with a key")
-        if about.st_mode & 0o077:
+    with open(file, "rb", opener=open_nonblocking) as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{where}: is not a regular file; name a key file")
+        if status.st_mode & 0o077:
             raise UserError(
-                f"{where}: its mode {stat.S_IMODE(about.st_mode):04o} lets others than its owner use it; "
-                f"chmod 600 {file}, and make a new key if others may have read it"
+                f"{where}: its mode {stat.S_IMODE(status.st_mode):04o} gives others than its owner access; "
+                f"chmod 600 {file}, and create a new key if others may have read it"
             )
-        if about.st_uid not in (os.geteuid(), 0):
-            raise UserError(f"{where}: belongs to user {about.st_uid}, not to you; copy it to a file of your own")
+        if status.st_uid not in (os.geteuid(), 0):
+            raise UserError(f"{where}: is owned by user {status.st_uid}, not by you; copy it to a file of your own")
         secret = stream.read(MAX_BYTES + 1).rstrip(b"\r\n")
     if len(secret) > MAX_BYTES:
-        raise UserError(f"{where}: holds more than {MAX_BYTES} bytes; is it a key? {_MAKE_ONE}")
+        raise UserError(f"{where}: holds more than {MAX_BYTES} bytes; is this a key? {_CREATE_ONE}")
     return secret

@@ -1,4 +1,4 @@
-"""What one rank holds of a run's state, by canonical name: views into model and optimizer, to read and to fill."""
+"""A rank's part of a run's state, by canonical tensor name: views into model and optimizer, to save and to load."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from mythos_dist.checkpoint.pieces import Index, Piece
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A piece of a named tensor, for each of its kinds a flat fp32 view of `piece.last - piece.first` numbers."""
+    """A rank's piece of a named tensor: for each kind a flat fp32 view of `piece.last - piece.first` elements."""
 
     piece: Piece
-    whole: Index  # shape of the whole tensor
-    values: dict[str, Tensor]  # parameter, exp_avg, exp_avg_sq; or buffer
-    writes: bool  # of the ranks that hold the same piece, one writes it
+    full_shape: Index  # of the unsharded tensor
+    values: dict[str, Tensor]  # by kind: parameter, exp_avg, exp_avg_sq; or buffer
+    writes: bool  # whether this rank saves it: of the ranks that hold the same piece, one does
 
 
-State = dict[str, LocalShard]
+RankState = dict[str, LocalShard]

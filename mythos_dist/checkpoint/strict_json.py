@@ -1,4 +1,4 @@
-"""JSON from a file that anybody may have written: bounded in size and depth, and no name twice."""
+"""JSON from a file that is not trusted: bounded in size and depth, without duplicate names."""
 
 import json
 import os
@@ -9,54 +9,56 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-MAX_PROBLEMS = 8  # shown of a file
+MAX_PROBLEMS = 8  # in a message
 
 
 def read_text(file: Path, limit: int) -> str:
-    """A regular file's text. OSError; ValueError if it is of another kind, longer than `limit` bytes, or not UTF-8."""
-    with open(file, "rb", opener=without_waiting) as stream:
-        about = os.fstat(stream.fileno())
-        if not stat.S_ISREG(about.st_mode):
+    """A regular file's text. OSError; ValueError if it is not regular, longer than `limit` bytes, or not UTF-8."""
+    with open(file, "rb", opener=open_nonblocking) as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
-        if about.st_size > limit:
-            raise ValueError(f"it has {about.st_size} bytes, and at most {limit} are read")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size} bytes; at most {limit} are allowed")
         return stream.read(limit + 1).decode("utf-8")
 
 
-def without_waiting(path: str, flags: int) -> int:
-    """An opener: a named pipe is opened without waiting for a writer."""
+def open_nonblocking(path: str, flags: int) -> int:
+    """An opener for `open`, which does not wait for the writer of a named pipe."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def parse(text: str | bytes) -> Any:
-    """The value. ValueError if it is not JSON, holds a name twice, or is nested too deeply."""
+    """The value. ValueError if it is not JSON, has duplicate names, or is nested too deeply."""
     try:
-        return json.loads(text, object_pairs_hook=_no_name_twice)
+        return json.loads(text, object_pairs_hook=_object_without_duplicates)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {shorten(twice)} is in an object twice")
-    return found
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for name, member in pairs:
+        if name in value:
+            raise ValueError(f"the name {shorten(name)} is in an object twice")
+        value[name] = member
+    return value
 
 
 def depth_problem(value: Any, limit: int) -> str:
     """What is wrong with a value that is nested deeper than `limit`; empty: nothing."""
     level = [value]
     for _ in range(limit):
-        level = [inner for outer in level for inner in _members(outer)]
-        if not level:
+        next_level: list[Any] = []
+        for outer in level:
+            if isinstance(outer, dict):
+                next_level += outer.values()
+            elif isinstance(outer, list):
+                next_level += outer
+        if not next_level:
             return ""
+        level = next_level
     return f"is nested more than {limit} levels deep"
-
-
-def _members(value: Any) -> Sequence[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def validate(adapter: TypeAdapter[Any], raw: Any) -> Any:
@@ -64,19 +66,15 @@ def validate(adapter: TypeAdapter[Any], raw: Any) -> Any:
     try:
         return adapter.validate_python(raw)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        lines = [f"{_place(one['loc'])}={shorten(one['input'])}: {_plain(one['msg'])}" for one in found[:MAX_PROBLEMS]]
-        raise ValueError(joined(lines, len(found))) from None
-
-
-def joined(lines: Sequence[str], count: int) -> str:
-    """Problems on one line; `count` of them, if not all are given."""
-    more = f"; and {count - len(lines)} more" if count > len(lines) else ""
-    return "; ".join(lines) + more
+        errors = error.errors(include_url=False, include_context=False)
+        lines = [f"{_path(one['loc'])}={shorten(one['input'])}: {_plain(one['msg'])}" for one in errors[:MAX_PROBLEMS]]
+        if len(errors) > MAX_PROBLEMS:
+            lines.append(f"and {len(errors) - MAX_PROBLEMS} more")
+        raise ValueError("; ".join(lines)) from None
 
 
 def shorten(value: Any) -> str:
-    """A value for a message: at most 60 characters, none that a terminal would obey."""
+    """A value for a message: at most 60 characters, without control characters."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and abs(value) > 10**40:
@@ -85,7 +83,7 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _place(location: Sequence[Any]) -> str:
+def _path(location: Sequence[Any]) -> str:
     return ".".join(shorten(part)[1:-1] if isinstance(part, str) else str(part) for part in location) or "it"
 
 

@@ -1,9 +1,9 @@
-"""Files of tensors in the safetensors format: written in one pass and hashed on the way, read in parts.
+"""Files of tensors in the safetensors format: written and hashed in one pass, read by region.
 
-    uint64 length of the header | JSON: name -> dtype, shape, place of its bytes | the bytes, one tensor after the other
+    uint64 length of the header | JSON: name -> dtype, shape, offsets | the tensors' bytes, one tensor after the other
 
-The package safetensors wants all tensors of a file in memory at once; a checkpoint is written as it comes, and of a
-large tensor a rank reads its own part only. Nothing here can run code: a file holds names and numbers.
+The package safetensors needs all tensors of a file in memory to write it. Here blocks are written as they come, and a
+rank reads only its region of a large tensor. Loading runs no code: a file holds names and values, and no pickle.
 """
 
 import json
@@ -23,19 +23,19 @@ from mythos_dist.checkpoint.strict_json import parse, shorten, validate
 
 BLOCK_BYTES = 16 << 20
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-_LIMIT = 100 << 20  # bytes of a header, as in the package
+_MAX_HEADER_BYTES = 100 << 20  # as in the package
 
 
 class Hash(Protocol):
-    """Of hashlib or xxhash."""
+    """An object of hashlib or xxhash."""
 
     def update(self, data: Any, /) -> None: ...
     def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Of a header."""
+class _HeaderEntry:
+    """What a header says of a tensor."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -44,7 +44,7 @@ class _Entry:
     data_offsets: tuple[Size, Size]
 
 
-_HEADER = TypeAdapter(dict[str, _Entry])
+_HEADER = TypeAdapter(dict[str, _HeaderEntry])
 
 
 def write_tensors(
@@ -52,22 +52,23 @@ def write_tensors(
     shapes: Mapping[str, Index],
     data: Iterable[memoryview],
     dtype: str = "F32",
-    notes: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     sha256: "Hash | None" = None,
 ) -> tuple[int, str]:
-    """Write tensors whose bytes come in the order of `shapes`, in any blocks; the file is on disk when this returns.
+    """Write tensors whose bytes come in the order of `shapes`, in blocks of any size; fsyncs the file.
 
-    `notes` become the header's __metadata__; `sha256` is updated with all that is written. Returns the file's bytes and
-    its xxh3_128.
+    `metadata` becomes the header's __metadata__; `sha256` is updated with all bytes written. Returns the file's size in
+    bytes and its xxh3_128.
     """
-    header: dict[str, object] = {"__metadata__": dict(notes)} if notes else {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digests: list[Hash] = [xxh3 := xxhash.xxh3_128(), *([sha256] if sha256 else [])]
+    xxh3 = xxhash.xxh3_128()
+    digests: list[Hash] = [xxh3, sha256] if sha256 else [xxh3]
     size = 0
     with open(file, "wb", buffering=0) as stream:
         size += _write(stream, memoryview(len(text).to_bytes(8, "little") + text), digests)
@@ -85,7 +86,8 @@ def _write(stream: BinaryIO, block: memoryview, digests: Sequence["Hash"]) -> in
         for digest in digests:
             digest.update(rest)
         while rest:
-            rest = rest[stream.write(rest) :]
+            written = stream.write(rest)
+            rest = rest[written:]
     return len(block)
 
 
@@ -101,18 +103,18 @@ def file_hash(file: Path, sha256: "Hash | None" = None) -> str:
 
 
 class TensorFile:
-    """A file that is there; tensors of fp32 are read as flat arrays, in regions."""
+    """An open file of fp32 tensors, to read regions of them."""
 
     def __init__(self, file: Path):
-        """Raises OSError or ValueError if it is no such file, or holds something else than tensors of fp32."""
+        """Raises OSError or ValueError if it cannot be read, is not of this format, or has tensors of another dtype."""
         self.file = file
         self.sizes: dict[str, int] = {}  # elements of each tensor
-        self._begins: dict[str, int] = {}
+        self._begins: dict[str, int] = {}  # first byte of each tensor
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
-            if length > min(_LIMIT, size - 8):
-                raise ValueError(f"its header would have {length} bytes")
+            if length > min(_MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"its header has {length} bytes, which is too long")
             header = parse(stream.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
@@ -120,30 +122,32 @@ class TensorFile:
         end = 8 + length
         for name, entry in sorted(validate(_HEADER, header).items(), key=lambda item: item[1].data_offsets):
             elements = math.prod(entry.shape)
-            begin, behind = (8 + length + offset for offset in entry.data_offsets)
-            if begin != end or behind != begin + 4 * elements:
-                raise ValueError(f"{shorten(name)} has bytes [{begin}, {behind}) of the file and shape {entry.shape}")
-            self.sizes[name], self._begins[name], end = elements, begin, behind
+            tensor_begin, tensor_end = (8 + length + offset for offset in entry.data_offsets)
+            if tensor_begin != end or tensor_end != tensor_begin + 4 * elements:
+                raise ValueError(
+                    f"{shorten(name)} of shape {entry.shape} is at bytes [{tensor_begin}, {tensor_end}) of the file"
+                )
+            self.sizes[name], self._begins[name] = elements, tensor_begin
+            end = tensor_end
         if end != size:
             raise ValueError(f"its tensors end at byte {end} of {size}")
 
     def read(self, name: str, source: Region, out: np.ndarray, target: Region) -> None:
-        """Copy the region `source` of an fp32 tensor, seen as a flat array, to the region `target` of a flat array.
+        """Copy the region `source` of the flattened tensor `name` to the region `target` of the flat array `out`.
 
-        ValueError if there is no such tensor, or it is too small.
+        Raises ValueError if there is no such tensor, or it is too small.
         """
         if source.offset + math.prod(source.shape) > self.sizes.get(name, -1):
             raise ValueError(f"it does not hold all of {shorten(name)}")
         begin = self._begins[name]
-        here, there = source.contiguous, target.contiguous
-        if here and there:
-            self._read_into(begin + 4 * here[0], out[slice(*there)].data.cast("B"))
+        source_range, target_range = source.contiguous, target.contiguous
+        if source_range and target_range:
+            self._read_into(begin + 4 * source_range[0], out[slice(*target_range)].data.cast("B"))
             return
-        size = math.prod(source.shape)
-        # Mapped, so that of rows of which only some columns are wanted, memory holds a page at a time.
-        flat = np.memmap(self.file, "<f4", "r", begin + 4 * source.offset, (size,))
-        view = out[target.offset : target.offset + math.prod(target.shape)].reshape(target.shape)
-        view[target.where] = flat.reshape(source.shape)[source.where]
+        # Mapped: where only some columns of the rows are needed, memory holds a page at a time.
+        source_box = np.memmap(self.file, "<f4", "r", begin + 4 * source.offset, source.shape)
+        target_box = out[target.offset : target.offset + math.prod(target.shape)].reshape(target.shape)
+        target_box[target.slices] = source_box[source.slices]
 
     def _read_into(self, begin: int, block: memoryview) -> None:
         with open(self.file, "rb", buffering=0) as stream:

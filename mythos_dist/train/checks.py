@@ -3,7 +3,7 @@
 import os
 import shutil
 
-from mythos_dist.checkpoint.manifest import Checkpoint
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.config.compare import differences
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, changes, open_corpora

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.state import LocalShard, State
+from mythos_dist.checkpoint.state import LocalShard, RankState
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
@@ -129,7 +129,7 @@ class Engine:
         start_moments(self.deepspeed.optimizer)
 
     @functools.cached_property
-    def state(self) -> State:
+    def state(self) -> RankState:
         """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers."""
         from mythos_dist.train.deepspeed_seam import partition_of
 
@@ -147,7 +147,7 @@ class Engine:
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)
             writes = stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0
-            state[name] = LocalShard(Piece.whole(shape), shape, {"buffer": buffer.view(-1)}, writes)
+            state[name] = LocalShard(Piece.full(shape), shape, {"buffer": buffer.view(-1)}, writes)
         return state
 
     def optimizer_state(self) -> dict[str, Any]:

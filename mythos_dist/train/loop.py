@@ -13,8 +13,9 @@ from typing import Any
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence, newest_start
-from mythos_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, versions
+from mythos_dist.checkpoint.manifest import CheckpointManifest, library_versions
 from mythos_dist.checkpoint.progress import bar
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, clean_complete_run, is_due
 from mythos_dist.config.schema import Config
@@ -128,7 +129,7 @@ class Run:
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.watchdog = session.watchdog
         self.watchdog.on_failure = session.stop.on_leave = lambda why: self.note("failed", why)
-        self.watchdog.keepalive = fence.show_life
+        self.watchdog.keepalive = fence.heartbeat
         self.faults = FaultInjector.for_rank(config.faults.inject, self.rank, fence.start)
         self.comparison = Comparison(estimate)
         self.warned: set[str] = set()  # failures of loops that the console knows of
@@ -239,7 +240,7 @@ class Run:
         with user_errors(self.run_dir):
             self.metrics.flush()
             self.note_published()
-            self.fence.note("stopped" if why else "completed", stopped if why else "", self.step)
+            self.fence.record_state("stopped" if why else "completed", stopped if why else "", self.step)
             forget(self.run_dir)
         if not why:
             mark_completed(self.fence, self.run_dir)
@@ -365,14 +366,14 @@ class Run:
         """On rank 0: write down how this start is doing; if that cannot be, the run's end does not wait for it."""
         if self.rank == 0:
             with contextlib.suppress(OSError, UserError):
-                self.fence.note(state, why, self.step)
+                self.fence.record_state(state, why, self.step)
 
     def note_published(self) -> None:
         """On rank 0: write down that there is a checkpoint. A start that finds none must know that there was one."""
         if self.rank == 0 and self.saver.published != self.published:
             self.published = self.saver.published
             with contextlib.suppress(OSError, UserError):
-                self.fence.note("running", "", self.step, self.published)
+                self.fence.record_state("running", "", self.step, self.published)
 
 
 def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: Engine) -> CheckpointManifest:
@@ -384,7 +385,7 @@ def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, 
         layout={"ranks": ranks, **asdict(config.parallel)},
         config=asdict(config),
         data=data,
-        versions=versions(),
+        versions=library_versions(),
         optimizer=engine.optimizer_state(),
         tensors={},
         files={},

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import FILE, Checkpoint, checkpoints_of
+from mythos_dist.checkpoint.names import MANIFEST_FILE
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
@@ -62,7 +63,7 @@ class Resume:
         found = []
         for folder in checkpoints_of(self._folder) if dist.get_rank() == 0 else ():
             try:
-                about = (folder / FILE).stat()
+                about = (folder / MANIFEST_FILE).stat()
                 found.append((folder.name, about.st_ino, about.st_mtime_ns))
             except OSError:
                 found.append((folder.name,))

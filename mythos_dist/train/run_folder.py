@@ -15,7 +15,7 @@ from typing import TextIO
 
 from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
-from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config

@@ -36,7 +36,7 @@ def run(group, tmp_path) -> SimpleNamespace:
     checkpoints = tmp_path / "run" / "checkpoints"
 
     def saver(start: int = 1, **settings) -> Saver:
-        piece = Piece.whole((5, 12))
+        piece = Piece.full((5, 12))
         values = {kind: torch.from_numpy(VALUES.copy()) for kind in ("parameter", "exp_avg", "exp_avg_sq")}
         state = {"w": LocalShard(piece, (5, 12), values, writes=True)}
         config = CheckpointConfig(background=False, **settings)

@@ -10,7 +10,8 @@ import pytest
 import xxhash
 from helpers.small_checkpoint import names
 
-from mythos_dist.checkpoint.manifest import Checkpoint, VersionError, read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import VersionError, read_checkpoint_manifest
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of, find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.tensor_file import TensorFile
 from mythos_dist.errors import UserError
@@ -105,7 +106,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(run, name):
     raw = raw_of(folder)
     raw["files"][name] = raw["files"].pop(FILE)
     write(folder, json.dumps(raw))
-    with pytest.raises(UserError, match="is no name of a checkpoint's file"):
+    with pytest.raises(UserError, match="is not a valid name of a checkpoint's file"):
         read_checkpoint_manifest(folder)
 
 
@@ -202,7 +203,7 @@ def test_another_format_version_is_refused_and_never_overwritten(run, version):
             find_checkpoint(run.checkpoints)
         assert problem.value.exit_code == 2 and str(folder) in str(problem.value)
         if version == 2:
-            assert "has format_version=2, and" in str(problem.value) and "newer" in str(problem.value)
+            assert "has format_version=2, but" in str(problem.value) and "newer" in str(problem.value)
         assert len(str(problem.value)) < 600
     with pytest.raises(VersionError):
         open_checkpoint(folder)
@@ -271,7 +272,7 @@ def test_a_tensor_file_whose_header_is_wrong_is_damaged_though_its_hash_is_right
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1 and "damaged" in damaged[0]
     with pytest.raises(UserError):  # and if nobody looks first
-        Checkpoint(folder).whole("parameter", "w")
+        Checkpoint(folder).full_tensor("parameter", "w")
 
 
 def test_a_link_in_a_checkpoint_is_read_if_the_bytes_are_right_and_never_removed_with_its_target(run, tmp_path):
@@ -317,7 +318,7 @@ def test_settings_in_a_manifest_are_checked_before_a_model_is_made_of_them(run):
 def test_a_folder_of_another_step_is_not_taken_for_it(run):
     run.save(2)
     folder_of(run, 2).rename(folder_of(run, 8))
-    with pytest.raises(UserError, match="it is of step 2, and the folder's name says 8"):
+    with pytest.raises(UserError, match="it is of step 2, but the folder's name says 8"):
         find_checkpoint(run.checkpoints)
     folder_of(run, 8).rename(run.checkpoints / "mine")
-    assert np.isfinite(open_checkpoint(run.checkpoints / "mine").whole("parameter", "w")).all()
+    assert np.isfinite(open_checkpoint(run.checkpoints / "mine").full_tensor("parameter", "w")).all()

@@ -9,17 +9,15 @@ import pytest
 
 import mythos_dist
 from mythos_dist.checkpoint.manifest import (
-    Checkpoint,
     CheckpointManifest,
     FileEntry,
     TensorEntry,
-    checkpoints_of,
-    damage,
+    library_versions,
     read_checkpoint_manifest,
-    versions,
 )
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.publish import prune, publish
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.save import is_due, is_pinned
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config, TrainConfig
@@ -67,7 +65,7 @@ def test_a_manifest_reads_back(tmp_path):
 def test_every_part_of_a_tensor_comes_from_the_files_that_hold_it(tmp_path):
     make(tmp_path)
     checkpoint = Checkpoint(tmp_path / "step-00000010")
-    assert np.array_equal(checkpoint.whole("parameter", "w"), WHOLE)
+    assert np.array_equal(checkpoint.full_tensor("parameter", "w"), WHOLE)
     piece = Piece((3, 12), (1, 0), 5, 30)  # other rows, another stretch
     out = np.zeros(25, np.float32)
     checkpoint.read("parameter", "w", piece, out)
@@ -78,16 +76,17 @@ def test_what_a_checkpoint_does_not_hold_is_said(tmp_path):
     make(tmp_path)
     checkpoint = Checkpoint(tmp_path / "step-00000010")
     with pytest.raises(UserError, match="holds no exp_avg w"):
-        checkpoint.whole("exp_avg", "w")
+        checkpoint.full_tensor("exp_avg", "w")
     del checkpoint.manifest.files["rank-00002.safetensors"]
-    with pytest.raises(UserError, match=r"holds 48 of 60 numbers"):
-        Checkpoint(checkpoint.folder, checkpoint.manifest).whole("parameter", "w")
+    with pytest.raises(UserError, match=r"holds 48 of 60 elements"):
+        Checkpoint(checkpoint.folder, checkpoint.manifest).full_tensor("parameter", "w")
 
 
 def test_every_kind_of_damage_is_found_and_named(tmp_path):
-    manifest = make(tmp_path)
+    make(tmp_path)
     folder = tmp_path / "step-00000010"
-    assert damage(folder, manifest, list(manifest.files)) == []
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.find_damage() == []
     file = folder / "rank-00001.safetensors"
     good = file.read_bytes()
     for bad, words in [
@@ -99,9 +98,9 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
         file.unlink(missing_ok=True)
         if bad is not None:
             file.write_bytes(bad)
-        (line,) = damage(folder, manifest, list(manifest.files))
+        (line,) = checkpoint.find_damage()
         assert str(file) in line and words in line
-        assert bool(damage(folder, manifest, list(manifest.files), hashes=False)) == ("hash" not in words)
+        assert bool(checkpoint.find_damage(hashes=False)) == ("hash" not in words)
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path):
@@ -185,4 +184,4 @@ def test_it_names_our_version_where_the_package_is_not_installed(monkeypatch):
         return "1"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert versions()["mythos_dist"] == mythos_dist.__version__
+    assert library_versions()["mythos_dist"] == mythos_dist.__version__

@@ -1,4 +1,4 @@
-"""Pieces of tensors against the same question asked number by number."""
+"""Boxes and overlaps of pieces, compared with a lookup element by element."""
 
 import math
 
@@ -6,63 +6,69 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_dist.checkpoint.pieces import Piece, boxes, real_numbers, shared
+from mythos_dist.checkpoint.pieces import Piece, Region, boxes, overlaps, size_without_padding
 
 
 @st.composite
-def wholes(draw):
-    """The shape of a tensor, of none to four dims."""
+def shapes(draw):
+    """The shape of a tensor with up to four dims."""
     return tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
 
 
-def pieces_of(whole):
-    """Any slice, also one that is allocated beyond the tensor's end, and any stretch of it."""
+def pieces_of(full_shape):
+    """Any range of any shard, also of a shard that is padded beyond the tensor's end."""
 
     @st.composite
     def build(draw):
-        shape = tuple(draw(st.integers(1, size + 1)) for size in whole)
-        start = tuple(draw(st.integers(0, size - 1)) for size in whole)
+        shape = tuple(draw(st.integers(1, size + 1)) for size in full_shape)
+        start = tuple(draw(st.integers(0, size - 1)) for size in full_shape)
         first = draw(st.integers(0, math.prod(shape)))
         return Piece(shape, start, first, draw(st.integers(first, math.prod(shape))))
 
     return build()
 
 
-def values(piece: Piece, tensor: np.ndarray) -> np.ndarray:
-    """The numbers of a piece, looked up one by one; filling is 0."""
+def elements_of(piece: Piece, tensor: np.ndarray) -> np.ndarray:
+    """The elements of a piece, looked up one by one; padding is 0."""
     out = np.zeros(piece.last - piece.first)
     for i, flat in enumerate(range(piece.first, piece.last)):
-        index = np.unravel_index(flat, piece.shape) if piece.shape else ()
-        place = tuple(int(at) + begin for at, begin in zip(index, piece.start, strict=True))
-        if all(at < size for at, size in zip(place, tensor.shape, strict=True)):
-            out[i] = tensor[place]
+        index_in_shard = np.unravel_index(flat, piece.shape) if piece.shape else ()
+        index = tuple(int(at) + begin for at, begin in zip(index_in_shard, piece.start, strict=True))
+        if all(at < size for at, size in zip(index, tensor.shape, strict=True)):
+            out[i] = tensor[index]
     return out
 
 
+def view_of(region: Region, flat: np.ndarray) -> np.ndarray:
+    box = flat[region.offset : region.offset + math.prod(region.shape)].reshape(region.shape)
+    return box[region.slices or ...]
+
+
 @given(st.data())
-def test_what_two_pieces_share_is_copied_and_nothing_else(data):
-    whole = data.draw(wholes())
-    tensor = np.arange(1.0, math.prod(whole) + 1).reshape(whole)
-    source, target = data.draw(pieces_of(whole)), data.draw(pieces_of(whole))
-    have, want = values(source, tensor), values(target, tensor)
-    got = np.zeros_like(want)
-    for here, there in shared(source, target, whole):
-        region = have[here.offset : here.offset + math.prod(here.shape)].reshape(here.shape)[here.where]
-        got[there.offset : there.offset + math.prod(there.shape)].reshape(there.shape)[there.where] = region
-        for part, flat in ((here, have), (there, got)):
-            if part.contiguous:
-                assert np.array_equal(flat[slice(*part.contiguous)], region.reshape(-1))
-    assert np.array_equal(got, np.where(np.isin(want, have[have > 0]), want, 0))
-    assert real_numbers(target, whole) == np.count_nonzero(want)
+def test_overlaps_copy_the_elements_that_both_pieces_hold_and_no_others(data):
+    full_shape = data.draw(shapes())
+    tensor = np.arange(1.0, math.prod(full_shape) + 1).reshape(full_shape)
+    source, target = data.draw(pieces_of(full_shape)), data.draw(pieces_of(full_shape))
+    source_elements, target_elements = elements_of(source, tensor), elements_of(target, tensor)
+    copied = np.zeros_like(target_elements)
+    for source_region, target_region in overlaps(source, target, full_shape):
+        elements = view_of(source_region, source_elements)
+        view_of(target_region, copied)[...] = elements
+        for region, flat in ((source_region, source_elements), (target_region, copied)):
+            if region.contiguous:
+                assert np.array_equal(flat[slice(*region.contiguous)], elements.reshape(-1))
+    in_both = np.isin(target_elements, source_elements[source_elements > 0])
+    assert np.array_equal(copied, np.where(in_both, target_elements, 0))
+    assert size_without_padding(target, full_shape) == np.count_nonzero(target_elements)
 
 
 @given(st.data())
 def test_boxes_tile_a_piece(data):
-    """In order, without gaps, and few: the ends of rows on both sides and whole rows between."""
-    whole = data.draw(wholes())
-    piece = data.draw(pieces_of(whole))
+    """In order and without gaps; at most two partial rows per dim and one box of full rows."""
+    full_shape = data.draw(shapes())
+    piece = data.draw(pieces_of(full_shape))
     found = list(boxes(piece))
-    assert len(found) <= max(1, 2 * len(whole) - 1)
+    assert len(found) <= max(1, 2 * len(full_shape) - 1)
     end = 0
     for box in found:
         assert box.offset == end and math.prod(box.shape) > 0
@@ -70,6 +76,6 @@ def test_boxes_tile_a_piece(data):
     assert end == piece.last - piece.first
 
 
-def test_a_whole_tensor_is_one_box():
-    assert [box.shape for box in boxes(Piece.whole((3, 4, 5)))] == [(3, 4, 5)]
-    assert [box.shape for box in boxes(Piece.whole(()))] == [()]
+def test_a_full_tensor_is_one_box():
+    assert [box.shape for box in boxes(Piece.full((3, 4, 5)))] == [(3, 4, 5)]
+    assert [box.shape for box in boxes(Piece.full(()))] == [()]

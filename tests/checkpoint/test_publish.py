@@ -10,7 +10,8 @@ import pytest
 from helpers.small_checkpoint import VALUES, names
 
 import mythos_dist.files
-from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint
 from mythos_dist.errors import UserError
 
@@ -82,7 +83,7 @@ def test_keep_deletes_only_what_this_run_wrote(run, tmp_path, caplog):
     run.save(14, start=2, keep=1)
     assert names(run.checkpoints) == ["latest", *(f"step-{step:08d}" for step in (1, 4, 6, 8, 10, 14))]
     assert names(elsewhere) == ["checkpoint.json", "rank-00000.safetensors"]
-    for words in ("notes.txt", "it is no folder of its own", "another run.seed", "it is empty", "its format is that"):
+    for words in ("notes.txt", "it is a link or a file", "another run.seed", "it is empty", "its format is that"):
         assert words in caplog.text
     caplog.clear()
     run.save(16, start=2, keep=1)
@@ -144,8 +145,8 @@ def whole(folder: Path) -> dict[int, int]:
     found = {}
     for path in checkpoints_of(folder):
         checkpoint = Checkpoint(path)
-        assert checkpoint.damage() == []
-        assert np.array_equal(checkpoint.whole("exp_avg", "w").reshape(-1), VALUES)
+        assert checkpoint.find_damage() == []
+        assert np.array_equal(checkpoint.full_tensor("exp_avg", "w").reshape(-1), VALUES)
         found[checkpoint.manifest.step] = checkpoint.manifest.start
     return found
 
@@ -184,7 +185,7 @@ def test_all_is_on_disk_before_it_has_its_name(run, monkeypatch):
     run.save(2)
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append(name_of(handle)), fsync(handle)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(f"-> {to.name}"), rename(path, to), to)[2])
-    monkeypatch.setattr(Path, "replace", lambda path, to: (events.append(f"-> {to.name}"), replace(path, to), to)[2])
+    monkeypatch.setattr(os, "replace", lambda path, to: (events.append(f"-> {to.name}"), replace(path, to)))
     run.save(4)
     assert events == [
         "rank-00000.safetensors",

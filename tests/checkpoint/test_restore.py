@@ -9,8 +9,9 @@ import pytest
 from helpers.launch import run_ranks
 from helpers.small_checkpoint import names
 
-import mythos_dist.checkpoint.manifest
-from mythos_dist.checkpoint.manifest import Checkpoint, checkpoints_of, read_checkpoint_manifest
+import mythos_dist.checkpoint.reader
+from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE
 from mythos_dist.errors import UserError
@@ -80,7 +81,7 @@ def test_a_place_that_is_no_readable_folder_does_not_begin_the_run_anew(group, t
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return scandir(path)
 
-    monkeypatch.setattr(mythos_dist.checkpoint.manifest.os, "scandir", denied)
+    monkeypatch.setattr(mythos_dist.checkpoint.reader.os, "scandir", denied)
     for path, words in (
         (file, "is not a folder|is a file"),
         (link, "not mounted"),
@@ -118,7 +119,7 @@ def test_a_checkpoint_that_another_process_removes_meanwhile_is_passed_over(run,
         return call
 
     name = {"listed": "checkpoints_of", "opened": "read_checkpoint_manifest", "hashed": "file_hash"}[moment]
-    module = mythos_dist.checkpoint.restore if moment == "listed" else mythos_dist.checkpoint.manifest
+    module = mythos_dist.checkpoint.restore if moment == "listed" else mythos_dist.checkpoint.reader
     monkeypatch.setattr(module, name, then_gone(getattr(module, name)))
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 2 and damaged == []
@@ -131,21 +132,21 @@ def test_a_checkpoint_that_vanishes_while_it_is_read_is_an_error_with_its_name(r
     checkpoint = Checkpoint(run.checkpoints / "step-00000002")
     shutil.rmtree(checkpoint.folder)
     with pytest.raises(UserError, match=r"rank-00000\.safetensors: cannot be read"):
-        checkpoint.whole("parameter", "w")
+        checkpoint.full_tensor("parameter", "w")
 
 
 def test_a_file_that_cannot_be_read_is_damage_and_no_crash(run, monkeypatch):
     for step in (2, 4):
         run.save(step)
     bad = run.checkpoints / "step-00000004" / "rank-00000.safetensors"
-    real = mythos_dist.checkpoint.manifest.file_hash
+    real = mythos_dist.checkpoint.reader.file_hash
 
     def broken(file, sha256=None):
         if file == bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(file, sha256)
 
-    monkeypatch.setattr(mythos_dist.checkpoint.manifest, "file_hash", broken)
+    monkeypatch.setattr(mythos_dist.checkpoint.reader, "file_hash", broken)
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 2 and "Input/output error" in damaged[0]
 
@@ -184,8 +185,8 @@ def test_ranks_with_different_keys_all_leave_with_a_message(run, tmp_path):
         file.chmod(0o600)
     one, other = map(str, files)
     for keys, words in (
-        ([one, other], "ranks have different keys"),
-        ([one, ""], r"ranks [1] have no key"),
+        ([one, other], "ranks have different signing keys"),
+        ([one, ""], r"ranks [1] have no signing key"),
         ([one, str(tmp_path)], "Is a directory"),
         ([one, one], "is not signed"),
     ):

@@ -17,7 +17,8 @@ from helpers.small_checkpoint import VALUES
 
 from mythos_dist.checkpoint.canonical import write_canonical
 from mythos_dist.checkpoint.export import export
-from mythos_dist.checkpoint.manifest import Checkpoint, read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, SignatureError, signing_key
 from mythos_dist.checkpoint.tensor_file import TensorFile, write_tensors
@@ -67,7 +68,7 @@ def test_a_run_signs_what_it_saves_and_resumes_from_it(run, key_file):
         checkpoint, damaged = find_checkpoint(run.checkpoints, verify, key_file)
         assert checkpoint and checkpoint.manifest.step == 4 and damaged == []
     checkpoint, damaged = find_checkpoint(run.checkpoints)  # without a key it is a checkpoint like any other
-    assert checkpoint and np.array_equal(checkpoint.whole("parameter", "w").reshape(-1), VALUES)
+    assert checkpoint and np.array_equal(checkpoint.full_tensor("parameter", "w").reshape(-1), VALUES)
 
 
 def test_the_signature_is_hmac_sha256_over_the_manifest_and_sha256_of_every_file(run, key_file):
@@ -147,9 +148,9 @@ def test_a_file_made_to_have_the_same_hash_is_refused(run, key_file, monkeypatch
             sha256.update(path.read_bytes())
         return expected
 
-    monkeypatch.setattr("mythos_dist.checkpoint.manifest.file_hash", collide)
+    monkeypatch.setattr("mythos_dist.checkpoint.reader.file_hash", collide)
     assert find_checkpoint(run.checkpoints)[0]
-    with pytest.raises(SignatureError, match="changed since the checkpoint was signed"):
+    with pytest.raises(SignatureError, match="changed after the checkpoint was signed"):
         find_checkpoint(run.checkpoints, True, key_file)
     assert TensorFile(file)
 
@@ -162,17 +163,17 @@ def test_tools_check_sign_and_sign_again(run, key_file, tmp_path, monkeypatch):
     signed, unsigned = folder_of(run, 2), folder_of(run, 4)
     monkeypatch.setenv(VARIABLE, key_file)
     copied = write_canonical(open_checkpoint(signed), tmp_path / "a")
-    assert Checkpoint(copied, key=signing_key()).damage() == []
-    assert np.array_equal(open_checkpoint(tmp_path / "a").whole("exp_avg", "w").reshape(-1), VALUES)
+    assert Checkpoint(copied, key=signing_key()).find_damage() == []
+    assert np.array_equal(open_checkpoint(tmp_path / "a").full_tensor("exp_avg", "w").reshape(-1), VALUES)
     with pytest.raises(SignatureError, match="--ignore-signature"):
         open_checkpoint(unsigned)
     first = write_canonical(open_checkpoint(unsigned, check_signature=False), tmp_path / "b")
-    assert Checkpoint(first, key=signing_key()).damage() == []
+    assert Checkpoint(first, key=signing_key()).find_damage() == []
     monkeypatch.setenv(VARIABLE, key(tmp_path / "new", "a new key that replaces the old"))
     with pytest.raises(SignatureError, match="another key"):
         open_checkpoint(tmp_path / "b")
     second = write_canonical(open_checkpoint(first, check_signature=False), tmp_path / "c")
-    assert Checkpoint(second, key=signing_key()).damage() == []
+    assert Checkpoint(second, key=signing_key()).find_damage() == []
     tamper(second)
     with pytest.raises(SignatureError, match="signature is wrong"):
         export(open_checkpoint(second), tmp_path / "out", "safetensors")
@@ -187,7 +188,7 @@ def test_tools_check_sign_and_sign_again(run, key_file, tmp_path, monkeypatch):
         (0o640, SECRET, r"its mode 0640 .* chmod 600"),
         (0o604, SECRET, r"its mode 0604"),
         (0o620, SECRET, r"its mode 0620"),
-        (0o600, "", r"holds 0 bytes, and a key has at least 16"),
+        (0o600, "", r"holds 0 bytes; a key needs at least 16"),
         (0o600, "short\n\n\n\n\n\n\n\n\n\n\n\n\n\n", r"holds 5 bytes"),
         (0o600, "x" * 5000, r"holds more than 4096 bytes"),
     ],
@@ -208,7 +209,7 @@ def test_a_key_file_that_is_none_is_named(tmp_path, monkeypatch):
     """Also one that would be waited for: a named pipe."""
     os.mkfifo(tmp_path / "pipe", 0o600)
     for path, words in (
-        (tmp_path / "absent", "no such file; make one with"),
+        (tmp_path / "absent", "no such file; create one with"),
         (tmp_path, "Is a directory"),
         (tmp_path / "pipe", "not a regular file"),
         (tmp_path / "absent" / "x", "no such file"),
@@ -231,7 +232,7 @@ def test_a_key_file_that_is_none_is_named(tmp_path, monkeypatch):
 def test_the_command_that_messages_give_makes_a_key(tmp_path):
     with pytest.raises(UserError) as problem:
         signing_key(str(tmp_path / "key"))
-    command = re.search(r"make one with (.*)", str(problem.value))
+    command = re.search(r"create one with (.*)", str(problem.value))
     assert command and shutil.which("openssl")
     subprocess.run(["sh", "-c", command[1].replace("FILE", "key")], cwd=tmp_path, check=True)
     assert signing_key(str(tmp_path / "key"))

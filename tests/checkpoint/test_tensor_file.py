@@ -8,7 +8,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
-from mythos_dist.checkpoint.pieces import Piece, shared
+from mythos_dist.checkpoint.pieces import Piece, overlaps
 from mythos_dist.checkpoint.tensor_file import TensorFile, file_hash, write_tensors
 
 TENSORS = {
@@ -22,7 +22,9 @@ TENSORS = {
 def file(tmp_path):
     path = tmp_path / "some.safetensors"
     blocks = (part.data for tensor in TENSORS.values() for part in np.array_split(tensor.reshape(-1), 2))
-    size, digest = write_tensors(path, {name: t.shape for name, t in TENSORS.items()}, blocks, notes={"format": "pt"})
+    size, digest = write_tensors(
+        path, {name: t.shape for name, t in TENSORS.items()}, blocks, metadata={"format": "pt"}
+    )
     content = path.read_bytes()
     assert size == len(content) and digest == xxhash.xxh3_128_hexdigest(content) == file_hash(path)
     return path
@@ -57,7 +59,7 @@ def test_we_read_any_part_of_what_the_package_writes(tmp_path):
     ]:
         target = Piece(shape, start, 0, int(np.prod(shape)))
         out = np.full(target.last + 2, -1.0, np.float32)
-        for here, there in shared(Piece.whole(whole.shape), target, whole.shape):
+        for here, there in overlaps(Piece.full(whole.shape), target, whole.shape):
             reader.read("x", here, out[1:-1], there)
         expected = whole[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
         assert np.array_equal(out[1:-1].reshape(shape), expected) and out[0] == out[-1] == -1

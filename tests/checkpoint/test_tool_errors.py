@@ -14,7 +14,7 @@ import torch
 from helpers.small_checkpoint import manifest, names
 from safetensors.numpy import load_file, save_file
 
-from mythos_dist.checkpoint.describe import difference_line, spelled
+from mythos_dist.checkpoint.describe import difference_line, format_value
 from mythos_dist.checkpoint.open_mythos import open_weights
 from mythos_dist.checkpoint.signature import VARIABLE
 from mythos_dist.errors import UserError, run_command
@@ -56,11 +56,11 @@ def test_an_out_that_cannot_be_used_is_said_and_nothing_is_written(name, run, to
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     before = sorted(map(str, tmp_path.rglob("*")))
     for out, words in (
-        (root, "exists" if name == WRITERS[0] else "holds step-00000002 already"),
-        (run.checkpoints / "step-00000002", "is inside of"),
-        (run.checkpoints / "step-00000002" / "weights", "is inside of"),
-        (run.checkpoints / "weights", "is inside of"),
-        (root / "x" / ".." / "checkpoints" / "weights", "is inside of"),
+        (root, "exists" if name == WRITERS[0] else "already holds step-00000002"),
+        (run.checkpoints / "step-00000002", "is inside "),
+        (run.checkpoints / "step-00000002" / "weights", "is inside "),
+        (run.checkpoints / "weights", "is inside "),
+        (root / "x" / ".." / "checkpoints" / "weights", "is inside "),
         (tmp_path / "file", "exists" if name == WRITERS[0] else "is not a folder"),
         (tmp_path / "file" / "x", "Not a directory" if name == WRITERS[0] else "is not a folder"),
         (tmp_path / "link", "exists" if name == WRITERS[0] else "cannot be written"),
@@ -81,11 +81,11 @@ def test_a_checkpoint_that_is_none_is_said(name, run, tool, tmp_path):
     (tmp_path / "file").write_text("x")
     out = ["--out", tmp_path / "out"] if name in WRITERS else []
     for path, words in (
-        (tmp_path / "absent", "there is no such folder"),
+        (tmp_path / "absent", "no such folder"),
         (tmp_path / "file", "is a file"),
         (run.checkpoints / "step-00000002" / "checkpoint.json", "is a file"),
         (run.checkpoints / "step-00000009", "is missing"),
-        (tmp_path, "no run and no checkpoint"),
+        (tmp_path, "neither a run nor a checkpoint"),
         ("x" * 300, "cannot be read"),
         ("", "is empty"),
     ):
@@ -101,7 +101,7 @@ def test_help_shows_how_a_tool_is_called(name, tool):
 @pytest.mark.parametrize("name", WRITERS)
 def test_wrong_options_are_refused(name, run, tool, tmp_path):
     for workers in ("0", "-1", "x", "1.5", "²"):
-        assert "whole number from 1 on" in tool(2, name, tmp_path, "--out", tmp_path / "out", "--workers", workers)
+        assert "an integer >= 1" in tool(2, name, tmp_path, "--out", tmp_path / "out", "--workers", workers)
     assert "required: --out" in tool(2, name, tmp_path)
     if name == WRITERS[0]:
         for option in ("--dtype", "--format"):
@@ -144,7 +144,7 @@ def test_a_full_disk_is_said_and_nothing_stays(name, code, run, tool, tmp_path, 
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-        assert "720B are needed and 100B are free" in tool(
+        assert "720B are needed, 100B are free" in tool(
             2, "reshape_checkpoint", run.checkpoints, "--out", tmp_path / "b"
         )
     tool(0, name, run.checkpoints, "--out", tmp_path / "out")
@@ -183,17 +183,17 @@ def test_inspection_of_two_prints_values_and_no_python(run, tool):
     assert not set('[]{}"') & set(said) and "None" not in said and "True" not in said
 
 
-def test_values_are_spelled_for_people():
-    assert spelled({"a": [1, 2.5], "b": None, "c": False}) == "a 1, 2.5, b none, c false"
-    assert spelled("evil\x1b[31m\n") == "evil?[31m?"
-    assert difference_line("x", [1.0] * 9, [1.0] * 8 + [1.0 + 1e-9]).endswith("in both, 1 of them not equal")
+def test_values_are_format_value_for_people():
+    assert format_value({"a": [1, 2.5], "b": None, "c": False}) == "a 1, 2.5, b none, c false"
+    assert format_value("evil\x1b[31m\n") == "evil?[31m?"
+    assert difference_line("x", [1.0] * 9, [1.0] * 8 + [1.0 + 1e-9]).endswith("in both, 1 of them different")
     assert difference_line("x", 1, "1") == "x: 1 (int) in the first; 1 (str) in the second"
 
 
 def test_json_of_an_inspection_is_json_whatever_the_values_are(run, tool):
     """NaN and infinity are in no JSON; a checkpoint that holds NaN is equal to itself."""
     saver = run.saver()
-    values = next(iter(saver._writes.values())).values["parameter"]
+    values = next(iter(saver._shards.values())).values["parameter"]
     values[3] = float("nan")
     for step, value in ((2, 0.0), (4, float("inf"))):
         values[0] = value
@@ -213,7 +213,7 @@ def test_inspection_says_how_a_checkpoint_is_signed(run, tool, tmp_path, monkeyp
     run.save(2, key_file=str(key_file))
     run.save(4)
     signed, unsigned = (run.checkpoints / f"step-0000000{step}" for step in (2, 4))
-    assert "signature   there is one; set MYTHOS_CHECKPOINT_KEY_FILE" in tool(0, "inspect_checkpoint", signed)
+    assert "signature   not checked; set MYTHOS_CHECKPOINT_KEY_FILE" in tool(0, "inspect_checkpoint", signed)
     assert "signature   none" in tool(0, "inspect_checkpoint", unsigned)
     monkeypatch.setenv(VARIABLE, str(key_file))
     assert "signature   valid" in tool(0, "inspect_checkpoint", signed)

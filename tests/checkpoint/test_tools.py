@@ -14,8 +14,9 @@ import torch
 from helpers.launch import run_tool, train
 from safetensors.torch import load_file, save_file
 
-from mythos_dist.checkpoint.manifest import Checkpoint, CheckpointManifest, FileEntry, TensorEntry, versions
+from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, TensorEntry, library_versions
 from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.checkpoint.save import publish
 from mythos_dist.checkpoint.tensor_file import write_tensors
@@ -127,8 +128,8 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings
     begun = [*settings, "model.mode=reference", f"run.dir={tmp_path / 'begun'}"]
     said = tool("import_open_mythos", file, *begun, code=2)
     for words in (
-        "1 tensor is missing: prelude.0.attn_norm",
-        "not known: extra.weight",
+        "missing 1 tensor: prelude.0.attn_norm",
+        "unknown 1 tensor: extra.weight",
         "norm.weight [5] instead of",
     ):
         assert words in said, said
@@ -181,7 +182,7 @@ def test_inspection_tells_what_a_checkpoint_is_and_how_two_differ(run, tmp_path)
     changed["parameter/norm.weight"][3] += 0.25
     rewritten(tmp_path / "same", changed)
     said = tool("inspect_checkpoint", run, tmp_path / "same", code=1)
-    assert "norm.weight: up to 0.25 apart" in said and "1 tensor differs" in said
+    assert "norm.weight: differs by up to 0.25" in said and "1 tensor differs" in said
 
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
@@ -227,7 +228,7 @@ def large(tmp_path_factory) -> Path:
     from mythos_dist.config.schema import MythosConfig
 
     manifest = CheckpointManifest(
-        1, 1, 1, {}, {"model": asdict(MythosConfig())}, "", versions(),
+        1, 1, 1, {}, {"model": asdict(MythosConfig())}, "", library_versions(),
         {"steps": 1, "skipped_steps": 0, "loss_scale": {}},
         {"prelude.0.w": TensorEntry((rows, columns), kinds)}, files,
     )  # fmt: skip

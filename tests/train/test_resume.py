@@ -140,7 +140,7 @@ def test_damaged_files_are_named_and_the_checkpoint_before_is_taken(whole, run, 
         cut(run_dir / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors")
     result = train(2, *run, f"run.dir={run_dir}")
     assert result.codes == [2, 2] and "Traceback" not in result.err
-    for words in (f"{OLDEST}/rank-00000", f"{NEWEST}/rank-00000", "no checkpoint is whole"):
+    for words in (f"{OLDEST}/rank-00000", f"{NEWEST}/rank-00000", "no checkpoint is intact"):
         assert words in result.err
 
 

@@ -19,7 +19,7 @@ from helpers.disk import small_disk
 from helpers.launch import launch, train, train_here
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import Checkpoint
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
@@ -207,7 +207,7 @@ def test_damaged_rollbacks_are_named_with_their_remedy(config, tmp_path, content
 
 def folder(tmp_path: Path, completed: bool, published: int | None, steps: int) -> Path:
     fence = Fence.take(tmp_path)
-    fence.note("running", "", steps, published)
+    fence.record_state("running", "", steps, published)
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step + 1}}}\n' for step in range(steps)))
     if completed:
         (tmp_path / "COMPLETED").touch()
