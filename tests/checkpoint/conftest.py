@@ -1,4 +1,4 @@
-"""Checkpoints of one small matrix, made in this process; and a process group of one, for what ranks do together."""
+"""Fixtures: a run in this process that saves checkpoints of one small matrix, with a process group of one rank."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,14 +17,14 @@ from mythos_dist.config.schema import CheckpointConfig
 
 
 @pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    """A key of the person who runs the tests must not decide what they find."""
+def no_signing_key(monkeypatch):
+    """A key in the developer's environment must not change the results."""
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -32,7 +32,7 @@ def group() -> Iterator[None]:
 
 @pytest.fixture
 def run(group, tmp_path) -> SimpleNamespace:
-    """A run that saves: `saver(start, …)` is its Saver, `save(step, …)` begins a start and saves one step."""
+    """`saver(start, …)` creates the Saver of a start of the run; `save(step, …)` creates one and saves a step."""
     checkpoints = tmp_path / "run" / "checkpoints"
 
     def saver(start: int = 1, **settings) -> Saver:
@@ -43,8 +43,8 @@ def run(group, tmp_path) -> SimpleNamespace:
         return Saver(checkpoints, config, Fence(checkpoints.parent, start), state)
 
     def save(step: int, start: int = 1, seed: int = 0, **settings) -> bool:
-        one = saver(start, **settings)
-        one.save(manifest(step, start, seed))
-        return one.finish()
+        new_saver = saver(start, **settings)
+        new_saver.save(manifest(step, start, seed))
+        return new_saver.finish()
 
     return SimpleNamespace(checkpoints=checkpoints, saver=saver, save=save)

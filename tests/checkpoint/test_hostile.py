@@ -1,4 +1,4 @@
-"""Manifests and tensor files that were written to do harm: hashes are right, and what they say is not."""
+"""Malicious manifests and tensor files: their hashes are right, their content is false."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def folder_of(run, step: int) -> Path:
 
 
 def write(folder: Path, text: str) -> None:
-    """A manifest with the right hash."""
+    """Write a manifest with a matching hash."""
     seal = json.dumps({"xxh3_128": xxhash.xxh3_128_hexdigest(text.encode())})
     (folder / "checkpoint.json").write_text(f"{seal}\n{text}\n")
 
@@ -32,7 +32,7 @@ def raw_of(folder: Path) -> dict:
 
 
 def change(raw: dict, where: str, value: object) -> str:
-    """The manifest's text with one value, at a path of keys, replaced."""
+    """The manifest's text with the value at a path of keys replaced."""
     *path, last = where.split("/")
     inner = raw
     for key in path:
@@ -77,8 +77,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(("where", "values"), BAD, ids=[f"{i}-{where}" for i, (where, _) in enumerate(BAD)])
-def test_a_manifest_with_a_wrong_value_is_damaged_and_the_older_checkpoint_is_taken(run, where, values):
-    """In little processor time."""
+def test_a_manifest_with_an_invalid_value_is_damaged_and_the_previous_checkpoint_is_loaded(run, where, values):
+    """In less than 2 s of CPU time."""
     run.save(2)
     run.save(6)
     folder = folder_of(run, 6)
@@ -100,7 +100,7 @@ FILE_NAMES = """
 
 
 @pytest.mark.parametrize("name", [*FILE_NAMES, "", "rank-00000.safetensors\n", "rank-0000\u0660.safetensors"])
-def test_a_file_name_that_leads_elsewhere_is_refused(run, name):
+def test_file_names_outside_the_checkpoint_are_refused(run, name):
     run.save(2)
     folder = folder_of(run, 2)
     raw = raw_of(folder)
@@ -110,7 +110,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(run, name):
         read_checkpoint_manifest(folder)
 
 
-def test_all_problems_are_said_at_once(run):
+def test_all_problems_are_reported_at_once(run):
     run.save(2)
     folder = folder_of(run, 2)
     raw = raw_of(folder)
@@ -118,12 +118,12 @@ def test_all_problems_are_said_at_once(run):
     write(folder, json.dumps(raw))
     with pytest.raises(UserError) as problem:
         read_checkpoint_manifest(folder)
-    for words in ("step=-1", "tokens='x'", "tensors.w.shape.1=True"):
-        assert words in str(problem.value)
+    for text in ("step=-1", "tokens='x'", "tensors.w.shape.1=True"):
+        assert text in str(problem.value)
 
 
-def test_pieces_that_overlap_do_not_make_up_for_those_that_lack(run):
-    """One column twice and one not at all: as many values as the tensor has, and what is read would be memory."""
+def test_overlapping_pieces_do_not_hide_a_missing_one(run):
+    """One column twice, one not at all: the element count is right, but a column would be uninitialized memory."""
     run.save(2)
     folder = folder_of(run, 2)
     raw = raw_of(folder)
@@ -153,7 +153,7 @@ def test_pieces_that_overlap_do_not_make_up_for_those_that_lack(run):
     ],
     ids=lambda text: text[:12],
 )
-def test_json_of_any_shape_is_damage_or_another_version(run, text):
+def test_any_other_json_is_damage_or_another_version(run, text):
     run.save(2)
     folder = folder_of(run, 2)
     write(folder, text)
@@ -165,28 +165,28 @@ def test_json_of_any_shape_is_damage_or_another_version(run, text):
         read_checkpoint_manifest(folder)
 
 
-def test_a_manifest_that_is_no_file_or_far_too_long_is_not_read(run, tmp_path):
+def test_a_manifest_that_is_not_a_regular_file_or_too_large_is_not_read(run, tmp_path):
     run.save(2)
     file = folder_of(run, 2) / "checkpoint.json"
     with open(file, "r+b") as stream:
         stream.truncate(1 << 40)  # sparse
-    for make, words in (
+    for create, message in (
         (None, "at most"),
         (os.mkfifo, "not a regular file"),
         (os.mkdir, "not a regular file|director"),
     ):
-        if make:
+        if create:
             file.unlink()
-            make(file)
+            create(file)
         begin = time.process_time()
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             read_checkpoint_manifest(file.parent)
         assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("version", [2, 0, 10**60, "1", 1.0, True, None, [1], "absent"])
 def test_another_format_version_is_refused_and_never_overwritten(run, version):
-    """Newest, or behind the one that `latest` names: training would write over it when it gets there."""
+    """As the newest, or later than the one that `latest` names: training would overwrite it when it gets there."""
     run.save(2)
     run.save(6)
     folder = folder_of(run, 6)
@@ -207,11 +207,11 @@ def test_another_format_version_is_refused_and_never_overwritten(run, version):
         assert len(str(problem.value)) < 600
     with pytest.raises(VersionError):
         open_checkpoint(folder)
-    assert run.save(6, start=2)  # nothing in the saver relies on the check at the start
+    assert run.save(6, start=2)  # saving does not rely on the check at the start
     assert (run.checkpoints / "step-00000006.kept" / "checkpoint.json").read_bytes() == before
 
 
-def test_a_newer_format_that_seals_its_manifest_in_another_way_is_not_damage(run):
+def test_a_newer_format_with_another_hash_is_not_damage(run):
     run.save(2)
     file = folder_of(run, 2) / "checkpoint.json"
     for content in (
@@ -237,28 +237,28 @@ HEADERS = {
     "giant length": header(entry(), length=1 << 60),
     "longer than the file": header(entry(), length=10_000),
     "deep": header(b"[" * 100_000),
-    "twice": header(b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": {}}', 0),
-    "no object": header([1, 2]),
-    "no entry": header({"parameter/w": 5}),
+    "duplicate name": header(b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": {}}', 0),
+    "not an object": header([1, 2]),
+    "not an entry": header({"parameter/w": 5}),
     "dtype": header(entry(dtype="I32")),
     "half": header(entry(dtype="F16")),
-    "offsets behind the end": header(entry(offsets=(1 << 40, (1 << 40) + 240))),
+    "offsets after the end": header(entry(offsets=(1 << 40, (1 << 40) + 240))),
     "negative": header(entry(offsets=(-8, 232))),
     "backwards": header(entry(offsets=(240, 0))),
     "a bool": header(entry(shape=[True, 60])),
     "float": header(entry(shape=[60.0])),
-    "shape is larger": header(entry(shape=[61])),
-    "shape is huge": header(entry(shape=[1 << 50, 1 << 50])),
+    "shape too large": header(entry(shape=[61])),
+    "shape far too large": header(entry(shape=[1 << 50, 1 << 50])),
     "overlap": header(entry() | {"exp_avg/w": entry()["parameter/w"]}),
-    "hole": header(entry(offsets=(8, 248)), 248),
-    "left over": header(entry(), 300),
-    "short": header(entry(), 100),
-    "more": header(entry(extra=1)),
+    "gap": header(entry(offsets=(8, 248)), 248),
+    "trailing bytes": header(entry(), 300),
+    "too short": header(entry(), 100),
+    "unknown field": header(entry(extra=1)),
 }
 
 
 @pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS.keys())
-def test_a_tensor_file_whose_header_is_wrong_is_damaged_though_its_hash_is_right(run, content):
+def test_a_tensor_file_with_an_invalid_header_is_damaged_although_its_hash_matches(run, content):
     run.save(2)
     run.save(4)
     folder = folder_of(run, 4)
@@ -271,22 +271,22 @@ def test_a_tensor_file_whose_header_is_wrong_is_damaged_though_its_hash_is_right
     write(folder, json.dumps(raw))
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 1 and "damaged" in damaged[0]
-    with pytest.raises(UserError):  # and if nobody looks first
+    with pytest.raises(UserError):  # also without a check beforehand
         Checkpoint(folder).full_tensor("parameter", "w")
 
 
-def test_a_link_in_a_checkpoint_is_read_if_the_bytes_are_right_and_never_removed_with_its_target(run, tmp_path):
-    """Some stores keep files elsewhere and link them. A named pipe or a device is not waited for."""
+def test_links_to_files_are_followed_and_their_targets_are_never_removed(run, tmp_path):
+    """Some stores keep files elsewhere and link to them. A link to a named pipe or a device does not block."""
     for step in (2, 4):
         run.save(step)
     folder = folder_of(run, 4)
-    elsewhere = tmp_path / "store"
-    (folder / FILE).rename(elsewhere)
-    (folder / FILE).symlink_to(elsewhere)
+    target_file = tmp_path / "store"
+    (folder / FILE).rename(target_file)
+    (folder / FILE).symlink_to(target_file)
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 4 and not damaged
     run.save(6, start=2, keep=1)
-    assert names(run.checkpoints) == ["latest", "step-00000006"] and elsewhere.exists()
+    assert names(run.checkpoints) == ["latest", "step-00000006"] and target_file.exists()
     for target in ("/dev/zero", tmp_path / "pipe"):
         if target != "/dev/zero":
             os.mkfifo(target)
@@ -297,7 +297,7 @@ def test_a_link_in_a_checkpoint_is_read_if_the_bytes_are_right_and_never_removed
             find_checkpoint(run.checkpoints)
 
 
-def test_settings_in_a_manifest_are_checked_before_a_model_is_made_of_them(run):
+def test_settings_in_a_manifest_are_checked_before_a_model_is_built(run):
     run.save(2)
     folder = folder_of(run, 2)
     bad = [
@@ -315,7 +315,7 @@ def test_settings_in_a_manifest_are_checked_before_a_model_is_made_of_them(run):
             config_of(Checkpoint(folder))
 
 
-def test_a_folder_of_another_step_is_not_taken_for_it(run):
+def test_a_checkpoint_in_a_folder_named_after_another_step_is_refused(run):
     run.save(2)
     folder_of(run, 2).rename(folder_of(run, 8))
     with pytest.raises(UserError, match="it is of step 2, but the folder's name says 8"):

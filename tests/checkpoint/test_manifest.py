@@ -1,4 +1,4 @@
-"""Manifests, damage, and which checkpoint a run goes on from; folders made by hand, without ranks."""
+"""Manifests, damage, and which checkpoint a run resumes from; the folders are written here, without ranks."""
 
 import importlib.metadata
 import random
@@ -23,27 +23,27 @@ from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config, TrainConfig
 from mythos_dist.errors import UserError
 
-WHOLE = np.arange(60, dtype=np.float32).reshape(5, 12)
+MATRIX = np.arange(60, dtype=np.float32).reshape(5, 12)
 
 
 def make(folder, step=10, start=1) -> CheckpointManifest:
-    """A checkpoint of one matrix, its columns cut among two ranks and the second's slice among two replicas."""
+    """A checkpoint of one matrix: columns sharded over two ranks, the second shard split over two replicas by ZeRO."""
     temporary = folder / f"step-{step:08d}.tmp-{start}"
     temporary.mkdir(parents=True)
-    held = {
-        "rank-00000.safetensors": (Piece((5, 7), (0, 0), 0, 35), WHOLE[:, :7].reshape(-1)),
+    values = {
+        "rank-00000.safetensors": (Piece((5, 7), (0, 0), 0, 35), MATRIX[:, :7].reshape(-1)),
         "rank-00001.safetensors": (
             Piece((5, 7), (0, 7), 0, 17),
-            np.pad(WHOLE[:, 7:], ((0, 0), (0, 2))).reshape(-1)[:17],
+            np.pad(MATRIX[:, 7:], ((0, 0), (0, 2))).reshape(-1)[:17],
         ),
         "rank-00002.safetensors": (
             Piece((5, 7), (0, 7), 17, 35),
-            np.pad(WHOLE[:, 7:], ((0, 0), (0, 2))).reshape(-1)[17:],
+            np.pad(MATRIX[:, 7:], ((0, 0), (0, 2))).reshape(-1)[17:],
         ),
     }
     files = {}
-    for name, (piece, numbers) in held.items():
-        size, digest = write_tensors(temporary / name, {"parameter/w": numbers.shape}, [numbers.data])
+    for name, (piece, elements) in values.items():
+        size, digest = write_tensors(temporary / name, {"parameter/w": elements.shape}, [elements.data])
         files[name] = FileEntry(size, digest, {"w": piece})
     manifest = CheckpointManifest(
         step=step, tokens=step * 8, start=start, layout={"ranks": 3}, config={"model": {"dim": 12}}, data="d",
@@ -54,7 +54,7 @@ def make(folder, step=10, start=1) -> CheckpointManifest:
     return manifest
 
 
-def test_a_manifest_reads_back(tmp_path):
+def test_a_manifest_round_trips(tmp_path):
     manifest = make(tmp_path)
     assert read_checkpoint_manifest(tmp_path / "step-00000010") == manifest
     assert manifest.num_parameters == 60
@@ -62,17 +62,17 @@ def test_a_manifest_reads_back(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
 
 
-def test_every_part_of_a_tensor_comes_from_the_files_that_hold_it(tmp_path):
+def test_a_piece_is_read_from_all_files_that_hold_elements_of_it(tmp_path):
     make(tmp_path)
     checkpoint = Checkpoint(tmp_path / "step-00000010")
-    assert np.array_equal(checkpoint.full_tensor("parameter", "w"), WHOLE)
-    piece = Piece((3, 12), (1, 0), 5, 30)  # other rows, another stretch
+    assert np.array_equal(checkpoint.full_tensor("parameter", "w"), MATRIX)
+    piece = Piece((3, 12), (1, 0), 5, 30)  # other rows, another range
     out = np.zeros(25, np.float32)
     checkpoint.read("parameter", "w", piece, out)
-    assert np.array_equal(out, WHOLE[1:4].reshape(-1)[5:30])
+    assert np.array_equal(out, MATRIX[1:4].reshape(-1)[5:30])
 
 
-def test_what_a_checkpoint_does_not_hold_is_said(tmp_path):
+def test_missing_tensors_and_elements_are_reported(tmp_path):
     make(tmp_path)
     checkpoint = Checkpoint(tmp_path / "step-00000010")
     with pytest.raises(UserError, match="holds no exp_avg w"):
@@ -89,7 +89,7 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
     assert checkpoint.find_damage() == []
     file = folder / "rank-00001.safetensors"
     good = file.read_bytes()
-    for bad, words in [
+    for bad, message in [
         (good[:-1], f"{len(good) - 1} bytes instead of {len(good)}"),
         (b"", f"0 bytes instead of {len(good)}"),
         (None, "is missing"),
@@ -99,8 +99,8 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path):
         if bad is not None:
             file.write_bytes(bad)
         (line,) = checkpoint.find_damage()
-        assert str(file) in line and words in line
-        assert bool(checkpoint.find_damage(hashes=False)) == ("hash" not in words)
+        assert str(file) in line and message in line
+        assert bool(checkpoint.find_damage(hashes=False)) == ("hash" not in message)
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path):
@@ -108,8 +108,8 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path):
     file = tmp_path / "step-00000010" / "checkpoint.json"
     good = file.read_bytes()
     draw = random.Random(0)
-    for place in [*draw.sample(range(len(good)), 200), 0, len(good) - 1]:
-        file.write_bytes(good[:place] + bytes([good[place] ^ 1 << draw.randrange(8)]) + good[place + 1 :])
+    for position in [*draw.sample(range(len(good)), 200), 0, len(good) - 1]:
+        file.write_bytes(good[:position] + bytes([good[position] ^ 1 << draw.randrange(8)]) + good[position + 1 :])
         with pytest.raises(UserError, match=r"checkpoint\.json: is damaged"):
             read_checkpoint_manifest(file.parent)
     for content in (b"", good[:-40], good + b"x"):
@@ -131,7 +131,7 @@ def test_latest_comes_first_and_then_the_newest(tmp_path):
         return [int(path.name[5:]) for path in checkpoints_of(tmp_path)]
 
     assert order() == [30, 20, 10]
-    (tmp_path / "latest").write_text("step-00000010\n")  # a person goes back
+    (tmp_path / "latest").write_text("step-00000010\n")  # a user goes back
     assert order() == [10, 30, 20]
     for content in (
         b"step-00000099\n",
@@ -157,8 +157,8 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
 
 
-def test_the_newest_and_the_pinned_stay(tmp_path):
-    """Those of later steps, too: the run has gone back behind them, and what it goes on from must not be deleted."""
+def test_pruning_keeps_the_newest_and_the_pinned_checkpoints(tmp_path):
+    """And those of later steps: the run went back to an earlier step, and must not delete what it resumes from."""
     manifests = {step: make(tmp_path, step) for step in (5, 10, 15, 20, 25, 80, 30)}
     settings = CheckpointConfig(pin=(5,), pin_every=20)
     prune(tmp_path, manifests[30], 2, lambda step: is_pinned(step, settings))
@@ -168,15 +168,15 @@ def test_the_newest_and_the_pinned_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000030"]
 
 
-def test_which_steps_are_saved():
+def test_checkpoints_are_due_at_intervals_pins_and_the_last_step():
     config = Config(train=TrainConfig(steps=50), checkpoint=CheckpointConfig(every=20, pin=(3,), pin_every=25))
     assert [step for step in range(1, 51) if is_due(step, config)] == [3, 20, 25, 40, 50]
     assert [step for step in range(1, 51) if is_pinned(step, config.checkpoint)] == [3, 25, 50]
     assert not is_pinned(10, CheckpointConfig())
 
 
-def test_it_names_our_version_where_the_package_is_not_installed(monkeypatch):
-    """A checkout that runs by PYTHONPATH has no metadata: its first checkpoint ended such a run."""
+def test_versions_do_not_require_the_package_to_be_installed(monkeypatch):
+    """A checkout on PYTHONPATH has no metadata: the first checkpoint ended such a run."""
 
     def version(name: str) -> str:
         if name == "mythos_dist":

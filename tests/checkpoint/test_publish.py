@@ -1,4 +1,4 @@
-"""What a run removes and what it leaves alone, and failures of the disk at every point of a publication."""
+"""What a run removes and what it keeps, and disk failures at every point of publishing a checkpoint."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint
 from mythos_dist.errors import UserError
 
-OF_THE_USER = """
+USER_NAMES = """
 step-00000002.bak step-00000002.old step-00000002.12 step-00000002.tmp step-00000002.tmp-x step-00000002.tmp-1.bak
 step-00000002.replaced-by-you step-00000002.tmp-1-mine step-0000002.tmp-1 step-best-one step-best.tmp-1 step-0000000²
 latest.bak latest.tmp latest.tmp-1x
@@ -26,15 +26,15 @@ def copy(checkpoint: Path, name: str) -> Path:
     return Path(shutil.copytree(checkpoint, checkpoint.with_name(name)))
 
 
-def test_copies_that_a_user_keeps_beside_the_checkpoints_stay(run):
-    """Through later starts, saves, and the deletion of the checkpoint that they were made of."""
+def test_copies_that_a_user_keeps_beside_the_checkpoints_are_kept(run):
+    """After later starts and saves, and after the original checkpoint was deleted."""
     run.save(2)
-    for name in OF_THE_USER:
+    for name in USER_NAMES:
         copy(run.checkpoints / "step-00000002", name)
     for step, start in ((4, 2), (6, 3)):
         assert run.save(step, start, keep=1)
-    assert names(run.checkpoints) == sorted([*OF_THE_USER, "latest", "step-00000006"])
-    for name in OF_THE_USER:
+    assert names(run.checkpoints) == sorted([*USER_NAMES, "latest", "step-00000006"])
+    for name in USER_NAMES:
         assert len(names(run.checkpoints / name)) == 2
     assert [path.name for path in checkpoints_of(run.checkpoints)] == ["step-00000006"]
     (run.checkpoints / "latest").unlink()
@@ -42,7 +42,7 @@ def test_copies_that_a_user_keeps_beside_the_checkpoints_stay(run):
     assert checkpoint and checkpoint.manifest.step == 6 and damaged == []
 
 
-def test_what_earlier_starts_left_unfinished_is_removed_and_nothing_of_a_later_start(run):
+def test_unfinished_folders_of_earlier_starts_are_removed_and_those_of_later_starts_kept(run):
     run.save(2)
     for name in ("step-00000004.tmp-1", "step-00000004.tmp-3", "step-00000004.tmp-0-0123abcd"):
         copy(run.checkpoints / "step-00000002", name)
@@ -51,7 +51,7 @@ def test_what_earlier_starts_left_unfinished_is_removed_and_nothing_of_a_later_s
     assert names(run.checkpoints) == ["latest", "step-00000002", "step-00000004.tmp-3"]
 
 
-def test_an_unfinished_folder_with_a_file_of_the_user_stays(run, caplog):
+def test_an_unfinished_folder_with_a_user_file_is_kept(run, caplog):
     run.save(2)
     left = copy(run.checkpoints / "step-00000002", "step-00000004.tmp-1")
     (left / "notes.txt").write_text("mine")
@@ -63,16 +63,16 @@ def test_an_unfinished_folder_with_a_file_of_the_user_stays(run, caplog):
 
 
 def test_keep_deletes_only_what_this_run_wrote(run, tmp_path, caplog):
-    """Not: a checkpoint with a file of the user, a link to one, another run's, an empty folder, one of a newer format;
-    and none of them counts as one of those that are kept."""
+    """A checkpoint with a user file, a link to a checkpoint, another run's, an empty folder and a newer format stay,
+    and do not count towards `keep`."""
     for step in (2, 4, 6):
         run.save(step, keep=9)
     run.save(8, keep=9, seed=1)
     shutil.move(run.checkpoints / "step-00000008", tmp_path)
     shutil.copytree(tmp_path / "step-00000008", run.checkpoints / "step-00000008")  # of another run
-    elsewhere = tmp_path / "elsewhere"
-    (run.checkpoints / "step-00000004").rename(elsewhere)
-    (run.checkpoints / "step-00000004").symlink_to(elsewhere)
+    linked = tmp_path / "linked"
+    (run.checkpoints / "step-00000004").rename(linked)
+    (run.checkpoints / "step-00000004").symlink_to(linked)
     (run.checkpoints / "step-00000006" / "notes.txt").write_text("mine")
     (run.checkpoints / "step-00000010").mkdir()
     newer = copy(run.checkpoints / "step-00000002", "step-00000001")
@@ -82,17 +82,17 @@ def test_keep_deletes_only_what_this_run_wrote(run, tmp_path, caplog):
     run.save(12, start=2, keep=1)
     run.save(14, start=2, keep=1)
     assert names(run.checkpoints) == ["latest", *(f"step-{step:08d}" for step in (1, 4, 6, 8, 10, 14))]
-    assert names(elsewhere) == ["checkpoint.json", "rank-00000.safetensors"]
-    for words in ("notes.txt", "it is a link or a file", "another run.seed", "it is empty", "its format is that"):
-        assert words in caplog.text
+    assert names(linked) == ["checkpoint.json", "rank-00000.safetensors"]
+    for reason in ("notes.txt", "it is a link or a file", "another run.seed", "it is empty", "its format is that"):
+        assert reason in caplog.text
     caplog.clear()
     run.save(16, start=2, keep=1)
     assert not caplog.text, "it warns once"
 
 
 @pytest.mark.parametrize("what", ["file", "link", "dangling link", "foreign file", "another run", "empty folder"])
-def test_what_has_the_name_of_the_next_checkpoint_gets_another_name(run, tmp_path, what):
-    """It was overwritten, or saving failed for ever."""
+def test_anything_in_the_place_of_the_next_checkpoint_is_renamed(run, tmp_path, what):
+    """It used to be overwritten, or saving failed for ever."""
     run.save(2)
     taken = run.checkpoints / "step-00000004"
     if what == "file":
@@ -120,7 +120,7 @@ SAVING = "fsync fsync fsync rename rename fsync fsync replace fsync".split()  # 
 
 
 class Disk:
-    """Counts what reaches the disk, and fails at one of these calls."""
+    """Counts fsyncs and renames, and fails at one of them."""
 
     def __init__(self, monkeypatch, fail_at: int, code: int):
         self.calls: list[str] = []
@@ -140,8 +140,8 @@ class Disk:
         return run
 
 
-def whole(folder: Path) -> dict[int, int]:
-    """Step -> start of each checkpoint whose every byte is right."""
+def intact(folder: Path) -> dict[int, int]:
+    """Step -> start of each checkpoint, after a check of all bytes."""
     found = {}
     for path in checkpoints_of(folder):
         checkpoint = Checkpoint(path)
@@ -153,7 +153,7 @@ def whole(folder: Path) -> dict[int, int]:
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])
 def test_a_failing_fsync_or_rename_at_any_point_loses_no_checkpoint(run, code):
-    """Publication of a new step, and of one that replaces another: before and after the next start's cleaning up."""
+    """While a checkpoint replaces one of the same step; checked before and after the next start cleans up."""
     for at in range(1, 40):
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         run.save(2, start=1)
@@ -161,21 +161,21 @@ def test_a_failing_fsync_or_rename_at_any_point_loses_no_checkpoint(run, code):
         with pytest.MonkeyPatch.context() as patch:
             disk = Disk(patch, at, code)
             saved = run.save(4, start=2, keep=1)
-        assert saved == (at > len(SAVING)), f"failure {at}, {disk.calls}"  # behind that, old ones are removed
-        before = whole(run.checkpoints)
+        assert saved == (at > len(SAVING)), f"failure {at}, {disk.calls}"  # after that, old ones are removed
+        before = intact(run.checkpoints)
         run.saver(start=3)
-        now = whole(run.checkpoints)
+        now = intact(run.checkpoints)
         assert now in ({2: 1, 4: 1}, {2: 1, 4: 2}, {4: 2}), f"failure {at}: {before}, {now}"
         assert now.get(4) == 2 if saved else 2 in now
         assert len(names(run.checkpoints)) == len(now) + 1, names(run.checkpoints)
         if len(disk.calls) < at:
             assert now == {4: 2}
             return
-    raise AssertionError(f"it never ends: {disk.calls}")
+    raise AssertionError(f"no save had fewer calls: {disk.calls}")
 
 
-def test_all_is_on_disk_before_it_has_its_name(run, monkeypatch):
-    """fsync of the files, of their folder, then the rename, then of the folder of names; the same for `latest`."""
+def test_files_are_on_disk_before_they_get_their_final_names(run, monkeypatch):
+    """fsync of the files and their folder, then the rename, then fsync of the parent folder; the same for `latest`."""
     events = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
 
@@ -199,7 +199,7 @@ def test_all_is_on_disk_before_it_has_its_name(run, monkeypatch):
     ]
 
 
-def test_a_file_system_that_cannot_sync_folders_is_no_failure_and_a_broken_disk_is(tmp_path, monkeypatch):
+def test_unsupported_fsync_of_folders_is_ignored_and_a_disk_failure_is_not(tmp_path, monkeypatch):
     for code, fails in ((errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True), (errno.ENOSPC, True)):
 
         def fsync(handle, code=code):
@@ -213,7 +213,7 @@ def test_a_file_system_that_cannot_sync_folders_is_no_failure_and_a_broken_disk_
             mythos_dist.files.fsync_folder(tmp_path)
 
 
-def test_a_place_where_no_checkpoints_can_be_written_is_the_users_mistake(run):
+def test_an_unwritable_checkpoints_folder_is_a_user_error(run):
     run.checkpoints.parent.mkdir()
     run.checkpoints.write_text("a file")
     with pytest.raises(UserError, match="checkpoints: cannot be written"):

@@ -1,7 +1,7 @@
-"""A run goes on at any layout: what one writes, all others load bit for bit, and train on to the same losses.
+"""A run resumes at any layout: each loads the checkpoint of every other bit for bit, and later losses are equal.
 
-Nine layouts, every ordered pair. What was held when the checkpoint was saved, and what is held after loading, is put
-together by DeepSpeed's own functions, not by the code that writes and reads checkpoints.
+Nine layouts, every ordered pair. The state at saving and the state after loading are gathered by DeepSpeed's own
+functions, not by the code that writes and reads checkpoints.
 """
 
 from pathlib import Path
@@ -40,11 +40,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipe 4": (4, dict(pipe=4)),
     "pipe 2, tensor 2, expert 2": (8, dict(pipe=2, tensor=2, expert=2)),
 }
-BIAS = [2.0, 1.0, 0.5, 0.25, 0.0, -0.25, -0.5, -4.0]  # experts get very different numbers of tokens
+BIAS = [2.0, 1.0, 0.5, 0.25, 0.0, -0.25, -0.5, -4.0]  # makes the experts' token counts very different
 
 
 def run_of(config: Config, name: str) -> Config:
-    """Widths that divide by nothing, another number of loops in each step, and each layout its own micro-batch."""
+    """Widths that no axis divides, another loop count in each step, and a micro-batch size per layout."""
     ranks, parallel = LAYOUTS[name]
     replicas = ranks // (parallel.get("tensor", 1) * parallel.get("pipe", 1))
     return change(
@@ -79,7 +79,7 @@ def bias_of(engine: Any) -> torch.Tensor | None:
 
 
 def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
-    """On each rank: train, save, train on."""
+    """On each rank: train, save, continue training."""
     import torch.distributed as dist
 
     results = []
@@ -98,9 +98,9 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
 
 
 def read(configs: list[Config], folders: list[str], train_on: int | None = None) -> list[list[dict[str, Any]]]:
-    """On each rank and for each layout, what an engine holds after loading each checkpoint, and its later losses.
+    """On each rank, for each layout and each checkpoint: the state after loading it, and the losses of later steps.
 
-    train_on: from how many of the checkpoints each layout trains on, a different one for each; None: from all.
+    train_on: the number of checkpoints that each layout continues from (different ones per layout); None: all.
     """
     import torch.distributed as dist
 
@@ -128,7 +128,7 @@ def by_ranks() -> dict[int, list[str]]:
 
 @pytest.fixture(scope="module")
 def written(config, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """For each layout the folder of its checkpoint, the whole tensors that it was made of, and the losses behind it."""
+    """For each layout the folder of its checkpoint, the full tensors at saving, and the losses of later steps."""
     found = {}
     for ranks, names in by_ranks().items():
         folders = [str(tmp_path_factory.mktemp("written")) for _ in names]
@@ -137,13 +137,13 @@ def written(config, tmp_path_factory) -> dict[str, dict[str, Any]]:
             found[name] = {
                 "folder": folders[i],
                 "later": results[0][i]["later"],
-                **whole([rank[i] for rank in results]),
+                **gather([rank[i] for rank in results]),
             }
     return found
 
 
-def whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whole tensors of what the ranks hold; where several hold the same numbers, they must be the same bits."""
+def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Full tensors from the ranks' shards; where several ranks hold the same elements, their bits must be equal."""
     sizes: dict[str, tuple[int, ...]] = {}
     for rank in ranks:
         for name, (_, stop) in rank["places"].items():
@@ -164,14 +164,14 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("train_on", [1, pytest.param(None, marks=pytest.mark.long)])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_every_layout_loads_every_other(ranks, train_on, written, config):
-    """Equal bits for every pair, and equal losses in the steps after that for one pair per layout or for all."""
+    """Equal bits for every pair; equal losses of later steps for one pair per layout, or for all."""
     names = by_ranks()[ranks]
     folders = [source["folder"] for source in written.values()]
     results = run_ranks(ranks, read, [run_of(config, name) for name in names], folders, train_on, seconds=1600)
     assert sum("later" in pair for pairs in results[0] for pair in pairs) == len(names) * (train_on or len(folders))
     for i, target in enumerate(names):
         for j, (name, source) in enumerate(written.items()):
-            got = whole([rank[i][j] for rank in results])
+            got = gather([rank[i][j] for rank in results])
             where = f"{name} -> {target}"
             assert got["bias"] == source["bias"], where
             assert got["tensors"].keys() == source["tensors"].keys(), where
@@ -183,9 +183,9 @@ def test_every_layout_loads_every_other(ranks, train_on, written, config):
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.long), "fp16"])
-def test_half_precision_goes_on_at_other_stages_of_zero(dtype, config, tmp_path):
-    """They have optimizers of three kinds, not all with a loss scale. The fp32 masters are the same bits after loading,
-    and the losses those of a half precision that is cast and summed otherwise."""
+def test_half_precision_resumes_at_other_zero_stages(dtype, config, tmp_path):
+    """The stages have three kinds of optimizers, not all with a loss scale. The fp32 master weights are bitwise equal
+    after loading; losses differ by half-precision rounding."""
     base = change(run_of(config, "zero 3"), train=dict(dtype=dtype, micro_batch=2))
     runs = [change(base, parallel=dict(zero=1, **dict(pipe=2) if pipe else {})) for pipe in (False, True)]
     runs = [change(run, train=dict(micro_batch=2)) for run in runs]
@@ -194,16 +194,16 @@ def test_half_precision_goes_on_at_other_stages_of_zero(dtype, config, tmp_path)
     sources = run_ranks(2, write, runs, folders, seconds=600)
     targets = run_ranks(2, read, runs, folders, seconds=1000)
     for i in range(len(runs)):
-        source = whole([rank[i] for rank in sources])
+        source = gather([rank[i] for rank in sources])
         for j in range(len(runs)):
-            got = whole([rank[j][i] for rank in targets])
+            got = gather([rank[j][i] for rank in targets])
             assert got["bias"] == source["bias"]
             assert all(all(map(torch.equal, got["tensors"][name], source["tensors"][name])) for name in got["tensors"])
             assert targets[0][j][i]["later"]["loss"] == pytest.approx(sources[0][i]["later"]["loss"], rel=2e-2)
 
 
-def test_the_matrix_is_a_hard_case(written):
-    """Experts' moments differ from each other and from zero, and training moved everything."""
+def test_the_checkpoints_are_a_hard_case(written):
+    """Moments differ between experts and from zero; all layouts have the same losses."""
     for source in written.values():
         for _, first, second in (source["tensors"][f"recurrent.block.ffn.experts.w{i}"] for i in (1, 2, 3)):
             norms = [[float(expert.norm()) for expert in moment] for moment in (first, second)]
@@ -214,8 +214,8 @@ def test_the_matrix_is_a_hard_case(written):
 
 
 @pytest.mark.parametrize("file_bytes", [1, 20_000, 1 << 30])  # a file for each name, a few, one
-def test_the_canonical_form_holds_the_same_bits(file_bytes, written, tmp_path):
-    """From the layout that cuts most, read by the package safetensors."""
+def test_the_canonical_form_is_bitwise_equal(file_bytes, written, tmp_path):
+    """Of the layout with the most axes, read by the package safetensors."""
     from safetensors.torch import load_file
 
     source = written["pipe 2, tensor 2, expert 2"]
@@ -246,5 +246,5 @@ def test_a_canonical_checkpoint_is_loaded_like_any_other(written, config, tmp_pa
     source = written["expert 4, zero 3"]
     write_canonical(open_checkpoint(Path(source["folder"])), tmp_path, file_bytes=20_000)
     results = run_ranks(2, read, [run_of(config, "pipe 2")], [str(tmp_path)], seconds=400)
-    got = whole([rank[0][0] for rank in results])
+    got = gather([rank[0][0] for rank in results])
     assert all(all(map(torch.equal, got["tensors"][name], source["tensors"][name])) for name in source["tensors"])

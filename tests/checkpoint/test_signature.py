@@ -1,4 +1,4 @@
-"""Signed checkpoints: who may read what with which key, and where the key must not show up."""
+"""Signed checkpoints: which are accepted with which key, and that the key is never logged or stored."""
 
 import hashlib
 import hmac
@@ -43,7 +43,7 @@ def folder_of(run, step: int) -> Path:
 
 
 def tamper(folder: Path) -> None:
-    """Other values, and hashes that are right for them: what whoever can write the folder can do."""
+    """Write other values with matching hashes, as anyone who can write the folder can."""
     manifest = read_checkpoint_manifest(folder)
     (name, file), *_ = manifest.files.items()
     kinds = manifest.tensors["w"].kinds
@@ -55,7 +55,7 @@ def tamper(folder: Path) -> None:
 
 
 def reseal(folder: Path, content: str) -> None:
-    """Write a manifest whose hash is right beside the signature that was there."""
+    """Write a manifest with a matching hash and the old signature."""
     file = folder / "checkpoint.json"
     before, (first, *rest) = json.loads(file.read_text().split("\n")[0]), content.split("\n")
     seal = json.loads(first) | ({"signature": before["signature"]} if "signature" in before else {})
@@ -67,12 +67,12 @@ def test_a_run_signs_what_it_saves_and_resumes_from_it(run, key_file):
     for verify in (True, False):
         checkpoint, damaged = find_checkpoint(run.checkpoints, verify, key_file)
         assert checkpoint and checkpoint.manifest.step == 4 and damaged == []
-    checkpoint, damaged = find_checkpoint(run.checkpoints)  # without a key it is a checkpoint like any other
+    checkpoint, damaged = find_checkpoint(run.checkpoints)  # without a key the signature is ignored
     assert checkpoint and np.array_equal(checkpoint.full_tensor("parameter", "w").reshape(-1), VALUES)
 
 
-def test_the_signature_is_hmac_sha256_over_the_manifest_and_sha256_of_every_file(run, key_file):
-    """Computed again from the bytes on disk, by the standard library."""
+def test_the_signature_is_hmac_sha256_of_the_manifest_and_the_sha256_of_every_file(run, key_file):
+    """Recomputed from the bytes on disk with the standard library."""
     run.save(2, key_file=key_file)
     folder = folder_of(run, 2)
     seal, text, _ = (folder / "checkpoint.json").read_text().split("\n")
@@ -84,7 +84,7 @@ def test_the_signature_is_hmac_sha256_over_the_manifest_and_sha256_of_every_file
 
 
 @pytest.mark.parametrize("what", ["tampered", "unsigned", "another key", "old signature", "mac", "files", "step"])
-def test_with_a_key_what_is_not_signed_with_it_is_refused_and_no_older_one_taken(run, key_file, tmp_path, what):
+def test_with_a_key_a_checkpoint_without_its_signature_is_refused_and_not_skipped(run, key_file, tmp_path, what):
     run.save(2, key_file=key_file)
     run.save(4, key_file=None if what == "unsigned" else key_file)
     folder = folder_of(run, 4)
@@ -93,7 +93,7 @@ def test_with_a_key_what_is_not_signed_with_it_is_refused_and_no_older_one_taken
         tamper(folder)
     elif what == "another key":
         run.save(4, start=2, key_file=key(tmp_path / "other", "another secret of some length"))
-    elif what == "old signature":  # of the checkpoint before, on these values
+    elif what == "old signature":  # that of the previous checkpoint
         seal = json.loads(file.read_text().split("\n")[0])
         seal["signature"] = json.loads((folder_of(run, 2) / "checkpoint.json").read_text().split("\n")[0])["signature"]
         file.write_text("\n".join([json.dumps(seal), *file.read_text().split("\n")[1:]]))
@@ -107,17 +107,17 @@ def test_with_a_key_what_is_not_signed_with_it_is_refused_and_no_older_one_taken
         file.write_text("\n".join([json.dumps(seal), *rest]))
     elif what == "step":
         reseal(folder, replace(read_checkpoint_manifest(folder), tokens=1).to_text())
-    words = "is not signed" if what == "unsigned" else "signature is wrong"
-    with pytest.raises(SignatureError, match=words) as problem:
+    message = "is not signed" if what == "unsigned" else "signature is wrong"
+    with pytest.raises(SignatureError, match=message) as problem:
         find_checkpoint(run.checkpoints, True, key_file)
     assert str(folder) in str(problem.value) and problem.value.exit_code == 2
     assert SECRET not in str(problem.value)
     checkpoint, _ = find_checkpoint(run.checkpoints)
-    assert checkpoint and checkpoint.manifest.step == 4, "without a key hashes decide"
+    assert checkpoint and checkpoint.manifest.step == 4, "without a key only hashes are checked"
 
 
-def test_damage_is_damage_with_a_key_too(run, key_file):
-    """A byte that flipped is an accident: the checkpoint before is taken. The same in the manifest."""
+def test_damage_is_not_a_signature_error(run, key_file):
+    """A flipped bit in a file or in the manifest is an accident: the previous checkpoint is loaded."""
     for step in (2, 4, 6):
         run.save(step, key_file=key_file, keep=3)
     file = folder_of(run, 6) / "rank-00000.safetensors"
@@ -131,9 +131,8 @@ def test_damage_is_damage_with_a_key_too(run, key_file):
         assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 2
 
 
-def test_a_file_made_to_have_the_same_hash_is_refused(run, key_file, monkeypatch):
-    """xxh3 is no cryptographic hash: a file with the right one and other bytes can be made. Here it is the hash that is
-    made to agree."""
+def test_a_file_with_a_forged_xxh3_hash_is_refused(run, key_file, monkeypatch):
+    """xxh3 is not a cryptographic hash: other bytes with the same hash can be found. Here the hash is patched."""
     run.save(2, key_file=key_file)
     folder = folder_of(run, 2)
     manifest = read_checkpoint_manifest(folder)
@@ -155,9 +154,9 @@ def test_a_file_made_to_have_the_same_hash_is_refused(run, key_file, monkeypatch
     assert TensorFile(file)
 
 
-def test_tools_check_sign_and_sign_again(run, key_file, tmp_path, monkeypatch):
-    """Reshape and export read with the key of the environment; a copy is signed with it; an unsigned checkpoint gets a
-    signature, and one of an old key a new one, if that is asked for."""
+def test_tools_check_signatures_and_sign_their_copies(run, key_file, tmp_path, monkeypatch):
+    """Reshape and export check with the key in the environment, and copies are signed with it. With --ignore-signature
+    an unsigned checkpoint, or one of an old key, is accepted and its copy signed."""
     run.save(2, key_file=key_file)
     run.save(4)  # unsigned
     signed, unsigned = folder_of(run, 2), folder_of(run, 4)
@@ -183,7 +182,7 @@ def test_tools_check_sign_and_sign_again(run, key_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "content", "words"),
+    ("mode", "content", "message"),
     [
         (0o640, SECRET, r"its mode 0640 .* chmod 600"),
         (0o604, SECRET, r"its mode 0604"),
@@ -193,22 +192,22 @@ def test_tools_check_sign_and_sign_again(run, key_file, tmp_path, monkeypatch):
         (0o600, "x" * 5000, r"holds more than 4096 bytes"),
     ],
 )
-def test_a_key_file_must_be_a_key_that_only_its_owner_can_use(tmp_path, monkeypatch, mode, content, words):
+def test_a_key_file_must_hold_a_key_and_be_accessible_to_its_owner_only(tmp_path, monkeypatch, mode, content, message):
     file = tmp_path / "key"
     file.write_text(content)
     file.chmod(mode)
-    with pytest.raises(UserError, match=f"checkpoint.key_file={file}: {words}"):
+    with pytest.raises(UserError, match=f"checkpoint.key_file={file}: {message}"):
         signing_key(str(file))
     monkeypatch.setenv(VARIABLE, str(file))
-    with pytest.raises(UserError, match=f"{VARIABLE}={file}: {words}") as problem:
+    with pytest.raises(UserError, match=f"{VARIABLE}={file}: {message}") as problem:
         signing_key()
     assert SECRET not in str(problem.value)
 
 
-def test_a_key_file_that_is_none_is_named(tmp_path, monkeypatch):
-    """Also one that would be waited for: a named pipe."""
+def test_an_unusable_key_file_is_reported_with_its_path(tmp_path, monkeypatch):
+    """Opening a named pipe does not block."""
     os.mkfifo(tmp_path / "pipe", 0o600)
-    for path, words in (
+    for path, message in (
         (tmp_path / "absent", "no such file; create one with"),
         (tmp_path, "Is a directory"),
         (tmp_path / "pipe", "not a regular file"),
@@ -217,7 +216,7 @@ def test_a_key_file_that_is_none_is_named(tmp_path, monkeypatch):
         ("x" * 5000, "cannot be read"),
         ("~nobody-of-this-name/key", "cannot be read"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             signing_key(str(path))
     monkeypatch.setenv(VARIABLE, "")
     with pytest.raises(UserError, match=f"{VARIABLE} is empty"):
@@ -229,7 +228,7 @@ def test_a_key_file_that_is_none_is_named(tmp_path, monkeypatch):
     assert signing_key("~/key")
 
 
-def test_the_command_that_messages_give_makes_a_key(tmp_path):
+def test_the_command_in_the_messages_creates_a_key(tmp_path):
     with pytest.raises(UserError) as problem:
         signing_key(str(tmp_path / "key"))
     command = re.search(r"create one with (.*)", str(problem.value))
@@ -238,7 +237,7 @@ def test_the_command_that_messages_give_makes_a_key(tmp_path):
     assert signing_key(str(tmp_path / "key"))
 
 
-def test_the_key_shows_up_nowhere(run, key_file, caplog, capfd):
+def test_the_key_is_never_logged_or_stored(run, key_file, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     run.save(2, key_file=key_file)
     find_checkpoint(run.checkpoints, True, key_file)

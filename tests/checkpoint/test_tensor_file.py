@@ -1,4 +1,4 @@
-"""Files of tensors against the package safetensors, which wrote none of this."""
+"""Files of tensors, compared with the package safetensors."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def file(tmp_path):
     return path
 
 
-def test_the_package_reads_what_we_write(file):
+def test_the_package_reads_our_files(file):
     found = safetensors.numpy.load_file(file)
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -39,17 +39,17 @@ def test_the_package_reads_what_we_write(file):
         assert opened.metadata() == {"format": "pt"}
 
 
-def test_half_precision_too(tmp_path):
+def test_the_package_reads_our_bf16_files(tmp_path):
     tensor = torch.randn(3, 5).bfloat16()
     block = tensor.view(torch.uint8).flatten().numpy().data
     write_tensors(tmp_path / "half", {"x": (3, 5)}, [block], "BF16")
     assert torch.equal(safetensors.torch.load_file(tmp_path / "half")["x"], tensor)
 
 
-def test_we_read_any_part_of_what_the_package_writes(tmp_path):
-    """Contiguous parts, rows cut in columns, single numbers; into flat arrays that keep what they are not given."""
-    whole = np.random.default_rng(0).standard_normal((6, 5, 4)).astype(np.float32)
-    safetensors.numpy.save_file({"before": np.ones(3, np.float32), "x": whole.reshape(-1)}, tmp_path / "x")
+def test_we_read_any_region_of_the_packages_files(tmp_path):
+    """Contiguous regions, column ranges of rows, single elements; other elements of the target keep their values."""
+    full = np.random.default_rng(0).standard_normal((6, 5, 4)).astype(np.float32)
+    safetensors.numpy.save_file({"before": np.ones(3, np.float32), "x": full.reshape(-1)}, tmp_path / "x")
     reader = TensorFile(tmp_path / "x")
     for start, shape in [
         ((0, 0, 0), (6, 5, 4)),
@@ -59,14 +59,14 @@ def test_we_read_any_part_of_what_the_package_writes(tmp_path):
     ]:
         target = Piece(shape, start, 0, int(np.prod(shape)))
         out = np.full(target.last + 2, -1.0, np.float32)
-        for here, there in overlaps(Piece.full(whole.shape), target, whole.shape):
-            reader.read("x", here, out[1:-1], there)
-        expected = whole[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+        for source_region, target_region in overlaps(Piece.full(full.shape), target, full.shape):
+            reader.read("x", source_region, out[1:-1], target_region)
+        expected = full[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
         assert np.array_equal(out[1:-1].reshape(shape), expected) and out[0] == out[-1] == -1
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 40, b'\x08\0\0\0\0\0\0\0{"a": 1'])
-def test_what_is_no_such_file_is_an_error_and_no_crash(tmp_path, content):
+def test_other_content_raises_an_error(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises((OSError, ValueError)):
         TensorFile(tmp_path / "x")

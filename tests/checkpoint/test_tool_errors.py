@@ -1,4 +1,4 @@
-"""Tools for checkpoints as somebody uses them who makes mistakes; each tool's `main` in this process."""
+"""The checkpoint tools with wrong input; each tool's `main` runs in this process."""
 
 import errno
 import importlib.util
@@ -25,7 +25,7 @@ WRITERS = ("export_checkpoint", "reshape_checkpoint")
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """`tool(code, name, arguments…)`: what the tool prints; it must leave with `code` and without a traceback."""
+    """`tool(code, name, arguments…)` returns the tool's output; it must exit with `code` and without a traceback."""
 
     def run(code: int, name: str, *arguments: object) -> str:
         spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
@@ -33,29 +33,29 @@ def tool(monkeypatch, capsys):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        left, problem = 0, ""
+        exit_code, problem = 0, ""
         try:
             run_command(module.main)
         except SystemExit as error:
-            left = error.code or 0
+            exit_code = error.code or 0
         except UserError as error:  # `run_command` prints it
-            left, problem = error.exit_code, str(error)
-        said = capsys.readouterr()
-        assert left == code, (said, problem)
-        return said.out + said.err + problem
+            exit_code, problem = error.exit_code, str(error)
+        output = capsys.readouterr()
+        assert exit_code == code, (output, problem)
+        return output.out + output.err + problem
 
     return run
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_an_out_that_cannot_be_used_is_said_and_nothing_is_written(name, run, tool, tmp_path):
+def test_an_unusable_out_is_reported_and_nothing_is_written(name, run, tool, tmp_path):
     run.save(2)
     root = run.checkpoints.parent
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     before = sorted(map(str, tmp_path.rglob("*")))
-    for out, words in (
+    for out, message in (
         (root, "exists" if name == WRITERS[0] else "already holds step-00000002"),
         (run.checkpoints / "step-00000002", "is inside "),
         (run.checkpoints / "step-00000002" / "weights", "is inside "),
@@ -70,17 +70,17 @@ def test_an_out_that_cannot_be_used_is_said_and_nothing_is_written(name, run, to
         ("~nobody-of-this-name/x", "cannot be used"),
         ("", "is empty"),
     ):
-        said = tool(2, name, root, "--out", out)
-        assert words in said, f"{out}: {said}"
+        output = tool(2, name, root, "--out", out)
+        assert message in output, f"{out}: {output}"
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
 @pytest.mark.parametrize("name", [*WRITERS, "inspect_checkpoint"])
-def test_a_checkpoint_that_is_none_is_said(name, run, tool, tmp_path):
+def test_a_path_without_a_checkpoint_is_reported(name, run, tool, tmp_path):
     run.save(2)
     (tmp_path / "file").write_text("x")
     out = ["--out", tmp_path / "out"] if name in WRITERS else []
-    for path, words in (
+    for path, message in (
         (tmp_path / "absent", "no such folder"),
         (tmp_path / "file", "is a file"),
         (run.checkpoints / "step-00000002" / "checkpoint.json", "is a file"),
@@ -89,12 +89,12 @@ def test_a_checkpoint_that_is_none_is_said(name, run, tool, tmp_path):
         ("x" * 300, "cannot be read"),
         ("", "is empty"),
     ):
-        assert words in tool(2, name, path, *out)
+        assert message in tool(2, name, path, *out)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", [*WRITERS, "inspect_checkpoint", "import_open_mythos"])
-def test_help_shows_how_a_tool_is_called(name, tool):
+def test_help_shows_the_usage(name, tool):
     assert f"usage: {name}" in tool(0, name, "--help")
 
 
@@ -117,8 +117,8 @@ def test_home_is_expanded(name, run, tool, tmp_path, monkeypatch):
     assert (tmp_path / "made").is_dir() and not (run.checkpoints / "~").exists()
 
 
-def test_an_export_leaves_the_temporaries_of_others_alone(run, tool, tmp_path):
-    """`--out w` deleted a folder `w.tmp`."""
+def test_an_export_keeps_temporary_folders_of_others(run, tool, tmp_path):
+    """`--out w` used to delete a folder `w.tmp`."""
     run.save(2)
     for name in ("w.tmp", "w.tmp-1", f"w.tmp-{os.getpid()}"):
         (tmp_path / name).mkdir()
@@ -131,7 +131,7 @@ def test_an_export_leaves_the_temporaries_of_others_alone(run, tool, tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_said_and_nothing_stays(name, code, run, tool, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_no_files_are_left(name, code, run, tool, tmp_path, monkeypatch):
     run.save(2)
 
     def full(handle):
@@ -150,7 +150,7 @@ def test_a_full_disk_is_said_and_nothing_stays(name, code, run, tool, tmp_path, 
     tool(0, name, run.checkpoints, "--out", tmp_path / "out")
 
 
-def test_a_rewrite_that_was_killed_can_be_given_again(run, tool, tmp_path):
+def test_a_killed_rewrite_can_be_repeated(run, tool, tmp_path):
     run.save(2)
     left = tmp_path / "out" / "checkpoints" / "step-00000002.tmp-0"
     left.mkdir(parents=True)
@@ -158,17 +158,17 @@ def test_a_rewrite_that_was_killed_can_be_given_again(run, tool, tmp_path):
     assert names(tmp_path / "out" / "checkpoints") == ["latest", "step-00000002", "step-00000002.tmp-0"]
 
 
-def test_inspection_of_two_prints_values_and_no_python(run, tool):
-    """Lists, texts and truth values as a person writes them, and each noun in its number."""
-    one = run.saver()
+def test_a_comparison_prints_plain_values_without_python_syntax(run, tool):
+    """Lists, strings and booleans without brackets and quotes; nouns in singular or plural."""
+    saver = run.saver()
     for step in (1, 2):
         about = manifest(step)
         about.optimizer["recent_grad_norms"] = [0.5 * step] * (12 * step)
         about.config["loops"] = {"sweep": [1, 2, 4] if step == 1 else [], "set": None if step == 1 else [3]}
         about.config["parallel"] = {"sequence": step == 1}
-        one.save(about)
-        assert one.finish()
-    said = tool(0, "inspect_checkpoint", *(run.checkpoints / f"step-0000000{step}" for step in (1, 2)))
+        saver.save(about)
+        assert saver.finish()
+    output = tool(0, "inspect_checkpoint", *(run.checkpoints / f"step-0000000{step}" for step in (1, 2)))
     for line in (
         "step        1, 8 tokens",
         "GB in 1 file\n",
@@ -179,19 +179,19 @@ def test_inspection_of_two_prints_values_and_no_python(run, tool):
         "  optimizer.recent_grad_norms: 12 values from 0.5 to 0.5 in the first; 24 values from 1 to 1 in the second",
         "every parameter is equal, bit for bit",
     ):
-        assert line in said, said
-    assert not set('[]{}"') & set(said) and "None" not in said and "True" not in said
+        assert line in output, output
+    assert not set('[]{}"') & set(output) and "None" not in output and "True" not in output
 
 
-def test_values_are_format_value_for_people():
+def test_values_are_formatted_as_plain_text():
     assert format_value({"a": [1, 2.5], "b": None, "c": False}) == "a 1, 2.5, b none, c false"
     assert format_value("evil\x1b[31m\n") == "evil?[31m?"
     assert difference_line("x", [1.0] * 9, [1.0] * 8 + [1.0 + 1e-9]).endswith("in both, 1 of them different")
     assert difference_line("x", 1, "1") == "x: 1 (int) in the first; 1 (str) in the second"
 
 
-def test_json_of_an_inspection_is_json_whatever_the_values_are(run, tool):
-    """NaN and infinity are in no JSON; a checkpoint that holds NaN is equal to itself."""
+def test_json_output_is_valid_json_with_nan_and_infinity(run, tool):
+    """JSON has neither; a checkpoint with NaN is equal to itself."""
     saver = run.saver()
     values = next(iter(saver._shards.values())).values["parameter"]
     values[3] = float("nan")
@@ -200,13 +200,13 @@ def test_json_of_an_inspection_is_json_whatever_the_values_are(run, tool):
         saver.save(manifest(step))
         assert saver.finish()
     first, second = (run.checkpoints / f"step-0000000{step}" for step in (2, 4))
-    told = json.loads(tool(1, "inspect_checkpoint", first, second, "--json"), parse_constant=pytest.fail)
-    assert told["tensors"] == [{"name": "w", "largest": 0.0, "relative": 0.0, "not_finite": 1}]
+    result = json.loads(tool(1, "inspect_checkpoint", first, second, "--json"), parse_constant=pytest.fail)
+    assert result["tensors"] == [{"name": "w", "largest": 0.0, "relative": 0.0, "not_finite": 1}]
     assert "1 element NaN or infinite" in tool(1, "inspect_checkpoint", first, second)
     assert "every parameter is equal" in tool(0, "inspect_checkpoint", first, first)
 
 
-def test_inspection_says_how_a_checkpoint_is_signed(run, tool, tmp_path, monkeypatch):
+def test_inspection_reports_the_signature(run, tool, tmp_path, monkeypatch):
     key_file = tmp_path / "key"
     key_file.write_text("0123456789abcdef0123456789abcdef")
     key_file.chmod(0o600)
@@ -229,8 +229,8 @@ def test_inspection_says_how_a_checkpoint_is_signed(run, tool, tmp_path, monkeyp
     assert "chmod 600" in tool(2, "inspect_checkpoint", signed)
 
 
-def test_weights_to_import_that_are_none_are_refused(tmp_path):
-    """Of a .pt file the names and kinds; of safetensors headers that lie, and names in two files."""
+def test_files_without_usable_weights_are_refused(tmp_path):
+    """A .pt file with wrong names or types; safetensors with a false header, or with a name in two files."""
     for value in ({1: torch.zeros(1)}, {"x": 5}, [torch.zeros(1)], {("a",): torch.zeros(1)}):
         torch.save(value, tmp_path / "x.pt")
         with pytest.raises(UserError, match="holds no state dict"):

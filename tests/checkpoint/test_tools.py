@@ -1,4 +1,4 @@
-"""Export, import, inspection and rewriting as their users run them, against open-mythos and the operating system."""
+"""The checkpoint tools as commands: export and import against the open-mythos package, memory against getrusage."""
 
 import json
 import os
@@ -22,21 +22,21 @@ from mythos_dist.checkpoint.save import publish
 from mythos_dist.checkpoint.tensor_file import write_tensors
 
 REPOSITORY = Path(__file__).parents[2]
-TABLES = {"freqs_cis", "freqs_cis_mla", "head.weight"}  # what OpenMythos makes itself, and the embedding again
+NOT_EXPORTED = {"freqs_cis", "freqs_cis_mla", "head.weight"}  # computed by OpenMythos, and the tied embedding
 
 pytestmark = pytest.mark.timeout(800)
 
 
 def tool(name: str, *arguments: object, code: int = 0) -> str:
-    """What a tool prints; it must leave with `code`, and 2 comes without a traceback."""
-    told = run_tool(REPOSITORY / "tools" / f"{name}.py", *arguments)
-    assert told.codes == [code] and "Traceback" not in told.err, told.err
-    return told.out + told.err
+    """The output of a tool; it must exit with `code` and without a traceback."""
+    result = run_tool(REPOSITORY / "tools" / f"{name}.py", *arguments)
+    assert result.codes == [code] and "Traceback" not in result.err, result.err
+    return result.out + result.err
 
 
 @pytest.fixture(scope="module")
 def run(settings, tmp_path_factory) -> Path:
-    """The folder of a run whose numbers are OpenMythos' own, cut three ways."""
+    """The folder of a run with OpenMythos' model, sharded over three axes."""
     run_dir = tmp_path_factory.mktemp("tools") / "run"
     layout = "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 model.mode=reference checkpoint.keep=1"
     result = train(8, *settings, *layout.split(), f"run.dir={run_dir}", "optim.lr=2e-2", seconds=600)
@@ -45,21 +45,21 @@ def run(settings, tmp_path_factory) -> Path:
 
 
 def reference_of(open_mythos, folder: Path, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """OpenMythos with the config and the weights that were exported."""
+    """OpenMythos with the exported config and weights."""
     settings = json.loads((folder / "config.json").read_text())
     model = open_mythos.main.OpenMythos(open_mythos.main.MythosConfig(**settings))
     found = model.load_state_dict(state, strict=False)
-    assert set(found.missing_keys) == TABLES and not found.unexpected_keys
+    assert set(found.missing_keys) == NOT_EXPORTED and not found.unexpected_keys
     return model.eval()
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_export_runs_in_open_mythos(dtype, run, open_mythos, tmp_path):
-    """Equal logits: to fp32 rounding, or to that of bf16 weights."""
+def test_exported_weights_run_in_open_mythos(dtype, run, open_mythos, tmp_path):
+    """Equal logits, up to rounding of fp32 or of bf16 weights."""
     out = tmp_path / "out"
-    said = tool("export_checkpoint", run, "--out", out, "--format", "open_mythos", "--dtype", dtype)
-    assert "step 6: " in said and str(out) in said
+    output = tool("export_checkpoint", run, "--out", out, "--format", "open_mythos", "--dtype", dtype)
+    assert "step 6: " in output and str(out) in output
     ours, config, _ = load_model(run)
     theirs = reference_of(open_mythos, out, load_file(out / "model.safetensors"))
     input_ids = torch.arange(24).view(2, 12)
@@ -81,20 +81,20 @@ def test_an_export_in_several_files_has_an_index(run, tmp_path, monkeypatch):
     )
     assert [file.name for file in one] == ["model.safetensors"] and len(many) > 2
     index = json.loads((tmp_path / "30000" / "model.safetensors.index.json").read_text())
-    whole = load_file(one[0])
-    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in whole.values())
-    assert index["weight_map"].keys() == whole.keys()
+    tensors = load_file(one[0])
+    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
     for file in many:
         for name, tensor in load_file(file).items():
-            assert index["weight_map"][name] == file.name and torch.equal(tensor, whole[name])
+            assert index["weight_map"][name] == file.name and torch.equal(tensor, tensors[name])
     model, *_ = load_model(run)
-    assert all(torch.equal(whole[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("form", ["pt", "wrapped", "safetensors", "folder"])
-def test_weights_of_open_mythos_begin_a_run_at_any_layout(form, run, settings, open_mythos, tmp_path):
-    """OpenMythos' own state dict, with its tables and its tied head; the first held-out loss is that of the weights."""
+def test_a_run_starts_from_open_mythos_weights_at_any_layout(form, run, settings, open_mythos, tmp_path):
+    """From OpenMythos' own state dict, tables and tied head included; the first held-out loss is that of the weights."""
     tool("export_checkpoint", run, "--out", tmp_path / "out", "--format", "open_mythos", "--quiet")
     model = reference_of(open_mythos, tmp_path / "out", load_file(tmp_path / "out" / "model.safetensors"))
     if form in ("pt", "wrapped"):
@@ -105,7 +105,7 @@ def test_weights_of_open_mythos_begin_a_run_at_any_layout(form, run, settings, o
         weights = tmp_path / "out" / ("model.safetensors" if form == "safetensors" else "")
     begun = tmp_path / "begun"
     common = [*settings, "model.mode=reference", f"run.dir={begun}", "parallel.tensor=2", "train.steps=1"]
-    tool("import_open_mythos", weights, *common[:1], *common[1:])
+    tool("import_open_mythos", weights, *common)
     assert Checkpoint(begun / "checkpoints" / "step-00000000").manifest.optimizer["steps"] == 0
     if form != "pt":
         return
@@ -117,7 +117,7 @@ def test_weights_of_open_mythos_begin_a_run_at_any_layout(form, run, settings, o
 
 
 @pytest.mark.launch
-def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings, tmp_path):
+def test_weights_that_do_not_fit_are_refused_with_all_mismatches(run, settings, tmp_path):
     tool("export_checkpoint", run, "--out", tmp_path / "out", "--format", "open_mythos")
     file = tmp_path / "out" / "model.safetensors"
     state = load_file(file)
@@ -126,16 +126,16 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings
     state["norm.weight"] = torch.zeros(5)
     save_file(state, file)
     begun = [*settings, "model.mode=reference", f"run.dir={tmp_path / 'begun'}"]
-    said = tool("import_open_mythos", file, *begun, code=2)
-    for words in (
+    output = tool("import_open_mythos", file, *begun, code=2)
+    for message in (
         "missing 1 tensor: prelude.0.attn_norm",
         "unknown 1 tensor: extra.weight",
         "norm.weight [5] instead of",
     ):
-        assert words in said, said
-    for content, words in ((b"", "cannot be read"), (b"\x80\x04K\x01.", "cannot be read")):
+        assert message in output, output
+    for content, message in ((b"", "cannot be read"), (b"\x80\x04K\x01.", "cannot be read")):
         (tmp_path / "bad.pt").write_bytes(content)
-        assert words in tool("import_open_mythos", tmp_path / "bad.pt", *begun, code=2)
+        assert message in tool("import_open_mythos", tmp_path / "bad.pt", *begun, code=2)
     assert "no such file" in tool("import_open_mythos", tmp_path / "absent.pt", *begun, code=2)
     assert "not made for model.loop_signal=false" in tool(
         "import_open_mythos", file, *begun, "model.mode=train", code=2
@@ -144,26 +144,26 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(run, settings
 
 
 class _Opens:
-    """What a pickle can do when it is read."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __reduce__(self):
         return (os.mkdir, (os.environ["TARGET"],))
 
 
 @pytest.mark.launch
-def test_no_code_of_a_weights_file_runs(settings, tmp_path, monkeypatch):
+def test_loading_weights_runs_no_code_from_the_file(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("TARGET", str(tmp_path / "made"))
     torch.save({"embed.weight": _Opens()}, tmp_path / "evil.pt")
     begun = [*settings, "model.mode=reference", f"run.dir={tmp_path / 'run'}"]
-    said = tool("import_open_mythos", tmp_path / "evil.pt", *begun, code=2)
-    assert "cannot be read as weights" in said and not (tmp_path / "made").exists()
+    output = tool("import_open_mythos", tmp_path / "evil.pt", *begun, code=2)
+    assert "cannot be read as weights" in output and not (tmp_path / "made").exists()
 
 
 @pytest.mark.launch
-def test_inspection_tells_what_a_checkpoint_is_and_how_two_differ(run, tmp_path):
-    said = tool("inspect_checkpoint", run)
+def test_inspection_describes_a_checkpoint_and_compares_two(run, tmp_path):
+    output = tool("inspect_checkpoint", run)
     model, *_ = load_model(run)
-    for words in (
+    for text in (
         "step        6, 1,536 tokens",
         f"{sum(p.numel() for p in model.parameters()):,}; weights and both",
         "ranks 8",
@@ -171,18 +171,18 @@ def test_inspection_tells_what_a_checkpoint_is_and_how_two_differ(run, tmp_path)
         "6 steps, 0 skipped",
         "every byte is as it was written",
     ):
-        assert words in said, said
-    told = json.loads(tool("inspect_checkpoint", run, "--json"))["checkpoints"][0]
+        assert text in output, output
+    summary = json.loads(tool("inspect_checkpoint", run, "--json"))["checkpoints"][0]
     files = list((run / "checkpoints" / "step-00000006").glob("*.safetensors"))
-    assert told["bytes"] == sum(file.stat().st_size for file in files) and told["files"] == len(files)
+    assert summary["bytes"] == sum(file.stat().st_size for file in files) and summary["files"] == len(files)
 
     tool("reshape_checkpoint", run, "--out", tmp_path / "same")
     assert "every parameter is equal, bit for bit" in tool("inspect_checkpoint", run, tmp_path / "same")
     changed = load_file(tmp_path / "same" / "checkpoints" / "step-00000006" / "tensors-00000-of-00001.safetensors")
     changed["parameter/norm.weight"][3] += 0.25
-    rewritten(tmp_path / "same", changed)
-    said = tool("inspect_checkpoint", run, tmp_path / "same", code=1)
-    assert "norm.weight: differs by up to 0.25" in said and "1 tensor differs" in said
+    rewrite(tmp_path / "same", changed)
+    output = tool("inspect_checkpoint", run, tmp_path / "same", code=1)
+    assert "norm.weight: differs by up to 0.25" in output and "1 tensor differs" in output
 
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
@@ -198,8 +198,8 @@ def test_inspection_tells_what_a_checkpoint_is_and_how_two_differ(run, tmp_path)
     assert not (tmp_path / "x").exists() or not list((tmp_path / "x").iterdir())
 
 
-def rewritten(run_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Put other numbers into a canonical checkpoint of one file."""
+def rewrite(run_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the values in a canonical checkpoint of one file."""
     folder = run_dir / "checkpoints" / "step-00000006"
     manifest = Checkpoint(folder).manifest
     (name,) = manifest.files
@@ -213,17 +213,17 @@ def rewritten(run_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """A checkpoint of 1.2 GB: one matrix of 400 MB and its moments, its columns cut among four ranks."""
+    """A checkpoint of 1.2 GB: one matrix of 400 MB and its moments, its columns sharded over four ranks."""
     run_dir = tmp_path_factory.mktemp("large")
     temporary = run_dir / "checkpoints" / "step-00000001.tmp-1"
     temporary.mkdir(parents=True)
     rows, columns, kinds = 10_000, 10_000, ("parameter", "exp_avg", "exp_avg_sq")
     files = {}
     for rank in range(4):
-        numbers = np.arange(rows * columns // 4, dtype=np.float32) + rank
-        shapes = {f"{kind}/prelude.0.w": numbers.shape for kind in kinds}
-        size, digest = write_tensors(temporary / f"rank-{rank:05d}.safetensors", shapes, [numbers.data] * 3)
-        piece = Piece((rows, columns // 4), (0, rank * columns // 4), 0, numbers.size)
+        elements = np.arange(rows * columns // 4, dtype=np.float32) + rank
+        shapes = {f"{kind}/prelude.0.w": elements.shape for kind in kinds}
+        size, digest = write_tensors(temporary / f"rank-{rank:05d}.safetensors", shapes, [elements.data] * 3)
+        piece = Piece((rows, columns // 4), (0, rank * columns // 4), 0, elements.size)
         files[f"rank-{rank:05d}.safetensors"] = FileEntry(size, digest, {"prelude.0.w": piece})
     from mythos_dist.config.schema import MythosConfig
 
@@ -239,23 +239,22 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.mark.launch
 def test_memory_does_not_grow_with_the_model(large, tmp_path):
-    """The operating system's own peak: rewriting 1.2 GB, and exporting a tensor of 400 MB, takes a block or two more
-    than the imports alone."""
+    """Rewriting 1.2 GB, and exporting a tensor of 400 MB, takes a few blocks more than the imports alone."""
     script = str(REPOSITORY / "tools" / "{}.py")
-    little = peak([sys.executable, "-c", "import mythos_dist.checkpoint.export, torch"])
+    imports = peak([sys.executable, "-c", "import mythos_dist.checkpoint.export, torch"])
     rewriting = peak([sys.executable, script.format("reshape_checkpoint"), str(large), "--out", str(tmp_path / "run")])
     exporting = peak([sys.executable, script.format("export_checkpoint"), str(large), "--out", str(tmp_path / "out")])
-    assert rewriting - little < 200, f"{rewriting:.0f} MB, {little:.0f} MB of them for imports"
-    assert exporting - little < 200, f"{exporting:.0f} MB, {little:.0f} MB of them for imports"
+    assert rewriting - imports < 200, f"{rewriting:.0f} MB, {imports:.0f} MB of them for imports"
+    assert exporting - imports < 200, f"{exporting:.0f} MB, {imports:.0f} MB of them for imports"
 
 
 def peak(command: list[str]) -> float:
-    """Largest resident size of a process in MB, measured by a small one: a child begins with its parent's."""
+    """Peak resident memory of a command in MB, measured by a small process: a child starts with its parent's peak."""
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=400, check=True
     )
-    return int(told.stdout) / 1024
+    return int(result.stdout) / 1024

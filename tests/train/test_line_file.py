@@ -85,7 +85,7 @@ def test_a_lost_writer_json_does_not_begin_to_count_anew(tmp_path):
 
 def test_a_process_that_holds_the_guard_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     """It was stopped there; the next start takes over, and the old one is refused when it goes on."""
-    monkeypatch.setattr("mythos_dist.checkpoint.fence._PATIENCE", 0.05)
+    monkeypatch.setattr("mythos_dist.checkpoint.fence._LOCK_TIMEOUT", 0.05)
     old = Fence.take(tmp_path)
     with old.guard():
         new = Fence.take(tmp_path)
