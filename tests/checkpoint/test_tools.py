@@ -94,7 +94,7 @@ def test_an_export_in_several_files_has_an_index(run, tmp_path, monkeypatch):
 @pytest.mark.launch
 @pytest.mark.parametrize("form", ["pt", "wrapped", "safetensors", "folder"])
 def test_a_run_starts_from_open_mythos_weights_at_any_layout(form, run, settings, open_mythos, tmp_path):
-    """From OpenMythos' own state dict, tables and tied head included; the first held-out loss is that of the weights."""
+    """From OpenMythos' state dict, tables and tied head included; the first held-out loss is that of the weights."""
     tool("export_checkpoint", run, "--out", tmp_path / "out", "--format", "open_mythos", "--quiet")
     model = reference_of(open_mythos, tmp_path / "out", load_file(tmp_path / "out" / "model.safetensors"))
     if form in ("pt", "wrapped"):
