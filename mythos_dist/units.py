@@ -13,3 +13,12 @@ def short(number: float) -> str:
 def count(number: int, noun: str, plural: str = "") -> str:
     """A number and what it counts: "1 rank", "1,024 ranks"; `plural` where it is not `noun` with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def format_duration(seconds: float) -> str:
+    """42 s, 3 min 10 s, 5 h 12 min, 3 d 4 h."""
+    whole = max(0, round(seconds))
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{whole} s"

@@ -121,6 +121,11 @@ def raise_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
     return cast(T, result)
 
 
+def on_rank_0(function: Callable[[], T]) -> T | None:
+    """`function()` on rank 0, None on the others; a UserError is raised on all ranks. Every rank calls this."""
+    return raise_on_all_ranks(lambda: function() if dist.get_rank() == 0 else None)
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as probe:

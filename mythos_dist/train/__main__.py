@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 from mythos_dist.errors import NodeError, UserError, exit_with, report_to_launcher, run_command
 from mythos_dist.units import count
 
-if TYPE_CHECKING:  # what takes longer to import comes when Ctrl-C is handled
+if TYPE_CHECKING:  # slow imports are inside functions: they come after Ctrl-C is handled
     from mythos_dist.config.schema import Config
     from mythos_dist.parallel.launcher import RankInfo
+    from mythos_dist.train.session import Session
 
 EPILOG = """\
 under a launcher:
@@ -24,12 +26,12 @@ under a launcher:
   launch/deepspeed.sh HOSTFILE CONFIG.yaml ...
 
 exit codes:
-  0   done; run.dir/COMPLETED says so
-  2   something has to be mended: the message says what
-  3   a node is unfit: start again without it
-  4   a rank hung or vanished: start again
-  5   gradients stay useless: the message says where to look
-  85  stopped early behind a checkpoint (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, run.max_seconds, a file run.dir/STOP): start
+  0   done: run.dir/COMPLETED exists
+  2   configuration or input error, named in the message
+  3   unfit node: start again without it
+  4   a rank hung or was lost: start again
+  5   diverged: gradients are still not finite or too large after all rollbacks
+  85  stopped early after a checkpoint (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, run.max_seconds, a file run.dir/STOP): start
       again
   130 stopped by Ctrl-C before the first step, or at once by a second Ctrl-C
 """
@@ -37,53 +39,71 @@ exit codes:
 
 def main() -> None:
     """Train; see EPILOG for the exit codes."""
-    from mythos_dist.train.stop import Stop
+    from mythos_dist.train.stop import StopRequest
 
-    stop = Stop()
-    stop.listen(signal.SIGUSR1, signal.SIGINT)
+    stop = StopRequest()
+    stop.handle(signal.SIGUSR1, signal.SIGINT)
     arguments = parse()
     from mythos_dist.parallel.launcher import RankInfo, read_rank_info
     from mythos_dist.train.console import keep_console
 
     keep_console()
-    rank_info, watchdog, code = RankInfo(), None, 0
+    rank_info, session, code = RankInfo(), None, 0
     try:
         rank_info = read_rank_info()
-        # What can be checked without torch is checked before it is imported: an error takes a second, not ten.
+        # Before torch is imported, so that an error takes a second and not ten.
         config = read(arguments.config, arguments.overrides, rank_info)
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of every attempt; we say it once
-        # Imports leave little garbage and 400,000 objects: full collections among them were an eighth of a start's CPU.
-        gc.disable()
+        _import_training()
+        from mythos_dist.ops.session import join
         from mythos_dist.parallel.process import keep_freed_memory
-        from mythos_dist.train.loop import train
-        from mythos_dist.train.session import join
 
-        gc.freeze()
-        gc.enable()
         session = join(config, rank_info, stop)
-        watchdog = session.watchdog
         keep_freed_memory()
-        code = train(config, session, only_preflight=arguments.preflight)
+        code = run(config, session, arguments.preflight)
         session.close()
     except UserError as error:
-        if watchdog:
-            watchdog.leave()
-        leave(error, rank_info)
+        if session:
+            session.leave()
+        exit_with_message(error, rank_info)
     except Exception as error:
         logging.getLogger(__name__).exception("%s failed", rank_info)
-        if watchdog:
-            watchdog.fail(error)
+        if session:
+            session.fail(error)
         raise
     if code:
         if rank_info.rank == 0:
             report_to_launcher(code)
-        # At once: a launcher ends all others when the first one leaves with another code than 0.
+        # At once: a launcher kills the other ranks when the first one exits with a code that is not 0.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     import torch.distributed as dist
 
     dist.destroy_process_group()
+
+
+def _import_training() -> None:
+    """Import all that a run needs."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Imports leave little garbage and 400,000 objects: full collections among them were an eighth of a start's CPU.
+    gc.disable()
+    importlib.import_module("mythos_dist.ops.hooks")
+    importlib.import_module("mythos_dist.ops.session")
+    importlib.import_module("mythos_dist.train.loop")
+    gc.freeze()
+    gc.enable()
+
+
+def run(config: "Config", session: "Session", only_preflight: bool) -> int:
+    """Check the inputs and the nodes, then train. Returns the exit code; raises UserError."""
+    from mythos_dist.ops.hooks import Operations
+    from mythos_dist.train.loop import train
+    from mythos_dist.train.prepare import check_run
+
+    operations = Operations(config, session)
+    inputs = check_run(config, session, operations)
+    operations.preflight(only_preflight)
+    return 0 if only_preflight else train(config, session, inputs, operations)
 
 
 def parse() -> argparse.Namespace:
@@ -97,12 +117,14 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config(parser, "a YAML file, such as configs/demo.yaml")
-    parser.add_argument("--preflight", action="store_true", help="only check all nodes and the links between them")
+    parser.add_argument(
+        "--preflight", action="store_true", help="check the nodes and the links between them, then exit"
+    )
     return parse_arguments(parser)
 
 
 def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "Config":
-    """The config, fit for so many ranks. Raises UserError."""
+    """Read the config and check it against the number of ranks. Raises UserError."""
     from mythos_dist.config.layout import layout_problems
     from mythos_dist.config.load import load_config
     from mythos_dist.ops.cluster.inject import parse_faults
@@ -114,19 +136,19 @@ def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "Config":
             raise UserError(problems, source=f"{path} on {count(rank_info.world_size, 'rank')}")
         return config
     except UserError as error:
-        error.only_this_rank = not Path(path).is_file()  # perhaps only here; all else rank 0 finds as well
+        error.only_this_rank = not Path(path).is_file()  # rank 0 has all other errors as well
         raise
 
 
-def leave(error: UserError, rank_info: "RankInfo") -> None:
-    """One rank says what is wrong; all leave with the same code."""
+def exit_with_message(error: UserError, rank_info: "RankInfo") -> None:
+    """Print the error on one rank; all ranks exit with the same code."""
     if rank_info.rank == 0 or error.only_this_rank:
         report_to_launcher(error.exit_code, error.nodes if isinstance(error, NodeError) else ())
     if rank_info.rank and error.only_this_rank and rank_info.local_rank == 0:
         print(f"{rank_info}: ", end="", file=sys.stderr)
     if rank_info.rank == 0 or (error.only_this_rank and rank_info.local_rank == 0):
         exit_with(error)
-    time.sleep(1)  # a launcher may kill all others as soon as one has left, and rank 0 is to speak
+    time.sleep(1)  # rank 0 prints first: a launcher may kill all others as soon as one rank has exited
     sys.exit(error.exit_code)
 
 

@@ -1,6 +1,7 @@
-"""What a replica reads: its streams of the splits, the passes of an evaluation, and which samples a step was on."""
+"""What a replica reads: training batches, and the held-out samples of an evaluation."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from mythos_dist.parallel.process import device
 
 
 def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:
-    """This replica's stream of a split, the same on all its ranks. Held-out passes take one micro-batch per replica,
-    in order."""
+    """This replica's stream of a split, the same on all its ranks.
+
+    The held-out split is read in order, one micro-batch per replica and pass.
+    """
     train = config.train
     training = split == "train"
     return ReplicaStream(
@@ -37,30 +40,46 @@ def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -
 
 
 def open_heldout(config: Config, corpora: list[Corpus], data: Axis) -> ReplicaStream | None:
-    """This replica's held-out stream, or None for a run without evaluation; rank 0 says why that is."""
-    found = with_windows(corpora, "heldout")
-    why = ""
+    """This replica's held-out stream, or None for a run without evaluation; rank 0 prints why."""
+    evaluated = with_windows(corpora, "heldout")
+    missing = ", ".join(str(corpus.folder) for corpus in corpora if corpus not in evaluated)
     if not config.train.eval_samples:
-        why = "no evaluation: train.eval_samples=0"
-    elif not found:
-        why = f"no evaluation: no held-out split in {', '.join(str(corpus.folder) for corpus in corpora)}"
-    elif without := [str(corpus.folder) for corpus in corpora if corpus not in found]:
-        print_once(f"evaluation leaves out {', '.join(without)}: no held-out split there")
-    if why:
-        print_once(f"{why}; eval.jsonl is not written")
-    return None if why else open_stream(config, corpora, "heldout", data)
+        _print_on_rank_0("no evaluation: train.eval_samples=0; eval.jsonl is not written")
+        return None
+    if not evaluated:
+        _print_on_rank_0(f"no evaluation: no held-out split in {missing}; eval.jsonl is not written")
+        return None
+    if missing:
+        _print_on_rank_0(f"not evaluated, without a held-out split: {missing}")
+    return open_stream(config, corpora, "heldout", data)
 
 
-def print_once(text: str) -> None:
-    """From rank 0."""
+def _print_on_rank_0(text: str) -> None:
     if dist.get_rank() == 0:
         print(text, flush=True)
 
 
-def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterator[tuple[MicroBatch, Tensor]]:
-    """The first `eval_samples` held-out samples, as micro-batches with a mask (B,) of those that count.
+@dataclass(frozen=True)
+class Batch:
+    """This replica's part of a global batch."""
 
-    Every replica gets as many passes; a sample counts once, at any number of replicas.
+    index: int  # of the global batch in the order of the data, from 0
+    micro_batches: list[MicroBatch]
+
+
+def batches_of(stream: ReplicaStream, indices: Iterator[int]) -> Iterator[Batch]:
+    """The batches with these indices, which increase."""
+    wanted = next(indices)
+    for index, micro_batches in enumerate(stream.steps(wanted), wanted):
+        if index == wanted:
+            yield Batch(index, micro_batches)
+            wanted = next(indices)
+
+
+def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """The first `eval_samples` held-out samples: micro-batches, each with a mask (B,) of the samples to evaluate.
+
+    All replicas get the same number of passes; the masks select each sample once, at any number of replicas.
     """
     samples = min(config.train.eval_samples, heldout.num_samples)
     micro_batch = config.train.micro_batch
@@ -71,5 +90,5 @@ def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterat
 
 
 def gather_sample_ids(micro_batches: list[MicroBatch], data: Axis) -> list[int]:
-    """The sample ids that all replicas really trained on in this step."""
+    """The sample ids that all replicas have trained on in this step."""
     return all_gather(torch.cat([batch.sample_ids for batch in micro_batches]).to(device()), data, 0).tolist()

@@ -1,8 +1,8 @@
-"""What a run says of its loops: a line of numbers every few steps, and warnings that name the known failures.
+"""Telemetry of the loops: values for metrics.jsonl, warnings about known failures, and curves over the number of loops.
 
-The failures are those of Huginn's first runs (Geiping et al. 2025, section 4) and of OpenMythos as shipped: states of
-all tokens become one; the state is ignored, so that more loops change nothing; the state grows with every loop; experts
-that no token goes to.
+The failures are those of Huginn's first runs (Geiping et al. 2025, section 4) and of OpenMythos as shipped: the states
+of all tokens collapse into one; the state is ignored, so that more loops change nothing; the state grows with every
+loop; experts receive no tokens.
 """
 
 import math
@@ -16,91 +16,94 @@ from mythos_dist.units import count
 if TYPE_CHECKING:  # studies draw curves, and need no torch
     from torch import Tensor
 
-SAME_LOSS = 1e-3  # share of a loss that one and many loops must differ by
-SAME_TOKENS = 0.98  # mean cosine of the states of a sequence's tokens
-GROWTH = 1.1  # gain of one loop's update
-OVERTHINKING = 0.01  # share of the best loss by which more loops make it worse
-# Of an axis of a picture, at least: smaller differences are mostly those between seeds, and should look it.
+SAME_LOSS = 1e-3  # relative difference of the losses with one loop and with all, below which the state is ignored
+SAME_TOKENS = 0.98  # mean cosine of the states of a sequence's tokens, above which they have collapsed
+GROWTH = 1.1  # gain of the last loop's update, above which the state grows
+OVERTHINKING = 0.01  # relative increase of the best loss by more loops
+# The smallest range of an axis: smaller differences are mostly those between seeds, and should look small.
 LOSS_RANGE = 5 * OVERTHINKING  # share of the largest loss
 ACCURACY_RANGE = 0.05
 
 
 class HeldOut(NamedTuple):
-    """What an evaluation finds with some number of loops."""
+    """The result of an evaluation with some number of loops."""
 
     loss: float  # mean cross entropy, nats
-    accuracy: float  # share of the tokens for which the model's first choice is right
+    accuracy: float  # fraction of tokens for which the most probable prediction is correct
 
 
 Curve = Mapping[int, HeldOut]  # by the number of loops
 
 
-class Look(NamedTuple):
-    """What `Engine.look` finds on one micro-batch per replica."""
+class LoopProbe(NamedTuple):
+    """What `Engine.probe_loops` measures on one micro-batch per replica."""
 
     n_loops: int
     loss: float  # with n_loops, nats
-    loss_of_one: float  # with one loop
+    loss_of_one: float  # with one loop, nats
     by_loop: dict[str, list[float]]  # Watch.COLUMNS, means over tokens
-    gain: float  # of the last loop's update: what it stretches a disturbance by
-    rho: float  # the largest of A
+    gain: float  # of the last loop's update: by how much it amplifies a perturbation of the state
+    rho: float  # the largest element of A
 
 
-def depth_line(look: Look, counts: "Tensor") -> dict[str, Any]:
-    """For metrics.jsonl: the look, and the load of each loop's busiest expert over the mean, from a step's counts
+def probe_entries(probe: LoopProbe, counts: "Tensor") -> dict[str, Any]:
+    """For metrics.jsonl: the probe, and each loop's largest expert load over the mean, from a step's token counts
     (n_loops, E)."""
     load = counts.double()
     busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
     return {
-        "n_loops": look.n_loops,
-        "loss": look.loss,
-        "loss_of_one": look.loss_of_one,
-        **{name: values for name, values in look.by_loop.items() if name != "tokens"},
-        "expected_loops": sum((t + 1) * mass for t, mass in enumerate(look.by_loop["act_mass"])),
-        "gain": look.gain,
-        "rho_A": look.rho,
+        "n_loops": probe.n_loops,
+        "loss": probe.loss,
+        "loss_of_one": probe.loss_of_one,
+        **{name: values for name, values in probe.by_loop.items() if name != "tokens"},
+        "expected_loops": sum((t + 1) * mass for t, mass in enumerate(probe.by_loop["act_mass"])),
+        "gain": probe.gain,
+        "rho_A": probe.rho,
         "expert_load_max": busiest.tolist(),
     }
 
 
-def failures(look: Look, counts: "Tensor") -> dict[str, str]:
-    """Known failures that a look and a step's counts (n_loops, E) show: a name, and what to say of it."""
-    found = {}
-    if look.n_loops > 1 and abs(look.loss - look.loss_of_one) < SAME_LOSS * look.loss:
-        found["state ignored"] = (
-            f"the loss is the same with 1 loop ({look.loss_of_one:.4f}) and with {look.n_loops} ({look.loss:.4f}): the "
-            "loops are of no use yet; try act.mode=off, loops.curriculum=linear, loops.distribution=poisson"
+def find_failures(probe: LoopProbe, counts: "Tensor") -> dict[str, str]:
+    """Known failures that a probe and a step's token counts (n_loops, E) show: name -> message."""
+    failures = {}
+    if probe.n_loops > 1 and abs(probe.loss - probe.loss_of_one) < SAME_LOSS * probe.loss:
+        failures["state ignored"] = (
+            f"the loss is the same with 1 loop ({probe.loss_of_one:.4f}) and with {probe.n_loops} ({probe.loss:.4f}): "
+            "the model does not use its loops yet; try act.mode=off, loops.curriculum=linear, "
+            "loops.distribution=poisson"
         )
-    correlation = look.by_loop["token_correlation"][-1]
+    correlation = probe.by_loop["token_correlation"][-1]
     if correlation > SAME_TOKENS:
-        found["collapse"] = (
-            f"the states of a sequence's tokens have become one (mean cosine {correlation:.3f} behind the last loop); "
+        failures["collapse"] = (
+            f"the states of a sequence's tokens have collapsed (mean cosine {correlation:.3f} after the last loop); "
             "try a lower optim.lr, model.injection=parcae, model.init=depth_scaled"
         )
-    if not math.isnan(look.gain) and look.gain > GROWTH:
-        found["growth"] = (
-            f"a loop stretches a disturbance of the state by {look.gain:.2f} (A alone by {look.rho:.2f}): more loops "
-            "than were trained will not be stable; try model.qk_norm=true, model.init=depth_scaled"
+    if not math.isnan(probe.gain) and probe.gain > GROWTH:
+        failures["growth"] = (
+            f"a loop amplifies a perturbation of the state by {probe.gain:.2f} (A alone by {probe.rho:.2f}): more "
+            "loops than in training will not be stable; try model.qk_norm=true, model.init=depth_scaled"
         )
     idle = int((counts.sum(0) == 0).sum())
     if idle:
-        found["dead experts"] = (
-            f"{idle} of {count(counts.shape[1], 'expert')} got no token in this step; try a larger "
+        failures["dead experts"] = (
+            f"{idle} of {count(counts.shape[1], 'expert')} received no token in this step; try a larger "
             "experts.bias_update_rate, or experts.sequence_balance_loss=1e-4"
         )
-    return found
+    return failures
 
 
 def overthinks_from(curve: Curve) -> int | None:
-    """The fewest loops behind the best number with which the loss is clearly worse than the best; None: no such."""
+    """The smallest number of loops above the best one with a clearly worse loss; None: there is none."""
     best = min(curve, key=lambda n: curve[n].loss)
     worse = [n for n in curve if n > best and curve[n].loss > curve[best].loss * (1 + OVERTHINKING)]
     return min(worse, default=None)
 
 
 def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
-    """A picture of loss and accuracy over loops, a line for each of `curves` by its name; `trained` is the mean number
-    of loops in training. Where more loops do harm the line is marked."""
+    """Plot loss and accuracy over the number of loops, one line per name in `curves`, marked where it overthinks.
+
+    trained: the mean number of loops in training.
+    """
     harm = {name: worse for name, curve in curves.items() if (worse := overthinks_from(curve)) is not None}
     with picture(file, len(HeldOut._fields), (11, 4.2)) as panels:
         for panel, what in zip(panels, HeldOut._fields, strict=True):

@@ -33,7 +33,7 @@ from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stag
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.tensor import shard_of
 from mythos_dist.parallel.traffic import Totals, Traffic
-from mythos_dist.train.depth import HeldOut, Look
+from mythos_dist.train.depth import HeldOut, LoopProbe
 from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, state_seed, step_seed
 
 
@@ -256,8 +256,8 @@ class Engine:
         (total,) = self._sum_over_ranks(total)
         return HeldOut(float(total[0] / total[2]), float(total[1] / total[2]))
 
-    def look(self, batch: MicroBatch) -> Look:
-        """What happens inside the loops of a pass over one micro-batch per replica, with the mean of training."""
+    def probe_loops(self, batch: MicroBatch) -> LoopProbe:
+        """Measure each loop of a forward pass over one micro-batch per replica, with the mean number of loops."""
         n_loops, recurrent = self.config.loops.mean_of(self.config.model), getattr(self.model, "recurrent", None)
         passes, watch = [(batch, torch.ones(len(batch.labels), dtype=torch.bool))], Watch(self.mesh)
         one = self.evaluate(passes, 1)
@@ -276,7 +276,7 @@ class Engine:
         (rows,) = self._sum_over_ranks(rows)
         means = (rows[:-1] / rows[:-1, :1]).T.tolist()
         gain, rho = (rows[-1, 1:3] / rows[-1, 0]).tolist()
-        return Look(n_loops, found.loss, one.loss, dict(zip(Watch.COLUMNS, means, strict=True)), gain, rho)
+        return LoopProbe(n_loops, found.loss, one.loss, dict(zip(Watch.COLUMNS, means, strict=True)), gain, rho)
 
     def _sum_over_ranks(self, *sums: Tensor) -> tuple[Tensor, ...]:
         """Over replicas and stages: the ranks of one tensor line have found the same."""

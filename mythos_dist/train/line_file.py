@@ -80,7 +80,7 @@ class LineFile:
             _append(self._opened(), self._unwritten)
         self._unwritten = b""
 
-    def to_disk(self) -> None:
+    def fsync(self) -> None:
         """What was written survives a power failure. Raises OSError."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())

@@ -1,6 +1,6 @@
-"""What a run tells: one line a step in metrics.jsonl, on the console and in wandb, all from rank 0.
+"""Metrics: one line per step in metrics.jsonl, on the console and in wandb, all written by rank 0.
 
-Lines of steps behind the checkpoint that a run resumes from are cut off: each step stands in the file once.
+A run that resumes removes the lines of the steps after its checkpoint, so each step is in the file once.
 """
 
 import hashlib
@@ -27,38 +27,41 @@ from mythos_dist.units import short
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 peak in TFLOP/s by a part of the device's name, from NVIDIA's data sheets.
+# Dense bf16 peak in TFLOP/s by a substring of the device's name, from NVIDIA's data sheets.
 _GPU_PEAKS = {"H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
 
 
 def batch_id(sample_ids: Sequence[int]) -> str:
-    """Hash of a global batch's sample ids, whatever their order: the same at every layout."""
+    """Hash of a global batch's sample ids, independent of their order, so equal at every layout."""
     return hashlib.sha256(",".join(map(str, sorted(sample_ids))).encode()).hexdigest()[:16]
 
 
 def peak_flops(config: Config) -> float:
-    """FLOP/s that one rank could reach: as set, by the GPU's name, or measured on a CPU while all ranks measure."""
+    """Peak FLOP/s of one rank: as set, from the GPU's name, or measured on a CPU while all ranks measure."""
     if config.run.peak_tflops is not None:
         return config.run.peak_tflops * 1e12
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        return next((peak * 1e12 for part, peak in _GPU_PEAKS.items() if part in name), math.nan)
+        device_name = torch.cuda.get_device_name()
+        for name, tflops in _GPU_PEAKS.items():
+            if name in device_name:
+                return tflops * 1e12
+        return math.nan
     dtype = DTYPES[config.train.dtype]
     a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
-    begin, products = time.perf_counter(), 0
-    while time.perf_counter() - begin < 0.3:
+    began, products = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.3:
         torch.mm(a, b)
         products += 1
-    return products * 2 * 1024**3 / (time.perf_counter() - begin)
+    return products * 2 * 1024**3 / (time.perf_counter() - began)
 
 
 def step_line(config: Config, step: int, result: StepResult, ids: list[int], seconds: float, peak: float) -> dict:
-    """A line of metrics.jsonl; `peak` is the FLOP/s of all ranks together."""
+    """A line of metrics.jsonl; `peak` is the peak FLOP/s of all ranks together."""
     tokens = config.train.global_batch * config.train.seq_len
     flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops) * tokens
     load = result.expert_counts.sum(0).double()
-    return {
+    line = {
         "step": step,
         "time": time.time(),
         "loss": result.loss,
@@ -66,7 +69,6 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "lr": result.lr,
         "n_loops": result.n_loops,
         "backprop": result.backprop,
-        **({"mean_loops": result.mean_loops} if config.loops.per == "sequence" else {}),
         "tokens": step * tokens,
         "batch_id": batch_id(ids),
         "step_seconds": seconds,
@@ -76,16 +78,22 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "expert_load_max": float(load.max() / load.mean()),
         "experts_idle": int((load == 0).sum()),
         "skipped": result.skipped,
-        **({"communication": result.communication} if result.communication is not None else {}),
     }
+    if config.loops.per == "sequence":
+        line["mean_loops"] = result.mean_loops
+    if result.communication is not None:
+        line["communication"] = result.communication
+    return line
 
 
 class Metrics:
-    """Rank 0's writer. `step` writes a training step's line, `held_out` one of eval.jsonl."""
+    """Rank 0's writer of metrics.jsonl, eval.jsonl and wandb."""
 
     def __init__(self, config: Config, run_dir: Path, resumed_step: int, fence: Fence | None = None):
-        """Cut off lines behind `resumed_step` and open wandb. Raises OSError, and UserError if `fence` is not the
-        newest start's."""
+        """Remove the lines after `resumed_step` and open wandb.
+
+        Raises OSError, and UserError if the run has a newer start than that of `fence`.
+        """
         self.total_steps = config.train.steps
         self.mean_loops = config.loops.mean_of(config.model)
         self.run_dir, self.fence = run_dir, fence
@@ -94,8 +102,8 @@ class Metrics:
         self.wandb = _start_wandb(config, run_dir)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of the steps behind `step`: they come again."""
-        last = step or -1  # from the start, even the loss before step 1 comes anew
+        """Remove the lines of the steps after `step`, which are repeated."""
+        last = step or -1  # a run that starts over repeats even the evaluation before step 1
 
         def keep(line: dict[str, Any]) -> bool | None:
             at = get_number(line, "step")
@@ -104,25 +112,26 @@ class Metrics:
         for file in self._files.values():
             file.rewind(keep)
 
-    def step(self, line: dict[str, Any]) -> None:
-        """Append a step's line and show it."""
+    def write_step(self, line: dict[str, Any]) -> None:
+        """Append a step's line and print it."""
         self._write("metrics.jsonl", line)
-        skipped = f"  {line['decision']}" if "decision" in line else ""
+        decision = f"  {line['decision']}" if "decision" in line else ""
         print(
             f"step {line['step']}/{self.total_steps}  loss {line['loss']:.3f}  grad_norm {line['grad_norm']:.2f}  "
             f"lr {line['lr']:.1e}  tokens/s {short(line['tokens_per_second'])}  mfu {100 * line['mfu']:.1f}%  "
-            f"expert_load_max {line['expert_load_max']:.1f}x{skipped}",
+            f"expert_load_max {line['expert_load_max']:.1f}x{decision}",
             flush=True,
         )
 
-    def held_out(self, step: int, found: HeldOut, curve: dict[int, HeldOut]) -> None:
-        """Append what was measured on held-out data after `step` steps, `curve` by the number of loops."""
-        by_loops = {str(n): one._asdict() for n, one in curve.items()}
-        line = {"step": step, "heldout_loss": found.loss, "accuracy": found.accuracy}
-        written = self._write("eval.jsonl", line | ({"by_loops": by_loops} if curve else {}))
-        perplexity = math.exp(found.loss) if found.loss < 700 else math.inf  # exp(710) overflows
+    def write_evaluation(self, step: int, result: HeldOut, curve: dict[int, HeldOut]) -> None:
+        """Append a line to eval.jsonl and print it; `curve`: the results by number of loops, if measured."""
+        line: dict[str, Any] = {"step": step, "heldout_loss": result.loss, "accuracy": result.accuracy}
+        if curve:
+            line["by_loops"] = {str(n): one._asdict() for n, one in curve.items()}
+        written = self._write("eval.jsonl", line)
+        perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp(710) overflows
         print(
-            f"step {step}/{self.total_steps}  held-out loss {found.loss:.3f}  perplexity {perplexity:.1f}",
+            f"step {step}/{self.total_steps}  held-out loss {result.loss:.3f}  perplexity {perplexity:.1f}",
             flush=True,
         )
         if curve:
@@ -134,30 +143,30 @@ class Metrics:
             except OSError as error:
                 log.warning("loops.png cannot be written (%s)", error.strerror)
 
-    def to_disk(self) -> None:
-        """Before a checkpoint: lines of the steps in it must not be lost when it is not. What fails costs a warning."""
+    def fsync(self) -> None:
+        """Before a checkpoint: the lines of its steps must not be lost if it is not. Errors are logged as warnings."""
         for file in self._files.values():
             try:
-                file.to_disk()
+                file.fsync()
             except OSError as error:
                 log.warning("%s: %s", file.file, error.strerror)
 
     def flush(self) -> None:
-        """Write what could not be written before. Raises OSError, and UserError as `__init__`."""
+        """Write the lines that could not be written before. Raises OSError, and UserError as `__init__`."""
         for file in self._files.values():
             file.flush()
-        self.to_disk()
+        self.fsync()
 
     def close(self) -> None:
-        """End the wandb run."""
+        """Close the files and end the wandb run."""
         for file in self._files.values():
             file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
     def _write(self, name: str, line: dict[str, Any]) -> bool:
-        """Returns False if the run was started again since: nothing is written then."""
-        # JSON has no NaN or infinity: a number that is none of its kind becomes null.
+        """Returns False, and writes nothing, if the run was started again since."""
+        # JSON has no NaN or infinity: they become null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         if not self._files[name].append(finite):
             return False
@@ -167,14 +176,14 @@ class Metrics:
 
 
 def _start_wandb(config: Config, run_dir: Path):
-    """A wandb run, or None. Offline never touches the network; online falls back to it when there is none."""
+    """A wandb run, or None. Offline mode does not use the network; online mode falls back to offline without one."""
     mode = os.environ.get("WANDB_MODE", config.run.wandb)
     if mode == "disabled":
         return None
     import wandb
 
-    if mode == "online" and not _reaches("api.wandb.ai"):
-        log.warning("wandb: api.wandb.ai cannot be reached; this run is recorded offline (later: wandb sync)")
+    if mode == "online" and not _is_reachable("api.wandb.ai"):
+        log.warning("wandb: api.wandb.ai cannot be reached; recording offline (upload later with `wandb sync`)")
         mode = "offline"
     run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
 
@@ -193,11 +202,11 @@ def _start_wandb(config: Config, run_dir: Path):
         try:
             return start("online")
         except wandb.Error as error:  # not logged in, or the server does not answer
-            log.warning("wandb: %s; this run is recorded offline (later: wandb sync)", error)
+            log.warning("wandb: %s; recording offline (upload later with `wandb sync`)", error)
     return start("offline")
 
 
-def _reaches(host: str) -> bool:
+def _is_reachable(host: str) -> bool:
     try:
         socket.create_connection((host, 443), timeout=3).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""`restarts.jsonl`: a line for each start of a run that is not its first: why, from which step, what it cost."""
+"""`restarts.jsonl`: a line for each start of a run after the first: why, from which step, and what it cost."""
 
 import contextlib
 import logging
@@ -10,73 +10,76 @@ from typing import Any
 from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.files import get_number, read_json_lines
-from mythos_dist.ops.cluster.status import format_duration
 from mythos_dist.train.line_file import LineFile
+from mythos_dist.units import format_duration
 
 log = logging.getLogger(__name__)
 FILE = "restarts.jsonl"
-_UNSAID = "the start before left no word: it was killed, or its node was lost"
+_UNKNOWN = "the previous run was killed or its node failed"
 
 
 @dataclass(frozen=True)
-class Previous:
-    """The start before this one, as rank 0 finds it before it takes the folder over."""
+class PreviousStart:
+    """What rank 0 knows of the start before this one."""
 
-    about: dict[str, Any] = field(default_factory=dict)  # what it has written of itself; empty: there was none
+    record: dict[str, Any] = field(default_factory=dict)  # its writer.json; empty: there was none
     last_active: float | None = None  # unix seconds: its last sign of life, or the end of its last step
-    step_ended: float | None = None  # unix seconds: when the step ended that this start resumes after
+    step_ended: float | None = None  # unix seconds: the end of the step that this start resumes after
     last_step: int = 0  # in metrics.jsonl
 
     @staticmethod
-    def find(run_dir: Path, step: int) -> "Previous":
-        """Before lines after `step`, which this start resumes after, are cut off."""
-        about = newest_start(run_dir)
-        if not about:
-            return Previous()
+    def read(run_dir: Path, step: int) -> "PreviousStart":
+        """Read it before the lines after `step`, which this start resumes after, are removed."""
+        record = newest_start(run_dir)
+        if not record:
+            return PreviousStart()
         lines = read_json_lines(run_dir / "metrics.jsonl")
         times = {get_number(line, "step"): get_number(line, "time") for line in lines}
-        active = [time for time in (*times.values(), get_number(about, "time")) if time is not None]
+        active = [time for time in (*times.values(), get_number(record, "time")) if time is not None]
         with contextlib.suppress(OSError):
             active.append((run_dir / fences.FILE).stat().st_mtime)
-        last = max((int(number) for number in times if number is not None), default=0)
-        return Previous(about, max(active, default=None), times.get(step), last)
+        last_step = max((int(step) for step in times if step is not None), default=0)
+        return PreviousStart(record, max(active, default=None), times.get(step), last_step)
 
     @property
-    def why(self) -> str:
+    def reason(self) -> str:
         """Why there is another start."""
-        if self.about.get("state") == "completed":
-            return "the run was done, and train.steps was raised"
-        return _UNSAID if self.about.get("state") == "running" else self.about.get("why") or _UNSAID
+        if self.record.get("state") == "completed":
+            return "the run was complete, and train.steps was raised"
+        return _UNKNOWN if self.record.get("state") == "running" else self.record.get("why") or _UNKNOWN
 
-    def seconds(self, now: float, startup: float) -> tuple[float | None, float | None]:
-        """(lost, idle) until `now`, when this start has taken `startup` seconds.
+    def cost(self, now: float, startup: float) -> tuple[float | None, float | None]:
+        """Seconds (lost, idle) until `now`, when this start has taken `startup` seconds.
 
-        Lost is what the start before computed after the step that is resumed from, and this start's own way there.
-        Nobody computed anything in between: that is idle, be it a scheduler's queue or a week-end.
+        Lost: the steps of the previous start that are repeated, and this start's own startup. Idle: between the two
+        starts, when nothing ran, be it a scheduler's queue or a week-end.
         """
         if self.last_active is None:
             return None, None
-        since = [self.step_ended, get_number(self.about, "began")]  # not what starts before that one have lost
-        again = self.last_active - max((time for time in since if time is not None), default=self.last_active)
-        return max(0.0, again) + startup, max(0.0, now - startup - self.last_active)
+        # What even earlier starts have lost is in their own lines.
+        since = [time for time in (self.step_ended, get_number(self.record, "began")) if time is not None]
+        repeated = self.last_active - max(since, default=self.last_active)
+        return max(0.0, repeated) + startup, max(0.0, now - startup - self.last_active)
 
 
-def note_restart(previous: Previous, fence: Fence, step: int, phases: dict[str, float]) -> dict[str, Any]:
-    """Append the line of this start, which goes on behind `step`, and return it. On rank 0.
+def record_restart(
+    previous: PreviousStart, fence: Fence, step: int, startup_seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Append the line of this start, which resumes after `step`, and return it. On rank 0.
 
-    phases: seconds that the parts of this start took. A line that cannot be written costs a warning.
+    startup_seconds: of each phase. If the line cannot be written, a warning is logged.
     """
     now = time.time()
-    lost, idle = previous.seconds(now, sum(phases.values()))
+    lost, idle = previous.cost(now, sum(startup_seconds.values()))
     line = {
         "start": fence.start,
         "time": now,
-        "why": previous.why,
+        "why": previous.reason,
         "from_step": step,
-        "last_step": previous.about.get("step"),  # that the start before has told
+        "last_step": previous.record.get("step"),  # as the previous start recorded it
         "seconds_lost": None if lost is None else round(lost, 1),
         "seconds_idle": None if idle is None else round(idle, 1),
-        "startup_seconds": {name: round(seconds, 2) for name, seconds in phases.items()},
+        "startup_seconds": {phase: round(seconds, 2) for phase, seconds in startup_seconds.items()},
     }
     file = LineFile(fence.run_dir / FILE, fence)
     try:
@@ -89,9 +92,10 @@ def note_restart(previous: Previous, fence: Fence, step: int, phases: dict[str, 
     return line
 
 
-def cost(line: dict[str, Any]) -> str:
-    """Of a line of `restarts.jsonl`, for the console: what was lost, and how long nothing ran before."""
-    lost, idle = line.get("seconds_lost"), line.get("seconds_idle") or 0
-    if lost is None:
-        return ""
-    return f"; {lost:.0f} s were lost" + (f" (nothing ran for {format_duration(idle)})" if idle >= 60 else "")
+def describe_restart(line: dict[str, Any]) -> str:
+    """A line of `restarts.jsonl` for the console."""
+    lost, idle = line["seconds_lost"], line["seconds_idle"]
+    cost = "" if lost is None else f"{lost:.0f} s lost; "
+    if idle is not None and idle >= 60:
+        cost = f"{lost:.0f} s lost, {format_duration(idle)} idle; "
+    return f"restart {line['start']}: resuming after step {line['from_step']} ({cost}{line['why']})"

@@ -1,7 +1,7 @@
-"""What a run resumes from, found before anything is written and again under the folder's lock; and what changes then.
+"""The checkpoint that a run resumes from, and what changes in its schedule.
 
-Between the two, ranks of an earlier start that have outlived their launcher may publish a newer checkpoint, remove the
-one that was found, or finish the run.
+It is searched before anything is written, and again under the folder's lock: in between, ranks of an earlier start that
+have outlived their launcher may publish a newer checkpoint, remove the selected one, or finish the run.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus
 from mythos_dist.errors import UserError
 from mythos_dist.files import user_errors
-from mythos_dist.parallel.process import any_rank, device, raise_on_all_ranks
+from mythos_dist.parallel.process import any_rank, device, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.checks import check_checkpoint
 from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over
 from mythos_dist.train.schedule import learning_rate, mean_at
@@ -30,21 +30,21 @@ class Resume:
     """The checkpoint to resume from; the same on every rank, and every rank calls the same methods."""
 
     def __init__(self, config: Config, corpora: list[Corpus]):
-        """Raises UserError if there is one that this config and these shards cannot go on from, or none any more."""
+        """Raises UserError if this config and these shards cannot resume from it, or if the run had one and lost it."""
         self._config, self._corpora = config, corpora
         self._folder = Path(config.run.dir) / "checkpoints"
         self._seen = raise_on_all_ranks(self._state)
         self._find()
 
-    def under_lock(self) -> None:
-        """Look again, when rank 0 holds the folder's lock: no other start writes now. Raises UserError as before."""
-        raise_on_all_ranks(lambda: check_run_folder(self._config) if dist.get_rank() == 0 else None)
+    def refresh(self) -> None:
+        """Search again if the folder has changed; rank 0 holds its lock, so nothing changes now. Raises UserError."""
+        on_rank_0(lambda: check_run_folder(self._config))
         if any_rank(raise_on_all_ranks(self._state) != self._seen):
             self._find()
 
     @property
     def step(self) -> int:
-        """The last that is behind us."""
+        """The last step that is done."""
         return self.checkpoint.manifest.step if self.checkpoint else 0
 
     def _find(self) -> None:
@@ -59,46 +59,46 @@ class Resume:
             refuse_to_start_over(self._folder.parent, None)
 
     def _state(self) -> list[tuple[Any, ...]]:
-        """On rank 0, what changes when a checkpoint is published, replaced or removed. Raises UserError."""
-        found = []
+        """On rank 0, a value that changes when a checkpoint is published, replaced or removed. Raises UserError."""
+        state = []
         for folder in checkpoints_of(self._folder) if dist.get_rank() == 0 else ():
             try:
                 about = (folder / MANIFEST_FILE).stat()
-                found.append((folder.name, about.st_ino, about.st_mtime_ns))
+                state.append((folder.name, about.st_ino, about.st_mtime_ns))
             except OSError:
-                found.append((folder.name,))
-        return found
+                state.append((folder.name,))
+        return state
 
 
 def take_fence(run_dir: Path) -> Fence:
-    """This start of the run, the same on every rank."""
+    """Count this start of the run; the fence of the same start on every rank."""
 
     def take() -> Fence:
         with user_errors(run_dir):
-            return Fence.take(run_dir) if dist.get_rank() == 0 else Fence(run_dir, 0)
+            return Fence.take(run_dir)
 
-    fence = raise_on_all_ranks(take)
-    start = torch.tensor(fence.start, device=device())
+    fence = on_rank_0(take)
+    start = torch.tensor(fence.start if fence else 0, device=device())
     dist.broadcast(start, 0)
-    return fence if dist.get_rank() == 0 else Fence(run_dir, int(start))
+    return fence or Fence(run_dir, int(start))
 
 
 def schedule_changes(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
-    """What steps after `checkpoint` do otherwise than they would have with the settings that it was saved with.
+    """Changes of the schedule after `checkpoint`, compared with the settings that it was saved with.
 
-    Only settings that may change between two starts can differ here: of them `train.steps` moves the learning rate.
+    Of the settings that may change between two starts only `train.steps` has an effect: on the learning rate.
     """
     done = checkpoint.manifest.step
     try:
         before = config_from(checkpoint.manifest.config)
-    except UserError:  # settings of another version: nothing to compare with
+    except UserError:  # settings of another version
         return
     changed = f"train.steps={config.train.steps}, and the checkpoint of step {done} was saved with {before.train.steps}"
     schedules: dict[str, tuple[Callable[[Config, int], float], str]] = {
         "the learning rate": (lambda c, step: learning_rate(c.optim, step, c.train.steps), ".2e"),
         "the mean number of loops": (mean_at, "g"),
     }
-    # Before the end of a warm-up nothing differs; the first step after it shows the change.
+    # Nothing differs during the warm-up; the first step after it shows the change.
     for step in sorted({done + 1, max(done, config.optim.warmup_steps) + 1}):
         for name, (value, form) in schedules.items():
             was, now = value(before, step), value(config, step)

@@ -1,11 +1,11 @@
 """Requests to stop early: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, the end of `run.max_seconds`, a file STOP in run.dir.
 
-A request that reaches one rank stops all of them after the same step: each step begins with an all-reduce of one
-number. Handlers only take a note, so a signal that comes twice, or in the middle of a collective, does no harm.
+A request that reaches one rank stops all ranks after the same step: each step begins with an all-reduce of one flag.
+Signal handlers only set a variable, so a signal that comes twice, or during a collective, does no harm.
 
-Ctrl-C is different in two ways. While there is nothing to save (imports, roll call, checks) it ends the process at
+Ctrl-C is different in two ways. While there is nothing to save (imports, rendezvous, checks) it ends the process at
 once, and so does a second one later. The trap: Python runs handlers between two bytecodes of the main thread, and a
-rank that waits in a collective executes none. So a thread receives the number of each signal through a pipe.
+rank that waits in a collective executes none. So a thread receives the number of each signal through a socket pair.
 """
 
 import logging
@@ -24,80 +24,81 @@ from mythos_dist.errors import EXIT_INTERRUPTED
 log = logging.getLogger(__name__)
 
 FILE = "STOP"
-# A terminal signals every process of a job, and launchers pass on what they get: one Ctrl-C may arrive twice.
+# A terminal signals every process of a job, and launchers forward signals: one Ctrl-C may arrive twice.
 _ONE_KEYSTROKE = 1.0  # seconds
-_NAMES = {signal.SIGINT: "Ctrl-C (SIGINT)"}
+_SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C (SIGINT)"}
 
 
-class Stop:
-    """What has asked this rank to stop."""
+class StopRequest:
+    """Whether and why this rank was asked to stop."""
 
     def __init__(self) -> None:
-        self.why = ""
-        self.on_leave: Callable[[str], None] = lambda why: None  # called before a second Ctrl-C ends the process
-        self._run_dir: Path | None = None  # set: a request is carried out after the next step
-        self._begin = time.monotonic()
+        self.reason = ""  # empty: no request
+        self.on_exit: Callable[[str], None] = lambda reason: None  # called before a second Ctrl-C ends the process
+        self._run_dir: Path | None = None  # None: there is nothing to save yet
+        self._began = time.monotonic()
         self._first_interrupt: float | None = None
         self._pipe: tuple[socket.socket, socket.socket] | None = None
         self._parent = os.getppid()
 
-    def listen(self, *numbers: signal.Signals) -> None:
-        """From here on these signals are requests. Before that they end the process.
+    def handle(self, *signals: signal.Signals) -> None:
+        """From now on these signals are requests to stop. Before, they end the process.
 
-        SIGUSR1 is always one, from the first moment; SIGTERM while a rank waits for others means that none will come.
-        One that is ignored already (nohup: SIGHUP; a script's background job: SIGINT) stays ignored.
+        SIGUSR1 is handled from the first moment. SIGTERM is not handled while a rank waits for other ranks, because it
+        means that they will not come. A signal that is ignored already (nohup: SIGHUP; a script's background job:
+        SIGINT) stays ignored.
         """
-        for number in numbers:
+        for number in signals:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
+                signal.signal(number, self._on_signal)
                 if number == signal.SIGINT:
-                    self._receive()
+                    self._start_thread()
 
-    def after_the_next_step(self, run_dir: Path) -> None:
-        """From here on Ctrl-C and SIGHUP, too, are requests that `agreed` returns: there is a run to save."""
+    def stop_after_step(self, run_dir: Path) -> None:
+        """From now on Ctrl-C and SIGHUP, too, stop the run after its step, because there is a run to save."""
         self._run_dir = run_dir
-        self.listen(signal.SIGHUP)
+        self.handle(signal.SIGHUP)
 
-    def agreed(self, run_dir: Path, max_seconds: float | None) -> str:
-        """Why all ranks stop now; empty: they go on. Every rank calls this at the same place."""
-        import torch.distributed as dist  # not above: handlers are there before torch, which takes seconds
+    def agree(self, run_dir: Path, max_seconds: float | None) -> str:
+        """Why all ranks stop now; empty: they continue. Every rank calls this before the same step."""
+        import torch.distributed as dist  # not above: signals are handled before torch is imported, which takes seconds
 
         from mythos_dist.parallel.process import any_rank
 
-        if not self.why and max_seconds is not None and time.monotonic() - self._begin > max_seconds:
-            self.why = f"run.max_seconds={max_seconds:g} are over"
-        if not self.why and dist.get_rank() == 0 and (run_dir / FILE).exists():
-            self.why = f"{run_dir / FILE} asked for it"
-        if not any_rank(bool(self.why)):
+        if not self.reason and max_seconds is not None and time.monotonic() - self._began > max_seconds:
+            self.reason = f"run.max_seconds={max_seconds:g} elapsed"
+        if not self.reason and dist.get_rank() == 0 and (run_dir / FILE).exists():
+            self.reason = f"found {run_dir / FILE}"
+        if not any_rank(bool(self.reason)):
             return ""
         reasons: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(reasons, self.why)
-        return next(why for why in reasons if why)
+        dist.all_gather_object(reasons, self.reason)
+        return next(reason for reason in reasons if reason)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._run_dir is None:
             return  # the thread ends this process
-        if not self.why:
-            name = _NAMES.get(signal.Signals(number), signal.Signals(number).name)
-            self.why = f"{name} to rank {_rank()}"
+        if not self.reason:
+            name = _SIGNAL_NAMES.get(signal.Signals(number), signal.Signals(number).name)
+            self.reason = f"rank {_rank()} received {name}"
 
-    def _receive(self) -> None:
-        """Let a thread see every signal's number, whatever the main thread does."""
+    def _start_thread(self) -> None:
+        """A thread that receives the number of every signal, whatever the main thread does."""
         if self._pipe is None:
             receiver, sender = self._pipe = socket.socketpair()
             sender.setblocking(False)
             signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._run, args=(receiver,), name="Ctrl-C", daemon=True).start()
+            threading.Thread(target=self._receive_signals, args=(receiver,), name="Ctrl-C", daemon=True).start()
 
-    def _run(self, receiver: socket.socket) -> None:
-        """In the thread. torchrun starts ranks in sessions of their own, where no second Ctrl-C arrives: then the end
-        of torchrun is one."""
+    def _receive_signals(self, receiver: socket.socket) -> None:
+        """The thread. torchrun starts ranks in sessions of their own, which a second Ctrl-C does not reach: there the
+        end of torchrun counts as one."""
         while True:
             try:
                 numbers = receiver.recv(64)
             except TimeoutError:
                 if os.getppid() != self._parent:
-                    self._leave("the launcher was ended by a second Ctrl-C")
+                    self._exit("the launcher was ended by a second Ctrl-C")
                 continue
             if signal.SIGINT in numbers:
                 self._interrupted()
@@ -107,24 +108,24 @@ class Stop:
     def _interrupted(self) -> None:
         now = time.monotonic()
         if self._run_dir is None:
-            self._leave("")
+            self._exit("")
         elif self._first_interrupt is None:
             self._first_interrupt = now
-            _say("Ctrl-C: stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+            _print("Ctrl-C: stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
         elif now - self._first_interrupt > _ONE_KEYSTROKE:
-            self._leave("ended by a second Ctrl-C, before a checkpoint of its last step")
+            self._exit("a second Ctrl-C, before the checkpoint of the last step")
 
-    def _leave(self, why: str) -> None:
-        """End this process. No clean-up that could wait for others: whatever is not published has no name yet."""
+    def _exit(self, reason: str) -> None:
+        """End this process without a clean-up that could wait for other ranks. Unpublished checkpoints are lost."""
         if self._run_dir is None:
-            _say("stopped by Ctrl-C before the first step; nothing was lost")
+            _print("stopped by Ctrl-C before the first step; nothing was lost")
         else:
-            noting = threading.Thread(target=self.on_leave, args=(why,), daemon=True)
-            noting.start()
-            noting.join(3.0)  # a file system that hangs must not keep it
+            callback = threading.Thread(target=self.on_exit, args=(reason,), daemon=True)
+            callback.start()
+            callback.join(3.0)  # not longer: the file system may hang
             newest = newest_checkpoint(self._run_dir)
-            resumes = f"resumes from {newest}" if newest else "starts from the beginning: no checkpoint was saved yet"
-            _say(f"stopped at once; the same command {resumes}")
+            resume = f"resume from {newest}" if newest else "start over: no checkpoint was saved yet"
+            _print(f"stopped at once; run the same command to {resume}")
         os._exit(EXIT_INTERRUPTED)
 
 
@@ -137,8 +138,8 @@ def newest_checkpoint(run_dir: Path) -> str:
         return ""
 
 
-def forget(run_dir: Path) -> None:
-    """The request was carried out; on rank 0."""
+def remove_stop_file(run_dir: Path) -> None:
+    """On rank 0, when the run has stopped."""
     try:
         (run_dir / FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -151,8 +152,8 @@ def _rank() -> str:
     return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
-def _say(text: str) -> None:
-    """On rank 0. Not through `print`: the main thread may hold the stream's lock."""
+def _print(text: str) -> None:
+    """On rank 0. Not with `print`: the main thread may hold the stream's lock."""
     if _rank() == "0":
         with suppress(OSError):
             os.write(2, f"\n{text}\n".encode())

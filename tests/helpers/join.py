@@ -12,7 +12,7 @@ import sys
 def main() -> None:
     from mythos_dist.config.load import load_config
     from mythos_dist.parallel.launcher import read_rank_info
-    from mythos_dist.train.stop import Stop
+    from mythos_dist.train.stop import StopRequest
 
     config = load_config(sys.argv[1], sys.argv[2:])
     rank_info = read_rank_info()
@@ -20,9 +20,9 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from mythos_dist.train.session import join
+    from mythos_dist.ops.session import join
 
-    session = join(config, rank_info, Stop())
+    session = join(config, rank_info, StopRequest())
     first = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if first and rank_info.rank == rank_info.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,8 @@ import pytest
 
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.status import RunStatus, SlurmJob, format_duration, format_status, read_status
+from mythos_dist.ops.cluster.status import RunStatus, SlurmJob, format_status, read_status
+from mythos_dist.units import format_duration
 
 REPOSITORY = Path(__file__).parents[2]
 NOW = 1_700_000_000.0

@@ -12,7 +12,7 @@ from helpers.launch import launch, train
 from helpers.shard_folder import rewrite_index, shard_files
 
 from mythos_dist.data.stream import ReplicaStream
-from mythos_dist.train import loop
+from mythos_dist.train import prepare
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(480)]
 
@@ -65,7 +65,7 @@ def test_a_held_out_shard_is_checked_too(arguments, folder):
 def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
     """Train, with a shard that is lost for rank 1 once the inputs have been checked: a disk of one machine."""
     if os.environ["RANK"] == "1":
-        real = loop.check_inputs
+        real = prepare.check_inputs
 
         def then_lost(config):
             checked = real(config)
@@ -73,7 +73,7 @@ def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
                 entry.entry["raw_data"]["basename"] = shard
             return checked
 
-        loop.check_inputs = then_lost
+        prepare.check_inputs = then_lost
     from helpers.launch import train_here
 
     train_here(arguments)

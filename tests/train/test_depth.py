@@ -15,7 +15,7 @@ from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.prepare.verify import verify
-from mythos_dist.train.depth import HeldOut, Look, draw_curves, failures, overthinks_from
+from mythos_dist.train.depth import HeldOut, LoopProbe, draw_curves, find_failures, overthinks_from
 from mythos_dist.train.pictures import picture
 from mythos_dist.train.schedule import loops_at, mean_at
 
@@ -99,21 +99,23 @@ def test_settings_of_loops_that_contradict_each_other_are_all_named():
         assert part in found, part
 
 
-def look(**changes) -> Look:
+def probe(**changes) -> LoopProbe:
     by_loop = {"token_correlation": [0.2, 0.3], "state_norm": [1.0, 1.0], "act_mass": [0.5, 0.5]}
     by_loop |= {"residual_ratio": [1.0, 0.5], "tokens": [8.0, 8.0]}
-    return Look(2, 2.0, 2.5, by_loop, 0.9, 0.4)._replace(**changes)
+    return LoopProbe(2, 2.0, 2.5, by_loop, 0.9, 0.4)._replace(**changes)
 
 
 def test_the_known_failures_are_named():
     even = torch.full((2, 4), 5)
-    assert not failures(look(), even)
-    assert set(failures(look(loss_of_one=2.001), even)) == {"state ignored"}
-    assert set(failures(look(gain=1.3), even)) == {"growth"}
-    assert set(failures(look(by_loop={**look().by_loop, "token_correlation": [0.5, 0.999]}), even)) == {"collapse"}
+    assert not find_failures(probe(), even)
+    assert set(find_failures(probe(loss_of_one=2.001), even)) == {"state ignored"}
+    assert set(find_failures(probe(gain=1.3), even)) == {"growth"}
+    assert set(find_failures(probe(by_loop={**probe().by_loop, "token_correlation": [0.5, 0.999]}), even)) == {
+        "collapse"
+    }
     idle = even.clone()
     idle[:, 3] = 0
-    assert "1 of 4 experts" in failures(look(), idle)["dead experts"]
+    assert "1 of 4 experts" in find_failures(probe(), idle)["dead experts"]
 
 
 def test_overthinking_is_where_more_loops_do_harm(tmp_path):

@@ -43,7 +43,7 @@ def test_compiled_blocks_give_the_same_numbers(config, recompute, parallel):
 
 def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:
     """Each config's held-out loss and accuracy, before and after a step; of two passes the second is empty but on
-    replica 0. Then what a look into the loops finds."""
+    replica 0. Then the loop probe."""
     from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.train.engine import Engine
 
@@ -58,8 +58,8 @@ def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:
         before = engine.evaluate(iter(passes))
         engine.train_step(next(steps), 1)
         after = engine.evaluate(iter(passes))
-        look = engine.look(first[0])
-        inside = [look.loss, look.loss_of_one, look.rho, *itertools.chain(*look.by_loop.values()), look.gain]
+        probe = engine.probe_loops(first[0])
+        inside = [probe.loss, probe.loss_of_one, probe.rho, *itertools.chain(*probe.by_loop.values()), probe.gain]
         found.append(([*before, *after], inside))
         engine.deepspeed.destroy()
     return found

@@ -68,7 +68,7 @@ def test_a_mix_is_evaluated_on_the_folders_that_have_a_held_out_split(
     config = load_config(settings[0], [*settings[1:-1], mix, f"run.dir={tmp_path}", "train.eval_samples=1000000"])
     corpora = check_inputs(config)
     heldout = open_heldout(config, corpora, SINGLE.data)
-    assert capsys.readouterr().out == f"evaluation leaves out {without}: no held-out split there\n"
+    assert capsys.readouterr().out == f"not evaluated, without a held-out split: {without}\n"
     passes = list(heldout_passes(heldout, config, SINGLE.data))
     ids = [i for batch, counts in passes for i in batch.sample_ids[counts].tolist()]
     assert ids == list(range(corpora[0].manifest.splits["heldout"].windows))

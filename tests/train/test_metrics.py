@@ -50,10 +50,10 @@ def test_wandb_online_without_a_way_out_records_offline_at_once(config, tmp_path
     monkeypatch.setattr(wandb, "init", refuse)
     with caplog.at_level(logging.WARNING):
         metrics = Metrics(replace_wandb(config, "online"), tmp_path, 0)
-    metrics.held_out(0, HeldOut(6.0, 0.25), {})
+    metrics.write_evaluation(0, HeldOut(6.0, 0.25), {})
     metrics.close()
     assert modes == (["offline"] if reason == "no network" else ["online", "offline"])
-    assert "recorded offline" in caplog.text
+    assert "recording offline" in caplog.text
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 

@@ -24,7 +24,7 @@ from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import remove_temporaries, write_atomically
-from mythos_dist.train.restarts import Previous, note_restart
+from mythos_dist.train.restarts import PreviousStart, record_restart
 from mythos_dist.train.resume import schedule_changes
 from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, refuse_to_start_over, start_logging
 from mythos_dist.train.spikes import read_rollbacks
@@ -261,9 +261,9 @@ def start_beside_orphans(arguments: Sequence[str], source: str, run_dir: str, st
     """Train; between the look for a checkpoint and the lock, ranks of an earlier start finish what they do: they
     publish the checkpoints `steps` of `source`, and remove the others."""
 
-    from mythos_dist.train import loop
+    from mythos_dist.train import prepare
 
-    claim = loop.claim_run_folder
+    claim = prepare.claim_run_folder
 
     def late(config: Config):
         checkpoints = Path(run_dir, "checkpoints")
@@ -276,7 +276,7 @@ def start_beside_orphans(arguments: Sequence[str], source: str, run_dir: str, st
                 shutil.copy(Path(source, name), Path(run_dir, name))
         return claim(config)
 
-    loop.claim_run_folder = late
+    prepare.claim_run_folder = late
     train_here(arguments)
 
 
@@ -287,7 +287,7 @@ def test_a_start_looks_again_when_it_has_the_lock(settings, tmp_path):
     whole = tmp_path / "whole"
     assert train(1, *settings, f"run.dir={whole}").codes == [0]
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for steps, words in (((4, 6), "is done: 6 of 6 steps"), ((4,), "goes on behind step 4")):
+    for steps, words in (((4, 6), "is complete: 6 of 6 steps"), ((4,), "resuming after step 4")):
         run_dir = tmp_path / str(max(steps))
         shutil.copytree(whole, run_dir)
         (run_dir / "COMPLETED").unlink()
@@ -344,7 +344,12 @@ def test_a_changed_number_of_steps_says_what_it_does_to_the_learning_rate(before
     ("about", "mtime", "lost", "idle"),
     [
         # Step 2 ended at 1000, the last line is of 1010. It stopped with a checkpoint of step 4 two days ago.
-        ({"state": "stopped", "why": "stopped behind step 4: SIGTERM to rank 0", "time": 1012}, 1012, 12 + 30, 172_000),
+        (
+            {"state": "stopped", "why": "stopped after step 4: rank 0 received SIGTERM", "time": 1012},
+            1012,
+            12 + 30,
+            172_000,
+        ),
         ({"state": "completed", "time": 1012}, 1012, 12 + 30, 172_000),
         # Killed: its last sign of life counts.
         ({"state": "running", "time": 900}, 1020, 20 + 30, 171_992),
@@ -357,9 +362,9 @@ def test_the_time_in_which_nothing_ran_is_not_lost(tmp_path, monkeypatch, about,
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "time": 1000}\n{"step": 4, "time": 1010}\nnonsense\n')
     (tmp_path / "writer.json").write_text(json.dumps({"start": 1, **about}))
     os.utime(tmp_path / "writer.json", (mtime, mtime))
-    previous = Previous.find(tmp_path, 2)
+    previous = PreviousStart.read(tmp_path, 2)
     monkeypatch.setattr("time.time", lambda: 173_042.0)
-    line = note_restart(previous, Fence.take(tmp_path), 2, {"import": 10.0, "roll call": 20.0})
+    line = record_restart(previous, Fence.take(tmp_path), 2, {"import": 10.0, "roll call": 20.0})
     assert (line["seconds_lost"], line["seconds_idle"]) == (lost, idle)
     assert json.loads((tmp_path / "restarts.jsonl").read_text()) == line
     assert previous.last_step == 4
@@ -374,6 +379,6 @@ def test_a_kill_behind_the_last_checkpoint_leaves_no_checkpoint_too_many(setting
     shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000002.tmp-1")
     (tmp_path / "run" / "COMPLETED").unlink()
     done = train(1, *arguments, "checkpoint.keep=2")
-    assert done.codes == [0] and "is done: 6 of 6 steps" in done.out, done.tails
+    assert done.codes == [0] and "is complete: 6 of 6 steps" in done.out, done.tails
     assert (tmp_path / "run" / "COMPLETED").exists()
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000004", "step-00000006"]

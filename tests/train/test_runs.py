@@ -75,6 +75,32 @@ def test_a_run_writes_the_folder_that_is_promised(finished, config, shards):
     assert evaluations[1]["heldout_loss"] < evaluations[0]["heldout_loss"] - 0.05  # six steps of warm-up
 
 
+def train_without_operations(arguments: list[str]) -> int:
+    """One process with the core alone: no watchdog, no preflight, no memory check. Returns the exit code."""
+    from mythos_dist.config.load import load_config
+    from mythos_dist.parallel.launcher import read_rank_info
+    from mythos_dist.parallel.process import join_process_group
+    from mythos_dist.train.hooks import Hooks
+    from mythos_dist.train.loop import train as train_loop
+    from mythos_dist.train.prepare import check_run
+    from mythos_dist.train.session import Session
+    from mythos_dist.train.stop import StopRequest
+
+    config = load_config(arguments[0], arguments[1:])
+    join_process_group()
+    session, hooks = Session(read_rank_info(), StopRequest()), Hooks()
+    return train_loop(config, session, check_run(config, session, hooks), hooks)
+
+
+def test_the_core_trains_without_operations(finished, settings, tmp_path):
+    """The batches of the run on two ranks, and its losses but for the order of sums."""
+    result = launch(1, train_without_operations, [*settings, f"run.dir={tmp_path}"])
+    assert result.codes == [0] and result.values == [0], result.err
+    assert [line["batch_id"] for line in lines(tmp_path)] == [line["batch_id"] for line in lines(finished)]
+    losses = [line["loss"] for line in lines(finished)]
+    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(losses, rel=1e-5)
+
+
 def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, tmp_path):
     """Other ranks, micro-batches and axes: batch_id equal, losses and norms equal but for the order of sums."""
     cube = "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 run.count_communication=true"
@@ -139,7 +165,7 @@ def test_running_a_finished_run_again_changes_nothing(finished, settings):
     """The second start says that it is done, and the files keep their bytes."""
     before = {path: path.read_bytes() for path in finished.rglob("*.jsonl")}
     result = train(2, *settings, f"run.dir={finished}")
-    assert result.codes == [0, 0] and "is done: 6 of 6 steps" in result.out
+    assert result.codes == [0, 0] and "is complete: 6 of 6 steps" in result.out
     assert {path: path.read_bytes() for path in finished.rglob("*.jsonl")} == before
 
 
@@ -153,7 +179,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, settings
     (run_dir / "writer.json").write_text(json.dumps(about | {"state": "running", "published": None}))
     again = train(2, *settings, f"run.dir={run_dir}")
     assert again.codes == [0, 0]
-    assert "no checkpoint was saved before: 6 steps are computed again" in again.out
+    assert "no checkpoint was saved yet: 6 steps are repeated" in again.out
     assert exact(run_dir) == exact(finished)
     assert lines(run_dir, "eval.jsonl") == lines(finished, "eval.jsonl")
 

@@ -87,7 +87,7 @@ def test_a_stop_saves_and_the_same_command_ends_as_an_undisturbed_run(
     result = launch(1, interrupt_at, arguments, module, name, call, [number])
     told = {signal.SIGINT: "Ctrl-C (SIGINT)", signal.SIGHUP: "SIGHUP"}[number]
     assert result.codes == [85] and "Traceback" not in result.err, result.err
-    assert f"stopped behind step {step}: {told} to rank 0; the same command goes on" in result.out
+    assert f"stopped after step {step}: rank 0 received {told}; run the same command to resume" in result.out
     assert ("Ctrl-C: stopping after this step" in result.err) == (number == signal.SIGINT)
     assert (run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
     again = train(1, *arguments)
@@ -107,7 +107,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_says_where_it_resumes(settings, who
     arguments = [*settings, f"run.dir={tmp_path}"]
     result = launch(1, interrupt_at, arguments, LOOP, "Run.train_step", 4, [signal.SIGINT, signal.SIGINT])
     assert result.codes == [130] and "Traceback" not in result.err, result.err
-    assert "stopped at once; the same command resumes from step-00000002" in result.err
+    assert "stopped at once; run the same command to resume from step-00000002" in result.err
     again = train(1, *arguments)
     assert again.codes == [0] and exact(tmp_path) == exact(whole)
     assert "ended by a second Ctrl-C" in again.out

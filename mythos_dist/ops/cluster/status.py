@@ -25,7 +25,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import get_number, read_json_lines
 from mythos_dist.parallel.process_identity import is_running
-from mythos_dist.units import short
+from mythos_dist.units import format_duration, short
 
 ALIVE_FOR = 60.0  # seconds without a sign of life after which a start is dead; one comes every ten
 PATIENCE = 120.0  # seconds without a step after which a living run may be called hung
@@ -218,15 +218,6 @@ def format_status(status: RunStatus) -> list[str]:
             + f": {restart.get('why')}"
         )
     return lines
-
-
-def format_duration(seconds: float) -> str:
-    """For a person: 42 s, 3 min 10 s, 5 h 12 min, 3 d 4 h."""
-    whole = max(0, round(seconds))
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part} {smaller}"
-    return f"{whole} s"
 
 
 def _writer(folder: Path) -> tuple[dict[str, Any], float]:

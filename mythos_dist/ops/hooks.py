@@ -1,0 +1,58 @@
+"""What operations add to a training run: memory check, preflight, fault injection, planned against measured values."""
+
+import contextlib
+import logging
+from typing import Any
+
+from torch import nn
+
+from mythos_dist.config.schema import Config
+from mythos_dist.ops.cluster.inject import FaultInjector
+from mythos_dist.ops.memory_check import Comparison, check_memory
+from mythos_dist.ops.preflight import preflight
+from mythos_dist.train.hooks import Hooks
+from mythos_dist.train.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class Operations(Hooks):
+    """The hooks of `python -m mythos_dist.train`."""
+
+    def __init__(self, config: Config, session: Session):
+        self.config, self.session = config, session
+
+    def check_config(self) -> None:
+        """Raise UserError if a rank cannot hold what the plan says it needs."""
+        ranks_on_node = self.session.nodes.count(self.session.rank_info.node)
+        estimate = check_memory(self.config, self.session.rank_info.world_size, ranks_on_node)
+        self.comparison = Comparison(estimate)
+
+    def preflight(self, only: bool) -> None:
+        """Check every node and the links between them, if `faults.preflight` or `only` says so. Raises UserError.
+
+        only: nothing follows, so the result is printed for a single node as well.
+        """
+        if not (self.config.faults.preflight or only):
+            return
+        self.session.enter_phase("preflight")
+        rank_info = self.session.rank_info
+        result = preflight(
+            self.config, rank_info, FaultInjector.for_rank(self.config.faults.inject, rank_info.rank, start=0)
+        )
+        if rank_info.rank == 0 and (only or len(set(self.session.nodes)) > 1):
+            print(result, flush=True)
+        self.session.record_startup("preflight")
+
+    def begin_run(self, start: int) -> None:
+        self.faults = FaultInjector.for_rank(self.config.faults.inject, self.session.rank_info.rank, start)
+
+    def before_step(self, step: int) -> None:
+        self.faults.before_step(step)
+
+    def during_step(self, step: int, batch: int, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return self.faults.during_step(step, batch, model)
+
+    def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
+        compared = self.comparison.step(seconds, is_last)
+        return ({"planned": compared.line}, str(compared)) if compared else ({}, "")

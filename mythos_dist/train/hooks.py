@@ -1,0 +1,27 @@
+"""Calls from the training loop to code outside the core; `ops/hooks.py` implements them. These do nothing."""
+
+import contextlib
+from typing import Any
+
+from torch import nn
+
+
+class Hooks:
+    """Every rank calls the same hooks in the same order, so a hook may hold collectives."""
+
+    def check_config(self) -> None:
+        """Before anything is written. Raises UserError."""
+
+    def begin_run(self, start: int) -> None:
+        """The run folder is claimed. `start` counts the starts of the run, from 1."""
+
+    def before_step(self, step: int) -> None:
+        """Before the step's batch is read."""
+
+    def during_step(self, step: int, batch: int, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward passes of a step on batch number `batch` (from 0)."""
+        return contextlib.nullcontext()
+
+    def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
+        """Entries for the step's line in metrics.jsonl, and a line for the console; both may be empty."""
+        return {}, ""

@@ -1,0 +1,95 @@
+"""The start of a run, until its engine is built: check all inputs, then claim the run folder and write to it."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
+
+from mythos_dist.checkpoint.fence import Fence, newest_start
+from mythos_dist.checkpoint.reader import Checkpoint
+from mythos_dist.checkpoint.save import clean_complete_run
+from mythos_dist.config.schema import Config
+from mythos_dist.data.corpora import Corpus
+from mythos_dist.data.stream import ReplicaStream
+from mythos_dist.parallel.mesh import Mesh, build_mesh
+from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
+from mythos_dist.train.batches import open_heldout, open_stream
+from mythos_dist.train.checks import check_inputs, check_kernels
+from mythos_dist.train.hooks import Hooks
+from mythos_dist.train.restarts import PreviousStart
+from mythos_dist.train.resume import Resume, take_fence
+from mythos_dist.train.run_folder import claim_run_folder, mark_completed, start_logging, write_settings
+from mythos_dist.train.session import Session
+from mythos_dist.units import count
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Inputs:
+    """What a run reads: shards, and the checkpoint that it resumes from."""
+
+    corpora: list[Corpus]
+    resume: Resume
+
+
+def check_run(config: Config, session: Session, hooks: Hooks) -> Inputs:
+    """Check settings, shards, run folder and checkpoint. Writes nothing. Raises UserError, the same on every rank."""
+    session.enter_phase("checking")
+    corpora = raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
+    raise_on_all_ranks(hooks.check_config, session.nodes)
+    resume = Resume(config, corpora)
+    session.record_startup("checking")
+    return Inputs(corpora, resume)
+
+
+@dataclass
+class Prepared:
+    """A run whose folder this start has claimed."""
+
+    mesh: Mesh
+    stream: ReplicaStream
+    heldout: ReplicaStream | None
+    checkpoint: Checkpoint | None  # to resume from
+    previous: PreviousStart  # on rank 0
+    fence: Fence
+    folder_lock: TextIO | None  # on rank 0: keeps the folder claimed while it is open
+
+
+def prepare(config: Config, session: Session, inputs: Inputs) -> Prepared | None:
+    """Open the shards, claim the run folder, start logging. Returns None if the run is complete.
+
+    Raises UserError, the same on every rank.
+    """
+    rank, run_dir, resume = dist.get_rank(), Path(config.run.dir), inputs.resume
+    mesh = build_mesh(config.parallel)
+    stream = open_stream(config, inputs.corpora, "train", mesh.data)
+    heldout = open_heldout(config, inputs.corpora, mesh.data)
+    session.record_startup("opening the shards")
+    folder_lock = on_rank_0(lambda: claim_run_folder(config))
+    resume.refresh()
+    if resume.step >= config.train.steps:
+        on_rank_0(lambda: _complete_earlier_start(config, resume.checkpoint))
+        if rank == 0:
+            steps = count(config.train.steps, "step")
+            print(f"{run_dir} is complete: {resume.step} of {steps}; raise train.steps to train further")
+        return None
+    previous = PreviousStart.read(run_dir, resume.step) if rank == 0 else PreviousStart()
+    fence = take_fence(run_dir)
+    session.stop.stop_after_step(run_dir)
+    raise_on_all_ranks(lambda: start_logging(run_dir, session.rank_info, fence.start))
+    on_rank_0(lambda: write_settings(config, mesh.data.size, fence))
+    for line in resume.damaged:
+        log.warning("%s", line)
+    log.info("%s", check_kernels(config))
+    return Prepared(mesh, stream, heldout, resume.checkpoint, previous, fence, folder_lock)
+
+
+def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:
+    """Do what an earlier start did not, if it was killed between its last checkpoint and the marker COMPLETED."""
+    run_dir = Path(config.run.dir)
+    if newest:
+        clean_complete_run(newest, config.checkpoint, newest_start(run_dir).get("start", 0))
+    mark_completed(None, run_dir)
