@@ -1,1 +1,1 @@
-"""What a run is, as frozen dataclasses. Imports nothing else of ours but the errors."""
+"""The settings of a run as frozen dataclasses, read from YAML and checked."""

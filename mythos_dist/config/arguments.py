@@ -1,4 +1,4 @@
-"""Command lines: options and `section.key=value` in any order, `~/` in paths, and numbers within bounds."""
+"""Command lines: options and `section.key=value` in any order, `~/` in paths, numbers with bounds."""
 
 import argparse
 import math
@@ -13,26 +13,27 @@ _AS_OPTION = re.compile(r"--?([a-z]+\.\w+)(?:=(.*))?")
 
 
 def add_config(parser: argparse.ArgumentParser, what: str, optional: bool = False) -> None:
-    """The arguments `config` and `overrides`. what: the help of `config`."""
+    """Add the arguments `config`, whose help text is `what`, and `overrides`."""
     parser.add_argument("config", nargs="?" if optional else None, help=what)
-    add_overrides(parser, "settings that replace the file's")
+    add_overrides(parser, "settings that override those of the file")
 
 
 def add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
-    """The argument `overrides`. what: its help."""
+    """Add the argument `overrides`; `what`: its help text."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=what)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line whose positional arguments and options may come in any order.
+    """Parse a command line with positional arguments and options in any order.
 
-    A setting in the place of `config` counts as an override. Ends the process with exit code 2 as argparse does.
+    A setting given before the config is an override. Exits with code 2 as argparse does.
     """
     found, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         settings = [match for match in map(_AS_OPTION.fullmatch, unknown) if match]
         hints = [f"{match[1]}={'VALUE' if match[2] is None else match[2]}" for match in settings]
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + f"; write {' '.join(hints)}" * bool(hints))
+        advice = f"; write {' '.join(hints)}" if hints else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     if hasattr(found, "config") and hasattr(found, "overrides"):
         _order(parser, found)
     for name, value in vars(found).items():
@@ -52,7 +53,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def number(least: float, most: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number from `least` (or, `above` it) to `most`."""
+    """An argparse type: a finite number from `least` (`above`: excluding it) to `most`."""
 
     def convert(text: str) -> float:
         try:
@@ -77,7 +78,7 @@ def _within(value: Any, least: float, most: float) -> Any:
 
 
 def _order(parser: argparse.ArgumentParser, found: argparse.Namespace) -> None:
-    """Whichever of the positional arguments is no setting is the config."""
+    """The positional argument that is not a setting is the config."""
     required = any(action.dest == "config" and action.nargs is None for action in parser._actions)
     config = str(found.config) if found.config is not None else ""
     if not _OVERRIDE.match(config) or os.path.exists(config):
@@ -92,10 +93,10 @@ def _order(parser: argparse.ArgumentParser, found: argparse.Namespace) -> None:
 
 
 def _home(path: Any) -> Any:
-    """`~/x` and `~user/x` as the shell expands them, which it does not in `--out=~/x`."""
+    """Expand `~/x` and `~user/x`, which a shell does not in `--out=~/x`."""
     return Path(os.path.expanduser(path)) if isinstance(path, Path) and str(path).startswith("~") else path
 
 
 def path_text(text: str) -> str:
-    """An argparse type for what may be a path, a pattern or a URL: a leading `~/` is expanded."""
+    """An argparse type for a path, a pattern or a URL: a leading `~/` is expanded."""
     return os.path.expanduser(text) if text.startswith("~") else text

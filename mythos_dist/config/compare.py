@@ -1,11 +1,11 @@
-"""Which settings of a run may be others when it goes on, and how two configs differ."""
+"""Which settings may change when a run resumes, and how two configs differ."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mythos_dist.config.schema import Config
 
-# Nothing here changes what is computed up to the step where a run stopped, but for the order of sums.
+# None of these changes the results up to the step where a run stopped, except for the order of sums.
 MAY_CHANGE = {
     "train.steps",
     "train.eval_every",
@@ -18,7 +18,7 @@ MAY_CHANGE = {
     "experts.backend",
     "loops.telemetry_every",
     "loops.sweep",
-    "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
+    "data.path",  # folders may move: the fingerprint of the shards is checked instead
     "data.mix",
     "data.tokenizer",
     "data.workers",
@@ -36,8 +36,8 @@ _MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
 
 
 def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, its value now, its value before) for each that must not change and did; settings that `before` lacks
-    are not compared. JSON, from which `before` may come, knows lists and no tuples."""
+    """(setting, its value now, its value before) for each that changed and must not; settings missing in `before`
+    are not compared. Lists equal tuples, since `before` may come from JSON."""
     for section, values in before.items():
         for key, old in values.items():
             name = f"{section}.{key}"

@@ -13,18 +13,18 @@ def deepspeed_config(config: Config, num_replicas: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.global_batch // (train.micro_batch * num_replicas),
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.parallel.zero},
-        "zero_allow_untested_optimizer": True,  # torch.optim.AdamW is handed in
-        # Tensor ranks would otherwise split what stages send each other, and expect a tuple of tensors.
+        "zero_allow_untested_optimizer": True,  # we pass torch.optim.AdamW
+        # Otherwise tensor ranks would split the tensors sent between stages, and expect a tuple of tensors.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
-        "steps_per_print": 1 << 60,  # our own line a step is enough
+        "steps_per_print": 1 << 60,  # we log every step ourselves
     }
     if train.dtype == "bf16":
-        # A gradient goes into its accumulator as soon as it is whole, and leaves nothing: by default all of them stay,
-        # 2 bytes per parameter for the whole run.
+        # Add each gradient to its accumulator as soon as it is complete, and free it: by default all of them stay
+        # allocated for the whole run, 2 bytes per parameter.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        if config.parallel.zero == 1:  # the stage that can; 2 and 3 accumulate in bf16
+        if config.parallel.zero == 1:  # stages 2 and 3 can accumulate in bf16 only
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     elif train.dtype == "fp16":
-        # A dynamic loss scale that starts at 2^16; a step that overflows is skipped and halves it.
+        # Dynamic loss scale, initially 2^16; a step that overflows is skipped and halves it.
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}
     return settings

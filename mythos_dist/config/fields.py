@@ -1,8 +1,8 @@
-"""Types and ranges of settings: what a field may hold, how text becomes its value, and the message for a wrong one.
+"""Types and ranges of settings: conversion from text, checks, messages.
 
-Rule: a field's annotation says all there is to say. `Annotated[int, Range(1, 512)]` is checked when a section is built,
-in Python as from YAML. The trap: the text of a setting is kept until its type is known, because YAML would read
-the folder `007` as 7 and `12:30:45` as 45045.
+Rule: the annotation of a field defines both. `Annotated[int, Range(1, 512)]` is checked whenever a section is
+constructed, from Python or YAML. The trap: YAML would read the folder `007` as 7 and `12:30:45` as 45045, so text is
+converted only when its type is known.
 """
 
 import functools
@@ -23,16 +23,16 @@ from mythos_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, of each number of a list, or of each weight of a mix."""
+    """Bounds of a number, of every number of a list, or of every weight of a mix."""
 
     least: float
     most: float = math.inf
-    above: bool = False  # `least` itself is outside
-    words: str = ""  # what is said of a value outside; "": which bound it breaks
+    above: bool = False  # exclude `least` itself
+    words: str = ""  # message for a value outside; "": the bound that it breaks
     advice: str = ""  # appended to the message
 
     def problem(self, value: float) -> str | None:
-        """The end of a sentence that begins with the setting; None for a value inside."""
+        """Text to follow `section.key=value`; None for a value inside."""
         if self.least < value <= self.most or (value == self.least and not self.above):
             return None
         if self.words:
@@ -45,7 +45,7 @@ class Range:
 
 
 class _PathText:
-    """Marks a text as the path of a file or folder: a leading `~/` is expanded."""
+    """Marks a text as a path: a leading `~/` is expanded."""
 
 
 PATH = _PathText()
@@ -55,20 +55,20 @@ _WHOLE = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 _BASED = re.compile(r"[-+]?0(x[0-9a-f]+|o[0-7]+|b[01]+)", re.IGNORECASE)
 _REAL = re.compile(r"[-+]?([0-9]+(_[0-9]+)*)?(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SPECIAL = re.compile(r"([-+]?)\.?(inf|nan)", re.IGNORECASE)
-_MOST_DIGITS = 40  # of a whole number: Python refuses 4,301, and takes time that grows with their square
-_HUGE = 10**_MOST_DIGITS  # stands for every whole number of more digits; each range refuses it
-_MOST_TEXT = 4096  # characters: the longest path of Linux
+_MAX_DIGITS = 40  # of a whole number: Python refuses 4,301, and takes quadratic time
+_HUGE = 10**_MAX_DIGITS  # replaces whole numbers with more digits; every range refuses it
+_MAX_TEXT = 4096  # characters: the longest path on Linux
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
-_WRONG = object()  # text that is no value of the type
+_WRONG = object()  # the value of text that does not fit the type
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What one field may hold."""
+    """The type and range of a field."""
 
     type: type  # int, float, bool, str, tuple (of item) or dict (of item by folder)
-    optional: bool = False  # None is a value
-    by_mode: bool = False  # None is replaced by the default of model.mode
+    optional: bool = False  # None is allowed
+    by_mode: bool = False  # None stands for the default of model.mode
     choices: tuple = ()  # Literal's
     range: Range | None = None
     item: "Kind | None" = None
@@ -76,18 +76,18 @@ class Kind:
 
     @property
     def expected(self) -> str:
-        """Words for "expected ...", such as `a whole number`."""
+        """Text after "expected ", such as "a whole number"."""
         if self.choices:
             *others, last = map(repr, self.choices)
-            words = f"{', '.join(others)} or {last}"
+            text = f"{', '.join(others)} or {last}"
         elif self.type is tuple:
-            words = "a list of whole numbers, such as [1, 2, 4]"
+            text = "a list of whole numbers, such as [1, 2, 4]"
         else:
-            words = _EXPECTED[self.type]
-        return words + ", or null" * (self.optional and self.type is not dict)
+            text = _EXPECTED[self.type]
+        return f"{text}, or null" if self.optional and self.type is not dict else text
 
     def read(self, node: Node) -> Any:
-        """The value that YAML or the command line gives. Raises ValueError with `expected` for another type."""
+        """The value of a node. Raises ValueError(`expected`) for another type."""
         value = self._read(node)
         if value is _WRONG:
             raise ValueError(self.expected)
@@ -96,10 +96,7 @@ class Kind:
     def _read(self, node: Node) -> Any:
         if isinstance(node, Scalar):
             if node.plain and node.text in NULLS:
-                empty = {str: "", tuple: ()}  # such as data.path=null, which leaves it to data.mix
-                return (
-                    None if self.optional or self.by_mode else empty.get(self.type if not self.choices else int, _WRONG)
-                )
+                return self._null()
             return _WRONG if self.type in (tuple, dict) else self._scalar(node)
         if self.item is not None and isinstance(node, list) and self.type is tuple:
             values = tuple(self.item._read(one) for one in node)
@@ -109,11 +106,18 @@ class Kind:
             return _WRONG if _WRONG in weights.values() else weights
         return _WRONG
 
+    def _null(self) -> Any:
+        if self.optional or self.by_mode:
+            return None
+        if self.type is tuple:
+            return ()
+        return "" if self.type is str and not self.choices else _WRONG  # data.path=null unsets it, for data.mix
+
     def _scalar(self, node: Scalar) -> Any:
         text = node.text
         if self.type is str:
             if node.plain and text.lower() in ("true", "false") and text not in self.choices:
-                return _WRONG  # a folder of that name is given in quotes
+                return _WRONG  # a folder of that name needs quotes
             return text
         if self.type is bool:
             return text.lower() in _YES if text.lower() in _YES | _NO else _WRONG
@@ -125,7 +129,7 @@ class Kind:
         return float(found) if abs(found) < _HUGE else math.copysign(math.inf, found)
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, to stand after `section.key=value`; None if it is right."""
+        """What is wrong with a value, to follow `section.key=value`; None if it is valid."""
         if value is None:
             return None if self.optional or self.by_mode else f": expected {self.expected}"
         if not self._is_of_type(value):
@@ -138,7 +142,7 @@ class Kind:
             return _unprintable(value)
         if self.type is tuple and self.item and self.item.range:
             wrong = {one: words for one in value if (words := self.item.range.problem(one))}
-            return next((f" holds {list(wrong)}; each {words}" for words in wrong.values()), None)
+            return next((f" contains {list(wrong)}; each {words}" for words in wrong.values()), None)
         if self.range and self.type in (int, float) and (words := self.range.problem(value)):
             return f" {words}"
         return None
@@ -154,22 +158,22 @@ class Kind:
 
 
 def number_of(text: str) -> int | float | None:
-    """The number that a text is, a whole one as int also where it is written 1e3 or 8.0; None if it is none.
+    """Text as a number, a whole one as int even if written 1e3 or 8.0; None if it is not a number.
 
-    Whole numbers of more digits than any setting takes become one that every range refuses.
+    A whole number with more digits than any setting takes becomes one that every range refuses.
     """
     if special := _SPECIAL.fullmatch(text):
         return float(special[1] + special[2])
     if _BASED.fullmatch(text):
-        return int(text, 0) if len(text) <= _MOST_DIGITS else _huge(text)
+        return int(text, 0) if len(text) <= _MAX_DIGITS else _huge(text)
     if _WHOLE.fullmatch(text):
         digits = text.lstrip("+-")
         if len(digits) > 1 and digits[0] == "0":
             return None  # YAML 1.1 reads 010 as 8, YAML 1.2 as 10
-        return int(text) if len(text) <= _MOST_DIGITS else _huge(text)
+        return int(text) if len(text) <= _MAX_DIGITS else _huge(text)
     if not _REAL.fullmatch(text) or not any(character.isdigit() for character in text.lower().partition("e")[0]):
         return None
-    if len(text) > 20 * _MOST_DIGITS:
+    if len(text) > 20 * _MAX_DIGITS:
         return None
     try:
         value = Decimal(text)
@@ -177,7 +181,7 @@ def number_of(text: str) -> int | float | None:
         return None
     if value.is_zero():
         return 0
-    if value.adjusted() >= _MOST_DIGITS:
+    if value.adjusted() >= _MAX_DIGITS:
         return float(value)
     return int(value) if value == value.to_integral_value() else float(value)
 
@@ -187,25 +191,25 @@ def _huge(text: str) -> int:
 
 
 def _unprintable(text: str) -> str | None:
-    """Control characters and bytes that are not UTF-8 break logs, YAML and the file system's calls."""
-    if len(text) > _MOST_TEXT:
-        return f": longer than {_MOST_TEXT:,} characters"
+    """Refuse control characters and invalid UTF-8, which break logs, YAML and file system calls."""
+    if len(text) > _MAX_TEXT:
+        return f": longer than {_MAX_TEXT:,} characters"
     for character in text:
         if ord(character) < 32 or 127 <= ord(character) < 160:
-            return f": holds the control character {character!r}; leave it out"
+            return f": contains the control character {character!r}; leave it out"
         if 0xD800 <= ord(character) < 0xE000:
-            return ": holds bytes that are not UTF-8; rename it"
+            return ": contains bytes that are not UTF-8; rename it"
     return None
 
 
 def show(value: Any, most: int = 80) -> str:
-    """A value in a message: as YAML writes it where that differs, and no longer than a line."""
+    """A value for a message, in YAML's notation, shortened to a line."""
     if isinstance(value, bool):
         text = str(value).lower()
     elif isinstance(value, Scalar):
         text = show_node(value)
     elif isinstance(value, int) and abs(value) >= _HUGE:
-        return f"{'-' * (value < 0)}(a number of over {_MOST_DIGITS} digits)"
+        return f"{'-' if value < 0 else ''}(a number with over {_MAX_DIGITS} digits)"
     else:
         text = "null" if value is None else str(list(value)) if isinstance(value, tuple) else repr(value)
     return text if len(text) <= most else f"{text[: most - 20]}...{text[-15:]}"
@@ -213,13 +217,13 @@ def show(value: Any, most: int = 80) -> str:
 
 @functools.cache
 def kinds_of(section: type) -> dict[str, Kind]:
-    """The kind of each field of a section, by name."""
+    """{field: its Kind} of a section."""
     hints = get_type_hints(section, include_extras=True)
     return {one.name: _kind(hints[one.name], bool(one.metadata)) for one in fields(section)}
 
 
 def _kind(hint: Any, by_mode: bool = False) -> Kind:
-    """The Kind that an annotation describes."""
+    """The Kind of an annotation."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         inner = _kind(args[0], by_mode)
@@ -242,7 +246,7 @@ def _with(kind: Kind, **changes: Any) -> Kind:
 
 
 class Section:
-    """Base of all sections of a config: a value of another type or out of its range is refused when one is built."""
+    """Base of all sections of a config: constructing one checks the type and range of every value."""
 
     section: ClassVar[str] = ""
 
@@ -251,7 +255,7 @@ class Section:
         cls.section = section
 
     def __post_init__(self) -> None:
-        """Raises UserError with all that is wrong."""
+        """Raises UserError with all problems."""
         self.complete()
         values = [(key, value_problems(kind, getattr(self, key))) for key, kind in kinds_of(type(self)).items()]
         found = [f"{self.section}.{key}{words}" for key, problems in values for words in problems]
@@ -259,8 +263,8 @@ class Section:
             raise UserError(found)
 
     @classmethod
-    def of_right_values(cls, **values: Any) -> Self:
-        """One whose values are right each, but may contradict each other: `load_config` names all such problems."""
+    def from_checked_values(cls, **values: Any) -> Self:
+        """A section that is not checked again: `load_config` reports contradictions of all sections together."""
         one = object.__new__(cls)
         for each in fields(cls):  # type: ignore[arg-type]  # every section is a dataclass
             default = each.default if each.default_factory is MISSING else each.default_factory()
@@ -269,7 +273,7 @@ class Section:
         return one
 
     def complete(self) -> None:
-        """Expand `~/` in paths, turn lists (JSON has no tuples) into tuples."""
+        """Expand `~/` in paths; convert lists to tuples, which JSON does not have."""
         for key, kind in kinds_of(type(self)).items():
             value = getattr(self, key)
             if kind.path and value is not None:
@@ -278,12 +282,12 @@ class Section:
                 object.__setattr__(self, key, tuple(value))
 
     def contradictions(self) -> list[str]:
-        """What settings of this section, each right by itself, cannot be together; a line each."""
+        """Broken rules between settings of this section, a line each."""
         return []
 
 
 def value_problems(kind: Kind, value: Any) -> Iterator[str]:
-    """What is wrong with a value of a field, each to stand after the field's name."""
+    """What is wrong with a value, each text to follow the field's name."""
     if problem := kind.problem(value):
         yield f"={show(value)}{problem}"
     elif kind.type is dict and isinstance(value, dict) and kind.item and kind.item.range:
@@ -295,7 +299,7 @@ def value_problems(kind: Kind, value: Any) -> Iterator[str]:
 
 
 def _expanded(value: Any) -> Any:
-    """`~/x` and `~user/x` as the shell expands them; the keys of a mix too. Whatever is no text stays."""
+    """Expand `~/x` and `~user/x` as a shell does, also in the keys of a mix."""
     if isinstance(value, dict):
         return {_expanded(folder): weight for folder, weight in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") and "/" in value else value

@@ -1,9 +1,9 @@
-"""From YAML files and `section.key=value` overrides to one checked `Config`, or to every problem at once.
+"""YAML files and `section.key=value` overrides -> one checked `Config`, or all problems at once.
 
 Rule: later wins. `base:` files first (paths relative to the file that names them), then the file, then overrides;
-within a source, `model.variant` fills `model.*` before the other model keys of the same source are laid over it.
-The trap: what a text means depends on the type of its setting, so texts stay texts until all sources are laid over
-each other (config/tree.py, config/fields.py).
+within a source, `model.variant` sets `model.*` before the source's other model keys.
+The trap: the value of a text depends on the type of its setting, so texts are converted only after all sources are
+merged (tree.py, fields.py).
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
-_MOST_FILES = 100  # a config and all its bases, each counted as often as it is named
+_MAX_FILES = 100  # a config and all its bases, each counted as often as it is named
 _COMMAND_LINE = "the command line"
 
 
 class _Source(NamedTuple):
-    """What one file, or the command line, sets: section -> what is below it."""
+    """The settings of one file or of the command line, by section."""
 
     name: str
     sections: dict[str, Node]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that any reader of YAML, 1.1 or 1.2, would take for something else."""
+    """Quotes texts that a YAML 1.1 or 1.2 reader might read as another type."""
 
 
 def _quoted_where_unsure(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -50,15 +50,15 @@ _Dumper.add_representer(str, _quoted_where_unsure)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read `path`, lay the overrides over it and check the result.
+    """Read `path`, apply the overrides and check the result.
 
-    Where a source replaces `data.path` by `data.mix`, or the other way round, rank 0 says so on standard error.
-    Raises UserError that lists every problem: unknown keys, wrong types, values that do not go together.
+    Where a source replaces `data.path` by `data.mix` or vice versa, rank 0 prints a note on standard error.
+    Raises UserError with all problems: unknown keys, wrong types, broken rules.
     """
     found: list[str] = []
     path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
     sources = [*_read_with_bases(path, (), [0]), _Source(_COMMAND_LINE, _parse_overrides(overrides, found))]
-    values, notes = _laid_over(sources, found)
+    values, notes = _merge(sources, found)
     config = _build(values, found)
     if found:
         raise UserError(found, source=str(path))
@@ -69,10 +69,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def config_from(values: dict[str, dict[str, Any]]) -> Config:
-    """The Config of settings that `dataclasses.asdict` made of one that was checked; sections that lack are defaults.
+    """The Config of settings as `dataclasses.asdict` writes them; missing sections get their defaults.
 
-    Settings of `model` that lack are OpenMythos': they were made before there was a choice. Raises UserError for
-    settings that this version does not know.
+    Missing settings of `model` get OpenMythos' values: they are from versions that had no others. Raises UserError for
+    unknown settings.
     """
     values = {**values, "model": BY_MODE["reference"] | values.get("model", {})}
     try:
@@ -82,7 +82,7 @@ def config_from(values: dict[str, dict[str, Any]]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The whole config as YAML, every setting written out; `load_config` reads it back to an equal Config."""
+    """The config as YAML with every setting; `load_config` reads it back to an equal Config."""
     return dump_settings(dataclasses.asdict(config))
 
 
@@ -96,21 +96,21 @@ def dump_settings(sections: dict[str, dict[str, Any]]) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> list[_Source]:
-    """What `path` and all its bases set, bases first. count: [files read so far]."""
+    """The settings of `path` and all its bases, bases first. count: [files read so far]."""
     try:
         here = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
         raise UserError(f"the config file {str(path)!r} cannot be read: {error}") from None
     if here in above:
-        raise UserError(f"base: {path} is its own base; remove one of the `base:` lines", source=str(above[0]))
+        raise UserError(f"base: {path} includes itself; remove one of the `base:` lines", source=str(above[0]))
     count[0] += 1
-    if count[0] > _MOST_FILES:
-        raise UserError(f"base: more than {_MOST_FILES} files in all; name each base once", source=str(above[0]))
+    if count[0] > _MAX_FILES:
+        raise UserError(f"base: more than {_MAX_FILES} files in total; name each base once", source=str(above[0]))
     named = f" (named by `base:` in {above[-1]})" if above else ""
     try:
         document = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"there is no config file {path}{named}; check the path{_files_like(path)}") from None
+        raise UserError(f"config file {path}{named} does not exist; check the path{_files_like(path)}") from None
     except IsADirectoryError:
         raise UserError(f"the config file {path}{named} cannot be read: it is a folder{_files_in(path)}") from None
     except (OSError, ValueError) as error:
@@ -120,10 +120,12 @@ def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> l
     if isinstance(document, Scalar) and document.plain and document.text in NULLS:
         document = {}
     if not isinstance(document, dict):
-        raise UserError(f"holds {show(document)} instead of sections like `model:` and `train:`", source=str(path))
+        raise UserError(f"expected sections like `model:` and `train:`, not {show(document)}", source=str(path))
     sections = dict(document)
     base = sections.pop("base", Scalar(""))
-    bases = base if isinstance(base, list) else [] if base == Scalar("null") or base == Scalar("") else [base]
+    if base in (Scalar("null"), Scalar("")):
+        base = []
+    bases = base if isinstance(base, list) else [base]
     sources: list[_Source] = []
     for one in bases:
         if not isinstance(one, Scalar) or not one.text:
@@ -133,18 +135,18 @@ def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> l
 
 
 def _files_like(path: Path) -> str:
-    """The configs that may have been meant: those beside the path, else those of the repository."""
+    """The config files beside the path, or else in the repository, for a message."""
     for folder in (path.parent, Path("configs"), Path(__file__).parents[2] / "configs"):
         if names := _configs_in(folder):
             close = difflib.get_close_matches(path.stem, [name.removesuffix(".yaml") for name in names], n=1)
             meant = f"; did you mean {folder / close[0]}.yaml?" if close else ""
-            return f"{meant or ';'} in {folder} there are {', '.join(names)}"
+            return f"{meant or ';'} {folder} contains {', '.join(names)}"
     return ""
 
 
 def _files_in(folder: Path) -> str:
     names = _configs_in(folder)
-    return f"; give a file in it, such as {folder / names[0]}" if names else ", with no .yaml file in it"
+    return f"; give a file in it, such as {folder / names[0]}" if names else ", without any .yaml file"
 
 
 def _configs_in(folder: Path, most: int = 30) -> list[str]:
@@ -156,7 +158,7 @@ def _configs_in(folder: Path, most: int = 30) -> list[str]:
 
 
 def _parse_overrides(overrides: Iterable[str], found: list[str]) -> dict[str, Node]:
-    """Texts like `train.steps=100` as one source; what is none goes to `found`."""
+    """Texts like `train.steps=100` as one source; adds a problem to `found` for any other text."""
     source: dict[str, dict[str, Node]] = {}
     for text in overrides:
         name, equals, raw = text.partition("=")
@@ -174,7 +176,7 @@ def _parse_overrides(overrides: Iterable[str], found: list[str]) -> dict[str, No
 
 
 def _override(raw: str, is_text: bool) -> Node:
-    """The value of an override. A text is what was typed, but for quotes around all of it, lists and mappings."""
+    """The value of an override: YAML; but text for a text setting is literal unless it is quoted."""
     if not is_text or raw[:1] in ("[", "{"):
         return parse_yaml(raw)
     if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"":
@@ -185,8 +187,8 @@ def _override(raw: str, is_text: bool) -> Node:
     return Scalar(raw)
 
 
-def _laid_over(sources: Iterable[_Source], found: list[str]) -> tuple[dict[str, dict[str, Node]], list[str]]:
-    """All settings, section by section, and notes on what replaced what; what is no setting goes to `found`."""
+def _merge(sources: Iterable[_Source], found: list[str]) -> tuple[dict[str, dict[str, Node]], list[str]]:
+    """All settings by section, and notes on replaced settings; adds unknown ones to `found`."""
     values: dict[str, dict[str, Node]] = {}
     notes: list[str] = []
     for source in sources:
@@ -196,8 +198,8 @@ def _laid_over(sources: Iterable[_Source], found: list[str]) -> tuple[dict[str, 
             elif isinstance(entries, dict):
                 target = values.setdefault(section, {})
                 if section == "data":
-                    notes += _one_of_path_and_mix(target, entries, source.name)
-                _lay_over(target, section, entries, found)
+                    notes += _replace_path_or_mix(target, entries, source.name)
+                _update(target, section, entries, found)
             elif not (isinstance(entries, Scalar) and entries.plain and entries.text in NULLS):  # `train:` alone
                 found.append(
                     f"{section}={show_node(entries, 80)}: expected settings below it, such as `{section}: {{...}}`"
@@ -205,13 +207,13 @@ def _laid_over(sources: Iterable[_Source], found: list[str]) -> tuple[dict[str, 
     return values, notes
 
 
-def _one_of_path_and_mix(target: dict[str, Node], entries: dict[str, Node], source: str) -> Iterable[str]:
-    """One stands for the other, so a later source's `mix` replaces `path`: take it out of `target`, and say so."""
+def _replace_path_or_mix(target: dict[str, Node], entries: dict[str, Node], source: str) -> Iterable[str]:
+    """A later source's `mix` replaces `path`, and vice versa: remove it from `target` and yield a note."""
     for key, other in (("mix", "path"), ("path", "mix")):
         if _is_set(entries.get(key)) and other not in entries and _is_set(before := target.pop(other, None)):
             yield (
                 f"data.{key} of {source} replaces data.{other}={_short(before)}; "
-                f"give data.{other}=null beside it to leave out this note"
+                f"set data.{other}=null as well to silence this note"
             )
 
 
@@ -225,8 +227,8 @@ def _short(node: Node | None) -> str:
     return node.text if isinstance(node, Scalar) else show_node(node or {}, 80)
 
 
-def _lay_over(target: dict[str, Node], section: str, entries: dict[str, Node], found: list[str]) -> None:
-    """Lay one source's settings of a section over those of earlier sources."""
+def _update(target: dict[str, Node], section: str, entries: dict[str, Node], found: list[str]) -> None:
+    """Update the settings of a section with those of a later source."""
     known = list(kinds_of(SECTIONS[section]))
     if section == "model" and "variant" in entries:
         variant = entries["variant"]
@@ -243,7 +245,7 @@ def _lay_over(target: dict[str, Node], section: str, entries: dict[str, Node], f
 
 
 def unknown_name(name: str, known: Iterable[str], what: str) -> str:
-    """What is said of a name that is none of `known`: the closest one, and all of them."""
+    """The message for a name that is not in `known`: the closest one, and all of them."""
     close = difflib.get_close_matches(name[:80].lower(), list(known), n=1, cutoff=0.5)
     meant = f"did you mean {close[0]}? " if close else ""
     return f"unknown {what}; {meant}set it to one of {', '.join(known)}"
@@ -253,9 +255,9 @@ def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(key[:80], known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
-    # Perhaps a right key under a wrong section: `train.lr`.
-    homes = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in kinds_of(cls)]
-    return f"; did you mean {homes[0]}?" if homes else f"; known here: {', '.join(known)}"
+    # Perhaps the key of another section: `train.lr`.
+    elsewhere = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in kinds_of(cls)]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; choose from {', '.join(known)}"
 
 
 def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
@@ -271,7 +273,7 @@ def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
                 refused.add(f"{section}.{key}")
             else:
                 accepted[key] = value
-        sections[section] = cls.of_right_values(**accepted)
+        sections[section] = cls.from_checked_values(**accepted)
     config = Config(**sections)
     # Defaults replace the refused values: a rule about such a default would only confuse.
     found += [problem.message for problem in find_problems(config) if refused.isdisjoint(problem.settings)]

@@ -1,8 +1,8 @@
-"""Every setting, its type, its default and what it means. `check` and `layout` say what cannot work together.
+"""Every setting with its type, range, default and meaning. Rules between settings are in rules.py and layout.py.
 
-A setting's path in YAML and on the command line is `section.field`. `global_batch` and `micro_batch` are set,
-the accumulation between them is derived. Each number has its range in its annotation: a section that is out of it, or
-holds a value of another type, raises UserError when it is built (config/fields.py).
+In YAML and on the command line a setting is `section.field`. The number of accumulation steps is derived from
+`global_batch` and `micro_batch`. Constructing a section with a value of another type or outside its annotated range
+raises UserError (fields.py).
 """
 
 from dataclasses import dataclass, field, fields
@@ -11,23 +11,23 @@ from typing import Annotated, Any, Literal
 from mythos_dist.config.fields import PATH, Range, Section, show
 from mythos_dist.errors import UserError
 
-MOST_LOOPS = 512  # 8 times what the largest size runs; dealing them out to stages takes their number squared
+MAX_LOOPS = 512  # 8 times the largest variant's; assigning loops to stages takes quadratic time
 
-# Upper bounds are far beyond what any machine holds: they keep a typing error from being computed with for hours.
-Width = Annotated[int, Range(1, 1 << 20)]  # channels, rows of a matrix, and what is counted like them
+# Upper bounds are far beyond what any machine holds: they catch typing errors before hours of computation.
+Width = Annotated[int, Range(1, 1 << 20)]  # channels, heads, rows of a matrix
 Tokens = Annotated[int, Range(1, 1 << 30)]
 Layers = Annotated[int, Range(0, 128)]
-Loops = Annotated[int, Range(1, MOST_LOOPS)]
+Loops = Annotated[int, Range(1, MAX_LOOPS)]
 Ranks = Annotated[int, Range(1, 1 << 16)]
 Sequences = Annotated[int, Range(1, 1 << 30)]
 Steps = Annotated[int, Range(1, 10**12)]
-StepsOrOff = Annotated[int, Range(0, 10**12)]  # 0 switches off what is counted in them
+StepsOrOff = Annotated[int, Range(0, 10**12)]  # an interval; 0 disables
 Count = Annotated[int, Range(0, 10**6)]
-Weight = Annotated[float, Range(0)]  # of a part of the loss, or a rate
+Weight = Annotated[float, Range(0)]  # of a loss term, or a rate
 Above0 = Annotated[float, Range(0, above=True)]
-Seconds = Annotated[float, Range(1, 10**8)]  # three years; threading.Event takes no more than 292
+Seconds = Annotated[float, Range(1, 10**8)]  # up to three years; threading.Event accepts 292
 PathText = Annotated[str, PATH]
-_BELOW_1 = 1 - 2**-53  # the largest double that is
+_BELOW_1 = 1 - 2**-53  # the largest double below 1
 Momentum = Annotated[float, Range(0, _BELOW_1, words="must be at least 0 and below 1")]
 _PRIOR = Range(
     0, _BELOW_1, above=True, words="is a probability to halt; set it between 0 and 1, or null for a uniform prior"
@@ -46,58 +46,58 @@ def _by_mode(reference: Any, train: Any) -> Any:
 
 @dataclass(frozen=True)
 class MythosConfig(Section, section="model"):
-    """The model. Field names up to `dropout` are OpenMythos', and so are their meanings and defaults."""
+    """The model. Fields up to `dropout` have OpenMythos' names, meanings and defaults."""
 
     vocab_size: Width = 32000
     dim: Width = 2048  # width of the residual stream
     n_heads: Width = 16
-    n_kv_heads: Width = 4  # GQA only
-    max_seq_len: Tokens = 4096  # the longest context, in tokens
-    max_loop_iters: Loops = 16  # loops of the recurrent block, and rows of the depth LoRA's table
+    n_kv_heads: Width = 4  # GQA: key-value heads
+    max_seq_len: Tokens = 4096  # longest context, in tokens
+    max_loop_iters: Loops = 16  # loops of the recurrent block; rows of the depth LoRA's table
     prelude_layers: Layers = 2
     coda_layers: Layers = 2
     attn_type: Literal["gqa", "mla"] = "mla"
-    kv_lora_rank: Width = 512  # MLA: width of the latent that keys and values are made from; what the cache holds
-    q_lora_rank: Width = 1536  # MLA: width of the queries' latent
+    kv_lora_rank: Width = 512  # MLA: width of the latent of keys and values; the KV cache holds it
+    q_lora_rank: Width = 1536  # MLA: width of the latent of queries
     qk_rope_head_dim: Annotated[int, Range(0, 1 << 20)] = 64  # MLA: rotary channels per head
-    qk_nope_head_dim: Width = 128  # MLA: channels per head without position
-    v_head_dim: Width = 128  # MLA
+    qk_nope_head_dim: Width = 128  # MLA: channels per head without RoPE
+    v_head_dim: Width = 128  # MLA: channels per value head
     n_experts: Width = 64  # routed experts
-    n_shared_experts: Annotated[int, Range(0, 1024)] = 2  # always active; each `expert_dim * n_experts_per_tok` wide
-    n_experts_per_tok: Width = 4
+    n_shared_experts: Annotated[int, Range(0, 1024)] = 2  # always active; width expert_dim * n_experts_per_tok each
+    n_experts_per_tok: Width = 4  # routed experts of a token (top-k)
     expert_dim: Width = 512  # hidden width of one routed expert
     # A token halts when its cumulative halting probability reaches this.
     act_threshold: Annotated[float, Range(0, 1, above=True, words="must be above 0 and at most 1")] = 0.99
     rope_theta: Above0 = 500000.0
-    lora_rank: Width = 16  # depth LoRA
-    max_output_tokens: Tokens = 4096  # default bound on generated tokens
+    lora_rank: Width = 16  # of the depth LoRA
+    max_output_tokens: Tokens = 4096  # default limit of generated tokens
     dropout: Momentum = 0.0
-    # `reference` gives OpenMythos 0.5.0's numbers exactly. `train` mends what keeps it from training: the router's bias
-    # follows the load, and `act.mode` and what is below can be chosen. Its defaults are what docs/loops.md measured.
+    # reference: exactly OpenMythos 0.5.0. train: fixes what prevents OpenMythos from training (the router's bias
+    # follows the load); `act.mode` and the fields below are configurable, with defaults measured in docs/loops.md.
     mode: Literal["reference", "train"] = "train"
-    # Sines and cosines of the loop's number in the first eighth of the channels.
+    # Add sines and cosines of the loop index to the first eighth of the channels.
     loop_signal: bool = _by_mode(reference=True, train=False)
-    # Depth LoRA: one pair of matrices with a diagonal per loop, a pair of matrices per loop, or none.
+    # Depth LoRA. shared: one pair of matrices with a diagonal per loop; per_loop: a pair of matrices per loop.
     lora: Literal["shared", "per_loop", "none"] = _by_mode(reference="shared", train="shared")
-    # parcae: a step size per channel, a full matrix B that starts as the identity, a norm behind the prelude.
+    # parcae: a step size per channel, a full matrix B initialized to the identity, a norm after the prelude.
     injection: Literal["reference", "parcae"] = _by_mode(reference="reference", train="parcae")
-    # Of the loops: the prelude's output, zeros, or N(0, 2 / 5).
+    # State before the first loop. e: the prelude's output; random: N(0, 2 / 5).
     initial_state: Literal["e", "zero", "random"] = _by_mode(reference="e", train="zero")
-    # Queries and keys are brought to one length: attention stays sane at any depth.
+    # Normalize queries and keys: attention logits stay bounded at any depth.
     qk_norm: bool = _by_mode(reference=False, train=True)
-    # depth_scaled: matrices N(0, 2 / (5 dim)), those that write to the residual stream divided by
-    # sqrt(2 * (prelude + loops + coda)) (Huginn); reference: N(0, 0.02).
+    # depth_scaled (Huginn): N(0, 2 / (5 dim)), output projections divided by sqrt(2 * (prelude + loops + coda)).
+    # reference: N(0, 0.02).
     init: Literal["reference", "depth_scaled"] = _by_mode(reference="reference", train="depth_scaled")
 
     def complete(self) -> None:
-        """Set what depends on `mode`."""
+        """Set the defaults that depend on `mode`."""
         for key, default in BY_MODE.get(self.mode if isinstance(self.mode, str) else "", {}).items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, default)
         super().complete()
 
     def contradictions(self) -> list[str]:
-        """Of a model by itself: rules for widths that divide each other, and what `mode` allows."""
+        """Rules between the model's own settings."""
         from mythos_dist.config.rules import model_problems  # it imports this module
 
         return model_problems(self)
@@ -109,12 +109,12 @@ class MythosConfig(Section, section="model"):
 
     @property
     def widest_head(self) -> int:
-        """Channels of a query, key or value head, whichever has most: attention kernels get all of them as wide."""
+        """Channels of the widest of query, key and value heads: attention kernels get all padded to it."""
         return max(self.head_dim, self.v_head_dim if self.attn_type == "mla" else 0)
 
     @property
     def rope_dim(self) -> int:
-        """Rotary channels of one head: all of them in GQA, a part in MLA."""
+        """Rotary channels per head: all in GQA, a part in MLA."""
         return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
 
     @property
@@ -124,11 +124,11 @@ class MythosConfig(Section, section="model"):
 
     @property
     def shared_dim(self) -> int:
-        """Hidden width of all shared experts together: their sum is one wider SwiGLU."""
+        """Hidden width of all shared experts together: they are fused into one SwiGLU."""
         return self.n_shared_experts * self.expert_dim * self.n_experts_per_tok
 
 
-# Of each mode, the defaults that are its own.
+# Defaults that depend on model.mode.
 BY_MODE: dict[str, dict[str, Any]] = {
     mode: {one.name: one.metadata[mode] for one in fields(MythosConfig) if one.metadata}
     for mode in ("reference", "train")
@@ -137,66 +137,66 @@ BY_MODE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ExpertsConfig(Section, section="experts"):
-    """How routed experts run, and how their load is kept even."""
+    """How routed experts run, and how their load is balanced."""
 
-    # grouped: torch's grouped matrix product. megablocks: MegaBlocks' kernels, bf16 on a GPU (launch/install_gpu.sh).
+    # grouped: torch's grouped matrix product. megablocks: MegaBlocks' kernels, bf16 on GPUs (launch/install_gpu.sh).
     # reference: one expert after the other, for tests.
     backend: Literal["grouped", "megablocks", "reference"] = "grouped"
-    bias_update_rate: Weight = 1e-3  # a step's change of an expert's selection bias (DeepSeek-V3); 0 switches it off
+    bias_update_rate: Weight = 1e-3  # change per step of an expert's routing bias (DeepSeek-V3); 0: none
     z_loss: Weight = 0.0  # weight of mean(logsumexp(router logits)^2) (ST-MoE, Zoph et al. 2022)
     sequence_balance_loss: Weight = 0.0  # weight of DeepSeek-V3's sequence-wise auxiliary loss
 
 
 @dataclass(frozen=True)
 class ActConfig(Section, section="act"):
-    """Which loop's state goes on (adaptive computation time)."""
+    """Adaptive computation time: which loops' states the coda gets."""
 
-    # off: the last loop's; nothing halts. reference: the sum of all, weighted by halting probabilities, as OpenMythos
-    # has it, which loses the mass that is left after the last loop. safe: the same, but the last loop takes what is
-    # left. ponder: every loop's in training, each with its halting probability (loops.objective=per_loop); otherwise
-    # the first at which their sum reaches model.act_threshold. None: off, and reference in model.mode=reference.
+    # off: the last loop's; nothing halts. reference: the sum of all, weighted by halting probabilities, as in
+    # OpenMythos, which drops the probability that remains after the last loop. safe: the same, but the last loop gets
+    # the remaining probability. ponder: in training every loop's, each loss weighted by its halting probability
+    # (loops.objective=per_loop); otherwise the first at which the sum of probabilities reaches model.act_threshold.
+    # None: off, or reference with model.mode=reference.
     mode: Literal["reference", "safe", "ponder", "off"] | None = None
-    ponder_cost: Weight = 0.0  # nats of loss for each loop that a token is expected to take
+    ponder_cost: Weight = 0.0  # loss in nats per expected loop of a token
     kl: Weight = 0.0  # weight of KL(halting distribution, prior)
-    # Of the geometric prior (PonderNet), the probability to halt in a loop; None: a uniform prior (Ouro's entropy).
+    # Halting probability per loop of a geometric prior (PonderNet); None: a uniform prior (Ouro's entropy term).
     prior: Prior | None = None
 
     def mode_of(self, model: MythosConfig) -> str:
-        """The mode, whoever set it."""
+        """The mode, also where it is not set."""
         return self.mode or ("reference" if model.mode == "reference" else "off")
 
 
 @dataclass(frozen=True)
 class LoopsConfig(Section, section="loops"):
-    """How many loops training runs. Numbers are drawn from (run.seed, step): the same at every layout."""
+    """How many loops training runs. They are drawn from (run.seed, step), so they are the same in every layout."""
 
-    # poisson: at least 1 (Parcae). lognormal_poisson: 1 + Poisson of a log-normal rate (Huginn), a heavy tail.
-    # uniform_set: any of `set`.
+    # poisson: at least 1 (Parcae). lognormal_poisson: 1 + Poisson with a log-normal rate (Huginn), heavy-tailed.
+    # uniform_set: uniform over `set`.
     distribution: Literal["fixed", "poisson", "lognormal_poisson", "uniform_set"] = "fixed"
-    mean: Loops | None = None  # None: model.max_loop_iters, or the set's
-    maximum: Annotated[int, Range(1, 10**6)] | None = (
-        None  # larger numbers that are drawn become this; None: four times the mean
-    )
-    sigma: Annotated[float, Range(0, 10)] = 0.5  # lognormal_poisson: standard deviation of the rate's logarithm
-    set: tuple[Loops, ...] = ()
-    per: Literal["step", "sequence"] = "step"  # whether the sequences of a step have one number, or each its own
-    # The mean (of a set: the largest number that is drawn) grows from 1 in the first `curriculum_steps` steps: along a
-    # line, or as 1 - sqrt(1 - x).
+    mean: Loops | None = None  # None: model.max_loop_iters, or the mean of `set`
+    # Larger draws are clipped to this; None: four times the mean.
+    maximum: Annotated[int, Range(1, 10**6)] | None = None
+    sigma: Annotated[float, Range(0, 10)] = 0.5  # lognormal_poisson: standard deviation of the log rate
+    set: tuple[Loops, ...] = ()  # uniform_set: such as [1, 2, 4, 8]
+    per: Literal["step", "sequence"] = "step"  # one draw for all sequences of a step, or one for each
+    # The mean (uniform_set: the largest number drawn) grows from 1 over the first `curriculum_steps` steps, linearly or
+    # as 1 - sqrt(1 - x).
     curriculum: Literal["none", "linear", "1-sqrt"] = "none"
     curriculum_steps: StepsOrOff = 0
-    backprop: Loops | None = None  # gradient flows through the last so many loops; None: through all
-    # final: the loss of what the last loop leaves. per_loop: the mean over loops of the loss if that loop were the last
-    # (act.mode=ponder: each with its halting probability). Where shards have targets for each loop, with that loop's.
+    backprop: Loops | None = None  # number of last loops with gradient (truncated BPTT); None: all
+    # final: the loss after the last loop. per_loop: the mean over loops of the loss if that loop were the last
+    # (act.mode=ponder: weighted by halting probabilities), against the targets of that loop if the shards have them.
     objective: Literal["final", "per_loop"] = "final"
-    telemetry_every: StepsOrOff = 100  # steps between looks at what happens inside the loops; 0: none
-    sweep: tuple[Loops, ...] = ()  # numbers of loops that evaluation measures besides the mean: a curve over depth
+    telemetry_every: StepsOrOff = 100  # steps between telemetry samples inside the loops; 0: none
+    sweep: tuple[Loops, ...] = ()  # numbers of loops to evaluate besides the mean
 
     def readouts(self, n_loops: int, frozen: int) -> int:
-        """How often a training step of so many loops, the first ones without gradient, is read out."""
+        """Losses per training step of `n_loops` loops, of which the first `frozen` have no gradient."""
         return n_loops - frozen if self.objective == "per_loop" else 1
 
     def mean_of(self, model: MythosConfig) -> int:
-        """The loops that a step runs on average; evaluation runs as many, and stages are balanced for them."""
+        """Average loops per step; evaluation runs this many, and pipeline stages are balanced for it."""
         if self.distribution == "uniform_set" and self.set:
             return max(1, round(sum(self.set) / len(self.set)))
         return model.max_loop_iters if self.mean is None else self.mean
@@ -204,13 +204,13 @@ class LoopsConfig(Section, section="loops"):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section, section="parallel"):
-    """How the run is spread over ranks. What the axes leave is the data axis: ranks / (pipe * tensor) replicas."""
+    """The mesh. The data axis takes the remaining ranks: ranks / (pipe * tensor) replicas."""
 
-    tensor: Ranks = 1  # ranks that share each matrix
-    pipe: Annotated[int, Range(1, 128)] = 1  # stages that the layers are cut into
-    expert: Ranks = 1  # neighbouring replicas that share one copy of the routed experts
-    sequence: bool = False  # norms and residuals on 1 / tensor of each sequence
-    zero: Literal[1, 2, 3] = 1  # what is sharded over replicas: 1 optimizer state, 2 and gradients, 3 and parameters
+    tensor: Ranks = 1  # ranks over which each matrix is sharded
+    pipe: Annotated[int, Range(1, 128)] = 1  # pipeline stages
+    expert: Ranks = 1  # neighboring replicas over which the routed experts are sharded
+    sequence: bool = False  # sequence parallelism: norms and residuals on 1 / tensor of each sequence
+    zero: Literal[1, 2, 3] = 1  # ZeRO stage: shard 1 optimizer state, 2 also gradients, 3 also parameters
 
 
 @dataclass(frozen=True)
@@ -220,22 +220,22 @@ class TrainConfig(Section, section="train"):
     global_batch: Sequences = 8  # sequences per step, over all replicas
     micro_batch: Sequences = 1  # sequences per replica and forward pass
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    # auto: flash-attn where it is installed, on a GPU and in half precision, else PyTorch's own fused kernel (sdpa).
+    # auto: flash-attn if installed, on GPUs in half precision; otherwise PyTorch's scaled_dot_product_attention (sdpa).
     attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
-    # Blocks go through `torch.compile`: minutes at the start, and a compiler must be there; not with ZeRO-3.
+    # torch.compile every block: takes minutes at startup and needs a C++ compiler; not with ZeRO-3.
     compile: bool = False
-    # What the backward pass computes again. loop: everything inside a loop. selective: of attention what is made from
-    # the latents (GQA: from q, k, v), of an FFN what is made from its input.
+    # Activation recomputation. loop: everything inside a loop. selective: in attention from the latents on (GQA: from
+    # q, k, v), in FFNs from the input on.
     recompute: Literal["none", "loop", "selective"] = "none"
-    recompute_every: Loops = 1  # with recompute=loop: of so many loops only the state before the first is kept
-    eval_every: StepsOrOff = 0  # steps between held-out losses; 0: only before the first and after the last step
-    # Held-out sequences per evaluation, at most; 0: no evaluation.
+    recompute_every: Loops = 1  # recompute=loop: keep the state before every N-th loop only
+    eval_every: StepsOrOff = 0  # steps between evaluations; 0: only before the first and after the last step
+    # Maximum of held-out sequences per evaluation; 0: no evaluation.
     eval_samples: Annotated[int, Range(0, 1 << 30)] = 64
 
 
 @dataclass(frozen=True)
 class OptimConfig(Section, section="optim"):
-    """AdamW, linear warm-up, then a cosine to `lr * min_lr_ratio` at the last step."""
+    """AdamW; linear warmup, then cosine decay to `lr * min_lr_ratio` at the last step."""
 
     lr: Weight = 3e-4
     min_lr_ratio: Annotated[float, Range(0, 1, words="must lie between 0 and 1")] = 0.1
@@ -243,12 +243,12 @@ class OptimConfig(Section, section="optim"):
     beta1: Momentum = 0.9
     beta2: Momentum = 0.95
     eps: Above0 = 1e-8
-    weight_decay: Weight = 0.1  # on matrices only: no norm, injection, halting, bias or embedding decays
-    grad_clip: Weight = 1.0  # largest global gradient norm; 0: no clipping
+    weight_decay: Weight = 0.1  # of matrices only: not of norms, injection, halting, biases, embeddings
+    grad_clip: Weight = 1.0  # maximum global gradient norm; 0: no clipping
 
     @staticmethod
     def decays(name: str) -> bool:
-        """Whether weight decay acts on a parameter, by its canonical name; the depth LoRA's scale is an embedding."""
+        """Whether weight decay applies to a parameter, by canonical name; the depth LoRA's scale is an embedding."""
         kept = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
         return not any(part in name for part in kept)
 
@@ -256,15 +256,16 @@ class OptimConfig(Section, section="optim"):
 @dataclass(frozen=True)
 class DataConfig(Section, section="data"):
     path: PathText = ""  # a folder of MDS shards with manifest.json
-    # Instead of `path`: several such folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}. Every
-    # stretch of training holds them in this ratio of samples; a corpus that runs out starts its next epoch.
+    # Instead of `path`: several such folders with weights, such as {shards/web: 0.7, shards/code: 0.3}. Every range of
+    # steps holds samples in this ratio; a corpus that is exhausted starts its next epoch.
     mix: dict[str, MixWeight] | None = None
-    tokenizer: PathText | None = None  # None: the one that lies with the shards
-    document_mask: bool = True  # attention stays inside a document
+    tokenizer: PathText | None = None  # None: the one in the folder of shards
+    document_mask: bool = True  # attention within documents only
     workers: Annotated[int, Range(0, 1024)] = 0  # loader processes per rank
-    verify: bool = True  # each process checks a shard's hash when it first reads it; false: for storage that does so
-    # Where compressed shards are unpacked, by each machine and for ever: it needs room for all of them.
-    cache: PathText | None = None  # None: a folder in the system's temporary folder
+    verify: bool = True  # check a shard's hash at its first read in each process; false: if the storage does
+    # Folder on each node for unpacked shards, which are never removed: it needs room for all compressed ones. None: in
+    # the system's temporary folder.
+    cache: PathText | None = None
 
     @property
     def folders(self) -> dict[str, float]:
@@ -275,15 +276,15 @@ class DataConfig(Section, section="data"):
 @dataclass(frozen=True)
 class CheckpointConfig(Section, section="checkpoint"):
     every: Steps = 100  # steps; the last step is always saved
-    keep: Annotated[int, Range(1, 10**6)] = 2  # newest checkpoints that stay on disk
-    pin: tuple[Steps, ...] = ()  # steps whose checkpoints are saved and stay, besides the newest
-    pin_every: StepsOrOff = 0  # every so many steps likewise; 0: none
-    # Training waits for a copy in host memory only (which then takes 12 bytes per parameter / replica); false: until
-    # all is on disk.
+    keep: Annotated[int, Range(1, 10**6)] = 2  # newest checkpoints to keep
+    pin: tuple[Steps, ...] = ()  # steps whose checkpoints are saved and kept forever
+    pin_every: StepsOrOff = 0  # steps between such checkpoints; 0: none
+    # Training waits only for a copy in host memory (12 bytes per parameter / replica); false: until everything is on
+    # disk.
     background: bool = True
-    verify: bool = True  # read every byte and compare hashes before loading; false: compare sizes only
-    # A file with a key: checkpoints are signed with it, and others are refused (docs/security.md). None: the file that
-    # the variable MYTHOS_CHECKPOINT_KEY_FILE names, if it is set.
+    verify: bool = True  # before loading compare the hash of every file; false: only sizes
+    # File with a key that signs checkpoints; others are then refused (docs/security.md). None: the file that the
+    # environment variable MYTHOS_CHECKPOINT_KEY_FILE names, if set.
     key_file: PathText | None = None
 
 
@@ -292,41 +293,41 @@ class RunConfig(Section, section="run"):
     dir: PathText = "runs/mythos"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    # Adds `communication` to each step's line: bytes of all ranks' messages by axis and kind. It slows CPU steps down.
+    # Log the bytes that all ranks send, by axis and kind, with each step (`communication`). Slows CPU steps down.
     count_communication: bool = False
-    # Peak of one rank in TFLOP/s, what `mfu` is a share of; None: known GPUs by name, a CPU is measured at the start.
+    # Peak TFLOP/s of one rank, for `mfu`; None: looked up by the GPU's name, measured at startup on CPUs.
     peak_tflops: Annotated[float, Range(0, above=True, advice=", or null to find it out")] | None = None
-    # Seconds after which the run ends its step, saves and leaves with exit code 85; None: no limit. Leave room below
-    # the scheduler's own limit for one step and one checkpoint.
+    # Seconds after which the run finishes its step, saves and exits with code 85; None: no limit. Set it below the
+    # scheduler's time limit by at least one step and one checkpoint.
     max_seconds: Annotated[float, Range(0, 10**9, above=True, advice=", or null for no limit")] | None = None
-    # A file such as configs/clusters/h100_80gb.yaml: what a rank may hold, and how long a step should take. None:
-    # memory is that of this machine, and no step time is planned.
+    # File such as configs/clusters/h100_80gb.yaml, for planned memory per rank and step time. None: this machine's
+    # memory, and no step time.
     cluster: PathText | None = None
-    check_memory: bool = True  # a layout that cannot fit by plan is refused; false: it starts all the same
+    check_memory: bool = True  # refuse a layout whose planned memory does not fit; false: start anyway
 
 
 @dataclass(frozen=True)
 class FaultsConfig(Section, section="faults"):
-    """When a run gives up waiting, and what it does about gradients that are of no use."""
+    """Timeouts, and what to do about non-finite gradients and spikes."""
 
-    join_within: Seconds = 300  # seconds in which every rank must report when the run starts
-    hang_after: Seconds = 600  # seconds that a step (or loading, evaluating, saving) may take before it counts as hung
-    lost_after: Seconds = 30  # seconds without a sign of life after which a rank counts as lost
-    preflight: bool = True  # before the model is built every node is checked, and messages between them are
-    clock_skew: Annotated[float, Range(0, 10**8)] = 5  # seconds that clocks of nodes may differ
-    retry: bool = True  # a step with gradients that are not finite is computed once more before it is skipped
-    # A step is skipped whose gradient norm is more than so many times the median of the last 100; 0: only steps with
-    # gradients that are not finite.
+    join_within: Seconds = 300  # seconds for all ranks to report at startup
+    hang_after: Seconds = 600  # seconds after which a step (or loading, evaluating, saving) counts as hung
+    lost_after: Seconds = 30  # seconds without a heartbeat after which a rank counts as lost
+    preflight: bool = True  # check every node and the network between nodes before building the model
+    clock_skew: Annotated[float, Range(0, 10**8)] = 5  # maximum difference of the nodes' clocks, in seconds
+    retry: bool = True  # recompute a step with non-finite gradients once before skipping it
+    # Skip a step whose gradient norm exceeds this many times the median of the last 100; 0: skip only non-finite
+    # gradients.
     spike_factor: Weight = 0
-    # So many skipped steps in a row: back to the last checkpoint, past their batches.
+    # Consecutive skipped steps after which the run loads the last checkpoint and skips their batches.
     roll_back_after: Annotated[int, Range(1, 10**6)] = 3
-    max_rollbacks: Count = 3  # one more and the run ends with exit code 5
-    inject: str = ""  # faults on order, for drills: mythos_dist/ops/cluster/inject.py
+    max_rollbacks: Count = 3  # after one more the run exits with code 5
+    inject: str = ""  # faults to inject, for drills (mythos_dist/ops/cluster/inject.py)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     model: MythosConfig = field(default_factory=MythosConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -341,7 +342,7 @@ class Config:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a section of another type, such as the dict that YAML would give."""
+        """Raises UserError for a section of another type, such as a dict."""
         wrong = [
             f"{one.name}={show(value)}: expected an instance of {one.type.__name__}"  # pyright: ignore[reportAttributeAccessIssue]
             for one in fields(self)

@@ -1,8 +1,8 @@
-"""YAML as a tree of texts: which value a text is, the type of the setting says (config/fields.py).
+"""YAML -> a tree of texts; the type of a setting decides what value its text has (fields.py).
 
-What is read: mappings, lists, scalars, anchors with aliases, `<<` and the tags of YAML's core schema. All else is
-refused, in one sentence with the line. The traps: a few hundred bytes of aliases are billions of values, and PyYAML
-descends into nested brackets by recursion; so aliases count as often as they are used, and depth is bounded.
+Supported: mappings, lists, scalars, anchors and aliases, `<<`, the tags of YAML's core schema. Anything else is refused
+with its line. The traps: a few hundred bytes of aliases expand to billions of values, and PyYAML recurses into nested
+brackets; so aliases count as often as they are used, and depth is limited.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ import yaml
 from mythos_dist.errors import UserError
 
 NULLS = ("", "~", "null", "Null", "NULL")
-MOST_BYTES = 1 << 18  # of a file: a hundred times the largest config that this project writes
-_MOST_NODES = 50_000  # aliases counted as often as they are used
-_MOST_DEPTH = 32
+MAX_BYTES = 1 << 18  # of a file: a hundred times our largest config
+_MAX_NODES = 50_000  # aliases counted as often as they are used
+_MAX_DEPTH = 32
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """A text as it is written; `plain`: without quotes or a tag `!!str`, so that `null` means no value."""
+    """A text as written; `plain`: without quotes or a tag `!!str`, so that `null` means no value."""
 
     text: str
     plain: bool = True
@@ -33,28 +33,28 @@ Node = Scalar | list["Node"] | dict[str, "Node"]
 
 
 def parse_yaml(text: str) -> Node:
-    """The tree of a document; an empty one is an unquoted empty text. Raises UserError for what is no such document."""
-    if len(text) > MOST_BYTES:
-        _refuse(f"over {MOST_BYTES:,} characters are no config")
+    """The tree of a document; an empty one is an unquoted empty text. Raises UserError for anything unsupported."""
+    if len(text) > MAX_BYTES:
+        _refuse(f"a config has at most {MAX_BYTES:,} characters")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         return _Builder(yaml.parse(text, Loader=loader)).document()
     except yaml.YAMLError as error:
         _refuse(" ".join(str(error).split()))
     except UnicodeEncodeError:
-        _refuse("holds bytes that are not UTF-8")
-    except (ValueError, OverflowError) as error:  # such as a version or an escape that PyYAML converts without a check
+        _refuse("contains bytes that are not UTF-8")
+    except (ValueError, OverflowError) as error:  # PyYAML converts versions and escapes without a check
         if isinstance(error, UserError):
             raise
         _refuse(" ".join(str(error).split())[:100])
 
 
 def read_yaml(path: Path) -> Node:
-    """The tree of a file. Raises UserError for content that is not UTF-8 or no YAML, OSError as `open` does."""
+    """The tree of a file. Raises UserError for content that is not UTF-8 or not YAML, OSError as `open` does."""
     with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise UserError(f"over {MOST_BYTES:,} bytes are no config", source=str(path))
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"a config has at most {MAX_BYTES:,} bytes", source=str(path))
     try:
         return parse_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> Node:
 
 
 def show_node(node: Node, most: int = 200) -> str:
-    """A tree in a message, as Python writes texts and numbers; only its beginning is built."""
+    """A tree for a message, in Python's notation, shortened."""
     text = ""
     for part in _parts(node):
         text += part
@@ -105,9 +105,10 @@ def _show_scalar(node: Scalar) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        return bool(float(text)) or True
+        float(text)
     except ValueError:
         return False
+    return True
 
 
 def _refuse(what: str, event: yaml.Event | None = None) -> NoReturn:
@@ -117,11 +118,11 @@ def _refuse(what: str, event: yaml.Event | None = None) -> NoReturn:
 
 
 class _Builder:
-    """One tree from the events of a parser."""
+    """Builds a tree from a parser's events."""
 
     def __init__(self, events: Iterator[yaml.Event]):
         self.events = events
-        self.anchors: dict[str, tuple[Node, int]] = {}  # a finished node and how many nodes are in it
+        self.anchors: dict[str, tuple[Node, int]] = {}  # a node and the number of nodes in it
         self.count = 0
 
     def document(self) -> Node:
@@ -130,23 +131,23 @@ class _Builder:
             if isinstance(event, yaml.DocumentStartEvent):
                 root = self.node(next(self.events), 0)
                 if not isinstance(next(self.events), yaml.DocumentEndEvent):
-                    raise AssertionError("a document holds one node")
+                    raise AssertionError("a document has one root node")
                 after = next(self.events)
                 if not isinstance(after, yaml.StreamEndEvent):
-                    _refuse("a second document begins here; give one", after)
+                    _refuse("a second document starts here; a config is one document", after)
                 return root
         return root
 
     def node(self, event: yaml.Event, depth: int) -> Node:
-        if depth > _MOST_DEPTH:
-            _refuse(f"nested more than {_MOST_DEPTH} deep", event)
+        if depth > _MAX_DEPTH:
+            _refuse(f"nested more than {_MAX_DEPTH} deep", event)
         before = self.count
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         tag = getattr(event, "tag", None)
         if tag is not None and tag not in _TAGS and tag != "!":
-            _refuse(f"the tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is none of a config; leave it out", event)
+            _refuse(f"the tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is not supported; leave it out", event)
         if isinstance(event, yaml.ScalarEvent):
             quoted = bool(event.style) or tag in ("!", "tag:yaml.org,2002:str")
             found: Node = Scalar(event.value, plain=not quoted)
@@ -156,8 +157,8 @@ class _Builder:
                 found.append(self.node(item, depth + 1))
         else:
             found = self.mapping(depth)
-        if self.count > _MOST_NODES:
-            _refuse(f"more than {_MOST_NODES:,} values, counting what aliases repeat", event)
+        if self.count > _MAX_NODES:
+            _refuse(f"more than {_MAX_NODES:,} values, counting what aliases repeat", event)
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
             self.anchors[anchor] = found, self.count - before
@@ -168,8 +169,8 @@ class _Builder:
             _refuse(f"the alias *{event.anchor} has no anchor before it", event)
         found, size = self.anchors[event.anchor]
         self.count += size
-        if self.count > _MOST_NODES:
-            _refuse(f"more than {_MOST_NODES:,} values, counting what aliases repeat", event)
+        if self.count > _MAX_NODES:
+            _refuse(f"more than {_MAX_NODES:,} values, counting what aliases repeat", event)
         return found
 
     def mapping(self, depth: int) -> dict[str, Node]:
@@ -186,7 +187,7 @@ class _Builder:
                         _refuse("`<<` takes a mapping, or a list of them", event)
                     merged = other | merged
             elif key.text in own:
-                _refuse(f"the key {key.text!r} stands twice", event)
+                _refuse(f"duplicate key {key.text!r}", event)
             else:
                 own[key.text] = value
         return merged | own

@@ -1,6 +1,6 @@
-"""The seven sizes of OpenMythos 0.5.0 by their exact numbers; `model.variant` names one.
+"""The seven variants of OpenMythos 0.5.0, for `model.variant`.
 
-Source: `open_mythos.variants` of that release; a test holds every number against it.
+Source: `open_mythos.variants` of that release; a test compares every value with it.
 """
 
 _COLUMNS = (

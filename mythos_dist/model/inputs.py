@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_dist.config.schema import MOST_LOOPS, ActConfig, ExpertsConfig, MythosConfig
+from mythos_dist.config.schema import MAX_LOOPS, ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.tensor import IGNORED
 
@@ -37,8 +37,8 @@ def number_of_loops(n_loops: Any, backprop: Any, config: MythosConfig) -> tuple[
             continue
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise UserError(f"{name}={value!r}: expected a whole number")
-        if not 1 <= operator.index(value) <= MOST_LOOPS:
-            raise UserError(f"{name}={value} must be at least 1 and at most {MOST_LOOPS}")
+        if not 1 <= operator.index(value) <= MAX_LOOPS:
+            raise UserError(f"{name}={value} must be at least 1 and at most {MAX_LOOPS}")
     n_loops = operator.index(n_loops)
     return n_loops, 0 if backprop is None else max(0, n_loops - operator.index(backprop))
 

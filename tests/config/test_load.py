@@ -74,12 +74,12 @@ def test_two_files_may_share_a_base(write):
 def test_a_file_that_is_its_own_base_is_refused(write):
     write("base: b.yaml", "a.yaml")
     path = write("base: a.yaml", "b.yaml")
-    with pytest.raises(UserError, match=r"b\.yaml is its own base; remove"):
+    with pytest.raises(UserError, match=r"b\.yaml includes itself; remove"):
         load_config(path)
 
 
 def test_a_missing_file_is_named_with_whoever_named_it(write, tmp_path):
-    with pytest.raises(UserError, match=r"no config file .*nowhere\.yaml; check the path"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist; check the path"):
         load_config(tmp_path / "nowhere.yaml")
     path = write("base: gone.yaml")
     with pytest.raises(UserError, match=rf"gone\.yaml \(named by `base:` in {path}\)"):
@@ -98,11 +98,11 @@ def test_a_folder_and_a_binary_file_cannot_be_read(tmp_path):
     ("text", "said"),
     [
         ("train: {steps: 1", "not valid YAML"),
-        ("train: {steps: 1, steps: 2}", "the key 'steps' stands twice"),
-        ("train: {steps: 1}\ntrain: {seq_len: 2}", "the key 'train' stands twice"),
+        ("train: {steps: 1, steps: 2}", "duplicate key 'steps'"),
+        ("train: {steps: 1}\ntrain: {seq_len: 2}", "duplicate key 'train'"),
         ("? [a, b]\n: 1", "a key must be a name"),
-        ("[train, model]", "instead of sections"),
-        ("just words", "instead of sections"),
+        ("[train, model]", "expected sections"),
+        ("just words", "expected sections"),
         ("base: {a: 3}", "base={'a': 3}: expected a file name or a list of them"),
         ("base: [[1]]", "expected a file name or a list of them"),
         ("train: !!python/name:os.system", "not valid YAML"),
@@ -158,7 +158,7 @@ def test_an_unknown_variant_is_told_the_known_ones(write):
         ("train: {step: 8}", "train.step: unknown key; did you mean train.steps?"),
         ("train: {lr: 8}", "train.lr: unknown key; did you mean optim.lr?"),
         ("optim: {vocab_size: 8}", "optim.vocab_size: unknown key; did you mean model.vocab_size?"),
-        ("checkpoint: {zzz: 1}", "checkpoint.zzz: unknown key; known here: every, keep"),
+        ("checkpoint: {zzz: 1}", "checkpoint.zzz: unknown key; choose from every, keep"),
         ("train: {3: 1}", "train.3: unknown key"),
         ("train: 5", "train=5: expected settings below it"),
         ("train: [steps]", "train=['steps']: expected settings below it"),

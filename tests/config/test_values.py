@@ -11,7 +11,7 @@ import pytest
 from mythos_dist.config.fields import kinds_of, number_of, value_problems
 from mythos_dist.config.load import SECTIONS, config_from, dump_config, load_config
 from mythos_dist.config.schema import ActConfig, Config, DataConfig, FaultsConfig, LoopsConfig, MythosConfig
-from mythos_dist.config.tree import MOST_BYTES
+from mythos_dist.config.tree import MAX_BYTES
 from mythos_dist.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_a_number_is_taken_at_its_bounds_and_refused_beyond(section, key, kind, 
     lowest = bounds.least if not bounds.above else one(min(bounds.most, 1.0) / 2)
     for value in (one(lowest), one(bounds.most) if bounds.most < math.inf else 1e30):
         held = {tuple: (value,), dict: {"web": value}}.get(kind.type, value)
-        assert getattr(cls.of_right_values(**{key: held}), key) == held
+        assert getattr(cls.from_checked_values(**{key: held}), key) == held
         assert not list(value_problems(kind, held))
 
 
@@ -256,7 +256,7 @@ ODD = {
     "aliases that double": "a: &a0 [x, x]\n"
     + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
     + "train: {steps: *a40}",
-    "a file of a megabyte": "# " + "x" * MOST_BYTES,
+    "a file of a megabyte": "# " + "x" * MAX_BYTES,
     "an escape of a control character": 'run: {dir: "a\\0b"}',
     "a bad escape": 'run: {dir: "\\q"}',
     "an unfinished text": "run: {dir: 'a",
@@ -367,19 +367,19 @@ PYTHON = [
     (MythosConfig, {"dim": True}, "model.dim=true: expected a whole number"),
     (MythosConfig, {"dim": None}, "model.dim=null: expected a whole number"),
     (MythosConfig, {"dim": -1}, "model.dim=-1 must be at least 1"),
-    (MythosConfig, {"dim": 10**5000}, "model.dim=(a number of over 40 digits) must be at most 1,048,576"),
+    (MythosConfig, {"dim": 10**5000}, "model.dim=(a number with over 40 digits) must be at most 1,048,576"),
     (MythosConfig, {"qk_norm": 1}, "model.qk_norm=1: expected true or false"),
     (MythosConfig, {"rope_theta": float("nan")}, "model.rope_theta=nan: expected a finite number"),
     (ActConfig, {"mode": "on"}, "act.mode='on': expected 'reference', 'safe', 'ponder' or 'off', or null"),
     (ActConfig, {"prior": 1.5}, "act.prior=1.5 is a probability to halt"),
-    (LoopsConfig, {"set": (1, 0)}, "loops.set=[1, 0] holds [0]; each must be at least 1"),
+    (LoopsConfig, {"set": (1, 0)}, "loops.set=[1, 0] contains [0]; each must be at least 1"),
     (LoopsConfig, {"set": 3}, "loops.set=3: expected a list of whole numbers"),
     (LoopsConfig, {"mean": 2.5}, "loops.mean=2.5: expected a whole number"),
     (FaultsConfig, {"hang_after": 0}, "faults.hang_after=0 must be at least 1"),
     (DataConfig, {"mix": {"a": "1"}}, "data.mix={'a': '1'}: expected folders with their weights"),
     (DataConfig, {"mix": {3: 1.0}}, "data.mix={3: 1.0}: expected folders with their weights"),
     (DataConfig, {"path": Path("a")}, "data.path=PosixPath('a'): expected text"),
-    (DataConfig, {"path": "a\nb"}, "data.path='a\\nb': holds the control character '\\n'"),
+    (DataConfig, {"path": "a\nb"}, "data.path='a\\nb': contains the control character '\\n'"),
     (Config, {"model": {"dim": 8}}, "model={'dim': 8}: expected an instance of MythosConfig"),
 ]
 

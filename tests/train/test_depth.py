@@ -93,7 +93,7 @@ def test_settings_of_loops_that_contradict_each_other_are_all_named():
         "set loops.per=step",
     ):
         assert part in found, part
-    not_open_mythos = MythosConfig.of_right_values(mode="reference", qk_norm=True, lora="none")
+    not_open_mythos = MythosConfig.from_checked_values(mode="reference", qk_norm=True, lora="none")
     found = "\n".join(problems(replace(bad, model=not_open_mythos)))
     for part in ("model.qk_norm=True is not OpenMythos'", "model.lora=none", "act.mode=ponder does not work with"):
         assert part in found, part
