@@ -205,7 +205,7 @@ def measure_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     config = Config(model=model.config, loops=LoopsConfig(distribution="poisson", maximum=2 * COMMON["max_loop_iters"]))
     trainer.step()
     mark_halting(pieces, model)
-    pieces.wrap("counting experts' tokens", moe, "count_tokens")
+    pieces.wrap("counting experts' tokens", moe, "tokens_per_expert")
     pieces.wrap("drawing the number of loops", schedule, "loops_at")
     pieces.wrap("moving the router's bias", model, "update_router_bias")
     loops, steps = [], []

@@ -44,11 +44,11 @@ def continue_text(arguments: argparse.Namespace, prompt: str) -> str:
     from mythos_dist.checkpoint.restore import load_model
     from mythos_dist.data.manifest import read_shard_manifest
     from mythos_dist.data.tokenizer import Tokenizer
-    from mythos_dist.model.generate import sampling_problems
+    from mythos_dist.model.generate import sampling_errors
 
     names = ("max_new_tokens", "n_loops", "temperature", "top_k")
     options = {name: getattr(arguments, name) for name in names}
-    problems = [f"--{problem.replace('_', '-', 2)}" for problem in sampling_problems(**options)]
+    problems = [f"--{problem.replace('_', '-', 2)}" for problem in sampling_errors(**options)]
     if not 0 <= arguments.seed < 1 << 63:
         problems.append(f"--seed={arguments.seed} must be from 0 to 2^63 - 1")
     if problems:

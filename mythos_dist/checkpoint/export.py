@@ -27,7 +27,7 @@ from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.files import fsync_folder, make_folders, reason, write_and_fsync
-from mythos_dist.model.open_mythos import NOT_PARAMETERS, open_mythos_shapes, other_loops, to_open_mythos
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, open_mythos_shapes, to_open_mythos, unsupported_loop_settings
 
 FILE_BYTES = 5 << 30
 Format = Literal["safetensors", "open_mythos"]
@@ -57,7 +57,7 @@ def export(
         raise UserError("exists; name a new folder", str(out))
     source.raise_if_damaged(verify)
     model = config_of(source).model
-    unsupported = other_loops(model) if format == "open_mythos" else []
+    unsupported = unsupported_loop_settings(model) if format == "open_mythos" else []
     if unsupported:
         raise UserError(
             f"OpenMythos does not have {', '.join(unsupported)}; export with --format safetensors", str(source.folder)

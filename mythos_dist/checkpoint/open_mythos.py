@@ -20,7 +20,7 @@ from mythos_dist.checkpoint.strict_json import shorten
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, must_be_its_loops, open_mythos_shapes
+from mythos_dist.model.open_mythos import NOT_PARAMETERS, check_loop_settings, from_open_mythos, open_mythos_shapes
 from mythos_dist.units import count
 
 MAX_LISTED = 8  # tensors in a message
@@ -41,7 +41,7 @@ def import_open_mythos(
     """
     model, run_dir = config.model, Path(config.run.dir)
     signing_key()  # an error in it is raised before gigabytes are read
-    must_be_its_loops(model)
+    check_loop_settings(model)
     with torch.device("meta"):
         meta_model = Mythos(model, act=config.act, experts=config.experts)
     tensors = {name: TensorEntry(tuple(value.shape), (PARAMETER,)) for name, value in meta_model.named_parameters()}

@@ -1,8 +1,8 @@
-"""softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, by a kernel that builds no S x S scores.
+"""softmax(q k^T / sqrt(d)) v over earlier tokens of the same document, by a kernel that never stores S x S scores.
 
-`flash_attn` is FlashAttention 2 (Dao 2023), for half precision on a GPU; `sdpa` is PyTorch's own. The trap: both want
-values as wide as keys. MLA's are narrower, so they are padded with zeros and sliced again; without that PyTorch falls
-back to its math kernel, which builds the scores, and flash-attn refuses (`benchmarks/README.md`).
+`flash_attn` is FlashAttention 2 (Dao 2023), for half precision on a GPU; `sdpa` is PyTorch's own. The trap: both need
+values as wide as keys. MLA's are narrower, so they are padded with zeros and the output is sliced; without padding
+PyTorch falls back to its math kernel, which stores the scores, and flash-attn raises (`benchmarks/README.md`).
 """
 
 # B batch, S new tokens, T all tokens (cached and new), H query heads, K key-value heads, d channels of a query or key
@@ -21,11 +21,11 @@ from mythos_dist.errors import UserError
 from mythos_dist.gpu_packages import unavailable
 
 Kernel = Literal["flash_attn", "sdpa"]
-WIDEST_HEAD = 256  # channels, in flash-attn 2
+MAX_HEAD_DIM = 256  # channels, in flash-attn 2
 
 
 def choose_kernel(setting: str, device: torch.device, dtype: torch.dtype, config: MythosConfig) -> Kernel:
-    """The kernel that `train.attention` means. Raises UserError if flash-attn is asked for and cannot run."""
+    """The kernel for `train.attention`. Raises UserError if it is flash_attn and flash-attn cannot run."""
     if setting == "sdpa":
         return "sdpa"
     reasons = []
@@ -35,8 +35,8 @@ def choose_kernel(setting: str, device: torch.device, dtype: torch.dtype, config
         reasons.append(f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)")
     if dtype == torch.float32:
         reasons.append("it computes in half precision, and train.dtype=fp32")
-    if config.widest_head > WIDEST_HEAD:
-        reasons.append(f"a head has {config.widest_head} channels, more than its {WIDEST_HEAD}")
+    if config.widest_head > MAX_HEAD_DIM:
+        reasons.append(f"a head has {config.widest_head} channels, more than its {MAX_HEAD_DIM}")
     if setting == "auto" and reasons:
         return "sdpa"  # without importing the package
     if missing := unavailable("flash_attn"):
@@ -49,23 +49,23 @@ def choose_kernel(setting: str, device: torch.device, dtype: torch.dtype, config
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Where documents lie among the B * S flattened tokens of a batch; a row always begins one."""
+class DocumentSpans:
+    """The documents among the B * S flattened tokens of a batch; every row begins a new one."""
 
     spans: list[tuple[int, int]]  # start and end of each
-    ends: Tensor  # (documents + 1,) int32: 0, then the ends
+    ends: Tensor  # (documents + 1,) int32, cumulative: 0, then the end of each
     longest: int  # tokens
 
-    def repeated(self, times: int) -> "Documents":
-        """For so many copies of the batch, one behind the other."""
+    def repeated(self, times: int) -> "DocumentSpans":
+        """For `times` copies of the batch, concatenated."""
         total = self.spans[-1][1]
         spans = [(start + i * total, end + i * total) for i in range(times) for start, end in self.spans]
         starts = [self.ends[:1], *(self.ends[1:] + i * total for i in range(times))]
-        return Documents(spans, torch.cat(starts), self.longest)
+        return DocumentSpans(spans, torch.cat(starts), self.longest)
 
 
-def find_documents(document_ids: Tensor) -> Documents | None:
-    """(B, S) ids, equal within a document -> where they lie; None if each row is one. Waits once for the GPU."""
+def find_documents(document_ids: Tensor) -> DocumentSpans | None:
+    """document_ids (B, S), equal within a document -> spans; None if each row is one document. Waits for the GPU."""
     B, S = document_ids.shape
     inner = document_ids[:, 1:] != document_ids[:, :-1]
     if not bool(inner.any()):
@@ -75,11 +75,16 @@ def find_documents(document_ids: Tensor) -> Documents | None:
     bounds = [*changes.flatten().nonzero().flatten().tolist(), B * S]
     spans = list(itertools.pairwise(bounds))
     ends = torch.tensor(bounds, dtype=torch.int32, device=document_ids.device)
-    return Documents(spans, ends, max(end - start for start, end in spans))
+    return DocumentSpans(spans, ends, max(end - start for start, end in spans))
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, kernel: Kernel = "sdpa", documents: Documents | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Kernel = "sdpa",
+    documents: DocumentSpans | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention inside documents: q (B, S, H, d), k (B, T, K, d), v (B, T, K, v) -> (B * S, H * v).
 
@@ -96,8 +101,10 @@ def attend(
     return out[..., :v_dim].reshape(q.shape[0] * q.shape[1], -1)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dropout: float, scale: float) -> Tensor:
-    """flash_attn/flash_attn_interface.py; its causal mask is aligned to the last query and key, as ours."""
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, documents: DocumentSpans | None, dropout: float, scale: float
+) -> Tensor:
+    """flash_attn/flash_attn_interface.py; its causal mask aligns the last query with the last key, as ours does."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     settings = dict(dropout_p=dropout, softmax_scale=scale, causal=True)
@@ -108,7 +115,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dr
     return flash_attn_varlen_func(*rows, ends, ends, longest, longest, **settings).view(*q.shape[:3], -1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dropout: float, scale: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: DocumentSpans | None, dropout: float, scale: float) -> Tensor:
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, S, H, d) -> (B, H, S, d)
@@ -122,11 +129,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, dropout:
         ).transpose(1, 2)
 
     S, T = q.shape[1], k.shape[1]
-    if T > S:  # decoding: query i sits at position T - S + i; S is 1 or a chunk of the prompt
+    if T > S:  # decoding: query i is at position T - S + i; S is 1 or a chunk of the prompt
         return kernel(q, k, v, torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S))
     if documents is None:
         return kernel(q, k, v)
-    # One call per document: a dense mask takes three times as long on a CPU.
+    # One call per document: a dense mask is three times as slow on a CPU.
     rows = [x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)]  # (1, B * S, heads, channels)
     parts = [kernel(*(x[:, start:end] for x in rows)) for start, end in documents.spans]
     return torch.cat(parts, dim=1).view(*q.shape[:3], -1)

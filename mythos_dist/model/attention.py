@@ -1,6 +1,6 @@
 """Attention layers: grouped-query (GQA) and multi-head latent (MLA), rotary positions, the key-value cache.
 
-Rotary channels turn in adjacent pairs. `mythos_dist.model.attend` has the kernels.
+Rotary channels are rotated in adjacent pairs. `mythos_dist.model.attend` has the kernels.
 """
 
 # B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
-from mythos_dist.model.attend import Documents, Kernel, attend, find_documents
-from mythos_dist.model.norm import Norm, same_length
-from mythos_dist.model.recompute import recomputed
+from mythos_dist.model.attend import DocumentSpans, Kernel, attend, find_documents
+from mythos_dist.model.norm import Norm, rms_normalize
+from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.parallel.collectives import all_gather_many
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import ParallelLinear, replicated
@@ -23,8 +23,8 @@ from mythos_dist.parallel.tensor import ParallelLinear, replicated
 class KVCache:
     """Keys and values (GQA) or their latent and rotary key (MLA) of every layer and loop, for one batch.
 
-    A layer appends its new tokens' numbers and reads all of them back; buffers double when they are full.
-    `tokens` is how many tokens every layer has seen; the model advances it once per forward pass.
+    A layer appends the values of its new tokens and reads those of all tokens; a full buffer doubles in size.
+    `tokens` counts the cached tokens; the model advances it once per forward pass.
     """
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class KVCache:
         self._buffers: dict[str, Tensor] = {}
 
     def append(self, key: str, new: Tensor) -> Tensor:
-        """Store `new` (B, S, ...) behind the `tokens` already there; return all, (B, tokens + S, ...)."""
+        """Append `new` (B, S, ...) to the `tokens` cached ones; return all, (B, tokens + S, ...)."""
         end = self.tokens + new.shape[1]
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape[1] < end:
-            assert buffer is not None or self.tokens == 0, f"{key} was not run on the first {self.tokens} tokens"
+            assert buffer is not None or self.tokens == 0, f"{key} has not cached the first {self.tokens} tokens"
             grown = new.new_empty(new.shape[0], max(end, 2 * self.tokens), *new.shape[2:])
             if buffer is not None:
                 grown[:, : self.tokens] = buffer[:, : self.tokens]
@@ -44,22 +44,22 @@ class KVCache:
         buffer[:, self.tokens : end] = new
         return buffer[:, :end]
 
-    def numbers_per_token(self) -> dict[str, int]:
-        """How many numbers each layer and loop keeps for one token."""
+    def elements_per_token(self) -> dict[str, int]:
+        """The elements that each layer and loop caches per token."""
         return {key: buffer[0, 0].numel() for key, buffer in self._buffers.items()}
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every attention layer of one forward pass shares."""
+    """What all attention layers share in one forward pass."""
 
     rope: Tensor  # (S, 1, R / 2) complex64: exp(i * position * frequency)
     kernel: Kernel
-    documents: Documents | None = None  # None when every row is one document
+    documents: DocumentSpans | None = None  # None when every row is one document
     cache: KVCache | None = None
 
     def repeated(self, times: int) -> "Context":
-        """For so many copies of the batch, one behind the other."""
+        """For `times` copies of the batch, concatenated."""
         documents = None if self.documents is None else self.documents.repeated(times)
         return replace(self, documents=documents)
 
@@ -72,10 +72,10 @@ def build_context(
     cache: KVCache | None = None,
     kernel: Kernel = "sdpa",
 ) -> Context:
-    """The context of a pass over (B, S) tokens that start behind what `cache` holds.
+    """The context of a pass over (B, S) tokens that follow those in `cache`.
 
-    Rotary angles are made anew in fp32: as buffers they would lose their imaginary part in `.to(bfloat16)` and
-    fill checkpoints (768 MB at a context of 1,000,000).
+    Rotary angles are computed in fp32 for each pass: as buffers they would lose their imaginary part in `.to(bfloat16)`
+    and add 768 MB to checkpoints at a context of 1,000,000.
     """
     start = cache.tokens if cache is not None else 0
     positions = torch.arange(start, start + shape[1], device=device, dtype=torch.float32)
@@ -87,18 +87,18 @@ def build_context(
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of x (B, S, H, R) by rope (S, 1, R / 2), in fp32; same shape and dtype as x."""
+    """Rotate adjacent channel pairs of x (B, S, H, R) by rope (S, 1, R / 2), in fp32; same shape and dtype as x."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
-        pairs = pairs.contiguous()  # a slice that lies behind an odd number of channels
+        pairs = pairs.contiguous()  # a slice that starts at an odd channel
     return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
 
 
 class GQAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): n_heads queries share n_kv_heads keys and values.
 
-    Query heads are cut over the tensor axis. So are keys and values, where their heads divide evenly; otherwise each
-    rank makes 1 / tensor of their channels, and takes from everybody's the heads that its queries look at.
+    Query heads are sharded over the tensor axis. So are keys and values if their heads divide evenly; otherwise each
+    rank computes 1 / tensor of their channels, gathers all, and selects the heads that its queries attend to.
     """
 
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
@@ -115,40 +115,40 @@ class GQAttention(nn.Module):
             self.qk_norm = replicated(Norm(config.head_dim), mesh, inside=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
-        rows = x.flatten(0, 1)  # a product of matrices takes fewer operations than one of batches of them
+        """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""
+        rows = x.flatten(0, 1)  # a 2D product launches fewer operations than a batched one
         q, k, v = self.wq(rows), self.wk(rows), self.wv(rows)
         if self.config.n_kv_heads % self.mesh.tensor.size:
-            k, v = self._own_heads(k, v)
+            k, v = self._select_kv_heads(k, v)
         q, k, v = (part.view(*x.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
-        return self.wo(recomputed(self.selective, self._mix, q, k, v, context, cache_key)).view_as(x)
+        return self.wo(checkpoint_if(self.selective, self._attend, q, k, v, context, cache_key)).view_as(x)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: str) -> Tensor:
-        if self.config.qk_norm:  # one weight for both: only its product with the keys' would count
-            q, k = self.qk_norm(q), same_length(k)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: str) -> Tensor:
+        if self.config.qk_norm:  # one weight for both: only the product of two would matter
+            q, k = self.qk_norm(q), rms_normalize(k)
         q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if context.cache is not None:
             k, v = context.cache.append(cache_key, torch.stack([k, v], dim=2)).unbind(2)
         dropout = self.config.dropout if self.training else 0.0
         return attend(q, k, v, context.kernel, context.documents, dropout)
 
-    def _own_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's channels of keys and values -> the heads that its queries look at, (N, H / tensor * d)."""
+    def _select_kv_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's channels of keys and values -> the heads that its queries attend to, (N, H / tensor * d)."""
         c, axis = self.config, self.mesh.tensor
         queries = c.n_heads // axis.size
         heads = torch.arange(axis.rank * queries, (axis.rank + 1) * queries, device=k.device)
-        heads = heads * c.n_kv_heads // c.n_heads  # which key head a query head looks at
-        whole = (x[..., : c.n_kv_heads * c.head_dim] for x in all_gather_many([k, v], axis, -1))
-        k, v = (x.unflatten(-1, (-1, c.head_dim)).index_select(1, heads).flatten(1) for x in whole)
+        heads = heads * c.n_kv_heads // c.n_heads  # the key head of each query head
+        full = (x[..., : c.n_kv_heads * c.head_dim] for x in all_gather_many([k, v], axis, -1))
+        k, v = (x.unflatten(-1, (-1, c.head_dim)).index_select(1, heads).flatten(1) for x in full)
         return k, v
 
 
 class MLAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are made from one narrow latent per token.
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are computed from one narrow latent per token.
 
-    A head's query and key are nope channels without position and rope channels with it; the rotary key is one for
-    all heads. The cache holds the latent (before its norm) and that rotary key, kv_lora_rank + qk_rope_head_dim.
-    Heads are cut over the tensor axis, and so are the channels of the latents, which every rank needs whole.
+    A head's query and key have nope channels without position and rope channels with it; all heads share the rotary
+    key. The cache holds the latent (before its norm) and the rotary key, kv_lora_rank + qk_rope_head_dim elements.
+    Heads are sharded over the tensor axis, and so are the channels of the latents, which every rank then gathers.
     """
 
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
@@ -169,16 +169,16 @@ class MLAttention(nn.Module):
             self.qk_norm = replicated(Norm(config.head_dim), mesh, inside=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        """x (B, S, D) whole -> this tensor rank's partial sum (B, S, D)."""
+        """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""
         c, rows = self.config, x.flatten(0, 1)
         q, kv = all_gather_many([self.q_down(rows), self.kv_down(rows)], self.mesh.tensor, -1)
         if self.mesh.tensor.size > 1:
             q, kv = q[:, : c.q_lora_rank], kv[:, : c.kv_lora_rank + c.qk_rope_head_dim]
         shape = x.shape[:2]
-        return self.wo(recomputed(self.selective, self._mix, q, kv, shape, context, cache_key)).view_as(x)
+        return self.wo(checkpoint_if(self.selective, self._attend, q, kv, shape, context, cache_key)).view_as(x)
 
-    def _mix(self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: str) -> Tensor:
-        """Latents of queries (N, -) and keys and values (N, L + R), whole -> this rank's heads (N, H * v)."""
+    def _attend(self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: str) -> Tensor:
+        """Full latents of queries (N, -) and of keys and values (N, L + R) -> this rank's heads (N, H * v)."""
         c = self.config
         nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
         q = self.q_up(self.q_norm(q)).view(*shape, -1, nope + rope)
@@ -196,5 +196,5 @@ class MLAttention(nn.Module):
         k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)  # (B, T, H, -)
         k = torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         if c.qk_norm:
-            k = same_length(k)  # rotation does not change a length, so it can come behind
+            k = rms_normalize(k)  # rotation keeps the length, so the norm can follow it
         return attend(q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0)

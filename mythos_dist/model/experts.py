@@ -17,8 +17,8 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.gradient_sums import GradientSums
 from mythos_dist.model.grouped import grouped
 from mythos_dist.model.kernels import on_cpu
-from mythos_dist.model.megablocks import check, megablocks
-from mythos_dist.model.recompute import recomputed
+from mythos_dist.model.megablocks import check_megablocks, megablocks
+from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.parallel.expert import combine, dispatch
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import shard_parameter
@@ -60,7 +60,7 @@ class Experts(nn.Module):
         """Raises UserError if this process cannot run the backend."""
         super().__init__()
         if backend == "megablocks":
-            check()
+            check_megablocks()
         self.mesh = mesh
         self.selective = selective
         self.n_experts = config.n_experts
@@ -85,5 +85,5 @@ class Experts(nn.Module):
     def _run(self, x: Tensor, weights: Tensor, index: Tensor, pairs: int | None) -> Tensor:
         inputs = x, weights, index, self.w1, self.w3, self.w2, pairs
         if self.backend is grouped and on_cpu(x):
-            return recomputed(self.selective, _grouped_on_cpu, *inputs, self._sums)
-        return recomputed(self.selective, self.backend, *inputs)
+            return checkpoint_if(self.selective, _grouped_on_cpu, *inputs, self._sums)
+        return checkpoint_if(self.selective, self.backend, *inputs)

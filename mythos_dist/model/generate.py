@@ -38,7 +38,7 @@ def generate(
     max_new_tokens = min(config.max_output_tokens, room) if max_new_tokens is None else max_new_tokens
     problems = _token_problems(model, input_ids, stop_token)
     problems += _length_problems(input_ids.shape[-1], max_new_tokens, config.max_seq_len)
-    problems += sampling_problems(
+    problems += sampling_errors(
         max_new_tokens=max_new_tokens,
         n_loops=n_loops,
         temperature=temperature,
@@ -83,7 +83,7 @@ def _sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gen
     return torch.multinomial(scaled.softmax(-1).float(), 1, generator=generator).squeeze(-1)
 
 
-def sampling_problems(
+def sampling_errors(
     *,
     max_new_tokens: int = 0,
     n_loops: int | None = None,

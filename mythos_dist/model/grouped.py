@@ -17,17 +17,17 @@ from torch.autograd.function import once_differentiable
 
 from mythos_dist.model.gradient_sums import GradientSums
 from mythos_dist.model.kernels import on_cpu
-from mythos_dist.model.swiglu import hidden_gradients, hidden_rows
+from mythos_dist.model.swiglu import swiglu_backward, swiglu_forward
 from mythos_dist.parallel.rows import RowIndex, index_slots, sum_rows_no_grad
 
 
-def count_tokens(index: Tensor, n_experts: int) -> Tensor:
+def tokens_per_expert(index: Tensor, n_experts: int) -> Tensor:
     """How many rows each expert gets: (N, k) -> (E,) int64. Unlike `bincount` it does not wait for the GPU."""
     flat = index.flatten()
     return torch.zeros(n_experts, dtype=torch.int64, device=index.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-class Rows(NamedTuple):
+class SortedRows(NamedTuple):
     """Where each (token, slot) pair sits among the rows that the experts work on."""
 
     ends: Tensor  # (E,) int32: where each expert's rows end, filling rows included
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     places: RowIndex
 
 
-def place_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dtype) -> Rows:
+def sort_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dtype) -> SortedRows:
     """Sort (token, slot) pairs by expert. On a CPU in half precision each expert's rows are filled up to 16s.
 
     oneDNN compiles a kernel for every shape it has not met, and the router makes new ones all the time: bf16 products
@@ -60,10 +60,10 @@ def place_rows(index: Tensor, n_experts: int, pairs: int | None, dtype: torch.dt
     row_of_pair = row.new_full((N * k,), M).scatter_(0, pair if real is None else pair[real], row)
     is_pair = None if pairs is None else index < n_experts
     places = index_slots(pair // k, row_of_pair.view(N, k), is_pair, pairs)
-    return Rows(ends, pair, real, row_of_pair, places)
+    return SortedRows(ends, pair, real, row_of_pair, places)
 
 
-def fill_to_16_bytes(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pad_to_16_bytes(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Zeros behind x (N, D) and the stacks (E, F, D), so that D and F are whole 16 bytes; as they are if they are."""
     align = 16 // x.element_size()
     spare_D, spare_F = -x.shape[1] % align, -gate.shape[1] % align
@@ -85,10 +85,10 @@ def grouped(
 ) -> Tensor:
     """See `mythos_dist.model.experts.Backend`."""
     D, stack = x.shape[1], gate
-    x, gate, up, down = fill_to_16_bytes(x, gate, up, down)  # grouped_mm wants that
+    x, gate, up, down = pad_to_16_bytes(x, gate, up, down)  # grouped_mm wants that
     if gate is not stack or not torch.is_grad_enabled():
         sums = None  # copies have gradients of their own
-    rows = place_rows(index, gate.shape[0], pairs, x.dtype)
+    rows = sort_rows(index, gate.shape[0], pairs, x.dtype)
     token = None if sums is None else sums.token((gate, up, down))
     return _Grouped.apply(x, weights, gate, up, down, rows, sums, token)[..., :D]
 
@@ -100,7 +100,9 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weights, gate, up, down, rows: Rows, sums: GradientSums | None, token: Tensor | None) -> Tensor:
+    def forward(
+        ctx, x, weights, gate, up, down, rows: SortedRows, sums: GradientSums | None, token: Tensor | None
+    ) -> Tensor:
         place, row, starts = rows.places
         xs = x.index_select(0, place)  # (N, D) -> (M, D)
         g = F.grouped_mm(xs, gate.transpose(-2, -1), offs=rows.ends)  # (M, D) -> (M, F)
@@ -110,7 +112,7 @@ class _Grouped(torch.autograd.Function):
             weight.mul_(rows.real)  # filling rows add nothing, forward or backward
         ctx.save_for_backward(x, g, u, weight, gate, up, down, place, row, starts, rows.row, rows.ends)
         ctx.weights, ctx.sums = (weights.shape, weights.dtype), sums
-        ys = F.grouped_mm(hidden_rows(g, u, weight), down, offs=rows.ends)  # (M, F) -> (M, D)
+        ys = F.grouped_mm(swiglu_forward(g, u, weight), down, offs=rows.ends)  # (M, F) -> (M, D)
         return sum_rows_no_grad(ys, row, starts)
 
     @staticmethod
@@ -120,7 +122,7 @@ class _Grouped(torch.autograd.Function):
         product = _weight_gradients((gate, up, down), ends, ctx.sums)
         grad_ys = grad.index_select(0, place)  # (M, D)
         grad_hidden = F.grouped_mm(grad_ys, down.transpose(-2, -1), offs=ends)
-        hidden, grad_g, grad_u, grad_weight = hidden_gradients(grad_hidden, g, u, weight)
+        hidden, grad_g, grad_u, grad_weight = swiglu_backward(grad_hidden, g, u, weight)
         grad_down = product(2, hidden, grad_ys)
         del hidden, grad_ys
         xs = x.index_select(0, place)

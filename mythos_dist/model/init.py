@@ -33,8 +33,8 @@ def normal_block(seed: int, name: str, block: int, rows: int, columns: int) -> T
     return torch.randn(rows, columns, generator=generator)
 
 
-def deviation(config: MythosConfig, name: str) -> float:
-    """Standard deviation that a matrix or table begins with, by its canonical name."""
+def init_std(config: MythosConfig, name: str) -> float:
+    """Standard init_std that a matrix or table begins with, by its canonical name."""
     block = name.startswith(("prelude.", "coda.", "recurrent.block.")) and not name.endswith("router.weight")
     if config.init == "reference" or not block:
         return STD
@@ -63,7 +63,7 @@ def _fill(parameter: Tensor, name: str, config: MythosConfig, seed: int) -> None
     elif leaf == "bias":
         parameter.zero_()
     else:
-        _fill_normal(parameter, shard_of(parameter), name, deviation(config, name), seed)
+        _fill_normal(parameter, shard_of(parameter), name, init_std(config, name), seed)
 
 
 def _fill_identity(parameter: Tensor, part: ParameterShard) -> None:

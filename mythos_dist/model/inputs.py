@@ -15,7 +15,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.parallel.tensor import IGNORED
 
 
-def check_parts(config: Any, act: Any, experts: Any, attention: Any) -> None:
+def check_arguments(config: Any, act: Any, experts: Any, attention: Any) -> None:
     """What `Mythos` is built from. Raises UserError with all that is wrong."""
     wanted = {"config": (config, MythosConfig), "act": (act, ActConfig), "experts": (experts, ExpertsConfig)}
     problems = [
@@ -29,7 +29,7 @@ def check_parts(config: Any, act: Any, experts: Any, attention: Any) -> None:
         raise UserError(problems)
 
 
-def number_of_loops(n_loops: Any, backprop: Any, config: MythosConfig) -> tuple[int, int]:
+def resolve_n_loops(n_loops: Any, backprop: Any, config: MythosConfig) -> tuple[int, int]:
     """(loops, how many of them get no gradient). Raises UserError for what is no number of loops."""
     n_loops = config.max_loop_iters if n_loops is None else n_loops
     for name, value in {"n_loops": n_loops, "backprop": backprop}.items():

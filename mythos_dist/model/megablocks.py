@@ -22,13 +22,13 @@ from torch.func import functional_call
 
 from mythos_dist.errors import UserError
 from mythos_dist.gpu_packages import unavailable
-from mythos_dist.model.grouped import fill_to_16_bytes
+from mythos_dist.model.grouped import pad_to_16_bytes
 from mythos_dist.parallel.rows import RowIndex, nonzero_no_sync, row_starts, sum_rows, take_rows
 
 BLOCK = 128  # MegaBlocks' unit of hidden width, all experts together
 
 
-def check(dtype: torch.dtype | None = None) -> None:
+def check_megablocks(dtype: torch.dtype | None = None) -> None:
     """UserError, with all reasons, if this process cannot run MegaBlocks, or not in `dtype`."""
     problems = []
     if dtype not in (None, torch.bfloat16) and not _interpreted():
@@ -82,7 +82,7 @@ def megablocks(
 def _run(x: Tensor, weights: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor, impl: str) -> Tensor:
     """All slots filled: x (N, D), weights and index (N, k) -> (N, D)."""
     true_D = x.shape[1]
-    x, gate, up, down = fill_to_16_bytes(x, gate, up, down)  # grouped_gemm's CUTLASS wants that
+    x, gate, up, down = pad_to_16_bytes(x, gate, up, down)  # grouped_gemm's CUTLASS wants that
     E, width, D = gate.shape
     layer = _layer(E, width, D, index.shape[1], x.dtype, impl)
     stacks = {"mlp.w1": gate.view(-1, D), "mlp.v1": up.view(-1, D), "mlp.w2": down.view(-1, D)}

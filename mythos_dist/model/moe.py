@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.experts import Experts
-from mythos_dist.model.grouped import count_tokens
-from mythos_dist.model.recompute import recomputed
+from mythos_dist.model.grouped import tokens_per_expert
+from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import GatedLinear
 from mythos_dist.parallel.collectives import all_gather, all_reduce, enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import SINGLE, Mesh
@@ -44,7 +44,7 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D) whole -> this tensor rank's partial sum (N, D); callers `enter` before and `leave` after."""
-        return recomputed(self.selective, self._forward, x)
+        return checkpoint_if(self.selective, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         return self.down(self.gate(x), self.up(x))
@@ -125,7 +125,7 @@ class MoE(nn.Module):
         y = self.experts(rows, weights, index)
         if self.shared is not None:
             y = y + self.shared(rows)
-        stats = RouterStats(count_tokens(index, self.experts.n_experts), loss)
+        stats = RouterStats(tokens_per_expert(index, self.experts.n_experts), loss)
         return leave_tensor_parallel(y.view_as(x), self.mesh), stats
 
     def _of_all_tokens(self, weights: Tensor, index: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:

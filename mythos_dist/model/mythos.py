@@ -19,7 +19,7 @@ from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.attention import Context, KVCache, build_context
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
-from mythos_dist.model.inputs import check_parts, check_tokens, number_of_loops, type_problem
+from mythos_dist.model.inputs import check_arguments, check_tokens, resolve_n_loops, type_problem
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
@@ -59,7 +59,7 @@ class Mythos(nn.Module):
         super().__init__()
         act = act or ActConfig()
         experts = experts or ExpertsConfig()
-        check_parts(config, act, experts, attention)
+        check_arguments(config, act, experts, attention)
         recompute = recompute or Recompute()
         self.config = config
         self.attention = attention
@@ -102,7 +102,7 @@ class Mythos(nn.Module):
         config = self.config
         if loops is None:
             check_tokens(input_ids, labels, document_ids, config)
-            loops = Loops(*number_of_loops(n_loops, backprop, config))
+            loops = Loops(*resolve_n_loops(n_loops, backprop, config))
         end = input_ids.shape[1] + (cache.tokens if cache is not None else 0)
         if end > config.max_seq_len:
             raise UserError(
@@ -213,9 +213,9 @@ class Mythos(nn.Module):
 
         Raises UserError when names or shapes are those of another config, or the loops are not OpenMythos'.
         """
-        from mythos_dist.model.open_mythos import from_open_mythos, must_be_its_loops
+        from mythos_dist.model.open_mythos import check_loop_settings, from_open_mythos
 
-        must_be_its_loops(self.config)
+        check_loop_settings(self.config)
         try:
             self.load_state_dict(from_open_mythos(state_dict, self.config))
         except RuntimeError as error:

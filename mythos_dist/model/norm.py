@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 EPS = 1e-6
 
 
-def same_length(x: Tensor) -> Tensor:
+def rms_normalize(x: Tensor) -> Tensor:
     """x (..., D) with a mean square of 1: a norm without weights."""
     return _norm(x, None)
 

@@ -18,17 +18,17 @@ _LOOPS = {key: value for key, value in BY_MODE["reference"].items() if key != "i
 NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # tables, and the embedding a second time
 
 
-def other_loops(config: MythosConfig) -> list[str]:
+def unsupported_loop_settings(config: MythosConfig) -> list[str]:
     """The settings that OpenMythos would have to have to compute with this model's weights; empty if it can."""
     return [f"model.{key}={_yaml(getattr(config, key))}" for key in _LOOPS if getattr(config, key) != _LOOPS[key]]
 
 
-def must_be_its_loops(config: MythosConfig) -> None:
+def check_loop_settings(config: MythosConfig) -> None:
     """Raises UserError if weights of OpenMythos would mean something else in this model."""
-    if other_loops(config):
+    if unsupported_loop_settings(config):
         wanted = " ".join(f"model.{key}={_yaml(value)}" for key, value in _LOOPS.items())
         raise UserError(
-            f"OpenMythos' weights were not made for {', '.join(other_loops(config))}; set {wanted} to go on from them, "
+            f"OpenMythos' weights were not made for {', '.join(unsupported_loop_settings(config))}; set {wanted} to go on from them, "
             "or model.mode=reference for its numbers"
         )
 

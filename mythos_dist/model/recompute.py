@@ -17,7 +17,7 @@ class Recompute:
     every: int = 1
 
 
-def recomputed(when: bool, function: Callable, *arguments: Any) -> Any:
+def checkpoint_if(when: bool, function: Callable, *arguments: Any) -> Any:
     """`function(*arguments)`; if `when` is set, the backward keeps the arguments only and runs it again."""
     if when and torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False)

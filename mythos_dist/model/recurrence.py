@@ -25,12 +25,12 @@ from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
 from mythos_dist.model.halting import NoHalting, build_halting
 from mythos_dist.model.injection import Injection, ParcaeInjection
+from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops, loop_signals
 from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm
-from mythos_dist.model.recompute import Recompute, recomputed
+from mythos_dist.model.recompute import Recompute, checkpoint_if
 from mythos_dist.model.state import State
-from mythos_dist.model.watch import Watch
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.tensor import replicated
@@ -66,7 +66,7 @@ class Recurrent(nn.Module):
         else:
             self.injection = Injection(config.dim, mesh)
         self.act = build_halting(config, act, mesh)
-        self.watch: Watch | None = None  # set while telemetry is measured
+        self.recorder: LoopRecorder | None = None  # set during a telemetry pass
 
     def start(self, e: Tensor, loops: Loops) -> State:
         """The state before the first loop, from the prelude's output (B, S', D)."""
@@ -121,7 +121,7 @@ class Recurrent(nn.Module):
             has_grad = torch.is_grad_enabled() and group.start >= loops.no_grad_loops
             with torch.set_grad_enabled(has_grad):
                 # The counts are outputs of the forward: recomputation in the backward must not count again.
-                state, group_counts, group_readouts = recomputed(
+                state, group_counts, group_readouts = checkpoint_if(
                     self.recompute.kind == "loop", self._run_group, group, loops, state, inputs, context
                 )
             first = group.start - loop_range.start
@@ -129,9 +129,11 @@ class Recurrent(nn.Module):
             readouts += group_readouts
         if torch.is_grad_enabled():
             state = state._replace(aux_loss=self._use_all_parameters(state, len(with_grad) > 0))
-        if self.watch is not None and len(loop_range) > 0:
-            self.watch.rho = A.max()
-            self.watch.gain(lambda h: self._update(loop_range.stop - 1, loops, h, state.e, inputs, context)[0], state.h)
+        if self.recorder is not None and len(loop_range) > 0:
+            self.recorder.rho = A.max()
+            self.recorder.estimate_gain(
+                lambda h: self._update(loop_range.stop - 1, loops, h, state.e, inputs, context)[0], state.h
+            )
         return _append_readouts(state, readouts), counts
 
     def _signals(self, loop_range: range, loops: Loops, like: Tensor) -> dict[int, Tensor]:
@@ -154,7 +156,7 @@ class Recurrent(nn.Module):
         """Whether the remaining loops can be skipped, because their weight is zero for all tokens. Only where no other
         rank waits for this one in a collective, and no later token needs the keys of all loops."""
         single = self.mesh.tensor.size == self.mesh.expert.size == self.mesh.pipe.size == 1
-        needed = torch.is_grad_enabled() or context.cache is not None or self.watch is not None
+        needed = torch.is_grad_enabled() or context.cache is not None or self.recorder is not None
         return single and not needed and self.act.all_halted(state.halted)
 
     def _run_group(
@@ -186,8 +188,8 @@ class Recurrent(nn.Module):
         if loops.reads_out(t):
             readout = self.act.readout(output, new_h, halted, weight), self.act.readout_weight(weight, t, loops)
         output = self.act.accumulate(output, new_h, weight, t, loops)
-        if self.watch is not None:
-            self.watch.see(t, h, new_h, weight)
+        if self.recorder is not None:
+            self.recorder.record(t, h, new_h, weight)
         state = state._replace(h=new_h, output=output, halted=new_halted, aux_loss=aux_loss)
         return state, router.counts, readout
 

@@ -26,16 +26,16 @@ def _chunks(gate: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def hidden_rows(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
+def swiglu_forward(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
     """silu(gate) * up, times a weight per row if one is given: gate, up (M, F), weight (M,) -> (M, F)."""
     hidden = F.silu(gate).mul_(up)
     return hidden if weight is None else hidden.mul_(weight.unsqueeze(-1))
 
 
-def hidden_gradients(
+def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad (M, F) of `hidden_rows`, and its arguments -> the hidden rows again, the gradients of gate, up and weight.
+    """grad (M, F) of `swiglu_forward`, and its arguments -> the hidden rows again, the gradients of gate, up and weight.
 
     `grad` is overwritten: it becomes the gradient of gate. Without a weight its gradient is empty.
     """
@@ -68,11 +68,11 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(hidden_rows(gate, up), weight)
+        return F.linear(swiglu_forward(gate, up), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         gate, up, weight = ctx.saved_tensors
-        hidden, grad_gate, grad_up, _ = hidden_gradients(grad @ weight, gate, up)
+        hidden, grad_gate, grad_up, _ = swiglu_backward(grad @ weight, gate, up)
         return grad_gate, grad_up, grad.t() @ hidden

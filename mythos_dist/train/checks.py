@@ -10,7 +10,7 @@ from mythos_dist.data.corpora import Corpus, changes, open_corpora
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.errors import UserError
 from mythos_dist.model.attend import choose_kernel
-from mythos_dist.model.megablocks import check as check_megablocks
+from mythos_dist.model.megablocks import check_megablocks
 from mythos_dist.parallel.process import DTYPES, check_dtype, device
 from mythos_dist.train.run_folder import check_run_folder
 

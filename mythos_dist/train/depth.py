@@ -41,7 +41,7 @@ class LoopProbe(NamedTuple):
     n_loops: int
     loss: float  # with n_loops, nats
     loss_of_one: float  # with one loop, nats
-    by_loop: dict[str, list[float]]  # Watch.COLUMNS, means over tokens
+    by_loop: dict[str, list[float]]  # LoopRecorder.COLUMNS, means over tokens
     gain: float  # of the last loop's update: by how much it amplifies a perturbation of the state
     rho: float  # the largest element of A
 

@@ -23,11 +23,11 @@ from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.flops import stage_costs
+from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos
 from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.model.watch import Watch
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
 from mythos_dist.parallel.process import device
@@ -259,16 +259,16 @@ class Engine:
     def probe_loops(self, batch: MicroBatch) -> LoopProbe:
         """Measure each loop of a forward pass over one micro-batch per replica, with the mean number of loops."""
         n_loops, recurrent = self.config.loops.mean_of(self.config.model), getattr(self.model, "recurrent", None)
-        passes, watch = [(batch, torch.ones(len(batch.labels), dtype=torch.bool))], Watch(self.mesh)
+        passes, watch = [(batch, torch.ones(len(batch.labels), dtype=torch.bool))], LoopRecorder(self.mesh)
         one = self.evaluate(passes, 1)
         try:
             if recurrent is not None:
-                recurrent.watch = watch
+                recurrent.recorder = watch
             found = self.evaluate(passes, n_loops)
         finally:
             if recurrent is not None:
-                recurrent.watch = None
-        rows = torch.zeros(n_loops + 1, len(Watch.COLUMNS), device=device())
+                recurrent.recorder = None
+        rows = torch.zeros(n_loops + 1, len(LoopRecorder.COLUMNS), device=device())
         for t, row in watch.rows.items():
             rows[t] = row
         if n_loops - 1 in watch.rows and watch.rho is not None:  # on the stage that ran the last loop
@@ -276,7 +276,7 @@ class Engine:
         (rows,) = self._sum_over_ranks(rows)
         means = (rows[:-1] / rows[:-1, :1]).T.tolist()
         gain, rho = (rows[-1, 1:3] / rows[-1, 0]).tolist()
-        return LoopProbe(n_loops, found.loss, one.loss, dict(zip(Watch.COLUMNS, means, strict=True)), gain, rho)
+        return LoopProbe(n_loops, found.loss, one.loss, dict(zip(LoopRecorder.COLUMNS, means, strict=True)), gain, rho)
 
     def _sum_over_ranks(self, *sums: Tensor) -> tuple[Tensor, ...]:
         """Over replicas and stages: the ranks of one tensor line have found the same."""

@@ -137,7 +137,7 @@ def test_weights_that_do_not_fit_are_refused_with_all_mismatches(run, settings, 
         (tmp_path / "bad.pt").write_bytes(content)
         assert message in tool("import_open_mythos", tmp_path / "bad.pt", *begun, code=2)
     assert "no such file" in tool("import_open_mythos", tmp_path / "absent.pt", *begun, code=2)
-    assert "not made for model.loop_signal=false" in tool(
+    assert "do not work with model.loop_signal=false" in tool(
         "import_open_mythos", file, *begun, "model.mode=train", code=2
     )
     assert not (tmp_path / "begun").exists()

@@ -140,7 +140,7 @@ def test_the_cache_keeps_what_a_layer_needs(attn_type, tiny, build_pair):
         ours(input_ids, 2, cache=cache)
         reference(input_ids, 2, kv_cache=theirs)
     needed = 12 + 4 if attn_type == "mla" else 2 * 2 * 8  # latent and rotary key; keys and values of two heads of 8
-    assert cache.numbers_per_token() == dict.fromkeys(("prelude.0", "recurrent.0", "recurrent.1", "coda.0"), needed)
+    assert cache.elements_per_token() == dict.fromkeys(("prelude.0", "recurrent.0", "recurrent.1", "coda.0"), needed)
     kept = {name: sum(t[0, 0].numel() for t in entry.values()) for name, entry in theirs.items()}
     assert set(kept.values()) == {12 + 4 * 4 if attn_type == "mla" else needed}
 
@@ -151,4 +151,4 @@ def test_the_cache_of_the_largest_variant_is_a_ninth_of_the_references():
     cache = KVCache()
     with torch.device("meta"):
         Mythos(config).bfloat16()(torch.zeros(1, 2, dtype=torch.long), 1, cache=cache)
-    assert cache.numbers_per_token() == {"recurrent.0": 1088}
+    assert cache.elements_per_token() == {"recurrent.0": 1088}

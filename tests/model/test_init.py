@@ -52,7 +52,7 @@ def test_a_block_drawn_alone_is_the_slice_of_the_whole():
 
 
 def test_matrices_are_normal_with_the_references_deviation(build_reference, tiny):
-    """Over 600,000 numbers the sample's deviation and mean lie within 1 % of 0.02, and tails are normal ones.
+    """Over 600,000 numbers the sample's init_std and mean lie within 1 % of 0.02, and tails are normal ones.
 
     The reference's own draw of the same model is held to the same bounds.
     """

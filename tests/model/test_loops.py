@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, MythosConfig
 from mythos_dist.model import Mythos
+from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.model.watch import Watch
 from mythos_dist.parallel.mesh import SINGLE
 
 MODES = ("off", "reference", "safe")
@@ -243,22 +243,24 @@ def test_a_watch_sees_what_is_there(tiny, enliven):
     """Norms, changes and cosines against the states themselves; the weights of halting sum to 1 in safe mode."""
     model = enliven(Mythos(tiny(), act=ActConfig(mode="safe"))).eval()
     ids, states = tokens(model.config, 2, 8), []
-    model.recurrent.watch = watch = Watch(SINGLE)
+    model.recurrent.recorder = recorder = LoopRecorder(SINGLE)
     update = model.recurrent._update
     model.recurrent._update = lambda t, loops, h, *rest: states.append(h) or update(t, loops, h, *rest)
     with torch.no_grad():
         model(ids, 3)
-    rows = torch.stack([watch.rows[t] for t in range(3)])
+    rows = torch.stack([recorder.rows[t] for t in range(3)])
     assert rows[:, 0].tolist() == [16] * 3
     before, after = states[1], states[2]
-    means = dict(zip(Watch.COLUMNS, (rows[1] / 16).tolist(), strict=True))
+    means = dict(zip(LoopRecorder.COLUMNS, (rows[1] / 16).tolist(), strict=True))
     assert means["state_norm"] == pytest.approx(after.norm(dim=-1).mean().item(), rel=1e-5)
     change = ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean().item()
     assert means["residual_ratio"] == pytest.approx(change, rel=1e-5)
     cosines = F.cosine_similarity(after.unsqueeze(2), after.unsqueeze(1), dim=-1)
     assert means["token_correlation"] == pytest.approx(cosines.mean().item(), rel=1e-5)
     assert rows[:, 4].sum().item() == pytest.approx(16, rel=1e-5)
-    assert watch.rho == torch.exp(-torch.exp(model.recurrent.injection.log_dt + model.recurrent.injection.log_A)).max()
+    assert (
+        recorder.rho == torch.exp(-torch.exp(model.recurrent.injection.log_dt + model.recurrent.injection.log_A)).max()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -269,6 +271,8 @@ def test_the_gain_of_an_update_is_its_largest_eigenvalue(dtype):
     values = torch.full((16,), 0.1)
     values[0] = 1.7
     matrix = (basis * values) @ basis.T
-    watch = Watch(SINGLE)
-    watch.gain(lambda h: (h.float() @ matrix).to(dtype), torch.randn(2, 4, 16, generator=generator).to(dtype))
-    assert float(watch.gains[0]) == pytest.approx(1.7, rel=0.02)
+    recorder = LoopRecorder(SINGLE)
+    recorder.estimate_gain(
+        lambda h: (h.float() @ matrix).to(dtype), torch.randn(2, 4, 16, generator=generator).to(dtype)
+    )
+    assert float(recorder.gains[0]) == pytest.approx(1.7, rel=0.02)

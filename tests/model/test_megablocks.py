@@ -162,7 +162,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError) as caught:
-        module.check()
+        module.check_megablocks()
     missing, no_gpu = caught.value.problems
     assert "experts.backend=megablocks" in missing
     assert "megablocks_ops cannot be imported (no such module)" in missing
@@ -172,7 +172,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(module, "unavailable", lambda package: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    module.check()
+    module.check_megablocks()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -15,10 +15,10 @@ from torch import Tensor
 from mythos_dist.parallel.collectives import all_reduce
 from mythos_dist.parallel.mesh import Mesh
 
-GAIN_ROUNDS = 3  # power iterations
+POWER_ITERATIONS = 3  # power iterations
 
 
-class Watch:
+class LoopRecorder:
     """Looks on while a rank runs the loops of passes without gradients.
 
     COLUMNS are sums over tokens: how many there are; norms of their states; the share of a state that the loop has
@@ -33,7 +33,7 @@ class Watch:
         self.gains: list[Tensor] = []  # (), one per pass
         self.rho: Tensor | None = None  # (): the largest of A, which a state is multiplied by in each loop
 
-    def see(self, t: int, before: Tensor, after: Tensor, weight: Tensor) -> None:
+    def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor) -> None:
         """Loop t made `after` (B, S', D) of `before`; `weight` (B, S') is what halting gave it."""
         after = after.float()
         norm = after.norm(dim=-1, keepdim=True).clamp(min=1e-30)
@@ -47,14 +47,14 @@ class Watch:
         row = torch.stack([tokens, norms, changes, correlation, weights])
         self.rows[t] = self.rows[t] + row if t in self.rows else row
 
-    def gain(self, update: Callable[[Tensor], Tensor], h: Tensor) -> None:
+    def estimate_gain(self, update: Callable[[Tensor], Tensor], h: Tensor) -> None:
         """Estimate how much `update` stretches the disturbance of the state h (B, S', D) that it stretches most in the
         long run: power iteration with differences. Every rank that runs the loops with this one calls it."""
         size = (1e-3 if h.dtype == torch.float32 else 3e-2) * self._norm(h.float())  # so that rounding does not show
         generator = torch.Generator(h.device).manual_seed(self.mesh.tensor.rank if self.mesh.sequence else 0)
         v = torch.empty(h.shape, device=h.device).normal_(generator=generator)
         here, stretched = update(h).float(), size
-        for _ in range(GAIN_ROUNDS):
+        for _ in range(POWER_ITERATIONS):
             v = v * (size / self._norm(v))
             v = update((h.float() + v).to(h.dtype)).float() - here
             stretched = self._norm(v)
