@@ -13,7 +13,7 @@ from mythos_dist.parallel.tensor import replicated
 
 
 class _ResidualBlock(nn.Module):
-    """Norms, attention and dropout, the same for both kinds of block."""
+    """Norms, attention and dropout, which both kinds of block share."""
 
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool):
         super().__init__()
@@ -31,29 +31,29 @@ class _ResidualBlock(nn.Module):
 
 
 class DenseBlock(_ResidualBlock):
-    """A block of the prelude or the coda."""
+    """A block of the prelude or coda."""
 
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
         super().__init__(config, mesh, selective)
         self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
-        """(B, S or S / tensor, D) -> the same."""
+        """(B, S or S / tensor, D) -> same shape."""
         x = self._attend(x, context, cache_key)
-        whole = enter_tensor_parallel(self.ffn_norm(x), self.mesh)
-        y = leave_tensor_parallel(self.ffn(whole.flatten(0, 1)).view_as(whole), self.mesh)
+        full = enter_tensor_parallel(self.ffn_norm(x), self.mesh)
+        y = leave_tensor_parallel(self.ffn(full.flatten(0, 1)).view_as(full), self.mesh)
         return x + F.dropout(y, self.dropout, self.training)
 
 
 class MoEBlock(_ResidualBlock):
-    """The block that is looped."""
+    """The recurrent block."""
 
     def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh, selective: bool = False):
         super().__init__(config, mesh, selective)
         self.ffn = MoE(config, experts, mesh, selective)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> tuple[Tensor, RouterStats]:
-        """(B, S or S / tensor, D) -> the same and the router's statistics."""
+        """(B, S or S / tensor, D) -> same shape, and the router's statistics."""
         x = self._attend(x, context, cache_key)
         y, stats = self.ffn(self.ffn_norm(x))
         return x + F.dropout(y, self.dropout, self.training), stats

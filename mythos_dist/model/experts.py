@@ -1,8 +1,8 @@
-"""Routed experts: E SwiGLU networks as three stacked tensors, dropless, and the backends that run them.
+"""Routed experts: E SwiGLU networks as three stacked tensors, dropless, and the backends that compute them.
 
 y[n] = sum over j of weights[n, j] * down_e(silu(gate_e(x[n])) * up_e(x[n])) with e = index[n, j].
-Layout is MegaBlocks': (E, F, D) each, `down` transposed, so `(E * F, D)` is a view. Every expert's parameters get a
-gradient, zero where no token came: an expert whose gradient is missing on one rank breaks the collective after it.
+The layout is MegaBlocks': (E, F, D) each, `down` transposed, so that `(E * F, D)` is a view. Every expert's parameters
+get a gradient, zeros for an expert without tokens: a gradient that is missing on one rank would break its reduction.
 """
 
 # N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, at least N * k.
@@ -23,15 +23,15 @@ from mythos_dist.parallel.expert import combine, dispatch
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import shard_parameter
 
-# (x, weights, index, gate, up, down, pairs) -> y. An index of E is an empty slot; `pairs` says how many are not empty,
-# None that all are filled.
+# (x, weights, index, gate, up, down, pairs) -> y. An index of E is an empty slot; `pairs` is the number of slots that
+# are not empty, None if all are used.
 Backend = Callable[..., Tensor]
 
 
 def reference(
     x: Tensor, weights: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor, pairs: int | None = None
 ) -> Tensor:
-    """One expert after the other, for tests: what the other backends must equal."""
+    """One expert after the other; tests compare the other backends with it."""
     y = torch.zeros_like(x)
     for e in range(gate.shape[0]):
         token, slot = (index == e).nonzero(as_tuple=True)
@@ -44,20 +44,20 @@ def reference(
 BACKENDS: dict[str, Backend] = {"grouped": grouped, "megablocks": megablocks, "reference": reference}
 
 
-# torch.compile cannot trace the sums, and refuses a CPU's grouped product. `torch.compiler.disable` would import
-# torch._dynamo here (`parallel/collectives.py`).
+# torch.compile cannot trace GradientSums nor F.grouped_mm on a CPU. `torch.compiler.disable` would import torch._dynamo
+# here (`parallel/collectives.py`).
 _grouped_on_cpu = torch._disable_dynamo(grouped)
 
 
 class Experts(nn.Module):
-    """The stacked parameters of this rank's routed experts, the backend that runs them, and the way to the others.
+    """The stacked parameters of this rank's routed experts, their backend, and the exchange over the expert axis.
 
-    w1 is gate, w3 up, w2 down: the names by which DeepSpeed saves experts. Experts are cut over the expert axis, their
+    w1 is gate, w3 up, w2 down, as in DeepSpeed's expert checkpoints. Experts are sharded over the expert axis, their
     hidden width over the tensor axis.
     """
 
     def __init__(self, config: MythosConfig, backend: str, mesh: Mesh, selective: bool = False):
-        """Raises UserError if this process cannot run the backend."""
+        """Raises UserError if the backend cannot run in this process."""
         super().__init__()
         if backend == "megablocks":
             check_megablocks()
@@ -65,22 +65,24 @@ class Experts(nn.Module):
         self.selective = selective
         self.n_experts = config.n_experts
         shape = (config.n_experts, config.expert_dim, config.dim)
-        cuts = {0: mesh.expert, 1: mesh.tensor}
-        self.w1, self.w2, self.w3 = (shard_parameter(shape, cuts) for _ in range(3))
+        axes = {0: mesh.expert, 1: mesh.tensor}
+        self.w1 = shard_parameter(shape, axes)
+        self.w2 = shard_parameter(shape, axes)
+        self.w3 = shard_parameter(shape, axes)
         self.backend = BACKENDS[backend]
         self._sums: GradientSums | None = None
 
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        """x (N, D) whole, weights and index (N, k) -> this tensor rank's partial sums (N, D)."""
+        """x (N, D), full on each tensor rank, weights and index (N, k) -> this rank's partial sums (N, D)."""
         if self.mesh.expert.size == 1:
             return self._run(x, weights, index, None)
         route = dispatch(x, weights, index, self.n_experts, self.mesh)
         return combine(self._run(route.rows, route.weights, route.experts, route.pairs), route, self.mesh)
 
-    def start_pass(self, loops: int) -> None:
-        """Says that the next so many calls belong to one pass through the model, all with a gradient."""
-        add_up = loops > 1 and self.w1.requires_grad and on_cpu(self.w1)
-        self._sums = GradientSums() if add_up else None
+    def start_pass(self, calls: int) -> None:
+        """Call before a forward pass that calls this module `calls` times with gradient."""
+        accumulate = calls > 1 and self.w1.requires_grad and on_cpu(self.w1)
+        self._sums = GradientSums() if accumulate else None
 
     def _run(self, x: Tensor, weights: Tensor, index: Tensor, pairs: int | None) -> Tensor:
         inputs = x, weights, index, self.w1, self.w3, self.w2, pairs

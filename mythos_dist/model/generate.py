@@ -10,7 +10,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.model.attention import KVCache
 from mythos_dist.model.mythos import Mythos
 
-MAX_LOOPS = 100_000  # a number of loops above it is a slip: a token would take hours
+MAX_LOOPS = 100_000  # more would be a typo: a token would take hours
 
 
 @torch.no_grad()
@@ -28,25 +28,25 @@ def generate(
 ) -> Tensor:
     """Continue prompts (B, S) by up to max_new_tokens: (B, S + new) int64.
 
-    temperature 0 takes the likeliest token; top_k 0, or one beyond the vocabulary, samples from all tokens.
-    A row that has produced `stop_token` is filled with it; when all rows have, generation ends.
-    The prompt is read `prefill_chunk` tokens at a time. max_new_tokens defaults to `model.max_output_tokens`, or to
-    what the context leaves. Raises UserError naming the argument that cannot be used, or if logits are not finite.
+    temperature 0 takes the most likely token; top_k 0, or above the vocabulary size, samples from all tokens.
+    A row that has produced `stop_token` is padded with it; when all rows have, generation ends.
+    The prompt is read `prefill_chunk` tokens at a time. max_new_tokens defaults to `model.max_output_tokens`,
+    at most the rest of the context. Raises UserError for invalid arguments, or if logits are not finite.
     """
     config = model.config
     room = max(0, config.max_seq_len - input_ids.shape[1]) if input_ids.dim() == 2 else 0
     max_new_tokens = min(config.max_output_tokens, room) if max_new_tokens is None else max_new_tokens
-    problems = _token_problems(model, input_ids, stop_token)
-    problems += _length_problems(input_ids.shape[-1], max_new_tokens, config.max_seq_len)
-    problems += sampling_errors(
+    errors = _token_errors(model, input_ids, stop_token)
+    errors += _length_errors(input_ids.shape[-1], max_new_tokens, config.max_seq_len)
+    errors += sampling_errors(
         max_new_tokens=max_new_tokens,
         n_loops=n_loops,
         temperature=temperature,
         top_k=top_k,
         prefill_chunk=prefill_chunk,
     )
-    if problems:
-        raise UserError(problems)
+    if errors:
+        raise UserError(errors)
 
     was_training = model.training
     model.eval()
@@ -71,14 +71,14 @@ def generate(
 
 def _sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
     """logits (B, V) fp32 -> token ids (B,)."""
-    if not bool(logits.amax(-1).isfinite().all()):  # -inf beside numbers is no fault
-        raise UserError("the model's logits are not finite: its weights have diverged, or n_loops is too large for it")
+    if not bool(logits.amax(-1).isfinite().all()):  # -inf beside finite logits is valid
+        raise UserError("the model's logits are not finite: its weights have diverged, or n_loops is too large")
     if temperature == 0:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
-    # In float64 and with the largest at 0: divided by the smallest temperature that is, none becomes NaN.
+    # In float64 with the largest logit at 0, no temperature above 0 gives NaN.
     scaled = (logits.double() - logits.amax(-1, keepdim=True)) / temperature
     return torch.multinomial(scaled.softmax(-1).float(), 1, generator=generator).squeeze(-1)
 
@@ -91,8 +91,8 @@ def sampling_errors(
     top_k: int = 0,
     prefill_chunk: int = 1,
 ) -> list[str]:
-    """What is wrong with numbers that `generate` takes, whatever the model, a line each."""
-    found = []
+    """The errors in `generate`'s sampling arguments that do not depend on the model, one line each."""
+    errors = []
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 0),
         ("n_loops", 1 if n_loops is None else n_loops, 1),
@@ -100,38 +100,40 @@ def sampling_errors(
         ("prefill_chunk", prefill_chunk, 1),
     ):
         if not isinstance(value, Integral):
-            found.append(f"{name}={value!r} must be a whole number")
+            errors.append(f"{name}={value!r} must be a whole number")
         elif value < least:
-            found.append(f"{name}={value} must be at least {least}")
+            errors.append(f"{name}={value} must be at least {least}")
         elif name == "n_loops" and value > MAX_LOOPS:
-            found.append(f"{name}={value} must be at most {MAX_LOOPS}")
+            errors.append(f"{name}={value} must be at most {MAX_LOOPS}")
     if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
-        found.append(f"temperature={temperature!r} must be a number from 0 on; 0 takes the likeliest token")
-    return found
+        errors.append(
+            f"temperature={temperature!r} must be a finite number of at least 0; 0 takes the most likely token"
+        )
+    return errors
 
 
-def _token_problems(model: Mythos, input_ids: Tensor, stop_token: int | None) -> list[str]:
-    """Raises UserError for what is no batch of prompts."""
+def _token_errors(model: Mythos, input_ids: Tensor, stop_token: int | None) -> list[str]:
+    """The errors in the token ids. Raises UserError if `input_ids` is not a batch of prompts."""
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UserError(
             f"input_ids has shape {tuple(input_ids.shape)}; expected (at least one prompt, at least one token)"
         )
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise UserError(f"input_ids has dtype {input_ids.dtype}; token ids are whole numbers, such as torch.int64")
-    found, vocab_size = [], model.config.vocab_size
+    errors, vocab_size = [], model.config.vocab_size
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
-        found.append(
+        errors.append(
             f"token id {low if low < 0 else high} is out of range for model.vocab_size={vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
     if stop_token is not None and not 0 <= stop_token < vocab_size:
-        found.append(f"stop_token={stop_token} is out of range for model.vocab_size={vocab_size}")
-    return found
+        errors.append(f"stop_token={stop_token} is out of range for model.vocab_size={vocab_size}")
+    return errors
 
 
-def _length_problems(prompt: int, new: int, context: int) -> list[str]:
-    """Of so many tokens of the prompt and new ones."""
+def _length_errors(prompt: int, new: int, context: int) -> list[str]:
+    """Errors if `prompt` and `new` tokens do not fit into `context` tokens."""
     if prompt > context:
         return [
             f"the prompt of {prompt} tokens is longer than the context model.max_seq_len={context}; "

@@ -1,9 +1,9 @@
-"""Weight gradients that the loops of one pass add up in place.
+"""Expert weight gradients that the loops of one pass accumulate in place.
 
-A weight that runs in every loop gets as many gradients. Autograd makes each of them whole, zeros for experts without
-tokens included, and adds it to the last: for stacks of experts that is more memory traffic than all else in a loop.
-Here a backward pass adds each expert's product to one sum, and hands that to autograd once, behind the last loop.
-Products that add in place exist on CPUs only: torch's grouped product on GPUs cannot, so there autograd does it.
+A weight used in every loop gets one gradient per loop. Autograd allocates each in full, zeros for experts without
+tokens included, and adds it to the previous one: for stacks of experts that is more memory traffic than everything else
+in a loop. Here the backward pass adds each expert's product to one buffer, which autograd gets once, after all loops.
+Only on CPUs: torch's grouped matrix product on GPUs cannot accumulate into its output, so there autograd does it.
 """
 
 # E experts, M rows, F and D the two widths of a weight.
@@ -16,24 +16,25 @@ from torch import Tensor
 
 
 class GradientSums:
-    """The sums of one forward pass for weights of shape (E, F, D), all of one shape."""
+    """The gradient buffers of one forward pass, for weights of one shape (E, F, D)."""
 
     def __init__(self) -> None:
-        self._token: Tensor | None = None
+        self._anchor: Tensor | None = None
         self._graph = -1
         self._sums: list[Tensor] = []
         self._touched: list[set[int]] = []
 
-    def token(self, weights: Sequence[Tensor]) -> Tensor:
-        """What every use of the weights takes as an input, so that the sums are handed on when all have been added."""
-        if self._token is None:
-            self._token = cast(Tensor, _HandOn.apply(self, *weights))
-        return self._token
+    def anchor(self, weights: Sequence[Tensor]) -> Tensor:
+        """A scalar that every use of the weights must take as an input: its backward, which returns the sums to
+        autograd, then runs after those of all uses."""
+        if self._anchor is None:
+            self._anchor = cast(Tensor, _ReturnSums.apply(self, *weights))
+        return self._anchor
 
     def add(self, which: int, left: Tensor, right: Tensor, ends: list[int], weights: Sequence[Tensor]) -> None:
-        """Add left_e^T @ right_e to the sums of weight `which`: left (M, F), right (M, D), rows of e up to ends[e].
+        """Add left_e^T @ right_e to the sum for weights[which]: left (M, F), right (M, D), rows of e up to ends[e].
 
-        To be called inside a backward pass. Sums that another pass through the same graph began are dropped.
+        Call in a backward pass only. The sums of an earlier backward pass through the same graph are dropped.
         """
         graph = torch._C._current_graph_task_id()
         if graph != self._graph:
@@ -57,8 +58,8 @@ class GradientSums:
         return sums
 
 
-class _HandOn(torch.autograd.Function):
-    """A scalar that depends on the weights; its backward runs behind those of all who use it."""
+class _ReturnSums(torch.autograd.Function):
+    """A scalar zero that depends on the weights; its backward gives them the accumulated gradients."""
 
     @staticmethod
     def forward(ctx, sums: GradientSums, *weights: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Initial values that depend on (seed, parameter's canonical name, block of rows), never on layout or rank.
 
-A parameter is cut into blocks of rows along its flattened leading dims, and each block has a generator of its own:
-whoever holds a slice draws only the blocks that the slice touches, and gets the numbers that everybody gets.
+A parameter is divided into blocks of rows along its flattened leading dims, and each block has its own generator: a
+rank draws only the blocks that overlap its shard, and gets the values of the unsharded tensor.
 Scheme: OpenMythos', N(0, 0.02) for every matrix and table, ones for norms, 0 / 0 / 0.1 for the injection; or Huginn's
 for the matrices of blocks (`model.init`), and Parcae's for its injection.
 """
@@ -19,11 +19,9 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.parallel.tensor import ParameterShard, shard_of
 
 STD = 0.02
-_BLOCK_NUMBERS = 1 << 20  # about how many numbers one generator draws
-
-
-DECAY = 0.447  # what Parcae's injection leaves of a state in one loop, at first
-_OUTPUTS = ("attn.wo.weight", ".down.weight", "experts.w2")  # what writes to the residual stream
+_BLOCK_ELEMENTS = 1 << 20  # about how many values one generator draws
+DECAY = 0.447  # initial A of Parcae's injection
+_OUTPUTS = ("attn.wo.weight", ".down.weight", "experts.w2")  # matrices that add to the residual stream
 
 
 def normal_block(seed: int, name: str, block: int, rows: int, columns: int) -> Tensor:
@@ -34,7 +32,7 @@ def normal_block(seed: int, name: str, block: int, rows: int, columns: int) -> T
 
 
 def init_std(config: MythosConfig, name: str) -> float:
-    """Standard init_std that a matrix or table begins with, by its canonical name."""
+    """Initial standard deviation of a matrix or table, by its canonical name."""
     block = name.startswith(("prelude.", "coda.", "recurrent.block.")) and not name.endswith("router.weight")
     if config.init == "reference" or not block:
         return STD
@@ -44,7 +42,7 @@ def init_std(config: MythosConfig, name: str) -> float:
 
 @torch.no_grad()
 def init_parameters(model: nn.Module, seed: int, config: MythosConfig) -> None:
-    """Fill every parameter of `model` that is not on the meta device."""
+    """Initialize every parameter of `model` that is not on the meta device."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             _fill(parameter, name, config, seed)
@@ -67,20 +65,18 @@ def _fill(parameter: Tensor, name: str, config: MythosConfig, seed: int) -> None
 
 
 def _fill_identity(parameter: Tensor, part: ParameterShard) -> None:
-    rows, columns = (torch.arange(start, stop) for start, stop in zip(part.start, part.stop, strict=True))
+    rows = torch.arange(part.start[0], part.stop[0])
+    columns = torch.arange(part.start[1], part.stop[1])
     parameter.zero_()
     parameter[: len(rows), : len(columns)] = (rows.unsqueeze(1) == columns).to(parameter)
 
 
 def _fill_normal(parameter: Tensor, part: ParameterShard, name: str, std: float, seed: int) -> None:
-    parameter.zero_()  # what lies behind the slice stays so
-    n_rows = part.whole[:-1]
-    total = 1
-    for size in n_rows:
-        total *= size
-    step = max(1, _BLOCK_NUMBERS // part.whole[-1])
+    parameter.zero_()  # padding after the shard stays zero
+    total = math.prod(part.whole[:-1])  # rows
+    step = max(1, _BLOCK_ELEMENTS // part.whole[-1])
 
-    @functools.lru_cache(maxsize=1)  # neighbouring runs share a block
+    @functools.lru_cache(maxsize=1)  # consecutive runs share a block
     def drawn(block: int) -> Tensor:
         return normal_block(seed, name, block, min(step, total - block * step), part.whole[-1]) * std
 
@@ -93,7 +89,7 @@ def _fill_normal(parameter: Tensor, part: ParameterShard, name: str, std: float,
 
 
 def _runs(part: ParameterShard) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """Stretches of neighbouring rows: where they begin in the parameter, in the whole tensor's rows, and how many."""
+    """Runs of contiguous rows of a shard: index in the parameter, first row in the unsharded tensor, number of rows."""
     *outer, length = part.shape[:-1]
     if length == 0:
         return

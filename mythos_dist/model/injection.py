@@ -1,6 +1,6 @@
 """How the prelude's output e enters every loop: h = A * h + B * injected(e) + u, with A in (0, 1) by construction.
 
-The reference's, of OpenMythos, and that of Parcae (Prairie et al. 2026).
+Two forms: OpenMythos' (`reference`) and Parcae's (Prairie et al. 2026).
 """
 
 # B batch, S' tokens of each sequence on this rank, D model.
@@ -15,7 +15,7 @@ from mythos_dist.parallel.tensor import ParallelLinear, replicated
 
 
 class Injection(nn.Module):
-    """What h = A * h + B * e + u needs, A = exp(-exp(log_dt + log_A)) per channel."""
+    """OpenMythos': B * e, and A = exp(-exp(log_dt + log_A)), per channel."""
 
     def __init__(self, dim: int, mesh: Mesh):
         super().__init__()
@@ -25,10 +25,10 @@ class Injection(nn.Module):
         replicated(self, mesh)
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A and B (D,), e as it is: the same in every loop."""
-        # The clamp keeps the exponential finite for any value that an optimizer step may reach.
+        """A and B (D,), and e unchanged: the same in every loop."""
+        # The clamp keeps the exponential finite for any parameter value.
         A = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
-        return A.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 takes a parameter's numbers away behind its module
+        return A.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 frees a parameter after its module's forward
 
 
 class ParcaeInjection(nn.Module):
@@ -46,9 +46,9 @@ class ParcaeInjection(nn.Module):
         """A and dt (D,), B @ e (B, S', D): one product, for all loops."""
         dt = F.softplus(self.delta.float())
         A = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
-        whole, width = enter_tensor_parallel(e, self.mesh), self.B.weight.shape[1]
+        full, width = enter_tensor_parallel(e, self.mesh), self.B.weight.shape[1]
         first = self.mesh.tensor.rank * width
-        own = whole[..., first : first + width].contiguous()  # a part of `whole` would keep all of it
+        own = full[..., first : first + width].contiguous()  # autograd would keep all of `full` for a view
         if own.shape[-1] < width:
             own = F.pad(own, (0, width - own.shape[-1]))
         return A.to(e.dtype), dt.to(e.dtype), leave_tensor_parallel(self.B(own), self.mesh)

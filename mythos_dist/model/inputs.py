@@ -1,7 +1,7 @@
-"""Checks of what a caller gives to `Mythos`: without them, token ids beyond the vocabulary give logits all the same.
+"""Checks of the arguments of `Mythos`: without them, token ids beyond the vocabulary would give logits silently.
 
-Looking at ids on a GPU waits for it. So the trainer, whose batches come from verified shards, passes `loops` and is not
-checked; everybody else passes `n_loops` and is.
+Reading ids on a GPU synchronizes with it. So the trainer, whose batches come from verified shards, passes `loops` and
+skips the checks; other callers pass `n_loops` and do not.
 """
 
 import operator
@@ -16,7 +16,7 @@ from mythos_dist.parallel.tensor import IGNORED
 
 
 def check_arguments(config: Any, act: Any, experts: Any, attention: Any) -> None:
-    """What `Mythos` is built from. Raises UserError with all that is wrong."""
+    """The arguments of the constructor. Raises UserError with all problems."""
     wanted = {"config": (config, MythosConfig), "act": (act, ActConfig), "experts": (experts, ExpertsConfig)}
     problems = [
         f"{name} is a {type(value).__name__}; expected a {kind.__name__}"
@@ -30,7 +30,7 @@ def check_arguments(config: Any, act: Any, experts: Any, attention: Any) -> None
 
 
 def resolve_n_loops(n_loops: Any, backprop: Any, config: MythosConfig) -> tuple[int, int]:
-    """(loops, how many of them get no gradient). Raises UserError for what is no number of loops."""
+    """(loops, how many of them run without gradient). Raises UserError for invalid values."""
     n_loops = config.max_loop_iters if n_loops is None else n_loops
     for name, value in {"n_loops": n_loops, "backprop": backprop}.items():
         if name == "backprop" and value is None:
@@ -44,32 +44,34 @@ def resolve_n_loops(n_loops: Any, backprop: Any, config: MythosConfig) -> tuple[
 
 
 def check_tokens(input_ids: Any, labels: Any, document_ids: Any, config: MythosConfig) -> None:
-    """input_ids (B, S); labels (B, S) or (B, T, S), document_ids (B, S), both perhaps None. Raises UserError with all
-    that is wrong."""
-    found = [type_problem("input_ids", input_ids, 2)]
-    if not found[0]:
+    """input_ids (B, S); labels (B, S), (B, T, S) or None; document_ids (B, S) or None. Raises UserError with all
+    problems."""
+    problems = [type_problem("input_ids", input_ids, 2)]
+    if not problems[0]:
         if input_ids.numel() == 0:
-            found.append(f"input_ids has shape {tuple(input_ids.shape)}; give at least one sequence of one token")
+            problems.append(f"input_ids has shape {tuple(input_ids.shape)}; give at least one sequence of one token")
         else:
-            found.append(_range_problem("input_ids", input_ids, config.vocab_size))
-    B, S = input_ids.shape if not found[0] else (0, 0)
+            problems.append(_range_problem("input_ids", input_ids, config.vocab_size))
+    batch_shape = None if problems[0] else tuple(input_ids.shape)
     for name, ids in {"labels": labels, "document_ids": document_ids}.items():
         if ids is None:
             continue
         if problem := type_problem(name, ids, None):
-            found.append(problem)
-        elif not found[0] and not (
-            ids.shape == (B, S) or (name == "labels" and ids.dim() == 3 and (ids.shape[0], ids.shape[2]) == (B, S))
-        ):
-            found.append(f"{name} has shape {tuple(ids.shape)}, input_ids {(B, S)}; give one for each token")
+            problems.append(problem)
+            continue
+        shape = tuple(ids.shape)
+        if name == "labels" and ids.dim() == 3:
+            shape = (shape[0], shape[2])
+        if batch_shape is not None and shape != batch_shape:
+            problems.append(f"{name} has shape {tuple(ids.shape)}, input_ids {batch_shape}; give one for each token")
         elif name == "labels" and ids.numel():
-            found.append(_range_problem(name, ids.masked_fill(ids == IGNORED, 0), config.vocab_size))
-    if problems := [problem for problem in found if problem]:
-        raise UserError(problems)
+            problems.append(_range_problem(name, ids.masked_fill(ids == IGNORED, 0), config.vocab_size))
+    if any(problems):
+        raise UserError([problem for problem in problems if problem])
 
 
 def type_problem(name: str, ids: Any, dims: int | None) -> str | None:
-    """What is wrong with the type of token ids; None if nothing. dims: how many there must be; None: any number."""
+    """What is wrong with the type of token ids, or None. dims: the required number of dims; None: any."""
     if not isinstance(ids, Tensor):
         return f"{name} is a {type(ids).__name__}; expected a tensor of token ids (batch, tokens)"
     if ids.dtype not in (torch.int64, torch.int32):
@@ -82,7 +84,7 @@ def type_problem(name: str, ids: Any, dims: int | None) -> str | None:
 def _range_problem(name: str, ids: Tensor, vocab_size: int) -> str | None:
     if ids.is_meta:
         return None
-    low, high = torch.stack(ids.aminmax()).tolist()  # one wait for both
+    low, high = torch.stack(ids.aminmax()).tolist()  # one synchronization for both
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         return (

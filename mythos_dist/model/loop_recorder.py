@@ -1,8 +1,7 @@
-"""How the loops of a pass are doing: norms, changes, sameness of tokens, and what the update does to a disturbance.
+"""Statistics of the loops of a pass: state norms, changes, token correlation, and the gain of the update.
 
-What is looked for are the known ways in which looped models fail (Huginn, Geiping et al. 2025): the states of all
-tokens become one, the state is ignored, the state grows. That A is below 1 says nothing about the block beside it, so
-the gain is that of the whole update.
+They show the known failures of looped models (Huginn, Geiping et al. 2025): the states of all tokens collapse to one,
+the state is ignored, the state grows. A < 1 does not bound the block, so the gain is that of the full update.
 """
 
 # B batch, S' tokens of each sequence on this rank, D model.
@@ -19,22 +18,22 @@ POWER_ITERATIONS = 3  # power iterations
 
 
 class LoopRecorder:
-    """Looks on while a rank runs the loops of passes without gradients.
+    """Records the loops that a rank runs in passes without gradient.
 
-    COLUMNS are sums over tokens: how many there are; norms of their states; the share of a state that the loop has
-    changed; the mean cosine between a token's state and those of its sequence; the weight that halting gave.
+    COLUMNS are sums over tokens of: 1; the norm of the state; its relative change by the loop; the mean cosine
+    between the state and those of the token's sequence; the halting weight.
     """
 
     COLUMNS = ("tokens", "state_norm", "residual_ratio", "token_correlation", "act_mass")
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self.rows: dict[int, Tensor] = {}  # by loop: COLUMNS, fp32
+        self.rows: dict[int, Tensor] = {}  # by loop index: COLUMNS, fp32
         self.gains: list[Tensor] = []  # (), one per pass
-        self.rho: Tensor | None = None  # (): the largest of A, which a state is multiplied by in each loop
+        self.rho: Tensor | None = None  # (): the largest element of A
 
     def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor) -> None:
-        """Loop t made `after` (B, S', D) of `before`; `weight` (B, S') is what halting gave it."""
+        """Record loop t: the states before and after it (B, S', D), and the halting weight of `after` (B, S')."""
         after = after.float()
         norm = after.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         change = (after - before.float()).norm(dim=-1, keepdim=True) / norm
@@ -48,9 +47,9 @@ class LoopRecorder:
         self.rows[t] = self.rows[t] + row if t in self.rows else row
 
     def estimate_gain(self, update: Callable[[Tensor], Tensor], h: Tensor) -> None:
-        """Estimate how much `update` stretches the disturbance of the state h (B, S', D) that it stretches most in the
-        long run: power iteration with differences. Every rank that runs the loops with this one calls it."""
-        size = (1e-3 if h.dtype == torch.float32 else 3e-2) * self._norm(h.float())  # so that rounding does not show
+        """Estimate the spectral radius of `update`'s Jacobian at h (B, S', D), by power iteration with finite
+        differences. Collective: every rank that runs these loops calls it."""
+        size = (1e-3 if h.dtype == torch.float32 else 3e-2) * self._norm(h.float())  # above rounding errors
         generator = torch.Generator(h.device).manual_seed(self.mesh.tensor.rank if self.mesh.sequence else 0)
         v = torch.empty(h.shape, device=h.device).normal_(generator=generator)
         here, stretched = update(h).float(), size

@@ -1,14 +1,14 @@
 """Routed experts on MegaBlocks' kernels (Gale et al. 2022): its dropless layer, with our router and our parameters.
 
 `ParallelDroplessMLP` sorts (token, slot) pairs by expert, copies them with Triton, multiplies with grouped_gemm, and
-weights and sums what comes out. It knows our stacks as views (E * F, D): w1 is gate, v1 up, w2 down transposed. Every
-forward waits for the GPU once: grouped_gemm wants each expert's row count on the host.
-What must stay off: its auxiliary loss (a global list that grows with every forward), its expert parallelism and its
-scale on expert gradients (ours is in `parallel/expert.py`, and ZeRO already divides). Its memory-optimized backward
-writes over the gradient that comes in and leaves gradients on saved tensors, so a second pass would be wrong.
+sums the weighted outputs. It gets our stacks as views (E * F, D): w1 is gate, v1 up, w2 down transposed. Every forward
+synchronizes with the GPU once: grouped_gemm needs each expert's row count on the host.
+Disabled: its auxiliary loss (a global list that grows with every forward), its expert parallelism and its scale on
+expert gradients (ours is in `parallel/expert.py`, and ZeRO already divides), and its memory-optimized backward, which
+overwrites the incoming gradient and leaves gradients on saved tensors, so that a second pass would be wrong.
 """
 
-# N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, one per filled slot.
+# N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, one per used slot.
 
 import functools
 import os
@@ -25,11 +25,11 @@ from mythos_dist.gpu_packages import unavailable
 from mythos_dist.model.grouped import pad_to_16_bytes
 from mythos_dist.parallel.rows import RowIndex, nonzero_no_sync, row_starts, sum_rows, take_rows
 
-BLOCK = 128  # MegaBlocks' unit of hidden width, all experts together
+BLOCK = 128  # MegaBlocks' block size along the hidden width of all experts together
 
 
 def check_megablocks(dtype: torch.dtype | None = None) -> None:
-    """UserError, with all reasons, if this process cannot run MegaBlocks, or not in `dtype`."""
+    """Raises UserError, with all reasons, if MegaBlocks cannot run in this process, or not in `dtype`."""
     problems = []
     if dtype not in (None, torch.bfloat16) and not _interpreted():
         problems.append(_other_dtype(dtype))
@@ -59,8 +59,8 @@ def megablocks(
 ) -> Tensor:
     """x (N, D), weights and index (N, k), stacks (E, F, D) -> y (N, D). An index of E is an empty slot.
 
-    `pairs`: how many slots are filled, None if all are. `impl` is MegaBlocks' `mlp_impl`; it refuses "sparse" beside
-    Triton 3.2 and newer. Raises UserError for a dtype that grouped_gemm does not know.
+    `pairs`: the number of used slots, None if all are. `impl` is MegaBlocks' `mlp_impl`; "sparse" does not work with
+    Triton 3.2 and newer. Raises UserError for a dtype that grouped_gemm does not support.
     """
     if x.is_cuda and x.dtype != torch.bfloat16:
         raise UserError(_other_dtype(x.dtype))
@@ -70,23 +70,24 @@ def megablocks(
     if pairs is None:
         return run(x, weights, index)
 
-    # MegaBlocks has no empty slots: every filled one becomes a token of its own, with one expert.
-    filled = index < gate.shape[0]
-    slot = nonzero_no_sync(filled, pairs)  # (M,) token * k + slot
-    order = torch.arange(pairs, device=x.device)  # rows lie token after token
-    places = RowIndex(slot // index.shape[1], order, row_starts(filled))
-    weights, index = (given.flatten().index_select(0, slot).unsqueeze(1) for given in (weights, index))  # (M, 1)
-    return sum_rows(run(take_rows(x, places), weights, index), places)
+    # MegaBlocks has no empty slots: every used one becomes a token of its own, with one expert.
+    used = index < gate.shape[0]
+    slot = nonzero_no_sync(used, pairs)  # (M,) token * k + slot
+    order = torch.arange(pairs, device=x.device)  # rows are in the order of tokens
+    rows = RowIndex(slot // index.shape[1], order, row_starts(used))
+    weights = weights.flatten().index_select(0, slot).unsqueeze(1)  # (N, k) -> (M, 1)
+    index = index.flatten().index_select(0, slot).unsqueeze(1)
+    return sum_rows(run(take_rows(x, rows), weights, index), rows)
 
 
 def _run(x: Tensor, weights: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor, impl: str) -> Tensor:
-    """All slots filled: x (N, D), weights and index (N, k) -> (N, D)."""
+    """All slots used: x (N, D), weights and index (N, k) -> (N, D)."""
     true_D = x.shape[1]
-    x, gate, up, down = pad_to_16_bytes(x, gate, up, down)  # grouped_gemm's CUTLASS wants that
+    x, gate, up, down = pad_to_16_bytes(x, gate, up, down)  # grouped_gemm's CUTLASS requires it
     E, width, D = gate.shape
     layer = _layer(E, width, D, index.shape[1], x.dtype, impl)
     stacks = {"mlp.w1": gate.view(-1, D), "mlp.v1": up.view(-1, D), "mlp.w2": down.view(-1, D)}
-    # No router scores: they only serve the auxiliary loss. Contiguous, because its kernels do not look at strides.
+    # No router scores: only the auxiliary loss uses them. Contiguous, because its kernels ignore strides.
     return functional_call(layer, stacks, (x.contiguous(), None, weights, index))[:, :true_D]
 
 
@@ -94,14 +95,14 @@ def _run(x: Tensor, weights: Tensor, index: Tensor, gate: Tensor, up: Tensor, do
 def _layer(E: int, width: int, D: int, k: int, dtype: torch.dtype, impl: str) -> nn.Module:
     """MegaBlocks' layer as a shell on the meta device: its constructor would allocate all experts twice.
 
-    The shell stands outside of the model, so nothing of it is trained, moved or saved.
+    It is not a submodule of the model, so none of it is trained, moved or saved.
     """
     from megablocks.layers.arguments import Arguments  # pyright: ignore[reportMissingImports]
     from megablocks.layers.dmoe import ParallelDroplessMLP  # pyright: ignore[reportMissingImports]
 
     settings: dict[str, Any] = {
         "hidden_size": D,
-        # With less than one block in all it takes the logarithm of 0. The true width is that of the stacks.
+        # With less than one block it takes the logarithm of 0. The true width is that of the stacks.
         "ffn_hidden_size": max(width, -(-BLOCK // E)),
         "moe_num_experts": E,
         "moe_top_k": k,
@@ -127,7 +128,7 @@ def _other_dtype(dtype: torch.dtype) -> str:
 
 
 def _interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU, as in the tests."""
+    """Whether Triton's interpreter replaces the GPU, as in the tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

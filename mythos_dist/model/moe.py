@@ -1,8 +1,8 @@
-"""The mixture of experts: a router that keeps its load even, routed experts, and the shared experts as one FFN.
+"""The mixture of experts: a router with load balancing, routed experts, and the shared experts as one FFN.
 
 Selection: top-k of logits + bias; weights: softmax(logits) of the selected, renormalised. The bias follows the load
 after each optimizer step, bias += rate * sign(mean load - load) (DeepSeek-V3, 2024), and never enters the gradient.
-The trap: the bias moves by 1e-3 and bf16 cannot hold such a step, so it stays fp32 whatever the model is cast to.
+The trap: the bias changes by 1e-3, too small a step for bf16, so it stays fp32 whatever the model is cast to.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), N = B * S tokens, D model,
@@ -25,15 +25,15 @@ from mythos_dist.parallel.tensor import ParallelLinear, replicated, shard_parame
 
 
 class RouterStats(NamedTuple):
-    """What one pass through the mixture leaves for the objective and the load balance."""
+    """Output of one forward of the mixture, besides y: for load balancing and the objective."""
 
-    counts: Tensor  # (E,) int64: (token, expert) pairs of this replica
-    # (): weighted auxiliary losses, None if there are none; this rank's part of the sum over those who share a sequence
+    counts: Tensor  # (E,) int64: (token, expert) pairs in this replica
+    # (): weighted auxiliary losses, or None. With sequence parallelism this rank's term of the sum over the tensor axis
     loss: Tensor | None
 
 
 class FFN(nn.Module):
-    """Dense SwiGLU: down(silu(gate(x)) * up(x)), its hidden width cut over the tensor axis."""
+    """Dense SwiGLU: down(silu(gate(x)) * up(x)), its hidden width sharded over the tensor axis."""
 
     def __init__(self, dim: int, hidden: int, mesh: Mesh = SINGLE, selective: bool = False):
         super().__init__()
@@ -43,7 +43,7 @@ class FFN(nn.Module):
         self.selective = selective
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, D) whole -> this tensor rank's partial sum (N, D); callers `enter` before and `leave` after."""
+        """x (N, D), full on each tensor rank -> this rank's partial sum (N, D)."""
         return checkpoint_if(self.selective, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class FFN(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses k experts per token, in fp32."""
+    """Selects k experts per token, in fp32."""
 
     bias: Tensor
 
@@ -65,7 +65,7 @@ class Router(nn.Module):
         replicated(self, mesh)
 
     def _apply(self, fn, recurse=True):
-        """Move the bias with the module, but never cast it (DeepSpeed casts the whole model to bf16)."""
+        """Move the bias with the module, but never cast it (DeepSpeed casts the model to bf16)."""
         exact = self.bias
         super()._apply(fn, recurse)
         if not self.bias.is_meta and not exact.is_meta:
@@ -77,7 +77,7 @@ class Router(nn.Module):
         logits = F.linear(x.flatten(0, 1).float(), self.weight.float())  # (N, D) -> (N, E)
         with torch.no_grad():
             index = (logits + self.bias).topk(self.k, dim=-1).indices
-        weights = logits.gather(-1, index).softmax(-1)  # softmax over all, renormalised over the chosen
+        weights = logits.gather(-1, index).softmax(-1)  # equals the softmax over all experts, renormalised
         if not self.experts.z_loss and not self.experts.sequence_balance_loss:
             return weights, index, None
         return weights, index, self._losses(logits.view(*x.shape[:2], -1))
@@ -85,7 +85,7 @@ class Router(nn.Module):
     def _losses(self, logits: Tensor) -> Tensor:
         """ST-MoE's z-loss and DeepSeek-V3's sequence-wise balance loss of logits (B, S', E), each times its weight."""
         loss = logits.new_zeros(())
-        parts = self.mesh.tensor.size if self.mesh.sequence else 1  # ranks that a sequence's tokens are spread over
+        parts = self.mesh.tensor.size if self.mesh.sequence else 1  # ranks that share a sequence's tokens
         if self.experts.z_loss:
             loss = loss + self.experts.z_loss * logits.logsumexp(-1).square().mean() / parts
         if self.experts.sequence_balance_loss:
@@ -100,13 +100,13 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor) -> None:
-        """Raise the bias of experts below the mean load and lower the others'; counts (E,) of the whole step."""
+        """Raise the bias of experts below the mean load and lower the others'; counts (E,) of one optimizer step."""
         load = counts.to(self.bias.device, torch.float32)
         self.bias += self.experts.bias_update_rate * torch.sign(load.mean() - load)
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared experts. The shared ones' sum is exactly one SwiGLU of their widths together."""
+    """Routed plus shared experts. The sum of the shared experts is one SwiGLU with the sum of their widths."""
 
     def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh = SINGLE, selective: bool = False):
         super().__init__()
@@ -119,7 +119,7 @@ class MoE(nn.Module):
         """x (B, S', D) -> y (B, S', D) and the router's statistics."""
         weights, index, loss = self.router(x)
         if self.mesh.tensor.size > 1:
-            weights, index = self._of_all_tokens(weights, index, x.shape)
+            weights, index = self._gather_routing(weights, index, x.shape)
         x = enter_tensor_parallel(x, self.mesh)  # once for the routed and the shared experts
         rows = x.flatten(0, 1)
         y = self.experts(rows, weights, index)
@@ -128,8 +128,8 @@ class MoE(nn.Module):
         stats = RouterStats(tokens_per_expert(index, self.experts.n_experts), loss)
         return leave_tensor_parallel(y.view_as(x), self.mesh), stats
 
-    def _of_all_tokens(self, weights: Tensor, index: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """What the router chose for this rank's tokens (N', k) -> for those of all ranks (N, k)."""
+    def _gather_routing(self, weights: Tensor, index: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """The routing of this rank's tokens (N', k) -> that of all tensor ranks' tokens (N, k)."""
         weights, index = (part.view(*shape[:2], -1) for part in (weights, index))
         if self.mesh.sequence:
             index = all_gather(index.to(torch.int32), self.mesh.tensor, 1).long()

@@ -1,12 +1,12 @@
 """The Recurrent-Depth Transformer: embedding, prelude, one looped block, coda, norm, and the embedding again as head.
 
-`Mythos(config)` is a plain module on one process. `mode: reference` gives OpenMythos 0.5.0's numbers at equal weights
-(`load_open_mythos`); `mode: train` has a router bias that moves, and the loops as `act.*` and `model.*` choose them.
+`Mythos(config)` is a plain module on one process. `mode: reference` gives OpenMythos 0.5.0's outputs for equal weights
+(`load_open_mythos`); in `mode: train` the router bias is updated, and `act.*` and `model.*` configure the loops.
 With a mesh it holds this rank's shards, with a `StageSpec` this pipeline stage's layers, under the full model's names.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,
-# E experts, R readouts: 1, or the loops that gradient flows through (loops.objective=per_loop).
+# E experts, R readouts: 1, or the loops with gradient (loops.objective=per_loop).
 
 from typing import Literal, TypedDict
 
@@ -32,17 +32,17 @@ from mythos_dist.parallel.tensor import IGNORED, Embedding, replicated
 
 
 class Losses(TypedDict):
-    """What a training pass returns. A plain dict of tensors: DeepSpeed's ZeRO-3 hooks walk through it."""
+    """Output of a training pass. A plain dict of tensors, because DeepSpeed's ZeRO-3 hooks traverse dicts."""
 
-    objective: Tensor  # (): what is differentiated, cross entropy of all readouts plus auxiliary losses
-    cross_entropy: Tensor  # (): of the last readout, mean over the tokens that count, in nats, detached
-    tokens: Tensor  # (): how many labels count
-    correct: Tensor  # (B, S) bool: where the last readout's highest logit is the label's
+    objective: Tensor  # (): the loss to differentiate, cross entropy of all readouts plus auxiliary losses
+    cross_entropy: Tensor  # (): of the last readout, mean over labels that are not ignored, in nats, detached
+    tokens: Tensor  # (): labels that are not ignored
+    correct: Tensor  # (B, S) bool: whether the last readout's highest logit is the label's
     expert_counts: Tensor  # (n_loops, E) int64: (token, expert) pairs per loop and expert
 
 
 class Mythos(nn.Module):
-    """The whole model, or what one rank holds of it. Raises UserError when the config cannot be built."""
+    """The model, or one rank's shard of it. Raises UserError if the config cannot be built."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ class Mythos(nn.Module):
     ) -> Tensor | Losses:
         """input_ids (B, S) -> logits (B, S, V); with labels (B, S), the `Losses` of predicting them.
 
-        n_loops: turns of the recurrent block, by default `max_loop_iters`, and any number from 1 to 512.
-        labels: also (B, T, S), one row after each loop, the last for it and all that come behind; see `losses`.
-        document_ids: (B, S), equal within a document; attention then stays inside documents.
-        cache: keys and values of the tokens before these; this call adds its own.
-        backprop: gradient flows through the last so many loops only; None: through all.
-        loops: instead of n_loops and backprop, with all that can be said of loops.
-        Raises UserError for tokens beyond the context; without `loops` also for ids that are none of the vocabulary's,
-        shapes that do not go together, and an n_loops that is no number from 1 to 512 (model/inputs.py).
+        n_loops: applications of the recurrent block, 1 to 512; default `max_loop_iters`.
+        labels: also (B, T, S), a row for each loop, the last row for all further loops; see `losses`.
+        document_ids: (B, S), equal within a document; attention is then restricted to documents.
+        cache: keys and values of the previous tokens; this call appends its own.
+        backprop: gradient flows through the last N loops only; None: through all.
+        loops: replaces n_loops and backprop; has all options of loops.
+        Raises UserError for tokens beyond the context; without `loops` also for ids outside the vocabulary, shapes
+        that do not match, and n_loops outside 1 to 512 (model/inputs.py).
         """
         config = self.config
         if loops is None:
@@ -118,7 +118,7 @@ class Mythos(nn.Module):
         return self.losses(state, labels, loops, counts)
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
-        """What the layers share in a pass over input_ids (B, S); see `forward` for the other arguments."""
+        """What all layers share in a pass over input_ids (B, S); see `forward` for the arguments."""
         dtype = next(self.parameters()).dtype
         kernel = choose_kernel(self.attention, input_ids.device, dtype, self.config)
         return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel)
@@ -126,7 +126,7 @@ class Mythos(nn.Module):
     def run(self, state: State, loop_range: range, loops: Loops, context: Context) -> tuple[State, Tensor]:
         """Run the layers that this rank holds; of all loops of the pass, those of `loop_range`.
 
-        state: the output of the previous layer; of the model's input `State(input_ids)`.
+        state: the output of the previous stage; on the first stage `State(input_ids)`.
         Returns the state after this rank's layers and the counts (len(loop_range), E).
         """
         stage = self.stage
@@ -152,36 +152,37 @@ class Mythos(nn.Module):
     def input_shapes(self, batch: int, seq_len: int, readouts: int = 0) -> TensorSpecs:
         """Shapes and dtypes of the state that this pipeline stage receives for (batch, seq_len) tokens.
 
-        readouts: how many the stages before it have made.
+        readouts: the number of readouts by earlier stages.
         """
         tokens = seq_len // self.mesh.tensor.size if self.mesh.sequence else seq_len
         shape = torch.Size([batch, tokens, self.config.dim])
         return stage_input_shapes(self.stage, shape, next(self.parameters()).dtype, readouts)
 
     def losses(self, state: State, labels: Tensor, loops: Loops, counts: Tensor) -> Losses:
-        """state: what `run` leaves behind the last norm. counts (n_loops, E).
+        """state: the output of `run` after the last norm. counts (n_loops, E).
 
-        labels (B, S), or (B, T, S): row t after loop t of each sequence, the last row for all loops behind it. Each
-        readout's mean over its labels that count is weighted by what its loop counts, and the last one is reported.
+        labels (B, S), or (B, T, S): row t for loop t of each sequence, the last row for all further loops. The
+        objective is the sum over readouts of weight times mean loss; the reported loss is the last readout's.
         """
         weights = state.readout_weights  # (R, B, S') or None
-        wanted = self._labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
-        final = wanted[-1]
+        targets = self._labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
+        final = targets[-1]
         if weights is not None:
             if self.mesh.sequence:
                 weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
-            counted = (wanted != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # by each readout
-            weights = (weights * (counted[-1] / counted)).flatten(0, 1)  # of the size of 1: fp16 keeps small ones badly
-        found = self.embed(state.h, labels=wanted.flatten(0, 1), weights=weights)
+            n_labels = (targets != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # (R, 1, 1)
+            # Not 1 / n_labels: weights near 1 keep fp16 gradients from underflowing.
+            weights = (weights * (n_labels[-1] / n_labels)).flatten(0, 1)
+        head = self.embed(state.h, labels=targets.flatten(0, 1), weights=weights)
         B, tokens = final.shape[0], (final != IGNORED).sum()
         aux_loss = state.aux_loss.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
             aux_loss = all_reduce(aux_loss, self.mesh.tensor)
         return Losses(
-            objective=found.total / tokens.clamp(min=1) + aux_loss,
-            cross_entropy=found.losses[-B:].sum() / tokens.clamp(min=1),
+            objective=head.total / tokens.clamp(min=1) + aux_loss,
+            cross_entropy=head.losses[-B:].sum() / tokens.clamp(min=1),
             tokens=tokens,
-            correct=found.correct[-B:],
+            correct=head.correct[-B:],
             expert_counts=counts,
         )
 
@@ -193,25 +194,25 @@ class Mythos(nn.Module):
         B, T, _ = labels.shape
         rows = []
         for t in range(loops.n_loops - readouts, loops.n_loops):
-            turn = torch.as_tensor(loops.own_index(t), device=labels.device).expand(B).clamp(max=T - 1)
-            rows.append(labels[torch.arange(B, device=labels.device), turn])
+            row = torch.as_tensor(loops.own_index(t), device=labels.device).expand(B).clamp(max=T - 1)
+            rows.append(labels[torch.arange(B, device=labels.device), row])
         return torch.stack(rows)
 
     def compile_blocks(self) -> None:
-        """Let `torch.compile` take each block; names and state stay."""
+        """Compile each block with `torch.compile`, in place."""
         loops = [self.recurrent.block] if self.stage.has_loops else []
         for block in [*self.prelude.values(), *loops, *self.coda.values()]:
             block.compile()
 
     def update_router_bias(self, counts: Tensor) -> None:
-        """Call once after an optimizer step with the counts (n_loops, E) of its global batch; reference mode stays."""
+        """Call once per optimizer step with the counts (n_loops, E) of the global batch. No-op in reference mode."""
         if self.config.mode == "train" and self.stage.has_loops:
             self.recurrent.block.ffn.router.update_bias(counts.view(-1, self.config.n_experts).sum(0))
 
     def load_open_mythos(self, state_dict: dict[str, Tensor]) -> None:
-        """Take the weights of an `open_mythos.OpenMythos` with the same config.
+        """Load the weights of an `open_mythos.OpenMythos` with the same config.
 
-        Raises UserError when names or shapes are those of another config, or the loops are not OpenMythos'.
+        Raises UserError if names or shapes do not match this config, or OpenMythos does not support its loops.
         """
         from mythos_dist.model.open_mythos import check_loop_settings, from_open_mythos
 
@@ -220,7 +221,7 @@ class Mythos(nn.Module):
             self.load_state_dict(from_open_mythos(state_dict, self.config))
         except RuntimeError as error:
             raise UserError(
-                f"the OpenMythos weights do not fit `model.*`; set it to the config they were made with: "
+                f"the OpenMythos weights do not fit `model.*`; set it to the config that they were trained with: "
                 f"{' '.join(str(error).split())}"
             ) from None
 

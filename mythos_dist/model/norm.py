@@ -1,6 +1,6 @@
 """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019).
 
-On a GPU PyTorch's fused kernel; on a CPU, where it has none, one that keeps nothing but its input.
+On a GPU, PyTorch's fused kernel; on a CPU, where PyTorch has none, an autograd function that saves only its input.
 """
 
 # N rows, D channels.
@@ -14,12 +14,12 @@ EPS = 1e-6
 
 
 def rms_normalize(x: Tensor) -> Tensor:
-    """x (..., D) with a mean square of 1: a norm without weights."""
+    """RMSNorm of x (..., D) without a weight."""
     return _norm(x, None)
 
 
 class Norm(nn.Module):
-    """A norm and its weights."""
+    """RMSNorm with a weight per channel."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -1,8 +1,8 @@
-"""OpenMythos' parameter names and shapes to ours and back: a relabelling, no arithmetic.
+"""Convert OpenMythos' parameter names and shapes to ours and back, without arithmetic.
 
-Names are equal but for four places: two weights of the depth LoRA lack `.weight`, the two query up-projections of MLA
-become one (per head nope, then rope), routed experts are stacked (E, F, D) with `down` transposed, and shared experts
-are joined along their hidden width.
+Four differences: two of our depth LoRA's weights lack `.weight`; the two query up-projections of MLA become one (per
+head nope, then rope); routed experts are stacked (E, F, D) with `down` transposed; shared experts are concatenated
+along their hidden width.
 """
 
 import torch
@@ -15,21 +15,21 @@ _FFN = "recurrent.block.ffn."
 _OURS = {f"recurrent.lora.{leaf}.weight": f"recurrent.lora.{leaf}" for leaf in ("down", "scale")}
 _STACKED = {"gate": "w1", "up": "w3", "down": "w2"}  # routed experts
 _LOOPS = {key: value for key, value in BY_MODE["reference"].items() if key != "init"}
-NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # tables, and the embedding a second time
+NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # rotary tables, and the tied embedding
 
 
 def unsupported_loop_settings(config: MythosConfig) -> list[str]:
-    """The settings that OpenMythos would have to have to compute with this model's weights; empty if it can."""
+    """The model's settings that OpenMythos does not support, as `model.key=value`."""
     return [f"model.{key}={_yaml(getattr(config, key))}" for key in _LOOPS if getattr(config, key) != _LOOPS[key]]
 
 
 def check_loop_settings(config: MythosConfig) -> None:
-    """Raises UserError if weights of OpenMythos would mean something else in this model."""
-    if unsupported_loop_settings(config):
-        wanted = " ".join(f"model.{key}={_yaml(value)}" for key, value in _LOOPS.items())
+    """Raises UserError if this model computes something other than OpenMythos with the same weights."""
+    if unsupported := unsupported_loop_settings(config):
+        supported = " ".join(f"model.{key}={_yaml(value)}" for key, value in _LOOPS.items())
         raise UserError(
-            f"OpenMythos' weights were not made for {', '.join(unsupported_loop_settings(config))}; set {wanted} to go on from them, "
-            "or model.mode=reference for its numbers"
+            f"OpenMythos' weights do not work with {', '.join(unsupported)}; set {supported} to train from them, "
+            "or model.mode=reference for OpenMythos' results"
         )
 
 
@@ -38,10 +38,10 @@ def _yaml(value: bool | str) -> str:
 
 
 def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:
-    """OpenMythos' state dict (or its gradients under the same names) by our names; or a part of it, as long as it is
-    all that one of our tensors is made of.
+    """OpenMythos' state dict (or gradients under the same names) -> ours. A subset works if it has all the tensors that
+    one of ours is built from.
 
-    Raises UserError if a name is missing.
+    Raises UserError if one is missing.
     """
     rest = {_OURS.get(name, name): value for name, value in state.items() if name not in NOT_PARAMETERS}
     ours: dict[str, Tensor] = {}
@@ -58,28 +58,30 @@ def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str
             if shared:
                 ours[f"{_FFN}shared.{leaf}.weight"] = torch.cat(shared, dim=1 if leaf == "down" else 0)
     except KeyError as error:
-        raise UserError(f"the OpenMythos weights lack {error}; is `model.*` the config they were made with?") from None
+        raise UserError(
+            f"the OpenMythos weights lack {error}; set `model.*` to the config that they were trained with"
+        ) from None
     if f"{_FFN}router_bias" in rest:
         ours[f"{_FFN}router.bias"] = rest.pop(f"{_FFN}router_bias")
     return ours | rest
 
 
 def open_mythos_shapes(name: str, shape: tuple[int, ...], config: MythosConfig) -> dict[str, tuple[int, ...]]:
-    """What a tensor of ours is in OpenMythos: names and shapes of its parameters, the head left out."""
+    """The names and shapes of OpenMythos' parameters for one of our tensors, without the head."""
     theirs = to_open_mythos({name: torch.empty(shape, device="meta")}, config)
     return {their: tuple(part.shape) for their, part in theirs.items() if their not in NOT_PARAMETERS}
 
 
 def _all_of(what: str, leaf: str, number: int, state: dict[str, Tensor]) -> list[Tensor]:
-    """Take the weights of so many experts out of `state`, or none if it has none. KeyError if it has some of them."""
+    """Pop the weights of `number` experts from `state`; [] if it has none of them, KeyError if only some."""
     if not any(name.startswith(f"{_FFN}{what}.") and name.endswith(f".{leaf}.weight") for name in state):
         return []
     return [state.pop(f"{_FFN}{what}.{i}.{leaf}.weight") for i in range(number)]
 
 
 def to_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:
-    """The inverse of `from_open_mythos`, of all of our tensors or some, without OpenMythos' rotary tables; the head is
-    the embedding."""
+    """The inverse of `from_open_mythos`, for all of our tensors or some; without rotary tables, with the embedding also
+    as head."""
     names = {ours: name for name, ours in _OURS.items()}
     theirs = {names.get(name, name): value for name, value in state.items()}
     for name in [n for n in state if n.endswith("q_up.weight")]:

@@ -1,7 +1,7 @@
-"""SwiGLU: silu(gate) * up, and the product that takes it back to the model's width, as one step that rebuilds.
+"""SwiGLU: silu(gate) * up, and the product back to the model's width, in one autograd function.
 
-Only what goes in is kept for the backward pass; the hidden rows, as large as gate or up, are made again there, which
-costs two passes over numbers that it reads anyway.
+The backward recomputes the hidden rows, which are as large as gate or up, from its inputs. That costs two passes over
+values that it reads anyway.
 """
 
 # M rows, F hidden width, D model.
@@ -15,19 +15,19 @@ from mythos_dist.model.kernels import on_cpu
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import ParallelLinear
 
-# Numbers of gate that are worked on at a time on a CPU: what they need fits its cache (1,024 rows of 512: 7 ms for a
-# backward, against 10 for 8,192 rows at once and 18 with a fresh tensor for each operation).
-_CHUNK_NUMBERS = 1 << 19
+# Elements of gate per chunk on a CPU, so that a chunk fits its cache (1,024 rows of 512: 7 ms for a backward, against
+# 10 for 8,192 rows at once and 18 with a new tensor for each operation).
+_CHUNK_ELEMENTS = 1 << 19
 
 
 def _chunks(gate: Tensor) -> list[slice]:
     rows = gate.shape[0]
-    step = max(1, _CHUNK_NUMBERS // gate.shape[1]) if on_cpu(gate) else max(1, rows)
+    step = max(1, _CHUNK_ELEMENTS // gate.shape[1]) if on_cpu(gate) else max(1, rows)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, times a weight per row if one is given: gate, up (M, F), weight (M,) -> (M, F)."""
+    """silu(gate) * up, times the weight per row, if given: gate, up (M, F), weight (M,) -> (M, F)."""
     hidden = F.silu(gate).mul_(up)
     return hidden if weight is None else hidden.mul_(weight.unsqueeze(-1))
 
@@ -35,7 +35,7 @@ def swiglu_forward(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Te
 def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad (M, F) of `swiglu_forward`, and its arguments -> the hidden rows again, the gradients of gate, up and weight.
+    """grad (M, F) of `swiglu_forward`'s output, and its arguments -> its output, the gradients of gate, up and weight.
 
     `grad` is overwritten: it becomes the gradient of gate. Without a weight its gradient is empty.
     """
@@ -54,7 +54,7 @@ def swiglu_backward(
 
 
 class GatedLinear(ParallelLinear):
-    """(silu(gate) * up) @ weight^T, the weight (outputs, hidden) cut over the tensor axis along its inputs."""
+    """(silu(gate) * up) @ weight^T, the weight (outputs, hidden) sharded over the tensor axis along its inputs."""
 
     def __init__(self, hidden: int, outputs: int, mesh: Mesh):
         super().__init__(hidden, outputs, "inputs", mesh)

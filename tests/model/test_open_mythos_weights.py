@@ -81,8 +81,8 @@ def test_a_model_with_other_loops_takes_no_weights(build_reference):
     with pytest.raises(UserError) as caught:
         Mythos(MythosConfig(**SMALL | {"mode": "train", "injection": "reference"})).load_open_mythos(state)
     said = str(caught.value)
-    assert "not made for model.loop_signal=false, model.initial_state=zero, model.qk_norm=true;" in said
-    settings = said.split("; set ")[1].split(" to go on")[0].split()
+    assert "do not work with model.loop_signal=false, model.initial_state=zero, model.qk_norm=true;" in said
+    settings = said.split("; set ")[1].split(" to train")[0].split()
     loops = {key[6:]: yaml.safe_load(value) for key, value in (one.split("=") for one in settings)}
     Mythos(MythosConfig(**SMALL | {"mode": "train"} | loops)).load_open_mythos(state)
 
