@@ -113,7 +113,7 @@ def one_process(cases: list[dict]) -> dict:
 
 def one_case(case: Case) -> dict:
     from mythos_dist.model.megablocks import megablocks
-    from mythos_dist.model.recompute import recomputed
+    from mythos_dist.model.recompute import checkpoint_if
 
     x, weights, index, direction = inputs_of(case)
     leaves = [leaf.requires_grad_() for leaf in (x, weights, *stacks_of(case))]
@@ -121,7 +121,7 @@ def one_case(case: Case) -> dict:
     megablocks_cpu.STACKS_SEEN.clear()
     before = torch.get_rng_state()
     with megablocks_cpu.sparse_allowed():
-        y = recomputed(case.recompute, megablocks, x, weights, index, *leaves[2:], pairs, case.impl)
+        y = checkpoint_if(case.recompute, megablocks, x, weights, index, *leaves[2:], pairs, case.impl)
         y.backward(direction)
     expected = exact(case, range(1))
     expected |= expected["0"]
