@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Build the GPU packages beside the torch that is installed; `--help` says more.
+# Build the GPU packages for the installed torch; see --help.
 set -euo pipefail
 
 usage() {
     cat <<'HELP'
 usage: bash launch/install_gpu.sh [--only PACKAGE,...] [--force] [--dry-run] [--build-dir DIR]
 
-Builds stanford-stk, grouped_gemm, megablocks and flash-attn from source beside the torch that is installed, into the
-interpreter of, in this order: $PYTHON, the active virtual environment, .venv of this repository, python3. torch and
-everything else that is installed stay as they are. Then checks that each can be imported and, where there is a GPU,
-that it computes what plain torch does. What is there in the right version is left alone, so it can be run again.
+Builds stanford-stk, grouped_gemm, megablocks and flash-attn from source for the installed torch. The interpreter is the
+first of: $PYTHON, the active virtual environment, .venv of this repository, python3. No other package changes. Then
+checks that each package can be imported and, if there is a GPU, that its results equal plain torch's. Packages that are
+installed in the right version are skipped, so the script can be rerun.
 
-  --only PACKAGE,...  these packages: the first three for experts.backend=megablocks, the last for attention
-  --force             build again what is there
-  --dry-run           check everything and print the plan, but fetch and change nothing
-  --build-dir DIR     for sources and the log (~/.cache/mythos_dist/gpu_build)
+  --only PACKAGE,...  only these: the first three for experts.backend=megablocks, the last for train.attention
+  --force             rebuild installed packages
+  --dry-run           check the prerequisites and print the plan; download and change nothing
+  --build-dir DIR     for sources and the log (default: ~/.cache/mythos_dist/gpu_build)
 
-flash-attn takes long: 72 CUDA files, each for every kind of GPU. From the environment:
+flash-attn takes long: 72 CUDA files for each compute capability. Environment variables:
 
-  CUDA_HOME              the CUDA toolkit, whose major version must be that of torch
-  TORCH_CUDA_ARCH_LIST   kinds of GPU to build for: those of this machine, or "8.0;9.0;10.0" where there is none
-  MAX_JOBS               compilers at a time: one for each core and each 9 GiB of free memory
-  GROUPED_GEMM_CUTLASS   1: one kernel for all experts (default where all GPUs are 8.x); 0: one cuBLAS call for each
-  CXX                    the C++ compiler (g++)
+  CUDA_HOME              CUDA toolkit; its major version must be torch's
+  TORCH_CUDA_ARCH_LIST   compute capabilities (default: those of this machine's GPUs, without any "8.0;9.0;10.0")
+  MAX_JOBS               parallel compilers (default: one per core, at most one per 9 GiB of free memory)
+  GROUPED_GEMM_CUTLASS   1: one kernel for all experts (default if all GPUs are 8.x); 0: one cuBLAS call per expert
+  CXX                    C++ compiler (default: g++)
 
-Exit code 0: all good. 1: a build or a check failed; the log says why. 2: something is missing, and what.
+Exit code 0: success. 1: a build or a check failed; see the log. 2: a prerequisite is missing.
 HELP
 }
 
@@ -56,7 +56,7 @@ read_arguments() {
         --dry-run) dry_run=true ;;
         --only | --build-dir)
             if (($# < 2)); then
-                problem "$1 wants a value; see --help"
+                problem "$1 needs a value; see --help"
             elif [[ $1 == --only ]]; then
                 IFS=, read -ra chosen <<<"$2"
             else
@@ -69,12 +69,12 @@ read_arguments() {
     done
     local name
     for name in "${chosen[@]}"; do
-        [[ " ${packages[*]} " == *" $name "* ]] || problem "--only $name: there are ${packages[*]}"
+        [[ " ${packages[*]} " == *" $name "* ]] || problem "--only $name: unknown package; choose from ${packages[*]}"
     done
     stop_if_problems
 }
 
-# torch_version, torch_cuda, archs_here and cuda_headers: what the interpreter's torch says; empty where there is none.
+# Sets torch_version, torch_cuda, archs_here and cuda_headers from the interpreter's torch; empty if unknown.
 find_torch() {
     python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
     if [[ -z $python ]]; then
@@ -83,7 +83,7 @@ find_torch() {
     fi
     torch_version='' torch_cuda='' archs_here='' cuda_headers=''
     if ! command -v "$python" >/dev/null; then
-        problem "no Python at $python; set PYTHON, or activate the environment that torch is in"
+        problem "no Python at $python; set PYTHON, or activate the environment with torch"
         return
     fi
     "$python" -m pip --version >/dev/null 2>&1 || problem "$python has no pip; run $python -m ensurepip"
@@ -105,7 +105,7 @@ PY
         problem "torch $torch_version is built without CUDA; install a build with CUDA (see pytorch.org)"
 }
 
-# cuda_home and nvcc_version. What is called nvcc may be a wrapper that lies elsewhere: nvcc is asked where its toolkit is.
+# Sets cuda_home and nvcc_version. nvcc on the PATH may be a wrapper in another folder: `nvcc --dryrun` prints its toolkit.
 find_cuda() {
     cuda_home=${CUDA_HOME:-} nvcc_version=''
     local nvcc want=${torch_cuda:-13}
@@ -123,10 +123,10 @@ find_cuda() {
     fi
     nvcc_version=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
     if [[ -n $torch_cuda && $torch_cuda != none && ${nvcc_version%%.*} != "${torch_cuda%%.*}" ]]; then
-        problem "nvcc is of CUDA ${nvcc_version:-(unknown)}, torch $torch_version is built with CUDA $torch_cuda; \
+        problem "nvcc belongs to CUDA ${nvcc_version:-(unknown)}, but torch $torch_version is built with CUDA $torch_cuda; \
 set CUDA_HOME to a CUDA ${torch_cuda%%.*} toolkit"
     fi
-    # A small toolkit has the compiler and not the libraries' headers, which torch's own packages bring.
+    # A minimal toolkit has the compiler but not the libraries' headers; torch's own packages have these.
     if [[ ! -e $cuda_home/include/cusparse.h ]]; then
         if [[ -n $cuda_headers ]]; then
             export CPATH=$cuda_headers${CPATH:+:$CPATH}
@@ -136,7 +136,7 @@ set CUDA_HOME to a CUDA ${torch_cuda%%.*} toolkit"
     fi
 }
 
-# archs, flash_archs, jobs, cutlass: from the environment, or by what this machine is.
+# Sets archs, flash_archs, jobs and cutlass, from the environment or for this machine.
 choose_settings() {
     archs=${TORCH_CUDA_ARCH_LIST:-${archs_here:-8.0;9.0;10.0}}
     archs=${archs// /;}
@@ -146,11 +146,11 @@ choose_settings() {
             majors+=("${BASH_REMATCH[1]}")
             ((BASH_REMATCH[1] >= 8)) || problem "TORCH_CUDA_ARCH_LIST=$archs: $arch has no bf16; use 8.0 and newer"
         else
-            problem "TORCH_CUDA_ARCH_LIST=$archs: $arch is no compute capability; write it like 8.0;9.0"
+            problem "TORCH_CUDA_ARCH_LIST=$archs: $arch is not a compute capability; write it like 8.0;9.0"
         fi
     done
     ((${#majors[@]})) || majors=(0)
-    # flash-attn knows 80, 90, 100 and 120; code for x.0 runs on all of x.
+    # flash-attn supports 80, 90, 100 and 120; code for x.0 runs on all of x.
     flash_archs=$(printf '%s0\n' "${majors[@]}" | sort -nu | tr '\n' ';')
     flash_archs=${flash_archs%;}
     cutlass=0
@@ -158,49 +158,49 @@ choose_settings() {
     cutlass=${GROUPED_GEMM_CUTLASS:-$cutlass}
     [[ $cutlass == [01] ]] || problem "GROUPED_GEMM_CUTLASS=$cutlass: set it to 0 or 1"
     memory=$(sed -n 's/^MemAvailable: *\([0-9]*\) kB/\1/p' /proc/meminfo)
-    jobs=$((${memory:-9437184} / 9437184)) # 9 GiB for one compiler: what flash-attn's own setup.py reckons with
+    jobs=$((${memory:-9437184} / 9437184)) # 9 GiB per compiler, as in flash-attn's setup.py
     ((jobs <= $(nproc))) || jobs=$(nproc)
     ((jobs >= 1)) || jobs=1
     jobs=${MAX_JOBS:-$jobs}
-    [[ $jobs =~ ^[1-9][0-9]*$ ]] || problem "MAX_JOBS=$jobs: set it to a number from 1 up"
+    [[ $jobs =~ ^[1-9][0-9]*$ ]] || problem "MAX_JOBS=$jobs: set it to a number of at least 1"
     compiler=${CXX:-g++}
     command -v "$compiler" >/dev/null ||
         problem "no C++ compiler: $compiler is not on the PATH; install g++, or set CXX"
 }
 
-# to_build: the packages; and the plan, for a person.
+# Sets to_build and prints the plan.
 print_plan() {
     local missing name reason
     missing=$("$python" "$here/check_gpu.py" --missing "${chosen[@]}")
     echo "python    $python, torch $torch_version"
-    echo "toolkit   $cuda_home, CUDA $nvcc_version${CPATH:+, more headers from $CPATH}"
+    echo "toolkit   $cuda_home, CUDA $nvcc_version${CPATH:+, headers from $CPATH}"
     echo "compiler  $compiler, $jobs at a time (MAX_JOBS)"
-    echo "GPUs      $archs (TORCH_CUDA_ARCH_LIST)$([[ -n $archs_here ]] || echo '; there is none here')"
+    echo "GPUs      $archs (TORCH_CUDA_ARCH_LIST)$([[ -n $archs_here ]] || echo '; no GPU here')"
     echo "log       $build_dir/install_gpu.log"
     to_build=()
     for name in "${chosen[@]}"; do
         reason=$(sed -n "s/^$name //p" <<<"$missing")
         if [[ -n $reason ]] || $force; then
             to_build+=("$name")
-            echo "build     $name: ${reason:-it is there, and --force was given}"
+            echo "build     $name: ${reason:-is installed, but --force is set}"
         else
-            echo "leave     $name: it is there"
+            echo "skip      $name: is installed"
         fi
     done
-    local products=('one cuBLAS call for each expert' 'one kernel for all experts')
+    local products=('one cuBLAS call per expert' 'one kernel for all experts')
     [[ " ${to_build[*]:-} " != *" grouped_gemm "* ]] ||
         echo "          GROUPED_GEMM_CUTLASS=$cutlass: ${products[cutlass]}"
 }
 
-say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" | tee -a "$log"; }
+log_line() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*" | tee -a "$log"; }
 
 # Run a command with its output in the log; on failure show the end of it.
 logged() {
     printf '+ %s\n' "$*" >>"$log"
     if ! "$@" >>"$log" 2>&1; then
-        say "failed: $*"
+        log_line "failed: $*"
         tail -n 25 "$log" >&2
-        echo "error: the whole log is $log" >&2
+        echo "error: see $log" >&2
         exit 1
     fi
 }
@@ -208,15 +208,15 @@ logged() {
 build() {
     export CUDA_HOME=$cuda_home TORCH_CUDA_ARCH_LIST=$archs MAX_JOBS=$jobs NVCC_THREADS=${NVCC_THREADS:-2}
     export GROUPED_GEMM_CUTLASS=$cutlass FLASH_ATTN_CUDA_ARCHS=$flash_archs
-    # Else flash-attn first looks for a wheel on GitHub, which no hash of ours covers.
+    # Otherwise flash-attn first looks for a wheel on GitHub, which our hashes do not cover.
     export FLASH_ATTENTION_FORCE_BUILD=${FLASH_ATTENTION_FORCE_BUILD:-TRUE}
     logged "$python" -m pip install setuptools wheel ninja packaging psutil einops
     local pin
     for name in "${to_build[@]}"; do
-        say "$name: source"
+        log_line "$name: source"
         logged "$python" "$here/gpu_sources.py" "$build_dir" "$name"
         pin=$(sed -n "s/^$name==\([^ ]*\).*/\1/p" "$here/gpu_packages.txt")
-        say "$name: build"
+        log_line "$name: build"
         logged "$python" -m pip install --verbose --no-deps --no-build-isolation --force-reinstall \
             "$build_dir/${name//-/_}-$pin"
     done
@@ -224,7 +224,7 @@ build() {
 
 main() {
     read_arguments "$@"
-    export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} # the helpers' messages are the package's
+    export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} # the helpers import mythos_dist.errors
     find_torch
     find_cuda
     choose_settings
@@ -234,9 +234,9 @@ main() {
     log=$build_dir/install_gpu.log
     mkdir -p "$build_dir"
     if ((${#to_build[@]})); then build; fi
-    say "check"
+    log_line "check"
     if ! "$python" "$here/check_gpu.py" "${chosen[@]}" 2>>"$log" | tee -a "$log"; then
-        echo "error: a check failed; the whole log is $log" >&2
+        echo "error: a check failed; see $log" >&2
         exit 1
     fi
 }

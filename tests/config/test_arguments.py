@@ -38,7 +38,7 @@ def test_options_and_settings_come_in_any_order(line):
     assert (found.config, found.overrides, found.flag, found.top) == ("c.yaml", ["a.b=-1", "c.d=2"], True, 2)
 
 
-def test_a_setting_in_the_place_of_a_file_is_a_setting(tmp_path, monkeypatch):
+def test_a_setting_before_the_config_is_an_override(tmp_path, monkeypatch):
     assert parse(["a.b=1", "c.d=2"], optional=True).overrides == ["a.b=1", "c.d=2"]
     assert parse([], optional=True).config is None
     monkeypatch.chdir(tmp_path)
@@ -65,14 +65,14 @@ def test_a_setting_in_the_place_of_a_file_is_a_setting(tmp_path, monkeypatch):
         ("c.yaml --share x", "--share: 'x': expected a number"),
     ],
 )
-def test_a_wrong_line_is_named(line, said, capsys):
+def test_wrong_arguments_are_reported(line, said, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(line.split())
     assert raised.value.code == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_home_folder_is_expanded_behind_an_equals_sign(tmp_path, monkeypatch):
+def test_a_home_folder_is_expanded_after_an_equals_sign(tmp_path, monkeypatch):
     """A shell leaves `--out=~/x` as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     found = parse(["c.yaml", "--out=~/x", "--input", "~/a", "hf://b/~/c"])
@@ -95,14 +95,14 @@ def test_training_and_submission_take_any_order(monkeypatch):
 @pytest.mark.parametrize(
     "text", ["kill@3", "kill@-1:0", "kill@" + "9" * 5001 + ":0", "kill@\u0663:0", "explode@1:0", "nan@x:1"]
 )
-def test_a_fault_that_is_none_is_named(text):
+def test_an_unknown_fault_is_refused(text):
     with pytest.raises(UserError) as raised:
         parse_faults(text)
     assert "is no fault; write kind@step:rank" in raised.value.problems[0] and len(str(raised.value)) < 300
 
 
 def test_training_reads_faults_with_its_config():
-    """Before anything is written, and all that are wrong at once."""
+    """Before anything is written, and with all problems at once."""
     from mythos_dist.parallel.launcher import RankInfo
     from mythos_dist.train.__main__ import read
 

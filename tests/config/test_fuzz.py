@@ -206,7 +206,7 @@ def test_random_files_of_clusters_are_accepted_or_refused(tmp_path, document, ke
 
 @pytest.mark.parametrize("pipe", [1, 2, 16, 128])
 def test_the_largest_layouts_are_planned_within_the_limit(pipe, tmp_path):
-    """The most loops, layers and stages at once."""
+    """The maximum of loops, layers and stages together."""
     path = tmp_path / "config.yaml"
     path.write_text("data: {path: shards}")
     lines = [f"parallel.pipe={pipe}", "loops.mean=512", "loops.backprop=100", "model.prelude_layers=128"]

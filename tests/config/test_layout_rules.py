@@ -1,4 +1,4 @@
-"""Loops and layouts that cannot work are refused with a reason, and what the refusal proposes works."""
+"""Broken layout rules are refused with a reason, and every proposed value works."""
 
 import dataclasses
 import re
@@ -33,28 +33,28 @@ def config_of(case: Case) -> Config:
 
 
 def lines(case: Case) -> list[str]:
-    """All that is refused: on any number of ranks and, if it is known, on this one."""
+    """All refusals: on any number of ranks and, if it is known, on this one."""
     config = config_of(case)
     return problems(config) + (layout_problems(config, case[RANKS]) if RANKS in case else [])
 
 
 def refusals(case: Case) -> list[str]:
-    """Lines whose remedies are made knowing all of the case: those on any number of ranks do not know it."""
+    """Refusals whose remedies consider the number of ranks, if it is known."""
     config = config_of(case)
     return layout_problems(config, case[RANKS]) if RANKS in case else problems(config)
 
 
 def kind(line: str) -> str:
-    """A refusal without its values and remedies: the same after some values have changed."""
+    """A refusal without values and remedies, to recognize it after values have changed."""
     return re.sub(r" \(model.max_loop_iters=\d+\)|=\w+|\d+", "", line.split(";")[0])
 
 
 def proposals(line: str) -> Iterator[tuple[str, list[Any], bool]]:
-    """What a refusal proposes: path, values, and whether that is said to be enough."""
+    """The proposals of a refusal: path, values, and whether they are sufficient."""
     form = r"(with further changes )?set ([\w. ]+?) to (?:one of \[(.+?)\]|(\w+))(?:, or |$)"
     remedies = line.split("; ")[1]
     found = list(re.finditer(form, remedies))
-    assert "".join(match[0] for match in found) == remedies, "something of it was not read"
+    assert "".join(match[0] for match in found) == remedies, "the whole text was parsed"
     words = {"true": True, "false": False}
     for match in found:
         values = [int(v) if v.isdigit() else words.get(v, v) for v in (match[3] or match[4]).split(", ")]
@@ -62,12 +62,12 @@ def proposals(line: str) -> Iterator[tuple[str, list[Any], bool]]:
 
 
 def uneven(n: int, size: int) -> bool:
-    """Whether pieces of `size` laid end to end miss n."""
+    """Whether n is not a multiple of `size`."""
     return n not in range(0, n + 1, size)
 
 
-def how_many_are_wrong(case: Case) -> int:
-    """The rules once more: by laying pieces end to end, with nothing of `mythos_dist`."""
+def count_broken_rules(case: Case) -> int:
+    """An independent implementation of the rules."""
     mean = case["model.max_loop_iters"] if case["loops.mean"] is None else case["loops.mean"]
     tensor, pipe, expert = case["parallel.tensor"], case["parallel.pipe"], case["parallel.expert"]
     batch, micro_batch = case["train.global_batch"], case["train.micro_batch"]
@@ -142,7 +142,7 @@ ANY: dict[str, st.SearchStrategy] = {
 
 @st.composite
 def cases(draw: st.DrawFn, most: int = len(ANY)) -> Case:
-    """A layout that works, up to `most` settings of it changed, on a known or an unknown number of ranks."""
+    """A valid layout with up to `most` settings changed, on a known or an unknown number of ranks."""
     changed = draw(st.sets(st.sampled_from(list(ANY)), max_size=most))
     case = WORKS | {path: draw(ANY[path]) for path in ANY if path in changed}
     if draw(st.booleans()):
@@ -153,13 +153,13 @@ def cases(draw: st.DrawFn, most: int = len(ANY)) -> Case:
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(cases())
 def test_a_layout_is_refused_exactly_when_a_rule_is_broken(case):
-    """Against the rules written down a second time: as many lines as broken rules, so none exactly when it works."""
-    assert len(lines(case)) == how_many_are_wrong(case)
+    """Against the independent rules: one line per broken rule."""
+    assert len(lines(case)) == count_broken_rules(case)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(cases())
-def test_every_proposed_value_mends_its_line_and_breaks_nothing_unless_it_says_so(case):
+def test_every_proposed_value_satisfies_its_rule_and_breaks_no_other_unless_it_says_so(case):
     before = {kind(line) for line in lines(case)}
     for line in refusals(case):
         if "longer than the context" in line:
@@ -176,13 +176,13 @@ def test_every_proposed_value_mends_its_line_and_breaks_nothing_unless_it_says_s
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(cases(most=3))
 def test_the_nearest_values_are_proposed(case):
-    """Where one thing is wrong: of all numbers up to 900, the first below and the first above with which all works."""
-    if how_many_are_wrong(case) != 1 or not (found := refusals(case)) or "longer than the context" in found[0]:
+    """If one rule is broken: of all numbers up to 900, the nearest below and above that satisfy all rules."""
+    if count_broken_rules(case) != 1 or not (found := refusals(case)) or "longer than the context" in found[0]:
         return
     for path, values, enough in proposals(found[0]):
         if type(case[path]) is not int or path == "parallel.zero":
             continue  # not a number
-        working = [n for n in range(1, 901) if not how_many_are_wrong(case | {path: n})]
+        working = [n for n in range(1, 901) if not count_broken_rules(case | {path: n})]
         if path == "train.micro_batch":
             assert values == working
         elif enough:
@@ -196,7 +196,7 @@ def test_the_nearest_values_are_proposed(case):
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(cases(), st.sets(st.sampled_from(NUMBERS)))
 def test_numbers_below_one_are_refused_once(tmp_path_factory, case, too_small):
-    """No other line is about them, nor about the defaults that stand in for them."""
+    """No other line is about them, nor about the defaults that replace them."""
     values = {path: value for path, value in (case | dict.fromkeys(too_small, 0)).items() if path != RANKS}
     overrides = [f"{path}={'null' if value is None else value}" for path, value in values.items()]
     path = tmp_path_factory.getbasetemp() / "below_one.yaml"
@@ -324,7 +324,7 @@ def test_a_refusal_on_a_number_of_ranks(ranks, case, message):
     assert layout_problems(config_of(case), ranks) == [message]
 
 
-def test_every_broken_rule_gets_a_line_at_once():
+def test_every_broken_rule_is_reported_at_once():
     case = {
         "parallel.tensor": 3,
         "parallel.pipe": 19,
@@ -344,19 +344,19 @@ def test_every_broken_rule_gets_a_line_at_once():
 @pytest.mark.parametrize(
     "case",
     [
-        # Widths that are cut into parts of one size are filled up with zeros.
+        # Sharded widths are padded.
         {"parallel.tensor": 4, "model.vocab_size": 1001, "model.lora_rank": 3, "model.dim": 2050},
         {"parallel.tensor": 4, "model.q_lora_rank": 7, "model.kv_lora_rank": 5, "model.expert_dim": 9},
-        # Key heads that do not divide are made by everybody.
+        # Key-value heads that do not divide are replicated.
         {"parallel.tensor": 16, "model.attn_type": "gqa", "model.n_kv_heads": 2},
-        {"parallel.sequence": True, "train.seq_len": 1021},  # without tensor parallelism nothing is cut
+        {"parallel.sequence": True, "train.seq_len": 1021},  # nothing is sharded without tensor parallelism
         {"loops.distribution": "poisson", "loops.backprop": 17},  # some steps run more than the mean
         {"loops.maximum": 16, "loops.backprop": 16, "train.recompute": "loop", "train.recompute_every": 4},
         {"parallel.pipe": 18, "model.prelude_layers": 0, "model.coda_layers": 0},
         {"parallel.zero": 3, "parallel.tensor": 16, "parallel.expert": 64, "parallel.sequence": True},
     ],
 )
-def test_what_can_work_is_not_refused(case):
+def test_valid_layouts_are_not_refused(case):
     assert problems(config_of(case)) == []
 
 

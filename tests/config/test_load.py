@@ -46,8 +46,8 @@ def test_an_empty_file_is_the_defaults(write):
     assert config == dataclasses.replace(Config(), data=dataclasses.replace(Config().data, path="shards"))
 
 
-def test_a_file_lies_over_its_bases_and_overrides_over_the_file(write):
-    """Each source changes what it names and leaves the rest; a base's path is relative to the file that names it."""
+def test_a_file_overrides_its_bases_and_the_command_line_overrides_the_file(write):
+    """Each source changes only the settings it names; a base's path is relative to the file that names it."""
     write("train: {steps: 1, seq_len: 10, global_batch: 3}\noptim: {lr: 0.5}", "sizes/bottom.yaml")
     write("base: bottom.yaml\ntrain: {steps: 2}", "sizes/middle.yaml", complete=False)
     top = write("base: sizes/middle.yaml\ntrain: {seq_len: 20}", complete=False)
@@ -64,21 +64,21 @@ def test_of_several_bases_the_later_wins(write):
 
 
 def test_two_files_may_share_a_base(write):
-    """A diamond is no cycle."""
+    """A diamond is not a cycle."""
     write("train: {steps: 3}", "root.yaml")
     write("base: root.yaml", "left.yaml", complete=False)
     write("base: root.yaml", "right.yaml", complete=False)
     assert load_config(write("base: [left.yaml, right.yaml]", complete=False)).train.steps == 3
 
 
-def test_a_file_that_is_its_own_base_is_refused(write):
+def test_a_file_that_includes_itself_is_refused(write):
     write("base: b.yaml", "a.yaml")
     path = write("base: a.yaml", "b.yaml")
     with pytest.raises(UserError, match=r"b\.yaml includes itself; remove"):
         load_config(path)
 
 
-def test_a_missing_file_is_named_with_whoever_named_it(write, tmp_path):
+def test_a_missing_file_is_reported_with_the_file_that_names_it(write, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml does not exist; check the path"):
         load_config(tmp_path / "nowhere.yaml")
     path = write("base: gone.yaml")
@@ -108,7 +108,7 @@ def test_a_folder_and_a_binary_file_cannot_be_read(tmp_path):
         ("train: !!python/name:os.system", "not valid YAML"),
     ],
 )
-def test_what_is_not_a_mapping_of_sections_is_refused(text, said, write):
+def test_a_document_that_is_not_a_mapping_of_sections_is_refused(text, said, write):
     path = write(text, complete=False)
     with pytest.raises(UserError) as raised:
         load_config(path)
@@ -117,8 +117,8 @@ def test_what_is_not_a_mapping_of_sections_is_refused(text, said, write):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_fills_the_model_and_own_keys_lie_over_it(name, write):
-    """Wherever the line stands; a later source's variant replaces what earlier sources said."""
+def test_other_model_keys_override_the_variant(name, write):
+    """In any order of lines; a later source's variant replaces all model keys of earlier sources."""
     expected = MythosConfig(**VARIANTS[name] | {"dim": 64})
     for text in (f"model: {{variant: {name}, dim: 64}}", f"model: {{dim: 64, variant: {name}}}"):
         assert load_config(write(text), ["train.seq_len=8"]).model == expected
@@ -127,7 +127,7 @@ def test_a_variant_fills_the_model_and_own_keys_lie_over_it(name, write):
 
 
 def test_the_mode_gives_the_loops_their_defaults(write):
-    """And only that: what is set is set. A reference that asks for other loops is refused (test_check)."""
+    """And only that: settings that are set stay. A reference with other loops is refused (below)."""
     trained = load_config(write("model: {init: reference}")).model
     assert (trained.injection, trained.qk_norm, trained.init) == ("parcae", True, "reference")
     reference = load_config(write("model: {mode: reference}")).model
@@ -135,7 +135,7 @@ def test_the_mode_gives_the_loops_their_defaults(write):
     assert reference == load_config(write("model: {mode: train}"), ["model.mode=reference"]).model
 
 
-def test_settings_from_before_there_was_a_choice_are_openmythos():
+def test_missing_model_settings_are_those_of_openmythos():
     """A checkpoint of such a run has weights of its loops only."""
     old = asdict(MythosConfig(dim=64))
     for key in ("loop_signal", "lora", "injection", "initial_state", "qk_norm", "init"):
@@ -145,7 +145,7 @@ def test_settings_from_before_there_was_a_choice_are_openmythos():
     )
 
 
-def test_an_unknown_variant_is_told_the_known_ones(write):
+def test_an_unknown_variant_is_refused_with_the_known_ones(write):
     (problem,) = refused(write("model: {variant: 2b}"))
     assert problem.startswith("model.variant='2b'")
     assert all(name in problem for name in VARIANTS)
@@ -168,21 +168,21 @@ def test_an_unknown_name_gets_a_suggestion(text, said, write):
     assert any(problem.startswith(said) for problem in refused(write(text)))
 
 
-def test_a_section_with_nothing_below_it_changes_nothing(write):
+def test_an_empty_section_changes_nothing(write):
     assert load_config(write("train:")).train == Config().train
 
 
 @pytest.mark.parametrize("text", ["steps=3", "train.steps", "train", "=3", "train steps=3"])
-def test_an_override_of_another_form_is_shown_the_right_one(text, write):
+def test_a_malformed_override_is_refused_with_the_correct_form(text, write):
     assert any("expected section.key=value" in problem and text in problem for problem in refused(write(""), text))
 
 
-def test_an_override_that_is_no_yaml_is_refused(write):
+def test_an_override_that_is_not_yaml_is_refused(write):
     (problem,) = refused(write(""), "run.dir=[a")
     assert problem.startswith("run.dir='[a'")
 
 
-def test_an_overrides_value_may_hold_an_equals_sign(write):
+def test_the_value_of_an_override_may_contain_an_equals_sign(write):
     assert load_config(write(""), ["run.dir=runs/lr=3"]).run.dir == "runs/lr=3"
 
 
@@ -230,13 +230,13 @@ def test_a_value_is_read_as_its_settings_type(override, section, key, value, wri
     ],
 )
 def test_a_value_of_another_type_is_refused_once(override, said, write):
-    """One line with path, value and what was expected; nothing is said about the default that stands in for it."""
+    """One line with path, value and what was expected; and none about the default that replaces it."""
     (problem,) = refused(write(""), override)
     assert problem.startswith(said)
 
 
 def test_every_problem_is_reported_in_one_message(write):
-    """Files, overrides, types and values that do not go together: six slips, six lines, each naming its setting."""
+    """Files, overrides, types and broken rules: six mistakes, six lines, each with its setting."""
     path = write("model: {dimm: 8, n_experts: lots}\ntrane: {steps: 1}", complete=False)
     found = refused(path, "train.global_batch=6", "train.micro_batch=4", "optim.beta1=1", "steps=3")
     for name in (
@@ -308,7 +308,7 @@ def test_a_mix_of_folders_is_read_and_dumped_with_its_order(write, tmp_path):
     assert load_config(write("")).data.folders == {"shards": 1.0}
 
 
-def test_path_and_mix_replace_each_other_from_source_to_source(write):
+def test_path_and_mix_replace_each_other_in_later_sources(write):
     """Like any setting the later wins; within one source they contradict each other."""
     path = write("data: {path: shards}", complete=False)
     mixed = load_config(path, ["data.mix={a: 1, b: 2}"])
@@ -323,7 +323,7 @@ def test_path_and_mix_replace_each_other_from_source_to_source(write):
 @pytest.mark.parametrize(
     "mix", ["true", "3", "web", "[web, code]", "{web:0.7, code:0.3}", "{web: much}", "{web: true}", "{web: {code: 1}}"]
 )
-def test_a_mix_of_another_form_is_shown_the_right_one(mix, write):
+def test_a_malformed_mix_is_refused_with_the_correct_form(mix, write):
     """A pitfall of YAML: `{web:0.7}` without the blank is a name and nothing."""
     (problem,) = refused(write(""), f"data.mix={mix}")
     assert problem.startswith("data.mix=")
@@ -338,7 +338,7 @@ def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
     assert load_config(tmp_path / "config.yaml").data.tokenizer == text
 
 
-def test_off_is_a_word(write):
+def test_off_is_read_as_text(write):
     """YAML 1.1 has it false, in a file and behind `act.mode=` alike; so would other readers of what is written."""
     path = write("act: {mode: off}")
     assert load_config(path).act.mode == "off"
@@ -363,7 +363,7 @@ def said_of(**sections: dict) -> list[str]:
         return error.problems
 
 
-def test_a_right_config_has_no_problem():
+def test_a_valid_config_has_no_problem():
     assert problems(change()) == []
     assert problems(change(model={"attn_type": "gqa"}, loops={"mean": 3}, run={"peak_tflops": 0.1})) == []
     for variant in VARIANTS.values():
@@ -390,13 +390,13 @@ NOT_NEGATIVE = {
 
 
 @pytest.mark.parametrize(("section", "key"), [(s, key) for s, keys in AT_LEAST_ONE.items() for key in keys.split()])
-def test_a_size_or_a_count_below_one_is_named(section, key):
+def test_a_size_or_a_count_below_one_is_refused(section, key):
     for value in (0, -3):
         assert said_of(**{section: {key: value}}) == [f"{section}.{key}={value} must be at least 1"]
 
 
 @pytest.mark.parametrize(("section", "key"), [(s, key) for s, keys in NOT_NEGATIVE.items() for key in keys.split()])
-def test_what_may_be_zero_may_not_be_negative(section, key):
+def test_settings_that_may_be_zero_may_not_be_negative(section, key):
     assert said_of(**{section: {key: 0}}) == []
     assert said_of(**{section: {key: -1}}) == [f"{section}.{key}=-1 must not be negative"]
 
@@ -433,13 +433,13 @@ def test_what_may_be_zero_may_not_be_negative(section, key):
         ({"run": {"peak_tflops": 0.0}}, ["run.peak_tflops=0.0", "null"]),
     ],
 )
-def test_a_combination_that_cannot_work_is_one_line_with_setting_value_and_remedy(sections, named):
+def test_a_broken_rule_is_one_line_with_setting_value_and_remedy(sections, named):
     (problem,) = said_of(**sections)
     for part in named:
         assert part in problem
 
 
-def test_checks_of_one_attention_do_not_concern_the_other():
+def test_rules_of_one_attention_type_do_not_apply_to_the_other():
     """MLA's heads are as wide as it likes, and GQA has no rotary part of its own."""
     assert problems(change(model={"attn_type": "mla", "n_heads": 24, "n_kv_heads": 7})) == []
     assert problems(change(model={"attn_type": "gqa", "qk_rope_head_dim": 5})) == []
@@ -454,7 +454,7 @@ def test_every_config_of_the_repository_loads(path):
     load_config(path, ["data.path=shards"])
 
 
-def test_a_config_that_went_through_json_is_the_same():
+def test_a_config_is_unchanged_by_json():
     """As checkpoints hold it: a run that loads its own must go on."""
     tiny = REPOSITORY / "configs" / "tiny_cpu.yaml"
     now = load_config(tiny, ["loops.distribution=uniform_set", "loops.set=[1,2]", "checkpoint.pin=[2]"])

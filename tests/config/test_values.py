@@ -53,7 +53,7 @@ def test_every_number_has_a_range_and_every_section_is_checked():
 
 
 @pytest.mark.parametrize(("section", "key", "kind"), NUMBERS, ids=lambda part: part if isinstance(part, str) else "")
-def test_a_number_is_taken_at_its_bounds_and_refused_beyond(section, key, kind, write):
+def test_a_number_is_accepted_at_its_bounds_and_refused_beyond(section, key, kind, write):
     """Nothing else is said of it: values that do not go together are another matter. nan and inf are none anywhere."""
     bounds, one = (kind.item or kind).range, (kind.item or kind).type
     step = 1 if one is int else max(abs(bounds.least), 1.0)
@@ -78,7 +78,7 @@ def test_a_number_is_taken_at_its_bounds_and_refused_beyond(section, key, kind, 
     "faults.roll_back_after=0 faults.clock_skew=-1 faults.lost_after=0 faults.join_within=-3 "
     "faults.max_rollbacks=-1 run.max_seconds=-5 run.max_seconds=0".split(),
 )
-def test_limits_of_a_run_that_would_end_it_absurdly_are_refused(override, write):
+def test_absurd_limits_of_a_run_are_refused(override, write):
     (problem,) = refused(write("data: {path: shards}"), override)
     assert problem.startswith(override.partition("=")[0]) and "must" in problem
 
@@ -100,7 +100,7 @@ TEXTS += ["off", "no", "yes", "y", "1.0", "+1", "-1", "=", "<<", "a=b", "a:b", "
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_setting_keeps_its_text(text, write, tmp_path):
+def test_text_settings_are_taken_literally(text, write, tmp_path):
     """On the command line and in a file, as a value and as the name of a folder in a mix; and through config.yaml."""
     path = write(f"data: {{path: shards}}\nrun:\n  dir: {text}\n" if text not in ("-", "?") else "data: {path: shards}")
     from_file = load_config(path) if text not in ("-", "?") else load_config(path, [f"run.dir={text}"])
@@ -116,7 +116,7 @@ def test_a_text_setting_keeps_its_text(text, write, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a #b", "a: b", "%x", "*x", "&x", "!x", "@x", "`x", "|", ">", "'a", 'a"', "#", "a b"])
-def test_on_the_command_line_a_text_needs_no_quotes(text, write):
+def test_text_needs_no_quotes_on_the_command_line(text, write):
     path = write("data: {path: shards}")
     config = load_config(path, [f"run.dir={text}"])
     assert config.run.dir == text
@@ -162,7 +162,7 @@ def test_null_unsets_every_setting_that_may_be_unset(section, key, kind, write):
         assert getattr(getattr(load_config(path), section), key) == unset or section == "data"
 
 
-def test_what_a_mix_replaces_is_said_once_and_null_says_it_beforehand(write, capsys, monkeypatch):
+def test_a_replaced_path_is_noted_once_unless_it_is_set_to_null(write, capsys, monkeypatch):
     path = write("data: {path: shards}")
     assert load_config(path, ["data.mix={a: 1}"]).data.folders == {"a": 1.0}
     said = capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_what_a_mix_replaces_is_said_once_and_null_says_it_beforehand(write, cap
     assert capsys.readouterr().err == ""
 
 
-def test_settings_that_exclude_each_other_name_null_as_a_way_out(write):
+def test_the_remedy_for_exclusive_settings_is_null(write):
     path = write("data: {path: shards}\nloops: {mean: 3}")
     (problem,) = refused(path, "loops.distribution=uniform_set", "loops.set=[1,2]")
     assert "loops.mean=3" in problem and "loops.mean=null" in problem
@@ -200,7 +200,7 @@ def test_settings_that_exclude_each_other_name_null_as_a_way_out(write):
         ("loops.set=[1, 2.0]", (1, 2)),
     ],
 )
-def test_other_ways_to_write_a_number_are_read(override, expected, write):
+def test_other_notations_of_numbers_are_read(override, expected, write):
     path = write("data: {path: shards}\nloops: {distribution: uniform_set, set: [1]}")
     name, _, _ = override.partition("=")
     section, _, key = name.partition(".")
@@ -209,14 +209,14 @@ def test_other_ways_to_write_a_number_are_read(override, expected, write):
 
 
 @pytest.mark.parametrize("text", ["010", "1:30", "0x_", "1__0", "1e-3", "1.5", "--1", "1e999999999999", "", "1 2", "٣"])
-def test_what_is_no_whole_number_is_none(text, write):
+def test_text_that_is_not_a_whole_number_is_refused(text, write):
     (problem,) = refused(write("data: {path: shards}"), f"train.steps={text}")
     assert problem.startswith("train.steps=") and "whole number" in problem
     assert not isinstance(number_of(text), int)
 
 
 @pytest.mark.parametrize(("section", "key"), [(s, k) for s, cls in SECTIONS.items() for k in kinds_of(cls)])
-def test_a_wrong_type_is_refused_in_plain_words(section, key, write):
+def test_a_wrong_type_is_refused_with_our_own_message(section, key, write):
     """No library's sentence gets into ours; a list, a mapping and a text for each field, which a text may be."""
     path, kind = write("data: {path: shards}"), kinds_of(SECTIONS[section])[key]
     text = [] if kind.type is str and not kind.choices else ["!!bool maybe"]
@@ -266,7 +266,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("content", ODD.values(), ids=ODD)
-def test_odd_yaml_is_refused_in_words_and_at_once(content, write):
+def test_unsupported_yaml_is_refused_quickly(content, write):
     """As a config, and as an override; in processor time, which a busy machine does not change."""
     path, began = write(content), time.process_time()
     with pytest.raises(UserError) as raised:
@@ -292,11 +292,11 @@ def test_odd_yaml_is_refused_in_words_and_at_once(content, write):
         ("train: {steps: &n 3, eval_every: *n}", 3),
     ],
 )
-def test_yaml_that_is_unusual_but_right_is_read(content, steps, write):
+def test_unusual_but_valid_yaml_is_read(content, steps, write):
     assert load_config(write(content), ["data.path=shards"]).train.steps == steps
 
 
-def test_a_merge_key_lays_settings_under_a_mapping(write):
+def test_a_merge_key_provides_defaults(write):
     path = write("checkpoint: &c {every: 5, keep: 7}\ntrain: {eval_every: 3}\ndata: {path: shards}")
     assert load_config(path).checkpoint.every == 5
     merged = write("checkpoint:\n  <<: [{every: 5}, {every: 6, keep: 7}]\n  pin_every: 2\ndata: {path: shards}")
@@ -304,7 +304,7 @@ def test_a_merge_key_lays_settings_under_a_mapping(write):
     assert (found.every, found.keep, found.pin_every) == (5, 7, 2)
 
 
-def test_bases_that_double_are_bounded(write):
+def test_the_number_of_bases_is_limited(write):
     """Each of 30 files names the next one twice: a billion readings."""
     for i in range(30):
         write(f"base: [f{i + 1}.yaml, f{i + 1}.yaml]", f"f{i}.yaml")
@@ -327,7 +327,7 @@ def test_bases_that_double_are_bounded(write):
         "model.attn_type=gqa model.dim=1000003 model.n_heads=2",
     ],
 )
-def test_large_numbers_are_judged_at_once(overrides, write):
+def test_large_numbers_are_refused_quickly(overrides, write):
     began = time.process_time()
     found = refused(write("data: {path: shards}"), *overrides.split())
     assert all(len(line) < 1000 for line in found)
@@ -341,7 +341,7 @@ def test_a_base_that_cannot_be_read_is_refused(base, write, tmp_path):
     assert len(problem) < 12_000
 
 
-def test_an_unknown_config_is_told_the_known_ones(write, tmp_path, monkeypatch):
+def test_a_missing_config_is_reported_with_the_existing_ones(write, tmp_path, monkeypatch):
     """Those beside it; else those of the repository."""
     write("train: {steps: 1}", "1b.yaml")
     (problem,) = refused(tmp_path / "1bb.yaml")
@@ -397,18 +397,18 @@ def test_a_section_built_in_python_is_checked_like_yaml(section, settings, said)
     assert problem.startswith(said)
 
 
-def test_a_section_names_all_that_is_wrong_with_it():
+def test_a_section_reports_all_problems():
     with pytest.raises(UserError) as raised:
         MythosConfig(mode="foo", dim="64", attn_type="x", n_heads=0)  # pyright: ignore[reportArgumentType]
     assert len(raised.value.problems) == 4
 
 
-def test_a_checkpoints_settings_are_checked_too():
+def test_settings_of_a_checkpoint_are_checked():
     with pytest.raises(UserError, match=r"model\.dim='64': expected a whole number"):
         config_from({"model": {"dim": "64"}})
 
 
-def test_numbers_of_yaml_are_those_of_python():
+def test_numbers_are_read_as_python_reads_them():
     """Held against int and float over the forms that both know."""
     for text in (
         "0",

@@ -1,4 +1,4 @@
-"""launch/install_gpu.sh and what it is made of: sources, their fixes, the plan, the order of builds, the check."""
+"""launch/install_gpu.sh and its helpers: sources, their fixes, the plan, the order of builds, the check."""
 
 import ast
 import dataclasses
@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[Path, str]:
 
 
 def test_fixes_apply_to_the_published_sources_once(copy):
-    """The second time nothing is left to do, and nothing changes."""
+    """A second time changes nothing."""
     pin, folder = copy
     fixes = gpu_sources.FIXES[pin.name]
     published = contents(folder)
@@ -60,7 +60,7 @@ def test_fixes_apply_to_the_published_sources_once(copy):
     assert {str(path.relative_to(folder)) for path in fixed if fixed[path] != published[path]} == {
         f.file for f in fixes
     }
-    assert all(line.endswith("is there") for line in gpu_sources.patch(pin, folder))
+    assert all(line.endswith("is applied already") for line in gpu_sources.patch(pin, folder))
     assert contents(folder) == fixed
 
 
@@ -90,15 +90,15 @@ def install_requires(setup: str) -> list[str]:
     return []
 
 
-def test_a_source_that_is_not_known_is_not_touched(tmp_path):
-    """All fixes that have no place are named, with the file; the one that has is not made."""
+def test_an_unexpected_source_is_not_changed(tmp_path):
+    """Every fix that does not apply is reported with its file; the one that applies is not made."""
     pin = PINS["megablocks"]
     (tmp_path / "setup.py").write_text("install_requires = ['torch>=2.7.0,<2.7.1', 'numpy>=1.21.5,<2.1.0'] * 2\n")
     with pytest.raises(UserError) as caught:
         gpu_sources.patch(pin, tmp_path)
     assert len(caught.value.problems) == 2
     assert str(tmp_path / "csrc" / "cumsum.h") in caught.value.problems[0]
-    assert "is there 0 times and not 2" in caught.value.problems[0]
+    assert "occurs 0 times instead of 2" in caught.value.problems[0]
     assert "'packaging>=21.3.0,<24.2'" in caught.value.problems[1]
     assert "torch>=2.7.0,<2.7.1" in (tmp_path / "setup.py").read_text()
 
@@ -125,7 +125,7 @@ def pin_of(name: str, version: str, sha256: str):
     return gpu_sources.Pin(name, version, sha256, f"{name}=={version} --hash=sha256:{sha256}")
 
 
-def test_a_source_comes_through_pip_and_is_kept(shelf, tmp_path):
+def test_a_source_is_downloaded_by_pip_once(shelf, tmp_path):
     archive, pin = shelf
     source = gpu_sources.fetch(pin, tmp_path / "sources")
     assert "small-thing" in (source / "setup.py").read_text()
@@ -134,7 +134,7 @@ def test_a_source_comes_through_pip_and_is_kept(shelf, tmp_path):
     assert gpu_sources.fetch(pin, tmp_path / "sources") == source
 
 
-def test_another_file_under_the_same_name_is_refused(shelf, tmp_path):
+def test_an_archive_with_another_hash_is_refused(shelf, tmp_path):
     """Before its setup.py could run, and nothing is left behind."""
     _, pin = shelf
     wrong = pin_of(pin.name, pin.version, "0" * 64)
@@ -143,7 +143,7 @@ def test_another_file_under_the_same_name_is_refused(shelf, tmp_path):
     assert list((tmp_path / "sources").iterdir()) == []
 
 
-def test_a_source_that_is_nowhere_says_so(shelf, tmp_path):
+def test_a_source_that_does_not_exist_is_reported(shelf, tmp_path):
     _, pin = shelf
     missing = dataclasses.replace(pin, version="2.0", line=pin.line.replace("1.0", "2.0"))
     with pytest.raises(UserError, match=r"small-thing==2\.0 cannot be downloaded.*No matching distribution"):
@@ -186,9 +186,9 @@ def machine(tmp_path, monkeypatch) -> Path:
             *) exec {sys.executable} -S "$@" ;;
         esac""",
     )
-    give(tmp_path, "torch/__init__.py", "from . import cuda, version\n__version__ = '2.14.1+cu130'\n")
-    give(tmp_path, "torch/version.py", "cuda = '13.0'\n")
-    give(tmp_path, "torch/cuda.py", "def is_available():\n    return False\n")
+    add_file(tmp_path, "torch/__init__.py", "from . import cuda, version\n__version__ = '2.14.1+cu130'\n")
+    add_file(tmp_path, "torch/version.py", "cuda = '13.0'\n")
+    add_file(tmp_path, "torch/cuda.py", "def is_available():\n    return False\n")
     for name in list(os.environ):
         if name.startswith(("CUDA", "TORCH", "PYTHON", "VIRTUAL_ENV", "GROUPED", "CPATH", "CXX", "MAX_JOBS", "FLASH")):
             monkeypatch.delenv(name)
@@ -205,18 +205,20 @@ def executable(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def give(machine: Path, file: str, text: str = "") -> None:
+def add_file(machine: Path, file: str, text: str = "") -> None:
     """A file among the packages that the machine's python sees."""
     path = machine / "packages" / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
-def give_package(machine: Path, name: str, version: str, *modules: str) -> None:
+def add_package(machine: Path, name: str, version: str, *modules: str) -> None:
     """An installed distribution with empty modules."""
-    give(machine, f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    add_file(
+        machine, f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
     for module in modules:
-        give(machine, f"{module}.py")
+        add_file(machine, f"{module}.py")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -236,7 +238,7 @@ def test_a_dry_run_shows_the_plan_and_changes_nothing(machine):
     assert done.returncode == 0, done.stderr
     assert "torch 2.14.1+cu130" in done.stdout
     assert f"{machine / 'toolkit'}, CUDA 13.0" in done.stdout
-    assert "8.0;9.0;10.0 (TORCH_CUDA_ARCH_LIST); there is none here" in done.stdout
+    assert "8.0;9.0;10.0 (TORCH_CUDA_ARCH_LIST); no GPU here" in done.stdout
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("build")] == [
         f"{name}:" for name in PINS
     ]
@@ -245,7 +247,7 @@ def test_a_dry_run_shows_the_plan_and_changes_nothing(machine):
     assert "install" not in (machine / "calls").read_text()
 
 
-def test_everything_that_is_missing_is_said_at_once(machine, monkeypatch):
+def test_all_missing_prerequisites_are_reported_at_once(machine, monkeypatch):
     """No nvcc, no compiler, no torch, and settings that cannot be: exit code 2, one line each."""
     (machine / "bin" / "nvcc").unlink()
     (machine / "bin" / "g++").unlink()
@@ -260,7 +262,7 @@ def test_everything_that_is_missing_is_said_at_once(machine, monkeypatch):
         ("torch cannot be imported", "No module named 'torch'", "install torch"),
         ("nvcc is not on the PATH", "CUDA_HOME", "install the CUDA 13 toolkit"),
         ("7.5 has no bf16",),
-        ("H100 is no compute capability", "8.0;9.0"),
+        ("H100 is not a compute capability", "8.0;9.0"),
         ("MAX_JOBS=all", "a number"),
         ("g++ is not on the PATH", "CXX"),
     ]:
@@ -271,12 +273,12 @@ def test_a_toolkit_of_another_major_version_is_refused(machine):
     executable(machine / "bin" / "nvcc", "echo 'Cuda compilation tools, release 12.8, V12.8.61'")
     done = run("--dry-run")
     assert done.returncode == 2
-    assert "nvcc is of CUDA 12.8, torch 2.14.1+cu130 is built with CUDA 13.0" in done.stderr
+    assert "nvcc belongs to CUDA 12.8, but torch 2.14.1+cu130 is built with CUDA 13.0" in done.stderr
     assert "set CUDA_HOME to a CUDA 13 toolkit" in done.stderr
 
 
 def test_a_torch_without_cuda_is_refused(machine):
-    give(machine, "torch/version.py", "cuda = None\n")
+    add_file(machine, "torch/version.py", "cuda = None\n")
     done = run("--dry-run")
     assert done.returncode == 2
     assert (
@@ -284,42 +286,42 @@ def test_a_torch_without_cuda_is_refused(machine):
     )
 
 
-def test_headers_that_a_small_toolkit_lacks_come_from_torch_s_packages(machine):
+def test_headers_missing_from_the_toolkit_come_from_the_packages_of_torch(machine):
     (machine / "toolkit" / "include" / "cusparse.h").unlink()
     done = run("--dry-run")
     assert done.returncode == 2
     assert "no include/cusparse.h" in done.stderr
-    give(machine, "nvidia/cu13/include/cusparse.h")
+    add_file(machine, "nvidia/cu13/include/cusparse.h")
     done = run("--dry-run")
     assert done.returncode == 0, done.stderr
-    assert f"more headers from {machine}/packages/nvidia/cu13/include" in done.stdout
+    assert f"headers from {machine}/packages/nvidia/cu13/include" in done.stdout
 
 
-def test_wrong_arguments_are_named_together(machine):
+def test_all_wrong_arguments_are_reported_at_once(machine):
     done = run("--only", "megablocks,apex", "--verbose")
     assert done.returncode == 2
     assert "error: 2 problems" in done.stderr
     assert "unknown argument --verbose" in done.stderr
-    assert "--only apex: there are stanford-stk grouped_gemm megablocks flash-attn" in done.stderr
+    assert "--only apex: unknown package; choose from stanford-stk grouped_gemm megablocks flash-attn" in done.stderr
 
 
-def test_what_is_there_is_left_alone(machine):
+def test_installed_packages_are_skipped(machine):
     """By version, and by whether it can be imported; --force builds it all the same."""
-    give_package(machine, "stanford_stk", "0.7.1", "stk")
-    give_package(machine, "grouped_gemm", "0.2.0", "grouped_gemm")
-    give_package(machine, "megablocks", "0.10.0")
+    add_package(machine, "stanford_stk", "0.7.1", "stk")
+    add_package(machine, "grouped_gemm", "0.2.0", "grouped_gemm")
+    add_package(machine, "megablocks", "0.10.0")
     plan = run("--dry-run").stdout
-    assert "leave     stanford-stk: it is there" in plan
+    assert "skip      stanford-stk: is installed" in plan
     assert "build     grouped_gemm: 0.2.0 is installed" in plan
     assert "build     megablocks: megablocks_ops cannot be imported (No module named 'megablocks_ops')" in plan
     assert "build     flash-attn: is not installed" in plan
-    assert "build     stanford-stk: it is there, and --force was given" in run("--dry-run", "--force").stdout
+    assert "build     stanford-stk: is installed, but --force is set" in run("--dry-run", "--force").stdout
 
 
 def test_a_build_fetches_fixes_and_installs_without_dependencies(machine):
     """In order, with the settings in the environment and everything in the log; then the check."""
-    give_package(machine, "stanford_stk", "0.7.1", "stk")
-    give_package(machine, "grouped_gemm", "0.3.0", "grouped_gemm", "grouped_gemm_backend")
+    add_package(machine, "stanford_stk", "0.7.1", "stk")
+    add_package(machine, "grouped_gemm", "0.3.0", "grouped_gemm", "grouped_gemm_backend")
     done = run("--only", "stanford-stk,grouped_gemm", "--force", "--build-dir", str(machine / "build"))
     assert done.returncode == 0, done.stdout + done.stderr
     _, tools, *calls = (machine / "calls").read_text().splitlines()
@@ -338,16 +340,16 @@ def test_a_build_fetches_fixes_and_installs_without_dependencies(machine):
     assert "grouped_gemm 0.3.0: can be imported" in log
 
 
-def test_a_failed_build_shows_its_end_and_where_the_log_is(machine, monkeypatch):
+def test_a_failed_build_shows_the_end_of_its_log_and_the_path(machine, monkeypatch):
     monkeypatch.setenv("FAIL_ON", "force-reinstall")
     done = run("--build-dir", str(machine / "build"))
     assert done.returncode == 1
     assert "nvcc: fatal" in done.stderr
-    assert f"the whole log is {machine}/build/install_gpu.log" in done.stderr
+    assert f"see {machine}/build/install_gpu.log" in done.stderr
     assert "grouped_gemm" not in (machine / "calls").read_text()
 
 
-def test_a_package_that_cannot_be_imported_after_all_fails_the_run(machine):
+def test_a_package_that_cannot_be_imported_fails_the_run(machine):
     done = run("--only", "stanford-stk", "--build-dir", str(machine / "build"))
     assert done.returncode == 1
     assert "stanford-stk 0.7.1: is not installed" in done.stdout
@@ -357,7 +359,7 @@ def test_a_package_that_cannot_be_imported_after_all_fails_the_run(machine):
 # The check
 
 
-def test_the_check_computes_what_the_packages_should():
+def test_the_checks_pass_for_the_real_packages():
     """The real MegaBlocks and grouped_gemm, with the mocks of `helpers/megablocks_cpu.py` for what needs a GPU."""
     try:
         sources = fetch("megablocks", "stanford-stk", "grouped_gemm")
@@ -368,8 +370,8 @@ def test_the_check_computes_what_the_packages_should():
 
 
 @pytest.mark.parametrize(("causal", "good"), [(True, True), (False, False)])
-def test_the_check_of_flash_attn_sees_a_wrong_result(causal, good, monkeypatch):
-    """torch's fused attention in its place: right as it is, wrong if it looks ahead."""
+def test_the_check_of_flash_attn_detects_a_wrong_result(causal, good, monkeypatch):
+    """torch's fused attention in its place: correct if causal, wrong otherwise."""
 
     def flash_attn_func(q, k, v, causal: bool):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -382,7 +384,7 @@ def test_the_check_of_flash_attn_sees_a_wrong_result(causal, good, monkeypatch):
     assert (check_gpu.CHECKS["flash-attn"]("cpu") < check_gpu.TOLERANCE) == good
 
 
-def test_a_result_that_is_wrong_or_no_result_is_a_failure(monkeypatch):
+def test_a_wrong_result_and_an_exception_fail(monkeypatch):
     monkeypatch.setattr(check_gpu, "missing", lambda name: None)
     monkeypatch.setitem(check_gpu.CHECKS, "grouped_gemm", lambda device: 0.5)
     monkeypatch.setitem(check_gpu.CHECKS, "flash-attn", lambda device: torch.zeros(1)[1])
