@@ -16,7 +16,7 @@ from mythos_dist.units import count
 
 SIGNATURES = {
     "none": "none",
-    "unchecked": f"not checked; set {VARIABLE} to check it",
+    "unchecked": f"present; set {VARIABLE} to check it",
     "valid": "valid",
     "missing": "MISSING: a key is set, so this checkpoint is refused",
     "wrong": "WRONG: signed with another key, or changed after it was signed; this checkpoint is refused",

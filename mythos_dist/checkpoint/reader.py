@@ -146,10 +146,10 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def latest_of(folder: Path) -> str:
-    """The name of the checkpoint that the file `latest` names, or that the link `latest` points to; empty: none."""
+    """The name of the checkpoint that the file `latest` holds, or that a link `latest` points to; empty: none."""
     file = folder / LATEST
     try:
         name = os.readlink(file).rstrip("/") if file.is_symlink() and file.is_dir() else read_text(file, 4096).strip()
     except (OSError, ValueError):
         return ""
-    return name if step_of(name) is not None else ""
+    return name if step_of(name) is not None and os.path.lexists(folder / name) else ""

@@ -58,8 +58,8 @@ def find_checkpoint(
     for i, folder in enumerate(candidates):
         checkpoint, problems = _verify_on_all_ranks(folder, verify, key)
         if checkpoint:
-            later = candidates[i + 1 :] if rank == 0 else []
-            raise_on_all_ranks(partial(_refuse_overwrite, folder, later))
+            remaining = candidates[i + 1 :] if rank == 0 else []
+            raise_on_all_ranks(partial(_refuse_overwrite, folder, remaining))
             return checkpoint, damaged
         damaged += problems
     if damaged:

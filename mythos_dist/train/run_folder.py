@@ -1,20 +1,18 @@
 """The run folder: its config, its logs, and the refusal to mix two runs in one folder."""
 
-import fcntl
 import glob
 import json
 import logging
 import os
 import re
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 from mythos_dist.checkpoint import fence as fences
-from mythos_dist.checkpoint.fence import Fence, newest_start
+from mythos_dist.checkpoint.fence import Fence, lock_file, newest_start
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
@@ -158,18 +156,13 @@ def claim_run_folder(config: Config) -> TextIO:
     with user_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         file = path / LOCK
-        lock = _locked(file)
+        lock = lock_file(file)
         if lock is None and _is_ours(path):
-            for _ in range(20):  # it may be on its way out
-                time.sleep(0.25)
-                if lock := _locked(file):
-                    break
-            else:
-                log.warning(
-                    "a rank 0 of an earlier start still holds %s: it is cut off, and this start takes over", path
-                )
+            lock = lock_file(file, timeout=5.0)  # its process may be exiting
+            if lock is None:
+                log.warning("rank 0 of an earlier start still holds %s: this start takes the run folder over", path)
                 file.unlink(missing_ok=True)
-                lock = _locked(file)
+                lock = lock_file(file)
     if lock is None:
         raise UserError(
             f"run.dir={path} is in use: {_holder(path)} writes there; stop its ranks, or give another run.dir"
@@ -213,17 +206,6 @@ def mark_completed(fence: Fence | None, run_dir: Path) -> None:
     with user_errors(marker), fence.guard() if fence else nullcontext():
         if not marker.exists():
             write_atomically(marker, "")
-
-
-def _locked(file: Path) -> TextIO | None:
-    """`file`, open and locked; None if another process has the lock."""
-    lock = file.open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
 
 
 def _is_ours(run_dir: Path) -> bool:

@@ -123,19 +123,12 @@ class StopRequest:
             callback = threading.Thread(target=self.on_exit, args=(reason,), daemon=True)
             callback.start()
             callback.join(3.0)  # not longer: the file system may hang
-            newest = newest_checkpoint(self._run_dir)
+            from mythos_dist.checkpoint.reader import latest_of  # not above: handlers are installed before slow imports
+
+            newest = latest_of(self._run_dir / "checkpoints")
             resume = f"resume from {newest}" if newest else "start over: no checkpoint was saved yet"
             _print(f"stopped at once; run the same command to {resume}")
         os._exit(EXIT_INTERRUPTED)
-
-
-def newest_checkpoint(run_dir: Path) -> str:
-    """The name of the checkpoint that `latest` points to; empty: there is none."""
-    try:
-        name = (run_dir / "checkpoints" / "latest").read_text().strip()
-        return name if name and (run_dir / "checkpoints" / name).is_dir() else ""
-    except (OSError, ValueError):
-        return ""
 
 
 def remove_stop_file(run_dir: Path) -> None:

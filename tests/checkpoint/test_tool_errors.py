@@ -213,7 +213,7 @@ def test_inspection_reports_the_signature(run, tool, tmp_path, monkeypatch):
     run.save(2, key_file=str(key_file))
     run.save(4)
     signed, unsigned = (run.checkpoints / f"step-0000000{step}" for step in (2, 4))
-    assert "signature   not checked; set MYTHOS_CHECKPOINT_KEY_FILE" in tool(0, "inspect_checkpoint", signed)
+    assert "signature   present; set MYTHOS_CHECKPOINT_KEY_FILE" in tool(0, "inspect_checkpoint", signed)
     assert "signature   none" in tool(0, "inspect_checkpoint", unsigned)
     monkeypatch.setenv(VARIABLE, str(key_file))
     assert "signature   valid" in tool(0, "inspect_checkpoint", signed)
