@@ -64,7 +64,7 @@ def preflight(config: Config, rank_info: RankInfo, faults: FaultInjector) -> Fou
             token.unlink(missing_ok=True)  # all have looked
     refuse(judge(everyone, config.faults.clock_skew), everyone)
     nodes = [one["node"] for one in everyone]
-    rates, wrong = exchange(rank_info, corrupt=any(fault.kind == "bad_link" for fault in faults.left))
+    rates, wrong = exchange(rank_info, corrupt=any(fault.kind == "bad_link" for fault in faults.pending))
     refuse([(nodes[rank], text) for rank, text in wrong.items()], everyone)
     clocks = [one["clock"] for one in everyone]
     return Found(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin)

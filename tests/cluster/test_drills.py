@@ -405,10 +405,10 @@ def test_mistakes_on_a_cluster_are_one_line_that_names_the_node(drill, tmp_path)
         with one.cluster.popen("node1", LISTEN, stdout=subprocess.PIPE) as taken:
             assert taken.stdout and taken.stdout.readline() == "listens\n"
             said = refused("node1,node2", "--ntasks=2", port=29511)
-            assert "MASTER_PORT=29511: this port of node1 is taken" in said and "free one" in said
+            assert "MASTER_PORT=29511: another program on node1 uses this port" in said and "free one" in said
             taken.kill()
         said = refused("node1,node3", "--ntasks=2")
-        assert "the code (mythos_dist) on node3 is" in said and "one shared folder" in said
+        assert "the code (mythos_dist) on node3 is" in said and "a shared folder" in said
         said = refused("node1,node2", "--ntasks=2", run_dir=own / "run")
         assert "node2: it does not see what node1 writes in run.dir" in said and "a folder that all share" in said
 

@@ -1,4 +1,4 @@
-"""The roll call: who is missing, who is different, and who is to blame; then the same with real processes."""
+"""The rendezvous names missing ranks and nodes that differ; also with real processes."""
 
 import json
 import threading
@@ -16,23 +16,23 @@ from mythos_dist.ops.cluster.watchdog_protocol import CollectiveState
 from mythos_dist.parallel.launcher import RankInfo
 
 
-def card(node: str, code: str = "a", config: str = "x") -> dict[str, str]:
+def rank_report(node: str, code: str = "a", config: str = "x") -> dict[str, str]:
     return {"node": node, "the code": code, "the config": config}
 
 
-def test_a_node_in_the_minority_is_blamed():
-    assert find_mismatches([card("n1"), card("n1"), card("n2"), card("n2")]) == ([], [])
-    problems, nodes = find_mismatches([card("n1"), card("n2", code="b"), card("n3")])
-    assert nodes == ["n2"] and problems[0].startswith("the code on n2 is b, and elsewhere a; ")
+def test_a_node_in_the_minority_is_unfit():
+    assert find_mismatches([rank_report("n1"), rank_report("n1"), rank_report("n2"), rank_report("n2")]) == ([], [])
+    problems, nodes = find_mismatches([rank_report("n1"), rank_report("n2", code="b"), rank_report("n3")])
+    assert nodes == ["n2"] and problems[0].startswith("the code on n2 is b, but on the other nodes a; ")
 
 
-def test_without_a_majority_and_for_a_config_nobody_is_blamed():
-    """One of two nodes is other than the first, by its name; who is right only the user knows."""
-    problems, nodes = find_mismatches([card("n1"), card("n2", code="b")])
-    assert nodes == [] and "the code on n2 is b, and elsewhere a" in problems[0]
-    problems, nodes = find_mismatches([card("n1"), card("n2", config="y"), card("n3")])
+def test_without_a_majority_and_for_a_config_no_node_is_unfit():
+    """Of two nodes, the second is named as different, but either may be wrong."""
+    problems, nodes = find_mismatches([rank_report("n1"), rank_report("n2", code="b")])
+    assert nodes == [] and "the code on n2 is b, but on the other nodes a" in problems[0]
+    problems, nodes = find_mismatches([rank_report("n1"), rank_report("n2", config="y"), rank_report("n3")])
     assert nodes == [] and "the config on n2" in problems[0]
-    problems, _ = find_mismatches([card("n1"), card("n1", code="b")])
+    problems, _ = find_mismatches([rank_report("n1"), rank_report("n1", code="b")])
     assert problems == ["the code differs between ranks of n1; start all of them with the same"]
 
 
@@ -71,8 +71,8 @@ def test_ranks_that_wait_for_each_other_both_block():
     assert find_blocking_ranks(states)[0] == [0, 1]
 
 
-def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60) -> dict[int, Any]:
-    """What the roll call gives each of `ranks`: cards, or an error."""
+def run_rendezvous(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60) -> dict[int, Any]:
+    """The reports that each of `ranks` gets, or its error."""
     outcomes: dict[int, Any] = {}
 
     def one(rank: int) -> None:
@@ -89,27 +89,27 @@ def called(store: dist.Store, world: int, ranks: Any = None, seconds: float = 60
     return outcomes
 
 
-def test_what_an_earlier_start_has_left_in_the_store_is_not_taken_for_this_one(monkeypatch):
-    """torchrun's store outlives an attempt. Each meets at a place of its own, whoever comes first."""
+def test_entries_of_an_earlier_start_in_the_store_are_ignored():
+    """torchrun's store outlives an attempt. Each start uses its own prefix, whichever rank comes first."""
     store = dist.HashStore()
-    places = []
+    nonces = []
     for _ in range(3):
-        outcomes = called(store, 3)
-        assert all([card["node"] for card in cards] == ["n0", "n1", "n2"] for cards in outcomes.values())
-        places.append(store.get("start"))
+        outcomes = run_rendezvous(store, 3)
+        assert all([report["node"] for report in reports] == ["n0", "n1", "n2"] for reports in outcomes.values())
+        nonces.append(store.get("start"))
         assert outcomes[0] == outcomes[1] == outcomes[2]
-    assert len(set(places)) == 3
-    starts = []  # ranks that were there before rank 0 has begun again
-    thread = threading.Thread(target=lambda: starts.append(called(store, 2, [1])))
+    assert len(set(nonces)) == 3
+    late = []  # a rank that reports before rank 0 has started again
+    thread = threading.Thread(target=lambda: late.append(run_rendezvous(store, 2, [1])))
     thread.start()
     thread.join(0.5)
-    assert thread.is_alive(), "it has taken the verdict of another start for its own"
-    called(store, 2, [0])
+    assert thread.is_alive(), "it has accepted the result of another start"
+    run_rendezvous(store, 2, [0])
     thread.join()
-    assert [card["node"] for card in starts[0][1]] == ["n0", "n1"]
+    assert [report["node"] for report in late[0][1]] == ["n0", "n1"]
 
 
-BAD_CARDS = [
+BAD_REPORTS = [
     "", "x", "[" * 1000, "{}", "5", "null", '{"node": 5, "start": "x"}', '{"node": "n1", "start": {}}',
     '{"node": "a b", "start": "x"}', '{"node": "n1\\nn2", "start": "x"}', '{"node": "-x;touch", "start": ";"} x',
     json.dumps({"node": "n" * 300, "start": "x"}), json.dumps({"node": "n1", "the code": "\x1b[2J"}), '{"node":' * 900,
@@ -117,29 +117,31 @@ BAD_CARDS = [
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("sealed", [True, False])
-def test_cards_that_are_none_are_not_believed_and_end_nothing(sealed, monkeypatch):
-    """Anybody can write into torch's store. A rank's own card may still come; else it counts as missing."""
-    number = "0" * 32  # of the start: known before it, so the card is there when rank 0 first looks
-    monkeypatch.setattr("mythos_dist.ops.cluster.rendezvous.secrets.token_hex", lambda size: number[: 2 * size])
-    for text in BAD_CARDS[:: 1 if sealed else 6]:
+@pytest.mark.parametrize("signed", [True, False])
+def test_invalid_reports_are_ignored(signed, monkeypatch):
+    """Anyone can write to torch's store. The rank may still overwrite the entry; else it counts as missing."""
+    nonce = "0" * 32  # known in advance, so the report is there when rank 0 first reads it
+    monkeypatch.setattr("mythos_dist.ops.cluster.rendezvous.secrets.token_hex", lambda size: nonce[: 2 * size])
+    for text in BAD_REPORTS[:: 1 if signed else 6]:
         store = dist.HashStore()
-        store.set(f"{number}/card/1", sign(b"", f"card 1 {number}", text) if sealed else text)
-        outcomes = called(store, 2, [0], seconds=0.4)
+        store.set(f"{nonce}/card/1", sign(b"", f"card 1 {nonce}", text) if signed else text)
+        outcomes = run_rendezvous(store, 2, [0], seconds=0.4)
         assert outcomes[0].exit_code == 4, text
-        assert "rank 1 (there are ranks on n0) of 2 did not report" in str(outcomes[0])
-        assert "what lies there as the card of rank 1" in str(outcomes[0])
+        assert "rank 1 (reports came from n0) of 2 did not report" in str(outcomes[0])
+        assert "invalid report of rank 1 in the store" in str(outcomes[0])
 
 
-def test_a_verdict_that_is_none_is_not_believed(monkeypatch):
-    """Of a forged start, and of one that is signed with another secret: the rank goes on waiting, then says why."""
+def test_an_invalid_result_is_ignored(monkeypatch):
+    """A forged nonce, or one signed with another secret: the rank keeps waiting, then reports why."""
     monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
     for start in (b"\xff", b"[" * 1000, sign(b"", "start", "0" * 32).encode(), b""):
         store = dist.HashStore()
         store.set("start", start.decode("latin1"))
         monkeypatch.setattr("mythos_dist.ops.cluster.rendezvous._READ_MORE", 0.3)
-        outcomes = called(store, 2, [1], seconds=0.1)
-        assert outcomes[1].exit_code == 4 and "cannot be used: it is not signed with the secret" in str(outcomes[1])
+        outcomes = run_rendezvous(store, 2, [1], seconds=0.1)
+        assert outcomes[1].exit_code == 4 and "invalid data in its store: it is not signed with the secret" in str(
+            outcomes[1]
+        )
 
 
 pytestmark = pytest.mark.timeout(480)
@@ -147,14 +149,14 @@ pytestmark = pytest.mark.timeout(480)
 
 @pytest.mark.launch
 def test_a_rank_that_never_comes_is_named(settings, tmp_path):
-    """Two of three ranks are started: exit code 4 within the time, since another start may find it, and one line."""
-    result = launch(2, alone_of_three, [*settings, f"run.dir={tmp_path / 'run'}", "faults.join_within=20"])
+    """Two of three ranks start: exit code 4, so that the launcher restarts the run, and one line."""
+    result = launch(2, as_two_of_three, [*settings, f"run.dir={tmp_path / 'run'}", "faults.join_within=20"])
     assert result.codes == [4, 4], result.tails
-    assert "rank 2 (there are ranks on" in result.err and "of 3 did not report to rank 0 on" in result.err
+    assert "rank 2 (reports came from" in result.err and "of 3 did not report to rank 0 on" in result.err
     assert "Traceback" not in result.err and result.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def alone_of_three(arguments: list[str]) -> None:
+def as_two_of_three(arguments: list[str]) -> None:
     import os
 
     os.environ["WORLD_SIZE"] = "3"
@@ -162,8 +164,8 @@ def alone_of_three(arguments: list[str]) -> None:
 
 
 @pytest.mark.launch
-def test_a_port_that_is_taken_is_one_line(settings, tmp_path):
-    """Rank 0 names node, port and remedy; the other ranks do not wait for it for ever."""
+def test_a_port_in_use_is_reported(settings, tmp_path):
+    """Rank 0 names the node, the port and the remedy; the other ranks give up as well."""
     import socket
 
     with socket.create_server(("", 0)) as taken:
@@ -177,14 +179,14 @@ def test_a_port_that_is_taken_is_one_line(settings, tmp_path):
             grace=1,
         )
     assert result.codes[0] == 2, result.tails
-    assert f"MASTER_PORT={port}: this port of {socket.gethostname()} is taken" in result.err
+    assert f"MASTER_PORT={port}: another program on {socket.gethostname()} uses this port" in result.err
     assert "set MASTER_PORT to a free one" in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.launch
-def test_ranks_with_another_config_are_told(settings, tmp_path):
-    """Rank 1 was given another learning rate: refused before anything is written."""
+def test_ranks_with_different_configs_are_refused(settings, tmp_path):
+    """Rank 1 has another learning rate: refused before anything is written."""
     result = launch(2, with_own_rate, [*settings, f"run.dir={tmp_path / 'run'}"])
     assert result.codes == [2, 2] and "the config differs between ranks of" in result.err
     assert not (tmp_path / "run").exists()

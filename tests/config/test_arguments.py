@@ -98,7 +98,7 @@ def test_training_and_submission_take_any_order(monkeypatch):
 def test_an_unknown_fault_is_refused(text):
     with pytest.raises(UserError) as raised:
         parse_faults(text)
-    assert "is no fault; write kind@step:rank" in raised.value.problems[0] and len(str(raised.value)) < 300
+    assert "is not a fault; write kind@step:rank" in raised.value.problems[0] and len(str(raised.value)) < 300
 
 
 def test_training_reads_faults_with_its_config():

@@ -1,4 +1,4 @@
-"""What launch/status.py says of a run, from run folders as runs in every state leave them."""
+"""launch/status.py on run folders in every state."""
 
 import json
 import os
@@ -23,9 +23,9 @@ TOKENS = 8 * 256  # of a step of tiny_cpu
 def run_folder(
     tmp_path: Path, *, steps: int = 40, each: float = 2.0, life: float = 5, quiet: float = 1, **writer: Any
 ) -> Path:
-    """A run of 100 steps that has done `steps`, one every `each` seconds, the last `quiet` seconds before NOW.
+    """A run with train.steps=100 that has done `steps`, one every `each` seconds, the last `quiet` seconds before NOW.
 
-    life: seconds since the sign of life. writer: what writer.json has besides or instead of the usual.
+    life: seconds since the heartbeat. writer: more values for writer.json, or other ones.
     """
     folder = tmp_path / "run"
     folder.mkdir()
@@ -43,109 +43,109 @@ def run_folder(
     return folder
 
 
-def see(folder: Path, job: SlurmJob | None = None, patience: float = 120) -> RunStatus:
+def status_of(folder: Path, job: SlurmJob | None = None, patience: float = 120) -> RunStatus:
     return read_status(folder, patience, slurm=lambda number: job, now=NOW)
 
 
 # States
 
 
-def test_a_running_run_says_where_it_is_and_how_long_it_takes(tmp_path):
-    """Speeds are from one step's end to the next, so with checkpoints; 60 steps of 2 s are left."""
-    seen = see(run_folder(tmp_path))
+def test_a_running_run_has_a_speed_and_an_eta(tmp_path):
+    """Speeds include the time between steps, such as checkpoints; 60 steps of 2 s are left."""
+    seen = status_of(run_folder(tmp_path))
     assert (seen.state, seen.step, seen.steps, seen.tokens, seen.exit_code) == ("running", 40, 100, 40 * TOKENS, 0)
     assert seen.loss == pytest.approx(6.6)
     assert seen.seconds_per_step == pytest.approx(2)
     assert seen.tokens_per_second == pytest.approx(TOKENS / 2)
     assert seen.eta_seconds == pytest.approx(120)
-    first, numbers, place = format_status(seen)
+    first, progress, process = format_status(seen)
     assert first == f"{seen.run_dir}: running"
-    assert numbers == "  step 40/100  loss 6.600  tokens/s 1.02k  2.00 s/step  40.0% done  2 min 0 s to go"
-    assert place == "  start 1 on node1 (pid 77); sign of life 5 s ago, last step 1 s ago"
+    assert progress == "  step 40/100  loss 6.600  tokens/s 1.02k  2.00 s/step  40.0% done  2 min 0 s left"
+    assert process == "  start 1 on node1 (pid 77); last heartbeat 5 s ago, last step 1 s ago"
 
 
-def test_a_pause_between_two_starts_is_no_part_of_the_speed(tmp_path):
+def test_speed_excludes_pauses_between_starts(tmp_path):
     folder = run_folder(tmp_path)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     earlier = [json.loads(line) for line in lines[:20]]
     for line in earlier:
         line["time"] -= 3600
     (folder / "metrics.jsonl").write_text("\n".join([*map(json.dumps, earlier), *lines[20:]]) + "\n")
-    assert see(folder).seconds_per_step == pytest.approx(2)
+    assert status_of(folder).seconds_per_step == pytest.approx(2)
 
 
-def test_a_finished_run_is_finished_by_its_marker_alone(tmp_path):
-    """Whatever the last start has said of itself, and however old its sign of life is."""
+def test_a_run_with_a_completed_file_is_finished(tmp_path):
+    """Whatever the last start has recorded, and however old its heartbeat is."""
     folder = run_folder(tmp_path, life=9999, quiet=9999)
-    assert see(folder).state == "dead"
+    assert status_of(folder).state == "dead"
     (folder / "COMPLETED").touch()
-    assert (see(folder).state, see(folder).exit_code) == ("finished", 0)
+    assert (status_of(folder).state, status_of(folder).exit_code) == ("finished", 0)
 
 
 def test_a_finished_run_whose_steps_were_raised_is_running_again(tmp_path):
     folder = run_folder(tmp_path, start=2)
     (folder / "COMPLETED").touch()
-    assert see(folder).state == "running"
+    assert status_of(folder).state == "running"
 
 
-def test_a_stopped_run_is_stopped_or_waits_in_the_queue_or_starts_again(tmp_path):
+def test_a_stopped_run_is_requeued_if_its_job_is_pending_or_restarted(tmp_path):
     why = "stopped behind step 40: SIGUSR1 to rank 0"
     folder = run_folder(tmp_path, state="stopped", why=why, slurm_job_id="12", slurm_restart_count="1", life=300)
-    seen = see(folder)
-    assert (seen.state, seen.why) == ("stopped", f"{why}; the same command goes on")
-    assert format_status(seen)[0] == f"{folder}: {why}; the same command goes on"
-    seen = see(folder, SlurmJob("PENDING", "BeginTime", 2))
-    assert (seen.state, seen.why) == ("requeued", f"job 12 waits in SLURM's queue (BeginTime); {why}")
-    seen = see(folder, SlurmJob("RUNNING", "None", 2))
+    seen = status_of(folder)
+    assert (seen.state, seen.why) == ("stopped", f"{why}; the same command resumes the run")
+    assert format_status(seen)[0] == f"{folder}: {why}; the same command resumes the run"
+    seen = status_of(folder, SlurmJob("PENDING", "BeginTime", 2))
+    assert (seen.state, seen.why) == ("requeued", f"job 12 is pending in SLURM's queue (BeginTime); {why}")
+    seen = status_of(folder, SlurmJob("RUNNING", "None", 2))
     assert seen.state == "requeued"
-    assert "started job 12 again, and ranks are joining" in seen.why
-    assert see(folder, SlurmJob("RUNNING", "None", 1)).state == "stopped"  # its script has not decided yet
+    assert "restarted job 12, and its ranks are starting" in seen.why
+    assert status_of(folder, SlurmJob("RUNNING", "None", 1)).state == "stopped"  # its batch script has not decided yet
 
 
 @pytest.mark.parametrize(
     ("quiet", "each", "state"), [(100, 2, "running"), (130, 2, "hung"), (130, 20, "running"), (190, 20, "hung")]
 )
-def test_hung_is_who_lives_and_makes_no_step_for_ten_usual_ones_and_two_minutes(tmp_path, quiet, each, state):
-    """A step's own time is 0.9 of the time from one to the next here: 10 x 18 s are 180 s."""
-    seen = see(run_folder(tmp_path, quiet=quiet, each=each))
+def test_a_run_is_hung_after_ten_step_times_and_two_minutes_without_a_step(tmp_path, quiet, each, state):
+    """A step takes 0.9 of the time between two steps: 10 x 18 s are 180 s."""
+    seen = status_of(run_folder(tmp_path, quiet=quiet, each=each))
     assert (seen.state, seen.exit_code) == (state, int(state == "hung"))
     assert ("no step for" in seen.why) == (state == "hung")
 
 
-def test_patience_is_the_users(tmp_path):
+def test_patience_can_be_set(tmp_path):
     folder = run_folder(tmp_path, quiet=60)
-    assert [see(folder, patience=seconds).state for seconds in (30, 120)] == ["hung", "running"]
+    assert [status_of(folder, patience=seconds).state for seconds in (30, 120)] == ["hung", "running"]
 
 
-def test_before_its_first_step_a_start_has_as_long_as_the_run_itself_allows(tmp_path):
-    """Loading may take minutes: faults.hang_after = 600 s. The steps of the start before do not count."""
+def test_before_its_first_step_a_start_may_take_hang_after_seconds(tmp_path):
+    """Loading may take minutes: faults.hang_after = 600 s. Steps of the previous start do not count."""
     folder = run_folder(tmp_path, quiet=5000, start=2, time=NOW - 500)
-    assert see(folder).state == "running"
+    assert status_of(folder).state == "running"
     (folder / "writer.json").write_text(json.dumps({"start": 2, "state": "running", "time": NOW - 700}))
     os.utime(folder / "writer.json", (NOW - 5, NOW - 5))
-    assert see(folder).state == "hung"
+    assert status_of(folder).state == "hung"
 
 
-def test_dead_is_who_gave_no_sign_of_life_for_a_minute_and_left_no_word(tmp_path):
+def test_a_run_without_a_heartbeat_for_a_minute_is_dead(tmp_path):
     folder = run_folder(tmp_path, life=61, slurm_job_id="12")
-    seen = see(folder)
+    seen = status_of(folder)
     assert (seen.state, seen.exit_code) == ("dead", 1)
-    assert seen.why.startswith("no sign of life for 1 min 1 s: rank 0 was killed")
-    assert see(folder, SlurmJob("PENDING", "BeginTime", 1)).state == "requeued"
-    assert "end it with scancel" in see(folder, SlurmJob("RUNNING", "None", 0)).why
+    assert seen.why.startswith("no heartbeat for 1 min 1 s: rank 0 was killed")
+    assert status_of(folder, SlurmJob("PENDING", "BeginTime", 1)).state == "requeued"
+    assert "cancel it with scancel" in status_of(folder, SlurmJob("RUNNING", "None", 0)).why
 
 
-def test_a_failed_run_is_dead_and_says_why(tmp_path):
-    seen = see(run_folder(tmp_path, state="failed", why="rank 3 on node2 ended without a word"))
+def test_a_failed_run_is_dead_with_its_reason(tmp_path):
+    seen = status_of(run_folder(tmp_path, state="failed", why="rank 3 on node2 exited unexpectedly"))
     assert (seen.state, seen.exit_code) == ("dead", 1)
-    assert seen.why.startswith("rank 3 on node2 ended without a word; the same command goes on")
+    assert seen.why.startswith("rank 3 on node2 exited unexpectedly; the same command resumes from")
 
 
 # The process
 
 
 def process() -> tuple[subprocess.Popen, dict[str, Any]]:
-    """A process of this machine, and what it says that it is."""
+    """A process of this machine, and its identity."""
     program = (
         "import json, time\nfrom mythos_dist.parallel.process_identity import identity\n"
         "print(json.dumps(identity()), flush=True)\ntime.sleep(600)"
@@ -156,23 +156,23 @@ def process() -> tuple[subprocess.Popen, dict[str, Any]]:
 
 
 def test_a_killed_process_of_this_host_is_dead_at_once(tmp_path):
-    """However young its sign of life is; before anybody has waited for it, too. A COMPLETED of old is no word of it."""
+    """However recent its heartbeat is, and also while it is a zombie."""
     running, about = process()
     with running:
         folder = run_folder(tmp_path, **about)
-        assert see(folder).state == "running"
+        assert status_of(folder).state == "running"
         running.kill()
         os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)  # a zombie
         for _ in range(2):
-            seen = see(folder)
+            seen = status_of(folder)
             assert (seen.state, seen.exit_code) == ("dead", 1)
-            assert seen.why.startswith(f"rank 0 (pid {running.pid}) does not run any more on this host")
+            assert seen.why.startswith(f"rank 0 (pid {running.pid}) has exited on this host")
             running.wait()
-    assert see(folder, SlurmJob("PENDING", "BeginTime", 1)).state == "dead"  # it is no job of SLURM's
+    assert status_of(folder, SlurmJob("PENDING", "BeginTime", 1)).state == "dead"  # it is not a SLURM job
 
 
-def test_another_process_of_the_same_pid_does_not_count_and_other_machines_are_not_judged(tmp_path):
-    """A pid that is used again; another host, boot or container, and a start that has not said so much of itself."""
+def test_a_process_with_the_same_pid_is_not_rank_0_and_other_hosts_are_not_checked(tmp_path):
+    """A reused pid; another host, boot or container; an identity with missing values."""
     running, about = process()
     try:
         others = [{"pid_started": about["pid_started"] - 1}, {"host": "elsewhere"}, {"boot": "x"}]
@@ -180,76 +180,76 @@ def test_another_process_of_the_same_pid_does_not_count_and_other_machines_are_n
         states = []
         for i, other in enumerate(others):
             (tmp_path / str(i)).mkdir()
-            states.append(see(run_folder(tmp_path / str(i), **(about | other))).state)
+            states.append(status_of(run_folder(tmp_path / str(i), **(about | other))).state)
         assert states == ["dead", *["running"] * 6]
     finally:
         running.kill()
         running.wait()
 
 
-# What kills and full disks leave
+# Damaged files
 
 
-def test_whatever_is_in_the_files_there_is_a_status(tmp_path):
-    """Not UTF-8, no object, values of another kind, as metrics, restarts or the start's own word."""
+def test_invalid_data_in_the_files_is_ignored(tmp_path):
+    """Not UTF-8, not an object, values of another type, in metrics.jsonl, restarts.jsonl and writer.json."""
     folder = run_folder(tmp_path, steps=3)
     bad = [b"\xff\xfe", b'{"loss": 3}', b"[1]", b'{"step": "x", "time": "y"}', b'{"step": 4, "time": "y", "loss": []}']
     with (folder / "metrics.jsonl").open("ab") as stream:
         stream.write(b"\n".join(bad) + b"\n")
     (folder / "restarts.jsonl").write_bytes(b'\xff\n{"start": [], "seconds_lost": "much", "why": 3}\n')
-    seen = see(folder)
+    seen = status_of(folder)
     assert (seen.step, seen.loss) == (4, None) and format_status(seen)
     (folder / "config.yaml").write_bytes(b"\xff")
     about = {"start": 2, "time": "now", "pid": [], "host": 3, "state": {}, "why": 5, "slurm_job_id": 1}
     (folder / "writer.json").write_text(json.dumps(about))
-    assert format_status(see(folder))
+    assert format_status(status_of(folder))
     for content in (b"", b"\xff", b"[]", b'{"start": 1'):
         (folder / "writer.json").write_bytes(content)
         with pytest.raises(UserError, match=r"writer\.json is damaged"):
-            see(folder)
+            status_of(folder)
 
 
-def test_a_line_that_was_cut_short_is_left_out(tmp_path):
+def test_an_incomplete_line_is_ignored(tmp_path):
     folder = run_folder(tmp_path)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
-    assert see(folder).step == 40
+    assert status_of(folder).step == 40
 
 
-def test_of_a_long_file_the_end_is_read(tmp_path):
-    """More than a quarter of a megabyte; the first line of what is read is cut."""
+def test_only_the_end_of_a_long_file_is_read(tmp_path):
+    """More than 256 KiB; the first line of the part that is read is incomplete."""
     folder = run_folder(tmp_path, steps=4000)
     assert (folder / "metrics.jsonl").stat().st_size > 1 << 18
-    assert see(folder).step == 4000
+    assert status_of(folder).step == 4000
 
 
 def test_a_run_before_its_first_step_has_a_status(tmp_path):
     folder = run_folder(tmp_path, steps=0, time=NOW - 3)
-    (folder / "config.yaml").write_text("model: {")  # it is being written
-    seen = see(folder)
+    (folder / "config.yaml").write_text("model: {")  # not completely written yet
+    seen = status_of(folder)
     assert (seen.state, seen.step, seen.steps, seen.loss, seen.eta_seconds) == ("running", 0, None, None, None)
     assert format_status(seen)[1] == "  step 0"
 
 
-def test_the_last_restart_is_told(tmp_path):
+def test_the_last_restart_is_shown(tmp_path):
     folder = run_folder(tmp_path, start=3)
-    line = {"start": 3, "why": "rank 3 on node2 ended without a word", "from_step": 30, "seconds_lost": 95.2}
+    line = {"start": 3, "why": "rank 3 on node2 exited unexpectedly", "from_step": 30, "seconds_lost": 95.2}
     (folder / "restarts.jsonl").write_text(json.dumps({"start": 2}) + "\n" + json.dumps(line) + "\n")
-    told = "  start 3 went on behind step 30, 1 min 35 s were lost: rank 3 on node2 ended without a word"
-    assert format_status(see(folder))[-1] == told
+    text = "  start 3 resumed after step 30 (1 min 35 s lost): rank 3 on node2 exited unexpectedly"
+    assert format_status(status_of(folder))[-1] == text
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
-        see(tmp_path)
+        status_of(tmp_path)
     (tmp_path / "launch").mkdir()
-    with pytest.raises(UserError, match="no start of this run has come as far as its first step"):
-        see(tmp_path)
+    with pytest.raises(UserError, match="no start of this run has reached its first step"):
+        status_of(tmp_path)
 
 
-def test_durations_are_for_a_person():
-    told = [format_duration(seconds) for seconds in (0.4, 59, 61, 3600, 90000)]
-    assert told == ["0 s", "59 s", "1 min 1 s", "1 h 0 min", "1 d 1 h"]
+def test_durations():
+    texts = [format_duration(seconds) for seconds in (0.4, 59, 61, 3600, 90000)]
+    assert texts == ["0 s", "59 s", "1 min 1 s", "1 h 0 min", "1 d 1 h"]
 
 
 # The script
@@ -261,8 +261,8 @@ def script(*arguments: str | Path, path: str = "") -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
 
 
-def test_the_script_asks_squeue_of_the_runs_job(tmp_path):
-    """A squeue that knows one job, which waits."""
+def test_the_script_queries_squeue(tmp_path):
+    """A stub of squeue with one pending job."""
     squeue = tmp_path / "squeue"
     squeue.write_text(
         f"#!{sys.executable}\nimport sys\nprint('PENDING   2    BeginTime') if '--jobs=12' in sys.argv else 0\n"
@@ -274,16 +274,16 @@ def test_the_script_asks_squeue_of_the_runs_job(tmp_path):
     assert (done.returncode, told["state"], told["job_state"]) == (0, "requeued", "PENDING")
 
 
-def test_the_script_tells_programs_by_its_exit_code(tmp_path):
-    """1: somebody has to look at it; 2: a mistake, without a traceback."""
-    assert script(run_folder(tmp_path)).returncode == 1  # of long ago
+def test_the_exit_code_of_the_script(tmp_path):
+    """1: dead; 2: no run folder, without a traceback."""
+    assert script(run_folder(tmp_path)).returncode == 1  # its last step was long ago
     done = script(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path} is not a run folder: give the run.dir of a run, such as runs/demo\n"
 
 
-def test_watching_ends_with_the_run(tmp_path):
-    folder, later = run_folder(tmp_path), time.time() + 3600  # it is running however late that is read
+def test_watch_ends_with_the_run(tmp_path):
+    folder, later = run_folder(tmp_path), time.time() + 3600  # so that it is running whenever it is read
     (folder / "writer.json").write_text(json.dumps({"start": 1, "state": "running", "time": later}))
     os.utime(folder / "writer.json", (later, later))
     command = [sys.executable, REPOSITORY / "launch" / "status.py", folder, "--watch", "0.1"]

@@ -1,4 +1,4 @@
-"""Interfaces: which one leads to rank 0, and what InfiniBand there is."""
+"""Network interfaces: the one that leads to rank 0, and InfiniBand ports."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ from mythos_dist.parallel.launcher import RankInfo
 
 
 def infiniband_ports(folder: Path = Path("/sys/class/infiniband")) -> dict[str, str]:
-    """State, rate and link layer of each port below `folder`; empty where there is no such folder."""
+    """State, rate and link layer by port; empty if `folder` does not exist."""
     ports = {}
     for port in sorted(folder.glob("*/ports/*")):
         state, rate, link = (
@@ -23,24 +23,24 @@ def infiniband_ports(folder: Path = Path("/sys/class/infiniband")) -> dict[str, 
 
 
 def set_network_interface(rank_info: RankInfo, environment: MutableMapping[str, str] = os.environ) -> str:
-    """Tell gloo and NCCL which interface leads to rank 0, by this node's own name for it; what is set stays.
+    """Set the variables by which gloo and NCCL choose the interface that leads to rank 0, unless they are set.
 
-    Left to itself gloo listens at the address of the host's name, which on many systems is a loopback address, and one
-    name for all nodes does not fit where they call their interfaces differently. Returns "" on one node.
+    By default gloo listens at the address of the host name, which is a loopback address on many systems, and interface
+    names may differ between nodes. Returns the name; "" on one node.
     """
     if rank_info.world_size == rank_info.local_world_size:
         return ""
     name, _ = interface_to(rank_info.master_addr, rank_info.master_port)
     if name:
         environment.setdefault("GLOO_SOCKET_IFNAME", name)
-        environment.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this name and not all that begin so
+        environment.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": exactly this name, not a prefix
     return name
 
 
 def interface_to(host: str, port: int) -> tuple[str, str]:
-    """(interface, our address on it) on the way to `host`, or else of the first one that is up; ("", "") without any.
+    """(name, local address) of the interface that leads to `host`, else of one that is up; ("", "") if there is none.
 
-    The host's own name leads to a loopback address on many systems, where no other node can reach it.
+    The address of the host name is no alternative: on many systems it is a loopback address.
     """
     address = local_address_to(host, port)
     names = {
@@ -53,15 +53,15 @@ def interface_to(host: str, port: int) -> tuple[str, str]:
         return names[address], address
     up = psutil.net_if_stats()
     others = [(name, address) for address, name in names.items() if up[name].isup and not is_loopback(address)]
-    return min(others, key=lambda found: found[1].startswith("fe80:"), default=("", ""))
+    return min(others, key=lambda other: other[1].startswith("fe80:"), default=("", ""))
 
 
 def listen_address(host: str, port: int, one_node: bool) -> str:
-    """Where rank 0 listens: its address on the way to the others, loopback on one node; "" (all) if none is known."""
+    """Where rank 0 listens: the address that other nodes reach, loopback on one node; "" (all) if it is unknown."""
     address = local_address_to(host, port)
     if not address or (is_loopback(address) and not one_node):
         address = interface_to(host, port)[1]
-    return "" if address.startswith("fe80:") else address  # without the interface's name it leads nowhere
+    return "" if address.startswith("fe80:") else address  # link-local: needs an interface name
 
 
 def is_loopback(address: str) -> bool:
@@ -69,7 +69,7 @@ def is_loopback(address: str) -> bool:
 
 
 def local_address_to(host: str, port: int) -> str:
-    """Ours on the way to `host`; nothing is sent."""
+    """The local address from which packets to `host` are sent; "" if there is none. Sends nothing."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -1,9 +1,9 @@
 """Fault injection for tests: `faults.inject=kill@3:1,bad_batch@7:0`. Off unless that is set.
 
-`kind@step:rank`. In the first start of a run and once: `kill` (SIGKILL), `freeze` (SIGSTOP), `hang` (an endless loop
-that answers), `usr1` and `term` (a signal to itself), each before the step; `nan` (in a gradient of the step). In every
-start: `bad_batch` (a NaN whenever the batch of that number, from 0, is trained on), `bad_link` (this rank's part of the
-first all-reduce comes out wrong; its step is 0).
+The form is `kind@step:rank`. Once, in the first start of a run: `kill` (SIGKILL), `freeze` (SIGSTOP), `hang` (an
+endless loop, in which the watchdog still responds), `usr1` and `term` (a signal to itself), each before the step; `nan`
+(in a gradient of the step). In every start: `bad_batch` (a NaN whenever the batch with that index, from 0, is trained
+on), `bad_link` (this rank's part of the preflight's all-reduce is wrong; its step is 0).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mythos_dist.errors import UserError
 
-if TYPE_CHECKING:  # the order is read before torch is imported
+if TYPE_CHECKING:  # faults are parsed before torch is imported
     from torch import nn
 
 _SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "usr1": signal.SIGUSR1, "term": signal.SIGTERM}
@@ -31,15 +31,15 @@ class Fault(NamedTuple):
 
 
 def parse_faults(text: str) -> list[Fault]:
-    """Raises UserError, with every part that is no fault."""
+    """Raises UserError with every invalid part."""
     faults, problems = [], []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch(r"(\w+)@([0-9]{1,15}):([0-9]{1,9})", part)
-        if found and found[1] in KINDS:
-            faults.append(Fault(found[1], int(found[2]), int(found[3])))
+        match = re.fullmatch(r"(\w+)@([0-9]{1,15}):([0-9]{1,9})", part)
+        if match and match[1] in KINDS:
+            faults.append(Fault(match[1], int(match[2]), int(match[3])))
         else:
             problems.append(
-                f"faults.inject: {part[:80]!r} is no fault; write kind@step:rank with a kind of {', '.join(KINDS)}, "
+                f"faults.inject: {part[:80]!r} is not a fault; write kind@step:rank with a kind of {', '.join(KINDS)}, "
                 "such as kill@3:1, or leave it empty"
             )
     if problems:
@@ -49,34 +49,37 @@ def parse_faults(text: str) -> list[Fault]:
 
 @dataclass
 class FaultInjector:
-    """Those of one rank in one start."""
+    """Injects the faults of one rank in one start."""
 
-    left: list[Fault]
+    pending: list[Fault]
 
     @staticmethod
     def for_rank(text: str, rank: int, start: int) -> "FaultInjector":
-        """What `faults.inject` means for a rank in start number `start` (from 1)."""
-        again = ("bad_batch", "bad_link")
-        return FaultInjector([f for f in parse_faults(text) if f.rank == rank and (start == 1 or f.kind in again)])
+        """From the value of `faults.inject`; `start` counts the starts of the run from 1."""
+        in_every_start = ("bad_batch", "bad_link")
+        return FaultInjector(
+            [f for f in parse_faults(text) if f.rank == rank and (start == 1 or f.kind in in_every_start)]
+        )
 
     def before_step(self, step: int) -> None:
-        """What is to happen before a step."""
-        for fault in [fault for fault in self.left if fault.step == step]:
-            if fault.kind in _SIGNALS or fault.kind == "hang":
-                self.left.remove(fault)
+        """Inject what is to happen before a step."""
+        for fault in list(self.pending):
+            if fault.step != step:
+                continue
             if fault.kind in _SIGNALS:
+                self.pending.remove(fault)
                 os.kill(os.getpid(), _SIGNALS[fault.kind])
             while fault.kind == "hang":
                 time.sleep(1)
 
     @contextlib.contextmanager
     def during_step(self, step: int, batch: int, model: "nn.Module") -> Iterator[None]:
-        """Around a step's passes: a NaN in one gradient of this rank."""
-        due = [fault for fault in self.left if fault[:2] in (("nan", step), ("bad_batch", batch))]
+        """A context for the passes of a step: injects a NaN into one gradient of this rank."""
+        due = [fault for fault in self.pending if fault[:2] in (("nan", step), ("bad_batch", batch))]
         if not due:
             yield
             return
-        self.left = [fault for fault in self.left if fault not in due or fault.kind == "bad_batch"]
+        self.pending = [fault for fault in self.pending if fault not in due or fault.kind == "bad_batch"]
         largest = max(model.parameters(), key=lambda parameter: parameter.numel())
         hook = largest.register_hook(lambda gradient: gradient * float("nan"))
         try:

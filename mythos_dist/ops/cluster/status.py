@@ -1,10 +1,10 @@
-"""How a run is doing, from what lies in its folder and what SLURM says of its job.
+"""The status of a run, from the files in its folder and from SLURM's record of its job.
 
-Rule: COMPLETED says that a run is done and nothing else does; `writer.json` says what its newest start has told of
-itself, and that file's time of change is the sign of life. A start that was killed tells nothing: it is dead when its
-process is gone (asked on the same host and in the same container only), or when the sign of life is old, unless its job
-is back in the queue. Nothing here imports torch or talks to ranks, so it can be asked from a login node at any time.
-What is read may be torn or damaged: a value that is none is taken to be missing.
+Rule: only COMPLETED says that a run is done. `writer.json` has what its newest start recorded about itself, and the
+file's modification time is the heartbeat. A start that was killed records nothing: it is dead when its process has
+ended (checked only on the same host and in the same container) or when the heartbeat is old, unless its job is pending
+again. Nothing here imports torch or contacts ranks, so it can run on a login node at any time. Files may be incomplete
+or damaged: invalid values count as missing.
 """
 
 import itertools
@@ -27,17 +27,17 @@ from mythos_dist.files import get_number, read_json_lines
 from mythos_dist.parallel.process_identity import is_running
 from mythos_dist.units import format_duration, short
 
-ALIVE_FOR = 60.0  # seconds without a sign of life after which a start is dead; one comes every ten
-PATIENCE = 120.0  # seconds without a step after which a living run may be called hung
-_TAIL = 1 << 18  # bytes of a file of lines that are read, from its end
-_RECENT = 100  # steps that speeds are measured over
+ALIVE_FOR = 60.0  # seconds without a heartbeat after which a start is dead; there is one every ten seconds
+PATIENCE = 120.0  # seconds without a step after which a run may be called hung
+_TAIL = 1 << 18  # bytes that are read from the end of a .jsonl file
+_RECENT = 100  # steps over which speeds are measured
 
 State = Literal["running", "finished", "requeued", "stopped", "hung", "dead"]
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What SLURM has of a job."""
+    """A job as squeue shows it."""
 
     state: str  # PENDING, RUNNING, ...
     reason: str
@@ -46,45 +46,45 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run at one moment. None: not known (yet)."""
+    """A run at one moment. None: unknown (yet)."""
 
     run_dir: str
     state: State
-    why: str  # what speaks for the state, and what can be done
-    step: int  # the last that is finished
-    steps: int | None  # that the run shall do
+    why: str  # the reason for the state, and what to do
+    step: int  # the last completed step
+    steps: int | None  # train.steps
     loss: float | None
     tokens: int
     tokens_per_second: float | None  # over the last steps
-    seconds_per_step: float | None  # from one step's end to the next: with evaluations and checkpoints
+    seconds_per_step: float | None  # including evaluations and checkpoints
     eta_seconds: float | None
-    start: int  # how manieth start of the run
+    start: int  # number of the start, from 1
     host: str
     pid: int | None
     job: str | None
     job_state: str | None
-    seconds_since_life: float
+    seconds_since_life: float  # since the last heartbeat
     seconds_since_step: float | None
     restart: dict[str, Any] | None  # the last line of restarts.jsonl
 
     @property
     def exit_code(self) -> int:
-        """1 if somebody has to look at it."""
+        """1 if the run needs attention."""
         return 1 if self.state in ("hung", "dead") else 0
 
 
 def query_slurm(job: str) -> SlurmJob | None:
-    """None where there is no SLURM, or if it does not know the job any more."""
+    """None without SLURM, or if SLURM does not know the job any more."""
     if not shutil.which("squeue"):
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", "--Format=State:20,RestartCnt:12,Reason:60"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split(maxsplit=2)
+        fields = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split(maxsplit=2)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if len(answer) < 2 or not answer[1].isdecimal():
+    if len(fields) < 2 or not fields[1].isdecimal():
         return None
-    return SlurmJob(answer[0], answer[2].strip() if len(answer) > 2 else "", int(answer[1]))
+    return SlurmJob(fields[0], fields[2].strip() if len(fields) > 2 else "", int(fields[1]))
 
 
 def read_status(
@@ -93,36 +93,30 @@ def read_status(
     slurm: Callable[[str], SlurmJob | None] = query_slurm,
     now: float | None = None,
 ) -> RunStatus:
-    """The status of the run in `run_dir` at `now` (unix seconds; None: this moment).
+    """The status of the run in `run_dir` at `now` (unix seconds; None: the current time).
 
-    patience: seconds without a step that are never called hung. Raises UserError if there is no run in the folder.
+    patience: seconds without a step before a run may be called hung. Raises UserError if the folder contains no run.
     """
     folder, now = Path(run_dir), time.time() if now is None else now
-    writer, sign_of_life = _writer(folder)
+    writer, heartbeat = _read_writer(folder)
     try:
         config = load_config(folder / "config.yaml")
     except UserError:
-        config = None  # it is being written, or by another version
-    lines = [_sound(line) for line in read_json_lines(folder / "metrics.jsonl", _TAIL)]
-    lines = [line for line in lines if "step" in line]
-    restarts = [_sound(line) for line in read_json_lines(folder / "restarts.jsonl", _TAIL)]
+        config = None  # not completely written yet, or of another version
+    metrics = [line for line in _read_lines(folder / "metrics.jsonl") if "step" in line]
+    restarts = _read_lines(folder / "restarts.jsonl")
     job = slurm(writer["slurm_job_id"]) if "slurm_job_id" in writer else None
-    last = lines[-1] if lines else {}
-    seconds_per_step = _seconds_per_step(lines)
-    step, steps = last.get("step") or 0, config.train.steps if config else None
+    last = metrics[-1] if metrics else {}
+    since_life = now - heartbeat
     since_step = now - last["time"] if "time" in last else None
-    since_life = now - sign_of_life
-    # Steps of the start before do not count; before its first step a start loads, as long as the run itself allows.
-    since_start, limit = now - writer.get("began", writer.get("time", sign_of_life)), patience
-    if since_step is not None and since_step < since_start:
-        recent = [line["step_seconds"] for line in lines[-_RECENT:] if "step_seconds" in line]
-        limit = max(patience, 10 * statistics.median(recent or [0.0]))
-        quiet = since_step
-    else:
-        limit = max(patience, config.faults.hang_after if config else 0)
-        quiet = since_start
+    since_start = now - writer.get("began", writer.get("time", heartbeat))
+    idle, limit = _idle_seconds(metrics, since_step, since_start, patience, config)
     completed = (folder / "COMPLETED").exists()
-    state, why = determine_state(writer, job, completed, since_life, quiet, limit, gone=is_running(writer) is False)
+    state, why = determine_state(
+        writer, job, completed, since_life, idle, limit, process_ended=is_running(writer) is False
+    )
+    seconds_per_step = _seconds_per_step(metrics)
+    step, steps = last.get("step") or 0, config.train.steps if config else None
     eta = (steps - step) * seconds_per_step if state == "running" and steps and seconds_per_step else None
     return RunStatus(
         run_dir=str(run_dir),
@@ -132,7 +126,7 @@ def read_status(
         steps=steps,
         loss=last.get("loss"),
         tokens=last.get("tokens") or 0,
-        tokens_per_second=_tokens_per_second(lines, config, seconds_per_step),
+        tokens_per_second=_tokens_per_second(metrics, config, seconds_per_step),
         seconds_per_step=seconds_per_step,
         eta_seconds=eta,
         start=writer["start"],
@@ -146,129 +140,161 @@ def read_status(
     )
 
 
+def _idle_seconds(
+    metrics: list[dict[str, Any]],
+    since_step: float | None,
+    since_start: float,
+    patience: float,
+    config: Config | None,
+) -> tuple[float, float]:
+    """Seconds since the last step of this start, or since the start before its first step; and after how many of them
+    the run hangs: ten step times, or faults.hang_after before the first step, but at least `patience`."""
+    if since_step is not None and since_step < since_start:
+        recent = [line["step_seconds"] for line in metrics[-_RECENT:] if "step_seconds" in line]
+        return since_step, max(patience, 10 * statistics.median(recent or [0.0]))
+    return since_start, max(patience, config.faults.hang_after if config else 0)
+
+
 def determine_state(
     writer: dict[str, Any],
     job: SlurmJob | None,
     completed: bool,
     since_life: float,
-    quiet: float,
+    idle: float,
     limit: float,
-    gone: bool = False,
+    process_ended: bool = False,
 ) -> tuple[State, str]:
-    """The state, and what speaks for it.
+    """The state, and the reason for it.
 
-    quiet: seconds since the last step or, before the first, since the start. limit: from when on that is a hang. gone:
-    rank 0's process was looked for, and is not there.
+    idle: seconds since the last step or, before the first one, since the start. limit: of `idle`, after which the run
+    hangs. process_ended: whether rank 0's process is known to have ended.
     """
-    said, why = writer.get("state", "running"), writer.get("why") or ""
-    alive = said == "running" and since_life <= ALIVE_FOR and not gone
-    if alive and quiet > limit:
-        return (
-            "hung",
-            f"no step for {format_duration(quiet)}, though it shows life; logs/ in the run folder may say where",
-        )
+    recorded, why = writer.get("state", "running"), writer.get("why") or ""
+    alive = recorded == "running" and since_life <= ALIVE_FOR and not process_ended
+    if alive and idle > limit:
+        return "hung", f"no step for {format_duration(idle)}, but rank 0 is alive; see logs/ in the run folder"
     if alive:
         return "running", ""
-    if completed or said == "completed":
+    if completed or recorded == "completed":
         return "finished", ""
-    if said == "running" and gone:
-        why = f"rank 0 (pid {writer.get('pid')}) does not run any more on this host, and left no word: it was killed"
-    elif said == "running":
-        why = f"no sign of life for {format_duration(since_life)}: rank 0 was killed, or its node was lost"
+    if recorded == "running" and process_ended:
+        why = f"rank 0 (pid {writer.get('pid')}) has exited on this host without recording a reason: it was killed"
+    elif recorded == "running":
+        why = f"no heartbeat for {format_duration(since_life)}: rank 0 was killed, or its node was lost"
     name = f"job {writer.get('slurm_job_id')}"
     if job and job.state == "PENDING":
-        return "requeued", f"{name} waits in SLURM's queue ({job.reason}); {why}"
-    if job and job.restarts > _whole(writer.get("slurm_restart_count")):
-        return "requeued", f"SLURM has started {name} again, and ranks are joining; {why}"
-    if said == "stopped":
-        return "stopped", f"{why}; the same command goes on"
-    holds = (
-        job and job.state == "RUNNING" and (since_life > ALIVE_FOR or gone)
-    )  # else its script is about to requeue it
-    still = f"; {name} still holds its nodes, end it with scancel" if holds else ""
-    return "dead", f"{why}{still}; the same command goes on from the newest checkpoint"
+        return "requeued", f"{name} is pending in SLURM's queue ({job.reason}); {why}"
+    if job and job.restarts > _to_int(writer.get("slurm_restart_count")):
+        return "requeued", f"SLURM has restarted {name}, and its ranks are starting; {why}"
+    if recorded == "stopped":
+        return "stopped", f"{why}; the same command resumes the run"
+    if job and job.state == "RUNNING" and (since_life > ALIVE_FOR or process_ended):  # else it is about to requeue
+        why += f"; {name} still holds its nodes, cancel it with scancel"
+    return "dead", f"{why}; the same command resumes from the newest checkpoint"
 
 
 def format_status(status: RunStatus) -> list[str]:
-    """The status for a person, as lines."""
-    here = status
-    told = here.why if here.why.startswith(here.state) else "; ".join(filter(None, (here.state, here.why)))
-    lines = [f"{here.run_dir}: {told}"]
-    of = f"/{here.steps}" if here.steps else ""
-    numbers = [f"step {here.step}{of}"]
-    if here.loss is not None:
-        numbers.append(f"loss {here.loss:.3f}")
-    if here.tokens_per_second and here.seconds_per_step:
-        numbers.append(f"tokens/s {short(here.tokens_per_second)}  {here.seconds_per_step:.2f} s/step")
-    if here.steps:
-        numbers.append(f"{100 * here.step / here.steps:.1f}% done")
-    if here.eta_seconds is not None:
-        numbers.append(f"{format_duration(here.eta_seconds)} to go")
-    lines.append("  " + "  ".join(numbers))
-    job = f", SLURM job {here.job}" + (f" ({here.job_state})" if here.job_state else "") if here.job else ""
-    last = "" if here.seconds_since_step is None else f", last step {format_duration(here.seconds_since_step)} ago"
-    life = format_duration(here.seconds_since_life)
-    lines.append(f"  start {here.start} on {here.host} (pid {here.pid}){job}; sign of life {life} ago{last}")
-    if here.restart:
-        restart = here.restart
-        lost = restart.get("seconds_lost")
-        lines.append(
-            f"  start {restart.get('start')} went on behind step {restart.get('from_step')}"
-            + (f", {format_duration(lost)} were lost" if lost is not None else "")
-            + f": {restart.get('why')}"
-        )
-    return lines
+    """The status as lines of text."""
+    state_is_in_why = status.why.startswith(status.state)
+    state = status.why if state_is_in_why else "; ".join(filter(None, (status.state, status.why)))
+    return [f"{status.run_dir}: {state}", _progress_line(status), _process_line(status), *_restart_lines(status)]
 
 
-def _writer(folder: Path) -> tuple[dict[str, Any], float]:
-    """What the newest start has written of itself, and when its file was last touched."""
+def _progress_line(status: RunStatus) -> str:
+    parts = [f"step {status.step}" + (f"/{status.steps}" if status.steps else "")]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.tokens_per_second and status.seconds_per_step:
+        parts.append(f"tokens/s {short(status.tokens_per_second)}  {status.seconds_per_step:.2f} s/step")
+    if status.steps:
+        parts.append(f"{100 * status.step / status.steps:.1f}% done")
+    if status.eta_seconds is not None:
+        parts.append(f"{format_duration(status.eta_seconds)} left")
+    return "  " + "  ".join(parts)
+
+
+def _process_line(status: RunStatus) -> str:
+    line = f"  start {status.start} on {status.host} (pid {status.pid})"
+    if status.job:
+        line += f", SLURM job {status.job}"
+        if status.job_state:
+            line += f" ({status.job_state})"
+    line += f"; last heartbeat {format_duration(status.seconds_since_life)} ago"
+    if status.seconds_since_step is not None:
+        line += f", last step {format_duration(status.seconds_since_step)} ago"
+    return line
+
+
+def _restart_lines(status: RunStatus) -> list[str]:
+    if not status.restart:
+        return []
+    restart = status.restart
+    lost = restart.get("seconds_lost")
+    lost_text = f" ({format_duration(lost)} lost)" if lost is not None else ""
+    return [
+        f"  start {restart.get('start')} resumed after step {restart.get('from_step')}{lost_text}: {restart.get('why')}"
+    ]
+
+
+def _read_writer(folder: Path) -> tuple[dict[str, Any], float]:
+    """writer.json, which the newest start has written, and when it was last modified (unix seconds)."""
     file = folder / "writer.json"
     try:
         writer = json.loads(file.read_bytes())
         if isinstance(writer.get("start"), int):
-            return _sound(writer), file.stat().st_mtime
+            return _drop_invalid(writer), file.stat().st_mtime
     except (OSError, ValueError, AttributeError, RecursionError):
         pass
     if os.path.isfile(file):
-        raise UserError(f"{file} is damaged; the next start of the run writes it anew")
+        raise UserError(f"{file} is damaged; the next start of the run replaces it")
     if os.path.exists(folder / "config.yaml") or os.path.isdir(folder / "launch"):
-        raise UserError(f"{folder}: no start of this run has come as far as its first step; see what the launcher said")
+        raise UserError(f"{folder}: no start of this run has reached its first step; see the launcher's output")
     raise UserError(f"{folder} is not a run folder: give the run.dir of a run, such as runs/demo")
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    return [_drop_invalid(line) for line in read_json_lines(file, _TAIL)]
 
 
 _NUMBERS = "start step time began loss tokens tokens_per_second step_seconds pid from_step seconds_lost".split()
 _TEXTS = "state why host slurm_job_id".split()
 
 
-def _sound(line: dict[str, Any]) -> dict[str, Any]:
-    """`line` without values that are none of their kind: a reader must not fail over what a disk or an editor left."""
-    wrong = {key for key in _NUMBERS if key in line and not math.isfinite(get_number(line, key) or 0.0)}
-    wrong |= {key for key in _NUMBERS if key in line and get_number(line, key) is None}
-    wrong |= {key for key in _TEXTS if key in line and not isinstance(line[key], str)}
-    return {key: value for key, value in line.items() if key not in wrong}
+def _drop_invalid(line: dict[str, Any]) -> dict[str, Any]:
+    """`line` without values of a wrong type, which a full disk or an editor may leave."""
+    valid = dict(line)
+    for key in _NUMBERS:
+        if key in line:
+            value = get_number(line, key)
+            if value is None or not math.isfinite(value):
+                del valid[key]
+    for key in _TEXTS:
+        if key in line and not isinstance(line[key], str):
+            del valid[key]
+    return valid
 
 
-def _whole(value: Any) -> int:
+def _to_int(value: Any) -> int:
     return int(value) if str(value).isdecimal() else 0
 
 
-def _seconds_per_step(lines: list[dict[str, Any]]) -> float | None:
-    """The mean over the last steps. A pause between two starts is none: it is no part of training."""
-    recent = [line for line in lines[-_RECENT:] if "time" in line]
-    apart = [
+def _seconds_per_step(metrics: list[dict[str, Any]]) -> float | None:
+    """The mean over the last steps, without pauses between two starts."""
+    recent = [line for line in metrics[-_RECENT:] if "time" in line]
+    step_times = [
         (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
         for earlier, later in itertools.pairwise(recent)
         if later["step"] > earlier["step"] and later["time"] > earlier["time"]
     ]
-    if not apart:
-        return lines[-1].get("step_seconds") if lines else None
-    usual = statistics.median(apart)
-    return statistics.fmean(seconds for seconds in apart if seconds <= 20 * usual)
+    if not step_times:
+        return metrics[-1].get("step_seconds") if metrics else None
+    median = statistics.median(step_times)
+    return statistics.fmean(seconds for seconds in step_times if seconds <= 20 * median)
 
 
 def _tokens_per_second(
-    lines: list[dict[str, Any]], config: Config | None, seconds_per_step: float | None
+    metrics: list[dict[str, Any]], config: Config | None, seconds_per_step: float | None
 ) -> float | None:
     if config and seconds_per_step:
         return config.train.global_batch * config.train.seq_len / seconds_per_step
-    return lines[-1].get("tokens_per_second") if lines else None
+    return metrics[-1].get("tokens_per_second") if metrics else None
