@@ -72,8 +72,8 @@ def join(config: Config, rank_info: RankInfo, stop: StopRequest) -> WatchedSessi
     export_rank_info(rank_info)
     session = WatchedSession(rank_info, stop, WatchdogLimits(faults.hang_after, faults.lost_after))
     session.startup_seconds["import"] = import_seconds
-    cards, store = rendezvous(store, rank_info, describe_rank(config), faults.join_within)
-    session.nodes = [card["node"] for card in cards]
+    reports, store = rendezvous(store, rank_info, describe_rank(config), faults.join_within)
+    session.nodes = [report["node"] for report in reports]
     _start_watchdog(session, store)
     session.record_startup("roll call")
     try:
