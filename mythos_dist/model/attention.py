@@ -112,7 +112,7 @@ class GQAttention(nn.Module):
         self.wv = ParallelLinear(config.dim, kv_dim, "outputs", mesh)
         self.wo = ParallelLinear(config.dim, config.dim, "inputs", mesh)
         if config.qk_norm:
-            self.qk_norm = replicated(Norm(config.head_dim), mesh, inside=True)
+            self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""
@@ -158,15 +158,15 @@ class MLAttention(nn.Module):
         self.selective = selective
         heads, latent = config.n_heads, config.kv_lora_rank
         self.q_down = ParallelLinear(config.dim, config.q_lora_rank, "outputs", mesh)
-        self.q_norm = replicated(Norm(config.q_lora_rank), mesh, inside=True)
+        self.q_norm = replicated(Norm(config.q_lora_rank), mesh, in_parallel_region=True)
         # Per head: nope, then rope.
         self.q_up = ParallelLinear(config.q_lora_rank, heads * config.head_dim, "outputs", mesh)
         self.kv_down = ParallelLinear(config.dim, latent + config.qk_rope_head_dim, "outputs", mesh)
-        self.kv_norm = replicated(Norm(latent), mesh, inside=True)
+        self.kv_norm = replicated(Norm(latent), mesh, in_parallel_region=True)
         self.kv_up = ParallelLinear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
         self.wo = ParallelLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
         if config.qk_norm:
-            self.qk_norm = replicated(Norm(config.head_dim), mesh, inside=True)
+            self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
 
     def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
         """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""

@@ -73,12 +73,12 @@ def _fill_identity(parameter: Tensor, part: ParameterShard) -> None:
 
 def _fill_normal(parameter: Tensor, part: ParameterShard, name: str, std: float, seed: int) -> None:
     parameter.zero_()  # padding after the shard stays zero
-    total = math.prod(part.whole[:-1])  # rows
-    step = max(1, _BLOCK_ELEMENTS // part.whole[-1])
+    total = math.prod(part.full_shape[:-1])  # rows
+    step = max(1, _BLOCK_ELEMENTS // part.full_shape[-1])
 
     @functools.lru_cache(maxsize=1)  # consecutive runs share a block
     def drawn(block: int) -> Tensor:
-        return normal_block(seed, name, block, min(step, total - block * step), part.whole[-1]) * std
+        return normal_block(seed, name, block, min(step, total - block * step), part.full_shape[-1]) * std
 
     for local, row, length in _runs(part):
         target = parameter[local[:-1]].narrow(0, local[-1], length).narrow(1, 0, part.shape[-1])
@@ -95,6 +95,6 @@ def _runs(part: ParameterShard) -> Iterator[tuple[tuple[int, ...], int, int]]:
         return
     for index in product(*(range(n) for n in outer)):
         row = 0
-        for offset, start, size in zip((*index, 0), part.start, part.whole[:-1], strict=False):
+        for offset, start, size in zip((*index, 0), part.start, part.full_shape[:-1], strict=False):
             row = row * size + start + offset
         yield (*index, 0), row, length

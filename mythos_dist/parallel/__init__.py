@@ -1,1 +1,1 @@
-"""Ranks: which process this is, and what it shares with the others."""
+"""Parallelism: the mesh of ranks, collectives, sharded layers, token dispatch, pipeline stages."""

@@ -1,7 +1,7 @@
 """Collectives over one axis that autograd differentiates. Over an axis of size 1 each of them is the identity.
 
-Their names say what the forward pass does; each docstring says what the backward does. Megatron-LM (Shoeybi et al.
-2019; Korthikanti et al. 2022 for the sequence-parallel pair) calls them f, g, and g with a bar.
+Each is named after its forward pass; its docstring gives the backward pass. Megatron-LM (Shoeybi et al. 2019;
+Korthikanti et al. 2022 for the sequence-parallel pair) calls them f, g, and g with a bar.
 """
 
 from typing import Any
@@ -33,7 +33,13 @@ def _reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return out.movedim(0, dim)
 
 
-def _own_part(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def _all_to_all(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
+    out = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=axis.group)
+    return out
+
+
+def _local_chunk(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.chunk(axis.size, dim)[axis.rank]
 
 
@@ -48,7 +54,7 @@ class _Copy(torch.autograd.Function):
         return _all_reduce(grad, ctx.axis), None
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
         return _all_reduce(x, axis)
@@ -58,7 +64,7 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis, dim, partial):
         ctx.axis, ctx.dim, ctx.partial = axis, dim, partial
@@ -66,11 +72,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
-        back = _reduce_scatter if ctx.partial else _own_part
+        back = _reduce_scatter if ctx.partial else _local_chunk
         return back(grad, ctx.axis, ctx.dim), None, None, None
 
 
-class _SumScatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis, dim):
         ctx.axis, ctx.dim = axis, dim
@@ -81,7 +87,7 @@ class _SumScatter(torch.autograd.Function):
         return _all_gather(grad, ctx.axis, ctx.dim), None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, axis, send, receive):
         ctx.axis, ctx.send, ctx.receive = axis, send, receive
@@ -92,67 +98,63 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(grad, ctx.axis, ctx.receive, ctx.send), None, None, None
 
 
-def _all_to_all(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=axis.group)
-    return out
-
-
 def _run(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-# Traced by torch.compile, a message's gradient came out wrong. `torch.compiler.disable` would import torch._dynamo here
-# (900 modules, 1.2 s), which tools do not need; this form of it imports at the first call.
+# torch.compile must not trace these: the gradient of a traced collective was wrong. `torch.compiler.disable` would
+# import torch._dynamo here (900 modules, 1.2 s), which tools do not need; this form imports it at the first call.
 _apply: Any = torch._disable_dynamo(_run)
 
 
 def copy(x: Tensor, axis: Axis) -> Tensor:
-    """x, the same on every rank, for work that is divided over the axis; backward sums the parts of its gradient."""
+    """x, equal on every rank, before work that is divided over the axis; backward all-reduces the partial gradients."""
     return x if axis.size == 1 else _apply(_Copy, x, axis)
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of every rank's part, on every rank; backward hands the gradient on as it is."""
-    return x if axis.size == 1 else _apply(_Sum, x, axis)
+    """The sum of the ranks' partial results, on every rank; backward passes the gradient through unchanged."""
+    return x if axis.size == 1 else _apply(_AllReduce, x, axis)
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int, *, partial: bool = True) -> Tensor:
-    """Every rank's part, side by side along `dim`.
+    """The ranks' tensors concatenated along `dim`.
 
-    partial: ranks differentiate different work with it, so backward sums and scatters (reduce-scatter); otherwise all
-    of them get the same gradient, and backward takes this rank's part of it.
+    partial: the ranks use the result for different work, so their gradients are partial sums and backward is a
+    reduce-scatter. Otherwise every rank has the same gradient, and backward takes this rank's chunk of it.
     """
-    return x if axis.size == 1 else _apply(_Gather, x, axis, dim, partial)
+    return x if axis.size == 1 else _apply(_AllGather, x, axis, dim, partial)
 
 
-def all_gather_many(parts: list[Tensor], axis: Axis, dim: int, *, partial: bool = True) -> list[Tensor]:
-    """`gather` of several tensors with one message."""
+def all_gather_many(tensors: list[Tensor], axis: Axis, dim: int, *, partial: bool = True) -> list[Tensor]:
+    """`all_gather` of several tensors in one message."""
     if axis.size == 1:
-        return parts
-    flat = all_gather(torch.cat([part.flatten() for part in parts]), axis, 0, partial=partial).view(axis.size, -1)
-    columns = flat.split([part.numel() for part in parts], dim=1)
-    return [
-        torch.cat([row.view_as(part) for row in column.unbind(0)], dim)
-        for part, column in zip(parts, columns, strict=True)
-    ]
+        return tensors
+    flat = all_gather(torch.cat([x.flatten() for x in tensors]), axis, 0, partial=partial).view(axis.size, -1)
+    gathered = []
+    for x, columns in zip(tensors, flat.split([x.numel() for x in tensors], dim=1), strict=True):
+        gathered.append(torch.cat([row.view_as(x) for row in columns.unbind(0)], dim))
+    return gathered
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's part along `dim` of the sum over the ranks; backward gathers."""
-    return x if axis.size == 1 else _apply(_SumScatter, x, axis, dim)
+    """This rank's chunk along `dim` of the sum over the ranks; backward is an all-gather."""
+    return x if axis.size == 1 else _apply(_ReduceScatter, x, axis, dim)
 
 
 def all_to_all(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) -> Tensor:
-    """Rows sorted by the rank they go to, `send[r]` to rank r -> those that came, `receive[r]` from rank r."""
-    return rows if axis.size == 1 else _apply(_Exchange, rows, axis, send, receive)
+    """Rows sorted by destination, `send[r]` of them to rank r -> the received rows, `receive[r]` from rank r.
+
+    Backward is the opposite all-to-all.
+    """
+    return rows if axis.size == 1 else _apply(_AllToAll, rows, axis, send, receive)
 
 
 def enter_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
-    """Into work that is divided over the tensor axis: (B, S or S / tensor, ...) -> (B, S, ...), whole on every rank."""
+    """Before work that is divided over the tensor axis: (B, S or S / tensor, ...) -> (B, S, ...) on every rank."""
     return all_gather(x, mesh.tensor, 1) if mesh.sequence else copy(x, mesh.tensor)
 
 
 def leave_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
-    """Out of it: every rank's partial sum (B, S, ...) -> the sum, (B, S / tensor, ...) with sequence parallelism."""
+    """After it: partial sums (B, S, ...) -> their sum, (B, S / tensor, ...) with sequence parallelism."""
     return reduce_scatter(x, mesh.tensor, 1) if mesh.sequence else all_reduce(x, mesh.tensor)

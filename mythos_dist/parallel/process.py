@@ -1,7 +1,6 @@
-"""This process among the ranks: its accelerator, its device, the process group that it joins.
+"""This process as a rank: its accelerator, its device, the process group that it joins, errors shared by all ranks.
 
-The launcher says who we are in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without a launcher the
-process is alone.
+The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without a launcher the world size is 1.
 """
 
 import ctypes
@@ -20,15 +19,14 @@ T = TypeVar("T")
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed what to run on before it is imported: left to itself it warns when it finds no GPU."""
+    """Set DeepSpeed's accelerator, before it is imported: its own detection warns when there is no GPU."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def disable_cpu_op_builder() -> None:
-    """On CPUs: else every process would first compile a shared-memory all-reduce, 40 to 120 s under one file lock.
+    """On CPUs, keep DeepSpeed from compiling its shared-memory all-reduce: 40 to 120 s per process, under one lock.
 
-    No op is compatible: the first read of DeepSpeed's own table would import setuptools and run the C compiler. Only
-    the all-reduce is looked up there.
+    DeepSpeed looks up only that op in this table; filling the table would import setuptools and run the C compiler.
     """
     import deepspeed.ops
 
@@ -36,15 +34,15 @@ def disable_cpu_op_builder() -> None:
 
 
 def join_process_group(store: dist.Store | None = None, seconds: float = 600) -> None:
-    """Start DeepSpeed's process group, NCCL on GPUs and gloo on CPUs; a message may take so many `seconds`.
+    """Initialize DeepSpeed's process group, NCCL on GPUs and gloo on CPUs; collectives time out after `seconds`.
 
-    `store`: one that all ranks share; None: the one that the launcher's variables lead to.
+    `store`: a store that all ranks share; None: the one at the launcher's MASTER_ADDR and MASTER_PORT.
     """
     choose_accelerator()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and store is None:
-        # A launcher's variables may be left over, and its store is nothing that one process needs.
+        # A single process needs no launcher's store, and the launcher's variables may be stale.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     import deepspeed
@@ -62,14 +60,14 @@ def join_process_group(store: dist.Store | None = None, seconds: float = 600) ->
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """This rank's device."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def keep_freed_memory() -> None:
-    """On a CPU with glibc, let freed memory stay in the process: the next step's tensors find pages that are in use.
+    """On a CPU with glibc, keep freed memory in the process, so that the next step reuses its pages.
 
-    By default the largest are given back and come anew, filled with zeros by the kernel (`benchmarks/README.md`).
+    By default glibc returns large blocks to the kernel, which zeroes the pages again (`benchmarks/README.md`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device().type == "cpu" and mallopt:
@@ -82,7 +80,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 
 def check_dtype(dtype: str) -> None:
-    """UserError if DeepSpeed does not compute in `train.dtype` on this machine."""
+    """UserError if DeepSpeed does not support `train.dtype` on this machine."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
@@ -93,32 +91,33 @@ def check_dtype(dtype: str) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is true on any rank: an all-reduce of one number. Every rank calls this."""
-    number = torch.tensor(int(flag), device=device())
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return bool(number)
+    """Whether `flag` is true on any rank. A collective call: an all-reduce of one element."""
+    value = torch.tensor(int(flag), device=device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
 
 
 def raise_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
-    """`check()` on every rank; a UserError on any of them becomes one on all, so that all leave with its exit code.
+    """Run `check()` on every rank; a UserError on any rank is raised on all, so that all exit with the same code.
 
-    With the `nodes` of all ranks it becomes a NodeError if other nodes have no such problem. While there is none this
-    costs an all-reduce of one number, so every step can afford it.
+    `nodes`: the node name of each rank. If only some nodes have a problem, a NodeError that names them is raised.
+    Without a problem this costs one all-reduce of one element, cheap enough for every step.
     """
     result, problem = None, None
     try:
         result = check()
     except UserError as error:
         problem = str(error)
-    if any_rank(problem is not None):
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        of_node = {nodes[rank]: text for rank, text in enumerate(problems) if text and nodes}
-        if 0 < len(of_node) < len(set(nodes)):
-            raise NodeError([f"{node}: {text}" for node, text in of_node.items()], list(of_node))
-        rank, text = next((rank, text) for rank, text in enumerate(problems) if text)
-        raise UserError(text if rank == 0 else f"rank {rank}: {text}")
-    return cast(T, result)
+    if not any_rank(problem is not None):
+        return cast(T, result)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    by_rank = {rank: text for rank, text in enumerate(problems) if text}
+    by_node = {nodes[rank]: text for rank, text in by_rank.items()} if nodes else {}
+    if 0 < len(by_node) < len(set(nodes)):
+        raise NodeError([f"{node}: {text}" for node, text in by_node.items()], list(by_node))
+    rank, text = next(iter(by_rank.items()))
+    raise UserError(text if rank == 0 else f"rank {rank}: {text}")
 
 
 def on_rank_0(function: Callable[[], T]) -> T | None:
@@ -127,7 +126,7 @@ def on_rank_0(function: Callable[[], T]) -> T | None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A TCP port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,7 +1,7 @@
-"""Copying tokens to rows and summing rows to tokens, each the other's gradient, in an order that never changes.
+"""Gathering tokens into rows and summing rows per token, each the other's gradient, in an order that never changes.
 
-`index_add` would do the second, but on a GPU it adds in whatever order its threads arrive, and a resumed run would
-differ from an undisturbed one. `embedding_bag` adds a token's rows one after the other, in fp32, as it reads them.
+`index_add` would do the sum, but on a GPU it adds in whatever order its threads run, and a resumed run would differ
+from an uninterrupted one. `embedding_bag` adds a token's rows one after the other, in fp32, as it reads them.
 """
 
 from typing import NamedTuple
@@ -13,48 +13,48 @@ from torch.autograd.function import once_differentiable
 
 
 class RowIndex(NamedTuple):
-    """Where N tokens lie among M rows; R of the rows count, and a token may have none."""
+    """Which of M rows hold copies of which of N tokens; R of the rows are used, and a token may have none."""
 
-    token: Tensor  # (M,) the token that a row is a copy of
-    row: Tensor  # (R,) the rows that count, token after token
-    starts: Tensor  # (N,) where each token's rows begin in `row`
+    token: Tensor  # (M,) the token that each row is a copy of
+    row: Tensor  # (R,) the used rows, grouped by token
+    starts: Tensor  # (N,) where each token's rows start in `row`
 
 
-def index_slots(token: Tensor, row: Tensor, filled: Tensor | None = None, n_filled: int | None = None) -> RowIndex:
-    """RowIndex from a table with one column per slot.
+def index_slots(token: Tensor, row: Tensor, is_used: Tensor | None = None, num_used: int | None = None) -> RowIndex:
+    """The index of a table with one line per token and one column per slot.
 
-    token (M,); row (N, s): the row of each slot; filled (N, s) bool: whether a slot has one, None: all do;
-    n_filled: how many do, known on the host so that nothing waits for the GPU.
+    token (M,); row (N, s): the row of each slot; is_used (N, s) bool: which slots have one, None: all;
+    num_used: how many have one, known on the host so that nothing waits for the GPU.
     """
     N, slots = row.shape
-    if filled is None:
+    if is_used is None:
         return RowIndex(token, row.flatten(), torch.arange(0, N * slots, slots, device=row.device))
-    return RowIndex(token, row.flatten().index_select(0, nonzero_no_sync(filled, n_filled)), row_starts(filled))
+    return RowIndex(token, row.flatten().index_select(0, nonzero_no_sync(is_used, num_used)), row_starts(is_used))
 
 
-def nonzero_no_sync(filled: Tensor, n_filled: int | None) -> Tensor:
-    """Where a table of bool is true, in its own order: (n_filled,). Unlike `nonzero` it does not wait for the GPU."""
-    return filled.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:n_filled]
+def nonzero_no_sync(mask: Tensor, count: int | None) -> Tensor:
+    """Flat indices of the `count` true elements of a bool tensor, in order: (count,). `nonzero` waits for the GPU."""
+    return mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
-def row_starts(filled: Tensor) -> Tensor:
-    """Where each token's rows begin when its filled slots (N, s) lie one after the other: (N,)."""
-    per_token = filled.sum(1)
+def row_starts(is_used: Tensor) -> Tensor:
+    """Where each token's rows start when the used slots (N, s) are listed one after the other: (N,)."""
+    per_token = is_used.sum(1)
     return per_token.cumsum(0) - per_token
 
 
-def take_rows(x: Tensor, places: RowIndex) -> Tensor:
-    """Each token's vector in its rows: (N, D) -> (M, D). Rows that `row` does not name get no gradient."""
-    return _Take.apply(x, *places)
+def take_rows(x: Tensor, index: RowIndex) -> Tensor:
+    """Copy each token's vector to its rows: (N, D) -> (M, D). Rows that are not in `index.row` get no gradient."""
+    return _Take.apply(x, *index)
 
 
-def sum_rows(y: Tensor, places: RowIndex) -> Tensor:
+def sum_rows(y: Tensor, index: RowIndex) -> Tensor:
     """The sum of each token's rows: (M, D) -> (N, D)."""
-    return _Sum.apply(y, *places)
+    return _Sum.apply(y, *index)
 
 
 def sum_rows_no_grad(y: Tensor, row: Tensor, starts: Tensor) -> Tensor:
-    """`sum_rows` that autograd does not see."""
+    """`sum_rows` outside autograd."""
     with torch.no_grad():
         return F.embedding_bag(row, y, starts, mode="sum")
 

@@ -1,12 +1,12 @@
-"""Layers whose weights are cut over the tensor axis, and the loss over a vocabulary that is (Shoeybi et al. 2019).
+"""Layers whose weights are sharded over the tensor axis, and the vocabulary-parallel loss (Shoeybi et al. 2019).
 
-A cut dimension of F numbers gives every rank ceil(F / size) of them; what the last ranks lack is filled with zeros.
-Zeros get zero gradients in every layer here, so they stay zeros: exact, and invisible outside of the parameter.
-DeepSpeed learns from marks on the parameters which gradient norms to add up (`tensor_model_parallel`) and which
-gradients stay among the holders of an expert (`allreduce`, `group_name`).
+Sharding a dimension of F elements gives every rank ceil(F / size) of them; the last ranks' shards are padded with
+zeros. Padding gets zero gradients in every layer here, so it stays zero: results are exact, and nothing outside the
+parameter sees it. DeepSpeed reads attributes of the parameters: `tensor_model_parallel`, whose gradient norms are
+summed over the tensor axis, and `allreduce` and `group_name`, whose gradients stay within an expert's group.
 """
 
-# B batch, S sequence, N = B * S tokens, D model, V vocabulary; "local" means this rank's part.
+# B batch, S sequence, N = B * S tokens, D model, V vocabulary; "local V" is this rank's shard of V, with padding.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,45 +18,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mythos_dist.parallel.collectives import _all_reduce, all_gather, enter_tensor_parallel, leave_tensor_parallel
+from mythos_dist.parallel.collectives import all_gather, all_reduce, enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Axis, Mesh
 
-_LEAST_ROWS = 256  # tokens whose logits are made at a time, at least: fewer would make small products
-IGNORED = -100  # a label that does not count (PyTorch's own default)
+_MIN_CHUNK = 256  # tokens whose logits are computed at a time, at least: smaller matrix products are slow
+IGNORED = -100  # a label without loss (PyTorch's default ignore_index)
 
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """Which part of a whole tensor a parameter holds; its numbers behind that part are zeros."""
+    """Which part of the full tensor a parameter holds; the elements after that part are zero padding."""
 
-    whole: tuple[int, ...]  # shape of the whole tensor
+    full_shape: tuple[int, ...]
     start: tuple[int, ...]  # per dimension
     stop: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """How many numbers per dimension are real."""
+        """Of the shard without padding."""
         return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
 
 
 def shard_range(size: int, axis: Axis) -> tuple[int, int, int]:
-    """Start and stop of this rank's part of `size` numbers, and how many it allocates: ceil(size / axis.size)."""
+    """Start and stop of this rank's shard of `size` elements, and the padded length, ceil(size / axis.size)."""
     local = -(-size // axis.size)
     return min(axis.rank * local, size), min((axis.rank + 1) * local, size), local
 
 
 def expert_group_name(axis: Axis) -> str:
-    """What DeepSpeed calls the group of ranks that share one copy of the experts."""
+    """DeepSpeed's name of the group of ranks that share one copy of the experts."""
     return f"ep_size_{axis.size}"
 
 
-def shard_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Parameter:
-    """This rank's part of a tensor of shape `whole`, dimension d cut over the axis `cuts[d]`; values not set."""
-    ranges = [shard_range(size, cuts.get(dim, Axis("none"))) for dim, size in enumerate(whole)]
+def shard_parameter(full_shape: tuple[int, ...], axes: Mapping[int, Axis]) -> nn.Parameter:
+    """This rank's shard of a tensor, dimension d sharded over the axis `axes[d]`; values are not initialized.
+
+    The axes' names are recorded in `parameter.shard_axes`, by dimension.
+    """
+    ranges = [shard_range(size, axes.get(dim, Axis("none"))) for dim, size in enumerate(full_shape)]
+    starts = tuple(start for start, _, _ in ranges)
+    stops = tuple(stop for _, stop, _ in ranges)
     parameter = nn.Parameter(torch.empty([local for _, _, local in ranges]))
-    parameter.slice = ParameterShard(whole, tuple(r[0] for r in ranges), tuple(r[1] for r in ranges))  # type: ignore[attr-defined]
-    parameter.shard_axes = {dim: axis.name for dim, axis in cuts.items()}  # type: ignore[attr-defined]
-    for axis in cuts.values():
+    parameter.shard = ParameterShard(full_shape, starts, stops)  # type: ignore[attr-defined]
+    parameter.shard_axes = {dim: axis.name for dim, axis in axes.items()}  # type: ignore[attr-defined]
+    for axis in axes.values():
         if axis.name == "tensor" and axis.size > 1:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         if axis.name == "expert" and axis.size > 1:
@@ -66,41 +71,46 @@ def shard_parameter(whole: tuple[int, ...], cuts: Mapping[int, Axis]) -> nn.Para
 
 
 def shard_of(parameter: Tensor) -> ParameterShard:
-    """The part that a parameter holds; all of it unless it was made by `shard_parameter`."""
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a shape of (0,) between uses
-    return getattr(parameter, "slice", ParameterShard(shape, (0,) * len(shape), shape))
+    """What a parameter holds: the full tensor, unless `shard_parameter` created it."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # with ZeRO-3, `shape` is (0,) between uses
+    return getattr(parameter, "shard", ParameterShard(shape, (0,) * len(shape), shape))
 
 
-def replicated(module: nn.Module, mesh: Mesh, *, inside: bool = False) -> nn.Module:
-    """Add up, over the tensor axis, the gradients of a module's parameters that every rank holds whole.
+def replicated(module: nn.Module, mesh: Mesh, *, in_parallel_region: bool = False) -> nn.Module:
+    """All-reduce, over the tensor axis, the gradients of a module's own parameters, which every rank holds in full.
 
-    Their gradients are partial with sequence parallelism, where each rank sees its own tokens, and always `inside`
-    work that is divided over the axis. Once per backward pass: a hook on a leaf gets the sum of all its uses.
+    Each rank's gradient is partial with sequence parallelism, where ranks see different tokens, and always
+    `in_parallel_region`, between `enter_tensor_parallel` and `leave_tensor_parallel`. Once per backward pass: a hook
+    on a leaf gets the sum over all its uses. `parameter.gradient_sum` records which of the two holds.
     """
     for parameter in module.parameters(recurse=False):
-        parameter.gradient_sum = "always" if inside else "sequence"  # type: ignore[attr-defined]
-        if mesh.tensor.size > 1 and (inside or mesh.sequence):
-            parameter.register_hook(lambda grad: _all_reduce(grad, mesh.tensor))
+        parameter.gradient_sum = "always" if in_parallel_region else "sequence"  # type: ignore[attr-defined]
+        if mesh.tensor.size > 1 and (in_parallel_region or mesh.sequence):
+            parameter.register_hook(lambda grad: all_reduce(grad, mesh.tensor))
     return module
 
 
 class ParallelLinear(nn.Module):
-    """x @ weight^T, the weight (outputs, inputs) cut over the tensor axis along its outputs or its inputs.
+    """x @ weight^T, the weight (outputs, inputs) sharded over the tensor axis by its outputs or its inputs.
 
-    Cut outputs: whole x -> this rank's outputs. Cut inputs: this rank's inputs -> a partial sum of all outputs.
+    "outputs" is Megatron-LM's column-parallel linear: full x -> this rank's outputs.
+    "inputs" is its row-parallel linear: this rank's inputs -> a partial sum of all outputs.
     """
 
-    def __init__(self, inputs: int, outputs: int, cut: Literal["outputs", "inputs"], mesh: Mesh):
+    def __init__(self, inputs: int, outputs: int, sharded: Literal["outputs", "inputs"], mesh: Mesh):
         super().__init__()
-        self.weight = shard_parameter((outputs, inputs), {0 if cut == "outputs" else 1: mesh.tensor})
+        self.weight = shard_parameter((outputs, inputs), {0 if sharded == "outputs" else 1: mesh.tensor})
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs, local if cut) -> (..., outputs, local if cut)."""
+        """(..., inputs, local if sharded) -> (..., outputs, local if sharded)."""
         return F.linear(x, self.weight)
 
 
 class Embedding(nn.Module):
-    """One table (V, D), cut by tokens, for both ends of the model; both go through `forward`, where ZeRO-3 gathers."""
+    """The table (V, D) of the input embedding and the output head, sharded over V.
+
+    Both call `forward`, because ZeRO-3 gathers parameters there.
+    """
 
     def __init__(self, vocab_size: int, dim: int, mesh: Mesh):
         super().__init__()
@@ -117,18 +127,25 @@ class Embedding(nn.Module):
         With labels (B, S), and weights (B, S) fp32 or None for ones: states -> a `HeadLoss`.
         """
         if labels is not None:
-            rows = enter_tensor_parallel(x, self.mesh).flatten(0, 1)
-            real, differentiate = self.last - self.first, torch.is_grad_enabled()
-            weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
-            axis, flat = self.mesh.tensor, (labels.flatten(), weights.flatten())
-            total, losses, correct = _HeadLoss.apply(rows, self.weight, *flat, axis, self.first, real, differentiate)
+            if weights is None:
+                weights = torch.ones_like(labels, dtype=torch.float32)
+            total, losses, correct = _HeadLoss.apply(
+                enter_tensor_parallel(x, self.mesh).flatten(0, 1),
+                self.weight,
+                labels.flatten(),
+                weights.flatten(),
+                self.mesh.tensor,
+                self.first,
+                self.last - self.first,
+                torch.is_grad_enabled(),
+            )
             return HeadLoss(total, losses.view_as(labels), correct.view_as(labels))
         if as_head:
             return F.linear(enter_tensor_parallel(x, self.mesh), self.weight)
-        mine = (x >= self.first) & (x < self.last)
-        rows = F.embedding(torch.where(mine, x - self.first, 0), self.weight)
+        is_local = (x >= self.first) & (x < self.last)
+        rows = F.embedding(torch.where(is_local, x - self.first, 0), self.weight)
         if self.mesh.tensor.size > 1:
-            rows = rows * mine.unsqueeze(-1)
+            rows = rows * is_local.unsqueeze(-1)
         return leave_tensor_parallel(rows, self.mesh)
 
     def gather_logits(self, logits: Tensor) -> Tensor:
@@ -137,18 +154,18 @@ class Embedding(nn.Module):
 
 
 class HeadLoss(NamedTuple):
-    """What a head has to say of its labels; those that are IGNORED have a loss of 0 and are not correct."""
+    """The loss of the output head; an IGNORED label has a loss of 0 and is not correct."""
 
-    total: Tensor  # (): sum of weights * losses, fp32; what gradient flows from
+    total: Tensor  # (): sum of weights * losses, fp32; backward starts here
     losses: Tensor  # (B, S) fp32: cross entropies in nats
     correct: Tensor  # (B, S) bool: whether the label has the highest logit
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The head's product and the cross entropy of its logits, a piece of the tokens at a time, gradients included.
+    """The head's matrix product and the cross entropy of its logits, with gradients, one chunk of tokens at a time.
 
-    So the logits of all tokens never exist, in any precision, and nothing is computed twice: a piece's gradient is
-    known as soon as its logits are, but for the factor that the backward pass brings.
+    The logits of all tokens never exist at once, in any precision, and nothing is recomputed: forward computes a
+    chunk's gradient from its logits, and backward only multiplies it by the incoming gradient.
     """
 
     @staticmethod
@@ -160,23 +177,23 @@ class _HeadLoss(torch.autograd.Function):
         weights: Tensor,
         axis: Axis,
         first: int,
-        real: int,
-        differentiate: bool,
+        num_local: int,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, D), weight (local V, D) of which `real` rows are tokens from `first` on, labels and weights (N,) ->
-        (), (N,), (N,) of a HeadLoss."""
+        """x (N, D), weight (local V, D) whose first `num_local` rows are the tokens from `first` on, labels and
+        weights (N,) -> the fields of a HeadLoss: (), (N,), (N,)."""
         N, D = x.shape
-        step = max(_LEAST_ROWS, N * D // weight.shape[0])  # a piece's logits are about as large as x
+        chunk_size = max(_MIN_CHUNK, N * D // weight.shape[0])  # a chunk's logits are about as large as x
         losses, correct = weights.new_empty(N), torch.empty_like(labels, dtype=torch.bool)
-        grads = [torch.empty_like(x), torch.zeros_like(weight)] if differentiate else []
-        for start in range(0, N, step):
-            piece = slice(start, start + step)
-            losses[piece], correct[piece], gradient = _cross_entropy(
-                x[piece] @ weight.t(), labels[piece], weights[piece], axis, first, real
+        grads = [torch.empty_like(x), torch.zeros_like(weight)] if needs_grad else []
+        for start in range(0, N, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            losses[chunk], correct[chunk], grad_logits = _cross_entropy(
+                x[chunk] @ weight.t(), labels[chunk], weights[chunk], axis, first, num_local
             )
-            if grads:
-                torch.mm(gradient, weight, out=grads[0][piece])
-                torch.addmm(grads[1], gradient.t(), x[piece], out=grads[1])
+            if needs_grad:
+                torch.mm(grad_logits, weight, out=grads[0][chunk])
+                torch.addmm(grads[1], grad_logits.t(), x[chunk], out=grads[1])
         ctx.save_for_backward(*grads, losses)
         ctx.mark_non_differentiable(losses, correct)
         return losses @ weights, losses, correct
@@ -189,28 +206,29 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor, axis: Axis, first: int, real: int
+    logits: Tensor, labels: Tensor, weights: Tensor, axis: Axis, first: int, num_local: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, local V), labels and weights (N,) -> cross entropies (N,), whether they are correct (N,), and the
-    gradient of the cross entropies' weighted sum (N, local V).
+    """logits (N, local V), labels and weights (N,) -> cross entropies (N,), whether the label has the highest logit
+    (N,), and the gradient of the cross entropies' weighted sum by the logits (N, local V).
 
-    Three numbers per position travel between the parts of the vocabulary, never the logits.
+    Ranks exchange three values per token (maximum, sum of exponentials, the label's logit), never the logits.
     """
     x = logits.float()
-    x[:, real:] = float("-inf")
+    x[:, num_local:] = float("-inf")
     highest = x.amax(-1, keepdim=True)
     if axis.size > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=axis.group)
     x.sub_(highest)
     counts = labels != IGNORED
-    mine = counts & (labels >= first) & (labels < first + real)
-    column = torch.where(mine, labels - first, 0).unsqueeze(-1)
-    target = x.gather(-1, column).squeeze(-1).where(mine, 0.0)
+    is_local = counts & (labels >= first) & (labels < first + num_local)
+    column = torch.where(is_local, labels - first, 0).unsqueeze(-1)
+    target = x.gather(-1, column).squeeze(-1).where(is_local, 0.0)
     x.exp_()
-    sums = torch.stack([x.sum(-1), target])  # of the exponentials; and the label's logit, from whoever holds it
+    sums = torch.stack([x.sum(-1), target])  # only one rank's `target` is not 0: that of the label's shard
     if axis.size > 1:
         dist.all_reduce(sums, group=axis.group)
+    exp_sum, target = sums
     weights = weights * counts
-    x.mul_((weights / sums[0]).unsqueeze(-1))  # probabilities, 0 where a label does not count
-    x.scatter_add_(-1, column, (-weights * mine).unsqueeze(-1))
-    return (sums[0].log() - sums[1]).where(counts, 0.0), (sums[1] == 0) & counts, x.to(logits.dtype)
+    x.mul_((weights / exp_sum).unsqueeze(-1))  # weight * softmax; 0 where the label is ignored
+    x.scatter_add_(-1, column, (-weights * is_local).unsqueeze(-1))
+    return (exp_sum.log() - target).where(counts, 0.0), (target == 0) & counts, x.to(logits.dtype)

@@ -1,9 +1,9 @@
-"""Counting what goes over the process groups, ours and DeepSpeed's own: bytes per axis and kind of collective.
+"""Communication volume: bytes that this rank's process groups carry, DeepSpeed's included, by axis and collective.
 
-A message's size is that of NCCL's tests (github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): of all_reduce,
-broadcast and reduce the tensor, of all_gather the gathered output, of reduce_scatter the input, of all_to_all the rows
-that this rank sends, its own included. `send` is counted where it starts; barriers and groups of one rank not at all.
-The trap: while counting, every operation of every tensor passes through Python. Not for a step that is timed.
+Sizes are those of nccl-tests (github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): the tensor for all_reduce,
+broadcast and reduce, the output for all_gather, the input for reduce_scatter, the rows that this rank sends (to itself
+too) for all_to_all. `send` counts on the sender; barriers and groups of one rank do not count.
+The trap: while counting, every tensor operation passes through Python, so do not time such a step.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,7 +18,7 @@ from mythos_dist.parallel.mesh import Mesh, axis_groups
 
 Totals = dict[str, dict[str, int]]  # bytes by axis and kind
 
-# Operations of `torch.ops.c10d`: the kind, and which argument its size is that of.
+# Operations of `torch.ops.c10d`: the kind, and the index of the argument that gives the size.
 _SIZED_BY: Mapping[str, tuple[str, int]] = {
     "allreduce_": ("all_reduce", 0),
     "allreduce_coalesced_": ("all_reduce", 0),
@@ -38,38 +38,39 @@ _SIZED_BY: Mapping[str, tuple[str, int]] = {
 _NOT_COUNTED = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_", "check_for_nan"}
 
 
-def axis_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callable[[Collection[int]], str]:
-    """What the axis of a group of ranks that holds `rank` is called, where groups are told apart by their ranks only.
+def group_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callable[[Collection[int]], str]:
+    """A function that names the axis of a process group that `rank` is in, given the group's ranks.
 
-    `pipe` are also the stages that share a weight, `tied` are such stages of several replicas, `replica` is pipe x
-    tensor. Of equal lines the first name counts.
+    Other names than the mesh's axes: `replica` (pipe x tensor), `world`, and `tied`, stages that share a weight, in
+    several replicas; within one replica these are `pipe`. Groups with the same ranks get the first name that fits.
     """
-    lines = {
-        name: next(set(line) for line in of_axis if rank in line)
-        for name, of_axis in axis_groups(parallel, world_size).items()
-    }
-    per_replica = parallel.pipe * parallel.tensor
-    lines["replica"] = set(range(rank // per_replica * per_replica, (rank // per_replica + 1) * per_replica))
-    same_slices = set(range(rank % parallel.tensor, world_size, parallel.tensor))
-    lines["world"] = set(range(world_size))
+    groups = {}
+    for name, groups_of_axis in axis_groups(parallel, world_size).items():
+        groups[name] = next(set(group) for group in groups_of_axis if rank in group)
+    replica_size = parallel.pipe * parallel.tensor
+    first = rank // replica_size * replica_size
+    groups["replica"] = set(range(first, first + replica_size))
+    same_tensor_rank = set(range(rank % parallel.tensor, world_size, parallel.tensor))
 
-    def name(ranks: Collection[int]) -> str:
-        if set(ranks) <= lines["pipe"]:
+    def name_of(ranks: Collection[int]) -> str:
+        members = set(ranks)
+        if members <= groups["pipe"]:
             return "pipe"
-        found = [name for name, line in lines.items() if name != "world" and line == set(ranks)]
-        if not found and len({other % per_replica for other in ranks}) > 1 and set(ranks) <= same_slices:
+        for name, group in groups.items():
+            if members == group:
+                return name
+        if members <= same_tensor_rank and len({member % replica_size for member in members}) > 1:
             return "tied"
-        found = found or ["world"] * (lines["world"] == set(ranks))
-        assert found, f"ranks {sorted(ranks)} are no line of {parallel} on {world_size} ranks"
-        return found[0]
+        assert members == set(range(world_size)), f"ranks {sorted(ranks)} are no group of {parallel}"
+        return "world"
 
-    return name
+    return name_of
 
 
 class Traffic(TorchDispatchMode):
-    """Within `with Traffic(mesh) as traffic:` counts all messages of this rank into `traffic.totals`.
+    """`with Traffic(mesh) as traffic:` counts this rank's messages into `traffic.totals`.
 
-    Dispatch modes follow autograd into its own thread on CUDA, so backward passes are counted as well.
+    Backward passes count too: dispatch modes also apply in autograd's own thread on CUDA.
     """
 
     def __init__(self, mesh: Mesh):
@@ -79,15 +80,15 @@ class Traffic(TorchDispatchMode):
         self._ours = {axis.group.group_name: axis.name for axis in axes if axis.group is not None}
         self._rank = dist.get_rank()
         parallel = ParallelConfig(tensor=mesh.tensor.size, pipe=mesh.pipe.size, expert=mesh.expert.size)
-        self._name = axis_namer(parallel, dist.get_world_size(), self._rank)
+        self._name = group_namer(parallel, dist.get_world_size(), self._rank)
 
     def total_over_ranks(self) -> Totals:
-        """What all ranks have counted since the last call, added up; every rank calls this, outside the context."""
-        everyone: list[Totals] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, self.totals)
+        """The sum over ranks of what they counted since the last call. A collective call, outside the context."""
+        per_rank: list[Totals] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(per_rank, self.totals)
         self.totals = {}
         sums: Totals = {}
-        for totals in everyone:
+        for totals in per_rank:
             for axis, kinds in totals.items():
                 for kind, size in kinds.items():
                     sums.setdefault(axis, {})[kind] = sums.get(axis, {}).get(kind, 0) + size
@@ -95,7 +96,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         namespace, _, name = func.name().partition("::")
-        # Functional collectives are written in terms of these, below this mode: nothing of ours uses them.
+        # Functional collectives call c10d's below this mode, where they would not be counted. None is in use.
         assert namespace != "_c10d_functional" or name.startswith("wait"), f"{func.name()} is not counted"
         if namespace == "c10d" and name not in _NOT_COUNTED:
             self._count(name, args)
@@ -106,7 +107,7 @@ class Traffic(TorchDispatchMode):
         group = dist.ProcessGroup.unbox(next(arg for arg in args if hasattr(arg, "_type")))
         ranks = dist.get_process_group_ranks(group)
         if kind == "send":
-            axis = self._name([self._rank, ranks[args[2]]])  # DeepSpeed's stages send over the group of all ranks
+            axis = self._name([self._rank, ranks[args[2]]])  # DeepSpeed sends between stages over the world group
         elif len(ranks) == 1:
             return
         else:

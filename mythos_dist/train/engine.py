@@ -143,7 +143,7 @@ class Engine:
                 )
                 shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
                 piece = Piece(shape, place.start, partition.first, partition.last)
-                state[name] = LocalShard(piece, place.whole, partition.values, writes)
+                state[name] = LocalShard(piece, place.full_shape, partition.values, writes)
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)
             writes = stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0

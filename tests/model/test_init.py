@@ -103,7 +103,7 @@ class Assembly:
         held = value[tuple(slice(size) for size in part.shape)].clone()
         value[tuple(slice(size) for size in part.shape)] = 0.0
         assert not value.any(), f"{name}: numbers behind the slice"
-        whole = self.whole.setdefault(name, torch.full(part.whole, torch.nan))
+        whole = self.whole.setdefault(name, torch.full(part.full_shape, torch.nan))
         place = whole[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))]
         assert bool((place.isnan() | (place == held)).all()), f"{name}: ranks disagree"
         place.copy_(held)

@@ -87,13 +87,13 @@ def test_no_large_parameter_is_whole_on_a_rank(ranks, mode):
     is filled up less than 0.1 % more."""
     for model in ranks:
         for name, parameter in model.named_parameters():
-            numbers = math.prod(shard_of(parameter).whole)
+            numbers = math.prod(shard_of(parameter).full_shape)
             if numbers > LARGE:
                 share = 32 if ".experts." in name else 4
                 assert numbers / share <= parameter.numel() < 1.001 * numbers / share, name
             else:
                 assert parameter.numel() <= LARGE
-    large = {name for name, p in ranks[0].named_parameters() if math.prod(shard_of(p).whole) > LARGE}
+    large = {name for name, p in ranks[0].named_parameters() if math.prod(shard_of(p).full_shape) > LARGE}
     # Embedding; in 5 blocks q_down, q_up, kv_down, kv_up, wo and three of an FFN, which is the shared one in the loop;
     # three stacks of experts; Parcae's matrix.
     assert len(large) == 1 + 5 * (5 + 3) + 3 + (mode == "train")
@@ -108,7 +108,7 @@ def test_the_slices_of_all_ranks_make_up_the_reference(ranks, mode, open_mythos)
     for model in ranks:
         for name, parameter in model.named_parameters():
             part = shard_of(parameter)
-            whole[name] = part.whole
+            whole[name] = part.full_shape
             boxes.setdefault(name, set()).add((part.start, part.stop))
     total = 0
     for name, found in boxes.items():

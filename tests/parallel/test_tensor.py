@@ -51,7 +51,7 @@ def test_slices_of_a_parameter_tile_the_whole_tensor(whole, n_expert, n_tensor, 
         cuts = {dim: Axis(name, size[name], rank[name]) for dim, name in zip(dims, names, strict=False)}
         parameter = shard_parameter(tuple(whole), cuts)
         part = shard_of(parameter)
-        assert part.whole == tuple(whole)
+        assert part.full_shape == tuple(whole)
         counters[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))] += 1
         assert part.shape == tuple(b - a for a, b in zip(part.start, part.stop, strict=True))
         assert all(real <= held for real, held in zip(part.shape, parameter.shape, strict=True))
@@ -64,7 +64,7 @@ def test_slices_of_a_parameter_tile_the_whole_tensor(whole, n_expert, n_tensor, 
 
 def test_a_parameter_that_was_not_cut_is_its_own_slice():
     part = shard_of(nn.Parameter(torch.empty(3, 5)))
-    assert (part.whole, part.start, part.stop, part.shape) == ((3, 5), (0, 0), (3, 5), (3, 5))
+    assert (part.full_shape, part.start, part.stop, part.shape) == ((3, 5), (0, 0), (3, 5), (3, 5))
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
