@@ -1,7 +1,8 @@
-"""`manifest.json`: what a folder of shards was made from and holds. Written last: where it is, the conversion is whole.
+"""`manifest.json`: the inputs and contents of a folder of shards. Written last, so it marks a finished conversion.
 
-Training reads it before any shard, to refuse shards that do not fit the config. Nothing in it depends on when, where
-or by how many workers the shards were made. It may come from anywhere, so its shape and values are checked here.
+Training reads it before any shard, to refuse shards that do not fit the config. Its content does not depend on when,
+where or with how many workers the shards were converted. It may come from an untrusted source, so its structure and
+values are checked here.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from mythos_dist.units import count
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
-_EXACT = {"extra": "forbid", "strict": True}  # pydantic's: no unknown keys, and no "32" for 32
+_EXACT = {"extra": "forbid", "strict": True}  # pydantic: no unknown keys, and no "32" for 32
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -29,23 +30,23 @@ EMPTY_INDEX = json.dumps({"version": 2, "shards": []}, sort_keys=True)  # index.
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file that was converted: its path below the folder that all inputs share, its size in bytes, its hash."""
+    """One converted file: its path relative to the inputs' common folder, its size in bytes, its hash."""
 
     __pydantic_config__: ClassVar = _EXACT
     name: str
     size: int
-    hash: str  # "sha256:…"; of a remote file what its server gives: "sha256:…", "etag:…", or "" where it gives nothing
+    hash: str  # "sha256:…"; for a remote file from its server: "sha256:…", "etag:…", or "" if it sends none
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents were left out on request; None: that filter was off."""
+    """The filters of the conversion; None: off."""
 
     __pydantic_config__: ClassVar = _EXACT
-    min_score: float | None = None  # least value of the column `score`
-    min_tokens: int | None = None  # least number of tokens of a document
-    limit_tokens: int | None = None  # the document with which this many tokens are reached is the last
-    dedup: bool = False  # of documents with the same text, only the first was kept
+    min_score: float | None = None  # minimum of the column `score`
+    min_tokens: int | None = None  # per document
+    limit_tokens: int | None = None  # the document that reaches this many tokens is the last
+    dedup: bool = False  # only the first of documents with the same text was kept
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DocumentCounts:
     low_score: int = 0
     duplicate: int = 0
     short: int = 0  # fewer than `min_tokens`
-    repaired: int = 0  # of those read: invalid UTF-8 or lone surrogates became U+FFFD
+    repaired: int = 0  # of those read: invalid UTF-8 or lone surrogates were replaced by U+FFFD
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ class SplitCounts:
     tokens: int  # without EOS
     windows: int
     tokens_written: int  # windows * window
-    tokens_dropped: int  # at the very end of the split: less than a window
-    eos_dropped: int  # of tokens_dropped: the shards hold documents - eos_dropped EOS tokens
+    tokens_dropped: int  # a partial window at the end of the split
+    eos_dropped: int  # EOS tokens among them: the shards have documents - eos_dropped
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Input that could not be read and was left out with --skip-bad."""
+    """Input that could not be read and was skipped with --skip-bad."""
 
     __pydantic_config__: ClassVar = _EXACT
     name: str  # of the input
@@ -87,49 +88,49 @@ class Skipped:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file, or a folder (its name ends with /), that a folder or a pattern holds and that was not taken."""
+    """A file or folder (its name ends with /) in an input folder or pattern that was not converted."""
 
     __pydantic_config__: ClassVar = _EXACT
-    name: str  # below the folder that was given
+    name: str  # relative to the input folder
     reason: str
     detail: str = ""
 
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """What a folder of shards was made from and holds; `fingerprint` is the sha256 of its index files."""
+    """Inputs and contents of a folder of shards; `fingerprint` is the sha256 of its index files."""
 
     __pydantic_config__: ClassVar = _EXACT
     format_version: int
     seq_len: int
     dtype: str
     vocab_size: int
-    eos: str  # the text of the token that ends documents
+    eos: str  # text of the EOS token, which follows each document
     eos_id: int
-    tokenizer: str  # name of the tokenizer's file in the folder
+    tokenizer: str  # name of the tokenizer file in the folder
     tokenizer_sha256: str
     heldout: float
-    compression: str | None  # of the shards: "zstd:3"
+    compression: str | None  # of the shards, such as "zstd:3"
     text_column: str
-    sample_by: str  # of plain text files: a "document" or a "line" is a document
+    sample_by: str  # how plain text files are split into documents: "document" or "line"
     filters: Filters
     inputs: tuple[InputFile, ...]
     documents: DocumentCounts
     splits: dict[str, SplitCounts]
     skipped: tuple[Skipped, ...] = field(default=())
     left_out: tuple[LeftOut, ...] = field(default=())
-    unknown_tokens: int = 0  # <unk>: characters that the tokenizer does not know
+    unknown_tokens: int = 0  # <unk>, characters that the tokenizer cannot encode
     fingerprint: str = ""
-    # Rows of seq_len labels behind the seq_len + 1 tokens of each window, row t for what the model should say after
-    # loop t, the last row for all loops behind it; a label that is `eos_id` does not count. 0: labels are next tokens.
+    # Rows of seq_len labels after the seq_len + 1 tokens of each window: row t has the labels of loop t, the last row
+    # those of all later loops. A label equal to `eos_id` is ignored. 0: labels are the next tokens.
     targets: int = 0
-    # "document": whole documents were held out, by a hash of their text. "window": these were too few, and the last
-    # windows of the text were held out; a document counts in the split that has its EOS.
+    # "document": complete documents were held out, by a hash of their text. "window": there were too few documents, so
+    # the last windows of the text were held out; a document counts in the split that has its EOS.
     heldout_by: str = "document"
 
     @property
     def window(self) -> int:
-        """Numbers in a window."""
+        """Token ids per window, labels included."""
         return self.seq_len + 1 + self.targets * self.seq_len
 
     @property
@@ -142,27 +143,25 @@ class ShardManifest:
         return json.loads(json.dumps(asdict(self)))
 
     def summary(self) -> str:
-        """A few lines for a person."""
-        left_out = [
-            f"{getattr(self.documents, fate):,} {name}"
-            for fate, name in (
-                ("empty", "empty"),
-                ("low_score", "below the score"),
-                ("duplicate", "duplicate"),
-                ("short", "too short"),
-            )
-            if getattr(self.documents, fate)
-        ]
-        read = count(self.documents.read, "document")
+        """A few lines for the console."""
+        counts = self.documents
+        reasons = {
+            "empty": counts.empty,
+            "below the score": counts.low_score,
+            "duplicate": counts.duplicate,
+            "too short": counts.short,
+        }
+        left_out = [f"{number:,} {reason}" for reason, number in reasons.items() if number]
+        read = count(counts.read, "document")
         lines = [f"{read} read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
-        if self.documents.repaired:
-            lines.append(f"{count(self.documents.repaired, 'document')} held invalid text, which became U+FFFD")
+        if counts.repaired:
+            lines.append(f"{count(counts.repaired, 'document')} with invalid characters, replaced by U+FFFD")
         if self.unknown_tokens:
             share = 100 * self.unknown_tokens / max(1, self.tokens)
             lines.append(
                 f"{count(self.unknown_tokens, 'token')} ({share:.2g} %) {'is' if self.unknown_tokens == 1 else 'are'} "
-                "<unk>: characters that the tokenizer does not know, which are lost; train one with byte fallback "
-                "(tools/train_tokenizer.py) to keep them"
+                "<unk>: characters that the tokenizer cannot encode and that are lost; to keep them, train a tokenizer "
+                "with byte fallback (tools/train_tokenizer.py)"
             )
         lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
         if self.left_out:
@@ -174,26 +173,26 @@ class ShardManifest:
         documents, tokens = count(split.documents, "document"), count(split.tokens, "token")
         windows = f"{count(split.windows, 'window')} of {self.seq_len}"
         if name == "heldout" and not split.windows:
-            why = "the text fills only one window" if self.heldout else "a share of 0 was asked for"
+            why = "the text fills only one window" if self.heldout else "--heldout is 0"
             return f"{name}: none, because {why}; training runs without evaluation"
         if name == "heldout" and self.heldout_by == "window":
             written = count(self.documents.written, "document")
             return (
-                f"{name}: {tokens} -> {windows}, cut from the end of the text: {written} cannot be divided as a whole "
-                f"to hold out a share of {self.heldout:g}"
+                f"{name}: {tokens} -> {windows}, cut from the end of the text: {written} are too few to hold out a "
+                f"share of {self.heldout:g} as complete documents"
             )
-        dropped, fill = count(split.tokens_dropped, "token"), "fills" if split.tokens_dropped == 1 else "fill"
-        return f"{name}: {documents}, {tokens} -> {windows}; {dropped} at the end {fill} none"
+        dropped = count(split.tokens_dropped, "trailing token")
+        return f"{name}: {documents}, {tokens} -> {windows}; {dropped} dropped (partial window)"
 
 
 def count_reasons(left_out: Iterable[LeftOut]) -> str:
-    """ "3 hidden, 1 link to nothing", the most frequent first."""
+    """ "3 hidden, 1 dangling link", the most frequent first."""
     frequent = Counter(one.reason for one in left_out).most_common()
     return ", ".join(f"{number:,} {reason}" for reason, number in frequent)
 
 
 def read_shard_manifest(path: str | Path) -> ShardManifest:
-    """Raises UserError if `path` is missing, is empty, was not finished, or its manifest cannot be read."""
+    """Raises UserError if the folder is missing, empty or unfinished, or if its manifest cannot be read."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(
@@ -201,7 +200,8 @@ def read_shard_manifest(path: str | Path) -> ShardManifest:
         )
     if not any(path.iterdir()):
         raise UserError(
-            "no shards here; set data.path to a folder of shards, or make them with tools/make_shards.py", str(path)
+            "no shards here; set data.path to a folder of shards, or make them with tools/make_shards.py",
+            str(path),
         )
     file = path / "manifest.json"
     if not file.is_file():
@@ -213,7 +213,7 @@ def read_shard_manifest(path: str | Path) -> ShardManifest:
             other = "a newer" if type(version) is int and version > FORMAT_VERSION else "another"
             raise UserError(
                 f"format_version={version!r:.40} is not {FORMAT_VERSION}: {other} version of "
-                "mythos_dist made these shards; use that version, or convert again into another folder",
+                "mythos_dist wrote these shards; use that version, or convert again into another folder",
                 str(file),
             )
         return _checked(content)
@@ -224,7 +224,7 @@ def read_shard_manifest(path: str | Path) -> ShardManifest:
 
 
 def read_json(content: bytes | str) -> Any:
-    """What JSON holds. Raises ValueError for whatever is wrong with it, also where it is nested too deeply."""
+    """Parse JSON. Raises ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -260,14 +260,14 @@ def _checked(content: bytes) -> ShardManifest:
     least = {"seq_len": 1, "vocab_size": 1, "eos_id": 0, "targets": 0}
     wrong += [f"{name}={getattr(manifest, name)}" for name, low in least.items() if getattr(manifest, name) < low]
     if not manifest.tokenizer or manifest.tokenizer != Path(manifest.tokenizer).name:
-        wrong.append(f"tokenizer={manifest.tokenizer!r}, which is no name of a file in the folder")
+        wrong.append(f"tokenizer={manifest.tokenizer!r}, which is not a file name")
     if wrong:
         raise ValueError("; ".join(wrong[:5]))
     return manifest
 
 
 def index_fingerprint(path: Path) -> str:
-    """sha256 over the index.json of every split; these hold the hashes of the shards. OSError if train/ has none.
+    """sha256 of the index.json of all splits, which have the hashes of the shards. OSError if train/ has none.
 
     A folder without heldout/ has the fingerprint of one whose heldout/ is empty.
     """
@@ -278,9 +278,9 @@ def index_fingerprint(path: Path) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """sha256 of a file's bytes, read in pieces."""
+    """sha256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

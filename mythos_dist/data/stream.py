@@ -1,13 +1,14 @@
-"""The micro-batches of one replica, cut from one endless sequence of samples that no layout changes.
+"""One replica's micro-batches, from an endless sequence of samples that does not depend on the layout.
 
-Position p = step * global_batch + offset is dealt to one of the corpora by weight (mix.py), in which it is a position
-of an endless order, epoch after epoch (order.py). Replica r takes the r-th of `num_replicas` equal parts of a step's
-positions. So each sample of a corpus comes once in each of that corpus's epochs, an epoch may end inside a step,
-seeking reads nothing, and a step holds the same samples at any number of replicas, micro-batch size and worker count.
+Position p = step * global_batch + offset belongs to one of the corpora by weight (mix.py), as a position in that
+corpus's own order, epoch after epoch (order.py). Replica r takes the r-th of `num_replicas` equal parts of a step's
+positions. So each sample of a corpus occurs once per epoch of that corpus, an epoch may end within a step, seeking
+reads nothing, and a step has the same samples at any number of replicas, micro-batch size and worker count.
 B micro-batch size (windows), S seq_len (tokens).
 
-The trap: what a loader process raises comes out as a traceback of two processes, and torch hands tensors over in
-/dev/shm, which containers keep at 64 MB. So errors travel as data, and windows as arrays, as narrow as on disk.
+The trap: an exception in a loader process becomes a traceback of two processes, and torch sends tensors through
+/dev/shm, which has 64 MB in many containers. So loader processes return errors as values, and windows as NumPy arrays
+in the dtype of the shards.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mythos_dist.data.corpora import Corpus, fingerprint, open_corpora, with_windows
 from mythos_dist.data.document_ids import document_ids
-from mythos_dist.data.mix import deal, positions_before_repeat
+from mythos_dist.data.mix import corpus_positions, positions_before_repeat
 from mythos_dist.data.order import SampleOrder
 from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
@@ -32,26 +33,26 @@ from mythos_dist.units import count
 
 
 class MicroBatch(NamedTuple):
-    """B windows of one forward pass; `sample_ids` are indices in the split, the same in every epoch.
+    """The B windows of one forward pass; `sample_ids` are indices in the split, the same in every epoch.
 
-    In a mix a corpus's ids come after those of the corpora before it.
+    In a mix, the ids of a corpus follow those of the previous corpora.
     """
 
     input_ids: Tensor  # (B, S) int64
-    labels: Tensor  # (B, S) int64; of shards with targets (B, T, S), see ShardManifest.targets
-    document_ids: Tensor  # (B, S) int32, of each input token, from 0 in each window
+    labels: Tensor  # (B, S) int64; with per-loop targets (B, T, S), see ShardManifest.targets
+    document_ids: Tensor  # (B, S) int32, the document of each input token, from 0 in each window
     sample_ids: Tensor  # (B,) int64
 
     @property
     def final_labels(self) -> Tensor:
-        """(B, S): what is to be said in the end."""
+        """(B, S): the labels of the last loop."""
         return self.labels if self.labels.dim() == 2 else self.labels[:, -1]
 
 
 class ReplicaStream:
-    """The micro-batches of one replica; their order depends only on (seed, the shards, the weights).
+    """The micro-batches of one replica; their order depends only on (seed, shards, weights).
 
-    Every rank of a replica builds the same one. With `shuffle=False` each corpus's order is the one on disk.
+    All ranks of a replica build the same stream. With `shuffle=False` each corpus is read in the order on disk.
     """
 
     def __init__(
@@ -72,12 +73,11 @@ class ReplicaStream:
         verify: bool = True,
         cache: str | Path | None = None,
     ):
-        """`path`: a folder, a mix (folder -> weight), or what `open_corpora` made of one.
+        """`path`: a folder, a mix (folder -> weight), or the corpora that `open_corpora` returned.
 
-        `global_batch` and `micro_batch` in sequences; `workers` are processes that read ahead for `steps`; `verify` and
-        `cache` as in `WindowReader`. Raises UserError with all problems of the folders and of their fit to the config.
-
-        Of a mix, corpora without windows in a split are left out of it; UserError if none has any.
+        `global_batch` and `micro_batch` in sequences; `workers`: processes that read ahead in `steps`; `verify` and
+        `cache` as in `WindowReader`. Corpora without windows in the split are left out of the mix. Raises UserError
+        with all problems of the folders and conflicts with the config, or if no corpus has windows.
         """
         assert 0 <= replica < num_replicas and split in ("train", "heldout")
         if isinstance(path, str | Path | Mapping):
@@ -97,7 +97,7 @@ class ReplicaStream:
         corpora = with_windows(corpora, split)
         if not corpora:
             raise UserError(
-                "there is no held-out split; convert more text, or with a larger --heldout, or give other shards",
+                "there is no held-out split; convert more text, or with a larger --heldout, or use other shards",
                 folders,
             )
         self._weights = [corpus.weight for corpus in corpora]
@@ -107,50 +107,50 @@ class ReplicaStream:
         ]
         lengths = [order.num_samples for order in self._orders]
         self._first_ids = np.cumsum([0, *lengths[:-1]])  # of each corpus
-        # Of one corpus its samples; of a mix so many that none comes twice in the order on disk.
+        # Of one corpus, its samples; of a mix, the samples before one repeats.
         self.num_samples = positions_before_repeat(lengths, self._weights)
         self._split, self._vocab_size, self._eos_id = split, vocab_size, corpora[0].manifest.eos_id
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._per_step = global_batch // num_replicas  # samples of this replica in a step
-        self._first = replica * self._per_step
+        self._samples_per_step = global_batch // num_replicas  # of this replica
+        self._first = replica * self._samples_per_step
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
         self._seq_len, self._targets = seq_len, corpora[0].manifest.targets
-        self._windows = _Reads(WindowReader(shards, corpora[0].manifest.window, verify, cache))
+        self._dataset = _WindowDataset(WindowReader(shards, corpora[0].manifest.window, verify, cache))
 
     def step(self, step: int) -> list[MicroBatch]:
-        """This replica's micro-batches of optimizer step `step` (from 0), read here and now.
+        """This replica's micro-batches of optimizer step `step` (from 0), read in this process.
 
-        Returns global_batch / num_replicas / micro_batch of them. Raises UserError on a shard that is damaged and on a
-        token outside the vocabulary.
+        There are global_batch / num_replicas / micro_batch. Raises UserError for a damaged shard and for a token
+        outside the vocabulary.
         """
-        return [self._micro_batch_of(self._windows.__getitems__(ids)) for ids in self._micro_batches(step)]
+        return [self._micro_batch_of(self._dataset.__getitems__(ids)) for ids in self._micro_batches(step)]
 
     def steps(self, start: int) -> Iterator[list[MicroBatch]]:
-        """`step(start)`, `step(start + 1)`, … without end, read ahead by the worker processes.
+        """`step(start)`, `step(start + 1)`, … without end, read ahead by worker processes.
 
-        Raises what `step` raises, at that step; RuntimeError when a worker is killed.
+        Raises as `step` does, when that step is reached; RuntimeError when a worker is killed.
         """
         loader = DataLoader(
-            self._windows,
-            # Endless; runs in this process.
+            self._dataset,
+            # Endless; the generator runs in this process.
             batch_sampler=chain.from_iterable(map(self._micro_batches, itertools.count(start))),
             num_workers=self._workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_rank,
-            generator=torch.Generator(),  # else it draws from the global generator, and a resumed run drifts
+            collate_fn=_no_collate,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # by default it draws from the global one, and a resumed run diverges
         )
         reads = iter(loader)
         try:
             while True:
-                step = list(islice(reads, self._per_step // self._micro_batch))
+                step = list(islice(reads, self._samples_per_step // self._micro_batch))
                 yield [self._micro_batch_of(read) for read in step]
         finally:
-            del reads  # ends the workers; if an error's traceback kept it for the garbage collector, after 5 s each
+            del reads  # stops the workers; if a traceback kept it until garbage collection, that would take 5 s each
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at `positions` of the endless sequence, both int64 (n,)."""
-        corpora, own = deal(positions, self._weights)
+        """The sample ids at `positions` of the endless sequence, both int64 (n,)."""
+        corpora, own = corpus_positions(positions, self._weights)
         ids = np.empty_like(positions)
         for i, order in enumerate(self._orders):
             here = corpora == i
@@ -160,11 +160,11 @@ class ReplicaStream:
     def _micro_batches(self, step: int) -> list[list[int]]:
         """Sample ids of each micro-batch of this replica in `step`."""
         first = step * self._global_batch + self._first
-        return self.sample_ids(np.arange(first, first + self._per_step)).reshape(-1, self._micro_batch).tolist()
+        return self.sample_ids(np.arange(first, first + self._samples_per_step)).reshape(-1, self._micro_batch).tolist()
 
     def _micro_batch_of(self, read: "_Read") -> MicroBatch:
-        """The MicroBatch of what was read, checked: on a GPU a token that the model has no embedding for is an assert
-        without a name."""
+        """Convert windows to a MicroBatch. Tokens are checked, because on a GPU an index outside the embedding fails
+        with an assertion that does not say where."""
         if isinstance(read, UserError):
             raise read
         ids, windows = read
@@ -179,7 +179,7 @@ class ReplicaStream:
         inputs, labels = windows[:, :S], windows[:, 1 : S + 1].astype(np.int64)
         if self._targets:
             labels = windows[:, S + 1 :].astype(np.int64).reshape(-1, self._targets, S)
-            labels[labels == self._eos_id] = -100  # PyTorch's own for a label that does not count
+            labels[labels == self._eos_id] = -100  # PyTorch's ignore_index
         return MicroBatch(
             torch.from_numpy(inputs.astype(np.int64)),
             torch.from_numpy(labels),
@@ -188,11 +188,11 @@ class ReplicaStream:
         )
 
 
-_Read = tuple[list[int], np.ndarray] | UserError  # sample ids and their windows (B, S + 1)
+_Read = tuple[list[int], np.ndarray] | UserError  # sample ids and their windows (B, tokens per window)
 
 
-class _Reads(Dataset):
-    """Micro-batches of windows by their sample ids, for DataLoader: it hands a batch's ids to `__getitems__`."""
+class _WindowDataset(Dataset):
+    """Windows by sample id; DataLoader calls `__getitems__` with the ids of a batch."""
 
     def __init__(self, windows: WindowReader):
         self._windows = windows
@@ -207,13 +207,14 @@ class _Reads(Dataset):
             return error
 
 
-def _as_it_is(read: Any) -> Any:
-    """DataLoader's own collate function would make tensors of the arrays, and send them through /dev/shm."""
+def _no_collate(read: Any) -> Any:
+    """DataLoader's default would convert the arrays to tensors and send them through /dev/shm."""
     return read
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """In a new worker process. A terminal and launchers signal all processes of a job, and a rank that is asked to stop
-    finishes its step first, for which it may need its workers. They end with it (torch watches the parent)."""
+def _ignore_signals(worker: int) -> None:
+    """In a worker process, leave signals to the rank. Terminals and launchers signal all processes of a job, and a rank
+    that was asked to stop finishes its step, for which it may need its workers. They exit with it (torch checks the
+    parent process)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,9 @@
-"""Documents to token ids and back, with a SentencePiece model file or a tokenizer.json of Hugging Face.
+"""Tokenizers: documents to token ids and back, from a SentencePiece model or a Hugging Face tokenizer.json.
 
-decode(encode(text)) == text for models trained here: identity normalisation, no dummy prefix, no whitespace removed,
-bytes as fallback. Text cannot spell EOS, so documents are told apart by EOS alone: it is a control piece, or
-a special token that is looked for in ids, not in text. A model that breaks this is refused on load.
-The trap is U+2581: SentencePiece writes a space as that character, so a real one would come back as a space;
+decode(encode(text)) == text for models trained here: identity normalization, no dummy prefix, white space kept, byte
+fallback. EOS alone separates documents, so no text may encode to it: EOS must be a control piece, or a special token,
+which is not matched in text. A model without such an EOS is refused on load.
+The trap is U+2581: SentencePiece represents a space by that character, so a literal one would decode to a space;
 models trained here encode it as its three byte pieces instead.
 """
 
@@ -22,39 +22,45 @@ import numpy as np
 import sentencepiece as spm
 
 from mythos_dist.data.manifest import read_json
-from mythos_dist.data.word_cache import SPACE, WordCache, huggingface_cuts, parse_sentencepiece, sentencepiece_cuts
+from mythos_dist.data.word_cache import (
+    SPACE,
+    WordCache,
+    huggingface_boundaries,
+    parse_sentencepiece,
+    sentencepiece_boundaries,
+)
 from mythos_dist.errors import UserError, first_line
 
-MAX_LINE_CHARS = 4096  # a training line in SentencePiece has at most 4 * this many bytes; longer text is cut
+MAX_LINE_CHARS = 4096  # per training line, so at most 4 * 4096 bytes for SentencePiece; longer lines are split
 MAX_TRAIN_LINES = 2_000_000  # about 1 GB of text: the unigram trainer holds everything in memory
-TRAIN_THREADS = 16  # fixed: sums in another number of threads round differently and give another model
-WORDS_PER_CALL = 4096  # an Encoding of `tokenizers` takes hundreds of bytes
+TRAIN_THREADS = 16  # fixed: with another number of threads, sums round differently and the model changes
+WORDS_PER_CALL = 4096  # bounds memory: an Encoding of `tokenizers` takes hundreds of bytes
 COMMON_EOS = "<|endoftext|> </s> <eos> <EOS> [EOS] <|end_of_text|> <|eos|>".split()
-# Of many scripts and planes: a tokenizer with an alphabet of its own does not know all of them.
+# From many scripts and planes: a tokenizer with a limited alphabet does not know all of them.
 RARE = "éßЖאعไ語한₿🙂\u0939\u0d85\u10d0\u1200\U00010330\U0001f9ff\U0002070e"
 PROBE = "  The  trick's  12345 (of) it,\n\n\tall:   naïve, \u00a0日本語 e\u0301 🙂🙂\r\n x=y+1; \x01\x7f the end. \n "
 
 
 class Tokenizer:
-    """What both kinds share; `load` is the way in."""
+    """Base of both kinds; create one with `load`."""
 
     file_name: str  # in a folder of shards
     eos: str  # the text of the token that ends documents
     eos_id: int
     vocab_size: int  # the largest possible id + 1
-    unk_id: int | None = None  # of the token that stands for characters that are not known; None: all are
+    unk_id: int | None = None  # of the unknown token; None: every character can be encoded
 
     def __init__(self, path: Path, content: bytes):
         self.path = path
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._words: WordCache | None = None
-        self._drops_space = False  # whether a document that goes on with a space is encoded without it
+        self._drops_space = False  # whether the rest of a split document is encoded without its leading space
 
     @staticmethod
     def load(path: str | Path, eos: str | None = None) -> "Tokenizer":
-        """`eos`: the text of the token that ends documents, where the file does not say which one does.
+        """`eos`: the text of the EOS token, if the file does not name it.
 
-        Raises UserError if the file is missing or no tokenizer, or has no EOS that text cannot spell.
+        Raises UserError if the file is missing or not a tokenizer, or if text can encode to its EOS.
         """
         path = Path(path)
         if not path.is_file():
@@ -66,7 +72,7 @@ class Tokenizer:
             tokenizer._probe()
         except UserError:
             raise
-        except Exception as error:  # the libraries raise nothing narrower
+        except Exception as error:  # the libraries raise no narrower type
             raise UserError(
                 f"cannot encode some texts ({first_line(error)}); use another tokenizer", str(path)
             ) from None
@@ -74,74 +80,76 @@ class Tokenizer:
 
     @property
     def cached(self) -> bool:
-        """Whether each distinct word is encoded once (words.py)."""
+        """Whether each distinct word is encoded only once (word_cache.py)."""
         return self._words is not None
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 of shape (tokens,), never containing `eos_id`; lone surrogates are read as "?"."""
+        """int32 of shape (tokens,), never containing `eos_id`; a lone surrogate is encoded as "?"."""
         return self._encode(text.encode("utf-8", "replace"))
 
     def encode_documents(
         self, data: np.ndarray, ends: np.ndarray, continues: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode documents that lie end to end in `data` (uint8, valid UTF-8) and end at `ends` (int64, (n,)).
+        """Encode documents that are concatenated in `data` (uint8, valid UTF-8) and end at `ends` (int64, (n,)).
 
-        With `continues` the first one goes on where the last call's last one was cut (by `cut`).
-        Returns all tokens, int32, and each document's number of tokens, int64 (n,). There is no EOS among them.
+        continues: the first one continues the previous call's last document, which was split at `split_point`.
+        Returns all tokens, int32, without EOS, and each document's number of tokens, int64 (n,).
         """
         if self._words is not None:
             return self._words.encode(data, ends, continues)
-        buffer, places = data.tobytes(), [0, *ends.tolist()]
-        texts = [buffer[start:end] for start, end in pairwise(places)]
-        ids = [self._encode(text) for text in texts[continues:]]
-        if continues and texts:
-            ids.insert(0, self._encode_rest(texts[0]))
+        buffer = data.tobytes()
+        texts = [buffer[start:end] for start, end in pairwise([0, *ends.tolist()])]
+        ids = []
+        for i, text in enumerate(texts):
+            ids.append(self._encode_rest(text) if continues and i == 0 else self._encode(text))
         return np.concatenate([np.zeros(0, np.int32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
 
-    def cut(self, data: np.ndarray, limit: int) -> int:
-        """Where to cut a document of more than `limit` bytes: before the last space up to there that ends a word.
+    def split_point(self, data: np.ndarray, limit: int) -> int:
+        """Where to split a document of more than `limit` bytes: before the last space within `limit` that ends a word.
 
-        The pieces then encode as the whole does; with a unigram model but for ties, which its sums' rounding decides.
-        Text without such a space is cut between two characters.
+        The two parts then encode to the same tokens as the full text, except that a unigram model's ties depend on
+        rounding. Text without such a space is split between two characters.
         """
         before, after = data[:limit], data[1 : limit + 1]
         space = after == ord(" ")
-        for ends_word in ((before > 32) & (before < 127), before != ord(" ")):  # ASCII is safe for every tokenizer
-            places = np.flatnonzero(space & ends_word[: len(space)])
-            if len(places):
-                return int(places[-1]) + 1
-        place = limit
-        while data[place] & 0xC0 == 0x80:
-            place -= 1
-        assert place > 0, f"no character ends within {limit} bytes"
-        return place
+        # A space after visible ASCII is safe with every tokenizer, so it is preferred.
+        for ends_word in ((before > 32) & (before < 127), before != ord(" ")):
+            positions = np.flatnonzero(space & ends_word[: len(space)])
+            if len(positions):
+                return int(positions[-1]) + 1
+        position = limit
+        while data[position] & 0xC0 == 0x80:
+            position -= 1
+        assert position > 0, f"no character ends within {limit} bytes"
+        return position
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; control pieces such as EOS decode to nothing."""
+        """The text of `ids`; control pieces such as EOS decode to the empty string."""
         raise NotImplementedError
 
     def _encode(self, text: bytes) -> np.ndarray:
         raise NotImplementedError
 
     def _encode_rest(self, text: bytes) -> np.ndarray:
-        """Encode the rest of a document: a dummy prefix stands for the space that it begins with."""
+        """Encode the rest of a split document: a dummy prefix replaces its leading space."""
         return self._encode(text[1:] if self._drops_space and text.startswith(b" ") else text)
 
     def _probe(self) -> None:
-        """Try what is assumed: how a cut text goes on, that the cache changes nothing, that text cannot spell EOS, and
-        that no character is lost without a trace."""
+        """Check by encoding texts: text cannot encode to EOS, and no character is lost (UserError). Find out how the
+        rest of a split document must be encoded, and turn the word cache off if it changes the tokens."""
         for text in (self.eos, f"a {self.eos}b"):
             if self.eos_id in self.encode(text):
-                problem = f"text can spell {self.eos!r}, which documents are told apart by"
+                problem = f"the text {self.eos!r} encodes to EOS, which must only separate documents"
                 raise UserError(f"{problem}; use another tokenizer, or pass --eos with another token", str(self.path))
         if lost := [character for character in RARE if not len(self.encode(character))]:
             raise UserError(
-                f"loses characters: {' '.join(lost[:5])} become no token at all, for it has neither an unknown token "
-                "nor bytes to fall back on; use a byte-level tokenizer, or train one with tools/train_tokenizer.py",
+                f"loses characters: {' '.join(lost[:5])} encode to no tokens, because it has neither an unknown token "
+                "nor byte fallback; use a byte-level tokenizer, or train one with tools/train_tokenizer.py",
                 str(self.path),
             )
-        first, whole = self.encode("xx").tolist(), self.encode("xx yy").tolist()
-        self._drops_space = first + self.encode(" yy").tolist() != whole == first + self.encode("yy").tolist()
+        first, full = self.encode("xx").tolist(), self.encode("xx yy").tolist()
+        with_space, without_space = first + self.encode(" yy").tolist(), first + self.encode("yy").tolist()
+        self._drops_space = full == without_space and full != with_space
         texts = [PROBE.encode(), b"", PROBE[2:].encode(), b"a" * 100]
         ids = [self._encode(text) for text in texts]
         tokens, counts = self.encode_documents(
@@ -159,37 +167,37 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes, eos: str | None):
         super().__init__(path, content)
         try:
-            if not content:  # SentencePiece takes an empty file for a model and complains on the console later
+            if not content:  # SentencePiece would load it and print errors later
                 raise RuntimeError("the file is empty")
             self._model = spm.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise UserError(f"not a SentencePiece model ({_reason(error)})", str(path)) from None
         self.vocab_size = int(self._model.get_piece_size())
         self.eos_id = int(self._model.eos_id() if eos is None else self._model.piece_to_id(eos))
-        if self.eos_id < 0 or not self._model.is_control(self.eos_id):  # also where "</s>" is a user-defined piece
+        if self.eos_id < 0 or not self._model.is_control(self.eos_id):  # "</s>" may be a user-defined piece
             name = "EOS" if eos is None else repr(eos)
-            problem = f"the model has no {name} control piece, which documents are told apart by; train one that has it"
+            problem = f"the model has no {name} control piece to separate documents; train a model with one"
             raise UserError(problem, str(path))
         self.eos = self._model.id_to_piece(self.eos_id)
-        self._take_apart(parse_sentencepiece(content))
+        self._set_up(parse_sentencepiece(content))
 
-    def _take_apart(self, proto: Any) -> None:
-        """What the model does to white space decides how text is cut."""
+    def _set_up(self, proto: Any) -> None:
+        """Choose by the model's white-space rules how U+2581 and split documents are encoded, and create the cache."""
         normalizer, prefix = proto.normalizer_spec, proto.normalizer_spec.add_dummy_prefix
         keeps_spaces = not (prefix or normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap)
-        self._space_bytes = None  # ids that stand for a literal U+2581, where the text around it may be encoded apart
+        self._space_bytes = None  # the ids of a literal U+2581, if the text on its two sides may be encoded separately
         if keeps_spaces and proto.trainer_spec.byte_fallback:
             pieces = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
             self._space_bytes = np.array([self._model.piece_to_id(piece) for piece in pieces], dtype=np.int32)
         if not proto.trainer_spec.byte_fallback:
             self.unk_id = int(self._model.unk_id())
-        self._bare = self._model  # adds no dummy prefix
+        self._no_prefix_model = self._model
         if prefix:
             normalizer.add_dummy_prefix = False
-            self._bare = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        cuts = sentencepiece_cuts(proto)
-        if cuts is not None:
-            self._words = WordCache(cuts, self._encode_words, prefix)
+            self._no_prefix_model = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        boundaries = sentencepiece_boundaries(proto)
+        if boundaries is not None:
+            self._words = WordCache(boundaries, self._encode_words, prefix)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(np.asarray(ids, dtype=np.int64).tolist())
@@ -201,12 +209,13 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode(text, out_type="numpy")
 
     def _encode_rest(self, text: bytes) -> np.ndarray:
-        if text.startswith(b" ") or self._bare is self._model:
+        if text.startswith(b" ") or self._no_prefix_model is self._model:
             return super()._encode_rest(text)
-        return self._bare.encode(text, out_type="numpy")
+        return self._no_prefix_model.encode(text, out_type="numpy")
 
     def _encode_words(self, words: list[bytes]) -> list[Sequence[int]]:
-        ids = self._bare.encode(words, out_type=int, num_threads=1)  # measured as fast as one call for all words joined
+        # As fast as one call for all words joined.
+        ids = self._no_prefix_model.encode(words, out_type=int, num_threads=1)
         if self._space_bytes is not None:
             for i, word in enumerate(words):
                 if SPACE.encode() in word:
@@ -215,9 +224,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json. Special tokens are not looked for in text; what the file says of padding and truncation is off.
+    """A tokenizer.json. Special tokens are not matched in text; its padding and truncation are ignored.
 
-    `tokenizers` runs in one thread: its pool of threads would not survive the fork of a converter's workers.
+    `tokenizers` runs in one thread: its thread pool does not survive the fork of the converter's workers.
     """
 
     file_name = "tokenizer.json"
@@ -230,8 +239,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
             self._model = tokenizers.Tokenizer.from_str(content.decode())
         except ImportError:
-            raise UserError("a tokenizer.json needs the package tokenizers; pip install it", str(path)) from None
-        except Exception as error:  # the library raises nothing narrower
+            raise UserError("a tokenizer.json needs a package; pip install tokenizers", str(path)) from None
+        except Exception as error:  # the library raises no narrower type
             raise UserError(f"not a tokenizer.json that can be read ({error})", str(path)) from None
         self._model.no_padding()
         self._model.no_truncation()
@@ -242,9 +251,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = special[self.eos]
         spec = json.loads(self._model.to_str())
         self.unk_id = _unknown_id(spec["model"], self._model)
-        cuts = huggingface_cuts(spec)
-        if cuts is not None:
-            self._words = WordCache(cuts, self._encode_words)
+        boundaries = huggingface_boundaries(spec)
+        if boundaries is not None:
+            self._words = WordCache(boundaries, self._encode_words)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(np.asarray(ids, dtype=np.int64).tolist())
@@ -261,30 +270,31 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _unknown_id(model: dict[str, Any], tokenizer: Any) -> int | None:
-    """The id of a tokenizer.json's unknown token, unless it can do without."""
+    """The id of a tokenizer.json's unknown token; None if it has none or falls back to bytes."""
     if model.get("byte_fallback"):
         return None
     return model["unk_id"] if model.get("unk_id") is not None else tokenizer.token_to_id(model.get("unk_token") or "")
 
 
 def _find_eos(eos: str | None, special: list[str], path: Path) -> str:
-    """`eos`, or else the only one of a tokenizer's special tokens that is known to end documents."""
+    """`eos`, or else the only special token with a common name of EOS."""
     names = [eos] if eos else [name for name in COMMON_EOS if name in special]
     if len(names) == 1 and names[0] in special:
         return names[0]
-    problem = f"{eos!r} is no special token of this file" if eos else "it does not say which token ends documents"
-    raise UserError(f"{problem}; pass --eos with one of: {' '.join(special) or '(it has no special token)'}", str(path))
+    problem = f"{eos!r} is not a special token of this file" if eos else "the file does not name its EOS token"
+    choices = " ".join(special) or "(the file has no special tokens)"
+    raise UserError(f"{problem}; pass --eos with one of: {choices}", str(path))
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """The text of "eos_token" in the files that lie beside a tokenizer.json."""
+    """The "eos_token" in the configuration files next to a tokenizer.json."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             token = read_json((folder / name).read_bytes()).get("eos_token")
         except FileNotFoundError:
             continue
         except (ValueError, AttributeError):
-            raise UserError("not readable as JSON; repair or remove it, or pass --eos", str(folder / name)) from None
+            raise UserError("not valid JSON; fix or remove it, or pass --eos", str(folder / name)) from None
         if token:
             return token["content"] if isinstance(token, dict) else token
     return None
@@ -295,14 +305,14 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a SentencePiece model of `vocab_size` pieces on `texts` and write it to `out`.
 
-    The same texts give the same bytes. Of more than MAX_TRAIN_LINES lines a random sample is used, drawn from `seed`.
-    Raises UserError if `vocab_size` does not fit.
+    The same texts give the same bytes. Beyond MAX_TRAIN_LINES lines, a random sample is drawn with `seed`.
+    Raises UserError if `vocab_size` is impossible for the texts.
     """
     return train_on_lines(sample_lines(texts, seed), out, vocab_size, model_type)
 
 
 def train_on_lines(lines: list[str], out: Path, vocab_size: int, model_type: str) -> Tokenizer:
-    """The same for lines from `sample_lines`."""
+    """`train_tokenizer` on lines from `sample_lines`."""
     if not lines:
         raise UserError("no text to train a tokenizer on; check the input files")
     model = io.BytesIO()
@@ -355,8 +365,8 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _reason(error: RuntimeError) -> str:
-    """SentencePiece's message without its source line: 'INTERNAL: x.cc(1) [a <= b] Reason' -> 'Reason'."""
-    return re.sub(r"^.*\.cc\(\d+\) \[.*\] ?", "", str(error)).removeprefix("INTERNAL: ").strip() or "not readable"
+    """SentencePiece's message without its source location: 'INTERNAL: x.cc(1) [a <= b] Reason' -> 'Reason'."""
+    return re.sub(r"^.*\.cc\(\d+\) \[.*\] ?", "", str(error)).removeprefix("INTERNAL: ").strip() or "unreadable"
 
 
 def _vocab_problem(vocab_size: int, reason: str) -> str:

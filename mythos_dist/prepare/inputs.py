@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mythos_dist.data.decompress import TooLarge, decompress
 from mythos_dist.data.manifest import file_sha256
-from mythos_dist.data.unpack import TooLarge, unpack
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.encoding import check_encoding
 from mythos_dist.prepare.names import Kind, is_url
@@ -95,7 +95,7 @@ def read_pieces(source: Source, offset: int = 0) -> Iterator[bytes]:
                 "0 bytes; a compressed file has at least a header, so it was not written or copied completely"
             )
         try:
-            yield from unpack(lambda: open_bytes(source), source.compression, source.unpack_limit, READ_BYTES)
+            yield from decompress(lambda: open_bytes(source), source.compression, source.unpack_limit, READ_BYTES)
         except TooLarge:
             raise OSError(too_large(source, source.unpack_limit)) from None
         return

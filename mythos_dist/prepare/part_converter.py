@@ -194,7 +194,7 @@ class _PartConverter:
             repaired |= piece_repaired
             rest = np.concatenate([rest, data])
             while len(rest) > FRAGMENT_BYTES:
-                end = self._tokenizer.cut(rest, FRAGMENT_BYTES)
+                end = self._tokenizer.split_point(rest, FRAGMENT_BYTES)
                 tokens, _ = self._tokenizer.encode_documents(rest[:end], np.array([end]), continues)
                 self._add_progress(end, len(tokens))
                 yield tokens

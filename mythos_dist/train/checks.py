@@ -6,7 +6,7 @@ import shutil
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.config.compare import differences
 from mythos_dist.config.schema import Config
-from mythos_dist.data.corpora import Corpus, changes, open_corpora
+from mythos_dist.data.corpora import Corpus, data_changes, open_corpora
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.errors import UserError
 from mythos_dist.model.attend import choose_kernel
@@ -58,7 +58,7 @@ def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpu
         for name, value, old in differences(config, manifest.config)
     ]
     settings = ["these"] if found else []
-    if manifest.data and (changed := changes(corpora, manifest.data)):
+    if manifest.data and (changed := data_changes(corpora, manifest.data)):
         found += changed
         settings.append("data.path" if config.data.mix is None else "data.mix")
     if found:

@@ -1,4 +1,4 @@
-"""Document ids against a count by hand."""
+"""Document ids against a count of EOS tokens."""
 
 import numpy as np
 from hypothesis import given
@@ -10,7 +10,7 @@ EOS = 2
 
 
 @given(rows=st.lists(st.lists(st.sampled_from([EOS, 5, 6]), min_size=6, max_size=6), min_size=2, max_size=4))
-def test_document_ids_count_the_documents_that_ended_before(rows):
+def test_document_id_is_the_number_of_eos_tokens_before(rows):
     tokens = np.array(rows).reshape(len(rows), 2, 3)
     expected = [[[row[:i].count(EOS) for i in range(len(row))] for row in pair] for pair in tokens.tolist()]
     ids = document_ids(tokens, EOS)
@@ -18,5 +18,5 @@ def test_document_ids_count_the_documents_that_ended_before(rows):
     assert ids.dtype == np.int32
 
 
-def test_an_eos_belongs_to_the_document_it_ends():
+def test_an_eos_belongs_to_the_document_that_it_ends():
     assert document_ids(np.array([5, EOS, EOS, 6, 7, EOS]), EOS).tolist() == [0, 0, 1, 2, 2, 2]

@@ -1,4 +1,4 @@
-"""Each epoch is a permutation of a corpus that depends on (seed, epoch, shard sizes), reached without walking to it."""
+"""Each epoch is a permutation of the corpus by (seed, epoch, shard sizes), computed at any position directly."""
 
 import tracemalloc
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_dist.data.order import BLOCKS_KEPT, SHUFFLE_BLOCK, SampleOrder
+from mythos_dist.data.order import CACHED_BLOCKS, SHUFFLE_BLOCK, SampleOrder
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 SEEDS = st.integers(-(2**70), 2**70) | st.integers(-2, 2)
@@ -19,23 +19,23 @@ def epoch_of(order: SampleOrder, epoch: int) -> list[int]:
 
 
 @given(sizes=SIZES, block=st.integers(1, 100), seed=SEEDS, epoch=st.integers(0, 10**6))
-def test_every_epoch_holds_every_sample_once(sizes, block, seed, epoch):
-    """Also with shards of no sample, blocks of one sample, and blocks that end inside a shard."""
+def test_every_epoch_has_every_sample_once(sizes, block, seed, epoch):
+    """Also with empty shards, blocks of one sample, and blocks that end within a shard."""
     assert sorted(epoch_of(SampleOrder(sizes, seed, block=block), epoch)) == list(range(sum(sizes)))
 
 
 @given(sizes=SIZES, block=st.none() | st.integers(1, 100), seed=SEEDS, data=st.data())
-def test_any_positions_in_any_order_give_what_reading_on_gives(sizes, block, seed, data):
-    """A fresh order asked at random places, several epochs at a time, against one that is read through."""
-    whole = [sample for epoch in range(3) for sample in epoch_of(SampleOrder(sizes, seed, block=block), epoch)]
-    asked = data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=30))
+def test_random_access_equals_reading_in_order(sizes, block, seed, data):
+    """A new order queried at random positions of several epochs, against one that is read from the start."""
+    expected = [sample for epoch in range(3) for sample in epoch_of(SampleOrder(sizes, seed, block=block), epoch)]
+    query = data.draw(st.lists(st.integers(0, len(expected) - 1), max_size=30))
     order = SampleOrder(sizes, seed, block=block)
-    for some in (asked[:10], asked[10:]):
-        assert order.samples(np.array(some, dtype=np.int64)).tolist() == [whole[position] for position in some]
+    for some in (query[:10], query[10:]):
+        assert order.samples(np.array(some, dtype=np.int64)).tolist() == [expected[position] for position in some]
 
 
-def test_seeds_epochs_and_corpora_are_permuted_differently():
-    """Large seeds and negative ones too: none is cut to the 32 bits that NumPy takes at a time."""
+def test_permutations_differ_between_seeds_epochs_and_corpora():
+    """Also for large and negative seeds, which must not be truncated to NumPy's 32-bit words."""
     sizes = [30, 20, 50]
     seeds = [0, 1, -1, 2**31, 2**32, -(2**32), 2**32 - 1, 2**63, 2**64, 2**64 + 1, 2**96 - 1]
     orders = [epoch_of(SampleOrder(sizes, seed), 0) for seed in seeds]
@@ -47,21 +47,21 @@ def test_seeds_epochs_and_corpora_are_permuted_differently():
     assert len(set(map(tuple, orders))) == len(orders)
 
 
-FROZEN = ([0, 6, 5, 2, 3, 4, 1], [3, 5, 4, 1, 0, 6, 2])
+FIRST_VERSION = ([0, 6, 5, 2, 3, 4, 1], [3, 5, 4, 1, 0, 6, 2])
 
 
-def test_the_numbers_are_those_of_the_first_version():
-    """Frozen: a run that resumes after an update must go on with the samples it has not seen."""
-    assert epoch_of(SampleOrder([3, 4], 7), 0) == FROZEN[0]
-    assert epoch_of(SampleOrder([3, 4], -7, block=3, corpus=2), 5) == FROZEN[1]
+def test_the_order_is_that_of_the_first_version():
+    """Fixed values: a run that resumes after an update must continue with the samples that it has not seen."""
+    assert epoch_of(SampleOrder([3, 4], 7), 0) == FIRST_VERSION[0]
+    assert epoch_of(SampleOrder([3, 4], -7, block=3, corpus=2), 5) == FIRST_VERSION[1]
 
 
 def test_without_a_seed_the_order_is_the_one_on_disk():
     assert SampleOrder([2, 3], None).samples(np.arange(12)).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 
 
-def test_neighbours_come_from_different_shards():
-    """64 shards of 1000 in blocks of 16 000: two neighbours share a shard once in 16 pairs, if they are mixed well."""
+def test_neighbouring_samples_come_from_different_shards():
+    """64 shards of 1,000 in blocks of 16,000: when mixed well, one pair of neighbours in 16 shares a shard."""
     order = SampleOrder([1000] * 64, 3, block=16_000)
     shards = np.array(epoch_of(order, 0)) // 1000
     same = (shards[1:] == shards[:-1]).mean()
@@ -72,19 +72,19 @@ def test_neighbours_come_from_different_shards():
     assert max(halves) < 600, "each shard is spread over its block"  # 500 expected, deviation 16
 
 
-def test_a_block_mixes_even_shards_that_are_larger_than_it():
+def test_blocks_grow_so_that_they_mix_large_shards():
     order = SampleOrder([SHUFFLE_BLOCK + 1] * 4, 0)
     shards = order.samples(np.arange(100)) // (SHUFFLE_BLOCK + 1)
     assert len(set(shards.tolist())) > 1
 
 
-def test_three_hundred_million_samples_take_a_few_megabytes_and_a_seek_draws_one_block(monkeypatch):
-    """By the work that is done: lengths of the permutations that are drawn, and bytes that are held at most."""
+def test_a_large_corpus_takes_a_few_megabytes_and_a_seek_draws_one_block(monkeypatch):
+    """300 million samples: lengths of the permutations that are drawn, and peak memory."""
     drawn = []
-    real = np.random.RandomState
+    random_state = np.random.RandomState
 
     def counting(words):
-        state = real(words)
+        state = random_state(words)
         permutation = state.permutation
 
         class Counting:
@@ -106,14 +106,14 @@ def test_three_hundred_million_samples_take_a_few_megabytes_and_a_seek_draws_one
         order.samples(np.array([position]))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < (BLOCKS_KEPT + 5) * 4 * SHUFFLE_BLOCK + 2_000_000 < 50e6
+    assert peak < (CACHED_BLOCKS + 5) * 4 * SHUFFLE_BLOCK + 2_000_000 < 50e6
 
 
-def test_blocks_are_forgotten_in_the_order_of_their_use(monkeypatch):
-    """What is read over and over stays, however many others come between."""
+def test_the_least_recently_used_blocks_are_evicted(monkeypatch):
+    """A block that is read again and again stays, whatever else is read in between."""
     order = SampleOrder([10] * 10, 0, block=10)
     order.samples(np.array([0]))
     for position in range(10, 100, 10):
         order.samples(np.array([position]))
         order.samples(np.array([0]))
-        assert 0 in order._blocks and len(order._blocks) <= BLOCKS_KEPT
+        assert 0 in order._blocks and len(order._blocks) <= CACHED_BLOCKS

@@ -1,4 +1,4 @@
-"""A step holds the same samples at every layout, each sample comes once an epoch, seeking is exact, errors arrive."""
+"""A step has the same samples at every layout, each sample occurs once per epoch, seeking is exact."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ import torch
 from helpers.shard_folder import EOS, SEQ_LEN, VOCAB_SIZE, copy, rewrite_index, shard_files, write_folder
 from streaming import StreamingDataset
 
-from mythos_dist.data.mix import deal
+from mythos_dist.data.mix import corpus_positions
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
 
@@ -37,7 +37,7 @@ def mix(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_stream(folder, tmp_path_factory):
-    """ReplicaStream with small defaults; name only what a test is about."""
+    """ReplicaStream with small defaults; a test passes only the settings that it is about."""
     return partial(
         ReplicaStream,
         path=folder,
@@ -73,8 +73,8 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_a_micro_batch_is_the_windows_on_disk(make_stream, tmp_path, dtype):
-    """Against streaming alone: inputs w[:-1], labels w[1:], and document ids counted by hand."""
+def test_a_micro_batch_has_the_windows_on_disk(make_stream, tmp_path, dtype):
+    """Against StreamingDataset: inputs w[:-1], labels w[1:], and document ids by counting."""
     folder = write_folder(tmp_path / "shards", [15, 25], dtype=dtype)
     stream = make_stream(path=folder)
     data = StreamingDataset(local=str(folder / "train"), batch_size=1)
@@ -90,14 +90,14 @@ def test_a_micro_batch_is_the_windows_on_disk(make_stream, tmp_path, dtype):
         assert [x.dtype for x in batch] == [torch.int64, torch.int64, torch.int32, torch.int64]
         assert (batch.input_ids.shape, batch.sample_ids.shape) == ((2, SEQ_LEN), (2,))
         assert all(x.is_contiguous() for x in batch)
-    assert len(documents) > 1, "no window held two documents: the ids were not tried"
+    assert len(documents) > 1, "no window has two documents, so the ids were not tested"
 
 
 @pytest.mark.parametrize(
     ("num_replicas", "micro_batch", "global_batch"), [(1, 7, 7), (2, 2, 12), (4, 5, 20), (1, 9, 90)]
 )
-def test_every_epoch_holds_every_sample_once(make_stream, num_replicas, micro_batch, global_batch):
-    """Also where an epoch ends inside a step, and where one step holds several epochs."""
+def test_every_epoch_has_every_sample_once(make_stream, num_replicas, micro_batch, global_batch):
+    """Also when an epoch ends within a step, and when one step has several epochs."""
     streams = replicas(make_stream, num_replicas, split="heldout", micro_batch=micro_batch, global_batch=global_batch)
     n = streams[0].num_samples
     assert n == 37 and n % global_batch, "the layout must not divide the split"
@@ -108,8 +108,8 @@ def test_every_epoch_holds_every_sample_once(make_stream, num_replicas, micro_ba
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_step_holds_the_same_samples_at_every_layout(make_stream, folder, mix, mixed):
-    """In the same order even: a replica takes the next part of the global batch."""
+def test_a_step_has_the_same_samples_at_every_layout(make_stream, folder, mix, mixed):
+    """And in the same order: replica r takes part r of the global batch."""
     path = mix if mixed else folder
     expected = [step_ids([make_stream(path=path, global_batch=16, micro_batch=16)], step) for step in range(4)]
     for num_replicas, micro_batch in [(1, 2), (2, 8), (2, 1), (4, 2)]:
@@ -120,19 +120,19 @@ def test_a_step_holds_the_same_samples_at_every_layout(make_stream, folder, mix,
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_reading_ahead_equals_reading_each_step(make_stream, folder, mix, mixed, workers):
+def test_reading_ahead_equals_reading_step_by_step(make_stream, folder, mix, mixed, workers):
     stream = make_stream(
         path=mix if mixed else folder, num_replicas=2, replica=1, split="heldout", workers=workers, micro_batch=1
     )
-    around_the_end = stream.num_samples // 8 - 1  # steps from here cross into the next epoch
-    for step, micro_batches in enumerate(islice(stream.steps(around_the_end), 4), around_the_end):
+    first = stream.num_samples // 8 - 1  # steps from here cross into the next epoch
+    for step, micro_batches in enumerate(islice(stream.steps(first), 4), first):
         assert len(micro_batches) == 4
         assert_same(micro_batches, stream.step(step))
 
 
-def test_starting_at_a_step_equals_reading_on_to_it(make_stream, mix):
-    read_on = list(islice(make_stream(path=mix).steps(0), 8))
-    for micro_batches, expected in zip(make_stream(path=mix).steps(5), read_on[5:], strict=False):
+def test_starting_at_a_step_equals_reading_up_to_it(make_stream, mix):
+    expected_steps = list(islice(make_stream(path=mix).steps(0), 8))
+    for micro_batches, expected in zip(make_stream(path=mix).steps(5), expected_steps[5:], strict=False):
         assert_same(micro_batches, expected)
 
 
@@ -151,14 +151,14 @@ def test_without_shuffle_the_order_is_the_one_on_disk(make_stream):
     assert [ids_of(stream.step(step)) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
-def test_a_mix_of_one_is_the_corpus_itself(make_stream, folder):
+def test_a_mix_of_one_corpus_equals_the_corpus(make_stream, folder):
     alone, mixed = make_stream(), make_stream(path={str(folder): 0.25})
     assert alone.fingerprint == mixed.fingerprint and alone.num_samples == mixed.num_samples
     assert [ids_of(alone.step(step)) for step in range(5)] == [ids_of(mixed.step(step)) for step in range(5)]
 
 
-def test_a_mix_holds_each_corpus_by_its_weight_and_once_in_each_of_its_epochs(make_stream, mix):
-    """Ids of a corpus follow those of the corpora before it; its windows are those that it has alone."""
+def test_a_mix_reads_each_corpus_by_its_weight_and_once_per_epoch_of_that_corpus(make_stream, mix):
+    """The ids of a corpus follow those of the previous corpora; its windows are the same as without a mix."""
     stream = make_stream(path=mix)
     ids = np.array([i for step in range(60) for i in ids_of(stream.step(step))])
     sizes = {0: 131, 1: 50, 2: 20}
@@ -170,7 +170,9 @@ def test_a_mix_holds_each_corpus_by_its_weight_and_once_in_each_of_its_epochs(ma
         for epoch in range(len(own) // sizes[number]):
             here = own[epoch * sizes[number] : (epoch + 1) * sizes[number]]
             assert sorted(here.tolist()) == list(range(sizes[number])), f"corpus {number}, epoch {epoch}"
-    assert Counter(corpus.tolist()).keys() == {0, 1, 2} and (corpus == 2).sum() > 2 * 20, "a small one comes again"
+    assert Counter(corpus.tolist()).keys() == {0, 1, 2} and (corpus == 2).sum() > 2 * 20, (
+        "the smallest corpus must repeat"
+    )
 
     alone = [make_stream(path=path, shuffle=False, global_batch=8, micro_batch=8) for path in mix]
     windows = {}
@@ -184,22 +186,23 @@ def test_a_mix_holds_each_corpus_by_its_weight_and_once_in_each_of_its_epochs(ma
             assert windows.get(i, (0, tokens))[1] == tokens
 
 
-def test_the_held_out_split_of_a_mix_is_in_the_order_on_disk_and_ends_with_its_first_corpus(make_stream, mix):
-    """37, 11 and 18 windows at 6 : 3 : 1. The second is read through first: behind its 11 come at most 4 others."""
+def test_the_held_out_split_of_a_mix_ends_before_a_corpus_repeats(make_stream, mix):
+    """37, 11 and 18 windows at 6 : 3 : 1, in the order on disk. The second corpus ends first; at most 4 windows of the
+    others follow its 11."""
     stream = make_stream(path=mix, split="heldout", shuffle=False, global_batch=1, micro_batch=1)
     ids = [ids_of(stream.step(step))[0] for step in range(stream.num_samples + 1)]
-    corpus, own = deal(np.arange(len(ids)), [6, 3, 1])
+    corpus, own = corpus_positions(np.arange(len(ids)), [6, 3, 1])
     assert ids == (np.array([0, 37, 48])[corpus] + own % np.array([37, 11, 18])[corpus]).tolist()
-    assert len(set(ids[:-1])) == len(ids) - 1 and ids[-1] == 37, "the next one would be the second corpus's first again"
+    assert len(set(ids[:-1])) == len(ids) - 1 and ids[-1] == 37, "the next sample would be the second corpus's first"
     assert 11 * 10 // 3 <= stream.num_samples <= 11 * 10 // 3 + 4
 
 
-def test_a_batch_that_replicas_cannot_share_is_refused(make_stream):
+def test_a_global_batch_that_replicas_do_not_divide_is_refused(make_stream):
     with pytest.raises(UserError, match=r"global_batch=9 is not divisible by 1 replica x train\.micro_batch=2"):
         make_stream(global_batch=9)
 
 
-def test_a_folder_that_does_not_fit_is_refused(make_stream, folder):
+def test_a_folder_that_does_not_fit_the_config_is_refused(make_stream, folder):
     with pytest.raises(UserError, match=r"set train\.seq_len to 16"):
         make_stream(seq_len=32)
     with pytest.raises(UserError, match="no such folder"):
@@ -207,7 +210,7 @@ def test_a_folder_that_does_not_fit_is_refused(make_stream, folder):
 
 
 def test_many_streams_of_a_folder_open_few_files(make_stream):
-    """Not so with StreamingDataset: each opens some 12 more for each one that the process has had."""
+    """Unlike StreamingDataset, which opens about 12 more files for each instance that the process has had."""
     make_stream()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
@@ -225,7 +228,7 @@ def write_token(folder, token: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(make_stream, folder, tmp_path, workers):
+def test_a_token_outside_the_vocabulary_is_an_error_before_the_model_gets_it(make_stream, folder, tmp_path, workers):
     folder = copy(folder, tmp_path / "copy")
     write_token(folder, 65535)
     stream = make_stream(
@@ -242,8 +245,10 @@ def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(make_s
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_shard_is_an_error_at_its_step_and_without_a_traceback(make_stream, folder, tmp_path, workers):
-    """Steps before it come out whole, though the workers have met the damage already."""
+def test_a_damaged_shard_is_an_error_without_traceback_at_the_step_that_reads_it(
+    make_stream, folder, tmp_path, workers
+):
+    """Earlier steps are complete, although the workers have already read the damaged shard."""
     folder = copy(folder, tmp_path / "copy")
     damaged = shard_files(folder)[1]
     with open(damaged, "r+b") as file:
@@ -260,13 +265,13 @@ def test_a_damaged_shard_is_an_error_at_its_step_and_without_a_traceback(make_st
 
 @pytest.mark.timeout(240)
 def test_a_worker_that_is_killed_is_an_error(make_stream):
-    """As by a machine that runs out of memory."""
+    """As by the kernel when memory runs out."""
     before = set(multiprocessing.active_children())
     steps = make_stream(workers=2).steps(0)
     next(steps)
-    victim, _ = set(multiprocessing.active_children()) - before
-    os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=f"worker .*{victim.pid}"):
+    worker, _ = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=f"worker .*{worker.pid}"):
         for _ in range(1000):
             next(steps)
 
@@ -281,7 +286,7 @@ if __name__ == "__main__":
         sys.argv[1], "train", seq_len=16, vocab_size=1000, global_batch=8, micro_batch=2,
         replica=int(sys.argv[2]), num_replicas=2, seed=7, workers=1,
     )
-    steps = stream.steps(0)  # kept: its worker is there when this rank is killed
+    steps = stream.steps(0)  # keeps its worker alive until this rank is killed
     print(*[i for step in islice(steps, 3) for b in step for i in b.sample_ids.tolist()])
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     print(*pids)
@@ -298,7 +303,7 @@ if __name__ == "__main__":
 
 
 def contents_of(file: Path) -> bytes:
-    """Of a file that another test may remove at any time."""
+    """The content of a file that another test may remove at any time; empty if it is gone."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -308,12 +313,10 @@ def contents_of(file: Path) -> bytes:
 @pytest.mark.launch
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize(("method", "num_ranks"), [("fork", 2), ("spawn", 1)])  # spawned workers import it all again
-def test_ranks_read_at_once_and_leave_nothing_behind_when_they_are_killed(
-    make_stream, folder, tmp_path, method, num_ranks
-):
-    """Without a launcher's variables, as under any launcher: LOCAL_WORLD_SIZE was a trap of streaming's. No rank waits
-    for another. The workers' ends are found closed, and nothing is left in /dev/shm: nothing that a process has open
-    when it is killed, nothing with its pid, and nothing of streaming's for this folder."""
+def test_killed_ranks_leave_nothing_in_dev_shm(make_stream, folder, tmp_path, method, num_ranks):
+    """Ranks read at the same time without waiting for each other, with no launcher's variables (streaming needed
+    LOCAL_WORLD_SIZE). After kill -9 their workers exit, and /dev/shm has nothing that a process had open, nothing with
+    its pid, and nothing of streaming's for this folder."""
     folder = copy(folder, tmp_path / "own")
     program = tmp_path / "rank.py"
     program.write_text(RANK)
@@ -334,11 +337,11 @@ def test_ranks_read_at_once_and_leave_nothing_behind_when_they_are_killed(
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * num_ranks, outputs
-    numbers = [out.splitlines() for out, _ in outputs]
-    got = [[int(i) for i in lines[0].split()] for lines in numbers]
-    pids = [pid for lines in numbers for pid in lines[1].split()]
+    printed = [out.splitlines() for out, _ in outputs]
+    got = [[int(i) for i in lines[0].split()] for lines in printed]
+    pids = [pid for lines in printed for pid in lines[1].split()]
     assert len(pids) == 2 * num_ranks, "each rank has one worker"
-    assert not [name for lines in numbers for name in lines[2:] if os.path.exists(name)]
+    assert not [name for lines in printed for name in lines[2:] if os.path.exists(name)]
     left = os.listdir("/dev/shm")
     assert not [name for name in left for pid in pids if f"_{pid}_" in name]
     assert not [names for names in Path("/dev/shm").glob("*_locals") if str(folder).encode() in contents_of(names)]

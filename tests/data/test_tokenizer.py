@@ -1,4 +1,4 @@
-"""Text survives encoding exactly, no text can spell EOS, and any kind of tokenizer file gives the library's own ids."""
+"""Decoding restores text exactly, no text encodes to EOS, and ids are those of the tokenizer's own library."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory, request):
 
 
 def encode_documents(tokenizer, texts, continues=False) -> list[list[int]]:
-    """Documents end to end, as a converter gives them."""
+    """Concatenated documents, as the converter passes them."""
     documents = [text.encode() for text in texts]
     data = np.frombuffer(b"".join(documents), dtype=np.uint8)
     tokens, counts = tokenizer.encode_documents(
@@ -49,11 +49,11 @@ def encode_documents(tokenizer, texts, continues=False) -> list[list[int]]:
     return [ids.tolist() for ids in np.split(tokens, np.cumsum(counts)[:-1])]
 
 
-def encode_in_pieces(tokenizer, text, limit) -> list[int]:
-    """One document cut into pieces of at most `limit` bytes."""
+def encode_in_parts(tokenizer, text, limit) -> list[int]:
+    """One document split into parts of at most `limit` bytes."""
     rest, ids, continues = np.frombuffer(text.encode(), dtype=np.uint8), [], False
     while len(rest) > limit:
-        end = tokenizer.cut(rest, limit)
+        end = tokenizer.split_point(rest, limit)
         ids += encode_documents(tokenizer, [rest[:end].tobytes().decode()], continues)[0]
         rest, continues = rest[end:], True
     return ids + encode_documents(tokenizer, [rest.tobytes().decode()], continues)[0]
@@ -61,16 +61,16 @@ def encode_in_pieces(tokenizer, text, limit) -> list[int]:
 
 @settings(max_examples=200)
 @given(text=TEXTS)
-def test_decoding_gives_the_text_back_exactly(tokenizer, text):
+def test_decoding_restores_the_text_exactly(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(text=TEXTS)
-def test_eos_never_comes_out_of_text(tokenizer, text):
+def test_text_never_encodes_to_eos(tokenizer, text):
     assert tokenizer.eos_id not in tokenizer.encode(text + "</s>" + text)
 
 
-def test_documents_of_a_batch_are_encoded_one_by_one(tokenizer):
+def test_documents_of_a_batch_are_encoded_separately(tokenizer):
     texts = [*TOPICS[:5], "", "a\u2581b", " ", "", "日本"]
     assert encode_documents(tokenizer, []) == [[]]
     for text, ids in zip(texts, encode_documents(tokenizer, texts), strict=True):
@@ -79,12 +79,12 @@ def test_documents_of_a_batch_are_encoded_one_by_one(tokenizer):
     assert tokenizer.decode([tokenizer.eos_id]) == ""
 
 
-def test_a_lone_surrogate_does_not_end_a_conversion(tokenizer):
+def test_a_lone_surrogate_becomes_a_question_mark(tokenizer):
     assert tokenizer.decode(tokenizer.encode("bad \ud800 text")) == "bad ? text"
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_training_again_gives_the_same_bytes_and_is_quiet(tmp_path, capfd, model_type):
+def test_training_is_reproducible_and_prints_nothing(tmp_path, capfd, model_type):
     first = train_tokenizer(SENTENCES, tmp_path / "a.model", 300, model_type)
     second = train_tokenizer(iter(SENTENCES), tmp_path / "b.model", 300, model_type)
     other = train_tokenizer([line.upper() for line in SENTENCES], tmp_path / "c.model", 300, model_type)
@@ -93,7 +93,7 @@ def test_training_again_gives_the_same_bytes_and_is_quiet(tmp_path, capfd, model
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_large_corpus_is_sampled_by_seed(monkeypatch):
+def test_a_large_corpus_is_sampled_with_the_seed(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "MAX_TRAIN_LINES", 50)
     samples = [sample_lines(SENTENCES, seed) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
@@ -102,7 +102,7 @@ def test_a_large_corpus_is_sampled_by_seed(monkeypatch):
     assert not set(samples[0]) <= set(SENTENCES[:300])
 
 
-def test_an_impossible_vocabulary_is_refused_with_a_possible_one(tmp_path):
+def test_an_impossible_vocab_size_is_refused_with_a_possible_one(tmp_path):
     with pytest.raises(
         UserError, match=r"vocab_size=9000 is too large for this text; set it to at most (\d+)"
     ) as error:
@@ -117,7 +117,7 @@ def test_an_impossible_vocabulary_is_refused_with_a_possible_one(tmp_path):
 
 
 def foreign_model(vocab_size=45, **options) -> bytes:
-    """A model trained without our rules."""
+    """A model trained with other options than ours."""
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=vocab_size, minloglevel=2, **options
@@ -125,7 +125,7 @@ def foreign_model(vocab_size=45, **options) -> bytes:
     return model.getvalue()
 
 
-def test_a_file_that_cannot_mark_the_end_of_documents_is_refused(tmp_path):
+def test_a_file_that_is_no_tokenizer_or_has_no_eos_is_refused(tmp_path):
     cases = {
         "garbage.model": (b"garbage" * 50, "not a SentencePiece model"),
         "empty.model": (b"", "not a SentencePiece model"),
@@ -143,8 +143,8 @@ def test_a_file_that_cannot_mark_the_end_of_documents_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"byte_fallback": True, "vocab_size": 300}, {"add_dummy_prefix": False}])
-def test_a_models_own_rules_are_kept(tmp_path, options):
-    """With a dummy prefix or without bytes, U+2581 is left to SentencePiece: cutting there would add prefixes."""
+def test_a_models_own_white_space_rules_are_kept(tmp_path, options):
+    """With a dummy prefix or without byte fallback, U+2581 is left to SentencePiece: splitting there adds prefixes."""
     (tmp_path / "foreign.model").write_bytes(foreign_model(**options))
     plain = spm.SentencePieceProcessor(model_file=str(tmp_path / "foreign.model"))
     text = "the cat\u2581sat on the rat"
@@ -162,13 +162,13 @@ def test_eos_can_be_another_control_piece(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "limit", "place"),
+    ("text", "limit", "expected"),
     [
         ("one two three", 8, 7),
         ("one two three", 7, 7),
         ("one two three", 6, 3),
-        ("one  two", 5, 3),  # a run of spaces goes with what follows
-        ("one\n two", 5, 3 + 1),  # no word ends before the limit; the space follows something else
+        ("one  two", 5, 3),  # consecutive spaces stay with the second part
+        ("one\n two", 5, 3 + 1),  # no visible ASCII before the space
         (" onetwo", 4, 4),
         ("éééé éé", 5, 4),  # no space: between characters
         ("éééé éé", 9, 8),
@@ -176,32 +176,32 @@ def test_eos_can_be_another_control_piece(tmp_path):
         ("日本 a b日本日本", 9, 8),
     ],
 )
-def test_a_document_is_cut_before_a_space_or_else_between_characters(tokenizer, text, limit, place):
-    assert tokenizer.cut(np.frombuffer(text.encode(), dtype=np.uint8), limit) == place
+def test_a_document_is_split_before_a_space_or_else_between_characters(tokenizer, text, limit, expected):
+    assert tokenizer.split_point(np.frombuffer(text.encode(), dtype=np.uint8), limit) == expected
 
 
 @given(text=TEXTS, limit=st.integers(4, 40))
-def test_a_cut_is_never_inside_a_character_and_within_the_limit(tokenizer, text, limit):
+def test_a_split_point_is_within_the_limit_and_between_characters(tokenizer, text, limit):
     data = (text + " " + "日" * limit).encode()
-    place = tokenizer.cut(np.frombuffer(data, dtype=np.uint8), limit)
-    assert 0 < place <= limit
-    data[:place].decode()
+    position = tokenizer.split_point(np.frombuffer(data, dtype=np.uint8), limit)
+    assert 0 < position <= limit
+    data[:position].decode()
 
 
-def test_long_documents_are_encoded_in_pieces_as_the_whole(tokenizer):
-    """Unigram sums scores from the start of a text in float32: where a ruler can be made of pieces in several orders,
-    rounding decides which. Of these texts that is about 1 token in 3,000."""
+def test_split_documents_encode_to_the_tokens_of_the_full_text(tokenizer):
+    """Unigram models sum scores from the start of a text in float32: when a run of one character can be divided in
+    several ways, rounding decides. That is about 1 token in 3,000 of these texts."""
     for text in TOPICS[:30]:
-        pieces, whole = np.array(encode_in_pieces(tokenizer, text, 300)), tokenizer.encode(text)
-        assert len(pieces) == len(whole)
-        assert (pieces != whole).mean() <= (0 if tokenizer.cached else 0.01)
-        assert tokenizer.decode(pieces) == text
+        ids, expected = np.array(encode_in_parts(tokenizer, text, 300)), tokenizer.encode(text)
+        assert len(ids) == len(expected)
+        assert (ids != expected).mean() <= (0 if tokenizer.cached else 0.01)
+        assert tokenizer.decode(ids) == text
 
 
 @settings(max_examples=100)
 @given(text=TEXTS, limit=st.integers(4, 40))
-def test_any_text_survives_cutting(tokenizer, text, limit):
-    assert tokenizer.decode(encode_in_pieces(tokenizer, text, limit)) == text
+def test_split_text_decodes_exactly(tokenizer, text, limit):
+    assert tokenizer.decode(encode_in_parts(tokenizer, text, limit)) == text
 
 
 @pytest.mark.parametrize(
@@ -215,18 +215,18 @@ def test_any_text_survives_cutting(tokenizer, text, limit):
 )
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_a_dummy_prefix_is_not_repeated_inside_a_document(tmp_path, options, model_type):
-    """Also where a text without spaces is cut; SentencePiece's defaults, bytes, and as Llama 2 has it."""
+    """Also when a text without spaces is split. SentencePiece's defaults, byte fallback, and Llama 2's options."""
     (tmp_path / "m.model").write_bytes(foreign_model(300, model_type=model_type, hard_vocab_limit=False, **options))
     tokenizer = Tokenizer.load(tmp_path / "m.model")
     for text in (" ".join(SENTENCES[:50]), "the cat  sat  on the rat", " the cat sat on"):
-        assert encode_in_pieces(tokenizer, text, 16) == tokenizer.encode(text).tolist()
+        assert encode_in_parts(tokenizer, text, 16) == tokenizer.encode(text).tolist()
     text = "thecatsatonthematthecatsatonthemat"
     if not options.get("treat_whitespace_as_suffix"):
-        assert tokenizer.decode(encode_in_pieces(tokenizer, text, 8)) == text
+        assert tokenizer.decode(encode_in_parts(tokenizer, text, 8)) == text
 
 
 def byte_level(special=("<|endoftext|>",), prefix=False) -> tokenizers.Tokenizer:
-    """As GPT-2's, trained on sentences."""
+    """A tokenizer like GPT-2's, trained on sentences."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
@@ -239,7 +239,7 @@ def byte_level(special=("<|endoftext|>",), prefix=False) -> tokenizers.Tokenizer
 
 
 def llama_2(vocab) -> tokenizers.Tokenizer:
-    """A prefix by normalization, bytes as fallback."""
+    """A tokenizer like Llama 2's: a prefix from the normalizer, byte fallback."""
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
@@ -254,7 +254,7 @@ def save(tokenizer, folder):
     return folder / "tokenizer.json"
 
 
-def test_a_tokenizer_json_gives_its_librarys_ids(tmp_path):
+def test_a_tokenizer_json_gives_the_ids_of_its_library(tmp_path):
     plain = byte_level()
     tokenizer = Tokenizer.load(save(plain, tmp_path))
     assert tokenizer.file_name == "tokenizer.json" and tokenizer.cached
@@ -267,7 +267,7 @@ def test_a_tokenizer_json_gives_its_librarys_ids(tmp_path):
 
 
 @given(text=TEXTS)
-def test_no_text_spells_a_special_token(json_tokenizer, text):
+def test_no_text_encodes_to_a_special_token(json_tokenizer, text):
     text = text + "<|endoftext|>" + text
     assert json_tokenizer.eos_id not in json_tokenizer.encode(text)
     assert json_tokenizer.eos_id not in encode_documents(json_tokenizer, [text, "<|endoftext|>"])[0]
@@ -279,8 +279,8 @@ def json_tokenizer(tmp_path_factory):
     return Tokenizer.load(save(byte_level(), tmp_path_factory.mktemp("json")))
 
 
-def test_padding_truncation_and_added_tokens_in_the_file_are_off(tmp_path):
-    """A file that cuts texts off at 5 tokens would lose the rest without a word."""
+def test_padding_truncation_and_post_processing_in_the_file_are_ignored(tmp_path):
+    """Truncation to 5 tokens would silently drop the rest of each text."""
     plain = byte_level(["<|endoftext|>", "<s>"])
     text = "the cat sat on the mat " * 10
     ids = plain.encode(text).ids
@@ -292,11 +292,11 @@ def test_padding_truncation_and_added_tokens_in_the_file_are_off(tmp_path):
     assert tokenizer.encode(text).tolist() == ids == encode_documents(tokenizer, [text])[0]
 
 
-def test_the_token_that_ends_documents_is_found_or_asked_for(tmp_path):
+def test_eos_is_found_in_the_file_or_must_be_given(tmp_path):
     path = save(byte_level(["<s>", "</s>", "<|endoftext|>", "<|im_end|>"]), tmp_path)
-    with pytest.raises(UserError, match=r"does not say .* pass --eos with one of: <s> </s> <\|endoftext"):
+    with pytest.raises(UserError, match=r"does not name its EOS .* pass --eos with one of: <s> </s> <\|endoftext"):
         Tokenizer.load(path)
-    with pytest.raises(UserError, match="'the' is no special token of this file; pass --eos with one of: <s> </s>"):
+    with pytest.raises(UserError, match="'the' is not a special token of this file; pass --eos with one of: <s> </s>"):
         Tokenizer.load(path, eos="the")
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>", "lstrip": False}}))
     assert Tokenizer.load(path).eos == "</s>"
@@ -304,20 +304,20 @@ def test_the_token_that_ends_documents_is_found_or_asked_for(tmp_path):
     assert Tokenizer.load(path).eos == "<|im_end|>"
     assert Tokenizer.load(path, eos="<|endoftext|>").eos_id == 2
     (tmp_path / "tokenizer_config.json").write_text("[1")
-    with pytest.raises(UserError, match=r"tokenizer_config.json: not readable as JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: not valid JSON"):
         Tokenizer.load(path)
 
 
-def test_a_file_whose_words_are_special_tokens_is_refused(tmp_path):
-    """Whole words are looked up: the word "</s>" is the token "</s>"."""
+def test_a_file_whose_special_tokens_are_words_is_refused(tmp_path):
+    """A WordLevel model looks up words: the word "</s>" is the token "</s>"."""
     plain = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "the": 1, "<unk>": 2}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     plain.add_special_tokens(["</s>"])
-    with pytest.raises(UserError, match="text can spell '</s>'"):
+    with pytest.raises(UserError, match="the text '</s>' encodes to EOS"):
         Tokenizer.load(save(plain, tmp_path))
 
 
-def test_ids_with_gaps_count_in_the_size_of_the_vocabulary(tmp_path):
+def test_vocab_size_is_the_largest_id_plus_one(tmp_path):
     plain = tokenizers.Tokenizer(models.WordLevel({"the": 1, "cat": 70_000, "<unk>": 2}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.add_special_tokens(["</s>"])
@@ -327,18 +327,18 @@ def test_ids_with_gaps_count_in_the_size_of_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["byte level", "byte level with prefix", "Llama 2"])
-def test_a_document_cut_in_pieces_has_the_ids_of_the_whole(tmp_path, kind):
+def test_a_split_document_has_the_ids_of_the_full_text(tmp_path, kind):
     letters = {letter: i + 257 for i, letter in enumerate("\u2581 abcdehmnorstu0123456789")}
     vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, **letters}
     plain = llama_2(vocab) if kind == "Llama 2" else byte_level(prefix="prefix" in kind)
     tokenizer = Tokenizer.load(save(plain, tmp_path))
     for text in (" ".join(SENTENCES[:30]), "the cat  sat  on the rat", " the cat sat on é"):
-        assert encode_in_pieces(tokenizer, text, 16) == plain.encode(text).ids
+        assert encode_in_parts(tokenizer, text, 16) == plain.encode(text).ids
 
 
 @pytest.mark.parametrize("is_json", [False, True])
 def test_a_forked_process_can_encode(tmp_path, is_json):
-    """A pool of threads in the parent would leave the child waiting for threads that it does not have."""
+    """With a thread pool in the parent, the child would deadlock: threads do not survive a fork."""
     if is_json:
         tokenizer = Tokenizer.load(save(byte_level(), tmp_path))
     else:
@@ -357,7 +357,7 @@ def run_tool(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, text=True)
 
 
-def test_the_command_trains_the_same_file_again_and_says_what_it_does(tmp_path):
+def test_the_command_is_reproducible_and_reports_what_it_does(tmp_path):
     pq.write_table(pa.table({"text": SENTENCES}), tmp_path / "text.parquet")
     command = ("--input", tmp_path / "text.parquet", "--vocab-size", 300, "--model-type", "bpe", "--out")
     first = run_tool(*command, tmp_path / "a.model", "--json")
@@ -380,11 +380,11 @@ def test_the_command_trains_the_same_file_again_and_says_what_it_does(tmp_path):
     assert wrong.returncode == 2 and "--sample-mb=0" in wrong.stderr and not (tmp_path / "c.model").exists()
 
 
-# --- characters that are not known
+# ---- Unknown characters
 
 
 def json_file(model, folder, **parts):
-    """A tokenizer.json of `model` with an EOS."""
+    """A tokenizer.json of `model` with an EOS token."""
     tokenizer = tokenizers.Tokenizer(model)
     for name, part in parts.items():
         setattr(tokenizer, name, part)
@@ -396,7 +396,7 @@ LETTERS = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
 
 
 def test_a_tokenizer_that_drops_characters_is_refused_with_the_remedy(tmp_path):
-    """Neither an unknown token nor bytes: the library leaves such characters out, or raises."""
+    """With neither an unknown token nor byte fallback, the library drops such characters or raises."""
     with pytest.raises(UserError, match=r"loses characters: é ß .* train one with tools/train_tokenizer.py"):
         Tokenizer.load(json_file(models.BPE(LETTERS, []), tmp_path))
     latin = {**LETTERS, **{letter: 27 + i for i, letter in enumerate("éß語")}}
@@ -408,7 +408,7 @@ def test_a_tokenizer_that_drops_characters_is_refused_with_the_remedy(tmp_path):
             Tokenizer.load(json_file(model, tmp_path))
 
 
-def test_characters_that_become_the_unknown_token_are_counted(tmp_path):
+def test_unknown_tokens_are_counted(tmp_path):
     from mythos_dist.prepare.convert import convert
 
     (tmp_path / "a.txt").write_text("some text with ÄÖ and 日本\n" * 20)
@@ -422,14 +422,14 @@ def test_characters_that_become_the_unknown_token_are_counted(tmp_path):
         assert manifest.unknown_tokens == tokenizer.encode("some text with ÄÖ and 日本\n" * 20).tolist().count(
             tokenizer.unk_id
         )
-        assert "are <unk>: characters that the tokenizer does not know" in manifest.summary()
+        assert "are <unk>: characters that the tokenizer cannot encode" in manifest.summary()
 
 
-def test_tokenizers_that_know_every_character_have_nothing_to_count(tokenizer, json_tokenizer):
+def test_tokenizers_with_byte_fallback_have_no_unknown_token(tokenizer, json_tokenizer):
     assert tokenizer.unk_id is None and json_tokenizer.unk_id is None
 
 
-def test_a_sentencepiece_model_without_bytes_has_its_unknown_token(tmp_path):
+def test_a_sentencepiece_model_without_byte_fallback_has_an_unknown_token(tmp_path):
     (tmp_path / "a.model").write_bytes(foreign_model())
     tokenizer = Tokenizer.load(tmp_path / "a.model")
     assert tokenizer.unk_id in tokenizer.encode("日本")

@@ -1,4 +1,4 @@
-"""Words that are encoded once give the tokens of the plain tokenizer, whatever the text and however it is cut."""
+"""With the word cache, any text has the tokens of the tokenizer without it, and so has any split text."""
 
 import io
 from pydoc_data.topics import topics
@@ -18,7 +18,7 @@ from mythos_dist.data.word_cache import parse_sentencepiece
 
 TOPICS = list(topics.values())
 SPACE = "\u2581"
-TRAINING = [*TOPICS[:60], *["naïve café 3٣ x\u0301y 3² 日a本"] * 100]  # with merges of ASCII and what is none
+TRAINING = [*TOPICS[:60], *["naïve café 3٣ x\u0301y 3² 日a本"] * 100]  # merges ASCII with other characters
 SPELLED = """</s> <s> <unk> <0x0A> <|endoftext|> the The def naïve café 3٣ x\u0301y 3² return's
     DON'T we'll 'v x=y[0]; 12345 3rd ... -- (a b ' " .
     日本 本 é e\u0301 \u0301 🙂 👩\u200d👧 Привет \u017f ٣ \0 \x01 \ufeff
@@ -38,7 +38,7 @@ LLAMA3 = word_cache.CL100K_REGEX
 
 
 def sentencepiece_model(vocab_size=1000, **options) -> bytes:
-    """Trained on the help texts; `options` differ from ours."""
+    """Trained on the help texts, with `options` in place of ours."""
     model = io.BytesIO()
     lines = (line for text in TRAINING for line in text.split("\n"))
     options = {**OURS, **options}
@@ -49,7 +49,7 @@ def sentencepiece_model(vocab_size=1000, **options) -> bytes:
 
 
 def with_pieces(model: bytes, *pieces: str, unused: str = "") -> bytes:
-    """The model with more pieces, of the lowest scores, and with `unused` marked as not to be used."""
+    """The model with additional pieces of the lowest scores, and with `unused` marked as unused."""
     proto = parse_sentencepiece(model)
     for piece in proto.pieces:
         if piece.piece == unused:
@@ -77,7 +77,7 @@ def huggingface_model(pre_tokenizer, normalizer=None, added=(), **options) -> by
 
 
 def split(regex, **level):
-    """As Llama 3 and others split text."""
+    """The pre-tokenizer of Llama 3 and others."""
     by_regex = pre_tokenizers.Split(Regex(regex), "isolated")
     return pre_tokenizers.Sequence(
         [by_regex, pre_tokenizers.ByteLevel(**{"add_prefix_space": False, "use_regex": False, **level})]
@@ -112,7 +112,7 @@ NOT_CACHED = {
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """Name of a kind -> (tokenizer, the plain library's encoding of one whole text)."""
+    """Name of a kind -> (tokenizer, the library's own encode function)."""
     loaded = {}
     folder = tmp_path_factory.mktemp("models")
 
@@ -121,14 +121,14 @@ def load(tmp_path_factory):
             content = {**CACHED, **NOT_CACHED}[kind]()
             path = folder / kind.replace(":", "")
             path.write_bytes(content)
-            loaded[kind] = Tokenizer.load(path), plain(content)
+            loaded[kind] = Tokenizer.load(path), library_encode(content)
         return loaded[kind]
 
     return load
 
 
-def plain(content: bytes):
-    """text -> ids, without any of our code but for U+2581, which a model that keeps text spells in bytes."""
+def library_encode(content: bytes):
+    """text -> ids by the library alone, except for U+2581, which models that keep text encode as bytes."""
     if content.startswith(b"{"):
         huggingface = tokenizers.Tokenizer.from_str(content.decode())
         huggingface.encode_special_tokens = True
@@ -148,7 +148,7 @@ def plain(content: bytes):
 
 
 def check(tokenizer, encode, texts):
-    """`texts` in one call have the tokens of `encode`, document by document."""
+    """Assert that one call for all `texts` gives the tokens of `encode` for each."""
     documents = [text.encode() for text in texts]
     data = np.frombuffer(b"".join(documents), dtype=np.uint8)
     ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
@@ -162,34 +162,34 @@ def check(tokenizer, encode, texts):
 @pytest.mark.parametrize("kind", CACHED)
 @settings(max_examples=80)
 @given(texts=st.lists(TEXTS, max_size=5))
-def test_a_cached_encoding_is_the_plain_one(load, kind, texts):
+def test_cached_tokens_equal_the_librarys(load, kind, texts):
     tokenizer, encode = load(kind)
     assert tokenizer.cached
     check(tokenizer, encode, texts)
 
 
 @pytest.mark.parametrize("kind", CACHED)
-def test_real_text_is_encoded_alike_at_first_and_at_second_sight(load, kind):
+def test_real_text_has_the_librarys_tokens_with_an_empty_and_a_filled_cache(load, kind):
     tokenizer, encode = load(kind)
     check(tokenizer, encode, TOPICS[:40])
     check(tokenizer, encode, TOPICS[20:60] + [text.replace(" ", "  ") for text in TOPICS[:3]])
 
 
 @pytest.mark.parametrize("kind", NOT_CACHED)
-def test_a_model_that_joins_words_in_other_ways_is_not_cached(load, kind):
+def test_a_model_that_merges_across_words_is_not_cached(load, kind):
     tokenizer, encode = load(kind)
     assert not tokenizer.cached
     check(tokenizer, encode, [*TOPICS[:5], "", " in  the\nreturn 日本🙂 🙂\t", "in the", SPACE + "a"])
 
 
 @pytest.mark.parametrize("bounds", [(0, 10**9, 64), (50, 10**9, 5), (10**9, 300, 64), (10**9, 10**9, 0)])
-def test_emptying_the_cache_changes_nothing(tmp_path, monkeypatch, bounds):
+def test_clearing_the_cache_does_not_change_the_tokens(tmp_path, monkeypatch, bounds):
     for name, bound in zip(("MAX_WORDS", "MAX_TOKENS", "MAX_WORD_BYTES"), bounds, strict=True):
         monkeypatch.setattr(word_cache, name, bound)
     (tmp_path / "m").write_bytes(content := sentencepiece_model(600))
     tokenizer = Tokenizer.load(tmp_path / "m")
     for start in range(0, 20, 4):
-        check(tokenizer, plain(content), TOPICS[start : start + 8])
+        check(tokenizer, library_encode(content), TOPICS[start : start + 8])
 
 
 @pytest.mark.parametrize("kind", ["ours", "GPT-2"])
@@ -200,8 +200,8 @@ def test_a_short_word_is_encoded_once(load, kind, monkeypatch):
     check(tokenizer, encode, ["one two three " * 3, " two three"])
 
 
-def test_the_cache_stays_small(load, monkeypatch):
-    """What is kept is bounded by the limits and one batch more."""
+def test_the_cache_size_is_bounded(load, monkeypatch):
+    """By the limits plus one batch."""
     monkeypatch.setattr(word_cache, "MAX_WORDS", 200)
     tokenizer, encode = load("ours")
     check(tokenizer, encode, TOPICS[:2])
@@ -209,14 +209,14 @@ def test_the_cache_stays_small(load, monkeypatch):
     assert len(tokenizer._words._slot_of) <= 10
 
 
-def test_a_cache_that_is_wrong_is_found_on_load_and_left_out(tmp_path, monkeypatch):
-    """Cuts between any two characters: the probe must notice."""
+def test_a_wrong_cache_is_detected_on_load_and_turned_off(tmp_path, monkeypatch):
+    """With a boundary between any two characters, the probe must fail."""
     every = ~np.repeat(np.arange(256) & 0xC0 == 0x80, 256)
-    monkeypatch.setattr(tokenizer_module, "sentencepiece_cuts", lambda proto: every)
+    monkeypatch.setattr(tokenizer_module, "sentencepiece_boundaries", lambda proto: every)
     (tmp_path / "m").write_bytes(content := sentencepiece_model())
     tokenizer = Tokenizer.load(tmp_path / "m")
     assert not tokenizer.cached
-    check(tokenizer, plain(content), TOPICS[:2])
+    check(tokenizer, library_encode(content), TOPICS[:2])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CACHED if kind != "pieces over words"])
@@ -224,13 +224,13 @@ def test_a_cache_that_is_wrong_is_found_on_load_and_left_out(tmp_path, monkeypat
 @given(
     words=st.lists(st.text(max_size=3) | st.sampled_from(SPELLED), min_size=20), other=TEXTS, limit=st.integers(30, 60)
 )
-def test_a_document_cut_at_spaces_has_the_tokens_of_the_whole(load, kind, words, other, limit):
-    """Another document follows the last piece in its batch."""
+def test_a_document_split_at_spaces_has_the_tokens_of_the_full_text(load, kind, words, other, limit):
+    """Another document follows the last part in its batch."""
     tokenizer, encode = load(kind)
     text = " ".join(words)
     rest, tokens, continues = np.frombuffer(text.encode(), np.uint8), [], False
     while len(rest) > limit:
-        end = tokenizer.cut(rest, limit)
+        end = tokenizer.split_point(rest, limit)
         assume(rest[end] == ord(" ") and 32 < rest[end - 1] < 127)
         tokens += tokenizer.encode_documents(rest[:end], np.array([end]), continues)[0].tolist()
         rest, continues = rest[end:], True

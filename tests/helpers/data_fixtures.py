@@ -1,4 +1,4 @@
-"""One small corpus for all data tests: CPython's help texts, a vocabulary of 1000, windows of 64 tokens."""
+"""One small corpus for all data tests: CPython's help texts, a vocabulary of 1,000, windows of 64 tokens."""
 
 import os
 from functools import partial
@@ -19,7 +19,7 @@ VOCAB_SIZE = 1000
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    """What a disk has after a power cut is not tried here, and hundreds of small files would wait for it."""
+    """These tests do not cover power cuts, and fsync of hundreds of small files is slow."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -41,13 +41,13 @@ def tokenizer(corpus, data_folder):
 
 @pytest.fixture(scope="session")
 def byte_tokenizer(data_folder):
-    """Token = byte + 3."""
+    """Token id = byte + 3."""
     return ByteTokenizer(data_folder / "bytes.model")
 
 
 @pytest.fixture(scope="session")
 def shards(corpus, tokenizer, data_folder):
-    """The folder of shards; a tenth of the documents is held out. Tests that change it copy it first."""
+    """A folder of shards with a tenth of the documents held out. Tests that change it copy it first."""
     out = data_folder / "shards"
     convert(corpus, tokenizer, SEQ_LEN, out, heldout=0.1, quiet=True)
     return out
@@ -55,7 +55,7 @@ def shards(corpus, tokenizer, data_folder):
 
 @pytest.fixture(scope="session")
 def make_stream(shards):
-    """ReplicaStream with small defaults; name only what a test is about."""
+    """ReplicaStream with small defaults; a test passes only the settings that it is about."""
     from mythos_dist.data.stream import ReplicaStream  # imports streaming, which takes seconds
 
     return partial(

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.conversion import contents
 
+from mythos_dist.data.decompress import TooLarge, decompress
 from mythos_dist.data.manifest import Filters
-from mythos_dist.data.unpack import TooLarge, unpack
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import batches, documents, inputs, lines, spans
 from mythos_dist.prepare.batches import LongDocument
@@ -280,7 +280,7 @@ def test_unpacking_stops_at_the_limit(suffix, piece_bytes):
     packed = PACK[suffix](content)
 
     def unpacked(limit):
-        return unpack(lambda: io.BytesIO(packed), CODECS[suffix], limit, piece_bytes)
+        return decompress(lambda: io.BytesIO(packed), CODECS[suffix], limit, piece_bytes)
 
     assert b"".join(unpacked(10_000)) == content
     found = bytearray()

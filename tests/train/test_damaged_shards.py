@@ -94,7 +94,7 @@ def test_a_shortened_and_a_missing_shard_are_found_before_the_model_is_built(arg
     refused(
         train(2, *arguments, seconds=240),
         "2 problems",
-        "1 shard file in train/ has another size than index.json says",
+        "1 shard file in train/ differs in size from index.json",
         "1 shard file is missing in heldout/",
     )
     assert not (tmp_path / "run").exists()
@@ -137,7 +137,7 @@ def test_a_run_on_a_mix_resumes_and_refuses_other_shards_and_weights(settings, f
     )
     refused(
         train(2, *common, f"data.path={moved}", "train.steps=4", seconds=240),
-        "with weight 1 of 4, are not given any more",
+        "weight 1 of 4, are no longer in the mix",
     )
     result = train(2, *mixed(3, 1, a=moved), "train.steps=4")
     assert result.codes == [0, 0], result.err

@@ -40,7 +40,7 @@ def test_a_run_without_a_held_out_split_trains_and_says_so_once(settings, withou
         sweep(run_dir, [1, 2])
     assert sweep(run_dir, [1], data=shards, samples=1).curve[1].loss > 0
     result = train(1, *command, f"data.path={shards}", "train.steps=3")
-    assert result.codes == [2] and "holds other shards than those that the run was trained on" in result.err
+    assert result.codes == [2] and "has other shards than those that the run was trained on" in result.err
     assert "Traceback" not in result.err
 
 
