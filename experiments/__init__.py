@@ -1,1 +1,1 @@
-"""Comparisons made of many trainings: what docs/loops.md says is measured here."""
+"""Studies that compare many training runs; docs/loops.md quotes their results. Run them with the tools of tools/."""

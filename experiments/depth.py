@@ -1,8 +1,8 @@
-"""Does thinking longer help? Small models learn to multiply 8 permutations in at most 8 loops, and are asked for 9 to
-16 with more loops.
+"""Do more loops help at inference? Small models learn to multiply 8 permutations in at most 8 loops, and are evaluated
+on 9 to 16 permutations with more loops.
 
-Three settings: targets for each loop; the final target only, of more elements as the loops become more; and the loops
-of OpenMythos as shipped. Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
+Three settings: a target for each loop; the final target only, with the sequence growing as the loops do (curriculum);
+and the loops of OpenMythos as shipped. Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 """
 
 import statistics
@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.depth_task import Targets, have_depth_task
-from experiments.trials import AS_OPEN_MYTHOS, Trial, must_be_known, must_be_positive, run_all
+from experiments.depth_task import Targets, ensure_depth_task
+from experiments.trials import AS_OPEN_MYTHOS, Trial, check_counts, check_names, run_all
 from mythos_dist.train.pictures import loops_axis, picture
 from mythos_dist.units import count
 
+TRAINED_HOPS, LONG_HOPS, MAX_TRAINED_LOOPS = 8, 16, 8
+LOOPS = (2, 4, 8, 12, 16, 24, 32)  # of the evaluation
+
 
 class Setting(NamedTuple):
-    """Which targets the data has (experiments.depth_task), and what is not as in the config."""
+    """The targets of the data (experiments.depth_task), and overrides of the config."""
 
     targets: Targets
     overrides: str
@@ -25,78 +28,82 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "per-loop targets": Setting(
-        "per_loop",  # of which a step sees the one of its last loop
+        "per_loop",  # a step uses the target of its last loop
         "loops.distribution=uniform_set loops.set=[1,2,3,4,5,6,7,8] loops.mean=null loops.curriculum=none "
         "train.global_batch=32 train.micro_batch=32 train.steps=2200",
     ),
     "final target": Setting("reached", ""),
     "reference": Setting("final", f"{AS_OPEN_MYTHOS} loops.curriculum=none"),
 }
-TRAINED, LOOPS, SHORT, LONG = 8, (2, 4, 8, 12, 16, 24, 32), 8, 16  # LOOPS of the sweep; hops in training and behind it
 
 
-def demonstrate(
+def run_depth_study(
     config: Path, out: Path, settings: Sequence[str], seeds: range, jobs: int | None, overrides: Sequence[str]
 ) -> None:
-    """All runs of the file `config`, `jobs` at a time, then summary.json and summary.png in `out`. Raises UserError."""
+    """Train all runs of the file `config`, `jobs` at a time; write summary.json and summary.png. Raises UserError."""
     from mythos_dist.train.sweep import write_json
 
-    must_be_known("--settings", settings, SETTINGS)
-    must_be_positive(seeds, jobs)
-    data = {name: out / "data" / f"s3-{SHORT}-{SETTINGS[name].targets}" for name in settings}
+    check_names("--settings", settings, SETTINGS)
+    check_counts(seeds, jobs)
+    data = {name: out / "data" / f"s3-{TRAINED_HOPS}-{SETTINGS[name].targets}" for name in settings}
     cases = [(name, seed) for seed in seeds for name in settings]
-    trials = [
-        Trial(
-            config,
-            out / name.replace(" ", "-") / f"seed-{seed}",
-            (*SETTINGS[name].overrides.split(), f"data.path={data[name]}", f"run.seed={seed}", *overrides),
-        )
-        for name, seed in cases
-    ]
+    trials = []
+    for name, seed in cases:
+        run_dir = out / name.replace(" ", "-") / f"seed-{seed}"
+        own = [*SETTINGS[name].overrides.split(), f"data.path={data[name]}", f"run.seed={seed}"]
+        trials.append(Trial(config, run_dir, (*own, *overrides)))
     for trial in trials:
-        trial.load()  # a mistake is found before the data is made
+        trial.load()  # find errors before the data is made
     for name, folder in data.items():
-        have_depth_task(folder, hops=SHORT, sequences=100_000, targets=SETTINGS[name].targets)
-    long = have_depth_task(out / "data" / f"s3-{LONG}", hops=LONG, sequences=1, heldout=1000)
+        ensure_depth_task(folder, hops=TRAINED_HOPS, sequences=100_000, targets=SETTINGS[name].targets)
+    long = ensure_depth_task(out / "data" / f"s3-{LONG_HOPS}", hops=LONG_HOPS, sequences=1, heldout=1000)
 
-    def look(trial: Trial) -> tuple[dict[int, dict[str, Any]], str]:
-        found = measure(trial.run_dir, long)
-        accuracy = "  ".join(f"{n}: {found[n]['mean']:.0%}" for n in (8, 16, 32))
-        return found, f"{trial.run_dir}: accuracy at {SHORT + 1} to {LONG} hops by loops  {accuracy}"
+    def measure(trial: Trial) -> tuple[dict[int, dict[str, Any]], str]:
+        by_loops = measure_accuracy(trial.run_dir, long)
+        accuracy = "  ".join(f"{n}: {by_loops[n]['mean']:.0%}" for n in (8, 16, 32))
+        return by_loops, f"{trial.run_dir}: accuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops by loops  {accuracy}"
 
-    results = dict(zip(cases, run_all(trials, look, jobs), strict=True))
-    summary: dict[str, Any] = {
-        "task": "prefix products in S3, trained on 8 hops with at most 8 loops",
-        "chance": 1 / 6,
-        "settings": {
-            name: {
-                **SETTINGS[name]._asdict(),
-                "seeds": {str(seed): results[name, seed] for seed in seeds},
-                "mean": {str(n): statistics.mean(results[name, seed][n]["mean"] for seed in seeds) for n in LOOPS},
-            }
-            for name in settings
-        },
-    }
+    results = dict(zip(cases, run_all(trials, measure, jobs), strict=True))
+    summary = _summarize(settings, seeds, results)
     write_json(out / "summary.json", summary)
     draw(out / "summary.png", summary)
-    print(f"\naccuracy at {SHORT + 1} to {LONG} hops, mean over {count(len(seeds), 'seed')} (chance 17 %)")
+    seeds_text = count(len(seeds), "seed")
+    print(f"\naccuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops, mean over {seeds_text} (chance 17 %)")
     print(f"{'loops':24s}" + "".join(f"{n:7d}" for n in LOOPS))
-    for name, found in summary["settings"].items():
-        print(f"{name:24s}" + "".join(f"{found['mean'][str(n)]:7.1%}" for n in LOOPS))
+    for name, result in summary["settings"].items():
+        print(f"{name:24s}" + "".join(f"{result['mean'][str(n)]:7.1%}" for n in LOOPS))
     print(f"{out / 'summary.json'}, {out / 'summary.png'}")
 
 
-def measure(run_dir: Path, shards: Path) -> dict[int, dict[str, Any]]:
-    """By the number of loops: accuracy at each number of hops, and its mean behind those of training."""
+def _summarize(
+    settings: Sequence[str], seeds: range, results: dict[tuple[str, int], dict[int, dict[str, Any]]]
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    summary: dict[str, Any] = {
+        "task": "prefix products in S3, trained on 8 hops with at most 8 loops",
+        "chance": 1 / 6,
+        "settings": {},
+    }
+    for name in settings:
+        summary["settings"][name] = {
+            **SETTINGS[name]._asdict(),
+            "seeds": {str(seed): results[name, seed] for seed in seeds},
+            "mean": {str(n): statistics.mean(results[name, seed][n]["mean"] for seed in seeds) for n in LOOPS},
+        }
+    return summary
+
+
+def measure_accuracy(run_dir: Path, shards: Path) -> dict[int, dict[str, Any]]:
+    """By number of loops: accuracy at each number of hops, and the mean over more hops than in training."""
     from mythos_dist.train.sweep import sweep
 
-    found = sweep(run_dir, LOOPS, data=shards, samples=1000, batch=250)
+    by_position = sweep(run_dir, LOOPS, data=shards, samples=1000, batch=250).by_position
     return {
         n: {
-            "mean": statistics.mean(accuracy[SHORT + 1 : LONG + 1]),
-            "hops": {str(i): accuracy[i] for i in range(1, LONG + 1)},
+            "mean": statistics.mean(accuracy[TRAINED_HOPS + 1 : LONG_HOPS + 1]),
+            "hops": {str(i): accuracy[i] for i in range(1, LONG_HOPS + 1)},
         }
-        for n, accuracy in found.by_position.items()
+        for n, accuracy in by_position.items()
     }
 
 
@@ -105,20 +112,20 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     with picture(file, 2, (12, 4.6)) as (left, right):
-        for i, (name, found) in enumerate(summary["settings"].items()):
-            for seed in found["seeds"].values():
+        for i, (name, result) in enumerate(summary["settings"].items()):
+            for seed in result["seeds"].values():
                 left.plot(LOOPS, [seed[n]["mean"] for n in LOOPS], color=f"C{i}", alpha=0.3, linewidth=1)
-            left.plot(LOOPS, [found["mean"][str(n)] for n in LOOPS], color=f"C{i}", marker="o", label=name)
-        left.axvline(TRAINED, color="grey", linestyle=":", label="most loops in training")
+            left.plot(LOOPS, [result["mean"][str(n)] for n in LOOPS], color=f"C{i}", marker="o", label=name)
+        left.axvline(MAX_TRAINED_LOOPS, color="grey", linestyle=":", label="most loops in training")
         loops_axis(left, LOOPS)
-        left.set_title(f"accuracy at {SHORT + 1} to {LONG} hops (trained on {SHORT})")
+        left.set_title(f"accuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops (trained on {TRAINED_HOPS})")
         left.legend()
-        name, found = next(iter(summary["settings"].items()))
-        hops = range(1, LONG + 1)
+        name, result = next(iter(summary["settings"].items()))
+        hops = range(1, LONG_HOPS + 1)
         for n in LOOPS:
-            seeds = [seed[n]["hops"] for seed in found["seeds"].values()]
+            seeds = [seed[n]["hops"] for seed in result["seeds"].values()]
             right.plot(hops, [statistics.mean(one[str(i)] for one in seeds) for i in hops], label=str(n))
-        right.axvline(SHORT, color="grey", linestyle=":")
+        right.axvline(TRAINED_HOPS, color="grey", linestyle=":")
         right.set_xlabel("hops")
         right.set_title(f"{name}: accuracy by hops, mean over seeds")
         right.legend(title="loops")

@@ -1,22 +1,19 @@
-"""Prefix products in a permutation group: data on which thinking longer can be measured, as shards like any others.
+"""Shards of prefix products in a permutation group: data on which more loops help measurably.
 
-A window is BOS and n elements; after the i-th the model is to say the product of the first i. That takes i - 1 products
-one after the other (S5 is not solvable, so no shallow circuit does it: Barrington 1989; Merrill and Sabharwal 2023),
-and a loop that does one product at each position needs i - 1 loops. Chance is 1 / |group|: 17 % for S3.
+A window is BOS and n elements; after the i-th, the model predicts the product of the first i. That takes i - 1 products
+in sequence (S5 is not solvable, so no shallow circuit computes it: Barrington 1989; Merrill and Sabharwal 2023); a loop
+that computes one product at each position needs i - 1 loops. Chance accuracy is 1 / |group|: 17 % for S3.
 
-Targets are the product of all elements so far (`final`), or there are some for each loop, so that a loop is asked for
-one product more than the loop before it: `reached` has the product of all, of the first t elements after loop t, and
-none behind them; `per_loop` has the product of the last t elements after loop t, at every position.
+Targets are the product of all elements so far (`final`), or one row per loop, each one product further than the row
+before: `reached` has the product of the first t elements after loop t, and no labels after them; `per_loop` has the
+product of the last t elements after loop t, at every position.
 """
 
 import itertools
 import json
-import os
-import secrets
-import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,30 +27,36 @@ from mythos_dist.data.manifest import (
     index_fingerprint,
 )
 from mythos_dist.errors import UserError
+from mythos_dist.files import new_folder
 from mythos_dist.prepare.mds import ShardWriter
 
-BOS, EOS, FIRST = 0, 1, 2  # tokens; elements come from FIRST on. EOS stands for labels that do not count
+BOS, EOS, FIRST = 0, 1, 2  # token ids; FIRST is the first element's. EOS marks labels that are ignored
 TOKENS_FILE = "tokens.json"
 
 Targets = Literal["final", "reached", "per_loop"]
 
 
 def group_table(degree: int) -> np.ndarray:
-    """The symmetric group of so many points: table[a, b] is the element "first a, then b", (n!, n!) int64."""
+    """The symmetric group on `degree` points: table[a, b] is the element "first a, then b", (n!, n!) int64."""
     elements = list(itertools.permutations(range(degree)))
-    number = {element: i for i, element in enumerate(elements)}
-    return np.array([[number[tuple(b[point] for point in a)] for b in elements] for a in elements])
+    index = {element: i for i, element in enumerate(elements)}
+    table = np.empty((len(elements), len(elements)), np.int64)
+    for i, a in enumerate(elements):
+        for j, b in enumerate(elements):
+            table[i, j] = index[tuple(b[point] for point in a)]
+    return table
 
 
 def products(elements: np.ndarray, table: np.ndarray, last: int) -> np.ndarray:
-    """elements (N, n) -> (N, n): at position i the product of the `last` elements up to it, or of all there are."""
-    found = elements.copy()
+    """elements (N, n) -> (N, n): at each position, the product of the `last` elements up to it (fewer at the start)."""
+    result = elements.copy()
     for i in range(elements.shape[1]):
-        running = elements[:, max(0, i - last + 1)]
-        for j in range(max(0, i - last + 1) + 1, i + 1):
+        first = max(0, i - last + 1)
+        running = elements[:, first]
+        for j in range(first + 1, i + 1):
             running = table[running, elements[:, j]]
-        found[:, i] = running
-    return found
+        result[:, i] = running
+    return result
 
 
 def make_depth_task(
@@ -66,85 +69,97 @@ def make_depth_task(
     targets: Targets = "final",
     seed: int = 0,
 ) -> ShardManifest:
-    """Write shards into the new folder `out`: windows of hops + 1 tokens and their targets, one row of `final` ones, or
-    a row for each of `hops` loops. Held-out sequences are drawn by themselves. Raises UserError if `out` is there.
+    """Write shards to the new folder `out`: windows of hops + 1 tokens, and one row of `final` targets or one per loop.
+
+    Held-out sequences have their own random numbers. Raises UserError if `out` exists.
     """
     if out.exists():
         raise UserError("exists; name a new folder, or delete it", str(out))
     table = group_table(degree)
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # nobody else's
     try:
-        manifest = _write_task(temporary, table, degree, hops, {"train": sequences, "heldout": heldout}, targets, seed)
-        os.rename(temporary, out)
+        with new_folder(out) as folder:
+            counts = {}
+            for split, size in (("train", sequences), ("heldout", heldout)):
+                random = np.random.default_rng(np.random.SeedSequence([seed, degree, hops, split == "heldout"]))
+                windows = build_windows(random.integers(len(table), size=(size, hops)), table, targets)
+                counts[split] = _write_split(folder / split, windows)
+            names = ["<bos>", "<eos>"]
+            names += ["".join(map(str, element)) for element in itertools.permutations(range(1, degree + 1))]
+            (folder / TOKENS_FILE).write_text(json.dumps(names) + "\n")
+            manifest = _manifest(folder, counts, vocab_size=FIRST + len(table), hops=hops, targets=targets)
+            (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror}); name another folder, or make room", str(out)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # renamed, it has another name
+        raise UserError(f"cannot be written ({error.strerror}); name another folder, or free space", str(out)) from None
     return manifest
 
 
-def _write_task(
-    temporary: Path, table: np.ndarray, degree: int, hops: int, sizes: dict[str, int], targets: Targets, seed: int
+def ensure_depth_task(out: Path, **settings: Any) -> Path:
+    """Write the shards if `out` does not exist; an existing folder is assumed to have the same settings."""
+    if not out.exists():
+        make_depth_task(out, **settings)
+    return out
+
+
+def build_windows(elements: np.ndarray, table: np.ndarray, targets: Targets) -> np.ndarray:
+    """elements (N, n) -> windows (N, n + 2 + T * (n + 1)): BOS, elements, EOS, then T rows of targets (1, or n).
+
+    The last row is the product of all elements so far, whatever `targets` is.
+    """
+    N, n = elements.shape
+    bos, eos = np.full((N, 1), BOS), np.full((N, 1), EOS)
+    columns = [bos, elements + FIRST, eos]
+    final = products(elements, table, n) + FIRST
+    if targets != "final":
+        for t in range(1, n):
+            if targets == "per_loop":
+                columns += [eos, products(elements, table, t) + FIRST]
+            else:
+                columns += [eos, final[:, :t], np.full((N, n - t), EOS)]
+    columns += [eos, final]
+    return np.concatenate(columns, axis=1)
+
+
+def _write_split(folder: Path, windows: np.ndarray) -> SplitCounts:
+    """Write windows (N, length) as shards with their index."""
+    writer = ShardWriter(folder, windows.shape[1] - 1, "uint16")
+    writer.add(windows.astype(np.uint16).ravel())
+    writer.finish()
+    folder.mkdir(parents=True, exist_ok=True)  # without sequences there is no shard
+    index = {"version": 2, "shards": writer.shards}
+    (folder / "index.json").write_text(json.dumps(index, sort_keys=True))
+    num_eos = int((windows == EOS).sum())
+    return SplitCounts(
+        documents=num_eos,
+        tokens=windows.size - num_eos,
+        windows=len(windows),
+        tokens_written=windows.size,
+        tokens_dropped=0,
+        eos_dropped=0,
+    )
+
+
+def _manifest(
+    folder: Path, splits: dict[str, SplitCounts], vocab_size: int, hops: int, targets: Targets
 ) -> ShardManifest:
-    """Write shards, tokens and manifest into the new folder `temporary`."""
-    vocab_size, S, T = FIRST + len(table), hops + 1, 1 if targets == "final" else hops
-    counts = {}
-    for split, size in sizes.items():
-        random = np.random.default_rng(np.random.SeedSequence([seed, degree, hops, split == "heldout"]))
-        windows = windows_of(random.integers(len(table), size=(size, hops)), table, targets)
-        writer = ShardWriter(temporary / split, windows.shape[1] - 1, "uint16", prefix="")
-        writer.add(windows.astype(np.uint16).ravel())
-        writer.finish()
-        (temporary / split).mkdir(parents=True, exist_ok=True)  # without sequences there is no shard
-        index = {"version": 2, "shards": writer.shards}
-        (temporary / split / "index.json").write_text(json.dumps(index, sort_keys=True))
-        ends, numbers = int((windows == EOS).sum()), windows.size
-        counts[split] = SplitCounts(ends, numbers - ends, size, numbers, 0, 0)
-    names = ["<bos>", "<eos>", *("".join(map(str, p)) for p in itertools.permutations(range(1, degree + 1)))]
-    (temporary / TOKENS_FILE).write_text(json.dumps(names) + "\n")
-    documents = sum(split.documents for split in counts.values())
-    manifest = ShardManifest(
+    documents = sum(split.documents for split in splits.values())
+    windows = sum(split.windows for split in splits.values())
+    return ShardManifest(
         format_version=FORMAT_VERSION,
-        seq_len=S,
+        seq_len=hops + 1,
         dtype="uint16",
         vocab_size=vocab_size,
         eos="<eos>",
         eos_id=EOS,
         tokenizer=TOKENS_FILE,
-        tokenizer_sha256=file_sha256(temporary / TOKENS_FILE),
-        heldout=sizes["heldout"] / sum(sizes.values()),
+        tokenizer_sha256=file_sha256(folder / TOKENS_FILE),
+        heldout=splits["heldout"].windows / windows,
         compression=None,
         text_column="",
         sample_by="document",
         filters=Filters(),
         inputs=(),
         documents=DocumentCounts(read=documents, written=documents),
-        splits=counts,
-        fingerprint=index_fingerprint(temporary),
-        targets=T,
+        splits=splits,
+        fingerprint=index_fingerprint(folder),
+        targets=1 if targets == "final" else hops,
     )
-    (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    return manifest
-
-
-def have_depth_task(out: Path, **settings) -> Path:
-    """`out`, with the shards that `make_depth_task` makes of the settings; what is there is taken for them."""
-    if not out.exists():
-        make_depth_task(out, **settings)
-    return out
-
-
-def windows_of(elements: np.ndarray, table: np.ndarray, targets: Targets) -> np.ndarray:
-    """elements (N, n) -> windows (N, n + 2 + T * (n + 1)): BOS, the elements, EOS, then T rows of targets, 1 or n. The
-    last row is the product of all, whatever `targets` is."""
-    N, n = elements.shape
-    start, end = np.full((N, 1), BOS), np.full((N, 1), EOS)
-    columns = [start, elements + FIRST, end]
-    whole = products(elements, table, n) + FIRST
-    for t in range(1, n) if targets != "final" else ():
-        if targets == "per_loop":
-            columns += [end, products(elements, table, t) + FIRST]
-        else:
-            columns += [end, whole[:, :t], np.full((N, n - t), EOS)]
-    columns += [end, whole]
-    return np.concatenate(columns, axis=1)

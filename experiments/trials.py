@@ -1,7 +1,7 @@
-"""Trainings of one core each, side by side: what comparisons of settings are made of.
+"""Run many trainings in parallel, one core each, to compare settings.
 
-Each is `python -m mythos_dist.train` in a process of its own, so one that was done ends at once and one that was
-stopped goes on: a comparison is resumed by the same command.
+Each is `python -m mythos_dist.train` in its own process, so a finished one ends at once and an interrupted one resumes:
+the same command resumes a study.
 """
 
 import itertools
@@ -23,50 +23,45 @@ from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.train.schedule import loops_at
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-# The loops of OpenMythos as shipped, but for their number: changes to any config.
-AS_OPEN_MYTHOS = " ".join(
-    [
-        "model.mode=reference",
-        *(f"model.{key}={str(value).lower()}" for key, value in BY_MODE["reference"].items()),
-        "act.mode=reference",
-    ]
-)
+# Overrides that give any config the loops of OpenMythos as shipped, except for their number.
+_REFERENCE_MODEL = [f"model.{key}={str(value).lower()}" for key, value in BY_MODE["reference"].items()]
+AS_OPEN_MYTHOS = " ".join(["model.mode=reference", *_REFERENCE_MODEL, "act.mode=reference"])
 
 
 class Trial(NamedTuple):
-    """One training: a config file, changes to it, and the folder that it writes."""
+    """One training run: a config file, its overrides and its run folder."""
 
     config: Path
     run_dir: Path
     overrides: tuple[str, ...]
 
     def load(self) -> Config:
-        """The whole config. Raises UserError."""
+        """The complete config. Raises UserError."""
         return load_config(self.config, [*self.overrides, f"run.dir={self.run_dir}"])
 
     def run(self) -> None:
-        """Train. Raises UserError with the end of what the training said; all of that is beside `run_dir`."""
+        """Train. Raises UserError with the end of the output; all of it is in `run_dir`.log."""
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         log = self.run_dir.with_name(self.run_dir.name + ".log")
         command = [sys.executable, "-m", "mythos_dist.train", str(self.config), f"run.dir={self.run_dir}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with log.open("w") as file:
-            ended = subprocess.run([*command, *self.overrides], stdout=file, stderr=subprocess.STDOUT, env=environment)
-        if ended.returncode:
+            process = subprocess.run([*command, *self.overrides], stdout=file, stderr=subprocess.STDOUT, env=env)
+        if process.returncode:
             tail = "\n".join(log.read_text().splitlines()[-5:])
-            raise UserError(f"the run ended with exit code {ended.returncode}; all that it said is in {log}:\n{tail}")
+            raise UserError(f"the run ended with exit code {process.returncode}; its output is in {log}:\n{tail}")
 
 
-def must_be_known(option: str, names: Sequence[str], there: Collection[str]) -> None:
-    """Raises UserError if `option` names what is not there."""
-    if unknown := [name for name in names if name not in there]:
-        raise UserError(f"{option} names {unknown}; there are {list(there)}")
+def check_names(option: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raises UserError if a value of `option` is not known."""
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{option} names {unknown}; choose from {list(known)}")
 
 
-def must_be_positive(seeds: Collection[int], jobs: int | None) -> None:
-    """Raises UserError for numbers with which nothing would be run."""
+def check_counts(seeds: Collection[int], jobs: int | None) -> None:
+    """Raises UserError if nothing would be run."""
     problems = [] if seeds else [f"--seeds={len(seeds)} must be at least 1"]
     if jobs is not None and jobs < 1:
         problems.append(f"--jobs={jobs} must be at least 1")
@@ -75,28 +70,28 @@ def must_be_positive(seeds: Collection[int], jobs: int | None) -> None:
 
 
 def run_all(
-    trials: Sequence[Trial], then: Callable[[Trial], tuple[Found, str]], jobs: int | None = None
-) -> list[Found]:
-    """Run them, `jobs` at a time (None: one per core); of each, what `then` finds when it is done. Its words are shown.
+    trials: Sequence[Trial], measure: Callable[[Trial], tuple[Result, str]], jobs: int | None = None
+) -> list[Result]:
+    """Run trials, `jobs` at a time (None: one per core); the results of `measure`, called after each one.
 
-    Raises UserError for the first that fails, when those under way have ended.
+    `measure` returns (result, line to print). Raises UserError for the first trial that fails, after running ones end.
     """
     import torch
     from tqdm import tqdm
 
-    torch.set_num_threads(1)  # of this process, whose threads look at what was trained
+    torch.set_num_threads(1)  # `measure` runs in several threads of this process
     for trial in trials:
-        trial.load()  # a mistake in the last one is found before the first one runs
+        trial.load()  # find an error in the last trial before the first one runs
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, tqdm(total=len(trials), unit="run", disable=None) as bar:
 
-        def one(trial: Trial) -> Found:
+        def run_one(trial: Trial) -> Result:
             trial.run()
-            found, words = then(trial)
-            bar.write(words)
+            result, line = measure(trial)
+            bar.write(line)
             bar.update()
-            return found
+            return result
 
-        futures = [pool.submit(one, trial) for trial in trials]
+        futures = [pool.submit(run_one, trial) for trial in trials]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -105,20 +100,20 @@ def run_all(
 
 
 def training_flops(config: Config) -> Iterator[float]:
-    """What one process executes in step 1, 2, ... without end, with the loops that are drawn for each."""
-    c, train = config.model, config.train
-    rows = expected_rows(train.micro_batch * train.seq_len, c.n_experts_per_tok, c.n_experts, 1)
+    """The FLOPs of one process in step 1, 2, …, without end, with the number of loops that is drawn for each step."""
+    model, train = config.model, config.train
+    rows = expected_rows(train.micro_batch * train.seq_len, model.n_experts_per_tok, model.n_experts, 1)
     known: dict[tuple[int, int], float] = {}
     for step in itertools.count(1):
-        n_loops, frozen, _ = loops_at(config, step)
-        if (n_loops, frozen) not in known:
-            as_drawn = replace(config, loops=replace(config.loops, distribution="fixed", mean=n_loops, set=()))
-            flops = executed_flops(as_drawn, SINGLE, StageSpec.full(c), range(n_loops), frozen, rows.pairs)
-            known[n_loops, frozen] = flops * train.global_batch / train.micro_batch
-        yield known[n_loops, frozen]
+        n_loops, no_grad_loops, _ = loops_at(config, step)
+        if (n_loops, no_grad_loops) not in known:
+            fixed = replace(config, loops=replace(config.loops, distribution="fixed", mean=n_loops, set=()))
+            flops = executed_flops(fixed, SINGLE, StageSpec.full(model), range(n_loops), no_grad_loops, rows.pairs)
+            known[n_loops, no_grad_loops] = flops * train.global_batch / train.micro_batch
+        yield known[n_loops, no_grad_loops]
 
 
 def steps_for(config: Config, budget: float) -> int:
-    """The fewest steps that take so many FLOPs."""
-    done = itertools.accumulate(training_flops(config))
-    return next(step for step, flops in enumerate(done, 1) if flops >= budget)
+    """The smallest number of steps that needs at least `budget` FLOPs."""
+    totals = itertools.accumulate(training_flops(config))
+    return next(step for step, total in enumerate(totals, 1) if total >= budget)

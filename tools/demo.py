@@ -1,4 +1,4 @@
-"""In minutes on a CPU: text -> shards -> 4 ranks -> killed halfway -> resumed at another layout -> a sample of text."""
+"""Demo, minutes on a CPU: text -> shards -> train on 4 ranks -> kill -> resume with another layout -> generate text."""
 
 import argparse
 import math
@@ -19,53 +19,54 @@ TRAIN = [
     *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--log-dir", "runs"),
     *("-m", "mythos_dist.train", "configs/demo.yaml"),
 ]
-FIRST, THEN = ("parallel.tensor=2", "parallel.expert=2"), ("parallel.pipe=2",)  # on 4 ranks, so 2 replicas each
+LAYOUTS = ("parallel.tensor=2", "parallel.expert=2"), ("parallel.pipe=2",)  # 2 replicas on 4 ranks
 
 
 def main() -> None:
-    """Run the demo from the project's root; an earlier demo's run folder is replaced, another run's is not."""
+    """Run the demo from the repository root. It replaces the run folder of an earlier demo, not of another run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stop-at", type=int, default=50, help="step at which the first run is killed (%(default)s)")
+    parser.add_argument("--stop-at", type=int, default=50, help="kill the first run after this step (%(default)s)")
     stop_at = parser.parse_args().stop_at
     begin = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # 4 ranks share the cores
-    make_room(RUN_DIR, "configs/demo.yaml", (FIRST, THEN))
+    make_room(RUN_DIR, "configs/demo.yaml", LAYOUTS)
 
-    say("1. Text that every machine has becomes shards")
+    headline("1. Convert a sample text to shards")
     run([sys.executable, "tools/make_sample_data.py"])
-    say(f"2. Training on 4 ranks, tensor 2 x expert 2; at step {stop_at} the job is killed, as a scheduler would")
+    headline(f"2. Train on 4 ranks, tensor 2 x expert 2; kill the job after step {stop_at}, as a scheduler would")
     train_until(stop_at)
-    say("3. The same command again at another layout, pipe 2 x data 2: it resumes from the newest checkpoint")
-    run([*TRAIN, *THEN])
-    say("4. A sample from the trained model")
+    headline("3. Run the same command with another layout, pipe 2 x data 2: it resumes from the newest checkpoint")
+    run([*TRAIN, *LAYOUTS[1]])
+    headline("4. Generate text with the trained model")
     run([sys.executable, "tools/generate.py", str(RUN_DIR), "--prompt", "The import statement", "--temperature", "0.6"])
 
     losses = {line["step"]: line["heldout_loss"] for line in read_json_lines(RUN_DIR / "eval.jsonl")}
     first, last = (losses[min(losses)], losses[max(losses)]) if losses else (math.nan, math.nan)
-    say(f"Held-out loss {first:.2f} -> {last:.2f} nats ({first - last:.2f} better), {time.monotonic() - begin:.0f} s")
+    seconds = time.monotonic() - begin
+    headline(f"Held-out loss {first:.2f} -> {last:.2f} nats ({first - last:.2f} better), {seconds:.0f} s")
     run([sys.executable, "tools/inspect_checkpoint.py", str(RUN_DIR)])
-    print(f"Look at {RUN_DIR}/metrics.jsonl (a line a step), eval.jsonl, logs/ and checkpoints/")
+    print(f"Results: {RUN_DIR}/metrics.jsonl (one line per step), eval.jsonl, logs/ and checkpoints/")
 
 
-def say(text: str) -> None:
-    """Print a headline."""
+def headline(text: str) -> None:
+    """Print the headline of a step."""
     print(f"\n== {text}", flush=True)
 
 
 def run(command: list[str]) -> None:
-    """Run a command and leave with its exit code if it fails. Ctrl-C reaches it, too, and is not followed by a kill."""
+    """Run a command; exit with its code if it fails. (After Ctrl-C, subprocess.run would kill it.)"""
     if code := subprocess.Popen(command).wait():
         sys.exit(code)
 
 
 def train_until(step: int) -> None:
-    """Start training and kill it, all ranks at once, when `step` has been logged."""
+    """Start training, and kill all its processes when `step` has been logged."""
     metrics = RUN_DIR / "metrics.jsonl"
-    job = subprocess.Popen([*TRAIN, *FIRST])
+    job = subprocess.Popen([*TRAIN, *LAYOUTS[0]])
     while job.poll() is None:
         lines = metrics.read_text().count("\n") if metrics.exists() else 0
         if lines >= step:
-            # The launcher's ranks are in sessions of their own: killed alone, it would leave them running.
+            # Ranks have their own sessions: killing the launcher alone would leave them running.
             for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
                 process.kill()
             job.wait()

@@ -1,6 +1,6 @@
 """Make shards without a download: the text of CPython's own help -> parquet -> tokenizer -> MDS shards.
 
-Everything is written below --out: corpus.parquet, tokenizer.model and the shards with their manifest.
+Writes the shards with their manifest to OUT, and corpus.parquet and tokenizer.model to OUT-source.
 """
 
 import argparse
@@ -12,12 +12,14 @@ from mythos_dist.errors import run_command
 
 
 def main() -> None:
-    """Parse the command line and run the three steps; running it again finds everything done."""
+    """Parse the command line and run the three steps; running it again changes nothing."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("data/sample"), help="folder of the shards (%(default)s)")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens in a window (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (%(default)s)")
-    parser.add_argument("--heldout", type=float, default=0.1, help="share of documents held out (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/sample"), help="output folder of the shards (%(default)s)"
+    )
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per window (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="vocabulary size of the tokenizer (%(default)s)")
+    parser.add_argument("--heldout", type=float, default=0.1, help="held-out share of documents (%(default)s)")
     arguments = parse_arguments(parser)
 
     from mythos_dist.data.tokenizer import train_tokenizer
@@ -29,7 +31,7 @@ def main() -> None:
     tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", arguments.vocab_size)
     manifest = convert(corpus, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
     print(manifest.summary())
-    print(f"shards of {arguments.seq_len} tokens are in {arguments.out}")
+    print(f"{arguments.out}: shards with windows of {arguments.seq_len} tokens")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Text -> MDS shards with a manifest, ready for `data.path`.
+"""Convert text to MDS shards with a manifest, ready for `data.path`.
 
 Input: parquet, JSON lines or plain text (also .gz, .zst, .bz2, .xz): files, folders, patterns and URLs.
-Stopped at any moment, it goes on when the same command is given again, to the same bytes at any number of workers.
+The same command resumes an interrupted conversion. The shards are the same bytes at any number of workers.
 """
 
 import argparse
@@ -14,38 +14,38 @@ from pathlib import Path
 from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import run_command
 
-OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # handed on as they are
+OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # passed to convert() unchanged
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
     add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
-    add("--seq-len", required=True, type=int, help="tokens in a window; one more is stored, for the labels")
-    add("--out", required=True, type=Path, help="folder of the shards")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s); 0: only this one")
-    add("--heldout", type=float, default=0.02, help="share of text that training never sees; 0: none (%(default)s)")
-    add("--dedup", action="store_true", help="keep the first of documents with the same text (reads everything twice)")
-    add("--min-score", type=float, help="leave out documents whose column `score` is lower")
+    add("--seq-len", required=True, type=int, help="tokens per window; one more is stored, for the labels")
+    add("--out", required=True, type=Path, help="output folder")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes; 0: none (%(default)s)")
+    add("--heldout", type=float, default=0.02, help="held-out share of the text; 0: none (%(default)s)")
+    add("--dedup", action="store_true", help="keep only the first of equal documents (reads the input twice)")
+    add("--min-score", type=float, help="leave out documents with a lower `score` column")
     add("--min-tokens", type=int, help="leave out documents with fewer tokens")
-    add("--limit-tokens", type=int, help="stop with the document that reaches this many tokens")
-    add("--compression", help="of the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
+    add("--limit-tokens", type=int, help="stop after the document that reaches this many tokens")
+    add("--compression", help="compress the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
-    add("--sample-by", choices=("document", "line"), default="document", help="plain text: a document per file or line")
-    add("--eos", help="the token that ends documents, where the tokenizer's files do not say")
-    add("--skip-bad", action="store_true", help="leave out what cannot be read, and list it in the manifest")
-    add("--max-unpack-ratio", type=float, default=100.0, help="refuse inputs that unpack to more (%(default)g times)")
+    add("--sample-by", choices=("document", "line"), default="document", help="what a document of plain text is")
+    add("--eos", help="the token that ends documents, if the tokenizer's files do not define it")
+    add("--skip-bad", action="store_true", help="skip unreadable input, and list it in the manifest")
+    add("--max-unpack-ratio", type=float, default=100.0, help="highest compression ratio of an input (%(default)g)")
     add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
-    add("--quiet", action="store_true", help="say nothing but errors")
+    add("--quiet", action="store_true", help="print errors only")
     return parse_arguments(parser)
 
 
 def main() -> None:
-    """Convert; the exit code is 0, 2 for a mistake in what was given, or 130 if a person stopped it."""
+    """Convert; the exit code is 0, 2 for a user error, or 130 after Ctrl-C."""
     arguments = parse()
-    # Arrow's own allocator keeps what it has freed; a worker's memory would follow the largest document it ever saw.
+    # Arrow's own allocator keeps freed memory; a worker would keep the memory of its largest document.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     from mythos_dist.data.manifest import Filters
     from mythos_dist.data.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
-"""Train a SentencePiece model with byte fallback on text: the same input, options and seed give the same file.
+"""Train a SentencePiece model with byte fallback. The same input, options and seed give the same file.
 
-Input is what tools/make_shards.py reads. Of a large corpus --sample-mb are read, from all over it.
-bpe converts faster (each distinct word is encoded once), unigram is the default of SentencePiece.
+Input: everything that tools/make_shards.py reads. Of a large corpus, a random sample of --sample-mb is read.
+bpe encodes faster (each distinct word is encoded once); unigram is the default of SentencePiece.
 """
 
 import argparse
@@ -16,24 +16,24 @@ from mythos_dist.units import count
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
-    add("--out", required=True, type=Path, help="the model file to write")
-    add("--vocab-size", type=int, default=32000, help="pieces (%(default)s)")
+    add("--out", required=True, type=Path, help="model file to write")
+    add("--vocab-size", type=int, default=32000, help="number of pieces (%(default)s)")
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
-    add("--seed", type=int, default=0, help="which parts and lines of a large input are used (%(default)s)")
-    add("--sample-mb", type=int, default=1024, help="MB of text to read; a smaller input is read whole (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sample of a large input (%(default)s)")
+    add("--sample-mb", type=int, default=1024, help="maximum MB of text to read (%(default)s)")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
-    add("--max-unpack-ratio", type=float, default=100.0, help="refuse inputs that unpack to more (%(default)g times)")
+    add("--max-unpack-ratio", type=float, default=100.0, help="highest compression ratio of an input (%(default)g)")
     add("--json", action="store_true", help="print path, vocab_size, sha256, model_type and more as JSON")
-    add("--quiet", action="store_true", help="say nothing but errors")
+    add("--quiet", action="store_true", help="print errors only")
     return parse_arguments(parser)
 
 
 def main() -> None:
-    """Train; the exit code is 0, or 2 for a mistake in what was given."""
+    """Train; the exit code is 0, or 2 for a user error."""
     arguments = parse()
     begin = time.monotonic()
     result = train(arguments)
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace) -> dict[str, str | int]:
-    """Read, sample and train; what --json prints."""
+    """Read, sample and train; returns the values for --json."""
     from mythos_dist.data.tokenizer import sample_lines, train_on_lines
     from mythos_dist.prepare.corpus import sample_documents
     from mythos_dist.prepare.spans import Columns
@@ -64,7 +64,7 @@ def train(arguments: argparse.Namespace) -> dict[str, str | int]:
         max_unpack_ratio=arguments.max_unpack_ratio,
     )
     lines = sample_lines(documents, arguments.seed)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before hours of training
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # fail before training, not after
     text_bytes = sum(len(line.encode()) for line in lines)
     kind, size = arguments.model_type, arguments.vocab_size
     if not arguments.quiet:

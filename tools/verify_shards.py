@@ -1,6 +1,7 @@
-"""Is a folder of shards whole and undamaged? Reads every byte once, writes nothing; after a copy, or before a long run.
+"""Verify that a folder of shards is complete and undamaged, after a copy or before a long run.
 
-Exit code 0: all good. 1: something is damaged, and what. 2: no such folder, or a conversion that was never finished.
+Reads every byte once, writes nothing. Exit code 0: all good. 1: problems found. 2: no such folder, or an unfinished
+conversion.
 """
 
 import argparse
@@ -18,25 +19,23 @@ from mythos_dist.units import count
 if TYPE_CHECKING:
     from mythos_dist.prepare.verify import VerifyReport
 
-MAX_LINES = 100  # of bad shards
-ADVICE = "copy these files again from where they came, or delete the folder and run tools/make_shards.py again"
+MAX_LINES = 100  # of bad shards that are printed
+ADVICE = "copy these files again from their source, or delete the folder and run tools/make_shards.py again"
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder of the shards, with manifest.json")
-    add(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s); 0: no other process"
-    )
-    add("--json", action="store_true", help="print everything found as JSON on standard output")
-    add("--quiet", action="store_true", help="say nothing but what is wrong")
+    add("folder", type=Path, metavar="DIR", help="folder of shards, with manifest.json")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes (%(default)s); 0: none")
+    add("--json", action="store_true", help="print the report as JSON on standard output")
+    add("--quiet", action="store_true", help="print problems only")
     return parse_arguments(parser)
 
 
 def main() -> None:
-    """Verify; the exit code is 0, 1 for damage, 2 where nothing can be verified, or 130 if a person stopped it."""
+    """Verify; the exit code is 0, 1 for problems, 2 if there is nothing to verify, or 130 after Ctrl-C."""
     arguments = parse()
     from mythos_dist.prepare.verify import verify
 
@@ -55,18 +54,18 @@ def main() -> None:
 
 
 def lines(report: "VerifyReport") -> list[str]:
-    """For a person: remarks, what is wrong, and a verdict that says what to do."""
-    found = {"shard": report.shards, "window": report.windows, "token": report.tokens}
-    total = ", ".join([*(count(number, noun) for noun, number in found.items()), f"{report.bytes / 1e9:.3f} GB"])
+    """The report as text: remarks, problems, and a summary with advice."""
+    totals = {"shard": report.shards, "window": report.windows, "token": report.tokens}
+    total = ", ".join([*(count(number, noun) for noun, number in totals.items()), f"{report.bytes / 1e9:.3f} GB"])
     remarks = [f"remark: {remark}" for remark in report.remarks]
     if report.ok:
         return [*remarks, f"{total}: all good"]
     bad = [f"{one['shard']}: {'; '.join(one['problems'])}" for one in report.bad]
     more = [f"and {len(bad) - MAX_LINES:,} more"] if len(bad) > MAX_LINES else []
-    verdict = (
+    summary = (
         f"{total}: {count(len(bad), 'bad shard')}, {count(len(report.problems), 'problem')} of the folder; {ADVICE}"
     )
-    return [*remarks, *report.problems, *bad[:MAX_LINES], *more, verdict]
+    return [*remarks, *report.problems, *bad[:MAX_LINES], *more, summary]
 
 
 if __name__ == "__main__":
