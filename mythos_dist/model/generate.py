@@ -119,7 +119,7 @@ def _token_errors(model: Mythos, input_ids: Tensor, stop_token: int | None) -> l
             f"input_ids has shape {tuple(input_ids.shape)}; expected (at least one prompt, at least one token)"
         )
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise UserError(f"input_ids has dtype {input_ids.dtype}; token ids are whole numbers, such as torch.int64")
+        raise UserError(f"input_ids has dtype {input_ids.dtype}; expected integer token ids, such as torch.int64")
     errors, vocab_size = [], model.config.vocab_size
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:

@@ -43,7 +43,7 @@ class State(NamedTuple):
 def stage_input_shapes(stage: StageSpec, hidden_shape: torch.Size, dtype: torch.dtype, readouts: int) -> TensorSpecs:
     """The tensors that the pipeline stage `stage` receives, in the order of the fields.
 
-    hidden_shape: (B, S', D). readouts: how many the stages before it have made.
+    hidden_shape: (B, S', D). readouts: the number made by earlier stages.
     """
     B, tokens, D = hidden_shape
     scalar, readout_weights = torch.Size([1]), torch.Size([readouts, B, tokens])

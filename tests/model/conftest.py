@@ -1,4 +1,4 @@
-"""The reference model beside ours, with weights that let every parameter matter."""
+"""Fixtures: our model and the reference, with weights for which every parameter matters."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -13,7 +13,7 @@ from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
 
 @pytest.fixture(scope="session")
 def build_reference(open_mythos) -> Callable[[MythosConfig], nn.Module]:
-    """A function: config -> `open_mythos.OpenMythos` with the same numbers."""
+    """A function: config -> `open_mythos.OpenMythos` with the same settings."""
     names = {field.name for field in fields(open_mythos.main.MythosConfig)}
 
     def build(config: MythosConfig) -> nn.Module:
@@ -25,10 +25,10 @@ def build_reference(open_mythos) -> Callable[[MythosConfig], nn.Module]:
 
 @pytest.fixture(scope="session")
 def enliven() -> Callable[..., nn.Module]:
-    """A function that draws weights anew, for our model or the reference, and returns the model.
+    """A function that redraws the weights of our model or the reference, and returns the model.
 
     At N(0, 0.02) attention is nearly uniform and the gradient of its queries is rounding noise. Here matrices nearly
-    keep the size of what goes through them, and norms, injection, router bias and halting differ between channels.
+    preserve the norm of their input, and norms, injection, router bias and halting differ between channels.
     """
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ def enliven() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def build_pair(build_reference, enliven) -> Callable[..., tuple[Mythos, nn.Module]]:
-    """A function: config -> (our model, the reference), with the same lively weights."""
+    """A function: config -> (our model, the reference), with the same redrawn weights."""
 
     def build(
         config: MythosConfig,
@@ -75,7 +75,7 @@ def build_pair(build_reference, enliven) -> Callable[..., tuple[Mythos, nn.Modul
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., MythosConfig]:
-    """A function: changed settings -> a config that a test can afford, OpenMythos' but for its mode.
+    """A function: changed settings -> a small config, OpenMythos' except for its mode.
 
     Values are narrower than keys, as in 1b.
     """

@@ -32,7 +32,7 @@ def heads(generator: torch.Generator, B: int, T: int, n: int, width: int) -> Ten
 
 @pytest.mark.parametrize("lengths", [None, [[5, 1, 3], [9]]])
 @pytest.mark.parametrize(("d", "v_dim", "kv_heads"), [(8, 8, 2), (12, 8, 4), (6, 10, 4)])
-def test_flash_attn_gets_what_it_demands_and_gives_what_sdpa_gives(d, v_dim, kv_heads, lengths, flash):
+def test_flash_attn_equals_sdpa(d, v_dim, kv_heads, lengths, flash):
     """GQA, and MLA with values narrower and wider than keys; whole rows, and documents. bf16, outputs and gradients."""
     generator = torch.Generator().manual_seed(0)
     leaves = [
@@ -56,7 +56,7 @@ def test_flash_attn_gets_what_it_demands_and_gives_what_sdpa_gives(d, v_dim, kv_
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_a_model_runs_on_flash_attn(attn_type, flash, tiny, monkeypatch):
+def test_a_model_with_flash_attn_equals_sdpa(attn_type, flash, tiny, monkeypatch):
     """Loss and gradients of a bf16 model with documents, and what it generates with a cache, against sdpa."""
     config = tiny(attn_type=attn_type)
     model = Mythos(config, act=ActConfig(mode="safe"), seed=1).to(BF16)
@@ -78,7 +78,7 @@ def test_a_model_runs_on_flash_attn(attn_type, flash, tiny, monkeypatch):
         assert (ours - theirs).float().norm() <= 0.03 * theirs.float().norm() + 1e-6
 
 
-def test_flash_attn_is_chosen_where_it_can_run(monkeypatch):
+def test_auto_selects_flash_attn_only_where_it_can_run(monkeypatch):
     """A GPU from Ampere on, half precision, heads up to 256 channels, the package: all or sdpa; by default silently,
     as an error with every reason if it was asked for."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (8, 0))
@@ -123,7 +123,7 @@ def peak_bytes(S: int, attn_type: str) -> int:
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_memory_grows_with_the_sequence_and_not_with_its_square(attn_type):
+def test_attention_memory_is_linear_in_the_sequence_length(attn_type):
     """1,024 to 8,192 tokens: each doubling adds twice what the last one did, within a tenth (the kernel has buffers of
     fixed size, too). With the scores of the two heads each would add four times as much."""
     peaks = [peak_bytes(S, attn_type) for S in (1024, 2048, 4096, 8192)]

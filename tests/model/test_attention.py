@@ -40,7 +40,7 @@ def test_packed_documents_equal_documents_run_alone(attn_type, tiny, build_pair)
 
 
 def test_equal_ids_in_different_rows_are_different_documents(tiny, build_pair):
-    """A row's last document does not run on into the next row."""
+    """A row's last document does not continue in the next row."""
     model, _ = build_pair(tiny())
     input_ids = torch.arange(24).view(2, 12)
     borders = torch.tensor([[0] * 4 + [1] * 8, [1] * 6 + [0] * 6])
@@ -51,7 +51,7 @@ def test_equal_ids_in_different_rows_are_different_documents(tiny, build_pair):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
-def test_a_token_changes_nothing_before_it(attn_type, tiny, build_pair):
+def test_logits_do_not_depend_on_later_tokens(attn_type, tiny, build_pair):
     """Causality by experiment: change token i, and logits before i keep their values, the one at i does not."""
     model, _ = build_pair(tiny(attn_type=attn_type))
     input_ids = torch.arange(10).view(1, 10)
@@ -66,7 +66,7 @@ def test_a_token_changes_nothing_before_it(attn_type, tiny, build_pair):
 
 @pytest.mark.parametrize(("d", "v_dim", "kv_heads"), [(8, 8, 2), (12, 8, 4), (6, 10, 4)])
 def test_attend_equals_softmax_written_out(d, v_dim, kv_heads):
-    """Values narrower and wider than keys, shared heads, and 3 queries behind 6 cached tokens; float64 formula."""
+    """Values narrower and wider than keys, shared heads, and 3 queries after 6 cached tokens; float64 formula."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 9, 4, d, generator=generator)
     k = torch.randn(2, 9, kv_heads, d, generator=generator)
@@ -83,7 +83,7 @@ def test_attend_equals_softmax_written_out(d, v_dim, kv_heads):
     torch.testing.assert_close(attend(q[:, 6:], k, v), expected[:, 6:].flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
-def test_rope_turns_adjacent_pairs_by_position(tiny):
+def test_rope_rotates_adjacent_pairs_by_position(tiny):
     """Against sine and cosine of position * theta^(-2i / R), pair by pair."""
     config = tiny(qk_rope_head_dim=6, rope_theta=100.0)
     context = build_context(config, torch.Size((1, 8)), torch.device("cpu"))
@@ -98,7 +98,7 @@ def test_rope_turns_adjacent_pairs_by_position(tiny):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
+    """The elements of the largest tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -127,8 +127,8 @@ def test_no_tensor_grows_with_the_square_of_the_sequence(attn_type, tiny, build_
 
 
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
-def test_the_cache_keeps_what_a_layer_needs(attn_type, tiny, build_pair):
-    """Per token, layer and loop: MLA keeps its latent and one rotary key, GQA its key-value heads.
+def test_the_cache_stores_latents_or_key_value_heads(attn_type, tiny, build_pair):
+    """Per token, layer and loop: MLA stores its latent and one rotary key, GQA its key-value heads.
 
     The reference keeps MLA's rotary key once per head.
     """
@@ -146,7 +146,7 @@ def test_the_cache_keeps_what_a_layer_needs(attn_type, tiny, build_pair):
 
 
 def test_the_cache_of_the_largest_variant_is_a_ninth_of_the_references():
-    """1t: 1024 + 64 numbers per token and loop, where 128 expanded rotary keys make it 1024 + 128 * 64."""
+    """1t: 1024 + 64 elements per token and loop, where 128 expanded rotary keys make it 1024 + 128 * 64."""
     config = MythosConfig(**VARIANTS["1t"] | {"prelude_layers": 0, "coda_layers": 0})
     cache = KVCache()
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Generation with the key-value cache, held against forward passes without one."""
+"""Generation with the key-value cache, compared with forward passes without one."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def greedy_without_cache(model: Mythos, input_ids: Tensor, new: int, n_loops: in
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
 @pytest.mark.parametrize("chunks", [(16,), (9, 1, 1, 1, 1, 1, 1, 1), (4, 5, 7), (1,) * 16])
 @torch.no_grad()
-def test_any_way_through_the_cache_gives_the_full_forwards_logits(chunks, attn_type, tiny, build_pair):
+def test_cached_forwards_equal_the_full_forward(chunks, attn_type, tiny, build_pair):
     """One shot, token by token, and in chunks; other kernels sum in another order: 1e-4."""
     config = tiny(attn_type=attn_type)
     model, _ = build_pair(config)
@@ -35,7 +35,7 @@ def test_any_way_through_the_cache_gives_the_full_forwards_logits(chunks, attn_t
 
 
 def test_the_reference_cannot_read_a_prompt_in_chunks(tiny, build_pair):
-    """Its mask is made for the new tokens only and does not fit the cached ones."""
+    """Its mask covers the new tokens only, not the cached ones."""
     config = tiny()
     _, reference = build_pair(config)
     cache: dict = {}
@@ -46,7 +46,7 @@ def test_the_reference_cannot_read_a_prompt_in_chunks(tiny, build_pair):
 
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
 @pytest.mark.parametrize("n_loops", [None, 1, 5])
-def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward(n_loops, attn_type, tiny, build_pair):
+def test_temperature_zero_is_greedy_decoding(n_loops, attn_type, tiny, build_pair):
     """Token for token, twice the same; the reference divides by zero."""
     config = tiny(attn_type=attn_type)
     model, reference = build_pair(config)
@@ -58,7 +58,7 @@ def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward(n_loops,
 
 
 @pytest.mark.parametrize("prefill_chunk", [1, 4, 9, 100])
-def test_the_prefills_chunk_does_not_show(prefill_chunk, tiny, build_pair):
+def test_prefill_chunks_do_not_change_the_output(prefill_chunk, tiny, build_pair):
     config = tiny()
     model, _ = build_pair(config)
     out = model.generate(prompts(config), 6, temperature=0, prefill_chunk=prefill_chunk)
@@ -73,7 +73,7 @@ def test_a_batch_equals_its_rows_alone(tiny, build_pair):
 
 
 def test_top_k_beyond_the_vocabulary_samples_from_all_tokens(tiny, build_pair):
-    """41 of 40 tokens is the same as no limit, with the same random numbers; the reference crashes."""
+    """41 of 40 tokens is the same as no limit, with the same random numbers; the reference raises."""
     config = tiny()
     model, reference = build_pair(config)
     unlimited, beyond = (
@@ -102,8 +102,8 @@ def test_samples_follow_the_softmax_of_the_top_k(tiny, build_pair):
     assert not shares[expected == 0].any()
 
 
-def test_a_row_that_stopped_is_filled_and_generation_ends_with_the_last_row(tiny, build_pair):
-    """Held against the same rows without a stop token: equal up to the first one, and only stop tokens behind."""
+def test_stopped_rows_are_padded_and_generation_ends_when_all_have_stopped(tiny, build_pair):
+    """Compared with the same rows without a stop token: equal up to the first one, then only stop tokens."""
     config = tiny()
     model, _ = build_pair(config)
     generator = torch.Generator()
@@ -128,8 +128,8 @@ def test_generation_fills_the_context_and_no_more(tiny, build_pair):
     assert Mythos(tiny(max_output_tokens=5)).generate(prompts(config)).shape == (2, 14)
 
 
-def test_training_mode_survives_generation(tiny):
-    """Dropout is off while generating, and the model is as it was afterwards."""
+def test_generation_restores_training_mode(tiny):
+    """Dropout is off while generating; afterwards the mode is restored."""
     config = tiny(dropout=0.5)
     model = Mythos(config).train()
     first = model.generate(prompts(config), 6, temperature=0)
@@ -168,22 +168,22 @@ def test_training_mode_survives_generation(tiny):
         (torch.zeros(1, 4).long(), {"stop_token": 40}, "stop_token=40"),
     ],
 )
-def test_an_argument_that_cannot_be_used_is_named(input_ids, settings, named, tiny):
+def test_errors_name_the_invalid_argument(input_ids, settings, named, tiny):
     with pytest.raises(UserError) as raised:
         Mythos(tiny()).generate(input_ids, **{"max_new_tokens": 2, **settings})
     assert named in str(raised.value)
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-9])
-def test_the_smallest_temperatures_take_the_likeliest_token(temperature, tiny, build_pair):
-    """Logits divided by them are beyond fp32."""
+def test_tiny_temperatures_are_greedy(temperature, tiny, build_pair):
+    """Logits divided by them overflow fp32."""
     config = tiny()
     model, _ = build_pair(config)
     expected = model.generate(prompts(config), 12, temperature=0)
     assert torch.equal(model.generate(prompts(config), 12, temperature=temperature), expected)
 
 
-def test_the_largest_temperature_samples_evenly(tiny, build_pair):
+def test_huge_temperatures_sample_uniformly(tiny, build_pair):
     config = tiny()
     model, _ = build_pair(config)
     new = model.generate(prompts(config, rows=1).expand(2000, -1), 1, temperature=1e308, top_k=2)[:, -1]
@@ -191,7 +191,7 @@ def test_the_largest_temperature_samples_evenly(tiny, build_pair):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_logits_that_are_not_finite_are_named(temperature, tiny, build_pair):
+def test_non_finite_logits_raise(temperature, tiny, build_pair):
     config = tiny()
     model, _ = build_pair(config)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_logits_that_are_not_finite_are_named(temperature, tiny, build_pair):
         model.generate(torch.zeros(1, 3).long(), 2, temperature=temperature)
 
 
-def test_all_bad_arguments_are_named_together(tiny):
+def test_one_error_lists_all_invalid_arguments(tiny):
     with pytest.raises(UserError) as raised:
         Mythos(tiny()).generate(torch.tensor([[99]]), 100, temperature=-1, top_k=-1, prefill_chunk=0)
     assert len(raised.value.problems) == 5

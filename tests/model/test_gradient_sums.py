@@ -10,7 +10,7 @@ from mythos_dist.model.recompute import Recompute
 
 
 def gradients(model: Mythos, input_ids: Tensor, sums: bool, monkeypatch, **settings) -> dict[str, Tensor]:
-    """Of one pass; `sums` off leaves adding up to autograd."""
+    """Of one pass; without `sums` autograd accumulates."""
     with monkeypatch.context() as patch:
         if not sums:
             patch.setattr(model.recurrent.block.ffn.experts, "start_pass", lambda loops: None)
@@ -23,7 +23,7 @@ def gradients(model: Mythos, input_ids: Tensor, sums: bool, monkeypatch, **setti
 @pytest.mark.parametrize("recompute", [None, Recompute("loop"), Recompute("loop", 2), Recompute("selective")])
 @pytest.mark.parametrize("backprop", [None, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_they_are_autograds_sums(dtype, backprop, recompute, tiny, enliven, monkeypatch):
+def test_gradient_sums_equal_autograd(dtype, backprop, recompute, tiny, enliven, monkeypatch):
     """Every loop, the last one, the last two; experts without tokens get zeros. Only the order of sums may differ."""
     config = tiny(n_experts=12, expert_dim=8)
     model = enliven(Mythos(config, recompute=recompute)).to(dtype)
@@ -37,7 +37,7 @@ def test_they_are_autograds_sums(dtype, backprop, recompute, tiny, enliven, monk
         assert (gradient - theirs[name]).float().norm() <= close * theirs[name].float().norm(), name
 
 
-def test_a_graph_can_be_walked_twice_and_in_part(tiny, enliven):
+def test_a_second_or_partial_backward_is_correct(tiny, enliven):
     """The gradient of the experts is the same after another backward pass that did not ask for it, and doubles when
     asked for twice; passes that overlap, as a pipeline's do, keep their sums apart."""
     model = enliven(Mythos(tiny(expert_dim=8)))
@@ -54,7 +54,7 @@ def test_a_graph_can_be_walked_twice_and_in_part(tiny, enliven):
 
 
 class LargestFill(TorchDispatchMode):
-    """How many tensors of a size an operation returned anew."""
+    """Counts the new tensors of a shape that operations allocate."""
 
     def __init__(self, shape: torch.Size):
         super().__init__()
@@ -68,7 +68,7 @@ class LargestFill(TorchDispatchMode):
         return out
 
 
-def test_one_gradient_is_made_for_all_loops(tiny, enliven):
+def test_backward_allocates_one_gradient_for_all_loops(tiny, enliven):
     """Three stacks of experts, so three tensors of their size in a backward pass through any number of loops."""
     model = enliven(Mythos(tiny(n_experts=12, expert_dim=8)))
     shape = model.recurrent.block.ffn.experts.w1.shape

@@ -28,16 +28,16 @@ def test_values_depend_on_the_seed_and_the_name_only(tiny):
             assert not (value == other[name]).any()
 
 
-def test_no_two_parameters_share_their_numbers(tiny):
-    """Equal shapes under different names are drawn apart."""
+def test_no_two_parameters_have_the_same_values(tiny):
+    """Equal shapes under different names are drawn from different seeds."""
     model = Mythos(tiny(prelude_layers=2))
     tables = [p.flatten()[:16] for n, p in model.named_parameters() if p.dim() > 1]
     firsts = {tuple(t.tolist()) for t in tables}
     assert len(firsts) == len(tables) > 20
 
 
-def test_a_block_drawn_alone_is_the_slice_of_the_whole():
-    """A table of 3,000,000 numbers takes three generators; whoever needs the second block draws that one only.
+def test_a_block_drawn_alone_equals_its_slice_of_the_tensor():
+    """A table of 3,000,000 values takes three generators; the second block is drawn without the others.
 
     No two blocks are alike: of a million pairs of random numbers hardly any is equal.
     """
@@ -51,8 +51,8 @@ def test_a_block_drawn_alone_is_the_slice_of_the_whole():
     assert torch.equal(table.weight[2 * rows :], STD * normal_block(5, "weight", 2, tail, 1000))
 
 
-def test_matrices_are_normal_with_the_references_deviation(build_reference, tiny):
-    """Over 600,000 numbers the sample's init_std and mean lie within 1 % of 0.02, and tails are normal ones.
+def test_matrices_are_normal_with_the_references_std(build_reference, tiny):
+    """Over 600,000 values the sample's deviation and mean lie within 1 % of 0.02, and tails are normal ones.
 
     The reference's own draw of the same model is held to the same bounds.
     """
@@ -82,7 +82,7 @@ def test_norms_injection_and_halting_start_where_the_reference_does(build_refere
 
 
 def test_a_model_on_the_meta_device_stays_there(tiny):
-    """Nothing is drawn until someone gives it storage."""
+    """Nothing is drawn before it has storage."""
     with torch.device("meta"):
         model = Mythos(tiny())
     assert all(p.is_meta for p in model.parameters())
@@ -93,7 +93,7 @@ def test_a_model_on_the_meta_device_stays_there(tiny):
 
 
 class Assembly:
-    """Whole tensors put together from the slices of many ranks. Ranks that hold the same numbers must agree."""
+    """Unsharded tensors from the shards of many ranks. Ranks that hold the same elements must agree."""
 
     def __init__(self):
         self.whole: dict[str, Tensor] = {}
@@ -116,8 +116,8 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @pytest.mark.parametrize(("tensor", "expert", "pipe"), LAYOUTS)
-def test_every_layout_begins_with_the_same_model(tensor, expert, pipe, attn_type, tiny):
-    """The ranks' slices put together are one process' model bit for bit, with no number missing or left over.
+def test_every_layout_starts_with_the_same_values(tensor, expert, pipe, attn_type, tiny):
+    """The ranks' shards together equal the model of one process bit for bit, no element missing or left over.
 
     Widths do not divide: 515 tokens, latents of 18 and 12 + 4 channels, 42 of the FFN, a LoRA of rank 6, experts 30
     wide, and 2 key heads of 8 channels over up to 5 ranks, the last of which then holds none.
@@ -140,8 +140,8 @@ def test_every_layout_begins_with_the_same_model(tensor, expert, pipe, attn_type
 
 
 @pytest.mark.parametrize("mode", ["columns", "rows", "stack"])
-def test_slices_that_straddle_generators_are_those_of_the_whole(mode):
-    """Tensors of 2 to 3 million numbers, drawn by several generators each, cut where no generator ends.
+def test_shards_across_block_boundaries_equal_the_full_tensor(mode):
+    """Tensors of 2 to 3 million values, drawn by several generators each, sharded inside a block.
 
     A rank that draws only what it needs gets the numbers of a process that draws everything.
     """
@@ -163,8 +163,8 @@ def test_slices_that_straddle_generators_are_those_of_the_whole(mode):
     assert torch.equal(found.whole["weight"], table.weight)
 
 
-def test_a_rank_draws_only_what_it_holds(monkeypatch):
-    """One of 64 ranks of a table of 40 million numbers, 39 generators' worth, needs one or two of them."""
+def test_a_rank_draws_only_the_blocks_of_its_shard(monkeypatch):
+    """One of 64 ranks of a table of 40 million values, 39 generators, needs one or two of them."""
     drawn = []
     monkeypatch.setattr(
         "mythos_dist.model.init.normal_block",

@@ -1,4 +1,4 @@
-"""What a caller in Python can get wrong is refused in words, instead of giving logits of something else."""
+"""Invalid arguments from Python raise a UserError instead of giving wrong logits."""
 
 import pytest
 import torch
@@ -49,13 +49,13 @@ def model(made, tiny) -> Mythos:
         (IDS, {"document_ids": IDS[:, :2]}, "document_ids has shape (1, 2), input_ids (1, 4)"),
     ],
 )
-def test_tokens_and_loops_that_cannot_be_are_refused(model, input_ids, more, said):
+def test_invalid_tokens_and_loops_are_rejected(model, input_ids, more, said):
     with pytest.raises(UserError) as raised:
         model(input_ids, **more)
     assert said in str(raised.value)
 
 
-def test_what_can_be_is_taken(model):
+def test_valid_inputs_are_accepted(model):
     """int32, a full context, ignored labels, labels by loop; generation refuses a list as the forward pass does."""
     expected = model(IDS, 2)
     assert torch.equal(model(IDS.int(), 2), expected)
@@ -67,7 +67,7 @@ def test_what_can_be_is_taken(model):
         model.generate([[1, 2]])  # pyright: ignore[reportArgumentType]
 
 
-def test_all_that_is_wrong_with_the_tokens_is_named(model):
+def test_one_error_lists_all_problems_of_the_tokens(model):
     with pytest.raises(UserError) as raised:
         model(torch.tensor([[1, 99]]), labels=IDS[:, :2] + 90, document_ids=IDS)
     assert len(raised.value.problems) == 3
@@ -82,7 +82,7 @@ def test_all_that_is_wrong_with_the_tokens_is_named(model):
         ({"attention": "flash"}, "attention='flash': expected 'auto', 'flash_attn' or 'sdpa'"),
     ],
 )
-def test_what_a_model_is_built_from_is_checked(change, said, tiny):
+def test_constructor_arguments_are_checked(change, said, tiny):
     config = change.pop("config", None) or tiny()
     with pytest.raises(UserError) as raised:
         Mythos(config, **change)

@@ -61,7 +61,7 @@ def per_loop(model: Mythos) -> tuple[Counter[str], Counter[str], list[str]]:
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_a_loop_launches_as_much_for_512_experts_as_for_8(attn_type):
+def test_a_loop_launches_as_many_kernels_for_512_experts_as_for_8(attn_type):
     """The same calls, at most 120 that compute (views launch nothing), and none that waits. Running expert after expert
     takes some for each, and waits for each."""
     few, many = (per_loop(model_of(attn_type, n)) for n in (8, 512))
@@ -75,7 +75,7 @@ def test_a_loop_launches_as_much_for_512_experts_as_for_8(attn_type):
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_no_number_is_needed_on_the_way(attn_type):
+def test_no_operation_reads_a_value_on_the_host(attn_type):
     """Forward and backward in bf16 on PyTorch's meta device, whose tensors hold no numbers: whatever wants one raises,
     as the reference backend does. The code is a GPU's: that of CPUs asks for numbers in half precision."""
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""What loops can be told: depths of sequences, losses of every loop, ways to halt, to begin and to inject.
+"""Options of the loops: depths per sequence, readouts, halting, initial states and injection.
 
-The references are other passes of the same model (a sequence by itself, a pass that really ends at that loop), closed
-formulas, and sums written out by hand.
+References: other passes of the same model (one sequence alone, a pass that ends at that loop), closed formulas, and
+sums written out by hand.
 """
 
 import math
@@ -35,7 +35,7 @@ def gradients(model: nn.Module, objective: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mode", [*MODES, "ponder"])
 @pytest.mark.parametrize("backprop", [None, 2])
-def test_a_sequence_with_its_own_depth_is_as_if_it_were_alone(mode, backprop, tiny, enliven):
+def test_sequences_with_different_depths_equal_separate_passes(mode, backprop, tiny, enliven):
     """Loss and gradients of a batch whose sequences have 1, 3 and 4 loops, against each sequence with that many."""
     if mode == "ponder" and backprop:
         pytest.skip("config.rules refuses it")
@@ -59,12 +59,12 @@ def test_a_sequence_with_its_own_depth_is_as_if_it_were_alone(mode, backprop, ti
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("recompute", [Recompute(), Recompute("loop", 2)])
-def test_the_loss_of_every_loop_is_that_of_a_pass_that_ends_there(mode, recompute, tiny, enliven):
-    """With targets of their own for the first three loops, and the third's for the fourth."""
+def test_each_readouts_loss_equals_a_pass_that_ends_there(mode, recompute, tiny, enliven):
+    """The first three loops have their own targets; the fourth uses those of the third."""
     model = enliven(Mythos(tiny(), act=ActConfig(mode=mode), recompute=recompute))
     ids, labels = tokens(model.config, 2, 8), tokens(model.config, 2, 3, 8, seed=1)
     labels[:, :, 0] = IGNORED
-    labels[0, 1] = IGNORED  # a loop with fewer labels than the others weighs the same
+    labels[0, 1] = IGNORED  # a loop with fewer labels than the others has the same weight
     found = model(ids, labels=labels, loops=Loops(4, readouts=True))
     got = gradients(model, found["objective"])
     each = [model(ids, n, labels=labels[:, min(n, 3) - 1]) for n in (1, 2, 3, 4)]
@@ -72,13 +72,13 @@ def test_the_loss_of_every_loop_is_that_of_a_pass_that_ends_there(mode, recomput
     torch.testing.assert_close(found["objective"], expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["cross_entropy"], each[-1]["cross_entropy"], rtol=1e-5, atol=0)
     assert torch.equal(found["correct"], each[-1]["correct"])
-    for n, one in enumerate(each, 1):  # a pass that is read out in the end only takes its last loop's targets, too
+    for n, one in enumerate(each, 1):  # a pass without readouts uses its last loop's targets
         assert torch.equal(model(ids, n, labels=labels)["objective"], one["objective"])
     for name, gradient in gradients(model, expected).items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_losses_of_loops_without_gradient_are_left_out(tiny, enliven):
+def test_no_grad_loops_have_no_readout(tiny, enliven):
     model = enliven(Mythos(tiny(), act=ActConfig(mode="off")))
     ids = tokens(model.config, 2, 8)
     found = model(ids, labels=ids, loops=Loops(4, 2, readouts=True))["objective"]
@@ -87,8 +87,8 @@ def test_losses_of_loops_without_gradient_are_left_out(tiny, enliven):
 
 
 @pytest.mark.parametrize("prior", [None, 0.3])
-def test_pondering_weighs_losses_by_the_probability_to_halt(prior, tiny, enliven):
-    """Sum over loops of p_n * loss_n, plus what the distribution costs, written out token by token."""
+def test_ponder_weights_losses_by_halting_probability(prior, tiny, enliven):
+    """Sum over loops of p_n * loss_n, plus the halting loss, written out per token."""
     act = ActConfig(mode="ponder", ponder_cost=0.05, kl=0.2, prior=prior)
     model = enliven(Mythos(tiny(), act=act))
     ids, N = tokens(model.config, 2, 8), 4
@@ -109,7 +109,7 @@ def test_pondering_weighs_losses_by_the_probability_to_halt(prior, tiny, enliven
     torch.testing.assert_close(found, expected.mean(), rtol=1e-5, atol=0)
 
 
-def test_at_inference_pondering_stops_where_the_threshold_is_reached(tiny, enliven):
+def test_ponder_inference_exits_at_the_threshold(tiny, enliven):
     config = tiny(act_threshold=0.6)
     model = enliven(Mythos(config, act=ActConfig(mode="ponder"))).eval()
     ids, probabilities = tokens(config, 2, 8), []
@@ -130,12 +130,12 @@ def test_at_inference_pondering_stops_where_the_threshold_is_reached(tiny, enliv
             lambda module, inputs, output: (output[0]._replace(output=mixed), *output[1:])
         )
         torch.testing.assert_close(logits, plain(ids, 5), rtol=1e-5, atol=1e-5)
-    assert len(set(left.flatten().tolist())) > 1, "tokens leave at different loops"
+    assert len(set(left.flatten().tolist())) > 1, "tokens exit at different loops"
 
 
 @pytest.mark.parametrize("mode", ["reference", "safe", "ponder"])
-def test_loops_that_no_token_takes_any_more_are_left_out_at_inference(mode, tiny, enliven):
-    """With the numbers of all loops; while gradients are wanted, or keys kept, all of them run."""
+def test_inference_skips_loops_after_all_tokens_have_halted(mode, tiny, enliven):
+    """The result equals that of all loops; with gradient, or with a cache, all loops run."""
     model = enliven(Mythos(tiny(), act=ActConfig(mode=mode)), halt_bias=30.0).eval()
     ids, calls = tokens(model.config, 2, 8), []
     model.recurrent.block.register_forward_hook(lambda *_: calls.append(1))
@@ -163,25 +163,25 @@ def test_parcaes_injection_follows_its_formula(tiny):
         for weight in (block.attn.wo.weight, block.ffn.experts.w2, block.ffn.shared.down.weight):
             weight.zero_()
         recurrent.norm.weight.zero_()  # u = block(0) = 0
-    carries = []
-    recurrent.register_forward_hook(lambda module, inputs, output: carries.append(output[0]))
+    states = []
+    recurrent.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     model(tokens(config, 2, 8), 5)
-    (carry,) = carries
+    (state,) = states
     dt = torch.log1p(torch.exp(recurrent.injection.delta))
     A = torch.exp(-dt * torch.exp(recurrent.injection.log_A))
-    expected = sum(A**n for n in range(5)) * dt * (carry.e @ recurrent.injection.B.weight.T)
-    torch.testing.assert_close(carry.h, expected, rtol=1e-4, atol=1e-6)
-    assert ((carry.e**2).mean(-1) - 1).abs().max() < 1e-2, "e is normed"
+    expected = sum(A**n for n in range(5)) * dt * (state.e @ recurrent.injection.B.weight.T)
+    torch.testing.assert_close(state.h, expected, rtol=1e-4, atol=1e-6)
+    assert ((state.e**2).mean(-1) - 1).abs().max() < 1e-2, "e is normalized"
 
 
-def test_parcaes_injection_begins_with_its_decay(tiny):
+def test_parcaes_injection_is_initialized_to_its_decay(tiny):
     A, dt, _ = Mythos(tiny(injection="parcae")).recurrent.injection(torch.zeros(1, 1, 32))
     torch.testing.assert_close(A, torch.full_like(A, 0.447), rtol=1e-4, atol=0)
     torch.testing.assert_close(dt, torch.full_like(dt, -math.log(0.447)), rtol=1e-4, atol=0)
 
 
-def test_random_states_belong_to_a_sequence_wherever_it_is(tiny):
-    """Alone or in a batch, and at whatever place in it; other seeds give other states, of the size that is said."""
+def test_random_states_depend_on_the_sequences_seed_only(tiny):
+    """Alone or at any index of a batch; other seeds give other states, with standard deviation sqrt(2 / 5)."""
     model = Mythos(tiny(initial_state="random"), act=ActConfig(mode="off"))
     starts = []
     handle = model.recurrent.register_forward_pre_hook(lambda module, inputs: starts.append(inputs[0].h))
@@ -198,8 +198,8 @@ def test_random_states_belong_to_a_sequence_wherever_it_is(tiny):
     assert not starts[-1].any()
 
 
-def test_a_lora_per_loop_and_none(tiny, enliven):
-    """Equal matrices in all loops are the shared form with a scale of 1; without, parameters are gone."""
+def test_lora_per_loop_and_none(tiny, enliven):
+    """Equal matrices in all loops equal the shared form with a scale of 1; `none` has no parameters."""
     shared = enliven(Mythos(tiny(), act=ActConfig(mode="off")))
     own = Mythos(tiny(lora="per_loop"), act=ActConfig(mode="off"))
     state = shared.state_dict()
@@ -215,7 +215,7 @@ def test_a_lora_per_loop_and_none(tiny, enliven):
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys(attn_type, tiny, enliven):
+def test_with_qk_norm_attention_ignores_the_scale_of_queries_and_keys(attn_type, tiny, enliven):
     model = enliven(Mythos(tiny(attn_type=attn_type, qk_norm=True)))
     ids = tokens(model.config, 2, 8)
     before = model(ids)
@@ -227,7 +227,7 @@ def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys(attn_type
     torch.testing.assert_close(model(ids), before, rtol=1e-3, atol=1e-3)
 
 
-def test_depth_scaled_matrices_have_huginns_deviations(tiny):
+def test_depth_scaled_matrices_have_huginns_std(tiny):
     config = replace(tiny(init="depth_scaled"), dim=256, n_experts=8, expert_dim=64)
     wide = math.sqrt(2 / (5 * 256))
     layers = config.prelude_layers + config.max_loop_iters + config.coda_layers
@@ -239,7 +239,7 @@ def test_depth_scaled_matrices_have_huginns_deviations(tiny):
         assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
 
 
-def test_a_watch_sees_what_is_there(tiny, enliven):
+def test_loop_recorder_statistics_equal_those_of_the_states(tiny, enliven):
     """Norms, changes and cosines against the states themselves; the weights of halting sum to 1 in safe mode."""
     model = enliven(Mythos(tiny(), act=ActConfig(mode="safe"))).eval()
     ids, states = tokens(model.config, 2, 8), []
@@ -264,8 +264,8 @@ def test_a_watch_sees_what_is_there(tiny, enliven):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gain_of_an_update_is_its_largest_eigenvalue(dtype):
-    """Of a linear map with one eigenvalue far above the others, through rounding of either kind."""
+def test_estimated_gain_is_the_largest_eigenvalue(dtype):
+    """Of a linear map with one dominant eigenvalue, in fp32 and bf16."""
     generator = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
     values = torch.full((16,), 0.1)

@@ -74,7 +74,7 @@ def on_one_process(sources) -> dict:
 
 
 def whole_16_bytes(case: Case, tensor: int = 1) -> bool:
-    """Whether no row has to be filled up, with `width` cut over so many ranks."""
+    """Whether no row needs padding, with `width` sharded over that many ranks."""
     bytes = 4 if case.dtype == "float32" else 2
     return case.dim * bytes % 16 == 0 and -(-case.width // tensor) * bytes % 16 == 0
 
@@ -98,13 +98,13 @@ def test_megablocks_equals_every_token_through_its_experts(number, on_one_proces
         assert found["operands_are_parameters"] == whole_16_bytes(case)
 
 
-def test_nothing_of_megablocks_stays_behind(on_one_process):
+def test_megablocks_leaves_no_state(on_one_process):
     """Its list of auxiliary losses is empty after all those forwards, and its own parameters take no memory."""
     assert on_one_process["auxiliary_losses"] == 0
     assert on_one_process["shell_devices"] == ["meta"]
 
 
-def test_experts_on_several_ranks_are_those_of_one_process(sources, tmp_path):
+def test_expert_parallel_megablocks_equals_one_process(sources, tmp_path):
     """Two ranks to an expert group, alone and times two tensor ranks; four to a group; some get no token.
 
     Each rank's outputs and gradients against float64 on one process. Which ranks multiplied shows that ranks without
@@ -156,8 +156,8 @@ def test_the_kernels_compile_for_a_gpu(sources, on_one_process, tmp_path):
     assert all(one["elf"] and one["target"] == 90 for one in found)
 
 
-def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch):
-    """Never a silent fallback: the setting, the reason, and both ways out; and that there is no GPU."""
+def test_a_missing_package_raises_with_instructions(monkeypatch):
+    """No silent fallback: the error has the setting, the reason, both remedies, and that there is no GPU."""
     monkeypatch.setattr(module, "unavailable", lambda package: f"{package}_ops cannot be imported (no such module)")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -176,8 +176,8 @@ def test_a_missing_package_is_an_error_that_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_on_a_gpu_only_bf16_is_taken(dtype):
-    """Before anything is launched. The tensors only pretend to be on a GPU."""
+def test_on_a_gpu_only_bf16_is_accepted(dtype):
+    """Before anything is launched; the tensors are fake CUDA tensors."""
     with FakeTensorMode(), pytest.raises(UserError, match=r"bf16 only.*set train\.dtype=bf16"):
         x, stack = torch.empty(3, 8, dtype=dtype, device="cuda:0"), torch.empty(2, 4, 8, dtype=dtype, device="cuda:0")
         weights = torch.empty(3, 1, device="cuda:0")

@@ -37,8 +37,8 @@ def operations(module: nn.Module, x: Tensor) -> Counter[str]:
     return count.ops
 
 
-def test_the_grouped_backend_launches_as_much_for_any_number_of_experts(tiny, enliven, build_reference):
-    """Forward and backward, 4 and 64 experts: the same operations. The reference runs some for each expert."""
+def test_the_grouped_backend_launches_as_many_kernels_for_any_number_of_experts(tiny, enliven, build_reference):
+    """Forward and backward, 4 and 64 experts: the same operations. The reference runs some per expert."""
     x = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
     few, many = (operations(one_moe(tiny(n_experts=n), ExpertsConfig(), enliven), x) for n in (4, 64))
     assert few == many
@@ -49,7 +49,7 @@ def test_the_grouped_backend_launches_as_much_for_any_number_of_experts(tiny, en
 @pytest.mark.parametrize("backend", ["grouped", "reference"])
 @pytest.mark.parametrize("k", range(1, 9))
 def test_experts_without_tokens_get_zero_gradients(k, backend, tiny, build_pair):
-    """All tokens go to the same k of ten experts: those learn, the others' gradients are zeros, and none is missing.
+    """All tokens go to the same k of ten experts: the others' gradients are zeros, and none is missing.
 
     The reference leaves None, and a rank whose gradient is missing hangs the reduction of the others.
     """
@@ -82,7 +82,7 @@ def test_experts_without_tokens_get_zero_gradients(k, backend, tiny, build_pair)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("backend", ["grouped", "reference"])
 @pytest.mark.parametrize(("dim", "expert_dim"), [(32, 16), (31, 17), (5, 1), (4, 64)])
-def test_a_backend_equals_one_expert_after_the_other(dim, expert_dim, backend, dtype, tolerance, tiny, enliven):
+def test_backends_equal_a_loop_over_experts(dim, expert_dim, backend, dtype, tolerance, tiny, enliven):
     """Output and all gradients against each token's own experts, written out, in float64.
 
     Tolerances are a few roundings of the dtype (2^-24, 2^-9, 2^-12). Widths that are no multiple of 16 bytes and, in
@@ -116,7 +116,7 @@ def test_a_backend_equals_one_expert_after_the_other(dim, expert_dim, backend, d
 
 
 def test_shared_experts_are_the_sum_of_their_parts(tiny):
-    """One wide SwiGLU against its slices run alone and added: only the order of summation differs."""
+    """One wide SwiGLU against the sum of its slices: only the order of summation differs."""
     wide = FFN(8, 15)
     for parameter in wide.parameters():
         nn.init.normal_(parameter)
@@ -145,7 +145,7 @@ def test_z_loss_is_the_mean_squared_logsumexp(tiny, enliven):
     assert loss == pytest.approx(0.3 * sum(terms) / len(terms), rel=1e-5)
 
 
-def test_sequence_balance_loss_is_deepseeks(tiny, enliven):
+def test_sequence_balance_loss_equals_deepseek_v3s_formula(tiny, enliven):
     """DeepSeek-V3, equations 17 to 20: alpha * sum_i f_i P_i for each sequence, here with softmax scores.
 
     f_i = E / (k S) * (tokens whose k best scores hold i), P_i = mean of i's scores; the mean over sequences.
@@ -179,7 +179,7 @@ def test_auxiliary_losses_enter_the_objective_once(tiny):
         assert extra == pytest.approx(sum(per_loop) / n_loops, rel=1e-4)  # a difference of two fp32 numbers
 
 
-def test_the_bias_selects_but_does_not_weigh(tiny, enliven):
+def test_the_bias_affects_selection_but_not_weights(tiny, enliven):
     """With a bias that forces experts 4 and 5, their weights are still softmax scores, renormalised to 1."""
     moe = one_moe(tiny(n_experts_per_tok=2), ExpertsConfig(), enliven)
     moe.router.bias[4:] = 1e4

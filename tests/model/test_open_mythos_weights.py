@@ -37,8 +37,8 @@ TABLES = {"freqs_cis", "freqs_cis_mla"}
 
 
 @pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.attn_type}-{c.n_shared_experts}")
-def test_there_and_back_changes_nothing(config, build_reference, enliven):
-    """Exactly: names, shapes and numbers; only the rotary tables stay behind."""
+def test_conversion_round_trip_is_exact(config, build_reference, enliven):
+    """Names, shapes and values; only the rotary tables are dropped."""
     theirs = enliven(build_reference(config)).state_dict()
     back = to_open_mythos(from_open_mythos(theirs, config), config)
     assert back.keys() == theirs.keys() - TABLES
@@ -75,8 +75,8 @@ def test_a_missing_expert_or_projection_is_named(name, build_reference):
         from_open_mythos(state, config)
 
 
-def test_a_model_with_other_loops_takes_no_weights(build_reference):
-    """They would fit in part and mean something else: what to set is said, for training and for equal numbers."""
+def test_weights_are_rejected_by_a_model_with_unsupported_loop_settings(build_reference):
+    """The weights would load but compute something else: the error lists the settings to change."""
     state = build_reference(MythosConfig(**SMALL)).state_dict()
     with pytest.raises(UserError) as caught:
         Mythos(MythosConfig(**SMALL | {"mode": "train", "injection": "reference"})).load_open_mythos(state)
@@ -95,7 +95,7 @@ def test_a_model_with_other_loops_takes_no_weights(build_reference):
         ("embed.weight", "embed.weight"),
     ],
 )
-def test_any_other_missing_name_is_the_users_error_too(name, ours_called, build_pair):
+def test_any_missing_tensor_raises_a_user_error(name, ours_called, build_pair):
     ours, reference = build_pair(MythosConfig(**SMALL))
     state = reference.state_dict()
     del state[name]
@@ -114,7 +114,7 @@ def test_any_other_missing_name_is_the_users_error_too(name, ours_called, build_
         {"n_shared_experts": 1},
     ],
 )
-def test_another_configs_weights_are_the_users_error(change, build_pair, build_reference):
+def test_weights_of_another_config_raise_a_user_error(change, build_pair, build_reference):
     """Too many experts, too few, heads that do not divide, another vocabulary, missing and superfluous layers."""
     ours, _ = build_pair(MythosConfig(**SMALL | change))
     with pytest.raises(UserError, match=r"model\.\*"):

@@ -48,7 +48,7 @@ def test_pure_bf16_trains(attn_type, tiny, build_pair):
 
 
 def loops_run(model: nn.Module, input_ids: Tensor, n_loops: int) -> int:
-    """How often the recurrent block was called."""
+    """The number of calls of the recurrent block."""
     calls = []
     handle = model.recurrent.block.register_forward_hook(lambda *_: calls.append(1))
     model(input_ids, n_loops)
@@ -56,8 +56,8 @@ def loops_run(model: nn.Module, input_ids: Tensor, n_loops: int) -> int:
     return len(calls)
 
 
-def test_no_rank_leaves_the_loop_early(tiny, build_pair):
-    """Whatever tokens do, all loops run; in the reference one rank's tokens decide when it leaves."""
+def test_training_runs_all_loops_after_all_tokens_have_halted(tiny, build_pair):
+    """Our loops do not depend on halting; in the reference one rank's tokens decide when it exits."""
     config = tiny()
     input_ids = tokens(config, 2, 8)
     seen = []
@@ -71,7 +71,7 @@ def test_no_rank_leaves_the_loop_early(tiny, build_pair):
 
 
 def mixing_weights(model: nn.Module, input_ids: Tensor, n_loops: int) -> Tensor:
-    """The weights (n_loops, N) of the states in the recurrent output, found by least squares: one system per token."""
+    """The weights (n_loops, N) of the states in the recurrent output, by least squares: one system per token."""
     states, outputs = [], []
 
     def keep_state(module, inputs):
@@ -105,7 +105,7 @@ def test_halting_weights_sum_to_one_at_any_number_of_loops(halt_bias, tiny, buil
         assert (weights > -1e-4).all()
     lost = 1 - mixing_weights(reference, input_ids, 1).sum(0)
     if halt_bias < 6:
-        assert (lost > 0.2).all(), "the reference loses what is left after its last loop"
+        assert (lost > 0.2).all(), "the reference loses the remainder after its last loop"
 
 
 def test_reference_mode_loses_the_same_mass(tiny, build_pair):
@@ -118,7 +118,7 @@ def test_reference_mode_loses_the_same_mass(tiny, build_pair):
     )
 
 
-def test_the_bias_moves_by_its_rate_against_the_load(tiny):
+def test_the_bias_changes_by_its_rate_against_the_load(tiny):
     """Exactly rate * sign(mean - load), over the sum of all loops; an expert with the mean load stays."""
     model = Mythos(tiny(n_experts=4), experts=ExpertsConfig(bias_update_rate=0.25))
     counts = torch.tensor([[0, 8, 4, 4], [2, 6, 8, 0]])  # mean 8 over both loops
@@ -139,13 +139,13 @@ def test_reference_mode_and_rate_zero_keep_the_bias(tiny):
 
 
 def imbalance(counts: Tensor) -> float:
-    """The busiest expert's load over the mean load."""
+    """The largest expert load over the mean load."""
     load = counts.sum(0).double()
     return float(load.max() / load.mean())
 
 
-def test_a_skewed_router_becomes_even(tiny, build_pair):
-    """All tokens favour two of eight experts (load 4 x the mean, the worst that top-2 allows); 60 updates mend it.
+def test_bias_updates_balance_a_skewed_router(tiny, build_pair):
+    """All tokens favour two of eight experts (load 4 x the mean, the worst that top-2 allows); 60 updates fix it.
 
     The reference has the same buffer and no code that moves it: after optimizer steps it is still zero.
     """
@@ -203,7 +203,7 @@ def test_recomputation_changes_neither_gradients_nor_counts(attn_type, tiny):
 
 
 def bytes_saved(run: Callable[[], object]) -> int:
-    """What autograd keeps of `run` for the backward, parameters included, each storage once."""
+    """The bytes that autograd saves in `run` for the backward, parameters included, each storage once."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def bytes_saved(run: Callable[[], object]) -> int:
     return sum(sizes.values())
 
 
-def test_recomputation_keeps_less_for_the_backward(tiny):
+def test_recomputation_saves_less_for_the_backward(tiny):
     """Half the bytes or fewer at three loops: one loop's activations instead of three loops'."""
 
     def saved(recompute: str) -> int:
@@ -229,8 +229,8 @@ def test_recomputation_keeps_less_for_the_backward(tiny):
     assert saved("loop") < 0.5 * saved("none")
 
 
-def test_the_loss_is_the_mean_over_labels_that_count(tiny):
-    """Against log_softmax of the logits, picked by hand; labels of -100 count nowhere, and none at all give zero."""
+def test_the_loss_is_the_mean_over_labels_that_are_not_ignored(tiny):
+    """Against log_softmax of the logits, picked by hand; labels of -100 are ignored, and all ignored give zero."""
     config = tiny()
     model = Mythos(config)
     input_ids, labels = tokens(config, 2, 6), tokens(config, 2, 6, seed=1)
@@ -286,8 +286,8 @@ def test_a_config_that_cannot_be_built_names_all_its_problems(tiny):
 
 
 @pytest.mark.parametrize("backprop", [1, 2, 4, 9])
-def test_truncated_gradients_are_those_of_a_graph_that_is_cut_by_hand(backprop, tiny):
-    """Hooks detach what the first loops leave behind: their state, and the halting weights made from it."""
+def test_truncated_gradients_equal_detached_states(backprop, tiny):
+    """Hooks detach the state after each of the first loops, and the halting weights computed from it."""
     config = tiny()
     input_ids = tokens(config, 2, 8)
 
@@ -299,11 +299,11 @@ def test_truncated_gradients_are_those_of_a_graph_that_is_cut_by_hand(backprop, 
     run = cut.recurrent._loop
 
     def loop(t: int, *arguments) -> tuple:
-        carry, *rest = run(t, *arguments)
-        if t < 4 - backprop:  # all but the prelude's output, which every loop gets anew
+        state, *rest = run(t, *arguments)
+        if t < 4 - backprop:  # all but e, which every loop gets from the prelude
             names = ("h", "output", "halted", "aux_loss")
-            carry = carry._replace(**{name: getattr(carry, name).detach() for name in names})
-        return carry, *rest
+            state = state._replace(**{name: getattr(state, name).detach() for name in names})
+        return state, *rest
 
     cut.recurrent._loop = loop  # type: ignore[method-assign]
     expected = gradients(cut)
@@ -311,8 +311,8 @@ def test_truncated_gradients_are_those_of_a_graph_that_is_cut_by_hand(backprop, 
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_loops_without_gradient_keep_nothing_for_the_backward(tiny):
-    """What a pass saves does not grow with the number of loops that get no gradient."""
+def test_no_grad_loops_save_nothing_for_the_backward(tiny):
+    """What a pass saves does not grow with the number of no-grad loops."""
 
     def saved(n_loops: int) -> int:
         return bytes_saved(lambda: model(input_ids, n_loops, labels=input_ids, backprop=2))
@@ -322,13 +322,12 @@ def test_loops_without_gradient_keep_nothing_for_the_backward(tiny):
     assert saved(9) == pytest.approx(saved(3), rel=0.02)
 
 
-def test_without_halting_the_last_state_goes_on(tiny):
-    """The coda gets the last loop's state as it is, and the halting layer, which is there for other modes, no
-    gradient but zeros."""
+def test_without_halting_the_output_is_the_last_state(tiny):
+    """The coda gets the last loop's state unchanged; the halting layer gets gradients of zeros."""
     model = Mythos(tiny(), act=ActConfig(mode="off"))
-    carries = []
-    model.recurrent.register_forward_hook(lambda module, inputs, output: carries.append(output[0]))
+    states = []
+    model.recurrent.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     input_ids = tokens(model.config, 2, 8)
     model(input_ids, 3, labels=input_ids)["objective"].backward()
-    assert torch.equal(carries[0].h.float(), carries[0].output)
+    assert torch.equal(states[0].h.float(), states[0].output)
     assert not any(p.grad.any() for p in model.recurrent.act.parameters())

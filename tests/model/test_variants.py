@@ -14,20 +14,20 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ["1b", "3b", "10b", "50b", "100b", "500b", "1t"]
 
 
-def test_there_are_seven():
+def test_there_are_seven_variants():
     assert list(VARIANTS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_field_equals_the_reference(name, open_mythos):
-    """Fields that a variant does not name keep defaults, and these are compared too."""
+    """Also the fields that a variant leaves at their defaults."""
     reference = getattr(open_mythos.variants, f"mythos_{name}")()
     ours = MythosConfig(**VARIANTS[name])
     assert {f.name: getattr(ours, f.name) for f in fields(reference)} == vars(reference)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_as_many_parameters_as_the_reference(name, build_reference):
+def test_parameter_counts_equal_the_reference(name, build_reference):
     """On the meta device, without storage. The reference counts its tied head once, as `parameters()` does."""
     config = MythosConfig(**VARIANTS[name], mode="reference")
     with torch.device("meta"):
@@ -36,8 +36,8 @@ def test_as_many_parameters_as_the_reference(name, build_reference):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_config_file_holds_the_same_model(name, open_mythos):
-    """The file spells the numbers out, where a reader can see them."""
+def test_config_files_equal_the_variants(name, open_mythos):
+    """The file lists all values explicitly."""
     model = load_config(CONFIGS / f"{name}.yaml").model
     reference = getattr(open_mythos.variants, f"mythos_{name}")()
     assert {f.name: getattr(model, f.name) for f in fields(reference)} == vars(reference)
