@@ -1,13 +1,12 @@
-"""Fault drills on a real SLURM of several nodes: whatever happens to a run, its job goes on by itself, and all lines of
-metrics.jsonl is in the end that of a run to which nothing happened.
+"""Fault drills on a real SLURM of several nodes: after any fault the job resumes by itself, and in the end
+metrics.jsonl equals that of an undisturbed run.
 
-A drill has a rank on each of two nodes, which exchange tokens (parallel.expert=2) and gradients. Two ranks on each
-(`wide`) where a node's other rank matters: it is cut off together with the rank that writes.
+A drill has one rank on each of two nodes, which exchange tokens (parallel.expert=2) and gradients; with `wide` two
+ranks on each, for the drill where a node's other rank is cut off together with the rank that writes.
 
-What costs time is to start ranks, 4 s of a core each. So a run has few steps; and where the fault comes from outside,
-the first start sleeps before each step from PACED_FROM on (helpers/paced.py): however late the fault is, it comes
-while the run is under way. Limits of the program are far above what a starved rank needs, except where a drill waits
-for them.
+Starting ranks is what takes time, 4 s of a core each, so a run has few steps. Where the fault comes from outside, the
+first start sleeps before each step from PACED_FROM on (helpers/paced.py), so that the run is not over when the fault
+arrives. Timeouts are far above what a starved rank needs, except where a drill waits for them.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ from helpers.paced import paced
 
 REPOSITORY = Path(__file__).parents[2]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
-STEPS, EVERY = 16, 4  # of a run, and from checkpoint to checkpoint
+STEPS, EVERY = 16, 4  # of a run, and between checkpoints
 PACED_FROM = 6  # after the first checkpoint
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a rank alone on its node would have one for each core
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # by default a rank that is alone on its node has one thread per core
 LOST_AFTER, HANG_AFTER = 20, 60  # seconds, where the drill waits for them
 
 pytestmark = [
@@ -63,32 +62,32 @@ class Drill:
     def output(self) -> Path:
         return self.cluster.folder / "job.out"
 
-    def said(self) -> str:
+    def log(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
     def lines(self, name: str = "metrics.jsonl") -> list[dict]:
         return lines_of(self.run_dir, name)
 
     def wait_step(self, step: int, seconds: float = 60) -> None:
-        """Until the run has done a step (and no later than that, if possible)."""
+        """Until the run has done a step."""
         self.wait(lambda: any(line["step"] >= step for line in self.lines()), seconds, f"step {step}")
 
     def wait_paced(self) -> None:
-        """Until the run is slow and has saved a checkpoint."""
+        """Until the run is paced and has saved a checkpoint."""
         self.wait_step(PACED_FROM - 1)
         self.wait((self.run_dir / "checkpoints" / "latest").exists, 60, "a checkpoint")
 
     def wait_done(self, job: int, seconds: float = 120) -> None:
-        """Until the run is complete and its job has ended well."""
+        """Until the run is complete and its job has ended with exit code 0."""
         self.wait((self.run_dir / "COMPLETED").exists, seconds, "COMPLETED")
         self.wait(lambda: self.cluster.job(job)["JobState"] == "COMPLETED", 60, "the job's end")
         assert self.cluster.job(job)["ExitCode"] == "0:0"
 
     def wait(self, ready, seconds: float, what: str) -> None:
         try:
-            wait_until(ready, 4 * seconds, what)  # a busy machine is no failure
+            wait_until(ready, 4 * seconds, what)  # allow for a busy machine
         except Exception as error:
-            raise AssertionError(f"{error}\n{self.said()[-6000:]}") from None
+            raise AssertionError(f"{error}\n{self.log()[-6000:]}") from None
 
     def recovered(self, after: float) -> float:
         """Seconds from `after` to the end of the first step of a later start."""
@@ -97,7 +96,7 @@ class Drill:
 
 
 def lines_of(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """Whole lines: a run may be writing."""
+    """Complete lines only: a run may be writing."""
     file = run_dir / name
     texts = file.read_text().splitlines(True) if file.exists() else []
     return [json.loads(text) for text in texts if text.endswith("\n")]
@@ -109,8 +108,8 @@ def exact(run_dir: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def arguments(settings) -> list[str]:
-    """For two ranks, and for four."""
-    # A rate that does not depend on the number of steps: a longer run begins as a shorter one does.
+    """Settings for two and for four ranks."""
+    # A learning rate that does not depend on the number of steps, so that longer runs have the same first steps.
     more = f"train.steps={STEPS} train.global_batch=4 optim.min_lr_ratio=1 checkpoint.every={EVERY} run.wandb=disabled"
     return [*settings, *more.split(), "faults.lost_after=60", "faults.hang_after=600"]
 
@@ -120,21 +119,21 @@ NARROW, WIDE = ["parallel.expert=2"], ["parallel.expert=2", "parallel.tensor=2"]
 
 @pytest.fixture
 def drill(tmp_path, arguments):
-    """Make a drill: `with drill(nodes=3) as one:`; keywords are the cluster's."""
+    """A function that starts a drill: `with drill(nodes=3) as one:`; more keywords are passed to Cluster."""
 
     @contextlib.contextmanager
     def make(nodes: int = 2, run_dir: Path | None = None, wide: bool = False, **options) -> Iterator[Drill]:
         run_dir = run_dir or tmp_path / "run"
         layout = WIDE if wide else NARROW
-        # When one rank has failed the others have `kill_wait` seconds to say why; 30 is SLURM's own default.
+        # When one rank has failed, the others have `kill_wait` seconds to report why; 30 is SLURM's default.
         with Cluster(nodes=nodes, folder=tmp_path, kill_wait=30, **({"slurmd_timeout": 5} | options)) as cluster:
             yield Drill(cluster, run_dir, [*arguments, *layout, f"run.dir={run_dir}"], 1 + wide)
 
     return make
 
 
-def quiet_run(folder: Path, arguments: list[str], ranks_per_node: int) -> None:
-    """A run to which nothing happens, on nodes whose interfaces have different names."""
+def run_undisturbed(folder: Path, arguments: list[str], ranks_per_node: int) -> None:
+    """An undisturbed run on nodes whose interfaces have different names."""
     with Cluster(nodes=2, folder=folder, interfaces={"node2": "ens7"}) as cluster:
         one = Drill(cluster, folder / "run", [*arguments, f"run.dir={folder / 'run'}"], ranks_per_node)
         one.wait_done(one.submit())
@@ -143,18 +142,23 @@ def quiet_run(folder: Path, arguments: list[str], ranks_per_node: int) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(arguments, tmp_path_factory) -> Path:
-    """The folder of a run of two ranks to which nothing happened."""
-    return once(tmp_path_factory, "undisturbed", lambda folder: quiet_run(folder, [*arguments, *NARROW], 1)) / "run"
+    """The folder of an undisturbed run of two ranks."""
+    return (
+        once(tmp_path_factory, "undisturbed", lambda folder: run_undisturbed(folder, [*arguments, *NARROW], 1)) / "run"
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed_wide(arguments, tmp_path_factory) -> Path:
-    """The same with four."""
-    return once(tmp_path_factory, "undisturbed_wide", lambda folder: quiet_run(folder, [*arguments, *WIDE], 2)) / "run"
+    """The same with four ranks."""
+    return (
+        once(tmp_path_factory, "undisturbed_wide", lambda folder: run_undisturbed(folder, [*arguments, *WIDE], 2))
+        / "run"
+    )
 
 
-def test_sbatch_trains_as_one_process(undisturbed, undisturbed_wide, arguments, tmp_path):
-    """The runs that all drills are compared with: 2 and 4 ranks, on nodes whose interfaces have different names."""
+def test_sbatch_gives_the_losses_of_one_process(undisturbed, undisturbed_wide, arguments, tmp_path):
+    """The undisturbed runs: 2 and 4 ranks, on nodes whose interfaces have different names."""
     assert train(1, *arguments, f"run.dir={tmp_path / 'run'}").codes == [0]
     expected = lines_of(tmp_path / "run")
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
@@ -169,7 +173,7 @@ def test_sbatch_trains_as_one_process(undisturbed, undisturbed_wide, arguments, 
 
 
 def test_a_signal_to_the_batch_script(drill, undisturbed, recovery):
-    """scancel --signal=USR1 --batch: all ranks stop behind one step with a checkpoint, and the job requeues itself."""
+    """scancel --signal=USR1 --batch: all ranks stop after the same step with a checkpoint, and the job is requeued."""
     with drill() as one:
         job = one.submit(pace=1)
         one.wait_paced()
@@ -184,7 +188,7 @@ def test_a_signal_to_the_batch_script(drill, undisturbed, recovery):
 
 
 def test_preemption(drill, undisturbed, recovery):
-    """A job of a higher partition takes the nodes: SIGTERM is a warning like any other."""
+    """A job of a partition with higher priority takes the nodes: SIGTERM stops the run as SIGUSR1 does."""
     with drill(grace=100) as one:
         job = one.submit(options=("--partition=low",), pace=1)
         one.wait_paced()
@@ -202,12 +206,12 @@ def test_preemption(drill, undisturbed, recovery):
 
 @pytest.mark.long  # for the run it is the signal of a drill above, which SLURM sends a minute later
 def test_the_time_limit(drill, undisturbed, recovery):
-    """The scheduler's warning comes before the limit; the run is back in the queue before it is killed."""
+    """SLURM signals before the limit, and the job is requeued before it is killed."""
     with drill() as one:
         job = one.submit("train.steps=1000", options=("--signal=B:USR1@30",), pace=1)
         one.wait_paced()
         one.cluster.end_in(job, 58)  # less than 30 s more than 30: the warning comes when SLURM next looks at limits
-        one.wait(lambda: "stopped after step" in one.said(), 240, "the warning")
+        one.wait(lambda: "stopped after step" in one.log(), 240, "the warning")
         begin = time.time()
         one.wait(lambda: one.lines("restarts.jsonl"), 240, "the next start")
         line = one.lines("restarts.jsonl")[0]
@@ -222,7 +226,7 @@ def test_the_time_limit(drill, undisturbed, recovery):
 
 @pytest.mark.long  # a preemption makes SLURM requeue a job in the same way, and a killed rank leaves no more behind
 def test_a_requeue_from_outside(drill, undisturbed, recovery):
-    """scontrol requeue kills the job where it is."""
+    """scontrol requeue kills the job during a step."""
     with drill() as one:
         job = one.submit(pace=1)
         one.wait_paced()
@@ -235,15 +239,15 @@ def test_a_requeue_from_outside(drill, undisturbed, recovery):
 
 
 def test_a_node_without_power(drill, undisturbed, recovery):
-    """The survivor notices in seconds, before SLURM does; with a spare node the job continues."""
+    """The other rank notices within seconds, before SLURM does; the job resumes on a spare node."""
     with drill(nodes=3, slurmd_timeout=30) as one:
         job = one.submit(f"faults.lost_after={LOST_AFTER}", pace=1)
         one.wait_paced()
         begin = time.time()
         one.cluster.power_off(2)
-        one.wait(lambda: "error: " in one.said(), 30, "the survivor's word")
+        one.wait(lambda: "error: " in one.log(), 30, "the other rank's error")
         noticed = time.time() - begin
-        assert re.search(rf"rank 1 on node2 has not responded for {LOST_AFTER} s", one.said()), one.said()
+        assert re.search(rf"rank 1 on node2 has not responded for {LOST_AFTER} s", one.log()), one.log()
         one.wait_done(job)
         (line,) = one.lines("restarts.jsonl")
         assert "on node2 has not responded" in line["why"] and line["from_step"] >= EVERY
@@ -253,8 +257,8 @@ def test_a_node_without_power(drill, undisturbed, recovery):
 
 
 def test_a_cable_of_the_first_node(drill, undisturbed_wide, recovery):
-    """Rank 0, who writes, is cut off with its neighbour, and their processes stay: they end by themselves, and write
-    nothing any more once the run continues elsewhere."""
+    """Rank 0, which writes checkpoints, is cut off with the other rank of its node. Their processes exit by themselves,
+    and write nothing after the run has resumed on other nodes."""
     with drill(nodes=3, wide=True) as one:
         job = one.submit(f"faults.lost_after={LOST_AFTER}", pace=1)
         one.wait_paced()
@@ -287,8 +291,8 @@ def test_a_cable_of_the_first_node(drill, undisturbed_wide, recovery):
         ("hang@10:1", f"step 10 exceeded faults.hang_after={HANG_AFTER} s: rank 1 on node2 (at ops/cluster/inject.py"),
     ],
 )  # fmt: skip
-def test_a_rank_that_dies_stops_or_hangs(drill, undisturbed, recovery, fault, why):
-    """Named in the others' logs with all stacks; the job requeues itself."""
+def test_a_rank_that_is_killed_frozen_or_hangs(drill, undisturbed, recovery, fault, why):
+    """The other ranks' logs name it and have all stacks; the job is requeued."""
     limits = [f"faults.lost_after={LOST_AFTER}"] * ("freeze" in fault)
     limits += [f"faults.hang_after={HANG_AFTER}"] * ("hang" in fault)
     with drill() as one:
@@ -306,7 +310,7 @@ def test_a_rank_that_dies_stops_or_hangs(drill, undisturbed, recovery, fault, wh
 
 @pytest.mark.long  # SLURM has no part in it, and train/test_faults.py has it on two ranks
 def test_a_nan_in_one_ranks_gradients(drill, undisturbed):
-    """All ranks compute the step again together; nothing is lost, and the decision is written down."""
+    """All ranks compute the step again; metrics.jsonl has the decision."""
     with drill() as one:
         one.wait_done(one.submit("faults.inject=nan@10:1"))
         decisions = {line["step"]: line["decision"] for line in one.lines() if "decision" in line}
@@ -315,14 +319,14 @@ def test_a_nan_in_one_ranks_gradients(drill, undisturbed):
 
 
 def test_a_full_disk(drill, undisturbed, tmp_path):
-    """The run ends with a message and no requeue when its last checkpoint does not fit; with room it goes on."""
+    """The job fails with a message when a checkpoint does not fit, and is not requeued; with more space it resumes."""
     disk = tmp_path / "disk"
     checkpoint = (undisturbed / "checkpoints" / f"step-{STEPS:08d}").rglob("*")
     kilobytes = sum(path.stat().st_blocks for path in checkpoint) // 2
     with small_disk(disk, int(2.8 * kilobytes)), drill(run_dir=disk / "run") as one:
         job = one.submit("checkpoint.keep=9")
         one.wait(lambda: one.cluster.job(job)["JobState"] == "FAILED", 240, "the failure")
-        assert "make room" in one.said() and one.cluster.job(job)["ExitCode"] == "2:0"
+        assert "make room" in one.log() and one.cluster.job(job)["ExitCode"] == "2:0"
         assert not (one.run_dir / "COMPLETED").exists()
         enlarge(disk)
         one.wait_done(one.submit("checkpoint.keep=9"))
@@ -330,7 +334,7 @@ def test_a_full_disk(drill, undisturbed, tmp_path):
 
 
 def test_two_jobs_on_one_run_folder(drill, undisturbed):
-    """The second ends with exit code 2 and names the first; the first takes no notice."""
+    """The second exits with code 2 and names the first, which is not affected."""
     with drill() as one:
         job = one.submit("train.steps=100000", pace=1)  # more than it can do before the second has been refused
         one.wait_step(3)
@@ -347,7 +351,7 @@ def test_two_jobs_on_one_run_folder(drill, undisturbed):
 
 @pytest.mark.long  # test_launch_readme.py runs deepspeed.sh in the same way, but for STOP
 def test_deepspeed_with_pdsh(drill, undisturbed):
-    """launch/deepspeed.sh from a login host; a file STOP ends the first run, the same command goes on."""
+    """launch/deepspeed.sh from a login host; a file STOP ends the first run, and the same command resumes it."""
     with drill() as one:
         hostfile = one.cluster.folder / "hostfile"
         hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
@@ -357,8 +361,8 @@ def test_deepspeed_with_pdsh(drill, undisturbed):
             one.wait_step(1)
             (one.run_dir / "STOP").touch()
             one.wait(lambda: first.poll() is not None, 240, "the end")
-        assert first.returncode == 85, one.said()
-        assert not (one.run_dir / "COMPLETED").exists() and f"found {one.run_dir / 'STOP'}" in one.said()
+        assert first.returncode == 85, one.log()
+        assert not (one.run_dir / "COMPLETED").exists() and f"found {one.run_dir / 'STOP'}" in one.log()
         stopped = one.lines()[-1]["step"]
         command[-1] = f"train.steps={max(STEPS, stopped + 2)}"
         done = one.cluster.run("ctl", command, cwd=REPOSITORY, env=ONE_THREAD, check=False, timeout=1200)
@@ -367,21 +371,21 @@ def test_deepspeed_with_pdsh(drill, undisturbed):
         assert exact(one.run_dir)[:STEPS] == exact(undisturbed)
 
 
-def test_a_node_without_the_shards_is_left_out(drill, undisturbed, shards):
-    """Preflight names it, the job goes back to the queue without it and runs on the spare."""
+def test_a_node_without_the_shards_is_excluded(drill, undisturbed, shards):
+    """Preflight names it, and the job is requeued without it and runs on a spare node."""
     with drill(nodes=3, private={"node2": [shards]}) as one:
         one.cluster.run("ctl", ["scontrol", "update", "NodeName=node3", "State=DRAIN", "Reason=later"])
         job = one.submit()
-        one.wait(lambda: "unfit: node2" in one.said(), 60, "preflight's word")
+        one.wait(lambda: "unfit nodes: node2" in one.log(), 60, "preflight's error")
         one.cluster.run("ctl", ["scontrol", "update", "NodeName=node3", "State=RESUME"])
-        assert re.search(r"^0: error: node2: .*mds: no shards here; set data.path", one.said(), re.M)
+        assert re.search(r"^0: error: node2: .*mds: no shards here; set data.path", one.log(), re.M)
         one.wait_done(job)
         assert one.cluster.job(job)["ExcNodeList"] == "node2"
     assert exact(one.run_dir) == exact(undisturbed)
 
 
-def test_mistakes_on_a_cluster_are_one_line_that_names_the_node(drill, tmp_path):
-    """More ranks than the layout needs, a port that is taken, other code on a node, a run folder that is not shared."""
+def test_errors_on_a_cluster_are_one_line_that_names_the_node(drill, tmp_path):
+    """Too many ranks for the layout, a port in use, different code on a node, a run folder that is not shared."""
     code, own = tmp_path / "code", tmp_path / "own"
     shutil.copytree(REPOSITORY / "mythos_dist", code)
     (code / "errors.py").open("a").write("\n")
