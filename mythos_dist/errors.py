@@ -1,7 +1,7 @@
-"""One exception for the user's own mistakes: printed without a traceback, exit code 2. And all exit codes.
+"""User errors, printed without a traceback, and all exit codes.
 
 Everything that a user can get wrong (a config, a folder, a token file) raises `UserError`; `exit_with` prints it.
-Slips of our own stay `assert` and keep their traceback.
+Bugs stay `assert` and keep their traceback.
 """
 
 import atexit
@@ -13,20 +13,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-# What a launch script decides by; 0 is done, and whatever is not here is a fault.
-EXIT_USER_ERROR = 2  # the user has to mend something: starting again is of no use
-EXIT_BAD_NODE = 3  # a node is unfit, others are not: start again without it
-EXIT_LOST_RANK = 4  # a rank hung or vanished: start again
-EXIT_DIVERGED = 5  # the numbers went wrong again and again: starting again is of no use
+# Launch scripts decide by these whether to restart. 0: done; any other code is a bug.
+EXIT_USER_ERROR = 2  # configuration or input error: do not restart
+EXIT_BAD_NODE = 3  # a node is unfit: restart without it
+EXIT_LOST_RANK = 4  # a rank hung or was lost: restart
+EXIT_DIVERGED = 5  # the loss diverged repeatedly: do not restart
 EXIT_STOPPED = 85  # stopped on a signal, or at the end of the time, behind a checkpoint: start again
-EXIT_INTERRUPTED = 130  # Ctrl-C where there is nothing to save, or a second one; what a shell makes of SIGINT
+EXIT_INTERRUPTED = 130  # Ctrl-C with nothing to save, or a second Ctrl-C; the shell's code for SIGINT
 
 
 class UserError(ValueError):
-    """One or more problems, each a line that names the thing, shows its value and says what to do."""
+    """One or more problems, one per line; each names the setting, shows its value and says what to do."""
 
     exit_code = EXIT_USER_ERROR
-    only_this_rank = False  # True: no other rank knows of it, so this one has to say it
+    only_this_rank = False  # True: no other rank has this error, so this rank prints it
 
     def __init__(self, problems: str | Sequence[str], source: str = ""):
         self.problems = [redact(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
@@ -39,29 +39,29 @@ class UserError(ValueError):
 
 
 class NodeError(UserError):
-    """What some nodes of a run have and others have not, so that it would train without them."""
+    """Some nodes of a run are unfit; the run can continue without them."""
 
     exit_code = EXIT_BAD_NODE
 
     def __init__(self, problems: str | Sequence[str], nodes: Sequence[str]):
-        """`nodes`: the host names of those that are unfit."""
+        """`nodes`: host names of the unfit nodes."""
         super().__init__(problems)
         self.nodes = list(nodes)
 
 
 class LostRankError(UserError):
-    """A rank did not come, or cannot be reached: another start may find it."""
+    """A rank did not start, or cannot be reached; a restart may succeed."""
 
     exit_code = EXIT_LOST_RANK
 
 
 class DivergedError(UserError):
-    """Gradients stay useless whatever is skipped; a person has to look at it."""
+    """Gradients stay non-finite or too large although steps were skipped; a restart does not help."""
 
     exit_code = EXIT_DIVERGED
 
 
-_SECRET = (  # names of parameters, of signed URLs and others, whose values give access
+_SECRET = (  # names of parameters, in signed URLs and elsewhere, whose values give access
     r"x-(?:amz|goog|oss|cos|ms)-[\w-]+|sig|signature|token|password|passwd|pwd|secret|credentials?|authorization"
     r"|(?:access|auth|refresh|session|sas|id|api|hf)[-_]?token|(?:access|api|account|client|secret)[-_]?(?:key|secret)"
     r"|(?:aws)?accesskeyid|(?:aws)?secretaccesskey|googleaccessid|key-pair-id"
@@ -92,26 +92,26 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line."""
+    """The first line of an error's message."""
     return (str(error).splitlines() or ["no message"])[0]
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Print the problems on standard error and leave with the error's exit code."""
+    """Print the problems on standard error and exit with the error's code."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 
 def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
-    """Run a program's `main` so that a mistake is a message with exit code 2, and Ctrl-C one line with exit code 130.
+    """Run a program's `main`: a user error is a message and exit code 2, Ctrl-C is one line and exit code 130.
 
-    is_tool: a file that cannot be read or written, and too little memory, count as mistakes of the user too. Training
-    says no: a launcher would not start it again after exit code 2.
+    is_tool: a file that cannot be read or written, and too little memory, are user errors as well. Not for training: a
+    launcher does not restart it after exit code 2.
 
-    Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into an error
-    of theirs while they are imported or wait for worker processes, so whatever leaves `main` after it counts as it.
-    They may also drop it, as torch does while it imports numpy and Python in `__del__`: it is raised again each half
-    second until something handles it.
+    Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into their own
+    error while they are imported or wait for worker processes, so after Ctrl-C any exception counts as an interrupt.
+    They may also drop it, as torch does while it imports numpy, and Python does in `__del__`: it is raised again every
+    half second until something handles it.
     """
     interrupted: list[int] = []
 
@@ -122,17 +122,17 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
         raise KeyboardInterrupt
 
     def interrupt_again(number: int, frame: Any) -> None:
-        if sys.exc_info()[0] is None:  # of what the signal came between: no `except` or `finally` is under way
+        if sys.exc_info()[0] is None:  # no `except` or `finally` block is running
             raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    if before == signal.default_int_handler:  # a script's background job ignores it
+    if before == signal.default_int_handler:  # a background job of a script ignores SIGINT
         signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED:
-            raise  # `main` has said what there is to say
+            raise  # `main` has printed its own message
         if interrupted or isinstance(error, KeyboardInterrupt):
             _leave_interrupted()
         if isinstance(error, UserError):
@@ -150,9 +150,9 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
 
 
 def _leave_interrupted() -> NoReturn:
-    """Not by way of the interpreter's own end, which waits for threads: what they have not finished has no name yet."""
+    """Exit without the interpreter's shutdown, which waits for threads; their unfinished files have temporary names."""
     signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends this as well, without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process at once
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
@@ -162,9 +162,9 @@ def _leave_interrupted() -> NoReturn:
 
 
 def report_to_launcher(code: int, nodes: Sequence[str] = ()) -> None:
-    """Leave the exit code, and host names of unfit nodes, in the files that a launch script has named.
+    """Write the exit code, and host names of unfit nodes, to the files that the launch script has named.
 
-    When ranks leave one after the other, srun kills the later ones and returns what became of those.
+    When ranks exit one after another, srun kills the later ones and returns their exit status instead.
     """
     for name, lines in {"MYTHOS_VERDICT": [str(code)], "MYTHOS_BAD_NODES": nodes}.items():
         if lines and (file := os.environ.get(name)):

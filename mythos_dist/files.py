@@ -1,8 +1,8 @@
-"""Files that survive a kill: written as a whole or not at all, and read without trust in what is there.
+"""Write files so that they survive a kill or a power failure, and read files that may be damaged.
 
 Rule: temporary file in the same folder, fsync, rename, fsync of the folder. A reader sees the old content or the new
-one, whenever the writer is killed or the machine loses its power. Temporary files are called `NAME.tmp-PID`; the
-process that holds the folder's lock removes those that killed writers have left (`remove_temporaries`).
+one, whenever the writer is killed. Temporary files are named `NAME.tmp-PID`; the process that holds the folder's lock
+removes those of killed writers (`remove_temporaries`).
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from mythos_dist.errors import UserError
 
-# What file systems answer that cannot sync a folder; everything else (EIO, ENOSPC …) is a failure.
+# Errors of file systems that cannot fsync a folder; every other error (EIO, ENOSPC …) is a failure.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -73,8 +73,7 @@ def fsync_file(stream: IO[Any]) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Fsync a folder: names that were made, renamed or removed there survive a power failure. OSError if they did not
-    reach the disk."""
+    """Fsync a folder, so that created, renamed and removed names survive a power failure. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -86,7 +85,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder and its parents, each on disk. OSError if there is a file of that name, or no right to."""
+    """Create a folder and its parents, and fsync each. OSError if a file has that name, or without permission."""
     if folder.is_dir():
         return
     if folder.parent != folder:
@@ -94,21 +93,21 @@ def make_folders(folder: Path) -> None:
     try:
         folder.mkdir()
     except FileExistsError:
-        if not folder.is_dir():  # or another process was faster
+        if not folder.is_dir():  # another process may have created it
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
-    with suppress(PermissionError):  # a parent may be closed to reading
+    with suppress(PermissionError):  # a parent may not be readable
         fsync_folder(folder.parent)
 
 
 def write_and_fsync(file: Path, text: str) -> None:
-    """Write a text file in place and fsync it: for files in a folder that nobody reads yet."""
+    """Write a text file in place and fsync it: for files in a folder that is not published yet."""
     with open(file, "w", encoding="utf-8") as stream:
         stream.write(text)
         fsync_file(stream)
 
 
 def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
-    """Remove what killed writers of the files `names` in `folder` have left, and nothing else."""
+    """Remove the temporary files of killed writers of `names` in `folder`, and nothing else."""
     pattern = re.compile(rf"({'|'.join(map(re.escape, names))})\.tmp-\d+")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.is_file() and not path.is_symlink():
@@ -118,7 +117,7 @@ def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
 def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Each line of `content` and the JSON object on it; None: the line holds none, or is not UTF-8.
 
-    Raises nothing: a kill may have cut the last line, and a bad disk or an editor anything else.
+    Raises nothing: a kill may have truncated the last line, and a disk or an editor damaged any other.
     """
     for line in content.splitlines():
         try:
@@ -129,9 +128,9 @@ def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def read_json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]:
-    """The JSON objects in the last `tail` bytes of a file of lines; None: in all of it. Other lines are left out.
+    """The JSON objects in the last `tail` bytes of a file of lines (None: all). Other lines are skipped.
 
-    Empty if there is no such file, or if it cannot be read.
+    Empty if the file does not exist or cannot be read.
     """
     try:
         with file.open("rb") as stream:
@@ -145,7 +144,7 @@ def read_json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]
 
 
 def get_number(line: dict[str, Any], key: str) -> float | None:
-    """The number under `key`; None if there is none (true and false are none)."""
+    """The number under `key`; None if there is none (true and false are not numbers)."""
     value = line.get(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -165,7 +164,7 @@ _REMEDIES = {
 
 
 def reason(error: Exception) -> str:
-    """Why the system refused, in a few words."""
+    """The message of an error without file names."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
@@ -179,7 +178,7 @@ def user_errors(place: Path, what: str = "cannot be written") -> Iterator[None]:
 
 
 def os_user_error(error: OSError, place: Path, what: str = "cannot be written") -> UserError:
-    """What `user_errors` raises."""
+    """The UserError for an OSError: names the file (or else `place`) and the remedy."""
     name = error.filename if isinstance(error.filename, str) else str(place)
     remedy = _REMEDIES.get(error.errno or 0, "look at this folder and its file system")
     return UserError(f"{name} {what} ({error.strerror or error}); {remedy}")

@@ -1,7 +1,7 @@
-"""Folders below /tmp, where anybody may be first to make one of a name that can be guessed.
+"""Private folders below /tmp, where any user may be the first to create a folder with a predictable name.
 
-What is compiled, unpacked or cached there is run or trained on later, so a folder is used only if it is this user's own
-and nobody else can write into it. launch/env.sh does the same in bash.
+Code and data cached there are executed or trained on later, so a folder is used only if this user owns it and no other
+user can write to it. launch/env.sh does the same in bash.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mythos_dist.errors import UserError
 
-# Where compilers keep what they have made; launch/env.sh points them below `compile_caches()`.
+# The caches of compilers; launch/env.sh sets them to folders below `compile_caches()`.
 CACHES = ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -23,12 +23,12 @@ def compile_caches(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def default_shard_cache() -> Path:
-    """This user's folder for unpacked shards, if `data.cache` does not say."""
+    """This user's folder for unpacked shards, if `data.cache` is not set."""
     return Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}")
 
 
 def why_untrusted(folder: Path) -> str:
-    """Why `folder` is not to be trusted; empty: it is, or it is not there."""
+    """Why `folder` must not be used; empty if it may be, or if it does not exist."""
     try:
         about = folder.lstat()
     except FileNotFoundError:
@@ -47,15 +47,15 @@ def why_untrusted(folder: Path) -> str:
 
 
 def make_private_folder(folder: Path, remedy: str) -> Path:
-    """The folder, made with mode 0700 if it is not there.
+    """The folder, created with mode 0700 if it does not exist.
 
-    Raises UserError with `remedy` if it is somebody else's, a link, or open to others. One of ours that is open stays
-    as it is: what others have put there in the meantime would be used.
+    Raises UserError with `remedy` if another user owns it or can write to it, or if it is a link. The mode of an
+    existing folder is not changed: files that other users have put there would be used.
     """
     try:
         folder.mkdir(mode=0o700, parents=True)
     except FileExistsError:
-        pass  # by us, by another of our processes, or by somebody else
+        pass  # by this user or another one: checked below
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}); {remedy}") from None
     if problem := why_untrusted(folder):
@@ -64,9 +64,9 @@ def make_private_folder(folder: Path, remedy: str) -> Path:
 
 
 def check_compile_caches(compiles: bool = False, environment: MutableMapping[str, str] = os.environ) -> None:
-    """On every node: the folder of compiled code is ours, wherever variables lead into it. Raises UserError.
+    """Check on every node that cache variables point only to private folders. Raises UserError.
 
-    compiles: torch.compile is used, whose own default is a folder that anybody can make.
+    compiles: torch.compile is used, whose default cache is a folder that any user can create.
     """
     if compiles:
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_caches(environment) / "inductor"))

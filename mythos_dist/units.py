@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Format numbers for messages."""
 
 
 def short(number: float) -> str:
-    """Three digits and a unit: 1234567 -> "1.23M", 999.6 -> "1k"."""
+    """Three significant digits and a unit: 1234567 -> "1.23M", 999.6 -> "1k"."""
     number = float(f"{number:.3g}")
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
@@ -11,7 +11,7 @@ def short(number: float) -> str:
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
-    """A number and what it counts: "1 rank", "1,024 ranks"; `plural` where it is not `noun` with an s."""
+    """A number with its noun: "1 rank", "1,024 ranks"; `plural`: if it is not `noun` with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
