@@ -11,7 +11,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.manifest import DocumentCounts, SplitCounts
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.allocation import even_allocation
-from mythos_dist.ops.preflight import Found
+from mythos_dist.ops.preflight import PreflightResult
 from mythos_dist.units import count
 
 PLURALS = "ranks nodes replicas documents windows tokens shards steps problems tensors files rows sequences loops GPUs"
@@ -28,7 +28,7 @@ def test_messages_about_one_thing_are_in_the_singular(tmp_path):
     manifest = replace(manifest, documents=DocumentCounts(1, 1), splits={"train": one, "heldout": one})
     config = Config()
     parallel = replace(config.parallel, expert=2)
-    told = [manifest.summary(), str(Found(["a"], 1.0, 1.0, 0.0, 1.0))]
+    told = [manifest.summary(), str(PreflightResult(["a"], 1.0, 1.0, 0.0, 1.0))]
     told += layout_problems(replace(config, parallel=parallel), 1)
     with pytest.raises(UserError) as error:
         even_allocation(1, 2)

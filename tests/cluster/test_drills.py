@@ -414,7 +414,7 @@ def test_errors_on_a_cluster_are_one_line_that_names_the_node(drill, tmp_path):
         said = refused("node1,node3", "--ntasks=2")
         assert "the code (mythos_dist) on node3 is" in said and "a shared folder" in said
         said = refused("node1,node2", "--ntasks=2", run_dir=own / "run")
-        assert "node2: it does not see what node1 writes in run.dir" in said and "a folder that all share" in said
+        assert "node2: files that node1 writes in run.dir are not visible" in said and "a shared folder" in said
 
 
 LISTEN = [

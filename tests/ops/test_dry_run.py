@@ -1,4 +1,4 @@
-"""A rank without numbers against the same rank among real ones: peak memory, FLOPs, and every byte of its messages."""
+"""A rank on fake tensors against the same rank of a real run: peak memory, FLOPs and every byte of its messages."""
 
 import gc
 import os
@@ -20,21 +20,20 @@ from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.model.kernels import as_on_gpus
-from mythos_dist.ops.dry_run import Answer, OwnTraffic, dry_run
+from mythos_dist.ops.dry_run import LocalTraffic, RowCounts, dry_run
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel import expert
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
-# Tensors of some MB, so that the scalars do not count. Nothing is learned and the router's bias stays: every step sends
-# the same rows.
+# Tensors of some MB, so that scalars do not matter. With lr=0 and a constant router bias each step sends the same rows.
 SMALL = (
     "model.dim=256 model.vocab_size=2000 model.kv_lora_rank=64 model.q_lora_rank=96 model.qk_rope_head_dim=32 "
     "model.qk_nope_head_dim=32 model.v_head_dim=32 model.expert_dim=128 train.seq_len=256 train.micro_batch=1 "
     "train.global_batch=2 train.dtype=fp32 loops.mean=3 experts.z_loss=0.01 experts.bias_update_rate=0 optim.lr=0"
 )
-# As many micro-batches as a dry run takes, but for one layout. Most in fp32: a CPU's products in bf16 take ten times as
-# long.
+# As many micro-batches as a dry run takes, except in one layout. Mostly fp32: a CPU's products in bf16 take ten
+# times as long.
 LAYOUTS = {
     2: [
         "train.micro_batch=2 train.global_batch=4",
@@ -73,13 +72,13 @@ def config_of(layout: str) -> Config:
 
 
 def micro_batches_of(config: Config, world: int) -> int:
-    """As many as a step really runs: a dry run by itself takes fewer."""
+    """Of a real step; a dry run takes fewer by default."""
     replicas = world // (config.parallel.pipe * config.parallel.tensor)
     return config.train.global_batch // (config.train.micro_batch * replicas)
 
 
 def with_small_buckets(*arguments: Any) -> dict[str, Any]:
-    """DeepSpeed's settings with gradients reduced 2 to 4 MB at a time: the usual 2 GB would hide all else."""
+    """DeepSpeed's settings with gradient buckets of 2 to 4 MB: the usual 2 GB would hide everything else."""
     settings = deepspeed_config(*arguments)
     settings["zero_optimization"]["reduce_bucket_size"] = 1_000_000
     return settings
@@ -89,39 +88,39 @@ SMALL_BUCKETS = mock.patch("mythos_dist.train.engine.deepspeed_config", with_sma
 
 
 def measure(layouts: list[str]) -> list[dict[str, Any]]:
-    """On each rank: what every layout's step needs, as torch's profiler and the counting modes see it."""
+    """On each rank: what a step of each layout needs, by torch's profiler and the meter."""
     from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.train.engine import Engine
 
     found = []
     for layout in layouts:
-        print(layout, file=sys.stderr)  # a launch that fails says where it was
+        print(layout, file=sys.stderr)  # shows where a failed launch was
         new_process_groups(layout)
         config = config_of(layout)
         mesh = build_mesh(config.parallel)
         micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))
-        answers: list[Answer] = []
+        answers: list[RowCounts] = []
         exchange_counts = expert._exchange_counts
 
-        def ask(*arguments: Any, answers: list = answers, exchange_counts: Any = exchange_counts) -> Any:
+        def record(*arguments: Any, answers: list = answers, exchange_counts: Any = exchange_counts) -> Any:
             answers.append(exchange_counts(*arguments))
             return answers[-1]
 
-        with as_on_gpus(), SMALL_BUCKETS, mock.patch.object(expert, "_exchange_counts", ask):
-            gc.collect()  # or the profiler sees the engine before this one go away
-            with let_gloo_go(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with as_on_gpus(), SMALL_BUCKETS, mock.patch.object(expert, "_exchange_counts", record):
+            gc.collect()  # else the profiler records that the previous engine is freed
+            with release_gloo_tensors(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 engine = Engine(config, mesh)
-                # In the first step a pipeline's stages send shapes, and ZeRO-3 learns which parameters are needed when.
+                # In the first step pipeline stages send shapes, and ZeRO-3 traces which parameters are needed when.
                 engine.train_step(micro_batches, 1)
                 answers.clear()
                 with record_function("the step"):
                     engine.train_step(micro_batches, 2)
             routing = list(answers)
-            engine.traffic = OwnTraffic(mesh)
+            engine.traffic = LocalTraffic(mesh)
             with Meter() as meter:
                 meter.reset()
                 communication = engine.train_step(micro_batches, 2).communication
-        assert answers == routing * 2, "a step that learns nothing has sent other rows than the one before"
+        assert answers == routing * 2, "a step with lr=0 sent other rows than the previous one"
         found.append(
             {
                 "peak": peak_of(profiler),
@@ -136,20 +135,20 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def let_gloo_go() -> Any:
-    """Behind each message waits until gloo's thread has let go of tensors: the profiler does not see it free them."""
+def release_gloo_tensors() -> Any:
+    """After each message wait until gloo's thread has released its tensors: the profiler does not record that."""
     wait = dist.Work.wait
 
-    def patiently(*arguments: Any) -> Any:
+    def wait_longer(*arguments: Any) -> Any:
         done = wait(*arguments)
         time.sleep(0.002)
         return done
 
-    return mock.patch.object(dist.Work, "wait", patiently)
+    return mock.patch.object(dist.Work, "wait", wait_longer)
 
 
 def peak_of(profiler: profile) -> int:
-    """The most bytes that are allocated at a time during the step, of all that was since the profiler began."""
+    """Peak of allocated bytes during the step, counted since the profiler started."""
     assert profiler.profiler and profiler.profiler.kineto_results
     left, events = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while left:
@@ -157,7 +156,7 @@ def peak_of(profiler: profile) -> int:
         left += events[-1].children
     (step,) = (event for event in events if event.name == "the step")
     allocations = (event for event in events if event.tag == _EventType.Allocation)
-    held: dict[int, int] = {}  # bytes by address: what the profiler did not see begin does not end either
+    held: dict[int, int] = {}  # bytes by address, of allocations since the profiler started
     live = peak = 0
     for event in sorted(allocations, key=lambda event: event.start_time_ns):
         size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
@@ -170,8 +169,8 @@ def peak_of(profiler: profile) -> int:
     return peak
 
 
-def run_dry(world: int, cases: list[tuple[str, int, list[Answer]]]) -> list[dict[str, Any]]:
-    """For each layout, rank and routing: what the dry run of that rank says."""
+def run_dry(world: int, cases: list[tuple[str, int, list[RowCounts]]]) -> list[dict[str, Any]]:
+    """The dry run for each layout, rank and routing."""
     found = []
     for layout, rank, routing in cases:
         print(layout, rank, file=sys.stderr)
@@ -189,16 +188,16 @@ def run_dry(world: int, cases: list[tuple[str, int, list[Answer]]]) -> list[dict
     return found
 
 
-def run_dry_in_turns(world: int, cases: list[tuple[str, int, list[Answer]]]) -> list[dict[str, Any]]:
-    """On each of two processes: its half of the cases."""
+def run_dry_in_turns(world: int, cases: list[tuple[str, int, list[RowCounts]]]) -> list[dict[str, Any]]:
+    """On each of two processes: half of the cases."""
     return run_dry(world, cases[int(os.environ["LOCAL_RANK"]) :: 2])
 
 
 @pytest.mark.parametrize(("world", "layouts"), by_ranks(LAYOUTS, LONG))
-def test_a_rank_without_numbers_does_what_a_real_one_does(world, layouts):
-    """FLOPs and bytes over each axis are the same numbers, for the rows that the real routers sent.
+def test_a_dry_run_equals_a_real_rank(world, layouts):
+    """FLOPs and bytes over each axis exactly, peak memory within `TOLERANCE`, for the rows that the real routers sent.
 
-    Rank 0, and the last one where it is another stage or gets other rows.
+    Rank 0, and the last rank if it is another stage or receives other rows.
     """
     real = list(zip(layouts, zip(*run_ranks(world, measure, layouts, seconds=1600), strict=True), strict=True))
     cases = [
@@ -220,8 +219,8 @@ def test_a_rank_without_numbers_does_what_a_real_one_does(world, layouts):
         assert found["communication"] == measured["communication"], where
 
 
-def test_a_dry_run_is_silent_and_leaves_no_trace(capfd):
-    """Neither DeepSpeed nor torch says a word; the process can go on as if nothing had been."""
+def test_a_dry_run_prints_nothing_and_restores_the_process(capfd):
+    """No output of DeepSpeed or torch; the environment and the process group are as before."""
     before = dict(os.environ)
     dry_run(config_of("parallel.zero=3 parallel.tensor=4 train.global_batch=32"), 64, rank=5, imbalance=1.2)
     assert capfd.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""A layout that cannot fit is refused before anything is written; at step 10 the plan is held against the run."""
+"""A layout that does not fit is refused before anything is written; at step 10 plan and measurement are compared."""
 
 import json
 import os
@@ -25,7 +25,7 @@ LAPTOP = Path("configs/clusters/laptop.yaml")
 
 @pytest.fixture
 def too_small(tmp_path) -> Path:
-    """A cluster whose ranks may hold a megabyte."""
+    """A cluster with one usable megabyte per rank."""
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(LAPTOP.read_text()) | {"memory_gb": 0.002, "reserved_gb": 0.001}))
     return file
@@ -41,9 +41,9 @@ def config_of(*overrides: str) -> Config:
 
 
 @pytest.mark.launch
-def test_a_layout_that_cannot_fit_is_refused_unless_asked_otherwise(settings, too_small, tmp_path):
-    """Exit code 2 on every rank, one line, no run folder. When the check is off the same run trains, and it goes on
-    with other values of both settings."""
+def test_a_layout_that_does_not_fit_is_refused_unless_the_check_is_off(settings, too_small, tmp_path):
+    """Exit code 2 on every rank, one line, no run folder. With the check off the same run trains, and it resumes with
+    other values of both settings."""
     run_dir = tmp_path / "run"
     asked = [*settings, "train.steps=2", f"run.dir={run_dir}", f"run.cluster={too_small}"]
     refused = train(2, *asked)
@@ -54,7 +54,7 @@ def test_a_layout_that_cannot_fit_is_refused_unless_asked_otherwise(settings, to
     memory = estimate.largest_stage.memory
     assert needed and float(needed[1]) == pytest.approx(sum(memory.values()) / 1e9, rel=0.05)
     assert memory[needed[2]] == max(memory.values()) == pytest.approx(float(needed[3]) * 1e9, rel=0.05)
-    for words in (f"run.cluster={too_small} leaves 0.001 GB of 0.002 GB", "train.recompute=loop", "parallel.expert"):
+    for words in (f"run.cluster={too_small} has 0.001 GB of 0.002 GB", "train.recompute=loop", "parallel.expert"):
         assert words in line
     assert f"tools/plan.py CONFIG --gpus 2 --cluster {too_small}" in line and "run.check_memory=false" in line
 
@@ -67,7 +67,7 @@ def test_a_layout_that_cannot_fit_is_refused_unless_asked_otherwise(settings, to
 
 
 def train_with_ballast(arguments: list[str], megabytes: int) -> int:
-    """Train while rank 1 holds so much more; the most bytes that the process has held, as getrusage has it."""
+    """Train while rank 1 holds `megabytes` more; returns the peak memory of the process by getrusage."""
     from helpers.launch import train_here
 
     ballast = b"1" * (megabytes << 20) if os.environ["RANK"] == "1" else b""
@@ -78,8 +78,8 @@ def train_with_ballast(arguments: list[str], megabytes: int) -> int:
 
 
 @pytest.mark.launch
-def test_step_10_tells_planned_and_measured(settings, tmp_path):
-    """In metrics.jsonl, on the console and in rank 0's log only. Measured are the fullest rank and the median step."""
+def test_step_10_logs_planned_and_measured_memory_and_time(settings, tmp_path):
+    """In metrics.jsonl, on the console and in rank 0's log only: the rank with most memory, the median step."""
     run_dir = tmp_path / "run"
     asked = [*settings, "train.steps=11", f"run.dir={run_dir}", f"run.cluster={LAPTOP}"]
     result = launch(2, train_with_ballast, asked, 200)
@@ -96,19 +96,16 @@ def test_step_10_tells_planned_and_measured(settings, tmp_path):
     steps = [json.loads(text)["step_seconds"] for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert planned["measured_step_seconds"] == statistics.median(steps[3:10])
 
-    (told,) = re.findall(r"planned and measured: .*", result.out)
-    assert re.fullmatch(
-        r"planned and measured: memory \S+ and \S+ GB \(rank 1; on a CPU with the interpreter and libraries\), "
-        r"step \S+ and \S+ s",
-        told,
-    )
-    assert told in (run_dir / "logs" / "rank-00000.log").read_text()
-    assert "planned and measured" not in (run_dir / "logs" / "rank-00001.log").read_text()
+    (line,) = re.findall(r"peak memory .*", result.out)
+    expected = r"peak memory \S+ GB \(planned \S+ GB; rank 1; CPU, whole process\), step \S+ s \(planned \S+ s\)"
+    assert re.fullmatch(expected, line)
+    assert line in (run_dir / "logs" / "rank-00000.log").read_text()
+    assert "peak memory" not in (run_dir / "logs" / "rank-00001.log").read_text()
 
 
-def test_a_start_compares_once_at_its_tenth_step_or_at_the_last(monkeypatch):
-    """Times of the first three steps do not count; a start of fewer has only its last one."""
-    monkeypatch.setattr(memory_check, "fullest_rank", lambda: (3, 2e9))
+def test_a_start_compares_once_at_its_tenth_or_last_step(monkeypatch):
+    """The first three steps are not timed; a start with fewer steps uses its last one."""
+    monkeypatch.setattr(memory_check, "largest_rank", lambda: (3, 2e9))
     estimate = Estimate(config_of(), 1, load_cluster(LAPTOP))
 
     def compared(steps: int) -> dict[int, float]:
@@ -120,32 +117,32 @@ def test_a_start_compares_once_at_its_tenth_step_or_at_the_last(monkeypatch):
     assert compared(9) == {9: 6.5} and compared(2) == {2: 2.0}
     only = Comparison(estimate).step(1.0, last=True)
     assert only and only.step_seconds is None, "without run.cluster no step is planned"
-    assert str(only).endswith("libraries), step 1.0 s (none planned: run.cluster is not set)")
+    assert str(only).endswith(", step 1.0 s (set run.cluster to plan step time)")
 
 
-def test_without_a_cluster_memory_is_that_of_the_node(monkeypatch):
-    """What is available is divided by the ranks on the node; recompute=loop is not recommended to who has it."""
+def test_without_a_cluster_the_node_sets_the_memory_limit(monkeypatch):
+    """Available memory is divided by the ranks on the node; recompute=loop is not recommended if it is set."""
     config = config_of("train.recompute=loop", "train.micro_batch=2")
     stage = Estimate(config, 2, load_cluster(LAPTOP)).largest_stage
-    needed = stage.bytes - stage.memory["communication"]  # DeepSpeed's bucket stays empty here
+    needed = stage.bytes - stage.memory["communication"]  # DeepSpeed's bucket is not used here
     monkeypatch.setattr(memory_check, "node_memory", lambda: (10**12, 2.02 * needed))
     check_memory(config, 2, ranks_here=2)  # raises nothing
-    with pytest.raises(UserError, match="each of 3 ranks on this node can have") as refused:
+    with pytest.raises(UserError, match="each of 3 ranks on this node can use") as refused:
         check_memory(config, 2, ranks_here=3)
     assert "recompute" not in str(refused.value) and "lower train.micro_batch=2" in str(refused.value)
     assert check_memory(config_of("run.check_memory=false"), 2, ranks_here=10**9)
     bucket = config_of("train.recompute=loop", "train.micro_batch=2", "parallel.zero=2")
-    assert check_memory(bucket, 2, ranks_here=2), "on a CPU a bucket that stays empty takes nothing"
+    assert check_memory(bucket, 2, ranks_here=2), "on a CPU an unused bucket takes no memory"
 
 
-def test_a_cluster_file_that_is_missing_is_named():
+def test_a_missing_cluster_file_is_named():
     with pytest.raises(UserError, match=r"there is no cluster file configs/none\.yaml"):
         check_memory(config_of("run.cluster=configs/none.yaml"), 1, 1)
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_limit_of_any_cgroup_above_the_process_counts(version, tmp_path):
-    """The job's limit is the smaller one here; what its processes hold is not available, and caches are."""
+def test_the_limit_of_every_parent_cgroup_counts(version, tmp_path):
+    """The job's limit is the smaller one here; memory of its processes is not available, file caches are."""
     top = tmp_path / "memory" if version == 1 else tmp_path
     limit, held = ("memory.limit_in_bytes", "total_rss") if version == 1 else ("memory.max", "anon")
     step = top / "job" / "step"

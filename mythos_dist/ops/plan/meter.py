@@ -1,10 +1,10 @@
-"""Measuring a step as it runs: bytes of live tensors by part and their peak, and FLOPs of matrix products.
+"""Measure a step as it runs: bytes of live tensors by part, their peak, and FLOPs of matrix products.
 
-Works on real and on fake tensors alike: a storage counts from the operation that makes it until it is freed. Under
-`FakeTensorMode` no number exists, so whatever asks for one gets a 1 (a bool: false).
-The trap: torch adds fake gradients out of place where real ones are added in place, which would show as memory that
-no real run needs; `_accumulated` does what the real engine does (torch/csrc/autograd/input_buffer.cpp). With real
-tensors it adds out of place as long as any dispatch mode watches, and the meter counts what is then there.
+Works on real and on fake tensors: a storage counts from the operation that creates it until it is freed. Fake tensors
+have no values, so `item()` returns 1 (for a bool, False).
+The trap: torch adds fake gradients out of place where it adds real ones in place, which would count memory that no real
+run needs; `_is_in_place_sum` does what the real engine does (torch/csrc/autograd/input_buffer.cpp). With real tensors
+torch adds out of place while any dispatch mode is active, and the meter counts that memory.
 """
 
 import sys
@@ -22,7 +22,7 @@ Part = Literal["parameters", "gradients", "optimizer", "activations", "workspace
 
 aten = torch.ops.aten
 
-_HEAD = (aten.zeros_like,)  # the head makes its gradient on the way forward (parallel/tensor.py)
+_HEAD_GRADIENT = aten.zeros_like  # the head creates its gradient in the forward pass (parallel/tensor.py)
 
 
 def _product(m: int, k: int, n: int) -> int:
@@ -40,7 +40,7 @@ def _bmm(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
 
 
 def _pairs(q: Tensor, k: Tensor, causal: bool) -> float:
-    """(query, key) pairs that are looked at, over all heads: q (B, H, S, d), k (B, K, T, d)."""
+    """(query, key) pairs that attention computes, over all heads: q (B, H, S, d), k (B, K, T, d)."""
     (B, H, S, _), T = q.shape, k.shape[2]
     return B * H * (S * (S + 1) / 2 if causal else S * T)
 
@@ -52,7 +52,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, is_causal:
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dropout: float, is_causal: bool, **_: Any
 ) -> float:
-    # Scores again, then the gradients of scores, values, queries and keys (Dao 2023).
+    # Scores recomputed, then the gradients of scores, values, queries and keys (Dao 2023).
     return 2 * _pairs(q, k, is_causal) * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
@@ -69,7 +69,7 @@ FLOPS: dict[Any, Callable[..., float]] = {
 
 
 class Meter(TorchDispatchMode):
-    """Within `with Meter() as meter:` keeps the books. A CUDA allocator hands out multiples of `round_to` bytes."""
+    """Counts inside `with Meter() as meter:`. round_to: CUDA's allocator rounds sizes up to a multiple of this."""
 
     def __init__(self, round_to: int = 512):
         super().__init__()
@@ -82,19 +82,19 @@ class Meter(TorchDispatchMode):
         self.peak_phase = ""
         self.flops = 0.0
         self.operations = 0
-        self.weight_shapes: set[torch.Size] = set()  # what counts as a gradient
-        self.gather_parameters: set[str] = set()  # process groups whose all-gathers make parameters whole (ZeRO-3)
+        self.weight_shapes: set[torch.Size] = set()  # a tensor of such a shape can be a gradient
+        self.gather_parameters: set[str] = set()  # process groups whose all-gathers unshard parameters (ZeRO-3)
         self._storages: dict[int, tuple[int, list[str]]] = {}  # bytes and part
 
     def reset(self) -> None:
-        """Forget peak and FLOPs; what is live stays so."""
+        """Reset peak and FLOPs; live tensors stay counted."""
         self.peak, self.at_peak, self.flops, self.operations = 0, {}, 0.0, 0
         self._note_peak()
 
     def mark(self, tensors: Iterable[Tensor], part: Part) -> None:
-        """Say which part tensors belong to, whenever they were made."""
+        """Assign tensors to a part, whenever they were created."""
         for tensor in tensors:
-            size, holder = self._storages.get(self._follow(tensor, part), (0, [part]))
+            size, holder = self._storages.get(self._track(tensor, part), (0, [part]))
             self.live[holder[0]] -= size
             self.live[part] += size
             holder[0] = part
@@ -104,42 +104,44 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
-            return _some_number(args[0])
+            return _item(args[0])
         self.operations += 1
-        if func is aten.add.Tensor and _accumulated(args):
+        if func is aten.add.Tensor and _is_in_place_sum(args):
             return args[0]
         packet = func._overloadpacket
         out = func(*args, **kwargs)
         if packet in FLOPS:
             self.flops += FLOPS[packet](*args, **kwargs)
         if func.namespace == "c10d":
-            self._written(func, args)
+            self._mark_collective_output(func, args)
         backward = torch._C._current_graph_task_id() != -1
         for tensor in _tensors(out):
-            if tensor.device.type != "meta":  # shapes that DeepSpeed keeps
-                self._follow(tensor, self._part_of(tensor, packet, backward))
+            if tensor.device.type != "meta":  # DeepSpeed keeps shapes as meta tensors
+                self._track(tensor, self._part_of(tensor, packet, backward))
         return out
 
     def _part_of(self, tensor: Tensor, packet: Any, backward: bool) -> str:
         if self.phase != "passes":
             return "workspace"
         if tensor.shape in self.weight_shapes and (
-            self._differentiates(tensor, packet) if backward else packet in _HEAD
+            self._is_weight_gradient(tensor, packet) if backward else packet is _HEAD_GRADIENT
         ):
             return "gradients"
         return "workspace" if backward else "activations"
 
     @staticmethod
-    def _differentiates(tensor: Tensor, packet: Any) -> bool:
-        """Whether an operation of a backward pass makes a weight's gradient, if its shape is that of a weight. Products
-        of experts' rows have two dimensions, as other weights have; what is recomputed runs with gradients on."""
+    def _is_weight_gradient(tensor: Tensor, packet: Any) -> bool:
+        """Whether an operation of a backward pass that returns the shape of a weight computes a weight's gradient.
+
+        Products of experts' rows are 2-D, as other weights are; recomputation runs with gradients enabled.
+        """
         products = (aten.mm, aten.mul, aten.add, aten._to_copy)
         return not torch.is_grad_enabled() and (
             packet in products or (packet is aten._grouped_mm and tensor.dim() == 3)
         )
 
-    def _written(self, func: Any, args: tuple) -> None:
-        """The results of a collective, which stand first among its arguments."""
+    def _mark_collective_output(self, func: Any, args: tuple) -> None:
+        """The outputs of a collective, which are its first argument."""
         parameters = False
         if self.gather_parameters and func.name().startswith("c10d::_allgather_base_"):
             group = torch.distributed.ProcessGroup.unbox(next(arg for arg in args if hasattr(arg, "_type")))
@@ -151,7 +153,7 @@ class Meter(TorchDispatchMode):
             elif held and held[1][0] == "workspace":
                 self.mark([tensor], "communication")
 
-    def _follow(self, tensor: Tensor, part: str) -> int:
+    def _track(self, tensor: Tensor, part: str) -> int:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._storages:
@@ -174,7 +176,7 @@ class Meter(TorchDispatchMode):
         self.peak, self.at_peak, self.peak_phase = self.total, dict(self.live), self.phase
 
 
-def _some_number(tensor: Tensor) -> bool | int | float:
+def _item(tensor: Tensor) -> bool | int | float:
     if type(tensor) is Tensor:
         return tensor.item()
     if tensor.dtype in (torch.bool, torch.uint8):  # DeepSpeed's flag that gradients overflow is a byte
@@ -182,27 +184,22 @@ def _some_number(tensor: Tensor) -> bool | int | float:
     return 1.0 if tensor.is_floating_point() else 1
 
 
-def _accumulated(args: tuple) -> bool:
-    """Whether autograd's engine adds up two gradients here, and nobody else holds the first: then it adds in place."""
+def _is_in_place_sum(args: tuple) -> bool:
+    """Whether autograd's engine sums two gradients here and nothing else refers to the first: then it adds in place."""
     a, b = args[0], args[1]
     if torch._C._current_graph_task_id() == -1 or not isinstance(b, Tensor) or a.shape != b.shape:
         return False
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name in _PASS_ON:
+    while frame is not None and frame.f_code.co_name in _DISPATCH_FRAMES:
         frame = frame.f_back
     if frame is None or frame.f_code.co_name != "_engine_run_backward" or type(a) is Tensor:
         return False
-    return torch._C._storage_Use_Count(a.untyped_storage()._cdata) <= _ALONE
+    return torch._C._storage_Use_Count(a.untyped_storage()._cdata) <= _UNSHARED
 
 
-_PASS_ON = {
-    "__torch_dispatch__",
-    "__call__",
-    "inner",
-    "_fn",
-    "wrapper",
-}  # frames between an operation and its dispatch mode
-_ALONE = 2  # uses of a storage: of the tensor itself, and of the handle that asks
+# Functions between an operation and its dispatch mode.
+_DISPATCH_FRAMES = {"__torch_dispatch__", "__call__", "inner", "_fn", "wrapper"}
+_UNSHARED = 2  # uses of a storage: the tensor itself, and the handle of this query
 
 
 def _tensors(nested: Any) -> Iterable[Tensor]:

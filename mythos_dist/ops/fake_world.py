@@ -1,0 +1,131 @@
+"""A fake process group and fake tensors, in which DeepSpeed's engines run one rank without memory or messages.
+
+Fake tensors have shapes and no values. What needs values or a real process is patched here.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mythos_dist.parallel.process import disable_cpu_op_builder
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress warnings, logs and prints of DeepSpeed and torch: a dry run has no log for them."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _discard_stderr() -> Iterator[None]:
+    """Discard standard error, that of child processes included."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+@contextlib.contextmanager
+def fake_world(world_size: int, rank: int) -> Iterator[None]:
+    """A process group of `world_size` ranks of which only `rank` exists; messages are discarded."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "DS_ACCELERATOR": "cpu",  # also on a machine with GPUs
+    }
+    with mock.patch.dict(os.environ, environment):
+        with _discard_stderr():  # DeepSpeed calls a linker to find out which ops it could build
+            import deepspeed
+
+            disable_cpu_op_builder()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            deepspeed.init_distributed("gloo", verbose=False)
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def no_gpu() -> bool:  # torch checks before every operation, and CUDA tensors need a driver
+        return False
+
+    patches = [
+        mock.patch.object(torch.cuda, "is_available", no_gpu),
+        mock.patch.object(nn.Module, "_apply", _apply),
+        mock.patch("mythos_dist.model.mythos.init_parameters", lambda *_: None),
+        mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes),
+        # ZeRO-3 compares the ranks' next operations, by value.
+        mock.patch("deepspeed.runtime.zero.partition_parameters.assert_ints_same_as_other_ranks", lambda values: None),
+        mock.patch(
+            "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks", lambda values: None
+        ),
+        mock.patch("torch._meta_registrations._meta_grouped_mm_common", _meta_grouped_mm),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+
+
+def _meta_grouped_mm(a: Tensor, b: Tensor, *_: Any, offs: Tensor, **__: Any) -> Tensor:
+    """The output of a grouped product. Torch's own meta kernel refuses fp32 and fp16, which the real one accepts."""
+    if b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])  # rows of groups, a matrix per group
+    return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])  # columns of groups and rows of groups
+
+
+def _receive_shapes(engine: Any, sender: int) -> Tensor:
+    """The fake message with the shapes of the previous stage has no content; the model knows these shapes."""
+    from deepspeed.runtime.pipe import engine as pipe
+
+    pipe.p2p.recv(torch.empty(pipe.TENSOR_META_SIZE, dtype=torch.int32), sender)
+    (stage,) = engine.module.forward_funcs
+    specs = stage.model.input_shapes(*stage.work[0].input_ids.shape)
+    dtype = next(stage.model.parameters()).dtype
+    numbers = sum(shape.numel() * item.itemsize for shape, item in specs.values()) // dtype.itemsize
+    return engine._allocate_or_extend_buffers(0, [numbers], dtype)
+
+
+def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` that sets `.data`. The original swaps fake tensors, which fails while the meter refers to
+    them."""
+    for child in module.children():
+        child._apply(function)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.data = function(parameter.data)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
