@@ -47,10 +47,10 @@ CONFIGS = [
 
 
 def counted(config: MythosConfig, n_loops: int, backward: bool = False) -> int:
-    """FLOPs of one batch as FlopCounterMode sees them. It knows matrix products only, so attention runs as two."""
+    """FLOPs of one batch by FlopCounterMode. It counts matrix products only, so attention runs as two."""
     model = Mythos(config, experts=ExpertsConfig(backend="reference"))
     input_ids = torch.randint(config.vocab_size, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    # Without gradients when they are not asked for: the head makes its own on the way forward.
+    # The head computes its gradients in the forward pass, unless gradients are disabled.
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
         losses = model(input_ids, n_loops, labels=input_ids)
@@ -78,8 +78,8 @@ def score_flops(config: MythosConfig, n_loops: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("n_loops", [1, 5])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_forward_flops_are_those_of_the_models_matrix_products(config, n_loops):
-    """Exactly, once the kernel's S x S scores are replaced by the causal half that the formula counts."""
+def test_forward_flops_equal_the_matrix_products_of_the_model(config, n_loops):
+    """Exactly, after the kernel's S x S scores are replaced by the causal half that the formula counts."""
     run, needed = score_flops(config, n_loops)
     expected = counted(config, n_loops) - run + needed
     assert forward_flops_per_token(config, SEQ_LEN, n_loops) * BATCH * SEQ_LEN == expected
@@ -97,7 +97,7 @@ def test_a_training_step_is_three_forward_passes(config):
     ("name", "tflop"),
     [("1b", 0.0165), ("3b", 0.0481), ("10b", 0.131), ("50b", 0.719), ("100b", 2.62), ("500b", 17.8), ("1t", 47.3)],
 )
-def test_the_variants_cost_what_was_worked_out_for_them_elsewhere(name, tflop):
-    """TFLOP per token of a step at 4096 tokens, counted before this package existed; three digits, so 1 %."""
+def test_the_variants_have_the_flops_of_an_independent_count(name, tflop):
+    """TFLOP per token of a step at 4096 tokens, counted before this code was written; three digits, so 1 %."""
     config = MythosConfig(**VARIANTS[name])
     assert train_flops_per_token(config, 4096, config.max_loop_iters) / 1e12 == pytest.approx(tflop, rel=0.01)

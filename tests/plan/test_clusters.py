@@ -1,4 +1,4 @@
-"""Seconds of messages against what the links' rates say."""
+"""Seconds of collectives against a formula of the links' rates."""
 
 import pytest
 
@@ -27,7 +27,7 @@ GB = 1_000_000_000
 @pytest.mark.parametrize(
     ("kind", "ranks", "stride", "seconds"),
     [
-        ("all_gather", 8, 1, 7 / 8 / 400),  # inside: each rank gets seven eighths over its own NVLink
+        ("all_gather", 8, 1, 7 / 8 / 400),  # in one domain: each rank receives seven eighths over its own NVLink
         ("all_reduce", 8, 1, 2 * 7 / 8 / 400),  # a reduce-scatter and an all-gather
         ("all_gather", 4, 8, 3 / 4 / 50),  # one rank per domain: its own port
         ("all_gather", 16, 4, 15 / 16 / 100),  # two ranks per domain share two ports
@@ -36,5 +36,5 @@ GB = 1_000_000_000
         ("all_reduce", 1, 1, 0),
     ],
 )
-def test_a_gigabyte_takes_what_the_links_allow(kind, ranks, stride, seconds):
+def test_seconds_of_a_gigabyte_follow_from_link_rates(kind, ranks, stride, seconds):
     assert CLUSTER.seconds(kind, GB, ranks, stride, messages=3) == pytest.approx(seconds)

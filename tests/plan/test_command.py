@@ -1,4 +1,4 @@
-"""The planner's command line, in this process: orders, bounds, and what is not a number."""
+"""The planner's command line: order of arguments, bounds, invalid values."""
 
 import importlib.util
 import json
@@ -35,8 +35,8 @@ def plan(tool, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
         with pytest.raises(SystemExit) as ended:
             run_command(tool.main)
-        said = capsys.readouterr()
-        return ended.value.code, said.out, said.err
+        output = capsys.readouterr()
+        return ended.value.code, output.out, output.err
 
     return run
 
@@ -51,8 +51,8 @@ BASE = ["--gpus", "2", "--cluster", LAPTOP]
         ["--fixed", "tensor=1", "pipe=1", TINY, "train.seq_len=128", "--top", "1", *BASE],
     ],
 )
-def test_options_config_and_settings_come_in_any_order(arguments, plan):
-    """--fixed takes all words up to the next option: settings have a dot, and a config ends with .yaml."""
+def test_options_config_and_overrides_work_in_any_order(arguments, plan):
+    """--fixed takes all words up to the next option: overrides have a dot, and a config ends with .yaml."""
     code, out, err = plan(*arguments)
     assert code == 0, err
     assert "128 tokens" in out.splitlines()[0]
@@ -60,13 +60,13 @@ def test_options_config_and_settings_come_in_any_order(arguments, plan):
     assert len(rows) == 1 and rows[0][0] == rows[0][2] == "1"
 
 
-def test_a_variant_takes_settings_without_a_config(plan):
+def test_a_variant_takes_overrides_without_a_config(plan):
     code, out, err = plan("--variant", "1b", "train.seq_len=64", "--gpus", "8", "--top", "1")
     assert code == 0, err
     assert "64 tokens" in out
 
 
-# One option of each parser with every value, and each option with one below its own bound.
+# One option of each type with every invalid value, and the others with one value below their bound.
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -74,7 +74,7 @@ def test_a_variant_takes_settings_without_a_config(plan):
         *((option, "0") for option in ("--gpus", "--imbalance", "--global-batch", "--loops")),
     ],
 )
-def test_a_number_that_is_none_or_out_of_bounds_is_named(option, value, plan):
+def test_an_invalid_number_is_refused_with_its_option(option, value, plan):
     code, _, err = plan(TINY, *BASE, f"{option}={value}")
     named = {"--seq-len": "train.seq_len", "--global-batch": "train.global_batch", "--loops": "loops.mean"}
     assert code == 2
@@ -82,7 +82,7 @@ def test_a_number_that_is_none_or_out_of_bounds_is_named(option, value, plan):
     assert "Traceback" not in err
 
 
-def test_a_number_of_gpus_without_a_layout_is_judged_at_once(plan):
+def test_a_number_of_gpus_without_a_layout_is_refused_quickly(plan):
     began = time.process_time()
     code, _, err = plan("--variant", "1b", "--gpus", "131071")
     assert code == 2 and "nearest that works: --gpus" in err
@@ -90,7 +90,7 @@ def test_a_number_of_gpus_without_a_layout_is_judged_at_once(plan):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("tensor=0x_", "expected a whole number"),
         ("tensor=2024-02-30", "expected a whole number"),
@@ -104,14 +104,14 @@ def test_a_number_of_gpus_without_a_layout_is_judged_at_once(plan):
         ("tensr=1", "did you mean tensor?"),
     ],
 )
-def test_what_fixed_cannot_hold_is_refused(text, said):
+def test_invalid_fixed_settings_are_refused(text, message):
     with pytest.raises(UserError) as raised:
         read_fixed([text])
     (problem,) = raised.value.problems
-    assert said in problem and len(problem) < 300
+    assert message in problem and len(problem) < 300
 
 
-def test_fixed_is_read_by_the_settings_types():
+def test_fixed_settings_have_the_types_of_the_config():
     assert read_fixed(["tensor=16,pipe=1", "sequence=true", "recompute=none", "zero=3"]) == {
         "tensor": 16,
         "pipe": 1,
@@ -137,7 +137,7 @@ def test_fixed_is_read_by_the_settings_types():
         'name: "a\\0"',
     ],
 )
-def test_odd_yaml_in_a_clusters_file_is_refused(line, tmp_path):
+def test_odd_yaml_in_a_cluster_file_is_refused(line, tmp_path):
     path = tmp_path / "cluster.yaml"
     kept = [one for one in Path(LAPTOP).read_text().splitlines() if not one.startswith(line.split(":")[0])]
     path.write_text("\n".join([*kept, line]))
@@ -146,7 +146,7 @@ def test_odd_yaml_in_a_clusters_file_is_refused(line, tmp_path):
     assert str(path) in str(raised.value) and len(str(raised.value)) < 500
 
 
-def test_a_clusters_name_keeps_its_text(tmp_path):
+def test_a_numeric_cluster_name_stays_text(tmp_path):
     path = tmp_path / "cluster.yaml"
     kept = [one for one in Path(LAPTOP).read_text().splitlines() if not one.startswith("name:")]
     path.write_text("\n".join([*kept, "name: 007"]))

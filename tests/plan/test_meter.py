@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of hand-made operations, on real and on fake tensors, against what anybody can add up."""
+"""Bytes and FLOPs of single operations, on real and on fake tensors, against sums by hand."""
 
 import contextlib
 import itertools
@@ -18,14 +18,14 @@ MODES = {"real": contextlib.nullcontext, "fake": lambda: FakeTensorMode(allow_no
 
 
 @pytest.fixture(params=MODES)
-def numbers(request):
-    """With numbers, and without."""
+def tensors(request):
+    """Real tensors, and fake ones."""
     with MODES[request.param]():
         yield
 
 
-def test_what_is_live_counts_until_it_is_freed(numbers):
-    """A view is no memory, an operation in place neither; what a formula holds for a moment shows in the peak."""
+def test_a_storage_counts_until_it_is_freed(tensors):
+    """Views and in-place operations take no memory; a temporary tensor shows in the peak."""
     with Meter() as meter:
         a = torch.zeros(KB)
         assert meter.total == 4 * KB
@@ -37,7 +37,7 @@ def test_what_is_live_counts_until_it_is_freed(numbers):
         assert (meter.total, meter.peak) == (0, 12 * KB)
 
 
-def test_a_storage_that_a_view_holds_stays(numbers):
+def test_a_storage_counts_while_a_view_refers_to_it(tensors):
     with Meter() as meter:
         a = torch.zeros(KB)[:1]
         assert meter.total == 4 * KB
@@ -45,15 +45,15 @@ def test_a_storage_that_a_view_holds_stays(numbers):
         assert meter.total == 0
 
 
-def test_sizes_are_those_of_a_cuda_allocator(numbers):
-    """Multiples of 512 bytes, nothing for nothing, and no memory for shapes alone."""
+def test_sizes_are_rounded_as_by_the_cuda_allocator(tensors):
+    """Multiples of 512 bytes, zero for an empty tensor, zero for meta tensors."""
     with Meter() as meter:
         kept = [torch.zeros(1), torch.zeros(129), torch.zeros(0), torch.zeros(KB, device="meta")]
         assert meter.total == 512 + 1024
     assert len(kept) == 4
 
 
-def test_parts_follow_phase_and_marks(numbers):
+def test_parts_follow_from_phase_and_marks(tensors):
     with Meter() as meter:
         weight = torch.zeros(16, 64, requires_grad=True)
         meter.mark([weight], "parameters")
@@ -73,8 +73,8 @@ def flops_of(function, *arguments) -> float:
     return meter.flops
 
 
-def test_flops_of_products(numbers):
-    """2 per multiply-add, a bias not counted; of a grouped product each row once."""
+def test_flops_of_matrix_products(tensors):
+    """2 per multiply-add, bias not counted; each row of a grouped product once."""
     a, b, c = torch.ones(8, 16), torch.ones(16, 24), torch.ones(24)
     assert flops_of(torch.mm, a, b) == flops_of(torch.addmm, c, a, b) == 2 * 8 * 16 * 24
     assert flops_of(torch.bmm, a.expand(3, 8, 16), b.expand(3, 16, 24)) == 3 * 2 * 8 * 16 * 24
@@ -83,8 +83,8 @@ def test_flops_of_products(numbers):
     assert flops_of(lambda: F.grouped_mm(rows.t(), rows, offs=ends)) == 2 * 16 * 8 * 16
 
 
-def test_flops_of_causal_attention(numbers):
-    """Half the scores and the diagonal: two products forward; five backward, for it makes the scores again."""
+def test_flops_of_causal_attention(tensors):
+    """Half the scores and the diagonal: two products forward; five backward, which recomputes the scores."""
     B, H, S, d = 2, 3, 16, 8
     q, k, v = (torch.ones(B, H, S, d, requires_grad=True) for _ in range(3))
     product = 2 * B * H * S * (S + 1) / 2 * d
@@ -96,18 +96,18 @@ def test_flops_of_causal_attention(numbers):
     assert flops_of(F.scaled_dot_product_attention, q, k, v) == 2 * 2 * B * H * S * S * d
 
 
-def test_a_linear_layer_costs_twice_as_much_backward(numbers):
+def test_the_backward_of_a_linear_layer_costs_two_forward_passes(tensors):
     layer, x = nn.Linear(16, 24, bias=False), torch.ones(8, 16, requires_grad=True)
     assert flops_of(lambda: layer(x).sum().backward()) == 3 * 2 * 8 * 16 * 24
 
 
-# A product as it stands: the weight, the sum, and the gradient to be added. Behind a transposed view autograd's first
-# addition makes a new tensor all the same: the weight, two gradients, their sum.
+# matmul: the weight, the sum, and the gradient to be added. F.linear: after its transposed view autograd's first addition
+# creates a new tensor: the weight, two gradients, their sum.
 @pytest.mark.parametrize(("product", "matrices"), [(torch.matmul, 3), (F.linear, 4)])
-def test_gradients_add_up_in_as_much_memory_without_numbers(product, matrices):
-    """A weight that runs in three loops, and what the profiler of the allocator says.
+def test_fake_gradient_sums_take_as_much_memory_as_real_ones(product, matrices):
+    """A weight that is used in three loops, against the allocator's profile.
 
-    Without numbers torch would add out of place, so that each addition held three matrices.
+    With fake tensors torch itself adds out of place, so that each addition would hold three matrices.
     """
     size = 256
 

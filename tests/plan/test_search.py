@@ -1,4 +1,4 @@
-"""The planner: its best against brute force, its refusals, and what it prints."""
+"""The planner: its best layout against brute force, its errors and its output."""
 
 import itertools
 import json
@@ -39,8 +39,8 @@ def config_of(variant: str, *overrides: str) -> Config:
         ("50b", 16, ["train.global_batch=32", "train.seq_len=4096", "loops.backprop=8"]),
     ],
 )
-def test_the_best_layout_is_that_of_brute_force(variant, gpus, overrides):
-    """Every combination of powers of two is asked of the config's own rules, and costed; nothing is left out."""
+def test_the_best_layout_equals_brute_force(variant, gpus, overrides):
+    """Every combination of powers of two that the config's rules allow is estimated."""
     config = config_of(variant, *overrides)
     powers = [1, 2, 4, 8, 16, 32]
     fastest, fitting = float("inf"), 0
@@ -54,7 +54,7 @@ def test_the_best_layout_is_that_of_brute_force(variant, gpus, overrides):
                 continue
             found = Estimate(tried, gpus, H100)
             if zero == 3 and _recurrent_elements(tried) >= 1_000_000_000:
-                continue  # would be gathered anew in every loop: the planner does not look at it
+                continue  # would be gathered again in every loop: the planner does not try it
             if found.fits:
                 fitting += 1
                 fastest = min(fastest, found.step_seconds)
@@ -67,8 +67,8 @@ def _recurrent_elements(config: Config) -> int:
     return sum(parameter.numel for parameter in parameters if parameter.name.startswith("recurrent"))
 
 
-def test_what_does_not_fit_says_what_would():
-    """1t needs more than 64 H100: the part that is too large, and a cluster on which a search finds a layout."""
+def test_a_run_that_does_not_fit_gets_the_smallest_cluster():
+    """1t needs more than 64 H100: a search finds a layout on the suggested cluster, and none on half of it."""
     config = config_of("1t", "train.seq_len=4096", "train.global_batch=4096")
     found = search(config, 64, H100, {})
     assert not found.best and found.smallest is not None and not found.smallest.fits
@@ -77,8 +77,8 @@ def test_what_does_not_fit_says_what_would():
     assert not search(config, smallest // 2, H100, {}).best
 
 
-def test_a_faster_link_never_makes_a_plan_slower():
-    """NVLink across 72 GPUs instead of 8, all else equal."""
+def test_a_larger_nvlink_domain_never_makes_a_step_slower():
+    """Domains of 8, 32 and 64 GPUs, all else equal."""
     from dataclasses import replace
 
     config = config_of("500b", "parallel.tensor=32", "parallel.expert=8")
@@ -87,7 +87,7 @@ def test_a_faster_link_never_makes_a_plan_slower():
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    """The tool's standard output; with code 2 what it says on standard error."""
+    """The tool's standard output; with code 2 its standard error."""
     command = [sys.executable, "tools/plan.py", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=480)
     assert done.returncode == code, done.stdout + done.stderr
@@ -95,7 +95,7 @@ def run(*arguments: str, code: int = 0) -> str:
     return done.stderr if code == 2 else done.stdout
 
 
-def test_the_tool_prints_a_table_and_json_of_the_same_layouts():
+def test_table_and_json_show_the_same_layouts():
     arguments = ["--variant", "10b", "--gpus", "16", "--seq-len", "4096", "--global-batch", "64", "--top", "3"]
     table, found = run(*arguments), json.loads(run(*arguments, "--json"))
     rows = [line for line in table.splitlines() if re.match(r" +\d+ +\d+ +\d+", line)]
@@ -110,15 +110,15 @@ def test_the_tool_prints_a_table_and_json_of_the_same_layouts():
     assert "pipeline stages" in table
 
 
-def test_json_stays_json_when_the_layout_does_not_fit():
+def test_the_output_is_json_when_the_layout_does_not_fit():
     overrides = ["parallel.tensor=1", "parallel.sequence=false"]
     arguments = ["configs/10b.yaml", *overrides, "--gpus", "8", "--as-is", "--json"]
     found = json.loads(run(*arguments, code=1))
     assert not found["fits"] and found["layouts"][0]["memory_total"] > H100.usable
 
 
-def test_a_written_config_trains_as_planned(tmp_path):
-    """It loads, is the best layout, and gives the same plan again; a file that is there stays as it is."""
+def test_a_written_config_gives_the_same_plan(tmp_path):
+    """It loads and gives the same plan; an existing file is not overwritten."""
     path = tmp_path / "planned.yaml"
     arguments = ["--variant", "3b", "--gpus", "8", "--global-batch", "64", "--top", "1", "--write", str(path)]
     found = json.loads(run(*arguments, "--json"))["layouts"][0]
@@ -129,7 +129,7 @@ def test_a_written_config_trains_as_planned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
         (["--variant", "1b", "--gpus", "61"], ["--gpus 61", "32 or 64"]),
         (["--variant", "1x", "--gpus", "8"], ["--variant 1x", "did you mean 1", "1b, 3b"]),
@@ -141,28 +141,28 @@ def test_a_written_config_trains_as_planned(tmp_path):
         (["--variant", "1b", "--gpus", "8", "--cluster", "configs/h1000.yaml"], ["no cluster file", "h100_80gb.yaml"]),
     ],
 )
-def test_a_mistake_is_a_line_with_the_nearest_that_works(arguments, said):
+def test_an_error_is_one_line_with_the_nearest_valid_values(arguments, words):
     found = run(*arguments, code=2)
     assert len(found.strip().splitlines()) == 1
-    for part in said:
-        assert part in found
+    for word in words:
+        assert word in found
 
 
 @pytest.mark.parametrize("name", ["h100_80gb", "h200_141gb", "gb200_nvl72", "laptop"])
-def test_the_clusters_of_the_repository_load(name):
+def test_cluster_files_of_the_repository_load(name):
     old = CONFIGS / f"{name}.yaml"  # where it was in version 0.1
     assert load_cluster(old) == load_cluster(CLUSTERS / f"{name}.yaml")
     assert load_cluster(old).usable > 0
 
 
-def test_a_clusters_mistakes_are_told_all_at_once(tmp_path):
+def test_all_problems_of_a_cluster_file_are_reported_at_once(tmp_path):
     values = yaml.safe_load((CLUSTERS / "h100_80gb.yaml").read_text())
     del values["fast_gb_per_s"]
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values | {"memry_gb": 3, "gpus_per_node": "eight", "link_efficiency": 1.5}))
     with pytest.raises(UserError) as caught:
         load_cluster(path)
-    said = str(caught.value)
+    message = str(caught.value)
     for part in (
         "memry_gb",
         "did you mean memory_gb?",
@@ -170,4 +170,4 @@ def test_a_clusters_mistakes_are_told_all_at_once(tmp_path):
         "gpus_per_node='eight'",
         "at most 1",
     ):
-        assert part in said
+        assert part in message
