@@ -1,7 +1,7 @@
-"""Saving, loading and rewriting checkpoints against the same bytes through this machine's file system.
+"""Saving, loading and rewriting checkpoints, against plain files of the same size on this machine's file system.
 
 Each round first writes and reads plain files of the same sizes (`fsync`ed; dropped from the page cache before they are
-read), then saves, loads and rewrites a checkpoint, so that a disk whose speed drifts does so for both. Two ranks on one
+read), then saves, loads and rewrites a checkpoint, so that a drift of the disk's speed affects both. Two ranks on one
 machine, ZeRO-1, a model of about 100 M parameters; medians of all rounds.
 """
 
@@ -25,12 +25,10 @@ BLOCK = 16 << 20
 
 
 def main() -> None:
-    """Start the ranks and print the table; under a launcher, be one of them."""
+    """Start the ranks and print the table; under a launcher, run as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="on the disk to be measured; default: a temporary one"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: a temporary folder")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         measure(arguments.rounds, Path(os.environ["BENCH_FOLDER"]))
@@ -45,7 +43,7 @@ def main() -> None:
 
 
 def measure(rounds: int, folder: Path) -> None:
-    """On each rank: all rounds; rank 0 writes the seconds down."""
+    """On each rank: all rounds; rank 0 writes the seconds to times.json."""
     import torch.distributed as dist
 
     from mythos_dist.checkpoint.canonical import write_canonical
@@ -69,7 +67,7 @@ def measure(rounds: int, folder: Path) -> None:
         for background in (False, True)
     }
     for value in (value for held in engine.state.values() for value in held.values.values()):
-        value.normal_()  # a disk may treat zeros better
+        value.normal_()  # a disk may compress zeros
     mine = sum(4 * value.numel() for held in engine.state.values() if held.writes for value in held.values.values())
     times: dict[str, list[float]] = {}
 
@@ -89,7 +87,7 @@ def measure(rounds: int, folder: Path) -> None:
         load_state(checkpoint, engine.state)
 
     plain = folder / f"plain-{rank}"
-    savers[True].finish()  # its buffers are there
+    savers[True].finish()  # allocates its buffers
     for i in range(rounds):
         timed("plain write", lambda: write_plain(plain, mine))
         timed("save", lambda i=i: save(False, 2 * i + 1))
@@ -117,7 +115,7 @@ def measure(rounds: int, folder: Path) -> None:
 
 
 def write_plain(file: Path, size: int) -> None:
-    """So many bytes that are no zeros, on disk when it returns."""
+    """Write `size` random bytes and fsync."""
     block = os.urandom(BLOCK)
     with open(file, "wb", buffering=0) as stream:
         for start in range(0, size, BLOCK):
@@ -126,7 +124,7 @@ def write_plain(file: Path, size: int) -> None:
 
 
 def read_plain(file: Path) -> None:
-    """All of a file."""
+    """Read a file."""
     block = bytearray(BLOCK)
     with open(file, "rb", buffering=0) as stream:
         while stream.readinto(block):
@@ -134,29 +132,29 @@ def read_plain(file: Path) -> None:
 
 
 def drop(file: Path) -> None:
-    """Let the kernel forget a file's pages."""
+    """Drop a file from the page cache."""
     handle = os.open(file, os.O_RDONLY)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(handle)
 
 
-def report(found: dict[str, Any]) -> None:
-    """Medians, and the ratios that were wanted."""
-    size = found.pop("bytes")
-    seconds = {what: statistics.median(some) for what, some in found.items()}
+def report(results: dict[str, Any]) -> None:
+    """Medians, and ratios against their targets."""
+    size = results.pop("bytes")
+    seconds = {what: statistics.median(some) for what, some in results.items()}
     print(f"a checkpoint of {size / 1e9:.2f} GB, two ranks")
     for what, some in seconds.items():
         print(f"{what:12} {some:6.2f} s  {size / some / 1e9:5.2f} GB/s")
-    rounds = [dict(zip(found, some, strict=True)) for some in zip(*found.values(), strict=True)]
+    rounds = [dict(zip(results, some, strict=True)) for some in zip(*results.values(), strict=True)]
 
     def ratio(of: Callable[[dict[str, float]], float]) -> float:
         return statistics.median(map(of, rounds))
 
-    print(f"saving:    {ratio(lambda at: at['plain write'] / at['save']):.2f} x the speed of plain files (wanted: 0.7)")
-    print(f"loading:   {ratio(lambda at: at['plain read'] / at['load']):.2f} x (wanted: 0.7)")
-    print(f"stall:     {ratio(lambda at: at['stall'] / at['save']):.1%} of a save that waits (wanted: 15 %)")
+    print(f"saving:    {ratio(lambda at: at['plain write'] / at['save']):.2f} x the speed of plain files (target: 0.7)")
+    print(f"loading:   {ratio(lambda at: at['plain read'] / at['load']):.2f} x (target: 0.7)")
+    print(f"stall:     {ratio(lambda at: at['stall'] / at['save']):.1%} of a save that waits (target: 15 %)")
     rewriting = ratio(lambda at: at["rewrite"] / (at["plain write"] + at["plain read"]))
-    print(f"rewriting: {rewriting:.2f} x reading and writing the bytes (wanted: 2)")
+    print(f"rewriting: {rewriting:.2f} x reading and writing the bytes (target: 2)")
 
 
 if __name__ == "__main__":

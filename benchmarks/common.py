@@ -1,7 +1,7 @@
-"""What the benchmarks share: shapes, a training step, peak memory, and processes that measure in turns.
+"""Shared by the benchmarks: shapes, a training step, peak memory, and interleaved measurements.
 
-Each side of a comparison is a process of its own, and they take turns, so that a machine whose speed drifts does so
-for all.
+Each side of a comparison runs in its own process, and rounds are interleaved, so that a drift of the machine's speed
+affects all sides.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Trainer:
     """A model, its optimizer and one batch of random tokens."""
 
     def __init__(self, model: torch.nn.Module, vocab_size: int, tokens: tuple[int, int], dtype: torch.dtype):
-        """tokens: (sequences, tokens of each). In half precision the model is cast and the optimizer steps a copy."""
+        """tokens: (sequences, sequence length). In half precision the model is cast and the optimizer steps a copy."""
         self.model = model
         self.parameters = list(model.parameters())
         self.masters: list[Tensor] = list(self.parameters)
@@ -59,7 +59,7 @@ class Trainer:
         batch = torch.randint(0, vocab_size, (tokens[0], tokens[1] + 1), generator=generator)
         batch = batch.to(self.parameters[0].device)
         self.ids, self.labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        self.passed: dict[str, Any] = {}  # more of a forward pass's arguments
+        self.passed: dict[str, Any] = {}  # further arguments of the forward pass
 
     def losses(self, n_loops: int | None) -> Losses:
         """Forward."""
@@ -81,10 +81,10 @@ class Trainer:
 
 
 class ReferenceTrainer(Trainer):
-    """OpenMythos with the loss of its own training script; in bf16 under autocast, which is all that it runs in."""
+    """OpenMythos with the loss of its own training script; in bf16 under autocast, the only way it runs."""
 
     def __init__(self, settings: dict, tokens: tuple[int, int], bf16: bool, device: str | torch.device = "cpu"):
-        """settings: of its config; tokens: (sequences, tokens of each)."""
+        """settings: of its config; tokens: (sequences, sequence length)."""
         super().__init__(build_reference(settings).to(device), settings["vocab_size"], tokens, torch.float32)
         self.bf16 = bf16
 
@@ -97,7 +97,7 @@ class ReferenceTrainer(Trainer):
 
 
 def add_options(parser: argparse.ArgumentParser, loops: int, loops_help: str, rounds_help: str) -> None:
-    """Options of the benches that train one of the shapes; loops: the default number."""
+    """Options of benchmarks that train one of the shapes; loops: the default number."""
     parser.add_argument("--shape", choices=SHAPES, default="fine", help="(%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
     parser.add_argument("--loops", type=int, default=loops, help=f"{loops_help} (%(default)s)")
@@ -108,76 +108,77 @@ def add_options(parser: argparse.ArgumentParser, loops: int, loops_help: str, ro
 
 
 def resident(field: str) -> int:
-    """VmRSS, what this process holds, or VmHWM, the most it held since `forget_peak` or its start; in bytes."""
-    # Not getrusage: its peak is handed on from the parent, through fork and exec.
+    """Bytes of VmRSS (current memory of this process) or VmHWM (its peak since `reset_peak` or its start)."""
+    # Not getrusage: its peak is inherited from the parent, through fork and exec.
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
-def forget_peak() -> int:
-    """Hand freed memory back and start a new VmHWM; returns what this process holds, in bytes."""
+def reset_peak() -> int:
+    """Return freed memory to the system and reset VmHWM; returns the current memory in bytes."""
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as clear:
         clear.write("5")
     return resident("VmRSS")
 
 
-def answer(first: dict, measure: Callable[[int], dict]) -> None:
-    """A process of `take_turns`: say that it is ready, then measure once for each line, a round's number."""
+def serve(first: dict, measure: Callable[[int], dict]) -> None:
+    """A process of `run_interleaved`: send `first` when ready, then measure once per input line, a round's number."""
     print(json.dumps(first), flush=True)
     for line in sys.stdin:
         print(json.dumps(measure(int(line))), flush=True)
 
 
-def take_turns(
+def run_interleaved(
     commands: Mapping[str, list[str]], rounds: int, between: Callable[[], Any] = lambda: None
 ) -> dict[str, list[dict]]:
-    """Start a process for each command, one after the other, and let them measure in turns; `between` opens a round.
+    """Start a process for each command, one after the other, then run rounds over all; `between` starts a round.
 
-    Returns what each said: when it was ready, then of each round. One that says a "problem" is not asked again.
+    Returns the messages of each: the first when it was ready, then one per round. A first message with a "problem"
+    excludes the process from the rounds.
     """
-    processes, said = {}, {}
+    processes, messages = {}, {}
 
-    def hear(name: str) -> None:
+    def receive(name: str) -> None:
         line = processes[name].stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {name!r} ended; its own message is above")
-        said[name].append(json.loads(line))
+            raise RuntimeError(f"the process of {name!r} ended; see its error above")
+        messages[name].append(json.loads(line))
 
     try:
         for name, command in commands.items():
             pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-            processes[name], said[name] = subprocess.Popen(command, **pipes), []
-            hear(name)
+            processes[name], messages[name] = subprocess.Popen(command, **pipes), []
+            receive(name)
         for i in range(rounds):
             between()
-            for name in [name for name in commands if "problem" not in said[name][0]]:
+            for name in [name for name in commands if "problem" not in messages[name][0]]:
                 processes[name].stdin.write(f"{i}\n")
-                hear(name)
+                receive(name)
     finally:
         for process in processes.values():
-            process.stdin.close()  # a worker ends when there is nothing left to read
+            process.stdin.close()  # a worker exits at the end of its input
             process.wait()
-    return said
+    return messages
 
 
 def open_mythos() -> Any:
-    """The reference's module, from where `make` has put it."""
+    """The reference's module, which `make` installs in .venv/reference."""
     sys.path.insert(0, str(ROOT / ".venv" / "reference"))
     return importlib.import_module("open_mythos.main")
 
 
 def build_reference(settings: dict) -> torch.nn.Module:
-    """OpenMythos 0.5.0 with a halting bias that no token overcomes; settings: of its config."""
+    """OpenMythos 0.5.0 with a halting bias so low that no token halts; settings: of its config."""
     reference = open_mythos()
     torch.manual_seed(0)
     model = reference.OpenMythos(reference.MythosConfig(**settings))
-    torch.nn.init.constant_(model.recurrent.act.halt.bias, -3.0)  # 8 loops add up to 0.4 of 0.99
+    torch.nn.init.constant_(model.recurrent.act.halt.bias, -3.0)  # in 8 loops the halting mass reaches 0.4 of 0.99
     return model
 
 
 def matmul_peak(dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """FLOP/s of 2048^3 products on this machine, sustained."""
+    """Sustained FLOP/s of 2048^3 products on this machine."""
     a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     torch.mm(a, b)
     begin, products = time.perf_counter(), 0

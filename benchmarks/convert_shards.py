@@ -1,8 +1,8 @@
-"""Converting real text against the loop that most people write: `sp.encode` per document, MDSWriter per window.
+"""Converting real text, against the usual loop: `sp.encode` per document, MDSWriter per window.
 
-All figures come from one interleaved run and are CPU seconds of the conversion alone, without imports, in processes of
-their own. The text is Debian's documentation (benchmarks/debian_text.py), the tokenizers are trained on every fourth
-document of it, so most of what is converted was not seen.
+All figures come from one interleaved run and are CPU seconds of the conversion alone, without imports, each in its own
+process. The text is Debian's documentation (benchmarks/debian_text.py), the tokenizers are trained on every fourth
+document of it, so they have not seen most of the text.
 """
 
 import argparse
@@ -23,12 +23,12 @@ VOCAB_SIZE = 32000
 
 
 def main() -> None:
-    """Run all rounds and print the table; with --run, be one of the processes that are timed."""
+    """Run all rounds and print the table; with --run, run as one of the timed processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, default=Path("data/debian-text"), help="folder of the text (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument(
-        "--memory", action="store_true", help="also the memory for a file of 4 GB and one document of 200 MB"
+        "--memory", action="store_true", help="also measure memory for a file of 4 GB and a document of 200 MB"
     )
     parser.add_argument("--run", nargs=3, metavar=("KIND", "MODEL", "INPUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -66,14 +66,14 @@ def call(kind: str, model: Path, text: str) -> dict[str, Any]:
 
 
 def start(kind: str, model: Path, text: str) -> subprocess.Popen:
-    """Begin a timed process."""
+    """Start a timed process."""
     return subprocess.Popen(
         [sys.executable, __file__, "--run", kind, str(model), text], stdout=subprocess.PIPE, text=True
     )
 
 
 def result(process: subprocess.Popen) -> dict[str, Any]:
-    """What a timed process measured."""
+    """The result of a timed process."""
     output, _ = process.communicate()
     if process.returncode:
         sys.exit(process.returncode)
@@ -99,13 +99,13 @@ def report(runs: dict[str, list[dict]]) -> None:
         print(f"encoding, {'unigram' if 'unigram' in name else 'BPE'}: {runs[name][0]['share']:.0%} of the CPU time")
     for name, label in [("read plain", "StreamingDataset and DataLoader"), ("read", "ours")]:
         rate = statistics.median(run["samples"] / run["wall"] for run in runs[name])
-        print(f"reading, {label}: {rate:,.0f} samples of {SEQ_LEN} tokens a second")
+        print(f"reading, {label}: {rate:,.0f} samples of {SEQ_LEN} tokens per second")
 
 
 def scaling(folder: Path, model: Path, rounds: int) -> None:
-    """Two workers against one in wall time, and the machine's limit: two conversions of half the text side by side.
+    """Wall time of two workers against one, and the machine's limit: two concurrent conversions of half the text.
 
-    The fastest of each, for other guests of the machine only ever add to it.
+    The fastest of each, because other load on the machine only adds time.
     """
     halves = sorted(map(str, folder.glob("*.parquet")))
     walls: dict[str, list[float]] = {"one": [], "two": [], "apart": []}
@@ -115,11 +115,11 @@ def scaling(folder: Path, model: Path, rounds: int) -> None:
         both = [start("ours:1", model, half) for half in halves]
         walls["apart"].append(max(result(one)["wall"] for one in both))
     one, two, apart = (min(some) for some in walls.values())
-    print(f"two workers: {one / two:.2f} x one worker in wall time; two conversions side by side: {one / apart:.2f} x")
+    print(f"two workers: {one / two:.2f} x one worker in wall time; two concurrent conversions: {one / apart:.2f} x")
 
 
 def measure(kind: str, model: str, text: str) -> dict[str, Any]:
-    """What one process does, and what it took."""
+    """The work of one process; returns its time and memory."""
     if kind.startswith("read"):
         return measure_reading(kind, model, text)
     folder = Path(tempfile.mkdtemp())
@@ -156,12 +156,12 @@ def measure(kind: str, model: str, text: str) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its workers that have ended."""
+    """CPU seconds of this process and of its finished workers."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 class Timed:
-    """A tokenizer that adds up the CPU time it takes."""
+    """A tokenizer that sums up its CPU time."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer, self.seconds = tokenizer, 0.0
@@ -177,7 +177,7 @@ class Timed:
 
 
 def plain(model: str, text: str, out: Path) -> int:
-    """The loop that most people write; returns the number of tokens."""
+    """The usual loop; returns the number of tokens."""
     import glob
 
     import numpy as np
@@ -238,7 +238,7 @@ def measure_reading(kind: str, model: str, text: str) -> dict[str, Any]:
 
 
 def train(folder: Path, kind: str) -> Path:
-    """A tokenizer of VOCAB_SIZE pieces, trained on every fourth document; kept beside the text."""
+    """A tokenizer of VOCAB_SIZE pieces, trained on every fourth document; stored with the text."""
     from mythos_dist.data.tokenizer import train_tokenizer
     from mythos_dist.prepare.corpus import read_documents
 
@@ -251,27 +251,27 @@ def train(folder: Path, kind: str) -> Path:
 
 
 def memory(folder: Path, model: Path) -> None:
-    """Largest resident size of a worker for a parquet file of 4 GB of text, and for one document of 200 MB; with the
-    words of BPE in its cache."""
+    """Peak memory of a worker for a parquet file of 4 GB of text, and for one document of 200 MB; BPE's word cache
+    included."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from mythos_dist.prepare.corpus import read_documents
 
     texts = list(read_documents(str(folder / "*.parquet")))
-    with tempfile.TemporaryDirectory() as place:
-        large = Path(place) / "large.parquet"
+    with tempfile.TemporaryDirectory() as temporary:
+        large = Path(temporary) / "large.parquet"
         with pq.ParquetWriter(large, pa.schema({"text": pa.string()})) as writer:
             for copy in range(-(-4 * 10**9 // sum(map(len, texts)))):
                 writer.write_table(pa.table({"text": [f"{copy} {text}" for text in texts]}), row_group_size=1000)
         print(f"a file with 4 GB of text: {call('ours:1', model, str(large))['worker_mb']:.0f} MB in a worker")
         large.unlink()
         book = ("\n".join(texts) * 4)[:200_000_000]
-        (Path(place) / "book.txt").write_text(book, encoding="utf-8")
-        (Path(place) / "book.jsonl").write_text(json.dumps({"text": book}), encoding="utf-8")
-        pq.write_table(pa.table({"text": [book]}), Path(place) / "book.parquet")
+        (Path(temporary) / "book.txt").write_text(book, encoding="utf-8")
+        (Path(temporary) / "book.jsonl").write_text(json.dumps({"text": book}), encoding="utf-8")
+        pq.write_table(pa.table({"text": [book]}), Path(temporary) / "book.parquet")
         for suffix in ("txt", "jsonl", "parquet"):
-            used = call("ours:1", model, str(Path(place) / f"book.{suffix}"))["worker_mb"]
+            used = call("ours:1", model, str(Path(temporary) / f"book.{suffix}"))["worker_mb"]
             print(f"one document of 200 MB, {suffix}: {used:.0f} MB in a worker")
 
 

@@ -1,9 +1,9 @@
 """Real English text from Debian's documentation packages, as parquet in FineWeb-Edu's schema: a corpus for benchmarks.
 
-One document per file: HTML becomes text (scripts, menus, tables of contents dropped), .txt and .rst stay as they are.
-`token_count` is the number of words; the scores are constants and judge nothing.
+One document per file: HTML is converted to text without scripts, menus and tables of contents; .txt and .rst are kept.
+`token_count` is the number of words; the scores are constants.
 The same package versions give the same bytes; the versions are those of the machine's own Debian or Ubuntu release.
-Packages are downloaded with apt-get and never installed: no root, but `apt-get update` must have been run.
+Packages are downloaded with apt-get and not installed: no root is needed, but `apt-get update` must have run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mythos_dist.errors import UserError, exit_with
 PACKAGES = """anarchism debian-handbook debian-policy debian-reference-en developers-reference git-doc
     libreoffice-help-en-us linux-doc postgresql-doc python3-doc""".split()
 WANTED = re.compile(r"\.(html|xhtml|txt|rst)(\.gz)?$")
-# Sources and one-page copies of what is also there as HTML pages, translations, indexes, lists of devices' settings.
+# Sources and one-page copies of HTML pages, translations, indexes, device tree bindings.
 UNWANTED = re.compile(
     r"/_sources/|/_static/|/translations/|/html/(?!en-US/)[a-z]{2}-[A-Z]{2}/|/Documentation/.*\.rst|/devicetree/"
     r"|/(genindex|search|py-modindex|bookindex|changelog|copyright|license|robots)[^/]*$"
@@ -51,13 +51,13 @@ SCHEMA = pa.schema(
 
 
 class _Text(HTMLParser):
-    """A page's text in `pieces`, new lines around blocks; it starts anew where the page says its main part begins."""
+    """A page's text in `pieces`, with newlines around blocks; reset where the page marks its main part."""
 
     def __init__(self, html: str):
         super().__init__()
         self.pieces = ["\n"]
         self.in_pre = 0  # open <pre> elements: their white space is kept
-        self.dropped_tag, self.in_dropped = "", 0  # what is being left out, and how deep it is nested in itself
+        self.dropped_tag, self.in_dropped = "", 0  # the element being left out, and its nesting depth
         self.feed(html)
         self.close()
 
@@ -96,8 +96,8 @@ class _Text(HTMLParser):
 
 
 def download(package: str, cache: Path) -> Path:
-    """Fetch the package into `cache` unless it is there. Raises UserError if it cannot be had."""
-    _progress(f"fetching {package}")
+    """Download the package to `cache` unless it exists. Raises UserError if the download fails."""
+    _progress(f"downloading {package}")
     shown = subprocess.run(["apt-cache", "show", "--no-all-versions", package], capture_output=True, text=True).stdout
     # linux-doc, python3-doc and postgresql-doc are empty: each depends on the one of this release's version.
     for other in re.findall(r"[a-z][\w.+-]+", shown.partition("\nDepends: ")[2].partition("\n")[0]):
@@ -108,7 +108,7 @@ def download(package: str, cache: Path) -> Path:
         got = subprocess.run(["apt-get", "download", package], cwd=cache, capture_output=True, text=True)
         if got.returncode:
             why = " ".join(line for line in got.stderr.splitlines() if line.startswith("E:")) or "apt-get failed"
-            raise UserError(f"package {package} cannot be had ({why}); run `apt-get update` and try again")
+            raise UserError(f"package {package} cannot be downloaded ({why}); run `apt-get update` and try again")
     return max(cache.glob(f"{package}_*.deb"))
 
 
@@ -116,8 +116,8 @@ def documents(package: Path) -> list[tuple[str, str]]:
     """Path and text of the package's documents that are long enough, sorted by path."""
     unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True)
     if unpacked.returncode:
-        raise UserError(f"{package}: not a whole Debian package; delete it and run this again")
-    found = []
+        raise UserError(f"{package}: damaged Debian package; delete it and run this again")
+    texts = []
     with tarfile.open(fileobj=io.BytesIO(unpacked.stdout)) as archive:
         members = {entry.name.removeprefix("./"): entry for entry in archive}
         for path in sorted(filter(WANTED.search, members)):
@@ -130,29 +130,31 @@ def documents(package: Path) -> list[tuple[str, str]]:
             text = "".join(_Text(text).pieces) if re.search(r"\.x?html(\.gz)?$", path) else text
             text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t\r\f]+\n", "\n", text)).strip()
             if len(text) >= MIN_CHARACTERS:
-                found.append((path, text))
-    return found
+                texts.append((path, text))
+    return texts
 
 
 def debian_text(folder: Path) -> list[Path]:
     """Build the corpus below `folder` and return its parquet files; does nothing if they exist.
 
-    Packages stay in folder/packages. Raises UserError if the machine has no apt-get or a package cannot be had.
+    Packages stay in folder/packages. Raises UserError if the machine has no apt-get or a download fails.
     """
     files = [folder / f"debian-{part}.parquet" for part in range(NUM_FILES)]
     if all(file.exists() for file in files):
         return files
     if missing := [tool for tool in ("apt-get", "apt-cache", "dpkg-deb") if shutil.which(tool) is None]:
-        raise UserError(f"{', '.join(missing)} not found; run this on Debian or Ubuntu, the text is in their packages")
+        raise UserError(
+            f"{', '.join(missing)} not found; run this on Debian or Ubuntu, whose packages contain the text"
+        )
     packages = [download(name, folder / "packages") for name in PACKAGES]
-    rows: dict[str, dict] = {}  # by text: an exact duplicate is left out
+    rows: dict[str, dict] = {}  # by text: exact duplicates are dropped
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for package, found in zip(packages, pool.map(documents, packages), strict=True):
+        for package, texts in zip(packages, pool.map(documents, packages), strict=True):
             _progress(f"read {package.name}")
             name, version = package.stem.replace("%3a", ":").split("_")[:2]
             row = dict(dump=f"{name}_{version}", url=f"https://packages.debian.org/{name}")
             row |= dict(language="en", language_score=1.0, score=4.0, int_score=4)
-            for path, text in found:
+            for path, text in texts:
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 own = dict(text=text, id=digest, file_path=f"{name}/{path}", token_count=len(text.split()))
                 rows.setdefault(text, row | own)
@@ -170,7 +172,7 @@ def debian_text(folder: Path) -> list[Path]:
 
 
 def _write(rows: list[dict], file: Path) -> None:
-    """Write a parquet file, a row group whenever enough rows or bytes of text have come together."""
+    """Write a parquet file; a row group ends at ROWS_PER_GROUP rows or BYTES_PER_GROUP bytes of text."""
     with pq.ParquetWriter(file, SCHEMA) as writer:
         group, size = [], 0
         for number, row in enumerate(rows):
@@ -187,7 +189,7 @@ def _progress(line: str) -> None:
 
 
 def main() -> None:
-    """Parse the command line and build the corpus; running it again finds it done."""
+    """Parse the command line and build the corpus, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/debian-text"), help="folder (%(default)s)")
     folder = parser.parse_args().out

@@ -1,13 +1,13 @@
-"""A training step of a whole variant on one GPU, in bf16: which backend, attention, recomputation; against open-mythos.
+"""A training step of a full variant on one GPU in bf16, by backend, attention and recomputation; against open-mythos.
 
 A step is forward, loss, backward and fused AdamW on fp32 master weights. `mfu` counts the FLOPs of all loops
 (`mythos_dist.model.flops`, nothing for recomputation) against the data sheet's peak; `matmul` against products of
 8192^3 measured here. By default one choice at a time is changed from `grouped, sdpa, every loop`. Each case is a
-process of its own, one after the other: what does not fit in memory, or is not installed, is said in its row.
+process of its own, one after the other; its row says if it does not fit in memory or a package is missing.
 open-mythos runs under autocast, the only way in which its halting code runs in bf16, and never halts; if it does not
-fit, it gets sequences of half the length, and ours is measured with these too.
+fit, its sequences are halved, and ours is measured with these too.
 
-`--device cpu --tiny` runs the same code on a small model; its figures mean nothing.
+`--device cpu --tiny` tests the same code on a small model; its figures are meaningless.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import traceback
 from typing import Any, cast
 
 import torch
-from common import POLICIES, ReferenceTrainer, Trainer, answer, resident, take_turns
+from common import POLICIES, ReferenceTrainer, Trainer, resident, run_interleaved, serve
 from tqdm import tqdm
 
 from mythos_dist.config.schema import BY_MODE, Config, ExpertsConfig, MythosConfig, TrainConfig
@@ -45,7 +45,7 @@ REFERENCE, MATMUL = "open-mythos", "matmul"
 
 
 def cases(every: bool) -> list[str]:
-    """Names of cases, their choices joined; the first is the base, the others change one choice, or all of them."""
+    """Names of cases: the base, then cases that change one choice; or, with `every`, all combinations."""
     if every:
         return [join(choices) for choices in itertools.product(*CHOICES.values())]
     base = [values[0] for values in CHOICES.values()]
@@ -64,13 +64,13 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_ours(case: str, settings: dict[str, Any], device: torch.device, tokens: tuple[int, int]) -> Trainer:
-    """Our model as a case wants it. UserError if a package is missing."""
+    """Our model with the choices of a case. Raises UserError if a package is missing."""
     backend, attention, recompute, *compiled = case.split(", ")
     for package in {backend, attention} & set(DISTRIBUTIONS):
         if problem := unavailable(package):
             raise UserError(problem)
     model = Mythos(
-        MythosConfig(**settings, **BY_MODE["reference"]),  # OpenMythos' loops, its work
+        MythosConfig(**settings, **BY_MODE["reference"]),  # the same loops as OpenMythos, and the same work
         experts=ExpertsConfig(backend=cast(Any, backend)),
         recompute=POLICIES[recompute],
         attention=cast(Any, attention),
@@ -81,7 +81,7 @@ def build_ours(case: str, settings: dict[str, Any], device: torch.device, tokens
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when the device has done all it was given."""
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -91,7 +91,7 @@ def time_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
     """Median seconds of a step, the first loss, peak memory."""
     device = trainer.ids.device
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of longer sequences that did not fit
+        torch.cuda.reset_peak_memory_stats()  # includes longer sequences that did not fit
     loss = trainer.step()["objective"].item()
     trainer.step()
     seconds = []
@@ -104,7 +104,7 @@ def time_steps(trainer: Trainer, steps: int) -> dict[str, Any]:
 
 
 def time_shorter(trainer: Trainer, steps: int) -> dict[str, Any]:
-    """The same with sequences that are halved until the step fits in memory."""
+    """`time_steps`; sequences are halved until the step fits in memory."""
     while True:
         try:
             return time_steps(trainer, steps)
@@ -118,7 +118,7 @@ def time_shorter(trainer: Trainer, steps: int) -> dict[str, Any]:
 
 
 def time_matmul(device: torch.device) -> dict[str, Any]:
-    """Median seconds of a bf16 product as FLOP/s, and the name of the device and its peak."""
+    """Median FLOP/s of a bf16 product, the name of the device and its peak."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     seconds = []
@@ -132,23 +132,23 @@ def time_matmul(device: torch.device) -> dict[str, Any]:
 
 
 def worker(case: str, arguments: argparse.Namespace) -> None:
-    """Say what was measured of a case, or why it could not be."""
+    """Measure a case and send the result, or why it cannot run."""
     device, settings, tokens = torch.device(arguments.device), settings_of(arguments), tokens_of(arguments)
     try:
         if case == MATMUL:
-            found = time_matmul(device)
+            result = time_matmul(device)
         elif case == REFERENCE:
-            found = time_shorter(ReferenceTrainer(settings, tokens, True, device), arguments.steps)
+            result = time_shorter(ReferenceTrainer(settings, tokens, True, device), arguments.steps)
         else:
-            found = time_steps(build_ours(case, settings, device, tokens), arguments.steps)
+            result = time_steps(build_ours(case, settings, device, tokens), arguments.steps)
     except torch.OutOfMemoryError:
-        found = {"problem": "does not fit in memory"}
+        result = {"problem": "does not fit in memory"}
     except UserError as error:
-        found = {"problem": str(error)}
-    except Exception as error:  # a compiler or a kernel that fails says so in its row, and the others still run
+        result = {"problem": str(error)}
+    except Exception as error:  # a failing compiler or kernel is reported in its row, and the others still run
         traceback.print_exc()
-        found = {"problem": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
-    answer(found, lambda _: {})
+        result = {"problem": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+    serve(result, lambda _: {})
 
 
 def tokens_of(arguments: argparse.Namespace) -> tuple[int, int]:
@@ -157,45 +157,45 @@ def tokens_of(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All cases, each in a process of its own."""
+    """All cases, each in its own process."""
     names = ("variant", "batch", "steps", "device")
     settings = [f"--{name}={getattr(arguments, name)}" for name in names] + ["--tiny"] * arguments.tiny
 
     def run(case: str, seq_len: int) -> dict[str, Any]:
         command = [sys.executable, __file__, *settings, f"--seq-len={seq_len}", f"--worker={case}"]
         try:
-            return take_turns({case: command}, 0)[case][0]
-        except RuntimeError as error:  # the process itself died
+            return run_interleaved({case: command}, 0)[case][0]
+        except RuntimeError as error:  # the process died
             return {"problem": str(error)}
 
     seq_len = tokens_of(arguments)[1]
-    wanted = [case for case in cases(arguments.all) if arguments.compile or not case.endswith("compiled")]
-    found = {case: run(case, seq_len) for case in tqdm((MATMUL, REFERENCE, *wanted), unit="case", disable=None)}
-    if "problem" in found[MATMUL]:
-        raise UserError(f"not even a matrix product runs on {arguments.device}: {found[MATMUL]['problem']}")
-    shorter = found[REFERENCE].get("tokens", [0, seq_len])[1]
+    selected = [case for case in cases(arguments.all) if arguments.compile or not case.endswith("compiled")]
+    results = {case: run(case, seq_len) for case in tqdm((MATMUL, REFERENCE, *selected), unit="case", disable=None)}
+    if "problem" in results[MATMUL]:
+        raise UserError(f"no matrix product runs on {arguments.device}: {results[MATMUL]['problem']}")
+    shorter = results[REFERENCE].get("tokens", [0, seq_len])[1]
     if shorter < seq_len:
-        found[f"{wanted[0]}, {shorter} tokens"] = run(wanted[0], shorter)
+        results[f"{selected[0]}, {shorter} tokens"] = run(selected[0], shorter)
     config = MythosConfig(**settings_of(arguments), **BY_MODE["reference"])
-    for case in (case for case in found.values() if "seconds" in case):
+    for case in (case for case in results.values() if "seconds" in case):
         sequences, length = case["tokens"]
         case["tokens_per_second"] = sequences * length / case["seconds"]
         flops = case["tokens_per_second"] * train_flops_per_token(config, length, config.max_loop_iters)
-        case["mfu"], case["matmul_share"] = (flops / found[MATMUL][of] for of in ("peak", "matmul"))
-    return found
+        case["mfu"], case["matmul_share"] = (flops / results[MATMUL][of] for of in ("peak", "matmul"))
+    return results
 
 
-def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+def report(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
     """The table."""
-    matmul = found.pop(MATMUL)
+    matmul = results.pop(MATMUL)
     print(f"{matmul['device']}: {matmul['matmul'] / 1e12:.1f} TFLOP/s in bf16 products, ", end="")
     print(f"{matmul['peak'] / 1e12:.1f} on the data sheet" if arguments.device == "cuda" else "not a GPU")
     sequences, length = tokens_of(arguments)
     name = f"{arguments.variant}{', tiny' * arguments.tiny}"
     print(f"{name}: {sequences} x {length} tokens, medians of {arguments.steps} steps\n")
     print(f"{'':40}{'tokens/s':>10}{'x':>7}{'mfu':>8}{'matmul':>8}{'memory':>10}{'loss':>9}")
-    base = found[REFERENCE].get("tokens_per_second")
-    for case, r in found.items():
+    base = results[REFERENCE].get("tokens_per_second")
+    for case, r in results.items():
         if "problem" in r:
             print(f"{case:40}  {r['problem']}")
             continue
@@ -214,23 +214,25 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=4096, help="tokens (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed, after two (%(default)s)")
-    parser.add_argument("--all", action="store_true", help="every combination of the choices")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile's cases")
+    parser.add_argument("--all", action="store_true", help="all combinations of the choices")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="include the torch.compile cases"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to try this script")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to test this script")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
         if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("no CUDA GPU is here; run this on a machine with one, or try it with --device cpu --tiny")
+            raise UserError("no CUDA GPU found; run this on a machine with one, or test it with --device cpu --tiny")
         if arguments.worker:
             worker(arguments.worker, arguments)
             return
-        found = measure(arguments)
+        results = measure(arguments)
     except UserError as error:
         exit_with(error)
-    print(json.dumps(found)) if arguments.json else report(found, arguments)
+    print(json.dumps(results)) if arguments.json else report(results, arguments)
 
 
 if __name__ == "__main__":

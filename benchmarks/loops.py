@@ -1,16 +1,15 @@
-"""What a loop costs: time and memory by the number of loops, and what exists only because there are loops.
+"""The cost of a loop: time and memory by the number of loops, and the overhead of looping.
 
-time: seconds of forward and backward for 1, 2, ... loops, taken in turns, and a line through the medians.
-memory: the peak of whole processes that recompute every loop, by the number of loops. What has to grow is what one loop
-hands to the next, kept for the backward pass: h in the model's dtype.
-frozen: the peak of whole processes without recomputation, by the number of loops: with gradient through all of them,
-and through the last 4 only. What a loop without gradient adds should be nothing.
-telemetry: what the trainer's looks into the loops (`loops.telemetry_every`) take of a training of the demo's model, one
-process and one micro-batch a step, from its metrics.jsonl.
-overhead: the share of a training step with act.mode=safe that goes to drawing the number of loops, halting (with mixing
-the states), counting the experts' tokens, and moving the router's bias. Nothing is left out to find it: each piece is
-marked in real steps, its forward timed by the clock, its backward found by the profiler through autograd's sequence
-numbers.
+time: seconds of forward and backward for 1, 2, ... loops, interleaved, and a line through the medians.
+memory: peak memory of processes that recompute every loop, by the number of loops. Only the state between loops, saved
+for the backward pass, has to grow: h in the model's dtype.
+frozen: peak memory of processes without recomputation, by the number of loops: with gradient through all loops, and
+through the last 4 only. A loop without gradient should add nothing.
+telemetry: share of the training time of the demo's model (one process, one micro-batch per step) that goes to telemetry
+samples of the loops (`loops.telemetry_every`), from its metrics.jsonl.
+overhead: share of a training step with act.mode=safe that goes to drawing the number of loops, halting (with the
+weighted sum of states), counting the experts' tokens, and updating the router's bias. Each part is marked in real
+steps: its forward is timed by the clock, its backward by the profiler through autograd's sequence numbers.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COMMON, DTYPES, ROOT, SHAPES, Trainer, add_options, answer, resident, take_turns
+from common import COMMON, DTYPES, ROOT, SHAPES, Trainer, add_options, resident, run_interleaved, serve
 from torch.profiler import ProfilerActivity, profile
 
 import mythos_dist.model.moe as moe
@@ -37,13 +36,13 @@ from mythos_dist.config.schema import ActConfig, Config, LoopsConfig, MythosConf
 from mythos_dist.model import Mythos
 from mythos_dist.model.recompute import Recompute
 
-WANTED = {"r2": 0.99, "growth": 1.15, "overhead": 0.02, "frozen": 0.02, "telemetry": 0.02}
+TARGETS = {"r2": 0.99, "growth": 1.15, "overhead": 0.02, "frozen": 0.02, "telemetry": 0.02}
 MEMORY_LOOPS = (4, 8, 16, 32)
 BACKPROP = 4  # loops with gradient, of more
 
 
 def model_config(arguments: argparse.Namespace) -> MythosConfig:
-    """The model that all parts run, with 8 loops on average."""
+    """The model of all parts, with 8 loops on average."""
     return MythosConfig(**(COMMON | SHAPES[arguments.shape][1]))
 
 
@@ -69,7 +68,7 @@ def time_loops(arguments: argparse.Namespace) -> dict[str, Any]:
         return passed
 
     run(arguments.loops)
-    for i in range(arguments.rounds):  # every second round backwards, so that a drift bends nothing
+    for i in range(arguments.rounds):  # every second round in reverse, so that a drift of speed does not bend the line
         for n in reversed(numbers) if i % 2 else numbers:
             seconds[n].append(run(n))
     medians = {n: statistics.median(some) for n, some in seconds.items()}
@@ -79,41 +78,41 @@ def time_loops(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory_worker(n_loops: int, arguments: argparse.Namespace) -> None:
-    """Two training steps, then the most that this process has held."""
+    """Two training steps, then the peak memory of this process."""
     trainer = build(arguments, Recompute(arguments.recompute))
     trainer.passed = {"backprop": arguments.backprop}
     for _ in range(2):
         trainer.step(n_loops)
-    answer({"bytes": resident("VmHWM")}, lambda _: {})
+    serve({"bytes": resident("VmHWM")}, lambda _: {})
 
 
 def peaks_of(arguments: argparse.Namespace, numbers: Sequence[int], *more: str) -> dict[int, float]:
     """Peak bytes of whole processes by loops, medians."""
-    # Each large tensor gets pages of its own: glibc raises this threshold when it frees one, and the holes between
-    # tensors of all sizes then move the peak by 20 MB from one run to the next.
+    # Each large tensor gets pages of its own: otherwise glibc raises this threshold when it frees one, and then
+    # fragmentation changes the peak by 20 MB from run to run.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
     settings = f"--shape {arguments.shape} --dtype {arguments.dtype} --batch {arguments.batch}"
     command = [sys.executable, __file__, *settings.split(), f"--threads={arguments.threads}"]
-    found: dict[int, list[int]] = {n: [] for n in numbers}
-    for _ in range(-(-arguments.rounds // 2)):  # hardly anything varies here
+    peaks: dict[int, list[int]] = {n: [] for n in numbers}
+    for _ in range(-(-arguments.rounds // 2)):  # peaks hardly vary
         for n in numbers:
-            ((first,),) = take_turns({"memory": [*command, f"--worker={n}", *more]}, 0).values()
-            found[n].append(first["bytes"])
-    return {n: statistics.median(some) for n, some in found.items()}
+            ((first,),) = run_interleaved({"memory": [*command, f"--worker={n}", *more]}, 0).values()
+            peaks[n].append(first["bytes"])
+    return {n: statistics.median(some) for n, some in peaks.items()}
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peaks with recomputation, and their growth relative to the states that have to be kept."""
+    """Peaks with recomputation, and their growth relative to the saved states."""
     peaks = peaks_of(arguments, MEMORY_LOOPS, "--recompute=loop")
     tokens, dim = arguments.batch * SHAPES[arguments.shape][0], SHAPES[arguments.shape][1]["dim"]
-    state = tokens * dim * DTYPES[arguments.dtype].itemsize  # nothing halts, so no states are mixed
+    state = tokens * dim * DTYPES[arguments.dtype].itemsize  # nothing halts, so there is no weighted sum of states
     first, last = MEMORY_LOOPS[0], MEMORY_LOOPS[-1]
     per_loop = (peaks[last] - peaks[first]) / (last - first)
     return {"bytes": peaks, "per_loop": per_loop, "state": state, "growth": per_loop / state}
 
 
 def measure_frozen(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peaks without recomputation, and what a loop more adds without gradient and with one."""
+    """Peaks without recomputation, and what one more loop adds without and with gradient."""
     every = peaks_of(arguments, (4, 8))
     some = peaks_of(arguments, (8, 32), f"--backprop={BACKPROP}")
     with_gradient, without = (every[8] - every[4]) / 4, (some[32] - some[8]) / 24
@@ -121,7 +120,7 @@ def measure_frozen(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_telemetry(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a look and of a step, and the share of the time that looks take at their default interval."""
+    """Seconds of a telemetry sample and of a step, and the samples' share of the time at the default interval."""
     if not (ROOT / "data" / "sample").exists():
         subprocess.run([sys.executable, ROOT / "tools" / "make_sample_data.py"], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,9 +133,9 @@ def measure_telemetry(arguments: argparse.Namespace) -> dict[str, Any]:
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     step = statistics.median(line["step_seconds"] for line in lines)
-    look = statistics.median(line["depth"]["seconds"] for line in lines if "depth" in line)
+    sample = statistics.median(line["depth"]["seconds"] for line in lines if "depth" in line)
     every = LoopsConfig().telemetry_every
-    return {"step": step, "look": look, "every": every, "share": look / (every * step)}
+    return {"step": step, "sample": sample, "every": every, "share": sample / (every * step)}
 
 
 class Pieces:
@@ -144,11 +143,11 @@ class Pieces:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._nodes: list[tuple[str, int, int]] = []  # the autograd nodes of a piece are between these numbers
+        self._nodes: list[tuple[str, int, int]] = []  # autograd nodes of a piece: between these sequence numbers
 
     @contextlib.contextmanager
     def mark(self, name: str) -> Iterator[None]:
-        """Time the forward of what runs inside, and remember the nodes that it makes."""
+        """Time the forward of the code inside, and record its autograd nodes."""
         first, begin = _next_node(), time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - begin
@@ -164,9 +163,9 @@ class Pieces:
 
         setattr(owner, attribute, marked)
 
-    def add_backward(self, found: profile) -> None:
+    def add_backward(self, profiler: profile) -> None:
         """Add the backward of all marked nodes."""
-        for event in found.events() or []:
+        for event in profiler.events() or []:
             if event.name.startswith("autograd::engine::evaluate_function"):
                 for name, first, last in self._nodes:
                     if first < event.sequence_nr < last:
@@ -175,12 +174,12 @@ class Pieces:
 
 
 def _next_node() -> int:
-    """Autograd numbers its nodes in the order in which the forward makes them; this makes one, and says its number."""
+    """The sequence number of a new node: autograd numbers nodes in the order of the forward."""
     return torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 def mark_halting(pieces: Pieces, model: Mythos) -> None:
-    """What runs from the beginning of `Halting` to the end of its loop: halting, and mixing the states."""
+    """From the call of `Halting` to the end of its loop: halting, and the weighted sum of states."""
     recurrent, open_piece = model.recurrent, contextlib.ExitStack()
     halt, loop = recurrent.act.forward, recurrent._loop
 
@@ -197,8 +196,8 @@ def mark_halting(pieces: Pieces, model: Mythos) -> None:
 
 
 def measure_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The share of a training step that goes to each piece, medians; each step draws its number of loops."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler has nothing to say that anybody wants to know
+    """The median share of a training step by piece; each step draws its number of loops."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no log of the profiler
     trainer, pieces = build(arguments, act=ActConfig(mode="safe")), Pieces()
     model = trainer.model
     assert isinstance(model, Mythos)
@@ -207,62 +206,62 @@ def measure_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     mark_halting(pieces, model)
     pieces.wrap("counting experts' tokens", moe, "tokens_per_expert")
     pieces.wrap("drawing the number of loops", schedule, "loops_at")
-    pieces.wrap("moving the router's bias", model, "update_router_bias")
+    pieces.wrap("updating the router's bias", model, "update_router_bias")
     loops, steps = [], []
     for step in range(1, 1 + arguments.rounds):
         pieces.seconds.clear()
-        with profile(activities=[ProfilerActivity.CPU]) as found:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
             begin = time.perf_counter()
             loops.append(schedule.loops_at(config, step).n_loops)
             losses = trainer.step(loops[-1])
             model.update_router_bias(losses["expert_counts"])
             total = time.perf_counter() - begin
-        pieces.add_backward(found)
+        pieces.add_backward(profiler)
         steps.append({name: seconds / total for name, seconds in pieces.seconds.items()})
     shares = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     return {"shares": shares, "overhead": statistics.median(sum(step.values()) for step in steps), "loops": loops}
 
 
-def report(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Tables, and what was wanted."""
+def report(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Tables, with targets."""
     tokens = arguments.batch * SHAPES[arguments.shape][0]
     print(
         f"{arguments.shape} {arguments.dtype}: {tokens} tokens, {arguments.threads} threads, {arguments.rounds} rounds"
     )
-    if timed := found.get("time"):
+    if timed := results.get("time"):
         for n, seconds in timed["seconds"].items():
             line = timed["without_loops"] + n * timed["per_loop"]
             print(f"{n:3} loops {seconds:8.3f} s   on the line {line:8.3f} s   {seconds / line - 1:+6.1%}")
-        print(f"{timed['per_loop']:.4f} s a loop and {timed['without_loops']:.4f} s without any")
-        print(f"R^2 {timed['r2']:.5f} (wanted: more than {WANTED['r2']})\n")
-    if memory := found.get("memory"):
+        print(f"{timed['per_loop']:.4f} s per loop and {timed['without_loops']:.4f} s without loops")
+        print(f"R^2 {timed['r2']:.5f} (target: more than {TARGETS['r2']})\n")
+    if memory := results.get("memory"):
         before = None
         for n, peak in memory["bytes"].items():
-            more = f"{(peak - before[1]) / (n - before[0]) / 1e6:8.3f} MB a loop more" if before else ""
+            more = f"{(peak - before[1]) / (n - before[0]) / 1e6:8.3f} MB per additional loop" if before else ""
             print(f"{n:3} loops {peak / 1e6:8.1f} MB{more}")
             before = n, peak
-        print(f"{memory['per_loop'] / 1e6:.3f} MB a loop; the states alone {memory['state'] / 1e6:.3f} MB")
-        print(f"growth {memory['growth']:.3f} x the states' (wanted: at most {WANTED['growth']})\n")
-    if frozen := found.get("frozen"):
+        print(f"{memory['per_loop'] / 1e6:.3f} MB per loop; the states alone {memory['state'] / 1e6:.3f} MB")
+        print(f"growth {memory['growth']:.3f} x the states' (target: at most {TARGETS['growth']})\n")
+    if frozen := results.get("frozen"):
         share = frozen["without"] / frozen["with"]
         for name, peaks in frozen["bytes"].items():
-            said = "  ".join(f"{n} loops {peak / 1e6:.1f} MB" for n, peak in peaks.items())
-            print(f"gradient through {'all' if name == 'all' else f'the last {BACKPROP}'}: {said}")
+            text = "  ".join(f"{n} loops {peak / 1e6:.1f} MB" for n, peak in peaks.items())
+            print(f"gradient through {'all' if name == 'all' else f'the last {BACKPROP}'}: {text}")
         print(
             f"a loop adds {frozen['with'] / 1e6:.2f} MB, one without gradient {frozen['without'] / 1e6:.3f} MB",
             end=": ",
         )
-        print(f"{share:.2%} (wanted: at most {WANTED['frozen']:.0%})\n")
-    if telemetry := found.get("telemetry"):
-        print(f"a look {telemetry['look']:.3f} s, a step {telemetry['step']:.3f} s: ", end="")
+        print(f"{share:.2%} (target: at most {TARGETS['frozen']:.0%})\n")
+    if telemetry := results.get("telemetry"):
+        print(f"a telemetry sample {telemetry['sample']:.3f} s, a step {telemetry['step']:.3f} s: ", end="")
         print(
-            f"every {telemetry['every']} steps {telemetry['share']:.2%} (wanted: at most {WANTED['telemetry']:.0%})\n"
+            f"every {telemetry['every']} steps {telemetry['share']:.2%} (target: at most {TARGETS['telemetry']:.0%})\n"
         )
-    if overhead := found.get("overhead"):
+    if overhead := results.get("overhead"):
         for name, share in overhead["shares"].items():
             print(f"{name:40}{share:8.3%}")
-        print(f"in all {overhead['overhead']:.2%} of steps with {overhead['loops']} loops, medians", end=" ")
-        print(f"(wanted: at most {WANTED['overhead']:.0%})")
+        print(f"total {overhead['overhead']:.2%} of steps with {overhead['loops']} loops, medians", end=" ")
+        print(f"(target: at most {TARGETS['overhead']:.0%})")
 
 
 def main() -> None:
@@ -276,7 +275,7 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=parts, help="default: all")
-    add_options(parser, 16, "the most that are timed", "of each measurement")
+    add_options(parser, 16, "largest number of loops to time", "of each measurement")
     parser.add_argument("--worker", type=int, metavar="LOOPS", help=argparse.SUPPRESS)
     parser.add_argument("--backprop", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--recompute", choices=("none", "loop"), default="none", help=argparse.SUPPRESS)
@@ -284,11 +283,11 @@ def main() -> None:
     if arguments.worker:
         memory_worker(arguments.worker, arguments)
         return
-    found = {part: parts[part](arguments) for part in ([arguments.part] if arguments.part else parts)}
+    results = {part: parts[part](arguments) for part in ([arguments.part] if arguments.part else parts)}
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(results))
     else:
-        report(found, arguments)
+        report(results, arguments)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The routed experts alone, forward and backward: ours against other people's, on equal weights, inputs and routing.
+"""The routed experts alone, forward and backward: ours against other libraries, on equal weights, inputs and routing.
 
 Each side gets tokens and router logits, chooses the top k itself, and returns the weighted sum over the chosen experts;
-the router's matrix product and shared experts are left out everywhere. Outputs and gradients must agree before anything
-is timed. Each side is a process of its own, they take turns, and each round routes anew: in bf16, oneDNN compiles
-kernels for shapes that it meets for the first time, which one side must not do for another.
+the router's matrix product and shared experts are left out everywhere. Before timing, outputs and gradients are
+compared. Each side runs in its own process, rounds are interleaved, and each round has a new routing: in bf16 oneDNN
+compiles kernels for new shapes, and one side must not profit from another's.
 
 Sides: open-mythos' MoEFFN (a loop over slots and experts), transformers' DeepseekV3MoE (a loop over experts),
-torchtitan's RoutedExperts (sort and grouped product; it rounds to bf16, which is switched off in fp32). torchtitan asks
-for packages that it does not need here and comes from a folder of its own:
+torchtitan's RoutedExperts (sort and grouped product; it rounds to bf16, which is switched off in fp32). torchtitan
+requires packages that are not needed here, so it is installed in a separate folder:
     python -m pip install --no-deps --target FOLDER torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
 """
 
@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import DTYPES, answer, forget_peak, open_mythos, resident, take_turns
+from common import DTYPES, open_mythos, reset_peak, resident, run_interleaved, serve
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
@@ -38,10 +38,10 @@ from mythos_dist.parallel.process import keep_freed_memory
 
 CASES = {"E64 k4": (64, 4), "E8 k2": (8, 2)}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative; sums in another order, and bf16 keeps 8 bits
-WANTED = 2.4  # times the loop over slots and experts, at E64 k4
+TARGET = 2.4  # times the speed of the loop over slots and experts, at E64 k4
 LOOP = "open-mythos"
 Layer = Callable[[Tensor, Tensor], Tensor]  # x (N, D), router logits (N, E) -> y (N, D)
-# config, gate (E, F, D), up (E, F, D), down (E, D, F) -> a layer and the module that holds its weights
+# config, gate (E, F, D), up (E, F, D), down (E, D, F) -> a layer and the module with its weights
 Build = Callable[..., tuple[Layer, nn.Module]]
 
 
@@ -54,7 +54,7 @@ def choose(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def build_ours(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Layer, nn.Module]:
-    """`Experts` with the grouped backend, in a process that keeps freed memory, as our trainer's does."""
+    """`Experts` with the grouped backend, in a process that keeps freed memory, like our trainer."""
     keep_freed_memory()
     experts = Experts(config, "grouped", SINGLE)
     experts.load_state_dict({"w1": gate, "w3": up, "w2": down.transpose(1, 2)})
@@ -76,7 +76,7 @@ def build_open_mythos(config: MythosConfig, gate: Tensor, up: Tensor, down: Tens
 
 
 def build_transformers(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Layer, nn.Module]:
-    """DeepseekV3MoE's `moe`, which gets weights and index."""
+    """DeepseekV3MoE's `moe`, which takes weights and index."""
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
     settings = theirs.DeepseekV3Config(
@@ -98,7 +98,7 @@ def build_transformers(config: MythosConfig, gate: Tensor, up: Tensor, down: Ten
 
 
 def build_torchtitan(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Layer, nn.Module]:
-    """RoutedExperts, which gets weights, index and counts; torchtitan's router makes the counts, so we make them."""
+    """RoutedExperts, which takes weights, index and counts; we compute the counts, as torchtitan's router does."""
     theirs: Any = importlib.import_module("torchtitan.models.common.moe")
     dispatcher: Any = importlib.import_module("torchtitan.models.common.token_dispatcher").LocalTokenDispatcher
     E, k = config.n_experts, config.n_experts_per_tok
@@ -113,7 +113,7 @@ def build_torchtitan(config: MythosConfig, gate: Tensor, up: Tensor, down: Tenso
         counts = index.flatten().bincount(minlength=E)
         return experts(x.unsqueeze(0), weights.unsqueeze(0), index.unsqueeze(0), counts).squeeze(0)
 
-    if gate.dtype == torch.float32:  # its experts cast whatever they get
+    if gate.dtype == torch.float32:  # its experts cast all inputs
         torch.Tensor.bfloat16 = lambda self: self  # type: ignore[method-assign]
     return layer, experts
 
@@ -127,8 +127,8 @@ SIDES: dict[str, Build] = {
 
 
 def draw_logits(tokens: int, n_experts: int, k: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Normal logits, which spread tokens over all experts; every k-th largest stands clear of the next, also in bf16,
-    so that all sides choose the same."""
+    """Normal logits, which spread tokens over all experts; the k-th largest differs from the next one, also in bf16, so
+    that all sides choose the same experts."""
     logits = torch.randn(4 * tokens, n_experts, generator=torch.Generator().manual_seed(seed))
     logits = logits.to(torch.bfloat16)
     top = logits.topk(k + 1, dim=-1).values
@@ -138,7 +138,7 @@ def draw_logits(tokens: int, n_experts: int, k: int, seed: int, dtype: torch.dty
 
 
 def worker(side: str, arguments: argparse.Namespace) -> None:
-    """Write output and gradients to a file and answer with the bytes of one pass; then a round's seconds each."""
+    """Write output and gradients to a file, send the memory of one pass, then the seconds of each round."""
     torch.set_num_threads(arguments.threads)
     sys.path.append(arguments.torchtitan)
     dtype, (E, k) = DTYPES[arguments.dtype], CASES[arguments.case]
@@ -155,7 +155,7 @@ def worker(side: str, arguments: argparse.Namespace) -> None:
         if side in (LOOP, "ours"):
             raise
         where = ", see --torchtitan" if side == "torchtitan" else ""
-        answer({"problem": f"{side} is left out: it cannot be imported ({error}{where})"}, lambda _: {})
+        serve({"problem": f"{side} skipped: it cannot be imported ({error}{where})"}, lambda _: {})
         return
     module.to(dtype)
     weights.clear()
@@ -173,29 +173,29 @@ def worker(side: str, arguments: argparse.Namespace) -> None:
 
     torch.save(run(0)[1], arguments.folder / f"{side}.pt")
     module.zero_grad()
-    held = forget_peak()
+    held = reset_peak()
     run(1)
     memory = resident("VmHWM") - held
     for seed in range(2, 2 + arguments.warm_up):
         run(seed)
     named = side if side == "ours" else f"{side} {version(side)}"
-    answer({"named": named, "memory_bytes": memory}, lambda i: {"seconds": run(1000 + i)[0]})
+    serve({"named": named, "memory_bytes": memory}, lambda i: {"seconds": run(1000 + i)[0]})
 
 
 def differences(folder: Path, dtype: str) -> dict[str, float]:
-    """The largest relative difference of each side's output and gradients from the loop's; raises if it is large."""
+    """The largest relative difference of each side's output and gradients from the loop's; raises above TOLERANCE."""
     tensors = {side: torch.load(file) for side in SIDES if (file := folder / f"{side}.pt").exists()}
-    found = {}
+    errors = {}
     for side, mine in tensors.items():
         pairs = zip(mine, tensors[LOOP], strict=True)
-        found[side] = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
-        if found[side] > TOLERANCE[dtype]:
-            raise RuntimeError(f"{side} differs from {LOOP} by {found[side]:.1e}, more than {TOLERANCE[dtype]}")
-    return found
+        errors[side] = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+        if errors[side] > TOLERANCE[dtype]:
+            raise RuntimeError(f"{side} differs from {LOOP} by {errors[side]:.1e}, more than {TOLERANCE[dtype]}")
+    return errors
 
 
 def compare(case: str, dtype: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All sides on one case: medians, ratios, differences; of a side that cannot run, the problem."""
+    """All sides on one case: medians, ratios, differences; the problem of a side that cannot run."""
     a, b = (torch.randn(2048, 2048).to(DTYPES[dtype]) for _ in range(2))
     products, errors = [], {}
 
@@ -211,12 +211,12 @@ def compare(case: str, dtype: str, arguments: argparse.Namespace) -> dict[str, d
     command = [sys.executable, __file__, *settings, f"--case={case}", f"--dtype={dtype}"]
     with tempfile.TemporaryDirectory() as folder:
         commands = {side: [*command, f"--folder={folder}", f"--worker={side}"] for side in SIDES}
-        said = take_turns(commands, arguments.rounds, between)
+        messages = run_interleaved(commands, arguments.rounds, between)
     _, k = CASES[case]
     flops = 3 * 2 * 3 * arguments.tokens * k * arguments.dim * arguments.width  # forward, and twice that backward
     peak = 2 * 2048**3 / statistics.median(products)
     result: dict[str, dict[str, Any]] = {}
-    for side, (first, *rounds) in said.items():
+    for side, (first, *rounds) in messages.items():
         result[side] = first
         if "problem" not in first:
             seconds = statistics.median(one["seconds"] for one in rounds)
@@ -226,7 +226,7 @@ def compare(case: str, dtype: str, arguments: argparse.Namespace) -> dict[str, d
 
 
 def report(case: str, dtype: str, result: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """A table, and how far ahead ours is."""
+    """A table, and the speedup of ours."""
     print(
         f"\n{case} {dtype}: {arguments.tokens} tokens, dim {arguments.dim}, experts of {arguments.width}, "
         f"{arguments.threads} threads, medians of {arguments.rounds} interleaved rounds"
@@ -241,14 +241,14 @@ def report(case: str, dtype: str, result: dict[str, dict[str, Any]], arguments: 
             f"{r['memory_bytes'] / 1e6:8.0f} MB{r['difference']:12.1e}"
         )
     ours, others = result["ours"], [r["seconds"] for side, r in result.items() if side != "ours" and "seconds" in r]
-    wanted = f" (wanted: {WANTED})" if case == "E64 k4" else ""
-    print(f"ours: {ours['x_loop']:.2f} x the loop{wanted}, {min(others) / ours['seconds']:.2f} x the best other")
+    target = f" (target: {TARGET})" if case == "E64 k4" else ""
+    print(f"ours: {ours['x_loop']:.2f} x the loop{target}, {min(others) / ours['seconds']:.2f} x the best other")
 
 
 def main() -> None:
     """Compare and print tables, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, help="number of experts and how many a token gets; default: both")
+    parser.add_argument("--case", choices=CASES, help="experts and experts per token; default: both")
     parser.add_argument("--dtype", choices=DTYPES, help="default: both")
     parser.add_argument("--tokens", type=int, default=2048, help="(%(default)s)")
     parser.add_argument("--dim", type=int, default=512, help="(%(default)s)")

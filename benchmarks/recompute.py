@@ -1,9 +1,9 @@
-"""What recomputing activations costs and saves: a training step under each policy, against keeping everything.
+"""Time and memory of activation recomputation: a training step under each policy, against saving all activations.
 
-A step is forward, loss, backward and AdamW; bf16 has fp32 master weights, as under DeepSpeed. Each policy is a process
-of its own and they take turns, so that a machine whose speed drifts does so for all; seconds are medians. Peak memory
-is the operating system's: of the whole process, and above the model's own state (what the process holds before a step,
-plus the gradients). The table is Markdown.
+A step is forward, loss, backward and AdamW; bf16 has fp32 master weights, as under DeepSpeed. Each policy runs in its
+own process and rounds are interleaved, so that a drift of the machine's speed affects all; seconds are medians. Peak
+memory is the operating system's: of the whole process, and above the model's state (the memory before a step, plus the
+gradients). The table is Markdown.
 """
 
 import argparse
@@ -13,22 +13,22 @@ import sys
 import time
 
 import torch
-from common import COMMON, DTYPES, POLICIES, SHAPES, Trainer, add_options, answer, forget_peak, resident, take_turns
+from common import COMMON, DTYPES, POLICIES, SHAPES, Trainer, add_options, reset_peak, resident, run_interleaved, serve
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model import Mythos
 
 
 def worker(policy: str, arguments: argparse.Namespace) -> None:
-    """Answer each round with the seconds of a step, and the most that the process has held in any so far."""
+    """Send for each round the seconds of a step and the peak memory of all steps so far."""
     torch.set_num_threads(arguments.threads)
     seq_len, shape = SHAPES[arguments.shape]
     config = MythosConfig(**(COMMON | shape | dict(max_loop_iters=arguments.loops)))
     model = Mythos(config, recompute=POLICIES[policy])
     trainer = Trainer(model, config.vocab_size, (arguments.batch, seq_len), DTYPES[arguments.dtype])
-    trainer.step(1)  # the optimizer's moments are there
-    held = forget_peak() + sum(parameter.numel() * parameter.element_size() for parameter in trainer.parameters)
-    for _ in range(2):  # in bf16 kernels are compiled for shapes that are met for the first time
+    trainer.step(1)  # allocates the optimizer's moments
+    held = reset_peak() + sum(parameter.numel() * parameter.element_size() for parameter in trainer.parameters)
+    for _ in range(2):  # in bf16 kernels are compiled for new shapes
         trainer.step()
 
     def measure(_: int) -> dict:
@@ -37,28 +37,28 @@ def worker(policy: str, arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "process_bytes": resident("VmHWM"), "above_bytes": resident("VmHWM") - held}
 
-    answer({}, measure)
+    serve({}, measure)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """{policy: seconds of a step, bytes, and the same relative to keeping everything}."""
+    """{policy: seconds of a step, bytes, and both relative to policy "none"}."""
     settings = f"--shape {arguments.shape} --dtype {arguments.dtype} --loops {arguments.loops}"
     settings += f" --batch {arguments.batch} --threads {arguments.threads}"
     command = [sys.executable, __file__, *settings.split(), "--worker"]
-    said = take_turns({policy: [*command, policy] for policy in POLICIES}, arguments.rounds)
+    messages = run_interleaved({policy: [*command, policy] for policy in POLICIES}, arguments.rounds)
     result = {}
-    for policy, (_, *rounds) in said.items():
-        found = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
-        found |= {what: rounds[-1][what] for what in found if what.endswith("bytes")}  # the most of all rounds
-        base = result["none"] if result else found
-        result[policy] = found | {f"{what}_ratio": found[what] / base[what] for what in list(found)}
+    for policy, (_, *rounds) in messages.items():
+        medians = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
+        medians |= {what: rounds[-1][what] for what in medians if what.endswith("bytes")}  # the peak of all rounds
+        base = result["none"] if result else medians
+        result[policy] = medians | {f"{what}_ratio": medians[what] / base[what] for what in list(medians)}
     return result
 
 
 def main() -> None:
     """Print the Markdown table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, 8, "turns of the recurrent block", "steps of each policy")
+    add_options(parser, 8, "loops of the recurrent block", "steps of each policy")
     parser.add_argument("--worker", choices=POLICIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -1,8 +1,8 @@
-"""One training step, ours against open-mythos 0.5.0: equal weights, equal batch, interleaved, on this machine.
+"""A training step, ours against open-mythos 0.5.0: equal weights and batch, interleaved, on this machine.
 
 A step is forward, loss, backward, AdamW. The reference runs as it ships in fp32; in bf16 it can only run under autocast
-(its halting code refuses bf16 tensors), so that is what it gets. Ours runs in bf16 with fp32 master weights, as under
-DeepSpeed, and once more in fp32 with every loop recomputed. Halting is set never to happen, so both run every loop.
+(its halting code refuses bf16 tensors), so it runs under autocast. Ours runs in bf16 with fp32 master weights, as under
+DeepSpeed, and once more in fp32 with every loop recomputed. Halting is disabled by a low bias, so both run every loop.
 Memory is the operating system's own peak of the process; the figures compared are medians of interleaved rounds.
 """
 
@@ -18,12 +18,12 @@ from common import (
     SHAPES,
     ReferenceTrainer,
     Trainer,
-    answer,
     build_reference,
-    forget_peak,
     matmul_peak,
+    reset_peak,
     resident,
-    take_turns,
+    run_interleaved,
+    serve,
 )
 
 from mythos_dist.config.schema import MythosConfig
@@ -52,12 +52,12 @@ def build(peer: str, seq_len: int, settings: dict) -> Trainer:
 
 
 def worker(peer: str, shape: str) -> None:
-    """Answer each round with the seconds of one step and the most memory so far; first the loss of equal weights."""
+    """Send for each round the seconds of a step and the peak memory so far; first the loss of equal weights."""
     seq_len, settings = SHAPES[shape]
     trainer = build(peer, seq_len, COMMON | settings)
-    forget_peak()  # building ours takes both models
+    reset_peak()  # building ours needs both models
     loss = trainer.step()["objective"].item()
-    for _ in range(2):  # in bf16 kernels are compiled for shapes that are met for the first time
+    for _ in range(2):  # in bf16 kernels are compiled for new shapes
         trainer.step()
 
     def measure(_: int) -> dict:
@@ -65,7 +65,7 @@ def worker(peer: str, shape: str) -> None:
         trainer.step()
         return {"seconds": time.perf_counter() - begin, "peak_gb": resident("VmHWM") / 2**30}
 
-    answer({"loss": loss}, measure)
+    serve({"loss": loss}, measure)
 
 
 def compare(shape: str, rounds: int) -> dict:
@@ -77,13 +77,13 @@ def compare(shape: str, rounds: int) -> dict:
     peaks = {"fp32": matmul_peak(torch.float32), "bf16": matmul_peak(torch.bfloat16)}
     command = [sys.executable, __file__, "--shape", shape, "--worker"]
     result = {}
-    for peer, (first, *found) in take_turns({peer: [*command, peer] for peer in PEERS}, rounds).items():
-        rate = BATCH * seq_len / statistics.median(one["seconds"] for one in found)
+    for peer, (first, *measured) in run_interleaved({peer: [*command, peer] for peer in PEERS}, rounds).items():
+        rate = BATCH * seq_len / statistics.median(one["seconds"] for one in measured)
         share = rate * flops / peaks[peer.split()[1]]
         result[peer] = first | {
             "tokens_per_second": rate,
             "matmul_share": share,
-            "peak_gb": found[-1]["peak_gb"],
+            "peak_gb": measured[-1]["peak_gb"],
         }
     return result
 

@@ -101,8 +101,8 @@ def test_the_backward_of_a_linear_layer_costs_two_forward_passes(tensors):
     assert flops_of(lambda: layer(x).sum().backward()) == 3 * 2 * 8 * 16 * 24
 
 
-# matmul: the weight, the sum, and the gradient to be added. F.linear: after its transposed view autograd's first addition
-# creates a new tensor: the weight, two gradients, their sum.
+# matmul: the weight, the sum, and the gradient to be added. F.linear: after its transposed view autograd's first
+# addition creates a new tensor: the weight, two gradients, their sum.
 @pytest.mark.parametrize(("product", "matrices"), [(torch.matmul, 3), (F.linear, 4)])
 def test_fake_gradient_sums_take_as_much_memory_as_real_ones(product, matrices):
     """A weight that is used in three loops, against the allocator's profile.
