@@ -15,10 +15,10 @@ from helpers.parity import (
     STEPS,
     batches,
     change,
-    held_by,
     load_checkpoint,
-    places_of,
+    local_state,
     save_checkpoint,
+    shard_bounds,
 )
 
 import mythos_dist.model.init
@@ -90,7 +90,7 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
             engine.model.recurrent.block.ffn.router.bias += torch.tensor(BIAS)
         train(engine, config, range(1, SAVED + 1))
         save_checkpoint(engine, config, folder, SAVED)
-        saved = {"places": places_of(engine), "held": held_by(engine), "bias": bias_of(engine)}
+        saved = {"places": shard_bounds(engine), "held": local_state(engine), "bias": bias_of(engine)}
         results.append({**saved, "later": train(engine, config, range(SAVED + 1, STEPS + 1))})
         engine.deepspeed.destroy()
         dist.barrier()
@@ -112,7 +112,7 @@ def read(configs: list[Config], folders: list[str], train_on: int | None = None)
         found = []
         for j, folder in enumerate(folders):
             load_checkpoint(engine, folder)
-            loaded = {"places": places_of(engine), "held": held_by(engine), "bias": bias_of(engine)}
+            loaded = {"places": shard_bounds(engine), "held": local_state(engine), "bias": bias_of(engine)}
             if train_on is None or (j - i) % len(folders) < train_on:
                 loaded["later"] = train(engine, config, range(SAVED + 1, STEPS + 1))
             found.append(loaded)

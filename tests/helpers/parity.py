@@ -21,7 +21,7 @@ from mythos_dist.train.schedule import learning_rate, loops_at, state_seed
 
 STEPS = 4
 FIRST_LOSS_SCALE = 2.0**21  # so high that most steps overflow, and halve it
-STD = 0.2  # of initial values; with 0.02 routed experts would hardly count in the gradient norm
+STD = 0.2  # of initial values; with 0.02 routed experts would contribute little to the gradient norm
 
 
 def change(config: Config, **sections: dict) -> Config:
@@ -59,8 +59,8 @@ def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[Mi
         ]
 
 
-def train_plainly(config: Config, bias: list[float] | None = None) -> dict[str, Any]:
-    """The run on one process: the whole global batch at once, AdamW as its paper says, the sign rule for the bias."""
+def train_reference(config: Config, bias: list[float] | None = None) -> dict[str, Any]:
+    """The run on one process with torch alone: the global batch at once, AdamW, the sign rule for the router bias."""
     mythos_dist.model.init.STD = STD
     model = Mythos(config.model, act=config.act, experts=config.experts, seed=config.run.seed)
     mythos_dist.model.init.STD = 0.02
@@ -128,7 +128,7 @@ def train_plainly(config: Config, bias: list[float] | None = None) -> dict[str, 
 def clip(model: Mythos, limit: float) -> float:
     """Scale all gradients to a global norm of `limit` where it is larger; returns the norm before.
 
-    In float64: torch's own norm of an fp32 tensor adds up one number after the other on a CPU, and is wrong by 1e-5 for
+    In float64: torch's own norm of an fp32 tensor adds up elements one by one on a CPU, and is wrong by 1e-5 for
     a million of them, on some processors already for a hundred thousand (DeepSpeed's ZeRO-1/2/3 goes through float64).
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -139,7 +139,7 @@ def clip(model: Mythos, limit: float) -> float:
 
 
 def save_checkpoint(engine: Any, config: Config, folder: str, step: int) -> None:
-    """What the training loop does behind a step, and waits for it. On each rank."""
+    """Save as the training loop does after a step, and wait for it. On each rank."""
     import torch.distributed as dist
 
     from mythos_dist.checkpoint.fence import Fence
@@ -153,7 +153,7 @@ def save_checkpoint(engine: Any, config: Config, folder: str, step: int) -> None
 
 
 def load_checkpoint(engine: Any, folder: str) -> None:
-    """What the training loop does before its first step. On each rank."""
+    """Load as the training loop does before its first step. On each rank."""
     from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 
     checkpoint, damaged = find_checkpoint(Path(folder, "checkpoints"))
@@ -162,19 +162,19 @@ def load_checkpoint(engine: Any, folder: str) -> None:
     engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
 
 
-def held_by(engine: Any) -> dict[str, list[torch.Tensor]]:
-    """Name -> parameter and both moments, as DeepSpeed itself puts them together: this rank's slices, without filling.
-    Every rank calls this."""
+def local_state(engine: Any) -> dict[str, list[torch.Tensor]]:
+    """Name -> this rank's shards of the parameter and both moments, without padding, gathered by DeepSpeed.
+    A collective call."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     from mythos_dist.parallel.tensor import shard_of
 
     def real(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        """What the slice holds; behind it there must be zeros."""
+        """The shard without padding; the padding must be zeros."""
         place = shard_of(parameter)
         tensor = tensor.view(parameter.shape if parameter.numel() == tensor.numel() else parameter.ds_shape).clone()
         inner = tensor[tuple(slice(0, size) for size in place.shape)]
-        assert tensor.count_nonzero() == inner.count_nonzero(), f"{place}: the filling has moved"
+        assert tensor.count_nonzero() == inner.count_nonzero(), f"{place}: the padding is not zero"
         return inner.clone()
 
     if hasattr(engine.deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state"):
@@ -189,8 +189,8 @@ def held_by(engine: Any) -> dict[str, list[torch.Tensor]]:
     }
 
 
-def places_of(engine: Any) -> dict[str, list[tuple[int, ...]]]:
-    """Name -> where this rank's slice begins and ends in the whole tensor."""
+def shard_bounds(engine: Any) -> dict[str, list[tuple[int, ...]]]:
+    """Name -> start and stop of this rank's shard in the full tensor."""
     from mythos_dist.parallel.tensor import shard_of
 
     places = {name: shard_of(p) for name, p in engine.model.named_parameters()}
@@ -200,10 +200,10 @@ def places_of(engine: Any) -> dict[str, list[tuple[int, ...]]]:
 def train_under_deepspeed(
     cases: list[tuple[Config, list[float] | None]], folder: str | None = None
 ) -> list[dict[str, Any]]:
-    """On each rank: the same run through our engine, once per config. Tensors come with the place of their slice.
+    """On each rank: the same run through our engine, once per config. `places` are the bounds of the shards.
 
-    With a `folder`, a checkpoint is saved after half of the steps, and another engine, begun with other values, goes on
-    from there: `resumed` is what it finds.
+    With a `folder`, a checkpoint is saved after half of the steps, and an engine with other initial values resumes from
+    it: its results are `resumed`.
     """
     import torch.distributed as dist
 
@@ -220,7 +220,7 @@ def train_under_deepspeed(
         engine = Engine(config, mesh)
         if bias and engine.model.stage.has_loops:
             engine.model.recurrent.block.ffn.router.bias += torch.tensor(bias)
-        initial = {name: parameter for name, (parameter, *_) in held_by(engine).items()}
+        initial = {name: parameter for name, (parameter, *_) in local_state(engine).items()}
         if folder and config.train.dtype == "fp16":
             engine.deepspeed.optimizer.loss_scaler.cur_scale = FIRST_LOSS_SCALE
         steps, ids = [], []
@@ -237,9 +237,9 @@ def train_under_deepspeed(
             "skipped": [s.skipped for s in steps],
             "ids": ids,
             "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None,
-            "places": places_of(engine),
+            "places": shard_bounds(engine),
             "initial": initial,
-            "final": held_by(engine),
+            "final": local_state(engine),
         }
         engine.deepspeed.destroy()
         dist.barrier()
@@ -250,7 +250,7 @@ def train_under_deepspeed(
 
 
 def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
-    """The second half of a run from its checkpoint: losses and norms, and what there is in the end."""
+    """The second half of a run from its checkpoint: losses, norms and the final state."""
     import torch.distributed as dist
 
     from mythos_dist.train.engine import Engine
@@ -266,7 +266,7 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
         "n_loops": [s.n_loops for s in steps],
         "skipped": [s.skipped for s in steps],
         "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None,
-        "final": held_by(engine),
+        "final": local_state(engine),
     }
     engine.deepspeed.destroy()
     dist.barrier()

@@ -1,4 +1,4 @@
-"""No rank holds a large tensor whole, neither as a parameter nor while it computes."""
+"""No rank has a full large tensor, neither as a parameter nor during forward and backward."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # ---- Parameters of 10b on 32 ranks, on the meta device
 
 PARALLEL, WORLD = ParallelConfig(tensor=4, expert=8), 32
-LARGE = 1_000_000  # numbers
+LARGE = 1_000_000  # elements
 
 
 @pytest.fixture(scope="module", params=["reference", "train"])
@@ -39,31 +39,31 @@ def ranks(mode) -> list[nn.Module]:
         return [Mythos(config, mesh=mesh_of(PARALLEL, WORLD, rank)) for rank in range(WORLD)]
 
 
-def numbers_per_rank(c: MythosConfig, tensor: int, expert: int) -> dict[str, int]:
-    """What a rank should hold, from the config's numbers: a cut width is rounded up, norms and router are whole."""
+def elements_per_rank(c: MythosConfig, tensor: int, expert: int) -> dict[str, int]:
+    """A rank's parameters from the config: sharded widths are rounded up, norms and router are replicated."""
 
-    def cut(width: int) -> int:
+    def shard(width: int) -> int:
         return math.ceil(width / tensor)
 
     queries = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
     attention = (
-        c.dim * cut(c.q_lora_rank)
-        + c.q_lora_rank * cut(queries)
-        + c.dim * cut(c.kv_lora_rank + c.qk_rope_head_dim)
-        + c.kv_lora_rank * cut(c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        + c.dim * cut(c.n_heads * c.v_head_dim)
+        c.dim * shard(c.q_lora_rank)
+        + c.q_lora_rank * shard(queries)
+        + c.dim * shard(c.kv_lora_rank + c.qk_rope_head_dim)
+        + c.kv_lora_rank * shard(c.n_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        + c.dim * shard(c.n_heads * c.v_head_dim)
         + (c.q_lora_rank + c.kv_lora_rank)  # norms of the latents
         + 2 * c.dim  # the block's norms
         + (c.qk_nope_head_dim + c.qk_rope_head_dim) * c.qk_norm
     )
-    parcae = c.dim * cut(c.dim) + 2 * c.dim + c.dim  # B; decay and step; the norm of e
+    parcae = c.dim * shard(c.dim) + 2 * c.dim + c.dim  # B; decay and step; the norm of e
     shared = c.n_shared_experts * c.expert_dim * c.n_experts_per_tok
     return {
-        "embedding": cut(c.vocab_size) * c.dim,
-        "prelude and coda": (c.prelude_layers + c.coda_layers) * (attention + 3 * c.dim * cut(4 * c.dim // 3)),
-        "looped block": attention + c.n_experts * c.dim + 3 * c.dim * cut(shared),
-        "experts": 3 * math.ceil(c.n_experts / expert) * cut(c.expert_dim) * c.dim,
-        "depth LoRA": (2 * c.dim + c.max_loop_iters) * cut(c.lora_rank),
+        "embedding": shard(c.vocab_size) * c.dim,
+        "prelude and coda": (c.prelude_layers + c.coda_layers) * (attention + 3 * c.dim * shard(4 * c.dim // 3)),
+        "looped block": attention + c.n_experts * c.dim + 3 * c.dim * shard(shared),
+        "experts": 3 * math.ceil(c.n_experts / expert) * shard(c.expert_dim) * c.dim,
+        "depth LoRA": (2 * c.dim + c.max_loop_iters) * shard(c.lora_rank),
         "injection": parcae if c.injection == "parcae" else 2 * c.dim + 1,
         "halting": c.dim + 1,
         "norms before the loops and the head": 2 * c.dim,
@@ -76,21 +76,21 @@ def test_every_rank_holds_its_share_of_10b(ranks, mode):
     Buffers are the router's bias and nothing else.
     """
     config = load_config(CONFIGS / "10b.yaml", [f"model.mode={mode}"]).model
-    expected = 4 * sum(numbers_per_rank(config, PARALLEL.tensor, PARALLEL.expert).values())
+    expected = 4 * sum(elements_per_rank(config, PARALLEL.tensor, PARALLEL.expert).values())
     for model in ranks:
         assert sum(p.numel() * p.element_size() for p in model.parameters()) == expected
         assert sum(b.numel() for b in model.buffers()) == config.n_experts
 
 
-def test_no_large_parameter_is_whole_on_a_rank(ranks, mode):
-    """Of every parameter of more than a million numbers a rank holds a quarter, of experts a thirty-second, with what
-    is filled up less than 0.1 % more."""
+def test_no_rank_has_a_full_large_parameter(ranks, mode):
+    """Of each parameter of more than a million elements a rank has a quarter, of experts 1 / 32, plus less than 0.1 %
+    padding."""
     for model in ranks:
         for name, parameter in model.named_parameters():
-            numbers = math.prod(shard_of(parameter).full_shape)
-            if numbers > LARGE:
+            elements = math.prod(shard_of(parameter).full_shape)
+            if elements > LARGE:
                 share = 32 if ".experts." in name else 4
-                assert numbers / share <= parameter.numel() < 1.001 * numbers / share, name
+                assert elements / share <= parameter.numel() < 1.001 * elements / share, name
             else:
                 assert parameter.numel() <= LARGE
     large = {name for name, p in ranks[0].named_parameters() if math.prod(shard_of(p).full_shape) > LARGE}
@@ -99,7 +99,7 @@ def test_no_large_parameter_is_whole_on_a_rank(ranks, mode):
     assert len(large) == 1 + 5 * (5 + 3) + 3 + (mode == "train")
 
 
-def test_the_slices_of_all_ranks_make_up_the_reference(ranks, mode, open_mythos):
+def test_the_shards_of_all_ranks_are_the_reference_model(ranks, mode, open_mythos):
     """Distinct slices of one copy of the model tile every tensor and count as many numbers as OpenMythos has, and with
     the loops that train as many as Parcae's injection (B, and a norm and a step where there was a factor) and a weight
     for each channel of a query's and a key's norm are more."""
@@ -158,15 +158,15 @@ LARGE_IN_SMALL = {
     "experts": 16 * 120 * 136,
     "embedding": 561 * 136,
     "logits": SEQ_LEN * 561,
-    # Cut once only, these are still large.
-    "experts cut by tensor": 16 * 30 * 136,
-    "experts cut by expert": 2 * 120 * 136,
+    # Sharded over one axis only, these are still large.
+    "experts sharded by tensor": 16 * 30 * 136,
+    "experts sharded by expert": 2 * 120 * 136,
 }
 BOUND = min(LARGE_IN_SMALL.values())
 
 
 class Outputs(TorchDispatchMode):
-    """Remembers the size, the operation and the shape of every tensor that an operation returns."""
+    """Records size, operation and shape of every tensor that an operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -181,7 +181,7 @@ class Outputs(TorchDispatchMode):
 
 
 def echo(output: Tensor, input: Tensor, *_, **__) -> None:
-    """All-to-all of a world in which every rank sends what this one sends: without it splits would be noise."""
+    """All-to-all as if every rank sent the same as this one; with the fake group, row counts would be random."""
     output.copy_(input)
 
 
@@ -197,7 +197,7 @@ def pass_through(mesh: Mesh, kind: str) -> list[tuple[int, str, tuple[int, ...]]
 
 
 def as_ranks(ranks: list[int], kinds: list[tuple[bool, str]]) -> list[list]:
-    """`pass_through` as each of some ranks of 32, with no other rank there."""
+    """`pass_through` as each of some ranks of 32, without the other ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.all_to_all_single = echo
@@ -212,10 +212,10 @@ def as_ranks(ranks: list[int], kinds: list[tuple[bool, str]]) -> list[list]:
     return found
 
 
-def test_one_process_would_be_seen_to_hold_them():
-    """The check itself: without a mesh every large tensor turns up, at least as a gradient."""
+def test_the_check_sees_the_full_tensors_of_one_process():
+    """Without a mesh every large tensor occurs, at least as a gradient."""
     sizes = {numel for numel, _, _ in pass_through(SINGLE, "none")}
-    assert sizes >= {numel for name, numel in LARGE_IN_SMALL.items() if " cut by " not in name}
+    assert sizes >= {numel for name, numel in LARGE_IN_SMALL.items() if " sharded by " not in name}
 
 
 @pytest.mark.launch

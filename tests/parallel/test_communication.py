@@ -1,4 +1,4 @@
-"""Counted communication: what goes over the process groups is what the formula says, to the byte, on every rank."""
+"""The communication volume of a step equals the planner's formula, to the byte, on every rank."""
 
 import sys
 from collections import Counter
@@ -207,7 +207,7 @@ SPREAD = [layout for world in (4, 8) for layout in LAYOUTS[world] + LONG[world] 
 
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize("layout", SPREAD)
-def test_equal_rows_may_be_given_once(layout, frozen):
+def test_one_pair_of_row_counts_stands_for_all_loops(layout, frozen):
     """One pair for all loops and micro-batches against the same pair for each, on every rank of 8, exactly."""
     config = config_of(layout, 8)
     one_by_one = [[(70, 90)] * 5] * 8
@@ -217,9 +217,9 @@ def test_equal_rows_may_be_given_once(layout, frozen):
 
 
 @pytest.mark.parametrize("layout", SPREAD)
-def test_rows_count_where_their_loops_run(layout):
+def test_rows_are_counted_on_the_stage_that_runs_their_loop(layout):
     """Rows of one loop after the other add up to those of all: each is sent by the stage that runs the loop, and its
-    gradient only behind the frozen ones. Exactly, on every rank of 8."""
+    gradient only after the no-grad loops. Exactly, on every rank of 8."""
     config = config_of(layout, 8)
     rows = [[(10 + m + 3 * t, 20 + m * t) for t in range(5)] for m in range(8)]
 
@@ -237,7 +237,7 @@ def test_rows_count_where_their_loops_run(layout):
 
 
 @pytest.mark.parametrize("layout", [layout for world in LAYOUTS for layout in LAYOUTS[world] + LONG[world]])
-def test_the_number_of_micro_batches_may_be_given(layout):
+def test_the_number_of_micro_batches_can_be_passed(layout):
     """Three per replica against a global batch that makes three, on every rank of 8."""
     config = config_of(layout, 8)
     replicas = 8 // (config.parallel.pipe * config.parallel.tensor)

@@ -1,4 +1,4 @@
-"""Tokens on their way to experts of other ranks and back."""
+"""Dispatching tokens to experts on other ranks and combining the results."""
 
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ E, D, F = 8, 16, 10  # experts, model, hidden width: 10 is no multiple of 16 byt
 
 @dataclass(frozen=True)
 class Case:
-    """One routing, the same on every rank of a tensor line; replicas draw tokens of their own."""
+    """One routing, equal on the ranks of a tensor group; each replica draws its own tokens."""
 
     k: int
     tokens: int
@@ -49,7 +49,7 @@ CASES += [replace(case, backend="reference") for case in CASES if not case.selec
 HALF = [replace(case, dtype=torch.bfloat16) for case in CASES[:9]]
 
 
-STACKS = {"w1": D, "w3": D, "w2": F}  # gate, up and down, and how many numbers each of their products sums over
+STACKS = {"w1": D, "w3": D, "w2": F}  # gate, up and down; the length of their dot products
 
 
 def stacks() -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def inputs_of(case: Case, replica: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Messages:
-    """Stands in for `all_to_all_single` and notes the shape of what this process sends and gets."""
+    """Replaces `all_to_all_single` and records the shapes of what this process sends and receives."""
 
     def __init__(self):
         self.sent: list[tuple[int, ...]] = []
@@ -118,9 +118,9 @@ def forward_and_backward(parallel: ParallelConfig, cases: list[Case]) -> list[di
             part = shard_of(parameter)
             assert parameter.grad is not None, f"{name} has no gradient on rank {dist.get_rank()} with {case}"
             real = tuple(slice(size) for size in part.shape)
-            behind = parameter.grad.clone()
-            behind[real] = 0.0
-            assert not behind.any()
+            padding = parameter.grad.clone()
+            padding[real] = 0.0
+            assert not padding.any()
             gradients[name] = parameter.grad[real].clone()
         found.append(
             {
@@ -187,7 +187,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_experts_on_several_ranks_are_those_of_one_process(world):
+def test_experts_on_several_ranks_equal_those_on_one_process(world):
     """Outputs and all gradients, for every routing above, against float64 without routing.
 
     In fp32 to 1e-6, a few roundings; in bf16, where router weights are rounded on their way as well, to a few
@@ -214,14 +214,14 @@ def check(case: Case, parallel: ParallelConfig, found: list[dict], replicas: int
             whole = torch.zeros(E, F, D, dtype=torch.float64)
             for rank in found:
                 if rank["stage"] == stage:  # holders of the same experts add up, as they do in DeepSpeed's optimizer
-                    whole[slice_in_stack(rank, parallel)] += rank[name].double()
+                    whole[shard_in_stack(rank, parallel)] += rank[name].double()
             assert close(whole, expected[name][0], tolerance), (parallel, case, name)
             unused = [e for e in range(E) if not expected[name][0][e].any()]
             assert not whole[unused].any(), (parallel, case, name)
 
 
-def slice_in_stack(rank: dict, parallel: ParallelConfig) -> tuple[slice, slice]:
-    """Which experts and which of their hidden width a rank holds, by hand."""
+def shard_in_stack(rank: dict, parallel: ParallelConfig) -> tuple[slice, slice]:
+    """A rank's experts and its range of their hidden width, by hand."""
     experts = E // parallel.expert
     first = rank["replica"] % parallel.expert * experts
     width = -(-F // parallel.tensor)
@@ -251,14 +251,20 @@ def check_messages(case: Case, parallel: ParallelConfig, rank: dict) -> None:
     assert rank["got"] == [counts, (arriving, message), (rows, channels), (arriving, channels), (rows, message)]
 
 
-def what_arrives(case: Case) -> dict:
-    """The route of one case on 2 ranks, as this rank sees it."""
+def dispatched_rows(case: Case) -> dict:
+    """The dispatched rows of one case on 2 ranks, on this rank."""
     mesh = build_mesh(ParallelConfig(expert=2))
     x, weights, index, _ = inputs_of(case, mesh.data.rank)
     with Messages() as messages:
-        route = dispatch(x, weights, index, E, mesh)
+        received = dispatch(x, weights, index, E, mesh)
     rows = [messages.sent[1][0], messages.got[1][0]]
-    return {"rows": route.rows, "weights": route.weights, "experts": route.experts, "pairs": route.pairs, "moved": rows}
+    return {
+        "rows": received.rows,
+        "weights": received.weights,
+        "experts": received.experts,
+        "pairs": received.pairs,
+        "moved": rows,
+    }
 
 
 def test_a_token_with_two_experts_on_a_rank_is_sent_there_once():
@@ -268,7 +274,7 @@ def test_a_token_with_two_experts_on_a_rank_is_sent_there_once():
     with both experts, numbered from the rank's first, and their weights.
     """
     case = Case(2, 6, to=(4, 6))
-    first, second = run_ranks(2, what_arrives, case)
+    first, second = run_ranks(2, dispatched_rows, case)
     assert (first["moved"], first["pairs"]) == ([6, 0], 0)
     assert (second["moved"], second["pairs"]) == ([6, 12], 24)
     x, weights, index, _ = (torch.cat(parts) for parts in zip(inputs_of(case, 0), inputs_of(case, 1), strict=True))
@@ -277,11 +283,11 @@ def test_a_token_with_two_experts_on_a_rank_is_sent_there_once():
     assert torch.equal(got, torch.zeros(12, 4).scatter(1, index - 4, weights))
 
 
-def test_a_slot_without_an_expert_weighs_nothing():
-    """Tokens go to experts 0 and 7: every row arrives with one expert, and an empty slot behind it of weight 0."""
+def test_an_unused_slot_has_weight_zero():
+    """Tokens go to experts 0 and 7: each row arrives with one expert and an unused slot of weight 0."""
     case = Case(2, 6, to=(0, 7))
     _, weights, index, _ = (torch.cat(parts) for parts in zip(inputs_of(case, 0), inputs_of(case, 1), strict=True))
-    for expert, found in zip((0, 7), run_ranks(2, what_arrives, case), strict=True):
+    for expert, found in zip((0, 7), run_ranks(2, dispatched_rows, case), strict=True):
         assert (found["moved"], found["pairs"]) == ([12, 12], 12)
         assert found["experts"].tolist() == [[expert % 4, 4]] * 12
         assert torch.equal(found["weights"][:, 0], weights[index == expert])

@@ -1,4 +1,4 @@
-"""Which ranks share what."""
+"""The mesh: coordinates of ranks and the process groups of each axis."""
 
 from collections import Counter
 from dataclasses import replace
@@ -24,8 +24,8 @@ def world_of(parallel: ParallelConfig, copies: int) -> int:
 
 
 @given(degrees, blocks)
-def test_every_rank_is_on_one_line_of_each_axis(parallel, copies):
-    """Lines of an axis are as long as the axis, each rank appears once, in rising order within its line."""
+def test_every_rank_is_in_one_group_of_each_axis(parallel, copies):
+    """A group has as many ranks as its axis is long, in ascending order, and each rank is in exactly one."""
     world = world_of(parallel, copies)
     lengths = {
         "data": copies * parallel.expert,
@@ -34,17 +34,17 @@ def test_every_rank_is_on_one_line_of_each_axis(parallel, copies):
         "expert": parallel.expert,
         "expert_data": copies,
     }
-    lines = axis_groups(parallel, world)
-    assert set(lines) == set(AXES)
+    groups = axis_groups(parallel, world)
+    assert set(groups) == set(AXES)
     for name, length in lengths.items():
-        assert Counter(rank for line in lines[name] for rank in line) == Counter(range(world))
-        assert {len(line) for line in lines[name]} == {length}
-        assert all(line == sorted(line) for line in lines[name])
+        assert Counter(rank for group in groups[name] for rank in group) == Counter(range(world))
+        assert {len(group) for group in groups[name]} == {length}
+        assert all(group == sorted(group) for group in groups[name])
 
 
 @given(degrees, blocks)
-def test_a_rank_has_the_coordinates_of_its_number(parallel, copies):
-    """By divmod: tensor changes fastest, then pipe, then data, and expert is where the replica lies in its block."""
+def test_coordinates_follow_from_the_rank(parallel, copies):
+    """By divmod: tensor varies fastest, then pipe, then data; expert is the replica's index among those of its copy."""
     world = world_of(parallel, copies)
     for rank in range(world):
         rest, tensor = divmod(rank, parallel.tensor)
@@ -57,12 +57,12 @@ def test_a_rank_has_the_coordinates_of_its_number(parallel, copies):
         assert mesh.data.size == world // (parallel.pipe * parallel.tensor)
         assert (mesh.pipe.size, mesh.tensor.size, mesh.expert.size) == (parallel.pipe, parallel.tensor, parallel.expert)
         assert mesh.expert_data.size == copies
-        assert all(getattr(mesh, name).group is None for name in AXES)  # nobody gave it a way to make one
+        assert all(getattr(mesh, name).group is None for name in AXES)  # without `new_group`
 
 
 @given(degrees, blocks, st.booleans())
-def test_a_place_by_arithmetic_is_that_on_the_lines(parallel, copies, sequence):
-    """`mesh_coordinates` against the lists of ranks, for every rank."""
+def test_coordinates_by_arithmetic_equal_those_of_the_groups(parallel, copies, sequence):
+    """`mesh_coordinates` against `mesh_of`, for every rank."""
     parallel = replace(parallel, sequence=sequence)
     world = world_of(parallel, copies)
     for rank in range(world):
@@ -70,65 +70,67 @@ def test_a_place_by_arithmetic_is_that_on_the_lines(parallel, copies, sequence):
 
 
 @given(degrees, blocks)
-def test_the_ranks_of_a_replica_are_neighbours(parallel, copies):
-    """Ranks that no data line joins, told apart by their data coordinate: consecutive numbers, pipe x tensor of them.
+def test_the_ranks_of_a_replica_are_consecutive(parallel, copies):
+    """Ranks with the same data coordinate are pipe x tensor consecutive ranks.
 
-    Of these the ranks of a tensor line are consecutive again, so that a tensor group stays within a node.
+    Among these, the ranks of a tensor group are consecutive, so that the group stays within a node.
     """
     world = world_of(parallel, copies)
-    lines = axis_groups(parallel, world)
+    groups = axis_groups(parallel, world)
     size = parallel.pipe * parallel.tensor
     for replica in range(world // size):
-        assert sorted(line[replica] for line in lines["data"]) == list(range(replica * size, (replica + 1) * size))
-    for line in lines["tensor"]:
-        assert line == list(range(line[0], line[0] + parallel.tensor))
+        assert sorted(group[replica] for group in groups["data"]) == list(range(replica * size, (replica + 1) * size))
+    for group in groups["tensor"]:
+        assert group == list(range(group[0], group[0] + parallel.tensor))
 
 
 @given(degrees, blocks)
-def test_experts_are_spread_over_neighbouring_replicas(parallel, copies):
-    """An expert line is an unbroken piece of one data line; with an expert_data line it has one rank in common.
+def test_experts_are_sharded_over_consecutive_replicas(parallel, copies):
+    """An expert group is a consecutive part of one data group and has one rank in common with an expert_data group.
 
-    So the pieces are the copies of all experts, and each expert_data line takes one rank from every copy.
+    So each expert group has one copy of all experts, and each expert_data group has one rank of every copy.
     """
     world = world_of(parallel, copies)
-    lines = axis_groups(parallel, world)
-    for data in lines["data"]:
-        pieces = [line for line in lines["expert"] if set(line) <= set(data)]
-        assert [rank for line in sorted(pieces) for rank in line] == data
-        across = [line for line in lines["expert_data"] if set(line) <= set(data)]
-        assert len(pieces) == copies
+    groups = axis_groups(parallel, world)
+    for data in groups["data"]:
+        copies_of_experts = [group for group in groups["expert"] if set(group) <= set(data)]
+        assert [rank for group in sorted(copies_of_experts) for rank in group] == data
+        across = [group for group in groups["expert_data"] if set(group) <= set(data)]
+        assert len(copies_of_experts) == copies
         assert len(across) == parallel.expert
-        for piece in pieces:
-            assert [len(set(piece) & set(line)) for line in across] == [1] * parallel.expert
+        for copy in copies_of_experts:
+            assert [len(set(copy) & set(group)) for group in across] == [1] * parallel.expert
 
 
 @given(degrees, blocks)
-def test_groups_are_made_for_axes_of_more_than_one_rank(parallel, copies):
-    """`new_group` is called with the rank's own lines, once for each such axis, on every rank equally often.
+def test_groups_are_created_for_axes_of_more_than_one_rank(parallel, copies):
+    """`new_group` is called with the rank's own groups, once per such axis, and equally often on every rank.
 
-    Equally often matters: torch names a group by how many a process has made.
+    Equally often, because torch names a group by the number of groups that the process has.
     """
     world = world_of(parallel, copies)
-    lines = axis_groups(parallel, world)
+    groups = axis_groups(parallel, world)
     calls: list[list[int]] = []
-    numbers = set()
+    call_counts = set()
     for rank in range(world):
         calls.clear()
         mesh_of(parallel, world, rank, calls.append)  # type: ignore[arg-type]
-        assert sorted(calls) == sorted(line for name in AXES for line in lines[name] if rank in line and len(line) > 1)
-        numbers.add(len(calls))
-    assert len(numbers) == 1
+        assert sorted(calls) == sorted(
+            group for name in AXES for group in groups[name] if rank in group and len(group) > 1
+        )
+        call_counts.add(len(calls))
+    assert len(call_counts) == 1
 
 
 def test_sequence_parallelism_needs_a_tensor_axis():
-    """With tensor 1 there is nothing to spread a sequence over, and one process is every axis of size 1."""
+    """With tensor=1 sequences are not sharded, and one process has every axis of size 1."""
     assert mesh_of(ParallelConfig(tensor=2, sequence=True), 2, 1).sequence
     assert not mesh_of(ParallelConfig(tensor=2), 2, 1).sequence
     assert mesh_of(ParallelConfig(sequence=True), 1, 0) == SINGLE
 
 
-def gather_numbers(layouts: list[ParallelConfig]) -> list[dict[str, list[int]]]:
-    """For each layout and axis, the ranks that answer in the axis' group, in the group's order."""
+def gather_ranks(layouts: list[ParallelConfig]) -> list[dict[str, list[int]]]:
+    """For each layout and axis, the ranks in the axis's process group, in the group's order."""
     found = []
     for parallel in layouts:
         mesh = build_mesh(parallel)
@@ -145,8 +147,8 @@ def gather_numbers(layouts: list[ParallelConfig]) -> list[dict[str, list[int]]]:
 
 
 @pytest.mark.launch
-def test_real_groups_join_the_lines():
-    """Six ranks make the groups of six layouts one after the other; a message in each group meets the line's ranks."""
+def test_process_groups_have_the_ranks_of_the_mesh():
+    """Six ranks create the groups of six layouts in turn; an all-gather in each group returns its ranks."""
     layouts = [
         ParallelConfig(tensor=3, expert=2),
         ParallelConfig(pipe=3, expert=2),
@@ -155,8 +157,8 @@ def test_real_groups_join_the_lines():
         ParallelConfig(expert=6),
         ParallelConfig(pipe=2, expert=3),
     ]
-    for rank, found in enumerate(run_ranks(6, gather_numbers, layouts)):
+    for rank, found in enumerate(run_ranks(6, gather_ranks, layouts)):
         for parallel, answers in zip(layouts, found, strict=True):
-            lines = axis_groups(parallel, 6)
-            expected = {name: next(line for line in lines[name] if rank in line) for name in AXES}
-            assert answers == {name: line for name, line in expected.items() if len(line) > 1}
+            groups = axis_groups(parallel, 6)
+            expected = {name: next(group for group in groups[name] if rank in group) for name in AXES}
+            assert answers == {name: group for name, group in expected.items() if len(group) > 1}

@@ -1,4 +1,4 @@
-"""The parity grid: every layout trains as one process without DeepSpeed does.
+"""The parity grid: training at every layout equals training on one process without DeepSpeed.
 
 fp32, four optimizer steps with clipping that bites, weight decay, accumulation, a router bias that moves, document
 masks, another number of loops in every step, gradient through the last two of them. Widths divide by no tensor degree.
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.launch import run_ranks
-from helpers.parity import STEPS, change, train_plainly, train_under_deepspeed
+from helpers.parity import STEPS, change, train_reference, train_under_deepspeed
 from helpers.selection import selected
 
 from mythos_dist.config.layout import layout_problems
@@ -94,7 +94,7 @@ BF16: list[tuple[int, dict[str, Any], str]] = [
     (8, dict(pipe=4, expert=2), "bare"),
     (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
 ]
-SAME_NUMBERS = {"loop": "mla", "selective": "mla"}  # they differ in what is recomputed
+SAME_RESULTS = {"loop": "mla", "selective": "mla"}  # they differ in what is recomputed
 CLIP = 0.2
 BIAS = {"one expert": [1e3] + [0.0] * 7, "idle ranks": [1e3, 1e3] + [0.0] * 6}  # experts 0, or 0 and 1, get all tokens
 
@@ -131,7 +131,7 @@ def run_of(config: Config, kind: str) -> Config:
         return change(config, model=others, loops=loops)
     if kind == "one expert":
         return change(config, model=dict(n_experts_per_tok=1))
-    if kind == "odd widths":  # every group of parameters is filled up, experts' too
+    if kind == "odd widths":  # every group of parameters is padded, experts' too
         return change(config, model=dict(dim=36, expert_dim=7, n_experts=6))
     if kind == "bare":  # a stage without any block, and one without experts
         return change(config, model=dict(prelude_layers=0, coda_layers=0, vocab_size=4000))
@@ -156,7 +156,7 @@ def at_layout(config: Config, parallel: dict[str, Any], kind: str, ranks: int) -
 @pytest.fixture(scope="module")
 def reference(config) -> Callable[[str], dict[str, Any]]:
     """A kind's run on one process."""
-    return functools.cache(lambda kind: train_plainly(run_of(config, kind), BIAS.get(kind)))
+    return functools.cache(lambda kind: train_reference(run_of(config, kind), BIAS.get(kind)))
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +190,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", sorted({kind for *_, kind in GRID} - set(SAME_NUMBERS)))
-def test_the_reference_is_a_hard_case(kind, reference):
-    """Clipping bites, loops change from step to step, and the special runs do what their names say."""
+@pytest.mark.parametrize("kind", sorted({kind for *_, kind in GRID} - set(SAME_RESULTS)))
+def test_the_reference_run_covers_what_it_should(kind, reference):
+    """Clipping is active, the number of loops varies, and the special runs do what their names say."""
     run = reference(kind)
     assert min(run["grad_norm"]) > CLIP
     assert min(run["expert_share"]) > 0.01, "routed experts must count in the norm"
@@ -203,7 +203,7 @@ def test_the_reference_is_a_hard_case(kind, reference):
         assert run["idle"] == [{"one expert": 7, "idle ranks": 6}[kind]] * STEPS
 
 
-def test_long_rows_bring_no_two_settings_together_that_no_other_row_does():
+def test_every_pair_of_settings_in_a_long_row_is_in_another_row():
     """In fp32, or for what is the same in bf16 there."""
 
     def pairs(rows: list[tuple[int, dict[str, Any], str]]) -> set[tuple[str, ...]]:
@@ -213,9 +213,9 @@ def test_long_rows_bring_no_two_settings_together_that_no_other_row_does():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_layout_trains_as_one_process(case, runs, reference):
+def test_training_at_a_layout_equals_one_process(case, runs, reference):
     kind = case.rsplit(", ", 1)[1]
-    expected = reference(SAME_NUMBERS.get(kind, kind))
+    expected = reference(SAME_RESULTS.get(kind, kind))
     held = defaultdict(list)
     copies: dict[tuple, list[torch.Tensor]] = {}
     for got in runs(int(case[0]))[case]:
@@ -250,7 +250,7 @@ def test_a_layout_trains_as_one_process(case, runs, reference):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_resumes_bit_for_bit(case, runs):
-    """From the checkpoint behind half of the steps, on ranks with other values: every later number is the same."""
+    """From the checkpoint after half of the steps, on ranks with other initial values: all later results are equal."""
     for got in runs(int(case[0]))[case]:
         if isinstance(got, AssertionError):
             raise got
@@ -280,7 +280,7 @@ def assert_resumed(got: dict[str, Any]) -> None:
     ids=str,
 )
 def test_half_precision_resumes_bit_for_bit(config, tmp_path, ranks, cases):
-    """With fp16's loss scale: it begins so high that steps are skipped before the checkpoint and behind it."""
+    """With fp16's loss scale: it starts so high that steps are skipped before and after the checkpoint."""
     runs = [change(run_of(config, "mla"), train=dict(dtype=dtype)) for _, dtype in cases]
     work = [(at_layout(run, at, "mla", ranks), None) for run, (at, _) in zip(runs, cases, strict=True)]
     for rank in run_ranks(ranks, train_under_deepspeed, work, str(tmp_path), seconds=1200):

@@ -1,4 +1,4 @@
-"""Layers cut into stages, and what travels between them."""
+"""Dividing layers into pipeline stages, and packing what stages send."""
 
 import time
 from itertools import accumulate, combinations_with_replacement, pairwise
@@ -18,36 +18,36 @@ from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, plan_loops, pla
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-# ---- Cutting
+# ---- Splitting
 
-whole_costs = st.integers(1, 9)  # whole numbers: their sums are exact in whatever order
+integer_costs = st.integers(1, 9)  # integers: their sums are exact in any order
 
 
-def quality(costs: list[int], loads: list[int], stretches: list[range]) -> tuple[float, float]:
-    """What is to be small: the dearest stretch, then the sum of squares."""
-    sums = [load + sum(costs[i] for i in stretch) for load, stretch in zip(loads, stretches, strict=True)]
+def quality(costs: list[int], loads: list[int], spans: list[range]) -> tuple[float, float]:
+    """What split_evenly minimizes: the largest span, then the sum of squares."""
+    sums = [load + sum(costs[i] for i in span) for load, span in zip(loads, spans, strict=True)]
     return max(sums), sum(s * s for s in sums)
 
 
-def every_cut(n: int, stretches: int) -> list[list[range]]:
-    """All ways to cut n layers into neighbouring stretches, empty ones included."""
-    cuts = combinations_with_replacement(range(n + 1), stretches - 1)
+def every_split(n: int, spans: int) -> list[list[range]]:
+    """All ways to divide n layers into consecutive spans, which may be empty."""
+    cuts = combinations_with_replacement(range(n + 1), spans - 1)
     return [[range(a, b) for a, b in pairwise((0, *cut, n))] for cut in cuts]
 
 
 @given(
-    st.lists(whole_costs, max_size=7),
+    st.lists(integer_costs, max_size=7),
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=1, max_size=4),
 )
-# 12 + 17 + 17 is the cheapest beginning, 18 + 13 + 15 has fewer squares, and the last stretch costs 18 after either.
+# 12 + 17 + 17 has the smallest maximum so far, 18 + 13 + 15 the smallest squares, and the last span costs 18 anyway.
 @example([3, 9, 6, 2, 6, 4, 3], [(0, 0), (11, 0), (9, 0), (11, 0)])
 def test_a_split_is_as_even_as_any(costs, stages):
-    """Against all cuts, one by one: none has a cheaper dearest stretch, nor equally dear ones that differ less."""
+    """Against all splits: none has a smaller largest span, or the same with a smaller sum of squares."""
     loads, least = [load for load, _ in stages], [few for _, few in stages]
     allowed = [
         cut
-        for cut in every_cut(len(costs), len(stages))
-        if all(len(stretch) >= few for stretch, few in zip(cut, least, strict=True))
+        for cut in every_split(len(costs), len(stages))
+        if all(len(span) >= few for span, few in zip(cut, least, strict=True))
     ]
     if not allowed:
         with pytest.raises(ValueError, match="cannot be divided"):
@@ -58,78 +58,80 @@ def test_a_split_is_as_even_as_any(costs, stages):
     assert quality(costs, loads, found) == min(quality(costs, loads, cut) for cut in allowed)
 
 
-def test_a_split_that_can_be_seen():
-    """Ten equal layers on four stages, the last of which has a head worth three: 3 + 3 + 3 + (1 + head)."""
+def test_a_split_of_equal_layers():
+    """Ten equal layers on four stages, the last with a head that costs three: 3 + 3 + 3 + (1 + head)."""
     assert split_evenly([1.0] * 10, [0, 0, 0, 3.0], [0] * 4) == [range(3), range(3, 6), range(6, 9), range(9, 10)]
 
 
 # ---- Stages
 
-costs_strategy = st.builds(LayerCosts, block=whole_costs, loop=whole_costs, no_grad_loop=whole_costs, head=whole_costs)
+costs_strategy = st.builds(
+    LayerCosts, block=integer_costs, loop=integer_costs, no_grad_loop=integer_costs, head=integer_costs
+)
 
 
-def layers_of(parts: list[StageSpec], turns: list[range]) -> list[tuple[str, int]]:
-    """The layers that stages run for one batch, in the order in which they run."""
+def layers_of(specs: list[StageSpec], loop_ranges: list[range]) -> list[tuple[str, int]]:
+    """The layers that the stages run for one batch, in order."""
     names = []
-    for part, loops in zip(parts, turns, strict=True):
+    for spec, loops in zip(specs, loop_ranges, strict=True):
         names += (
-            [("prelude", i) for i in part.prelude] + [("loop", t) for t in loops] + [("coda", i) for i in part.coda]
+            [("prelude", i) for i in spec.prelude] + [("loop", t) for t in loops] + [("coda", i) for i in spec.coda]
         )
     return names
 
 
-def line(prelude: int, n_loops: int, coda: int) -> list[tuple[str, int]]:
+def all_layers(prelude: int, n_loops: int, coda: int) -> list[tuple[str, int]]:
     sizes = [("prelude", prelude), ("loop", n_loops), ("coda", coda)]
     return [(kind, i) for kind, size in sizes for i in range(size)]
 
 
 @given(st.integers(0, 4), st.integers(1, 6), st.integers(0, 4), st.integers(1, 8), costs_strategy)
 def test_every_layer_is_run_by_one_stage_in_order(prelude, n_loops, coda, stages, costs):
-    """Stage after stage they run the whole line. Tokens enter at the first stage and the loss is on the last.
+    """Together the stages run all layers. The first stage reads tokens, the last computes the loss.
 
-    Of the stages with loops one starts them and one ends them; only the first and the last stage may have no layer.
+    Of the stages with loops one starts them and one ends them; only the first and the last stage may have no layers.
     """
     assume(stages <= n_loops + 2)
     config = MythosConfig(prelude_layers=prelude, coda_layers=coda)
-    parts = plan_stages(config, n_loops, stages, costs)
-    turns = plan_loops(tuple(parts), n_loops, 0, costs)
-    assert len(parts) == stages
-    assert layers_of(parts, turns) == line(prelude, n_loops, coda)
-    assert [part.first for part in parts] == [True] + [False] * (stages - 1)
-    assert [part.last for part in parts] == [False] * (stages - 1) + [True]
+    specs = plan_stages(config, n_loops, stages, costs)
+    loop_ranges = plan_loops(tuple(specs), n_loops, 0, costs)
+    assert len(specs) == stages
+    assert layers_of(specs, loop_ranges) == all_layers(prelude, n_loops, coda)
+    assert [spec.first for spec in specs] == [True] + [False] * (stages - 1)
+    assert [spec.last for spec in specs] == [False] * (stages - 1) + [True]
 
-    holders = [i for i, part in enumerate(parts) if part.has_loops]
+    holders = [i for i, spec in enumerate(specs) if spec.has_loops]
     assert holders == list(range(holders[0], holders[-1] + 1))
-    assert [i for i in holders if parts[i].starts_loops] == holders[:1]
-    assert [i for i in holders if parts[i].ends_loops] == holders[-1:]
-    for i, part in enumerate(parts):
-        assert part.after_loops == (i > holders[-1])
-        assert part.has_loops or len(part.prelude) + len(part.coda) > 0 or i in (0, stages - 1)
+    assert [i for i in holders if specs[i].starts_loops] == holders[:1]
+    assert [i for i in holders if specs[i].ends_loops] == holders[-1:]
+    for i, spec in enumerate(specs):
+        assert spec.after_loops == (i > holders[-1])
+        assert spec.has_loops or len(spec.prelude) + len(spec.coda) > 0 or i in (0, stages - 1)
 
 
 @given(st.integers(0, 3), st.integers(1, 5), st.integers(0, 3), st.integers(1, 4), costs_strategy)
 def test_stages_are_as_even_as_any(prelude, n_loops, coda, stages, costs):
-    """Against all cuts of the line of layers: none has a cheaper dearest stage. Nor has any split of the loops alone
-    once the stages are fixed."""
+    """Against all splits of the layers: none has a smaller largest stage cost, nor has any split of the loops alone for
+    the planned stages."""
     assume(stages <= n_loops + 2)
     layers = [costs.block] * prelude + [costs.loop] * n_loops + [costs.block] * coda
     loads = [0.0] * (stages - 1) + [costs.head]
-    cuts = every_cut(len(layers), stages)
-    inner_hold_something = [cut for cut in cuts if all(len(stretch) for stretch in cut[1:-1])]
+    cuts = every_split(len(layers), stages)
+    inner_hold_something = [cut for cut in cuts if all(len(span) for span in cut[1:-1])]
     best = min(quality(layers, loads, cut)[0] for cut in inner_hold_something)
 
-    parts = plan_stages(MythosConfig(prelude_layers=prelude, coda_layers=coda), n_loops, stages, costs)
-    turns = plan_loops(tuple(parts), n_loops, 0, costs)
-    assert max(spent(parts, turns, 0, costs)) == best
+    specs = plan_stages(MythosConfig(prelude_layers=prelude, coda_layers=coda), n_loops, stages, costs)
+    loop_ranges = plan_loops(tuple(specs), n_loops, 0, costs)
+    assert max(spent(specs, loop_ranges, 0, costs)) == best
 
 
-def spent(parts: list[StageSpec], turns: list[range], frozen: int, costs: LayerCosts) -> list[float]:
-    """What each stage costs in a step that runs `turns`, the first `frozen` loops without gradient."""
+def spent(specs: list[StageSpec], loop_ranges: list[range], no_grad: int, costs: LayerCosts) -> list[float]:
+    """The cost of each stage in a step that runs `loop_ranges`, the first `no_grad` loops without gradient."""
     return [
-        costs.block * (len(part.prelude) + len(part.coda))
-        + sum(costs.no_grad_loop if t < frozen else costs.loop for t in loops)
-        + (costs.head if part.last else 0)
-        for part, loops in zip(parts, turns, strict=True)
+        costs.block * (len(spec.prelude) + len(spec.coda))
+        + sum(costs.no_grad_loop if t < no_grad else costs.loop for t in loops)
+        + (costs.head if spec.last else 0)
+        for spec, loops in zip(specs, loop_ranges, strict=True)
     ]
 
 
@@ -142,59 +144,61 @@ def spent(parts: list[StageSpec], turns: list[range], frozen: int, costs: LayerC
     st.integers(0, 9),
     costs_strategy,
 )
-def test_a_step_may_run_fewer_or_more_loops_than_were_planned(prelude, planned, coda, stages, n_loops, frozen, costs):
-    """The stages that hold the looped block share out all loops of the step, in order and as evenly as can be."""
-    assume(stages <= planned + 2 and frozen <= n_loops)
-    parts = plan_stages(MythosConfig(prelude_layers=prelude, coda_layers=coda), planned, stages, costs)
-    turns = plan_loops(tuple(parts), n_loops, frozen, costs)
-    assert [t for loops in turns for t in loops] == list(range(n_loops))
-    assert all(part.has_loops or not loops for part, loops in zip(parts, turns, strict=True))
+def test_a_step_may_run_fewer_or_more_loops_than_were_planned(prelude, planned, coda, stages, n_loops, no_grad, costs):
+    """The stages with the looped block divide all loops of the step, in order and as evenly as possible."""
+    assume(stages <= planned + 2 and no_grad <= n_loops)
+    specs = plan_stages(MythosConfig(prelude_layers=prelude, coda_layers=coda), planned, stages, costs)
+    loop_ranges = plan_loops(tuple(specs), n_loops, no_grad, costs)
+    assert [t for loops in loop_ranges for t in loops] == list(range(n_loops))
+    assert all(spec.has_loops or not loops for spec, loops in zip(specs, loop_ranges, strict=True))
 
-    holders = [i for i, part in enumerate(parts) if part.has_loops]
-    fixed = max([spent([part], [range(0)], 0, costs)[0] for part in parts if not part.has_loops], default=0)
-    best = min(max(spent([parts[i] for i in holders], cut, frozen, costs)) for cut in every_cut(n_loops, len(holders)))
-    assert max(spent(parts, turns, frozen, costs)) == max(best, fixed)
+    holders = [i for i, spec in enumerate(specs) if spec.has_loops]
+    fixed = max([spent([spec], [range(0)], 0, costs)[0] for spec in specs if not spec.has_loops], default=0)
+    best = min(
+        max(spent([specs[i] for i in holders], cut, no_grad, costs)) for cut in every_split(n_loops, len(holders))
+    )
+    assert max(spent(specs, loop_ranges, no_grad, costs)) == max(best, fixed)
 
 
-def test_a_plan_that_can_be_worked_out_by_hand():
-    """2 + 9 + 2 layers on four stages. A loop costs 4, a block 2, the head 4: 48 in all, and 12 each can be had.
+def test_a_plan_computed_by_hand():
+    """2 + 9 + 2 layers on four stages. A loop costs 4, a block 2, the head 4: 48 in all, 12 per stage.
 
-    In a step of 8 loops, 4 of them without gradient at 1 each, it is 8 each: the first stage runs all of those.
+    In a step of 8 loops, 4 of them no-grad at 1 each, it is 8 per stage: the first runs all no-grad loops.
     """
     costs = LayerCosts(block=2, loop=4, no_grad_loop=1, head=4)
     config = MythosConfig(prelude_layers=2, coda_layers=2)
-    parts = plan_stages(config, 9, 4, costs)
-    assert [(list(p.prelude), p.has_loops, list(p.coda)) for p in parts] == [
+    specs = plan_stages(config, 9, 4, costs)
+    assert [(list(p.prelude), p.has_loops, list(p.coda)) for p in specs] == [
         ([0, 1], True, []),
         ([], True, []),
         ([], True, []),
         ([], True, [0, 1]),
     ]
-    assert plan_loops(tuple(parts), 9, 0, costs) == [range(2), range(2, 5), range(5, 8), range(8, 9)]
-    assert plan_loops(tuple(parts), 8, 4, costs) == [range(4), range(4, 6), range(6, 8), range(8, 8)]
+    assert plan_loops(tuple(specs), 9, 0, costs) == [range(2), range(2, 5), range(5, 8), range(8, 9)]
+    assert plan_loops(tuple(specs), 8, 4, costs) == [range(4), range(4, 6), range(6, 8), range(8, 8)]
 
 
-def test_the_largest_model_is_even_over_four_stages():
-    """1t at pipe 4: the dearest stage is within 10 % of a quarter of everything, and so it stays at half the loops."""
+def test_the_largest_model_is_balanced_over_four_stages():
+    """1t at pipe=4: the most expensive stage is within 10 % of a quarter of the total, also with half the loops."""
     config = load_config(CONFIGS / "1t.yaml")
     costs = stage_costs(config)
     n_loops = config.model.max_loop_iters
-    parts = plan_stages(config.model, n_loops, 4, costs)
+    specs = plan_stages(config.model, n_loops, 4, costs)
     everything = costs.block * (config.model.prelude_layers + config.model.coda_layers) + costs.head
-    for n, frozen in [(n_loops, 0), (n_loops, n_loops // 2), (n_loops // 2, 0)]:
-        total = everything + frozen * costs.no_grad_loop + (n - frozen) * costs.loop
-        dearest = max(spent(parts, plan_loops(tuple(parts), n, frozen, costs), frozen, costs))
-        assert total / 4 <= dearest <= 1.1 * total / 4
+    for n, no_grad in [(n_loops, 0), (n_loops, n_loops // 2), (n_loops // 2, 0)]:
+        total = everything + no_grad * costs.no_grad_loop + (n - no_grad) * costs.loop
+        largest = max(spent(specs, plan_loops(tuple(specs), n, no_grad, costs), no_grad, costs))
+        assert total / 4 <= largest <= 1.1 * total / 4
 
 
-def test_one_stage_holds_everything():
+def test_a_single_stage_has_all_layers():
     config = MythosConfig(prelude_layers=3, coda_layers=1)
-    (part,) = plan_stages(config, 5, 1, LayerCosts(1, 1, 1, 1))
-    assert part == StageSpec.full(config)
-    assert plan_loops((part,), 7, 2, LayerCosts(1, 1, 1, 1)) == [range(7)]
+    (spec,) = plan_stages(config, 5, 1, LayerCosts(1, 1, 1, 1))
+    assert spec == StageSpec.full(config)
+    assert plan_loops((spec,), 7, 2, LayerCosts(1, 1, 1, 1)) == [range(7)]
 
 
-# ---- What travels
+# ---- Packing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -203,26 +207,26 @@ tensors_to_pack = st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), min_size=
 
 
 def any_bits(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Random bits: infinities, subnormal numbers, and NaNs with all kinds of payloads among them."""
+    """Random bits, which include infinities, subnormals, and NaNs with arbitrary payloads."""
     integer = INTEGERS[dtype]
     info = torch.iinfo(integer)
     return torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=torch.int64).to(integer).view(dtype)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal dtype, shape and bits; unlike `==` it holds NaNs equal to themselves and 0 unequal to -0."""
+    """Equal dtype, shape and bits; unlike `==`, NaNs equal themselves and 0 differs from -0."""
     integer = INTEGERS[a.dtype]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
 def narrowest(kinds: list) -> torch.dtype:
-    """The dtype of the message: whatever the model computes in, which nothing that travels is narrower than."""
+    """The dtype of the packed tensor: nothing that is sent may be narrower."""
     return min((dtype for _, dtype in kinds), key=lambda dtype: dtype.itemsize)
 
 
 @given(tensors_to_pack, st.integers(0, 2**31))
 def test_packing_keeps_every_bit(kinds, seed):
-    """Mixed dtypes, odd sizes, no elements at all, and tensors that do not lie in memory one number after the other."""
+    """Mixed dtypes, odd sizes, empty tensors, and tensors that are not contiguous."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [any_bits(shape, dtype, generator) for shape, dtype in kinds]
     tensors += [any_bits([3, 5], dtype, generator).T for _, dtype in kinds]
@@ -238,8 +242,8 @@ def test_packing_keeps_every_bit(kinds, seed):
 
 
 @given(tensors_to_pack, st.integers(0, 2**31))
-def test_gradients_travel_back_bit_for_bit(kinds, seed):
-    """Whatever gradients arrive at what was unpacked leave at what was packed: NaN payloads and all."""
+def test_gradients_are_packed_bit_for_bit(kinds, seed):
+    """The gradients of the unpacked tensors are those of the packed tensors, NaN payloads included."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [any_bits(shape, dtype, generator).requires_grad_() for shape, dtype in kinds]
     gradients = [any_bits(shape, dtype, generator) for shape, dtype in kinds]
@@ -256,7 +260,13 @@ def two_stages(packed: bool, seed: int) -> list[Tensor]:
     leaves = [torch.randn(shape, generator=generator) for shape in ([3, 5], [3, 5], [3], [1], [5, 7])]
     x, weight, mass, loss, wide = (leaf.requires_grad_() for leaf in leaves)
     half = x.to(torch.bfloat16)
-    sends = [half * weight.to(torch.bfloat16), (half * 2).T, mass.exp(), loss * 3, half]  # half goes unused behind
+    sends = [
+        half * weight.to(torch.bfloat16),
+        (half * 2).T,
+        mass.exp(),
+        loss * 3,
+        half,
+    ]  # the second stage does not use half
     if packed:
         first = pack(sends, torch.bfloat16)
         flat = first.detach().clone().requires_grad_()
@@ -275,7 +285,7 @@ def two_stages(packed: bool, seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_packed_pipeline_learns_as_one_graph_does(seed):
+def test_a_packed_pipeline_has_the_gradients_of_one_graph(seed):
     """Two stages that exchange one packed tensor and its gradient, against the same graph unpacked: not a bit differs.
 
     What the second stage does not use gets a gradient of zeros.
@@ -284,8 +294,8 @@ def test_a_packed_pipeline_learns_as_one_graph_does(seed):
         assert torch.equal(packed, plain)
 
 
-def test_a_part_of_the_message_can_be_kept_while_the_rest_goes():
-    """What is unpacked owns its storage: it neither holds the whole message alive nor changes when that is reused."""
+def test_unpacked_tensors_own_their_storage():
+    """They neither keep the packed tensor alive nor change when it is reused."""
     tensors = [torch.arange(6.0), torch.arange(4).to(torch.bfloat16)]
     flat = pack(tensors, torch.bfloat16)
     first, _ = unpack(flat, [(t.shape, t.dtype) for t in tensors])
@@ -294,10 +304,10 @@ def test_a_part_of_the_message_can_be_kept_while_the_rest_goes():
     assert first.untyped_storage().nbytes() == 6 * 4
 
 
-def test_many_loops_are_dealt_out_to_many_stages_at_once():
-    """512 loops over 64 stages, in processor time: trying every end of every stretch would take minutes."""
+def test_planning_many_stages_is_fast():
+    """512 loops over 64 stages, in CPU time: trying every end of every span would take minutes."""
     began = time.process_time()
-    parts = plan_stages(MythosConfig(prelude_layers=64, coda_layers=64), 512, 64, LayerCosts(3.0, 10.0, 3.0, 5.0))
-    turns = plan_loops(tuple(parts), 512, 256, LayerCosts(3.0, 10.0, 3.0, 5.0))
-    assert sum(map(len, turns)) == 512
+    specs = plan_stages(MythosConfig(prelude_layers=64, coda_layers=64), 512, 64, LayerCosts(3.0, 10.0, 3.0, 5.0))
+    loop_ranges = plan_loops(tuple(specs), 512, 256, LayerCosts(3.0, 10.0, 3.0, 5.0))
+    assert sum(map(len, loop_ranges)) == 512
     assert time.process_time() - began < 2

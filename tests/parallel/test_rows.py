@@ -1,4 +1,4 @@
-"""Copies of tokens in rows, and sums of rows in tokens."""
+"""Gathering tokens into rows, and summing rows per token."""
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from mythos_dist.parallel.rows import RowIndex, index_slots, sum_rows, take_rows
 
 @st.composite
 def placements(draw) -> tuple[RowIndex, int]:
-    """Where 1 to 6 tokens lie among rows, and how many rows are real; a token may have no row, or one per slot.
+    """An index of 1 to 6 tokens, and the number of rows in use; a token may have no row, or up to one per slot.
 
-    Rows are in any order, slots too, and behind the real rows there may be others that no slot names.
+    Rows and slots are in any order, and rows that no slot refers to may follow those in use.
     """
     N, slots = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     filled = [draw(st.integers(0, slots)) for _ in range(N)]
@@ -32,51 +32,53 @@ def placements(draw) -> tuple[RowIndex, int]:
 
 
 def spread(N: int, slots: int) -> RowIndex:
-    """Each token in `slots` rows: copy after copy of all tokens, as if each were sent to `slots` ranks."""
+    """Each token in `slots` rows: `slots` copies of all tokens, as if each were sent to `slots` ranks."""
     return index_slots(torch.arange(N).repeat(slots), torch.arange(N * slots).view(slots, N).T)
 
 
 @given(placements(), st.integers(1, 5), st.integers(0, 2**31))
 def test_taking_rows_is_index_select(case, width, seed):
-    """Forward exactly; backward sums a token's rows, what index_add does in float64, without the rows of no slot."""
-    places, real = case
+    """Forward exactly; backward against index_add in float64, without the rows that no slot refers to."""
+    index, real = case
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(places.starts.shape[0], width, generator=generator, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(len(places.token), width, generator=generator, dtype=torch.float64)
-    rows = take_rows(x, places)
-    assert torch.equal(rows, x.index_select(0, places.token))
+    x = torch.randn(index.starts.shape[0], width, generator=generator, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(len(index.token), width, generator=generator, dtype=torch.float64)
+    rows = take_rows(x, index)
+    assert torch.equal(rows, x.index_select(0, index.token))
     (gradient,) = torch.autograd.grad(rows, x, direction)
-    expected = torch.zeros_like(gradient).index_add(0, places.token[:real], direction[:real])
+    expected = torch.zeros_like(gradient).index_add(0, index.token[:real], direction[:real])
     torch.testing.assert_close(gradient, expected)
 
 
 @given(placements(), st.integers(1, 5), st.integers(0, 2**31))
 def test_summing_rows_is_index_add(case, width, seed):
-    """Forward against index_add in float64, which knows nothing of slots; backward copies a token's to its rows."""
-    places, real = case
+    """Forward against index_add in float64; backward copies a token's gradient to its rows."""
+    index, real = case
     generator = torch.Generator().manual_seed(seed)
-    y = torch.randn(len(places.token), width, generator=generator, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(places.starts.shape[0], width, generator=generator, dtype=torch.float64)
-    sums = sum_rows(y, places)
-    zeros = torch.zeros(places.starts.shape[0], width, dtype=torch.float64)
-    torch.testing.assert_close(sums, zeros.index_add(0, places.token[:real], y[:real]))
+    y = torch.randn(len(index.token), width, generator=generator, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(index.starts.shape[0], width, generator=generator, dtype=torch.float64)
+    sums = sum_rows(y, index)
+    zeros = torch.zeros(index.starts.shape[0], width, dtype=torch.float64)
+    torch.testing.assert_close(sums, zeros.index_add(0, index.token[:real], y[:real]))
     (gradient,) = torch.autograd.grad(sums, y, direction)
-    assert torch.equal(gradient[:real], direction.index_select(0, places.token[:real]))
+    assert torch.equal(gradient[:real], direction.index_select(0, index.token[:real]))
 
 
-@pytest.mark.parametrize("holes", [True, False])
-def test_no_rows_at_all(holes):
-    """A rank that sends nothing, or that nothing is sent to: empty rows, sums of zero, gradients of zero.
+@pytest.mark.parametrize("unused_slots", [True, False])
+def test_empty_rows(unused_slots):
+    """A rank that sends or receives nothing: empty rows, zero sums, zero gradients.
 
-    Without holes there can be no rows only where there are no tokens.
+    Without unused slots there are no rows only if there are no tokens.
     """
-    N = 3 if holes else 0
+    N = 3 if unused_slots else 0
     none = torch.zeros(0, dtype=torch.int64)
     table = torch.zeros(N, 2, dtype=torch.int64)
-    places = index_slots(none, table, torch.zeros(N, 2, dtype=torch.bool), 0) if holes else index_slots(none, table)
+    index = (
+        index_slots(none, table, torch.zeros(N, 2, dtype=torch.bool), 0) if unused_slots else index_slots(none, table)
+    )
     x = torch.randn(N, 4, requires_grad=True)
     y = torch.randn(0, 4, requires_grad=True)
-    rows, sums = take_rows(x, places), sum_rows(y, places)
+    rows, sums = take_rows(x, index), sum_rows(y, index)
     assert rows.shape == (0, 4)
     assert torch.equal(sums, torch.zeros(N, 4))
     (rows.sum() + sums.sum()).backward()
@@ -86,16 +88,16 @@ def test_no_rows_at_all(holes):
     assert y.grad.shape == (0, 4)
 
 
-def test_a_row_that_is_not_finite_stays_among_its_tokens():
-    """Empty slots add nothing at all: not zero times something, which would be NaN."""
-    places = RowIndex(torch.tensor([1, 1]), row=torch.tensor([0, 1]), starts=torch.tensor([0, 0]))
-    sums = sum_rows(torch.tensor([[float("inf")], [float("nan")]]), places)
+def test_a_row_that_is_not_finite_affects_only_its_token():
+    """Unused slots are not added at all: adding zero times a row would give NaN."""
+    index = RowIndex(torch.tensor([1, 1]), row=torch.tensor([0, 1]), starts=torch.tensor([0, 0]))
+    sums = sum_rows(torch.tensor([[float("inf")], [float("nan")]]), index)
     assert sums[0].item() == 0.0
     assert sums[1].isnan()
 
 
 class Ops(TorchDispatchMode):
-    """Remembers which operations run."""
+    """Records the names of all operations."""
 
     def __init__(self):
         super().__init__()
@@ -106,18 +108,18 @@ class Ops(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def forward_and_backward(x: Tensor, direction: Tensor, places: RowIndex) -> list[Tensor]:
-    """Both directions of both functions."""
+def forward_and_backward(x: Tensor, direction: Tensor, index: RowIndex) -> list[Tensor]:
+    """Sums and gradients through both functions."""
     x = x.clone().requires_grad_()
-    sums = sum_rows(take_rows(x, places), places)
+    sums = sum_rows(take_rows(x, index), index)
     return [sums.detach(), *torch.autograd.grad(sums, x, direction)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_are_the_same_bits_every_time(dtype, threads):
-    """Twenty times over, with one thread and with two. On a GPU atomic additions would come in any order, so there
-    must be none: no operation that PyTorch calls nondeterministic, and none that scatters and adds."""
+def test_sums_are_bitwise_reproducible(dtype, threads):
+    """Twenty times, with one thread and with two. On a GPU atomic additions are in arbitrary order, so no operation may
+    scatter and add or be nondeterministic by PyTorch's documentation."""
     generator = torch.Generator().manual_seed(0)
     x, direction = (torch.randn(700, 64, generator=generator).to(dtype) for _ in range(2))
     before = torch.get_num_threads()
@@ -134,8 +136,8 @@ def test_sums_are_the_same_bits_every_time(dtype, threads):
         torch.set_num_threads(before)
 
 
-def test_the_order_of_a_sum_is_that_of_the_slots():
-    """Rows may lie anywhere: 1e8 + 1 - 1e8 in fp32 depends on the order, and the same slots give the same number."""
+def test_the_order_of_a_sum_is_the_order_of_the_slots():
+    """Wherever the rows are: 1e8 + 1 - 1e8 in fp32 depends on the order, and equal slots give equal sums."""
     values = torch.tensor([[1e8], [1.0], [-1e8], [1.0]])
     found = set()
     for order in ([0, 1, 2, 3], [3, 0, 2, 1], [2, 3, 1, 0]):

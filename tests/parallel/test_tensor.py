@@ -1,4 +1,4 @@
-"""Parameters cut over axes, and the loss over a vocabulary that is cut."""
+"""Sharded parameters, and the vocabulary-parallel loss."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from mythos_dist.config.schema import ParallelConfig
 from mythos_dist.parallel.mesh import SINGLE, Axis, build_mesh
 from mythos_dist.parallel.tensor import IGNORED, Embedding, shard_of, shard_parameter, shard_range
 
-# ---- Cuts
+# ---- Shards
 
 
 def axes(name: str, size: int) -> list[Axis]:
@@ -23,8 +23,8 @@ def axes(name: str, size: int) -> list[Axis]:
 
 
 @given(st.integers(1, 200), st.integers(1, 70))
-def test_parts_tile_the_whole(size, n_ranks):
-    """Laid side by side the parts are 0 .. size - 1, each number once; all ranks allocate the least that is enough."""
+def test_shard_ranges_tile_the_dimension(size, n_ranks):
+    """Concatenated, the ranges are 0 .. size - 1; all ranks allocate the same minimal length."""
     parts = [shard_range(size, axis) for axis in axes("tensor", n_ranks)]
     assert [i for start, stop, _ in parts for i in range(start, stop)] == list(range(size))
     (local,) = {local for _, _, local in parts}
@@ -33,25 +33,25 @@ def test_parts_tile_the_whole(size, n_ranks):
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 5), st.data())
-def test_slices_of_a_parameter_tile_the_whole_tensor(whole, n_expert, n_tensor, data):
-    """Marked in an array of counters, every number belongs to exactly one rank of the axes that cut it.
+def test_shards_of_a_parameter_tile_the_full_tensor(full_shape, n_expert, n_tensor, data):
+    """Counted per element, every element belongs to exactly one rank of the axes that shard it.
 
-    Ranks hold equal shapes, the slice says how much of them is real, and a tensor that nothing cuts is held whole.
+    All ranks hold equal shapes, of which the shard gives the part without padding; an unsharded tensor is complete.
     """
-    dims = data.draw(st.permutations(range(len(whole))))
-    names = data.draw(st.sampled_from([[], ["tensor"], ["expert"], ["expert", "tensor"]]))[: len(whole)]
+    dims = data.draw(st.permutations(range(len(full_shape))))
+    names = data.draw(st.sampled_from([[], ["tensor"], ["expert"], ["expert", "tensor"]]))[: len(full_shape)]
     size = {"expert": n_expert, "tensor": n_tensor}
-    counters = torch.zeros(whole, dtype=torch.int64)
+    counters = torch.zeros(full_shape, dtype=torch.int64)
     shapes = set()
     ranks = [
         (e, t) for e in range(n_expert if "expert" in names else 1) for t in range(n_tensor if "tensor" in names else 1)
     ]
     for e, t in ranks:
         rank = {"expert": e, "tensor": t}
-        cuts = {dim: Axis(name, size[name], rank[name]) for dim, name in zip(dims, names, strict=False)}
-        parameter = shard_parameter(tuple(whole), cuts)
+        axes_of_dims = {dim: Axis(name, size[name], rank[name]) for dim, name in zip(dims, names, strict=False)}
+        parameter = shard_parameter(tuple(full_shape), axes_of_dims)
         part = shard_of(parameter)
-        assert part.full_shape == tuple(whole)
+        assert part.full_shape == tuple(full_shape)
         counters[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))] += 1
         assert part.shape == tuple(b - a for a, b in zip(part.start, part.stop, strict=True))
         assert all(real <= held for real, held in zip(part.shape, parameter.shape, strict=True))
@@ -59,18 +59,18 @@ def test_slices_of_a_parameter_tile_the_whole_tensor(whole, n_expert, n_tensor, 
     assert bool((counters == 1).all())
     assert len(shapes) == 1
     if not names:
-        assert shapes == {tuple(whole)}
+        assert shapes == {tuple(full_shape)}
 
 
-def test_a_parameter_that_was_not_cut_is_its_own_slice():
+def test_an_unsharded_parameter_is_its_own_shard():
     part = shard_of(nn.Parameter(torch.empty(3, 5)))
     assert (part.full_shape, part.start, part.stop, part.shape) == ((3, 5), (0, 0), (3, 5), (3, 5))
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("expert", [1, 4])
-def test_deepspeed_understands_the_marks(tensor, expert):
-    """DeepSpeed's own predicates, and the name that its own MoE layer gives to the group of an expert."""
+def test_deepspeed_reads_the_attributes_of_shards(tensor, expert):
+    """Against DeepSpeed's predicates, and the group name of its own MoE layer."""
     from deepspeed.moe.experts import Experts
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import is_moe_param
@@ -95,7 +95,7 @@ def test_deepspeed_understands_the_marks(tensor, expert):
 
 
 class Shapes(TorchDispatchMode):
-    """Remembers the shape of everything that an operation returns."""
+    """Records the shapes of all tensors that operations return."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class Shapes(TorchDispatchMode):
 
 
 def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours on one rank: the loss and its gradient, of logits (B, S, V), which a table of ones and zeros hands on."""
+    """Our loss and its gradient by logits (B, S, V) on one rank; the table is the identity matrix."""
     V = logits.shape[-1]
     embed = Embedding(V, V, SINGLE).to(logits.dtype)
     nn.init.eye_(embed.weight)
@@ -128,12 +128,12 @@ def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     st.sampled_from([1.0, 30.0, 1e4]),
     st.integers(0, 2**31),
 )
-def test_cross_entropy_is_pytorchs(B, S, V, dtype, spread, seed):
-    """F.cross_entropy in float64 of the same logits, a third of the labels ignored.
+def test_cross_entropy_equals_pytorchs(B, S, V, dtype, spread, seed):
+    """Against F.cross_entropy in float64 of the same logits, a third of the labels ignored.
 
-    The loss is computed in fp32 and carries a few of its roundings: of each position's highest logit, and of the sum.
-    Each number of the gradient is a probability or one less, off by fp32's rounding of its exponent (a logit of 1e4
-    is known to 1e-3 only), rounded once to the dtype of the logits.
+    Tolerance of the loss: a few fp32 roundings, of each position's highest logit and of the sum. An element of the
+    gradient is a probability, or that minus one: fp32 rounds its exponent (a logit of 1e4 has an error of 1e-3), and
+    the result is rounded once to the dtype of the logits.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(B, S, V, generator=generator)).to(dtype)
@@ -154,8 +154,8 @@ def test_cross_entropy_is_pytorchs(B, S, V, dtype, spread, seed):
     assert bool(((gradient.double() - exact.grad).abs() <= allowed).all())
 
 
-def test_a_confident_model_overflows_nowhere():
-    """Logits of 1e4 and -1e4: a right answer costs 0, a wrong one their difference, and gradients are 0, 1 and -1."""
+def test_large_logits_do_not_overflow():
+    """Logits of 1e4 and -1e4: the loss is 0 or their difference, and gradients are 0, 1 and -1 (times 0.3)."""
     logits = torch.full((1, 2, 6), -1e4)
     logits[..., 2] = 1e4
     loss, gradient = losses_of(logits, torch.tensor([[2, 5]]))
@@ -165,16 +165,16 @@ def test_a_confident_model_overflows_nowhere():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_ignored_labels_cost_nothing():
-    """All ignored: the loss is zero, and so is every gradient."""
+def test_ignored_labels_have_no_loss_and_no_gradient():
+    """With all labels ignored the loss and all gradients are zero."""
     loss, gradient = losses_of(torch.randn(2, 3, 9), torch.full((2, 3), IGNORED))
     assert loss.item() == 0.0
     assert not gradient.any()
 
 
-def test_many_tokens_are_taken_piece_by_piece():
-    """1,000 tokens of 3 channels, a vocabulary of 700: PyTorch's loss and gradients, fp32 sums in another order, and no
-    tensor half as large as all logits."""
+def test_many_tokens_are_processed_in_chunks():
+    """1,000 tokens of 3 channels, a vocabulary of 700: PyTorch's loss and gradients up to the order of fp32 sums, and
+    no tensor is half as large as all logits."""
     generator = torch.Generator().manual_seed(0)
     embed = Embedding(700, 3, SINGLE)
     nn.init.normal_(embed.weight, generator=generator)
@@ -194,7 +194,7 @@ def test_many_tokens_are_taken_piece_by_piece():
         assert embed(states, labels=labels).total == loss
 
 
-# ---- The vocabulary over several ranks
+# ---- The vocabulary sharded over several ranks
 
 
 D = 12
@@ -247,19 +247,19 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
             loss = embed(states, labels=labels).total
             (0.3 * loss).backward()
         logits = embed(states.detach(), as_head=True)
-        if V > B * S * D:  # else the width of a state could be taken for a vocabulary
-            whole = [shape for shape in shapes.seen if max(shape, default=0) >= V]
-            assert not whole, f"a rank allocated {whole}"
-            if B * S > D:  # else its rows of the table are more than all logits
+        if V > B * S * D:  # otherwise a dimension of the states could be as large as the vocabulary
+            full = [shape for shape in shapes.seen if max(shape, default=0) >= V]
+            assert not full, f"a rank allocated {full}"
+            if B * S > D:  # otherwise its shard of the table is larger than all logits
                 assert max(torch.Size(shape).numel() for shape in shapes.seen) < B * S * V
-            # Which would have been seen, had it been there.
+            # The check itself: full logits would have been recorded.
             with Shapes() as shapes:
                 assert embed.gather_logits(logits).shape == (B, S, V)
             assert any(shape[-1] >= V for shape in shapes.seen)
         assert embed.weight.grad is not None
         assert offset.grad is not None
-        real, behind = embed.weight.grad.split([part.shape[0], embed.weight.shape[0] - part.shape[0]])
-        assert not behind.any()
+        real, padding = embed.weight.grad.split([part.shape[0], embed.weight.shape[0] - part.shape[0]])
+        assert not padding.any()
         found.append(
             {
                 "loss": loss.detach(),
@@ -286,12 +286,12 @@ def expected_of(case: tuple) -> dict[str, Tensor]:
 
 @pytest.mark.launch
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_cut_vocabulary_gives_one_process_loss_and_gradients(world):
-    """The table at both ends of a model, cut over 2 and 4 ranks, against float64 on one process.
+def test_a_sharded_vocabulary_gives_the_loss_and_gradients_of_one_process(world):
+    """The table at both ends of a model, sharded over 2 and 4 ranks, against float64 on one process.
 
-    On each rank: the loss, the logits joined, the gradient of the states in between, and the rank's rows of the
-    table's gradient. Off by a few roundings of the dtype: of the states, of the logits and of the sums over tokens.
-    No rank allocates anything as wide as the vocabulary before the logits are asked for whole.
+    On each rank: the loss, the gathered logits, the gradient of the states in between, and the rank's rows of the
+    table's gradient. Tolerance: a few roundings of the dtype, of states, logits and sums over tokens. No rank
+    allocates a tensor as wide as the vocabulary before logits are gathered.
     """
     ranks = run_ranks(world, both_ends, CASES)
     for case, found in zip(CASES, zip(*ranks, strict=True), strict=True):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.launch import run_ranks
-from helpers.parity import batches, change, train_plainly, train_under_deepspeed
+from helpers.parity import batches, change, train_reference, train_under_deepspeed
 
 from mythos_dist.config.schema import Config
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.launch
 def test_bf16_and_fp16_follow_fp32(config):
     """Half precision under every ZeRO stage: losses near fp32's, and a router bias that nothing has rounded."""
     base = change(config, train={"global_batch": 8, "micro_batch": 2}, experts={"bias_update_rate": 0.001})
-    expected = train_plainly(base)
+    expected = train_reference(base)
     cases = [(dtype, {"zero": zero}) for dtype in ("bf16", "fp16") for zero in (1, 2, 3)]
     cases += [("fp16", {"pipe": 2}), ("fp16", {"tensor": 2}), ("fp16", {"expert": 2})]
     work = [(change(base, train={"dtype": dtype}, parallel=parallel), None) for dtype, parallel in cases]
@@ -38,7 +38,7 @@ def test_compiled_blocks_give_the_same_numbers(config, recompute, parallel):
     base = change(config, train={"global_batch": 4, "micro_batch": 2})
     compiled = change(base, train={"compile": True, "recompute": recompute}, parallel=parallel)
     (got,) = run_ranks(2, train_under_deepspeed, [(compiled, None)], seconds=1120)[0]
-    assert got["loss"] == pytest.approx(train_plainly(base)["loss"], rel=1e-5)
+    assert got["loss"] == pytest.approx(train_reference(base)["loss"], rel=1e-5)
 
 
 def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:
@@ -90,7 +90,7 @@ def test_the_held_out_loss_is_the_same_at_every_layout(config):
 def test_dropout_trains_at_every_layout(config):
     """Numbers differ by layout, as ranks draw their own; the loss is finite and near the one without dropout."""
     base = change(config, train={"global_batch": 8, "micro_batch": 2})
-    plain = train_plainly(base)["loss"]
+    plain = train_reference(base)["loss"]
     layouts = [{}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipe": 2}]
     work = [(change(base, model={"dropout": 0.1}, parallel=layout), None) for layout in layouts]
     for layout, got in zip(layouts, run_ranks(2, train_under_deepspeed, work)[0], strict=True):
