@@ -8,7 +8,7 @@ Needs no GPU; one tensor is in memory at a time.
 
 import argparse
 
-from mythos_dist.checkpoint.arguments import count, path
+from mythos_dist.checkpoint.arguments import nonempty_path, positive_int
 from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import run_command
 
@@ -17,8 +17,8 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
-    add("--out", type=path, required=True, help="a new folder")
+    add("checkpoint", type=nonempty_path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("--out", type=nonempty_path, required=True, help="a new folder")
     add(
         "--format",
         choices=("safetensors", "open_mythos"),
@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
         help="tensor names (%(default)s)",
     )
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
-    add("--workers", type=count, default=2, help="files written at once (%(default)s)")
+    add("--workers", type=positive_int, default=2, help="files written at once (%(default)s)")
     add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
     add("--quiet", action="store_true", help="print only errors")
     return parse_arguments(parser)

@@ -6,7 +6,7 @@ torchrun … -m mythos_dist.train configs/1b.yaml model.mode=reference run.dir=r
 
 import argparse
 
-from mythos_dist.checkpoint.arguments import path
+from mythos_dist.checkpoint.arguments import nonempty_path
 from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.errors import run_command
 
@@ -15,7 +15,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("weights", type=path, help="a state dict in a .pt or .safetensors file, or a folder of .safetensors files")
+    add("weights", type=nonempty_path, help="a state dict: a .pt file, a .safetensors file, or a folder of the latter")
     add_config(parser, "the YAML file of the new run; its model.* must fit the weights")
     add("--quiet", action="store_true", help="print only errors")
     return parse_arguments(parser)

@@ -9,7 +9,7 @@ If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, an
 import argparse
 import os
 
-from mythos_dist.checkpoint.arguments import count, path
+from mythos_dist.checkpoint.arguments import nonempty_path, positive_int
 from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import run_command
 
@@ -18,11 +18,11 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
-    add("--out", type=path, required=True, help="run.dir of the new run")
+    add("checkpoint", type=nonempty_path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("--out", type=nonempty_path, required=True, help="run.dir of the new run")
     add(
         "--workers",
-        type=count,
+        type=positive_int,
         default=len(os.sched_getaffinity(0)),
         help="files written at once (%(default)s)",
     )

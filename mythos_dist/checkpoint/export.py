@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -72,19 +73,14 @@ def export(
     files = ["model.safetensors"]
     if len(groups) > 1:
         files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # no other process uses it
 
-    def write_file(file: str, names: list[str]) -> None:
-        file_shapes = {key: shape for name in names for key, shape in shapes[name].items()}
-        blocks = (block for name in names for block in _blocks(source, name, model, format, dtype, progress))
-        write_tensors(temporary / file, file_shapes, blocks, label, metadata={"format": "pt"})
+    with _new_folder(out, sum(sizes.values())) as folder:
 
-    created = False
-    try:
-        make_folders(out.parent)
-        check_free_space(out.parent, sum(sizes.values()))
-        temporary.mkdir()
-        created = True
+        def write_file(file: str, names: list[str]) -> None:
+            file_shapes = {key: shape for name in names for key, shape in shapes[name].items()}
+            blocks = (block for name in names for block in _blocks(source, name, model, format, dtype, progress))
+            write_tensors(folder / file, file_shapes, blocks, label, metadata={"format": "pt"})
+
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(write_file, files, groups))
         if len(files) > 1:
@@ -93,22 +89,34 @@ def export(
                 for name in names:
                     weight_map |= dict.fromkeys(shapes[name], file)
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            write_and_fsync(temporary / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+            write_and_fsync(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         fields = asdict(model)
         if format == "open_mythos":
             fields = {name: value for name, value in fields.items() if name not in _NOT_IN_OPEN_MYTHOS}
-        write_and_fsync(temporary / "config.json", json.dumps(fields, indent=2) + "\n")
-        fsync_folder(temporary)
-        temporary.rename(out)
+        write_and_fsync(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+    return [out / file for file in files]
+
+
+@contextmanager
+def _new_folder(out: Path, size: int) -> Iterator[Path]:
+    """A temporary folder for `size` bytes. It becomes `out` when the block ends, and is removed if the block raises."""
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # no other process uses it
+    try:
+        make_folders(out.parent)
+        check_free_space(out.parent, size)
+        temporary.mkdir()
+        try:
+            yield temporary
+            fsync_folder(temporary)
+            temporary.rename(out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         fsync_folder(out.parent)
     except OSError as error:
         raise UserError(
             f"cannot be written ({reason(error)}); name another folder or free some space", str(out)
         ) from None
-    finally:
-        if created:
-            shutil.rmtree(temporary, ignore_errors=True)  # does nothing after the rename
-    return [out / file for file in files]
 
 
 def _blocks(

@@ -23,7 +23,14 @@ from mythos_dist.checkpoint.consistency import contradictions
 from mythos_dist.checkpoint.names import MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.pieces import Index, Piece, Size
 from mythos_dist.checkpoint.signature import VARIABLE, Key, Signature, SignatureError
-from mythos_dist.checkpoint.strict_json import MAX_PROBLEMS, depth_problem, parse, read_text, shorten, validate
+from mythos_dist.checkpoint.strict_json import (
+    MAX_PROBLEMS,
+    depth_problem,
+    parse_json,
+    read_regular_file,
+    shorten,
+    validate,
+)
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 
@@ -128,7 +135,7 @@ def read_checkpoint_manifest(folder: Path, key: Key | None = None) -> Checkpoint
     a `key` SignatureError if it was not signed with that key."""
     file = folder / MANIFEST_FILE
     try:
-        text, raw, signature = _unseal(read_text(file, MAX_BYTES), file)
+        text, raw, signature = _unseal(read_regular_file(file, MAX_BYTES), file)
         if key:
             _check_signature(text, signature, key, folder)
         manifest = _validate(raw)
@@ -152,16 +159,16 @@ def _unseal(content: str, file: Path) -> tuple[str, dict[str, Any], Signature | 
     Raises ValueError if it is damaged, VersionError if its format is another.
     """
     first, *lines = content.split("\n")
-    seal = parse(first)
+    seal = parse_json(first)
     if not isinstance(seal, dict):
         raise ValueError("its first line is not an object")
     if _HASH not in seal:
         # Damage does not leave valid JSON without the hash; another version may use another hash.
-        _check_version(seal if "format_version" in seal else parse("\n".join(lines)), file)
+        _check_version(seal if "format_version" in seal else parse_json("\n".join(lines)), file)
     if len(lines) != 2 or lines[1] or seal.get(_HASH) != _hash(lines[0]):
         raise ValueError("its hash does not match")
     text, signature = lines[0], seal.get("signature")
-    raw = parse(text)
+    raw = parse_json(text)
     _check_version(raw, file)
     return text, raw, validate(_SIGNATURE, signature) if signature is not None else None
 

@@ -14,7 +14,7 @@ from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, read_
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.pieces import Piece, Region, overlaps, size_without_padding
 from mythos_dist.checkpoint.signature import Key, SignatureError
-from mythos_dist.checkpoint.strict_json import read_text, shorten
+from mythos_dist.checkpoint.strict_json import read_regular_file, shorten
 from mythos_dist.checkpoint.tensor_file import TensorFile, file_hash
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
@@ -149,7 +149,10 @@ def latest_of(folder: Path) -> str:
     """The name of the checkpoint that the file `latest` holds, or that a link `latest` points to; empty: none."""
     file = folder / LATEST
     try:
-        name = os.readlink(file).rstrip("/") if file.is_symlink() and file.is_dir() else read_text(file, 4096).strip()
+        if file.is_symlink() and file.is_dir():
+            name = os.readlink(file).rstrip("/")
+        else:
+            name = read_regular_file(file, 4096).strip()
     except (OSError, ValueError):
         return ""
     return name if step_of(name) is not None and os.path.lexists(folder / name) else ""

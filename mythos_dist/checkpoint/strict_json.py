@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 MAX_PROBLEMS = 8  # in a message
 
 
-def read_text(file: Path, limit: int) -> str:
+def read_regular_file(file: Path, limit: int) -> str:
     """A regular file's text. OSError; ValueError if it is not regular, longer than `limit` bytes, or not UTF-8."""
     with open(file, "rb", opener=open_nonblocking) as stream:
         status = os.fstat(stream.fileno())
@@ -28,7 +28,7 @@ def open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def parse(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """The value. ValueError if it is not JSON, has duplicate names, or is nested too deeply."""
     try:
         return json.loads(text, object_pairs_hook=_object_without_duplicates)

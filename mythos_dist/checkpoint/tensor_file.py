@@ -19,7 +19,7 @@ import xxhash
 from pydantic import ConfigDict, TypeAdapter
 
 from mythos_dist.checkpoint.pieces import Index, Region, Size
-from mythos_dist.checkpoint.strict_json import parse, shorten, validate
+from mythos_dist.checkpoint.strict_json import parse_json, shorten, validate
 
 BLOCK_BYTES = 16 << 20
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -115,7 +115,7 @@ class TensorFile:
             length = int.from_bytes(stream.read(8), "little")
             if length > min(_MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"its header has {length} bytes, which is too long")
-            header = parse(stream.read(length))
+            header = parse_json(stream.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
         header.pop("__metadata__", None)
