@@ -1,4 +1,4 @@
-"""What the drills share: a figure of each in the summary of the tests."""
+"""Recovery times of the drills, in the test summary."""
 
 import pytest
 
@@ -7,10 +7,10 @@ _recoveries: list[str] = []
 
 @pytest.fixture
 def recovery(request):
-    """Call it with seconds and words: they are shown when all tests are done."""
+    """Call it with seconds and a description, which the test summary shows."""
 
-    def note(seconds: float, words: str) -> None:
-        _recoveries.append(f"{request.node.name}: {seconds:.0f} s {words}")
+    def note(seconds: float, description: str) -> None:
+        _recoveries.append(f"{request.node.name}: {seconds:.0f} s {description}")
 
     return note
 

@@ -1,12 +1,12 @@
-"""What runs inside the cluster of cluster.py: the first process of the cluster, and the first process of every host.
+"""Code that runs inside the cluster of cluster.py: the first process of the cluster and of every host.
 
 python inside.py STATE cluster HOST...    make the switch, boot the hosts, stay
 python inside.py STATE boot HOST...       boot hosts, return when their daemons run
 python inside.py STATE host HOST          (by boot) be a host
 
-A first process ends when somebody kills it and not before; the kernel then kills all that is in its PID namespace.
-STATE is the folder that cluster.py has written. Nothing here imports anything but the standard library, or what lies
-beside it: it runs without site-packages, to start in hundredths of a second.
+A first process runs until it is killed; the kernel then kills everything in its PID namespace. STATE is the folder that
+cluster.py has written. Only the standard library is imported: it runs without site-packages, to start in hundredths of
+a second.
 """
 
 import ctypes
@@ -95,8 +95,8 @@ def mount(source: Path | str, target: Path, kind: str = "", flags: int = 0) -> N
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
 
 
-def place(source: Path, target: Path) -> None:
-    """Make sure that something is there to mount on: a folder for a folder, a file for a file."""
+def create_mount_point(source: Path, target: Path) -> None:
+    """Create a mount point for `source`: a folder for a folder, a file for a file."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
     elif not target.exists():
@@ -104,38 +104,38 @@ def place(source: Path, target: Path) -> None:
         target.touch()
 
 
-def hold(source: Path, name: str) -> Path:
-    """Keep a file or folder in hand, whatever is mounted over its path from now on."""
+def keep_mounted(source: Path, name: str) -> Path:
+    """Keep a file or folder reachable whatever is mounted over its path; returns its second path."""
     held = Path("/run/held", name)
-    place(source, held)
+    create_mount_point(source, held)
     mount(source, held, flags=MS_BIND | MS_REC)
     return held
 
 
-def put(held: Path, target: Path) -> None:
-    """Put down at `target` what `hold` returned."""
-    place(held, target)
+def move_mount(held: Path, target: Path) -> None:
+    """Move what `keep_mounted` returned to `target`."""
+    create_mount_point(held, target)
     mount(held, target, flags=MS_MOVE)
 
 
 def cover(path: Path, kind: str = "tmpfs", keep: Path | None = None) -> None:
     """Mount a file system of this host's own over `path`; `keep`, a folder in there, stays what it was."""
-    held = hold(keep, "keep") if keep and keep.exists() else None
+    held = keep_mounted(keep, "keep") if keep and keep.exists() else None
     path.mkdir(parents=True, exist_ok=True)
     mount(kind, path, kind)
     if held and keep:
-        put(held, keep)
+        move_mount(held, keep)
 
 
 def announce(line: str) -> None:
-    """Tell the process that started this one, and from the last word on keep its pipe closed."""
+    """Send a line to the process that started this one; after "up", close the pipe."""
     print(line, flush=True)
     if line == "up":
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def stay() -> None:
-    """Be the first process: collect whoever dies without a parent."""
+    """Run as the first process: reap orphaned processes."""
     while True:
         try:
             os.wait()
@@ -144,7 +144,7 @@ def stay() -> None:
 
 
 def configure(state: Path, hosts: list[str]) -> None:
-    """Write what every host finds in /etc, and its keys."""
+    """Write the hosts' files in /etc, and keys."""
     mine = settings(state)
     for name in ("etc/slurm", "etc/ssh", "slurmctld"):
         (state / name).mkdir(parents=True)
@@ -177,7 +177,7 @@ def address(host: str) -> str:
 
 
 def cluster(state: Path, hosts: list[str]) -> None:
-    """The cluster's first process: the switch, and what all hosts see in /etc."""
+    """The cluster's first process: the switch, and the hosts' files in /etc."""
     (state / "cluster.pid").write_text(os.readlink("/proc/self"))  # as those outside count, whose /proc this still is
     mount("proc", Path("/proc"), "proc")
     configure(state, hosts)
@@ -198,7 +198,7 @@ def boot(state: Path, hosts: list[str]) -> None:
     """Start the first process of each host, plug its cable in, return when its daemons run."""
     started: dict[str, subprocess.Popen[str]] = {}
     for name in hosts:
-        command = ["unshare", *NAMESPACES, "--fork", "--kill-child=KILL", *ourselves(), str(state), "host", name]
+        command = ["unshare", *NAMESPACES, "--fork", "--kill-child=KILL", *this_script(), str(state), "host", name]
         with (state / "log" / name).open("a") as log:
             started[name] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
@@ -212,10 +212,10 @@ def boot(state: Path, hosts: list[str]) -> None:
 
 
 def plug_in(name: str, process: "subprocess.Popen[str]", interface: str) -> str:
-    """Connect a new host to the switch and let it go on; returns its process id."""
+    """Connect a new host to the switch and let it continue; returns its process id."""
     assert process.stdin and process.stdout
     pid = process.stdout.readline().strip()
-    # The kernel takes away a dead host's cable in its own time.
+    # The kernel may not have removed the cable of a killed host yet.
     subprocess.run(["ip", "link", "delete", f"to-{name}"], stderr=subprocess.DEVNULL)
     ip(
         f"link add to-{name} type veth peer name {interface} netns {pid}",
@@ -226,7 +226,7 @@ def plug_in(name: str, process: "subprocess.Popen[str]", interface: str) -> str:
     return pid
 
 
-def ourselves() -> list[str]:
+def this_script() -> list[str]:
     return [sys.executable, "-I", "-S", str(Path(__file__).resolve())]
 
 
@@ -249,7 +249,7 @@ def host(state: Path, name: str) -> None:
     cover(Path("/dev/shm"))
     cover(Path("/sys"), "sysfs", keep=Path("/sys/fs/cgroup"))  # /sys/class/net lists the interfaces of the mounter
     if (keys := Path("~root/.ssh").expanduser()).exists():
-        cover(keys)  # the machine's own keys and settings are none of the cluster's business
+        cover(keys)  # hide the machine's own keys and settings
     cable = interface(mine, name)
     ip("link set lo up", f"addr add {address(name)}/24 dev {cable}", f"link set {cable} up")
     own_folders(mine, name, Path(mine["folder"]), state)
@@ -266,13 +266,13 @@ def host(state: Path, name: str) -> None:
 
 
 def own_folders(mine: dict[str, Any], name: str, folder: Path, state: Path) -> None:
-    """Mount what is private to this host, then what it sees in another place; the cluster's own files stay visible."""
+    """Mount this host's private folders and its bind mounts; the cluster's own files stay visible."""
     pairs = [(Path(source), Path(target)) for who in ("*", name) for source, target in mine["bind"].get(who, ())]
-    held = [(hold(source, str(index)), target) for index, (source, target) in enumerate(pairs)]
+    held = [(keep_mounted(source, str(index)), target) for index, (source, target) in enumerate(pairs)]
     for path in sorted(Path(path) for who in ("*", name) for path in mine["private"].get(who, ())):
         cover(path, keep=state if path == folder else folder if path in folder.parents else None)
     for source, target in held:
-        put(source, target)
+        move_mount(source, target)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The SLURM cluster keeps its word: hosts of their own, faults as in a machine room, and nothing left behind."""
+"""The SLURM cluster isolates its hosts, simulates hardware faults and leaves nothing behind."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ def test_ssh_and_pdsh_reach_every_node(cluster):
     assert sorted(pdsh.split()) == ["10.77.0.1", "10.77.0.2", "10.77.0.3", "node1:", "node2:", "node3:"]
 
 
-def test_a_command_that_does_not_end_is_told_with_what_slurm_did(cluster):
+def test_a_timeout_of_a_command_shows_slurmctlds_log(cluster):
     """It is killed, and the error shows the end of slurmctld's log before what the command wrote."""
     with pytest.raises(ClusterError, match="echo hello; sleep 1000: not done in 10 s") as caught:
         cluster.run(1, "echo hello; sleep 1000", timeout=10)
@@ -74,7 +74,7 @@ def test_a_command_that_does_not_end_is_told_with_what_slurm_did(cluster):
 
 
 def test_a_node_has_its_own_processes_and_shared_memory(cluster):
-    """The folder of the cluster is everybody's, /dev/shm is not; `pkill` on one node spares the others."""
+    """All hosts share the cluster's folder but not /dev/shm; `pkill` on one node does not affect the others."""
     cluster.run(1, "touch /dev/shm/mine ours")
     assert cluster.run(2, f"ls /dev/shm {cluster.folder}/ours").stdout.split() == [
         f"{cluster.folder}/ours",
@@ -104,8 +104,8 @@ def test_a_node_without_power_comes_back(cluster):
     assert cluster.run("ctl", ["srun", "-w", "node2", "hostname"]).stdout == "node2\n"
 
 
-def test_an_unplugged_node_runs_on_alone(cluster):
-    """Nobody reaches it, its processes live; plugged in again it is as before."""
+def test_an_unplugged_node_continues_without_a_network(cluster):
+    """It cannot be reached but its processes continue; after `plug` it is as before."""
     sleeper = cluster.popen(1, ["sleep", "1000"])
     cluster.unplug(1)
     assert not reachable(cluster, "node1", 3)
@@ -119,7 +119,7 @@ def test_an_unplugged_node_runs_on_alone(cluster):
 
 
 def test_a_requeued_job_starts_again_within_seconds(cluster):
-    """It knows that it is the second run."""
+    """SLURM_RESTART_COUNT is set in the second run."""
     job = cluster.sbatch("#!/bin/sh\necho run $SLURM_RESTART_COUNT >> runs\n[ $SLURM_RESTART_COUNT ] || sleep 100\n")
     wait_until((cluster.folder / "runs").exists, 60, "the first run")
     cluster.run("ctl", ["scontrol", "requeue", str(job)])
@@ -129,7 +129,7 @@ def test_a_requeued_job_starts_again_within_seconds(cluster):
 
 
 def test_the_login_host_comes_back(tmp_path):
-    """The nodes go on without it, and slurmctld finds them again."""
+    """The nodes continue without it, and slurmctld reconnects to them."""
     with Cluster(nodes=2, folder=tmp_path) as cluster:
         cluster.power_off("ctl")
         assert cluster.run("node1", ["ssh", "node2", "hostname"]).stdout == "node2\n"
@@ -139,7 +139,7 @@ def test_the_login_host_comes_back(tmp_path):
         assert cluster.run("ctl", ["srun", "-w", "node2", "hostname"]).stdout == "node2\n"
 
 
-def test_high_takes_the_nodes_of_low(tmp_path):
+def test_partition_high_preempts_low(tmp_path):
     """The job of partition `low` gets SIGTERM, and is requeued."""
     script = "#!/bin/bash\ntrap 'echo TERM >> signals' TERM\ntouch signals\nwhile :; do sleep 0.1; done\n"
     with Cluster(nodes=1, folder=tmp_path, grace=0) as cluster:
@@ -152,7 +152,7 @@ def test_high_takes_the_nodes_of_low(tmp_path):
 
 
 def test_hosts_may_differ(tmp_path):
-    """Another name for an interface, a folder of one's own, another folder in its place, made-up GPUs."""
+    """Interface names, private folders, bind mounts, simulated GPUs."""
     other = tmp_path / "other"
     shared = tmp_path / "shared"
     for folder in (other, shared, tmp_path / "place"):
@@ -191,8 +191,8 @@ def test_nothing_is_left_after_down(tmp_path):
     assert before == (mounts_of(tmp_path), route.read_text())
 
 
-def test_a_killed_test_takes_its_cluster_along(tmp_path):
-    """By SIGKILL, which lets no clean-up run."""
+def test_the_cluster_of_a_killed_test_ends(tmp_path):
+    """After SIGKILL, which allows no cleanup."""
     code = f"from cluster import Cluster; Cluster(1, {str(tmp_path)!r}).up(); print('up', flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(
@@ -205,8 +205,8 @@ def test_a_killed_test_takes_its_cluster_along(tmp_path):
     wait_until(lambda: not alive(pids), 120, "the cluster gone")
 
 
-def test_two_clusters_do_not_meet(cluster, tmp_path):
-    """The same names and addresses, other hosts."""
+def test_two_clusters_are_isolated(cluster, tmp_path):
+    """They have the same names and addresses."""
     with Cluster(nodes=1, folder=tmp_path) as second:
         second.run(1, ["touch", "/dev/shm/second"])
         assert "second" not in cluster.run(1, ["ls", "/dev/shm"]).stdout
@@ -217,7 +217,7 @@ def test_two_clusters_do_not_meet(cluster, tmp_path):
 
 
 def test_the_command_line_starts_and_ends_a_cluster(tmp_path):
-    """Every call is a process of its own; what goes wrong is one line."""
+    """Every call is a separate process; errors are one line."""
 
     def call(*words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -239,8 +239,8 @@ def test_the_command_line_starts_and_ends_a_cluster(tmp_path):
     assert call("up", "many").returncode == 2
 
 
-def test_who_is_not_root_reads_so(tmp_path, monkeypatch):
-    """In one line, with what to install."""
+def test_without_root_the_error_says_what_to_install(tmp_path, monkeypatch):
+    """In one line."""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(ClusterError, match="a SLURM cluster lacks root here; as root: apt-get install slurm-wlm"):
         Cluster(nodes=1, folder=tmp_path).up()

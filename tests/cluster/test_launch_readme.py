@@ -1,7 +1,7 @@
-"""Every command of launch/README.md, one after the other as they stand there, on a cluster of three nodes.
+"""All commands of launch/README.md, in order, on a cluster of three nodes.
 
-What they train is smaller than the README's: configs/tiny_cpu.yaml with fewer steps and loops, and numbers in commands
-as FEWER has them. The first run waits 4 s before each step from the third on, so that it still runs when
+The runs are smaller than in the README: configs/tiny_cpu.yaml has fewer steps and loops, and FEWER replaces numbers in
+commands. The first run waits 4 s before each step from the third on, so that it still runs when
 `status.py` looks at it and `scancel` sends its signal.
 """
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=advice(missing())),
 ]
 
-FEWER = {  # what a command has -> what it has here: four ranks where layouts are the point, two in later runs
+FEWER = {  # text in a command -> its replacement: four ranks in the first run, two in later ones
     "run.dir=runs/first train.steps=40": "run.dir=runs/first train.steps=10",
     r"'node1 slots=2\nnode2 slots=2\n'": r"'node1 slots=1\nnode2 slots=1\n'",
     "run.dir=runs/third --nodes 2 --ranks-per-node 2": "run.dir=runs/third --nodes 2 --ranks-per-node 1",
@@ -36,7 +36,7 @@ run: {{peak_tflops: 1}}
 
 
 def project_of(folder: Path) -> Path:
-    """The project in a folder of its own, with an interpreter that waits and a config that is soon done."""
+    """A copy of the project with a paced interpreter and a smaller config."""
     project = folder / "project"
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / "configs").mkdir()
@@ -50,14 +50,14 @@ def project_of(folder: Path) -> Path:
 
 
 def test_the_commands_of_the_launch_readme(tmp_path):
-    """They end with three runs that are done, the first after a requeue."""
+    """Three runs complete, the first after a requeue."""
     project = project_of(tmp_path)
     blocks = re.findall(r"^```bash\n(.*?)^```", (REPOSITORY / "launch" / "README.md").read_text(), re.M | re.S)
     assert len(blocks) >= 6
     script = "".join(blocks)
-    for words, fewer in FEWER.items():
-        assert script.count(words) == 1, words
-        script = script.replace(words, fewer)
+    for text, fewer in FEWER.items():
+        assert script.count(text) == 1, text
+        script = script.replace(text, fewer)
     with Cluster(nodes=3, folder=tmp_path) as cluster:
         script = "set -euo pipefail; set -x\n" + script
         done = cluster.run("ctl", script, cwd=project, env={"PYTHONPATH": str(REPOSITORY)}, check=False, timeout=1080)
@@ -65,5 +65,5 @@ def test_the_commands_of_the_launch_readme(tmp_path):
     runs = project / "runs"
     assert all((runs / name / "COMPLETED").exists() for name in ("first", "second", "third")), done.stdout
     assert "SIGUSR1" in (runs / "first" / "restarts.jsonl").read_text()
-    for words in ("preflight: 4 ranks on 2 nodes", "runs/first: running", "runs/first: finished", "sbatch --"):
-        assert words in done.stdout, done.stdout
+    for text in ("preflight: 4 ranks on 2 nodes", "runs/first: running", "runs/first: finished", "sbatch --"):
+        assert text in done.stdout, done.stdout

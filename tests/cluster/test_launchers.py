@@ -1,6 +1,6 @@
-"""Every launcher at world sizes 1, 2, 3 and 5: ranks find each other, and one rank needs nobody.
+"""Every launcher at world sizes 1, 2, 3 and 5: all ranks join the process group.
 
-More than two ranks meet as two do; those are marked long.
+More than two ranks take the same code path as two; those tests are marked long.
 """
 
 import os
@@ -38,8 +38,8 @@ def torchrun(ranks: int, *options: str) -> list[str]:
     return [str(BIN / "torchrun"), *options, f"--nproc_per_node={ranks}", "-m", *PROGRAM]
 
 
-def met(command: list[str], folder: Path, **variables: str) -> list[str]:
-    """What the ranks say in the end."""
+def joined_lines(command: list[str], folder: Path, **variables: str) -> list[str]:
+    """The line that each rank prints when it has joined."""
     done = subprocess.run(
         command, env=CLEAN | variables, cwd=folder, capture_output=True, text=True, timeout=1400, start_new_session=True
     )
@@ -53,33 +53,33 @@ def everyone(world: int) -> list[str]:
 
 @pytest.mark.parametrize("variables", [{}, STALE], ids=["nothing set", "variables of an earlier torchrun"])
 def test_python_alone(variables, tmp_path):
-    assert met([sys.executable, "-m", *PROGRAM], tmp_path, **variables) == everyone(1)
+    assert joined_lines([sys.executable, "-m", *PROGRAM], tmp_path, **variables) == everyone(1)
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(3, marks=long)])
 def test_torchrun_standalone(world, tmp_path):
-    """The agent keeps the store. One rank waited 300 s at a port where nobody listened, and died."""
-    assert met(torchrun(world, "--standalone", "--max-restarts=2"), tmp_path) == everyone(world)
+    """The agent hosts the store. A single rank once waited 300 s for a store that did not exist, and failed."""
+    assert joined_lines(torchrun(world, "--standalone", "--max-restarts=2"), tmp_path) == everyone(world)
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=long), 2, pytest.param(5, marks=long)])
 def test_torchrun_with_a_port(world, tmp_path):
     with reserved_port() as port:
-        assert met(torchrun(world, f"--master_port={port}"), tmp_path) == everyone(world)
+        assert joined_lines(torchrun(world, f"--master_port={port}"), tmp_path) == everyone(world)
 
 
-def test_torchrun_starts_again_at_the_store_of_the_first_attempt(tmp_path):
-    """What the first attempt has left there is not taken for the second one's."""
-    assert met(torchrun(2, "--standalone", "--max-restarts=2"), tmp_path, FAIL_FIRST="1") == everyone(2)
+def test_torchrun_restarts_with_the_store_of_the_first_attempt(tmp_path):
+    """Entries of the first attempt are ignored."""
+    assert joined_lines(torchrun(2, "--standalone", "--max-restarts=2"), tmp_path, FAIL_FIRST="1") == everyone(2)
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=long), pytest.param(5, marks=long)])
 def test_deepspeed(world, tmp_path):
-    """With variables of an earlier launch around it."""
+    """With two ranks, also with variables of an earlier launch in the environment."""
     stale = STALE if world == 2 else {}
     with reserved_port() as port:
         command = [str(BIN / "deepspeed"), f"--num_gpus={world}", f"--master_port={port}"]
-        assert met([*command, "--no_local_rank", "--module", *PROGRAM], tmp_path, **stale) == everyone(world)
+        assert joined_lines([*command, "--no_local_rank", "--module", *PROGRAM], tmp_path, **stale) == everyone(world)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_srun(world, nodes, cluster):
 
 @pytest.mark.skipif(bool(missing()), reason=advice(missing()))
 def test_torchrun_within_srun(cluster):
-    """Its rank is torchrun's, and the store too; two agents meet at one."""
+    """Rank and store are torchrun's; two agents share one store."""
     agents = ["--rdzv_backend=c10d", "--rdzv_endpoint=node1:29400", "--nnodes=2"]
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", *torchrun(1, *agents)]
     done = cluster.run(
