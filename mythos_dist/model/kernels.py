@@ -14,7 +14,7 @@ def on_cpu(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def as_on_gpus() -> Iterator[None]:
+def use_gpu_code() -> Iterator[None]:
     """Within it GPU code runs on CPU tensors, as far as the CPU has the operations."""
     global _gpu_code_on_cpu
     before, _gpu_code_on_cpu = _gpu_code_on_cpu, True

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
-from mythos_dist.model.kernels import as_on_gpus
+from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet
 from mythos_dist.ops.plan.memory import PARTS, uses_bf16_optimizer
 from mythos_dist.ops.plan.meter import Meter
@@ -117,7 +117,7 @@ def dry_run(
     fake_routing = FakeRouting(c.n_experts_per_tok, c.n_experts, imbalance, routing)
     meter = Meter()
     no_router = mock.patch.object(expert, "_exchange_counts", fake_routing)
-    with quiet(), fake_world(world_size, rank), as_on_gpus(), fake_tensors(), meter, no_router:
+    with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router:
         return _measure_step(config, micro_batches, meter, fake_routing, begin)
 
 

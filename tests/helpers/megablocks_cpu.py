@@ -1,11 +1,10 @@
-"""MegaBlocks on a CPU: its published Python and Triton code runs, its CUDA extensions are replaced by MOCKS.
+"""MegaBlocks on a CPU: its published Python and Triton code, with MOCKS of its CUDA extensions.
 
-MegaBlocks needs a GPU in three places. Its Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1, which must
-be set before triton is imported, hence the fresh processes). Its two extension modules cannot run at all, so
-`megablocks_ops` (sort, histogram, cumsum, block indices) and `grouped_gemm_backend` (the matrix products) are mocks
-here: a few lines of torch each, with the checks on shape and dtype that the C++ makes. So these tests prove what calls
-those modules, in which order and layout, and how gradients come back; they do not prove the CUDA inside of them.
-`launch/check_gpu.py` does that on a machine with a GPU.
+MegaBlocks needs a GPU in three places. Its Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1, set before
+triton is imported, hence new processes). Its two extension modules, `megablocks_ops` (sort, histogram, cumsum, block
+indices) and `grouped_gemm_backend` (matrix products), are mocks: a few lines of torch each, with the C++ code's checks
+of shape and dtype. So these tests cover the calls of those modules, their order and layouts, and the gradients, but
+not the CUDA code; `launch/check_gpu.py` covers it on a machine with a GPU.
 """
 
 import importlib.util
@@ -29,20 +28,20 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int16: "*i16"
 
 
 def launch_script(name: str) -> Any:
-    """launch/NAME.py as a module: it is a script and in no package."""
+    """launch/NAME.py, a script outside any package, as a module."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, REPOSITORY / "launch" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # before it runs: dataclasses look their module up
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # before it runs: dataclasses look up their module
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
 
 def fetch(*packages: str) -> list[Path]:
-    """Unpacked sources, as published, kept in a cache. Raises UserError where they cannot be downloaded.
+    """Published sources, unpacked in a cache. Raises UserError if they cannot be downloaded.
 
-    MYTHOS_DIST_SOURCES names another folder for the cache; a machine without a network can be given a filled one.
+    MYTHOS_DIST_SOURCES: another folder for the cache, such as one copied to a machine without network.
     """
     module = launch_script("gpu_sources")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mythos_dist" / "gpu_sources"
@@ -51,7 +50,7 @@ def fetch(*packages: str) -> list[Path]:
 
 
 def start(program: str, arguments: object, sources: list[Path], **env: str) -> subprocess.Popen:
-    """A program of megablocks_worker.py in a process of its own; `result_of` waits for what it finds."""
+    """Start a program of megablocks_worker.py in a new process; `result_of` waits for its result."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "MEGABLOCKS_SOURCES": os.pathsep.join(map(str, sources)), **env}
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("megablocks_worker.py")), program]
     pipe = subprocess.PIPE
@@ -64,21 +63,21 @@ def start(program: str, arguments: object, sources: list[Path], **env: str) -> s
 
 
 def result_of(process: subprocess.Popen) -> Any:
-    """What the program found; its last words if it failed."""
+    """The result of a program; fails with the end of its error output."""
     out, err = process.communicate(timeout=1000)
     assert process.returncode == 0, err[-4000:]
     return json.loads(out)
 
 
 def install(sources: list[Path]) -> None:
-    """Make `import megablocks` work in this process, from `sources`, with the mocks below."""
+    """Make `import megablocks` work in this process, with `sources` and the mocks below."""
     sys.path[:0] = [str(source) for source in sources]
     sys.modules["megablocks_ops"] = _module("megablocks_ops", sort, histogram, inclusive_cumsum, indices)
     sys.modules["grouped_gemm_backend"] = _module("grouped_gemm_backend", gmm)
 
 
 def interpret_kernels() -> None:
-    """Let Triton's interpreter run the kernels, and note what is launched."""
+    """Run Triton kernels in the interpreter, and record the launches."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "set it before Python starts"
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.interpreter import InterpretedFunction
@@ -89,24 +88,24 @@ def interpret_kernels() -> None:
         del self.configs[1:]  # there is no GPU to time the others on
         return autotune(self, *args, **kwargs)
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
         launch = _describe(self.fn, args, kwargs)
         if launch not in LAUNCHES:
             LAUNCHES.append(launch)
         return interpret(self, *args, **kwargs)
 
-    Autotuner.run, InterpretedFunction.run = first_config, noted
+    Autotuner.run, InterpretedFunction.run = first_config, recorded
 
 
 def sparse_allowed() -> AbstractContextManager:
-    """MegaBlocks refuses mlp_impl="sparse" beside Triton >= 3.2, which it knows by the version's text alone."""
+    """MegaBlocks refuses mlp_impl="sparse" with Triton >= 3.2, judging by the version's text alone."""
     import triton
 
     return mock.patch.object(triton, "__version__", "3.1.0")
 
 
-LAUNCHES: list[dict] = []  # each kind of kernel launch once, in a form that another process can compile
-STACKS_SEEN: set[int] = set()  # where the weights lay that the grouped product was given
+LAUNCHES: list[dict] = []  # each kind of kernel launch once, for another process to compile
+STACKS_SEEN: set[int] = set()  # addresses of the weights that grouped products received
 
 
 def _describe(fn: Any, args: tuple, kwargs: dict) -> dict:
@@ -135,7 +134,7 @@ def _module(name: str, *functions: Any) -> ModuleType:
 
 
 def sort(x: Tensor, end_bit: int, x_out: Tensor, iota_out: Tensor) -> None:
-    """MOCK of csrc/sort.h: CUB's radix sort is stable and looks at the lowest `end_bit` bits only."""
+    """MOCK of csrc/sort.h: CUB's radix sort is stable and compares the lowest `end_bit` bits only."""
     assert x.ndim == 1
     assert x.dtype in INTEGERS
     assert x.dtype == x_out.dtype == iota_out.dtype
@@ -145,7 +144,7 @@ def sort(x: Tensor, end_bit: int, x_out: Tensor, iota_out: Tensor) -> None:
 
 
 def histogram(x: Tensor, bins: int) -> Tensor:
-    """MOCK of csrc/histogram.h, stricter: CUB leaves out what falls into no bin, and we never send such a thing."""
+    """MOCK of csrc/histogram.h, stricter: CUB ignores values outside the bins, and we never pass any."""
     assert x.ndim == 1
     assert x.dtype in INTEGERS
     assert not x.numel() or (int(x.min()) >= 0 and int(x.max()) < bins)
@@ -162,7 +161,7 @@ def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
 
 
 def indices(padded_bins: Tensor, block: int, block_rows: int, block_columns: int, out: Tensor) -> None:
-    """MOCK of csrc/indices.h: each block row of the hidden matrix has the column blocks of its expert."""
+    """MOCK of csrc/indices.h: each block row of the hidden matrix has its expert's column blocks."""
     assert padded_bins.dtype == torch.int32
     assert out.dtype == torch.int16
     assert out.shape == (block_rows * block_columns,)
@@ -175,7 +174,7 @@ def indices(padded_bins: Tensor, block: int, block_rows: int, block_columns: int
 def gmm(a: Tensor, b: Tensor, c: Tensor, batch_sizes: Tensor, trans_a: bool, trans_b: bool) -> None:
     """MOCK of grouped_gemm's csrc/grouped_gemm.cu: one product per expert, accumulated in fp32.
 
-    The kernel knows bf16 only. fp32 is let through here so that the rest can be held to fp32's roundings.
+    The kernel supports bf16 only. The mock also takes fp32, so that tests of the rest can use fp32 tolerances.
     """
     assert a.dtype == b.dtype == c.dtype
     assert a.dtype in (torch.bfloat16, torch.float32)

@@ -1,6 +1,6 @@
-"""What test_megablocks.py runs in processes of their own: `python megablocks_worker.py PROGRAM < arguments.json`.
+"""Programs of test_megablocks.py that need a new process: `python megablocks_worker.py PROGRAM < arguments.json`.
 
-A process of its own because Triton decides at import whether it interprets. Prints one line of JSON.
+Triton decides at import whether to interpret kernels. Prints one line of JSON.
 """
 
 import importlib
@@ -21,20 +21,20 @@ from helpers import megablocks_cpu
 
 @dataclass(frozen=True)
 class Case:
-    """One routing through one set of experts."""
+    """A routing and a set of experts."""
 
     k: int = 2
     tokens: int = 10
     dim: int = 16
     experts: int = 5
     width: int = 24
-    to: tuple[int, ...] = ()  # experts that tokens may go to; empty: all
-    empty: int = 0  # every so many slots one is empty, and the number of filled ones is told; 0: no slot is
+    to: tuple[int, ...] = ()  # experts that tokens are routed to; empty: all
+    empty: int = 0  # every N-th slot is empty, and `pairs` is passed; 0: none
     dtype: str = "float32"
     impl: str = "grouped"
     recompute: bool = False
-    half_weights: bool = False  # router weights in the dtype of x, as they come from another rank
-    strided: bool = False  # x does not lie row by row
+    half_weights: bool = False  # router weights in the dtype of x, as received from another rank
+    strided: bool = False  # x is not contiguous
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -45,7 +45,7 @@ STACKS = ("gate", "up", "down")
 
 
 def stacks_of(case: Case) -> list[Tensor]:
-    """gate, up, down (E, F, D), as large as keeps what goes through them at its size."""
+    """gate, up, down (E, F, D), scaled to keep the variance."""
     generator = torch.Generator().manual_seed(1)
     shape = (case.experts, case.width, case.dim)
     scales = (case.dim**-0.5, case.dim**-0.5, case.width**-0.5)
@@ -53,7 +53,7 @@ def stacks_of(case: Case) -> list[Tensor]:
 
 
 def inputs_of(case: Case, replica: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (N, D), weights (N, k) in fp32 as the router gives them, index (N, k), and the gradient that comes back."""
+    """x (N, D), router weights (N, k) in fp32, index (N, k), and the output's gradient (N, D)."""
     generator = torch.Generator().manual_seed(1000 * replica + case.k)
     N = case.tokens
     x, direction = (torch.randn(N, case.dim, generator=generator).to(case.torch_dtype) for _ in range(2))
@@ -70,13 +70,13 @@ def inputs_of(case: Case, replica: int = 0) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def exact(case: Case, replicas: range) -> dict[str, Any]:
-    """Float64, token by token, written out: per replica outputs and gradients of inputs; the stacks' gradients' sum."""
+    """In float64, token by token: outputs and input gradients per replica, and the sum of the stacks' gradients."""
     gate, up, down = stacks = [stack.double().requires_grad_() for stack in stacks_of(case)]
     found: dict[str, Any] = {}
     for replica in replicas:
         x, weights, index, direction = inputs_of(case, replica)
         x, weights = (leaf.double().requires_grad_() for leaf in (x, weights))
-        y = 0.0 * x  # not zeros: it has a gradient even where no token has an expert
+        y = 0.0 * x  # not zeros: it has a gradient even if no token has an expert
         for n in range(case.tokens):
             for j, e in enumerate(index[n].tolist()):
                 if e < case.experts:
@@ -91,12 +91,12 @@ def exact(case: Case, replicas: range) -> dict[str, Any]:
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """Distance relative to the norm, or to 1 where less is left."""
+    """Error relative to the norm, or to 1 if that is larger."""
     return float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1.0))
 
 
 def one_process(cases: list[dict]) -> dict:
-    """Each case through `megablocks`: errors of the output and of all gradients, and what else must hold."""
+    """Each case through `megablocks`: errors of the output and all gradients, and other properties."""
     from megablocks.layers import moe  # pyright: ignore[reportMissingImports]
 
     from mythos_dist.model.megablocks import _layer
@@ -166,7 +166,7 @@ def several_ranks(arguments: dict) -> list[dict]:
 
 
 def on_this_rank(case: Case, mesh: Any) -> dict:
-    """One case: this rank's tokens through everybody's experts, against float64 on one process."""
+    """One case: this rank's tokens through the experts of all ranks, against float64 on one process."""
     from mythos_dist.config.schema import MythosConfig
     from mythos_dist.model.experts import Experts
     from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
@@ -215,7 +215,7 @@ def on_this_rank(case: Case, mesh: Any) -> dict:
 
 
 def compile_ahead(launches: list[dict]) -> list[dict]:
-    """Compile each launch for an H100 (sm_90), which takes no GPU; whether each cubin is an ELF file."""
+    """Compile each launch for an H100 (sm_90), which needs no GPU; whether each cubin is an ELF file."""
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -237,7 +237,7 @@ def compile_ahead(launches: list[dict]) -> list[dict]:
 
 
 def check_gpu(packages: list[str]) -> dict[str, float]:
-    """What the checks of launch/check_gpu.py measure, on a CPU."""
+    """Relative errors of the checks of launch/check_gpu.py, on a CPU."""
     megablocks_cpu.launch_script("gpu_sources")
     checks = megablocks_cpu.launch_script("check_gpu").CHECKS
     return {package: checks[package]("cpu") for package in packages}

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
-from mythos_dist.model.kernels import as_on_gpus
+from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.ops.dry_run import LocalTraffic, RowCounts, dry_run
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel import expert
@@ -106,7 +106,7 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
             answers.append(exchange_counts(*arguments))
             return answers[-1]
 
-        with as_on_gpus(), SMALL_BUCKETS, mock.patch.object(expert, "_exchange_counts", record):
+        with use_gpu_code(), SMALL_BUCKETS, mock.patch.object(expert, "_exchange_counts", record):
             gc.collect()  # else the profiler records that the previous engine is freed
             with release_gloo_tensors(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 engine = Engine(config, mesh)

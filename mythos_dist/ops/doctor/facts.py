@@ -157,5 +157,6 @@ def read_torch(use_gpus: bool) -> Torch:
             for i in range(torch.cuda.device_count()):
                 one = torch.cuda.get_device_properties(i)  # warns of a GPU that this torch has no kernels for
                 gpus.append(Gpu(one.name, (one.major, one.minor), one.total_memory))
-    warning = " ".join(str(caught[0].message).split()) if caught else ""
+    messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]  # none of deprecations
+    warning = " ".join(messages[0].split()) if messages else ""
     return Torch(torch.__version__, torch.version.cuda, nccl, tuple(gpus), warning)

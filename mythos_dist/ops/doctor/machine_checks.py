@@ -17,7 +17,7 @@ from mythos_dist.ops.doctor.findings import Finding, gigabytes, note, ok, proble
 from mythos_dist.ops.doctor.probe import Outcome
 from mythos_dist.units import count
 
-DEMANDING = ("mythos-dist", "deepspeed", "mosaicml-streaming")
+CHECKED = ("mythos-dist", "deepspeed", "mosaicml-streaming")
 SHOWN = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "transformers")
 # F.grouped_mm gives the right values everywhere, but it is one kernel per product only for bf16 on these major compute
 # capabilities (torch, aten/src/ATen/native/cuda/GroupedBlas.cpp). Elsewhere it copies the experts' row counts to the
@@ -39,7 +39,7 @@ NEEDED_FILES = 2 * OPEN_FILES + 256  # shards of both splits, and the libraries'
 def check_packages(versions: Mapping[str, str], reader: Outcome) -> Iterator[Finding]:
     """Unmet requirements, which otherwise fail when the first shard is read, and the outcome of probe.import_reader."""
     yield ok("python", platform.python_version())
-    unmet = [finding for name in DEMANDING if name in versions for finding in unmet_requirements(name, versions)]
+    unmet = [finding for name in CHECKED if name in versions for finding in unmet_requirements(name, versions)]
     shown = ", ".join(f"{name} {versions.get(name, 'missing')}" for name in SHOWN)
     yield from unmet or [ok("packages", f"{shown}; all requirements met")]
     if reader.timed_out:
@@ -154,11 +154,11 @@ def check_network(machine: Machine) -> Iterator[Finding]:
         yield ok("network", f"{name}: one process joined a process group on loopback ({seconds:.1f} s)")
     up = [f"{port} {state}" for port, state in machine.ports.items() if state.startswith("ACTIVE")]
     down = [f"{port} {state}" for port, state in machine.ports.items() if not state.startswith("ACTIVE")]
-    if up or not machine.gpus:
-        yield ok("InfiniBand", "; ".join(up) or "no active port")
-    elif not down:
-        remedy = "correct for one node, or if the nodes have Ethernet only; in a container pass /dev/infiniband through"
+    if not machine.ports and machine.gpus and machine.node_count > 1:
+        remedy = "correct if the nodes have Ethernet only; in a container pass /dev/infiniband through"
         yield note("InfiniBand", "no device: NCCL uses TCP between nodes", remedy)
+    else:
+        yield ok("InfiniBand", "; ".join(up) or "no active port")
     if down:
         remedy = "check cable and subnet manager (ibstat), or exclude the port with NCCL_IB_HCA"
         yield note("InfiniBand", "not up: " + "; ".join(down), remedy)
