@@ -114,7 +114,7 @@ class CheckpointManifest:
 
 @with_config(_CLOSED)
 class _Optimizer(TypedDict):
-    """What `CheckpointManifest.optimizer` holds; deepspeed_seam.optimizer_state and the loop write it."""
+    """What `CheckpointManifest.optimizer` holds; zero_state.optimizer_state and the loop write it."""
 
     steps: Size
     skipped_steps: Size

@@ -111,7 +111,7 @@ def _receive_shapes(engine: Any, sender: int) -> Tensor:
 
     pipe.p2p.recv(torch.empty(pipe.TENSOR_META_SIZE, dtype=torch.int32), sender)
     (stage,) = engine.module.forward_funcs
-    specs = stage.model.input_shapes(*stage.work[0].input_ids.shape)
+    specs = stage.model.input_shapes(*stage.inputs[0].input_ids.shape)
     dtype = next(stage.model.parameters()).dtype
     numbers = sum(shape.numel() * item.itemsize for shape, item in specs.values()) // dtype.itemsize
     return engine._allocate_or_extend_buffers(0, [numbers], dtype)

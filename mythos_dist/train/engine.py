@@ -1,17 +1,20 @@
-"""DeepSpeed around the model: build the engine, run one step, measure the held-out loss, at any layout.
+"""DeepSpeed around the model: build the engine, train a step, evaluate, probe the loops, at any layout.
 
-One `train_step` = `accumulation` forward and backward passes, the optimizer step, then the router's bias, moved once
-by the token counts of the whole global batch. Every rank passes the same collectives in the same order.
+One `train_step` = `accumulation` forward and backward passes, the optimizer step, then one update of the router's bias
+from the token counts of the global batch. Every rank calls the same collectives in the same order.
 With one stage `DeepSpeedEngine` runs the passes, with several `PipelineEngine` does.
+
+Importing this module imports DeepSpeed, which selects its accelerator then: the process group comes first
+(`parallel/process.py`), and `loop.py` imports this module in a function.
 """
 
 import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,31 +35,31 @@ from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.tensor import shard_of
-from mythos_dist.parallel.traffic import Totals, Traffic
+from mythos_dist.parallel.traffic import Traffic
+from mythos_dist.train.deepspeed_patches import (
+    fix_gradient_norm,
+    import_muon,
+    mark_experts,
+    mpu_of,
+    register_expert_groups,
+)
 from mythos_dist.train.depth import HeldOut, LoopProbe
+from mythos_dist.train.metrics import StepResult
+from mythos_dist.train.pipeline_stage import Pipeline, StageInput, StageLayer, reduce_tied_weights_identically
 from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, state_seed, step_seed
-
-
-@dataclass
-class StepResult:
-    """What a step has measured; equal on all ranks."""
-
-    loss: float  # cross entropy, mean over the global batch's tokens, nats
-    objective: float  # what was differentiated: loss plus auxiliary losses
-    grad_norm: float  # global, before clipping
-    lr: float
-    n_loops: int
-    backprop: int  # loops that gradient flows through
-    mean_loops: float  # of the sequences, where each has its own number
-    expert_counts: Tensor  # (n_loops, E) int64 on the CPU, of the global batch
-    skipped: bool  # fp16: gradients overflowed, parameters stayed
-    communication: Totals | None  # bytes of all ranks' messages, by axis and kind; None: not counted
+from mythos_dist.train.zero_state import (
+    copy_masters_to_parameters,
+    init_adam_state,
+    optimizer_state,
+    partition_of,
+    set_optimizer_state,
+)
 
 
 class LimitedAdamW(torch.optim.AdamW):
-    """AdamW that leaves everything as it is when told to: DeepSpeed knows the gradients' norm when it calls it.
+    """AdamW whose step does nothing if `skip()`: DeepSpeed calls it when the norm of the gradients is known.
 
-    The norm is the same number on every rank, so all ranks skip or none does.
+    The norm is the same on every rank, so all ranks skip the step or none does.
     """
 
     skip: Callable[[], bool] = staticmethod(lambda: False)
@@ -66,107 +69,105 @@ class LimitedAdamW(torch.optim.AdamW):
         return None if self.skip() else super().step(closure)
 
 
+class Pass(NamedTuple):
+    """The inputs of a forward pass."""
+
+    batch: MicroBatch
+    labels: Tensor  # (B, S) or (B, T, S)
+    loops: Loops
+
+
 class Engine:
-    """A model under DeepSpeed, and the two things a run does with it: `train_step` and `evaluate`."""
+    """A model under DeepSpeed."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        """Build model, optimizer and DeepSpeed's engine; the process group must be there."""
-        import deepspeed
-
-        from mythos_dist.train.deepspeed_seam import (
-            Pipeline,
-            StageLayer,
-            import_muon,
-            make_experts_known,
-            mend_gradient_norm,
-            mpu_of,
-            reduce_tied_weights_alike,
-            register_experts,
-            start_moments,
-        )
-
+        """Build model, optimizer and DeepSpeed's engine. The process group exists."""
         self.config = config
         self.mesh = mesh
         self.traffic = Traffic(mesh) if config.run.count_communication else None
         self.costs = stage_costs(config)
-        self.parts = plan_stages(config.model, config.loops.mean_of(config.model), mesh.pipe.size, self.costs)
-        train, o = config.train, config.optim
-        self.model = Mythos(
+        self.stages = plan_stages(config.model, config.loops.mean_of(config.model), mesh.pipe.size, self.costs)
+        self.model = self._build_model()
+        import_muon()
+        register_expert_groups(mesh)
+        mark_experts(self.model, mesh)
+        groups = parameter_groups(self.model, config.optim, mesh)
+        self.optimizer = LimitedAdamW(
+            groups,
+            lr=config.optim.lr,
+            betas=(config.optim.beta1, config.optim.beta2),
+            eps=config.optim.eps,
+            fused=True,  # one pass over all elements: on a CPU an eighth of the time of the default
+        )
+        self.stage = StageLayer(self.model, groups) if mesh.pipe.size > 1 else None
+        module = self.model
+        if self.stage:
+            # With a readout per loop, what stages send depends on the number of loops.
+            dynamic_shape = config.loops.objective == "per_loop"
+            module = Pipeline(self.stage, self.stages, mesh, dynamic_shape)
+        self.deepspeed: Any
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, mesh.data.size),
+            mpu=None if self.stage else mpu_of(mesh),
+        )
+        if self.stage:
+            reduce_tied_weights_identically(self.deepspeed)
+        fix_gradient_norm(self.deepspeed.optimizer, mesh)
+        init_adam_state(self.deepspeed.optimizer)
+
+    def _build_model(self) -> Mythos:
+        config, train = self.config, self.config.train
+        model = Mythos(
             config.model,
             act=config.act,
             experts=config.experts,
             recompute=Recompute(train.recompute, train.recompute_every),
             attention=train.attention,
             seed=config.run.seed,
-            mesh=mesh,
-            stage=self.parts[mesh.pipe.rank],
+            mesh=self.mesh,
+            stage=self.stages[self.mesh.pipe.rank],
         ).to(device())
         if train.compile:
-            self.model.compile_blocks()
-        import_muon()
-        register_experts(mesh)
-        make_experts_known(self.model, mesh)
-        groups = parameter_groups(self.model, o, mesh)
-        self.optimizer = LimitedAdamW(
-            groups,
-            lr=o.lr,
-            betas=(o.beta1, o.beta2),
-            eps=o.eps,
-            fused=True,  # one pass over the numbers: on a CPU an eighth of the time of the default
-        )
-        readouts = config.loops.objective == "per_loop"  # as many as a step has loops
-        self.stage = StageLayer(self.model, groups) if mesh.pipe.size > 1 else None
-        self.deepspeed: Any
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=Pipeline(self.stage, self.parts, mesh, readouts) if self.stage else self.model,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, mesh.data.size),
-            mpu=None if self.stage else mpu_of(mesh),
-        )
-        if self.stage:
-            reduce_tied_weights_alike(self.deepspeed)
-        mend_gradient_norm(self.deepspeed.optimizer, mesh)
-        start_moments(self.deepspeed.optimizer)
+            model.compile_blocks()
+        return model
 
     @functools.cached_property
     def state(self) -> RankState:
-        """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers."""
-        from mythos_dist.train.deepspeed_seam import partition_of
-
-        state, mesh, stage = {}, self.mesh, self.model.stage
+        """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers, by name."""
+        state, mesh = {}, self.mesh
         for name, parameter in self.model.named_parameters():
-            if partition := partition_of(self.deepspeed.optimizer, parameter):
-                place = shard_of(parameter)
-                # A pipeline's stages share weights, and the ranks of a tensor line hold some of them whole.
-                writes = not getattr(parameter, "ds_pipe_replicated", False) and (
-                    mesh.tensor.rank == 0 or getattr(parameter, "tensor_model_parallel", False)
-                )
-                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-                piece = Piece(shape, place.start, partition.first, partition.last)
-                state[name] = LocalShard(piece, place.full_shape, partition.values, writes)
+            partition = partition_of(self.deepspeed.optimizer, parameter)
+            if partition is None:
+                continue
+            shard = shard_of(parameter)
+            # One rank writes what several hold: weights that stages share, and those that tensor ranks replicate.
+            is_sharded = getattr(parameter, "tensor_model_parallel", False)
+            is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
+            writes = not is_tied_copy and (mesh.tensor.rank == 0 or is_sharded)
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            piece = Piece(shape, shard.start, partition.first, partition.last)
+            state[name] = LocalShard(piece, shard.full_shape, partition.values, writes)
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)
-            writes = stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0
+            writes = self.model.stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0
             state[name] = LocalShard(Piece.full(shape), shape, {"buffer": buffer.view(-1)}, writes)
         return state
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Steps taken and skipped, fp16's loss scale: the same on every rank."""
-        from mythos_dist.train.deepspeed_seam import optimizer_state
-
+        """State that is equal on every rank: steps taken and skipped, fp16's loss scale."""
         return optimizer_state(self.deepspeed)
 
     def after_load(self, optimizer_state: dict[str, Any], step: int) -> None:
-        """Go on behind step `step` with a `state` that was filled. Every rank calls this."""
-        from mythos_dist.train.deepspeed_seam import set_optimizer_state, spread_masters
-
+        """Resume after step `step`, when `state` was filled. Every rank calls this."""
         set_optimizer_state(self.deepspeed, optimizer_state, step)
-        spread_masters(self.deepspeed.optimizer)
+        copy_masters_to_parameters(self.deepspeed.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int, norm_limit: float = math.inf) -> StepResult:
         """Optimizer step `step` (1-based) on this replica's micro-batches.
 
-        It is skipped, and nothing changes, if gradients are not finite or their norm is above `norm_limit`.
+        The step is skipped, and nothing changes, if gradients are not finite or their norm is above `norm_limit`.
         """
         config, engine = self.config, self.deepspeed
         loops = loops_at(config, step)
@@ -176,16 +177,16 @@ class Engine:
             group["lr"] = lr
         engine.train()
         skipped_before = engine.skipped_steps
-        # The engine itself learns of the norm after the optimizer only.
+        # Not engine.get_global_grad_norm(), which is set after the optimizer's step.
         self.optimizer.skip = lambda: float(engine.optimizer._global_grad_norm) > norm_limit
         with self.traffic or contextlib.nullcontext():
-            total, counts = self._passes(list(micro_batches), loops, step)
+            total, counts = self._train_passes(list(micro_batches), loops, step)
         self._sum_over_ranks(total, counts)
         skipped = engine.skipped_steps > skipped_before or self.optimizer.skip()
         if not skipped:
             self.model.update_router_bias(counts)
         grad_norm = engine.get_global_grad_norm()
-        assert grad_norm is not None, "DeepSpeed's ZeRO optimizers all measure it"
+        assert grad_norm is not None, "every ZeRO optimizer of DeepSpeed measures it"
         loss, objective = (total / (self.mesh.data.size * engine.gradient_accumulation_steps())).tolist()
         return StepResult(
             loss=loss,
@@ -193,132 +194,140 @@ class Engine:
             grad_norm=float(grad_norm),
             lr=lr,
             n_loops=loops.n_loops,
-            backprop=loops.n_loops - loops.frozen,
+            backprop=loops.n_loops - loops.no_grad_loops,
             mean_loops=float(np.mean(loops.depths)) if loops.depths else loops.n_loops,
             expert_counts=counts.cpu(),
             skipped=skipped,
             communication=self.traffic.total_over_ranks() if self.traffic else None,
         )
 
-    def _passes(self, micro_batches: list[MicroBatch], loops: StepLoops, step: int) -> tuple[Tensor, Tensor]:
-        """Forward, backward and the optimizer's step. This rank's sums over the micro-batches: (cross entropy,
-        objective), from the last stage; and counts (n_loops, E), each loop's from the stage that ran it."""
-        total = torch.zeros(2, dtype=torch.float64, device=device())
-        counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
+    def _train_passes(self, micro_batches: list[MicroBatch], loops: StepLoops, step: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward passes and the optimizer's step.
+
+        Returns this rank's sums over the micro-batches: (cross entropy, objective), on the last stage, and the token
+        counts (n_loops, E) of the loops that this stage has run.
+        """
         readouts = self.config.loops.objective == "per_loop"
-        first = self.mesh.data.rank * self.config.train.global_batch // self.mesh.data.size
-        work = []
-        for i, batch in enumerate(micro_batches):
-            positions = range(first + i * len(batch.labels), first + (i + 1) * len(batch.labels))
-            work.append((batch, batch.labels, self._loops_of(loops, step, positions, readouts)))
+        position = self.mesh.data.rank * self.config.train.global_batch // self.mesh.data.size
+        passes = []
+        for batch in micro_batches:
+            positions = range(position, position + len(batch.labels))
+            passes.append(Pass(batch, batch.labels, self._loops_of(loops, step, positions, readouts)))
+            position = positions.stop
+        counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
         if self.stage:
-            turns = self._hand_out(work)
-            self.deepspeed.train_batch(iter(self._tokens(micro_batches)))
-            for found in self.stage.counts:
-                counts[turns.start : turns.stop] += found
+            loop_range = self._enqueue(passes)
+            self.deepspeed.train_batch(iter(_tokens(passes)))
+            for stage_counts in self.stage.counts:
+                counts[loop_range.start : loop_range.stop] += stage_counts
             losses = self.stage.losses
         else:
             losses = []
-            for one in work:
-                found = self._forward(*one)
-                self.deepspeed.backward(found["objective"])
-                self.deepspeed.step()  # DeepSpeed steps the optimizer behind the last micro-batch only
-                counts += found["expert_counts"]
-                losses.append(found)
-        for found in losses:
-            total += torch.stack([found["cross_entropy"], found["objective"].detach()])
+            for one in passes:
+                loss = self._forward(one)
+                self.deepspeed.backward(loss["objective"])
+                self.deepspeed.step()  # DeepSpeed steps the optimizer after the last micro-batch only
+                counts += loss["expert_counts"]
+                losses.append(loss)
+        total = torch.zeros(2, dtype=torch.float64, device=device())
+        for loss in losses:
+            total += torch.stack([loss["cross_entropy"], loss["objective"].detach()])
         return total, counts
 
     @torch.no_grad()
-    def evaluate(self, passes: Iterable[tuple[MicroBatch, Tensor]], n_loops: int | None = None) -> HeldOut:
-        """Over the samples that count, on all replicas, with `n_loops` loops; None: the mean of training.
+    def evaluate(self, micro_batches: Iterable[tuple[MicroBatch, Tensor]], n_loops: int | None = None) -> HeldOut:
+        """Loss and accuracy over all replicas, with `n_loops` loops; None: the mean of training.
 
-        passes: micro-batches with a mask (B,) of the samples that count; as many on every rank.
+        micro_batches: each with a mask (B,) of the samples to evaluate; the same number of them on every rank.
         """
         self.deepspeed.eval()
         loops = StepLoops(n_loops or self.config.loops.mean_of(self.config.model), 0)
-        work = []
-        for i, (batch, counts) in enumerate(passes):
-            labels = torch.where(counts.unsqueeze(1), batch.final_labels, IGNORED)
-            first = (i * self.mesh.data.size + self.mesh.data.rank) * len(counts)
-            work.append((batch, labels, self._loops_of(loops, 0, range(first, first + len(counts)))))
+        passes = []
+        for i, (batch, mask) in enumerate(micro_batches):
+            labels = torch.where(mask.unsqueeze(1), batch.final_labels, IGNORED)
+            first = (i * self.mesh.data.size + self.mesh.data.rank) * len(mask)
+            passes.append(Pass(batch, labels, self._loops_of(loops, 0, range(first, first + len(mask)))))
         if self.stage:
-            self._hand_out(work)
-            tokens = iter(self._tokens([batch for batch, *_ in work]))
-            self.deepspeed.eval_batch(tokens, num_micro_batches=len(work))
+            self._enqueue(passes)
+            self.deepspeed.eval_batch(iter(_tokens(passes)), num_micro_batches=len(passes))
             losses = self.stage.losses
         else:
-            losses = [self._forward(*one) for one in work]
+            losses = [self._forward(one) for one in passes]
         total = torch.zeros(3, dtype=torch.float64, device=device())  # summed cross entropy, correct tokens, tokens
-        for found in losses:
-            tokens = found["tokens"].double()
-            total += torch.stack([found["cross_entropy"].double() * tokens, found["correct"].sum(), tokens])
-        (total,) = self._sum_over_ranks(total)
+        for loss in losses:
+            tokens = loss["tokens"].double()
+            total += torch.stack([loss["cross_entropy"].double() * tokens, loss["correct"].sum(), tokens])
+        self._sum_over_ranks(total)
         return HeldOut(float(total[0] / total[2]), float(total[1] / total[2]))
 
     def probe_loops(self, batch: MicroBatch) -> LoopProbe:
         """Measure each loop of a forward pass over one micro-batch per replica, with the mean number of loops."""
-        n_loops, recurrent = self.config.loops.mean_of(self.config.model), getattr(self.model, "recurrent", None)
-        passes, watch = [(batch, torch.ones(len(batch.labels), dtype=torch.bool))], LoopRecorder(self.mesh)
-        one = self.evaluate(passes, 1)
+        n_loops = self.config.loops.mean_of(self.config.model)
+        recurrent = getattr(self.model, "recurrent", None)  # None on a stage without loops
+        micro_batches = [(batch, torch.ones(len(batch.labels), dtype=torch.bool))]
+        with_one_loop = self.evaluate(micro_batches, 1)
+        recorder = LoopRecorder(self.mesh)
         try:
             if recurrent is not None:
-                recurrent.recorder = watch
-            found = self.evaluate(passes, n_loops)
+                recurrent.recorder = recorder
+            with_all_loops = self.evaluate(micro_batches, n_loops)
         finally:
             if recurrent is not None:
                 recurrent.recorder = None
-        rows = torch.zeros(n_loops + 1, len(LoopRecorder.COLUMNS), device=device())
-        for t, row in watch.rows.items():
+        rows = torch.zeros(n_loops, len(LoopRecorder.COLUMNS), device=device())
+        for t, row in recorder.rows.items():
             rows[t] = row
-        if n_loops - 1 in watch.rows and watch.rho is not None:  # on the stage that ran the last loop
-            rows[n_loops, :3] = torch.stack([torch.ones_like(watch.rho), watch.gains[-1], watch.rho])
-        (rows,) = self._sum_over_ranks(rows)
-        means = (rows[:-1] / rows[:-1, :1]).T.tolist()
-        gain, rho = (rows[-1, 1:3] / rows[-1, 0]).tolist()
-        return LoopProbe(n_loops, found.loss, one.loss, dict(zip(LoopRecorder.COLUMNS, means, strict=True)), gain, rho)
+        last = torch.zeros(3, device=device())  # (ranks that measured, gain, rho), on the stage of the last loop
+        if n_loops - 1 in recorder.rows and recorder.rho is not None:
+            last = torch.stack([torch.ones_like(recorder.rho), recorder.gains[-1], recorder.rho])
+        self._sum_over_ranks(rows, last)
+        means = (rows / rows[:, :1]).T.tolist()  # the first column is the number of tokens
+        gain, rho = (last[1:] / last[0]).tolist()
+        by_loop: dict[str, list[float]] = dict(zip(LoopRecorder.COLUMNS, means, strict=True))
+        return LoopProbe(n_loops, with_all_loops.loss, with_one_loop.loss, by_loop, gain, rho)
 
-    def _sum_over_ranks(self, *sums: Tensor) -> tuple[Tensor, ...]:
-        """Over replicas and stages: the ranks of one tensor line have found the same."""
-        for found in sums:
+    def _sum_over_ranks(self, *tensors: Tensor) -> None:
+        """Sum over replicas and stages, in place. The ranks of one tensor group have equal values, which count once."""
+        for tensor in tensors:
             if self.mesh.tensor.rank:
-                found.zero_()
-            dist.all_reduce(found)
-        return sums
+                tensor.zero_()
+            dist.all_reduce(tensor)
 
     def _loops_of(self, step_loops: StepLoops, step: int, positions: range, readouts: bool = False) -> Loops:
         """The loops of sequences at `positions` of step `step`'s global batch, or of the held-out samples (step 0)."""
-        n_loops, frozen, depths = step_loops
+        n_loops, no_grad_loops, depths = step_loops
         seeds = None
         if self.config.model.initial_state == "random":
             seeds = torch.tensor([state_seed(self.config.run.seed, step, position) for position in positions])
         own = torch.tensor(depths[positions.start : positions.stop], device=device()) if depths else None
-        return Loops(n_loops, frozen, own, seeds, readouts)
+        return Loops(n_loops, no_grad_loops, own, seeds, readouts)
 
-    def _forward(self, batch: MicroBatch, labels: Tensor, loops: Loops) -> Losses:
-        ids, labels, documents = self._move(batch, labels)
-        return self.deepspeed(ids, labels=labels, document_ids=documents, loops=loops)
+    def _forward(self, one: Pass) -> Losses:
+        ids, labels, documents = self._to_device(one)
+        return self.deepspeed(ids, labels=labels, document_ids=documents, loops=one.loops)
 
-    def _move(self, batch: MicroBatch, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        to = device()
+    def _to_device(self, one: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Token ids, labels, document ids."""
+        batch, to = one.batch, device()
         documents = batch.document_ids.to(to) if self.config.data.document_mask else None
-        return batch.input_ids.to(to), labels.to(to), documents
+        return batch.input_ids.to(to), one.labels.to(to), documents
 
-    def _hand_out(self, work: list[tuple[MicroBatch, Tensor, Loops]]) -> range:
-        """Put micro-batches with labels and loops before this pipeline stage; returns the loops that it will run."""
-        from mythos_dist.train.deepspeed_seam import Work
-
+    def _enqueue(self, passes: list[Pass]) -> range:
+        """Enqueue the micro-batches for this pipeline stage. Returns the loops that it will run."""
         assert self.stage is not None
-        n_loops, frozen, *_, readouts = work[0][2]
-        stages = plan_loops(tuple(self.parts), n_loops, frozen, self.costs)
-        turns, before = stages[self.mesh.pipe.rank], stages[: self.mesh.pipe.rank]
-        read = sum(len(loops_with_grad(each, frozen)) for each in before) if readouts else 0
+        loops = passes[0].loops
+        loop_ranges = plan_loops(tuple(self.stages), loops.n_loops, loops.no_grad_loops, self.costs)
+        loop_range = loop_ranges[self.mesh.pipe.rank]
+        readouts = 0  # by earlier stages: one per loop with gradient
+        if loops.readouts:
+            for earlier in loop_ranges[: self.mesh.pipe.rank]:
+                readouts += len(loops_with_grad(earlier, loops.no_grad_loops))
         self.stage.counts, self.stage.losses = [], []
-        for batch, labels, loops in work:
-            self.stage.work.append(Work(*self._move(batch, labels), turns, read, loops))
-        return turns
+        for one in passes:
+            self.stage.inputs.append(StageInput(*self._to_device(one), loop_range, readouts, one.loops))
+        return loop_range
 
-    @staticmethod
-    def _tokens(batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-        """What PipelineEngine wants on its first and last stage; ours have their work already."""
-        return [(batch.input_ids, batch.labels) for batch in batches]
+
+def _tokens(passes: list[Pass]) -> list[tuple[Tensor, Tensor]]:
+    """What PipelineEngine reads on its first and last stage; the stage layers have their inputs already."""
+    return [(one.batch.input_ids, one.batch.labels) for one in passes]

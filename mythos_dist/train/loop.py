@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -23,9 +23,8 @@ from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
 from mythos_dist.train.batches import Batch, batches_of, gather_sample_ids, heldout_passes
 from mythos_dist.train.depth import find_failures, probe_entries
-from mythos_dist.train.engine import Engine, StepResult
 from mythos_dist.train.hooks import Hooks
-from mythos_dist.train.metrics import Metrics, peak_flops, step_line
+from mythos_dist.train.metrics import Metrics, StepResult, peak_flops, step_line
 from mythos_dist.train.prepare import Inputs, Prepared, prepare
 from mythos_dist.train.restarts import PreviousStart, describe_restart, record_restart
 from mythos_dist.train.resume import schedule_changes
@@ -34,6 +33,9 @@ from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
 from mythos_dist.train.stop import remove_stop_file
 from mythos_dist.units import count
+
+if TYPE_CHECKING:
+    from mythos_dist.train.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class Run:
         session.keepalive = self.fence.heartbeat
         hooks.begin_run(self.fence.start)
         session.enter_phase("building the engine")
+        from mythos_dist.train.engine import Engine  # see there why it is imported after the process group exists
+
         self.engine = Engine(config, self.mesh)
         session.record_startup("engine")
 
@@ -326,7 +330,7 @@ def recent_norms(checkpoint: Checkpoint | None) -> list[float]:
     return checkpoint.manifest.optimizer.get("recent_grad_norms", []) if checkpoint else []
 
 
-def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: Engine) -> CheckpointManifest:
+def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine") -> CheckpointManifest:
     """The manifest of a checkpoint after `step`; `data` is the fingerprint of the shards."""
     return CheckpointManifest(
         step=step,

@@ -10,18 +10,20 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import Config
 from mythos_dist.files import get_number
 from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.parallel.process import DTYPES
+from mythos_dist.parallel.traffic import Totals
 from mythos_dist.train.depth import HeldOut, draw_curves
-from mythos_dist.train.engine import StepResult
 from mythos_dist.train.line_file import FILES, LineFile
 from mythos_dist.units import short
 
@@ -29,6 +31,22 @@ log = logging.getLogger(__name__)
 
 # Dense bf16 peak in TFLOP/s by a substring of the device's name, from NVIDIA's data sheets.
 _GPU_PEAKS = {"H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
+
+
+@dataclass
+class StepResult:
+    """What a training step has measured; equal on all ranks."""
+
+    loss: float  # cross entropy, mean over the global batch's tokens, nats
+    objective: float  # what was differentiated: loss plus auxiliary losses
+    grad_norm: float  # global, before clipping
+    lr: float
+    n_loops: int
+    backprop: int  # loops with gradient
+    mean_loops: float  # over the sequences, if each has its own number of loops
+    expert_counts: Tensor  # (n_loops, E) int64 on the CPU: tokens of the global batch
+    skipped: bool  # the optimizer did not step
+    communication: Totals | None  # bytes of all ranks' messages, by axis and kind; None: not counted
 
 
 def batch_id(sample_ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What depends on the step alone, so that a resumed run needs no state for it: learning rate, loops, random numbers."""
+"""What is a function of config and step, so that a resumed run needs no state: learning rate, loops, random seeds."""
 
 import hashlib
 import math
@@ -11,15 +11,15 @@ from mythos_dist.parallel.mesh import Mesh
 
 
 class StepLoops(NamedTuple):
-    """Turns of the recurrent block in one step."""
+    """The loops of one step."""
 
     n_loops: int
-    frozen: int  # how many of them, the first ones, get no gradient
-    depths: list[int] | None = None  # of each sequence of the global batch, at most n_loops; None: n_loops
+    no_grad_loops: int  # the first N loops run without gradient
+    depths: list[int] | None = None  # loops of each sequence of the global batch, at most n_loops; None: n_loops
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (1-based): a line up to lr, then a cosine down to lr * min_lr_ratio."""
+    """The rate of optimizer step `step` (1-based): linear warm-up to lr, then a cosine down to lr * min_lr_ratio."""
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
@@ -40,22 +40,22 @@ def loops_at(config: Config, step: int) -> StepLoops:
         rate = random.lognormal(math.log(max(mean - 1, 1e-9)) - loops.sigma**2 / 2, loops.sigma, size)
         drawn = 1 + random.poisson(rate)
     else:
-        largest = _grown(config, step, max(loops.set))
+        largest = _at_curriculum(config, step, max(loops.set))
         drawn = random.choice([n for n in loops.set if n <= largest] or [min(loops.set)], size)
     maximum = loops.maximum or 4 * max(loops.mean_of(config.model), *loops.set, 1)
     depths = np.clip(drawn, 1, maximum).tolist()
     n_loops = max(depths)
-    frozen = max(0, n_loops - (loops.backprop or n_loops))
-    return StepLoops(n_loops, frozen, depths if loops.per == "sequence" else None)
+    no_grad_loops = max(0, n_loops - (loops.backprop or n_loops))
+    return StepLoops(n_loops, no_grad_loops, depths if loops.per == "sequence" else None)
 
 
 def mean_at(config: Config, step: int) -> float:
-    """The mean of what step `step` draws from all but a set, behind a curriculum the one that is set."""
-    return _grown(config, step, config.loops.mean_of(config.model))
+    """The mean number of loops in step `step`, unless they are drawn from a set."""
+    return _at_curriculum(config, step, config.loops.mean_of(config.model))
 
 
-def _grown(config: Config, step: int, full: int) -> float:
-    """From 1 in the first step up to `full` behind the curriculum."""
+def _at_curriculum(config: Config, step: int, full: int) -> float:
+    """From 1 in the first step up to `full` at the end of the curriculum."""
     loops = config.loops
     if loops.curriculum == "none" or step > loops.curriculum_steps:
         return full
@@ -64,14 +64,14 @@ def _grown(config: Config, step: int, full: int) -> float:
 
 
 def state_seed(seed: int, step: int, position: int) -> int:
-    """Seed of a sequence's random initial state, by its position in the global batch of a step; step 0: held out."""
+    """Seed of a sequence's random initial state, by its position in a step's global batch; step 0: held-out samples."""
     return _seed(seed, "state", step, position)
 
 
 def step_seed(seed: int, step: int, mesh: Mesh) -> int:
     """Seed of a rank's generator in a step (dropout): 63 bits.
 
-    Ranks that hold the same tokens draw the same numbers; each stage draws its own.
+    Ranks that hold the same tokens draw the same values; each stage draws its own.
     """
     return _seed(seed, step, mesh.data.rank, mesh.pipe.rank, mesh.tensor.rank if mesh.sequence else 0)
 

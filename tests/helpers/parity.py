@@ -87,7 +87,7 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         size, seed = len(tokens.labels), config.run.seed
         arranged = Loops(
             loops.n_loops,
-            loops.frozen,
+            loops.no_grad_loops,
             torch.tensor(loops.depths) if loops.depths else None,
             torch.tensor([state_seed(seed, step, position) for position in range(size)]),
             config.loops.objective == "per_loop",

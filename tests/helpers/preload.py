@@ -11,7 +11,6 @@ MODULES = (
     "mythos_dist.ops.session",
     "mythos_dist.train.__main__",
     "mythos_dist.train.console",
-    "mythos_dist.train.deepspeed_seam",
     "mythos_dist.train.engine",
     "mythos_dist.train.loop",
     "pytest",

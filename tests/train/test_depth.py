@@ -64,7 +64,7 @@ def test_the_maximum_and_the_loops_without_gradient():
     run = config(distribution="poisson", mean=8, maximum=9, backprop=3)
     steps = [loops_at(run, step) for step in range(1, 200)]
     assert max(step.n_loops for step in steps) == 9
-    assert all(step.frozen == max(0, step.n_loops - 3) for step in steps)
+    assert all(step.no_grad_loops == max(0, step.n_loops - 3) for step in steps)
 
 
 @pytest.mark.parametrize("curve, middle", [("linear", 1 + 31 * 0.5), ("1-sqrt", 1 + 31 * (1 - math.sqrt(0.5)))])

@@ -17,7 +17,7 @@ _PERSISTENCE_THRESHOLD = 100_000  # elements: DeepSpeed's stage3_param_persisten
 def tied_gradients(
     parameters: Sequence[LocalParameter], stages: Sequence[StageSpec], layers: LayerMessages
 ) -> Messages:
-    """train/deepspeed_seam.py: gradients of weights that several stages hold; BF16_Optimizer has them in fp32."""
+    """train/pipeline_stage.py: gradients of weights that several stages hold; BF16_Optimizer has them in fp32."""
     item, pipe = FP32 if layers.config.train.dtype == "bf16" else layers.item, layers.mesh.pipe
     holders = {
         "embed.": [stage.first or stage.last for stage in stages],
@@ -59,7 +59,7 @@ def zero_messages(parameters: Sequence[LocalParameter], layers: LayerMessages, m
         axis = mesh.expert_data if group.expert_sharded else mesh.data
         if zero == 3:
             total += _zero_3(group.sizes, axis, item, micro_batches)
-            norm_axes = [axis, replica]  # get_grad_norm_direct, as train/deepspeed_seam.py fixes it
+            norm_axes = [axis, replica]  # get_grad_norm_direct, as train/deepspeed_patches.py fixes it
             if group.expert_sharded:
                 norm_axes.append(mesh.expert)
             for norm_axis in norm_axes:

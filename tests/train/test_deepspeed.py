@@ -1,7 +1,7 @@
-"""What we lean on inside DeepSpeed is still there, and still read as we read it.
+"""The internals of DeepSpeed that we use exist, and do what we expect.
 
-Each entry is the path of something internal, what its source must say for our use of it to hold (nothing: it only has
-to exist), and what we need it for. A failure names the entry: look there first when DeepSpeed's version changes.
+Each entry is the path of an internal, a text that its source must contain for our use to be correct (empty: it only has
+to exist), and its purpose. A failure names the entry: look there first when DeepSpeed's version changes.
 """
 
 import importlib
@@ -22,7 +22,7 @@ PIPE_ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 STAGE3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
 STAGE12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
-LEANED_ON = [
+INTERNALS = [
     # groups
     ("deepspeed.utils.groups.mpu", "", "the process groups of the engine"),
     ("deepspeed.utils.groups._get_expert_parallel_group", "_EXPERT_PARALLEL_GROUP[", "our expert groups"),
@@ -54,24 +54,28 @@ LEANED_ON = [
     ("deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks", "", "the same"),
     # experts
     (f"{ENGINE}._configure_distributed_model", "isinstance(module, _AutoEPMoELayer)", "experts are recognised"),
-    (f"{ENGINE}._validate_zero3_moe_compatibility", "_AutoEPMoELayer", "ZeRO-3 lets our experts in"),
+    (f"{ENGINE}._validate_zero3_moe_compatibility", "_AutoEPMoELayer", "ZeRO-3 accepts our experts"),
     (f"{ENGINE}._resolve_zero3_param_placement", "ds_zero_placement_family", "ZeRO-3 shards experts over expert-data"),
     (f"{ENGINE}._resolve_zero3_param_placement", "ds_zero_partition_group_name", "and by this name"),
     ("deepspeed.moe.utils.is_moe_param", "allreduce", "the mark of an expert's parameter"),
     ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._configure_moe_settings", "group['name']", "groups"),
     # gradient norms
-    ("deepspeed.runtime.utils.is_model_parallel_parameter", "tensor_model_parallel", "the mark of a cut parameter"),
+    ("deepspeed.runtime.utils.is_model_parallel_parameter", "tensor_model_parallel", "the mark of a sharded parameter"),
     ("deepspeed.runtime.utils.get_norm_with_moe_layers", "expert_tensors.items()", "a norm that skips empty lists"),
-    ("deepspeed.runtime.bf16_optimizer.BF16_Optimizer.get_grads_for_norm", "for_clipping=False", "the lists we mend"),
-    ("deepspeed.runtime.bf16_optimizer.BF16_Optimizer.step", "self.get_grads_for_norm()", "the lists we mend"),
+    (
+        "deepspeed.runtime.bf16_optimizer.BF16_Optimizer.get_grads_for_norm",
+        "for_clipping=False",
+        "the lists we fix",
+    ),
+    ("deepspeed.runtime.bf16_optimizer.BF16_Optimizer.step", "self.get_grads_for_norm()", "the lists we fix"),
     (
         f"{STAGE3}._grad_norm_counts_every_rank",
         "if self._autoep_expert_parallel_group(params) is not None:",
-        "the norm we mend",
+        "the norm that we fix",
     ),
     # partitions
     ("deepspeed.utils.tensor_fragment.tensor_fragment", "lp_fragment_address: fragment_address", "ZeRO-1, 2: which"),
-    ("deepspeed.utils.tensor_fragment.tensor_fragment", "hp_fragment_address: fragment_address", "and where it lies"),
+    ("deepspeed.utils.tensor_fragment.tensor_fragment", "hp_fragment_address: fragment_address", "and where it is"),
     (f"{STAGE12}._link_all_hp_params", "flat_hp_partition = self.single_partition_of_fp32_groups[i]", "masters"),
     (f"{STAGE12}.__init__", "param_group['params'] = [self.single_partition_of_fp32_groups[i]]", "masters"),
     (f"{STAGE12}.update_lp_params", "bit16_partitions[partition_id].data.copy_(fp32_partition.data)", "after loading"),
@@ -98,15 +102,15 @@ LEANED_ON = [
     ("deepspeed.runtime.compiler.dummy_decorator", "", "start: Muon without a compiler"),
     ("deepspeed.runtime.zero.utils.is_zero_supported_optimizer", "muon_optimizer import", "start: who imports Muon"),
     ("deepspeed.runtime.zero.muon.original_muon.muon_update", "", "start: Muon"),
-    (f"{STAGE12}.step", "self._global_grad_norm =", "limit on norms: known before the optimizer steps"),
+    (f"{STAGE12}.step", "self._global_grad_norm =", "limit on norms: known before the optimizer's step"),
     (f"{BF16}.step", "self._global_grad_norm =", "limit on norms"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("path", "says", "purpose"), LEANED_ON, ids=[f"{e[0].rsplit('.', 1)[1]}-{e[2]}" for e in LEANED_ON]
+    ("path", "text", "purpose"), INTERNALS, ids=[f"{e[0].rsplit('.', 1)[1]}-{e[2]}" for e in INTERNALS]
 )
-def test_deepspeed_has_not_moved(path, says, purpose):
+def test_a_deepspeed_internal_has_not_changed(path, text, purpose):
     parts = path.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
@@ -119,8 +123,8 @@ def test_deepspeed_has_not_moved(path, says, purpose):
     for part in parts[cut:]:
         assert hasattr(found, part), f"{path} has moved: no {part}; needed for: {purpose}"
         found = getattr(found, part)
-    if says:
-        assert says in inspect.getsource(found), f"{path} no longer says {says!r}; needed for: {purpose}"
+    if text:
+        assert text in inspect.getsource(found), f"{path} no longer contains {text!r}; needed for: {purpose}"
 
 
 @pytest.mark.launch
@@ -134,24 +138,29 @@ def modules_of_a_compiler(config: Config) -> list[str]:
     from mythos_dist.train.engine import Engine
 
     Engine(config, build_mesh(config.parallel))
-    assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules, "it was looked at"
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules, "the engine checks for it"
     return [name for name in sys.modules if name.startswith("torch._inductor.compile_fx")]
 
 
-def test_the_version_is_the_one_that_is_pinned():
+def test_the_installed_version_is_the_pinned_one():
     import deepspeed
 
     pinned = re.search(r'"deepspeed==([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())
     assert pinned and deepspeed.__version__.split("+")[0] == pinned[1]
 
 
-def test_the_seam_is_where_deepspeeds_internals_are_used():
-    """Private names of DeepSpeed appear in one file, but for the switch that keeps it from compiling when it starts,
-    and for what a dry run puts in the place of messages."""
+def test_deepspeeds_internals_are_used_in_few_files():
+    """In three files of train/, in the switch that prevents compilation at the start, and in the dry run."""
     private = re.compile(r"deepspeed[\w.]*\._|groups\._|from deepspeed\.(checkpoint|module_inject|runtime)")
     users = [
         path.name
         for path in (REPOSITORY / "mythos_dist").rglob("*.py")
         if private.search(path.read_text(encoding="utf-8"))
     ]
-    assert sorted(users) == ["deepspeed_seam.py", "dry_run.py", "process.py"]
+    assert sorted(users) == [
+        "deepspeed_patches.py",
+        "dry_run.py",
+        "pipeline_stage.py",
+        "process.py",
+        "zero_state.py",
+    ]

@@ -1,0 +1,103 @@
+"""What ZeRO holds of the model on this rank, as views that checkpoints read and fill.
+
+Only ZeRO-3 partitions single parameters. The other stages put the parameters of a group end to end and give each rank
+a range of the result. DeepSpeed's attributes that this file reads are checked by `tests/train/test_deepspeed.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+_LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of a DynamicLossScaler
+
+
+class Partition(NamedTuple):
+    """This rank's elements of a parameter: [first, last) of the flattened parameter, as flat fp32 views."""
+
+    first: int
+    last: int
+    values: dict[str, Tensor]  # parameter (the fp32 master copy), exp_avg, exp_avg_sq
+
+
+def init_adam_state(optimizer: Any) -> None:
+    """Create Adam's state, all zeros, as its first step would, so that it can be loaded and saved before a step."""
+    for flat in _flat_masters(optimizer):
+        state = optimizer.optimizer.state[flat]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["exp_avg"] = torch.zeros_like(flat.detach())
+        state["exp_avg_sq"] = torch.zeros_like(flat.detach())
+
+
+def partition_of(optimizer: Any, parameter: nn.Parameter) -> Partition | None:
+    """This rank's partition of a parameter; None if it is empty."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        first = optimizer._get_param_partition_rank(parameter) * size
+        size = max(0, min(size, parameter.ds_numel - first))  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:
+            return None
+        flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        first, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+        size = mapping.lp_fragment_address.numel
+    if not size:
+        return None
+    state = optimizer.optimizer.state[flat]
+    values = {
+        "parameter": flat.detach().narrow(0, offset, size),
+        "exp_avg": state["exp_avg"].narrow(0, offset, size),
+        "exp_avg_sq": state["exp_avg_sq"].narrow(0, offset, size),
+    }
+    return Partition(first, first + size, values)
+
+
+def copy_masters_to_parameters(optimizer: Any) -> None:
+    """Set the model's parameters to their fp32 master copies, as a step does at its end. Every rank calls this."""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.update_lp_params()
+        return
+    persistent = optimizer.persistent_parameters  # small ones, which every rank keeps unsharded
+    if persistent:
+        persistent[0].partition(persistent)
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if persistent:
+        persistent[0].all_gather(persistent)
+
+
+def optimizer_state(engine: Any) -> dict[str, Any]:
+    """State that is equal on every rank: steps taken and skipped, fp16's loss scale."""
+    optimizer = engine.optimizer
+    scaler = getattr(optimizer, "loss_scaler", None)
+    steps = {int(optimizer.optimizer.state[flat]["step"]) for flat in _flat_masters(optimizer)}
+    assert len(steps) == 1, f"Adam counts {steps} steps"
+    return {
+        "steps": steps.pop(),
+        "skipped_steps": engine.skipped_steps,
+        "loss_scale": {name: getattr(scaler, name) for name in _LOSS_SCALER_STATE if hasattr(scaler, name)},
+    }
+
+
+def set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
+    """Restore what `optimizer_state` returned after step `step` of the run."""
+    optimizer = engine.optimizer
+    for flat in _flat_masters(optimizer):
+        optimizer.optimizer.state[flat]["step"].fill_(state["steps"])
+    scaler = getattr(optimizer, "loss_scaler", None)  # BF16_Optimizer has none; other stages have one in bf16, too
+    for name, value in state["loss_scale"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+    engine.skipped_steps = state["skipped_steps"]
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+
+
+def _flat_masters(optimizer: Any) -> list[Tensor]:
+    """The fp32 tensors that Adam updates: for each parameter group this rank's partitions, end to end."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return optimizer.fp32_partitioned_groups_flat
+    return [group["params"][0] for group in optimizer.optimizer.param_groups]
