@@ -1,4 +1,4 @@
-"""What is typed first at the tools, with the slips of a first try: a message that says what to do, and exit code 2."""
+"""First use of the tools: their results, and for user errors a message that says what to do and exit code 2."""
 
 import importlib.util
 import io
@@ -17,7 +17,7 @@ from mythos_dist.errors import run_command
 from mythos_dist.model import Mythos
 
 TOOLS = Path(__file__).parents[1] / "tools"
-LEARNERS = ("depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data")
+TOOLS_WITH_HELP = ("depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data")
 
 
 @pytest.fixture
@@ -70,12 +70,12 @@ def write_run(folder: Path, config: Config) -> Path:
 
 def test_generate_continues_a_prompt_from_the_command_line_or_standard_input(tool, run_dir, config, monkeypatch):
     """`</s>` in a prompt is text. A repeated seed repeats the text; --n-loops 1 is not the default."""
-    told = tool("generate", run_dir, "--prompt", "The </s> naïve", "--max-new-tokens", 8)
-    assert (told.code, told.err) == (0, "") and told.out.startswith("[after 3 steps] The </s> naïve")
+    result = tool("generate", run_dir, "--prompt", "The </s> naïve", "--max-new-tokens", 8)
+    assert (result.code, result.err) == (0, "") and result.out.startswith("[after 3 steps] The </s> naïve")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("The </s> naïve".encode())))
-    assert tool("generate", run_dir, "--prompt", "-", "--max-new-tokens", 8).out == told.out
+    assert tool("generate", run_dir, "--prompt", "-", "--max-new-tokens", 8).out == result.out
     other = tool("generate", run_dir, "--prompt", "The </s> naïve", "--max-new-tokens", 8, "--n-loops", 1)
-    assert other.code == 0 and other.out != told.out
+    assert other.code == 0 and other.out != result.out
     none = tool("generate", run_dir, "--prompt", "The", "--max-new-tokens", 0)
     assert none.out == "[after 3 steps] The\n"
     for temperature in ("5e-324", "1e308"):
@@ -83,68 +83,25 @@ def test_generate_continues_a_prompt_from_the_command_line_or_standard_input(too
         assert tool("generate", run_dir, "--prompt", "The", *asked).code == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--n-loops", "0"], "--n-loops=0 must be at least 1"),
-        (["--n-loops", "-2"], "--n-loops=-2 must be at least 1"),
-        (["--n-loops", "1000000000"], "--n-loops=1000000000 must be at most 100000"),
-        (["--temperature", "nan"], "--temperature=nan"),
-        (["--temperature", "inf"], "--temperature=inf"),
-        (["--temperature", "-1"], "--temperature=-1.0"),
-        (["--top-k", "-1"], "--top-k=-1 must be at least 0"),
-        (["--max-new-tokens", "-1"], "--max-new-tokens=-1 must be at least 0"),
-        (["--max-new-tokens", "100000"], "ask for at most 25"),
-        (["--seed", "-1"], "--seed=-1 must be from 0"),
-        (["--seed", str(1 << 64)], "--seed=18446744073709551616 must be from 0"),
-        (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a b c d e " * 200], "shorten it to at most 255 tokens"),
-        (["--prompt", "a\udcff"], "not valid UTF-8"),
-        (["--tokenizer", "nowhere.model"], "nowhere.model: no such file"),
-    ],
-)
-def test_generate_names_what_cannot_be_used(tool, run_dir, arguments, named):
-    told = tool("generate", run_dir, "--prompt", "hello", *arguments)
-    assert told.code == 2 and told.out == "" and named in told.err, told.err
-    assert told.err.count("error: ") == 1
-
-
 def test_generate_names_a_run_without_checkpoint_and_a_tokenizer_that_is_gone(tool, config, shards, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "neither a run nor a checkpoint" in tool("generate", "empty", "--prompt", "hello").err
     write_run(tmp_path / "run", replace(config, data=replace(config.data, path="moved")))
-    told = tool("generate", "run", "--prompt", "hello")
-    assert told.code == 2 and "moved: no such folder" in told.err and "--tokenizer" in told.err
-    told = tool("generate", "run", "--prompt", "hello", "--tokenizer", shards / "tokenizer.model")
-    assert told.code == 0 and told.out.startswith("[after 3 steps] hello")
+    result = tool("generate", "run", "--prompt", "hello")
+    assert result.code == 2 and "moved: no such folder" in result.err and "--tokenizer" in result.err
+    result = tool("generate", "run", "--prompt", "hello", "--tokenizer", shards / "tokenizer.model")
+    assert result.code == 0 and result.out.startswith("[after 3 steps] hello")
 
 
 # --- depth_sweep
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--loops", "0"], "--loops=0 holds ['0']"),
-        (["--loops", "0,,x"], "holds ['0', '', 'x']"),
-        (["--loops", "-1"], "holds ['-1']"),
-        (["--loops", "1,1e9"], "holds ['1e9']"),
-        (["--loops", "1000000000000"], "holds ['1000000000000']"),
-        (["--samples", "0", "--batch", "-1"], "2 problems"),
-        (["--data", "nowhere"], "nowhere: no such folder"),
-        (["--out", "file/x"], "file: cannot be used"),
-    ],
-)
-def test_depth_sweep_names_what_cannot_be_used(tool, run_dir, arguments, named, tmp_path):
-    (tmp_path / "file").touch()
-    told = tool("depth_sweep", run_dir, *arguments)
-    assert told.code == 2 and named in told.err, told.err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
-    told = tool("depth_sweep", run_dir, "--loops", "1, 2", "--samples", 2, "--out", "new/folder/sweep")
-    assert told.code == 0 and sorted(p.name for p in (tmp_path / "new/folder").iterdir()) == ["sweep.json", "sweep.png"]
+    result = tool("depth_sweep", run_dir, "--loops", "1, 2", "--samples", 2, "--out", "new/folder/sweep")
+    assert result.code == 0 and sorted(p.name for p in (tmp_path / "new/folder").iterdir()) == [
+        "sweep.json",
+        "sweep.png",
+    ]
 
 
 # --- all
@@ -153,6 +110,29 @@ def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "named"),
     [
+        ("generate", ["--n-loops", "0"], "--n-loops=0 must be at least 1"),
+        ("generate", ["--n-loops", "-2"], "--n-loops=-2 must be at least 1"),
+        ("generate", ["--n-loops", "1000000000"], "--n-loops=1000000000 must be at most 100000"),
+        ("generate", ["--temperature", "nan"], "--temperature=nan"),
+        ("generate", ["--temperature", "inf"], "--temperature=inf"),
+        ("generate", ["--temperature", "-1"], "--temperature=-1.0"),
+        ("generate", ["--top-k", "-1"], "--top-k=-1 must be at least 0"),
+        ("generate", ["--max-new-tokens", "-1"], "--max-new-tokens=-1 must be at least 0"),
+        ("generate", ["--max-new-tokens", "100000"], "ask for at most 25"),
+        ("generate", ["--seed", "-1"], "--seed=-1 must be from 0"),
+        ("generate", ["--seed", str(1 << 64)], "--seed=18446744073709551616 must be from 0"),
+        ("generate", ["--prompt", ""], "the prompt is empty"),
+        ("generate", ["--prompt", "a b c d e " * 200], "shorten it to at most 255 tokens"),
+        ("generate", ["--prompt", "a\udcff"], "not valid UTF-8"),
+        ("generate", ["--tokenizer", "nowhere.model"], "nowhere.model: no such file"),
+        ("depth_sweep", ["--loops", "0"], "--loops=0 holds ['0']"),
+        ("depth_sweep", ["--loops", "0,,x"], "holds ['0', '', 'x']"),
+        ("depth_sweep", ["--loops", "-1"], "holds ['-1']"),
+        ("depth_sweep", ["--loops", "1,1e9"], "holds ['1e9']"),
+        ("depth_sweep", ["--loops", "1000000000000"], "holds ['1000000000000']"),
+        ("depth_sweep", ["--samples", "0", "--batch", "-1"], "2 problems"),
+        ("depth_sweep", ["--data", "nowhere"], "nowhere: no such folder"),
+        ("depth_sweep", ["--out", "file/x"], "file: cannot be used"),
         ("depth_demo", ["--seeds", "0", "--jobs", "0"], "2 problems"),
         ("depth_demo", ["--jobs", "-1"], "--jobs=-1 must be at least 1"),
         ("depth_demo", ["--settings", "typo"], "--settings names ['typo']"),
@@ -173,23 +153,25 @@ def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
         ("train_tokenizer", ["--input", "text.txt", "--out", "file/x.model"], "file: cannot be used"),
     ],
 )
-def test_a_slip_is_named_before_any_work_is_done(tool, name, arguments, named, tmp_path):
+def test_a_user_error_is_named_before_any_work_is_done(tool, run_dir, name, arguments, named, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "text.txt").write_text("some words " * 100)
-    told = tool(name, *arguments)
-    assert told.code == 2 and named in told.err, told.err
-    assert {p.name for p in tmp_path.iterdir()} <= {"file", "text.txt", "data"}  # of the sample, its text
+    required = {"generate": [run_dir, "--prompt", "hello"], "depth_sweep": [run_dir]}
+    result = tool(name, *required.get(name, []), *arguments)
+    assert result.code == 2 and result.out == "" and named in result.err, result.err
+    assert result.err.count("error: ") == 1
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "text.txt", "data"}  # data: the text of make_sample_data
 
 
 def test_a_depth_task_without_held_out_sequences_is_made_and_is_whole(tool, tmp_path):
-    told = tool("make_depth_task", "--out", "task", "--sequences", 10, "--heldout", 0)
-    assert told.code == 0 and "10 windows for training, 0 held out" in told.out
+    result = tool("make_depth_task", "--out", "task", "--sequences", 10, "--heldout", 0)
+    assert result.code == 0 and "10 windows for training, 0 held out" in result.out
     from mythos_dist.prepare.verify import verify
 
     assert verify(tmp_path / "task").ok
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", TOOLS_WITH_HELP)
 def test_help_names_every_option(tool, name):
-    told = tool(name, "--help")
-    assert told.code == 0 and "usage:" in told.out
+    result = tool(name, "--help")
+    assert result.code == 0 and "usage:" in result.out
