@@ -157,7 +157,7 @@ def test_a_numeric_cluster_name_stays_text(tmp_path):
 def test_where_nothing_fits_the_smallest_cluster_is_named_and_enough(plan):
     """One GPU less than named is too few: the planner's own search on both."""
     code, out, _ = plan("--variant", "10b", "--gpus", "1")
-    assert code == 1 and "what is too large: " in out
+    assert code == 1 and "largest part: " in out
     code, told, _ = plan("--variant", "10b", "--gpus", "1", "--json")
     answer = json.loads(told)
     gpus = answer["smallest_cluster"]
