@@ -1,4 +1,4 @@
-# Every target sets up .venv by itself. PYTHON names the interpreter that it is made with (3.10 or newer).
+# Every target except clean creates .venv if needed. PYTHON is the interpreter that creates it (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -8,29 +8,29 @@ READY := .venv/.ready
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
 
-depth-demo: $(READY)  ## teach small models a task that needs depth, and see whether more loops help; a quarter of an hour
+depth-demo: $(READY)  ## train small models on a task that needs depth, to see whether more loops help; 15 minutes
 	$(BIN)/python tools/depth_demo.py
 
-loop-ablation: $(READY)  ## each switch of the loops alone, at equal FLOPs; an hour or two
+loop-ablation: $(READY)  ## ablate each loop setting alone, at equal FLOPs; 1 to 2 hours
 	$(BIN)/python tools/loop_ablation.py
 
-# Drills and launches wait for each other most of the time: three workers keep two cores busy.
+# Ranks and daemons of the tests wait most of the time: three workers keep two cores busy.
 WORKERS ?= 3
 
-test: $(READY)  ## all that a change needs; a quarter of an hour
+test: $(READY)  ## all tests except the long ones; 15 minutes
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not long"
 
-test-all: $(READY)  ## the long tests too; with MINUTES=20, the long ones only, as many as fit, others each day
+test-all: $(READY)  ## all tests; with MINUTES=20: long tests only, as many as fit, in an order that depends on the date
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(if $(MINUTES),-m long --minutes $(MINUTES))
 
-check: $(READY)  ## lint, types and the quick tests; a minute and a half
+check: $(READY)  ## lint, types and the quick tests; 90 seconds
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright & types=$$!; \
 	$(BIN)/python -m pytest --quiet --numprocesses 3 -m "not launch and not long"; tests=$$?; \
 	wait $$types && exit $$tests
 
-bench: $(READY)  ## against open-mythos, plain loops and the disk, and what loops and recomputation cost; wants an idle machine
+bench: $(READY)  ## compare with open-mythos, plain loops and the disk; cost of loops and recomputation; needs an idle machine
 	$(BIN)/python benchmarks/step_vs_open_mythos.py
 	$(BIN)/python benchmarks/moe_layer.py
 	$(BIN)/python benchmarks/loops.py
@@ -38,11 +38,11 @@ bench: $(READY)  ## against open-mythos, plain loops and the disk, and what loop
 	$(BIN)/python benchmarks/convert_shards.py --memory
 	$(BIN)/python benchmarks/checkpoints.py
 
-clean:  ## everything that the targets above made
+clean:  ## delete everything that the targets above created
 	rm -rf .venv runs data/sample data/sample-source *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-# open-mythos is the tests' reference. Its own requirements pin an older torch, so it lies beside the environment and
-# not in it, and `pip check` stays clean.
+# open-mythos is the tests' reference. It pins an older torch, so it is installed outside the environment's packages and
+# without its requirements; `pip check` then reports no conflict.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --editable '.[dev]'

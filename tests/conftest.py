@@ -1,4 +1,4 @@
-"""What all tests share: few threads, OpenMythos 0.5.0 as the reference for numbers, and one small set of shards."""
+"""Shared by all tests: process limits, the OpenMythos 0.5.0 reference, a small set of shards and a small config."""
 
 import importlib
 import importlib.machinery
@@ -24,21 +24,21 @@ from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 
 pytest_plugins = ["helpers.schedule", "helpers.report"]
 
-# A busy machine is no failure; CI judges a change by the same examples every time, a person's run looks for new ones.
+# No deadline: the machine may be busy. CI uses the same examples in every run, local runs draw new ones.
 hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
 hypothesis_settings.load_profile("patient")
 
-# Streaming keeps a dozen files open per dataset that the process has had, times the datasets before it.
+# Streaming opens a dozen files per dataset, times the number of datasets opened before in the process.
 _, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard if _hard != resource.RLIM_INFINITY else 65536, _hard))
 
-# A shell's background job ignores Ctrl-C, one under nohup SIGHUP, and so would every program that is started here; a
-# script could not undo it.
+# Background jobs of a shell ignore SIGINT, and jobs under nohup ignore SIGHUP. Programs that the tests start would
+# inherit that, and a shell script cannot undo it.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
-# Tensors here are tiny: a second thread costs more in hand-over than it saves.
+# Tensors in tests are tiny: a second thread costs more in synchronization than it saves.
 torch.set_num_threads(1)
 
 
@@ -46,13 +46,13 @@ torch.set_num_threads(1)
 def open_mythos() -> SimpleNamespace:
     """The reference package's modules: `main` and `variants`.
 
-    It lies in a folder of its own, away from the environment's packages, because it asks for others that we do not
-    need; its `__init__`, which imports transformers for seconds, is not run.
+    It is in a folder outside the environment, because it requires packages that we do not need. Its `__init__` is not
+    run, because it imports transformers, which takes seconds.
     """
     folder = os.environ.get("OPEN_MYTHOS") or str(REPOSITORY / ".venv" / "reference")
     spec = importlib.machinery.PathFinder.find_spec("open_mythos", [folder])
     if spec is None:
-        pytest.fail(f"OpenMythos 0.5.0 is not in {folder}; `make test` installs it there", pytrace=False)
+        pytest.fail(f"OpenMythos 0.5.0 not found in {folder}; `make test` installs it", pytrace=False)
     sys.modules["open_mythos"] = importlib.util.module_from_spec(spec)
     return SimpleNamespace(
         main=importlib.import_module("open_mythos.main"), variants=importlib.import_module("open_mythos.variants")
@@ -61,27 +61,28 @@ def open_mythos() -> SimpleNamespace:
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_memory_of_killed_runs(tmp_path_factory):
-    """Remove what runs that a test killed have left in /dev/shm: streaming's next dataset would open all of it.
+    """Remove /dev/shm segments of killed runs at the end: streaming's next dataset would open all of them.
 
-    Other jobs' memory stays: a data set's `locals` name the folder it reads, and only this session's folders count.
+    Segments of other jobs stay: a dataset's `locals` segment contains the folder it reads, and only folders of this
+    session are considered.
     """
     yield
-    ours = str(tmp_path_factory.getbasetemp()).encode()
+    session_folder = str(tmp_path_factory.getbasetemp()).encode()
     for names in Path("/dev/shm").glob("??????_locals"):
-        if ours in names.read_bytes():
+        if session_folder in names.read_bytes():
             for segment in names.parent.glob(names.name.removesuffix("locals") + "*"):
                 segment.unlink(missing_ok=True)
 
 
 @pytest.fixture
 def seed() -> int:
-    """For what a test draws at random: $SEED, the same in all of CI, or a new one. A failure's report has it."""
+    """Seed for random choices of a test: $SEED; otherwise 1 in CI, and random elsewhere. Failure reports show it."""
     return int(os.environ.get("SEED") or ("CI" in os.environ) or random.SystemRandom().randrange(2**32))
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
-    """Shards of 32 tokens from CPython's help, vocabulary 512."""
+    """Shards with samples of 32 tokens from CPython's help, vocabulary 512."""
     work = tmp_path_factory.mktemp("shards")
     corpus = write_sample_corpus(work / "corpus.parquet")
     tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", 512)
@@ -91,11 +92,11 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def settings(shards) -> list[str]:
-    """Command line of a small run, without run.dir."""
+    """Command-line arguments of a small run, without run.dir."""
     return [str(TINY), *SMALL, f"data.path={shards}"]
 
 
 @pytest.fixture(scope="session")
 def config(settings) -> Config:
-    """The same as a Config."""
+    """`settings` as a Config."""
     return load_config(settings[0], settings[1:])

@@ -1,7 +1,8 @@
 """Kill a small run many times and compare it bit for bit with an undisturbed one: `python tests/soak.py --kills 200`.
 
-Kills come at random moments, and before, after and in the middle of every call that changes the run folder. Exit code
-0, or a traceback that names what differs and where the last kills were; the folder is kept then.
+The run is killed at random times, and before, after and in the middle of every call that changes the run folder. On
+success the exit code is 0; otherwise a traceback shows the differences and the points of the last kills. The folder is
+kept.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from helpers.small_run import SMALL, TINY
-from helpers.soak import Soak, leftovers_in_shared_memory
+from helpers.soak import Soak, remove_shared_memory
 from tqdm import tqdm
 
 from mythos_dist.data.tokenizer import train_tokenizer
@@ -21,11 +22,13 @@ from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 
 
 def main() -> None:
-    """Make shards, then kill."""
+    """Build shards, then kill and compare runs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="(a new one)")
-    parser.add_argument("--kills", type=int, default=200, help="(%(default)s)")
-    parser.add_argument("--seconds", type=float, default=3600, help="ends sooner after this time (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=random.SystemRandom().randrange(2**32), help="seed of all random choices (random)"
+    )
+    parser.add_argument("--kills", type=int, default=200, help="number of kills (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3600, help="stop after this time (%(default)s)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {arguments.seed}, in {folder}", flush=True)
@@ -39,12 +42,12 @@ def main() -> None:
             soak = Soak(settings, folder, arguments.seed, on_kill=bar.update)
             soak.run(arguments.kills, arguments.seconds)
     finally:
-        leftovers_in_shared_memory(folder)
-    points = Counter(where.partition(" ")[0] for where in soak.kills)
+        remove_shared_memory(folder)
+    points = Counter(kill.partition(" ")[0] for kill in soak.kills)
     print(
         f"{len(soak.kills)} kills in {time.monotonic() - begin:.0f} s: {points['before']} before, {points['after']} "
-        f"after and {points['half']} in the middle of a call, {points['at']} at random; {len(soak._untried())} places "
-        f"left; {soak.runs} runs, each equal to the undisturbed one"
+        f"after and {points['half']} in the middle of a call, {points['at']} at random; "
+        f"{len(soak.untried_points())} points untried; {soak.runs} runs, each equal to the undisturbed one"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a start does not import: modules that a run or a tool never uses, by name, in a process of its own."""
+"""Runs, tools and commands do not import modules that they never use. Each case runs in its own process."""
 
 import json
 import subprocess
@@ -17,32 +17,32 @@ SCRIPTS = [
 ]
 COMMANDS = ["mythos_dist.train", "mythos_dist.ops.doctor", "mythos_dist.ops.cluster.allocation"]
 
-# Top-level packages that are installed with ours, and why a plain run without wandb needs none of them.
+# Installed top-level packages, and why a plain run without wandb does not need them.
 UNUSED = {
-    "transformers": "streaming's datasets of text import it: 2,800 files are read",
-    "torchvision": "streaming's datasets of images import it",
-    "streaming": "its shard reader is imported alone, and leaves no module of this name",
+    "transformers": "streaming's text datasets import it: 2,800 files are read",
+    "torchvision": "streaming's image datasets import it",
+    "streaming": "its shard reader is imported alone, without leaving a module of this name",
     "setuptools": "DeepSpeed's table of compatible ops imports it, and then runs the C compiler",
     "wandb": "run.wandb=disabled",
-    "matplotlib": "only tools draw",
+    "matplotlib": "only tools plot",
     "tokenizers": "shards hold token ids, not text",
     "sentencepiece": "shards hold token ids, not text",
     "huggingface_hub": "nothing is downloaded",
     "fsspec": "shards are local files",
-    "pandas": "nothing here uses it; libraries import it where it is installed",
+    "pandas": "unused; libraries import it if it is installed",
 }
 
 
 def run(code: str, *arguments: str) -> str:
-    """The standard output of a fresh interpreter that runs `code`."""
+    """Run `code` in a new interpreter and return its standard output."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=480, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_run_imports_nothing_that_it_does_not_use(settings, tmp_path):
-    """From the command line to the end of a run of one step, and what was imported before the group was frozen."""
+def test_a_run_imports_no_unused_package(settings, tmp_path):
+    """A run of one step, from the command line to its end. Also: objects of imported modules are frozen for the gc."""
     code = """if True:
         import gc, json, sys
         from mythos_dist.train.__main__ import main
@@ -58,8 +58,8 @@ def test_a_run_imports_nothing_that_it_does_not_use(settings, tmp_path):
     assert frozen > 100_000 and collects, "objects of imported modules are not collected; later ones are"
 
 
-def test_a_checkpoint_is_opened_and_a_model_built_without_the_compiler():
-    """torch._dynamo is 800 modules and 1.2 s of CPU. Training imports it in any case: torch's optimizers do."""
+def test_restore_and_model_import_no_compiler():
+    """torch._dynamo is 800 modules and 1.2 s of CPU. Training imports it anyway, through torch's optimizers."""
     code = """if True:
         import sys
         import mythos_dist.checkpoint.restore, mythos_dist.train.loop
@@ -69,8 +69,8 @@ def test_a_checkpoint_is_opened_and_a_model_built_without_the_compiler():
     assert run(code) == "False True\n"
 
 
-def test_help_and_usage_errors_need_no_torch():
-    """Of every tool and command, one after the other in one process: the first one that imports torch is named."""
+def test_help_and_usage_errors_import_no_torch():
+    """All tools and commands run one after the other in one process; the first that imports torch fails the test."""
     code = """if True:
         import contextlib, io, runpy, sys
 
@@ -81,8 +81,8 @@ def test_help_and_usage_errors_need_no_torch():
                     try:
                         run = runpy.run_path if name.endswith(".py") else runpy.run_module
                         run(name, run_name="__main__")
-                    except SystemExit as left:
-                        assert left.code == (0 if arguments == ["--help"] else 2), (sys.argv, left.code)
+                    except SystemExit as error:
+                        assert error.code == (0 if arguments == ["--help"] else 2), (sys.argv, error.code)
                     else:
                         raise AssertionError(f"{sys.argv} did not exit")
                 assert "torch" not in sys.modules, f"{sys.argv} imported torch"
@@ -91,7 +91,7 @@ def test_help_and_usage_errors_need_no_torch():
     assert run(code, *SCRIPTS, *COMMANDS) == "done\n"
 
 
-def test_the_shard_reader_alone_leaves_streaming_as_it_is():
+def test_importing_the_shard_reader_alone_does_not_change_streaming():
     """The reader is streaming's own, and a later `import streaming` gets all packages and their attributes."""
     code = """if True:
         import sys
@@ -107,8 +107,8 @@ def test_the_shard_reader_alone_leaves_streaming_as_it_is():
     assert run(code) == "streaming.base.format.mds.reader set()\nTrue False\n"
 
 
-def test_threads_may_import_the_shard_reader_at_once():
-    """A second thread once met the packages that are empty during the import."""
+def test_threads_can_import_the_shard_reader_concurrently():
+    """A second thread once got the placeholder packages that exist during the import."""
     code = """if True:
         from concurrent.futures import ThreadPoolExecutor
         from mythos_dist.data.windows import import_reader

@@ -1,4 +1,4 @@
-"""The suite's own tools: what goes to a worker, in which order, which part of the long tests, what a failure prints."""
+"""The suite's plugins: units of work and their order, the time limit of the long tests, the report of a failure."""
 
 import ast
 import functools
@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture
 def project(pytester):
-    """A folder of tests with the suite's plugins."""
+    """An empty test folder with the suite's plugins."""
     pytester.makeini(f"[pytest]\npythonpath = {TESTS}\ntmp_path_retention_policy = failed")
     pytester.makeconftest('pytest_plugins = ["helpers.schedule", "helpers.report"]')
     return pytester
@@ -29,22 +29,23 @@ def test_units_are_files_tests_or_launches():
     assert unit_of(grid) == "tests/parallel/test_parity_grid.py 4"
 
 
-def test_the_longest_come_first_and_what_waits_beside_what_computes(monkeypatch):
+def test_long_files_come_first_and_waiting_and_computing_files_are_interleaved(monkeypatch):
     seconds = {"tests/a.py": 10, "tests/b.py": 60, "tests/c.py": 30, "tests/cluster/d.py": 50, "tests/cluster/e.py": 50}
     monkeypatch.setattr(schedule, "seconds_by_file", lambda: seconds)
-    place = order([f"{file}::test_{i}" for file in seconds for i in range(2)])
-    by_place = sorted(place, key=lambda unit: place[unit])
-    assert [unit for unit in by_place if "cluster" not in unit] == ["tests/b.py", "tests/c.py", "tests/a.py"]
-    assert place["tests/cluster/e.py"] == 0.5 and place["tests/c.py"] == 0.6 and place["tests/a.py"] == 0.9
+    positions = order([f"{file}::test_{i}" for file in seconds for i in range(2)])
+    units = sorted(positions, key=lambda unit: positions[unit])
+    assert [unit for unit in units if "cluster" not in unit] == ["tests/b.py", "tests/c.py", "tests/a.py"]
+    assert positions["tests/cluster/e.py"] == 0.5
+    assert positions["tests/c.py"] == 0.6 and positions["tests/a.py"] == 0.9
 
 
-def test_files_of_no_seconds_have_an_order_too(monkeypatch):
-    """Such a file, run alone, once ended in a division by zero."""
+def test_files_with_zero_seconds_have_an_order(monkeypatch):
+    """Running such a file alone once raised ZeroDivisionError."""
     monkeypatch.setattr(schedule, "seconds_by_file", lambda: {"tests/a.py": 0.0})
     assert order(["tests/a.py::test_1", "tests/a.py::test_2"]) == {"tests/a.py": 0}
 
 
-def test_seconds_are_written_into_the_last_column(monkeypatch, tmp_path):
+def test_seconds_are_written_to_the_last_column(monkeypatch, tmp_path):
     monkeypatch.setattr(schedule, "TESTS", tmp_path)
     (tmp_path / "README.md").write_text("| `a.py` | x | y |  |\n| `b.py` | x 1.5 | y | 9.0 |\n")
     write_seconds({"tests/a.py": 1.26})
@@ -54,28 +55,31 @@ def test_seconds_are_written_into_the_last_column(monkeypatch, tmp_path):
 
 @functools.cache
 def _names(source: Path) -> set[str]:
-    """What a module's top level defines; of a package, its modules too."""
-    found = {"*"} | ({entry.stem for entry in source.parent.iterdir()} if source.stem == "__init__" else set())
+    """Names defined at the top level of a module; for a package, also the names of its modules."""
+    names = {"*"}
+    if source.stem == "__init__":
+        names |= {entry.stem for entry in source.parent.iterdir()}
     module = ast.parse(source.read_text())
-    for node in (node for statement in module.body for node in _outside_of_functions(statement)):
+    for node in (node for statement in module.body for node in _outside_functions(statement)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.alias):
-            found.add((node.asname or node.name).partition(".")[0])
+            names.add((node.asname or node.name).partition(".")[0])
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
+            names.add(node.id)
+    return names
 
 
-def _outside_of_functions(node: ast.AST):
+def _outside_functions(node: ast.AST):
+    """The node and its descendants, without the bodies of functions and classes."""
     yield node
     if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         for child in ast.iter_child_nodes(node):
-            yield from _outside_of_functions(child)
+            yield from _outside_functions(child)
 
 
 def test_every_name_that_a_test_imports_exists():
-    """Those inside functions too: such a test once failed in CI only. (Pyright reads the package, not the tests.)"""
+    """Also imports inside functions: one of them once failed in CI only. (Pyright does not check the tests.)"""
     missing = []
     for file in sorted(TESTS.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -88,8 +92,8 @@ def test_every_name_that_a_test_imports_exists():
 
 
 @pytest.mark.launch
-def test_no_test_begins_after_the_minutes_are_over(project, monkeypatch):
-    """And each date has an order of its own, that files keep together in."""
+def test_no_test_starts_after_the_time_limit(project, monkeypatch):
+    """Each date has its own order, which keeps the tests of a file together."""
     for name in "abcdef":
         project.makepyfile(**{f"test_{name}": "def test_one(): pass\ndef test_two(): pass"})
     orders = set()
@@ -105,11 +109,11 @@ def test_no_test_begins_after_the_minutes_are_over(project, monkeypatch):
     monkeypatch.setenv("MYTHOS_TEST_END", "0")
     result = project.runpytest_subprocess("--minutes", "5")
     result.assert_outcomes(skipped=12)
-    result.stdout.fnmatch_lines(["*the part of 2026-01-04: 0 units ran, 6 did not begin*"])
+    result.stdout.fnmatch_lines(["*order of 2026-01-04: 0 units ran, 6 did not start*"])
 
 
 @pytest.mark.launch
-def test_a_failure_says_how_to_run_it_alone_and_shows_every_ranks_last_lines(project):
+def test_a_failure_prints_the_rerun_command_and_the_last_lines_of_every_rank(project):
     project.makepyfile(
         test_run="""
         import sys
@@ -120,14 +124,14 @@ def test_a_failure_says_how_to_run_it_alone_and_shows_every_ranks_last_lines(pro
         def seed():
             return 7
 
-        def say():
-            print("a rank's last words", file=sys.stderr)
+        def fail():
+            print("the last line of a rank", file=sys.stderr)
             sys.exit(5)
 
         def test_it(tmp_path, seed):
             (tmp_path / "run" / "logs").mkdir(parents=True)
             (tmp_path / "run" / "logs" / "rank-00003.log").write_text("step 1\\nstep 2\\n")
-            assert launch(2, say).codes == [0, 0]
+            assert launch(2, fail).codes == [0, 0]
         """
     )
     result = project.runpytest_subprocess()
@@ -136,6 +140,6 @@ def test_a_failure_says_how_to_run_it_alone_and_shows_every_ranks_last_lines(pro
     assert re.search(r"SEED=7 python -m pytest test_run\.py::test_it$", text, re.M), text
     assert re.search(r"^-+ run/logs/rank-00003\.log -+\nstep 1\nstep 2$", text, re.M), text
     for rank in (0, 1):
-        assert re.search(rf"^-+ rank {rank} of launch 1, exit code 5 -+\na rank's last words$", text, re.M), text
-    (folder,) = re.findall(r"its folder, which stays -+\n(\S+)$", text, re.M)
+        assert re.search(rf"^-+ rank {rank} of launch 1, exit code 5 -+\nthe last line of a rank$", text, re.M), text
+    (folder,) = re.findall(r"test folder \(kept\) -+\n(\S+)$", text, re.M)
     assert (project.path / folder / "run").is_dir()

@@ -23,7 +23,7 @@ LAYOUTS = ("parallel.tensor=2", "parallel.expert=2"), ("parallel.pipe=2",)  # 2 
 
 
 def main() -> None:
-    """Run the demo from the repository root. It replaces the run folder of an earlier demo, not of another run."""
+    """Run the demo from the repository root. It deletes the run folder of an earlier demo, but not of any other run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stop-at", type=int, default=50, help="kill the first run after this step (%(default)s)")
     stop_at = parser.parse_args().stop_at

@@ -1,17 +1,17 @@
-"""A program that gets SIGINT at one point of its imports, whatever the speed of the machine."""
+"""Run a program that gets SIGINT at a chosen import, independent of the speed of the machine."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-# Import asks this finder first; it finds no module, so the next one does.
+# This finder comes first in sys.meta_path. It returns None, so the import continues with the next finder.
 _PROGRAM = """
 import os, runpy, signal, sys
-_, wanted, program, *sys.argv[1:] = sys.argv
+_, module, program, *sys.argv[1:] = sys.argv
 sys.argv[0] = program
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == wanted:
+        if name == module:
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
@@ -23,6 +23,6 @@ else:
 
 
 def interrupted_import(module: str, program: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `program`, a file or the name of a module; it gets SIGINT when it begins to import `module`."""
+    """Run `program`, a file or a module name; it gets SIGINT when it starts to import `module`."""
     command = [sys.executable, "-c", _PROGRAM, module, str(program), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=400)

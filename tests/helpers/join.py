@@ -1,7 +1,7 @@
-"""A program for launchers: the ranks meet as those of a training run do, send one message, and leave.
+"""A program for launcher tests: ranks join as in a training run, run one all-reduce and exit.
 
-`python -m helpers.join CONFIG.yaml [section.key=value ...]` prints "joined 2 of 5" on each rank. With FAIL_FIRST in the
-environment the last rank of the first attempt kills itself once all have met.
+`python -m helpers.join CONFIG.yaml [section.key=value ...]` prints "joined 2 of 5" on each rank. If the environment
+has FAIL_FIRST, the last rank of the first attempt kills itself after all ranks have joined.
 """
 
 import os
@@ -23,8 +23,8 @@ def main() -> None:
     from mythos_dist.ops.session import join
 
     session = join(config, rank_info, StopRequest())
-    first = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    if first and rank_info.rank == rank_info.world_size - 1:
+    fail = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if fail and rank_info.rank == rank_info.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     ranks = torch.ones(1)
     dist.all_reduce(ranks)

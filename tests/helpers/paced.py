@@ -1,9 +1,8 @@
-"""An interpreter for drills: training waits before each late step of a new run, so a fault comes while it is under way.
+"""A Python wrapper for drills: training sleeps before each late step of a new run, so that the fault occurs in time.
 
-A run that is too short ends before the fault reaches it, a long one computes for nothing; a run that sleeps does
-neither. `paced(folder, step, seconds)` writes the interpreter. It runs `-m mythos_dist.train` as Python does, but for
-`time.sleep(seconds)` before each step from `step` on; if the run folder has a run already, and for all other modules,
-it is Python and no more.
+A short run could end before the fault, and a long one would waste compute. `paced(folder, step, seconds)` writes the
+wrapper. It runs `-m mythos_dist.train` as Python does, but calls `time.sleep(seconds)` before each step from `step` on.
+For other modules, and if the run folder already contains a run, it is plain Python.
 """
 
 import os
@@ -17,11 +16,11 @@ MODULE = "mythos_dist.train"
 
 
 def paced(folder: Path, step: int, seconds: float) -> Path:
-    """The path of the interpreter, a script in `folder`."""
+    """Write the wrapper, a script in `folder`, and return its path."""
     script, python = folder / "python", shlex.quote(sys.executable)
-    here = shlex.quote(str(Path(__file__).resolve()))
+    this = shlex.quote(str(Path(__file__).resolve()))
     script.write_text(
-        f'#!/bin/sh\n[ "$1 $2" != "-m {MODULE}" ] || exec {python} {here} {step} {seconds} "$@"\nexec {python} "$@"\n'
+        f'#!/bin/sh\n[ "$1 $2" != "-m {MODULE}" ] || exec {python} {this} {step} {seconds} "$@"\nexec {python} "$@"\n'
     )
     script.chmod(0o755)
     return script
@@ -29,10 +28,10 @@ def paced(folder: Path, step: int, seconds: float) -> Path:
 
 def main() -> None:
     step, seconds = int(sys.argv[1]), float(sys.argv[2])
-    sys.argv[:] = sys.argv[4:]  # the module, as its own name, and its arguments
-    sys.path[0] = os.getcwd()  # as -m has it
+    sys.argv[:] = sys.argv[4:]  # the module name and its arguments
+    sys.path[0] = os.getcwd()  # as `python -m` sets it
     folders = [text.removeprefix("run.dir=") for text in sys.argv if text.startswith("run.dir=")]
-    # Asked before the roll call, which no rank passes alone: rank 0 has not claimed the folder yet.
+    # All ranks check this before the roll call, so before rank 0 writes writer.json.
     if folders and not Path(folders[-1], "writer.json").exists():
         from mythos_dist.ops.cluster.inject import FaultInjector
 

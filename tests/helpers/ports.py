@@ -1,7 +1,7 @@
-"""TCP ports for tests that start ranks: one port, one launch, also when several test sessions run on this machine.
+"""A separate TCP port for each launch of ranks, also when several test sessions run on this machine.
 
-A port that the kernel hands out (bind to 0, close, pass the number on) can be handed out again before the ranks listen.
-So ports are taken from below the kernel's own range, and a lock on a file holds each for as long as its launch runs.
+A port assigned by the kernel (bind to 0, close, pass the number on) can be assigned again before the ranks listen. So
+ports are taken from below the kernel's ephemeral range, and each is reserved by a file lock while its launch runs.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-_PORTS = range(20000, 32000)  # /proc/sys/net/ipv4/ip_local_port_range begins at 32768
+_PORTS = range(20000, 32000)  # /proc/sys/net/ipv4/ip_local_port_range starts at 32768
 
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port of 127.0.0.1 at which nothing listens, and which no other test takes while the context is open."""
+    """A free port of 127.0.0.1 that no other test uses while the context is open."""
     folder = Path(tempfile.gettempdir(), f"mythos-test-ports-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
@@ -26,11 +26,11 @@ def reserved_port() -> Iterator[int]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with socket.socket() as probe:
-                    # Connections of an earlier launch may still wait for their last packets.
+                    # Connections of an earlier launch may still be in TIME_WAIT.
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
             yield port
             return
-    raise RuntimeError(f"no port of {_PORTS} is free")
+    raise RuntimeError(f"no free port from {_PORTS.start} to {_PORTS.stop - 1}")

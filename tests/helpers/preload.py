@@ -1,4 +1,4 @@
-"""What the fork server has imported before it forks a rank: all that a run imports, and what tests begin with."""
+"""Modules that the fork server imports before it forks a rank: those of a training run, and those that tests use."""
 
 import gc
 import importlib
@@ -21,6 +21,6 @@ MODULES = (
 for module in MODULES:
     importlib.import_module(module)
 
-# The collector of a forked rank would otherwise visit all of this, and so copy every page of it.
+# Without this the garbage collector of a forked rank would visit all of these objects, and so copy their memory pages.
 gc.collect()
 gc.freeze()

@@ -1,6 +1,6 @@
-"""What is printed below a failed test: how to run it alone, its folder, and the last lines of every rank.
+"""Sections added to the report of a failed test: the command to rerun it, its folder, and the last lines of every rank.
 
-The folder is kept (tmp_path_retention_policy in pyproject.toml), those of tests that passed are not.
+Folders of failed tests are kept, those of passed tests are deleted (tmp_path_retention_policy in pyproject.toml).
 """
 
 import os
@@ -21,8 +21,8 @@ def pytest_runtest_setup(item):
 def pytest_runtest_makereport(item, call):
     report = yield
     if report.failed:
-        report.sections.append(("to run it alone", command_of(item)))
-        report.sections += logs_below(getattr(item, "funcargs", {}).get("tmp_path"))
+        report.sections.append(("rerun with", rerun_command(item)))
+        report.sections += folder_and_logs(getattr(item, "funcargs", {}).get("tmp_path"))
         report.sections += [
             (f"rank {rank} of launch {number}, exit code {code}", tail)
             for number, result in enumerate(launch.recent[-2:], 1 + max(0, len(launch.recent) - 2))
@@ -31,8 +31,8 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def command_of(item: pytest.Item) -> str:
-    """A shell's line that runs this test, with what its random choices depend on."""
+def rerun_command(item: pytest.Item) -> str:
+    """The shell command that runs this test, with the variables that set its random choices."""
     variables = {name: os.environ[name] for name in ("CI", "FUZZ_EXAMPLES") if name in os.environ}
     if "seed" in getattr(item, "funcargs", {}):
         variables["SEED"] = item.funcargs["seed"]
@@ -42,12 +42,12 @@ def command_of(item: pytest.Item) -> str:
     )
 
 
-def logs_below(folder: Path | None) -> list[tuple[str, str]]:
-    """(title, last lines) of each rank's log below a test's folder, and where the folder is."""
+def folder_and_logs(folder: Path | None) -> list[tuple[str, str]]:
+    """(title, text) of the test's folder and of the last lines of each rank's log below it."""
     if folder is None or not folder.exists():
         return []
-    found = [("its folder, which stays", str(folder))]
+    sections = [("test folder (kept)", str(folder))]
     for log in sorted(folder.rglob("logs/*.log"))[:16]:
         tail = log.read_text(errors="replace").splitlines()[-LINES:]
-        found.append((str(log.relative_to(folder)), "\n".join(tail)))
-    return found
+        sections.append((str(log.relative_to(folder)), "\n".join(tail)))
+    return sections

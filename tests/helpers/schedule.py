@@ -1,10 +1,10 @@
-"""Which tests run, in which order, and what shares a worker.
+"""Which tests run, in which order, and which tests run on the same worker.
 
-Tests of one file share a worker, because they share what its fixtures made. Tests of a file in APART need nothing of
-each other and go to any worker. The seconds in tests/README.md decide the order.
+Tests of one file run on the same worker, because they share its fixtures. Tests of a file in SPLIT_FILES run
+on any worker, because they are independent. The order follows the seconds in tests/README.md.
 
-A test marked `long` is left out of `make test`. With `--minutes M` tests begin in an order that today's date decides,
-and after M minutes no other one begins: every few days all of them have run.
+`make test` excludes tests marked `long`. With `--minutes M` tests run in an order that depends on today's date, and no
+test starts after M minutes: within a few days all of them run.
 """
 
 import datetime
@@ -19,24 +19,24 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parents[1]
-APART = ("tests/cluster/test_drills.py", "tests/cluster/test_launchers.py")
+SPLIT_FILES = ("tests/cluster/test_drills.py", "tests/cluster/test_launchers.py")
 WAITING = ("tests/cluster/", "tests/launch/")
-_DATE, _END = "MYTHOS_TEST_DATE", "MYTHOS_TEST_END"  # for the workers: what the first process decided
+_DATE, _END = "MYTHOS_TEST_DATE", "MYTHOS_TEST_END"  # environment variables that the main process sets for the workers
 
 
 def seconds_by_file() -> dict[str, float]:
-    """Path -> seconds, from the table's last column; a file without a figure is not in it."""
+    """Path -> seconds, from the last column of the tables; files without a value are left out."""
     rows = re.findall(r"^\| `([^`]+\.py)` .*\| *([\d.]+) \|$", (TESTS / "README.md").read_text(), re.M)
     return {f"tests/{name}": float(seconds) for name, seconds in rows}
 
 
-def write_seconds(spent: dict[str, float]) -> None:
-    """Fill the table's last column in for the files that are in `spent`."""
+def write_seconds(seconds_of: dict[str, float]) -> None:
+    """Update the last column of the tables for the files in `seconds_of`."""
     table = TESTS / "README.md"
 
-    def row(found: re.Match) -> str:
-        seconds = spent.get(f"tests/{found[2]}")
-        return found[0] if seconds is None else f"{found[1]} {seconds:.1f} |"
+    def row(match: re.Match) -> str:
+        seconds = seconds_of.get(f"tests/{match[2]}")
+        return match[0] if seconds is None else f"{match[1]} {seconds:.1f} |"
 
     table.write_text(re.sub(r"^(\| `([^`]+\.py)` .*\|) *[\d.]* *\|$", row, table.read_text(), flags=re.M))
 
@@ -46,36 +46,39 @@ def file_of(nodeid: str) -> str:
 
 
 def unit_of(nodeid: str) -> str:
-    """What goes to one worker as a whole: a file; a test; of the parity grid what shares a launch."""
+    """The tests that run on one worker: a file; a single test of SPLIT_FILES; parity-grid tests that share a launch."""
     file = file_of(nodeid)
     ranks = re.search(r"\[(\d) ranks, ", nodeid)
-    return nodeid if file in APART else f"{file} {ranks[1]}" if ranks else file
+    if file in SPLIT_FILES:
+        return nodeid
+    return f"{file} {ranks[1]}" if ranks else file
 
 
 def order(nodeids: list[str]) -> dict[str, float]:
-    """Unit -> its place: the longest first, and at any time both what computes and what waits.
+    """Unit -> position in [0, 1): longest first, with waiting and computing units interleaved.
 
-    WAITING files leave the processor idle. Units of either kind stand where their kind's seconds before them are the
-    same share of all its seconds.
+    WAITING files leave the processor idle. The position of a unit is the share of its kind's seconds (waiting or
+    computing) that come before it, so that at any time units of both kinds run.
     """
     seconds, tests = seconds_by_file(), Counter(map(file_of, nodeids))
-    spent: Counter[str] = Counter()
+    unit_seconds: Counter[str] = Counter()
     for nodeid in nodeids:
         file = file_of(nodeid)
-        spent[unit_of(nodeid)] += max(seconds.get(file, 1), 0.1) / tests[file]  # the table rounds down to 0.0
-    place: dict[str, float] = {}
+        unit_seconds[unit_of(nodeid)] += max(seconds.get(file, 1), 0.1) / tests[file]  # the table rounds down to 0.0
+    positions: dict[str, float] = {}
     for waits in (False, True):
-        units = sorted((unit for unit in spent if unit.startswith(WAITING) == waits), key=lambda unit: -spent[unit])
-        total = sum(spent[unit] for unit in units)
+        units = [unit for unit in unit_seconds if unit.startswith(WAITING) == waits]
+        units.sort(key=lambda unit: -unit_seconds[unit])
+        total = sum(unit_seconds[unit] for unit in units)
         before = 0.0
         for unit in units:
-            place[unit] = before / total
-            before += spent[unit]
-    return place
+            positions[unit] = before / total
+            before += unit_seconds[unit]
+    return positions
 
 
 class Scheduling(LoadScopeScheduling):
-    """Whole units, in the order of collection."""
+    """Assigns units to workers in collection order."""
 
     def _split_scope(self, nodeid: str) -> str:
         return unit_of(nodeid)
@@ -88,11 +91,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_addoption(parser):
-    words = "run the tests marked long, or those that are asked for, in today's order, and begin none after this time"
-    parser.addoption("--minutes", type=float, help=words)
-    parser.addoption(
-        "--write-seconds", action="store_true", help="into the tables of tests/README.md, for each file that ran"
-    )
+    minutes_help = "run the selected tests in an order that depends on the date, and start none after this time"
+    parser.addoption("--minutes", type=float, help=minutes_help)
+    seconds_help = "write the seconds of each file that ran to the tables of tests/README.md"
+    parser.addoption("--write-seconds", action="store_true", help=seconds_help)
 
 
 def pytest_configure(config):
@@ -105,31 +107,32 @@ def pytest_collection_modifyitems(config, items):
     if config.option.minutes is not None:
         units = sorted({unit_of(item.nodeid) for item in items})
         random.Random(os.environ[_DATE]).shuffle(units)
-        place: dict[str, float] = {unit: index for index, unit in enumerate(units)}
+        positions: dict[str, float] = {unit: index for index, unit in enumerate(units)}
     else:
-        place = order([item.nodeid for item in items])
-    items.sort(key=lambda item: place[unit_of(item.nodeid)])
+        positions = order([item.nodeid for item in items])
+    items.sort(key=lambda item: positions[unit_of(item.nodeid)])
 
 
 def pytest_runtest_setup(item):
     if item.config.option.minutes is not None and time.time() > float(os.environ[_END]):
-        pytest.skip(f"{item.config.option.minutes:g} minutes are over")
+        pytest.skip(f"time limit of {item.config.option.minutes:g} minutes reached")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The seconds of each file, and with --minutes which units ran."""
+    """Write the seconds of each file; with --minutes, list the units that ran."""
     if config.option.write_seconds:
-        spent: Counter[str] = Counter()
-        for report in (report for reports in terminalreporter.stats.values() for report in reports):
-            if isinstance(report, pytest.TestReport):
-                spent[file_of(report.nodeid)] += report.duration
-        write_seconds(spent)
+        seconds_of: Counter[str] = Counter()
+        for reports in terminalreporter.stats.values():
+            for report in reports:
+                if isinstance(report, pytest.TestReport):
+                    seconds_of[file_of(report.nodeid)] += report.duration
+        write_seconds(seconds_of)
     if config.option.minutes is None:
         return
     ran = {
         unit_of(report.nodeid) for name in ("passed", "failed", "error") for report in terminalreporter.getreports(name)
     }
-    left = {unit_of(report.nodeid) for report in terminalreporter.getreports("skipped")} - ran
-    terminalreporter.section(f"the part of {os.environ[_DATE]}: {len(ran)} units ran, {len(left)} did not begin")
+    not_started = {unit_of(report.nodeid) for report in terminalreporter.getreports("skipped")} - ran
+    terminalreporter.section(f"order of {os.environ[_DATE]}: {len(ran)} units ran, {len(not_started)} did not start")
     for unit in sorted(ran):
         terminalreporter.write_line(unit)

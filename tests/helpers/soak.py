@@ -1,7 +1,7 @@
-"""A run that is killed over and over, at random moments and at every call that changes its folder, and resumed.
+"""A run that is killed repeatedly, at random times and at every call that changes its folder, and resumed.
 
-Rule: whenever it was killed, in the end its metrics, its evaluations and the bytes of its last checkpoint are those of
-a run to which nothing happened, and nothing that it had begun to write is left.
+Rule: wherever it was killed, the completed run has the metrics, the evaluations and the bytes of the last checkpoint of
+an undisturbed run, and no partially written files.
 """
 
 import contextlib
@@ -18,86 +18,90 @@ from helpers.kill_points import labels
 from helpers.launch import Launch, train
 
 STEPS = 10
-# Gradients of batches 3 and 4 are not finite: in step 5 the run goes back to the checkpoint of step 2.
+# Gradients of batches 3 and 4 are not finite: in step 5 the run rolls back to the checkpoint of step 2.
 SETTINGS = [
-    *(
-        f"train.steps={STEPS}",
-        "train.global_batch=2",
-        "train.eval_every=4",
-        "checkpoint.every=2",
-        "checkpoint.keep=2",
-        "checkpoint.pin=[4]",
-    ),
-    *("faults.inject=bad_batch@3:0,bad_batch@4:0", "faults.roll_back_after=2", "loops.distribution=poisson"),
+    f"train.steps={STEPS}",
+    "train.global_batch=2",
+    "train.eval_every=4",
+    "checkpoint.every=2",
+    "checkpoint.keep=2",
+    "checkpoint.pin=[4]",
+    "faults.inject=bad_batch@3:0,bad_batch@4:0",
+    "faults.roll_back_after=2",
+    "loops.distribution=poisson",
 ]
-EXACT = (
-    *("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max", "skipped", "decision"),
-)
+# Keys of metrics.jsonl that kills must not change.
+EXACT = "step loss grad_norm n_loops batch_id lr tokens expert_load_max skipped decision".split()
 
 
 class Soak:
-    """Kills runs of `settings` in `folder`; all that is random comes from `seed`."""
+    """Kills runs of `settings` in `folder`; `seed` sets all random choices."""
 
     def __init__(self, settings: list[str], folder: Path, seed: int, on_kill: Callable[[], object] = lambda: None):
         self.on_kill = on_kill
-        self.settings, self.folder, self.draw = [*settings, *SETTINGS], folder, random.Random(seed)
+        self.settings = [*settings, *SETTINGS]
+        self.folder = folder
+        self.random = random.Random(seed)
         self.log = folder / "calls"
-        self.kills: list[str] = []  # where each was
-        self.runs = 0  # killed ones that were then completed and compared
+        self.kills: list[str] = []  # the point of each kill
+        self.runs = 0  # runs that were completed after kills, and compared
         self.tried: set[tuple[str, str]] = set()
         begin = time.monotonic()
-        self.whole = folder / "whole"
-        result = self._start(self.whole)
+        undisturbed = folder / "undisturbed"
+        result = self._start(undisturbed)
         assert result.codes == [0], result.tails
-        self.seconds = time.monotonic() - begin  # of a whole run
-        self.expected = outcome(self.whole)
+        self.seconds = time.monotonic() - begin  # duration of the undisturbed run
+        self.expected = results_of(undisturbed)
 
     def run(self, kills: int, seconds: float, at_random: float = 0.3) -> None:
-        """Until so many kills have happened, or so many seconds are over; then the last run is completed.
+        """Kill and resume runs until `kills` kills or `seconds` seconds are reached, then complete the last run.
 
-        at_random: share of the kills that come at a random moment. Raises AssertionError with what differs.
+        at_random: share of the kills at a random time. Raises AssertionError with the differences.
         """
         deadline, run_dir = time.monotonic() + seconds, self.folder / "run"
         while len(self.kills) < kills and time.monotonic() < deadline:
-            if self.draw.random() < at_random or not (points := self._untried()):
-                where, environment = "at random", {"KILL_IN": str(self.draw.random() * self.seconds)}
+            points = self.untried_points()
+            if self.random.random() < at_random or not points:
+                kill = "at random"
+                environment = {"KILL_IN": str(self.random.random() * self.seconds)}
             else:
-                label, when = self.draw.choice(points)
-                where, environment = f"{when} {label}", {"KILL_POINT": f"{when}:{label}"}
+                label, when = self.random.choice(points)
+                kill = f"{when} {label}"
+                environment = {"KILL_POINT": f"{when}:{label}"}
                 self.tried.add((label, when))
             result = self._start(run_dir, environment)
-            if result.codes == [0]:  # this start did not get there
+            if result.codes == [0]:  # this start did not reach the kill point
                 self._compare(run_dir)
             else:
-                assert result.codes == [-signal.SIGKILL], (where, result.codes, result.tails)
-                self.kills.append(where)
+                assert result.codes == [-signal.SIGKILL], (kill, result.codes, result.tails)
+                self.kills.append(kill)
                 self.on_kill()
         result = self._start(run_dir)
         assert result.codes == [0], (self.kills[-3:], result.tails)
         self._compare(run_dir)
 
-    def _untried(self) -> list[tuple[str, str]]:
-        """(label, when) of all calls that were seen in any start so far and at which none was killed."""
-        seen = sorted(set(labels(self.log)))
-        found = [(label, when) for label in seen for when in ("before", "after")]
-        found += [(label, "half") for label in seen if label.startswith("append")]
-        return [point for point in found if point not in self.tried]
+    def untried_points(self) -> list[tuple[str, str]]:
+        """(label, when) of all calls recorded in any start so far at which no start was killed."""
+        recorded = sorted(set(labels(self.log)))
+        points = [(label, when) for label in recorded for when in ("before", "after")]
+        points += [(label, "half") for label in recorded if label.startswith("append")]
+        return [point for point in points if point not in self.tried]
 
     def _start(self, run_dir: Path, environment: dict[str, str] | None = None) -> Launch:
         environment = {"KILL_POINTS_IN": str(run_dir), "KILL_POINTS_LOG": str(self.log), **(environment or {})}
-        return train(1, *self.settings, f"run.dir={run_dir}", env=environment, seconds=900)  # also on a busy machine
+        return train(1, *self.settings, f"run.dir={run_dir}", env=environment, seconds=900)  # enough on a busy machine
 
     def _compare(self, run_dir: Path) -> None:
-        """A completed run with the undisturbed one; the next starts in an empty folder."""
-        found = outcome(run_dir)
+        """Compare a completed run with the undisturbed one, then delete its folder."""
+        results = results_of(run_dir)
         for name, value in self.expected.items():
-            assert found[name] == value, f"{name} differs after {self.kills[-5:]}: {run_dir}"
+            assert results[name] == value, f"{name} differs after {self.kills[-5:]}: {run_dir}"
         self.runs += 1
         shutil.rmtree(run_dir)
 
 
-def outcome(run_dir: Path) -> dict[str, Any]:
-    """What must be the same whatever happened: lines, the bytes of the last checkpoint, and the names of files."""
+def results_of(run_dir: Path) -> dict[str, Any]:
+    """What kills must not change: metrics, evaluations, the bytes of the last checkpoint, and file names."""
     last = run_dir / "checkpoints" / f"step-{STEPS:08d}"
     return {
         "metrics.jsonl": [tuple(line.get(key) for key in EXACT) for line in lines(run_dir / "metrics.jsonl")],
@@ -111,13 +115,13 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 
 
 def lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Every line of a file must be JSON."""
+    """The lines of a JSON Lines file; any invalid line raises."""
     for text in file.read_text(encoding="utf-8").splitlines():
         yield json.loads(text)
 
 
-def leftovers_in_shared_memory(folder: Path) -> None:
-    """Remove what killed runs with shards below `folder` have left in /dev/shm; streaming would open all of it."""
+def remove_shared_memory(folder: Path) -> None:
+    """Remove /dev/shm segments of killed runs with shards below `folder`; streaming would open all of them."""
     for names in Path("/dev/shm").glob("??????_locals"):
         with contextlib.suppress(OSError):
             if str(folder).encode() in names.read_bytes():

@@ -1,7 +1,7 @@
 """A short soak: `tests/soak.py` does the same for longer."""
 
 import pytest
-from helpers.soak import Soak, leftovers_in_shared_memory
+from helpers.soak import Soak, remove_shared_memory
 
 
 @pytest.mark.launch
@@ -11,5 +11,5 @@ def test_a_run_killed_anywhere_ends_as_an_undisturbed_one(settings, tmp_path, se
         soak = Soak(settings, tmp_path, seed)
         soak.run(kills=12, seconds=900, at_random=0.2)
     finally:
-        leftovers_in_shared_memory(tmp_path)
+        remove_shared_memory(tmp_path)
     assert len(soak.kills) == 12 and soak.runs
