@@ -57,3 +57,19 @@ def test_the_readme_is_short_and_its_first_lines_name_the_map():
     lines = README.splitlines()
     assert len(lines) <= 160
     assert "docs/architecture.md" in "\n".join(lines[:10])
+
+
+def test_every_function_that_the_map_names_exists():
+    """`train/loop.py: Run.train_steps` and its like; a name after a comma is in the same file."""
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`((?:, `[A-Za-z_][\w.]*`)*)", PAGES["architecture.md"])
+    assert len(named) > 15
+    files = {
+        path.relative_to(REPOSITORY).as_posix(): path.read_text() for path in REPOSITORY.glob("mythos_dist/**/*.py")
+    }
+    missing = []
+    for file, first, more in named:
+        (source,) = [text for path, text in files.items() if path.endswith(f"/{file}")]
+        for name in [first, *re.findall(r"`([\w.]+)`", more)]:
+            if not re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b", source, re.M):
+                missing.append(f"{file}: {name}")
+    assert missing == []

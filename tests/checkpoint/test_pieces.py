@@ -79,3 +79,19 @@ def test_boxes_tile_a_piece(data):
 def test_a_full_tensor_is_one_box():
     assert [box.shape for box in boxes(Piece.full((3, 4, 5)))] == [(3, 4, 5)]
     assert [box.shape for box in boxes(Piece.full(()))] == [()]
+
+
+@given(st.data())
+def test_a_region_is_contiguous_exactly_when_its_indices_are(data):
+    """Else a rank would copy element by element what it could read at once."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=4)))
+    ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in shape]
+    region = Region(data.draw(st.integers(0, 9)), shape, tuple(slice(*pair) for pair in ends))
+    indices = region.offset + np.arange(math.prod(shape)).reshape(shape)[region.slices or ...].reshape(-1)
+    is_contiguous = bool((np.diff(indices) == 1).all())
+    assert region.contiguous == ((indices[0], indices[-1] + 1) if is_contiguous else None)
+
+
+def test_a_full_piece_is_one_box():
+    (box,) = boxes(Piece.full((3, 4)))
+    assert (box.offset, box.lower, box.upper) == (0, (0, 0), (3, 4))
