@@ -370,7 +370,7 @@ def test_pinned_checkpoints_are_counted_once():
 
 
 def test_inspecting_a_folder_leaves_nothing(tmp_path):
-    """One that does not exist yet, and one where nobody can write."""
+    """One that does not exist yet, and one that is not writable."""
     folder = config_checks.inspect_folder(tmp_path / "a" / "b")
     assert (folder.existing, folder.write_error, folder.lock_error) == (str(tmp_path), "", "")
     assert folder.free > 0 and list(tmp_path.iterdir()) == []

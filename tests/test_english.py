@@ -17,7 +17,7 @@ REPLACEMENTS = {
     r"stretch(es)?": "range, span",
     r"left no word": "was killed, or its node failed",
     r"tensors without numbers": "fake tensors",
-    r"(no|some)body": "no rank, a user, or leave it out",
+    r"(?<!~)(no|some)body(?![@/-])": "no rank, a user, or leave it out",
     r"(who|which) (is|are|was|were) told": "receives",
     r"hears?|speaks?": "receives, sends",
 }

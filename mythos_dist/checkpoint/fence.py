@@ -1,7 +1,7 @@
 """Fencing: every start of a run takes a number, and only the newest start may write in the run folder.
 
 A node that loses its network keeps running while the scheduler restarts the run elsewhere, and the file system releases
-the locks of a node that it no longer hears from. So each start writes the next number into `writer.json`, and a writer
+the locks of a node that it cannot reach. So each start writes the next number into `writer.json`, and a writer
 checks that file before it renames anything to its final name; until then its files have temporary names of their own.
 `writer.json` also holds the state of the newest start, and its modification time is that start's heartbeat.
 

@@ -41,7 +41,7 @@ def is_running(about: dict[str, Any]) -> bool | None:
         return None if _exists(pid) else False
     except (OSError, ValueError):
         return None
-    return now == started and state not in "ZX"  # a zombie or dead: nobody has waited for it yet
+    return now == started and state not in "ZX"  # a zombie or dead: not reaped yet
 
 
 def _machine() -> dict[str, str]:

@@ -18,7 +18,7 @@ Clocks of SLURM (22.05, measured here), for whoever plans a drill:
   job is back 10 s after that. The end of the grace time is noticed every 10 s: grace=1 is 10 s, grace=0 none.
 - A silent node is DOWN after 11 to 20 s (slurmd_timeout=10) or 15 s (5), 10 s with conf=["MessageTimeout=2"] too. Its
   job runs elsewhere 14 s later, 20 to 30 s if the batch shell's own node was lost: the other ranks wait for its srun.
-- That a job has left a node takes slurmd 2 to 3 s to say. With MessageTimeout=2 nobody listens any more on a busy
+- That a job has left a node takes slurmd 2 to 3 s to say. With MessageTimeout=2 messages are lost on a busy
   machine, and the node goes on COMPLETING, the next job waiting, until slurmctld asks again a minute later.
 """
 

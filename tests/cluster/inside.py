@@ -29,7 +29,7 @@ ClusterName=drill
 SlurmctldHost=ctl(10.77.0.254)
 SlurmUser=root
 AuthType=auth/munge
-# A requeued job waits until the credentials of its old run have expired: 120 s where nobody sets it.
+# A requeued job waits until the credentials of its old run have expired: 120 s by default.
 AuthInfo=cred_expire={cred_expire}
 # No cgroups, no accounting, no MPI, and the hardware is what this file says.
 ProctrackType=proctrack/linuxproc

@@ -271,7 +271,7 @@ def test_an_invalid_address_is_reported(address):
 
 @pytest.mark.launch
 def test_a_rank_and_rank_0_with_different_secrets_refuse_each_other(monkeypatch):
-    """The nonce can be read from the store; without the secret it lets nobody connect, nor be taken for rank 0."""
+    """The nonce can be read from the store; without the secret no process can connect, or be accepted as rank 0."""
     monkeypatch.setenv("MYTHOS_SECRET", "correct horse")
     with served() as (_, address):
         wrong, _ = authenticate(address, 1, secret=b"guessed")

@@ -263,7 +263,7 @@ def _hold(pattern: str) -> None:
 
 
 def _fail_at(step: int) -> None:
-    """This rank raises what nobody expects when it begins a step."""
+    """This rank raises an unexpected error when it begins a step."""
     from mythos_dist.ops.cluster.inject import FaultInjector
 
     def fail(self: FaultInjector, at: int) -> None:

@@ -89,7 +89,7 @@ def test_a_finished_run_whose_steps_were_raised_is_running_again(tmp_path):
 
 
 def test_a_stopped_run_is_requeued_if_its_job_is_pending_or_restarted(tmp_path):
-    why = "stopped behind step 40: SIGUSR1 to rank 0"
+    why = "stopped after step 40: SIGUSR1 to rank 0"
     folder = run_folder(tmp_path, state="stopped", why=why, slurm_job_id="12", slurm_restart_count="1", life=300)
     seen = status_of(folder)
     assert (seen.state, seen.why) == ("stopped", f"{why}; the same command resumes the run")
@@ -268,7 +268,7 @@ def test_the_script_queries_squeue(tmp_path):
         f"#!{sys.executable}\nimport sys\nprint('PENDING   2    BeginTime') if '--jobs=12' in sys.argv else 0\n"
     )
     squeue.chmod(0o755)
-    folder = run_folder(tmp_path, state="stopped", why="stopped behind step 40: SIGUSR1", slurm_job_id="12")
+    folder = run_folder(tmp_path, state="stopped", why="stopped after step 40: SIGUSR1", slurm_job_id="12")
     done = script(folder, "--json", path=str(tmp_path))
     told = json.loads(done.stdout)
     assert (done.returncode, told["state"], told["job_state"]) == (0, "requeued", "PENDING")

@@ -86,7 +86,7 @@ def test_backends_equal_a_loop_over_experts(dim, expert_dim, backend, dtype, tol
     """Output and all gradients against each token's own experts, written out, in float64.
 
     Tolerances are a few roundings of the dtype (2^-24, 2^-9, 2^-12). Widths that are no multiple of 16 bytes and, in
-    half precision, rows that are no multiple of 16 are filled up for the grouped product and must not show. Experts 0
+    half precision, rows that are no multiple of 16 are padded for the grouped product and must not show. Experts 0
     and 6 get no token.
     """
     config = tiny(dim=dim, expert_dim=expert_dim, n_experts=7, n_experts_per_tok=3, n_shared_experts=0)

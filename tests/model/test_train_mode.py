@@ -1,4 +1,4 @@
-"""What `mode: train` mends of the reference, each shown on both models: ours holds, and the reference does not."""
+"""What `mode: train` fixes of the reference, each shown on both models: ours holds, the reference does not."""
 
 from collections.abc import Callable
 

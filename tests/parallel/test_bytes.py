@@ -114,9 +114,9 @@ def test_the_shards_of_all_ranks_are_the_reference_model(ranks, mode, open_mytho
     for name, found in boxes.items():
         volumes = sum(math.prod(b - a for a, b in zip(start, stop, strict=True)) for start, stop in found)
         assert volumes == math.prod(whole[name]), name
-        for dim in range(len(whole[name])):  # a grid: along each dim stretches that follow on each other
-            stretches = sorted({(start[dim], stop[dim]) for start, stop in found})
-            assert [0, *(b for _, b in stretches)] == [*(a for a, _ in stretches), whole[name][dim]], name
+        for dim in range(len(whole[name])):  # a grid: along each dim adjacent spans
+            spans = sorted({(start[dim], stop[dim]) for start, stop in found})
+            assert [0, *(b for _, b in spans)] == [*(a for a, _ in spans), whole[name][dim]], name
         total += volumes
     with torch.device("meta"):
         reference = open_mythos.main.OpenMythos(open_mythos.variants.mythos_10b())

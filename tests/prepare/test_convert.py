@@ -592,7 +592,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(begun, finished, text_fo
 
 
 def test_what_lies_in_an_unfinished_folder_does_no_harm(begun, finished, text_folder, byte_tokenizer):
-    """Half-written parts, half-written lists, JSON and folders of somebody else, in every place."""
+    """Half-written parts, half-written lists, JSON and folders of other programs, in every place."""
     (begun / "train/part-00011.tmp").mkdir()
     (begun / "train/part-00011.tmp/shard.00000.mds").write_bytes(b"half")
     (begun / "train/part-00012").mkdir()

@@ -55,7 +55,7 @@ def read(path, columns=None, skip=False, span_chunks=1):
                 if isinstance(some, LongDocument):
                     pieces = list(valid_utf8(some.pieces()))
                     content = b"".join(piece.tobytes() for piece, _ in pieces)
-                    found.append((content, some.score, any(mended for _, mended in pieces)))
+                    found.append((content, some.score, any(repaired for _, repaired in pieces)))
                     continue
                 assert some.data.dtype == np.uint8 and some.ends.dtype == np.int64
                 scores = [math.nan] * len(some.ends) if some.scores is None else some.scores.tolist()

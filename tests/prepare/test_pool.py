@@ -88,7 +88,7 @@ def test_a_task_that_kills_its_worker_is_named(how, name):
 
 @pytest.mark.launch
 def test_work_goes_on_where_a_worker_died_but_once(tmp_path):
-    """As when there was memory for one at a time only: nobody is guilty, nothing is lost, and the order stays."""
+    """As when there was memory for one at a time only: no item is to blame, nothing is lost, and the order stays."""
     with WorkerPool(3) as workers:
         items = [(i, "SIGKILL" if i in (4, 5, 12) else None, tmp_path / str(i)) for i in range(20)]
         assert list(workers.map(die_of, items)) == list(range(20))
