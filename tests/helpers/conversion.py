@@ -183,7 +183,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def ended(processes: Iterable[psutil.Process], seconds: float) -> bool:
-    """Whether all processes end within `seconds`. Who reaps them does not matter: in a container it may be no process at all."""
+    """Whether all processes end within `seconds`. In a container it may be that no process reaps them."""
     deadline = monotonic() + seconds
     left = list(processes)
     while left and monotonic() < deadline:
