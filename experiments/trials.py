@@ -17,7 +17,6 @@ from typing import NamedTuple, TypeVar
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
-from mythos_dist.model.flops import executed_flops
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import StageSpec
@@ -101,6 +100,8 @@ def run_all(
 
 def training_flops(config: Config) -> Iterator[float]:
     """The FLOPs of one process in step 1, 2, …, without end, with the number of loops that is drawn for each step."""
+    from mythos_dist.model.flops import executed_flops  # it imports torch, and --help does not need that
+
     model, train = config.model, config.train
     rows = expected_rows(train.micro_batch * train.seq_len, model.n_experts_per_tok, model.n_experts, 1)
     known: dict[tuple[int, int], float] = {}

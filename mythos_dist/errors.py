@@ -2,6 +2,8 @@
 
 Everything that a user can get wrong (a config, a folder, a token file) raises `UserError`; `exit_with` prints it.
 Bugs stay `assert` and keep their traceback.
+
+Decisions: CLUSTER-12.
 """
 
 import atexit

@@ -1,4 +1,7 @@
-"""Shared by all tests: process limits, the OpenMythos 0.5.0 reference, a small set of shards and a small config."""
+"""Shared by all tests: process limits, the OpenMythos 0.5.0 reference, a small set of shards and a small config.
+
+Decisions: PROJECT-1.
+"""
 
 import importlib
 import importlib.machinery

@@ -1,4 +1,7 @@
-"""Imports among our packages point one way."""
+"""Imports among our packages point one way.
+
+Decisions: PROJECT-2.
+"""
 
 import ast
 import re

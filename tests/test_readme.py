@@ -73,3 +73,14 @@ def test_every_function_that_the_map_names_exists():
             if not re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b", source, re.M):
                 missing.append(f"{file}: {name}")
     assert missing == []
+
+
+def test_decisions_and_the_code_cite_each_other():
+    """Each decision has an id of its own, and the code that follows from it names the id."""
+    ids = re.findall(r"^\*\*([A-Z]+-\d+)\. ", (REPOSITORY / "DECISIONS.md").read_text(), re.M)
+    assert len(ids) == len(set(ids)) > 80
+    folders = ("mythos_dist", "tools", "tests", "experiments", "launch")
+    code = "\n".join(path.read_text() for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+    sections = {one.split("-")[0] for one in ids}
+    cited = {one for one in re.findall(r"\b([A-Z]+-\d+)\b", code) if one.split("-")[0] in sections}
+    assert sorted(cited - set(ids)) == [] and sorted(set(ids) - cited) == []

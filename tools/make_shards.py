@@ -46,7 +46,7 @@ def main() -> None:
     """Convert; the exit code is 0, 2 for a user error, or 130 after Ctrl-C."""
     arguments = parse()
     # Arrow's own allocator keeps freed memory; a worker would keep the memory of its largest document.
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # DATA-15
     from mythos_dist.data.manifest import Filters
     from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.prepare.convert import convert

@@ -3,6 +3,8 @@
 Any layout loads any checkpoint as it is. The canonical form is for archiving a checkpoint, for moving it to another
 cluster, and for runs of thousands of ranks, which then read few files. Tensors are assembled a block at a time, so
 memory does not grow with the model.
+
+Decisions: CHECKPOINT-2.
 """
 
 import hashlib

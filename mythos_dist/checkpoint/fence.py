@@ -9,6 +9,8 @@ No start may begin between a writer's check and its rename, so both happen under
 remains: a process that is suspended there (SIGSTOP, a frozen node). A new start waits `_LOCK_TIMEOUT` seconds for it
 and then takes over; when the old process continues, it does the one rename that it was about to do. `check` repairs
 `writer.json` after that, and `train/line_file.py` its files of lines.
+
+Decisions: CHECKPOINT-4.
 """
 
 import fcntl

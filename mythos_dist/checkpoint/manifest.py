@@ -4,6 +4,8 @@ A checkpoint is a folder of tensor files and this manifest, which is written las
 names. A parameter is stored as three fp32 tensors, `parameter/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`; a buffer as
 one, `buffer/NAME`. Each file holds pieces of tensors (`pieces.py`). The manifest lists them, so a rank of any layout
 finds its elements in the files of any other. Every byte is covered by a hash, the manifest's own bytes included.
+
+Decisions: CHECKPOINT-1, CHECKPOINT-9.
 """
 
 import importlib.metadata

@@ -16,6 +16,8 @@ intersect in a box.
 
 The trap: a shard may be allocated larger than its part of the tensor (`parallel/tensor.py`). Elements outside of the
 full tensor are padding and are never copied.
+
+Decisions: CHECKPOINT-1.
 """
 
 import itertools

@@ -3,6 +3,8 @@
 Loading does not depend on the layout that saved: for each tensor of its state a rank looks up in checkpoint.json which
 files hold elements of its piece, and reads only those regions of them (`reader.py`, `pieces.py`). There is no faster
 path for the layout that saved, and none is needed.
+
+Decisions: CHECKPOINT-5, CHECKPOINT-9.
 """
 
 import os

@@ -12,6 +12,8 @@ The writer threads run no collectives. The main threads agree between two steps 
 then writes the manifest, renames the folder and updates `latest`. A run that ends earlier leaves a folder that is not
 read as a checkpoint. The trap: a rank with a full disk must not leave the others waiting, so a failed write is
 reported like a success; the run continues, and the previous checkpoint stays the newest.
+
+Decisions: CHECKPOINT-3, CHECKPOINT-7, CHECKPOINT-8.
 """
 
 import functools

@@ -7,6 +7,8 @@ key ignore it.
 
 The key is the content of a file, named by `checkpoint.key_file` or by the variable MYTHOS_CHECKPOINT_KEY_FILE. It is
 never part of a config, a log or a message.
+
+Decisions: CHECKPOINT-10.
 """
 
 import hashlib

@@ -4,6 +4,8 @@ Rule: later wins. `base:` files first (paths relative to the file that names the
 within a source, `model.variant` sets `model.*` before the source's other model keys.
 The trap: the value of a text depends on the type of its setting, so texts are converted only after all sources are
 merged (tree.py, fields.py).
+
+Decisions: CONFIG-3.
 """
 
 import dataclasses

@@ -3,6 +3,8 @@
 In YAML and on the command line a setting is `section.field`. The number of accumulation steps is derived from
 `global_batch` and `micro_batch`. Constructing a section with a value of another type or outside its annotated range
 raises UserError (fields.py).
+
+Decisions: LOOPS-4, LOOPS-5, CONFIG-2.
 """
 
 from dataclasses import dataclass, field, fields

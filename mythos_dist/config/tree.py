@@ -3,6 +3,8 @@
 Supported: mappings, lists, scalars, anchors and aliases, `<<`, the tags of YAML's core schema. Anything else is refused
 with its line. The traps: a few hundred bytes of aliases expand to billions of values, and PyYAML recurses into nested
 brackets; so aliases count as often as they are used, and depth is limited.
+
+Decisions: CONFIG-1.
 """
 
 from collections.abc import Iterator

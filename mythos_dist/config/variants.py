@@ -1,6 +1,8 @@
 """The seven variants of OpenMythos 0.5.0, for `model.variant`.
 
 Source: `open_mythos.variants` of that release; a test compares every value with it.
+
+Decisions: PLAN-5.
 """
 
 _COLUMNS = (

@@ -5,6 +5,8 @@ grows from p to p + 1 (a Beatty sequence). The other corpora share the remaining
 prefix each corpus is within `len(weights)` samples of its share, each corpus is read as 0, 1, 2, … without a gap, and
 there is no state and no random number. All arithmetic is on integers: p * a / b as a float would be off by one at some
 position.
+
+Decisions: DATA-3.
 """
 
 import math

@@ -5,6 +5,8 @@ shard order. A block's permutation is drawn when it is first needed, so memory i
 reads nothing. The order depends only on (seed, epoch, shard sizes).
 The trap: a resumed run draws the permutations again, so NumPy's generator must never change. `RandomState` guarantees
 that (NEP 19: its streams are frozen); `default_rng` does not.
+
+Decisions: DATA-1, DATA-2.
 """
 
 from collections.abc import Callable, Sequence

@@ -9,6 +9,8 @@ B micro-batch size (windows), S seq_len (tokens).
 The trap: an exception in a loader process becomes a traceback of two processes, and torch sends tensors through
 /dev/shm, which has 64 MB in many containers. So loader processes return errors as values, and windows as NumPy arrays
 in the dtype of the shards.
+
+Decisions: DATA-1, DATA-4, DATA-5.
 """
 
 import itertools

@@ -4,6 +4,8 @@ Shards are decoded by streaming's MDSReader, but not through its StreamingDatase
 which a kill -9 leaves in /dev/shm, waits for all ranks in its constructor, and hangs or ends silently on a wrong hash.
 Here each process checks a shard's size and hash at its first use, and decompresses compressed shards into a cache.
 Several processes and nodes may decompress the same shard at once: each writes its own file and renames it.
+
+Decisions: DATA-4, DATA-14.
 """
 
 import contextlib

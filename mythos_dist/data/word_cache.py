@@ -14,6 +14,8 @@ The trap is U+2581: in a text the model takes it for a space, so there is no bou
 Byte-level BPE in a tokenizer.json: the model sees one match of a regular expression at a time, and the expressions
 supported here have no look-behind and no look-ahead beyond white space. A match with an ASCII letter ends before any
 other ASCII character, the same holds for digits, and other visible ASCII ends before a space.
+
+Decisions: DATA-10.
 """
 
 from bisect import bisect_right

@@ -3,6 +3,8 @@
 `flash_attn` is FlashAttention 2 (Dao 2023), for half precision on a GPU; `sdpa` is PyTorch's own. The trap: both need
 values as wide as keys. MLA's are narrower, so they are padded with zeros and the output is sliced; without padding
 PyTorch falls back to its math kernel, which stores the scores, and flash-attn raises (`benchmarks/README.md`).
+
+Decisions: MODEL-12.
 """
 
 # B batch, S new tokens, T all tokens (cached and new), H query heads, K key-value heads, d channels of a query or key

@@ -1,6 +1,8 @@
 """Attention layers: grouped-query (GQA) and multi-head latent (MLA), rotary positions, the key-value cache.
 
 Rotary channels are rotated in adjacent pairs. `mythos_dist.model.attend` has the kernels.
+
+Decisions: MODEL-3, MODEL-4, PARALLEL-6.
 """
 
 # B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,

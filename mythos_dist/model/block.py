@@ -1,4 +1,7 @@
-"""A pre-norm transformer block: x + attn(norm(x)), then x + ffn(norm(x)); dense, or with the mixture of experts."""
+"""A pre-norm transformer block: x + attn(norm(x)), then x + ffn(norm(x)); dense, or with the mixture of experts.
+
+Decisions: PARALLEL-10.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,4 +1,7 @@
-"""A low-rank correction of the recurrent block's output that depends on the loop (Bae et al. 2024)."""
+"""A low-rank correction of the recurrent block's output that depends on the loop (Bae et al. 2024).
+
+Decisions: PARALLEL-5.
+"""
 
 # B batch, S' tokens of each sequence on this rank, D model, r rank of the LoRA.
 

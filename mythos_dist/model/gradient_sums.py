@@ -4,6 +4,8 @@ A weight used in every loop gets one gradient per loop. Autograd allocates each 
 tokens included, and adds it to the previous one: for stacks of experts that is more memory traffic than everything else
 in a loop. Here the backward pass adds each expert's product to one buffer, which autograd gets once, after all loops.
 Only on CPUs: torch's grouped matrix product on GPUs cannot accumulate into its output, so there autograd does it.
+
+Decisions: MODEL-9.
 """
 
 # E experts, M rows, F and D the two widths of a weight.

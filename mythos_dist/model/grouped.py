@@ -3,6 +3,8 @@
 No operation depends on the number of rows per expert, so 512 experts launch as many kernels as 8, and the GPU never
 waits for the host (where `F.grouped_mm` is one kernel: bf16, compute capability 9.x and 10.x; elsewhere it is a loop in
 torch that waits). The backward pass keeps the tokens, the products with gate and up, and the order of rows.
+
+Decisions: MODEL-6, MODEL-8.
 """
 
 # N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, at least N * k.

@@ -2,6 +2,8 @@
 
 off: the last loop's state is the output. reference and safe: the sum of all states, weighted by halting probabilities
 (ACT, Graves 2016). ponder: a distribution over loops (PonderNet, Banino et al. 2021; Ouro, Zhu et al. 2025).
+
+Decisions: MODEL-2, MODEL-15, LOOPS-3.
 """
 
 # B batch, S' tokens of each sequence on this rank, D model.

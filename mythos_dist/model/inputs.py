@@ -2,6 +2,8 @@
 
 Reading ids on a GPU synchronizes with it. So the trainer, whose batches come from verified shards, passes `loops` and
 skips the checks; other callers pass `n_loops` and do not.
+
+Decisions: MODEL-16.
 """
 
 import operator

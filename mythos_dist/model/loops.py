@@ -1,4 +1,7 @@
-"""The loops of one pass, and the sinusoidal signal that tells the recurrent block which loop it is in."""
+"""The loops of one pass, and the sinusoidal signal that tells the recurrent block which loop it is in.
+
+Decisions: MODEL-17.
+"""
 
 # B batch, S' tokens of each sequence on this rank, D model.
 

@@ -6,6 +6,8 @@ synchronizes with the GPU once: grouped_gemm needs each expert's row count on th
 Disabled: its auxiliary loss (a global list that grows with every forward), its expert parallelism and its scale on
 expert gradients (ours is in `parallel/expert.py`, and ZeRO already divides), and its memory-optimized backward, which
 overwrites the incoming gradient and leaves gradients on saved tensors, so that a second pass would be wrong.
+
+Decisions: MODEL-11.
 """
 
 # N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, one per used slot.

@@ -3,6 +3,8 @@
 Selection: top-k of logits + bias; weights: softmax(logits) of the selected, renormalised. The bias follows the load
 after each optimizer step, bias += rate * sign(mean load - load) (DeepSeek-V3, 2024), and never enters the gradient.
 The trap: the bias changes by 1e-3, too small a step for bf16, so it stays fp32 whatever the model is cast to.
+
+Decisions: MODEL-1, MODEL-5.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), N = B * S tokens, D model,

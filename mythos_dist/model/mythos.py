@@ -3,6 +3,8 @@
 `Mythos(config)` is a plain module on one process. `mode: reference` gives OpenMythos 0.5.0's outputs for equal weights
 (`load_open_mythos`); in `mode: train` the router bias is updated, and `act.*` and `model.*` configure the loops.
 With a mesh it holds this rank's shards, with a `StageSpec` this pipeline stage's layers, under the full model's names.
+
+Decisions: MODEL-14.
 """
 
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,

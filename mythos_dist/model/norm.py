@@ -1,6 +1,8 @@
 """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019).
 
 On a GPU, PyTorch's fused kernel; on a CPU, where PyTorch has none, an autograd function that saves only its input.
+
+Decisions: MODEL-13.
 """
 
 # N rows, D channels.

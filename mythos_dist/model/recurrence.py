@@ -7,6 +7,8 @@ u = block(norm(h + e + signal(t))) plus its depth LoRA; h = A * h + B * injected
 Every rank runs the same number of loops: a loop contains collectives, so a rank that exits early would hang the others.
 Tokens that have halted get weight zero instead. A sequence with fewer loops than the others starts later, so that all
 end together: gradient through the last k loops is then through the last k of each sequence.
+
+Decisions: LOOPS-1, LOOPS-2.
 """
 
 # B batch, S' tokens of each sequence on this rank (S / tensor with sequence parallelism, else S), D model, E experts,

@@ -1,4 +1,7 @@
-"""The tensors that one layer of the model passes to the next, and one pipeline stage to the next."""
+"""The tensors that one layer of the model passes to the next, and one pipeline stage to the next.
+
+Decisions: PARALLEL-3.
+"""
 
 # B batch, S' tokens of each sequence on this rank (S / tensor with sequence parallelism, else S), D model,
 # R readouts: the loops so far that are read out.

@@ -2,6 +2,8 @@
 
 The backward recomputes the hidden rows, which are as large as gate or up, from its inputs. That costs two passes over
 values that it reads anyway.
+
+Decisions: MODEL-7.
 """
 
 # M rows, F hidden width, D model.

@@ -4,6 +4,8 @@ Model, shards, optimizer and DeepSpeed's engine are built as in training and tak
 shapes and no values, so a step of a rank of 1t takes a minute and hardly any memory; messages are discarded. What
 depends on values is supplied: `FakeRouting` says how many rows go to each rank's experts. Code with one path for CPUs
 and one for GPUs takes the GPU path.
+
+Decisions: PLAN-1, PLAN-2.
 """
 
 import time

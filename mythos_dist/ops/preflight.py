@@ -3,6 +3,8 @@
 Every rank inspects its node and the results are gathered; then the ranks exchange tensors of known content. A problem
 of some nodes only is theirs (NodeError, exit code 3: the launcher restarts without them), a problem of all nodes is
 the user's (UserError, exit code 2).
+
+Decisions: CLUSTER-1, CLUSTER-5.
 """
 
 import contextlib

@@ -3,6 +3,8 @@
 A token that is routed to several experts of one rank is sent there once, with its weights. The ranks exchange row
 counts first, and the counts reach the host in one copy. Under tensor parallelism each tensor rank sends 1 / tensor of
 a row's channels over the expert axis; an all-gather over the (faster) tensor axis completes the rows.
+
+Decisions: PARALLEL-4.
 """
 
 # N tokens, D model, E experts, k experts per token, s = min(k, experts on one rank), R rows.

@@ -3,6 +3,8 @@
 Ranks are ordered [data, pipe, tensor], data outermost, so that one replica's ranks are consecutive. The expert axis
 lies inside the data axis: `expert` consecutive replicas hold one copy of all routed experts, and an `expert_data`
 group is the ranks that hold the same experts. An axis of size 1 has no group, and collectives over it do nothing.
+
+Decisions: PARALLEL-1, PARALLEL-9.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A prelude or coda block is on one stage. Several stages may hold the looped block, and which of a step's loops each of
 them runs is planned for every step, because the number of loops changes and no-grad loops cost a third.
+
+Decisions: PARALLEL-2.
 """
 
 import bisect

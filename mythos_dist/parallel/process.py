@@ -1,6 +1,8 @@
 """This process as a rank: its accelerator, its device, the process group that it joins, errors shared by all ranks.
 
 The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without a launcher the world size is 1.
+
+Decisions: PARALLEL-13.
 """
 
 import ctypes

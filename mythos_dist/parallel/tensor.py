@@ -4,6 +4,8 @@ Sharding a dimension of F elements gives every rank ceil(F / size) of them; the 
 zeros. Padding gets zero gradients in every layer here, so it stays zero: results are exact, and nothing outside the
 parameter sees it. DeepSpeed reads attributes of the parameters: `tensor_model_parallel`, whose gradient norms are
 summed over the tensor axis, and `allreduce` and `group_name`, whose gradients stay within an expert's group.
+
+Decisions: MODEL-10, PARALLEL-1, PARALLEL-7.
 """
 
 # B batch, S sequence, N = B * S tokens, D model, V vocabulary; "local V" is this rank's shard of V, with padding.

@@ -8,6 +8,8 @@ a document that is divided share its subject, but no window.
 
 The trap is a kill in between: parts converted for one rule must not be combined with parts for the other. A marker file
 in out/unfinished is written before the first part of the one-stream rule.
+
+Decisions: DATA-11, DATA-12.
 """
 
 from collections.abc import Iterable

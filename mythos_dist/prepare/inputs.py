@@ -1,4 +1,7 @@
-"""An input file, local or remote (through fsspec): its identity, and its bytes, decompressed while they are read."""
+"""An input file, local or remote (through fsspec): its identity, and its bytes, decompressed while they are read.
+
+Decisions: DATA-9.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

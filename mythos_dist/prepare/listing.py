@@ -3,6 +3,8 @@
 A folder stands for all data below it, a pattern for the files and folders that it matches. Links are followed; each
 file and folder is read once. Left out are hidden names, formats that are not supported, files that only describe the
 data, and shards. A file that is given by name, or spelled out in a pattern, is always taken.
+
+Decisions: DATA-13.
 """
 
 from collections import Counter

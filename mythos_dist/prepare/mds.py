@@ -7,6 +7,8 @@ MDSWriter processes one window at a time in Python. With windows of one length t
 
 Samples of a fixed shape (`ndarray:uint16:2049`) have no header of their own. tests/prepare/test_mds.py compares the
 files and the index entries with MDSWriter's.
+
+Decisions: DATA-6.
 """
 
 import hashlib

@@ -6,6 +6,8 @@ their final names only when they are complete:
     out/train/part-00007/shard.00000.mds    (written in part-00007.tmp first)
     out/heldout/part-00007/shard.00000.mds
     out/unfinished/part-00007.json          the record, written last: counts, index entries, tokens of partial windows
+
+Decisions: DATA-7.
 """
 
 import functools

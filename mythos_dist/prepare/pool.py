@@ -2,6 +2,8 @@
 
 Built on `concurrent.futures`. What is added: a bound on pending tasks, progress while waiting, workers that end with
 this process however it ends, and the name of the task that killed a worker.
+
+Decisions: DATA-8.
 """
 
 import contextlib

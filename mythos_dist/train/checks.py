@@ -16,7 +16,7 @@ from mythos_dist.train.run_folder import check_run_folder
 
 
 def check_inputs(config: Config) -> list[Corpus]:
-    """The shards; UserError for what the user has to mend."""
+    """The shards; UserError for what the user has to fix."""
     check_dtype(config.train.dtype)
     check_kernels(config)
     check_run_folder(config)
@@ -51,7 +51,7 @@ def check_kernels(config: Config) -> str:
 
 
 def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpus]) -> None:
-    """UserError if a run with this config and these shards cannot go on from a checkpoint, with all that differs."""
+    """UserError if a run with this config and these shards cannot resume from a checkpoint, with all differences."""
     manifest = checkpoint.manifest
     found = [
         f"{name}={value}, but {checkpoint.folder} was saved with {old}"

@@ -6,6 +6,8 @@
 
 `tests/train/test_deepspeed.py` checks every internal of DeepSpeed that is used here, in `zero_state.py` and in
 `pipeline_stage.py`, and names what moved when DeepSpeed's version changes.
+
+Decisions: PARALLEL-8, PARALLEL-14.
 """
 
 import contextlib

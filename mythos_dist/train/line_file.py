@@ -4,6 +4,8 @@ An old start may still run, or have been stopped for a while and go on (`checkpo
 line whether it is the newest start. And because it may be stopped between that look and the line, every start begins by
 putting a copy of the file in its place and keeps that open: what an old one appends goes to the file that it opened,
 which has no name any more.
+
+Decisions: CHECKPOINT-11, CHECKPOINT-12.
 """
 
 import errno
@@ -29,7 +31,7 @@ class LineFile:
     """Rank 0's writer of one file. Lines that cannot be written are kept until they can."""
 
     def __init__(self, file: Path, fence: Fence | None = None):
-        """fence: of the start that writes; None: nobody else does. Nothing is opened before `rewind` or `append`."""
+        """fence: of the start that writes; None: no other writer. Opens nothing before `rewind` or `append`."""
         self.file, self._fence = file, fence
         self._keep: Keep = lambda line: True
         self._stream: FileIO | None = None

@@ -2,6 +2,8 @@
 
 DeepSpeed divides a list of layers; our stages are planned by `parallel/pipeline.py`, and each is one layer that runs
 its loops of a micro-batch.
+
+Decisions: PARALLEL-2, PARALLEL-3, PARALLEL-11.
 """
 
 import contextlib

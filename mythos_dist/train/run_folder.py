@@ -1,4 +1,7 @@
-"""The run folder: its config, its logs, and the refusal to mix two runs in one folder."""
+"""The run folder: its config, its logs, and the refusal to mix two runs in one folder.
+
+Decisions: CLUSTER-1, CLUSTER-9.
+"""
 
 import glob
 import json

@@ -1,4 +1,7 @@
-"""What is a function of config and step, so that a resumed run needs no state: learning rate, loops, random seeds."""
+"""What is a function of config and step, so that a resumed run needs no state: learning rate, loops, random seeds.
+
+Decisions: CHECKPOINT-6, LOOPS-6.
+"""
 
 import hashlib
 import math

@@ -7,6 +7,8 @@ values, so their decisions are the same.
 
 After a rollback, step and batch index differ: a step takes the next batch that is not excluded. `rollbacks.json` has
 the excluded batches. It is written before the checkpoint is loaded, so a start that is killed then does not lose them.
+
+Decisions: CLUSTER-7, CLUSTER-8, CHECKPOINT-7.
 """
 
 import itertools

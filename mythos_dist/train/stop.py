@@ -6,6 +6,8 @@ Signal handlers only set a variable, so a signal that comes twice, or during a c
 Ctrl-C is different in two ways. While there is nothing to save (imports, rendezvous, checks) it ends the process at
 once, and so does a second one later. The trap: Python runs handlers between two bytecodes of the main thread, and a
 rank that waits in a collective executes none. So a thread receives the number of each signal through a socket pair.
+
+Decisions: CLUSTER-6, CLUSTER-10.
 """
 
 import logging

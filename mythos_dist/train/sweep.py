@@ -66,7 +66,7 @@ def sweep(
     """Measure a run's newest checkpoint, or a checkpoint, with each of `loops` on the first `samples` held-out
     sequences of `data`, by default of the folders that it was trained on; `progress` is called behind each pass.
 
-    Raises UserError for what the user has to mend.
+    Raises UserError for what the user has to fix.
     """
     if wrong := [n for n in loops if n < 1]:
         raise UserError(f"loops={list(loops)} holds {wrong}; loops are counted from 1")

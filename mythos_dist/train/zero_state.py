@@ -2,6 +2,8 @@
 
 Only ZeRO-3 partitions single parameters. The other stages put the parameters of a group end to end and give each rank
 a range of the result. DeepSpeed's attributes that this file reads are checked by `tests/train/test_deepspeed.py`.
+
+Decisions: CHECKPOINT-1.
 """
 
 from typing import Any, NamedTuple

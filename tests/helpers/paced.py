@@ -3,6 +3,8 @@
 A short run could end before the fault, and a long one would waste compute. `paced(folder, step, seconds)` writes the
 wrapper. It runs `-m mythos_dist.train` as Python does, but calls `time.sleep(seconds)` before each step from `step` on.
 For other modules, and if the run folder already contains a run, it is plain Python.
+
+Decisions: PROJECT-4.
 """
 
 import os

@@ -1,6 +1,8 @@
 """A few optimizer steps on one process with torch alone, and the same through our engine on the ranks of a layout.
 
 Both start from the same initial values, wide enough that every part of the model moves the loss.
+
+Decisions: PARALLEL-16.
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""Tables of test cases that share a launch: which are selected, and which are long."""
+"""Tables of test cases that share a launch: which are selected, and which are long.
+
+Decisions: PROJECT-3.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

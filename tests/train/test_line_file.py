@@ -22,7 +22,7 @@ def opened(file, fence, last: int = -1) -> LineFile:
 
 
 def test_an_old_start_appends_nothing(tmp_path):
-    """It was stopped (SIGSTOP), another start went on from step 2, and it goes on, too."""
+    """It was stopped (SIGSTOP), another start resumed after step 2, and then it continues."""
     file = tmp_path / "metrics.jsonl"
     old = opened(file, Fence.take(tmp_path))
     assert all(old.append({"step": step}) for step in (1, 2, 3))

@@ -241,7 +241,7 @@ def test_a_run_whose_checkpoints_are_gone_asks_before_it_starts_over(tmp_path, c
 
 @pytest.mark.launch
 def test_runs_that_had_checkpoints_are_refused_without_them_and_keep_their_lines(settings, tmp_path):
-    """After the end, and after a kill behind the first checkpoint; the folder's bytes stay as they are."""
+    """After the end, and after a kill after the first checkpoint; the folder's bytes stay as they are."""
     done, killed = tmp_path / "done", tmp_path / "killed"
     assert train(1, *settings, f"run.dir={done}").codes == [0]
     stop = {"KILL_AFTER": str(killed / "checkpoints" / "step-00000004" / "checkpoint.json")}
@@ -283,7 +283,7 @@ def start_beside_orphans(arguments: Sequence[str], source: str, run_dir: str, st
 @pytest.mark.launch
 def test_a_start_looks_again_when_it_has_the_lock(settings, tmp_path):
     """Orphans of a killed launcher have finished the run, or published one more checkpoint and removed the one that
-    was found: the first start leaves the finished run alone, the second goes on from the newer one."""
+    was found: the first start leaves the finished run alone, the second resumes from the newer one."""
     whole = tmp_path / "whole"
     assert train(1, *settings, f"run.dir={whole}").codes == [0]
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -185,7 +185,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, settings
 
 
 def test_a_finished_run_can_be_made_longer(finished, settings, tmp_path):
-    """More steps: it goes on from the last checkpoint; the marker is gone until they are done, and back behind them."""
+    """More steps: it resumes from the last checkpoint; the marker is gone until they are done, and is back then."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     arguments = [*settings, f"run.dir={run_dir}", "train.steps=10"]

@@ -2,6 +2,8 @@
 
 It comes before the process group, because torch's own rendezvous waits for ten minutes and then names no rank. All
 ranks get the same result, and one of them prints it.
+
+Decisions: CLUSTER-4.
 """
 
 import json

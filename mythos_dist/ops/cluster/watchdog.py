@@ -7,6 +7,8 @@ gets no reply from rank 0 exits as well, because the run will be restarted witho
 It uses its own threads and sockets, because a TCPStore of torch is as slow as its slowest key, waits without a limit
 when a cable is pulled, and does not notice when a client exits. The trap: a thread cannot send while another one holds
 the interpreter lock, so `lost_after` must exceed the longest time that happens; imports are done before this starts.
+
+Decisions: CLUSTER-2, CLUSTER-11.
 """
 
 import contextlib

@@ -3,6 +3,8 @@
 Memory, FLOPs and bytes are those of the real code (a dry run measures the same). Seconds are modelled: matrix products
 at the cluster's `product_efficiency`, passes over memory at its bandwidth, messages at its links' rates. Nothing
 overlaps, as nothing does in the trainer: a loop waits for each of its messages.
+
+Decisions: PLAN-1, PLAN-4.
 """
 
 from dataclasses import dataclass, replace

@@ -5,6 +5,8 @@ the loss, or in the backward pass of a looped block, of prelude or of coda, wher
 names the code that creates the tensors; what is as small as a norm's scale is left out.
 The trap: autograd sums up the gradient of a weight that every loop uses, so from the second loop on the sum exists
 beside the current loop's gradient; and the first sum of a transposed product is a third tensor.
+
+Decisions: PLAN-3.
 """
 
 # Letters as in activations.py.
