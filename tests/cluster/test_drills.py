@@ -326,7 +326,7 @@ def test_a_full_disk(drill, undisturbed, tmp_path):
     with small_disk(disk, int(2.8 * kilobytes)), drill(run_dir=disk / "run") as one:
         job = one.submit("checkpoint.keep=9")
         one.wait(lambda: one.cluster.job(job)["JobState"] == "FAILED", 240, "the failure")
-        assert "make room" in one.log() and one.cluster.job(job)["ExitCode"] == "2:0"
+        assert "free space on a full disk" in " ".join(one.log().split()) and one.cluster.job(job)["ExitCode"] == "2:0"
         assert not (one.run_dir / "COMPLETED").exists()
         enlarge(disk)
         one.wait_done(one.submit("checkpoint.keep=9"))

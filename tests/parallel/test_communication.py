@@ -138,9 +138,9 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
         engine.deepspeed.train()
         micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))
         for _ in range(passes_of(config) - 1):
-            engine._passes(micro_batches, loops_at(config, 1), 1)
+            engine._train_passes(micro_batches, loops_at(config, 1), 1)
         with Traffic(mesh) as traffic:
-            engine._passes(micro_batches, loops_at(config, 1), 1)
+            engine._train_passes(micro_batches, loops_at(config, 1), 1)
         found.append(traffic.totals)
         engine.deepspeed.destroy()
         dist.barrier()

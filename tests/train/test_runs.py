@@ -229,7 +229,7 @@ def refused(result, *words: str) -> None:
             "train.seq_len=16 model.vocab_size=300 data.tokenizer=OTHER",
             ("train.seq_len=16", "seq_len=32", "model.vocab_size=300", "512", "another tokenizer than OTHER"),
         ),
-        ("train.micro_batch=8", ("train.global_batch=8", "2 replicas", "train.micro_batch to one of [1, 2, 4]")),
+        ("train.micro_batch=8", ("train.global_batch=8", "x 2 (replicas)", "train.micro_batch to one of [1, 2, 4]")),
     ],
 )
 def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(override, words, settings, tmp_path, monkeypatch):
