@@ -121,7 +121,7 @@ class ReplicaStream:
         self._dataset = _WindowDataset(WindowReader(shards, corpora[0].manifest.window, verify, cache))
 
     def step(self, step: int) -> list[MicroBatch]:
-        """This replica's micro-batches of optimizer step `step` (from 0), read in this process.
+        """This replica's micro-batches of batch `step` (from 0: optimizer step 1 takes batch 0), read in this process.
 
         There are global_batch / num_replicas / micro_batch. Raises UserError for a damaged shard and for a token
         outside the vocabulary.

@@ -98,7 +98,8 @@ def new_group(ranks: list[int]) -> ProcessGroup:
     """A process group that only its members create: creating every group on every rank takes minutes on 4096 ranks.
 
     The trap: torch names such a group by its ranks and the number of groups that the process has, and members with
-    different counts deadlock. So when some ranks create a group, every other rank must create one too.
+    different counts deadlock. So whenever some ranks create a group, every other rank creates one as well, of
+    itself if need be.
     """
     import torch.distributed as dist
     from torch.distributed import ProcessGroup

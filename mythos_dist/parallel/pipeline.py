@@ -29,8 +29,8 @@ class StageSpec:
     coda: range
     first: bool  # reads the tokens
     last: bool  # computes the loss
-    starts_loops: bool = True  # the first of the stages that have loops
-    ends_loops: bool = True  # the last of them
+    starts_loops: bool = True  # no stage before it has loops
+    ends_loops: bool = True  # no stage after it has loops
 
     @property
     def after_loops(self) -> bool:

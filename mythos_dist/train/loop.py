@@ -160,7 +160,7 @@ class Run:
         return raise_on_all_ranks(read)
 
     def train_step(self, batch: Batch, step: int) -> tuple[StepResult, str]:
-        """One optimizer step, computed twice if its gradients are not finite. Returns also what was decided, if so."""
+        """One optimizer step, computed twice if its gradients are not finite. Returns also the decision, "" if none."""
 
         def compute() -> StepResult:
             with self.hooks.during_step(step, batch.index, self.engine.model):

@@ -141,6 +141,20 @@ def test_a_nan_that_comes_once_changes_nothing(settings, whole, tmp_path):
     assert decisions == {3: "recomputed: gradients were not finite"}
 
 
+def test_an_overflow_in_fp16_skips_the_step_and_halves_the_loss_scale(settings, tmp_path):
+    """It is part of fp16's normal course: the step is not recomputed, and does not count towards a rollback."""
+    arguments = [*settings, "train.dtype=fp16", "train.steps=3", "faults.roll_back_after=1", f"run.dir={tmp_path}"]
+    result = train(2, *arguments, "faults.inject=nan@2:1")
+    assert result.codes == [0, 0], result.tails
+    assert [line["skipped"] for line in lines(tmp_path)] == [False, True, False]
+    decisions = {line["step"]: line["decision"] for line in lines(tmp_path) if "decision" in line}
+    assert decisions == {2: "skipped: gradients overflowed, and the loss scale is halved"}
+    manifest = json.loads(
+        (tmp_path / "checkpoints" / "step-00000003" / "checkpoint.json").read_text().split("\n", 1)[1]
+    )
+    assert manifest["optimizer"]["loss_scale"]["cur_scale"] == 2.0**15
+
+
 @pytest.mark.parametrize("layout", ["parallel.zero=1", "parallel.zero=3", "parallel.pipe=2", "train.dtype=bf16"])
 def test_a_nan_that_stays_skips_the_step(layout, settings, tmp_path):
     """Parameters are not touched by it: the loss is that of a run whose second step never was."""
