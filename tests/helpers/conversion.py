@@ -40,7 +40,7 @@ class ByteTokenizer:
         sleep(self._seconds)
         return data.astype(np.int32) + self._first, np.diff(ends, prepend=0)
 
-    def cut(self, data: np.ndarray, limit: int) -> int:
+    def split_point(self, data: np.ndarray, limit: int) -> int:
         """The last place up to `limit` at which no character is cut in two."""
         while data[limit] & 0xC0 == 0x80:
             limit -= 1

@@ -98,7 +98,7 @@ def test_a_stop_saves_and_the_same_command_ends_as_an_undisturbed_run(
 
 
 def test_ctrl_c_at_the_last_checkpoint_lets_it_finish(settings, whole, tmp_path):
-    result = launch(1, interrupt_at, [*settings, f"run.dir={tmp_path}"], LOOP, "Run.end", 1, [signal.SIGINT])
+    result = launch(1, interrupt_at, [*settings, f"run.dir={tmp_path}"], LOOP, "Run.finish", 1, [signal.SIGINT])
     assert result.codes == [0] and (tmp_path / "COMPLETED").exists() and exact(tmp_path) == exact(whole)
 
 
@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_says_where_it_resumes(settings, who
     assert "stopped at once; run the same command to resume from step-00000002" in result.err
     again = train(1, *arguments)
     assert again.codes == [0] and exact(tmp_path) == exact(whole)
-    assert "ended by a second Ctrl-C" in again.out
+    assert "second Ctrl-C" in again.out
 
 
 def in_a_terminal(settings: Sequence[str], ready: Callable[[], bool], shell: str) -> tuple[int, str]:
