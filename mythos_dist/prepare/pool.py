@@ -84,7 +84,7 @@ class WorkerPool:
         remaining = iter(items)
         while True:
             for item in remaining:
-                pending.append((item, self._executor.submit(task, item)))
+                pending.append((item, self._submit(task, item)))
                 if len(pending) == 2 * self._num_workers:
                     break
             if not pending:
@@ -100,6 +100,16 @@ class WorkerPool:
                     yield result.result() if finished else self._run_alone(task, other, on_wait)
                 pending.clear()
                 self.start()
+
+    def _submit(self, task: Callable[[Item], Result], item: Item) -> "Future[Result]":
+        """A future of the task. If a worker has been killed since, one with that error: it is handled in its turn."""
+        assert self._executor
+        try:
+            return self._executor.submit(task, item)
+        except BrokenProcessPool as error:
+            future: Future[Result] = Future()
+            future.set_exception(error)
+            return future
 
     def _run_alone(self, task: Callable[[Item], Result], item: Item, on_wait: Callable[[], None]) -> Result:
         """Run a task that may kill its worker in a worker of its own."""

@@ -54,6 +54,22 @@ def test_results_come_in_the_order_of_items(number):
     assert ticks == sorted(ticks)
 
 
+def test_a_worker_that_is_killed_between_two_tasks_costs_nothing():
+    """The executor then refuses new tasks, which once ended the conversion."""
+
+    def items(workers):
+        for i in range(6):
+            if i == 3:
+                for child in workers._children():
+                    os.kill(child.pid, signal.SIGKILL)
+                while not workers._executor._broken:
+                    time.sleep(0.01)
+            yield i
+
+    with WorkerPool(2, 10) as workers:
+        assert list(workers.map(square, items(workers))) == [10 * i * i for i in range(6)]
+
+
 def test_items_are_taken_only_as_they_are_needed():
     taken = []
 

@@ -159,7 +159,7 @@ def test_deepspeeds_internals_are_used_in_few_files():
     ]
     assert sorted(users) == [
         "deepspeed_patches.py",
-        "dry_run.py",
+        "fake_world.py",
         "pipeline_stage.py",
         "process.py",
         "zero_state.py",

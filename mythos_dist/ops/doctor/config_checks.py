@@ -13,7 +13,6 @@ from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
 from mythos_dist.gpu_packages import INSTALL
-from mythos_dist.model.parameter_table import CHECKPOINT_BYTES_PER_PARAMETER, count_parameters
 from mythos_dist.ops.doctor.facts import Machine, integer
 from mythos_dist.ops.doctor.findings import Finding, gigabytes, note, ok, problem, split_remedy
 from mythos_dist.ops.doctor.machine_checks import HALF
@@ -168,6 +167,8 @@ def count_pinned(settings: CheckpointConfig, steps: int) -> int:
 
 def checkpoint_room(config: Config, folder: Folder, present: int) -> Finding:
     """Disk space: `checkpoint.keep` + 1 exist while the newest is written. `present`: bytes of existing checkpoints."""
+    from mythos_dist.model.parameter_table import CHECKPOINT_BYTES_PER_PARAMETER, count_parameters
+
     parameters = count_parameters(config.model)
     size = CHECKPOINT_BYTES_PER_PARAMETER * parameters
     newest, pinned = config.checkpoint.keep + 1, count_pinned(config.checkpoint, config.train.steps)
@@ -186,6 +187,8 @@ def checkpoint_room(config: Config, folder: Folder, present: int) -> Finding:
 
 
 def background_copy(machine: Machine, config: Config) -> Iterator[Finding]:
+    from mythos_dist.model.parameter_table import CHECKPOINT_BYTES_PER_PARAMETER, count_parameters
+
     copy, available = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model), machine.memory[1]
     if copy > available * machine.node_count:
         nodes = -(-copy // max(available, 1))
