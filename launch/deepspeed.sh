@@ -49,7 +49,7 @@ is_done() { [[ -e $run_dir/COMPLETED ]] && run_allocation --finished; }
 
 # --- Hosts
 
-# By default ssh, and whoever runs it, waits forever for a host that has lost power.
+# By default ssh, and the program that runs it, waits forever for a host that has lost power.
 ssh_options='-o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3'
 
 # Runs bash with the script on standard input and these arguments.

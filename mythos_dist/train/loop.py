@@ -83,7 +83,7 @@ class Run:
     def begin(self, checkpoint: Checkpoint | None, previous: PreviousStart) -> None:
         """Load the checkpoint, open the files of the run, and evaluate a new run.
 
-        previous: the start before this one, on rank 0.
+        previous: the previous start, on rank 0.
         """
         self.spikes = Spikes.load(self.config.faults, self.run_dir, recent_norms(checkpoint))
         if checkpoint:

@@ -20,7 +20,7 @@ _UNKNOWN = "the previous run was killed or its node failed"
 
 @dataclass(frozen=True)
 class PreviousStart:
-    """What rank 0 knows of the start before this one."""
+    """The previous start, as read by rank 0."""
 
     record: dict[str, Any] = field(default_factory=dict)  # its writer.json; empty: there was none
     last_active: float | None = None  # unix seconds: its last sign of life, or the end of its last step

@@ -450,7 +450,7 @@ CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_of_the_repository_loads(path):
-    """Some are bases and leave data.path to whoever names them; files of clusters are not configs."""
+    """Some are bases and leave data.path to the configs that name them."""
     load_config(path, ["data.path=shards"])
 
 

@@ -22,27 +22,12 @@ COMMON = {
     "prelude_layers": 2,
     "coda_layers": 1,
 }
+MLA = {"n_heads": 3, "kv_lora_rank": 14, "q_lora_rank": 22, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10}
 CONFIGS = [
     MythosConfig(**COMMON, attn_type="gqa", n_heads=6, n_kv_heads=2),
     MythosConfig(**COMMON, attn_type="gqa", n_heads=4, n_kv_heads=4),
-    MythosConfig(
-        **COMMON,
-        n_heads=3,
-        kv_lora_rank=14,
-        q_lora_rank=22,
-        qk_rope_head_dim=6,
-        qk_nope_head_dim=10,
-        v_head_dim=8,  # narrower than keys: the kernel pads it
-    ),
-    MythosConfig(
-        **COMMON | {"n_shared_experts": 0},
-        n_heads=3,
-        kv_lora_rank=14,
-        q_lora_rank=22,
-        qk_rope_head_dim=6,
-        qk_nope_head_dim=10,
-        v_head_dim=24,  # wider: keys are padded
-    ),
+    MythosConfig(**COMMON, **MLA, v_head_dim=8),  # narrower than keys: the kernel pads it
+    MythosConfig(**COMMON | {"n_shared_experts": 0}, **MLA, v_head_dim=24),  # wider: keys are padded
 ]
 
 

@@ -147,8 +147,8 @@ def _idle_seconds(
     patience: float,
     config: Config | None,
 ) -> tuple[float, float]:
-    """Seconds since the last step of this start, or since the start before its first step; and after how many of them
-    the run hangs: ten step times, or faults.hang_after before the first step, but at least `patience`."""
+    """Seconds since the last step of this start (before its first step: since it began), and the seconds after which
+    the run counts as hung: ten step times, or faults.hang_after before the first step, but at least `patience`."""
     if since_step is not None and since_step < since_start:
         recent = [line["step_seconds"] for line in metrics[-_RECENT:] if "step_seconds" in line]
         return since_step, max(patience, 10 * statistics.median(recent or [0.0]))
