@@ -32,7 +32,7 @@ from mythos_dist.model.loops import Loops, loop_signals
 from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute, checkpoint_if
-from mythos_dist.model.state import State
+from mythos_dist.model.state import UNSET, State
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.tensor import replicated
@@ -117,6 +117,9 @@ class Recurrent(nn.Module):
         inputs = LoopInputs(A, B, injected, self._signals(loop_range, loops, state.h))
         counts = torch.zeros(len(loop_range), self.config.n_experts, dtype=torch.int64, device=state.h.device)
         readouts: list[Readout] = []
+        # Earlier readouts stay out of the groups: a recomputed group holds its arguments until the backward.
+        earlier = state.readouts, state.readout_weights
+        state = state._replace(readouts=UNSET, readout_weights=UNSET)
         for group in self._groups(loop_range, loops):
             if self._all_halted(state, context):
                 break
@@ -136,6 +139,7 @@ class Recurrent(nn.Module):
             self.recorder.estimate_gain(
                 lambda h: self._update(loop_range.stop - 1, loops, h, state.e, inputs, context)[0], state.h
             )
+        state = state._replace(readouts=earlier[0], readout_weights=earlier[1])
         return _append_readouts(state, readouts), counts
 
     def _signals(self, loop_range: range, loops: Loops, like: Tensor) -> dict[int, Tensor]:

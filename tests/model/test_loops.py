@@ -5,6 +5,7 @@ sums written out by hand.
 """
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -276,3 +277,18 @@ def test_estimated_gain_is_the_largest_eigenvalue(dtype):
         lambda h: (h.float() @ matrix).to(dtype), torch.randn(2, 4, 16, generator=generator).to(dtype)
     )
     assert float(recorder.gains[0]) == pytest.approx(1.7, rel=0.02)
+
+
+def test_readouts_of_earlier_stages_are_not_held_by_recomputed_groups(tiny):
+    """A pipeline stage receives them for every micro-batch in flight: it appends its own, and they are freed."""
+    model = Mythos(tiny(), recompute=Recompute("loop"))
+    ids, loops = tokens(model.config, 1, 8), Loops(2, readouts=True)
+    context = model.context(ids)
+    state = model.recurrent.start(model.embed(ids), loops)
+    state, _ = model.recurrent(state, range(1), loops, context)
+    received = state.readouts.clone()
+    alive = weakref.ref(received)
+    state, _ = model.recurrent(state._replace(readouts=received), range(1, 2), loops, context)
+    assert state.readouts.shape[0] == 2 and torch.equal(state.readouts[:1], received)
+    del received
+    assert alive() is None
