@@ -49,6 +49,8 @@ NODE = Machine(
     shared_memory=(32 << 30, 32 << 30),
     open_files=65536,
     locked_memory=-1,
+    host="node1",
+    addresses=Outcome({"node1": "10.0.0.1"}),
 )
 CPU = replace(NODE, driver=Driver(), torch=Torch("2.14.1", "13.0"), unavailable=MISSING, versions={}, ports={})
 
@@ -209,6 +211,19 @@ def test_the_docs_show_the_output():
         (replace(CPU, ports=PORTS | {"mlx5_1:1": "DOWN, ?, InfiniBand"}), "note", ["not up: mlx5_1:1 DOWN"]),
         (replace(NODE, env={"NCCL_IB_DISABLE": "1"}), "note", ["NCCL_IB_DISABLE=1 disables InfiniBand", "unset"]),
         (replace(CPU, env={"NCCL_IB_DISABLE": "1"}), "ok", []),
+        (replace(CPU, env={"GLOO_SOCKET_IFNAME": "ib0"}), "problem", ["GLOO_SOCKET_IFNAME=ib0", "lo, eth0"]),
+        (replace(CPU, env={"GLOO_SOCKET_IFNAME": "eth"}), "problem", ["names no interface"]),
+        (replace(CPU, env={"GLOO_SOCKET_IFNAME": "eth0"}), "ok", []),
+        (replace(CPU, env={"NCCL_SOCKET_IFNAME": "ib,eth"}), "ok", []),
+        (replace(CPU, env={"NCCL_SOCKET_IFNAME": "=eth"}), "problem", ["NCCL_SOCKET_IFNAME==eth"]),
+        (replace(CPU, env={"NCCL_SOCKET_IFNAME": "^docker0"}), "ok", []),
+        (replace(CPU, env={"MASTER_ADDR": "node7"}), "problem", ["MASTER_ADDR=node7"]),
+        (replace(CPU, addresses=Outcome(error="no answer in 20 s")), "note", ["cannot be resolved"]),
+        (
+            replace(CPU, env={"SLURM_NNODES": "2"}, addresses=Outcome({"node1": "127.0.1.1"})),
+            "note",
+            ["node1 resolves to 127.0.1.1", "set GLOO_SOCKET_IFNAME"],
+        ),
     ],
 )
 def test_network(machine, status, words):
@@ -402,6 +417,13 @@ def test_the_probe_joins_a_group(monkeypatch, slow_machine):
     assert Probe(probe.join_group).outcome().error == ""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     assert "nosuch0" in Probe(probe.join_group).outcome().error
+
+
+def test_the_probe_resolves_names(monkeypatch, slow_machine):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert Probe(probe.resolve_names).outcome().values["localhost"] in ("127.0.0.1", "::1")
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")  # a name that never exists (RFC 6761)
+    assert Probe(probe.resolve_names).outcome().values["no.such.host.invalid"] is None
 
 
 @pytest.mark.parametrize(

@@ -61,16 +61,15 @@ def _read_launcher(env: Mapping[str, str], node: str, launcher: str, names: tupl
             f"{', '.join(invalid)} on {node}: not a number; unset it, or use one of the launchers {list(_VARIABLES)}"
         )
     rank, world_size = int(env[rank_name]), int(env[world_name])
-    local_world_size = _number(env, local_world_name) or _number(env, "LOCAL_SIZE") or _tasks_here(env)
-    if not local_world_size:
-        local_world_size = world_size
     if world_size == 1:
         env = {**env, "MASTER_PORT": ""}  # not used: an invalid value that was left over does no harm
     rank_info = RankInfo(
         rank=rank,
         world_size=world_size,
-        local_rank=_number(env, local_rank_name) or 0,
-        local_world_size=local_world_size,
+        local_rank=read_number(env, local_rank_name) or 0,
+        local_world_size=(
+            read_number(env, local_world_name) or read_number(env, "LOCAL_SIZE") or _tasks_here(env) or world_size
+        ),
         node=node,
         launcher=launcher,
         job_id=read_job_id(env),
@@ -98,7 +97,7 @@ def _check_outer_launcher(env: Mapping[str, str], rank_info: RankInfo, rank_name
     if rank_name != "RANK" or "TORCHELASTIC_RUN_ID" in env or "CROSS_SIZE" in env:  # set by torchrun and DeepSpeed
         return
     for launcher, (rank, world, *_) in _VARIABLES.items():
-        outer_rank, outer_world = _number(env, rank), _number(env, world)
+        outer_rank, outer_world = read_number(env, rank), read_number(env, world)
         if rank == "RANK" or outer_world is None or outer_rank is None:
             continue
         if rank_info.world_size < outer_world or (rank_info.world_size == outer_world and rank_info.rank != outer_rank):
@@ -109,7 +108,7 @@ def _check_outer_launcher(env: Mapping[str, str], rank_info: RankInfo, rank_name
             )
 
 
-def _number(env: Mapping[str, str], name: str) -> int | None:
+def read_number(env: Mapping[str, str], name: str) -> int | None:
     value = env.get(name, "")
     return int(value) if value.isdecimal() else None
 
@@ -180,7 +179,7 @@ def _expand_tasks(text: str) -> list[int]:
 
 def _tasks_here(env: Mapping[str, str]) -> int:
     """The tasks of this job step on this node; 0: unknown."""
-    tasks, node = _expand_tasks(env.get("SLURM_STEP_TASKS_PER_NODE", "")), _number(env, "SLURM_NODEID")
+    tasks, node = _expand_tasks(env.get("SLURM_STEP_TASKS_PER_NODE", "")), read_number(env, "SLURM_NODEID")
     return tasks[node] if node is not None and node < len(tasks) else 0
 
 

@@ -24,7 +24,7 @@ from mythos_dist.ops.doctor.config_checks import CONFIG_CHECKS
 from mythos_dist.ops.doctor.facts import read_machine, read_versions
 from mythos_dist.ops.doctor.findings import Finding, run_check
 from mythos_dist.ops.doctor.machine_checks import MACHINE_CHECKS, check_packages
-from mythos_dist.ops.doctor.probe import Probe, import_reader, join_group
+from mythos_dist.ops.doctor.probe import Probe, import_reader, join_group, resolve_names
 from mythos_dist.units import count
 
 
@@ -76,10 +76,10 @@ def diagnose(config: Config | None) -> list[Finding]:
     """All findings about this machine, and with a config about what it would use."""
     with contextlib.suppress(Exception):  # whatever needs torch reports why it fails
         import torch  # noqa: F401 - imported once here instead of in every probe
-    group, reader = Probe(join_group), Probe(import_reader)
+    group, names, reader = Probe(join_group), Probe(resolve_names), Probe(import_reader)
 
     def check_machine() -> Iterator[Finding]:
-        machine = read_machine(dict(os.environ), group.outcome())
+        machine = read_machine(dict(os.environ), group, names)
         for topic, check in MACHINE_CHECKS.items():
             yield from run_check(topic, functools.partial(check, machine))
         if config:

@@ -13,9 +13,10 @@ from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
 from mythos_dist.gpu_packages import INSTALL
-from mythos_dist.ops.doctor.facts import Machine, integer
+from mythos_dist.ops.doctor.facts import Machine
 from mythos_dist.ops.doctor.findings import Finding, gigabytes, note, ok, problem, split_remedy
 from mythos_dist.ops.doctor.machine_checks import HALF
+from mythos_dist.parallel.launcher import read_number
 from mythos_dist.private import default_shard_cache, why_untrusted
 from mythos_dist.units import count
 
@@ -79,7 +80,7 @@ def _attention(machine: Machine, config: Config) -> Finding:
 def check_layout(machine: Machine, config: Config) -> Iterator[Finding]:
     """Whether the ranks that a launcher has started form complete replicas; without a launcher, how many would."""
     replica = config.parallel.pipe * config.parallel.tensor
-    world = integer(machine.env, "WORLD_SIZE")
+    world = read_number(machine.env, "WORLD_SIZE")
     if world is None:
         ranks = replica * config.parallel.expert
         yield ok("layout", f"runs on {'any number of ranks' if ranks == 1 else f'any multiple of {ranks} ranks'}")
@@ -167,15 +168,14 @@ def count_pinned(settings: CheckpointConfig, steps: int) -> int:
 
 def checkpoint_room(config: Config, folder: Folder, present: int) -> Finding:
     """Disk space: `checkpoint.keep` + 1 exist while the newest is written. `present`: bytes of existing checkpoints."""
-    from mythos_dist.model.parameter_table import CHECKPOINT_BYTES_PER_PARAMETER, count_parameters
+    from mythos_dist.model.parameter_table import checkpoint_bytes, count_parameters
 
-    parameters = count_parameters(config.model)
-    size = CHECKPOINT_BYTES_PER_PARAMETER * parameters
-    newest, pinned = config.checkpoint.keep + 1, count_pinned(config.checkpoint, config.train.steps)
+    parameters, size = count_parameters(config.model), checkpoint_bytes(config.model)
+    kept, pinned = config.checkpoint.keep + 1, count_pinned(config.checkpoint, config.train.steps)
     # Existing checkpoints make room, except for the one that is being written.
-    needed = max(newest * size - present, size)
-    needed_with_pinned = max((newest + pinned) * size - present, size)
-    text = f"{parameters:,} parameters: {gigabytes(size)} per checkpoint; keep + 1 = {newest}"
+    needed = max(kept * size - present, size)
+    needed_with_pinned = max((kept + pinned) * size - present, size)
+    text = f"{parameters:,} parameters: {gigabytes(size)} per checkpoint; keep + 1 = {kept}"
     text += f" and {pinned} pinned" if pinned else ""
     text += f" need {gigabytes(needed_with_pinned)} more, {gigabytes(folder.free)} free in {folder.existing}"
     if folder.free < needed:
@@ -187,9 +187,9 @@ def checkpoint_room(config: Config, folder: Folder, present: int) -> Finding:
 
 
 def background_copy(machine: Machine, config: Config) -> Iterator[Finding]:
-    from mythos_dist.model.parameter_table import CHECKPOINT_BYTES_PER_PARAMETER, count_parameters
+    from mythos_dist.model.parameter_table import checkpoint_bytes
 
-    copy, available = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model), machine.memory[1]
+    copy, available = checkpoint_bytes(config.model), machine.memory[1]
     if copy > available * machine.node_count:
         nodes = -(-copy // max(available, 1))
         text = f"copies {gigabytes(copy)} into the memory of all nodes together, {gigabytes(available)} available here"

@@ -1,6 +1,7 @@
 """What checks know about this machine. They read nothing else of it, so tests describe machines that do not exist."""
 
 import contextlib
+import functools
 import os
 import re
 import resource
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mythos_dist.ops.doctor.probe import Outcome
+from mythos_dist.ops.doctor.probe import Outcome, Probe
+from mythos_dist.parallel.launcher import read_number
 
 SMI_SECONDS = 8
 PROGRAMS = ("torchrun", "deepspeed", "srun", "sbatch", "pdsh", "ssh")
@@ -59,6 +61,8 @@ class Machine:
     unavailable: Mapping[str, str | None]  # GPU package -> why it cannot be imported
     versions: Mapping[str, str]  # installed Python packages
     group: Outcome  # of probe.join_group
+    host: str
+    addresses: Outcome  # of probe.resolve_names: {name: address or None} of this host and of MASTER_ADDR
     interfaces: tuple[str, ...]
     ports: Mapping[str, str]  # InfiniBand and RoCE: "mlx5_0:1" -> "ACTIVE, 400 Gb/sec (4X NDR), InfiniBand"
     programs: tuple[str, ...]  # those of PROGRAMS that are installed
@@ -79,18 +83,13 @@ class Machine:
     @property
     def node_count(self) -> int:
         """Nodes of the job that this process is in; 1 without a launcher."""
-        world, local = integer(self.env, "WORLD_SIZE") or 1, integer(self.env, "LOCAL_WORLD_SIZE")
-        slurm = integer(self.env, "SLURM_JOB_NUM_NODES") or integer(self.env, "SLURM_NNODES") or 1
+        world, local = read_number(self.env, "WORLD_SIZE") or 1, read_number(self.env, "LOCAL_WORLD_SIZE")
+        slurm = read_number(self.env, "SLURM_JOB_NUM_NODES") or read_number(self.env, "SLURM_NNODES") or 1
         return -(-world // local) if local else slurm
 
 
-def integer(env: Mapping[str, str], name: str) -> int | None:
-    value = env.get(name, "")
-    return int(value) if value.isdecimal() else None
-
-
-def read_machine(env: Mapping[str, str], group: Outcome) -> Machine:
-    """This machine. `group`: the outcome of probe.join_group."""
+def read_machine(env: Mapping[str, str], group: Probe, names: Probe) -> Machine:
+    """This machine. `group`, `names`: running probes of probe.join_group and probe.resolve_names."""
     from mythos_dist.gpu_packages import DISTRIBUTIONS, unavailable
     from mythos_dist.ops.cluster.fabric import infiniband_ports
     from mythos_dist.ops.cluster.memory import node_memory
@@ -105,7 +104,6 @@ def read_machine(env: Mapping[str, str], group: Outcome) -> Machine:
         torch=read_torch(use_gpus=not driver.hangs),  # torch would hang as well
         unavailable={package: unavailable(package) for package in DISTRIBUTIONS},
         versions=read_versions(),
-        group=group,
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         ports=infiniband_ports(),
         programs=tuple(name for name in PROGRAMS if shutil.which(name, path=path)),
@@ -113,9 +111,13 @@ def read_machine(env: Mapping[str, str], group: Outcome) -> Machine:
         shared_memory=(shared.total, shared.free) if shared else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        host=socket.gethostname(),
+        addresses=names.outcome(),  # last: they may take many seconds
+        group=group.outcome(),
     )
 
 
+@functools.cache
 def read_versions() -> dict[str, str]:
     """{distribution: version} of all installed Python packages, names in lower case with hyphens."""
     return {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in metadata.distributions() if one.name}
@@ -158,5 +160,5 @@ def read_torch(use_gpus: bool) -> Torch:
                 one = torch.cuda.get_device_properties(i)  # warns of a GPU that this torch has no kernels for
                 gpus.append(Gpu(one.name, (one.major, one.minor), one.total_memory))
     messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]  # none of deprecations
-    warning = " ".join(messages[0].split()) if messages else ""
+    warning = " ".join(" ".join(messages).split())
     return Torch(torch.__version__, torch.version.cuda, nccl, tuple(gpus), warning)

@@ -102,15 +102,19 @@ def _usable_gpus(machine: Machine) -> Iterator[Finding]:
         for (name, (major, minor), size), number in counts.items()
     )
     if present > len(torch.gpus):
-        text += f" (of {present} in this machine; CUDA_VISIBLE_DEVICES={machine.env.get('CUDA_VISIBLE_DEVICES', '')})"
+        visible = machine.env.get("CUDA_VISIBLE_DEVICES")
+        text += f" (of {present} in this machine" + (f"; CUDA_VISIBLE_DEVICES={visible})" if visible else ")")
     if len(counts) > 1:
         remedy = "use GPUs of one kind: select them with CUDA_VISIBLE_DEVICES or the scheduler's constraint"
         yield note("GPU", f"{text}: every step runs at the speed of the slowest", remedy)
     else:
         yield ok("GPU", text)
-    if torch.warning:  # such as: this torch has no kernels for the GPU
+    text = f"torch {torch.version} warns: {torch.warning}"
+    if "NVML" in torch.warning:  # torch counts the GPUs in another way then
+        yield note("GPU", text, "check the driver's libnvidia-ml.so; training does not need it")
+    elif torch.warning:  # such as: this torch has no kernels for the GPU
         remedy = "install a torch built for these GPUs (https://pytorch.org/get-started)"
-        yield problem("GPU", f"torch {torch.version} warns: {torch.warning}", remedy)
+        yield problem("GPU", text, remedy)
 
 
 def check_kernels(machine: Machine) -> Iterator[Finding]:
@@ -152,6 +156,8 @@ def check_network(machine: Machine) -> Iterator[Finding]:
     else:
         seconds = machine.group.values["seconds"]
         yield ok("network", f"{name}: one process joined a process group on loopback ({seconds:.1f} s)")
+    yield from _interface_variables(machine)
+    yield from _addresses(machine)
     up = [f"{port} {state}" for port, state in machine.ports.items() if state.startswith("ACTIVE")]
     down = [f"{port} {state}" for port, state in machine.ports.items() if not state.startswith("ACTIVE")]
     if not machine.ports and machine.gpus and machine.node_count > 1:
@@ -171,6 +177,44 @@ def check_network(machine: Machine) -> Iterator[Finding]:
     ]
     if variables:
         yield ok("network", "set: " + ", ".join(variables))
+
+
+def _interface_variables(machine: Machine) -> Iterator[Finding]:
+    """Interfaces that variables name: NCCL's rules (^ excludes, = is exact, otherwise a prefix), gloo's are exact."""
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        value = machine.env.get(variable, "")
+        if not value or value.startswith("^"):
+            continue
+        names = [name.partition(":")[0] for name in value.lstrip("=").split(",")]
+        is_gloo = variable.startswith("GLOO")
+        exact = is_gloo or value.startswith("=")
+        present = [
+            name
+            for name in names
+            if any(one == name or (not exact and one.startswith(name)) for one in machine.interfaces)
+        ]
+        if not present or (is_gloo and len(present) < len(names)):  # gloo needs all of them, NCCL uses those that exist
+            text = f"{variable}={value} names no interface of this machine"
+            yield problem("network", text, f"unset it, or set it to one of {', '.join(machine.interfaces)}")
+
+
+def _addresses(machine: Machine) -> Iterator[Finding]:
+    """Whether other nodes can reach the addresses that host names resolve to."""
+    master = machine.env.get("MASTER_ADDR")
+    if machine.addresses.error:
+        remedy = "check /etc/resolv.conf and /etc/hosts; until then give MASTER_ADDR as a number"
+        yield note("network", f"host names cannot be resolved ({machine.addresses.error})", remedy)
+        return
+    addresses = machine.addresses.values
+    if master and addresses.get(master) is None:
+        text = f"MASTER_ADDR={master} cannot be resolved"
+        yield problem("network", text, "set MASTER_ADDR to the first node's name or address")
+    own = addresses.get(machine.host)
+    is_loopback = own is None or own.startswith("127.") or own == "::1"
+    if machine.node_count > 1 and not machine.gpus and "GLOO_SOCKET_IFNAME" not in machine.env and is_loopback:
+        text = f"the host name {machine.host} resolves to {own or 'nothing'}: other nodes could not reach gloo there"
+        remedy = f"set GLOO_SOCKET_IFNAME to the interface between nodes, one of {', '.join(machine.interfaces)}"
+        yield note("network", text, remedy)
 
 
 def check_launcher(machine: Machine) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -81,6 +82,17 @@ def join_group() -> dict[str, Any]:
         raise RuntimeError(f"an all-reduce of ones over one rank returned {ones.tolist()}")
     dist.destroy_process_group()
     return {"seconds": time.perf_counter() - begin}
+
+
+def resolve_names() -> dict[str, Any]:
+    """{name: address or None} of this host and of MASTER_ADDR. A broken DNS takes a minute to answer."""
+    addresses: dict[str, Any] = {}
+    for name in {socket.gethostname(), os.environ.get("MASTER_ADDR", "")} - {""}:
+        try:
+            addresses[name] = socket.getaddrinfo(name, None)[0][4][0]
+        except OSError:
+            addresses[name] = None
+    return addresses
 
 
 def import_reader() -> dict[str, Any]:
