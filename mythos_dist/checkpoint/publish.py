@@ -139,7 +139,11 @@ def _why_of_other_run(path: Path, newest: CheckpointManifest) -> str:
         return "its format is that of another version of mythos_dist"
     except UserError:
         return ""
-    names = [name for name, *_ in differences(config_from(newest.config), manifest.config)]
+    try:
+        config = config_from(newest.config)
+    except UserError:
+        return "the newest checkpoint has settings of another version of mythos_dist"
+    names = [name for name, *_ in differences(config, manifest.config)]
     return f"it was saved with another {', '.join(names[:3])}" if names else ""
 
 

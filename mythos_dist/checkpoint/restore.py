@@ -27,7 +27,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.parallel.process import raise_on_all_ranks
+from mythos_dist.parallel.process import any_rank, from_rank_0, on_rank_0, raise_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class _Verification:
 
     problems: tuple[str, ...] = ()  # a line per damaged file
     error: VersionError | SignatureError | None = None  # the run must not start at all
-    was_removed: bool = False  # by another process, meanwhile
 
 
 def find_checkpoint(
@@ -49,19 +48,15 @@ def find_checkpoint(
     all bytes are read in any case. Raises UserError on every rank if there are checkpoints but none is intact, if one
     is of another format version, which training would overwrite, or if one is not signed with the key.
     """
-    rank = dist.get_rank()
     key = raise_on_all_ranks(lambda: signing_key(key_file))
     _raise_unless_same_key(key)
     # Rank 0 lists them for all ranks: the folder may change between two listings.
-    broadcast = [raise_on_all_ranks(lambda: _candidates(checkpoints) if rank == 0 else [])]
-    dist.broadcast_object_list(broadcast, 0)
-    candidates = broadcast[0]
+    candidates = from_rank_0(lambda: _candidates(checkpoints))
     damaged: list[str] = []
     for i, folder in enumerate(candidates):
         checkpoint, problems = _verify_on_all_ranks(folder, verify, key)
         if checkpoint:
-            remaining = candidates[i + 1 :] if rank == 0 else []
-            raise_on_all_ranks(partial(_refuse_overwrite, folder, remaining))
+            on_rank_0(partial(_refuse_overwrite, folder, candidates[i + 1 :]))
             return checkpoint, damaged
         damaged += problems
     if damaged:
@@ -89,9 +84,9 @@ def _verify_on_all_ranks(folder: Path, verify: bool, key: Key | None) -> tuple[C
     for found in of_ranks:
         if found.error:
             raise found.error
-    if all(found.was_removed for found in of_ranks):
-        return None, []
     problems = list(dict.fromkeys(line for found in of_ranks for line in found.problems))
+    if problems and not any_rank(os.path.lexists(folder)):
+        return None, []
     return None if problems else checkpoint, problems
 
 
@@ -105,7 +100,7 @@ def _verify_share(folder: Path, verify: bool, key: Key | None) -> tuple[Checkpoi
         return None, _Verification(error=error)
     except UserError as error:
         checkpoint, problems = None, [str(error)]
-    return checkpoint, _Verification(tuple(problems), was_removed=bool(problems) and not os.path.lexists(folder))
+    return checkpoint, _Verification(tuple(problems))
 
 
 def _refuse_overwrite(chosen: Path, others: Sequence[Path]) -> None:
@@ -163,14 +158,13 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
         model = Mythos(config.model, act=config.act, experts=config.experts)
     expected = {name: (PARAMETER, value) for name, value in model.named_parameters()}
     expected |= {name: (BUFFER, value) for name, value in model.named_buffers()}
-    values = {}
-    for name, (kind, value) in expected.items():
+    for name, (_, value) in expected.items():
         tensor = checkpoint.manifest.tensors.get(name)
         if tensor is None or tensor.shape != tuple(value.shape):
             found = "no tensor" if tensor is None else f"shape {list(tensor.shape)}"
             wanted = list(value.shape)
             raise UserError(f"has {found} for {name}; its config needs shape {wanted}", str(checkpoint.folder))
-        values[name] = torch.from_numpy(checkpoint.full_tensor(kind, name))
+    values = {name: torch.from_numpy(checkpoint.full_tensor(kind, name)) for name, (kind, _) in expected.items()}
     model.load_state_dict(values, assign=True)
     return model.eval(), config, checkpoint.manifest.step
 

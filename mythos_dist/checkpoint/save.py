@@ -22,7 +22,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, reason, user_errors
-from mythos_dist.parallel.process import any_rank, raise_on_all_ranks
+from mythos_dist.parallel.process import any_rank, on_rank_0, raise_on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class _Written:
     """What one rank wrote."""
 
     file: FileEntry | None = None  # None: this rank has nothing to write, or failed
-    tensors: dict[str, TensorEntry] | None = None  # in the file
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)  # in the file
     problem: str = ""
 
 
@@ -82,7 +82,7 @@ class Saver:
         self.published: int | None = None  # step of the newest published checkpoint
         self._key = raise_on_all_ranks(lambda: signing_key(settings.key_file))
         # The other ranks wait: a faster one might begin a folder that rank 0 would then remove.
-        raise_on_all_ranks(lambda: self._prepare_folder() if dist.get_rank() == 0 else None)
+        on_rank_0(self._prepare_folder)
         if settings.background:
             # In advance: copying to memory that was never touched is twenty times slower.
             self._thread = threading.Thread(target=self._allocate_copies, daemon=True)
@@ -130,8 +130,8 @@ class Saver:
         rank = dist.get_rank()
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(self._written, of_ranks if rank == 0 else None)
-        published = raise_on_all_ranks(lambda: rank == 0 and self._publish(manifest, of_ranks))
-        self._last_is_complete = any_rank(published)
+        published = on_rank_0(lambda: self._publish(manifest, of_ranks))
+        self._last_is_complete = any_rank(bool(published))
         if self._last_is_complete:
             self.published = manifest.step
         return self._last_is_complete
@@ -200,7 +200,7 @@ class Saver:
                 for rank, written in enumerate(of_ranks):
                     if written.file:
                         files[file_name(rank)] = written.file
-                        tensors |= written.tensors or {}
+                        tensors |= written.tensors
                 manifest = replace(manifest, files=files, tensors=tensors)
                 with self._fence.guard():
                     publish(temporary, manifest, self._key)
@@ -233,11 +233,8 @@ def file_name(rank: int) -> str:
 
 
 def clean_complete_run(newest: Checkpoint, settings: CheckpointConfig, start: int) -> None:
-    """Remove what starts up to `start` left because they were killed, also after they saved the `newest` checkpoint.
-
-    For a run that is complete and creates no `Saver`, which does the same. Raises UserError if the folder cannot be
-    read.
-    """
+    """For a run that is complete and so creates no `Saver`: as a `Saver` does, remove what interrupted starts up to
+    `start` left, and delete checkpoints beyond `settings.keep`. Raises UserError if the folder cannot be read."""
     folder = newest.folder.parent
     with user_errors(folder):
         remove_unfinished(folder, start)
