@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from experiments.depth import LONG_HOPS, TRAINED_HOPS
 from experiments.depth_task import ensure_depth_task
 from experiments.trials import (
     AS_OPEN_MYTHOS,
@@ -96,15 +97,17 @@ class DepthTaskData:
     base = "train.steps=1000 loops.curriculum_steps=600 checkpoint.every=1000000".split()
 
     def __init__(self, out: Path):
-        short = ensure_depth_task(out / "data" / "s3-8-reached", hops=8, sequences=100_000, targets="reached")
-        self.long = ensure_depth_task(out / "data" / "s3-16", hops=16, sequences=1, heldout=500)
+        short = ensure_depth_task(
+            out / "data" / "s3-8-reached", hops=TRAINED_HOPS, sequences=100_000, targets="reached"
+        )
+        self.long = ensure_depth_task(out / "data" / "s3-16", hops=LONG_HOPS, sequences=1, heldout=500)
         self.base = [*self.base, f"data.path={short}"]
 
     def measure(self, run_dir: Path) -> dict[int, float]:
         from mythos_dist.train.sweep import sweep
 
         by_position = sweep(run_dir, self.loops, data=self.long, samples=500, batch=250).by_position
-        return {n: statistics.mean(accuracy[9:17]) for n, accuracy in by_position.items()}
+        return {n: statistics.mean(accuracy[TRAINED_HOPS + 1 : LONG_HOPS + 1]) for n, accuracy in by_position.items()}
 
 
 DATA = {kind.name: kind for kind in (TextData, DepthTaskData)}
@@ -130,8 +133,8 @@ def run_ablation(
     check_counts(seeds, jobs)
     for name in data:  # find errors before the data is made
         Trial(configs / DATA[name].config, out, (f"data.path={SAMPLE}", *overrides)).load()
-    prepared = [DATA[name](out) for name in data]
-    summary = {one.name: _compare(one, configs, out, switches, seeds, overrides, jobs) for one in prepared}
+    prepared = {name: DATA[name](out) for name in data}
+    summary = {name: _compare(one, configs, out, switches, seeds, overrides, jobs) for name, one in prepared.items()}
     write_json(out / "ablation.json", summary)
     text = "\n".join(line for name in data for line in table(DATA[name], summary[name]))
     write_atomically(out / "ablation.md", text + "\n")

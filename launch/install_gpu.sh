@@ -224,7 +224,7 @@ build() {
 
 main() {
     read_arguments "$@"
-    export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} # the helpers import mythos_dist.errors
+    export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} # the helpers import mythos_dist
     find_torch
     find_cuda
     choose_settings

@@ -20,7 +20,7 @@ EXIT_USER_ERROR = 2  # configuration or input error: do not restart
 EXIT_BAD_NODE = 3  # a node is unfit: restart without it
 EXIT_LOST_RANK = 4  # a rank hung or was lost: restart
 EXIT_DIVERGED = 5  # the loss diverged repeatedly: do not restart
-EXIT_STOPPED = 85  # stopped on a signal, or at the end of the time, behind a checkpoint: start again
+EXIT_STOPPED = 85  # stopped early (signal, run.max_seconds, STOP) after saving a checkpoint: restart
 EXIT_INTERRUPTED = 130  # Ctrl-C with nothing to save, or a second Ctrl-C; the shell's code for SIGINT
 
 
@@ -28,7 +28,7 @@ class UserError(ValueError):
     """One or more problems, one per line; each names the setting, shows its value and says what to do."""
 
     exit_code = EXIT_USER_ERROR
-    only_this_rank = False  # True: no other rank has this error, so this rank prints it
+    only_this_rank = False  # True: perhaps not on rank 0, so one rank of each node prints it
 
     def __init__(self, problems: str | Sequence[str], source: str = ""):
         self.problems = [redact(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
@@ -113,7 +113,7 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into their own
     error while they are imported or wait for worker processes, so after Ctrl-C any exception counts as an interrupt.
     They may also drop it, as torch does while it imports numpy, and Python does in `__del__`: it is raised again every
-    half second until something handles it.
+    half second until `main` ends.
     """
     interrupted: list[int] = []
 
@@ -147,6 +147,7 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     finally:
         if interrupted:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) == interrupt:
             signal.signal(signal.SIGINT, before)
 

@@ -6,15 +6,17 @@ removes those of killed writers (`remove_temporaries`).
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from mythos_dist.errors import UserError
 
@@ -45,16 +47,22 @@ def replacing(file: Path, ending: str = "") -> Iterator[IO[bytes]]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """The path of a temporary folder; after the block, it is renamed to `folder`, which must not exist.
+    """A temporary folder NAME.tmp-PID-HEX; after the block, it is fsynced and renamed to `folder`, which must not
+    exist.
 
-    If the block fails, the temporary folder is removed.
+    If the block or the disk fails, the temporary folder is removed.
     """
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # no other process has it
+    make_folders(folder.parent)
+    temporary.mkdir()
     try:
         yield temporary
-        os.rename(temporary, folder)
-    finally:
+        fsync_folder(temporary)
+        temporary.rename(folder)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(folder.parent)
 
 
 def write_atomically(file: Path, content: str | bytes, ending: str = "") -> None:
@@ -182,3 +190,30 @@ def os_user_error(error: OSError, place: Path, what: str = "cannot be written") 
     name = error.filename if isinstance(error.filename, str) else str(place)
     remedy = _REMEDIES.get(error.errno or 0, "look at this folder and its file system")
     return UserError(f"{name} {what} ({error.strerror or error}); {remedy}")
+
+
+def lock_file(file: Path, timeout: float = 0.0, poll: float = 0.005) -> TextIO | None:
+    """Lock `file` for as long as the returned handle is open; None if another process holds the lock for `timeout` s,
+    in which it is tried every `poll` s.
+
+    Raises OSError where locks are not supported, and if the file cannot be opened.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        handle = file.open("a")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
+                return handle
+            # Another process has just replaced the file: lock the new one.
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                handle.close()
+                return None
+            time.sleep(poll)
+        except FileNotFoundError:
+            pass  # another process has just removed it
+        except OSError:
+            handle.close()
+            raise
+        handle.close()

@@ -23,7 +23,7 @@ def compile_caches(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def default_shard_cache() -> Path:
-    """This user's folder for unpacked shards, if `data.cache` is not set."""
+    """This user's folder for decompressed shards, if `data.cache` is not set."""
     return Path(tempfile.gettempdir(), f"mythos-shards-{os.getuid()}")
 
 

@@ -21,7 +21,7 @@ REPLACEMENTS = {
     r"(who|which) (is|are|was|were) told": "receives",
     r"hears?|speaks?": "receives, sends",
 }
-PATTERN = re.compile("|".join(rf"(?P<w{i}>\b(?:{word})\b)" for i, word in enumerate(REPLACEMENTS)), re.IGNORECASE)
+PATTERNS = {re.compile(rf"\b(?:{word})\b", re.IGNORECASE): text for word, text in REPLACEMENTS.items()}
 SUFFIXES = (".py", ".md", ".sh", ".sbatch", ".yaml", ".toml")
 EXEMPT = {"CHANGELOG.md", "tests/test_english.py"}
 
@@ -40,12 +40,15 @@ def test_no_file_uses_a_word_that_readers_stopped_at():
         if not name.endswith(SUFFIXES) or name in EXEMPT or "/fixtures/" in name or not (REPOSITORY / name).exists():
             continue
         for number, line in enumerate((REPOSITORY / name).read_text(encoding="utf-8").splitlines(), 1):
-            for match in PATTERN.finditer(line):
-                replacement = list(REPLACEMENTS.values())[int(str(match.lastgroup)[1:])]
-                found.append(f"{name}:{number}: {match[0]!r}; write: {replacement}")
+            for pattern, replacement in PATTERNS.items():
+                for match in pattern.finditer(line):
+                    found.append(f"{name}:{number}: {match[0]!r}; write: {replacement}")
     assert not found, "\n".join(found)
 
 
 def test_the_pattern_finds_words_and_not_parts_of_words():
-    assert PATTERN.search("this has to be mended") and not PATTERN.search("recommended, amendment")
-    assert PATTERN.search("start 2 goes on behind step 40") and not PATTERN.search("training goes on for a day")
+    def is_refused(text: str) -> bool:
+        return any(pattern.search(text) for pattern in PATTERNS)
+
+    assert is_refused("this has to be mended") and not is_refused("recommended, amendment")
+    assert is_refused("start 2 goes on behind step 40") and not is_refused("training goes on for a day")

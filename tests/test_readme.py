@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.launch
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
 PAGES = {
     path.name: path.read_text() for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 }
+README = PAGES["README.md"]
 ALL = "\n".join(PAGES.values())
 
 
+@pytest.mark.launch
 def test_the_python_example_runs():
     """The block as it stands, in a process of its own."""
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -24,6 +24,7 @@ def test_the_python_example_runs():
     subprocess.run([sys.executable, "-c", code + shape], check=True, timeout=480)
 
 
+@pytest.mark.launch
 def test_the_errors_shown_are_the_errors_printed():
     """The commands that are mistakes, their output word for word, and exit code 2."""
     examples = re.findall(r"\$ python (-m mythos_dist\.train .*?)\n(.*?)```", ALL, flags=re.DOTALL)
@@ -35,6 +36,7 @@ def test_the_errors_shown_are_the_errors_printed():
         assert (result.returncode, result.stdout, result.stderr) == (2, "", shown)
 
 
+@pytest.mark.launch
 def test_the_plan_shown_is_the_plan_printed():
     (command, shown), *_ = re.findall(r"\$ python (tools/plan\.py --variant .*?)\n(.*?)```", ALL, flags=re.DOTALL)
     result = subprocess.run(
@@ -50,6 +52,8 @@ def test_every_file_that_a_page_names_exists(page):
     links = set(re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page]))
     assert [link for link in sorted(links) if not (folder / link).exists()] == []
     named = re.findall(r"\b(?:tools|configs|benchmarks|tests|experiments|mythos_dist)/[\w./-]*\w", PAGES[page])
+    if page == "README.md":
+        assert {"tools/make_shards.py", "configs/1b.yaml"} <= set(named)
     assert [name for name in sorted(set(named)) if not (REPOSITORY / name).exists()] == []
 
 

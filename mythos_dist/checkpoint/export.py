@@ -7,8 +7,6 @@ for its rotary tables and its head, which is tied to the embedding. One tensor i
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.schema import BY_MODE, MythosConfig
 from mythos_dist.errors import UserError
-from mythos_dist.files import fsync_folder, make_folders, reason, write_and_fsync
+from mythos_dist.files import make_folders, new_folder, reason, write_and_fsync
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, open_mythos_shapes, to_open_mythos, unsupported_loop_settings
 
 FILE_BYTES = 5 << 30
@@ -99,20 +97,12 @@ def export(
 
 @contextmanager
 def _new_folder(out: Path, size: int) -> Iterator[Path]:
-    """A temporary folder for `size` bytes. It becomes `out` when the block ends, and is removed if the block raises."""
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # no other process uses it
+    """`files.new_folder` with room for `size` bytes; an OSError becomes a UserError."""
     try:
         make_folders(out.parent)
         check_free_space(out.parent, size)
-        temporary.mkdir()
-        try:
+        with new_folder(out) as temporary:
             yield temporary
-            fsync_folder(temporary)
-            temporary.rename(out)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        fsync_folder(out.parent)
     except OSError as error:
         raise UserError(
             f"cannot be written ({reason(error)}); name another folder or free some space", str(out)

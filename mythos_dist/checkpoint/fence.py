@@ -13,7 +13,6 @@ and then takes over; when the old process continues, it does the one rename that
 Decisions: CHECKPOINT-4.
 """
 
-import fcntl
 import json
 import os
 import secrets
@@ -22,10 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mythos_dist.errors import UserError
-from mythos_dist.files import read_json_lines, write_atomically
+from mythos_dist.files import lock_file, read_json_lines, write_atomically
 from mythos_dist.parallel.launcher import read_job_id
 from mythos_dist.parallel.process_identity import identity
 
@@ -129,29 +128,3 @@ def _locked(file: Path, force: bool = False) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.close()
-
-
-def lock_file(file: Path, timeout: float = 0.0) -> TextIO | None:
-    """Lock `file` for as long as the returned handle is open; None if another process holds the lock for `timeout` s.
-
-    Raises OSError where locks are not supported, and if the file cannot be opened.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        handle = file.open("a")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
-                return handle
-            # Another process has just replaced the file: lock the new one.
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                handle.close()
-                return None
-            time.sleep(0.005)
-        except FileNotFoundError:
-            pass  # another process has just removed it
-        except OSError:
-            handle.close()
-            raise
-        handle.close()

@@ -27,7 +27,7 @@ class Checkpoint:
         """Raises UserError if the manifest cannot be read, or with a `key` if it was not signed with that key."""
         self.folder, self.key = folder, key
         self.manifest = manifest or read_checkpoint_manifest(folder, key)
-        self._open_files: dict[str, TensorFile] = {}
+        self._tensor_files: dict[str, TensorFile] = {}
         self._pieces: dict[str, list[tuple[str, Piece]]] = {}  # tensor name -> (file, the piece in it)
         for file, entry in self.manifest.files.items():
             for name, piece in entry.pieces.items():
@@ -60,9 +60,9 @@ class Checkpoint:
     def _read_region(self, name: str, tensor: str, source: Region, out: np.ndarray, target: Region) -> None:
         file = self.folder / name
         try:
-            if name not in self._open_files:
-                self._open_files[name] = TensorFile(file)
-            self._open_files[name].read(tensor, source, out, target)
+            if name not in self._tensor_files:
+                self._tensor_files[name] = TensorFile(file)
+            self._tensor_files[name].read(tensor, source, out, target)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot be read ({reason(error)})", str(file)) from None
 

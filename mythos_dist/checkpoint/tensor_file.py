@@ -103,7 +103,7 @@ def file_hash(file: Path, sha256: "Hash | None" = None) -> str:
 
 
 class TensorFile:
-    """An open file of fp32 tensors, to read regions of them."""
+    """A file of fp32 tensors, to read regions of them."""
 
     def __init__(self, file: Path):
         """Raises OSError or ValueError if it cannot be read, is not of this format, or has tensors of another dtype."""

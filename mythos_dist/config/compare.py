@@ -18,7 +18,7 @@ MAY_CHANGE = {
     "experts.backend",
     "loops.telemetry_every",
     "loops.sweep",
-    "data.path",  # folders may move: the fingerprint of the shards is checked instead
+    "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
     "data.mix",
     "data.tokenizer",
     "data.workers",

@@ -11,7 +11,7 @@ import os
 import re
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -257,9 +257,11 @@ class Section:
     def __post_init__(self) -> None:
         """Raises UserError with all problems."""
         self.complete()
-        values = [(key, value_problems(kind, getattr(self, key))) for key, kind in kinds_of(type(self)).items()]
-        found = [f"{self.section}.{key}{words}" for key, problems in values for words in problems]
-        if found := found or self.contradictions():
+        found = []
+        for key, kind in kinds_of(type(self)).items():
+            found += [f"{self.section}.{key}{words}" for words in value_problems(kind, getattr(self, key))]
+        found = found or self.contradictions()
+        if found:
             raise UserError(found)
 
     @classmethod
@@ -267,8 +269,7 @@ class Section:
         """A section that is not checked again: `load_config` reports contradictions of all sections together."""
         one = object.__new__(cls)
         for each in fields(cls):  # type: ignore[arg-type]  # every section is a dataclass
-            default = each.default if each.default_factory is MISSING else each.default_factory()
-            object.__setattr__(one, each.name, values.get(each.name, default))
+            object.__setattr__(one, each.name, values.get(each.name, each.default))
         one.complete()
         return one
 

@@ -79,7 +79,7 @@ class WindowReader:
     def read(self, samples: Sequence[int]) -> np.ndarray:
         """The windows with the indices `samples`, unsigned integers of shape (B, window).
 
-        Raises UserError for a shard that is missing, changed or damaged, or that cannot be read or unpacked.
+        Raises UserError for a shard that is missing, changed or damaged, or that cannot be read or decompressed.
         """
         shards = np.searchsorted(self._ends, samples, side="right").tolist()
         rows = []
@@ -123,7 +123,7 @@ class WindowReader:
         try:
             return _OpenShard(shard, _open_verified(decompressed, raw, hashed))
         except _DamagedFile as problem:
-            raise shard.damaged(f"decompressed to {decompressed}, which {problem}") from None
+            raise shard.damaged(f"decompressed to {decompressed}: {problem}") from None
 
 
 def _max_bytes(shard: Shard, window: int) -> int:

@@ -92,7 +92,7 @@ class _Layers:
     alignment: int = 1  # elements to whose multiple grouped products pad widths
     halting: bool = False
 
-    @property
+    @functools.cached_property
     def matrices(self) -> _Matrices:
         return _matrices(self.config, self.tensor)
 
@@ -137,12 +137,16 @@ def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
 
 def stage_costs(config: Config) -> LayerCosts:
     """FLOPs per token of a training step, recomputed loops included, to balance pipeline stages by."""
-    c = config.model
-    layers = _Layers(c, config.train.seq_len, pairs=c.n_experts_per_tok)
+    return _stage_costs(config.model, config.train.seq_len, config.train.recompute == "loop")
+
+
+@functools.lru_cache(maxsize=1024)  # the planner asks for the same model at thousands of layouts
+def _stage_costs(c: MythosConfig, seq_len: int, recomputed: bool) -> LayerCosts:
+    layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
     loop = layers.loop().forward
     return LayerCosts(
         block=3 * layers.dense_block().forward,
-        loop=(4 if config.train.recompute == "loop" else 3) * loop,
+        loop=(4 if recomputed else 3) * loop,
         no_grad_loop=loop,
         head=3 * layers.head(),
     )

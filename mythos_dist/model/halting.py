@@ -58,9 +58,12 @@ class Halting(nn.Module):
         """Add loop t's part of ponder_cost * E[loops] + kl * KL(weights, prior), mean over tokens; weight (B, S')."""
         if self.cost == 0 and self.kl == 0:
             return aux_loss
-        index, depths = loops.own_index(t), loops.n_loops if loops.depths is None else loops.depths
-        like = weight.new_zeros(weight.shape[0], 1)
-        index, depths = (like + (x.unsqueeze(1) if isinstance(x, Tensor) else x) for x in (index, depths))  # (B, 1)
+        if loops.depths is None:
+            index, depths = weight.new_full((1, 1), t), weight.new_full((1, 1), loops.n_loops)
+        else:  # (B, 1)
+            zeros = weight.new_zeros(weight.shape[0], 1)
+            index = zeros + torch.as_tensor(loops.own_index(t)).unsqueeze(1)
+            depths = zeros + loops.depths.unsqueeze(1)
         if self.prior is None:
             log_prior = -depths.log()  # uniform: Ouro's entropy up to a constant
         else:  # PonderNet's geometric prior, truncated

@@ -14,7 +14,7 @@ from torch import Tensor
 from mythos_dist.parallel.collectives import all_reduce
 from mythos_dist.parallel.mesh import Mesh
 
-POWER_ITERATIONS = 3  # power iterations
+POWER_ITERATIONS = 3
 
 
 class LoopRecorder:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from mythos_dist.config.schema import MythosConfig
+from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.pipeline import StageSpec
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and both of Adam's moments
@@ -41,8 +42,6 @@ class LocalParameter(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def parameter_specs(config: MythosConfig) -> tuple[ParameterSpec, ...]:
     """All parameters, in the order of `Mythos(config).named_parameters()`."""
-    from mythos_dist.model.mythos import Mythos
-
     with torch.device("meta"):
         model = Mythos(config)
     return tuple(
@@ -86,6 +85,11 @@ def _is_on_stage(name: str, stage: StageSpec) -> bool:
         return stage.last
     blocks = {"prelude": stage.prelude, "coda": stage.coda}[layer]
     return int(rest.partition(".")[0]) in blocks
+
+
+def checkpoint_bytes(config: MythosConfig) -> int:
+    """Size of a checkpoint's tensors."""
+    return CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config)
 
 
 def count_parameters(config: MythosConfig) -> int:

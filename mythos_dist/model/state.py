@@ -18,6 +18,11 @@ TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]  # by field of State
 UNSET: Any = None  # a field without a tensor at this point of the model
 
 
+def num_bytes(specs: TensorSpecs) -> int:
+    """Size of the tensors together."""
+    return sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
+
+
 class State(NamedTuple):
     """Before the loops only `h` is set. Between loops all fields are, the readouts only if this pass makes any. After
     the loops `h`, `aux_loss` and, if there are readouts, `readout_weights` are.

@@ -66,9 +66,9 @@ class FakeRouting:
         """The next call is the first of a step."""
         self._left = iter(self.recorded or ())
 
-    def __call__(self, owner: Tensor, counts: Tensor, axis: Axis) -> RowCounts:
+    def __call__(self, owner: Tensor, goes: Tensor, axis: Axis) -> RowCounts:
         """Replaces `parallel.expert._exchange_counts`: the same message, other counts."""
-        here = torch.stack([counts.sum(1), counts.sum(1)], dim=1)
+        here = torch.stack([goes.sum(1), goes.sum(1)], dim=1)
         dist.all_to_all_single(torch.empty_like(here), here, group=axis.group)
         if self.recorded is not None:
             return next(self._left)

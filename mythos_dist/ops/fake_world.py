@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mythos_dist.model.state import num_bytes
 from mythos_dist.parallel.process import disable_cpu_op_builder
 
 
@@ -113,8 +114,7 @@ def _receive_shapes(engine: Any, sender: int) -> Tensor:
     (stage,) = engine.module.forward_funcs
     specs = stage.model.input_shapes(*stage.inputs[0].input_ids.shape)
     dtype = next(stage.model.parameters()).dtype
-    numbers = sum(shape.numel() * item.itemsize for shape, item in specs.values()) // dtype.itemsize
-    return engine._allocate_or_extend_buffers(0, [numbers], dtype)
+    return engine._allocate_or_extend_buffers(0, [num_bytes(specs) // dtype.itemsize], dtype)
 
 
 def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:

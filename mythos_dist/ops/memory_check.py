@@ -1,7 +1,7 @@
 """Refuse a layout that does not fit before anything is built; compare plan and measurement at step 10.
 
-Planned is `plan.estimate`, tensors only. Measured is on a GPU the peak of torch's allocator; on a CPU the peak of the
-process, interpreter and libraries included.
+Planned is `ops.plan.estimate`, tensors only. Measured is on a GPU the peak of torch's allocator; on a CPU the peak of
+the process, interpreter and libraries included.
 The trap: the plan is for the mean number of loops, and without checkpoints' copies in host memory.
 """
 

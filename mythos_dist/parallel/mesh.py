@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mythos_dist.config.schema import ParallelConfig
 
-if TYPE_CHECKING:  # the planner uses this module without importing torch
+if TYPE_CHECKING:  # experiments/trials.py imports this module, and --help needs no torch
     from torch.distributed import ProcessGroup
 
 

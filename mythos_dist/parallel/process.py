@@ -127,6 +127,13 @@ def on_rank_0(function: Callable[[], T]) -> T | None:
     return raise_on_all_ranks(lambda: function() if dist.get_rank() == 0 else None)
 
 
+def from_rank_0(function: Callable[[], T]) -> T:
+    """`function()` of rank 0, on every rank; a UserError is raised on all ranks. Every rank calls this."""
+    result: list[Any] = [on_rank_0(function)]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
 def free_port() -> int:
     """A TCP port of this machine that is not in use."""
     with socket.socket() as probe:

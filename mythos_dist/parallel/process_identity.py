@@ -1,6 +1,6 @@
-"""Which process a run's rank 0 is, so that another process of the same machine can look whether it still runs.
+"""Identifies the process of a run's rank 0, so that another process on the machine can check whether it still runs.
 
-A pid alone does not say so: pids are used again, every container counts its own, and host names repeat. So a process
+A pid is not enough: pids are reused, every container counts its own, and host names repeat. So a process
 is known by host name, boot of the kernel, pid namespace, pid, and the moment it was started (all from Linux's /proc).
 """
 

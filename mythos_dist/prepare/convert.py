@@ -10,7 +10,6 @@ partial windows at their ends are joined in `part-tails`. An interrupted convers
 out/unfinished has what is finished so far. The manifest is written last.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -119,6 +118,16 @@ def _check_options(job: ConversionJob, workers: int) -> None:
         raise UserError(problems)
 
 
+@dataclass(frozen=True)
+class _InspectedInput:
+    """An input file whose format was checked."""
+
+    source: Source
+    hash: str = ""
+    chunks: Chunks | None = None
+    skipped: Skipped | None = None
+
+
 class _Conversion:
     """One conversion with its worker processes and progress display."""
 
@@ -146,13 +155,11 @@ class _Conversion:
             settings["left_out"] = tuple(listing.left_out)
             return finish_conversion(job, records, settings, skipped, self._tokenizer)
 
-    def _inspect(self, listing: Listing) -> "list[_InspectedInput]":
+    def _inspect(self, listing: Listing) -> list[_InspectedInput]:
         """Hash and chunks of every input. Raises UserError with all that cannot be read, unless they are skipped."""
         sources, skip_bad = listing.sources, self._job.skip_bad
         self._progress.begin("reading inputs", sum(source.size for source in sources))
-        problems = []
-        if not skip_bad:
-            problems += [f"{one.name}: {one.reason} ({one.detail})" for one in listing.unreadable]
+        problems = [] if skip_bad else listing.unreadable_problems()
         inspected = []
         tasks = [(source, self._job.columns) for source in sources]
         results = self._workers.map(_inspect_input, tasks, self._progress.update)
@@ -200,21 +207,18 @@ class _Conversion:
         Parts are converted in parallel without a limit; the one that reaches it is converted again with what remained.
         """
         limit = job.filters.limit_tokens
-        finished: list[PartRecord | None] = []
+        finished: dict[int, PartRecord] = {}
         for part in parts:
             record = read_record(job, part)
-            finished.append(record if record and (record.limit is None or limit) else None)
+            if record and (record.limit is None or limit):
+                finished[part.index] = record
         self._progress.begin(title, sum(part.size for part in parts))
-        self._progress.skip(sum(part.size for part, record in zip(parts, finished, strict=True) if record))
-        tasks = (
-            (job, part, None, duplicates[part.index])
-            for part, record in zip(parts, finished, strict=True)
-            if not record
-        )
+        self._progress.skip(sum(part.size for part in parts if part.index in finished))
+        tasks = ((job, part, None, duplicates[part.index]) for part in parts if part.index not in finished)
         new_records = self._workers.map(_convert_part, tasks, self._progress.update)
         remaining = limit
-        for part, record in zip(parts, finished, strict=True):
-            record = record or next(new_records)
+        for part in parts:
+            record = finished.get(part.index) or next(new_records)
             is_limited = remaining is not None and (record.tokens_with_eos >= remaining or record.limit is not None)
             if is_limited and record.limit != remaining:
                 task = (job, part, remaining, duplicates[part.index])
@@ -225,16 +229,6 @@ class _Conversion:
                 remaining -= record.tokens_with_eos
                 if remaining <= 0:
                     return
-
-
-@dataclass(frozen=True)
-class _InspectedInput:
-    """An input file whose format was checked."""
-
-    source: Source
-    hash: str = ""
-    chunks: Chunks | None = None
-    skipped: Skipped | None = None
 
 
 def _settings(inspected: list[_InspectedInput], job: ConversionJob, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -267,36 +261,41 @@ def _digest_file(job: ConversionJob, part: ConversionPart) -> Path:
 def _inspect_input(item: tuple[Source, Columns]) -> _InspectedInput | UserError:
     source, columns = item
     pool.add_progress(source.size, 0)
-    for attempt in itertools.count(1):
-        try:
-            chunks = divide(source, columns)
-            return _InspectedInput(source, content_hash(source), chunks)
-        except UserError as error:
-            if attempt == ATTEMPTS or not source.remote or not isinstance(error, Unreadable):
-                return error
-            sleep(RETRY_SECONDS * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
+
+    def inspect(is_last: bool) -> _InspectedInput:
+        chunks = divide(source, columns)
+        return _InspectedInput(source, content_hash(source), chunks)
+
+    try:
+        return _with_retries(source.remote, Unreadable, inspect)
+    except UserError as error:
+        return error
 
 
 def _digest_part(item: tuple[ConversionJob, ConversionPart]) -> None:
     job, part = item
-    digests = _with_retries(job, part, lambda job: document_digests(job, part, pool.add_progress))
+    digests = _read_with_retries(job, part, lambda job: document_digests(job, part, pool.add_progress))
     save_digests(_digest_file(job, part), digests)
 
 
 def _convert_part(item: tuple[ConversionJob, ConversionPart, int | None, np.ndarray]) -> PartRecord:
     job, part, limit, duplicates = item
-    return _with_retries(
+    return _read_with_retries(
         job, part, lambda job: convert_part(job, part, pool.shared(), limit, duplicates, pool.add_progress)
     )
 
 
-def _with_retries(job: ConversionJob, part: ConversionPart, run: Callable[[ConversionJob], Result]) -> Result:
+def _read_with_retries(job: ConversionJob, part: ConversionPart, run: Callable[[ConversionJob], Result]) -> Result:
     """`run(job)`, several times if input is remote; only the last attempt may skip input."""
-    attempts = ATTEMPTS if any(span.source.remote for span in part.spans) else 1
-    for attempt in range(attempts - 1):
+    remote = any(span.source.remote for span in part.spans)
+    return _with_retries(remote, UserError, lambda is_last: run(job if is_last else replace(job, skip_bad=False)))
+
+
+def _with_retries(remote: bool, retried: type[UserError], run: Callable[[bool], Result]) -> Result:
+    """`run(is_last)`; of remote input up to ATTEMPTS times while it raises `retried`."""
+    for attempt in range(ATTEMPTS - 1 if remote else 0):
         try:
-            return run(replace(job, skip_bad=False))
-        except UserError:
+            return run(False)
+        except retried:
             sleep(RETRY_SECONDS * 2**attempt)
-    return run(job)
+    return run(True)

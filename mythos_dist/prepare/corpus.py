@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from mythos_dist.errors import UserError
 from mythos_dist.files import replacing
 from mythos_dist.prepare.batches import LongDocument, valid_utf8
 from mythos_dist.prepare.documents import read_span, unreadable
 from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source, reading
-from mythos_dist.prepare.listing import find_sources, list_inputs, raise_if_unreadable
+from mythos_dist.prepare.listing import find_sources, list_inputs
 from mythos_dist.prepare.spans import Columns, Span, divide
 
 
@@ -69,7 +70,8 @@ def sample_documents(
     """
     columns = columns or Columns()
     listing = list_inputs(inputs, None, max_unpack_ratio)
-    raise_if_unreadable(listing)
+    if listing.unreadable:
+        raise UserError(listing.unreadable_problems())
     if progress:
         for line in listing.lines():
             print(line, file=sys.stderr, flush=True)

@@ -111,7 +111,7 @@ def _write_index(job: ConversionJob, split: str, shards: list[dict[str, Any]]) -
                 is_listed = f"{part.name}/{file.name}" in listed_files
                 if not is_listed and re.fullmatch(r"shard\.\d+\.mds(\.zstd)?", file.name):
                     file.unlink()
-        elif re.fullmatch(r"part-(\d+(\.tmp)?|tails|kept|cut)", part.name):
+        elif part.name in (TAILS, KEPT, CUT) or re.fullmatch(r"part-\d+(\.tmp)?", part.name):
             shutil.rmtree(part)
 
 

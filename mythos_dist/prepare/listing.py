@@ -2,7 +2,8 @@
 
 A folder stands for all data below it, a pattern for the files and folders that it matches. Links are followed; each
 file and folder is read once. Left out are hidden names, formats that are not supported, files that only describe the
-data, and shards. A file that is given by name, or spelled out in a pattern, is always taken.
+data, and shards. A file that is given by name, or spelled out in a pattern, is not left out for its name; if its format
+is not supported, that is an error.
 
 Decisions: DATA-13.
 """
@@ -40,6 +41,10 @@ class Listing:
     left_out: list[LeftOut]
     unreadable: list[LeftOut]  # folders
     all_named: bool  # whether every input is a single file
+
+    def unreadable_problems(self) -> list[str]:
+        """A line for a UserError per folder that cannot be read."""
+        return [f"{one.name}: {one.reason} ({one.detail})" for one in self.unreadable]
 
     def lines(self) -> list[str]:
         """A summary for the console; empty if every input is a file and all are read."""
@@ -94,14 +99,9 @@ def list_inputs(inputs: Inputs, out: str | Path | None = None, max_ratio: float 
 def find_sources(inputs: Inputs) -> list[Source]:
     """The files of `list_inputs`. Raises UserError also for a folder that cannot be read."""
     listing = list_inputs(inputs)
-    raise_if_unreadable(listing)
-    return listing.sources
-
-
-def raise_if_unreadable(listing: Listing) -> None:
-    """Raises UserError that names all folders that could not be read."""
     if listing.unreadable:
-        raise UserError([f"{one.name}: {one.reason} ({one.detail})" for one in listing.unreadable])
+        raise UserError(listing.unreadable_problems())
+    return listing.sources
 
 
 def _list_all(inputs: Iterable[str], out: str | None) -> tuple[FileList, list[str]]:

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -257,7 +256,7 @@ def _starts(ends: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], ends[:-1]]).astype(np.int64)
 
 
-def _long_digest(document: LongDocument) -> Any:
+def _long_digest(document: LongDocument) -> bytes:
     state = xxhash.xxh3_128()
     for piece, _ in valid_utf8(document.pieces()):
         state.update(piece.data)

@@ -17,14 +17,15 @@ def is_pattern(text: str) -> bool:
 
 
 def split_pattern(path: str) -> tuple[str, list[str]]:
-    """The folder before the first component that is a pattern, and the components from there on (none: [])."""
+    """The folder before the first component that is a pattern (and no existing folder's name), and the components from
+    there on; without one [], and the folder has no meaning."""
     parts = PurePath(path).parts
     base = parts[0]
     for i, part in enumerate(parts[1:], 1):
         is_last = i == len(parts) - 1
         if is_pattern(part) and (is_last or not os.path.isdir(os.path.join(base, part))):
             return base, list(parts[i:])
-        base = os.path.join(base, part) if not is_last else base
+        base = os.path.join(base, part)
     return base, []
 
 

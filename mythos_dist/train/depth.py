@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mythos_dist.train.pictures import loops_axis, picture, value_axis
 from mythos_dist.units import count
 
-if TYPE_CHECKING:  # studies draw curves, and need no torch
+if TYPE_CHECKING:  # experiments draw curves without torch
     from torch import Tensor
 
 SAME_LOSS = 1e-3  # relative difference of the losses with one loop and with all, below which the state is ignored

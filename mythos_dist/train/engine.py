@@ -276,15 +276,15 @@ class Engine:
         finally:
             if recurrent is not None:
                 recurrent.recorder = None
-        rows = torch.zeros(n_loops, len(LoopRecorder.COLUMNS), device=device())
+        rows = torch.zeros(n_loops + 1, len(LoopRecorder.COLUMNS), device=device())
         for t, row in recorder.rows.items():
             rows[t] = row
-        last = torch.zeros(3, device=device())  # (ranks that measured, gain, rho), on the stage of the last loop
+        # The last row: (ranks that measured, gain, rho), on the stage of the last loop. One tensor is one all-reduce.
         if n_loops - 1 in recorder.rows and recorder.rho is not None:
-            last = torch.stack([torch.ones_like(recorder.rho), recorder.gains[-1], recorder.rho])
-        self._sum_over_ranks(rows, last)
-        means = (rows / rows[:, :1]).T.tolist()  # the first column is the number of tokens
-        gain, rho = (last[1:] / last[0]).tolist()
+            rows[-1, :3] = torch.stack([torch.ones_like(recorder.rho), recorder.gains[-1], recorder.rho])
+        self._sum_over_ranks(rows)
+        rows /= rows[:, :1].clone()  # the first column is the number of tokens
+        means, (gain, rho) = rows[:-1].T.tolist(), rows[-1, 1:3].tolist()
         by_loop: dict[str, list[float]] = dict(zip(LoopRecorder.COLUMNS, means, strict=True))
         return LoopProbe(n_loops, with_all_loops.loss, with_one_loop.loss, by_loop, gain, rho)
 

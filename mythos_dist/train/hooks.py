@@ -7,10 +7,10 @@ from torch import nn
 
 
 class Hooks:
-    """Every rank calls the same hooks in the same order, so a hook may hold collectives."""
+    """Every rank calls the same hooks in the same order, so a hook other than `check_config` may hold collectives."""
 
     def check_config(self) -> None:
-        """Before anything is written. Raises UserError."""
+        """Before anything is written. Raises UserError on any rank; no collectives."""
 
     def begin_run(self, start: int) -> None:
         """The run folder is claimed. `start` counts the starts of the run, from 1."""

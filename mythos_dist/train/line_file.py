@@ -1,9 +1,8 @@
 """A file of JSON lines that one start of a run appends to: metrics.jsonl, eval.jsonl, restarts.jsonl.
 
-An old start may still run, or have been stopped for a while and go on (`checkpoint/fence.py`). It looks before each
-line whether it is the newest start. And because it may be stopped between that look and the line, every start begins by
-putting a copy of the file in its place and keeps that open: what an old one appends goes to the file that it opened,
-which has no name any more.
+An earlier start may still be running, or be suspended and resume later (`checkpoint/fence.py`). Before each line it
+checks that it is the newest start. It may be suspended between that check and the write, so every start first replaces
+the file by a copy and keeps the copy open: an old start then appends to an unlinked file.
 
 Decisions: CHECKPOINT-11, CHECKPOINT-12.
 """

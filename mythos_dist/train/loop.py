@@ -160,7 +160,10 @@ class Run:
         return raise_on_all_ranks(read)
 
     def train_step(self, batch: Batch, step: int) -> tuple[StepResult, str]:
-        """One optimizer step, computed twice if its gradients are not finite. Returns also the decision, "" if none."""
+        """One optimizer step, computed again (`faults.retry`) if gradients are not finite, except fp16 overflows.
+
+        Returns also the decision, "" if none.
+        """
 
         def compute() -> StepResult:
             with self.hooks.during_step(step, batch.index, self.engine.model):

@@ -114,7 +114,7 @@ class Metrics:
         """
         self.total_steps = config.train.steps
         self.mean_loops = config.loops.mean_of(config.model)
-        self.run_dir, self.fence = run_dir, fence
+        self.run_dir = run_dir
         self._files = {name: LineFile(run_dir / name, fence) for name in FILES}
         self.rewind(resumed_step)
         self.wandb = _start_wandb(config, run_dir)

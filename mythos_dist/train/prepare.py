@@ -90,6 +90,6 @@ def prepare(config: Config, session: Session, inputs: Inputs) -> Prepared | None
 def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:
     """Do what an earlier start did not, if it was killed between its last checkpoint and the marker COMPLETED."""
     run_dir = Path(config.run.dir)
-    if newest:
-        clean_complete_run(newest, config.checkpoint, newest_start(run_dir).get("start", 0))
+    assert newest, "a checkpoint has reached train.steps"
+    clean_complete_run(newest, config.checkpoint, newest_start(run_dir).get("start", 0))
     mark_completed(None, run_dir)

@@ -33,13 +33,13 @@ class Resume:
         """Raises UserError if this config and these shards cannot resume from it, or if the run had one and lost it."""
         self._config, self._corpora = config, corpora
         self._folder = Path(config.run.dir) / "checkpoints"
-        self._seen = raise_on_all_ranks(self._state)
+        self._seen = on_rank_0(self._state)
         self._find()
 
     def refresh(self) -> None:
         """Search again if the folder has changed; rank 0 holds its lock, so nothing changes now. Raises UserError."""
         on_rank_0(lambda: check_run_folder(self._config))
-        if any_rank(raise_on_all_ranks(self._state) != self._seen):
+        if any_rank(on_rank_0(self._state) != self._seen):
             self._find()
 
     @property
@@ -56,12 +56,12 @@ class Resume:
         if self.checkpoint:
             check_checkpoint(self._config, self.checkpoint, self._corpora)
         elif dist.get_rank() == 0:
-            refuse_to_start_over(self._folder.parent, None)
+            refuse_to_start_over(self._folder.parent)
 
     def _state(self) -> list[tuple[Any, ...]]:
         """On rank 0, a value that changes when a checkpoint is published, replaced or removed. Raises UserError."""
         state = []
-        for folder in checkpoints_of(self._folder) if dist.get_rank() == 0 else ():
+        for folder in checkpoints_of(self._folder):
             try:
                 about = (folder / MANIFEST_FILE).stat()
                 state.append((folder.name, about.st_ino, about.st_mtime_ns))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TextIO
 
 from mythos_dist.checkpoint import fence as fences
-from mythos_dist.checkpoint.fence import Fence, lock_file, newest_start
-from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
+from mythos_dist.checkpoint.fence import Fence, newest_start
+from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
@@ -24,6 +24,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import (
     get_number,
+    lock_file,
     os_user_error,
     read_json_lines,
     remove_temporaries,
@@ -131,9 +132,9 @@ def _settings_of(file: Path) -> Config:
     )
 
 
-def refuse_to_start_over(run_dir: Path, checkpoint: Checkpoint | None) -> None:
+def refuse_to_start_over(run_dir: Path) -> None:
     """Raise UserError if a run without a checkpoint had one: it would begin again, and drop its metrics."""
-    if checkpoint or checkpoints_of(run_dir / "checkpoints"):
+    if checkpoints_of(run_dir / "checkpoints"):
         return
     lines = read_json_lines(run_dir / LINES[0], tail=1 << 16)
     last = max((int(get_number(line, "step") or 0) for line in lines), default=0)
@@ -161,7 +162,7 @@ def claim_run_folder(config: Config) -> TextIO:
         file = path / LOCK
         lock = lock_file(file)
         if lock is None and _is_ours(path):
-            lock = lock_file(file, timeout=5.0)  # its process may be exiting
+            lock = lock_file(file, timeout=5.0, poll=0.25)  # its process may be exiting
             if lock is None:
                 log.warning("rank 0 of an earlier start still holds %s: this start takes the run folder over", path)
                 file.unlink(missing_ok=True)
@@ -177,14 +178,14 @@ def claim_run_folder(config: Config) -> TextIO:
 
 
 def probe_prefix(run_dir: Path) -> str:
-    """How the names of the files begin by which preflight sees whether all nodes share the run's folder."""
+    """Prefix of the probe files with which preflight checks that all nodes share the run folder."""
     return f".{run_dir.name}.seen-by-all-"
 
 
 def _remove_probes(run_dir: Path) -> None:
-    """Remove those files that earlier starts of this run made and were killed before they removed them.
+    """Remove probe files that earlier starts of this run left when they were killed.
 
-    They lie in the run's folder, or above it if it was not there yet.
+    They are in the run folder, or in its parent if it did not exist yet.
     """
     prefix = probe_prefix(run_dir)
     for folder in (run_dir, run_dir.parent):
@@ -203,8 +204,10 @@ def write_settings(config: Config, num_replicas: int, fence: Fence) -> None:
 
 
 def mark_completed(fence: Fence | None, run_dir: Path) -> None:
-    """On rank 0: the marker, when all before it is on disk. fence: None for a start that has taken none, and writes
-    nothing else. Raises UserError."""
+    """On rank 0: write the marker, when everything before it is on disk. Raises UserError.
+
+    fence: None for a start that only completes an earlier one.
+    """
     marker = run_dir / COMPLETED
     with user_errors(marker), fence.guard() if fence else nullcontext():
         if not marker.exists():

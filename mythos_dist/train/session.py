@@ -14,7 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """This rank of a run. The process group exists. Calls that have nothing to do in a single process do nothing."""
+    """This rank of a run. The process group exists when the loop gets it.
+
+    Calls that have nothing to do in a single process do nothing.
+    """
 
     def __init__(self, rank_info: RankInfo, stop: StopRequest):
         self.rank_info, self.stop = rank_info, stop

@@ -1,9 +1,9 @@
 """Loss spikes and non-finite gradients: what follows a step that DeepSpeed or the limit on gradient norms has skipped.
 
-A step with non-finite gradients is computed again: a bit that flipped in one GPU does not flip twice. If it fails again
-it is skipped. After `faults.roll_back_after` skipped steps in a row the run returns to its newest checkpoint and
-excludes the batches of those steps; after `faults.max_rollbacks` rollbacks it ends. All ranks decide from all-reduced
-values, so their decisions are the same.
+With `faults.retry` a step with non-finite gradients is computed again (not after an fp16 overflow): a bit that flipped
+in one GPU does not flip twice. If it fails again it is skipped. After `faults.roll_back_after` skipped steps in a row
+the run returns to its newest checkpoint and excludes the batches of those steps; after `faults.max_rollbacks` rollbacks
+it ends. All ranks decide from all-reduced values, so their decisions are the same.
 
 After a rollback, step and batch index differ: a step takes the next batch that is not excluded. `rollbacks.json` has
 the excluded batches. It is written before the checkpoint is loaded, so a start that is killed then does not lose them.
@@ -19,15 +19,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import FaultsConfig
 from mythos_dist.errors import DivergedError, UserError, first_line
 from mythos_dist.files import user_errors, write_atomically
-from mythos_dist.parallel.process import on_rank_0
+from mythos_dist.parallel.process import from_rank_0
 from mythos_dist.units import count
 
 FILE = "rollbacks.json"
@@ -65,9 +62,8 @@ class Spikes:
 
         Raises UserError, on every rank, if the file of rollbacks is damaged.
         """
-        rollbacks: list[Any] = [on_rank_0(lambda: read_rollbacks(run_dir))]
-        dist.broadcast_object_list(rollbacks)
-        return Spikes(settings, rollbacks[0], norms=deque(norms, maxlen=_WINDOW))
+        rollbacks = from_rank_0(lambda: read_rollbacks(run_dir))
+        return Spikes(settings, rollbacks, norms=deque(norms, maxlen=_WINDOW))
 
     @property
     def limit(self) -> float:

@@ -2,7 +2,7 @@
 
 In a rank, `install` counts such calls. `KILL_POINT=WHEN:LABEL` ends the process just before or just after its first
 call of that label (WHEN is `before` or `after`; `half` leaves half of a line), and `KILL_POINTS_LOG` gets the label of
-every call, so that whoever starts runs learns which there are. Both count below `KILL_POINTS_IN` only.
+every call, so that the test knows which calls there are. Both count below `KILL_POINTS_IN` only.
 """
 
 import io

@@ -227,16 +227,16 @@ def folder(tmp_path: Path, completed: bool, published: int | None, steps: int) -
 def test_a_run_whose_checkpoints_are_gone_asks_before_it_starts_over(tmp_path, completed, published, steps, words):
     run_dir = folder(tmp_path, completed, published, steps)
     if words is None:
-        refuse_to_start_over(run_dir, None)
+        refuse_to_start_over(run_dir)
         return
     with pytest.raises(UserError) as refused:
-        refuse_to_start_over(run_dir, None)
+        refuse_to_start_over(run_dir)
     assert all(word in str(refused.value) for word in words), refused.value
     Fence.take(run_dir)  # a start in between, which did not get far, does not make it forget
     with pytest.raises(UserError):
-        refuse_to_start_over(run_dir, None)
+        refuse_to_start_over(run_dir)
     (run_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
-    refuse_to_start_over(run_dir, None)
+    refuse_to_start_over(run_dir)
 
 
 @pytest.mark.launch

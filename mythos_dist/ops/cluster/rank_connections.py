@@ -41,7 +41,7 @@ class RankConnection:
     closed: bool = False
     phase: str = "start"
     age: float = 0.0  # seconds since the phase began, when `phase` was received
-    done: bool = False  # its rank has said goodbye or failed: it is not monitored any more
+    done: bool = False  # said goodbye, failed, closed its connection or does not respond: it is not monitored any more
     collectives: CollectiveState | None = None
 
 

@@ -1,6 +1,6 @@
 """Rank 0's side of the watchdog: a thread that monitors all ranks and, when one fails, tells all why to exit.
 
-It exits the run when a connection closes unexpectedly, when a rank sends nothing for `lost_after` seconds, when a rank
+It ends the run when a connection closes unexpectedly, when a rank sends nothing for `lost_after` seconds, when a rank
 reports an error, or when a phase takes longer than `hang_after`. In the last case it first asks every rank for the
 collectives that it has called, to name the ranks that block the others.
 """

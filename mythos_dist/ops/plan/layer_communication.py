@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
+import torch
+
 from mythos_dist.config.schema import Config
 from mythos_dist.model.parameter_table import LocalParameter
+from mythos_dist.model.state import num_bytes, stage_input_shapes
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
+from mythos_dist.parallel.process import DTYPES
 
 Messages = Counter[tuple[str, str]]  # bytes by axis and kind
 
@@ -203,13 +207,9 @@ class LayerMessages:
         return message(pipe, "send", size)
 
     def _state_bytes(self, stage: StageSpec, earlier_loops: int) -> int:
-        """model/mythos.py: the packed input of a stage, after `earlier_loops` loops with gradient."""
-        tokens = self.tokens // self.mesh.tensor.size if self.mesh.sequence else self.tokens
-        x, loss = tokens * self.config.model.dim, FP32
-        readout = x * self.item + tokens * FP32 if self.per_loop else 0  # a state and its weights
-        if stage.after_loops:
-            return self.readouts * (readout or x * self.item) + loss
-        if not stage.has_loops or stage.starts_loops:
-            return x * self.item
-        carry = 2 * x * self.item + (x + tokens) * FP32 + loss  # h, e; the sum so far, halting mass
-        return carry + earlier_loops * readout
+        """The packed input of a stage, after `earlier_loops` loops with gradient."""
+        train = self.config.train
+        seq_len = train.seq_len // self.mesh.tensor.size if self.mesh.sequence else train.seq_len
+        readouts = (self.readouts if stage.after_loops else earlier_loops) if self.per_loop else 0
+        shape = torch.Size([train.micro_batch, seq_len, self.config.model.dim])
+        return num_bytes(stage_input_shapes(stage, shape, DTYPES[train.dtype], readouts))

@@ -74,11 +74,7 @@ def _pipeline_advice(best_by_pipe: Mapping[int, Estimate]) -> list[str]:
         key=lambda estimate: estimate.step_seconds,
     )
     if with_stages is None:
-        return (
-            ["pipeline stages do not pay: no layout with them fits. Every stage holds the whole looped block."]
-            if without
-            else []
-        )
+        return ["pipeline stages do not pay: no layout with them fits. Every stage holds the whole looped block."]
     if without is None:
         return ["only layouts with pipeline stages fit"]
     ratio = with_stages.step_seconds / without.step_seconds
