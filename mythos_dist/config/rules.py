@@ -21,6 +21,7 @@ def find_problems(config: Config) -> list[Problem]:
     return [
         *_model_problems(config.model),
         *_train_problems(config),
+        *_schedule_problems(config),
         *_act_problems(config),
         *_loops_problems(config),
         *find_layout_problems(config),
@@ -95,6 +96,32 @@ def _train_problems(config: Config) -> Iterator[Problem]:
             ("train.compile", "parallel.zero"),
             "train.compile=true does not work with parallel.zero=3, which gathers parameters in hooks that "
             "torch.compile does not trace; set train.compile=false, or parallel.zero to 1 or 2",
+        )
+
+
+def _schedule_problems(config: Config) -> Iterator[Problem]:
+    optim, steps = config.optim, config.train.steps
+    if optim.decay != "linear" and optim.schedule != "wsd":
+        yield Problem(
+            ("optim.decay", "optim.schedule"),
+            f"optim.decay={optim.decay} is the shape of wsd's decay, but optim.schedule={optim.schedule}; "
+            "set optim.schedule=wsd, or leave optim.decay out",
+        )
+    if optim.decay_steps is None:
+        return
+    if optim.schedule in ("constant", "inverse_sqrt"):
+        yield Problem(
+            ("optim.decay_steps", "optim.schedule"),
+            f"optim.decay_steps={optim.decay_steps} does not work with optim.schedule={optim.schedule}, which has no "
+            "decay of a set length; leave it out, or set optim.schedule to one of cosine, linear, wsd",
+        )
+    elif optim.warmup_steps + optim.decay_steps > steps:
+        longest = steps - optim.warmup_steps
+        lower = f"set optim.decay_steps to at most {longest}" if longest > 0 else "lower optim.warmup_steps"
+        yield Problem(
+            ("optim.decay_steps", "optim.warmup_steps", "train.steps"),
+            f"optim.decay_steps={optim.decay_steps} after optim.warmup_steps={optim.warmup_steps} is longer than "
+            f"train.steps={steps}; {lower}, or raise train.steps",
         )
 
 

@@ -237,10 +237,15 @@ class TrainConfig(Section, section="train"):
 
 @dataclass(frozen=True)
 class OptimConfig(Section, section="optim"):
-    """AdamW; linear warmup, then cosine decay to `lr * min_lr_ratio` at the last step."""
+    """AdamW and its learning rate: linear warm-up to `lr`, then `schedule` (formulas: train/schedule.py)."""
 
     lr: Weight = 3e-4
-    min_lr_ratio: Annotated[float, Range(0, 1, words="must lie between 0 and 1")] = 0.1
+    # cosine, linear: down to lr * min_lr_ratio right after the warm-up, then constant. wsd: constant until the last
+    # `decay_steps` steps. inverse_sqrt: lr * sqrt(warmup_steps / step).
+    schedule: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
+    decay_steps: Steps | None = None  # None: all steps after the warm-up (cosine, linear), a tenth of the run (wsd)
+    decay: Literal["linear", "1-sqrt"] = "linear"  # shape of wsd's decay
+    min_lr_ratio: Annotated[float, Range(0, 1, words="must lie between 0 and 1")] = 0.1  # constant: not used
     warmup_steps: StepsOrOff = 100
     beta1: Momentum = 0.9
     beta2: Momentum = 0.95

@@ -25,6 +25,7 @@ from mythos_dist.parallel.process import DTYPES
 from mythos_dist.parallel.traffic import Totals
 from mythos_dist.train.depth import HeldOut, draw_curves
 from mythos_dist.train.line_file import FILES, LineFile
+from mythos_dist.train.schedule import phase_at
 from mythos_dist.units import short
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": result.lr,
+        "phase": phase_at(config.optim, step, config.train.steps),
         "n_loops": result.n_loops,
         "backprop": result.backprop,
         "tokens": step * tokens,
@@ -136,8 +138,8 @@ class Metrics:
         decision = f"  {line['decision']}" if "decision" in line else ""
         print(
             f"step {line['step']}/{self.total_steps}  loss {line['loss']:.3f}  grad_norm {line['grad_norm']:.2f}  "
-            f"lr {line['lr']:.1e}  tokens/s {short(line['tokens_per_second'])}  mfu {100 * line['mfu']:.1f}%  "
-            f"expert_load_max {line['expert_load_max']:.1f}x{decision}",
+            f"lr {line['lr']:.1e} ({line['phase']})  tokens/s {short(line['tokens_per_second'])}  "
+            f"mfu {100 * line['mfu']:.1f}%  expert_load_max {line['expert_load_max']:.1f}x{decision}",
             flush=True,
         )
 

@@ -15,6 +15,7 @@ from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.names import MANIFEST_FILE
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint
+from mythos_dist.config.fields import show
 from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus
@@ -24,6 +25,11 @@ from mythos_dist.parallel.process import any_rank, device, on_rank_0, raise_on_a
 from mythos_dist.train.checks import check_checkpoint
 from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over
 from mythos_dist.train.schedule import learning_rate, mean_at
+
+_NO_JUMP = (
+    "this rise undoes a decay: for a run whose length may change set optim.schedule=wsd from the beginning, and make "
+    "it longer before its decay begins"
+)
 
 
 class Resume:
@@ -87,15 +93,27 @@ def schedule_changes(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
     """Changes of the schedule after `checkpoint`, compared with the settings that it was saved with.
 
     Of the settings that may change between two starts only `train.steps` has an effect: on the learning rate.
+    Checkpoints of versions without `optim.schedule` had a cosine.
     """
     done = checkpoint.manifest.step
     try:
         before = config_from(checkpoint.manifest.config)
     except UserError:  # settings of another version
         return
-    changed = f"train.steps={config.train.steps}, and the checkpoint of step {done} was saved with {before.train.steps}"
+    settings = {"train.steps": (config.train.steps, before.train.steps)}
+    for key in ("schedule", "decay_steps", "decay"):
+        settings[f"optim.{key}"] = (getattr(config.optim, key), getattr(before.optim, key))
+    changed = ", ".join(
+        f"{name}={show(now)}, and the checkpoint of step {done} was saved with {show(was)}"
+        for name, (now, was) in settings.items()
+        if now != was
+    )
+
+    def rate(config: Config, step: int) -> float:
+        return learning_rate(config.optim, step, config.train.steps)
+
     schedules: dict[str, tuple[Callable[[Config, int], float], str]] = {
-        "the learning rate": (lambda c, step: learning_rate(c.optim, step, c.train.steps), ".2e"),
+        "the learning rate": (rate, ".2e"),
         "the mean number of loops": (mean_at, "g"),
     }
     # Nothing differs during the warm-up; the first step after it shows the change.
@@ -103,8 +121,11 @@ def schedule_changes(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
         for name, (value, form) in schedules.items():
             was, now = value(before, step), value(config, step)
             if abs(now - was) > 1e-6 * abs(was):
+                last = value(before, done) if done else 0.0
+                rises_again = value is rate and done > before.optim.warmup_steps and now > 1.001 * last
                 yield (
                     f"{changed}: {name} of step {step} is {now:{form}} instead of {was:{form}}"
-                    + (f" ({value(before, done):{form}} in step {done})" if done else "")
+                    + (f" ({last:{form}} in step {done})" if done else "")
+                    + (f"; {_NO_JUMP}" if rises_again else "")
                 )
                 return

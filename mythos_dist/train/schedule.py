@@ -5,12 +5,14 @@ Decisions: CHECKPOINT-6, LOOPS-6.
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mythos_dist.config.schema import Config, OptimConfig
 from mythos_dist.parallel.mesh import Mesh
+
+_ENDLESS = 1 << 62  # beyond every step
 
 
 class StepLoops(NamedTuple):
@@ -21,13 +23,49 @@ class StepLoops(NamedTuple):
     depths: list[int] | None = None  # loops of each sequence of the global batch, at most n_loops; None: n_loops
 
 
+Phase = Literal["warmup", "stable", "decay"]
+
+
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (1-based): linear warm-up to lr, then a cosine down to lr * min_lr_ratio."""
+    """The rate of optimizer step `step` (1-based): linear warm-up to lr, then `optim.schedule`.
+
+    With x growing from 0 to 1 over the steps of the decay, the rate falls from lr to lr * min_lr_ratio as
+    (1 + cos(pi x)) / 2 (cosine), 1 - x (linear, wsd) or 1 - sqrt(x) (wsd; Haegele et al. 2024).
+    inverse_sqrt: lr * sqrt(warmup_steps / step) (Vaswani et al. 2017), but at least lr * min_lr_ratio.
+    """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * cosine)
+    if optim.schedule == "inverse_sqrt":
+        return optim.lr * max(optim.min_lr_ratio, math.sqrt(max(1, optim.warmup_steps) / step))
+    decay = decay_range(optim, total_steps)
+    if step < decay.start:
+        return optim.lr
+    x = min(1.0, (step - decay.start + 1) / len(decay))
+    if optim.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * x))
+    else:
+        left = 1 - (math.sqrt(x) if optim.decay == "1-sqrt" else x)
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left)
+
+
+def phase_at(optim: OptimConfig, step: int, total_steps: int) -> Phase:
+    """The phase of the learning rate in step `step` (1-based); after its decay, a rate is stable again."""
+    if step <= optim.warmup_steps:
+        return "warmup"
+    return "decay" if step in decay_range(optim, total_steps) else "stable"
+
+
+def decay_range(optim: OptimConfig, total_steps: int) -> range:
+    """The steps (1-based) in which the rate falls, after the warm-up; constant: none, from an endless step on."""
+    after_warmup = max(1, total_steps - optim.warmup_steps)
+    if optim.schedule == "constant":
+        return range(_ENDLESS, _ENDLESS)
+    if optim.schedule == "inverse_sqrt":
+        return range(optim.warmup_steps + 1, _ENDLESS)
+    if optim.schedule == "wsd":
+        steps = min(after_warmup, optim.decay_steps or math.ceil(total_steps / 10))
+        return range(total_steps - steps + 1, total_steps + 1)
+    return range(optim.warmup_steps + 1, optim.warmup_steps + 1 + (optim.decay_steps or after_warmup))
 
 
 def loops_at(config: Config, step: int) -> StepLoops:

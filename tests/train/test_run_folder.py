@@ -335,6 +335,23 @@ def test_a_changed_number_of_steps_says_what_it_does_to_the_learning_rate(before
     (text,) = found
     assert f"train.steps={now}, and the checkpoint of step {done} was saved with {before}" in text
     assert f"the learning rate of step {step} is {rate(step, now):.2e} instead of {rate(step, before):.2e}" in text
+    assert ("optim.schedule=wsd" in text) == (done == before), "only a rise after a decay has a remedy"
+
+
+def test_a_wsd_run_may_become_longer_before_its_decay():
+    tiny = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
+    old, new = (load_config(tiny, [f"train.steps={steps}", "optim.schedule=wsd"]) for steps in (100, 200))
+    assert list(schedule_changes(new, checkpoint_of(old, 89))) == []
+    (late,) = schedule_changes(new, checkpoint_of(old, 96))
+    assert "the learning rate of step 97 is 2.00e-03 instead of 7.40e-04 (9.20e-04 in step 96); this rise" in late
+
+
+def test_a_schedule_that_an_earlier_version_did_not_have_is_named():
+    """Settings that a checkpoint lacks are not compared; it was saved with a cosine."""
+    tiny = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
+    old, new = load_config(tiny), load_config(tiny, ["optim.schedule=constant"])
+    (text,) = schedule_changes(new, checkpoint_of(old, 10))
+    assert text.startswith("optim.schedule='constant', and the checkpoint of step 10 was saved with 'cosine'")
 
 
 # What a restart cost

@@ -1,0 +1,176 @@
+"""Learning rates of all schedules, as functions of the step."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
+
+from mythos_dist.config.rules import problems
+from mythos_dist.config.schema import Config, DataConfig, OptimConfig, TrainConfig
+from mythos_dist.train.schedule import learning_rate, phase_at
+
+LR, STEPS, WARMUP = 3e-3, 60, 7
+
+
+def torch_rates(build: Any, steps: int = STEPS) -> list[float]:
+    """The rates of steps 1 to `steps` from a scheduler of torch: `build(optimizer)`."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=LR)
+    scheduler: LRScheduler = build(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def rates(steps: int = STEPS, **settings: Any) -> list[float]:
+    optim = OptimConfig(lr=LR, **{"warmup_steps": WARMUP, **settings})
+    return [learning_rate(optim, step, steps) for step in range(1, steps + 1)]
+
+
+def warmup(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Step s of the warm-up has lr * s / WARMUP; LinearLR counts from 0."""
+    return LinearLR(optimizer, 1 / WARMUP, 1.0, WARMUP - 1)
+
+
+def test_cosine_is_torchs():
+    """CosineAnnealingLR reaches its minimum `T_max` steps after its start, which is the last step of the warm-up."""
+
+    def build(optimizer):
+        cosine = CosineAnnealingLR(optimizer, STEPS - WARMUP, eta_min=0.1 * LR)
+        return SequentialLR(optimizer, [warmup(optimizer), cosine], [WARMUP - 1])
+
+    assert rates() == pytest.approx(torch_rates(build), rel=1e-9)
+
+
+def test_cosine_is_the_earlier_formula_bit_for_bit():
+    """The expression of versions that had only this schedule: runs that resume keep their bits."""
+    for ratio in (0.0, 0.1, 0.37):
+        for warm in (0, 1, WARMUP, STEPS, STEPS + 5):
+            for step, rate in enumerate(rates(warmup_steps=warm, min_lr_ratio=ratio), 1):
+                progress = min(1.0, (step - warm) / max(1, STEPS - warm))
+                cosine = LR * (ratio + (1 - ratio) * (0.5 * (1 + math.cos(math.pi * progress))))
+                assert rate == (LR * step / warm if step <= warm else cosine)
+
+
+@pytest.mark.parametrize("decay_steps", [None, 20])
+def test_linear_is_torchs(decay_steps):
+    """After `decay_steps` the rate stays at its minimum."""
+    length = decay_steps or STEPS - WARMUP
+
+    def build(optimizer):
+        return SequentialLR(optimizer, [warmup(optimizer), LinearLR(optimizer, 1.0, 0.25, length)], [WARMUP - 1])
+
+    found = rates(schedule="linear", min_lr_ratio=0.25, decay_steps=decay_steps)
+    assert found == pytest.approx(torch_rates(build), rel=1e-9)
+
+
+def test_constant_is_torchs():
+    def build(optimizer):
+        return SequentialLR(optimizer, [warmup(optimizer), ConstantLR(optimizer, 1.0, 1)], [WARMUP])
+
+    assert rates(schedule="constant") == pytest.approx(torch_rates(build), rel=1e-9)
+
+
+@pytest.mark.parametrize(("decay", "shape"), [("linear", lambda x: 1 - x), ("1-sqrt", lambda x: 1 - math.sqrt(x))])
+def test_wsd_is_warmup_stable_and_a_decay_over_the_last_steps(decay, shape):
+    """LambdaLR with the formula of Haegele et al. 2024, section 3; the last step has the lowest rate."""
+
+    def build(optimizer):
+        def factor(index: int) -> float:
+            step = index + 1
+            x = max(0, step - (STEPS - 12)) / 12
+            return min(1, step / WARMUP) * (0.05 + 0.95 * shape(x))
+
+        return LambdaLR(optimizer, factor)
+
+    found = rates(schedule="wsd", decay=decay, decay_steps=12, min_lr_ratio=0.05)
+    assert found == pytest.approx(torch_rates(build), rel=1e-9)
+    assert found[-1] == pytest.approx(0.05 * LR)
+
+
+def test_inverse_sqrt_is_the_formula_of_the_transformer():
+    """Vaswani et al. 2017, equation 3, scaled so that its peak is lr; `min_lr_ratio` bounds it below."""
+    for step, rate in enumerate(rates(schedule="inverse_sqrt", min_lr_ratio=0.4), 1):
+        formula = LR * math.sqrt(WARMUP) * min(step**-0.5, step * WARMUP**-1.5)
+        assert rate == pytest.approx(max(0.4 * LR, formula) if step > WARMUP else formula)
+    without_warmup = rates(schedule="inverse_sqrt", warmup_steps=0, min_lr_ratio=0.0)
+    assert without_warmup == pytest.approx([LR / math.sqrt(step) for step in range(1, STEPS + 1)])
+
+
+def test_the_stable_phase_of_wsd_does_not_depend_on_the_length():
+    """So a run can be made longer, or branch, before its decay: bit for bit the same rates, which are lr."""
+    short, long, endless = rates(schedule="wsd"), rates(1000, schedule="wsd"), rates(1000, schedule="constant")
+    assert short[: STEPS - 6] == long[: STEPS - 6] == endless[: STEPS - 6]  # by default a tenth decays
+    assert set(short[WARMUP : STEPS - 6]) == {LR} and short[STEPS - 6] < LR
+    assert rates(5, schedule="wsd") == endless[:5]  # shorter than its warm-up
+
+
+@pytest.mark.parametrize(
+    ("settings", "phases"),
+    [
+        ({}, "w" * 7 + "d" * 53),
+        ({"decay_steps": 10}, "w" * 7 + "d" * 10 + "s" * 43),
+        ({"schedule": "linear", "decay_steps": 53}, "w" * 7 + "d" * 53),
+        ({"schedule": "wsd", "decay_steps": 12}, "w" * 7 + "s" * 41 + "d" * 12),
+        ({"schedule": "wsd", "warmup_steps": 0}, "s" * 54 + "d" * 6),
+        ({"schedule": "constant"}, "w" * 7 + "s" * 53),
+        ({"schedule": "inverse_sqrt"}, "w" * 7 + "d" * 53),
+    ],
+)
+def test_the_phase_is_how_the_rate_changes(settings, phases):
+    """From the names, and from the rates themselves."""
+    optim = OptimConfig(lr=LR, **{"warmup_steps": WARMUP, "min_lr_ratio": 0.0, **settings})
+    found = [phase_at(optim, step, STEPS) for step in range(1, STEPS + 1)]
+    assert "".join(phase[0] for phase in found) == phases
+    every = [0.0 if optim.warmup_steps else LR, *(learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1))]
+    for phase, before, rate in zip(found, every[:-1], every[1:], strict=True):
+        assert {"warmup": rate > before, "stable": rate == before, "decay": rate < before}[phase], (phase, before, rate)
+
+
+def said_of(train: dict[str, Any] | None = None, **optim: Any) -> list[str]:
+    config = Config(data=DataConfig(path="shards"), train=TrainConfig(**(train or {})), optim=OptimConfig(**optim))
+    return problems(config)
+
+
+@pytest.mark.parametrize(
+    ("train", "optim", "named"),
+    [
+        (
+            {"steps": 1000},
+            {"schedule": "wsd", "decay_steps": 901},
+            ["optim.decay_steps=901", "optim.warmup_steps=100", "train.steps=1000", "at most 900"],
+        ),
+        ({"steps": 50}, {"decay_steps": 1}, ["train.steps=50", "lower optim.warmup_steps"]),
+        (
+            {},
+            {"schedule": "constant", "decay_steps": 5},
+            ["optim.decay_steps=5", "optim.schedule=constant", "leave it"],
+        ),
+        ({}, {"schedule": "inverse_sqrt", "decay_steps": 5}, ["optim.schedule=inverse_sqrt"]),
+        ({}, {"schedule": "linear", "decay": "1-sqrt"}, ["optim.decay=1-sqrt", "optim.schedule=wsd"]),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused(train, optim, named):
+    (problem,) = said_of(train, **optim)
+    assert all(part in problem for part in named), problem
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_decay_may_take_all_steps_after_the_warmup(schedule):
+    assert said_of({"steps": 1000}, schedule=schedule, decay_steps=900) == []
+    assert said_of({"steps": 3}, schedule=schedule) == []  # a trial shorter than the warm-up
+
+
+def test_a_checkpoint_of_an_earlier_version_has_a_cosine(config):
+    """Its settings have no schedule: the config that they stand for is today's default."""
+    from mythos_dist.config.load import config_from
+
+    saved = dataclasses.asdict(config)
+    for key in ("schedule", "decay", "decay_steps"):
+        del saved["optim"][key]
+    assert config_from(saved) == config and config.optim.schedule == "cosine"
