@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch import Tensor
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.kernels import use_gpu_code
-from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet
+from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet, replaced
 from mythos_dist.ops.plan.memory import PARTS, uses_bf16_optimizer
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.ops.plan.routing import expected_rows
@@ -67,7 +66,7 @@ class FakeRouting:
         self._left = iter(self.recorded or ())
 
     def __call__(self, owner: Tensor, goes: Tensor, axis: Axis) -> RowCounts:
-        """Replaces `parallel.expert._exchange_counts`: the same message, other counts."""
+        """Replaces `parallel.expert.exchange_counts`: the same message, other counts."""
         here = torch.stack([goes.sum(1), goes.sum(1)], dim=1)
         dist.all_to_all_single(torch.empty_like(here), here, group=axis.group)
         if self.recorded is not None:
@@ -118,7 +117,7 @@ def dry_run(
     c = config.model
     fake_routing = FakeRouting(c.n_experts_per_tok, c.n_experts, imbalance, routing)
     meter = Meter()
-    no_router = mock.patch.object(expert, "_exchange_counts", fake_routing)
+    no_router = replaced(expert, "exchange_counts", fake_routing)
     with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router:
         return _measure_step(config, micro_batches, meter, fake_routing, begin)
 

@@ -1,6 +1,6 @@
 """A fake process group and fake tensors, in which DeepSpeed's engines run one rank without memory or messages.
 
-Fake tensors have shapes and no values. What needs values or a real process is patched here.
+Fake tensors have shapes and no values. What needs values or a real process is replaced here.
 """
 
 import contextlib
@@ -10,14 +10,37 @@ import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mythos_dist.model import mythos
 from mythos_dist.model.state import num_bytes
 from mythos_dist.parallel.process import disable_cpu_op_builder
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it the attribute `name` of a module or class is `value`. Raises KeyError if `owner` does not define it."""
+    original = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Within it `variables` are set; afterwards the environment is as before, whatever the block has changed in it."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
@@ -59,7 +82,7 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
         "MASTER_PORT": "1",
         "DS_ACCELERATOR": "cpu",  # also on a machine with GPUs
     }
-    with mock.patch.dict(os.environ, environment):
+    with _environment(environment):
         with _discard_stderr():  # DeepSpeed calls a linker to find out which ops it could build
             import deepspeed
 
@@ -74,29 +97,33 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
+    """Tensors created within it have shapes and no values; code that needs values is replaced."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
+    from torch import _meta_registrations
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def no_gpu() -> bool:  # torch checks before every operation, and CUDA tensors need a driver
         return False
 
-    patches = [
-        mock.patch.object(torch.cuda, "is_available", no_gpu),
-        mock.patch.object(nn.Module, "_apply", _apply),
-        mock.patch("mythos_dist.model.mythos.init_parameters", lambda *_: None),
-        mock.patch.object(PipelineEngine, "_recv_tensor_meta", _receive_shapes),
+    def skip(*_: Any) -> None:
+        pass
+
+    replacements = [
+        (torch.cuda, "is_available", no_gpu),
+        (nn.Module, "_apply", _apply),
+        (mythos, "init_parameters", skip),
+        (PipelineEngine, "_recv_tensor_meta", _receive_shapes),
         # ZeRO-3 compares the ranks' next operations, by value.
-        mock.patch("deepspeed.runtime.zero.partition_parameters.assert_ints_same_as_other_ranks", lambda values: None),
-        mock.patch(
-            "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks", lambda values: None
-        ),
-        mock.patch("torch._meta_registrations._meta_grouped_mm_common", _meta_grouped_mm),
+        (partition_parameters, "assert_ints_same_as_other_ranks", skip),
+        (partitioned_param_coordinator, "assert_ints_same_as_other_ranks", skip),
+        (_meta_registrations, "_meta_grouped_mm_common", _meta_grouped_mm),
     ]
     with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
+        for owner, name, value in replacements:
+            stack.enter_context(replaced(owner, name, value))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
 
 
 def _meta_grouped_mm(a: Tensor, b: Tensor, *_: Any, offs: Tensor, **__: Any) -> Tensor:

@@ -33,7 +33,7 @@ class Dispatched(NamedTuple):
     receive: list[int]  # rows received from each
 
 
-def _exchange_counts(owner: Tensor, goes: Tensor, axis: Axis) -> tuple[list[int], list[int], int]:
+def exchange_counts(owner: Tensor, goes: Tensor, axis: Axis) -> tuple[list[int], list[int], int]:
     """Rows to send to each rank, rows to receive from each, and all (row, expert) pairs to receive."""
     flat = owner.flatten()
     pairs = torch.zeros(axis.size, dtype=torch.int64, device=owner.device).scatter_add_(0, flat, torch.ones_like(flat))
@@ -59,7 +59,7 @@ def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Me
     slots = min(index.shape[1], local)
     owner = index // local
     goes = torch.zeros(axis.size, x.shape[0], dtype=torch.bool, device=x.device).scatter_(0, owner.T, True)
-    send, receive, pairs = _exchange_counts(owner, goes, axis)
+    send, receive, pairs = exchange_counts(owner, goes, axis)
     sent, destination = _sort_by_destination(goes, sum(send))
 
     at_destination = owner[sent.token] == destination.unsqueeze(1)  # (rows, k): the destination holds this expert

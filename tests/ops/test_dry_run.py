@@ -100,13 +100,13 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
         mesh = build_mesh(config.parallel)
         micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))
         answers: list[RowCounts] = []
-        exchange_counts = expert._exchange_counts
+        exchange_counts = expert.exchange_counts
 
         def record(*arguments: Any, answers: list = answers, exchange_counts: Any = exchange_counts) -> Any:
             answers.append(exchange_counts(*arguments))
             return answers[-1]
 
-        with use_gpu_code(), SMALL_BUCKETS, mock.patch.object(expert, "_exchange_counts", record):
+        with use_gpu_code(), SMALL_BUCKETS, mock.patch.object(expert, "exchange_counts", record):
             gc.collect()  # else the profiler records that the previous engine is freed
             with release_gloo_tensors(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 engine = Engine(config, mesh)
