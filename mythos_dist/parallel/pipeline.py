@@ -6,10 +6,8 @@ them runs is planned for every step, because the number of loops changes and no-
 Decisions: PARALLEL-2.
 """
 
-import bisect
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,17 +57,18 @@ def split_evenly(costs: Sequence[float], loads: Sequence[float], min_lengths: Se
     Among equals, the sum of squares is least. Span i has at least `min_lengths[i]` layers. Raises ValueError if there
     are too few layers.
     """
-    # Spans above an upper bound need not be tried; without a bound the time grows with the cube of the layers.
-    bound = (sum(costs) + sum(loads)) / len(loads) + max(costs, default=0.0)
-    while True:
-        try:
-            highest, _ = _best_split(costs, loads, min_lengths, max, bound)
-            break
-        except ValueError:
-            if bound > sum(costs) + sum(loads):
-                raise
-            bound = 2 * bound or 1.0
-    _, spans = _best_split(costs, loads, min_lengths, lambda total, cost: total + cost * cost, highest)
+    if sum(min_lengths) > len(costs):
+        problem = f"{len(costs)} layers cannot be divided into {len(loads)} spans"
+        raise ValueError(f"{problem} of at least {list(min_lengths)} layers")
+    # Spans above a limit need not be tried; without one the time grows with the cube of the layers. Some split exceeds
+    # neither value: fill the spans from left to right up to the limit, but leave enough layers for the minimum lengths
+    # of the later ones. A span that is full costs at least the average. The factor is for rounding.
+    largest = max(costs, default=0.0)
+    average = (sum(costs) + sum(loads)) / len(loads)
+    shortest = max(load + length * largest for load, length in zip(loads, min_lengths, strict=True))
+    limit = 1.000001 * max(average + largest, shortest)
+    least_maximum, _ = _best_split(costs, loads, min_lengths, limit, max)
+    _, spans = _best_split(costs, loads, min_lengths, least_maximum, lambda total, cost: total + cost * cost)
     return spans
 
 
@@ -77,32 +76,27 @@ def _best_split(
     costs: Sequence[float],
     loads: Sequence[float],
     min_lengths: Sequence[int],
+    limit: float,
     combine: Callable[[float, float], float],
-    highest: float = math.inf,
 ) -> tuple[float, list[range]]:
-    """The split with the least total, `combine`d over spans of which none costs more than `highest`.
+    """The split with the least total, which `combine` adds a span's cost to; no span costs more than `limit`.
 
-    Dynamic programming over the ends of the spans.
+    Dynamic programming: the best way to divide the first N layers into i + 1 spans extends the best ways into i spans.
     """
-    sums = [0.0, *itertools.accumulate(costs)]
-    n = len(costs)
-    # An end that leaves more cost than the later spans have room for cannot be completed. The margin is for rounding.
-    room = [0.0, *itertools.accumulate(max(0.0, highest - load) for load in reversed(loads[1:]))][::-1]
-    earliest_ends = [bisect.bisect_left(sums, sums[n] - later - 1e-9 * sums[n]) for later in room]
-    best: dict[int, tuple[float, list[range]]] = {0: (0.0, [])}  # end of the last span -> total, spans
-    for load, min_length, earliest in zip(loads, min_lengths, earliest_ends, strict=True):
-        previous, best = best, {}
-        for start, (total_before, spans) in previous.items():
-            for end in range(max(start + min_length, earliest), n + 1):
-                cost = load + sums[end] - sums[start]
-                if cost > highest:  # so do all longer spans
+    cost_before = [0.0, *itertools.accumulate(costs)]  # of layer N; the last entry is the cost of all layers
+    best: dict[int, tuple[float, list[range]]] = {0: (0.0, [])}  # by N: total, spans
+    for load, min_length in zip(loads, min_lengths, strict=True):
+        longer: dict[int, tuple[float, list[range]]] = {}
+        for start, (total_before, spans) in best.items():
+            for end in range(start + min_length, len(costs) + 1):
+                cost = load + cost_before[end] - cost_before[start]
+                if cost > limit:  # so do all longer spans
                     break
                 total = combine(total_before, cost)
-                if end not in best or total < best[end][0]:
-                    best[end] = total, [*spans, range(start, end)]
-    if n not in best:
-        raise ValueError(f"{n} layers cannot be divided into {len(loads)} spans of at least {list(min_lengths)} layers")
-    return best[n]
+                if end not in longer or total < longer[end][0]:
+                    longer[end] = total, [*spans, range(start, end)]
+        best = longer
+    return best[len(costs)]
 
 
 def plan_stages(config: MythosConfig, n_loops: int, stages: int, costs: LayerCosts) -> list[StageSpec]:
