@@ -159,7 +159,9 @@ def tokens_of(arguments: argparse.Namespace) -> tuple[int, int]:
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All cases, each in its own process."""
     names = ("variant", "batch", "steps", "device")
-    settings = [f"--{name}={getattr(arguments, name)}" for name in names] + ["--tiny"] * arguments.tiny
+    settings = [f"--{name}={getattr(arguments, name)}" for name in names]
+    if arguments.tiny:
+        settings.append("--tiny")
 
     def run(case: str, seq_len: int) -> dict[str, Any]:
         command = [sys.executable, __file__, *settings, f"--seq-len={seq_len}", f"--worker={case}"]

@@ -15,10 +15,8 @@ from mythos_dist.files import read_json_lines
 from mythos_dist.ops.earlier_run import make_room
 
 RUN_DIR = Path("runs/demo")
-TRAIN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--log-dir", "runs"),
-    *("-m", "mythos_dist.train", "configs/demo.yaml"),
-]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--log-dir", "runs"]
+TRAIN = [*LAUNCH, "-m", "mythos_dist.train", "configs/demo.yaml"]
 LAYOUTS = ("parallel.tensor=2", "parallel.expert=2"), ("parallel.pipe=2",)  # 2 replicas on 4 ranks
 
 

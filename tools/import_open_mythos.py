@@ -6,8 +6,7 @@ torchrun … -m mythos_dist.train configs/1b.yaml model.mode=reference run.dir=r
 
 import argparse
 
-from mythos_dist.checkpoint.arguments import nonempty_path
-from mythos_dist.config.arguments import add_config, parse_arguments
+from mythos_dist.config.arguments import add_config, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 

@@ -9,8 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from mythos_dist.checkpoint.arguments import nonempty_path
-from mythos_dist.config.arguments import parse_arguments
+from mythos_dist.config.arguments import nonempty_path, parse_arguments
 from mythos_dist.errors import EXIT_USER_ERROR, run_command
 
 MAX_LINES = 100  # tensors that differ

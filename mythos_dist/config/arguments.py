@@ -97,6 +97,14 @@ def _home(path: Any) -> Any:
     return Path(os.path.expanduser(path)) if isinstance(path, Path) and str(path).startswith("~") else path
 
 
+def nonempty_path(text: str) -> Path:
+    """An argparse type for a folder. An empty text is refused: it comes from an unset shell variable, and would mean
+    the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a folder")
+    return Path(text)
+
+
 def path_text(text: str) -> str:
     """An argparse type for a path, a pattern or a URL: a leading `~/` is expanded."""
     return os.path.expanduser(text) if text.startswith("~") else text

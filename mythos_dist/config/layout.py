@@ -279,7 +279,6 @@ def few(choices: list[int], wanted: int, most: int = 24) -> list[int]:
 
 
 def _multiples_near(n: int, step: int) -> list[int]:
-    """The largest multiple of `step` up to n and the one after it, without 0. A step of 0 counts as 1."""
-    step = max(step, 1)
+    """The largest multiple of `step` up to n and the one after it, without 0."""
     below = n // step * step
     return [multiple for multiple in (below, below + step) if multiple >= 1]

@@ -30,6 +30,7 @@ from mythos_dist.data.word_cache import (
     sentencepiece_boundaries,
 )
 from mythos_dist.errors import UserError, first_line
+from mythos_dist.files import make_folders, write_atomically
 
 MAX_LINE_CHARS = 4096  # per training line, so at most 4 * 4096 bytes for SentencePiece; longer lines are split
 MAX_TRAIN_LINES = 2_000_000  # about 1 GB of text: the unigram trainer holds everything in memory
@@ -337,11 +338,8 @@ def train_on_lines(lines: list[str], out: Path, vocab_size: int, model_type: str
         )
     except RuntimeError as error:
         raise UserError(_vocab_problem(vocab_size, _reason(error))) from None
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    unfinished.write_bytes(model.getvalue())
-    os.replace(unfinished, out)
+    make_folders(out.parent)
+    write_atomically(out, model.getvalue())
     return Tokenizer.load(out)
 
 

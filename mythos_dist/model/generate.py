@@ -6,11 +6,10 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from mythos_dist.config.schema import MAX_LOOPS
 from mythos_dist.errors import UserError
 from mythos_dist.model.attention import KVCache
 from mythos_dist.model.mythos import Mythos
-
-MAX_SWEEP_LOOPS = 100_000  # more would be a typo: a token would take hours
 
 
 @torch.no_grad()
@@ -103,8 +102,8 @@ def sampling_errors(
             errors.append(f"{name}={value!r} must be a whole number")
         elif value < least:
             errors.append(f"{name}={value} must be at least {least}")
-        elif name == "n_loops" and value > MAX_SWEEP_LOOPS:
-            errors.append(f"{name}={value} must be at most {MAX_SWEEP_LOOPS}")
+        elif name == "n_loops" and value > MAX_LOOPS:
+            errors.append(f"{name}={value} must be at most {MAX_LOOPS}")
     if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
         errors.append(
             f"temperature={temperature!r} must be a finite number of at least 0; 0 takes the most likely token"

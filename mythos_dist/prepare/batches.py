@@ -67,7 +67,7 @@ def batches_of_list(texts: list[bytes | bytearray], scores: list[float]) -> Iter
 
 def batches_of_bytes(data: np.ndarray, ends: np.ndarray, scores: np.ndarray | None) -> Iterator[Batch | LongDocument]:
     """Documents laid end to end (uint8, int64 (n,)), as batches of about BATCH_BYTES and long documents."""
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    starts = starts_of(ends)
     is_long = ends - starts > LONG_BYTES
     first = 0
     while first < len(ends):
@@ -84,6 +84,11 @@ def batches_of_bytes(data: np.ndarray, ends: np.ndarray, scores: np.ndarray | No
         batch_scores = None if scores is None else scores[first:last]
         yield _repaired(batch_data, ends[first:last] - starts[first], batch_scores)
         first = last
+
+
+def starts_of(ends: np.ndarray) -> np.ndarray:
+    """The starts of documents laid end to end, int64 (n,), from their ends."""
+    return np.concatenate([[0], ends[:-1]]).astype(np.int64)
 
 
 def pieces_of(text: memoryview) -> Iterator[memoryview]:

@@ -13,7 +13,7 @@ import xxhash
 from mythos_dist.data.manifest import SPLITS, Skipped
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError, redact
-from mythos_dist.prepare.batches import Batch, LongDocument, valid_utf8
+from mythos_dist.prepare.batches import Batch, LongDocument, starts_of, valid_utf8
 from mythos_dist.prepare.documents import read_span, unreadable
 from mythos_dist.prepare.heldout import is_heldout, text_digest
 from mythos_dist.prepare.inputs import Source, reading
@@ -57,7 +57,7 @@ def document_digests(job: ConversionJob, part: ConversionPart, add_progress: Add
             if not _is_low(job, item.score):
                 digests.append(_long_digest(item))
         else:
-            starts, text = _starts(item.ends), item.data.data
+            starts, text = starts_of(item.ends), item.data.data
             for i in np.flatnonzero(_fates(job, item) == WRITTEN):
                 digests.append(text_digest(text[starts[i] : item.ends[i]]))
             add_progress(len(text), 0)
@@ -146,7 +146,7 @@ class _PartConverter:
         """bool (len(chosen),): which of the chosen documents belong to the held-out split."""
         heldout = np.zeros(len(chosen), bool)
         if self._job.heldout:
-            starts, text = _starts(batch.ends), batch.data.data
+            starts, text = starts_of(batch.ends), batch.data.data
             for i, document in enumerate(chosen):
                 digest = text_digest(text[starts[document] : batch.ends[document]])
                 heldout[i] = is_heldout(digest, self._job.heldout)
@@ -250,10 +250,6 @@ def _fates(job: ConversionJob, batch: Batch) -> np.ndarray:
 
 def _is_low(job: ConversionJob, score: float) -> bool:
     return job.filters.min_score is not None and not score >= job.filters.min_score
-
-
-def _starts(ends: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], ends[:-1]]).astype(np.int64)
 
 
 def _long_digest(document: LongDocument) -> bytes:

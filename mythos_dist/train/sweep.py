@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from mythos_dist.checkpoint.restore import load_model
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import MAX_LOOPS, Config
 from mythos_dist.data.manifest import read_shard_manifest
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
-from mythos_dist.model.generate import MAX_SWEEP_LOOPS
 from mythos_dist.model.mythos import IGNORED, Mythos
 from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
@@ -48,9 +47,9 @@ class Sweep:
 def parse_loops(text: str) -> tuple[list[int], list[str]]:
     """Numbers of loops such as `1,2,4`; and what is wrong with them, a line each."""
     items = [item.strip() for item in text.split(",")]
-    wrong = [item for item in items if not (item.isdecimal() and 1 <= int(item[:9]) <= MAX_SWEEP_LOOPS)]
+    wrong = [item for item in items if not (item.isdecimal() and 1 <= int(item[:9]) <= MAX_LOOPS)]
     if wrong:
-        return [], [f"--loops={text} holds {wrong}; give numbers from 1 to {MAX_SWEEP_LOOPS}, such as 1,2,4,8"]
+        return [], [f"--loops={text} holds {wrong}; give numbers from 1 to {MAX_LOOPS}, such as 1,2,4,8"]
     return [int(item) for item in items], []
 
 

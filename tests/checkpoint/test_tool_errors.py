@@ -100,8 +100,14 @@ def test_help_shows_the_usage(name, tool):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_wrong_options_are_refused(name, run, tool, tmp_path):
-    for workers in ("0", "-1", "x", "1.5", "²"):
-        assert "an integer >= 1" in tool(2, name, tmp_path, "--out", tmp_path / "out", "--workers", workers)
+    for workers, problem in (
+        ("0", "0 must be at least 1"),
+        ("-1", "-1 must be at least 1"),
+        ("x", "'x': expected a whole number"),
+        ("1.5", "'1.5': expected a whole number"),
+        ("²", "'²': expected a whole number"),
+    ):
+        assert problem in tool(2, name, tmp_path, "--out", tmp_path / "out", "--workers", workers)
     assert "required: --out" in tool(2, name, tmp_path)
     if name == WRITERS[0]:
         for option in ("--dtype", "--format"):
