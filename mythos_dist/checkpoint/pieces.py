@@ -34,7 +34,8 @@ Index = tuple[Size, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """The elements [first, last) of a flattened shard."""
+    """The elements [first, last) of a flattened shard. `last` is exclusive: checkpoint.json has had this name since 0.1.
+    """
 
     shape: Index  # of the shard, padding included
     start: Index  # of the shard in the full tensor
@@ -71,16 +72,16 @@ class Region:
     @property
     def contiguous(self) -> tuple[int, int] | None:
         """The region as a range [begin, end) of the piece, or None if it is not contiguous there."""
-        first, last, stride = self.offset, self.offset, 1
+        begin, end, stride = self.offset, self.offset + 1, 1
         inner_dims_are_full = True
         for length, part in zip(reversed(self.shape), reversed(self.slices), strict=True):
             if not inner_dims_are_full and part.stop - part.start > 1:
                 return None
             inner_dims_are_full = inner_dims_are_full and part.stop - part.start == length
-            first += part.start * stride
-            last += (part.stop - 1) * stride
+            begin += part.start * stride
+            end += (part.stop - 1) * stride
             stride *= length
-        return first, last + 1
+        return begin, end
 
 
 def boxes(piece: Piece) -> Iterator[Box]:
@@ -92,29 +93,29 @@ def boxes(piece: Piece) -> Iterator[Box]:
         yield box
 
 
-def _boxes_of_range(shape: Index, first: int, last: int) -> Iterator[tuple[Index, Index]]:
-    """Corners of the boxes that make up the elements [first, last) of a flattened array of `shape`."""
-    if first >= last:
+def _boxes_of_range(shape: Index, start: int, stop: int) -> Iterator[tuple[Index, Index]]:
+    """Corners of the boxes that make up the elements [start, stop) of a flattened array of `shape`."""
+    if start >= stop:
         return
     if not shape:
         yield (), ()
         return
     row_size = math.prod(shape[1:])
-    first_row, begin = divmod(first, row_size)
-    last_row, end = divmod(last, row_size)
-    if first_row == last_row:
-        yield from _boxes_of_row(first_row, shape[1:], begin, end)
+    start_row, begin = divmod(start, row_size)
+    stop_row, end = divmod(stop, row_size)
+    if start_row == stop_row:
+        yield from _boxes_of_row(start_row, shape[1:], begin, end)
         return
     if begin:
-        yield from _boxes_of_row(first_row, shape[1:], begin, row_size)
-        first_row += 1
-    if first_row < last_row:
-        yield (first_row, *(0,) * (len(shape) - 1)), (last_row, *shape[1:])
-    yield from _boxes_of_row(last_row, shape[1:], 0, end)
+        yield from _boxes_of_row(start_row, shape[1:], begin, row_size)
+        start_row += 1
+    if start_row < stop_row:
+        yield (start_row, *(0,) * (len(shape) - 1)), (stop_row, *shape[1:])
+    yield from _boxes_of_row(stop_row, shape[1:], 0, end)
 
 
-def _boxes_of_row(row: int, shape: Index, first: int, last: int) -> Iterator[tuple[Index, Index]]:
-    for lower, upper in _boxes_of_range(shape, first, last):
+def _boxes_of_row(row: int, shape: Index, start: int, stop: int) -> Iterator[tuple[Index, Index]]:
+    for lower, upper in _boxes_of_range(shape, start, stop):
         yield (row, *lower), (row + 1, *upper)
 
 

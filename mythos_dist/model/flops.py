@@ -178,6 +178,6 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
         total += layers.injection().step("none")
     loop, with_grad = layers.loop(), len(loops_with_grad(loops, no_grad))
     total += with_grad * loop.step(recompute) + (len(loops) - with_grad) * loop.forward
-    if stage.last:
+    if stage.is_last:
         total += 3 * layers.head() * readouts  # all three products run in the forward pass (parallel/tensor.py)
     return total

@@ -30,7 +30,7 @@ class Halting(nn.Module):
         self.threshold = config.act_threshold
         self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that share a sequence's tokens
 
-    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """h (B, S', D) after a loop, halted (B, S') fp32 before it -> weight of h (B, S') fp32, `halted` after it."""
         raise NotImplementedError
 
@@ -75,9 +75,9 @@ class Halting(nn.Module):
 class NoHalting(Halting):
     """The output is the last loop's state."""
 
-    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """Weight 1 for the last loop, 0 for the others."""
-        return torch.full_like(halted, float(last)), halted
+        return torch.full_like(halted, float(is_last)), halted
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
         """The last h."""
@@ -109,14 +109,14 @@ class WeightedHalting(Halting):
         super().__init__(config, act, mesh)
         self.safe = safe
 
-    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """The halting probability of tokens that still run; of those that halt now, the remainder of 1."""
         running = halted < self.threshold
         p = self.probability(h, halted) * running
         remainder = (1.0 - halted) * running  # positive for running tokens: they are below the threshold
         new_halted = halted + p
         # The halting layer is applied in the last loop too: a pipeline stage that runs no other needs its gradient.
-        halts = torch.ones_like(running) if last and self.safe else new_halted >= self.threshold
+        halts = torch.ones_like(running) if is_last and self.safe else new_halted >= self.threshold
         return torch.where(halts, remainder, p), new_halted
 
     def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
@@ -133,15 +133,15 @@ class PonderHalting(Halting):
     at which the cumulative probability reaches the threshold.
     """
 
-    def forward(self, h: Tensor, halted: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """The probability of halting after this loop; without gradient 1 or 0."""
         p = self.probability(h, halted)
         # The last loop gets the remainder whatever p is; 0 * p is for a pipeline stage that runs no other loop.
-        weight = (1.0 - halted) * (1.0 + 0.0 * p if last else p)
+        weight = (1.0 - halted) * (1.0 + 0.0 * p if is_last else p)
         new_halted = halted + weight
         if torch.is_grad_enabled() and self.training:
             return weight, new_halted
-        exits = (halted < self.threshold) & ((new_halted >= self.threshold) | last)
+        exits = (halted < self.threshold) & ((new_halted >= self.threshold) | is_last)
         return exits.float(), new_halted
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:

@@ -83,9 +83,9 @@ def _fill_normal(parameter: Tensor, part: ParameterShard, name: str, std: float,
     for local, row, length in _runs(part):
         target = parameter[local[:-1]].narrow(0, local[-1], length).narrow(1, 0, part.shape[-1])
         for block in range(row // step, (row + length - 1) // step + 1):
-            first, last = max(row, block * step), min(row + length, (block + 1) * step)
-            values = drawn(block)[first - block * step : last - block * step]
-            target[first - row : last - row] = values[:, part.start[-1] : part.stop[-1]]
+            start, stop = max(row, block * step), min(row + length, (block + 1) * step)
+            values = drawn(block)[start - block * step : stop - block * step]
+            target[start - row : stop - row] = values[:, part.start[-1] : part.stop[-1]]
 
 
 def _runs(part: ParameterShard) -> Iterator[tuple[tuple[int, ...], int, int]]:

@@ -69,13 +69,13 @@ class Mythos(nn.Module):
         self.stage = stage = stage or StageSpec.full(config)
         self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0 or act.ponder_cost + act.kl > 0
         selective = recompute.kind == "selective"
-        if stage.first or stage.last:
+        if stage.is_first or stage.is_last:
             self.embed = Embedding(config.vocab_size, config.dim, mesh)
         self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in stage.prelude})
         if stage.has_loops:
             self.recurrent = Recurrent(config, act, experts, recompute, mesh)
         self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in stage.coda})
-        if stage.last:
+        if stage.is_last:
             self.norm = replicated(Norm(config.dim), mesh)
         init_parameters(self, seed, config)
 
@@ -133,7 +133,7 @@ class Mythos(nn.Module):
         """
         stage = self.stage
         counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=state.h.device)
-        if stage.first:
+        if stage.is_first:
             state = State(self.embed(state.h))
         for i, block in self.prelude.items():
             state = State(block(state.h, context, f"prelude.{i}"))
@@ -147,7 +147,7 @@ class Mythos(nn.Module):
             context = context.repeated(len(state.readout_weights))
         for i, block in self.coda.items():
             state = state._replace(h=block(state.h, context, f"coda.{i}"))
-        if stage.last:
+        if stage.is_last:
             state = state._replace(h=self.norm(state.h))
         return state, counts
 

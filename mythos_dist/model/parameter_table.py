@@ -78,11 +78,11 @@ def local_parameters(
 def _is_on_stage(name: str, stage: StageSpec) -> bool:
     layer, _, rest = name.partition(".")
     if layer == "embed":  # the embedding is also the head
-        return stage.first or stage.last
+        return stage.is_first or stage.is_last
     if layer == "recurrent":
         return stage.has_loops
     if layer == "norm":
-        return stage.last
+        return stage.is_last
     blocks = {"prelude": stage.prelude, "coda": stage.coda}[layer]
     return int(rest.partition(".")[0]) in blocks
 

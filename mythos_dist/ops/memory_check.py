@@ -129,12 +129,12 @@ class Comparison:
         self._measured: list[float] = []
         self._done = False
 
-    def step(self, seconds: float, last: bool) -> PlanVsMeasured | None:
-        """After each step; last: the run's last step. Every rank calls this: the comparison holds a collective."""
+    def step(self, seconds: float, is_last: bool) -> PlanVsMeasured | None:
+        """After each step; is_last: whether it is the run's last step. Every rank calls this: the comparison holds a collective."""
         if self._done:
             return None
         self._measured.append(seconds)
-        self._done = last or len(self._measured) == _COMPARED_AT
+        self._done = is_last or len(self._measured) == _COMPARED_AT
         if not self._done:
             return None
         rank, size = largest_rank()

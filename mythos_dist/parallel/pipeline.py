@@ -25,15 +25,15 @@ class StageSpec:
     prelude: range
     has_loops: bool  # the looped block
     coda: range
-    first: bool  # reads the tokens
-    last: bool  # computes the loss
+    is_first: bool  # reads the tokens
+    is_last: bool  # computes the loss
     starts_loops: bool = True  # no stage before it has loops
     ends_loops: bool = True  # no stage after it has loops
 
     @property
     def after_loops(self) -> bool:
         """Whether all layers of this stage come after the loops."""
-        return not self.has_loops and (self.last or len(self.coda) > 0)
+        return not self.has_loops and (self.is_last or len(self.coda) > 0)
 
     @staticmethod
     def full(config: MythosConfig) -> "StageSpec":
@@ -117,8 +117,8 @@ def plan_stages(config: MythosConfig, n_loops: int, stages: int, costs: LayerCos
                 prelude=_overlap(span, 0, prelude),
                 has_loops=len(loops) > 0,
                 coda=_overlap(span, prelude + n_loops, coda),
-                first=i == 0,
-                last=i == stages - 1,
+                is_first=i == 0,
+                is_last=i == stages - 1,
                 starts_loops=loops.start == 0,
                 ends_loops=loops.stop == n_loops,
             )
@@ -146,7 +146,7 @@ def plan_loops(stages: tuple[StageSpec, ...], n_loops: int, no_grad: int, costs:
     loads = []
     for i in with_loops:
         blocks = len(stages[i].prelude) + len(stages[i].coda)
-        loads.append(costs.block * blocks + (costs.head if stages[i].last else 0.0))
+        loads.append(costs.block * blocks + (costs.head if stages[i].is_last else 0.0))
     loop_costs = [costs.no_grad_loop] * no_grad + [costs.loop] * (n_loops - no_grad)
     ranges = [range(0)] * len(stages)
     for i, span in zip(with_loops, split_evenly(loop_costs, loads, [0] * len(with_loops)), strict=True):

@@ -149,7 +149,7 @@ class Engine:
             is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
             writes = not is_tied_copy and (mesh.tensor.rank == 0 or is_sharded)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            piece = Piece(shape, shard.start, partition.first, partition.last)
+            piece = Piece(shape, shard.start, partition.first, partition.stop)
             state[name] = LocalShard(piece, shard.full_shape, partition.values, writes)
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)

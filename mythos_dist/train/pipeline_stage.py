@@ -59,14 +59,14 @@ class StageLayer(nn.Module):
         inputs, model = self.inputs.popleft(), self.model
         context = model.context(inputs.input_ids, inputs.document_ids)
         B, S = inputs.input_ids.shape
-        if model.stage.first:
+        if model.stage.is_first:
             state = State(inputs.input_ids)
         else:
             specs = model.input_shapes(B, S, inputs.readouts)
             state = State.unflatten(unpack(received, list(specs.values())), specs)
         state, counts = model.run(state, inputs.loop_range, inputs.loops, context)
         self.counts.append(counts)
-        if not model.stage.last:
+        if not model.stage.is_last:
             return pack(state.flatten(), next(model.parameters()).dtype)
         losses = model.losses(state, inputs.labels, inputs.loops, counts)
         self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
@@ -91,7 +91,7 @@ class Pipeline(PipelineModule):
             super().__init__(layers, topology=topology_of(mesh), dynamic_shape=dynamic_shape)
         self.tied: list[TiedWeight] = []
         # All stages create the groups and reduce the weights in this order, or their collectives would not match.
-        with_embedding = [i for i, stage in enumerate(stages) if stage.first or stage.last]
+        with_embedding = [i for i, stage in enumerate(stages) if stage.is_first or stage.is_last]
         with_loops = [i for i, stage in enumerate(stages) if stage.has_loops]
         self._tie_weights(layer.model, "embed", with_embedding, mesh)
         self._tie_weights(layer.model, "recurrent", with_loops, mesh)

@@ -16,10 +16,10 @@ _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyster
 
 
 class Partition(NamedTuple):
-    """This rank's elements of a parameter: [first, last) of the flattened parameter, as flat fp32 views."""
+    """This rank's elements of a parameter: [first, stop) of the flattened parameter, as flat fp32 views."""
 
     first: int
-    last: int
+    stop: int
     values: dict[str, Tensor]  # parameter (the fp32 master copy), exp_avg, exp_avg_sq
 
 

@@ -97,8 +97,8 @@ def test_every_layer_is_run_by_one_stage_in_order(prelude, n_loops, coda, stages
     loop_ranges = plan_loops(tuple(specs), n_loops, 0, costs)
     assert len(specs) == stages
     assert layers_of(specs, loop_ranges) == all_layers(prelude, n_loops, coda)
-    assert [spec.first for spec in specs] == [True] + [False] * (stages - 1)
-    assert [spec.last for spec in specs] == [False] * (stages - 1) + [True]
+    assert [spec.is_first for spec in specs] == [True] + [False] * (stages - 1)
+    assert [spec.is_last for spec in specs] == [False] * (stages - 1) + [True]
 
     holders = [i for i, spec in enumerate(specs) if spec.has_loops]
     assert holders == list(range(holders[0], holders[-1] + 1))
@@ -130,7 +130,7 @@ def spent(specs: list[StageSpec], loop_ranges: list[range], no_grad: int, costs:
     return [
         costs.block * (len(spec.prelude) + len(spec.coda))
         + sum(costs.no_grad_loop if t < no_grad else costs.loop for t in loops)
-        + (costs.head if spec.last else 0)
+        + (costs.head if spec.is_last else 0)
         for spec, loops in zip(specs, loop_ranges, strict=True)
     ]
 

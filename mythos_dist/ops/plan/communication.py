@@ -94,9 +94,9 @@ def _non_looped_layers(layers: LayerMessages, stage: StageSpec) -> list[Pass]:
     passes = [layers.dense_block() for _ in range(blocks)]
     if stage.has_loops:
         passes.append(layers.injection())
-    if stage.first:
+    if stage.is_first:
         passes.append(layers.leave(layers.x))  # the input embedding
-    if stage.last:
+    if stage.is_last:
         passes.append(layers.head())
     return passes
 

@@ -200,9 +200,9 @@ class LayerMessages:
         """deepspeed/runtime/pipe/engine.py: the state goes to the next stage, its gradient to the previous one."""
         pipe, i = self.mesh.pipe, self.mesh.pipe.rank
         size = 0
-        if not stages[i].last:
+        if not stages[i].is_last:
             size += self._state_bytes(stages[i + 1], max(0, loops.stop - no_grad))
-        if not stages[i].first:
+        if not stages[i].is_first:
             size += self._state_bytes(stages[i], max(0, loops.start - no_grad))
         return message(pipe, "send", size)
 

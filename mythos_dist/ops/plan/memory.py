@@ -98,7 +98,7 @@ class _Moments:
         self.every = config.train.recompute_every if self.recomputed else 1
         # The coda and the head run on all readouts at once.
         self.readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
-        self.head_gradient = self._gradients("embed") if stage.last else 0.0  # held until the embedding's backward
+        self.head_gradient = self._gradients("embed") if stage.is_last else 0.0  # held until the embedding's backward
         self.recurrent_gradients = self._gradients("recurrent")
 
         injection = layers.injection() if stage.has_loops else Saved()
@@ -119,7 +119,7 @@ class _Moments:
 
     def all(self) -> Iterator[Memory]:
         yield self._reduction()
-        if self.stage.last:
+        if self.stage.is_last:
             yield self._loss()
         if len(self.stage.coda):
             yield self._dense_block(self.all_saved, self.readouts, residuals=3)
