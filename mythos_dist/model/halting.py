@@ -1,7 +1,7 @@
-"""Halting: the weight that each loop's state has in the output of the loops, by `act.mode`.
+"""Halting: the weight that each loop's hidden state h has in the output of the loops, by `act.mode`.
 
-off: the last loop's state is the output. reference and safe: the sum of all states, weighted by halting probabilities
-(ACT, Graves 2016). ponder: a distribution over loops (PonderNet, Banino et al. 2021; Ouro, Zhu et al. 2025).
+off: the last loop's h is the output. reference and safe: the sum of all h, weighted by halting probabilities (ACT,
+Graves 2016). ponder: a distribution over loops (PonderNet, Banino et al. 2021; Ouro, Zhu et al. 2025).
 
 Decisions: MODEL-2, MODEL-15, LOOPS-3.
 """
@@ -35,20 +35,25 @@ class Halting(nn.Module):
         raise NotImplementedError
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
-        """The output (B, S', D) fp32 before loop t -> after it, with its state h and the weight of h."""
+        """The output (B, S', D) fp32 before loop t -> after it, with its h and the weight of h."""
         return torch.addcmul(output, weight.unsqueeze(-1), h.float())
 
     def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
-        """The output (B, S', D) if the loop with state h were the last; `output` and `halted` are those before it."""
+        """The output (B, S', D) if the loop with this h were the last; `output` and `halted` are those before it."""
         return h
 
-    def readout_weight(self, weight: Tensor, t: int, loops: Loops) -> Tensor:
-        """The weight (B, S') fp32 of the loss of loop t's readout: 1 / (loops with gradient)."""
-        return loops.even_weight(t, like=weight)
+    def readout_weight(self, weight: Tensor, active: Tensor | None, loops: Loops) -> Tensor:
+        """The weight (B, S') fp32 of the loss of a loop's readout: 1 / (loops with gradient) for `active` sequences."""
+        return loops.even_weight(active, like=weight)
 
     def all_halted(self, halted: Tensor) -> bool:
         """Whether all further loops have weight zero. Waits for the GPU."""
         return bool((halted >= self.threshold).all())
+
+    def use_all_parameters(self, aux_loss: Tensor, h: Tensor) -> Tensor:
+        """`aux_loss`, made to depend on the halting layer where the loops have not applied it: ZeRO needs a gradient of
+        every parameter. h (B, S', D)."""
+        return aux_loss
 
     def probability(self, h: Tensor, halted: Tensor) -> Tensor:
         """The halting layer's output for h (B, S', D), a probability (B, S') in fp32."""
@@ -73,7 +78,7 @@ class Halting(nn.Module):
 
 
 class NoHalting(Halting):
-    """The output is the last loop's state."""
+    """The output is the last loop's h."""
 
     def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """Weight 1 for the last loop, 0 for the others."""
@@ -91,14 +96,14 @@ class NoHalting(Halting):
         """Never."""
         return False
 
-    def zero_loss(self, like: Tensor) -> Tensor:
-        """An fp32 zero () that depends on the halting layer, applied to no token: the layer gets gradients of zeros,
-        and ZeRO-3 gathers its weights in the module's forward. like: (..., D), for dtype and device."""
-        return self.halt(like.new_zeros(0, like.shape[-1])).float().sum()
+    def use_all_parameters(self, aux_loss: Tensor, h: Tensor) -> Tensor:
+        """Adds a zero: the layer applied to no token. It gets gradients of zeros, and ZeRO-3 gathers its weights in the
+        module's forward."""
+        return aux_loss + self.halt(h.new_zeros(0, h.shape[-1])).float().sum()
 
 
 class WeightedHalting(Halting):
-    """The output is the sum of all states, weighted by halting probabilities.
+    """The output is the sum of all h, weighted by halting probabilities.
 
     A token halts where its cumulative probability reaches the threshold, and that loop gets the remainder of 1. In the
     last loop `safe` also gives the remainder to tokens that have not halted, so weights sum to 1 at any number of
@@ -129,8 +134,8 @@ class WeightedHalting(Halting):
 class PonderHalting(Halting):
     """Weights are a distribution over loops: a token halts after a loop with the layer's probability, if not before.
 
-    In training every loop's readout has its probability as weight. Otherwise the output is the state of the first loop
-    at which the cumulative probability reaches the threshold.
+    In training every loop's readout has its probability as weight. Otherwise the output is the h of the first loop at
+    which the cumulative probability reaches the threshold.
     """
 
     def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
@@ -145,11 +150,11 @@ class PonderHalting(Halting):
         return exits.float(), new_halted
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
-        """As the base's; unchanged if states are read out, which then replace the output."""
+        """As the base's; unchanged if loops are read out, which then replace the output."""
         return output if loops.readouts else super().accumulate(output, h, weight, t, loops)
 
-    def readout_weight(self, weight: Tensor, t: int, loops: Loops) -> Tensor:
-        """The probability of halting after loop t."""
+    def readout_weight(self, weight: Tensor, active: Tensor | None, loops: Loops) -> Tensor:
+        """The probability of halting after the loop."""
         return weight
 
 

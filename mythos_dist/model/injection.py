@@ -1,9 +1,10 @@
-"""How the prelude's output e enters every loop: h = A * h + B * injected(e) + u, with A in (0, 1) by construction.
+"""How the prelude's output e enters every loop: h = decay * h + scale * injected(e) + u, with decay in (0, 1).
 
-Two forms: OpenMythos' (`reference`) and Parcae's (Prairie et al. 2026).
+Two forms: OpenMythos' (`reference`) and Parcae's (Prairie et al. 2026). The parameters have the names of their papers,
+in which decay is A and scale is B; here B is always this parameter, and e is (..., D).
 """
 
-# B batch, S' tokens of each sequence on this rank, D model.
+# D model.
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from mythos_dist.parallel.tensor import ParallelLinear, replicated
 
 
 class Injection(nn.Module):
-    """OpenMythos': B * e, and A = exp(-exp(log_dt + log_A)), per channel."""
+    """OpenMythos': decay = exp(-exp(log_dt + log_A)) and scale = B, per channel; e is injected unchanged."""
 
     def __init__(self, dim: int, mesh: Mesh):
         super().__init__()
@@ -25,14 +26,15 @@ class Injection(nn.Module):
         replicated(self, mesh)
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A and B (D,), and e unchanged: the same in every loop."""
+        """decay and scale (D,), and e (..., D): the same in every loop."""
         # The clamp keeps the exponential finite for any parameter value.
-        A = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
-        return A.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 frees a parameter after its module's forward
+        decay = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
+        return decay.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 frees a parameter after its module's forward
 
 
 class ParcaeInjection(nn.Module):
-    """Parcae's: A = exp(-dt * exp(log_A)) with a step dt = softplus(delta) per channel, and dt * (B @ e), B (D, D)."""
+    """Parcae's: decay = exp(-dt * exp(log_A)) and scale = dt, with a step dt = softplus(delta) per channel; B @ e is
+    injected, with a matrix B (D, D)."""
 
     def __init__(self, dim: int, mesh: Mesh):
         super().__init__()
@@ -43,12 +45,12 @@ class ParcaeInjection(nn.Module):
         replicated(self, mesh)
 
     def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A and dt (D,), B @ e (B, S', D): one product, for all loops."""
+        """decay and scale (D,), and B @ e (..., D): one product, for all loops."""
         dt = F.softplus(self.delta.float())
-        A = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
+        decay = torch.exp(-dt * torch.exp(self.log_A.float().clamp(-20, 20)))
         full, width = enter_tensor_parallel(e, self.mesh), self.B.weight.shape[1]
         first = self.mesh.tensor.rank * width
         own = full[..., first : first + width].contiguous()  # autograd would keep all of `full` for a view
         if own.shape[-1] < width:
             own = F.pad(own, (0, width - own.shape[-1]))
-        return A.to(e.dtype), dt.to(e.dtype), leave_tensor_parallel(self.B(own), self.mesh)
+        return decay.to(e.dtype), dt.to(e.dtype), leave_tensor_parallel(self.B(own), self.mesh)

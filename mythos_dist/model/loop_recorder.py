@@ -1,7 +1,7 @@
-"""Statistics of the loops of a pass: state norms, changes, token correlation, and the gain of the update.
+"""Statistics of a pass's loops: norms and changes of the hidden state, token correlation, the gain of the update.
 
-They show the known failures of looped models (Huginn, Geiping et al. 2025): the states of all tokens collapse to one,
-the state is ignored, the state grows. A < 1 does not bound the block, so the gain is that of the full update.
+They show the known failures of looped models (Huginn, Geiping et al. 2025): the hidden states of all tokens collapse to
+one, they are ignored, or they grow. A decay below 1 does not bound the block, so the gain is that of the full update.
 """
 
 # B batch, S' tokens of each sequence on this rank, D model.
@@ -30,7 +30,7 @@ class LoopRecorder:
         self.mesh = mesh
         self.rows: dict[int, Tensor] = {}  # by loop index: COLUMNS, fp32
         self.gains: list[Tensor] = []  # (), one per pass
-        self.rho: Tensor | None = None  # (): the largest element of A
+        self.rho: Tensor | None = None  # (): the largest element of decay
 
     def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor) -> None:
         """Record loop t: the states before and after it (B, S', D), and the halting weight of `after` (B, S')."""

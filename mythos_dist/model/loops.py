@@ -1,4 +1,4 @@
-"""The loops of one pass, and the sinusoidal signal that tells the recurrent block which loop it is in.
+"""The loops of one pass, and the sinusoidal signal of the loop index that the recurrent block adds to its input.
 
 Decisions: MODEL-17.
 """
@@ -20,7 +20,7 @@ class Loops(NamedTuple):
     n_loops: int
     no_grad_loops: int = 0  # the first N loops run without gradient
     depths: Tensor | None = None  # (B,) loops of each sequence, at most n_loops; None: n_loops
-    seeds: Tensor | None = None  # (B,) int64, seeds of random initial states; None: 0 to B - 1
+    seeds: Tensor | None = None  # (B,) int64, seeds of random initial hidden states; None: 0 to B - 1
     readouts: bool = False  # after every loop with gradient, read out the output as if that loop were the last
 
     def is_last(self, t: int) -> bool:
@@ -31,26 +31,31 @@ class Loops(NamedTuple):
         """Whether the output is read out after loop t."""
         return self.readouts and t >= self.no_grad_loops
 
-    def where_active(self, t: int, new: Tensor, old: Tensor | float) -> Tensor:
-        """`new` (B, ...) for the sequences that take part in loop t, `old` for those that start later."""
-        if self.depths is None:
-            return new
-        active = self.depths > self.n_loops - 1 - t  # (B,)
-        while active.dim() < new.dim():
-            active = active.unsqueeze(-1)
-        return torch.where(active, new, old)
+    def active(self, t: int) -> Tensor | None:
+        """Whether each sequence takes part in loop t, bool (B,), or starts later; None: all take part."""
+        return None if self.depths is None else self.depths > self.n_loops - 1 - t
 
     def own_index(self, t: int) -> int | Tensor:
         """The index, from 0, of loop t among each sequence's own loops: (B,), or one int for all sequences."""
         return t if self.depths is None else (t - self.n_loops + self.depths).clamp(min=0)
 
-    def even_weight(self, t: int, like: Tensor) -> Tensor:
-        """The weight (B, S'), shaped as `like`, of loop t if all of a sequence's loops with gradient weigh the same."""
+    def even_weight(self, active: Tensor | None, like: Tensor) -> Tensor:
+        """The weight (B, S'), shaped as `like`, of a loop with the `active` sequences if all loops with gradient of a
+        sequence weigh the same."""
         with_grad = self.n_loops - self.no_grad_loops
         if self.depths is None:
             return torch.full_like(like, 1 / with_grad)
         weight = 1.0 / self.depths.clamp(max=with_grad).unsqueeze(1)  # (B, 1)
-        return self.where_active(t, weight, 0.0).expand_as(like)
+        return where_active(active, weight, 0.0).expand_as(like)
+
+
+def where_active(active: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """`new` (B, ...) for `active` sequences, bool (B,), and `old` for the others; None: all are active."""
+    if active is None:
+        return new
+    while active.dim() < new.dim():
+        active = active.unsqueeze(-1)
+    return torch.where(active, new, old)
 
 
 def loop_signals(loop_range: range, dim: int, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
+from mythos_dist.model.activations import Activations, TensorSpecs, stage_input_shapes
 from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.attention import Context, KVCache, build_context
 from mythos_dist.model.block import DenseBlock
@@ -26,7 +27,6 @@ from mythos_dist.model.loops import Loops
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Recurrent
-from mythos_dist.model.state import State, TensorSpecs, stage_input_shapes
 from mythos_dist.parallel.collectives import all_gather, all_reduce
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
@@ -112,12 +112,12 @@ class Mythos(nn.Module):
             )
 
         context = self.context(input_ids, document_ids, cache)
-        state, counts = self.run(State(input_ids), range(loops.n_loops), loops, context)
+        activations, counts = self.run(Activations(input_ids), range(loops.n_loops), loops, context)
         if cache is not None:
             cache.tokens = end
         if labels is None:
-            return self.embed.gather_logits(self.embed(state.h, as_head=True))
-        return self.losses(state, labels, loops, counts)
+            return self.embed.gather_logits(self.embed.logits(activations.h))
+        return self.losses(activations, labels, loops, counts)
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
         """What all layers share in a pass over input_ids (B, S); see `forward` for the arguments."""
@@ -125,34 +125,36 @@ class Mythos(nn.Module):
         kernel = choose_kernel(self.attention, input_ids.device, dtype, self.config)
         return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel)
 
-    def run(self, state: State, loop_range: range, loops: Loops, context: Context) -> tuple[State, Tensor]:
+    def run(
+        self, activations: Activations, loop_range: range, loops: Loops, context: Context
+    ) -> tuple[Activations, Tensor]:
         """Run the layers that this rank holds; of all loops of the pass, those of `loop_range`.
 
-        state: the output of the previous stage; on the first stage `State(input_ids)`.
-        Returns the state after this rank's layers and the counts (len(loop_range), E).
+        activations: the output of the previous stage; on the first stage `Activations(input_ids)`.
+        Returns the activations after this rank's layers and the counts (len(loop_range), E).
         """
         stage = self.stage
-        counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=state.h.device)
+        counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=activations.h.device)
         if stage.is_first:
-            state = State(self.embed(state.h))
+            activations = Activations(self.embed.lookup(activations.h))
         for i, block in self.prelude.items():
-            state = State(block(state.h, context, f"prelude.{i}"))
+            activations = Activations(block(activations.h, context, f"prelude.{i}"))
         if stage.has_loops:
             if stage.starts_loops:
-                state = self.recurrent.start(state.h, loops)
-            state, counts = self.recurrent(state, loop_range, loops, context)
+                activations = self.recurrent.start(activations.h, loops)
+            activations, counts = self.recurrent(activations, loop_range, loops, context)
             if stage.ends_loops:
-                state = self.recurrent.finish(state)
-        if self.coda and state.readout_weights is not None:
-            context = context.repeated(len(state.readout_weights))
+                activations = self.recurrent.finish(activations)
+        if self.coda and activations.readout_weights is not None:
+            context = context.repeated(len(activations.readout_weights))
         for i, block in self.coda.items():
-            state = state._replace(h=block(state.h, context, f"coda.{i}"))
+            activations = activations._replace(h=block(activations.h, context, f"coda.{i}"))
         if stage.is_last:
-            state = state._replace(h=self.norm(state.h))
-        return state, counts
+            activations = activations._replace(h=self.norm(activations.h))
+        return activations, counts
 
     def input_shapes(self, batch: int, seq_len: int, readouts: int = 0) -> TensorSpecs:
-        """Shapes and dtypes of the state that this pipeline stage receives for (batch, seq_len) tokens.
+        """Shapes and dtypes of the activations that this pipeline stage receives for (batch, seq_len) tokens.
 
         readouts: the number of readouts by earlier stages.
         """
@@ -160,13 +162,13 @@ class Mythos(nn.Module):
         shape = torch.Size([batch, tokens, self.config.dim])
         return stage_input_shapes(self.stage, shape, next(self.parameters()).dtype, readouts)
 
-    def losses(self, state: State, labels: Tensor, loops: Loops, counts: Tensor) -> Losses:
-        """state: the output of `run` after the last norm. counts (n_loops, E).
+    def losses(self, activations: Activations, labels: Tensor, loops: Loops, counts: Tensor) -> Losses:
+        """activations: the output of `run` after the last norm. counts (n_loops, E).
 
         labels (B, S), or (B, T, S): row t for loop t of each sequence, the last row for all further loops. The
         objective is the sum over readouts of weight times mean loss; the reported loss is the last readout's.
         """
-        weights = state.readout_weights  # (R, B, S') or None
+        weights = activations.readout_weights  # (R, B, S') or None
         targets = self._labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
         final = targets[-1]
         if weights is not None:
@@ -175,9 +177,9 @@ class Mythos(nn.Module):
             n_labels = (targets != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # (R, 1, 1)
             # Not 1 / n_labels: weights near 1 keep fp16 gradients from underflowing.
             weights = (weights * (n_labels[-1] / n_labels)).flatten(0, 1)
-        head = self.embed(state.h, labels=targets.flatten(0, 1), weights=weights)
+        head = self.embed.loss(activations.h, targets.flatten(0, 1), weights)
         B, tokens = final.shape[0], (final != IGNORED).sum()
-        aux_loss = state.aux_loss.squeeze()
+        aux_loss = activations.aux_loss.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
             aux_loss = all_reduce(aux_loss, self.mesh.tensor)
         return Losses(

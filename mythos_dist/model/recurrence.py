@@ -1,8 +1,8 @@
-"""The recurrent block: one transformer block, applied `n_loops` times to a state h with the input e injected each time.
+"""The recurrent block: one transformer block, applied `n_loops` times to a hidden state h with the same input e.
 
-u = block(norm(h + e + signal(t))) plus its depth LoRA; h = A * h + B * injected(e) + u with A in (0, 1) by construction
-(Parcae, Prairie et al. 2026). `e` is the prelude's output. What the loops output is decided by halting
-(model/halting.py): the last h, a weighted sum of all, or every loop's h.
+u = block(norm(h + e + signal(t))) plus its depth LoRA; h = decay * h + scale * injected(e) + u, where decay, in (0, 1)
+by construction, and scale are Parcae's A and B (Prairie et al. 2026). `e` is the prelude's output. The output of the
+loops depends on halting (model/halting.py): the last h, a weighted sum of all, or every loop's h.
 
 Every rank runs the same number of loops: a loop contains collectives, so a rank that exits early would hang the others.
 Tokens that have halted get weight zero instead. A sequence with fewer loops than the others starts later, so that all
@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
+from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import Context
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
-from mythos_dist.model.halting import NoHalting, build_halting
+from mythos_dist.model.halting import build_halting
 from mythos_dist.model.injection import Injection, ParcaeInjection
 from mythos_dist.model.loop_recorder import LoopRecorder
-from mythos_dist.model.loops import Loops, loop_signals
+from mythos_dist.model.loops import Loops, loop_signals, where_active
 from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute, checkpoint_if
-from mythos_dist.model.state import UNSET, State
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.tensor import replicated
@@ -43,9 +43,9 @@ Readout = tuple[Tensor, Tensor]  # the output if the pass ended here (B, S', D),
 class LoopInputs(NamedTuple):
     """What the loops of a pass share, computed once before the first."""
 
-    A: Tensor  # (D,)
-    B: Tensor  # (D,)
-    injected: Tensor  # (B, S', D): B * injected is added in every loop
+    decay: Tensor  # (D,)
+    scale: Tensor  # (D,)
+    injected: Tensor  # (B, S', D): scale * injected is added in every loop
     signals: dict[int, Tensor]  # by loop: (D,), or (B, 1, D) where sequences have loops of their own; empty: none
 
 
@@ -70,8 +70,8 @@ class Recurrent(nn.Module):
         self.act = build_halting(config, act, mesh)
         self.recorder: LoopRecorder | None = None  # set during a telemetry pass
 
-    def start(self, e: Tensor, loops: Loops) -> State:
-        """The state before the first loop, from the prelude's output (B, S', D)."""
+    def start(self, e: Tensor, loops: Loops) -> Activations:
+        """The activations before the first loop, from the prelude's output (B, S', D)."""
         if self.config.injection == "parcae":
             e = self.e_norm(e)
         if self.config.initial_state == "e":
@@ -79,8 +79,8 @@ class Recurrent(nn.Module):
         elif self.config.initial_state == "zero":
             h = torch.zeros_like(e)
         else:
-            h = self._random_state(e, loops.seeds)
-        return State(
+            h = self._random_hidden_state(e, loops.seeds)
+        return Activations(
             h=h,
             e=e,
             output=torch.zeros_like(e, dtype=torch.float32),
@@ -88,59 +88,62 @@ class Recurrent(nn.Module):
             aux_loss=e.new_zeros(1, dtype=torch.float32),
         )
 
-    def _random_state(self, e: Tensor, seeds: Tensor | None) -> Tensor:
-        """A state like e from N(0, 2 / 5) (Huginn, Geiping et al. 2025). Each sequence is drawn from its own seed: its
-        values do not depend on the micro-batch or on the rank of the tensor axis."""
+    def _random_hidden_state(self, e: Tensor, seeds: Tensor | None) -> Tensor:
+        """A hidden state like e from N(0, 2 / 5) (Huginn, Geiping et al. 2025). Each sequence is drawn from its own
+        seed: its values do not depend on the micro-batch or on the rank of the tensor axis."""
         B, parts, D = e.shape[0], self.mesh.tensor.size if self.mesh.sequence else 1, e.shape[2]
         generator = torch.Generator(e.device)
-        state = torch.empty(B, e.shape[1] * parts, D, device=e.device)
-        for row, seed in zip(state, range(B) if seeds is None else seeds.tolist(), strict=True):
+        h = torch.empty(B, e.shape[1] * parts, D, device=e.device)
+        for row, seed in zip(h, range(B) if seeds is None else seeds.tolist(), strict=True):
             row.normal_(0.0, math.sqrt(2 / 5), generator=generator.manual_seed(seed))
-        return state.chunk(parts, 1)[self.mesh.tensor.rank if parts > 1 else 0].to(e.dtype)
+        return h.chunk(parts, 1)[self.mesh.tensor.rank if parts > 1 else 0].to(e.dtype)
 
-    def finish(self, state: State) -> State:
-        """The state after the last loop -> the coda's input: the loops' output, or the R readouts as one batch."""
-        if state.readouts is None:
-            return State(state.output.to(state.e.dtype), aux_loss=state.aux_loss)
-        h = state.readouts.flatten(0, 1)  # (R, B, S', D) -> (R * B, S', D)
-        return State(h, aux_loss=state.aux_loss, readout_weights=state.readout_weights)
+    def finish(self, activations: Activations) -> Activations:
+        """After the last loop: h becomes the loops' output, or the R readouts as one batch, for the coda."""
+        if activations.readouts is None:
+            return Activations(activations.output.to(activations.e.dtype), aux_loss=activations.aux_loss)
+        h = activations.readouts.flatten(0, 1)  # (R, B, S', D) -> (R * B, S', D)
+        return Activations(h, aux_loss=activations.aux_loss, readout_weights=activations.readout_weights)
 
-    def forward(self, state: State, loop_range: range, loops: Loops, context: Context) -> tuple[State, Tensor]:
+    def forward(
+        self, activations: Activations, loop_range: range, loops: Loops, context: Context
+    ) -> tuple[Activations, Tensor]:
         """Run the loops `loop_range` of the pass; the first `loops.no_grad_loops` of the pass have no gradient.
 
-        Returns the state, with the readouts of these loops appended, and the counts (len(loop_range), E) of each
+        Returns the activations, with the readouts of these loops appended, and the counts (len(loop_range), E) of each
         loop's (token, expert) pairs.
         """
         with_grad = loops_with_grad(loop_range, loops.no_grad_loops) if torch.is_grad_enabled() else range(0)
         self.block.ffn.experts.start_pass(len(with_grad))
-        A, B, injected = self.injection(state.e)
-        inputs = LoopInputs(A, B, injected, self._signals(loop_range, loops, state.h))
-        counts = torch.zeros(len(loop_range), self.config.n_experts, dtype=torch.int64, device=state.h.device)
+        decay, scale, injected = self.injection(activations.e)
+        inputs = LoopInputs(decay, scale, injected, self._signals(loop_range, loops, activations.h))
+        counts = torch.zeros(len(loop_range), self.config.n_experts, dtype=torch.int64, device=activations.h.device)
         readouts: list[Readout] = []
         # Earlier readouts stay out of the groups: a recomputed group holds its arguments until the backward.
-        earlier = state.readouts, state.readout_weights
-        state = state._replace(readouts=UNSET, readout_weights=UNSET)
+        earlier = activations.readouts, activations.readout_weights
+        activations = activations._replace(readouts=UNSET, readout_weights=UNSET)
         for group in self._groups(loop_range, loops):
-            if self._all_halted(state, context):
+            if self._all_halted(activations, context):
                 break
             has_grad = torch.is_grad_enabled() and group.start >= loops.no_grad_loops
             with torch.set_grad_enabled(has_grad):
                 # The counts are outputs of the forward: recomputation in the backward must not count again.
-                state, group_counts, group_readouts = checkpoint_if(
-                    self.recompute.kind == "loop", self._run_group, group, loops, state, inputs, context
+                activations, group_counts, group_readouts = checkpoint_if(
+                    self.recompute.kind == "loop", self._run_group, group, loops, activations, inputs, context
                 )
             first = group.start - loop_range.start
             counts[first : first + len(group)] = torch.stack(group_counts)
             readouts += group_readouts
         if torch.is_grad_enabled():
-            state = state._replace(aux_loss=self._use_all_parameters(state, len(with_grad) > 0))
+            activations = activations._replace(aux_loss=self._use_all_parameters(activations, len(with_grad) > 0))
         if self.recorder is not None and len(loop_range) > 0:
-            self.recorder.rho = A.max()
+            self.recorder.rho = decay.max()
+            last_loop, e = loop_range.stop - 1, activations.e
             self.recorder.estimate_gain(
-                lambda h: self._update(loop_range.stop - 1, loops, h, state.e, inputs, context)[0], state.h
+                lambda h: self._update(last_loop, loops, h, e, inputs, context)[0], activations.h
             )
-        state = state._replace(readouts=earlier[0], readout_weights=earlier[1])
-        return _append_readouts(state, readouts), counts
+        activations = activations._replace(readouts=earlier[0], readout_weights=earlier[1])
+        return _append_readouts(activations, readouts), counts
 
     def _signals(self, loop_range: range, loops: Loops, like: Tensor) -> dict[int, Tensor]:
         if not self.config.loop_signal:
@@ -158,51 +161,52 @@ class Recurrent(nn.Module):
             for first in range(0, len(part), every):
                 yield part[first : first + every]
 
-    def _all_halted(self, state: State, context: Context) -> bool:
+    def _all_halted(self, activations: Activations, context: Context) -> bool:
         """Whether the remaining loops can be skipped, because their weight is zero for all tokens. Only where no other
         rank waits for this one in a collective, and no later token needs the keys of all loops."""
         single = self.mesh.tensor.size == self.mesh.expert.size == self.mesh.pipe.size == 1
         needed = torch.is_grad_enabled() or context.cache is not None or self.recorder is not None
-        return single and not needed and self.act.all_halted(state.halted)
+        return single and not needed and self.act.all_halted(activations.halted)
 
     def _run_group(
-        self, group: range, loops: Loops, state: State, inputs: LoopInputs, context: Context
-    ) -> tuple[State, list[Tensor], list[Readout]]:
+        self, group: range, loops: Loops, activations: Activations, inputs: LoopInputs, context: Context
+    ) -> tuple[Activations, list[Tensor], list[Readout]]:
         counts, readouts = [], []
         for t in group:
-            state, loop_counts, readout = self._loop(t, loops, state, inputs, context)
+            activations, loop_counts, readout = self._loop(t, loops, activations, inputs, context)
             counts.append(loop_counts)
             if readout is not None:
                 readouts.append(readout)
-        return state, counts, readouts
+        return activations, counts, readouts
 
     def _loop(
-        self, t: int, loops: Loops, state: State, inputs: LoopInputs, context: Context
-    ) -> tuple[State, Tensor, Readout | None]:
-        """Loop t: the state after it, the (token, expert) counts (E,), and what is read out."""
-        h, e, output, halted, aux_loss, *_ = state
+        self, t: int, loops: Loops, activations: Activations, inputs: LoopInputs, context: Context
+    ) -> tuple[Activations, Tensor, Readout | None]:
+        """Loop t: the activations after it, the (token, expert) counts (E,), and what is read out."""
+        h, e, output, halted, aux_loss, *_ = activations
+        active = loops.active(t)
         if self.config.initial_state == "e":  # sequences that start now: no-grad loops have detached their h
-            h = loops.where_active(t - 1, h, e)
+            h = where_active(loops.active(t - 1), h, e)
         new_h, router = self._update(t, loops, h, e, inputs, context)
-        new_h = loops.where_active(t, new_h, h)
+        new_h = where_active(active, new_h, h)
         weight, new_halted = self.act(new_h, halted, loops.is_last(t))
-        weight, new_halted = loops.where_active(t, weight, 0.0), loops.where_active(t, new_halted, halted)
+        weight, new_halted = where_active(active, weight, 0.0), where_active(active, new_halted, halted)
         if router.loss is not None:
             aux_loss = aux_loss + router.loss / loops.n_loops
         aux_loss = self.act.add_loss(aux_loss, weight, t, loops)
         readout = None
         if loops.reads_out(t):
-            readout = self.act.readout(output, new_h, halted, weight), self.act.readout_weight(weight, t, loops)
+            readout = self.act.readout(output, new_h, halted, weight), self.act.readout_weight(weight, active, loops)
         output = self.act.accumulate(output, new_h, weight, t, loops)
         if self.recorder is not None:
             self.recorder.record(t, h, new_h, weight)
-        state = state._replace(h=new_h, output=output, halted=new_halted, aux_loss=aux_loss)
-        return state, router.counts, readout
+        activations = activations._replace(h=new_h, output=output, halted=new_halted, aux_loss=aux_loss)
+        return activations, router.counts, readout
 
     def _update(
         self, t: int, loops: Loops, h: Tensor, e: Tensor, inputs: LoopInputs, context: Context
     ) -> tuple[Tensor, RouterStats]:
-        """h[t + 1] = A * h[t] + B * injected + u, with u = block(norm(h[t] + e + signal)) plus its depth LoRA."""
+        """h -> decay * h + scale * injected + u, with u = block(norm(h + e + signal)) plus its depth LoRA."""
         x = h + e
         if inputs.signals:
             x = x + inputs.signals[t]
@@ -210,14 +214,14 @@ class Recurrent(nn.Module):
         u, stats = self.block(self.norm(x), context, "recurrent" if context.cache is None else f"recurrent.{t}")
         if self.config.lora != "none":
             u = self.lora(u, loops.own_index(t))
-        return torch.addcmul(torch.addcmul(u, inputs.A, h), inputs.B, inputs.injected), stats
+        return torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected), stats
 
-    def _use_all_parameters(self, state: State, has_grad: bool) -> Tensor:
+    def _use_all_parameters(self, activations: Activations, has_grad: bool) -> Tensor:
         """`aux_loss` unchanged; its backward gives gradients of zeros to parameters that this pass has not used,
         because every parameter takes part in collectives."""
-        aux_loss = state.aux_loss
-        if has_grad and isinstance(self.act, NoHalting):
-            aux_loss = aux_loss + self.act.zero_loss(state.h)
+        aux_loss = activations.aux_loss
+        if has_grad:
+            aux_loss = self.act.use_all_parameters(aux_loss, activations.h)
         if self.mesh.pipe.size == 1:
             return aux_loss
         # Some pipeline stages run no loop with gradient, and only the first stage with loops applies e_norm.
@@ -225,15 +229,15 @@ class Recurrent(nn.Module):
         return _ZeroGradients.apply(aux_loss, *unused.parameters())
 
 
-def _append_readouts(state: State, new: list[Readout]) -> State:
+def _append_readouts(activations: Activations, new: list[Readout]) -> Activations:
     if not new:
-        return state
+        return activations
     readouts = torch.stack([output for output, _ in new])
     weights = torch.stack([weight for _, weight in new])
-    if state.readouts is not None:
-        readouts = torch.cat([state.readouts, readouts])
-        weights = torch.cat([state.readout_weights, weights])
-    return state._replace(readouts=readouts, readout_weights=weights)
+    if activations.readouts is not None:
+        readouts = torch.cat([activations.readouts, readouts])
+        weights = torch.cat([activations.readout_weights, weights])
+    return activations._replace(readouts=readouts, readout_weights=weights)
 
 
 class _ZeroGradients(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mythos_dist.model import mythos
-from mythos_dist.model.state import num_bytes
+from mythos_dist.model.activations import num_bytes
 from mythos_dist.parallel.process import disable_cpu_op_builder
 
 

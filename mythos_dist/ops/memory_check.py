@@ -130,7 +130,7 @@ class Comparison:
         self._done = False
 
     def step(self, seconds: float, is_last: bool) -> PlanVsMeasured | None:
-        """After each step; is_last: whether it is the run's last step. Every rank calls this: the comparison holds a collective."""
+        """After each step; `is_last`: of the run. Every rank calls this: the comparison holds a collective."""
         if self._done:
             return None
         self._measured.append(seconds)

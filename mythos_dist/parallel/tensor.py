@@ -10,7 +10,7 @@ Decisions: MODEL-10, PARALLEL-1, PARALLEL-7.
 
 # B batch, S sequence, N = B * S tokens, D model, V vocabulary; "local V" is this rank's shard of V, with padding.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -111,48 +111,61 @@ class ParallelLinear(nn.Module):
 class Embedding(nn.Module):
     """The table (V, D) of the input embedding and the output head, sharded over V.
 
-    Both call `forward`, because ZeRO-3 gathers parameters there.
+    `lookup`, `logits` and `loss` go through `forward`, because ZeRO-3 gathers the table before a module's forward and
+    frees it afterwards.
     """
 
     def __init__(self, vocab_size: int, dim: int, mesh: Mesh):
         super().__init__()
         self.mesh = mesh
         self.vocab_size = vocab_size
-        self.first, self.last, _ = shard_range(vocab_size, mesh.tensor)
+        self.start, self.stop, _ = shard_range(vocab_size, mesh.tensor)
         self.weight = shard_parameter((vocab_size, dim), {0: mesh.tensor})
 
-    def forward(
-        self, x: Tensor, as_head: bool = False, labels: Tensor | None = None, weights: Tensor | None = None
-    ) -> Any:
-        """ids (B, S) -> states (B, S or S / tensor, D); as head: states -> this rank's logits (B, S, local V).
+    def forward(self, use: Callable[..., Any], *arguments: Any) -> Any:
+        """`use(*arguments)`, with the table gathered."""
+        return use(*arguments)
 
-        With labels (B, S), and weights (B, S) fp32 or None for ones: states -> a `HeadLoss`.
-        """
-        if labels is not None:
-            if weights is None:
-                weights = torch.ones_like(labels, dtype=torch.float32)
-            total, losses, correct = _HeadLoss.apply(
-                enter_tensor_parallel(x, self.mesh).flatten(0, 1),
-                self.weight,
-                labels.flatten(),
-                weights.flatten(),
-                self.mesh.tensor,
-                self.first,
-                self.last - self.first,
-                torch.is_grad_enabled(),
-            )
-            return HeadLoss(total, losses.view_as(labels), correct.view_as(labels))
-        if as_head:
-            return F.linear(enter_tensor_parallel(x, self.mesh), self.weight)
-        is_local = (x >= self.first) & (x < self.last)
-        rows = F.embedding(torch.where(is_local, x - self.first, 0), self.weight)
-        if self.mesh.tensor.size > 1:
-            rows = rows * is_local.unsqueeze(-1)
-        return leave_tensor_parallel(rows, self.mesh)
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Token ids (B, S) -> their rows (B, S or S / tensor, D)."""
+        return self(self._lookup, ids)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (B, S or S / tensor, D) -> this rank's logits (B, S, local V)."""
+        return self(self._logits, x)
+
+    def loss(self, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> "HeadLoss":
+        """x (B, S or S / tensor, D), labels (B, S), and weights (B, S) fp32 or None for ones -> the loss."""
+        return self(self._loss, x, labels, weights)
 
     def gather_logits(self, logits: Tensor) -> Tensor:
         """(B, S, local V) -> (B, S, V) on every rank."""
         return all_gather(logits, self.mesh.tensor, -1, partial=False)[..., : self.vocab_size]
+
+    def _lookup(self, ids: Tensor) -> Tensor:
+        is_local = (ids >= self.start) & (ids < self.stop)
+        rows = F.embedding(torch.where(is_local, ids - self.start, 0), self.weight)
+        if self.mesh.tensor.size > 1:
+            rows = rows * is_local.unsqueeze(-1)
+        return leave_tensor_parallel(rows, self.mesh)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(enter_tensor_parallel(x, self.mesh), self.weight)
+
+    def _loss(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> "HeadLoss":
+        if weights is None:
+            weights = torch.ones_like(labels, dtype=torch.float32)
+        total, losses, correct = _HeadLoss.apply(
+            enter_tensor_parallel(x, self.mesh).flatten(0, 1),
+            self.weight,
+            labels.flatten(),
+            weights.flatten(),
+            self.mesh.tensor,
+            self.start,
+            self.stop - self.start,
+            torch.is_grad_enabled(),
+        )
+        return HeadLoss(total, losses.view_as(labels), correct.view_as(labels))
 
 
 class HeadLoss(NamedTuple):
@@ -178,20 +191,20 @@ class _HeadLoss(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor,
         axis: Axis,
-        first: int,
+        start: int,
         num_local: int,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, D), weight (local V, D) whose first `num_local` rows are the tokens from `first` on, labels and
+        """x (N, D), weight (local V, D) whose first `num_local` rows are the tokens from `start` on, labels and
         weights (N,) -> the fields of a HeadLoss: (), (N,), (N,)."""
         N, D = x.shape
         chunk_size = max(_MIN_CHUNK, N * D // weight.shape[0])  # a chunk's logits are about as large as x
         losses, correct = weights.new_empty(N), torch.empty_like(labels, dtype=torch.bool)
         grads = [torch.empty_like(x), torch.zeros_like(weight)] if needs_grad else []
-        for start in range(0, N, chunk_size):
-            chunk = slice(start, start + chunk_size)
+        for chunk_start in range(0, N, chunk_size):
+            chunk = slice(chunk_start, chunk_start + chunk_size)
             losses[chunk], correct[chunk], grad_logits = _cross_entropy(
-                x[chunk] @ weight.t(), labels[chunk], weights[chunk], axis, first, num_local
+                x[chunk] @ weight.t(), labels[chunk], weights[chunk], axis, start, num_local
             )
             if needs_grad:
                 torch.mm(grad_logits, weight, out=grads[0][chunk])
@@ -208,7 +221,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor, axis: Axis, first: int, num_local: int
+    logits: Tensor, labels: Tensor, weights: Tensor, axis: Axis, start: int, num_local: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits (N, local V), labels and weights (N,) -> cross entropies (N,), whether the label has the highest logit
     (N,), and the gradient of the cross entropies' weighted sum by the logits (N, local V).
@@ -222,8 +235,8 @@ def _cross_entropy(
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=axis.group)
     x.sub_(highest)
     counts = labels != IGNORED
-    is_local = counts & (labels >= first) & (labels < first + num_local)
-    column = torch.where(is_local, labels - first, 0).unsqueeze(-1)
+    is_local = counts & (labels >= start) & (labels < start + num_local)
+    column = torch.where(is_local, labels - start, 0).unsqueeze(-1)
     target = x.gather(-1, column).squeeze(-1).where(is_local, 0.0)
     x.exp_()
     sums = torch.stack([x.sum(-1), target])  # only one rank's `target` is not 0: that of the label's shard

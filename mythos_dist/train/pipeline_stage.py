@@ -16,9 +16,9 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import Tensor, nn
 
+from mythos_dist.model.activations import Activations
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import Losses, Mythos
-from mythos_dist.model.state import State
 from mythos_dist.parallel.mesh import Mesh, new_group
 from mythos_dist.parallel.packing import pack, unpack
 from mythos_dist.parallel.pipeline import StageSpec
@@ -60,15 +60,15 @@ class StageLayer(nn.Module):
         context = model.context(inputs.input_ids, inputs.document_ids)
         B, S = inputs.input_ids.shape
         if model.stage.is_first:
-            state = State(inputs.input_ids)
+            activations = Activations(inputs.input_ids)
         else:
             specs = model.input_shapes(B, S, inputs.readouts)
-            state = State.unflatten(unpack(received, list(specs.values())), specs)
-        state, counts = model.run(state, inputs.loop_range, inputs.loops, context)
+            activations = Activations.unflatten(unpack(received, list(specs.values())), specs)
+        activations, counts = model.run(activations, inputs.loop_range, inputs.loops, context)
         self.counts.append(counts)
         if not model.stage.is_last:
-            return pack(state.flatten(), next(model.parameters()).dtype)
-        losses = model.losses(state, inputs.labels, inputs.loops, counts)
+            return pack(activations.flatten(), next(model.parameters()).dtype)
+        losses = model.losses(activations, inputs.labels, inputs.loops, counts)
         self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
         return losses["objective"]
 

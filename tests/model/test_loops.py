@@ -284,11 +284,11 @@ def test_readouts_of_earlier_stages_are_not_held_by_recomputed_groups(tiny):
     model = Mythos(tiny(), recompute=Recompute("loop"))
     ids, loops = tokens(model.config, 1, 8), Loops(2, readouts=True)
     context = model.context(ids)
-    state = model.recurrent.start(model.embed(ids), loops)
-    state, _ = model.recurrent(state, range(1), loops, context)
-    received = state.readouts.clone()
+    activations = model.recurrent.start(model.embed.lookup(ids), loops)
+    activations, _ = model.recurrent(activations, range(1), loops, context)
+    received = activations.readouts.clone()
     alive = weakref.ref(received)
-    state, _ = model.recurrent(state._replace(readouts=received), range(1, 2), loops, context)
-    assert state.readouts.shape[0] == 2 and torch.equal(state.readouts[:1], received)
+    activations, _ = model.recurrent(activations._replace(readouts=received), range(1, 2), loops, context)
+    assert activations.readouts.shape[0] == 2 and torch.equal(activations.readouts[:1], received)
     del received
     assert alive() is None

@@ -113,7 +113,7 @@ def losses_of(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     embed = Embedding(V, V, SINGLE).to(logits.dtype)
     nn.init.eye_(embed.weight)
     logits = logits.clone().requires_grad_()
-    loss = embed(logits, labels=labels).total
+    loss = embed.loss(logits, labels).total
     (0.3 * loss).backward()
     assert loss.dtype == torch.float32
     assert logits.grad is not None
@@ -182,7 +182,7 @@ def test_many_tokens_are_processed_in_chunks():
     labels = torch.randint(700, (2, 500), generator=generator)
     labels[0, 490:] = IGNORED
     with Shapes() as shapes:
-        loss = embed(states, labels=labels).total
+        loss = embed.loss(states, labels).total
         found = torch.autograd.grad(loss, [states, embed.weight])
     assert max(torch.Size(shape).numel() for shape in shapes.seen) < 500 * 700
     logits = (states @ embed.weight.T).flatten(0, 1)
@@ -191,7 +191,7 @@ def test_many_tokens_are_processed_in_chunks():
     for ours, theirs in zip(found, torch.autograd.grad(expected, [states, embed.weight]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        assert embed(states, labels=labels).total == loss
+        assert embed.loss(states, labels).total == loss
 
 
 # ---- The vocabulary sharded over several ranks
@@ -243,10 +243,10 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
             factor, offset = (x.chunk(world, dim=1)[mesh.tensor.rank] for x in (factor, offset))
         offset = offset.clone().requires_grad_()
         with Shapes() as shapes:
-            states = embed(ids) * factor + offset
-            loss = embed(states, labels=labels).total
+            states = embed.lookup(ids) * factor + offset
+            loss = embed.loss(states, labels).total
             (0.3 * loss).backward()
-        logits = embed(states.detach(), as_head=True)
+        logits = embed.logits(states.detach())
         if V > B * S * D:  # otherwise a dimension of the states could be as large as the vocabulary
             full = [shape for shape in shapes.seen if max(shape, default=0) >= V]
             assert not full, f"a rank allocated {full}"

@@ -68,7 +68,7 @@ def stage_communication(
     for layer in _non_looped_layers(layers, stage):
         per_micro_batch += layer.forward + layer.backward
     per_micro_batch += layers.replicated_gradients(parameters)
-    per_micro_batch += layers.stage_states(stages, loops, no_grad)
+    per_micro_batch += layers.stage_activations(stages, loops, no_grad)
 
     total = scaled(per_micro_batch, micro_batches)
     trained = loops_with_grad(loops, no_grad)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from mythos_dist.config.schema import Config
+from mythos_dist.model.activations import num_bytes, stage_input_shapes
 from mythos_dist.model.parameter_table import LocalParameter
-from mythos_dist.model.state import num_bytes, stage_input_shapes
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
@@ -196,17 +196,17 @@ class LayerMessages:
                 elements += parameter.numel
         return message(self.mesh.tensor, "all_reduce", elements * self.item)
 
-    def stage_states(self, stages: Sequence[StageSpec], loops: range, no_grad: int) -> Messages:
-        """deepspeed/runtime/pipe/engine.py: the state goes to the next stage, its gradient to the previous one."""
+    def stage_activations(self, stages: Sequence[StageSpec], loops: range, no_grad: int) -> Messages:
+        """deepspeed/runtime/pipe/engine.py: activations go to the next stage, their gradient to the previous one."""
         pipe, i = self.mesh.pipe, self.mesh.pipe.rank
         size = 0
         if not stages[i].is_last:
-            size += self._state_bytes(stages[i + 1], max(0, loops.stop - no_grad))
+            size += self._activation_bytes(stages[i + 1], max(0, loops.stop - no_grad))
         if not stages[i].is_first:
-            size += self._state_bytes(stages[i], max(0, loops.start - no_grad))
+            size += self._activation_bytes(stages[i], max(0, loops.start - no_grad))
         return message(pipe, "send", size)
 
-    def _state_bytes(self, stage: StageSpec, earlier_loops: int) -> int:
+    def _activation_bytes(self, stage: StageSpec, earlier_loops: int) -> int:
         """The packed input of a stage, after `earlier_loops` loops with gradient."""
         train = self.config.train
         seq_len = train.seq_len // self.mesh.tensor.size if self.mesh.sequence else train.seq_len

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mythos_dist.parallel.pipeline import StageSpec
 
-TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]  # by field of State
+TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]  # by field of Activations
 UNSET: Any = None  # a field without a tensor at this point of the model
 
 
@@ -23,16 +23,16 @@ def num_bytes(specs: TensorSpecs) -> int:
     return sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
 
 
-class State(NamedTuple):
+class Activations(NamedTuple):
     """Before the loops only `h` is set. Between loops all fields are, the readouts only if this pass makes any. After
     the loops `h`, `aux_loss` and, if there are readouts, `readout_weights` are.
 
     A NamedTuple, not a dataclass: DeepSpeed's ZeRO-3 hooks look for tensors in tuples, lists and dicts only.
     """
 
-    h: Tensor  # (B, S', D) hidden states. Model input: token ids (B, S). After loops with readouts: (R * B, S', D)
+    h: Tensor  # (B, S', D) hidden state. Model input: token ids (B, S). After loops with readouts: (R * B, S', D)
     e: Tensor = UNSET  # (B, S', D) the prelude's output, injected in every loop
-    output: Tensor = UNSET  # (B, S', D) fp32, the loops' output so far; fp32 because it may be a sum of 64 states
+    output: Tensor = UNSET  # (B, S', D) fp32, the loops' output so far; fp32 because it may be a sum over 64 loops
     halted: Tensor = UNSET  # (B, S') fp32, cumulative halting probability
     aux_loss: Tensor = UNSET  # (1,) fp32, sum so far; each loop adds 1 / n_loops of its router's loss
     readouts: Tensor = UNSET  # (R, B, S', D) the output if the pass ended after each of these loops
@@ -43,7 +43,7 @@ class State(NamedTuple):
         return tuple(tensor for tensor in self if tensor is not None)
 
     @classmethod
-    def unflatten(cls, tensors: Iterable[Tensor], specs: TensorSpecs) -> "State":
+    def unflatten(cls, tensors: Iterable[Tensor], specs: TensorSpecs) -> "Activations":
         """The inverse of `flatten`; `specs` names the tensors."""
         return cls(**dict(zip(specs, tensors, strict=True)))
 
