@@ -63,12 +63,14 @@ def measure(rounds: int, folder: Path) -> None:
     rank, fence = dist.get_rank(), Fence(folder, 1)
     checkpoints = folder / "checkpoints"
     savers = {
-        background: Saver(checkpoints, replace(config.checkpoint, background=background), fence, engine.state)
+        background: Saver(checkpoints, replace(config.checkpoint, background=background), fence, engine.local_shards)
         for background in (False, True)
     }
-    for value in (value for held in engine.state.values() for value in held.values.values()):
+    for value in (value for held in engine.local_shards.values() for value in held.values.values()):
         value.normal_()  # a disk may compress zeros
-    mine = sum(4 * value.numel() for held in engine.state.values() if held.writes for value in held.values.values())
+    mine = sum(
+        4 * value.numel() for held in engine.local_shards.values() if held.writes for value in held.values.values()
+    )
     times: dict[str, list[float]] = {}
 
     def timed(what: str, work: Any) -> None:
@@ -82,9 +84,9 @@ def measure(rounds: int, folder: Path) -> None:
         savers[background].save(manifest_of(config, step, 2, fence, "", engine))
 
     def load() -> None:
-        checkpoint, _ = find_checkpoint(checkpoints)
+        checkpoint, _ = find_checkpoint(checkpoints, config.checkpoint)
         assert checkpoint
-        load_state(checkpoint, engine.state)
+        load_state(checkpoint, engine.local_shards)
 
     plain = folder / f"plain-{rank}"
     savers[True].finish()  # allocates its buffers

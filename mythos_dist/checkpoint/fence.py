@@ -77,14 +77,14 @@ class Fence:
             self.check()
             yield
 
-    def record_state(self, state: str, why: str, step: int | None, published: int | None = None) -> None:
-        """Write this start's state (running, stopped, failed or completed) to `writer.json`. Called by rank 0.
+    def record_status(self, status: str, why: str, step: int | None, published: int | None = None) -> None:
+        """Write this start's status (running, stopped, failed or completed) to `writer.json`. Called by rank 0.
 
         published: step of the newest checkpoint; None: as recorded before. Raises UserError if the run was started
         again since, OSError if the file cannot be written.
         """
         with self.guard():
-            self._write(state, why, step, published)
+            self._write(status, why, step, published)
 
     def heartbeat(self) -> None:
         """Update the modification time of `writer.json`, unless the run was started again since."""
@@ -92,13 +92,13 @@ class Fence:
             self.check()
             os.utime(self.run_dir / FILE)
 
-    def _write(self, state: str, why: str, step: int | None, published: int | None = None) -> None:
+    def _write(self, status: str, why: str, step: int | None, published: int | None = None) -> None:
         about: dict[str, Any] = {"start": self.start, "token": self.token, **identity()}
         about |= {name.lower(): os.environ[name] for name in _JOB_VARIABLES if name in os.environ}
         before, now = newest_start(self.run_dir), time.time()
         began = before.get("began") if before.get("start") == self.start else now
         published = before.get("published") if published is None else published
-        about |= {"launch": read_job_id(), "state": state, "why": why, "step": step, "published": published}
+        about |= {"launch": read_job_id(), "state": status, "why": why, "step": step, "published": published}
         write_atomically(self.run_dir / FILE, json.dumps(about | {"began": began, "time": now}) + "\n")
 
 

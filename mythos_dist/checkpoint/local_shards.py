@@ -1,4 +1,4 @@
-"""A rank's part of a run's state, by canonical tensor name: views into model and optimizer, to save and to load."""
+"""What a rank holds of a run's tensors, by canonical name: views into model and optimizer, to save and to load."""
 
 from dataclasses import dataclass
 
@@ -17,4 +17,4 @@ class LocalShard:
     writes: bool  # whether this rank saves it: of the ranks that hold the same piece, one does
 
 
-RankState = dict[str, LocalShard]
+LocalShards = dict[str, LocalShard]

@@ -34,8 +34,7 @@ Index = tuple[Size, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """The elements [first, last) of a flattened shard. `last` is exclusive: checkpoint.json has had this name since 0.1.
-    """
+    """The elements [first, last) of a flattened shard. The names are keys of checkpoint.json; `last` is exclusive."""
 
     shape: Index  # of the shard, padding included
     start: Index  # of the shard in the full tensor

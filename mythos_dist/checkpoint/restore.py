@@ -16,18 +16,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import BUFFER, MOMENTS, PARAMETER, VersionError, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
-from mythos_dist.checkpoint.state import RankState
 from mythos_dist.config.load import config_from
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.process import any_rank, from_rank_0, on_rank_0, raise_on_all_ranks
+
+_DEFAULTS = CheckpointConfig()
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,21 @@ class _Verification:
     error: VersionError | SignatureError | None = None  # the run must not start at all
 
 
-def find_checkpoint(
-    checkpoints: Path, verify: bool = True, key_file: str | None = None
-) -> tuple[Checkpoint | None, list[str]]:
+def find_checkpoint(checkpoints: Path, settings: CheckpointConfig = _DEFAULTS) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that `latest` names, or if it is damaged the newest intact one; None if there are none at all.
     And a line per damaged file in the checkpoints that were skipped.
 
-    Every rank calls this; with `verify` each reads its share of the bytes. `key_file`: see `signing_key`; with a key
-    all bytes are read in any case. Raises UserError on every rank if there are checkpoints but none is intact, if one
-    is of another format version, which training would overwrite, or if one is not signed with the key.
+    Every rank calls this. With `settings.verify`, and with a key (see `signing_key`) in any case, each reads its share
+    of the bytes. Raises UserError on every rank if there are checkpoints but none is intact, if one is of another
+    format version, which training would overwrite, or if one is not signed with the key.
     """
-    key = raise_on_all_ranks(lambda: signing_key(key_file))
+    key = raise_on_all_ranks(lambda: signing_key(settings.key_file))
     _raise_unless_same_key(key)
     # Rank 0 lists them for all ranks: the folder may change between two listings.
     candidates = from_rank_0(lambda: _candidates(checkpoints))
     damaged: list[str] = []
     for i, folder in enumerate(candidates):
-        checkpoint, problems = _verify_on_all_ranks(folder, verify, key)
+        checkpoint, problems = _verify_on_all_ranks(folder, settings.verify, key)
         if checkpoint:
             on_rank_0(partial(_refuse_overwrite, folder, candidates[i + 1 :]))
             return checkpoint, damaged
@@ -127,13 +127,13 @@ def _raise_unless_same_key(key: Key | None) -> None:
     raise UserError(f"{problem}: set checkpoint.key_file, or {VARIABLE} on every node, to files with the same key")
 
 
-def load_state(checkpoint: Checkpoint, state: RankState, progress: Progress = lambda size: None) -> None:
-    """Load a rank's `state` from a checkpoint; moments that the checkpoint lacks become zero (imported weights).
+def load_state(checkpoint: Checkpoint, shards: LocalShards, progress: Progress = lambda size: None) -> None:
+    """Load a rank's `shards` from a checkpoint; moments that the checkpoint lacks become zero (imported weights).
 
     `progress` is called with the bytes read since the last call. Raises UserError if the checkpoint is of another
     model.
     """
-    for name, shard in state.items():
+    for name, shard in shards.items():
         for kind, value in shard.values.items():
             tensor = checkpoint.manifest.tensors.get(name)
             if kind in MOMENTS and tensor is not None and kind not in tensor.kinds:

@@ -31,12 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, TensorEntry
 from mythos_dist.checkpoint.names import remove_checkpoint, temporary_name
 from mythos_dist.checkpoint.publish import prune, publish, remove_unfinished
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import signing_key
-from mythos_dist.checkpoint.state import RankState
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
@@ -63,16 +63,16 @@ class Saver:
         checkpoints: Path,
         settings: CheckpointConfig,
         fence: Fence,
-        state: RankState,
+        shards: LocalShards,
         on_progress: Callable[[], None] = lambda: None,
     ):
-        """`state`: views that stay valid until the run ends; `save` reads them.
+        """`shards`: views that stay valid until the run ends; `save` reads them.
 
         `on_progress` is called repeatedly while training waits for a save that makes progress.
         """
         self._folder, self._settings, self._fence = checkpoints, settings, fence
-        self._shards = {name: shard for name, shard in state.items() if shard.writes}
-        self._copies: dict[str, Tensor] = {}  # in host memory; empty: tensors are written from the state itself
+        self._shards = {name: shard for name, shard in shards.items() if shard.writes}
+        self._copies: dict[str, Tensor] = {}  # in host memory; empty: tensors are written from the views themselves
         self._thread: threading.Thread | None = None
         self._written = _Written()
         self._saving: CheckpointManifest | None = None

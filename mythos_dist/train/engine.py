@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mythos_dist.checkpoint.local_shards import LocalShard, LocalShards
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.state import LocalShard, RankState
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
@@ -136,9 +136,9 @@ class Engine:
         return model
 
     @functools.cached_property
-    def state(self) -> RankState:
+    def local_shards(self) -> LocalShards:
         """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers, by name."""
-        state, mesh = {}, self.mesh
+        shards, mesh = {}, self.mesh
         for name, parameter in self.model.named_parameters():
             partition = partition_of(self.deepspeed.optimizer, parameter)
             if partition is None:
@@ -150,19 +150,19 @@ class Engine:
             writes = not is_tied_copy and (mesh.tensor.rank == 0 or is_sharded)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             piece = Piece(shape, shard.start, partition.first, partition.stop)
-            state[name] = LocalShard(piece, shard.full_shape, partition.values, writes)
+            shards[name] = LocalShard(piece, shard.full_shape, partition.values, writes)
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)
             writes = self.model.stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0
-            state[name] = LocalShard(Piece.full(shape), shape, {"buffer": buffer.view(-1)}, writes)
-        return state
+            shards[name] = LocalShard(Piece.full(shape), shape, {"buffer": buffer.view(-1)}, writes)
+        return shards
 
     def optimizer_state(self) -> dict[str, Any]:
         """State that is equal on every rank: steps taken and skipped, fp16's loss scale."""
         return optimizer_state(self.deepspeed)
 
     def after_load(self, optimizer_state: dict[str, Any], step: int) -> None:
-        """Resume after step `step`, when `state` was filled. Every rank calls this."""
+        """Resume after step `step`, when `local_shards` were filled. Every rank calls this."""
         set_optimizer_state(self.deepspeed, optimizer_state, step)
         copy_masters_to_parameters(self.deepspeed.optimizer)
 

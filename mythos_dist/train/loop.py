@@ -26,7 +26,7 @@ from mythos_dist.train.depth import find_failures, probe_entries
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.metrics import Metrics, StepResult, peak_flops, step_line
 from mythos_dist.train.prepare import Inputs, Prepared, prepare
-from mythos_dist.train.restarts import PreviousStart, describe_restart, record_restart
+from mythos_dist.train.restarts import describe_restart, record_restart
 from mythos_dist.train.resume import schedule_changes
 from mythos_dist.train.run_folder import mark_completed
 from mythos_dist.train.session import Session
@@ -50,11 +50,11 @@ def train(config: Config, session: Session, inputs: Inputs, hooks: Hooks) -> int
         return 0
     run = Run(config, session, prepared, hooks)
     try:
-        run.begin(prepared.checkpoint, prepared.previous)
+        run.begin()
         reason = run.train_steps()
         run.finish(reason)
     except UserError as error:
-        run.record_state("failed", str(error))
+        run.record_status("failed", str(error))
         raise
     if prepared.folder_lock:
         prepared.folder_lock.close()
@@ -68,10 +68,11 @@ class Run:
         self.config, self.session, self.hooks = config, session, hooks
         self.mesh, self.fence = prepared.mesh, prepared.fence
         self.stream, self.heldout = prepared.stream, prepared.heldout
-        self.step = prepared.checkpoint.manifest.step if prepared.checkpoint else 0  # the last one that is done
+        self.resumed, self.previous = prepared.checkpoint, prepared.previous
+        self.step = self.resumed.manifest.step if self.resumed else 0  # the last one that is done
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.warned: set[str] = set()  # failures of loops that the console has shown
-        session.on_failure = session.stop.on_exit = lambda reason: self.record_state("failed", reason)
+        session.on_failure = session.stop.on_exit = lambda reason: self.record_status("failed", reason)
         session.keepalive = self.fence.heartbeat
         hooks.begin_run(self.fence.start)
         session.enter_phase("building the engine")
@@ -80,11 +81,9 @@ class Run:
         self.engine = Engine(config, self.mesh)
         session.record_startup("engine")
 
-    def begin(self, checkpoint: Checkpoint | None, previous: PreviousStart) -> None:
-        """Load the checkpoint, open the files of the run, and evaluate a new run.
-
-        previous: the previous start, on rank 0.
-        """
+    def begin(self) -> None:
+        """Load the checkpoint, open the files of the run, and evaluate a new run."""
+        checkpoint, previous = self.resumed, self.previous
         self.spikes = Spikes.load(self.config.faults, self.run_dir, recent_norms(checkpoint))
         if checkpoint:
             if self.rank == 0:
@@ -99,7 +98,7 @@ class Run:
             self.run_dir / "checkpoints",
             self.config.checkpoint,
             self.fence,
-            self.engine.state,
+            self.engine.local_shards,
             self.session.heartbeat,
         )
         if checkpoint:
@@ -248,22 +247,22 @@ class Run:
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill the engine with the state of a checkpoint."""
         self.session.enter_phase("loading")
-        size = sum(4 * value.numel() for held in self.engine.state.values() for value in held.values.values())
+        shards = self.engine.local_shards
+        size = sum(4 * value.numel() for shard in shards.values() for value in shard.values.values())
         with bar("loading", size, quiet=self.rank > 0) as shown:
 
             def progress(size: int) -> None:
                 self.session.heartbeat()
                 shown.update(size)
 
-            raise_on_all_ranks(lambda: load_state(checkpoint, self.engine.state, progress))
+            raise_on_all_ranks(lambda: load_state(checkpoint, shards, progress))
         self.engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
 
     def roll_back(self) -> None:
         """Return to the newest checkpoint, and exclude the batches of the skipped steps."""
         self.session.enter_phase("rolling back")
         self.saver.finish()
-        settings = self.config.checkpoint
-        checkpoint, _ = find_checkpoint(self.run_dir / "checkpoints", settings.verify, settings.key_file)
+        checkpoint, _ = find_checkpoint(self.run_dir / "checkpoints", self.config.checkpoint)
         to = checkpoint.manifest.step if checkpoint else None
         rollback = self.spikes.roll_back(self.step, to, self.run_dir / "metrics.jsonl")
         on_rank_0(lambda: self.spikes.write(self.fence))
@@ -297,35 +296,35 @@ class Run:
                 f"the last checkpoint could not be written to {self.run_dir / 'checkpoints'}; fix that (free space on "
                 "a full disk) and run the same command again; it resumes from the checkpoint before"
             )
-        on_rank_0(lambda: self.write_final_state(stopped if reason else ""))
+        on_rank_0(lambda: self.write_final_status(stopped if reason else ""))
         if self.metrics:
             self.metrics.close()
             result = f"{stopped}; run the same command to resume" if reason else f"done: {count(self.step, 'step')}"
             print(f"{result}; metrics, logs and checkpoints are in {self.run_dir}", flush=True)
 
-    def write_final_state(self, stopped: str) -> None:
-        """On rank 0: all metrics, then the final state, then COMPLETED unless `stopped` says why. Raises UserError."""
+    def write_final_status(self, stopped: str) -> None:
+        """On rank 0: all metrics, then the final status, then COMPLETED unless `stopped` says why. Raises UserError."""
         assert self.metrics
         with user_errors(self.run_dir):
             self.metrics.flush()
             self.record_checkpoint()
-            self.fence.record_state("stopped" if stopped else "completed", stopped, self.step)
+            self.fence.record_status("stopped" if stopped else "completed", stopped, self.step)
             remove_stop_file(self.run_dir)
         if not stopped:
             mark_completed(self.fence, self.run_dir)
 
-    def record_state(self, state: str, reason: str) -> None:
-        """On rank 0: write the state of this start to writer.json; an error does not prevent the run's end."""
+    def record_status(self, status: str, reason: str) -> None:
+        """On rank 0: write the status of this start to writer.json; an error does not prevent the run's end."""
         if self.rank == 0:
             with contextlib.suppress(OSError, UserError):
-                self.fence.record_state(state, reason, self.step)
+                self.fence.record_status(status, reason, self.step)
 
     def record_checkpoint(self) -> None:
         """On rank 0: write the newest checkpoint's step to writer.json, so that later starts notice if it is gone."""
         if self.rank == 0 and self.saver.published != self.recorded_checkpoint:
             self.recorded_checkpoint = self.saver.published
             with contextlib.suppress(OSError, UserError):
-                self.fence.record_state("running", "", self.step, self.recorded_checkpoint)
+                self.fence.record_status("running", "", self.step, self.recorded_checkpoint)
 
 
 def recent_norms(checkpoint: Checkpoint | None) -> list[float]:

@@ -54,8 +54,7 @@ class Resume:
         return self.checkpoint.manifest.step if self.checkpoint else 0
 
     def _find(self) -> None:
-        settings = self._config.checkpoint
-        self.checkpoint, self.damaged = find_checkpoint(self._folder, settings.verify, settings.key_file)
+        self.checkpoint, self.damaged = find_checkpoint(self._folder, self._config.checkpoint)
         raise_on_all_ranks(self._check)
 
     def _check(self) -> None:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from helpers.small_checkpoint import VALUES, manifest
 
 from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.local_shards import LocalShard
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import Saver
 from mythos_dist.checkpoint.signature import VARIABLE
-from mythos_dist.checkpoint.state import LocalShard
 from mythos_dist.config.schema import CheckpointConfig
 
 

@@ -22,6 +22,7 @@ from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import find_checkpoint, open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, SignatureError, signing_key
 from mythos_dist.checkpoint.tensor_file import TensorFile, write_tensors
+from mythos_dist.config.schema import CheckpointConfig
 from mythos_dist.errors import UserError
 
 SECRET = "f00dfacef00dfacef00dfacef00dface"
@@ -65,7 +66,7 @@ def reseal(folder: Path, content: str) -> None:
 def test_a_run_signs_what_it_saves_and_resumes_from_it(run, key_file):
     assert run.save(2, key_file=key_file) and run.save(4, key_file=key_file)
     for verify in (True, False):
-        checkpoint, damaged = find_checkpoint(run.checkpoints, verify, key_file)
+        checkpoint, damaged = find_checkpoint(run.checkpoints, CheckpointConfig(verify=verify, key_file=key_file))
         assert checkpoint and checkpoint.manifest.step == 4 and damaged == []
     checkpoint, damaged = find_checkpoint(run.checkpoints)  # without a key the signature is ignored
     assert checkpoint and np.array_equal(checkpoint.full_tensor("parameter", "w").reshape(-1), VALUES)
@@ -109,7 +110,7 @@ def test_with_a_key_a_checkpoint_without_its_signature_is_refused_and_not_skippe
         reseal(folder, replace(read_checkpoint_manifest(folder), tokens=1).to_text())
     message = "is not signed" if what == "unsigned" else "signature is wrong"
     with pytest.raises(SignatureError, match=message) as problem:
-        find_checkpoint(run.checkpoints, True, key_file)
+        find_checkpoint(run.checkpoints, CheckpointConfig(key_file=key_file))
     assert str(folder) in str(problem.value) and problem.value.exit_code == 2
     assert SECRET not in str(problem.value)
     checkpoint, _ = find_checkpoint(run.checkpoints)
@@ -127,7 +128,7 @@ def test_damage_is_not_a_signature_error(run, key_file):
     file = folder_of(run, 4) / "checkpoint.json"
     file.write_text(file.read_text().replace('"tokens": 32', '"tokens": 33'))
     for verify in (True, False):  # with a key every byte is read in any case
-        checkpoint, damaged = find_checkpoint(run.checkpoints, verify, key_file)
+        checkpoint, damaged = find_checkpoint(run.checkpoints, CheckpointConfig(verify=verify, key_file=key_file))
         assert checkpoint and checkpoint.manifest.step == 2 and len(damaged) == 2
 
 
@@ -150,7 +151,7 @@ def test_a_file_with_a_forged_xxh3_hash_is_refused(run, key_file, monkeypatch):
     monkeypatch.setattr("mythos_dist.checkpoint.reader.file_hash", collide)
     assert find_checkpoint(run.checkpoints)[0]
     with pytest.raises(SignatureError, match="changed after the checkpoint was signed"):
-        find_checkpoint(run.checkpoints, True, key_file)
+        find_checkpoint(run.checkpoints, CheckpointConfig(key_file=key_file))
     assert TensorFile(file)
 
 
@@ -240,7 +241,7 @@ def test_the_command_in_the_messages_creates_a_key(tmp_path):
 def test_the_key_is_never_logged_or_stored(run, key_file, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     run.save(2, key_file=key_file)
-    find_checkpoint(run.checkpoints, True, key_file)
+    find_checkpoint(run.checkpoints, CheckpointConfig(key_file=key_file))
     assert SECRET not in repr(signing_key(key_file)) + str(vars(open_checkpoint(run.checkpoints)))
     written = "".join(path.read_text() for path in run.checkpoints.rglob("*.json"))
     assert SECRET not in written + caplog.text + "".join(capfd.readouterr())

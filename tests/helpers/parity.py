@@ -149,7 +149,7 @@ def save_checkpoint(engine: Any, config: Config, folder: str, step: int) -> None
     from mythos_dist.train.loop import manifest_of
 
     fence = Fence(Path(folder), 1)
-    saver = Saver(Path(folder, "checkpoints"), config.checkpoint, fence, engine.state)
+    saver = Saver(Path(folder, "checkpoints"), config.checkpoint, fence, engine.local_shards)
     saver.save(manifest_of(config, step, dist.get_world_size(), fence, "", engine))
     assert saver.finish()
 
@@ -158,9 +158,9 @@ def load_checkpoint(engine: Any, folder: str) -> None:
     """Load as the training loop does before its first step. On each rank."""
     from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 
-    checkpoint, damaged = find_checkpoint(Path(folder, "checkpoints"))
+    checkpoint, damaged = find_checkpoint(Path(folder, "checkpoints"), engine.config.checkpoint)
     assert checkpoint and not damaged
-    load_state(checkpoint, engine.state)
+    load_state(checkpoint, engine.local_shards)
     engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
 
 

@@ -226,9 +226,9 @@ def step_with_limit(configs: list[Config]) -> list[tuple]:
         engine = Engine(config, mesh)
         steps = batches(config, mesh.data.rank, mesh.data.size)
         for limit in (1e-6, 1e6):
-            before = [value.clone() for held in engine.state.values() for value in held.values.values()]
+            before = [value.clone() for held in engine.local_shards.values() for value in held.values.values()]
             result = engine.train_step(next(steps), 1, limit)
-            after = [value for held in engine.state.values() for value in held.values.values()]
+            after = [value for held in engine.local_shards.values() for value in held.values.values()]
             changed = any(not a.equal(b) for a, b in zip(before, after, strict=True))
             found.append((result.skipped, changed, result.grad_norm > 1e-6))
         engine.deepspeed.destroy()

@@ -207,7 +207,7 @@ def test_damaged_rollbacks_are_named_with_their_remedy(config, tmp_path, content
 
 def folder(tmp_path: Path, completed: bool, published: int | None, steps: int) -> Path:
     fence = Fence.take(tmp_path)
-    fence.record_state("running", "", steps, published)
+    fence.record_status("running", "", steps, published)
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step + 1}}}\n' for step in range(steps)))
     if completed:
         (tmp_path / "COMPLETED").touch()
