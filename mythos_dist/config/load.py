@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_type_hints
 import yaml
 
 from mythos_dist.config.fields import Kind, kinds_of, show, value_problems
-from mythos_dist.config.rules import find_problems
+from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.config.tree import NULLS, Node, Scalar, parse_yaml, read_yaml, show_node
 from mythos_dist.config.variants import VARIANTS
@@ -278,7 +278,7 @@ def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
         sections[section] = cls.from_checked_values(**accepted)
     config = Config(**sections)
     # Defaults replace the refused values: a rule about such a default would only confuse.
-    found += [problem.message for problem in find_problems(config) if refused.isdisjoint(problem.settings)]
+    found += problems(config, refused)
     return config
 
 

@@ -1,24 +1,14 @@
 """Rules between settings that are valid each by itself (schema.py). Those about loops and layouts are in layout.py."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from mythos_dist.config.layout import Problem, divisors, few, find_layout_problems
 from mythos_dist.config.schema import BY_MODE, Config, DataConfig, MythosConfig
 
 
-def problems(config: Config) -> list[str]:
-    """What is wrong with a config on any number of ranks, a line each."""
-    return [problem.message for problem in find_problems(config)]
-
-
-def model_problems(model: MythosConfig) -> list[str]:
-    """What is wrong with a model by itself, a line each."""
-    return [problem.message for problem in _model_problems(model)]
-
-
-def find_problems(config: Config) -> list[Problem]:
-    """As `problems`, with the settings of each."""
-    return [
+def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
+    """What is wrong with a config on any number of ranks, a line each, except what concerns `refused` settings."""
+    found = [
         *_model_problems(config.model),
         *_train_problems(config),
         *_schedule_problems(config),
@@ -28,6 +18,12 @@ def find_problems(config: Config) -> list[Problem]:
         *_data_problems(config.data),
         *_run_problems(config),
     ]
+    return [problem.message for problem in found if refused.isdisjoint(problem.settings)]
+
+
+def model_problems(model: MythosConfig) -> list[str]:
+    """What is wrong with a model by itself, a line each."""
+    return [problem.message for problem in _model_problems(model)]
 
 
 def _model_problems(model: MythosConfig) -> Iterator[Problem]:

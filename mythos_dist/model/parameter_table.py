@@ -34,7 +34,6 @@ class LocalParameter(NamedTuple):
     name: str
     shape: tuple[int, ...]  # padding included
     numel: int
-    tensor_sharded: bool  # the parameter's `tensor_model_parallel`
     expert_sharded: bool  # the parameter's `allreduce` is False
     gradient_sum: str | None
 
@@ -68,10 +67,8 @@ def local_parameters(
         shape = list(spec.shape)
         for dim, axis in spec.shard_axes.items():
             shape[dim] = ceil(shape[dim] / sizes[axis])
-        axes = [axis for axis in spec.shard_axes.values() if sizes[axis] > 1]
-        held.append(
-            LocalParameter(spec.name, tuple(shape), prod(shape), "tensor" in axes, "expert" in axes, spec.gradient_sum)
-        )
+        expert_sharded = expert > 1 and "expert" in spec.shard_axes.values()
+        held.append(LocalParameter(spec.name, tuple(shape), prod(shape), expert_sharded, spec.gradient_sum))
     return tuple(held)
 
 

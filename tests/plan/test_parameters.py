@@ -70,7 +70,6 @@ def parameters_of(model: Mythos) -> list[LocalParameter]:
             name=name,
             shape=tuple(p.shape),
             numel=p.numel(),
-            tensor_sharded=getattr(p, "tensor_model_parallel", False),
             expert_sharded=not getattr(p, "allreduce", True),
             gradient_sum=getattr(p, "gradient_sum", None),
         )
