@@ -82,26 +82,17 @@ class ReplicaStream:
         with all problems of the folders and conflicts with the config, or if no corpus has windows.
         """
         assert 0 <= replica < num_replicas and split in ("train", "heldout")
+        corpora: Sequence[Corpus]
         if isinstance(path, str | Path | Mapping):
             mix = path if isinstance(path, Mapping) else {str(path): 1.0}
-            corpora: Sequence[Corpus] = open_corpora(
+            corpora = open_corpora(
                 mix, seq_len=seq_len, vocab_size=vocab_size, tokenizer_path=tokenizer_path, splits=[split]
             )
         else:
             corpora = path
-        if global_batch % (num_replicas * micro_batch):
-            raise UserError(
-                f"train.global_batch={global_batch} is not divisible by {count(num_replicas, 'replica')} x "
-                f"train.micro_batch={micro_batch}; set train.global_batch to a multiple of {num_replicas * micro_batch}"
-            )
+        _check_batch_sizes(global_batch, micro_batch, num_replicas)
         self.fingerprint = fingerprint(corpora)
-        folders = ", ".join(str(corpus.folder) for corpus in corpora)
-        corpora = with_windows(corpora, split)
-        if not corpora:
-            raise UserError(
-                "there is no held-out split; convert more text, or with a larger --heldout, or use other shards",
-                folders,
-            )
+        corpora = _corpora_to_read(corpora, split)
         self._weights = [corpus.weight for corpus in corpora]
         self._orders = [
             SampleOrder([shard.entry["samples"] for shard in corpus.shards[split]], seed if shuffle else None, corpus=i)
@@ -191,6 +182,25 @@ class ReplicaStream:
 
 
 _Read = tuple[list[int], np.ndarray] | UserError  # sample ids and their windows (B, tokens per window)
+
+
+def _check_batch_sizes(global_batch: int, micro_batch: int, num_replicas: int) -> None:
+    """Raises UserError unless every replica has the same number of micro-batches in a step."""
+    if global_batch % (num_replicas * micro_batch):
+        raise UserError(
+            f"train.global_batch={global_batch} is not divisible by {count(num_replicas, 'replica')} x "
+            f"train.micro_batch={micro_batch}; set train.global_batch to a multiple of {num_replicas * micro_batch}"
+        )
+
+
+def _corpora_to_read(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
+    """The corpora that have windows in the split. Raises UserError if none has."""
+    if found := with_windows(corpora, split):
+        return found
+    folders = ", ".join(str(corpus.folder) for corpus in corpora)
+    raise UserError(
+        "there is no held-out split; convert more text, or with a larger --heldout, or use other shards", folders
+    )
 
 
 class _WindowDataset(Dataset):
