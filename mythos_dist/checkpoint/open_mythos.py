@@ -47,11 +47,11 @@ def import_open_mythos(
     tensors = {name: TensorEntry(tuple(value.shape), (PARAMETER,)) for name, value in meta_model.named_parameters()}
     tensors |= {name: TensorEntry(tuple(value.shape), (BUFFER,)) for name, value in meta_model.named_buffers()}
     their_shapes = {name: open_mythos_shapes(name, tensor.shape, model) for name, tensor in tensors.items()}
-    state = open_weights(weights)
+    state_dict = open_weights(weights)
     expected = {their_name: shape for shapes in their_shapes.values() for their_name, shape in shapes.items()}
-    if problems := list(_mismatches(state, expected)):
+    if problems := list(_mismatches(state_dict, expected)):
         raise UserError([*problems, "is `model.*` the config that these weights were trained with?"], str(weights))
-    if "head.weight" in state and not _equal(state["head.weight"], state["embed.weight"]):
+    if "head.weight" in state_dict and not _equal(state_dict["head.weight"], state_dict["embed.weight"]):
         raise UserError("head.weight differs from embed.weight, but in this model they are tied", str(weights))
     manifest = CheckpointManifest(
         step=0,
@@ -67,7 +67,7 @@ def import_open_mythos(
     )
 
     def blocks(_: str, name: str) -> Iterator[memoryview]:
-        theirs = {their_name: state[their_name].float() for their_name in their_shapes[name]}
+        theirs = {their_name: state_dict[their_name].float() for their_name in their_shapes[name]}
         ours = from_open_mythos(theirs, model)[name]
         yield ours.contiguous().flatten().numpy().data
         progress(4 * ours.numel())
@@ -75,12 +75,12 @@ def import_open_mythos(
     return write_full_tensors(run_dir, manifest, blocks, workers=1, file_bytes=file_bytes)
 
 
-def _mismatches(state: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+def _mismatches(state_dict: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """A message for each kind of problem."""
-    names = set(state) - set(NOT_PARAMETERS)
+    names = set(state_dict) - set(NOT_PARAMETERS)
     wrong_shapes, wrong_types = [], []
     for name in names & expected.keys():
-        tensor = state[name]
+        tensor = state_dict[name]
         if tuple(tensor.shape) != expected[name]:
             wrong_shapes.append(f"{name} {list(tensor.shape)} instead of {list(expected[name])}")
         if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or tensor.layout != torch.strided:
@@ -119,7 +119,7 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
             return _SafeTensors(files)
         if path.suffix == ".safetensors":
             return _SafeTensors([path])
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError("no such file; give OpenMythos' weights", str(path)) from None
     except UserError:
@@ -127,13 +127,13 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # torch and safetensors raise many types
         raise UserError(f"cannot be read as weights ({' '.join(str(error).split())[:300]})", str(path)) from None
     for key in ("model", "model_state_dict", "state_dict"):  # as training scripts wrap it
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        if isinstance(state_dict, dict) and isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
     ):
         raise UserError("holds no state dict (tensors by name)", str(path))
-    return state
+    return state_dict
 
 
 class _SafeTensors(Mapping[str, Tensor]):

@@ -39,13 +39,13 @@ class Resume:
         """Raises UserError if this config and these shards cannot resume from it, or if the run had one and lost it."""
         self._config, self._corpora = config, corpora
         self._folder = Path(config.run.dir) / "checkpoints"
-        self._seen = on_rank_0(self._state)
+        self._seen = on_rank_0(self._listing)
         self._find()
 
     def refresh(self) -> None:
         """Search again if the folder has changed; rank 0 holds its lock, so nothing changes now. Raises UserError."""
         on_rank_0(lambda: check_run_folder(self._config))
-        if any_rank(on_rank_0(self._state) != self._seen):
+        if any_rank(on_rank_0(self._listing) != self._seen):
             self._find()
 
     @property
@@ -63,16 +63,16 @@ class Resume:
         elif dist.get_rank() == 0:
             refuse_to_start_over(self._folder.parent)
 
-    def _state(self) -> list[tuple[Any, ...]]:
+    def _listing(self) -> list[tuple[Any, ...]]:
         """On rank 0, a value that changes when a checkpoint is published, replaced or removed. Raises UserError."""
-        state = []
+        listing = []
         for folder in checkpoints_of(self._folder):
             try:
                 about = (folder / MANIFEST_FILE).stat()
-                state.append((folder.name, about.st_ino, about.st_mtime_ns))
+                listing.append((folder.name, about.st_ino, about.st_mtime_ns))
             except OSError:
-                state.append((folder.name,))
-        return state
+                listing.append((folder.name,))
+        return listing
 
 
 def take_fence(run_dir: Path) -> Fence:
