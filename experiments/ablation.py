@@ -24,7 +24,7 @@ from experiments.trials import (
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
 from mythos_dist.train.depth import ACCURACY_RANGE, LOSS_RANGE
-from mythos_dist.train.pictures import picture, value_axis
+from mythos_dist.train.plots import save_plot, value_axis
 from mythos_dist.units import count
 
 SAMPLE = Path("data/sample")
@@ -209,7 +209,7 @@ def table(data: type[TextData] | type[DepthTaskData], summary: dict[str, Any]) -
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """A bar for each switch with a dot for each seed."""
-    with picture(file, len(summary), (6.5 * len(summary), 6)) as panels:
+    with save_plot(file, len(summary), (6.5 * len(summary), 6)) as panels:
         for panel, (name, result) in zip(panels, summary.items(), strict=True):
             data, n = DATA[name], DATA[name].table_loops[0]
             seeds_of = {switch: one["seeds"] for switch, one in result["switches"].items()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from experiments.depth_task import Targets, ensure_depth_task
 from experiments.trials import AS_OPEN_MYTHOS, Trial, check_counts, check_names, run_all
-from mythos_dist.train.pictures import loops_axis, picture
+from mythos_dist.train.plots import loops_axis, save_plot
 from mythos_dist.units import count
 
 TRAINED_HOPS, LONG_HOPS, MAX_TRAINED_LOOPS = 8, 16, 8
@@ -111,7 +111,7 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
     """Accuracy over loops for each setting and seed, and over hops for the first setting."""
     from matplotlib.ticker import PercentFormatter
 
-    with picture(file, 2, (12, 4.6)) as (left, right):
+    with save_plot(file, 2, (12, 4.6)) as (left, right):
         for i, (name, result) in enumerate(summary["settings"].items()):
             for seed in result["seeds"].values():
                 left.plot(LOOPS, [seed[n]["mean"] for n in LOOPS], color=f"C{i}", alpha=0.3, linewidth=1)

@@ -123,16 +123,16 @@ def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
 
 
 def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of `content` and the JSON object on it; None: the line holds none, or is not UTF-8.
+    """Each line of `content` and its JSON object, or None if it is not a JSON object in UTF-8.
 
-    Raises nothing: a kill may have truncated the last line, and a disk or an editor damaged any other.
+    Raises nothing: a kill may have truncated the last line, and a disk or an editor may have damaged any other.
     """
     for line in content.splitlines():
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError):
-            found = None
-        yield line, found if isinstance(found, dict) else None
+            value = None
+        yield line, value if isinstance(value, dict) else None
 
 
 def read_json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def read_json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]
     except OSError:
         return []
     lines = list(json_lines(content))
-    return [found for _, found in lines[1 if skipped else 0 :] if found is not None]
+    return [value for _, value in lines[1 if skipped else 0 :] if value is not None]
 
 
 def get_number(line: dict[str, Any], key: str) -> float | None:
@@ -158,16 +158,16 @@ def get_number(line: dict[str, Any], key: str) -> float | None:
 
 
 _REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room: the quota is used up",
-    errno.EROFS: "this file system is mounted read-only; give another run.dir, or mount it to write",
-    errno.EACCES: "give another run.dir, or get the right to write there",
-    errno.EPERM: "give another run.dir, or get the right to write there",
-    errno.ENOTDIR: "a part of this path is a file; give another run.dir",
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "your disk quota is used up: delete files, or have it raised",
+    errno.EROFS: "this file system is mounted read-only; give another run.dir, or mount it read-write",
+    errno.EACCES: "give another run.dir, or get write permission",
+    errno.EPERM: "give another run.dir, or get write permission",
+    errno.ENOTDIR: "a parent in this path is a file; give another run.dir",
     errno.ENAMETOOLONG: "this name is too long; give a shorter run.dir",
-    errno.ELOOP: "links of this path form a circle; give another run.dir",
-    errno.EISDIR: "it is a folder where a file belongs; move it away",
-    errno.EEXIST: "it is a file where a folder belongs; move it away",
+    errno.ELOOP: "the links in this path form a cycle; give another run.dir",
+    errno.EISDIR: "it is a folder, but must be a file; move it away",
+    errno.EEXIST: "it is a file, but must be a folder; move it away",
 }
 
 
@@ -177,18 +177,18 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def user_errors(place: Path, what: str = "cannot be written") -> Iterator[None]:
-    """Turn an OSError of the block into a UserError that names the file (or else `place`) and the remedy."""
+def user_errors(path: Path, what: str = "cannot be written") -> Iterator[None]:
+    """Turn an OSError of the block into a UserError that names the file (or `path`) and the remedy."""
     try:
         yield
     except OSError as error:
-        raise os_user_error(error, place, what) from None
+        raise os_user_error(error, path, what) from None
 
 
-def os_user_error(error: OSError, place: Path, what: str = "cannot be written") -> UserError:
-    """The UserError for an OSError: names the file (or else `place`) and the remedy."""
-    name = error.filename if isinstance(error.filename, str) else str(place)
-    remedy = _REMEDIES.get(error.errno or 0, "look at this folder and its file system")
+def os_user_error(error: OSError, path: Path, what: str = "cannot be written") -> UserError:
+    """The UserError for an OSError: names the file (or `path`) and the remedy."""
+    name = error.filename if isinstance(error.filename, str) else str(path)
+    remedy = _REMEDIES.get(error.errno or 0, "check this folder and its file system")
     return UserError(f"{name} {what} ({error.strerror or error}); {remedy}")
 
 

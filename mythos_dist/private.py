@@ -30,19 +30,19 @@ def default_shard_cache() -> Path:
 def why_untrusted(folder: Path) -> str:
     """Why `folder` must not be used; empty if it may be, or if it does not exist."""
     try:
-        about = folder.lstat()
+        status = folder.lstat()
     except FileNotFoundError:
         return ""
     except OSError as error:
-        return f"{folder} cannot be looked at ({error.strerror})"
-    if stat.S_ISLNK(about.st_mode):
+        return f"{folder} cannot be checked ({error.strerror})"
+    if stat.S_ISLNK(status.st_mode):
         return f"{folder} is a symbolic link"
-    if not stat.S_ISDIR(about.st_mode):
-        return f"{folder} is no folder"
-    if about.st_uid != os.getuid():
-        return f"{folder} belongs to user {about.st_uid}, and this is user {os.getuid()}"
-    if about.st_mode & 0o022:
-        return f"{folder} has mode {stat.S_IMODE(about.st_mode):04o}: others can write into it"
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{folder} is not a folder"
+    if status.st_uid != os.getuid():
+        return f"{folder} belongs to user {status.st_uid}, but you are user {os.getuid()}"
+    if status.st_mode & 0o022:
+        return f"{folder} has mode {stat.S_IMODE(status.st_mode):04o}: other users can write to it"
     return ""
 
 
@@ -57,9 +57,9 @@ def make_private_folder(folder: Path, remedy: str) -> Path:
     except FileExistsError:
         pass  # by this user or another one: checked below
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); {remedy}") from None
+        raise UserError(f"{folder} cannot be created ({error.strerror}); {remedy}") from None
     if problem := why_untrusted(folder):
-        raise UserError(f"{problem}; look at what is there, remove it, or {remedy}")
+        raise UserError(f"{problem}; check and remove it, or {remedy}")
     return folder
 
 
@@ -70,9 +70,9 @@ def check_compile_caches(compiles: bool = False, environment: MutableMapping[str
     """
     if compiles:
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_caches(environment) / "inductor"))
-    name = compile_caches(environment).name  # TMPDIR may be another one where the launch script ran
-    above = {
+    name = compile_caches(environment).name  # the launch script may have run with another TMPDIR
+    parents = {
         folder for cache in CACHES for folder in Path(environment.get(cache) or "/").parents if folder.name == name
     }
-    for folder in sorted(above):
+    for folder in sorted(parents):
         make_private_folder(folder, f"set {', '.join(CACHES)} to folders of yours")

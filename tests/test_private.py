@@ -1,4 +1,4 @@
-"""Folders of guessable names in /tmp: used only if they are this user's own."""
+"""Folders with predictable names in /tmp are used only if they belong to this user alone."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from mythos_dist.private import (
 )
 
 
-def test_a_folder_is_made_for_its_owner_alone(tmp_path):
+def test_a_private_folder_is_created_with_mode_0700(tmp_path):
     """Whatever the umask allows."""
     before = os.umask(0)
     try:
@@ -27,8 +27,8 @@ def test_a_folder_is_made_for_its_owner_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "file", "socket", "mode 770", "mode 702", "another owner"])
-def test_what_others_could_have_made_or_filled_is_refused(kind, tmp_path, monkeypatch):
-    """With what it is and what to do; and nothing is changed there."""
+def test_a_path_that_other_users_could_write_to_is_refused(kind, tmp_path, monkeypatch):
+    """The error has the reason and a remedy; the path is not changed."""
     folder = tmp_path / "cache"
     if "link" in kind:
         folder.symlink_to(tmp_path if kind == "link" else tmp_path / "nowhere")
@@ -45,13 +45,13 @@ def test_what_others_could_have_made_or_filled_is_refused(kind, tmp_path, monkey
             monkeypatch.setattr(os, "getuid", lambda: me + 1)
     before = folder.lstat().st_mode
     assert why_untrusted(folder)
-    with pytest.raises(UserError, match=f"{folder} .*; look at what is there, remove it, or set data.cache"):
+    with pytest.raises(UserError, match=f"{folder} .*; check and remove it, or set data.cache"):
         make_private_folder(folder, "set data.cache")
     assert folder.lstat().st_mode == before
 
 
-def test_caches_of_compilers_are_looked_at_where_variables_lead_there(tmp_path):
-    """A folder that the user has named is the user's business."""
+def test_compiler_caches_are_checked_if_variables_point_to_them(tmp_path):
+    """Folders that the user has chosen are not checked."""
     env = {"TMPDIR": str(tmp_path)}
     folder = compile_caches(env)
     assert folder == tmp_path / f"mythos_dist-{os.getuid()}"

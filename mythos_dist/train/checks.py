@@ -1,4 +1,4 @@
-"""What every rank checks before anything is built or written; each raises UserError with all that it finds."""
+"""Checks on every rank before anything is built or written; each raises one UserError with all its problems."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def check_inputs(config: Config) -> list[Corpus]:
 
 
 def check_kernels(config: Config) -> str:
-    """Which kernels run experts and attention; UserError, with all reasons, if those that are asked for cannot."""
+    """The kernels that run experts and attention, as text; UserError with all reasons if requested ones cannot run."""
     dtype = DTYPES[config.train.dtype]
     problems, attention = [], ""
     try:
@@ -53,14 +53,14 @@ def check_kernels(config: Config) -> str:
 def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpus]) -> None:
     """UserError if a run with this config and these shards cannot resume from a checkpoint, with all differences."""
     manifest = checkpoint.manifest
-    found = [
+    problems = [
         f"{name}={value}, but {checkpoint.folder} was saved with {old}"
         for name, value, old in differences(config, manifest.config)
     ]
-    settings = ["these"] if found else []
+    settings = ["these"] if problems else []
     if manifest.data and (changed := data_changes(corpora, manifest.data)):
-        found += changed
+        problems += changed
         settings.append("data.path" if config.data.mix is None else "data.mix")
-    if found:
-        remedy = f"set {' and '.join(settings)} back to go on with the run in run.dir={config.run.dir}"
-        raise UserError([*found, f"{remedy}, or give another run.dir"])
+    if problems:
+        remedy = f"set {' and '.join(settings)} back to resume the run in run.dir={config.run.dir}"
+        raise UserError([*problems, f"{remedy}, or give another run.dir"])

@@ -1,8 +1,8 @@
-"""Console output that cannot end a run.
+"""Console output whose errors do not end a run.
 
-`... | tee log` and Ctrl-C: the terminal ends tee as well, and the next line raises BrokenPipeError before a checkpoint
-is saved. A closed ssh session (EIO) and a full disk behind `> log` (ENOSPC) do the same. The logs of all ranks and
-metrics.jsonl are elsewhere, so what the console does not take is dropped.
+With `... | tee log`, Ctrl-C also ends tee, and the next line would raise BrokenPipeError before a checkpoint is saved.
+So would a closed ssh session (EIO) and `> log` on a full disk (ENOSPC). Ranks have their own logs and metrics are in
+metrics.jsonl, so output that cannot be written is dropped.
 """
 
 import io
@@ -21,13 +21,13 @@ class _Console(io.FileIO):
 
 
 def keep_console() -> None:
-    """Replace standard output and error by streams to the same descriptors that drop what cannot be written."""
+    """Replace stdout and stderr by streams to the same descriptors that drop output that cannot be written."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:
             raw = _Console(stream.fileno(), "w", closefd=False)
             stream.flush()
-        except (AttributeError, OSError, ValueError):  # it is no file: a program has put something else there
+        except (AttributeError, OSError, ValueError):  # not a file: a program has replaced the stream
             continue
         buffered = io.BufferedWriter(raw)
         text = io.TextIOWrapper(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mythos_dist.train.pictures import loops_axis, picture, value_axis
+from mythos_dist.train.plots import loops_axis, save_plot, value_axis
 from mythos_dist.units import count
 
 if TYPE_CHECKING:  # experiments draw curves without torch
@@ -100,12 +100,12 @@ def overthinks_from(curve: Curve) -> int | None:
 
 
 def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
-    """Plot loss and accuracy over the number of loops, one line per name in `curves`, marked where it overthinks.
+    """Plot loss and accuracy over the number of loops, one line per name in `curves`; crosses mark overthinking.
 
     trained: the mean number of loops in training.
     """
     harm = {name: worse for name, curve in curves.items() if (worse := overthinks_from(curve)) is not None}
-    with picture(file, len(HeldOut._fields), (11, 4.2)) as panels:
+    with save_plot(file, len(HeldOut._fields), (11, 4.2)) as panels:
         for panel, what in zip(panels, HeldOut._fields, strict=True):
             for name, curve in curves.items():
                 loops = sorted(curve)

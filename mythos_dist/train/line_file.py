@@ -23,11 +23,11 @@ from mythos_dist.files import json_lines, write_atomically
 
 log = logging.getLogger(__name__)
 FILES = ("metrics.jsonl", "eval.jsonl")  # a line a step; a line an evaluation
-Keep = Callable[[dict[str, Any]], bool | None]  # whether a line stays; None: it is no line of this file
+Keep = Callable[[dict[str, Any]], bool | None]  # whether to keep a line; None: it is not a line of this kind of file
 
 
 class LineFile:
-    """Rank 0's writer of one file. Lines that cannot be written are kept until they can."""
+    """Rank 0's writer of one file. Lines that cannot be written are kept in memory and written later."""
 
     def __init__(self, file: Path, fence: Fence | None = None):
         """fence: of the start that writes; None: no other writer. Opens nothing before `rewind` or `append`."""
@@ -38,9 +38,10 @@ class LineFile:
         self._taken_over = False
 
     def rewind(self, keep: Keep) -> None:
-        """Leave out lines that `keep` is false for; with a warning those that are no JSON objects, or None for `keep`.
+        """Remove the lines for which `keep` returns False. Lines that are not JSON objects, or for which it returns
+        None, are removed with a warning.
 
-        Raises OSError, and UserError if the run was started again since.
+        Raises OSError, and UserError if the run has a newer start.
         """
         self._keep, self._unwritten = keep, _kept(self._unwritten, keep)[0]
         with self._guard():
@@ -50,15 +51,15 @@ class LineFile:
                 return
             kept, broken = _kept(content, keep)
             if broken:
-                log.warning("%s: %d lines that hold no values were left out", self.file, broken)
+                log.warning("%s: %d invalid lines were removed", self.file, broken)
             self._replace(kept)
 
     def append(self, line: dict[str, Any]) -> bool:
-        """Add a line. Returns False, and writes nothing, if the run was started again since: `Fence.check` says so to
-        all ranks before the next step."""
+        """Append a line. Returns False, and writes nothing, if the run has a newer start; `Fence.check` ends all ranks
+        before the next step."""
         if self._taken_over:
             return False
-        had_room = not self._unwritten
+        was_writable = not self._unwritten
         self._unwritten += json.dumps(line).encode() + b"\n"
         try:
             self.flush()
@@ -67,9 +68,11 @@ class LineFile:
             log.warning("%s", error)
             return False
         except OSError as error:
-            if had_room:
+            if was_writable:
                 log.warning(
-                    "%s cannot be written (%s); its lines are kept until it can", self.file.name, error.strerror
+                    "%s cannot be written (%s); its lines are kept in memory and written later",
+                    self.file.name,
+                    error.strerror,
                 )
         return True
 
@@ -82,12 +85,12 @@ class LineFile:
         self._unwritten = b""
 
     def fsync(self) -> None:
-        """What was written survives a power failure. Raises OSError."""
+        """Fsync the file. Raises OSError."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the file; a later `append` opens it again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -96,13 +99,13 @@ class LineFile:
         return self._fence.guard() if self._fence else nullcontext()
 
     def _opened(self) -> FileIO:
-        """The file behind the name, which is ours."""
+        """The open file. If its name refers to another file, that file is replaced by a copy of ours."""
         stream = self._stream
         if stream is None:
             try:
                 self.file.open("xb").close()
                 stream = self._stream = self.file.open("ab+", buffering=0)
-            except FileExistsError:  # of an old start that was stopped just before it made it
+            except FileExistsError:  # created by an old start that was suspended before
                 return self._replace(_kept(self.file.read_bytes(), self._keep)[0])
         try:
             ours = os.path.samestat(os.stat(self.file), os.fstat(stream.fileno()))
@@ -110,7 +113,7 @@ class LineFile:
             ours = False
         if ours:
             return stream
-        # An old start that woke up after its look, or an editor, has put another file in its place.
+        # An old start that was suspended after its check, or an editor, has replaced the file.
         stream.seek(0)
         return self._replace(stream.readall() or b"")
 
@@ -122,7 +125,7 @@ class LineFile:
 
 
 def _append(stream: FileIO, content: bytes) -> None:
-    """All of `content` or nothing."""
+    """Append all of `content` or nothing; raises OSError in the second case."""
     end = stream.seek(0, os.SEEK_END)
     if stream.write(content) < len(content):
         stream.truncate(end)
@@ -130,11 +133,11 @@ def _append(stream: FileIO, content: bytes) -> None:
 
 
 def _kept(content: bytes, keep: Keep) -> tuple[bytes, int]:
-    """The lines that stay, and how many were broken; the last one, which a kill cuts short, is not counted."""
+    """The lines to keep, and the number of broken ones; a truncated last line, as a kill leaves it, is not counted."""
     kept, broken = [], 0
     lines = list(json_lines(content))
-    for i, (line, found) in enumerate(lines):
-        verdict = None if found is None else keep(found)
+    for i, (line, parsed) in enumerate(lines):
+        verdict = None if parsed is None else keep(parsed)
         if verdict:
             kept.append(line + b"\n")
         elif verdict is None and line.strip() and (i < len(lines) - 1 or content.endswith(b"\n")):

@@ -21,16 +21,16 @@ from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a checkpoint does with each number of loops."""
+    """Evaluation of a checkpoint with several numbers of loops."""
 
     step: int
     data: str
-    trained: int  # loops of a training step on average
+    trained: int  # mean number of loops in training
     curve: Curve
     by_position: dict[int, list[float]]  # accuracy at each position of the sequence, by the number of loops
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers for a program."""
+        """The values under the names of `tools/depth_sweep.py --json`."""
         return {
             "step": self.step,
             "data": self.data,
@@ -38,14 +38,14 @@ class Sweep:
             "best_loops": min(self.curve, key=lambda n: self.curve[n].loss),
             "overthinking_from": overthinks_from(self.curve),
             "loops": {
-                str(n): {**found._asdict(), "accuracy_by_position": self.by_position[n]}
-                for n, found in self.curve.items()
+                str(n): {**result._asdict(), "accuracy_by_position": self.by_position[n]}
+                for n, result in self.curve.items()
             },
         }
 
 
 def parse_loops(text: str) -> tuple[list[int], list[str]]:
-    """Numbers of loops such as `1,2,4`; and what is wrong with them, a line each."""
+    """Parse numbers of loops such as `1,2,4`. Returns them and a list of problems; one of the two is empty."""
     items = [item.strip() for item in text.split(",")]
     wrong = [item for item in items if not (item.isdecimal() and 1 <= int(item[:9]) <= MAX_LOOPS)]
     if wrong:
@@ -62,10 +62,10 @@ def sweep(
     batch: int = 16,
     progress: Callable[[], object] = lambda: None,
 ) -> Sweep:
-    """Measure a run's newest checkpoint, or a checkpoint, with each of `loops` on the first `samples` held-out
-    sequences of `data`, by default of the folders that it was trained on; `progress` is called behind each pass.
+    """Evaluate a checkpoint, or a run's newest one, with each of `loops` on the first `samples` held-out sequences.
 
-    Raises UserError for what the user has to fix.
+    data: folder of shards; default: the folders of the run. progress: called after each batch. Raises UserError for a
+    checkpoint, shards or loops that cannot be used.
     """
     if wrong := [n for n in loops if n < 1]:
         raise UserError(f"loops={list(loops)} holds {wrong}; loops are counted from 1")
@@ -107,30 +107,30 @@ def _open(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream,
 
 def _batches(stream: ReplicaStream, samples: int, batch: int) -> Iterator[MicroBatch]:
     for i in range(-(-samples // batch)):
-        (whole,) = stream.step(i)
-        left = samples - i * batch
-        yield MicroBatch(*(field[:left].to(device()) for field in whole))
+        (micro_batch,) = stream.step(i)
+        remaining = samples - i * batch
+        yield MicroBatch(*(field[:remaining].to(device()) for field in micro_batch))
 
 
 @torch.no_grad()
 def measure(
     model: Mythos, config: Config, batches: Sequence[MicroBatch], n_loops: int, progress: Callable[[], object]
 ) -> tuple[HeldOut, list[float]]:
-    """Loss and accuracy with `n_loops` loops, and the accuracy at each position (0 where no label counts)."""
+    """Loss and accuracy with `n_loops` loops, and the accuracy at each position (0 if all labels there are ignored)."""
     loss, tokens = 0.0, 0
     correct = counted = torch.zeros(batches[0].input_ids.shape[1], dtype=torch.int64, device=device())
     for batch in batches:
         labels = batch.final_labels
         documents = batch.document_ids if config.data.document_mask else None
-        found = model(batch.input_ids, n_loops, labels=labels, document_ids=documents)
-        loss += float(found["cross_entropy"]) * int(found["tokens"])
-        tokens += int(found["tokens"])
-        correct = correct + found["correct"].sum(0)
+        losses = model(batch.input_ids, n_loops, labels=labels, document_ids=documents)
+        loss += float(losses["cross_entropy"]) * int(losses["tokens"])
+        tokens += int(losses["tokens"])
+        correct = correct + losses["correct"].sum(0)
         counted = counted + (labels != IGNORED).sum(0)
         progress()
     return HeldOut(loss / tokens, float(correct.sum()) / tokens), (correct / counted.clamp(min=1)).tolist()
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """All of it or nothing."""
+    """Write a JSON file atomically."""
     write_atomically(file, json.dumps(content, indent=2) + "\n")

@@ -238,7 +238,9 @@ def test_a_cache_that_other_users_can_write_to_is_refused(make, compressed, tmp_
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"mythos-shards-{os.getuid()}").mkdir()
     (tmp_path / f"mythos-shards-{os.getuid()}").chmod(0o777)
-    with pytest.raises(UserError, match=r"has mode 0777: others can write into it; .* set data.cache to a folder of"):
+    with pytest.raises(
+        UserError, match=r"has mode 0777: other users can write to it; .* set data.cache to a folder of"
+    ):
         make(compressed, cache=None).read([0])
 
 

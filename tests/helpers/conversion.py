@@ -1,4 +1,4 @@
-"""What a conversion must give, by plain loops, and a tokenizer that anyone can check by eye."""
+"""The expected result of a conversion, computed by plain loops, and a tokenizer that encodes bytes."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ Document = tuple[str, float | None]  # text, score
 
 
 class ByteTokenizer:
-    """Token = byte + `first`; 2 ends documents. `seconds`: what each call of `encode_documents` takes longer."""
+    """Token = byte + `first`; 2 is EOS. `seconds`: delay of each call of `encode_documents`."""
 
     eos, eos_id = "</s>", 2
     file_name = "tokenizer.model"
@@ -36,12 +36,12 @@ class ByteTokenizer:
         return bytes(int(i) - self._first for i in ids if i != self.eos_id).decode()
 
     def encode_documents(self, data: np.ndarray, ends: np.ndarray, continues: bool = False):
-        bytes(data).decode()  # what is given is valid UTF-8
+        bytes(data).decode()  # raises if the converter passes invalid UTF-8
         sleep(self._seconds)
         return data.astype(np.int32) + self._first, np.diff(ends, prepend=0)
 
     def split_point(self, data: np.ndarray, limit: int) -> int:
-        """The last place up to `limit` at which no character is cut in two."""
+        """The last position up to `limit` that is not inside a character."""
         while data[limit] & 0xC0 == 0x80:
             limit -= 1
         return limit
@@ -49,7 +49,7 @@ class ByteTokenizer:
 
 @dataclass
 class Expected:
-    """What the folder must hold."""
+    """The expected content of the folder."""
 
     windows: dict[str, list[list[int]]]
     dropped: dict[str, list[int]]
@@ -70,27 +70,27 @@ def expect(
 ) -> Expected:
     """The documents of each part, one after the other; each part's windows, then those of the joined tails.
 
-    Where whole documents do not give the share `heldout`, the last windows of all are held out.
+    If holding out entire documents does not give the share `heldout`, the last windows are held out.
     """
-    found = expect_documents(parts, tokenizer, seq_len, heldout, min_score, min_tokens, limit_tokens, dedup)
-    size = {split: found.tokens[split] + found.documents[split] for split in SPLITS}
-    documents = sum(found.documents.values())
-    too_few = min(documents * heldout, documents * (1 - heldout)) < 1 or not all(found.windows.values())
+    expected = expect_documents(parts, tokenizer, seq_len, heldout, min_score, min_tokens, limit_tokens, dedup)
+    size = {split: expected.tokens[split] + expected.documents[split] for split in SPLITS}
+    documents = sum(expected.documents.values())
+    too_few = min(documents * heldout, documents * (1 - heldout)) < 1 or not all(expected.windows.values())
     if not heldout or not (too_few or size["train"] < (1 - heldout) * sum(size.values()) / 2):
-        return found
-    found = expect_documents(parts, tokenizer, seq_len, 0.0, min_score, min_tokens, limit_tokens, dedup)
-    windows = found.windows["train"]
+        return expected
+    expected = expect_documents(parts, tokenizer, seq_len, 0.0, min_score, min_tokens, limit_tokens, dedup)
+    windows = expected.windows["train"]
     if len(windows) > 1:
         last = min(max(round(len(windows) * heldout), 1), len(windows) - 1)
-        found.windows = {"train": windows[:-last], "heldout": windows[-last:]}
+        expected.windows = {"train": windows[:-last], "heldout": windows[-last:]}
         ids = [i for window in windows[-last:] for i in window]
         for counts, moved in (
-            (found.documents, ids.count(tokenizer.eos_id)),
-            (found.tokens, len(ids) - ids.count(tokenizer.eos_id)),
+            (expected.documents, ids.count(tokenizer.eos_id)),
+            (expected.tokens, len(ids) - ids.count(tokenizer.eos_id)),
         ):
             counts["train"] -= moved
             counts["heldout"] += moved
-    return found
+    return expected
 
 
 def expect_documents(
@@ -103,7 +103,7 @@ def expect_documents(
     limit_tokens: int | None,
     dedup: bool,
 ) -> Expected:
-    """The same, with whole documents held out by a hash of their text, however few there are."""
+    """The same, with entire documents held out by a hash of their text, however few there are."""
     counts: Counter[str] = Counter()
     streams: dict[str, list[list[int]]] = {split: [[] for _ in parts] for split in SPLITS}
     documents, tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
@@ -128,26 +128,26 @@ def expect_documents(
                 counts["short"] += 1
                 continue
             counts["written"] += 1
-            number_of_text = int.from_bytes(xxhash.xxh3_128(text.encode()).digest()[:8], "big")
-            split = "heldout" if number_of_text / 2**64 < heldout else "train"
+            text_hash = int.from_bytes(xxhash.xxh3_128(text.encode()).digest()[:8], "big")
+            split = "heldout" if text_hash / 2**64 < heldout else "train"
             streams[split][number] += [*ids, tokenizer.eos_id]
             documents[split] += 1
             tokens[split] += len(ids)
     windows, dropped = {}, {}
     for split in SPLITS:
-        here, tails = [], []
+        full, tails = [], []
         for stream in [*streams[split], tails]:
             while len(stream) >= seq_len + 1:
-                here.append(stream[: seq_len + 1])
+                full.append(stream[: seq_len + 1])
                 del stream[: seq_len + 1]
             if stream is not tails:
                 tails += stream
-        windows[split], dropped[split] = here, tails
+        windows[split], dropped[split] = full, tails
     return Expected(windows, dropped, dict(counts), documents, tokens)
 
 
 def read_windows(folder: Path, split: str) -> list[list[int]]:
-    """All windows of a split in the order of its index, by the format's description alone."""
+    """All windows of a split in the order of its index, read with struct from the MDS files."""
     windows = []
     for shard in json.loads((folder / split / "index.json").read_text())["shards"]:
         content = (folder / split / shard["raw_data"]["basename"]).read_bytes()
@@ -162,19 +162,19 @@ def read_windows(folder: Path, split: str) -> list[list[int]]:
 
 
 def assert_holds(folder: Path, manifest, expected: Expected) -> None:
-    """Windows, tails' lengths and every count."""
+    """Check windows, numbers of dropped tokens and all counts."""
     assert {split: read_windows(folder, split) for split in SPLITS} == expected.windows
     counts = manifest.documents
     assert counts.read == counts.written + counts.empty + counts.low_score + counts.duplicate + counts.short
     for name in ("read", "written", "empty", "low_score", "duplicate", "short"):
         assert getattr(counts, name) == expected.counts.get(name, 0), name
-    for split, found in manifest.splits.items():
-        assert (found.documents, found.tokens) == (expected.documents[split], expected.tokens[split])
-        assert found.windows == len(expected.windows[split])
-        assert found.tokens_written == sum(map(len, expected.windows[split]))
-        assert found.tokens_dropped == len(expected.dropped[split])
-        assert found.eos_dropped == expected.dropped[split].count(2)
-        assert found.tokens + found.documents == found.tokens_written + found.tokens_dropped
+    for split, actual in manifest.splits.items():
+        assert (actual.documents, actual.tokens) == (expected.documents[split], expected.tokens[split])
+        assert actual.windows == len(expected.windows[split])
+        assert actual.tokens_written == sum(map(len, expected.windows[split]))
+        assert actual.tokens_dropped == len(expected.dropped[split])
+        assert actual.eos_dropped == expected.dropped[split].count(2)
+        assert actual.tokens + actual.documents == actual.tokens_written + actual.tokens_dropped
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -183,7 +183,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def ended(processes: Iterable[psutil.Process], seconds: float) -> bool:
-    """Whether all processes end within `seconds`. In a container it may be that no process reaps them."""
+    """Whether all processes end within `seconds`. Zombies count as ended: a container may have no process that reaps
+    them."""
     deadline = monotonic() + seconds
     left = list(processes)
     while left and monotonic() < deadline:

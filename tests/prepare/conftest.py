@@ -1,3 +1,3 @@
-"""What the tests of text and shards share."""
+"""Fixtures of the tests of text and shards."""
 
 from helpers.data_fixtures import *  # noqa: F403 — pytest finds fixtures here

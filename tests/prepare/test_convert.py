@@ -1,4 +1,4 @@
-"""Whole conversions against a plain loop: every document once, every count true, the same bytes however they came."""
+"""Conversions against a plain loop: each document once, correct counts, the same bytes for any workers and inputs."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def in_parts(some, size):
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory):
-    """TEXTS in twelve row groups of two files, in JSON lines, packed JSON lines and packed text."""
+    """TEXTS five times: in twelve row groups of two files, JSON lines, compressed JSON lines and plain text."""
     folder = tmp_path_factory.mktemp("texts")
     pq.write_table(pa.table({"text": TEXTS[:60]}), folder / "a.parquet", row_group_size=10)
     pq.write_table(pa.table({"text": TEXTS[60:]}), folder / "b.parquet", row_group_size=10)
@@ -58,7 +58,7 @@ def convert_folder(text_folder, tokenizer, out, seq_len=32, **options):
 
 @pytest.fixture(scope="module")
 def finished(text_folder, byte_tokenizer, tmp_path_factory):
-    """A conversion of `text_folder`, a part for each row group. Tests that change it copy it first."""
+    """A conversion of `text_folder` with a part for each row group. Tests that change it copy it first."""
     out = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part_module, "MIN_PART_BYTES", 1)
@@ -70,7 +70,7 @@ def finished(text_folder, byte_tokenizer, tmp_path_factory):
 # --- against the plain loop
 
 
-def test_one_part_holds_the_documents_one_after_the_other(write_parquet, byte_tokenizer, tmp_path):
+def test_one_part_holds_the_documents_in_order(write_parquet, byte_tokenizer, tmp_path):
     manifest = convert(write_parquet(text=TEXTS), byte_tokenizer, 16, tmp_path / "out", heldout=0.2, quiet=True)
     expected = expect([DOCUMENTS], byte_tokenizer, 16, heldout=0.2)
     assert min(expected.documents.values()) > 5
@@ -100,34 +100,34 @@ def test_streaming_reads_the_same_windows(finished):
         assert [data[i]["tokens"].tolist() for i in range(data.num_samples)] == read_windows(finished, split)
 
 
-def test_the_real_tokenizers_shards_decode_to_the_corpus(shards, corpus, tokenizer):
-    """Through streaming alone; only the end of each split's last document is dropped."""
+def test_shards_of_a_trained_tokenizer_decode_to_the_corpus(shards, corpus, tokenizer):
+    """Read with streaming; only the end of each split's last document is dropped."""
     from streaming import StreamingDataset
 
-    originals, found = list(read_documents(corpus)), []
+    originals, decoded = list(read_documents(corpus)), []
     manifest = read_shard_manifest(shards)
     for split in SPLITS:
         data = StreamingDataset(local=str(shards / split), batch_size=1)
         tokens = np.concatenate([data[i]["tokens"] for i in range(data.num_samples)])
-        *whole, cut = np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_id) + 1)
-        found += [tokenizer.decode(part[:-1]) for part in whole]
-        assert any(text.startswith(tokenizer.decode(cut)) for text in originals)
+        *complete, truncated = np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_id) + 1)
+        decoded += [tokenizer.decode(document[:-1]) for document in complete]
+        assert any(text.startswith(tokenizer.decode(truncated)) for text in originals)
         counts = manifest.splits[split]
-        assert counts.documents - counts.eos_dropped == len(whole)
-    assert len(originals) - 2 <= len(found) <= len(originals)
-    assert not Counter(found) - Counter(originals)
+        assert counts.documents - counts.eos_dropped == len(complete)
+    assert len(originals) - 2 <= len(decoded) <= len(originals)
+    assert not Counter(decoded) - Counter(originals)
     assert sum(one.tokens for one in manifest.splits.values()) == sum(len(tokenizer.encode(t)) for t in originals)
     assert manifest.inputs[0].hash == f"sha256:{hashlib.sha256(corpus.read_bytes()).hexdigest()}"
     assert manifest.tokenizer_sha256 == hashlib.sha256((shards / "tokenizer.model").read_bytes()).hexdigest()
     assert (manifest.seq_len, manifest.vocab_size, manifest.eos_id) == (64, 1000, tokenizer.eos_id)
 
 
-def test_the_end_of_a_document_cannot_be_spelled(tokenizer, write_parquet, tmp_path):
+def test_text_such_as_the_eos_string_is_not_encoded_as_eos(tokenizer, write_parquet, tmp_path):
     texts = ["</s>", "a</s>b <s> <unk> <0x02>", "</s>" * 50] * 10
     manifest = convert(write_parquet(text=texts), tokenizer, 16, tmp_path / "out", heldout=0, quiet=True)
     assert_holds(tmp_path / "out", manifest, expect([[(text, None) for text in texts]], tokenizer, 16))
-    ends = sum(window.count(tokenizer.eos_id) for window in read_windows(tmp_path / "out", "train"))
-    assert ends == 30 - manifest.splits["train"].eos_dropped
+    num_eos = sum(window.count(tokenizer.eos_id) for window in read_windows(tmp_path / "out", "train"))
+    assert num_eos == 30 - manifest.splits["train"].eos_dropped
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ SOME_TEXTS = st.sampled_from(["", "a", "bb", "é", "x" * 30, "🙂" * 20, "a lon
 def test_any_filters_over_any_documents(
     property_folder, byte_tokenizer, some, rows, seq_len, heldout, filters, long, kind
 ):
-    """Long documents in pieces, filters together, parts without a document that is left, limits anywhere."""
+    """Long documents in pieces, combined filters, parts whose documents are all left out, any token limit."""
     shutil.rmtree(property_folder / "out", ignore_errors=True)
     file = property_folder / f"a.{kind}"
     with pytest.MonkeyPatch.context() as patch:
@@ -229,10 +229,10 @@ def test_any_number_of_workers_writes_the_same_bytes(
         {"compression": "zstd:5", "filters": Filters(dedup=True, limit_tokens=1000)},
     ],
 )
-def test_workers_and_batches_and_order_change_nothing(
+def test_workers_batch_size_and_order_do_not_change_the_result(
     text_folder, byte_tokenizer, tmp_path, part_per_span, workers, options, tiny_pieces
 ):
-    """Undivided in one process, against pieces of a few bytes and parts that finish in another order."""
+    """One process and large batches, against pieces of a few bytes and parts that finish in another order."""
     convert_folder(text_folder, byte_tokenizer, tmp_path / "one", **options)
     tiny_pieces(64)
 
@@ -245,7 +245,7 @@ def test_workers_and_batches_and_order_change_nothing(
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_compressed_shards_hold_the_same(finished, text_folder, byte_tokenizer, tmp_path, part_per_span):
+def test_compressed_shards_hold_the_same_windows(finished, text_folder, byte_tokenizer, tmp_path, part_per_span):
     from streaming import StreamingDataset
 
     manifest = convert_folder(text_folder, byte_tokenizer, tmp_path / "out", compression="zstd")
@@ -255,7 +255,7 @@ def test_compressed_shards_hold_the_same(finished, text_folder, byte_tokenizer, 
     assert [data[i]["tokens"].tolist() for i in range(data.num_samples)] == read_windows(finished, "train")
 
 
-def test_neighbouring_spans_make_parts_of_about_equal_size(write_parquet, byte_tokenizer, tmp_path, monkeypatch):
+def test_consecutive_spans_form_parts_of_about_equal_size(write_parquet, byte_tokenizer, tmp_path, monkeypatch):
     """30 row groups of about 3000 bytes, parts of 10,000; a part continues in the next file."""
     texts = [np.random.default_rng(number).bytes(150).hex() for number in range(300)]
     for number, name in enumerate("abc"):
@@ -274,8 +274,8 @@ def test_neighbouring_spans_make_parts_of_about_equal_size(write_parquet, byte_t
 # --- documents left out
 
 
-def test_duplicates_go_wherever_they_are_and_the_first_stays(write_parquet, byte_tokenizer, tmp_path, part_per_span):
-    """Within a part, across parts, across files of different formats; none is left when all is converted again."""
+def test_all_duplicates_but_the_first_are_removed(write_parquet, byte_tokenizer, tmp_path, part_per_span):
+    """Within a part, across parts, across files of different formats. Without duplicates nothing is removed."""
     write_parquet("a.parquet", rows=3, text=["one", "two", "one", "three", "two", "four"])
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": "fiv\\u0065"}\n{"text": "five"}\n')
     (tmp_path / "c.txt").write_text("one\nsix\nfive\n")
@@ -313,7 +313,7 @@ def test_a_limit_beyond_the_corpus_changes_no_shard(finished, text_folder, byte_
 
 
 def test_repaired_text_is_counted_and_hashed_as_it_is_written(tmp_path, byte_tokenizer, tiny_pieces):
-    """What is written decides who is held out and who is a duplicate, for long documents as for short ones."""
+    """Repaired text decides whether a document is held out or a duplicate, both for long and for short documents."""
     texts = [
         b"bad \xff byte",
         "bad \ufffd byte".encode(),
@@ -322,17 +322,17 @@ def test_repaired_text_is_counted_and_hashed_as_it_is_written(tmp_path, byte_tok
         *(b"%d \xff" % i * 9 for i in range(40)),
     ]
     pq.write_table(pa.table({"text": pa.array(texts, pa.binary())}), tmp_path / "a.parquet")
-    some = [(text.decode("utf-8", "replace"), None) for text in texts]
+    repaired = [(text.decode("utf-8", "replace"), None) for text in texts]
     for size in (1 << 20, 4):
         tiny_pieces(size)
         options = {"heldout": 0.5, "filters": Filters(dedup=True), "quiet": True}
         manifest = convert(tmp_path / "a.parquet", byte_tokenizer, 4, tmp_path / str(size), **options)
-        assert_holds(tmp_path / str(size), manifest, expect([some], byte_tokenizer, 4, heldout=0.5, dedup=True))
+        assert_holds(tmp_path / str(size), manifest, expect([repaired], byte_tokenizer, 4, heldout=0.5, dedup=True))
         assert manifest.documents.repaired == 42 and manifest.documents.duplicate == 1
 
 
 def test_documents_are_held_out_by_their_text_alone(finished, byte_tokenizer, write_parquet, tmp_path):
-    """In another order, another format and another window they are the same."""
+    """The same documents are held out in another order, another format and with another window size."""
     manifest = convert(write_parquet(text=TEXTS[::-1]), byte_tokenizer, 16, tmp_path / "out", heldout=0.1, quiet=True)
     before = read_shard_manifest(finished)
     for split in SPLITS:
@@ -345,8 +345,8 @@ def test_documents_are_held_out_by_their_text_alone(finished, byte_tokenizer, wr
 # --- ids
 
 
-def test_a_vocabulary_beyond_65536_takes_four_bytes(write_parquet, data_folder, tmp_path):
-    """Ids up to 69,955; astype(uint16) would make 4,419 of that."""
+def test_a_vocabulary_of_more_than_65536_tokens_uses_uint32(write_parquet, data_folder, tmp_path):
+    """Ids up to 69,955, which would overflow to 4,419 in uint16."""
     tokenizer = ByteTokenizer(data_folder / "large.model", first=69_700, vocab_size=70_000)
     manifest = convert(write_parquet(text=TEXTS), tokenizer, 16, tmp_path / "out", heldout=0.1, quiet=True)
     assert (manifest.dtype, manifest.vocab_size) == ("uint32", 70_000)
@@ -365,18 +365,18 @@ def test_ids_outside_the_vocabulary_are_never_written(write_parquet, data_folder
             to_dtype(np.array([5, token]), 65_536, "uint16")
 
 
-def test_text_that_becomes_the_end_of_a_document_is_an_error(write_parquet, data_folder, tmp_path):
+def test_text_that_is_encoded_as_eos_is_an_error(write_parquet, data_folder, tmp_path):
     tokenizer = ByteTokenizer(data_folder / "spells.model", first=2 - ord("e"))
     with pytest.raises(UserError, match=r"a.parquet: text was encoded as the EOS token 2; use a tokenizer"):
         convert(write_parquet(text=["she"] * 100), tokenizer, 4, tmp_path / "out", heldout=0, quiet=True)
 
 
-# --- input that cannot be read
+# --- unreadable input
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Four row groups of which the second is damaged, an empty parquet file, and lines of which two are broken."""
+    """Four row groups of which the second is damaged, and four JSON lines of which two are broken."""
     folder = tmp_path / "damaged"
     folder.mkdir()
     table = pa.table({"text": TEXTS[:40]})
@@ -389,7 +389,7 @@ def damaged(tmp_path):
     return folder
 
 
-def test_what_cannot_be_read_stops_the_conversion_or_is_left_out_and_listed(
+def test_unreadable_input_stops_the_conversion_or_is_skipped_and_listed(
     damaged, byte_tokenizer, tmp_path, part_per_span
 ):
     with pytest.raises(UserError, match=r"a.parquet: row group 1 cannot be read .*--skip-bad") as error:
@@ -410,8 +410,8 @@ def test_what_cannot_be_read_stops_the_conversion_or_is_left_out_and_listed(
     assert contents(tmp_path / "out") == contents(tmp_path / "out0")
 
 
-def test_duplicates_are_right_where_input_was_left_out(damaged, byte_tokenizer, tmp_path, part_per_span):
-    """The documents of a part are counted twice, by digest and by token: both leave out the same."""
+def test_duplicates_are_right_when_input_is_skipped(damaged, byte_tokenizer, tmp_path, part_per_span):
+    """A part is read twice, for digests and for tokens; both times the same input is skipped."""
     (damaged / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:40]))
     options = {"heldout": 0, "skip_bad": True, "quiet": True, "filters": Filters(dedup=True)}
     manifest = convert(damaged, byte_tokenizer, 16, tmp_path / "out", **options)
@@ -419,13 +419,13 @@ def test_duplicates_are_right_where_input_was_left_out(damaged, byte_tokenizer, 
     assert_holds(tmp_path / "out", manifest, expect(parts, byte_tokenizer, 16, dedup=True))
 
 
-def test_every_file_that_cannot_be_opened_is_named_at_once(write_parquet, byte_tokenizer, tmp_path):
+def test_all_files_that_cannot_be_opened_are_reported_at_once(write_parquet, byte_tokenizer, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    whole = write_parquet(text=TEXTS).read_bytes()
-    (folder / "a.parquet").write_bytes(whole)
-    (folder / "cut.parquet").write_bytes(whole[:-200])
-    (folder / "footer.parquet").write_bytes(whole[:-60] + bytes(52) + whole[-8:])
+    complete = write_parquet(text=TEXTS).read_bytes()
+    (folder / "a.parquet").write_bytes(complete)
+    (folder / "cut.parquet").write_bytes(complete[:-200])
+    (folder / "footer.parquet").write_bytes(complete[:-60] + bytes(52) + complete[-8:])
     (folder / "not.parquet").write_bytes(b"some text")
     pq.write_table(pa.table({"body": ["x"]}), folder / "other.parquet")
     with pytest.raises(UserError) as error:
@@ -440,7 +440,7 @@ def test_every_file_that_cannot_be_opened_is_named_at_once(write_parquet, byte_t
     assert "" == manifest.inputs[1].hash != manifest.inputs[0].hash
 
 
-def test_impossible_requests_are_refused(write_parquet, byte_tokenizer, tmp_path):
+def test_invalid_options_are_refused(write_parquet, byte_tokenizer, tmp_path):
     file = write_parquet(text=TEXTS)
     for options, message in [
         ({"seq_len": 0, "workers": -1}, r"(?s)2 problems.*seq_len=0 must be at least 1.*workers=-1 must not"),
@@ -476,7 +476,7 @@ def test_impossible_requests_are_refused(write_parquet, byte_tokenizer, tmp_path
 # --- folders
 
 
-def test_converting_again_does_nothing_and_says_so(finished, text_folder, byte_tokenizer, part_per_span, capsys):
+def test_converting_again_changes_nothing_and_reports_it(finished, text_folder, byte_tokenizer, part_per_span, capsys):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
     manifest = read_shard_manifest(finished)
     assert convert_folder(text_folder, byte_tokenizer, finished) == manifest
@@ -497,14 +497,14 @@ OTHER_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_other_settings_are_refused_with_what_differs(
-    finished, text_folder, byte_tokenizer, data_folder, tmp_path, begun
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_a_conversion_with_other_settings_is_refused_with_the_differences(
+    finished, text_folder, byte_tokenizer, data_folder, tmp_path, unfinished
 ):
-    """Whether the other conversion was finished or only begun."""
+    """Whether the conversion in the folder is finished or not."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    if begun:
+    if unfinished:
         settings_of = read_shard_manifest(out).to_json()
         (out / "manifest.json").unlink()
         (out / "unfinished").mkdir()
@@ -518,7 +518,7 @@ def test_other_settings_are_refused_with_what_differs(
 
     for options, message in OTHER_SETTINGS:
         if options.get("columns") == Columns("body", sample_by="line"):
-            continue  # such a column would have to be there
+            continue  # the inputs have no such column
         refused(message, **options)
     refused("inputs=1 files: a.parquet .*made with 5 files: a.parquet", text_folder / "a.parquet")
     other = data_folder / "other.model"
@@ -533,7 +533,7 @@ def test_other_settings_are_refused_with_what_differs(
     refused("inputs=5 files:", changed)
 
 
-def test_a_folder_that_is_no_conversion_is_left_alone(text_folder, byte_tokenizer, tmp_path):
+def test_a_folder_with_other_content_is_refused_and_not_changed(text_folder, byte_tokenizer, tmp_path):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (tmp_path / "file").write_text("a file")
@@ -551,7 +551,9 @@ def test_a_folder_that_is_no_conversion_is_left_alone(text_folder, byte_tokenize
         convert_folder(text_folder, byte_tokenizer, tmp_path / "old")
 
 
-def test_an_empty_folder_is_as_good_as_none(finished, text_folder, byte_tokenizer, tmp_path, part_per_span):
+def test_an_empty_output_folder_is_treated_as_a_missing_one(
+    finished, text_folder, byte_tokenizer, tmp_path, part_per_span
+):
     (tmp_path / "deep/er").mkdir(parents=True)
     convert_folder(text_folder, byte_tokenizer, tmp_path / "deep/er")
     convert_folder(text_folder, byte_tokenizer, tmp_path / "not/yet")
@@ -559,7 +561,7 @@ def test_an_empty_folder_is_as_good_as_none(finished, text_folder, byte_tokenize
 
 
 class Interrupted(ByteTokenizer):
-    """A Ctrl-C after so many calls."""
+    """Raises KeyboardInterrupt after `calls` calls."""
 
     def __init__(self, path, calls=10**9):
         super().__init__(path)
@@ -573,7 +575,7 @@ class Interrupted(ByteTokenizer):
 
 
 @pytest.fixture
-def begun(text_folder, byte_tokenizer, tmp_path, part_per_span):
+def unfinished(text_folder, byte_tokenizer, tmp_path, part_per_span):
     """A conversion that was interrupted in its tenth part of 15."""
     with pytest.raises(KeyboardInterrupt):
         convert_folder(text_folder, Interrupted(byte_tokenizer.path, 9), tmp_path / "out")
@@ -581,68 +583,72 @@ def begun(text_folder, byte_tokenizer, tmp_path, part_per_span):
     return tmp_path / "out"
 
 
-def test_an_interrupted_conversion_goes_on_where_it_was(begun, finished, text_folder, byte_tokenizer, capsys):
+def test_an_interrupted_conversion_resumes(unfinished, finished, text_folder, byte_tokenizer, capsys):
     with pytest.raises(UserError, match="not a finished conversion"):
-        read_shard_manifest(begun)
+        read_shard_manifest(unfinished)
     tokenizer = Interrupted(byte_tokenizer.path)
-    convert_folder(text_folder, tokenizer, begun, quiet=False)
+    convert_folder(text_folder, tokenizer, unfinished, quiet=False)
     assert 10**9 - tokenizer.calls == len(FOLDER_PARTS) - 9
-    assert contents(begun) == contents(finished)
+    assert contents(unfinished) == contents(finished)
     assert "converting: resuming, " in capsys.readouterr().err
 
 
-def test_what_lies_in_an_unfinished_folder_does_no_harm(begun, finished, text_folder, byte_tokenizer):
-    """Half-written parts, half-written lists, JSON and folders of other programs, in every place."""
-    (begun / "train/part-00011.tmp").mkdir()
-    (begun / "train/part-00011.tmp/shard.00000.mds").write_bytes(b"half")
-    (begun / "train/part-00012").mkdir()
-    (begun / "train/part-00012/shard.00007.mds").write_bytes(b"half")
-    (begun / "train/part-99999.tmp").mkdir()
-    (begun / "train/part-tails").mkdir()
-    (begun / "train/part-tails/shard.00000.mds").write_bytes(b"half")
+def test_incomplete_and_foreign_files_in_an_unfinished_folder_do_no_harm(
+    unfinished, finished, text_folder, byte_tokenizer
+):
+    """Half-written parts and JSON files are replaced; files of other programs are kept."""
+    (unfinished / "train/part-00011.tmp").mkdir()
+    (unfinished / "train/part-00011.tmp/shard.00000.mds").write_bytes(b"half")
+    (unfinished / "train/part-00012").mkdir()
+    (unfinished / "train/part-00012/shard.00007.mds").write_bytes(b"half")
+    (unfinished / "train/part-99999.tmp").mkdir()
+    (unfinished / "train/part-tails").mkdir()
+    (unfinished / "train/part-tails/shard.00000.mds").write_bytes(b"half")
     for name in ("manifest.json.tmp", "train/index.json.tmp", "train/index.json", "unfinished/part-00011.json.tmp"):
-        (begun / name).write_text("half")
-    (begun / "unfinished/part-00012.json").write_text('{"limit": nul')
-    (begun / "unfinished/part-00013.json").write_text("{}")
+        (unfinished / name).write_text("half")
+    (unfinished / "unfinished/part-00012.json").write_text('{"limit": nul')
+    (unfinished / "unfinished/part-00013.json").write_text("{}")
     foreign = {
         "notes.json": b'{"shards": []}',
         "train/foreign.json": b'{"version": 2, "shards": [{}]}',
         "train/part-a.json": b"[]",
     }
     for name, content in foreign.items():
-        (begun / name).write_bytes(content)
-    manifest = convert_folder(text_folder, byte_tokenizer, begun)
-    assert contents(begun) == {**contents(finished), **foreign}
-    assert_holds(begun, manifest, expect(FOLDER_PARTS, byte_tokenizer, 32, heldout=0.1))
+        (unfinished / name).write_bytes(content)
+    manifest = convert_folder(text_folder, byte_tokenizer, unfinished)
+    assert contents(unfinished) == {**contents(finished), **foreign}
+    assert_holds(unfinished, manifest, expect(FOLDER_PARTS, byte_tokenizer, 32, heldout=0.1))
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "longer", "no folder"])
-def test_a_finished_part_with_a_damaged_file_is_made_anew(begun, finished, text_folder, byte_tokenizer, harm):
-    file = begun / "train/part-00003/shard.00000.mds"
-    if harm == "gone":
+@pytest.mark.parametrize("damage", ["shortened", "missing", "lengthened", "folder missing"])
+def test_a_finished_part_with_a_damaged_file_is_converted_again(
+    unfinished, finished, text_folder, byte_tokenizer, damage
+):
+    file = unfinished / "train/part-00003/shard.00000.mds"
+    if damage == "missing":
         file.unlink()
-    elif harm == "no folder":
+    elif damage == "folder missing":
         shutil.rmtree(file.parent)
     else:
-        file.write_bytes(file.read_bytes()[:-1] if harm == "cut" else file.read_bytes() + b"x")
+        file.write_bytes(file.read_bytes()[:-1] if damage == "shortened" else file.read_bytes() + b"x")
     tokenizer = Interrupted(byte_tokenizer.path)
-    convert_folder(text_folder, tokenizer, begun)
+    convert_folder(text_folder, tokenizer, unfinished)
     assert 10**9 - tokenizer.calls == len(FOLDER_PARTS) - 8
-    assert contents(begun) == contents(finished)
+    assert contents(unfinished) == contents(finished)
 
 
 def test_an_index_that_changed_after_the_conversion_is_refused(finished, text_folder, byte_tokenizer, tmp_path):
-    for change in ("rewritten", "gone"):
+    for change in ("rewritten", "removed"):
         out = tmp_path / change
         shutil.copytree(finished, out)
         index = out / "heldout/index.json"
-        index.unlink() if change == "gone" else index.write_text(index.read_text() + " ")
+        index.unlink() if change == "removed" else index.write_text(index.read_text() + " ")
         with pytest.raises(UserError, match=r"index\.json changed after the conversion; delete the folder"):
             convert_folder(text_folder, byte_tokenizer, out)
 
 
-def test_two_conversions_do_not_write_to_one_folder(begun, finished, text_folder, byte_tokenizer):
-    """The first is in the middle of a part when the second begins; a lock that a kill left behind is none."""
+def test_two_conversions_do_not_write_to_one_folder(unfinished, finished, text_folder, byte_tokenizer):
+    """The first is in the middle of a part when the second starts. A lock file without a lock has no effect."""
     entered, leave = threading.Event(), threading.Event()
 
     class Slow(ByteTokenizer):
@@ -651,47 +657,47 @@ def test_two_conversions_do_not_write_to_one_folder(begun, finished, text_folder
             assert leave.wait(240)
             return super().encode_documents(data, ends, continues)
 
-    first = threading.Thread(target=convert_folder, args=(text_folder, Slow(byte_tokenizer.path), begun))
+    first = threading.Thread(target=convert_folder, args=(text_folder, Slow(byte_tokenizer.path), unfinished))
     first.start()
     assert entered.wait(240)
     with pytest.raises(UserError, match="out: another conversion is writing here; wait for it, or stop it"):
-        convert_folder(text_folder, byte_tokenizer, begun)
+        convert_folder(text_folder, byte_tokenizer, unfinished)
     leave.set()
     first.join(240)
-    assert contents(begun) == contents(finished)
+    assert contents(unfinished) == contents(finished)
 
 
-def test_a_conversion_that_ends_while_another_begins_is_left_as_it_is(
-    begun, finished, text_folder, byte_tokenizer, monkeypatch
+def test_a_conversion_that_completes_while_another_starts_is_not_changed(
+    unfinished, finished, text_folder, byte_tokenizer, monkeypatch
 ):
-    """The other one looks at the folder before the first has finished it, and gets the lock after that."""
-    claim = convert_module.lock_output
+    """The other one reads the state of the folder before the first completes, and gets the lock afterwards."""
+    lock_output = convert_module.lock_output
 
-    def late(out):
-        monkeypatch.setattr(convert_module, "lock_output", claim)
-        convert_folder(text_folder, byte_tokenizer, begun)
-        return claim(out)
+    def complete_and_lock(out):
+        monkeypatch.setattr(convert_module, "lock_output", lock_output)
+        convert_folder(text_folder, byte_tokenizer, unfinished)
+        return lock_output(out)
 
-    monkeypatch.setattr(convert_module, "lock_output", late)
+    monkeypatch.setattr(convert_module, "lock_output", complete_and_lock)
     tokenizer = Interrupted(byte_tokenizer.path)
-    assert convert_folder(text_folder, tokenizer, begun) == read_shard_manifest(begun)
+    assert convert_folder(text_folder, tokenizer, unfinished) == read_shard_manifest(unfinished)
     assert tokenizer.calls == 10**9
-    assert contents(begun) == contents(finished)
+    assert contents(unfinished) == contents(finished)
 
 
-def test_reading_a_manifest_names_what_is_wrong_with_it(finished, tmp_path):
+def test_problems_of_a_manifest_are_reported(finished, tmp_path):
     with pytest.raises(UserError, match=r"no shards here; .* make them with tools/make_shards\.py"):
         read_shard_manifest(tmp_path)
-    whole = json.loads((finished / "manifest.json").read_text())
-    without_counts = {**whole, "splits": {"train": whole["splits"]["train"]}}
-    for content in ("{", "[]", "{}", json.dumps(without_counts), json.dumps({**whole, "unknown": 1})):
+    complete = json.loads((finished / "manifest.json").read_text())
+    without_counts = {**complete, "splits": {"train": complete["splits"]["train"]}}
+    for content in ("{", "[]", "{}", json.dumps(without_counts), json.dumps({**complete, "unknown": 1})):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=r"manifest.json: cannot be read .*; convert again"):
             read_shard_manifest(tmp_path)
 
 
 def test_long_lines_and_long_documents_are_the_same_in_every_format(tmp_path, byte_tokenizer, tiny_pieces):
-    """A text of 60 kB with bad bytes and wide characters, in pieces of 100 bytes and at once."""
+    """A text of 60 kB with multi-byte characters, in pieces of 100 bytes."""
     text = "".join(f"{'x' * (number % 9)}🙂é " for number in range(5000))
     pq.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))

@@ -1,4 +1,4 @@
-"""Texts one by one, as tokenizers are trained on them, and the small corpus that every machine has."""
+"""Texts one by one, for the training of tokenizers, and the sample corpus from Python's help texts."""
 
 from pydoc_data.topics import topics
 
@@ -23,12 +23,12 @@ def test_the_sample_corpus_is_pythons_help_in_finewebs_schema(corpus, tmp_path):
     assert write_sample_corpus(tmp_path / "again.parquet").read_bytes() == corpus.read_bytes()
 
 
-def test_empty_texts_are_left_out_and_bad_bytes_replaced(tmp_path):
+def test_empty_texts_are_left_out_and_invalid_bytes_replaced(tmp_path):
     texts = pa.array([b"caf\xc3\xa9", None, b"", b"bad \xff byte"], pa.binary()).cast(pa.string(), safe=False)
     assert list(read_documents(write(tmp_path / "a.parquet", text=texts))) == ["café", "bad \ufffd byte"]
 
 
-def test_a_long_document_comes_whole(tmp_path):
+def test_a_long_document_is_one_text(tmp_path):
     text = "wörter " * 300_000
     assert list(read_documents(write(tmp_path / "a.parquet", text=["before", text, "after"]))) == [
         "before",
@@ -48,14 +48,14 @@ def test_a_file_that_cannot_be_read_is_named(corpus, tmp_path):
         list(read_documents(tmp_path / "cut.parquet"))
 
 
-def test_a_sample_comes_from_all_over_a_corpus_and_follows_its_seed(tmp_path):
+def test_a_sample_is_drawn_from_all_files_and_depends_on_the_seed(tmp_path):
     texts = [f"document {number} " + "x" * 1000 for number in range(400)]
     for part in range(2):
         write(tmp_path / f"{part}.parquet", text=texts[part * 200 : part * 200 + 200])
     samples = [list(sample_documents(tmp_path, 50_000, seed)) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
     assert 50_000 <= sum(map(len, samples[0])) < 50_000 + len(texts[0]) + 10
-    places = sorted(texts.index(text) for text in samples[0])
-    assert len(set(places)) == len(places)
-    assert places[0] < 200 <= places[-1], "from both files"
-    assert sorted(sample_documents(tmp_path, 10**9)) == sorted(texts), "a smaller corpus is read whole"
+    indices = sorted(texts.index(text) for text in samples[0])
+    assert len(set(indices)) == len(indices)
+    assert indices[0] < 200 <= indices[-1], "from both files"
+    assert sorted(sample_documents(tmp_path, 10**9)) == sorted(texts), "a smaller corpus is read completely"

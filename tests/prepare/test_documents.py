@@ -1,4 +1,4 @@
-"""Every format gives the same documents, each once, wherever files are cut; what is broken is named."""
+"""Every format gives the same documents, each once, wherever files are split; broken parts are reported."""
 
 import codecs
 import gzip
@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def compress(suffix, content):
-    """In two frames or members, as tools for parallel compression write them."""
+    """Compress in two frames or members, as tools for parallel compression do."""
     half = len(content) // 2
     if suffix == ".gz":
         return gzip.compress(content[:half]) + gzip.compress(content[half:])
@@ -38,11 +38,14 @@ def compress(suffix, content):
 
 
 def read(path, columns=None, skip=False, span_chunks=1):
-    """(documents as bytes, scores, whether repaired) of all spans, and what was called bad."""
-    columns, skipped = columns or Columns(), []
-    found = []
+    """[(document as bytes, score, whether repaired)] of all spans, and [(where, reason)] of what was skipped.
 
-    def bad(where, reason):
+    Spans are `span_chunks` chunks long. Raises UserError for unreadable input unless `skip`.
+    """
+    columns, skipped = columns or Columns(), []
+    documents_read = []
+
+    def on_bad(where, reason):
         if not skip:
             raise UserError(f"{where}: {reason}")
         skipped.append((where, reason))
@@ -51,20 +54,20 @@ def read(path, columns=None, skip=False, span_chunks=1):
         chunks = divide(source, columns)
         for first in range(0, len(chunks.sizes), span_chunks):
             last = min(first + span_chunks, len(chunks.sizes))
-            for some in read_span(chunks.span(first, last), columns, bad):
-                if isinstance(some, LongDocument):
-                    pieces = list(valid_utf8(some.pieces()))
+            for batch in read_span(chunks.span(first, last), columns, on_bad):
+                if isinstance(batch, LongDocument):
+                    pieces = list(valid_utf8(batch.pieces()))
                     content = b"".join(piece.tobytes() for piece, _ in pieces)
-                    found.append((content, some.score, any(repaired for _, repaired in pieces)))
+                    documents_read.append((content, batch.score, any(repaired for _, repaired in pieces)))
                     continue
-                assert some.data.dtype == np.uint8 and some.ends.dtype == np.int64
-                scores = [math.nan] * len(some.ends) if some.scores is None else some.scores.tolist()
+                assert batch.data.dtype == np.uint8 and batch.ends.dtype == np.int64
+                scores = [math.nan] * len(batch.ends) if batch.scores is None else batch.scores.tolist()
                 start = 0
-                for end, score, repaired in zip(some.ends.tolist(), scores, some.repaired.tolist(), strict=True):
-                    found.append((some.data[start:end].tobytes(), score, repaired))
+                for end, score, repaired in zip(batch.ends.tolist(), scores, batch.repaired.tolist(), strict=True):
+                    documents_read.append((batch.data[start:end].tobytes(), score, repaired))
                     start = end
-                assert start == len(some.data)
-    return found, skipped
+                assert start == len(batch.data)
+    return documents_read, skipped
 
 
 def texts_of(path, columns=None, **options):
@@ -76,8 +79,8 @@ def texts_of(path, columns=None, **options):
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
 @pytest.mark.parametrize("rows", [3, 1000])
-def test_parquet_of_every_kind_of_text(tmp_path, kind, rows):
-    """Also with text as the last of several columns, and missing values, which are empty documents."""
+def test_parquet_with_every_string_type(tmp_path, kind, rows):
+    """Also if text is the last of several columns. Nulls are empty documents."""
     texts = pa.array([*(text.encode() for text in TEXTS), None], pa.binary()).cast(kind)
     table = pa.table({"id": range(len(texts)), "nested": [{"text": 1}] * len(texts), "text": texts})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
@@ -85,8 +88,8 @@ def test_parquet_of_every_kind_of_text(tmp_path, kind, rows):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_json_lines_and_plain_text_packed_or_not(tmp_path, suffix):
-    """JSON escapes or not, other keys, blank lines between; text by line and by file."""
+def test_json_lines_and_plain_text_compressed_or_not(tmp_path, suffix):
+    """JSON with and without escapes, other keys, blank lines; plain text by line and by file."""
     records = [
         json.dumps({"id": 1, "text": t, "meta": {"text": 2}}, ensure_ascii=i % 2 > 0) for i, t in enumerate(TEXTS)
     ]
@@ -110,21 +113,22 @@ def test_another_key_and_empty_files(tmp_path, write_parquet):
     assert texts_of(write_parquet("e.parquet", text=pa.array([], pa.string()))) == []
 
 
-def test_a_giant_row_group_is_handed_on_in_batches_and_a_giant_document_in_pieces(tmp_path, tiny_pieces):
+def test_a_large_row_group_is_read_in_batches_and_a_large_document_in_pieces(tmp_path, tiny_pieces):
     tiny_pieces(1000)
     texts = [random.Random(number).randbytes(200).hex() for number in range(500)]
     texts[100] = texts[200] = "y" * 100_000
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1000)
     chunks = divide(*find_sources(tmp_path), Columns())
     assert len(chunks.sizes) == 1
-    some = list(read_span(chunks.span(0, 1), Columns(), pytest.fail))
-    assert sum(isinstance(one, LongDocument) for one in some) == 2
-    assert max(len(one.data) for one in some if not isinstance(one, LongDocument)) <= 2000
-    assert max(len(piece) for one in some if isinstance(one, LongDocument) for piece in one.pieces()) <= 1000
+    read_batches = list(read_span(chunks.span(0, 1), Columns(), pytest.fail))
+    long_documents = [batch for batch in read_batches if isinstance(batch, LongDocument)]
+    assert len(long_documents) == 2
+    assert max(len(batch.data) for batch in read_batches if not isinstance(batch, LongDocument)) <= 2000
+    assert max(len(piece) for document in long_documents for piece in document.pieces()) <= 1000
     assert texts_of(tmp_path / "a.parquet") == texts
 
 
-# --- lines cut anywhere
+# --- lines split anywhere
 
 
 @pytest.fixture(scope="module")
@@ -144,17 +148,17 @@ LINES = st.lists(st.text("ab\r\u00e9日 ", max_size=12), max_size=12)
     span_chunks=st.integers(1, 4),
     piece=st.integers(1, 20),
 )
-def test_lines_cut_anywhere_are_neither_lost_nor_repeated(
+def test_lines_split_anywhere_are_neither_lost_nor_repeated(
     line_folder, texts, ends, last_end, grain, span_chunks, piece
 ):
-    """Spans of `grain` bytes and more, read `piece` bytes at a time, against bytes.split."""
+    """Spans of one or more chunks of `grain` bytes, read `piece` bytes at a time, against str.split."""
     content = "".join(text + end for text, end in zip(texts, ends, strict=False))
     if not last_end:
         content = content.rstrip("\n")
     file = line_folder / "a.txt"
     file.write_bytes(content.encode())
-    *whole, last = content.split("\n")
-    expected = [line.removesuffix("\r") for line in whole] + ([last] if last else [])
+    *complete, last = content.split("\n")
+    expected = [line.removesuffix("\r") for line in complete] + ([last] if last else [])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spans, "TEXT_CHUNK_BYTES", grain)
         patch.setattr(inputs, "READ_BYTES", piece)
@@ -165,11 +169,11 @@ def test_lines_cut_anywhere_are_neither_lost_nor_repeated(
 @given(
     texts=st.lists(st.text(max_size=80) | st.text('"\\ a', max_size=120), max_size=8),
     grain=st.integers(1, 300),
-    long=st.integers(24, 200),  # strings of more than a quarter are long ones; keys must not be
+    long=st.integers(24, 200),  # long strings have more than a quarter of it; no key may be that long
     ascii_only=st.booleans(),
 )
 def test_json_lines_with_long_strings_read_as_json_reads_them(line_folder, texts, grain, long, ascii_only):
-    """Long lines are taken apart by hand; here every line of more than `long` bytes is."""
+    """Long lines have their own parser; here it reads every line of more than `long` bytes."""
     file = line_folder / "a.jsonl"
     records = [{"id": "i" * (i % 3), "text": text, "after": [text[:3]]} for i, text in enumerate(texts)]
     content = "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
@@ -178,9 +182,9 @@ def test_json_lines_with_long_strings_read_as_json_reads_them(line_folder, texts
         patch.setattr(spans, "TEXT_CHUNK_BYTES", grain)
         for module in (batches, documents, lines):
             patch.setattr(module, "LONG_BYTES", long)
-        found, _ = read(file)
-    assert [text.decode() for text, _, _ in found] == texts
-    assert not any(repaired for _, _, repaired in found)
+        documents_read, _ = read(file)
+    assert [text.decode() for text, _, _ in documents_read] == texts
+    assert not any(repaired for _, _, repaired in documents_read)
 
 
 # --- text that is not UTF-8
@@ -189,19 +193,19 @@ BROKEN = [b"caf\xc3\xa9", b"\xff", b"cut \xe6\x97", b"\xed\xa0\x80 surrogate", b
 
 
 def test_bad_bytes_become_u_fffd_document_by_document(tmp_path):
-    """As bytes.decode does it; the halves of a character in two documents make no character."""
+    """Like bytes.decode; the two halves of a character in two documents are not joined."""
     expected = [text.decode("utf-8", "replace") for text in BROKEN]
     pq.write_table(pa.table({"text": pa.array(BROKEN, pa.binary())}), tmp_path / "a.parquet")
     unchecked = pa.array(BROKEN, pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"text": unchecked}), tmp_path / "b.parquet")
     (tmp_path / "c.txt").write_bytes(b"\n".join(BROKEN))
     for name in "a.parquet", "b.parquet", "c.txt":
-        found, _ = read(tmp_path / name, Columns(sample_by="line"))
-        assert [text.decode() for text, _, _ in found] == expected
-        assert [repaired for _, _, repaired in found] == ["\ufffd" in text for text in expected]
+        documents_read, _ = read(tmp_path / name, Columns(sample_by="line"))
+        assert [text.decode() for text, _, _ in documents_read] == expected
+        assert [repaired for _, _, repaired in documents_read] == ["\ufffd" in text for text in expected]
 
 
-def test_surrogates_in_json_that_stand_alone_become_u_fffd(tmp_path):
+def test_lone_surrogates_in_json_become_u_fffd(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         rb'{"text": "pair \ud83d\ude42"}'
         b"\n"
@@ -210,25 +214,30 @@ def test_surrogates_in_json_that_stand_alone_become_u_fffd(tmp_path):
         rb'{"text": "\ude42\ud83d"}'
         b'\n{"text": "byte \xff"}\n'
     )
-    found, _ = read(tmp_path / "a.jsonl")
-    assert [text.decode() for text, _, _ in found] == ["pair 🙂", "alone \ufffd x", "\ufffd\ufffd", "byte \ufffd"]
-    assert [repaired for _, _, repaired in found] == [False, True, True, True]
+    documents_read, _ = read(tmp_path / "a.jsonl")
+    assert [text.decode() for text, _, _ in documents_read] == [
+        "pair 🙂",
+        "alone \ufffd x",
+        "\ufffd\ufffd",
+        "byte \ufffd",
+    ]
+    assert [repaired for _, _, repaired in documents_read] == [False, True, True, True]
 
 
 @given(content=st.binary(max_size=40) | st.text(max_size=20).map(str.encode), cuts=st.sets(st.integers(1, 39)))
-def test_characters_cut_between_pieces_are_put_together(content, cuts):
+def test_characters_split_between_pieces_are_joined(content, cuts):
     edges = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
     pieces = list(valid_utf8(content[a:b] for a, b in pairwise(edges) if b > a))
     assert b"".join(piece.tobytes() for piece, _ in pieces).decode() == content.decode("utf-8", "replace")
     for piece, _ in pieces:
-        piece.tobytes().decode()  # each by itself
+        piece.tobytes().decode()  # each piece is valid by itself
     is_valid = codecs.decode(content, "utf-8", "ignore").encode() == content
     assert any(repaired for _, repaired in pieces) == (not is_valid)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt", "a.jsonl", "a.txt.gz"])
-def test_a_long_document_reads_as_in_one_piece(tmp_path, tiny_pieces, name):
-    """With bad bytes and characters of four bytes at the borders of pieces."""
+def test_a_long_document_read_in_pieces_equals_one_read_at_once(tmp_path, tiny_pieces, name):
+    """With invalid bytes and characters of four bytes at the boundaries of pieces."""
     content = b"".join(b"x" * (number % 7) + "🙂é".encode() + b"\xf0\x9f" * (number % 2) for number in range(300))
     expected = content.decode("utf-8", "replace")
     if name == "a.parquet":
@@ -239,15 +248,15 @@ def test_a_long_document_reads_as_in_one_piece(tmp_path, tiny_pieces, name):
         expected = text
     else:
         (tmp_path / name).write_bytes(compress(name[5:], content))
-    whole = texts_of(tmp_path / name)
+    read_at_once = texts_of(tmp_path / name)
     tiny_pieces(97)
-    assert texts_of(tmp_path / name) == whole == [expected]
+    assert texts_of(tmp_path / name) == read_at_once == [expected]
 
 
 # --- scores
 
 
-def test_scores_of_every_kind_missing_ones_are_nan(tmp_path, write_parquet):
+def test_scores_of_every_type_are_read_and_missing_ones_are_nan(tmp_path, write_parquet):
     columns = Columns(score="score")
 
     def scores(path):
@@ -260,12 +269,21 @@ def test_scores_of_every_kind_missing_ones_are_nan(tmp_path, write_parquet):
     (tmp_path / "a.jsonl").write_text(
         "".join(f'{{"text": "a", "score": {value}}}\n' for value in values) + '{"text": ""}'
     )
-    found, skipped = read(tmp_path / "a.jsonl", columns, skip=True)
-    assert [None if math.isnan(score) else score for _, score, _ in found] == [4, 4.5, None, None, 5.5, 1, None, None]
+    documents_read, skipped = read(tmp_path / "a.jsonl", columns, skip=True)
+    assert [None if math.isnan(score) else score for _, score, _ in documents_read] == [
+        4,
+        4.5,
+        None,
+        None,
+        5.5,
+        1,
+        None,
+        None,
+    ]
     assert [where for where, _ in skipped] == ["line 6", "line 7", "line 8"]
 
 
-# --- what cannot be read
+# --- unreadable input
 
 
 @pytest.mark.parametrize(
@@ -291,17 +309,17 @@ def test_plain_text_has_no_scores(tmp_path):
         divide(*find_sources(tmp_path), Columns(score="score"))
 
 
-def test_what_is_not_whole_parquet_is_refused(tmp_path, corpus):
-    whole = corpus.read_bytes()
-    footer = whole[:-100] + bytes(92) + whole[-8:]
-    for content in (b"hello", b"", whole[:100_000], whole[:-1], b"PAR1" + bytes(100) + b"PAR1", footer):
+def test_incomplete_parquet_files_are_refused(tmp_path, corpus):
+    complete = corpus.read_bytes()
+    zeroed_footer = complete[:-100] + bytes(92) + complete[-8:]
+    for content in (b"hello", b"", complete[:100_000], complete[:-1], b"PAR1" + bytes(100) + b"PAR1", zeroed_footer):
         (tmp_path / "a.parquet").write_bytes(content)
         with pytest.raises(UserError, match=r"a.parquet: cannot be read \((ArrowInvalid|OSError)"):
             divide(*find_sources(tmp_path), Columns())
 
 
 def damage(file, group):
-    """Overwrite the middle of a row group's text with zeros; the footer stays."""
+    """Overwrite the middle of a row group's text with zeros; the footer is not changed."""
     chunk = pq.read_metadata(file).row_group(group).column(0)
     begin = chunk.dictionary_page_offset or chunk.data_page_offset
     content = bytearray(file.read_bytes())
@@ -311,7 +329,7 @@ def damage(file, group):
 
 
 @pytest.mark.parametrize("compression", ["zstd", "gzip", "snappy"])
-def test_a_damaged_page_is_named_and_the_other_row_groups_are_read(tmp_path, compression):
+def test_a_damaged_page_is_reported_and_the_other_row_groups_are_read(tmp_path, compression):
     texts = [random.Random(number).randbytes(30).hex() for number in range(400)]
     file = tmp_path / "a.parquet"
     options = {"use_dictionary": False, "row_group_size": 100, "compression": compression}
@@ -319,48 +337,50 @@ def test_a_damaged_page_is_named_and_the_other_row_groups_are_read(tmp_path, com
     damage(file, 2)
     with pytest.raises(UserError, match=r"row group 2: .*CRC"):
         read(file)
-    found, skipped = read(file, skip=True, span_chunks=4)
-    assert [text.decode() for text, _, _ in found] == texts[:200] + texts[300:]
+    documents_read, skipped = read(file, skip=True, span_chunks=4)
+    assert [text.decode() for text, _, _ in documents_read] == texts[:200] + texts[300:]
     assert [where for where, _ in skipped] == ["row group 2"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("harm", ["cut", "flipped", "not packed"])
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "not compressed"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_a_packed_file_that_cannot_be_unpacked_to_its_end(tmp_path, suffix, harm, name, tiny_pieces):
-    """By line, what comes before is kept; a file that is one document is left out whole, however long."""
+def test_a_compressed_file_that_cannot_be_decompressed_completely(tmp_path, suffix, damage, name, tiny_pieces):
+    """Of JSON lines, all lines before the damage are kept; a file that is one document is skipped entirely."""
     texts = [random.Random(number).randbytes(30).hex() for number in range(400)]
     content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     if suffix == ".gz":
-        packed = bytearray(gzip.compress(content))
+        compressed = bytearray(gzip.compress(content))
     else:  # with a checksum, as the command zstd writes it
         stream = pa.BufferOutputStream()
         with pa.CompressedOutputStream(stream, "zstd") as out:
             out.write(content)
-        packed = bytearray(stream.getvalue().to_pybytes())
-    if harm == "cut":
-        del packed[-20:]
-    elif harm == "flipped":
-        packed[len(packed) // 2 :] = bytes(len(packed) - len(packed) // 2)
+        compressed = bytearray(stream.getvalue().to_pybytes())
+    if damage == "truncated":
+        del compressed[-20:]
+    elif damage == "zeroed":
+        compressed[len(compressed) // 2 :] = bytes(len(compressed) - len(compressed) // 2)
     else:
-        packed = bytearray(content)
+        compressed = bytearray(content)
     file = tmp_path / f"{name}{suffix}"
-    file.write_bytes(packed)
+    file.write_bytes(compressed)
     for size in (1 << 20, 1000):
         tiny_pieces(size)
         with pytest.raises(UserError, match=r"(what follows )?line \d+|file" if name == "a.jsonl" else "file: "):
             read(file)
-        found, skipped = read(file, skip=True)
-        if (harm, suffix, name) == ("flipped", ".gz", "a.jsonl"):  # it may give wrong text up to its checksum
-            found = found[:150]
+        documents_read, skipped = read(file, skip=True)
+        if (damage, suffix, name) == ("zeroed", ".gz", "a.jsonl"):  # gzip detects wrong text only by the checksum
+            documents_read = documents_read[:150]
         else:
             assert len(skipped) == 1
-        assert [text.decode() for text, _, _ in found] == ([] if name == "a.txt" else texts[: len(found)])
-        if (harm, suffix, name) == ("cut", ".gz", "a.jsonl"):
-            assert len(found) == 399 and skipped[0][0] == "what follows line 399"
+        assert [text.decode() for text, _, _ in documents_read] == (
+            [] if name == "a.txt" else texts[: len(documents_read)]
+        )
+        if (damage, suffix, name) == ("truncated", ".gz", "a.jsonl"):
+            assert len(documents_read) == 399 and skipped[0][0] == "what follows line 399"
 
 
-def test_each_broken_json_line_is_named_by_its_place(tmp_path):
+def test_each_broken_json_line_is_reported_with_its_number(tmp_path):
     good = b'{"text": "good"}\n'
     broken = {
         b'{"text": "never ends\n': r"not JSON \(Unterminated string",
@@ -372,8 +392,8 @@ def test_each_broken_json_line_is_named_by_its_place(tmp_path):
         b"[" * 20_000 + b"\n": r"not JSON \(maximum recursion",
     }
     (tmp_path / "a.jsonl").write_bytes(b"".join(good + line for line in broken) + good)
-    found, skipped = read(tmp_path / "a.jsonl", skip=True)
-    assert [text for text, _, _ in found] == [b"good"] * (len(broken) + 1)
+    documents_read, skipped = read(tmp_path / "a.jsonl", skip=True)
+    assert [text for text, _, _ in documents_read] == [b"good"] * (len(broken) + 1)
     for number, ((line, reason), (where, _)) in enumerate(zip(broken.items(), skipped, strict=True)):
         assert where == f"line {2 * number + 2}"
         (tmp_path / "b.jsonl").write_bytes(line)
@@ -392,9 +412,9 @@ LONG_AND_BROKEN = [
 
 @pytest.mark.parametrize("long", [40, 1 << 20])
 @pytest.mark.parametrize("line", LONG_AND_BROKEN)
-def test_a_broken_long_line_is_named_before_any_of_it_is_used(tmp_path, tiny_pieces, long, line):
+def test_a_broken_long_line_is_reported_before_any_of_it_is_used(tmp_path, tiny_pieces, long, line):
     tiny_pieces(long)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n" + b'{"text": "good"}\n')
-    found, skipped = read(tmp_path / "a.jsonl", skip=True)
-    assert [text for text, _, _ in found] == [b"good", b"good"]
+    documents_read, skipped = read(tmp_path / "a.jsonl", skip=True)
+    assert [text for text, _, _ in documents_read] == [b"good", b"good"]
     assert [where for where, _ in skipped] == ["line 2"]

@@ -1,4 +1,4 @@
-"""The first of equal documents stays, however many shares the comparison takes."""
+"""The first of equal documents is kept, into however many ranges the comparison is divided."""
 
 import tracemalloc
 
@@ -11,15 +11,15 @@ from mythos_dist.prepare import duplicates
 from mythos_dist.prepare.duplicates import find_duplicates, save_digests
 
 
-def plain(parts):
-    seen, found = set(), []
+def duplicates_by_set(parts):
+    seen, duplicate_rows = set(), []
     for part in parts:
-        found.append([])
+        duplicate_rows.append([])
         for row, digest in enumerate(part):
             if digest in seen:
-                found[-1].append(row)
+                duplicate_rows[-1].append(row)
             seen.add(digest)
-    return found
+    return duplicate_rows
 
 
 def saved(folder, parts):
@@ -39,14 +39,14 @@ EDGES = [0, 1, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 DIGESTS = st.tuples(st.sampled_from(EDGES), st.sampled_from(EDGES[:3]))
 
 
-@given(parts=st.lists(st.lists(DIGESTS, max_size=12), min_size=1, max_size=5), share=st.integers(1, 20))
-def test_duplicates_are_those_of_a_set(folder, parts, share):
-    """Digests at the borders of shares, that differ in one half only, in one file or several, some of them empty."""
+@given(parts=st.lists(st.lists(DIGESTS, max_size=12), min_size=1, max_size=5), range_documents=st.integers(1, 20))
+def test_duplicates_are_those_of_a_set(folder, parts, range_documents):
+    """Digests at the boundaries of ranges, or equal in one half; in one file or several, some of them empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "RANGE_DOCUMENTS", share)
-        found = find_duplicates(saved(folder, parts))
-    assert [rows.tolist() for rows in found] == plain(parts)
-    assert all(rows.dtype == np.int64 for rows in found)
+        patch.setattr(duplicates, "RANGE_DOCUMENTS", range_documents)
+        duplicate_rows = find_duplicates(saved(folder, parts))
+    assert [rows.tolist() for rows in duplicate_rows] == duplicates_by_set(parts)
+    assert all(rows.dtype == np.int64 for rows in duplicate_rows)
 
 
 def test_memory_does_not_grow_with_the_corpus(folder, monkeypatch):
@@ -58,8 +58,8 @@ def test_memory_does_not_grow_with_the_corpus(folder, monkeypatch):
     files = saved(folder, parts)
     monkeypatch.setattr(duplicates, "RANGE_DOCUMENTS", 10_000)
     tracemalloc.start()
-    found = find_duplicates(files)
+    duplicate_rows = find_duplicates(files)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [len(rows) for rows in found] == [25_000 * (number in (2, 4, 6, 8)) for number in range(10)]
+    assert [len(rows) for rows in duplicate_rows] == [25_000 * (number in (2, 4, 6, 8)) for number in range(10)]
     assert peak < 6 << 20

@@ -1,6 +1,6 @@
-"""Conversions that are killed, interrupted or run out of disk go on where they were, and the result is the same bytes.
+"""Conversions that are killed, interrupted or run out of disk space resume and write the same bytes.
 
-The tool runs as its users run it, in processes of its own; only the size of parts is small, so that there are many.
+The tool runs in its own processes, as users run it; only parts are small, so that there are many.
 """
 
 import json
@@ -26,8 +26,8 @@ from mythos_dist.prepare.convert import convert
 pytestmark = pytest.mark.launch
 
 REPOSITORY = Path(__file__).parents[2]
-# tools/make_shards.py with parts of one row group, as a user's command otherwise. With SLOW a part takes as long as a
-# larger one would: long enough to interrupt the tool between two of them on any machine.
+# tools/make_shards.py with parts of one row group. SLOW: seconds that each part takes longer, so that the tool can be
+# interrupted between two parts on any machine.
 TOOL = """
 import os, runpy, sys, time
 import mythos_dist.prepare.convert as shards
@@ -45,7 +45,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def task(data_folder, tokenizer, tmp_path_factory):
-    """(arguments, the folder that an undisturbed conversion makes): 60 parts, held-out documents, duplicates."""
+    """(arguments, output folder of an uninterrupted conversion): 60 parts, held-out documents, duplicates."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -56,11 +56,11 @@ def task(data_folder, tokenizer, tmp_path_factory):
         *("--input", str(work / "corpus.parquet"), "--tokenizer", str(tokenizer.path), "--seq-len", "64"),
         *("--heldout", "0.1", "--dedup", "--workers", "2"),
     ]
-    told = run([*arguments, "--out", str(work / "whole"), "--json"])
-    assert told.returncode == 0, told.stderr
-    manifest = json.loads(told.stdout)
+    result = run([*arguments, "--out", str(work / "uninterrupted"), "--json"])
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads(result.stdout)
     assert manifest["documents"]["duplicate"] > 300 and manifest["seconds"] > 0 and manifest["tokens_per_second"] > 0
-    return arguments, work / "whole"
+    return arguments, work / "uninterrupted"
 
 
 def command(arguments: list[str]) -> list[str]:
@@ -74,22 +74,22 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess:
 def wait_for(condition, seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.002)
 
 
-def test_nothing_that_converts_imports_torch_or_streaming():
-    """They take 700 MB in each worker."""
+def test_conversion_and_verification_import_neither_torch_nor_streaming():
+    """These take 700 MB in each worker."""
     code = "import mythos_dist.prepare.convert, mythos_dist.prepare.verify, sys\n"
     code += "print({*sys.modules} & {'torch', 'streaming'})"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=REPOSITORY)
-    assert told.stdout == "set()\n", told.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=REPOSITORY)
+    assert result.stdout == "set()\n", result.stderr
 
 
 @pytest.mark.timeout(800)
-def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(task, tmp_path, seed):
-    """kill -9 of the tool alone; its workers end by themselves, so the next run has the folder for itself."""
-    arguments, whole = task
+def test_a_conversion_killed_ten_times_at_random_writes_the_same_bytes(task, tmp_path, seed):
+    """kill -9 of the tool only; its workers end by themselves, so the next run has no concurrent writer."""
+    arguments, uninterrupted = task
     draw = random.Random(seed)
     out, kills = tmp_path / "out", 0
 
@@ -98,12 +98,12 @@ def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(task, tm
 
     while kills < 10:
         job = subprocess.Popen(command([*arguments, "--out", str(out), "--quiet"]), cwd=REPOSITORY)
-        if kills % 2:  # half of the kills come once there is something to lose
+        if kills % 2:  # half of the kills are after some parts were written
             enough = records() + draw.randrange(12)
             wait_for(lambda: job.poll() is not None or records() > enough)  # noqa: B023
         time.sleep(draw.random() * 0.7)
-        if job.poll() is not None:  # it was faster
-            assert job.returncode == 0 and contents(out) == contents(whole), f"{kills} kills"
+        if job.poll() is not None:  # it completed before the kill
+            assert job.returncode == 0 and contents(out) == contents(uninterrupted), f"{kills} kills"
             shutil.rmtree(out)
             continue
         family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
@@ -111,13 +111,13 @@ def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bytes(task, tm
         job.wait()
         assert ended(family, 240), "a worker outlived its parent"
         kills += 1
-    told = run([*arguments, "--out", str(out)])
-    assert told.returncode == 0, told.stderr
-    assert contents(out) == contents(whole)
+    result = run([*arguments, "--out", str(out)])
+    assert result.returncode == 0, result.stderr
+    assert contents(out) == contents(uninterrupted)
 
 
-def test_a_killed_worker_costs_nothing_but_time(task, tmp_path):
-    arguments, whole = task
+def test_a_killed_worker_does_not_change_the_result(task, tmp_path):
+    arguments, uninterrupted = task
     out = tmp_path / "out"
     job = subprocess.Popen(
         command([*arguments, "--out", str(out), "--quiet"]),
@@ -130,11 +130,11 @@ def test_a_killed_worker_costs_nothing_but_time(task, tmp_path):
     psutil.Process(job.pid).children()[0].kill()
     _, errors = job.communicate(timeout=240)
     assert (job.returncode, errors) == (0, "")
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(uninterrupted)
 
 
-def test_ctrl_c_says_one_line_and_the_same_command_goes_on(task, tmp_path):
-    arguments, whole = task
+def test_ctrl_c_prints_one_line_and_the_same_command_resumes(task, tmp_path):
+    arguments, uninterrupted = task
     out = tmp_path / "out"
     job = subprocess.Popen(
         command([*arguments, "--out", str(out)]),
@@ -150,40 +150,40 @@ def test_ctrl_c_says_one_line_and_the_same_command_goes_on(task, tmp_path):
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 130
     assert errors == "stopped; run the same command again to resume\n"
-    told = run([*arguments, "--out", str(out)])
-    assert told.returncode == 0 and re.search(r"converting: resuming, \d+ % already done", told.stderr)
-    assert contents(out) == contents(whole)
+    result = run([*arguments, "--out", str(out)])
+    assert result.returncode == 0 and re.search(r"converting: resuming, \d+ % already done", result.stderr)
+    assert contents(out) == contents(uninterrupted)
 
 
 @pytest.mark.parametrize("kilobytes", [64, 160, 300])  # for the first parts, for about half, for nearly all
 def test_a_full_disk_loses_nothing(task, tmp_path, kilobytes):
-    arguments, whole = task
-    size = sum(len(content) for content in contents(whole).values())
+    arguments, uninterrupted = task
+    size = sum(len(content) for content in contents(uninterrupted).values())
     assert size > 320_000, size
     with small_disk(tmp_path / "disk", kilobytes):
         out = tmp_path / "disk" / "out"
-        told = run([*arguments, "--out", str(out)])
-        assert told.returncode == 2
-        assert "No space left on device" in told.stderr and "it resumes where it stopped" in told.stderr
-        assert "Traceback" not in told.stderr and not (out / "manifest.json").exists()
+        result = run([*arguments, "--out", str(out)])
+        assert result.returncode == 2
+        assert "No space left on device" in result.stderr and "it resumes where it stopped" in result.stderr
+        assert "Traceback" not in result.stderr and not (out / "manifest.json").exists()
         enlarge(tmp_path / "disk")
-        told = run([*arguments, "--out", str(out)])
-        assert told.returncode == 0, told.stderr
-        assert contents(out) == contents(whole)
+        result = run([*arguments, "--out", str(out)])
+        assert result.returncode == 0, result.stderr
+        assert contents(out) == contents(uninterrupted)
 
 
-def test_a_batch_jobs_log_is_quiet_on_request(task, tmp_path):
-    """Not a terminal: no bar either way. What is found goes to standard output."""
+def test_output_without_a_terminal(task, tmp_path):
+    """No progress bar. The summary is on standard output, unless --quiet is given."""
     arguments, _ = task
-    told = run([*arguments, "--out", str(tmp_path / "said")])
-    assert told.stderr == "" and "documents read, left out: " in told.stdout and "windows of 64" in told.stdout
+    result = run([*arguments, "--out", str(tmp_path / "out")])
+    assert result.stderr == "" and "documents read, left out: " in result.stdout and "windows of 64" in result.stdout
     quiet = run([*arguments, "--out", str(tmp_path / "quiet"), "--quiet"])
     assert (quiet.stdout, quiet.stderr) == ("", "")
-    again = run([*arguments, "--out", str(tmp_path / "said")])
+    again = run([*arguments, "--out", str(tmp_path / "out")])
     assert "already converted with these settings; nothing to do" in again.stderr
 
 
-def test_lines_come_now_and_then_where_nobody_watches(task, tokenizer, tmp_path, monkeypatch, capsys):
+def test_progress_lines_are_printed_periodically_without_a_terminal(task, tokenizer, tmp_path, monkeypatch, capsys):
     from mythos_dist.prepare import progress
 
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
@@ -192,7 +192,7 @@ def test_lines_come_now_and_then_where_nobody_watches(task, tokenizer, tmp_path,
     assert re.fullmatch(r"converting: \d+ %, [\d.]+ MB/s of text, [\d.]+ Mtok/s, [\d.]+ GB on disk, 00:\d\d left", line)
 
 
-def test_a_person_sees_a_bar_with_rate_and_time_left(task, tmp_path):
+def test_a_terminal_shows_a_progress_bar_with_rate_and_time_left(task, tmp_path):
     arguments, _ = task
     controller, terminal = pty.openpty()
     subprocess.run(["stty", "rows", "40", "cols", "150"], stdin=terminal, check=True)
@@ -202,7 +202,7 @@ def test_a_person_sees_a_bar_with_rate_and_time_left(task, tmp_path):
     try:
         while piece := os.read(controller, 4096):
             shown += piece
-    except OSError:  # the other side is closed
+    except OSError:  # the tool has exited and closed the terminal
         pass
     os.close(controller)
     assert job.wait(timeout=120) == 0
@@ -211,7 +211,7 @@ def test_a_person_sees_a_bar_with_rate_and_time_left(task, tmp_path):
     assert re.search(r"converting: +\d+%\|.*\[\d\d:\d\d<.*B/s, [\d.]+ Mtok/s, [\d.]+ GB on disk\]", text), text[-500:]
 
 
-def test_the_users_mistakes_are_two_and_no_traceback(task, tmp_path):
+def test_invalid_options_exit_with_code_2_and_without_a_traceback(task, tmp_path):
     arguments, _ = task
     for more, message in [
         (["--seq-len", "0"], "seq_len=0 must be at least 1"),
@@ -222,6 +222,6 @@ def test_the_users_mistakes_are_two_and_no_traceback(task, tmp_path):
         (["--text-column", "body"], "no column 'body'; the columns are text"),
         (["--min-score", "3"], "no column 'score'; the columns are text"),
     ]:
-        told = run([*arguments, "--out", str(tmp_path / "out"), *more])
-        assert told.returncode == 2 and message in told.stderr and "Traceback" not in told.stderr, told.stderr
+        result = run([*arguments, "--out", str(tmp_path / "out"), *more])
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()

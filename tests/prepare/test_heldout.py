@@ -1,4 +1,4 @@
-"""A held-out split of few documents: cut from inside documents, exactly, at any number of workers, after any stop."""
+"""The held-out split of few documents: the exact last windows, at any number of workers, also after an interruption."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ SHARE = 0.24  # of `many_parts`
 
 
 def text(length: int, seed: int = 0) -> str:
-    """`length` characters, other ones for each seed, so that no two windows are equal by accident."""
+    """`length` characters that differ by seed, so that no two windows are equal by chance."""
     words = (f"{seed}-{i} " for i in range(length))
     return "".join(words)[:length]
 
@@ -52,21 +52,21 @@ def write_files(folder: Path, texts: list[str]) -> Path:
 def test_few_documents_give_a_held_out_split_and_no_token_is_lost_or_in_both(
     byte_tokenizer, tmp_path, texts, heldout, windows, compression
 ):
-    """Against a plain loop, and the shares by hand; then every file and count once more by `verify`."""
+    """Against a plain loop and window counts by hand; `verify` then checks all files and counts."""
     source, out = write_files(tmp_path / "texts", texts), tmp_path / "out"
     manifest = convert(source, byte_tokenizer, SEQ_LEN, out, heldout=heldout, compression=compression, quiet=True)
-    found = tuple(manifest.splits[split].windows for split in SPLITS)
-    assert found == windows
+    converted = tuple(manifest.splits[split].windows for split in SPLITS)
+    assert converted == windows
     assert verify(out).ok, verify(out)
     summary = manifest.summary()
-    assert ("training runs without evaluation" in summary) == (found[1] == 0)
-    assert ("cut from the end of the text" in summary) == (found[1] > 0)
+    assert ("training runs without evaluation" in summary) == (converted[1] == 0)
+    assert ("cut from the end of the text" in summary) == (converted[1] > 0)
     assert manifest.heldout_by == ("window" if heldout else "document")
     if compression is None:
         assert_holds(out, manifest, expect([[(one, None) for one in texts]], byte_tokenizer, SEQ_LEN, heldout))
 
 
-def test_lines_that_are_too_few_are_cut_and_many_are_held_out_whole(byte_tokenizer, tmp_path):
+def test_few_lines_are_held_out_by_window_and_many_by_document(byte_tokenizer, tmp_path):
     lines = [text(40, seed) for seed in range(60)]
     for count, by in ((3, "window"), (60, "document")):
         file = tmp_path / f"{count}.txt"
@@ -80,8 +80,8 @@ def test_lines_that_are_too_few_are_cut_and_many_are_held_out_whole(byte_tokeniz
         assert_holds(tmp_path / f"{count}.out", manifest, expect([documents], byte_tokenizer, SEQ_LEN, 0.1))
 
 
-def test_a_long_document_that_the_hash_holds_out_does_not_leave_training_without_text(byte_tokenizer, tmp_path):
-    """Of 60 documents with a share of 0.3 one is most of the text, and the hash of one of these texts holds it out."""
+def test_a_long_document_is_not_held_out_if_it_is_most_of_the_text(byte_tokenizer, tmp_path):
+    """Its hash would hold it out: 61 documents with a share of 0.3."""
     texts = (text(5000, seed) for seed in range(100, 200))
     long = next(one for one in texts if is_heldout(text_digest(one.encode()), 0.3))
     source = write_files(tmp_path / "texts", [*(text(40, seed) for seed in range(60)), long])
@@ -92,50 +92,50 @@ def test_a_long_document_that_the_hash_holds_out_does_not_leave_training_without
 
 @pytest.fixture
 def many_parts(part_per_span, write_parquet):
-    """Four documents, each a part; with a share of SHARE some are held out by their hash at first."""
+    """Four documents, each a part. With the share SHARE, hashes hold out some of them before the rule changes."""
     texts = [text(60 + 7 * seed, seed) for seed in range(7, 11)]
     assert 0 < sum(is_heldout(text_digest(one.encode()), SHARE) for one in texts) < 3
     return write_parquet(rows=1, text=texts), [[(one, None)] for one in texts]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_the_cut_is_the_same_at_any_number_of_workers(many_parts, byte_tokenizer, tmp_path, workers):
+def test_held_out_windows_are_the_same_at_any_number_of_workers(many_parts, byte_tokenizer, tmp_path, workers):
     source, parts = many_parts
     expected = expect(parts, byte_tokenizer, SEQ_LEN, SHARE)
     manifest = convert(source, byte_tokenizer, SEQ_LEN, tmp_path / "out", heldout=SHARE, workers=workers, quiet=True)
     assert manifest.heldout_by == "window"
     assert_holds(tmp_path / "out", manifest, expected)
-    everything = Counter(map(tuple, (one for split in SPLITS for one in read_windows(tmp_path / "out", split))))
-    assert max(everything.values()) == 1
+    windows = Counter(map(tuple, (one for split in SPLITS for one in read_windows(tmp_path / "out", split))))
+    assert max(windows.values()) == 1
 
 
 class Stop(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 def test_a_conversion_stopped_at_any_file_operation_gives_the_same_bytes(
     many_parts, byte_tokenizer, tmp_path, monkeypatch
 ):
-    """Stopped before its n-th rename, unlink or rmtree, for every n, then given again: also where parts that have
-    held-out documents have to be converted anew, and where shards were cut already."""
+    """Stopped before its n-th rename, unlink or rmtree, for every n, then started again: also when parts with held-out
+    documents must be converted again, and after the held-out windows were moved."""
     source, _ = many_parts
 
     def run(out):
         return convert(source, byte_tokenizer, SEQ_LEN, out, heldout=SHARE, quiet=True)
 
-    whole = run(tmp_path / "whole")
-    assert whole.heldout_by == "window"
+    expected = run(tmp_path / "uninterrupted")
+    assert expected.heldout_by == "window"
     counted = limit = 0
 
     def stopping(operation):
-        def one(*args, **options):
+        def count_or_stop(*args, **options):
             nonlocal counted
             counted += 1
             if counted == limit:
                 raise Stop
             return operation(*args, **options)
 
-        return one
+        return count_or_stop
 
     for n in range(1, 1000):
         out, counted, limit = tmp_path / "out", 0, n
@@ -149,22 +149,22 @@ def test_a_conversion_stopped_at_any_file_operation_gives_the_same_bytes(
                 break
             except Stop:
                 pass
-        assert run(out) == whole, n
-        assert contents(out) == contents(tmp_path / "whole"), n
+        assert run(out) == expected, n
+        assert contents(out) == contents(tmp_path / "uninterrupted"), n
         shutil.rmtree(out)
     assert n > 30
 
 
-def test_text_for_no_window_is_refused_with_all_its_tokens(byte_tokenizer, tmp_path):
-    """With a share of 0.5 the hash of one document may hold it out: the count is of all text all the same."""
+def test_text_that_fills_no_window_is_refused_with_its_number_of_tokens(byte_tokenizer, tmp_path):
+    """The number includes held-out text: with a share of 0.5, the hash holds out some of these documents."""
     for seed in range(8):
         source = write_files(tmp_path / f"texts{seed}", [text(14, seed)])
         with pytest.raises(UserError, match="14 tokens of text do not fill one window of seq_len=15"):
             convert(source, byte_tokenizer, SEQ_LEN, tmp_path / "out", heldout=0.5, quiet=True)
 
 
-def test_verify_finds_counts_of_a_cut_that_contradict_each_other(byte_tokenizer, tmp_path):
-    """A cut ends with a whole window, so nothing of the held-out part can have been dropped."""
+def test_verify_finds_contradictory_counts_of_held_out_windows(byte_tokenizer, tmp_path):
+    """The held-out split ends with a complete window, so none of its tokens can have been dropped."""
     out = tmp_path / "out"
     convert(write_files(tmp_path / "texts", [text(3000)]), byte_tokenizer, SEQ_LEN, out, heldout=0.1, quiet=True)
     good = (out / "manifest.json").read_text()

@@ -1,4 +1,4 @@
-"""Files are found, named, told apart, and read over a network that fails now and then."""
+"""Files are found, named and identified, and are read over a network that fails from time to time."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ from mythos_dist.prepare.names import kind_of
 TEXTS = [f"document {number} of the remote corpus, {'word ' * (number % 7)}" for number in range(60)]
 
 
-def test_names_say_what_files_hold():
+def test_formats_follow_from_file_names():
     for name, kind in {
         "a.parquet": ("parquet", None),
         "a.PARQUET": ("parquet", None),
@@ -39,7 +39,7 @@ def test_names_say_what_files_hold():
     assert not any(map(kind_of, ["a", "a.gz", "a.parquet.gz", "a.csv", ".parquet", "a.txt.lz4", "parquet"]))
 
 
-def test_a_folder_a_pattern_and_a_list_stand_for_their_files(tmp_path):
+def test_folders_patterns_and_lists_select_their_files(tmp_path):
     for name in ("b/2.txt", "b/10.txt", "a.parquet", "c.jsonl.gz", "b/notes.pdf", "b/.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * len(name))
@@ -57,14 +57,14 @@ def test_a_folder_a_pattern_and_a_list_stand_for_their_files(tmp_path):
     assert [source.size for source in find_sources(tmp_path / "b")] == [8, 7]
 
 
-def test_a_file_named_twice_is_read_once(tmp_path, monkeypatch):
+def test_a_file_given_twice_is_read_once(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
     for again in ("a.txt", "./a.txt", ".", "*.txt", f"../{tmp_path.name}/a.txt", tmp_path):
         assert len(find_sources([tmp_path / "a.txt", again])) == 1, again
 
 
-def test_everything_wrong_with_the_inputs_is_said_at_once(tmp_path):
+def test_all_problems_of_the_inputs_are_reported_at_once(tmp_path):
     (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as error:
@@ -81,8 +81,8 @@ def test_everything_wrong_with_the_inputs_is_said_at_once(tmp_path):
         find_sources([])
 
 
-def test_a_file_that_the_disk_does_not_give_is_named(tmp_path, byte_tokenizer):
-    """/proc/self/mem is a regular file whose first byte gives EIO."""
+def test_a_file_with_read_errors_is_named(tmp_path, byte_tokenizer):
+    """/proc/self/mem is a regular file whose first byte cannot be read (EIO)."""
     (tmp_path / "bad.jsonl").symlink_to("/proc/self/mem")
     (tmp_path / "bad.parquet").symlink_to(f"/proc/self/task/{os.getpid()}/mem")  # another file
     with pytest.raises(UserError, match=r"(?s)2 problems.*bad.jsonl: cannot be read \(OSError.*bad.parquet: cannot"):
@@ -94,7 +94,7 @@ def test_a_file_that_the_disk_does_not_give_is_named(tmp_path, byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def remote_folder(tmp_path_factory):
-    """TEXTS in parquet (four row groups), in plain and in packed JSON lines."""
+    """TEXTS in parquet (four row groups), JSON lines and compressed JSON lines."""
     folder = tmp_path_factory.mktemp("remote")
     pq.write_table(pa.table({"text": TEXTS}), folder / "a.parquet", row_group_size=15)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -107,14 +107,16 @@ NAMES = ("a.parquet", "b.jsonl", "c.jsonl.gz")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_remote_corpus_gives_the_local_ones_bytes(remote_folder, byte_tokenizer, tmp_path, part_per_span, workers):
+def test_a_remote_corpus_gives_the_same_bytes_as_a_local_one(
+    remote_folder, byte_tokenizer, tmp_path, part_per_span, workers
+):
     local = convert(remote_folder, byte_tokenizer, 16, tmp_path / "local", quiet=True)
     with serving(remote_folder) as (url, _):
         inputs = [f"{url}/{name}?download=true" for name in NAMES]
         remote = convert(inputs, byte_tokenizer, 16, tmp_path / "remote", workers=workers, quiet=True)
-    here, there = contents(tmp_path / "local"), contents(tmp_path / "remote")
-    assert here.pop("manifest.json") != there.pop("manifest.json")
-    assert here == there
+    from_local, from_remote = contents(tmp_path / "local"), contents(tmp_path / "remote")
+    assert from_local.pop("manifest.json") != from_remote.pop("manifest.json")
+    assert from_local == from_remote
     assert [one.hash for one in remote.inputs] == [f"etag:{one.name}-{one.size}" for one in local.inputs]
     assert [(one.name, one.size) for one in remote.inputs] == [(one.name, one.size) for one in local.inputs]
     spans = [TEXTS[i : i + 15] for i in range(0, 60, 15)] + [TEXTS, TEXTS]
@@ -126,18 +128,18 @@ def test_a_remote_corpus_gives_the_local_ones_bytes(remote_folder, byte_tokenize
 def test_dropped_connections_are_tried_again(
     remote_folder, byte_tokenizer, tmp_path, part_per_span, monkeypatch, workers
 ):
-    """The first answers are those to the look at the files, the later ones carry text."""
+    """Both in the first responses, while files are inspected, and in later ones, while text is read."""
     monkeypatch.setattr(convert_module, "RETRY_SECONDS", 0.01)
     convert(remote_folder, byte_tokenizer, 16, tmp_path / "local", quiet=True)
     with serving(remote_folder, drop=(1, 2, 5, 8, 10)) as (url, server):
         inputs = [f"{url}/{name}" for name in NAMES]
         convert(inputs, byte_tokenizer, 16, tmp_path / "remote", workers=workers, quiet=True)
         assert server.answers > 10
-    here, there = contents(tmp_path / "local"), contents(tmp_path / "remote")
-    assert {**here, "manifest.json": b""} == {**there, "manifest.json": b""}
+    from_local, from_remote = contents(tmp_path / "local"), contents(tmp_path / "remote")
+    assert {**from_local, "manifest.json": b""} == {**from_remote, "manifest.json": b""}
 
 
-def test_a_server_that_always_drops_is_given_up_and_the_file_named(
+def test_a_server_that_always_drops_connections_gives_an_error_that_names_the_file(
     remote_folder, byte_tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(convert_module, "RETRY_SECONDS", 0.01)
@@ -149,10 +151,10 @@ def test_a_server_that_always_drops_is_given_up_and_the_file_named(
     assert server.answers < 20
 
 
-def test_a_server_without_ranges_serves_small_files_and_large_ones_are_refused(
+def test_without_range_requests_small_files_are_read_and_large_ones_refused(
     remote_folder, byte_tokenizer, tmp_path, monkeypatch
 ):
-    """Up to 8 MB, one answer is the whole file."""
+    """Files of up to 8 MB are read in one response."""
     monkeypatch.setattr(convert_module, "RETRY_SECONDS", 0.01)
     with serving(remote_folder, ranges=False, etags=False) as (url, _):
         inputs = [f"{url}/{name}" for name in NAMES]
@@ -166,7 +168,7 @@ def test_a_server_without_ranges_serves_small_files_and_large_ones_are_refused(
         convert(f"{url}/large.parquet", byte_tokenizer, 16, tmp_path / "large", quiet=True)
 
 
-def test_what_a_server_does_not_have_is_named(remote_folder, tmp_path):
+def test_missing_remote_files_are_named(remote_folder, tmp_path):
     with serving(remote_folder) as (url, _), pytest.raises(UserError) as error:
         find_sources([f"{url}/absent.parquet", f"{url}/a.parquet", f"{url}/gone.jsonl"])
     assert [problem.split(": cannot")[0] for problem in error.value.problems] == [
@@ -178,7 +180,7 @@ def test_what_a_server_does_not_have_is_named(remote_folder, tmp_path):
         find_sources("http://127.0.0.1:9/a.parquet")
 
 
-def test_a_protocol_without_its_package_names_the_package():
+def test_a_protocol_whose_package_is_missing_is_reported_with_the_package():
     pytest.importorskip("fsspec")
     try:
         import s3fs  # noqa: F401
@@ -190,12 +192,12 @@ def test_a_protocol_without_its_package_names_the_package():
 
 
 def test_hugging_face_paths_reach_its_hub(monkeypatch):
-    """No network here: what counts is that the path is understood, and that failing takes no minute."""
+    """Without a network: the path is parsed correctly, and the failure is not retried for a minute."""
     hub = pytest.importorskip("huggingface_hub")
-    asked = []
+    requested = []
 
     def info(self, path, *arguments, **options):
-        asked.append(path)
+        requested.append(path)
         raise ConnectionError("no network")
 
     monkeypatch.setattr(hub.HfFileSystem, "info", info)
@@ -203,10 +205,10 @@ def test_hugging_face_paths_reach_its_hub(monkeypatch):
     for path in ("sample/10BT/000.parquet", "sample/10BT/*.parquet"):
         with pytest.raises(UserError, match=r"cannot be found or reached \(ConnectionError: no network\)"):
             find_sources(f"hf://datasets/HuggingFaceFW/fineweb-edu/{path}")
-    assert asked == [f"datasets/HuggingFaceFW/fineweb-edu/sample/10BT{name}" for name in ("/000.parquet", "")]
+    assert requested == [f"datasets/HuggingFaceFW/fineweb-edu/sample/10BT{name}" for name in ("/000.parquet", "")]
 
 
-def test_the_hash_is_that_of_the_content_wherever_a_server_tells(tmp_path, monkeypatch):
+def test_a_remote_file_has_the_hash_that_its_server_reports(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     local, remote = (Source(path, "a", "text", None, 1) for path in (str(tmp_path / "a.txt"), "memory://a.txt"))
     assert content_hash(local) == f"sha256:{file_sha256(tmp_path / 'a.txt')}"
@@ -222,7 +224,7 @@ def test_the_hash_is_that_of_the_content_wherever_a_server_tells(tmp_path, monke
         assert content_hash(remote) == expected
 
 
-def test_memory_files_are_remote_as_well(byte_tokenizer, tmp_path):
+def test_files_of_fsspecs_memory_file_system_are_converted(byte_tokenizer, tmp_path):
     import fsspec
 
     fsspec.filesystem("memory").pipe("/corpus/a.txt", b"some text that is long enough")

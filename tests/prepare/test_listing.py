@@ -1,4 +1,4 @@
-"""Which files a folder, a pattern and a URL stand for, and that all others are named with the reason."""
+"""The files that a folder, a pattern or a URL selects; all others are listed with the reason."""
 
 import json
 import os
@@ -36,7 +36,7 @@ HIDDEN_FOLDERS = [".git/", ".ipynb_checkpoints/", "__MACOSX/", "_temporary/", "b
 
 @pytest.fixture
 def folder(tmp_path):
-    """DATA, NO_DATA and data in HIDDEN_FOLDERS; each of its own size."""
+    """DATA, NO_DATA and data in HIDDEN_FOLDERS; each file has another size."""
     top = tmp_path / "corpus"
     for i, name in enumerate([*DATA, *NO_DATA, *(f"{hidden}x.txt" for hidden in HIDDEN_FOLDERS)]):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def left_out(listing):
 
 
 def in_memory(folder):
-    """A copy in fsspec's file system in memory; its URL."""
+    """Copy a folder to fsspec's memory file system; returns its URL."""
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -62,7 +62,7 @@ def in_memory(folder):
 
 
 @pytest.mark.parametrize("form", ["folder", "folder/", "**", "**/*", "*", "memory", "memory **/*", "memory *"])
-def test_a_folder_its_patterns_and_a_remote_copy_are_one_corpus(folder, form):
+def test_a_folder_its_patterns_and_a_remote_copy_give_the_same_files(folder, form):
     if form.startswith("memory"):
         given = in_memory(folder) + form.removeprefix("memory").replace(" ", "/")
     else:
@@ -82,7 +82,7 @@ def test_a_file_given_by_name_is_taken_whatever_its_name(folder):
     assert [source.name for source in find_sources(folder / "_temporary")] == ["x.txt"]
 
 
-def test_documentation_is_text_where_all_files_are_of_its_kind(tmp_path):
+def test_markdown_documentation_is_text_if_all_files_are_markdown(tmp_path):
     for name in ("README.md", "guide.md", "api/README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -93,7 +93,7 @@ def test_documentation_is_text_where_all_files_are_of_its_kind(tmp_path):
     assert [source.name for source in find_sources(tmp_path / "books")] == ["a.txt"]
 
 
-def test_links_are_followed_each_file_is_read_once_and_circles_end(tmp_path):
+def test_links_are_followed_each_file_is_read_once_and_cycles_end(tmp_path):
     top, other = tmp_path / "top", tmp_path / "other"
     for file in (top / "real" / "a.txt", top / "b.txt", other / "c.txt"):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def test_links_are_followed_each_file_is_read_once_and_circles_end(tmp_path):
 
 
 @pytest.mark.parametrize("name, problem", [("gone.txt", "is a link to nothing"), ("pipe", "is neither a file nor a")])
-def test_a_name_that_stands_for_no_file_is_an_error(tmp_path, name, problem):
+def test_a_path_that_is_neither_file_nor_folder_is_an_error(tmp_path, name, problem):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=f"{name}: {problem}"):
@@ -133,7 +133,7 @@ def test_a_name_that_stands_for_no_file_is_an_error(tmp_path, name, problem):
 def test_patterns_are_matched_as_the_shell_does(folder):
     names = {
         "*.parquet": ["a.parquet"],
-        "d*": ["d.jsonl.zst"],  # a folder that matches stands for all below it
+        "d*": ["d.jsonl.zst"],  # a folder that matches selects everything below it
         "deep/**/*.zst": ["d.jsonl.zst"],
         "**/er/*": ["d.jsonl.zst"],
         "[ab].*": ["a.parquet", "b.JSONL"],
@@ -150,15 +150,15 @@ def test_patterns_are_matched_as_the_shell_does(folder):
             find_sources(f"{folder}/{pattern}")
 
 
-def test_a_folder_of_which_nothing_is_taken_says_what_it_holds(tmp_path):
+def test_a_folder_without_data_is_refused_with_what_it_contains(tmp_path):
     for name in ("a.csv", "b.csv", "._c.txt"):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=r"no file there is called .*; not taken: 2 format not read \(.csv\), 1 hidden"):
         find_sources(tmp_path)
 
 
-def test_a_folder_that_cannot_be_read_ends_the_conversion_or_is_listed(folder, byte_tokenizer, tmp_path, monkeypatch):
-    """Permissions do not stop a root user, so the system call is replaced."""
+def test_an_unreadable_folder_stops_the_conversion_or_is_listed(folder, byte_tokenizer, tmp_path, monkeypatch):
+    """Permissions do not apply to root, so os.scandir is replaced."""
     scandir = os.scandir
 
     def denied(path):
@@ -177,8 +177,9 @@ def test_a_folder_that_cannot_be_read_ends_the_conversion_or_is_listed(folder, b
     assert [(one.name, one.where) for one in manifest.skipped] == [("books/", "folder")]
 
 
-def test_a_conversion_says_what_it_takes_and_its_manifest_names_the_rest(tmp_path, byte_tokenizer, capsys):
-    """With the output, and an earlier one, inside of the input: neither is read, also when it is given again."""
+def test_a_conversion_prints_its_inputs_and_lists_the_rest_in_its_manifest(tmp_path, byte_tokenizer, capsys):
+    """The input folder contains the output and that of an earlier conversion: neither is read, also not by a second
+    run of the command."""
     top = tmp_path / "top"
     top.mkdir()
     pq.write_table(pa.table({"text": ["a text of some length"] * 5}), top / "a.parquet")
@@ -188,8 +189,8 @@ def test_a_conversion_says_what_it_takes_and_its_manifest_names_the_rest(tmp_pat
     convert(top, byte_tokenizer, 4, top / "earlier", heldout=0, quiet=True)
     assert capsys.readouterr().err == ""
     manifest = convert(top, byte_tokenizer, 4, top / "out", heldout=0)
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
         f"inputs: 2 files (1 parquet, 1 plain text), {sum(one.size for one in manifest.inputs) / 1e6:.1f} MB",
         "note: plain text is converted too: x.txt; to leave it out, give a pattern as input",
         "not taken: 1 shards: earlier/",
@@ -198,9 +199,9 @@ def test_a_conversion_says_what_it_takes_and_its_manifest_names_the_rest(tmp_pat
     ]
     assert (manifest.documents.read, len(manifest.inputs)) == (6, 2)
     assert read_shard_manifest(top / "out") == manifest
-    found = {one.name: one.reason for one in manifest.left_out}
+    reasons = {one.name: one.reason for one in manifest.left_out}
     assert (
-        found.items()
+        reasons.items()
         >= {"README.md": "documentation", "more.csv": "format not read (.csv)", "earlier/": "shards"}.items()
     )
     assert "not taken: " in manifest.summary() and "manifest.json lists them" in manifest.summary()
@@ -224,8 +225,7 @@ def test_the_tokenizer_is_trained_on_the_files_that_are_converted(folder, capsys
     assert "hidden (the name begins with . or _): " in capsys.readouterr().err
 
 
-def test_a_manifest_without_a_list_of_what_was_left_out_is_read(tmp_path, byte_tokenizer):
-    """As earlier versions wrote it."""
+def test_a_manifest_of_an_earlier_version_without_left_out_is_read(tmp_path, byte_tokenizer):
     (tmp_path / "a.txt").write_text("some text")
     convert(tmp_path / "a.txt", byte_tokenizer, 4, tmp_path / "out", heldout=0, quiet=True)
     file = tmp_path / "out" / "manifest.json"
@@ -235,8 +235,8 @@ def test_a_manifest_without_a_list_of_what_was_left_out_is_read(tmp_path, byte_t
     assert read_shard_manifest(tmp_path / "out").left_out == ()
 
 
-def test_names_of_any_bytes_are_listed_and_stored(tmp_path, byte_tokenizer, capsys):
-    """Line ends, control sequences of a terminal, and bytes that are not UTF-8."""
+def test_file_names_of_any_bytes_are_printed_and_stored(tmp_path, byte_tokenizer, capsys):
+    """Line breaks, terminal control sequences, and bytes that are not UTF-8."""
     top = tmp_path / "top"
     top.mkdir()
     names = [b"bad\xff.txt", b"line\nend.txt", b"red\x1b[31m.csv", b"gone\xff.txt.csv"]
@@ -245,8 +245,8 @@ def test_names_of_any_bytes_are_listed_and_stored(tmp_path, byte_tokenizer, caps
     manifest = convert(top, byte_tokenizer, 4, tmp_path / "out", heldout=0)
     assert read_shard_manifest(tmp_path / "out") == manifest
     assert [one.name for one in manifest.inputs] == ["bad\\udcff.txt", "line\nend.txt"]
-    said = capsys.readouterr().err
-    assert "red\\x1b[31m.csv" in said and "\x1b" not in said and len(said.splitlines()) == 2
-    said.encode()
+    printed = capsys.readouterr().err
+    assert "red\\x1b[31m.csv" in printed and "\x1b" not in printed and len(printed.splitlines()) == 2
+    printed.encode()
     with pytest.raises(UserError, match="an empty name; name a file, a folder or a pattern"):
         find_sources("")

@@ -1,4 +1,4 @@
-"""Shards and index entries are those of streaming's own MDSWriter, and streaming reads them."""
+"""Shards and index entries equal those of streaming's MDSWriter, and streaming reads them."""
 
 import json
 
@@ -13,7 +13,7 @@ from mythos_dist.prepare.mds import ShardWriter
 
 
 def reference(folder, tokens, seq_len, compression, size_limit):
-    """Index entries of what MDSWriter makes of the windows of `tokens`."""
+    """Write the windows of `tokens` with MDSWriter; returns its index entries."""
     from streaming import MDSWriter
 
     columns = {"tokens": f"ndarray:{tokens.dtype}:{seq_len + 1}"}
@@ -49,53 +49,53 @@ def files(folder):
     size_limit=st.integers(500, 3000),
     pieces=st.integers(1, 9),
 )
-def test_files_and_index_are_mds_writers(tmp_path_factory, dtype, seq_len, windows, tail, size_limit, pieces):
-    """To the byte: several shards, exactly full ones; tokens come in pieces of any size."""
+def test_files_and_index_equal_mds_writers(tmp_path_factory, dtype, seq_len, windows, tail, size_limit, pieces):
+    """Byte for byte, also with several shards and with exactly full ones; tokens are added in pieces of any size."""
     folder = tmp_path_factory.mktemp("mds")
     num_tokens = windows * (seq_len + 1) + tail % (seq_len + 1)
     tokens = np.random.default_rng(windows).integers(0, np.iinfo(dtype).max, num_tokens, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mds, "SIZE_LIMIT", size_limit)
-        found = ours(folder / "ours", tokens, seq_len, None, pieces)
-    assert found == reference(folder / "theirs", tokens, seq_len, None, size_limit)
+        entries = ours(folder / "ours", tokens, seq_len, None, pieces)
+    assert entries == reference(folder / "theirs", tokens, seq_len, None, size_limit)
     assert files(folder / "ours") == files(folder / "theirs")
 
 
 @pytest.mark.launch
-def test_the_default_size_limit_is_theirs(tmp_path):
-    """34,000 windows of 2 kB take a shard of 64 MiB and a bit."""
+def test_the_size_limit_is_mds_writers_default(tmp_path):
+    """34,000 windows of 2 kB are slightly more than a shard of 64 MiB."""
     from streaming import MDSWriter
 
     tokens = np.random.default_rng(0).integers(0, 50_000, (34_000, 1000)).astype(np.uint16)
-    found = ours(tmp_path / "ours", tokens.reshape(-1), 999, None, 7)
+    entries = ours(tmp_path / "ours", tokens.reshape(-1), 999, None, 7)
     writer = MDSWriter(
         columns={"tokens": "ndarray:uint16:1000"}, out=str(tmp_path / "theirs"), hashes=["sha1", "xxh64"]
     )
     for window in tokens:
         writer.write({"tokens": window})
     writer.finish()
-    assert found == json.loads((tmp_path / "theirs/index.json").read_text())["shards"]
-    assert [shard["samples"] for shard in found] == [33_487, 513]
+    assert entries == json.loads((tmp_path / "theirs/index.json").read_text())["shards"]
+    assert [shard["samples"] for shard in entries] == [33_487, 513]
 
 
-def test_a_window_larger_than_a_shard_has_one_to_itself(tmp_path, monkeypatch):
-    """Here MDSWriter would write a shard of no window first."""
+def test_a_window_larger_than_the_size_limit_has_its_own_shard(tmp_path, monkeypatch):
+    """MDSWriter would first write a shard without windows."""
     monkeypatch.setattr(mds, "SIZE_LIMIT", 100)
-    found = ours(tmp_path, np.arange(100, dtype=np.uint16), 30, None)
-    assert [shard["samples"] for shard in found] == [1, 1, 1]
+    entries = ours(tmp_path, np.arange(100, dtype=np.uint16), 30, None)
+    assert [shard["samples"] for shard in entries] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("compression", ["zstd", "zstd:1", "zstd:19"])
-def test_compressed_shards_unpack_to_theirs_and_name_both_files(tmp_path, monkeypatch, compression):
-    """The packed bytes are another library's; all that is unpacked, and every name and hash of it, is the same."""
+def test_compressed_shards_decompress_to_mds_writers(tmp_path, monkeypatch, compression):
+    """Compressed bytes differ, because the libraries differ. Decompressed bytes, names and hashes are equal."""
     monkeypatch.setattr(mds, "SIZE_LIMIT", 5000)
     tokens = np.arange(20_000, dtype=np.uint16) // 7
-    found = ours(tmp_path / "ours", tokens, 64, compression)
+    entries = ours(tmp_path / "ours", tokens, 64, compression)
     expected = reference(tmp_path / "theirs", tokens, 64, compression, 5000)
     import zstd  # theirs
 
-    assert len(found) == len(expected) > 3
-    for here, there in zip(found, expected, strict=True):
+    assert len(entries) == len(expected) > 3
+    for here, there in zip(entries, expected, strict=True):
         packed, other = here.pop("zip_data"), there.pop("zip_data")
         assert here == there
         assert packed["basename"] == other["basename"]
@@ -114,7 +114,7 @@ def hash_of(name, content):
     return get_hash(name, content)
 
 
-def test_a_level_packs_more(tmp_path):
+def test_higher_levels_compress_more(tmp_path):
     tokens = (np.arange(200_000, dtype=np.uint32) ** 2 // 1000 % 500).astype(np.uint16)
     sizes = [ours(tmp_path / str(level), tokens, 99, f"zstd:{level}")[0]["zip_data"]["bytes"] for level in (1, 9, 19)]
     assert sizes[0] > sizes[1] > sizes[2]
@@ -124,7 +124,7 @@ def test_a_level_packs_more(tmp_path):
 
 
 def test_streaming_reads_every_window_back(tmp_path, monkeypatch):
-    """Two folders of shards in one index, as two parts of a conversion are; one of them is packed."""
+    """Two folders of shards in one index, as a conversion of two parts writes them; one of them is compressed."""
     from streaming import StreamingDataset
 
     monkeypatch.setattr(mds, "SIZE_LIMIT", 3000)

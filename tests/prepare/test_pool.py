@@ -1,4 +1,4 @@
-"""Results in order, a bound on what is under way, and an end for every worker however its parent ends."""
+"""Results are in order, the number of pending tasks is bounded, and workers end with their parent however it ends."""
 
 import faulthandler
 import os
@@ -22,16 +22,20 @@ def square(number):
     return number * number * pool.shared()
 
 
-def die_of(item):
-    """Kills its worker if the item says so; `once`: only the first time, as when memory was short."""
-    number, how, once = item
-    if how is not None and not (once and once.exists()):
-        if once:
-            once.touch()
+def number_or_kill(item):
+    """Return the item's number, or kill this worker: item = (number, cause, marker).
+
+    cause: a signal's name, an exit code or None. marker: a file; if it is given, only the first call kills, as if memory
+    had run out only once.
+    """
+    number, cause, marker = item
+    if cause is not None and not (marker and marker.exists()):
+        if marker:
+            marker.touch()
         faulthandler.disable()  # it would print the stack
-        if isinstance(how, int):
-            os._exit(how)
-        os.kill(os.getpid(), signal.Signals[how])
+        if isinstance(cause, int):
+            os._exit(cause)
+        os.kill(os.getpid(), signal.Signals[cause])
     return number
 
 
@@ -54,8 +58,8 @@ def test_results_come_in_the_order_of_items(number):
     assert ticks == sorted(ticks)
 
 
-def test_a_worker_that_is_killed_between_two_tasks_costs_nothing():
-    """The executor then refuses new tasks, which once ended the conversion."""
+def test_a_worker_that_is_killed_between_two_tasks_loses_no_result():
+    """The executor then refuses new tasks."""
 
     def items(workers):
         for i in range(6):
@@ -86,7 +90,7 @@ def test_items_are_taken_only_as_they_are_needed():
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_an_error_in_a_task_arrives_as_it_was_raised(number):
+def test_an_error_in_a_task_is_raised_unchanged(number):
     with WorkerPool(number) as workers, pytest.raises(UserError) as error:
         list(workers.map(fail, range(10)))
     assert (str(error.value), error.value.problems, error.value.source) == (
@@ -94,24 +98,24 @@ def test_an_error_in_a_task_arrives_as_it_was_raised(number):
     )
 
 
-@pytest.mark.parametrize(("how", "name"), [("SIGKILL", "SIGKILL"), ("SIGSEGV", "SIGSEGV"), (7, "exit code 7")])
-def test_a_task_that_kills_its_worker_is_named(how, name):
-    """However many others are under way, some of them finished."""
+@pytest.mark.parametrize(("cause", "name"), [("SIGKILL", "SIGKILL"), ("SIGSEGV", "SIGSEGV"), (7, "exit code 7")])
+def test_a_task_that_kills_its_worker_is_named(cause, name):
+    """While other tasks are running and finished."""
     with WorkerPool(3) as workers, pytest.raises(UserError) as error:
-        list(workers.map(die_of, [(i, how if i == 8 else None, None) for i in range(20)]))
-    assert f"(8, {how!r}, None): killed a worker process ({name})" in str(error.value)
+        list(workers.map(number_or_kill, [(i, cause if i == 8 else None, None) for i in range(20)]))
+    assert f"(8, {cause!r}, None): killed a worker process ({name})" in str(error.value)
 
 
 @pytest.mark.launch
-def test_work_goes_on_where_a_worker_died_but_once(tmp_path):
-    """As when there was memory for one at a time only: no item is to blame, nothing is lost, and the order stays."""
+def test_tasks_whose_workers_die_only_once_are_repeated(tmp_path):
+    """As when memory suffices for one task at a time: no error, no lost result, and the same order."""
     with WorkerPool(3) as workers:
         items = [(i, "SIGKILL" if i in (4, 5, 12) else None, tmp_path / str(i)) for i in range(20)]
-        assert list(workers.map(die_of, items)) == list(range(20))
-        assert list(workers.map(die_of, items)) == list(range(20))
+        assert list(workers.map(number_or_kill, items)) == list(range(20))
+        assert list(workers.map(number_or_kill, items)) == list(range(20))
 
 
-def test_stopping_ends_the_workers_in_the_middle_of_their_work():
+def test_stop_ends_workers_in_the_middle_of_a_task():
     before = set(psutil.Process().children())
     with WorkerPool(2) as workers:
         next(workers.map(time.sleep, [0, 1000, 1000, 1000]))
@@ -128,11 +132,11 @@ with WorkerPool(2) as workers:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_their_parent(how):
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(signal_number):
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE)
     children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
     assert len(children) == 2
-    parent.send_signal(how)
-    assert parent.wait(240) == -how
+    parent.send_signal(signal_number)
+    assert parent.wait(240) == -signal_number
     assert ended(children, seconds=240)  # they sleep for 1000

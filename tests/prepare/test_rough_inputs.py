@@ -1,4 +1,4 @@
-"""Columns of every type, encodings, and compressed files that are cut, empty or much larger than they look."""
+"""Columns of every type, encodings, and compressed files that are truncated, empty or expand too much."""
 
 import bz2
 import decimal
@@ -41,31 +41,31 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 
 
 def read(path, columns=None, skip=True, **options):
-    """([(text, score)], [(where, reason)])."""
-    columns, found, skipped = columns or Columns(), [], []
+    """([(text, score)], [(where, reason)]): the documents, and what was skipped."""
+    columns, records_read, skipped = columns or Columns(), [], []
 
-    def bad(where, reason):
+    def on_bad(where, reason):
         if not skip:
             raise UserError(f"{where}: {reason}")
         skipped.append((where, reason))
 
     for source in list_inputs(path, **options).sources:
-        units = divide(source, columns)
-        for i in range(len(units.sizes)):
-            for some in read_span(units.span(i, i + 1), columns, bad):
-                if isinstance(some, LongDocument):
-                    found.append((b"".join(map(bytes, some.pieces())).decode(), some.score))
+        chunks = divide(source, columns)
+        for i in range(len(chunks.sizes)):
+            for batch in read_span(chunks.span(i, i + 1), columns, on_bad):
+                if isinstance(batch, LongDocument):
+                    records_read.append((b"".join(map(bytes, batch.pieces())).decode(), batch.score))
                     continue
-                scores = [math.nan] * len(some.ends) if some.scores is None else some.scores.tolist()
-                texts = np.split(some.data, some.ends[:-1]) if len(some.ends) else []
-                found += [(text.tobytes().decode(), score) for text, score in zip(texts, scores, strict=True)]
-    return found, skipped
+                scores = [math.nan] * len(batch.ends) if batch.scores is None else batch.scores.tolist()
+                texts = np.split(batch.data, batch.ends[:-1]) if len(batch.ends) else []
+                records_read += [(text.tobytes().decode(), score) for text, score in zip(texts, scores, strict=True)]
+    return records_read, skipped
 
 
 def texts_of(path, columns=None, **options):
-    found, skipped = read(path, columns, **options)
+    records_read, skipped = read(path, columns, **options)
     assert not skipped, skipped
-    return [text for text, _ in found]
+    return [text for text, _ in records_read]
 
 
 # --- columns
@@ -87,8 +87,8 @@ def test_every_type_of_text_column_is_read(write_parquet, column):
     assert texts_of(write_parquet(text=column)) == [text or "" for text in TEXTS]
 
 
-def test_a_column_without_any_text_holds_empty_documents(write_parquet, byte_tokenizer, tmp_path):
-    """As pandas writes a shard of a corpus in which no row has a text."""
+def test_a_column_of_nulls_holds_empty_documents(write_parquet, byte_tokenizer, tmp_path):
+    """pandas writes such a column for a file in which no row has a text."""
     write_parquet("a.parquet", text=pa.array([None] * 3, pa.null()))
     write_parquet("b.parquet", text=["some text"])
     inputs = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
@@ -111,12 +111,12 @@ def test_a_column_without_any_text_holds_empty_documents(write_parquet, byte_tok
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
 def test_every_type_of_score_column_is_read(write_parquet, scores, expected):
-    found, skipped = read(write_parquet(text=["a", "b"], score=scores), Columns(score="score"))
-    assert [None if math.isnan(score) else score for _, score in found] == expected and not skipped
+    records_read, skipped = read(write_parquet(text=["a", "b"], score=scores), Columns(score="score"))
+    assert [None if math.isnan(score) else score for _, score in records_read] == expected and not skipped
 
 
-def test_a_score_that_is_no_number_is_named_and_only_its_row_left_out(write_parquet, byte_tokenizer, tmp_path):
-    """It is not taken for a low one."""
+def test_a_score_that_is_not_a_number_is_reported_and_only_its_row_skipped(write_parquet, byte_tokenizer, tmp_path):
+    """It is not counted as a low score."""
     write_parquet(rows=2, text=["a" * 20, "b" * 20, "c" * 20, "d" * 20], score=["4", "5", "high", "3.5"])
     (tmp_path / "b.jsonl").write_text('{"text": "eeeeeeee", "score": "5"}\n{"text": "f", "score": "low"}\n')
     options = {"heldout": 0, "quiet": True, "filters": Filters(min_score=4)}
@@ -132,7 +132,7 @@ def test_a_score_that_is_no_number_is_named_and_only_its_row_left_out(write_parq
     ]
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path):
+def test_two_columns_with_the_same_name_are_refused(tmp_path):
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet: 2 columns are called 'text'; write the file again"):
         read(tmp_path / "a.parquet")
@@ -144,8 +144,8 @@ LINES = ["first naïve line", "second 日本 line"]
 
 
 @pytest.mark.parametrize("suffix", ["", *PACK])
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, suffix):
-    """At the beginning of a file; in JSON lines also where files were joined."""
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path, suffix):
+    """At the start of a file; in JSON lines also at the start of a line, as in concatenated files."""
     pack = PACK.get(suffix, bytes)
     records = [b"\xef\xbb\xbf" + json.dumps({"text": line}).encode() for line in LINES]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(b"\n".join(records)))
@@ -157,7 +157,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, suffix):
     assert texts_of(tmp_path / f"b.txt{suffix}") == [""]
 
 
-def test_a_byte_order_mark_of_a_long_document_is_left_out(tmp_path, tiny_pieces):
+def test_a_byte_order_mark_of_a_long_document_is_removed(tmp_path, tiny_pieces):
     tiny_pieces(50)
     (tmp_path / "a.txt").write_text("x" * 500, "utf-8-sig")
     assert texts_of(tmp_path / "a.txt") == ["x" * 500]
@@ -189,8 +189,8 @@ def test_utf_16_and_utf_32_are_refused_with_the_remedy(tmp_path, encoding, name,
     assert not (tmp_path / "out").exists()
 
 
-def test_utf_16_in_the_middle_or_on_a_server_is_found_when_it_is_read(tmp_path, monkeypatch):
-    """Files of a server are not asked for their beginning; a joined file is UTF-8 there."""
+def test_utf_16_in_the_middle_or_on_a_server_is_detected_when_it_is_read(tmp_path, monkeypatch):
+    """The first bytes of remote files are not checked in advance; concatenated files may begin with UTF-8."""
     import fsspec
 
     fsspec.filesystem("memory").pipe("/utf16/a.jsonl", '{"text": "abc"}\n'.encode("utf-16"))
@@ -198,8 +198,8 @@ def test_utf_16_in_the_middle_or_on_a_server_is_found_when_it_is_read(tmp_path, 
     assert where == "file" and "is UTF-16, not UTF-8" in reason
     monkeypatch.setattr(spans, "TEXT_CHUNK_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"x" * 99_999 + b"\n" + ("line of text\n" * 200).encode("utf-16-le"))
-    found, skipped = read(tmp_path / "a.txt", Columns(sample_by="line"))
-    assert skipped and all("is UTF-16LE" in reason for _, reason in skipped) and found[0][0] == "x" * 99_999
+    records_read, skipped = read(tmp_path / "a.txt", Columns(sample_by="line"))
+    assert skipped and all("is UTF-16LE" in reason for _, reason in skipped) and records_read[0][0] == "x" * 99_999
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_utf_16_in_the_middle_or_on_a_server_is_found_when_it_is_read(tmp_path, 
         b"\xff\xfe\n",
     ],
 )
-def test_other_text_is_not_taken_for_utf_16(tmp_path, content):
+def test_other_text_is_not_mistaken_for_utf_16(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     assert len(read(tmp_path / "a.txt", skip=False)[0]) == 1
 
@@ -232,23 +232,23 @@ def json_lines(texts):
 @pytest.mark.launch
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
-def test_all_lines_before_a_cut_are_kept(tmp_path, suffix, share):
-    """As many as the command line's tool gives; zstd gives whole blocks of 128 kB."""
+def test_all_lines_before_a_truncation_are_kept(tmp_path, suffix, share):
+    """As many as gzip and zstd give; zstd decompresses blocks of 128 kB."""
     texts = records(20_000)
     packed = PACK[suffix](json_lines(texts))
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: int(share * len(packed))])
-    found, ((where, reason),) = read(tmp_path / f"a.jsonl{suffix}")
-    assert [text for text, _ in found] == texts[: len(found)]
-    assert where == f"what follows line {len(found)}" and "runcated" in reason
-    missing = share * len(texts) - len(found)
+    records_read, ((where, reason),) = read(tmp_path / f"a.jsonl{suffix}")
+    assert [text for text, _ in records_read] == texts[: len(records_read)]
+    assert where == f"what follows line {len(records_read)}" and "runcated" in reason
+    missing = share * len(texts) - len(records_read)
     assert missing < (20 if suffix == ".gz" else 2500)
-    with pytest.raises(UserError, match=f"what follows line {len(found)}"):
+    with pytest.raises(UserError, match=f"what follows line {len(records_read)}"):
         read(tmp_path / f"a.jsonl{suffix}", skip=False)
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_a_compressed_file_of_no_bytes_is_no_empty_corpus(tmp_path, byte_tokenizer, suffix):
-    """One of an empty file has a header, and is."""
+def test_a_compressed_file_of_zero_bytes_is_an_error(tmp_path, byte_tokenizer, suffix):
+    """A compressed empty file has a header, and is an empty corpus."""
     (tmp_path / f"a.jsonl{suffix}").touch()
     (tmp_path / "b.txt").write_text("some text")
     with pytest.raises(UserError, match=rf"a.jsonl{suffix}: is empty \(0 bytes, and a compressed file has at least"):
@@ -260,22 +260,22 @@ def test_a_compressed_file_of_no_bytes_is_no_empty_corpus(tmp_path, byte_tokeniz
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_joined_compressed_files_are_read_to_the_end_and_garbage_is_named(tmp_path, suffix):
+def test_concatenated_compressed_files_are_read_to_the_end_and_garbage_is_reported(tmp_path, suffix):
     texts, file = records(3000), tmp_path / f"a.jsonl{suffix}"
     packed = b"".join(PACK[suffix](json_lines(some)) for some in (texts[:1000], [], texts[1000:]))
     file.write_bytes(packed)
     assert texts_of(file) == texts
     if suffix != ".zst":
-        file.write_bytes(packed + bytes(1000))  # padding, which the tools take as well
+        file.write_bytes(packed + bytes(1000))  # padding, which the command-line tools accept as well
         assert texts_of(file) == texts
     file.write_bytes(packed + b"garbage, and a lot of it" * 100)
-    found, ((where, _),) = read(file)
-    assert [text for text, _ in found] == texts and where == "what follows line 3000"
+    records_read, ((where, _),) = read(file)
+    assert [text for text, _ in records_read] == texts and where == "what follows line 3000"
 
 
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("piece_bytes", [7, 1000, 1 << 20])
-def test_unpacking_stops_at_the_limit(suffix, piece_bytes):
+def test_decompression_stops_at_the_limit(suffix, piece_bytes):
     content = random.Random(0).randbytes(5000) * 2
     packed = PACK[suffix](content)
 
@@ -283,18 +283,18 @@ def test_unpacking_stops_at_the_limit(suffix, piece_bytes):
         return decompress(lambda: io.BytesIO(packed), CODECS[suffix], limit, piece_bytes)
 
     assert b"".join(unpacked(10_000)) == content
-    found = bytearray()
+    output = bytearray()
     with pytest.raises(TooLarge):
         for piece in unpacked(9_999):
             assert len(piece) <= piece_bytes
-            found += piece
-    assert found == content[:9_999]
+            output += piece
+    assert output == content[:9_999]
 
 
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_an_input_may_not_unpack_to_more_than_its_limit(tmp_path, byte_tokenizer, suffix, name, monkeypatch):
-    """Ten times its size, with the least that is always allowed made small."""
+    """Five times its size; the size that is always allowed is made small."""
     monkeypatch.setattr(inputs, "MIN_UNPACKED", 10_000)
     content = json_lines(["x" * 100] * 10_000)
     (tmp_path / f"{name}{suffix}").write_bytes(PACK[suffix](content))
@@ -311,20 +311,22 @@ def test_an_input_may_not_unpack_to_more_than_its_limit(tmp_path, byte_tokenizer
 
 
 @pytest.mark.launch
-def test_rows_that_share_a_text_are_taken_apart_and_limited(tmp_path, monkeypatch):
-    """60 kB of parquet with a text of 1 MB in each of 300 rows: batches stay small, and the whole is refused."""
+def test_dictionary_encoded_texts_are_read_in_small_batches_up_to_the_limit(tmp_path, monkeypatch):
+    """60 kB of parquet with a text of 1 MB in each of 300 rows: batches stay small, and the file exceeds the limit."""
     texts = ["x" * (1 << 20), "y"]
     table = pa.table({"text": pa.DictionaryArray.from_arrays(pa.array([0, 1] * 300, pa.int32()), texts)})
     for file, schema in (("a.parquet", True), ("b.parquet", False)):
         pq.write_table(table, tmp_path / file, store_schema=schema, compression="zstd")
         (source,) = find_sources(tmp_path / file)
         assert source.size < 100_000
-        units, sizes = divide(source, Columns()), []
+        chunks, sizes = divide(source, Columns()), []
+
+        def on_bad(where, reason):
+            raise UserError(f"{where}: {reason}")
+
         with pytest.raises(UserError, match=r"row group 0: unpacks to more than 67,108,864 bytes"):
-            for some in read_span(
-                units.span(0, 1), Columns(), lambda w, r: (_ for _ in ()).throw(UserError(f"{w}: {r}"))
-            ):
-                sizes.append(len(some.data))
+            for batch in read_span(chunks.span(0, 1), Columns(), on_bad):
+                sizes.append(len(batch.data))
         assert max(sizes) <= documents.BATCH_BYTES and 60 < sum(sizes) >> 20 <= 64
         for module in (batches, documents):
             monkeypatch.setattr(module, "BATCH_BYTES", 1 << 21)
@@ -332,22 +334,22 @@ def test_rows_that_share_a_text_are_taken_apart_and_limited(tmp_path, monkeypatc
         monkeypatch.undo()
 
 
-def test_a_line_that_does_not_end_is_left_out_without_being_kept(tmp_path, monkeypatch):
+def test_a_line_longer_than_the_limit_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 3000)
     monkeypatch.setattr(inputs, "READ_BYTES", 1000)
     content = json_lines(["a", "x" * 9000, "b"])
     for name in ("a.jsonl", "a.jsonl.gz"):
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-        found, skipped = read(tmp_path / name)
-        assert [text for text, _ in found] == ["a", "b"]
+        records_read, skipped = read(tmp_path / name)
+        assert [text for text, _ in records_read] == ["a", "b"]
         assert skipped == [("line 2", "longer than 3,000 bytes")] or skipped[0][0] == "line 2"
 
 
 # --- lines
 
 
-def test_broken_lines_are_named_by_file_and_line_in_every_span(tmp_path, byte_tokenizer, monkeypatch):
-    """Whatever line ends and blank lines come before; in a compressed file as well."""
+def test_broken_lines_are_reported_with_file_and_line_in_every_span(tmp_path, byte_tokenizer, monkeypatch):
+    """With any line ends; also in compressed files."""
     monkeypatch.setattr(spans, "TEXT_CHUNK_BYTES", 50)
     content = [b'{"text": "good %d"}' % i if i % 7 else b'{"text": %d}' % i for i in range(1, 60)]
     expected = [f"line {i}" for i in range(1, 60) if i % 7 == 0]
@@ -364,7 +366,7 @@ def test_broken_lines_are_named_by_file_and_line_in_every_span(tmp_path, byte_to
         assert lines_before(source, position) == (tmp_path / "a.jsonl").read_bytes()[:position].count(b"\n")
 
 
-def test_a_json_document_is_told_from_json_lines(tmp_path):
+def test_a_json_array_is_reported_with_the_command_to_convert_it(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}]))
     (tmp_path / "b.json").write_text(json.dumps([{"text": "a"}], indent=1))
     for name in ("a.json", "b.json"):
@@ -374,8 +376,8 @@ def test_a_json_document_is_told_from_json_lines(tmp_path):
 # --- starting over
 
 
-def test_a_conversion_that_wrote_nothing_starts_over_when_its_input_is_right(tmp_path, byte_tokenizer):
-    """Also with other settings; one that has written a part does not."""
+def test_a_conversion_that_failed_before_its_first_part_starts_over(tmp_path, byte_tokenizer):
+    """After its input is fixed, also with other settings."""
     file, out = tmp_path / "a.jsonl", tmp_path / "out"
     good = json_lines(["some text"] * 20)
     options = {"heldout": 0, "quiet": True, "filters": Filters(dedup=False)}
@@ -392,7 +394,7 @@ def test_a_conversion_that_wrote_nothing_starts_over_when_its_input_is_right(tmp
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_a_damaged_list_of_settings_is_no_traceback(tmp_path, byte_tokenizer):
+def test_a_damaged_settings_file_is_a_user_error(tmp_path, byte_tokenizer):
     file, out = tmp_path / "a.txt", tmp_path / "out"
     file.write_text("some text")
     for content in (b"{", b"[]", b"[" * 100_000, b"\xff"):

@@ -1,4 +1,4 @@
-"""Passwords and signatures of URLs are in no file and in no message, and do not decide what a conversion is."""
+"""Passwords and signatures in URLs appear in no file and no message, and do not identify a conversion."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def short_pauses(monkeypatch):
         ("{'token': '5ec3e7', 'anon': False}", "{'token': '***', 'anon': False}"),
         ("Authorization: Bearer 5ec3e75ec3e7", "Authorization: Bearer ***"),
         ("hf_5ec3e75ec3e7", "hf_***"),
-        # and what is no secret
+        # not secret
         ("https://host:8080/a@v2/x.parquet", "https://host:8080/a@v2/x.parquet"),
         ("hf://datasets/org/name@main/*.parquet", "hf://datasets/org/name@main/*.parquet"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
@@ -46,20 +46,18 @@ def short_pauses(monkeypatch):
         ("/data/what?.jsonl", "/data/what?.jsonl"),
     ],
 )
-def test_what_gives_access_is_not_shown(text, shown):
+def test_secrets_in_texts_are_redacted(text, shown):
     assert redact(text) == shown == redact(shown) and "5ec" not in shown
     assert str(UserError([text], text)) == f"{shown}: {shown}"
 
 
-def test_any_text_is_redacted_in_little_time():
-    """A message may hold a megabyte of anything."""
+def test_redaction_of_any_text_is_fast():
+    """Messages may contain a megabyte of arbitrary text."""
     for text in ("a" * 10**6, "a://" * 10**5, "https://" + "a:" * 10**5, "token=" * 10**5, "x?" * 10**5):
         assert redact(text)
 
 
-def test_a_signed_url_leaves_no_secret_and_is_the_same_conversion_when_it_is_signed_again(
-    tmp_path, byte_tokenizer, capfd
-):
+def test_a_signed_url_leaves_no_secret_and_another_signature_gives_the_same_conversion(tmp_path, byte_tokenizer, capfd):
     folder = tmp_path / "served"
     folder.mkdir()
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(30)))
@@ -75,16 +73,17 @@ def test_a_signed_url_leaves_no_secret_and_is_the_same_conversion_when_it_is_sig
         assert manifest.documents.written == 31 and [one.name for one in manifest.inputs] == ["a.jsonl", "b.jsonl"]
         before = contents(out)
         assert run(url, SIGNED.replace("5ec3e7", "0ther")) == manifest and contents(out) == before
-    said = capfd.readouterr()
-    assert "already converted with these settings" in said.err and "the same file as another: a.jsonl" in said.err
-    for text in (said.out, said.err, *(content.decode("latin-1") for content in before.values())):
+    printed = capfd.readouterr()
+    assert "already converted with these settings" in printed.err
+    assert "the same file as another: a.jsonl" in printed.err
+    for text in (printed.out, printed.err, *(content.decode("latin-1") for content in before.values())):
         assert not {"5ec3e7", "0ther", "AKIDEXAMPLE"} & {
             word for word in ("5ec3e7", "0ther", "AKIDEXAMPLE") if word in text
         }
 
 
-def test_errors_of_the_network_show_no_secret(tmp_path, byte_tokenizer):
-    """Their libraries repeat the URL."""
+def test_network_errors_show_no_secret(tmp_path, byte_tokenizer):
+    """Messages of network libraries contain the URL."""
     (tmp_path / "a.jsonl").write_text('{"text": 7}\n')
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"text")[:-8])
     with serving(tmp_path) as (url, _):
@@ -99,7 +98,7 @@ def test_errors_of_the_network_show_no_secret(tmp_path, byte_tokenizer):
         assert "5ec3e7" not in str(error.value)
 
 
-def test_names_of_several_hosts_hold_no_user(tmp_path):
+def test_names_of_files_on_several_hosts_contain_no_user(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     with serving(tmp_path) as (one, _), serving(tmp_path) as (two, _):
         sources = list_inputs(

@@ -1,6 +1,6 @@
-"""Every damage to a folder of shards is found and named, and a good folder passes.
+"""Any damage to a folder of shards is reported, and an undamaged folder passes.
 
-Hashes find most of it. Where a test is about the other checks, `renew` makes all hashes agree with the damage first.
+Hashes detect most damage. Tests of the other checks first update all hashes with `renew`.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ BAD = "train/part-00001/shard.00000.mds"  # the shard that tests damage
 
 @pytest.fixture(scope="module")
 def made(byte_tokenizer, tmp_path_factory):
-    """{compression: folder}: three parts and their tails, more than a hundred shards, some documents empty."""
+    """{compression: folder}: three parts and their joined tails in more than a hundred shards; some documents are
+    empty."""
     work = tmp_path_factory.mktemp("verify")
     draw = random.Random(0)
     texts = ["" if i % 20 == 0 else "".join(draw.choices("etaoin ", k=draw.randint(1, 900))) for i in range(300)]
@@ -79,7 +80,7 @@ def renew_fingerprint(folder: Path) -> None:
 
 
 def change_index(folder: Path, change, split="train") -> None:
-    """`change` the list of entries; the fingerprint agrees."""
+    """`change` the list of entries, and update the fingerprint."""
     change_json(folder / split / "index.json", lambda index: change(index["shards"]))
     renew_fingerprint(folder)
 
@@ -89,27 +90,27 @@ def entry_of(shards: list[dict], name: str) -> dict:
     return next(one for one in shards if one["raw_data"]["basename"] == basename)
 
 
-def described(content: bytes) -> dict:
+def size_and_hashes(content: bytes) -> dict:
     hashes = {"sha1": hashlib.sha1(content).hexdigest(), "xxh64": xxhash.xxh64(content).hexdigest()}
     return {"bytes": len(content), "hashes": hashes}
 
 
 def renew(folder: Path, name=BAD) -> None:
-    """Hashes and sizes in the index, and the fingerprint, as the shard's file is now."""
+    """Update hashes and size in the index, and the fingerprint, to the present file of a shard."""
     content = (folder / name).read_bytes()
-    change = lambda shards: entry_of(shards, name)["raw_data"].update(described(content))  # noqa: E731
+    change = lambda shards: entry_of(shards, name)["raw_data"].update(size_and_hashes(content))  # noqa: E731
     change_index(folder, change, name.partition("/")[0])
 
 
 def flip(file: Path, at: int) -> None:
-    """One bit of the byte at `at`."""
+    """Flip one bit of the byte at `at`."""
     content = bytearray(file.read_bytes())
     content[at] ^= 4
     file.write_bytes(content)
 
 
 def change_tokens(folder: Path, change, name=BAD) -> None:
-    """`change` a shard's tokens in place: uint16 (windows * (seq_len + 1),). All hashes agree."""
+    """`change` a shard's tokens in place, uint16 (windows * (seq_len + 1),), and update all hashes."""
     content = bytearray((folder / name).read_bytes())
     begin = int(np.frombuffer(content, "<u4", offset=4, count=1)[0])
     change(np.frombuffer(content, "<u2", offset=begin))
@@ -118,19 +119,19 @@ def change_tokens(folder: Path, change, name=BAD) -> None:
 
 
 def read_tokens(folder: Path, split: str) -> list[np.ndarray]:
-    """The windows of each shard on disk, through numpy alone; the index is not asked."""
-    found = []
+    """The windows of each shard on disk, read with numpy and without the index."""
+    shards = []
     for file in sorted((folder / split).glob("part-*/*")):
         content = file.read_bytes()
         if file.suffix == ".zstd":
             content = pa.CompressedInputStream(pa.BufferReader(content), "zstd").read()
         samples, begin = np.frombuffer(content, "<u4", count=2)
-        found.append(np.frombuffer(content, "<u2", offset=begin).reshape(samples, SEQ_LEN + 1))
-    return found
+        shards.append(np.frombuffer(content, "<u2", offset=begin).reshape(samples, SEQ_LEN + 1))
+    return shards
 
 
 def only_bad(report) -> str:
-    """What is wrong with the one bad shard of a report that names nothing else."""
+    """The problems of shard BAD, in a report without any other problem."""
     assert report.problems == [] and [one["shard"] for one in report.bad] == [BAD], report
     return "; ".join(report.bad[0]["problems"])
 
@@ -142,8 +143,8 @@ def only_problem(report) -> str:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("compression", [None, "zstd:1"])
-def test_a_good_folder_passes_and_is_left_as_it_was(made, compression, workers):
-    """Counts against the files themselves, read with numpy."""
+def test_a_good_folder_passes_and_is_not_changed(made, compression, workers):
+    """The report's counts are compared with the files, read with numpy."""
     folder = made[compression]
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*")}
     report = verify(folder, workers=workers)
@@ -155,8 +156,7 @@ def test_a_good_folder_passes_and_is_left_as_it_was(made, compression, workers):
     assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*")} == before
 
 
-def test_the_smallest_pieces_count_the_same(made, monkeypatch):
-    """Counts do not depend on where a piece ends."""
+def test_counts_do_not_depend_on_the_size_of_pieces(made, monkeypatch):
     monkeypatch.setattr(verify_shard, "PIECE_BYTES", 16)
     assert verify(made[None]).ok
 
@@ -170,7 +170,7 @@ def test_tokens_of_four_bytes(byte_tokenizer, write_parquet, tmp_path):
     assert bad["problems"] == ["contains the token 70122, outside vocab_size=70122"]
 
 
-# What happens to a file, and what must be said of it. Its header: 4 bytes, offsets, JSON.
+# Damage to a file (and, in TO_THE_FILE, the expected problem). A header is: 4 bytes, offsets, JSON.
 IN_HEADER = {
     "number of windows": lambda file: flip(file, 0),
     "offsets": lambda file: flip(file, 4),
@@ -196,16 +196,16 @@ def test_a_flipped_bit_is_found_by_the_hashes(folder, where):
 
 @pytest.mark.parametrize("what", IN_HEADER)
 def test_a_flipped_bit_of_the_header_is_found_twice(folder, what):
-    """By the hashes, and where these agree by what the header must be."""
+    """By the hashes, and, if these are updated, by the expected header."""
     IN_HEADER[what](folder / BAD)
-    meaning = f"has other {what} in its header than index.json"
-    assert only_bad(verify(folder)) == f"{HASHES}; {meaning}"
+    problem = f"has other {what} in its header than index.json"
+    assert only_bad(verify(folder)) == f"{HASHES}; {problem}"
     renew(folder)
-    assert only_bad(verify(folder)) == meaning
+    assert only_bad(verify(folder)) == problem
 
 
-def test_every_offset_is_held_against_the_format(folder):
-    """The last one, and one that still lies within the file: a window would begin in the middle of another."""
+def test_every_offset_is_checked(folder):
+    """The last one, and one in the middle, which is still within the file but begins inside another window."""
     content = bytearray((folder / BAD).read_bytes())
     samples = int(np.frombuffer(content, "<u4", count=1)[0])
     for i in (samples // 2, samples):
@@ -229,13 +229,13 @@ def test_a_file_that_is_not_the_one_listed(folder, packed, compression, name):
 
 
 def repack(folder: Path, content: bytes) -> None:
-    """Write a shard's compressed file; its own hashes in the index agree."""
+    """Write a shard's compressed file, and update its hashes in the index."""
     (folder / f"{BAD}.zstd").write_bytes(content)
-    change_index(folder, lambda shards: entry_of(shards, BAD)["zip_data"].update(described(content)))
+    change_index(folder, lambda shards: entry_of(shards, BAD)["zip_data"].update(size_and_hashes(content)))
 
 
-def test_a_compressed_shard_is_unpacked_and_checked_again(packed):
-    """Hashes of the file agree in all but the first case."""
+def test_a_compressed_shard_is_decompressed_and_checked_again(packed):
+    """Hashes of the compressed file are right in all but the first case."""
     good = (packed / f"{BAD}.zstd").read_bytes()
     raw = pa.CompressedInputStream(pa.BufferReader(good), "zstd").read()
     compress = pa.Codec("zstd").compress
@@ -260,7 +260,7 @@ def test_a_compressed_shard_is_unpacked_and_checked_again(packed):
 
 
 def test_a_token_outside_the_vocabulary(folder):
-    """Hashes agree. 260 is the first that is outside, and 259 the last that is not."""
+    """With updated hashes. 259 is the last token inside the vocabulary, 260 the first outside."""
     for place in (0, 100, -1):
         change_tokens(folder, lambda tokens, place=place: tokens.__setitem__(place, 259))
     assert all("EOS" in problem for problem in verify(folder).problems) and not verify(folder).bad
@@ -274,28 +274,28 @@ def test_a_token_outside_the_vocabulary(folder):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_lost_document_end(folder, split, change):
-    """One EOS fewer or more, in either split; hashes agree."""
-    found = sum(int((shard == EOS).sum()) for shard in read_tokens(folder, split))
+def test_a_missing_or_additional_eos_token(folder, split, change):
+    """In either split, with updated hashes."""
+    num_eos = sum(int((shard == EOS).sum()) for shard in read_tokens(folder, split))
 
     def edit(tokens):
-        there = np.flatnonzero((tokens == EOS) == (change < 0))
-        tokens[there[0]] = 50 if change < 0 else EOS
+        positions = np.flatnonzero((tokens == EOS) == (change < 0))
+        tokens[positions[0]] = 50 if change < 0 else EOS
 
     name = BAD if split == "train" else "heldout/part-00001/shard.00000.mds"
     change_tokens(folder, edit, name)
-    expected = f"{split}: the shards contain {found + change} EOS tokens, not documents - eos_dropped of SplitCounts("
+    expected = f"{split}: the shards contain {num_eos + change} EOS tokens, not documents - eos_dropped of SplitCounts("
     assert only_problem(verify(folder)).startswith(expected)
 
 
-def test_a_bad_shard_is_not_also_a_lost_document(folder):
-    """Where a shard was not read, EOS tokens cannot be counted."""
+def test_a_bad_shard_is_not_also_reported_as_missing_eos_tokens(folder):
+    """EOS tokens are not compared if a shard could not be read."""
     (folder / BAD).unlink()
     only_bad(verify(folder))
 
 
 def add(*changes: tuple[str, int]):
-    """Counts of the manifest, each changed by so much."""
+    """A function that adds to counts of the manifest: (name, difference)."""
 
     def change(manifest):
         for name, by in changes:
@@ -309,7 +309,7 @@ def add(*changes: tuple[str, int]):
 
 
 SPLIT_WINDOW = SEQ_LEN + 1
-# In each of the second kind, all equations hold but the one that is named.
+# Changes of the manifest, and the problem that each causes.
 MANIFEST_DAMAGE = [
     *[
         (add((f"documents.{name}", 1)), "read == written")
@@ -377,15 +377,15 @@ MANIFEST_DAMAGE = [
 
 
 @pytest.mark.parametrize("change, expected", MANIFEST_DAMAGE, ids=[f"{i}" for i in range(len(MANIFEST_DAMAGE))])
-def test_a_manifest_that_does_not_fit(folder, change, expected):
+def test_contradictions_of_the_manifest_are_found(folder, change, expected):
     change_json(folder / "manifest.json", change)
     report = verify(folder)
-    said = [*report.problems, *(problem for one in report.bad for problem in one["problems"])]
-    assert any(re.search(expected, one) for one in said), said
+    messages = [*report.problems, *(problem for one in report.bad for problem in one["problems"])]
+    assert any(re.search(expected, one) for one in messages), messages
 
 
-def test_a_folder_that_was_never_finished_is_no_damage(folder, tmp_path):
-    """It is refused, with what to do, instead of being reported shard by shard."""
+def test_an_unfinished_conversion_is_refused(folder, tmp_path):
+    """With the remedy, instead of being reported as damage shard by shard."""
     with pytest.raises(UserError, match="no such folder"):
         verify(tmp_path / "absent")
     (folder / "manifest.json").unlink()
@@ -396,7 +396,7 @@ def test_a_folder_that_was_never_finished_is_no_damage(folder, tmp_path):
         verify(folder)
 
 
-def test_files_that_no_index_names_are_remarks(folder):
+def test_files_that_are_not_in_an_index_are_remarks(folder):
     (folder / "train" / "notes.json").write_text("{}")
     (folder / "train" / "part-00000" / "shard.00000.mds.tmp").write_text("half")
     (folder / "unfinished").mkdir()
@@ -407,18 +407,18 @@ def test_files_that_no_index_names_are_remarks(folder):
 
 
 @pytest.mark.launch
-def test_two_bad_shards_are_both_listed_and_the_tool_says_what_to_do(folder):
+def test_the_tool_lists_all_bad_shards_and_the_remedy(folder):
     other = "heldout/part-00002/shard.00000.mds"
     flip(folder / BAD, -2)
     (folder / other).unlink()
-    told = subprocess.run([sys.executable, TOOL, folder], capture_output=True, text=True, timeout=240)
-    assert told.returncode == 1 and told.stderr == ""
-    *lines, verdict = told.stdout.splitlines()
+    result = subprocess.run([sys.executable, TOOL, folder], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 1 and result.stderr == ""
+    *lines, verdict = result.stdout.splitlines()
     assert lines == [f"{BAD}: {HASHES}", f"{other}: is missing"]
     assert "2 bad shards, 0 problems" in verdict and "copy these files again" in verdict
-    machine = subprocess.run([sys.executable, TOOL, folder, "--json"], capture_output=True, text=True, timeout=240)
-    assert machine.returncode == 1
-    assert [one["shard"] for one in json.loads(machine.stdout)["bad"]] == [BAD, other]
+    as_json = subprocess.run([sys.executable, TOOL, folder, "--json"], capture_output=True, text=True, timeout=240)
+    assert as_json.returncode == 1
+    assert [one["shard"] for one in json.loads(as_json.stdout)["bad"]] == [BAD, other]
 
 
 @pytest.mark.launch

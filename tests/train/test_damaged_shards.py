@@ -1,4 +1,4 @@
-"""A shard that is damaged, or data that changed, ends a run on all ranks: one message that names it, exit code 2."""
+"""A damaged shard, or data that changed, ends a run on all ranks with exit code 2 and one message that names it."""
 
 import json
 import os
@@ -36,18 +36,18 @@ def flip(file: Path, at: float = 0.5) -> None:
         stream.write(bytes([byte ^ 1]))
 
 
-def refused(result, *words: str) -> None:
+def refused(result, *parts: str) -> None:
     """Exit code 2 on every rank, one message, on rank 0's standard error, and no traceback on any."""
     assert set(result.codes) == {2}, (result.codes, result.tails)
     assert result.err.startswith("error: ") and result.err.count("error: ") == 1, result.err
     assert not any("Traceback" in tail for tail in result.tails), result.tails
-    for word in words:
-        assert word in result.err, result.err
+    for part in parts:
+        assert part in result.err, result.err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_flipped_byte_ends_the_run_at_once(arguments, folder, tmp_path, workers):
-    """In the first step that reads the shard, before the model has seen it. No checkpoint is left."""
+    """In the first step that reads the shard, before the model uses its samples. No checkpoint is written."""
     (shard,) = shard_files(folder)
     flip(shard)
     result = train(2, *arguments, f"data.workers={workers}", seconds=240)  # a rank that hangs ends with 1
@@ -62,32 +62,32 @@ def test_a_held_out_shard_is_checked_too(arguments, folder):
     refused(train(2, *arguments, seconds=240), "heldout/", shard.name, "its xxh64 is")
 
 
-def damage_for_rank_1(shard: str, arguments: list[str]) -> None:
-    """Train, with a shard that is lost for rank 1 once the inputs have been checked: a disk of one machine."""
+def lose_shard_on_rank_1(shard: str, arguments: list[str]) -> None:
+    """Train; rank 1 cannot open a shard after the inputs have been checked, as if the disk of its machine failed."""
     if os.environ["RANK"] == "1":
-        real = prepare.check_inputs
+        check_inputs = prepare.check_inputs
 
-        def then_lost(config):
-            checked = real(config)
-            for entry in checked[0].shards["train"]:
+        def check_and_lose(config):
+            corpora = check_inputs(config)
+            for entry in corpora[0].shards["train"]:
                 entry.entry["raw_data"]["basename"] = shard
-            return checked
+            return corpora
 
-        prepare.check_inputs = then_lost
+        prepare.check_inputs = check_and_lose
     from helpers.launch import train_here
 
     train_here(arguments)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_only_one_rank_meets_ends_the_others_with_its_words(arguments, workers):
-    """They do not wait for it in a collective until that times out."""
-    result = launch(2, damage_for_rank_1, "lost.mds", [*arguments, f"data.workers={workers}"], seconds=240)
+def test_a_shard_that_one_rank_cannot_read_ends_all_ranks_with_its_message(arguments, workers):
+    """The other rank does not wait in a collective until that times out."""
+    result = launch(2, lose_shard_on_rank_1, "lost.mds", [*arguments, f"data.workers={workers}"], seconds=240)
     refused(result, "error: rank 1: ", "train/lost.mds: cannot be opened (No such file or directory)")
 
 
 def test_a_shortened_and_a_missing_shard_are_found_before_the_model_is_built(arguments, folder, tmp_path):
-    """Both at once, and the run folder is not made."""
+    """One message reports both; the run folder is not created."""
     (shard,), (heldout,) = shard_files(folder), shard_files(folder, "heldout")
     os.truncate(shard, 100)
     heldout.unlink()
@@ -101,23 +101,23 @@ def test_a_shortened_and_a_missing_shard_are_found_before_the_model_is_built(arg
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_token_outside_the_vocabulary_is_named_where_nothing_is_verified(arguments, folder, shards, workers):
-    """The sample, and the token that the model has no row for."""
+def test_a_token_outside_the_vocabulary_is_reported_without_data_verify(arguments, folder, shards, workers):
+    """With data.verify=false; the message has the sample, the token and the size of the vocabulary."""
     stream = ReplicaStream(
         shards, "train", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0
     )
     batch = stream.step(1)[0]
     tokens = np.append(batch.input_ids[3].numpy(), batch.labels[3, -1].numpy()).astype("uint16").tobytes()
     (shard,) = shard_files(folder)
-    whole = shard.read_bytes()
-    assert whole.count(tokens) == 1
-    shard.write_bytes(whole.replace(tokens, b"\xff" * len(tokens)))
+    content = shard.read_bytes()
+    assert content.count(tokens) == 1
+    shard.write_bytes(content.replace(tokens, b"\xff" * len(tokens)))
     result = train(1, *arguments, "data.verify=false", f"data.workers={workers}", seconds=240)
     refused(result, f"sample {batch.sample_ids[3]}", "65535", "512")
 
 
 def test_a_run_on_a_mix_resumes_and_refuses_other_shards_and_weights(settings, folder, shards, tmp_path):
-    """The same text and a part of it, whose shards are others. Folders may move, weights may be written otherwise."""
+    """Two folders with the same windows and different indexes. Folders may be moved, and weights scaled."""
     other = Path(shutil.copytree(shards, tmp_path / "other"))
     rewrite_index(other, "train", lambda entries: entries[0].update(size_limit=1))  # the same windows, another index
     run = tmp_path / "run"

@@ -112,24 +112,24 @@ INTERNALS = [
 )
 def test_a_deepspeed_internal_has_not_changed(path, text, purpose):
     parts = path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
+    for module_parts in range(len(parts) - 1, 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:cut]))
+            internal = importlib.import_module(".".join(parts[:module_parts]))
         except ModuleNotFoundError:
             continue
         break
     else:
-        pytest.fail(f"{path} is gone; needed for: {purpose}")
-    for part in parts[cut:]:
-        assert hasattr(found, part), f"{path} has moved: no {part}; needed for: {purpose}"
-        found = getattr(found, part)
+        pytest.fail(f"{path} does not exist; needed for: {purpose}")
+    for part in parts[module_parts:]:
+        assert hasattr(internal, part), f"{path} has moved: no {part}; needed for: {purpose}"
+        internal = getattr(internal, part)
     if text:
-        assert text in inspect.getsource(found), f"{path} no longer contains {text!r}; needed for: {purpose}"
+        assert text in inspect.getsource(internal), f"{path} no longer contains {text!r}; needed for: {purpose}"
 
 
 @pytest.mark.launch
 def test_an_engine_is_built_without_loading_a_compiler(config):
-    """DeepSpeed's Muon would load it: seconds of every rank's start."""
+    """DeepSpeed's Muon would import torch.compile, which takes seconds on every rank."""
     assert run_ranks(1, modules_of_a_compiler, config) == [[]]
 
 

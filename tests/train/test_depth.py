@@ -1,4 +1,4 @@
-"""How many loops a step runs, what a run says of them, and the task on which depth can be measured."""
+"""The number of loops of a step, warnings about loops, plots over loops, and the depth task."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.prepare.verify import verify
 from mythos_dist.train.depth import HeldOut, LoopProbe, draw_curves, find_failures, overthinks_from
-from mythos_dist.train.pictures import picture
+from mythos_dist.train.plots import save_plot
 from mythos_dist.train.schedule import loops_at, mean_at
 
 
@@ -34,8 +34,8 @@ def config(batch: int = 8, **loops) -> Config:
         dict(distribution="uniform_set", set=(2, 4, 8, 16)),
     ],
 )
-def test_numbers_of_loops_have_the_mean_that_is_set(settings):
-    """Over 4000 steps, and the same over sequences; a step asks again and gets the same, other seeds others."""
+def test_numbers_of_loops_have_the_configured_mean(settings):
+    """Over 4000 steps, and over sequences; repeatable for a step, and different for another seed."""
     run = config(**settings)
     drawn = [loops_at(run, step).n_loops for step in range(1, 4001)]
     mean = sum(settings.get("set", ())) / 4 or settings["mean"]
@@ -81,10 +81,10 @@ def test_a_curriculum_over_a_set_begins_with_its_smallest_number_and_ends_with_a
     assert {loops_at(run, step).n_loops for step in range(701, 801)} == {2, 4, 8}
 
 
-def test_settings_of_loops_that_contradict_each_other_are_all_named():
+def test_all_contradictions_between_loop_settings_are_reported():
     bad = config(distribution="uniform_set", mean=4, curriculum="linear", per="sequence", sweep=(4,))
     bad = replace(bad, act=replace(bad.act, mode="ponder"), model=replace(bad.model, lora="per_loop"))
-    found = "\n".join(problems(bad))
+    messages = "\n".join(problems(bad))
     for part in (
         "needs loops.set",
         "loops.mean=4",
@@ -92,11 +92,11 @@ def test_settings_of_loops_that_contradict_each_other_are_all_named():
         "set loops.objective=per_loop",
         "set loops.per=step",
     ):
-        assert part in found, part
+        assert part in messages, part
     not_open_mythos = MythosConfig.from_checked_values(mode="reference", qk_norm=True, lora="none")
-    found = "\n".join(problems(replace(bad, model=not_open_mythos)))
+    messages = "\n".join(problems(replace(bad, model=not_open_mythos)))
     for part in ("model.qk_norm=True is not OpenMythos'", "model.lora=none", "act.mode=ponder does not work with"):
-        assert part in found, part
+        assert part in messages, part
 
 
 def probe(**changes) -> LoopProbe:
@@ -105,7 +105,7 @@ def probe(**changes) -> LoopProbe:
     return LoopProbe(2, 2.0, 2.5, by_loop, 0.9, 0.4)._replace(**changes)
 
 
-def test_the_known_failures_are_named():
+def test_known_failures_are_detected():
     even = torch.full((2, 4), 5)
     assert not find_failures(probe(), even)
     assert set(find_failures(probe(loss_of_one=2.001), even)) == {"state ignored"}
@@ -118,7 +118,7 @@ def test_the_known_failures_are_named():
     assert "1 of 4 experts" in find_failures(probe(), idle)["dead experts"]
 
 
-def test_overthinking_is_where_more_loops_do_harm(tmp_path):
+def test_overthinking_begins_where_more_loops_raise_the_loss(tmp_path):
     curve = {n: HeldOut(loss, 0.5) for n, loss in {1: 3.0, 2: 2.5, 4: 2.0, 8: 2.01, 16: 2.1, 32: 2.05}.items()}
     assert overthinks_from(curve) == 16
     assert overthinks_from({1: HeldOut(2.0, 0.1), 2: HeldOut(1.9, 0.2)}) is None
@@ -126,14 +126,14 @@ def test_overthinking_is_where_more_loops_do_harm(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_noise_is_drawn_flat_and_axes_have_no_offset(tmp_path, monkeypatch):
-    """Losses that differ by 1e-5 take less than a hundredth of the height, those that differ by half most of it, and
-    the numbers beside the axis are the losses themselves, not their distances from 7."""
+def test_axes_have_a_minimum_range_and_no_offset(tmp_path, monkeypatch):
+    """Losses that differ by 1e-5 fill less than a hundredth of the height, losses that differ by 0.5 most of it, and
+    tick labels are the losses themselves, not offsets from 7."""
     panels = []
 
     @contextmanager
-    def kept(*arguments):
-        with picture(*arguments) as drawn:
+    def recorded(*arguments):
+        with save_plot(*arguments) as drawn:
             yield drawn
             drawn[0].figure.canvas.draw()
             for panel in drawn:
@@ -141,7 +141,7 @@ def test_noise_is_drawn_flat_and_axes_have_no_offset(tmp_path, monkeypatch):
                 offset = panel.yaxis.get_major_formatter().get_offset()
                 panels.append((high - low, offset, [t.get_text() for t in panel.get_yticklabels()]))
 
-    monkeypatch.setattr("mythos_dist.train.depth.picture", kept)
+    monkeypatch.setattr("mythos_dist.train.depth.save_plot", recorded)
     noise = {n: HeldOut(7.0 + 1e-5 * n, 0.0312 + 1e-6 * n) for n in (1, 2, 4)}
     draw_curves(tmp_path / "noise.png", {"a": noise}, 2)
     draw_curves(tmp_path / "gain.png", {"a": {1: HeldOut(3.5, 0.1), 2: HeldOut(3.0, 0.4)}}, 2)
@@ -151,16 +151,16 @@ def test_noise_is_drawn_flat_and_axes_have_no_offset(tmp_path, monkeypatch):
     assert offset == other == "" and all(6 < float(tick) < 8 for tick in ticks)
 
 
-def test_a_legend_names_overthinking_only_where_it_is(tmp_path, monkeypatch):
+def test_a_legend_has_overthinking_only_if_a_curve_overthinks(tmp_path, monkeypatch):
     legends = []
 
     @contextmanager
-    def kept(*arguments):
-        with picture(*arguments) as panels:
+    def recorded(*arguments):
+        with save_plot(*arguments) as panels:
             yield panels
             legends.append([text.get_text() for text in panels[0].get_legend().get_texts()])
 
-    monkeypatch.setattr("mythos_dist.train.depth.picture", kept)
+    monkeypatch.setattr("mythos_dist.train.depth.save_plot", recorded)
     for last in (1.9, 2.5):
         draw_curves(
             tmp_path / "curve.png", {"a": {1: HeldOut(2.0, 0.1), 2: HeldOut(1.9, 0.2), 4: HeldOut(last, 0.2)}}, 2
@@ -168,35 +168,35 @@ def test_a_legend_names_overthinking_only_where_it_is(tmp_path, monkeypatch):
     assert ["overthinking" in legend for legend in legends] == [False, True]
 
 
-def test_a_picture_is_whole_or_not_there(tmp_path):
-    """A fault while drawing leaves the picture of before, and nothing half-written."""
+def test_a_plot_is_replaced_atomically(tmp_path):
+    """An error while drawing leaves the previous plot and no temporary file."""
     file = tmp_path / "a.png"
-    with picture(file, 2, (4, 2)) as panels:
+    with save_plot(file, 2, (4, 2)) as panels:
         assert len(panels) == 2
     before = file.read_bytes()
     assert before.startswith(b"\x89PNG")
-    with pytest.raises(ZeroDivisionError), picture(file, 1, (4, 2)):
+    with pytest.raises(ZeroDivisionError), save_plot(file, 1, (4, 2)):
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
 
 
 def test_products_are_those_of_permutations():
-    """Each element applied to each point, one after the other."""
+    """Against each permutation applied to each point, one after the other."""
     table, degree = group_table(4), 4
     permutations = list(itertools.permutations(range(degree)))
     elements = np.random.default_rng(0).integers(24, size=(5, 6))
     for last in (1, 2, 3, 6):
-        found = products(elements, table, last)
+        computed = products(elements, table, last)
         for row, i in itertools.product(range(5), range(6)):
             points = list(range(degree))
             for element in elements[row, max(0, i - last + 1) : i + 1]:
                 points = [permutations[element][point] for point in points]
-            assert permutations[found[row, i]] == tuple(points)
+            assert permutations[computed[row, i]] == tuple(points)
 
 
 @pytest.mark.parametrize("targets", ["final", "reached", "per_loop"])
-def test_the_tasks_shards_are_read_like_any_others(targets, tmp_path):
-    """Whole for the verifier; labels are products, the final one in the last row; BOS has none."""
+def test_shards_of_the_depth_task_are_read_like_any_others(targets, tmp_path):
+    """The verifier accepts them; labels are products, the final ones in the last row, and BOS has no label."""
     out = tmp_path / "s3"
     manifest = make_depth_task(out, hops=4, sequences=50, heldout=10, targets=targets)
     assert verify(out).ok

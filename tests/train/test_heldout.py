@@ -1,4 +1,4 @@
-"""Runs without a held-out split, or with one for some of their text only."""
+"""Runs without a held-out split, or with one for only some of their corpora."""
 
 import shutil
 from dataclasses import replace
@@ -19,7 +19,7 @@ from mythos_dist.train.sweep import sweep
 
 @pytest.fixture(scope="module")
 def without(shards):
-    """The text of `shards`, all of it for training."""
+    """A conversion of the text of `shards` without a held-out split."""
     tokenizer = Tokenizer.load(shards / "tokenizer.model")
     out = shards.parent / "without"
     convert(shards.parent / "corpus.parquet", tokenizer, 32, out, heldout=0.0, quiet=True)
@@ -27,9 +27,9 @@ def without(shards):
 
 
 @pytest.mark.launch
-def test_a_run_without_a_held_out_split_trains_and_says_so_once(settings, without, shards, tmp_path):
-    """With all on that evaluates, nothing of it is written. The same run does not go on with shards that have a
-    held-out split: its training text is another one. A sweep over loops asks for shards that have one."""
+def test_a_run_without_a_held_out_split_trains_and_reports_it_once(settings, without, shards, tmp_path):
+    """Settings for evaluation have no effect. The run does not resume with shards that have a held-out split, because
+    their training text differs. A sweep over loops needs shards with a held-out split."""
     run_dir = tmp_path / "run"
     command = [*settings, f"data.path={without}", f"run.dir={run_dir}", "loops.sweep=[1,2]", "train.eval_every=1"]
     result = train(1, *command, "train.steps=2")
@@ -50,7 +50,7 @@ def one_process(monkeypatch):
 
 
 def test_evaluation_is_off_without_samples_or_without_a_split(settings, shards, without, one_process, capsys, tmp_path):
-    """train.eval_samples=0 reads no held-out file: heldout/ may have been deleted."""
+    """With train.eval_samples=0 no held-out file is read: heldout/ may be deleted."""
     shards = shutil.copytree(shards, tmp_path / "shards")
     shutil.rmtree(shards / "heldout")
     config = load_config(settings[0], [*settings[1:], f"data.path={shards}", f"run.dir={tmp_path}"])

@@ -1,4 +1,4 @@
-"""Files of lines: what an old start of a run, a kill, a bad disk or an editor does to them."""
+"""Files of JSON lines stay correct after writes of an old start, kills, disk errors and edits."""
 
 import json
 from contextlib import nullcontext
@@ -16,13 +16,13 @@ def steps(file) -> list[int]:
 
 
 def opened(file, fence, last: int = -1) -> LineFile:
-    found = LineFile(file, fence)
-    found.rewind(lambda line: line["step"] <= last)
-    return found
+    line_file = LineFile(file, fence)
+    line_file.rewind(lambda line: line["step"] <= last)
+    return line_file
 
 
 def test_an_old_start_appends_nothing(tmp_path):
-    """It was stopped (SIGSTOP), another start resumed after step 2, and then it continues."""
+    """It is suspended (SIGSTOP), a new start resumes after step 2, and then the old one continues."""
     file = tmp_path / "metrics.jsonl"
     old = opened(file, Fence.take(tmp_path))
     assert all(old.append({"step": step}) for step in (1, 2, 3))
@@ -35,8 +35,8 @@ def test_an_old_start_appends_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("lines_before", [0, 2])
-def test_an_old_start_that_had_looked_already_appends_to_no_file_that_counts(tmp_path, lines_before):
-    """Stopped between its look and its line: it writes, into a file that has no name any more or none of it."""
+def test_an_old_start_suspended_after_its_check_does_not_append_to_the_new_file(tmp_path, lines_before):
+    """Suspended between check and write: it writes to a file that has been unlinked."""
     file, fence = tmp_path / "metrics.jsonl", Fence.take(tmp_path)
     old = opened(file, fence)
     for step in range(lines_before):
@@ -48,8 +48,8 @@ def test_an_old_start_that_had_looked_already_appends_to_no_file_that_counts(tmp
     assert steps(file) == [*range(lines_before), 9]
 
 
-def test_an_old_start_that_had_looked_already_replaces_nothing_for_long(tmp_path):
-    """Stopped just before the rename of its own copy: the newest start's file comes back with its next line."""
+def test_a_file_that_an_old_start_has_replaced_is_restored(tmp_path):
+    """It was suspended just before the rename of its copy: the newest start restores its file with its next line."""
     file = tmp_path / "metrics.jsonl"
     Fence.take(tmp_path)
     new = opened(file, Fence.take(tmp_path))
@@ -62,8 +62,8 @@ def test_an_old_start_that_had_looked_already_replaces_nothing_for_long(tmp_path
     assert steps(file) == [1, 2, 3]
 
 
-def test_a_fence_that_an_old_start_has_overwritten_is_put_back(tmp_path):
-    """writer.json of start 1 over that of start 2; and two starts of one number are two."""
+def test_a_fence_that_an_old_start_has_overwritten_is_restored(tmp_path):
+    """writer.json of start 1 replaces that of start 2. Two starts with the same number are distinguished."""
     old, new = Fence.take(tmp_path), Fence.take(tmp_path)
     old._write("failed", "", 3)
     new.check()
@@ -76,15 +76,15 @@ def test_a_fence_that_an_old_start_has_overwritten_is_put_back(tmp_path):
     third.check()
 
 
-def test_a_lost_writer_json_does_not_begin_to_count_anew(tmp_path):
+def test_starts_are_still_counted_after_writer_json_is_damaged(tmp_path):
     (tmp_path / "restarts.jsonl").write_text('{"start": 2}\n{"start": 3}\n')
     for content in (b"", b"\xff\xfe", b'{"start": 3, "ho', b"[1]"):
         (tmp_path / "writer.json").write_bytes(content)
         assert Fence.take(tmp_path).start == 4
 
 
-def test_a_process_that_holds_the_guard_is_not_waited_for_for_ever(tmp_path, monkeypatch):
-    """It was stopped there; the next start takes over, and the old one is refused when it goes on."""
+def test_a_start_waits_only_for_a_limited_time_for_the_guard(tmp_path, monkeypatch):
+    """The process that holds it is suspended: the next start takes over, and the old one is refused afterwards."""
     monkeypatch.setattr("mythos_dist.checkpoint.fence._LOCK_TIMEOUT", 0.05)
     old = Fence.take(tmp_path)
     with old.guard():
@@ -92,11 +92,11 @@ def test_a_process_that_holds_the_guard_is_not_waited_for_for_ever(tmp_path, mon
         with new.guard():
             pass
     with pytest.raises(UserError, match="taken over"), old.guard():
-        raise AssertionError("it may not write")
+        raise AssertionError("it must not write")
 
 
-def test_broken_lines_are_left_out_with_a_warning_and_a_torn_end_without(tmp_path, caplog):
-    """Bytes that are no UTF-8, lines without `step`, other JSON, and NULs that a power failure leaves."""
+def test_broken_lines_are_removed_with_a_warning_and_a_truncated_last_line_without(tmp_path, caplog):
+    """Bytes that are not UTF-8, lines without `step`, other JSON, and NULs as after a power failure."""
     file = tmp_path / "metrics.jsonl"
     good = [json.dumps({"step": step, "loss": 1.5}).encode() for step in (1, 2)]
     bad = [b"\xff\xfe\x80", b'{"loss": 3}', b"[1, 2]", b'{"step": "2"}', b"\0\0\0", b"[" * 5000]
@@ -105,13 +105,13 @@ def test_broken_lines_are_left_out_with_a_warning_and_a_torn_end_without(tmp_pat
     def keep(line: dict) -> bool | None:
         return line["step"] <= 2 if isinstance(line.get("step"), int) else None
 
-    found = LineFile(file)
-    found.rewind(keep)
+    line_file = LineFile(file)
+    line_file.rewind(keep)
     assert file.read_bytes() == b"\n".join(good) + b"\n"
-    assert "6 lines that hold no values were left out" in caplog.text
-    found.append({"step": 3})
+    assert "6 invalid lines were removed" in caplog.text
+    line_file.append({"step": 3})
     caplog.clear()
     with file.open("ab") as stream:
         stream.write(b'{"step": 4, "lo')
-    found.rewind(keep)
+    line_file.rewind(keep)
     assert steps(file) == [1, 2] and not caplog.records

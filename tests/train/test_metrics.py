@@ -1,4 +1,4 @@
-"""The writer's own rules, without a run."""
+"""The writer of metrics, without a run."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ def replace_wandb(config, mode):
     return dataclasses.replace(config, run=dataclasses.replace(config.run, wandb=mode))
 
 
-def test_batch_id_sees_samples_and_not_their_order():
-    """Equal for any order, different for any other set, for a repeated sample too."""
+def test_batch_id_depends_on_the_samples_and_not_on_their_order():
+    """Different for any other samples, including a repeated one."""
     assert batch_id([3, 1, 2]) == batch_id([1, 2, 3])
     others = [[1, 2], [1, 2, 4], [1, 2, 3, 3], [12, 3]]
     assert len({batch_id(ids) for ids in [[1, 2, 3], *others]}) == 5
@@ -24,9 +24,9 @@ def test_batch_id_sees_samples_and_not_their_order():
 
 @pytest.mark.launch
 @pytest.mark.parametrize("reason", ["no network", "not logged in"])
-def test_wandb_online_without_a_way_out_records_offline_at_once(config, tmp_path, monkeypatch, caplog, reason):
-    """Neither a missing network nor a missing login stops or delays a run; a warning says what happens. Without a
-    network wandb, which would try for longer, is not asked."""
+def test_wandb_online_falls_back_to_offline_at_once(config, tmp_path, monkeypatch, caplog, reason):
+    """Neither a missing network nor a missing login stops or delays a run; a warning is logged. Without a network,
+    wandb's own login is not tried, because its timeout is long."""
     import wandb
 
     start, modes = wandb.init, []
@@ -57,8 +57,8 @@ def test_wandb_online_without_a_way_out_records_offline_at_once(config, tmp_path
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
-def test_numbers_that_json_lacks_become_null(config, tmp_path):
-    """An fp16 step that overflows has an infinite norm; the line stays valid JSON for any reader."""
+def test_nan_and_infinity_are_written_as_null(config, tmp_path):
+    """An fp16 step that overflows has an infinite norm; the line must be valid JSON."""
     metrics = Metrics(replace_wandb(config, "disabled"), tmp_path, 0)
     metrics._write("metrics.jsonl", {"step": 1, "grad_norm": float("inf"), "loss": float("nan"), "lr": 0.5})
 

@@ -1,4 +1,4 @@
-"""What a start does with the folder that it finds: unusable, read-only, torn, without its checkpoints, or changing."""
+"""Starts in run folders that are unusable, read-only, damaged, without checkpoints, or changed by another process."""
 
 import dataclasses
 import errno
@@ -29,21 +29,21 @@ from mythos_dist.train.resume import schedule_changes
 from mythos_dist.train.run_folder import check_run_folder, claim_run_folder, refuse_to_start_over, start_logging
 from mythos_dist.train.spikes import read_rollbacks
 
-# A run folder that cannot be one
+# Unusable folders
 
 
-def of(config: Config, run_dir: str | Path) -> Config:
+def with_run_dir(config: Config, run_dir: str | Path) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run_dir)))
 
 
 def problems(config: Config, run_dir: str | Path) -> str:
-    """What `check_run_folder` refuses it with; whoever claims it all the same gets a UserError as well."""
+    """The message with which `check_run_folder` refuses the folder."""
     with pytest.raises(UserError) as refused:
-        check_run_folder(of(config, run_dir))
+        check_run_folder(with_run_dir(config, run_dir))
     return str(refused.value)
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_written(config, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_created_is_refused_before_anything_is_written(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -51,34 +51,34 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_written(conf
     before = sorted(os.listdir())
     expected = {
         "file": "is a file",
-        "file/below/it": "below it|lies below",
-        "loop": "circle",
-        "loop/below": "circle",
-        "dangling": "a link to nowhere, which is not there",
-        "dangling/below": "a link to nowhere, which is not there",
+        "file/below/it": "below it|is below",
+        "loop": "cycle",
+        "loop/below": "cycle",
+        "dangling": "a link to nowhere, which does not exist",
+        "dangling/below": "a link to nowhere, which does not exist",
         "n" * 300: "too long",
         "nul\0": "control character",
         "/proc/1/fdinfo/run": "in|denied|not",
     }
-    for name, words in expected.items():
+    for name, pattern in expected.items():
         if not name.startswith("/proc"):
             text = problems(config, name)
-            assert re.search(words, text) and "run.dir" in text, (name, text)
+            assert re.search(pattern, text) and "run.dir" in text, (name, text)
         if "\0" not in name:
-            with pytest.raises(UserError):  # whatever the check could not see
-                claim_run_folder(of(config, name))
+            with pytest.raises(UserError):  # also for problems that the check cannot detect
+                claim_run_folder(with_run_dir(config, name))
     assert sorted(os.listdir()) == before
 
 
 def test_a_read_only_folder_is_refused(config, tmp_path):
-    """A file system that is mounted read-only (root may write everywhere else), and a folder of another user."""
+    """A file system that is mounted read-only, which stops root too, and a folder without write permission."""
     with small_disk(tmp_path / "disk", 1000):
         (tmp_path / "disk" / "run").mkdir()
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
         for name in ("run", "new", "new/below"):
             assert "mounted read-only" in problems(config, tmp_path / "disk" / name)
             with pytest.raises(UserError, match="read-only"):
-                claim_run_folder(of(config, tmp_path / "disk" / name))
+                claim_run_folder(with_run_dir(config, tmp_path / "disk" / name))
     (tmp_path / "theirs").mkdir(mode=0o555)
     for folder in [tmp_path, *tmp_path.parents[:3]]:
         folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
@@ -95,7 +95,7 @@ def test_a_read_only_folder_is_refused(config, tmp_path):
 @pytest.mark.parametrize("name", ["checkpoints", "logs", "wandb"])
 def test_a_file_where_the_run_needs_a_folder_is_named(config, tmp_path, name):
     (tmp_path / name).write_text("")
-    assert f"{tmp_path / name} is no folder" in problems(config, tmp_path)
+    assert f"{tmp_path / name} is not a folder" in problems(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_a_folder_where_the_run_writes_a_file_is_named(config, tmp_path, name):
     assert f"{tmp_path / name} is a folder" in problems(config, tmp_path)
 
 
-def test_all_that_is_wrong_with_a_folder_is_said_at_once(config, tmp_path):
+def test_all_problems_of_a_folder_are_reported_at_once(config, tmp_path):
     (tmp_path / "STOP").mkdir()
     (tmp_path / "logs").write_text("")
     text = problems(config, tmp_path)
     assert "STOP" in text and "logs" in text
 
 
-def test_a_log_that_cannot_be_opened_is_a_message(tmp_path):
+def test_a_log_file_that_cannot_be_opened_is_a_user_error(tmp_path):
     (tmp_path / "logs" / "rank-00000.log").mkdir(parents=True)
     with pytest.raises(UserError, match=r"rank-00000\.log cannot be written \(Is a directory\)"):
         start_logging(tmp_path, cast(Any, SimpleNamespace(rank=0, node="here")), 1)
@@ -128,11 +128,11 @@ def test_an_unusable_folder_ends_a_start_with_exit_code_2_on_every_rank(settings
     assert f"{tmp_path / 'file'} is a file" in result.err
 
 
-# Files that are whole or not there
+# Atomic writes
 
 
-def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """fsync of the content, rename, fsync of the folder; a failure leaves the old file and nothing else."""
+def test_a_file_is_fsynced_before_it_gets_its_name(tmp_path, monkeypatch):
+    """fsync of the content, rename, fsync of the folder; after a failure only the old file exists."""
     calls = []
 
     def record(name: str, function):
@@ -161,7 +161,7 @@ def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 def test_only_temporary_files_of_the_run_are_removed(tmp_path):
-    """By their exact names: nothing that a user may have put there."""
+    """They are selected by their exact names; files of users are kept."""
     ours = ["config.yaml.tmp-12", "metrics.jsonl.tmp-345"]
     theirs = ["config.yaml.tmp", "config.yaml.tmp-12b", "my-config.yaml.tmp-12", "notes.tmp-1", "config.yaml"]
     for name in ours + theirs:
@@ -171,41 +171,43 @@ def test_only_temporary_files_of_the_run_are_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "eval.jsonl.tmp-9"])
 
 
-def test_a_torn_config_is_named_with_its_remedy(config, tmp_path):
-    """Cut anywhere, as older versions left it when they were killed; no text. What a user writes there is read."""
-    file, whole = tmp_path / "config.yaml", dump_config(config)
-    torn = [whole[:size].encode() for size in range(0, len(whole) - 1, 97)]
-    torn += [whole[: whole.index(f"\n{name}:") + 1].encode() for name in ("train", "run", "faults")]
-    for content in [*torn, b"\xff\xfe\x00", b"\0" * 100]:
+def test_a_damaged_config_file_is_reported_with_its_remedy(config, tmp_path):
+    """Truncated anywhere, as older versions left it when they were killed, or not UTF-8. A complete file in another
+    form, as a user may write it, is read."""
+    file, complete = tmp_path / "config.yaml", dump_config(config)
+    truncated = [complete[:size].encode() for size in range(0, len(complete) - 1, 97)]
+    truncated += [complete[: complete.index(f"\n{name}:") + 1].encode() for name in ("train", "run", "faults")]
+    for content in [*truncated, b"\xff\xfe\x00", b"\0" * 100]:
         file.write_bytes(content)
         text = problems(config, tmp_path)
         assert str(file) in text and "remove it, and the same command writes it again" in text, (content, text)
         assert file.read_bytes() == content
-    file.write_text(whole)
-    check_run_folder(of(config, tmp_path))
+    file.write_text(complete)
+    check_run_folder(with_run_dir(config, tmp_path))
     written = {"model": dataclasses.asdict(config.model), "train": {"dtype": "fp32", "seq_len": 32, "steps": 6}}
     written |= {"optim": dataclasses.asdict(config.optim), "data": {"path": config.data.path}}
     file.write_text(json.dumps(written | {"train": dataclasses.asdict(config.train)}))
-    check_run_folder(of(config, tmp_path))
+    check_run_folder(with_run_dir(config, tmp_path))
 
 
 @pytest.mark.parametrize(
     "content",
     ["", "[", "{}", "[1]", '[{"step": 1}]', '[{"step": 1, "to": 0, "batches": ["x"], "why": ""}]', "\0\0", "null"],
 )
-def test_damaged_rollbacks_are_named_with_their_remedy(config, tmp_path, content):
+def test_a_damaged_rollbacks_file_is_reported_with_its_remedy(config, tmp_path, content):
     (tmp_path / "rollbacks.json").write_text(content)
-    if content == "{}":  # an empty object says that there are none
+    if content == "{}":  # an empty object means no rollbacks
         assert read_rollbacks(tmp_path) == []
         return
     text = problems(config, tmp_path)
     assert f"{tmp_path / 'rollbacks.json'} is damaged" in text and "remove it" in text
 
 
-# A run without its checkpoints
+# Runs without their checkpoints
 
 
-def folder(tmp_path: Path, completed: bool, published: int | None, steps: int) -> Path:
+def run_without_checkpoints(tmp_path: Path, completed: bool, published: int | None, steps: int) -> Path:
+    """The folder of a run with `steps` lines of metrics, whose checkpoint of step `published` is missing."""
     fence = Fence.take(tmp_path)
     fence.record_status("running", "", steps, published)
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step + 1}}}\n' for step in range(steps)))
@@ -215,24 +217,24 @@ def folder(tmp_path: Path, completed: bool, published: int | None, steps: int) -
 
 
 @pytest.mark.parametrize(
-    ("completed", "published", "steps", "words"),
+    ("completed", "published", "steps", "parts"),
     [
         (True, None, 6, ["the marker COMPLETED", "drop the 6 steps", "remove COMPLETED and metrics.jsonl"]),
         (True, None, 0, ["the marker COMPLETED", "remove COMPLETED there"]),
         (False, 4, 5, ["has saved a checkpoint of step 4", "drop the 5 steps", "remove metrics.jsonl"]),
         (False, None, 5, None),  # killed before its first checkpoint
-        (False, 4, 0, None),  # there is nothing to lose
+        (False, 4, 0, None),  # no metrics to lose
     ],
 )
-def test_a_run_whose_checkpoints_are_gone_asks_before_it_starts_over(tmp_path, completed, published, steps, words):
-    run_dir = folder(tmp_path, completed, published, steps)
-    if words is None:
+def test_a_run_whose_checkpoints_are_missing_does_not_start_over(tmp_path, completed, published, steps, parts):
+    run_dir = run_without_checkpoints(tmp_path, completed, published, steps)
+    if parts is None:
         refuse_to_start_over(run_dir)
         return
     with pytest.raises(UserError) as refused:
         refuse_to_start_over(run_dir)
-    assert all(word in str(refused.value) for word in words), refused.value
-    Fence.take(run_dir)  # a start in between, which did not get far, does not make it forget
+    assert all(part in str(refused.value) for part in parts), refused.value
+    Fence.take(run_dir)  # another start that saved nothing: still refused
     with pytest.raises(UserError):
         refuse_to_start_over(run_dir)
     (run_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
@@ -240,8 +242,8 @@ def test_a_run_whose_checkpoints_are_gone_asks_before_it_starts_over(tmp_path, c
 
 
 @pytest.mark.launch
-def test_runs_that_had_checkpoints_are_refused_without_them_and_keep_their_lines(settings, tmp_path):
-    """After the end, and after a kill after the first checkpoint; the folder's bytes stay as they are."""
+def test_runs_that_had_checkpoints_are_refused_without_them_and_keep_their_files(settings, tmp_path):
+    """A completed run, and one that was killed after its first checkpoint; no file changes."""
     done, killed = tmp_path / "done", tmp_path / "killed"
     assert train(1, *settings, f"run.dir={done}").codes == [0]
     stop = {"KILL_AFTER": str(killed / "checkpoints" / "step-00000004" / "checkpoint.json")}
@@ -254,18 +256,18 @@ def test_runs_that_had_checkpoints_are_refused_without_them_and_keep_their_lines
         assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-# A folder that changes between the look and the lock
+# A folder that changes between the search for a checkpoint and the lock
 
 
 def start_beside_orphans(arguments: Sequence[str], source: str, run_dir: str, steps: Sequence[int]) -> None:
-    """Train; between the look for a checkpoint and the lock, ranks of an earlier start finish what they do: they
-    publish the checkpoints `steps` of `source`, and remove the others."""
+    """Train; between the search for a checkpoint and the lock, simulate ranks of an earlier start: publish the
+    checkpoints `steps` of `source` and remove the others."""
 
     from mythos_dist.train import prepare
 
     claim = prepare.claim_run_folder
 
-    def late(config: Config):
+    def change_and_claim(config: Config):
         checkpoints = Path(run_dir, "checkpoints")
         shutil.rmtree(checkpoints)
         for step in steps:
@@ -276,34 +278,34 @@ def start_beside_orphans(arguments: Sequence[str], source: str, run_dir: str, st
                 shutil.copy(Path(source, name), Path(run_dir, name))
         return claim(config)
 
-    prepare.claim_run_folder = late
+    prepare.claim_run_folder = change_and_claim
     train_here(arguments)
 
 
 @pytest.mark.launch
-def test_a_start_looks_again_when_it_has_the_lock(settings, tmp_path):
-    """Orphans of a killed launcher have finished the run, or published one more checkpoint and removed the one that
-    was found: the first start leaves the finished run alone, the second resumes from the newer one."""
-    whole = tmp_path / "whole"
-    assert train(1, *settings, f"run.dir={whole}").codes == [0]
-    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for steps, words in (((4, 6), "is complete: 6 of 6 steps"), ((4,), "resuming after step 4")):
+def test_a_start_searches_again_for_a_checkpoint_once_it_has_the_lock(settings, tmp_path):
+    """Meanwhile, ranks that outlived a killed launcher complete the run: it is left as it is. Or they publish a newer
+    checkpoint and remove the first one: the start resumes from the newer one."""
+    complete = tmp_path / "complete"
+    assert train(1, *settings, f"run.dir={complete}").codes == [0]
+    lines = (complete / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for steps, message in (((4, 6), "is complete: 6 of 6 steps"), ((4,), "resuming after step 4")):
         run_dir = tmp_path / str(max(steps))
-        shutil.copytree(whole, run_dir)
+        shutil.copytree(complete, run_dir)
         (run_dir / "COMPLETED").unlink()
         for step in (4, 6):
             shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}")
         (run_dir / "checkpoints" / "latest").write_text("step-00000002\n")
         (run_dir / "metrics.jsonl").write_text("".join(lines[:4]))
         arguments = [*settings, f"run.dir={run_dir}"]
-        result = launch(1, start_beside_orphans, arguments, str(whole), str(run_dir), steps)
-        assert result.codes == [0] and words in result.out, (result.out, result.tails)
+        result = launch(1, start_beside_orphans, arguments, str(complete), str(run_dir), steps)
+        assert result.codes == [0] and message in result.out, (result.out, result.tails)
         assert (run_dir / "COMPLETED").exists()
-        found = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        assert found == [json.loads(line)["loss"] for line in lines]
+        losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert losses == [json.loads(line)["loss"] for line in lines]
 
 
-# What changes when a run goes on
+# Changes of the schedule in a resumed run
 
 
 def checkpoint_of(config: Config, step: int) -> Checkpoint:
@@ -318,21 +320,21 @@ def rate(step: int, steps: int) -> float:
 @pytest.mark.parametrize(
     ("before", "now", "done", "step"),
     [
-        (20, 40, 20, 21),  # finished, then raised: the cosine is in the middle of its way again
-        (40, 20, 10, 11),  # lowered on the way
-        (20, 40, 1, 6),  # before the end of the warm-up: named for the first step after it
+        (20, 40, 20, 21),  # completed, then raised: the cosine is at half of its steps again
+        (40, 20, 10, 11),  # lowered during the run
+        (20, 40, 1, 6),  # before the end of the warm-up: reported for the first step after it
         (20, 20, 20, None),
         (20, 20, 3, None),
     ],
 )
-def test_a_changed_number_of_steps_says_what_it_does_to_the_learning_rate(before, now, done, step):
+def test_a_changed_number_of_steps_reports_the_changed_learning_rate(before, now, done, step):
     tiny = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
     old, new = (load_config(tiny, [f"train.steps={steps}"]) for steps in (before, now))
-    found = list(schedule_changes(new, checkpoint_of(old, done)))
+    messages = list(schedule_changes(new, checkpoint_of(old, done)))
     if step is None:
-        assert found == []
+        assert messages == []
         return
-    (text,) = found
+    (text,) = messages
     assert f"train.steps={now}, and the checkpoint of step {done} was saved with {before}" in text
     assert f"the learning rate of step {step} is {rate(step, now):.2e} instead of {rate(step, before):.2e}" in text
     assert ("optim.schedule=wsd" in text) == (done == before), "only a rise after a decay has a remedy"
@@ -354,13 +356,13 @@ def test_a_schedule_that_an_earlier_version_did_not_have_is_named():
     assert text.startswith("optim.schedule='constant', and the checkpoint of step 10 was saved with 'cosine'")
 
 
-# What a restart cost
+# The cost of a restart
 
 
 @pytest.mark.parametrize(
-    ("about", "mtime", "lost", "idle"),
+    ("writer", "mtime", "lost", "idle"),
     [
-        # Step 2 ended at 1000, the last line is of 1010. It stopped with a checkpoint of step 4 two days ago.
+        # Step 2 ended at time 1000, step 4 at 1010. The run stopped with a checkpoint of step 4 two days ago.
         (
             {"state": "stopped", "why": "stopped after step 4: rank 0 received SIGTERM", "time": 1012},
             1012,
@@ -368,16 +370,16 @@ def test_a_schedule_that_an_earlier_version_did_not_have_is_named():
             172_000,
         ),
         ({"state": "completed", "time": 1012}, 1012, 12 + 30, 172_000),
-        # Killed: its last sign of life counts.
+        # Killed: the time of its last keepalive (mtime) counts.
         ({"state": "running", "time": 900}, 1020, 20 + 30, 171_992),
-        # Begun after step 2 had ended, and killed before its first step: the time before was another start's.
+        # Started after the end of step 2 and killed before its first step: earlier time counts for another start.
         ({"state": "running", "time": 1008, "began": 1008}, 1009, 2 + 30, 172_002),
     ],
 )
-def test_the_time_in_which_nothing_ran_is_not_lost(tmp_path, monkeypatch, about, mtime, lost, idle):
-    """The start took 30 s, and its line is written at 1,012 + 172,000 + 30."""
+def test_time_in_which_nothing_ran_counts_as_idle_and_not_as_lost(tmp_path, monkeypatch, writer, mtime, lost, idle):
+    """The startup took 30 s, and the line is written at 1,012 + 172,000 + 30."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "time": 1000}\n{"step": 4, "time": 1010}\nnonsense\n')
-    (tmp_path / "writer.json").write_text(json.dumps({"start": 1, **about}))
+    (tmp_path / "writer.json").write_text(json.dumps({"start": 1, **writer}))
     os.utime(tmp_path / "writer.json", (mtime, mtime))
     previous = PreviousStart.read(tmp_path, 2)
     monkeypatch.setattr("time.time", lambda: 173_042.0)
@@ -388,8 +390,8 @@ def test_the_time_in_which_nothing_ran_is_not_lost(tmp_path, monkeypatch, about,
 
 
 @pytest.mark.launch
-def test_a_kill_behind_the_last_checkpoint_leaves_no_checkpoint_too_many(settings, tmp_path):
-    """The next start says that the run is done, and first removes what the killed one would have removed."""
+def test_a_start_after_a_kill_after_the_last_checkpoint_prunes_checkpoints(settings, tmp_path):
+    """It reports that the run is complete, and removes the checkpoints that the killed start would have removed."""
     arguments = [*settings, f"run.dir={tmp_path / 'run'}"]
     assert train(1, *arguments, "checkpoint.keep=3").codes == [0]
     checkpoints = tmp_path / "run" / "checkpoints"

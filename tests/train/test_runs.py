@@ -1,4 +1,4 @@
-"""Whole runs through the command line: what they write, that they resume exactly, and how they refuse."""
+"""Runs through the command line: the files that they write, bit-exact resume, and refused input."""
 
 import fcntl
 import hashlib
@@ -40,8 +40,8 @@ def finished(settings, tmp_path_factory) -> Path:
     return run_dir
 
 
-def test_a_run_writes_the_folder_that_is_promised(finished, config, shards):
-    """Every file, and in metrics.jsonl each number that a closed formula or the shards themselves give."""
+def test_a_run_writes_the_documented_files_and_values(finished, config, shards):
+    """All files; in metrics.jsonl each value that a closed formula or the shards determine."""
     names = {path.relative_to(finished).as_posix() for path in finished.rglob("*")}
     assert names >= {"config.yaml", "deepspeed.json", "metrics.jsonl", "eval.jsonl", "COMPLETED", "checkpoints/latest"}
     assert names >= {"logs/rank-00000.log", "logs/rank-00001.log"}
@@ -55,9 +55,9 @@ def test_a_run_writes_the_folder_that_is_promised(finished, config, shards):
     stream = ReplicaStream(
         shards, "train", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0
     )
-    found = lines(finished)
-    assert [line["step"] for line in found] == list(range(1, 7))
-    for line in found:
+    records = lines(finished)
+    assert [line["step"] for line in records] == list(range(1, 7))
+    for line in records:
         step = line["step"]
         o, warm = config.optim, config.optim.warmup_steps
         cosine = (1 + math.cos(math.pi * (step - warm) / (6 - warm))) / 2
@@ -70,7 +70,7 @@ def test_a_run_writes_the_folder_that_is_promised(finished, config, shards):
         assert 0 < line["mfu"] < 1 and 1 <= line["expert_load_max"] <= 4
     evaluations = lines(finished, "eval.jsonl")
     assert [line["step"] for line in evaluations] == [0, 6]
-    # Tokens of a uniform prediction cost ln(512); training on English must do better than at the start.
+    # A uniform prediction has a loss of ln(512); training lowers it.
     assert evaluations[0]["heldout_loss"] == pytest.approx(math.log(512), abs=0.2)
     assert evaluations[1]["heldout_loss"] < evaluations[0]["heldout_loss"] - 0.05  # six steps of warm-up
 
@@ -93,7 +93,7 @@ def train_without_operations(arguments: list[str]) -> int:
 
 
 def test_the_core_trains_without_operations(finished, settings, tmp_path):
-    """The batches of the run on two ranks, and its losses but for the order of sums."""
+    """The batches of the run on two ranks, and its losses up to the order of summation."""
     result = launch(1, train_without_operations, [*settings, f"run.dir={tmp_path}"])
     assert result.codes == [0] and result.values == [0], result.err
     assert [line["batch_id"] for line in lines(tmp_path)] == [line["batch_id"] for line in lines(finished)]
@@ -101,8 +101,8 @@ def test_the_core_trains_without_operations(finished, settings, tmp_path):
     assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(losses, rel=1e-5)
 
 
-def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, tmp_path):
-    """Other ranks, micro-batches and axes: batch_id equal, losses and norms equal but for the order of sums."""
+def test_results_do_not_depend_on_ranks_or_micro_batch(finished, settings, tmp_path):
+    """Other ranks, micro-batches and axes: batch_id is equal, losses and norms up to the order of summation."""
     cube = "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 run.count_communication=true"
     for world, change in ((1, "train.micro_batch=4"), (4, "train.micro_batch=2"), (8, cube)):
         run_dir = tmp_path / str(world)
@@ -126,7 +126,7 @@ def test_the_numbers_do_not_depend_on_ranks_or_micro_batch(finished, settings, t
 
 
 def test_every_rank_logs_its_own_steps(finished):
-    """A line a step in each rank's log, to find a slow one."""
+    """One line per step in each rank's log, to find slow ranks."""
     for rank in (0, 1):
         log = (finished / "logs" / f"rank-{rank:05d}.log").read_text()
         assert [int(n) for n in re.findall(r"step (\d+) took", log)] == list(range(1, 7))
@@ -145,24 +145,24 @@ def test_every_rank_logs_its_own_steps(finished):
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path, ranks, layout):
-    """SIGKILL of all ranks behind a checkpoint; the same command again gives the lines of an undisturbed run."""
+    """SIGKILL of all ranks after a checkpoint; the same command again gives the lines of an uninterrupted run."""
     arguments = [*settings, *layout.split(), "train.global_batch=4", "data.workers=1", "model.dropout=0.1"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    undisturbed = train(ranks, *arguments, f"run.dir={whole}", seconds=960)
-    assert undisturbed.codes == [0] * ranks, undisturbed.tails
-    env = {"KILL_AFTER": str(broken / "checkpoints" / "step-00000002" / "checkpoint.json")}
-    killed = train(ranks, *arguments, f"run.dir={broken}", env=env, seconds=960)
-    assert killed.codes == [-signal.SIGKILL] * ranks and not (broken / "COMPLETED").exists()
-    (broken / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # a line that a kill cut short
-    resumed = train(ranks, *arguments, f"run.dir={broken}", seconds=960)
-    assert resumed.codes == [0] * ranks, resumed.tails
-    assert "resuming from" in resumed.out
-    assert exact(broken) == exact(whole)
-    assert lines(broken, "eval.jsonl") == lines(whole, "eval.jsonl")
+    expected, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    result = train(ranks, *arguments, f"run.dir={expected}", seconds=960)
+    assert result.codes == [0] * ranks, result.tails
+    env = {"KILL_AFTER": str(killed / "checkpoints" / "step-00000002" / "checkpoint.json")}
+    result = train(ranks, *arguments, f"run.dir={killed}", env=env, seconds=960)
+    assert result.codes == [-signal.SIGKILL] * ranks and not (killed / "COMPLETED").exists()
+    (killed / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # a line that a kill truncated
+    result = train(ranks, *arguments, f"run.dir={killed}", seconds=960)
+    assert result.codes == [0] * ranks, result.tails
+    assert "resuming from" in result.out
+    assert exact(killed) == exact(expected)
+    assert lines(killed, "eval.jsonl") == lines(expected, "eval.jsonl")
 
 
 def test_running_a_finished_run_again_changes_nothing(finished, settings):
-    """The second start says that it is done, and the files keep their bytes."""
+    """The second start reports that the run is complete; no file changes."""
     before = {path: path.read_bytes() for path in finished.rglob("*.jsonl")}
     result = train(2, *settings, f"run.dir={finished}")
     assert result.codes == [0, 0] and "is complete: 6 of 6 steps" in result.out
@@ -170,13 +170,13 @@ def test_running_a_finished_run_again_changes_nothing(finished, settings):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, settings, tmp_path):
-    """Its lines are replaced, not continued, and it says how many steps are lost."""
+    """Its lines are replaced, and the number of repeated steps is printed."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "COMPLETED").unlink()
-    about = json.loads((run_dir / "writer.json").read_text())
-    (run_dir / "writer.json").write_text(json.dumps(about | {"state": "running", "published": None}))
+    writer = json.loads((run_dir / "writer.json").read_text())
+    (run_dir / "writer.json").write_text(json.dumps(writer | {"state": "running", "published": None}))
     again = train(2, *settings, f"run.dir={run_dir}")
     assert again.codes == [0, 0]
     assert "no checkpoint was saved yet: 6 steps are repeated" in again.out
@@ -184,8 +184,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(finished, settings
     assert lines(run_dir, "eval.jsonl") == lines(finished, "eval.jsonl")
 
 
-def test_a_finished_run_can_be_made_longer(finished, settings, tmp_path):
-    """More steps: it resumes from the last checkpoint; the marker is gone until they are done, and is back then."""
+def test_a_completed_run_can_be_extended(finished, settings, tmp_path):
+    """With more steps it resumes from the last checkpoint; COMPLETED is removed and written again at the end."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     arguments = [*settings, f"run.dir={run_dir}", "train.steps=10"]
@@ -213,16 +213,16 @@ def test_the_saved_model_has_the_held_out_loss_that_was_logged(finished, config,
     assert float(loss) == pytest.approx(lines(finished, "eval.jsonl")[-1]["heldout_loss"], rel=1e-5)
 
 
-def refused(result, *words: str) -> None:
-    """Exit code 2 on every rank, the words on rank 0's standard error, and no traceback."""
+def refused(result, *parts: str) -> None:
+    """Exit code 2 on every rank; all `parts` are on rank 0's standard error, and no traceback."""
     assert set(result.codes) == {2}, (result.codes, result.err)
     assert "Traceback" not in result.err and result.err.startswith("error: "), result.err
-    for word in words:
-        assert word in result.err, result.err
+    for part in parts:
+        assert part in result.err, result.err
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "parts"),
     [
         ("model.dimm=64", ("model.dimm", "did you mean model.dim?")),
         (
@@ -232,16 +232,16 @@ def refused(result, *words: str) -> None:
         ("train.micro_batch=8", ("train.global_batch=8", "x 2 (replicas)", "train.micro_batch to one of [1, 2, 4]")),
     ],
 )
-def test_a_mistake_is_one_message_exit_code_2_and_nothing_written(override, words, settings, tmp_path, monkeypatch):
-    """What is wrong with the config alone, with the shards, with the number of ranks; the run folder is not made."""
+def test_invalid_input_gives_one_message_and_exit_code_2(override, parts, settings, tmp_path, monkeypatch):
+    """Problems of the config, of the shards, and of the number of ranks; the run folder is not created."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "OTHER").write_bytes(b"another tokenizer")
-    refused(train(2, *settings, "run.dir=here", *override.split()), *words)
+    refused(train(2, *settings, "run.dir=here", *override.split()), *parts)
     assert not (tmp_path / "here").exists()
 
 
-def test_a_mistake_that_one_rank_sees_ends_all_with_its_words(settings, shards, tmp_path):
-    """Rank 1 lacks the shards, as on a node without the mount: no rank waits for it, all leave with exit code 2."""
+def test_an_error_on_one_rank_ends_all_ranks_with_its_message(settings, shards, tmp_path):
+    """Rank 1 has no shards, as on a node without the mount: no rank waits for it, all exit with code 2."""
     (tmp_path / "0").mkdir()
     shutil.copytree(shards, tmp_path / "0" / "shards")
     arguments = [*settings, f"run.dir={tmp_path / 'run'}", "data.path=shards"]
@@ -250,19 +250,19 @@ def test_a_mistake_that_one_rank_sees_ends_all_with_its_words(settings, shards, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_of_another_config_is_refused_and_kept(finished, settings, tmp_path):
-    """The differing settings are named with both values; not a byte of the old run changes."""
+def test_a_run_folder_of_another_config_is_refused_and_not_changed(finished, settings, tmp_path):
+    """The message has each differing setting with both values."""
     run_dir = tmp_path / "copy"
     shutil.copytree(finished, run_dir)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     result = train(2, *settings, f"run.dir={run_dir}", "model.n_experts=16", "optim.lr=1e-3", "train.steps=8")
     refused(result, "model.n_experts=16", "has 8", "optim.lr=0.001", "has 0.002", "another run.dir")
-    assert "train.steps" not in result.err  # a run may be made longer
+    assert "train.steps" not in result.err  # a run may be extended
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_folder_has_one_writer(settings, tmp_path):
-    """While another process holds the folder, as ranks do that outlive their launcher, a second run is refused."""
+    """While another process holds the lock, as ranks that outlive their launcher do, a second run is refused."""
     with (tmp_path / "writer.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(train(2, *settings, f"run.dir={tmp_path}"), f"run.dir={tmp_path}", "in use", "another run.dir")
@@ -270,8 +270,8 @@ def test_a_run_folder_has_one_writer(settings, tmp_path):
     assert train(2, *settings, f"run.dir={tmp_path}", "train.steps=1").codes == [0, 0]
 
 
-def test_help_and_a_launcher_of_the_users_own(settings, tmp_path):
-    """`--help` does not import torch; under torchrun two ranks train; a mistake without a launcher exits with 2."""
+def test_help_python_alone_and_torchrun(settings, tmp_path):
+    """`--help` imports no torch; an invalid setting without a launcher exits with 2; under torchrun two ranks train."""
     module = [sys.executable, "-m", "mythos_dist.train"]
     command = [module[0], "-X", "importtime", *module[1:], "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -285,11 +285,11 @@ def test_help_and_a_launcher_of_the_users_own(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "COMPLETED").exists()
     steps = [line for line in done.stdout.splitlines() if line.startswith("step ") and "grad_norm" in line]
-    assert len(steps) == 6  # one console line a step
+    assert len(steps) == 6  # one console line per step
 
 
 def test_wandb_offline_records_every_step_without_a_network(settings, tmp_path):
-    """The default: a run folder of wandb's own with a file of records, no login, no waiting."""
+    """The default: wandb writes its records to the run folder, without a login and without waiting."""
     result = train(
         1, *settings, f"run.dir={tmp_path}", "run.wandb=offline", env={"WANDB_BASE_URL": "http://127.0.0.1:9"}
     )

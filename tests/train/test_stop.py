@@ -1,4 +1,4 @@
-"""Ctrl-C and a closed terminal: the run stops after its step with a checkpoint, as on SIGTERM, and loses nothing."""
+"""Ctrl-C and a closed terminal: as on SIGTERM, the run stops after its step with a checkpoint and loses nothing."""
 
 import json
 import os
@@ -22,21 +22,22 @@ EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "ex
 
 
 def exact(run_dir: Path) -> list[tuple]:
-    found = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line[key] for key in EXACT) for line in found]
+    records = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in EXACT) for line in records]
 
 
 @pytest.fixture(scope="module")
-def whole(settings, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
-    run_dir = tmp_path_factory.mktemp("stop") / "whole"
+def uninterrupted(settings, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("stop") / "uninterrupted"
     assert train(1, *settings, f"run.dir={run_dir}").codes == [0]
     return run_dir
 
 
 def interrupt_at(arguments: Sequence[str], module: str, name: str, call: int, numbers: Sequence[int]) -> None:
-    """Train; when a function of ours is called for the `call`-th time, signals come to the whole process group, as
-    from a terminal: loader workers get them, too. A second one comes `_ONE_KEYSTROKE` after the first was answered."""
+    """Train; when function `name` of `module` is called for the `call`-th time, send the signals `numbers` to the
+    process group, as a terminal does: loader workers get them, too. The second one is sent `_ONE_KEYSTROKE` s after
+    the message about the first."""
     import importlib
 
     from mythos_dist.train import stop
@@ -47,7 +48,7 @@ def interrupt_at(arguments: Sequence[str], module: str, name: str, call: int, nu
         owner = getattr(owner, part)
     original, calls = getattr(owner, last), 0
 
-    def watched(*values: Any, **options: Any) -> Any:
+    def interrupted(*values: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
@@ -58,10 +59,10 @@ def interrupt_at(arguments: Sequence[str], module: str, name: str, call: int, nu
                     time.sleep(stop._ONE_KEYSTROKE + 0.01)
                 os.killpg(os.getpgrp(), number)
             if len(numbers) > 1:
-                time.sleep(240)  # it does not get that far
+                time.sleep(240)  # the second signal ends the process long before
         return original(*values, **options)
 
-    setattr(owner, last, watched)
+    setattr(owner, last, interrupted)
     train_here(arguments)
 
 
@@ -77,45 +78,48 @@ LOOP, SAVE = "mythos_dist.train.loop", "mythos_dist.checkpoint.save"
         (SAVE, "publish", 1, signal.SIGINT, 2),
     ],
 )
-def test_a_stop_saves_and_the_same_command_ends_as_an_undisturbed_run(
-    settings, whole, tmp_path, module, name, call, number, step
+def test_a_stop_saves_and_the_same_command_completes_the_run(
+    settings, uninterrupted, tmp_path, module, name, call, number, step
 ):
-    """In a step, at the first evaluation, while a checkpoint is published; with loader workers in the same group."""
+    """Signals in a step, in the first evaluation and while a checkpoint is published; loader workers get them, too. The
+    lines equal those of an uninterrupted run."""
     run_dir = tmp_path / "run"
-    # A checkpoint of step 2 is published in step 2.
+    # Without background saving, the checkpoint of step 2 is published in step 2.
     arguments = [*settings, f"run.dir={run_dir}", "data.workers=1", "checkpoint.background=false"]
     result = launch(1, interrupt_at, arguments, module, name, call, [number])
-    told = {signal.SIGINT: "Ctrl-C (SIGINT)", signal.SIGHUP: "SIGHUP"}[number]
+    signal_name = {signal.SIGINT: "Ctrl-C (SIGINT)", signal.SIGHUP: "SIGHUP"}[number]
     assert result.codes == [85] and "Traceback" not in result.err, result.err
-    assert f"stopped after step {step}: rank 0 received {told}; run the same command to resume" in result.out
+    assert f"stopped after step {step}: rank 0 received {signal_name}; run the same command to resume" in result.out
     assert ("Ctrl-C: stopping after this step" in result.err) == (number == signal.SIGINT)
     assert (run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
     again = train(1, *arguments)
     assert again.codes == [0], again.err
     (line,) = [json.loads(text) for text in (run_dir / "restarts.jsonl").read_text().splitlines()]
-    assert told in line["why"] and line["from_step"] == step
-    assert exact(run_dir) == exact(whole)
+    assert signal_name in line["why"] and line["from_step"] == step
+    assert exact(run_dir) == exact(uninterrupted)
 
 
-def test_ctrl_c_at_the_last_checkpoint_lets_it_finish(settings, whole, tmp_path):
+def test_ctrl_c_at_the_last_checkpoint_lets_it_finish(settings, uninterrupted, tmp_path):
     result = launch(1, interrupt_at, [*settings, f"run.dir={tmp_path}"], LOOP, "Run.finish", 1, [signal.SIGINT])
-    assert result.codes == [0] and (tmp_path / "COMPLETED").exists() and exact(tmp_path) == exact(whole)
+    assert result.codes == [0] and (tmp_path / "COMPLETED").exists() and exact(tmp_path) == exact(uninterrupted)
 
 
-def test_a_second_ctrl_c_ends_it_at_once_and_says_where_it_resumes(settings, whole, tmp_path):
-    """Even while the main thread waits in a call that runs no handler."""
+def test_a_second_ctrl_c_ends_a_run_at_once_and_reports_where_it_resumes(settings, uninterrupted, tmp_path):
+    """Even while the main thread is in a call during which Python runs no signal handler."""
     arguments = [*settings, f"run.dir={tmp_path}"]
     result = launch(1, interrupt_at, arguments, LOOP, "Run.train_step", 4, [signal.SIGINT, signal.SIGINT])
     assert result.codes == [130] and "Traceback" not in result.err, result.err
     assert "stopped at once; run the same command to resume from step-00000002" in result.err
     again = train(1, *arguments)
-    assert again.codes == [0] and exact(tmp_path) == exact(whole)
+    assert again.codes == [0] and exact(tmp_path) == exact(uninterrupted)
     assert "second Ctrl-C" in again.out
 
 
-def in_a_terminal(settings: Sequence[str], ready: Callable[[], bool], shell: str) -> tuple[int, str]:
-    """`python -m mythos_dist.train` in a process group of its own, which gets SIGINT when `ready`; exit code and all
-    that was printed."""
+def train_in_shell(settings: Sequence[str], ready: Callable[[], bool], shell: str) -> tuple[int, str]:
+    """Run `python -m mythos_dist.train` in its own process group, which gets SIGINT when `ready` returns true.
+
+    shell: a bash command with {} for that command. Returns the exit code and the output.
+    """
     command = shell.format(" ".join([sys.executable, "-m", "mythos_dist.train", *settings]))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -138,28 +142,28 @@ def in_a_terminal(settings: Sequence[str], ready: Callable[[], bool], shell: str
 
 @pytest.mark.parametrize("module", ["numpy.linalg", "torch.nn"])
 def test_ctrl_c_before_the_first_step_is_one_line(module, settings, tmp_path):
-    """While libraries are imported, which is what takes longest; nothing is written."""
+    """While libraries are imported, most of a start; nothing is written."""
     done = interrupted_import(module, "mythos_dist.train", *settings, f"run.dir={tmp_path / 'run'}")
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert done.stderr.strip() == "stopped by Ctrl-C before the first step; nothing was lost"
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pipe_that_ctrl_c_breaks_does_not_lose_the_checkpoint(settings, tmp_path):
-    """`train ... | tee log`: the terminal ends tee, too, and what the run prints then goes nowhere."""
+def test_a_broken_output_pipe_does_not_prevent_the_checkpoint(settings, tmp_path):
+    """`train ... | tee log`: Ctrl-C also ends tee, so the run can no longer print."""
     run_dir = tmp_path / "run"
 
     def ready() -> bool:
         return (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text().count("\n") > 2
 
     arguments = [*settings, f"run.dir={run_dir}", "train.steps=100000", "checkpoint.every=100000"]
-    code, _ = in_a_terminal(arguments, ready, f"set -o pipefail; {{}} 2>&1 | tee {tmp_path / 'log'}")
-    about = json.loads((run_dir / "writer.json").read_text())
-    assert about["state"] == "stopped" and about["published"] == about["step"] > 2
-    assert code in (85, 130)  # of the shell, which the signal reaches as well
+    code, _ = train_in_shell(arguments, ready, f"set -o pipefail; {{}} 2>&1 | tee {tmp_path / 'log'}")
+    writer = json.loads((run_dir / "writer.json").read_text())
+    assert writer["state"] == "stopped" and writer["published"] == writer["step"] > 2
+    assert code in (85, 130)  # of the shell, which also gets the signal
 
 
-def test_a_console_that_takes_nothing_does_not_end_a_run():
+def test_a_closed_console_does_not_end_a_run():
     program = (
         "import os, sys\nfrom mythos_dist.train.console import keep_console\nkeep_console()\n"
         "print('first', flush=True)\nsys.stdin.read()\nfor i in range(3): print('lost', flush=True)\n"
@@ -174,7 +178,7 @@ def test_a_console_that_takes_nothing_does_not_end_a_run():
         assert job.stderr.read() == b"still here" and job.wait(240) == 0
 
 
-def test_a_stream_that_is_no_file_stays(monkeypatch):
+def test_standard_streams_that_are_not_files_are_not_replaced(monkeypatch):
     import io
 
     streams = io.StringIO(), io.StringIO()

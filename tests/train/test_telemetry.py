@@ -7,7 +7,7 @@ from helpers.launch import train
 
 pytestmark = pytest.mark.launch
 
-WATCHED = ["loops.telemetry_every=2", "loops.sweep=[1,2,3]", "train.eval_every=2", "train.steps=4"]
+TELEMETRY = ["loops.telemetry_every=2", "loops.sweep=[1,2,3]", "train.eval_every=2", "train.steps=4"]
 
 
 def records(run_dir, file):
@@ -17,7 +17,7 @@ def records(run_dir, file):
 @pytest.fixture(scope="module")
 def single(settings, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("single") / "run"
-    result = train(1, *settings, *WATCHED, f"run.dir={run_dir}")
+    result = train(1, *settings, *TELEMETRY, f"run.dir={run_dir}")
     assert result.codes == [0], result.tails
     return run_dir, result.out
 
@@ -38,9 +38,9 @@ def test_a_run_records_telemetry_and_the_sweep(single):
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipe=2"])
-def test_two_ranks_record_what_one_records(layout, settings, single, tmp_path):
-    """fp32, sums in another order."""
-    result = train(2, *settings, *WATCHED, layout, f"run.dir={tmp_path / 'run'}")
+def test_two_ranks_record_the_values_of_one(layout, settings, single, tmp_path):
+    """In fp32, up to the order of summation."""
+    result = train(2, *settings, *TELEMETRY, layout, f"run.dir={tmp_path / 'run'}")
     assert result.codes == [0, 0], result.tails
     for ours, theirs in zip(
         records(tmp_path / "run", "metrics.jsonl"), records(single[0], "metrics.jsonl"), strict=True

@@ -1,4 +1,4 @@
-"""Every variant's config on its cluster: one real rank of it, dry, against the plan; and what the files say of both."""
+"""The plan of every variant's config against a dry run of one of its ranks, and the figures in configs and docs."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from mythos_dist.ops.plan.write import BEGIN, END, planned_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PLANNING = (CONFIGS.parent / "docs" / "planning.md").read_text()
-NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b", "300m"]  # those that take longest first
+NAMES = ["1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b", "300m"]  # slowest first
 SHORT = ("1t", "3b", "300m")  # with a pipeline and without, on many nodes, one node and one GPU
 
 EACH = pytest.mark.parametrize(
@@ -33,44 +33,44 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(3000)]
 
 
 def comment_of(name: str) -> list[str]:
-    """The lines of a config's plan."""
+    """The lines of the plan in a config's comment."""
     lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     return lines[lines.index(BEGIN) : lines.index(END) + 1]
 
 
 def estimate_of(name: str) -> Estimate:
-    """The plan of the layout in the file, for the GPUs and the cluster that its comment names."""
-    found = re.search(r"--gpus (\d+) --cluster configs/(\S+)", comment_of(name)[1])
-    assert found
+    """The plan of a config's layout, for the GPUs and the cluster in its comment."""
+    options = re.search(r"--gpus (\d+) --cluster configs/(\S+)", comment_of(name)[1])
+    assert options
     config = load_config(CONFIGS / f"{name}.yaml", ["data.path=shards"])
-    return Estimate(config, int(found[1]), load_cluster(CONFIGS / found[2]))
+    return Estimate(config, int(options[1]), load_cluster(CONFIGS / options[2]))
 
 
-def run_in_turns(names: list[str]) -> dict[str, tuple[dict[str, Any], float]]:
-    """On each of two processes: the dry runs of its half, and the most memory that it ever held, in bytes."""
-    found = {}
+def run_half(names: list[str]) -> dict[str, tuple[dict[str, Any], float]]:
+    """On each of two processes: the dry runs of half of the names, each with the process's peak memory in bytes."""
+    results = {}
     for name in names[int(os.environ["LOCAL_RANK"]) :: 2]:
         estimate, begin = estimate_of(name), time.monotonic()
         measured = dry_run(estimate.config, estimate.world_size, rank_of(estimate))
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f"{name}: {time.monotonic() - begin:.0f} s, {held / 1e9:.2f} GB", file=sys.stderr)
-        found[name] = vars(measured), held  # ranks hand plain values back
-    return found
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"{name}: {time.monotonic() - begin:.0f} s, {peak / 1e9:.2f} GB", file=sys.stderr)
+        results[name] = vars(measured), peak  # ranks can return plain values only
+    return results
 
 
 @pytest.fixture(scope="module")
 def dry(request) -> dict[str, tuple[DryRun, float]]:
-    """Of each variant that a selected test asks for."""
-    asked = selected(request, "name")
-    halves = launch(2, run_in_turns, [name for name in NAMES if name in asked], seconds=5600)
+    """Dry run and peak memory of each variant that the selected tests need."""
+    needed = selected(request, "name")
+    halves = launch(2, run_half, [name for name in NAMES if name in needed], seconds=5600)
     assert halves.codes == [0, 0], "\n".join(halves.tails)
-    return {name: (DryRun(**values), held) for half in halves.values for name, (values, held) in half.items()}
+    return {name: (DryRun(**values), peak) for half in halves.values for name, (values, peak) in half.items()}
 
 
 @EACH
-def test_a_variants_plan_is_what_its_real_rank_does(name, dry):
-    """Parameters, FLOPs and every axis' bytes to the last one; memory within 1 %, each part of it within 10 %."""
-    estimate, (measured, held) = estimate_of(name), dry[name]
+def test_a_variants_plan_equals_its_dry_run(name, dry):
+    """Parameters, FLOPs and bytes on every axis exactly; memory within 1 %, each part of it within 10 %."""
+    estimate, (measured, peak) = estimate_of(name), dry[name]
     stage, m = estimate.largest_stage, measured.micro_batches
     assert estimate.fits
     assert measured.parameters == estimate.parameters
@@ -79,13 +79,13 @@ def test_a_variants_plan_is_what_its_real_rank_does(name, dry):
     total = sum(measured.memory.values())
     assert stage.bytes == pytest.approx(total, rel=0.01)
     for part, size in measured.memory.items():
-        # What is less than a thousandth of the whole is not a figure that anybody plans by.
+        # Parts below a thousandth of the total are not compared.
         assert stage.memory.get(part, 0) == pytest.approx(size, rel=0.1, abs=total / 1000), part
-    assert held < 2e9, "a dry run holds no numbers"
+    assert peak < 2e9, "a dry run allocates no tensor data"
 
 
 @EACH
-def test_a_configs_comment_is_what_the_tools_say(name, dry):
+def test_a_configs_comment_is_the_output_of_the_planner(name, dry):
     command = f"python tools/plan.py configs/{name}.yaml --gpus {estimate_of(name).world_size} "
     command += "--cluster configs/clusters/h100_80gb.yaml --as-is --dry-run"
     assert comment_of(name) == planned_lines(estimate_of(name), command, dry[name][0])
@@ -99,7 +99,7 @@ def test_the_docs_show_the_plan_and_the_dry_run(name, dry):
 
 
 def test_what_cannot_fit_does_not_fit_in_the_dry_run_either():
-    """10b on 8 H100: with tensor 2 and expert 2 the plan wants more than there is, with tensor 4 it does not."""
+    """10b on 8 H100: with tensor 2 and expert 2 the plan exceeds the memory, with tensor 4 it does not."""
     cluster = load_cluster(CONFIGS / "clusters" / "h100_80gb.yaml")
     sizes = {}
     for tensor in (2, 4):
@@ -111,8 +111,8 @@ def test_what_cannot_fit_does_not_fit_in_the_dry_run_either():
 
 
 def _memory(config: Any) -> dict[str, int]:
-    (found,) = launch(1, _dry_memory, config, seconds=1200).values
-    return found
+    (memory,) = launch(1, _dry_memory, config, seconds=1200).values
+    return memory
 
 
 def _dry_memory(config: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What all pictures share: a file that is there whole or not at all, and axes of loops and of values."""
+"""Shared parts of all plots: PNG files that are written atomically, and axes for loops and for values."""
 
 import io
 from collections.abc import Collection, Iterator
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def picture(file: Path, columns: int, size: tuple[float, float]) -> Iterator[list["Axes"]]:
-    """`columns` empty panels side by side, together of `size` (inches); behind the block they are `file`, a PNG."""
+def save_plot(file: Path, columns: int, size: tuple[float, float]) -> Iterator[list["Axes"]]:
+    """Yield `columns` empty panels side by side, `size` inches in total, and write them to `file` (PNG) at the end."""
     import matplotlib
 
-    matplotlib.use("Agg")  # a server has no screen
+    matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
@@ -31,7 +31,7 @@ def picture(file: Path, columns: int, size: tuple[float, float]) -> Iterator[lis
 
 
 def loops_axis(panel: "Axes", loops: Collection[int]) -> None:
-    """Numbers of loops from left to right, at equal distances for equal ratios; those of `loops` are named."""
+    """A logarithmic x axis for numbers of loops, with a tick label for each of `loops`."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     panel.set_xscale("log", base=2)
@@ -42,10 +42,10 @@ def loops_axis(panel: "Axes", loops: Collection[int]) -> None:
 
 
 def value_axis(panel: "Axes", least: float, which: Literal["x", "y"] = "y") -> None:
-    """Values as they are, without an offset such as "+7", over a range of at least `least`.
+    """An axis with a range of at least `least`, labelled with plain values instead of an offset such as "+7".
 
-    A line is drawn over the full height otherwise, however little its values differ. To be called when all is drawn;
-    values below 0 are not expected.
+    Without a minimum, matplotlib scales tiny differences to the full height. Call it after everything is drawn. Values
+    must not be negative.
     """
     low, high = panel.get_ylim() if which == "y" else panel.get_xlim()
     if high - low < least:
