@@ -575,7 +575,7 @@ class Interrupted(ByteTokenizer):
 
 
 @pytest.fixture
-def unfinished(text_folder, byte_tokenizer, tmp_path, part_per_span):
+def interrupted(text_folder, byte_tokenizer, tmp_path, part_per_span):
     """A conversion that was interrupted in its tenth part of 15."""
     with pytest.raises(KeyboardInterrupt):
         convert_folder(text_folder, Interrupted(byte_tokenizer.path, 9), tmp_path / "out")
@@ -583,48 +583,48 @@ def unfinished(text_folder, byte_tokenizer, tmp_path, part_per_span):
     return tmp_path / "out"
 
 
-def test_an_interrupted_conversion_resumes(unfinished, finished, text_folder, byte_tokenizer, capsys):
+def test_an_interrupted_conversion_resumes(interrupted, finished, text_folder, byte_tokenizer, capsys):
     with pytest.raises(UserError, match="not a finished conversion"):
-        read_shard_manifest(unfinished)
+        read_shard_manifest(interrupted)
     tokenizer = Interrupted(byte_tokenizer.path)
-    convert_folder(text_folder, tokenizer, unfinished, quiet=False)
+    convert_folder(text_folder, tokenizer, interrupted, quiet=False)
     assert 10**9 - tokenizer.calls == len(FOLDER_PARTS) - 9
-    assert contents(unfinished) == contents(finished)
+    assert contents(interrupted) == contents(finished)
     assert "converting: resuming, " in capsys.readouterr().err
 
 
 def test_incomplete_and_foreign_files_in_an_unfinished_folder_do_no_harm(
-    unfinished, finished, text_folder, byte_tokenizer
+    interrupted, finished, text_folder, byte_tokenizer
 ):
     """Half-written parts and JSON files are replaced; files of other programs are kept."""
-    (unfinished / "train/part-00011.tmp").mkdir()
-    (unfinished / "train/part-00011.tmp/shard.00000.mds").write_bytes(b"half")
-    (unfinished / "train/part-00012").mkdir()
-    (unfinished / "train/part-00012/shard.00007.mds").write_bytes(b"half")
-    (unfinished / "train/part-99999.tmp").mkdir()
-    (unfinished / "train/part-tails").mkdir()
-    (unfinished / "train/part-tails/shard.00000.mds").write_bytes(b"half")
+    (interrupted / "train/part-00011.tmp").mkdir()
+    (interrupted / "train/part-00011.tmp/shard.00000.mds").write_bytes(b"half")
+    (interrupted / "train/part-00012").mkdir()
+    (interrupted / "train/part-00012/shard.00007.mds").write_bytes(b"half")
+    (interrupted / "train/part-99999.tmp").mkdir()
+    (interrupted / "train/part-tails").mkdir()
+    (interrupted / "train/part-tails/shard.00000.mds").write_bytes(b"half")
     for name in ("manifest.json.tmp", "train/index.json.tmp", "train/index.json", "unfinished/part-00011.json.tmp"):
-        (unfinished / name).write_text("half")
-    (unfinished / "unfinished/part-00012.json").write_text('{"limit": nul')
-    (unfinished / "unfinished/part-00013.json").write_text("{}")
+        (interrupted / name).write_text("half")
+    (interrupted / "unfinished/part-00012.json").write_text('{"limit": nul')
+    (interrupted / "unfinished/part-00013.json").write_text("{}")
     foreign = {
         "notes.json": b'{"shards": []}',
         "train/foreign.json": b'{"version": 2, "shards": [{}]}',
         "train/part-a.json": b"[]",
     }
     for name, content in foreign.items():
-        (unfinished / name).write_bytes(content)
-    manifest = convert_folder(text_folder, byte_tokenizer, unfinished)
-    assert contents(unfinished) == {**contents(finished), **foreign}
-    assert_holds(unfinished, manifest, expect(FOLDER_PARTS, byte_tokenizer, 32, heldout=0.1))
+        (interrupted / name).write_bytes(content)
+    manifest = convert_folder(text_folder, byte_tokenizer, interrupted)
+    assert contents(interrupted) == {**contents(finished), **foreign}
+    assert_holds(interrupted, manifest, expect(FOLDER_PARTS, byte_tokenizer, 32, heldout=0.1))
 
 
 @pytest.mark.parametrize("damage", ["shortened", "missing", "lengthened", "folder missing"])
 def test_a_finished_part_with_a_damaged_file_is_converted_again(
-    unfinished, finished, text_folder, byte_tokenizer, damage
+    interrupted, finished, text_folder, byte_tokenizer, damage
 ):
-    file = unfinished / "train/part-00003/shard.00000.mds"
+    file = interrupted / "train/part-00003/shard.00000.mds"
     if damage == "missing":
         file.unlink()
     elif damage == "folder missing":
@@ -632,9 +632,9 @@ def test_a_finished_part_with_a_damaged_file_is_converted_again(
     else:
         file.write_bytes(file.read_bytes()[:-1] if damage == "shortened" else file.read_bytes() + b"x")
     tokenizer = Interrupted(byte_tokenizer.path)
-    convert_folder(text_folder, tokenizer, unfinished)
+    convert_folder(text_folder, tokenizer, interrupted)
     assert 10**9 - tokenizer.calls == len(FOLDER_PARTS) - 8
-    assert contents(unfinished) == contents(finished)
+    assert contents(interrupted) == contents(finished)
 
 
 def test_an_index_that_changed_after_the_conversion_is_refused(finished, text_folder, byte_tokenizer, tmp_path):
@@ -647,7 +647,7 @@ def test_an_index_that_changed_after_the_conversion_is_refused(finished, text_fo
             convert_folder(text_folder, byte_tokenizer, out)
 
 
-def test_two_conversions_do_not_write_to_one_folder(unfinished, finished, text_folder, byte_tokenizer):
+def test_two_conversions_do_not_write_to_one_folder(interrupted, finished, text_folder, byte_tokenizer):
     """The first is in the middle of a part when the second starts. A lock file without a lock has no effect."""
     entered, leave = threading.Event(), threading.Event()
 
@@ -657,32 +657,32 @@ def test_two_conversions_do_not_write_to_one_folder(unfinished, finished, text_f
             assert leave.wait(240)
             return super().encode_documents(data, ends, continues)
 
-    first = threading.Thread(target=convert_folder, args=(text_folder, Slow(byte_tokenizer.path), unfinished))
+    first = threading.Thread(target=convert_folder, args=(text_folder, Slow(byte_tokenizer.path), interrupted))
     first.start()
     assert entered.wait(240)
     with pytest.raises(UserError, match="out: another conversion is writing here; wait for it, or stop it"):
-        convert_folder(text_folder, byte_tokenizer, unfinished)
+        convert_folder(text_folder, byte_tokenizer, interrupted)
     leave.set()
     first.join(240)
-    assert contents(unfinished) == contents(finished)
+    assert contents(interrupted) == contents(finished)
 
 
 def test_a_conversion_that_completes_while_another_starts_is_not_changed(
-    unfinished, finished, text_folder, byte_tokenizer, monkeypatch
+    interrupted, finished, text_folder, byte_tokenizer, monkeypatch
 ):
     """The other one reads the state of the folder before the first completes, and gets the lock afterwards."""
     lock_output = convert_module.lock_output
 
     def complete_and_lock(out):
         monkeypatch.setattr(convert_module, "lock_output", lock_output)
-        convert_folder(text_folder, byte_tokenizer, unfinished)
+        convert_folder(text_folder, byte_tokenizer, interrupted)
         return lock_output(out)
 
     monkeypatch.setattr(convert_module, "lock_output", complete_and_lock)
     tokenizer = Interrupted(byte_tokenizer.path)
-    assert convert_folder(text_folder, tokenizer, unfinished) == read_shard_manifest(unfinished)
+    assert convert_folder(text_folder, tokenizer, interrupted) == read_shard_manifest(interrupted)
     assert tokenizer.calls == 10**9
-    assert contents(unfinished) == contents(finished)
+    assert contents(interrupted) == contents(finished)
 
 
 def test_problems_of_a_manifest_are_reported(finished, tmp_path):

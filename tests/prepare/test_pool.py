@@ -25,8 +25,8 @@ def square(number):
 def number_or_kill(item):
     """Return the item's number, or kill this worker: item = (number, cause, marker).
 
-    cause: a signal's name, an exit code or None. marker: a file; if it is given, only the first call kills, as if memory
-    had run out only once.
+    cause: a signal's name, an exit code or None. marker: a file; if given, only the first call kills, as if memory had
+    run out only once.
     """
     number, cause, marker = item
     if cause is not None and not (marker and marker.exists()):
