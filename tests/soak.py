@@ -1,4 +1,4 @@
-"""Kill a small run many times and compare it bit for bit with an undisturbed one: `python tests/soak.py --kills 200`.
+"""Kill a small run many times and compare it bit for bit with an uninterrupted one: `python tests/soak.py --kills 200`.
 
 The run is killed at random times, and before, after and in the middle of every call that changes the run folder. On
 success the exit code is 0; otherwise a traceback shows the differences and the points of the last kills. The folder is
@@ -47,7 +47,7 @@ def main() -> None:
     print(
         f"{len(soak.kills)} kills in {time.monotonic() - begin:.0f} s: {points['before']} before, {points['after']} "
         f"after and {points['half']} in the middle of a call, {points['at']} at random; "
-        f"{len(soak.untried_points())} points untried; {soak.runs} runs, each equal to the undisturbed one"
+        f"{len(soak.untried_points())} points untried; {soak.runs} runs, each equal to the uninterrupted one"
     )
 
 

@@ -125,7 +125,7 @@ def output_path(source: Checkpoint, out: Path) -> Path:
     try:
         out, folder = out.expanduser(), source.folder.resolve()
         out_and_parents = [out.resolve(), *out.resolve().parents]
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, an unknown home
+    except (OSError, RuntimeError) as error:  # RuntimeError: a cycle of links, an unknown home
         raise UserError(f"cannot be used ({reason(error)})", str(out)) from None
     forbidden = [folder, folder.parent] if folder.parent.name == "checkpoints" else [folder]
     for path in forbidden:

@@ -165,7 +165,7 @@ class ShardManifest:
             )
         lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
         if self.left_out:
-            lines.append(f"not taken: {count_reasons(self.left_out)}; manifest.json lists them")
+            lines.append(f"files left out: {count_reasons(self.left_out)}; manifest.json lists them")
         return "\n".join([*lines, *map(self._split_summary, SPLITS)])
 
     def _split_summary(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Documents as UTF-8 bytes: many short ones laid end to end in a batch, or a long one in pieces.
+"""Documents as UTF-8 bytes: many short ones concatenated in a batch, or a long one in pieces.
 
 There is no Python string per document. Invalid UTF-8 is repaired here: invalid bytes and lone surrogates become U+FFFD.
 """
@@ -18,7 +18,7 @@ BATCH_BYTES = 4 << 20  # text in a batch, approximately
 
 
 class Batch(NamedTuple):
-    """Complete documents, laid end to end: `data` uint8, valid UTF-8; `ends` int64 (n,). Some may be empty."""
+    """Complete documents, concatenated: `data` uint8, valid UTF-8; `ends` int64 (n,). Some may be empty."""
 
     data: np.ndarray
     ends: np.ndarray
@@ -66,7 +66,7 @@ def batches_of_list(texts: list[bytes | bytearray], scores: list[float]) -> Iter
 
 
 def batches_of_bytes(data: np.ndarray, ends: np.ndarray, scores: np.ndarray | None) -> Iterator[Batch | LongDocument]:
-    """Documents laid end to end (uint8, int64 (n,)), as batches of about BATCH_BYTES and long documents."""
+    """Divide concatenated documents (uint8; ends: int64 (n,)) into batches of about BATCH_BYTES and long documents."""
     starts = starts_of(ends)
     is_long = ends - starts > LONG_BYTES
     first = 0

@@ -7,7 +7,7 @@
 
 The inputs are divided into parts that depend on the inputs alone, any number of workers converts the parts, and the
 partial windows at their ends are joined in `part-tails`. An interrupted conversion resumes when it is started again;
-out/unfinished has what is finished so far. The manifest is written last.
+out/unfinished has the records of finished parts. The manifest is written last.
 """
 
 import json
@@ -156,7 +156,7 @@ class _Conversion:
             return finish_conversion(job, records, settings, skipped, self._tokenizer)
 
     def _inspect(self, listing: Listing) -> list[_InspectedInput]:
-        """Hash and chunks of every input. Raises UserError with all that cannot be read, unless they are skipped."""
+        """Hash and chunks of every input. Raises UserError with all unreadable inputs, unless they are skipped."""
         sources, skip_bad = listing.sources, self._job.skip_bad
         self._progress.begin("reading inputs", sum(source.size for source in sources))
         problems = [] if skip_bad else listing.unreadable_problems()

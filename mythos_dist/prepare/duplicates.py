@@ -1,4 +1,4 @@
-"""Exact duplicates in a whole corpus: the first document with a text is kept, wherever the others are.
+"""Exact duplicates in a corpus: of all documents with the same text, the first one is kept.
 
 Every part saves the digests of its documents (128 bits each). Here they are compared, one range of digests at a time,
 so that memory is bounded: 1.4 billion documents are 34 GB of digests on disk and some 150 MB at a time in memory. The

@@ -6,7 +6,7 @@ _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UT
 
 
 class WrongEncoding(OSError):
-    """A file in another encoding than UTF-8: repairing single bytes would not give its text."""
+    """A file in another encoding than UTF-8, whose text cannot be restored by replacing invalid bytes."""
 
 
 def check_encoding(piece: bytes, offset: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The files that one input stands for, without those that are not data."""
+"""The files that one input (a path, folder, pattern or URL) selects, without those that are not data."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ NO_MATCH = "no such file or folder, and as a pattern it matches nothing"
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file that an input stands for."""
+    """A file that an input selects."""
 
     path: str
     parts: tuple[str, ...]  # its name below the folder that was given
@@ -30,7 +30,7 @@ class ListedFile:
 
 @dataclass
 class FileList:
-    """The files that an input stands for, and what was left out."""
+    """The files that an input selects, and those that were left out."""
 
     files: list[ListedFile] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -38,9 +38,9 @@ class FileList:
 
 
 def leave_out_non_data(listed: FileList, pattern: list[str]) -> FileList:
-    """`listed` without files that only describe the data. Raises UserError if nothing is left.
+    """`listed` without files that only describe the data. Raises UserError if no file remains.
 
-    A name that is spelled out in the pattern is kept.
+    Files whose name is a component of the pattern, without wildcards, are kept.
     """
     spelled_out = {part for part in pattern if not is_pattern(part)}
     data = [file for file in listed.files if kind_of(file.path) and not _describes_data(file.parts[-1])]
@@ -57,8 +57,8 @@ def leave_out_non_data(listed: FileList, pattern: list[str]) -> FileList:
     if not kept and not listed.unreadable:
         if listed.left_out:
             reasons = count_reasons(listed.left_out)
-            raise UserError(f"no file there is called {SUPPORTED_NAMES}; not taken: {reasons}")
-        raise UserError(NO_MATCH if pattern else f"no file there is called {SUPPORTED_NAMES}")
+            raise UserError(f"no file there is named {SUPPORTED_NAMES}; left out: {reasons}")
+        raise UserError(NO_MATCH if pattern else f"no file there is named {SUPPORTED_NAMES}")
     return FileList(kept, listed.left_out, listed.unreadable)
 
 
@@ -74,7 +74,7 @@ def _describes_data(name: str) -> bool:
 def _reason(file: ListedFile, record_folders: set[tuple[str, ...]], only_markdown: bool) -> str:
     """Why a file of a folder is not data; "" if it is.
 
-    `only_markdown`: there is no data other than Markdown, so README.md may be what is wanted.
+    `only_markdown`: all data files are Markdown, so README.md may be data, too.
     """
     name, kind = file.parts[-1], _format(file)
     if not kind:

@@ -21,7 +21,7 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.heldout import CUT, KEPT, cut_windows, is_one_stream, split_counts
 from mythos_dist.prepare.mds import ShardWriter
-from mythos_dist.prepare.part import FATES, UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
+from mythos_dist.prepare.part import OUTCOMES, UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
 from mythos_dist.units import count
 
 TAILS = "part-tails"  # the folder of windows that are joined from the partial windows of all parts
@@ -35,7 +35,7 @@ def finish_conversion(
     skipped: list[Skipped],
     tokenizer: Tokenizer,
 ) -> ShardManifest:
-    """Write what the parts have in common, and remove every file that is not part of the result."""
+    """Write the joined windows, indexes and manifest, and remove every file that is not part of the result."""
     shards: dict[str, list[dict[str, Any]]] = {}
     splits: dict[str, SplitCounts] = {}
     for split in SPLITS:
@@ -55,8 +55,10 @@ def finish_conversion(
         )
     for split in SPLITS:
         _write_index(job, split, shards[split])
-    fates = {fate: sum(record.documents[fate] for record in records) for fate in FATES}
-    documents = DocumentCounts(read=sum(fates.values()), **fates, repaired=sum(record.repaired for record in records))
+    outcomes = {outcome: sum(record.documents[outcome] for record in records) for outcome in OUTCOMES}
+    documents = DocumentCounts(
+        read=sum(outcomes.values()), **outcomes, repaired=sum(record.repaired for record in records)
+    )
     assert documents.written == sum(split.documents for split in splits.values()), "documents were lost"
     write_atomically(job.out / tokenizer.file_name, tokenizer.path.read_bytes())
     manifest = ShardManifest(

@@ -1,12 +1,12 @@
 """Which text is held out: documents chosen by a hash of their text, or, with too few documents, the last windows.
 
-A hash needs no order and no count, so every worker can apply it by itself. It fails with few documents, because one
-document is held out entirely or not at all. Whether there are too few follows from the counts of the converted parts,
-and so from the inputs alone. In that case all documents become one stream of tokens, as with a share of 0, and the last
-windows of that stream are the held-out split. Windows do not overlap, so no token is in both splits; the two halves of
-a document that is divided share its subject, but no window.
+Each worker can apply the hash to its documents without knowing the others. With few documents this misses the requested
+share, because a document is held out entirely or not at all. The counts of the converted parts, and so the inputs
+alone, decide whether there are too few. In that case all documents become one stream of tokens, as with a share of 0,
+and the last windows of that stream are the held-out split. Windows do not overlap, so no token is in both splits; the
+two halves of a divided document share its subject, but no window.
 
-The trap is a kill in between: parts converted for one rule must not be combined with parts for the other. A marker file
+The trap is a kill in between: parts converted by one rule must not be combined with parts of the other. A marker file
 in out/unfinished is written before the first part of the one-stream rule.
 
 Decisions: DATA-11, DATA-12.
@@ -26,7 +26,7 @@ from mythos_dist.prepare.mds import ShardWriter
 from mythos_dist.prepare.part import UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
 
 ONE_STREAM = "one-stream"  # the marker file in out/unfinished
-# Folders: the windows of train/ before the cut, of the shard that is divided; and the windows of heldout/.
+# Folders: the windows of the divided shard that stay in train/; the windows that are moved to heldout/.
 KEPT, CUT = "part-kept", "part-cut"
 
 
@@ -46,7 +46,7 @@ def is_one_stream(job: ConversionJob) -> bool:
 
 
 def switch_to_one_stream(job: ConversionJob) -> None:
-    """Write the marker file: from now on, parts are converted with a held-out share of 0."""
+    """Write the marker file: all parts are then converted with a held-out share of 0."""
     write_atomically(job.out / UNFINISHED / ONE_STREAM, "")
 
 

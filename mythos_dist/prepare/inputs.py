@@ -36,7 +36,7 @@ class Source:
 
     @property
     def unpack_limit(self) -> int:
-        """The maximum bytes of text that it may unpack to."""
+        """The maximum size of the unpacked file in bytes."""
         return max(MIN_UNPACKED, int(min(self.size * self.max_ratio, 1 << 62)))
 
     @property
@@ -69,7 +69,7 @@ def reading(source: Source) -> Iterator[None]:
         yield
     except (UserError, AssertionError):
         raise
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # each file system has its own exceptions
         problem = f"cannot be read ({describe_error(error)}); fetch the file again, or leave it out"
         raise Unreadable(problem, source.path) from None
 
@@ -111,7 +111,7 @@ def too_large(source: Source, limit: int) -> str:
     """The message for a file that unpacks to more than `limit` bytes."""
     by_ratio = limit > MIN_UNPACKED
     meaning = f"{source.max_ratio:g} times its size" if by_ratio else f"the limit for {source.size:,} bytes"
-    return f"unpacks to more than {limit:,} bytes, {meaning}; if that is right, allow more with --max-unpack-ratio"
+    return f"unpacks to more than {limit:,} bytes, {meaning}; if this is intended, raise --max-unpack-ratio"
 
 
 def read_text(source: Source, offset: int = 0) -> Iterator[bytes]:

@@ -1,9 +1,9 @@
-"""Which files the inputs stand for, which were left out, and why: one rule for folders, patterns and URLs.
+"""The files that the inputs select, and those left out with the reason: one rule for folders, patterns and URLs.
 
-A folder stands for all data below it, a pattern for the files and folders that it matches. Links are followed; each
-file and folder is read once. Left out are hidden names, formats that are not supported, files that only describe the
-data, and shards. A file that is given by name, or spelled out in a pattern, is not left out for its name; if its format
-is not supported, that is an error.
+A folder selects all data below it, a pattern the files and folders that it matches. Links are followed; each file and
+folder is read once. Left out are hidden names, formats that are not supported, files that only describe the data, and
+shards. A file that is given by name, or named in a pattern without wildcards, is not left out for its name; if its
+format is not supported, that is an error.
 
 Decisions: DATA-13.
 """
@@ -35,7 +35,7 @@ MAX_REASONS = 8  # a line each, on the console
 
 @dataclass(frozen=True)
 class Listing:
-    """The files that are read, and what else folders and patterns hold."""
+    """The files to read, the files that were left out, and the folders that cannot be read."""
 
     sources: list[Source]
     left_out: list[LeftOut]
@@ -43,7 +43,7 @@ class Listing:
     all_named: bool  # whether every input is a single file
 
     def unreadable_problems(self) -> list[str]:
-        """A line for a UserError per folder that cannot be read."""
+        """A problem, for a UserError, for each folder that cannot be read."""
         return [f"{one.name}: {one.reason} ({one.detail})" for one in self.unreadable]
 
     def lines(self) -> list[str]:
@@ -62,17 +62,17 @@ class Listing:
         reasons = Counter(one.reason for one in self.left_out).most_common()
         for reason, number in reasons[:MAX_REASONS]:
             names = [one.name for one in self.left_out if one.reason == reason]
-            lines.append(f"not taken: {number:,} {reason}: {_first_names(names)}")
+            lines.append(f"left out: {number:,} {reason}: {_first_names(names)}")
         if len(reasons) > MAX_REASONS:
-            lines.append(f"not taken for {len(reasons) - MAX_REASONS} more reasons")
+            lines.append(f"left out for {len(reasons) - MAX_REASONS} other reasons")
         return lines
 
 
 def list_inputs(inputs: Inputs, out: str | Path | None = None, max_ratio: float = MAX_RATIO) -> Listing:
-    """The files that paths, folders (recursively), patterns and URLs stand for: each once, in order.
+    """The files that paths, folders (recursively), patterns and URLs select: each once, in the order of the inputs.
 
     The files of a folder or pattern are sorted by name. `out`: a folder that is not read. Raises UserError with every
-    input that stands for nothing.
+    input that selects no file.
     """
     given = [str(one) for one in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     listed, problems = _list_all(given, None if out is None else str(out))
@@ -138,8 +138,8 @@ def _redacted(one: LeftOut) -> LeftOut:
 
 
 def _manifest_names(paths: list[str]) -> list[str]:
-    """Paths below the folder that all share, so that a corpus keeps its names when it is moved; of URLs without query
-    and user, which may hold secrets."""
+    """Paths below the common parent folder, so that a corpus keeps its names when it is moved; URLs without query and
+    user, which may contain secrets."""
     parts = [_plain_url(path).split("/") if is_url(path) else path.split("/") for path in paths]
     shared = 0
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):

@@ -1,4 +1,4 @@
-"""The local files that a path, a folder or a pattern stands for."""
+"""The local files that a path, a folder or a pattern selects."""
 
 import os
 from collections import deque
@@ -25,7 +25,7 @@ def list_local(given: str, out: str | None) -> FileList:
     if os.path.isdir(path):
         return leave_out_non_data(_FolderWalk(path, [], out).run(), [])
     if os.path.islink(path):
-        raise UserError("is a link to nothing")
+        raise UserError("is a broken link")
     if os.path.exists(path):
         raise UserError("is neither a file nor a folder")
     base, pattern = split_pattern(path)
@@ -89,14 +89,14 @@ class _FolderWalk:
                 # else the pattern selects files further down, and like the shell it does not enter hidden folders
                 return
             file = _local_file(entry.path, parts) if entry.is_file() else None
-        except OSError:  # a circle of links
+        except OSError:  # a cycle of links
             file = None
         if not matches:
             return
         if hidden:
             self._listed.left_out.append(LeftOut(name, HIDDEN))
         elif file is None:
-            reason = "a link to nothing" if entry.is_symlink() else "neither a file nor a folder"
+            reason = "a broken link" if entry.is_symlink() else "neither a file nor a folder"
             self._listed.left_out.append(LeftOut(name, reason))
         else:
             self._listed.files.append(file)

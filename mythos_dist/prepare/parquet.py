@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from mythos_dist.prepare.inputs import Source, open_bytes
 from mythos_dist.prepare.lines import parse_score
 
-# Writers abandon a dictionary of more than 1 MB, so rows of larger row groups with longer texts share no texts.
+# Writers stop using a dictionary of more than 1 MB, so rows of larger row groups with longer texts share no texts.
 SMALL_BYTES = 4 << 20  # of a row group's texts
 SHORT_BYTES = 256  # of a text, on average
 
@@ -33,8 +33,8 @@ def open_parquet(source: Source, text: str | None = None, groups: Iterable[int] 
 
 
 def _shares_texts(group: Any, name: str) -> bool:
-    """Whether many rows may refer to one text, so that a few kB expand to many GB. The column is then read with its
-    dictionary, and `plain_texts` expands it in pieces."""
+    """Whether many rows may refer to the same text, so that a few kB expand to many GB. The column is then read as a
+    dictionary, which `plain_texts` expands in pieces."""
     column = next(column for i in range(group.num_columns) if (column := group.column(i)).path_in_schema == name)
     size = column.total_uncompressed_size
     return column.has_dictionary_page and (size < SMALL_BYTES or size < SHORT_BYTES * group.num_rows)

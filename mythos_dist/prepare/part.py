@@ -27,7 +27,13 @@ MIN_PART_BYTES, MAX_PART_BYTES = 1 << 21, 128 << 20
 # Only one conversion at a time writes to a folder, so it may overwrite the temporary files of a killed one.
 write_atomically = functools.partial(write_file, ending=".tmp")
 UNFINISHED = "unfinished"  # the folder of records; removed once the manifest is written
-FATES = ("written", "empty", "low_score", "duplicate", "short")  # of a document; fields of DocumentCounts
+OUTCOMES = (
+    "written",
+    "empty",
+    "low_score",
+    "duplicate",
+    "short",
+)  # of a document's conversion; fields of DocumentCounts
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class PartRecord:
     """The result of converting a part."""
 
     limit: int | None = None  # the tokens that remained of --limit-tokens when the part began
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     repaired: int = 0
     unknown: int = 0  # tokens for characters that are not in the tokenizer's vocabulary
     documents_in: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -94,7 +100,7 @@ def stored_file(shard: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_into_parts(files: list[Chunks]) -> Iterator[ConversionPart]:
-    """Join consecutive chunks into parts of about equal size. Depends on nothing but the inputs."""
+    """Join consecutive chunks into parts of about equal size. The result depends on the inputs only."""
     total = sum(int(chunks.sizes.sum()) for chunks in files)
     target = min(max(total // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
     index, size = 0, 0

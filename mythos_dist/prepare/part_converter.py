@@ -18,10 +18,10 @@ from mythos_dist.prepare.documents import read_span, unreadable
 from mythos_dist.prepare.heldout import is_heldout, text_digest
 from mythos_dist.prepare.inputs import Source, reading
 from mythos_dist.prepare.mds import ShardWriter
-from mythos_dist.prepare.part import FATES, UNFINISHED, ConversionJob, ConversionPart, PartRecord, write_atomically
+from mythos_dist.prepare.part import OUTCOMES, UNFINISHED, ConversionJob, ConversionPart, PartRecord, write_atomically
 
 FRAGMENT_BYTES = 1 << 20  # of a long document, encoded at a time
-WRITTEN, EMPTY, LOW_SCORE, DUPLICATE, SHORT = range(len(FATES))
+WRITTEN, EMPTY, LOW_SCORE, DUPLICATE, SHORT = range(len(OUTCOMES))
 AddProgress = Callable[[int, int], None]  # (bytes of text, tokens) since the last call
 
 
@@ -58,7 +58,7 @@ def document_digests(job: ConversionJob, part: ConversionPart, add_progress: Add
                 digests.append(_long_digest(item))
         else:
             starts, text = starts_of(item.ends), item.data.data
-            for i in np.flatnonzero(_fates(job, item) == WRITTEN):
+            for i in np.flatnonzero(_outcomes(job, item) == WRITTEN):
                 digests.append(text_digest(text[starts[i] : item.ends[i]]))
             add_progress(len(text), 0)
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
@@ -74,7 +74,7 @@ def to_dtype(tokens: np.ndarray, vocab_size: int, dtype: str) -> np.ndarray:
 
 
 class _PartConverter:
-    """Converts the documents of one part and counts what becomes of each."""
+    """Converts the documents of one part and counts the outcomes."""
 
     def __init__(
         self,
@@ -119,26 +119,26 @@ class _PartConverter:
     def _add_batch(self, batch: Batch) -> None:
         """Filter and tokenize a batch of documents, and append them to their splits."""
         job = self._job
-        fates = _fates(job, batch)
-        candidates = np.flatnonzero(fates == WRITTEN)
-        fates[candidates[self._next_are_duplicates(len(candidates))]] = DUPLICATE
-        chosen = np.flatnonzero(fates == WRITTEN)
+        outcomes = _outcomes(job, batch)
+        candidates = np.flatnonzero(outcomes == WRITTEN)
+        outcomes[candidates[self._next_are_duplicates(len(candidates))]] = DUPLICATE
+        chosen = np.flatnonzero(outcomes == WRITTEN)
         lengths = np.diff(batch.ends, prepend=0)
         data = batch.data
-        if len(chosen) < len(fates):
-            data = data[np.repeat(fates == WRITTEN, lengths)]
+        if len(chosen) < len(outcomes):
+            data = data[np.repeat(outcomes == WRITTEN, lengths)]
         tokens, counts = self._tokenizer.encode_documents(data, np.cumsum(lengths[chosen]))
         if job.filters.min_tokens:
             short = counts < job.filters.min_tokens
-            fates[chosen[short]] = SHORT
+            outcomes[chosen[short]] = SHORT
             tokens, chosen, counts = tokens[np.repeat(~short, counts)], chosen[~short], counts[~short]
         last = int(np.searchsorted(np.cumsum(counts + 1), self._tokens_left()))  # the document that reaches the limit
         if last < len(chosen):
-            fates, chosen, counts = fates[: chosen[last] + 1], chosen[: last + 1], counts[: last + 1]
+            outcomes, chosen, counts = outcomes[: chosen[last] + 1], chosen[: last + 1], counts[: last + 1]
             tokens = tokens[: counts.sum()]
-        for fate, number in zip(FATES, np.bincount(fates, minlength=len(FATES)), strict=True):
-            self._record.documents[fate] += int(number)
-        self._record.repaired += int(batch.repaired[: len(fates)].sum())
+        for outcome, number in zip(OUTCOMES, np.bincount(outcomes, minlength=len(OUTCOMES)), strict=True):
+            self._record.documents[outcome] += int(number)
+        self._record.repaired += int(batch.repaired[: len(outcomes)].sum())
         self._write_documents(tokens, counts, self._are_heldout(batch, chosen))
         self._add_progress(len(batch.data), len(tokens))
 
@@ -160,15 +160,15 @@ class _PartConverter:
             self._record.documents_in[split] += int(mask.sum())
 
     def _add_long(self, document: LongDocument) -> None:
-        fate = LOW_SCORE if _is_low(self._job, document.score) else WRITTEN
-        if fate == WRITTEN and self._next_are_duplicates(1)[0]:
-            fate = DUPLICATE
-        if fate == WRITTEN:
-            fate = self._write_long(document)
-        self._record.documents[FATES[fate]] += 1
+        outcome = LOW_SCORE if _is_low(self._job, document.score) else WRITTEN
+        if outcome == WRITTEN and self._next_are_duplicates(1)[0]:
+            outcome = DUPLICATE
+        if outcome == WRITTEN:
+            outcome = self._write_long(document)
+        self._record.documents[OUTCOMES[outcome]] += 1
 
     def _write_long(self, document: LongDocument) -> int:
-        """Append a long document to its split; its fate: WRITTEN or SHORT."""
+        """Append a long document to its split; its outcome: WRITTEN or SHORT."""
         heldout = self._job.heldout
         split = "heldout" if heldout and is_heldout(_long_digest(document), heldout) else "train"
         min_tokens = self._job.filters.min_tokens or 0
@@ -239,13 +239,13 @@ def _read_part(job: ConversionJob, part: ConversionPart, skipped: list[Skipped])
             yield from read_span(span, job.columns, on_bad)
 
 
-def _fates(job: ConversionJob, batch: Batch) -> np.ndarray:
+def _outcomes(job: ConversionJob, batch: Batch) -> np.ndarray:
     """int64 (n,): EMPTY, LOW_SCORE or, for all others, WRITTEN."""
-    fates = np.where(np.diff(batch.ends, prepend=0) > 0, WRITTEN, EMPTY)
+    outcomes = np.where(np.diff(batch.ends, prepend=0) > 0, WRITTEN, EMPTY)
     if job.filters.min_score is not None:
         assert batch.scores is not None
-        fates[(fates == WRITTEN) & ~(batch.scores >= job.filters.min_score)] = LOW_SCORE  # also NaN
-    return fates
+        outcomes[(outcomes == WRITTEN) & ~(batch.scores >= job.filters.min_score)] = LOW_SCORE  # also NaN
+    return outcomes
 
 
 def _is_low(job: ConversionJob, score: float) -> bool:

@@ -1,7 +1,7 @@
 """Glob patterns over the components of a path: `*`, `?`, `[...]` in a name, and `**` for any number of folders.
 
-While folders are walked, a set of *states* says which components of the pattern may match the next name; the state
-len(pattern) means that the whole pattern has matched, and everything below belongs to it.
+While folders are walked, a set of *states* holds the indices of the components that may match the next name; the state
+len(pattern) means that the full pattern has matched, so that everything below matches, too.
 """
 
 import os
@@ -17,8 +17,8 @@ def is_pattern(text: str) -> bool:
 
 
 def split_pattern(path: str) -> tuple[str, list[str]]:
-    """The folder before the first component that is a pattern (and no existing folder's name), and the components from
-    there on; without one [], and the folder has no meaning."""
+    """The folder before the first component that is a pattern (and not the name of an existing folder), and the
+    components from there on. If no component is a pattern, the list is empty and the folder has no meaning."""
     parts = PurePath(path).parts
     base = parts[0]
     for i, part in enumerate(parts[1:], 1):
@@ -51,6 +51,6 @@ def _skip_any_depth(pattern: list[str], states: Iterable[int]) -> frozenset[int]
 
 
 def names_hidden(pattern: list[str], name: str) -> bool:
-    """Whether a component of the pattern matches the hidden `name` and spells out its first character, as in the
+    """Whether a component of the pattern matches the hidden `name` and has its first character literally, as in a
     shell."""
     return any(part[:1] == name[0] and fnmatchcase(name, part) for part in pattern)

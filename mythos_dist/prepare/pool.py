@@ -26,7 +26,7 @@ PR_SET_PDEATHSIG = 1  # prctl
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_shared: Any = None  # what tasks use and is too large to send: inherited by forked workers
+_shared: Any = None  # an object that is too large to send with each task; forked workers inherit it
 _progress: Any = None  # of all workers: bytes of text, tokens
 
 
@@ -43,9 +43,9 @@ def add_progress(text_bytes: int, tokens: int) -> None:
 
 
 class WorkerPool:
-    """`num_workers` forked processes; 0: tasks run in this process. A context, to be entered before threads start.
+    """`num_workers` forked processes; 0: tasks run in this process. A context manager; enter it before threads start.
 
-    One at a time in a process. `shared` is what tasks get from `shared()`.
+    A process can use one pool at a time. `shared`: the object that `shared()` returns in a task.
     """
 
     def __init__(self, num_workers: int, shared: Any = None):
@@ -93,8 +93,8 @@ class WorkerPool:
             try:
                 yield self._wait(future, on_wait)
             except BrokenProcessPool:
-                # Any of the pending tasks may have killed the worker. Run one at a time: that task kills its worker
-                # again; if none does, there was not enough memory for that many at once.
+                # Any pending task may have killed the worker. Run them one at a time: the task that did kills its
+                # worker again. If none does, memory was too small for several at once.
                 for other, result in [(item, future), *pending]:
                     finished = result.done() and not result.exception()
                     yield result.result() if finished else self._run_alone(task, other, on_wait)
@@ -102,7 +102,8 @@ class WorkerPool:
                 self.start()
 
     def _submit(self, task: Callable[[Item], Result], item: Item) -> "Future[Result]":
-        """A future of the task. If a worker has been killed since, one with that error: it is handled in its turn."""
+        """A future of the task. If the pool is broken, the future has that error, which `map` handles when it gets to
+        this task."""
         assert self._executor
         try:
             return self._executor.submit(task, item)
@@ -155,7 +156,7 @@ class WorkerPool:
         self._start(self._num_workers)
 
     def stop(self) -> None:
-        """Kill the workers. What they were writing does not have its final name yet."""
+        """Kill the workers. Files that they were writing still have temporary names."""
         if self._executor is not None:
             for child in self._children():
                 child.kill()

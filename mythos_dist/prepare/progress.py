@@ -12,7 +12,7 @@ LINE_SECONDS = 60.0  # between two lines if standard error is not a terminal
 
 
 class ConversionProgress:
-    """Text read, tokens per second, time left and bytes written. A context."""
+    """Shows text read, tokens per second, time left and bytes written. A context manager."""
 
     def __init__(self, workers: WorkerPool, quiet: bool):
         self._workers, self._quiet = workers, quiet

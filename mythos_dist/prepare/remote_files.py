@@ -1,4 +1,4 @@
-"""The files that a URL stands for, through fsspec: https://, hf://, s3://, gs:// and others."""
+"""The files that a URL selects, through fsspec: https://, hf://, s3://, gs:// and others."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -37,12 +37,12 @@ def list_url(url: str) -> FileList:
             parts = path.split("/")
             first = next(i for i, part in enumerate(parts) if is_pattern(part))
             return _list_below(filesystem, "/".join(parts[:first]), parts[first:])
-        if kind_of(url):  # do not ask whether it is a folder: over HTTP that would fetch the complete file
+        if kind_of(url):  # do not check whether it is a folder: over HTTP that would fetch the complete file
             return FileList([_remote_file(filesystem, path, (urlsplit(path).path.rpartition("/")[2],))])
         return _list_below(filesystem, path, [])
     except UserError:
         raise
-    except Exception as error:  # every file system raises its own
+    except Exception as error:  # each file system has its own exceptions
         raise UserError(f"cannot be found or reached ({describe_error(error)})") from None
 
 

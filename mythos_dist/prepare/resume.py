@@ -70,7 +70,7 @@ def _has_finished_parts(out: Path) -> bool:
 
 
 def _start_over(out: Path) -> None:
-    """Remove an unfinished conversion without finished parts: it failed on an input or a setting that is now fixed."""
+    """Remove an unfinished conversion without finished parts, such as one that failed because of a wrong setting."""
     with lock_output(out):
         shutil.rmtree(out / UNFINISHED)
     for split in SPLITS:

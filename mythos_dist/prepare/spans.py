@@ -20,7 +20,7 @@ TYPICAL_RATIO = 4  # of text to its compressed size: for progress bars and the s
 
 @dataclass(frozen=True)
 class Columns:
-    """The column (or JSON key) of the text, that of the score if it is needed, and what a document of plain text is."""
+    """The columns (or JSON keys) of text and, if needed, score; and whether plain text is one document per line."""
 
     text: str = "text"
     score: str | None = None
@@ -59,7 +59,7 @@ def divide(source: Source, columns: Columns) -> Chunks:
         return _divide_parquet(source, columns)
     _check_text(source)
     if source.kind == "text" and columns.score:
-        raise UserError(f"plain text has no {columns.score}; leave it out, or do not choose by score", source.path)
+        raise UserError(f"plain text has no {columns.score}; leave it out, or do not filter by score", source.path)
     if source.compression or (source.kind == "text" and columns.sample_by == "document"):
         size = source.size * (TYPICAL_RATIO if source.compression else 1)
         return Chunks(source, np.array([0, source.size]), np.array([size]))

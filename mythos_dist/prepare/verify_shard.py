@@ -26,7 +26,7 @@ def check_shard(shard: Shard) -> tuple[list[str], int]:
     manifest: ShardManifest = pool.shared()
     try:
         problems, num_eos = _check_entry(shard.entry, manifest), 0
-        if not problems:  # a wrong entry does not define what the file must contain
+        if not problems:  # the file can be checked only against a valid entry
             problems, num_eos = _check_file(shard, manifest)
         pool.add_progress(shard.stored["bytes"], 0)
         return problems, num_eos

@@ -1,12 +1,11 @@
 """Code that runs inside the cluster of cluster.py: the first process of the cluster and of every host.
 
-python inside.py STATE cluster HOST...    make the switch, boot the hosts, stay
-python inside.py STATE boot HOST...       boot hosts, return when their daemons run
-python inside.py STATE host HOST          (by boot) be a host
+python inside.py STATE cluster HOST...    create the switch, boot the hosts, keep running
+python inside.py STATE boot HOST...       boot hosts; returns when their daemons run
+python inside.py STATE host HOST          (started by boot) the first process of a host
 
 A first process runs until it is killed; the kernel then kills everything in its PID namespace. STATE is the folder that
-cluster.py has written. Only the standard library is imported: it runs without site-packages, to start in hundredths of
-a second.
+cluster.py has written. Only the standard library is imported, without site-packages, so that it starts in about 0.02 s.
 """
 
 import ctypes
@@ -31,7 +30,7 @@ SlurmUser=root
 AuthType=auth/munge
 # A requeued job waits until the credentials of its old run have expired: 120 s by default.
 AuthInfo=cred_expire={cred_expire}
-# No cgroups, no accounting, no MPI, and the hardware is what this file says.
+# No cgroups, no accounting, no MPI, and the hardware as configured in this file.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -42,7 +41,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU={memory_per_cpu}
 GresTypes=gpu
-# Quick to notice, quick to act.
+# Short intervals and timeouts.
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0
 SlurmdTimeout={slurmd_timeout}
@@ -105,7 +104,7 @@ def create_mount_point(source: Path, target: Path) -> None:
 
 
 def keep_mounted(source: Path, name: str) -> Path:
-    """Keep a file or folder reachable whatever is mounted over its path; returns its second path."""
+    """Keep a file or folder reachable when something is mounted over its path; returns its second path."""
     held = Path("/run/held", name)
     create_mount_point(source, held)
     mount(source, held, flags=MS_BIND | MS_REC)
@@ -113,13 +112,13 @@ def keep_mounted(source: Path, name: str) -> Path:
 
 
 def move_mount(held: Path, target: Path) -> None:
-    """Move what `keep_mounted` returned to `target`."""
+    """Move the mount at the path that `keep_mounted` returned to `target`."""
     create_mount_point(held, target)
     mount(held, target, flags=MS_MOVE)
 
 
 def cover(path: Path, kind: str = "tmpfs", keep: Path | None = None) -> None:
-    """Mount a file system of this host's own over `path`; `keep`, a folder in there, stays what it was."""
+    """Mount a new file system of this host over `path`; `keep`, a folder in it, stays visible."""
     held = keep_mounted(keep, "keep") if keep and keep.exists() else None
     path.mkdir(parents=True, exist_ok=True)
     mount(kind, path, kind)
@@ -128,7 +127,7 @@ def cover(path: Path, kind: str = "tmpfs", keep: Path | None = None) -> None:
 
 
 def announce(line: str) -> None:
-    """Send a line to the process that started this one; after "up", close the pipe."""
+    """Send a line to the process that started this one; after "up", redirect stdout to /dev/null."""
     print(line, flush=True)
     if line == "up":
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -144,7 +143,7 @@ def stay() -> None:
 
 
 def configure(state: Path, hosts: list[str]) -> None:
-    """Write the hosts' files in /etc, and keys."""
+    """Write the hosts' files for /etc, and keys."""
     mine = settings(state)
     for name in ("etc/slurm", "etc/ssh", "slurmctld"):
         (state / name).mkdir(parents=True)
@@ -178,7 +177,9 @@ def address(host: str) -> str:
 
 def cluster(state: Path, hosts: list[str]) -> None:
     """The cluster's first process: the switch, and the hosts' files in /etc."""
-    (state / "cluster.pid").write_text(os.readlink("/proc/self"))  # as those outside count, whose /proc this still is
+    (state / "cluster.pid").write_text(
+        os.readlink("/proc/self")
+    )  # in the outer PID namespace, whose /proc is still mounted
     mount("proc", Path("/proc"), "proc")
     configure(state, hosts)
     for name, target in ETC.items():
@@ -195,7 +196,7 @@ def ip(*commands: str) -> None:
 
 
 def boot(state: Path, hosts: list[str]) -> None:
-    """Start the first process of each host, plug its cable in, return when its daemons run."""
+    """Start the first process of each host and plug in its cable; returns when its daemons run."""
     started: dict[str, subprocess.Popen[str]] = {}
     for name in hosts:
         command = ["unshare", *NAMESPACES, "--fork", "--kill-child=KILL", *this_script(), str(state), "host", name]
@@ -240,7 +241,7 @@ def interface(settings: dict[str, Any], host: str) -> str:
 
 def host(state: Path, name: str) -> None:
     """A host's first process: its own view of files and network, then its daemons."""
-    announce(os.readlink("/proc/self"))  # as the cluster counts, whose /proc this still is
+    announce(os.readlink("/proc/self"))  # in the cluster's PID namespace, whose /proc is still mounted
     sys.stdin.readline()
     mine = settings(state)
     socket.sethostname(name)
@@ -253,7 +254,7 @@ def host(state: Path, name: str) -> None:
     cable = interface(mine, name)
     ip("link set lo up", f"addr add {address(name)}/24 dev {cable}", f"link set {cable} up")
     own_folders(mine, name, Path(mine["folder"]), state)
-    for index in range(mine["gpus"]):  # SLURM counts device files only: two more of /dev/null
+    for index in range(mine["gpus"]):  # SLURM only counts device files: copies of /dev/null
         os.mknod(f"/run/gpu{index}", 0o20666, os.makedev(1, 3))
     for folder in ("munge", "sshd", "slurmd"):
         Path("/run", folder).mkdir(mode=0o755)

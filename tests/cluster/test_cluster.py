@@ -5,44 +5,44 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster.cluster import Cluster, ClusterError, advice, missing, wait_until
+from cluster.cluster import Cluster, ClusterError, install_hint, missing, wait_until
 
-pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(missing()), reason=advice(missing()))]
+pytestmark = [pytest.mark.launch, pytest.mark.skipif(bool(missing()), reason=install_hint(missing()))]
 
 SCRIPT = Path(__file__).with_name("cluster.py")
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Three nodes; a test leaves them as it found them."""
+    """Three nodes, shared by the tests, which restore their state."""
     with Cluster(nodes=3, folder=tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 
 
 def reachable(cluster: Cluster, host: str, seconds: int = 60) -> bool:
-    """ssh on a busy machine takes many seconds to say hello; where none is expected, few will do."""
+    """Whether ssh connects within `seconds`. On a busy machine it is slow; few suffice if no connection is expected."""
     return cluster.run("ctl", ["ssh", "-o", f"ConnectTimeout={seconds}", host, "true"], check=False).returncode == 0
 
 
-def family(pid: int) -> set[int]:
-    """A process and its descendants, as this process counts."""
+def process_tree(pid: int) -> set[int]:
+    """A process and its descendants, in this process's PID namespace."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
-            continue  # ended in this moment
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+            continue  # ended meanwhile
+    tree = {pid}
+    while children := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= children
+    return tree
 
 
 def mounts_of(folder: Path) -> list[str]:
-    """This process's mounts of anything in `folder`, and where a host has one of its own; other tests mount, too."""
-    places = "/run", "/dev/shm", "/proc", "/sys", "/etc/hosts", "/etc/shadow", "/etc/slurm", "/etc/ssh"
+    """This process's mounts that a cluster in `folder` could have leaked; other tests also mount file systems."""
+    mount_points = "/run", "/dev/shm", "/proc", "/sys", "/etc/hosts", "/etc/shadow", "/etc/slurm", "/etc/ssh"
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if str(folder) in line or line.split()[4] in places]
+    return [line for line in lines if str(folder) in line or line.split()[4] in mount_points]
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -64,7 +64,7 @@ def test_ssh_and_pdsh_reach_every_node(cluster):
 
 
 def test_a_timeout_of_a_command_shows_slurmctlds_log(cluster):
-    """It is killed, and the error shows the end of slurmctld's log before what the command wrote."""
+    """The command is killed; the error has the end of slurmctld's log, then the command's output."""
     with pytest.raises(ClusterError, match="echo hello; sleep 1000: not done in 10 s") as caught:
         cluster.run(1, "echo hello; sleep 1000", timeout=10)
     log = (cluster.folder / ".slurm" / "log" / "slurmctld").read_text().splitlines()
@@ -90,8 +90,8 @@ def test_a_node_has_its_own_processes_and_shared_memory(cluster):
     wait_until(lambda: not cluster.run(2, ["pgrep", "-fx", "sleep 77"], check=False).stdout, 120, "no sleep on node2")
 
 
-def test_a_node_without_power_comes_back(cluster):
-    """Its processes are gone, it cannot be reached; after a boot SLURM starts tasks on it."""
+def test_a_node_without_power_can_be_booted_again(cluster):
+    """Its processes end and it cannot be reached; after a boot SLURM starts tasks on it."""
     sleeper = cluster.popen(2, ["sleep", "1000"])
     cluster.power_off(2)
     assert sleeper.wait(60) != 0
@@ -105,7 +105,7 @@ def test_a_node_without_power_comes_back(cluster):
 
 
 def test_an_unplugged_node_continues_without_a_network(cluster):
-    """It cannot be reached but its processes continue; after `plug` it is as before."""
+    """It cannot be reached, but its processes continue; after `plug` it can be reached again."""
     sleeper = cluster.popen(1, ["sleep", "1000"])
     cluster.unplug(1)
     assert not reachable(cluster, "node1", 3)
@@ -128,7 +128,7 @@ def test_a_requeued_job_starts_again_within_seconds(cluster):
     assert cluster.job(job)["Restarts"] == "1"
 
 
-def test_the_login_host_comes_back(tmp_path):
+def test_the_login_host_can_be_booted_again(tmp_path):
     """The nodes continue without it, and slurmctld reconnects to them."""
     with Cluster(nodes=2, folder=tmp_path) as cluster:
         cluster.power_off("ctl")
@@ -155,7 +155,7 @@ def test_hosts_may_differ(tmp_path):
     """Interface names, private folders, bind mounts, simulated GPUs."""
     other = tmp_path / "other"
     shared = tmp_path / "shared"
-    for folder in (other, shared, tmp_path / "place"):
+    for folder in (other, shared, tmp_path / "target"):
         folder.mkdir()
         (folder / folder.name).touch()
     with Cluster(
@@ -164,12 +164,12 @@ def test_hosts_may_differ(tmp_path):
         gpus=2,
         interfaces={"node2": "ens7"},
         private={"*": ["/tmp"], "node2": [shared]},
-        bind={"node2": [(other, tmp_path / "place")]},
+        bind={"node2": [(other, tmp_path / "target")]},
     ) as cluster:
-        look = f"ls /sys/class/net {tmp_path}/shared {tmp_path}/place"
-        one, two = (cluster.run(k, look).stdout.replace(f"{tmp_path}/", "").split() for k in (1, 2))
-        assert one == ["/sys/class/net:", "eth0", "lo", "place:", "place", "shared:", "shared"]
-        assert two == ["/sys/class/net:", "ens7", "lo", "place:", "other", "shared:"]
+        command = f"ls /sys/class/net {tmp_path}/shared {tmp_path}/target"
+        one, two = (cluster.run(k, command).stdout.replace(f"{tmp_path}/", "").split() for k in (1, 2))
+        assert one == ["/sys/class/net:", "eth0", "lo", "shared:", "shared", "target:", "target"]
+        assert two == ["/sys/class/net:", "ens7", "lo", "shared:", "target:", "other"]
         cluster.run(1, ["touch", "/tmp/mine"])
         assert "mine" not in cluster.run(2, ["ls", "/tmp"]).stdout
         gpus = cluster.run("ctl", ["srun", "-N2", "--gres=gpu:2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"])
@@ -177,14 +177,14 @@ def test_hosts_may_differ(tmp_path):
 
 
 def test_nothing_is_left_after_down(tmp_path):
-    """No process, an orphan in a session of its own included; no mount, no interface."""
+    """No process, even an orphan in its own session; no mount, no interface."""
     route = Path("/proc/self/net/route")
     before = mounts_of(tmp_path), route.read_text()
     with Cluster(nodes=2, folder=tmp_path) as cluster:
         cluster.run(1, "setsid sleep 1000 > /dev/null 2>&1 &")
         sleeper = cluster.popen("ctl", ["srun", "-N2", "sleep", "1000"])
         wait_until(lambda: cluster.run("ctl", ["squeue", "-h", "-t", "R"]).stdout, 60, "srun")
-        pids = family(cluster.pid()) | family(sleeper.pid)
+        pids = process_tree(cluster.pid()) | process_tree(sleeper.pid)
         assert len(pids) > 20
     sleeper.wait(60)
     assert not alive(pids)
@@ -199,14 +199,14 @@ def test_the_cluster_of_a_killed_test_ends(tmp_path):
         command, cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout and process.stdout.readline() == "up\n"
-        pids = family(process.pid)
+        pids = process_tree(process.pid)
         assert len(pids) > 10
         process.kill()
     wait_until(lambda: not alive(pids), 120, "the cluster gone")
 
 
 def test_two_clusters_are_isolated(cluster, tmp_path):
-    """They have the same names and addresses."""
+    """Although they use the same host names and addresses."""
     with Cluster(nodes=1, folder=tmp_path) as second:
         second.run(1, ["touch", "/dev/shm/second"])
         assert "second" not in cluster.run(1, ["ls", "/dev/shm"]).stdout
@@ -239,8 +239,9 @@ def test_the_command_line_starts_and_ends_a_cluster(tmp_path):
     assert call("up", "many").returncode == 2
 
 
-def test_without_root_the_error_says_what_to_install(tmp_path, monkeypatch):
-    """In one line."""
+def test_without_root_the_error_has_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    with pytest.raises(ClusterError, match="a SLURM cluster lacks root here; as root: apt-get install slurm-wlm"):
+    with pytest.raises(
+        ClusterError, match="a SLURM cluster needs root on this machine; as root: apt-get install slurm-wlm"
+    ):
         Cluster(nodes=1, folder=tmp_path).up()

@@ -1,8 +1,8 @@
 """All commands of launch/README.md, in order, on a cluster of three nodes.
 
-The runs are smaller than in the README: configs/tiny_cpu.yaml has fewer steps and loops, and FEWER replaces numbers in
-commands. The first run waits 4 s before each step from the third on, so that it still runs when
-`status.py` looks at it and `scancel` sends its signal.
+The runs are smaller than in the README: configs/tiny_cpu.yaml has fewer steps and loops, and FEWER reduces numbers in
+commands. The first run waits 4 s before each step from the third on, so that it still runs when `status.py` reads its
+status and `scancel` sends its signal.
 """
 
 import re
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cluster.cluster import Cluster, advice, missing
+from cluster.cluster import Cluster, install_hint, missing
 from helpers.paced import paced
 
 REPOSITORY = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.launch,
     pytest.mark.timeout(1160),
-    pytest.mark.skipif(bool(missing()), reason=advice(missing())),
+    pytest.mark.skipif(bool(missing()), reason=install_hint(missing())),
 ]
 
 FEWER = {  # text in a command -> its replacement: four ranks in the first run, two in later ones

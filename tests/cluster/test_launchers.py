@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.cluster import Cluster, advice, missing
+from cluster.cluster import Cluster, install_hint, missing
 from helpers.ports import reserved_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,30 +47,30 @@ def joined_lines(command: list[str], folder: Path, **variables: str) -> list[str
     return sorted(line for line in done.stdout.splitlines() if line.startswith("joined"))
 
 
-def everyone(world: int) -> list[str]:
+def all_joined(world: int) -> list[str]:
     return [f"joined {rank} of {world}" for rank in range(world)]
 
 
 @pytest.mark.parametrize("variables", [{}, STALE], ids=["nothing set", "variables of an earlier torchrun"])
 def test_python_alone(variables, tmp_path):
-    assert joined_lines([sys.executable, "-m", *PROGRAM], tmp_path, **variables) == everyone(1)
+    assert joined_lines([sys.executable, "-m", *PROGRAM], tmp_path, **variables) == all_joined(1)
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(3, marks=long)])
 def test_torchrun_standalone(world, tmp_path):
-    """The agent hosts the store. A single rank once waited 300 s for a store that did not exist, and failed."""
-    assert joined_lines(torchrun(world, "--standalone", "--max-restarts=2"), tmp_path) == everyone(world)
+    """The agent hosts the store, also for a single rank."""
+    assert joined_lines(torchrun(world, "--standalone", "--max-restarts=2"), tmp_path) == all_joined(world)
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=long), 2, pytest.param(5, marks=long)])
 def test_torchrun_with_a_port(world, tmp_path):
     with reserved_port() as port:
-        assert joined_lines(torchrun(world, f"--master_port={port}"), tmp_path) == everyone(world)
+        assert joined_lines(torchrun(world, f"--master_port={port}"), tmp_path) == all_joined(world)
 
 
 def test_torchrun_restarts_with_the_store_of_the_first_attempt(tmp_path):
     """Entries of the first attempt are ignored."""
-    assert joined_lines(torchrun(2, "--standalone", "--max-restarts=2"), tmp_path, FAIL_FIRST="1") == everyone(2)
+    assert joined_lines(torchrun(2, "--standalone", "--max-restarts=2"), tmp_path, FAIL_FIRST="1") == all_joined(2)
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=long), pytest.param(5, marks=long)])
@@ -79,7 +79,7 @@ def test_deepspeed(world, tmp_path):
     stale = STALE if world == 2 else {}
     with reserved_port() as port:
         command = [str(BIN / "deepspeed"), f"--num_gpus={world}", f"--master_port={port}"]
-        assert joined_lines([*command, "--no_local_rank", "--module", *PROGRAM], tmp_path, **stale) == everyone(world)
+        assert joined_lines([*command, "--no_local_rank", "--module", *PROGRAM], tmp_path, **stale) == all_joined(world)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.mark.skipif(bool(missing()), reason=advice(missing()))
+@pytest.mark.skipif(bool(missing()), reason=install_hint(missing()))
 @pytest.mark.parametrize(
     ("world", "nodes"), [(1, 1), (2, 2), pytest.param(3, 1, marks=long), pytest.param(5, 1, marks=long)]
 )
@@ -97,15 +97,15 @@ def test_srun(world, nodes, cluster):
     done = cluster.run(
         "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=1200
     )
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == everyone(world)
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == all_joined(world)
 
 
-@pytest.mark.skipif(bool(missing()), reason=advice(missing()))
+@pytest.mark.skipif(bool(missing()), reason=install_hint(missing()))
 def test_torchrun_within_srun(cluster):
-    """Rank and store are torchrun's; two agents share one store."""
+    """Ranks and store come from torchrun, not from SLURM; two agents share one store."""
     agents = ["--rdzv_backend=c10d", "--rdzv_endpoint=node1:29400", "--nnodes=2"]
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", *torchrun(1, *agents)]
     done = cluster.run(
         "ctl", command, env={name: CLEAN[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")}, timeout=1200
     )
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == everyone(2)
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("joined")) == all_joined(2)

@@ -103,7 +103,7 @@ def test_entries_of_an_earlier_start_in_the_store_are_ignored():
     thread = threading.Thread(target=lambda: late.append(run_rendezvous(store, 2, [1])))
     thread.start()
     thread.join(0.5)
-    assert thread.is_alive(), "it has accepted the result of another start"
+    assert thread.is_alive(), "it accepted the result of another start"
     run_rendezvous(store, 2, [0])
     thread.join()
     assert [report["node"] for report in late[0][1]] == ["n0", "n1"]
@@ -148,7 +148,7 @@ pytestmark = pytest.mark.timeout(480)
 
 
 @pytest.mark.launch
-def test_a_rank_that_never_comes_is_named(settings, tmp_path):
+def test_a_rank_that_never_starts_is_named(settings, tmp_path):
     """Two of three ranks start: exit code 4, so that the launcher restarts the run, and one line."""
     result = launch(2, as_two_of_three, [*settings, f"run.dir={tmp_path / 'run'}", "faults.join_within=20"])
     assert result.codes == [4, 4], result.tails

@@ -134,7 +134,7 @@ def test_a_connection_that_does_not_authenticate_itself_is_closed_in_time(monkey
 
 
 def test_many_unauthenticated_connections_do_not_keep_ranks_out():
-    """456 connections once ended runs with EMFILE. The oldest are closed; with all ranks connected, the port is too."""
+    """The oldest of 456 are closed before file descriptors run out. With all ranks connected, the port is closed."""
     with served() as (first, address), ExitStack() as stack:
         assert first._server
         for _ in range(456):
@@ -176,7 +176,7 @@ def test_without_file_descriptors_the_server_pauses():
 
 
 def test_a_replayed_hello_and_a_second_connection_of_a_rank_are_refused():
-    """An eavesdropper on rank 1's handshake and lines can neither replay nor replace them."""
+    """Whoever has recorded rank 1's handshake can neither replay it nor replace rank 1's connection."""
     with served(3) as (first, address):
         connection = connect(address)
         key = derive(launch_secret(), "watchdog", address.split()[2])
@@ -197,7 +197,7 @@ def test_a_replayed_hello_and_a_second_connection_of_a_rank_are_refused():
 
 
 def test_a_replayed_line_closes_the_connection():
-    """As if the rank had exited: the failure says that a line was not signed."""
+    """As if the rank had exited; the failure's message is that a line was not signed."""
     with served() as (first, address):
         rank, channel = authenticate(address, 1)
         assert len(read_line(rank)) == 64
@@ -301,7 +301,7 @@ def test_rank_0_listens_only_at_the_address_that_it_returns():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit in a thread
 @pytest.mark.parametrize("late", [0.0, 4.5])
 def test_a_broken_connection_ends_a_rank_with_code_4_however_late_rank_0_exits(late, monkeypatch, capsys):
-    """Two threads used to wait the same four seconds: one exits with 4, the other raises and exits with 1."""
+    """The main thread must not end first, with a traceback and code 1, while the watchdog's thread waits for it."""
     codes: list[int] = []
 
     def leave(code: int) -> None:
@@ -330,7 +330,7 @@ def test_a_broken_connection_ends_a_rank_with_code_4_however_late_rank_0_exits(l
 
 
 @pytest.mark.parametrize("unread", [False, True])
-def test_an_exit_of_rank_0_is_noticed_with_or_without_a_reset(unread):
+def test_an_exit_of_rank_0_is_detected_with_or_without_a_reset(unread):
     """The kernel resets the connection of a process that is killed with unread data."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
         theirs, _ = server.accept()
@@ -375,7 +375,7 @@ def test_the_launch_secret_is_derived_from_all_that_the_launcher_provides(tmp_pa
 
 
 def test_many_ranks_send_less_often_and_lost_after_grows():
-    """500 messages a second at most, and a rank may miss two of its messages."""
+    """At most 500 messages per second in total; `lost_after` is at least three times the interval of a rank."""
     watchdog = Watchdog(RankInfo(world_size=20000), WatchdogLimits(600, 30), CollectiveRecorder())
     assert watchdog.limits.lost_after == 120
     assert Watchdog(RankInfo(world_size=400), WatchdogLimits(600, 30), CollectiveRecorder()).limits.lost_after == 30

@@ -53,7 +53,7 @@ class Expected:
 
     windows: dict[str, list[list[int]]]
     dropped: dict[str, list[int]]
-    counts: dict[str, int]  # of documents, by fate
+    counts: dict[str, int]  # of documents, by outcome
     documents: dict[str, int]
     tokens: dict[str, int]
 

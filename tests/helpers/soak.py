@@ -1,7 +1,7 @@
 """A run that is killed repeatedly, at random times and at every call that changes its folder, and resumed.
 
 Rule: wherever it was killed, the completed run has the metrics, the evaluations and the bytes of the last checkpoint of
-an undisturbed run, and no partially written files.
+an uninterrupted run, and no partially written files.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ class Soak:
         self.runs = 0  # runs that were completed after kills, and compared
         self.tried: set[tuple[str, str]] = set()
         begin = time.monotonic()
-        undisturbed = folder / "undisturbed"
-        result = self._start(undisturbed)
+        uninterrupted = folder / "uninterrupted"
+        result = self._start(uninterrupted)
         assert result.codes == [0], result.tails
-        self.seconds = time.monotonic() - begin  # duration of the undisturbed run
-        self.expected = results_of(undisturbed)
+        self.seconds = time.monotonic() - begin  # duration of the uninterrupted run
+        self.expected = results_of(uninterrupted)
 
     def run(self, kills: int, seconds: float, at_random: float = 0.3) -> None:
         """Kill and resume runs until `kills` kills or `seconds` seconds are reached, then complete the last run.
@@ -92,7 +92,7 @@ class Soak:
         return train(1, *self.settings, f"run.dir={run_dir}", env=environment, seconds=900)  # enough on a busy machine
 
     def _compare(self, run_dir: Path) -> None:
-        """Compare a completed run with the undisturbed one, then delete its folder."""
+        """Compare a completed run with the uninterrupted one, then delete its folder."""
         results = results_of(run_dir)
         for name, value in self.expected.items():
             assert results[name] == value, f"{name} differs after {self.kills[-5:]}: {run_dir}"

@@ -71,7 +71,7 @@ def test_all_problems_of_the_inputs_are_reported_at_once(tmp_path):
         find_sources([tmp_path / "absent.parquet", tmp_path / "table.csv", tmp_path / "empty", str(tmp_path / "*.pq")])
     assert [problem.removeprefix(str(tmp_path)) for problem in error.value.problems] == [
         "/absent.parquet: no such file or folder, and as a pattern it matches nothing",
-        "/empty: no file there is called name.parquet, name.jsonl or name.txt, the latter two also with .gz, .zst, "
+        "/empty: no file there is named name.parquet, name.jsonl or name.txt, the latter two also with .gz, .zst, "
         ".bz2 or .xz",
         "/*.pq: no such file or folder, and as a pattern it matches nothing",
         "/table.csv: its name does not show its format; rename it to name.parquet, name.jsonl or name.txt, the "

@@ -115,14 +115,14 @@ def test_links_are_followed_each_file_is_read_once_and_cycles_end(tmp_path):
         "real/a.txt": "the same file as another",  # of the pattern
         "again/": "a folder that was read before",
         "elsewhere/up/": "a folder that was read before",
-        "gone.txt": "a link to nothing",
-        "self.txt": "a link to nothing",
+        "gone.txt": "a broken link",
+        "self.txt": "a broken link",
         "pipe.txt": "neither a file nor a folder",
     }
     assert {one.detail for one in listing.left_out if one.name == "hard.txt"} == {"b.txt"}
 
 
-@pytest.mark.parametrize("name, problem", [("gone.txt", "is a link to nothing"), ("pipe", "is neither a file nor a")])
+@pytest.mark.parametrize("name, problem", [("gone.txt", "is a broken link"), ("pipe", "is neither a file nor a")])
 def test_a_path_that_is_neither_file_nor_folder_is_an_error(tmp_path, name, problem):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe")
@@ -153,7 +153,7 @@ def test_patterns_are_matched_as_the_shell_does(folder):
 def test_a_folder_without_data_is_refused_with_what_it_contains(tmp_path):
     for name in ("a.csv", "b.csv", "._c.txt"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"no file there is called .*; not taken: 2 format not read \(.csv\), 1 hidden"):
+    with pytest.raises(UserError, match=r"no file there is named .*; left out: 2 format not read \(.csv\), 1 hidden"):
         find_sources(tmp_path)
 
 
@@ -193,9 +193,9 @@ def test_a_conversion_prints_its_inputs_and_lists_the_rest_in_its_manifest(tmp_p
     assert lines == [
         f"inputs: 2 files (1 parquet, 1 plain text), {sum(one.size for one in manifest.inputs) / 1e6:.1f} MB",
         "note: plain text is converted too: x.txt; to leave it out, give a pattern as input",
-        "not taken: 1 shards: earlier/",
-        "not taken: 1 documentation: README.md",
-        "not taken: 1 format not read (.csv): more.csv",
+        "left out: 1 shards: earlier/",
+        "left out: 1 documentation: README.md",
+        "left out: 1 format not read (.csv): more.csv",
     ]
     assert (manifest.documents.read, len(manifest.inputs)) == (6, 2)
     assert read_shard_manifest(top / "out") == manifest
@@ -204,7 +204,7 @@ def test_a_conversion_prints_its_inputs_and_lists_the_rest_in_its_manifest(tmp_p
         reasons.items()
         >= {"README.md": "documentation", "more.csv": "format not read (.csv)", "earlier/": "shards"}.items()
     )
-    assert "not taken: " in manifest.summary() and "manifest.json lists them" in manifest.summary()
+    assert "files left out: " in manifest.summary() and "manifest.json lists them" in manifest.summary()
     assert convert(top, byte_tokenizer, 4, top / "out", heldout=0) == manifest
     assert "already converted" in capsys.readouterr().err
 
@@ -214,7 +214,7 @@ def test_files_given_by_name_print_no_listing(tmp_path, byte_tokenizer, capsys):
     manifest = convert(tmp_path / "a.txt", byte_tokenizer, 4, tmp_path / "out", heldout=0)
     assert capsys.readouterr().err == "" and manifest.left_out == ()
     convert([tmp_path / "a.txt"] * 2, byte_tokenizer, 4, tmp_path / "twice", heldout=0)
-    assert "not taken: 1 the same file as another: a.txt" in capsys.readouterr().err
+    assert "left out: 1 the same file as another: a.txt" in capsys.readouterr().err
 
 
 def test_the_tokenizer_is_trained_on_the_files_that_are_converted(folder, capsys):

@@ -182,7 +182,7 @@ TO_THE_FILE = {
     "lengthened": (lambda file: file.write_bytes(file.read_bytes() + b"0"), "has .* bytes, not"),
     "emptied": (lambda file: file.write_bytes(b""), "has 0 bytes, not"),
     "missing": (lambda file: file.unlink(), "is missing"),
-    "a link to nothing": (lambda file: (file.unlink(), file.symlink_to("nowhere")), "is missing"),
+    "a broken link": (lambda file: (file.unlink(), file.symlink_to("nowhere")), "is missing"),
     "a folder": (lambda file: (file.unlink(), file.mkdir()), "cannot be read .Is a directory"),
 }
 HASHES = "has another sha1 and xxh64 than index.json lists"

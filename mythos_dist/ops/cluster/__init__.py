@@ -1,1 +1,1 @@
-"""What a run meets on a cluster: launchers, nodes that are not there, signals, hangs, restarts."""
+"""Operations on a cluster: allocation, rendezvous, watchdog, network interfaces, fault injection, status of a run."""

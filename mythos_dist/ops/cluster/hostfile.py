@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mythos_dist.errors import UserError
 
-MAX_COUNT = 100_000  # nodes, ranks on a node, or jobs in a chain: a larger number is taken for a mistake
+MAX_COUNT = 100_000  # nodes, ranks on a node, or jobs in a chain: larger numbers are refused as typing errors
 _HOST_RULE = "use letters, digits, dots, hyphens and underscores, such as node1 or user@node1.cluster (no IPv6 address)"
 
 
@@ -48,7 +48,7 @@ def read_slots(path: str | Path) -> dict[str, int]:
 def is_host(name: str) -> bool:
     """Whether `name` is safe in command lines of shells, ssh, pdsh and mpirun: a host name or an IPv4 address.
 
-    With other characters they could take it for a command, an option, a list or pattern of hosts, or a transport.
+    Other characters could turn it into a command, an option, a list or pattern of hosts, or a transport.
     """
     word = r"[A-Za-z0-9_][\w.-]{0,254}"
     return re.fullmatch(f"({word}@)?{word}", name, re.ASCII) is not None

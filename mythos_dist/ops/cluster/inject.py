@@ -1,9 +1,9 @@
-"""Fault injection for tests: `faults.inject=kill@3:1,bad_batch@7:0`. Off unless that is set.
+"""Fault injection for tests, off by default: `faults.inject=kill@3:1,bad_batch@7:0`, a list of `kind@step:rank`.
 
-The form is `kind@step:rank`. Once, in the first start of a run: `kill` (SIGKILL), `freeze` (SIGSTOP), `hang` (an
-endless loop, in which the watchdog still responds), `usr1` and `term` (a signal to itself), each before the step; `nan`
-(in a gradient of the step). In every start: `bad_batch` (a NaN whenever the batch with that index, from 0, is trained
-on), `bad_link` (this rank's part of the preflight's all-reduce is wrong; its step is 0).
+Only in the first start of a run: `kill` (SIGKILL), `freeze` (SIGSTOP), `hang` (an endless loop, in which the watchdog
+still responds), `usr1` and `term` (the rank sends itself the signal), each before the step; `nan` (in a gradient of the
+step). In every start: `bad_batch` (a NaN whenever the batch with this index, from 0, is trained on; the index is given
+in place of the step), `bad_link` (the rank sends wrong values in preflight's all-reduce; the step is 0).
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class FaultInjector:
         )
 
     def before_step(self, step: int) -> None:
-        """Inject what is to happen before a step."""
+        """Inject the faults that are due before a step."""
         for fault in list(self.pending):
             if fault.step != step:
                 continue

@@ -41,7 +41,7 @@ class RankConnection:
     closed: bool = False
     phase: str = "start"
     age: float = 0.0  # seconds since the phase began, when `phase` was received
-    done: bool = False  # said goodbye, failed, closed its connection or does not respond: it is not monitored any more
+    done: bool = False  # the rank is done, failed, closed its connection or does not respond; no longer monitored
     collectives: CollectiveState | None = None
 
 
@@ -73,7 +73,7 @@ class RankConnections:
         self._accept_again_at: float | None = None  # set while there are no file descriptors left
 
     def poll(self) -> None:
-        """Handle what has arrived; wait up to 0.2 s for it."""
+        """Handle new connections and data; wait up to 0.2 s for them."""
         for key, _ in self._selector.select(0.2):
             if key.fileobj is self._listener:
                 self._accept()

@@ -1,7 +1,7 @@
 """Rendezvous: every rank reports to rank 0 through a store, and rank 0 names ranks that are missing or differ.
 
-It comes before the process group, because torch's own rendezvous waits for ten minutes and then names no rank. All
-ranks get the same result, and one of them prints it.
+It precedes the creation of the process group, because torch's own rendezvous waits for ten minutes and then names no
+rank. All ranks get the same result, and one of them prints it.
 
 Decisions: CLUSTER-4.
 """
@@ -86,7 +86,7 @@ def _store(rank_info: RankInfo, seconds: float, wait: float | None = None, **opt
         rank_info.master_addr, rank_info.master_port, timeout=timeout, wait_for_workers=False, **options
     )
     store.set_timeout(timedelta(seconds=wait or seconds))
-    # The prefix separates runs that by accident have the same address.
+    # The prefix separates runs that use the same address by mistake.
     return dist.PrefixStore(f"{rank_info.job_id}.{os.environ.get('SLURM_RESTART_COUNT', 0)}", store)
 
 
@@ -134,7 +134,7 @@ def rendezvous(
 def _serve_result(
     store: dist.Store, rank_info: RankInfo, report: RankReport, seconds: float, secret: bytes
 ) -> tuple[Result, dist.Store]:
-    """On rank 0."""
+    """On rank 0: publish the nonce, compare all reports and publish the result."""
     nonce = secrets.token_hex(16)
     start_store = dist.PrefixStore(nonce, store)
     start_store.set("card/0", sign(secret, f"card 0 {nonce}", json.dumps(report)))
@@ -151,7 +151,7 @@ def _serve_result(
 
 
 def _await_readers(store: dist.Store, result: Result) -> None:
-    """Until all ranks that reported have read the result: this process exits next, and the store with it."""
+    """Wait until all ranks that reported have read the result: this process exits next, and the store with it."""
     deadline = time.monotonic() + _READ_WITHIN
     readers = [f"read/{rank}" for rank in result.starts if rank != "0"]
     while readers and not store.check(readers) and time.monotonic() < deadline:

@@ -1,10 +1,10 @@
 """The status of a run, from the files in its folder and from SLURM's record of its job.
 
-Rule: only COMPLETED says that a run is done. `writer.json` has what its newest start recorded about itself, and the
-file's modification time is the heartbeat. A start that was killed records nothing: it is dead when its process has
-ended (checked only on the same host and in the same container) or when the heartbeat is old, unless its job is pending
-again. Nothing here imports torch or contacts ranks, so it can run on a login node at any time. Files may be incomplete
-or damaged: invalid values count as missing.
+Rule: a run is done if the file COMPLETED exists, or its newest start recorded that. `writer.json` is the record of the
+newest start, and its modification time is the heartbeat. A start that was killed records nothing: it is dead if its
+process has ended (which can be checked only on the same host and in the same container) or the heartbeat is old, unless
+its job is pending again. Nothing here imports torch or contacts ranks, so it can run on a login node at any time. Files
+may be incomplete or damaged: invalid values count as missing.
 """
 
 import itertools
@@ -188,7 +188,7 @@ def determine_state(
         return "requeued", f"SLURM has restarted {name}, and its ranks are starting; {why}"
     if recorded == "stopped":
         return "stopped", f"{why}; the same command resumes the run"
-    if job and job.state == "RUNNING" and (since_life > ALIVE_FOR or process_ended):  # else it is about to requeue
+    if job and job.state == "RUNNING" and (since_life > ALIVE_FOR or process_ended):  # else it is being requeued
         why += f"; {name} still holds its nodes, cancel it with scancel"
     return "dead", f"{why}; the same command resumes from the newest checkpoint"
 

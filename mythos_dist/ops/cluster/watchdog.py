@@ -136,7 +136,7 @@ class Watchdog:
             self._exit(f"the other ranks cannot be reached: {text}")
 
     def _is_consequence(self, error: BaseException) -> bool:
-        """Whether the error is that a connection to another rank broke."""
+        """Whether the error is a broken connection to another rank."""
         if isinstance(error, (dist.DistError, ConnectionError, TimeoutError)):
             return True
         if not isinstance(error, RuntimeError):
@@ -210,7 +210,7 @@ class Watchdog:
             return None
 
     def _exit(self, reason: str) -> None:
-        """Exit this process, unless it is done."""
+        """Exit this process, unless its work is done."""
         if self._done:
             return
         self._dump_stacks(reason)

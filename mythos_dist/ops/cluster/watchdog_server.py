@@ -1,4 +1,4 @@
-"""Rank 0's side of the watchdog: a thread that monitors all ranks and, when one fails, tells all why to exit.
+"""Rank 0's side of the watchdog: a thread that monitors all ranks and, when one fails, sends all the reason to exit.
 
 It ends the run when a connection closes unexpectedly, when a rank sends nothing for `lost_after` seconds, when a rank
 reports an error, or when a phase takes longer than `hang_after`. In the last case it first asks every rank for the
@@ -17,12 +17,12 @@ from mythos_dist.ops.cluster.watchdog_protocol import RankMessage, ServerMessage
 
 log = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 1.0  # from the first failure to the decision: the rank that failed first may be the last to be noticed
-_CONNECT_MORE = 5.0  # seconds that ranks may take to connect beyond `lost_after`, after which they give up themselves
+SETTLE_SECONDS = 1.0  # from the first failure to the decision: the rank that failed first may be detected last
+_CONNECT_MORE = 5.0  # seconds to connect beyond `lost_after`, the time after which ranks themselves stop trying
 _EXIT_WITHIN = 2.0  # seconds that ranks get to read the reason and exit
 _KEEPALIVE_EVERY = 10.0  # seconds
 
-# Priorities of failures: those of the lowest number found are reported as the reason.
+# Priorities of failures: those with the lowest number are reported as the reason.
 _LOST, _ERROR, _CONSEQUENCE = 0, 1, 2
 
 
@@ -153,7 +153,7 @@ class WatchdogServer:
                     self.connections.send(connection, ServerMessage(report=text))
 
     def _end_run(self) -> None:
-        """Tell all ranks why to exit."""
+        """Send all ranks the reason to exit."""
         reason = self._describe_hang() if self.hang else self._describe_failures()
         for connection in list(self.connections.ranks.values()):
             self.connections.send(connection, ServerMessage(end=reason[:20_000]))
@@ -176,8 +176,8 @@ class WatchdogServer:
         return f"{self.hang}: {', '.join(names)} did not call {collective}"
 
     def _wait_until_closed(self, until: float) -> None:
-        """Until the other ranks have closed their connections: if rank 0 exited before they have read the reason, what
-        is still in transit could be lost."""
+        """Wait until the other ranks have closed their connections: if rank 0 exited before they have read the reason,
+        data in transit could be lost."""
         while time.monotonic() < until and any(rank and not c.closed for rank, c in self.connections.ranks.items()):
             self.connections.poll()
 
