@@ -82,9 +82,9 @@ def fetch(pin: Pin, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         archive = _download(pin, Path(work))
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if found != pin.sha256:
-            raise UserError(f"{archive.name} has sha256 {found}, not {pin.sha256}; so it is not the pinned release")
+        sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if sha256 != pin.sha256:
+            raise UserError(f"{archive.name} has sha256 {sha256}, not {pin.sha256}; so it is not the pinned release")
         with tarfile.open(archive) as tar:
             tar.extractall(work, filter="data")
         try:

@@ -17,8 +17,8 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 def format_duration(seconds: float) -> str:
     """42 s, 3 min 10 s, 5 h 12 min, 3 d 4 h."""
-    whole = max(0, round(seconds))
+    rounded = max(0, round(seconds))
     for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part} {smaller}"
-    return f"{whole} s"
+        if rounded >= size:
+            return f"{rounded // size} {unit} {rounded % size // part} {smaller}"
+    return f"{rounded} s"

@@ -28,11 +28,11 @@ def test_messages_about_one_thing_are_in_the_singular(tmp_path):
     manifest = replace(manifest, documents=DocumentCounts(1, 1), splits={"train": one, "heldout": one})
     config = Config()
     parallel = replace(config.parallel, expert=2)
-    told = [manifest.summary(), str(PreflightResult(["a"], 1.0, 1.0, 0.0, 1.0))]
-    told += layout_problems(replace(config, parallel=parallel), 1)
+    texts = [manifest.summary(), str(PreflightResult(["a"], 1.0, 1.0, 0.0, 1.0))]
+    texts += layout_problems(replace(config, parallel=parallel), 1)
     with pytest.raises(UserError) as error:
         even_allocation(1, 2)
-    told.append(str(error.value))
-    for text in told:
+    texts.append(str(error.value))
+    for text in texts:
         assert not re.search(rf"\b1 ({PLURALS.replace(' ', '|')})\b", text), text
         assert re.search(r"\b1 (rank|document|replica)\b", text), text

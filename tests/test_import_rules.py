@@ -43,14 +43,14 @@ SCRIPTS = sorted(path for folder in ("tools", "benchmarks") for path in (REPOSIT
 
 def imported_modules(path: Path) -> set[str]:
     """Every module that a file imports, wherever the line stands; `from a import b` counts as a.b."""
-    found = set()
+    imports = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            imports |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return imports
 
 
 def room_of(module: str) -> str:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos_dist.config.arguments import add_config, number, parse_arguments, whole
+from mythos_dist.config.arguments import add_config, integer, number, parse_arguments
 from mythos_dist.errors import run_command
 
 MOST_GPUS = 1 << 17
@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add_config(parser, "config file; its layout is used with --as-is only", optional=True)
     add("--variant", help="instead of a file: 1b, 3b, 10b, 50b, 100b, 500b or 1t from configs/")
-    add("--gpus", type=whole(1, MOST_GPUS), required=True, help="number of GPUs")
+    add("--gpus", type=integer(1, MOST_GPUS), required=True, help="number of GPUs")
     add("--cluster", type=Path, default=H100, help="cluster file (default: %(default)s)")
     add("--seq-len", type=int, help="tokens per sequence")
     add("--global-batch", type=int, help="sequences per step, over all replicas")
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
         default=1.0,
         help="rows of the busiest expert rank over the mean (%(default)g)",
     )
-    add("--top", type=whole(1, 1000), default=8, help="number of layouts to show (%(default)s)")
+    add("--top", type=integer(1, 1000), default=8, help="number of layouts to show (%(default)s)")
     add("--dry-run", action="store_true", help="run one rank of the best layout on fake tensors: a minute")
     add("--write", type=Path, help="write the best layout to a new config file")
     add("--json", action="store_true", help="print everything as JSON")

@@ -182,12 +182,12 @@ def _check_version(raw: Any, file: Path) -> None:
     version = raw.get("format_version")
     if type(version) is int and version == FORMAT_VERSION:  # True and 1.0 are equal to 1, too
         return
-    found = f"format_version={shorten(version)}" if "format_version" in raw else "no format_version"
+    version_text = f"format_version={shorten(version)}" if "format_version" in raw else "no format_version"
     newer = type(version) is int and version > FORMAT_VERSION
     remedy = "install the newer mythos_dist that wrote it" if newer else "use the mythos_dist that wrote it"
     raise VersionError(
-        f"has {found}, but mythos_dist {__version__} reads format_version={FORMAT_VERSION}; {remedy}, or move the "
-        "checkpoint out of this folder",
+        f"has {version_text}, but mythos_dist {__version__} reads format_version={FORMAT_VERSION}; {remedy}, or move "
+        "the checkpoint out of this folder",
         str(file),
     )
 

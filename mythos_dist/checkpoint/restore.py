@@ -81,10 +81,10 @@ def _verify_on_all_ranks(folder: Path, verify: bool, key: Key | None) -> tuple[C
     checkpoint, mine = _verify_share(folder, verify, key)
     of_ranks = [_Verification()] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
-    for found in of_ranks:
-        if found.error:
-            raise found.error
-    problems = list(dict.fromkeys(line for found in of_ranks for line in found.problems))
+    for report in of_ranks:
+        if report.error:
+            raise report.error
+    problems = list(dict.fromkeys(line for report in of_ranks for line in report.problems))
     if problems and not any_rank(os.path.lexists(folder)):
         return None, []
     return None if problems else checkpoint, problems
@@ -161,9 +161,9 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
     for name, (_, value) in expected.items():
         tensor = checkpoint.manifest.tensors.get(name)
         if tensor is None or tensor.shape != tuple(value.shape):
-            found = "no tensor" if tensor is None else f"shape {list(tensor.shape)}"
+            actual = "no tensor" if tensor is None else f"shape {list(tensor.shape)}"
             wanted = list(value.shape)
-            raise UserError(f"has {found} for {name}; its config needs shape {wanted}", str(checkpoint.folder))
+            raise UserError(f"has {actual} for {name}; its config needs shape {wanted}", str(checkpoint.folder))
     values = {name: torch.from_numpy(checkpoint.full_tensor(kind, name)) for name, (kind, _) in expected.items()}
     model.load_state_dict(values, assign=True)
     return model.eval(), config, checkpoint.manifest.step

@@ -28,20 +28,20 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
 
     A setting given before the config is an override. Exits with code 2 as argparse does.
     """
-    found, unknown = parser.parse_known_intermixed_args(arguments)
+    parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         settings = [match for match in map(_AS_OPTION.fullmatch, unknown) if match]
         hints = [f"{match[1]}={'VALUE' if match[2] is None else match[2]}" for match in settings]
         advice = f"; write {' '.join(hints)}" if hints else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
-    if hasattr(found, "config") and hasattr(found, "overrides"):
-        _order(parser, found)
-    for name, value in vars(found).items():
-        setattr(found, name, [_home(one) for one in value] if isinstance(value, list) else _home(value))
-    return found
+    if hasattr(parsed, "config") and hasattr(parsed, "overrides"):
+        _order(parser, parsed)
+    for name, value in vars(parsed).items():
+        setattr(parsed, name, [_home(one) for one in value] if isinstance(value, list) else _home(value))
+    return parsed
 
 
-def whole(least: int, most: int) -> Callable[[str], int]:
+def integer(least: int, most: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
 
     def convert(text: str) -> int:
@@ -77,19 +77,19 @@ def _within(value: Any, least: float, most: float) -> Any:
     return value
 
 
-def _order(parser: argparse.ArgumentParser, found: argparse.Namespace) -> None:
+def _order(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     """The positional argument that is not a setting is the config."""
     required = any(action.dest == "config" and action.nargs is None for action in parser._actions)
-    config = str(found.config) if found.config is not None else ""
+    config = str(parsed.config) if parsed.config is not None else ""
     if not _OVERRIDE.match(config) or os.path.exists(config):
         return
-    others = [word for word in found.overrides if not _OVERRIDE.match(word)]
+    others = [word for word in parsed.overrides if not _OVERRIDE.match(word)]
     if not others and required:
         parser.error(f"the following arguments are required: config; {config} is a setting")
     named = others[0] if others else None
     kind = next(action.type for action in parser._actions if action.dest == "config")
-    found.overrides = [config, *(word for word in found.overrides if word is not named)]
-    found.config = Path(named) if named is not None and kind is Path else named
+    parsed.overrides = [config, *(word for word in parsed.overrides if word is not named)]
+    parsed.config = Path(named) if named is not None and kind is Path else named
 
 
 def _home(path: Any) -> Any:

@@ -121,12 +121,12 @@ class Kind:
             return text
         if self.type is bool:
             return text.lower() in _YES if text.lower() in _YES | _NO else _WRONG
-        found = number_of(text)
-        if found is None or isinstance(found, float):
-            return found if found is not None and self.type is float else _WRONG
+        number = number_of(text)
+        if number is None or isinstance(number, float):
+            return number if number is not None and self.type is float else _WRONG
         if self.type is int:
-            return found
-        return float(found) if abs(found) < _HUGE else math.copysign(math.inf, found)
+            return number
+        return float(number) if abs(number) < _HUGE else math.copysign(math.inf, number)
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, to follow `section.key=value`; None if it is valid."""
@@ -257,12 +257,12 @@ class Section:
     def __post_init__(self) -> None:
         """Raises UserError with all problems."""
         self.complete()
-        found = []
+        problems = []
         for key, kind in kinds_of(type(self)).items():
-            found += [f"{self.section}.{key}{words}" for words in value_problems(kind, getattr(self, key))]
-        found = found or self.contradictions()
-        if found:
-            raise UserError(found)
+            problems += [f"{self.section}.{key}{words}" for words in value_problems(kind, getattr(self, key))]
+        problems = problems or self.contradictions()
+        if problems:
+            raise UserError(problems)
 
     @classmethod
     def from_checked_values(cls, **values: Any) -> Self:

@@ -57,13 +57,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Where a source replaces `data.path` by `data.mix` or vice versa, rank 0 prints a note on standard error.
     Raises UserError with all problems: unknown keys, wrong types, broken rules.
     """
-    found: list[str] = []
+    messages: list[str] = []
     path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
-    sources = [*_read_with_bases(path, (), [0]), _Source(_COMMAND_LINE, _parse_overrides(overrides, found))]
-    values, notes = _merge(sources, found)
-    config = _build(values, found)
-    if found:
-        raise UserError(found, source=str(path))
+    sources = [*_read_with_bases(path, (), [0]), _Source(_COMMAND_LINE, _parse_overrides(overrides, messages))]
+    values, notes = _merge(sources, messages)
+    config = _build(values, messages)
+    if messages:
+        raise UserError(messages, source=str(path))
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         for note in notes:
             print(f"note: {path}: {note}", file=sys.stderr)
@@ -159,21 +159,21 @@ def _configs_in(folder: Path, most: int = 30) -> list[str]:
         return []
 
 
-def _parse_overrides(overrides: Iterable[str], found: list[str]) -> dict[str, Node]:
-    """Texts like `train.steps=100` as one source; adds a problem to `found` for any other text."""
+def _parse_overrides(overrides: Iterable[str], messages: list[str]) -> dict[str, Node]:
+    """Texts like `train.steps=100` as one source; adds a problem for any other text."""
     source: dict[str, dict[str, Node]] = {}
     for text in overrides:
         name, equals, raw = text.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
-            found.append(f"{text!r}: expected section.key=value, such as train.steps=100")
+            messages.append(f"{text!r}: expected section.key=value, such as train.steps=100")
             continue
         kind = kinds_of(SECTIONS[section]).get(key) if section in SECTIONS else None
         is_text = (section, key) == ("model", "variant") or (kind is not None and kind.type is str)
         try:
             source.setdefault(section, {})[key] = _override(raw.strip(" "), is_text)
         except UserError:
-            found.append(f"{name}={show(raw)}: not a YAML value; put it in quotes")
+            messages.append(f"{name}={show(raw)}: not a YAML value; put it in quotes")
     return {**source}
 
 
@@ -189,21 +189,21 @@ def _override(raw: str, is_text: bool) -> Node:
     return Scalar(raw)
 
 
-def _merge(sources: Iterable[_Source], found: list[str]) -> tuple[dict[str, dict[str, Node]], list[str]]:
-    """All settings by section, and notes on replaced settings; adds unknown ones to `found`."""
+def _merge(sources: Iterable[_Source], messages: list[str]) -> tuple[dict[str, dict[str, Node]], list[str]]:
+    """All settings by section, and notes on replaced settings; adds problems for unknown ones."""
     values: dict[str, dict[str, Node]] = {}
     notes: list[str] = []
     for source in sources:
         for section, entries in source.sections.items():
             if section not in SECTIONS:
-                found.append(f"{section[:80]}: unknown section{_did_you_mean(section, list(SECTIONS))}")
+                messages.append(f"{section[:80]}: unknown section{_did_you_mean(section, list(SECTIONS))}")
             elif isinstance(entries, dict):
                 target = values.setdefault(section, {})
                 if section == "data":
                     notes += _replace_path_or_mix(target, entries, source.name)
-                _update(target, section, entries, found)
+                _update(target, section, entries, messages)
             elif not (isinstance(entries, Scalar) and entries.plain and entries.text in NULLS):  # `train:` alone
-                found.append(
+                messages.append(
                     f"{section}={show_node(entries, 80)}: expected settings below it, such as `{section}: {{...}}`"
                 )
     return values, notes
@@ -229,7 +229,7 @@ def _short(node: Node | None) -> str:
     return node.text if isinstance(node, Scalar) else show_node(node or {}, 80)
 
 
-def _update(target: dict[str, Node], section: str, entries: dict[str, Node], found: list[str]) -> None:
+def _update(target: dict[str, Node], section: str, entries: dict[str, Node], messages: list[str]) -> None:
     """Update the settings of a section with those of a later source."""
     known = list(kinds_of(SECTIONS[section]))
     if section == "model" and "variant" in entries:
@@ -238,12 +238,12 @@ def _update(target: dict[str, Node], section: str, entries: dict[str, Node], fou
             target.update({key: Scalar(str(value)) for key, value in VARIANTS[variant.text].items()})
         else:
             shown = repr(variant.text[:80]) if isinstance(variant, Scalar) else show_node(variant, 80)
-            found.append(f"model.variant={shown}: {unknown_name(shown.strip(chr(39)), VARIANTS, 'variant')}")
+            messages.append(f"model.variant={shown}: {unknown_name(shown.strip(chr(39)), VARIANTS, 'variant')}")
     for key, value in entries.items():
         if key in known:
             target[key] = value
         elif (section, key) != ("model", "variant"):
-            found.append(f"{section}.{key[:80]}: unknown key{_did_you_mean(key, known, section + '.')}")
+            messages.append(f"{section}.{key[:80]}: unknown key{_did_you_mean(key, known, section + '.')}")
 
 
 def unknown_name(name: str, known: Iterable[str], what: str) -> str:
@@ -262,15 +262,15 @@ def _did_you_mean(key: str, known: list[str], prefix: str = "") -> str:
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; choose from {', '.join(known)}"
 
 
-def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
-    """The Config. Adds each value that its field cannot hold to `found`, and broken rules among the other values."""
+def _build(values: dict[str, dict[str, Node]], messages: list[str]) -> Config:
+    """The Config. Adds problems for values that their fields refuse, and for broken rules among the other values."""
     sections: dict[str, Any] = {}
     refused: set[str] = set()  # settings
     for section, cls in SECTIONS.items():
         kinds, accepted = kinds_of(cls), {}
         for key, node in values.get(section, {}).items():
             value, wrong = _read(kinds[key], node)
-            found += [f"{section}.{key}{words}" for words in wrong]
+            messages += [f"{section}.{key}{words}" for words in wrong]
             if wrong:
                 refused.add(f"{section}.{key}")
             else:
@@ -278,7 +278,7 @@ def _build(values: dict[str, dict[str, Node]], found: list[str]) -> Config:
         sections[section] = cls.from_checked_values(**accepted)
     config = Config(**sections)
     # Defaults replace the refused values: a rule about such a default would only confuse.
-    found += problems(config, refused)
+    messages += problems(config, refused)
     return config
 
 

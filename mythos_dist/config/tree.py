@@ -152,28 +152,28 @@ class _Builder:
             _refuse(f"the tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is not supported; leave it out", event)
         if isinstance(event, yaml.ScalarEvent):
             quoted = bool(event.style) or tag in ("!", "tag:yaml.org,2002:str")
-            found: Node = Scalar(event.value, plain=not quoted)
+            node: Node = Scalar(event.value, plain=not quoted)
         elif isinstance(event, yaml.SequenceStartEvent):
-            found = []
+            node = []
             while not isinstance(item := next(self.events), yaml.SequenceEndEvent):
-                found.append(self.node(item, depth + 1))
+                node.append(self.node(item, depth + 1))
         else:
-            found = self.mapping(depth)
+            node = self.mapping(depth)
         if self.count > _MAX_NODES:
             _refuse(f"more than {_MAX_NODES:,} values, counting what aliases repeat", event)
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
-            self.anchors[anchor] = found, self.count - before
-        return found
+            self.anchors[anchor] = node, self.count - before
+        return node
 
     def alias(self, event: yaml.AliasEvent) -> Node:
         if event.anchor not in self.anchors:
             _refuse(f"the alias *{event.anchor} has no anchor before it", event)
-        found, size = self.anchors[event.anchor]
+        node, size = self.anchors[event.anchor]
         self.count += size
         if self.count > _MAX_NODES:
             _refuse(f"more than {_MAX_NODES:,} values, counting what aliases repeat", event)
-        return found
+        return node
 
     def mapping(self, depth: int) -> dict[str, Node]:
         own: dict[str, Node] = {}

@@ -48,7 +48,7 @@ def open_corpora(
 
     `splits`: those that will be read; a corpus may have no held-out split, see `with_windows`. Not a collective call.
     """
-    found: list[tuple[str, str]] = []  # folder, problem
+    problems_by_folder: list[tuple[str, str]] = []  # folder, problem
     corpora = []
     for (name, _), weight in zip(mix.items(), integer_weights(list(mix.values())), strict=True):
         folder = Path(name)
@@ -69,10 +69,10 @@ def open_corpora(
                     shards[split] = read_index(folder, split, manifest.fingerprint)
                     problems += _split_problems(split, shards[split], manifest)
         except UserError as error:
-            found.append((name, str(error).removeprefix(f"{name}: ")))
+            problems_by_folder.append((name, str(error).removeprefix(f"{name}: ")))
             continue
         except OSError as error:
-            found.append(
+            problems_by_folder.append(
                 (name, f"{error.filename} cannot be read ({error.strerror}); copy the whole folder, or convert again")
             )
             continue
@@ -81,11 +81,11 @@ def open_corpora(
         problems += _config_problems(manifest, seq_len, vocab_size)
         corpora.append(Corpus(folder, weight, manifest, shards))
         problems += _differences(corpora)
-        found += [(name, problem) for problem in problems]
-    if found and len(mix) == 1:
-        raise UserError([problem for _, problem in found], next(iter(mix)))
-    if found:
-        raise UserError([f"{name}: {problem}" for name, problem in found])
+        problems_by_folder += [(name, problem) for problem in problems]
+    if problems_by_folder and len(mix) == 1:
+        raise UserError([problem for _, problem in problems_by_folder], next(iter(mix)))
+    if problems_by_folder:
+        raise UserError([f"{name}: {problem}" for name, problem in problems_by_folder])
     return corpora
 
 
@@ -108,28 +108,28 @@ def data_changes(corpora: Sequence[Corpus], before: str) -> list[str]:
     parts = [part.rpartition(" x ") for part in before.split(" + ")]
     old = {digest: int(weight or 1) for weight, _, digest in parts}
     new = {corpus.manifest.fingerprint: corpus for corpus in corpora}
-    found = [
+    changes = [
         f"{corpus.folder} has other shards than those that the run was trained on"
         for digest, corpus in new.items()
         if digest not in old
     ]
-    found += [
+    changes += [
         f"the shards with fingerprint {digest[:12]}…, weight {weight} of {sum(old.values())}, are no longer in the mix"
         for digest, weight in old.items()
         if digest not in new
     ]
-    if not found:
+    if not changes:
         total = sum(corpus.weight for corpus in corpora)
-        found = [
+        changes = [
             f"{corpus.folder} has weight {corpus.weight} of {total}, but the run was trained with {old[digest]} of "
             f"{sum(old.values())}"
             for digest, corpus in new.items()
             if corpus.weight * sum(old.values()) != old[digest] * total
         ]
-    if not found:
+    if not changes:
         expected = ", ".join(str(new[digest].folder) for digest in old)
-        found = [f"the folders of data.mix are in another order; the run was trained with: {expected}"]
-    return found
+        changes = [f"the folders of data.mix are in another order; the run was trained with: {expected}"]
+    return changes
 
 
 def read_index(folder: Path, split: str, fingerprint: str) -> list[Shard]:

@@ -238,7 +238,7 @@ def _checked(content: bytes) -> ShardManifest:
     try:
         manifest = TypeAdapter(ShardManifest).validate_json(content)
     except ValidationError as error:
-        found = [
+        problems = [
             f"{'.'.join(map(str, one['loc'])) or 'JSON'}: "
             + (
                 f"expected {_EXPECTED[one['type']]}, not {one['input']!r:.40}"
@@ -247,7 +247,7 @@ def _checked(content: bytes) -> ShardManifest:
             )
             for one in error.errors()
         ]
-        raise ValueError("; ".join(found[:5]) + " …" * (len(found) > 5)) from None
+        raise ValueError("; ".join(problems[:5]) + " …" * (len(problems) > 5)) from None
     if manifest.splits.keys() != {*SPLITS}:
         raise ValueError(f"splits: expected {' and '.join(SPLITS)}, not {', '.join(manifest.splits) or 'none'}")
     counts = [vars(one) for one in (manifest, manifest.documents, *manifest.splits.values(), *manifest.inputs)]

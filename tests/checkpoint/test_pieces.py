@@ -67,10 +67,10 @@ def test_boxes_tile_a_piece(data):
     """In order and without gaps; at most two partial rows per dim and one box of full rows."""
     full_shape = data.draw(shapes())
     piece = data.draw(pieces_of(full_shape))
-    found = list(boxes(piece))
-    assert len(found) <= max(1, 2 * len(full_shape) - 1)
+    box_list = list(boxes(piece))
+    assert len(box_list) <= max(1, 2 * len(full_shape) - 1)
     end = 0
-    for box in found:
+    for box in box_list:
         assert box.offset == end and math.prod(box.shape) > 0
         end += math.prod(box.shape)
     assert end == piece.last - piece.first

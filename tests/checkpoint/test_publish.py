@@ -142,13 +142,13 @@ class Disk:
 
 def intact(folder: Path) -> dict[int, int]:
     """Step -> start of each checkpoint, after a check of all bytes."""
-    found = {}
+    start_of_step = {}
     for path in checkpoints_of(folder):
         checkpoint = Checkpoint(path)
         assert checkpoint.find_damage() == []
         assert np.array_equal(checkpoint.full_tensor("exp_avg", "w").reshape(-1), VALUES)
-        found[checkpoint.manifest.step] = checkpoint.manifest.start
-    return found
+        start_of_step[checkpoint.manifest.step] = checkpoint.manifest.start
+    return start_of_step
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS])

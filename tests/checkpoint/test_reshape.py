@@ -70,8 +70,8 @@ def engine_of(config: Config) -> Any:
 def train(engine: Any, config: Config, steps: range) -> dict[str, list[float]]:
     mesh = engine.mesh
     every = zip(range(1, steps.stop), batches(config, mesh.data.rank, mesh.data.size), strict=False)
-    found = [engine.train_step(mine, step) for step, mine in every if step in steps]
-    return {"loss": [step.loss for step in found], "grad_norm": [step.grad_norm for step in found]}
+    results = [engine.train_step(mine, step) for step, mine in every if step in steps]
+    return {"loss": [step.loss for step in results], "grad_norm": [step.grad_norm for step in results]}
 
 
 def bias_of(engine: Any) -> torch.Tensor | None:
@@ -109,14 +109,14 @@ def read(configs: list[Config], folders: list[str], train_on: int | None = None)
         new_process_groups(f"reader {i}")
         engine = engine_of(change(config, run=dict(seed=99)))
         engine.config = config
-        found = []
+        states = []
         for j, folder in enumerate(folders):
             load_checkpoint(engine, folder)
             loaded = {"places": shard_bounds(engine), "held": local_state(engine), "bias": bias_of(engine)}
             if train_on is None or (j - i) % len(folders) < train_on:
                 loaded["later"] = train(engine, config, range(SAVED + 1, STEPS + 1))
-            found.append(loaded)
-        results.append(found)
+            states.append(loaded)
+        results.append(states)
         engine.deepspeed.destroy()
         dist.barrier()
     return results
@@ -129,17 +129,17 @@ def by_ranks() -> dict[int, list[str]]:
 @pytest.fixture(scope="module")
 def written(config, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """For each layout the folder of its checkpoint, the full tensors at saving, and the losses of later steps."""
-    found = {}
+    checkpoints = {}
     for ranks, names in by_ranks().items():
         folders = [str(tmp_path_factory.mktemp("written")) for _ in names]
         results = run_ranks(ranks, write, [run_of(config, name) for name in names], folders, seconds=1200)
         for i, name in enumerate(names):
-            found[name] = {
+            checkpoints[name] = {
                 "folder": folders[i],
                 "later": results[0][i]["later"],
                 **gather([rank[i] for rank in results]),
             }
-    return found
+    return checkpoints
 
 
 def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -220,15 +220,15 @@ def test_the_canonical_form_is_bitwise_equal(file_bytes, written, tmp_path):
 
     source = written["pipe 2, tensor 2, expert 2"]
     folder = write_canonical(open_checkpoint(Path(source["folder"])), tmp_path / "run", file_bytes=file_bytes)
-    found = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
-    assert found.pop("buffer/recurrent.block.ffn.router.bias").tolist() == list(source["bias"])
+    stored = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    assert stored.pop("buffer/recurrent.block.ffn.router.bias").tolist() == list(source["bias"])
     expected = {
         f"{kind}/{name}": tensor
         for name, tensors in source["tensors"].items()
         for kind, tensor in zip(("parameter", "exp_avg", "exp_avg_sq"), tensors, strict=True)
     }
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[key], tensor) for key, tensor in expected.items())
     assert len(list(folder.glob("*.safetensors"))) == {1: len(source["tensors"]) + 1, 1 << 30: 1}.get(
         file_bytes, len(list(folder.glob("*.safetensors")))
     )

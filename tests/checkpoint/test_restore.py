@@ -112,9 +112,9 @@ def test_a_checkpoint_that_another_process_removes_is_skipped(run, moment, monke
     def with_removal(function):
         def call(*arguments, **options):
             if moment == "listed":
-                found = function(*arguments, **options)
+                result = function(*arguments, **options)
             shutil.rmtree(doomed, ignore_errors=True)
-            return found if moment == "listed" else function(*arguments, **options)
+            return result if moment == "listed" else function(*arguments, **options)
 
         return call
 

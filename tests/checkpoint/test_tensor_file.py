@@ -31,10 +31,10 @@ def file(tmp_path):
 
 
 def test_the_package_reads_our_files(file):
-    found = safetensors.numpy.load_file(file)
-    assert found.keys() == TENSORS.keys()
+    loaded = safetensors.numpy.load_file(file)
+    assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert np.array_equal(found[name], tensor) and found[name].shape == tensor.shape
+        assert np.array_equal(loaded[name], tensor) and loaded[name].shape == tensor.shape
     with safe_open(file, "np") as opened:
         assert opened.metadata() == {"format": "pt"}
 

@@ -48,8 +48,8 @@ def reference_of(open_mythos, folder: Path, state: dict[str, torch.Tensor]) -> t
     """OpenMythos with the exported config and weights."""
     settings = json.loads((folder / "config.json").read_text())
     model = open_mythos.main.OpenMythos(open_mythos.main.MythosConfig(**settings))
-    found = model.load_state_dict(state, strict=False)
-    assert set(found.missing_keys) == NOT_EXPORTED and not found.unexpected_keys
+    keys = model.load_state_dict(state, strict=False)
+    assert set(keys.missing_keys) == NOT_EXPORTED and not keys.unexpected_keys
     return model.eval()
 
 

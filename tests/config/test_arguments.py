@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos_dist.config.arguments import add_config, number, parse_arguments, path_text, whole
+from mythos_dist.config.arguments import add_config, integer, number, parse_arguments, path_text
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.inject import parse_faults
 
@@ -14,7 +14,7 @@ def parse(line: list[str], optional: bool = False) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="x")
     add_config(parser, "a file", optional)
     parser.add_argument("--flag", action="store_true")
-    parser.add_argument("--top", type=whole(1, 9), default=3)
+    parser.add_argument("--top", type=integer(1, 9), default=3)
     parser.add_argument("--share", type=number(0, 1, above=True))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--input", nargs="+", type=path_text)
@@ -34,8 +34,8 @@ def parse(line: list[str], optional: bool = False) -> argparse.Namespace:
     ],
 )
 def test_options_and_settings_come_in_any_order(line):
-    found = parse(line.split())
-    assert (found.config, found.overrides, found.flag, found.top) == ("c.yaml", ["a.b=-1", "c.d=2"], True, 2)
+    parsed = parse(line.split())
+    assert (parsed.config, parsed.overrides, parsed.flag, parsed.top) == ("c.yaml", ["a.b=-1", "c.d=2"], True, 2)
 
 
 def test_a_setting_before_the_config_is_an_override(tmp_path, monkeypatch):
@@ -75,9 +75,9 @@ def test_wrong_arguments_are_reported(line, said, capsys):
 def test_a_home_folder_is_expanded_after_an_equals_sign(tmp_path, monkeypatch):
     """A shell leaves `--out=~/x` as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = parse(["c.yaml", "--out=~/x", "--input", "~/a", "hf://b/~/c"])
-    assert found.out == tmp_path / "x"
-    assert found.input == [f"{tmp_path}/a", "hf://b/~/c"]
+    parsed = parse(["c.yaml", "--out=~/x", "--input", "~/a", "hf://b/~/c"])
+    assert parsed.out == tmp_path / "x"
+    assert parsed.input == [f"{tmp_path}/a", "hf://b/~/c"]
 
 
 def test_training_and_submission_take_any_order(monkeypatch):
@@ -86,10 +86,10 @@ def test_training_and_submission_take_any_order(monkeypatch):
     from mythos_dist.train.__main__ import parse as training
 
     monkeypatch.setattr("sys.argv", ["train", "run.dir=x", "--preflight", "c.yaml", "train.steps=3"])
-    found = training()
-    assert (found.config, found.overrides, found.preflight) == ("c.yaml", ["run.dir=x", "train.steps=3"], True)
-    found = allocation(["run.dir=x", "--ranks", "2", "c.yaml", "train.steps=3"])
-    assert (found.config, found.overrides, found.ranks) == ("c.yaml", ["run.dir=x", "train.steps=3"], 2)
+    parsed = training()
+    assert (parsed.config, parsed.overrides, parsed.preflight) == ("c.yaml", ["run.dir=x", "train.steps=3"], True)
+    parsed = allocation(["run.dir=x", "--ranks", "2", "c.yaml", "train.steps=3"])
+    assert (parsed.config, parsed.overrides, parsed.ranks) == ("c.yaml", ["run.dir=x", "train.steps=3"], 2)
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def judge(path: Path, lines: list[str], ranks: int) -> Config | None:
     config = None
     try:
         config = load_config(path, lines)
-        found = layout_problems(config, ranks)
-        if not found and ranks <= 1 << 16 and config.train.global_batch <= 1 << 24:
+        refused = layout_problems(config, ranks)
+        if not refused and ranks <= 1 << 16 and config.train.global_batch <= 1 << 24:
             estimate = Estimate(config, ranks, CLUSTER)
             assert estimate.step_seconds > 0 and estimate.largest_stage.bytes > 0
     except UserError as error:

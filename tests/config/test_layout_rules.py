@@ -53,10 +53,10 @@ def proposals(line: str) -> Iterator[tuple[str, list[Any], bool]]:
     """The proposals of a refusal: path, values, and whether they are sufficient."""
     form = r"(with further changes )?set ([\w. ]+?) to (?:one of \[(.+?)\]|(\w+))(?:, or |$)"
     remedies = line.split("; ")[1]
-    found = list(re.finditer(form, remedies))
-    assert "".join(match[0] for match in found) == remedies, "the whole text was parsed"
+    matches = list(re.finditer(form, remedies))
+    assert "".join(match[0] for match in matches) == remedies, "all of the text was parsed"
     words = {"true": True, "false": False}
-    for match in found:
+    for match in matches:
         values = [int(v) if v.isdigit() else words.get(v, v) for v in (match[3] or match[4]).split(", ")]
         yield match[2], values, not match[1]
 
@@ -177,9 +177,9 @@ def test_every_proposed_value_satisfies_its_rule_and_breaks_no_other_unless_it_s
 @given(cases(most=3))
 def test_the_nearest_values_are_proposed(case):
     """If one rule is broken: of all numbers up to 900, the nearest below and above that satisfy all rules."""
-    if count_broken_rules(case) != 1 or not (found := refusals(case)) or "longer than the context" in found[0]:
+    if count_broken_rules(case) != 1 or not (messages := refusals(case)) or "longer than the context" in messages[0]:
         return
-    for path, values, enough in proposals(found[0]):
+    for path, values, enough in proposals(messages[0]):
         if type(case[path]) is not int or path == "parallel.zero":
             continue  # not a number
         working = [n for n in range(1, 901) if not count_broken_rules(case | {path: n})]
@@ -203,11 +203,11 @@ def test_numbers_below_one_are_refused_once(tmp_path_factory, case, too_small):
     path.write_text("data: {path: shards}")
     try:
         load_config(path, overrides)
-        found = []
+        messages = []
     except UserError as error:
-        found = error.problems
+        messages = error.problems
     for path in too_small:
-        assert [line for line in found if f"{path}=" in line] == [f"{path}=0 must be at least 1"]
+        assert [line for line in messages if f"{path}=" in line] == [f"{path}=0 must be at least 1"]
 
 
 DEFAULT_LOOPS = "loops.mean=null (model.max_loop_iters=16)"
@@ -335,10 +335,10 @@ def test_every_broken_rule_is_reported_at_once():
         "loops.maximum": 1,
         "loops.backprop": 17,
     }
-    found = problems(config_of(case))
-    assert len(found) == len(set(found)) == 9
+    messages = problems(config_of(case))
+    assert len(messages) == len(set(messages)) == 9
     for path in case:
-        assert any(f"{path}=" in line for line in found), path
+        assert any(f"{path}=" in line for line in messages), path
 
 
 @pytest.mark.parametrize(

@@ -204,9 +204,9 @@ def test_the_value_of_an_override_may_contain_an_equals_sign(write):
     ],
 )
 def test_a_value_is_read_as_its_settings_type(override, section, key, value, write):
-    found = getattr(getattr(load_config(write(""), [override]), section), key)
-    assert found == value
-    assert type(found) is type(value)
+    loaded = getattr(getattr(load_config(write(""), [override]), section), key)
+    assert loaded == value
+    assert type(loaded) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_value_of_another_type_is_refused_once(override, said, write):
 def test_every_problem_is_reported_in_one_message(write):
     """Files, overrides, types and broken rules: six mistakes, six lines, each with its setting."""
     path = write("model: {dimm: 8, n_experts: lots}\ntrane: {steps: 1}", complete=False)
-    found = refused(path, "train.global_batch=6", "train.micro_batch=4", "optim.beta1=1", "steps=3")
+    problems = refused(path, "train.global_batch=6", "train.micro_batch=4", "optim.beta1=1", "steps=3")
     for name in (
         "model.dimm",
         "model.n_experts='lots'",
@@ -248,8 +248,8 @@ def test_every_problem_is_reported_in_one_message(write):
         "'steps=3'",
         "data.path",
     ):
-        assert sum(name in problem for problem in found) == 1, name
-    assert len(found) == 7
+        assert sum(name in problem for problem in problems) == 1, name
+    assert len(problems) == 7
 
 
 def test_the_message_names_the_file_and_counts(write):

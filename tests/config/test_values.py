@@ -63,8 +63,9 @@ def test_a_number_is_accepted_at_its_bounds_and_refused_beyond(section, key, kin
     text = {tuple: "[{}]", dict: "{{web: {}}}"}.get(kind.type, "{}")
     path = write("data: {path: shards}")
     for value in [*outside, "nan", "inf", "-inf", "9" * 5001, "-" + "9" * 5001, "true"]:
-        found = [line for line in refused(path, f"{section}.{key}={text.format(value)}") if f"{section}.{key}" in line]
-        assert len(found) == 1 and len(found[0]) < 300
+        problems = refused(path, f"{section}.{key}={text.format(value)}")
+        problems = [line for line in problems if f"{section}.{key}" in line]
+        assert len(problems) == 1 and len(problems[0]) < 300
     cls = SECTIONS[section]
     lowest = bounds.least if not bounds.above else one(min(bounds.most, 1.0) / 2)
     for value in (one(lowest), one(bounds.most) if bounds.most < math.inf else 1e30):
@@ -179,8 +180,8 @@ def test_the_remedy_for_exclusive_settings_is_null(write):
     path = write("data: {path: shards}\nloops: {mean: 3}")
     (problem,) = refused(path, "loops.distribution=uniform_set", "loops.set=[1,2]")
     assert "loops.mean=3" in problem and "loops.mean=null" in problem
-    found = load_config(path, ["loops.distribution=uniform_set", "loops.set=[1,2]", "loops.mean=null"])
-    assert (found.loops.mean, found.loops.set) == (None, (1, 2))
+    loaded = load_config(path, ["loops.distribution=uniform_set", "loops.set=[1,2]", "loops.mean=null"])
+    assert (loaded.loops.mean, loaded.loops.set) == (None, (1, 2))
     (problem,) = refused(write("data: {path: shards}\nloops: {set: [1, 2]}"))
     assert "loops.set=null" in problem
 
@@ -204,8 +205,8 @@ def test_other_notations_of_numbers_are_read(override, expected, write):
     path = write("data: {path: shards}\nloops: {distribution: uniform_set, set: [1]}")
     name, _, _ = override.partition("=")
     section, _, key = name.partition(".")
-    found = getattr(getattr(load_config(path, [override]), section), key)
-    assert found == expected and type(found) is type(expected)
+    loaded = getattr(getattr(load_config(path, [override]), section), key)
+    assert loaded == expected and type(loaded) is type(expected)
 
 
 @pytest.mark.parametrize("text", ["010", "1:30", "0x_", "1__0", "1e-3", "1.5", "--1", "1e999999999999", "", "1 2", "٣"])
@@ -300,8 +301,8 @@ def test_a_merge_key_provides_defaults(write):
     path = write("checkpoint: &c {every: 5, keep: 7}\ntrain: {eval_every: 3}\ndata: {path: shards}")
     assert load_config(path).checkpoint.every == 5
     merged = write("checkpoint:\n  <<: [{every: 5}, {every: 6, keep: 7}]\n  pin_every: 2\ndata: {path: shards}")
-    found = load_config(merged).checkpoint
-    assert (found.every, found.keep, found.pin_every) == (5, 7, 2)
+    loaded = load_config(merged).checkpoint
+    assert (loaded.every, loaded.keep, loaded.pin_every) == (5, 7, 2)
 
 
 def test_the_number_of_bases_is_limited(write):
@@ -329,8 +330,8 @@ def test_the_number_of_bases_is_limited(write):
 )
 def test_large_numbers_are_refused_quickly(overrides, write):
     began = time.process_time()
-    found = refused(write("data: {path: shards}"), *overrides.split())
-    assert all(len(line) < 1000 for line in found)
+    problems = refused(write("data: {path: shards}"), *overrides.split())
+    assert all(len(line) < 1000 for line in problems)
     assert time.process_time() - began < 2
 
 

@@ -345,11 +345,11 @@ def test_a_forked_process_can_encode(tmp_path, is_json):
         tokenizer = train_tokenizer(SENTENCES, tmp_path / "m.model", 300, "bpe")
     expected = encode_documents(tokenizer, SENTENCES[:50])
     context = multiprocessing.get_context("fork")
-    found = context.SimpleQueue()
-    child = context.Process(target=lambda: found.put(encode_documents(tokenizer, SENTENCES[:50])))
+    encoded = context.SimpleQueue()
+    child = context.Process(target=lambda: encoded.put(encode_documents(tokenizer, SENTENCES[:50])))
     child.start()
     child.join(240)
-    assert child.exitcode == 0 and found.get() == expected
+    assert child.exitcode == 0 and encoded.get() == expected
 
 
 def run_tool(*arguments) -> subprocess.CompletedProcess:

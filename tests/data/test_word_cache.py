@@ -235,6 +235,6 @@ def test_a_document_split_at_spaces_has_the_tokens_of_the_full_text(load, kind, 
         tokens += tokenizer.encode_documents(rest[:end], np.array([end]), continues)[0].tolist()
         rest, continues = rest[end:], True
     data = np.concatenate([rest, np.frombuffer(other.encode(), np.uint8)])
-    found, counts = tokenizer.encode_documents(data, np.array([len(rest), len(data)]), continues)
-    assert tokens + found[: counts[0]].tolist() == encode(text)
-    assert found[counts[0] :].tolist() == encode(other)
+    continued, counts = tokenizer.encode_documents(data, np.array([len(rest), len(data)]), continues)
+    assert tokens + continued[: counts[0]].tolist() == encode(text)
+    assert continued[counts[0] :].tolist() == encode(other)

@@ -65,8 +65,8 @@ def test_the_depth_demo_writes_its_summary_and_does_nothing_twice(tmp_path):
     assert first.returncode == 0, first.stderr[-2000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["settings"]) == ["per-loop targets", "reference"]
-    for found in summary["settings"].values():
-        (seed,) = found["seeds"].values()
+    for setting in summary["settings"].values():
+        (seed,) = setting["seeds"].values()
         assert list(seed) == ["2", "4", "8", "12", "16", "24", "32"]
         for one in seed.values():
             hops = list(one["hops"].values())
@@ -89,13 +89,13 @@ def test_the_comparison_of_switches_writes_its_tables(tmp_path):
         "loop_ablation.py", "--out", tmp_path, "--data", "task", "--only", "base,act safe", "--seeds", 1, *SMALL
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads((tmp_path / "ablation.json").read_text())["task"]["switches"]
-    assert list(found) == ["base", "act safe"]
-    assert found["base"]["steps"] == 4
-    assert found["act safe"]["steps"] <= 4  # halting costs something
+    switches = json.loads((tmp_path / "ablation.json").read_text())["task"]["switches"]
+    assert list(switches) == ["base", "act safe"]
+    assert switches["base"]["steps"] == 4
+    assert switches["act safe"]["steps"] <= 4  # halting costs something
     table = (tmp_path / "ablation.md").read_text()
     assert table in done.stdout
-    for one in found.values():
+    for one in switches.values():
         assert f"{one['seeds'][0]['16']:.3f}" in table
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     for option, value in (("--data", "words"), ("--only", "more loops")):

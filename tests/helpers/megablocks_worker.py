@@ -72,7 +72,7 @@ def inputs_of(case: Case, replica: int = 0) -> tuple[Tensor, Tensor, Tensor, Ten
 def exact(case: Case, replicas: range) -> dict[str, Any]:
     """In float64, token by token: outputs and input gradients per replica, and the sum of the stacks' gradients."""
     gate, up, down = stacks = [stack.double().requires_grad_() for stack in stacks_of(case)]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for replica in replicas:
         x, weights, index, direction = inputs_of(case, replica)
         x, weights = (leaf.double().requires_grad_() for leaf in (x, weights))
@@ -84,10 +84,10 @@ def exact(case: Case, replicas: range) -> dict[str, Any]:
                     hidden = g / (1 + (-g).exp()) * (up[e] @ x[n])
                     y = y.index_add(0, torch.tensor([n]), (weights[n, j] * (hidden @ down[e])).unsqueeze(0))
         inputs = torch.autograd.grad(y, [x, weights, *stacks], direction.double(), materialize_grads=True)
-        found[str(replica)] = {"y": y.detach(), "x": inputs[0], "weights": inputs[1]}
+        results[str(replica)] = {"y": y.detach(), "x": inputs[0], "weights": inputs[1]}
         for name, gradient in zip(STACKS, inputs[2:], strict=True):
-            found[name] = found.get(name, 0) + gradient
-    return found
+            results[name] = results.get(name, 0) + gradient
+    return results
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
@@ -154,15 +154,15 @@ def several_ranks(arguments: dict) -> list[dict]:
     dist.init_process_group(
         "gloo", init_method=f"file://{arguments['file']}", rank=int(os.environ["RANK"]), world_size=arguments["world"]
     )
-    found = []
+    results = []
     for layout in arguments["layouts"]:
         mesh = build_mesh(ParallelConfig(**layout))
-        found += [
+        results += [
             {"layout": layout, "case": settings, "rank": dist.get_rank(), **on_this_rank(Case(**settings), mesh)}
             for settings in arguments["cases"]
         ]
     dist.destroy_process_group()
-    return found
+    return results
 
 
 def on_this_rank(case: Case, mesh: Any) -> dict:
@@ -179,10 +179,10 @@ def on_this_rank(case: Case, mesh: Any) -> dict:
     parameters = dict(zip(STACKS, (experts.w1, experts.w3, experts.w2), strict=True))
     parts = {}
     with torch.no_grad():
-        for (name, parameter), whole in zip(parameters.items(), stacks_of(case), strict=True):
+        for (name, parameter), full in zip(parameters.items(), stacks_of(case), strict=True):
             part = shard_of(parameter)
             parts[name] = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
-            parameter.zero_()[tuple(slice(size) for size in part.shape)] = whole[parts[name]]
+            parameter.zero_()[tuple(slice(size) for size in part.shape)] = full[parts[name]]
     x, weights, index, direction = inputs_of(case, mesh.data.rank)
     megablocks_cpu.STACKS_SEEN.clear()
     x.requires_grad_()
@@ -220,7 +220,7 @@ def compile_ahead(launches: list[dict]) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    found = []
+    kernels = []
     for launch in launches:
         module, name = launch["kernel"]
         kernel = getattr(importlib.import_module(module), name)
@@ -232,8 +232,8 @@ def compile_ahead(launches: list[dict]) -> list[dict]:
         source = ASTSource(fn=kernel, signature=launch["signature"], constexprs=constants)
         compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=launch["options"])
         cubin = compiled.asm["cubin"]
-        found.append({"kernel": name, "target": compiled.metadata.target.arch, "elf": cubin[:4] == b"\x7fELF"})
-    return found
+        kernels.append({"kernel": name, "target": compiled.metadata.target.arch, "elf": cubin[:4] == b"\x7fELF"})
+    return kernels
 
 
 def check_gpu(packages: list[str]) -> dict[str, float]:

@@ -365,8 +365,8 @@ def test_the_checks_pass_for_the_real_packages():
         sources = fetch("megablocks", "stanford-stk", "grouped_gemm")
     except UserError as error:
         pytest.skip(f"MegaBlocks' sources are not to be had here: {error}")
-    found = result_of(start("check_gpu", ["grouped_gemm", "megablocks"], sources, TRITON_INTERPRET="1"))
-    assert all(0 < error < check_gpu.TOLERANCE for error in found.values()), found
+    errors = result_of(start("check_gpu", ["grouped_gemm", "megablocks"], sources, TRITON_INTERPRET="1"))
+    assert all(0 < error < check_gpu.TOLERANCE for error in errors.values()), errors
 
 
 @pytest.mark.parametrize(("causal", "good"), [(True, True), (False, False)])

@@ -270,8 +270,8 @@ def test_the_script_queries_squeue(tmp_path):
     squeue.chmod(0o755)
     folder = run_folder(tmp_path, state="stopped", why="stopped after step 40: SIGUSR1", slurm_job_id="12")
     done = script(folder, "--json", path=str(tmp_path))
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["state"], told["job_state"]) == (0, "requeued", "PENDING")
+    status = json.loads(done.stdout)
+    assert (done.returncode, status["state"], status["job_state"]) == (0, "requeued", "PENDING")
 
 
 def test_the_exit_code_of_the_script(tmp_path):

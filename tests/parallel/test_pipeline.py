@@ -53,9 +53,9 @@ def test_a_split_is_as_even_as_any(costs, stages):
         with pytest.raises(ValueError, match="cannot be divided"):
             split_evenly(costs, loads, least)
         return
-    found = split_evenly(costs, loads, least)
-    assert found in allowed
-    assert quality(costs, loads, found) == min(quality(costs, loads, cut) for cut in allowed)
+    split = split_evenly(costs, loads, least)
+    assert split in allowed
+    assert quality(costs, loads, split) == min(quality(costs, loads, cut) for cut in allowed)
 
 
 def test_a_split_of_equal_layers():

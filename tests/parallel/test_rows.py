@@ -139,9 +139,9 @@ def test_sums_are_bitwise_reproducible(dtype, threads):
 def test_the_order_of_a_sum_is_the_order_of_the_slots():
     """Wherever the rows are: 1e8 + 1 - 1e8 in fp32 depends on the order, and equal slots give equal sums."""
     values = torch.tensor([[1e8], [1.0], [-1e8], [1.0]])
-    found = set()
+    sums = set()
     for order in ([0, 1, 2, 3], [3, 0, 2, 1], [2, 3, 1, 0]):
         where = torch.tensor(order)  # the row of each slot
         rows = torch.empty(4, 1).index_copy(0, where, values)
-        found.add(sum_rows(rows, index_slots(torch.zeros(4, dtype=torch.int64), where.view(1, 4))).item())
-    assert len(found) == 1
+        sums.add(sum_rows(rows, index_slots(torch.zeros(4, dtype=torch.int64), where.view(1, 4))).item())
+    assert len(sums) == 1

@@ -158,8 +158,8 @@ def test_where_nothing_fits_the_smallest_cluster_is_named_and_enough(plan):
     """One GPU less than named is too few: the planner's own search on both."""
     code, out, _ = plan("--variant", "10b", "--gpus", "1")
     assert code == 1 and "largest part: " in out
-    code, told, _ = plan("--variant", "10b", "--gpus", "1", "--json")
-    answer = json.loads(told)
+    code, output, _ = plan("--variant", "10b", "--gpus", "1", "--json")
+    answer = json.loads(output)
     gpus = answer["smallest_cluster"]
     assert code == 1 and answer["fits"] is False and f"{gpus} GPUs" in out
     assert plan("--variant", "10b", "--gpus", str(gpus), "--top", "1")[0] == 0
