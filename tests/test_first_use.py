@@ -33,8 +33,8 @@ def tool(monkeypatch, capsys, tmp_path):
         code = 0
         try:
             run_command(module.main)
-        except SystemExit as left:
-            code = left.code or 0
+        except SystemExit as exited:
+            code = exited.code or 0
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
 
     return run
@@ -79,11 +79,11 @@ def test_generate_continues_a_prompt_from_the_command_line_or_standard_input(too
     none = tool("generate", run_dir, "--prompt", "The", "--max-new-tokens", 0)
     assert none.out == "[after 3 steps] The\n"
     for temperature in ("5e-324", "1e308"):
-        asked = ("--temperature", temperature, "--max-new-tokens", 1)
-        assert tool("generate", run_dir, "--prompt", "The", *asked).code == 0
+        options = ("--temperature", temperature, "--max-new-tokens", 1)
+        assert tool("generate", run_dir, "--prompt", "The", *options).code == 0
 
 
-def test_generate_names_a_run_without_checkpoint_and_a_tokenizer_that_is_gone(tool, config, shards, tmp_path):
+def test_generate_reports_a_missing_checkpoint_and_a_missing_tokenizer(tool, config, shards, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "neither a run nor a checkpoint" in tool("generate", "empty", "--prompt", "hello").err
     write_run(tmp_path / "run", replace(config, data=replace(config.data, path="moved")))
@@ -163,7 +163,7 @@ def test_a_user_error_is_named_before_any_work_is_done(tool, run_dir, name, argu
     assert {p.name for p in tmp_path.iterdir()} <= {"file", "text.txt", "data"}  # data: the text of make_sample_data
 
 
-def test_a_depth_task_without_held_out_sequences_is_made_and_is_whole(tool, tmp_path):
+def test_a_depth_task_without_held_out_sequences_is_complete(tool, tmp_path):
     result = tool("make_depth_task", "--out", "task", "--sequences", 10, "--heldout", 0)
     assert result.code == 0 and "10 windows for training, 0 held out" in result.out
     from mythos_dist.prepare.verify import verify

@@ -52,10 +52,10 @@ def test_a_run_imports_no_unused_package(settings, tmp_path):
         print(json.dumps([modules, gc.get_freeze_count(), gc.isenabled()]))
     """
     out = run(code, *settings, f"run.dir={tmp_path}", "train.steps=1", "train.eval_samples=0", "run.wandb=disabled")
-    modules, frozen, collects = json.loads(out.splitlines()[-1])
+    modules, num_frozen, collects = json.loads(out.splitlines()[-1])
     assert {"torch", "deepspeed"} <= set(modules), "the run is a real one"
     assert {name: UNUSED[name] for name in modules if name in UNUSED} == {}
-    assert frozen > 100_000 and collects, "objects of imported modules are not collected; later ones are"
+    assert num_frozen > 100_000 and collects, "objects of imported modules are not collected; later ones are"
 
 
 def test_restore_and_model_import_no_compiler():

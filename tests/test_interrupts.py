@@ -1,4 +1,4 @@
-"""Ctrl-C in any program: one line, exit code 130, no traceback; the training's own is in tests/train."""
+"""Ctrl-C in any program gives one line and exit code 130, without a traceback. tests/train tests it in training."""
 
 import re
 import signal
@@ -18,7 +18,7 @@ MODULES = ("train", "doctor", "ops/cluster/allocation")
 
 
 def interrupted(code: str, times: int = 1, folder: Path | None = None) -> subprocess.CompletedProcess:
-    """A program that prints `ready` and gets SIGINT then; `times`, if it prints that again."""
+    """Run a program that gets SIGINT each of `times` times that it prints `ready`."""
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as job:
         watch = threading.Timer(300, job.kill)
@@ -42,7 +42,7 @@ def test_every_program_runs_its_main_under_the_handler(path):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_module_with_a_command_line_does_so_too(name):
+def test_every_module_with_a_command_line_runs_its_main_under_the_handler(name):
     file = REPOSITORY / "mythos_dist" / f"{name}.py"
     text = (file if file.exists() else file.with_suffix("") / "__main__.py").read_text()
     options = ", is_tool=False" if name == "train" else ""
@@ -66,21 +66,21 @@ run_command(main)"""
 
 
 @pytest.mark.parametrize("error", ["ImportError('numpy failed')", "UserError('a worker died')", "SystemExit(2)"])
-def test_what_a_library_makes_of_ctrl_c_is_still_one(error):
+def test_ctrl_c_that_a_library_turns_into_another_error_exits_with_130(error):
     code = f"{START}\ndef main():\n    try:\n        {WAIT}\n    except KeyboardInterrupt:\n        raise {error}\n"
     done = interrupted(code + "run_command(main)")
     assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
 
 
-def test_what_a_library_drops_is_raised_again():
-    """But not into clean-up that takes its time."""
+def test_ctrl_c_that_a_library_drops_is_raised_again():
+    """But not during cleanup, even if that takes long."""
     code = f"""{START}
-class Deaf:
+class Drops:
     def __del__(self):
         {WAIT}
 def main():
-    deaf = Deaf()
-    del deaf
+    drops = Drops()
+    del drops
     try:
         time.sleep(600)
     finally:
@@ -92,8 +92,8 @@ run_command(main)"""
     assert done.stderr.startswith("Exception ignored in") and done.stderr.endswith("\nstopped by Ctrl-C\n")
 
 
-def test_threads_that_still_work_do_not_keep_it():
-    """A pool's threads are waited for by the interpreter's own end: here until SIGKILL."""
+def test_running_threads_do_not_delay_the_exit():
+    """The interpreter's normal exit would wait for them."""
     code = f"""{START}
 import threading
 def main():
@@ -103,7 +103,7 @@ run_command(main)"""
     assert interrupted(code).returncode == 130
 
 
-def test_errors_without_ctrl_c_are_what_they_are():
+def test_errors_without_ctrl_c_are_not_changed():
     for error, code, words in (
         ("UserError('set it to 3')", 2, "^error: set it to 3\n$"),
         ("ZeroDivisionError('ours')", 1, "^Traceback(.|\n)*ZeroDivisionError: ours\n$"),
@@ -114,7 +114,7 @@ def test_errors_without_ctrl_c_are_what_they_are():
         assert done.returncode == code and re.search(words, done.stderr), done
 
 
-def test_a_background_job_of_a_script_still_ignores_it():
+def test_a_background_job_of_a_script_still_ignores_sigint():
     code = f"""{START}
 import os, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -128,7 +128,7 @@ run_command(main)"""
 
 @pytest.mark.parametrize("module", ["torch.nn", "numpy.linalg"])
 def test_a_tool_is_stopped_while_it_imports_torch(module):
-    """Most tools do so for seconds. torch imports numpy from C++ and drops whatever that raises."""
+    """Most tools spend seconds on it. torch imports numpy from C++ and drops exceptions of that import."""
     tool = REPOSITORY / "tools" / "plan.py"
     done = interrupted_import(module, tool, "--variant", "1t", "--gpus", "4096", "--dry-run")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped by Ctrl-C\n")

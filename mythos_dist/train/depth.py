@@ -104,7 +104,7 @@ def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
 
     trained: the mean number of loops in training.
     """
-    harm = {name: worse for name, curve in curves.items() if (worse := overthinks_from(curve)) is not None}
+    first_worse = {name: worse for name, curve in curves.items() if (worse := overthinks_from(curve)) is not None}
     with save_plot(file, len(HeldOut._fields), (11, 4.2)) as panels:
         for panel, what in zip(panels, HeldOut._fields, strict=True):
             for name, curve in curves.items():
@@ -112,11 +112,11 @@ def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
                 (line,) = panel.plot(
                     loops, [getattr(curve[n], what) for n in loops], marker="o", markersize=4, label=name
                 )
-                marked = [n for n in loops if name in harm and n >= harm[name]]
+                marked = [n for n in loops if name in first_worse and n >= first_worse[name]]
                 at = [getattr(curve[n], what) for n in marked]
                 panel.scatter(marked, at, marker="x", s=70, color=line.get_color(), zorder=3)
             panel.axvline(trained, color="grey", linestyle=":", label=f"trained with {trained} on average")
-            if harm:
+            if first_worse:
                 panel.scatter([], [], marker="x", s=70, color="black", label="overthinking")
             loops_axis(panel, {n for curve in curves.values() for n in curve})
             panel.set_ylabel("held-out loss (nats)" if what == "loss" else "accuracy (first choice)")

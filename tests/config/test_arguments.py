@@ -48,7 +48,7 @@ def test_a_setting_before_the_config_is_an_override(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "expected"),
     [
         ("", "the following arguments are required: config\n"),
         ("a.b=1", "required: config; a.b=1 is a setting"),
@@ -65,11 +65,11 @@ def test_a_setting_before_the_config_is_an_override(tmp_path, monkeypatch):
         ("c.yaml --share x", "--share: 'x': expected a number"),
     ],
 )
-def test_wrong_arguments_are_reported(line, said, capsys):
+def test_wrong_arguments_are_reported(line, expected, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(line.split())
     assert raised.value.code == 2
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_a_home_folder_is_expanded_after_an_equals_sign(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_a_folder_and_a_binary_file_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("train: {steps: 1", "not valid YAML"),
         ("train: {steps: 1, steps: 2}", "duplicate key 'steps'"),
@@ -108,11 +108,11 @@ def test_a_folder_and_a_binary_file_cannot_be_read(tmp_path):
         ("train: !!python/name:os.system", "not valid YAML"),
     ],
 )
-def test_a_document_that_is_not_a_mapping_of_sections_is_refused(text, said, write):
+def test_a_document_that_is_not_a_mapping_of_sections_is_refused(text, expected, write):
     path = write(text, complete=False)
     with pytest.raises(UserError) as raised:
         load_config(path)
-    assert said in str(raised.value)
+    assert expected in str(raised.value)
     assert str(path) in str(raised.value)
 
 
@@ -152,7 +152,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(write):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("modle: {dim: 8}", "modle: unknown section; did you mean model?"),
         ("train: {step: 8}", "train.step: unknown key; did you mean train.steps?"),
@@ -164,8 +164,8 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(write):
         ("train: [steps]", "train=['steps']: expected settings below it"),
     ],
 )
-def test_an_unknown_name_gets_a_suggestion(text, said, write):
-    assert any(problem.startswith(said) for problem in refused(write(text)))
+def test_an_unknown_name_gets_a_suggestion(text, expected, write):
+    assert any(problem.startswith(expected) for problem in refused(write(text)))
 
 
 def test_an_empty_section_changes_nothing(write):
@@ -210,7 +210,7 @@ def test_a_value_is_read_as_its_settings_type(override, section, key, value, wri
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("train.steps=abc", "train.steps='abc': expected a whole number"),
         ("train.steps=true", "train.steps=true: expected a whole number"),
@@ -229,10 +229,10 @@ def test_a_value_is_read_as_its_settings_type(override, section, key, value, wri
         ("data.document_mask=maybe", "data.document_mask='maybe': expected"),
     ],
 )
-def test_a_value_of_another_type_is_refused_once(override, said, write):
+def test_a_value_of_another_type_is_refused_once(override, expected, write):
     """One line with path, value and what was expected; and none about the default that replaces it."""
     (problem,) = refused(write(""), override)
-    assert problem.startswith(said)
+    assert problem.startswith(expected)
 
 
 def test_every_problem_is_reported_in_one_message(write):
@@ -339,7 +339,7 @@ def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
 
 
 def test_off_is_read_as_text(write):
-    """YAML 1.1 has it false, in a file and behind `act.mode=` alike; so would other readers of what is written."""
+    """YAML 1.1 reads `off` as false, in files and on the command line; a dumped config must quote it for other readers."""
     path = write("act: {mode: off}")
     assert load_config(path).act.mode == "off"
     assert load_config(path, ["act.mode=off"]).act.mode == "off"
@@ -455,7 +455,7 @@ def test_every_config_of_the_repository_loads(path):
 
 
 def test_a_config_is_unchanged_by_json():
-    """As checkpoints hold it: a run that loads its own must go on."""
+    """Checkpoints store the config as JSON, and a run that resumes compares its config with it."""
     tiny = REPOSITORY / "configs" / "tiny_cpu.yaml"
     now = load_config(tiny, ["loops.distribution=uniform_set", "loops.set=[1,2]", "checkpoint.pin=[2]"])
     saved = json.loads(json.dumps(asdict(now)))

@@ -54,7 +54,7 @@ def test_every_number_has_a_range_and_every_section_is_checked():
 
 @pytest.mark.parametrize(("section", "key", "kind"), NUMBERS, ids=lambda part: part if isinstance(part, str) else "")
 def test_a_number_is_accepted_at_its_bounds_and_refused_beyond(section, key, kind, write):
-    """Nothing else is said of it: values that do not go together are another matter. nan and inf are none anywhere."""
+    """The message about it is the only one that names the setting. nan, inf and huge numbers are refused everywhere."""
     bounds, one = (kind.item or kind).range, (kind.item or kind).type
     step = 1 if one is int else max(abs(bounds.least), 1.0)
     outside = [bounds.least - step, *([bounds.least] if bounds.above else [])]
@@ -166,8 +166,8 @@ def test_null_unsets_every_setting_that_may_be_unset(section, key, kind, write):
 def test_a_replaced_path_is_noted_once_unless_it_is_set_to_null(write, capsys, monkeypatch):
     path = write("data: {path: shards}")
     assert load_config(path, ["data.mix={a: 1}"]).data.folders == {"a": 1.0}
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "data.mix of the command line replaces data.path=shards" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "data.mix of the command line replaces data.path=shards" in printed
     assert load_config(path, ["data.mix={a: 1}", "data.path=null"]).data.folders == {"a": 1.0}
     assert load_config(path, ["data.path=other"]).data.folders == {"other": 1.0}
     assert capsys.readouterr().err == ""
@@ -386,16 +386,16 @@ PYTHON = [
 
 
 @pytest.mark.parametrize(
-    ("section", "settings", "said"),
+    ("section", "settings", "expected"),
     PYTHON,
     ids=[f"{s.__name__}-{next(iter(v))}-{i}" for i, (s, v, _) in enumerate(PYTHON)],
 )
-def test_a_section_built_in_python_is_checked_like_yaml(section, settings, said):
+def test_a_section_built_in_python_is_checked_like_yaml(section, settings, expected):
     with pytest.raises(ValueError, match=r".") as raised:
         section(**settings)
     assert isinstance(raised.value, UserError)
     (problem,) = raised.value.problems
-    assert problem.startswith(said)
+    assert problem.startswith(expected)
 
 
 def test_a_section_reports_all_problems():

@@ -1,4 +1,4 @@
-"""Trainings side by side, and what they are compared by; and the tools that are made of them, with a few steps."""
+"""Studies of several trainings: equal FLOPs, early checks, and the two study tools with a few steps."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def small(**loops) -> Config:
 
 
 def test_equal_flops_are_fewer_steps_of_more_loops():
-    """As many steps as were spent. A loop costs the same wherever it stands; a step, each of its loops."""
+    """The FLOPs of a step are linear in its loops, and `steps_for` inverts the sum over steps."""
     costs = [next(training_flops(small(distribution="fixed", mean=n))) for n in (1, 3, 5)]
     assert costs[2] - costs[1] == pytest.approx(costs[1] - costs[0])
     fixed = small(distribution="fixed", mean=6)
@@ -42,7 +42,7 @@ def test_equal_flops_are_fewer_steps_of_more_loops():
     assert sum(spent[:-1]) < budget <= sum(spent)
 
 
-def test_a_mistake_in_the_last_trial_is_found_before_the_first_runs(tmp_path):
+def test_an_error_in_the_last_trial_is_reported_before_the_first_one_runs(tmp_path):
     trials = [
         Trial(TASK, tmp_path / name, ("data.path=x", f"loops.mean={mean}")) for name, mean in (("a", 8), ("b", 0))
     ]
@@ -58,10 +58,10 @@ def tool(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.launch
 @pytest.mark.long  # the comparison of switches below runs the same studies
-def test_the_depth_demo_writes_its_summary_and_does_nothing_twice(tmp_path):
-    """Four steps teach nothing; what is there is. Accuracies are shares of 1000 windows of 16 hops."""
-    asked = ("--out", tmp_path, "--settings", "per-loop targets,reference", "--seeds", 1, *SMALL)
-    first = tool("depth_demo.py", *asked)
+def test_the_depth_demo_writes_its_summary_and_repeats_no_run(tmp_path):
+    """Accuracies are fractions of 1,000 windows of 16 hops. The second call trains nothing."""
+    options = ("--out", tmp_path, "--settings", "per-loop targets,reference", "--seeds", 1, *SMALL)
+    first = tool("depth_demo.py", *options)
     assert first.returncode == 0, first.stderr[-2000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["settings"]) == ["per-loop targets", "reference"]
@@ -76,7 +76,7 @@ def test_the_depth_demo_writes_its_summary_and_does_nothing_twice(tmp_path):
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     metrics = {file: file.read_bytes() for file in tmp_path.glob("*/seed-0/metrics.jsonl")}
     assert len(metrics) == 2
-    second = tool("depth_demo.py", *asked)
+    second = tool("depth_demo.py", *options)
     assert second.returncode == 0, second.stderr[-2000:]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert {file: file.read_bytes() for file in metrics} == metrics
@@ -84,7 +84,7 @@ def test_the_depth_demo_writes_its_summary_and_does_nothing_twice(tmp_path):
 
 @pytest.mark.launch
 def test_the_comparison_of_switches_writes_its_tables(tmp_path):
-    """Two switches on the task, and the mistakes that can be made in naming them."""
+    """Two switches on the task, and unknown names of data and switches."""
     done = tool(
         "loop_ablation.py", "--out", tmp_path, "--data", "task", "--only", "base,act safe", "--seeds", 1, *SMALL
     )

@@ -1,4 +1,4 @@
-"""A real file system that runs full."""
+"""A small file system that can be filled completely."""
 
 import subprocess
 from contextlib import contextmanager
@@ -8,20 +8,20 @@ import pytest
 
 
 @contextmanager
-def small_disk(place: Path, kilobytes: int):
-    """A file system of so many kB at `place`; skips where none may be mounted."""
-    place.mkdir()
+def small_disk(path: Path, kilobytes: int):
+    """Mount a file system of `kilobytes` kB at `path`; skips the test if mounting is not permitted."""
+    path.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"mounting a file system is not permitted: {mounted.stderr.strip()}")
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def enlarge(place: Path) -> None:
-    """Make room: 20 MB in all."""
-    subprocess.run(["mount", "-o", "remount,size=20m", str(place)], check=True)
+def enlarge(path: Path) -> None:
+    """Enlarge the file system to 20 MB."""
+    subprocess.run(["mount", "-o", "remount,size=20m", str(path)], check=True)

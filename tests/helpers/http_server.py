@@ -1,4 +1,4 @@
-"""A web server of this process that serves one folder, and fails as it is told to."""
+"""An HTTP server in this process that serves one folder and can drop connections."""
 
 import contextlib
 import http.server
@@ -6,18 +6,18 @@ import threading
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, with single ranges; `server.drop` times it closes the connection inside a response."""
+    """Files of one folder, with single ranges. Closes the connection inside the responses numbered in `server.drop`."""
 
     protocol_version = "HTTP/1.1"
     ranges, etags = True, True
 
     def do_HEAD(self):
-        self.answer(body=False)
+        self.respond(body=False)
 
     def do_GET(self):
-        self.answer(body=True)
+        self.respond(body=True)
 
-    def answer(self, body):
+    def respond(self, body):
         file = self.server.folder / self.path.split("?")[0].strip("/")
         if not file.is_file():
             return self.send_error(404)
@@ -46,7 +46,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             return self.connection.close()
-        with contextlib.suppress(ConnectionError):  # who asked for less does not wait for all
+        with contextlib.suppress(ConnectionError):  # a client that needs less may close the connection early
             self.wfile.write(content)
         return None
 
@@ -56,7 +56,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(folder, drop=(), **attributes):
-    """URL of a server; the answers numbered in `drop` (from 1) are cut short."""
+    """Yield the URL of a server, and the server; responses numbered in `drop` (from 1) are truncated."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handling", (Handler,), attributes))
     server.folder, server.drop, server.answers, server.lock = folder, set(drop), 0, threading.Lock()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

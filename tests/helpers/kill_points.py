@@ -1,8 +1,8 @@
 """SIGKILL at one chosen call that changes a folder: fsync, rename, unlink, mkdir, rmdir, touch, or a JSON line.
 
-In a rank, `install` counts such calls. `KILL_POINT=WHEN:LABEL` ends the process just before or just after its first
-call of that label (WHEN is `before` or `after`; `half` leaves half of a line), and `KILL_POINTS_LOG` gets the label of
-every call, so that the test knows which calls there are. Both count below `KILL_POINTS_IN` only.
+In a rank, `install` wraps such calls. `KILL_POINT=WHEN:LABEL` ends the process just before or just after the first call
+with that label (WHEN is `before` or `after`; `half` leaves half of a line). The labels of all calls are written to the
+file `KILL_POINTS_LOG`, so that the test can list them. Only calls below the folder `KILL_POINTS_IN` are considered.
 """
 
 import io
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Watch this process's calls, as the environment says."""
+    """Wrap the calls of this process, with the settings in environment variables."""
     folder = os.path.realpath(os.environ["KILL_POINTS_IN"])
     when, _, wanted = os.environ.get("KILL_POINT", "").partition(":")
     log = os.open(os.environ["KILL_POINTS_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -79,10 +79,10 @@ def _path(what: Any, folder: int | None) -> str:
 
 
 def _without_numbers(path: str) -> str:
-    """Steps, starts, pids and random names are others in each run."""
+    """The path with # in place of steps, starts, pids and random names, which differ between runs."""
     return re.sub(r"[0-9a-f]{16}|\d+", "#", path)
 
 
 def labels(log: Path) -> list[str]:
-    """Of all calls that were logged, in order."""
+    """The labels of all logged calls, in order."""
     return log.read_text().splitlines() if log.exists() else []

@@ -1,6 +1,6 @@
 """Ranks for tests: forked from one server that has imported torch, DeepSpeed and streaming, so a launch takes a second.
 
-A rank that hangs dumps its stack and dies; the launch then fails with every rank's output.
+A rank that exceeds its time limit dumps its stacks and exits; the launch then fails with the output of all ranks.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 @functools.cache
 def _start_server() -> None:
-    """Start the process that ranks are forked from. It looks for what it imports in PYTHONPATH only."""
+    """Start the process that ranks are forked from. It finds the modules to preload only through PYTHONPATH."""
     _CONTEXT.set_forkserver_preload(["helpers.preload"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [before])])
@@ -45,7 +45,7 @@ def _start_server() -> None:
 
 @dataclass
 class Launch:
-    """What the ranks left: exit codes, return values, and what they printed."""
+    """The results of all ranks: exit codes, return values and output."""
 
     codes: list[int]
     values: list[Any]
@@ -54,7 +54,7 @@ class Launch:
     tails: list[str]  # every rank's last lines of standard error
 
 
-recent: list[Launch] = []  # of the test that runs, for the report of its failure
+recent: list[Launch] = []  # launches of the current test, for the report if it fails
 
 
 def launch(
@@ -67,9 +67,10 @@ def launch(
 ) -> Launch:
     """Run `program(*arguments)` on `world` ranks. A SystemExit becomes the rank's exit code, an exception code 1.
 
-    `grace`: seconds after which the others are killed when a rank has failed, as srun and torchrun do.
-    `KILL_AFTER` in `env`: a pattern; when a file matches it, all ranks are killed at the same moment, and until then
-    none of them publishes a later checkpoint. `KILL_IN` seconds after that, or, alone, of each rank's own time.
+    `grace`: seconds after the failure of a rank until the others are killed, as srun and torchrun do.
+    `KILL_AFTER` in `env`: a glob pattern; as soon as a file matches it, all ranks are killed at once, and before that
+    none of them publishes a later checkpoint. `KILL_IN`: with KILL_AFTER, the seconds from the match to the kill;
+    alone, the seconds after which each rank is killed.
     """
     _start_server()
     with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
@@ -96,7 +97,7 @@ def launch(
                 process.join(max(0.0, deadline - time.monotonic()))
         for process in ranks:
             process.join(seconds + 20 if grace is None else 0)
-            with contextlib.suppress(ProcessLookupError):  # the rank, if it hangs, and its loader's workers
+            with contextlib.suppress(ProcessLookupError):  # a rank that hangs, and workers of its loader
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
         ended.set()
@@ -117,7 +118,7 @@ def launch(
 
 
 def run_ranks(world: int, program: Callable, *arguments: Any, seconds: int = 480) -> list[Any]:
-    """Every rank's value of `program(*arguments)`, called with the process group joined; fails if a rank fails."""
+    """Run `program(*arguments)` on each rank of a process group; returns all ranks' values. Fails if a rank fails."""
     result = launch(world, _in_group, program, *arguments, seconds=seconds)
     failed = "".join(f"\nrank {i}:\n{tail}" for i, tail in enumerate(result.tails) if result.codes[i])
     assert not any(result.codes), f"exit codes {result.codes}{failed}"
@@ -132,7 +133,7 @@ def train(
 
 
 def run_tool(path: Path, *arguments: object) -> Launch:
-    """`python PATH ARGUMENTS`, but for the seconds that its imports take."""
+    """`python PATH ARGUMENTS` in a forked rank, which saves the seconds of its imports."""
     return launch(1, _run_program, str(path), [str(argument) for argument in arguments])
 
 
@@ -150,7 +151,7 @@ def in_folder_of_rank(parent: str, arguments: Sequence[str]) -> None:
 
 
 def train_here(arguments: Sequence[str]) -> None:
-    """`python -m mythos_dist.train ARGUMENTS` in this process, for programs of ranks; leaves with SystemExit."""
+    """`python -m mythos_dist.train ARGUMENTS` in this process, for programs of ranks; raises SystemExit."""
     from mythos_dist.train.__main__ import main
 
     sys.argv = ["mythos_dist.train", *arguments]
@@ -164,7 +165,7 @@ def _in_group(program: Callable, *arguments: Any) -> Any:
     from mythos_dist.parallel.process import join_process_group
 
     join_process_group()
-    # torch has fp16 on every CPU; DeepSpeed refuses it where it is not fast.
+    # torch supports fp16 on every CPU; DeepSpeed refuses it on CPUs without native fp16.
     get_accelerator().is_fp16_supported = lambda: True
     value = program(*arguments)
     dist.destroy_process_group()
@@ -172,10 +173,10 @@ def _in_group(program: Callable, *arguments: Any) -> Any:
 
 
 def new_process_groups(name: str) -> None:
-    """Destroy all process groups of this rank and join anew; every rank calls it, with a name that is new.
+    """Destroy all process groups of this rank and join a new one; every rank calls it with the same new name.
 
-    For programs that try many layouts in one launch. A group of gloo has threads that wake up a hundred times a second:
-    behind fifteen layouts they took two thirds of the processors.
+    For programs that test many layouts in one launch. The threads of a gloo group wake up a hundred times a second, and
+    those of fifteen layouts took two thirds of the CPU time.
     """
     import deepspeed.comm
     import torch.distributed as dist
@@ -216,8 +217,8 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
         try:
             value = program(*arguments)
             torch.save(value, file.with_suffix(".value"))
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:
             traceback.print_exc()
             code = 1
@@ -228,9 +229,9 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
 
 
 def _kill_all(pattern: str, seconds: float, ranks: Sequence[Any], ended: threading.Event) -> None:
-    """SIGKILL all ranks when a file matches: no handler, no clean-up, as a machine that loses power.
+    """SIGKILL all ranks as soon as a file matches: without handlers or cleanup, like a power failure.
 
-    They are stopped first, so that none of them sees the connection to another one close and exits by itself.
+    They are suspended first, so that none of them detects that another one has exited and exits by itself.
     """
     while not glob.glob(pattern):
         if ended.wait(0.002):
@@ -243,8 +244,8 @@ def _kill_all(pattern: str, seconds: float, ranks: Sequence[Any], ended: threadi
 
 
 def _hold(pattern: str) -> None:
-    """Rank 0 waits before and after it publishes a checkpoint if a file matches, and the others wait for rank 0: the
-    run cannot complete before it is killed, however late that is."""
+    """Rank 0 waits before and after it publishes a checkpoint if a file matches, and the others wait for rank 0, so
+    that the run cannot complete before it is killed."""
     from mythos_dist.checkpoint import save
 
     publish = save.publish
@@ -268,13 +269,13 @@ def _fail_at(step: int) -> None:
 
     def fail(self: FaultInjector, at: int) -> None:
         if at == step:
-            raise ZeroDivisionError("on order")
+            raise ZeroDivisionError("injected error")
 
     FaultInjector.before_step = fail
 
 
 def _save_slowly(seconds: float) -> None:
-    """Each tensor of a checkpoint takes so long to write, as large ones do."""
+    """Make writing each tensor of a checkpoint take `seconds` longer."""
     from mythos_dist.checkpoint import save
 
     write = save.write_tensors

@@ -1,6 +1,6 @@
 """A folder of shards as training reads it, written with streaming's MDSWriter and without our converter.
 
-Every window says where it comes from, so a test can tell a sample by its tokens.
+The tokens of a window follow from corpus and sample, so a test can identify a sample by its tokens.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ EOS = 1
 
 
 def window(corpus: int, sample: int, seq_len: int = SEQ_LEN) -> np.ndarray:
-    """A sample's tokens: random, but always the same, with an EOS here and there."""
+    """A sample's tokens: drawn with a fixed seed, a tenth of them EOS."""
     draw = np.random.RandomState([corpus, sample])
     tokens = draw.randint(2, VOCAB_SIZE, seq_len + 1)
     tokens[draw.rand(seq_len + 1) < 0.1] = EOS
@@ -45,8 +45,11 @@ def write_folder(
     eos: int = EOS,
     tokenizer: bytes = b"a tokenizer",
 ) -> Path:
-    """Write `out` with shards of so many windows in each split, each in a subfolder of its own; returns `out`."""
-    from streaming import MDSWriter  # seconds of import, and not every test that copies a folder writes one
+    """Write `out` with shards in each split, each in its own subfolder; returns `out`.
+
+    train, heldout: the number of windows of each shard.
+    """
+    from streaming import MDSWriter  # its import takes seconds, and tests that only copy a folder do not need it
 
     splits = {"train": train, "heldout": [3] if heldout is None else heldout}
     for split, sizes in splits.items():
@@ -104,7 +107,7 @@ def write_manifest(folder: Path, **changes: Any) -> None:
 
 
 def rewrite_index(folder: Path, split: str, change: Any) -> None:
-    """Apply `change` to the list of index.json's entries, and let the manifest agree."""
+    """Apply `change` to the entries of index.json, and update the fingerprint in the manifest."""
     file = folder / split / "index.json"
     index = json.loads(file.read_text())
     change(index["shards"])

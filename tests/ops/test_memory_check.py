@@ -45,12 +45,12 @@ def test_a_layout_that_does_not_fit_is_refused_unless_the_check_is_off(settings,
     """Exit code 2 on every rank, one line, no run folder. With the check off the same run trains, and it resumes with
     other values of both settings."""
     run_dir = tmp_path / "run"
-    asked = [*settings, "train.steps=2", f"run.dir={run_dir}", f"run.cluster={too_small}"]
-    refused = train(2, *asked)
+    arguments = [*settings, "train.steps=2", f"run.dir={run_dir}", f"run.cluster={too_small}"]
+    refused = train(2, *arguments)
     assert refused.codes == [2, 2] and not run_dir.exists() and not refused.out, refused.tails
     (line,) = refused.err.splitlines()
     needed = re.search(r"a rank needs (\S+) GB by plan \(most of it (\w+), (\S+) GB\)", line)
-    estimate = Estimate(load_config(asked[0], asked[1:]), 2, load_cluster(too_small))
+    estimate = Estimate(load_config(arguments[0], arguments[1:]), 2, load_cluster(too_small))
     memory = estimate.largest_stage.memory
     assert needed and float(needed[1]) == pytest.approx(sum(memory.values()) / 1e9, rel=0.05)
     assert memory[needed[2]] == max(memory.values()) == pytest.approx(float(needed[3]) * 1e9, rel=0.05)
@@ -58,10 +58,10 @@ def test_a_layout_that_does_not_fit_is_refused_unless_the_check_is_off(settings,
         assert words in line
     assert f"tools/plan.py CONFIG --gpus 2 --cluster {too_small}" in line and "run.check_memory=false" in line
 
-    started = train(2, *asked, "run.check_memory=false")
+    started = train(2, *arguments, "run.check_memory=false")
     assert started.codes == [0, 0], started.tails
     assert [line["step"] for line in planned_lines(run_dir)] == [2]
-    resumed = train(2, *asked, "run.cluster=null", "train.steps=3")
+    resumed = train(2, *arguments, "run.cluster=null", "train.steps=3")
     assert resumed.codes == [0, 0], resumed.tails
     assert [line["planned"]["step_seconds"] is None for line in planned_lines(run_dir)] == [False, True]
 
@@ -81,13 +81,13 @@ def train_with_ballast(arguments: list[str], megabytes: int) -> int:
 def test_step_10_logs_planned_and_measured_memory_and_time(settings, tmp_path):
     """In metrics.jsonl, on the console and in rank 0's log only: the rank with most memory, the median step."""
     run_dir = tmp_path / "run"
-    asked = [*settings, "train.steps=11", f"run.dir={run_dir}", f"run.cluster={LAPTOP}"]
-    result = launch(2, train_with_ballast, asked, 200)
+    arguments = [*settings, "train.steps=11", f"run.dir={run_dir}", f"run.cluster={LAPTOP}"]
+    result = launch(2, train_with_ballast, arguments, 200)
     assert result.codes == [0, 0], result.tails
     (line,) = planned_lines(run_dir)
     planned = line["planned"]
     assert line["step"] == 10
-    estimate = Estimate(load_config(asked[0], asked[1:]), 2, load_cluster(LAPTOP))
+    estimate = Estimate(load_config(arguments[0], arguments[1:]), 2, load_cluster(LAPTOP))
     assert planned["memory_gb"] == pytest.approx(estimate.largest_stage.bytes / 1e9)
     assert planned["step_seconds"] == estimate.step_seconds > 0
     # One step and a checkpoint come after it. Both counts are exact to some pages per core.

@@ -130,7 +130,7 @@ def test_an_error_of_one_rank_ends_all_and_is_named(settings, uninterrupted, tmp
     run_dir = tmp_path / "run"
     result = train(2, *settings, AT_ONCE, f"run.dir={run_dir}", env={"FAIL_AT": "1:3"})
     assert result.codes == [4, 1], (result.codes, result.tails)
-    assert "rank 1 on" in result.err and "ZeroDivisionError: on order" in result.err
+    assert "rank 1 on" in result.err and "ZeroDivisionError: injected error" in result.err
     assert "ZeroDivisionError" in result.tails[1]
     resumed(settings, run_dir, uninterrupted, "ZeroDivisionError", 2)
 
