@@ -339,7 +339,7 @@ def test_a_text_that_looks_like_a_number_stays_a_text(text, tmp_path):
 
 
 def test_off_is_read_as_text(write):
-    """YAML 1.1 reads `off` as false, in files and on the command line; a dumped config must quote it for other readers."""
+    """YAML 1.1 reads `off` as false, in files and on the command line; a dumped config quotes it for other readers."""
     path = write("act: {mode: off}")
     assert load_config(path).act.mode == "off"
     assert load_config(path, ["act.mode=off"]).act.mode == "off"
