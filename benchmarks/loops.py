@@ -3,7 +3,7 @@
 time: seconds of forward and backward for 1, 2, ... loops, interleaved, and a line through the medians.
 memory: peak memory of processes that recompute every loop, by the number of loops. Only the state between loops, saved
 for the backward pass, has to grow: h in the model's dtype.
-frozen: peak memory of processes without recomputation, by the number of loops: with gradient through all loops, and
+no_grad: peak memory of processes without recomputation, by the number of loops: with gradient through all loops, and
 through the last 4 only. A loop without gradient should add nothing.
 telemetry: share of the training time of the demo's model (one process, one micro-batch per step) that goes to telemetry
 samples of the loops (`loops.telemetry_every`), from its metrics.jsonl.
@@ -36,7 +36,7 @@ from mythos_dist.config.schema import ActConfig, Config, LoopsConfig, MythosConf
 from mythos_dist.model import Mythos
 from mythos_dist.model.recompute import Recompute
 
-TARGETS = {"r2": 0.99, "growth": 1.15, "overhead": 0.02, "frozen": 0.02, "telemetry": 0.02}
+TARGETS = {"r2": 0.99, "growth": 1.15, "overhead": 0.02, "no_grad": 0.02, "telemetry": 0.02}
 MEMORY_LOOPS = (4, 8, 16, 32)
 BACKPROP = 4  # loops with gradient, of more
 
@@ -87,7 +87,7 @@ def memory_worker(n_loops: int, arguments: argparse.Namespace) -> None:
 
 
 def peaks_of(arguments: argparse.Namespace, numbers: Sequence[int], *more: str) -> dict[int, float]:
-    """Peak bytes of whole processes by loops, medians."""
+    """Peak bytes of a process by loops, medians."""
     # Each large tensor gets pages of its own: otherwise glibc raises this threshold when it frees one, and then
     # fragmentation changes the peak by 20 MB from run to run.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
@@ -111,7 +111,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"bytes": peaks, "per_loop": per_loop, "state": state, "growth": per_loop / state}
 
 
-def measure_frozen(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_no_grad(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peaks without recomputation, and what one more loop adds without and with gradient."""
     every = peaks_of(arguments, (4, 8))
     some = peaks_of(arguments, (8, 32), f"--backprop={BACKPROP}")
@@ -242,16 +242,16 @@ def report(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) ->
             before = n, peak
         print(f"{memory['per_loop'] / 1e6:.3f} MB per loop; the states alone {memory['state'] / 1e6:.3f} MB")
         print(f"growth {memory['growth']:.3f} x the states' (target: at most {TARGETS['growth']})\n")
-    if frozen := results.get("frozen"):
-        share = frozen["without"] / frozen["with"]
-        for name, peaks in frozen["bytes"].items():
+    if no_grad := results.get("no_grad"):
+        share = no_grad["without"] / no_grad["with"]
+        for name, peaks in no_grad["bytes"].items():
             text = "  ".join(f"{n} loops {peak / 1e6:.1f} MB" for n, peak in peaks.items())
             print(f"gradient through {'all' if name == 'all' else f'the last {BACKPROP}'}: {text}")
         print(
-            f"a loop adds {frozen['with'] / 1e6:.2f} MB, one without gradient {frozen['without'] / 1e6:.3f} MB",
+            f"a loop adds {no_grad['with'] / 1e6:.2f} MB, one without gradient {no_grad['without'] / 1e6:.3f} MB",
             end=": ",
         )
-        print(f"{share:.2%} (target: at most {TARGETS['frozen']:.0%})\n")
+        print(f"{share:.2%} (target: at most {TARGETS['no_grad']:.0%})\n")
     if telemetry := results.get("telemetry"):
         print(f"a telemetry sample {telemetry['sample']:.3f} s, a step {telemetry['step']:.3f} s: ", end="")
         print(
@@ -269,7 +269,7 @@ def main() -> None:
     parts = {
         "time": time_loops,
         "memory": measure_memory,
-        "frozen": measure_frozen,
+        "no_grad": measure_no_grad,
         "telemetry": measure_telemetry,
         "overhead": measure_overhead,
     }

@@ -26,7 +26,7 @@ def test_the_python_example_runs():
 
 @pytest.mark.launch
 def test_the_errors_shown_are_the_errors_printed():
-    """The commands that are mistakes, their output word for word, and exit code 2."""
+    """The example of wrong settings prints exactly the shown errors and exits with code 2."""
     examples = re.findall(r"\$ python (-m mythos_dist\.train .*?)\n(.*?)```", ALL, flags=re.DOTALL)
     assert len(examples) == 2
     for command, shown in examples:

@@ -193,9 +193,9 @@ class LoopsConfig(Section, section="loops"):
     telemetry_every: StepsOrOff = 100  # steps between telemetry samples inside the loops; 0: none
     sweep: tuple[Loops, ...] = ()  # numbers of loops to evaluate besides the mean
 
-    def readouts(self, n_loops: int, frozen: int) -> int:
-        """Losses per training step of `n_loops` loops, of which the first `frozen` have no gradient."""
-        return n_loops - frozen if self.objective == "per_loop" else 1
+    def readouts(self, n_loops: int, no_grad_loops: int) -> int:
+        """Losses per training step of `n_loops` loops, of which the first `no_grad_loops` have no gradient."""
+        return n_loops - no_grad_loops if self.objective == "per_loop" else 1
 
     def mean_of(self, model: MythosConfig) -> int:
         """Average loops per step; evaluation runs this many, and pipeline stages are balanced for it."""

@@ -73,8 +73,8 @@ _counted: tuple[Any, int, int] = (None, 0, 0)  # file, bytes counted from its st
 
 
 def lines_before(source: Source, position: int) -> int:
-    """The number of lines of a local, uncompressed file before the one at `position`. Counting resumes from the last
-    call, so many bad lines in a large file cost only one additional pass over it."""
+    """The number of lines of a local, uncompressed file before the one at `position`. Counting resumes where the last
+    call ended, so that a large file with many bad lines is read only once more."""
     global _counted
     if position == 0:
         return 0

@@ -176,7 +176,7 @@ def test_without_file_descriptors_the_server_pauses():
 
 
 def test_a_replayed_hello_and_a_second_connection_of_a_rank_are_refused():
-    """Whoever has recorded rank 1's handshake can neither replay it nor replace rank 1's connection."""
+    """A process that has recorded the handshake of rank 1 can neither replay it nor replace its connection."""
     with served(3) as (first, address):
         connection = connect(address)
         key = derive(launch_secret(), "watchdog", address.split()[2])

@@ -53,10 +53,10 @@ def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[Mi
     while True:
         tokens = torch.randint(config.model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
         documents = (torch.rand(shape, generator=generator) < 0.1).cumsum(1).int()
-        batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], documents, torch.arange(shape[0]))
+        whole = MicroBatch(tokens[:, :-1], tokens[:, 1:], documents, torch.arange(shape[0]))
         first = replica * per_replica
         yield [
-            MicroBatch(*(field[i : i + train.micro_batch] for field in batch))
+            MicroBatch(*(field[i : i + train.micro_batch] for field in whole))
             for i in range(first, first + per_replica, train.micro_batch)
         ]
 
@@ -231,7 +231,7 @@ def train_under_deepspeed(
             ids.append(sorted(gather_sample_ids(mine, mesh.data)))
             if folder and step == STEPS // 2:
                 save_checkpoint(engine, config, f"{folder}/{i}", step)
-        result = {
+        found = {
             "loss": [s.loss for s in steps],
             "grad_norm": [s.grad_norm for s in steps],
             "n_loops": [s.n_loops for s in steps],
@@ -246,8 +246,8 @@ def train_under_deepspeed(
         engine.deepspeed.destroy()
         dist.barrier()
         if folder:
-            result["resumed"] = resume(change(config, run=dict(seed=99)), mesh, f"{folder}/{i}", config.run.seed)
-        results.append(result)
+            found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, f"{folder}/{i}", config.run.seed)
+        results.append(found)
     return results
 
 
@@ -262,7 +262,7 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
     engine.config = config = change(config, run=dict(seed=seed))  # of loops and dropout
     every = zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False)
     steps = [engine.train_step(mine, step) for step, mine in every if step > STEPS // 2]
-    result = {
+    found = {
         "loss": [s.loss for s in steps],
         "grad_norm": [s.grad_norm for s in steps],
         "n_loops": [s.n_loops for s in steps],
@@ -272,4 +272,4 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
     }
     engine.deepspeed.destroy()
     dist.barrier()
-    return result
+    return found

@@ -105,7 +105,7 @@ def test_an_unexpected_source_is_not_changed(tmp_path):
 
 @pytest.fixture
 def shelf(tmp_path, monkeypatch) -> tuple:
-    """A small package on a shelf that pip looks at instead of an index, and its pin."""
+    """A small package in a local folder that pip uses instead of an index, and its pin."""
     source = tmp_path / "work" / "small_thing-1.0"
     source.mkdir(parents=True)
     (source / "setup.py").write_text("from setuptools import setup\nsetup(name='small-thing', version='1.0')\n")
@@ -135,7 +135,7 @@ def test_a_source_is_downloaded_by_pip_once(shelf, tmp_path):
 
 
 def test_an_archive_with_another_hash_is_refused(shelf, tmp_path):
-    """Before its setup.py could run, and nothing is left behind."""
+    """Before its setup.py is run; no file remains."""
     _, pin = shelf
     wrong = pin_of(pin.name, pin.version, "0" * 64)
     with pytest.raises(UserError, match=r"small-thing==1\.0 cannot be downloaded.*HASHES"):
@@ -155,10 +155,10 @@ def test_a_source_that_does_not_exist_is_reported(shelf, tmp_path):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Path:
-    """A folder `bin` that is the whole PATH, with a g++ and an nvcc of CUDA 13.0 that do nothing, and a python.
+    """A folder `bin`, the only one on PATH, with a g++ and an nvcc of CUDA 13.0 that do nothing, and a python.
 
-    That python has no packages but those in the folder `packages`: a torch that says it is 2.14.1+cu130 and sees no
-    GPU. It notes what is asked of pip and of gpu_sources.py in `calls` and does nothing of it.
+    This python has only the packages in the folder `packages`: a stub of torch 2.14.1+cu130 without a GPU. It records
+    calls of pip and gpu_sources.py in the file `calls` and does not run them.
     """
     bin = tmp_path / "bin"
     bin.mkdir()

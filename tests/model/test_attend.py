@@ -44,13 +44,13 @@ def test_flash_attn_equals_sdpa(d, v_dim, kv_heads, lengths, flash):
     if lengths:
         ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
         documents = find_documents(ids)
-    found = {}
+    results = {}
     for kernel in ("flash_attn", "sdpa"):
         out = attend.attend(*leaves, kernel, documents)
         direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        found[kernel] = [out, *torch.autograd.grad(out, leaves, direction.to(BF16))]
+        results[kernel] = [out, *torch.autograd.grad(out, leaves, direction.to(BF16))]
     assert flash == ["flash_attn_varlen_func" if lengths else "flash_attn_func"]
-    for ours, theirs in zip(*found.values(), strict=True):
+    for ours, theirs in zip(*results.values(), strict=True):
         assert ours.shape == theirs.shape
         assert (ours - theirs).float().norm() <= 0.01 * theirs.float().norm()
 
@@ -62,7 +62,7 @@ def test_a_model_with_flash_attn_equals_sdpa(attn_type, flash, tiny, monkeypatch
     model = Mythos(config, act=ActConfig(mode="safe"), seed=1).to(BF16)
     input_ids = torch.arange(24).view(2, 12)
     document_ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
-    found = {}
+    results = {}
     for kernel in ("flash_attn", "sdpa"):
         monkeypatch.setattr("mythos_dist.model.mythos.choose_kernel", lambda *_, kernel=kernel: kernel)
         model.zero_grad()
@@ -71,10 +71,10 @@ def test_a_model_with_flash_attn_equals_sdpa(attn_type, flash, tiny, monkeypatch
         cache = KVCache()
         with torch.no_grad():
             logits = [model(part, cache=cache) for part in input_ids.split([7, 4, 1], dim=1)]
-        found[kernel] = [losses["objective"], *(p.grad for p in model.parameters()), torch.cat(logits, dim=1)]
+        results[kernel] = [losses["objective"], *(p.grad for p in model.parameters()), torch.cat(logits, dim=1)]
     layers = 2 + config.max_loop_iters
     assert flash == ["flash_attn_varlen_func"] * layers + ["flash_attn_func"] * 3 * layers
-    for ours, theirs in zip(*found.values(), strict=True):
+    for ours, theirs in zip(*results.values(), strict=True):
         assert (ours - theirs).float().norm() <= 0.03 * theirs.float().norm() + 1e-6
 
 

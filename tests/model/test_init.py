@@ -128,15 +128,15 @@ def test_every_layout_starts_with_the_same_values(tensor, expert, pipe, attn_typ
     parallel = ParallelConfig(tensor=tensor, expert=expert, pipe=pipe)
     parts = plan_stages(config, config.max_loop_iters, pipe, LayerCosts(block=1, loop=1, no_grad_loop=1, head=1))
     world = tensor * expert * pipe
-    found = Assembly()
+    assembled = Assembly()
     for rank in range(world):
         mesh = mesh_of(parallel, world, rank)
         for name, parameter in Mythos(config, seed=11, mesh=mesh, stage=parts[mesh.pipe.rank]).named_parameters():
-            found.add(name, parameter)
+            assembled.add(name, parameter)
     expected = dict(Mythos(config, seed=11).named_parameters())
-    assert set(found.whole) == set(expected)
+    assert set(assembled.whole) == set(expected)
     for name, value in expected.items():
-        assert torch.equal(found.whole[name], value), name
+        assert torch.equal(assembled.whole[name], value), name
 
 
 @pytest.mark.parametrize("mode", ["columns", "rows", "stack"])
@@ -151,7 +151,7 @@ def test_shards_across_block_boundaries_equal_the_full_tensor(mode):
     table = nn.Module()
     table.weight = nn.Parameter(torch.empty(whole))
     init_parameters(table, seed=5, config=MythosConfig())
-    found = Assembly()
+    assembled = Assembly()
     indices = torch.cartesian_prod(*(torch.arange(size) for _, size in cuts.values())).view(-1, len(cuts)).tolist()
     for ranks in indices:
         part = nn.Module()
@@ -159,8 +159,8 @@ def test_shards_across_block_boundaries_equal_the_full_tensor(mode):
             whole, {dim: Axis(name, size, i) for (dim, (name, size)), i in zip(cuts.items(), ranks, strict=True)}
         )
         init_parameters(part, seed=5, config=MythosConfig())
-        found.add("weight", part.weight)
-    assert torch.equal(found.whole["weight"], table.weight)
+        assembled.add("weight", part.weight)
+    assert torch.equal(assembled.whole["weight"], table.weight)
 
 
 def test_a_rank_draws_only_the_blocks_of_its_shard(monkeypatch):

@@ -44,16 +44,16 @@ def test_sequences_with_different_depths_equal_separate_passes(mode, backprop, t
     model = enliven(Mythos(tiny(), act=ActConfig(mode=mode, ponder_cost=0.1 * (mode != "off"))))
     ids, labels = tokens(model.config, 3, 8), tokens(model.config, 3, 8, seed=1)
     depths = [3, 1, 4]
-    frozen = 0 if backprop is None else 4 - backprop
-    together = model(ids, labels=labels, loops=Loops(4, frozen, torch.tensor(depths), readouts=readouts))
-    got = gradients(model, together["objective"])
+    no_grad = 0 if backprop is None else 4 - backprop
+    combined = model(ids, labels=labels, loops=Loops(4, no_grad, torch.tensor(depths), readouts=readouts))
+    got = gradients(model, combined["objective"])
     alone = []
     for row, depth in enumerate(depths):
         loops = Loops(depth, 0 if backprop is None else max(0, depth - backprop), readouts=readouts)
         one = slice(row, row + 1)
         alone.append(model(ids[one], labels=labels[one], loops=loops))
     mean = torch.stack([one["objective"] for one in alone]).mean()
-    torch.testing.assert_close(together["objective"], mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(combined["objective"], mean, rtol=1e-5, atol=0)
     for name, expected in gradients(model, mean).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -66,13 +66,13 @@ def test_each_readouts_loss_equals_a_pass_that_ends_there(mode, recompute, tiny,
     ids, labels = tokens(model.config, 2, 8), tokens(model.config, 2, 3, 8, seed=1)
     labels[:, :, 0] = IGNORED
     labels[0, 1] = IGNORED  # a loop with fewer labels than the others has the same weight
-    found = model(ids, labels=labels, loops=Loops(4, readouts=True))
-    got = gradients(model, found["objective"])
+    losses = model(ids, labels=labels, loops=Loops(4, readouts=True))
+    got = gradients(model, losses["objective"])
     each = [model(ids, n, labels=labels[:, min(n, 3) - 1]) for n in (1, 2, 3, 4)]
     expected = torch.stack([one["objective"] for one in each]).mean()
-    torch.testing.assert_close(found["objective"], expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["cross_entropy"], each[-1]["cross_entropy"], rtol=1e-5, atol=0)
-    assert torch.equal(found["correct"], each[-1]["correct"])
+    torch.testing.assert_close(losses["objective"], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["cross_entropy"], each[-1]["cross_entropy"], rtol=1e-5, atol=0)
+    assert torch.equal(losses["correct"], each[-1]["correct"])
     for n, one in enumerate(each, 1):  # a pass without readouts uses its last loop's targets
         assert torch.equal(model(ids, n, labels=labels)["objective"], one["objective"])
     for name, gradient in gradients(model, expected).items():
@@ -82,9 +82,9 @@ def test_each_readouts_loss_equals_a_pass_that_ends_there(mode, recompute, tiny,
 def test_no_grad_loops_have_no_readout(tiny, enliven):
     model = enliven(Mythos(tiny(), act=ActConfig(mode="off")))
     ids = tokens(model.config, 2, 8)
-    found = model(ids, labels=ids, loops=Loops(4, 2, readouts=True))["objective"]
+    objective = model(ids, labels=ids, loops=Loops(4, 2, readouts=True))["objective"]
     each = [model(ids, n, labels=ids)["objective"] for n in (3, 4)]
-    torch.testing.assert_close(found, torch.stack(each).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(objective, torch.stack(each).mean(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("prior", [None, 0.3])
@@ -95,7 +95,7 @@ def test_ponder_weights_losses_by_halting_probability(prior, tiny, enliven):
     ids, N = tokens(model.config, 2, 8), 4
     halting = []
     handle = model.recurrent.act.halt.register_forward_hook(lambda module, inputs, output: halting.append(output))
-    found = model(ids, labels=ids, loops=Loops(N, readouts=True))["objective"]
+    objective = model(ids, labels=ids, loops=Loops(N, readouts=True))["objective"]
     handle.remove()
     plain = Mythos(model.config, act=ActConfig(mode="off"))
     plain.load_state_dict(model.state_dict())
@@ -107,7 +107,7 @@ def test_ponder_weights_losses_by_halting_probability(prior, tiny, enliven):
         loss = F.cross_entropy(plain(ids, n).flatten(0, 1), ids.flatten(), reduction="none")
         geometric = 0 if prior is None else prior * (1 - prior) ** (n - 1) if n < N else (1 - prior) ** (N - 1)
         expected += p * (loss + 0.05 * n + 0.2 * (p / (1 / N if prior is None else geometric)).log())
-    torch.testing.assert_close(found, expected.mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(objective, expected.mean(), rtol=1e-5, atol=0)
 
 
 def test_ponder_inference_exits_at_the_threshold(tiny, enliven):
@@ -143,9 +143,9 @@ def test_inference_skips_loops_after_all_tokens_have_halted(mode, tiny, enliven)
     with torch.no_grad():
         short = model(ids, 6)
     assert len(calls) == 1
-    whole = model(ids, 6)
+    all_loops = model(ids, 6)
     assert len(calls) == 7
-    torch.testing.assert_close(short, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(short, all_loops, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         assert model(ids, 6, labels=ids)["expert_counts"].shape == (6, model.config.n_experts)
 

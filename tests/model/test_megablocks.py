@@ -85,17 +85,17 @@ def test_megablocks_equals_every_token_through_its_experts(number, on_one_proces
 
     The grouped products use our parameters in place: nothing is copied, except for padded widths.
     """
-    case, found = CASES[number], on_one_process["cases"][number]
-    assert found["missing"] == []
-    assert max(found["errors"].values()) < (FP32 if case.dtype == "float32" else BF16), found["errors"]
-    assert set(found["errors"]) == {"y", "x", "weights", *STACKS}
-    assert found["idle_experts_get_zeros"]
-    assert found["same_dtype"]
-    assert found["random_numbers_kept"]
+    case, result = CASES[number], on_one_process["cases"][number]
+    assert result["missing"] == []
+    assert max(result["errors"].values()) < (FP32 if case.dtype == "float32" else BF16), result["errors"]
+    assert set(result["errors"]) == {"y", "x", "weights", *STACKS}
+    assert result["idle_experts_get_zeros"]
+    assert result["same_dtype"]
+    assert result["random_numbers_kept"]
     some_rows = case.tokens > 0 and case.empty != 1
-    assert found["multiplied"] == (some_rows and case.impl == "grouped")
-    if found["multiplied"]:
-        assert found["operands_are_parameters"] == whole_16_bytes(case)
+    assert result["multiplied"] == (some_rows and case.impl == "grouped")
+    if result["multiplied"]:
+        assert result["operands_are_parameters"] == whole_16_bytes(case)
 
 
 def test_megablocks_leaves_no_state(on_one_process):
@@ -114,19 +114,19 @@ def test_expert_parallel_megablocks_equals_one_process(sources, tmp_path):
     arguments["cases"] = [asdict(case) for case in SPREAD]
     ranks = [start("several_ranks", arguments, sources, RANK=str(r), TRITON_INTERPRET="1") for r in range(WORLD)]
     try:
-        found = [one for process in ranks for one in result_of(process)]
+        results = [one for process in ranks for one in result_of(process)]
     finally:
         for process in ranks:  # a rank whose peer has failed would wait for it
             process.kill()
             process.wait()
-    assert len(found) == WORLD * len(LAYOUTS) * len(SPREAD)
-    for one in found:
+    assert len(results) == WORLD * len(LAYOUTS) * len(SPREAD)
+    for one in results:
         tolerance = FP32 if one["case"]["dtype"] == "float32" else BF16
         assert max(one["errors"].values()) < tolerance, one
         if one["multiplied"]:
             aligned = whole_16_bytes(Case(**one["case"]), one["layout"].get("tensor", 1))
             assert one["operands_are_parameters"] == aligned, one
-    idle = {(json.dumps(one["layout"]), one["rank"]) for one in found if not one["multiplied"]}
+    idle = {(json.dumps(one["layout"]), one["rank"]) for one in results if not one["multiplied"]}
     assert {rank for layout, rank in idle if layout == '{"expert": 2}'} == {0, 1, 2, 3}
     assert {rank for layout, rank in idle if layout == '{"expert": 2, "tensor": 2}'} == {0, 1, 2, 3}
 
@@ -150,10 +150,10 @@ def test_the_kernels_compile_for_a_gpu(sources, on_one_process, tmp_path):
     for launch in map(as_on_a_gpu, on_one_process["launches"]):
         if launch not in launches:
             launches.append(launch)
-    found = result_of(start("compile_ahead", launches, sources, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)))
+    kernels = result_of(start("compile_ahead", launches, sources, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)))
     names = {"_padded_copy", "_padded_copy_wgrad", "_sdd_kernel", "_dsd_kernel", "_row_indices_kernel"}
-    assert {one["kernel"] for one in found} == names
-    assert all(one["elf"] and one["target"] == 90 for one in found)
+    assert {one["kernel"] for one in kernels} == names
+    assert all(one["elf"] and one["target"] == 90 for one in kernels)
 
 
 def test_a_missing_package_raises_with_instructions(monkeypatch):

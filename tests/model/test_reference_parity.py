@@ -114,15 +114,15 @@ def scales(case: Case, watch: Watch, gradients: dict[str, Tensor]) -> dict[str, 
     by construction and are rounding noise in both models (float64 gives 1e-15 for the first, and for the second what
     the norm's eps leaves): there the whole gradient's norm counts.
     """
-    found = {name: float(gradient.norm()) for name, gradient in gradients.items()}
-    found["recurrent.injection.log_dt"] = float(gradients["recurrent.injection.log_A"].abs().sum())
-    found["recurrent.act.halt.bias"] = watch.halt_terms
-    everything = sum(norm**2 for norm in found.values()) ** 0.5
+    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+    norms["recurrent.injection.log_dt"] = float(gradients["recurrent.injection.log_A"].abs().sum())
+    norms["recurrent.act.halt.bias"] = watch.halt_terms
+    everything = sum(norm**2 for norm in norms.values()) ** 0.5
     if case.config.n_experts_per_tok == 1:  # a single weight, renormalised, is always 1
-        found["recurrent.block.ffn.router.weight"] = everything
+        norms["recurrent.block.ffn.router.weight"] = everything
     if case.config.coda_layers == 0 and case.n_loops == 1:  # a weight on the only state, and then the final norm
-        found["recurrent.act.halt.weight"] = found["recurrent.act.halt.bias"] = everything
-    return found
+        norms["recurrent.act.halt.weight"] = norms["recurrent.act.halt.bias"] = everything
+    return norms
 
 
 def classes(case: Case, watch: Watch) -> set[str]:

@@ -92,7 +92,7 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
     from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.train.engine import Engine
 
-    found = []
+    results = []
     for layout in layouts:
         print(layout, file=sys.stderr)  # shows where a failed launch was
         new_process_groups(layout)
@@ -121,7 +121,7 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
                 meter.reset()
                 communication = engine.train_step(micro_batches, 2).communication
         assert answers == routing * 2, "a step with lr=0 sent other rows than the previous one"
-        found.append(
+        results.append(
             {
                 "peak": peak_of(profiler),
                 "flops": meter.flops,
@@ -132,7 +132,7 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
         engine.deepspeed.destroy()
         del engine
         dist.barrier()
-    return found
+    return results
 
 
 def release_gloo_tensors() -> Any:
@@ -171,13 +171,13 @@ def peak_of(profiler: profile) -> int:
 
 def run_dry(world: int, cases: list[tuple[str, int, list[RowCounts]]]) -> list[dict[str, Any]]:
     """The dry run for each layout, rank and routing."""
-    found = []
+    results = []
     for layout, rank, routing in cases:
         print(layout, rank, file=sys.stderr)
         config = config_of(layout)
         with SMALL_BUCKETS:
             dry = dry_run(config, world, rank, micro_batches=micro_batches_of(config, world), routing=routing)
-        found.append(
+        results.append(
             {
                 "peak": sum(dry.memory.values()),
                 "flops": dry.flops,
@@ -185,7 +185,7 @@ def run_dry(world: int, cases: list[tuple[str, int, list[RowCounts]]]) -> list[d
                 "micro_batches": dry.micro_batches,
             }
         )
-    return found
+    return results
 
 
 def run_dry_in_turns(world: int, cases: list[tuple[str, int, list[RowCounts]]]) -> list[dict[str, Any]]:
@@ -208,15 +208,17 @@ def test_a_dry_run_equals_a_real_rank(world, layouts):
     halves = launch(2, run_dry_in_turns, world, cases, seconds=1600)
     assert halves.codes == [0, 0], "\n".join(halves.tails)
     dry = {
-        case[:2]: found for i, half in enumerate(halves.values) for case, found in zip(cases[i::2], half, strict=True)
+        case[:2]: dry_result
+        for i, half in enumerate(halves.values)
+        for case, dry_result in zip(cases[i::2], half, strict=True)
     }
-    for (layout, rank), found in dry.items():
+    for (layout, rank), dry_result in dry.items():
         measured, config = dict(real)[layout][rank], config_of(layout)
         micro_batches = micro_batches_of(config, world)
         where = f"{layout}, rank {rank}"
-        assert found["peak"] == pytest.approx(measured["peak"], rel=TOLERANCE), where
-        assert found["flops"] / found["micro_batches"] == measured["flops"] / micro_batches, where
-        assert found["communication"] == measured["communication"], where
+        assert dry_result["peak"] == pytest.approx(measured["peak"], rel=TOLERANCE), where
+        assert dry_result["flops"] / dry_result["micro_batches"] == measured["flops"] / micro_batches, where
+        assert dry_result["communication"] == measured["communication"], where
 
 
 def test_a_dry_run_prints_nothing_and_restores_the_process(capfd):

@@ -110,8 +110,8 @@ def test_a_start_compares_once_at_its_tenth_or_last_step(monkeypatch):
 
     def compared(steps: int) -> dict[int, float]:
         comparison = Comparison(estimate)
-        found = {step: comparison.step(float(step), is_last=step == steps) for step in range(1, steps + 1)}
-        return {step: each.measured_step_seconds for step, each in found.items() if each}
+        comparisons = {step: comparison.step(float(step), is_last=step == steps) for step in range(1, steps + 1)}
+        return {step: each.measured_step_seconds for step, each in comparisons.items() if each}
 
     assert compared(25) == compared(10) == {10: 7.0}
     assert compared(9) == {9: 6.5} and compared(2) == {2: 2.0}

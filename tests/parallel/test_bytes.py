@@ -104,19 +104,19 @@ def test_the_shards_of_all_ranks_are_the_reference_model(ranks, mode, open_mytho
     the loops that train as many as Parcae's injection (B, and a norm and a step where there was a factor) and a weight
     for each channel of a query's and a key's norm are more."""
     boxes: dict[str, set] = {}
-    whole = {}
+    full_shape_of = {}
     for model in ranks:
         for name, parameter in model.named_parameters():
             part = shard_of(parameter)
-            whole[name] = part.full_shape
+            full_shape_of[name] = part.full_shape
             boxes.setdefault(name, set()).add((part.start, part.stop))
     total = 0
-    for name, found in boxes.items():
-        volumes = sum(math.prod(b - a for a, b in zip(start, stop, strict=True)) for start, stop in found)
-        assert volumes == math.prod(whole[name]), name
-        for dim in range(len(whole[name])):  # a grid: along each dim adjacent spans
-            spans = sorted({(start[dim], stop[dim]) for start, stop in found})
-            assert [0, *(b for _, b in spans)] == [*(a for a, _ in spans), whole[name][dim]], name
+    for name, box_list in boxes.items():
+        volumes = sum(math.prod(b - a for a, b in zip(start, stop, strict=True)) for start, stop in box_list)
+        assert volumes == math.prod(full_shape_of[name]), name
+        for dim in range(len(full_shape_of[name])):  # a grid: along each dim adjacent spans
+            spans = sorted({(start[dim], stop[dim]) for start, stop in box_list})
+            assert [0, *(b for _, b in spans)] == [*(a for a, _ in spans), full_shape_of[name][dim]], name
         total += volumes
     with torch.device("meta"):
         reference = open_mythos.main.OpenMythos(open_mythos.variants.mythos_10b())
@@ -201,15 +201,15 @@ def as_ranks(ranks: list[int], kinds: list[tuple[bool, str]]) -> list[list]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.all_to_all_single = echo
-    found = []
+    results = []
     for rank in ranks:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
         for sequence, kind in kinds:
             mesh = build_mesh(ParallelConfig(tensor=4, expert=8, sequence=sequence))
             assert (mesh.tensor.rank, mesh.expert.rank) == (rank % 4, rank // 4)
-            found.append(pass_through(mesh, kind)[:10])
+            results.append(pass_through(mesh, kind)[:10])
         dist.destroy_process_group()
-    return found
+    return results
 
 
 def test_the_check_sees_the_full_tensors_of_one_process():

@@ -128,7 +128,7 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
     from mythos_dist.parallel.traffic import Traffic
     from mythos_dist.train.engine import Engine
 
-    found = []
+    totals = []
     for layout in layouts:
         print(layout, file=sys.stderr)  # a launch that fails says where it was
         new_process_groups(layout)
@@ -141,10 +141,10 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
             engine._train_passes(micro_batches, loops_at(config, 1), 1)
         with Traffic(mesh) as traffic:
             engine._train_passes(micro_batches, loops_at(config, 1), 1)
-        found.append(traffic.totals)
+        totals.append(traffic.totals)
         engine.deepspeed.destroy()
         dist.barrier()
-    return found
+    return totals
 
 
 def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
@@ -168,8 +168,10 @@ def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
             chosen.clear()
             with torch.no_grad():
                 model(batch.input_ids, loops_at(config, 1).n_loops, document_ids=batch.document_ids)
-            goes = [[{e // owned for e in experts} for experts in tokens] for tokens in chosen]
-            destinations[-1].append([[sum(r in token for token in loop) for r in range(expert)] for loop in goes])
+            ranks_of_loops = [[{e // owned for e in experts} for experts in tokens] for tokens in chosen]
+            destinations[-1].append(
+                [[sum(r in token for token in loop) for r in range(expert)] for loop in ranks_of_loops]
+            )
 
     def rows(replica: int, micro_batch: int, loop: int) -> tuple[int, int]:
         first = replica // expert * expert
@@ -190,9 +192,9 @@ def test_every_byte_of_a_step_is_in_the_formula(world, layouts):
     for layout, ranks in zip(layouts, zip(*run_ranks(world, count, layouts, seconds=1600), strict=True), strict=True):
         config = config_of(layout, world)
         rows = rows_of(config, world) if config.parallel.expert > 1 else None
-        for rank, found in enumerate(ranks):
+        for rank, counted in enumerate(ranks):
             replica = rank // (config.parallel.pipe * config.parallel.tensor)
-            assert found == communication(
+            assert counted == communication(
                 config,
                 world,
                 rank,
@@ -205,14 +207,14 @@ def test_every_byte_of_a_step_is_in_the_formula(world, layouts):
 SPREAD = [layout for world in (4, 8) for layout in LAYOUTS[world] + LONG[world] if "parallel.expert" in layout]
 
 
-@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("no_grad_loops", [0, 2])
 @pytest.mark.parametrize("layout", SPREAD)
-def test_one_pair_of_row_counts_stands_for_all_loops(layout, frozen):
+def test_one_pair_of_row_counts_stands_for_all_loops(layout, no_grad_loops):
     """One pair for all loops and micro-batches against the same pair for each, on every rank of 8, exactly."""
     config = config_of(layout, 8)
     one_by_one = [[(70, 90)] * 5] * 8
     for rank in range(8):
-        step = config, 8, rank, 5, frozen
+        step = config, 8, rank, 5, no_grad_loops
         assert communication(*step, rows=(70, 90)) == communication(*step, rows=one_by_one)
 
 
@@ -224,8 +226,8 @@ def test_rows_are_counted_on_the_stage_that_runs_their_loop(layout):
     rows = [[(10 + m + 3 * t, 20 + m * t) for t in range(5)] for m in range(8)]
 
     def sent(rank: int, rows: list[list[tuple[int, int]]] | None) -> Counter:
-        found = communication(config, 8, rank, 5, 2, rows=rows)
-        return Counter({(axis, kind): size for axis, kinds in found.items() for kind, size in kinds.items()})
+        sizes = communication(config, 8, rank, 5, 2, rows=rows)
+        return Counter({(axis, kind): size for axis, kinds in sizes.items() for kind, size in kinds.items()})
 
     for rank in range(8):
         nothing = sent(rank, None)

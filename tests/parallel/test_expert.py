@@ -93,7 +93,7 @@ class Messages:
 def forward_and_backward(parallel: ParallelConfig, cases: list[Case]) -> list[dict]:
     """What each case gives on this rank: outputs, all gradients, and the shapes of the messages."""
     mesh = build_mesh(parallel)
-    found = []
+    results = []
     for case in cases:
         config = MythosConfig(dim=D, n_experts=E, n_experts_per_tok=case.k, expert_dim=F)
         experts = Experts(config, case.backend, mesh, case.selective).to(case.dtype)
@@ -122,7 +122,7 @@ def forward_and_backward(parallel: ParallelConfig, cases: list[Case]) -> list[di
             padding[real] = 0.0
             assert not padding.any()
             gradients[name] = parameter.grad[real].clone()
-        found.append(
+        results.append(
             {
                 "y": y.detach(),
                 "x": x.grad,
@@ -136,7 +136,7 @@ def forward_and_backward(parallel: ParallelConfig, cases: list[Case]) -> list[di
                 "tensor": mesh.tensor.rank,
             }
         )
-    return found
+    return results
 
 
 def layout_after_layout(layouts: list[ParallelConfig], cases: list[Case]) -> list[list[dict]]:
@@ -150,7 +150,7 @@ def expected_of(case: Case, replicas: int) -> dict[str, list[Tensor]]:
     """
     leaves = {name: stack.to(case.dtype).double().requires_grad_() for name, stack in stacks().items()}
     gate, up, down = (leaves[name] for name in STACKS)
-    found: dict[str, list[Tensor]] = {"y": [], "x": [], "weights": []}
+    results: dict[str, list[Tensor]] = {"y": [], "x": [], "weights": []}
     for replica in range(replicas):
         x, weights, index, direction = inputs_of(case, replica)
         x, weights = (leaf.double().requires_grad_() for leaf in (x, weights))
@@ -163,11 +163,11 @@ def expected_of(case: Case, replicas: int) -> dict[str, list[Tensor]]:
         assert x.grad is not None
         assert weights.grad is not None
         for name, value in {"y": y.detach(), "x": x.grad, "weights": weights.grad}.items():
-            found[name].append(value)
+            results[name].append(value)
     for name, stack in leaves.items():
         assert stack.grad is not None
-        found[name] = [stack.grad]
-    return found
+        results[name] = [stack.grad]
+    return results
 
 
 def close(ours: Tensor, exact: Tensor, tolerance: float) -> bool:
@@ -195,15 +195,15 @@ def test_experts_on_several_ranks_equal_those_on_one_process(world):
     """
     ranks = run_ranks(world, layout_after_layout, LAYOUTS[world], CASES + HALF)
     for parallel, of_layout in zip(LAYOUTS[world], zip(*ranks, strict=True), strict=True):
-        for case, found in zip(CASES + HALF, zip(*of_layout, strict=True), strict=True):
-            check(case, parallel, list(found), world // (parallel.tensor * parallel.pipe))
+        for case, results in zip(CASES + HALF, zip(*of_layout, strict=True), strict=True):
+            check(case, parallel, list(results), world // (parallel.tensor * parallel.pipe))
 
 
-def check(case: Case, parallel: ParallelConfig, found: list[dict], replicas: int) -> None:
+def check(case: Case, parallel: ParallelConfig, results: list[dict], replicas: int) -> None:
     """What all ranks found, in one case of one layout."""
     tolerance = 1e-6 if case.dtype == torch.float32 else 1e-2
     expected = expected_of(case, replicas)
-    for rank in found:
+    for rank in results:
         for name in ("y", "x", "weights"):
             exact = expected[name][rank["replica"]]
             assert rank[name].dtype == (torch.float32 if name == "weights" else case.dtype)
@@ -211,13 +211,13 @@ def check(case: Case, parallel: ParallelConfig, found: list[dict], replicas: int
         check_messages(case, parallel, rank)
     for name in STACKS:
         for stage in range(parallel.pipe):
-            whole = torch.zeros(E, F, D, dtype=torch.float64)
-            for rank in found:
+            full = torch.zeros(E, F, D, dtype=torch.float64)
+            for rank in results:
                 if rank["stage"] == stage:  # holders of the same experts add up, as they do in DeepSpeed's optimizer
-                    whole[shard_in_stack(rank, parallel)] += rank[name].double()
-            assert close(whole, expected[name][0], tolerance), (parallel, case, name)
+                    full[shard_in_stack(rank, parallel)] += rank[name].double()
+            assert close(full, expected[name][0], tolerance), (parallel, case, name)
             unused = [e for e in range(E) if not expected[name][0][e].any()]
-            assert not whole[unused].any(), (parallel, case, name)
+            assert not full[unused].any(), (parallel, case, name)
 
 
 def shard_in_stack(rank: dict, parallel: ParallelConfig) -> tuple[slice, slice]:
@@ -287,8 +287,8 @@ def test_an_unused_slot_has_weight_zero():
     """Tokens go to experts 0 and 7: each row arrives with one expert and an unused slot of weight 0."""
     case = Case(2, 6, to=(0, 7))
     _, weights, index, _ = (torch.cat(parts) for parts in zip(inputs_of(case, 0), inputs_of(case, 1), strict=True))
-    for expert, found in zip((0, 7), run_ranks(2, dispatched_rows, case), strict=True):
-        assert (found["moved"], found["pairs"]) == ([12, 12], 12)
-        assert found["experts"].tolist() == [[expert % 4, 4]] * 12
-        assert torch.equal(found["weights"][:, 0], weights[index == expert])
-        assert not found["weights"][:, 1].any()
+    for expert, received in zip((0, 7), run_ranks(2, dispatched_rows, case), strict=True):
+        assert (received["moved"], received["pairs"]) == ([12, 12], 12)
+        assert received["experts"].tolist() == [[expert % 4, 4]] * 12
+        assert torch.equal(received["weights"][:, 0], weights[index == expert])
+        assert not received["weights"][:, 1].any()

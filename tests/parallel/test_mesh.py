@@ -51,8 +51,8 @@ def test_coordinates_follow_from_the_rank(parallel, copies):
         data, pipe = divmod(rest, parallel.pipe)
         block, expert = divmod(data, parallel.expert)
         mesh = mesh_of(parallel, world, rank)
-        found = {name: getattr(mesh, name).rank for name in AXES}
-        assert found == {"data": data, "pipe": pipe, "tensor": tensor, "expert": expert, "expert_data": block}
+        coordinates = {name: getattr(mesh, name).rank for name in AXES}
+        assert coordinates == {"data": data, "pipe": pipe, "tensor": tensor, "expert": expert, "expert_data": block}
         assert [getattr(mesh, name).name for name in AXES] == AXES
         assert mesh.data.size == world // (parallel.pipe * parallel.tensor)
         assert (mesh.pipe.size, mesh.tensor.size, mesh.expert.size) == (parallel.pipe, parallel.tensor, parallel.expert)
@@ -131,7 +131,7 @@ def test_sequence_parallelism_needs_a_tensor_axis():
 
 def gather_ranks(layouts: list[ParallelConfig]) -> list[dict[str, list[int]]]:
     """For each layout and axis, the ranks in the axis's process group, in the group's order."""
-    found = []
+    results = []
     for parallel in layouts:
         mesh = build_mesh(parallel)
         answers = {}
@@ -142,8 +142,8 @@ def gather_ranks(layouts: list[ParallelConfig]) -> list[dict[str, list[int]]]:
                 dist.all_gather_into_tensor(numbers, torch.tensor([dist.get_rank()]), group=axis.group)
                 answers[name] = numbers.tolist()
                 assert dist.get_rank(axis.group) == axis.rank
-        found.append(answers)
-    return found
+        results.append(answers)
+    return results
 
 
 @pytest.mark.launch
@@ -157,8 +157,8 @@ def test_process_groups_have_the_ranks_of_the_mesh():
         ParallelConfig(expert=6),
         ParallelConfig(pipe=2, expert=3),
     ]
-    for rank, found in enumerate(run_ranks(6, gather_ranks, layouts)):
-        for parallel, answers in zip(layouts, found, strict=True):
+    for rank, results in enumerate(run_ranks(6, gather_ranks, layouts)):
+        for parallel, answers in zip(layouts, results, strict=True):
             groups = axis_groups(parallel, 6)
             expected = {name: next(group for group in groups[name] if rank in group) for name in AXES}
             assert answers == {name: group for name, group in expected.items() if len(group) > 1}

@@ -183,12 +183,12 @@ def test_many_tokens_are_processed_in_chunks():
     labels[0, 490:] = IGNORED
     with Shapes() as shapes:
         loss = embed.loss(states, labels).total
-        found = torch.autograd.grad(loss, [states, embed.weight])
+        gradients = torch.autograd.grad(loss, [states, embed.weight])
     assert max(torch.Size(shape).numel() for shape in shapes.seen) < 500 * 700
     logits = (states @ embed.weight.T).flatten(0, 1)
     expected = F.cross_entropy(logits, labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    for ours, theirs in zip(found, torch.autograd.grad(expected, [states, embed.weight]), strict=True):
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [states, embed.weight]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert embed.loss(states, labels).total == loss
@@ -228,7 +228,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
     import torch.distributed as dist
 
     world = dist.get_world_size()
-    found = []
+    results = []
     for case in cases:
         V, B, S, dtype, _, sequence = case
         ids, labels, table, factor, offset = inputs_of(case)
@@ -260,7 +260,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
         assert offset.grad is not None
         real, padding = embed.weight.grad.split([part.shape[0], embed.weight.shape[0] - part.shape[0]])
         assert not padding.any()
-        found.append(
+        results.append(
             {
                 "loss": loss.detach(),
                 "logits": embed.gather_logits(logits).detach(),
@@ -268,7 +268,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
                 "table": real.clone(),
             }
         )
-    return found
+    return results
 
 
 def expected_of(case: tuple) -> dict[str, Tensor]:
@@ -294,19 +294,19 @@ def test_a_sharded_vocabulary_gives_the_loss_and_gradients_of_one_process(world)
     allocates a tensor as wide as the vocabulary before logits are gathered.
     """
     ranks = run_ranks(world, both_ends, CASES)
-    for case, found in zip(CASES, zip(*ranks, strict=True), strict=True):
+    for case, results in zip(CASES, zip(*ranks, strict=True), strict=True):
         expected = expected_of(case)
         got = {
-            "table": torch.cat([rank["table"] for rank in found]),
-            "states": torch.cat([rank["states"] for rank in found], dim=1) if case[-1] else found[0]["states"],
+            "table": torch.cat([rank["table"] for rank in results]),
+            "states": torch.cat([rank["states"] for rank in results], dim=1) if case[-1] else results[0]["states"],
         }
         # A position with logits of 1e4 has its probabilities from differences that fp32 knows to 1e-3.
         tolerance = 2e-2 if case[3] == torch.bfloat16 else 1e-6 if case[4] == 1.0 else 1e-3
-        for rank in found:
+        for rank in results:
             alone = {"loss": rank["loss"], "logits": rank["logits"]}
             if not case[-1]:
                 alone["states"] = rank["states"]  # without sequence parallelism every rank holds all of them
             for name, value in (got | alone).items():
                 difference = (value.double() - expected[name]).norm()
                 assert difference <= tolerance * expected[name].norm() + 1e-12, (case, name)
-            assert torch.equal(rank["loss"], found[0]["loss"])
+            assert torch.equal(rank["loss"], results[0]["loss"])

@@ -52,12 +52,12 @@ def test_the_best_layout_equals_brute_force(variant, gpus, overrides):
             tried = with_layout(config, **layout, micro_batch=micro_batch, recompute=recompute)
             if gpus % (tensor * pipe) or layout_problems(tried) or layout_problems(tried, gpus):
                 continue
-            found = Estimate(tried, gpus, H100)
+            estimate = Estimate(tried, gpus, H100)
             if zero == 3 and _recurrent_elements(tried) >= 1_000_000_000:
                 continue  # would be gathered again in every loop: the planner does not try it
-            if found.fits:
+            if estimate.fits:
                 fitting += 1
-                fastest = min(fastest, found.step_seconds)
+                fastest = min(fastest, estimate.step_seconds)
     assert fitting > 10
     assert search(config, gpus, H100, {}).best[0].step_seconds == fastest
 
@@ -70,8 +70,8 @@ def _recurrent_elements(config: Config) -> int:
 def test_a_run_that_does_not_fit_gets_the_smallest_cluster():
     """1t needs more than 64 H100: a search finds a layout on the suggested cluster, and none on half of it."""
     config = config_of("1t", "train.seq_len=4096", "train.global_batch=4096")
-    found = search(config, 64, H100, {})
-    assert not found.best and found.smallest is not None and not found.smallest.fits
+    result = search(config, 64, H100, {})
+    assert not result.best and result.smallest is not None and not result.smallest.fits
     smallest = smallest_cluster(config, 64, H100, {})
     assert smallest and search(config, smallest, H100, {}).best
     assert not search(config, smallest // 2, H100, {}).best
@@ -97,10 +97,10 @@ def run(*arguments: str, code: int = 0) -> str:
 
 def test_table_and_json_show_the_same_layouts():
     arguments = ["--variant", "10b", "--gpus", "16", "--seq-len", "4096", "--global-batch", "64", "--top", "3"]
-    table, found = run(*arguments), json.loads(run(*arguments, "--json"))
+    table, printed = run(*arguments), json.loads(run(*arguments, "--json"))
     rows = [line for line in table.splitlines() if re.match(r" +\d+ +\d+ +\d+", line)]
-    assert len(rows) == len(found["layouts"]) == 3
-    for row, layout in zip(rows, found["layouts"], strict=True):
+    assert len(rows) == len(printed["layouts"]) == 3
+    for row, layout in zip(rows, printed["layouts"], strict=True):
         shown = row.split()
         assert [int(number) for number in shown[:5]] == [
             layout["layout"][name] for name in ("tensor", "expert", "pipe", "data", "zero")
@@ -113,17 +113,17 @@ def test_table_and_json_show_the_same_layouts():
 def test_the_output_is_json_when_the_layout_does_not_fit():
     overrides = ["parallel.tensor=1", "parallel.sequence=false"]
     arguments = ["configs/10b.yaml", *overrides, "--gpus", "8", "--as-is", "--json"]
-    found = json.loads(run(*arguments, code=1))
-    assert not found["fits"] and found["layouts"][0]["memory_total"] > H100.usable
+    printed = json.loads(run(*arguments, code=1))
+    assert not printed["fits"] and printed["layouts"][0]["memory_total"] > H100.usable
 
 
 def test_a_written_config_gives_the_same_plan(tmp_path):
     """It loads and gives the same plan; an existing file is not overwritten."""
     path = tmp_path / "planned.yaml"
     arguments = ["--variant", "3b", "--gpus", "8", "--global-batch", "64", "--top", "1", "--write", str(path)]
-    found = json.loads(run(*arguments, "--json"))["layouts"][0]
+    layout = json.loads(run(*arguments, "--json"))["layouts"][0]
     config = load_config(path, ["data.path=shards"])
-    assert Estimate(config, 8, H100).step_seconds == pytest.approx(found["step_seconds"])
+    assert Estimate(config, 8, H100).step_seconds == pytest.approx(layout["step_seconds"])
     before = path.read_text()
     assert "--write" in run(*arguments, code=2) and path.read_text() == before
 
@@ -142,10 +142,10 @@ def test_a_written_config_gives_the_same_plan(tmp_path):
     ],
 )
 def test_an_error_is_one_line_with_the_nearest_valid_values(arguments, words):
-    found = run(*arguments, code=2)
-    assert len(found.strip().splitlines()) == 1
+    printed = run(*arguments, code=2)
+    assert len(printed.strip().splitlines()) == 1
     for word in words:
-        assert word in found
+        assert word in printed
 
 
 @pytest.mark.parametrize("name", ["h100_80gb", "h200_141gb", "gb200_nvl72", "laptop"])

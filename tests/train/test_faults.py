@@ -120,8 +120,8 @@ def test_a_rank_that_is_lost_or_hangs_is_named_and_ends_the_run(
     writer = json.loads((run_dir / "writer.json").read_text())
     if rank:
         assert writer["state"] == "failed" and why in writer["why"]
-        noticed = writer["time"] - lines(run_dir)[-1]["time"]
-        assert noticed < 240, "from the last step to the end; faults.hang_after is 600"
+        seconds = writer["time"] - lines(run_dir)[-1]["time"]
+        assert seconds < 240, "from the last step to the end; faults.hang_after is 600"
     resumed(settings, run_dir, uninterrupted, why if rank else "the previous run was killed", 2)
 
 
