@@ -96,17 +96,18 @@ class Assembly:
     """Unsharded tensors from the shards of many ranks. Ranks that hold the same elements must agree."""
 
     def __init__(self):
-        self.whole: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
 
     def add(self, name: str, parameter: Tensor) -> None:
+        """Copy the parameter's shard to its position in the full tensor."""
         part, value = shard_of(parameter), parameter.detach().clone()
-        held = value[tuple(slice(size) for size in part.shape)].clone()
+        shard = value[tuple(slice(size) for size in part.shape)].clone()
         value[tuple(slice(size) for size in part.shape)] = 0.0
-        assert not value.any(), f"{name}: numbers behind the slice"
-        whole = self.whole.setdefault(name, torch.full(part.full_shape, torch.nan))
-        place = whole[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))]
-        assert bool((place.isnan() | (place == held)).all()), f"{name}: ranks disagree"
-        place.copy_(held)
+        assert not value.any(), f"{name}: the padding after the shard is not zero"
+        full = self.tensors.setdefault(name, torch.full(part.full_shape, torch.nan))
+        target = full[tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))]
+        assert bool((target.isnan() | (target == shard)).all()), f"{name}: ranks disagree"
+        target.copy_(shard)
 
 
 LAYOUTS = [
@@ -134,33 +135,33 @@ def test_every_layout_starts_with_the_same_values(tensor, expert, pipe, attn_typ
         for name, parameter in Mythos(config, seed=11, mesh=mesh, stage=parts[mesh.pipe.rank]).named_parameters():
             assembled.add(name, parameter)
     expected = dict(Mythos(config, seed=11).named_parameters())
-    assert set(assembled.whole) == set(expected)
+    assert set(assembled.tensors) == set(expected)
     for name, value in expected.items():
-        assert torch.equal(assembled.whole[name], value), name
+        assert torch.equal(assembled.tensors[name], value), name
 
 
 @pytest.mark.parametrize("mode", ["columns", "rows", "stack"])
 def test_shards_across_block_boundaries_equal_the_full_tensor(mode):
     """Tensors of 2 to 3 million values, drawn by several generators each, sharded inside a block.
 
-    A rank that draws only what it needs gets the numbers of a process that draws everything.
+    A rank that draws only the blocks of its shard gets the values of a process that draws the full tensor.
     """
-    whole = {"columns": (3001, 1000), "rows": (3001, 1000), "stack": (7, 301, 1000)}[mode]
+    shape = {"columns": (3001, 1000), "rows": (3001, 1000), "stack": (7, 301, 1000)}[mode]
     sizes = {"columns": {1: ("tensor", 3)}, "rows": {0: ("tensor", 4)}, "stack": {0: ("expert", 2), 1: ("tensor", 3)}}
     cuts = sizes[mode]
     table = nn.Module()
-    table.weight = nn.Parameter(torch.empty(whole))
+    table.weight = nn.Parameter(torch.empty(shape))
     init_parameters(table, seed=5, config=MythosConfig())
     assembled = Assembly()
     indices = torch.cartesian_prod(*(torch.arange(size) for _, size in cuts.values())).view(-1, len(cuts)).tolist()
     for ranks in indices:
         part = nn.Module()
         part.weight = shard_parameter(
-            whole, {dim: Axis(name, size, i) for (dim, (name, size)), i in zip(cuts.items(), ranks, strict=True)}
+            shape, {dim: Axis(name, size, i) for (dim, (name, size)), i in zip(cuts.items(), ranks, strict=True)}
         )
         init_parameters(part, seed=5, config=MythosConfig())
         assembled.add("weight", part.weight)
-    assert torch.equal(assembled.whole["weight"], table.weight)
+    assert torch.equal(assembled.tensors["weight"], table.weight)
 
 
 def test_a_rank_draws_only_the_blocks_of_its_shard(monkeypatch):

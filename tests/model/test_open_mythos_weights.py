@@ -80,9 +80,9 @@ def test_weights_are_rejected_by_a_model_with_unsupported_loop_settings(build_re
     state = build_reference(MythosConfig(**SMALL)).state_dict()
     with pytest.raises(UserError) as caught:
         Mythos(MythosConfig(**SMALL | {"mode": "train", "injection": "reference"})).load_open_mythos(state)
-    said = str(caught.value)
-    assert "do not work with model.loop_signal=false, model.initial_state=zero, model.qk_norm=true;" in said
-    settings = said.split("; set ")[1].split(" to train")[0].split()
+    message = str(caught.value)
+    assert "do not work with model.loop_signal=false, model.initial_state=zero, model.qk_norm=true;" in message
+    settings = message.split("; set ")[1].split(" to train")[0].split()
     loops = {key[6:]: yaml.safe_load(value) for key, value in (one.split("=") for one in settings)}
     Mythos(MythosConfig(**SMALL | {"mode": "train"} | loops)).load_open_mythos(state)
 

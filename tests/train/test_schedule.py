@@ -65,8 +65,8 @@ def test_linear_is_torchs(decay_steps):
     def build(optimizer):
         return SequentialLR(optimizer, [warmup(optimizer), LinearLR(optimizer, 1.0, 0.25, length)], [WARMUP - 1])
 
-    found = rates(schedule="linear", min_lr_ratio=0.25, decay_steps=decay_steps)
-    assert found == pytest.approx(torch_rates(build), rel=1e-9)
+    computed = rates(schedule="linear", min_lr_ratio=0.25, decay_steps=decay_steps)
+    assert computed == pytest.approx(torch_rates(build), rel=1e-9)
 
 
 def test_constant_is_torchs():
@@ -88,9 +88,9 @@ def test_wsd_is_warmup_stable_and_a_decay_over_the_last_steps(decay, shape):
 
         return LambdaLR(optimizer, factor)
 
-    found = rates(schedule="wsd", decay=decay, decay_steps=12, min_lr_ratio=0.05)
-    assert found == pytest.approx(torch_rates(build), rel=1e-9)
-    assert found[-1] == pytest.approx(0.05 * LR)
+    computed = rates(schedule="wsd", decay=decay, decay_steps=12, min_lr_ratio=0.05)
+    assert computed == pytest.approx(torch_rates(build), rel=1e-9)
+    assert computed[-1] == pytest.approx(0.05 * LR)
 
 
 def test_inverse_sqrt_is_the_formula_of_the_transformer():
@@ -125,10 +125,10 @@ def test_the_stable_phase_of_wsd_does_not_depend_on_the_length():
 def test_the_phase_is_how_the_rate_changes(settings, phases):
     """From the names, and from the rates themselves."""
     optim = OptimConfig(lr=LR, **{"warmup_steps": WARMUP, "min_lr_ratio": 0.0, **settings})
-    found = [phase_at(optim, step, STEPS) for step in range(1, STEPS + 1)]
-    assert "".join(phase[0] for phase in found) == phases
+    computed = [phase_at(optim, step, STEPS) for step in range(1, STEPS + 1)]
+    assert "".join(phase[0] for phase in computed) == phases
     every = [0.0 if optim.warmup_steps else LR, *(learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1))]
-    for phase, before, rate in zip(found, every[:-1], every[1:], strict=True):
+    for phase, before, rate in zip(computed, every[:-1], every[1:], strict=True):
         assert {"warmup": rate > before, "stable": rate == before, "decay": rate < before}[phase], (phase, before, rate)
 
 
