@@ -1,7 +1,7 @@
 """Identifies the process of a run's rank 0, so that another process on the machine can check whether it still runs.
 
 A pid is not enough: pids are reused, each container has its own, and host names repeat. A process is therefore
-identified by host name, boot id, pid namespace, pid and start time (all but the first and the pid from Linux's /proc).
+identified by host name, boot id, pid namespace, pid and start time (all but host name and pid from Linux's /proc).
 """
 
 import os

@@ -27,13 +27,7 @@ MIN_PART_BYTES, MAX_PART_BYTES = 1 << 21, 128 << 20
 # Only one conversion at a time writes to a folder, so it may overwrite the temporary files of a killed one.
 write_atomically = functools.partial(write_file, ending=".tmp")
 UNFINISHED = "unfinished"  # the folder of records; removed once the manifest is written
-OUTCOMES = (
-    "written",
-    "empty",
-    "low_score",
-    "duplicate",
-    "short",
-)  # of a document's conversion; fields of DocumentCounts
+OUTCOMES = ("written", "empty", "low_score", "duplicate", "short")  # of a document; fields of DocumentCounts
 
 
 @dataclass(frozen=True)
