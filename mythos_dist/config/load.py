@@ -84,8 +84,13 @@ def config_from(values: dict[str, dict[str, Any]]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML with every setting; `load_config` reads it back to an equal Config."""
-    return dump_settings(dataclasses.asdict(config))
+    """The config as YAML with every setting; `load_config` reads it back to an equal Config, whose dump is the same."""
+    sections = dataclasses.asdict(config)
+    for section, cls in SECTIONS.items():
+        for key, kind in kinds_of(cls).items():
+            if kind.type is float and sections[section][key] is not None:
+                sections[section][key] = float(sections[section][key])  # a default may be an int
+    return dump_settings(sections)
 
 
 def dump_settings(sections: dict[str, dict[str, Any]]) -> str:

@@ -115,9 +115,10 @@ def _settings_of(file: Path) -> Config:
     try:
         text, config = file.read_text(encoding="utf-8"), load_config(file)
         expected = dump_config(config)
-        if text == expected or not expected.startswith(text):  # else it is truncated, and `config` has defaults
+        complete_lines = text[: text.rfind("\n") + 1] or text  # the last value may be truncated, too
+        if text == expected or not expected.startswith(complete_lines):
             return config
-        problems = ["it is truncated"]
+        problems = ["it is truncated"]  # and `config` has defaults for the missing settings
     except OSError as error:
         problems = [error.strerror or str(error)]
     except UnicodeDecodeError as error:

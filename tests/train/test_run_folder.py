@@ -175,7 +175,7 @@ def test_a_damaged_config_file_is_reported_with_its_remedy(config, tmp_path):
     """Truncated anywhere, as older versions left it when they were killed, or not UTF-8. A complete file in another
     form, as a user may write it, is read."""
     file, complete = tmp_path / "config.yaml", dump_config(config)
-    truncated = [complete[:size].encode() for size in range(0, len(complete) - 1, 97)]
+    truncated = [complete[:size].encode() for size in range(0, len(complete) - 1, 7)]
     truncated += [complete[: complete.index(f"\n{name}:") + 1].encode() for name in ("train", "run", "faults")]
     for content in [*truncated, b"\xff\xfe\x00", b"\0" * 100]:
         file.write_bytes(content)
