@@ -9,8 +9,8 @@ from helpers.small_run import REPOSITORY
 # Word (a regular expression) and its replacement. Add one when a reader stops at a word.
 REPLACEMENTS = {
     r"mend(s|ed|ing)?": "fix",
-    r"(goes|went|go|gone) on (behind|from)": "resumes after",
-    r"behind (step|the (step|last|first|loops?|checkpoint))": "after",
+    r"(goes|went|go|going|gone) on(?! the)": "resumes, continues",
+    r"behind ((a|an|each|every|its|the|last|first) )*(steps?|loops?|pass|passes|checkpoints?|blocks?)": "after",
     r"how manieth": "index",
     r"dearest": "slowest, most expensive",
     r"filled up": "padded",
@@ -18,8 +18,15 @@ REPLACEMENTS = {
     r"left no word": "was killed, or its node failed",
     r"tensors without numbers": "fake tensors",
     r"(?<!~)(no|some)body(?![@/-])": "no rank, a user, or leave it out",
-    r"(who|which) (is|are|was|were) told": "receives",
+    r"told": "receives, is set to",
     r"hears?|speaks?": "receives, sends",
+    r"undisturbed": "uninterrupted",
+    r"torn": "truncated, damaged",
+    r"(is|are|was|comes?) whole": "complete, intact, unsharded",
+    r"fates?": "outcome",
+    r"pictures?": "plot",
+    r"whoever": "a process that, a user who, or leave it out",
+    r"frozen (ranks?|loops?|process(es)?)": "suspended ranks, no-grad loops",
 }
 PATTERNS = {re.compile(rf"\b(?:{word})\b", re.IGNORECASE): text for word, text in REPLACEMENTS.items()}
 SUFFIXES = (".py", ".md", ".sh", ".sbatch", ".yaml", ".toml")
@@ -35,15 +42,15 @@ def test_no_file_uses_a_word_that_readers_stopped_at():
     )
     if listed.returncode:
         pytest.skip("not a git repository")
-    found = []
+    problems = []
     for name in listed.stdout.splitlines():
         if not name.endswith(SUFFIXES) or name in EXEMPT or "/fixtures/" in name or not (REPOSITORY / name).exists():
             continue
         for number, line in enumerate((REPOSITORY / name).read_text(encoding="utf-8").splitlines(), 1):
             for pattern, replacement in PATTERNS.items():
                 for match in pattern.finditer(line):
-                    found.append(f"{name}:{number}: {match[0]!r}; write: {replacement}")
-    assert not found, "\n".join(found)
+                    problems.append(f"{name}:{number}: {match[0]!r}; write: {replacement}")
+    assert not problems, "\n".join(problems)
 
 
 def test_the_pattern_finds_words_and_not_parts_of_words():
@@ -51,4 +58,4 @@ def test_the_pattern_finds_words_and_not_parts_of_words():
         return any(pattern.search(text) for pattern in PATTERNS)
 
     assert is_refused("this has to be mended") and not is_refused("recommended, amendment")
-    assert is_refused("start 2 goes on behind step 40") and not is_refused("training goes on for a day")
+    assert is_refused("start 2 goes on behind step 40") and not is_refused("what goes on the wire, look-behind")
