@@ -8,7 +8,7 @@ Needs no GPU; one tensor is in memory at a time.
 
 import argparse
 
-from mythos_dist.config.arguments import nonempty_path, parse_arguments, whole
+from mythos_dist.config.arguments import integer, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
         help="tensor names (%(default)s)",
     )
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
-    add("--workers", type=whole(1, 1024), default=2, help="files written at once (%(default)s)")
+    add("--workers", type=integer(1, 1024), default=2, help="files written at once (%(default)s)")
     add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
     add("--quiet", action="store_true", help="print only errors")
     return parse_arguments(parser)

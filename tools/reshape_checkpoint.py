@@ -9,7 +9,7 @@ If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, an
 import argparse
 import os
 
-from mythos_dist.config.arguments import nonempty_path, parse_arguments, whole
+from mythos_dist.config.arguments import integer, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     add("--out", type=nonempty_path, required=True, help="run.dir of the new run")
     add(
         "--workers",
-        type=whole(1, 1024),
+        type=integer(1, 1024),
         default=len(os.sched_getaffinity(0)),
         help="files written at once (%(default)s)",
     )
