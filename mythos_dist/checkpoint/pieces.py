@@ -109,7 +109,8 @@ def _boxes_of_range(shape: Index, start: int, stop: int) -> Iterator[tuple[Index
         yield from _boxes_of_row(start_row, shape[1:], begin, row_size)
         start_row += 1
     if start_row < stop_row:
-        yield (start_row, *(0,) * (len(shape) - 1)), (stop_row, *shape[1:])
+        zeros = (0,) * (len(shape) - 1)
+        yield (start_row, *zeros), (stop_row, *shape[1:])
     yield from _boxes_of_row(stop_row, shape[1:], 0, end)
 
 

@@ -19,7 +19,7 @@ MAX_LOOPS = 512  # 8 times the largest variant's; assigning loops to stages take
 Width = Annotated[int, Range(1, 1 << 20)]  # channels, heads, rows of a matrix
 Tokens = Annotated[int, Range(1, 1 << 30)]
 Layers = Annotated[int, Range(0, 128)]
-Loops = Annotated[int, Range(1, MAX_LOOPS)]
+LoopCount = Annotated[int, Range(1, MAX_LOOPS)]
 Ranks = Annotated[int, Range(1, 1 << 16)]
 Sequences = Annotated[int, Range(1, 1 << 30)]
 Steps = Annotated[int, Range(1, 10**12)]
@@ -55,7 +55,7 @@ class MythosConfig(Section, section="model"):
     n_heads: Width = 16
     n_kv_heads: Width = 4  # GQA: key-value heads
     max_seq_len: Tokens = 4096  # longest context, in tokens
-    max_loop_iters: Loops = 16  # loops of the recurrent block; rows of the depth LoRA's table
+    max_loop_iters: LoopCount = 16  # loops of the recurrent block; rows of the depth LoRA's table
     prelude_layers: Layers = 2
     coda_layers: Layers = 2
     attn_type: Literal["gqa", "mla"] = "mla"
@@ -176,22 +176,22 @@ class LoopsConfig(Section, section="loops"):
     # poisson: at least 1 (Parcae). lognormal_poisson: 1 + Poisson with a log-normal rate (Huginn), heavy-tailed.
     # uniform_set: uniform over `set`.
     distribution: Literal["fixed", "poisson", "lognormal_poisson", "uniform_set"] = "fixed"
-    mean: Loops | None = None  # None: model.max_loop_iters, or the mean of `set`
+    mean: LoopCount | None = None  # None: model.max_loop_iters, or the mean of `set`
     # Larger draws are clipped to this; None: four times the mean.
     maximum: Annotated[int, Range(1, 10**6)] | None = None
     sigma: Annotated[float, Range(0, 10)] = 0.5  # lognormal_poisson: standard deviation of the log rate
-    set: tuple[Loops, ...] = ()  # uniform_set: such as [1, 2, 4, 8]
+    set: tuple[LoopCount, ...] = ()  # uniform_set: such as [1, 2, 4, 8]
     per: Literal["step", "sequence"] = "step"  # one draw for all sequences of a step, or one for each
     # The mean (uniform_set: the largest number drawn) grows from 1 over the first `curriculum_steps` steps, linearly or
     # as 1 - sqrt(1 - x).
     curriculum: Literal["none", "linear", "1-sqrt"] = "none"
     curriculum_steps: StepsOrOff = 0
-    backprop: Loops | None = None  # number of last loops with gradient (truncated BPTT); None: all
+    backprop: LoopCount | None = None  # number of last loops with gradient (truncated BPTT); None: all
     # final: the loss after the last loop. per_loop: the mean over loops of the loss if that loop were the last
     # (act.mode=ponder: weighted by halting probabilities), against the targets of that loop if the shards have them.
     objective: Literal["final", "per_loop"] = "final"
     telemetry_every: StepsOrOff = 100  # steps between telemetry samples inside the loops; 0: none
-    sweep: tuple[Loops, ...] = ()  # numbers of loops to evaluate besides the mean
+    sweep: tuple[LoopCount, ...] = ()  # numbers of loops to evaluate besides the mean
 
     def readouts(self, n_loops: int, no_grad_loops: int) -> int:
         """Losses per training step of `n_loops` loops, of which the first `no_grad_loops` have no gradient."""
@@ -229,7 +229,7 @@ class TrainConfig(Section, section="train"):
     # Activation recomputation. loop: everything inside a loop. selective: in attention from the latents on (GQA: from
     # q, k, v), in FFNs from the input on.
     recompute: Literal["none", "loop", "selective"] = "none"
-    recompute_every: Loops = 1  # recompute=loop: keep the state before every N-th loop only
+    recompute_every: LoopCount = 1  # recompute=loop: keep the state before every N-th loop only
     eval_every: StepsOrOff = 0  # steps between evaluations; 0: only before the first and after the last step
     # Maximum of held-out sequences per evaluation; 0: no evaluation.
     eval_samples: Annotated[int, Range(0, 1 << 30)] = 64

@@ -76,7 +76,9 @@ def open_corpora(
                 (name, f"{error.filename} cannot be read ({error.strerror}); copy the whole folder, or convert again")
             )
             continue
-        tokenizers = [folder / manifest.tokenizer, *([tokenizer_path] if tokenizer_path and not corpora else [])]
+        tokenizers: list[str | Path] = [folder / manifest.tokenizer]
+        if tokenizer_path and not corpora:
+            tokenizers.append(tokenizer_path)
         problems += _tokenizer_problems(manifest, tokenizers)
         problems += _config_problems(manifest, seq_len, vocab_size)
         corpora.append(Corpus(folder, weight, manifest, shards))
@@ -157,7 +159,10 @@ def _entry_problem(entry: dict[str, Any]) -> str:
     these values and joins the names to paths; the rest of an entry is checked when its shard is opened."""
     if not _is_count(entry["samples"]):
         return f"{entry['samples']!r:.40} samples"
-    for data in [entry["raw_data"], *([entry["zip_data"]] if entry["zip_data"] else [])]:
+    files = [entry["raw_data"]]
+    if entry["zip_data"]:
+        files.append(entry["zip_data"])
+    for data in files:
         name, size, hashes = data["basename"], data["bytes"], data["hashes"]
         if not isinstance(name, str) or not name or "\0" in name:
             return f"basename {name!r:.40}"

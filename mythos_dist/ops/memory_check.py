@@ -145,12 +145,12 @@ class Comparison:
 def largest_rank() -> tuple[int, float]:
     """The rank with the highest peak memory, and its bytes. Every rank calls this."""
     peaks = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device())
-    peaks[dist.get_rank()] = peak_memory()
+    peaks[dist.get_rank()] = process_peak_memory()
     dist.all_reduce(peaks)
     return int(peaks.argmax()), float(peaks.max())
 
 
-def peak_memory() -> int:
+def process_peak_memory() -> int:
     """Peak bytes of this process since it began: on a GPU in torch's allocator, on a CPU of the whole process."""
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated()

@@ -13,7 +13,7 @@ from mythos_dist.data.decompress import TooLarge, decompress
 from mythos_dist.data.manifest import file_sha256
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.encoding import check_encoding
-from mythos_dist.prepare.names import Kind, is_url
+from mythos_dist.prepare.names import FileKind, is_url
 from mythos_dist.prepare.remote_files import describe_error, filesystem_of
 
 READ_BYTES = 1 << 20
@@ -29,7 +29,7 @@ class Source:
 
     path: str
     name: str
-    kind: Kind
+    kind: FileKind
     compression: str | None
     size: int
     max_ratio: float = MAX_RATIO

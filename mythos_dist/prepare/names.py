@@ -7,8 +7,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from mythos_dist.errors import redact
 
-Kind = Literal["parquet", "jsonl", "text"]
-SUFFIXES: dict[str, Kind] = {
+FileKind = Literal["parquet", "jsonl", "text"]
+SUFFIXES: dict[str, FileKind] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".jsonl": "jsonl",
@@ -40,7 +40,7 @@ def is_url(path: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
 
 
-def kind_of(path: str) -> tuple[Kind, str | None] | None:
+def kind_of(path: str) -> tuple[FileKind, str | None] | None:
     """(format, compression) of a file with this name; None if it is not supported."""
     stem, suffix = posixpath.splitext(urlsplit(path).path if is_url(path) else path)
     compression = COMPRESSIONS.get(suffix.lower())

@@ -60,19 +60,19 @@ def _print_on_rank_0(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """This replica's part of a global batch."""
 
     index: int  # of the global batch in the order of the data, from 0
     micro_batches: list[MicroBatch]
 
 
-def batches_of(stream: ReplicaStream, indices: Iterator[int]) -> Iterator[Batch]:
+def batches_of(stream: ReplicaStream, indices: Iterator[int]) -> Iterator[StepBatch]:
     """The batches with these indices, which increase."""
     wanted = next(indices)
     for index, micro_batches in enumerate(stream.steps(wanted), wanted):
         if index == wanted:
-            yield Batch(index, micro_batches)
+            yield StepBatch(index, micro_batches)
             wanted = next(indices)
 
 

@@ -71,7 +71,7 @@ class LimitedAdamW(torch.optim.AdamW):
         return None if self.skip() else super().step(closure)
 
 
-class Pass(NamedTuple):
+class PassInputs(NamedTuple):
     """The inputs of a forward pass."""
 
     batch: MicroBatch
@@ -214,7 +214,7 @@ class Engine:
         passes = []
         for batch in micro_batches:
             positions = range(position, position + len(batch.labels))
-            passes.append(Pass(batch, batch.labels, self._loops_of(loops, step, positions, readouts)))
+            passes.append(PassInputs(batch, batch.labels, self._loops_of(loops, step, positions, readouts)))
             position = positions.stop
         counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
         if self.stage:
@@ -248,7 +248,7 @@ class Engine:
         for i, (batch, mask) in enumerate(micro_batches):
             labels = torch.where(mask.unsqueeze(1), batch.final_labels, IGNORED)
             first = (i * self.mesh.data.size + self.mesh.data.rank) * len(mask)
-            passes.append(Pass(batch, labels, self._loops_of(loops, 0, range(first, first + len(mask)))))
+            passes.append(PassInputs(batch, labels, self._loops_of(loops, 0, range(first, first + len(mask)))))
         if self.stage:
             self._enqueue(passes)
             self.deepspeed.eval_batch(iter(_tokens(passes)), num_micro_batches=len(passes))
@@ -304,17 +304,17 @@ class Engine:
         own = torch.tensor(depths[positions.start : positions.stop], device=device()) if depths else None
         return Loops(n_loops, no_grad_loops, own, seeds, readouts)
 
-    def _forward(self, one: Pass) -> Losses:
+    def _forward(self, one: PassInputs) -> Losses:
         ids, labels, documents = self._to_device(one)
         return self.deepspeed(ids, labels=labels, document_ids=documents, loops=one.loops)
 
-    def _to_device(self, one: Pass) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _to_device(self, one: PassInputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """Token ids, labels, document ids."""
         batch, to = one.batch, device()
         documents = batch.document_ids.to(to) if self.config.data.document_mask else None
         return batch.input_ids.to(to), one.labels.to(to), documents
 
-    def _enqueue(self, passes: list[Pass]) -> range:
+    def _enqueue(self, passes: list[PassInputs]) -> range:
         """Enqueue the micro-batches for this pipeline stage. Returns the loops that it will run."""
         assert self.stage is not None
         loops = passes[0].loops
@@ -330,6 +330,6 @@ class Engine:
         return loop_range
 
 
-def _tokens(passes: list[Pass]) -> list[tuple[Tensor, Tensor]]:
+def _tokens(passes: list[PassInputs]) -> list[tuple[Tensor, Tensor]]:
     """What PipelineEngine reads on its first and last stage; the stage layers have their inputs already."""
     return [(one.batch.input_ids, one.batch.labels) for one in passes]

@@ -21,11 +21,11 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
-from mythos_dist.train.batches import Batch, batches_of, gather_sample_ids, heldout_passes
+from mythos_dist.train.batches import StepBatch, batches_of, gather_sample_ids, heldout_passes
 from mythos_dist.train.depth import find_failures, probe_entries
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.metrics import Metrics, StepResult, peak_flops, step_line
-from mythos_dist.train.prepare import Inputs, Prepared, prepare
+from mythos_dist.train.prepare import Prepared, RunInputs, prepare
 from mythos_dist.train.restarts import describe_restart, record_restart
 from mythos_dist.train.resume import schedule_changes
 from mythos_dist.train.run_folder import mark_completed
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, session: Session, inputs: Inputs, hooks: Hooks) -> int:
+def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks) -> int:
     """Train until `train.steps`, from the newest complete checkpoint in `run.dir` if there is one.
 
     Returns the exit code: 0, or EXIT_STOPPED if the run was stopped early. Raises UserError, the same on every rank.
@@ -144,21 +144,21 @@ class Run:
                 self.save()
         return ""
 
-    def next_batches(self) -> Iterator[Batch]:
+    def next_batches(self) -> Iterator[StepBatch]:
         """The batches of the steps after `step`, without those that a rollback has excluded."""
         return batches_of(self.stream, self.spikes.batches(self.step + 1))
 
-    def read_batch(self, batches: Iterator[Batch]) -> Batch:
+    def read_batch(self, batches: Iterator[StepBatch]) -> StepBatch:
         """Raises UserError on all ranks if one cannot read its shards, or if a newer start of this run exists."""
 
-        def read() -> Batch:
+        def read() -> StepBatch:
             if self.rank == 0:
                 self.fence.check()
             return next(batches)
 
         return raise_on_all_ranks(read)
 
-    def train_step(self, batch: Batch, step: int) -> tuple[StepResult, str]:
+    def train_step(self, batch: StepBatch, step: int) -> tuple[StepResult, str]:
         """One optimizer step, computed again (`faults.retry`) if gradients are not finite, except fp16 overflows.
 
         Returns also the decision, "" if none.
@@ -186,7 +186,7 @@ class Run:
         self.spikes.skipped.append(batch.index)
         return result, f"skipped: {problem}"
 
-    def log_step(self, batch: Batch, result: StepResult, decision: str, ids: list[int], seconds: float) -> None:
+    def log_step(self, batch: StepBatch, result: StepResult, decision: str, ids: list[int], seconds: float) -> None:
         """Write the step's line to the log, to metrics.jsonl and to the console."""
         step = self.step
         log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
@@ -203,7 +203,7 @@ class Run:
                 log.info("%s", message)
                 print(message, flush=True)
 
-    def probe_loops(self, batch: Batch, result: StepResult) -> dict[str, Any]:
+    def probe_loops(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
         """Every `loops.telemetry_every` steps, measure each loop and warn of known failures; for metrics.jsonl."""
         every, step = self.config.loops.telemetry_every, self.step
         if not every or step % every:

@@ -28,21 +28,21 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Inputs:
+class RunInputs:
     """What a run reads: shards, and the checkpoint that it resumes from."""
 
     corpora: list[Corpus]
     resume: Resume
 
 
-def check_run(config: Config, session: Session, hooks: Hooks) -> Inputs:
+def check_run(config: Config, session: Session, hooks: Hooks) -> RunInputs:
     """Check settings, shards, run folder and checkpoint. Writes nothing. Raises UserError, the same on every rank."""
     session.enter_phase("checking")
     corpora = raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
     raise_on_all_ranks(hooks.check_config, session.nodes)
     resume = Resume(config, corpora)
     session.record_startup("checking")
-    return Inputs(corpora, resume)
+    return RunInputs(corpora, resume)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Prepared:
     folder_lock: TextIO | None  # on rank 0: keeps the folder claimed while it is open
 
 
-def prepare(config: Config, session: Session, inputs: Inputs) -> Prepared | None:
+def prepare(config: Config, session: Session, inputs: RunInputs) -> Prepared | None:
     """Open the shards, claim the run folder, start logging. Returns None if the run is complete.
 
     Raises UserError, the same on every rank.

@@ -22,7 +22,7 @@ from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
-Seconds = dict[str, float]
+SecondsByPart = dict[str, float]
 
 # Passes over what a loop saves: it is written and read forward; backward reads it, and writes and reads gradients.
 _FORWARD_PASSES, _BACKWARD_PASSES = 3, 5
@@ -123,14 +123,14 @@ class Estimate:
         return micro_batches * one
 
     @cached_property
-    def seconds(self) -> Seconds:
+    def seconds(self) -> SecondsByPart:
         """A step's exposed seconds by part, on the slowest stage."""
         times = [self._stage_seconds(stage) for stage in self.stages]
         slowest = max(times, key=_micro_batch_seconds)
         per_micro_batch = _micro_batch_seconds(slowest) / self.micro_batches
         return {**slowest, "bubble": (self.config.parallel.pipe - 1) * per_micro_batch}
 
-    def _stage_seconds(self, stage: Stage) -> Seconds:
+    def _stage_seconds(self, stage: Stage) -> SecondsByPart:
         cluster = self.cluster
         seconds = self._compute_seconds(stage)
         for name, value in self._message_seconds(stage).items():
@@ -145,7 +145,7 @@ class Estimate:
         recomputed = with_grad if self.config.train.recompute == "loop" else 0
         return len(stage.loops) + recomputed, with_grad
 
-    def _compute_seconds(self, stage: Stage) -> Seconds:
+    def _compute_seconds(self, stage: Stage) -> SecondsByPart:
         config, cluster, m = self.config, self.cluster, self.micro_batches
         c, train = config.model, config.train
         forwards, backwards = self._passes(stage)
@@ -162,13 +162,13 @@ class Estimate:
             "memory": m * read / (cluster.memory_gb_per_s * 1e9),
         }
 
-    def _message_seconds(self, stage: Stage) -> Seconds:
+    def _message_seconds(self, stage: Stage) -> SecondsByPart:
         mesh, m = stage.mesh, self.micro_batches
         forwards, backwards = self._passes(stage)
         counts = {axis: m * (forwards + backwards) * per_loop for axis, per_loop in _MESSAGES.items()}
         counts["tensor"] += m * _BLOCK_MESSAGES * (len(stage.spec.prelude) + len(stage.spec.coda))
         counts["pipe"] = 2 * m
-        seconds: Seconds = {}
+        seconds: SecondsByPart = {}
         for axis, kinds in self.communication(stage).items():
             # Axes of DeepSpeed's own ("tied", "replica") are not of the mesh.
             ranks = getattr(mesh, axis).size if hasattr(mesh, axis) else mesh.pipe.size * mesh.data.size
@@ -210,7 +210,7 @@ class Estimate:
         return tokens / self.tokens_per_second * self.world_size / 3600
 
 
-def _micro_batch_seconds(seconds: Seconds) -> float:
+def _micro_batch_seconds(seconds: SecondsByPart) -> float:
     return sum(seconds[name] for name in _PER_MICRO_BATCH)
 
 
