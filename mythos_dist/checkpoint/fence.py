@@ -3,7 +3,7 @@
 A node that loses its network keeps running while the scheduler restarts the run elsewhere, and the file system releases
 the locks of a node that it cannot reach. So each start writes the next number into `writer.json`, and a writer
 checks that file before it renames anything to its final name; until then its files have temporary names of their own.
-`writer.json` also holds the state of the newest start, and its modification time is that start's heartbeat.
+`writer.json` also holds the status of the newest start, and its modification time is that start's heartbeat.
 
 No start may begin between a writer's check and its rename, so both happen under a lock (`Fence.guard`). One case
 remains: a process that is suspended there (SIGSTOP, a frozen node). A new start waits `_LOCK_TIMEOUT` seconds for it

@@ -83,7 +83,7 @@ class MythosConfig(Section, section="model"):
     lora: Literal["shared", "per_loop", "none"] = _by_mode(reference="shared", train="shared")
     # parcae: a step size per channel, a full matrix B initialized to the identity, a norm after the prelude.
     injection: Literal["reference", "parcae"] = _by_mode(reference="reference", train="parcae")
-    # State before the first loop. e: the prelude's output; random: N(0, 2 / 5).
+    # Hidden state before the first loop. e: the prelude's output; random: N(0, 2 / 5).
     initial_state: Literal["e", "zero", "random"] = _by_mode(reference="e", train="zero")
     # Normalize queries and keys: attention logits stay bounded at any depth.
     qk_norm: bool = _by_mode(reference=False, train=True)
@@ -229,7 +229,7 @@ class TrainConfig(Section, section="train"):
     # Activation recomputation. loop: everything inside a loop. selective: in attention from the latents on (GQA: from
     # q, k, v), in FFNs from the input on.
     recompute: Literal["none", "loop", "selective"] = "none"
-    recompute_every: LoopCount = 1  # recompute=loop: keep the state before every N-th loop only
+    recompute_every: LoopCount = 1  # recompute=loop: keep the hidden state before every N-th loop only
     eval_every: StepsOrOff = 0  # steps between evaluations; 0: only before the first and after the last step
     # Maximum of held-out sequences per evaluation; 0: no evaluation.
     eval_samples: Annotated[int, Range(0, 1 << 30)] = 64
