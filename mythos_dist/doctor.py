@@ -1,7 +1,83 @@
-"""`python -m mythos_dist.doctor`: checks this machine (ops/doctor)."""
+"""Check whether this machine is ready for training, and with a config what it would use here.
 
-from mythos_dist.errors import run_command
-from mythos_dist.ops.doctor.__main__ import main
+Starts no training and leaves nothing behind. Exit code 0: no problem. 1: problems, each with its remedy. 2: the config
+is wrong.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import socket
+import sys
+from collections.abc import Sequence
+
+from mythos_dist import __version__
+from mythos_dist.config.arguments import add_config, parse_arguments
+from mythos_dist.config.load import load_config
+from mythos_dist.config.schema import Config
+from mythos_dist.errors import UserError, run_command
+from mythos_dist.ops.doctor.config_checks import config_checks
+from mythos_dist.ops.doctor.findings import Check, Finding
+from mythos_dist.ops.doctor.machine import Machine
+from mythos_dist.ops.doctor.machine_checks import MACHINE_CHECKS
+from mythos_dist.ops.doctor.probe import start_probes
+from mythos_dist.units import count
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mythos_dist.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config(parser, "a YAML file; without one only the machine is checked", optional=True)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parse_arguments(parser)
+
+
+def main() -> None:
+    """Run all checks, print the findings and exit."""
+    arguments = parse()
+    if arguments.overrides and not arguments.config:
+        raise UserError(f"{arguments.overrides[0]} needs a config file before it, such as configs/1b.yaml")
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    # Libraries print and warn while they are imported; what matters of it is among the findings.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        findings = list(Check("doctor", diagnose).run(config))
+    problems, notes = (sum(one.status == status for one in findings) for status in ("problem", "note"))
+    host = socket.gethostname()
+    if arguments.json:
+        report = {"version": __version__, "host": host, "config": arguments.config}
+        report |= {"problems": problems, "notes": notes, "lines": [finding._asdict() for finding in findings]}
+        print(json.dumps(report))
+    else:
+        print(f"mythos_dist {__version__} on {host}" + (f", {arguments.config}" if config else ""))
+        print("\n".join(as_table(findings)))
+        print(f"{count(problems, 'problem')}, {count(notes, 'note')}")
+    sys.exit(1 if problems else 0)
+
+
+def as_table(findings: Sequence[Finding]) -> list[str]:
+    """A line per finding, with the remedy below it."""
+    width = max(len(finding.topic) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"  {finding.status:<7}  {finding.topic:<{width}}  {finding.text}")
+        if finding.remedy:
+            lines.append(f"  {'':7}  {'':{width}}  -> {finding.remedy}")
+    return lines
+
+
+def diagnose(config: Config | None) -> list[Finding]:
+    """All findings about this machine, and with a config about what it would use."""
+    with contextlib.suppress(Exception):  # checks that need torch report why it fails
+        import torch  # noqa: F401 - imported once here instead of in every probe
+    machine = Machine(probes=start_probes())
+    findings = [finding for check in MACHINE_CHECKS for finding in check.run(machine)]
+    if config:
+        findings += [finding for check in config_checks(config) for finding in check.run(machine, config)]
+    return list(dict.fromkeys(findings))  # a fact that cannot be read is reported by each check that needs it
+
 
 if __name__ == "__main__":
     run_command(main)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ops.plan": {"model", "parallel", "config"},
     "ops": {"ops.cluster", "ops.plan", "train", "checkpoint", "model", "parallel", "data", "config"},
     "ops.doctor": {"ops", "ops.cluster", "ops.plan", "train", "model", "parallel", "data", "config"},
-    "doctor": {"ops.doctor"},
+    "doctor": {"ops.doctor", "config"},
     "experiments": {"prepare", "train", "ops", "ops.plan", "model", "parallel", "data", "config"},
 }
 # Not part of the core: it puts the core and operations together.

@@ -9,7 +9,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, data_changes, open_corpora
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.errors import UserError
-from mythos_dist.model.attend import choose_kernel
+from mythos_dist.model.attend import Kernel, choose_kernel
 from mythos_dist.model.megablocks import check_megablocks
 from mythos_dist.parallel.process import DTYPES, check_dtype, device
 from mythos_dist.train.run_folder import check_run_folder
@@ -20,6 +20,11 @@ def check_inputs(config: Config) -> list[Corpus]:
     check_dtype(config.train.dtype)
     check_kernels(config)
     check_run_folder(config)
+    return open_data(config)
+
+
+def open_data(config: Config) -> list[Corpus]:
+    """The shards of a config. Raises UserError with all that is wrong with them."""
     return open_corpora(
         config.data.folders,
         seq_len=config.train.seq_len,
@@ -31,23 +36,33 @@ def check_inputs(config: Config) -> list[Corpus]:
 
 def check_kernels(config: Config) -> str:
     """The kernels that run experts and attention, as text; UserError with all reasons if requested ones cannot run."""
-    dtype = DTYPES[config.train.dtype]
-    problems, attention = [], ""
-    try:
-        attention = choose_kernel(config.train.attention, device(), dtype, config.model)
-    except UserError as error:
-        problems += error.problems
-    if config.experts.backend == "megablocks":
+    results, problems = [], []
+    for check in (choose_attention, check_experts, check_compiler):
         try:
-            check_megablocks(dtype)
+            results.append(check(config))
         except UserError as error:
             problems += error.problems
-    compiler = os.environ.get("CXX", "g++")
-    if config.train.compile and device().type == "cpu" and not shutil.which(compiler):
-        problems.append(f"train.compile=true: there is no C++ compiler {compiler}; install one, or set it to false")
     if problems:
         raise UserError(problems)
-    return f"experts: {config.experts.backend}, attention: {attention}"
+    return f"experts: {config.experts.backend}, attention: {results[0]}"
+
+
+def choose_attention(config: Config) -> Kernel:
+    """The kernel for `train.attention` on this rank's device. Raises UserError."""
+    return choose_kernel(config.train.attention, device(), DTYPES[config.train.dtype], config.model)
+
+
+def check_experts(config: Config) -> None:
+    """UserError if the kernels of `experts.backend` cannot run."""
+    if config.experts.backend == "megablocks":
+        check_megablocks(DTYPES[config.train.dtype])
+
+
+def check_compiler(config: Config) -> None:
+    """UserError if `train.compile` has no C++ compiler, which it needs on a CPU."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and device().type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"train.compile=true: there is no C++ compiler {compiler}; install one, or set it to false")
 
 
 def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpus]) -> None:

@@ -1,47 +1,54 @@
-"""What a check yields, and the rule that a check that raises becomes a finding: it never ends the report."""
+"""What a check yields, and the rule that no check ends the report: what it raises becomes a finding."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-from mythos_dist.errors import first_line
+from mythos_dist.errors import UserError, first_line
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A note does not stop training; a problem stops it or makes its results wrong."""
 
-    topic: str  # the setting, where the finding is about one
     status: Literal["ok", "note", "problem"]
     text: str
     remedy: str = ""  # empty only for "ok"
+    topic: str = ""  # the setting, where it is about one; empty: the topic of its check
 
 
-def ok(topic: str, text: str) -> Finding:
-    return Finding(topic, "ok", text)
+ok, note, problem = partial(Finding, "ok"), partial(Finding, "note"), partial(Finding, "problem")
 
 
-def note(topic: str, text: str, remedy: str) -> Finding:
-    return Finding(topic, "note", text, remedy)
+class FactError(Exception):
+    """A fact about the machine cannot be read."""
+
+    def __init__(self, fact: str, error: Exception):
+        super().__init__(f"cannot be read ({type(error).__name__}: {first_line(error)})")
+        self.fact = fact
 
 
-def problem(topic: str, text: str, remedy: str) -> Finding:
-    return Finding(topic, "problem", text, remedy)
+class Check(NamedTuple):
+    """A function that yields findings about a topic."""
 
+    topic: str
+    function: Callable[..., Iterable[Finding] | None]
+    remedy: str = ""  # for a refusal that names none
 
-def split_remedy(topic: str, message: str, default: str = "") -> Finding:
-    """The problem that a message "what is wrong; what to do" describes."""
-    text, separator, remedy = message.rpartition("; ")
-    return problem(topic, text, remedy) if separator else problem(topic, message, default)
-
-
-def run_check(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The findings of a check; a problem if it raises."""
-    try:
-        return list(check())
-    except Exception as error:
-        text = f"this check failed ({type(error).__name__}: {first_line(error)})"
-        return [problem(topic, text, "fix what the error names; if training starts anyway, report this as a bug")]
+    def run(self, *arguments: Any) -> Iterator[Finding]:
+        """The findings of `function(*arguments)`. What it refuses (UserError) and any other error are problems."""
+        try:
+            for finding in self.function(*arguments) or ():
+                yield finding._replace(topic=finding.topic or self.topic)
+        except UserError as error:
+            for message in error.problems:
+                text, separator, remedy = message.rpartition("; ")
+                text, remedy = (text, remedy) if separator else (message, self.remedy)
+                yield problem(f"{error.source}: {text}" if error.source else text, remedy, self.topic)
+        except Exception as error:
+            topic, text = self.topic, f"this check failed ({type(error).__name__}: {first_line(error)})"
+            if isinstance(error, FactError):  # the same finding for all checks that need this fact
+                topic, text = error.fact, str(error)
+            yield problem(text, "fix what the error names; if training starts anyway, report this as a bug", topic)
 
 
 def gigabytes(size: float) -> str:

@@ -12,27 +12,26 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 SECONDS = 20  # timeout of a probe: imports from a cold file system, the start of NCCL
 _FORK = multiprocessing.get_context("fork")
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a probe returned, or why it returned nothing."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    value: Any = None
+    seconds: float = 0.0
     error: str = ""
     timed_out: bool = False
 
 
 class Probe:
-    """`function()`, running in a forked process; it returns a dict that JSON can hold."""
+    """`function()`, running in a forked process; it returns what JSON can hold."""
 
-    def __init__(self, function: Callable[[], dict[str, Any]]):
+    def __init__(self, function: Callable[[], Any]):
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `outcome`
         # A daemon: it ends with this process.
         self._process = _FORK.Process(target=_write_outcome, args=(function, self._file.fileno()), daemon=True)
@@ -53,52 +52,54 @@ class Probe:
             return Outcome(**json.loads(self._file.read()))
 
 
-def _write_outcome(function: Callable[[], dict[str, Any]], file: int) -> None:
+def _write_outcome(function: Callable[[], Any], file: int) -> None:
     """In the child: write what `function` returns, or its error, to `file`; discard what libraries print."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    begin = time.perf_counter()
     try:
-        outcome: dict[str, Any] = {"values": function()}
+        outcome = {"value": function(), "seconds": time.perf_counter() - begin}
     except Exception as error:
         message = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
         outcome = {"error": f"{type(error).__name__}: {message[-1]}"}  # NCCL gives the cause last
     os.write(file, json.dumps(outcome).encode())
 
 
-def join_group() -> dict[str, Any]:
+def join_group() -> None:
     """Join a process group of one on loopback, with training's backend, and run one all-reduce."""
     import torch
     import torch.distributed as dist
 
-    begin = time.perf_counter()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend, timeout = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=SECONDS)
     # A store of our own: `init_method` would use a launcher's variables and connect to the store of its job.
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timedelta(seconds=SECONDS))
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=SECONDS))
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     ones = torch.ones(2, device="cuda" if backend == "nccl" else "cpu")
     dist.all_reduce(ones)
     if ones.tolist() != [1, 1]:
         raise RuntimeError(f"an all-reduce of ones over one rank returned {ones.tolist()}")
     dist.destroy_process_group()
-    return {"seconds": time.perf_counter() - begin}
 
 
-def resolve_names() -> dict[str, Any]:
+def resolve_names() -> dict[str, str | None]:
     """{name: address or None} of this host and of MASTER_ADDR. A broken DNS takes a minute to answer."""
-    addresses: dict[str, Any] = {}
+    addresses: dict[str, str | None] = {}
     for name in {socket.gethostname(), os.environ.get("MASTER_ADDR", "")} - {""}:
         try:
-            addresses[name] = socket.getaddrinfo(name, None)[0][4][0]
+            addresses[name] = str(socket.getaddrinfo(name, None)[0][4][0])
         except OSError:
             addresses[name] = None
     return addresses
 
 
-def import_reader() -> dict[str, Any]:
+def import_reader() -> None:
     """Import streaming's shard reader, as training does."""
     from mythos_dist.data.windows import import_reader
 
-    begin = time.perf_counter()
     import_reader()
-    return {"seconds": time.perf_counter() - begin}
+
+
+def start_probes() -> dict[str, Probe]:
+    """All probes side by side, by the fact of `machine.Machine` that is their outcome."""
+    return {"group": Probe(join_group), "addresses": Probe(resolve_names), "reader": Probe(import_reader)}
