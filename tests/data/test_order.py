@@ -56,6 +56,26 @@ def test_the_order_is_that_of_the_first_version():
     assert epoch_of(SampleOrder([3, 4], -7, block=3, corpus=2), 5) == FIRST_VERSION[1]
 
 
+@pytest.mark.parametrize(
+    ("seed", "words"),
+    [
+        (0, [0]),
+        (2**30, [2**30]),
+        (2**31 - 1, [2**31 - 1]),
+        (2**31, [2**31, 0]),
+        (-1, [2**32 - 1]),
+        (-(2**31), [2**31, 2**32 - 1]),
+        (2**40 + 5, [5, 2**8]),
+        (2**63, [0, 2**31, 0]),
+    ],
+)
+def test_the_generator_is_seeded_with_all_words_of_the_seed(seed, words):
+    """Against NumPy's generator: 32-bit words of the signed seed, then corpus, epoch and 1 + the block's index."""
+    order = SampleOrder([20], seed, corpus=3, block=10)
+    blocks = [np.random.RandomState([*words, 3, 4, 1 + block]).permutation(10) + 10 * block for block in range(2)]
+    assert epoch_of(order, 4) == np.concatenate(blocks).tolist()
+
+
 def test_without_a_seed_the_order_is_the_one_on_disk():
     assert SampleOrder([2, 3], None).samples(np.arange(12)).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 
@@ -72,15 +92,18 @@ def test_neighbouring_samples_come_from_different_shards():
     assert max(halves) < 600, "each shard is spread over its block"  # 500 expected, deviation 16
 
 
-def test_blocks_grow_so_that_they_mix_large_shards():
-    order = SampleOrder([SHUFFLE_BLOCK + 1] * 4, 0)
-    shards = order.samples(np.arange(100)) // (SHUFFLE_BLOCK + 1)
-    assert len(set(shards.tolist())) > 1
+def test_a_block_is_2_to_the_18_samples_or_two_of_the_largest_shards():
+    """Both halves of the first block are from the same shards: 263 of 1,000 samples, or two. Blocks of another length
+    would change the order of every run that resumes."""
+    for sizes, block, shards in (([1000] * 600, 2**18, 263), ([2**18 + 1] * 4, 2 * (2**18 + 1), 2)):
+        first, second = SampleOrder(sizes, 0).samples(np.arange(block)).reshape(2, -1) // sizes[0]
+        assert set(first.tolist()) == set(second.tolist()) and len(set(first.tolist())) == shards
 
 
-def test_a_large_corpus_takes_a_few_megabytes_and_a_seek_draws_one_block(monkeypatch):
-    """300 million samples: lengths of the permutations that are drawn, and peak memory."""
-    drawn = []
+@pytest.fixture
+def drawn(monkeypatch) -> list[int]:
+    """The lengths of the permutations that are drawn."""
+    lengths = []
     random_state = np.random.RandomState
 
     def counting(words):
@@ -90,12 +113,17 @@ def test_a_large_corpus_takes_a_few_megabytes_and_a_seek_draws_one_block(monkeyp
         class Counting:
             @staticmethod
             def permutation(length):
-                drawn.append(length)
+                lengths.append(length)
                 return permutation(length)
 
         return Counting
 
     monkeypatch.setattr(np.random, "RandomState", counting)
+    return lengths
+
+
+def test_a_large_corpus_takes_a_few_megabytes_and_a_seek_draws_one_block(drawn):
+    """300 million samples: lengths of the permutations that are drawn, and peak memory."""
     tracemalloc.start()
     order = SampleOrder([60_000] * 5000, 1)
     order.samples(np.arange(290_000_000, 290_000_512))
@@ -107,6 +135,15 @@ def test_a_large_corpus_takes_a_few_megabytes_and_a_seek_draws_one_block(monkeyp
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < (CACHED_BLOCKS + 5) * 4 * SHUFFLE_BLOCK + 2_000_000 < 50e6
+
+
+def test_a_step_and_an_evaluation_across_two_blocks_are_drawn_once(drawn):
+    """A step from the end of one epoch to the start of the next, then samples of two other blocks, in turn."""
+    order = SampleOrder([10] * 10, 0, block=10)
+    for _ in range(3):
+        order.samples(np.arange(95, 105))
+        order.samples(np.arange(35, 45))
+    assert len(drawn) == 4 + 2, "four blocks and the shards of two epochs"
 
 
 def test_the_least_recently_used_blocks_are_evicted(monkeypatch):

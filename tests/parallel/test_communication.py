@@ -5,14 +5,17 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.launch import new_process_groups, run_ranks
 from helpers.parity import batches, change
 from helpers.selection import by_ranks
 
 from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import Config, ParallelConfig
 from mythos_dist.model import Mythos
 from mythos_dist.ops.plan.communication import communication
+from mythos_dist.parallel.mesh import build_mesh
+from mythos_dist.parallel.traffic import Traffic, group_namer
 from mythos_dist.train.schedule import loops_at
 
 # Nothing divides: the vocabulary, the latents, the rank of the depth LoRA, an expert's width. Two micro-batches.
@@ -122,10 +125,6 @@ def passes_of(config: Config) -> int:
 
 def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
     """On each rank: for every layout, what goes over the groups in a step."""
-    import torch.distributed as dist
-
-    from mythos_dist.parallel.mesh import build_mesh
-    from mythos_dist.parallel.traffic import Traffic
     from mythos_dist.train.engine import Engine
 
     totals = []
@@ -247,3 +246,72 @@ def test_the_number_of_micro_batches_can_be_passed(layout):
     for rank in range(8):
         given = communication(config, 8, rank, 3, 1, rows=(5, 6), micro_batches=3)
         assert given == communication(larger, 8, rank, 3, 1, rows=(5, 6))
+
+
+def test_groups_have_the_names_of_their_axes():
+    """Rank 5 of 16 at tensor=2 pipe=2 expert=2: stage 0, second tensor rank, second of four replicas, by hand."""
+    name_of = group_namer(ParallelConfig(tensor=2, pipe=2, expert=2), 16, 5)
+    groups = {
+        "data": [1, 5, 9, 13],
+        "pipe": [5, 7],
+        "tensor": [4, 5],
+        "expert": [1, 5],
+        "expert_data": [5, 13],
+        "replica": [4, 5, 6, 7],
+        "world": range(16),
+    }
+    assert {name: name_of(ranks) for name, ranks in groups.items()} == {name: name for name in groups}
+    tied = [[1, 3, 5, 7, 9, 11, 13, 15], [1, 3, 5, 7], [5, 7, 13, 15]]  # on both stages, over 4, 2 and 2 replicas
+    assert [name_of(ranks[::-1]) for ranks in tied] == ["tied"] * 3
+    for no_group in ([4, 7], [5, 9], [0, 1, 4, 5], [5, 6, 7, 8], range(15), range(17)):
+        with pytest.raises(AssertionError, match="are no group of"):
+            name_of(no_group)
+
+
+def test_two_stages_of_a_replica_are_a_part_of_the_pipe_axis():
+    """Rank 4 of 12 at pipe=6: its replica is its pipe group, and the other's last stage is tied to its first."""
+    name_of = group_namer(ParallelConfig(pipe=6), 12, 4)
+    assert [name_of(ranks) for ranks in ([0, 5], [4, 5], range(6), [4, 10], range(12))] == [
+        *("pipe", "pipe", "pipe", "data", "tied")
+    ]
+    assert group_namer(ParallelConfig(tensor=2), 4, 3)([2, 3]) == "tensor"
+    assert group_namer(ParallelConfig(), 4, 3)(range(4)) == "data"
+
+
+def send_one_of_each() -> tuple[dict, dict]:
+    """One message of each kind among four ranks, or two of them: what this rank counts, and the sum over ranks."""
+    mesh = build_mesh(ParallelConfig(tensor=2, pipe=2))
+    rank, pair = dist.get_rank(), mesh.tensor.group
+    shards = [torch.zeros(5) for _ in range(4)]
+    with Traffic(mesh) as traffic:
+        dist.all_reduce(torch.zeros(7))
+        dist.all_reduce(torch.zeros(3, dtype=torch.float64), group=pair)
+        dist.reduce(torch.zeros(11), 0)
+        dist.broadcast(torch.zeros(13), 0)
+        dist.all_gather(shards, torch.zeros(5))
+        dist.all_gather_into_tensor(torch.zeros(2 * 17), torch.zeros(17), group=pair)
+        dist.reduce_scatter(torch.zeros(5), shards)
+        dist.reduce_scatter_tensor(torch.zeros(19), torch.zeros(2 * 19), group=pair)
+        rows = 1 + mesh.tensor.rank  # from each of the two ranks
+        dist.all_to_all_single(torch.zeros(2 * rows), torch.zeros(3), [rows, rows], [1, 2], group=pair)
+        if mesh.pipe.rank == 0:
+            dist.send(torch.zeros(23), rank + 2)
+        else:
+            dist.recv(torch.zeros(23), rank - 2)
+        dist.broadcast(torch.zeros(0), 0)
+        dist.barrier()
+    counted = traffic.totals
+    return counted, traffic.total_over_ranks()
+
+
+@pytest.mark.launch
+def test_each_kind_of_message_is_counted_by_its_size():
+    """Against nccl-tests' sizes: the output of an all-gather, the input of a reduce-scatter and of an all-to-all."""
+    tensor = {"all_reduce": 8 * 3, "all_gather": 4 * 34, "reduce_scatter": 4 * 38, "all_to_all": 4 * 3}
+    replica = {"all_reduce": 4 * 7, "reduce": 4 * 11, "broadcast": 4 * 13, "all_gather": 4 * 20}
+    replica["reduce_scatter"] = 4 * 20
+    for rank, (counted, total) in enumerate(run_ranks(4, send_one_of_each)):
+        sent = {"pipe": {"send": 4 * 23}} if rank < 2 else {}
+        assert counted == {"tensor": tensor, "replica": replica} | sent
+        summed = {name: {kind: 4 * size for kind, size in of.items()} for name, of in counted.items() if name != "pipe"}
+        assert total == summed | {"pipe": {"send": 2 * 4 * 23}}
