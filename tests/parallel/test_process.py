@@ -1,6 +1,5 @@
 """Errors that ranks share, and what a process sets up before it trains."""
 
-import resource
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from mythos_dist.parallel.process import (
     free_port,
     from_rank_0,
     join_process_group,
-    keep_freed_memory,
     on_rank_0,
     raise_on_all_ranks,
 )
@@ -43,8 +41,7 @@ def caught(call: Any) -> tuple:
     try:
         return ("", call())
     except NodeError as error:
-        nodes = ("NodeError", sorted(error.problems), sorted(error.nodes))
-        return nodes
+        return ("NodeError", sorted(error.problems), sorted(error.nodes))
     except UserError as error:
         return (type(error).__name__, str(error))
 
@@ -142,22 +139,3 @@ def test_a_dtype_that_the_machine_lacks_is_refused_with_those_it_has():
         "train.dtype=fp16 is not supported on this cpu; set it to fp32 or bf16",
         "train.dtype=bf16 is not supported on this cpu; set it to fp32 or fp16",
     ]
-
-
-def faults_of_large_tensors(keep: bool) -> int:
-    """Page faults of ten tensors of 64 MB, one after the other."""
-    if keep:
-        keep_freed_memory()
-    faults = []
-    for _ in range(15):
-        torch.ones(1 << 24)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    return faults[-1] - faults[4]  # pages of the first ones are new in any case
-
-
-@pytest.mark.launch
-def test_freed_memory_is_used_again():
-    """Ten tensors of 64 MB: by default the kernel zeroes the pages of each, afterwards none."""
-    (by_default,), (kept,) = (launch(1, faults_of_large_tensors, keep).values for keep in (False, True))
-    assert by_default >= 10 * (64 << 20) / (2 << 20)  # or more, if pages are smaller than 2 MB
-    assert kept < by_default / 10
