@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -25,17 +25,18 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @contextmanager
-def replacing(file: Path, ending: str = "") -> Iterator[IO[bytes]]:
+def replacing(file: Path, ending: str = "", before_rename: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
     """A temporary file, open for writing; after the block, it is fsynced and renamed to `file`, which it replaces.
 
-    If the block or the disk fails, the temporary file is removed and the old file is kept. `ending`: of the temporary
-    name; default: .tmp-PID.
+    If the block, `before_rename` or the disk fails, the temporary file is removed and the old file is kept.
+    `ending`: of the temporary name; default: .tmp-PID.
     """
     temporary = file.with_name(f"{file.name}{ending or f'.tmp-{os.getpid()}'}")
     try:
         with temporary.open("wb") as stream:
             yield stream
             fsync_file(stream)
+        before_rename()
         os.replace(temporary, file)
     except BaseException:
         with suppress(OSError):
@@ -65,12 +66,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     fsync_folder(folder.parent)
 
 
-def write_atomically(file: Path, content: str | bytes, ending: str = "") -> None:
+def write_atomically(
+    file: Path, content: str | bytes, ending: str = "", before_rename: Callable[[], None] = lambda: None
+) -> None:
     """Replace `file` by `content`; on disk when this returns. Raises OSError, and keeps the old file, if it fails.
 
-    `ending`: of the temporary file's name; default: .tmp-PID.
+    `ending`, `before_rename`: as of `replacing`.
     """
-    with replacing(file, ending) as stream:
+    with replacing(file, ending, before_rename) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -10,7 +10,7 @@ from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.schema import Config
 from mythos_dist.data.manifest import DocumentCounts, SplitCounts
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.allocation import even_allocation
+from mythos_dist.ops.cluster.allocation import check_allocation, even_allocation
 from mythos_dist.ops.preflight import PreflightResult
 from mythos_dist.units import count
 
@@ -28,11 +28,16 @@ def test_messages_about_one_thing_are_in_the_singular(tmp_path):
     manifest = replace(manifest, documents=DocumentCounts(1, 1), splits={"train": one, "heldout": one})
     config = Config()
     parallel = replace(config.parallel, expert=2)
-    texts = [manifest.summary(), str(PreflightResult(["a"], 1.0, 1.0, 0.0, 1.0))]
+    cut = replace(manifest, heldout=0.1, heldout_by="window")
+    texts = [manifest.summary(), cut.summary(), str(PreflightResult(["a"], 1.0, 1.0, 0.0, 1.0))]
     texts += layout_problems(replace(config, parallel=parallel), 1)
     with pytest.raises(UserError) as error:
         even_allocation(1, 2)
     texts.append(str(error.value))
+    with pytest.raises(UserError) as error:
+        check_allocation(replace(config, parallel=replace(parallel, tensor=2)), even_allocation(1, 1), "hostfile")
+    texts.append(str(error.value))
     for text in texts:
         assert not re.search(rf"\b1 ({PLURALS.replace(' ', '|')})\b", text), text
+        assert not re.search(r"\b1 \w+ (are|have|do|were)\b", text), text
         assert re.search(r"\b1 (rank|document|replica)\b", text), text

@@ -1,10 +1,14 @@
 """What the README and docs/ show is what the commands print."""
 
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
@@ -45,6 +49,91 @@ def test_the_plan_shown_is_the_plan_printed():
     assert (result.returncode, result.stdout, result.stderr) == (0, shown, "")
 
 
+SMALLER = """\
+base: {base}
+model: {{max_loop_iters: 2, dim: 32, vocab_size: 400}}
+train: {{steps: 2, seq_len: 32, global_batch: 2, eval_samples: 2}}
+checkpoint: {{every: 1}}
+run: {{peak_tflops: 1}}
+"""
+FEWER = {  # text in a command -> its replacement
+    "--vocab-size 32000": "--vocab-size 400",
+    "--seq-len 2048": "--seq-len 32",
+    "--seq-len 4096": "--seq-len 32",
+    "'hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT' --tokenizer tokenizer.model": "parquet --tokenizer t.model",
+    "'parquet/*.parquet' --vocab-size 400 --out tokenizer.model": "'parquet/*.parquet' --vocab-size 400 --out t.model",
+    "--out shards --dedup": "--out shards-of-parquet --dedup",
+    "tools/verify_shards.py shards": "tools/verify_shards.py shards-of-parquet",
+    "--nproc_per_node 8": "--nproc_per_node 2",
+    "configs/1b.yaml data.path=shards run.dir=runs/first": "configs/1b.yaml data.path=shards run.dir=runs/two-ranks",
+    "runs/demo --loops 1,2,4,8,16,32": "runs/first --loops 1,2",
+}
+ELSEWHERE = (  # commands that other tests run
+    "sbatch ",  # cluster/test_drills.py, cluster/test_launch_readme.py
+    "launch/deepspeed.sh ",
+    "python tools/plan.py ",  # below, plan/test_command.py, train/test_variants.py
+    "python -m mythos_dist.doctor ",  # test_doctor.py
+    "make ",  # experiments/test_trials.py; `make demo` is tools/demo.py
+    "torchrun --nproc_per_node 8 -m mythos_dist.train configs/tiny_cpu.yaml",  # parallel/test_parity_grid.py
+    "python -m mythos_dist.train configs/tiny_cpu.yaml",  # a study of minutes; layout errors: above
+    "python -m mythos_dist.train configs/demo.yaml model.dimm=3",  # above
+    "python tools/make_sample_data.py && make loop-ablation",
+)
+
+
+def shown_commands() -> list[str]:
+    """Each command line in a block of the README and docs/, once, without the prompt and `.venv/bin/`."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", ALL, flags=re.DOTALL | re.MULTILINE)
+    starts = r"(?:\$ )?((?:\.venv/bin/)?(?:python|torchrun|make|sbatch|launch/\S+\.sh) .*)"
+    lines = (re.fullmatch(starts, line) for block in blocks for line in block.splitlines())
+    return list(dict.fromkeys(line[1].removeprefix(".venv/bin/") for line in lines if line))
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(1160)
+def test_the_commands_shown_run(tmp_path):
+    """In a folder with two small configs of the same names: text, shards, training, and all tools on the result."""
+    for folder in ("configs", "text", "parquet", "bin"):
+        (tmp_path / folder).mkdir()
+    for name in ("mythos_dist", "tools", "launch"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    for name in ("1b", "300m"):
+        (tmp_path / "configs" / f"{name}.yaml").write_text(
+            SMALLER.format(base=REPOSITORY / "configs" / "tiny_cpu.yaml")
+        )
+    texts = [f"A story of number {i}. " + " ".join(sorted(str(i * j) for j in range(40))) for i in range(200)]
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "parquet" / "a.parquet")
+    commands = [command for command in shown_commands() if not command.startswith(ELSEWHERE)]
+    script = "\n".join(sorted(commands, key=_order))
+    for text, fewer in FEWER.items():
+        assert text in script, (text, script)
+        script = script.replace(text, fewer)
+    weights = (
+        "python -m mythos_dist.train configs/1b.yaml data.path=shards model.mode=reference run.dir=runs/reference\n"
+        "python tools/export_checkpoint.py runs/reference --out theirs --format open_mythos\n"
+        'python -c "import torch, safetensors.torch as s; '
+        "torch.save(s.load_file('theirs/model.safetensors'), 'open_mythos.pt')\"\n"
+    )
+    script = script.replace("python tools/import_open_mythos.py", weights + "python tools/import_open_mythos.py")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euxc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1100
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert (tmp_path / "runs" / "two-ranks" / "COMPLETED").exists()
+    assert {"first", "second", "kept"} <= {path.name for path in (tmp_path / "runs").iterdir()}
+    for text in ("done: 2 steps", "every byte is as it was written", ": all good", "runs/first: finished"):
+        assert text in done.stdout, done.stdout
+
+
+def _order(command: str) -> int:
+    """Tokenizer, shards, training, then what reads a run."""
+    firsts = ("train_tokenizer", "make_shards", "mythos_dist.train configs/300m", "mythos_dist.train")
+    return next((i for i, first in enumerate(firsts) if first in command), len(firsts))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_names_exists(page):
     """Paths in code spans and commands, but for what a run makes; targets of links."""
@@ -61,6 +150,11 @@ def test_the_readme_is_short_and_its_first_lines_name_the_map():
     lines = README.splitlines()
     assert len(lines) <= 160
     assert "docs/architecture.md" in "\n".join(lines[:10])
+
+
+def test_the_first_link_of_the_readme_is_the_repository_of_the_model():
+    """It named a package index."""
+    assert re.findall(r"\]\((https?://[^)]+)\)", README)[0].lower().endswith("/openmythos")
 
 
 def test_every_function_that_the_map_names_exists():

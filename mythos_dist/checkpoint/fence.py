@@ -5,12 +5,13 @@ the locks of a node that it cannot reach. So each start writes the next number i
 checks that file before it renames anything to its final name; until then its files have temporary names of their own.
 `writer.json` also holds the status of the newest start, and its modification time is that start's heartbeat.
 
-No start may begin between a writer's check and its rename, so both happen under a lock (`Fence.guard`). One case
-remains: a process that is suspended there (SIGSTOP, a frozen node). A new start waits `_LOCK_TIMEOUT` seconds for it
-and then takes over; when the old process continues, it does the one rename that it was about to do. `check` repairs
-`writer.json` after that, and `train/line_file.py` its files of lines.
+No start may begin between a writer's check and its rename, so both happen under a lock (`Fence.guard`). A process may
+be suspended there (SIGSTOP, a frozen node), and may lose its lock. A new start waits `_LOCK_TIMEOUT` seconds for it and
+then takes over. So a writer creates its temporary file or folder *before* it checks, and a new start removes those of
+all earlier starts *after* it has written its number (`run_folder.take_over`): when the old process continues, there is
+nothing left that it could rename. For appended lines see `train/line_file.py`.
 
-Decisions: CHECKPOINT-4.
+Decisions: CHECKPOINT-4, CHECKPOINT-13.
 """
 
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_dist.errors import UserError
-from mythos_dist.files import lock_file, read_json_lines, write_atomically
+from mythos_dist.files import lock_file, read_json_lines, replacing, write_atomically
 from mythos_dist.parallel.launcher import read_job_id
 from mythos_dist.parallel.process_identity import identity
 
@@ -43,24 +44,36 @@ class Fence:
 
     @staticmethod
     def take(run_dir: Path) -> "Fence":
-        """Make this the newest start. Called by rank 0, which holds the run folder's lock. Raises OSError."""
-        with _locked(run_dir / GUARD, force=True):
+        """Make this the newest start. Raises OSError.
+
+        Earlier starts may still do the rename that they are about to do, until `run_folder.take_over` has removed
+        their temporary files.
+        """
+        with _locked(run_dir / GUARD, force=True), replacing(run_dir / FILE) as stream:
             newest = newest_start(run_dir).get("start")
             if newest is None:  # the first start, or the file was lost
                 starts = [line.get("start") for line in read_json_lines(run_dir / "restarts.jsonl")]
                 newest = max((number for number in starts if isinstance(number, int)), default=0)
             fence = Fence(run_dir, newest + 1, secrets.token_hex(8))
-            fence._write("running", "", None)
+            stream.write(fence._content("running", "", None).encode())
         return fence
+
+    def replace(self, file: Path, content: str | bytes) -> None:
+        """Replace a file of the run folder. Raises OSError, and UserError if the run was started again since."""
+        try:
+            write_atomically(file, content, f".tmp-{self.start}", before_rename=self.check)
+        except FileNotFoundError:
+            self.check()  # a newer start has removed the temporary file
+            raise
 
     def check(self) -> None:
         """Raise UserError if the run was started again since."""
         newest = newest_start(self.run_dir)
         number, token = newest.get("start", self.start), newest.get("token")
         if number < self.start and self.token:
-            # An earlier start was suspended between its check and its rename, and has just done that rename.
+            # Another version's process, or a restored copy: ours has no temporary file to rename (`take_over`).
             with suppress(OSError):
-                self._write("running", "", None)
+                write_atomically(self.run_dir / FILE, self._content("running", "", None))
         elif number > self.start or (number == self.start and self.token and token not in (None, self.token)):
             raise UserError(
                 f"run.dir={self.run_dir} was taken over by start {number} of this run, on "
@@ -84,7 +97,7 @@ class Fence:
         again since, OSError if the file cannot be written.
         """
         with self.guard():
-            self._write(status, why, step, published)
+            self.replace(self.run_dir / FILE, self._content(status, why, step, published))
 
     def heartbeat(self) -> None:
         """Update the modification time of `writer.json`, unless the run was started again since."""
@@ -92,14 +105,15 @@ class Fence:
             self.check()
             os.utime(self.run_dir / FILE)
 
-    def _write(self, status: str, why: str, step: int | None, published: int | None = None) -> None:
+    def _content(self, status: str, why: str, step: int | None, published: int | None = None) -> str:
+        """The content of `writer.json`."""
         about: dict[str, Any] = {"start": self.start, "token": self.token, **identity()}
         about |= {name.lower(): os.environ[name] for name in _JOB_VARIABLES if name in os.environ}
         before, now = newest_start(self.run_dir), time.time()
         began = before.get("began") if before.get("start") == self.start else now
         published = before.get("published") if published is None else published
         about |= {"launch": read_job_id(), "state": status, "why": why, "step": step, "published": published}
-        write_atomically(self.run_dir / FILE, json.dumps(about | {"began": began, "time": now}) + "\n")
+        return json.dumps(about | {"began": began, "time": now}) + "\n"
 
 
 def newest_start(run_dir: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mythos_dist.checkpoint.manifest import CheckpointManifest, VersionError, re
 from mythos_dist.checkpoint.names import (
     LATEST,
     MANIFEST_FILE,
+    Unfinished,
     folder_name,
     foreign_files,
     is_folder_without_link,
@@ -34,10 +35,17 @@ _warned: set[Path] = set()  # paths that are not deleted: one warning each
 _published: dict[Path, list[tuple[int, int]]] = {}  # by this process, with `_identity`: need not be read again
 
 
-def publish(temporary: Path, manifest: CheckpointManifest, key: Key | None = None) -> Path:
+def publish(
+    temporary: Path,
+    manifest: CheckpointManifest,
+    key: Key | None = None,
+    check_fence: Callable[[], None] = lambda: None,
+) -> Path:
     """Make a folder whose files are all on disk the newest checkpoint: write its manifest, rename it, write `latest`.
 
     An earlier checkpoint of the same step is replaced; anything else of that name is renamed. `key`: sign the manifest.
+    `check_fence` raises UserError if a newer start has taken the run over; it is called before the renames.
+
     Returns the checkpoint's folder. Raises OSError if something did not reach the disk; earlier checkpoints stay then.
     """
     write_and_fsync(temporary / MANIFEST_FILE, manifest.to_text(key))
@@ -45,6 +53,7 @@ def publish(temporary: Path, manifest: CheckpointManifest, key: Key | None = Non
     folder = temporary.parent
     final = folder / folder_name(manifest.step)
     replaced = folder / f"{final.name}.replaced-by-{manifest.start}"
+    check_fence()
     is_replaced = os.path.lexists(final)
     if is_replaced:
         if not _may_remove(final, manifest):
@@ -61,7 +70,7 @@ def publish(temporary: Path, manifest: CheckpointManifest, key: Key | None = Non
         raise
     _published[final] = _identity(final)
     fsync_folder(folder)  # before `latest` is written: a power failure must not undo the rename that it relies on
-    write_atomically(folder / LATEST, final.name + "\n", ending=f".tmp-{manifest.start}")
+    write_atomically(folder / LATEST, final.name + "\n", f".tmp-{manifest.start}", before_rename=check_fence)
     if is_replaced and parse_unfinished(replaced.name):
         with suppress(OSError):  # the next start tries again
             remove_checkpoint(replaced)
@@ -92,18 +101,31 @@ def prune(
 def remove_unfinished(folder: Path, start: int) -> None:
     """Remove what starts up to `start` left when they were interrupted; a checkpoint that was being replaced gets its
     name back. Raises OSError if the folder cannot be listed."""
-    for path in list(folder.iterdir()):
-        with _failure_is_a_warning(path):
-            latest_start = start_of_unfinished_latest(path.name)
-            if latest_start is not None and latest_start <= start and path.is_file():
+    paths = list(folder.iterdir())
+    for path in paths:
+        of_start = start_of_unfinished_latest(path.name)
+        if of_start is not None and of_start <= start and path.is_file():
+            with _failure_is_a_warning(path):
                 path.unlink()
-            unfinished = parse_unfinished(path.name)
-            if unfinished is None or unfinished.start > start or not is_folder_without_link(path):
-                continue
-            if unfinished.state == "replaced-by" and not os.path.lexists(folder / unfinished.checkpoint):
-                path.rename(folder / unfinished.checkpoint)
-            elif not remove_checkpoint(path):
-                _warn_once(path, f"it holds {', '.join(foreign_files(path)[:3])}")
+    unfinished = [(path, found) for path in paths if (found := parse_unfinished(path.name)) and found.start <= start]
+    for path, found in sorted(unfinished, key=lambda item: -item[1].start):  # that of `start` before its name is used
+        if is_folder_without_link(path):
+            with _failure_is_a_warning(path):
+                _remove_one_unfinished(path, found, start)
+
+
+def _remove_one_unfinished(path: Path, unfinished: Unfinished, start: int) -> None:
+    final = path.with_name(unfinished.checkpoint)
+    if unfinished.state == "replaced-by" and not os.path.lexists(final):
+        path.rename(final)
+        return
+    if foreign := foreign_files(path):
+        _warn_once(path, f"it holds {', '.join(foreign[:3])}")
+        return
+    if unfinished.start < start:
+        # Its start may be suspended just before it renames the folder: it must not find half of it.
+        path = path.rename(path.with_name(f"{unfinished.checkpoint}.tmp-{start}"))
+    remove_checkpoint(path)
 
 
 def _may_remove(path: Path, newest: CheckpointManifest) -> bool:

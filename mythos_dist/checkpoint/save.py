@@ -34,7 +34,7 @@ from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, TensorEntry
 from mythos_dist.checkpoint.names import remove_checkpoint, temporary_name
-from mythos_dist.checkpoint.publish import prune, publish, remove_unfinished
+from mythos_dist.checkpoint.publish import prune, publish
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
@@ -81,7 +81,6 @@ class Saver:
         self.newest: int | None = None  # step of the newest state that was saved or loaded, published or not
         self.published: int | None = None  # step of the newest published checkpoint
         self._key = raise_on_all_ranks(lambda: signing_key(settings.key_file))
-        # The other ranks wait: a faster one might begin a folder that rank 0 would then remove.
         on_rank_0(self._prepare_folder)
         if settings.background:
             # In advance: copying to memory that was never touched is twenty times slower.
@@ -89,10 +88,9 @@ class Saver:
             self._thread.start()
 
     def _prepare_folder(self) -> None:
-        """On rank 0: create the folder, and remove what interrupted starts left in it."""
+        """On rank 0: create the folder. Raises UserError if it cannot."""
         try:
             make_folders(self._folder)
-            remove_unfinished(self._folder, self._fence.start)
         except OSError as error:
             raise UserError(f"cannot be written ({reason(error)}); checkpoints go there", str(self._folder)) from None
 
@@ -203,7 +201,7 @@ class Saver:
                         tensors |= written.tensors
                 manifest = replace(manifest, files=files, tensors=tensors)
                 with self._fence.guard():
-                    publish(temporary, manifest, self._key)
+                    publish(temporary, manifest, self._key, self._fence.check)
                 _prune(self._folder, manifest, self._settings)
         except OSError as error:
             problems = [f"rank 0: {error}"]
@@ -232,12 +230,11 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def clean_complete_run(newest: Checkpoint, settings: CheckpointConfig, start: int) -> None:
-    """For a run that is complete and so creates no `Saver`: as a `Saver` does, remove what interrupted starts up to
-    `start` left, and delete checkpoints beyond `settings.keep`. Raises UserError if the folder cannot be read."""
+def prune_complete_run(newest: Checkpoint, settings: CheckpointConfig) -> None:
+    """For a run that is complete and so creates no `Saver`: as a `Saver` does, delete checkpoints beyond
+    `settings.keep`. Raises UserError if the folder cannot be read."""
     folder = newest.folder.parent
     with user_errors(folder):
-        remove_unfinished(folder, start)
         _prune(folder, newest.manifest, settings)
 
 

@@ -2,12 +2,15 @@
 
 The traps: on a truncated file the libraries raise and drop what they had decompressed so far, and compressed files may
 be concatenated (`cat a.gz b.gz`, pigz, pzstd): zstd frames or gzip members one after the other.
+
+Decisions: DATA-16.
 """
 
 import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import IO, Any
 
 import pyarrow as pa
@@ -21,6 +24,7 @@ _DECODERS: dict[str, Callable[[], Any]] = {
     "bz2": bz2.BZ2Decompressor,
     "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY),
 }
+_ERRORS = (zlib.error, lzma.LZMAError, OSError, ValueError)  # of the decoders
 _ARROW = ("zstd", "brotli")
 
 
@@ -28,14 +32,23 @@ class TooLarge(OSError):
     """The content is larger than the limit."""
 
 
+class Damaged(OSError):
+    """Some compressed bytes are wrong. `intact`: bytes of content before the damaged gzip member (or the like), whose
+    checksums were right."""
+
+    def __init__(self, problem: str, intact: int):
+        super().__init__(problem)
+        self.intact = intact
+
+
 def decompress(
     open_compressed: Callable[[], IO[bytes]], codec: str, limit: int, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[bytes]:
     """Yield the content in chunks of at most `chunk_bytes`, at most `limit` bytes in all.
 
-    `codec`: gzip, bz2, xz, zstd or brotli. Raises TooLarge after `limit` bytes, and OSError if the data is damaged or
-    truncated; of truncated data everything readable is yielded first. Damage is often detected late: chunks yielded
-    before may be wrong.
+    `codec`: gzip, bz2, xz, zstd or brotli. Raises TooLarge after `limit` bytes, Damaged, and OSError if the data is
+    truncated; then everything readable is yielded first. Damage is often detected late: chunks yielded before may be
+    wrong (`decompress_intact`).
     """
     size = 0
     reader = _decompress_arrow if codec in _ARROW else _decompress_members
@@ -48,10 +61,30 @@ def decompress(
         yield chunk
 
 
+def decompress_intact(
+    open_compressed: Callable[[], IO[bytes]], codec: str, limit: int, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[bytes]:
+    """As `decompress`, but yields nothing of what is damaged. Decompresses twice: checksums are at the end."""
+    damage = None
+    try:
+        for _ in decompress(open_compressed, codec, limit, chunk_bytes):
+            pass
+    except Damaged as error:
+        damage = error
+    except OSError:
+        pass  # raised again below
+    if damage is None:
+        yield from decompress(open_compressed, codec, limit, chunk_bytes)
+        return
+    with suppress(Damaged, TooLarge):
+        yield from decompress(open_compressed, codec, damage.intact, chunk_bytes)
+    raise Damaged(f"{damage}; what it holds from there on may be wrong, so nothing of it is used", damage.intact)
+
+
 def _decompress_members(open_compressed: Callable[[], IO[bytes]], codec: str, chunk_bytes: int) -> Iterator[bytes]:
     """With Python's decoders, one per member. Zeros after a member are padding, as on tapes."""
     decoder = None  # None: between members
-    members = 0
+    members = size = intact = 0
     data = b""
     with open_compressed() as compressed:
         while data := data or compressed.read(INPUT_BYTES):
@@ -61,22 +94,23 @@ def _decompress_members(open_compressed: Callable[[], IO[bytes]], codec: str, ch
                     continue
                 decoder = _DECODERS[codec]()
                 members += 1
-            yield from _decode(decoder, data, chunk_bytes)
+            try:
+                for chunk in _decode(decoder, data, chunk_bytes):
+                    size += len(chunk)
+                    yield chunk
+            except _ERRORS as error:
+                raise Damaged(f"damaged: {error}", intact) from None
             data = b""
             if decoder.eof:
-                data, decoder = decoder.unused_data, None
+                data, decoder, intact = decoder.unused_data, None, size
     if decoder is not None:
         raise OSError("truncated: the end of the compressed data is missing")
 
 
 def _decode(decoder: Any, data: bytes, chunk_bytes: int) -> Iterator[bytes]:
-    """All output of `data`, up to the end of the member."""
+    """All output of `data`, up to the end of the member. Raises one of _ERRORS."""
     while True:
-        try:
-            chunk = decoder.decompress(data, chunk_bytes)
-        except (zlib.error, lzma.LZMAError, OSError, ValueError) as error:
-            raise OSError(f"damaged: {error}") from None
-        if chunk:
+        if chunk := decoder.decompress(data, chunk_bytes):
             yield chunk
         # More output is left: zlib returns the rest of its input, the others keep it.
         data = getattr(decoder, "unconsumed_tail", b"")
@@ -94,7 +128,7 @@ def _decompress_arrow(open_compressed: Callable[[], IO[bytes]], codec: str, chun
                 yield chunk
         return
     except (pa.ArrowException, OSError) as error:
-        problem = error
+        problem, size = str(error), done
     # The failed call dropped the output that it had. Decompress again up to there, and then byte by byte.
     with open_compressed() as compressed:
         stream = pa.CompressedInputStream(compressed, codec)
@@ -108,4 +142,7 @@ def _decompress_arrow(open_compressed: Callable[[], IO[bytes]], codec: str, chun
             pass
     if rest:
         yield bytes(rest)
-    raise OSError(str(problem))
+    if "decompress failed" in problem:
+        # Arrow does not tell where a frame ends; at the beginning of one, all frames before it were right.
+        raise Damaged(f"damaged: {problem}", size + len(rest) if "Unknown frame descriptor" in problem else 0)
+    raise OSError(problem)

@@ -176,10 +176,10 @@ class ShardManifest:
             why = "the text fills only one window" if self.heldout else "--heldout is 0"
             return f"{name}: none, because {why}; training runs without evaluation"
         if name == "heldout" and self.heldout_by == "window":
-            written = count(self.documents.written, "document")
+            written = f"{self.documents.written:,}"
             return (
-                f"{name}: {tokens} -> {windows}, cut from the end of the text: {written} are too few to hold out a "
-                f"share of {self.heldout:g} as complete documents"
+                f"{name}: {tokens} -> {windows}, cut from the end of the text: too few documents ({written}) to hold "
+                f"out a share of {self.heldout:g} as complete documents"
             )
         dropped = count(split.tokens_dropped, "trailing token")
         return f"{name}: {documents}, {tokens} -> {windows}; {dropped} dropped (partial window)"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mythos_dist.data.decompress import TooLarge, decompress
+from mythos_dist.data.decompress import TooLarge, decompress, decompress_intact
 from mythos_dist.data.manifest import file_sha256
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.encoding import check_encoding
@@ -33,6 +33,7 @@ class Source:
     compression: str | None
     size: int
     max_ratio: float = MAX_RATIO
+    only_intact: bool = False  # of a damaged compressed file, only what is certainly right; reads it twice
 
     @property
     def unpack_limit(self) -> int:
@@ -90,7 +91,8 @@ def read_pieces(source: Source, offset: int = 0) -> Iterator[bytes]:
     """The file's bytes in pieces of about a megabyte, decompressed.
 
     Raises OSError (or the network library's error) if the file cannot be read or decompressed to its end, or if it
-    unpacks to more than its limit; the pieces before that have been yielded.
+    unpacks to more than its limit; the pieces before that have been yielded. Of a damaged compressed file they may be
+    wrong, except with `only_intact`.
     """
     if source.compression:
         if not source.size:
@@ -98,7 +100,8 @@ def read_pieces(source: Source, offset: int = 0) -> Iterator[bytes]:
                 "0 bytes; a compressed file has at least a header, so it was not written or copied completely"
             )
         try:
-            yield from decompress(lambda: open_bytes(source), source.compression, source.unpack_limit, READ_BYTES)
+            read = decompress_intact if source.only_intact else decompress
+            yield from read(lambda: open_bytes(source), source.compression, source.unpack_limit, READ_BYTES)
         except TooLarge:
             raise OSError(too_large(source, source.unpack_limit)) from None
         return

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import xxhash
@@ -227,6 +227,8 @@ class _PartConverter:
 def _read_part(job: ConversionJob, part: ConversionPart, skipped: list[Skipped]) -> Iterator[Batch | LongDocument]:
     """The documents of a part; with `skip_bad`, what cannot be read is appended to `skipped`."""
     for span in part.spans:
+        # Without skip_bad damage ends the conversion, whatever was read before.
+        span = replace(span, source=replace(span.source, only_intact=job.skip_bad))
 
         def on_bad(where: str, reason: str, source: Source = span.source) -> None:
             if not job.skip_bad:

@@ -54,7 +54,7 @@ def _check_entry(entry: dict[str, Any], manifest: ShardManifest) -> list[str]:
     samples, raw_bytes = entry["samples"], entry["raw_data"]["bytes"]
     size = 8 + len(_header_json(entry)) + samples * (4 + window_bytes)
     if samples < 1 or raw_bytes != size or size >= 1 << 32:  # offsets are uint32
-        problems.append(f"bytes={raw_bytes}, but {count(samples, 'window')} have {size}")
+        problems.append(f"bytes={raw_bytes}, not {size} for {count(samples, 'window')}")
     if bool(entry["zip_data"]) != bool(manifest.compression):
         problems.append(f"zip_data={entry['zip_data']} with compression={manifest.compression}")
     for file in (entry["raw_data"], entry["zip_data"]):

@@ -118,7 +118,8 @@ class LineFile:
         return self._replace(stream.readall() or b"")
 
     def _replace(self, content: bytes) -> FileIO:
-        write_atomically(self.file, content)
+        replace = self._fence.replace if self._fence else write_atomically
+        replace(self.file, content)
         self.close()
         stream = self._stream = self.file.open("ab+", buffering=0)
         return stream

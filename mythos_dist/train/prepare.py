@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.reader import Checkpoint
-from mythos_dist.checkpoint.save import clean_complete_run
+from mythos_dist.checkpoint.save import prune_complete_run
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus
 from mythos_dist.data.stream import ReplicaStream
@@ -20,7 +20,13 @@ from mythos_dist.train.checks import check_inputs, check_kernels
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.restarts import PreviousStart
 from mythos_dist.train.resume import Resume, take_fence
-from mythos_dist.train.run_folder import claim_run_folder, mark_completed, start_logging, write_settings
+from mythos_dist.train.run_folder import (
+    claim_run_folder,
+    mark_completed,
+    remove_leftovers,
+    start_logging,
+    write_settings,
+)
 from mythos_dist.train.session import Session
 from mythos_dist.units import count
 
@@ -78,6 +84,7 @@ def prepare(config: Config, session: Session, inputs: RunInputs) -> Prepared | N
         return None
     previous = PreviousStart.read(run_dir, resume.step) if rank == 0 else PreviousStart()
     fence = take_fence(run_dir)
+    resume.refresh()  # until now, a suspended rank 0 of an earlier start may have published a checkpoint
     session.stop.stop_after_step(run_dir)
     raise_on_all_ranks(lambda: start_logging(run_dir, session.rank_info, fence.start))
     on_rank_0(lambda: write_settings(config, mesh.data.size, fence))
@@ -91,5 +98,6 @@ def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:
     """Do what an earlier start did not, if it was killed between its last checkpoint and the marker COMPLETED."""
     run_dir = Path(config.run.dir)
     assert newest, "a checkpoint has reached train.steps"
-    clean_complete_run(newest, config.checkpoint, newest_start(run_dir).get("start", 0))
+    remove_leftovers(run_dir, newest_start(run_dir).get("start", 0))
+    prune_complete_run(newest, config.checkpoint)
     mark_completed(None, run_dir)

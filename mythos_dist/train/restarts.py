@@ -36,8 +36,9 @@ class PreviousStart:
         lines = read_json_lines(run_dir / "metrics.jsonl")
         times = {get_number(line, "step"): get_number(line, "time") for line in lines}
         active = [time for time in (*times.values(), get_number(record, "time")) if time is not None]
-        with contextlib.suppress(OSError):
-            active.append((run_dir / fences.FILE).stat().st_mtime)
+        if record.get("state") == "running":  # it was killed; of one that ended, a copy of the folder has a later mtime
+            with contextlib.suppress(OSError):
+                active.append((run_dir / fences.FILE).stat().st_mtime)
         last_step = max((int(step) for step in times if step is not None), default=0)
         return PreviousStart(record, max(active, default=None), times.get(step), last_step)
 

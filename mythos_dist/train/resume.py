@@ -1,7 +1,8 @@
 """The checkpoint that a run resumes from, and what changes in its schedule.
 
-It is searched before anything is written, and again under the folder's lock: in between, ranks of an earlier start that
-have outlived their launcher may publish a newer checkpoint, remove the selected one, or finish the run.
+It is searched before anything is written, and again under the folder's lock and after this start has taken over: in
+between, ranks of an earlier start that have outlived their launcher may publish a newer checkpoint, remove the selected
+one, or finish the run.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,10 +21,9 @@ from mythos_dist.config.load import config_from
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus
 from mythos_dist.errors import UserError
-from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import any_rank, device, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.checks import check_checkpoint
-from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over
+from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over, take_over
 from mythos_dist.train.schedule import learning_rate, mean_at
 
 _NO_JUMP = (
@@ -43,9 +43,11 @@ class Resume:
         self._find()
 
     def refresh(self) -> None:
-        """Search again if the folder has changed; rank 0 holds its lock, so nothing changes now. Raises UserError."""
+        """Search again if the folder has changed. Raises UserError."""
         on_rank_0(lambda: check_run_folder(self._config))
-        if any_rank(on_rank_0(self._listing) != self._seen):
+        listing = on_rank_0(self._listing)
+        if any_rank(listing != self._seen):
+            self._seen = listing
             self._find()
 
     @property
@@ -76,13 +78,8 @@ class Resume:
 
 
 def take_fence(run_dir: Path) -> Fence:
-    """Count this start of the run; the fence of the same start on every rank."""
-
-    def take() -> Fence:
-        with user_errors(run_dir):
-            return Fence.take(run_dir)
-
-    fence = on_rank_0(take)
+    """Make this the newest start of the run; the fence of the same start on every rank. Raises UserError."""
+    fence = on_rank_0(lambda: take_over(run_dir))
     start = torch.tensor(fence.start if fence else 0, device=device())
     dist.broadcast(start, 0)
     return fence or Fence(run_dir, int(start))

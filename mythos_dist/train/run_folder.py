@@ -16,6 +16,7 @@ from typing import TextIO
 
 from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
+from mythos_dist.checkpoint.publish import remove_unfinished
 from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.config.compare import differences
 from mythos_dist.config.deepspeed import deepspeed_config
@@ -174,10 +175,30 @@ def claim_run_folder(config: Config) -> TextIO:
         raise UserError(
             f"run.dir={path} is in use: {_holder(path)} writes to it; stop its ranks, or give another run.dir"
         )
-    with user_errors(path):
-        remove_temporaries(path, _REPLACED)
-        _remove_probes(path)
     return lock
+
+
+def take_over(run_dir: Path) -> Fence:
+    """On rank 0, which holds the run folder's lock: make this the newest start. Raises UserError.
+
+    From then on earlier starts change nothing: they check the number, and what they were about to rename is gone.
+    """
+    with user_errors(run_dir):
+        fence = Fence.take(run_dir)
+    remove_leftovers(run_dir, fence.start)
+    return fence
+
+
+def remove_leftovers(run_dir: Path, start: int) -> None:
+    """On rank 0, which holds the run folder's lock: remove the temporary files and folders of starts up to `start`.
+
+    Raises UserError.
+    """
+    with user_errors(run_dir):
+        remove_temporaries(run_dir, _REPLACED)
+        _remove_probes(run_dir)
+        if (run_dir / "checkpoints").is_dir():
+            remove_unfinished(run_dir / "checkpoints", start)
 
 
 def probe_prefix(run_dir: Path) -> str:
@@ -201,8 +222,8 @@ def write_settings(config: Config, num_replicas: int, fence: Fence) -> None:
     """On rank 0: write config.yaml and DeepSpeed's JSON. Raises UserError, also if there is a newer start."""
     path = fence.run_dir
     with user_errors(path), fence.guard():
-        write_atomically(path / "config.yaml", dump_config(config))
-        write_atomically(path / "deepspeed.json", json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
+        fence.replace(path / "config.yaml", dump_config(config))
+        fence.replace(path / "deepspeed.json", json.dumps(deepspeed_config(config, num_replicas), indent=2) + "\n")
         (path / COMPLETED).unlink(missing_ok=True)  # there is one if train.steps was raised
 
 
@@ -212,9 +233,10 @@ def mark_completed(fence: Fence | None, run_dir: Path) -> None:
     fence: None for a start that only completes an earlier one.
     """
     marker = run_dir / COMPLETED
+    replace = fence.replace if fence else write_atomically
     with user_errors(marker), fence.guard() if fence else nullcontext():
         if not marker.exists():
-            write_atomically(marker, "")
+            replace(marker, "")
 
 
 def _is_ours(run_dir: Path) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.config.schema import FaultsConfig
 from mythos_dist.errors import DivergedError, UserError, first_line
-from mythos_dist.files import user_errors, write_atomically
+from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import from_rank_0
 from mythos_dist.units import count
 
@@ -110,7 +110,7 @@ class Spikes:
         """On rank 0, before the checkpoint is loaded. Raises UserError if it fails or the run has a newer start."""
         with user_errors(fence.run_dir / FILE), fence.guard():
             content = json.dumps([asdict(entry) for entry in self.rollbacks], indent=1) + "\n"
-            write_atomically(fence.run_dir / FILE, content)
+            fence.replace(fence.run_dir / FILE, content)
 
     def rollback_before(self, step: int) -> str:
         """Describes the rollbacks after which step `step` is the first one; empty: none."""

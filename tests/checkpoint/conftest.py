@@ -11,6 +11,7 @@ from helpers.small_checkpoint import VALUES, manifest
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.local_shards import LocalShard
 from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.publish import remove_unfinished
 from mythos_dist.checkpoint.save import Saver
 from mythos_dist.checkpoint.signature import VARIABLE
 from mythos_dist.config.schema import CheckpointConfig
@@ -40,6 +41,8 @@ def run(group, tmp_path) -> SimpleNamespace:
         values = {kind: torch.from_numpy(VALUES.copy()) for kind in ("parameter", "exp_avg", "exp_avg_sq")}
         state = {"w": LocalShard(piece, (5, 12), values, writes=True)}
         config = CheckpointConfig(background=False, **settings)
+        if checkpoints.is_dir():
+            remove_unfinished(checkpoints, start)  # as a start does when it takes the run over
         return Saver(checkpoints, config, Fence(checkpoints.parent, start), state)
 
     def save(step: int, start: int = 1, seed: int = 0, **settings) -> bool:

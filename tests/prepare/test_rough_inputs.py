@@ -1,6 +1,7 @@
 """Columns of every type, encodings, and compressed files that are truncated, empty or expand too much."""
 
 import bz2
+import dataclasses
 import decimal
 import gzip
 import io
@@ -23,6 +24,7 @@ from mythos_dist.prepare import batches, documents, inputs, lines, spans
 from mythos_dist.prepare.batches import LongDocument
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.documents import read_span
+from mythos_dist.prepare.encoding import check_encoding
 from mythos_dist.prepare.lines import lines_before
 from mythos_dist.prepare.listing import find_sources, list_inputs
 from mythos_dist.prepare.spans import Columns, divide
@@ -50,6 +52,7 @@ def read(path, columns=None, skip=True, **options):
         skipped.append((where, reason))
 
     for source in list_inputs(path, **options).sources:
+        source = dataclasses.replace(source, only_intact=skip)
         chunks = divide(source, columns)
         for i in range(len(chunks.sizes)):
             for batch in read_span(chunks.span(i, i + 1), columns, on_bad):
@@ -202,6 +205,49 @@ def test_utf_16_in_the_middle_or_on_a_server_is_detected_when_it_is_read(tmp_pat
     assert skipped and all("is UTF-16LE" in reason for _, reason in skipped) and records_read[0][0] == "x" * 99_999
 
 
+WITHOUT_ASCII = {
+    "Japanese": JAPANESE,
+    "Chinese": "这是一个没有空格的句子、标点符号也是全角的。“引号”——破折号……",
+    "Han only": "这是一个没有空格也没有标点符号的句子",
+    "hiragana": "ひらがなだけのぶんしょうです",
+    "Korean": "띄어쓰기없는한국어문장입니다",
+    "Russian": "словобезпробелов",
+    "Greek": "Καλημέρακόσμε",
+    "Arabic": "مرحبابالعالم",
+    "emoji": "今天天气很好😀我们去公园玩",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("language", WITHOUT_ASCII)
+def test_utf_16_without_a_mark_or_any_ascii_character_is_refused(tmp_path, byte_tokenizer, encoding, language):
+    """Few bytes of it are NUL, or none: that of U+4E00 is."""
+    assert not any(character.isascii() for character in WITHOUT_ASCII[language])
+    (tmp_path / "a.txt").write_bytes(WITHOUT_ASCII[language].encode(encoding))
+    with pytest.raises(UserError, match="a.txt: is UTF-16" + encoding[-2:].upper()):
+        convert(tmp_path / "a.txt", byte_tokenizer, 4, tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize("language", WITHOUT_ASCII)
+@pytest.mark.parametrize("between", ["", "\n", " and "])
+def test_text_of_other_encodings_is_not_taken_for_utf_16(language, between):
+    """Its bytes, two per character or one, are characters of UTF-16 as well."""
+    text = (WITHOUT_ASCII[language] + between) * 4
+    for encoding in "utf-8 cp932 euc_jp iso2022_jp gbk big5 euc_kr cp1251 koi8_r iso8859_7 cp1253 cp1256".split():
+        try:
+            content = text.encode(encoding)
+        except UnicodeEncodeError:
+            continue  # it has none of these characters
+        check_encoding(content)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "iso8859_15", "cp850"])
+def test_western_text_of_one_byte_per_character_is_not_taken_for_utf_16(encoding):
+    text = "Le café est à côté de l'église; où êtes-vous? Über die Straße gehen schöne Mädchen. ¿Dónde está el niño?"
+    for end in (" ", "\n", "\t", ";"):
+        check_encoding(text.replace(" ", end).encode(encoding))
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -244,6 +290,31 @@ def test_all_lines_before_a_truncation_are_kept(tmp_path, suffix, share):
     assert missing < (20 if suffix == ".gz" else 2500)
     with pytest.raises(UserError, match=f"what follows line {len(records_read)}"):
         read(tmp_path / f"a.jsonl{suffix}", skip=False)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("intact_members", [0, 1])
+def test_of_a_damaged_compressed_file_only_lines_with_a_right_checksum_are_kept(
+    tmp_path, byte_tokenizer, suffix, intact_members
+):
+    """Unlike a cut, damage changes text before it is noticed; each of 30 changed bytes in turn."""
+    texts, file = records(600), tmp_path / f"a.jsonl{suffix}"
+    first = PACK[suffix](json_lines(texts[:300])) * intact_members
+    second, intact = PACK[suffix](json_lines(texts[300:])), texts[:300] * intact_members
+    positions = random.Random(suffix).sample(range(len(second) // 10, len(second) - 40), 30)
+    for position in positions:
+        damaged = bytearray(first + second)
+        damaged[len(first) + position] ^= 4
+        file.write_bytes(damaged)
+        found, ((where, reason),) = read(file)
+        assert [text for text, _ in found] == intact and where == ("what follows line 300" if intact else "file")
+        assert "damaged: " in reason and "nothing of it is used" in reason
+        with pytest.raises(UserError, match="damaged: "):
+            read(file, skip=False)
+    (tmp_path / "b.txt").write_text("some text")
+    manifest = convert(tmp_path, byte_tokenizer, 4, tmp_path / "out", heldout=0, skip_bad=True, quiet=True)
+    assert manifest.documents.written == len(intact) + 1
+    assert [one.name for one in manifest.skipped] == [file.name] and "damaged" in manifest.skipped[0].reason
 
 
 @pytest.mark.parametrize("suffix", PACK)

@@ -65,10 +65,10 @@ def test_a_file_that_an_old_start_has_replaced_is_restored(tmp_path):
 def test_a_fence_that_an_old_start_has_overwritten_is_restored(tmp_path):
     """writer.json of start 1 replaces that of start 2. Two starts with the same number are distinguished."""
     old, new = Fence.take(tmp_path), Fence.take(tmp_path)
-    old._write("failed", "", 3)
+    (tmp_path / "writer.json").write_text(old._content("failed", "", 3))
     new.check()
     assert newest_start(tmp_path)["start"] == 2
-    old._write("failed", "", 3)
+    (tmp_path / "writer.json").write_text(old._content("failed", "", 3))
     third = Fence.take(tmp_path)
     assert third.start == new.start
     with pytest.raises(UserError, match="taken over by start 2"):

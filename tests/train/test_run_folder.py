@@ -370,6 +370,7 @@ def test_a_schedule_that_an_earlier_version_did_not_have_is_named():
             172_000,
         ),
         ({"state": "completed", "time": 1012}, 1012, 12 + 30, 172_000),
+        ({"state": "completed", "time": 1012}, 90_000, 12 + 30, 172_000),  # the folder was copied a day later
         # Killed: the time of its last keepalive (mtime) counts.
         ({"state": "running", "time": 900}, 1020, 20 + 30, 171_992),
         # Started after the end of step 2 and killed before its first step: earlier time counts for another start.

@@ -51,7 +51,8 @@ def even_allocation(ranks: int, nodes: int, gpus_per_node: int | None = None) ->
         raise UserError(f"{count(ranks, 'rank')} on {count(nodes, 'node')}: give at least one of each")
     if not 1 <= nodes <= MAX_COUNT or not 1 <= ranks <= nodes * MAX_COUNT:
         raise UserError(
-            f"{ranks} ranks on {nodes} nodes: give at most {MAX_COUNT:,} nodes, and {MAX_COUNT:,} ranks on each"
+            f"{count(ranks, 'rank')} on {count(nodes, 'node')}: give at most {MAX_COUNT:,} nodes, and {MAX_COUNT:,} "
+            "ranks on each"
         )
     if gpus_per_node is not None and not 1 <= gpus_per_node <= MAX_COUNT:
         raise UserError(f"{gpus_per_node} GPUs per node: give 1 to {MAX_COUNT:,}, or omit it to use CPUs")
@@ -82,9 +83,8 @@ def _suggest_nodes(config: Config, allocation: Allocation) -> str:
     per_node = allocation.ranks_per_node
     ranks_per_replica = config.parallel.pipe * config.parallel.tensor
     micro_batches = config.train.global_batch // config.train.micro_batch  # per step; each replica needs at least one
-    problem = (
-        f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {count(allocation.ranks, 'rank')} do not fit"
-    )
+    ranks, verb = count(allocation.ranks, "rank"), "does" if allocation.ranks == 1 else "do"
+    problem = f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {ranks} {verb} not fit"
     if allocation.ranks > ranks_per_replica * micro_batches:
         problem += (
             f", and this layout can use at most {ranks_per_replica * micro_batches} (parallel.pipe x parallel.tensor x "
