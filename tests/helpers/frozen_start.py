@@ -37,7 +37,7 @@ def run_start(run_dir: Path) -> None:
     state = {"w": LocalShard(Piece.full((5, 12)), (5, 12), values, writes=True)}
     saver = Saver(run_dir / "checkpoints", CheckpointConfig(background=False), fence, state)
     saver.save(manifest(2, fence.start))
-    fence.record_state("completed", "", 2)
+    fence.record_status("completed", "", 2)
     mark_completed(fence, run_dir)
 
 
