@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "train": {"checkpoint", "model", "parallel", "data", "config"},
     "prepare": {"data", "config"},
     "ops.cluster": {"parallel", "config"},
-    "ops.plan": {"model", "parallel", "config"},
+    "ops.plan": {"train", "model", "parallel", "config"},
     "ops": {"ops.cluster", "ops.plan", "train", "checkpoint", "model", "parallel", "data", "config"},
     "ops.doctor": {"ops", "ops.cluster", "ops.plan", "train", "model", "parallel", "data", "config"},
     "doctor": {"ops.doctor", "config"},

@@ -58,7 +58,7 @@ def _shape_problem(shape: Index) -> str:
 
 
 def _kinds_problem(kinds: Sequence[str]) -> str:
-    of_parameter = {"parameter", "exp_avg", "exp_avg_sq"}
+    of_parameter = {"parameter", "exp_avg", "exp_avg_sq", "momentum_buffer"}
     if kinds and len(set(kinds)) == len(kinds) and (kinds == ("buffer",) or set(kinds) <= of_parameter):
         return ""
     return f"has kinds {shorten(list(kinds)) if len(kinds) > 4 else [shorten(kind) for kind in kinds]}"

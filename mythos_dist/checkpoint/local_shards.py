@@ -13,7 +13,7 @@ class LocalShard:
 
     piece: Piece
     full_shape: Index  # of the unsharded tensor
-    values: dict[str, Tensor]  # by kind: parameter, exp_avg, exp_avg_sq; or buffer
+    values: dict[str, Tensor]  # by kind: parameter and moments; or buffer
     writes: bool  # whether this rank saves it: of the ranks that hold the same piece, one does
 
 

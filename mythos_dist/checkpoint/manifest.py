@@ -1,9 +1,10 @@
 """`checkpoint.json`, the manifest: which tensors a checkpoint has, and which piece of each is in which file.
 
 A checkpoint is a folder of tensor files and this manifest, which is written last. Tensors have the model's canonical
-names. A parameter is stored as three fp32 tensors, `parameter/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`; a buffer as
-one, `buffer/NAME`. Each file holds pieces of tensors (`pieces.py`). The manifest lists them, so a rank of any layout
-finds its elements in the files of any other. Every byte is covered by a hash, the manifest's own bytes included.
+names. A parameter is stored as fp32 tensors, `parameter/NAME` and its moments, which are `exp_avg/NAME` and
+`exp_avg_sq/NAME`, or with Muon `momentum_buffer/NAME`; a buffer as `buffer/NAME`. Each file holds pieces of tensors
+(`pieces.py`). The manifest lists them, so a rank of any layout finds its elements in the files of any other. Every byte
+is covered by a hash, the manifest's own bytes included.
 
 Decisions: CHECKPOINT-1, CHECKPOINT-9.
 """
@@ -37,7 +38,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 
 FORMAT_VERSION = 1
-PARAMETER, MOMENTS, BUFFER = "parameter", ("exp_avg", "exp_avg_sq"), "buffer"
+PARAMETER, MOMENTS, BUFFER = "parameter", ("exp_avg", "exp_avg_sq", "momentum_buffer"), "buffer"
 MAX_BYTES = 512 << 20  # of a manifest; that of 4,096 ranks has about 40 MB
 MAX_DEPTH = 8  # of nested settings
 
@@ -58,7 +59,7 @@ class TensorEntry:
     __pydantic_config__ = _CLOSED
 
     shape: Index
-    kinds: tuple[_Text, ...]  # stored under its name: parameter, exp_avg, exp_avg_sq; or buffer
+    kinds: tuple[_Text, ...]  # stored under its name: parameter and moments; or buffer
 
 
 @dataclass(frozen=True)

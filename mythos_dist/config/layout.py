@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mythos_dist.config.fields import kinds_of
-from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig, ParallelConfig, TrainConfig
+from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig, OptimConfig, ParallelConfig, TrainConfig
 from mythos_dist.units import count
 
 
@@ -30,6 +30,7 @@ class Layout:
     loops: LoopsConfig
     parallel: ParallelConfig
     train: TrainConfig
+    optim: OptimConfig
     ranks: int = 0
 
     @property
@@ -110,6 +111,12 @@ _RULES = (
         change=("parallel.zero", "parallel.pipe"),
     ),
     Rule(
+        settings=("optim.name", "parallel.zero"),
+        holds=lambda at: at.optim.name != "muon" or at.parallel.zero < 3,
+        message="{} does not work with {}: DeepSpeed shards every matrix over all replicas there",
+        change=("parallel.zero", "optim.name"),
+    ),
+    Rule(
         settings=("parallel.pipe", "loops.mean"),
         holds=lambda at: at.parallel.pipe <= at.mean_loops + 2,
         message="{} is more than {} + 2: every stage except the first and the last must run a loop",
@@ -176,7 +183,8 @@ _CANDIDATES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     ],
     "train.micro_batch": lambda at: divisors(at.train.global_batch),
     "train.global_batch": lambda at: _multiples_near(at.train.global_batch, at.sequences_per_pass),
-    "parallel.zero": lambda at: [1],
+    "parallel.zero": lambda at: [1, 2],
+    "optim.name": lambda at: ["adamw"],
     # The extremes, and where the number of ranks is known its divisors.
     "parallel.pipe": lambda at: [n for n in {1, at.mean_loops + 2, *divisors(at.ranks)} if n <= at.mean_loops + 2],
     "parallel.expert": lambda at: divisors(at.model.n_experts),
@@ -200,14 +208,14 @@ def layout_problems(config: Config, world_size: int = 0) -> list[str]:
 
 def find_layout_problems(config: Config, world_size: int = 0) -> list[Problem]:
     """As `layout_problems`, with the settings of each."""
-    at = Layout(config.model, config.loops, config.parallel, config.train, world_size)
+    at = Layout(config.model, config.loops, config.parallel, config.train, config.optim, world_size)
     broken = _broken_rules(at)
     return [_problem(rule, at, broken) for rule in broken if rule in (_RANK_RULES if world_size else _RULES)]
 
 
 def works(config: Config, world_size: int) -> bool:
     """Whether no rule is broken; fast, for a search over thousands of layouts."""
-    at = Layout(config.model, config.loops, config.parallel, config.train, world_size)
+    at = Layout(config.model, config.loops, config.parallel, config.train, config.optim, world_size)
     return all(rule.holds(at) for rule in _RULES + _RANK_RULES)
 
 

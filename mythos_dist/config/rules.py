@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Set
 
 from mythos_dist.config.layout import Problem, divisors, few, find_layout_problems
-from mythos_dist.config.schema import BY_MODE, Config, DataConfig, MythosConfig
+from mythos_dist.config.schema import BY_MODE, Config, DataConfig, MythosConfig, OptimConfig
 
 
 def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
@@ -12,6 +12,7 @@ def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
         *_model_problems(config.model),
         *_train_problems(config),
         *_schedule_problems(config),
+        *_optim_problems(config.optim),
         *_act_problems(config),
         *_loops_problems(config),
         *find_layout_problems(config),
@@ -118,6 +119,15 @@ def _schedule_problems(config: Config) -> Iterator[Problem]:
             ("optim.decay_steps", "optim.warmup_steps", "train.steps"),
             f"optim.decay_steps={optim.decay_steps} after optim.warmup_steps={optim.warmup_steps} is longer than "
             f"train.steps={steps}; {lower}, or raise train.steps",
+        )
+
+
+def _optim_problems(optim: OptimConfig) -> Iterator[Problem]:
+    if optim.name != "muon" and optim.muon_lr is not None:
+        yield Problem(
+            ("optim.muon_lr", "optim.name"),
+            f"optim.muon_lr={optim.muon_lr} has no effect with optim.name={optim.name}; set optim.name=muon, or "
+            "optim.muon_lr=null",
         )
 
 

@@ -237,9 +237,16 @@ class TrainConfig(Section, section="train"):
 
 @dataclass(frozen=True)
 class OptimConfig(Section, section="optim"):
-    """AdamW and its learning rate: linear warm-up to `lr`, then `schedule` (formulas: train/schedule.py)."""
+    """The optimizer and its learning rate: linear warm-up to `lr`, then `schedule` (formulas: train/schedule.py)."""
 
+    # muon: matrices of the blocks (those with weight decay) by Muon (Jordan et al. 2024), all other parameters by
+    # AdamW. Updates have the RMS of AdamW's, so the same rate and weight decay suit both (Moonlight, Liu et al. 2025).
+    name: Literal["adamw", "muon"] = "adamw"
     lr: Weight = 3e-4
+    muon_lr: Weight | None = None  # peak rate of the matrices; None: lr. It follows the same schedule.
+    muon_momentum: Momentum = 0.95
+    muon_nesterov: bool = True  # Nesterov momentum
+    muon_ns_steps: Annotated[int, Range(1, 99)] = 5  # Newton-Schulz iterations that orthogonalize an update
     # cosine, linear: down to lr * min_lr_ratio right after the warm-up, then constant. wsd: constant until the last
     # `decay_steps` steps. inverse_sqrt: lr * sqrt(warmup_steps / step).
     schedule: Literal["cosine", "wsd", "linear", "constant", "inverse_sqrt"] = "cosine"
@@ -253,9 +260,19 @@ class OptimConfig(Section, section="optim"):
     weight_decay: Weight = 0.1  # of matrices only: not of norms, injection, halting, biases, embeddings
     grad_clip: Weight = 1.0  # maximum global gradient norm; 0: no clipping
 
+    @property
+    def matrix_lr(self) -> float:
+        """Peak rate of the parameters that `decays` names."""
+        return self.lr if self.muon_lr is None else self.muon_lr
+
+    def uses_muon(self, name: str) -> bool:
+        """Whether Muon updates a parameter, by canonical name."""
+        return self.name == "muon" and self.decays(name)
+
     @staticmethod
     def decays(name: str) -> bool:
-        """Whether weight decay applies to a parameter, by canonical name; the depth LoRA's scale is an embedding."""
+        """Whether a parameter is a matrix of a block, by canonical name: those have weight decay. The depth LoRA's
+        scale is an embedding, and the injection's matrix is part of the recurrence."""
         kept = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
         return not any(part in name for part in kept)
 

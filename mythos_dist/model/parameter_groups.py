@@ -1,47 +1,78 @@
-"""The optimizer's parameter groups: with weight decay, without, and experts that are sharded over ranks."""
+"""The optimizer's parameter groups: matrices, all other parameters, and experts that are sharded over ranks.
+
+DeepSpeed requires sharded experts in a group of their own. It sums one gradient norm per group over all pipeline
+stages, so every stage has the same groups in the same order. Stages that hold the same weights must also update them
+bit for bit alike, though ZeRO places different parameters beside them: on CPUs Adam rounds the last elements of a
+tensor, which do not fill a vector register, differently from the others. So in a pipeline each group is padded with
+zeros that never get a gradient.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from mythos_dist.config.schema import OptimConfig
+from mythos_dist.model.parameter_table import LocalParameter, local_parameter
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import GROUP_ALIGNMENT
 from mythos_dist.parallel.tensor import expert_group_name
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) -> list[dict]:
-    """AdamW's groups: the parameters that `OptimConfig.decays` names, the others, and the experts if they are sharded
-    over ranks, which DeepSpeed requires in a group of their own.
+class GroupSpec(NamedTuple):
+    """One parameter group of a rank."""
 
-    DeepSpeed sums one gradient norm per group over all pipeline stages, so every stage has the same groups in the same
-    order. Stages that hold the same weights must also update them bit for bit alike, though ZeRO places different
-    parameters beside them: on CPUs Adam rounds the last elements of a tensor, which do not fill a vector register,
-    differently from the others. So in a pipeline each group is padded with zeros that never get a gradient.
-    """
-    experts = {"moe": True, "name": expert_group_name(mesh.expert)} if mesh.expert.size > 1 else {}
-    groups = {
-        "decay": {"weight_decay": optim.weight_decay, "params": []},
-        "keep": {"weight_decay": 0.0, "params": []},
-    }
-    if experts:
-        groups["experts"] = {"weight_decay": optim.weight_decay, "params": [], **experts}
-    for name, parameter in model.named_parameters():
-        if not getattr(parameter, "allreduce", True):
-            groups["experts"]["params"].append(parameter)
+    parameters: list[LocalParameter]
+    decays: bool  # matrices: with weight decay, and by Muon if it is used
+    expert_sharded: bool
+    padding: int  # elements
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters) + self.padding
+
+
+def plan_groups(parameters: Sequence[LocalParameter], mesh: Mesh) -> list[GroupSpec]:
+    """The groups of a rank's parameters."""
+    matrices, others, experts = [], [], []
+    for parameter in parameters:
+        if parameter.expert_sharded:
+            experts.append(parameter)
         else:
-            groups["decay" if optim.decays(name) else "keep"]["params"].append(parameter)
-    if mesh.pipe.size > 1:
-        device = next(model.parameters()).device
-        for name, group in groups.items():
-            sharded = name == "experts" and len(group["params"]) > 0
-            if not group["params"]:  # a stage without experts: padding only, which is no group of experts for DeepSpeed
-                groups[name] = group = {"weight_decay": 0.0, "params": []}
-            multiple = GROUP_ALIGNMENT * (mesh.expert_data.size if sharded else mesh.data.size)
-            elements = sum(parameter.numel() for parameter in group["params"])
-            missing = -elements % multiple if elements else multiple
-            if missing:
-                padding = nn.Parameter(torch.zeros(missing, device=device))
-                if sharded:
-                    padding.allreduce, padding.group_name = False, experts["name"]  # type: ignore[attr-defined]
-                group["params"].append(padding)
-    return [group for group in groups.values() if group["params"]]
+            (matrices if OptimConfig.decays(parameter.name) else others).append(parameter)
+    members = [(matrices, True), (others, False)]
+    if mesh.expert.size > 1:
+        members.append((experts, True))
+    groups = []
+    for held, decays in members:
+        expert_sharded = held is experts and len(held) > 0  # a stage without experts: a group of padding only
+        numel, padding = sum(parameter.numel for parameter in held), 0
+        if mesh.pipe.size > 1:
+            multiple = GROUP_ALIGNMENT * (mesh.expert_data.size if expert_sharded else mesh.data.size)
+            padding = -numel % multiple if numel else multiple
+        if numel + padding:
+            groups.append(GroupSpec(held, decays, expert_sharded, padding))
+    return groups
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) -> list[dict]:
+    """The groups of a model as torch's optimizers take them; those of Muon have `muon`, their `GroupSpec`."""
+    named = dict(model.named_parameters())
+    groups = []
+    for spec in plan_groups([local_parameter(name, value) for name, value in named.items()], mesh):
+        group = {
+            "params": [named[parameter.name] for parameter in spec.parameters],
+            "weight_decay": optim.weight_decay if spec.decays else 0.0,
+        }
+        if spec.padding:
+            padding = nn.Parameter(torch.zeros(spec.padding, device=next(model.parameters()).device))
+            if spec.expert_sharded:
+                padding.allreduce, padding.group_name = False, expert_group_name(mesh.expert)  # type: ignore[attr-defined]
+            group["params"].append(padding)
+        if spec.expert_sharded:
+            group |= {"moe": True, "name": expert_group_name(mesh.expert)}
+        if spec.decays and optim.name == "muon":
+            group["muon"] = spec
+        groups.append(group)
+    return groups

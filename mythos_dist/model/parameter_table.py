@@ -11,12 +11,12 @@ from math import ceil, prod
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from mythos_dist.config.schema import MythosConfig
+from mythos_dist.config.schema import MythosConfig, OptimConfig
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.pipeline import StageSpec
-
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weights and both of Adam's moments
+from mythos_dist.parallel.tensor import shard_of
 
 
 class ParameterSpec(NamedTuple):
@@ -34,6 +34,8 @@ class LocalParameter(NamedTuple):
     name: str
     shape: tuple[int, ...]  # padding included
     numel: int
+    full_shape: tuple[int, ...]
+    shard_axes: dict[int, str]
     expert_sharded: bool  # the parameter's `allreduce` is False
     gradient_sum: str | None
 
@@ -68,8 +70,31 @@ def local_parameters(
         for dim, axis in spec.shard_axes.items():
             shape[dim] = ceil(shape[dim] / sizes[axis])
         expert_sharded = expert > 1 and "expert" in spec.shard_axes.values()
-        held.append(LocalParameter(spec.name, tuple(shape), prod(shape), expert_sharded, spec.gradient_sum))
+        held.append(
+            LocalParameter(
+                spec.name,
+                tuple(shape),
+                prod(shape),
+                spec.shape,
+                spec.shard_axes,
+                expert_sharded,
+                spec.gradient_sum,
+            )
+        )
     return tuple(held)
+
+
+def local_parameter(name: str, parameter: nn.Parameter) -> LocalParameter:
+    """The same of a parameter that exists, before DeepSpeed has changed it."""
+    return LocalParameter(
+        name,
+        tuple(parameter.shape),
+        parameter.numel(),
+        shard_of(parameter).full_shape,
+        getattr(parameter, "shard_axes", {}),
+        not getattr(parameter, "allreduce", True),
+        getattr(parameter, "gradient_sum", None),
+    )
 
 
 def _is_on_stage(name: str, stage: StageSpec) -> bool:
@@ -84,9 +109,14 @@ def _is_on_stage(name: str, stage: StageSpec) -> bool:
     return int(rest.partition(".")[0]) in blocks
 
 
-def checkpoint_bytes(config: MythosConfig) -> int:
+def optimizer_bytes(optim: OptimConfig, name: str) -> int:
+    """Bytes per element of a parameter's fp32 weights and moments: two of Adam, one of Muon."""
+    return 8 if optim.uses_muon(name) else 12
+
+
+def checkpoint_bytes(config: MythosConfig, optim: OptimConfig) -> int:
     """Size of a checkpoint's tensors."""
-    return CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config)
+    return sum(parameter.numel * optimizer_bytes(optim, parameter.name) for parameter in local_parameters(config))
 
 
 def count_parameters(config: MythosConfig) -> int:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError
-from mythos_dist.model.parameter_table import CHECKPOINT_BYTES_PER_PARAMETER, count_parameters
+from mythos_dist.model.parameter_table import checkpoint_bytes
 from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.cluster.inject import FaultInjector
 from mythos_dist.parallel.launcher import RankInfo
@@ -106,7 +106,7 @@ def inspect_node(config: Config, rank_info: RankInfo, probe: Path) -> NodeReport
     """
     clock, folder = time.time(), probe.parent
     sees_probe, problems = _find_probe(probe, rank_info)
-    need = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model)
+    need = checkpoint_bytes(config.model, config.optim)
     free = shutil.disk_usage(folder).free
     if free < need:
         problems.append(

@@ -41,8 +41,9 @@ _NOT_COUNTED = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_", "c
 def group_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callable[[Collection[int]], str]:
     """A function that names the axis of a process group that `rank` is in, given the group's ranks.
 
-    Other names than the mesh's axes: `replica` (pipe x tensor), `world`, and `tied`, stages that share a weight, in
-    several replicas; within one replica these are `pipe`. Groups with the same ranks get the first name that fits.
+    Other names than the mesh's axes: `replica` (pipe x tensor), `tensor_data` and `tensor_expert_data` (ranks that hold
+    a pipeline stage, or the same of its experts), `world`, and `tied`, stages that share a weight, in several replicas;
+    within one replica these are `pipe`. Groups with the same ranks get the first name that fits.
     """
     groups = {}
     for name, groups_of_axis in axis_groups(parallel, world_size).items():
@@ -50,6 +51,9 @@ def group_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callabl
     replica_size = parallel.pipe * parallel.tensor
     first = rank // replica_size * replica_size
     groups["replica"] = set(range(first, first + replica_size))
+    for axis in ("data", "expert_data"):
+        tensor_rank = rank % parallel.tensor
+        groups[f"tensor_{axis}"] = {one - tensor_rank + t for one in groups[axis] for t in range(parallel.tensor)}
     same_tensor_rank = set(range(rank % parallel.tensor, world_size, parallel.tensor))
 
     def name_of(ranks: Collection[int]) -> str:

@@ -13,7 +13,8 @@ Decisions: PARALLEL-12, PARALLEL-15.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -31,7 +32,6 @@ from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos
-from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
@@ -47,28 +47,16 @@ from mythos_dist.train.deepspeed_patches import (
 )
 from mythos_dist.train.depth import HeldOut, LoopProbe
 from mythos_dist.train.metrics import StepResult
+from mythos_dist.train.optimizer import build_optimizer
 from mythos_dist.train.pipeline_stage import Pipeline, StageInput, StageLayer, reduce_tied_weights_identically
 from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, state_seed, step_seed
 from mythos_dist.train.zero_state import (
     copy_masters_to_parameters,
-    init_adam_state,
+    init_moments,
     optimizer_state,
     partition_of,
     set_optimizer_state,
 )
-
-
-class LimitedAdamW(torch.optim.AdamW):
-    """AdamW whose step does nothing if `skip()`: DeepSpeed calls it when the norm of the gradients is known.
-
-    The norm is the same on every rank, so all ranks skip the step or none does.
-    """
-
-    skip: Callable[[], bool] = staticmethod(lambda: False)
-
-    def step(self, closure: Any = None) -> Any:
-        """As AdamW's, unless `skip()`."""
-        return None if self.skip() else super().step(closure)
 
 
 class PassInputs(NamedTuple):
@@ -93,15 +81,8 @@ class Engine:
         import_muon()
         register_expert_groups(mesh)
         mark_experts(self.model, mesh)
-        groups = parameter_groups(self.model, config.optim, mesh)
-        self.optimizer = LimitedAdamW(
-            groups,
-            lr=config.optim.lr,
-            betas=(config.optim.beta1, config.optim.beta2),
-            eps=config.optim.eps,
-            fused=True,  # one pass over all elements: on a CPU an eighth of the time of the default
-        )
-        self.stage = StageLayer(self.model, groups) if mesh.pipe.size > 1 else None
+        self.optimizer = build_optimizer(self.model, config, mesh)
+        self.stage = StageLayer(self.model, self.optimizer.param_groups) if mesh.pipe.size > 1 else None
         module = self.model
         if self.stage:
             # With a readout per loop, what stages send depends on the number of loops.
@@ -117,7 +98,7 @@ class Engine:
         if self.stage:
             reduce_tied_weights_identically(self.deepspeed)
         fix_gradient_norm(self.deepspeed.optimizer, mesh)
-        init_adam_state(self.deepspeed.optimizer)
+        init_moments(self.deepspeed.optimizer)
 
     def _build_model(self) -> Mythos:
         config, train = self.config, self.config.train
@@ -175,8 +156,9 @@ class Engine:
         loops = loops_at(config, step)
         torch.manual_seed(step_seed(config.run.seed, step, self.mesh))
         lr = learning_rate(config.optim, step, config.train.steps)
+        matrix_lr = learning_rate(replace(config.optim, lr=config.optim.matrix_lr), step, config.train.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = matrix_lr if "muon" in group else lr
         engine.train()
         skipped_before = engine.skipped_steps
         # Not engine.get_global_grad_norm(), which is set after the optimizer's step.

@@ -12,6 +12,8 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from mythos_dist.checkpoint.manifest import MOMENTS
+
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of a DynamicLossScaler
 
 
@@ -20,16 +22,18 @@ class Partition(NamedTuple):
 
     first: int
     stop: int
-    values: dict[str, Tensor]  # parameter (the fp32 master copy), exp_avg, exp_avg_sq
+    values: dict[str, Tensor]  # parameter (the fp32 master copy) and moments
 
 
-def init_adam_state(optimizer: Any) -> None:
-    """Create Adam's state, all zeros, as its first step would, so that it can be loaded and saved before a step."""
+def init_moments(optimizer: Any) -> None:
+    """Create the optimizer's state, all zeros, as its first step would, so that it can be loaded and saved before."""
+    by_muon = {id(group["params"][0]) for group in optimizer.optimizer.param_groups if "muon" in group}
     for flat in _flat_masters(optimizer):
         state = optimizer.optimizer.state[flat]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        state["exp_avg"] = torch.zeros_like(flat.detach())
-        state["exp_avg_sq"] = torch.zeros_like(flat.detach())
+        if id(flat) not in by_muon:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        for kind in ("momentum_buffer",) if id(flat) in by_muon else ("exp_avg", "exp_avg_sq"):
+            state[kind] = torch.zeros_like(flat.detach())
 
 
 def partition_of(optimizer: Any, parameter: nn.Parameter) -> Partition | None:
@@ -49,12 +53,8 @@ def partition_of(optimizer: Any, parameter: nn.Parameter) -> Partition | None:
     if not size:
         return None
     state = optimizer.optimizer.state[flat]
-    values = {
-        "parameter": flat.detach().narrow(0, offset, size),
-        "exp_avg": state["exp_avg"].narrow(0, offset, size),
-        "exp_avg_sq": state["exp_avg_sq"].narrow(0, offset, size),
-    }
-    return Partition(first, first + size, values)
+    tensors = {"parameter": flat.detach(), **{kind: state[kind] for kind in MOMENTS if kind in state}}
+    return Partition(first, first + size, {kind: value.narrow(0, offset, size) for kind, value in tensors.items()})
 
 
 def copy_masters_to_parameters(optimizer: Any) -> None:
@@ -75,7 +75,7 @@ def optimizer_state(engine: Any) -> dict[str, Any]:
     """State that is equal on every rank: steps taken and skipped, fp16's loss scale."""
     optimizer = engine.optimizer
     scaler = getattr(optimizer, "loss_scaler", None)
-    steps = {int(optimizer.optimizer.state[flat]["step"]) for flat in _flat_masters(optimizer)}
+    steps = {int(count) for count in _step_counts(optimizer)}
     assert len(steps) == 1, f"Adam counts {steps} steps"
     return {
         "steps": steps.pop(),
@@ -87,8 +87,8 @@ def optimizer_state(engine: Any) -> dict[str, Any]:
 def set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
     """Restore what `optimizer_state` returned after step `step` of the run."""
     optimizer = engine.optimizer
-    for flat in _flat_masters(optimizer):
-        optimizer.optimizer.state[flat]["step"].fill_(state["steps"])
+    for count in _step_counts(optimizer):
+        count.fill_(state["steps"])
     scaler = getattr(optimizer, "loss_scaler", None)  # BF16_Optimizer has none; other stages have one in bf16, too
     for name, value in state["loss_scale"].items():
         if hasattr(scaler, name):
@@ -98,8 +98,14 @@ def set_optimizer_state(engine: Any, state: dict[str, Any], step: int) -> None:
     engine.global_samples = step * engine.train_batch_size()
 
 
+def _step_counts(optimizer: Any) -> list[Tensor]:
+    """Adam's, of each of its groups; Muon has none."""
+    states = [optimizer.optimizer.state[flat] for flat in _flat_masters(optimizer)]
+    return [state["step"] for state in states if "step" in state]
+
+
 def _flat_masters(optimizer: Any) -> list[Tensor]:
-    """The fp32 tensors that Adam updates: for each parameter group this rank's partitions, end to end."""
+    """The fp32 tensors that the optimizer updates: for each parameter group this rank's partitions, end to end."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return optimizer.fp32_partitioned_groups_flat
     return [group["params"][0] for group in optimizer.optimizer.param_groups]

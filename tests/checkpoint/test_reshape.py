@@ -148,10 +148,11 @@ def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     for rank in ranks:
         for name, (_, stop) in rank["places"].items():
             sizes[name] = tuple(map(max, stop, sizes.get(name, stop)))
-    tensors = {name: [torch.full(size, torch.nan) for _ in range(3)] for name, size in sizes.items()}
+    tensors: dict[str, list[torch.Tensor]] = {}
     for rank in ranks:
         for name, (start, stop) in rank["places"].items():
             place = tuple(slice(*ends) for ends in zip(start, stop, strict=True))
+            tensors.setdefault(name, [torch.full(sizes[name], torch.nan) for _ in rank["held"][name]])
             for tensor, part in zip(tensors[name], rank["held"][name], strict=True):
                 known = tensor[place]
                 assert torch.equal(known.where(~known.isnan(), part), part), f"ranks disagree about {name}"
@@ -180,6 +181,32 @@ def test_every_layout_loads_every_other(ranks, train_on, written, config):
             if later := results[0][i][j].get("later"):
                 assert later["loss"] == pytest.approx(source["later"]["loss"], rel=1e-5), where
                 assert later["grad_norm"] == pytest.approx(source["later"]["grad_norm"], rel=1e-4), where
+
+
+def test_momentum_of_muon_is_loaded_at_every_layout(config, tmp_path):
+    """Four layouts, every ordered pair: equal bits, and equal losses of later steps."""
+    chosen = ("one rank", "pipe 2", "expert 2, zero 2", "tensor 2, expert 2, sequence")
+    runs = {name: change(run_of(config, name), optim=dict(name="muon", muon_lr=1e-3)) for name in chosen}
+    folders = {name: str(tmp_path / str(i)) for i, name in enumerate(chosen)}
+    written = {}
+    for ranks, names in by_ranks().items():
+        if names := [name for name in names if name in chosen]:
+            results = run_ranks(ranks, write, [runs[n] for n in names], [folders[n] for n in names], seconds=800)
+            for i, name in enumerate(names):
+                written[name] = {"later": results[0][i]["later"], **gather([rank[i] for rank in results])}
+    for ranks, names in by_ranks().items():
+        if names := [name for name in names if name in chosen]:
+            results = run_ranks(ranks, read, [runs[n] for n in names], [folders[n] for n in written], seconds=1200)
+            for i, target in enumerate(names):
+                for j, (name, source) in enumerate(written.items()):
+                    got, where = gather([rank[i][j] for rank in results]), f"{name} -> {target}"
+                    assert got["tensors"].keys() == source["tensors"].keys(), where
+                    for tensor, expected in source["tensors"].items():
+                        assert len(expected) == (2 if runs[name].optim.uses_muon(tensor) else 3)
+                        assert all(map(torch.equal, got["tensors"][tensor], expected)), f"{where}: {tensor}"
+                    later = results[0][i][j]["later"]
+                    assert later["loss"] == pytest.approx(source["later"]["loss"], rel=1e-5), where
+                    assert later["grad_norm"] == pytest.approx(source["later"]["grad_norm"], rel=1e-4), where
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.long), "fp16"])

@@ -5,11 +5,13 @@ Both start from the same initial values, wide enough that every part of the mode
 Decisions: PARALLEL-16.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from helpers.launch import new_process_groups
@@ -19,6 +21,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.model import Mythos
 from mythos_dist.model.loops import Loops
+from mythos_dist.model.open_mythos import from_open_mythos, to_open_mythos
 from mythos_dist.train.schedule import learning_rate, loops_at, state_seed
 
 STEPS = 4
@@ -78,10 +81,11 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         and not name.startswith(("embed", "recurrent.act", "recurrent.lora.scale", "recurrent.injection"))
     }
     groups = [
-        {"params": [p for n, p in model.named_parameters() if n in decays], "weight_decay": o.weight_decay},
         {"params": [p for n, p in model.named_parameters() if n not in decays], "weight_decay": 0.0},
+        {"params": [p for n, p in model.named_parameters() if n in decays], "weight_decay": o.weight_decay},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    muon = Muon(model, decays, config) if o.name == "muon" else None
+    optimizer = torch.optim.AdamW(groups[:1] if muon else groups, betas=(o.beta1, o.beta2), eps=o.eps)
     losses, norms, share, n_loops, ids, idle = [], [], [], [], [], []
     for step, micro_batches in zip(range(1, STEPS + 1), batches(config, 0, 1), strict=False):
         tokens = MicroBatch(*(torch.cat(field) for field in zip(*micro_batches, strict=True)))
@@ -102,7 +106,9 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(o, step, config.train.steps)
         optimizer.step()
-        optimizer.zero_grad()
+        if muon:
+            muon.step(learning_rate(dataclasses.replace(o, lr=o.muon_lr), step, config.train.steps))
+        model.zero_grad()
         load = out["expert_counts"].sum(0).double()
         router_bias += config.experts.bias_update_rate * torch.sign(load.mean() - load).float()
         losses.append(float(out["cross_entropy"]))
@@ -110,8 +116,11 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         ids.append(sorted(tokens.sample_ids.tolist()))
         idle.append(int((load == 0).sum()))
     nothing = torch.zeros(())
+    momentum = muon.momentum() if muon else {}
     moments = {
-        name: [optimizer.state[p].get(key, nothing).expand_as(p) for key in ("exp_avg", "exp_avg_sq")]
+        name: [momentum[name]]
+        if name in momentum
+        else [optimizer.state[p].get(key, nothing).expand_as(p) for key in ("exp_avg", "exp_avg_sq")]
         for name, p in model.named_parameters()
     }
     return {
@@ -125,6 +134,59 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         "initial": initial,
         "final": {name: [p.detach(), *moments[name]] for name, p in model.named_parameters()},
     }
+
+
+class Muon:
+    """torch.optim.Muon for some parameters of a model, on OpenMythos' matrices: experts one by one, nothing fused.
+
+    It iterates in the precision of the run; torch's rounds to bf16 in any case.
+    """
+
+    def __init__(self, model: Mythos, names: set[str], config: Config):
+        self.config = config
+        self.ours = {name: parameter for name, parameter in model.named_parameters() if name in names}
+        theirs = self.unfused({name: parameter.detach() for name, parameter in self.ours.items()})
+        self.theirs = {name: torch.nn.Parameter(matrix.clone()) for name, matrix in theirs.items()}
+        o = config.optim
+        self.optimizer = torch.optim.Muon(
+            self.theirs.values(),
+            weight_decay=o.weight_decay,
+            momentum=o.muon_momentum,
+            nesterov=o.muon_nesterov,
+            ns_steps=o.muon_ns_steps,
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    def unfused(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By OpenMythos' names; a depth LoRA per loop as NAME/LOOP."""
+        found = {}
+        for name, tensor in to_open_mythos(tensors, self.config.model).items():
+            found |= {f"{name}/{i}": one for i, one in enumerate(tensor)} if tensor.dim() == 3 else {name: tensor}
+        return found
+
+    def fused(self, matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse."""
+        loops = {name.partition("/")[0] for name in matrices if "/" in name}
+        stacks = {name: [matrices[one] for one in matrices if one.startswith(f"{name}/")] for name in loops}
+        others = {name: matrix for name, matrix in matrices.items() if "/" not in name}
+        return from_open_mythos({**others, **{n: torch.stack(s) for n, s in stacks.items()}}, self.config.model)
+
+    def step(self, lr: float) -> None:
+        gradients = {name: parameter.grad for name, parameter in self.ours.items() if parameter.grad is not None}
+        for name, gradient in self.unfused(gradients).items():
+            self.theirs[name].grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        in_fp32 = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone)
+        with in_fp32 if self.config.train.dtype == "fp32" else contextlib.nullcontext():
+            self.optimizer.step()
+        with torch.no_grad():
+            for name, value in self.fused({n: p.detach() for n, p in self.theirs.items()}).items():
+                self.ours[name].copy_(value)
+
+    def momentum(self) -> dict[str, torch.Tensor]:
+        """By our names."""
+        return self.fused({name: self.optimizer.state[p]["momentum_buffer"] for name, p in self.theirs.items()})
 
 
 def clip(model: Mythos, limit: float) -> float:
@@ -165,7 +227,7 @@ def load_checkpoint(engine: Any, folder: str) -> None:
 
 
 def local_state(engine: Any) -> dict[str, list[torch.Tensor]]:
-    """Name -> this rank's shards of the parameter and both moments, without padding, gathered by DeepSpeed.
+    """Name -> this rank's shards of the parameter and its moments, without padding, gathered by DeepSpeed.
     A collective call."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -184,11 +246,15 @@ def local_state(engine: Any) -> dict[str, list[torch.Tensor]]:
     return {
         name: [
             real(p, safe_get_full_fp32_param(p)),
-            real(p, safe_get_full_optimizer_state(p, "exp_avg")),
-            real(p, safe_get_full_optimizer_state(p, "exp_avg_sq")),
+            *(real(p, safe_get_full_optimizer_state(p, kind)) for kind in kinds_of_moments(engine.config, name)),
         ]
         for name, p in engine.model.named_parameters()
     }
+
+
+def kinds_of_moments(config: Config, name: str) -> tuple[str, ...]:
+    """The moments of a parameter, as torch's optimizers name them."""
+    return ("momentum_buffer",) if config.optim.uses_muon(name) else ("exp_avg", "exp_avg_sq")
 
 
 def shard_bounds(engine: Any) -> dict[str, list[tuple[int, ...]]]:

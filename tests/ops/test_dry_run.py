@@ -48,6 +48,7 @@ LAYOUTS = {
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
         "parallel.expert=4 train.global_batch=4",
+        "optim.name=muon parallel.tensor=2 train.global_batch=2",
         "parallel.pipe=2 parallel.expert=2 train.dtype=bf16 train.global_batch=4",
     ],
 }

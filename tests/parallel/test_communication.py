@@ -50,6 +50,8 @@ LAYOUTS = {
         "parallel.pipe=2 loops.mean=1 loops.backprop=1",
         f"parallel.tensor=2 parallel.sequence=true act.kl=0.1 act.mode=safe {LOOPED}",
         f"parallel.zero=3 {LOOPED}",
+        "optim.name=muon parallel.zero=2",
+        f"optim.name=muon parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
     ],
     4: [
         "parallel.tensor=4 model.attn_type=gqa parallel.sequence=true",
@@ -66,8 +68,11 @@ LAYOUTS = {
         "parallel.pipe=2 parallel.tensor=2 parallel.sequence=true train.recompute=loop model.attn_type=gqa",
         f"parallel.pipe=2 parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
         f"parallel.pipe=4 loops.mean=6 loops.backprop=5 {LOOPED}",
+        f"optim.name=muon parallel.tensor=2 {LOOPED} model.n_shared_experts=2",
     ],
     8: [
+        "optim.name=muon parallel.pipe=2 parallel.tensor=2",
+        "optim.name=muon parallel.expert=2 parallel.tensor=2",
         "parallel.pipe=2 parallel.tensor=2 parallel.expert=2",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=2",
         f"parallel.pipe=4 parallel.expert=2 train.dtype=bf16 {BARE} {ALL_EXPERTS}",

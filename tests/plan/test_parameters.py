@@ -7,11 +7,11 @@ from mythos_dist.config.schema import Config, OptimConfig, ParallelConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.model import Mythos, MythosConfig
 from mythos_dist.model.flops import stage_costs
-from mythos_dist.model.parameter_groups import parameter_groups
+from mythos_dist.model.parameter_groups import parameter_groups, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, count_parameters, local_parameters
-from mythos_dist.ops.plan.optimizer_groups import group_sizes
 from mythos_dist.parallel.mesh import Mesh, mesh_of
 from mythos_dist.parallel.pipeline import StageSpec, plan_stages
+from mythos_dist.parallel.tensor import shard_of
 
 # Hardly any size divides by three or five: key-value heads, widths, the vocabulary, the rank of the depth LoRA.
 ODD = {
@@ -70,6 +70,8 @@ def parameters_of(model: Mythos) -> list[LocalParameter]:
             name=name,
             shape=tuple(p.shape),
             numel=p.numel(),
+            full_shape=shard_of(p).full_shape,
+            shard_axes=getattr(p, "shard_axes", {}),
             expert_sharded=not getattr(p, "allreduce", True),
             gradient_sum=getattr(p, "gradient_sum", None),
         )
@@ -122,8 +124,14 @@ def test_group_sizes_equal_the_parameter_groups_of_the_optimizer(config, paralle
             )
             for group in parameter_groups(model, OptimConfig(), mesh)
         ]
-        parameters = local_parameters(config, parallel.tensor, parallel.expert, stage)
-        assert [tuple(group) for group in group_sizes(parameters, mesh)] == expected
+        groups = plan_groups(local_parameters(config, parallel.tensor, parallel.expert, stage), mesh)
+        planned = [(g.expert_sharded, [parameter.numel for parameter in g.parameters], g.numel) for g in groups]
+        assert planned == expected
+        assert sum(len(sizes) for _, sizes, _ in planned) == len(own), "each parameter is in one group"
+        if parallel.pipe > 1:
+            per_replica = [numel / (2 if is_expert else mesh.data.size) for is_expert, _, numel in planned]
+            assert len(planned) == (3 if parallel.expert > 1 else 2)
+            assert all(size > 0 and size % 16 == 0 for size in per_replica), "full registers on every rank"
 
 
 @pytest.mark.parametrize(

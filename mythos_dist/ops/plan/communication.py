@@ -15,6 +15,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.deepspeed_communication import pipeline_messages, tied_gradients, zero_messages
 from mythos_dist.ops.plan.layer_communication import LayerMessages, Messages, Pass, scaled
+from mythos_dist.ops.plan.muon import muon_messages
 from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
@@ -81,6 +82,7 @@ def stage_communication(
     if mesh.pipe.size > 1:
         total += pipeline_messages(mesh, shape_messages=micro_batches if layers.per_loop else int(first_send))
     total += zero_messages(parameters, layers, micro_batches)
+    total += muon_messages(config, mesh, stage)
 
     by_axis: dict[str, dict[str, int]] = {}
     for (axis, kind), size in total.items():

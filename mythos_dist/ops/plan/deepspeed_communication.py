@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 
+from mythos_dist.model.parameter_groups import plan_groups
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.layer_communication import FP32, FP64, INT32, LayerMessages, Messages, message
 from mythos_dist.ops.plan.memory import uses_bf16_optimizer
-from mythos_dist.ops.plan.optimizer_groups import group_sizes
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
 
@@ -55,10 +55,11 @@ def zero_messages(parameters: Sequence[LocalParameter], layers: LayerMessages, m
     bf16_optimizer = uses_bf16_optimizer(layers.config)  # runtime/bf16_optimizer.py; else runtime/zero/stage*.py
     replica = _replica(mesh)
     total: Messages = Counter()
-    for group in group_sizes(parameters, mesh):
+    for group in plan_groups(parameters, mesh):
         axis = mesh.expert_data if group.expert_sharded else mesh.data
+        sizes = [parameter.numel for parameter in group.parameters]
         if zero == 3:
-            total += _zero_3(group.sizes, axis, item, micro_batches)
+            total += _zero_3(sizes, axis, item, micro_batches)
             norm_axes = [axis, replica]  # get_grad_norm_direct, as train/deepspeed_patches.py fixes it
             if group.expert_sharded:
                 norm_axes.append(mesh.expert)
@@ -66,7 +67,7 @@ def zero_messages(parameters: Sequence[LocalParameter], layers: LayerMessages, m
                 total += message(norm_axis, "all_reduce", FP64)
             continue
         padded = ceil(group.numel / (2 * axis.size)) * 2 * axis.size  # nccl_start_alignment_factor
-        reduced = padded if bf16_optimizer else sum(group.sizes)
+        reduced = padded if bf16_optimizer else sum(sizes)
         total += message(axis, "all_reduce", (micro_batches if zero == 2 else 1) * reduced * item)
         total += message(axis, "all_gather", padded * item)
         if not bf16_optimizer:  # get_grad_norm_direct, of experts over all replicas too; _average_expert_grad_norms

@@ -17,6 +17,7 @@ from mythos_dist.ops.plan.activations import LayerActivations
 from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.communication import stage_communication
 from mythos_dist.ops.plan.memory import Memory, peak_memory
+from mythos_dist.ops.plan.muon import muon_flops
 from mythos_dist.ops.plan.routing import ExpertRows, expected_rows
 from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
@@ -119,8 +120,11 @@ class Estimate:
         """FLOPs that a rank of `stage` executes in a step."""
         if micro_batches is None:
             micro_batches = self.micro_batches
-        one = executed_flops(self.config, stage.mesh, stage.spec, stage.loops, stage.no_grad, stage.rows.pairs)
-        return micro_batches * one
+        return micro_batches * self._pass_flops(stage) + muon_flops(self.config, stage.mesh, stage.spec)
+
+    def _pass_flops(self, stage: Stage) -> float:
+        """Of one micro-batch."""
+        return executed_flops(self.config, stage.mesh, stage.spec, stage.loops, stage.no_grad, stage.rows.pairs)
 
     @cached_property
     def seconds(self) -> SecondsByPart:
@@ -135,8 +139,11 @@ class Estimate:
         seconds = self._compute_seconds(stage)
         for name, value in self._message_seconds(stage).items():
             seconds[name] = seconds.get(name, 0.0) + value
-        stepped = stage.memory["optimizer"] / 12  # elements
+        stepped = stage.memory["optimizer"] / 12  # elements, if Adam steps them; Muon has less to read
         seconds["optimizer"] = stepped * _STEP_BYTES / (cluster.memory_gb_per_s * 1e9)
+        orthogonalized = cluster.peak_flops("fp32" if self.config.train.dtype == "fp32" else "bf16")
+        muon = muon_flops(self.config, stage.mesh, stage.spec)
+        seconds["optimizer"] += muon / (orthogonalized * cluster.product_efficiency)
         return {name: seconds.get(name, 0.0) for name in (*_PER_MICRO_BATCH, "data", "optimizer")}
 
     def _passes(self, stage: Stage) -> tuple[int, int]:
@@ -154,7 +161,7 @@ class Estimate:
         read = layers.loop().total * (forwards * _FORWARD_PASSES + backwards * _BACKWARD_PASSES)
         read += blocks * layers.dense_block().total * (_FORWARD_PASSES + _BACKWARD_PASSES)
         router = 2.0 * layers.n * c.dim * c.n_experts * (forwards + 2 * backwards)  # in fp32
-        products = self.flops(stage, 1) - router
+        products = self._pass_flops(stage) - router
         efficiency = cluster.product_efficiency
         return {
             "products": m * products / (cluster.peak_flops(train.dtype) * efficiency),
@@ -174,6 +181,8 @@ class Estimate:
             ranks = getattr(mesh, axis).size if hasattr(mesh, axis) else mesh.pipe.size * mesh.data.size
             name = axis if axis in ("tensor", "expert", "pipe") else "data"
             stride = {"tensor": 1, "pipe": mesh.tensor.size}.get(axis, mesh.tensor.size * mesh.pipe.size)
+            if axis in ("tensor_data", "tensor_expert_data"):  # of Muon: almost all of it within a replica
+                ranks, stride = mesh.tensor.size, 1
             if axis == "expert_data":
                 stride *= mesh.expert.size
             for kind, size in kinds.items():

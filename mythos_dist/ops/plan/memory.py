@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from math import ceil
 
 from mythos_dist.config.schema import Config
-from mythos_dist.model.parameter_table import LocalParameter, local_parameters
+from mythos_dist.model.parameter_groups import plan_groups
+from mythos_dist.model.parameter_table import LocalParameter, local_parameters, optimizer_bytes
 from mythos_dist.ops.plan.activations import ITEM_BYTES, LayerActivations, Saved
-from mythos_dist.ops.plan.optimizer_groups import group_sizes
+from mythos_dist.ops.plan.muon import muon_workspace
 from mythos_dist.ops.plan.routing import ExpertRows
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
@@ -51,10 +52,11 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
     b, zero = ITEM_BYTES[config.train.dtype], config.parallel.zero
     memory = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0}
     for expert_sharded in (False, True):
-        elements = sum(p.numel for p in parameters if p.expert_sharded == expert_sharded)
+        held = [p for p in parameters if p.expert_sharded == expert_sharded]
+        elements = sum(p.numel for p in held)
         replicas = (mesh.expert_data if expert_sharded else mesh.data).size
         memory["parameters"] += elements * b * (1 + 1 / replicas if zero == 3 else 1)
-        memory["optimizer"] += elements * 12 / replicas  # fp32 weights and both moments
+        memory["optimizer"] += sum(p.numel * optimizer_bytes(config.optim, p.name) for p in held) / replicas
         if zero > 1:
             memory["gradients"] += elements * b / replicas
         else:
@@ -119,6 +121,7 @@ class _Moments:
 
     def all(self) -> Iterator[Memory]:
         yield self._reduction()
+        yield {"workspace": muon_workspace(self.config, self.mesh, self.stage)}
         if self.stage.is_last:
             yield self._loss()
         if len(self.stage.coda):
@@ -134,7 +137,7 @@ class _Moments:
         if not uses_bf16_optimizer(self.config):
             return {}
         buckets: list[list[int]] = [[]]
-        for group in group_sizes(self.parameters, self.mesh):
+        for group in plan_groups(self.parameters, self.mesh):
             if group.expert_sharded or sum(buckets[-1]) > _BUCKET:
                 buckets.append([])
             buckets[-1].append(group.numel)
