@@ -7,7 +7,7 @@ With one stage `DeepSpeedEngine` runs the passes, with several `PipelineEngine` 
 Importing this module imports DeepSpeed, which selects its accelerator then: the process group comes first
 (`parallel/process.py`), and `loop.py` imports this module in a function.
 
-Decisions: PARALLEL-12, PARALLEL-15.
+Decisions: PARALLEL-15.
 """
 
 import contextlib
