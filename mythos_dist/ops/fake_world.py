@@ -139,7 +139,8 @@ def _receive_shapes(engine: Any, sender: int) -> Tensor:
 
     pipe.p2p.recv(torch.empty(pipe.TENSOR_META_SIZE, dtype=torch.int32), sender)
     (stage,) = engine.module.forward_funcs
-    specs = stage.model.input_shapes(*stage.inputs[0].input_ids.shape)
+    inputs = stage.inputs[0]
+    specs = stage.model.input_shapes(*inputs.input_ids.shape, inputs.readouts)
     dtype = next(stage.model.parameters()).dtype
     return engine._allocate_or_extend_buffers(0, [num_bytes(specs) // dtype.itemsize], dtype)
 

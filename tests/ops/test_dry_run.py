@@ -44,6 +44,7 @@ LAYOUTS = {
         "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1",
         "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",
         "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",
+        "parallel.pipe=2 loops.objective=per_loop train.global_batch=3",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
