@@ -1,16 +1,28 @@
 """Learning rates of all schedules, as functions of the step."""
 
 import dataclasses
+import hashlib
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from mythos_dist.config.rules import problems
-from mythos_dist.config.schema import Config, DataConfig, OptimConfig, TrainConfig
-from mythos_dist.train.schedule import learning_rate, phase_at
+from mythos_dist.config.schema import (
+    Config,
+    DataConfig,
+    LoopsConfig,
+    MythosConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from mythos_dist.parallel.mesh import mesh_coordinates
+from mythos_dist.train.schedule import learning_rate, loops_at, phase_at, state_seed, step_seed
 
 LR, STEPS, WARMUP = 3e-3, 60, 7
 
@@ -174,3 +186,58 @@ def test_a_checkpoint_of_an_earlier_version_has_a_cosine(config):
     for key in ("schedule", "decay", "decay_steps"):
         del saved["optim"][key]
     assert config_from(saved) == config and config.optim.schedule == "cosine"
+
+
+# ---- Random draws
+
+
+def hashed(text: str) -> int:
+    """63 bits of a SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") // 2
+
+
+def test_seeds_are_hashes_of_what_they_depend_on():
+    """A run that resumes after an update draws what it would have drawn: dropout, initial states."""
+    assert state_seed(5, 7, 3) == hashed("5/state/7/3")
+    for sequence in (False, True):
+        parallel = ParallelConfig(tensor=3, pipe=2, sequence=sequence)
+        seeds = [step_seed(5, 7, mesh_coordinates(parallel, 12, rank)) for rank in range(12)]
+        places = [(d, p, t if sequence else 0) for d in range(2) for p in range(2) for t in range(3)]
+        assert seeds == [hashed(f"5/7/{d}/{p}/{t}") for d, p, t in places]
+
+
+@pytest.mark.parametrize("per", ["step", "sequence"])
+def test_loops_are_drawn_by_numpys_generator_of_seed_and_step(per):
+    """Against NumPy, with the mean, the maximum of 4 times the largest mean, and the set that the step has."""
+    runs = {
+        "fixed": LoopsConfig(mean=5, per=per),
+        "poisson": LoopsConfig(distribution="poisson", mean=5, per=per),
+        "lognormal": LoopsConfig(distribution="lognormal_poisson", mean=5, sigma=0.9, per=per),
+        "set": LoopsConfig(
+            distribution="uniform_set", set=(2, 3, 9), per=per, curriculum="linear", curriculum_steps=40
+        ),
+    }
+    size = 6 if per == "sequence" else 1
+    for name, loops in runs.items():
+        config = Config(
+            model=MythosConfig(max_loop_iters=3),
+            train=TrainConfig(global_batch=6),
+            loops=loops,
+            run=RunConfig(seed=11),
+        )
+        for step in range(1, 61):
+            random = np.random.default_rng(hashed(f"11/loops/{step}"))
+            if name == "fixed":
+                expected = [5] * size
+            elif name == "poisson":
+                expected = random.poisson(5, size).clip(1, 20).tolist()
+            elif name == "lognormal":
+                rates = random.lognormal(math.log(4) - 0.9**2 / 2, 0.9, size)
+                expected = (1 + random.poisson(rates)).clip(1, 20).tolist()
+            else:
+                # The largest grows from 1 to 9: 3 is in the set from step 11 on, 9 after step 40.
+                of_step = [2] if step <= 10 else [2, 3] if step <= 40 else [2, 3, 9]
+                expected = random.choice(of_step, size).tolist()
+            drawn = loops_at(config, step)
+            assert drawn.n_loops == max(expected) and drawn.no_grad_loops == 0, (name, step)
+            assert drawn.depths == (expected if per == "sequence" else None), (name, step)
