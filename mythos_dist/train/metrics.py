@@ -56,7 +56,7 @@ def batch_id(sample_ids: Sequence[int]) -> str:
 
 
 def peak_flops(config: Config) -> float:
-    """Peak FLOP/s of one rank: as set, from the GPU's name, or measured on a CPU while all ranks measure."""
+    """Peak FLOP/s of one rank: as set, from the GPU's name, or measured on a CPU, shared by the node's ranks."""
     if config.run.peak_tflops is not None:
         return config.run.peak_tflops * 1e12
     if torch.cuda.is_available():
@@ -65,14 +65,25 @@ def peak_flops(config: Config) -> float:
             if name in device_name:
                 return tflops * 1e12
         return math.nan
-    dtype = DTYPES[config.train.dtype]
-    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
-    torch.mm(a, b)
-    began, products = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.3:
-        torch.mm(a, b)
-        products += 1
-    return products * 2 * 1024**3 / (time.perf_counter() - began)
+    threads = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * torch.get_num_threads()  # of all ranks on this node
+    return _cpu_flops(DTYPES[config.train.dtype]) * min(1.0, len(os.sched_getaffinity(0)) / threads)
+
+
+def _cpu_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of this process's threads: the fastest matrix product of 0.3 s.
+
+    The mean depends on what else the machine does: with 20 other processes on two cores it was 10 times lower than the
+    best. A small product ends before another process gets the core; only a large one occupies many threads.
+    """
+    best = 0.0
+    for size in (384, 1024):
+        a = torch.ones(size, size, dtype=dtype)
+        torch.mm(a, a)
+        end = time.perf_counter() + 0.15
+        while (began := time.perf_counter()) < end:
+            torch.mm(a, a)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
 
 
 def step_line(config: Config, step: int, result: StepResult, ids: list[int], seconds: float, peak: float) -> dict:

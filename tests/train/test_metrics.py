@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import logging
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from mythos_dist.train.depth import HeldOut
-from mythos_dist.train.metrics import Metrics, batch_id
+from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
 
 
 def replace_wandb(config, mode):
@@ -20,6 +24,36 @@ def test_batch_id_depends_on_the_samples_and_not_on_their_order():
     assert batch_id([3, 1, 2]) == batch_id([1, 2, 3])
     others = [[1, 2], [1, 2, 4], [1, 2, 3, 3], [12, 3]]
     assert len({batch_id(ids) for ids in [[1, 2, 3], *others]}) == 5
+
+
+@pytest.fixture
+def measured(config):
+    """The config without a peak of its own."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=None))
+
+
+def test_the_peak_of_a_cpu_does_not_depend_on_other_processes(measured):
+    """While three processes per core compute, at least half of what is measured without them."""
+    quiet = peak_flops(measured)
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3 * len(os.sched_getaffinity(0)))]
+    try:
+        for other in others:
+            assert other.stdout and other.stdout.readline() == b"\n"  # it runs
+        assert peak_flops(measured) > quiet / 2
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
+def test_ranks_share_the_peak_of_their_nodes_cpu(measured, monkeypatch):
+    """Eight ranks per core have together at most twice what one thread per core measures."""
+    cores = len(os.sched_getaffinity(0))
+    alone = peak_flops(measured) / torch.get_num_threads()  # of one core
+    ranks = 8 * cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert ranks * peak_flops(measured) < 2 * cores * alone
 
 
 @pytest.mark.launch
