@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mythos_dist.model import mythos
+from mythos_dist.model import mythos, norm
 from mythos_dist.model.activations import num_bytes
 from mythos_dist.parallel.process import disable_cpu_op_builder
 
@@ -113,6 +113,7 @@ def fake_tensors() -> Iterator[None]:
         (torch.cuda, "is_available", no_gpu),
         (nn.Module, "_apply", _apply),
         (mythos, "init_parameters", skip),
+        (norm, "_norm", _FusedNorm.apply),
         (PipelineEngine, "_recv_tensor_meta", _receive_shapes),
         # ZeRO-3 compares the ranks' next operations, by value.
         (partition_parameters, "assert_ints_same_as_other_ranks", skip),
@@ -124,6 +125,21 @@ def fake_tensors() -> Iterator[None]:
             stack.enter_context(replaced(owner, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The tensors of a GPU's `F.rms_norm`, one kernel forward and one backward. On tensors that say `cpu` torch runs a
+    dozen operations instead, and model/norm.py a function whose backward holds four copies in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
 
 def _meta_grouped_mm(a: Tensor, b: Tensor, *_: Any, offs: Tensor, **__: Any) -> Tensor:

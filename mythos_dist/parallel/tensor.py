@@ -209,6 +209,7 @@ class _HeadLoss(torch.autograd.Function):
             if needs_grad:
                 torch.mm(grad_logits, weight, out=grads[0][chunk])
                 torch.addmm(grads[1], grad_logits.t(), x[chunk], out=grads[1])
+            del grad_logits  # else it would exist beside the next chunk's logits
         ctx.save_for_backward(*grads, losses)
         ctx.mark_non_differentiable(losses, correct)
         return losses @ weights, losses, correct

@@ -64,7 +64,9 @@ class LayerActivations:
     def _gqa(self) -> Saved:
         c, b, H = self.c, self.b, self.heads
         kv_heads = H if c.n_kv_heads % self.t else c.n_kv_heads // self.t
-        elements = (3 * H + 2 * kv_heads) * c.head_dim  # queries, keys, values, output twice
+        elements = 2 * (H + kv_heads) * c.head_dim  # queries, keys, values, output
+        if self.selective:
+            return Saved(self.N * elements * b)
         normed = (H + kv_heads) * (c.head_dim * b + 4) if c.qk_norm else 0
         return Saved(self.N * (elements * b + 4 * H + normed))
 
@@ -76,7 +78,7 @@ class LayerActivations:
             return Saved(N * (latents + H * v) * b)
         normed = c.q_lora_rank + c.kv_lora_rank
         values = d if v < d else c.qk_nope_head_dim + v  # padded, or a view of the product
-        per_head = 2 * max(d, v) + values + max(d, v) + v  # queries, keys, values, output twice
+        per_head = 3 * max(d, v) + values + (v if v < d else 0)  # queries, keys, output, values, output unpadded
         heads = H * per_head * b + 4 * H  # and the log-sum-exp
         if c.qk_norm:
             heads += 2 * H * (d * b + 4)  # queries and keys before their norms
@@ -119,15 +121,21 @@ class LayerActivations:
         return Saved(states + lora) + self.attention() + self._mixture()
 
     def injection(self) -> Saved:
-        """model/injection.py, once for all loops: the input of e's norm, this rank's channels of e, their product."""
+        """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of
+        e, their product."""
         if self.c.injection == "reference":
-            return Saved()
+            return Saved(self.residual)
         return Saved(2 * self.residual + self.N * ceil(self.c.dim / self.t) * self.b)
 
     @property
+    def output(self) -> float:
+        """The loops' output in fp32."""
+        return 4 * self.n * self.c.dim
+
+    @property
     def mixed(self) -> float:
-        """The weighted sum of states in fp32, of each loop; act.mode=off has none."""
-        return 0 if self.config.act.mode_of(self.c) == "off" else 4 * self.n * self.c.dim
+        """The output so far, of each loop; act.mode=off has none."""
+        return 0 if self.config.act.mode_of(self.c) == "off" else self.output
 
     def carry(self) -> float:
         """The input of a loop: h, the weighted sum of states in fp32, the halting mass."""

@@ -29,8 +29,8 @@ from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 Memory = dict[str, float]  # bytes by part
 
 # parameters: weights as they compute. gradients: accumulators, and tensors shaped as weights in a backward pass.
-# optimizer: master weights and moments. activations: saved by a forward pass. communication: outputs of collectives in
-# a backward pass or in the optimizer. workspace: everything else.
+# optimizer: master weights and moments. activations: what a forward pass saves, and its temporary tensors.
+# communication: outputs of collectives in a backward pass or in the optimizer. workspace: everything else.
 PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "communication")
 
 _BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
@@ -107,6 +107,8 @@ class _Moments:
         before_loops = layers.dense_block() * len(stage.prelude) + injection
         after_loops = layers.dense_block() * (len(stage.coda) * self.readouts)
         after_loops += Saved(layers.residual * (self.readouts - 1) * 2)
+        if self.recomputed and self.live:  # recomputation keeps the first loop's inputs, act.mode=off's output too
+            before_loops += Saved(layers.output - layers.mixed)
         carries = layers.carry() * ceil(self.live / self.every)
         in_loops = carries if self.recomputed else layers.loop().total * self.live
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
@@ -125,7 +127,7 @@ class _Moments:
         if self.stage.is_last:
             yield self._loss()
         if len(self.stage.coda):
-            yield self._dense_block(self.all_saved, self.readouts, residuals=3)
+            yield self._dense_block(self.all_saved, self.readouts, residuals=1)
         if self.live:
             yield from self._loops()
         if len(self.stage.prelude):
@@ -150,11 +152,10 @@ class _Moments:
         vocab = ceil(c.vocab_size / layers.t)
         rows = layers.N * self.readouts
         chunk = max(256, rows * c.dim // max(1, vocab))
-        return {
-            "activations": self.all_saved + layers.x * 2 * self.readouts,
-            "gradients": self.head_gradient,
-            "workspace": min(chunk, rows) * vocab * (2 * layers.b + 4),
-        }
+        # The last norm's input, its output and the gradient of that; of a chunk the logits, also in fp32, and their
+        # gradient.
+        head = (layers.residual + 2 * layers.x) * self.readouts + min(chunk, rows) * vocab * (2 * layers.b + 4)
+        return {"activations": self.all_saved + head, "gradients": self.head_gradient}
 
     def _dense_block(self, saved: float, readouts: int, residuals: int) -> Memory:
         """The backward pass of the FFN in the last block of coda or prelude."""
@@ -168,7 +169,7 @@ class _Moments:
         }
 
     def _loops(self) -> Iterator[Memory]:
-        """In the backward pass of the last loop, where no gradient sum exists yet, and of the one before it."""
+        """In the backward pass of the last loop, where no gradient sum exists yet, and of those before it."""
         layers, selective = self.layers, self.layers.selective
         b, D, M = layers.b, layers.c.dim, layers.rows.pairs
         gate = layers.shared_gate()
@@ -178,7 +179,9 @@ class _Moments:
         freed = 2 * layers.residual + layers.mixed  # the end of the loop: its output twice, and in fp32
         exchanged = self.mesh.expert.size > 1
         gathered = layers.x if self.mesh.sequence else 0.0  # the gradient of the mixture's output
-        for done in range(min(2, self.live)):  # loops whose backward is done
+        # Loops whose backward is done: none; the last one; all of the last group that is recomputed together.
+        first_of_last_group = (self.live - 1) // self.every * self.every
+        for done in sorted({0, 1, self.live - first_of_last_group} & set(range(self.live))):
             moment = self._loop(done)
             # model/swiglu.py: hidden rows and their gradients; the gradient of `down` comes last.
             yield moment.memory(shared, (5 if selective else 3) * gate, gathered, Saved(freed))
@@ -193,27 +196,23 @@ class _Moments:
             yield moment.memory(3 * expert, other + 2 * rows + 2 * hidden, received, freed_before_experts)
         if uses_bf16_optimizer(self.config):
             # The first loop comes last: the gradient of `down` is copied to fp32 and added to its accumulator.
-            yield self._first_loop().memory(4 / b * shared, 2 * gate, gathered, Saved(freed + gates))
+            first = self._loop(self.live - 1)
+            yield first.memory(4 / b * shared, 2 * gate, gathered, Saved(freed + gates))
 
     def _loop(self, done: int) -> _LoopMoment:
         """The backward pass of the loop after `done` others."""
         layers = self.layers
         gradients = self.head_gradient + (self.recurrent_gradients if done else 0.0)
-        if not self.recomputed:
-            saved = self.saved_before_loops + layers.loop().total * (self.live - done)
-            return _LoopMoment(layers, saved, None, gradients)
-        group, in_group = divmod(done, self.every)
-        carries = layers.carry() * (ceil(self.live / self.every) - group)
-        recomputed = layers.loop() * (min(self.every, self.live) - in_group)
-        return _LoopMoment(layers, self.saved_before_loops + carries, recomputed, gradients)
-
-    def _first_loop(self) -> _LoopMoment:
-        layers = self.layers
-        gradients = self.head_gradient + self.recurrent_gradients
-        if not self.recomputed:
-            return _LoopMoment(layers, self.saved_before_loops + layers.loop().total, None, gradients)
-        recomputed = layers.loop() * min(self.every, self.live)
-        return _LoopMoment(layers, self.saved_before_loops + layers.carry(), recomputed, gradients)
+        group, in_group = divmod(self.live - 1 - done, self.every)
+        if self.recomputed:
+            saved, recomputed = layers.carry() * (group + 1), layers.loop() * (in_group + 1)
+        else:
+            saved, recomputed = layers.loop().total * (group + 1), None
+        # Gradients of h, injected(e) and inside of the block; from the second loop on also of e, if that is another.
+        states = 4 if done and layers.c.injection == "parcae" else 3
+        if self.readouts > 1:  # and those of the coda's inputs, one tensor for all readouts
+            states += self.readouts
+        return _LoopMoment(layers, self.saved_before_loops + saved, recomputed, gradients, states)
 
 
 @dataclass(frozen=True)
@@ -224,11 +223,11 @@ class _LoopMoment:
     saved: float  # bytes, by the forward pass
     recomputed: Saved | None  # None: nothing is recomputed
     gradients: float
+    states: int  # gradients as large as the residual stream
 
     def memory(self, new_gradients: float, other: float, gathered: float, freed: Saved) -> Memory:
         """With these bytes of new weight gradients, of other tensors, and of outputs of collectives; less `freed`."""
-        # Gradients of h, e, the mixed states and inside of the block.
-        state_gradients = 3 * self.layers.residual + self.layers.mixed
+        state_gradients = self.states * self.layers.residual + self.layers.mixed
         memory = {
             "activations": self.saved,
             "gradients": self.gradients + new_gradients,
