@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry
+from mythos_dist.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest, FileEntry
 from mythos_dist.checkpoint.names import remove_checkpoint, temporary_name
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.progress import Progress
@@ -114,7 +114,7 @@ def _write(
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             files = dict(pool.map(write_file, range(len(groups)), groups))
-        return publish(folder, replace(manifest, files=files), key)
+        return publish(folder, replace(manifest, files=files, format_version=FORMAT_VERSION), key)
     finally:
         with suppress(OSError):
             remove_checkpoint(folder)  # does nothing after `publish`, which renames it

@@ -1,7 +1,7 @@
 """Describe a checkpoint, as text or as JSON values, and compare two."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, read_checkpoint_m
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
+from mythos_dist.config.compare import training_changes
 from mythos_dist.units import count
 
 SIGNATURES = {
@@ -65,6 +66,8 @@ def summarize(checkpoint: Checkpoint, damaged: list[str], signature: str, verifi
         "start": manifest.start,
         "optimizer": manifest.optimizer,
         "data": manifest.data,
+        "lineage": asdict(manifest.lineage),
+        "config": manifest.config,
         "versions": manifest.versions,
         "moments": any("exp_avg" in tensor.kinds for tensor in manifest.tensors.values()),
         "signature": signature,
@@ -91,12 +94,36 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"  data        {format_value(summary['data'][:60] or 'any')}",
         f"  signature   {SIGNATURES[summary['signature']]}",
     ]
+    lines += family_lines(summary)
     if summary["damaged"]:
         lines += ["  integrity   DAMAGED", *(f"    {line}" for line in summary["damaged"])]
     elif summary["verified"]:
         lines.append("  integrity   every byte is as it was written")
     else:
         lines.append("  integrity   sizes are right; bytes were not read")
+    return lines
+
+
+def family_lines(summary: dict[str, Any]) -> list[str]:
+    """The checkpoints that training went through, oldest first, with what each run took from its parent and changed."""
+    lineage = summary["lineage"]
+    if not lineage["parents"]:
+        return []
+    this = {
+        "path": "this checkpoint",
+        "step": summary["step"],
+        "tokens": lineage["tokens"],
+        "config": summary["config"],
+    }
+    family = [*reversed(lineage["parents"]), this]
+    lines = ["  family tree (tokens of all stages so far)"]
+    for depth, member in enumerate(family):
+        parent = family[depth - 1] if depth else None
+        branch = f"{'   ' * (depth - 1)}`- {parent['state']}: " if parent else ""
+        lines.append(f"    {branch}{member['path']}, step {member['step']:,}, {count(member['tokens'], 'token')}")
+        changes = training_changes(parent["config"], member["config"]) if parent else ()
+        for name, before, now in changes:
+            lines.append(f"    {'   ' * (depth + 1)}{name} {format_value(before)} -> {format_value(now)}")
     return lines
 
 

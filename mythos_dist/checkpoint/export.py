@@ -72,12 +72,14 @@ def export(
     if len(groups) > 1:
         files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
 
+    # `start_from` reads step and tokens, for the lineage of a run that begins with these weights.
+    metadata = {"format": "pt", "step": str(manifest.step), "tokens": str(manifest.lineage.tokens)}
     with _new_folder(out, sum(sizes.values())) as folder:
 
         def write_file(file: str, names: list[str]) -> None:
             file_shapes = {key: shape for name in names for key, shape in shapes[name].items()}
             blocks = (block for name in names for block in _blocks(source, name, model, format, dtype, progress))
-            write_tensors(folder / file, file_shapes, blocks, label, metadata={"format": "pt"})
+            write_tensors(folder / file, file_shapes, blocks, label, metadata=metadata)
 
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(write_file, files, groups))

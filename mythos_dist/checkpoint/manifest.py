@@ -37,7 +37,8 @@ from mythos_dist.checkpoint.strict_json import (
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 has no lineage
 PARAMETER, MOMENTS, BUFFER = "parameter", ("exp_avg", "exp_avg_sq", "momentum_buffer"), "buffer"
 MAX_BYTES = 512 << 20  # of a manifest; that of 4,096 ranks has about 40 MB
 MAX_DEPTH = 8  # of nested settings
@@ -45,6 +46,7 @@ MAX_DEPTH = 8  # of nested settings
 _CLOSED = ConfigDict(extra="forbid")
 _Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]{0,499}$")]
 _Text = Annotated[str, Field(strict=True)]
+_Tokens = Annotated[int, Field(strict=True, ge=0, lt=1 << 80)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -75,13 +77,44 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Ancestor:
+    """A checkpoint or an export that a run began with (`start_from`)."""
+
+    __pydantic_config__ = _CLOSED
+
+    path: _Text  # of its folder, absolute
+    step: Size
+    tokens: _Tokens  # trained until then, its own ancestors' included
+    state: _Text  # what the run took from it: start_from_state
+    config: dict[_Text, dict[_Text, Any]]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a run comes from, and how far it is in its data; the defaults: a run with new weights, before step 1."""
+
+    __pydantic_config__ = _CLOSED
+
+    parents: tuple[Ancestor, ...] = ()  # the nearest one first
+    first_step: Size = 0  # step s of the run is step first_step + s of schedule, loops and random numbers
+    first_sample: Size = 0  # position in the data order at which the run begins
+    next_sample: Size = 0  # the same of the step after the checkpoint
+    tokens: _Tokens = 0  # trained so far, the ancestors' included
+
+    @property
+    def tokens_before(self) -> int:
+        """Tokens that the run's ancestors were trained on."""
+        return self.parents[0].tokens if self.parents else 0
+
+
+@dataclass(frozen=True)
 class CheckpointManifest:
     """The content of checkpoint.json."""
 
     __pydantic_config__ = _CLOSED
 
     step: Annotated[int, Field(strict=True, ge=0, lt=10**15)]
-    tokens: Annotated[int, Field(strict=True, ge=0, lt=1 << 80)]
+    tokens: _Tokens  # of the run itself
     start: Annotated[int, Field(strict=True, ge=0, lt=10**9)]  # the start of the run that wrote it, from 1; 0: a tool
     layout: dict[_Text, Any]  # of the writer: ranks and parallel.*
     config: dict[_Text, dict[_Text, Any]]
@@ -90,6 +123,7 @@ class CheckpointManifest:
     optimizer: dict[str, Any]  # see _Optimizer
     tensors: dict[_Name, TensorEntry]
     files: dict[_Text, FileEntry]
+    lineage: Lineage = Lineage()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -181,14 +215,15 @@ def _check_version(raw: Any, file: Path) -> None:
     if not isinstance(raw, dict):
         raise ValueError("it is not an object")
     version = raw.get("format_version")
-    if type(version) is int and version == FORMAT_VERSION:  # True and 1.0 are equal to 1, too
+    if type(version) is int and version in READABLE_VERSIONS:  # True and 1.0 are equal to 1, too
         return
     version_text = f"format_version={shorten(version)}" if "format_version" in raw else "no format_version"
     newer = type(version) is int and version > FORMAT_VERSION
+    readable = " and ".join(map(str, READABLE_VERSIONS))
     remedy = "install the newer mythos_dist that wrote it" if newer else "use the mythos_dist that wrote it"
     raise VersionError(
-        f"has {version_text}, but mythos_dist {__version__} reads format_version={FORMAT_VERSION}; {remedy}, or move "
-        "the checkpoint out of this folder",
+        f"has {version_text}, but mythos_dist {__version__} reads format_version={readable}; {remedy}, or move the "
+        "checkpoint out of this folder",
         str(file),
     )
 
@@ -210,16 +245,25 @@ def _check_signature(text: str, signature: Signature | None, key: Key, folder: P
 
 def _validate(raw: dict[str, Any]) -> CheckpointManifest:
     """Raises ValueError with all problems."""
-    for section in ("layout", "config", "optimizer"):
+    for section in ("layout", "config", "optimizer", "lineage"):
         if problem := depth_problem(raw.get(section), MAX_DEPTH):
             raise ValueError(f"{section} {problem}")
     manifest = validate(_MANIFEST, raw)
+    if "lineage" not in raw:  # version 1: the run began with new weights, and left out no batches
+        samples = manifest.step * _global_batch(manifest)
+        manifest = replace(manifest, lineage=Lineage(tokens=manifest.tokens, next_sample=samples))
     validate(_OPTIMIZER, manifest.optimizer)
     if any(file.sha256 for file in manifest.files.values()):
         raise ValueError("files: a sha256 belongs in the signature")
     if problems := list(itertools.islice(contradictions(manifest), MAX_PROBLEMS)):
         raise ValueError("; ".join(problems))
     return manifest
+
+
+def _global_batch(manifest: CheckpointManifest) -> int:
+    """As in its settings; 0 for imported weights, which have none."""
+    size = manifest.config.get("train", {}).get("global_batch", 0)
+    return size if isinstance(size, int) else 0
 
 
 def _with_sha256(manifest: CheckpointManifest, signature: Signature) -> CheckpointManifest:

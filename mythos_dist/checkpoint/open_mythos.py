@@ -49,7 +49,7 @@ def import_open_mythos(
     their_shapes = {name: open_mythos_shapes(name, tensor.shape, model) for name, tensor in tensors.items()}
     state_dict = open_weights(weights)
     expected = {their_name: shape for shapes in their_shapes.values() for their_name, shape in shapes.items()}
-    if problems := list(_mismatches(state_dict, expected)):
+    if problems := list(mismatches(state_dict, expected)):
         raise UserError([*problems, "is `model.*` the config that these weights were trained with?"], str(weights))
     if "head.weight" in state_dict and not _equal(state_dict["head.weight"], state_dict["embed.weight"]):
         raise UserError("head.weight differs from embed.weight, but in this model they are tied", str(weights))
@@ -75,8 +75,8 @@ def import_open_mythos(
     return write_full_tensors(run_dir, manifest, blocks, workers=1, file_bytes=file_bytes)
 
 
-def _mismatches(state_dict: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """A message for each kind of problem."""
+def mismatches(state_dict: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """How a state dict differs from the expected names and shapes: a message for each kind of problem."""
     names = set(state_dict) - set(NOT_PARAMETERS)
     wrong_shapes, wrong_types = [], []
     for name in names & expected.keys():
@@ -89,16 +89,17 @@ def _mismatches(state_dict: Mapping[str, Tensor], expected: dict[str, tuple[int,
     missing = expected.keys() - names
     unknown = [shorten(name)[1:-1] for name in names - expected.keys()]
     if missing:
-        yield f"missing {_list_tensors(missing)}"
+        yield f"missing {list_tensors(missing)}"
     if unknown:
-        yield f"unknown {_list_tensors(unknown)}"
+        yield f"unknown {list_tensors(unknown)}"
     if wrong_shapes:
-        yield f"wrong shape of {_list_tensors(wrong_shapes)}"
+        yield f"wrong shape of {list_tensors(wrong_shapes)}"
     if wrong_types:
-        yield f"not a dense floating-point tensor on the CPU: {_list_tensors(wrong_types)}"
+        yield f"not a dense floating-point tensor on the CPU: {list_tensors(wrong_types)}"
 
 
-def _list_tensors(descriptions: Collection[str]) -> str:
+def list_tensors(descriptions: Collection[str]) -> str:
+    """Their number, and the first of them."""
     shown = sorted(descriptions)[:MAX_LISTED]
     more = f" and {len(descriptions) - len(shown)} more" if len(descriptions) > len(shown) else ""
     return f"{count(len(descriptions), 'tensor')}: {', '.join(shown)}{more}"
@@ -109,16 +110,17 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def open_weights(path: Path) -> Mapping[str, Tensor]:
-    """A state dict whose tensors are read on access. Raises UserError if it cannot be opened."""
+    """A state dict whose tensors are read on access; `SafeTensors` for such files. Raises UserError if it cannot be
+    opened."""
     try:
         path = path.expanduser()
         if path.is_dir():
             files = sorted(path.glob("*.safetensors"))
             if not files:
                 raise UserError("holds no .safetensors files; give a folder that does, or a .pt file", str(path))
-            return _SafeTensors(files)
+            return SafeTensors(files)
         if path.suffix == ".safetensors":
-            return _SafeTensors([path])
+            return SafeTensors([path])
         state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError("no such file; give OpenMythos' weights", str(path)) from None
@@ -136,15 +138,17 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
     return state_dict
 
 
-class _SafeTensors(Mapping[str, Tensor]):
+class SafeTensors(Mapping[str, Tensor]):
     """The tensors of several safetensors files, by name."""
 
     def __init__(self, files: list[Path]):
         from safetensors import safe_open
 
         self._source: dict[str, tuple[Path, Any]] = {}
+        self.metadata: dict[str, str] = {}
         for file in files:
             opened: Any = safe_open(file, "pt")
+            self.metadata |= opened.metadata() or {}
             for name in opened.keys():  # noqa: SIM118 — not a mapping
                 if name in self._source:
                     raise UserError(f"{shorten(name)} is also in {self._source[name][0].name}; keep one set", str(file))

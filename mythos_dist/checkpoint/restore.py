@@ -44,6 +44,8 @@ def find_checkpoint(checkpoints: Path, settings: CheckpointConfig = _DEFAULTS) -
     """The checkpoint that `latest` names, or if it is damaged the newest intact one; None if there are none at all.
     And a line per damaged file in the checkpoints that were skipped.
 
+    `checkpoints`: a run's folder of them, or the folder of a single one.
+
     Every rank calls this. With `settings.verify`, and with a key (see `signing_key`) in any case, each reads its share
     of the bytes. Raises UserError on every rank if there are checkpoints but none is intact, if one is of another
     format version, which training would overwrite, or if one is not signed with the key.
@@ -67,10 +69,17 @@ def find_checkpoint(checkpoints: Path, settings: CheckpointConfig = _DEFAULTS) -
 
 def _candidates(checkpoints: Path) -> list[Path]:
     """Checkpoints to try, in order. Raises UserError if `latest` is a folder, which no later save could replace."""
+    if is_checkpoint(checkpoints):
+        return [checkpoints]
     latest = checkpoints / LATEST
     if latest.is_dir() and not latest.is_symlink():
         raise UserError("is a folder, but a run writes a file of this name; move it away", str(latest))
     return checkpoints_of(checkpoints)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is the folder of one checkpoint, by its content or its name."""
+    return (path / MANIFEST_FILE).exists() or step_of(path.name) is not None
 
 
 def _verify_on_all_ranks(folder: Path, verify: bool, key: Key | None) -> tuple[Checkpoint | None, list[str]]:
@@ -127,8 +136,11 @@ def _raise_unless_same_key(key: Key | None) -> None:
     raise UserError(f"{problem}: set checkpoint.key_file, or {VARIABLE} on every node, to files with the same key")
 
 
-def load_state(checkpoint: Checkpoint, shards: LocalShards, progress: Progress = lambda size: None) -> None:
-    """Load a rank's `shards` from a checkpoint; moments that the checkpoint lacks become zero (imported weights).
+def load_state(
+    checkpoint: Checkpoint, shards: LocalShards, progress: Progress = lambda size: None, moments: bool = True
+) -> None:
+    """Load a rank's `shards` from a checkpoint; moments that the checkpoint lacks become zero (imported weights), and
+    without `moments` all of them do.
 
     `progress` is called with the bytes read since the last call. Raises UserError if the checkpoint is of another
     model.
@@ -136,7 +148,7 @@ def load_state(checkpoint: Checkpoint, shards: LocalShards, progress: Progress =
     for name, shard in shards.items():
         for kind, value in shard.values.items():
             tensor = checkpoint.manifest.tensors.get(name)
-            if kind in MOMENTS and tensor is not None and kind not in tensor.kinds:
+            if kind in MOMENTS and tensor is not None and not (moments and kind in tensor.kinds):
                 value.zero_()
                 continue
             on_host = value.detach() if value.device.type == "cpu" else torch.zeros(value.shape, dtype=value.dtype)
@@ -192,7 +204,7 @@ def open_checkpoint(path: Path, check_signature: bool = True) -> Checkpoint:
         path = path.expanduser()
         if path.is_file():
             raise UserError("is a file; give a run.dir, or a checkpoint's folder", str(path))
-        if (path / MANIFEST_FILE).exists() or step_of(path.name) is not None:
+        if is_checkpoint(path):
             return Checkpoint(path, key=key)
         folder = path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
         for candidate in checkpoints_of(folder):

@@ -38,7 +38,7 @@ from mythos_dist.checkpoint.publish import prune, publish
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
-from mythos_dist.config.schema import CheckpointConfig, Config
+from mythos_dist.config.schema import CheckpointConfig
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, reason, user_errors
 from mythos_dist.parallel.process import any_rank, on_rank_0, raise_on_all_ranks
@@ -247,7 +247,6 @@ def is_pinned(step: int, settings: CheckpointConfig) -> bool:
     return step in settings.pin or bool(settings.pin_every and step % settings.pin_every == 0)
 
 
-def is_due(step: int, config: Config) -> bool:
+def is_due(step: int, last_step: int, settings: CheckpointConfig) -> bool:
     """Whether a checkpoint is saved after a step."""
-    settings = config.checkpoint
-    return step == config.train.steps or step % settings.every == 0 or is_pinned(step, settings)
+    return step == last_step or step % settings.every == 0 or is_pinned(step, settings)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-_OVERRIDE = re.compile(r"[a-z]+\.\w+\s*=")
-_AS_OPTION = re.compile(r"--?([a-z]+\.\w+)(?:=(.*))?")
+_SETTING = r"[a-z]+\.\w+|start_from(?:_state)?"
+_OVERRIDE = re.compile(rf"(?:{_SETTING})\s*=")
+_AS_OPTION = re.compile(rf"--?({_SETTING})(?:=(.*))?")
 
 
 def add_config(parser: argparse.ArgumentParser, what: str, optional: bool = False) -> None:

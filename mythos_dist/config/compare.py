@@ -25,6 +25,8 @@ MAY_CHANGE = {
     "data.verify",
     "data.cache",
     "run.dir",
+    "run.start_from",  # not read again once the run has a checkpoint
+    "run.start_from_state",
     "run.wandb",
     "run.peak_tflops",
     "run.count_communication",
@@ -33,6 +35,23 @@ MAY_CHANGE = {
     "run.check_memory",
 }
 _MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
+
+
+# What a new stage may change; the others say where a run is, and how it is watched.
+_TRAINING = ("model", "experts", "act", "loops", "train", "optim", "data", "parallel")
+
+
+def training_changes(
+    before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, its value before, its value now) for each that both have and that differs; lists equal tuples."""
+    for section in _TRAINING:
+        for key, old in before.get(section, {}).items():
+            old, new = (
+                list(one) if isinstance(one, tuple) else one for one in (old, now.get(section, {}).get(key, old))
+            )
+            if new != old:
+                yield f"{section}.{key}", old, new
 
 
 def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:

@@ -26,6 +26,7 @@ from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
+TOP_LEVEL = {"start_from": "run", "start_from_state": "run"}  # settings that need no section, and theirs
 _MAX_FILES = 100  # a config and all its bases, each counted as often as it is named
 _COMMAND_LINE = "the command line"
 
@@ -138,7 +139,17 @@ def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> l
         if not isinstance(one, Scalar) or not one.text:
             raise UserError(f"base={show_node(base)}: expected a file name or a list of them", source=str(path))
         sources += _read_with_bases(path.parent / os.path.expanduser(one.text), (*above, here), count)
-    return [*sources, _Source(str(path), sections)]
+    return [*sources, _Source(str(path), _with_sections(sections))]
+
+
+def _with_sections(document: dict[str, Node]) -> dict[str, Node]:
+    """A file's content with the settings of TOP_LEVEL in their sections."""
+    sections = {name: value for name, value in document.items() if name not in TOP_LEVEL}
+    for name, section in TOP_LEVEL.items():
+        if name in document:
+            others = sections.get(section)
+            sections[section] = {**(others if isinstance(others, dict) else {}), name: document[name]}
+    return sections
 
 
 def _files_like(path: Path) -> str:
@@ -170,6 +181,8 @@ def _parse_overrides(overrides: Iterable[str], messages: list[str]) -> dict[str,
     for text in overrides:
         name, equals, raw = text.partition("=")
         section, dot, key = name.strip().partition(".")
+        if section in TOP_LEVEL and not dot:
+            section, dot, key = TOP_LEVEL[section], ".", section
         if not equals or not dot:
             messages.append(f"{text!r}: expected section.key=value, such as train.steps=100")
             continue
@@ -201,7 +214,7 @@ def _merge(sources: Iterable[_Source], messages: list[str]) -> tuple[dict[str, d
     for source in sources:
         for section, entries in source.sections.items():
             if section not in SECTIONS:
-                messages.append(f"{section[:80]}: unknown section{_did_you_mean(section, list(SECTIONS))}")
+                messages.append(f"{section[:80]}: unknown section{_did_you_mean(section, [*SECTIONS, *TOP_LEVEL])}")
             elif isinstance(entries, dict):
                 target = values.setdefault(section, {})
                 if section == "data":

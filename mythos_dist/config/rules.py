@@ -225,3 +225,15 @@ def _run_problems(config: Config) -> Iterator[Problem]:
     if not config.run.dir:
         message = "run.dir is not set; give the folder that checkpoints and metrics go to"
         yield Problem(("run.dir",), message)
+    start_from, state = config.run.start_from, config.run.start_from_state
+    if "://" in start_from:
+        yield Problem(
+            ("run.start_from",),
+            f"start_from={start_from} is a URL, and weights are read from local paths only; copy it to a file system "
+            "that all nodes share, and give that path",
+        )
+    if not start_from and state != "weights":
+        yield Problem(
+            ("run.start_from", "run.start_from_state"),
+            f"start_from_state={state} needs start_from, a run, a checkpoint or an export; set it, or leave both out",
+        )

@@ -315,6 +315,12 @@ class CheckpointConfig(Section, section="checkpoint"):
 @dataclass(frozen=True)
 class RunConfig(Section, section="run"):
     dir: PathText = "runs/mythos"
+    # A run (its newest checkpoint), a checkpoint or an export: a run without a checkpoint of its own begins with its
+    # weights. In YAML and on the command line this and `start_from_state` need no section.
+    start_from: PathText = ""
+    # weights: with the router's bias; schedule and data begin anew. weights+moments: also Adam's moments. everything:
+    # step count (of schedule, loops and random numbers), loss scale and data order continue as in a resume.
+    start_from_state: Literal["weights", "weights+moments", "everything"] = "weights"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     wandb: Literal["offline", "online", "disabled"] = "offline"
     # Log the bytes that all ranks send, by axis and kind, with each step (`communication`). Slows CPU steps down.

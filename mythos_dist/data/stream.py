@@ -1,9 +1,9 @@
 """One replica's micro-batches, from an endless sequence of samples that does not depend on the layout.
 
-Position p = step * global_batch + offset belongs to one of the corpora by weight (mix.py), as a position in that
-corpus's own order, epoch after epoch (order.py). Replica r takes the r-th of `num_replicas` equal parts of a step's
-positions. So each sample of a corpus occurs once per epoch of that corpus, an epoch may end within a step, seeking
-reads nothing, and a step has the same samples at any number of replicas, micro-batch size and worker count.
+Position p = first_sample + step * global_batch + offset belongs to one of the corpora by weight (mix.py), as a position
+in that corpus's own order, epoch after epoch (order.py). Replica r takes the r-th of `num_replicas` equal parts of a
+step's positions. So each sample of a corpus occurs once per epoch of that corpus, an epoch may end within a step,
+seeking reads nothing, and a step has the same samples at any number of replicas, micro-batch size and worker count.
 B micro-batch size (windows), S seq_len (tokens).
 
 The trap: an exception in a loader process becomes a traceback of two processes, and torch sends tensors through
@@ -74,11 +74,13 @@ class ReplicaStream:
         tokenizer_path: str | Path | None = None,
         verify: bool = True,
         cache: str | Path | None = None,
+        first_sample: int = 0,
     ):
         """`path`: a folder, a mix (folder -> weight), or the corpora that `open_corpora` returned.
 
         `global_batch` and `micro_batch` in sequences; `workers`: processes that read ahead in `steps`; `verify` and
-        `cache` as in `WindowReader`. Corpora without windows in the split are left out of the mix. Raises UserError
+        `cache` as in `WindowReader`; `first_sample`: position in the endless sequence at which batch 0 begins.
+        Corpora without windows in the split are left out of the mix. Raises UserError
         with all problems of the folders and conflicts with the config, or if no corpus has windows.
         """
         assert 0 <= replica < num_replicas and split in ("train", "heldout")
@@ -105,7 +107,7 @@ class ReplicaStream:
         self._split, self._vocab_size, self._eos_id = split, vocab_size, corpora[0].manifest.eos_id
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._samples_per_step = global_batch // num_replicas  # of this replica
-        self._first = replica * self._samples_per_step
+        self._first = first_sample + replica * self._samples_per_step
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
         self._seq_len, self._targets = seq_len, corpora[0].manifest.targets

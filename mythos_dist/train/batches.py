@@ -15,8 +15,8 @@ from mythos_dist.parallel.mesh import Axis
 from mythos_dist.parallel.process import device
 
 
-def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:
-    """This replica's stream of a split, the same on all its ranks.
+def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis, first_sample: int = 0) -> ReplicaStream:
+    """This replica's stream of a split, the same on all its ranks. `first_sample`: see `ReplicaStream`.
 
     The held-out split is read in order, one micro-batch per replica and pass.
     """
@@ -36,6 +36,7 @@ def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -
         workers=config.data.workers if training else 0,
         verify=config.data.verify,
         cache=config.data.cache,
+        first_sample=first_sample,
     )
 
 

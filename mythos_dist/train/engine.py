@@ -49,7 +49,7 @@ from mythos_dist.train.depth import HeldOut, LoopProbe
 from mythos_dist.train.metrics import StepResult
 from mythos_dist.train.optimizer import build_optimizer
 from mythos_dist.train.pipeline_stage import Pipeline, StageInput, StageLayer, reduce_tied_weights_identically
-from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, state_seed, step_seed
+from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, phase_at, state_seed, step_seed
 from mythos_dist.train.zero_state import (
     copy_masters_to_parameters,
     init_moments,
@@ -148,7 +148,7 @@ class Engine:
         copy_masters_to_parameters(self.deepspeed.optimizer)
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int, norm_limit: float = math.inf) -> StepResult:
-        """Optimizer step `step` (1-based) on this replica's micro-batches.
+        """Optimizer step `step` (1-based) of the schedule on this replica's micro-batches.
 
         The step is skipped, and nothing changes, if gradients are not finite or their norm is above `norm_limit`.
         """
@@ -177,6 +177,7 @@ class Engine:
             objective=objective,
             grad_norm=float(grad_norm),
             lr=lr,
+            phase=phase_at(config.optim, step, config.train.steps),
             n_loops=loops.n_loops,
             backprop=loops.n_loops - loops.no_grad_loops,
             mean_loops=float(np.mean(loops.depths)) if loops.depths else loops.n_loops,

@@ -5,14 +5,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import CheckpointManifest, library_versions
+from mythos_dist.checkpoint.manifest import CheckpointManifest, Lineage, library_versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
@@ -31,6 +31,7 @@ from mythos_dist.train.resume import schedule_changes
 from mythos_dist.train.run_folder import mark_completed
 from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
+from mythos_dist.train.start_from import carried_optimizer_state, describe_start
 from mythos_dist.train.stop import remove_stop_file
 from mythos_dist.units import count
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mythos_dist.train.engine import Engine
 
 log = logging.getLogger(__name__)
+_NEW_WEIGHTS = Lineage()
 
 
 def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks) -> int:
@@ -68,8 +70,9 @@ class Run:
         self.config, self.session, self.hooks = config, session, hooks
         self.mesh, self.fence = prepared.mesh, prepared.fence
         self.stream, self.heldout = prepared.stream, prepared.heldout
-        self.resumed, self.previous = prepared.checkpoint, prepared.previous
-        self.step = self.resumed.manifest.step if self.resumed else 0  # the last one that is done
+        self.resume, self.corpora = prepared.inputs.resume, prepared.inputs.corpora
+        self.previous, self.lineage = prepared.previous, self.resume.lineage
+        self.step, self.last_step = self.resume.step, self.resume.last_step  # the step that is done; the run's last one
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.warned: set[str] = set()  # failures of loops that the console has shown
         session.on_failure = session.stop.on_exit = lambda reason: self.record_status("failed", reason)
@@ -82,8 +85,8 @@ class Run:
         session.record_startup("engine")
 
     def begin(self) -> None:
-        """Load the checkpoint, open the files of the run, and evaluate a new run."""
-        checkpoint, previous = self.resumed, self.previous
+        """Load the checkpoint or the parent, open the files of the run, and evaluate a new run."""
+        checkpoint, parent, previous = self.resume.checkpoint, self.resume.parent, self.previous
         self.spikes = Spikes.load(self.config.faults, self.run_dir, recent_norms(checkpoint))
         if checkpoint:
             if self.rank == 0:
@@ -91,7 +94,11 @@ class Run:
                 for line in schedule_changes(self.config, checkpoint):
                     log.warning("%s", line)
             self.load(checkpoint)
-        elif previous.last_step:
+        elif parent:
+            if self.rank == 0:
+                print(*describe_start(self.config, parent, self.lineage, self.corpora), sep="\n", flush=True)
+            self.load_parent(parent)
+        if not checkpoint and previous.last_step:
             print(f"no checkpoint was saved yet: {previous.last_step} steps are repeated", flush=True)
         self.session.record_startup("loading")
         self.saver = Saver(
@@ -117,7 +124,7 @@ class Run:
         """Train step by step until the run is done. Returns why it stops early; empty: it does not."""
         config = self.config
         batches = self.next_batches()
-        while self.step < config.train.steps:
+        while self.step < self.last_step:
             if reason := self.session.stop.agree(self.run_dir, config.run.max_seconds):
                 return reason
             step = self.step + 1
@@ -133,14 +140,14 @@ class Run:
                 self.roll_back()
                 batches = self.next_batches()
                 continue
-            is_last = step == config.train.steps
+            is_last = step == self.last_step
             if is_last or (config.train.eval_every and step % config.train.eval_every == 0):
                 self.evaluate()
             self.session.enter_phase(f"saving after step {step}")
             self.saver.poll()
             self.record_checkpoint()
             # Not while steps are skipped: it would replace the checkpoint that a rollback needs.
-            if is_due(step, config) and (is_last or not self.spikes.skipped):
+            if is_due(step, self.last_step, config.checkpoint) and (is_last or not self.spikes.skipped):
                 self.save()
         return ""
 
@@ -166,7 +173,8 @@ class Run:
 
         def compute() -> StepResult:
             with self.hooks.during_step(step, batch.index, self.engine.model):
-                return self.engine.train_step(batch.micro_batches, step, self.spikes.limit)
+                schedule_step = self.lineage.first_step + step
+                return self.engine.train_step(batch.micro_batches, schedule_step, self.spikes.limit)
 
         result = compute()
         if not result.skipped:
@@ -191,13 +199,13 @@ class Run:
         step = self.step
         log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
         self.session.record_first_step()
-        entries, message = self.hooks.after_step(seconds, is_last=step == self.config.train.steps)
+        entries, message = self.hooks.after_step(seconds, is_last=step == self.last_step)
         entries |= self.probe_loops(batch, result)
         if self.metrics:
             decisions = [text for text in (self.spikes.rollback_before(step), decision) if text]
             if decisions:
                 entries["decision"] = "; ".join(decisions)
-            line = step_line(self.config, step, result, ids, seconds, self.peak_flops)
+            line = step_line(self.config, self.lineage, step, result, ids, seconds, self.peak_flops)
             self.metrics.write_step(line | entries)
             if message:
                 log.info("%s", message)
@@ -212,7 +220,7 @@ class Run:
         began = time.perf_counter()
         probe = self.engine.probe_loops(batch.micro_batches[0])
         entries = {"seconds": time.perf_counter() - began} | probe_entries(probe, result.expert_counts)
-        failures = find_failures(probe, result.expert_counts) if step > self.config.optim.warmup_steps else {}
+        failures = find_failures(probe, result.expert_counts) if result.phase != "warmup" else {}
         for name, text in failures.items():
             log.log(logging.INFO if name in self.warned else logging.WARNING, "step %d: %s: %s", step, name, text)
             self.warned.add(name)
@@ -238,14 +246,30 @@ class Run:
     def save(self) -> None:
         """Begin to save the state after `step`."""
         ranks, data = dist.get_world_size(), self.stream.fingerprint
-        manifest = manifest_of(self.config, self.step, ranks, self.fence, data, self.engine)
+        next_batch = next(self.spikes.batches(self.step + 1))
+        samples = self.lineage.first_sample + next_batch * self.config.train.global_batch
+        lineage = replace(self.lineage, next_sample=samples)
+        manifest = manifest_of(self.config, self.step, ranks, self.fence, data, self.engine, lineage)
         manifest.optimizer["recent_grad_norms"] = list(self.spikes.norms)
         if self.metrics:
             self.metrics.fsync()
         self.saver.save(manifest)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Fill the engine with the state of a checkpoint."""
+        """Fill the engine with the state of a checkpoint of this run."""
+        self.load_tensors(checkpoint)
+        self.engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
+
+    def load_parent(self, parent: Checkpoint) -> None:
+        """Fill the engine with what `start_from_state` takes from the parent."""
+        state = self.config.run.start_from_state
+        self.load_tensors(parent, moments=state != "weights")
+        self.engine.after_load(carried_optimizer_state(parent, state), 0)
+        if state == "everything":
+            self.spikes.norms.extend(recent_norms(parent))
+
+    def load_tensors(self, checkpoint: Checkpoint, moments: bool = True) -> None:
+        """Weights and buffers, and with `moments` the optimizer's."""
         self.session.enter_phase("loading")
         shards = self.engine.local_shards
         size = sum(4 * value.numel() for shard in shards.values() for value in shard.values.values())
@@ -255,8 +279,7 @@ class Run:
                 self.session.heartbeat()
                 shown.update(size)
 
-            raise_on_all_ranks(lambda: load_state(checkpoint, shards, progress))
-        self.engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
+            raise_on_all_ranks(lambda: load_state(checkpoint, shards, progress, moments))
 
     def roll_back(self) -> None:
         """Return to the newest checkpoint, and exclude the batches of the skipped steps."""
@@ -277,7 +300,7 @@ class Run:
     def open_metrics(self) -> Metrics:
         """On rank 0. Raises UserError if the files cannot be written, or if a newer start of this run exists."""
         with user_errors(self.run_dir):
-            return Metrics(self.config, self.run_dir, self.step, self.fence)
+            return Metrics(self.config, self.run_dir, self.step, self.fence, self.last_step)
 
     def rewind_metrics(self) -> None:
         """On rank 0. Raises UserError as `open_metrics`."""
@@ -311,7 +334,7 @@ class Run:
             self.fence.record_status("stopped" if stopped else "completed", stopped, self.step)
             remove_stop_file(self.run_dir)
         if not stopped:
-            mark_completed(self.fence, self.run_dir)
+            mark_completed(self.fence, self.run_dir, self.config.train.steps)
 
     def record_status(self, status: str, reason: str) -> None:
         """On rank 0: write the status of this start to writer.json; an error does not prevent the run's end."""
@@ -332,11 +355,14 @@ def recent_norms(checkpoint: Checkpoint | None) -> list[float]:
     return checkpoint.manifest.optimizer.get("recent_grad_norms", []) if checkpoint else []
 
 
-def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine") -> CheckpointManifest:
+def manifest_of(
+    config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine", lineage: Lineage = _NEW_WEIGHTS
+) -> CheckpointManifest:
     """The manifest of a checkpoint after `step`; `data` is the fingerprint of the shards."""
+    tokens = step * config.train.global_batch * config.train.seq_len
     return CheckpointManifest(
         step=step,
-        tokens=step * config.train.global_batch * config.train.seq_len,
+        tokens=tokens,
         start=fence.start,
         layout={"ranks": ranks, **asdict(config.parallel)},
         config=asdict(config),
@@ -345,4 +371,5 @@ def manifest_of(config: Config, step: int, ranks: int, fence: Fence, data: str, 
         optimizer=engine.optimizer_state(),
         tensors={},  # filled when they are written, as are `files`
         files={},
+        lineage=replace(lineage, tokens=lineage.tokens_before + tokens),
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.config.schema import Config
 from mythos_dist.files import get_number
 from mythos_dist.model.flops import train_flops_per_token
@@ -25,7 +26,7 @@ from mythos_dist.parallel.process import DTYPES
 from mythos_dist.parallel.traffic import Totals
 from mythos_dist.train.depth import HeldOut, draw_curves
 from mythos_dist.train.line_file import FILES, LineFile
-from mythos_dist.train.schedule import phase_at
+from mythos_dist.train.schedule import Phase
 from mythos_dist.units import short
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class StepResult:
     objective: float  # what was differentiated: loss plus auxiliary losses
     grad_norm: float  # global, before clipping
     lr: float
+    phase: Phase  # of the learning rate
     n_loops: int
     backprop: int  # loops with gradient
     mean_loops: float  # over the sequences, if each has its own number of loops
@@ -86,7 +88,9 @@ def _cpu_flops(dtype: torch.dtype) -> float:
     return best
 
 
-def step_line(config: Config, step: int, result: StepResult, ids: list[int], seconds: float, peak: float) -> dict:
+def step_line(
+    config: Config, lineage: Lineage, step: int, result: StepResult, ids: list[int], seconds: float, peak: float
+) -> dict:
     """A line of metrics.jsonl; `peak` is the peak FLOP/s of all ranks together."""
     tokens = config.train.global_batch * config.train.seq_len
     flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops) * tokens
@@ -97,10 +101,11 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": result.lr,
-        "phase": phase_at(config.optim, step, config.train.steps),
+        "phase": result.phase,
         "n_loops": result.n_loops,
         "backprop": result.backprop,
         "tokens": step * tokens,
+        "tokens_total": lineage.tokens_before + step * tokens,
         "batch_id": batch_id(ids),
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -110,6 +115,8 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
         "experts_idle": int((load == 0).sum()),
         "skipped": result.skipped,
     }
+    if lineage.first_step:
+        line["schedule_step"] = lineage.first_step + step
     if config.loops.per == "sequence":
         line["mean_loops"] = result.mean_loops
     if result.communication is not None:
@@ -120,12 +127,15 @@ def step_line(config: Config, step: int, result: StepResult, ids: list[int], sec
 class Metrics:
     """Rank 0's writer of metrics.jsonl, eval.jsonl and wandb."""
 
-    def __init__(self, config: Config, run_dir: Path, resumed_step: int, fence: Fence | None = None):
+    def __init__(
+        self, config: Config, run_dir: Path, resumed_step: int, fence: Fence | None = None, last_step: int | None = None
+    ):
         """Remove the lines after `resumed_step` and open wandb.
 
-        Raises OSError, and UserError if the run has a newer start than that of `fence`.
+        last_step: of the run; None: train.steps. Raises OSError, and UserError if the run has a newer start than
+        that of `fence`.
         """
-        self.total_steps = config.train.steps
+        self.total_steps = config.train.steps if last_step is None else last_step
         self.mean_loops = config.loops.mean_of(config.model)
         self.run_dir = run_dir
         self._files = {name: LineFile(run_dir / name, fence) for name in FILES}

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunInputs:
-    """What a run reads: shards, and the checkpoint that it resumes from."""
+    """What a run reads: shards, and the checkpoint that it resumes from or begins with."""
 
     corpora: list[Corpus]
     resume: Resume
@@ -56,32 +56,32 @@ class Prepared:
     """A run whose folder this start has claimed."""
 
     mesh: Mesh
+    inputs: RunInputs
     stream: ReplicaStream
     heldout: ReplicaStream | None
-    checkpoint: Checkpoint | None  # to resume from
     previous: PreviousStart  # on rank 0
     fence: Fence
     folder_lock: TextIO | None  # on rank 0: keeps the folder claimed while it is open
 
 
 def prepare(config: Config, session: Session, inputs: RunInputs) -> Prepared | None:
-    """Open the shards, claim the run folder, start logging. Returns None if the run is complete.
+    """Claim the run folder, open the shards, start logging. Returns None if the run is complete.
 
     Raises UserError, the same on every rank.
     """
     rank, run_dir, resume = dist.get_rank(), Path(config.run.dir), inputs.resume
     mesh = build_mesh(config.parallel)
-    stream = open_stream(config, inputs.corpora, "train", mesh.data)
-    heldout = open_heldout(config, inputs.corpora, mesh.data)
-    session.record_startup("opening the shards")
     folder_lock = on_rank_0(lambda: claim_run_folder(config))
     resume.refresh()
-    if resume.step >= config.train.steps:
+    if resume.step >= resume.last_step:
         on_rank_0(lambda: _complete_earlier_start(config, resume.checkpoint))
         if rank == 0:
-            steps = count(config.train.steps, "step")
+            steps = count(resume.last_step, "step")
             print(f"{run_dir} is complete: {resume.step} of {steps}; raise train.steps to train further")
         return None
+    stream = open_stream(config, inputs.corpora, "train", mesh.data, resume.lineage.first_sample)
+    heldout = open_heldout(config, inputs.corpora, mesh.data)
+    session.record_startup("opening the shards")
     previous = PreviousStart.read(run_dir, resume.step) if rank == 0 else PreviousStart()
     fence = take_fence(run_dir)
     resume.refresh()  # until now, a suspended rank 0 of an earlier start may have published a checkpoint
@@ -91,7 +91,7 @@ def prepare(config: Config, session: Session, inputs: RunInputs) -> Prepared | N
     for line in resume.damaged:
         log.warning("%s", line)
     log.info("%s", check_kernels(config))
-    return Prepared(mesh, stream, heldout, resume.checkpoint, previous, fence, folder_lock)
+    return Prepared(mesh, inputs, stream, heldout, previous, fence, folder_lock)
 
 
 def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:
@@ -100,4 +100,4 @@ def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:
     assert newest, "a checkpoint has reached train.steps"
     remove_leftovers(run_dir, newest_start(run_dir).get("start", 0))
     prune_complete_run(newest, config.checkpoint)
-    mark_completed(None, run_dir)
+    mark_completed(None, run_dir, config.train.steps)

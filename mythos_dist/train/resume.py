@@ -1,4 +1,4 @@
-"""The checkpoint that a run resumes from, and what changes in its schedule.
+"""The checkpoint that a run resumes from, or the parent that it begins with, and what changes in its schedule.
 
 It is searched before anything is written, and again under the folder's lock and after this start has taken over: in
 between, ranks of an earlier start that have outlived their launcher may publish a newer checkpoint, remove the selected
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.checkpoint.names import MANIFEST_FILE
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint
@@ -25,15 +26,18 @@ from mythos_dist.parallel.process import any_rank, device, on_rank_0, raise_on_a
 from mythos_dist.train.checks import check_checkpoint
 from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over, take_over
 from mythos_dist.train.schedule import learning_rate, mean_at
+from mythos_dist.train.start_from import check_parent, find_parent, lineage_from, steps_done
 
 _NO_JUMP = (
-    "this rise undoes a decay: for a run whose length may change set optim.schedule=wsd from the beginning, and make "
-    "it longer before its decay begins"
+    "this rise undoes a decay: begin a stage with a warm-up of its own instead (another run.dir, "
+    "start_from=this run), and for runs whose length may change set optim.schedule=wsd, which can branch before its "
+    "decay"
 )
 
 
 class Resume:
-    """The checkpoint to resume from; the same on every rank, and every rank calls the same methods."""
+    """The checkpoint to resume from, or without one the parent; the same on every rank, and every rank calls the same
+    methods."""
 
     def __init__(self, config: Config, corpora: list[Corpus]):
         """Raises UserError if this config and these shards cannot resume from it, or if the run had one and lost it."""
@@ -55,15 +59,31 @@ class Resume:
         """The last step that is done."""
         return self.checkpoint.manifest.step if self.checkpoint else 0
 
+    @property
+    def last_step(self) -> int:
+        """The run's last step: `train.steps` counts the steps that were carried over."""
+        return self._config.train.steps - self.lineage.first_step
+
     def _find(self) -> None:
         self.checkpoint, self.damaged = find_checkpoint(self._folder, self._config.checkpoint)
+        self.parent: Checkpoint | None = None
+        if not self.checkpoint and self._config.run.start_from:
+            self.parent, self.damaged = find_parent(self._config)
         raise_on_all_ranks(self._check)
+        self.lineage = Lineage()
+        if self.checkpoint:
+            self.lineage = self.checkpoint.manifest.lineage
+        elif self.parent:
+            self.lineage = lineage_from(self._config, self.parent, self._corpora)
 
     def _check(self) -> None:
         if self.checkpoint:
             check_checkpoint(self._config, self.checkpoint, self._corpora)
-        elif dist.get_rank() == 0:
+            return
+        if dist.get_rank() == 0:
             refuse_to_start_over(self._folder.parent)
+        if self.parent:
+            check_parent(self._config, self.parent)
 
     def _listing(self) -> list[tuple[Any, ...]]:
         """On rank 0, a value that changes when a checkpoint is published, replaced or removed. Raises UserError."""
@@ -91,7 +111,7 @@ def schedule_changes(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
     Of the settings that may change between two starts only `train.steps` has an effect: on the learning rate.
     Checkpoints of versions without `optim.schedule` had a cosine.
     """
-    done = checkpoint.manifest.step
+    done = steps_done(checkpoint.manifest)
     try:
         before = config_from(checkpoint.manifest.config)
     except UserError:  # settings of another version

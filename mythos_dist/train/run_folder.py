@@ -227,8 +227,8 @@ def write_settings(config: Config, num_replicas: int, fence: Fence) -> None:
         (path / COMPLETED).unlink(missing_ok=True)  # there is one if train.steps was raised
 
 
-def mark_completed(fence: Fence | None, run_dir: Path) -> None:
-    """On rank 0: write the marker COMPLETED, after everything else is on disk. Raises UserError.
+def mark_completed(fence: Fence | None, run_dir: Path, steps: int) -> None:
+    """On rank 0: write the marker COMPLETED with `train.steps`, after everything else is on disk. Raises UserError.
 
     fence: None for a start that only completes an earlier one.
     """
@@ -236,7 +236,7 @@ def mark_completed(fence: Fence | None, run_dir: Path) -> None:
     replace = fence.replace if fence else write_atomically
     with user_errors(marker), fence.guard() if fence else nullcontext():
         if not marker.exists():
-            replace(marker, "")
+            replace(marker, f"{steps}\n")
 
 
 def _is_ours(run_dir: Path) -> bool:

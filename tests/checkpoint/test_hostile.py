@@ -184,7 +184,7 @@ def test_a_manifest_that_is_not_a_regular_file_or_too_large_is_not_read(run, tmp
         assert time.process_time() - begin < 2
 
 
-@pytest.mark.parametrize("version", [2, 0, 10**60, "1", 1.0, True, None, [1], "absent"])
+@pytest.mark.parametrize("version", [3, 0, 10**60, "1", 1.0, True, None, [1], "absent"])
 def test_another_format_version_is_refused_and_never_overwritten(run, version):
     """As the newest, or later than the one that `latest` names: training would overwrite it when it gets there."""
     run.save(2)
@@ -199,11 +199,11 @@ def test_another_format_version_is_refused_and_never_overwritten(run, version):
     before = (folder / "checkpoint.json").read_bytes()
     for latest in ("step-00000006", "step-00000002"):
         (run.checkpoints / "latest").write_text(latest)
-        with pytest.raises(UserError, match=r"reads format_version=1") as problem:
+        with pytest.raises(UserError, match=r"reads format_version=1 and 2") as problem:
             find_checkpoint(run.checkpoints)
         assert problem.value.exit_code == 2 and str(folder) in str(problem.value)
-        if version == 2:
-            assert "has format_version=2, but" in str(problem.value) and "newer" in str(problem.value)
+        if version == 3:
+            assert "has format_version=3, but" in str(problem.value) and "newer" in str(problem.value)
         assert len(str(problem.value)) < 600
     with pytest.raises(VersionError):
         open_checkpoint(folder)
@@ -215,7 +215,7 @@ def test_a_newer_format_with_another_hash_is_not_damage(run):
     run.save(2)
     file = folder_of(run, 2) / "checkpoint.json"
     for content in (
-        '{"blake3": "00"}\n{"format_version": 2}\n',
+        '{"blake3": "00"}\n{"format_version": 3}\n',
         '{"format_version": 3}',
         '{"x":1}\n{"format_version":7,\n"y":1}',
     ):

@@ -78,7 +78,7 @@ def test_keep_deletes_only_what_this_run_wrote(run, tmp_path, caplog):
     newer = copy(run.checkpoints / "step-00000002", "step-00000001")
     file = newer / "checkpoint.json"
     manifest = read_checkpoint_manifest(run.checkpoints / "step-00000002")
-    file.write_text(type(manifest)(**{**vars(manifest), "format_version": 2}).to_text())
+    file.write_text(type(manifest)(**{**vars(manifest), "format_version": 3}).to_text())
     run.save(12, start=2, keep=1)
     run.save(14, start=2, keep=1)
     assert names(run.checkpoints) == ["latest", *(f"step-{step:08d}" for step in (1, 4, 6, 8, 10, 14))]

@@ -377,6 +377,7 @@ AT_LEAST_ONE = {
     "loops": "mean maximum backprop",
     "parallel": "tensor pipe expert",
     "train": "steps seq_len global_batch micro_batch recompute_every",
+    "optim": "decay_steps",
     "checkpoint": "every keep",
 }
 NOT_NEGATIVE = {

@@ -143,9 +143,15 @@ def is_finished(config: Config) -> bool:
     COMPLETED alone does not say so: after train.steps was raised, the file remains until the new start removes it.
     """
     run_dir = Path(config.run.dir)
-    if not (run_dir / "COMPLETED").exists():
-        return False
     try:
+        steps = (run_dir / "COMPLETED").read_text().strip()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    if steps.isdecimal():
+        return int(steps) >= config.train.steps
+    try:  # the marker of earlier versions is empty
         newest = (run_dir / "checkpoints" / "latest").read_text().strip()
     except (OSError, ValueError):
         return True  # its checkpoints were moved away

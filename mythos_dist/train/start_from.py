@@ -1,0 +1,183 @@
+"""The parent of a run: the run, checkpoint or export that `start_from` names, and what is carried over from it.
+
+It is read only while the run has no checkpoint of its own. What the parent has trained is in the `Lineage` that every
+checkpoint of the run records, so a run that resumes needs no parent any more.
+
+Decisions: STAGES-1, STAGES-2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mythos_dist.checkpoint.exported import ExportedWeights, is_export
+from mythos_dist.checkpoint.manifest import MOMENTS, PARAMETER, Ancestor, CheckpointManifest, Lineage
+from mythos_dist.checkpoint.open_mythos import list_tensors
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
+from mythos_dist.checkpoint.restore import find_checkpoint, is_checkpoint
+from mythos_dist.checkpoint.signature import VARIABLE, signing_key
+from mythos_dist.config.compare import training_changes
+from mythos_dist.config.fields import show
+from mythos_dist.config.schema import BY_MODE, Config
+from mythos_dist.data.corpora import Corpus, data_changes
+from mythos_dist.errors import UserError
+from mythos_dist.files import reason
+from mythos_dist.model.mythos import Mythos
+from mythos_dist.parallel.process import from_rank_0, raise_on_all_ranks
+from mythos_dist.units import count
+
+# Settings of the model that names and shapes of its tensors depend on.
+_WIDTHS = (
+    "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "
+    "qk_rope_head_dim qk_nope_head_dim v_head_dim n_experts n_shared_experts n_experts_per_tok expert_dim lora_rank "
+    "lora injection qk_norm"
+).split()
+
+
+def find_parent(config: Config) -> tuple[Checkpoint, list[str]]:
+    """The newest intact checkpoint at `start_from`, or the export there; and a line per damaged file of a run.
+
+    Every rank calls this. Raises UserError, the same on every rank, if there is none, or if a signature is wrong.
+    """
+    path = Path(config.run.start_from)
+    folder = from_rank_0(lambda: _folder_of(path))
+    if folder is None:
+        return raise_on_all_ranks(lambda: _open_export(path, config.checkpoint.key_file)), []
+    checkpoint, damaged = find_checkpoint(folder, config.checkpoint)
+    if checkpoint is None:
+        raise UserError(f"start_from={path}: its checkpoints were removed; give another")
+    return checkpoint, damaged
+
+
+def _folder_of(path: Path) -> Path | None:
+    """A checkpoint's folder or a run's folder of checkpoints; None: an export. Raises UserError for other paths."""
+    try:
+        if is_checkpoint(path):
+            return path
+        if is_export(path):
+            return None
+        folder = path / "checkpoints" if (path / "checkpoints").exists() else path
+        if checkpoints_of(folder):
+            return folder
+        problem = (
+            "no such folder" if not path.exists() else "neither a run with a checkpoint, nor a checkpoint or an export"
+        )
+    except OSError as error:
+        problem = f"cannot be read ({reason(error)})"
+    raise UserError(
+        f"start_from={path}: {problem}; give a run.dir, a folder checkpoints/step-N in it, or a folder that "
+        "tools/export_checkpoint.py wrote"
+    )
+
+
+def _open_export(path: Path, key_file: str | None) -> Checkpoint:
+    if signing_key(key_file):
+        raise UserError(
+            f"start_from={path}: an export has no signature, but a key is set (checkpoint.key_file or {VARIABLE}); "
+            "give the checkpoint that it was exported from"
+        )
+    return ExportedWeights(path)
+
+
+def check_parent(config: Config, parent: Checkpoint) -> None:
+    """Raises UserError, with all problems, if the run cannot take from `parent` what `start_from_state` says."""
+    problems, state = list(_misfits(config, parent)), config.run.start_from_state
+    manifest = parent.manifest
+    has_moments = all(set(MOMENTS) & set(t.kinds) for t in manifest.tensors.values() if PARAMETER in t.kinds)
+    optimizer = manifest.config.get("optim", {}).get("name", "adamw")
+    if state != "weights" and has_moments and optimizer != config.optim.name:
+        problems.append(
+            f"optim.name={config.optim.name}, but {parent.folder} has the moments of {optimizer}; set "
+            f"start_from_state=weights, or optim.name={optimizer}"
+        )
+    if state != "weights" and not has_moments:
+        problems.append(
+            f"start_from_state={state}, but {parent.folder} holds weights only; set start_from_state=weights"
+        )
+    if state == "everything" and (done := steps_done(manifest)) >= config.train.steps:
+        problems.append(
+            f"train.steps={config.train.steps}, but {parent.folder} is at step {done}, and start_from_state=everything "
+            f"continues its step count; raise train.steps above {done}"
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def _misfits(config: Config, parent: Checkpoint) -> Iterator[str]:
+    """Settings whose tensors are not those of the parent."""
+    with torch.device("meta"):
+        model = Mythos(config.model, act=config.act, experts=config.experts)
+    shapes = {name: tuple(value.shape) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    theirs = {name: tensor.shape for name, tensor in parent.manifest.tensors.items()}
+    if shapes == theirs:
+        return
+    before = BY_MODE["reference"] | parent.manifest.config.get("model", {})  # as in config_from
+    changed = [key for key in _WIDTHS if key in before and getattr(config.model, key) != before[key]]
+    for key in changed:
+        yield (
+            f"model.{key}={getattr(config.model, key)}, but {parent.folder} has {before[key]}; the shapes of tensors "
+            f"cannot change: set it to {before[key]}"
+        )
+    if not changed:
+        names = [name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name)]
+        yield f"{parent.folder} does not fit this model: other or missing {list_tensors(names)}"
+
+
+def steps_done(manifest: CheckpointManifest) -> int:
+    """Steps of schedule, loops and random numbers until a checkpoint, those that were carried over included."""
+    return manifest.lineage.first_step + manifest.step
+
+
+def lineage_from(config: Config, parent: Checkpoint, corpora: list[Corpus]) -> Lineage:
+    """The lineage of a run that begins with `parent`."""
+    manifest, state = parent.manifest, config.run.start_from_state
+    ancestor = Ancestor(str(parent.folder.resolve()), manifest.step, manifest.lineage.tokens, state, manifest.config)
+    parents = (ancestor, *manifest.lineage.parents)
+    if state != "everything":
+        return Lineage(parents)
+    first_sample = manifest.lineage.next_sample if _same_order(config, manifest, corpora) else 0
+    return Lineage(parents, steps_done(manifest), first_sample)
+
+
+def _same_order(config: Config, manifest: CheckpointManifest, corpora: list[Corpus]) -> bool:
+    seed = manifest.config.get("run", {}).get("seed")
+    return seed == config.run.seed and not data_changes(corpora, manifest.data)
+
+
+def carried_optimizer_state(parent: Checkpoint, state: str) -> dict[str, Any]:
+    """`CheckpointManifest.optimizer` for the run: Adam's bias correction counts the steps that made its moments."""
+    optimizer = parent.manifest.optimizer
+    if state == "everything":
+        return optimizer
+    return {"steps": optimizer["steps"] if state == "weights+moments" else 0, "skipped_steps": 0, "loss_scale": {}}
+
+
+def describe_start(config: Config, parent: Checkpoint, lineage: Lineage, corpora: list[Corpus]) -> Iterator[str]:
+    """Lines for the console: what is carried over, what begins anew, and which settings differ from the parent's."""
+    manifest, state = parent.manifest, config.run.start_from_state
+    yield (
+        f"starting from {parent.folder} (step {manifest.step}, {count(manifest.lineage.tokens, 'token')} trained), "
+        f"start_from_state={state}"
+    )
+    kept, anew = ["weights", "router bias"], []
+    (anew if state == "weights" else kept).append("moments of the optimizer")
+    steps = "step count (learning rate, loops, random numbers)"
+    if state == "everything":
+        kept += [f"{steps}: step 1 is step {lineage.first_step + 1}", "loss scale", "gradient norms"]
+    else:
+        anew.append(steps)
+    if lineage.first_sample:
+        kept.append(f"data order, from sample {lineage.first_sample:,}")
+    else:
+        anew.append("data order")
+    yield f"  carried over: {'; '.join(kept)}"
+    if anew:
+        yield f"  begins anew: {'; '.join(anew)}"
+    changes = training_changes(manifest.config, asdict(config))
+    if changed := [f"{name} {show(before)} -> {show(now)}" for name, before, now in changes]:
+        yield f"  changed: {'; '.join(changed)}"
+    if not lineage.first_sample and _same_order(config, manifest, corpora):
+        yield "  note: shards and run.seed are the parent's, so the same batches come again; set run.seed for others"
