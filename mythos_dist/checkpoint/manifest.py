@@ -47,6 +47,7 @@ _CLOSED = ConfigDict(extra="forbid")
 _Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]{0,499}$")]
 _Text = Annotated[str, Field(strict=True)]
 _Tokens = Annotated[int, Field(strict=True, ge=0, lt=1 << 80)]
+_Offset = Annotated[int, Field(strict=True, gt=-(1 << 80), lt=1 << 80)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -96,15 +97,23 @@ class Lineage:
     __pydantic_config__ = _CLOSED
 
     parents: tuple[Ancestor, ...] = ()  # the nearest one first
-    first_step: Size = 0  # step s of the run is step first_step + s of schedule, loops and random numbers
-    first_sample: Size = 0  # position in the data order at which the run begins
-    next_sample: Size = 0  # the same of the step after the checkpoint
+    # The rest is of the current stage. Step s of the run is step first_step + s of schedule, loops and random numbers;
+    # batch b begins at position first_sample + b * global_batch of the data order, and tokens until step s are
+    # first_tokens + s * tokens per step. Negative where a later stage counts from its own beginning.
+    first_step: _Offset = 0
+    first_sample: _Offset = 0
+    first_tokens: _Offset = 0
+    next_sample: Size = 0  # position in the data order of the step after the checkpoint
     tokens: _Tokens = 0  # trained so far, the ancestors' included
 
     @property
     def tokens_before(self) -> int:
         """Tokens that the run's ancestors were trained on."""
         return self.parents[0].tokens if self.parents else 0
+
+    def tokens_at(self, step: int, tokens_per_step: int) -> int:
+        """Tokens of the run itself until `step`, which is in the current stage."""
+        return self.first_tokens + step * tokens_per_step
 
 
 @dataclass(frozen=True)

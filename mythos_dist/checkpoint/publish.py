@@ -165,6 +165,9 @@ def _why_of_other_run(path: Path, newest: CheckpointManifest) -> str:
         config = config_from(newest.config)
     except UserError:
         return "the newest checkpoint has settings of another version of mythos_dist"
+    stage, newest_stage = (one.config.get("run", {}).get("stage", "") for one in (manifest, newest))
+    if stage and newest_stage and stage != newest_stage:
+        return ""  # saved by an earlier stage of the run, which has other settings
     names = [name for name, *_ in differences(config, manifest.config)]
     return f"it was saved with another {', '.join(names[:3])}" if names else ""
 

@@ -37,6 +37,12 @@ MAY_CHANGE = {
 _MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
 
 
+# Settings of the model that names and shapes of its tensors depend on: no stage may change them.
+WIDTHS = (
+    "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "
+    "qk_rope_head_dim qk_nope_head_dim v_head_dim n_experts n_shared_experts n_experts_per_tok expert_dim lora_rank "
+    "lora injection qk_norm"
+).split()
 # What a new stage may change; the others say where a run is, and how it is watched.
 _TRAINING = ("model", "experts", "act", "loops", "train", "optim", "data", "parallel")
 

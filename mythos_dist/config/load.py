@@ -21,6 +21,7 @@ import yaml
 from mythos_dist.config.fields import Kind, kinds_of, show, value_problems
 from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import BY_MODE, Config
+from mythos_dist.config.stages import read_stages, stage_entries, stage_problems
 from mythos_dist.config.tree import NULLS, Node, Scalar, parse_yaml, read_yaml, show_node
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
@@ -36,6 +37,7 @@ class _Source(NamedTuple):
 
     name: str
     sections: dict[str, Node]
+    stages: Node | None = None  # `stages:` of a file
 
 
 class _Dumper(yaml.SafeDumper):
@@ -53,22 +55,58 @@ _Dumper.add_representer(str, _quoted_where_unsure)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read `path`, apply the overrides and check the result.
+    """Read `path`, apply the overrides and check the result; of several `stages:` the first one's.
 
     Where a source replaces `data.path` by `data.mix` or vice versa, rank 0 prints a note on standard error.
     Raises UserError with all problems: unknown keys, wrong types, broken rules.
     """
+    return load_stages(path, overrides)[0]
+
+
+def load_stages(path: str | Path, overrides: Iterable[str] = ()) -> list[Config]:
+    """As `load_config`, for each of the file's `stages:` in order; without them a list of one.
+
+    Overrides apply to every stage.
+    """
     messages: list[str] = []
     path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
-    sources = [*_read_with_bases(path, (), [0]), _Source(_COMMAND_LINE, _parse_overrides(overrides, messages))]
-    values, notes = _merge(sources, messages)
-    config = _build(values, messages)
+    sources = _read_with_bases(path, (), [0])
+    command_line = _Source(_COMMAND_LINE, _parse_overrides(overrides, messages))
+    node = next((source.stages for source in reversed(sources) if source.stages is not None), None)
+    if node is None:
+        values, notes = _merge([*sources, command_line], messages)
+        stages = [_build(values, messages)]
+    else:
+        stages, notes = _load_each_stage(node, sources, command_line, messages)
     if messages:
         raise UserError(messages, source=str(path))
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         for note in notes:
             print(f"note: {path}: {note}", file=sys.stderr)
-    return config
+    return stages
+
+
+def _load_each_stage(
+    node: Node, sources: list[_Source], command_line: _Source, messages: list[str]
+) -> tuple[list[Config], list[str]]:
+    """The configs of all stages, and notes. A problem that every stage has is reported once."""
+    stages, notes = [], []
+    problems: dict[str, list[str]] = {}  # the stages that have it
+    entries = list(read_stages(node, command_line.sections, messages))
+    for name, settings in entries:
+        mine: list[str] = []
+        origins = (f"stage {name}", _COMMAND_LINE, f"the position of stage {name}")
+        own = [_Source(origin, each) for origin, each in zip(origins, settings, strict=True)]
+        values, more = _merge([*sources, *own], mine)
+        stages.append(_build(values, mine))
+        notes += [note for note in more if note not in notes]
+        for problem in mine:
+            problems.setdefault(problem, []).append(name)
+    for problem, names in problems.items():
+        messages.append(problem if len(names) == len(entries) > 1 else f"stage {', '.join(names)}: {problem}")
+    if not messages:
+        messages += stage_problems(stages)
+    return stages, notes
 
 
 def config_from(values: dict[str, dict[str, Any]]) -> Config:
@@ -92,6 +130,14 @@ def dump_config(config: Config) -> str:
             if kind.type is float and sections[section][key] is not None:
                 sections[section][key] = float(sections[section][key])  # a default may be an int
     return dump_settings(sections)
+
+
+def dump_stages(stages: list[Config]) -> str:
+    """YAML that `load_stages` reads back to equal Configs."""
+    first = dataclasses.asdict(stages[0])
+    if not stages[0].run.stage:
+        return dump_config(stages[0])
+    return dump_settings(first) + yaml.dump({"stages": stage_entries(stages)}, Dumper=_Dumper, sort_keys=False)
 
 
 def dump_settings(sections: dict[str, dict[str, Any]]) -> str:
@@ -139,7 +185,8 @@ def _read_with_bases(path: Path, above: tuple[Path, ...], count: list[int]) -> l
         if not isinstance(one, Scalar) or not one.text:
             raise UserError(f"base={show_node(base)}: expected a file name or a list of them", source=str(path))
         sources += _read_with_bases(path.parent / os.path.expanduser(one.text), (*above, here), count)
-    return [*sources, _Source(str(path), _with_sections(sections))]
+    stages = sections.pop("stages", None)
+    return [*sources, _Source(str(path), _with_sections(sections), stages)]
 
 
 def _with_sections(document: dict[str, Node]) -> dict[str, Node]:
@@ -214,7 +261,9 @@ def _merge(sources: Iterable[_Source], messages: list[str]) -> tuple[dict[str, d
     for source in sources:
         for section, entries in source.sections.items():
             if section not in SECTIONS:
-                messages.append(f"{section[:80]}: unknown section{_did_you_mean(section, [*SECTIONS, *TOP_LEVEL])}")
+                messages.append(
+                    f"{section[:80]}: unknown section{_did_you_mean(section, [*SECTIONS, *TOP_LEVEL, 'stages'])}"
+                )
             elif isinstance(entries, dict):
                 target = values.setdefault(section, {})
                 if section == "data":

@@ -232,7 +232,7 @@ def _run_problems(config: Config) -> Iterator[Problem]:
             f"start_from={start_from} is a URL, and weights are read from local paths only; copy it to a file system "
             "that all nodes share, and give that path",
         )
-    if not start_from and state != "weights":
+    if not start_from and state != "weights" and not config.run.stage_begin:
         yield Problem(
             ("run.start_from", "run.start_from_state"),
             f"start_from_state={state} needs start_from, a run, a checkpoint or an export; set it, or leave both out",

@@ -321,6 +321,9 @@ class RunConfig(Section, section="run"):
     # weights: with the router's bias; schedule and data begin anew. weights+moments: also Adam's moments. everything:
     # step count (of schedule, loops and random numbers), loss scale and data order continue as in a resume.
     start_from_state: Literal["weights", "weights+moments", "everything"] = "weights"
+    # Set by `stages:` (stages.py): the name of the stage, and the step of the run after which it begins.
+    stage: str = ""
+    stage_begin: StepsOrOff = 0
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     wandb: Literal["offline", "online", "disabled"] = "offline"
     # Log the bytes that all ranks send, by axis and kind, with each step (`communication`). Slows CPU steps down.

@@ -52,14 +52,14 @@ def main() -> None:
     try:
         rank_info = read_rank_info()
         # Before torch is imported, so that an error takes a second and not ten.
-        config = read(arguments.config, arguments.overrides, rank_info)
+        stages = read(arguments.config, arguments.overrides, rank_info)
         _import_training()
         from mythos_dist.ops.session import join
         from mythos_dist.parallel.process import keep_freed_memory
 
-        session = join(config, rank_info, stop)
+        session = join(stages[0], rank_info, stop)
         keep_freed_memory()
-        code = run(config, session, arguments.preflight)
+        code = run(stages, session, arguments.preflight)
         session.close()
     except UserError as error:
         if session:
@@ -94,16 +94,32 @@ def _import_training() -> None:
     gc.enable()
 
 
-def run(config: "Config", session: "Session", only_preflight: bool) -> int:
-    """Check the inputs and the nodes, then train. Returns the exit code; raises UserError."""
+def run(stages: "list[Config]", session: "Session", only_preflight: bool) -> int:
+    """Check the inputs and the nodes, then train stage by stage, beginning with the one that the run is in.
+
+    Returns the exit code; raises UserError.
+    """
     from mythos_dist.ops.hooks import Operations
     from mythos_dist.train.loop import train
-    from mythos_dist.train.prepare import check_run
+    from mythos_dist.train.prepare import check_later_stage, check_run
+    from mythos_dist.train.resume import find_stage
 
-    operations = Operations(config, session)
-    inputs = check_run(config, session, operations)
-    operations.preflight(only_preflight)
-    return 0 if only_preflight else train(config, session, inputs, operations)
+    session.enter_phase("checking")
+    current = find_stage(stages)
+    for stage in stages[current + 1 :]:
+        check_later_stage(stage, session, Operations(stage, session))
+    for index in range(current, len(stages)):
+        operations = Operations(stages[index], session)
+        inputs = check_run(stages[index], session, operations)
+        if index == current:
+            operations.preflight(only_preflight)
+        if only_preflight:
+            return 0
+        if code := train(stages[index], session, inputs, operations, is_last_stage=index == len(stages) - 1):
+            return code
+        session.begin_stage()
+        gc.collect()  # the engine of the stage has cycles, and holds its memory until they are found
+    return 0
 
 
 def parse() -> argparse.Namespace:
@@ -123,18 +139,19 @@ def parse() -> argparse.Namespace:
     return parse_arguments(parser)
 
 
-def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "Config":
-    """Read the config and check it against the number of ranks. Raises UserError."""
+def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "list[Config]":
+    """Read the config of each stage and check it against the number of ranks. Raises UserError."""
     from mythos_dist.config.layout import layout_problems
-    from mythos_dist.config.load import load_config
+    from mythos_dist.config.load import load_stages
     from mythos_dist.ops.cluster.inject import parse_faults
 
     try:
-        config = load_config(path, overrides)
-        parse_faults(config.faults.inject)
-        if problems := layout_problems(config, rank_info.world_size):
-            raise UserError(problems, source=f"{path} on {count(rank_info.world_size, 'rank')}")
-        return config
+        stages = load_stages(path, overrides)
+        for config in stages:
+            parse_faults(config.faults.inject)
+            if problems := layout_problems(config, rank_info.world_size):
+                raise UserError(problems, source=f"{path} on {count(rank_info.world_size, 'rank')}")
+        return stages
     except UserError as error:
         error.only_this_rank = not Path(path).is_file()  # rank 0 has all other errors as well
         raise

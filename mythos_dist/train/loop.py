@@ -42,15 +42,16 @@ log = logging.getLogger(__name__)
 _NEW_WEIGHTS = Lineage()
 
 
-def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks) -> int:
+def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks, is_last_stage: bool = True) -> int:
     """Train until `train.steps`, from the newest complete checkpoint in `run.dir` if there is one.
 
-    Returns the exit code: 0, or EXIT_STOPPED if the run was stopped early. Raises UserError, the same on every rank.
+    is_last_stage: the run is complete then. Returns the exit code: 0, or EXIT_STOPPED if the run was stopped early.
+    Raises UserError, the same on every rank.
     """
     prepared = prepare(config, session, inputs)
     if prepared is None:
         return 0
-    run = Run(config, session, prepared, hooks)
+    run = Run(config, session, prepared, hooks, is_last_stage)
     try:
         run.begin()
         reason = run.train_steps()
@@ -64,10 +65,11 @@ def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks) -> 
 
 
 class Run:
-    """One start of a run. Every rank calls the same methods in the same order."""
+    """One start of a run, or of one of its stages. Every rank calls the same methods in the same order."""
 
-    def __init__(self, config: Config, session: Session, prepared: Prepared, hooks: Hooks):
+    def __init__(self, config: Config, session: Session, prepared: Prepared, hooks: Hooks, is_last_stage: bool):
         self.config, self.session, self.hooks = config, session, hooks
+        self.is_last_stage = is_last_stage
         self.mesh, self.fence = prepared.mesh, prepared.fence
         self.stream, self.heldout = prepared.stream, prepared.heldout
         self.resume, self.corpora = prepared.inputs.resume, prepared.inputs.corpora
@@ -86,18 +88,19 @@ class Run:
 
     def begin(self) -> None:
         """Load the checkpoint or the parent, open the files of the run, and evaluate a new run."""
-        checkpoint, parent, previous = self.resume.checkpoint, self.resume.parent, self.previous
-        self.spikes = Spikes.load(self.config.faults, self.run_dir, recent_norms(checkpoint))
-        if checkpoint:
+        checkpoint, previous = self.resume.checkpoint, self.previous
+        parent = checkpoint if self.resume.begins_stage else self.resume.parent
+        self.spikes = Spikes.load(self.config.faults, self.run_dir)
+        if parent:
+            if self.rank == 0:
+                print(*describe_start(self.config, parent, self.lineage, self.corpora), sep="\n", flush=True)
+            self.load_parent(parent)
+        elif checkpoint:
             if self.rank == 0:
                 print(f"resuming from {checkpoint.folder}", flush=True)
                 for line in schedule_changes(self.config, checkpoint):
                     log.warning("%s", line)
             self.load(checkpoint)
-        elif parent:
-            if self.rank == 0:
-                print(*describe_start(self.config, parent, self.lineage, self.corpora), sep="\n", flush=True)
-            self.load_parent(parent)
         if not checkpoint and previous.last_step:
             print(f"no checkpoint was saved yet: {previous.last_step} steps are repeated", flush=True)
         self.session.record_startup("loading")
@@ -259,12 +262,13 @@ class Run:
         """Fill the engine with the state of a checkpoint of this run."""
         self.load_tensors(checkpoint)
         self.engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
+        self.spikes.norms.extend(recent_norms(checkpoint))
 
     def load_parent(self, parent: Checkpoint) -> None:
-        """Fill the engine with what `start_from_state` takes from the parent."""
+        """Fill the engine with what `start_from_state` takes from the parent, or from the end of the stage before."""
         state = self.config.run.start_from_state
         self.load_tensors(parent, moments=state != "weights")
-        self.engine.after_load(carried_optimizer_state(parent, state), 0)
+        self.engine.after_load(carried_optimizer_state(parent, state), self.config.run.stage_begin)
         if state == "everything":
             self.spikes.norms.extend(recent_norms(parent))
 
@@ -291,10 +295,14 @@ class Run:
         on_rank_0(lambda: self.spikes.write(self.fence))
         assert checkpoint, "spikes.roll_back raises without one"
         log.warning("%s", rollback)
-        self.load(checkpoint)
-        self.step = checkpoint.manifest.step
+        self.step, begin = checkpoint.manifest.step, self.config.run.stage_begin
+        if self.step < begin:
+            raise UserError(f"rolled back to step {self.step}, in an earlier stage: run the same command again")
         self.spikes.norms.clear()
-        self.spikes.norms.extend(recent_norms(checkpoint))
+        if begin and self.step == begin:
+            self.load_parent(checkpoint)
+        else:
+            self.load(checkpoint)
         on_rank_0(self.rewind_metrics)
 
     def open_metrics(self) -> Metrics:
@@ -319,10 +327,13 @@ class Run:
                 f"the last checkpoint could not be written to {self.run_dir / 'checkpoints'}; fix that (free space on "
                 "a full disk) and run the same command again; it resumes from the checkpoint before"
             )
-        on_rank_0(lambda: self.write_final_status(stopped if reason else ""))
+        stage = f"stage {self.config.run.stage} is done"
+        on_rank_0(lambda: self.write_final_status(stopped if reason else "" if self.is_last_stage else stage))
         if self.metrics:
             self.metrics.close()
             result = f"{stopped}; run the same command to resume" if reason else f"done: {count(self.step, 'step')}"
+            if not (reason or self.is_last_stage):
+                result = f"{stage}: {count(self.step, 'step')}"
             print(f"{result}; metrics, logs and checkpoints are in {self.run_dir}", flush=True)
 
     def write_final_status(self, stopped: str) -> None:
@@ -350,16 +361,16 @@ class Run:
                 self.fence.record_status("running", "", self.step, self.recorded_checkpoint)
 
 
-def recent_norms(checkpoint: Checkpoint | None) -> list[float]:
+def recent_norms(checkpoint: Checkpoint) -> list[float]:
     """The gradient norms before a checkpoint, which the limit on norms is computed from."""
-    return checkpoint.manifest.optimizer.get("recent_grad_norms", []) if checkpoint else []
+    return checkpoint.manifest.optimizer.get("recent_grad_norms", [])
 
 
 def manifest_of(
     config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine", lineage: Lineage = _NEW_WEIGHTS
 ) -> CheckpointManifest:
     """The manifest of a checkpoint after `step`; `data` is the fingerprint of the shards."""
-    tokens = step * config.train.global_batch * config.train.seq_len
+    tokens = lineage.tokens_at(step, config.train.global_batch * config.train.seq_len)
     return CheckpointManifest(
         step=step,
         tokens=tokens,

@@ -104,8 +104,8 @@ def step_line(
         "phase": result.phase,
         "n_loops": result.n_loops,
         "backprop": result.backprop,
-        "tokens": step * tokens,
-        "tokens_total": lineage.tokens_before + step * tokens,
+        "tokens": lineage.tokens_at(step, tokens),
+        "tokens_total": lineage.tokens_before + lineage.tokens_at(step, tokens),
         "batch_id": batch_id(ids),
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -117,6 +117,8 @@ def step_line(
     }
     if lineage.first_step:
         line["schedule_step"] = lineage.first_step + step
+    if config.run.stage:
+        line["stage"] = config.run.stage
     if config.loops.per == "sequence":
         line["mean_loops"] = result.mean_loops
     if result.communication is not None:

@@ -51,6 +51,12 @@ def check_run(config: Config, session: Session, hooks: Hooks) -> RunInputs:
     return RunInputs(corpora, resume)
 
 
+def check_later_stage(config: Config, session: Session, hooks: Hooks) -> None:
+    """Check settings and shards of a stage that begins later. Raises UserError, the same on every rank."""
+    raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
+    raise_on_all_ranks(hooks.check_config, session.nodes)
+
+
 @dataclass
 class Prepared:
     """A run whose folder this start has claimed."""

@@ -26,7 +26,8 @@ from mythos_dist.parallel.process import any_rank, device, on_rank_0, raise_on_a
 from mythos_dist.train.checks import check_checkpoint
 from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over, take_over
 from mythos_dist.train.schedule import learning_rate, mean_at
-from mythos_dist.train.start_from import check_parent, find_parent, lineage_from, steps_done
+from mythos_dist.train.spikes import Spikes
+from mythos_dist.train.start_from import check_parent, find_parent, lineage_from, lineage_of_stage, steps_done
 
 _NO_JUMP = (
     "this rise undoes a decay: begin a stage with a warm-up of its own instead (another run.dir, "
@@ -60,6 +61,11 @@ class Resume:
         return self.checkpoint.manifest.step if self.checkpoint else 0
 
     @property
+    def begins_stage(self) -> bool:
+        """Whether the checkpoint is the end of the stage before this one."""
+        return bool(self._config.run.stage_begin) and self.step == self._config.run.stage_begin
+
+    @property
     def last_step(self) -> int:
         """The run's last step: `train.steps` counts the steps that were carried over."""
         return self._config.train.steps - self.lineage.first_step
@@ -71,12 +77,22 @@ class Resume:
             self.parent, self.damaged = find_parent(self._config)
         raise_on_all_ranks(self._check)
         self.lineage = Lineage()
-        if self.checkpoint:
+        if self.checkpoint and self.begins_stage:
+            spikes = Spikes.load(self._config.faults, self._folder.parent)
+            next_batch = next(spikes.batches(self.step + 1))
+            self.lineage = lineage_of_stage(self._config, self.checkpoint, self._corpora, next_batch)
+        elif self.checkpoint:
             self.lineage = self.checkpoint.manifest.lineage
         elif self.parent:
             self.lineage = lineage_from(self._config, self.parent, self._corpora)
 
     def _check(self) -> None:
+        run = self._config.run
+        if self.step < run.stage_begin:
+            raise UserError(f"stage {run.stage} begins after step {run.stage_begin}; {run.dir} is at step {self.step}")
+        if self.checkpoint and self.begins_stage:
+            check_parent(self._config, self.checkpoint)
+            return
         if self.checkpoint:
             check_checkpoint(self._config, self.checkpoint, self._corpora)
             return
@@ -95,6 +111,16 @@ class Resume:
             except OSError:
                 listing.append((folder.name,))
         return listing
+
+
+def find_stage(stages: list[Config]) -> int:
+    """The index of the stage in which the run is, by its newest intact checkpoint. Every rank calls this."""
+    if len(stages) == 1:
+        return 0
+    first = stages[0]
+    checkpoint, _ = find_checkpoint(Path(first.run.dir) / "checkpoints", first.checkpoint)
+    step = checkpoint.manifest.step if checkpoint else 0
+    return max(i for i, stage in enumerate(stages) if stage.run.stage_begin <= step)
 
 
 def take_fence(run_dir: Path) -> Fence:

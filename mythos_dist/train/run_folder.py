@@ -57,6 +57,8 @@ def check_run_folder(config: Config) -> None:
     if not (path / SETTINGS[0]).exists():
         return
     old_settings = asdict(_settings_of(path / SETTINGS[0]))
+    if old_settings["run"]["stage"] != config.run.stage:
+        return  # of another stage; Resume compares with the checkpoint's settings
     problems = [
         f"{name}={value}, but the run in run.dir={path} has {old}"
         for name, value, old in differences(config, old_settings)

@@ -13,6 +13,10 @@ from mythos_dist.train.stop import StopRequest
 log = logging.getLogger(__name__)
 
 
+def _ignore(reason: str) -> None:
+    """No run is in progress."""
+
+
 class Session:
     """This rank of a run. The process group exists when the loop gets it.
 
@@ -23,7 +27,7 @@ class Session:
         self.rank_info, self.stop = rank_info, stop
         self.nodes = [rank_info.node]  # of every rank
         self.startup_seconds: dict[str, float] = {}  # of each phase of the startup, in order
-        self.on_failure: Callable[[str], None] = lambda reason: None  # on rank 0, before the run ends by a failure
+        self.on_failure: Callable[[str], None] = _ignore  # on rank 0, before the run ends by a failure
         self.keepalive: Callable[[], None] = lambda: None  # on rank 0, called every ten seconds
         self._phase_began = time.monotonic()
 
@@ -38,6 +42,12 @@ class Session:
         now = time.monotonic()
         self.startup_seconds[phase] = now - self._phase_began
         self._phase_began = now
+
+    def begin_stage(self) -> None:
+        """Another stage of the run begins: its startup is measured anew, and the last stage's run is released."""
+        self.startup_seconds.clear()
+        self._phase_began = time.monotonic()
+        self.on_failure = self.stop.on_exit = _ignore
 
     def record_first_step(self) -> None:
         """A step has ended; after the first one, log how long each phase of the startup took."""

@@ -19,7 +19,7 @@ from mythos_dist.checkpoint.open_mythos import list_tensors
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint, is_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, signing_key
-from mythos_dist.config.compare import training_changes
+from mythos_dist.config.compare import WIDTHS, training_changes
 from mythos_dist.config.fields import show
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.data.corpora import Corpus, data_changes
@@ -28,13 +28,6 @@ from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.process import from_rank_0, raise_on_all_ranks
 from mythos_dist.units import count
-
-# Settings of the model that names and shapes of its tensors depend on.
-_WIDTHS = (
-    "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "
-    "qk_rope_head_dim qk_nope_head_dim v_head_dim n_experts n_shared_experts n_experts_per_tok expert_dim lora_rank "
-    "lora injection qk_norm"
-).split()
 
 
 def find_parent(config: Config) -> tuple[Checkpoint, list[str]]:
@@ -115,7 +108,7 @@ def _misfits(config: Config, parent: Checkpoint) -> Iterator[str]:
     if shapes == theirs:
         return
     before = BY_MODE["reference"] | parent.manifest.config.get("model", {})  # as in config_from
-    changed = [key for key in _WIDTHS if key in before and getattr(config.model, key) != before[key]]
+    changed = [key for key in WIDTHS if key in before and getattr(config.model, key) != before[key]]
     for key in changed:
         yield (
             f"model.{key}={getattr(config.model, key)}, but {parent.folder} has {before[key]}; the shapes of tensors "
@@ -139,7 +132,24 @@ def lineage_from(config: Config, parent: Checkpoint, corpora: list[Corpus]) -> L
     if state != "everything":
         return Lineage(parents)
     first_sample = manifest.lineage.next_sample if _same_order(config, manifest, corpora) else 0
-    return Lineage(parents, steps_done(manifest), first_sample)
+    return Lineage(parents, steps_done(manifest), first_sample, next_sample=first_sample)
+
+
+def lineage_of_stage(config: Config, border: Checkpoint, corpora: list[Corpus], next_batch: int) -> Lineage:
+    """The lineage of a stage of the same run that begins after the checkpoint `border` with batch `next_batch`.
+
+    Unchanged data are read on from where the last stage ended, with any `start_from_state`.
+    """
+    manifest, train = border.manifest, config.train
+    steps = steps_done(manifest) if config.run.start_from_state == "everything" else 0
+    sample = manifest.lineage.next_sample if _same_order(config, manifest, corpora) else 0
+    return Lineage(
+        manifest.lineage.parents,
+        first_step=steps - manifest.step,
+        first_sample=sample - next_batch * train.global_batch,
+        first_tokens=manifest.tokens - manifest.step * train.global_batch * train.seq_len,
+        next_sample=sample,
+    )
 
 
 def _same_order(config: Config, manifest: CheckpointManifest, corpora: list[Corpus]) -> bool:
@@ -158,19 +168,22 @@ def carried_optimizer_state(parent: Checkpoint, state: str) -> dict[str, Any]:
 def describe_start(config: Config, parent: Checkpoint, lineage: Lineage, corpora: list[Corpus]) -> Iterator[str]:
     """Lines for the console: what is carried over, what begins anew, and which settings differ from the parent's."""
     manifest, state = parent.manifest, config.run.start_from_state
+    begin = config.run.stage_begin
+    stage = f"stage {config.run.stage}: " if config.run.stage else ""
     yield (
-        f"starting from {parent.folder} (step {manifest.step}, {count(manifest.lineage.tokens, 'token')} trained), "
-        f"start_from_state={state}"
+        f"{stage}starting from {parent.folder} (step {manifest.step}, {count(manifest.lineage.tokens, 'token')} "
+        f"trained), start_from_state={state}"
     )
     kept, anew = ["weights", "router bias"], []
     (anew if state == "weights" else kept).append("moments of the optimizer")
     steps = "step count (learning rate, loops, random numbers)"
     if state == "everything":
-        kept += [f"{steps}: step 1 is step {lineage.first_step + 1}", "loss scale", "gradient norms"]
+        first = f"{steps}: step {begin + 1} is step {lineage.first_step + begin + 1}"
+        kept += [first, "loss scale", "gradient norms"]
     else:
         anew.append(steps)
-    if lineage.first_sample:
-        kept.append(f"data order, from sample {lineage.first_sample:,}")
+    if lineage.next_sample:
+        kept.append(f"data order, from sample {lineage.next_sample:,}")
     else:
         anew.append("data order")
     yield f"  carried over: {'; '.join(kept)}"
@@ -179,5 +192,5 @@ def describe_start(config: Config, parent: Checkpoint, lineage: Lineage, corpora
     changes = training_changes(manifest.config, asdict(config))
     if changed := [f"{name} {show(before)} -> {show(now)}" for name, before, now in changes]:
         yield f"  changed: {'; '.join(changed)}"
-    if not lineage.first_sample and _same_order(config, manifest, corpora):
+    if not lineage.next_sample and _same_order(config, manifest, corpora):
         yield "  note: shards and run.seed are the parent's, so the same batches come again; set run.seed for others"

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.layout import divisors, layout_problems, nearest
-from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.load import dump_stages, load_stages
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
 from mythos_dist.ops.cluster.hostfile import MAX_COUNT, read_slots
@@ -182,11 +182,12 @@ def main() -> None:
     """See the top of this file."""
     arguments = parse()
     errors: list[UserError] = []
-    config = _collect_error(errors, lambda: load_config(arguments.config, arguments.overrides))
-    if config and arguments.finished:
-        sys.exit(0 if is_finished(config) else 1)
-    if config and arguments.write:
-        arguments.write.write_text(dump_config(config))
+    stages = _collect_error(errors, lambda: load_stages(arguments.config, arguments.overrides))
+    config = stages[0] if stages else None
+    if stages and arguments.finished:
+        sys.exit(0 if is_finished(stages[-1]) else 1)
+    if stages and arguments.write:
+        arguments.write.write_text(dump_stages(stages))
         return
     allocation = notes = None
     if arguments.hosts or arguments.hostfile:

@@ -1,0 +1,210 @@
+"""`stages:` in one config: one run folder, stage after stage, wherever it is killed."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launch import train
+
+from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
+from mythos_dist.config.load import dump_stages, load_config, load_stages
+from mythos_dist.errors import UserError
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
+EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "phase", "tokens", "tokens_total")
+STAGES = """
+stages:
+  - {name: stable, steps: 4, optim: {schedule: constant, warmup_steps: 2}}
+  - name: decay
+    steps: 3
+    optim: {schedule: linear, warmup_steps: 0, lr: 1.0e-3}
+    train: {global_batch: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def common(settings) -> list[str]:
+    """Overrides of every run here."""
+    changes = "train.global_batch=4 checkpoint.every=3 checkpoint.keep=9 loops.distribution=poisson model.dropout=0.1"
+    return [one for one in settings[1:] if not one.startswith(("train.steps", "optim.warmup"))] + changes.split()
+
+
+def write(folder: Path, stages: str, common: list[str]) -> list[str]:
+    """Arguments of a run whose config has these stages; what stages set is in the file and not overridden."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.yaml"
+    tiny = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
+    file.write_text(f"base: {tiny}\ntrain: {{global_batch: 4}}\n{stages}")
+    return [str(file), *(one for one in common if not one.startswith("train.global_batch"))]
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(run_dir: Path) -> list[tuple]:
+    return [tuple(line[key] for key in EXACT) for line in lines(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def staged(common, tmp_path_factory) -> tuple[list[str], Path]:
+    """Arguments of a run of two stages, and the folder of one on two ranks that was not interrupted."""
+    folder = tmp_path_factory.mktemp("staged")
+    arguments = write(folder, STAGES, common)
+    result = train(2, *arguments, f"run.dir={folder / 'run'}")
+    assert result.codes == [0, 0], result.tails
+    assert "stage stable is done: 4 steps" in result.out and "done: 7 steps" in result.out
+    assert "stage decay: starting from" in result.out and "carried over: weights; router bias; moments" in result.out
+    return arguments, folder / "run"
+
+
+def test_stages_train_one_after_the_other_in_one_folder(staged, common):
+    """Steps count over the folder, each stage has its own schedule and batch, and unchanged data are read on."""
+    from mythos_dist.data.stream import ReplicaStream
+    from mythos_dist.train.metrics import batch_id
+
+    arguments, run_dir = staged
+    found = lines(run_dir)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["stage"] for line in found] == ["stable"] * 4 + ["decay"] * 3
+    assert [line["phase"] for line in found] == ["warmup"] * 2 + ["stable"] * 2 + ["decay"] * 3
+    rates = [1e-3, 2e-3, 2e-3, 2e-3, *(1e-3 * (0.1 + 0.9 * (1 - i / 3)) for i in (1, 2, 3))]
+    assert [line["lr"] for line in found] == pytest.approx(rates)
+    assert [line["tokens"] for line in found] == [32 * n for n in (4, 8, 12, 16, 18, 20, 22)]
+    path = next(one for one in common if one.startswith("data.path=")).removeprefix("data.path=")
+    stream = ReplicaStream(
+        path, "train", seq_len=32, vocab_size=512, global_batch=2, micro_batch=2, replica=0, num_replicas=1, seed=0
+    )
+    ids = [[int(i) for i in stream.step(step)[0].sample_ids] for step in range(11)]
+    batches = [ids[0] + ids[1], ids[2] + ids[3], ids[4] + ids[5], ids[6] + ids[7], ids[8], ids[9], ids[10]]
+    assert [line["batch_id"] for line in found] == [batch_id(batch) for batch in batches]
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == [
+        f"step-{step:08d}"
+        for step in (3, 4, 6, 7)  # borders besides checkpoint.every
+    ]
+    assert (run_dir / "COMPLETED").exists()
+    again = train(2, *arguments, f"run.dir={run_dir}")
+    assert again.codes == [0, 0] and "is complete: 7 of 7 steps" in again.out and exact(run_dir) == exact(run_dir)
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_killed_inside_or_at_the_border_it_writes_the_same_lines(staged, tmp_path, step):
+    arguments, whole = staged
+    run = [*arguments, f"run.dir={tmp_path}"]
+    file = tmp_path / "checkpoints" / f"step-{step:08d}" / "checkpoint.json"
+    killed = train(2, *run, env={"KILL_AFTER": str(file)})
+    assert killed.codes == [-signal.SIGKILL] * 2 and not (tmp_path / "COMPLETED").exists()
+    resumed = train(2, *run)
+    assert resumed.codes == [0, 0], resumed.tails
+    assert exact(tmp_path) == exact(whole)
+
+
+def test_a_stage_that_changes_nothing_is_no_border(common, tmp_path):
+    """`everything` and equal settings: the lines of one run of both lengths, bit for bit."""
+    arguments = write(
+        tmp_path,
+        "optim: {schedule: constant}\nstages: [{steps: 4}, {steps: 3, start_from_state: everything}]",
+        common,
+    )
+    assert train(2, *arguments, f"run.dir={tmp_path / 'two'}").codes == [0, 0]
+    one = write(tmp_path / "one", "optim: {schedule: constant}", common)
+    assert train(2, *one, f"run.dir={tmp_path / 'one' / 'run'}", "train.steps=7").codes == [0, 0]
+    assert exact(tmp_path / "two") == exact(tmp_path / "one" / "run")
+    assert [line["stage"] for line in lines(tmp_path / "two")] == ["1"] * 4 + ["2"] * 3
+
+
+def test_stages_may_have_layouts_of_their_own(common, tmp_path):
+    """The second stage on other axes: the same batches, losses to the order of sums; killed inside it resumes."""
+    stages = STAGES.replace("train: {global_batch: 2}", "train: {global_batch: 2}\n    parallel: {pipe: 2, zero: 1}")
+    quiet = [one for one in common if one != "model.dropout=0.1"]
+    reference = write(tmp_path / "reference", STAGES, quiet)
+    assert train(2, *reference, f"run.dir={tmp_path / 'reference' / 'run'}").codes == [0, 0]
+    arguments = [*write(tmp_path, stages, quiet), f"run.dir={tmp_path / 'run'}"]
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "checkpoint.json"
+    assert train(2, *arguments, env={"KILL_AFTER": str(file)}).codes == [-signal.SIGKILL] * 2
+    resumed = train(2, *arguments)
+    assert resumed.codes == [0, 0], resumed.tails
+    assert read_checkpoint_manifest(file.parents[1] / "step-00000007").layout["pipe"] == 2
+    for got, expected in zip(lines(tmp_path / "run"), lines(tmp_path / "reference" / "run"), strict=True):
+        assert got["batch_id"] == expected["batch_id"] and got["lr"] == expected["lr"]
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> list:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"data: {{path: shards}}\n{text}")
+    return load_stages(file, overrides)
+
+
+def test_each_stage_is_a_config_of_its_own(tmp_path):
+    """Settings of the stage override the file's, the command line overrides both; lengths add up."""
+    stages = load(tmp_path, STAGES.replace("decay\n", "decay\n    start_from_state: everything\n"), "optim.lr=0.5")
+    assert [stage.run.stage for stage in stages] == ["stable", "decay"]
+    assert [stage.run.stage_begin for stage in stages] == [0, 4]
+    assert [stage.train.steps for stage in stages] == [4, 7]  # everything: where the schedule of both ends
+    assert [stage.run.start_from_state for stage in stages] == ["weights", "everything"]
+    assert [stage.optim.schedule for stage in stages] == ["constant", "linear"]
+    assert [stage.optim.lr for stage in stages] == [0.5, 0.5]
+    assert [stage.train.steps for stage in load(tmp_path, STAGES)] == [4, 3]
+    assert load_config(tmp_path / "config.yaml") == load(tmp_path, STAGES)[0]
+    assert load(tmp_path, "train: {steps: 5}")[0].run.stage == ""
+
+
+@pytest.mark.parametrize("state", ["weights", "everything"])
+def test_stages_come_back_from_their_dump(tmp_path, state):
+    stages = load(
+        tmp_path, STAGES.replace("decay\n", f"decay\n    start_from_state: {state}\n"), "data.mix={a: 1, b: 2}"
+    )
+    (tmp_path / "dump.yaml").write_text(dump_stages(stages))
+    assert load_stages(tmp_path / "dump.yaml") == stages
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("stages: 3", [], ["stages=3: expected a list"]),
+        ("stages: []", [], ["stages=[]: expected a list"]),
+        ("stages: [a]", [], ["stages[0]='a': expected settings"]),
+        ("stages: [{name: a}]", [], ["stages[0].steps=null: expected a number of steps"]),
+        ("stages: [{steps: 0}, {steps: x}]", [], ["stages[0].steps=0", "stages[1].steps='x'"]),
+        ("stages: [{name: a, steps: 1}, {name: a, steps: 1}]", [], ["stages[1].name='a'", "a name of its own"]),
+        ("stages: [{name: a/b, steps: 1}]", [], ["stages[0].name='a/b'"]),
+        ("stages: [{steps: 9, optim: {lrr: 1}}]", [], ["stage 1: optim.lrr: unknown key; did you mean optim.lr?"]),
+        ("stages: [{steps: 9, optimm: {lr: 1}}]", [], ["stage 1: optimm: unknown section; did you mean optim?"]),
+        (
+            "stages: [{steps: 9}, {steps: 5, optim: {warmup_steps: 3, decay_steps: 4}}]",
+            [],
+            ["stage 2: optim.decay_steps=4", "train.steps=5"],
+        ),
+        ("stages: [{steps: 9}, {steps: 5, model: {dim: 64}}]", [], ["stage 2: model.dim=64, but stage 1 has 2048"]),
+        ("stages: [{steps: 9}, {steps: 5, run: {dir: b}}]", [], ["stage 2: run.dir=b, but all stages train in runs"]),
+        ("stages: [{steps: 9}, {steps: 9, optim: {name: muon}}]", [], ["cannot take over the moments of adamw"]),
+        ("stages: [{steps: 9, start_from_state: weights}]", [], ["stages[0].start_from_state: the first stage"]),
+        ("stages: [{steps: 9}, {steps: 1, start_from_state: all}]", [], ["run.start_from_state='all'"]),
+        ("stages: [{steps: 9}]", ["train.steps=4"], ["train.steps does not work with `stages:`"]),
+        (
+            "start_from: a\nstart_from_state: everything\nstages: [{steps: 1}, {steps: 1}]",
+            [],
+            ["start_from_state=everything does not work with `stages:`"],
+        ),
+        ("stagess: [{steps: 9}]", [], ["did you mean stages?"]),
+    ],
+)
+def test_a_mistake_in_stages_is_one_message(tmp_path, text, overrides, words):
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, text, *overrides)
+    assert len(refused.value.problems) == len(words) or len(words) > 1, refused.value.problems
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_stages_that_contradict_the_run_are_refused(staged, common, tmp_path):
+    """The first stage made longer after it has ended: the run is in the second."""
+    _, whole = staged
+    before = (whole / "metrics.jsonl").read_bytes()
+    arguments = write(tmp_path, STAGES.replace("steps: 4", "steps: 5"), common)
+    result = train(2, *arguments, f"run.dir={whole}")
+    assert result.codes == [2, 2] and "run.stage_begin=5" in result.err and "has 4" in result.err, result.err
+    assert (whole / "metrics.jsonl").read_bytes() == before
