@@ -76,8 +76,8 @@ class _Assigned(NamedTuple):
 
     parameter: int
     matrix: Matrix
-    first: int  # in the group, the range of the shard's elements that the matrix is part of
-    last: int
+    first: int  # [first, stop) of the group: the shard's elements that the matrix is part of
+    stop: int
     home: int  # replica
     crosses: bool  # it is spread over several replicas
 
@@ -132,12 +132,12 @@ class GroupLayout:
                 home = max(replicas, key=lambda replica: self._overlap(replica, first, first + size))
                 yield _Assigned(i, matrix, first, first + size, home, len(replicas) > 1)
 
-    def _overlap(self, replica: int, first: int, last: int) -> int:
-        """Elements of the range [first, last) of the group that a replica has."""
-        return max(0, min(last, (replica + 1) * self.partition) - max(first, replica * self.partition))
+    def _overlap(self, replica: int, first: int, stop: int) -> int:
+        """Elements of the range [first, stop) of the group that a replica has."""
+        return max(0, min(stop, (replica + 1) * self.partition) - max(first, replica * self.partition))
 
     def _holders(self, one: _Assigned) -> Iterator[int]:
-        for replica in range(one.first // self.partition, (one.last - 1) // self.partition + 1):
+        for replica in range(one.first // self.partition, (one.stop - 1) // self.partition + 1):
             for tensor_rank in range(self.mesh.tensor.size):
                 yield replica * self.mesh.tensor.size + tensor_rank
 
@@ -147,10 +147,10 @@ class GroupLayout:
         parameter = self.group.parameters[one.parameter]
         offset = self.offsets[one.parameter]
         first = max(0, replica * self.partition - offset)
-        last = min(parameter.numel, (replica + 1) * self.partition - offset)
+        stop = min(parameter.numel, (replica + 1) * self.partition - offset)
         views, at = [], 0  # at: the block's first element in the matrix
-        if self._overlap(replica, one.first, one.last):
-            piece = Piece(parameter.shape, self._start(one.parameter, tensor_rank), first, last)
+        if self._overlap(replica, one.first, one.stop):
+            piece = Piece(parameter.shape, self._start(one.parameter, tensor_rank), first, stop)
             in_range = offset + first - replica * self.partition
             for block in one.matrix.blocks:
                 target = Piece(block.shape, block.start, 0, prod(block.shape))

@@ -90,6 +90,14 @@ INTERNALS = [
     (f"{STAGE3}.checkpoint_event_epilogue", "self.persistent_parameters[0].all_gather(", "after loading"),
     (f"{ENGINE}.__init__", "self.skipped_steps = 0", "counts that are set when loading"),
     ("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler.__init__", "self.cur_hysteresis", "fp16's loss scale"),
+    # Muon
+    (
+        f"{BF16}._setup_for_real_optimizer",
+        "self.nccl_start_alignment_factor * real_dp_world_size",
+        "ranges of replicas",
+    ),
+    (f"{STAGE12}.__init__", "self.nccl_start_alignment_factor * dist.get_world_size(", "ranges of replicas"),
+    (f"{STAGE12}._optimizer_step", "self.optimizer.param_groups = [original_param_groups[group_no]]", "a group a step"),
     # stages
     (f"{PIPE}.__init__", "self._partition_layers(", "our bounds"),
     (f"{PIPE}._build", "specs[self._local_start:self._local_stop]", "our bounds"),
