@@ -89,6 +89,7 @@ class Mythos(nn.Module):
         cache: KVCache | None = None,
         backprop: int | None = None,
         loops: Loops | None = None,
+        label_counts: Tensor | None = None,
     ) -> Tensor | Losses:
         """input_ids (B, S) -> logits (B, S, V); with labels (B, S), the `Losses` of predicting them.
 
@@ -98,6 +99,7 @@ class Mythos(nn.Module):
         cache: keys and values of the previous tokens; this call appends its own.
         backprop: gradient flows through the last N loops only; None: through all.
         loops: replaces n_loops and backprop; has all options of loops.
+        label_counts: see `losses`.
         Raises UserError for tokens beyond the context; without `loops` also for ids outside the vocabulary, shapes
         that do not match, and n_loops outside 1 to 512 (model/inputs.py).
         """
@@ -117,7 +119,7 @@ class Mythos(nn.Module):
             cache.tokens = end
         if labels is None:
             return self.embed.gather_logits(self.embed.logits(activations.h))
-        return self.losses(activations, labels, loops, counts)
+        return self.losses(activations, labels, loops, counts, label_counts)
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
         """What all layers share in a pass over input_ids (B, S); see `forward` for the arguments."""
@@ -162,45 +164,43 @@ class Mythos(nn.Module):
         shape = torch.Size([batch, tokens, self.config.dim])
         return stage_input_shapes(self.stage, shape, next(self.parameters()).dtype, readouts)
 
-    def losses(self, activations: Activations, labels: Tensor, loops: Loops, counts: Tensor) -> Losses:
+    def losses(
+        self,
+        activations: Activations,
+        labels: Tensor,
+        loops: Loops,
+        counts: Tensor,
+        label_counts: Tensor | None = None,
+    ) -> Losses:
         """activations: the output of `run` after the last norm. counts (n_loops, E).
 
         labels (B, S), or (B, T, S): row t for loop t of each sequence, the last row for all further loops. The
         objective is the sum over readouts of weight times mean loss; the reported loss is the last readout's.
+        label_counts: what the sums over labels are divided by, float (R,) by readout, for means over several passes;
+        None: the number of labels of this pass.
         """
         weights = activations.readout_weights  # (R, B, S') or None
-        targets = self._labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
+        targets = labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
         final = targets[-1]
+        if label_counts is None:
+            label_counts = (targets != IGNORED).sum((1, 2)).clamp(min=1)
         if weights is not None:
             if self.mesh.sequence:
                 weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
-            n_labels = (targets != IGNORED).sum((1, 2), keepdim=True).clamp(min=1)  # (R, 1, 1)
-            # Not 1 / n_labels: weights near 1 keep fp16 gradients from underflowing.
-            weights = (weights * (n_labels[-1] / n_labels)).flatten(0, 1)
+            # Not 1 / label_counts: weights near 1 keep fp16 gradients from underflowing.
+            weights = (weights * (label_counts[-1] / label_counts).view(-1, 1, 1)).flatten(0, 1)
         head = self.embed.loss(activations.h, targets.flatten(0, 1), weights)
-        B, tokens = final.shape[0], (final != IGNORED).sum()
+        B = final.shape[0]
         aux_loss = activations.aux_loss.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
             aux_loss = all_reduce(aux_loss, self.mesh.tensor)
         return Losses(
-            objective=head.total / tokens.clamp(min=1) + aux_loss,
-            cross_entropy=head.losses[-B:].sum() / tokens.clamp(min=1),
-            tokens=tokens,
+            objective=head.total / label_counts[-1] + aux_loss,
+            cross_entropy=head.losses[-B:].sum() / label_counts[-1],
+            tokens=(final != IGNORED).sum(),
             correct=head.correct[-B:],
             expert_counts=counts,
         )
-
-    @staticmethod
-    def _labels_by_loop(labels: Tensor, loops: Loops, readouts: int) -> Tensor:
-        """labels (B, S) or (B, T, S) -> (R, B, S): those of the last R loops."""
-        if labels.dim() == 2:
-            return labels.expand(readouts, *labels.shape)
-        B, T, _ = labels.shape
-        rows = []
-        for t in range(loops.n_loops - readouts, loops.n_loops):
-            row = torch.as_tensor(loops.own_index(t), device=labels.device).expand(B).clamp(max=T - 1)
-            rows.append(labels[torch.arange(B, device=labels.device), row])
-        return torch.stack(rows)
 
     def compile_blocks(self) -> None:
         """Compile each block with `torch.compile`, in place."""
@@ -237,3 +237,15 @@ class Mythos(nn.Module):
         if problem := type_problem("input_ids", input_ids, 2):
             raise UserError(problem)
         return generate(self, input_ids, max_new_tokens, **settings)
+
+
+def labels_by_loop(labels: Tensor, loops: Loops, readouts: int) -> Tensor:
+    """labels (B, S) or (B, T, S) -> (R, B, S): those of the last R loops."""
+    if labels.dim() == 2:
+        return labels.expand(readouts, *labels.shape)
+    B, T, _ = labels.shape
+    rows = []
+    for t in range(loops.n_loops - readouts, loops.n_loops):
+        row = torch.as_tensor(loops.own_index(t), device=labels.device).expand(B).clamp(max=T - 1)
+        rows.append(labels[torch.arange(B, device=labels.device), row])
+    return torch.stack(rows)

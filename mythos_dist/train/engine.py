@@ -31,7 +31,7 @@ from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops
-from mythos_dist.model.mythos import IGNORED, Losses, Mythos
+from mythos_dist.model.mythos import IGNORED, Losses, Mythos, labels_by_loop
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
@@ -65,6 +65,7 @@ class PassInputs(NamedTuple):
     batch: MicroBatch
     labels: Tensor  # (B, S) or (B, T, S)
     loops: Loops
+    label_counts: Tensor | None = None  # (R,), what the losses of this pass are divided by; None: its own labels
 
 
 class Engine:
@@ -199,6 +200,8 @@ class Engine:
             positions = range(position, position + len(batch.labels))
             passes.append(PassInputs(batch, batch.labels, self._loops_of(loops, step, positions, readouts)))
             position = positions.stop
+        label_counts = self._label_counts(passes, self.config.loops.readouts(loops.n_loops, loops.no_grad_loops))
+        passes = [one._replace(label_counts=label_counts) for one in passes]
         counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
         if self.stage:
             loop_range = self._enqueue(passes)
@@ -271,6 +274,21 @@ class Engine:
         by_loop: dict[str, list[float]] = dict(zip(LoopRecorder.COLUMNS, means, strict=True))
         return LoopProbe(n_loops, with_all_loops.loss, with_one_loop.loss, by_loop, gain, rho)
 
+    def _label_counts(self, passes: list[PassInputs], readouts: int) -> Tensor | None:
+        """The labels (R,) of a pass by readout, averaged over the passes of all replicas; None: all have B * S.
+
+        Each loss is divided by it, so that a step's loss is the mean over the labels of the global batch, however
+        unequally they are spread over micro-batches and replicas. Only stored targets leave labels out (`IGNORED`).
+        """
+        if passes[0].labels.dim() == 2:
+            return None
+        total = torch.zeros(readouts, dtype=torch.float64, device=device())
+        for one in passes:
+            total += (labels_by_loop(one.labels.to(device()), one.loops, readouts) != IGNORED).sum((1, 2))
+        self._sum_over_ranks(total)
+        total[total == 0] = 1
+        return (total / (len(passes) * self.mesh.data.size * self.mesh.pipe.size)).float()
+
     def _sum_over_ranks(self, *tensors: Tensor) -> None:
         """Sum over replicas and stages, in place. The ranks of one tensor group have equal values, which count once."""
         for tensor in tensors:
@@ -289,7 +307,9 @@ class Engine:
 
     def _forward(self, one: PassInputs) -> Losses:
         ids, labels, documents = self._to_device(one)
-        return self.deepspeed(ids, labels=labels, document_ids=documents, loops=one.loops)
+        return self.deepspeed(
+            ids, labels=labels, document_ids=documents, loops=one.loops, label_counts=one.label_counts
+        )
 
     def _to_device(self, one: PassInputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """Token ids, labels, document ids."""
@@ -309,7 +329,9 @@ class Engine:
                 readouts += len(loops_with_grad(earlier, loops.no_grad_loops))
         self.stage.counts, self.stage.losses = [], []
         for one in passes:
-            self.stage.inputs.append(StageInput(*self._to_device(one), loop_range, readouts, one.loops))
+            self.stage.inputs.append(
+                StageInput(*self._to_device(one), one.label_counts, loop_range, readouts, one.loops)
+            )
         return loop_range
 
 

@@ -31,6 +31,7 @@ class StageInput(NamedTuple):
     input_ids: Tensor  # (B, S)
     labels: Tensor  # (B, S) or (B, T, S)
     document_ids: Tensor | None  # (B, S)
+    label_counts: Tensor | None  # (R,), see `Mythos.losses`
     loop_range: range  # of this stage
     readouts: int  # the number of readouts by earlier stages
     loops: Loops
@@ -68,7 +69,7 @@ class StageLayer(nn.Module):
         self.counts.append(counts)
         if not model.stage.is_last:
             return pack(activations.flatten(), next(model.parameters()).dtype)
-        losses = model.losses(activations, inputs.labels, inputs.loops, counts)
+        losses = model.losses(activations, inputs.labels, inputs.loops, counts, inputs.label_counts)
         self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
         return losses["objective"]
 

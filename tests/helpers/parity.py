@@ -21,6 +21,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.model import Mythos
 from mythos_dist.model.loops import Loops
+from mythos_dist.model.mythos import IGNORED
 from mythos_dist.model.open_mythos import from_open_mythos, to_open_mythos
 from mythos_dist.train.schedule import learning_rate, loops_at, state_seed
 
@@ -37,9 +38,13 @@ def change(config: Config, **sections: dict) -> Config:
 
 
 def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[MicroBatch]]:
-    """A replica's micro-batches, step after step: of shards, or of random tokens when no data.path is set."""
+    """A replica's micro-batches, step after step: of shards, or of random tokens when no data.path is set.
+
+    data.path="N targets": random tokens with N stored rows of labels, which are unequally many by sequence.
+    """
     train, per_replica = config.train, config.train.global_batch // num_replicas
-    if config.data.path:
+    targets = int(config.data.path.split()[0]) if config.data.path.endswith(" targets") else 0
+    if config.data.path and not targets:
         yield from ReplicaStream(
             config.data.path,
             "train",
@@ -56,7 +61,12 @@ def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[Mi
     while True:
         tokens = torch.randint(config.model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
         documents = (torch.rand(shape, generator=generator) < 0.1).cumsum(1).int()
-        whole = MicroBatch(tokens[:, :-1], tokens[:, 1:], documents, torch.arange(shape[0]))
+        labels = tokens[:, 1:]
+        if targets:
+            labels = torch.randint(config.model.vocab_size, (shape[0], targets, shape[1]), generator=generator)
+            share = torch.arange(shape[0]).view(-1, 1, 1) / shape[0]  # of labels that count; the first sequence: none
+            labels = torch.where(torch.rand(labels.shape, generator=generator) < share, labels, IGNORED)
+        whole = MicroBatch(tokens[:, :-1], labels, documents, torch.arange(shape[0]))
         first = replica * per_replica
         yield [
             MicroBatch(*(field[i : i + train.micro_batch] for field in whole))

@@ -48,6 +48,9 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(pipe=2), "no halting"),
     (2, dict(pipe=2), "ponder"),
     (2, dict(pipe=2), "sequences"),
+    (2, dict(zero=2), "targets"),
+    (2, dict(pipe=2), "targets"),
+    (2, dict(tensor=2, sequence=True), "completions"),
     (2, dict(), "muon"),
     (2, dict(zero=2), "muon"),
     (2, dict(tensor=2, sequence=True), "muon"),
@@ -66,6 +69,7 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (4, dict(tensor=2, expert=2, sequence=True), "no halting"),
     (4, dict(tensor=2, expert=2, sequence=True), "as shipped"),
     (4, dict(pipe=4), "per loop"),
+    (4, dict(pipe=2), "completions"),
     (4, dict(pipe=4), "bare"),
     (4, dict(pipe=4), "two loops"),
     (4, dict(pipe=2, tensor=2), "gqa"),
@@ -150,6 +154,11 @@ def run_of(config: Config, kind: str) -> Config:
         return change(config, model=dict(prelude_layers=0, coda_layers=0, vocab_size=4000))
     if kind == "two loops":  # as many stages as can be: loops + 2
         return change(config, loops=dict(mean=2))
+    if kind == "targets":  # stored for each loop, unequally many: a label of the global batch weighs the same anywhere
+        loops = dict(distribution="uniform_set", set=(1, 2, 3, 5), mean=None, objective="per_loop", per="sequence")
+        return change(config, loops=loops, data=dict(path="3 targets"))
+    if kind == "completions":  # as after a prompt, whose labels do not count
+        return change(config, data=dict(path="1 targets"))
     if kind == "prime":
         return change(config, train=dict(seq_len=31), data=dict(path=""))
     return config
