@@ -13,6 +13,7 @@ import pytest
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.status import RunStatus, SlurmJob, format_status, read_status
+from mythos_dist.parallel.process_identity import identity, is_running
 from mythos_dist.units import format_duration
 
 REPOSITORY = Path(__file__).parents[2]
@@ -182,9 +183,15 @@ def test_a_process_with_the_same_pid_is_not_rank_0_and_other_hosts_are_not_check
             (tmp_path / str(i)).mkdir()
             states.append(status_of(run_folder(tmp_path / str(i), **(about | other))).state)
         assert states == ["dead", *["running"] * 6]
+        assert [is_running(about | other) for other in others] == [False, *[None] * 6]
     finally:
         running.kill()
         running.wait()
+
+
+def test_a_process_finds_itself_running():
+    assert is_running(identity()) is True
+    assert is_running({"host": identity()["host"], "pid": os.getpid()}) is None  # as without /proc
 
 
 # Damaged files
