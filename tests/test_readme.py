@@ -77,6 +77,7 @@ ELSEWHERE = (  # commands that other tests run
     "torchrun --nproc_per_node 8 -m mythos_dist.train configs/tiny_cpu.yaml",  # parallel/test_parity_grid.py
     "python -m mythos_dist.train configs/tiny_cpu.yaml",  # a study of minutes; layout errors: above
     "python -m mythos_dist.train configs/demo.yaml model.dimm=3",  # above
+    "python -m mythos_dist.train configs/300m.yaml data.path=shards run.dir=runs/decayed",  # train/test_start_from.py
     "python tools/make_sample_data.py && make loop-ablation",
 )
 

@@ -19,6 +19,7 @@ from helpers.disk import small_disk
 from helpers.launch import launch, train, train_here
 
 from mythos_dist.checkpoint.fence import Fence
+from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
@@ -309,7 +310,8 @@ def test_a_start_searches_again_for_a_checkpoint_once_it_has_the_lock(settings, 
 
 
 def checkpoint_of(config: Config, step: int) -> Checkpoint:
-    return cast(Checkpoint, SimpleNamespace(manifest=SimpleNamespace(step=step, config=dataclasses.asdict(config))))
+    manifest = SimpleNamespace(step=step, config=dataclasses.asdict(config), lineage=Lineage())
+    return cast(Checkpoint, SimpleNamespace(manifest=manifest))
 
 
 def rate(step: int, steps: int) -> float:

@@ -87,6 +87,21 @@ def test_a_stage_that_changes_nothing_is_a_resume_bit_for_bit(parent, run, tmp_p
     assert again.codes == [0, 0] and "is complete: 4 of 4 steps" in again.out
 
 
+def test_a_wsd_run_branches_by_one_command(run, tmp_path):
+    """The command of docs/recipes.md: a decay from step 4 of a constant rate, which trains on to step 8. The branch
+    has the stable run's batches, and its first loss, from the same weights."""
+    stable, decayed = tmp_path / "stable", tmp_path / "decayed"
+    assert train(1, *run, f"run.dir={stable}", "optim.schedule=constant").codes == [0]
+    branch = f"run.dir={decayed} start_from={at(stable, 4)} start_from_state=everything optim.schedule=wsd "
+    result = train(1, *run, *branch.split(), "optim.decay_steps=3", "train.steps=7")
+    assert result.codes == [0], result.tails
+    found, stable_lines = lines(decayed), lines(stable)
+    assert [line["batch_id"] for line in found] == [line["batch_id"] for line in stable_lines[4:7]]
+    assert found[0]["loss"] == stable_lines[4]["loss"] and found[1]["loss"] != stable_lines[5]["loss"]
+    assert [line["phase"] for line in found] == ["decay"] * 3
+    assert [line["lr"] for line in found] == pytest.approx([2e-3 * (0.1 + 0.9 * (1 - i / 3)) for i in (1, 2, 3)])
+
+
 @pytest.mark.parametrize("state", ["weights", "weights+moments"])
 def test_a_stage_begins_anew_with_the_parents_weights(parent, run, tmp_path, state):
     """Step 1 evaluates and trains the parent's weights with a schedule, batches and loops from their beginning."""
