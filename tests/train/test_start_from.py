@@ -209,8 +209,8 @@ def test_lineage_is_recorded_over_generations(parent, run, tmp_path):
     assert tree == [
         f"{at(parent, 6).resolve()}, step 6, {6 * TOKENS} tokens",
         f"`- weights: {at(child, 2).resolve()}, step 2, {7 * TOKENS} tokens",
-        "train.steps 8 -> 2",
         "train.global_batch 4 -> 2",
+        "train.steps 8 -> 2",
         "optim.lr 0.002 -> 0.001",
         "optim.warmup_steps 2 -> 0",
         f"`- weights+moments: this checkpoint, step 2, {9 * TOKENS} tokens",
