@@ -213,7 +213,7 @@ def test_lineage_is_recorded_over_generations(parent, run, tmp_path):
         "train.steps 8 -> 2",
         "optim.lr 0.002 -> 0.001",
         "optim.warmup_steps 2 -> 0",
-        f"`- weights+moments: this checkpoint, step 2, {9 * TOKENS} tokens",
+        f"`- weights+moments: this checkpoint, step 2, {9 * TOKENS:,} tokens",
         "train.global_batch 2 -> 4",
         "optim.lr 0.001 -> 0.002",
         "optim.warmup_steps 0 -> 2",
