@@ -6,7 +6,7 @@ from helpers.parity import change
 
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.ops.preflight import NodeReport, find_problems, raise_problems
-from mythos_dist.train.run_folder import claim_run_folder
+from mythos_dist.train.run_folder import take_over
 
 USUAL = NodeReport("", clock=100.0, problems=[], sees_probe=True, gpus="8 x H100", infiniband="8 active ports")
 
@@ -78,7 +78,7 @@ def test_concurrent_preflights_in_one_folder_keep_each_others_files(settings, tm
     assert list(tmp_path.iterdir()) == [other]
 
 
-def test_a_start_removes_the_probe_files_of_a_killed_start(config, tmp_path):
+def test_a_start_removes_the_probe_files_of_a_killed_start(tmp_path):
     """In the run's folder, and in its parent for a first start; files of other runs stay."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -86,5 +86,5 @@ def test_a_start_removes_the_probe_files_of_a_killed_start(config, tmp_path):
     others = [tmp_path / f".run{end}" for end in ("2.seen-by-all-0123456789abcdef", ".seen-by-all-of-my-friends", "")]
     for file in mine + others:
         file.touch()
-    claim_run_folder(change(config, run=dict(dir=str(run_dir)))).close()
+    take_over(run_dir)
     assert not any(file.exists() for file in mine) and all(file.exists() for file in others)
