@@ -2,7 +2,6 @@
 
 import pytest
 from helpers.launch import train
-from helpers.parity import change
 
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.ops.preflight import NodeReport, find_problems, raise_problems
