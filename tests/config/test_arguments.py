@@ -107,7 +107,7 @@ def test_training_reads_faults_with_its_config():
     from mythos_dist.train.__main__ import read
 
     tiny = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
-    assert read(tiny, ["faults.inject=kill@3:0"], RankInfo()).faults.inject == "kill@3:0"
+    assert read(tiny, ["faults.inject=kill@3:0"], RankInfo())[0].faults.inject == "kill@3:0"
     with pytest.raises(UserError) as raised:
         read(tiny, ["faults.inject=kill@3:0,explode@2:0,nan@x:0"], RankInfo())
     assert [problem.split()[1] for problem in raised.value.problems] == ["'explode@2:0'", "'nan@x:0'"]
