@@ -112,7 +112,7 @@ def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
     [
         ("generate", ["--n-loops", "0"], "--n-loops=0 must be at least 1"),
         ("generate", ["--n-loops", "-2"], "--n-loops=-2 must be at least 1"),
-        ("generate", ["--n-loops", "1000000000"], "--n-loops=1000000000 must be at most 100000"),
+        ("generate", ["--n-loops", "1000000000"], "--n-loops=1000000000 must be at most 512"),
         ("generate", ["--temperature", "nan"], "--temperature=nan"),
         ("generate", ["--temperature", "inf"], "--temperature=inf"),
         ("generate", ["--temperature", "-1"], "--temperature=-1.0"),
