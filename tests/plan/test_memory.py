@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 CLUSTER = load_cluster("configs/clusters/h100_80gb.yaml")
 MODEL = (
     "data.path=none train.dtype=bf16 train.seq_len=256 train.global_batch=8 loops.mean=3 model.dim=256 "
-    "model.vocab_size=4000 model.expert_dim=128 model.kv_lora_rank=64 model.q_lora_rank=96 model.qk_rope_head_dim=32 "
+    "model.vocab_size=2000 model.expert_dim=128 model.kv_lora_rank=64 model.q_lora_rank=96 model.qk_rope_head_dim=32 "
     "model.qk_nope_head_dim=32 model.v_head_dim=32"
 ).split()
 # At micro_batch=1 the weights' gradients decide where the peak is, at 8 the activations do.

@@ -46,6 +46,7 @@ class LayerActivations:
         self.x = self.N * c.dim * self.b  # full residual stream
         self.residual = self.n * c.dim * self.b  # this rank's part of it
         self.heads = c.n_heads // t
+        self.kv_heads = self.heads if c.n_kv_heads % t else c.n_kv_heads // t
         self.shared_hidden = ceil(c.shared_dim / t)
         self.ffn_hidden = ceil(c.ffn_dim / t)
         self.expert_hidden = ceil(c.expert_dim / t)
@@ -59,30 +60,41 @@ class LayerActivations:
 
     def attention(self) -> Saved:
         """model/attention.py, from the normed x to the input of `wo`."""
-        return self.layer_input() + (self._gqa() if self.c.attn_type == "gqa" else self._mla())
+        return self.layer_input() + Saved(self._heads(self.selective))
 
-    def _gqa(self) -> Saved:
+    def recomputed_attention(self) -> float:
+        """Bytes that its backward pass adds, if it is recomputed; with gradients of queries, keys, values, output."""
+        c, H = self.c, self.heads
+        again, width = self._heads(False) - self._heads(True), max(c.head_dim, c.v_head_dim)
+        if c.attn_type == "gqa":
+            return again + self.N * 2 * (H + self.kv_heads) * c.head_dim * self.b
+        unpadded = H * c.v_head_dim if c.v_head_dim < c.head_dim else 0  # the output, which is not needed again
+        return again + self.N * (4 * H * width - unpadded) * self.b
+
+    def _heads(self, selective: bool) -> float:
+        return self._gqa(selective) if self.c.attn_type == "gqa" else self._mla(selective)
+
+    def _gqa(self, selective: bool) -> float:
         c, b, H = self.c, self.b, self.heads
-        kv_heads = H if c.n_kv_heads % self.t else c.n_kv_heads // self.t
-        elements = 2 * (H + kv_heads) * c.head_dim  # queries, keys, values, output
-        if self.selective:
-            return Saved(self.N * elements * b)
-        normed = (H + kv_heads) * (c.head_dim * b + 4) if c.qk_norm else 0
-        return Saved(self.N * (elements * b + 4 * H + normed))
+        elements = 2 * (H + self.kv_heads) * c.head_dim  # queries, keys, values, output
+        if selective:
+            return self.N * elements * b
+        normed = (H + self.kv_heads) * (c.head_dim * b + 4) if c.qk_norm else 0
+        return self.N * (elements * b + 4 * H + normed)
 
-    def _mla(self) -> Saved:
+    def _mla(self, selective: bool) -> float:
         c, N, b, H, d, v = self.c, self.N, self.b, self.heads, self.c.head_dim, self.c.v_head_dim
         widths = (c.q_lora_rank, c.kv_lora_rank + c.qk_rope_head_dim)
         latents = sum(ceil(width / self.t) * self.t for width in widths)
-        if self.selective:
-            return Saved(N * (latents + H * v) * b)
+        if selective:
+            return N * (latents + H * v) * b
         normed = c.q_lora_rank + c.kv_lora_rank
         values = d if v < d else c.qk_nope_head_dim + v  # padded, or a view of the product
         per_head = 3 * max(d, v) + values + (v if v < d else 0)  # queries, keys, output, values, output unpadded
         heads = H * per_head * b + 4 * H  # and the log-sum-exp
         if c.qk_norm:
             heads += 2 * H * (d * b + 4)  # queries and keys before their norms
-        return Saved(N * ((latents + normed) * b + heads + 8))
+        return N * ((latents + normed) * b + heads + 8)
 
     def dense_block(self) -> Saved:
         """model/block.py: both norms' inputs, attention, an FFN's input and its gate and up."""

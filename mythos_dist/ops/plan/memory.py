@@ -106,7 +106,6 @@ class _Moments:
         injection = layers.injection() if stage.has_loops else Saved()
         before_loops = layers.dense_block() * len(stage.prelude) + injection
         after_loops = layers.dense_block() * (len(stage.coda) * self.readouts)
-        after_loops += Saved(layers.residual * (self.readouts - 1) * 2)
         if self.recomputed and self.live:  # recomputation keeps the first loop's inputs, act.mode=off's output too
             before_loops += Saved(layers.output - layers.mixed)
         carries = layers.carry() * ceil(self.live / self.every)
@@ -128,6 +127,8 @@ class _Moments:
             yield self._loss()
         if len(self.stage.coda):
             yield self._dense_block(self.all_saved, self.readouts, residuals=1)
+            if self.layers.selective:
+                yield self._recomputed_attention()
         if self.live:
             yield from self._loops()
         if len(self.stage.prelude):
@@ -167,6 +168,13 @@ class _Moments:
             "workspace": (3 * hidden + residuals * layers.residual) * readouts,
             "communication": layers.x * readouts if self.mesh.sequence else 0,
         }
+
+    def _recomputed_attention(self) -> Memory:
+        """The backward pass of attention in the last block of the coda, which has freed the FFN's inputs."""
+        layers = self.layers
+        ffn = (layers.residual + layers.layer_input().total) * self.readouts
+        workspace = (layers.residual + layers.recomputed_attention()) * self.readouts
+        return {"activations": self.all_saved - ffn, "gradients": self.head_gradient, "workspace": workspace}
 
     def _loops(self) -> Iterator[Memory]:
         """In the backward pass of the last loop, where no gradient sum exists yet, and of those before it."""
