@@ -143,7 +143,7 @@ def release_gloo_tensors() -> Any:
 
     def wait_longer(*arguments: Any) -> Any:
         done = wait(*arguments)
-        time.sleep(0.002)
+        time.sleep(0.01)  # 2 ms were too short on a busy machine
         return done
 
     return mock.patch.object(dist.Work, "wait", wait_longer)
