@@ -93,6 +93,7 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
         saved = {"places": shard_bounds(engine), "held": local_state(engine), "bias": bias_of(engine)}
         results.append({**saved, "later": train(engine, config, range(SAVED + 1, STEPS + 1))})
         engine.deepspeed.destroy()
+        del engine
         dist.barrier()
     return results
 
@@ -118,6 +119,7 @@ def read(configs: list[Config], folders: list[str], train_on: int | None = None)
             states.append(loaded)
         results.append(states)
         engine.deepspeed.destroy()
+        del engine
         dist.barrier()
     return results
 

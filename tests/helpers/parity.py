@@ -320,6 +320,7 @@ def train_under_deepspeed(
             "final": local_state(engine),
         }
         engine.deepspeed.destroy()
+        del engine
         dist.barrier()
         if folder:
             found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, f"{folder}/{i}", config.run.seed)

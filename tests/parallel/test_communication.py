@@ -147,6 +147,7 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
             engine._train_passes(micro_batches, loops_at(config, 1), 1)
         totals.append(traffic.totals)
         engine.deepspeed.destroy()
+        del engine
         dist.barrier()
     return totals
 
