@@ -154,19 +154,25 @@ def train_here(arguments: Sequence[str]) -> None:
     """`python -m mythos_dist.train ARGUMENTS` in this process, for programs of ranks; raises SystemExit."""
     from mythos_dist.train.__main__ import main
 
+    _allow_fp16()
     sys.argv = ["mythos_dist.train", *arguments]
     main()
 
 
+def _allow_fp16() -> None:
+    """On every CPU, as torch does; DeepSpeed refuses it on CPUs without native fp16."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 def _in_group(program: Callable, *arguments: Any) -> Any:
     import torch.distributed as dist
-    from deepspeed.accelerator import get_accelerator
 
     from mythos_dist.parallel.process import join_process_group
 
     join_process_group()
-    # torch supports fp16 on every CPU; DeepSpeed refuses it on CPUs without native fp16.
-    get_accelerator().is_fp16_supported = lambda: True
+    _allow_fp16()
     value = program(*arguments)
     dist.destroy_process_group()
     return value
