@@ -10,7 +10,7 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import IO, Any
 
 import pyarrow as pa
@@ -65,20 +65,19 @@ def decompress_intact(
     open_compressed: Callable[[], IO[bytes]], codec: str, limit: int, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[bytes]:
     """As `decompress`, but yields nothing of what is damaged. Decompresses twice: checksums are at the end."""
-    damage = None
+    size, problem = 0, None
     try:
-        for _ in decompress(open_compressed, codec, limit, chunk_bytes):
-            pass
+        for chunk in decompress(open_compressed, codec, limit, chunk_bytes):
+            size += len(chunk)
     except Damaged as error:
-        damage = error
-    except OSError:
-        pass  # raised again below
-    if damage is None:
-        yield from decompress(open_compressed, codec, limit, chunk_bytes)
-        return
-    with suppress(Damaged, TooLarge):
-        yield from decompress(open_compressed, codec, damage.intact, chunk_bytes)
-    raise Damaged(f"{damage}; what it holds from there on may be wrong, so nothing of it is used", damage.intact)
+        text = f"{error}; what it holds from there on may be wrong, so nothing of it is used"
+        size, problem = error.intact, Damaged(text, error.intact)
+    except OSError as error:  # truncated, too large, or cannot be read: what precedes is used
+        problem = error
+    with suppress(OSError) if problem else nullcontext():
+        yield from decompress(open_compressed, codec, size, chunk_bytes)
+    if problem:
+        raise problem
 
 
 def _decompress_members(open_compressed: Callable[[], IO[bytes]], codec: str, chunk_bytes: int) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """Read the documents of a span of an input file, a few megabytes at a time."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -93,7 +94,8 @@ def _with_scores(
 
 def _read_text(span: Span, on_bad: OnBad) -> Iterator[Batch | LongDocument]:
     """A complete file as one document."""
-    source, beginning, size = span.source, bytearray(), 0
+    # It is read to its end before any of it is used, so damage is found without a second pass.
+    source, beginning, size = replace(span.source, only_intact=False), bytearray(), 0
     try:
         for piece in _text_without_mark(source):
             size += len(piece)

@@ -248,6 +248,21 @@ def test_western_text_of_one_byte_per_character_is_not_taken_for_utf_16(encoding
         check_encoding(text.replace(" ", end).encode(encoding))
 
 
+@pytest.mark.parametrize("words", [["é", "à", "ü"], ["Bär", "Öl", "über", "größe"], ["été", "où", "forêt", "ça"]])
+def test_lists_of_western_words_are_not_taken_for_utf_16(words):
+    """A line end after an odd number of bytes is the high byte of an Indic letter."""
+    for encoding in ("cp1252", "iso8859_15"):
+        for end in ("\n", "\r\n"):
+            check_encoding("".join(word + end for word in words * 40).encode(encoding))
+
+
+@pytest.mark.parametrize("offset", range(1, 9))
+@pytest.mark.parametrize("language", WITHOUT_ASCII)
+def test_utf_8_that_is_read_from_within_a_character_is_not_taken_for_utf_16(language, offset):
+    content = "".join(f"{word}\n" for word in WITHOUT_ASCII[language] * 9).encode()
+    check_encoding(content[offset:], offset)
+
+
 @pytest.mark.parametrize(
     "content",
     [
