@@ -37,7 +37,8 @@ class Losses(TypedDict):
     """Output of a training pass. A plain dict of tensors, because DeepSpeed's ZeRO-3 hooks traverse dicts."""
 
     objective: Tensor  # (): the loss to differentiate, cross entropy of all readouts plus auxiliary losses
-    cross_entropy: Tensor  # (): of the last readout, mean over labels that are not ignored, in nats, detached
+    # (): of the last readout, in nats, detached: mean over labels that are not ignored, or divided by `label_counts`
+    cross_entropy: Tensor
     tokens: Tensor  # (): labels that are not ignored
     correct: Tensor  # (B, S) bool: whether the last readout's highest logit is the label's
     expert_counts: Tensor  # (n_loops, E) int64: (token, expert) pairs per loop and expert
@@ -182,8 +183,9 @@ class Mythos(nn.Module):
         weights = activations.readout_weights  # (R, B, S') or None
         targets = labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
         final = targets[-1]
+        tokens = (targets != IGNORED).sum((1, 2))  # (R,)
         if label_counts is None:
-            label_counts = (targets != IGNORED).sum((1, 2)).clamp(min=1)
+            label_counts = tokens.clamp(min=1)
         if weights is not None:
             if self.mesh.sequence:
                 weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
@@ -197,7 +199,7 @@ class Mythos(nn.Module):
         return Losses(
             objective=head.total / label_counts[-1] + aux_loss,
             cross_entropy=head.losses[-B:].sum() / label_counts[-1],
-            tokens=(final != IGNORED).sum(),
+            tokens=tokens[-1],
             correct=head.correct[-B:],
             expert_counts=counts,
         )

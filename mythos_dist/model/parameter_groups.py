@@ -8,6 +8,7 @@ zeros that never get a gradient.
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from mythos_dist.model.parameter_table import LocalParameter, local_parameter
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import GROUP_ALIGNMENT
 from mythos_dist.parallel.tensor import expert_group_name
+
+_ALIGNMENT = 2  # of partitions in elements (DeepSpeed's nccl_start_alignment_factor)
 
 
 class GroupSpec(NamedTuple):
@@ -31,6 +34,10 @@ class GroupSpec(NamedTuple):
     @property
     def numel(self) -> int:
         return sum(parameter.numel for parameter in self.parameters) + self.padding
+
+    def partition(self, replicas: int) -> int:
+        """Elements of each replica in ZeRO-1 and 2; DeepSpeed pads the last one."""
+        return ceil(self.numel / (_ALIGNMENT * replicas)) * _ALIGNMENT
 
 
 def plan_groups(parameters: Sequence[LocalParameter], mesh: Mesh) -> list[GroupSpec]:

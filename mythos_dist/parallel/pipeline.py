@@ -85,13 +85,17 @@ def _best_split(
     """
     cost_before = [0.0, *itertools.accumulate(costs)]  # of layer N; the last entry is the cost of all layers
     best: dict[int, tuple[float, list[range]]] = {0: (0.0, [])}  # by N: total, spans
-    for load, min_length in zip(loads, min_lengths, strict=True):
+    for i, (load, min_length) in enumerate(zip(loads, min_lengths, strict=True)):
+        # The later spans have room for this much; the factors are for rounding.
+        room = 1.000001 * sum(max(0.0, limit - later) for later in loads[i + 1 :]) + 1e-9 * cost_before[-1]
         longer: dict[int, tuple[float, list[range]]] = {}
         for start, (total_before, spans) in best.items():
             for end in range(start + min_length, len(costs) + 1):
                 cost = load + cost_before[end] - cost_before[start]
                 if cost > limit:  # so do all longer spans
                     break
+                if cost_before[-1] - cost_before[end] > room:
+                    continue
                 total = combine(total_before, cost)
                 if end not in longer or total < longer[end][0]:
                     longer[end] = total, [*spans, range(start, end)]

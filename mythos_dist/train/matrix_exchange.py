@@ -18,7 +18,7 @@ Decisions: OPTIM-2.
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -30,8 +30,6 @@ from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.matrices import Matrix, matrices_of
 from mythos_dist.model.parameter_groups import GroupSpec
 from mythos_dist.parallel.mesh import Axis, Mesh, new_group
-
-_ALIGNMENT = 2  # elements per replica to whose multiple DeepSpeed pads a group (nccl_start_alignment_factor)
 
 
 class View(NamedTuple):
@@ -88,8 +86,7 @@ class GroupLayout:
     def __init__(self, group: GroupSpec, config: MythosConfig, mesh: Mesh):
         self.group, self.config, self.mesh = group, config, mesh
         self.axis = mesh.expert_data if group.expert_sharded else mesh.data
-        alignment = _ALIGNMENT * self.axis.size
-        self.partition = ceil(group.numel / alignment) * _ALIGNMENT  # elements of a replica
+        self.partition = group.partition(self.axis.size)  # elements of a replica
         self.offsets = list(accumulate((parameter.numel for parameter in group.parameters), initial=0))
 
     def rounds(self) -> list[Round]:
@@ -129,12 +126,38 @@ class GroupLayout:
                     if not begin <= index < begin + parameter.shape[0]:
                         continue  # an expert of other ranks
                 replicas = range(first // self.partition, (first + size - 1) // self.partition + 1)
-                home = max(replicas, key=lambda replica: self._overlap(replica, first, first + size))
-                yield _Assigned(i, matrix, first, first + size, home, len(replicas) > 1)
+                held = {replicas[0]: size}
+                if len(replicas) > 1:  # fused matrices are less spread than their parameter
+                    held = {replica: n for replica in replicas if (n := self._elements(i, matrix, replica))}
+                turn = list(held)[index % len(held)]  # of those that hold equally much
+                home = max(held, key=lambda replica: (held[replica], replica == turn))
+                yield _Assigned(i, matrix, first, first + size, home, len(held) > 1)
 
-    def _overlap(self, replica: int, first: int, stop: int) -> int:
-        """Elements of the range [first, stop) of the group that a replica has."""
-        return max(0, min(stop, (replica + 1) * self.partition) - max(first, replica * self.partition))
+    def _elements(self, parameter: int, matrix: Matrix, replica: int) -> int:
+        """How many of a matrix's elements the tensor ranks of a replica hold."""
+        regions = (
+            region
+            for tensor_rank in range(self.mesh.tensor.size)
+            for _, region, _ in self._overlaps(parameter, matrix, replica, tensor_rank)
+        )
+        return sum(View(0, region.shape, region.slices).numel for region in regions)
+
+    def _overlaps(
+        self, parameter: int, matrix: Matrix, replica: int, tensor_rank: int
+    ) -> Iterator[tuple[Region, Region, int]]:
+        """What a rank holds of a matrix: (region of its range of the parameter, region of the matrix's block, first
+        element of that block in the matrix)."""
+        spec, offset, at = self.group.parameters[parameter], self.offsets[parameter], 0
+        first = max(0, replica * self.partition - offset)
+        stop = min(spec.numel, (replica + 1) * self.partition - offset)
+        if first >= stop:
+            return
+        piece = Piece(spec.shape, self._start(parameter, tensor_rank), first, stop)
+        for block in matrix.blocks:
+            size = prod(block.shape)
+            for source, region in overlaps(piece, Piece(block.shape, block.start, 0, size), spec.full_shape):
+                yield source, region, at
+            at += size
 
     def _holders(self, one: _Assigned) -> Iterator[int]:
         for replica in range(one.first // self.partition, (one.stop - 1) // self.partition + 1):
@@ -144,19 +167,12 @@ class GroupLayout:
     def _share(self, one: _Assigned, holder: int, owner: int, of_owner: bool) -> Share:
         """What `holder` has of a matrix, as views of the owner's matrix or of the holder's range."""
         replica, tensor_rank = divmod(holder, self.mesh.tensor.size)
-        parameter = self.group.parameters[one.parameter]
-        offset = self.offsets[one.parameter]
-        first = max(0, replica * self.partition - offset)
-        stop = min(parameter.numel, (replica + 1) * self.partition - offset)
-        views, at = [], 0  # at: the block's first element in the matrix
-        if self._overlap(replica, one.first, one.stop):
-            piece = Piece(parameter.shape, self._start(one.parameter, tensor_rank), first, stop)
-            in_range = offset + first - replica * self.partition
-            for block in one.matrix.blocks:
-                target = Piece(block.shape, block.start, 0, prod(block.shape))
-                for source, region in overlaps(piece, target, parameter.full_shape):
-                    views.append(_view(region, at) if of_owner else _view(source, in_range))
-                at += prod(block.shape)
+        parameter, offset = self.group.parameters[one.parameter], self.offsets[one.parameter]
+        in_range = max(0, offset - replica * self.partition)  # where the parameter begins in the rank's range
+        views = [
+            _view(region, at) if of_owner else _view(source, in_range)
+            for source, region, at in self._overlaps(one.parameter, one.matrix, replica, tensor_rank)
+        ]
         is_copy = "tensor" not in parameter.shard_axes.values()
         sends = not is_copy or tensor_rank == owner % self.mesh.tensor.size
         return Share(holder if of_owner else owner, views, one.matrix, sends)

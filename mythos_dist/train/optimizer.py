@@ -53,14 +53,10 @@ class LimitedAdamW(torch.optim.AdamW):
         """As AdamW's, unless `skip()`. A collective call if there are groups of Muon."""
         if self.skip():
             return None
-        groups = self.param_groups
-        for group in groups:
+        for group in self.param_groups:
             if "muon" in group:
                 self._step_matrices(group)
-        self.param_groups = [group for group in groups if "muon" not in group]
-        loss = super().step(closure)
-        self.param_groups = groups
-        return loss
+        return super().step(closure)
 
     @torch.no_grad()
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -79,6 +75,7 @@ class LimitedAdamW(torch.optim.AdamW):
         group["muon"].apply(update, lambda matrix: newton_schulz(matrix, group["ns_steps"]), scale)
         # Additions without a factor are rounded alike in and beside vector registers, so copies on stages stay equal.
         flat.mul_(1 - lr * group["weight_decay"]).add_(update)
+        flat.grad = None  # AdamW leaves it out
 
 
 def build_optimizer(model: Mythos, config: Config, mesh: Mesh) -> LimitedAdamW:
@@ -87,7 +84,8 @@ def build_optimizer(model: Mythos, config: Config, mesh: Mesh) -> LimitedAdamW:
     groups = parameter_groups(model, optim, mesh)
     if optim.name == "muon":
         dtype = torch.float32 if config.train.dtype == "fp32" else torch.bfloat16
-        axes = {axis.name: exchange_axis(mesh, axis) for axis in (mesh.data, mesh.expert_data)}
+        replicas = [mesh.data, mesh.expert_data] if mesh.expert.size > 1 else [mesh.data]
+        axes = {axis.name: exchange_axis(mesh, axis) for axis in replicas}
         for group in groups:
             if "muon" in group:
                 layout = GroupLayout(group["muon"], config.model, mesh)

@@ -66,7 +66,7 @@ def zero_messages(parameters: Sequence[LocalParameter], layers: LayerMessages, m
             for norm_axis in norm_axes:
                 total += message(norm_axis, "all_reduce", FP64)
             continue
-        padded = ceil(group.numel / (2 * axis.size)) * 2 * axis.size  # nccl_start_alignment_factor
+        padded = group.partition(axis.size) * axis.size
         reduced = padded if bf16_optimizer else sum(sizes)
         total += message(axis, "all_reduce", (micro_batches if zero == 2 else 1) * reduced * item)
         total += message(axis, "all_gather", padded * item)

@@ -141,9 +141,8 @@ class Estimate:
             seconds[name] = seconds.get(name, 0.0) + value
         stepped = stage.memory["optimizer"] / 12  # elements, if Adam steps them; Muon has less to read
         seconds["optimizer"] = stepped * _STEP_BYTES / (cluster.memory_gb_per_s * 1e9)
-        orthogonalized = cluster.peak_flops("fp32" if self.config.train.dtype == "fp32" else "bf16")
         muon = muon_flops(self.config, stage.mesh, stage.spec)
-        seconds["optimizer"] += muon / (orthogonalized * cluster.product_efficiency)
+        seconds["optimizer"] += muon / (cluster.peak_flops(self.config.train.dtype) * cluster.product_efficiency)
         return {name: seconds.get(name, 0.0) for name in (*_PER_MICRO_BATCH, "data", "optimizer")}
 
     def _passes(self, stage: Stage) -> tuple[int, int]:

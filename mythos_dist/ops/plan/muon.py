@@ -5,10 +5,12 @@ asked for; by default plans are for the first replica's.
 """
 
 import functools
+from dataclasses import replace
 
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.model.parameter_groups import plan_groups
 from mythos_dist.model.parameter_table import local_parameters
+from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.ops.plan.layer_communication import Messages, message
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
@@ -30,8 +32,9 @@ def _rounds(model: MythosConfig, mesh: Mesh, stage: StageSpec) -> list[tuple[Axi
     return found
 
 
-def _item_bytes(config: Config) -> int:
-    return 4 if config.train.dtype == "fp32" else 2
+def _same_rounds(mesh: Mesh) -> Mesh:
+    """The mesh without what rounds do not depend on, besides the stage."""
+    return replace(mesh, sequence=False, pipe=replace(mesh.pipe, rank=0))
 
 
 def muon_messages(config: Config, mesh: Mesh, stage: StageSpec) -> Messages:
@@ -39,13 +42,13 @@ def muon_messages(config: Config, mesh: Mesh, stage: StageSpec) -> Messages:
     total: Messages = Messages()
     if config.optim.name != "muon":
         return total
-    for axis, rounds in _rounds(config.model, mesh, stage):
+    for axis, rounds in _rounds(config.model, _same_rounds(mesh), stage):
         elements = 0
         for one in rounds:
             if one.exchanges:
                 elements += sum(share.numel for share in one.held if share.sends)
                 elements += sum(share.numel for share in one.parts)
-        total += message(axis, "all_to_all", elements * _item_bytes(config))
+        total += message(axis, "all_to_all", elements * ITEM_BYTES[config.train.dtype])
     return total
 
 
@@ -66,10 +69,12 @@ def muon_workspace(config: Config, mesh: Mesh, stage: StageSpec) -> float:
     sizes = (
         _STATE_MATRICES * short * long + _GRAM_MATRICES * short * short for short, long in _owned(config, mesh, stage)
     )
-    return float(_item_bytes(config) * max(sizes, default=0))
+    return float(ITEM_BYTES[config.train.dtype] * max(sizes, default=0))
 
 
 def _owned(config: Config, mesh: Mesh, stage: StageSpec) -> list[tuple[int, int]]:
     """Shorter and longer side of each matrix that the rank owns."""
-    matrices = [one.matrix for _, rounds in _rounds(config.model, mesh, stage) for one in rounds if one.matrix]
+    matrices = [
+        one.matrix for _, rounds in _rounds(config.model, _same_rounds(mesh), stage) for one in rounds if one.matrix
+    ]
     return [(min(one.rows, one.columns), max(one.rows, one.columns)) for one in matrices]
