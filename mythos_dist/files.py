@@ -1,8 +1,8 @@
 """Write files so that they survive a kill or a power failure, and read files that may be damaged.
 
 Rule: temporary file in the same folder, fsync, rename, fsync of the folder. A reader sees the old content or the new
-one, whenever the writer is killed. Temporary files are named `NAME.tmp-PID`; the process that holds the folder's lock
-removes those of killed writers (`remove_temporaries`).
+one, whenever the writer is killed. Temporary files are named `NAME.tmp-PID`, in a run folder `NAME.tmp-START`; the
+process that holds the folder's lock removes those of killed writers (`remove_temporaries`).
 """
 
 import errno
@@ -93,6 +93,11 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`, or its nearest parent folder that exists."""
+    return next(folder for folder in [path, *path.parents] if os.path.isdir(folder))
 
 
 def make_folders(folder: Path) -> None:

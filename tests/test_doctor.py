@@ -292,7 +292,9 @@ def test_what_training_refuses_is_a_problem(override, topic, words, monkeypatch)
 
     monkeypatch.setattr("mythos_dist.parallel.process.check_dtype", refuse)
     monkeypatch.setenv("CXX", "no-such-g++")
-    expect(find(topic, cpu(), configured(override))[-1], "problem", *words)
+    *others, last = find(topic, cpu(), configured(override))
+    expect(last, "problem", *words)
+    assert all(finding.status == "problem" for finding in others)
 
 
 def test_the_docs_show_the_output():
@@ -408,7 +410,8 @@ def test_folders(path, words, tmp_path):
 def test_a_run_of_another_config_is_a_problem_with_a_remedy(tmp_path):
     """Each setting that differs."""
     (tmp_path / "config.yaml").write_text(dump_config(configured(f"run.dir={tmp_path}")))
-    first, *_ = find("run.dir", cpu(), configured(f"run.dir={tmp_path}", "optim.lr=1e-5"))
+    folder, first, *_ = find("run.dir", cpu(), configured(f"run.dir={tmp_path}", "optim.lr=1e-5"))
+    expect(folder, "ok", "can be written")
     expect(first, "problem", "optim.lr=1e-05", "set another run.dir")
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import NodeError, UserError
+from mythos_dist.files import existing_folder
 from mythos_dist.model.parameter_table import checkpoint_bytes
 from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.cluster.inject import FaultInjector
@@ -77,8 +78,7 @@ def preflight(config: Config, rank_info: RankInfo, faults: FaultInjector) -> Pre
     begin = time.perf_counter()
     dist.barrier()
     run_dir = Path(config.run.dir)
-    folder = next(folder for folder in [run_dir, *run_dir.parents] if folder.is_dir())
-    probe = folder / _probe_name(run_dir)
+    probe = existing_folder(run_dir) / _probe_name(run_dir)
     reports: list[NodeReport] = [None] * rank_info.world_size  # type: ignore[list-item]
     dist.all_gather_object(reports, inspect_node(config, rank_info, probe))
     if rank_info.rank == 0:  # by now every rank has looked for the probe

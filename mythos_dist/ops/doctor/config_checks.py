@@ -13,9 +13,10 @@ from pathlib import Path
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
+from mythos_dist.files import existing_folder
 from mythos_dist.gpu_packages import INSTALL
 from mythos_dist.ops.doctor.findings import Check, Finding, gigabytes, note, ok, problem
-from mythos_dist.ops.doctor.machine import Machine, existing_folder
+from mythos_dist.ops.doctor.machine import Machine
 from mythos_dist.ops.doctor.machine_checks import HALF
 from mythos_dist.parallel.launcher import read_number
 from mythos_dist.private import default_shard_cache, why_untrusted
@@ -107,8 +108,8 @@ def check_folder(path: Path, setting: str) -> Finding:
 def check_run_dir(machine: Machine, config: Config) -> Iterator[Finding]:
     from mythos_dist.train.run_folder import check_run_folder
 
-    check_run_folder(config)
     yield check_folder(Path(config.run.dir), "run.dir")
+    check_run_folder(config)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from packaging.utils import canonicalize_name
 
+from mythos_dist.files import existing_folder
 from mythos_dist.gpu_packages import DISTRIBUTIONS, unavailable
 from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.cluster.memory import node_memory
@@ -93,11 +94,6 @@ def find_programs() -> tuple[str, ...]:
     """Those of PROGRAMS on PATH or beside this Python, where an environment that is not activated has them."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.fspath(Path(sys.executable).parent)])
     return tuple(name for name in PROGRAMS if shutil.which(name, path=path))
-
-
-def existing_folder(path: Path) -> Path:
-    """`path`, or its nearest parent folder that exists."""
-    return next(folder for folder in [path, *path.parents] if os.path.isdir(folder))
 
 
 class Fact(Generic[T]):
