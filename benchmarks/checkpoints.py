@@ -48,6 +48,7 @@ def measure(rounds: int, folder: Path) -> None:
 
     from mythos_dist.checkpoint.canonical import write_canonical
     from mythos_dist.checkpoint.fence import Fence
+    from mythos_dist.checkpoint.manifest import Lineage
     from mythos_dist.checkpoint.restore import find_checkpoint, load_state, open_checkpoint
     from mythos_dist.checkpoint.save import Saver
     from mythos_dist.config.load import load_config
@@ -81,7 +82,7 @@ def measure(rounds: int, folder: Path) -> None:
         times.setdefault(what, []).append(time.perf_counter() - begin)
 
     def save(background: bool, step: int) -> None:
-        savers[background].save(manifest_of(config, step, 2, fence, "", engine))
+        savers[background].save(manifest_of(config, step, 2, fence, "", engine, Lineage()))
 
     def load() -> None:
         checkpoint, _ = find_checkpoint(checkpoints, config.checkpoint)

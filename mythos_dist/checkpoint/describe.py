@@ -119,11 +119,12 @@ def family_lines(summary: dict[str, Any]) -> list[str]:
     lines = ["  family tree (tokens of all stages so far)"]
     for depth, member in enumerate(family):
         parent = family[depth - 1] if depth else None
-        branch = f"{'   ' * (depth - 1)}`- {parent['state']}: " if parent else ""
-        lines.append(f"    {branch}{member['path']}, step {member['step']:,}, {count(member['tokens'], 'token')}")
+        branch = f"{'   ' * (depth - 1)}`- {format_value(parent['state'])}: " if parent else ""
+        about = f"step {member['step']:,}, {count(member['tokens'], 'token')}"
+        lines.append(f"    {branch}{format_value(member['path'])}, {about}")
         changes = training_changes(parent["config"], member["config"]) if parent else ()
         for name, before, now in changes:
-            lines.append(f"    {'   ' * (depth + 1)}{name} {format_value(before)} -> {format_value(now)}")
+            lines.append(f"    {'   ' * (depth + 1)}{format_value(name)} {format_value(before)} -> {format_value(now)}")
     return lines
 
 

@@ -25,7 +25,7 @@ from mythos_dist.checkpoint.names import (
     temporary_name,
 )
 from mythos_dist.checkpoint.signature import Key
-from mythos_dist.config.compare import differences
+from mythos_dist.config.compare import WIDTHS, differences
 from mythos_dist.config.load import config_from
 from mythos_dist.errors import UserError
 from mythos_dist.files import fsync_folder, reason, write_and_fsync, write_atomically
@@ -124,7 +124,9 @@ def _remove_one_unfinished(path: Path, unfinished: Unfinished, start: int) -> No
         return
     if unfinished.start < start:
         # Its start may be suspended just before it renames the folder: it must not find half of it.
-        path = path.rename(path.with_name(f"{unfinished.checkpoint}.tmp-{start}"))
+        step = step_of(unfinished.checkpoint)
+        assert step is not None, "`parse_unfinished` checks it"
+        path = path.rename(path.with_name(temporary_name(step, start)))
     remove_checkpoint(path)
 
 
@@ -165,9 +167,13 @@ def _why_of_other_run(path: Path, newest: CheckpointManifest) -> str:
         config = config_from(newest.config)
     except UserError:
         return "the newest checkpoint has settings of another version of mythos_dist"
-    stage, newest_stage = (one.config.get("run", {}).get("stage", "") for one in (manifest, newest))
-    if stage and newest_stage and stage != newest_stage:
-        return ""  # saved by an earlier stage of the run, which has other settings
+    stage = manifest.config.get("run", {}).get("stage", "")
+    if stage and config.run.stage and stage != config.run.stage:  # an earlier stage of the run has other settings
+        widths = manifest.config.get("model", {})
+        is_earlier = manifest.step <= config.run.stage_begin and manifest.lineage.parents == newest.lineage.parents
+        if is_earlier and all(widths.get(key) == getattr(config.model, key) for key in WIDTHS):
+            return ""
+        return f"it is of stage {stage} of another run"
     names = [name for name, *_ in differences(config, manifest.config)]
     return f"it was saved with another {', '.join(names[:3])}" if names else ""
 

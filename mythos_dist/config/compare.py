@@ -66,7 +66,9 @@ def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterato
     for section, values in before.items():
         for key, old in values.items():
             name = f"{section}.{key}"
-            if section in _MAY_CHANGE_SECTIONS or name in MAY_CHANGE:
+            # In a later stage it has decided how steps are counted.
+            fixed = name == "run.start_from_state" and now.run.stage_begin > 0
+            if section in _MAY_CHANGE_SECTIONS or (name in MAY_CHANGE and not fixed):
                 continue
             value = getattr(getattr(now, section, None), key, None)
             if (list(value) if isinstance(value, tuple) else value) != (list(old) if isinstance(old, tuple) else old):

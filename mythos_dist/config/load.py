@@ -134,10 +134,10 @@ def dump_config(config: Config) -> str:
 
 def dump_stages(stages: list[Config]) -> str:
     """YAML that `load_stages` reads back to equal Configs."""
-    first = dataclasses.asdict(stages[0])
+    first = dump_config(stages[0])
     if not stages[0].run.stage:
-        return dump_config(stages[0])
-    return dump_settings(first) + yaml.dump({"stages": stage_entries(stages)}, Dumper=_Dumper, sort_keys=False)
+        return first
+    return first + yaml.dump({"stages": stage_entries(stages)}, Dumper=_Dumper, sort_keys=False)
 
 
 def dump_settings(sections: dict[str, dict[str, Any]]) -> str:

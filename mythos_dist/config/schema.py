@@ -374,6 +374,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
+    @property
+    def end(self) -> int:
+        """`train.steps` plus the steps of earlier stages: what a complete run is recognized by. It grows with each
+        stage that is added."""
+        return self.run.stage_begin + self.train.steps
+
     def __post_init__(self) -> None:
         """Raises UserError for a section of another type, such as a dict."""
         wrong = [

@@ -15,15 +15,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from mythos_dist.config.compare import WIDTHS
-from mythos_dist.config.fields import number_of
+from mythos_dist.config.fields import number_of, show
 from mythos_dist.config.schema import Config
 from mythos_dist.config.tree import NULLS, Node, Scalar, show_node
 
 _OWN = ("name", "steps", "start_from_state")  # keys of a stage that are not sections
 _BY_POSITION = ("train.steps", "run.stage", "run.stage_begin", "run.start_from_state")
+# Settings of the run: read before its stage is known, or applied to the checkpoints of all stages.
+_OF_RUN = (
+    "run.dir",
+    *(f"checkpoint.{key}" for key in ("key_file", "pin", "pin_every")),
+    *(f"faults.{key}" for key in ("join_within", "hang_after", "lost_after")),
+)
 _NAME = re.compile(r"[\w.+-]{1,40}")
 
 
@@ -77,8 +84,13 @@ def stage_problems(configs: list[Config]) -> Iterator[str]:
                     f"stage {config.run.stage}: model.{key}={value}, but stage {first.run.stage} has {expected}; the "
                     "shapes of tensors cannot change"
                 )
-        if config.run.dir != first.run.dir:
-            yield f"stage {config.run.stage}: run.dir={config.run.dir}, but all stages train in {first.run.dir}"
+        for name in _OF_RUN:
+            value, expected = (attrgetter(name)(one) for one in (config, first))
+            if value != expected:
+                yield (
+                    f"stage {config.run.stage}: {name}={show(value)}, but stage {first.run.stage} has {show(expected)}"
+                    "; it is a setting of the run: set it outside of `stages:`"
+                )
     for before, config in pairwise(configs):
         if before.optim.name != config.optim.name and config.run.start_from_state != "weights":
             yield (

@@ -16,7 +16,7 @@ Decisions: DATA-1, DATA-4, DATA-5.
 import itertools
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,13 +74,11 @@ class ReplicaStream:
         tokenizer_path: str | Path | None = None,
         verify: bool = True,
         cache: str | Path | None = None,
-        first_sample: int = 0,
     ):
         """`path`: a folder, a mix (folder -> weight), or the corpora that `open_corpora` returned.
 
         `global_batch` and `micro_batch` in sequences; `workers`: processes that read ahead in `steps`; `verify` and
-        `cache` as in `WindowReader`; `first_sample`: position in the endless sequence at which batch 0 begins.
-        Corpora without windows in the split are left out of the mix. Raises UserError
+        `cache` as in `WindowReader`. Corpora without windows in the split are left out of the mix. Raises UserError
         with all problems of the folders and conflicts with the config, or if no corpus has windows.
         """
         assert 0 <= replica < num_replicas and split in ("train", "heldout")
@@ -107,7 +105,7 @@ class ReplicaStream:
         self._split, self._vocab_size, self._eos_id = split, vocab_size, corpora[0].manifest.eos_id
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._samples_per_step = global_batch // num_replicas  # of this replica
-        self._first = first_sample + replica * self._samples_per_step
+        self._first = replica * self._samples_per_step
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
         self._seq_len, self._targets = seq_len, corpora[0].manifest.targets
@@ -121,15 +119,16 @@ class ReplicaStream:
         """
         return [self._micro_batch_of(self._dataset.__getitems__(ids)) for ids in self._micro_batches(step)]
 
-    def steps(self, start: int) -> Iterator[list[MicroBatch]]:
+    def steps(self, start: int, first_sample: int = 0) -> Iterator[list[MicroBatch]]:
         """`step(start)`, `step(start + 1)`, … without end, read ahead by worker processes.
 
-        Raises as `step` does, when that step is reached; RuntimeError when a worker is killed.
+        first_sample: position in the endless sequence at which batch 0 begins. Raises as `step` does, when that step is
+        reached; RuntimeError when a worker is killed.
         """
         loader = DataLoader(
             self._dataset,
             # Endless; the generator runs in this process.
-            batch_sampler=chain.from_iterable(map(self._micro_batches, itertools.count(start))),
+            batch_sampler=(ids for step in itertools.count(start) for ids in self._micro_batches(step, first_sample)),
             num_workers=self._workers,
             collate_fn=_no_collate,
             worker_init_fn=_ignore_signals,
@@ -152,9 +151,9 @@ class ReplicaStream:
             ids[here] = self._first_ids[i] + order.samples(own[here])
         return ids
 
-    def _micro_batches(self, step: int) -> list[list[int]]:
+    def _micro_batches(self, step: int, first_sample: int = 0) -> list[list[int]]:
         """Sample ids of each micro-batch of this replica in `step`."""
-        first = step * self._global_batch + self._first
+        first = first_sample + step * self._global_batch + self._first
         return self.sample_ids(np.arange(first, first + self._samples_per_step)).reshape(-1, self._micro_batch).tolist()
 
     def _micro_batch_of(self, read: "_Read") -> MicroBatch:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -58,13 +59,13 @@ class WatchedSession(Session):
         self.watchdog.fail(error)
 
 
-def join(config: Config, rank_info: RankInfo, stop: StopRequest) -> WatchedSession:
-    """Meet the other ranks and initialize the process group.
+def join(stages: Sequence[Config], rank_info: RankInfo, stop: StopRequest) -> WatchedSession:
+    """Meet the other ranks and initialize the process group. stages: of one run; `faults` is the same in all.
 
     Raises LostRankError if ranks are missing, UserError or NodeError if they run other code or another config.
     """
     import_seconds = time.time() - psutil.Process().create_time()
-    faults = config.faults
+    faults = stages[0].faults
     store = open_store(rank_info, faults.join_within)
     if rank_info.world_size == 1:  # libraries require an address; nothing connects to it
         rank_info = replace(rank_info, master_addr="127.0.0.1", master_port=free_port())
@@ -72,14 +73,14 @@ def join(config: Config, rank_info: RankInfo, stop: StopRequest) -> WatchedSessi
     export_rank_info(rank_info)
     session = WatchedSession(rank_info, stop, WatchdogLimits(faults.hang_after, faults.lost_after))
     session.startup_seconds["import"] = import_seconds
-    reports, store = rendezvous(store, rank_info, describe_rank(config), faults.join_within)
+    reports, store = rendezvous(store, rank_info, describe_rank(stages), faults.join_within)
     session.nodes = [report["node"] for report in reports]
     _start_watchdog(session, store)
     session.record_startup("roll call")
     try:
         # The watchdog's limit comes first, because its message says more.
         join_process_group(dist.PrefixStore("group", store), seconds=faults.hang_after + 120)
-        raise_on_all_ranks(lambda: check_compile_caches(config.train.compile), session.nodes)
+        raise_on_all_ranks(lambda: check_compile_caches(any(stage.train.compile for stage in stages)), session.nodes)
     except UserError:
         session.leave()
         raise
@@ -108,9 +109,9 @@ def _start_watchdog(session: WatchedSession, store: dist.Store) -> None:
     session.watchdog.start(address)
 
 
-def describe_rank(config: Config) -> dict[str, str]:
+def describe_rank(stages: Sequence[Config]) -> dict[str, str]:
     """What must be the same on every rank."""
-    text = json.dumps(asdict(config), sort_keys=True)
+    text = json.dumps([asdict(stage) for stage in stages], sort_keys=True)
     return {
         "the code (mythos_dist)": _code_hash(),
         "the config": hashlib.sha256(text.encode()).hexdigest()[:12],

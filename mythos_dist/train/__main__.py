@@ -57,7 +57,7 @@ def main() -> None:
         from mythos_dist.ops.session import join
         from mythos_dist.parallel.process import keep_freed_memory
 
-        session = join(stages[0], rank_info, stop)
+        session = join(stages, rank_info, stop)
         keep_freed_memory()
         code = run(stages, session, arguments.preflight)
         session.close()
@@ -100,17 +100,21 @@ def run(stages: "list[Config]", session: "Session", only_preflight: bool) -> int
     Returns the exit code; raises UserError.
     """
     from mythos_dist.ops.hooks import Operations
+    from mythos_dist.parallel.process import on_rank_0
     from mythos_dist.train.loop import train
-    from mythos_dist.train.prepare import check_later_stage, check_run
-    from mythos_dist.train.resume import find_stage
+    from mythos_dist.train.prepare import check_run, check_stage
+    from mythos_dist.train.resume import find_newest, find_stage
+    from mythos_dist.train.run_folder import check_run_folder
 
     session.enter_phase("checking")
-    current = find_stage(stages)
+    on_rank_0(lambda: check_run_folder(stages[0]))
+    newest = find_newest(stages[0])
+    current = find_stage(stages, newest)
     for stage in stages[current + 1 :]:
-        check_later_stage(stage, session, Operations(stage, session))
+        check_stage(stage, session, Operations(stage, session))
     for index in range(current, len(stages)):
         operations = Operations(stages[index], session)
-        inputs = check_run(stages[index], session, operations)
+        inputs = check_run(stages[index], session, operations, newest if index == current else None)
         if index == current:
             operations.preflight(only_preflight)
         if only_preflight:

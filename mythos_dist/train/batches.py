@@ -15,8 +15,8 @@ from mythos_dist.parallel.mesh import Axis
 from mythos_dist.parallel.process import device
 
 
-def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis, first_sample: int = 0) -> ReplicaStream:
-    """This replica's stream of a split, the same on all its ranks. `first_sample`: see `ReplicaStream`.
+def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:
+    """This replica's stream of a split, the same on all its ranks.
 
     The held-out split is read in order, one micro-batch per replica and pass.
     """
@@ -36,7 +36,6 @@ def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis, f
         workers=config.data.workers if training else 0,
         verify=config.data.verify,
         cache=config.data.cache,
-        first_sample=first_sample,
     )
 
 
@@ -68,10 +67,10 @@ class StepBatch:
     micro_batches: list[MicroBatch]
 
 
-def batches_of(stream: ReplicaStream, indices: Iterator[int]) -> Iterator[StepBatch]:
-    """The batches with these indices, which increase."""
+def batches_of(stream: ReplicaStream, indices: Iterator[int], first_sample: int) -> Iterator[StepBatch]:
+    """The batches with these indices, which increase; batch 0 begins at `first_sample` of the data order."""
     wanted = next(indices)
-    for index, micro_batches in enumerate(stream.steps(wanted), wanted):
+    for index, micro_batches in enumerate(stream.steps(wanted, first_sample), wanted):
         if index == wanted:
             yield StepBatch(index, micro_batches)
             wanted = next(indices)

@@ -164,8 +164,9 @@ class Engine:
         skipped_before = engine.skipped_steps
         # Not engine.get_global_grad_norm(), which is set after the optimizer's step.
         self.optimizer.skip = lambda: float(engine.optimizer._global_grad_norm) > norm_limit
+        passes = self._train_inputs(micro_batches, loops, step)
         with self.traffic or contextlib.nullcontext():
-            total, counts = self._train_passes(list(micro_batches), loops, step)
+            total, counts = self._train_passes(passes, loops)
         self._sum_over_ranks(total, counts)
         skipped = engine.skipped_steps > skipped_before or self.optimizer.skip()
         if not skipped:
@@ -187,21 +188,25 @@ class Engine:
             communication=self.traffic.total_over_ranks() if self.traffic else None,
         )
 
-    def _train_passes(self, micro_batches: list[MicroBatch], loops: StepLoops, step: int) -> tuple[Tensor, Tensor]:
-        """Forward and backward passes and the optimizer's step.
-
-        Returns this rank's sums over the micro-batches: (cross entropy, objective), on the last stage, and the token
-        counts (n_loops, E) of the loops that this stage has run.
-        """
+    def _train_inputs(self, micro_batches: Iterable[MicroBatch], loops: StepLoops, step: int) -> list[PassInputs]:
+        """The inputs of a step's passes on this replica."""
         readouts = self.config.loops.objective == "per_loop"
         position = self.mesh.data.rank * self.config.train.global_batch // self.mesh.data.size
         passes = []
         for batch in micro_batches:
             positions = range(position, position + len(batch.labels))
-            passes.append(PassInputs(batch, batch.labels, self._loops_of(loops, step, positions, readouts)))
+            loops_of_batch = self._loops_of(loops, step, positions, readouts)
+            passes.append(PassInputs(batch, batch.labels.to(device()), loops_of_batch))
             position = positions.stop
         label_counts = self._label_counts(passes, self.config.loops.readouts(loops.n_loops, loops.no_grad_loops))
-        passes = [one._replace(label_counts=label_counts) for one in passes]
+        return [one._replace(label_counts=label_counts) for one in passes]
+
+    def _train_passes(self, passes: list[PassInputs], loops: StepLoops) -> tuple[Tensor, Tensor]:
+        """Forward and backward passes and the optimizer's step.
+
+        Returns this rank's sums over the micro-batches: (cross entropy, objective), on the last stage, and the token
+        counts (n_loops, E) of the loops that this stage has run.
+        """
         counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
         if self.stage:
             loop_range = self._enqueue(passes)
@@ -284,10 +289,9 @@ class Engine:
             return None
         total = torch.zeros(readouts, dtype=torch.float64, device=device())
         for one in passes:
-            total += (labels_by_loop(one.labels.to(device()), one.loops, readouts) != IGNORED).sum((1, 2))
+            total += (labels_by_loop(one.labels, one.loops, readouts) != IGNORED).sum((1, 2))
         self._sum_over_ranks(total)
-        total[total == 0] = 1
-        return (total / (len(passes) * self.mesh.data.size * self.mesh.pipe.size)).float()
+        return (total.clamp(min=1) / (len(passes) * self.mesh.data.size * self.mesh.pipe.size)).float()
 
     def _sum_over_ranks(self, *tensors: Tensor) -> None:
         """Sum over replicas and stages, in place. The ranks of one tensor group have equal values, which count once."""

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from mythos_dist.train.engine import Engine
 
 log = logging.getLogger(__name__)
-_NEW_WEIGHTS = Lineage()
 
 
 def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks, is_last_stage: bool = True) -> int:
@@ -48,7 +47,7 @@ def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks, is_
     is_last_stage: the run is complete then. Returns the exit code: 0, or EXIT_STOPPED if the run was stopped early.
     Raises UserError, the same on every rank.
     """
-    prepared = prepare(config, session, inputs)
+    prepared = prepare(config, session, inputs, is_last_stage)
     if prepared is None:
         return 0
     run = Run(config, session, prepared, hooks, is_last_stage)
@@ -156,7 +155,7 @@ class Run:
 
     def next_batches(self) -> Iterator[StepBatch]:
         """The batches of the steps after `step`, without those that a rollback has excluded."""
-        return batches_of(self.stream, self.spikes.batches(self.step + 1))
+        return batches_of(self.stream, self.spikes.batches(self.step + 1), self.lineage.first_sample)
 
     def read_batch(self, batches: Iterator[StepBatch]) -> StepBatch:
         """Raises UserError on all ranks if one cannot read its shards, or if a newer start of this run exists."""
@@ -343,9 +342,10 @@ class Run:
             self.metrics.flush()
             self.record_checkpoint()
             self.fence.record_status("stopped" if stopped else "completed", stopped, self.step)
-            remove_stop_file(self.run_dir)
+            if self.is_last_stage or self.step < self.last_step:  # else the next stage stops
+                remove_stop_file(self.run_dir)
         if not stopped:
-            mark_completed(self.fence, self.run_dir, self.config.train.steps)
+            mark_completed(self.fence, self.config)
 
     def record_status(self, status: str, reason: str) -> None:
         """On rank 0: write the status of this start to writer.json; an error does not prevent the run's end."""
@@ -367,7 +367,7 @@ def recent_norms(checkpoint: Checkpoint) -> list[float]:
 
 
 def manifest_of(
-    config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine", lineage: Lineage = _NEW_WEIGHTS
+    config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine", lineage: Lineage
 ) -> CheckpointManifest:
     """The manifest of a checkpoint after `step`; `data` is the fingerprint of the shards."""
     tokens = lineage.tokens_at(step, config.train.global_batch * config.train.seq_len)

@@ -19,7 +19,7 @@ from mythos_dist.train.batches import open_heldout, open_stream
 from mythos_dist.train.checks import check_inputs, check_kernels
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.restarts import PreviousStart
-from mythos_dist.train.resume import Resume, take_fence
+from mythos_dist.train.resume import Resume, Search, take_fence
 from mythos_dist.train.run_folder import (
     claim_run_folder,
     mark_completed,
@@ -41,20 +41,23 @@ class RunInputs:
     resume: Resume
 
 
-def check_run(config: Config, session: Session, hooks: Hooks) -> RunInputs:
-    """Check settings, shards, run folder and checkpoint. Writes nothing. Raises UserError, the same on every rank."""
+def check_run(config: Config, session: Session, hooks: Hooks, newest: Search | None = None) -> RunInputs:
+    """Check settings, shards, run folder and checkpoint. Writes nothing. Raises UserError, the same on every rank.
+
+    newest: see `Resume`.
+    """
     session.enter_phase("checking")
-    corpora = raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
-    raise_on_all_ranks(hooks.check_config, session.nodes)
-    resume = Resume(config, corpora)
+    corpora = check_stage(config, session, hooks)
+    resume = Resume(config, corpora, newest)
     session.record_startup("checking")
     return RunInputs(corpora, resume)
 
 
-def check_later_stage(config: Config, session: Session, hooks: Hooks) -> None:
-    """Check settings and shards of a stage that begins later. Raises UserError, the same on every rank."""
-    raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
+def check_stage(config: Config, session: Session, hooks: Hooks) -> list[Corpus]:
+    """Check settings and shards, also of a stage that begins later. Raises UserError, the same on every rank."""
+    corpora = raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
     raise_on_all_ranks(hooks.check_config, session.nodes)
+    return corpora
 
 
 @dataclass
@@ -70,8 +73,8 @@ class Prepared:
     folder_lock: TextIO | None  # on rank 0: keeps the folder claimed while it is open
 
 
-def prepare(config: Config, session: Session, inputs: RunInputs) -> Prepared | None:
-    """Claim the run folder, open the shards, start logging. Returns None if the run is complete.
+def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: bool) -> Prepared | None:
+    """Claim the run folder, open the shards, start logging. Returns None if the run, or this stage, is complete.
 
     Raises UserError, the same on every rank.
     """
@@ -80,12 +83,14 @@ def prepare(config: Config, session: Session, inputs: RunInputs) -> Prepared | N
     folder_lock = on_rank_0(lambda: claim_run_folder(config))
     resume.refresh()
     if resume.step >= resume.last_step:
+        if not is_last_stage:
+            return None
         on_rank_0(lambda: _complete_earlier_start(config, resume.checkpoint))
         if rank == 0:
             steps = count(resume.last_step, "step")
             print(f"{run_dir} is complete: {resume.step} of {steps}; raise train.steps to train further")
         return None
-    stream = open_stream(config, inputs.corpora, "train", mesh.data, resume.lineage.first_sample)
+    stream = open_stream(config, inputs.corpora, "train", mesh.data)
     heldout = open_heldout(config, inputs.corpora, mesh.data)
     session.record_startup("opening the shards")
     previous = PreviousStart.read(run_dir, resume.step) if rank == 0 else PreviousStart()
@@ -106,4 +111,4 @@ def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:
     assert newest, "a checkpoint has reached train.steps"
     remove_leftovers(run_dir, newest_start(run_dir).get("start", 0))
     prune_complete_run(newest, config.checkpoint)
-    mark_completed(None, run_dir, config.train.steps)
+    mark_completed(None, config)

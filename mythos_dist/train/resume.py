@@ -7,7 +7,7 @@ one, or finish the run.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,6 @@ from mythos_dist.parallel.process import any_rank, device, on_rank_0, raise_on_a
 from mythos_dist.train.checks import check_checkpoint
 from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over, take_over
 from mythos_dist.train.schedule import learning_rate, mean_at
-from mythos_dist.train.spikes import Spikes
 from mythos_dist.train.start_from import check_parent, find_parent, lineage_from, lineage_of_stage, steps_done
 
 _NO_JUMP = (
@@ -36,24 +35,31 @@ _NO_JUMP = (
 )
 
 
+class Search(NamedTuple):
+    """The newest intact checkpoint of a run, the same on every rank."""
+
+    listing: list[tuple[Any, ...]] | None  # on rank 0, before the search
+    checkpoint: Checkpoint | None
+    damaged: list[str]  # a line per damaged file in newer checkpoints
+
+
 class Resume:
     """The checkpoint to resume from, or without one the parent; the same on every rank, and every rank calls the same
     methods."""
 
-    def __init__(self, config: Config, corpora: list[Corpus]):
-        """Raises UserError if this config and these shards cannot resume from it, or if the run had one and lost it."""
+    def __init__(self, config: Config, corpora: list[Corpus], search: Search | None = None):
+        """search: an earlier result for this run; None: search now, which reads all bytes of the checkpoint.
+
+        Raises UserError if this config and these shards cannot resume from it, or if the run had one and lost it."""
         self._config, self._corpora = config, corpora
         self._folder = Path(config.run.dir) / "checkpoints"
-        self._seen = on_rank_0(self._listing)
-        self._find()
+        self._find(search or find_newest(config))
 
     def refresh(self) -> None:
         """Search again if the folder has changed. Raises UserError."""
         on_rank_0(lambda: check_run_folder(self._config))
-        listing = on_rank_0(self._listing)
-        if any_rank(listing != self._seen):
-            self._seen = listing
-            self._find()
+        if any_rank(on_rank_0(lambda: _listing(self._folder)) != self._seen):
+            self._find(find_newest(self._config))
 
     @property
     def step(self) -> int:
@@ -70,17 +76,15 @@ class Resume:
         """The run's last step: `train.steps` counts the steps that were carried over."""
         return self._config.train.steps - self.lineage.first_step
 
-    def _find(self) -> None:
-        self.checkpoint, self.damaged = find_checkpoint(self._folder, self._config.checkpoint)
+    def _find(self, search: Search) -> None:
+        self._seen, self.checkpoint, self.damaged = search
         self.parent: Checkpoint | None = None
         if not self.checkpoint and self._config.run.start_from:
             self.parent, self.damaged = find_parent(self._config)
         raise_on_all_ranks(self._check)
         self.lineage = Lineage()
         if self.checkpoint and self.begins_stage:
-            spikes = Spikes.load(self._config.faults, self._folder.parent)
-            next_batch = next(spikes.batches(self.step + 1))
-            self.lineage = lineage_of_stage(self._config, self.checkpoint, self._corpora, next_batch)
+            self.lineage = lineage_of_stage(self._config, self.checkpoint, self._corpora)
         elif self.checkpoint:
             self.lineage = self.checkpoint.manifest.lineage
         elif self.parent:
@@ -101,25 +105,29 @@ class Resume:
         if self.parent:
             check_parent(self._config, self.parent)
 
-    def _listing(self) -> list[tuple[Any, ...]]:
-        """On rank 0, a value that changes when a checkpoint is published, replaced or removed. Raises UserError."""
-        listing = []
-        for folder in checkpoints_of(self._folder):
-            try:
-                about = (folder / MANIFEST_FILE).stat()
-                listing.append((folder.name, about.st_ino, about.st_mtime_ns))
-            except OSError:
-                listing.append((folder.name,))
-        return listing
+
+def find_newest(config: Config) -> Search:
+    """Every rank calls this. Raises UserError as `find_checkpoint` does."""
+    folder = Path(config.run.dir) / "checkpoints"
+    listing = on_rank_0(lambda: _listing(folder))
+    return Search(listing, *find_checkpoint(folder, config.checkpoint))
 
 
-def find_stage(stages: list[Config]) -> int:
-    """The index of the stage in which the run is, by its newest intact checkpoint. Every rank calls this."""
-    if len(stages) == 1:
-        return 0
-    first = stages[0]
-    checkpoint, _ = find_checkpoint(Path(first.run.dir) / "checkpoints", first.checkpoint)
-    step = checkpoint.manifest.step if checkpoint else 0
+def _listing(checkpoints: Path) -> list[tuple[Any, ...]]:
+    """A value that changes when a checkpoint is published, replaced or removed. Raises UserError."""
+    listing = []
+    for folder in checkpoints_of(checkpoints):
+        try:
+            about = (folder / MANIFEST_FILE).stat()
+            listing.append((folder.name, about.st_ino, about.st_mtime_ns))
+        except OSError:
+            listing.append((folder.name,))
+    return listing
+
+
+def find_stage(stages: list[Config], newest: Search) -> int:
+    """The index of the stage in which the run is."""
+    step = newest.checkpoint.manifest.step if newest.checkpoint else 0
     return max(i for i, stage in enumerate(stages) if stage.run.stage_begin <= step)
 
 

@@ -18,7 +18,7 @@ from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.publish import remove_unfinished
 from mythos_dist.checkpoint.reader import checkpoints_of
-from mythos_dist.config.compare import differences
+from mythos_dist.config.compare import WIDTHS, differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.config.schema import Config
@@ -57,8 +57,9 @@ def check_run_folder(config: Config) -> None:
     if not (path / SETTINGS[0]).exists():
         return
     old_settings = asdict(_settings_of(path / SETTINGS[0]))
-    if old_settings["run"]["stage"] != config.run.stage:
-        return  # of another stage; Resume compares with the checkpoint's settings
+    old_stage = old_settings["run"]["stage"]
+    if old_stage and config.run.stage and old_stage != config.run.stage:  # they differ in what a stage may change
+        old_settings = {"model": {key: old_settings["model"][key] for key in WIDTHS}}
     problems = [
         f"{name}={value}, but the run in run.dir={path} has {old}"
         for name, value, old in differences(config, old_settings)
@@ -229,16 +230,16 @@ def write_settings(config: Config, num_replicas: int, fence: Fence) -> None:
         (path / COMPLETED).unlink(missing_ok=True)  # there is one if train.steps was raised
 
 
-def mark_completed(fence: Fence | None, run_dir: Path, steps: int) -> None:
-    """On rank 0: write the marker COMPLETED with `train.steps`, after everything else is on disk. Raises UserError.
+def mark_completed(fence: Fence | None, config: Config) -> None:
+    """On rank 0: write the marker COMPLETED with `config.end`, after everything else is on disk. Raises UserError.
 
     fence: None for a start that only completes an earlier one.
     """
-    marker = run_dir / COMPLETED
+    marker = Path(config.run.dir) / COMPLETED
     replace = fence.replace if fence else write_atomically
     with user_errors(marker), fence.guard() if fence else nullcontext():
         if not marker.exists():
-            replace(marker, f"{steps}\n")
+            replace(marker, f"{config.end}\n")
 
 
 def _is_ours(run_dir: Path) -> bool:

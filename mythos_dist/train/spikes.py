@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -57,13 +57,12 @@ class Spikes:
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     @staticmethod
-    def load(settings: FaultsConfig, run_dir: Path, norms: Sequence[float] = ()) -> "Spikes":
-        """With the rollbacks of earlier starts, which rank 0 reads, and the norms from a checkpoint.
+    def load(settings: FaultsConfig, run_dir: Path) -> "Spikes":
+        """With the rollbacks of earlier starts, which rank 0 reads.
 
         Raises UserError, on every rank, if the file of rollbacks is damaged.
         """
-        rollbacks = from_rank_0(lambda: read_rollbacks(run_dir))
-        return Spikes(settings, rollbacks, norms=deque(norms, maxlen=_WINDOW))
+        return Spikes(settings, from_rank_0(lambda: read_rollbacks(run_dir)))
 
     @property
     def limit(self) -> float:

@@ -135,16 +135,18 @@ def lineage_from(config: Config, parent: Checkpoint, corpora: list[Corpus]) -> L
     return Lineage(parents, steps_done(manifest), first_sample, next_sample=first_sample)
 
 
-def lineage_of_stage(config: Config, border: Checkpoint, corpora: list[Corpus], next_batch: int) -> Lineage:
-    """The lineage of a stage of the same run that begins after the checkpoint `border` with batch `next_batch`.
+def lineage_of_stage(config: Config, border: Checkpoint, corpora: list[Corpus]) -> Lineage:
+    """The lineage of a stage of the same run that begins after the checkpoint `border`.
 
     Unchanged data are read on from where the last stage ended, with any `start_from_state`.
     """
-    manifest, train = border.manifest, config.train
+    manifest, train, before = border.manifest, config.train, border.manifest.lineage
+    # Not from rollbacks.json, which may already exclude batches of the new stage.
+    next_batch = (before.next_sample - before.first_sample) // manifest.config["train"]["global_batch"]
     steps = steps_done(manifest) if config.run.start_from_state == "everything" else 0
-    sample = manifest.lineage.next_sample if _same_order(config, manifest, corpora) else 0
+    sample = before.next_sample if _same_order(config, manifest, corpora) else 0
     return Lineage(
-        manifest.lineage.parents,
+        before.parents,
         first_step=steps - manifest.step,
         first_sample=sample - next_batch * train.global_batch,
         first_tokens=manifest.tokens - manifest.step * train.global_batch * train.seq_len,

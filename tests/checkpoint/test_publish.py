@@ -3,16 +3,18 @@
 import errno
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.small_checkpoint import VALUES, names
+from helpers.small_checkpoint import VALUES, manifest, names
 
 import mythos_dist.files
-from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import Ancestor, Lineage, read_checkpoint_manifest
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint
+from mythos_dist.config.schema import MythosConfig
 from mythos_dist.errors import UserError
 
 USER_NAMES = """
@@ -77,8 +79,8 @@ def test_keep_deletes_only_what_this_run_wrote(run, tmp_path, caplog):
     (run.checkpoints / "step-00000010").mkdir()
     newer = copy(run.checkpoints / "step-00000002", "step-00000001")
     file = newer / "checkpoint.json"
-    manifest = read_checkpoint_manifest(run.checkpoints / "step-00000002")
-    file.write_text(type(manifest)(**{**vars(manifest), "format_version": 3}).to_text())
+    newer_manifest = replace(read_checkpoint_manifest(run.checkpoints / "step-00000002"), format_version=3)
+    file.write_text(newer_manifest.to_text())
     run.save(12, start=2, keep=1)
     run.save(14, start=2, keep=1)
     assert names(run.checkpoints) == ["latest", *(f"step-{step:08d}" for step in (1, 4, 6, 8, 10, 14))]
@@ -88,6 +90,33 @@ def test_keep_deletes_only_what_this_run_wrote(run, tmp_path, caplog):
     caplog.clear()
     run.save(16, start=2, keep=1)
     assert not caplog.text, "it warns once"
+
+
+def test_keep_removes_checkpoints_of_earlier_stages_and_of_no_other_run(run, caplog):
+    """Stages of one run differ in any setting but the widths; where the newest stage began is recorded."""
+
+    def save(start: int, step: int, stage: str, begin: int = 0, dim: int = 256, parents: tuple = ()) -> None:
+        config = {
+            "model": asdict(MythosConfig()) | {"dim": dim},
+            "run": {"stage": stage, "stage_begin": begin},
+            "optim": {"lr": begin + 1.0},
+        }
+        saver = run.saver(start, keep=9 if step < 8 else 1)
+        saver.save(replace(manifest(step, start), config=config, lineage=Lineage(parents)))
+        assert saver.finish()
+
+    save(1, 2, "a")
+    save(1, 3, "other widths", dim=32)
+    save(1, 4, "a")
+    save(1, 5, "other family", parents=(Ancestor("p", 1, 8, "weights", {}),))
+    save(1, 6, "too late")
+    shutil.copytree(run.checkpoints, run.checkpoints.with_name("copy"))
+    shutil.rmtree(run.checkpoints)  # what this process has published it may remove
+    shutil.copytree(run.checkpoints.with_name("copy"), run.checkpoints)
+    save(2, 8, "b", begin=4)
+    assert names(run.checkpoints) == ["latest", *(f"step-{step:08d}" for step in (3, 5, 6, 8))]
+    for stage in ("other widths", "other family", "too late"):
+        assert f"it is of stage {stage} of another run" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["file", "link", "dangling link", "foreign file", "another run", "empty folder"])

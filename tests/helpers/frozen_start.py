@@ -38,7 +38,7 @@ def run_start(run_dir: Path) -> None:
     saver = Saver(run_dir / "checkpoints", CheckpointConfig(background=False), fence, state)
     saver.save(manifest(2, fence.start))
     fence.record_status("completed", "", 2)
-    mark_completed(fence, run_dir)
+    mark_completed(fence, config)
 
 
 def suspend_before_rename(name: str) -> None:

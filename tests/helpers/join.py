@@ -22,7 +22,7 @@ def main() -> None:
 
     from mythos_dist.ops.session import join
 
-    session = join(config, rank_info, StopRequest())
+    session = join([config], rank_info, StopRequest())
     fail = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if fail and rank_info.rank == rank_info.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)

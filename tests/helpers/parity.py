@@ -217,12 +217,13 @@ def save_checkpoint(engine: Any, config: Config, folder: str, step: int) -> None
     import torch.distributed as dist
 
     from mythos_dist.checkpoint.fence import Fence
+    from mythos_dist.checkpoint.manifest import Lineage
     from mythos_dist.checkpoint.save import Saver
     from mythos_dist.train.loop import manifest_of
 
     fence = Fence(Path(folder), 1)
     saver = Saver(Path(folder, "checkpoints"), config.checkpoint, fence, engine.local_shards)
-    saver.save(manifest_of(config, step, dist.get_world_size(), fence, "", engine))
+    saver.save(manifest_of(config, step, dist.get_world_size(), fence, "", engine, Lineage()))
     assert saver.finish()
 
 

@@ -89,6 +89,18 @@ def test_a_finished_run_whose_steps_were_raised_is_running_again(tmp_path):
     assert status_of(folder).state == "running"
 
 
+@pytest.mark.parametrize(("state", "own"), [("weights", 60), ("everything", 100)])
+def test_a_stage_without_a_step_yet_has_the_steps_of_all_stages(tmp_path, state, own):
+    """Stage 1 had 40 steps. `everything`: train.steps counts them; `weights`: the stage's own 60 only."""
+    folder = run_folder(tmp_path)
+    overrides = [f"train.steps={own}", "run.stage=b", "run.stage_begin=40", f"run.start_from_state={state}"]
+    (folder / "config.yaml").write_text(dump_config(load_config(REPOSITORY / "configs/tiny_cpu.yaml", overrides)))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(line | {"stage": "a", "schedule_step": line["step"]}) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    assert (status_of(folder).step, status_of(folder).steps) == (40, 100)
+
+
 def test_a_stopped_run_is_requeued_if_its_job_is_pending_or_restarted(tmp_path):
     why = "stopped after step 40: SIGUSR1 to rank 0"
     folder = run_folder(tmp_path, state="stopped", why=why, slurm_job_id="12", slurm_restart_count="1", life=300)

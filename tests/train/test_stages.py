@@ -1,16 +1,22 @@
 """`stages:` in one config: one run folder, stage after stage, wherever it is killed."""
 
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.launch import train
+from helpers.launch import launch, train, train_here
 
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 from mythos_dist.config.load import dump_stages, load_config, load_stages
+from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
+from mythos_dist.ops.cluster.allocation import is_finished
+from mythos_dist.ops.session import describe_rank
+from mythos_dist.train.metrics import batch_id
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "phase", "tokens", "tokens_total")
@@ -48,6 +54,15 @@ def exact(run_dir: Path) -> list[tuple]:
     return [tuple(line[key] for key in EXACT) for line in lines(run_dir)]
 
 
+def batches_of_two(common: list[str], number: int) -> list[list[int]]:
+    """The sample ids of the first batches of two sequences."""
+    path = next(one for one in common if one.startswith("data.path=")).removeprefix("data.path=")
+    stream = ReplicaStream(
+        path, "train", seq_len=32, vocab_size=512, global_batch=2, micro_batch=2, replica=0, num_replicas=1, seed=0
+    )
+    return [[int(i) for i in stream.step(step)[0].sample_ids] for step in range(number)]
+
+
 @pytest.fixture(scope="module")
 def staged(common, tmp_path_factory) -> tuple[list[str], Path]:
     """Arguments of a run of two stages, and the folder of one on two ranks that was not interrupted."""
@@ -62,9 +77,6 @@ def staged(common, tmp_path_factory) -> tuple[list[str], Path]:
 
 def test_stages_train_one_after_the_other_in_one_folder(staged, common):
     """Steps count over the folder, each stage has its own schedule and batch, and unchanged data are read on."""
-    from mythos_dist.data.stream import ReplicaStream
-    from mythos_dist.train.metrics import batch_id
-
     arguments, run_dir = staged
     found = lines(run_dir)
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6, 7]
@@ -73,11 +85,7 @@ def test_stages_train_one_after_the_other_in_one_folder(staged, common):
     rates = [1e-3, 2e-3, 2e-3, 2e-3, *(1e-3 * (0.1 + 0.9 * (1 - i / 3)) for i in (1, 2, 3))]
     assert [line["lr"] for line in found] == pytest.approx(rates)
     assert [line["tokens"] for line in found] == [32 * n for n in (4, 8, 12, 16, 18, 20, 22)]
-    path = next(one for one in common if one.startswith("data.path=")).removeprefix("data.path=")
-    stream = ReplicaStream(
-        path, "train", seq_len=32, vocab_size=512, global_batch=2, micro_batch=2, replica=0, num_replicas=1, seed=0
-    )
-    ids = [[int(i) for i in stream.step(step)[0].sample_ids] for step in range(11)]
+    ids = batches_of_two(common, 11)
     batches = [ids[0] + ids[1], ids[2] + ids[3], ids[4] + ids[5], ids[6] + ids[7], ids[8], ids[9], ids[10]]
     assert [line["batch_id"] for line in found] == [batch_id(batch) for batch in batches]
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == [
@@ -85,8 +93,9 @@ def test_stages_train_one_after_the_other_in_one_folder(staged, common):
         for step in (3, 4, 6, 7)  # borders besides checkpoint.every
     ]
     assert (run_dir / "COMPLETED").exists()
+    written = exact(run_dir)
     again = train(2, *arguments, f"run.dir={run_dir}")
-    assert again.codes == [0, 0] and "is complete: 7 of 7 steps" in again.out and exact(run_dir) == exact(run_dir)
+    assert again.codes == [0, 0] and "is complete: 7 of 7 steps" in again.out and exact(run_dir) == written
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])
@@ -99,6 +108,72 @@ def test_killed_inside_or_at_the_border_it_writes_the_same_lines(staged, tmp_pat
     resumed = train(2, *run)
     assert resumed.codes == [0, 0], resumed.tails
     assert exact(tmp_path) == exact(whole)
+
+
+def _train_with_stop_file(arguments: list[str], file: str) -> None:
+    """Train with a STOP file that appears between the last step of a stage and the next stage."""
+    from mythos_dist.train.loop import Run
+
+    finish = Run.finish
+
+    def finish_later(run: Run, reason: str) -> None:
+        if not reason and run.rank == 0:
+            Path(file).touch()
+        finish(run, reason)
+
+    Run.finish = finish_later
+    train_here(arguments)
+
+
+def test_a_stop_file_at_the_border_stops_the_next_stage(staged, tmp_path):
+    arguments, whole = staged
+    run = [*arguments, f"run.dir={tmp_path}"]
+    stopped = launch(2, _train_with_stop_file, run, str(tmp_path / "STOP"))
+    assert stopped.codes == [85, 85] and f"stopped after step 4: found {tmp_path / 'STOP'}" in stopped.out
+    assert not (tmp_path / "STOP").exists() and not (tmp_path / "COMPLETED").exists()
+    resumed = train(2, *run)
+    assert resumed.codes == [0, 0] and exact(tmp_path) == exact(whole)
+
+
+def _train_until_rolled_back(arguments: list[str]) -> None:
+    """Train with ranks that are killed at the end of a rollback."""
+    from mythos_dist.train.loop import Run
+
+    roll_back = Run.roll_back
+
+    def roll_back_and_die(run: Run) -> None:
+        roll_back(run)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.roll_back = roll_back_and_die
+    train_here(arguments)
+
+
+def test_a_rollback_to_the_beginning_of_a_stage_holds_after_a_restart(common, tmp_path):
+    """Batches 4, 5 and 6 are bad, the first of stage 2. It is killed before it has a checkpoint of its own."""
+    changes = {"checkpoint.every=3": "checkpoint.every=99", "checkpoint.keep=9": "checkpoint.keep=99"}
+    arguments = write(tmp_path, STAGES.replace("steps: 3", "steps: 5"), [changes.get(one, one) for one in common])
+    faults = ",".join(f"bad_batch@{batch}:0" for batch in (4, 5, 6))
+    run = [*arguments, f"run.dir={tmp_path / 'run'}", f"faults.inject={faults}"]
+    killed = launch(2, _train_until_rolled_back, run)
+    assert set(killed.codes) <= {-signal.SIGKILL, 4} and "to the checkpoint of step 4" in killed.err, killed.tails
+    resumed = train(2, *run)
+    assert resumed.codes == [0, 0], resumed.tails
+    ids = batches_of_two(common, 16)
+    expected = [ids[0] + ids[1], ids[2] + ids[3], ids[4] + ids[5], ids[6] + ids[7], *ids[11:16]]
+    assert [line["batch_id"] for line in lines(tmp_path / "run")] == [batch_id(batch) for batch in expected]
+
+
+def test_a_stage_that_is_added_to_a_complete_run_is_trained(staged, common, tmp_path):
+    arguments, whole = staged
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    longer = write(tmp_path, STAGES + "  - {name: more, steps: 2, optim: {warmup_steps: 0}}\n", common)
+    assert is_finished(load_stages(arguments[0], [*arguments[1:], f"run.dir={run_dir}"])[-1])
+    assert not is_finished(load_stages(longer[0], [*longer[1:], f"run.dir={run_dir}"])[-1])
+    result = train(2, *longer, f"run.dir={run_dir}")
+    assert result.codes == [0, 0], result.tails
+    assert exact(run_dir)[:7] == exact(whole) and [line["stage"] for line in lines(run_dir)[7:]] == ["more"] * 2
+    assert (run_dir / "COMPLETED").read_text() == "9\n"
 
 
 def test_a_stage_that_changes_nothing_is_no_border(common, tmp_path):
@@ -152,6 +227,12 @@ def test_each_stage_is_a_config_of_its_own(tmp_path):
     assert load(tmp_path, "train: {steps: 5}")[0].run.stage == ""
 
 
+def test_ranks_compare_the_settings_of_all_stages_when_they_join(tmp_path):
+    stages = load(tmp_path, STAGES)
+    other = load(tmp_path, STAGES.replace("lr: 1.0e-3", "lr: 1.1e-3"))
+    assert stages[0] == other[0] and describe_rank(stages) != describe_rank(other)
+
+
 @pytest.mark.parametrize("state", ["weights", "everything"])
 def test_stages_come_back_from_their_dump(tmp_path, state):
     stages = load(
@@ -179,7 +260,11 @@ def test_stages_come_back_from_their_dump(tmp_path, state):
             ["stage 2: optim.decay_steps=4", "train.steps=5"],
         ),
         ("stages: [{steps: 9}, {steps: 5, model: {dim: 64}}]", [], ["stage 2: model.dim=64, but stage 1 has 2048"]),
-        ("stages: [{steps: 9}, {steps: 5, run: {dir: b}}]", [], ["stage 2: run.dir=b, but all stages train in runs"]),
+        (
+            "stages: [{steps: 9}, {steps: 5, run: {dir: b}}]",
+            [],
+            ["stage 2: run.dir='b', but stage 1 has 'runs"],
+        ),
         ("stages: [{steps: 9}, {steps: 9, optim: {name: muon}}]", [], ["cannot take over the moments of adamw"]),
         ("stages: [{steps: 9, start_from_state: weights}]", [], ["stages[0].start_from_state: the first stage"]),
         ("stages: [{steps: 9}, {steps: 1, start_from_state: all}]", [], ["run.start_from_state='all'"]),

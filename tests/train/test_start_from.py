@@ -102,6 +102,18 @@ def test_a_wsd_run_branches_by_one_command(run, tmp_path):
     assert [line["lr"] for line in found] == pytest.approx([2e-3 * (0.1 + 0.9 * (1 - i / 3)) for i in (1, 2, 3)])
 
 
+def test_muons_momentum_is_carried_over(run, tmp_path):
+    """From step 4 of a run with Muon: the rest of that run, bit for bit."""
+    muon = "optim.name=muon optim.schedule=constant parallel.zero=2 train.steps=7".split()
+    whole, stage = tmp_path / "whole", tmp_path / "stage"
+    assert train(2, *run, *muon, f"run.dir={whole}").codes == [0, 0]
+    branch = [f"run.dir={stage}", f"start_from={at(whole, 4)}", "start_from_state=everything"]
+    result = train(2, *run, *muon, *branch)
+    assert result.codes == [0, 0] and "moments of the optimizer" in result.out
+    assert [line["loss"] for line in lines(stage)] == [line["loss"] for line in lines(whole)[4:]]
+    assert tensors_of(at(stage, 3)) == tensors_of(at(whole, 7))
+
+
 @pytest.mark.parametrize("state", ["weights", "weights+moments"])
 def test_a_stage_begins_anew_with_the_parents_weights(parent, run, tmp_path, state):
     """Step 1 evaluates and trains the parent's weights with a schedule, batches and loops from their beginning."""

@@ -138,7 +138,7 @@ def _nodes_per_group(size: int, allocation: Allocation) -> int:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run in run.dir has trained config.train.steps steps.
+    """Whether the run in run.dir has trained until `config.end`.
 
     COMPLETED alone does not say so: after train.steps was raised, the file remains until the new start removes it.
     """
@@ -150,7 +150,7 @@ def is_finished(config: Config) -> bool:
     except (OSError, ValueError):
         return True
     if steps.isdecimal():
-        return int(steps) >= config.train.steps
+        return int(steps) >= config.end
     try:  # the marker of earlier versions is empty
         newest = (run_dir / "checkpoints" / "latest").read_text().strip()
     except (OSError, ValueError):

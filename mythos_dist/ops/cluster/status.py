@@ -117,8 +117,11 @@ def read_status(
     )
     seconds_per_step = _seconds_per_step(metrics)
     step, steps = last.get("step") or 0, config.train.steps if config else None
-    if steps is not None:  # counts the steps that the run took over from its parent, if any
-        steps -= (last.get("schedule_step") or step) - step
+    if config and steps is not None:  # counts the steps that were carried over, if any
+        first_step = (last.get("schedule_step") or step) - step
+        if last.get("stage", "") != config.run.stage and config.run.start_from_state != "everything":
+            first_step = -config.run.stage_begin  # the stage has begun, and trained no step yet
+        steps -= first_step
     eta = (steps - step) * seconds_per_step if state == "running" and steps and seconds_per_step else None
     return RunStatus(
         run_dir=str(run_dir),
