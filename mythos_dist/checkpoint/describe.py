@@ -79,7 +79,7 @@ def summarize(checkpoint: Checkpoint, damaged: list[str], signature: str, verifi
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The result of `summarize` as text."""
     optimizer = summary["optimizer"]
-    content = "weights and both of Adam's moments" if summary["moments"] else "weights only"
+    content = "weights and the optimizer's moments" if summary["moments"] else "weights only"
     scale = optimizer["loss_scale"].get("cur_scale", 1)
     writer = f"start {summary['start']} of the run" if summary["start"] else "a tool"
     lines = [

@@ -318,7 +318,7 @@ class RunConfig(Section, section="run"):
     # A run (its newest checkpoint), a checkpoint or an export: a run without a checkpoint of its own begins with its
     # weights. In YAML and on the command line this and `start_from_state` need no section.
     start_from: PathText = ""
-    # weights: with the router's bias; schedule and data begin anew. weights+moments: also Adam's moments. everything:
+    # weights: with the router's bias; schedule and data begin anew. weights+moments: also the optimizer's. everything:
     # step count (of schedule, loops and random numbers), loss scale and data order continue as in a resume.
     start_from_state: Literal["weights", "weights+moments", "everything"] = "weights"
     # Set by `stages:` (stages.py): the name of the stage, and the step of the run after which it begins.
