@@ -110,8 +110,8 @@ def training_flops(config: Config) -> Iterator[float]:
         if (n_loops, no_grad_loops) not in known:
             fixed = replace(config, loops=replace(config.loops, distribution="fixed", mean=n_loops, set=()))
             flops = executed_flops(fixed, SINGLE, StageSpec.full(model), range(n_loops), no_grad_loops, rows.pairs)
-            known[n_loops, no_grad_loops] = flops * train.global_batch / train.micro_batch
-        yield known[n_loops, no_grad_loops]
+            known[n_loops, no_grad_loops] = flops / train.micro_batch
+        yield known[n_loops, no_grad_loops] * train.batch_size_at(step)
 
 
 def steps_for(config: Config, budget: float) -> int:

@@ -97,12 +97,11 @@ class Lineage:
     __pydantic_config__ = _CLOSED
 
     parents: tuple[Ancestor, ...] = ()  # the nearest one first
-    # The rest is of the current stage. Step s of the run is step first_step + s of schedule, loops and random numbers;
-    # batch b begins at position first_sample + b * global_batch of the data order, and tokens until step s are
-    # first_tokens + s * tokens per step. Negative where a later stage counts from its own beginning.
+    # Where the current stage begins. Step s of the run is step first_step + s of schedule, loops and random numbers: a
+    # negative number where a later stage counts from its own beginning.
     first_step: _Offset = 0
-    first_sample: _Offset = 0
-    first_tokens: _Offset = 0
+    first_sample: Size = 0  # position in the data order of its first batch
+    first_tokens: _Tokens = 0  # of the run itself until then
     next_sample: Size = 0  # position in the data order of the step after the checkpoint
     tokens: _Tokens = 0  # trained so far, the ancestors' included
 
@@ -110,10 +109,6 @@ class Lineage:
     def tokens_before(self) -> int:
         """Tokens that the run's ancestors were trained on."""
         return self.parents[0].tokens if self.parents else 0
-
-    def tokens_at(self, step: int, tokens_per_step: int) -> int:
-        """Tokens of the run itself until `step`, which is in the current stage."""
-        return self.first_tokens + step * tokens_per_step
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mythos_dist.config.fields import as_lists
 from mythos_dist.config.schema import Config
 
 # None of these changes the results up to the step where a run stopped, except for the order of sums.
@@ -37,6 +38,8 @@ MAY_CHANGE = {
 _MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
 
 
+# What settings were, by section, before they existed: with another value a run would read other samples.
+_ADDED: dict[str, dict[str, Any]] = {"train": {"batch_ramp": ()}}
 # Settings of the model that names and shapes of its tensors depend on: no stage may change them.
 WIDTHS = (
     "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "
@@ -53,23 +56,21 @@ def training_changes(
     """(setting, its value before, its value now) for each that both have and that differs; lists equal tuples."""
     for section in _TRAINING:
         for key, old in before.get(section, {}).items():
-            old, new = (
-                list(one) if isinstance(one, tuple) else one for one in (old, now.get(section, {}).get(key, old))
-            )
+            old, new = as_lists(old), as_lists(now.get(section, {}).get(key, old))
             if new != old:
                 yield f"{section}.{key}", old, new
 
 
 def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
     """(setting, its value now, its value before) for each that changed and must not; settings missing in `before`
-    are not compared. Lists equal tuples, since `before` may come from JSON."""
+    are not compared, except those of `_ADDED`. Lists equal tuples, since `before` may come from JSON."""
     for section, values in before.items():
-        for key, old in values.items():
+        for key, old in (_ADDED.get(section, {}) | values).items():
             name = f"{section}.{key}"
             # In a later stage it has decided how steps are counted.
             fixed = name == "run.start_from_state" and now.run.stage_begin > 0
             if section in _MAY_CHANGE_SECTIONS or (name in MAY_CHANGE and not fixed):
                 continue
             value = getattr(getattr(now, section, None), key, None)
-            if (list(value) if isinstance(value, tuple) else value) != (list(old) if isinstance(old, tuple) else old):
+            if as_lists(value) != as_lists(old):
                 yield name, value, old

@@ -49,6 +49,7 @@ class _PathText:
 
 
 PATH = _PathText()
+PAIRS = "a list of pairs of whole numbers, such as [[8, 100], [16, 200]]"
 MIX = "folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}"
 _EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: MIX}
 _WHOLE = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
@@ -67,6 +68,7 @@ class Kind:
     """The type and range of a field."""
 
     type: type  # int, float, bool, str, tuple (of item) or dict (of item by folder)
+    length: int | None = None  # of a tuple; None: any
     optional: bool = False  # None is allowed
     by_mode: bool = False  # None stands for the default of model.mode
     choices: tuple = ()  # Literal's
@@ -81,7 +83,7 @@ class Kind:
             *others, last = map(repr, self.choices)
             text = f"{', '.join(others)} or {last}"
         elif self.type is tuple:
-            text = "a list of whole numbers, such as [1, 2, 4]"
+            text = PAIRS if self.item and self.item.type is tuple else "a list of whole numbers, such as [1, 2, 4]"
         else:
             text = _EXPECTED[self.type]
         return f"{text}, or null" if self.optional and self.type is not dict else text
@@ -100,7 +102,7 @@ class Kind:
             return _WRONG if self.type in (tuple, dict) else self._scalar(node)
         if self.item is not None and isinstance(node, list) and self.type is tuple:
             values = tuple(self.item._read(one) for one in node)
-            return _WRONG if _WRONG in values else values
+            return _WRONG if _WRONG in values or len(values) != (self.length or len(values)) else values
         if self.item is not None and isinstance(node, dict) and self.type is dict:
             weights = {folder: self.item._read(one) for folder, one in node.items()}
             return _WRONG if _WRONG in weights.values() else weights
@@ -140,8 +142,10 @@ class Kind:
             return ": expected a finite number"
         if self.type is str:
             return _unprintable(value)
-        if self.type is tuple and self.item and self.item.range:
-            wrong = {one: words for one in value if (words := self.item.range.problem(one))}
+        if self.type is tuple and self.item:
+            members = [one for pair in value for one in pair] if self.item.type is tuple else value
+            bounds = (self.item.item or self.item).range
+            wrong = {one: words for one in members if bounds and (words := bounds.problem(one))}
             return next((f" contains {list(wrong)}; each {words}" for words in wrong.values()), None)
         if self.range and self.type in (int, float) and (words := self.range.problem(value)):
             return f" {words}"
@@ -149,6 +153,8 @@ class Kind:
 
     def _is_of_type(self, value: Any) -> bool:
         if self.item is not None and isinstance(value, self.type):
+            if len(value) != (self.length or len(value)):
+                return False
             members = value.values() if isinstance(value, dict) else value
             named = all(isinstance(folder, str) for folder in value) if isinstance(value, dict) else True
             return named and all(self.item._is_of_type(one) for one in members)
@@ -211,8 +217,17 @@ def show(value: Any, most: int = 80) -> str:
     elif isinstance(value, int) and abs(value) >= _HUGE:
         return f"{'-' if value < 0 else ''}(a number with over {_MAX_DIGITS} digits)"
     else:
-        text = "null" if value is None else str(list(value)) if isinstance(value, tuple) else repr(value)
+        text = "null" if value is None else repr(as_lists(value))
     return text if len(text) <= most else f"{text[: most - 20]}...{text[-15:]}"
+
+
+def as_lists(value: Any) -> Any:
+    """A value with lists instead of tuples, as JSON and YAML return it."""
+    return [as_lists(one) for one in value] if isinstance(value, tuple | list) else value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(one) for one in value) if isinstance(value, tuple | list) else value
 
 
 @functools.cache
@@ -235,7 +250,7 @@ def _kind(hint: Any, by_mode: bool = False) -> Kind:
     if origin is Literal:
         return Kind(type(args[0]), by_mode=by_mode, choices=args)
     if origin is tuple:
-        return Kind(tuple, item=_kind(args[0]))
+        return Kind(tuple, item=_kind(args[0]), length=None if args[-1] is Ellipsis else len(args))
     if origin is dict:
         return Kind(dict, item=_kind(args[1]), path=True)
     return Kind(hint, by_mode=by_mode)
@@ -279,8 +294,8 @@ class Section:
             value = getattr(self, key)
             if kind.path and value is not None:
                 object.__setattr__(self, key, _expanded(value))
-            elif kind.type is tuple and isinstance(value, list):
-                object.__setattr__(self, key, tuple(value))
+            elif kind.type is tuple:
+                object.__setattr__(self, key, _as_tuples(value))
 
     def contradictions(self) -> list[str]:
         """Broken rules between settings of this section, a line each."""

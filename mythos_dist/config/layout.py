@@ -6,11 +6,12 @@ ranks do not form complete replicas; values out of their range do not get here (
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from mythos_dist.config.fields import kinds_of
+from mythos_dist.config.fields import as_lists, kinds_of
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig, OptimConfig, ParallelConfig, TrainConfig
 from mythos_dist.units import count
 
@@ -146,6 +147,18 @@ _RULES = (
         message="{} is not divisible by {}: with {} each tensor rank holds an equal part of the sequence",
         change=("train.seq_len", "parallel.tensor", "parallel.sequence"),
     ),
+    Rule(
+        settings=("train.batch_ramp", "train.global_batch"),
+        holds=lambda at: all(before < after for before, after in pairwise(at.train.batch_sizes)),
+        message="{} (sequences, steps) has batches that do not grow from each to the next and to {}",
+        change=("train.batch_ramp",),
+    ),
+    Rule(
+        settings=("train.batch_ramp", "train.micro_batch"),
+        holds=lambda at: all(size % at.train.micro_batch == 0 for size, _ in at.train.batch_ramp),
+        message="{} (sequences, steps) has batches that are not divisible by {}",
+        change=("train.micro_batch", "train.batch_ramp"),
+    ),
 )
 _RANK_RULES = (
     Rule(
@@ -169,6 +182,13 @@ _RANK_RULES = (
         "the same number of micro-batches",
         change=("train.micro_batch", "train.global_batch"),
     ),
+    Rule(
+        settings=("train.batch_ramp", "train.micro_batch"),
+        holds=lambda at: not at.replicas or all(size % at.sequences_per_pass == 0 for size, _ in at.train.batch_ramp),
+        message="{} (sequences, steps) has batches that are not divisible by {} x {at.replicas} (replicas) = "
+        "{at.sequences_per_pass}: every replica runs the same number of micro-batches",
+        change=("train.micro_batch", "train.batch_ramp", "ranks"),
+    ),
 )
 
 # Values that a remedy may propose, before they are tried.
@@ -183,6 +203,7 @@ _CANDIDATES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     ],
     "train.micro_batch": lambda at: divisors(at.train.global_batch),
     "train.global_batch": lambda at: _multiples_near(at.train.global_batch, at.sequences_per_pass),
+    "train.batch_ramp": lambda at: _ramps_near(at, at.sequences_per_pass or at.train.micro_batch),
     "parallel.zero": lambda at: [1, 2],
     "optim.name": lambda at: ["adamw"],
     # The extremes, and where the number of ranks is known its divisors.
@@ -261,11 +282,11 @@ def _remedy(setting: str, value: Any, choices: list[Any]) -> str:
     elif isinstance(value, int):
         choices = nearest(value, choices)
     name = "the number of ranks" if setting == "ranks" else setting
-    return f"set {name} to {_yaml(choices[0]) if len(choices) == 1 else f'one of {choices}'}"
+    return f"set {name} to {_yaml(choices[0]) if len(choices) == 1 else f'one of {as_lists(choices)}'}"
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(as_lists(value))
 
 
 def divisors(n: int) -> list[int]:
@@ -290,3 +311,15 @@ def _multiples_near(n: int, step: int) -> list[int]:
     """The largest multiple of `step` up to n and the one after it, without 0."""
     below = n // step * step
     return [multiple for multiple in (below, below + step) if multiple >= 1]
+
+
+def _ramps_near(at: Layout, unit: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The ramp with batches that are the nearest multiples of `unit` below, and above; those that do not grow are left
+    out."""
+    for round_to in (math.floor, math.ceil):
+        ramp: list[tuple[int, int]] = []
+        for size, steps in at.train.batch_ramp:
+            size = max(1, round_to(size / unit)) * unit
+            if size < at.train.global_batch and (not ramp or size > ramp[-1][0]):
+                ramp.append((size, steps))
+        yield tuple(ramp)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
-from mythos_dist.config.fields import Kind, kinds_of, show, value_problems
+from mythos_dist.config.fields import Kind, as_lists, kinds_of, show, value_problems
 from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.config.stages import read_stages, stage_entries, stage_problems
@@ -143,8 +143,7 @@ def dump_stages(stages: list[Config]) -> str:
 def dump_settings(sections: dict[str, dict[str, Any]]) -> str:
     """Settings by section as YAML that `load_config` reads back."""
     plain = {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-        for section, settings in sections.items()
+        section: {key: as_lists(value) for key, value in settings.items()} for section, settings in sections.items()
     }
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 

@@ -23,6 +23,7 @@ LoopCount = Annotated[int, Range(1, MAX_LOOPS)]
 Ranks = Annotated[int, Range(1, 1 << 16)]
 Sequences = Annotated[int, Range(1, 1 << 30)]
 Steps = Annotated[int, Range(1, 10**12)]
+RampSize = tuple[Sequences, Sequences]  # sequences per step, and the number of steps, which has the same bounds
 StepsOrOff = Annotated[int, Range(0, 10**12)]  # an interval; 0 disables
 Count = Annotated[int, Range(0, 10**6)]
 Weight = Annotated[float, Range(0)]  # of a loss term, or a rate
@@ -219,7 +220,10 @@ class ParallelConfig(Section, section="parallel"):
 class TrainConfig(Section, section="train"):
     steps: Steps = 1000  # optimizer updates
     seq_len: Tokens = 1024  # tokens
-    global_batch: Sequences = 8  # sequences per step, over all replicas
+    global_batch: Sequences = 8  # sequences per step, over all replicas; with `batch_ramp` those of the steps after it
+    # Smaller global batches of the first steps, ascending: [[8, 100], [16, 200]] is 8 sequences per step for 100 steps,
+    # then 16 for 200 steps, then `global_batch`. The learning rate is not scaled.
+    batch_ramp: tuple[RampSize, ...] = ()
     micro_batch: Sequences = 1  # sequences per replica and forward pass
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     # auto: flash-attn if installed, on GPUs in half precision; otherwise PyTorch's scaled_dot_product_attention (sdpa).
@@ -233,6 +237,27 @@ class TrainConfig(Section, section="train"):
     eval_every: StepsOrOff = 0  # steps between evaluations; 0: only before the first and after the last step
     # Maximum of held-out sequences per evaluation; 0: no evaluation.
     eval_samples: Annotated[int, Range(0, 1 << 30)] = 64
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The global batches of a run, in order."""
+        return [*(size for size, _ in self.batch_ramp), self.global_batch]
+
+    def batch_size_at(self, step: int) -> int:
+        """Sequences of step `step` (1-based) of the schedule, over all replicas."""
+        for size, steps in self.batch_ramp:
+            if step <= steps:
+                return size
+            step -= steps
+        return self.global_batch
+
+    def samples_until(self, step: int) -> int:
+        """Sequences of the steps 1 to `step` of the schedule together."""
+        samples = 0
+        for size, steps in self.batch_ramp:
+            samples += size * min(steps, step)
+            step -= min(steps, step)
+        return samples + self.global_batch * step
 
 
 @dataclass(frozen=True)

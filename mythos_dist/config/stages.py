@@ -19,7 +19,7 @@ from operator import attrgetter
 from typing import Any
 
 from mythos_dist.config.compare import WIDTHS
-from mythos_dist.config.fields import number_of, show
+from mythos_dist.config.fields import as_lists, number_of, show
 from mythos_dist.config.schema import Config
 from mythos_dist.config.tree import NULLS, Node, Scalar, show_node
 
@@ -114,7 +114,7 @@ def stage_entries(stages: list[Config]) -> list[dict[str, Any]]:
         schedule_end = stage.train.steps
         for section, settings in asdict(stage).items():
             changed = {
-                key: list(value) if isinstance(value, tuple) else value
+                key: as_lists(value)
                 for key, value in settings.items()
                 if value != first[section][key] and f"{section}.{key}" not in _BY_POSITION
             }

@@ -1,6 +1,6 @@
 """One replica's micro-batches, from an endless sequence of samples that does not depend on the layout.
 
-Position p = first_sample + step * global_batch + offset belongs to one of the corpora by weight (mix.py), as a position
+A step's samples are positions in it. Each position belongs to one of the corpora by weight (mix.py), as a position
 in that corpus's own order, epoch after epoch (order.py). Replica r takes the r-th of `num_replicas` equal parts of a
 step's positions. So each sample of a corpus occurs once per epoch of that corpus, an epoch may end within a step,
 seeking reads nothing, and a step has the same samples at any number of replicas, micro-batch size and worker count.
@@ -15,7 +15,7 @@ Decisions: DATA-1, DATA-4, DATA-5.
 
 import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +77,7 @@ class ReplicaStream:
     ):
         """`path`: a folder, a mix (folder -> weight), or the corpora that `open_corpora` returned.
 
-        `global_batch` and `micro_batch` in sequences; `workers`: processes that read ahead in `steps`; `verify` and
+        `global_batch` (of `step`) and `micro_batch` in sequences; `workers`: processes that read ahead; `verify` and
         `cache` as in `WindowReader`. Corpora without windows in the split are left out of the mix. Raises UserError
         with all problems of the folders and conflicts with the config, or if no corpus has windows.
         """
@@ -104,8 +104,7 @@ class ReplicaStream:
         self.num_samples = positions_before_repeat(lengths, self._weights)
         self._split, self._vocab_size, self._eos_id = split, vocab_size, corpora[0].manifest.eos_id
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._samples_per_step = global_batch // num_replicas  # of this replica
-        self._first = replica * self._samples_per_step
+        self._replica, self._num_replicas = replica, num_replicas
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
         self._seq_len, self._targets = seq_len, corpora[0].manifest.targets
@@ -117,18 +116,23 @@ class ReplicaStream:
         There are global_batch / num_replicas / micro_batch. Raises UserError for a damaged shard and for a token
         outside the vocabulary.
         """
-        return [self._micro_batch_of(self._dataset.__getitems__(ids)) for ids in self._micro_batches(step)]
+        batch = self._positions(step)
+        return [self._micro_batch_of(self._dataset.__getitems__(ids)) for ids in self._micro_batches(batch)]
 
-    def steps(self, start: int, first_sample: int = 0) -> Iterator[list[MicroBatch]]:
-        """`step(start)`, `step(start + 1)`, … without end, read ahead by worker processes.
+    def steps(self, start: int) -> Iterator[list[MicroBatch]]:
+        """`step(start)`, `step(start + 1)`, … without end, as `read` reads them."""
+        return self.read(self._positions(step) for step in itertools.count(start))
 
-        first_sample: position in the endless sequence at which batch 0 begins. Raises as `step` does, when that step is
-        reached; RuntimeError when a worker is killed.
+    def read(self, batches: Iterable[np.ndarray]) -> Iterator[list[MicroBatch]]:
+        """This replica's micro-batches of each global batch, given as positions in the endless sequence, int64 (n,).
+
+        Worker processes read ahead, so `batches` is iterated over before its micro-batches are requested. Raises as
+        `step` does, when that batch is reached; RuntimeError when a worker is killed.
         """
+        batches, ahead = itertools.tee(batches)
         loader = DataLoader(
             self._dataset,
-            # Endless; the generator runs in this process.
-            batch_sampler=(ids for step in itertools.count(start) for ids in self._micro_batches(step, first_sample)),
+            batch_sampler=(ids for batch in ahead for ids in self._micro_batches(batch)),  # it runs in this process
             num_workers=self._workers,
             collate_fn=_no_collate,
             worker_init_fn=_ignore_signals,
@@ -136,8 +140,9 @@ class ReplicaStream:
         )
         reads = iter(loader)
         try:
-            while True:
-                step = list(islice(reads, self._samples_per_step // self._micro_batch))
+            for batch in batches:
+                size = len(batch) // self._num_replicas // self._micro_batch
+                step = list(islice(reads, size))  # no comprehension over `reads`: a traceback would keep its frame
                 yield [self._micro_batch_of(read) for read in step]
         finally:
             del reads  # stops the workers; if a traceback kept it until garbage collection, that would take 5 s each
@@ -151,10 +156,14 @@ class ReplicaStream:
             ids[here] = self._first_ids[i] + order.samples(own[here])
         return ids
 
-    def _micro_batches(self, step: int, first_sample: int = 0) -> list[list[int]]:
-        """Sample ids of each micro-batch of this replica in `step`."""
-        first = first_sample + step * self._global_batch + self._first
-        return self.sample_ids(np.arange(first, first + self._samples_per_step)).reshape(-1, self._micro_batch).tolist()
+    def _positions(self, step: int) -> np.ndarray:
+        return np.arange(step * self._global_batch, (step + 1) * self._global_batch)
+
+    def _micro_batches(self, batch: np.ndarray) -> list[list[int]]:
+        """Sample ids of each micro-batch of this replica in a global batch."""
+        size = len(batch) // self._num_replicas
+        own = batch[self._replica * size : (self._replica + 1) * size]
+        return self.sample_ids(own).reshape(-1, self._micro_batch).tolist()
 
     def _micro_batch_of(self, read: "_Read") -> MicroBatch:
         """Convert windows to a MicroBatch. Tokens are checked, because on a GPU an index outside the embedding fails

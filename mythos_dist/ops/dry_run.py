@@ -108,7 +108,7 @@ def dry_run(
         micro_batches = min(config.train.global_batch // sequences, needed)
     config = replace(
         config,
-        train=replace(config.train, global_batch=sequences * micro_batches),
+        train=replace(config.train, global_batch=sequences * micro_batches, batch_ramp=()),
         data=replace(config.data, document_mask=False),
         # A plan is for a step with the mean number of loops; `routing` is that of a real step, which drew its own.
         loops=config.loops if routing is not None else fixed(config),

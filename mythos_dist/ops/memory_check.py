@@ -100,15 +100,18 @@ class PlanVsMeasured:
     """Planned and measured memory and step time; GB are 1e9 bytes."""
 
     memory_gb: float  # of the largest rank
-    step_seconds: float | None  # None: run.cluster is not set
+    step_seconds: float | None  # None: run.cluster is not set, or with a ramp: plans are for train.global_batch
     measured_memory_gb: float
     measured_step_seconds: float
     rank: int  # with the highest measured memory
+    has_ramp: bool = False  # train.batch_ramp
 
     def __str__(self) -> str:
         where = f"rank {self.rank}" if device().type == "cuda" else f"rank {self.rank}; CPU, whole process"
         memory = f"peak memory {_number(self.measured_memory_gb)} GB (planned {_number(self.memory_gb)} GB; {where})"
         step = f"step {_number(self.measured_step_seconds)} s"
+        if self.has_ramp:
+            return f"{memory}, {step} (step times are planned for train.global_batch, without train.batch_ramp)"
         if self.step_seconds is None:
             return f"{memory}, {step} (set run.cluster to plan step time)"
         return f"{memory}, {step} (planned {_number(self.step_seconds)} s)"
@@ -116,7 +119,7 @@ class PlanVsMeasured:
     @property
     def line(self) -> dict[str, float | None]:
         """`planned` in metrics.jsonl."""
-        return {name: value for name, value in vars(self).items() if name != "rank"}
+        return {name: value for name, value in vars(self).items() if name not in ("rank", "has_ramp")}
 
 
 class Comparison:
@@ -125,7 +128,8 @@ class Comparison:
     def __init__(self, estimate: Estimate):
         config = estimate.config
         self.memory_gb = estimate.largest_stage.bytes / 1e9
-        self.step_seconds = None if config.run.cluster is None else estimate.step_seconds
+        self.has_ramp = bool(config.train.batch_ramp)
+        self.step_seconds = None if config.run.cluster is None or self.has_ramp else estimate.step_seconds
         self._measured: list[float] = []
         self._done = False
 
@@ -139,7 +143,7 @@ class Comparison:
             return None
         rank, size = largest_rank()
         seconds = statistics.median(self._measured[_WARMUP_STEPS:] or self._measured[-1:])
-        return PlanVsMeasured(self.memory_gb, self.step_seconds, size / 1e9, seconds, rank)
+        return PlanVsMeasured(self.memory_gb, self.step_seconds, size / 1e9, seconds, rank, self.has_ramp)
 
 
 def largest_rank() -> tuple[int, float]:

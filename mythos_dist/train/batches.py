@@ -1,5 +1,6 @@
 """What a replica reads: training batches, and the held-out samples of an evaluation."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.parallel.collectives import all_gather
 from mythos_dist.parallel.mesh import Axis
 from mythos_dist.parallel.process import device
+from mythos_dist.train.global_batch import GlobalBatch
 
 
 def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:
@@ -63,17 +65,15 @@ def _print_on_rank_0(text: str) -> None:
 class StepBatch:
     """This replica's part of a global batch."""
 
-    index: int  # of the global batch in the order of the data, from 0
+    of_all: GlobalBatch
     micro_batches: list[MicroBatch]
 
 
-def batches_of(stream: ReplicaStream, indices: Iterator[int], first_sample: int) -> Iterator[StepBatch]:
-    """The batches with these indices, which increase; batch 0 begins at `first_sample` of the data order."""
-    wanted = next(indices)
-    for index, micro_batches in enumerate(stream.steps(wanted, first_sample), wanted):
-        if index == wanted:
-            yield StepBatch(index, micro_batches)
-            wanted = next(indices)
+def read_batches(stream: ReplicaStream, batches: Iterator[GlobalBatch]) -> Iterator[StepBatch]:
+    """This replica's part of each batch."""
+    batches, ahead = itertools.tee(batches)
+    for batch, micro_batches in zip(batches, stream.read(one.samples for one in ahead), strict=False):
+        yield StepBatch(batch, micro_batches)
 
 
 def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterator[tuple[MicroBatch, Tensor]]:

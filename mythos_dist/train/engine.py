@@ -1,7 +1,7 @@
 """DeepSpeed around the model: build the engine, train a step, evaluate, probe the loops, at any layout.
 
-One `train_step` = `accumulation` forward and backward passes, the optimizer step, then one update of the router's bias
-from the token counts of the global batch. Every rank calls the same collectives in the same order.
+One `train_step` = a forward and a backward pass per micro-batch, the optimizer step, then one update of the router's
+bias from the token counts of the global batch. Every rank calls the same collectives in the same order.
 With one stage `DeepSpeedEngine` runs the passes, with several `PipelineEngine` does.
 
 Importing this module imports DeepSpeed, which selects its accelerator then: the process group comes first
@@ -160,6 +160,9 @@ class Engine:
         matrix_lr = learning_rate(replace(config.optim, lr=config.optim.matrix_lr), step, config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = matrix_lr if "muon" in group else lr
+        # DeepSpeed counts micro-batches over the run, and a step would end wherever that count is divisible.
+        engine.micro_steps = 0
+        engine.set_train_batch_size(config.train.batch_size_at(step))
         engine.train()
         skipped_before = engine.skipped_steps
         # Not engine.get_global_grad_norm(), which is set after the optimizer's step.
@@ -191,7 +194,7 @@ class Engine:
     def _train_inputs(self, micro_batches: Iterable[MicroBatch], loops: StepLoops, step: int) -> list[PassInputs]:
         """The inputs of a step's passes on this replica."""
         readouts = self.config.loops.objective == "per_loop"
-        position = self.mesh.data.rank * self.config.train.global_batch // self.mesh.data.size
+        position = self.mesh.data.rank * self.config.train.batch_size_at(step) // self.mesh.data.size
         passes = []
         for batch in micro_batches:
             positions = range(position, position + len(batch.labels))

@@ -21,8 +21,9 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
-from mythos_dist.train.batches import StepBatch, batches_of, gather_sample_ids, heldout_passes
+from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes, read_batches
 from mythos_dist.train.depth import find_failures, probe_entries
+from mythos_dist.train.global_batch import GlobalBatch, batches_from, tokens_at
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.metrics import Metrics, StepResult, peak_flops, step_line
 from mythos_dist.train.prepare import Prepared, RunInputs, prepare
@@ -125,7 +126,7 @@ class Run:
     def train_steps(self) -> str:
         """Train step by step until the run is done. Returns why it stops early; empty: it does not."""
         config = self.config
-        batches = self.next_batches()
+        batches = read_batches(self.stream, self.next_batches())
         while self.step < self.last_step:
             if reason := self.session.stop.agree(self.run_dir, config.run.max_seconds):
                 return reason
@@ -140,7 +141,7 @@ class Run:
             self.log_step(batch, result, decision, sample_ids, time.perf_counter() - began)
             if len(self.spikes.skipped) >= config.faults.roll_back_after:
                 self.roll_back()
-                batches = self.next_batches()
+                batches = read_batches(self.stream, self.next_batches())
                 continue
             is_last = step == self.last_step
             if is_last or (config.train.eval_every and step % config.train.eval_every == 0):
@@ -153,9 +154,9 @@ class Run:
                 self.save()
         return ""
 
-    def next_batches(self) -> Iterator[StepBatch]:
-        """The batches of the steps after `step`, without those that a rollback has excluded."""
-        return batches_of(self.stream, self.spikes.batches(self.step + 1), self.lineage.first_sample)
+    def next_batches(self) -> Iterator[GlobalBatch]:
+        """The batches of the steps after `step`, without samples that a rollback has excluded."""
+        return batches_from(self.config, self.lineage, self.spikes.rollbacks, self.step + 1)
 
     def read_batch(self, batches: Iterator[StepBatch]) -> StepBatch:
         """Raises UserError on all ranks if one cannot read its shards, or if a newer start of this run exists."""
@@ -174,7 +175,7 @@ class Run:
         """
 
         def compute() -> StepResult:
-            with self.hooks.during_step(step, batch.index, self.engine.model):
+            with self.hooks.during_step(step, batch.of_all.index, self.engine.model):
                 schedule_step = self.lineage.first_step + step
                 return self.engine.train_step(batch.micro_batches, schedule_step, self.spikes.limit)
 
@@ -193,7 +194,7 @@ class Run:
             if not result.skipped:
                 self.spikes.record_norm(result.grad_norm)
                 return result, "recomputed: gradients were not finite"
-        self.spikes.skipped.append(batch.index)
+        self.spikes.skipped.append(batch.of_all)
         return result, f"skipped: {problem}"
 
     def log_step(self, batch: StepBatch, result: StepResult, decision: str, ids: list[int], seconds: float) -> None:
@@ -248,9 +249,7 @@ class Run:
     def save(self) -> None:
         """Begin to save the state after `step`."""
         ranks, data = dist.get_world_size(), self.stream.fingerprint
-        next_batch = next(self.spikes.batches(self.step + 1))
-        samples = self.lineage.first_sample + next_batch * self.config.train.global_batch
-        lineage = replace(self.lineage, next_sample=samples)
+        lineage = replace(self.lineage, next_sample=int(next(self.next_batches()).samples[0]))
         manifest = manifest_of(self.config, self.step, ranks, self.fence, data, self.engine, lineage)
         manifest.optimizer["recent_grad_norms"] = list(self.spikes.norms)
         if self.metrics:
@@ -290,7 +289,7 @@ class Run:
         self.saver.finish()
         checkpoint, _ = find_checkpoint(self.run_dir / "checkpoints", self.config.checkpoint)
         to = checkpoint.manifest.step if checkpoint else None
-        rollback = self.spikes.roll_back(self.step, to, self.run_dir / "metrics.jsonl")
+        rollback = self.spikes.roll_back(self.step, to, self.config.run.stage, self.run_dir / "metrics.jsonl")
         on_rank_0(lambda: self.spikes.write(self.fence))
         assert checkpoint, "spikes.roll_back raises without one"
         log.warning("%s", rollback)
@@ -370,7 +369,7 @@ def manifest_of(
     config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine", lineage: Lineage
 ) -> CheckpointManifest:
     """The manifest of a checkpoint after `step`; `data` is the fingerprint of the shards."""
-    tokens = lineage.tokens_at(step, config.train.global_batch * config.train.seq_len)
+    tokens = tokens_at(config, lineage, step)
     return CheckpointManifest(
         step=step,
         tokens=tokens,

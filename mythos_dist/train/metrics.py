@@ -25,6 +25,7 @@ from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.parallel.process import DTYPES
 from mythos_dist.parallel.traffic import Totals
 from mythos_dist.train.depth import HeldOut, draw_curves
+from mythos_dist.train.global_batch import tokens_at
 from mythos_dist.train.line_file import FILES, LineFile
 from mythos_dist.train.schedule import Phase
 from mythos_dist.units import short
@@ -92,7 +93,8 @@ def step_line(
     config: Config, lineage: Lineage, step: int, result: StepResult, ids: list[int], seconds: float, peak: float
 ) -> dict:
     """A line of metrics.jsonl; `peak` is the peak FLOP/s of all ranks together."""
-    tokens = config.train.global_batch * config.train.seq_len
+    size, done = config.train.batch_size_at(lineage.first_step + step), tokens_at(config, lineage, step)
+    tokens = size * config.train.seq_len
     flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops) * tokens
     load = result.expert_counts.sum(0).double()
     line = {
@@ -104,8 +106,8 @@ def step_line(
         "phase": result.phase,
         "n_loops": result.n_loops,
         "backprop": result.backprop,
-        "tokens": lineage.tokens_at(step, tokens),
-        "tokens_total": lineage.tokens_before + lineage.tokens_at(step, tokens),
+        "tokens": done,
+        "tokens_total": lineage.tokens_before + done,
         "batch_id": batch_id(ids),
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -119,6 +121,8 @@ def step_line(
         line["schedule_step"] = lineage.first_step + step
     if config.run.stage:
         line["stage"] = config.run.stage
+    if config.train.batch_ramp:
+        line["global_batch"] = size
     if config.loops.per == "sequence":
         line["mean_loops"] = result.mean_loops
     if result.communication is not None:

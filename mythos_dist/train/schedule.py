@@ -1,6 +1,6 @@
 """What is a function of config and step, so that a resumed run needs no state: learning rate, loops, random seeds.
 
-Decisions: CHECKPOINT-6, LOOPS-6.
+The batch size is another one: `config/schema.py: TrainConfig`. Decisions: CHECKPOINT-6, LOOPS-6.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def decay_range(optim: OptimConfig, total_steps: int) -> range:
 
 def loops_at(config: Config, step: int) -> StepLoops:
     """The loops of optimizer step `step` (1-based): the same on every rank, in every micro-batch, after a resume."""
-    loops, size = config.loops, config.train.global_batch if config.loops.per == "sequence" else 1
+    loops, size = config.loops, config.train.batch_size_at(step) if config.loops.per == "sequence" else 1
     mean = mean_at(config, step)
     random = np.random.default_rng(_seed(config.run.seed, "loops", step))
     if loops.distribution == "fixed":

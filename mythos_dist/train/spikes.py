@@ -5,18 +5,17 @@ in one GPU does not flip twice. If it fails again it is skipped. After `faults.r
 the run returns to its newest checkpoint and excludes the batches of those steps; after `faults.max_rollbacks` rollbacks
 it ends. All ranks decide from all-reduced values, so their decisions are the same.
 
-After a rollback, step and batch index differ: a step takes the next batch that is not excluded. `rollbacks.json` has
-the excluded batches. It is written before the checkpoint is loaded, so a start that is killed then does not lose them.
+After a rollback, step and batch index differ: a step takes the next samples that are not excluded (`batches.py`).
+`rollbacks.json` has the excluded samples. It is written before the checkpoint is loaded, so a start that is killed then
+does not lose them.
 
-Decisions: CLUSTER-7, CLUSTER-8, CHECKPOINT-7.
+Decisions: CLUSTER-7, CLUSTER-8, CHECKPOINT-7, STAGES-4.
 """
 
-import itertools
 import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from mythos_dist.config.schema import FaultsConfig
 from mythos_dist.errors import DivergedError, UserError, first_line
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import from_rank_0
+from mythos_dist.train.global_batch import GlobalBatch
 from mythos_dist.units import count
 
 FILE = "rollbacks.json"
@@ -39,6 +39,10 @@ class Rollback:
     to: int  # the checkpoint's step
     batches: list[int]  # excluded from now on; indices from 0
     why: str
+    stage: str = ""  # in which it was decided
+    # The samples of these batches: [begin, end) in the order of the data of that stage. None, as earlier versions wrote
+    # it: from index * train.global_batch on.
+    samples: list[list[int]] | None = None
 
     def __str__(self) -> str:
         return (
@@ -53,7 +57,7 @@ class Spikes:
 
     settings: FaultsConfig
     rollbacks: list[Rollback] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)  # batches of the latest skipped steps in a row
+    skipped: list[GlobalBatch] = field(default_factory=list)  # of the latest skipped steps in a row
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     @staticmethod
@@ -71,20 +75,12 @@ class Spikes:
             return math.inf
         return self.settings.spike_factor * statistics.median(self.norms)
 
-    def batches(self, step: int) -> Iterator[int]:
-        """Indices of the batches of step `step` (from 1) and the steps after it."""
-        excluded = {batch for rollback in self.rollbacks for batch in rollback.batches}
-        included = (batch for batch in itertools.count() if batch not in excluded)
-        for _ in range(step - 1):
-            next(included)
-        return included
-
     def record_norm(self, norm: float) -> None:
         """After a step that was not skipped."""
         self.skipped.clear()
         self.norms.append(norm)
 
-    def roll_back(self, step: int, to: int | None, metrics: Path) -> Rollback:
+    def roll_back(self, step: int, to: int | None, stage: str, metrics: Path) -> Rollback:
         """Record a rollback, on every rank. Raises DivergedError if there were too many already.
 
         to: the step of the newest checkpoint; none is saved while steps are skipped, so it is before them.
@@ -100,7 +96,9 @@ class Spikes:
                 f"step {step}: {why} {tried}; see loss and grad_norm in {metrics}; lower optim.lr, raise "
                 "optim.warmup_steps or allow more rollbacks (faults.max_rollbacks)"
             )
-        rollback = Rollback(step, to, list(self.skipped), why)
+        batches = [batch.index for batch in self.skipped]
+        samples = [list(ends) for batch in self.skipped for ends in batch.ranges]
+        rollback = Rollback(step, to, batches, why, stage, samples)
         self.rollbacks.append(rollback)
         self.skipped.clear()
         return rollback
@@ -121,8 +119,12 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
     file = run_dir / FILE
     try:
         rollbacks = [Rollback(**entry) for entry in json.loads(file.read_bytes())]
-        if not all(isinstance(batch, int) for rollback in rollbacks for batch in rollback.batches):
-            raise ValueError("a batch index is not a number")
+        for rollback in rollbacks:
+            if not all(isinstance(batch, int) for batch in rollback.batches):
+                raise ValueError("a batch index is not a number")
+            for begin, end in rollback.samples or []:
+                if not 0 <= begin < end < 1 << 62:
+                    raise ValueError(f"a range of samples is [{begin}, {end}]")
         return rollbacks
     except FileNotFoundError:
         return []

@@ -140,16 +140,14 @@ def lineage_of_stage(config: Config, border: Checkpoint, corpora: list[Corpus]) 
 
     Unchanged data are read on from where the last stage ended, with any `start_from_state`.
     """
-    manifest, train, before = border.manifest, config.train, border.manifest.lineage
-    # Not from rollbacks.json, which may already exclude batches of the new stage.
-    next_batch = (before.next_sample - before.first_sample) // manifest.config["train"]["global_batch"]
+    manifest, before = border.manifest, border.manifest.lineage
     steps = steps_done(manifest) if config.run.start_from_state == "everything" else 0
     sample = before.next_sample if _same_order(config, manifest, corpora) else 0
     return Lineage(
         before.parents,
         first_step=steps - manifest.step,
-        first_sample=sample - next_batch * train.global_batch,
-        first_tokens=manifest.tokens - manifest.step * train.global_batch * train.seq_len,
+        first_sample=sample,
+        first_tokens=manifest.tokens,
         next_sample=sample,
     )
 

@@ -57,7 +57,8 @@ def value_of(kind: Kind) -> st.SearchStrategy[str]:
     if kind.type is str:
         return st.text(st.characters(exclude_characters="\n"), max_size=12)
     if kind.item and kind.type is tuple:
-        return st.lists(value_of(kind.item), max_size=4).map(lambda items: f"[{', '.join(items)}]")
+        size = {"min_size": kind.length, "max_size": kind.length} if kind.length else {"max_size": 4}
+        return st.lists(value_of(kind.item), **size).map(lambda items: f"[{', '.join(items)}]")
     if kind.item:
         return st.lists(value_of(kind.item), max_size=3).map(
             lambda items: "{" + ", ".join(f"f{i}: {weight}" for i, weight in enumerate(items)) + "}"

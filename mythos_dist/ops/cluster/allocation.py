@@ -82,13 +82,15 @@ def _suggest_nodes(config: Config, allocation: Allocation) -> str:
     """The nearest numbers of nodes with which the layout would fit, as a sentence."""
     per_node = allocation.ranks_per_node
     ranks_per_replica = config.parallel.pipe * config.parallel.tensor
-    micro_batches = config.train.global_batch // config.train.micro_batch  # per step; each replica needs at least one
+    # Of the smallest step; each replica needs at least one.
+    micro_batches = min(config.train.batch_sizes) // config.train.micro_batch
     ranks, verb = count(allocation.ranks, "rank"), "does" if allocation.ranks == 1 else "do"
     problem = f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {ranks} {verb} not fit"
     if allocation.ranks > ranks_per_replica * micro_batches:
         problem += (
             f", and this layout can use at most {ranks_per_replica * micro_batches} (parallel.pipe x parallel.tensor x "
-            "train.global_batch / train.micro_batch)"
+            f"{'the first batch of train.batch_ramp' if config.train.batch_ramp else 'train.global_batch'} / "
+            "train.micro_batch)"
         )
     fitting_nodes = []
     for replicas in divisors(micro_batches):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import Config, TrainConfig
 from mythos_dist.errors import UserError
 from mythos_dist.files import get_number, read_json_lines
 from mythos_dist.parallel.process_identity import is_running
@@ -115,14 +115,15 @@ def read_status(
     state, why = determine_state(
         writer, job, completed, since_life, idle, limit, process_ended=is_running(writer) is False
     )
-    seconds_per_step = _seconds_per_step(metrics)
+    seconds_per_step, left = _seconds_per_step(metrics), None
     step, steps = last.get("step") or 0, config.train.steps if config else None
     if config and steps is not None:  # counts the steps that were carried over, if any
         first_step = (last.get("schedule_step") or step) - step
         if last.get("stage", "") != config.run.stage and config.run.start_from_state != "everything":
             first_step = -config.run.stage_begin  # the stage has begun, and trained no step yet
         steps -= first_step
-    eta = (steps - step) * seconds_per_step if state == "running" and steps and seconds_per_step else None
+        left = _steps_left(config.train, step + first_step)
+    eta = left * seconds_per_step if state == "running" and left is not None and seconds_per_step else None
     return RunStatus(
         run_dir=str(run_dir),
         state=state,
@@ -297,9 +298,15 @@ def _seconds_per_step(metrics: list[dict[str, Any]]) -> float | None:
     return statistics.fmean(seconds for seconds in step_times if seconds <= 20 * median)
 
 
+def _steps_left(train: TrainConfig, step: int) -> float:
+    """Steps of the schedule after `step`, in steps of its size: with `train.batch_ramp` later ones take longer."""
+    return (train.samples_until(train.steps) - train.samples_until(step)) / train.batch_size_at(max(1, step))
+
+
 def _tokens_per_second(
     metrics: list[dict[str, Any]], config: Config | None, seconds_per_step: float | None
 ) -> float | None:
     if config and seconds_per_step:
-        return config.train.global_batch * config.train.seq_len / seconds_per_step
+        size = metrics[-1].get("global_batch") if metrics else None
+        return (size or config.train.global_batch) * config.train.seq_len / seconds_per_step
     return metrics[-1].get("tokens_per_second") if metrics else None

@@ -6,6 +6,7 @@ micro-batch never needs less memory.
 """
 
 import heapq
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -41,7 +42,7 @@ class SearchResult:
 
 def candidates(config: Config, gpus: int, fixed: Mapping[str, Any]) -> Iterator[tuple[Config, list[int]]]:
     """Layouts that the rules allow: a config with the smallest micro-batch, and all micro-batches that divide."""
-    c, batch = config.model, config.train.global_batch
+    c, batch = config.model, math.gcd(*config.train.batch_sizes)
 
     def choices(name: str, values: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(values)
@@ -131,8 +132,9 @@ def smallest_cluster(config: Config, gpus: int, cluster: Cluster, fixed: Mapping
     """The number of GPUs, doubled from `gpus`, that has a layout that fits; None: no number has."""
     while gpus < _MAX_GPUS:
         gpus *= 2
-        if config.train.global_batch < gpus:  # every replica needs a sequence
-            config = replace(config, train=replace(config.train, global_batch=gpus))
+        if min(config.train.batch_sizes) < gpus:  # every replica needs a sequence
+            batch = max(gpus, config.train.global_batch)
+            config = replace(config, train=replace(config.train, global_batch=batch, batch_ramp=()))
         if search(config, gpus, cluster, fixed, keep=1).best:
             return gpus
     return None
@@ -165,7 +167,8 @@ def _no_layout(config: Config, gpus: int, fixed: Mapping[str, Any]) -> str:
     problem = f"--gpus {gpus}"
     if fixed:
         problem += " with --fixed " + ", ".join(f"{name}={value}" for name, value in fixed.items())
-    problem += f": no layout divides a global batch of {count(batch, 'sequence')} among these GPUs"
+    ramp = " and the batches of train.batch_ramp" if config.train.batch_ramp else ""
+    problem += f": no layout divides a global batch of {count(batch, 'sequence')}{ramp} among these GPUs"
     if working:
         problem += f"; nearest that works: --gpus {' or '.join(map(str, nearest(gpus, working)))}"
     return problem + f", or another --global-batch, such as {max(1, batch // gpus) * gpus}"
@@ -175,6 +178,6 @@ def _possible_gpus(config: Config, fixed: Mapping[str, Any], limit: int) -> set[
     """Numbers of GPUs that consist of replicas among which the batch divides; no other number has a layout."""
     pipes = [fixed["pipe"]] if "pipe" in fixed else _PIPES
     tensors = [fixed["tensor"]] if "tensor" in fixed else divisors(config.model.n_heads)
-    replicas = divisors(config.train.global_batch)
+    replicas = divisors(math.gcd(*config.train.batch_sizes))
     numbers = {pipe * tensor * n for pipe, tensor, n in product(pipes, tensors, replicas)}
     return {number for number in numbers if number <= limit}
