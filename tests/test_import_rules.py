@@ -25,13 +25,25 @@ MAY_IMPORT = {
     "model": {"parallel", "config"},
     "checkpoint": {"model", "parallel", "config"},
     "train": {"checkpoint", "model", "parallel", "data", "config"},
+    "generate": {"train", "checkpoint", "model", "parallel", "data", "config"},
     "prepare": {"data", "config"},
     "ops.cluster": {"parallel", "config"},
     "ops.plan": {"train", "model", "parallel", "config"},
     "ops": {"ops.cluster", "ops.plan", "train", "checkpoint", "model", "parallel", "data", "config"},
     "ops.doctor": {"ops", "ops.cluster", "ops.plan", "train", "model", "parallel", "data", "config"},
     "doctor": {"ops.doctor", "config"},
-    "experiments": {"prepare", "train", "ops", "ops.plan", "model", "parallel", "data", "config"},
+    "experiments": {
+        "prepare",
+        "generate",
+        "train",
+        "checkpoint",
+        "ops",
+        "ops.plan",
+        "model",
+        "parallel",
+        "data",
+        "config",
+    },
 }
 # Not part of the core: it puts the core and operations together.
 ENTRY_POINT = "mythos_dist.train.__main__"

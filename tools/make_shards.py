@@ -1,6 +1,8 @@
 """Convert text to MDS shards with a manifest, ready for `data.path`.
 
 Input: parquet, JSON lines or plain text (also .gz, .zst, .bz2, .xz): files, folders, patterns and URLs.
+--format chat: JSON lines with conversations (`messages`, or `prompt` and `completion`), of which the model learns what
+the assistant says.
 The same command resumes an interrupted conversion. The shards are the same bytes at any number of workers.
 """
 
@@ -12,7 +14,7 @@ import time
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments, path_text
-from mythos_dist.errors import run_command
+from mythos_dist.errors import UserError, run_command
 
 OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # passed to convert() unchanged
 
@@ -33,6 +35,8 @@ def parse() -> argparse.Namespace:
     add("--limit-tokens", type=int, help="stop after the document that reaches this many tokens")
     add("--compression", help="compress the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
+    add("--format", choices=("text", "chat"), default="text", help="documents, or conversations (%(default)s)")
+    add("--template", help="of conversations: a Jinja file, or plain; default: the tokenizer's own")
     add("--sample-by", choices=("document", "line"), default="document", help="what a document of plain text is")
     add("--eos", help="the token that ends documents, if the tokenizer's files do not define it")
     add("--skip-bad", action="store_true", help="skip unreadable input, and list it in the manifest")
@@ -47,20 +51,25 @@ def main() -> None:
     arguments = parse()
     # Arrow's own allocator keeps freed memory; a worker would keep the memory of its largest document.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # DATA-15
+    from mythos_dist.data.chat_template import find_renderer
     from mythos_dist.data.manifest import Filters
     from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.prepare.convert import convert
     from mythos_dist.prepare.spans import Columns
 
     begin = time.monotonic()
+    if arguments.template and arguments.format != "chat":
+        raise UserError("--template needs --format chat")
     try:
+        tokenizer = Tokenizer.load(arguments.tokenizer, arguments.eos)
+        renderer = find_renderer(tokenizer, arguments.template) if arguments.format == "chat" else None
         manifest = convert(
             arguments.input,
-            Tokenizer.load(arguments.tokenizer, arguments.eos),
+            tokenizer,
             arguments.seq_len,
             arguments.out,
             filters=Filters(arguments.min_score, arguments.min_tokens, arguments.limit_tokens, arguments.dedup),
-            columns=Columns(arguments.text_column, sample_by=arguments.sample_by),
+            columns=Columns(arguments.text_column, sample_by=arguments.sample_by, chat=renderer),
             **{name: getattr(arguments, name) for name in OPTIONS},
         )
     except KeyboardInterrupt:

@@ -238,7 +238,7 @@ def _config_problems(manifest: ShardManifest, seq_len: int, vocab_size: int) -> 
 def _differences(corpora: list[Corpus]) -> Iterator[str]:
     """Why the last of `corpora` cannot be mixed with the others."""
     first, last = corpora[0], corpora[-1]
-    for key in ("seq_len", "tokenizer_sha256", "eos_id", "targets"):
+    for key in ("seq_len", "tokenizer_sha256", "eos_id", "targets", "loss_mask"):
         here, there = getattr(last.manifest, key), getattr(first.manifest, key)
         if here != there:
             yield f"{key}={here}, but {first.folder} has {there}; convert one of them with the other's value"

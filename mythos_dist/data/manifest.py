@@ -50,8 +50,17 @@ class Filters:
 
 
 @dataclass(frozen=True)
+class ChatTemplate:
+    """How conversations were rendered as text (chat.py)."""
+
+    __pydantic_config__: ClassVar = _EXACT
+    text: str  # in Jinja, as in Hugging Face's tokenizer_config.json
+    tokens: dict[str, str]  # its variables: "bos_token", "eos_token" and the like
+
+
+@dataclass(frozen=True)
 class DocumentCounts:
-    """read == written + empty + low_score + duplicate + short."""
+    """read == written + empty + low_score + duplicate + short + not_learnt."""
 
     __pydantic_config__: ClassVar = _EXACT
     read: int = 0
@@ -61,19 +70,24 @@ class DocumentCounts:
     duplicate: int = 0
     short: int = 0  # fewer than `min_tokens`
     repaired: int = 0  # of those read: invalid UTF-8 or lone surrogates were replaced by U+FFFD
+    not_learnt: int = 0  # conversations without a completion token in the first seq_len + 1 tokens
+    truncated: int = 0  # of those written: conversations of more than seq_len + 1 tokens, which lost their end
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """tokens + documents (one EOS each) == tokens_written + tokens_dropped."""
+    """tokens + documents (one EOS each) == tokens_written + tokens_dropped; with a loss mask, where no EOS is added and
+    nothing is dropped: tokens + padding == tokens_written."""
 
     __pydantic_config__: ClassVar = _EXACT
     documents: int
     tokens: int  # without EOS
     windows: int
-    tokens_written: int  # windows * window
+    tokens_written: int  # windows * tokens_per_window
     tokens_dropped: int  # a partial window at the end of the split
     eos_dropped: int  # EOS tokens among them: the shards have documents - eos_dropped
+    learnt: int = 0  # with a loss mask: completion tokens, the labels that count
+    padding: int = 0  # with a loss mask
 
 
 @dataclass(frozen=True)
@@ -127,11 +141,20 @@ class ShardManifest:
     # "document": complete documents were held out, by a hash of their text. "window": there were too few documents, so
     # the last windows of the text were held out; a document counts in the split that has its EOS.
     heldout_by: str = "document"
+    # The seq_len + 1 tokens of a window are followed by as many flags (loss_mask.py): which tokens are learnt, where
+    # documents begin, and what is padding.
+    loss_mask: bool = False
+    chat: ChatTemplate | None = None  # documents are conversations
 
     @property
     def window(self) -> int:
-        """Token ids per window, labels included."""
-        return self.seq_len + 1 + self.targets * self.seq_len
+        """Values per window: token ids, stored labels and flags."""
+        return (self.seq_len + 1) * (2 if self.loss_mask else 1) + self.targets * self.seq_len
+
+    @property
+    def tokens_per_window(self) -> int:
+        """What `tokens_written` counts per window: token ids and stored labels, no flags."""
+        return self.seq_len + 1 if self.loss_mask else self.window
 
     @property
     def tokens(self) -> int:
@@ -150,12 +173,17 @@ class ShardManifest:
             "below the score": counts.low_score,
             "duplicate": counts.duplicate,
             "too short": counts.short,
+            "without completion tokens": counts.not_learnt,
         }
         left_out = [f"{number:,} {reason}" for reason, number in reasons.items() if number]
-        read = count(counts.read, "document")
+        read = count(counts.read, self._noun)
         lines = [f"{read} read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
+        if counts.truncated:
+            lines.append(
+                f"{count(counts.truncated, 'conversation')} longer than a window, cut after {self.seq_len + 1} tokens"
+            )
         if counts.repaired:
-            lines.append(f"{count(counts.repaired, 'document')} with invalid characters, replaced by U+FFFD")
+            lines.append(f"{count(counts.repaired, self._noun)} with invalid characters, replaced by U+FFFD")
         if self.unknown_tokens:
             share = 100 * self.unknown_tokens / max(1, self.tokens)
             lines.append(
@@ -168,13 +196,22 @@ class ShardManifest:
             lines.append(f"files left out: {count_reasons(self.left_out)}; manifest.json lists them")
         return "\n".join([*lines, *map(self._split_summary, SPLITS)])
 
+    @property
+    def _noun(self) -> str:
+        return "conversation" if self.chat else "document"
+
     def _split_summary(self, name: str) -> str:
         split = self.splits[name]
-        documents, tokens = count(split.documents, "document"), count(split.tokens, "token")
+        documents, tokens = count(split.documents, self._noun), count(split.tokens, "token")
         windows = f"{count(split.windows, 'window')} of {self.seq_len}"
         if name == "heldout" and not split.windows:
-            why = "the text fills only one window" if self.heldout else "--heldout is 0"
+            what = "conversations fill" if self.chat else "text fills"
+            why = f"the {what} only one window" if self.heldout else "--heldout is 0"
             return f"{name}: none, because {why}; training runs without evaluation"
+        if self.loss_mask:
+            padding = 100 * split.padding / max(1, split.tokens_written)
+            learnt = f"of which {split.learnt:,} are learnt"
+            return f"{name}: {documents}, {tokens}, {learnt} -> {windows}; {padding:.2g} % padding"
         if name == "heldout" and self.heldout_by == "window":
             written = f"{self.documents.written:,}"
             return (
@@ -261,6 +298,10 @@ def _checked(content: bytes) -> ShardManifest:
     wrong += [f"{name}={getattr(manifest, name)}" for name, low in least.items() if getattr(manifest, name) < low]
     if not manifest.tokenizer or manifest.tokenizer != Path(manifest.tokenizer).name:
         wrong.append(f"tokenizer={manifest.tokenizer!r}, which is not a file name")
+    if manifest.targets and manifest.loss_mask:
+        wrong.append(f"targets={manifest.targets} with loss_mask=true")
+    if manifest.chat and not manifest.loss_mask:
+        wrong.append("chat with loss_mask=false")
     if wrong:
         raise ValueError("; ".join(wrong[:5]))
     return manifest

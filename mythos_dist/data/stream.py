@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mythos_dist.data.corpora import Corpus, fingerprint, open_corpora, with_windows
 from mythos_dist.data.document_ids import document_ids
+from mythos_dist.data.loss_mask import IGNORED, documents_of, labels_of
 from mythos_dist.data.mix import corpus_positions, positions_before_repeat
 from mythos_dist.data.order import SampleOrder
 from mythos_dist.data.windows import WindowReader
@@ -41,7 +42,7 @@ class MicroBatch(NamedTuple):
     """
 
     input_ids: Tensor  # (B, S) int64
-    labels: Tensor  # (B, S) int64; with per-loop targets (B, T, S), see ShardManifest.targets
+    labels: Tensor  # (B, S) int64; with stored targets (B, T, S), see ShardManifest.targets; with a loss mask (B, 1, S)
     document_ids: Tensor  # (B, S) int32, the document of each input token, from 0 in each window
     sample_ids: Tensor  # (B,) int64
 
@@ -102,12 +103,12 @@ class ReplicaStream:
         self._first_ids = np.cumsum([0, *lengths[:-1]])  # of each corpus
         # Of one corpus, its samples; of a mix, the samples before one repeats.
         self.num_samples = positions_before_repeat(lengths, self._weights)
-        self._split, self._vocab_size, self._eos_id = split, vocab_size, corpora[0].manifest.eos_id
+        self._split, self._vocab_size = split, vocab_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._replica, self._num_replicas = replica, num_replicas
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
-        self._seq_len, self._targets = seq_len, corpora[0].manifest.targets
+        self._seq_len, self._manifest = seq_len, corpora[0].manifest
         self._dataset = _WindowDataset(WindowReader(shards, corpora[0].manifest.window, verify, cache))
 
     def step(self, step: int) -> list[MicroBatch]:
@@ -179,14 +180,18 @@ class ReplicaStream:
                 "the shards are damaged, convert them again"
             )
         S = self._seq_len
-        inputs, labels = windows[:, :S], windows[:, 1 : S + 1].astype(np.int64)
-        if self._targets:
-            labels = windows[:, S + 1 :].astype(np.int64).reshape(-1, self._targets, S)
-            labels[labels == self._eos_id] = -100  # PyTorch's ignore_index
+        tokens, rest = windows[:, : S + 1], windows[:, S + 1 :]
+        inputs, labels = tokens[:, :S], tokens[:, 1:].astype(np.int64)
+        documents = document_ids(inputs, self._manifest.eos_id)
+        if self._manifest.targets:
+            labels = rest.astype(np.int64).reshape(-1, self._manifest.targets, S)
+            labels[labels == self._manifest.eos_id] = IGNORED
+        elif self._manifest.loss_mask:
+            labels, documents = labels_of(tokens, rest)[:, None], documents_of(rest[:, :S])
         return MicroBatch(
             torch.from_numpy(inputs.astype(np.int64)),
             torch.from_numpy(labels),
-            torch.from_numpy(document_ids(inputs, self._eos_id)),
+            torch.from_numpy(documents),
             torch.tensor(ids, dtype=torch.int64),
         )
 

@@ -50,6 +50,8 @@ class Tokenizer:
     eos_id: int
     vocab_size: int  # the largest possible id + 1
     unk_id: int | None = None  # of the unknown token; None: every character can be encoded
+    bos: str | None = None  # the text of the token that begins sequences
+    special_tokens: dict[str, int]  # the texts of control pieces or special tokens, which `encode` does not match
 
     def __init__(self, path: Path, content: bytes):
         self.path = path
@@ -104,6 +106,13 @@ class Tokenizer:
         for i, text in enumerate(texts):
             ids.append(self._encode_rest(text) if continues and i == 0 else self._encode(text))
         return np.concatenate([np.zeros(0, np.int32), *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
+
+    def encode_rendered(self, text: str, continues: bool) -> np.ndarray:
+        """Encode a chat template's text, in which the texts of special tokens are those tokens. int32 (tokens,).
+
+        continues: other text precedes it.
+        """
+        raise NotImplementedError
 
     def split_point(self, data: np.ndarray, limit: int) -> int:
         """Where to split a document of more than `limit` bytes: before the last space within `limit` that ends a word.
@@ -180,6 +189,10 @@ class SentencePieceTokenizer(Tokenizer):
             problem = f"the model has no {name} control piece to separate documents; train a model with one"
             raise UserError(problem, str(path))
         self.eos = self._model.id_to_piece(self.eos_id)
+        if self._model.bos_id() >= 0:
+            self.bos = self._model.id_to_piece(self._model.bos_id())
+        controls = (i for i in range(self.vocab_size) if self._model.is_control(i))
+        self.special_tokens = {self._model.id_to_piece(i): i for i in controls}
         self._set_up(parse_sentencepiece(content))
 
     def _set_up(self, proto: Any) -> None:
@@ -202,6 +215,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(np.asarray(ids, dtype=np.int64).tolist())
+
+    def encode_rendered(self, text: str, continues: bool) -> np.ndarray:
+        ids = [np.empty(0, np.int32)]
+        for part in re.split(f"({'|'.join(map(re.escape, self.special_tokens))})", text):
+            if part in self.special_tokens:
+                ids.append(np.array([self.special_tokens[part]], np.int32))
+            elif part:
+                encode = self._encode_rest if continues or len(ids) > 1 else self._encode
+                ids.append(encode(part.encode("utf-8", "replace")))
+        return np.concatenate(ids)
 
     def _encode(self, text: bytes) -> np.ndarray:
         if self._space_bytes is not None and not text.isascii() and SPACE.encode() in text:
@@ -248,8 +271,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.encode_special_tokens = True
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
-        self.eos = _find_eos(eos or _configured_eos(path.parent), list(special), path)
-        self.eos_id = special[self.eos]
+        self.eos = _find_eos(eos or token_text(read_configuration(path.parent, "eos_token")), list(special), path)
+        self.eos_id, self.special_tokens = special[self.eos], special
         spec = json.loads(self._model.to_str())
         self.unk_id = _unknown_id(spec["model"], self._model)
         boundaries = huggingface_boundaries(spec)
@@ -258,6 +281,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(np.asarray(ids, dtype=np.int64).tolist())
+
+    def encode_rendered(self, text: str, continues: bool) -> np.ndarray:
+        if continues and self._drops_space:
+            text = text.removeprefix(" ")
+        self._model.encode_special_tokens = False
+        try:
+            return np.array(self._model.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        finally:
+            self._model.encode_special_tokens = True
 
     def _encode(self, text: bytes) -> np.ndarray:
         encoding = self._model.encode_batch_fast([text.decode()], add_special_tokens=False)[0]
@@ -287,18 +319,24 @@ def _find_eos(eos: str | None, special: list[str], path: Path) -> str:
     raise UserError(f"{problem}; pass --eos with one of: {choices}", str(path))
 
 
-def _configured_eos(folder: Path) -> str | None:
-    """The "eos_token" in the configuration files next to a tokenizer.json."""
+def read_configuration(folder: Path, key: str) -> Any:
+    """A value in the configuration files next to a tokenizer.json; None if they have none."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
-            token = read_json((folder / name).read_bytes()).get("eos_token")
+            value = read_json((folder / name).read_bytes()).get(key)
         except FileNotFoundError:
             continue
         except (ValueError, AttributeError):
             raise UserError("not valid JSON; fix or remove it, or pass --eos", str(folder / name)) from None
-        if token:
-            return token["content"] if isinstance(token, dict) else token
+        if value:
+            return value
     return None
+
+
+def token_text(token: Any) -> str | None:
+    """The text of a special token in a configuration file, where it is a text or an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def train_tokenizer(

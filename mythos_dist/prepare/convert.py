@@ -24,6 +24,7 @@ from mythos_dist.data.manifest import FORMAT_VERSION, Filters, InputFile, ShardM
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import pool
+from mythos_dist.prepare.chat_converter import ChatPartConverter
 from mythos_dist.prepare.duplicates import find_duplicates, save_digests
 from mythos_dist.prepare.finish import finish_conversion
 from mythos_dist.prepare.heldout import is_one_stream, switch_to_one_stream, too_few_documents
@@ -38,7 +39,7 @@ from mythos_dist.prepare.part import (
     split_into_parts,
     write_atomically,
 )
-from mythos_dist.prepare.part_converter import convert_part, document_digests
+from mythos_dist.prepare.part_converter import PartConverter, convert_part, document_digests
 from mythos_dist.prepare.pool import WorkerPool
 from mythos_dist.prepare.progress import ConversionProgress
 from mythos_dist.prepare.resume import finished_manifest, lock_output
@@ -233,6 +234,7 @@ class _Conversion:
 
 def _settings(inspected: list[_InspectedInput], job: ConversionJob, tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything that determines the result, under the manifest's names."""
+    chat = job.columns.chat
     return {
         "format_version": FORMAT_VERSION,
         "seq_len": job.seq_len,
@@ -244,9 +246,10 @@ def _settings(inspected: list[_InspectedInput], job: ConversionJob, tokenizer: T
         "tokenizer_sha256": tokenizer.sha256,
         "heldout": job.heldout,
         "compression": job.compression,
-        "text_column": job.columns.text,
+        "text_column": "messages" if chat else job.columns.text,
         "sample_by": job.columns.sample_by,
         "filters": job.filters,
+        **({"loss_mask": True, "chat": chat.template} if chat else {}),
         "inputs": tuple(InputFile(one.source.name, one.source.size, one.hash) for one in inspected),
     }
 
@@ -280,8 +283,9 @@ def _digest_part(item: tuple[ConversionJob, ConversionPart]) -> None:
 
 def _convert_part(item: tuple[ConversionJob, ConversionPart, int | None, np.ndarray]) -> PartRecord:
     job, part, limit, duplicates = item
+    converter = ChatPartConverter if job.is_chat else PartConverter
     return _read_with_retries(
-        job, part, lambda job: convert_part(job, part, pool.shared(), limit, duplicates, pool.add_progress)
+        job, part, lambda job: convert_part(converter, job, part, pool.shared(), limit, duplicates, pool.add_progress)
     )
 
 

@@ -18,6 +18,7 @@ from mythos_dist.prepare.batches import (
     batches_of_list,
     pieces_of,
 )
+from mythos_dist.prepare.conversations import parse_conversation
 from mythos_dist.prepare.encoding import BOM
 from mythos_dist.prepare.inputs import Source, read_text, reading, too_large
 from mythos_dist.prepare.lines import LONG_BYTES, MAX_LINE_BYTES, LineText, lines_before, parse_json_line, read_lines
@@ -170,7 +171,10 @@ def _texts_of_lines(span: Span, columns: Columns, on_bad: OnBad) -> Iterator[Lin
                 yield LineText(line, float("nan"))
                 continue
             try:
-                text = parse_json_line(line, columns.text, columns.score)
+                if columns.chat:
+                    text = parse_conversation(line, columns.chat, columns.score)
+                else:
+                    text = parse_json_line(line, columns.text, columns.score)
             except ValueError as error:
                 on_bad(where(number), str(error))
                 continue

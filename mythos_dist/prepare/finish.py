@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from mythos_dist.data.manifest import (
 )
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.prepare.heldout import CUT, KEPT, cut_windows, is_one_stream, split_counts
-from mythos_dist.prepare.mds import ShardWriter
+from mythos_dist.prepare.heldout import CUT, KEPT, add_counts, cut_windows, is_one_stream
+from mythos_dist.prepare.packing import WindowPacker, divide
 from mythos_dist.prepare.part import OUTCOMES, UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
 from mythos_dist.units import count
 
@@ -42,22 +43,19 @@ def finish_conversion(
         shards[split], splits[split] = _join_tails(job, split, records)
     one_stream = is_one_stream(job)
     if one_stream:
-        shards["train"], shards["heldout"], num_eos = cut_windows(job, shards["train"])
-        windows = sum(shard["samples"] for shard in shards["heldout"])
-        splits = split_counts(job, splits["train"], windows, num_eos)
+        shards["train"], shards["heldout"], splits["heldout"] = cut_windows(job, shards["train"])
+        splits["train"] = add_counts(splits["train"], splits["heldout"], sign=-1)  # it keeps the partial window
     if not splits["train"].windows:
         _remove_output(job)
-        tokens = splits["train"].tokens
-        raise UserError(
-            f"{count(tokens, 'token')} of text {'does' if tokens == 1 else 'do'} not fill one window of "
-            f"seq_len={job.seq_len}; give more text or a smaller seq_len",
-            str(job.out),
-        )
+        raise UserError(_no_window(job, splits["train"].tokens), str(job.out))
     for split in SPLITS:
         _write_index(job, split, shards[split])
     outcomes = {outcome: sum(record.documents[outcome] for record in records) for outcome in OUTCOMES}
     documents = DocumentCounts(
-        read=sum(outcomes.values()), **outcomes, repaired=sum(record.repaired for record in records)
+        read=sum(outcomes.values()),
+        **outcomes,
+        repaired=sum(record.repaired for record in records),
+        truncated=sum(record.truncated for record in records),
     )
     assert documents.written == sum(split.documents for split in splits.values()), "documents were lost"
     write_atomically(job.out / tokenizer.file_name, tokenizer.path.read_bytes())
@@ -80,11 +78,18 @@ def _join_tails(job: ConversionJob, split: str, records: list[PartRecord]) -> tu
     folder = job.out / split
     for name in ADDED[split]:  # left by an interrupted attempt to finish
         shutil.rmtree(folder / name, ignore_errors=True)
-    tails = ShardWriter(folder / TAILS, job.seq_len, job.dtype, job.compression, f"{TAILS}/")
+    tails = job.writer(split, TAILS, TAILS)
+    packer = WindowPacker(tails, job.seq_len, job.eos_id)
     shards: list[dict[str, Any]] = []
     for record in records:
         shards += record.shards[split]
-        tails.add(np.frombuffer(base64.b64decode(record.tails[split]), job.dtype))
+        tail = np.frombuffer(base64.b64decode(record.tails[split]), job.dtype)
+        if job.is_chat:
+            for conversation in divide(tail.reshape(2, -1)):
+                packer.add(conversation)
+        else:
+            tails.add(tail)
+    packer.finish()
     tails.finish()
     shards += tails.shards
     windows = sum(shard["samples"] for shard in shards)
@@ -95,7 +100,10 @@ def _join_tails(job: ConversionJob, split: str, records: list[PartRecord]) -> tu
         tokens_written=windows * (job.seq_len + 1),
         tokens_dropped=len(tails.tail),
         eos_dropped=int((tails.tail == job.eos_id).sum()),
+        learnt=sum(record.learnt[split] for record in records),
     )
+    if job.is_chat:
+        return shards, replace(counts, padding=counts.tokens_written - counts.tokens)
     assert counts.tokens + counts.documents == counts.tokens_written + counts.tokens_dropped, "tokens were lost"
     return shards, counts
 
@@ -115,6 +123,18 @@ def _write_index(job: ConversionJob, split: str, shards: list[dict[str, Any]]) -
                     file.unlink()
         elif part.name in (TAILS, KEPT, CUT) or re.fullmatch(r"part-\d+(\.tmp)?", part.name):
             shutil.rmtree(part)
+
+
+def _no_window(job: ConversionJob, tokens: int) -> str:
+    if job.is_chat:
+        return (
+            f"no conversation has a completion token among its first {job.seq_len + 1} tokens; give others, or a "
+            "larger seq_len"
+        )
+    return (
+        f"{count(tokens, 'token')} of text {'does' if tokens == 1 else 'do'} not fill one window of "
+        f"seq_len={job.seq_len}; give more text or a smaller seq_len"
+    )
 
 
 def _remove_output(job: ConversionJob) -> None:

@@ -13,7 +13,6 @@ Decisions: DATA-11, DATA-12.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from mythos_dist.data import loss_mask
 from mythos_dist.data.manifest import SPLITS, SplitCounts
-from mythos_dist.prepare.mds import ShardWriter
 from mythos_dist.prepare.part import UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
 
 ONE_STREAM = "one-stream"  # the marker file in out/unfinished
@@ -65,58 +64,57 @@ def too_few_documents(job: ConversionJob, records: Iterable[PartRecord]) -> bool
             tokens[split] += record.tokens[split] + record.documents_in[split]
     expected_documents = sum(documents.values()) * min(job.heldout, 1 - job.heldout)
     min_train_tokens = (1 - job.heldout) / 2 * sum(tokens.values())
-    return expected_documents < 1 or min(tokens.values()) <= job.seq_len or tokens["train"] < min_train_tokens
+    least = 0 if job.is_chat else job.seq_len  # tokens without a window; conversations are padded
+    return expected_documents < 1 or min(tokens.values()) <= least or tokens["train"] < min_train_tokens
 
 
 def cut_windows(
     job: ConversionJob, shards: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SplitCounts]:
     """Move the held-out share from the end of train/'s `shards` (entries of index.json) to heldout/.
 
-    Returns the entries of train/, those of heldout/, and the number of EOS tokens in the latter. Each split gets at
+    Returns the entries of train/, those of heldout/, and the counts of the latter. Each split gets at
     least one window if there are two. No file of `shards` is changed.
     """
     windows = sum(shard["samples"] for shard in shards)
     heldout_windows = min(max(1, round(windows * job.heldout)), windows - 1) if windows > 1 else 0
-    window = job.seq_len + 1
     first, windows_before = len(shards), windows  # the first shard that is divided or moved, and the windows before it
     while windows_before > windows - heldout_windows:
         first -= 1
         windows_before -= shards[first]["samples"]
-    kept = ShardWriter(job.out / "train" / KEPT, job.seq_len, job.dtype, job.compression, f"{KEPT}/")
-    cut = ShardWriter(job.out / "heldout" / CUT, job.seq_len, job.dtype, job.compression, f"{CUT}/")
-    num_eos = 0
-    kept_tokens = (windows - heldout_windows - windows_before) * window  # of the shard `first`
+    kept, cut = job.writer("train", KEPT, KEPT), job.writer("heldout", CUT, CUT)
+    counts = SplitCounts(0, 0, 0, 0, 0, 0)
+    kept_windows = windows - heldout_windows - windows_before  # of the shard `first`
     for shard in shards[first:]:
-        tokens = read_tokens(job.out / "train", shard, job)
-        kept.add(tokens[:kept_tokens])
-        cut.add(tokens[kept_tokens:])
-        num_eos += int((tokens[kept_tokens:] == job.eos_id).sum())
-        kept_tokens = 0
+        values = read_windows(job.out / "train", shard, job)
+        kept.add(values[:kept_windows].ravel())
+        cut.add(values[kept_windows:].ravel())
+        counts = add_counts(counts, count_windows(job, values[kept_windows:]))
+        kept_windows = 0
     kept.finish()
     cut.finish()
     assert cut.windows == heldout_windows and not len(kept.tail) + len(cut.tail), "tokens were lost"
-    return shards[:first] + kept.shards, cut.shards, num_eos
+    return shards[:first] + kept.shards, cut.shards, counts
 
 
-def read_tokens(folder: Path, shard: dict[str, Any], job: ConversionJob) -> np.ndarray:
-    """All tokens of a shard that this conversion wrote to `folder`."""
+def read_windows(folder: Path, shard: dict[str, Any], job: ConversionJob) -> np.ndarray:
+    """All windows (N, job.window) of a shard that this conversion wrote to `folder`."""
     content = (folder / stored_file(shard)["basename"]).read_bytes()
     if shard["zip_data"]:
         content = pa.Codec("zstd").decompress(content, shard["raw_data"]["bytes"], asbytes=True)
-    count = shard["samples"] * (job.seq_len + 1)
-    return np.frombuffer(content, job.dtype, count, len(content) - count * np.dtype(job.dtype).itemsize)
+    count = shard["samples"] * job.window
+    values = np.frombuffer(content, job.dtype, count, len(content) - count * np.dtype(job.dtype).itemsize)
+    return values.reshape(-1, job.window)
 
 
-def split_counts(job: ConversionJob, total: SplitCounts, windows: int, num_eos: int) -> dict[str, SplitCounts]:
-    """The counts of both splits after the last `windows` windows of `total`, with `num_eos` EOS tokens, were moved to
-    heldout/. A document counts in the split that has its EOS; the partial window stays in train/."""
-    moved = windows * (job.seq_len + 1)
-    train = replace(
-        total,
-        documents=total.documents - num_eos,
-        tokens=total.tokens - (moved - num_eos),
-        windows=total.windows - windows,
-        tokens_written=total.tokens_written - moved,
-    )
-    return {"train": train, "heldout": SplitCounts(num_eos, moved - num_eos, windows, moved, 0, 0)}
+def count_windows(job: ConversionJob, windows: np.ndarray) -> SplitCounts:
+    """The counts of windows (N, job.window). A document counts where its EOS is."""
+    if job.is_chat:
+        return loss_mask.count_windows(windows)
+    num_eos = int((windows == job.eos_id).sum())
+    return SplitCounts(num_eos, windows.size - num_eos, len(windows), windows.size, 0, 0)
+
+
+def add_counts(a: SplitCounts, b: SplitCounts, sign: int = 1) -> SplitCounts:
+    """a + b, or with `sign` -1 a - b."""
+    return SplitCounts(**{name: value + sign * getattr(b, name) for name, value in vars(a).items()})

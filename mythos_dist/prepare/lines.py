@@ -19,6 +19,9 @@ LONG_BYTES = 1 << 20  # a longer document or line is processed in pieces
 MAX_LINE_BYTES = 2 << 30  # a line is held in memory
 NOT_JSON_LINES = "JSON lines have one record per line; convert an array with: jq -c '.[]' FILE"
 
+CHAT = "conversations are converted with --format chat"
+BLANK = object()  # the value of a line without one
+
 # A lone surrogate becomes a byte that is not UTF-8 and is later repaired like any other.
 codecs.register_error("mythos_dist.invalid", lambda error: (b"\xff" * (error.end - error.start), error.end))  # type: ignore
 
@@ -92,26 +95,18 @@ def lines_before(source: Source, position: int) -> int:
 
 def parse_json_line(line: bytes | bytearray, text_key: str, score_key: str | None) -> LineText | None:
     """The text of a JSON line; None if the line is blank. Raises ValueError with the problem."""
-    if line.startswith(BOM):  # in the middle of a file that was concatenated from several
-        line = line[len(BOM) :]
-    if not line or line.isspace():
-        return None
+    line = _without_mark(line)
     literals: list[tuple[int, int]] = []  # positions of the long strings of a long line
-    skeleton = line if len(line) <= LONG_BYTES else _without_long_strings(line, literals)
-    try:
-        record = json.loads(skeleton.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        hint = f"; {NOT_JSON_LINES}" if line.strip() in (b"[", b"{") else ""
-        raise ValueError(f"not JSON ({error}){hint}") from None
+    record = load_json(line if len(line) <= LONG_BYTES else _without_long_strings(line, literals))
+    if record is BLANK:
+        return None
     if not isinstance(record, dict) or text_key not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         hint = f"; {NOT_JSON_LINES}" if isinstance(record, list) else ""
+        if isinstance(record, dict) and ("messages" in record or {"prompt", "completion"} <= record.keys()):
+            hint = f"; {CHAT}"
         raise ValueError(f"no key {text_key!r}; there is: {keys:.200}{hint}")
-    text = record[text_key]
-    try:
-        number = parse_score(record.get(score_key)) if score_key else float("nan")
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"key {score_key!r}: {error}") from None
+    text, number = record[text_key], parse_score_of(record, score_key)
     if literals and isinstance(text, dict) and "\0" in text:
         start, end = literals[text["\0"]]
         content = lambda: _unescaped(memoryview(line)[start:end])  # noqa: E731
@@ -121,6 +116,31 @@ def parse_json_line(line: bytes | bytearray, text_key: str, score_key: str | Non
     if text is not None and not isinstance(text, str):
         raise ValueError(f"key {text_key!r} holds {type(text).__name__}, not text")
     return LineText((text or "").encode("utf-8", "mythos_dist.invalid"), number)
+
+
+def load_json(line: bytes | bytearray) -> Any:
+    """The value in a JSON line; BLANK if the line is blank. Raises ValueError with the problem."""
+    line = _without_mark(line)
+    if not line or line.isspace():
+        return BLANK
+    try:
+        return json.loads(line.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        hint = f"; {NOT_JSON_LINES}" if line.strip() in (b"[", b"{") else ""
+        raise ValueError(f"not JSON ({error}){hint}") from None
+
+
+def _without_mark(line: bytes | bytearray) -> bytes | bytearray:
+    """`line` without a byte order mark, in the middle of a file that was concatenated from several."""
+    return line[len(BOM) :] if line.startswith(BOM) else line
+
+
+def parse_score_of(record: dict[str, Any], key: str | None) -> float:
+    """The score of a record; NaN without `key`. Raises ValueError if it is not a number."""
+    try:
+        return parse_score(record.get(key)) if key else float("nan")
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"key {key!r}: {error}") from None
 
 
 def parse_score(score: Any) -> float:

@@ -55,6 +55,11 @@ class ShardWriter:
         self.windows = 0
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens that `add` takes."""
+        return self._dtype
+
+    @property
     def tail(self) -> np.ndarray:
         """The tokens of the partial window at the end; after `finish`."""
         return self._buffer[: self._used]

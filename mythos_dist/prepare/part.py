@@ -18,6 +18,7 @@ from typing import Any
 
 from mythos_dist.data.manifest import SPLITS, Filters, Skipped, read_json
 from mythos_dist.files import write_atomically as write_file
+from mythos_dist.prepare.mds import ShardWriter
 from mythos_dist.prepare.spans import Chunks, Columns, Span
 
 # A part holds about 1 / PARTS of the text, within these bounds: enough parts for many workers, few enough files.
@@ -27,7 +28,14 @@ MIN_PART_BYTES, MAX_PART_BYTES = 1 << 21, 128 << 20
 # Only one conversion at a time writes to a folder, so it may overwrite the temporary files of a killed one.
 write_atomically = functools.partial(write_file, ending=".tmp")
 UNFINISHED = "unfinished"  # the folder of records; removed once the manifest is written
-OUTCOMES = ("written", "empty", "low_score", "duplicate", "short")  # of a document; fields of DocumentCounts
+OUTCOMES = (
+    "written",
+    "empty",
+    "low_score",
+    "duplicate",
+    "short",
+    "not_learnt",
+)  # of a document; fields of DocumentCounts
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,20 @@ class ConversionJob:
     columns: Columns
     compression: str | None
     skip_bad: bool
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether documents are conversations, written with a loss mask."""
+        return self.columns.chat is not None
+
+    @property
+    def window(self) -> int:
+        """Values of a window in the shards: tokens, and flags of conversations."""
+        return (self.seq_len + 1) * (2 if self.is_chat else 1)
+
+    def writer(self, split: str, folder: str, prefix: str) -> ShardWriter:
+        """A writer of windows to a folder of a split; `prefix`: of the names in its index."""
+        return ShardWriter(self.out / split / folder, self.window - 1, self.dtype, self.compression, f"{prefix}/")
 
 
 @dataclass(frozen=True)
@@ -72,16 +94,19 @@ class PartRecord:
     repaired: int = 0
     unknown: int = 0  # tokens for characters that are not in the tokenizer's vocabulary
     documents_in: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # without EOS
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # without EOS between documents
+    added_eos: int = 0  # between documents
+    learnt: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # tokens, of conversations
+    truncated: int = 0  # conversations
     shards: dict[str, list[dict]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     tails: dict[str, str] = field(
         default_factory=lambda: dict.fromkeys(SPLITS, "")
-    )  # tokens of a partial window, base64
+    )  # tokens of a partial window, or tokens and flags of conversations (2, n), base64
     skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def tokens_with_eos(self) -> int:
-        return sum(self.tokens.values()) + sum(self.documents_in.values())
+        return sum(self.tokens.values()) + self.added_eos
 
     @property
     def disk_bytes(self) -> int:

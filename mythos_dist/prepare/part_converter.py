@@ -17,15 +17,15 @@ from mythos_dist.prepare.batches import Batch, LongDocument, starts_of, valid_ut
 from mythos_dist.prepare.documents import read_span, unreadable
 from mythos_dist.prepare.heldout import is_heldout, text_digest
 from mythos_dist.prepare.inputs import Source, reading
-from mythos_dist.prepare.mds import ShardWriter
 from mythos_dist.prepare.part import OUTCOMES, UNFINISHED, ConversionJob, ConversionPart, PartRecord, write_atomically
 
 FRAGMENT_BYTES = 1 << 20  # of a long document, encoded at a time
-WRITTEN, EMPTY, LOW_SCORE, DUPLICATE, SHORT = range(len(OUTCOMES))
+WRITTEN, EMPTY, LOW_SCORE, DUPLICATE, SHORT, NOT_LEARNT = range(len(OUTCOMES))
 AddProgress = Callable[[int, int], None]  # (bytes of text, tokens) since the last call
 
 
 def convert_part(
+    converter: "type[PartConverter]",
     job: ConversionJob,
     part: ConversionPart,
     tokenizer: Tokenizer,
@@ -35,13 +35,13 @@ def convert_part(
 ) -> PartRecord:
     """Convert a part; write its shards and its record to `job.out`.
 
-    `limit`: the document that reaches this many tokens (EOS included) is the last. `duplicates`: rows of
-    `document_digests` that are left out. Raises UserError for input that cannot be read.
+    `converter`: of text or of conversations. `limit`: the document that reaches this many tokens (EOS included) is the
+    last. `duplicates`: rows of `document_digests` that are left out. Raises UserError for input that cannot be read.
     """
     for split in SPLITS:
         for folder in (part.name, f"{part.name}.tmp"):
             shutil.rmtree(job.out / split / folder, ignore_errors=True)
-    record = _PartConverter(job, part, tokenizer, limit, duplicates, add_progress).run()
+    record = converter(job, part, tokenizer, limit, duplicates, add_progress).run()
     for split in SPLITS:
         if record.shards[split]:
             os.rename(job.out / split / f"{part.name}.tmp", job.out / split / part.name)
@@ -73,7 +73,7 @@ def to_dtype(tokens: np.ndarray, vocab_size: int, dtype: str) -> np.ndarray:
     return tokens.astype(dtype)
 
 
-class _PartConverter:
+class PartConverter:
     """Converts the documents of one part and counts the outcomes."""
 
     def __init__(
@@ -90,12 +90,7 @@ class _PartConverter:
         self._record = PartRecord(limit=limit)
         self._duplicates = duplicates
         self._num_candidates = 0  # documents so far that `document_digests` lists
-        self._writers = {
-            split: ShardWriter(
-                job.out / split / f"{part.name}.tmp", job.seq_len, job.dtype, job.compression, f"{part.name}/"
-            )
-            for split in SPLITS
-        }
+        self._writers = {split: job.writer(split, f"{part.name}.tmp", part.name) for split in SPLITS}
 
     def run(self) -> PartRecord:
         record = self._record
@@ -107,10 +102,14 @@ class _PartConverter:
             else:
                 self._add_batch(item)
         for split, writer in self._writers.items():
-            writer.finish()
+            record.tails[split] = base64.b64encode(self._tail(split).tobytes()).decode()
             record.shards[split] = writer.shards
-            record.tails[split] = base64.b64encode(writer.tail.tobytes()).decode()
         return record
+
+    def _tail(self, split: str) -> np.ndarray:
+        """Write the last windows of a split; what does not fill one, in the shards' dtype."""
+        self._writers[split].finish()
+        return self._writers[split].tail
 
     def _tokens_left(self) -> float:
         limit = self._record.limit
@@ -118,10 +117,7 @@ class _PartConverter:
 
     def _add_batch(self, batch: Batch) -> None:
         """Filter and tokenize a batch of documents, and append them to their splits."""
-        job = self._job
-        outcomes = _outcomes(job, batch)
-        candidates = np.flatnonzero(outcomes == WRITTEN)
-        outcomes[candidates[self._next_are_duplicates(len(candidates))]] = DUPLICATE
+        job, outcomes = self._job, self._filter(batch)
         chosen = np.flatnonzero(outcomes == WRITTEN)
         lengths = np.diff(batch.ends, prepend=0)
         data = batch.data
@@ -142,6 +138,19 @@ class _PartConverter:
         self._write_documents(tokens, counts, self._are_heldout(batch, chosen))
         self._add_progress(len(batch.data), len(tokens))
 
+    def _filter(self, batch: Batch) -> np.ndarray:
+        """int64 (n,): EMPTY, LOW_SCORE, DUPLICATE or, for all others, WRITTEN."""
+        outcomes = _outcomes(self._job, batch)
+        candidates = np.flatnonzero(outcomes == WRITTEN)
+        outcomes[candidates[self._next_are_duplicates(len(candidates))]] = DUPLICATE
+        return outcomes
+
+    def _filter_long(self, document: LongDocument) -> int:
+        """LOW_SCORE, DUPLICATE or WRITTEN."""
+        if _is_low(self._job, document.score):
+            return LOW_SCORE
+        return DUPLICATE if self._next_are_duplicates(1)[0] else WRITTEN
+
     def _are_heldout(self, batch: Batch, chosen: np.ndarray) -> np.ndarray:
         """bool (len(chosen),): which of the chosen documents belong to the held-out split."""
         heldout = np.zeros(len(chosen), bool)
@@ -160,9 +169,7 @@ class _PartConverter:
             self._record.documents_in[split] += int(mask.sum())
 
     def _add_long(self, document: LongDocument) -> None:
-        outcome = LOW_SCORE if _is_low(self._job, document.score) else WRITTEN
-        if outcome == WRITTEN and self._next_are_duplicates(1)[0]:
-            outcome = DUPLICATE
+        outcome = self._filter_long(document)
         if outcome == WRITTEN:
             outcome = self._write_long(document)
         self._record.documents[OUTCOMES[outcome]] += 1
@@ -214,6 +221,7 @@ class _PartConverter:
         if self._unk_id is not None:
             self._record.unknown += int(np.count_nonzero(tokens == self._unk_id))
         if ends is not None:
+            self._record.added_eos += len(ends)
             tokens = np.insert(tokens, ends, eos_id)
         self._writers[split].add(to_dtype(tokens, self._job.vocab_size, self._job.dtype))
 

@@ -9,9 +9,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mythos_dist.data.chat import ChatRenderer
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.encoding import WrongEncoding
 from mythos_dist.prepare.inputs import Source, read_text, reading
+from mythos_dist.prepare.names import KIND_NAMES
 from mythos_dist.prepare.parquet import open_parquet, schema_problem
 
 TEXT_CHUNK_BYTES = 4 << 20
@@ -25,6 +27,7 @@ class Columns:
     text: str = "text"
     score: str | None = None
     sample_by: Literal["document", "line"] = "document"  # of plain text: each file or each line is a document
+    chat: ChatRenderer | None = None  # JSON lines hold conversations, which this renders
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Chunks(NamedTuple):
 
 def divide(source: Source, columns: Columns) -> Chunks:
     """The chunks of a file. Raises UserError if it does not have the format of its name, or lacks a column."""
+    if columns.chat and source.kind != "jsonl":
+        raise UserError(f"is {KIND_NAMES[source.kind]}; conversations are read from JSON lines only", source.path)
     if source.kind == "parquet":
         return _divide_parquet(source, columns)
     _check_text(source)

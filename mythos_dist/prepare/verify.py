@@ -31,7 +31,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.prepare.part import UNFINISHED
 from mythos_dist.prepare.pool import WorkerPool
 from mythos_dist.prepare.progress import ConversionProgress
-from mythos_dist.prepare.verify_shard import MALFORMED, check_shard
+from mythos_dist.prepare.verify_shard import MALFORMED, Counted, check_shard
 from mythos_dist.units import count
 
 HELDOUT_BY = ("document", "window")
@@ -68,7 +68,7 @@ def verify(folder: str | Path, *, workers: int = 0, quiet: bool = True) -> Verif
         report.problems += _file_problems(folder, manifest)
         shards = {split: _read_index(folder, split, manifest, report) for split in SPLITS}
         report.shards = sum(len(some) for some in shards.values())
-        report.tokens = report.windows * manifest.window
+        report.tokens = report.windows * manifest.tokens_per_window
         with WorkerPool(workers, manifest) as pool, ConversionProgress(pool, quiet) as progress:
             progress.begin("verifying", report.bytes)
             for split in SPLITS:
@@ -104,7 +104,7 @@ def _read_manifest(folder: Path, report: VerifyReport) -> ShardManifest | None:
 
 def _contradictions(manifest: ShardManifest) -> list[str]:
     """The rules of manifest.py that its values break. Raises one of MALFORMED for an invalid count or dtype."""
-    documents, splits, window = manifest.documents, manifest.splits.values(), manifest.window
+    documents, splits, window = manifest.documents, manifest.splits.values(), manifest.tokens_per_window
     num_dtype_values = np.iinfo(manifest.dtype).max + 1
     size = "(seq_len + 1 + targets * seq_len)" if manifest.targets else "(seq_len + 1)"
     problems = []
@@ -118,10 +118,10 @@ def _contradictions(manifest: ShardManifest) -> list[str]:
         f"eos_id={manifest.eos_id} < vocab_size={manifest.vocab_size} <= {num_dtype_values}",
         manifest.dtype,
     )
-    left_out = documents.empty + documents.low_score + documents.duplicate + documents.short
+    left_out = documents.empty + documents.low_score + documents.duplicate + documents.short + documents.not_learnt
     check(
         documents.read == documents.written + left_out,
-        "read == written + empty + low_score + duplicate + short",
+        "read == written + empty + low_score + duplicate + short + not_learnt",
         documents,
     )
     check(
@@ -130,12 +130,17 @@ def _contradictions(manifest: ShardManifest) -> list[str]:
         documents,
     )
     check(documents.repaired <= documents.read, "repaired <= read", documents)
+    check(documents.truncated <= documents.written, "truncated <= written", documents)
     for split in splits:
-        check(
-            split.tokens + split.documents == split.tokens_written + split.tokens_dropped,
-            "tokens + documents == tokens_written + tokens_dropped",
-            split,
-        )
+        if manifest.loss_mask:
+            check(split.tokens + split.padding == split.tokens_written, "tokens + padding == tokens_written", split)
+            check(split.learnt <= split.tokens, "learnt <= tokens", split)
+        else:
+            check(
+                split.tokens + split.documents == split.tokens_written + split.tokens_dropped,
+                "tokens + documents == tokens_written + tokens_dropped",
+                split,
+            )
         check(split.tokens_written == split.windows * window, f"tokens_written == windows * {size}", split)
         check(
             split.eos_dropped <= split.tokens_dropped < window,
@@ -197,14 +202,19 @@ def _check_split(
     workers: WorkerPool,
     progress: ConversionProgress,
 ) -> None:
-    """Check the shards of a split, and, if all are good, their number of EOS tokens."""
-    num_eos, all_good = 0, bool(shards)
+    """Check the shards of a split, and, if all are good, their documents."""
+    found, all_good = Counted(), bool(shards)
     results = workers.map(check_shard, shards, progress.update)
-    for shard, (problems, shard_eos) in zip(shards, results, strict=True):
-        num_eos += shard_eos
+    for shard, (problems, counted) in zip(shards, results, strict=True):
+        found = Counted(*map(sum, zip(found, counted, strict=True)))
         if problems:
             all_good = False
             report.bad.append({"shard": shard.name, "problems": problems})
-    if all_good and num_eos != counts.documents - counts.eos_dropped:
-        problem = f"the shards contain {count(num_eos, 'EOS token')}, not documents - eos_dropped"
+    if all_good and found != (counts.documents - counts.eos_dropped, counts.learnt, counts.padding):
+        problem = f"the shards contain {count(found.documents, 'EOS token')}, not documents - eos_dropped"
+        if found.learnt or counts.learnt:
+            problem = (
+                f"the shards contain {count(found.documents, 'document')}, {count(found.learnt, 'learnt token')} and "
+                f"{count(found.padding, 'token')} of padding, not those"
+            )
         report.problems.append(f"{shards[0].folder.name}: {problem} of {counts}")

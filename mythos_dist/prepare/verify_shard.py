@@ -3,35 +3,44 @@
 import hashlib
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
+from mythos_dist.data.loss_mask import count_windows
 from mythos_dist.data.manifest import ShardManifest
 from mythos_dist.data.windows import Shard
 from mythos_dist.prepare import pool
 from mythos_dist.units import count
 
-PIECE_BYTES = 1 << 20  # read at a time; a multiple of a token's size
+PIECE_BYTES = 1 << 20  # read at a time, in complete windows
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # raised by JSON of an unexpected structure
 NOT_IN_HEADER = ("samples", "raw_data", "zip_data")  # the other keys of an index entry are repeated in the shard
 # Keys of an index entry that do not follow from the manifest.
 SHARD_SPECIFIC = (*NOT_IN_HEADER, "hashes", "size_limit")
 
 
-def check_shard(shard: Shard) -> tuple[list[str], int]:
-    """In a worker: the problems of a shard, and its number of EOS tokens (0 if its entry is wrong)."""
+class Counted(NamedTuple):
+    """Of a shard's windows: EOS tokens, or documents, learnt tokens and padding by a loss mask."""
+
+    documents: int = 0
+    learnt: int = 0
+    padding: int = 0
+
+
+def check_shard(shard: Shard) -> tuple[list[str], Counted]:
+    """In a worker: the problems of a shard, and what it contains (nothing if its entry is wrong)."""
     manifest: ShardManifest = pool.shared()
     try:
-        problems, num_eos = _check_entry(shard.entry, manifest), 0
+        problems, counted = _check_entry(shard.entry, manifest), Counted()
         if not problems:  # the file can be checked only against a valid entry
-            problems, num_eos = _check_file(shard, manifest)
+            problems, counted = _check_file(shard, manifest)
         pool.add_progress(shard.stored["bytes"], 0)
-        return problems, num_eos
+        return problems, counted
     except MALFORMED as error:
-        return [f"its entry in index.json cannot be read ({type(error).__name__}: {error})"], 0
+        return [f"its entry in index.json cannot be read ({type(error).__name__}: {error})"], Counted()
 
 
 def _check_entry(entry: dict[str, Any], manifest: ShardManifest) -> list[str]:
@@ -63,33 +72,33 @@ def _check_entry(entry: dict[str, Any], manifest: ShardManifest) -> list[str]:
     return [f"index.json has {problem}" for problem in problems]
 
 
-def _check_file(shard: Shard, manifest: ShardManifest) -> tuple[list[str], int]:
-    """The problems of a shard's file, and its number of EOS tokens."""
+def _check_file(shard: Shard, manifest: ShardManifest) -> tuple[list[str], Counted]:
+    """The problems of a shard's file, and what it contains."""
     raw, stored = shard.entry["raw_data"], shard.stored
     try:
         with open(shard.folder / stored["basename"], "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != stored["bytes"]:
-                return [f"has {count(size, 'byte')}, not {stored['bytes']:,}"], 0
+                return [f"has {count(size, 'byte')}, not {stored['bytes']:,}"], Counted()
             if stored is raw:
                 return _check_content(file, shard.entry, manifest)
             compressed = file.read()
     except FileNotFoundError:
-        return ["is missing"], 0
+        return ["is missing"], Counted()
     except OSError as error:
-        return [f"cannot be read ({error.strerror})"], 0
+        return [f"cannot be read ({error.strerror})"], Counted()
     hashes = _Hashes(stored)
     hashes.update(compressed)
     try:
         content = pa.Codec("zstd").decompress(compressed, raw["bytes"])
     except OSError as error:  # also if it has another size
-        return [*hashes.problems(), f"cannot be decompressed ({error})"], 0
-    problems, num_eos = _check_content(pa.BufferReader(content), shard.entry, manifest)
-    return hashes.problems() + [f"decompressed, it {problem}" for problem in problems], num_eos
+        return [*hashes.problems(), f"cannot be decompressed ({error})"], Counted()
+    problems, counted = _check_content(pa.BufferReader(content), shard.entry, manifest)
+    return hashes.problems() + [f"decompressed, it {problem}" for problem in problems], counted
 
 
-def _check_content(stream: Any, entry: dict[str, Any], manifest: ShardManifest) -> tuple[list[str], int]:
-    """The problems of an uncompressed shard, read in pieces, and its number of EOS tokens."""
+def _check_content(stream: Any, entry: dict[str, Any], manifest: ShardManifest) -> tuple[list[str], Counted]:
+    """The problems of an uncompressed shard, read in pieces of complete windows, and what it contains."""
     samples, header_json, dtype = entry["samples"], _header_json(entry), np.dtype(manifest.dtype)
     begin = 8 + 4 * samples + len(header_json)
     offsets = begin + np.arange(samples + 1) * manifest.window * dtype.itemsize
@@ -98,25 +107,44 @@ def _check_content(stream: Any, entry: dict[str, Any], manifest: ShardManifest) 
         "offsets": offsets.astype("<u4").tobytes(),
         "columns": header_json,
     }
-    hashes, problems, buffer = _Hashes(entry["raw_data"]), [], np.empty(PIECE_BYTES, np.uint8)
-    size = highest = num_eos = 0
+    window_bytes = manifest.window * dtype.itemsize
+    buffer = np.empty(max(1, PIECE_BYTES // window_bytes) * window_bytes, np.uint8)
+    hashes, problems, counted = _Hashes(entry["raw_data"]), [], Counted()
+    size = highest = 0
     for what, expected in header.items():
         actual = stream.read(len(expected))
         hashes.update(actual)
         size += len(actual)
         if actual != expected:
             problems.append(f"has other {what} in its header than index.json")
-    while length := stream.readinto(buffer.data):
+    while length := _fill(buffer, stream):
         hashes.update(buffer[:length].data)
         size += length
         tokens = buffer[: length - length % dtype.itemsize].view(dtype)
         highest = max(highest, int(tokens.max(initial=0)))
-        num_eos += int(np.count_nonzero(tokens == manifest.eos_id))
+        counted = Counted(*map(sum, zip(counted, _count(tokens, manifest), strict=True)))
     if size != entry["raw_data"]["bytes"]:
         problems.append(f"has {count(size, 'byte')}, not {entry['raw_data']['bytes']:,}")
     if highest >= manifest.vocab_size:
         problems.append(f"contains the token {highest}, outside vocab_size={manifest.vocab_size}")
-    return hashes.problems() + problems, num_eos
+    return hashes.problems() + problems, counted
+
+
+def _fill(buffer: np.ndarray, stream: Any) -> int:
+    """Read until the buffer is full or the stream ends; the number of bytes read."""
+    length = 0
+    while length < len(buffer) and (read := stream.readinto(buffer[length:].data)):
+        length += read
+    return length
+
+
+def _count(values: np.ndarray, manifest: ShardManifest) -> Counted:
+    """What is in the values of consecutive windows."""
+    if not manifest.loss_mask:
+        return Counted(int(np.count_nonzero(values == manifest.eos_id)))
+    windows = values[: len(values) // manifest.window * manifest.window].reshape(-1, manifest.window)
+    counts = count_windows(windows)
+    return Counted(counts.documents, counts.learnt, counts.padding)
 
 
 def _header_json(entry: dict[str, Any]) -> bytes:

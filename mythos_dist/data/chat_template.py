@@ -1,0 +1,73 @@
+"""The chat template of a tokenizer, or a given one."""
+
+from pathlib import Path
+
+from mythos_dist.data.chat import ChatRenderer
+from mythos_dist.data.manifest import ChatTemplate
+from mythos_dist.data.tokenizer import HuggingFaceTokenizer, Tokenizer, read_configuration, token_text
+from mythos_dist.errors import UserError
+
+PLAIN = "plain"  # the name of PLAIN_TEMPLATE
+# For any tokenizer: its only special token is EOS, which ends an assistant's turn.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] + '\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
+
+def find_renderer(tokenizer: Tokenizer, option: str | None) -> ChatRenderer:
+    """A renderer with the template `option` (a file, or "plain"); None: that of the tokenizer's files.
+
+    Raises UserError if there is none, or if it cannot be used.
+    """
+    renderer = ChatRenderer(_find_template(tokenizer, option), tuple(tokenizer.special_tokens))
+    renderer.check()
+    return renderer
+
+
+def _find_template(tokenizer: Tokenizer, option: str | None) -> ChatTemplate:
+    tokens = {"eos_token": tokenizer.eos}
+    if tokenizer.bos:
+        tokens["bos_token"] = tokenizer.bos
+    own = None
+    where = "SentencePiece models have none"
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        folder = tokenizer.path.parent
+        named = {name: token_text(read_configuration(folder, name)) for name in _NAMES}
+        tokens |= {name: token for name, token in named.items() if token}
+        own = _own_template(folder) if option is None else None
+        where = f"neither tokenizer_config.json nor chat_template.jinja in {folder} has one"
+    if option == PLAIN:
+        return ChatTemplate(PLAIN_TEMPLATE, tokens)
+    text = own if option is None else _read(Path(option))
+    if text is None:
+        raise UserError(
+            f"no chat template ({where}); pass one with --template FILE, or --template {PLAIN} for a simple one",
+            str(tokenizer.path),
+        )
+    return ChatTemplate(text, tokens)
+
+
+def _own_template(folder: Path) -> str | None:
+    """The template in the files next to a tokenizer.json."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return _read(file)
+    template = read_configuration(folder, "chat_template")
+    if isinstance(template, list):  # several by name
+        texts = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = texts.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(
+            f"the chat template cannot be read ({reason}); name a Jinja file, or {PLAIN}", str(file)
+        ) from None
