@@ -19,7 +19,7 @@ def main() -> None:
     """Parse the command line and sweep; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint) or one checkpoint folder")
+    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint), a checkpoint or an export")
     add("--loops", default="1,2,4,8,16,32,64", help="numbers of loops (%(default)s)")
     add("--data", type=Path, help="folder of shards; its held-out split is used (default: the run's data)")
     add("--samples", type=int, default=256, help="maximum number of held-out sequences (%(default)s)")
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Sweep, and write and print the results."""
     from tqdm import tqdm
 
-    from mythos_dist.checkpoint.restore import open_checkpoint
+    from mythos_dist.checkpoint.restore import open_weights_at
     from mythos_dist.train.depth import draw_curves
     from mythos_dist.train.sweep import parse_loops, sweep, write_json
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     if problems:
         raise UserError(problems)
     out = arguments.out or arguments.checkpoint / "depth-sweep"
-    open_checkpoint(arguments.checkpoint)
+    open_weights_at(arguments.checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)  # fail before the sweep, not after
     with tqdm(desc="forward passes", unit="", disable=None) as bar:
         result = sweep(

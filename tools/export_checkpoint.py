@@ -24,6 +24,7 @@ def parse() -> argparse.Namespace:
         default="safetensors",
         help="tensor names (%(default)s)",
     )
+    add("--average", action="store_true", help="the average of the weights that the run keeps (average.kind)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
     add("--workers", type=integer(1, 1024), default=2, help="files written at once (%(default)s)")
     add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
@@ -34,12 +35,17 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Export. Exit code 0, or 2 for a usage or input error."""
     arguments = parse()
+    from mythos_dist.checkpoint.averaged import AverageOf
     from mythos_dist.checkpoint.export import export
     from mythos_dist.checkpoint.progress import bar
     from mythos_dist.checkpoint.restore import open_checkpoint
     from mythos_dist.config.load import config_from
+    from mythos_dist.units import count
 
     source = open_checkpoint(arguments.checkpoint)
+    samples = source.manifest.optimizer.get("average_samples", 0)
+    if arguments.average:
+        source = AverageOf(source)
     num_parameters = source.manifest.num_parameters
     with bar("exporting", 4 * num_parameters, arguments.quiet) as shown:
         files = export(
@@ -60,7 +66,9 @@ def main() -> None:
                 f"note: OpenMythos' class uses halting, but these weights were trained with act.mode={mode}: its "
                 "logits will differ"
             )
-        print(f"step {source.manifest.step}: {num_parameters:,} parameters, {size / 1e9:.3f} GB in {arguments.out}")
+        average = f", average of {count(samples, 'sample')}" if arguments.average else ""
+        about = f"step {source.manifest.step}{average}: {num_parameters:,} parameters"
+        print(f"{about}, {size / 1e9:.3f} GB in {arguments.out}")
 
 
 if __name__ == "__main__":

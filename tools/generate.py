@@ -24,7 +24,7 @@ def main() -> None:
     """Parse the command line, load the run's newest checkpoint on one process and print the generated text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run_dir", type=Path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("run_dir", type=Path, help="a run.dir (its newest checkpoint), a checkpoint or an export")
     add("--prompt", help="text to continue, or with --chat a message; - reads it from standard input")
     add("--chat", action="store_true", help="answer messages; without --prompt, one per line of input")
     add("--system", help="with --chat: the system message")

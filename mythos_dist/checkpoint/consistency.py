@@ -58,8 +58,9 @@ def _shape_problem(shape: Index) -> str:
 
 
 def _kinds_problem(kinds: Sequence[str]) -> str:
-    of_parameter = {"parameter", "exp_avg", "exp_avg_sq", "momentum_buffer"}
-    if kinds and len(set(kinds)) == len(kinds) and (kinds == ("buffer",) or set(kinds) <= of_parameter):
+    of_parameter = {"parameter", "exp_avg", "exp_avg_sq", "momentum_buffer", "average"}
+    of_buffer = {"buffer", "average"}
+    if kinds and len(set(kinds)) == len(kinds) and (set(kinds) <= of_parameter or set(kinds) <= of_buffer):
         return ""
     return f"has kinds {shorten(list(kinds)) if len(kinds) > 4 else [shorten(kind) for kind in kinds]}"
 

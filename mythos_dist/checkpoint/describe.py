@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mythos_dist.checkpoint.canonical import tensor_blocks
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
@@ -80,6 +80,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The result of `summarize` as text."""
     optimizer = summary["optimizer"]
     content = "weights and the optimizer's moments" if summary["moments"] else "weights only"
+    if samples := optimizer.get("average_samples"):
+        content += f"; average of {count(samples, 'sample')} of the weights"
     scale = optimizer["loss_scale"].get("cur_scale", 1)
     writer = f"start {summary['start']} of the run" if summary["start"] else "a tool"
     lines = [
@@ -202,7 +204,7 @@ def differing_tensors(first: Checkpoint, second: Checkpoint) -> Iterator[TensorD
             shape, other_shape = _format_shape(tensors[name].shape), _format_shape(others[name].shape)
             yield f"{name} has shape {shape} in the first, {other_shape} in the second"
         else:
-            kind = PARAMETER if PARAMETER in tensors[name].kinds else BUFFER
+            kind = tensors[name].weights
             if kind not in others[name].kinds:
                 yield f"{name} is a {kind} in one of them only"
             elif difference := _difference(first, second, kind, name):

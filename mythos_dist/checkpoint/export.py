@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mythos_dist.checkpoint.canonical import check_free_space, group_by_size, output_path, tensor_blocks
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of
@@ -72,8 +71,11 @@ def export(
     if len(groups) > 1:
         files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
 
-    # `start_from` reads step and tokens, for the lineage of a run that begins with these weights.
+    # `start_from` reads step and tokens, for the lineage of a run that begins with these weights; inference needs the
+    # settings, besides those of the model.
+    settings = {section: manifest.config[section] for section in ("act", "loops") if section in manifest.config}
     metadata = {"format": "pt", "step": str(manifest.step), "tokens": str(manifest.lineage.tokens)}
+    metadata["settings"] = json.dumps(settings)
     with _new_folder(out, sum(sizes.values())) as folder:
 
         def write_file(file: str, names: list[str]) -> None:
@@ -115,7 +117,7 @@ def _blocks(
     source: Checkpoint, name: str, model: MythosConfig, format: Format, dtype: Dtype, progress: Progress
 ) -> Iterator[memoryview]:
     """The bytes to write for our tensor `name`."""
-    kind = PARAMETER if PARAMETER in source.manifest.tensors[name].kinds else BUFFER
+    kind = source.manifest.tensors[name].weights
     if format == "safetensors":
         for block in tensor_blocks(source, kind, name, progress):
             yield _bytes_of(torch.frombuffer(block, dtype=torch.float32), dtype)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from mythos_dist.checkpoint.manifest import (
 from mythos_dist.checkpoint.open_mythos import SafeTensors, mismatches
 from mythos_dist.checkpoint.pieces import Piece, overlaps
 from mythos_dist.checkpoint.reader import Checkpoint
-from mythos_dist.config.schema import BY_MODE, MythosConfig
+from mythos_dist.config.schema import BY_MODE, ActConfig, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.open_mythos import from_open_mythos, open_mythos_shapes
@@ -59,7 +60,7 @@ class ExportedWeights(Checkpoint):
             tokens=tokens,
             start=0,
             layout={},
-            config={"model": asdict(self._model)},
+            config={"model": asdict(self._model), **_read_settings(self._state.metadata.get("settings"), folder)},
             data="",
             versions=library_versions(),
             optimizer={"steps": 0, "skipped_steps": 0, "loss_scale": {}},
@@ -94,6 +95,18 @@ def _read_model(folder: Path) -> MythosConfig:
         raise UserError(
             f"cannot be read as an export's settings ({first_line(error)})", str(folder / "config.json")
         ) from None
+
+
+def _read_settings(text: str | None, folder: Path) -> dict[str, dict[str, Any]]:
+    """The settings of `act` and `loops`; none in exports of earlier versions."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+        classes = {"act": ActConfig, "loops": LoopsConfig}
+        return {section: asdict(classes[section](**settings)) for section, settings in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"has settings that this version does not read ({first_line(error)})", str(folder)) from None
 
 
 def _number(text: str) -> int:

@@ -2,9 +2,10 @@
 
 A checkpoint is a folder of tensor files and this manifest, which is written last. Tensors have the model's canonical
 names. A parameter is stored as fp32 tensors, `parameter/NAME` and its moments, which are `exp_avg/NAME` and
-`exp_avg_sq/NAME`, or with Muon `momentum_buffer/NAME`; a buffer as `buffer/NAME`. Each file holds pieces of tensors
-(`pieces.py`). The manifest lists them, so a rank of any layout finds its elements in the files of any other. Every byte
-is covered by a hash, the manifest's own bytes included.
+`exp_avg_sq/NAME`, or with Muon `momentum_buffer/NAME`; a buffer as `buffer/NAME`. With `average.kind` each has an
+`average/NAME`, too (`train/average.py`). Each file holds pieces of tensors (`pieces.py`). The manifest lists them, so a
+rank of any layout finds its elements in the files of any other. Every byte is covered by a hash, the manifest's own
+bytes included.
 
 Decisions: CHECKPOINT-1, CHECKPOINT-9.
 """
@@ -40,6 +41,7 @@ from mythos_dist.files import reason
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 has no lineage
 PARAMETER, MOMENTS, BUFFER = "parameter", ("exp_avg", "exp_avg_sq", "momentum_buffer"), "buffer"
+AVERAGE = "average"  # of a parameter or a buffer
 MAX_BYTES = 512 << 20  # of a manifest; that of 4,096 ranks has about 40 MB
 MAX_DEPTH = 8  # of nested settings
 
@@ -62,7 +64,12 @@ class TensorEntry:
     __pydantic_config__ = _CLOSED
 
     shape: Index
-    kinds: tuple[_Text, ...]  # stored under its name: parameter and moments; or buffer
+    kinds: tuple[_Text, ...]  # stored under its name: parameter and moments, or buffer; and its average
+
+    @property
+    def weights(self) -> str:
+        """The kind of its current values: PARAMETER or BUFFER."""
+        return PARAMETER if PARAMETER in self.kinds else BUFFER
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ class _Optimizer(TypedDict):
     skipped_steps: Size
     loss_scale: dict[Literal["cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"], _Number]
     recent_grad_norms: NotRequired[list[_Number]]
+    average_samples: NotRequired[Size]  # in the average of the weights; see train/average.py
 
 
 _HASH = "xxh3_128"

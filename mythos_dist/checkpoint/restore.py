@@ -8,7 +8,7 @@ Decisions: CHECKPOINT-5, CHECKPOINT-9.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mythos_dist.checkpoint.exported import ExportedWeights, is_export
 from mythos_dist.checkpoint.local_shards import LocalShards
-from mythos_dist.checkpoint.manifest import BUFFER, MOMENTS, PARAMETER, VersionError, read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import AVERAGE, BUFFER, MOMENTS, PARAMETER, VersionError, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
@@ -137,10 +138,13 @@ def _raise_unless_same_key(key: Key | None) -> None:
 
 
 def load_state(
-    checkpoint: Checkpoint, shards: LocalShards, progress: Progress = lambda size: None, moments: bool = True
+    checkpoint: Checkpoint,
+    shards: LocalShards,
+    progress: Progress = lambda size: None,
+    leave_out: Collection[str] = (),
 ) -> None:
-    """Load a rank's `shards` from a checkpoint; moments that the checkpoint lacks become zero (imported weights), and
-    without `moments` all of them do.
+    """Load a rank's `shards` from a checkpoint; moments and averages that the checkpoint lacks become zero (imported
+    weights), and so do those of the kinds in `leave_out`.
 
     `progress` is called with the bytes read since the last call. Raises UserError if the checkpoint is of another
     model.
@@ -148,7 +152,8 @@ def load_state(
     for name, shard in shards.items():
         for kind, value in shard.values.items():
             tensor = checkpoint.manifest.tensors.get(name)
-            if kind in MOMENTS and tensor is not None and not (moments and kind in tensor.kinds):
+            optional = kind in MOMENTS or kind == AVERAGE
+            if optional and tensor is not None and (kind in leave_out or kind not in tensor.kinds):
                 value.zero_()
                 continue
             on_host = value.detach() if value.device.type == "cpu" else torch.zeros(value.shape, dtype=value.dtype)
@@ -159,11 +164,12 @@ def load_state(
 
 
 def load_model(path: Path) -> tuple[Mythos, Config, int]:
-    """The unsharded fp32 model of a checkpoint, or of a run's newest one, in eval mode; its config; its step.
+    """The unsharded fp32 model of a checkpoint, of a run's newest one, or of an export, in eval mode; its config, of
+    which an export has `model`, `act` and `loops` only; its step.
 
     Raises UserError if there is no checkpoint, or if it is damaged.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_weights_at(path)
     checkpoint.raise_if_damaged()
     config = config_of(checkpoint)
     with torch.device("meta"):
@@ -179,6 +185,21 @@ def load_model(path: Path) -> tuple[Mythos, Config, int]:
     values = {name: torch.from_numpy(checkpoint.full_tensor(kind, name)) for name, (kind, _) in expected.items()}
     model.load_state_dict(values, assign=True)
     return model.eval(), config, checkpoint.manifest.step
+
+
+def open_weights_at(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, the newest one of the run at `path`, or the export there.
+
+    Raises UserError as `open_checkpoint`, and for an export if signatures are required.
+    """
+    if not is_export(path.expanduser()):
+        return open_checkpoint(path)
+    if signing_key():
+        raise UserError(
+            f"an export has no signature, but {VARIABLE} is set; give the checkpoint that it was exported from",
+            str(path),
+        )
+    return ExportedWeights(path.expanduser())
 
 
 def config_of(checkpoint: Checkpoint) -> Config:

@@ -35,7 +35,7 @@ MAY_CHANGE = {
     "run.cluster",
     "run.check_memory",
 }
-_MAY_CHANGE_SECTIONS = {"parallel", "checkpoint", "faults"}
+_MAY_CHANGE_SECTIONS = {"average", "parallel", "checkpoint", "faults"}
 
 
 # What settings were, by section, before they existed: with another value a run would read other samples.
@@ -47,7 +47,7 @@ WIDTHS = (
     "lora injection qk_norm"
 ).split()
 # What a new stage may change; the others say where a run is, and how it is watched.
-_TRAINING = ("model", "experts", "act", "loops", "train", "optim", "data", "parallel")
+_TRAINING = ("model", "experts", "act", "loops", "train", "optim", "average", "data", "parallel")
 
 
 def training_changes(

@@ -13,6 +13,7 @@ def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
         *_train_problems(config),
         *_schedule_problems(config),
         *_optim_problems(config.optim),
+        *_average_problems(config),
         *_act_problems(config),
         *_loops_problems(config),
         *find_layout_problems(config),
@@ -128,6 +129,30 @@ def _optim_problems(optim: OptimConfig) -> Iterator[Problem]:
             ("optim.muon_lr", "optim.name"),
             f"optim.muon_lr={optim.muon_lr} has no effect with optim.name={optim.name}; set optim.name=muon, or "
             "optim.muon_lr=null",
+        )
+
+
+def _average_problems(config: Config) -> Iterator[Problem]:
+    average, steps = config.average, config.train.steps
+    if average.kind == "off":
+        if average.evaluate:
+            message = "average.evaluate=true, but average.kind=off; set average.kind to mean or ema"
+            yield Problem(("average.evaluate", "average.kind"), message)
+        return
+    if average.steps <= steps:
+        return
+    if average.kind == "mean" and average.last and average.every <= steps:
+        yield Problem(
+            ("average.last", "average.every", "train.steps"),
+            f"average.last={average.last} samples, one in average.every={average.every} steps, take {average.steps} "
+            f"steps, more than train.steps={steps}; set average.last to at most {steps // average.every}, or lower "
+            "average.every",
+        )
+    else:
+        yield Problem(
+            ("average.every", "train.steps"),
+            f"average.every={average.every} is more than train.steps={steps}, so the weights would never be sampled; "
+            f"set it to at most {steps}",
         )
 
 

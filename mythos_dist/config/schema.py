@@ -303,6 +303,25 @@ class OptimConfig(Section, section="optim"):
 
 
 @dataclass(frozen=True)
+class AverageConfig(Section, section="average"):
+    """A second set of weights that averages those of training: 4 bytes per parameter / replica (train/average.py)."""
+
+    # mean: of the last `last` samples of the weights. ema: exponential moving average, in which the samples from the
+    # newest back have the weights decay^0, decay^1, ... divided by their sum.
+    kind: Literal["off", "mean", "ema"] = "off"
+    every: Steps = 10  # steps between samples
+    # mean: samples per window. The run's last window ends with its last sample; null: all samples since the beginning.
+    last: Steps | None = 10
+    decay: Momentum = 0.99  # ema: per sample, not per step
+    evaluate: bool = False  # evaluate the averaged weights, too, whenever the weights are evaluated
+
+    @property
+    def steps(self) -> int:
+        """The fewest steps after which an average is complete."""
+        return self.every * (self.last or 1) if self.kind == "mean" else self.every
+
+
+@dataclass(frozen=True)
 class DataConfig(Section, section="data"):
     path: PathText = ""  # a folder of MDS shards with manifest.json
     # Instead of `path`: several such folders with weights, such as {shards/web: 0.7, shards/code: 0.3}. Every range of
@@ -328,8 +347,8 @@ class CheckpointConfig(Section, section="checkpoint"):
     keep: Annotated[int, Range(1, 10**6)] = 2  # newest checkpoints to keep
     pin: tuple[Steps, ...] = ()  # steps whose checkpoints are saved and kept forever
     pin_every: StepsOrOff = 0  # steps between such checkpoints; 0: none
-    # Training waits only for a copy in host memory (12 bytes per parameter / replica); false: until everything is on
-    # disk.
+    # Training waits only for a copy in host memory (12 bytes per parameter / replica, 4 more with `average`); false:
+    # until everything is on disk.
     background: bool = True
     verify: bool = True  # before loading compare the hash of every file; false: only sizes
     # File with a key that signs checkpoints; others are then refused (docs/security.md). None: the file that the
@@ -394,6 +413,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mythos_dist.config.schema import MythosConfig, OptimConfig
+from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.parallel.tensor import shard_of
@@ -109,14 +109,14 @@ def _is_on_stage(name: str, stage: StageSpec) -> bool:
     return int(rest.partition(".")[0]) in blocks
 
 
-def optimizer_bytes(optim: OptimConfig, name: str) -> int:
-    """Bytes per element of a parameter's fp32 weights and moments: two of Adam, one of Muon."""
-    return 8 if optim.uses_muon(name) else 12
+def state_bytes(config: Config, name: str) -> int:
+    """Bytes per element of a parameter's fp32 weights, moments (two of Adam, one of Muon) and average."""
+    return (8 if config.optim.uses_muon(name) else 12) + (4 if config.average.kind != "off" else 0)
 
 
-def checkpoint_bytes(config: MythosConfig, optim: OptimConfig) -> int:
+def checkpoint_bytes(config: Config) -> int:
     """Size of a checkpoint's tensors."""
-    return sum(parameter.numel * optimizer_bytes(optim, parameter.name) for parameter in local_parameters(config))
+    return sum(parameter.numel * state_bytes(config, parameter.name) for parameter in local_parameters(config.model))
 
 
 def count_parameters(config: MythosConfig) -> int:

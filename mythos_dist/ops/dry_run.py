@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mythos_dist.checkpoint.manifest import AVERAGE
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.kernels import use_gpu_code
@@ -177,6 +178,8 @@ def _mark_static(meter: Meter, engine: Any) -> None:
     meter.weight_shapes = {parameter.shape for parameter in parameters if parameter.dim() > 1}
     for flat, state in optimizer.optimizer.state.items():
         meter.mark([flat, *(value for value in state.values() if isinstance(value, Tensor))], "optimizer")
+    if engine.config.average.kind != "off":
+        meter.mark((shard.values[AVERAGE] for shard in engine.local_shards.values()), "optimizer")
     meter.mark(getattr(optimizer, "fp32_groups_gradients_flat", []), "gradients")
     meter.mark([parameter.data for parameter in parameters], "parameters")
     if hasattr(optimizer, "grad_partitions_flat_buffer"):  # ZeRO-3

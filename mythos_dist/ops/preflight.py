@@ -106,7 +106,7 @@ def inspect_node(config: Config, rank_info: RankInfo, probe: Path) -> NodeReport
     """
     clock, folder = time.time(), probe.parent
     sees_probe, problems = _find_probe(probe, rank_info)
-    need = checkpoint_bytes(config.model, config.optim)
+    need = checkpoint_bytes(config)
     free = shutil.disk_usage(folder).free
     if free < need:
         problems.append(

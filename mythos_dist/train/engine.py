@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.local_shards import LocalShard, LocalShards
+from mythos_dist.checkpoint.manifest import BUFFER
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
@@ -38,6 +39,7 @@ from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stag
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.tensor import shard_of
 from mythos_dist.parallel.traffic import Traffic
+from mythos_dist.train.average import WeightAverage, add_averages
 from mythos_dist.train.deepspeed_patches import (
     fix_gradient_norm,
     import_muon,
@@ -119,7 +121,8 @@ class Engine:
 
     @functools.cached_property
     def local_shards(self) -> LocalShards:
-        """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers, by name."""
+        """Views of what this rank holds of parameters (the fp32 master copies), moments, buffers and averages, by
+        name."""
         shards, mesh = {}, self.mesh
         for name, parameter in self.model.named_parameters():
             partition = partition_of(self.deepspeed.optimizer, parameter)
@@ -136,17 +139,26 @@ class Engine:
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)
             writes = self.model.stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0
-            shards[name] = LocalShard(Piece.full(shape), shape, {"buffer": buffer.view(-1)}, writes)
+            shards[name] = LocalShard(Piece.full(shape), shape, {BUFFER: buffer.view(-1)}, writes)
+        if self.config.average.kind != "off":
+            add_averages(shards)
         return shards
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """State that is equal on every rank: steps taken and skipped, fp16's loss scale."""
-        return optimizer_state(self.deepspeed)
+    @functools.cached_property
+    def average(self) -> WeightAverage:
+        """The average of the weights."""
+        return WeightAverage(self.config.average, self.local_shards)
 
-    def after_load(self, optimizer_state: dict[str, Any], step: int) -> None:
+    def optimizer_state(self) -> dict[str, Any]:
+        """State that is equal on every rank: steps taken and skipped, fp16's loss scale, samples of the average."""
+        samples = {"average_samples": self.average.samples} if self.average.samples else {}
+        return optimizer_state(self.deepspeed) | samples
+
+    def after_load(self, optimizer_state: dict[str, Any], step: int, average_samples: int = 0) -> None:
         """Resume after step `step`, when `local_shards` were filled. Every rank calls this."""
         set_optimizer_state(self.deepspeed, optimizer_state, step)
         copy_masters_to_parameters(self.deepspeed.optimizer)
+        self.average.samples = average_samples
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int, norm_limit: float = math.inf) -> StepResult:
         """Optimizer step `step` (1-based) of the schedule on this replica's micro-batches.
@@ -255,6 +267,17 @@ class Engine:
             total += torch.stack([loss["cross_entropy"].double() * tokens, loss["correct"].sum(), tokens])
         self._sum_over_ranks(total)
         return HeldOut(float(total[0] / total[2]), float(total[1] / total[2]))
+
+    def evaluate_average(self, micro_batches: Iterable[tuple[MicroBatch, Tensor]]) -> HeldOut:
+        """As `evaluate`, of the averaged weights. Nothing has changed afterwards, to the bit."""
+        self._exchange_average()
+        result = self.evaluate(micro_batches)
+        self._exchange_average()
+        return result
+
+    def _exchange_average(self) -> None:
+        self.average.exchange()
+        copy_masters_to_parameters(self.deepspeed.optimizer)
 
     def probe_loops(self, batch: MicroBatch) -> LoopProbe:
         """Measure each loop of a forward pass over one micro-batch per replica, with the mean number of loops."""

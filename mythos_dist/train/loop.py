@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import CheckpointManifest, Lineage, library_versions
+from mythos_dist.checkpoint.manifest import AVERAGE, MOMENTS, CheckpointManifest, Lineage, library_versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
@@ -21,6 +21,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
+from mythos_dist.train.average import carried_samples, describe_resume
 from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes, read_batches
 from mythos_dist.train.depth import find_failures, probe_entries
 from mythos_dist.train.global_batch import GlobalBatch, batches_from, tokens_at
@@ -98,7 +99,8 @@ class Run:
         elif checkpoint:
             if self.rank == 0:
                 print(f"resuming from {checkpoint.folder}", flush=True)
-                for line in schedule_changes(self.config, checkpoint):
+                average_changes = describe_resume(self.config.average, checkpoint.manifest, self.last_step)
+                for line in (*schedule_changes(self.config, checkpoint), *average_changes):
                     log.warning("%s", line)
             self.load(checkpoint)
         if not checkpoint and previous.last_step:
@@ -138,6 +140,7 @@ class Run:
             result, decision = self.train_step(batch, step)
             sample_ids = gather_sample_ids(batch.micro_batches, self.mesh.data)
             self.step = step
+            self.engine.average.update(step, self.last_step)
             self.log_step(batch, result, decision, sample_ids, time.perf_counter() - began)
             if len(self.spikes.skipped) >= config.faults.roll_back_after:
                 self.roll_back()
@@ -232,7 +235,8 @@ class Run:
         return {"depth": entries}
 
     def evaluate(self) -> None:
-        """Measure the held-out loss, and over `loops.sweep` if set; without a held-out split do nothing."""
+        """Measure the held-out loss, also over `loops.sweep` and of the averaged weights if set; without a held-out
+        split do nothing."""
         if self.heldout is None:
             return
         heldout = self.heldout
@@ -243,8 +247,12 @@ class Run:
         for n_loops in self.config.loops.sweep:
             self.session.heartbeat()
             by_loops[n_loops] = self.engine.evaluate(passes, n_loops)
+        of_average = None
+        if self.config.average.evaluate and self.engine.average.samples:
+            self.session.heartbeat()
+            of_average = self.engine.evaluate_average(passes)
         if self.metrics:
-            self.metrics.write_evaluation(self.step, result, by_loops)
+            self.metrics.write_evaluation(self.step, result, by_loops, of_average, self.engine.average.samples)
 
     def save(self) -> None:
         """Begin to save the state after `step`."""
@@ -258,20 +266,22 @@ class Run:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Fill the engine with the state of a checkpoint of this run."""
-        self.load_tensors(checkpoint)
-        self.engine.after_load(checkpoint.manifest.optimizer, checkpoint.manifest.step)
+        manifest = checkpoint.manifest
+        samples = carried_samples(self.config.average, manifest)
+        self.load_tensors(checkpoint, leave_out=() if samples else (AVERAGE,))
+        self.engine.after_load(manifest.optimizer, manifest.step, samples)
         self.spikes.norms.extend(recent_norms(checkpoint))
 
     def load_parent(self, parent: Checkpoint) -> None:
         """Fill the engine with what `start_from_state` takes from the parent, or from the end of the stage before."""
         state = self.config.run.start_from_state
-        self.load_tensors(parent, moments=state != "weights")
+        self.load_tensors(parent, leave_out=(AVERAGE, *(MOMENTS if state == "weights" else ())))
         self.engine.after_load(carried_optimizer_state(parent, state), self.config.run.stage_begin)
         if state == "everything":
             self.spikes.norms.extend(recent_norms(parent))
 
-    def load_tensors(self, checkpoint: Checkpoint, moments: bool = True) -> None:
-        """Weights and buffers, and with `moments` the optimizer's."""
+    def load_tensors(self, checkpoint: Checkpoint, leave_out: Collection[str]) -> None:
+        """All kinds of tensors except those in `leave_out`, which become zero."""
         self.session.enter_phase("loading")
         shards = self.engine.local_shards
         size = sum(4 * value.numel() for shard in shards.values() for value in shard.values.values())
@@ -281,7 +291,7 @@ class Run:
                 self.session.heartbeat()
                 shown.update(size)
 
-            raise_on_all_ranks(lambda: load_state(checkpoint, shards, progress, moments))
+            raise_on_all_ranks(lambda: load_state(checkpoint, shards, progress, leave_out))
 
     def roll_back(self) -> None:
         """Return to the newest checkpoint, and exclude the batches of the skipped steps."""

@@ -28,7 +28,7 @@ from mythos_dist.train.depth import HeldOut, draw_curves
 from mythos_dist.train.global_batch import tokens_at
 from mythos_dist.train.line_file import FILES, LineFile
 from mythos_dist.train.schedule import Phase
-from mythos_dist.units import short
+from mythos_dist.units import count, short
 
 log = logging.getLogger(__name__)
 
@@ -170,15 +170,28 @@ class Metrics:
             flush=True,
         )
 
-    def write_evaluation(self, step: int, result: HeldOut, curve: dict[int, HeldOut]) -> None:
-        """Append a line to eval.jsonl and print it; `curve`: the results by number of loops, if measured."""
+    def write_evaluation(
+        self,
+        step: int,
+        result: HeldOut,
+        curve: dict[int, HeldOut],
+        of_average: HeldOut | None = None,
+        average_samples: int = 0,
+    ) -> None:
+        """Append a line to eval.jsonl and print it; `curve`: the results by number of loops, if measured; `of_average`:
+        that of the averaged weights, if measured."""
         line: dict[str, Any] = {"step": step, "heldout_loss": result.loss, "accuracy": result.accuracy}
         if curve:
             line["by_loops"] = {str(n): one._asdict() for n, one in curve.items()}
+        average = ""
+        if of_average:
+            line["heldout_loss_average"], line["accuracy_average"] = of_average
+            line["average_samples"] = average_samples
+            average = f"  of the average {of_average.loss:.3f} ({count(average_samples, 'sample')})"
         written = self._write("eval.jsonl", line)
         perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp(710) overflows
         print(
-            f"step {step}/{self.total_steps}  held-out loss {result.loss:.3f}  perplexity {perplexity:.1f}",
+            f"step {step}/{self.total_steps}  held-out loss {result.loss:.3f}  perplexity {perplexity:.1f}{average}",
             flush=True,
         )
         if curve:

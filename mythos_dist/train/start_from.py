@@ -187,6 +187,8 @@ def describe_start(config: Config, parent: Checkpoint, lineage: Lineage, corpora
     else:
         anew.append("data order")
     yield f"  carried over: {'; '.join(kept)}"
+    if config.average.kind != "off":
+        anew.append("average of the weights")
     if anew:
         yield f"  begins anew: {'; '.join(anew)}"
     changes = training_changes(manifest.config, asdict(config))

@@ -82,6 +82,8 @@ def sweep(
 
 def _open(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream, str]:
     folders = {str(data): 1.0} if data else config.data.folders
+    if "" in folders:
+        raise UserError("an export does not name its shards; give a folder of shards with --data")
     manifest = read_shard_manifest(next(iter(folders)))
     if manifest.seq_len > config.model.max_seq_len:
         raise UserError(

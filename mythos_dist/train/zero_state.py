@@ -62,11 +62,11 @@ def copy_masters_to_parameters(optimizer: Any) -> None:
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.update_lp_params()
         return
-    persistent = optimizer.persistent_parameters  # small ones, which every rank keeps unsharded
-    if persistent:
-        persistent[0].partition(persistent)
+    # As at the beginning of a step: a pass without gradients leaves parameters unsharded that it expects to need again.
+    optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    persistent = optimizer.persistent_parameters  # small ones, which every rank keeps unsharded
     if persistent:
         persistent[0].all_gather(persistent)
 

@@ -38,8 +38,8 @@ LAYOUTS = {
     2: [
         "train.micro_batch=2 train.global_batch=4",
         "model.attn_type=gqa loops.backprop=2",
-        "parallel.zero=2 train.dtype=bf16 train.global_batch=4",
-        "parallel.zero=3 train.recompute=loop",
+        "parallel.zero=2 train.dtype=bf16 train.global_batch=4 average.kind=ema",
+        "parallel.zero=3 train.recompute=loop average.kind=ema",
         "parallel.tensor=2 train.recompute=selective train.global_batch=1",
         "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1",
         "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",

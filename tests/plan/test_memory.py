@@ -20,7 +20,7 @@ LAYOUTS = [
     f"model.attn_type={attention} train.recompute={recompute}"
     for attention in ("mla", "gqa")
     for recompute in ("none", "selective", "loop")
-]
+] + ["average.kind=ema train.recompute=loop"]
 OTHERS = [
     "train.recompute=loop train.recompute_every=2 loops.mean=6",
     "model.injection=reference train.recompute=loop",

@@ -126,7 +126,7 @@ def check_checkpoints(machine: Machine, config: Config) -> Iterator[Finding]:
     """Room on disk, where `checkpoint.keep` + 1 exist while the newest is written, and in memory for a copy."""
     from mythos_dist.model.parameter_table import checkpoint_bytes, count_parameters
 
-    settings, path, size = config.checkpoint, Path(config.run.dir), checkpoint_bytes(config.model, config.optim)
+    settings, path, size = config.checkpoint, Path(config.run.dir), checkpoint_bytes(config)
     free, present = machine.free_bytes(path), folder_bytes(path / "checkpoints")
     every = range(settings.pin_every, config.train.steps + 1, settings.pin_every) if settings.pin_every else ()
     kept, pinned = settings.keep + 1, len({*every, *(step for step in settings.pin if step <= config.train.steps)})

@@ -19,7 +19,7 @@ from math import ceil
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.parameter_groups import plan_groups
-from mythos_dist.model.parameter_table import LocalParameter, local_parameters, optimizer_bytes
+from mythos_dist.model.parameter_table import LocalParameter, local_parameters, state_bytes
 from mythos_dist.ops.plan.activations import ITEM_BYTES, LayerActivations, Saved
 from mythos_dist.ops.plan.muon import muon_workspace
 from mythos_dist.ops.plan.routing import ExpertRows
@@ -29,7 +29,8 @@ from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 Memory = dict[str, float]  # bytes by part
 
 # parameters: weights as they compute. gradients: accumulators, and tensors shaped as weights in a backward pass.
-# optimizer: master weights and moments. activations: what a forward pass saves, and its temporary tensors.
+# optimizer: master weights, moments, average of the weights. activations: what a forward pass saves, and its temporary
+# tensors.
 # communication: outputs of collectives in a backward pass or in the optimizer. workspace: everything else.
 PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "communication")
 
@@ -56,7 +57,7 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
         elements = sum(p.numel for p in held)
         replicas = (mesh.expert_data if expert_sharded else mesh.data).size
         memory["parameters"] += elements * b * (1 + 1 / replicas if zero == 3 else 1)
-        memory["optimizer"] += sum(p.numel * optimizer_bytes(config.optim, p.name) for p in held) / replicas
+        memory["optimizer"] += sum(p.numel * state_bytes(config, p.name) for p in held) / replicas
         if zero > 1:
             memory["gradients"] += elements * b / replicas
         else:

@@ -1,0 +1,103 @@
+"""Averages as weights to read: the one that a checkpoint holds, or the mean of several checkpoints and exports.
+
+Both are read piece by piece like a checkpoint that has weights only, so `export.py` writes them as any other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mythos_dist.checkpoint.manifest import AVERAGE, CheckpointManifest, TensorEntry
+from mythos_dist.checkpoint.open_mythos import list_tensors
+from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.reader import Checkpoint
+from mythos_dist.config.compare import WIDTHS
+from mythos_dist.config.fields import show
+from mythos_dist.errors import UserError
+
+_BLOCK_ELEMENTS = 1 << 21  # summed in float64 at once
+
+
+class AverageOf(Checkpoint):
+    """The average that training kept in a checkpoint (`average.kind`), as its weights."""
+
+    def __init__(self, source: Checkpoint):
+        """Raises UserError if the checkpoint has no average."""
+        manifest = source.manifest
+        if not manifest.optimizer.get("average_samples"):
+            raise UserError(
+                "has no average of the weights: its run had average.kind=off, or had not taken a sample yet; export "
+                "without --average, or average several checkpoints with tools/average_checkpoints.py",
+                str(source.folder),
+            )
+        super().__init__(source.folder, _weights_only(manifest))
+        self._source = source
+
+    def read(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
+        """As `Checkpoint.read`."""
+        self._source.read(AVERAGE, name, piece, out)
+
+    def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
+        """As `Checkpoint.find_damage`."""
+        return self._source.find_damage(files, hashes)
+
+
+class MeanOf(Checkpoint):
+    """The weighted mean of the weights of several checkpoints or exports, with the settings of the newest one.
+
+    An element is sum(weight_i * element_i) / sum(weight_i) in float64, in the order of the sources, rounded to fp32.
+    The router's bias is averaged, too.
+    """
+
+    def __init__(self, sources: Sequence[Checkpoint], weights: Sequence[float] | None = None):
+        """`weights`: one per source, above 0; None: all equal. Raises UserError if the sources are not of one model."""
+        if len(sources) < 2:
+            raise UserError("one checkpoint is its own average; give two or more")
+        self._sources = list(sources)
+        self._weights = [1.0] * len(sources) if weights is None else list(weights)
+        if len(self._weights) != len(sources):
+            raise UserError(f"{len(self._weights)} weights for {len(sources)} checkpoints; give one for each")
+        if problems := [line for other in sources[1:] for line in _misfits(sources[0], other)]:
+            raise UserError([*problems, "only weights of one model can be averaged"])
+        newest = max(sources, key=lambda source: source.manifest.step)
+        super().__init__(newest.folder, _weights_only(newest.manifest))
+
+    def read(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
+        """As `Checkpoint.read`."""
+        for begin in range(0, len(out), _BLOCK_ELEMENTS):
+            block = out[begin : begin + _BLOCK_ELEMENTS]
+            first = piece.first + begin
+            values, total = np.zeros_like(block), np.zeros(len(block))
+            for source, weight in zip(self._sources, self._weights, strict=True):
+                source.read(kind, name, replace(piece, first=first, last=first + len(block)), values)
+                total += np.multiply(values, weight, dtype=np.float64)
+            block[:] = total / sum(self._weights)
+
+    def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
+        """As `Checkpoint.find_damage`, of all files of all sources."""
+        return [problem for source in self._sources for problem in source.find_damage(hashes=hashes)]
+
+
+def _weights_only(manifest: CheckpointManifest) -> CheckpointManifest:
+    tensors = {name: TensorEntry(tensor.shape, (tensor.weights,)) for name, tensor in manifest.tensors.items()}
+    return replace(manifest, tensors=tensors, files={})
+
+
+def _misfits(first: Checkpoint, other: Checkpoint) -> list[str]:
+    """Why a mean of these two makes no sense: a line per setting that shapes depend on, else one with the tensors."""
+    shapes, others = (
+        {name: (tensor.weights, tensor.shape) for name, tensor in one.manifest.tensors.items()}
+        for one in (first, other)
+    )
+    if shapes == others:
+        return []
+    model, other_model = (one.manifest.config.get("model", {}) for one in (first, other))
+    changed = [key for key in WIDTHS if key in model and key in other_model and model[key] != other_model[key]]
+    if changed:
+        return [
+            f"model.{key}={show(model[key])} in {first.folder}, but {show(other_model[key])} in {other.folder}"
+            for key in changed
+        ]
+    names = [name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name)]
+    return [f"{other.folder} does not fit {first.folder}: other or missing {list_tensors(sorted(names))}"]

@@ -1,0 +1,131 @@
+"""The average of the weights over training, in fp32 beside the master weights that a rank's ZeRO optimizer holds.
+
+The weights w after every step that is a multiple of `average.every` are a sample. With the k-th sample of an average
+
+    average += (w - average) * rate(k),   rate(k) = 1 / k (mean), (1 - decay) / (1 - decay^k) (ema)
+
+where difference, product and sum are rounded to fp32 one after the other, and the rate is rounded once. So a mean is
+that of its samples. An ema gives the samples the weights decay^0, decay^1, ... from the newest back, divided by their
+sum: Adam's bias correction (Kingma & Ba 2015), so it does not depend on the weights before the first sample.
+
+A mean of the last N samples would take N copies of the weights. Here samples are grouped into windows of N that are
+counted back from the run's last sample, and a mean begins anew with each window: at the end it is that of the last N
+samples, in between that of the window so far. One copy is enough, and the only state besides it is k.
+
+The router's bias is averaged like a weight.
+
+Decisions: AVERAGE-1, AVERAGE-2, AVERAGE-3.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from mythos_dist.checkpoint.local_shards import LocalShards
+from mythos_dist.checkpoint.manifest import AVERAGE, CheckpointManifest
+from mythos_dist.config.fields import show
+from mythos_dist.config.schema import AverageConfig
+from mythos_dist.units import count
+
+_BLOCK_ELEMENTS = 1 << 24  # temporary tensors have at most so many
+
+
+def add_averages(shards: LocalShards) -> None:
+    """Give each shard an average, all zeros, to save, to load and to update."""
+    for shard in shards.values():
+        shard.values[AVERAGE] = torch.zeros_like(shard.weights)
+
+
+class WeightAverage:
+    """This rank's part of the average. Every rank has one with the same number of samples."""
+
+    def __init__(self, settings: AverageConfig, shards: LocalShards):
+        """`shards`: with averages, unless `settings.kind` is off."""
+        self.settings = settings
+        self.samples = 0  # of the window, or since the beginning; 0: there is no average yet
+        self._shards = [shard for shard in shards.values() if AVERAGE in shard.values]
+
+    @torch.no_grad()
+    def update(self, step: int, last_step: int) -> None:
+        """After step `step` of a run that ends after `last_step`: take a sample, if it is due."""
+        if self.settings.kind == "off" or step % self.settings.every:
+            return
+        if self.samples >= window_samples(self.settings, step, last_step):
+            self.samples = 0
+        self.samples += 1
+        if self.samples == 1:
+            for shard in self._shards:
+                shard.values[AVERAGE].copy_(shard.weights)
+            return
+        rate = sample_rate(self.settings, self.samples)
+        for weights, average in self._blocks():
+            average += (weights - average).mul_(rate)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swap the average and the weights (fp32 master copies and buffers); twice changes no bit."""
+        for weights, average in self._blocks():
+            before = weights.clone()
+            weights.copy_(average)
+            average.copy_(before)
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All weights and averages, in views of limited size."""
+        for shard in self._shards:
+            yield from zip(
+                shard.weights.split(_BLOCK_ELEMENTS), shard.values[AVERAGE].split(_BLOCK_ELEMENTS), strict=True
+            )
+
+
+def window_samples(settings: AverageConfig, step: int, last_step: int) -> float:
+    """The number of samples in the window of the sample at `step`, until that sample; infinite without windows."""
+    if settings.kind != "mean" or settings.last is None:
+        return float("inf")
+    samples_left = last_step // settings.every - step // settings.every
+    return settings.last - samples_left % settings.last
+
+
+def sample_rate(settings: AverageConfig, samples: int) -> float:
+    """The weight of the newest of `samples` samples in their average."""
+    if settings.kind == "mean":
+        return 1 / samples
+    return (1 - settings.decay) / (1 - settings.decay**samples)
+
+
+def carried_samples(settings: AverageConfig, manifest: CheckpointManifest) -> int:
+    """The samples of a checkpoint's average that a run with these settings continues; 0: its average begins anew."""
+    same = not list(_changes(settings, manifest))
+    return manifest.optimizer.get("average_samples", 0) if same else 0
+
+
+def describe_resume(settings: AverageConfig, manifest: CheckpointManifest, last_step: int) -> Iterator[str]:
+    """A line for the log if a run that resumes from a checkpoint does not continue its average."""
+    samples = manifest.optimizer.get("average_samples", 0)
+    in_checkpoint = f"the checkpoint of step {manifest.step}"
+    if settings.kind == "off":
+        if samples:
+            average = f"average of {count(samples, 'sample')}"
+            yield f"average.kind=off: later checkpoints will not have the {average} that {in_checkpoint} has"
+    elif not samples:
+        if manifest.step >= settings.every:
+            yield f"the average of the weights begins now: {in_checkpoint} has none"
+    elif changes := list(_changes(settings, manifest)):
+        changed = ", ".join(f"average.{name}={show(now)} (was {show(before)})" for name, now, before in changes)
+        yield f"the average of the weights begins anew: {changed}"
+    elif samples > window_samples(settings, manifest.step, last_step):
+        yield (
+            f"the average of the weights begins anew at its next sample: the run ends after step {last_step} now, so "
+            f"other windows of average.last={settings.last} samples end at its last sample"
+        )
+
+
+def _changes(settings: AverageConfig, manifest: CheckpointManifest) -> Iterator[tuple[str, object, object]]:
+    """(setting, value now, value in the checkpoint) of those that an average depends on and that differ."""
+    before = manifest.config.get("average", {})
+    names = ("kind", "every", "decay" if settings.kind == "ema" else "last")
+    for name in names:
+        now = asdict(settings)[name]
+        if before.get(name) != now:
+            yield name, now, before.get(name)

@@ -1,0 +1,94 @@
+"""Average the weights of several checkpoints or exports of one model, and write the mean as an export.
+
+    python tools/average_checkpoints.py RUN/checkpoints/step-00000800 RUN/checkpoints/step-00000900 RUN --out weights
+
+The mean is computed in float64 and rounded once. Other programs read the result (tools/export_checkpoint.py), and a run
+begins with it by `start_from=weights`. Needs no GPU; memory does not grow with the model.
+"""
+
+import argparse
+
+from mythos_dist.config.arguments import integer, nonempty_path, parse_arguments
+from mythos_dist.errors import UserError, run_command
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "checkpoints",
+        nargs="+",
+        type=nonempty_path,
+        metavar="CHECKPOINT",
+        help="the folder of a checkpoint, a run.dir (its newest checkpoint), or the folder of an export",
+    )
+    add("--out", type=nonempty_path, required=True, help="a new folder")
+    add(
+        "--weights",
+        nargs="+",
+        metavar="W",
+        help="a weight above 0 for each CHECKPOINT, such as 1 2 1; their sum does not matter (default: all equal)",
+    )
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    add("--workers", type=integer(1, 1024), default=2, help="files written at once (%(default)s)")
+    add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
+    add("--quiet", action="store_true", help="print only errors")
+    return parse_arguments(parser)
+
+
+def main() -> None:
+    """Average. Exit code 0, or 2 for a usage or input error."""
+    arguments = parse()
+    from mythos_dist.checkpoint.averaged import MeanOf
+    from mythos_dist.checkpoint.canonical import output_path
+    from mythos_dist.checkpoint.export import export
+    from mythos_dist.checkpoint.progress import bar
+    from mythos_dist.checkpoint.restore import open_weights_at
+    from mythos_dist.config.compare import training_changes
+
+    weights = None if arguments.weights is None else read_weights(arguments.weights)
+    sources = [open_weights_at(path) for path in arguments.checkpoints]
+    mean = MeanOf(sources, weights)
+    for source in sources:
+        output_path(source, arguments.out)
+    with bar("averaging", 4 * mean.manifest.num_parameters, arguments.quiet) as shown:
+        files = export(
+            mean,
+            arguments.out,
+            dtype=arguments.dtype,
+            workers=arguments.workers,
+            verify=not arguments.no_verify,
+            progress=shown.update,
+        )
+    if arguments.quiet:
+        return
+    for source in sources:
+        changes = training_changes(source.manifest.config, mean.manifest.config)
+        if different := [name for name, _, _ in changes if name.startswith("model.")]:
+            print(f"note: {source.folder} has other values of {', '.join(different)} than {mean.folder}")
+    size = sum(file.stat().st_size for file in files)
+    steps = ", ".join(str(source.manifest.step) for source in sources)
+    print(
+        f"mean of {len(sources)} checkpoints (steps {steps}): {mean.manifest.num_parameters:,} parameters, "
+        f"{size / 1e9:.3f} GB in {arguments.out}"
+    )
+
+
+def read_weights(texts: list[str]) -> list[float]:
+    """The weights of --weights. Raises UserError, with all problems."""
+    from mythos_dist.config.fields import number_of
+
+    weights = [number_of(text) for text in texts]
+    problems = [
+        f"--weights {text}: expected a number above 0 and at most 1e100"
+        for text, weight in zip(texts, weights, strict=True)
+        if weight is None or not 0 < weight <= 1e100
+    ]
+    if problems:
+        raise UserError(problems)
+    return [float(weight) for weight in weights if weight is not None]
+
+
+if __name__ == "__main__":
+    run_command(main)
