@@ -56,6 +56,7 @@ def main() -> None:
         files = export(
             mean,
             arguments.out,
+            "safetensors",
             dtype=arguments.dtype,
             workers=arguments.workers,
             verify=not arguments.no_verify,

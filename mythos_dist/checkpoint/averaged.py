@@ -15,6 +15,7 @@ from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.config.compare import WIDTHS
 from mythos_dist.config.fields import show
 from mythos_dist.errors import UserError
+from mythos_dist.units import count
 
 _BLOCK_ELEMENTS = 1 << 21  # summed in float64 at once
 
@@ -57,7 +58,8 @@ class MeanOf(Checkpoint):
         self._sources = list(sources)
         self._weights = [1.0] * len(sources) if weights is None else list(weights)
         if len(self._weights) != len(sources):
-            raise UserError(f"{len(self._weights)} weights for {len(sources)} checkpoints; give one for each")
+            given = count(len(self._weights), "weight")
+            raise UserError(f"{given} for {count(len(sources), 'checkpoint')}; give one for each")
         if problems := [line for other in sources[1:] for line in _misfits(sources[0], other)]:
             raise UserError([*problems, "only weights of one model can be averaged"])
         newest = max(sources, key=lambda source: source.manifest.step)

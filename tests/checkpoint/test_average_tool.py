@@ -156,7 +156,7 @@ def test_wrong_arguments_of_an_average_are_refused(save, tool, tmp_path):
     out = ["--out", tmp_path / "mean"]
     for arguments, message in (
         ([one, *out], "give two or more"),
-        ([one, two, *out, "--weights", "1"], "1 weights for 2 checkpoints"),
+        ([one, two, *out, "--weights", "1"], "1 weight for 2 checkpoints"),
         ([one, two, *out, "--weights", "0", "x"], r"--weights 0: expected a number(.|\n)*--weights x: expected"),
         ([one, two, *out, "--weights", "nan", "inf"], r"--weights nan: expected(.|\n)*--weights inf: expected"),
         ([one, tmp_path / "absent", *out], "no such folder"),
