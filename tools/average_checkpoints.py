@@ -9,7 +9,7 @@ begins with it by `start_from=weights`. Needs no GPU; memory does not grow with 
 import argparse
 
 from mythos_dist.config.arguments import integer, nonempty_path, parse_arguments
-from mythos_dist.errors import UserError, run_command
+from mythos_dist.errors import run_command
 
 
 def parse() -> argparse.Namespace:
@@ -40,18 +40,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Average. Exit code 0, or 2 for a usage or input error."""
     arguments = parse()
-    from mythos_dist.checkpoint.averaged import MeanOf
-    from mythos_dist.checkpoint.canonical import output_path
+    from mythos_dist.checkpoint.averaged import open_mean
     from mythos_dist.checkpoint.export import export
     from mythos_dist.checkpoint.progress import bar
-    from mythos_dist.checkpoint.restore import open_weights_at
-    from mythos_dist.config.compare import training_changes
 
-    weights = None if arguments.weights is None else read_weights(arguments.weights)
-    sources = [open_weights_at(path) for path in arguments.checkpoints]
-    mean = MeanOf(sources, weights)
-    for source in sources:
-        output_path(source, arguments.out)
+    mean = open_mean(arguments.checkpoints, arguments.out, arguments.weights)
     with bar("averaging", 4 * mean.manifest.num_parameters, arguments.quiet) as shown:
         files = export(
             mean,
@@ -62,33 +55,9 @@ def main() -> None:
             verify=not arguments.no_verify,
             progress=shown.update,
         )
-    if arguments.quiet:
-        return
-    for source in sources:
-        changes = training_changes(source.manifest.config, mean.manifest.config)
-        if different := [name for name, _, _ in changes if name.startswith("model.")]:
-            print(f"note: {source.folder} has other values of {', '.join(different)} than {mean.folder}")
-    size = sum(file.stat().st_size for file in files)
-    steps = ", ".join(str(source.manifest.step) for source in sources)
-    print(
-        f"mean of {len(sources)} checkpoints (steps {steps}): {mean.manifest.num_parameters:,} parameters, "
-        f"{size / 1e9:.3f} GB in {arguments.out}"
-    )
-
-
-def read_weights(texts: list[str]) -> list[float]:
-    """The weights of --weights. Raises UserError, with all problems."""
-    from mythos_dist.config.fields import number_of
-
-    weights = [number_of(text) for text in texts]
-    problems = [
-        f"--weights {text}: expected a number above 0 and at most 1e100"
-        for text, weight in zip(texts, weights, strict=True)
-        if weight is None or not 0 < weight <= 1e100
-    ]
-    if problems:
-        raise UserError(problems)
-    return [float(weight) for weight in weights if weight is not None]
+    if not arguments.quiet:
+        size = sum(file.stat().st_size for file in files)
+        print("\n".join(mean.describe()) + f", {size / 1e9:.3f} GB in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,20 @@
 Both are read piece by piece like a checkpoint that has weights only, so `export.py` writes them as any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from mythos_dist.checkpoint.canonical import output_path
 from mythos_dist.checkpoint.manifest import AVERAGE, CheckpointManifest, TensorEntry
 from mythos_dist.checkpoint.open_mythos import list_tensors
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.reader import Checkpoint
-from mythos_dist.config.compare import WIDTHS
-from mythos_dist.config.fields import show
+from mythos_dist.checkpoint.restore import open_weights_at
+from mythos_dist.config.compare import WIDTHS, training_changes
+from mythos_dist.config.fields import number_of, show
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
 
@@ -76,9 +79,44 @@ class MeanOf(Checkpoint):
                 total += np.multiply(values, weight, dtype=np.float64)
             block[:] = total / sum(self._weights)
 
+    def describe(self) -> Iterator[str]:
+        """Lines for the console: the sources, and settings of the model in which they differ."""
+        for source in self._sources:
+            changes = training_changes(source.manifest.config, self.manifest.config)
+            if different := [name for name, _, _ in changes if name.startswith("model.")]:
+                yield f"note: {source.folder} has other values of {', '.join(different)} than {self.folder}"
+        steps = ", ".join(str(source.manifest.step) for source in self._sources)
+        parameters = f"{self.manifest.num_parameters:,} parameters"
+        yield f"mean of {count(len(self._sources), 'checkpoint')} (steps {steps}): {parameters}"
+
     def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
         """As `Checkpoint.find_damage`, of all files of all sources."""
         return [problem for source in self._sources for problem in source.find_damage(hashes=hashes)]
+
+
+def open_mean(paths: Sequence[Path], out: Path, weights: Sequence[str] | None = None) -> MeanOf:
+    """The mean of the checkpoints, newest checkpoints of runs, or exports at `paths`, to be written to `out`.
+
+    `weights`: numbers as text. Raises UserError if one is invalid, if a path cannot be read, or if `out` is inside one.
+    """
+    numbers = None if weights is None else _parse_weights(weights)
+    sources = [open_weights_at(path) for path in paths]
+    for source in sources:
+        output_path(source, out)
+    return MeanOf(sources, numbers)
+
+
+def _parse_weights(texts: Sequence[str]) -> list[float]:
+    """Raises UserError with all problems."""
+    weights = {text: number_of(text) for text in texts}
+    problems = [
+        f"--weights {text}: expected a number above 0 and at most 1e100"
+        for text, weight in weights.items()
+        if weight is None or not 0 < weight <= 1e100
+    ]
+    if problems:
+        raise UserError(problems)
+    return [float(weights[text] or 0) for text in texts]
 
 
 def _weights_only(manifest: CheckpointManifest) -> CheckpointManifest:

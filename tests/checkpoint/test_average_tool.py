@@ -11,6 +11,7 @@ import torch
 from helpers.small_checkpoint import manifest
 from safetensors.numpy import load_file
 
+from mythos_dist.checkpoint.describe import inspect, summary_lines
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.local_shards import LocalShard
 from mythos_dist.checkpoint.pieces import Piece
@@ -112,7 +113,8 @@ def test_export_writes_the_average_of_a_checkpoint(save, tool, tmp_path):
     for name in ("prelude.0.w", "router.bias"):
         assert np.array_equal(stored["average"][name], averages[f"average/{name}"])
     assert np.array_equal(stored["weights"]["prelude.0.w"], some_values(0)["parameter/prelude.0.w"])
-    assert "average of 2 samples of the weights" in tool("inspect_checkpoint", folder)
+    described = "\n".join(summary_lines(inspect(folder)[1]))
+    assert "60; weights and the optimizer's moments; average of 2 samples of the weights" in described
     without = save(5, some_values(0))
     with pytest.raises(UserError, match=r"has no average of the weights: its run had average\.kind=off"):
         tool("export_checkpoint", without, "--average", "--out", tmp_path / "none")
