@@ -165,7 +165,7 @@ def test_inspection_describes_a_checkpoint_and_compares_two(run, tmp_path):
     model, *_ = load_model(run)
     for text in (
         "step        6, 1,536 tokens",
-        f"{sum(p.numel() for p in model.parameters()):,}; weights and both",
+        f"{sum(p.numel() for p in model.parameters()):,}; weights and the optimizer's moments",
         "ranks 8",
         "tensor 2",
         "6 steps, 0 skipped",
