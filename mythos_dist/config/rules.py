@@ -204,6 +204,12 @@ def _loops_problems(config: Config) -> Iterator[Problem]:
             f"loops.set={list(loops.set)} is for loops.distribution=uniform_set, but that is {name}; "
             "leave one out, or set loops.set=null",
         )
+    if loops.teacher and loops.objective != "per_loop":
+        yield Problem(
+            ("loops.teacher", "loops.objective"),
+            f"loops.teacher={loops.teacher} teaches the losses of earlier loops, and loops.objective="
+            f"{loops.objective} has none; set loops.objective=per_loop, or loops.teacher=0",
+        )
     if loops.curriculum != "none" and loops.curriculum_steps < 1:
         yield Problem(
             ("loops.curriculum", "loops.curriculum_steps"),

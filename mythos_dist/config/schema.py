@@ -191,6 +191,9 @@ class LoopsConfig(Section, section="loops"):
     # final: the loss after the last loop. per_loop: the mean over loops of the loss if that loop were the last
     # (act.mode=ponder: weighted by halting probabilities), against the targets of that loop if the shards have them.
     objective: Literal["final", "per_loop"] = "final"
+    # objective=per_loop: the last loop teaches the others. Weight of KL(its output distribution || that of an earlier
+    # loop) in each earlier loop's loss; 0: no teacher.
+    teacher: Weight = 0.0
     telemetry_every: StepsOrOff = 100  # steps between telemetry samples inside the loops; 0: none
     sweep: tuple[LoopCount, ...] = ()  # numbers of loops to evaluate besides the mean
 

@@ -179,5 +179,7 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
     loop, with_grad = layers.loop(), len(loops_with_grad(loops, no_grad))
     total += with_grad * loop.step(recompute) + (len(loops) - with_grad) * loop.forward
     if stage.is_last:
-        total += 3 * layers.head() * readouts  # all three products run in the forward pass (parallel/tensor.py)
+        # All three products run in the forward pass, and the teacher's again for each readout that it teaches
+        # (parallel/tensor.py).
+        total += layers.head() * (3 * readouts + (readouts - 1 if config.loops.teacher else 0))
     return total

@@ -55,10 +55,12 @@ class Mythos(nn.Module):
         experts: ExpertsConfig | None = None,
         recompute: Recompute | None = None,
         attention: Literal["auto", "flash_attn", "sdpa"] = "auto",
+        teacher: float = 0.0,
         seed: int = 0,
         mesh: Mesh = SINGLE,
         stage: StageSpec | None = None,
     ):
+        """teacher: weight of the last loop's distribution as a target of earlier readouts (`loops.teacher`)."""
         super().__init__()
         act = act or ActConfig()
         experts = experts or ExpertsConfig()
@@ -66,6 +68,7 @@ class Mythos(nn.Module):
         recompute = recompute or Recompute()
         self.config = config
         self.attention = attention
+        self.teacher = teacher
         self.mesh = mesh
         self.stage = stage = stage or StageSpec.full(config)
         self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0 or act.ponder_cost + act.kl > 0
@@ -176,7 +179,8 @@ class Mythos(nn.Module):
         """activations: the output of `run` after the last norm. counts (n_loops, E).
 
         labels (B, S), or (B, T, S): row t for loop t of each sequence, the last row for all further loops. The
-        objective is the sum over readouts of weight times mean loss; the reported loss is the last readout's.
+        objective is the sum over readouts of weight times mean loss, which includes what the last one teaches the
+        others; the reported loss is the last readout's.
         label_counts: what the sums over labels are divided by, float (R,) by readout, for means over several passes;
         None: the number of labels of this pass.
         """
@@ -191,7 +195,7 @@ class Mythos(nn.Module):
                 weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
             # Not 1 / label_counts: weights near 1 keep fp16 gradients from underflowing.
             weights = (weights * (label_counts[-1] / label_counts).view(-1, 1, 1)).flatten(0, 1)
-        head = self.embed.loss(activations.h, targets.flatten(0, 1), weights)
+        head = self.embed.loss(activations.h, targets.flatten(0, 1), weights, len(targets), self.teacher)
         B = final.shape[0]
         aux_loss = activations.aux_loss.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:

@@ -5,7 +5,7 @@ zeros. Padding gets zero gradients in every layer here, so it stays zero: result
 parameter sees it. DeepSpeed reads attributes of the parameters: `tensor_model_parallel`, whose gradient norms are
 summed over the tensor axis, and `allreduce` and `group_name`, whose gradients stay within an expert's group.
 
-Decisions: MODEL-10, PARALLEL-1, PARALLEL-7.
+Decisions: MODEL-10, PARALLEL-1, PARALLEL-7, LOOPS-7.
 """
 
 # B batch, S sequence, N = B * S tokens, D model, V vocabulary; "local V" is this rank's shard of V, with padding.
@@ -134,9 +134,16 @@ class Embedding(nn.Module):
         """x (B, S or S / tensor, D) -> this rank's logits (B, S, local V)."""
         return self(self._logits, x)
 
-    def loss(self, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> "HeadLoss":
-        """x (B, S or S / tensor, D), labels (B, S), and weights (B, S) fp32 or None for ones -> the loss."""
-        return self(self._loss, x, labels, weights)
+    def loss(
+        self, x: Tensor, labels: Tensor, weights: Tensor | None = None, readouts: int = 1, teacher: float = 0.0
+    ) -> "HeadLoss":
+        """x (B, S or S / tensor, D), labels (B, S), and weights (B, S) fp32 or None for ones -> the loss.
+
+        teacher: x is `readouts` batches of the same sequences, one after the other. The last one's output
+        distribution p teaches the others, whose loss is cross entropy plus `teacher` times KL(p || theirs); p has no
+        gradient.
+        """
+        return self(self._loss, x, labels, weights, readouts, teacher)
 
     def gather_logits(self, logits: Tensor) -> Tensor:
         """(B, S, local V) -> (B, S, V) on every rank."""
@@ -152,9 +159,10 @@ class Embedding(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(enter_tensor_parallel(x, self.mesh), self.weight)
 
-    def _loss(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> "HeadLoss":
+    def _loss(self, x: Tensor, labels: Tensor, weights: Tensor | None, readouts: int, teacher: float) -> "HeadLoss":
         if weights is None:
             weights = torch.ones_like(labels, dtype=torch.float32)
+        learners = labels.numel() // readouts * (readouts - 1) if teacher else 0
         total, losses, correct = _HeadLoss.apply(
             enter_tensor_parallel(x, self.mesh).flatten(0, 1),
             self.weight,
@@ -163,6 +171,8 @@ class Embedding(nn.Module):
             self.mesh.tensor,
             self.start,
             self.stop - self.start,
+            learners,
+            teacher,
             torch.is_grad_enabled(),
         )
         return HeadLoss(total, losses.view_as(labels), correct.view_as(labels))
@@ -172,7 +182,7 @@ class HeadLoss(NamedTuple):
     """The loss of the output head; an IGNORED label has a loss of 0 and is not correct."""
 
     total: Tensor  # (): sum of weights * losses, fp32; backward starts here
-    losses: Tensor  # (B, S) fp32: cross entropies in nats
+    losses: Tensor  # (B, S) fp32 in nats: cross entropies, of readouts that are taught plus the teacher's term
     correct: Tensor  # (B, S) bool: whether the label has the highest logit
 
 
@@ -193,23 +203,31 @@ class _HeadLoss(torch.autograd.Function):
         axis: Axis,
         start: int,
         num_local: int,
+        learners: int,
+        teacher: float,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, D), weight (local V, D) whose first `num_local` rows are the tokens from `start` on, labels and
-        weights (N,) -> the fields of a HeadLoss: (), (N,), (N,)."""
+        weights (N,) -> the fields of a HeadLoss: (), (N,), (N,).
+
+        The first `learners` rows are taught by the others, which repeat for each readout.
+        """
         N, D = x.shape
         chunk_size = max(_MIN_CHUNK, N * D // weight.shape[0])  # a chunk's logits are about as large as x
         losses, correct = weights.new_empty(N), torch.empty_like(labels, dtype=torch.bool)
         grads = [torch.empty_like(x), torch.zeros_like(weight)] if needs_grad else []
-        for chunk_start in range(0, N, chunk_size):
-            chunk = slice(chunk_start, chunk_start + chunk_size)
+        for chunk in _chunks(0, learners, chunk_size) + _chunks(learners, N, chunk_size):
+            lesson = None
+            if chunk.stop <= learners:
+                rows = learners + torch.arange(chunk.start, chunk.stop, device=x.device) % (N - learners)
+                lesson = Lesson(x[rows] @ weight.t(), teacher)
             losses[chunk], correct[chunk], grad_logits = _cross_entropy(
-                x[chunk] @ weight.t(), labels[chunk], weights[chunk], axis, start, num_local
+                x[chunk] @ weight.t(), labels[chunk], weights[chunk], axis, start, num_local, lesson
             )
             if needs_grad:
                 torch.mm(grad_logits, weight, out=grads[0][chunk])
                 torch.addmm(grads[1], grad_logits.t(), x[chunk], out=grads[1])
-            del grad_logits  # else it would exist beside the next chunk's logits
+            del grad_logits, lesson  # else they would exist beside the next chunk's logits
         ctx.save_for_backward(*grads, losses)
         ctx.mark_non_differentiable(losses, correct)
         return losses @ weights, losses, correct
@@ -218,33 +236,70 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, *_: Tensor):  # type: ignore[override]
         grad_x, grad_weight, losses = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None, losses * grad, None, None, None, None
+        return grad_x * grad, grad_weight * grad, None, losses * grad, *[None] * 6
+
+
+def _chunks(first: int, stop: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, stop)) for start in range(first, stop, size)]
+
+
+class Lesson(NamedTuple):
+    """What the last readout teaches an earlier one about the same tokens."""
+
+    logits: Tensor  # (N, local V) of the teacher
+    weight: float  # of KL(teacher || learner)
 
 
 def _cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor, axis: Axis, start: int, num_local: int
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    axis: Axis,
+    start: int,
+    num_local: int,
+    lesson: Lesson | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, local V), labels and weights (N,) -> cross entropies (N,), whether the label has the highest logit
-    (N,), and the gradient of the cross entropies' weighted sum by the logits (N, local V).
+    """logits (N, local V), labels and weights (N,) -> losses (N,), whether the label has the highest logit (N,), and
+    the gradient of the losses' weighted sum by the logits (N, local V).
 
-    Ranks exchange three values per token (maximum, sum of exponentials, the label's logit), never the logits.
+    A loss is the cross entropy, with a lesson plus its weight times KL(teacher || learner).
+    Ranks exchange three values per token (maximum, sum of exponentials, the label's logit), and with a lesson three
+    more (the teacher's maximum and sum, and the sum of the divergence), never the logits.
     """
+    x = _shifted(logits, axis, num_local)
+    counts = labels != IGNORED
+    is_local = counts & (labels >= start) & (labels < start + num_local)
+    column = torch.where(is_local, labels - start, 0).unsqueeze(-1)
+    target = x.gather(-1, column).squeeze(-1).where(is_local, 0.0)
+    p = None
+    if lesson is not None:
+        p = _shifted(lesson.logits, axis, num_local)
+        difference = (p - x)[:, :num_local]
+        p.exp_()
+    x.exp_()
+    sums = [x.sum(-1), target]  # only one rank's `target` is not 0: that of the label's shard
+    if p is not None:
+        sums += [p.sum(-1), torch.linalg.vecdot(p[:, :num_local], difference)]
+        del difference
+    sums = torch.stack(sums)
+    if axis.size > 1:
+        dist.all_reduce(sums, group=axis.group)
+    exp_sum, target, *of_teacher = sums
+    losses, weights = exp_sum.log() - target, weights * counts
+    x.mul_((weights / exp_sum).unsqueeze(-1))  # weight * softmax; 0 where the label is ignored
+    if lesson is not None:
+        teacher_sum, difference_sum = of_teacher
+        losses += lesson.weight * (difference_sum / teacher_sum - teacher_sum.log() + exp_sum.log())
+        x.mul_(1 + lesson.weight).addcmul_(p, (-lesson.weight * weights / teacher_sum).unsqueeze(-1))
+    x.scatter_add_(-1, column, (-weights * is_local).unsqueeze(-1))
+    return losses.where(counts, 0.0), (target == 0) & counts, x.to(logits.dtype)
+
+
+def _shifted(logits: Tensor, axis: Axis, num_local: int) -> Tensor:
+    """logits (N, local V) in fp32, minus the highest of a token's over all ranks; -inf in the padding."""
     x = logits.float()
     x[:, num_local:] = float("-inf")
     highest = x.amax(-1, keepdim=True)
     if axis.size > 1:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=axis.group)
-    x.sub_(highest)
-    counts = labels != IGNORED
-    is_local = counts & (labels >= start) & (labels < start + num_local)
-    column = torch.where(is_local, labels - start, 0).unsqueeze(-1)
-    target = x.gather(-1, column).squeeze(-1).where(is_local, 0.0)
-    x.exp_()
-    sums = torch.stack([x.sum(-1), target])  # only one rank's `target` is not 0: that of the label's shard
-    if axis.size > 1:
-        dist.all_reduce(sums, group=axis.group)
-    exp_sum, target = sums
-    weights = weights * counts
-    x.mul_((weights / exp_sum).unsqueeze(-1))  # weight * softmax; 0 where the label is ignored
-    x.scatter_add_(-1, column, (-weights * is_local).unsqueeze(-1))
-    return (exp_sum.log() - target).where(counts, 0.0), (target == 0) & counts, x.to(logits.dtype)
+    return x.sub_(highest)

@@ -111,6 +111,7 @@ class Engine:
             experts=config.experts,
             recompute=Recompute(train.recompute, train.recompute_every),
             attention=train.attention,
+            teacher=config.loops.teacher,
             seed=config.run.seed,
             mesh=self.mesh,
             stage=self.stages[self.mesh.pipe.rank],

@@ -37,11 +37,12 @@ def gradients(model: nn.Module, objective: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("mode", [*MODES, "ponder"])
 @pytest.mark.parametrize("backprop", [None, 2])
 def test_sequences_with_different_depths_equal_separate_passes(mode, backprop, tiny, enliven):
-    """Loss and gradients of a batch whose sequences have 1, 3 and 4 loops, against each sequence with that many."""
+    """Loss and gradients of a batch whose sequences have 1, 3 and 4 loops, against each sequence with that many. With
+    readouts each last one teaches the others of its sequence."""
     if mode == "ponder" and backprop:
         pytest.skip("config.rules refuses it")
     readouts = mode == "ponder"
-    model = enliven(Mythos(tiny(), act=ActConfig(mode=mode, ponder_cost=0.1 * (mode != "off"))))
+    model = enliven(Mythos(tiny(), act=ActConfig(mode=mode, ponder_cost=0.1 * (mode != "off")), teacher=0.5))
     ids, labels = tokens(model.config, 3, 8), tokens(model.config, 3, 8, seed=1)
     depths = [3, 1, 4]
     no_grad = 0 if backprop is None else 4 - backprop
@@ -75,6 +76,24 @@ def test_each_readouts_loss_equals_a_pass_that_ends_there(mode, recompute, tiny,
     assert torch.equal(losses["correct"], each[-1]["correct"])
     for n, one in enumerate(each, 1):  # a pass without readouts uses its last loop's targets
         assert torch.equal(model(ids, n, labels=labels)["objective"], one["objective"])
+    for name, gradient in gradients(model, expected).items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_last_loop_teaches_the_others(tiny, enliven):
+    """The mean over loops of the loss of a pass that ends there, plus KL(distribution of the last || its own)."""
+    model = enliven(Mythos(tiny(), act=ActConfig(mode="off"), teacher=0.5))
+    ids, labels = tokens(model.config, 2, 8), tokens(model.config, 2, 8, seed=1)
+    labels[0, 2] = IGNORED
+    losses = model(ids, labels=labels, loops=Loops(3, readouts=True))
+    got = gradients(model, losses["objective"])
+    log_p = [model(ids, n).float().log_softmax(-1)[labels != IGNORED] for n in (1, 2, 3)]
+    taught = [F.kl_div(one, log_p[-1].detach(), log_target=True, reduction="batchmean") for one in log_p]
+    losses_of = [F.nll_loss(one, labels[labels != IGNORED]) for one in log_p]
+    assert min(taught[:2]) > 0.01 and taught[2] == 0
+    expected = sum(one + 0.5 * other for one, other in zip(losses_of, taught, strict=True)) / 3
+    torch.testing.assert_close(losses["objective"], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["cross_entropy"], losses_of[-1], rtol=1e-5, atol=0)
     for name, gradient in gradients(model, expected).items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 

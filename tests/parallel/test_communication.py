@@ -31,7 +31,7 @@ LARGE = "model.expert_dim=1000 model.vocab_size=6000"  # parameters that ZeRO-3 
 # Stages without any block, and without experts: stand-ins take their places in the optimizer's groups.
 BARE = "model.prelude_layers=0 model.coda_layers=0 model.vocab_size=4000"
 # Every loop is read out, and what a looped block can have besides OpenMythos' is there.
-LOOPED = "loops.objective=per_loop model.injection=parcae model.lora=per_loop model.qk_norm=true"
+LOOPED = "loops.objective=per_loop loops.teacher=0.5 model.injection=parcae model.lora=per_loop model.qk_norm=true"
 LAYOUTS = {
     2: [
         "parallel.zero=2 train.micro_batch=2",

@@ -137,7 +137,7 @@ def run_of(config: Config, kind: str) -> Config:
         return change(config, act=dict(mode="ponder", prior=0.3), loops=loops)
     if kind == "per loop":
         others = dict(lora="per_loop")
-        loops = dict(distribution="uniform_set", set=(1, 2, 3, 5), mean=None, objective="per_loop")
+        loops = dict(distribution="uniform_set", set=(1, 2, 3, 5), mean=None, objective="per_loop", teacher=0.7)
         return change(config, model=others, loops=loops)
     if kind == "sequences":  # each with a depth of its own, half of the run with a mean that grows
         others = dict(initial_state="random", injection="reference", attn_type="gqa")

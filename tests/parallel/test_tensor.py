@@ -194,25 +194,56 @@ def test_many_tokens_are_processed_in_chunks():
         assert embed.loss(states, labels).total == loss
 
 
+def divergence(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """PyTorch's KL(last readout || each), weighted and summed over labels that count; logits (R, S, V)."""
+    log_p = logits.log_softmax(-1)
+    divergences = F.kl_div(log_p, log_p[-1:].detach().expand_as(log_p), reduction="none", log_target=True).sum(-1)
+    return (divergences * weights * (labels != IGNORED)).sum()
+
+
+@given(st.integers(1, 4), st.integers(1, 400), st.integers(1, 40), st.sampled_from([0.0, 0.5, 3.0]), st.integers(0, 99))
+def test_the_last_readout_teaches_the_others(R, S, V, teacher, seed):
+    """R readouts, chunks that the tokens of a readout do not divide: loss, and gradients of states, table and weights,
+    are PyTorch's; the teacher's part has no gradient for the last readout."""
+    generator = torch.Generator().manual_seed(seed)
+    embed = Embedding(V, 3, SINGLE)
+    nn.init.normal_(embed.weight, generator=generator)
+    states = torch.randn(R, S, 3, generator=generator, requires_grad=True)
+    labels = torch.randint(V, (R, S), generator=generator)
+    labels[torch.rand(R, S, generator=generator) < 0.2] = IGNORED
+    weights = torch.rand(R, S, generator=generator, requires_grad=True)
+    ours = embed.loss(states, labels, weights, readouts=R, teacher=teacher).total
+    logits = states @ embed.weight.T
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(R, S)
+    expected = (losses * weights).sum() + teacher * divergence(logits, labels, weights)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    inputs = [states, embed.weight, weights]
+    for got, want in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 # ---- The vocabulary sharded over several ranks
 
 
 D = 12
-CASES = [  # vocabulary, B, S, dtype, how large logits are, sequence parallelism
-    (515, 2, 8, torch.float32, 1.0, False),
-    (515, 2, 8, torch.float32, 1.0, True),
-    (515, 1, 4, torch.float32, 1e4, True),
-    (515, 2, 8, torch.bfloat16, 1.0, True),
-    (512, 2, 4, torch.float32, 1.0, False),
-    (5, 2, 4, torch.float32, 1.0, False),  # 2 tokens a rank: on 4 ranks the last one has none
-    (5, 1, 8, torch.float32, 1.0, True),
-    (1, 1, 4, torch.float32, 1.0, False),
+CASES = [  # vocabulary, B, S, dtype, how large logits are, teacher (each sequence is a readout), sequence parallelism
+    (515, 2, 8, torch.float32, 1.0, 0.0, False),
+    (515, 2, 8, torch.float32, 1.0, 0.0, True),
+    (515, 1, 4, torch.float32, 1e4, 0.0, True),
+    (515, 2, 8, torch.bfloat16, 1.0, 0.0, True),
+    (512, 2, 4, torch.float32, 1.0, 0.0, False),
+    (5, 2, 4, torch.float32, 1.0, 0.0, False),  # 2 tokens a rank: on 4 ranks the last one has none
+    (5, 1, 8, torch.float32, 1.0, 0.0, True),
+    (1, 1, 4, torch.float32, 1.0, 0.0, False),
+    (515, 3, 8, torch.float32, 1.0, 0.7, True),
+    (515, 2, 8, torch.bfloat16, 1.0, 0.7, False),
+    (5, 3, 4, torch.float32, 1.0, 0.7, False),
 ]
 
 
 def inputs_of(case: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same on every rank: ids, labels (B, S), a table (V, D), a factor and an offset (B, S, D)."""
-    V, B, S, dtype, spread, _ = case
+    V, B, S, dtype, spread, *_ = case
     generator = torch.Generator().manual_seed(V + S)
     ids = torch.randint(V, (B, S), generator=generator)
     ids[0, 0] = V - 1  # the last rank's last token
@@ -230,7 +261,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
     world = dist.get_world_size()
     results = []
     for case in cases:
-        V, B, S, dtype, _, sequence = case
+        V, B, S, dtype, _, teacher, sequence = case
         ids, labels, table, factor, offset = inputs_of(case)
         mesh = build_mesh(ParallelConfig(tensor=world, sequence=sequence))
         embed = Embedding(V, D, mesh).to(dtype)
@@ -244,7 +275,7 @@ def both_ends(cases: list[tuple]) -> list[dict[str, Tensor]]:
         offset = offset.clone().requires_grad_()
         with Shapes() as shapes:
             states = embed.lookup(ids) * factor + offset
-            loss = embed.loss(states, labels).total
+            loss = embed.loss(states, labels, readouts=B, teacher=teacher).total
             (0.3 * loss).backward()
         logits = embed.logits(states.detach())
         if V > B * S * D:  # otherwise a dimension of the states could be as large as the vocabulary
@@ -278,6 +309,7 @@ def expected_of(case: tuple) -> dict[str, Tensor]:
     offset.requires_grad_()
     logits = (F.embedding(ids, table) * factor + offset) @ table.T
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = loss + case[5] * divergence(logits, labels, torch.ones_like(labels))
     (0.3 * loss).backward()
     assert table.grad is not None
     assert offset.grad is not None

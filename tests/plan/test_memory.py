@@ -25,6 +25,7 @@ OTHERS = [
     "train.recompute=loop train.recompute_every=2 loops.mean=6",
     "model.injection=reference train.recompute=loop",
     "loops.objective=per_loop",
+    "loops.objective=per_loop loops.teacher=1",
     "loops.objective=per_loop loops.backprop=2 train.recompute=selective",
     "act.mode=safe",
     "act.mode=safe train.recompute=loop",

@@ -82,14 +82,15 @@ def test_a_curriculum_over_a_set_begins_with_its_smallest_number_and_ends_with_a
 
 
 def test_all_contradictions_between_loop_settings_are_reported():
-    bad = config(distribution="uniform_set", mean=4, curriculum="linear", per="sequence", sweep=(4,))
+    bad = config(distribution="uniform_set", mean=4, curriculum="linear", per="sequence", sweep=(4,), teacher=0.5)
     bad = replace(bad, act=replace(bad.act, mode="ponder"), model=replace(bad.model, lora="per_loop"))
     messages = "\n".join(problems(bad))
     for part in (
         "needs loops.set",
         "loops.mean=4",
         "loops.curriculum_steps",
-        "set loops.objective=per_loop",
+        "set loops.objective=per_loop, or act.mode",
+        "set loops.objective=per_loop, or loops.teacher=0",
         "set loops.per=step",
     ):
         assert part in messages, part

@@ -172,10 +172,12 @@ class LayerMessages:
 
     def head(self) -> Pass:
         """parallel/tensor.py: the output embedding, and three values per position for the cross entropy: the highest
-        logit first, then the sum of exponentials and the label's logit. model/mythos.py: the auxiliary losses' sum."""
+        logit first, then the sum of exponentials and the label's logit; with a teacher as many more for the readouts
+        that it teaches. model/mythos.py: the auxiliary losses' sum."""
         tensor, experts, act = self.mesh.tensor, self.config.experts, self.config.act
         size = self.tokens * self.readouts * FP32
-        loss = message(tensor, "all_reduce", size) + message(tensor, "all_reduce", 2 * size)
+        taught = self.tokens * (self.readouts - 1) * FP32 if self.config.loops.teacher else 0
+        loss = message(tensor, "all_reduce", size + taught) + message(tensor, "all_reduce", 2 * (size + taught))
         if self.mesh.sequence and experts.z_loss + experts.sequence_balance_loss + act.ponder_cost + act.kl > 0:
             loss += message(tensor, "all_reduce", FP32)
         if self.mesh.sequence and self.per_loop:  # the readouts' weights
