@@ -271,24 +271,24 @@ def _cross_entropy(
     is_local = counts & (labels >= start) & (labels < start + num_local)
     column = torch.where(is_local, labels - start, 0).unsqueeze(-1)
     target = x.gather(-1, column).squeeze(-1).where(is_local, 0.0)
-    p = None
+    p, lesson_sums = None, []
     if lesson is not None:
         p = _shifted(lesson.logits, axis, num_local)
         difference = (p - x)[:, :num_local]
         p.exp_()
-    x.exp_()
-    sums = [x.sum(-1), target]  # only one rank's `target` is not 0: that of the label's shard
-    if p is not None:
-        sums += [p.sum(-1), torch.linalg.vecdot(p[:, :num_local], difference)]
+        # A product of matrices, because p * difference would be another tensor of this size.
+        difference_sum = torch.bmm(p[:, :num_local].unsqueeze(1), difference.unsqueeze(2)).view(-1)
         del difference
-    sums = torch.stack(sums)
+        lesson_sums = [p.sum(-1), difference_sum]
+    x.exp_()
+    sums = torch.stack([x.sum(-1), target, *lesson_sums])  # `target` is 0 on all ranks but that of the label's shard
     if axis.size > 1:
         dist.all_reduce(sums, group=axis.group)
-    exp_sum, target, *of_teacher = sums
+    exp_sum, target, *lesson_sums = sums
     losses, weights = exp_sum.log() - target, weights * counts
     x.mul_((weights / exp_sum).unsqueeze(-1))  # weight * softmax; 0 where the label is ignored
     if lesson is not None:
-        teacher_sum, difference_sum = of_teacher
+        teacher_sum, difference_sum = lesson_sums
         losses += lesson.weight * (difference_sum / teacher_sum - teacher_sum.log() + exp_sum.log())
         x.mul_(1 + lesson.weight).addcmul_(p, (-lesson.weight * weights / teacher_sum).unsqueeze(-1))
     x.scatter_add_(-1, column, (-weights * is_local).unsqueeze(-1))

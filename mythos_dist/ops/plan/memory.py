@@ -155,8 +155,8 @@ class _Moments:
         rows = layers.N * self.readouts
         chunk = max(256, rows * c.dim // max(1, vocab))
         # The last norm's input, its output and the gradient of that; of a chunk the logits, also in fp32, and their
-        # gradient; with a teacher its logits, also in fp32, and the difference.
-        per_logit = 2 * layers.b + 4 + (layers.b + 4 if self.readouts > 1 and self.config.loops.teacher else 0)
+        # gradient; with a teacher before that gradient its logits, also in fp32, and the difference of both in fp32.
+        per_logit = 2 * layers.b + (12 if self.readouts > 1 and self.config.loops.teacher else 4)
         head = (layers.residual + 2 * layers.x) * self.readouts + min(chunk, rows) * vocab * per_logit
         return {"activations": self.all_saved + head, "gradients": self.head_gradient}
 
