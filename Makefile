@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo depth-demo loop-ablation test test-all check bench clean
+.PHONY: demo chat-demo depth-demo loop-ablation test test-all check bench clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
+
+chat-demo: $(READY)  ## tune a small model on conversations, and ask it what none of them contains; 3 minutes
+	$(BIN)/python tools/chat_demo.py
 
 depth-demo: $(READY)  ## train small models on a task that needs depth, to see whether more loops help; 15 minutes
 	$(BIN)/python tools/depth_demo.py

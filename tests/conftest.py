@@ -6,10 +6,12 @@ Decisions: PROJECT-1.
 import importlib
 import importlib.machinery
 import importlib.util
+import json
 import os
 import random
 import resource
 import signal
+import string
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +21,14 @@ import torch
 from helpers.small_run import REPOSITORY, SMALL, TINY
 from hypothesis import settings as hypothesis_settings
 
+from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
-from mythos_dist.data.tokenizer import train_tokenizer
+from mythos_dist.data.chat_template import find_renderer
+from mythos_dist.data.tokenizer import Tokenizer, train_tokenizer
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
+from mythos_dist.prepare.spans import Columns
 
 pytest_plugins = ["helpers.schedule", "helpers.report"]
 
@@ -90,6 +95,19 @@ def shards(tmp_path_factory) -> Path:
     corpus = write_sample_corpus(work / "corpus.parquet")
     tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", 512)
     convert(corpus, tokenizer, 32, work / "mds", heldout=0.1, quiet=True)
+    return work / "mds"
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    """Shards of conversations with samples of 32 tokens, of which 1 to 25 are learnt; vocabulary 260."""
+    work, draw = tmp_path_factory.mktemp("conversations"), random.Random(1)
+    tokenizer = Tokenizer.load(write_byte_tokenizer(work))
+    words = ["".join(draw.choices(string.printable[:94], k=draw.choice([1, 2, 4, 9, 22]))) for _ in range(800)]
+    pairs = [{"prompt": f"{i}", "completion": word} for i, word in enumerate(words)]
+    (work / "chats.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    columns = Columns(chat=find_renderer(tokenizer, None))
+    convert(work / "chats.jsonl", tokenizer, 32, work / "mds", heldout=0.1, columns=columns, quiet=True)
     return work / "mds"
 
 

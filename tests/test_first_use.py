@@ -17,7 +17,9 @@ from mythos_dist.errors import run_command
 from mythos_dist.model import Mythos
 
 TOOLS = Path(__file__).parents[1] / "tools"
-TOOLS_WITH_HELP = ("depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data")
+TOOLS_WITH_HELP = (
+    *("chat_demo", "depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data"),
+)
 
 
 @pytest.fixture
@@ -93,6 +95,18 @@ def test_generate_reports_a_missing_checkpoint_and_a_missing_tokenizer(tool, con
     assert result.code == 0 and result.out.startswith("[after 3 steps] hello")
 
 
+def test_generate_answers_a_message_or_each_line_of_input(tool, run_dir, monkeypatch):
+    """The tokenizer of the shards has no chat template. An error in a line does not end the conversation."""
+    assert "no chat template" in tool("generate", run_dir, "--chat", "--prompt", "hello").err
+    options = ("--chat", "--template", "plain", "--max-new-tokens", 4, "--system", "Be brief.")
+    once = tool("generate", run_dir, *options, "--prompt", "hello")
+    assert (once.code, once.err) == (0, "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\na </s>\nagain"))
+    talk = tool("generate", run_dir, *options)
+    assert talk.code == 0 and talk.out.startswith(once.out) and len(talk.out) > len(once.out)
+    assert talk.err.count("error: ") == 1 and "the text of the special token </s>" in talk.err
+
+
 # --- depth_sweep
 
 
@@ -124,6 +138,10 @@ def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
         ("generate", ["--prompt", ""], "the prompt is empty"),
         ("generate", ["--prompt", "a b c d e " * 200], "shorten it to at most 255 tokens"),
         ("generate", ["--prompt", "a\udcff"], "not valid UTF-8"),
+        ("generate", ["--template", "plain", "--system", "x"], "2 problems"),
+        ("generate", ["--chat", "--template", "nowhere"], "the chat template cannot be read"),
+        ("chat_demo", ["train.stepss=3"], "did you mean train.steps?"),
+        ("chat_demo", ["--out", "file"], "file: cannot be used"),
         ("generate", ["--tokenizer", "nowhere.model"], "nowhere.model: no such file"),
         ("depth_sweep", ["--loops", "0"], "--loops=0 holds ['0']"),
         ("depth_sweep", ["--loops", "0,,x"], "holds ['0', '', 'x']"),

@@ -1,8 +1,7 @@
 """Convert text to MDS shards with a manifest, ready for `data.path`.
 
-Input: parquet, JSON lines or plain text (also .gz, .zst, .bz2, .xz): files, folders, patterns and URLs.
---format chat: JSON lines with conversations (`messages`, or `prompt` and `completion`), of which the model learns what
-the assistant says.
+Input: parquet, JSON lines or plain text (also .gz, .zst, .bz2, .xz): files, folders, patterns and URLs. With
+--format chat: JSON lines of conversations (`messages`, or `prompt` and `completion`), to learn what the assistant says.
 The same command resumes an interrupted conversion. The shards are the same bytes at any number of workers.
 """
 
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments, path_text
-from mythos_dist.errors import UserError, run_command
+from mythos_dist.errors import run_command
 
 OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # passed to convert() unchanged
 
@@ -51,25 +50,20 @@ def main() -> None:
     arguments = parse()
     # Arrow's own allocator keeps freed memory; a worker would keep the memory of its largest document.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # DATA-15
-    from mythos_dist.data.chat_template import find_renderer
+    from mythos_dist.data.chat_template import renderer_of
     from mythos_dist.data.manifest import Filters
     from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.prepare.convert import convert
     from mythos_dist.prepare.spans import Columns
 
     begin = time.monotonic()
-    if arguments.template and arguments.format != "chat":
-        raise UserError("--template needs --format chat")
     try:
         tokenizer = Tokenizer.load(arguments.tokenizer, arguments.eos)
-        renderer = find_renderer(tokenizer, arguments.template) if arguments.format == "chat" else None
+        chat = renderer_of(arguments.format, tokenizer, arguments.template)
         manifest = convert(
-            arguments.input,
-            tokenizer,
-            arguments.seq_len,
-            arguments.out,
+            *(arguments.input, tokenizer, arguments.seq_len, arguments.out),
             filters=Filters(arguments.min_score, arguments.min_tokens, arguments.limit_tokens, arguments.dedup),
-            columns=Columns(arguments.text_column, sample_by=arguments.sample_by, chat=renderer),
+            columns=Columns(arguments.text_column, sample_by=arguments.sample_by, chat=chat),
             **{name: getattr(arguments, name) for name in OPTIONS},
         )
     except KeyboardInterrupt:

@@ -29,6 +29,15 @@ def find_renderer(tokenizer: Tokenizer, option: str | None) -> ChatRenderer:
     return renderer
 
 
+def renderer_of(format: str, tokenizer: Tokenizer, option: str | None) -> ChatRenderer | None:
+    """`find_renderer` for the format "chat"; None for others, which have no template (UserError)."""
+    if format == "chat":
+        return find_renderer(tokenizer, option)
+    if option is not None:
+        raise UserError("--template needs --format chat")
+    return None
+
+
 def _find_template(tokenizer: Tokenizer, option: str | None) -> ChatTemplate:
     tokens = {"eos_token": tokenizer.eos}
     if tokenizer.bos:

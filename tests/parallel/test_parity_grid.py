@@ -113,8 +113,8 @@ CLIP = 0.2
 BIAS = {"one expert": [1e3] + [0.0] * 7, "idle ranks": [1e3, 1e3] + [0.0] * 6}  # experts 0, or 0 and 1, get all tokens
 
 
-def run_of(config: Config, kind: str) -> Config:
-    """The run that a kind names, at no particular layout."""
+def run_of(config: Config, kind: str, conversations: str = "") -> Config:
+    """The run that a kind names, at no particular layout. `conversations`: a folder of shards with a loss mask."""
     config = change(
         config,
         model=dict(vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, max_loop_iters=4),
@@ -157,8 +157,8 @@ def run_of(config: Config, kind: str) -> Config:
     if kind == "targets":  # stored for each loop, unequally many: a label of the global batch weighs the same anywhere
         loops = dict(distribution="uniform_set", set=(1, 2, 3, 5), mean=None, objective="per_loop", per="sequence")
         return change(config, loops=loops, data=dict(path="3 targets"))
-    if kind == "completions":  # as after a prompt, whose labels do not count
-        return change(config, data=dict(path="1 targets"))
+    if kind == "completions":  # of conversations: labels of prompts do not count
+        return change(config, data=dict(path=conversations))
     if kind == "prime":
         return change(config, train=dict(seq_len=31), data=dict(path=""))
     return config
@@ -176,20 +176,22 @@ def at_layout(config: Config, parallel: dict[str, Any], kind: str, ranks: int) -
 
 
 @pytest.fixture(scope="module")
-def reference(config) -> Callable[[str], dict[str, Any]]:
+def reference(config, conversations) -> Callable[[str], dict[str, Any]]:
     """A kind's run on one process."""
-    return functools.cache(lambda kind: train_reference(run_of(config, kind), BIAS.get(kind)))
+    return functools.cache(lambda kind: train_reference(run_of(config, kind, str(conversations)), BIAS.get(kind)))
 
 
 @pytest.fixture(scope="module")
-def runs(config, tmp_path_factory, request) -> Callable[[int], dict[str, list[dict[str, Any]]]]:
+def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], dict[str, list[dict[str, Any]]]]:
     """What every rank of every selected case found, for a number of ranks: one launch each, when first asked for."""
     asked = selected(request, "case")
 
     @functools.cache
     def launch(ranks: int) -> dict[str, list[dict[str, Any]]]:
         cases = [case[1:] for case in GRID + LONG if case[0] == ranks and name_of(*case) in asked]
-        work = [(at_layout(run_of(config, kind), parallel, kind, ranks), BIAS.get(kind)) for parallel, kind in cases]
+        all_runs = [run_of(config, kind, str(conversations)) for _, kind in cases]
+        at_layouts = [at_layout(run, *case, ranks) for run, case in zip(all_runs, cases, strict=True)]
+        work = [(run, BIAS.get(kind)) for run, (_, kind) in zip(at_layouts, cases, strict=True)]
         try:
             folder = str(tmp_path_factory.mktemp("checkpoints"))
             values = run_ranks(ranks, train_under_deepspeed, work, folder, seconds=2000)

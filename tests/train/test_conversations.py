@@ -1,0 +1,52 @@
+"""Training on conversations: losses are means over completion tokens, and conversations do not see each other."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.conversion import read_windows
+from helpers.launch import train
+
+from mythos_dist.checkpoint.restore import load_model
+from mythos_dist.data.loss_mask import LEARNT, PADDING
+from mythos_dist.prepare.packing import divide
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_losses_are_those_of_each_conversation_alone_at_every_layout(settings, conversations, tmp_path):
+    """A held-out evaluation against plain forward passes over one conversation at a time; fp32: 1e-4. The losses of
+    training are equal with other micro-batches and stages, whose numbers of completion tokens differ."""
+    run = [*settings, f"data.path={conversations}", "train.steps=4", "train.global_batch=8", "train.eval_every=4"]
+    run += ["train.eval_samples=1000", "checkpoint.every=4", "loops.distribution=fixed"]
+    one = train(1, *run, f"run.dir={tmp_path / 'one'}", "train.micro_batch=1")
+    two = train(2, *run, f"run.dir={tmp_path / 'two'}", "train.micro_batch=4", "parallel.pipe=2")
+    assert one.codes == [0] and two.codes == [0, 0], one.err + two.err
+    losses = {name: [line["loss"] for line in lines(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")}
+    assert losses["one"] == pytest.approx(losses["two"], rel=1e-5)
+
+    model, config, _ = load_model(tmp_path / "one")
+    n_loops = config.loops.mean_of(config.model)
+    total, correct, tokens = 0.0, 0, 0
+    for window in read_windows(conversations, "heldout"):
+        for conversation in divide(np.array(window).reshape(2, -1)):
+            if conversation[1, 0] & PADDING:
+                continue
+            ids = torch.tensor(conversation[0])
+            learnt = torch.tensor(conversation[1, 1:] & LEARNT).bool()
+            with torch.no_grad():
+                logits = model(ids[None, :-1], n_loops)[0][learnt]
+            labels = ids[1:][learnt]
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += int((logits.argmax(-1) == labels).sum())
+            tokens += len(labels)
+    for name in ("one", "two"):
+        last = lines(tmp_path / name / "eval.jsonl")[-1]
+        assert last["step"] == 4 and last["heldout_loss"] == pytest.approx(total / tokens, rel=1e-4)
+        assert last["accuracy"] == pytest.approx(correct / tokens, abs=1.5 / tokens)  # ties
