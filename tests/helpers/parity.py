@@ -77,7 +77,9 @@ def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[Mi
 def train_reference(config: Config, bias: list[float] | None = None) -> dict[str, Any]:
     """The run on one process with torch alone: the global batch at once, AdamW, the sign rule for the router bias."""
     mythos_dist.model.init.STD = STD
-    model = Mythos(config.model, act=config.act, experts=config.experts, seed=config.run.seed)
+    model = Mythos(
+        config.model, act=config.act, experts=config.experts, teacher=config.loops.teacher, seed=config.run.seed
+    )
     mythos_dist.model.init.STD = 0.02
     router_bias = model.recurrent.block.ffn.router.bias
     if bias:

@@ -140,11 +140,12 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)
         engine.deepspeed.train()
-        micro_batches = next(batches(config, mesh.data.rank, mesh.data.size))
+        loops = loops_at(config, 1)
+        passes = engine._train_inputs(next(batches(config, mesh.data.rank, mesh.data.size)), loops, 1)
         for _ in range(passes_of(config) - 1):
-            engine._train_passes(micro_batches, loops_at(config, 1), 1)
+            engine._train_passes(passes, loops)
         with Traffic(mesh) as traffic:
-            engine._train_passes(micro_batches, loops_at(config, 1), 1)
+            engine._train_passes(passes, loops)
         totals.append(traffic.totals)
         engine.deepspeed.destroy()
         del engine
