@@ -271,9 +271,8 @@ def _cross_entropy(
     is_local = counts & (labels >= start) & (labels < start + num_local)
     column = torch.where(is_local, labels - start, 0).unsqueeze(-1)
     target = x.gather(-1, column).squeeze(-1).where(is_local, 0.0)
-    p, lesson_sums = None, []
-    if lesson is not None:
-        p = _shifted(lesson.logits, axis, num_local)
+    p, lesson_sums = None if lesson is None else _shifted(lesson.logits, axis, num_local), []
+    if p is not None:
         difference = (p - x)[:, :num_local]
         p.exp_()
         # A product of matrices, because p * difference would be another tensor of this size.
@@ -287,7 +286,7 @@ def _cross_entropy(
     exp_sum, target, *lesson_sums = sums
     losses, weights = exp_sum.log() - target, weights * counts
     x.mul_((weights / exp_sum).unsqueeze(-1))  # weight * softmax; 0 where the label is ignored
-    if lesson is not None:
+    if lesson is not None and p is not None:
         teacher_sum, difference_sum = lesson_sums
         losses += lesson.weight * (difference_sum / teacher_sum - teacher_sum.log() + exp_sum.log())
         x.mul_(1 + lesson.weight).addcmul_(p, (-lesson.weight * weights / teacher_sum).unsqueeze(-1))
