@@ -21,6 +21,8 @@ MAY_CHANGE = {
     "loops.sweep",
     "data.path",  # folders may move: the fingerprint of shards and weights is checked instead
     "data.mix",
+    "data.mix_end",
+    "data.mix_samples",
     "data.tokenizer",
     "data.workers",
     "data.verify",
@@ -65,7 +67,7 @@ def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterato
     """(setting, its value now, its value before) for each that changed and must not; settings missing in `before`
     are not compared, except those of `_ADDED`. Lists equal tuples, since `before` may come from JSON."""
     for section, values in before.items():
-        for key, old in (_ADDED.get(section, {}) | values).items():
+        for key, old in {**_ADDED.get(section, {}), **values}.items():
             name = f"{section}.{key}"
             # In a later stage it has decided how steps are counted.
             fixed = name == "run.start_from_state" and now.run.stage_begin > 0

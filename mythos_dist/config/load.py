@@ -279,6 +279,9 @@ def _replace_path_or_mix(target: dict[str, Node], entries: dict[str, Node], sour
     """A later source's `mix` replaces `path`, and vice versa: remove it from `target` and yield a note."""
     for key, other in (("mix", "path"), ("path", "mix")):
         if _is_set(entries.get(key)) and other not in entries and _is_set(before := target.pop(other, None)):
+            if other == "mix":
+                target.pop("mix_end", None)
+                target.pop("mix_samples", None)
             yield (
                 f"data.{key} of {source} replaces data.{other}={_short(before)}; "
                 f"set data.{other}=null as well to silence this note"

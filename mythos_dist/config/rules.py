@@ -230,6 +230,7 @@ def _loops_problems(config: Config) -> Iterator[Problem]:
 
 def _data_problems(data: DataConfig) -> Iterator[Problem]:
     settings = ("data.path", "data.mix")
+    yield from _mix_change_problems(data)
     if data.mix is None:
         if not data.path:
             yield Problem(
@@ -245,11 +246,29 @@ def _data_problems(data: DataConfig) -> Iterator[Problem]:
             settings,
             "data.mix={} names no folder; give some with their weights, such as {shards/web: 0.7, shards/code: 0.3}",
         )
-    total = sum(data.mix.values())
-    for folder, weight in data.mix.items():
-        if weight < total * 1e-9:
-            message = f"data.mix[{folder}]={weight} is less than a billionth of all weights; leave the folder out"
-            yield Problem(settings, message)
+    for name, mix in (("data.mix", data.mix), ("data.mix_end", data.mix_end or {})):
+        total = sum(mix.values())
+        for folder, weight in mix.items():
+            if weight < total * 1e-9:
+                message = f"{name}[{folder}]={weight} is less than a billionth of all weights; leave the folder out"
+                yield Problem((*settings, name), message)
+
+
+def _mix_change_problems(data: DataConfig) -> Iterator[Problem]:
+    settings = ("data.mix", "data.mix_end", "data.mix_samples")
+    if data.mix_end is None and data.mix_samples is None:
+        return
+    if data.mix_end is None or data.mix_samples is None:
+        given, missing = ("mix_end", "mix_samples") if data.mix_samples is None else ("mix_samples", "mix_end")
+        yield Problem(settings, f"data.{given} is set, but data.{missing} is not; set both, or none")
+        return
+    if data.mix is None:
+        yield Problem(settings, "data.mix_end is set, but data.mix, the weights at the beginning, is not; set it")
+    if not data.mix_end:
+        yield Problem(settings, "data.mix_end={} names no folder; give some with their weights, or leave it out")
+    begin, end = data.mix_samples
+    if begin > end:
+        yield Problem(settings, f"data.mix_samples={[begin, end]} ends before it begins; set it to {[end, begin]}")
 
 
 def _run_problems(config: Config) -> Iterator[Problem]:

@@ -26,6 +26,7 @@ Steps = Annotated[int, Range(1, 10**12)]
 RampSize = tuple[Sequences, Sequences]  # sequences per step, and the number of steps, which has the same bounds
 StepsOrOff = Annotated[int, Range(0, 10**12)]  # an interval; 0 disables
 Count = Annotated[int, Range(0, 10**6)]
+SamplePosition = Annotated[int, Range(0, 10**15)]  # of the order of the data
 Weight = Annotated[float, Range(0)]  # of a loss term, or a rate
 Above0 = Annotated[float, Range(0, above=True)]
 Seconds = Annotated[float, Range(1, 10**8)]  # up to three years; threading.Event accepts 292
@@ -330,6 +331,10 @@ class DataConfig(Section, section="data"):
     # Instead of `path`: several such folders with weights, such as {shards/web: 0.7, shards/code: 0.3}. Every range of
     # steps holds samples in this ratio; a corpus that is exhausted starts its next epoch.
     mix: dict[str, MixWeight] | None = None
+    # Weights that those of `mix` change to, linearly from the first to the second of `mix_samples`, in sequences:
+    # [40000, 80000] is steps 5001 to 10000 with train.global_batch=8. Each mix may have folders that the other has not.
+    mix_end: dict[str, MixWeight] | None = None
+    mix_samples: tuple[SamplePosition, SamplePosition] | None = None
     tokenizer: PathText | None = None  # None: the one in the folder of shards
     document_mask: bool = True  # attention within documents only
     workers: Annotated[int, Range(0, 1024)] = 0  # loader processes per rank
@@ -340,8 +345,13 @@ class DataConfig(Section, section="data"):
 
     @property
     def folders(self) -> dict[str, float]:
-        """The folders of shards with their weights; `path` is the mix of one."""
-        return {self.path: 1.0} if self.mix is None else self.mix
+        """The folders of shards with their weights; `path` is the mix of one. Of a mix that changes, mean weights."""
+        mix, end = {self.path: 1.0} if self.mix is None else self.mix, self.mix_end
+        if end is None:
+            return mix
+        before, after = sum(mix.values()), sum(end.values())
+        names = [*mix, *(name for name in end if name not in mix)]
+        return {name: (mix.get(name, 0.0) / before + end.get(name, 0.0) / after) / 2 for name in names}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +20,7 @@ from mythos_dist.data.manifest import (
     read_json,
     read_shard_manifest,
 )
-from mythos_dist.data.mix import integer_weights
+from mythos_dist.data.mix import Mix, MixChange, integer_weights
 from mythos_dist.data.windows import Shard
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
@@ -33,6 +34,9 @@ class Corpus:
     weight: int  # relative to the other corpora's
     manifest: ShardManifest
     shards: dict[str, list[Shard]]  # by split
+    # Of a mix that changes: the weight afterwards, and the positions in which it changes, the same for all corpora.
+    end_weight: int = 0
+    change: tuple[int, int] | None = None
 
 
 def open_corpora(
@@ -42,15 +46,21 @@ def open_corpora(
     vocab_size: int,
     tokenizer_path: str | Path | None = None,
     splits: Sequence[str] = SPLITS,
+    mix_end: Mapping[str, float] | None = None,
+    change: tuple[int, int] | None = None,
 ) -> list[Corpus]:
     """The corpora of `mix` (folder -> weight). Raises UserError with all problems of the folders and conflicts with the
     config.
 
-    `splits`: those that will be read; a corpus may have no held-out split, see `with_windows`. Not a collective call.
+    `mix_end`: the weights after the positions `change`; a folder may be in one of the mixes only. `splits`: those that
+    will be read; a corpus may have no held-out split, see `with_windows`. Not a collective call.
     """
     problems_by_folder: list[tuple[str, str]] = []  # folder, problem
     corpora = []
-    for (name, _), weight in zip(mix.items(), integer_weights(list(mix.values())), strict=True):
+    names = [*mix, *(name for name in mix_end or {} if name not in mix)]
+    weights = integer_weights([mix.get(name, 0) for name in names])
+    end_weights = integer_weights([mix_end.get(name, 0) for name in names]) if mix_end else [0] * len(names)
+    for name, weight, end_weight in zip(names, weights, end_weights, strict=True):
         folder = Path(name)
         try:
             manifest = read_shard_manifest(folder)
@@ -81,11 +91,11 @@ def open_corpora(
             tokenizers.append(tokenizer_path)
         problems += _tokenizer_problems(manifest, tokenizers)
         problems += _config_problems(manifest, seq_len, vocab_size)
-        corpora.append(Corpus(folder, weight, manifest, shards))
+        corpora.append(Corpus(folder, weight, manifest, shards, end_weight, change))
         problems += _differences(corpora)
         problems_by_folder += [(name, problem) for problem in problems]
-    if problems_by_folder and len(mix) == 1:
-        raise UserError([problem for _, problem in problems_by_folder], next(iter(mix)))
+    if problems_by_folder and len(names) == 1:
+        raise UserError([problem for _, problem in problems_by_folder], names[0])
     if problems_by_folder:
         raise UserError([f"{name}: {problem}" for name, problem in problems_by_folder])
     return corpora
@@ -96,17 +106,42 @@ def with_windows(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
     return [corpus for corpus in corpora if corpus.shards.get(split)]
 
 
+def mix_of(corpora: Sequence[Corpus], split: str) -> Mix:
+    """The mix of these corpora. Only training changes it: held-out samples are read in the mean of both ratios."""
+    before, after = [corpus.weight for corpus in corpora], [corpus.end_weight for corpus in corpora]
+    change = corpora[0].change
+    if change is None:
+        return Mix(before)
+    if split == "train":
+        return Mix(before, MixChange(*change, after))
+    # One of the sums is 0 if no corpus of that mix has held-out samples.
+    totals = max(1, sum(before)), max(1, sum(after))
+    return Mix(
+        integer_weights([Fraction(a, totals[0]) + Fraction(b, totals[1]) for a, b in zip(before, after, strict=True)])
+    )
+
+
 def fingerprint(corpora: Sequence[Corpus]) -> str:
-    """Identifies what a run reads and in which order: one corpus's fingerprint, or `7 x 0a1b… + 3 x 2c3d…`."""
+    """Identifies what a run reads and in which order: one corpus's fingerprint, or `7 x 0a1b… + 3 x 2c3d…`, followed by
+    `; 100-900: 5, 5` if the weights become equal in these positions."""
     if len(corpora) == 1:
         return corpora[0].manifest.fingerprint
-    return " + ".join(f"{corpus.weight} x {corpus.manifest.fingerprint}" for corpus in corpora)
+    mixed = " + ".join(f"{corpus.weight} x {corpus.manifest.fingerprint}" for corpus in corpora)
+    return mixed + _describe_change(corpora)
+
+
+def _describe_change(corpora: Sequence[Corpus]) -> str:
+    change = corpora[0].change
+    if change is None:
+        return ""
+    return f"; {change[0]}-{change[1]}: {', '.join(str(corpus.end_weight) for corpus in corpora)}"
 
 
 def data_changes(corpora: Sequence[Corpus], before: str) -> list[str]:
     """The differences between `corpora` and those with the fingerprint `before`, one line each; empty if none."""
     if fingerprint(corpora) == before:
         return []
+    before, semicolon, change = before.partition(";")
     parts = [part.rpartition(" x ") for part in before.split(" + ")]
     old = {digest: int(weight or 1) for weight, _, digest in parts}
     new = {corpus.manifest.fingerprint: corpus for corpus in corpora}
@@ -127,6 +162,12 @@ def data_changes(corpora: Sequence[Corpus], before: str) -> list[str]:
             f"{sum(old.values())}"
             for digest, corpus in new.items()
             if corpus.weight * sum(old.values()) != old[digest] * total
+        ]
+    if not changes and (now := _describe_change(corpora)) != semicolon + change:
+        texts = [text.removeprefix("; ") or "none" for text in (now, semicolon + change)]
+        changes = [
+            "the change of the mix (data.mix_samples: integer weights in the ratio of data.mix_end) is "
+            f"{texts[0]}, but the run was trained with {texts[1]}"
         ]
     if not changes:
         expected = ", ".join(str(new[digest].folder) for digest in old)

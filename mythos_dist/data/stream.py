@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mythos_dist.data.corpora import Corpus, fingerprint, open_corpora, with_windows
+from mythos_dist.data.corpora import Corpus, fingerprint, mix_of, open_corpora, with_windows
 from mythos_dist.data.document_ids import document_ids
 from mythos_dist.data.loss_mask import IGNORED, documents_of, labels_of
-from mythos_dist.data.mix import corpus_positions, positions_before_repeat
 from mythos_dist.data.order import SampleOrder
 from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
@@ -94,7 +93,7 @@ class ReplicaStream:
         _check_batch_sizes(global_batch, micro_batch, num_replicas)
         self.fingerprint = fingerprint(corpora)
         corpora = _corpora_to_read(corpora, split)
-        self._weights = [corpus.weight for corpus in corpora]
+        self._mix = mix_of(corpora, split)
         self._orders = [
             SampleOrder([shard.entry["samples"] for shard in corpus.shards[split]], seed if shuffle else None, corpus=i)
             for i, corpus in enumerate(corpora)
@@ -102,7 +101,7 @@ class ReplicaStream:
         lengths = [order.num_samples for order in self._orders]
         self._first_ids = np.cumsum([0, *lengths[:-1]])  # of each corpus
         # Of one corpus, its samples; of a mix, the samples before one repeats.
-        self.num_samples = positions_before_repeat(lengths, self._weights)
+        self.num_samples = self._mix.positions_before_repeat(lengths)
         self._split, self._vocab_size = split, vocab_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._replica, self._num_replicas = replica, num_replicas
@@ -150,7 +149,7 @@ class ReplicaStream:
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """The sample ids at `positions` of the endless sequence, both int64 (n,)."""
-        corpora, own = corpus_positions(positions, self._weights)
+        corpora, own = self._mix.corpus_positions(positions)
         ids = np.empty_like(positions)
         for i, order in enumerate(self._orders):
             here = corpora == i

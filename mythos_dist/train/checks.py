@@ -25,12 +25,15 @@ def check_inputs(config: Config) -> list[Corpus]:
 
 def open_data(config: Config) -> list[Corpus]:
     """The shards of a config. Raises UserError with all that is wrong with them."""
+    data = config.data
     return open_corpora(
-        config.data.folders,
+        {data.path: 1.0} if data.mix is None else data.mix,
         seq_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
         tokenizer_path=config.data.tokenizer,
         splits=SPLITS if config.train.eval_samples else ["train"],
+        mix_end=data.mix_end,
+        change=data.mix_samples,
     )
 
 

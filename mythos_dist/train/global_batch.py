@@ -9,7 +9,8 @@ Decisions: CLUSTER-8, STAGES-4.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from mythos_dist.train.spikes import Rollback
 
 
-class GlobalBatch(NamedTuple):
+@dataclass(frozen=True)
+class GlobalBatch:
     """The batch of one step."""
 
     index: int  # from 0 over all stages of the run; excluded batches keep theirs

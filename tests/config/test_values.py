@@ -60,7 +60,8 @@ def test_a_number_is_accepted_at_its_bounds_and_refused_beyond(section, key, kin
     outside = [bounds.least - step, *([bounds.least] if bounds.above else [])]
     if bounds.most < math.inf:
         outside.append(bounds.most + 1 if one is int else math.nextafter(bounds.most, math.inf))
-    text = {tuple: "[{}]", dict: "{{web: {}}}"}.get(kind.type, "{}")
+    length = kind.length or 1
+    text = {tuple: f"[{', '.join(['{0}'] * length)}]", dict: "{{web: {}}}"}.get(kind.type, "{}")
     path = write("data: {path: shards}")
     for value in [*outside, "nan", "inf", "-inf", "9" * 5001, "-" + "9" * 5001, "true"]:
         problems = refused(path, f"{section}.{key}={text.format(value)}")
@@ -69,7 +70,7 @@ def test_a_number_is_accepted_at_its_bounds_and_refused_beyond(section, key, kin
     cls = SECTIONS[section]
     lowest = bounds.least if not bounds.above else one(min(bounds.most, 1.0) / 2)
     for value in (one(lowest), one(bounds.most) if bounds.most < math.inf else 1e30):
-        held = {tuple: (value,), dict: {"web": value}}.get(kind.type, value)
+        held = {tuple: (value,) * length, dict: {"web": value}}.get(kind.type, value)
         assert getattr(cls.from_checked_values(**{key: held}), key) == held
         assert not list(value_problems(kind, held))
 

@@ -17,7 +17,7 @@ from helpers.shard_folder import (
     write_manifest,
 )
 
-from mythos_dist.data.corpora import data_changes, fingerprint, open_corpora, with_windows
+from mythos_dist.data.corpora import Corpus, data_changes, fingerprint, open_corpora, with_windows
 from mythos_dist.data.manifest import index_fingerprint, read_shard_manifest
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError
@@ -230,6 +230,15 @@ def test_what_changed_since_the_run_started_is_reported(folders, tmp_path):
     assert data_changes(open_folders({b: 3, a: 7}), before) == [
         f"the folders of data.mix are in another order; the run was trained with: {a}, {b}"
     ]
+
+    def changing(end: dict, *change: int) -> list[Corpus]:
+        return open_folders({a: 0.7, b: 0.3}, mix_end=end, change=change)
+
+    assert data_changes(changing({a: 1, b: 1}, 5, 9), fingerprint(changing({b: 2, a: 2}, 5, 9))) == []
+    for other in (changing({a: 1, b: 2}, 5, 9), changing({a: 1, b: 1}, 5, 8), open_folders({a: 0.7, b: 0.3})):
+        (problem,) = data_changes(changing({a: 1, b: 1}, 5, 9), fingerprint(other))
+        assert "is 5-9: 1, 1, but the run was trained with " in problem
+    assert data_changes(open_folders({a: 0.7, b: 0.3}), fingerprint(changing({a: 1, b: 1}, 5, 9)))
     alone = fingerprint(open_folders({a: 1}))
     assert data_changes(open_folders({a: 1}), alone) == []
     (added,) = data_changes(open_folders({a: 1, b: 1}), alone)

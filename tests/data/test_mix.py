@@ -1,13 +1,14 @@
 """Mixing by weight in closed form: exact shares in every prefix, and each position of a corpus exactly once."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mythos_dist.data.mix import MAX_TOTAL, corpus_positions, integer_weights, positions_before_repeat
+from mythos_dist.data.mix import MAX_TOTAL, PARTS, Mix, MixChange, corpus_positions, integer_weights
 
 WEIGHTS = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
@@ -99,8 +100,82 @@ def test_integer_weights_are_exact_to_a_billionth(weights):
 def test_positions_before_repeat_ends_where_the_first_corpus_would_repeat(weights, data):
     """Against the mix itself: all samples before are different, and the next one is a repeat."""
     lengths = data.draw(st.lists(st.integers(1, 60), min_size=len(weights), max_size=len(weights)))
-    end = positions_before_repeat(lengths, weights)
+    end = Mix(weights).positions_before_repeat(lengths)
     corpus, own = corpus_positions(np.arange(end + 1), weights)
     fits = own < np.array(lengths)[corpus]
     assert fits[:-1].all() and not fits[-1]
     assert len(weights) > 1 or end == lengths[0]
+
+
+@st.composite
+def changing(draw: st.DrawFn) -> tuple[list[int], MixChange]:
+    """Two ratios of the same corpora, of which some may be in one of them only, and the positions between them."""
+    both = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(any), min_size=1, max_size=4))
+    before, after = ([one[i] for one in both] for i in (0, 1))
+    assume(any(before) and any(after))
+    begin = draw(st.integers(0, 60))
+    return before, MixChange(begin, begin + draw(st.integers(0, 500)), after)
+
+
+def linear(before: list[int], change: MixChange, position: int) -> tuple[int, list[Fraction]]:
+    """The part of a position, and each corpus's share in it: that of the middle of the part."""
+    begin, end, after = change
+    if position < begin:
+        part, done = -1, Fraction(0)
+    elif position >= end:
+        part, done = PARTS, Fraction(1)
+    else:
+        part = next(j for j in range(PARTS) if position < begin + (end - begin) * (j + 1) // PARTS)
+        done = Fraction(2 * part + 1, 2 * PARTS)
+    return part, [
+        (1 - done) * Fraction(a, sum(before)) + done * Fraction(b, sum(after))
+        for a, b in zip(before, after, strict=True)
+    ]
+
+
+@given(changing(), st.integers(1, 700))
+def test_a_mix_that_changes_equals_a_step_by_step_mix_of_each_part(both, length):
+    """Part after part with the reference for a constant mix, each reading the corpora on; corpora of weight 0 are
+    never read."""
+    before, change = both
+    parts, shares = zip(*(linear(before, change, position) for position in range(length)), strict=True)
+    expected, taken, begin = [], [0] * len(before), 0
+    while begin < length:
+        end = next((i for i in range(begin, length) if parts[i] != parts[begin]), length)
+        used = [i for i, share in enumerate(shares[begin]) if share]
+        scale = math.lcm(*(share.denominator for share in shares[begin]))
+        weights = [int(shares[begin][i] * scale) for i in used]
+        part = [(used[i], taken[used[i]] + own) for i, own in step_by_step(weights, end - begin)]
+        for i, _ in part:
+            taken[i] += 1
+        expected, begin = expected + part, end
+    corpus, own = Mix(before, change).corpus_positions(np.arange(length))
+    assert list(zip(corpus.tolist(), own.tolist(), strict=True)) == expected
+
+
+@given(changing(), st.lists(st.integers(0, 700), max_size=20))
+def test_a_position_of_a_changing_mix_does_not_depend_on_the_others(both, query):
+    mix = Mix(*both)
+    corpus, own = mix.corpus_positions(np.arange(701))
+    some, some_own = mix.corpus_positions(np.array(query, dtype=np.int64))
+    assert some.tolist() == corpus[query].tolist() and some_own.tolist() == own[query].tolist()
+
+
+def test_over_a_long_change_each_corpus_gets_the_integral_of_its_share():
+    """7 : 3 : 0 to 2 : 3 : 5 over 10^12 positions: the mean share, to a sample per part and corpus."""
+    mix = Mix([7, 3, 0], MixChange(10**11, 10**11 + 10**12, [2, 3, 5]))
+    last = np.arange(10**11 + 10**12 - 1000, 10**11 + 10**12)
+    corpus, own = mix.corpus_positions(last)
+    for i, (a, b) in enumerate([(7, 2), (3, 3), (0, 5)]):
+        expected = 10**11 * a // 10 + 10**12 * (a + b) // 20
+        assert abs(int(own[corpus == i].max()) - expected) < 3 * PARTS
+
+
+@given(changing(), st.data())
+def test_a_changing_mix_repeats_no_sample_before_its_number_of_samples(both, data):
+    lengths = data.draw(st.lists(st.integers(1, 60), min_size=len(both[0]), max_size=len(both[0])))
+    mix = Mix(*both)
+    end = mix.positions_before_repeat(lengths)
+    corpus, own = mix.corpus_positions(np.arange(end + 1))
+    fits = own < np.array(lengths)[corpus]
+    assert fits[:-1].all() and not fits[-1]

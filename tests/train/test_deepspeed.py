@@ -44,6 +44,14 @@ INTERNALS = [
     ),
     ("deepspeed.runtime.pipe.topology.PipelineParallelGrid.get_slice_parallel_group", "", "tensor groups by mpu"),
     ("deepspeed.ops.__compatible_ops__", "", "no compilation at the start on CPUs"),
+    # batch size
+    (f"{ENGINE}.set_train_batch_size", "self._config.gradient_accumulation_steps = new_gas", "micro-batches of a step"),
+    (f"{PIPE_ENGINE}.set_train_batch_size", "self.micro_batches = self.gradient_accumulation_steps()", "the same"),
+    (
+        f"{ENGINE}.is_gradient_accumulation_boundary",
+        "(self.micro_steps + 1) % self.gradient_accumulation_steps() == 0",
+        "the count that begins anew in each step",
+    ),
     # dry runs
     (
         f"{PIPE_ENGINE}._recv_tensor_meta",

@@ -13,9 +13,11 @@ from helpers.launch import launch, train, train_here
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 from mythos_dist.config.load import dump_stages, load_config, load_stages
 from mythos_dist.data.stream import ReplicaStream
+from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.allocation import is_finished
 from mythos_dist.ops.session import describe_rank
+from mythos_dist.prepare.convert import convert
 from mythos_dist.train.metrics import batch_id
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
@@ -205,6 +207,54 @@ def test_stages_may_have_layouts_of_their_own(common, tmp_path):
     for got, expected in zip(lines(tmp_path / "run"), lines(tmp_path / "reference" / "run"), strict=True):
         assert got["batch_id"] == expected["batch_id"] and got["lr"] == expected["lr"]
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def short_shards(shards, tmp_path_factory) -> list[Path]:
+    """Two folders of shards with windows of 16 tokens, of the text and the tokenizer of `shards`."""
+    work = tmp_path_factory.mktemp("short")
+    corpus, tokenizer = shards.parent / "corpus.parquet", Tokenizer.load(shards.parent / "tokenizer.model")
+    folders = [work / "a", work / "b"]
+    for folder, heldout in zip(folders, (0.1, 0.3), strict=True):
+        convert(corpus, tokenizer, 16, folder, heldout=heldout, quiet=True)
+    return folders
+
+
+def test_sequence_length_and_mix_may_differ_between_stages(common, shards, short_shards, tmp_path):
+    """32 tokens of one folder, then 16 of a mix, then of another mix of it, whose data begin anew; killed inside a
+    stage, and two ranks after one."""
+    a, b = short_shards
+    stages = f"""
+data: {{path: {shards}}}
+stages:
+  - {{steps: 2, train: {{seq_len: 32}}}}
+  - {{steps: 2, train: {{seq_len: 16}}, data: {{mix: {{{a}: 0.7, {b}: 0.3}}}}}}
+  - {{steps: 2, train: {{seq_len: 16}}, data: {{mix: {{{a}: 0.2, {b}: 0.8}}}}, start_from_state: everything}}
+"""
+    quiet = [one for one in common if not one.startswith(("data.path", "train.seq_len", "model.dropout"))]
+    arguments = write(tmp_path, stages, [*quiet, "checkpoint.every=1"])
+    run = [*arguments, f"run.dir={tmp_path / 'run'}"]
+    file = tmp_path / "run" / "checkpoints" / "step-00000003" / "checkpoint.json"
+    assert train(1, *run, env={"KILL_AFTER": str(file)}).codes == [-signal.SIGKILL]
+    result = train(2, *run)
+    assert result.codes == [0, 0], result.tails
+    expected = []
+    for path, seq_len in ((shards, 32), ({str(a): 0.7, str(b): 0.3}, 16), ({str(a): 0.2, str(b): 0.8}, 16)):
+        stream = ReplicaStream(
+            path,
+            "train",
+            seq_len=seq_len,
+            vocab_size=512,
+            global_batch=4,
+            micro_batch=4,
+            replica=0,
+            num_replicas=1,
+            seed=0,
+        )
+        expected += [batch_id(stream.step(step)[0].sample_ids.tolist()) for step in range(2)]
+    found = lines(tmp_path / "run")
+    assert [line["batch_id"] for line in found] == expected
+    assert [line["tokens"] for line in found] == [128, 256, 320, 384, 448, 512]
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> list:
