@@ -65,6 +65,19 @@ def test_a_running_run_has_a_speed_and_an_eta(tmp_path):
     assert process == "  start 1 on node1 (pid 77); last heartbeat 5 s ago, last step 1 s ago"
 
 
+def test_in_a_ramp_of_the_batch_the_eta_counts_sequences(tmp_path):
+    """Steps of 2 sequences take 2 s. Left are 10 of them and 50 steps of 8: 420 sequences, or 420 s."""
+    folder = run_folder(tmp_path)
+    overrides = ["train.steps=100", "train.batch_ramp=[[2,50]]", "train.global_batch=8", "train.micro_batch=1"]
+    config = load_config(REPOSITORY / "configs/tiny_cpu.yaml", overrides)
+    (folder / "config.yaml").write_text(dump_config(config))
+    lines = [json.loads(line) | {"global_batch": 2} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = status_of(folder)
+    assert seen.eta_seconds == pytest.approx(420)
+    assert seen.tokens_per_second == pytest.approx(2 * 256 / 2)
+
+
 def test_speed_excludes_pauses_between_starts(tmp_path):
     folder = run_folder(tmp_path)
     lines = (folder / "metrics.jsonl").read_text().splitlines()

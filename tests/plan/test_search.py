@@ -17,7 +17,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.clusters import load_cluster
 from mythos_dist.ops.plan.estimate import Estimate, with_layout
-from mythos_dist.ops.plan.search import search, smallest_cluster
+from mythos_dist.ops.plan.search import candidates, search, smallest_cluster
 
 pytestmark = pytest.mark.launch
 
@@ -29,6 +29,18 @@ H100 = load_cluster(CLUSTERS / "h100_80gb.yaml")
 
 def config_of(variant: str, *overrides: str) -> Config:
     return load_config(CONFIGS / f"{variant}.yaml", ["data.path=shards", "train.micro_batch=1", *overrides])
+
+
+def test_layouts_divide_every_batch_of_a_ramp():
+    """12, 16 and 32 sequences: at most 4 replicas x sequences per micro-batch, and all of 1, 2 and 4 occur."""
+    config = config_of("1b", "train.global_batch=32", "train.batch_ramp=[[12,10],[16,10]]")
+    per_pass = set()
+    for first, micro_batches in candidates(config, 8, {"recompute": "none", "expert": 1}):
+        for micro_batch in micro_batches:
+            tried = with_layout(first, micro_batch=micro_batch)
+            assert layout_problems(tried) == layout_problems(tried, 8) == []
+            per_pass.add(micro_batch * 8 // (first.parallel.tensor * first.parallel.pipe))
+    assert per_pass == {1, 2, 4}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mythos_dist.checkpoint.manifest import Lineage, read_checkpoint_manifest
+from mythos_dist.config.compare import differences
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.load import config_from, dump_config, load_config
 from mythos_dist.config.schema import Config, TrainConfig
@@ -194,6 +195,16 @@ def test_a_number_of_ranks_that_a_ramp_does_not_divide_into_is_refused_with_what
         "train.micro_batch=2 x 4 (replicas) = 8: every replica runs the same number of micro-batches; set "
         "train.batch_ramp to one of [[[8, 10], [16, 20]], [[8, 10], [24, 20]]], or set the number of ranks to 3"
     )
+
+
+def test_a_ramp_cannot_be_added_to_a_run_of_a_version_without_it():
+    """Its checkpoints have no such setting: they were trained on batches of one size."""
+    config = replace(Config(), train=TrainConfig(batch_ramp=((4, 10),)))
+    before = asdict(config)
+    assert list(differences(config, json.loads(json.dumps(before)))) == []
+    del before["train"]["batch_ramp"]
+    assert list(differences(config, before)) == [("train.batch_ramp", ((4, 10),), ())]
+    assert list(differences(Config(), before)) == []
 
 
 # Runs.
