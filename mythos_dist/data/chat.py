@@ -59,6 +59,9 @@ def messages_of(record: Any) -> list[dict[str, str]]:
         messages.pop()
     if not messages:
         raise ValueError("no assistant message: there would be nothing to learn")
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"message {number}, of the assistant, is empty: there would be nothing to learn")
     return messages
 
 

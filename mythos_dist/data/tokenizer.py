@@ -110,7 +110,7 @@ class Tokenizer:
     def encode_rendered(self, text: str, continues: bool) -> np.ndarray:
         """Encode a chat template's text, in which the texts of special tokens are those tokens. int32 (tokens,).
 
-        continues: other text precedes it.
+        continues: other text precedes it. A lone surrogate is encoded as "?".
         """
         raise NotImplementedError
 
@@ -287,7 +287,8 @@ class HuggingFaceTokenizer(Tokenizer):
             text = text.removeprefix(" ")
         self._model.encode_special_tokens = False
         try:
-            return np.array(self._model.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+            valid = text.encode("utf-8", "replace").decode()
+            return np.array(self._model.encode(valid, add_special_tokens=False).ids, dtype=np.int32)
         finally:
             self._model.encode_special_tokens = True
 

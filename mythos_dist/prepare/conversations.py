@@ -11,7 +11,7 @@ import numpy as np
 from mythos_dist.data.chat import ChatRenderer, Piece, encode, messages_of
 from mythos_dist.data.loss_mask import FIRST, LEARNT
 from mythos_dist.data.tokenizer import Tokenizer
-from mythos_dist.prepare.lines import BLANK, LineText, load_json, parse_score_of
+from mythos_dist.prepare.lines import BLANK, NOT_JSON_LINES, LineText, load_json, parse_score_of
 
 
 def parse_conversation(line: bytes | bytearray, renderer: ChatRenderer, score_key: str | None) -> LineText | None:
@@ -19,6 +19,8 @@ def parse_conversation(line: bytes | bytearray, renderer: ChatRenderer, score_ke
     record = load_json(line)
     if record is BLANK:
         return None
+    if isinstance(record, list):
+        raise ValueError(f"is a list, not a conversation; {NOT_JSON_LINES}")
     pieces = renderer.pieces(messages_of(record))
     text = json.dumps(pieces, ensure_ascii=False).encode("utf-8", "mythos_dist.invalid")
     return LineText(text, parse_score_of(record, score_key))

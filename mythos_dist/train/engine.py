@@ -310,7 +310,8 @@ class Engine:
         """The labels (R,) of a pass by readout, averaged over the passes of all replicas; None: all have B * S.
 
         Each loss is divided by it, so that a step's loss is the mean over the labels of the global batch, however
-        unequally they are spread over micro-batches and replicas. Only stored targets leave labels out (`IGNORED`).
+        unequally they are spread over micro-batches and replicas. Only stored targets and loss masks leave labels out
+        (`IGNORED`).
         """
         if passes[0].labels.dim() == 2:
             return None

@@ -136,6 +136,7 @@ def test_prompt_and_completion_are_a_message_each():
         ({"messages": [*messages([("user", "x")]), "y"]}, "message 2 is not an object"),
         ({"messages": messages([("tool", "x")])}, "message 1 has the role 'tool'; supported are system, user"),
         ({"messages": messages([("user", None)])}, "'content' of message 1 holds NoneType, not text"),
+        ({"prompt": "x", "completion": " \n"}, "message 2, of the assistant, is empty"),
         ({"prompt": "x", "completion": ["y"]}, "'completion' holds list, not text"),
     ],
 )

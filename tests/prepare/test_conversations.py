@@ -18,6 +18,7 @@ from mythos_dist.data.manifest import Filters, read_shard_manifest
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.prepare import convert as convert_module
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.mds import ShardWriter
 from mythos_dist.prepare.packing import WindowPacker, divide
@@ -142,6 +143,31 @@ def test_the_shards_are_the_same_bytes_at_any_number_of_workers_and_the_held_out
     convert_chat(write_lines(tmp_path / "b.jsonl", conversations[::-1]), tokenizer, tmp_path / "reversed", heldout=0.2)
     orders = [written(tmp_path / name, "heldout", tokenizer)[0] for name in ("one", "reversed")]
     assert Counter(orders[0]) == Counter(orders[1]) and len(orders[0]) > 5
+
+
+def test_an_interrupted_conversion_resumes_to_the_same_bytes(tokenizer, tmp_path, part_per_span, monkeypatch):
+    """Parts that were finished are not converted again."""
+    monkeypatch.setattr("mythos_dist.prepare.spans.TEXT_CHUNK_BYTES", 2000)
+    lines = write_lines(tmp_path / "a.jsonl", some_conversations(100))
+    convert_chat(lines, tokenizer, tmp_path / "uninterrupted", heldout=0.2)
+    convert_part, converted = convert_module.convert_part, []
+
+    def stop_after_three(converter, job, part, *arguments):
+        if len(converted) == 3:
+            raise KeyboardInterrupt
+        converted.append(part.index)
+        return convert_part(converter, job, part, *arguments)
+
+    monkeypatch.setattr(convert_module, "convert_part", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        convert_chat(lines, tokenizer, tmp_path / "out", heldout=0.2)
+    converted.clear()
+    monkeypatch.setattr(
+        convert_module, "convert_part", lambda *task: converted.append(task[2].index) or convert_part(*task)
+    )
+    convert_chat(lines, tokenizer, tmp_path / "out", heldout=0.2)
+    assert converted[0] == 3 and len(converted) > 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "uninterrupted")
 
 
 def test_of_few_conversations_the_last_windows_are_held_out(tokenizer, tmp_path):
