@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.conversion import read_windows
 from helpers.launch import train
+from helpers.small_run import TINY
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.data.loss_mask import LEARNT, PADDING
@@ -50,3 +51,27 @@ def test_losses_are_those_of_each_conversation_alone_at_every_layout(settings, c
         last = lines(tmp_path / name / "eval.jsonl")[-1]
         assert last["step"] == 4 and last["heldout_loss"] == pytest.approx(total / tokens, rel=1e-4)
         assert last["accuracy"] == pytest.approx(correct / tokens, abs=1.5 / tokens)  # ties
+
+
+def test_a_run_is_tuned_on_conversations_in_its_second_stage(settings, shards, conversations, tmp_path):
+    """Text and then conversations in one config, killed after the first step of the second stage: the same losses as
+    uninterrupted, and on two ranks."""
+    stages = "".join(
+        f"  - {{name: {name}, steps: 3, data: {{path: {path}}}}}\n"
+        for name, path in (("text", shards), ("chat", conversations))
+    )
+    (tmp_path / "config.yaml").write_text(f"base: {TINY}\nstages:\n{stages}")
+    changed = ("train.steps", "data.path")
+    run = [str(tmp_path / "config.yaml"), *(one for one in settings[1:] if not one.startswith(changed))]
+    run += ["train.global_batch=4", "checkpoint.every=2"]
+    for name, ranks, options in (("one", 1, []), ("two", 2, ["train.micro_batch=2"])):
+        assert train(ranks, *run, *options, f"run.dir={tmp_path / name}").codes == [0] * ranks
+    one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["stage"] for line in one] == ["text"] * 3 + ["chat"] * 3
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-4)
+    killed = f"run.dir={tmp_path / 'killed'}"
+    env = {"KILL_AFTER": str(tmp_path / "killed" / "checkpoints" / "step-00000004")}
+    assert train(1, *run, killed, env=env).codes != [0]
+    assert train(1, *run, killed).codes == [0]
+    again = lines(tmp_path / "killed" / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in one]
