@@ -178,8 +178,8 @@ def _mark_static(meter: Meter, engine: Any) -> None:
     meter.weight_shapes = {parameter.shape for parameter in parameters if parameter.dim() > 1}
     for flat, state in optimizer.optimizer.state.items():
         meter.mark([flat, *(value for value in state.values() if isinstance(value, Tensor))], "optimizer")
-    if engine.config.average.kind != "off":
-        meter.mark((shard.values[AVERAGE] for shard in engine.local_shards.values()), "optimizer")
+    shards = engine.local_shards.values()
+    meter.mark((shard.values[AVERAGE] for shard in shards if AVERAGE in shard.values), "optimizer")
     meter.mark(getattr(optimizer, "fp32_groups_gradients_flat", []), "gradients")
     meter.mark([parameter.data for parameter in parameters], "parameters")
     if hasattr(optimizer, "grad_partitions_flat_buffer"):  # ZeRO-3

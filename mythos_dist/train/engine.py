@@ -102,6 +102,7 @@ class Engine:
             reduce_tied_weights_identically(self.deepspeed)
         fix_gradient_norm(self.deepspeed.optimizer, mesh)
         init_moments(self.deepspeed.optimizer)
+        self.average = WeightAverage(config.average, self.local_shards)
 
     def _build_model(self) -> Mythos:
         config, train = self.config, self.config.train
@@ -144,11 +145,6 @@ class Engine:
         if self.config.average.kind != "off":
             add_averages(shards)
         return shards
-
-    @functools.cached_property
-    def average(self) -> WeightAverage:
-        """The average of the weights."""
-        return WeightAverage(self.config.average, self.local_shards)
 
     def optimizer_state(self) -> dict[str, Any]:
         """State that is equal on every rank: steps taken and skipped, fp16's loss scale, samples of the average."""

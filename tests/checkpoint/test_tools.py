@@ -239,13 +239,16 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.mark.launch
 def test_memory_does_not_grow_with_the_model(large, tmp_path):
-    """Rewriting 1.2 GB, and exporting a tensor of 400 MB, takes a few blocks more than the imports alone."""
+    """Rewriting 1.2 GB, exporting 400 MB, and averaging 400 MB twice take a few blocks more than the imports alone."""
     script = str(REPOSITORY / "tools" / "{}.py")
     imports = peak([sys.executable, "-c", "import mythos_dist.checkpoint.export, torch"])
     rewriting = peak([sys.executable, script.format("reshape_checkpoint"), str(large), "--out", str(tmp_path / "run")])
     exporting = peak([sys.executable, script.format("export_checkpoint"), str(large), "--out", str(tmp_path / "out")])
+    average = [sys.executable, script.format("average_checkpoints"), str(large), str(large)]
+    averaging = peak([*average, "--out", str(tmp_path / "average")])
     assert rewriting - imports < 200, f"{rewriting:.0f} MB, {imports:.0f} MB of them for imports"
     assert exporting - imports < 200, f"{exporting:.0f} MB, {imports:.0f} MB of them for imports"
+    assert averaging - imports < 200, f"{averaging:.0f} MB, {imports:.0f} MB of them for imports"
 
 
 def peak(command: list[str]) -> float:
