@@ -99,11 +99,14 @@ def run_all(
 
 
 def training_flops(config: Config) -> Iterator[float]:
-    """The FLOPs of one process in step 1, 2, …, without end, with the number of loops that is drawn for each step."""
+    """The FLOPs of one process in step 1, 2, …, without end, with the number of loops that is drawn for each step, and
+    those of Muon."""
     from mythos_dist.model.flops import executed_flops  # it imports torch, and --help does not need that
+    from mythos_dist.ops.plan.muon import muon_flops
 
     model, train = config.model, config.train
     rows = expected_rows(train.micro_batch * train.seq_len, model.n_experts_per_tok, model.n_experts, 1)
+    of_optimizer = muon_flops(config, SINGLE, StageSpec.full(model))
     known: dict[tuple[int, int], float] = {}
     for step in itertools.count(1):
         n_loops, no_grad_loops, _ = loops_at(config, step)
@@ -111,7 +114,7 @@ def training_flops(config: Config) -> Iterator[float]:
             fixed = replace(config, loops=replace(config.loops, distribution="fixed", mean=n_loops, set=()))
             flops = executed_flops(fixed, SINGLE, StageSpec.full(model), range(n_loops), no_grad_loops, rows.pairs)
             known[n_loops, no_grad_loops] = flops / train.micro_batch
-        yield known[n_loops, no_grad_loops] * train.batch_size_at(step)
+        yield known[n_loops, no_grad_loops] * train.batch_size_at(step) + of_optimizer
 
 
 def steps_for(config: Config, budget: float) -> int:
