@@ -69,6 +69,10 @@ FEWER = {  # text in a command -> its replacement
     "runs/demo --loops 1,2,4,8,16,32": "runs/first --loops 1,2",
 }
 ELSEWHERE = (  # commands that other tests run
+    *("python tools/make_sample_data.py", "python -m mythos_dist.train configs/recipes/"),  # train/test_recipes.py
+    "python tools/make_shards.py --format chat --template plain",
+    "python tools/generate.py runs/tiny-chat",
+    "python tools/inspect_checkpoint.py runs/tiny-chat",
     "sbatch ",  # cluster/test_drills.py, cluster/test_launch_readme.py
     "launch/deepspeed.sh ",
     "python tools/plan.py ",  # below, plan/test_command.py, train/test_variants.py
@@ -78,7 +82,6 @@ ELSEWHERE = (  # commands that other tests run
     "python -m mythos_dist.train configs/tiny_cpu.yaml",  # a study of minutes; layout errors: above
     "python -m mythos_dist.train configs/demo.yaml model.dimm=3",  # above
     "python -m mythos_dist.train configs/300m.yaml data.path=shards run.dir=runs/decayed",  # train/test_start_from.py
-    "python tools/make_sample_data.py && make loop-ablation",
 )
 
 

@@ -1,6 +1,6 @@
 """Make shards without a download: the text of CPython's own help -> parquet -> tokenizer -> MDS shards.
 
-Writes the shards with their manifest to OUT, and corpus.parquet and tokenizer.model to OUT-source.
+Writes the shards with their manifest to OUT, and corpus.parquet, tokenizer.model and chats.jsonl to OUT-source.
 """
 
 import argparse
@@ -24,10 +24,11 @@ def main() -> None:
 
     from mythos_dist.data.tokenizer import train_tokenizer
     from mythos_dist.prepare.convert import convert
-    from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
+    from mythos_dist.prepare.corpus import read_documents, write_sample_chats, write_sample_corpus
 
     work = Path(f"{os.path.abspath(arguments.out)}-source")
     corpus = write_sample_corpus(work / "corpus.parquet")
+    write_sample_chats(work / "chats.jsonl")
     tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", arguments.vocab_size)
     manifest = convert(corpus, tokenizer, arguments.seq_len, arguments.out, heldout=arguments.heldout)
     print(manifest.summary())

@@ -1,5 +1,6 @@
 """Read the texts of a corpus one by one as strings, and write a small real corpus for tests and the demo."""
 
+import json
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,21 @@ def write_sample_corpus(out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as stream:
         pq.write_table(table, stream, row_group_size=16)
+    return out
+
+
+def write_sample_chats(out: Path) -> Path:
+    """Write conversations about the same texts to the file of JSON lines `out`: asked for a paragraph, the assistant
+    says it. Returns `out`."""
+    lines = []
+    for name in sorted(topics):
+        blocks = topics[name].replace("\r\n", "\n").split("\n\n")
+        prose = [" ".join(block.split()) for block in blocks if block[:1].isalpha() and "***" not in block]
+        for number, text in enumerate(prose, 1):
+            lines.append(json.dumps({"prompt": f"Say paragraph {number} of the help on {name}.", "completion": text}))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as stream:
+        stream.write(("\n".join(lines) + "\n").encode())
     return out
 
 
