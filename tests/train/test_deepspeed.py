@@ -94,7 +94,7 @@ INTERNALS = [
         "group_idx, dest_offset, num_elements = self.grad_position",
         "ZeRO-3: which part",
     ),
-    (f"{STAGE3}.step", "self._partition_all_parameters()", "after loading"),
+    (STAGE3, "        self._partition_all_parameters()", "after loading"),  # of `step`, which a decorator hides
     (f"{STAGE3}._reassign_or_swap_out_partitioned_parameters", "", "after loading"),
     (f"{STAGE3}.checkpoint_event_epilogue", "self.persistent_parameters[0].all_gather(", "after loading"),
     (f"{ENGINE}.__init__", "self.skipped_steps = 0", "counts that are set when loading"),
