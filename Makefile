@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo chat-demo depth-demo loop-ablation test test-all check bench clean
+.PHONY: demo chat-demo depth-demo loop-ablation optimizer-study test test-all check bench clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
@@ -16,6 +16,10 @@ depth-demo: $(READY)  ## train small models on a task that needs depth, to see w
 
 loop-ablation: $(READY)  ## ablate each loop setting alone, at equal FLOPs; 1 to 2 hours
 	$(BIN)/python tools/loop_ablation.py
+
+optimizer-study: $(READY)  ## AdamW and Muon, schedules, averages of the weights, at equal FLOPs; 1 hour
+	$(BIN)/python tools/make_sample_data.py
+	$(BIN)/python tools/optimizer_study.py
 
 # Ranks and daemons of the tests wait most of the time: three workers keep two cores busy.
 WORKERS ?= 3

@@ -36,6 +36,8 @@ def test_equal_flops_are_fewer_steps_of_more_loops():
     budget = sum(itertools.islice(training_flops(fixed), 30))
     assert steps_for(fixed, budget) == 30
     assert 31 <= steps_for(small(distribution="fixed", mean=2), budget) <= 90
+    muon = replace(fixed, optim=replace(fixed.optim, name="muon"))
+    assert steps_for(muon, budget) < 30  # its own products count
     drawn = small(distribution="uniform_set", set=(1, 3, 6))
     steps = steps_for(drawn, budget)
     spent = list(itertools.islice(training_flops(drawn), steps))
@@ -80,6 +82,28 @@ def test_the_depth_demo_writes_its_summary_and_repeats_no_run(tmp_path):
     assert second.returncode == 0, second.stderr[-2000:]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert {file: file.read_bytes() for file in metrics} == metrics
+
+
+@pytest.mark.launch
+@pytest.mark.long
+def test_the_study_of_optimizers_writes_its_tables(shards, tmp_path):
+    """The best rate of each optimizer is that of all its runs."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sample").symlink_to(shards)
+    sizes = "model.vocab_size=512 train.seq_len=32 average.every=1 average.last=2 train.eval_samples=8".split()
+    options = ["--out", "out", "--seeds", "1", "--rates", "1e-3,4e-3", *SMALL, *sizes]
+    command = [sys.executable, str(REPOSITORY / "tools" / "optimizer_study.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "out" / "optimizers.json").read_text())
+    assert summary["steps"]["adamw"] == 4 and 3 <= summary["steps"]["muon"] <= 4
+    for name, losses in summary["rates"].items():
+        best = f"{summary['best_rates'][name]:g}"
+        assert losses[best] == min(losses.values())
+        assert summary["losses"][f"{name}, cosine"][0]["weights"] == losses[best]
+    assert len(summary["losses"]) == 6 and (tmp_path / "out" / "optimizers.md").read_text() in done.stdout
+    wrong = tool("optimizer_study.py", "--rates", "0,1")
+    assert wrong.returncode == 2 and "--rates=0.0,1.0: give numbers above 0" in wrong.stderr
 
 
 @pytest.mark.launch
