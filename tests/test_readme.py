@@ -70,7 +70,12 @@ FEWER = {  # text in a command -> its replacement
 }
 ELSEWHERE = (  # commands that other tests run
     *("python tools/make_sample_data.py", "python -m mythos_dist.train configs/recipes/"),  # train/test_recipes.py
-    "python tools/make_shards.py --format chat --template plain",
+    "python tools/make_shards.py --format chat",  # that and prepare/test_conversations.py
+    "python -m mythos_dist.train configs/300m.yaml data.path=shards/chat",  # train/test_conversations.py
+    "python tools/generate.py runs/tuned --chat",  # test_first_use.py
+    "python tools/export_checkpoint.py runs/first --average",  # train/test_average.py
+    "python tools/average_checkpoints.py",  # checkpoint/test_average_tool.py
+    "python -m mythos_dist.train CONFIG.yaml",  # train/test_start_from.py, train/test_stages.py
     "python tools/generate.py runs/tiny-chat",
     "python tools/inspect_checkpoint.py runs/tiny-chat",
     "sbatch ",  # cluster/test_drills.py, cluster/test_launch_readme.py
