@@ -232,7 +232,15 @@ def test_a_ramped_run_reads_consecutive_batches_of_growing_size(ramped, shards):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("layout", ["", "parallel.pipe=2", "parallel.zero=2 train.dtype=bf16", "parallel.zero=3"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "",
+        "parallel.pipe=2",
+        pytest.param("parallel.zero=2 train.dtype=bf16", marks=pytest.mark.long),
+        pytest.param("parallel.zero=3", marks=pytest.mark.long),
+    ],
+)
 def test_a_ramp_is_a_run_of_stages_of_constant_batches_bit_for_bit(run, tmp_path, layout):
     """Each stage has the size of one part of the ramp, and continues the schedule of the stage before it: losses and
     gradient norms are divided by the micro-batches of the step, and the rate is not scaled."""
@@ -251,7 +259,7 @@ def test_a_ramp_is_a_run_of_stages_of_constant_batches_bit_for_bit(run, tmp_path
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("step", [2, 3, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 5, 6))])
 def test_killed_inside_or_at_a_border_of_the_ramp_it_writes_the_same_lines(ramped, run, tmp_path, step):
     arguments = [*run, f"run.dir={tmp_path}", "data.workers=1"]
     killed = train(2, *arguments, env={"KILL_AFTER": str(at(tmp_path, step) / "checkpoint.json")})
@@ -263,19 +271,26 @@ def test_killed_inside_or_at_a_border_of_the_ramp_it_writes_the_same_lines(rampe
 
 LAYOUTS = [
     (1, "train.micro_batch=2"),
-    (2, "parallel.tensor=2 train.micro_batch=4"),
-    (2, "parallel.pipe=2"),
     (4, "parallel.pipe=2 parallel.expert=2"),
-    (4, "parallel.expert=4 parallel.zero=3"),
+    pytest.param(2, "parallel.tensor=2 train.micro_batch=4", marks=pytest.mark.long),
+    pytest.param(2, "parallel.pipe=2", marks=pytest.mark.long),
+    pytest.param(4, "parallel.expert=4 parallel.zero=3", marks=pytest.mark.long),
 ]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(run, tmp_path_factory) -> Path:
+    """The folder of a run without dropout on two ranks."""
+    folder = tmp_path_factory.mktemp("ramp") / "two"
+    assert train(2, *run, "model.dropout=0.0", f"run.dir={folder}").codes == [0, 0]
+    return folder
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
-def test_a_ramp_gives_the_same_losses_at_every_layout(run, tmp_path, ranks, layout):
+def test_a_ramp_gives_the_same_losses_at_every_layout(run, on_two_ranks, tmp_path, ranks, layout):
     """Two ranks train until the middle of the ramp, and this layout resumes; against the two ranks alone."""
     quiet = [*run, "model.dropout=0.0"]
-    assert train(2, *quiet, f"run.dir={tmp_path / 'two'}").codes == [0, 0]
     here = [*quiet, f"run.dir={tmp_path / 'here'}"]
     killed = train(2, *here, env={"KILL_AFTER": str(at(tmp_path / "here", 4) / "checkpoint.json")})
     assert killed.codes == [-signal.SIGKILL] * 2
@@ -284,7 +299,7 @@ def test_a_ramp_gives_the_same_losses_at_every_layout(run, tmp_path, ranks, layo
     result = train(ranks, *quiet, f"run.dir={tmp_path / 'new'}", *layout.split(), seconds=900)
     assert result.codes == [0] * ranks, result.tails
     for run_dir in (tmp_path / "here", tmp_path / "new"):
-        for got, expected in zip(lines(run_dir), lines(tmp_path / "two"), strict=True):
+        for got, expected in zip(lines(run_dir), lines(on_two_ranks), strict=True):
             for key in ("batch_id", "n_loops", "mean_loops", "lr", "tokens"):
                 assert got[key] == expected[key]
             assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5), layout
