@@ -9,8 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from helpers.launch import train
 
 from mythos_dist.config.load import load_config
+from mythos_dist.files import read_json_lines
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "configs" / "recipes"
@@ -35,6 +37,28 @@ def test_tiny_recipes_have_the_settings_of_the_recipes():
             assert getattr(tiny.optim, key) == getattr(recipe.optim, key), (name, key)
         assert tiny.run.start_from_state == recipe.run.start_from_state
         assert tiny.model.dim == load_config(REPOSITORY / "configs" / "tiny_cpu.yaml").model.dim
+
+
+@pytest.mark.launch
+def test_recipes_give_the_same_losses_on_1_2_and_4_ranks(shards, tmp_path):
+    """Pre-training, and the decay that continues it."""
+    sizes = f"data.path={shards} model.vocab_size=512 train.seq_len=32 train.eval_samples=8 checkpoint.every=99".split()
+    sizes.append("optim.warmup_steps=2")
+    losses = {}
+    for ranks in (1, 2, 4):
+        first, second = (tmp_path / f"{name}-{ranks}" for name in ORDER[:2])
+        for recipe, run_dir, more in (
+            ("pretrain", first, ["train.steps=4"]),
+            ("decay", second, [f"start_from={first}", "train.steps=6", "optim.decay_steps=2"]),
+        ):
+            result = train(ranks, str(RECIPES / "tiny" / f"{recipe}.yaml"), f"run.dir={run_dir}", *sizes, *more)
+            assert result.codes == [0] * ranks, result.tails
+        lines = [read_json_lines(run_dir / "metrics.jsonl") for run_dir in (first, second)]
+        losses[ranks] = [line["loss"] for line in (*lines[0], *lines[1])]
+        assert [line["phase"] for line in lines[1]] == ["decay"] * 2
+    assert len(losses[1]) == 6
+    for ranks in (2, 4):
+        assert losses[ranks] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.launch
