@@ -27,7 +27,7 @@ SCHEDULES = {
     "wsd": "optim.schedule=wsd optim.decay=1-sqrt optim.decay_steps={fifth}",
     "constant": "optim.schedule=constant",
 }
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 class Losses(NamedTuple):
