@@ -100,26 +100,25 @@ def run(stages: "list[Config]", session: "Session", only_preflight: bool) -> int
     Returns the exit code; raises UserError.
     """
     from mythos_dist.ops.hooks import Operations
-    from mythos_dist.parallel.process import on_rank_0
     from mythos_dist.train.loop import train
     from mythos_dist.train.prepare import check_run, check_stage
     from mythos_dist.train.resume import find_newest, find_stage
-    from mythos_dist.train.run_folder import check_run_folder
 
     session.enter_phase("checking")
-    on_rank_0(lambda: check_run_folder(stages[0]))
+    operations = [Operations(stage, session) for stage in stages]
+    # Every start needs the last stage. It is checked first, because the search reads all bytes of a checkpoint.
+    corpora = {len(stages) - 1: check_stage(stages[-1], session, operations[-1])}
     newest = find_newest(stages[0])
     current = find_stage(stages, newest)
-    for stage in stages[current + 1 :]:
-        check_stage(stage, session, Operations(stage, session))
+    for index in range(current, len(stages) - 1):
+        corpora[index] = check_stage(stages[index], session, operations[index])
     for index in range(current, len(stages)):
-        operations = Operations(stages[index], session)
-        inputs = check_run(stages[index], session, operations, newest if index == current else None)
+        inputs = check_run(stages[index], session, corpora[index], newest if index == current else None)
         if index == current:
-            operations.preflight(only_preflight)
+            operations[index].preflight(only_preflight)
         if only_preflight:
             return 0
-        if code := train(stages[index], session, inputs, operations, is_last_stage=index == len(stages) - 1):
+        if code := train(stages[index], session, inputs, operations[index], is_last_stage=index == len(stages) - 1):
             return code
         session.begin_stage()
         gc.collect()  # the engine of the stage has cycles, and holds its memory until they are found

@@ -41,20 +41,21 @@ class RunInputs:
     resume: Resume
 
 
-def check_run(config: Config, session: Session, hooks: Hooks, newest: Search | None = None) -> RunInputs:
-    """Check settings, shards, run folder and checkpoint. Writes nothing. Raises UserError, the same on every rank.
+def check_run(config: Config, session: Session, corpora: list[Corpus], newest: Search | None = None) -> RunInputs:
+    """Check the checkpoint to resume from, after `check_stage`. Writes nothing. Raises UserError, the same on every
+    rank.
 
     newest: see `Resume`.
     """
     session.enter_phase("checking")
-    corpora = check_stage(config, session, hooks)
     resume = Resume(config, corpora, newest)
     session.record_startup("checking")
     return RunInputs(corpora, resume)
 
 
 def check_stage(config: Config, session: Session, hooks: Hooks) -> list[Corpus]:
-    """Check settings and shards, also of a stage that begins later. Raises UserError, the same on every rank."""
+    """Check settings, shards and run folder, also of a stage that begins later. Writes nothing. Raises UserError, the
+    same on every rank."""
     corpora = raise_on_all_ranks(lambda: check_inputs(config), session.nodes)
     raise_on_all_ranks(hooks.check_config, session.nodes)
     return corpora

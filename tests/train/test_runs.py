@@ -14,17 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.launch import in_folder_of_rank, launch, train
+from helpers.launch import in_folder_of_rank, launch, train, train_here
+from helpers.run_folder import lines
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.data.stream import ReplicaStream
 
 pytestmark = pytest.mark.launch
 EXACT = ("loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
-
-
-def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(text) for text in (run_dir / name).read_text().splitlines()]
 
 
 def exact(run_dir: Path) -> list[tuple]:
@@ -82,14 +79,31 @@ def train_without_operations(arguments: list[str]) -> int:
     from mythos_dist.parallel.process import join_process_group
     from mythos_dist.train.hooks import Hooks
     from mythos_dist.train.loop import train as train_loop
-    from mythos_dist.train.prepare import check_run
+    from mythos_dist.train.prepare import check_run, check_stage
     from mythos_dist.train.session import Session
     from mythos_dist.train.stop import StopRequest
 
     config = load_config(arguments[0], arguments[1:])
     join_process_group()
     session, hooks = Session(read_rank_info(), StopRequest()), Hooks()
-    return train_loop(config, session, check_run(config, session, hooks), hooks)
+    return train_loop(config, session, check_run(config, session, check_stage(config, session, hooks)), hooks)
+
+
+def train_without_search(arguments: list[str]) -> None:
+    """Train, but fail where the checkpoints of the run would be read."""
+    from mythos_dist.train import resume
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("all bytes of the newest checkpoint were read")
+
+    resume.find_newest = fail
+    train_here(arguments)
+
+
+def test_settings_and_shards_are_checked_before_the_checkpoint_is_read(settings, tmp_path):
+    """Reading it takes minutes at scale, and the data are wrong at once."""
+    result = launch(1, train_without_search, [*settings, "data.path=nowhere", f"run.dir={tmp_path}"])
+    assert result.codes == [2] and "nowhere: " in result.err, result.err
 
 
 def test_the_core_trains_without_operations(finished, settings, tmp_path):
