@@ -14,20 +14,20 @@ from experiments.depth import LONG_HOPS, TRAINED_HOPS
 from experiments.depth_task import ensure_depth_task
 from experiments.trials import (
     AS_OPEN_MYTHOS,
+    SAMPLE,
     Trial,
     check_counts,
     check_names,
+    check_sample,
+    mean_and_stdev,
     run_all,
     steps_for,
     training_flops,
 )
-from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
 from mythos_dist.train.depth import ACCURACY_RANGE, LOSS_RANGE
 from mythos_dist.train.plots import save_plot, value_axis
 from mythos_dist.units import count
-
-SAMPLE = Path("data/sample")
 
 BASE = (
     "model.loop_signal=false model.lora=none model.injection=parcae model.initial_state=zero model.qk_norm=true "
@@ -73,8 +73,7 @@ class TextData:
     ).split()
 
     def __init__(self, out: Path):
-        if not SAMPLE.exists():
-            raise UserError(f"{SAMPLE} does not exist; make it with `python tools/make_sample_data.py`")
+        check_sample()
 
     def measure(self, run_dir: Path) -> dict[int, float]:
         from mythos_dist.train.sweep import sweep
@@ -186,17 +185,16 @@ def _compare(
     return {"flops": budget, "switches": by_switch}
 
 
-def mean_and_stdev(seeds: Sequence[dict[str, float]], n: int) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, with `n` loops."""
-    values = [seed[str(n)] for seed in seeds]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def with_loops(seeds: Sequence[dict[str, float]], n: int) -> list[float]:
+    """The result of each seed with `n` loops."""
+    return [seed[str(n)] for seed in seeds]
 
 
 def table(data: type[TextData] | type[DepthTaskData], summary: dict[str, Any]) -> list[str]:
     """A Markdown table, sorted by the first of `data.table_loops`, best first."""
     rows = []
     for switch, one in summary["switches"].items():
-        values = [mean_and_stdev(one["seeds"], n) for n in data.table_loops]
+        values = [mean_and_stdev(with_loops(one["seeds"], n)) for n in data.table_loops]
         rows.append((values[0][0], switch, one["steps"], values))
     title = f"**{data.name}** ({data.unit}, {data.better} is better; {summary['flops']:.2e} FLOPs per run)"
     lines = ["", title, ""]
@@ -213,12 +211,12 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         for panel, (name, result) in zip(panels, summary.items(), strict=True):
             data, n = DATA[name], DATA[name].table_loops[0]
             seeds_of = {switch: one["seeds"] for switch, one in result["switches"].items()}
-            switches = sorted(seeds_of, key=lambda switch: mean_and_stdev(seeds_of[switch], n)[0])
+            switches = sorted(seeds_of, key=lambda switch: statistics.mean(with_loops(seeds_of[switch], n)))
             if data.better == "lower":
                 switches.reverse()
             values = []
             for i, switch in enumerate(switches):
-                seed_values = [seed[str(n)] for seed in seeds_of[switch]]
+                seed_values = with_loops(seeds_of[switch], n)
                 values += seed_values
                 panel.barh(i, statistics.mean(seed_values), color="C1" if switch == "base" else "C0", alpha=0.5)
                 panel.scatter(seed_values, [i] * len(seed_values), color="black", s=12, zorder=3)

@@ -40,8 +40,10 @@ def run_chat_study(config: Path, out: Path, overrides: list[str]) -> dict[str, A
     columns = Columns(chat=renderer)
     print(convert(task / "train.jsonl", tokenizer, loaded.train.seq_len, shards, columns=columns).summary())
 
+    prompts = read_prompts(task)
+
     def share_of(model: "Mythos") -> float:
-        return exact_share(model, loaded, tokenizer, renderer, read_prompts(task))
+        return exact_share(model, loaded, tokenizer, renderer, prompts)
 
     untrained = Mythos(loaded.model, act=loaded.act, experts=loaded.experts, seed=loaded.run.seed)
     before = share_of(untrained)
@@ -53,7 +55,7 @@ def run_chat_study(config: Path, out: Path, overrides: list[str]) -> dict[str, A
     summary = {
         "before": before,
         "after": share_of(model),
-        "prompts": len(read_prompts(task)),
+        "prompts": len(prompts),
         "steps": step,
         "heldout_loss": [line["heldout_loss"] for line in read_json_lines(trial.run_dir / "eval.jsonl")],
     }

@@ -5,16 +5,23 @@ optimizers.json and optimizers.md, the tables in docs/recipes.md.
 """
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.trials import Trial, check_counts, run_all, steps_for, training_flops
+from experiments.trials import (
+    SAMPLE,
+    Trial,
+    check_counts,
+    check_sample,
+    mean_and_stdev,
+    run_all,
+    steps_for,
+    training_flops,
+)
 from mythos_dist.errors import UserError
 from mythos_dist.files import read_json_lines, write_atomically
 
-SAMPLE = Path("data/sample")
 STEPS = 400  # of AdamW; Muon gets as many FLOPs, its own included
 BASE = (
     f"data.path={SAMPLE} train.global_batch=8 train.micro_batch=8 train.eval_samples=64 optim.warmup_steps=40 "
@@ -80,8 +87,7 @@ def run_study(
     check_counts(seeds, jobs)
     if not rates or min(rates) <= 0:
         raise UserError(f"--rates={','.join(map(str, rates))}: give numbers above 0")
-    if not SAMPLE.exists():
-        raise UserError(f"{SAMPLE} does not exist; make it with `python tools/make_sample_data.py`")
+    check_sample()
     study = Study(config, out, jobs, overrides)
     tried = study.run([(optimizer, "cosine", rate, seeds[0]) for optimizer in OPTIMIZERS for rate in rates])
     best = {
@@ -131,5 +137,5 @@ def tables(summary: dict[str, Any]) -> list[str]:
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    mean, stdev = mean_and_stdev(values)
+    return f"{mean:.3f} ± {stdev:.3f}" if len(values) > 1 else f"{mean:.3f}"

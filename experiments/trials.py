@@ -6,6 +6,7 @@ the same command resumes a study.
 
 import itertools
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,6 +28,9 @@ Result = TypeVar("Result")
 # Overrides that give any config the loops of OpenMythos as shipped, except for their number.
 _REFERENCE_MODEL = [f"model.{key}={str(value).lower()}" for key, value in BY_MODE["reference"].items()]
 AS_OPEN_MYTHOS = " ".join(["model.mode=reference", *_REFERENCE_MODEL, "act.mode=reference"])
+
+
+SAMPLE = Path("data/sample")  # shards of the demo's text
 
 
 class Trial(NamedTuple):
@@ -66,6 +70,17 @@ def check_counts(seeds: Collection[int], jobs: int | None) -> None:
         problems.append(f"--jobs={jobs} must be at least 1")
     if problems:
         raise UserError(problems)
+
+
+def check_sample() -> None:
+    """Raises UserError if the demo's text is not there."""
+    if not SAMPLE.exists():
+        raise UserError(f"{SAMPLE} does not exist; make it with `python tools/make_sample_data.py`")
+
+
+def mean_and_stdev(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation over seeds; of one seed 0."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def run_all(

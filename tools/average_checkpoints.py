@@ -8,7 +8,7 @@ begins with it by `start_from=weights`. Needs no GPU; memory does not grow with 
 
 import argparse
 
-from mythos_dist.config.arguments import integer, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -31,9 +31,7 @@ def parse() -> argparse.Namespace:
         help="a weight above 0 for each CHECKPOINT, such as 1 2 1; their sum does not matter (default: all equal)",
     )
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
-    add("--workers", type=integer(1, 1024), default=2, help="files written at once (%(default)s)")
-    add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
-    add("--quiet", action="store_true", help="print only errors")
+    add_write_options(parser, workers=2)
     return parse_arguments(parser)
 
 

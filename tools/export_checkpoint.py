@@ -8,7 +8,7 @@ Needs no GPU; one tensor is in memory at a time.
 
 import argparse
 
-from mythos_dist.config.arguments import integer, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -26,9 +26,7 @@ def parse() -> argparse.Namespace:
     )
     add("--average", action="store_true", help="the average of the weights that the run keeps (average.kind)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
-    add("--workers", type=integer(1, 1024), default=2, help="files written at once (%(default)s)")
-    add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
-    add("--quiet", action="store_true", help="print only errors")
+    add_write_options(parser, workers=2)
     return parse_arguments(parser)
 
 

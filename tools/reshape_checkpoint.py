@@ -9,7 +9,7 @@ If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, an
 import argparse
 import os
 
-from mythos_dist.config.arguments import integer, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -20,18 +20,11 @@ def parse() -> argparse.Namespace:
     add("checkpoint", type=nonempty_path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
     add("--out", type=nonempty_path, required=True, help="run.dir of the new run")
     add(
-        "--workers",
-        type=integer(1, 1024),
-        default=len(os.sched_getaffinity(0)),
-        help="files written at once (%(default)s)",
-    )
-    add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
-    add(
         "--ignore-signature",
         action="store_true",
         help="accept an unsigned CHECKPOINT, or one signed with another key",
     )
-    add("--quiet", action="store_true", help="print only errors")
+    add_write_options(parser, workers=len(os.sched_getaffinity(0)))
     return parse_arguments(parser)
 
 

@@ -20,6 +20,7 @@ from mythos_dist.checkpoint.manifest import (
 from mythos_dist.checkpoint.open_mythos import SafeTensors, mismatches
 from mythos_dist.checkpoint.pieces import Piece, overlaps
 from mythos_dist.checkpoint.reader import Checkpoint
+from mythos_dist.checkpoint.signature import VARIABLE, signing_key
 from mythos_dist.config.schema import BY_MODE, ActConfig, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.mythos import Mythos
@@ -31,6 +32,20 @@ _THEIRS = "recurrent.block.ffn.router_bias"  # a name that only exports for Open
 def is_export(path: Path) -> bool:
     """Whether a folder has the files of an export."""
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def open_export(folder: Path, key_file: str | None = None) -> "ExportedWeights":
+    """The export in `folder`. Raises UserError if it cannot be read, or if a signature is required.
+
+    key_file: `checkpoint.key_file`.
+    """
+    if signing_key(key_file):
+        raise UserError(
+            f"an export has no signature, but a key is set (checkpoint.key_file or {VARIABLE}); give the checkpoint "
+            "that it was exported from",
+            str(folder),
+        )
+    return ExportedWeights(folder)
 
 
 class ExportedWeights(Checkpoint):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mythos_dist.checkpoint.exported import ExportedWeights, is_export
+from mythos_dist.checkpoint.exported import is_export, open_export
 from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import AVERAGE, BUFFER, MOMENTS, PARAMETER, VersionError, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
@@ -192,14 +192,7 @@ def open_weights_at(path: Path) -> Checkpoint:
 
     Raises UserError as `open_checkpoint`, and for an export if signatures are required.
     """
-    if not is_export(path.expanduser()):
-        return open_checkpoint(path)
-    if signing_key():
-        raise UserError(
-            f"an export has no signature, but {VARIABLE} is set; give the checkpoint that it was exported from",
-            str(path),
-        )
-    return ExportedWeights(path.expanduser())
+    return open_export(path.expanduser()) if is_export(path.expanduser()) else open_checkpoint(path)
 
 
 def config_of(checkpoint: Checkpoint) -> Config:

@@ -24,6 +24,14 @@ def add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=what)
 
 
+def add_write_options(parser: argparse.ArgumentParser, workers: int) -> None:
+    """Add the options of a tool that reads checkpoints and writes files. workers: the default."""
+    add = parser.add_argument
+    add("--workers", type=integer(1, 1024), default=workers, help="files written at once (%(default)s)")
+    add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
+    add("--quiet", action="store_true", help="print only errors")
+
+
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line with positional arguments and options in any order.
 

@@ -344,9 +344,14 @@ class DataConfig(Section, section="data"):
     cache: PathText | None = None
 
     @property
+    def mix_begin(self) -> dict[str, float]:
+        """The folders of shards with their weights at the beginning; `path` is the mix of one."""
+        return {self.path: 1.0} if self.mix is None else self.mix
+
+    @property
     def folders(self) -> dict[str, float]:
-        """The folders of shards with their weights; `path` is the mix of one. Of a mix that changes, mean weights."""
-        mix, end = {self.path: 1.0} if self.mix is None else self.mix, self.mix_end
+        """All folders of shards with their weights; of a mix that changes, mean weights."""
+        mix, end = self.mix_begin, self.mix_end
         if end is None:
             return mix
         before, after = sum(mix.values()), sum(end.values())

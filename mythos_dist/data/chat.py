@@ -25,7 +25,7 @@ import jinja2.sandbox
 import numpy as np
 
 from mythos_dist.data.manifest import ChatTemplate
-from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.data.tokenizer import Tokenizer, any_of
 from mythos_dist.errors import UserError, first_line
 
 ROLES = ("system", "user", "assistant")
@@ -134,12 +134,12 @@ class ChatRenderer:
     def _check_contents(self, messages: Sequence[Message]) -> None:
         """Text that reads as a special token would end a turn, or begin another role's."""
         for number, message in enumerate(messages, 1):
-            if found := _alternatives(self.special_tokens).search(message["content"]):
+            if found := any_of(self.special_tokens).search(message["content"]):
                 raise ValueError(f"message {number} contains the text of the special token {found[0]}; remove it there")
 
     def _until_end_of_turn(self, rendered: str, content: str) -> str:
         """The beginning of a rendered message, up to the special token after its content."""
-        parts = re.split(f"({_alternatives(self.special_tokens).pattern})", rendered)  # text, special token, text, …
+        parts = re.split(f"({any_of(self.special_tokens).pattern})", rendered)  # text, special token, text, …
         if len(parts) == 1:
             raise ValueError(
                 "the template puts no special token of the tokenizer after an assistant message, so a model would not "
@@ -178,13 +178,6 @@ def _after(before: str, text: str, number: int) -> str:
             "not generate the conversation as it is; divide it into several, or use another template"
         )
     return text[len(before) :]
-
-
-@functools.cache
-def _alternatives(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """Matches any of the tokens, the longest where several begin."""
-    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 @functools.cache

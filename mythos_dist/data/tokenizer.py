@@ -7,6 +7,7 @@ The trap is U+2581: SentencePiece represents a space by that character, so a lit
 models trained here encode it as its three byte pieces instead.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -218,7 +219,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_rendered(self, text: str, continues: bool) -> np.ndarray:
         ids = [np.empty(0, np.int32)]
-        for part in re.split(f"({'|'.join(map(re.escape, self.special_tokens))})", text):
+        for part in re.split(f"({any_of(tuple(self.special_tokens)).pattern})", text):
             if part in self.special_tokens:
                 ids.append(np.array([self.special_tokens[part]], np.int32))
             elif part:
@@ -332,6 +333,13 @@ def read_configuration(folder: Path, key: str) -> Any:
         if value:
             return value
     return None
+
+
+@functools.cache
+def any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches any of these texts, the longest where several begin."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def token_text(token: Any) -> str | None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from mythos_dist.errors import UserError
-from mythos_dist.files import replacing
+from mythos_dist.files import replacing, write_atomically
 from mythos_dist.prepare.batches import LongDocument, valid_utf8
 from mythos_dist.prepare.documents import read_span, unreadable
 from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source, reading
@@ -58,8 +58,7 @@ def write_sample_chats(out: Path) -> Path:
         for number, text in enumerate(prose, 1):
             lines.append(json.dumps({"prompt": f"Say paragraph {number} of the help on {name}.", "completion": text}))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as stream:
-        stream.write(("\n".join(lines) + "\n").encode())
+    write_atomically(out, "\n".join(lines) + "\n")
     return out
 
 

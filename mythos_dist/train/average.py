@@ -18,7 +18,6 @@ Decisions: AVERAGE-1, AVERAGE-2, AVERAGE-3.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from mythos_dist.config.fields import show
 from mythos_dist.config.schema import AverageConfig
 from mythos_dist.units import count
 
-_BLOCK_ELEMENTS = 1 << 24  # temporary tensors have at most so many
+_BLOCK_ELEMENTS = 1 << 24  # maximum size of temporary tensors
 
 
 def add_averages(shards: LocalShards) -> None:
@@ -126,6 +125,6 @@ def _changes(settings: AverageConfig, manifest: CheckpointManifest) -> Iterator[
     before = manifest.config.get("average", {})
     names = ("kind", "every", "decay" if settings.kind == "ema" else "last")
     for name in names:
-        now = asdict(settings)[name]
+        now = getattr(settings, name)
         if before.get(name) != now:
             yield name, now, before.get(name)

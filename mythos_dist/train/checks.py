@@ -27,7 +27,7 @@ def open_data(config: Config) -> list[Corpus]:
     """The shards of a config. Raises UserError with all that is wrong with them."""
     data = config.data
     return open_corpora(
-        {data.path: 1.0} if data.mix is None else data.mix,
+        data.mix_begin,
         seq_len=config.train.seq_len,
         vocab_size=config.model.vocab_size,
         tokenizer_path=config.data.tokenizer,

@@ -5,7 +5,7 @@ in one GPU does not flip twice. If it fails again it is skipped. After `faults.r
 the run returns to its newest checkpoint and excludes the batches of those steps; after `faults.max_rollbacks` rollbacks
 it ends. All ranks decide from all-reduced values, so their decisions are the same.
 
-After a rollback, step and batch index differ: a step takes the next samples that are not excluded (`batches.py`).
+After a rollback, step and batch index differ: a step takes the next samples that are not excluded (`global_batch.py`).
 `rollbacks.json` has the excluded samples. It is written before the checkpoint is loaded, so a start that is killed then
 does not lose them.
 

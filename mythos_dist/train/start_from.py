@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from mythos_dist.checkpoint.exported import ExportedWeights, is_export
+from mythos_dist.checkpoint.exported import is_export, open_export
 from mythos_dist.checkpoint.manifest import MOMENTS, PARAMETER, Ancestor, CheckpointManifest, Lineage
 from mythos_dist.checkpoint.open_mythos import list_tensors
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.restore import find_checkpoint, is_checkpoint
-from mythos_dist.checkpoint.signature import VARIABLE, signing_key
 from mythos_dist.config.compare import WIDTHS, training_changes
 from mythos_dist.config.fields import show
 from mythos_dist.config.schema import BY_MODE, Config
@@ -38,7 +37,7 @@ def find_parent(config: Config) -> tuple[Checkpoint, list[str]]:
     path = Path(config.run.start_from)
     folder = from_rank_0(lambda: _folder_of(path))
     if folder is None:
-        return raise_on_all_ranks(lambda: _open_export(path, config.checkpoint.key_file)), []
+        return raise_on_all_ranks(lambda: open_export(path, config.checkpoint.key_file)), []
     checkpoint, damaged = find_checkpoint(folder, config.checkpoint)
     if checkpoint is None:
         raise UserError(f"start_from={path}: its checkpoints were removed; give another")
@@ -64,15 +63,6 @@ def _folder_of(path: Path) -> Path | None:
         f"start_from={path}: {problem}; give a run.dir, a folder checkpoints/step-N in it, or a folder that "
         "tools/export_checkpoint.py wrote"
     )
-
-
-def _open_export(path: Path, key_file: str | None) -> Checkpoint:
-    if signing_key(key_file):
-        raise UserError(
-            f"start_from={path}: an export has no signature, but a key is set (checkpoint.key_file or {VARIABLE}); "
-            "give the checkpoint that it was exported from"
-        )
-    return ExportedWeights(path)
 
 
 def check_parent(config: Config, parent: Checkpoint) -> None:

@@ -10,7 +10,7 @@ from experiments.chat_task import END, EOS, TEMPLATE, write_byte_tokenizer
 from mythos_dist.data.chat import ChatRenderer, encode, messages_of
 from mythos_dist.data.chat_template import PLAIN, find_renderer
 from mythos_dist.data.manifest import ChatTemplate
-from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.data.tokenizer import Tokenizer, any_of
 from mythos_dist.errors import UserError
 
 CHATML = """
@@ -209,3 +209,10 @@ def test_the_end_of_a_turn_is_found_whatever_a_message_says(content, header):
     pieces = ChatRenderer(ChatTemplate(template, {}), special).pieces(messages([("user", "x"), ("assistant", content)]))
     if header == "in the prompt" or content.strip():
         assert "".join(piece.text for piece in pieces).endswith(f"assistant<|end_header_id|>\n{content}<|end|>")
+
+
+def test_of_special_tokens_that_begin_alike_the_longest_is_one():
+    """In a template's text, whatever the order of their ids."""
+    for tokens in (("<a>", "<a>b"), ("<a>b", "<a>")):
+        assert any_of(tokens).findall("x<a>by<a>c") == ["<a>b", "<a>"]
+    assert not any_of(()).findall("x<a>")

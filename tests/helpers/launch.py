@@ -159,6 +159,20 @@ def train_here(arguments: Sequence[str]) -> None:
     main()
 
 
+def train_until_rolled_back(arguments: Sequence[str]) -> None:
+    """Train with ranks that are killed at the end of a rollback."""
+    from mythos_dist.train.loop import Run
+
+    roll_back = Run.roll_back
+
+    def roll_back_and_die(run: Run) -> None:
+        roll_back(run)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.roll_back = roll_back_and_die
+    train_here(arguments)
+
+
 def _allow_fp16() -> None:
     """On every CPU, as torch does; DeepSpeed refuses it on CPUs without native fp16."""
     from deepspeed.accelerator import get_accelerator

@@ -1,6 +1,5 @@
 """Averages of the weights, against a recurrence in numpy over the checkpoints of every step."""
 
-import json
 import math
 import shutil
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch
 from helpers.launch import run_ranks, run_tool, train
 from helpers.parity import batches, change
+from helpers.run_folder import lines
 from helpers.small_run import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,10 +138,6 @@ def averaged(run, tmp_path_factory) -> dict[str, Path]:
         result = train(ranks, *run, *layout.split(), f"run.dir={folders[name]}", seconds=900)
         assert result.codes == [0] * ranks, result.tails
     return folders
-
-
-def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (run_dir / name).read_text().splitlines()]
 
 
 def exact(run_dir: Path) -> list[tuple]:

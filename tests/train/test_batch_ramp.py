@@ -1,15 +1,14 @@
 """`train.batch_ramp`: the batch size as a function of the step, at any layout, after a kill, a rollback, in stages."""
 
 import json
-import os
 import signal
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.launch import launch, train, train_here
+from helpers.launch import launch, train, train_until_rolled_back
+from helpers.run_folder import at, lines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,16 +37,8 @@ def run(settings) -> list[str]:
     return [*settings, *changes.split(), *loops.split()]
 
 
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def exact(run_dir: Path, keys: tuple[str, ...] = EXACT) -> list[tuple]:
     return [tuple(line.get(key) for key in keys) for line in lines(run_dir)]
-
-
-def at(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def ids_of(shards: Path, batches: list[range]) -> list[str]:
@@ -306,20 +297,6 @@ def test_a_ramp_gives_the_same_losses_at_every_layout(run, on_two_ranks, tmp_pat
             assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), layout
 
 
-def _train_until_rolled_back(arguments: list[str]) -> None:
-    """Train with ranks that are killed at the end of a rollback."""
-    from mythos_dist.train.loop import Run
-
-    roll_back = Run.roll_back
-
-    def roll_back_and_die(run: Run) -> None:
-        roll_back(run)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    Run.roll_back = roll_back_and_die
-    train_here(arguments)
-
-
 @pytest.mark.launch
 def test_a_rollback_over_a_border_of_the_ramp_excludes_the_samples_of_the_skipped_steps(run, shards, tmp_path):
     """Batches 4, 5 and 6 are bad (of 8, 16 and 16 sequences): steps 5 to 8 keep their sizes, and read what follows.
@@ -335,7 +312,7 @@ def test_a_rollback_over_a_border_of_the_ramp_excludes_the_samples_of_the_skippe
     assert [line["global_batch"] for line in found] == SIZES
     assert [line["tokens"] for line in found] == [32 * sum(SIZES[: step + 1]) for step in range(8)]
     assert read_checkpoint_manifest(at(tmp_path / "run", 8)).lineage.next_sample == taken[-1].stop
-    killed = launch(2, _train_until_rolled_back, [*arguments, f"run.dir={tmp_path / 'killed'}"])
+    killed = launch(2, train_until_rolled_back, [*arguments, f"run.dir={tmp_path / 'killed'}"])
     assert set(killed.codes) <= {-signal.SIGKILL, 4}, killed.tails
     resumed = train(2, *arguments, f"run.dir={tmp_path / 'killed'}")
     assert resumed.codes == [0, 0], resumed.tails

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.launch import Launch, run_ranks, train
 from helpers.parity import batches, change
+from helpers.run_folder import lines
 
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
@@ -18,10 +19,6 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 EXACT = ("step", "loss", "grad_norm", "n_loops", "batch_id", "lr", "tokens", "expert_load_max")
 # The checkpoint of step 2 is complete when step 3 begins.
 AT_ONCE = "checkpoint.background=false"
-
-
-def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(text) for text in (run_dir / name).read_text().splitlines()]
 
 
 def exact(run_dir: Path) -> list[tuple]:

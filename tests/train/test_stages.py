@@ -1,14 +1,12 @@
 """`stages:` in one config: one run folder, stage after stage, wherever it is killed."""
 
-import json
-import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers.launch import launch, train, train_here
+from helpers.launch import launch, train, train_here, train_until_rolled_back
+from helpers.run_folder import lines
 
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 from mythos_dist.config.load import dump_stages, load_config, load_stages
@@ -46,10 +44,6 @@ def write(folder: Path, stages: str, common: list[str]) -> list[str]:
     tiny = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
     file.write_text(f"base: {tiny}\ntrain: {{global_batch: 4}}\n{stages}")
     return [str(file), *(one for one in common if not one.startswith("train.global_batch"))]
-
-
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def exact(run_dir: Path) -> list[tuple]:
@@ -137,27 +131,13 @@ def test_a_stop_file_at_the_border_stops_the_next_stage(staged, tmp_path):
     assert resumed.codes == [0, 0] and exact(tmp_path) == exact(whole)
 
 
-def _train_until_rolled_back(arguments: list[str]) -> None:
-    """Train with ranks that are killed at the end of a rollback."""
-    from mythos_dist.train.loop import Run
-
-    roll_back = Run.roll_back
-
-    def roll_back_and_die(run: Run) -> None:
-        roll_back(run)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    Run.roll_back = roll_back_and_die
-    train_here(arguments)
-
-
 def test_a_rollback_to_the_beginning_of_a_stage_holds_after_a_restart(common, tmp_path):
     """Batches 4, 5 and 6 are bad, the first of stage 2. It is killed before it has a checkpoint of its own."""
     changes = {"checkpoint.every=3": "checkpoint.every=99", "checkpoint.keep=9": "checkpoint.keep=99"}
     arguments = write(tmp_path, STAGES.replace("steps: 3", "steps: 5"), [changes.get(one, one) for one in common])
     faults = ",".join(f"bad_batch@{batch}:0" for batch in (4, 5, 6))
     run = [*arguments, f"run.dir={tmp_path / 'run'}", f"faults.inject={faults}"]
-    killed = launch(2, _train_until_rolled_back, run)
+    killed = launch(2, train_until_rolled_back, run)
     assert set(killed.codes) <= {-signal.SIGKILL, 4} and "to the checkpoint of step 4" in killed.err, killed.tails
     resumed = train(2, *run)
     assert resumed.codes == [0, 0], resumed.tails

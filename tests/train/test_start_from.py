@@ -1,14 +1,13 @@
 """Runs that begin with the weights of another: what they carry over, at any layout, and what is refused."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.launch import run_tool, train
+from helpers.run_folder import at, lines
 from helpers.small_run import REPOSITORY
 
 from mythos_dist.checkpoint.exported import ExportedWeights
@@ -40,16 +39,8 @@ def parent(run, tmp_path_factory) -> Path:
     return run_dir
 
 
-def lines(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (run_dir / name).read_text().splitlines()]
-
-
 def exact(run_dir: Path, keys: tuple[str, ...] = EXACT) -> list[tuple]:
     return [tuple(line[key] for key in keys) for line in lines(run_dir)]
-
-
-def at(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
@@ -187,7 +178,13 @@ LAYOUTS = [
 @pytest.mark.parametrize("state", ["weights", pytest.param("everything", marks=pytest.mark.long)])
 def test_a_stage_gives_the_same_losses_at_every_layout(parent, run, tmp_path, state):
     """Other ranks and axes than the parent's: batches equal, losses to the order of sums."""
-    base = [*run, "model.dropout=0.0", f"start_from={at(parent, 4)}", f"start_from_state={state}", "train.steps=6"]
+    base = [
+        *run,
+        "model.dropout=0.0",
+        f"start_from={at(parent, 4)}",
+        f"start_from_state={state}",
+        "train.steps=6",
+    ]
     assert train(2, *base, f"run.dir={tmp_path / 'same'}").codes == [0, 0]
     expected = lines(tmp_path / "same")
     for i, (ranks, layout) in enumerate(LAYOUTS):
@@ -237,7 +234,12 @@ def test_everything_continues_the_data_at_another_batch_size(parent, run, tmp_pa
     from mythos_dist.data.stream import ReplicaStream
     from mythos_dist.train.metrics import batch_id
 
-    stage = [f"run.dir={tmp_path}", f"start_from={at(parent, 4)}", "start_from_state=everything", "train.steps=6"]
+    stage = [
+        f"run.dir={tmp_path}",
+        f"start_from={at(parent, 4)}",
+        "start_from_state=everything",
+        "train.steps=6",
+    ]
     result = train(1, *run, *stage, "train.global_batch=8")
     assert result.codes == [0], result.tails
     assert "data order, from sample 16" in result.out
@@ -325,7 +327,9 @@ def test_a_damaged_parent_is_named(parent, run, tmp_path):
     file = at(source, 8) / "rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     refused(
-        train(2, *run, f"run.dir={tmp_path / 'a'}", f"start_from={at(source, 8)}"), str(file), "no checkpoint is intact"
+        train(2, *run, f"run.dir={tmp_path / 'a'}", f"start_from={at(source, 8)}"),
+        str(file),
+        "no checkpoint is intact",
     )
     result = train(
         2, *run, f"run.dir={tmp_path / 'b'}", f"start_from={source}", "train.steps=1", "optim.warmup_steps=0"
