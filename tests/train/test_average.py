@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers.launch import run_ranks, run_tool, train
+from helpers.launch import launch, run_ranks, run_tool, train, train_until_rolled_back
 from helpers.parity import batches, change
 from helpers.run_folder import lines
 from helpers.small_run import REPOSITORY
@@ -249,6 +249,28 @@ def test_a_killed_run_resumes_its_average_bit_for_bit(averaged, run, tmp_path, l
     assert lines(tmp_path, "eval.jsonl") == lines(averaged[layout], "eval.jsonl")
     state, expected = tensors_of(tmp_path, 8), tensors_of(averaged[layout], 8)
     assert state.keys() == expected.keys() and all(np.array_equal(state[key], expected[key]) for key in state)
+
+
+@launches
+@pytest.mark.timeout(2400)
+def test_a_rollback_takes_the_average_back_with_the_weights(run, tmp_path):
+    """Batches 4, 5 and 6 are bad: steps 5 to 7 are trained again, and step 6 is sampled again. The average is of the
+    checkpoints that are left, of Muon's weights, also where the run is killed during the rollback."""
+    faults = ",".join(f"bad_batch@{batch}:0" for batch in (4, 5, 6))
+    settings = f"average.kind=ema average.decay=0.75 optim.name=muon parallel.tensor=2 faults.inject={faults}"
+    arguments = [*run, *settings.split()]
+    result = train(2, *arguments, f"run.dir={tmp_path / 'run'}", seconds=900)
+    assert result.codes == [0, 0] and "to the checkpoint of step 4" in result.err, result.tails
+    killed = launch(2, train_until_rolled_back, [*arguments, f"run.dir={tmp_path / 'killed'}"])
+    assert set(killed.codes) <= {-signal.SIGKILL, 4}, killed.tails
+    resumed = train(2, *arguments, f"run.dir={tmp_path / 'killed'}", seconds=900)
+    assert resumed.codes == [0, 0], resumed.tails
+    for folder in (tmp_path / "run", tmp_path / "killed"):
+        weights = [weights_of(tensors_of(folder, step)) for step in (2, 4, 6, 8)]
+        assert samples_in(folder, 8) == 4
+        for name, average in averages_of(tensors_of(folder, 8)).items():
+            expected = expected_average([each[name] for each in weights], "ema", 0.75)
+            assert np.array_equal(average, expected), name
 
 
 @launches
