@@ -3,41 +3,25 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from mythos_dist.checkpoint.restore import load_model
-from mythos_dist.data.chat import ChatRenderer
-from mythos_dist.data.chat_template import find_renderer
-from mythos_dist.data.manifest import ShardManifest, read_shard_manifest
-from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.generate.chat import Chat
+from mythos_dist.generate.trained import Trained, load_trained
 from mythos_dist.model.generate import sampling_errors
-from mythos_dist.model.mythos import Mythos
-
-
-class Trained(NamedTuple):
-    """A trained model and what is needed to use it."""
-
-    model: Mythos
-    n_loops: int  # of training, on average
-    step: int
-    tokenizer: Tokenizer
-    shards: ShardManifest | None  # of training; None with --tokenizer
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the text, or the answers. Raises UserError."""
     prompt = None if arguments.prompt is None else _read_prompt(arguments.prompt)
     options = _sampling_options(arguments)
-    trained = _load(arguments)
+    trained = load_trained(arguments.run_dir, arguments.tokenizer)
     options["n_loops"] = options["n_loops"] or trained.n_loops
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without UTF-8
     if arguments.chat:
-        renderer = _renderer(trained, arguments.template)
+        renderer = trained.renderer(arguments.template)
         chat = Chat(trained.model, trained.tokenizer, renderer, system=arguments.system, **options)
         _talk(chat, prompt, trained.step)
     else:
@@ -71,29 +55,6 @@ def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     return {**options, "generator": torch.Generator().manual_seed(arguments.seed)}
-
-
-def _load(arguments: argparse.Namespace) -> Trained:
-    """The model and its tokenizer. Raises UserError."""
-    model, config, step = load_model(arguments.run_dir)
-    shards = Path(next(iter(config.data.folders)))  # all folders of a mix share one tokenizer
-    if arguments.tokenizer:
-        tokenizer, manifest = Tokenizer.load(arguments.tokenizer), None
-    else:
-        try:
-            manifest = read_shard_manifest(shards)
-        except UserError as error:
-            raise UserError(f"no tokenizer ({error}); name its file with --tokenizer", str(arguments.run_dir)) from None
-        tokenizer = Tokenizer.load(config.data.tokenizer or shards / manifest.tokenizer, manifest.eos)
-    return Trained(model, config.loops.mean_of(config.model), step, tokenizer, manifest)
-
-
-def _renderer(trained: Trained, template: str | None) -> ChatRenderer:
-    """With the template `template`, that of the training shards, or the tokenizer's. UserError if there is none."""
-    tokenizer, shards = trained.tokenizer, trained.shards
-    if template is None and shards and shards.chat:
-        return ChatRenderer(shards.chat, tuple(tokenizer.special_tokens))
-    return find_renderer(tokenizer, template)
 
 
 def _continue_text(trained: Trained, prompt: str, options: dict[str, Any]) -> str:
