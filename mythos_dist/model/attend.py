@@ -87,10 +87,12 @@ def attend(
     kernel: Kernel = "sdpa",
     documents: DocumentSpans | None = None,
     dropout: float = 0.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Causal attention inside documents: q (B, S, H, d), k (B, T, K, d), v (B, T, K, v) -> (B * S, H * v).
 
-    With T > S the queries are the last S of the T tokens.
+    With T > S the queries are the last S of the T tokens, or `mask`, bool (S, T) or (B, S, T), says which keys each
+    sees.
     """
     d, v_dim = q.shape[-1], v.shape[-1]
     scale = d**-0.5
@@ -98,8 +100,10 @@ def attend(
         v = F.pad(v, (0, d - v_dim))
     elif v_dim > d:
         q, k = F.pad(q, (0, v_dim - d)), F.pad(k, (0, v_dim - d))
-    run = _flash_attn if kernel == "flash_attn" else _sdpa
-    out = run(q, k, v, documents, dropout, scale)  # (B, S, H, max(d, v))
+    if kernel == "flash_attn" and (mask is None or mask.dim() == 2):
+        out = _flash_attn(q, k, v, documents, dropout, scale)  # (B, S, H, max(d, v))
+    else:  # flash-attn has no mask for rows of different lengths
+        out = _sdpa(q, k, v, documents, dropout, scale, mask)
     return out[..., :v_dim].reshape(q.shape[0] * q.shape[1], -1)
 
 
@@ -117,25 +121,35 @@ def _flash_attn(
     return flash_attn_varlen_func(*rows, ends, ends, longest, longest, **settings).view(*q.shape[:3], -1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: DocumentSpans | None, dropout: float, scale: float) -> Tensor:
-    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: DocumentSpans | None,
+    dropout: float,
+    scale: float,
+    mask: Tensor | None,
+) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         return F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, S, H, d) -> (B, H, S, d)
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=causal,
             scale=scale,
             enable_gqa=k.shape[2] != q.shape[2],
         ).transpose(1, 2)
 
     S, T = q.shape[1], k.shape[1]
-    if T > S:  # decoding: query i is at position T - S + i; S is 1 or a chunk of the prompt
-        return kernel(q, k, v, torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S))
-    if documents is None:
-        return kernel(q, k, v)
+    if mask is None and T > S > 1:
+        mask = torch.ones(S, T, dtype=torch.bool, device=q.device).tril(T - S)
+    if mask is not None:  # after cached tokens
+        return kernel(q, k, v, mask if mask.dim() == 2 else mask.unsqueeze(1))
+    if documents is None or T > S:
+        return kernel(q, k, v, causal=T == S)
     # One call per document: a dense mask is three times as slow on a CPU.
     rows = [x.flatten(0, 1).unsqueeze(0) for x in (q, k, v)]  # (1, B * S, heads, channels)
-    parts = [kernel(*(x[:, start:end] for x in rows)) for start, end in documents.spans]
+    parts = [kernel(*(x[:, start:end] for x in rows), causal=True) for start, end in documents.spans]
     return torch.cat(parts, dim=1).view(*q.shape[:3], -1)

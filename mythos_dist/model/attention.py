@@ -1,8 +1,9 @@
-"""Attention layers: grouped-query (GQA) and multi-head latent (MLA), rotary positions, the key-value cache.
+"""Attention layers: grouped-query (GQA) and multi-head latent (MLA), and rotary positions.
 
-Rotary channels are rotated in adjacent pairs. `mythos_dist.model.attend` has the kernels.
+Rotary channels are rotated in adjacent pairs. `mythos_dist.model.attend` has the kernels, `mythos_dist.model.kv_cache`
+the cache.
 
-Decisions: MODEL-3, MODEL-4, PARALLEL-6.
+Decisions: MODEL-3, MODEL-4, PARALLEL-6, DECODE-3.
 """
 
 # B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,
@@ -15,50 +16,27 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import DocumentSpans, Kernel, attend, find_documents
-from mythos_dist.model.norm import Norm, rms_normalize
+from mythos_dist.model.kv_cache import CacheKey, KVCache
+from mythos_dist.model.norm import EPS, Norm, rms_normalize
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.parallel.collectives import all_gather_many
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import ParallelLinear, replicated
 
-
-class KVCache:
-    """Keys and values (GQA) or their latent and rotary key (MLA) of every layer and loop, for one batch.
-
-    A layer appends the values of its new tokens and reads those of all tokens; a full buffer doubles in size.
-    `tokens` counts the cached tokens; the model advances it once per forward pass.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._buffers: dict[str, Tensor] = {}
-
-    def append(self, key: str, new: Tensor) -> Tensor:
-        """Append `new` (B, S, ...) to the `tokens` cached ones; return all, (B, tokens + S, ...)."""
-        end = self.tokens + new.shape[1]
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape[1] < end:
-            assert buffer is not None or self.tokens == 0, f"{key} has not cached the first {self.tokens} tokens"
-            grown = new.new_empty(new.shape[0], max(end, 2 * self.tokens), *new.shape[2:])
-            if buffer is not None:
-                grown[:, : self.tokens] = buffer[:, : self.tokens]
-            self._buffers[key] = buffer = grown
-        buffer[:, self.tokens : end] = new
-        return buffer[:, :end]
-
-    def elements_per_token(self) -> dict[str, int]:
-        """The elements that each layer and loop caches per token."""
-        return {key: buffer[0, 0].numel() for key, buffer in self._buffers.items()}
+# Attention to latents stores its scores, B * S * H * T elements of 4 bytes; above this, keys are expanded.
+MAX_SCORES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Context:
     """What all attention layers share in one forward pass."""
 
-    rope: Tensor  # (S, 1, R / 2) complex64: exp(i * position * frequency)
+    rope: Tensor  # (S, 1, R / 2) complex64: exp(i * position * frequency); (B, S, 1, R / 2) if rows' positions differ
     kernel: Kernel
     documents: DocumentSpans | None = None  # None when every row is one document
     cache: KVCache | None = None
+    # bool (S, T) or (B, S, T): the keys that a query sees; None: causal, with the last query at the last key.
+    mask: Tensor | None = None
 
     def repeated(self, times: int) -> "Context":
         """For `times` copies of the batch, concatenated."""
@@ -74,22 +52,37 @@ def build_context(
     cache: KVCache | None = None,
     kernel: Kernel = "sdpa",
 ) -> Context:
-    """The context of a pass over (B, S) tokens that follow those in `cache`.
+    """The context of a pass over (B, S) tokens that follow those in `cache`, in each row after its own.
 
     Rotary angles are computed in fp32 for each pass: as buffers they would lose their imaginary part in `.to(bfloat16)`
     and add 768 MB to checkpoints at a context of 1,000,000.
     """
-    start = cache.tokens if cache is not None else 0
-    positions = torch.arange(start, start + shape[1], device=device, dtype=torch.float32)
+    positions, mask = None, None  # positions: (B, S) if rows differ, else (S,)
+    if cache is not None:
+        positions, mask = _cached_positions(cache, shape, device)
+    if positions is None:
+        positions = torch.arange(shape[1], device=device)
     exponents = torch.arange(0, config.rope_dim, 2, device=device, dtype=torch.float32) / config.rope_dim
-    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents).unsqueeze(1)
+    angles = (positions.float().unsqueeze(-1) / config.rope_theta**exponents).unsqueeze(-2)
     rope = torch.polar(torch.ones_like(angles), angles)
     documents = None if document_ids is None else find_documents(document_ids)
-    return Context(rope, kernel, documents, cache)
+    return Context(rope, kernel, documents, cache, mask)
+
+
+def _cached_positions(cache: KVCache, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Positions of the new tokens, and the mask of the keys that they see, as in `Context`."""
+    (B, S), start = shape, cache.tokens
+    positions = cache.start_pass(B, S, device)
+    if positions is not None:
+        return positions, torch.arange(start + S, device=device) <= positions.unsqueeze(-1)
+    positions = torch.arange(start, start + S, device=device)
+    if start == 0 or S == 1:
+        return positions, None
+    return positions, torch.ones(S, start + S, dtype=torch.bool, device=device).tril(start)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate adjacent channel pairs of x (B, S, H, R) by rope (S, 1, R / 2), in fp32; same shape and dtype as x."""
+    """Rotate adjacent channel pairs of x (B, S, H, R) by `Context.rope`, in fp32; same shape and dtype as x."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
         pairs = pairs.contiguous()  # a slice that starts at an odd channel
@@ -116,7 +109,7 @@ class GQAttention(nn.Module):
         if config.qk_norm:
             self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
 
-    def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""
         rows = x.flatten(0, 1)  # a 2D product launches fewer operations than a batched one
         q, k, v = self.wq(rows), self.wk(rows), self.wv(rows)
@@ -125,14 +118,15 @@ class GQAttention(nn.Module):
         q, k, v = (part.view(*x.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
         return self.wo(checkpoint_if(self.selective, self._attend, q, k, v, context, cache_key)).view_as(x)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: str) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         if self.config.qk_norm:  # one weight for both: only the product of two would matter
             q, k = self.qk_norm(q), rms_normalize(k)
         q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if context.cache is not None:
-            k, v = context.cache.append(cache_key, torch.stack([k, v], dim=2)).unbind(2)
+            new = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)  # (B, S, 2 * K * d)
+            k, v = context.cache.append(cache_key, new).unflatten(-1, (2, -1, self.config.head_dim)).unbind(2)
         dropout = self.config.dropout if self.training else 0.0
-        return attend(q, k, v, context.kernel, context.documents, dropout)
+        return attend(q, k, v, context.kernel, context.documents, dropout, context.mask)
 
     def _select_kv_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's channels of keys and values -> the heads that its queries attend to, (N, H / tensor * d)."""
@@ -149,7 +143,8 @@ class MLAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are computed from one narrow latent per token.
 
     A head's query and key have nope channels without position and rope channels with it; all heads share the rotary
-    key. The cache holds the latent (before its norm) and the rotary key, kv_lora_rank + qk_rope_head_dim elements.
+    key. The cache holds the normed latent and the rotary key, kv_lora_rank + qk_rope_head_dim elements. A few queries
+    after many cached tokens attend to the latents themselves: `_attend_latents`.
     Heads are sharded over the tensor axis, and so are the channels of the latents, which every rank then gathers.
     """
 
@@ -170,7 +165,7 @@ class MLAttention(nn.Module):
         if config.qk_norm:
             self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
 
-    def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""
         c, rows = self.config, x.flatten(0, 1)
         q, kv = all_gather_many([self.q_down(rows), self.kv_down(rows)], self.mesh.tensor, -1)
@@ -179,7 +174,7 @@ class MLAttention(nn.Module):
         shape = x.shape[:2]
         return self.wo(checkpoint_if(self.selective, self._attend, q, kv, shape, context, cache_key)).view_as(x)
 
-    def _attend(self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: str) -> Tensor:
+    def _attend(self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: CacheKey) -> Tensor:
         """Full latents of queries (N, -) and of keys and values (N, L + R) -> this rank's heads (N, H * v)."""
         c = self.config
         nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
@@ -188,15 +183,71 @@ class MLAttention(nn.Module):
         latent, k_rope = kv.split([c.kv_lora_rank, rope], dim=-1)  # (N, L), (N, R)
         turned = apply_rope(torch.cat([q_rope, k_rope.view(*shape, 1, rope)], dim=2), context.rope)
         q_rope, k_rope = turned.split([q_rope.shape[2], 1], dim=2)
-        q = torch.cat([q_nope, q_rope], dim=-1)  # (B, S, H, d)
-
+        latent = self.kv_norm(latent).view(*shape, -1)  # (B, S, L)
         if context.cache is not None:
-            cached = context.cache.append(cache_key, torch.cat([latent.view(*shape, -1), k_rope.squeeze(2)], dim=-1))
-            latent, k_rope = cached.split([c.kv_lora_rank, rope], dim=-1)  # (B, T, -)
-            latent, k_rope = latent.flatten(0, 1), k_rope.unsqueeze(2)
-        kv = self.kv_up(self.kv_norm(latent)).view(shape[0], -1, q.shape[2], nope + c.v_head_dim)
+            entry = [latent, k_rope.squeeze(2)]
+            if c.qk_norm:
+                entry.append(self._key_scales(latent, entry[1]))
+            entries = context.cache.append(cache_key, torch.cat(entry, dim=-1))
+            if self._absorbs(q, entries.shape[1]):
+                return self._attend_latents(q_nope, q_rope, entries, context.mask)
+            latent, k_rope = entries[..., : c.kv_lora_rank + rope].split([c.kv_lora_rank, rope], dim=-1)  # (B, T, -)
+            k_rope = k_rope.unsqueeze(2)
+        kv = self.kv_up(latent.flatten(0, 1)).view(shape[0], -1, q.shape[2], nope + c.v_head_dim)
         k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)  # (B, T, H, -)
         k = torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         if c.qk_norm:
             k = rms_normalize(k)  # rotation keeps the length, so the norm can follow it
-        return attend(q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0)
+        q = torch.cat([q_nope, q_rope], dim=-1)  # (B, S, H, d)
+        return attend(
+            q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0, mask=context.mask
+        )
+
+    def _up_by_head(self) -> tuple[Tensor, Tensor]:
+        """kv_up's weight by head: for keys (H, nope, L) and for values (H, v, L)."""
+        c = self.config
+        weight = self.kv_up.weight.view(-1, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+        key, value = weight.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        return key, value
+
+    def _key_scales(self, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """1 / RMS of each head's key, the factor that normalizes it: (B, S, L), (B, S, R) -> (B, S, H)."""
+        key_up, _ = self._up_by_head()
+        rows = latent.flatten(0, 1)
+        squares = torch.matmul(rows, key_up.transpose(1, 2)).float().square().sum(-1)  # (H, N)
+        squares = squares.t().reshape(*latent.shape[:2], -1) + k_rope.float().square().sum(-1, keepdim=True)
+        return (squares / self.config.head_dim + EPS).rsqrt().to(latent.dtype)
+
+    def _absorbs(self, q: Tensor, T: int) -> bool:
+        """Whether attention to latents takes fewer operations than expanding all T of them to keys and values.
+
+        Per head, in products: expanding L * (nope + v) for each key, then nope + rope + v for each query and key; with
+        latents L * (nope + v) for each query, and 2 * L + rope for each query and key. Reading a prompt expands.
+        """
+        c, (B, S, H, d) = self.config, q.shape
+        if self.training or B * S * H * T > MAX_SCORES:
+            return False
+        expand = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        expanded = T * expand + S * T * (d + c.v_head_dim)
+        return S * expand + S * T * (2 * c.kv_lora_rank + c.qk_rope_head_dim) < expanded
+
+    def _attend_latents(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+        """q_nope (B, S, H, nope), q_rope (B, S, H, R), cached entries (B, T, L + R (+ H)) -> (N, H * v).
+
+        q . (W c) = (W^T q) . c: queries are projected to the latent (DeepSeek-V2, 2024, "absorbed" projections), all
+        heads attend to the same (T, L + R) keys, and only their sums of latents are expanded to values.
+        """
+        c, (B, S, H, _), T = self.config, q_nope.shape, entries.shape[1]
+        L, R = c.kv_lora_rank, c.qk_rope_head_dim
+        key_up, value_up = self._up_by_head()
+        by_head = torch.bmm(q_nope.reshape(B * S, H, -1).transpose(0, 1), key_up)  # (H, N, L)
+        q = torch.cat([by_head.transpose(0, 1).reshape(B, S * H, L), q_rope.reshape(B, S * H, R)], dim=-1)
+        scores = torch.bmm(q, entries[..., : L + R].transpose(1, 2)).view(B, S, H, T).float() * c.head_dim**-0.5
+        if c.qk_norm:
+            scores = scores * entries[..., L + R :].transpose(1, 2).unsqueeze(1)  # (B, 1, H, T)
+        if mask is not None:
+            scores = scores.masked_fill(~mask.view(-1, S, 1, T), -torch.inf)
+        shares = scores.softmax(-1).to(entries.dtype).view(B, S * H, T)
+        sums = torch.bmm(shares, entries[..., :L]).view(B * S, H, L)
+        values = torch.bmm(sums.transpose(0, 1), value_up.transpose(1, 2))  # (H, N, v)
+        return values.transpose(0, 1).reshape(B * S, -1)

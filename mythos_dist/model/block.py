@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context, GQAttention, MLAttention
+from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.moe import FFN, MoE, RouterStats
 from mythos_dist.model.norm import Norm
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
@@ -26,7 +27,7 @@ class _ResidualBlock(nn.Module):
         self.ffn_norm = replicated(Norm(config.dim), mesh)
         self.dropout = config.dropout
 
-    def _attend(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
+    def _attend(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         y = leave_tensor_parallel(
             self.attn(enter_tensor_parallel(self.attn_norm(x), self.mesh), context, cache_key), self.mesh
         )
@@ -40,7 +41,7 @@ class DenseBlock(_ResidualBlock):
         super().__init__(config, mesh, selective)
         self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective)
 
-    def forward(self, x: Tensor, context: Context, cache_key: str) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         """(B, S or S / tensor, D) -> same shape."""
         x = self._attend(x, context, cache_key)
         full = enter_tensor_parallel(self.ffn_norm(x), self.mesh)
@@ -55,7 +56,7 @@ class MoEBlock(_ResidualBlock):
         super().__init__(config, mesh, selective)
         self.ffn = MoE(config, experts, mesh, selective)
 
-    def forward(self, x: Tensor, context: Context, cache_key: str) -> tuple[Tensor, RouterStats]:
+    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> tuple[Tensor, RouterStats]:
         """(B, S or S / tensor, D) -> same shape, and the router's statistics."""
         x = self._attend(x, context, cache_key)
         y, stats = self.ffn(self.ffn_norm(x))

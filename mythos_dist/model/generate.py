@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mythos_dist.config.schema import MAX_LOOPS
 from mythos_dist.errors import UserError
-from mythos_dist.model.attention import KVCache
+from mythos_dist.model.kv_cache import KVCache
 from mythos_dist.model.mythos import Mythos
 
 

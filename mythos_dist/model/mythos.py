@@ -19,10 +19,11 @@ from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.activations import Activations, TensorSpecs, stage_input_shapes
 from mythos_dist.model.attend import choose_kernel
-from mythos_dist.model.attention import Context, KVCache, build_context
+from mythos_dist.model.attention import Context, build_context
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
 from mythos_dist.model.inputs import check_arguments, check_tokens, resolve_n_loops, type_problem
+from mythos_dist.model.kv_cache import KVCache
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
@@ -100,7 +101,7 @@ class Mythos(nn.Module):
         n_loops: applications of the recurrent block, 1 to 512; default `max_loop_iters`.
         labels: also (B, T, S), a row for each loop, the last row for all further loops; see `losses`.
         document_ids: (B, S), equal within a document; attention is then restricted to documents.
-        cache: keys and values of the previous tokens; this call appends its own.
+        cache: keys and values of each row's previous tokens, which may differ in number; this call appends its own.
         backprop: gradient flows through the last N loops only; None: through all.
         loops: replaces n_loops and backprop; has all options of loops.
         label_counts: see `losses`.
@@ -120,7 +121,7 @@ class Mythos(nn.Module):
         context = self.context(input_ids, document_ids, cache)
         activations, counts = self.run(Activations(input_ids), range(loops.n_loops), loops, context)
         if cache is not None:
-            cache.tokens = end
+            cache.advance(input_ids.shape[1])
         if labels is None:
             return self.embed.gather_logits(self.embed.logits(activations.h))
         return self.losses(activations, labels, loops, counts, label_counts)

@@ -211,7 +211,8 @@ class Recurrent(nn.Module):
         if inputs.signals:
             x = x + inputs.signals[t]
         # Without a cache one key for all loops: `torch.compile` would compile the block for each key.
-        u, stats = self.block(self.norm(x), context, "recurrent" if context.cache is None else f"recurrent.{t}")
+        key = "recurrent" if context.cache is None else context.cache.loop_key("recurrent", t)
+        u, stats = self.block(self.norm(x), context, key)
         if self.config.lora != "none":
             u = self.lora(u, loops.own_index(t))
         return torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected), stats

@@ -145,10 +145,13 @@ def test_the_cache_stores_latents_or_key_value_heads(attn_type, tiny, build_pair
     assert set(kept.values()) == {12 + 4 * 4 if attn_type == "mla" else needed}
 
 
-def test_the_cache_of_the_largest_variant_is_a_ninth_of_the_references():
-    """1t: 1024 + 64 elements per token and loop, where 128 expanded rotary keys make it 1024 + 128 * 64."""
-    config = MythosConfig(**VARIANTS["1t"] | {"prelude_layers": 0, "coda_layers": 0})
+@pytest.mark.parametrize(("qk_norm", "needed"), [(False, 1024 + 64), (True, 1024 + 64 + 128)])
+def test_the_cache_of_the_largest_variant_is_a_seventh_of_the_references_or_less(qk_norm, needed):
+    """1t: latent and one rotary key, with qk_norm a scale for each of 128 heads; expanded rotary keys would make it
+    1024 + 128 * 64."""
+    config = MythosConfig(**VARIANTS["1t"] | {"prelude_layers": 0, "coda_layers": 0, "qk_norm": qk_norm})
     cache = KVCache()
     with torch.device("meta"):
         Mythos(config).bfloat16()(torch.zeros(1, 2, dtype=torch.long), 1, cache=cache)
-    assert cache.elements_per_token() == {"recurrent.0": 1088}
+    assert cache.elements_per_token() == {"recurrent.0": needed}
+    assert needed * 7 < 1024 + 128 * 64

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mythos_dist.model.kv_cache import cache_bytes_per_token
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.memory import PARTS
 from mythos_dist.ops.plan.search import SearchResult
 from mythos_dist.units import count, short
 
+CACHE_MODES = ("all", "every:4", "last")
 _HEADER = (
     "tensor expert pipe data zero seq micro recompute | params grads optim  acts  work  comm total GB | step s tokens/s"
     "   MFU bubble"
@@ -47,7 +49,19 @@ def details(estimate: Estimate, tokens: float) -> list[str]:
         f"{estimate.flops(stage):.3e} executed ({count(estimate.micro_batches, 'micro-batch', 'micro-batches')})",
         *_bytes(estimate.communication(stage)),
         f"{short(tokens)} tokens ".ljust(16) + cost,
+        "KV cache        " + _cache(cache_by_mode(estimate)),
     ]
+
+
+def cache_by_mode(estimate: Estimate) -> dict[str, int]:
+    """Bytes of the KV cache per token of a sequence that is decoded in bf16 with the loops of training, by mode."""
+    model, (n_loops, _) = estimate.config.model, estimate.loops
+    return {mode: cache_bytes_per_token(model, n_loops, mode) for mode in CACHE_MODES}
+
+
+def _cache(by_mode: Mapping[str, int]) -> str:
+    modes = ", ".join(f"{mode} {size / 1e3:,.1f} kB" for mode, size in by_mode.items())
+    return f"{modes} per token of a sequence in bf16 (decoding; docs/generation.md)"
 
 
 def _bytes(communication: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -147,6 +161,7 @@ def as_json(estimate: Estimate, tokens: float) -> dict[str, Any]:
             "recompute": train.recompute,
             "recompute_every": train.recompute_every,
         },
+        "cache_bytes_per_token": cache_by_mode(estimate),
         "memory_bytes": {part: round(stage.memory.get(part, 0)) for part in PARTS},
         "memory_total": round(stage.bytes),
         "fits": estimate.fits,
