@@ -40,8 +40,8 @@ MAY_CHANGE = {
 _MAY_CHANGE_SECTIONS = {"average", "parallel", "checkpoint", "faults"}
 
 
-# What settings were, by section, before they existed: with another value a run would read other samples.
-_ADDED: dict[str, dict[str, Any]] = {"train": {"batch_ramp": ()}}
+# What settings were, by section, before they existed: with another value a run would have other results.
+_ADDED: dict[str, dict[str, Any]] = {"train": {"batch_ramp": ()}, "model": {"kv_sharing": "all"}}
 # Settings of the model that names and shapes of its tensors depend on: no stage may change them.
 WIDTHS = (
     "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "

@@ -44,6 +44,27 @@ class Range:
         return ("must not be negative" if self.least == 0 else f"must be at least {self.least}") + self.advice
 
 
+@dataclass(frozen=True)
+class Words:
+    """Text that is one of `words`, or `prefix` and a whole number in `range`, such as `every:4`."""
+
+    words: tuple[str, ...]
+    prefix: str
+    range: Range
+    advice: tuple[tuple[str, str], ...] = ()  # (a value that is refused, appended to its message)
+
+    def problem(self, value: str) -> str | None:
+        """Text to follow `section.key=value`; None for a valid value."""
+        number = value.removeprefix(self.prefix)
+        if value in self.words:
+            return None
+        if number != value and _PLAIN.fullmatch(number) and self.range.problem(int(number)) is None:
+            return None
+        words = ", ".join(map(repr, self.words))
+        least, most = self.range.least, self.range.most
+        return f": expected {words} or '{self.prefix}N' with N from {least} to {most}{dict(self.advice).get(value, '')}"
+
+
 class _PathText:
     """Marks a text as a path: a leading `~/` is expanded."""
 
@@ -53,6 +74,7 @@ PAIRS = "a list of pairs of whole numbers, such as [[8, 100], [16, 200]]"
 MIX = "folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}"
 _EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: MIX}
 _WHOLE = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
+_PLAIN = re.compile(r"[1-9][0-9]{0,8}")
 _BASED = re.compile(r"[-+]?0(x[0-9a-f]+|o[0-7]+|b[01]+)", re.IGNORECASE)
 _REAL = re.compile(r"[-+]?([0-9]+(_[0-9]+)*)?(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 _SPECIAL = re.compile(r"([-+]?)\.?(inf|nan)", re.IGNORECASE)
@@ -73,6 +95,7 @@ class Kind:
     by_mode: bool = False  # None stands for the default of model.mode
     choices: tuple = ()  # Literal's
     range: Range | None = None
+    words: Words | None = None  # of text
     item: "Kind | None" = None
     path: bool = False
 
@@ -142,7 +165,7 @@ class Kind:
         if self.type is float and not math.isfinite(value):
             return ": expected a finite number"
         if self.type is str:
-            return _unprintable(value)
+            return self.words.problem(value) if self.words else _unprintable(value)
         if self.type is tuple and self.item:
             members = [one for pair in value for one in pair] if self.item.type is tuple else value
             bounds = (self.item.item or self.item).range
@@ -244,7 +267,8 @@ def _kind(hint: Any, by_mode: bool = False) -> Kind:
     if origin is Annotated:
         inner = _kind(args[0], by_mode)
         bounds = next((one for one in args[1:] if isinstance(one, Range)), inner.range)
-        return _with(inner, range=bounds, path=any(isinstance(one, _PathText) for one in args[1:]))
+        words = next((one for one in args[1:] if isinstance(one, Words)), None)
+        return _with(inner, range=bounds, words=words, path=any(isinstance(one, _PathText) for one in args[1:]))
     if origin in (Union, types.UnionType):
         (member,) = [one for one in args if one is not type(None)]
         return _with(_kind(member, by_mode), optional=True)

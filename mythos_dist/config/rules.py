@@ -1,4 +1,7 @@
-"""Rules between settings that are valid each by itself (schema.py). Those about loops and layouts are in layout.py."""
+"""Rules between settings that are valid each by itself (schema.py). Those about loops and layouts are in layout.py.
+
+Decisions: LOOPS-10.
+"""
 
 from collections.abc import Iterator, Set
 
@@ -16,6 +19,7 @@ def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
         *_average_problems(config),
         *_act_problems(config),
         *_loops_problems(config),
+        *_kv_sharing_problems(config),
         *find_layout_problems(config),
         *_data_problems(config.data),
         *_run_problems(config),
@@ -225,6 +229,18 @@ def _loops_problems(config: Config) -> Iterator[Problem]:
             ("model.lora", "loops.per"),
             "model.lora=per_loop has matrices per loop index, and with loops.per=sequence the sequences of a batch "
             "are at different ones; set loops.per=step or model.lora=shared",
+        )
+
+
+def _kv_sharing_problems(config: Config) -> Iterator[Problem]:
+    loops, model = config.loops, config.model
+    needed = min(model.kv_loops, loops.most_of(model))
+    if loops.backprop is not None and loops.backprop < needed:
+        yield Problem(
+            ("loops.backprop", "model.kv_sharing"),
+            f"loops.backprop={loops.backprop} with model.kv_sharing={model.kv_sharing}: in some steps no loop with "
+            f"gradient computes keys and values; set loops.backprop to null or at least {needed}, or "
+            "model.kv_sharing=all",
         )
 
 

@@ -4,15 +4,16 @@ In YAML and on the command line a setting is `section.field`. The number of accu
 `global_batch` and `micro_batch`. Constructing a section with a value of another type or outside its annotated range
 raises UserError (fields.py).
 
-Decisions: LOOPS-4, LOOPS-5, CONFIG-2.
+Decisions: LOOPS-4, LOOPS-5, LOOPS-9, CONFIG-2.
 """
 
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from mythos_dist.config.fields import PATH, Range, Section, show
+from mythos_dist.config.fields import PATH, Range, Section, Words, show
 from mythos_dist.errors import UserError
 
+MOST_DRAWN_LOOPS = 10**6  # a step's loops are clipped to at most this
 MAX_LOOPS = 512  # 8 times the largest variant's; assigning loops to stages takes quadratic time
 
 # Upper bounds are far beyond what any machine holds: they catch typing errors before hours of computation.
@@ -40,6 +41,19 @@ _SHARE = Range(
     0, 1e100, above=True, words="must be above 0 and at most 1e100; leave the folder out to train without it"
 )
 Prior = Annotated[float, _PRIOR]
+_EVERY = "every:"
+_KV_SHARING = Words(
+    ("all", "first"),
+    _EVERY,
+    Range(2, MAX_LOOPS),
+    advice=(
+        (
+            "last",
+            ": while all tokens are trained at once, the keys of earlier tokens' last loop do not exist yet; 'first' "
+            "caches as little",
+        ),
+    ),
+)
 MixWeight = Annotated[float, _SHARE]
 
 
@@ -89,6 +103,9 @@ class MythosConfig(Section, section="model"):
     initial_state: Literal["e", "zero", "random"] = _by_mode(reference="e", train="zero")
     # Normalize queries and keys: attention logits stay bounded at any depth.
     qk_norm: bool = _by_mode(reference=False, train=True)
+    # Which loops compute keys and values: all; or the first loop of every N loops (every:N), or of all (first), and the
+    # others use them.
+    kv_sharing: Annotated[str, _KV_SHARING] = _by_mode(reference="all", train="all")
     # depth_scaled (Huginn): N(0, 2 / (5 dim)), output projections divided by sqrt(2 * (prelude + loops + coda)).
     # reference: N(0, 0.02).
     init: Literal["reference", "depth_scaled"] = _by_mode(reference="reference", train="depth_scaled")
@@ -120,6 +137,12 @@ class MythosConfig(Section, section="model"):
     def rope_dim(self) -> int:
         """Rotary channels per head: all in GQA, a part in MLA."""
         return self.head_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def kv_loops(self) -> int:
+        """Consecutive loops that share keys and values; 1: each computes its own."""
+        words = {"all": 1, "first": MOST_DRAWN_LOOPS}
+        return words[self.kv_sharing] if self.kv_sharing in words else int(self.kv_sharing.removeprefix(_EVERY))
 
     @property
     def ffn_dim(self) -> int:
@@ -180,7 +203,7 @@ class LoopsConfig(Section, section="loops"):
     distribution: Literal["fixed", "poisson", "lognormal_poisson", "uniform_set"] = "fixed"
     mean: LoopCount | None = None  # None: model.max_loop_iters, or the mean of `set`
     # Larger draws are clipped to this; None: four times the mean.
-    maximum: Annotated[int, Range(1, 10**6)] | None = None
+    maximum: Annotated[int, Range(1, MOST_DRAWN_LOOPS)] | None = None
     sigma: Annotated[float, Range(0, 10)] = 0.5  # lognormal_poisson: standard deviation of the log rate
     set: tuple[LoopCount, ...] = ()  # uniform_set: such as [1, 2, 4, 8]
     per: Literal["step", "sequence"] = "step"  # one draw for all sequences of a step, or one for each
@@ -207,6 +230,12 @@ class LoopsConfig(Section, section="loops"):
         if self.distribution == "uniform_set" and self.set:
             return max(1, round(sum(self.set) / len(self.set)))
         return model.max_loop_iters if self.mean is None else self.mean
+
+    def most_of(self, model: MythosConfig) -> int:
+        """The most loops of a step."""
+        if self.distribution == "fixed":
+            return self.mean_of(model)
+        return self.maximum or 4 * max(self.mean_of(model), *self.set, 1)
 
 
 @dataclass(frozen=True)

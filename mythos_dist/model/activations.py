@@ -4,7 +4,7 @@ Decisions: PARALLEL-3.
 """
 
 # B batch, S' tokens of each sequence on this rank (S / tensor with sequence parallelism, else S), D model,
-# R readouts: the loops so far that are read out.
+# R readouts: the loops so far that are read out, S sequence.
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ def num_bytes(specs: TensorSpecs) -> int:
 
 
 class Activations(NamedTuple):
-    """Before the loops only `h` is set. Between loops all fields are, the readouts only if this pass makes any. After
-    the loops `h`, `aux_loss` and, if there are readouts, `readout_weights` are.
+    """Before the loops only `h` is set. Between loops all fields are, the readouts only if this pass makes any, `kv`
+    only if loops share it. After the loops `h`, `aux_loss` and, if there are readouts, `readout_weights` are.
 
     A NamedTuple, not a dataclass: DeepSpeed's ZeRO-3 hooks look for tensors in tuples, lists and dicts only.
     """
@@ -35,6 +35,7 @@ class Activations(NamedTuple):
     output: Tensor = UNSET  # (B, S', D) fp32, the loops' output so far; fp32 because it may be a sum over 64 loops
     halted: Tensor = UNSET  # (B, S') fp32, cumulative halting probability
     aux_loss: Tensor = UNSET  # (1,) fp32, sum so far; each loop adds 1 / n_loops of its router's loss
+    kv: Tensor = UNSET  # (B, S, W) keys and values that the next loops share (model.kv_sharing); `kv_width` has W
     readouts: Tensor = UNSET  # (R, B, S', D) the output if the pass ended after each of these loops
     readout_weights: Tensor = UNSET  # (R, B, S') fp32, weight of each readout's loss
 
@@ -48,10 +49,13 @@ class Activations(NamedTuple):
         return cls(**dict(zip(specs, tensors, strict=True)))
 
 
-def stage_input_shapes(stage: StageSpec, hidden_shape: torch.Size, dtype: torch.dtype, readouts: int) -> TensorSpecs:
+def stage_input_shapes(
+    stage: StageSpec, hidden_shape: torch.Size, dtype: torch.dtype, readouts: int, kv_shape: torch.Size | None
+) -> TensorSpecs:
     """The tensors that the pipeline stage `stage` receives, in the order of the fields.
 
-    hidden_shape: (B, S', D). readouts: the number made by earlier stages.
+    hidden_shape: (B, S', D). readouts: the number made by earlier stages. kv_shape: (B, S, W), if loops share keys and
+    values.
     """
     B, tokens, D = hidden_shape
     scalar, readout_weights = torch.Size([1]), torch.Size([readouts, B, tokens])
@@ -65,6 +69,8 @@ def stage_input_shapes(stage: StageSpec, hidden_shape: torch.Size, dtype: torch.
             "halted": (hidden_shape[:2], torch.float32),
             "aux_loss": (scalar, torch.float32),
         }
+        if kv_shape is not None:
+            specs["kv"] = (kv_shape, dtype)
         if readouts:
             specs["readouts"] = (torch.Size([readouts, *hidden_shape]), dtype)
     else:

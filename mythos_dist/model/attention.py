@@ -3,13 +3,14 @@
 Rotary channels are rotated in adjacent pairs. `mythos_dist.model.attend` has the kernels, `mythos_dist.model.kv_cache`
 the cache.
 
-Decisions: MODEL-3, MODEL-4, PARALLEL-6, DECODE-3.
+Decisions: MODEL-3, MODEL-4, PARALLEL-6, LOOPS-8, DECODE-3.
 """
 
 # B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,
 # R rotary channels, L latent, d channels of a query or key head, v channels of a value head.
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import DocumentSpans, Kernel, attend, find_documents
 from mythos_dist.model.kv_cache import CacheKey, KVCache
+from mythos_dist.model.loops import where_active
 from mythos_dist.model.norm import EPS, Norm, rms_normalize
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.parallel.collectives import all_gather_many
@@ -89,6 +91,31 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
 
 
+class SharedKV(NamedTuple):
+    """Keys and values that an earlier loop has computed (model.kv_sharing), before norms and rotation."""
+
+    kv: Tensor  # (B, S, W), see `kv_width`
+    renewed: Tensor | None  # bool (B,): sequences that compute their own, because their loops begin a group; None: none
+
+
+def merge_kv(new: Tensor | None, shared: SharedKV | None) -> Tensor:
+    """What a loop attends to (B, S, W): `new` for the sequences that compute their own, else the shared."""
+    if shared is None or new is None:
+        kv = new if shared is None else shared.kv
+        assert kv is not None
+        return kv
+    return where_active(shared.renewed, new, shared.kv)
+
+
+def kv_width(config: MythosConfig, tensor: int) -> int:
+    """Channels per token that loops share, on one of `tensor` ranks. MLA: latent and rotary key, in full. GQA: the keys
+    and values that the rank's queries attend to."""
+    if config.attn_type == "mla":
+        return config.kv_lora_rank + config.qk_rope_head_dim
+    heads = config.n_heads if config.n_kv_heads % tensor else config.n_kv_heads
+    return 2 * heads // tensor * config.head_dim
+
+
 class GQAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): n_heads queries share n_kv_heads keys and values.
 
@@ -96,11 +123,12 @@ class GQAttention(nn.Module):
     rank computes 1 / tensor of their channels, gathers all, and selects the heads that its queries attend to.
     """
 
-    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False, shares_kv: bool = False):
         super().__init__()
         self.config = config
         self.mesh = mesh
         self.selective = selective
+        self.shares_kv = shares_kv
         kv_dim = config.n_kv_heads * config.head_dim
         self.wq = ParallelLinear(config.dim, config.dim, "outputs", mesh)
         self.wk = ParallelLinear(config.dim, kv_dim, "outputs", mesh)
@@ -109,14 +137,32 @@ class GQAttention(nn.Module):
         if config.qk_norm:
             self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
 
-    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
-        """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""
+    def forward(
+        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D), and with `shares_kv` the keys and
+        values that were attended to (B, S, W): computed here, or `shared`."""
         rows = x.flatten(0, 1)  # a 2D product launches fewer operations than a batched one
-        q, k, v = self.wq(rows), self.wk(rows), self.wv(rows)
-        if self.config.n_kv_heads % self.mesh.tensor.size:
-            k, v = self._select_kv_heads(k, v)
+        q, kv = self.wq(rows), None
+        if self.shares_kv:
+            new = None
+            if shared is None or shared.renewed is not None:
+                new = torch.cat(self._keys_and_values(rows), dim=-1).view(*x.shape[:2], -1)
+            kv = merge_kv(new, shared)
+            k, v = kv.chunk(2, -1)
+        else:
+            k, v = self._keys_and_values(rows)
         q, k, v = (part.view(*x.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
-        return self.wo(checkpoint_if(self.selective, self._attend, q, k, v, context, cache_key)).view_as(x)
+        return self.wo(checkpoint_if(self.selective, self._attend, q, k, v, context, cache_key)).view_as(x), kv
+
+    def _keys_and_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) -> keys and values (N, K * d) of the heads that this rank's queries attend to."""
+        k, v = self.wk(rows), self.wv(rows)
+        return self._select_kv_heads(k, v) if self.config.n_kv_heads % self.mesh.tensor.size else (k, v)
+
+    def kv_projections(self) -> list[nn.Module]:
+        """Layers that a loop with shared keys and values does not apply."""
+        return [self.wk, self.wv]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         if self.config.qk_norm:  # one weight for both: only the product of two would matter
@@ -148,11 +194,12 @@ class MLAttention(nn.Module):
     Heads are sharded over the tensor axis, and so are the channels of the latents, which every rank then gathers.
     """
 
-    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False, shares_kv: bool = False):
         super().__init__()
         self.config = config
         self.mesh = mesh
         self.selective = selective
+        self.shares_kv = shares_kv
         heads, latent = config.n_heads, config.kv_lora_rank
         self.q_down = ParallelLinear(config.dim, config.q_lora_rank, "outputs", mesh)
         self.q_norm = replicated(Norm(config.q_lora_rank), mesh, in_parallel_region=True)
@@ -165,17 +212,34 @@ class MLAttention(nn.Module):
         if config.qk_norm:
             self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
 
-    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
-        """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D)."""
-        c, rows = self.config, x.flatten(0, 1)
-        q, kv = all_gather_many([self.q_down(rows), self.kv_down(rows)], self.mesh.tensor, -1)
-        if self.mesh.tensor.size > 1:
-            q, kv = q[:, : c.q_lora_rank], kv[:, : c.kv_lora_rank + c.qk_rope_head_dim]
-        shape = x.shape[:2]
-        return self.wo(checkpoint_if(self.selective, self._attend, q, kv, shape, context, cache_key)).view_as(x)
+    def forward(
+        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D), and with `shares_kv` the latents
+        of the keys and values that were attended to (B, S, W): computed here, or `shared`."""
+        c, rows, shape = self.config, x.flatten(0, 1), x.shape[:2]
+        down = [(self.q_down, c.q_lora_rank)]
+        if shared is None or shared.renewed is not None:
+            down.append((self.kv_down, c.kv_lora_rank + c.qk_rope_head_dim))
+        q, *new = all_gather_many([project(rows) for project, _ in down], self.mesh.tensor, -1)
+        if self.mesh.tensor.size > 1:  # without padding
+            q, *new = (latent[:, :width] for latent, (_, width) in zip([q, *new], down, strict=True))
+        kv = merge_kv(new[0].view(*shape, -1) if new else None, shared)
+        is_cached = shared is not None and shared.renewed is None
+        out = checkpoint_if(self.selective, self._attend, q, kv.flatten(0, 1), shape, context, cache_key, is_cached)
+        return self.wo(out).view_as(x), kv if self.shares_kv else None
 
-    def _attend(self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: CacheKey) -> Tensor:
-        """Full latents of queries (N, -) and of keys and values (N, L + R) -> this rank's heads (N, H * v)."""
+    def kv_projections(self) -> list[nn.Module]:
+        """Layers that a loop with shared keys and values does not apply."""
+        return [self.kv_down]
+
+    def _attend(
+        self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: CacheKey, is_cached: bool
+    ) -> Tensor:
+        """Full latents of queries (N, -) and of keys and values (N, L + R) -> this rank's heads (N, H * v).
+
+        is_cached: an earlier loop of this pass has cached `kv`.
+        """
         c = self.config
         nope, rope = c.qk_nope_head_dim, c.qk_rope_head_dim
         q = self.q_up(self.q_norm(q)).view(*shape, -1, nope + rope)
@@ -185,10 +249,10 @@ class MLAttention(nn.Module):
         q_rope, k_rope = turned.split([q_rope.shape[2], 1], dim=2)
         latent = self.kv_norm(latent).view(*shape, -1)  # (B, S, L)
         if context.cache is not None:
-            entry = [latent, k_rope.squeeze(2)]
-            if c.qk_norm:
-                entry.append(self._key_scales(latent, entry[1]))
-            entries = context.cache.append(cache_key, torch.cat(entry, dim=-1))
+            if is_cached and isinstance(cache_key, str):
+                entries = context.cache.read(cache_key, shape[1])
+            else:
+                entries = context.cache.append(cache_key, self._cache_entry(latent, k_rope.squeeze(2)))
             if self._absorbs(q, entries.shape[1]):
                 return self._attend_latents(q_nope, q_rope, entries, context.mask)
             latent, k_rope = entries[..., : c.kv_lora_rank + rope].split([c.kv_lora_rank, rope], dim=-1)  # (B, T, -)
@@ -202,6 +266,11 @@ class MLAttention(nn.Module):
         return attend(
             q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0, mask=context.mask
         )
+
+    def _cache_entry(self, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """What the cache holds of tokens: normed latents (B, S, L), rotary keys (B, S, R), with qk_norm also scales."""
+        scales = [self._key_scales(latent, k_rope)] if self.config.qk_norm else []
+        return torch.cat([latent, k_rope, *scales], dim=-1)
 
     def _up_by_head(self) -> tuple[Tensor, Tensor]:
         """kv_up's weight by head: for keys (H, nope, L) and for values (H, v, L)."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
-from mythos_dist.model.attention import Context, GQAttention, MLAttention
+from mythos_dist.model.attention import Context, GQAttention, MLAttention, SharedKV
 from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.moe import FFN, MoE, RouterStats
 from mythos_dist.model.norm import Norm
@@ -19,31 +19,32 @@ from mythos_dist.parallel.tensor import replicated
 class _ResidualBlock(nn.Module):
     """Norms, attention and dropout, which both kinds of block share."""
 
-    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool):
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool, shares_kv: bool):
         super().__init__()
         self.mesh = mesh
         self.attn_norm = replicated(Norm(config.dim), mesh)
-        self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, mesh, selective)
+        self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, mesh, selective, shares_kv)
         self.ffn_norm = replicated(Norm(config.dim), mesh)
         self.dropout = config.dropout
 
-    def _attend(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
-        y = leave_tensor_parallel(
-            self.attn(enter_tensor_parallel(self.attn_norm(x), self.mesh), context, cache_key), self.mesh
-        )
-        return x + F.dropout(y, self.dropout, self.training)
+    def _attend(
+        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        partial, kv = self.attn(enter_tensor_parallel(self.attn_norm(x), self.mesh), context, cache_key, shared)
+        y = leave_tensor_parallel(partial, self.mesh)
+        return x + F.dropout(y, self.dropout, self.training), kv
 
 
 class DenseBlock(_ResidualBlock):
     """A block of the prelude or coda."""
 
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
-        super().__init__(config, mesh, selective)
+        super().__init__(config, mesh, selective, shares_kv=False)
         self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective)
 
     def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         """(B, S or S / tensor, D) -> same shape."""
-        x = self._attend(x, context, cache_key)
+        x, _ = self._attend(x, context, cache_key)
         full = enter_tensor_parallel(self.ffn_norm(x), self.mesh)
         y = leave_tensor_parallel(self.ffn(full.flatten(0, 1)).view_as(full), self.mesh)
         return x + F.dropout(y, self.dropout, self.training)
@@ -53,11 +54,14 @@ class MoEBlock(_ResidualBlock):
     """The recurrent block."""
 
     def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh, selective: bool = False):
-        super().__init__(config, mesh, selective)
+        super().__init__(config, mesh, selective, shares_kv=config.kv_loops > 1)
         self.ffn = MoE(config, experts, mesh, selective)
 
-    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> tuple[Tensor, RouterStats]:
-        """(B, S or S / tensor, D) -> same shape, and the router's statistics."""
-        x = self._attend(x, context, cache_key)
+    def forward(
+        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+    ) -> tuple[Tensor, RouterStats, Tensor | None]:
+        """(B, S or S / tensor, D) -> same shape, the router's statistics, and with model.kv_sharing the keys and values
+        that later loops share (B, S, W)."""
+        x, kv = self._attend(x, context, cache_key, shared)
         y, stats = self.ffn(self.ffn_norm(x))
-        return x + F.dropout(y, self.dropout, self.training), stats
+        return x + F.dropout(y, self.dropout, self.training), stats, kv

@@ -23,6 +23,7 @@ class _Matrices(NamedTuple):
     """Elements of a rank's weight matrices, padding included, by layer."""
 
     attention: int  # of one block, without:
+    keys_values: int  # projections that loops with shared keys and values do not apply
     attention_up: int  # MLA's up-projections, which selective recomputation repeats
     ffn: int  # of one dense block
     shared: int  # shared experts
@@ -43,9 +44,11 @@ def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
     shapes = {parameter.name: parameter.shape for parameter in matrices}
     block = "recurrent.block."
     attention_up = elements(f"{block}attn.q_up.") + elements(f"{block}attn.kv_up.")
+    keys_values = sum(elements(f"{block}attn.{name}.") for name in ("kv_down", "wk", "wv"))
     lora = [shapes[name] for name in ("recurrent.lora.down", "recurrent.lora.B") if name in shapes]
     return _Matrices(
-        attention=elements(f"{block}attn.") - attention_up,
+        attention=elements(f"{block}attn.") - attention_up - keys_values,
+        keys_values=keys_values,
         attention_up=attention_up,
         ffn=elements("prelude.0.ffn." if config.prelude_layers else "coda.0.ffn."),
         shared=elements(f"{block}ffn.shared."),
@@ -97,6 +100,7 @@ class _Layers:
         return _matrices(self.config, self.tensor)
 
     def attention(self) -> LayerFlops:
+        """With shared keys and values."""
         c = self.config
         # Kernels pad keys and values to the same width (model/attend.py).
         value_dim = c.v_head_dim if c.attn_type == "mla" else c.head_dim
@@ -105,10 +109,14 @@ class _Layers:
         m = self.matrices
         return LayerFlops(2.0 * self.tokens * m.attention, scores, 2.0 * self.tokens * m.attention_up)
 
+    def keys_values(self) -> LayerFlops:
+        return LayerFlops(2.0 * self.tokens * self.matrices.keys_values)
+
     def dense_block(self) -> LayerFlops:
-        return self.attention() + LayerFlops(inner=2.0 * self.tokens * self.matrices.ffn)
+        return self.attention() + self.keys_values() + LayerFlops(inner=2.0 * self.tokens * self.matrices.ffn)
 
     def loop(self) -> LayerFlops:
+        """One that uses the keys and values of another."""
         c, m = self.config, self.matrices
         hidden, dim = (ceil(width / self.alignment) * self.alignment for width in (m.expert_hidden, c.dim))
         experts = LayerFlops(inner=2.0 * 3 * self.pairs * dim * hidden + 2.0 * self.tokens * m.shared)
@@ -127,7 +135,8 @@ def forward_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> floa
     """The model's forward FLOPs per token of a sequence of seq_len tokens without document boundaries."""
     layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
     once = (c.prelude_layers + c.coda_layers) * layers.dense_block().forward + layers.injection().forward
-    return once + n_loops * layers.loop().forward + layers.head()
+    compute_kv = ceil(n_loops / c.kv_loops)
+    return once + n_loops * layers.loop().forward + compute_kv * layers.keys_values().forward + layers.head()
 
 
 def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
@@ -143,13 +152,18 @@ def stage_costs(config: Config) -> LayerCosts:
 @functools.lru_cache(maxsize=1024)  # the planner asks for the same model at thousands of layouts
 def _stage_costs(c: MythosConfig, seq_len: int, recomputed: bool) -> LayerCosts:
     layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
-    loop = layers.loop().forward
+    loop = layers.loop().forward + layers.keys_values().forward / c.kv_loops  # the mean of a group of loops
     return LayerCosts(
         block=3 * layers.dense_block().forward,
         loop=(4 if recomputed else 3) * loop,
         no_grad_loop=loop,
         head=3 * layers.head(),
     )
+
+
+def loops_computing_kv(config: Config, loops: range) -> set[int]:
+    """Those of `loops` that compute keys and values: all, where sequences have loops of their own."""
+    return {t for t in loops if config.loops.per == "sequence" or t % config.model.kv_loops == 0}
 
 
 def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, no_grad: int, pairs: int) -> float:
@@ -176,8 +190,10 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
     total = blocks * layers.dense_block().step("selective" if recompute == "selective" else "none")
     if stage.has_loops and len(loops):
         total += layers.injection().step("none")
-    loop, with_grad = layers.loop(), len(loops_with_grad(loops, no_grad))
-    total += with_grad * loop.step(recompute) + (len(loops) - with_grad) * loop.forward
+    with_grad, compute_kv = loops_with_grad(loops, no_grad), loops_computing_kv(config, loops)
+    for t in loops:
+        loop = layers.loop() + layers.keys_values() if t in compute_kv else layers.loop()
+        total += loop.step(recompute) if t in with_grad else loop.forward
     if stage.is_last:
         # All three products run in the forward pass, and the teacher's again for each readout that it teaches
         # (parallel/tensor.py).

@@ -114,6 +114,10 @@ class KVCache:
             rows[self._ragged] = new
         return rows[:, :end]
 
+    def read(self, key: str, new_tokens: int) -> Tensor:
+        """All tokens (B, T, C), after this pass has appended its `new_tokens`."""
+        return self._buffers[key][self._rows or slice(None), : self.tokens + new_tokens]
+
     def advance(self, new_tokens: int) -> None:
         """End a pass of `new_tokens` tokens for each row."""
         self.lengths = [length + new_tokens for length in self.lengths]
@@ -164,5 +168,7 @@ def entry_elements(config: MythosConfig) -> int:
 
 def cache_bytes_per_token(config: MythosConfig, n_loops: int, mode: str = "all", element_bytes: int = 2) -> int:
     """Bytes of the cache per token of a sequence, on one rank without tensor parallelism."""
-    entries = config.prelude_layers + -(-n_loops // loops_per_entry(mode)) + config.coda_layers
+    first_loops = {t // config.kv_loops * config.kv_loops for t in range(n_loops)}  # those that compute keys and values
+    shared = {t // loops_per_entry(mode) for t in first_loops}
+    entries = config.prelude_layers + len(shared) + config.coda_layers
     return entries * entry_elements(config) * element_bytes

@@ -39,6 +39,13 @@ class Loops(NamedTuple):
         """The index, from 0, of loop t among each sequence's own loops: (B,), or one int for all sequences."""
         return t if self.depths is None else (t - self.n_loops + self.depths).clamp(min=0)
 
+    def computes_kv(self, t: int, kv_loops: int) -> bool | Tensor:
+        """Whether loop t is the first of `kv_loops` that share keys and values, so it computes them: one bool for all
+        sequences, or (B,)."""
+        if self.depths is None or t == 0 or kv_loops == 1:
+            return t % kv_loops == 0
+        return torch.as_tensor(self.own_index(t)) % kv_loops == 0
+
     def even_weight(self, active: Tensor | None, like: Tensor) -> Tensor:
         """The weight (B, S'), shaped as `like`, of a loop with the `active` sequences if all loops with gradient of a
         sequence weigh the same."""

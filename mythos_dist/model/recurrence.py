@@ -8,7 +8,7 @@ Every rank runs the same number of loops: a loop contains collectives, so a rank
 Tokens that have halted get weight zero instead. A sequence with fewer loops than the others starts later, so that all
 end together: gradient through the last k loops is then through the last k of each sequence.
 
-Decisions: LOOPS-1, LOOPS-2.
+Decisions: LOOPS-1, LOOPS-2, LOOPS-8, LOOPS-10.
 """
 
 # B batch, S' tokens of each sequence on this rank (S / tensor with sequence parallelism, else S), D model, E experts,
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.model.activations import UNSET, Activations
-from mythos_dist.model.attention import Context
+from mythos_dist.model.attention import Context, SharedKV, kv_width
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
 from mythos_dist.model.halting import build_halting
@@ -86,7 +86,13 @@ class Recurrent(nn.Module):
             output=torch.zeros_like(e, dtype=torch.float32),
             halted=torch.zeros_like(e[..., 0], dtype=torch.float32),
             aux_loss=e.new_zeros(1, dtype=torch.float32),
+            kv=self._no_kv(e) if self.config.kv_loops > 1 else UNSET,
         )
+
+    def _no_kv(self, e: Tensor) -> Tensor:
+        """Zeros (B, S, W), which no loop attends to: a pipeline stage without a loop in this step sends them."""
+        parts = self.mesh.tensor.size if self.mesh.sequence else 1
+        return e.new_zeros(e.shape[0], e.shape[1] * parts, kv_width(self.config, self.mesh.tensor.size))
 
     def _random_hidden_state(self, e: Tensor, seeds: Tensor | None) -> Tensor:
         """A hidden state like e from N(0, 2 / 5) (Huginn, Geiping et al. 2025). Each sequence is drawn from its own
@@ -126,6 +132,8 @@ class Recurrent(nn.Module):
             if self._all_halted(activations, context):
                 break
             has_grad = torch.is_grad_enabled() and group.start >= loops.no_grad_loops
+            if loops.computes_kv(group.start, self.config.kv_loops) is True:
+                activations = activations._replace(kv=UNSET)  # a recomputed group holds its arguments
             with torch.set_grad_enabled(has_grad):
                 # The counts are outputs of the forward: recomputation in the backward must not count again.
                 activations, group_counts, group_readouts = checkpoint_if(
@@ -135,12 +143,12 @@ class Recurrent(nn.Module):
             counts[first : first + len(group)] = torch.stack(group_counts)
             readouts += group_readouts
         if torch.is_grad_enabled():
-            activations = activations._replace(aux_loss=self._use_all_parameters(activations, len(with_grad) > 0))
+            activations = activations._replace(aux_loss=self._use_all_parameters(activations, with_grad, loops))
         if self.recorder is not None and len(loop_range) > 0:
             self.recorder.rho = decay.max()
-            last_loop, e = loop_range.stop - 1, activations.e
+            last_loop, e, kv = loop_range.stop - 1, activations.e, activations.kv
             self.recorder.estimate_gain(
-                lambda h: self._update(last_loop, loops, h, e, inputs, context)[0], activations.h
+                lambda h: self._update(last_loop, loops, h, e, kv, inputs, context)[0], activations.h
             )
         activations = activations._replace(readouts=earlier[0], readout_weights=earlier[1])
         return _append_readouts(activations, readouts), counts
@@ -183,11 +191,11 @@ class Recurrent(nn.Module):
         self, t: int, loops: Loops, activations: Activations, inputs: LoopInputs, context: Context
     ) -> tuple[Activations, Tensor, Readout | None]:
         """Loop t: the activations after it, the (token, expert) counts (E,), and what is read out."""
-        h, e, output, halted, aux_loss, *_ = activations
+        h, e, output, halted, aux_loss, kv, *_ = activations
         active = loops.active(t)
         if self.config.initial_state == "e":  # sequences that start now: no-grad loops have detached their h
             h = where_active(loops.active(t - 1), h, e)
-        new_h, router = self._update(t, loops, h, e, inputs, context)
+        new_h, router, kv = self._update(t, loops, h, e, kv, inputs, context)
         new_h = where_active(active, new_h, h)
         weight, new_halted = self.act(new_h, halted, loops.is_last(t))
         weight, new_halted = where_active(active, weight, 0.0), where_active(active, new_halted, halted)
@@ -200,34 +208,45 @@ class Recurrent(nn.Module):
         output = self.act.accumulate(output, new_h, weight, t, loops)
         if self.recorder is not None:
             self.recorder.record(t, h, new_h, weight)
-        activations = activations._replace(h=new_h, output=output, halted=new_halted, aux_loss=aux_loss)
+        activations = activations._replace(h=new_h, output=output, halted=new_halted, aux_loss=aux_loss, kv=kv)
         return activations, router.counts, readout
 
     def _update(
-        self, t: int, loops: Loops, h: Tensor, e: Tensor, inputs: LoopInputs, context: Context
-    ) -> tuple[Tensor, RouterStats]:
-        """h -> decay * h + scale * injected + u, with u = block(norm(h + e + signal)) plus its depth LoRA."""
+        self, t: int, loops: Loops, h: Tensor, e: Tensor, kv: Tensor, inputs: LoopInputs, context: Context
+    ) -> tuple[Tensor, RouterStats, Tensor]:
+        """h -> decay * h + scale * injected + u, with u = block(norm(h + e + signal)) plus its depth LoRA.
+
+        kv: of the loops before. Returns also the router's statistics, and those that the next loops share.
+        """
         x = h + e
         if inputs.signals:
             x = x + inputs.signals[t]
+        kv_loops, shared = self.config.kv_loops, None
+        if (computes := loops.computes_kv(t, kv_loops)) is not True:
+            shared = SharedKV(kv, None if computes is False else computes)
         # Without a cache one key for all loops: `torch.compile` would compile the block for each key.
-        key = "recurrent" if context.cache is None else context.cache.loop_key("recurrent", t)
-        u, stats = self.block(self.norm(x), context, key)
+        # Loops that share keys and values share a cache entry, named after the first of them.
+        first = t // kv_loops * kv_loops if loops.depths is None else t
+        key = "recurrent" if context.cache is None else context.cache.loop_key("recurrent", first)
+        u, stats, kv = self.block(self.norm(x), context, key, shared)
         if self.config.lora != "none":
             u = self.lora(u, loops.own_index(t))
-        return torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected), stats
+        return torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected), stats, kv
 
-    def _use_all_parameters(self, activations: Activations, has_grad: bool) -> Tensor:
+    def _use_all_parameters(self, activations: Activations, with_grad: range, loops: Loops) -> Tensor:
         """`aux_loss` unchanged; its backward gives gradients of zeros to parameters that this pass has not used,
         because every parameter takes part in collectives."""
         aux_loss = activations.aux_loss
-        if has_grad:
+        if with_grad:
             aux_loss = self.act.use_all_parameters(aux_loss, activations.h)
         if self.mesh.pipe.size == 1:
             return aux_loss
-        # Some pipeline stages run no loop with gradient, and only the first stage with loops applies e_norm.
-        unused = self if not has_grad else getattr(self, "e_norm", nn.Module())
-        return _ZeroGradients.apply(aux_loss, *unused.parameters())
+        # Some pipeline stages run no loop with gradient, or none of them computes keys and values, and only the first
+        # stage with loops applies e_norm.
+        unused = [self] if not with_grad else [getattr(self, "e_norm", nn.Module())]
+        if with_grad and all(loops.computes_kv(t, self.config.kv_loops) is False for t in with_grad):
+            unused += self.block.attn.kv_projections()
+        return _ZeroGradients.apply(aux_loss, *(parameter for module in unused for parameter in module.parameters()))
 
 
 def _append_readouts(activations: Activations, new: list[Readout]) -> Activations:

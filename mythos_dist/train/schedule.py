@@ -83,8 +83,7 @@ def loops_at(config: Config, step: int) -> StepLoops:
     else:
         largest = _at_curriculum(config, step, max(loops.set))
         drawn = random.choice([n for n in loops.set if n <= largest] or [min(loops.set)], size)
-    maximum = loops.maximum or 4 * max(loops.mean_of(config.model), *loops.set, 1)
-    depths = np.clip(drawn, 1, maximum).tolist()
+    depths = np.clip(drawn, 1, loops.most_of(config.model)).tolist()
     n_loops = max(depths)
     no_grad_loops = max(0, n_loops - (loops.backprop or n_loops))
     return StepLoops(n_loops, no_grad_loops, depths if loops.per == "sequence" else None)

@@ -113,7 +113,7 @@ def peak_bytes(S: int, attn_type: str) -> int:
     layer, x = model.prelude["0"].attn, torch.randn(1, S, 32)
     context = model.context(torch.zeros(1, S, dtype=torch.long))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        layer(x, context, "").sum().backward()
+        layer(x, context, "")[0].sum().backward()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -28,6 +28,8 @@ CONFIGS = [
     MythosConfig(**COMMON, attn_type="gqa", n_heads=4, n_kv_heads=4),
     MythosConfig(**COMMON, **MLA, v_head_dim=8),  # narrower than keys: the kernel pads it
     MythosConfig(**COMMON | {"n_shared_experts": 0}, **MLA, v_head_dim=24),  # wider: keys are padded
+    MythosConfig(**COMMON, **MLA, v_head_dim=16, kv_sharing="every:2"),
+    MythosConfig(**COMMON, attn_type="gqa", n_heads=6, n_kv_heads=2, kv_sharing="first"),
 ]
 
 

@@ -45,6 +45,7 @@ LAYOUTS = {
         "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",
         "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",
         "parallel.pipe=2 loops.objective=per_loop train.global_batch=3",
+        "parallel.pipe=2 model.kv_sharing=first train.global_batch=3",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
@@ -60,6 +61,7 @@ LONG = {
         "parallel.zero=3 train.dtype=bf16",
         "parallel.expert=2 train.recompute=loop",
         "parallel.pipe=2 train.dtype=bf16",
+        "parallel.tensor=2 model.kv_sharing=first train.recompute=loop train.global_batch=1",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true",

@@ -51,6 +51,12 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(zero=2), "targets"),
     (2, dict(pipe=2), "targets"),
     (2, dict(tensor=2, sequence=True), "completions"),
+    (2, dict(pipe=2), "shared keys"),
+    (2, dict(pipe=2), "first keys"),
+    (2, dict(pipe=2), "keys by sequence"),
+    (2, dict(tensor=2), "shared keys"),
+    (2, dict(tensor=2, sequence=True), "keys by sequence"),
+    (2, dict(zero=3), "shared keys"),
     (2, dict(), "muon"),
     (2, dict(zero=2), "muon"),
     (2, dict(tensor=2, sequence=True), "muon"),
@@ -72,6 +78,11 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (4, dict(pipe=2), "completions"),
     (4, dict(pipe=4), "bare"),
     (4, dict(pipe=4), "two loops"),
+    (4, dict(tensor=4), "first keys"),
+    (4, dict(pipe=4), "first keys"),
+    (4, dict(pipe=2, tensor=2, sequence=True), "first keys"),
+    (4, dict(expert=2, zero=2), "shared keys"),
+    (4, dict(pipe=2, tensor=2), "keys by sequence"),
     (4, dict(pipe=2, tensor=2), "gqa"),
     (4, dict(pipe=2, tensor=2, sequence=True), "loop"),
     (4, dict(pipe=2, expert=2), "as shipped"),
@@ -126,6 +137,14 @@ def run_of(config: Config, kind: str, conversations: str = "") -> Config:
         optim=dict(grad_clip=CLIP, eps=1e-6),
         run=dict(seed=18),
     )
+    if kind == "shared keys":  # a group of loops begins without gradient, or on another stage
+        return change(config, model=dict(kv_sharing="every:2"), train=dict(recompute="loop", recompute_every=2))
+    if kind == "first keys":  # all stages use those of the first; a loss after every loop
+        loops = dict(distribution="uniform_set", set=(1, 2, 3, 5), mean=None, backprop=None, objective="per_loop")
+        return change(config, model=dict(kv_sharing="first", attn_type="gqa"), loops=loops)
+    if kind == "keys by sequence":
+        model = dict(kv_sharing="every:2", attn_type="gqa", initial_state="e")
+        return change(config, model=model, loops=dict(per="sequence"))
     if kind == "gqa":
         return change(config, model=dict(attn_type="gqa"))
     if kind == "no halting":

@@ -20,7 +20,12 @@ LAYOUTS = [
     f"model.attn_type={attention} train.recompute={recompute}"
     for attention in ("mla", "gqa")
     for recompute in ("none", "selective", "loop")
-] + ["average.kind=ema train.recompute=loop"]
+] + [
+    "average.kind=ema train.recompute=loop",
+    "model.kv_sharing=every:2 loops.mean=4",
+    "model.kv_sharing=every:2 loops.mean=4 train.recompute=loop",
+    "model.kv_sharing=first model.attn_type=gqa",
+]
 OTHERS = [
     "train.recompute=loop train.recompute_every=2 loops.mean=6",
     "model.injection=reference train.recompute=loop",
@@ -30,6 +35,9 @@ OTHERS = [
     "act.mode=safe",
     "act.mode=safe train.recompute=loop",
     "model.qk_norm=false model.v_head_dim=64",
+    "model.kv_sharing=first model.attn_type=gqa train.recompute=selective",
+    "model.kv_sharing=every:2 train.recompute=selective loops.mean=4",
+    "model.kv_sharing=every:3 train.recompute=loop train.recompute_every=2 loops.mean=6 loops.backprop=5",
 ]
 
 

@@ -84,8 +84,7 @@ class LayerActivations:
 
     def _mla(self, selective: bool) -> float:
         c, N, b, H, d, v = self.c, self.N, self.b, self.heads, self.c.head_dim, self.c.v_head_dim
-        widths = (c.q_lora_rank, c.kv_lora_rank + c.qk_rope_head_dim)
-        latents = sum(ceil(width / self.t) * self.t for width in widths)
+        latents = ceil(c.q_lora_rank / self.t) * self.t + self._kv_latent
         if selective:
             return N * (latents + H * v) * b
         normed = c.q_lora_rank + c.kv_lora_rank
@@ -95,6 +94,26 @@ class LayerActivations:
         if c.qk_norm:
             heads += 2 * H * (d * b + 4)  # queries and keys before their norms
         return N * ((latents + normed) * b + heads + 8)
+
+    def shared_kv(self) -> float:
+        """Bytes of the keys and values that loops share, once per group of loops; 0 if every loop has its own."""
+        if self.c.kv_loops == 1:
+            return 0
+        c = self.c
+        width = 2 * self.kv_heads * c.head_dim if c.attn_type == "gqa" else self._kv_latent
+        return self.N * width * self.b
+
+    def _attention_of_loop(self) -> Saved:
+        """Without what loops share. GQA without selective recomputation: rotated keys are of each loop."""
+        c, shared = self.c, self.shared_kv()
+        if c.attn_type == "gqa" and not self.selective:
+            shared *= (1 + c.qk_norm) / 2  # values, and keys before their norm
+        return self.attention() + Saved(-shared)
+
+    @property
+    def _kv_latent(self) -> int:
+        """MLA: channels of the latent of keys and values, padding included."""
+        return ceil((self.c.kv_lora_rank + self.c.qk_rope_head_dim) / self.t) * self.t
 
     def dense_block(self) -> Saved:
         """model/block.py: both norms' inputs, attention, an FFN's input and its gate and up."""
@@ -127,10 +146,11 @@ class LayerActivations:
         return Saved(router) + self.layer_input() + self._experts() + Saved(shared)
 
     def loop(self) -> Saved:
-        """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the mean."""
+        """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the mean; without
+        `shared_kv`."""
         states = 5 * self.residual + self.mixed
         lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
-        return Saved(states + lora) + self.attention() + self._mixture()
+        return Saved(states + lora) + self._attention_of_loop() + self._mixture()
 
     def injection(self) -> Saved:
         """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of

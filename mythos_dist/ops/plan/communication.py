@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mythos_dist.config.schema import Config
+from mythos_dist.model.flops import loops_computing_kv
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.deepspeed_communication import pipeline_messages, tied_gradients, zero_messages
 from mythos_dist.ops.plan.layer_communication import LayerMessages, Messages, Pass, scaled
@@ -73,8 +74,15 @@ def stage_communication(
 
     total = scaled(per_micro_batch, micro_batches)
     trained = loops_with_grad(loops, no_grad)
-    with_grad = layers.loops(micro_batches * len(trained), *_sum_rows(rows, micro_batches, trained))
-    total += layers.loops(micro_batches * len(loops), *_sum_rows(rows, micro_batches, loops)).forward
+    with_grad, all_loops = (
+        layers.loops(
+            micro_batches * len(some),
+            micro_batches * len(loops_computing_kv(config, some)),
+            *_sum_rows(rows, micro_batches, some),
+        )
+        for some in (trained, loops)
+    )
+    total += all_loops.forward
     total += with_grad.backward
     if config.train.recompute == "loop":  # model/recompute.py; selective recomputation repeats no collective
         total += with_grad.forward

@@ -15,6 +15,7 @@ import torch
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.activations import num_bytes, stage_input_shapes
+from mythos_dist.model.attention import kv_width
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.parallel.mesh import Axis, Mesh
@@ -106,20 +107,25 @@ class LayerMessages:
         return sum(n * ceil(width / n) for width in widths)
 
     def attention(self) -> Pass:
-        """model/attention.py: MLA gathers both latents; GQA keys and values, if their heads do not divide."""
+        """model/attention.py, with shared keys and values: MLA gathers the latent of queries."""
+        c = self.config.model
+        width = self.gathered(c.q_lora_rank) if c.attn_type == "mla" else 0
+        return self.enter(self.x).then(self.gather(self.tokens * width * self.item), self.leave(self.x))
+
+    def keys_values(self) -> Pass:
+        """model/attention.py: MLA gathers their latent; GQA both, if their heads do not divide."""
         c = self.config.model
         if c.attn_type == "mla":
-            width = self.gathered(c.q_lora_rank, c.kv_lora_rank + c.qk_rope_head_dim)
+            width = self.gathered(c.kv_lora_rank + c.qk_rope_head_dim)
         elif c.n_kv_heads % self.mesh.tensor.size:
             width = 2 * self.gathered(c.n_kv_heads * c.head_dim)
         else:
             width = 0
-        gather = self.gather(self.tokens * width * self.item)
-        return self.enter(self.x).then(gather, self.leave(self.x))
+        return self.gather(self.tokens * width * self.item)
 
     def dense_block(self) -> Pass:
         """model/block.py: attention and an FFN."""
-        return self.attention().then(self.enter(self.x), self.leave(self.x))
+        return self.attention().then(self.keys_values(), self.enter(self.x), self.leave(self.x))
 
     def router(self) -> Pass:
         """model/moe.py: weights and indices of the chosen experts, and the shares of the balance loss."""
@@ -164,10 +170,15 @@ class LayerMessages:
         elements = self.gathered(c.lora_rank) * (2 * c.dim + (c.lora == "shared"))
         return self.gather(elements * self.item, partial=self.mesh.sequence)
 
-    def loops(self, loops: int, sent: int, received: int) -> Pass:
-        """model/recurrence.py: `loops` loops, in which `sent` and `received` rows are exchanged altogether."""
+    def loops(self, loops: int, compute_kv: int, sent: int, received: int) -> Pass:
+        """model/recurrence.py: `loops` loops, of which `compute_kv` compute keys and values, and in which `sent` and
+        `received` rows are exchanged altogether."""
         one = self.attention().then(self.router(), self.enter(self.x), self.leave(self.x), self.depth_lora())
-        all_loops = Pass(scaled(one.forward, loops), scaled(one.backward, loops))
+        kv = self.keys_values()
+        all_loops = Pass(
+            scaled(one.forward, loops) + scaled(kv.forward, compute_kv),
+            scaled(one.backward, loops) + scaled(kv.backward, compute_kv),
+        )
         return all_loops.then(self.experts(loops, sent, received))
 
     def head(self) -> Pass:
@@ -213,5 +224,8 @@ class LayerMessages:
         train = self.config.train
         seq_len = train.seq_len // self.mesh.tensor.size if self.mesh.sequence else train.seq_len
         readouts = (self.readouts if stage.after_loops else earlier_loops) if self.per_loop else 0
-        shape = torch.Size([train.micro_batch, seq_len, self.config.model.dim])
-        return num_bytes(stage_input_shapes(stage, shape, DTYPES[train.dtype], readouts))
+        shape, kv_shape = torch.Size([train.micro_batch, seq_len, self.config.model.dim]), None
+        if self.config.model.kv_loops > 1:
+            width = kv_width(self.config.model, self.mesh.tensor.size)
+            kv_shape = torch.Size([train.micro_batch, train.seq_len, width])
+        return num_bytes(stage_input_shapes(stage, shape, DTYPES[train.dtype], readouts, kv_shape))

@@ -96,7 +96,8 @@ class _Moments:
     ):
         self.config, self.mesh, self.stage, self.parameters = config, mesh, stage, parameters
         self.layers = layers = LayerActivations(config, mesh, rows)
-        self.live = len(loops_with_grad(loops, no_grad))
+        self.trained = loops_with_grad(loops, no_grad)
+        self.live = len(self.trained)
         self.recomputed = config.train.recompute == "loop"
         self.every = config.train.recompute_every if self.recomputed else 1
         # The coda and the head run on all readouts at once.
@@ -110,12 +111,20 @@ class _Moments:
         if self.recomputed and self.live:  # recomputation keeps the first loop's inputs, act.mode=off's output too
             before_loops += Saved(layers.output - layers.mixed)
         carries = layers.carry() * ceil(self.live / self.every)
-        in_loops = carries if self.recomputed else layers.loop().total * self.live
+        in_loops = (carries if self.recomputed else layers.loop().total * self.live) + self._held_kv(self.trained)
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
         in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
         self.all_saved = (in_flight + 1) * saved
         self.saved_before_loops = in_flight * saved + before_loops.total
+
+    def _held_kv(self, loops: range) -> float:
+        """Bytes of shared keys and values that these loops hold: once for each group of loops that shares them; with
+        recomputation, which keeps inputs, only for those that are recomputed from the middle of such a group on."""
+        size = self.layers.c.kv_loops
+        if self.recomputed:
+            return self.layers.shared_kv() * len({t // size for t in loops[:: self.every] if t % size})
+        return self.layers.shared_kv() * len({t // size for t in loops})
 
     def _gradients(self, prefix: str) -> float:
         """Bytes of the gradients of parameters whose name starts with `prefix`."""
@@ -214,15 +223,22 @@ class _Moments:
         layers = self.layers
         gradients = self.head_gradient + (self.recurrent_gradients if done else 0.0)
         group, in_group = divmod(self.live - 1 - done, self.every)
+        left, size = self.trained[: self.live - done], layers.c.kv_loops
         if self.recomputed:
-            saved, recomputed = layers.carry() * (group + 1), layers.loop() * (in_group + 1)
+            computed_kv = sum(t % size == 0 for t in left[group * self.every :])
+            saved = layers.carry() * (group + 1)
+            recomputed = layers.loop() * (in_group + 1) + Saved(layers.shared_kv() * computed_kv)
         else:
             saved, recomputed = layers.loop().total * (group + 1), None
+        saved += self._held_kv(left)
+        # The gradient of keys and values that the next loop has used, too.
+        kv_gradient = layers.shared_kv() if done and left.stop % size else 0.0
         # Gradients of h, injected(e) and inside of the block; from the second loop on also of e, if that is another.
         states = 4 if done and layers.c.injection == "parcae" else 3
         if self.readouts > 1:  # and those of the coda's inputs, one tensor for all readouts
             states += self.readouts
-        return _LoopMoment(layers, self.saved_before_loops + saved, recomputed, gradients, states)
+        state_gradients = states * layers.residual + kv_gradient
+        return _LoopMoment(layers, self.saved_before_loops + saved, recomputed, gradients, state_gradients)
 
 
 @dataclass(frozen=True)
@@ -233,11 +249,11 @@ class _LoopMoment:
     saved: float  # bytes, by the forward pass
     recomputed: Saved | None  # None: nothing is recomputed
     gradients: float
-    states: int  # gradients as large as the residual stream
+    states: float  # bytes of gradients of h, e, and shared keys and values
 
     def memory(self, new_gradients: float, other: float, gathered: float, freed: Saved) -> Memory:
         """With these bytes of new weight gradients, of other tensors, and of outputs of collectives; less `freed`."""
-        state_gradients = self.states * self.layers.residual + self.layers.mixed
+        state_gradients = self.states + self.layers.mixed
         memory = {
             "activations": self.saved,
             "gradients": self.gradients + new_gradients,
