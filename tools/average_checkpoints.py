@@ -7,6 +7,7 @@ begins with it by `start_from=weights`. Needs no GPU; memory does not grow with 
 """
 
 import argparse
+import sys
 
 from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
@@ -52,6 +53,7 @@ def main() -> None:
             workers=arguments.workers,
             verify=not arguments.no_verify,
             progress=shown.update,
+            report=lambda note: print(f"note: {note}", file=sys.stderr),
         )
     if not arguments.quiet:
         size = sum(file.stat().st_size for file in files)

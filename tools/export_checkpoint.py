@@ -1,14 +1,16 @@
-"""Export a checkpoint's weights, from any layout, as safetensors: with our names, or with those of OpenMythos' class.
+"""Export a checkpoint's weights, from any layout, as safetensors, with the tokenizer.
 
-    model = OpenMythos(MythosConfig(**json.load(open("OUT/config.json"))))
-    model.load_state_dict(safetensors.torch.load_file("OUT/model.safetensors"), strict=False)
+    safetensors   our names: model = Mythos.from_pretrained("OUT")
+    hf            AutoModelForCausalLM.from_pretrained("OUT", trust_remote_code=True)
+    open_mythos   the names of OpenMythos' class: OpenMythos(config).load_state_dict(..., strict=False)
 
 Needs no GPU; one tensor is in memory at a time.
 """
 
 import argparse
+import sys
 
-from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, nonempty_path, number, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -20,12 +22,14 @@ def parse() -> argparse.Namespace:
     add("--out", type=nonempty_path, required=True, help="a new folder")
     add(
         "--format",
-        choices=("safetensors", "open_mythos"),
+        choices=("safetensors", "hf", "open_mythos"),
         default="safetensors",
-        help="tensor names (%(default)s)",
+        help="for which class (%(default)s)",
     )
     add("--average", action="store_true", help="the average of the weights that the run keeps (average.kind)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    add("--file-size", type=number(1e-5, 1e4), default=5.0, metavar="GB", help="largest file (%(default)s)")
+    add("--tokenizer", type=nonempty_path, help="its file (default: that of the training shards)")
     add_write_options(parser, workers=2)
     return parse_arguments(parser)
 
@@ -51,6 +55,9 @@ def main() -> None:
             arguments.out,
             arguments.format,
             dtype=arguments.dtype,
+            tokenizer=arguments.tokenizer,
+            file_bytes=int(arguments.file_size * 1e9),
+            report=lambda note: print(f"note: {note}", file=sys.stderr),
             workers=arguments.workers,
             verify=not arguments.no_verify,
             progress=shown.update,

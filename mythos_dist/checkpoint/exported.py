@@ -1,9 +1,7 @@
 """Read the weights of an export (`export.py`) piece by piece, like a checkpoint of step 0 that has no moments."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +19,9 @@ from mythos_dist.checkpoint.open_mythos import SafeTensors, mismatches
 from mythos_dist.checkpoint.pieces import Piece, overlaps
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, signing_key
-from mythos_dist.config.schema import BY_MODE, ActConfig, LoopsConfig, MythosConfig
-from mythos_dist.errors import UserError, first_line
+from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.model.open_mythos import from_open_mythos, open_mythos_shapes
-
-_THEIRS = "recurrent.block.ffn.router_bias"  # a name that only exports for OpenMythos' class have
-
-
-def is_export(path: Path) -> bool:
-    """Whether a folder has the files of an export."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+from mythos_dist.model.pretrained import check_head, exported_shapes, format_of, is_export, our_state, read_settings
 
 
 def open_export(folder: Path, key_file: str | None = None) -> "ExportedWeights":
@@ -48,40 +38,56 @@ def open_export(folder: Path, key_file: str | None = None) -> "ExportedWeights":
     return ExportedWeights(folder)
 
 
+def open_model_folder(folder: Path) -> "ExportedWeights":
+    """The export in `folder`, or what transformers has saved there. Raises UserError, with what to do, for others."""
+    folder = folder.expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        problem = "holds an adapter only; merge it first: model.merge_and_unload().save_pretrained(OTHER_FOLDER)"
+    elif not folder.is_dir():
+        problem = "no such folder; give one that model.save_pretrained wrote"
+    elif not (folder / "config.json").is_file():
+        problem = "has no config.json; give a folder that model.save_pretrained wrote"
+    elif not is_export(folder):
+        problem = "has no .safetensors files; save the model with safe_serialization=True"
+        read_settings(folder, {})  # another model's is the problem to name
+    else:
+        return open_export(folder)
+    raise UserError(problem, str(folder))
+
+
 class ExportedWeights(Checkpoint):
-    """An export in either format and any dtype; elements are converted to fp32."""
+    """An export in any format and dtype; elements are converted to fp32."""
 
     def __init__(self, folder: Path):
         """Raises UserError if it cannot be read, or if tensors do not fit its config.json."""
-        self._model = _read_model(folder)
         self._state = SafeTensors(sorted(folder.glob("*.safetensors")))
+        settings = read_settings(folder, self._state.metadata)
+        self._model = settings.model
         with torch.device("meta"):
             model = Mythos(self._model)
         tensors = {name: TensorEntry(tuple(value.shape), (PARAMETER,)) for name, value in model.named_parameters()}
         tensors |= {name: TensorEntry(tuple(value.shape), (BUFFER,)) for name, value in model.named_buffers()}
-        expected = {}
+        expected, format = {}, format_of(self._state)
         self._sources: dict[str, list[str]] = {}  # our name -> the names in the files
         for name, tensor in tensors.items():
-            shapes = {name: tensor.shape}
-            if _THEIRS in self._state:
-                shapes = open_mythos_shapes(name, tensor.shape, self._model)
+            shapes = exported_shapes(format, name, tensor.shape, self._model)
             self._sources[name] = list(shapes)
             expected |= shapes
         if problems := list(mismatches(self._state, expected)):
             raise UserError([*problems, "config.json is of another model; export again"], str(folder))
-        step, tokens = (_number(self._state.metadata.get(key, "")) for key in ("step", "tokens"))
+        check_head(self._state, folder)
         manifest = CheckpointManifest(
-            step=step,
-            tokens=tokens,
+            step=settings.step,
+            tokens=settings.tokens,
             start=0,
             layout={},
-            config={"model": asdict(self._model), **_read_settings(self._state.metadata.get("settings"), folder)},
+            config={"model": asdict(self._model), **settings.sections},
             data="",
             versions=library_versions(),
             optimizer={"steps": 0, "skipped_steps": 0, "loss_scale": {}},
             tensors=tensors,
             files={},
-            lineage=Lineage(tokens=tokens),
+            lineage=Lineage(tokens=settings.tokens),
         )
         super().__init__(folder, manifest)
 
@@ -98,31 +104,4 @@ class ExportedWeights(Checkpoint):
     def _full_tensor(self, name: str) -> Tensor:
         """Unsharded, in the dtype of the file, and mapped from it unless it has to be converted to our names."""
         parts = {source: self._state[source] for source in self._sources[name]}
-        return parts[name] if list(parts) == [name] else from_open_mythos(parts, self._model)[name]
-
-
-def _read_model(folder: Path) -> MythosConfig:
-    """The model of config.json; OpenMythos' class has no fields for what `model.mode` decides."""
-    try:
-        fields = json.loads((folder / "config.json").read_bytes())
-        return MythosConfig(**{"mode": "reference", **BY_MODE["reference"], **fields})
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"cannot be read as an export's settings ({first_line(error)})", str(folder / "config.json")
-        ) from None
-
-
-def _read_settings(text: str | None, folder: Path) -> dict[str, dict[str, Any]]:
-    """The settings of `act` and `loops`; none in exports of earlier versions."""
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-        classes = {"act": ActConfig, "loops": LoopsConfig}
-        return {section: asdict(classes[section](**settings)) for section, settings in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"has settings that this version does not read ({first_line(error)})", str(folder)) from None
-
-
-def _number(text: str) -> int:
-    return int(text) if text.isdecimal() and len(text) <= 15 else 0
+        return parts[name] if list(parts) == [name] else our_state(parts, self._model)[name]

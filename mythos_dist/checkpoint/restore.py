@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mythos_dist.checkpoint.exported import is_export, open_export
+from mythos_dist.checkpoint.exported import open_export
 from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import AVERAGE, BUFFER, MOMENTS, PARAMETER, VersionError, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
@@ -28,6 +28,7 @@ from mythos_dist.config.schema import CheckpointConfig, Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.model.pretrained import is_export
 from mythos_dist.parallel.process import any_rank, from_rank_0, on_rank_0, raise_on_all_ranks
 
 _DEFAULTS = CheckpointConfig()

@@ -51,20 +51,22 @@ def write_tensors(
     file: Path,
     shapes: Mapping[str, Index],
     data: Iterable[memoryview],
-    dtype: str = "F32",
+    dtype: str | Mapping[str, str] = "F32",
     metadata: Mapping[str, str] | None = None,
     sha256: "Hash | None" = None,
 ) -> tuple[int, str]:
     """Write tensors whose bytes come in the order of `shapes`, in blocks of any size; fsyncs the file.
 
+    `dtype`: of all tensors, or by name.
     `metadata` becomes the header's __metadata__; `sha256` is updated with all bytes written. Returns the file's size in
     bytes and its xxh3_128.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        label = dtype if isinstance(dtype, str) else dtype[name]
+        begin, end = end, end + math.prod(shape) * ITEM_BYTES[label]
+        header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     xxh3 = xxhash.xxh3_128()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mythos_dist.data.chat import ChatRenderer
 from mythos_dist.data.manifest import ChatTemplate
-from mythos_dist.data.tokenizer import HuggingFaceTokenizer, Tokenizer, read_configuration, token_text
+from mythos_dist.data.tokenizer import Tokenizer, read_configuration, token_text
 from mythos_dist.errors import UserError
 
 PLAIN = "plain"  # the name of PLAIN_TEMPLATE
@@ -38,38 +38,40 @@ def renderer_of(format: str, tokenizer: Tokenizer, option: str | None) -> ChatRe
     return None
 
 
-def _find_template(tokenizer: Tokenizer, option: str | None) -> ChatTemplate:
+def special_token_names(tokenizer: Tokenizer) -> dict[str, str]:
+    """The special tokens that a template uses, by name ("eos_token"): of the model, and of the files next to it."""
     tokens = {"eos_token": tokenizer.eos}
     if tokenizer.bos:
         tokens["bos_token"] = tokenizer.bos
-    own = None
-    where = "SentencePiece models have none"
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        folder = tokenizer.path.parent
-        named = {name: token_text(read_configuration(folder, name)) for name in _NAMES}
-        tokens |= {name: token for name, token in named.items() if token}
-        own = _own_template(folder) if option is None else None
-        where = f"neither tokenizer_config.json nor chat_template.jinja in {folder} has one"
-    if option == PLAIN:
-        return ChatTemplate(PLAIN_TEMPLATE, tokens)
-    text = own if option is None else _read(Path(option))
-    if text is None:
-        raise UserError(
-            f"no chat template ({where}); pass one with --template FILE, or --template {PLAIN} for a simple one",
-            str(tokenizer.path),
-        )
-    return ChatTemplate(text, tokens)
+    named = {name: token_text(read_configuration(tokenizer.path.parent, name)) for name in _NAMES}
+    return tokens | {name: token for name, token in named.items() if token}
 
 
-def _own_template(folder: Path) -> str | None:
-    """The template in the files next to a tokenizer.json."""
+def own_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template in the files next to a tokenizer; None if there is none."""
+    folder = tokenizer.path.parent
     if (file := folder / "chat_template.jinja").is_file():
-        return _read(file)
+        return ChatTemplate(_read(file), special_token_names(tokenizer))
     template = read_configuration(folder, "chat_template")
     if isinstance(template, list):  # several by name
         texts = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = texts.get("default")
-    return template if isinstance(template, str) else None
+    return ChatTemplate(template, special_token_names(tokenizer)) if isinstance(template, str) else None
+
+
+def _find_template(tokenizer: Tokenizer, option: str | None) -> ChatTemplate:
+    if option == PLAIN:
+        return ChatTemplate(PLAIN_TEMPLATE, special_token_names(tokenizer))
+    if option is not None:
+        return ChatTemplate(_read(Path(option)), special_token_names(tokenizer))
+    own = own_template(tokenizer)
+    if own is None:
+        where = f"neither tokenizer_config.json nor chat_template.jinja in {tokenizer.path.parent} has one"
+        raise UserError(
+            f"no chat template ({where}); pass one with --template FILE, or --template {PLAIN} for a simple one",
+            str(tokenizer.path),
+        )
+    return own
 
 
 def _read(file: Path) -> str:

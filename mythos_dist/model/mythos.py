@@ -10,6 +10,7 @@ Decisions: MODEL-14.
 # B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,
 # E experts, R readouts: 1, or the loops with gradient (loops.objective=per_loop).
 
+from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
@@ -221,6 +222,16 @@ class Mythos(nn.Module):
         """Call once per optimizer step with the counts (n_loops, E) of the global batch. No-op in reference mode."""
         if self.config.mode == "train" and self.stage.has_loops:
             self.recurrent.block.ffn.router.update_bias(counts.view(-1, self.config.n_experts).sum(0))
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "Mythos":
+        """The model of an export in any format (`tools/export_checkpoint.py`), or of a folder that the class for
+        transformers has saved, in eval mode. Raises UserError if it cannot be read, or is another model's."""
+        from mythos_dist.model.pretrained import load_pretrained
+
+        return load_pretrained(Path(folder).expanduser(), dtype, device)
 
     def load_open_mythos(self, state_dict: dict[str, Tensor]) -> None:
         """Load the weights of an `open_mythos.OpenMythos` with the same config.

@@ -15,7 +15,8 @@ _FFN = "recurrent.block.ffn."
 _OURS = {f"recurrent.lora.{leaf}.weight": f"recurrent.lora.{leaf}" for leaf in ("down", "scale")}
 _STACKED = {"gate": "w1", "up": "w3", "down": "w2"}  # routed experts
 _LOOPS = {key: value for key, value in BY_MODE["reference"].items() if key != "init"}
-NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight")  # rotary tables, and the tied embedding
+# Rotary tables, and the tied embedding, which transformers calls lm_head.
+NOT_PARAMETERS = ("freqs_cis", "freqs_cis_mla", "head.weight", "lm_head.weight")
 
 
 def unsupported_loop_settings(config: MythosConfig) -> list[str]:

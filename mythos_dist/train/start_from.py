@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mythos_dist.checkpoint.exported import is_export, open_export
+from mythos_dist.checkpoint.exported import open_export
 from mythos_dist.checkpoint.manifest import MOMENTS, PARAMETER, Ancestor, CheckpointManifest, Lineage
 from mythos_dist.checkpoint.open_mythos import list_tensors
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
@@ -25,6 +25,7 @@ from mythos_dist.data.corpora import Corpus, data_changes
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.model.pretrained import is_export
 from mythos_dist.parallel.process import from_rank_0, raise_on_all_ranks
 from mythos_dist.units import count
 

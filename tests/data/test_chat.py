@@ -104,7 +104,7 @@ def test_a_sentencepiece_model_uses_the_plain_template(name, corpus, tmp_path):
     from mythos_dist.prepare.corpus import read_documents
 
     tokenizer = train_tokenizer(read_documents(corpus), tmp_path / "t.model", 600, name)
-    with pytest.raises(UserError, match=r"no chat template \(SentencePiece models have none\).*--template plain"):
+    with pytest.raises(UserError, match=r"no chat template \(neither tokenizer_config.json.*--template plain"):
         find_renderer(tokenizer, None)
     renderer = find_renderer(tokenizer, PLAIN)
     tokens, learnt = encode(tokenizer, renderer.pieces(messages(CONVERSATION)))

@@ -1,0 +1,95 @@
+"""The settings of a Mythos model, as `config.json` of an export has them."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class MythosPretrainedConfig(PretrainedConfig):
+    """Widths, layers and switches of the loops. Fields have mythos_dist's names; transformers' usual names are aliases.
+
+    num_loops: applications of the recurrent block unless `forward` or `generate` get another number (training's mean).
+    act_mode: which loop's hidden state the coda gets. off: the last one's; reference and safe: the sum of all, weighted
+    by halting probabilities; ponder: the first at which the sum of probabilities reaches act_threshold.
+    kv_sharing: all: each loop has its own keys and values; every:k: the first of k loops computes them for all k;
+    first: the first loop computes them for all loops.
+    mythos_dist: what training needs to continue with these weights (step, tokens, settings of act and loops).
+    """
+
+    model_type = "mythos"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "max_seq_len",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        dim: int = 2048,
+        n_heads: int = 16,
+        n_kv_heads: int = 4,
+        max_seq_len: int = 4096,
+        max_loop_iters: int = 16,
+        num_loops: int | None = None,
+        prelude_layers: int = 2,
+        coda_layers: int = 2,
+        attn_type: str = "mla",
+        kv_lora_rank: int = 512,
+        q_lora_rank: int = 1536,
+        qk_rope_head_dim: int = 64,
+        qk_nope_head_dim: int = 128,
+        v_head_dim: int = 128,
+        n_experts: int = 64,
+        n_shared_experts: int = 2,
+        n_experts_per_tok: int = 4,
+        expert_dim: int = 512,
+        act_threshold: float = 0.99,
+        act_mode: str = "off",
+        rope_theta: float = 500000.0,
+        lora_rank: int = 16,
+        max_output_tokens: int = 4096,
+        dropout: float = 0.0,
+        mode: str = "train",
+        loop_signal: bool = False,
+        lora: str = "shared",
+        injection: str = "parcae",
+        initial_state: str = "zero",
+        qk_norm: bool = True,
+        kv_sharing: str = "all",
+        init: str = "depth_scaled",
+        mythos_dist: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ):
+        settings = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
+        settings["num_loops"] = num_loops or max_loop_iters
+        settings["mythos_dist"] = mythos_dist or {}
+        for key, value in settings.items():
+            setattr(self, key, value)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks that a token passes: the recurrent block counts once per loop."""
+        return self.prelude_layers + self.num_loops + self.coda_layers
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of one query or key head."""
+        return self.dim // self.n_heads if self.attn_type == "gqa" else self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotary channels of a head: all in GQA, a part in MLA."""
+        return self.key_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def loops_per_kv(self) -> int:
+        """Consecutive loops that share keys and values."""
+        if self.kv_sharing == "first":
+            return 1 << 30
+        return int(self.kv_sharing.removeprefix("every:")) if self.kv_sharing.startswith("every:") else 1
