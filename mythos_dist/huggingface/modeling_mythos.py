@@ -191,12 +191,14 @@ class MythosModel(MythosPreTrainedModel):
         num_loops: int | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids (B, S), or inputs_embeds (B, S, D) -> last_hidden_state (B, S, D).
 
         attention_mask: (B, T), 0 for padding on either side of a row; bool (B, 1, S, T) as well.
         position_ids: (B, S); default: the number of earlier tokens of the row that are not padding.
+        past_key_values: the MythosCache that an earlier call returned; transformers 5 calls it `cache`.
         num_loops: applications of the recurrent block, 1 to 512; default config.num_loops.
         hidden_states: the embedding, the prelude's output, h after each loop, the last norm's output.
         """
@@ -206,7 +208,7 @@ class MythosModel(MythosPreTrainedModel):
         if not 1 <= loops <= MAX_LOOPS:
             raise ValueError(f"num_loops={loops} must be at least 1 and at most {MAX_LOOPS}")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         past = 0 if cache is None else cache.begin(loops)
         tokens = past + x.shape[1]
         if tokens > self.config.max_seq_len:
@@ -304,6 +306,7 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `MythosModel`, and logits (B, S, V): of the last `logits_to_keep` tokens, or of all if it is 0.
@@ -315,7 +318,7 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             num_loops=num_loops,
             use_cache=use_cache,
