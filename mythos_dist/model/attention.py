@@ -253,7 +253,8 @@ class MLAttention(nn.Module):
                 entries = context.cache.read(cache_key, shape[1])
             else:
                 entries = context.cache.append(cache_key, self._cache_entry(latent, k_rope.squeeze(2)))
-            if self._absorbs(q, entries.shape[1]):
+            # Without a mask only one query sees all keys: that of a prompt is causal, which the kernel does.
+            if (shape[1] == 1 or context.mask is not None) and self._absorbs(q, entries.shape[1]):
                 return self._attend_latents(q_nope, q_rope, entries, context.mask)
             latent, k_rope = entries[..., : c.kv_lora_rank + rope].split([c.kv_lora_rank, rope], dim=-1)  # (B, T, -)
             k_rope = k_rope.unsqueeze(2)

@@ -33,6 +33,14 @@ def test_any_chunks_equal_the_full_forward(chunks, model):
     assert cache.lengths == [16] * 3
 
 
+@torch.no_grad()
+def test_a_prompt_of_a_model_with_narrow_latents_is_causal(tiny, enliven):
+    """Attention to latents, cheaper here even for a prompt, saw later tokens."""
+    model = enliven(Mythos(tiny(kv_lora_rank=2, qk_nope_head_dim=64, v_head_dim=64))).eval()
+    input_ids = random_ids(2, 7)
+    torch.testing.assert_close(model(input_ids, LOOPS, cache=KVCache()), model(input_ids, LOOPS), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("new_tokens", [1, 3])
 @torch.no_grad()
 def test_rows_of_different_lengths_equal_each_row_alone(new_tokens, model):
