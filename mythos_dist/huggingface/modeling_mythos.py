@@ -142,6 +142,12 @@ class MythosPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
     _supports_sdpa = True
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but the router's bias is offloaded with its weights: of modules on disk, transformers 4.57
+        would leave it uninitialized."""
+        return super().from_pretrained(*args, **{"offload_buffers": True, **kwargs})
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """New weights: N(0, 0.02), ones for norms; of the injection as in its constructor."""
