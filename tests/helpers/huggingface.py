@@ -26,6 +26,7 @@ SWITCHES = {
     "injection": ["reference", "parcae"],
     "initial_state": ["e", "zero", "random"],
     "qk_norm": [False, True],
+    "kv_sharing": ["all", "all", "every:2", "first"],
 }
 WIDTHS: dict[str, Any] = {
     "vocab_size": 40,

@@ -15,6 +15,7 @@ KINDS = {
     "mla": MythosConfig(**WIDTHS),
     "gqa": MythosConfig(**WIDTHS, attn_type="gqa", n_kv_heads=2),
     "reference": MythosConfig(**WIDTHS, mode="reference"),
+    "shared": MythosConfig(**WIDTHS, kv_sharing="every:2"),
 }
 # Without token 0, which pads: `generate` takes it for padding in prompts.
 PROMPTS = tokens(3, 7).clamp(min=1)
