@@ -1,4 +1,4 @@
-"""Format numbers for messages."""
+"""Format numbers for messages; intervals."""
 
 
 def short(number: float) -> str:
@@ -22,3 +22,8 @@ def format_duration(seconds: float) -> str:
         if rounded >= size:
             return f"{rounded // size} {unit} {rounded % size // part} {smaller}"
     return f"{rounded} s"
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether what happens every N steps, 0: never, is due at `step`."""
+    return every > 0 and step % every == 0

@@ -28,10 +28,21 @@ MAY_IMPORT = {
     "huggingface": set(),  # copied into exports, where nothing of ours is
     "train": {"checkpoint", "model", "parallel", "data", "config"},
     "generate": {"train", "checkpoint", "model", "parallel", "data", "config"},
+    "evaluate": {"train", "checkpoint", "model", "parallel", "data", "config"},
     "prepare": {"data", "config"},
     "ops.cluster": {"parallel", "config"},
     "ops.plan": {"train", "model", "parallel", "config"},
-    "ops": {"ops.cluster", "ops.plan", "train", "checkpoint", "model", "parallel", "data", "config"},
+    "ops": {
+        "ops.cluster",
+        "ops.plan",
+        "evaluate",
+        "train",
+        "checkpoint",
+        "model",
+        "parallel",
+        "data",
+        "config",
+    },
     "ops.doctor": {"ops", "ops.cluster", "ops.plan", "train", "model", "parallel", "data", "config"},
     "doctor": {"ops.doctor", "config"},
     "experiments": {

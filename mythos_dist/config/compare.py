@@ -11,6 +11,8 @@ MAY_CHANGE = {
     "train.steps",
     "train.eval_every",
     "train.eval_samples",
+    "train.tasks",
+    "train.tasks_every",
     "train.attention",
     "train.compile",
     "train.recompute",

@@ -108,6 +108,7 @@ class Kind:
         elif self.type is tuple:
             text = PAIRS if self.item and self.item.type is tuple else "a list of whole numbers, such as [1, 2, 4]"
             text = "two whole numbers, such as [1000, 2000]" if self.length else text
+            text = "a list of texts, such as [a.yaml, b.yaml]" if self.item and self.item.type is str else text
         else:
             text = _EXPECTED[self.type]
         return f"{text}, or null" if self.optional and self.type is not dict else text

@@ -99,6 +99,12 @@ def _train_problems(config: Config) -> Iterator[Problem]:
             "train.compile=true does not work with parallel.zero=3, which gathers parameters in hooks that "
             "torch.compile does not trace; set train.compile=false, or parallel.zero to 1 or 2",
         )
+    if train.tasks_every and not train.tasks:
+        yield Problem(
+            ("train.tasks_every", "train.tasks"),
+            f"train.tasks_every={train.tasks_every} has no effect without train.tasks; set train.tasks to a list such "
+            "as [task.yaml], or train.tasks_every=0",
+        )
 
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:

@@ -270,6 +270,9 @@ class TrainConfig(Section, section="train"):
     eval_every: StepsOrOff = 0  # steps between evaluations; 0: only before the first and after the last step
     # Maximum of held-out sequences per evaluation; 0: no evaluation.
     eval_samples: Annotated[int, Range(0, 1 << 30)] = 64
+    # Tasks of tools/evaluate.py that are scored by log-likelihood: names, and YAML files (docs/evaluation.md).
+    tasks: tuple[str, ...] = ()
+    tasks_every: StepsOrOff = 0  # steps between evaluations on `tasks`; 0: only after the last step
 
     @property
     def batch_sizes(self) -> list[int]:

@@ -108,6 +108,7 @@ class ReplicaStream:
         self._workers = workers
         shards = [shard for corpus in corpora for shard in corpus.shards[split]]
         self._seq_len, self._manifest = seq_len, corpora[0].manifest
+        self.eos_id = self._manifest.eos_id
         self._dataset = _WindowDataset(WindowReader(shards, corpora[0].manifest.window, verify, cache))
 
     def step(self, step: int) -> list[MicroBatch]:

@@ -42,6 +42,7 @@ class Losses(TypedDict):
     # (): of the last readout, in nats, detached: mean over labels that are not ignored, or divided by `label_counts`
     cross_entropy: Tensor
     tokens: Tensor  # (): labels that are not ignored
+    token_losses: Tensor  # (B, S) fp32, detached: cross entropies of the last readout, 0 for ignored labels
     correct: Tensor  # (B, S) bool: whether the last readout's highest logit is the label's
     expert_counts: Tensor  # (n_loops, E) int64: (token, expert) pairs per loop and expert
 
@@ -208,6 +209,7 @@ class Mythos(nn.Module):
             objective=head.total / label_counts[-1] + aux_loss,
             cross_entropy=head.losses[-B:].sum() / label_counts[-1],
             tokens=tokens[-1],
+            token_losses=head.losses[-B:],
             correct=head.correct[-B:],
             expert_counts=counts,
         )

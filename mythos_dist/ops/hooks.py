@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +14,10 @@ from mythos_dist.ops.preflight import preflight
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.session import Session
 
+if TYPE_CHECKING:  # a run without tasks does not import what they need
+    from mythos_dist.evaluate.in_run import RunTasks
+    from mythos_dist.train.engine import Engine
+
 log = logging.getLogger(__name__)
 
 
@@ -21,12 +26,17 @@ class Operations(Hooks):
 
     def __init__(self, config: Config, session: Session):
         self.config, self.session = config, session
+        self.tasks: RunTasks | None = None
 
     def check_config(self) -> None:
-        """Raise UserError if a rank cannot hold what the plan says it needs."""
+        """Raise UserError if a rank cannot hold what the plan says it needs, or if tasks cannot be loaded."""
         ranks_on_node = self.session.nodes.count(self.session.rank_info.node)
         estimate = check_memory(self.config, self.session.rank_info.world_size, ranks_on_node)
         self.comparison = Comparison(estimate)
+        if self.config.train.tasks:
+            from mythos_dist.evaluate.in_run import RunTasks
+
+            self.tasks = RunTasks(self.config)
 
     def preflight(self, only: bool) -> None:
         """Check every node and the links between them, if `faults.preflight` or `only` says so. Raises UserError.
@@ -52,6 +62,9 @@ class Operations(Hooks):
 
     def during_step(self, step: int, batch: int, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return self.faults.during_step(step, batch, model)
+
+    def evaluate_tasks(self, engine: "Engine", heartbeat: Callable[[], None]) -> dict[str, Any]:
+        return self.tasks.evaluate(engine, heartbeat) if self.tasks else {}
 
     def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
         compared = self.comparison.step(seconds, is_last)

@@ -8,6 +8,7 @@ loop; experts receive no tokens.
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mythos_dist.train.plots import loops_axis, save_plot, value_axis
@@ -33,6 +34,16 @@ class HeldOut(NamedTuple):
 
 
 Curve = Mapping[int, HeldOut]  # by the number of loops
+
+
+class Evaluation(NamedTuple):
+    """What a run measures between two steps: a line of eval.jsonl."""
+
+    heldout: HeldOut | None = None  # with the mean number of loops; None: the held-out loss is not due, or has no data
+    by_loops: Curve = MappingProxyType({})
+    of_average: HeldOut | None = None  # of the averaged weights
+    average_samples: int = 0
+    tasks: Mapping[str, Any] = MappingProxyType({})  # task -> metric -> value and standard error
 
 
 class LoopProbe(NamedTuple):

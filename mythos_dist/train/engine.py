@@ -68,6 +68,7 @@ class PassInputs(NamedTuple):
     labels: Tensor  # (B, S) or (B, T, S)
     loops: Loops
     label_counts: Tensor | None = None  # (R,), what the losses of this pass are divided by; None: its own labels
+    document_mask: bool = False  # restrict attention to documents, whatever data.document_mask is
 
 
 class Engine:
@@ -245,25 +246,55 @@ class Engine:
 
         micro_batches: each with a mask (B,) of the samples to evaluate; the same number of them on every rank.
         """
-        self.deepspeed.eval()
-        loops = StepLoops(n_loops or self.config.loops.mean_of(self.config.model), 0)
         passes = []
         for i, (batch, mask) in enumerate(micro_batches):
             labels = torch.where(mask.unsqueeze(1), batch.final_labels, IGNORED)
-            first = (i * self.mesh.data.size + self.mesh.data.rank) * len(mask)
-            passes.append(PassInputs(batch, labels, self._loops_of(loops, 0, range(first, first + len(mask)))))
-        if self.stage:
-            self._enqueue(passes)
-            self.deepspeed.eval_batch(iter(_tokens(passes)), num_micro_batches=len(passes))
-            losses = self.stage.losses
-        else:
-            losses = [self._forward(one) for one in passes]
+            passes.append(PassInputs(batch, labels, self._eval_loops(i, len(mask), n_loops)))
         total = torch.zeros(3, dtype=torch.float64, device=device())  # summed cross entropy, correct tokens, tokens
-        for loss in losses:
+        for loss in self._eval_passes(passes):
             tokens = loss["tokens"].double()
             total += torch.stack([loss["cross_entropy"].double() * tokens, loss["correct"].sum(), tokens])
         self._sum_over_ranks(total)
         return HeldOut(float(total[0] / total[2]), float(total[1] / total[2]))
+
+    @torch.no_grad()
+    def score_tokens(
+        self, micro_batches: Iterable[tuple[MicroBatch, Tensor]], size: int, n_loops: int | None = None
+    ) -> Tensor:
+        """The log-probability of labels, in nats, and whether each has the highest logit: (2, size) float64, on every
+        rank. Attention is restricted to the documents of a micro-batch.
+
+        micro_batches: each with the column of every label in the result, (B, S) int64, -1: none; the same number of
+        them on every rank.
+        """
+        passes, columns = [], []
+        for i, (batch, column) in enumerate(micro_batches):
+            loops = self._eval_loops(i, len(column), n_loops)
+            passes.append(PassInputs(batch, batch.final_labels, loops, document_mask=True))
+            columns.append(column.to(device()))
+        total = torch.zeros(2, size, dtype=torch.float64, device=device())
+        # Only the last pipeline stage has losses.
+        for column, loss in zip(columns, self._eval_passes(passes), strict=False):
+            scored = column >= 0
+            total[0, column[scored]] = -loss["token_losses"][scored].double()
+            total[1, column[scored]] = loss["correct"][scored].double()
+        self._sum_over_ranks(total)
+        return total
+
+    def _eval_loops(self, index: int, size: int, n_loops: int | None) -> Loops:
+        """The loops of this replica's micro-batch `index`, of `size` sequences, in an evaluation."""
+        loops = StepLoops(n_loops or self.config.loops.mean_of(self.config.model), 0)
+        first = (index * self.mesh.data.size + self.mesh.data.rank) * size
+        return self._loops_of(loops, 0, range(first, first + size))
+
+    def _eval_passes(self, passes: list[PassInputs]) -> list[Losses]:
+        """The losses of passes without gradient; with pipeline stages, on the last one only."""
+        self.deepspeed.eval()
+        if not self.stage:
+            return [self._forward(one) for one in passes]
+        self._enqueue(passes)
+        self.deepspeed.eval_batch(iter(_tokens(passes)), num_micro_batches=len(passes))
+        return self.stage.losses
 
     def evaluate_average(self, micro_batches: Iterable[tuple[MicroBatch, Tensor]]) -> HeldOut:
         """As `evaluate`, of the averaged weights. Nothing has changed afterwards, to the bit."""
@@ -342,7 +373,7 @@ class Engine:
     def _to_device(self, one: PassInputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """Token ids, labels, document ids."""
         batch, to = one.batch, device()
-        documents = batch.document_ids.to(to) if self.config.data.document_mask else None
+        documents = batch.document_ids.to(to) if one.document_mask or self.config.data.document_mask else None
         return batch.input_ids.to(to), one.labels.to(to), documents
 
     def _enqueue(self, passes: list[PassInputs]) -> range:

@@ -1,9 +1,13 @@
 """Calls from the training loop to code outside the core; `ops/hooks.py` implements them. These do nothing."""
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from mythos_dist.train.engine import Engine
 
 
 class Hooks:
@@ -21,6 +25,13 @@ class Hooks:
     def during_step(self, step: int, batch: int, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Around the forward and backward passes of a step on batch number `batch` (from 0)."""
         return contextlib.nullcontext()
+
+    def evaluate_tasks(self, engine: "Engine", heartbeat: Callable[[], None]) -> dict[str, Any]:
+        """The results of `train.tasks` for eval.jsonl, on rank 0; training must not change.
+
+        heartbeat: to be called while it makes progress.
+        """
+        return {}
 
     def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
         """Entries for the step's line in metrics.jsonl, and a line for the console; both may be empty."""

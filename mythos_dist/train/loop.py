@@ -18,12 +18,13 @@ from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import find_checkpoint, load_state
 from mythos_dist.checkpoint.save import Saver, is_due
 from mythos_dist.config.schema import Config
+from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
 from mythos_dist.train.average import carried_samples, describe_resume
 from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes, read_batches
-from mythos_dist.train.depth import find_failures, probe_entries
+from mythos_dist.train.depth import Evaluation, find_failures, probe_entries
 from mythos_dist.train.global_batch import GlobalBatch, batches_from, tokens_at
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.metrics import Metrics, StepResult, peak_flops, step_line
@@ -35,7 +36,7 @@ from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
 from mythos_dist.train.start_from import carried_optimizer_state, describe_start
 from mythos_dist.train.stop import remove_stop_file
-from mythos_dist.units import count
+from mythos_dist.units import count, is_multiple
 
 if TYPE_CHECKING:
     from mythos_dist.train.engine import Engine
@@ -147,8 +148,7 @@ class Run:
                 batches = read_batches(self.stream, self.next_batches())
                 continue
             is_last = step == self.last_step
-            if is_last or (config.train.eval_every and step % config.train.eval_every == 0):
-                self.evaluate()
+            self.evaluate()
             self.session.enter_phase(f"saving after step {step}")
             self.saver.poll()
             self.record_checkpoint()
@@ -219,8 +219,8 @@ class Run:
 
     def probe_loops(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
         """Every `loops.telemetry_every` steps, measure each loop and warn of known failures; for metrics.jsonl."""
-        every, step = self.config.loops.telemetry_every, self.step
-        if not every or step % every:
+        step = self.step
+        if not is_multiple(step, self.config.loops.telemetry_every):
             return {}
         self.session.enter_phase(f"probing the loops after step {step}")
         began = time.perf_counter()
@@ -235,12 +235,22 @@ class Run:
         return {"depth": entries}
 
     def evaluate(self) -> None:
-        """Measure the held-out loss, also over `loops.sweep` and of the averaged weights if set; without a held-out
-        split do nothing."""
-        if self.heldout is None:
-            return
-        heldout = self.heldout
-        self.session.enter_phase("evaluating")
+        """Measure what is due: the held-out loss, before the first step, every `eval_every` and after the last; and
+        `train.tasks`, every `tasks_every` and after the last."""
+        train, is_last = self.config.train, self.step == self.last_step
+        evaluation = Evaluation()
+        if self.heldout and (self.step == 0 or is_last or is_multiple(self.step, train.eval_every)):
+            self.session.enter_phase("evaluating")
+            evaluation = self.evaluate_heldout(self.heldout)
+        if train.tasks and (is_last or (self.step > 0 and is_multiple(self.step, train.tasks_every))):
+            self.session.enter_phase("evaluating tasks")
+            tasks = self.hooks.evaluate_tasks(self.engine, self.session.heartbeat)
+            evaluation = evaluation._replace(tasks=tasks)
+        if self.metrics:
+            self.metrics.write_evaluation(self.step, evaluation)
+
+    def evaluate_heldout(self, heldout: ReplicaStream) -> Evaluation:
+        """Measure the held-out loss, also over `loops.sweep` and of the averaged weights if set."""
         passes = raise_on_all_ranks(lambda: list(heldout_passes(heldout, self.config, self.mesh.data)))
         result = self.engine.evaluate(passes)
         by_loops = {}
@@ -251,8 +261,7 @@ class Run:
         if self.config.average.evaluate and self.engine.average.samples:
             self.session.heartbeat()
             of_average = self.engine.evaluate_average(passes)
-        if self.metrics:
-            self.metrics.write_evaluation(self.step, result, by_loops, of_average, self.engine.average.samples)
+        return Evaluation(result, by_loops, of_average, self.engine.average.samples)
 
     def save(self) -> None:
         """Begin to save the state after `step`."""

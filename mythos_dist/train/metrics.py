@@ -24,7 +24,7 @@ from mythos_dist.files import get_number
 from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.parallel.process import DTYPES
 from mythos_dist.parallel.traffic import Totals
-from mythos_dist.train.depth import HeldOut, draw_curves
+from mythos_dist.train.depth import Evaluation, draw_curves
 from mythos_dist.train.global_batch import tokens_at
 from mythos_dist.train.line_file import FILES, LineFile
 from mythos_dist.train.schedule import Phase
@@ -170,38 +170,36 @@ class Metrics:
             flush=True,
         )
 
-    def write_evaluation(
-        self,
-        step: int,
-        result: HeldOut,
-        curve: dict[int, HeldOut],
-        of_average: HeldOut | None = None,
-        average_samples: int = 0,
-    ) -> None:
-        """Append a line to eval.jsonl and print it; `curve`: the results by number of loops, if measured; `of_average`:
-        that of the averaged weights, if measured."""
-        line: dict[str, Any] = {"step": step, "heldout_loss": result.loss, "accuracy": result.accuracy}
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Append a line with what was measured to eval.jsonl and print it; nothing was: do nothing."""
+        line: dict[str, Any] = {"step": step}
+        result, curve, of_average, samples, tasks = evaluation
+        texts = []
+        if result:
+            line |= {"heldout_loss": result.loss, "accuracy": result.accuracy}
+            perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp(710) overflows
+            texts.append(f"held-out loss {result.loss:.3f}  perplexity {perplexity:.1f}")
         if curve:
             line["by_loops"] = {str(n): one._asdict() for n, one in curve.items()}
-        average = ""
+            losses = "  ".join(f"{n}: {one.loss:.3f}" for n, one in curve.items())
+            texts.append(f"held-out loss by loops  {losses}")
         if of_average:
             line["heldout_loss_average"], line["accuracy_average"] = of_average
-            line["average_samples"] = average_samples
-            average = f"  of the average {of_average.loss:.3f} ({count(average_samples, 'sample')})"
+            line["average_samples"] = samples
+            texts[0] += f"  of the average {of_average.loss:.3f} ({count(samples, 'sample')})"
+        if tasks:
+            line["tasks"] = tasks
+            texts += [f"{task}  {_task_text(metrics)}" for task, metrics in tasks.items()]
+        if not texts:
+            return
         written = self._write("eval.jsonl", line)
-        perplexity = math.exp(result.loss) if result.loss < 700 else math.inf  # exp(710) overflows
-        print(
-            f"step {step}/{self.total_steps}  held-out loss {result.loss:.3f}  perplexity {perplexity:.1f}{average}",
-            flush=True,
-        )
-        if curve:
-            losses = "  ".join(f"{n}: {one.loss:.3f}" for n, one in curve.items())
-            print(f"step {step}/{self.total_steps}  held-out loss by loops  {losses}", flush=True)
-            try:
-                if written:
-                    draw_curves(self.run_dir / "loops.png", {"held out": curve}, self.mean_loops)
-            except OSError as error:
-                log.warning("loops.png cannot be written (%s)", error.strerror)
+        for text in texts:
+            print(f"step {step}/{self.total_steps}  {text}", flush=True)
+        try:
+            if written and curve:
+                draw_curves(self.run_dir / "loops.png", {"held out": curve}, self.mean_loops)
+        except OSError as error:
+            log.warning("loops.png cannot be written (%s)", error.strerror)
 
     def fsync(self) -> None:
         """Before a checkpoint: the lines of its steps must not be lost if it is not. Errors are logged as warnings."""
@@ -233,6 +231,15 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
         return True
+
+
+def _task_text(metrics: dict[str, dict[str, Any]]) -> str:
+    """The values of a task's metrics with their standard errors."""
+    values = []
+    for metric, one in metrics.items():
+        error = "" if one["stderr"] is None else f" ± {one['stderr']:.3f}"
+        values.append(f"{metric} " + ("not finite" if one["value"] is None else f"{one['value']:.3f}{error}"))
+    return "  ".join(values)
 
 
 def _start_wandb(config: Config, run_dir: Path):

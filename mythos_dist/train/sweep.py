@@ -71,16 +71,20 @@ def sweep(
         raise UserError(f"loops={list(loops)} holds {wrong}; loops are counted from 1")
     model, config, step = load_model(checkpoint)
     model.to(device())
-    stream, folder = _open(config, data, batch)
+    stream, folder = open_windows(config, data, batch)
     samples = min(samples, stream.num_samples)
-    batches = list(_batches(stream, samples, batch))
+    batches = [MicroBatch(*(field.to(device()) for field in one)) for one in read_windows(stream, samples, batch)]
     curve, by_position = {}, {}
     for n in sorted(set(loops)):
         curve[n], by_position[n] = measure(model, config, batches, n, progress)
     return Sweep(step, folder, config.loops.mean_of(config.model), curve, by_position)
 
 
-def _open(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream, str]:
+def open_windows(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream, str]:
+    """The held-out windows of a run, or of the folder of shards `data`, in batches; and the folders' names.
+
+    Raises UserError for shards that cannot be used.
+    """
     folders = {str(data): 1.0} if data else config.data.folders
     if "" in folders:
         raise UserError("an export does not name its shards; give a folder of shards with --data")
@@ -107,11 +111,12 @@ def _open(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream,
     return stream, ", ".join(folders)
 
 
-def _batches(stream: ReplicaStream, samples: int, batch: int) -> Iterator[MicroBatch]:
+def read_windows(stream: ReplicaStream, samples: int, batch: int) -> Iterator[MicroBatch]:
+    """The first `samples` windows of a stream that `open_windows` opened for this size of batches."""
     for i in range(-(-samples // batch)):
         (micro_batch,) = stream.step(i)
         remaining = samples - i * batch
-        yield MicroBatch(*(field[:remaining].to(device()) for field in micro_batch))
+        yield MicroBatch(*(field[:remaining] for field in micro_batch))
 
 
 @torch.no_grad()

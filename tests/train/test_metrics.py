@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from mythos_dist.train.depth import HeldOut
+from mythos_dist.train.depth import Evaluation, HeldOut
 from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
 
 
@@ -84,7 +84,7 @@ def test_wandb_online_falls_back_to_offline_at_once(config, tmp_path, monkeypatc
     monkeypatch.setattr(wandb, "init", refuse)
     with caplog.at_level(logging.WARNING):
         metrics = Metrics(replace_wandb(config, "online"), tmp_path, 0)
-    metrics.write_evaluation(0, HeldOut(6.0, 0.25), {})
+    metrics.write_evaluation(0, Evaluation(HeldOut(6.0, 0.25)))
     metrics.close()
     assert modes == (["offline"] if reason == "no network" else ["online", "offline"])
     assert "recording offline" in caplog.text
