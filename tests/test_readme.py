@@ -71,6 +71,7 @@ FEWER = {  # text in a command -> its replacement
 ELSEWHERE = (  # commands that other tests run
     *("python tools/make_sample_data.py", "python -m mythos_dist.train configs/recipes/"),  # train/test_recipes.py
     "python tools/make_shards.py --format chat",  # that and prepare/test_conversations.py
+    "python tools/import_tokens.py SOURCE...",  # prepare/test_import_tokens.py
     "python -m mythos_dist.train configs/300m.yaml data.path=shards/chat",  # train/test_conversations.py
     "python tools/generate.py runs/tuned --chat",  # test_first_use.py
     "python tools/export_checkpoint.py runs/first --average",  # train/test_average.py

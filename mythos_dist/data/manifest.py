@@ -91,6 +91,29 @@ class SplitCounts:
 
 
 @dataclass(frozen=True)
+class TokenRules:
+    """How token files of other trainers are read (prepare/tokens/)."""
+
+    __pydantic_config__: ClassVar = _EXACT
+    format: str = "auto"  # of every source; or "auto": what each source is
+    # What ends a document. "stored": the source's document index or rows, and EOS tokens; "eos": EOS tokens only,
+    # because its rows are windows of one stream; "auto": "eos" for MDS, "stored" for the others.
+    documents: str = "auto"
+    column: str | None = None  # of token ids; None: the first of the format's usual names
+    bytes_dtype: str = "int64"  # of an MDS column of bytes
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Of imported token files: read == eos + tokens of the splits + left_out."""
+
+    __pydantic_config__: ClassVar = _EXACT
+    read: int  # with EOS
+    eos: int  # EOS tokens among them; documents without one get one
+    left_out: int  # tokens of documents shorter than `min_tokens`
+
+
+@dataclass(frozen=True)
 class Skipped:
     """Input that could not be read and was skipped with --skip-bad."""
 
@@ -145,6 +168,8 @@ class ShardManifest:
     # documents begin, and what is padding.
     loss_mask: bool = False
     chat: ChatTemplate | None = None  # documents are conversations
+    token_rules: TokenRules | None = None  # the inputs are token files of other trainers
+    token_counts: TokenCounts | None = None  # of those
 
     @property
     def window(self) -> int:
@@ -178,6 +203,12 @@ class ShardManifest:
         left_out = [f"{number:,} {reason}" for reason, number in reasons.items() if number]
         read = count(counts.read, self._noun)
         lines = [f"{read} read" + (f", left out: {', '.join(left_out)}" if left_out else "")]
+        if tokens := self.token_counts:
+            without = counts.read - tokens.eos
+            lines.append(
+                f"{count(tokens.read, 'token')} read, of which {tokens.eos:,} EOS and {tokens.left_out:,} left out; "
+                f"EOS was added to {count(without, 'document')} without one"
+            )
         if counts.truncated:
             lines.append(
                 f"{count(counts.truncated, 'conversation')} longer than a window, cut after {self.seq_len + 1} tokens"

@@ -1,4 +1,4 @@
-"""Convert text to MDS shards, in a folder that training can read without anything else.
+"""Convert text, or token files, to MDS shards, in a folder that training can read without anything else.
 
     out/train/        index.json, part-*/shard.*.mds: column `tokens`, windows of seq_len + 1 token ids
     out/heldout/      the same; a document is held out by a hash of its text, so order and file names do not matter
@@ -44,6 +44,11 @@ from mythos_dist.prepare.pool import WorkerPool
 from mythos_dist.prepare.progress import ConversionProgress
 from mythos_dist.prepare.resume import finished_manifest, lock_output
 from mythos_dist.prepare.spans import Chunks, Columns, divide
+from mythos_dist.prepare.token_converter import TokenPartConverter
+from mythos_dist.prepare.tokens.documents import LONG_TOKENS
+from mythos_dist.prepare.tokens.files import inspect_source
+from mythos_dist.prepare.tokens.listing import list_token_sources
+from mythos_dist.prepare.tokens.preview import preview_lines
 
 ATTEMPTS, RETRY_SECONDS = 4, 2.0  # to read remote input; the pause doubles
 NO_ROWS = np.empty(0, np.int64)
@@ -89,7 +94,10 @@ def convert(
         skip_bad=skip_bad,
     )
     _check_options(job, workers)
-    listing = list_inputs(inputs, job.out, max_unpack_ratio)
+    if columns.tokens:
+        listing = list_token_sources(inputs, columns.tokens)
+    else:
+        listing = list_inputs(inputs, job.out, max_unpack_ratio)
     try:
         with WorkerPool(workers, tokenizer) as worker_pool, ConversionProgress(worker_pool, quiet) as progress:
             return _Conversion(job, tokenizer, worker_pool, progress).run(listing)
@@ -113,6 +121,10 @@ def _check_options(job: ConversionJob, workers: int) -> None:
         value = getattr(job.filters, name)
         if value is not None and value < 1:
             problems.append(f"{name}={value} must be at least 1")
+    if job.columns.tokens and (job.skip_bad or job.filters.dedup or job.filters.min_score is not None):
+        problems.append("token files are imported without skip_bad, dedup and min_score")
+    if job.columns.tokens and (job.filters.min_tokens or 0) > LONG_TOKENS:
+        problems.append(f"min_tokens={job.filters.min_tokens} must be at most {LONG_TOKENS} for token files")
     if workers < 0:
         problems.append(f"workers={workers} must not be negative")
     if problems:
@@ -144,6 +156,9 @@ class _Conversion:
             return manifest
         for line in listing.lines():
             self._progress.log(line)
+        if rules := job.columns.tokens:
+            for line in preview_lines([one.chunks for one in inspected if one.chunks], rules, self._tokenizer):
+                self._progress.log(line)
         with lock_output(job.out):
             write_atomically(job.out / UNFINISHED / "settings.json", json.dumps(settings, default=asdict))
             parts = list(split_into_parts([one.chunks for one in inspected if one.chunks]))
@@ -162,7 +177,7 @@ class _Conversion:
         self._progress.begin("reading inputs", sum(source.size for source in sources))
         problems = [] if skip_bad else listing.unreadable_problems()
         inspected = []
-        tasks = [(source, self._job.columns) for source in sources]
+        tasks = [(source, self._job) for source in sources]
         results = self._workers.map(_inspect_input, tasks, self._progress.update)
         for source, result in zip(sources, results, strict=True):
             if isinstance(result, _InspectedInput):
@@ -246,10 +261,11 @@ def _settings(inspected: list[_InspectedInput], job: ConversionJob, tokenizer: T
         "tokenizer_sha256": tokenizer.sha256,
         "heldout": job.heldout,
         "compression": job.compression,
-        "text_column": "messages" if chat else job.columns.text,
+        "text_column": "messages" if chat else "tokens" if job.columns.tokens else job.columns.text,
         "sample_by": job.columns.sample_by,
         "filters": job.filters,
         **({"loss_mask": True, "chat": chat.template} if chat else {}),
+        **({"token_rules": job.columns.tokens} if job.columns.tokens else {}),
         "inputs": tuple(InputFile(one.source.name, one.source.size, one.hash) for one in inspected),
     }
 
@@ -261,12 +277,15 @@ def _digest_file(job: ConversionJob, part: ConversionPart) -> Path:
 # --- tasks, in a worker
 
 
-def _inspect_input(item: tuple[Source, Columns]) -> _InspectedInput | UserError:
-    source, columns = item
+def _inspect_input(item: tuple[Source, ConversionJob]) -> _InspectedInput | UserError:
+    source, job = item
     pool.add_progress(source.size, 0)
 
     def inspect(is_last: bool) -> _InspectedInput:
-        chunks = divide(source, columns)
+        if job.columns.tokens:
+            chunks, hashed = inspect_source(source, job.columns.tokens, job.eos_id, job.vocab_size)
+            return _InspectedInput(source, hashed, chunks)
+        chunks = divide(source, job.columns)
         return _InspectedInput(source, content_hash(source), chunks)
 
     try:
@@ -283,7 +302,7 @@ def _digest_part(item: tuple[ConversionJob, ConversionPart]) -> None:
 
 def _convert_part(item: tuple[ConversionJob, ConversionPart, int | None, np.ndarray]) -> PartRecord:
     job, part, limit, duplicates = item
-    converter = ChatPartConverter if job.is_chat else PartConverter
+    converter = ChatPartConverter if job.is_chat else TokenPartConverter if job.columns.tokens else PartConverter
     return _read_with_retries(
         job, part, lambda job: convert_part(converter, job, part, pool.shared(), limit, duplicates, pool.add_progress)
     )

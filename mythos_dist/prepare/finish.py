@@ -16,6 +16,7 @@ from mythos_dist.data.manifest import (
     ShardManifest,
     Skipped,
     SplitCounts,
+    TokenCounts,
     index_fingerprint,
 )
 from mythos_dist.data.tokenizer import Tokenizer
@@ -58,6 +59,10 @@ def finish_conversion(
         truncated=sum(record.truncated for record in records),
     )
     assert documents.written == sum(split.documents for split in splits.values()), "documents were lost"
+    tokens = _count_tokens(records) if job.columns.tokens else None
+    if tokens:
+        written = sum(split.tokens for split in splits.values())
+        assert tokens.read == tokens.eos + tokens.left_out + written, f"tokens were lost: {tokens}"
     write_atomically(job.out / tokenizer.file_name, tokenizer.path.read_bytes())
     manifest = ShardManifest(
         **settings,
@@ -67,10 +72,19 @@ def finish_conversion(
         skipped=tuple(skipped),
         fingerprint=index_fingerprint(job.out),
         heldout_by="window" if one_stream else "document",
+        token_counts=tokens,
     )
     write_atomically(job.out / "manifest.json", json.dumps(manifest.to_json(), indent=2) + "\n")
     shutil.rmtree(job.out / UNFINISHED)
     return manifest
+
+
+def _count_tokens(records: list[PartRecord]) -> TokenCounts:
+    return TokenCounts(
+        read=sum(record.tokens_read for record in records),
+        eos=sum(record.eos_read for record in records),
+        left_out=sum(record.tokens_left_out for record in records),
+    )
 
 
 def _join_tails(job: ConversionJob, split: str, records: list[PartRecord]) -> tuple[list[dict[str, Any]], SplitCounts]:

@@ -89,7 +89,7 @@ def list_inputs(inputs: Inputs, out: str | Path | None = None, max_ratio: float 
     if problems:
         raise UserError(problems)
     sources = []
-    for file, kind, name in zip(listed.files, kinds, _manifest_names([f.path for f in listed.files]), strict=True):
+    for file, kind, name in zip(listed.files, kinds, manifest_names([f.path for f in listed.files]), strict=True):
         assert kind is not None
         sources.append(Source(file.path, name, kind[0], kind[1], file.size, max_ratio))
     all_named = len(listed.files) == len(given) and all(len(file.parts) == 1 for file in listed.files)
@@ -137,7 +137,7 @@ def _redacted(one: LeftOut) -> LeftOut:
     return LeftOut(valid_unicode(redact(one.name)), one.reason, valid_unicode(redact(one.detail)))
 
 
-def _manifest_names(paths: list[str]) -> list[str]:
+def manifest_names(paths: list[str]) -> list[str]:
     """Paths below the common parent folder, so that a corpus keeps its names when it is moved; URLs without query and
     user, which may contain secrets."""
     parts = [_plain_url(path).split("/") if is_url(path) else path.split("/") for path in paths]

@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from mythos_dist.errors import redact
 
-FileKind = Literal["parquet", "jsonl", "text"]
+FileKind = Literal["parquet", "jsonl", "text", "megatron", "nanoset", "datasets", "mds"]  # the last four: of token ids
 SUFFIXES: dict[str, FileKind] = {
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -20,7 +20,15 @@ SUFFIXES: dict[str, FileKind] = {
 }
 COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
 SUPPORTED_NAMES = "name.parquet, name.jsonl or name.txt, the latter two also with .gz, .zst, .bz2 or .xz"
-KIND_NAMES = {"parquet": "parquet", "jsonl": "JSON lines", "text": "plain text"}
+KIND_NAMES: dict[str, str] = {
+    "parquet": "parquet",
+    "jsonl": "JSON lines",
+    "text": "plain text",
+    "megatron": "Megatron .bin/.idx",
+    "nanoset": "nanoset .ds",
+    "datasets": "saved Hugging Face data set",
+    "mds": "folder of MDS",
+}
 
 _DOCUMENTATION = re.compile(
     r"(readme|licen[sc]e|copying|notice|change(log|s)|contributing|authors|citation|code_of_conduct|datasheet"

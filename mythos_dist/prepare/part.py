@@ -98,6 +98,9 @@ class PartRecord:
     added_eos: int = 0  # between documents
     learnt: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # tokens, of conversations
     truncated: int = 0  # conversations
+    tokens_read: int = 0  # of token files, EOS included
+    eos_read: int = 0  # EOS tokens among them
+    tokens_left_out: int = 0  # of token files: those of short documents
     shards: dict[str, list[dict]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     tails: dict[str, str] = field(
         default_factory=lambda: dict.fromkeys(SPLITS, "")

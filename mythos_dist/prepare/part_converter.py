@@ -94,17 +94,21 @@ class PartConverter:
 
     def run(self) -> PartRecord:
         record = self._record
-        for item in _read_part(self._job, self._part, record.skipped):
-            if self._tokens_left() <= 0:
-                break
-            if isinstance(item, LongDocument):
-                self._add_long(item)
-            else:
-                self._add_batch(item)
+        self._add_all()
         for split, writer in self._writers.items():
             record.tails[split] = base64.b64encode(self._tail(split).tobytes()).decode()
             record.shards[split] = writer.shards
         return record
+
+    def _add_all(self) -> None:
+        """Add the documents of the part, up to the token limit."""
+        for item in _read_part(self._job, self._part, self._record.skipped):
+            if self._tokens_left() <= 0:
+                return
+            if isinstance(item, LongDocument):
+                self._add_long(item)
+            else:
+                self._add_batch(item)
 
     def _tail(self, split: str) -> np.ndarray:
         """Write the last windows of a split; what does not fill one, in the shards' dtype."""
@@ -128,15 +132,22 @@ class PartConverter:
             short = counts < job.filters.min_tokens
             outcomes[chosen[short]] = SHORT
             tokens, chosen, counts = tokens[np.repeat(~short, counts)], chosen[~short], counts[~short]
-        last = int(np.searchsorted(np.cumsum(counts + 1), self._tokens_left()))  # the document that reaches the limit
+        last = self._last_until_limit(counts)
         if last < len(chosen):
             outcomes, chosen, counts = outcomes[: chosen[last] + 1], chosen[: last + 1], counts[: last + 1]
             tokens = tokens[: counts.sum()]
-        for outcome, number in zip(OUTCOMES, np.bincount(outcomes, minlength=len(OUTCOMES)), strict=True):
-            self._record.documents[outcome] += int(number)
+        self._count(outcomes)
         self._record.repaired += int(batch.repaired[: len(outcomes)].sum())
         self._write_documents(tokens, counts, self._are_heldout(batch, chosen))
         self._add_progress(len(batch.data), len(tokens))
+
+    def _last_until_limit(self, counts: np.ndarray) -> int:
+        """Which of the next documents, of `counts` (n,) tokens, reaches the token limit; n: none does."""
+        return int(np.searchsorted(np.cumsum(counts + 1), self._tokens_left()))
+
+    def _count(self, outcomes: np.ndarray) -> None:
+        for outcome, number in zip(OUTCOMES, np.bincount(outcomes, minlength=len(OUTCOMES)), strict=True):
+            self._record.documents[outcome] += int(number)
 
     def _filter(self, batch: Batch) -> np.ndarray:
         """int64 (n,): EMPTY, LOW_SCORE, DUPLICATE or, for all others, WRITTEN."""

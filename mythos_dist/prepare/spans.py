@@ -1,7 +1,7 @@
 """Divide input files into chunks, and name consecutive chunks (spans) so that they can be read independently.
 
 A chunk is a row group of a parquet file, or the lines that begin in a range of bytes of a JSON-lines or text file. A
-compressed file, and a text file that is one document, is one chunk.
+compressed file, and a text file that is one document, is one chunk. Chunks of token files: tokens/rows.py.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mythos_dist.data.chat import ChatRenderer
+from mythos_dist.data.manifest import TokenRules
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.encoding import WrongEncoding
 from mythos_dist.prepare.inputs import Source, read_text, reading
@@ -28,6 +29,7 @@ class Columns:
     score: str | None = None
     sample_by: Literal["document", "line"] = "document"  # of plain text: each file or each line is a document
     chat: ChatRenderer | None = None  # JSON lines hold conversations, which this renders
+    tokens: TokenRules | None = None  # the inputs are token files of other trainers
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def _read_manifest(folder: Path, report: VerifyReport) -> ShardManifest | None:
         finished, unfinished = (folder / "manifest.json").exists(), (folder / UNFINISHED).exists()
         if unfinished and not finished:
             raise UserError(
-                "not finished; run the same command of tools/make_shards.py again: it resumes where it stopped",
+                "not finished; run the same command of tools/make_shards.py again (or tools/import_tokens.py): it "
+                "resumes where it stopped",
                 str(folder),
             )
         if unfinished:
@@ -129,6 +130,13 @@ def _contradictions(manifest: ShardManifest) -> list[str]:
         "written == documents of the splits",
         documents,
     )
+    if (tokens := manifest.token_counts) is not None:
+        check(
+            tokens.read == tokens.eos + manifest.tokens + tokens.left_out,
+            "read == eos + tokens of the splits + left_out",
+            tokens,
+        )
+        check(tokens.eos <= documents.read, "eos <= documents read", tokens)
     check(documents.repaired <= documents.read, "repaired <= read", documents)
     check(documents.truncated <= documents.written, "truncated <= written", documents)
     for split in splits:
@@ -151,7 +159,7 @@ def _contradictions(manifest: ShardManifest) -> list[str]:
     if manifest.heldout_by == "window":
         heldout = manifest.splits["heldout"]
         check(heldout.tokens_dropped == 0, "tokens_dropped == 0 of held-out windows", heldout)
-    for counts in (documents, *splits):
+    for counts in (documents, *splits, *([tokens] if tokens else [])):
         check(min(vars(counts).values()) >= 0, "no count is negative", counts)
     return problems
 
