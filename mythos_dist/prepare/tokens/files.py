@@ -77,7 +77,7 @@ def _find_eos(rows: Rows, eos_id: int, vocab_size: int) -> None:
     if searched:
         raise UserError(
             f"none of its {'' if searched < SEARCHED_TOKENS else 'first '}{searched:,} tokens is EOS ({eos_id}), so "
-            f"that documents cannot be told apart; name the token that separates them with --eos, or, if each row of "
+            f"that documents cannot be separated; name the token that separates them with --eos, or, if each row of "
             f"this {KIND_NAMES[rows.source.kind]} is a document, set --documents stored",
             rows.source.path,
         )
