@@ -224,6 +224,20 @@ def test_an_interrupted_import_resumes_with_the_missing_parts(tmp_path, byte_tok
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+def test_a_wrong_id_in_a_late_part_ends_the_import(tmp_path, byte_tokenizer, many_parts):
+    """One of two workers reads it. Other files are another input: what was converted of the wrong ones is not kept."""
+    source = write_nanoset(tmp_path / "a.ds", WITH_EOS)
+    right = source.read_bytes()
+    source.write_bytes(right[:-2] + struct.pack("<H", 300))
+    last = len(WITH_EOS) - 1
+    with pytest.raises(UserError, match=rf"a\.ds: row {last}, token {len(WITH_EOS[-1]) - 1} is 300, but the tokenizer"):
+        import_tokens(source, byte_tokenizer, tmp_path / "out", workers=2)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    source.write_bytes(right)
+    with pytest.raises(UserError, match=r"inputs=1 files: .*, but these shards were made with 1 files"):
+        import_tokens(source, byte_tokenizer, tmp_path / "out", workers=2)
+
+
 # --- bad input
 
 
@@ -287,7 +301,7 @@ def splits_dataset(path: Path) -> Path:
 
 def own_shards(path: Path) -> Path:
     (path / "out" / "train").mkdir(parents=True)
-    (path / "out" / "manifest.json").write_text("{}")
+    (path / "out" / "manifest.json").write_text('{"format_version": 2}')
     return write_mds(path / "out" / "train", SAMPLES)
 
 

@@ -93,6 +93,18 @@ def test_tables_divided_anywhere_keep_each_document_once(tmp_path, tiny_blocks, 
     assert read(tmp_path, edges, documents="stored" if by_rows else "eos") == documents_of(order, by_rows)
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.int64()), pa.large_list(pa.uint16()), pa.list_(pa.int32(), 3)], ids=["list", "large", "fixed"]
+)
+def test_every_kind_of_list_is_read(tmp_path, kind):
+    some = [[5, 6, 7], [8, 9, EOS], [10, 11, 12]]
+    table = pa.table({"input_ids": pa.array(some, kind)})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+    assert read(tmp_path) == documents_of(some, True)
+
+
 def test_the_real_writer_of_datasets_gives_its_rows(tmp_path):
     some = [[5, 6, 7], [], [8, EOS], [9] * 20]
     for number, column in enumerate(("input_ids", "tokens")):

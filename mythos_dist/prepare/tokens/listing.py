@@ -107,7 +107,8 @@ def _saved_dataset(path: str) -> Iterable[str]:
 def _mds(path: str) -> Iterable[str]:
     if not os.path.isfile(os.path.join(path, "index.json")):
         return []
-    if os.path.isfile(os.path.join(path, "..", "manifest.json")):
+    manifest = Path(path, "..", "manifest.json")
+    if manifest.is_file() and b'"format_version"' in manifest.read_bytes():
         raise UserError("is a folder of shards of mythos_dist; train on them, or convert their text again")
     return [path]
 
