@@ -60,6 +60,8 @@ MAY_IMPORT = {
 }
 # Not part of the core: it puts the core and operations together.
 ENTRY_POINT = "mythos_dist.train.__main__"
+# `Mythos.generate` imports the engine when it is called (DECODE-4).
+CALLED_LATER = {"mythos_dist.model.mythos": {"generate"}}
 SHARED = {"errors", "files", "gpu_packages", "private", "units"}
 CORE = {"config", "data", "model", "parallel", "checkpoint", "train"}
 COPIED = REPOSITORY / "mythos_dist" / "huggingface"  # its files import each other as transformers requires
@@ -103,7 +105,7 @@ def test_imports_point_one_way(path):
     if module == ENTRY_POINT:
         assert rooms(path) - SHARED <= CORE | {"ops", "ops.cluster"}
     elif room:
-        assert rooms(path) - {room} - SHARED <= MAY_IMPORT[room]
+        assert rooms(path) - {room} - SHARED <= MAY_IMPORT[room] | CALLED_LATER.get(module, set())
     else:
         assert rooms(path) == set()
 

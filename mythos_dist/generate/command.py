@@ -1,70 +1,118 @@
-"""`tools/generate.py`: a trained model continues a text, or answers messages."""
+"""`tools/generate.py`: a trained model continues texts, or answers messages."""
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mythos_dist.errors import UserError
 from mythos_dist.generate.chat import Chat
+from mythos_dist.generate.engine import Engine, Request
+from mythos_dist.generate.prompts import read_prompt, read_prompts
+from mythos_dist.generate.sampling import Sampling, sampling_errors
 from mythos_dist.generate.trained import Trained, load_trained
-from mythos_dist.model.generate import sampling_errors
+from mythos_dist.model.kv_cache import loops_per_entry
+
+_OPTIONS = (
+    "max_new_tokens", "n_loops", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "exit",
+    "exit_threshold",
+)  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the text, or the answers. Raises UserError."""
-    prompt = None if arguments.prompt is None else _read_prompt(arguments.prompt)
+    prompt = None if arguments.prompt is None else read_prompt(arguments.prompt)
+    prompts = [prompt or ""] if arguments.prompts is None else read_prompts(arguments.prompts)
     options = _sampling_options(arguments)
     trained = load_trained(arguments.run_dir, arguments.tokenizer)
     options["n_loops"] = options["n_loops"] or trained.n_loops
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without UTF-8
     if arguments.chat:
-        renderer = trained.renderer(arguments.template)
+        renderer, generator = trained.renderer(arguments.template), torch.Generator().manual_seed(arguments.seed)
+        options |= {"cache": arguments.cache, "generator": generator}
         chat = Chat(trained.model, trained.tokenizer, renderer, system=arguments.system, **options)
         _talk(chat, prompt, trained.step)
+        return
+    stop_tokens = (trained.tokenizer.eos_id,)
+    sampling = Sampling(**options, seed=arguments.seed, stop=tuple(arguments.stop), stop_tokens=stop_tokens)
+    engine = Engine(
+        trained.model, trained.tokenizer, n_loops=trained.n_loops, max_batch=arguments.batch, cache=arguments.cache
+    )
+    requests = [engine.submit(_encode(trained, text), sampling) for text in prompts]
+    if arguments.json:
+        for i in _finished_in_order(engine, requests):
+            print(json.dumps(_as_json(prompts[i], requests[i])), flush=True)
+    elif arguments.prompts is None:
+        _print_stream(engine, requests[0], trained)
     else:
-        print(_continue_text(trained, prompt or "", options))
-
-
-def _read_prompt(prompt: str) -> str:
-    """The text to continue. Raises UserError if there is none."""
-    try:
-        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
-        text.encode()  # an argument that is not UTF-8 has surrogates
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise UserError(f"the prompt is not valid UTF-8 ({error.reason})") from None
-    if not text:
-        raise UserError("the prompt is empty; give some text to continue")
-    return text
+        for i in _finished_in_order(engine, requests):
+            print(prompts[i] + requests[i].text, end="\n\n", flush=True)
 
 
 def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings of `Mythos.generate`. Raises UserError for options that are out of range."""
-    names = ("max_new_tokens", "n_loops", "temperature", "top_k")
-    options = {name: getattr(arguments, name) for name in names}
-    problems = [f"--{problem.replace('_', '-', 2)}" for problem in sampling_errors(**options)]
-    if not 0 <= arguments.seed < 1 << 63:
-        problems.append(f"--seed={arguments.seed} must be from 0 to 2^63 - 1")
-    if not arguments.chat:
-        given = [name for name in ("system", "template") if getattr(arguments, name) is not None]
-        problems += [f"--{name} needs --chat" for name in given]
-        if arguments.prompt is None:
-            problems.append("name a --prompt to continue, or talk with --chat")
+    """Fields of `Sampling`. Raises UserError for options that are out of range or do not fit together."""
+    options = {name: getattr(arguments, name) for name in _OPTIONS}
+    problems = sampling_errors(Sampling(**options, seed=arguments.seed, stop=tuple(arguments.stop)))
+    problems = [f"--{_option_name(problem)}" for problem in problems]
+    if arguments.batch < 1:
+        problems.append(f"--batch={arguments.batch} must be at least 1")
+    try:
+        loops_per_entry(arguments.cache)
+    except UserError as error:
+        problems.append(f"--{error}")
+    given = [name for name in ("system", "template") if getattr(arguments, name) is not None]
+    wrong = [name for name in ("prompts", "json", "stop") if getattr(arguments, name)] if arguments.chat else []
+    problems += [f"--{name} needs --chat" for name in given if not arguments.chat]
+    problems += [f"--{name} does not go with --chat" for name in wrong]
+    if not arguments.chat and (arguments.prompt is None) == (arguments.prompts is None):
+        problems.append("name a --prompt to continue or a file of --prompts, or talk with --chat")
     if problems:
         raise UserError(problems)
-    return {**options, "generator": torch.Generator().manual_seed(arguments.seed)}
+    return options
 
 
-def _continue_text(trained: Trained, prompt: str, options: dict[str, Any]) -> str:
-    """The prompt and its continuation."""
-    tokenizer = trained.tokenizer
-    ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
-    if not len(ids):
-        raise UserError(f"the prompt {prompt!r} has no tokens in {tokenizer.path}; give some text to continue")
-    tokens = trained.model.generate(ids.unsqueeze(0), stop_token=tokenizer.eos_id, **options)
-    return f"[after {trained.step} steps] " + tokenizer.decode(tokens[0].tolist())
+def _option_name(problem: str) -> str:
+    """A problem that begins with a field's name, with the name of the option."""
+    name = next((name for name in sorted(_OPTIONS, key=len, reverse=True) if problem.startswith(name)), "")
+    return name.replace("_", "-") + problem[len(name) :]
+
+
+def _encode(trained: Trained, prompt: str) -> list[int]:
+    ids = trained.tokenizer.encode(prompt).tolist()
+    if not ids:
+        raise UserError(f"the prompt {prompt!r} has no tokens in {trained.tokenizer.path}; give some text to continue")
+    return ids
+
+
+def _print_stream(engine: Engine, request: Request, trained: Trained) -> None:
+    """Print the prompt, and its continuation as it comes."""
+    print(f"[after {trained.step} steps] " + trained.tokenizer.decode(request.prompt), end="", flush=True)
+    printed = 0
+    while engine.step():
+        print(request.text[printed:], end="", flush=True)
+        printed = len(request.text)
+    print()
+
+
+def _finished_in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[int]:
+    """The index of each request, in order, as soon as it and those before it are finished."""
+    for i, request in enumerate(requests):
+        while request.finish_reason is None:
+            engine.step()
+        yield i
+
+
+def _as_json(prompt: str, request: Request) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": request.text,
+        "tokens": request.tokens,
+        "finish_reason": request.finish_reason,
+        "loops": request.loops,
+    }
 
 
 def _talk(chat: Chat, prompt: str | None, step: int) -> None:

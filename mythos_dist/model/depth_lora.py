@@ -41,7 +41,10 @@ class DepthLoRA(nn.Module):
         # With sequence parallelism ranks see different tokens and gradients are partial; otherwise they are equal.
         axis, partial = self.mesh.tensor, self.mesh.sequence
         if self.per_loop:
-            assert isinstance(t, int), "config.rules refuses lora=per_loop with loops per sequence"
+            if not isinstance(t, int):  # decoding; config.rules refuses it in training
+                t = t.clamp(max=self.max_loops - 1)
+                down, B = all_gather_many([self.down[t], self.B[t]], axis, 1, partial=partial)  # (B, r, D)
+                return torch.baddbmm(u, u @ down.transpose(1, 2), B)
             t = min(t, self.max_loops - 1)
             down, B = all_gather_many([self.down[t], self.B[t]], axis, 0, partial=partial)
             return torch.addmm(rows, F.linear(rows, down), B).view_as(u)

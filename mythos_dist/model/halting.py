@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, MythosConfig
+from mythos_dist.model.activations import Activations
 from mythos_dist.model.loops import Loops
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import replicated
@@ -25,6 +26,7 @@ class Halting(nn.Module):
 
     def __init__(self, config: MythosConfig, act: ActConfig, mesh: Mesh):
         super().__init__()
+        self.mode = act.mode_of(config)
         self.cost, self.kl, self.prior = act.ponder_cost, act.kl, act.prior
         self.halt = replicated(nn.Linear(config.dim, 1), mesh)
         self.threshold = config.act_threshold
@@ -41,6 +43,10 @@ class Halting(nn.Module):
     def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
         """The output (B, S', D) if the loop with this h were the last; `output` and `halted` are those before it."""
         return h
+
+    def final(self, before: Activations, after: Activations) -> Tensor:
+        """The loops' output (B, S', D) if the loop between `before` and `after` is the last, in decoding."""
+        return after.h
 
     def readout_weight(self, weight: Tensor, active: Tensor | None, loops: Loops) -> Tensor:
         """The weight (B, S') fp32 of the loss of a loop's readout: 1 / (loops with gradient) for `active` sequences."""
@@ -130,6 +136,12 @@ class WeightedHalting(Halting):
             weight = (1.0 - halted) * (halted < self.threshold)
         return torch.addcmul(output, weight.unsqueeze(-1), h.float()).to(h.dtype)
 
+    def final(self, before: Activations, after: Activations) -> Tensor:
+        """The sum of all h; `safe` gives the last one the remainder of 1."""
+        if not self.safe:
+            return after.output.to(after.h.dtype)
+        return self.readout(before.output, after.h, before.halted, before.halted)
+
 
 class PonderHalting(Halting):
     """Weights are a distribution over loops: a token halts after a loop with the layer's probability, if not before.
@@ -148,6 +160,11 @@ class PonderHalting(Halting):
             return weight, new_halted
         exits = (halted < self.threshold) & ((new_halted >= self.threshold) | is_last)
         return exits.float(), new_halted
+
+    def final(self, before: Activations, after: Activations) -> Tensor:
+        """The h at which the token halted, or the last."""
+        halted = (before.halted >= self.threshold).unsqueeze(-1)
+        return torch.where(halted, before.output.to(after.h.dtype), after.h)
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
         """As the base's; unchanged if loops are read out, which then replace the output."""

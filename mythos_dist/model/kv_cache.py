@@ -49,32 +49,36 @@ class KVCache:
         self._loops_per_entry = loops_per_entry(mode)
         self._lengths: list[int] | None = None if rows is None else [0] * rows  # of all rows, shared by selections
         self._buffers: dict[str, Tensor] = {}  # (all rows, capacity, C)
-        self._rows: slice | None = None  # None: all
+        self._rows: Sequence[int] | None = None  # None: all
         self._ragged: tuple[Tensor, Tensor] | None = None  # of this pass: row (B, 1) and position (B, S)
 
     @property
     def lengths(self) -> list[int]:
         """The cached tokens of each row."""
-        return [] if self._lengths is None else self._lengths[self._rows or slice(None)]
+        if self._lengths is None or self._rows is None:
+            return list(self._lengths or [])
+        return [self._lengths[row] for row in self._rows]
 
     @lengths.setter
     def lengths(self, lengths: Sequence[int]) -> None:
         """Forget the last tokens of rows, such as padding or rejected drafts."""
         assert len(lengths) == len(self.lengths)
-        if self._lengths is not None:
-            self._lengths[self._rows or slice(None)] = lengths
+        for row, length in zip(self._rows or range(len(lengths)), lengths, strict=True):
+            self._lengths[row] = length  # type: ignore[index]
 
     @property
     def tokens(self) -> int:
         """The cached tokens of the longest row."""
         return max(self.lengths, default=0)
 
-    def select(self, first: int, count: int) -> "KVCache":
-        """The cache of `count` rows from `first` on, a view. Needs `rows` or a first pass."""
-        assert self._lengths is not None and self._rows is None and first + count <= len(self._lengths)
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        """The cache of `rows`, sharing buffers and lengths: without copies if they follow each other.
+        Needs `rows` or a first pass."""
+        assert self._lengths is not None and self._rows is None
+        following = range(rows[0], rows[0] + len(rows))
         selected = KVCache()
         selected._loops_per_entry, selected._lengths = self._loops_per_entry, self._lengths
-        selected._buffers, selected._rows = self._buffers, slice(first, first + count)
+        selected._buffers, selected._rows = self._buffers, following if list(rows) == list(following) else list(rows)
         return selected
 
     def move_row(self, source: int, target: int) -> None:
@@ -84,9 +88,11 @@ class KVCache:
         for buffer in self._buffers.values():
             buffer[target, :length] = buffer[source, :length]
 
-    def loop_key(self, layer: str, t: int) -> str:
-        """The key of loop t of a looped layer."""
-        return f"{layer}.{t // self._loops_per_entry}"
+    def loop_key(self, layer: str, t: int | Sequence[int]) -> CacheKey:
+        """The key of loop t of a looped layer, or of each row's loop."""
+        if isinstance(t, int):
+            return f"{layer}.{t // self._loops_per_entry}"
+        return [f"{layer}.{index // self._loops_per_entry}" for index in t]
 
     def start_pass(self, batch: int, new_tokens: int, device: torch.device) -> Tensor | None:
         """Begin a pass of `new_tokens` tokens for each row: positions (B, S) int64, or None if all rows have the same
@@ -105,9 +111,9 @@ class KVCache:
     def append(self, key: CacheKey, new: Tensor) -> Tensor:
         """Append `new` (B, S, C) to each row of this pass; all tokens (B, T, C), valid up to each row's length + S."""
         end = self.tokens + new.shape[1]
-        if not isinstance(key, str):
-            return self._append_by_row(key, new, end)
-        rows = self._reserve(key, new, end)
+        if not isinstance(key, str) or isinstance(self._rows, list):
+            return self._append_by_row([key] * len(new) if isinstance(key, str) else key, new, end)
+        rows = self._selected(self._reserve(key, new, end))
         if self._ragged is None:
             rows[:, end - new.shape[1] : end] = new
         else:
@@ -116,7 +122,7 @@ class KVCache:
 
     def read(self, key: str, new_tokens: int) -> Tensor:
         """All tokens (B, T, C), after this pass has appended its `new_tokens`."""
-        return self._buffers[key][self._rows or slice(None), : self.tokens + new_tokens]
+        return self._selected(self._buffers[key])[:, : self.tokens + new_tokens]
 
     def advance(self, new_tokens: int) -> None:
         """End a pass of `new_tokens` tokens for each row."""
@@ -124,26 +130,33 @@ class KVCache:
 
     def repeat_entry(self, source: str, targets: Sequence[str], row: int, position: int) -> None:
         """Copy the entry of one token, such as from the loop at which it exited to the loops that it did not run."""
-        rows, like = self._rows or slice(None), self._buffers[source][:1, :1]
+        assert self._rows is None
+        entry = self._buffers[source][row, position]
         for key in dict.fromkeys(targets):
             if key != source:
-                self._reserve(key, like, position + 1)[row, position] = self._buffers[source][rows][row, position]
+                self._reserve(key, self._buffers[source][:1, :1], position + 1)[row, position] = entry
 
     def elements_per_token(self) -> dict[str, int]:
         """The elements that each layer and loop caches per token."""
         return {key: buffer[0, 0].numel() for key, buffer in self._buffers.items()}
 
+    def _selected(self, buffer: Tensor) -> Tensor:
+        """The rows of this cache in a buffer: a view, or a copy where they do not follow each other."""
+        if isinstance(self._rows, range):
+            return buffer[self._rows.start : self._rows.stop]
+        return buffer if self._rows is None else buffer[self._rows]
+
     def _append_by_row(self, keys: Sequence[str], new: Tensor, end: int) -> Tensor:
         """Rows at different loops have different buffers, so their entries are copied into one tensor."""
-        out = new.new_zeros(new.shape[0], end, new.shape[2])
-        for i, (key, length) in enumerate(zip(keys, self.lengths, strict=True)):
-            row, stop = self._reserve(key, new, end)[i], length + new.shape[1]
+        out, rows = new.new_zeros(new.shape[0], end, new.shape[2]), self._rows or range(len(new))
+        for i, (key, number, length) in enumerate(zip(keys, rows, self.lengths, strict=True)):
+            row, stop = self._reserve(key, new, end)[number], length + new.shape[1]
             row[length:stop] = new[i]
             out[i, :stop] = row[:stop]
         return out
 
     def _reserve(self, key: str, like: Tensor, end: int) -> Tensor:
-        """The rows of this cache in the buffer of `key`, with room for `end` tokens: (B, capacity, C)."""
+        """The buffer of `key`, with room for `end` tokens: (all rows, capacity, C)."""
         assert self._lengths is not None
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape[1] < end:
@@ -152,7 +165,7 @@ class KVCache:
             if buffer is not None:
                 grown[:, :held] = buffer
             self._buffers[key] = buffer = grown
-        return buffer[self._rows or slice(None)]
+        return buffer
 
 
 def entry_elements(config: MythosConfig) -> int:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mythos_dist.config.schema import MAX_LOOPS
+
 
 class Loops(NamedTuple):
     """The loops of one pass, known before it begins and the same on every rank that processes these sequences.
@@ -46,6 +48,14 @@ class Loops(NamedTuple):
             return t % kv_loops == 0
         return torch.as_tensor(self.own_index(t)) % kv_loops == 0
 
+    def cache_index(self, t: int, kv_loops: int) -> int | list[int]:
+        """The first loop of loop t's group of `kv_loops`, which names its cache entry: of each sequence's own loop, or one
+        int for all. Waits for the GPU if sequences have loops of their own."""
+        index = self.own_index(t)
+        if isinstance(index, int):
+            return index // kv_loops * kv_loops
+        return [own // kv_loops * kv_loops for own in index.tolist()]
+
     def even_weight(self, active: Tensor | None, like: Tensor) -> Tensor:
         """The weight (B, S'), shaped as `like`, of a loop with the `active` sequences if all loops with gradient of a
         sequence weigh the same."""
@@ -54,6 +64,17 @@ class Loops(NamedTuple):
             return torch.full_like(like, 1 / with_grad)
         weight = 1.0 / self.depths.clamp(max=with_grad).unsqueeze(1)  # (B, 1)
         return where_active(active, weight, 0.0).expand_as(like)
+
+
+def next_loop(index: int | Tensor) -> Loops:
+    """The loop `index` of a pass that may end after any loop; (B,): each sequence's own. Its t is `no_grad_loops`."""
+    if isinstance(index, int):
+        return Loops(_OPEN, no_grad_loops=index)
+    # At t = 1 the own index is 1 - n_loops + depths. Not at t = 0, the first loop of all sequences in training.
+    return Loops(_OPEN, no_grad_loops=1, depths=index + _OPEN - 1)
+
+
+_OPEN = MAX_LOOPS + 1  # loops of a pass without a last loop
 
 
 def where_active(active: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
@@ -65,12 +86,11 @@ def where_active(active: Tensor | None, new: Tensor, old: Tensor | float) -> Ten
     return torch.where(active, new, old)
 
 
-def loop_signals(loop_range: range, dim: int, like: Tensor) -> Tensor:
-    """(len(loop_range), D): sin and cos of t * 10000^(-2i / L) in the first L = dim // 8 channels, then zeros."""
+def loop_signals(loop_index: Tensor, dim: int, like: Tensor) -> Tensor:
+    """loop_index (n,) -> (n, D): sin and cos of t * 10000^(-2i / L) in the first L = dim // 8 channels, then zeros."""
     width = dim // 8
     pairs = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)
-    t = torch.arange(loop_range.start, loop_range.stop, device=like.device, dtype=torch.float32)
-    angles = torch.outer(t, 10000.0 ** (-pairs / max(width, 1)))
-    signals = torch.zeros(len(loop_range), dim, device=like.device, dtype=torch.float32)
+    angles = torch.outer(loop_index.float(), 10000.0 ** (-pairs / max(width, 1)))
+    signals = torch.zeros(len(loop_index), dim, device=like.device, dtype=torch.float32)
     signals[:, :width] = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
     return signals.to(like.dtype)

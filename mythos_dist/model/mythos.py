@@ -251,10 +251,9 @@ class Mythos(nn.Module):
                 f"{' '.join(str(error).split())}"
             ) from None
 
-    @torch.no_grad()
     def generate(self, input_ids: Tensor, max_new_tokens: int | None = None, **settings) -> Tensor:
-        """Continue prompts (B, S); see `mythos_dist.model.generate.generate` for the settings."""
-        from mythos_dist.model.generate import generate
+        """Continue prompts (B, S); see `mythos_dist.generate.batch.generate` for the settings."""
+        from mythos_dist.generate.batch import generate
 
         if problem := type_problem("input_ids", input_ids, 2):
             raise UserError(problem)

@@ -153,13 +153,24 @@ class Recurrent(nn.Module):
         activations = activations._replace(readouts=earlier[0], readout_weights=earlier[1])
         return _append_readouts(activations, readouts), counts
 
+    def inputs(self, e: Tensor) -> LoopInputs:
+        """What all loops of a pass share but signals, of e (B, S', D) in `Activations`."""
+        return LoopInputs(*self.injection(e), {})
+
+    def advance(self, activations: Activations, inputs: LoopInputs, loops: Loops, context: Context) -> Activations:
+        """The loop `loops` of `next_loop`, in a pass that may end after any loop. Without gradient."""
+        t = loops.no_grad_loops
+        inputs = inputs._replace(signals=self._signals(range(t, t + 1), loops, activations.h))
+        return self._loop(t, loops, activations, inputs, context)[0]
+
     def _signals(self, loop_range: range, loops: Loops, like: Tensor) -> dict[int, Tensor]:
         if not self.config.loop_signal:
             return {}
         if loops.depths is None:
-            return dict(zip(loop_range, loop_signals(loop_range, self.config.dim, like), strict=True))
-        table = loop_signals(range(loops.n_loops), self.config.dim, like)
-        return {t: table[loops.own_index(t)].unsqueeze(1) for t in loop_range}
+            index = torch.arange(loop_range.start, loop_range.stop, device=like.device)
+            return dict(zip(loop_range, loop_signals(index, self.config.dim, like), strict=True))
+        own = {t: torch.as_tensor(loops.own_index(t), device=like.device) for t in loop_range}
+        return {t: loop_signals(index, self.config.dim, like).unsqueeze(1) for t, index in own.items()}
 
     def _groups(self, loop_range: range, loops: Loops) -> Iterator[range]:
         """The loops that are recomputed together, `recompute.every` of them, all with gradient or all without."""
@@ -226,8 +237,9 @@ class Recurrent(nn.Module):
             shared = SharedKV(kv, None if computes is False else computes)
         # Without a cache one key for all loops: `torch.compile` would compile the block for each key.
         # Loops that share keys and values share a cache entry, named after the first of them.
-        first = t // kv_loops * kv_loops if loops.depths is None else t
-        key = "recurrent" if context.cache is None else context.cache.loop_key("recurrent", first)
+        key = "recurrent"
+        if context.cache is not None:
+            key = context.cache.loop_key(key, loops.cache_index(t, kv_loops))
         u, stats, kv = self.block(self.norm(x), context, key, shared)
         if self.config.lora != "none":
             u = self.lora(u, loops.own_index(t))

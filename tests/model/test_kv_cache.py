@@ -65,20 +65,23 @@ def test_rows_of_different_lengths_equal_each_row_alone(new_tokens, model):
         torch.testing.assert_close(torch.cat(logits[row]), alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 @torch.no_grad()
-def test_selected_and_moved_rows_keep_their_tokens(model):
-    """Row 2 of a pool is read alone, moved over row 0, and continued there beside row 1; buffers grow in between."""
+def test_selected_and_moved_rows_keep_their_tokens(order, model):
+    """Row 2 of a pool is read alone, moved over row 0, and continued there beside row 1; buffers grow in between. Rows
+    in another order than the pool's are gathered."""
     ids = random_ids(2, 30)
     pool = KVCache(rows=3)
-    model(ids[:1, :4], LOOPS, cache=pool.select(1, 1))
-    model(ids[1:, :7], LOOPS, cache=pool.select(2, 1))
+    model(ids[:1, :4], LOOPS, cache=pool.select([1]))
+    model(ids[1:, :7], LOOPS, cache=pool.select([2]))
     pool.move_row(2, 0)
-    both = pool.select(0, 2)
-    assert pool.lengths == [7, 4, 7] and both.lengths == [7, 4]
-    last = model(torch.stack([ids[1, 7:27], ids[0, 4:24]]), LOOPS, cache=both)[:, -1]
+    both = pool.select(order)
+    assert pool.lengths == [7, 4, 7] and both.lengths == [pool.lengths[row] for row in order]
+    new = torch.stack([ids[1, 7:27], ids[0, 4:24]])
+    last = model(new[order], LOOPS, cache=both)[:, -1]
     assert pool.lengths == [27, 24, 7]
     alone = [model(ids[1:, :27], LOOPS)[0, -1], model(ids[:1, :24], LOOPS)[0, -1]]
-    torch.testing.assert_close(last, torch.stack(alone), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last, torch.stack(alone)[order], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -1,0 +1,169 @@
+"""Rows of a batch at different loops (continuous depth batching): one pass of the looped block serves them all.
+
+Each row holds one token, at its own position of its own sequence. A row enters at loop 0 while others are in the
+middle, and leaves after its last loop or the loop at which its exit criterion holds; so no row waits for the slowest.
+Where all rows are at the same loop, loop index and cache entry are one for the batch, and nothing is gathered.
+
+An exited token has no keys for the loops it did not run: they get copies of its last entry, as in Huginn. With one
+entry for all loops (cache=last) there is nothing to copy.
+
+Decisions: DECODE-5, DECODE-6.
+"""
+
+# B rows, D model, V vocabulary.
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mythos_dist.generate.exits import exit_threshold, kl_divergence, latent_change
+from mythos_dist.generate.sampling import Sampling
+from mythos_dist.model.activations import Activations
+from mythos_dist.model.attention import Context
+from mythos_dist.model.decode import enter, logits_of
+from mythos_dist.model.kv_cache import KVCache
+from mythos_dist.model.loops import next_loop
+from mythos_dist.model.mythos import Mythos
+from mythos_dist.model.recurrence import LoopInputs
+
+_ROW_FIELDS = ("h", "e", "output", "halted")
+
+
+@dataclass
+class Depth:
+    """The loops of a row's token."""
+
+    n_loops: int  # at most
+    sampling: Sampling
+    index: int | None = None  # the next loop; None: the row has no token in the loops
+    logits: Tensor | None = field(default=None, repr=False)  # (V,) after the last loop, with exit=kl
+
+
+class DepthBatch:
+    """The tokens in the loops, by cache row. Row i of everything here is row i of the cache."""
+
+    def __init__(self, model: Mythos, cache: KVCache, max_rows: int):
+        self._model, self._cache, self._max_rows = model, cache, max_rows
+        self.rows: list[Depth] = []
+        self._state: dict[str, Tensor] = {}  # (max_rows, 1, ...) the fields of Activations, and "injected"
+        self._inputs: LoopInputs | None = None
+        self._context: tuple[object, Context] | None = None
+
+    def enter(self, rows: Sequence[int], tokens: Sequence[int], seeds: Sequence[int]) -> None:
+        """Start the loops of a new token for each of `rows`."""
+        ids = torch.tensor(tokens, device=self._model.embed.weight.device).unsqueeze(1)
+        row_seeds = torch.tensor(seeds, device=ids.device)
+        activations = enter(self._model, ids, self._context_of(rows), row_seeds)
+        self._inputs = self._model.recurrent.inputs(activations.e)
+        for name, new in [
+            *((name, getattr(activations, name)) for name in _ROW_FIELDS),
+            ("injected", self._inputs.injected),
+        ]:
+            if name not in self._state:
+                self._state[name] = new.new_zeros(self._max_rows, *new.shape[1:])
+            self._state[name][_index(rows)] = new
+        for row in rows:
+            self.rows[row].index, self.rows[row].logits = 0, None
+
+    def advance(self) -> list[tuple[int, Tensor]]:
+        """Run one loop of all rows: those that are done, with their outputs (1, D) after the loops."""
+        B = len(self.rows)
+        own = [row.index for row in self.rows]
+        assert self._inputs is not None and None not in own
+        index = own[0] if len(set(own)) == 1 else torch.tensor(own, device=self._state["h"].device)
+        before = Activations(**{name: self._state[name][:B] for name in _ROW_FIELDS}, aux_loss=_zero(self._state["h"]))
+        inputs = self._inputs._replace(injected=self._state["injected"][:B])
+        context = self._context_of(range(B))
+        after = self._model.recurrent.advance(before, inputs, next_loop(index), context)
+        final = self._model.recurrent.act.final(before, after)
+        exits = self._exits(before, after, final)
+        for name in _ROW_FIELDS:
+            self._state[name][:B] = getattr(after, name)
+        done = []
+        for i, row in enumerate(self.rows):
+            assert row.index is not None
+            row.index += 1
+            if exits[i] or row.index == row.n_loops:
+                done.append((i, final[i]))
+        return done
+
+    def leave(self, done: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[int]]:
+        """The logits (rows, V) of rows that are done, fp32, and the loops of each. Their tokens are cached."""
+        rows = [i for i, _ in done]
+        logits = self._logits(rows, torch.stack([output for _, output in done]))
+        loops = []
+        lengths = self._cache.lengths
+        for i in rows:
+            row = self.rows[i]
+            assert row.index is not None
+            if row.index < row.n_loops:
+                self._repeat_last_entry(i, row.index - 1, row.n_loops, lengths[i])
+            loops.append(row.index)
+            row.index = None
+            lengths[i] += 1
+        self._cache.lengths = lengths
+        return logits, loops
+
+    def remove(self, row: int) -> None:
+        """Free a row; the last row takes its place."""
+        last = len(self.rows) - 1
+        lengths = self._cache.lengths
+        if row != last:
+            self._cache.move_row(last, row)
+            for values in self._state.values():
+                values[row] = values[last]
+            lengths[row] = lengths[last]
+        lengths[last] = 0
+        self._cache.lengths = lengths
+        self.rows[row] = self.rows[last]
+        self.rows.pop()
+
+    def _context_of(self, rows: Sequence[int]) -> Context:
+        lengths = self._cache.lengths
+        key = tuple((row, lengths[row]) for row in rows)
+        if self._context is None or self._context[0] != key:
+            ids = torch.empty(len(rows), 1, device=self._model.embed.weight.device)
+            self._context = key, self._model.context(ids, cache=self._cache.select(rows))
+        return self._context[1]
+
+    def _logits(self, rows: Sequence[int], outputs: Tensor) -> Tensor:
+        return logits_of(self._model, outputs, self._context_of(rows))[:, -1]
+
+    def _exits(self, before: Activations, after: Activations, final: Tensor) -> list[bool]:
+        """Whether the criterion of each row holds. No token exits before its second loop by latent or kl."""
+        kinds = {row.sampling.exit for row in self.rows}
+        exits = [False] * len(self.rows)
+        change = latent_change(before, after).tolist() if "latent" in kinds else []
+        halted = after.halted[:, -1].tolist() if "halting" in kinds else []
+        compared = [i for i, row in enumerate(self.rows) if row.sampling.exit == "kl"]
+        logits = self._logits(compared, final[compared]) if compared else None
+        for i, row in enumerate(self.rows):
+            if row.sampling.exit is None:
+                continue
+            threshold = exit_threshold(row.sampling, self._model.config)
+            if row.sampling.exit == "halting":
+                exits[i] = halted[i] >= threshold
+            elif row.sampling.exit == "latent":
+                exits[i] = row.index != 0 and change[i] < threshold
+            else:
+                assert logits is not None
+                new = logits[compared.index(i)]
+                exits[i] = row.logits is not None and float(kl_divergence(new, row.logits)) < threshold
+                row.logits = new
+        return exits
+
+    def _repeat_last_entry(self, row: int, last_loop: int, n_loops: int, position: int) -> None:
+        source, *targets = (self._cache.loop_key("recurrent", t) for t in range(last_loop, n_loops))
+        self._cache.repeat_entry(source, targets, row, position)
+
+
+def _index(rows: Sequence[int]) -> Sequence[int] | slice:
+    """`rows` as an index: a slice if they follow each other."""
+    following = range(rows[0], rows[0] + len(rows))
+    return slice(following.start, following.stop) if list(rows) == list(following) else list(rows)
+
+
+def _zero(like: Tensor) -> Tensor:
+    return like.new_zeros(1, dtype=torch.float32)

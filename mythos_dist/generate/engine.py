@@ -1,0 +1,197 @@
+"""Decoding of many requests at once: they join and leave the batch between tokens (continuous batching, Orca 2022).
+
+A request takes a row of the cache when one is free. Its prompt is read at once, together with other waiting prompts of
+the same length; then its tokens go through the loops beside those of other rows, which may be at other loops
+(generate/depth_batch.py). What a request gets does not depend on the other rows, beyond the rounding of products.
+
+Decisions: DECODE-4.
+"""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.errors import UserError
+from mythos_dist.generate.depth_batch import Depth, DepthBatch
+from mythos_dist.generate.sampling import Sampling, TokenLogprob, choose_token, request_errors, token_logprob
+from mythos_dist.generate.text import TextStream
+from mythos_dist.model.decode import prefill
+from mythos_dist.model.kv_cache import KVCache
+from mythos_dist.model.mythos import Mythos
+
+# Tokens of prompts that are read in one pass.
+PREFILL_TOKENS = 4096
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what has been generated for it so far."""
+
+    prompt: list[int]
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=list)  # with the stop token, if one ended it
+    text: str = ""  # whole characters, without stop strings and their beginnings; "" without a tokenizer
+    finish_reason: str | None = None  # stop, length or cancelled
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # per token, if asked for
+    loops: list[int] = field(default_factory=list)  # that each token's logits took
+
+
+@dataclass
+class _Row:
+    request: Request
+    draw: random.Random
+    stream: TextStream | None
+
+
+class Engine:
+    """Decodes submitted requests, `max_batch` at a time, on one process. Not thread-safe."""
+
+    def __init__(
+        self,
+        model: Mythos,
+        tokenizer: Tokenizer | None,
+        *,
+        n_loops: int,
+        max_batch: int,
+        cache: str = "all",
+        prefill_chunk: int = 512,
+    ):
+        """Puts the model into eval mode. n_loops: of requests that do not set it. cache: see model/kv_cache.py.
+        prefill_chunk: tokens of a prompt per pass. Raises UserError for an unknown cache."""
+        self._model, self._tokenizer = model.eval(), tokenizer
+        self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
+        self._cache = KVCache(rows=max_batch, mode=cache)
+        self._batch = DepthBatch(model, self._cache, max_batch)
+        self._rows: list[_Row] = []  # by cache row
+        self._waiting: deque[Request] = deque()
+        self._empty: list[Request] = []  # finished without a token
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
+        """Add a request; `step` works on it. Raises UserError with all problems."""
+        request = Request(list(prompt), sampling)
+        mode = self._model.recurrent.act.mode
+        if errors := request_errors(self._model.config, mode, self._tokenizer, request.prompt, sampling):
+            raise UserError(errors)
+        if sampling.max_new_tokens == 0:
+            request.finish_reason = "length"
+            self._empty.append(request)
+        else:
+            self._waiting.append(request)
+        return request
+
+    @torch.inference_mode()
+    def cancel(self, request: Request) -> None:
+        """End a request; of a finished one, does nothing."""
+        if request.finish_reason is not None:
+            return
+        request.finish_reason = "cancelled"
+        if request in self._waiting:
+            self._waiting.remove(request)
+        else:
+            self._remove([next(i for i, row in enumerate(self._rows) if row.request is request)])
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Read prompts that wait, then run loops until a token of some request is complete.
+
+        Returns the requests with new tokens, or finished without any; [] if there is nothing to do. Raises UserError if
+        logits are not finite.
+        """
+        updated, self._empty = {id(request): request for request in self._empty}, []
+        while self._waiting and len(self._rows) < self._max_batch:
+            updated |= {id(request): request for request in self._admit()}
+        if self._rows:
+            updated |= {id(request): request for request in self._decode()}
+        return list(updated.values())
+
+    def run(self) -> None:
+        """Until all requests are finished."""
+        while self.step():
+            pass
+
+    def _admit(self) -> list[Request]:
+        """Read the first waiting prompt, and those after it of the same length and loops; choose their first tokens."""
+        first = self._waiting[0]
+        most = min(self._max_batch - len(self._rows), max(1, PREFILL_TOKENS // len(first.prompt)))
+        n_loops, new = self._loops_of(first), []
+        while self._waiting and len(new) < most and len(self._waiting[0].prompt) == len(first.prompt):
+            if self._loops_of(self._waiting[0]) != n_loops:
+                break
+            new.append(self._waiting.popleft())
+        rows = range(len(self._rows), len(self._rows) + len(new))
+        for request in new:
+            stream = None
+            if self._tokenizer is not None:
+                stream = TextStream(self._tokenizer.decode, request.prompt, request.sampling.stop)
+            self._rows.append(_Row(request, random.Random(request.sampling.seed), stream))
+            self._batch.rows.append(Depth(n_loops, request.sampling))
+        ids = torch.tensor([request.prompt for request in new], device=self._model.embed.weight.device)
+        seeds = [_noise_seed(request, 0) for request in new]
+        logits = prefill(self._model, ids, n_loops, self._cache.select(rows), self._prefill_chunk, seeds)
+        self._accept(rows, logits, [n_loops] * len(new))
+        return new
+
+    def _decode(self) -> list[Request]:
+        entering = [i for i, depth in enumerate(self._batch.rows) if depth.index is None]
+        if entering:
+            requests = [self._rows[i].request for i in entering]
+            seeds = [_noise_seed(request, len(request.tokens)) for request in requests]
+            self._batch.enter(entering, [request.tokens[-1] for request in requests], seeds)
+        while not (done := self._batch.advance()):
+            pass
+        rows = [i for i, _ in done]
+        requests = [self._rows[i].request for i in rows]
+        logits, loops = self._batch.leave(done)
+        self._accept(rows, logits, loops)
+        return requests
+
+    def _accept(self, rows: Sequence[int], logits: Tensor, loops: Sequence[int]) -> None:
+        """Choose the next token of each of `rows` from logits (rows, V), and free the rows that are finished."""
+        if not bool(logits.amax(-1).isfinite().all()):  # -inf beside finite logits is valid
+            raise UserError("the model's logits are not finite: its weights have diverged, or n_loops is too large")
+        likeliest = logits.argmax(-1).tolist()
+        for i, values, best, used in zip(rows, logits, likeliest, loops, strict=True):
+            row, request = self._rows[i], self._rows[i].request
+            sampling, token = request.sampling, best
+            if sampling.temperature > 0 or sampling.repetition_penalty != 1:
+                token = choose_token(values, sampling, [*request.prompt, *request.tokens], row.draw)
+            request.tokens.append(token)
+            request.loops.append(used)
+            if sampling.logprobs:
+                request.logprobs.append(token_logprob(values, token, sampling.logprobs))
+            _update_text(row, token)
+        self._remove([i for i in rows if self._rows[i].request.finish_reason is not None])
+
+    def _remove(self, rows: Sequence[int]) -> None:
+        for i in sorted(rows, reverse=True):  # the last row takes a freed place: later ones first
+            self._batch.remove(i)
+            self._rows[i] = self._rows[-1]
+            self._rows.pop()
+
+    def _loops_of(self, request: Request) -> int:
+        return request.sampling.n_loops or self._n_loops
+
+
+def _update_text(row: _Row, token: int) -> None:
+    """The text after a new token, and whether the request is finished."""
+    request, sampling = row.request, row.request.sampling
+    if token in sampling.stop_tokens:
+        request.finish_reason = "stop"
+    elif row.stream is not None:
+        row.stream.add(token)
+        if row.stream.stopped:
+            request.finish_reason = "stop"
+    if request.finish_reason is None and len(request.tokens) == sampling.max_new_tokens:
+        request.finish_reason = "length"
+    if row.stream is not None:
+        request.text = row.stream.text if request.finish_reason is None else row.stream.full_text
+
+
+def _noise_seed(request: Request, token: int) -> int:
+    """The seed of a token's random initial hidden state (`model.initial_state=random`)."""
+    return random.Random(f"{request.sampling.seed} {token}").getrandbits(62)
