@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -95,6 +96,25 @@ def test_generate_reports_a_missing_checkpoint_and_a_missing_tokenizer(tool, con
     assert result.code == 0 and result.out.startswith("[after 3 steps] hello")
 
 
+def test_generate_continues_a_file_of_prompts_as_json(tool, run_dir, tmp_path):
+    """In order, each as alone; with an exit some loops are saved; with drafts the greedy tokens."""
+    (tmp_path / "prompts.txt").write_text("The \n\nhello\nThe naïve\n", encoding="utf-8")
+    options = ("--max-new-tokens", 6, "--temperature", 0, "--n-loops", 2, "--json")
+    result = tool("generate", run_dir, "--prompts", "prompts.txt", "--batch", 2, *options)
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert (result.code, [line["prompt"] for line in lines]) == (0, ["The ", "hello", "The naïve"])
+    for line in lines:
+        (alone,) = tool("generate", run_dir, "--prompt", line["prompt"], *options).out.splitlines()
+        assert json.loads(alone) == line and line["loops"] == [2] * len(line["tokens"])
+    exit_options = ("--exit", "latent", "--exit-threshold", 99, "--json", *options[:4])
+    exited = json.loads(tool("generate", run_dir, "--prompt", "hello", *exit_options).out)
+    assert exited["tokens"] and set(exited["loops"][1:]) <= {2}
+    drafted = tool("generate", run_dir, "--prompts", "prompts.txt", "--draft-loops", 1, *options)
+    for line, expected in zip(map(json.loads, drafted.out.splitlines()), lines, strict=True):
+        assert 0 <= line["speculation"].pop("accepted") <= line["speculation"].pop("drafted")
+        assert line.pop("speculation").keys() == {"loops_per_token"} and line == expected
+
+
 def test_generate_answers_a_message_or_each_line_of_input(tool, run_dir, monkeypatch):
     """The tokenizer of the shards has no chat template. An error in a line does not end the conversation."""
     assert "no chat template" in tool("generate", run_dir, "--chat", "--prompt", "hello").err
@@ -139,6 +159,10 @@ def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
         ("generate", ["--prompt", "a b c d e " * 200], "shorten it to at most 255 tokens"),
         ("generate", ["--prompt", "a\udcff"], "not valid UTF-8"),
         ("generate", ["--template", "plain", "--system", "x"], "2 problems"),
+        ("generate", ["--cache", "some", "--top-p", "0", "--exit-threshold", "1", "--batch", "0"], "4 problems"),
+        ("generate", ["--repetition-penalty", "-1"], "--repetition-penalty=-1.0 must be"),
+        ("generate", ["--draft-loops", "2"], "--draft-loops needs --temperature 0"),
+        ("generate", ["--exit", "halting"], "needs a model with halting"),
         ("generate", ["--chat", "--template", "nowhere"], "the chat template cannot be read"),
         ("chat_demo", ["train.stepss=3"], "did you mean train.steps?"),
         ("chat_demo", ["--out", "file"], "file: cannot be used"),

@@ -35,6 +35,8 @@ def main() -> None:
     add("--exit", choices=("latent", "kl", "halting"), help="end a token's loops early; default: run all")
     add("--exit-threshold", type=float, help="of --exit; default: 0.03 for latent, 5e-4 for kl, model.act_threshold")
     add("--cache", default="all", help="entries of the KV cache: all, last, or every:K loops share one (%(default)s)")
+    add("--draft-loops", type=int, help="self-speculation: draft with fewer loops; needs --temperature 0")
+    add("--draft-tokens", type=int, default=4, help="tokens per draft (%(default)s)")
     add("--batch", type=int, default=8, help="prompts decoded at a time (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--tokenizer", type=Path, help="tokenizer file, if the training shards are not available")

@@ -13,6 +13,7 @@ from mythos_dist.generate.chat import Chat
 from mythos_dist.generate.engine import Engine, Request
 from mythos_dist.generate.prompts import read_prompt, read_prompts
 from mythos_dist.generate.sampling import Sampling, sampling_errors
+from mythos_dist.generate.speculate import Speculation, speculate
 from mythos_dist.generate.trained import Trained, load_trained
 from mythos_dist.model.kv_cache import loops_per_entry
 
@@ -38,6 +39,14 @@ def run(arguments: argparse.Namespace) -> None:
         return
     stop_tokens = (trained.tokenizer.eos_id,)
     sampling = Sampling(**options, seed=arguments.seed, stop=tuple(arguments.stop), stop_tokens=stop_tokens)
+    if arguments.draft_loops is not None:
+        for text in prompts:
+            result = speculate(
+                trained.model.eval(), trained.tokenizer, _encode(trained, text), sampling, n_loops=trained.n_loops,
+                draft_loops=arguments.draft_loops, draft_tokens=arguments.draft_tokens,
+            )  # fmt: skip
+            _print_speculation(text, result, arguments.json)
+        return
     engine = Engine(
         trained.model, trained.tokenizer, n_loops=trained.n_loops, max_batch=arguments.batch, cache=arguments.cache
     )
@@ -63,6 +72,11 @@ def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
         loops_per_entry(arguments.cache)
     except UserError as error:
         problems.append(f"--{error}")
+    if arguments.draft_loops is not None:
+        if options["temperature"] != 0:
+            problems.append("--draft-loops needs --temperature 0")
+        if arguments.chat or arguments.cache != "all":
+            problems.append("--draft-loops goes with neither --chat nor --cache")
     given = [name for name in ("system", "template") if getattr(arguments, name) is not None]
     wrong = [name for name in ("prompts", "json", "stop") if getattr(arguments, name)] if arguments.chat else []
     problems += [f"--{name} needs --chat" for name in given if not arguments.chat]
@@ -103,6 +117,22 @@ def _finished_in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[
         while request.finish_reason is None:
             engine.step()
         yield i
+
+
+def _print_speculation(prompt: str, result: Speculation, as_json: bool) -> None:
+    counts = {
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+        "loops_per_token": round(result.loops_per_token, 3),
+    }
+    if as_json:
+        print(json.dumps(_as_json(prompt, result.request) | {"speculation": counts}), flush=True)
+        return
+    print(prompt + result.request.text, flush=True)
+    print(
+        f"(drafts accepted: {result.accepted} of {result.drafted}; {counts['loops_per_token']} loops per token)",
+        file=sys.stderr,
+    )
 
 
 def _as_json(prompt: str, request: Request) -> dict[str, Any]:

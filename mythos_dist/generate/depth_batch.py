@@ -28,7 +28,7 @@ from mythos_dist.model.loops import next_loop
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.recurrence import LoopInputs
 
-_ROW_FIELDS = ("h", "e", "output", "halted")
+_ROW_FIELDS = ("h", "e", "output", "halted", "kv")  # kv: with model.kv_sharing
 
 
 @dataclass
@@ -57,10 +57,10 @@ class DepthBatch:
         row_seeds = torch.tensor(seeds, device=ids.device)
         activations = enter(self._model, ids, self._context_of(rows), row_seeds)
         self._inputs = self._model.recurrent.inputs(activations.e)
-        for name, new in [
-            *((name, getattr(activations, name)) for name in _ROW_FIELDS),
-            ("injected", self._inputs.injected),
-        ]:
+        values = {name: getattr(activations, name) for name in _ROW_FIELDS} | {"injected": self._inputs.injected}
+        for name, new in values.items():
+            if new is None:
+                continue
             if name not in self._state:
                 self._state[name] = new.new_zeros(self._max_rows, *new.shape[1:])
             self._state[name][_index(rows)] = new
@@ -73,13 +73,14 @@ class DepthBatch:
         own = [row.index for row in self.rows]
         assert self._inputs is not None and None not in own
         index = own[0] if len(set(own)) == 1 else torch.tensor(own, device=self._state["h"].device)
-        before = Activations(**{name: self._state[name][:B] for name in _ROW_FIELDS}, aux_loss=_zero(self._state["h"]))
-        inputs = self._inputs._replace(injected=self._state["injected"][:B])
+        held = {name: values[:B] for name, values in self._state.items()}
+        inputs = self._inputs._replace(injected=held.pop("injected"))
+        before = Activations(**held, aux_loss=held["h"].new_zeros(1, dtype=torch.float32))
         context = self._context_of(range(B))
         after = self._model.recurrent.advance(before, inputs, next_loop(index), context)
         final = self._model.recurrent.act.final(before, after)
         exits = self._exits(before, after, final)
-        for name in _ROW_FIELDS:
+        for name in held:
             self._state[name][:B] = getattr(after, name)
         done = []
         for i, row in enumerate(self.rows):
@@ -111,7 +112,7 @@ class DepthBatch:
         last = len(self.rows) - 1
         lengths = self._cache.lengths
         if row != last:
-            self._cache.move_row(last, row)
+            self._cache.move_row(last, row, new_tokens=1)  # its token may be in the middle of the loops
             for values in self._state.values():
                 values[row] = values[last]
             lengths[row] = lengths[last]
@@ -155,7 +156,8 @@ class DepthBatch:
         return exits
 
     def _repeat_last_entry(self, row: int, last_loop: int, n_loops: int, position: int) -> None:
-        source, *targets = (self._cache.loop_key("recurrent", t) for t in range(last_loop, n_loops))
+        groups = (t // self._model.config.kv_loops * self._model.config.kv_loops for t in range(last_loop, n_loops))
+        source, *targets = (self._cache.loop_key("recurrent", t) for t in groups)
         self._cache.repeat_entry(source, targets, row, position)
 
 
@@ -163,7 +165,3 @@ def _index(rows: Sequence[int]) -> Sequence[int] | slice:
     """`rows` as an index: a slice if they follow each other."""
     following = range(rows[0], rows[0] + len(rows))
     return slice(following.start, following.stop) if list(rows) == list(following) else list(rows)
-
-
-def _zero(like: Tensor) -> Tensor:
-    return like.new_zeros(1, dtype=torch.float32)

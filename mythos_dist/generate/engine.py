@@ -41,11 +41,31 @@ class Request:
     loops: list[int] = field(default_factory=list)  # that each token's logits took
 
 
-@dataclass
-class _Row:
-    request: Request
-    draw: random.Random
-    stream: TextStream | None
+class Row:
+    """A request that is being decoded."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        self.request = request
+        self.draw = random.Random(request.sampling.seed)
+        self._stream = None
+        if tokenizer is not None:
+            self._stream = TextStream(tokenizer.decode, request.prompt, request.sampling.stop)
+
+    def add(self, token: int, loops: int) -> None:
+        """Append a token, and decide whether the request is finished."""
+        request, sampling, stream = self.request, self.request.sampling, self._stream
+        request.tokens.append(token)
+        request.loops.append(loops)
+        if token in sampling.stop_tokens:
+            request.finish_reason = "stop"
+        elif stream is not None:
+            stream.add(token)
+            if stream.stopped:
+                request.finish_reason = "stop"
+        if request.finish_reason is None and len(request.tokens) == sampling.max_new_tokens:
+            request.finish_reason = "length"
+        if stream is not None:
+            request.text = stream.text if request.finish_reason is None else stream.full_text
 
 
 class Engine:
@@ -67,7 +87,7 @@ class Engine:
         self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
         self._cache = KVCache(rows=max_batch, mode=cache)
         self._batch = DepthBatch(model, self._cache, max_batch)
-        self._rows: list[_Row] = []  # by cache row
+        self._rows: list[Row] = []  # by cache row
         self._waiting: deque[Request] = deque()
         self._empty: list[Request] = []  # finished without a token
 
@@ -125,13 +145,10 @@ class Engine:
             new.append(self._waiting.popleft())
         rows = range(len(self._rows), len(self._rows) + len(new))
         for request in new:
-            stream = None
-            if self._tokenizer is not None:
-                stream = TextStream(self._tokenizer.decode, request.prompt, request.sampling.stop)
-            self._rows.append(_Row(request, random.Random(request.sampling.seed), stream))
+            self._rows.append(Row(request, self._tokenizer))
             self._batch.rows.append(Depth(n_loops, request.sampling))
         ids = torch.tensor([request.prompt for request in new], device=self._model.embed.weight.device)
-        seeds = [_noise_seed(request, 0) for request in new]
+        seeds = [noise_seed(request, 0) for request in new]
         logits = prefill(self._model, ids, n_loops, self._cache.select(rows), self._prefill_chunk, seeds)
         self._accept(rows, logits, [n_loops] * len(new))
         return new
@@ -140,7 +157,7 @@ class Engine:
         entering = [i for i, depth in enumerate(self._batch.rows) if depth.index is None]
         if entering:
             requests = [self._rows[i].request for i in entering]
-            seeds = [_noise_seed(request, len(request.tokens)) for request in requests]
+            seeds = [noise_seed(request, len(request.tokens)) for request in requests]
             self._batch.enter(entering, [request.tokens[-1] for request in requests], seeds)
         while not (done := self._batch.advance()):
             pass
@@ -160,11 +177,9 @@ class Engine:
             sampling, token = request.sampling, best
             if sampling.temperature > 0 or sampling.repetition_penalty != 1:
                 token = choose_token(values, sampling, [*request.prompt, *request.tokens], row.draw)
-            request.tokens.append(token)
-            request.loops.append(used)
+            row.add(token, used)
             if sampling.logprobs:
                 request.logprobs.append(token_logprob(values, token, sampling.logprobs))
-            _update_text(row, token)
         self._remove([i for i in rows if self._rows[i].request.finish_reason is not None])
 
     def _remove(self, rows: Sequence[int]) -> None:
@@ -177,21 +192,6 @@ class Engine:
         return request.sampling.n_loops or self._n_loops
 
 
-def _update_text(row: _Row, token: int) -> None:
-    """The text after a new token, and whether the request is finished."""
-    request, sampling = row.request, row.request.sampling
-    if token in sampling.stop_tokens:
-        request.finish_reason = "stop"
-    elif row.stream is not None:
-        row.stream.add(token)
-        if row.stream.stopped:
-            request.finish_reason = "stop"
-    if request.finish_reason is None and len(request.tokens) == sampling.max_new_tokens:
-        request.finish_reason = "length"
-    if row.stream is not None:
-        request.text = row.stream.text if request.finish_reason is None else row.stream.full_text
-
-
-def _noise_seed(request: Request, token: int) -> int:
+def noise_seed(request: Request, token: int) -> int:
     """The seed of a token's random initial hidden state (`model.initial_state=random`)."""
     return random.Random(f"{request.sampling.seed} {token}").getrandbits(62)

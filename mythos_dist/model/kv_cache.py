@@ -81,12 +81,12 @@ class KVCache:
         selected._buffers, selected._rows = self._buffers, following if list(rows) == list(following) else list(rows)
         return selected
 
-    def move_row(self, source: int, target: int) -> None:
-        """Copy row `source` over row `target`."""
+    def move_row(self, source: int, target: int, new_tokens: int = 0) -> None:
+        """Copy row `source` over row `target`, with entries of `new_tokens` tokens that some layers have appended."""
         assert self._lengths is not None and self._rows is None
         length = self._lengths[target] = self._lengths[source]
         for buffer in self._buffers.values():
-            buffer[target, :length] = buffer[source, :length]
+            buffer[target, : length + new_tokens] = buffer[source, : length + new_tokens]
 
     def loop_key(self, layer: str, t: int | Sequence[int]) -> CacheKey:
         """The key of loop t of a looped layer, or of each row's loop."""

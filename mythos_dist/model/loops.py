@@ -49,8 +49,8 @@ class Loops(NamedTuple):
         return torch.as_tensor(self.own_index(t)) % kv_loops == 0
 
     def cache_index(self, t: int, kv_loops: int) -> int | list[int]:
-        """The first loop of loop t's group of `kv_loops`, which names its cache entry: of each sequence's own loop, or one
-        int for all. Waits for the GPU if sequences have loops of their own."""
+        """The first loop of loop t's group of `kv_loops`, which names its cache entry: one int for all sequences, or a
+        list. Waits for the GPU if sequences have loops of their own."""
         index = self.own_index(t)
         if isinstance(index, int):
             return index // kv_loops * kv_loops

@@ -77,4 +77,4 @@ def shards_tokenizer(tmp_path_factory) -> Tokenizer:
     from mythos_dist.data.tokenizer import train_tokenizer
 
     texts = [f"{a} {b} {c}" for a in ("one", "two", "three") for b in ("two", "four") for c in ("three", "six")]
-    return train_tokenizer(texts, tmp_path_factory.mktemp("spm") / "tokenizer.model", vocab_size=290)
+    return train_tokenizer(texts, tmp_path_factory.mktemp("spm") / "tokenizer.model", vocab_size=275)
