@@ -36,7 +36,7 @@ def generate(
     if max_new_tokens is None:
         max_new_tokens = min(config.max_output_tokens, max(0, config.max_seq_len - input_ids.shape[1]))
     stop_tokens = () if stop_token is None else (stop_token,)
-    settings = dict(max_new_tokens=max_new_tokens, top_k=top_k, stop_tokens=stop_tokens, **sampling)
+    settings: dict[str, Any] = dict(max_new_tokens=max_new_tokens, top_k=top_k, stop_tokens=stop_tokens, **sampling)
     prompts, mode = input_ids.tolist(), model.recurrent.act.mode
     errors = [error for row in prompts for error in request_errors(config, mode, None, row, Sampling(**settings))]
     if not isinstance(prefill_chunk, int) or prefill_chunk < 1:

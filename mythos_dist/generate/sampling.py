@@ -87,9 +87,9 @@ def _whole_number_errors(name: str, value: object, least: int, most: int | None,
         return []
     if not isinstance(value, Integral) or isinstance(value, bool):
         return [f"{name}={value!r} must be a whole number"]
-    if value < least:
+    if int(value) < least:
         return [f"{name}={value} must be at least {least}"]
-    return [f"{name}={value} must be at most {most}"] if most is not None and value > most else []
+    return [f"{name}={value} must be at most {most}"] if most is not None and int(value) > most else []
 
 
 def _exit_errors(sampling: Sampling) -> list[str]:

@@ -20,7 +20,7 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.generate.engine import Request, Row, noise_seed
 from mythos_dist.generate.sampling import Sampling, request_errors
-from mythos_dist.model.activations import Activations
+from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import Context
 from mythos_dist.model.decode import enter, logits_of, prefill
 from mythos_dist.model.kv_cache import KVCache
@@ -123,8 +123,8 @@ def _draft(
 
 def _verify(model: Mythos, cache: KVCache, states: Sequence[Activations], first: int, n_loops: int) -> list[int]:
     """The loops after the draft's, for all drafted positions at once: the most likely token after each."""
-    fields = zip(*(state._replace(aux_loss=None) for state in states), strict=True)
-    joined = Activations(*(None if parts[0] is None else torch.cat(parts, dim=1) for parts in fields))
+    fields = zip(*(state._replace(aux_loss=UNSET) for state in states), strict=True)
+    joined = Activations(*(UNSET if parts[0] is None else torch.cat(parts, dim=1) for parts in fields))
     joined = joined._replace(aux_loss=states[0].aux_loss)
     context = model.context(joined.h[..., 0], cache=cache)
     _, output = _run_loops(model, joined, range(first, n_loops), context)

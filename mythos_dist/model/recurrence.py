@@ -155,7 +155,8 @@ class Recurrent(nn.Module):
 
     def inputs(self, e: Tensor) -> LoopInputs:
         """What all loops of a pass share but signals, of e (B, S', D) in `Activations`."""
-        return LoopInputs(*self.injection(e), {})
+        decay, scale, injected = self.injection(e)
+        return LoopInputs(decay, scale, injected, {})
 
     def advance(self, activations: Activations, inputs: LoopInputs, loops: Loops, context: Context) -> Activations:
         """The loop `loops` of `next_loop`, in a pass that may end after any loop. Without gradient."""
