@@ -56,7 +56,7 @@ def sampling_errors(sampling: Sampling, config: MythosConfig | None = None) -> l
     """The errors in the settings, one line each; those that depend on the model only with `config`."""
     errors = []
     for name, least, most in (
-        ("max_new_tokens", 0, None), ("n_loops", 1, MAX_LOOPS), ("top_k", 0, None), ("seed", 0, (1 << 63) - 1),
+        ("max_new_tokens", 0, None), ("n_loops", 1, MAX_LOOPS), ("top_k", 0, None),
         ("logprobs", 0, MAX_LOGPROBS),
     ):  # fmt: skip
         errors += _whole_number_errors(name, getattr(sampling, name), least, most, optional=name == "n_loops")
@@ -72,6 +72,9 @@ def sampling_errors(sampling: Sampling, config: MythosConfig | None = None) -> l
             continue
         if not isinstance(value, Real) or isinstance(value, bool) or not valid(value):
             errors.append(f"{name}={value!r} must be {words}")
+    seed = sampling.seed
+    if not isinstance(seed, Integral) or not 0 <= int(seed) < 1 << 63:
+        errors.append(f"seed={seed!r} must be from 0 to 2^63 - 1")
     errors += _exit_errors(sampling)
     errors += [f"stop={text!r} is not a text of at least one character" for text in sampling.stop if not text]
     for token in sampling.stop_tokens:
