@@ -88,11 +88,9 @@ class KVCache:
         for buffer in self._buffers.values():
             buffer[target, : length + new_tokens] = buffer[source, : length + new_tokens]
 
-    def loop_key(self, layer: str, t: int | Sequence[int]) -> CacheKey:
-        """The key of loop t of a looped layer, or of each row's loop."""
-        if isinstance(t, int):
-            return f"{layer}.{t // self._loops_per_entry}"
-        return [f"{layer}.{index // self._loops_per_entry}" for index in t]
+    def loop_key(self, layer: str, t: int) -> str:
+        """The key of loop t of a looped layer."""
+        return f"{layer}.{t // self._loops_per_entry}"
 
     def start_pass(self, batch: int, new_tokens: int, device: torch.device) -> Tensor | None:
         """Begin a pass of `new_tokens` tokens for each row: positions (B, S) int64, or None if all rows have the same

@@ -28,6 +28,7 @@ from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
 from mythos_dist.model.halting import build_halting
 from mythos_dist.model.injection import Injection, ParcaeInjection
+from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops, loop_signals, where_active
 from mythos_dist.model.moe import RouterStats
@@ -238,9 +239,13 @@ class Recurrent(nn.Module):
             shared = SharedKV(kv, None if computes is False else computes)
         # Without a cache one key for all loops: `torch.compile` would compile the block for each key.
         # Loops that share keys and values share a cache entry, named after the first of them.
-        key = "recurrent"
+        key: CacheKey = "recurrent"
         if context.cache is not None:
-            key = context.cache.loop_key(key, loops.cache_index(t, kv_loops))
+            cache, index = context.cache, loops.cache_index(t, kv_loops)
+            if isinstance(index, int):
+                key = cache.loop_key("recurrent", index)
+            else:
+                key = [cache.loop_key("recurrent", own) for own in index]
         u, stats, kv = self.block(self.norm(x), context, key, shared)
         if self.config.lora != "none":
             u = self.lora(u, loops.own_index(t))
