@@ -70,8 +70,8 @@ class DepthBatch:
     def advance(self) -> list[tuple[int, Tensor]]:
         """Run one loop of all rows: those that are done, with their outputs (1, D) after the loops."""
         B = len(self.rows)
-        own = [row.index for row in self.rows]
-        assert self._inputs is not None and None not in own
+        own = [row.index for row in self.rows if row.index is not None]
+        assert self._inputs is not None and len(own) == B
         index = own[0] if len(set(own)) == 1 else torch.tensor(own, device=self._state["h"].device)
         held = {name: values[:B] for name, values in self._state.items()}
         inputs = self._inputs._replace(injected=held.pop("injected"))
