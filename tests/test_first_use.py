@@ -138,6 +138,21 @@ def test_depth_sweep_writes_into_a_new_folder(tool, run_dir, tmp_path):
     ]
 
 
+def test_depth_sweep_writes_a_page_about_a_text(tool, run_dir, tmp_path):
+    """Text that is not UTF-8, and a criterion that the model does not have, are refused before anything is written."""
+    (tmp_path / "text").write_text("a <b> word")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    options = ("--loops", "1,3", "--samples", 2, "--out", "page/sweep")
+    result = tool("depth_sweep", run_dir, *options, "--text", "text", "--exit", "kl")
+    assert result.code == 0 and "page/sweep.html" in result.out, result.err
+    page = (tmp_path / "page" / "sweep.html").read_text()
+    assert "&lt;" in page and "<b>" not in page.replace('<b id="mean">', "") and "loops" in page
+    refused = tool("depth_sweep", run_dir, *options, "--text", "binary")
+    assert refused.code == 2 and "binary: cannot be read as text" in refused.err
+    refused = tool("depth_sweep", run_dir, *options, "--text", "text", "--exit", "halting", "--out", "none/sweep")
+    assert refused.code == 2 and "has no halting weights" in refused.err and not list(tmp_path.glob("none/*"))
+
+
 # --- all
 
 

@@ -84,8 +84,10 @@ ELSEWHERE = (  # commands that other tests run
     "launch/deepspeed.sh ",
     "python tools/plan.py ",  # below, plan/test_command.py, train/test_variants.py
     "python -m mythos_dist.doctor ",  # test_doctor.py
+    "python tools/depth_sweep.py runs/first --text",  # test_first_use.py
     "python tools/evaluate.py ",  # evaluate/test_evaluate.py
     "torchrun --nproc_per_node 8 tools/evaluate.py",
+    "python tools/export_checkpoint.py runs/first --out exported --format hf",  # evaluate/test_hf.py
     "make ",  # experiments/test_trials.py; `make demo` is tools/demo.py
     "torchrun --nproc_per_node 8 -m mythos_dist.train configs/tiny_cpu.yaml",  # parallel/test_parity_grid.py
     "python -m mythos_dist.train configs/tiny_cpu.yaml",  # a study of minutes; layout errors: above

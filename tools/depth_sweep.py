@@ -2,17 +2,18 @@
 
     python tools/depth_sweep.py runs/demo
     python tools/depth_sweep.py runs/s3 --data data/s3-16 --loops 4,8,16,32 --out runs/s3/sweep-16
+    python tools/depth_sweep.py runs/first --text story.txt --loops 1,2,4,8 --exit kl --exit-threshold 5e-4
 
 Writes OUT.json and OUT.png. The dotted line is the mean number of loops in training; a cross marks numbers of loops
-with a higher loss than fewer loops have (overthinking).
+with a higher loss than fewer loops have (overthinking). With --text also OUT.html: the text coloured by the loop after
+which each token could stop, what every loop would predict next, and the agreement of each loop with the deepest.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from mythos_dist.config.arguments import parse_arguments
-from mythos_dist.errors import UserError, run_command
+from mythos_dist.config.arguments import number, parse_arguments
+from mythos_dist.errors import run_command
 
 
 def main() -> None:
@@ -24,48 +25,18 @@ def main() -> None:
     add("--data", type=Path, help="folder of shards; its held-out split is used (default: the run's data)")
     add("--samples", type=int, default=256, help="maximum number of held-out sequences (%(default)s)")
     add("--batch", type=int, default=16, help="batch size in sequences (%(default)s)")
+    add("--text", type=Path, help="file of a text (- for standard input): write OUT.html, with the most of --loops")
+    exits = "after which a token stops: small change of its hidden state, of its prediction, or enough halting weight"
+    add("--exit", choices=["latent", "kl", "halting"], default="latent", help=f"{exits} (%(default)s)")
+    add("--exit-threshold", type=number(0, 1e9), help="(default: latent 0.03, kl 5e-4, halting model.act_threshold)")
+    add("--tokenizer", type=Path, help="tokenizer file for --text, if neither export nor training shards have one")
     add("--out", type=Path, help="write OUT.json and OUT.png (default: CHECKPOINT/depth-sweep)")
     add("--json", action="store_true", help="print JSON instead of a table")
     arguments = parse_arguments(parser)
+
+    from mythos_dist.evaluate.depth_command import run  # imports torch
+
     run(arguments)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Sweep, and write and print the results."""
-    from tqdm import tqdm
-
-    from mythos_dist.checkpoint.restore import open_weights_at
-    from mythos_dist.train.depth import draw_curves
-    from mythos_dist.train.sweep import parse_loops, sweep, write_json
-
-    loops, problems = parse_loops(arguments.loops)
-    sizes = {"samples": arguments.samples, "batch": arguments.batch}
-    problems += [f"--{name}={value} must be at least 1" for name, value in sizes.items() if value < 1]
-    if problems:
-        raise UserError(problems)
-    out = arguments.out or arguments.checkpoint / "depth-sweep"
-    open_weights_at(arguments.checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)  # fail before the sweep, not after
-    with tqdm(desc="forward passes", unit="", disable=None) as bar:
-        result = sweep(
-            arguments.checkpoint,
-            loops,
-            data=arguments.data,
-            samples=arguments.samples,
-            batch=arguments.batch,
-            progress=bar.update,
-        )
-    write_json(Path(f"{out}.json"), result.to_json())
-    draw_curves(Path(f"{out}.png"), {f"step {result.step}": result.curve}, result.trained)
-    if arguments.json:
-        print(json.dumps(result.to_json()))
-        return
-    print("loops  loss    accuracy")
-    for n, one in result.curve.items():
-        print(f"{n:5d}  {one.loss:.4f}  {one.accuracy:.1%}")
-    overthinking_from = result.to_json()["overthinking_from"]
-    note = f"; overthinking with {overthinking_from} loops or more" if overthinking_from else ""
-    print(f"{out}.json, {out}.png{note}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from mythos_dist.evaluate.requests import TokenScores
 from mythos_dist.files import lock_file, make_folders, read_json_lines, user_errors
 
 LOCK = "evaluate.lock"
-Result = TokenScores | list[int]  # of a Request; new tokens of a Prompt
+Result = TokenScores | list[int]  # of a ScoreRequest; new tokens of a Prompt
 
 
 class Cache:

@@ -15,14 +15,16 @@ from mythos_dist.checkpoint.names import step_of
 from mythos_dist.checkpoint.restore import config_of, load_model, open_weights_at
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.cache import Cache, lock, weights_id
-from mythos_dist.evaluate.evaluation import load_evaluation, task_names
 from mythos_dist.evaluate.replicas import Replicas
 from mythos_dist.evaluate.report import Results, draw, table, to_json
 from mythos_dist.evaluate.scorer import Scorer, evaluate_on_all_ranks
+from mythos_dist.evaluate.task_set import load_task_set, task_names
 from mythos_dist.evaluate.tokenizer import find_tokenizer
 from mythos_dist.parallel.launcher import export_rank_info, read_rank_info
 from mythos_dist.parallel.process import DTYPES, device, join_process_group, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.sweep import parse_loops, write_json
+
+TIMEOUT = 86400.0  # seconds that other ranks wait for rank 0, which may download data
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(problems)
     rank_info = read_rank_info()
     export_rank_info(rank_info)
-    join_process_group()
+    join_process_group(seconds=TIMEOUT)
     try:
         _run(arguments, names, loops)
     except UserError as error:
@@ -58,10 +60,12 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
     claimed = on_rank_0(lambda: lock(out.parent))
     # Tasks come before the weights, which may take minutes to load.
     config = raise_on_all_ranks(lambda: config_of(checkpoint))
-    evaluation = on_rank_0(lambda: load_evaluation(names, config, arguments.samples, arguments.data))
+    evaluation = on_rank_0(lambda: load_task_set(names, config, arguments.samples, arguments.data))
     tokenizer = raise_on_all_ranks(lambda: find_tokenizer(config, folder, arguments.tokenizer))
     model, _, step = raise_on_all_ranks(lambda: load_model(folder))
-    model.to(device(), DTYPES[arguments.dtype])
+    model.to(device())
+    for parameter in model.parameters():  # not buffers: the router's bias stays in fp32, as in training
+        parameter.data = parameter.data.to(DTYPES[arguments.dtype])
     trained = config.loops.mean_of(config.model)
 
     def evaluate(scorer: Scorer) -> tuple[Results, int]:

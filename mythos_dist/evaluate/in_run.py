@@ -6,6 +6,7 @@ are refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -15,11 +16,10 @@ from mythos_dist.data.stream import MicroBatch
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.cache import Cache
-from mythos_dist.evaluate.evaluation import Evaluation, load_evaluation
 from mythos_dist.evaluate.report import to_json
 from mythos_dist.evaluate.requests import (
     Prompt,
-    Request,
+    ScoreRequest,
     TokenScores,
     num_scored,
     pack,
@@ -27,6 +27,7 @@ from mythos_dist.evaluate.requests import (
     split_scores,
 )
 from mythos_dist.evaluate.scorer import evaluate_on_all_ranks
+from mythos_dist.evaluate.task_set import TaskSet, load_task_set
 from mythos_dist.evaluate.tokenizer import find_tokenizer
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.train.engine import Engine
@@ -40,13 +41,13 @@ class RunTasks:
     def __init__(self, config: Config):
         """Raises UserError on rank 0 for tasks that cannot be loaded or need generated text."""
         self._config = config
-        self._evaluation: Evaluation | None = None
+        self._task_set: TaskSet | None = None
         self._tokenizer: Tokenizer | None = None
         if dist.get_rank() > 0:
             return
-        self._tokenizer = find_tokenizer(config)
-        self._evaluation = load_evaluation(config.train.tasks, config, config.train.eval_samples)
-        if generating := self._evaluation.generating():
+        self._tokenizer = find_tokenizer(config, Path(config.run.dir))
+        self._task_set = load_task_set(config.train.tasks, config, config.train.eval_samples)
+        if generating := self._task_set.generating():
             raise UserError(
                 f"train.tasks: {', '.join(generating)} generates text, which runs do not; evaluate it with "
                 "tools/evaluate.py, and keep tasks of log-likelihoods here"
@@ -57,8 +58,8 @@ class RunTasks:
         n_loops = self._config.loops.mean_of(self._config.model)
 
         def run(scorer) -> dict[str, Any]:
-            assert self._evaluation and self._tokenizer
-            scores = self._evaluation.run(scorer, self._tokenizer, n_loops)
+            assert self._task_set and self._tokenizer
+            scores = self._task_set.run(scorer, self._tokenizer, n_loops)
             return {
                 task: {metric: by_loops[str(n_loops)] for metric, by_loops in metrics.items()}
                 for task, metrics in to_json({n_loops: scores}).items()
@@ -74,7 +75,7 @@ class EngineBackend:
         self._engine, self._heartbeat = engine, heartbeat
         self.max_length = engine.config.train.seq_len
 
-    def plan(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
+    def plan(self, requests: Sequence[ScoreRequest]) -> Iterator[list[list[int]]]:
         """As `Backend.plan`: one batch a round, of as many windows as PASSES hold."""
         windows = pack([len(request.inputs) for request in requests], self.max_length)
         size = PASSES * self._rows
@@ -89,7 +90,7 @@ class EngineBackend:
         """Never called: nothing is planned."""
         raise NotImplementedError
 
-    def score(self, batches: Sequence[Sequence[Request]], n_loops: int) -> list[list[TokenScores]]:
+    def score(self, batches: Sequence[Sequence[ScoreRequest]], n_loops: int) -> list[list[TokenScores]]:
         """As `Backend.score`."""
         results = []
         for requests in batches:
@@ -108,7 +109,7 @@ class EngineBackend:
     def _mesh(self) -> Mesh:
         return self._engine.mesh
 
-    def _passes(self, windows: list[list[int]], requests: Sequence[Request]) -> Iterator[tuple[MicroBatch, Any]]:
+    def _passes(self, windows: list[list[int]], requests: Sequence[ScoreRequest]) -> Iterator[tuple[MicroBatch, Any]]:
         """This replica's micro-batches; all replicas have the same number, the last ones may hold padding only."""
         num_passes = -(-len(windows) // self._rows)
         batch = packed_batch(windows, requests, num_passes * self._rows, self.max_length)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.evaluate.report import Score
-from mythos_dist.evaluate.requests import Request
+from mythos_dist.evaluate.requests import ScoreRequest
 from mythos_dist.evaluate.scorer import Scorer
 from mythos_dist.parallel.tensor import IGNORED
 
@@ -37,13 +37,13 @@ def _range(first: int) -> str:
     return f"{first}-{2 * first - 1}" if first > 1 else str(first)
 
 
-def requests_of(windows: Windows) -> list[Request]:
+def requests_of(windows: Windows) -> list[ScoreRequest]:
     """A request per window."""
     requests = []
     for batch in windows.batches:
         fields = batch.input_ids.tolist(), batch.final_labels.tolist(), batch.document_ids.tolist()
         for ids, labels, documents in zip(*fields, strict=True):
-            requests.append(Request(ids, labels, documents if windows.document_mask else None))
+            requests.append(ScoreRequest(ids, labels, documents if windows.document_mask else None))
     return requests
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mythos_dist.evaluate.requests import (
     Prompt,
-    Request,
+    ScoreRequest,
     TokenScores,
     num_scored,
     padded_batch,
@@ -34,7 +34,7 @@ class Replicas:
         self.max_length = model.config.max_seq_len
         self._model, self._stop_token, self._batch_tokens = model, stop_token, batch_tokens
 
-    def plan(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
+    def plan(self, requests: Sequence[ScoreRequest]) -> Iterator[list[list[int]]]:
         """As `Backend.plan`: a batch for each rank."""
         yield from _rounds(plan_batches([len(request.inputs) for request in requests], self._batch_tokens))
 
@@ -49,7 +49,7 @@ class Replicas:
             batches += [indices[first : first + size] for first in range(0, len(indices), size)]
         yield from _rounds(batches)
 
-    def score(self, batches: Sequence[Sequence[Request]], n_loops: int) -> list[list[TokenScores]]:
+    def score(self, batches: Sequence[Sequence[ScoreRequest]], n_loops: int) -> list[list[TokenScores]]:
         """As `Backend.score`."""
         return _share(batches, lambda batch: self._score(batch, n_loops))
 
@@ -58,7 +58,7 @@ class Replicas:
         return _share(batches, lambda batch: self._generate(batch, n_loops))
 
     @torch.no_grad()
-    def _score(self, requests: Sequence[Request], n_loops: int) -> list[TokenScores]:
+    def _score(self, requests: Sequence[ScoreRequest], n_loops: int) -> list[TokenScores]:
         batch, to = padded_batch(requests), device()
         # Without seeds, a random initial state would depend on the row.
         loops = Loops(n_loops, seeds=torch.zeros(len(requests), dtype=torch.int64))

@@ -21,7 +21,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.parallel.tensor import IGNORED
 
 
-class Request(NamedTuple):
+class ScoreRequest(NamedTuple):
     """A sequence of which some labels are scored."""
 
     inputs: Sequence[int]  # token ids
@@ -65,7 +65,7 @@ def _hash(kind: str, *parts: Sequence[int]) -> str:
     return digest.hexdigest()[:32]
 
 
-def continuation_request(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Request:
+def continuation_request(context: Sequence[int], continuation: Sequence[int], max_length: int) -> ScoreRequest:
     """Score `continuation` after `context`, which loses its beginning where both are longer than max_length + 1.
 
     Raises UserError if the continuation alone is too long.
@@ -77,10 +77,10 @@ def continuation_request(context: Sequence[int], continuation: Sequence[int], ma
         )
     tokens = [*context, *continuation][-(max_length + 1) :]
     first = len(tokens) - len(continuation) - 1
-    return Request(tokens[:-1], [IGNORED] * first + tokens[1 + first :])
+    return ScoreRequest(tokens[:-1], [IGNORED] * first + tokens[1 + first :])
 
 
-class Batch(NamedTuple):
+class ScoreBatch(NamedTuple):
     """Sequences for one forward pass."""
 
     input_ids: Tensor  # (B, S) int64
@@ -102,7 +102,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def padded_batch(requests: Sequence[Request]) -> Batch:
+def padded_batch(requests: Sequence[ScoreRequest]) -> ScoreBatch:
     """One sequence a row, padded on the right to the longest."""
     return _fill([[i] for i in range(len(requests))], requests, len(requests), max(len(r.inputs) for r in requests))
 
@@ -122,12 +122,14 @@ def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     return windows
 
 
-def packed_batch(windows: Sequence[Sequence[int]], requests: Sequence[Request], rows: int, seq_len: int) -> Batch:
+def packed_batch(
+    windows: Sequence[Sequence[int]], requests: Sequence[ScoreRequest], rows: int, seq_len: int
+) -> ScoreBatch:
     """A window a row, filled with rows of padding up to `rows`."""
     return _fill(windows, requests, rows, seq_len)
 
 
-def _fill(windows: Sequence[Sequence[int]], requests: Sequence[Request], rows: int, seq_len: int) -> Batch:
+def _fill(windows: Sequence[Sequence[int]], requests: Sequence[ScoreRequest], rows: int, seq_len: int) -> ScoreBatch:
     ids, labels = np.zeros((rows, seq_len), np.int64), np.full((rows, seq_len), IGNORED, np.int64)
     documents, columns = np.zeros((rows, seq_len), np.int32), np.full((rows, seq_len), -1, np.int64)
     first_columns = np.cumsum([0, *(_num_scored(request) for request in requests)])
@@ -142,10 +144,10 @@ def _fill(windows: Sequence[Sequence[int]], requests: Sequence[Request], rows: i
             columns[row, here][scored] = first_columns[i] + np.arange(scored.sum())
             at, document = here.stop, int(documents[row, here.stop - 1]) + 1
         documents[row, at:] = document
-    return Batch(*map(torch.from_numpy, (ids, labels, documents, columns)))
+    return ScoreBatch(*map(torch.from_numpy, (ids, labels, documents, columns)))
 
 
-def split_scores(scores: Tensor, requests: Sequence[Request]) -> list[TokenScores]:
+def split_scores(scores: Tensor, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
     """(2, scored labels) of `Engine.score_tokens` -> the scores of each request."""
     logprobs, correct = scores.cpu().numpy()
     ends = np.cumsum([_num_scored(request) for request in requests])[:-1]
@@ -153,10 +155,10 @@ def split_scores(scores: Tensor, requests: Sequence[Request]) -> list[TokenScore
     return [TokenScores(one.tolist(), flags.tolist()) for one, flags in parts]
 
 
-def _num_scored(request: Request) -> int:
+def _num_scored(request: ScoreRequest) -> int:
     return sum(label != IGNORED for label in request.labels)
 
 
-def num_scored(requests: Sequence[Request]) -> int:
+def num_scored(requests: Sequence[ScoreRequest]) -> int:
     """Scored labels of all requests."""
     return sum(map(_num_scored, requests))

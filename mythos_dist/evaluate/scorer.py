@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.cache import Cache, Result
-from mythos_dist.evaluate.requests import Prompt, Request, TokenScores
+from mythos_dist.evaluate.requests import Prompt, ScoreRequest, TokenScores
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]
@@ -27,7 +27,7 @@ class Backend(Protocol):
 
     max_length: int  # tokens of the longest input
 
-    def plan(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
+    def plan(self, requests: Sequence[ScoreRequest]) -> Iterator[list[list[int]]]:
         """Indices of the requests of each round's batches. The same requests give the same batches."""
         ...
 
@@ -35,7 +35,7 @@ class Backend(Protocol):
         """As `plan`. Raises UserError if this backend does not generate."""
         ...
 
-    def score(self, batches: Sequence[Sequence[Request]], n_loops: int) -> list[list[TokenScores]]:
+    def score(self, batches: Sequence[Sequence[ScoreRequest]], n_loops: int) -> list[list[TokenScores]]:
         """Collective: the scores of a round, on every rank."""
         ...
 
@@ -47,7 +47,7 @@ class Backend(Protocol):
 class _Work(NamedTuple):
     """What rank 0 sends to all ranks; no batches: nothing is left to do."""
 
-    batches: Sequence[Sequence[Request]] | Sequence[Sequence[Prompt]] = ()
+    batches: Sequence[Sequence[ScoreRequest]] | Sequence[Sequence[Prompt]] = ()
     n_loops: int = 0
     problems: Sequence[str] = ()  # of the UserError that rank 0 ended with
 
@@ -61,7 +61,7 @@ class Scorer:
         self.computed = 0  # requests that were not in the cache
         self._backend, self._cache, self._progress = backend, cache, progress
 
-    def score(self, requests: Sequence[Request], n_loops: int) -> list[TokenScores]:
+    def score(self, requests: Sequence[ScoreRequest], n_loops: int) -> list[TokenScores]:
         """The scores of requests, in their order."""
         return cast(list[TokenScores], self._results(requests, self._backend.plan(requests), n_loops))
 

@@ -1,19 +1,19 @@
-"""The tokenizer of a model: as given, in the folder of its export, or that of its training shards."""
+"""The tokenizer of an evaluated model."""
 
 from pathlib import Path
 
 from mythos_dist.config.schema import Config
-from mythos_dist.data.manifest import read_shard_manifest
-from mythos_dist.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from mythos_dist.data import tokenizer_files
+from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 
 
-def find_tokenizer(config: Config, folder: Path | None = None, file: Path | None = None) -> Tokenizer:
-    """folder: of the weights. file: given by the user.
+def find_tokenizer(config: Config, folder: Path, file: Path | None = None) -> Tokenizer:
+    """The tokenizer in `file`; else that of the export `folder`, or of the shards of the run.
 
     Raises UserError if there is none, or if it has more tokens than the model.
     """
-    tokenizer = _load(config, folder, file)
+    tokenizer = tokenizer_files.find_tokenizer(folder, config.data, file).tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"has {tokenizer.vocab_size} tokens, and the model model.vocab_size={config.model.vocab_size}; give the "
@@ -21,17 +21,3 @@ def find_tokenizer(config: Config, folder: Path | None = None, file: Path | None
             str(tokenizer.path),
         )
     return tokenizer
-
-
-def _load(config: Config, folder: Path | None, file: Path | None) -> Tokenizer:
-    if file is not None:
-        return Tokenizer.load(file)
-    for name in (SentencePieceTokenizer.file_name, HuggingFaceTokenizer.file_name) if folder else ():
-        if folder and (folder / name).is_file():
-            return Tokenizer.load(folder / name)
-    shards = Path(next(iter(config.data.folders)))  # all folders of a mix have one tokenizer
-    try:
-        manifest = read_shard_manifest(shards)
-    except UserError as error:
-        raise UserError(f"no tokenizer ({error}); name its file with --tokenizer", str(folder or shards)) from None
-    return Tokenizer.load(config.data.tokenizer or shards / manifest.tokenizer, manifest.eos)

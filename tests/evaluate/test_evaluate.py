@@ -165,6 +165,10 @@ def test_the_tool_gives_the_same_results_on_one_rank_and_on_two(run_dir, tmp_pat
         assert json.loads(out.with_suffix(".json").read_text()) == results[-1]
         assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert results[0] == results[1]
+    rounded = evaluate(2, run_dir, *options[:-1], tmp_path / "bf16" / "result", "--dtype", "bf16")
+    for metric, loops in rounded["tasks"]["perplexity_by_position"].items():
+        expected = results[0]["tasks"]["perplexity_by_position"][metric]["2"]["value"]
+        assert loops["2"]["value"] == pytest.approx(expected, rel=0.03)
     assert results[0]["computed_requests"] == 2 * (12 * 3 + 8)
     assert set(results[0]["tasks"]) == set(names.replace(str(task), "choices").split(","))
 
@@ -180,11 +184,17 @@ def test_a_killed_evaluation_computes_only_what_is_missing(run_dir, tmp_path):
     assert killed.codes == [-9]
     (file,) = tmp_path.glob("killed/cache/*/*.jsonl")
     kept = file.read_bytes().count(b"\n")
-    assert 0 < kept < whole["computed_requests"] <= 120  # some choices are equal
+    assert kept < whole["computed_requests"] <= 120  # some choices are equal
     again = evaluate(1, *arguments)
     assert again["computed_requests"] == whole["computed_requests"] - kept
     assert again["tasks"] == whole["tasks"]
     assert evaluate(1, *arguments)["computed_requests"] == 0
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])  # within a line
+    kept = file.read_bytes().count(b"\n")
+    again = evaluate(1, *arguments)
+    assert kept > 0 and again["computed_requests"] == whole["computed_requests"] - kept
+    assert again["tasks"] == whole["tasks"]
 
 
 @pytest.mark.parametrize(

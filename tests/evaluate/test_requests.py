@@ -11,7 +11,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.evaluate.cache import Cache, lock
 from mythos_dist.evaluate.requests import (
     Prompt,
-    Request,
+    ScoreRequest,
     TokenScores,
     continuation_request,
     pack,
@@ -49,7 +49,7 @@ def test_labels_find_their_way_back_to_their_requests(data, lengths):
     for i, length in enumerate(lengths):
         scored = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
         labels = [100 * i + at if flag else IGNORED for at, flag in enumerate(scored)]
-        requests.append(Request([i] * length, labels))
+        requests.append(ScoreRequest([i] * length, labels))
     windows = pack(lengths, 30)
     for batch in (padded_batch(requests), packed_batch(windows, requests, len(windows) + 2, 30)):
         scores = torch.zeros(2, sum(label != IGNORED for one in requests for label in one.labels)).double()
@@ -62,21 +62,21 @@ def test_labels_find_their_way_back_to_their_requests(data, lengths):
 
 def test_packed_sequences_are_documents_of_their_own():
     """Two requests, the second of two documents, then padding: four documents in the window."""
-    requests = [Request([5, 6, 7], [6, 7, 8]), Request([1, 2], [2, 3], [0, 1])]
+    requests = [ScoreRequest([5, 6, 7], [6, 7, 8]), ScoreRequest([1, 2], [2, 3], [0, 1])]
     batch = packed_batch([[0, 1]], requests, 1, 7)
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 2, 3, 3]]
     assert batch.input_ids.tolist() == [[5, 6, 7, 1, 2, 0, 0]]
 
 
 def test_a_context_that_is_too_long_loses_its_beginning():
-    assert continuation_request([1, 2, 3, 4], [5, 6], 4) == Request([2, 3, 4, 5], [IGNORED, IGNORED, 5, 6])
-    assert continuation_request([1], [5], 4) == Request([1], [5])
+    assert continuation_request([1, 2, 3, 4], [5, 6], 4) == ScoreRequest([2, 3, 4, 5], [IGNORED, IGNORED, 5, 6])
+    assert continuation_request([1], [5], 4) == ScoreRequest([1], [5])
     with pytest.raises(UserError, match="continuation of 5 tokens is longer than the context of 4"):
         continuation_request([1], [5] * 5, 4)
 
 
 def test_the_cache_keeps_results_and_skips_a_line_that_a_kill_has_truncated(tmp_path):
-    scored, prompt = Request([1, 2], [IGNORED, 3]), Prompt([1, 2], 4)
+    scored, prompt = ScoreRequest([1, 2], [IGNORED, 3]), Prompt([1, 2], 4)
     cache = Cache(tmp_path)
     results = [(scored.key, TokenScores([-0.1234567890123], [True])), (prompt.key, [7, 8])]
     cache.add(4, results)
@@ -95,8 +95,8 @@ def test_the_cache_keeps_results_and_skips_a_line_that_a_kill_has_truncated(tmp_
 
 def test_keys_differ_for_different_requests():
     """Also where the flattened numbers are the same."""
-    requests = [Request([1, 2], [2, 3]), Request([1, 2], [IGNORED, 3]), Request([1, 2], [2, 3], [0, 1])]
-    requests += [Request([1, 2, 2], [3, 4, 5]), Prompt([1, 2], 3), Prompt([1], 2)]
+    requests = [ScoreRequest([1, 2], [2, 3]), ScoreRequest([1, 2], [IGNORED, 3]), ScoreRequest([1, 2], [2, 3], [0, 1])]
+    requests += [ScoreRequest([1, 2, 2], [3, 4, 5]), Prompt([1, 2], 3), Prompt([1], 2)]
     assert len({request.key for request in requests}) == len(requests)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # lm_eval takes seconds to import, and the built-in tasks do 
 
 
 @dataclass
-class Evaluation:
+class TaskSet:
     """Tasks with their data."""
 
     builtin: list[str]
@@ -43,7 +43,7 @@ class Evaluation:
         return scores
 
 
-def load_evaluation(names: Sequence[str], config: Config, samples: int, data: Path | None = None) -> Evaluation:
+def load_task_set(names: Sequence[str], config: Config, samples: int, data: Path | None = None) -> TaskSet:
     """Load tasks by name or file. samples: held-out windows of the built-in tasks, from the run's shards or `data`.
 
     Raises UserError for tasks and data that cannot be loaded.
@@ -60,7 +60,7 @@ def load_evaluation(names: Sequence[str], config: Config, samples: int, data: Pa
         from mythos_dist.evaluate.tasks import load_tasks
 
         tasks = load_tasks(others)
-    return Evaluation(builtin, windows, tasks)
+    return TaskSet(builtin, windows, tasks)
 
 
 def task_names() -> list[str]:

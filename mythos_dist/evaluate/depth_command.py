@@ -1,0 +1,79 @@
+"""`tools/depth_sweep.py`: a checkpoint over the number of loops, on held-out data and token by token on a text."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mythos_dist.checkpoint.restore import load_model, open_weights_at
+from mythos_dist.errors import UserError
+from mythos_dist.evaluate.depth_page import depth_page
+from mythos_dist.evaluate.depth_text import measure_text
+from mythos_dist.evaluate.tokenizer import find_tokenizer
+from mythos_dist.files import reason, write_atomically
+from mythos_dist.parallel.process import device
+from mythos_dist.train.depth import draw_curves
+from mythos_dist.train.sweep import parse_loops, sweep, write_json
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Sweep, and write and print the results. Raises UserError."""
+    loops, problems = parse_loops(arguments.loops)
+    sizes = {"samples": arguments.samples, "batch": arguments.batch}
+    problems += [f"--{name}={value} must be at least 1" for name, value in sizes.items() if value < 1]
+    if problems:
+        raise UserError(problems)
+    out = arguments.out or arguments.checkpoint / "depth-sweep"
+    open_weights_at(arguments.checkpoint)
+    text = None if arguments.text is None else _read_text(arguments.text)
+    out.parent.mkdir(parents=True, exist_ok=True)  # fail before the sweep, not after
+    page = [] if text is None else [_write_page(arguments, text, max(loops), Path(f"{out}.html"))]
+    with tqdm(desc="forward passes", unit="", disable=None) as bar:
+        result = sweep(
+            arguments.checkpoint,
+            loops,
+            data=arguments.data,
+            samples=arguments.samples,
+            batch=arguments.batch,
+            progress=bar.update,
+        )
+    write_json(Path(f"{out}.json"), result.to_json())
+    draw_curves(Path(f"{out}.png"), {f"step {result.step}": result.curve}, result.trained)
+    if arguments.json:
+        print(json.dumps(result.to_json()))
+        return
+    print("loops  loss    accuracy")
+    for n, one in result.curve.items():
+        print(f"{n:5d}  {one.loss:.4f}  {one.accuracy:.1%}")
+    overthinking_from = result.to_json()["overthinking_from"]
+    note = f"; overthinking with {overthinking_from} loops or more" if overthinking_from else ""
+    print(f"{', '.join([f'{out}.json', f'{out}.png', *page])}{note}")
+
+
+def _read_text(file: Path) -> str:
+    """The text of a file, or of standard input (-). Raises UserError."""
+    try:
+        content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        return content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read as text ({reason(error)}); give a UTF-8 file to --text", str(file)) from None
+
+
+def _write_page(arguments: argparse.Namespace, text: str, n_loops: int, file: Path) -> str:
+    """Write the page about a text. Returns its path."""
+    model, config, step = load_model(arguments.checkpoint)
+    folder = open_weights_at(arguments.checkpoint).folder
+    tokenizer = find_tokenizer(config, folder, arguments.tokenizer)
+    depths = measure_text(model.to(device()), tokenizer, text, n_loops)
+    criterion = arguments.exit
+    if criterion not in depths.measures:
+        raise UserError(
+            f"--exit={criterion}: act.mode={config.act.mode_of(config.model)} has no halting weights; choose one of "
+            f"{', '.join(depths.measures)}"
+        )
+    threshold = depths.thresholds[criterion] if arguments.exit_threshold is None else arguments.exit_threshold
+    title = f"Loops per token after step {step}"
+    write_atomically(file, depth_page(title, depths, tokenizer, criterion, threshold))
+    return str(file)
