@@ -1,4 +1,18 @@
-"""Format numbers for messages; intervals."""
+"""Format numbers for messages; sizes and intervals."""
+
+import re
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(|[kKMGTP]i?)B?", re.ASCII)
+_UNITS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+
+
+def bytes_of(text: str) -> int:
+    """A size in bytes: "400kB" is 400,000, "1.5 GiB" is 1.5 x 1024^3, "512" is 512. Raises ValueError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r:.40} is not a size, such as 400kB or 200GB")
+    base = 1024 if match[2].endswith("i") else 1000
+    return int(float(match[1]) * base ** _UNITS[match[2][:1]])
 
 
 def short(number: float) -> str:

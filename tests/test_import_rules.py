@@ -20,13 +20,15 @@ MAY_IMPORT = {
     "gpu_packages": set(),
     "private": set(),
     "units": set(),
+    "urls": set(),
     "config": set(),
-    "data": {"config"},
+    "store": set(),
+    "data": {"config", "store"},
     "parallel": {"config"},
     "model": {"parallel", "config"},
     "checkpoint": {"model", "parallel", "data", "config"},
     "huggingface": set(),  # copied into exports, where nothing of ours is
-    "train": {"checkpoint", "model", "parallel", "data", "config"},
+    "train": {"checkpoint", "model", "parallel", "data", "config", "store"},
     "generate": {"train", "checkpoint", "model", "parallel", "data", "config"},
     "evaluate": {"train", "checkpoint", "model", "parallel", "data", "config"},
     "prepare": {"data", "config"},
@@ -34,6 +36,7 @@ MAY_IMPORT = {
     "ops.plan": {"train", "model", "parallel", "config"},
     "ops": {
         "ops.cluster",
+        "store",
         "ops.plan",
         "evaluate",
         "train",
@@ -62,8 +65,8 @@ MAY_IMPORT = {
 ENTRY_POINT = "mythos_dist.train.__main__"
 # `Mythos.generate` imports the engine when it is called (DECODE-4).
 CALLED_LATER = {"mythos_dist.model.mythos": {"generate"}}
-SHARED = {"errors", "files", "gpu_packages", "private", "units"}
-CORE = {"config", "data", "model", "parallel", "checkpoint", "train"}
+SHARED = {"errors", "files", "gpu_packages", "private", "units", "urls"}
+CORE = {"config", "store", "data", "model", "parallel", "checkpoint", "train"}
 COPIED = REPOSITORY / "mythos_dist" / "huggingface"  # its files import each other as transformers requires
 FILES = sorted(path for folder in ("mythos_dist", "experiments") for path in (REPOSITORY / folder).rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("tools", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))

@@ -1,6 +1,6 @@
 import pytest
 
-from mythos_dist.units import short
+from mythos_dist.units import bytes_of, short
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,25 @@ from mythos_dist.units import short
 )
 def test_short(number, text):
     assert short(number) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("400kB", 400_000),
+        ("400KB", 400_000),
+        ("1.5 GB", 1_500_000_000),
+        ("2GiB", 2 * 1024**3),
+        ("1T", 10**12),
+        ("3 kiB", 3072),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "1 XB", "1,5GB", "5 G B", "inf", "1gb", "٣GB"])
+def test_other_text_is_no_size(text):
+    with pytest.raises(ValueError, match="is not a size, such as 400kB or 200GB"):
+        bytes_of(text)

@@ -29,6 +29,8 @@ MAY_CHANGE = {
     "data.workers",
     "data.verify",
     "data.cache",
+    "data.cache_limit",
+    "data.prefetch_shards",
     "run.dir",
     "run.start_from",  # not read again once the run has a checkpoint
     "run.start_from_state",

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from mythos_dist.config.tree import NULLS, Node, Scalar, show_node
 from mythos_dist.errors import UserError
+from mythos_dist.units import bytes_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ class _PathText:
     """Marks a text as a path: a leading `~/` is expanded."""
 
 
-PATH = _PathText()
+class _SizeText:
+    """Marks a text as a number of bytes: 400kB, 1.5GB, 2GiB."""
+
+
+PATH, SIZE = _PathText(), _SizeText()
 PAIRS = "a list of pairs of whole numbers, such as [[8, 100], [16, 200]]"
 MIX = "folders with their weights, such as {shards/web: 0.7, shards/code: 0.3}"
 _EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: MIX}
@@ -98,6 +103,7 @@ class Kind:
     words: Words | None = None  # of text
     item: "Kind | None" = None
     path: bool = False
+    size: bool = False  # text that is a number of bytes
 
     @property
     def expected(self) -> str:
@@ -109,6 +115,8 @@ class Kind:
             text = PAIRS if self.item and self.item.type is tuple else "a list of whole numbers, such as [1, 2, 4]"
             text = "two whole numbers, such as [1000, 2000]" if self.length else text
             text = "a list of texts, such as [a.yaml, b.yaml]" if self.item and self.item.type is str else text
+        elif self.size:
+            text = "a size in bytes, such as 400kB or 200GB"
         else:
             text = _EXPECTED[self.type]
         return f"{text}, or null" if self.optional and self.type is not dict else text
@@ -166,7 +174,9 @@ class Kind:
         if self.type is float and not math.isfinite(value):
             return ": expected a finite number"
         if self.type is str:
-            return self.words.problem(value) if self.words else _unprintable(value)
+            if self.words:
+                return self.words.problem(value)
+            return _unprintable(value) or (self._size_problem(value) if self.size else None)
         if self.type is tuple and self.item:
             members = [one for pair in value for one in pair] if self.item.type is tuple else value
             bounds = (self.item.item or self.item).range
@@ -175,6 +185,12 @@ class Kind:
         if self.range and self.type in (int, float) and (words := self.range.problem(value)):
             return f" {words}"
         return None
+
+    def _size_problem(self, value: str) -> str | None:
+        try:
+            return None if bytes_of(value) > 0 else " must be above 0"
+        except ValueError:
+            return f": expected {self.expected}"
 
     def _is_of_type(self, value: Any) -> bool:
         if self.item is not None and isinstance(value, self.type):
@@ -269,7 +285,8 @@ def _kind(hint: Any, by_mode: bool = False) -> Kind:
         inner = _kind(args[0], by_mode)
         bounds = next((one for one in args[1:] if isinstance(one, Range)), inner.range)
         words = next((one for one in args[1:] if isinstance(one, Words)), None)
-        return _with(inner, range=bounds, words=words, path=any(isinstance(one, _PathText) for one in args[1:]))
+        marks = {type(one) for one in args[1:]}
+        return _with(inner, range=bounds, words=words, path=_PathText in marks, size=_SizeText in marks)
     if origin in (Union, types.UnionType):
         (member,) = [one for one in args if one is not type(None)]
         return _with(_kind(member, by_mode), optional=True)

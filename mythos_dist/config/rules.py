@@ -7,6 +7,8 @@ from collections.abc import Iterator, Set
 
 from mythos_dist.config.layout import Problem, divisors, few, find_layout_problems
 from mythos_dist.config.schema import BY_MODE, Config, DataConfig, MythosConfig, OptimConfig
+from mythos_dist.errors import redact
+from mythos_dist.urls import has_secrets, is_url
 
 
 def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
@@ -253,6 +255,7 @@ def _kv_sharing_problems(config: Config) -> Iterator[Problem]:
 def _data_problems(data: DataConfig) -> Iterator[Problem]:
     settings = ("data.path", "data.mix")
     yield from _mix_change_problems(data)
+    yield from _url_problems(data)
     if data.mix is None:
         if not data.path:
             yield Problem(
@@ -274,6 +277,17 @@ def _data_problems(data: DataConfig) -> Iterator[Problem]:
             if weight < total * 1e-9:
                 message = f"{name}[{folder}]={weight} is less than a billionth of all weights; leave the folder out"
                 yield Problem((*settings, name), message)
+
+
+def _url_problems(data: DataConfig) -> Iterator[Problem]:
+    """Settings are written to config.yaml and logs, so URLs must not hold what gives access."""
+    for url in [*data.mix_begin, *(data.mix_end or {}), data.tokenizer or ""]:
+        if is_url(url) and has_secrets(url):
+            yield Problem(
+                ("data.path", "data.mix", "data.tokenizer"),
+                f"{redact(url)} contains a password or key; leave it out, and give credentials in the environment or "
+                "in the store's usual files",
+            )
 
 
 def _mix_change_problems(data: DataConfig) -> Iterator[Problem]:

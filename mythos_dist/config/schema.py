@@ -10,8 +10,9 @@ Decisions: LOOPS-4, LOOPS-5, LOOPS-9, CONFIG-2.
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from mythos_dist.config.fields import PATH, Range, Section, Words, show
+from mythos_dist.config.fields import PATH, SIZE, Range, Section, Words, show
 from mythos_dist.errors import UserError
+from mythos_dist.units import bytes_of
 
 MOST_DRAWN_LOOPS = 10**6  # a step's loops are clipped to at most this
 MAX_LOOPS = 512  # 8 times the largest variant's; assigning loops to stages takes quadratic time
@@ -32,6 +33,7 @@ Weight = Annotated[float, Range(0)]  # of a loss term, or a rate
 Above0 = Annotated[float, Range(0, above=True)]
 Seconds = Annotated[float, Range(1, 10**8)]  # up to three years; threading.Event accepts 292
 PathText = Annotated[str, PATH]
+SizeText = Annotated[str, SIZE]
 _BELOW_1 = 1 - 2**-53  # the largest double below 1
 Momentum = Annotated[float, Range(0, _BELOW_1, words="must be at least 0 and below 1")]
 _PRIOR = Range(
@@ -359,7 +361,7 @@ class AverageConfig(Section, section="average"):
 
 @dataclass(frozen=True)
 class DataConfig(Section, section="data"):
-    path: PathText = ""  # a folder of MDS shards with manifest.json
+    path: PathText = ""  # a folder of MDS shards with manifest.json, or its URL: s3://bucket/folder
     # Instead of `path`: several such folders with weights, such as {shards/web: 0.7, shards/code: 0.3}. Every range of
     # steps holds samples in this ratio; a corpus that is exhausted starts its next epoch.
     mix: dict[str, MixWeight] | None = None
@@ -371,9 +373,18 @@ class DataConfig(Section, section="data"):
     document_mask: bool = True  # attention within documents only
     workers: Annotated[int, Range(0, 1024)] = 0  # loader processes per rank
     verify: bool = True  # check a shard's hash at its first read in each process; false: if the storage does
-    # Folder on each node for unpacked shards, which are never removed: it needs room for all compressed ones. None: in
-    # the system's temporary folder.
+    # Folder on each node for shards from a store and for unpacked ones; several jobs may use it. None: in the system's
+    # temporary folder.
     cache: PathText | None = None
+    # Bytes that shards from stores may take there, such as 400kB or 200GB: those that are needed last are removed.
+    # None: nothing is removed. Unpacked shards of local folders are not counted and never removed.
+    cache_limit: SizeText | None = None
+    prefetch_shards: Annotated[int, Range(0, 10_000)] = 8  # shards that each node downloads before they are needed
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_limit` in bytes."""
+        return None if self.cache_limit is None else bytes_of(self.cache_limit)
 
     @property
     def mix_begin(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ when a shard is first read (windows.py).
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,22 +21,30 @@ from mythos_dist.data.manifest import (
     read_shard_manifest,
 )
 from mythos_dist.data.mix import Mix, MixChange, integer_weights
-from mythos_dist.data.windows import Shard
+from mythos_dist.data.remote import cache_folder, mirror, read_remote_manifest, tokenizer_file
+from mythos_dist.data.shard import Shard, max_bytes
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
+from mythos_dist.urls import is_url
 
 
 @dataclass(frozen=True)
 class Corpus:
     """One folder of shards in a mix."""
 
-    folder: Path
+    folder: Path  # of shards from a store: the one in data.cache
     weight: int  # relative to the other corpora's
     manifest: ShardManifest
     shards: dict[str, list[Shard]]  # by split
     # Of a mix that changes: the weight afterwards, and the positions in which it changes, the same for all corpora.
     end_weight: int = 0
     change: tuple[int, int] | None = None
+    url: str = ""  # of the folder, if its shards are in a store
+
+    @property
+    def name(self) -> str:
+        """The folder or URL as the user gave it."""
+        return self.url or str(self.folder)
 
 
 def open_corpora(
@@ -48,50 +56,36 @@ def open_corpora(
     splits: Sequence[str] = SPLITS,
     mix_end: Mapping[str, float] | None = None,
     change: tuple[int, int] | None = None,
+    cache: str | Path | None = None,
 ) -> list[Corpus]:
-    """The corpora of `mix` (folder -> weight). Raises UserError with all problems of the folders and conflicts with the
-    config.
+    """The corpora of `mix` (folder or URL -> weight). Raises UserError with all problems of the folders and conflicts
+    with the config.
 
     `mix_end`: the weights after the positions `change`; a folder may be in one of the mixes only. `splits`: those that
-    will be read; a corpus may have no held-out split, see `with_windows`. Not a collective call.
+    will be read; a corpus may have no held-out split, see `with_windows`. `cache`: where the index and the tokenizer of
+    a URL are kept, see `cache_folder`. Not a collective call.
     """
     problems_by_folder: list[tuple[str, str]] = []  # folder, problem
-    corpora = []
+    corpora: list[Corpus] = []
     names = [*mix, *(name for name in mix_end or {} if name not in mix)]
     weights = integer_weights([mix.get(name, 0) for name in names])
     end_weights = integer_weights([mix_end.get(name, 0) for name in names]) if mix_end else [0] * len(names)
     for name, weight, end_weight in zip(names, weights, end_weights, strict=True):
-        folder = Path(name)
         try:
-            manifest = read_shard_manifest(folder)
-            shards = {}
-            problems = []
-            missing = not (folder / "heldout").exists() and manifest.splits["heldout"].windows
-            if missing and "heldout" in splits:
-                problems.append(
-                    "heldout/ is missing, but manifest.json lists a held-out split; copy it too, or set "
-                    "train.eval_samples=0 to train without evaluation"
-                )
-            elif not missing and index_fingerprint(folder) != manifest.fingerprint:
-                problems.append("the shards changed after the conversion (index.json differs); convert again")
-            else:
-                for split in splits:
-                    shards[split] = read_index(folder, split, manifest.fingerprint)
-                    problems += _split_problems(split, shards[split], manifest)
+            corpus, problems = _open_corpus(name, splits, cache)
+            if tokenizer_path and not corpora:
+                problems += _tokenizer_problems(corpus.manifest, tokenizer_path, cache)
         except UserError as error:
-            problems_by_folder.append((name, str(error).removeprefix(f"{name}: ")))
+            text = str(error).removeprefix(f"{name}: ")
+            problems_by_folder.append((name, text.removeprefix(f"{name.rstrip('/')}/") if is_url(name) else text))
             continue
         except OSError as error:
             problems_by_folder.append(
                 (name, f"{error.filename} cannot be read ({error.strerror}); copy the whole folder, or convert again")
             )
             continue
-        tokenizers: list[str | Path] = [folder / manifest.tokenizer]
-        if tokenizer_path and not corpora:
-            tokenizers.append(tokenizer_path)
-        problems += _tokenizer_problems(manifest, tokenizers)
-        problems += _config_problems(manifest, seq_len, vocab_size)
-        corpora.append(Corpus(folder, weight, manifest, shards, end_weight, change))
+        problems += _config_problems(corpus.manifest, seq_len, vocab_size)
+        corpora.append(replace(corpus, weight=weight, end_weight=end_weight, change=change))
         problems += _differences(corpora)
         problems_by_folder += [(name, problem) for problem in problems]
     if problems_by_folder and len(names) == 1:
@@ -99,6 +93,32 @@ def open_corpora(
     if problems_by_folder:
         raise UserError([f"{name}: {problem}" for name, problem in problems_by_folder])
     return corpora
+
+
+def _open_corpus(name: str, splits: Sequence[str], cache: str | Path | None) -> tuple[Corpus, list[str]]:
+    """A folder of shards or its URL, with weight 0, and its problems. Raises UserError and OSError."""
+    url = name if is_url(name) else ""
+    if url:
+        manifest = read_remote_manifest(url)
+        folder = mirror(url, manifest, cache_folder(cache))
+    else:
+        folder = Path(name)
+        manifest = read_shard_manifest(folder)
+    shards, problems = {}, []
+    missing = not (folder / "heldout").exists() and manifest.splits["heldout"].windows
+    if missing and "heldout" in splits:
+        problems.append(
+            "heldout/ is missing, but manifest.json lists a held-out split; copy it too, or set "
+            "train.eval_samples=0 to train without evaluation"
+        )
+    elif not missing and index_fingerprint(folder) != manifest.fingerprint:
+        problems.append("the shards changed after the conversion (index.json differs); convert again")
+    else:
+        for split in splits:
+            shards[split] = read_index(folder, split, manifest.fingerprint, url)
+            problems += _split_problems(split, shards[split], manifest)
+    problems += _tokenizer_problems(manifest, folder / manifest.tokenizer, cache)
+    return Corpus(folder, 0, manifest, shards, url=url), problems
 
 
 def with_windows(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
@@ -146,7 +166,7 @@ def data_changes(corpora: Sequence[Corpus], before: str) -> list[str]:
     old = {digest: int(weight or 1) for weight, _, digest in parts}
     new = {corpus.manifest.fingerprint: corpus for corpus in corpora}
     changes = [
-        f"{corpus.folder} has other shards than those that the run was trained on"
+        f"{corpus.name} has other shards than those that the run was trained on"
         for digest, corpus in new.items()
         if digest not in old
     ]
@@ -158,7 +178,7 @@ def data_changes(corpora: Sequence[Corpus], before: str) -> list[str]:
     if not changes:
         total = sum(corpus.weight for corpus in corpora)
         changes = [
-            f"{corpus.folder} has weight {corpus.weight} of {total}, but the run was trained with {old[digest]} of "
+            f"{corpus.name} has weight {corpus.weight} of {total}, but the run was trained with {old[digest]} of "
             f"{sum(old.values())}"
             for digest, corpus in new.items()
             if corpus.weight * sum(old.values()) != old[digest] * total
@@ -170,13 +190,14 @@ def data_changes(corpora: Sequence[Corpus], before: str) -> list[str]:
             f"{texts[0]}, but the run was trained with {texts[1]}"
         ]
     if not changes:
-        expected = ", ".join(str(new[digest].folder) for digest in old)
+        expected = ", ".join(new[digest].name for digest in old)
         changes = [f"the folders of data.mix are in another order; the run was trained with: {expected}"]
     return changes
 
 
-def read_index(folder: Path, split: str, fingerprint: str) -> list[Shard]:
-    """The shards in folder/split/index.json. Raises UserError if it is not such a list, or OSError."""
+def read_index(folder: Path, split: str, fingerprint: str, url: str = "") -> list[Shard]:
+    """The shards in folder/split/index.json. `url`: where the folder is, if it is in a store. Raises UserError if it is
+    not such a list, or OSError."""
     file = folder / split / "index.json"
     if split == "heldout" and not file.parent.exists():
         return []
@@ -190,9 +211,10 @@ def read_index(folder: Path, split: str, fingerprint: str) -> list[Shard]:
                 raise ValueError(problem)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{split}/index.json is not a list of shards ({type(error).__name__}: {error}); convert again", str(folder)
+            f"{split}/index.json is not a list of shards ({type(error).__name__}: {error}); convert again",
+            url or str(folder),
         ) from None
-    return [Shard(folder / split, fingerprint, entry) for entry in entries]
+    return [Shard(folder / split, fingerprint, entry, url) for entry in entries]
 
 
 def _entry_problem(entry: dict[str, Any]) -> str:
@@ -226,6 +248,13 @@ def _split_problems(split: str, shards: list[Shard], manifest: ShardManifest) ->
         yield f"{split}/index.json lists {count(windows, 'window')}, but manifest.json says {expected}; convert again"
     if not windows and split == "train":
         yield "train/ has 0 windows; convert more text, or with a smaller --heldout"
+    if shards and shards[0].url:  # the rest is checked when a shard is downloaded
+        for shard in shards:
+            most = max_bytes(shard, manifest.window)
+            if shard.entry["raw_data"]["bytes"] > most or shard.stored["bytes"] > most + (1 << 16):
+                yield f"{shard.name}: index.json says more bytes than its samples can fill; convert again"
+                return
+        return
     sizes = _sizes(shards)
     missing = [shard.name for shard in shards if shard.name not in sizes]
     if missing:
@@ -255,12 +284,19 @@ def _sizes(shards: list[Shard]) -> dict[str, int]:
     return sizes
 
 
-def _tokenizer_problems(manifest: ShardManifest, files: Sequence[str | Path]) -> Iterator[str]:
-    for file in map(Path, files):
-        if not file.is_file():
-            yield f"no tokenizer at {file}; copy it there, or convert again"
-        elif file_sha256(file) != manifest.tokenizer_sha256:
-            yield f"the shards were converted with another tokenizer than {file}; use that one, or convert again"
+def _tokenizer_problems(manifest: ShardManifest, path: str | Path, cache: str | Path | None) -> list[str]:
+    if is_url(path):
+        try:
+            tokenizer_file(str(path), manifest.tokenizer_sha256, cache_folder(cache))
+        except UserError as error:
+            return [str(error)]
+        return []
+    file = Path(path)
+    if not file.is_file():
+        return [f"no tokenizer at {file}; copy it there, or convert again"]
+    if file_sha256(file) != manifest.tokenizer_sha256:
+        return [f"the shards were converted with another tokenizer than {file}; use that one, or convert again"]
+    return []
 
 
 def _config_problems(manifest: ShardManifest, seq_len: int, vocab_size: int) -> Iterator[str]:
@@ -282,7 +318,7 @@ def _differences(corpora: list[Corpus]) -> Iterator[str]:
     for key in ("seq_len", "tokenizer_sha256", "eos_id", "targets", "loss_mask"):
         here, there = getattr(last.manifest, key), getattr(first.manifest, key)
         if here != there:
-            yield f"{key}={here}, but {first.folder} has {there}; convert one of them with the other's value"
+            yield f"{key}={here}, but {first.name} has {there}; convert one of them with the other's value"
     for other in corpora[:-1]:
         if other.manifest.fingerprint == last.manifest.fingerprint:
-            yield f"has the same shards as {other.folder}; keep one of them, with the sum of their weights"
+            yield f"has the same shards as {other.name}; keep one of them, with the sum of their weights"

@@ -275,20 +275,27 @@ def read_shard_manifest(path: str | Path) -> ShardManifest:
     if not file.is_file():
         raise UserError("no manifest.json: not a finished conversion; run tools/make_shards.py (again)", str(path))
     try:
-        content = file.read_bytes()
+        return parse_shard_manifest(file.read_bytes(), str(file))
+    except OSError as error:
+        raise UserError(f"cannot be read ({type(error).__name__}: {error}); convert again", str(file)) from None
+
+
+def parse_shard_manifest(content: bytes, source: str) -> ShardManifest:
+    """The manifest in the bytes of a manifest.json; `source` is its path or URL. Raises UserError if it is invalid."""
+    try:
         version = read_json(content)["format_version"]
         if version != FORMAT_VERSION:
             other = "a newer" if type(version) is int and version > FORMAT_VERSION else "another"
             raise UserError(
                 f"format_version={version!r:.40} is not {FORMAT_VERSION}: {other} version of "
                 "mythos_dist wrote these shards; use that version, or convert again into another folder",
-                str(file),
+                source,
             )
         return _checked(content)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot be read ({type(error).__name__}: {error}); convert again", str(file)) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot be read ({type(error).__name__}: {error}); convert again", source) from None
 
 
 def read_json(content: bytes | str) -> Any:

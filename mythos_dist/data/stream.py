@@ -29,6 +29,8 @@ from mythos_dist.data.corpora import Corpus, fingerprint, mix_of, open_corpora, 
 from mythos_dist.data.document_ids import document_ids
 from mythos_dist.data.loss_mask import IGNORED, documents_of, labels_of
 from mythos_dist.data.order import SampleOrder
+from mythos_dist.data.shard import Shard
+from mythos_dist.data.shard_cache import ShardCache
 from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
@@ -73,9 +75,9 @@ class ReplicaStream:
         workers: int = 0,
         tokenizer_path: str | Path | None = None,
         verify: bool = True,
-        cache: str | Path | None = None,
+        cache: ShardCache | str | Path | None = None,
     ):
-        """`path`: a folder, a mix (folder -> weight), or the corpora that `open_corpora` returned.
+        """`path`: a folder or URL, a mix (folder or URL -> weight), or the corpora that `open_corpora` returned.
 
         `global_batch` (of `step`) and `micro_batch` in sequences; `workers`: processes that read ahead; `verify` and
         `cache` as in `WindowReader`. Corpora without windows in the split are left out of the mix. Raises UserError
@@ -86,7 +88,12 @@ class ReplicaStream:
         if isinstance(path, str | Path | Mapping):
             mix = path if isinstance(path, Mapping) else {str(path): 1.0}
             corpora = open_corpora(
-                mix, seq_len=seq_len, vocab_size=vocab_size, tokenizer_path=tokenizer_path, splits=[split]
+                mix,
+                seq_len=seq_len,
+                vocab_size=vocab_size,
+                tokenizer_path=tokenizer_path,
+                splits=[split],
+                cache=cache.root if isinstance(cache, ShardCache) else cache,
             )
         else:
             corpora = path
@@ -157,6 +164,14 @@ class ReplicaStream:
             ids[here] = self._first_ids[i] + order.samples(own[here])
         return ids
 
+    def shards_of(self, batch: np.ndarray, replicas: Sequence[int]) -> list[Shard]:
+        """The shards that these replicas read of a global batch, given as positions, in the order of first use."""
+        parts = batch.reshape(self._num_replicas, -1)[list(replicas)]
+        # A step of all replicas at once: their first samples, their second ones, and so on.
+        found = self._dataset.windows.shards_of(self.sample_ids(parts.T.ravel()))
+        _, first = np.unique(found, return_index=True)
+        return [self._dataset.windows.shards[i] for i in found[np.sort(first)].tolist()]
+
     def _positions(self, step: int) -> np.ndarray:
         return np.arange(step * self._global_batch, (step + 1) * self._global_batch)
 
@@ -212,7 +227,7 @@ def _corpora_to_read(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
     """The corpora that have windows in the split. Raises UserError if none has."""
     if found := with_windows(corpora, split):
         return found
-    folders = ", ".join(str(corpus.folder) for corpus in corpora)
+    folders = ", ".join(corpus.name for corpus in corpora)
     raise UserError(
         "there is no held-out split; convert more text, or with a larger --heldout, or use other shards", folders
     )
@@ -222,14 +237,14 @@ class _WindowDataset(Dataset):
     """Windows by sample id; DataLoader calls `__getitems__` with the ids of a batch."""
 
     def __init__(self, windows: WindowReader):
-        self._windows = windows
+        self.windows = windows
 
     def __getitem__(self, sample_id: int) -> _Read:
         return self.__getitems__([sample_id])
 
     def __getitems__(self, sample_ids: list[int]) -> _Read:
         try:
-            return sample_ids, self._windows.read(sample_ids)
+            return sample_ids, self.windows.read(sample_ids)
         except UserError as error:
             return error
 

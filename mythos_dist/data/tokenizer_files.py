@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from mythos_dist.config.schema import DataConfig
 from mythos_dist.data.chat_template import own_template, special_token_names
-from mythos_dist.data.manifest import ChatTemplate, ShardManifest, read_shard_manifest
+from mythos_dist.data.manifest import ChatTemplate, ShardManifest
+from mythos_dist.data.remote import read_manifest, tokenizer_path
 from mythos_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, read_configuration, token_text
 from mythos_dist.data.tokenizer_json import convert_sentencepiece
 from mythos_dist.errors import UserError
@@ -56,10 +57,11 @@ def find_tokenizer(folder: Path, data: DataConfig, file: Path | None = None) -> 
     try:
         if not shard_folder:
             raise UserError("this export has none")
-        shards = read_shard_manifest(shard_folder)
+        shards = read_manifest(shard_folder)
+        path = tokenizer_path(data.tokenizer, shard_folder, shards, data.cache)
     except UserError as error:
         raise UserError(f"no tokenizer ({error}); name its file with --tokenizer", str(folder)) from None
-    tokenizer = Tokenizer.load(data.tokenizer or Path(shard_folder, shards.tokenizer), shards.eos)
+    tokenizer = Tokenizer.load(path, shards.eos)
     return ModelTokenizer(tokenizer, shards.chat or own_template(tokenizer), shards)
 
 

@@ -3,72 +3,46 @@
 Shards are decoded by streaming's MDSReader, but not through its StreamingDataset: that shares memory between ranks,
 which a kill -9 leaves in /dev/shm, waits for all ranks in its constructor, and hangs or ends silently on a wrong hash.
 Here each process checks a shard's size and hash at its first use, and decompresses compressed shards into a cache.
-Several processes and nodes may decompress the same shard at once: each writes its own file and renames it.
+Several processes and nodes may decompress the same shard at once: each writes its own file and renames it. Shards of
+stores are downloaded, once per node (shard_cache.py).
 
 Decisions: DATA-4, DATA-14.
 """
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import os
 import secrets
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from mythos_dist.data.decompress import CHUNK_BYTES, TooLarge, decompress
+from mythos_dist.data.remote import cache_folder
+from mythos_dist.data.shard import DamagedFile, Shard, decompressed_chunks, max_bytes, open_verified, verify_open
+from mythos_dist.data.shard_cache import ShardCache
 from mythos_dist.errors import UserError
 from mythos_dist.private import default_shard_cache, make_private_folder
 
 OPEN_FILES = 128  # kept open per stream: reopening per sample would overload a cluster's metadata server
-CODECS = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli", "snappy": "snappy"}  # streaming's names -> ours
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard file of a split, as index.json lists it."""
-
-    folder: Path  # of the split
-    fingerprint: str  # of the corpus; names its folder in the cache
-    entry: dict[str, Any]  # in index.json
-
-    @property
-    def stored(self) -> dict[str, Any]:
-        """Name, size and hashes of the file in the folder, compressed or not."""
-        return self.entry["zip_data"] or self.entry["raw_data"]
-
-    @property
-    def name(self) -> str:
-        return f"{self.folder.name}/{self.stored['basename']}"
-
-    def damaged(self, what: str) -> UserError:
-        """The error for a shard file that cannot be used."""
-        corpus = self.folder.parent
-        return UserError(
-            f"{self.name}: {what}; list the damaged files with `python tools/verify_shards.py {corpus}` and copy them "
-            "again, or convert again",
-            str(corpus),
-        )
 
 
 class WindowReader:
     """Reads windows of `window` tokens by their index in the concatenation of `shards`."""
 
-    def __init__(self, shards: Sequence[Shard], window: int, verify: bool = True, cache: str | Path | None = None):
-        """`verify` False: only sizes are checked, not hashes. `cache`: where compressed shards are decompressed;
-        None: below the system's temporary folder."""
+    def __init__(
+        self, shards: Sequence[Shard], window: int, verify: bool = True, cache: ShardCache | str | Path | None = None
+    ):
+        """`verify` False: only sizes are checked, not hashes. `cache`: where compressed shards are decompressed, and
+        those of stores are kept; None: below the system's temporary folder."""
         self._shards, self._window, self._verify = shards, window, verify
         self._ends = np.cumsum([shard.entry["samples"] for shard in shards])
-        self._cache = Path(cache) if cache else None
+        self._cache = cache if isinstance(cache, ShardCache) else Path(cache) if cache else None
         self._verified: set[int] = set()  # shards whose hash was checked
         self._open: dict[int, _OpenShard] = {}
         import_reader()  # once, before loader processes fork
@@ -79,25 +53,38 @@ class WindowReader:
     def read(self, samples: Sequence[int]) -> np.ndarray:
         """The windows with the indices `samples`, unsigned integers of shape (B, window).
 
-        Raises UserError for a shard that is missing, changed or damaged, or that cannot be read or decompressed.
+        Raises UserError for a shard that is missing, changed or damaged, or that cannot be read, downloaded or
+        decompressed.
         """
-        shards = np.searchsorted(self._ends, samples, side="right").tolist()
-        rows = []
-        for sample, shard in zip(samples, shards, strict=True):
+        shards = self.shards_of(samples)
+        rows: dict[int, np.ndarray] = {}
+        for at in np.argsort(shards, kind="stable").tolist():  # one shard after the other: see `_opened`
+            shard = int(shards[at])
             opened = self._opened(shard)
-            index = sample - int(self._ends[shard]) + self._shards[shard].entry["samples"]
+            index = samples[at] - int(self._ends[shard]) + self._shards[shard].entry["samples"]
             try:
                 tokens = opened.tokens(index)
                 if tokens.shape != (self._window,) or tokens.dtype.kind != "u":
                     raise ValueError(f"{tokens.dtype} of shape {tokens.shape}, not {self._window} tokens")
             except (OSError, ValueError, IndexError, KeyError, TypeError) as error:  # the decoder, on arbitrary bytes
                 raise self._shards[shard].damaged(f"sample {index} of this file cannot be read ({error})") from None
-            rows.append(tokens)
-        return np.stack(rows)
+            rows[at] = tokens
+        self._close_removable()
+        return np.stack([rows[at] for at in range(len(samples))])
+
+    def shards_of(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The index of the shard of each sample, int64 (n,)."""
+        return np.searchsorted(self._ends, samples, side="right")
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """All shards, in the order of the samples."""
+        return self._shards
 
     def _opened(self, number: int) -> "_OpenShard":
         opened = self._open.pop(number, None)  # reinserted last: the dict is in order of use
         if opened is None:
+            self._close_removable()  # a cache with a limit removes no open shard: a process has one open at a time
             while len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
             opened = self._open_checked(self._shards[number], self._verify and number not in self._verified)
@@ -105,30 +92,48 @@ class WindowReader:
         self._open[number] = opened
         return opened
 
+    def _close_removable(self) -> None:
+        if isinstance(self._cache, ShardCache) and self._cache.limit is not None:
+            self._open = {number: opened for number, opened in self._open.items() if not self._shards[number].url}
+
     def _open_checked(self, shard: Shard, hashed: bool) -> "_OpenShard":
-        """Verify a shard, decompress it if needed, and open it. Raises UserError."""
+        """Verify a shard, download and decompress it if needed, and open it. Raises UserError."""
         raw = shard.entry["raw_data"]
+        if shard.url:
+            return self._open_remote(shard, hashed)
         if not shard.entry["zip_data"]:
             try:
-                return _OpenShard(shard, _open_verified(shard.folder / raw["basename"], raw, hashed))
-            except _DamagedFile as problem:
+                return _OpenShard(shard, open_verified(shard.folder / raw["basename"], raw, hashed))
+            except DamagedFile as problem:
                 raise shard.damaged(str(problem)) from None
-        if raw["bytes"] > _max_bytes(shard, self._window):
+        if raw["bytes"] > max_bytes(shard, self._window):
             raise shard.damaged(f"index.json says {raw['bytes']} bytes, more than its samples can fill")
-        cache = self._cache or make_private_folder(default_shard_cache(), "set data.cache to a folder of yours")
+        cache = self._cache.root if isinstance(self._cache, ShardCache) else self._cache
+        cache = cache or make_private_folder(default_shard_cache(), "set data.cache to a folder of yours")
         decompressed = cache / shard.fingerprint[:16] / shard.folder.name / raw["basename"]
-        with contextlib.suppress(_DamagedFile):  # missing, or damaged after a power cut: decompress it (again)
-            return _OpenShard(shard, _open_verified(decompressed, raw, hashed))
+        with contextlib.suppress(DamagedFile):  # missing, or damaged after a power cut: decompress it (again)
+            return _OpenShard(shard, open_verified(decompressed, raw, hashed))
         _decompress(shard, decompressed, self._verify)
         try:
-            return _OpenShard(shard, _open_verified(decompressed, raw, hashed))
-        except _DamagedFile as problem:
+            return _OpenShard(shard, open_verified(decompressed, raw, hashed))
+        except DamagedFile as problem:
             raise shard.damaged(f"decompressed to {decompressed}: {problem}") from None
 
-
-def _max_bytes(shard: Shard, window: int) -> int:
-    """The most bytes that a shard of this many samples can have: 8 per token, and a header; offsets are uint32."""
-    return min(1 << 32, (1 << 16) + shard.entry["samples"] * (4 + 8 * window))
+    def _open_remote(self, shard: Shard, hashed: bool) -> "_OpenShard":
+        """Open a shard of a store in the cache; one that is damaged there is downloaded again, once."""
+        if not isinstance(self._cache, ShardCache):
+            self._cache = ShardCache(cache_folder(self._cache))
+        problem = None
+        for _ in range(2):
+            file = self._cache.open(shard)
+            try:
+                verify_open(file, shard.entry["raw_data"], hashed)
+                return _OpenShard(shard, file)
+            except DamagedFile as damage:
+                os.close(file)
+                self._cache.discard(shard)
+                problem = damage
+        raise shard.damaged(f"downloaded to {self._cache.path(shard)}: {problem}")
 
 
 class _OpenShard:
@@ -190,52 +195,6 @@ _PARENT_PACKAGES = (
 )
 
 
-class _DamagedFile(Exception):
-    """A file is missing, cannot be read, or differs from its entry in index.json."""
-
-
-def _open_verified(path: Path, expected: dict[str, Any], hashed: bool) -> int:
-    """Open `path` after checking its size and, if `hashed`, its hash. Returns a descriptor; raises _DamagedFile."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise _DamagedFile(f"cannot be opened ({error.strerror})") from None
-    try:
-        if (size := os.fstat(file).st_size) != expected["bytes"]:
-            raise _DamagedFile(f"has {size} bytes, but index.json says {expected['bytes']}")
-        if hashed:
-            _check_hash(_chunks(file), expected["hashes"])
-        return file
-    except OSError as error:
-        os.close(file)
-        raise _DamagedFile(f"cannot be read ({error.strerror})") from None
-    except BaseException:
-        os.close(file)
-        raise
-
-
-def _chunks(file: int) -> Iterator[bytes]:
-    offset = 0
-    while chunk := os.pread(file, CHUNK_BYTES, offset):
-        yield chunk
-        offset += len(chunk)
-
-
-def _check_hash(chunks: Iterable[bytes], hashes: dict[str, str]) -> None:
-    """Raise _DamagedFile if the chunks' hash is not the one in index.json: xxh64, or else the slower sha1."""
-    import xxhash
-
-    kinds = {"xxh64": xxhash.xxh64, "sha1": hashlib.sha1}
-    kind = next((kind for kind in kinds if kind in hashes), None)
-    if kind is None:
-        raise _DamagedFile("index.json has neither its xxh64 nor its sha1; set data.verify=false to read it anyway")
-    digest = kinds[kind]()
-    for chunk in chunks:
-        digest.update(chunk)
-    if digest.hexdigest() != hashes[kind]:
-        raise _DamagedFile(f"its {kind} is {digest.hexdigest()}, but index.json says {hashes[kind]}")
-
-
 def _decompress(shard: Shard, target: Path, verify: bool) -> None:
     """Decompress the shard to `target`; UserError if that fails, or if the compressed file is damaged.
 
@@ -247,7 +206,7 @@ def _decompress(shard: Shard, target: Path, verify: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(unfinished, "wb") as file:
-                for chunk in _decompressed_chunks(shard, compressed, size, verify):
+                for chunk in decompressed_chunks(shard, compressed, size, verify):
                     file.write(chunk)
             os.replace(unfinished, target)
         finally:
@@ -258,28 +217,3 @@ def _decompress(shard: Shard, target: Path, verify: bool) -> None:
             f"set data.cache to a folder with space for the decompressed shards ({size / 1e6:.1f} MB for this one)",
             str(shard.folder.parent),
         ) from None
-
-
-def _decompressed_chunks(shard: Shard, compressed: Path, size: int, verify: bool) -> Iterator[bytes]:
-    """The raw file, `size` bytes in all. UserError if the compressed file is damaged, or has more or less content."""
-    codec = CODECS.get(str(shard.entry["compression"]).partition(":")[0])
-    if codec is None:
-        raise shard.damaged(f"compression={shard.entry['compression']} in index.json is unknown")
-    done = 0
-    try:
-        os.close(_open_verified(compressed, shard.stored, verify))
-        if codec == "snappy":  # has no streaming decoder; it checks the size in the file's header first
-            chunks: Iterable[bytes] = [pa.Codec(codec).decompress(compressed.read_bytes(), size, asbytes=True)]
-        else:
-            chunks = decompress(lambda: open(compressed, "rb"), codec, size)  # noqa: SIM115
-        for chunk in chunks:
-            done += len(chunk)
-            yield chunk
-    except _DamagedFile as problem:
-        raise shard.damaged(str(problem)) from None
-    except TooLarge:
-        raise shard.damaged(f"it decompresses to more than the {size} bytes that index.json says") from None
-    except (OSError, pa.ArrowException) as error:
-        raise shard.damaged(f"cannot be decompressed ({type(error).__name__}: {error})") from None
-    if done != size:
-        raise shard.damaged(f"it decompresses to {done} bytes, but index.json says {size}")

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mythos_dist.config.schema import Config
+from mythos_dist.data.remote import MAX_INDEX
 from mythos_dist.errors import NodeError, UserError
 from mythos_dist.files import existing_folder
 from mythos_dist.model.parameter_table import checkpoint_bytes
@@ -28,8 +29,10 @@ from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.cluster.inject import FaultInjector
 from mythos_dist.parallel.launcher import RankInfo
 from mythos_dist.parallel.process import device
+from mythos_dist.store.fetch import read_object
 from mythos_dist.train.run_folder import probe_prefix
-from mythos_dist.units import count
+from mythos_dist.units import count, short
+from mythos_dist.urls import is_url, join_url
 
 _ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # of a rank's tensor in the exchange; fp32
 _ROUNDS = 3  # of the exchange; the first one opens connections
@@ -45,12 +48,16 @@ class PreflightResult:
     all_to_all: float  # (n - 1) / n of it
     skew: float  # largest difference between two clocks, in seconds
     seconds: float
+    slowest_store: tuple[float, str] | None = None  # bytes per second, node; None: all shards are local
 
     def __str__(self) -> str:
         ranks, nodes = len(self.nodes), len(set(self.nodes))
         text = f"preflight: {count(ranks, 'rank')} on {count(nodes, 'node')}"
         if ranks > 1:
             text += f", all-reduce {self.all_reduce / 1e9:.2g} GB/s, all-to-all {self.all_to_all / 1e9:.2g} GB/s"
+        if self.slowest_store:
+            rate, node = self.slowest_store
+            text += f", store at least {short(rate)}B/s ({node} is the slowest)"
         return text + f", clock skew {self.skew * 1000:.0f} ms ({self.seconds:.1f} s)"
 
 
@@ -63,6 +70,7 @@ class NodeReport(NamedTuple):
     sees_probe: bool  # whether the file of rank 0 in the run's folder is visible
     gpus: str
     infiniband: str
+    store_rate: float = 0.0  # bytes per second; 0: not measured by this rank
 
 
 class _Exchange(NamedTuple):
@@ -89,7 +97,8 @@ def preflight(config: Config, rank_info: RankInfo, faults: FaultInjector) -> Pre
     raise_problems([(reports[rank].node, problem) for rank, problem in corrupt.items()], reports)
     clocks = [report.clock for report in reports]
     nodes = [report.node for report in reports]
-    return PreflightResult(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin)
+    slowest = min(((report.store_rate, report.node) for report in reports if report.store_rate), default=None)
+    return PreflightResult(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin, slowest)
 
 
 def _probe_name(run_dir: Path) -> str:
@@ -113,6 +122,12 @@ def inspect_node(config: Config, rank_info: RankInfo, probe: Path) -> NodeReport
             f"{folder} has {free / 1e9:,.3g} GB free, and a checkpoint takes {need / 1e9:,.3g} GB; free some space, or "
             "set another run.dir"
         )
+    store_rate = 0.0
+    if rank_info.local_rank == 0:
+        try:
+            store_rate = measure_store(config)
+        except UserError as error:
+            problems.append(str(error))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     active_ports = sum(port.startswith("ACTIVE") for port in infiniband_ports().values())
     return NodeReport(
@@ -122,7 +137,21 @@ def inspect_node(config: Config, rank_info: RankInfo, probe: Path) -> NodeReport
         sees_probe=sees_probe,
         gpus=f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU",
         infiniband=f"{active_ports} active InfiniBand ports",
+        store_rate=store_rate,
     )
+
+
+def measure_store(config: Config) -> float:
+    """Bytes per second at which this node reads the index of the first folder of shards that is a URL; 0 if none is.
+
+    A small index measures the latency instead, so the value is a lower bound. Raises UserError if it cannot be read.
+    """
+    url = next((name for name in config.data.folders if is_url(name)), "")
+    if not url:
+        return 0.0
+    begin = time.perf_counter()
+    size = len(read_object(join_url(url, "train", "index.json"), MAX_INDEX))
+    return size / (time.perf_counter() - begin)
 
 
 def _find_probe(probe: Path, rank_info: RankInfo) -> tuple[bool, list[str]]:

@@ -8,6 +8,7 @@ Decisions: PARALLEL-13.
 import ctypes
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -94,9 +95,14 @@ def check_dtype(dtype: str) -> None:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any rank. A collective call: an all-reduce of one element."""
-    value = torch.tensor(int(flag), device=device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+    return bool(_largest([float(flag)])[0])
+
+
+def _largest(values: Sequence[float]) -> list[float]:
+    """The largest of each value over all ranks. A collective call."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def raise_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
@@ -105,13 +111,19 @@ def raise_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
     `nodes`: the node name of each rank. If only some nodes have a problem, a NodeError that names them is raised.
     Without a problem this costs one all-reduce of one element, cheap enough for every step.
     """
-    result, problem = None, None
+    return timed_on_all_ranks(check, nodes)[0]
+
+
+def timed_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> tuple[T, float]:
+    """As `raise_on_all_ranks`; returns also the seconds of the slowest rank."""
+    result, problem, began = None, None, time.perf_counter()
     try:
         result = check()
     except UserError as error:
         problem = str(error)
-    if not any_rank(problem is not None):
-        return cast(T, result)
+    failed, seconds = _largest([float(problem is not None), time.perf_counter() - began])
+    if not failed:
+        return cast(T, result), seconds
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     by_rank = {rank: text for rank, text in enumerate(problems) if text}

@@ -13,8 +13,9 @@ from mythos_dist.data.decompress import TooLarge, decompress, decompress_intact
 from mythos_dist.data.manifest import file_sha256
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.encoding import check_encoding
-from mythos_dist.prepare.names import FileKind, is_url
+from mythos_dist.prepare.names import FileKind
 from mythos_dist.prepare.remote_files import describe_error, filesystem_of
+from mythos_dist.urls import is_url
 
 READ_BYTES = 1 << 20
 # A file may unpack to MAX_RATIO times its size, or to MIN_UNPACKED bytes if that is more. Text takes 3 to 10 times.

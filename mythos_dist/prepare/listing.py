@@ -23,12 +23,12 @@ from mythos_dist.prepare.names import (
     KIND_NAMES,
     SUPPORTED_NAMES,
     escape_control_characters,
-    is_url,
     kind_of,
     valid_unicode,
 )
 from mythos_dist.prepare.remote_files import list_url
 from mythos_dist.units import count as count_of
+from mythos_dist.urls import is_url
 
 MAX_REASONS = 8  # a line each, on the console
 

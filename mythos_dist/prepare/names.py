@@ -3,9 +3,9 @@
 import posixpath
 import re
 from typing import Literal
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
 
-from mythos_dist.errors import redact
+from mythos_dist.urls import is_url
 
 FileKind = Literal["parquet", "jsonl", "text", "megatron", "nanoset", "datasets", "mds"]  # the last four: of token ids
 SUFFIXES: dict[str, FileKind] = {
@@ -43,11 +43,6 @@ _METADATA = re.compile(
 )
 
 
-def is_url(path: str) -> bool:
-    """Whether `path` is opened by fsspec, not by the operating system."""
-    return re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
-
-
 def kind_of(path: str) -> tuple[FileKind, str | None] | None:
     """(format, compression) of a file with this name; None if it is not supported."""
     stem, suffix = posixpath.splitext(urlsplit(path).path if is_url(path) else path)
@@ -56,20 +51,6 @@ def kind_of(path: str) -> tuple[FileKind, str | None] | None:
         suffix = posixpath.splitext(stem)[1]
     kind = SUFFIXES.get(suffix.lower())
     return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
-
-
-def has_query(url: str) -> bool:
-    """Whether the `?` of a URL begins its query, not a pattern: https://host/a.parquet?download=true."""
-    parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and bool(parts.query) and not any(sign in parts.path for sign in "*[")
-
-
-def without_secrets(url: str) -> str:
-    """A URL without user and secret parameters: the same for the same file, whatever its signature."""
-    parts = urlsplit(url)
-    query = [(name, value) for name, value in parse_qsl(parts.query) if redact(f"{name}=x") == f"{name}=x"]
-    host = parts.netloc.rpartition("@")[2] if parts.scheme in ("http", "https") else parts.netloc
-    return parts._replace(netloc=host, query=urlencode(query), fragment="").geturl()
 
 
 def is_hidden(name: str) -> bool:

@@ -7,8 +7,9 @@ from urllib.parse import urlsplit
 from mythos_dist.data.manifest import LeftOut
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.file_list import HIDDEN, FileList, ListedFile, leave_out_non_data
-from mythos_dist.prepare.names import has_query, is_hidden, is_url, kind_of, suffix_of, without_secrets
+from mythos_dist.prepare.names import is_hidden, kind_of, suffix_of
 from mythos_dist.prepare.patterns import START, advance, is_pattern, names_hidden
+from mythos_dist.urls import has_query, is_url, without_secrets
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:

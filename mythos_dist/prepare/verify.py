@@ -26,7 +26,7 @@ from mythos_dist.data.manifest import (
     index_fingerprint,
     read_shard_manifest,
 )
-from mythos_dist.data.windows import Shard
+from mythos_dist.data.shard import Shard
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.part import UNFINISHED
 from mythos_dist.prepare.pool import WorkerPool

@@ -11,7 +11,7 @@ import xxhash
 
 from mythos_dist.data.loss_mask import count_windows
 from mythos_dist.data.manifest import ShardManifest
-from mythos_dist.data.windows import Shard
+from mythos_dist.data.shard import Shard
 from mythos_dist.prepare import pool
 from mythos_dist.units import count
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus, with_windows
+from mythos_dist.data.shard_cache import ShardCache
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.parallel.collectives import all_gather
 from mythos_dist.parallel.mesh import Axis
@@ -17,8 +18,10 @@ from mythos_dist.parallel.process import device
 from mythos_dist.train.global_batch import GlobalBatch
 
 
-def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -> ReplicaStream:
-    """This replica's stream of a split, the same on all its ranks.
+def open_stream(
+    config: Config, corpora: list[Corpus], split: str, data: Axis, cache: ShardCache | None
+) -> ReplicaStream:
+    """This replica's stream of a split, the same on all its ranks. `cache`: for shards of stores.
 
     The held-out split is read in order, one micro-batch per replica and pass.
     """
@@ -37,14 +40,16 @@ def open_stream(config: Config, corpora: list[Corpus], split: str, data: Axis) -
         shuffle=training,
         workers=config.data.workers if training else 0,
         verify=config.data.verify,
-        cache=config.data.cache,
+        cache=cache or config.data.cache,
     )
 
 
-def open_heldout(config: Config, corpora: list[Corpus], data: Axis) -> ReplicaStream | None:
+def open_heldout(
+    config: Config, corpora: list[Corpus], data: Axis, cache: ShardCache | None = None
+) -> ReplicaStream | None:
     """This replica's held-out stream, or None for a run without evaluation; rank 0 prints why."""
     evaluated = with_windows(corpora, "heldout")
-    missing = ", ".join(str(corpus.folder) for corpus in corpora if corpus not in evaluated)
+    missing = ", ".join(corpus.name for corpus in corpora if corpus not in evaluated)
     if not config.train.eval_samples:
         _print_on_rank_0("no evaluation: train.eval_samples=0; eval.jsonl is not written")
         return None
@@ -53,7 +58,7 @@ def open_heldout(config: Config, corpora: list[Corpus], data: Axis) -> ReplicaSt
         return None
     if missing:
         _print_on_rank_0(f"not evaluated, without a held-out split: {missing}")
-    return open_stream(config, corpora, "heldout", data)
+    return open_stream(config, corpora, "heldout", data, cache)
 
 
 def _print_on_rank_0(text: str) -> None:

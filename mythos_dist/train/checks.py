@@ -12,6 +12,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.model.attend import Kernel, choose_kernel
 from mythos_dist.model.megablocks import check_megablocks
 from mythos_dist.parallel.process import DTYPES, check_dtype, device
+from mythos_dist.train.feed import open_shard_cache
 from mythos_dist.train.run_folder import check_run_folder
 
 
@@ -20,7 +21,9 @@ def check_inputs(config: Config) -> list[Corpus]:
     check_dtype(config.train.dtype)
     check_kernels(config)
     check_run_folder(config)
-    return open_data(config)
+    corpora = open_data(config)
+    open_shard_cache(config, corpora)
+    return corpora
 
 
 def open_data(config: Config) -> list[Corpus]:
@@ -34,6 +37,7 @@ def open_data(config: Config) -> list[Corpus]:
         splits=SPLITS if config.train.eval_samples else ["train"],
         mix_end=data.mix_end,
         change=data.mix_samples,
+        cache=data.cache,
     )
 
 

@@ -21,9 +21,9 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
-from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
+from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks, timed_on_all_ranks
 from mythos_dist.train.average import carried_samples, describe_resume
-from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes, read_batches
+from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes
 from mythos_dist.train.depth import Evaluation, find_failures, probe_entries
 from mythos_dist.train.global_batch import GlobalBatch, batches_from, tokens_at
 from mythos_dist.train.hooks import Hooks
@@ -73,11 +73,12 @@ class Run:
         self.config, self.session, self.hooks = config, session, hooks
         self.is_last_stage = is_last_stage
         self.mesh, self.fence = prepared.mesh, prepared.fence
-        self.stream, self.heldout = prepared.stream, prepared.heldout
+        self.feed, self.stream, self.heldout = prepared.feed, prepared.stream, prepared.heldout
         self.resume, self.corpora = prepared.inputs.resume, prepared.inputs.corpora
         self.previous, self.lineage = prepared.previous, self.resume.lineage
         self.step, self.last_step = self.resume.step, self.resume.last_step  # the step that is done; the run's last one
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
+        self.data_wait = 0.0  # seconds that the slowest rank waited for the batch of the step
         self.warned: set[str] = set()  # failures of loops that the console has shown
         session.on_failure = session.stop.on_exit = lambda reason: self.record_status("failed", reason)
         session.keepalive = self.fence.heartbeat
@@ -93,6 +94,7 @@ class Run:
         checkpoint, previous = self.resume.checkpoint, self.previous
         parent = checkpoint if self.resume.begins_stage else self.resume.parent
         self.spikes = Spikes.load(self.config.faults, self.run_dir)
+        self.feed.begin(self.next_batches, self.step + 1, self.last_step)
         if parent:
             if self.rank == 0:
                 print(*describe_start(self.config, parent, self.lineage, self.corpora), sep="\n", flush=True)
@@ -129,7 +131,6 @@ class Run:
     def train_steps(self) -> str:
         """Train step by step until the run is done. Returns why it stops early; empty: it does not."""
         config = self.config
-        batches = read_batches(self.stream, self.next_batches())
         while self.step < self.last_step:
             if reason := self.session.stop.agree(self.run_dir, config.run.max_seconds):
                 return reason
@@ -137,7 +138,7 @@ class Run:
             self.session.enter_phase(f"step {step}")
             self.hooks.before_step(step)
             began = time.perf_counter()
-            batch = self.read_batch(batches)
+            batch = self.read_batch()
             result, decision = self.train_step(batch, step)
             sample_ids = gather_sample_ids(batch.micro_batches, self.mesh.data)
             self.step = step
@@ -145,7 +146,6 @@ class Run:
             self.log_step(batch, result, decision, sample_ids, time.perf_counter() - began)
             if len(self.spikes.skipped) >= config.faults.roll_back_after:
                 self.roll_back()
-                batches = read_batches(self.stream, self.next_batches())
                 continue
             is_last = step == self.last_step
             self.evaluate()
@@ -161,15 +161,16 @@ class Run:
         """The batches of the steps after `step`, without samples that a rollback has excluded."""
         return batches_from(self.config, self.lineage, self.spikes.rollbacks, self.step + 1)
 
-    def read_batch(self, batches: Iterator[StepBatch]) -> StepBatch:
+    def read_batch(self) -> StepBatch:
         """Raises UserError on all ranks if one cannot read its shards, or if a newer start of this run exists."""
 
         def read() -> StepBatch:
             if self.rank == 0:
                 self.fence.check()
-            return next(batches)
+            return self.feed.read()
 
-        return raise_on_all_ranks(read)
+        batch, self.data_wait = timed_on_all_ranks(read)
+        return batch
 
     def train_step(self, batch: StepBatch, step: int) -> tuple[StepResult, str]:
         """One optimizer step, computed again (`faults.retry`) if gradients are not finite, except fp16 overflows.
@@ -212,7 +213,7 @@ class Run:
             if decisions:
                 entries["decision"] = "; ".join(decisions)
             line = step_line(self.config, self.lineage, step, result, ids, seconds, self.peak_flops)
-            self.metrics.write_step(line | entries)
+            self.metrics.write_step(line | {"data_wait_seconds": self.data_wait} | entries)
             if message:
                 log.info("%s", message)
                 print(message, flush=True)
@@ -321,6 +322,7 @@ class Run:
         else:
             self.load(checkpoint)
         on_rank_0(self.rewind_metrics)
+        self.feed.begin(self.next_batches, self.step + 1, self.last_step)
 
     def open_metrics(self) -> Metrics:
         """On rank 0. Raises UserError if the files cannot be written, or if a newer start of this run exists."""
@@ -335,6 +337,7 @@ class Run:
 
     def finish(self, reason: str) -> None:
         """Wait for the last checkpoint and mark the run as completed, or with a `reason` as stopped."""
+        self.feed.close()
         self.session.enter_phase("the last checkpoint")
         stopped = f"stopped after step {self.step}: {reason}"
         if reason and self.saver.newest != self.step:

@@ -32,6 +32,8 @@ from mythos_dist.units import count, short
 
 log = logging.getLogger(__name__)
 
+SHOWN_WAIT = 0.2  # seconds that a step waits for data, at least, if the console shows it
+
 # Dense bf16 peak in TFLOP/s by a substring of the device's name, from NVIDIA's data sheets.
 _GPU_PEAKS = {"H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
 
@@ -163,6 +165,8 @@ class Metrics:
         """Append a step's line and print it."""
         self._write("metrics.jsonl", line)
         decision = f"  {line['decision']}" if "decision" in line else ""
+        if line["data_wait_seconds"] > max(SHOWN_WAIT, line["step_seconds"] / 10):
+            decision = f"  waited {line['data_wait_seconds']:.1f} s for data{decision}"
         print(
             f"step {line['step']}/{self.total_steps}  loss {line['loss']:.3f}  grad_norm {line['grad_norm']:.2f}  "
             f"lr {line['lr']:.1e} ({line['phase']})  tokens/s {short(line['tokens_per_second'])}  "

@@ -17,6 +17,7 @@ from mythos_dist.parallel.mesh import Mesh, build_mesh
 from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
 from mythos_dist.train.batches import open_heldout, open_stream
 from mythos_dist.train.checks import check_inputs, check_kernels
+from mythos_dist.train.feed import Feed, open_shard_cache
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.restarts import PreviousStart
 from mythos_dist.train.resume import Resume, Search, take_fence
@@ -67,6 +68,7 @@ class Prepared:
 
     mesh: Mesh
     inputs: RunInputs
+    feed: Feed
     stream: ReplicaStream
     heldout: ReplicaStream | None
     previous: PreviousStart  # on rank 0
@@ -91,8 +93,10 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
             steps = count(resume.last_step, "step")
             print(f"{run_dir} is complete: {resume.step} of {steps}; raise train.steps to train further")
         return None
-    stream = open_stream(config, inputs.corpora, "train", mesh.data)
-    heldout = open_heldout(config, inputs.corpora, mesh.data)
+    cache = raise_on_all_ranks(lambda: open_shard_cache(config, inputs.corpora))
+    stream = open_stream(config, inputs.corpora, "train", mesh.data, cache)
+    heldout = open_heldout(config, inputs.corpora, mesh.data, cache)
+    feed = Feed(config, session, mesh, inputs.corpora, stream, cache)
     session.record_startup("opening the shards")
     previous = PreviousStart.read(run_dir, resume.step) if rank == 0 else PreviousStart()
     fence = take_fence(run_dir)
@@ -103,7 +107,7 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
     for line in resume.damaged:
         log.warning("%s", line)
     log.info("%s", check_kernels(config))
-    return Prepared(mesh, inputs, stream, heldout, previous, fence, folder_lock)
+    return Prepared(mesh, inputs, feed, stream, heldout, previous, fence, folder_lock)
 
 
 def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:

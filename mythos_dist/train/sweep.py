@@ -10,7 +10,7 @@ import torch
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.config.schema import MAX_LOOPS, Config
-from mythos_dist.data.manifest import read_shard_manifest
+from mythos_dist.data.remote import read_manifest
 from mythos_dist.data.stream import MicroBatch, ReplicaStream
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
@@ -88,7 +88,7 @@ def open_windows(config: Config, data: Path | None, batch: int) -> tuple[Replica
     folders = {str(data): 1.0} if data else config.data.folders
     if "" in folders:
         raise UserError("an export does not name its shards; give a folder of shards with --data")
-    manifest = read_shard_manifest(next(iter(folders)))
+    manifest = read_manifest(next(iter(folders)))
     if manifest.seq_len > config.model.max_seq_len:
         raise UserError(
             f"windows of seq_len={manifest.seq_len} are longer than the context of this model, "

@@ -17,7 +17,7 @@ import xxhash
 from helpers.shard_folder import SEQ_LEN, copy, rewrite_index, shard_files, window, write_folder
 from streaming import MDSWriter, StreamingDataset
 
-from mythos_dist.data import windows
+from mythos_dist.data import shard, windows
 from mythos_dist.data.corpora import read_index
 from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
@@ -140,14 +140,14 @@ def test_a_process_hashes_a_shard_once(make, raw, tmp_path, monkeypatch):
     """Also when its file was closed in between; a file that is then truncated is detected by its size."""
     monkeypatch.setattr(windows, "OPEN_FILES", 1)
     hashed = []
-    chunks = windows._chunks
+    chunks = shard.chunks_of
 
     def counting(file):
         for chunk in chunks(file):
             hashed.append(len(chunk))
             yield chunk
 
-    monkeypatch.setattr(windows, "_chunks", counting)
+    monkeypatch.setattr(shard, "chunks_of", counting)
     folder = copy(raw, tmp_path / "copy")
     reader = make(folder)
     reader.read([0, 6, 0, 6, 15])

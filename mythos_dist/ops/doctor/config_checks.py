@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.schema import Config
@@ -21,6 +22,9 @@ from mythos_dist.ops.doctor.machine_checks import HALF
 from mythos_dist.parallel.launcher import read_number
 from mythos_dist.private import default_shard_cache, why_untrusted
 from mythos_dist.units import count
+
+if TYPE_CHECKING:
+    from mythos_dist.data.shard import Shard
 
 
 def check_dtype(machine: Machine, config: Config) -> Iterator[Finding]:
@@ -151,17 +155,21 @@ def check_checkpoints(machine: Machine, config: Config) -> Iterator[Finding]:
 
 
 def check_data(machine: Machine, config: Config) -> Iterator[Finding]:
-    """The shards, opened as training does, and room to unpack compressed ones."""
+    """The shards, opened as training does, and room for those of stores and to unpack compressed ones."""
     from mythos_dist.train.checks import open_data
 
-    descriptions, compressed = [], []
+    descriptions, compressed, remote = [], [], []
     for corpus in open_data(config):
         splits = corpus.manifest.splits
         heldout = "" if splits["heldout"].windows else ", no held-out split"
         windows = count(splits["train"].windows, "window")
-        descriptions.append(f"{corpus.folder}: {windows} of {corpus.manifest.seq_len} tokens{heldout}")
-        compressed += [shard for shards in corpus.shards.values() for shard in shards if shard.entry["zip_data"]]
+        descriptions.append(f"{corpus.name}: {windows} of {corpus.manifest.seq_len} tokens{heldout}")
+        shards = [shard for split in corpus.shards.values() for shard in split]
+        remote += [shard for shard in shards if shard.url]
+        compressed += [shard for shard in shards if shard.entry["zip_data"] and not shard.url]
     yield ok(", ".join(descriptions))
+    if remote:
+        yield _check_room_for_downloads(machine, config, remote)
     if not compressed:
         return
     topic, path = "data.cache", Path(config.data.cache) if config.data.cache else default_shard_cache()
@@ -176,6 +184,22 @@ def check_data(machine: Machine, config: Config) -> Iterator[Finding]:
         yield problem(text, "set data.cache to a folder with more room, on every node", topic)
     else:
         yield ok(text, topic=topic)
+
+
+def _check_room_for_downloads(machine: Machine, config: Config, shards: "list[Shard]") -> Finding:
+    """Room for the shards of stores: all of them, or `data.cache_limit`."""
+    from mythos_dist.data.remote import STORES
+
+    path = Path(config.data.cache) if config.data.cache else default_shard_cache()
+    total, limit = sum(shard.entry["raw_data"]["bytes"] for shard in shards), config.data.cache_bytes
+    kept = sum(folder_bytes(path / STORES / name) for name in {shard.fingerprint[:16] for shard in shards})
+    missing, free = max(0, min(total, limit or total) - kept), machine.free_bytes(path)
+    text = f"shards of stores: {gigabytes(total)}, of which {path} has {gigabytes(kept)}; {gigabytes(free)} free there"
+    if missing <= free:
+        return ok(text, topic="data.cache")
+    return problem(
+        text, "set data.cache_limit to less than that, or data.cache to a folder with more room", "data.cache"
+    )
 
 
 def config_checks(config: Config) -> tuple[Check, ...]:

@@ -18,7 +18,8 @@ import xxhash
 
 from mythos_dist.data.corpora import read_index
 from mythos_dist.data.decompress import decompress
-from mythos_dist.data.windows import CODECS, Shard, import_reader
+from mythos_dist.data.shard import CODECS, Shard
+from mythos_dist.data.windows import import_reader
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.inputs import Source
 from mythos_dist.prepare.spans import Chunks

@@ -1,0 +1,1 @@
+"""Reading files in object stores and on servers, by URL."""

@@ -1,0 +1,195 @@
+"""A real S3 server (moto) on a free port, and a proxy before it that injects faults and counts requests."""
+
+import contextlib
+import http.client
+import http.server
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "not-a-secret-but-must-not-be-logged",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "NO_PROXY": "*",
+}
+
+
+class Store:
+    """The server behind its proxy."""
+
+    def __init__(self, server: str, proxy: "_Proxy"):
+        self.server, self.proxy = server, proxy
+        self.endpoint = f"http://127.0.0.1:{proxy.server_port}"
+        self.env = {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
+
+    def client(self) -> Any:
+        """A boto3 client that does not go through the proxy."""
+        import boto3
+
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.server,
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name="us-east-1",
+        )
+
+    def upload(self, folder: Path, bucket: str) -> str:
+        """Copy a folder to a new bucket; returns its URL."""
+        client = self.client()
+        client.create_bucket(Bucket=bucket)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            client.upload_file(str(file), bucket, f"data/{file.relative_to(folder).as_posix()}")
+        return f"s3://{bucket}/data"
+
+    @property
+    def downloads(self) -> Counter[str]:
+        """Bodies sent without a fault, by the objects' names below the bucket's folder `data`."""
+        with self.proxy.lock:
+            return Counter(path.partition("/data/")[2] for path in self.proxy.complete)
+
+    def reset(self) -> None:
+        """No faults, and counts from zero."""
+        with self.proxy.lock:
+            self.proxy.complete.clear()
+            self.proxy.requests.clear()
+            self.proxy.fault = lambda path, number: None
+            self.proxy.latency, self.proxy.bytes_per_second = 0.0, 0.0
+
+
+# What happens to a request: an HTTP status, or one with S3's code, "reset" (no response), ("truncate", share) or
+# ("corrupt", share) of the body, or "stall" (nothing is sent after half the body, until the client closes).
+Fault = int | str | tuple[int, str] | tuple[str, float] | None
+
+
+class _Proxy(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, upstream: str):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = upstream
+        self.lock = threading.Lock()
+        self.requests: Counter[str] = Counter()  # by path
+        self.complete: list[str] = []  # paths of bodies sent without a fault
+        self.fault: Callable[[str, int], Fault] = lambda path, number: None  # of the n-th request (from 1) of a path
+        self.latency = 0.0  # seconds before each response
+        self.bytes_per_second = 0.0  # of each connection; 0: unlimited
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is not an error."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Proxy
+
+    def do_GET(self) -> None:
+        self._forward()
+
+    def do_HEAD(self) -> None:
+        self._forward()
+
+    def _forward(self) -> None:
+        proxy, path = self.server, self.path.partition("?")[0]
+        with proxy.lock:
+            proxy.requests[path] += 1
+            fault = proxy.fault(path, proxy.requests[path])
+        time.sleep(proxy.latency)
+        if fault == "reset":
+            return self._reset()
+        status, code = fault if isinstance(fault, tuple) else (fault, "Injected")
+        if isinstance(status, int):
+            body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+            return None
+        upstream = http.client.HTTPConnection(proxy.upstream.removeprefix("http://"), timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        upstream.request(self.command, self.path, headers={**headers, "Host": self.headers["Host"]})
+        response = upstream.getresponse()
+        body = response.read()
+        upstream.close()
+        self.send_response(response.status)
+        for name, value in response.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(name, value)
+        length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        if self.command == "GET":
+            if fault is None and response.status in (200, 206):
+                with proxy.lock:  # before it is sent: then the client may ask for the counts
+                    proxy.complete.append(path)
+            self._send(body, fault)
+        return None
+
+    def _send(self, body: bytes, fault: Fault) -> None:
+        kind, share = fault if isinstance(fault, tuple) else (fault, 0.5)
+        at = int(len(body) * share)
+        if kind == "corrupt":
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        if kind in ("truncate", "stall"):
+            body = body[:at]
+        rate = self.server.bytes_per_second
+        step = max(1, int(rate / 50)) if rate else max(1, len(body))
+        for begin in range(0, len(body), step):
+            self.wfile.write(body[begin : begin + step])
+            time.sleep(step / rate if rate else 0)
+        if kind == "stall":
+            self.wfile.flush()
+            self.connection.settimeout(60)
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)
+        if kind in ("truncate", "stall"):
+            self._reset()
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        # RST instead of FIN: the client sees "connection reset by peer".
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.wfile.flush()
+        self.connection.close()
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serving_s3() -> Iterator[Store]:
+    """A server and its proxy in threads of this process. The environment is that of a client."""
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    proxy = _Proxy(f"http://{host}:{port}")
+    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    store = Store(f"http://{host}:{port}", proxy)
+    before = {name: os.environ.get(name) for name in (*store.env, "S3_ENDPOINT_URL", "AWS_PROFILE")}
+    os.environ.update(store.env)
+    for name in ("S3_ENDPOINT_URL", "AWS_PROFILE"):
+        os.environ.pop(name, None)
+    try:
+        yield store
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        proxy.shutdown()
+        proxy.server_close()
+        moto.stop()

@@ -1,0 +1,142 @@
+"""A run over an object store trains on the same samples, with the same losses, as one from a local folder."""
+
+import json
+import os
+import re
+import signal
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+from helpers.launch import launch
+from helpers.run_folder import lines
+from helpers.s3 import serving_s3
+from helpers.shard_folder import shard_files, write_folder
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
+EXACT = ("step", "loss", "grad_norm", "batch_id", "lr", "tokens")
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def store():
+    with serving_s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """40 training shards of 8 windows."""
+    return write_folder(tmp_path_factory.mktemp("store") / "shards", [8] * 40, [4, 4], seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def url(store, folder) -> str:
+    return store.upload(folder, "training-data")
+
+
+@pytest.fixture
+def run(settings, store, tmp_path):
+    """Train on `world` ranks, two to a node; the folder of the run, and the result."""
+    store.reset()
+    common = [one for one in settings if not one.startswith(("data.path", "train.steps", "model.vocab_size"))]
+    common += [f"train.steps={STEPS}", "model.vocab_size=1000", "checkpoint.every=4", "train.eval_samples=8"]
+
+    def run(name: str, world: int, data: str, *overrides: str, env: dict[str, str] | None = None):
+        arguments = [*common, f"data.path={data}", f"run.dir={tmp_path / name}", "train.micro_batch=2", *overrides]
+        (tmp_path / "nodes").mkdir(exist_ok=True)
+        return tmp_path / name, launch(
+            world, train_on_nodes, str(tmp_path / "nodes"), arguments, env={**store.env, **(env or {})}
+        )
+
+    return run
+
+
+def train_on_nodes(nodes: str, arguments: list[str]) -> None:
+    """Two ranks to a node; each node has its own temporary folder. A shuffle block has three shards, as many as fit."""
+    from helpers.launch import train_here
+
+    from mythos_dist.data import order
+
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": str(min(2, int(os.environ["WORLD_SIZE"])))}
+    tempfile.tempdir = os.path.join(nodes, f"node-{rank // 2}")
+    Path(tempfile.tempdir).mkdir(exist_ok=True)
+    socket.gethostname = lambda: f"node-{rank // 2}"
+    order.SHUFFLE_BLOCK = 24
+    train_here(arguments)
+
+
+def exact(run_dir: Path) -> list[list]:
+    return [[line[key] for key in EXACT] for line in lines(run_dir)]
+
+
+def cached(tmp_path: Path) -> list[str]:
+    """The shards in the caches of all nodes, by their names in the store."""
+    files = (tmp_path / "nodes").rglob("*.mds")
+    return sorted("/".join(file.parts[-3:]) for file in files)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_nodes_download_each_shard_once_and_train_as_from_a_folder(run, store, folder, url, tmp_path, workers):
+    local, result = run("local", 4, str(folder))
+    assert result.codes == [0] * 4, result.tails
+    remote, result = run("remote", 4, url, f"data.workers={workers}")
+    assert result.codes == [0] * 4, result.tails
+    assert re.search(
+        r"preflight: 4 ranks on 2 nodes.*store at least [\d.]+[kM]?B/s \(node-[01] is the slowest\)", result.out
+    )
+    assert exact(remote) == exact(local) and len(exact(local)) == STEPS
+    assert lines(remote, "eval.jsonl") == lines(local, "eval.jsonl")
+    downloads = sorted(name for name, number in store.downloads.items() for _ in range(number) if name.endswith(".mds"))
+    assert downloads == cached(tmp_path), "a shard was downloaded more than once per node"
+    assert len({name.partition("/")[2] for name in downloads}) < 40, "only what the steps need"
+    assert all(line["data_wait_seconds"] >= 0 for line in lines(remote))
+    text = "".join(file.read_text(errors="replace") for file in remote.rglob("*") if file.suffix in (".log", ".yaml"))
+    text += "".join(json.dumps(line) for line in lines(remote)) + result.out + "".join(result.tails)
+    assert store.env["AWS_SECRET_ACCESS_KEY"] not in text and url in text
+
+
+def test_one_rank_killed_during_downloads_with_a_small_cache_trains_as_from_a_folder(run, store, folder, url, tmp_path):
+    """Killed three times while it downloads shards, with room for a tenth of the data."""
+    local, result = run("local", 1, str(folder))
+    assert result.codes == [0], result.tails
+    size = max(file.stat().st_size for file in shard_files(folder))
+    limit = f"data.cache_limit={4 * size}"
+    store.proxy.latency = 0.3  # a run takes seconds, and most of the time a shard is being downloaded
+    partial = tmp_path / "nodes" / "node-0" / "*" / "stores" / "*" / "train" / "*" / "*.partial"
+    left = 0
+    for seconds in ("0", "0.4", "1"):
+        _, result = run("remote", 1, url, limit, env={"KILL_AFTER": str(partial), "KILL_IN": seconds})
+        assert result.codes == [-signal.SIGKILL], result.tails
+        for file in (tmp_path / "nodes").rglob("*.partial"):
+            file.unlink()  # or the next start would be killed at once
+            left += 1
+    assert left, "no download was interrupted"
+    store.proxy.latency = 0.0
+    remote, result = run("remote", 1, url, limit)
+    assert result.codes == [0], result.tails
+    assert exact(remote) == exact(local)
+    files = [file for file in (tmp_path / "nodes").rglob("*.mds*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 4 * size
+
+
+def test_a_store_that_fails_ends_the_run_with_one_message(run, store, url, folder, monkeypatch):
+    """On all ranks with exit code 2; the message names the object."""
+    lost = shard_files(folder)[0].parent.name
+    store.proxy.fault = lambda path, number: 403 if "/train/part-" in path else None
+    _, result = run("denied", 2, url)
+    assert set(result.codes) == {2} and result.err.count("error: ") == 1, result.tails
+    assert f"{url}/train/part-" in result.err and "access is denied; check the credentials" in result.err
+    assert not any("Traceback" in tail for tail in result.tails) and lost
+
+
+def test_settings_that_cannot_work_are_refused(run, url):
+    """A cache smaller than two shards, and a password in a URL, which config.yaml would hold."""
+    _, result = run("small", 1, url, "data.cache_limit=100")
+    assert result.codes == [2] and "data.cache_limit=100 is less than two of the largest shards" in result.err
+    _, result = run("text", 1, url, "data.cache_limit=lots")
+    assert result.codes == [2] and "expected a size in bytes, such as 400kB or 200GB" in result.err
+    _, result = run("secret", 1, "https://user:hunter2@host/shards")
+    assert result.codes == [2] and "contains a password or key" in result.err and "hunter2" not in result.err
