@@ -92,10 +92,10 @@ def read_ours(arguments: argparse.Namespace) -> Iterator[Any]:
     is_local = arguments.side == "local"
     name, batch = arguments.local if is_local else arguments.url, arguments.batch
     manifest = read_shard_manifest(name) if is_local else read_manifest(name)
-    shape = {"seq_len": manifest.seq_len, "vocab_size": manifest.vocab_size}
+    shape: dict[str, Any] = {"seq_len": manifest.seq_len, "vocab_size": manifest.vocab_size}
     corpora = open_corpora({name: 1}, **shape, splits=["train"], cache=arguments.cache)
     cache = ShardCache(Path(arguments.cache))
-    rest = dict(global_batch=batch, micro_batch=batch, replica=0, num_replicas=1, seed=0, cache=cache)
+    rest: dict[str, Any] = dict(global_batch=batch, micro_batch=batch, replica=0, num_replicas=1, seed=0, cache=cache)
     stream, plan = (ReplicaStream(corpora, "train", **shape, **rest) for _ in range(2))
     positions = (np.arange(i * batch, (i + 1) * batch) for i in range(arguments.steps))
     needs = ((i, plan.shards_of(of_step, [0])) for i, of_step in enumerate(positions))
