@@ -42,6 +42,7 @@ def main() -> None:
             dtype=arguments.dtype,
             tokenizer=arguments.tokenizer,
             workers=arguments.workers,
+            verify=not arguments.no_verify,
             progress=shown.update,
             report=lambda note: print(f"note: {note}", file=sys.stderr),
         )

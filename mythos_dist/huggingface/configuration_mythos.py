@@ -17,7 +17,7 @@ class MythosPretrainedConfig(PretrainedConfig):
     """
 
     model_type = "mythos"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "dim",
         "num_attention_heads": "n_heads",

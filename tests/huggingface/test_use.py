@@ -9,6 +9,7 @@ from mythos_dist.checkpoint.export import export
 from mythos_dist.checkpoint.exported import open_model_folder
 from mythos_dist.checkpoint.restore import load_model, open_checkpoint
 from mythos_dist.config.schema import ActConfig, Config, MythosConfig
+from mythos_dist.model import Mythos
 
 pytestmark = pytest.mark.launch  # transformers is 4 seconds of imports
 KINDS = {
@@ -157,6 +158,30 @@ def test_a_lora_trains_merges_and_comes_back(exported, targets, tmp_path):
     state = model.state_dict()
     same = {name for name in state if torch.equal(state[name], original[f"model.{name}"])}
     assert "embed.weight" in same and "recurrent.block.ffn.experts.w1" in same and step == 7
+
+
+def test_the_trainer_trains_evaluates_and_its_folder_comes_back(exported, tmp_path):
+    """Its evaluation is the cross entropy of our module with the weights that it has saved."""
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": tokens(9, seed=i), "labels": tokens(9, seed=i)} for i in range(4)]
+    for one in data:
+        one["labels"][0] = -100  # no token predicts it, but the trainer counts it
+    settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "learning_rate": 1e-3, "max_steps": 2}
+    arguments = TrainingArguments(
+        str(tmp_path / "trainer"), **settings, per_device_train_batch_size=2, report_to=[], use_cpu=True
+    )
+    model = load(exported)
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "tuned"))
+    ours = Mythos.from_pretrained(tmp_path / "tuned")
+    assert not torch.equal(ours.embed.weight, load(exported).model.embed.weight)
+    input_ids = torch.stack([one["input_ids"] for one in data])
+    with torch.no_grad():
+        logits = ours(input_ids, model.config.num_loops)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
+    close(torch.tensor(trainer.evaluate()["eval_loss"]), expected)
 
 
 def test_a_lora_attaches_to_the_stacked_experts(exported):
