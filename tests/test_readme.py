@@ -89,6 +89,7 @@ ELSEWHERE = (  # commands that other tests run
     "torchrun --nproc_per_node 8 tools/evaluate.py",
     "python tools/export_checkpoint.py runs/first --out exported --format hf",  # evaluate/test_hf.py
     "make ",  # experiments/test_trials.py; `make demo` is tools/demo.py
+    "python tools/loop_ablation.py ",  # experiments/test_trials.py
     "torchrun --nproc_per_node 8 -m mythos_dist.train configs/tiny_cpu.yaml",  # parallel/test_parity_grid.py
     "python -m mythos_dist.train configs/tiny_cpu.yaml",  # a study of minutes; layout errors: above
     "python -m mythos_dist.train configs/demo.yaml model.dimm=3",  # above
