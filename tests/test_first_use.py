@@ -4,18 +4,14 @@ import importlib.util
 import io
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from helpers.small_checkpoint import write_run
 
-from mythos_dist.checkpoint.canonical import write_full_tensors
-from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, library_versions
-from mythos_dist.config.schema import Config
 from mythos_dist.errors import run_command
-from mythos_dist.model import Mythos
 
 TOOLS = Path(__file__).parents[1] / "tools"
 TOOLS_WITH_HELP = (
@@ -46,26 +42,6 @@ def tool(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def run_dir(config, tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("first") / "run", config)
-
-
-def write_run(folder: Path, config: Config) -> Path:
-    """A run whose only checkpoint is of step 3, with drawn weights, large enough that loops make a difference."""
-    torch.manual_seed(0)
-    model = Mythos(config.model, act=config.act, experts=config.experts)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 5 if parameter.dim() > 1 else 1
-    values = {name: (PARAMETER, value) for name, value in model.named_parameters()}
-    values |= {name: (BUFFER, value) for name, value in model.named_buffers()}
-    tensors = {name: TensorEntry(tuple(value.shape), (kind,)) for name, (kind, value) in values.items()}
-    optimizer = {"steps": 3, "skipped_steps": 0, "loss_scale": {}}
-    manifest = CheckpointManifest(3, 0, 0, {}, asdict(config), "", library_versions(), optimizer, tensors, {})
-
-    def blocks(_, name):
-        yield values[name][1].detach().float().contiguous().flatten().numpy().data
-
-    write_full_tensors(folder, manifest, blocks, workers=1)
-    return folder
 
 
 # --- generate

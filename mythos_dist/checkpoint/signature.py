@@ -85,6 +85,14 @@ def signing_key(key_file: str | None = None) -> Key | None:
     name = os.environ.get(VARIABLE) if key_file is None else key_file
     if name is None:
         return None
+    return Key(read_secret(name, setting))
+
+
+def read_secret(name: str, setting: str) -> bytes:
+    """The key in the file `name`, without line breaks at its end. `setting` names it in messages.
+
+    Raises UserError if it does not hold a key, or if others than its owner can read it.
+    """
     where = f"{setting}={name}"
     if not name.strip():
         raise UserError(f"{setting} is empty; unset it, or name a key file")
@@ -98,7 +106,7 @@ def signing_key(key_file: str | None = None) -> Key | None:
         raise UserError(f"{where}: the key cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(secret) < MIN_BYTES:
         raise UserError(f"{where}: holds {len(secret)} bytes; a key needs at least {MIN_BYTES}; {_CREATE_ONE}")
-    return Key(secret)
+    return secret
 
 
 def _read(file: Path, where: str) -> bytes:
