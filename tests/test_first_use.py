@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mythos_dist.errors import run_command
 TOOLS = Path(__file__).parents[1] / "tools"
 TOOLS_WITH_HELP = (
     *("chat_demo", "depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data"),
+    "serve",
 )
 
 
@@ -129,6 +131,19 @@ def test_depth_sweep_writes_a_page_about_a_text(tool, run_dir, tmp_path):
     assert refused.code == 2 and "has no halting weights" in refused.err and not list(tmp_path.glob("none/*"))
 
 
+# --- serve
+
+
+def test_serve_names_missing_packages_and_a_port_that_is_taken(tool, run_dir, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        result = tool("serve", run_dir, "--port", other.getsockname()[1])
+        assert result.code == 2 and "Address already in use" in result.err and "choose another port" in result.err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    result = tool("serve", run_dir)
+    assert result.code == 2 and "needs uvicorn; pip install 'mythos_dist[serve]'" in result.err
+
+
 # --- all
 
 
@@ -180,6 +195,10 @@ def test_depth_sweep_writes_a_page_about_a_text(tool, run_dir, tmp_path):
         ("make_depth_task", ["--out", "file/x"], "file/x"),
         ("make_sample_data", ["--out", "file/x"], "file/x"),
         ("make_sample_data", ["--vocab-size", "3"], "vocab_size=3 is too small"),
+        ("serve", ["--port", "99999"], "99999 must be at most 65,535"),
+        ("serve", ["--api-key-file", "nowhere"], "there is no such file"),
+        ("serve", ["--api-key-file", "file"], "gives others than its owner access"),
+        ("serve", ["--cache", "some"], "cache='some' is unknown"),
         ("train_tokenizer", ["--input", "file", "--out", "."], "--out=. is a folder"),
         ("train_tokenizer", ["--input", "file", "--out", "x.model", "--vocab-size", "0"], "--vocab-size=0"),
         ("train_tokenizer", ["--input", "nowhere", "--out", "x.model"], "nowhere: no such file"),
@@ -189,7 +208,7 @@ def test_depth_sweep_writes_a_page_about_a_text(tool, run_dir, tmp_path):
 def test_a_user_error_is_named_before_any_work_is_done(tool, run_dir, name, arguments, named, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "text.txt").write_text("some words " * 100)
-    required = {"generate": [run_dir, "--prompt", "hello"], "depth_sweep": [run_dir]}
+    required = {"generate": [run_dir, "--prompt", "hello"], "depth_sweep": [run_dir], "serve": [run_dir, "--port", 0]}
     result = tool(name, *required.get(name, []), *arguments)
     assert result.code == 2 and result.out == "" and named in result.err, result.err
     assert result.err.count("error: ") == 1

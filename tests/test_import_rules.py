@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "train": {"checkpoint", "model", "parallel", "data", "config", "store"},
     "generate": {"train", "checkpoint", "model", "parallel", "data", "config"},
     "evaluate": {"train", "checkpoint", "model", "parallel", "data", "config"},
+    "serve": {"generate", "checkpoint", "model", "data", "config"},
     "prepare": {"data", "config"},
     "ops.cluster": {"parallel", "config"},
     "ops.plan": {"train", "model", "parallel", "config"},

@@ -1,0 +1,1 @@
+"""An HTTP server with OpenAI's completions and chat API, for trying models and for evaluation."""
