@@ -177,6 +177,8 @@ class Kind:
             if self.words:
                 return self.words.problem(value)
             return _unprintable(value) or (self._size_problem(value) if self.size else None)
+        if self.type is tuple and self.item and self.item.type is str:
+            return next(filter(None, map(_unprintable, value)), None)
         if self.type is tuple and self.item:
             members = [one for pair in value for one in pair] if self.item.type is tuple else value
             bounds = (self.item.item or self.item).range

@@ -6,7 +6,7 @@ Importing this module imports lm_eval, which takes seconds; `require_harness` sa
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
+from yaml import YAMLError
 
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError, first_line
@@ -26,6 +27,7 @@ from mythos_dist.evaluate.scorer import Scorer
 
 BOOTSTRAP_ITERATIONS = 1000  # of metrics whose standard error has no formula
 FEWSHOT_SEED = 1234  # lm_eval's own default
+_NAMES = {"task", "group"}  # a YAML file of lm_eval has one of these keys
 
 
 @dataclass
@@ -53,7 +55,7 @@ def load_tasks(wanted: Sequence[str]) -> Tasks:
     problems, specs = [], []
     for name in wanted:
         try:
-            specs.append(_read_file(Path(name), manager) if is_file(name) else name)
+            specs.append(_add_file(Path(name), manager) if is_file(name) else name)
         except Exception as error:  # of YAML, and of functions that it names
             problems.append(f"{name} cannot be read as a task ({_message(error)})")
     if not problems:
@@ -64,8 +66,8 @@ def load_tasks(wanted: Sequence[str]) -> Tasks:
             problems.append(f"{_message(error)}; --tasks list prints the names; a file's name ends with .yaml")
         except Exception as error:  # of `datasets`, of the file system, of the network
             problems.append(
-                f"{', '.join(wanted)}: the data cannot be loaded ({_message(error)}); without a network, give a local "
-                "YAML file with data_files beside it (docs/evaluation.md)"
+                f"{', '.join(wanted)} cannot be loaded ({_message(error)}); if it is the data, and without a network, "
+                "give a local YAML file with data_files beside it (docs/evaluation.md)"
             )
         else:
             return Tasks(_prepared(loaded))
@@ -77,18 +79,22 @@ def is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _read_file(file: Path, manager: TaskManager) -> dict[str, Any]:
-    """The task or group in a YAML file; those in files beside it are added to the manager, for a group to name."""
+def _add_file(file: Path, manager: TaskManager) -> str:
+    """Add the task or group in a YAML file to the manager, for a group also the tasks in files beside it. Returns its
+    name."""
     file = file.expanduser().resolve()
-    spec = _with_paths(load_yaml(file), file.parent)
-    for path in sorted(file.parent.glob("*.yaml")) if "group" in spec else []:
-        entry = TaskIndex.entry_from_path(path)
-        if entry and path != file:
-            entry.cfg, entry.yaml_path = _with_paths(load_yaml(path), path.parent), None
-            manager.task_index[entry.name] = entry
-    if not {"task", "group"} & spec.keys():
+    spec = load_yaml(file)
+    if not _NAMES & spec.keys():
         raise ValueError("it has neither `task: NAME` nor `group: NAME`")
-    return spec
+    specs = [spec]
+    for path in sorted(file.parent.glob("*.yaml")) if "group" in spec else []:
+        with suppress(ValueError, YAMLError):  # not a task: it may be anything
+            if path != file and _NAMES & load_yaml(path, resolve_func=False).keys():
+                specs.append(load_yaml(path))
+    for one in reversed(specs):  # the given file last, in case that another one has its name
+        if entry := TaskIndex.entry_from_config(_with_paths(one, file.parent)):
+            manager.task_index[entry.name] = entry
+    return spec.get("group") or spec["task"]
 
 
 def _with_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:

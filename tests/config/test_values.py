@@ -219,10 +219,12 @@ def test_text_that_is_not_a_whole_number_is_refused(text, write):
 
 @pytest.mark.parametrize(("section", "key"), [(s, k) for s, cls in SECTIONS.items() for k in kinds_of(cls)])
 def test_a_wrong_type_is_refused_with_our_own_message(section, key, write):
-    """No library's sentence gets into ours; a list, a mapping and a text for each field, which a text may be."""
+    """No library's sentence gets into ours; a list, a mapping and a text for each field, which a text may be. A list of
+    texts is valid for a field that is one."""
     path, kind = write("data: {path: shards}"), kinds_of(SECTIONS[section])[key]
     text = [] if kind.type is str and not kind.choices else ["!!bool maybe"]
-    for wrong in ("[[a]]", "{a: {b: c}}", "[a, 1]", *text):
+    texts = [] if kind.item and kind.item.type is str and kind.type is tuple else ["[a, 1]"]
+    for wrong in ("[[a]]", "{a: {b: c}}", *texts, *text):
         for problem in refused(path, f"{section}.{key}={wrong}"):
             assert problem.startswith(f"{section}.{key}=") and ": expected " in problem
             for word in ("Input", "valid", "tuple", "dict", "str ", "NoneType", "Literal", "Annotated"):

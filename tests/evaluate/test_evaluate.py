@@ -16,6 +16,7 @@ from helpers.small_run import REPOSITORY
 from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.errors import UserError
 
 pytestmark = pytest.mark.launch
 
@@ -197,6 +198,27 @@ def test_a_killed_evaluation_computes_only_what_is_missing(run_dir, tmp_path):
     assert again["tasks"] == whole["tasks"]
 
 
+def test_a_group_names_tasks_in_files_beside_it(run_dir, tmp_path):
+    """Its accuracy is the mean over the documents of its tasks, of 6 and of 12. Other YAML files are ignored."""
+    for name, count in {"short": 6, "long": 12}.items():
+        write_choices(tmp_path, name, random_choices(count))
+    group = "group: both\ntask: [short, long]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "both.yaml").write_text(group)
+    (tmp_path / "config.yaml").write_text("train: {steps: 3}\n")
+    (tmp_path / "other.yaml").write_text("[not: a, task")
+    tasks = evaluate(1, run_dir, "--tasks", tmp_path / "both.yaml", "--out", tmp_path / "out" / "result")["tasks"]
+    short, long, both = (tasks[name]["acc"]["2"]["value"] for name in ("short", "long", "both"))
+    assert both == pytest.approx((6 * short + 12 * long) / 18)
+
+
+def test_without_lm_eval_the_message_says_how_to_install_it(run_dir, monkeypatch):
+    from mythos_dist.evaluate import task_set
+
+    monkeypatch.setattr(task_set, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'mythos_dist\[eval\]'"):
+        task_set.load_task_set(["hellaswag"], Config(), 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -206,7 +228,7 @@ def test_a_killed_evaluation_computes_only_what_is_missing(run_dir, tmp_path):
         (["--tasks", "perplexity_by_position", "--loops", "0"], "--loops=0 holds ['0']"),
         (["--tasks", "perplexity_by_position", "--data", "nowhere"], "nowhere"),
         (["--tasks", "sampled.yaml"], "only greedy generation is supported"),
-        (["--tasks", "without_data.yaml"], "the data cannot be loaded"),
+        (["--tasks", "without_data.yaml"], "without_data.yaml cannot be loaded"),
     ],
 )
 def test_wrong_options_are_reported(options, message, run_dir, tmp_path, monkeypatch):
