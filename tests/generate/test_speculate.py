@@ -27,6 +27,7 @@ def greedy(model, prompt: list[int], n_loops: int, new: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.launch  # half a minute
 def test_200_prompts_give_the_tokens_of_greedy_decoding(model):
     """Drafts of one to three loops and one to five tokens; loops are counted as they were run."""
     drafted = accepted = 0
