@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "huggingface": set(),  # copied into exports, where nothing of ours is
     "train": {"checkpoint", "model", "parallel", "data", "config", "store"},
     "generate": {"train", "checkpoint", "model", "parallel", "data", "config"},
-    "evaluate": {"train", "checkpoint", "model", "parallel", "data", "config"},
+    "evaluate": {"generate", "train", "checkpoint", "model", "parallel", "data", "config"},
     "serve": {"generate", "checkpoint", "model", "data", "config"},
     "prepare": {"data", "config"},
     "ops.cluster": {"parallel", "config"},

@@ -16,6 +16,7 @@ from torch import Tensor
 from mythos_dist.config.schema import MAX_LOOPS
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.generate.sampling import EXIT_THRESHOLDS
 from mythos_dist.model.activations import Activations
 from mythos_dist.model.halting import NoHalting
 from mythos_dist.model.loop_recorder import LoopRecorder
@@ -23,7 +24,6 @@ from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.mesh import SINGLE
 
-THRESHOLDS = {"latent": 0.03, "kl": 5e-4}  # defaults by criterion, kl: Huginn's; halting: model.act_threshold
 TOP = 3  # K
 
 
@@ -108,7 +108,7 @@ def measure_text(model: Mythos, tokenizer: Tokenizer, text: str, n_loops: int) -
         measures,
         torch.stack(top_tokens),
         torch.stack(top_probabilities),
-        {**THRESHOLDS, "halting": model.config.act_threshold},
+        {**EXIT_THRESHOLDS, "halting": model.config.act_threshold},
         max(0, len(tokens) - context),
     )
 
