@@ -1,6 +1,7 @@
 """`tools/serve.py` with a real model, against the official client, plain torch and Mythos.generate."""
 
 import asyncio
+import json
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from helpers.api_server import wait_until
 from helpers.small_checkpoint import write_run
 from helpers.small_run import REPOSITORY, SMALL, TINY
 
+from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.load import load_config
 from mythos_dist.generate.trained import load_trained
 
@@ -220,3 +222,32 @@ def test_a_server_on_other_addresses_warns_unless_it_has_a_key(run_dir, tmp_path
         server.client.models.list()
     assert server.client.with_options(api_key="k" * 32).models.list().data[0].id == "tiny"
     assert server.end(signal.SIGTERM)[::2] == (0, "")
+
+
+@torch.no_grad()
+def test_lm_eval_gets_the_log_likelihoods_of_the_model(server, trained, tmp_path):
+    """Through its client for completions servers: prompts as token ids, four in a request."""
+    pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    names = write_byte_tokenizer(tmp_path).parent / "tokenizer_config.json"
+    names.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": trained.tokenizer.eos}))
+    harness = LocalCompletionsAPI(
+        base_url=f"{server.url}/completions", model="tiny", tokenizer=str(tmp_path), tokenizer_backend="huggingface",
+        batch_size=4, max_length=96,
+    )  # fmt: skip
+    pairs = [(f"A story of {i}", " " + "word" * (1 + i % 4)) for i in range(9)]
+    instances = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for (context, continuation), (found, is_greedy) in zip(pairs, harness.loglikelihood(instances), strict=True):
+        before, tokens = (trained.tokenizer.encode(text).tolist() for text in (context, context + continuation))
+        logprobs = trained.model(torch.tensor([tokens]), LOOPS)[0, len(before) - 1 : -1].log_softmax(-1)
+        new = torch.tensor(tokens[len(before) :])
+        assert found == pytest.approx(float(logprobs.gather(-1, new.unsqueeze(-1)).sum()), abs=1e-3)
+        assert is_greedy == bool((logprobs.argmax(-1) == new).all())
+    (text,) = harness.generate_until(
+        [Instance("generate_until", {}, ("A story", {"until": ["\0"], "max_gen_toks": 9}), 0)]
+    )
+    tokens = greedy(trained, trained.tokenizer.encode("A story").tolist(), 9)
+    ends = [tokens.index(trained.tokenizer.eos_id)] if trained.tokenizer.eos_id in tokens else [9]
+    assert text == trained.tokenizer.decode(tokens[: ends[0]]).partition("\0")[0]
