@@ -17,7 +17,7 @@ from mythos_dist.errors import run_command
 TOOLS = Path(__file__).parents[1] / "tools"
 TOOLS_WITH_HELP = (
     *("chat_demo", "depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data"),
-    "serve",
+    *("decoding_quality", "serve"),
 )
 
 
@@ -131,6 +131,21 @@ def test_depth_sweep_writes_a_page_about_a_text(tool, run_dir, tmp_path):
     assert refused.code == 2 and "has no halting weights" in refused.err and not list(tmp_path.glob("none/*"))
 
 
+# --- decoding_quality
+
+
+def test_decoding_quality_prints_a_row_for_each_cache_and_exit(tool, run_dir, tmp_path):
+    options = ("--samples", 2, "--tokens", 8, "--cache", "all,last", "--exits", "kl:1e9", "--out", tmp_path / "q.json")
+    result = tool("decoding_quality", run_dir, *options)
+    assert result.code == 0, result.err
+    rows = json.loads((tmp_path / "q.json").read_text())["results"]
+    assert [(row["cache"], row["exit"]) for row in rows] == [
+        ("all", None), ("all", "kl"), ("last", None), ("last", "kl"),
+    ]  # fmt: skip
+    assert all(f"{row['loss']:.4f}" in result.out for row in rows)
+    assert rows[1]["loops"] == min(2, rows[0]["loops"]) and rows[2]["cache_bytes"] <= rows[0]["cache_bytes"]
+
+
 # --- serve
 
 
@@ -195,6 +210,9 @@ def test_serve_names_missing_packages_and_a_port_that_is_taken(tool, run_dir, mo
         ("make_depth_task", ["--out", "file/x"], "file/x"),
         ("make_sample_data", ["--out", "file/x"], "file/x"),
         ("make_sample_data", ["--vocab-size", "3"], "vocab_size=3 is too small"),
+        ("decoding_quality", ["--cache", "some", "--exits", "kl"], "2 problems"),
+        ("decoding_quality", ["--exits", "some:1"], "exit='some'"),
+        ("decoding_quality", ["--data", "nowhere"], "nowhere: no such folder"),
         ("serve", ["--port", "99999"], "99999 must be at most 65,535"),
         ("serve", ["--api-key-file", "nowhere"], "there is no such file"),
         ("serve", ["--api-key-file", "file"], "gives others than its owner access"),
@@ -208,7 +226,8 @@ def test_serve_names_missing_packages_and_a_port_that_is_taken(tool, run_dir, mo
 def test_a_user_error_is_named_before_any_work_is_done(tool, run_dir, name, arguments, named, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "text.txt").write_text("some words " * 100)
-    required = {"generate": [run_dir, "--prompt", "hello"], "depth_sweep": [run_dir], "serve": [run_dir, "--port", 0]}
+    required = {"generate": [run_dir, "--prompt", "hello"], "serve": [run_dir, "--port", 0]}
+    required |= {key: [run_dir] for key in ("depth_sweep", "decoding_quality")}
     result = tool(name, *required.get(name, []), *arguments)
     assert result.code == 2 and result.out == "" and named in result.err, result.err
     assert result.err.count("error: ") == 1

@@ -75,6 +75,7 @@ ELSEWHERE = (  # commands that other tests run
     "python -m mythos_dist.train configs/300m.yaml data.path=shards/chat",  # train/test_conversations.py
     "python tools/generate.py runs/tuned --chat",  # test_first_use.py
     "python tools/generate.py RUN ",  # test_first_use.py
+    "python tools/decoding_quality.py ",  # test_first_use.py
     "python tools/serve.py ",  # serve/test_server.py
     "python tools/export_checkpoint.py runs/first --average",  # train/test_average.py
     "python tools/average_checkpoints.py",  # checkpoint/test_average_tool.py

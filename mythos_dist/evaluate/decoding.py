@@ -1,0 +1,110 @@
+"""What approximations of decoding cost: held-out loss over modes of the KV cache and over exits.
+
+Each held-out window is decoded token by token as in generation, but the next token is the window's own (teacher
+forcing). Attention is not restricted to documents, as in generation. So the loss of `cache=all` without exits is that
+of a forward pass without document ids, and the others differ by what the approximation costs.
+"""
+
+# B windows, S tokens of each, V vocabulary.
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mythos_dist.generate.depth_batch import Depth, DepthBatch
+from mythos_dist.generate.sampling import Sampling
+from mythos_dist.model.kv_cache import KVCache, cache_bytes_per_token
+from mythos_dist.model.mythos import IGNORED, Mythos
+
+
+class Variant(NamedTuple):
+    """A way to decode."""
+
+    cache: str  # model/kv_cache.py
+    exit: str | None = None  # generate/exits.py
+    threshold: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as `cache=last, exit=kl at 0.0005`."""
+        exits = "" if self.exit is None else f", exit={self.exit}"
+        return f"cache={self.cache}{exits}" + ("" if self.threshold is None else f" at {self.threshold:g}")
+
+
+class Quality(NamedTuple):
+    """The result of a variant."""
+
+    loss: float  # nats, mean over labels
+    accuracy: float  # share of labels that have the highest logit
+    loops: float  # mean per token
+    cache_bytes: int  # per token, in bf16, on one process
+
+
+@torch.inference_mode()
+def decode_windows(
+    model: Mythos,
+    inputs: Tensor,
+    labels: Tensor,
+    n_loops: int,
+    variant: Variant,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Quality:
+    """Decode windows, inputs (B, S) with labels (B, S), as one batch. `progress` is called with the tokens done."""
+    decoder = _Windows(model, inputs, n_loops, variant)
+    losses = torch.zeros(inputs.shape)
+    correct = torch.zeros(inputs.shape, dtype=torch.bool)
+    loops = 0
+    while decoder.windows:
+        for window, position, logits, used in decoder.step():
+            label = labels[window, position]
+            if label != IGNORED:
+                losses[window, position] = torch.nn.functional.cross_entropy(logits, label)
+                correct[window, position] = logits.argmax() == label
+            loops += used
+            progress(1)
+    counted = int((labels != IGNORED).sum())
+    bytes_per_token = cache_bytes_per_token(model.config, n_loops, variant.cache)
+    return Quality(
+        float(losses.sum(dtype=torch.float64)) / counted,
+        int(correct.sum()) / counted,
+        loops / inputs.numel(),
+        bytes_per_token,
+    )
+
+
+class _Windows:
+    """Windows in the loops: a row each, until its last token is done."""
+
+    def __init__(self, model: Mythos, inputs: Tensor, n_loops: int, variant: Variant):
+        self._inputs = inputs.tolist()
+        self._batch = DepthBatch(model.eval(), KVCache(len(inputs), variant.cache), len(inputs))
+        self.windows = list(range(len(inputs)))  # by row
+        self._positions = [0] * len(inputs)  # by window
+        sampling = Sampling(exit=variant.exit, exit_threshold=variant.threshold)
+        self._batch.rows = [Depth(n_loops, sampling) for _ in self.windows]
+
+    def step(self) -> list[tuple[int, int, Tensor, int]]:
+        """Run loops until a token is done: for each such token its window, position, logits (V,) and loops."""
+        entering = [row for row, depth in enumerate(self._batch.rows) if depth.index is None]
+        if entering:
+            self._batch.enter(entering, [self._token(row) for row in entering], [self.windows[row] for row in entering])
+        while not (done := self._batch.advance()):
+            pass
+        logits, loops = self._batch.leave(done)
+        results = []
+        for (row, _), values, used in zip(done, logits, loops, strict=True):
+            window = self.windows[row]
+            results.append((window, self._positions[window], values, used))
+            self._positions[window] += 1
+        for row, _ in sorted(done, key=lambda one: one[0], reverse=True):
+            if self._positions[self.windows[row]] == len(self._inputs[0]):
+                self._batch.remove(row)
+                self.windows[row] = self.windows[-1]  # the last row takes its place
+                self.windows.pop()
+        return results
+
+    def _token(self, row: int) -> int:
+        window: Sequence[int] = self._inputs[self.windows[row]]
+        return window[self._positions[self.windows[row]]]

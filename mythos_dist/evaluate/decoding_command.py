@@ -1,0 +1,66 @@
+"""`tools/decoding_quality.py`: the held-out loss of a checkpoint over modes of the KV cache and exits."""
+
+import argparse
+import json
+
+from tqdm import tqdm
+
+from mythos_dist.checkpoint.restore import load_model
+from mythos_dist.errors import UserError
+from mythos_dist.evaluate.decoding import Variant, decode_windows
+from mythos_dist.files import write_atomically
+from mythos_dist.generate.sampling import Sampling, request_errors
+from mythos_dist.model.kv_cache import loops_per_entry
+from mythos_dist.train.sweep import open_windows, read_windows
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure all variants and print them. Raises UserError."""
+    variants = parse_variants(arguments.cache, arguments.exits)
+    model, config, step = load_model(arguments.checkpoint)
+    n_loops = arguments.loops or config.loops.mean_of(config.model)
+    exits = dict.fromkeys((one.exit, one.threshold) for one in variants)
+    samplings = [Sampling(max_new_tokens=1, exit=exit, exit_threshold=threshold) for exit, threshold in exits]
+    mode = model.recurrent.act.mode
+    if errors := [error for one in samplings for error in request_errors(model.config, mode, None, [0], one)]:
+        raise UserError(errors)
+    stream, folder = open_windows(config, arguments.data, arguments.samples)
+    (windows,) = read_windows(stream, min(arguments.samples, stream.num_samples), arguments.samples)
+    inputs, labels = (field[:, : arguments.tokens] for field in (windows.input_ids, windows.final_labels))
+    results = {}
+    with tqdm(total=len(variants) * inputs.numel(), unit=" tokens", disable=None) as bar:
+        for variant in variants:
+            results[variant] = decode_windows(model, inputs, labels, n_loops, variant, bar.update)
+    print(f"step {step}, {n_loops} loops, {inputs.numel():,} tokens of {folder}")
+    width = max(len(variant.name) for variant in variants)
+    print(f"{'':{width}s}     loss  accuracy  loops per token  cache bytes per token")
+    for variant, one in results.items():
+        print(
+            f"{variant.name:{width}s}  {one.loss:7.4f}  {one.accuracy:8.2%}  {one.loops:15.2f}  {one.cache_bytes:21,d}"
+        )
+    if arguments.out:
+        rows = [{**variant._asdict(), **one._asdict()} for variant, one in results.items()]
+        content = {"checkpoint": str(arguments.checkpoint), "step": step, "loops": n_loops, "results": rows}
+        write_atomically(arguments.out, json.dumps(content, indent=2) + "\n")
+
+
+def parse_variants(caches: str, exits: str) -> list[Variant]:
+    """Every cache of `all,last` without exits, and with each of `latent:0.03,kl:5e-4`. Raises UserError with all
+    problems."""
+    modes = [one.strip() for one in caches.split(",")]
+    problems: list[str] = []
+    for mode in modes:
+        try:
+            loops_per_entry(mode)
+        except UserError as error:
+            problems += error.problems
+    variants = [Variant(mode) for mode in modes]
+    for text in filter(None, (one.strip() for one in exits.split(","))):
+        criterion, _, threshold = text.partition(":")
+        try:
+            variants += [Variant(mode, criterion, float(threshold)) for mode in modes]
+        except ValueError:
+            problems.append(f"--exits names {text!r}; give CRITERION:THRESHOLD, such as latent:0.03")
+    if problems:
+        raise UserError(problems)
+    return sorted(variants, key=lambda one: modes.index(one.cache))

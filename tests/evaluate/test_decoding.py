@@ -1,0 +1,82 @@
+"""Windows decoded token by token, against forward passes over whole windows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mythos_dist.evaluate.decoding import Quality, Variant, decode_windows
+from mythos_dist.model import Mythos, MythosConfig
+from mythos_dist.parallel.tensor import IGNORED
+
+CONFIG = dict(
+    vocab_size=50, dim=32, n_heads=4, n_kv_heads=2, max_seq_len=32, max_loop_iters=6, prelude_layers=1, coda_layers=1,
+    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_experts=4,
+    n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["mla", "gqa"])
+def model(request) -> Mythos:
+    model = Mythos(MythosConfig(**CONFIG, attn_type=request.param), seed=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 3 if parameter.dim() > 1 else 1
+    return model
+
+
+@pytest.fixture(scope="module")
+def windows() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(50, (5, 13), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, 1:].clone()
+    labels[1, 3:5] = labels[4, 0] = IGNORED
+    return ids[:, :-1], labels
+
+
+def expected(model: Mythos, inputs: torch.Tensor, labels: torch.Tensor, n_loops: int) -> tuple[float, float]:
+    """Loss and accuracy by torch's cross entropy over a forward pass without a cache."""
+    with torch.no_grad():
+        logits = model(inputs, n_loops)
+    right = (logits.argmax(-1) == labels)[labels != IGNORED]
+    return float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)), float(
+        right.float().mean()
+    )
+
+
+def check(quality: Quality, loss: float, accuracy: float, loops: float) -> None:
+    assert quality.loss == pytest.approx(loss, rel=1e-5)
+    assert quality.accuracy == pytest.approx(accuracy) and quality.loops == loops
+
+
+@pytest.mark.parametrize("variant", [Variant("all"), Variant("all", "latent", 0.0), Variant("every:1")])
+def test_without_approximation_the_loss_is_that_of_a_forward_pass(model, windows, variant):
+    check(decode_windows(model, *windows, 5, variant), *expected(model, *windows, 5), 5)
+
+
+@pytest.mark.parametrize("exit", ["latent", "kl"])
+@pytest.mark.parametrize("cache", ["all", "every:2", "last"])
+def test_where_every_token_exits_after_two_loops_the_loss_is_that_of_two_loops(model, windows, exit, cache):
+    """With every cache: the entries of two loops are those of a model that runs two."""
+    quality = decode_windows(model, *windows, 6, Variant(cache, exit, 1e9))
+    two = decode_windows(model, *windows, 2, Variant(cache))
+    check(quality, two.loss, two.accuracy, 2)
+    if cache == "all":
+        check(quality, *expected(model, *windows, 2), 2)
+
+
+def test_tokens_that_exit_at_different_loops_are_each_counted_once(model, windows):
+    """Rows of a batch are then at different tokens; alone, each window has the same loss."""
+    variant = Variant("last", "kl", 2e-4)
+    together = decode_windows(model, *windows, 6, variant)
+    assert 2 < together.loops < 6
+    counts = (windows[1] != IGNORED).sum(1).tolist()
+    alone = [decode_windows(model, windows[0][i : i + 1], windows[1][i : i + 1], 6, variant) for i in range(5)]
+    loss = sum(one.loss * n for one, n in zip(alone, counts, strict=True)) / sum(counts)
+    assert together.loss == pytest.approx(loss, rel=1e-5)
+    assert together.loops == pytest.approx(sum(one.loops for one in alone) / 5)
+
+
+def test_a_shared_cache_is_smaller_and_changes_the_loss(model, windows):
+    results = {cache: decode_windows(model, *windows, 6, Variant(cache)) for cache in ("all", "every:3", "last")}
+    layers = {cache: one.cache_bytes for cache, one in results.items()}
+    assert layers["all"] / 8 == layers["every:3"] / 4 == layers["last"] / 3  # prelude, coda, and 6, 2 or 1 entries
+    assert len({one.loss for one in results.values()}) == 3
