@@ -223,7 +223,8 @@ class MythosModel(MythosPreTrainedModel):
             position_ids = default_positions(x, attention_mask, past)
         mask = build_mask(x, attention_mask, past)
         exponents = torch.arange(0, self.config.rope_dim, 2, device=x.device).float() / self.config.rope_dim
-        rope = position_ids.to(x.device).unsqueeze(-1).float() / self.config.rope_theta**exponents  # (B, S, R / 2)
+        frequencies = 1.0 / self.config.rope_theta**exponents
+        rope = position_ids.to(x.device).unsqueeze(-1).float() * frequencies  # (B, S, R / 2)
 
         states = [x]
         for slot, block in enumerate(self.prelude):

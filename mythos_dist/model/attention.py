@@ -65,7 +65,8 @@ def build_context(
     if positions is None:
         positions = torch.arange(shape[1], device=device)
     exponents = torch.arange(0, config.rope_dim, 2, device=device, dtype=torch.float32) / config.rope_dim
-    angles = (positions.float().unsqueeze(-1) / config.rope_theta**exponents).unsqueeze(-2)
+    # Times the reciprocal, not divided: the angles are then OpenMythos' to the bit.
+    angles = (positions.float().unsqueeze(-1) * (1.0 / config.rope_theta**exponents)).unsqueeze(-2)
     rope = torch.polar(torch.ones_like(angles), angles)
     documents = None if document_ids is None else find_documents(document_ids)
     return Context(rope, kernel, documents, cache, mask)

@@ -10,7 +10,8 @@ from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
+from mythos_dist.model import ExpertsConfig, KVCache, Mythos, MythosConfig
+from mythos_dist.model.attention import build_context
 from mythos_dist.model.open_mythos import from_open_mythos
 
 EXAMPLES = 220
@@ -179,6 +180,21 @@ def exact_gradients(main, fp64: nn.Module, case: Case, input_ids: Tensor, direct
     with mock.patch.object(main, "apply_rope", rotate):
         fp64.double()(input_ids, case.n_loops).backward(direction.double())
     return gradients_by_our_names(fp64, case.config)
+
+
+@pytest.mark.parametrize("theta", [10.0, 500000.0, 2e6])
+def test_rotary_angles_equal_the_references_to_the_bit(open_mythos, theta):
+    """Also after cached tokens, where all rows have the same length and where not."""
+    config = MythosConfig(dim=64, n_heads=2, n_kv_heads=2, attn_type="gqa", rope_theta=theta, max_seq_len=300)
+    expected = open_mythos.main.precompute_rope_freqs(32, 300, theta)
+    rope = build_context(config, torch.Size([1, 300]), torch.device("cpu")).rope
+    assert torch.equal(rope.squeeze(1), expected)
+    cache = KVCache(rows=2)
+    for lengths in ([7, 7], [250, 3]):
+        cache.lengths = lengths
+        rope = build_context(config, torch.Size([2, 4]), torch.device("cpu"), cache=cache).rope.squeeze(-2)
+        for row, length in zip(rope.expand(2, 4, -1), lengths, strict=True):
+            assert torch.equal(row, expected[length : length + 4])
 
 
 @pytest.mark.launch
