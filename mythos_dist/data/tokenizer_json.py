@@ -47,7 +47,14 @@ def _is_faithful(text: str, tokenizer: SentencePieceTokenizer) -> bool:
     rendered = f"a b{tokenizer.eos}c d{tokenizer.eos}\n"
     pairs = [(one, tokenizer.encode(one)) for one in _TEXTS if not any(s in one for s in tokenizer.special_tokens)]
     pairs.append((rendered, tokenizer.encode_rendered(rendered, False)))
-    return all(np.array_equal(converted.encode(one, add_special_tokens=False).ids, ids) for one, ids in pairs)
+    for one, ids in pairs:
+        got = converted.encode(one, add_special_tokens=False).ids
+        # In a run of one character, divisions into the same pieces in another order have equal scores in a unigram
+        # model: which one is chosen is rounding.
+        same_pieces = sorted(got) == sorted(ids.tolist()) and converted.decode(got) == converted.decode(ids.tolist())
+        if not (np.array_equal(got, ids) or same_pieces):
+            return False
+    return True
 
 
 def _specification(model: Any, prefix: str) -> dict[str, Any]:
