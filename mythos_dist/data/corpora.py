@@ -111,13 +111,14 @@ def _open_corpus(name: str, splits: Sequence[str], cache: str | Path | None) -> 
             "heldout/ is missing, but manifest.json lists a held-out split; copy it too, or set "
             "train.eval_samples=0 to train without evaluation"
         )
-    elif not missing and index_fingerprint(folder) != manifest.fingerprint:
+    elif not url and not missing and index_fingerprint(folder) != manifest.fingerprint:
         problems.append("the shards changed after the conversion (index.json differs); convert again")
     else:
         for split in splits:
             shards[split] = read_index(folder, split, manifest.fingerprint, url)
             problems += _split_problems(split, shards[split], manifest)
-    problems += _tokenizer_problems(manifest, folder / manifest.tokenizer, cache)
+    if not url:  # `mirror` has compared the index and the tokenizer with their hashes
+        problems += _tokenizer_problems(manifest, folder / manifest.tokenizer, cache)
     return Corpus(folder, 0, manifest, shards, url=url), problems
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mythos_dist.checkpoint.restore import load_model, open_weights_at
+from mythos_dist.config.schema import Config
+from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.depth_page import depth_page
-from mythos_dist.evaluate.depth_text import measure_text
+from mythos_dist.evaluate.depth_text import TextDepths, measure_text
 from mythos_dist.evaluate.tokenizer import find_tokenizer
 from mythos_dist.files import reason, write_atomically
 from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import draw_curves
-from mythos_dist.train.sweep import parse_loops, sweep, write_json
+from mythos_dist.train.sweep import parse_loops, sweep_model, write_json
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -26,14 +28,18 @@ def run(arguments: argparse.Namespace) -> None:
     if problems:
         raise UserError(problems)
     out = arguments.out or arguments.checkpoint / "depth-sweep"
-    open_weights_at(arguments.checkpoint)
+    folder = open_weights_at(arguments.checkpoint).folder
     text = None if arguments.text is None else _read_text(arguments.text)
     out.parent.mkdir(parents=True, exist_ok=True)  # fail before the sweep, not after
-    page = [] if text is None else [_write_page(arguments, text, max(loops), Path(f"{out}.html"))]
+    model, config, step = load_model(folder)
+    page = []
+    if text is not None:
+        tokenizer = find_tokenizer(config, folder, arguments.tokenizer)
+        depths = measure_text(model.to(device()), tokenizer, text, max(loops))
+        page.append(_write_page(Path(f"{out}.html"), arguments, config, step, depths, tokenizer))
     with tqdm(desc="forward passes", unit="", disable=None) as bar:
-        result = sweep(
-            arguments.checkpoint,
-            loops,
+        result = sweep_model(
+            *(model, config, step, loops),
             data=arguments.data,
             samples=arguments.samples,
             batch=arguments.batch,
@@ -61,12 +67,10 @@ def _read_text(file: Path) -> str:
         raise UserError(f"cannot be read as text ({reason(error)}); give a UTF-8 file to --text", str(file)) from None
 
 
-def _write_page(arguments: argparse.Namespace, text: str, n_loops: int, file: Path) -> str:
-    """Write the page about a text. Returns its path."""
-    model, config, step = load_model(arguments.checkpoint)
-    folder = open_weights_at(arguments.checkpoint).folder
-    tokenizer = find_tokenizer(config, folder, arguments.tokenizer)
-    depths = measure_text(model.to(device()), tokenizer, text, n_loops)
+def _write_page(
+    file: Path, arguments: argparse.Namespace, config: Config, step: int, depths: TextDepths, tokenizer: Tokenizer
+) -> str:
+    """Write the page about a text. Returns its path. Raises UserError for a criterion that the model does not have."""
     criterion = arguments.exit
     if criterion not in depths.measures:
         raise UserError(

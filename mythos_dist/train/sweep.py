@@ -69,7 +69,21 @@ def sweep(
     """
     if wrong := [n for n in loops if n < 1]:
         raise UserError(f"loops={list(loops)} holds {wrong}; loops are counted from 1")
-    model, config, step = load_model(checkpoint)
+    return sweep_model(*load_model(checkpoint), loops, data=data, samples=samples, batch=batch, progress=progress)
+
+
+def sweep_model(
+    model: Mythos,
+    config: Config,
+    step: int,
+    loops: Sequence[int],
+    *,
+    data: Path | None,
+    samples: int,
+    batch: int,
+    progress: Callable[[], object],
+) -> Sweep:
+    """As `sweep`, of a model that `load_model` returned."""
     model.to(device())
     stream, folder = open_windows(config, data, batch)
     samples = min(samples, stream.num_samples)
