@@ -8,14 +8,12 @@ command resumes an interrupted import. The shards are the same bytes at any numb
 """
 
 import argparse
-import json
 import os
-import sys
-import time
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import run_command
+from mythos_dist.prepare.command import add_conversion_options, run_conversion
 
 OPTIONS = "heldout compression workers quiet".split()  # passed to convert() unchanged
 
@@ -30,16 +28,9 @@ def parse() -> argparse.Namespace:
     add("--seq-len", type=int, default=4096, help="tokens per window; one more is stored, for the labels (%(default)s)")
     add("--format", default="auto", help="auto, megatron, nanoset, datasets or mds (%(default)s)")
     add("--documents", default="auto", help="what ends one: stored (rows and EOS), eos (EOS only), auto (%(default)s)")
-    add("--eos", help="the token that ends documents, if the tokenizer's files do not define it")
     add("--column", help="of token ids (default: input_ids or tokens)")
     add("--bytes-dtype", default="int64", help="of an MDS column of bytes: int64, int32, uint32, uint16 (%(default)s)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes; 0: none (%(default)s)")
-    add("--heldout", type=float, default=0.02, help="held-out share of the documents; 0: none (%(default)s)")
-    add("--min-tokens", type=int, help="leave out documents with fewer tokens")
-    add("--limit-tokens", type=int, help="stop after the document that reaches this many tokens")
-    add("--compression", help="compress the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
-    add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
-    add("--quiet", action="store_true", help="print errors only")
+    add_conversion_options(parser, heldout_of="documents")
     return parse_arguments(parser)
 
 
@@ -47,29 +38,21 @@ def main() -> None:
     """Import; the exit code is 0, 2 for a user error, or 130 after Ctrl-C."""
     arguments = parse()
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # DATA-15
-    from mythos_dist.data.manifest import Filters, TokenRules
+    from mythos_dist.data.manifest import Filters, ShardManifest, TokenRules
     from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.prepare.convert import convert
     from mythos_dist.prepare.spans import Columns
 
-    begin = time.monotonic()
-    try:
+    def run() -> ShardManifest:
         rules = TokenRules(arguments.format, arguments.documents, arguments.column, arguments.bytes_dtype)
-        tokenizer = Tokenizer.load(arguments.tokenizer, arguments.eos)
-        manifest = convert(
-            *(arguments.sources, tokenizer, arguments.seq_len, arguments.out),
+        return convert(
+            *(arguments.sources, Tokenizer.load(arguments.tokenizer, arguments.eos), arguments.seq_len, arguments.out),
             filters=Filters(min_tokens=arguments.min_tokens, limit_tokens=arguments.limit_tokens),
             columns=Columns(tokens=rules),
             **{name: getattr(arguments, name) for name in OPTIONS},
         )
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
-    seconds = time.monotonic() - begin
-    if arguments.json:
-        print(json.dumps({**manifest.to_json(), "seconds": seconds, "tokens_per_second": manifest.tokens / seconds}))
-    elif not arguments.quiet:
-        print(manifest.summary())
+
+    run_conversion(run, arguments)
 
 
 if __name__ == "__main__":

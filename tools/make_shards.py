@@ -6,14 +6,12 @@ The same command resumes an interrupted conversion. The shards are the same byte
 """
 
 import argparse
-import json
 import os
-import sys
-import time
 from pathlib import Path
 
 from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import run_command
+from mythos_dist.prepare.command import add_conversion_options, run_conversion
 
 OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # passed to convert() unchanged
 
@@ -26,22 +24,15 @@ def parse() -> argparse.Namespace:
     add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
     add("--seq-len", required=True, type=int, help="tokens per window; one more is stored, for the labels")
     add("--out", required=True, type=Path, help="output folder")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes; 0: none (%(default)s)")
-    add("--heldout", type=float, default=0.02, help="held-out share of the text; 0: none (%(default)s)")
     add("--dedup", action="store_true", help="keep only the first of equal documents (reads the input twice)")
     add("--min-score", type=float, help="leave out documents with a lower `score` column")
-    add("--min-tokens", type=int, help="leave out documents with fewer tokens")
-    add("--limit-tokens", type=int, help="stop after the document that reaches this many tokens")
-    add("--compression", help="compress the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
     add("--format", choices=("text", "chat"), default="text", help="documents, or conversations (%(default)s)")
     add("--template", help="of conversations: a Jinja file, or plain; default: the tokenizer's own")
     add("--sample-by", choices=("document", "line"), default="document", help="what a document of plain text is")
-    add("--eos", help="the token that ends documents, if the tokenizer's files do not define it")
     add("--skip-bad", action="store_true", help="skip unreadable input, and list it in the manifest")
     add("--max-unpack-ratio", type=float, default=100.0, help="highest compression ratio of an input (%(default)g)")
-    add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
-    add("--quiet", action="store_true", help="print errors only")
+    add_conversion_options(parser, heldout_of="text")
     return parse_arguments(parser)
 
 
@@ -51,29 +42,22 @@ def main() -> None:
     # Arrow's own allocator keeps freed memory; a worker would keep the memory of its largest document.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # DATA-15
     from mythos_dist.data.chat_template import renderer_of
-    from mythos_dist.data.manifest import Filters
+    from mythos_dist.data.manifest import Filters, ShardManifest
     from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.prepare.convert import convert
     from mythos_dist.prepare.spans import Columns
 
-    begin = time.monotonic()
-    try:
+    def run() -> ShardManifest:
         tokenizer = Tokenizer.load(arguments.tokenizer, arguments.eos)
         chat = renderer_of(arguments.format, tokenizer, arguments.template)
-        manifest = convert(
+        return convert(
             *(arguments.input, tokenizer, arguments.seq_len, arguments.out),
             filters=Filters(arguments.min_score, arguments.min_tokens, arguments.limit_tokens, arguments.dedup),
             columns=Columns(arguments.text_column, sample_by=arguments.sample_by, chat=chat),
             **{name: getattr(arguments, name) for name in OPTIONS},
         )
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
-    seconds = time.monotonic() - begin
-    if arguments.json:
-        print(json.dumps({**manifest.to_json(), "seconds": seconds, "tokens_per_second": manifest.tokens / seconds}))
-    elif not arguments.quiet:
-        print(manifest.summary())
+
+    run_conversion(run, arguments)
 
 
 if __name__ == "__main__":

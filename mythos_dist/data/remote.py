@@ -78,7 +78,8 @@ def mirror(url: str, manifest: ShardManifest, cache: Path) -> Path:
         with lock:
             if not _is_complete(folder, manifest):
                 _download_index(url, manifest, folder)
-                _download_tokenizer(url, manifest, folder)
+                tokenizer = _read_tokenizer(join_url(url, manifest.tokenizer), manifest.tokenizer_sha256)
+                write_atomically(folder / manifest.tokenizer, tokenizer)
     return folder
 
 
@@ -101,11 +102,7 @@ def tokenizer_file(url: str, sha256: str, cache: Path) -> Path:
     file = cache / "tokenizers" / f"{hashlib.sha256(sha256.encode()).hexdigest()[:16]}-{name}"
     with user_errors(file, "cannot be written (data.cache)"):
         if not (file.is_file() and file_sha256(file) == sha256):
-            content = read_object(url, MAX_TOKENIZER)
-            if hashlib.sha256(content).hexdigest() != sha256:
-                raise UserError(
-                    f"the shards were converted with another tokenizer than {url}; use that one, or convert again"
-                )
+            content = _read_tokenizer(url, sha256)
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, content)
     return file
@@ -139,11 +136,8 @@ def _download_index(url: str, manifest: ShardManifest, folder: Path) -> None:
         write_atomically(folder / split / "index.json", content)
 
 
-def _download_tokenizer(url: str, manifest: ShardManifest, folder: Path) -> None:
-    file = join_url(url, manifest.tokenizer)
-    content = read_object(file, MAX_TOKENIZER)
-    if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
-        raise UserError(
-            f"the shards were converted with another tokenizer than {file}; use that one, or convert again", url
-        )
-    write_atomically(folder / manifest.tokenizer, content)
+def _read_tokenizer(url: str, sha256: str) -> bytes:
+    content = read_object(url, MAX_TOKENIZER)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"the shards were converted with another tokenizer than {url}; use that one, or convert again")
+    return content

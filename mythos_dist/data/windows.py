@@ -27,7 +27,6 @@ from mythos_dist.data.remote import cache_folder
 from mythos_dist.data.shard import DamagedFile, Shard, decompressed_chunks, max_bytes, open_verified, verify_open
 from mythos_dist.data.shard_cache import ShardCache
 from mythos_dist.errors import UserError
-from mythos_dist.private import default_shard_cache, make_private_folder
 
 OPEN_FILES = 128  # kept open per stream: reopening per sample would overload a cluster's metadata server
 
@@ -109,7 +108,7 @@ class WindowReader:
         if raw["bytes"] > max_bytes(shard, self._window):
             raise shard.damaged(f"index.json says {raw['bytes']} bytes, more than its samples can fill")
         cache = self._cache.root if isinstance(self._cache, ShardCache) else self._cache
-        cache = cache or make_private_folder(default_shard_cache(), "set data.cache to a folder of yours")
+        cache = cache or cache_folder(None)
         decompressed = cache / shard.fingerprint[:16] / shard.folder.name / raw["basename"]
         with contextlib.suppress(DamagedFile):  # missing, or damaged after a power cut: decompress it (again)
             return _OpenShard(shard, open_verified(decompressed, raw, hashed))

@@ -16,6 +16,7 @@ from torch import Tensor
 from mythos_dist.config.schema import MAX_LOOPS
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.generate.exits import kl_divergence, latent_change
 from mythos_dist.generate.sampling import EXIT_THRESHOLDS
 from mythos_dist.model.activations import Activations
 from mythos_dist.model.halting import NoHalting
@@ -61,9 +62,7 @@ class _TokenRecorder(LoopRecorder):
 
     def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor) -> None:
         """Record loop t: the states before and after it (1, S, D), and the halting weight of `after` (1, S)."""
-        after = after[0].float()
-        change = (after - before[0].float()).norm(dim=-1) / after.norm(dim=-1).clamp(min=1e-30)
-        self.changes.append(change.cpu())
+        self.changes.append(latent_change(after[0], before[0]).cpu())
         self.weights.append(weight[0].float().cpu())
 
     def estimate_gain(self, update, h: Tensor) -> None:
@@ -97,7 +96,7 @@ def measure_text(model: Mythos, tokenizer: Tokenizer, text: str, n_loops: int) -
         top_tokens.append(best.indices.cpu())
         top_probabilities.append(best.values.cpu())
         unknown = torch.full((now.shape[0],), float("inf"))
-        divergences.append(unknown if before is None else (now.exp() * (now - before)).sum(-1).cpu())
+        divergences.append(unknown if before is None else kl_divergence(now, before).cpu())
         before = now
     recorder.changes[0] = torch.full_like(recorder.changes[0], float("inf"))  # a change needs two loops
     measures = {"latent": torch.stack(recorder.changes), "kl": torch.stack(divergences)}

@@ -7,7 +7,6 @@ The trap: lm_eval wants to divide the requests itself where `world_size` is abov
 and the requests are divided below it (scorer.py).
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +87,6 @@ class HarnessModel(TemplateLM):
 
 def _generation_settings(settings: dict[str, Any], task: str, max_length: int) -> tuple[int, list[str]]:
     """(maximum of new tokens, stop texts) of a request. Raises UserError."""
-    settings = copy.deepcopy(settings)
     if settings.get("do_sample") or settings.get("temperature"):
         raise UserError(
             f"{task} samples (generation_kwargs: do_sample={settings.get('do_sample')}, "

@@ -136,7 +136,7 @@ class DepthBatch:
         """Whether the criterion of each row holds. No token exits before its second loop by latent or kl."""
         kinds = {row.sampling.exit for row in self.rows}
         exits = [False] * len(self.rows)
-        change = latent_change(before, after).tolist() if "latent" in kinds else []
+        change = latent_change(after.h[:, -1], before.h[:, -1]).tolist() if "latent" in kinds else []
         halted = after.halted[:, -1].tolist() if "halting" in kinds else []
         compared = [i for i, row in enumerate(self.rows) if row.sampling.exit == "kl"]
         logits = self._logits(compared, final[compared]) if compared else None

@@ -18,7 +18,14 @@ from torch import Tensor
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.generate.depth_batch import Depth, DepthBatch
-from mythos_dist.generate.sampling import Sampling, TokenLogprob, choose_token, request_errors, token_logprob
+from mythos_dist.generate.sampling import (
+    Sampling,
+    TokenLogprob,
+    check_finite,
+    choose_token,
+    request_errors,
+    token_logprob,
+)
 from mythos_dist.generate.text import TextStream
 from mythos_dist.model.decode import prefill
 from mythos_dist.model.kv_cache import KVCache
@@ -169,8 +176,7 @@ class Engine:
 
     def _accept(self, rows: Sequence[int], logits: Tensor, loops: Sequence[int]) -> None:
         """Choose the next token of each of `rows` from logits (rows, V), and free the rows that are finished."""
-        if not bool(logits.amax(-1).isfinite().all()):  # -inf beside finite logits is valid
-            raise UserError("the model's logits are not finite: its weights have diverged, or n_loops is too large")
+        check_finite(logits)
         likeliest = logits.argmax(-1).tolist()
         for i, values, best, used in zip(rows, logits, likeliest, loops, strict=True):
             row, request = self._rows[i], self._rows[i].request

@@ -7,13 +7,12 @@ halting: the cumulative halting probability has reached it (act.mode other than 
 Decisions: DECODE-5.
 """
 
-# B rows, D model, V vocabulary.
+# D model, V vocabulary.
 
 from torch import Tensor
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.generate.sampling import EXIT_THRESHOLDS, Sampling
-from mythos_dist.model.activations import Activations
 
 
 def exit_threshold(sampling: Sampling, config: MythosConfig) -> float:
@@ -23,13 +22,13 @@ def exit_threshold(sampling: Sampling, config: MythosConfig) -> float:
     return config.act_threshold if sampling.exit == "halting" else EXIT_THRESHOLDS[sampling.exit or "latent"]
 
 
-def latent_change(before: Activations, after: Activations) -> Tensor:
-    """||h - h before|| / ||h|| of the rows' last token, (B,) fp32."""
-    h, earlier = after.h[:, -1].float(), before.h[:, -1].float()
-    return (h - earlier).norm(dim=-1) / h.norm(dim=-1)
+def latent_change(h: Tensor, earlier: Tensor) -> Tensor:
+    """||h - earlier|| / ||h|| of hidden states (..., D): (...) fp32."""
+    h = h.float()
+    return (h - earlier.float()).norm(dim=-1) / h.norm(dim=-1).clamp(min=1e-30)
 
 
 def kl_divergence(logits: Tensor, earlier: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(earlier)), both (V,): ()."""
+    """KL(softmax(logits) || softmax(earlier)) of rows (..., V): (...)."""
     log_p, log_q = logits.log_softmax(-1), earlier.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum()
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mythos_dist.config.schema import MAX_LOOPS, MythosConfig
 from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.errors import UserError
 
 EXITS = ("latent", "kl", "halting")
 MAX_LOGPROBS = 1000
@@ -137,6 +138,12 @@ def _length_errors(prompt: int, new: int, context: int) -> list[str]:
             f"{room}"
         ]
     return []
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises UserError unless each row of logits (B, V) has a finite largest value: -inf beside it is valid."""
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise UserError("the model's logits are not finite: its weights have diverged, or n_loops is too large")
 
 
 def choose_token(logits: Tensor, sampling: Sampling, seen: Sequence[int], draw: random.Random) -> int:

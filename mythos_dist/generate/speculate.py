@@ -19,7 +19,7 @@ from torch import Tensor
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.generate.engine import Request, Row, noise_seed
-from mythos_dist.generate.sampling import Sampling, request_errors
+from mythos_dist.generate.sampling import Sampling, check_finite, request_errors
 from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import Context
 from mythos_dist.model.decode import enter, logits_of, prefill
@@ -142,6 +142,5 @@ def _run_loops(model: Mythos, activations: Activations, loops: range, context: C
 
 def _likeliest(logits: Tensor) -> list[int]:
     """The most likely token of each row (S, V). Raises UserError if logits are not finite."""
-    if not bool(logits.amax(-1).isfinite().all()):
-        raise UserError("the model's logits are not finite: its weights have diverged, or n_loops is too large")
+    check_finite(logits)
     return logits.argmax(-1).tolist()

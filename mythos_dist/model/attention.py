@@ -117,6 +117,11 @@ def kv_width(config: MythosConfig, tensor: int) -> int:
     return 2 * heads // tensor * config.head_dim
 
 
+def shared_kv_shape(config: MythosConfig, batch: int, seq_len: int, tensor: int) -> torch.Size | None:
+    """(B, S, W) of what loops share, see `kv_width`; None: every loop has keys and values of its own."""
+    return torch.Size([batch, seq_len, kv_width(config, tensor)]) if config.kv_loops > 1 else None
+
+
 class GQAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): n_heads queries share n_kv_heads keys and values.
 

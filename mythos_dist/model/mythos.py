@@ -20,7 +20,7 @@ from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.activations import Activations, TensorSpecs, stage_input_shapes
 from mythos_dist.model.attend import choose_kernel
-from mythos_dist.model.attention import Context, build_context, kv_width
+from mythos_dist.model.attention import Context, build_context, shared_kv_shape
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
 from mythos_dist.model.inputs import check_arguments, check_tokens, resolve_n_loops, type_problem
@@ -168,9 +168,8 @@ class Mythos(nn.Module):
         readouts: the number of readouts by earlier stages.
         """
         tokens = seq_len // self.mesh.tensor.size if self.mesh.sequence else seq_len
-        shape, kv_shape = torch.Size([batch, tokens, self.config.dim]), None
-        if self.config.kv_loops > 1:
-            kv_shape = torch.Size([batch, seq_len, kv_width(self.config, self.mesh.tensor.size)])
+        shape = torch.Size([batch, tokens, self.config.dim])
+        kv_shape = shared_kv_shape(self.config, batch, seq_len, self.mesh.tensor.size)
         return stage_input_shapes(self.stage, shape, next(self.parameters()).dtype, readouts, kv_shape)
 
     def losses(

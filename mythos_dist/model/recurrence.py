@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.model.activations import UNSET, Activations
-from mythos_dist.model.attention import Context, SharedKV, kv_width
+from mythos_dist.model.attention import Context, SharedKV, shared_kv_shape
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
 from mythos_dist.model.halting import build_halting
@@ -87,13 +87,15 @@ class Recurrent(nn.Module):
             output=torch.zeros_like(e, dtype=torch.float32),
             halted=torch.zeros_like(e[..., 0], dtype=torch.float32),
             aux_loss=e.new_zeros(1, dtype=torch.float32),
-            kv=self._no_kv(e) if self.config.kv_loops > 1 else UNSET,
+            kv=self._no_kv(e),
         )
 
     def _no_kv(self, e: Tensor) -> Tensor:
-        """Zeros (B, S, W), which no loop attends to: a pipeline stage without a loop in this step sends them."""
+        """Zeros (B, S, W), which no loop attends to: a pipeline stage without a loop in this step sends them. Unset if
+        loops share nothing."""
         parts = self.mesh.tensor.size if self.mesh.sequence else 1
-        return e.new_zeros(e.shape[0], e.shape[1] * parts, kv_width(self.config, self.mesh.tensor.size))
+        shape = shared_kv_shape(self.config, e.shape[0], e.shape[1] * parts, self.mesh.tensor.size)
+        return UNSET if shape is None else e.new_zeros(shape)
 
     def _random_hidden_state(self, e: Tensor, seeds: Tensor | None) -> Tensor:
         """A hidden state like e from N(0, 2 / 5) (Huginn, Geiping et al. 2025). Each sequence is drawn from its own
@@ -122,8 +124,7 @@ class Recurrent(nn.Module):
         """
         with_grad = loops_with_grad(loop_range, loops.no_grad_loops) if torch.is_grad_enabled() else range(0)
         self.block.ffn.experts.start_pass(len(with_grad))
-        decay, scale, injected = self.injection(activations.e)
-        inputs = LoopInputs(decay, scale, injected, self._signals(loop_range, loops, activations.h))
+        inputs = self.inputs(activations.e)._replace(signals=self._signals(loop_range, loops, activations.h))
         counts = torch.zeros(len(loop_range), self.config.n_experts, dtype=torch.int64, device=activations.h.device)
         readouts: list[Readout] = []
         # Earlier readouts stay out of the groups: a recomputed group holds its arguments until the backward.
@@ -146,7 +147,7 @@ class Recurrent(nn.Module):
         if torch.is_grad_enabled():
             activations = activations._replace(aux_loss=self._use_all_parameters(activations, with_grad, loops))
         if self.recorder is not None and len(loop_range) > 0:
-            self.recorder.rho = decay.max()
+            self.recorder.rho = inputs.decay.max()
             last_loop, e, kv = loop_range.stop - 1, activations.e, activations.kv
             self.recorder.estimate_gain(
                 lambda h: self._update(last_loop, loops, h, e, kv, inputs, context)[0], activations.h

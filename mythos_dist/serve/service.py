@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from mythos_dist.data.chat import ChatRenderer, Message, encode
+from mythos_dist.data.chat import ChatRenderer, Message
 from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.errors import UserError
+from mythos_dist.generate.chat import prompt_tokens
 from mythos_dist.generate.sampling import Sampling, request_errors
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.serve.engine_thread import EngineThread
@@ -97,10 +99,9 @@ class Service:
             {"role": roles.get(one.role, one.role), "content": one.content} for one in body.messages
         ]
         try:
-            pieces = self.renderer.prompt(messages)
-        except ValueError as error:
-            raise ApiError(f"the conversation cannot be continued: {error}", param="messages") from None
-        prompt = encode(self.tokenizer, pieces)[0].tolist()
+            prompt = prompt_tokens(self.tokenizer, self.renderer, messages)
+        except UserError as error:
+            raise ApiError(str(error), param="messages") from None
         new = self._chat_limit(body) or 1
         if len(prompt) + new > self.context:
             raise context_exceeded(len(prompt), new, self.context, "messages")

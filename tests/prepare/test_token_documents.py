@@ -26,7 +26,7 @@ EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[Healt
 
 @pytest.fixture
 def tiny_blocks(monkeypatch):
-    """`tiny_blocks(block, long)`: blocks of so many tokens; documents of more than `long` tokens are read in pieces."""
+    """`tiny_blocks(block, long)`: blocks of `block` tokens; documents of more than `long` tokens are read in pieces."""
 
     def patch(block: int, long: int) -> None:
         for module in (rows, flat, mds_folder):

@@ -172,7 +172,7 @@ def check_data(machine: Machine, config: Config) -> Iterator[Finding]:
         yield _check_room_for_downloads(machine, config, remote)
     if not compressed:
         return
-    topic, path = "data.cache", Path(config.data.cache) if config.data.cache else default_shard_cache()
+    topic, path = "data.cache", _shard_cache(config)
     if foreign := "" if config.data.cache else why_untrusted(path):  # as in data/windows.py
         yield problem(foreign, "check its content, remove it, or set data.cache to a folder of yours", topic)
     else:
@@ -186,11 +186,15 @@ def check_data(machine: Machine, config: Config) -> Iterator[Finding]:
         yield ok(text, topic=topic)
 
 
+def _shard_cache(config: Config) -> Path:
+    return Path(config.data.cache) if config.data.cache else default_shard_cache()
+
+
 def _check_room_for_downloads(machine: Machine, config: Config, shards: "list[Shard]") -> Finding:
     """Room for the shards of stores: all of them, or `data.cache_limit`."""
     from mythos_dist.data.remote import STORES
 
-    path = Path(config.data.cache) if config.data.cache else default_shard_cache()
+    path = _shard_cache(config)
     total, limit = sum(shard.entry["raw_data"]["bytes"] for shard in shards), config.data.cache_bytes
     kept = sum(folder_bytes(path / STORES / name) for name in {shard.fingerprint[:16] for shard in shards})
     missing, free = max(0, min(total, limit or total) - kept), machine.free_bytes(path)

@@ -15,7 +15,7 @@ import torch
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.activations import num_bytes, stage_input_shapes
-from mythos_dist.model.attention import kv_width
+from mythos_dist.model.attention import shared_kv_shape
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.parallel.mesh import Axis, Mesh
@@ -224,8 +224,6 @@ class LayerMessages:
         train = self.config.train
         seq_len = train.seq_len // self.mesh.tensor.size if self.mesh.sequence else train.seq_len
         readouts = (self.readouts if stage.after_loops else earlier_loops) if self.per_loop else 0
-        shape, kv_shape = torch.Size([train.micro_batch, seq_len, self.config.model.dim]), None
-        if self.config.model.kv_loops > 1:
-            width = kv_width(self.config.model, self.mesh.tensor.size)
-            kv_shape = torch.Size([train.micro_batch, train.seq_len, width])
+        shape = torch.Size([train.micro_batch, seq_len, self.config.model.dim])
+        kv_shape = shared_kv_shape(self.config.model, train.micro_batch, train.seq_len, self.mesh.tensor.size)
         return num_bytes(stage_input_shapes(stage, shape, DTYPES[train.dtype], readouts, kv_shape))

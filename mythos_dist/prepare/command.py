@@ -1,0 +1,40 @@
+"""What `tools/make_shards.py` and `tools/import_tokens.py` have in common: options, Ctrl-C and the report."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # --help imports no pyarrow
+    from mythos_dist.data.manifest import ShardManifest
+
+
+def add_conversion_options(parser: argparse.ArgumentParser, heldout_of: str) -> None:
+    """Add the options of both tools. heldout_of: what a share of is held out."""
+    add = parser.add_argument
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes; 0: none (%(default)s)")
+    add("--heldout", type=float, default=0.02, help=f"held-out share of the {heldout_of}; 0: none (%(default)s)")
+    add("--min-tokens", type=int, help="leave out documents with fewer tokens")
+    add("--limit-tokens", type=int, help="stop after the document that reaches this many tokens")
+    add("--compression", help="compress the shards: zstd, or zstd:1 (fast) to zstd:22 (small); default: none")
+    add("--eos", help="the token that ends documents, if the tokenizer's files do not define it")
+    add("--json", action="store_true", help="print the manifest, seconds and rates as JSON on standard output")
+    add("--quiet", action="store_true", help="print errors only")
+
+
+def run_conversion(convert: Callable[[], "ShardManifest"], arguments: argparse.Namespace) -> None:
+    """Convert and print the manifest's summary, or JSON. After Ctrl-C the exit code is 130."""
+    begin = time.monotonic()
+    try:
+        manifest = convert()
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+    seconds = time.monotonic() - begin
+    if arguments.json:
+        print(json.dumps({**manifest.to_json(), "seconds": seconds, "tokens_per_second": manifest.tokens / seconds}))
+    elif not arguments.quiet:
+        print(manifest.summary())
