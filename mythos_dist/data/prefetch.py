@@ -67,12 +67,18 @@ class Prefetcher:
                 if self._closed:
                     return None
                 now = time.monotonic()
-                for need in needs:
-                    waits = self._not_before.get(need.key, 0.0) > now or need.key in self._in_progress
-                    if not waits and not self._cache.has(need.shard):
-                        self._in_progress.add(need.key)
-                        return need
-                self._changed.wait(RETRY_SECONDS)
+                missing = next((need for need in needs if self._is_missing(need, now)), None)
+                if missing is None:
+                    self._changed.wait(RETRY_SECONDS)
+                elif self._lookahead.next_use(missing.key) == missing.time:
+                    self._in_progress.add(missing.key)
+                    return missing
+                # else its step is over since `upcoming` was called, and it may have been removed already
+
+    def _is_missing(self, need: Need, now: float) -> bool:
+        """Whether a shard is neither here, nor being downloaded, nor to be tried again later."""
+        waits = self._not_before.get(need.key, 0.0) > now or need.key in self._in_progress
+        return not waits and not self._cache.has(need.shard)
 
     def _download(self, need: Need) -> None:
         not_before = 0.0

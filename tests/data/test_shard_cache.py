@@ -23,8 +23,9 @@ from helpers.shard_folder import (
     write_folder,
     write_manifest,
 )
+from helpers.waiting import wait_until
 
-from mythos_dist.data import shard_cache
+from mythos_dist.data import prefetch, shard_cache
 from mythos_dist.data.corpora import open_corpora
 from mythos_dist.data.lookahead import Lookahead
 from mythos_dist.data.prefetch import Prefetcher
@@ -296,6 +297,33 @@ def farthest_first(steps: list[list[str]], capacity: int) -> int:
     return loads
 
 
+def test_a_shard_whose_step_is_over_is_not_downloaded_in_advance(store, url, tmp_path, monkeypatch):
+    """The step ends while a thread decides what to download next."""
+
+    class EndingStep(Lookahead):
+        def upcoming(self, after_step):
+            needs = super().upcoming(after_step)
+            self.advance(1)
+            return needs
+
+    monkeypatch.setattr(prefetch, "THREADS", 1)
+    shards = open_remote(url, tmp_path)
+    cache = ShardCache(tmp_path)
+    lookahead = EndingStep(iter([(0, shards[:1]), (1, shards[1:2])]), cache.key, len(shards))
+    prefetcher = Prefetcher(cache, lookahead, 1)
+    wait_until(lambda: cache.has(shards[1]))
+    prefetcher.close()
+    assert not cache.has(shards[0]) and f"train/{shards[0].stored['basename']}" not in store.downloads
+
+
+def all_prefetched(prefetcher, lookahead, ahead):
+    """Whether the threads have nothing to do until the next step."""
+    needs = lookahead.upcoming(ahead)
+    with prefetcher._changed:
+        waiting = (prefetcher._cache.has(need.shard) or need.key in prefetcher._not_before for need in needs)
+        return not prefetcher._in_progress and all(waiting)
+
+
 def test_downloads_with_a_small_cache_are_near_the_optimum(store, tmp_path, monkeypatch):
     """A tenth of the data, three epochs: within 5 % of Belady's loads, computed from the samples that were read."""
     from mythos_dist.data import order
@@ -317,6 +345,7 @@ def test_downloads_with_a_small_cache_are_near_the_optimum(store, tmp_path, monk
     read_shards = []
     for step in range(num_steps):
         prefetcher.advance(step)
+        wait_until(partial(all_prefetched, prefetcher, lookahead, 2), seconds=300)  # a real step takes seconds
         (batch,) = stream.step(step)
         of_step = stream._dataset.windows.shards_of(batch.sample_ids.numpy()).tolist()
         read_shards.append(list(dict.fromkeys(map(str, of_step))))

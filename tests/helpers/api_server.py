@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import threading
-import time
 from types import SimpleNamespace
 
 from mythos_dist.generate.text import TextStream
@@ -99,11 +98,3 @@ def serving(service, protocol=TimedProtocol):
     finally:
         server.should_exit = True
         thread.join()
-
-
-def wait_until(condition, seconds=60.0):
-    """Poll until `condition()` is true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true"
-        time.sleep(0.01)

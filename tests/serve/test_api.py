@@ -9,7 +9,8 @@ import urllib.parse
 import httpx
 import openai
 import pytest
-from helpers.api_server import LOOPS, parrot_service, serving, wait_until
+from helpers.api_server import LOOPS, parrot_service, serving
+from helpers.waiting import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from experiments.chat_task import write_byte_tokenizer

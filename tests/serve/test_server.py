@@ -13,9 +13,9 @@ import httpx
 import openai
 import pytest
 import torch
-from helpers.api_server import wait_until
 from helpers.small_checkpoint import write_run
 from helpers.small_run import REPOSITORY, SMALL, TINY
+from helpers.waiting import wait_until
 
 from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.load import load_config
