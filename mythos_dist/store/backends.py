@@ -82,19 +82,29 @@ def _after(begin: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _s3_chunks(url: str, begin: int) -> Iterator[bytes]:
-    parts = urlsplit(url, allow_fragments=False)
-    key = parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
+    bucket, key = bucket_and_key(url)
     wanted = {"Range": f"bytes={begin}-"} if begin else {}
-    body = _s3_client(os.getpid()).get_object(Bucket=parts.netloc, Key=key, **wanted)["Body"]
+    body = s3_client().get_object(Bucket=bucket, Key=key, **wanted)["Body"]
     try:
         yield from body.iter_chunks(CHUNK_BYTES)  # raises if the body ends before its Content-Length
     finally:
         body.close()
 
 
+def bucket_and_key(url: str) -> tuple[str, str]:
+    """Of an s3 URL."""
+    parts = urlsplit(url, allow_fragments=False)
+    return parts.netloc, parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
+
+
+def s3_client() -> Any:
+    """boto3's client of this process; thread-safe."""
+    return _s3_client(os.getpid())
+
+
 @functools.lru_cache(maxsize=1)
 def _s3_client(process: int) -> Any:
-    """A client of this process; thread-safe. Without credentials, requests are not signed: public buckets."""
+    """Without credentials, requests are not signed: public buckets."""
     from boto3.session import Session
     from botocore import UNSIGNED
     from botocore.config import Config
@@ -106,6 +116,7 @@ def _s3_client(process: int) -> Any:
         read_timeout=READ_SECONDS,
         retries={"total_max_attempts": 1},  # fetch.py retries
         max_pool_connections=32,
+        request_checksum_calculation="when_required",  # other stores refuse CRC headers; write.py sends Content-MD5
         **settings,
     )
     # boto3 itself reads AWS_ENDPOINT_URL and AWS_ENDPOINT_URL_S3; S3_ENDPOINT_URL is streaming's own name.

@@ -1,4 +1,5 @@
 """Read files of a store until they are complete: retries with backoff and jitter, then one message that names the file.
+`retry` is the one place of retries, also of those that write (write.py).
 
 A file that is missing or that may not be read is tried twice (stores list and grant with a delay), everything else
 until `patience` seconds have passed. A retry on s3 resumes after the last byte received.
@@ -12,13 +13,14 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from mythos_dist.errors import UserError, redact
 from mythos_dist.store.backends import TooLarge, check_scheme, read_into
 from mythos_dist.urls import scheme_of
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 START_PATIENCE = 20.0  # seconds, of what a run reads before it starts: a wrong address should not take minutes
 SHARD_PATIENCE = 120.0  # of shards: two attempts one after the other are shorter than faults.hang_after
@@ -35,10 +37,18 @@ _CREDENTIALS = {
 }
 
 
-class Unavailable(UserError):
-    """A file of a store could not be read. `missing`: the store says that there is none."""
+_ALLOWS = {"read": "read it", "written": "write there", "listed": "list the folder", "removed": "remove files there"}
 
-    missing = False
+
+class Unavailable(UserError):
+    """A file of a store could not be read or written."""
+
+    kind = ""  # see `kind_of`
+
+    @property
+    def missing(self) -> bool:
+        """Whether the store says that there is none."""
+        return self.kind == "missing"
 
 
 class WrongContent(Exception):
@@ -67,14 +77,37 @@ def fetch(
     check: called on the complete file; if it raises WrongContent, the file is read again from its beginning.
     wait: called with the seconds before the next attempt; an exception of it ends the attempts. Raises Unavailable.
     """
+
+    def read() -> None:
+        read_into(url, file, limit)
+        check()
+
+    def on_failure(error: Exception) -> None:
+        if kind_of(error) == "damaged":
+            file.seek(0)
+
+    retry(url, read, patience, wait=wait, on_failure=on_failure)
+
+
+def retry(
+    url: str,
+    run: Callable[[], T],
+    patience: float,
+    action: str = "read",
+    *,
+    wait: Callable[[float], object] = time.sleep,
+    on_failure: Callable[[Exception], object] = lambda error: None,
+) -> T:
+    """`run()`, repeated while the store fails, for at most `patience` seconds. `action`: what it does, for the message.
+
+    Errors of the local disk are raised as they are; everything else as Unavailable.
+    """
     check_scheme(url)
     began, attempt, of_this_kind = time.monotonic(), 0, 0
     while True:
         attempt += 1
         try:
-            read_into(url, file, limit)
-            check()
-            return
+            return run()
         except (OSError, UserError) as error:
             if isinstance(error, UserError) or _is_local(error):
                 raise
@@ -82,13 +115,12 @@ def fetch(
         except Exception as error:  # each library has its own
             failure = error
         kind = kind_of(failure)
-        if kind == "damaged" or _status(failure) == 416:  # 416: a range after the end
-            file.seek(0)
+        on_failure(failure)
         of_this_kind = of_this_kind + 1 if kind != "transient" else 0
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
         seconds = time.monotonic() - began
         if of_this_kind >= ATTEMPTS.get(kind, 2) or seconds + delay > patience:
-            raise _unavailable(url, failure, kind, attempt, seconds)
+            raise _unavailable(url, failure, kind, action, attempt, seconds)
         log.info("%s: %s; attempt %d follows in %.1f s", redact(url), describe(failure), attempt + 1, delay)
         wait(delay)
 
@@ -103,13 +135,17 @@ def kind_of(error: BaseException) -> str:
     if isinstance(error, TooLarge | WrongContent) or type(error).__name__ == "FlexibleChecksumError":  # the latter: s3
         return "damaged"
     code, status = _code(error), _status(error)
+    if status == 416:  # a range after the end
+        return "damaged"
     if code in ("RequestTimeTooSkewed", "RequestExpired"):
         return "clock"
+    if code in ("QuotaExceeded", "XMinioStorageFull") or status == 507:  # Ceph's and MinIO's names
+        return "full"
     if isinstance(error, FileNotFoundError) or status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
         return "missing"
     if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ == "NoCredentialsError":
         return "denied"
-    if isinstance(error, ModuleNotFoundError | NotImplementedError):
+    if isinstance(error, ImportError | NotImplementedError):
         return "unsupported"
     return "transient"
 
@@ -136,19 +172,22 @@ def describe(error: BaseException) -> str:
     return redact(f"{type(error).__name__}: {text}" if text else type(error).__name__)[:300]
 
 
-def _unavailable(url: str, error: Exception, kind: str, attempts: int, seconds: float) -> Unavailable:
-    scheme = scheme_of(url)
+def _unavailable(url: str, error: Exception, kind: str, action: str, attempts: int, seconds: float) -> Unavailable:
+    scheme, reads = scheme_of(url), action == "read"
     credentials = _CREDENTIALS.get(scheme, "the server's settings")
     endpoint = "" if scheme != "s3" else " and AWS_ENDPOINT_URL"
+    missing = "file; check the URL{}, or copy the whole folder there" if reads else "bucket or folder; check the URL{}"
+    damaged = "in the store is damaged; copy it there again, or convert again" if reads else "that arrived is damaged"
     remedy = {
-        "missing": f"there is no such file; check the URL{endpoint}, or copy the whole folder there",
-        "denied": f"access is denied; check the credentials ({credentials}) and that they may read it",
+        "missing": f"there is no such {missing.format(endpoint)}",
+        "denied": f"access is denied; check the credentials ({credentials}) and that they may {_ALLOWS[action]}",
         "clock": "the clock of this node differs from the store's; synchronize it (chrony, NTP)",
         "unsupported": "install that package",
-        "damaged": "the copy in the store is damaged; copy it there again, or convert again",
+        "full": "the store is full, or a quota of it is used up; free space there",
+        "damaged": f"the copy {damaged}",
         "transient": f"check the network, the store{endpoint}, and run the same command again",
     }[kind]
     tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-    problem = Unavailable(f"cannot be read after {tries} in {seconds:.0f} s ({describe(error)}); {remedy}", url)
-    problem.missing = kind == "missing"
+    problem = Unavailable(f"cannot be {action} after {tries} in {seconds:.0f} s ({describe(error)}); {remedy}", url)
+    problem.kind = kind
     return problem

@@ -1,6 +1,11 @@
-"""A real S3 server (moto) on a free port, and a proxy before it that injects faults and counts requests."""
+"""A real S3 server (moto) on a free port, and a proxy before it that injects faults and counts requests.
 
+moto ignores Content-MD5, so the proxy checks it, as S3 does.
+"""
+
+import base64
 import contextlib
+import hashlib
 import http.client
 import http.server
 import logging
@@ -43,6 +48,21 @@ class Store:
             region_name="us-east-1",
         )
 
+    def create_bucket(self, bucket: str) -> str:
+        """A new bucket; returns the URL of a folder in it."""
+        self.client().create_bucket(Bucket=bucket)
+        return f"s3://{bucket}/data"
+
+    def content(self, url: str) -> dict[str, bytes]:
+        """All objects below a folder, by their names below it."""
+        bucket, _, folder = url.removeprefix("s3://").partition("/")
+        client = self.client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{folder}/")
+        keys = [one["Key"] for page in pages for one in page.get("Contents", ())]
+        return {
+            key.removeprefix(f"{folder}/"): client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys
+        }
+
     def upload(self, folder: Path, bucket: str) -> str:
         """Copy a folder to a new bucket; returns its URL."""
         client = self.client()
@@ -62,12 +82,15 @@ class Store:
         with self.proxy.lock:
             self.proxy.complete.clear()
             self.proxy.requests.clear()
+            self.proxy.log.clear()
+            self.proxy.written.clear()
             self.proxy.fault = lambda path, number: None
             self.proxy.latency, self.proxy.bytes_per_second = 0.0, 0.0
 
 
 # What happens to a request: an HTTP status, or one with S3's code, "reset" (no response), ("truncate", share) or
-# ("corrupt", share) of the body, or "stall" (nothing is sent after half the body, until the client closes).
+# ("corrupt", share) of the body, or "stall" (nothing is sent after half the body, until the client closes). The body is
+# the one that the client sends, if it sends one.
 Fault = int | str | tuple[int, str] | tuple[str, float] | None
 
 
@@ -81,6 +104,8 @@ class _Proxy(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.requests: Counter[str] = Counter()  # by path
         self.complete: list[str] = []  # paths of bodies sent without a fault
+        self.log: list[tuple[str, str]] = []  # (method, path and query) of all requests
+        self.written: list[tuple[str, str]] = []  # (PUT or DELETE, path) of those that the server has executed
         self.fault: Callable[[str, int], Fault] = lambda path, number: None  # of the n-th request (from 1) of a path
         self.latency = 0.0  # seconds before each response
         self.bytes_per_second = 0.0  # of each connection; 0: unlimited
@@ -99,25 +124,47 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._forward()
 
+    def do_PUT(self) -> None:
+        self._forward()
+
+    def do_POST(self) -> None:
+        self._forward()
+
+    def do_DELETE(self) -> None:
+        self._forward()
+
     def _forward(self) -> None:
         proxy, path = self.server, self.path.partition("?")[0]
         with proxy.lock:
             proxy.requests[path] += 1
+            proxy.log.append((self.command, self.path))
             fault = proxy.fault(path, proxy.requests[path])
         time.sleep(proxy.latency)
         if fault == "reset":
             return self._reset()
+        if self.command in ("PUT", "POST"):
+            sent = self._receive(fault)
+            if sent is None:
+                return self._reset()
+            wanted = self.headers.get("Content-MD5")
+            if wanted and wanted != base64.b64encode(hashlib.md5(sent).digest()).decode():
+                fault = (400, "BadDigest")
+            elif isinstance(fault, tuple) and isinstance(fault[0], str):
+                fault = None
+        else:
+            sent = b""
         status, code = fault if isinstance(fault, tuple) else (fault, "Injected")
         if isinstance(status, int):
             body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body if self.command == "GET" else b"")
+            self.wfile.write(body if self.command != "HEAD" else b"")
             return None
         upstream = http.client.HTTPConnection(proxy.upstream.removeprefix("http://"), timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
-        upstream.request(self.command, self.path, headers={**headers, "Host": self.headers["Host"]})
+        headers.pop("Expect", None)
+        upstream.request(self.command, self.path, sent or None, {**headers, "Host": self.headers["Host"]})
         response = upstream.getresponse()
         body = response.read()
         upstream.close()
@@ -128,12 +175,37 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
         self.send_header("Content-Length", length or "0")
         self.end_headers()
-        if self.command == "GET":
-            if fault is None and response.status in (200, 206):
+        if self.command in ("PUT", "DELETE") and response.status < 300:
+            with proxy.lock:
+                proxy.written.append((self.command, path))
+        if self.command != "HEAD":
+            if self.command == "GET" and fault is None and response.status in (200, 206):
                 with proxy.lock:  # before it is sent: then the client may ask for the counts
                     proxy.complete.append(path)
             self._send(body, fault)
         return None
+
+    def _receive(self, fault: Fault) -> bytes | None:
+        """The body that the client sends, at the rate of the proxy; None: the connection is cut in the middle of it."""
+        proxy, length, body = self.server, int(self.headers.get("Content-Length") or 0), b""
+        kind, share = fault if isinstance(fault, tuple) else (fault, 1.0)
+        until = int(length * share) if kind in ("truncate", "stall") else length
+        step = max(1, int(proxy.bytes_per_second / 50)) if proxy.bytes_per_second else 1 << 20
+        while len(body) < until:
+            body += self.rfile.read(min(step, until - len(body)))
+            if proxy.bytes_per_second:
+                time.sleep(step / proxy.bytes_per_second)
+        if kind == "stall":
+            self.connection.settimeout(60)
+            with contextlib.suppress(OSError):
+                while self.connection.recv(1 << 16):
+                    time.sleep(0.01)
+        if until < length:
+            return None
+        if kind == "corrupt" and body:
+            at = int(len(body) * share)
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        return body
 
     def _send(self, body: bytes, fault: Fault) -> None:
         kind, share = fault if isinstance(fault, tuple) else (fault, 0.5)
@@ -178,6 +250,9 @@ def serving_s3() -> Iterator[Store]:
     proxy = _Proxy(f"http://{host}:{port}")
     threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     store = Store(f"http://{host}:{port}", proxy)
+    from mythos_dist.store import backends
+
+    backends._s3_client.cache_clear()  # of another server
     before = {name: os.environ.get(name) for name in (*store.env, "S3_ENDPOINT_URL", "AWS_PROFILE")}
     os.environ.update(store.env)
     for name in ("S3_ENDPOINT_URL", "AWS_PROFILE"):
