@@ -1,9 +1,57 @@
 """URLs of files and folders: which texts are URLs, names below them, and the secrets that they must not hold."""
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from mythos_dist.errors import redact
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder of a store, with the part of pathlib's interface that does no input or output.
+
+    Its text, for messages and records, is without secrets. The trap: pathlib.Path("s3://bucket") is s3:/bucket.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return redact(self.url) if has_secrets(self.url) else self.url
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(join_url(self.url, name))
+
+    @property
+    def name(self) -> str:
+        """The last part; empty for a bucket or host."""
+        return self._parts()[1].rpartition("/")[2]
+
+    @property
+    def parent(self) -> "RemotePath":
+        """The folder that it is in; of a bucket or host, itself."""
+        root, path, query = self._parts()
+        return RemotePath(root + (f"/{path.rpartition('/')[0]}" if "/" in path else "") + query)
+
+    def expanduser(self) -> "RemotePath":
+        """Itself: a URL has no home."""
+        return self
+
+    def _parts(self) -> tuple[str, str, str]:
+        """Scheme and host, the path without slashes at its ends, and the query with its mark."""
+        scheme, _, rest = self.url.partition("://")
+        rest, mark, query = rest.partition("?") if scheme in ("http", "https") else (rest, "", "")
+        host, _, path = rest.partition("/")
+        return f"{scheme}://{host}", path.strip("/"), mark + query
+
+
+AnyPath = Path | RemotePath
+
+
+def any_path(text: str) -> AnyPath:
+    """A local path, or the URL of a file or folder in a store."""
+    return RemotePath(text) if is_url(text) else Path(text)
 
 
 def is_url(path: object) -> bool:

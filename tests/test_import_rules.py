@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": {"config", "store"},
     "parallel": {"config"},
     "model": {"parallel", "config"},
-    "checkpoint": {"model", "parallel", "data", "config"},
+    "checkpoint": {"model", "parallel", "data", "config", "store"},
     "huggingface": set(),  # copied into exports, where nothing of ours is
     "train": {"checkpoint", "model", "parallel", "data", "config", "store"},
     "generate": {"train", "checkpoint", "model", "parallel", "data", "config"},

@@ -3,7 +3,7 @@
 Both are read piece by piece like a checkpoint that has weights only, so `export.py` writes them as any other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from mythos_dist.checkpoint.canonical import output_path
 from mythos_dist.checkpoint.manifest import AVERAGE, CheckpointManifest, TensorEntry
 from mythos_dist.checkpoint.open_mythos import list_tensors
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.reader import Checkpoint
+from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.reader import Checkpoint, Wanted
 from mythos_dist.checkpoint.restore import open_weights_at
 from mythos_dist.config.compare import WIDTHS, training_changes
 from mythos_dist.config.fields import number_of, show
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
+from mythos_dist.urls import AnyPath
 
 _BLOCK_ELEMENTS = 1 << 21  # summed in float64 at once
 
@@ -38,9 +40,8 @@ class AverageOf(Checkpoint):
         super().__init__(source.folder, _weights_only(manifest))
         self._source = source
 
-    def read(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
-        """As `Checkpoint.read`."""
-        self._source.read(AVERAGE, name, piece, out)
+    def _copy(self, wanted: Iterable[Wanted], progress: Progress) -> None:
+        self._source.read_all([one._replace(kind=AVERAGE) for one in wanted], progress)
 
     def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
         """As `Checkpoint.find_damage`."""
@@ -68,8 +69,12 @@ class MeanOf(Checkpoint):
         newest = max(sources, key=lambda source: source.manifest.step)
         super().__init__(newest.folder, _weights_only(newest.manifest))
 
-    def read(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
-        """As `Checkpoint.read`."""
+    def _copy(self, wanted: Iterable[Wanted], progress: Progress) -> None:
+        for kind, name, piece, out, _ in wanted:
+            self._mean(kind, name, piece, out)
+            progress(out.nbytes)
+
+    def _mean(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
         for begin in range(0, len(out), _BLOCK_ELEMENTS):
             block = out[begin : begin + _BLOCK_ELEMENTS]
             first = piece.first + begin
@@ -94,7 +99,7 @@ class MeanOf(Checkpoint):
         return [problem for source in self._sources for problem in source.find_damage(hashes=hashes)]
 
 
-def open_mean(paths: Sequence[Path], out: Path, weights: Sequence[str] | None = None) -> MeanOf:
+def open_mean(paths: Sequence[AnyPath], out: Path, weights: Sequence[str] | None = None) -> MeanOf:
     """The mean of the checkpoints, newest checkpoints of runs, or exports at `paths`, to be written to `out`.
 
     `weights`: numbers as text. Raises UserError if one is invalid, if a path cannot be read, or if `out` is inside one.

@@ -1,9 +1,10 @@
 """Read the weights of an export (`export.py`) piece by piece, like a checkpoint of step 0 that has no moments."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,16 +16,42 @@ from mythos_dist.checkpoint.manifest import (
     TensorEntry,
     library_versions,
 )
+from mythos_dist.checkpoint.names import MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.open_mythos import SafeTensors, mismatches
 from mythos_dist.checkpoint.pieces import Piece, overlaps
-from mythos_dist.checkpoint.reader import Checkpoint
+from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.reader import Checkpoint, Wanted
+from mythos_dist.checkpoint.remote_tensors import RemoteTensors
 from mythos_dist.checkpoint.signature import VARIABLE, signing_key
 from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.model.pretrained import check_head, exported_shapes, format_of, is_export, our_state, read_settings
+from mythos_dist.model.pretrained import (
+    check_head,
+    exported_shapes,
+    format_of,
+    is_export,
+    our_state,
+    parse_settings,
+    read_settings,
+)
+from mythos_dist.store.fetch import read_object
+from mythos_dist.store.folder import list_folder
+from mythos_dist.urls import AnyPath, RemotePath
+
+MAX_SETTINGS = 1 << 20  # bytes of config.json
 
 
-def open_export(folder: Path, key_file: str | None = None) -> "ExportedWeights":
+def holds_export(path: AnyPath) -> bool:
+    """Whether a folder, local or in a store, has the files of an export. Raises UserError if the store fails."""
+    if isinstance(path, Path):
+        return is_export(path)
+    if step_of(path.name) is not None:
+        return False
+    files = list_folder(path).files
+    return MANIFEST_FILE not in files and "config.json" in files and any(n.endswith(".safetensors") for n in files)
+
+
+def open_export(folder: AnyPath, key_file: str | None = None) -> "ExportedWeights":
     """The export in `folder`. Raises UserError if it cannot be read, or if a signature is required.
 
     key_file: `checkpoint.key_file`.
@@ -58,22 +85,29 @@ def open_model_folder(folder: Path) -> "ExportedWeights":
 class ExportedWeights(Checkpoint):
     """An export in any format and dtype; elements are converted to fp32."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: AnyPath):
         """Raises UserError if it cannot be read, or if tensors do not fit its config.json."""
-        self._state = SafeTensors(sorted(folder.glob("*.safetensors")))
-        settings = read_settings(folder, self._state.metadata)
+        self._state: SafeTensors | RemoteTensors
+        if isinstance(folder, RemotePath):
+            self._state = RemoteTensors(folder)
+            file = folder / "config.json"
+            settings = parse_settings(lambda: read_object(file.url, MAX_SETTINGS), file, self._state.metadata)
+        else:
+            self._state = SafeTensors(sorted(folder.glob("*.safetensors")))
+            settings = read_settings(folder, self._state.metadata)
         self._model = settings.model
         with torch.device("meta"):
             model = Mythos(self._model)
         tensors = {name: TensorEntry(tuple(value.shape), (PARAMETER,)) for name, value in model.named_parameters()}
         tensors |= {name: TensorEntry(tuple(value.shape), (BUFFER,)) for name, value in model.named_buffers()}
-        expected, format = {}, format_of(self._state)
+        expected, self._format = {}, format_of(self._state)
         self._sources: dict[str, list[str]] = {}  # our name -> the names in the files
         for name, tensor in tensors.items():
-            shapes = exported_shapes(format, name, tensor.shape, self._model)
+            shapes = exported_shapes(self._format, name, tensor.shape, self._model)
             self._sources[name] = list(shapes)
             expected |= shapes
-        if problems := list(mismatches(self._state, expected)):
+        described = self._state.described() if isinstance(self._state, RemoteTensors) else self._state
+        if problems := list(mismatches(described, expected)):
             raise UserError([*problems, "config.json is of another model; export again"], str(folder))
         check_head(self._state, folder)
         manifest = CheckpointManifest(
@@ -91,14 +125,36 @@ class ExportedWeights(Checkpoint):
         )
         super().__init__(folder, manifest)
 
-    def read(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
-        """As `Checkpoint.read`."""
-        tensor = self.manifest.tensors.get(name)
-        if tensor is None or kind not in tensor.kinds:
-            raise UserError(f"holds no {kind} {name}; is it of another model?", str(self.folder))
-        full = self._full_tensor(name)
-        for source, target in overlaps(Piece.full(tensor.shape), piece, tensor.shape):
-            box = out[target.offset : target.offset + int(np.prod(target.shape))].reshape(target.shape)
+    def versions(self) -> dict[str, str]:
+        """Of an export in a store: for each file a text that changes if the file does. Raises UserError."""
+        return self._state.versions() if isinstance(self._state, RemoteTensors) else {}
+
+    def _copy(self, wanted: Iterable[Wanted], progress: Progress) -> None:
+        in_ranges = []
+        for one in wanted:
+            tensor = self.manifest.tensors.get(one.name)
+            if tensor is None or one.kind not in tensor.kinds:
+                raise UserError(f"holds no {one.kind} {one.name}; is it of another model?", str(self.folder))
+            if isinstance(self._state, RemoteTensors) and (source := self._same_tensor(one.name)):
+                in_ranges.append((source, tensor.shape, one))
+            else:
+                self._copy_of_full(one)
+                progress(one.out.nbytes)
+        if isinstance(self._state, RemoteTensors):
+            self._state.read_pieces(in_ranges, progress)
+
+    def _same_tensor(self, name: str) -> str:
+        """The name in the files of a tensor that has the same elements in the same order; empty: it has to be converted
+        from OpenMythos' ones."""
+        (source, *others) = self._sources[name]
+        return source if not others and (self._format != "open_mythos" or source == name) else ""
+
+    def _copy_of_full(self, wanted: Wanted) -> None:
+        """From an unsharded tensor, whose elements may have another order in the files."""
+        shape, out = self.manifest.tensors[wanted.name].shape, wanted.out
+        full = self._full_tensor(wanted.name)
+        for source, target in overlaps(Piece.full(shape), wanted.piece, shape):
+            box = out[target.offset : target.offset + math.prod(target.shape)].reshape(target.shape)
             box[target.slices] = full[source.slices].float().numpy()
 
     def _full_tensor(self, name: str) -> Tensor:

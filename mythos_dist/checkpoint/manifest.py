@@ -14,8 +14,8 @@ import importlib.metadata
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import xxhash
@@ -27,16 +27,17 @@ from mythos_dist.checkpoint.consistency import contradictions
 from mythos_dist.checkpoint.names import MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.pieces import Index, Piece, Size
 from mythos_dist.checkpoint.signature import VARIABLE, Key, Signature, SignatureError
+from mythos_dist.checkpoint.sources import read_text
 from mythos_dist.checkpoint.strict_json import (
     MAX_PROBLEMS,
     depth_problem,
     parse_json,
-    read_regular_file,
     shorten,
     validate,
 )
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
+from mythos_dist.urls import AnyPath, RemotePath
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 has no lineage
@@ -179,12 +180,17 @@ def _hash(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def read_checkpoint_manifest(folder: Path, key: Key | None = None) -> CheckpointManifest:
-    """Raises UserError if `folder` has no manifest or a damaged one, VersionError if its format is another, and with
-    a `key` SignatureError if it was not signed with that key."""
+def read_checkpoint_manifest(folder: AnyPath, key: Key | None = None) -> CheckpointManifest:
+    """Raises UserError if `folder` has no manifest or a damaged one, or if its store fails, VersionError if its format
+    is another, and with a `key` SignatureError if it was not signed with that key."""
+    return parse_checkpoint_manifest(lambda: read_text(folder / MANIFEST_FILE, MAX_BYTES), folder, key)
+
+
+def parse_checkpoint_manifest(read: Callable[[], str], folder: AnyPath, key: Key | None = None) -> CheckpointManifest:
+    """The manifest of `folder`, whose content `read` returns. Raises as `read_checkpoint_manifest`."""
     file = folder / MANIFEST_FILE
     try:
-        text, raw, signature = _unseal(read_regular_file(file, MAX_BYTES), file)
+        text, raw, signature = _unseal(read(), file)
         if key:
             _check_signature(text, signature, key, folder)
         manifest = _validate(raw)
@@ -193,7 +199,9 @@ def read_checkpoint_manifest(folder: Path, key: Key | None = None) -> Checkpoint
             raise ValueError(f"it is of step {manifest.step}, but the folder's name says {step_in_name}")
         return _with_sha256(manifest, signature) if signature else manifest
     except FileNotFoundError:
-        raise UserError("is missing: the folder is not a checkpoint, or its manifest was lost", str(file)) from None
+        upload = ", or it is still being uploaded" if isinstance(folder, RemotePath) else ""
+        problem = f"is missing: the folder is not a checkpoint, or its manifest was lost{upload}"
+        raise UserError(problem, str(file)) from None
     except UserError:
         raise
     except OSError as error:
@@ -202,7 +210,7 @@ def read_checkpoint_manifest(folder: Path, key: Key | None = None) -> Checkpoint
         raise UserError(f"is damaged ({' '.join(str(error).split())})", str(file)) from None
 
 
-def _unseal(content: str, file: Path) -> tuple[str, dict[str, Any], Signature | None]:
+def _unseal(content: str, file: AnyPath) -> tuple[str, dict[str, Any], Signature | None]:
     """The manifest as text, after a check of its hash; as JSON values; and its signature if it has one.
 
     Raises ValueError if it is damaged, VersionError if its format is another.
@@ -222,7 +230,7 @@ def _unseal(content: str, file: Path) -> tuple[str, dict[str, Any], Signature | 
     return text, raw, validate(_SIGNATURE, signature) if signature is not None else None
 
 
-def _check_version(raw: Any, file: Path) -> None:
+def _check_version(raw: Any, file: AnyPath) -> None:
     """Raises VersionError unless `raw` is of this program's version of the format."""
     if not isinstance(raw, dict):
         raise ValueError("it is not an object")
@@ -240,7 +248,7 @@ def _check_version(raw: Any, file: Path) -> None:
     )
 
 
-def _check_signature(text: str, signature: Signature | None, key: Key, folder: Path) -> None:
+def _check_signature(text: str, signature: Signature | None, key: Key, folder: AnyPath) -> None:
     if signature is None:
         raise SignatureError(
             f"is not signed, but a key is set (checkpoint.key_file or {VARIABLE}); if you trust it, write a "

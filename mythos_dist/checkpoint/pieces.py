@@ -69,6 +69,11 @@ class Region:
     slices: tuple[slice, ...]
 
     @property
+    def elements(self) -> int:
+        """Their number."""
+        return math.prod(part.stop - part.start for part in self.slices)
+
+    @property
     def contiguous(self) -> tuple[int, int] | None:
         """The region as a range [begin, end) of the piece, or None if it is not contiguous there."""
         begin, end, stride = self.offset, self.offset + 1, 1

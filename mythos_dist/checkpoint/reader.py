@@ -1,54 +1,102 @@
-"""Read a checkpoint: the piece that a rank needs, from whichever files hold it; and find damage in its files."""
+"""Read a checkpoint, local or in a store: the pieces that a rank needs, from whichever files hold them; and find damage
+in its files."""
 
-import hashlib
-import math
 import os
-import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
-from mythos_dist.checkpoint.pieces import Piece, Region, overlaps, size_without_padding
+from mythos_dist.checkpoint.pieces import Piece, overlaps, size_without_padding
+from mythos_dist.checkpoint.progress import Progress
+from mythos_dist.checkpoint.range_plan import Copy
 from mythos_dist.checkpoint.signature import Key, SignatureError
+from mythos_dist.checkpoint.sources import LocalSource, RemoteSource, Source
 from mythos_dist.checkpoint.strict_json import read_regular_file, shorten
-from mythos_dist.checkpoint.tensor_file import TensorFile, file_hash
+from mythos_dist.checkpoint.tensor_file import TensorHeader
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
+from mythos_dist.store.folder import list_folder
+from mythos_dist.urls import AnyPath, RemotePath
+
+
+class Wanted(NamedTuple):
+    """A piece of a tensor to read into `out`, flat fp32; elements that are padding keep their values."""
+
+    kind: str
+    name: str
+    piece: Piece
+    out: np.ndarray
+    done: Callable[[], object] = lambda: None  # called when it has been read
 
 
 class Checkpoint:
     """A checkpoint to read from. Its files are taken to be intact: call `find_damage` first."""
 
-    def __init__(self, folder: Path, manifest: CheckpointManifest | None = None, key: Key | None = None):
+    def __init__(self, folder: AnyPath, manifest: CheckpointManifest | None = None, key: Key | None = None):
         """Raises UserError if the manifest cannot be read, or with a `key` if it was not signed with that key."""
         self.folder, self.key = folder, key
         self.manifest = manifest or read_checkpoint_manifest(folder, key)
-        self._tensor_files: dict[str, TensorFile] = {}
+        self._files: Source = _source_of(folder, self.manifest)
         self._pieces: dict[str, list[tuple[str, Piece]]] = {}  # tensor name -> (file, the piece in it)
         for file, entry in self.manifest.files.items():
             for name, piece in entry.pieces.items():
                 self._pieces.setdefault(name, []).append((file, piece))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is in a store."""
+        return isinstance(self.folder, RemotePath)
 
     def read(self, kind: str, name: str, piece: Piece, out: np.ndarray) -> None:
         """Fill `out`, flat fp32, with a piece of a tensor; elements that are padding keep their values.
 
         Raises UserError if the checkpoint does not hold all of it.
         """
+        self._copy([Wanted(kind, name, piece, out)], lambda size: None)
+
+    def read_all(self, wanted: Iterable[Wanted], progress: Progress = lambda size: None) -> None:
+        """Read many pieces; `progress` is called with the bytes read since the last call. Raises as `read`.
+
+        Of a checkpoint in a store, all are requested together, and `wanted` is consumed before the first is read.
+        """
+        if self.is_remote:
+            every = list(wanted)
+            self._copy(every, progress)
+            for one in every:
+                one.done()
+            return
+        for one in wanted:
+            self.read(*one[:4])
+            one.done()
+            progress(one.out.nbytes)
+
+    def _copy(self, wanted: Iterable[Wanted], progress: Progress) -> None:
+        """What `read` and `read_all` do; subclasses replace it."""
+        copies: dict[str, list[Copy]] = {}
+        for one in wanted:
+            for file, copy in self._copies(one):
+                copies.setdefault(file, []).append(copy)
+        self._files.copy(copies, progress)
+
+    def _copies(self, wanted: Wanted) -> Iterator[tuple[str, Copy]]:
+        """What the files hold of a piece. Raises UserError, at the end, if that is not all of it."""
+        kind, name, piece, out, _ = wanted
         tensor = self.manifest.tensors.get(name)
         if tensor is None or kind not in tensor.kinds:
             raise UserError(f"holds no {kind} {name}; is it of another model?", str(self.folder))
-        elements_read = 0
+        elements = 0
         for file, piece_in_file in self._pieces.get(name, ()):
             for source, target in overlaps(piece_in_file, piece, tensor.shape):
-                self._read_region(file, f"{kind}/{name}", source, out, target)
-                elements_read += math.prod(part.stop - part.start for part in target.slices)
+                yield file, Copy(f"{kind}/{name}", source, out, target)
+                elements += target.elements
         needed = size_without_padding(piece, tensor.shape)
-        if elements_read != needed:
-            raise UserError(f"holds {elements_read} of {needed} elements needed of {kind} {name}", str(self.folder))
+        if elements != needed:
+            raise UserError(f"holds {elements} of {needed} elements needed of {kind} {name}", str(self.folder))
 
     def full_tensor(self, kind: str, name: str) -> np.ndarray:
         """An unsharded tensor, fp32."""
@@ -57,20 +105,12 @@ class Checkpoint:
         self.read(kind, name, piece, out)
         return out.reshape(piece.shape)
 
-    def _read_region(self, name: str, tensor: str, source: Region, out: np.ndarray, target: Region) -> None:
-        file = self.folder / name
-        try:
-            if name not in self._tensor_files:
-                self._tensor_files[name] = TensorFile(file)
-            self._tensor_files[name].read(tensor, source, out, target)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot be read ({reason(error)})", str(file)) from None
-
     def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
         """What is wrong with `files`, or with all files if None: a line per damaged file.
 
         `hashes`: read every byte; else only sizes are checked. With a key every byte is read in any case, and a file
-        that has the right hash but not the signed SHA-256 raises SignatureError: that is no accident.
+        that has the right hash but not the signed SHA-256 raises SignatureError: that is no accident. Raises UserError
+        if a store fails.
         """
         names = sorted(self.manifest.files if files is None else files)
         with ThreadPoolExecutor(2) as pool:
@@ -81,18 +121,16 @@ class Checkpoint:
         """What is wrong with a file; empty: nothing."""
         file, expected = self.folder / name, self.manifest.files[name]
         try:
-            status = file.stat()
-            if not stat.S_ISREG(status.st_mode):
-                return f"{file} is not a regular file"
-            if status.st_size != expected.bytes:
-                return f"{file} has {status.st_size} bytes instead of {expected.bytes}"
+            size = self._files.size(name)
+            if size != expected.bytes:
+                return f"{file} has {size} bytes instead of {expected.bytes}"
             if hashes or self.key:
-                sha256 = hashlib.sha256() if self.key else None
-                if file_hash(file, sha256) != expected.hash:
+                digests = self._files.hashes(name, sha256=bool(self.key))
+                if digests.xxh3 != expected.hash:
                     return f"{file} is damaged: its hash is not the one in {MANIFEST_FILE}"
-                if sha256 and sha256.hexdigest() != expected.sha256:
+                if self.key and digests.sha256 != expected.sha256:
                     raise SignatureError("was changed after the checkpoint was signed", str(file))
-                self._check_header(TensorFile(file), expected)
+                self._check_header(self._files.header(name), expected)
         except FileNotFoundError:
             return f"{file} is missing"
         except UserError:
@@ -103,20 +141,41 @@ class Checkpoint:
             return f"{file} is damaged ({error})"
         return ""
 
-    def _check_header(self, opened: TensorFile, expected: FileEntry) -> None:
+    def _check_header(self, header: TensorHeader, expected: FileEntry) -> None:
         """Raises ValueError unless a file holds as many elements of each tensor as the manifest says."""
         sizes = {}
         for name, piece in expected.pieces.items():
             for kind in self.manifest.tensors[name].kinds:
                 sizes[f"{kind}/{name}"] = piece.last - piece.first
-        if opened.sizes != sizes:
-            differing = sorted(opened.sizes.items() ^ sizes.items())
+        if header.sizes != sizes:
+            differing = sorted(header.sizes.items() ^ sizes.items())
             raise ValueError(f"its header and {MANIFEST_FILE} disagree about {shorten(differing[0][0])}")
 
     def raise_if_damaged(self, hashes: bool = True) -> None:
         """Raises UserError that names each damaged file; `hashes` as in `find_damage`."""
         if problems := self.find_damage(hashes=hashes):
             raise UserError([*problems, "give another checkpoint of the run"], str(self.folder))
+
+
+def _source_of(folder: AnyPath, manifest: CheckpointManifest) -> Source:
+    if isinstance(folder, Path):
+        return LocalSource(folder)
+    expected = {name: (entry.bytes, entry.hash) for name, entry in manifest.files.items()}
+    headers = {name: _header_bytes(entry, manifest) for name, entry in manifest.files.items()}
+    return RemoteSource(folder, expected, headers)
+
+
+def _header_bytes(file: FileEntry, manifest: CheckpointManifest) -> int:
+    """An upper bound of the length of a file's header (`tensor_file.py`), so that one request reads it."""
+    about = len('"/":{"dtype":"F32","shape":[],"data_offsets":[,]},') + 3 * len(str(file.bytes))
+    names = ((kind, name) for name in file.pieces for kind in manifest.tensors[name].kinds)
+    return 24 + sum(about + len(kind) + len(name) for kind, name in names)
+
+
+def remote_checkpoints_of(folder: RemotePath) -> list[RemotePath]:
+    """A run's checkpoints in a store from the newest, those that are being uploaded included. Raises UserError."""
+    by_step = sorted((step, name) for name in list_folder(folder).folders if (step := step_of(name)) is not None)
+    return [folder / name for _, name in reversed(by_step)]
 
 
 def checkpoints_of(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from mythos_dist.checkpoint.pieces import Index, Region, Size
 from mythos_dist.checkpoint.strict_json import parse_json, shorten, validate
 
 BLOCK_BYTES = 16 << 20
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
 _MAX_HEADER_BYTES = 100 << 20  # as in the package
 
 
@@ -44,7 +44,18 @@ class _HeaderEntry:
     data_offsets: tuple[Size, Size]
 
 
-_HEADER = TypeAdapter(dict[str, _HeaderEntry])
+@dataclass(frozen=True)
+class _FloatEntry:
+    """The same, of an export."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    dtype: Literal["F32", "BF16", "F16", "F64"]
+    shape: Index
+    data_offsets: tuple[Size, Size]
+
+
+_HEADER, _FLOAT_HEADER = TypeAdapter(dict[str, _HeaderEntry]), TypeAdapter(dict[str, _FloatEntry])
 
 
 def write_tensors(
@@ -104,44 +115,69 @@ def file_hash(file: Path, sha256: "Hash | None" = None) -> str:
     return digest.hexdigest()
 
 
+class TensorHeader:
+    """Where the tensors of a file are."""
+
+    def __init__(self, content: bytes, file_bytes: int, any_float: bool = False):
+        """`content`: the beginning of the file, `header_bytes(content)` bytes or more.
+
+        Raises ValueError if it is not of this format, or has tensors of another dtype than fp32, or with `any_float`
+        than those of exports.
+        """
+        end = header_bytes(content, file_bytes)
+        header = parse_json(content[8:end])
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        metadata = header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
+        self.content = content[:end]
+        self.sizes: dict[str, int] = {}  # elements of each tensor
+        self.begins: dict[str, int] = {}  # first byte of each tensor
+        self.entries: dict[str, _HeaderEntry | _FloatEntry] = validate(_FLOAT_HEADER if any_float else _HEADER, header)
+        data_begin = end
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].data_offsets):
+            elements = math.prod(entry.shape)
+            tensor_begin, tensor_end = (data_begin + offset for offset in entry.data_offsets)
+            if tensor_begin != end or tensor_end != tensor_begin + ITEM_BYTES[entry.dtype] * elements:
+                raise ValueError(
+                    f"{shorten(name)} of shape {entry.shape} is at bytes [{tensor_begin}, {tensor_end}) of the file"
+                )
+            self.sizes[name], self.begins[name] = elements, tensor_begin
+            end = tensor_end
+        if end != file_bytes:
+            raise ValueError(f"its tensors end at byte {end} of {file_bytes}")
+
+    def check_region(self, name: str, source: Region) -> int:
+        """The first byte of a tensor. Raises ValueError if there is no such tensor, or if it does not hold `source`."""
+        if source.offset + math.prod(source.shape) > self.sizes.get(name, -1):
+            raise ValueError(f"it does not hold all of {shorten(name)}")
+        return self.begins[name]
+
+
+def header_bytes(content: bytes, file_bytes: int) -> int:
+    """Length of a file's header, from its first 8 bytes. Raises ValueError if it is too long."""
+    length = int.from_bytes(content[:8], "little")
+    if length > min(_MAX_HEADER_BYTES, file_bytes - 8):
+        raise ValueError(f"its header has {length} bytes, which is too long")
+    return 8 + length
+
+
 class TensorFile:
-    """A file of fp32 tensors, to read regions of them."""
+    """A local file of fp32 tensors, to read regions of them."""
 
     def __init__(self, file: Path):
         """Raises OSError or ValueError if it cannot be read, is not of this format, or has tensors of another dtype."""
         self.file = file
-        self.sizes: dict[str, int] = {}  # elements of each tensor
-        self._begins: dict[str, int] = {}  # first byte of each tensor
         with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"its header has {length} bytes, which is too long")
-            header = parse_json(stream.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is not an object")
-        header.pop("__metadata__", None)
-        end = 8 + length
-        for name, entry in sorted(validate(_HEADER, header).items(), key=lambda item: item[1].data_offsets):
-            elements = math.prod(entry.shape)
-            tensor_begin, tensor_end = (8 + length + offset for offset in entry.data_offsets)
-            if tensor_begin != end or tensor_end != tensor_begin + 4 * elements:
-                raise ValueError(
-                    f"{shorten(name)} of shape {entry.shape} is at bytes [{tensor_begin}, {tensor_end}) of the file"
-                )
-            self.sizes[name], self._begins[name] = elements, tensor_begin
-            end = tensor_end
-        if end != size:
-            raise ValueError(f"its tensors end at byte {end} of {size}")
+            size, begin = os.fstat(stream.fileno()).st_size, stream.read(8)
+            self.header = TensorHeader(begin + stream.read(header_bytes(begin, size) - 8), size)
 
     def read(self, name: str, source: Region, out: np.ndarray, target: Region) -> None:
         """Copy the region `source` of the flattened tensor `name` to the region `target` of the flat array `out`.
 
         Raises ValueError if there is no such tensor, or it is too small.
         """
-        if source.offset + math.prod(source.shape) > self.sizes.get(name, -1):
-            raise ValueError(f"it does not hold all of {shorten(name)}")
-        begin = self._begins[name]
+        begin = self.header.check_region(name, source)
         source_range, target_range = source.contiguous, target.contiguous
         if source_range and target_range:
             self._read_into(begin + 4 * source_range[0], out[slice(*target_range)].data.cast("B"))

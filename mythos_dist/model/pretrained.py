@@ -8,7 +8,7 @@ Nothing of a folder is run: config.json is parsed, and tensors are safetensors.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 from mythos_dist.config.schema import BY_MODE, ActConfig, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, open_mythos_shapes
+from mythos_dist.urls import RemotePath
 
 Format = Literal["safetensors", "open_mythos", "hf"]
 MODEL_TYPE = "mythos"  # of config.json in exports for transformers
@@ -73,11 +74,17 @@ def our_state(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tenso
 def read_settings(folder: Path, metadata: dict[str, str]) -> ExportSettings:
     """The settings of the export in `folder`, whose safetensors files have `metadata`. Raises UserError if they cannot
     be read, or are another model's."""
+    file = folder / "config.json"
+    return parse_settings(file.read_bytes, file, metadata)
+
+
+def parse_settings(read: Callable[[], bytes], file: Path | RemotePath, metadata: dict[str, str]) -> ExportSettings:
+    """As `read_settings`; `read` returns the content of `file`."""
     try:
-        found = json.loads((folder / "config.json").read_bytes())
+        found = json.loads(read())
         recorded = found.pop("mythos_dist", None) or {}
         if "model_type" in found:
-            _check_model_type(found, folder)
+            _check_model_type(found, file)
             names = {one.name for one in fields(MythosConfig)}
             found = {name: value for name, value in found.items() if name in names}
         else:
@@ -89,13 +96,11 @@ def read_settings(folder: Path, metadata: dict[str, str]) -> ExportSettings:
     except UserError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"cannot be read as an export's settings ({first_line(error)})", str(folder / "config.json")
-        ) from None
+        raise UserError(f"cannot be read as an export's settings ({first_line(error)})", str(file)) from None
     return ExportSettings(model, sections, step, tokens)
 
 
-def _check_model_type(found: dict[str, Any], folder: Path) -> None:
+def _check_model_type(found: dict[str, Any], file: Path | RemotePath) -> None:
     if found["model_type"] == MODEL_TYPE:
         return
     classes = found.get("architectures")
@@ -103,7 +108,7 @@ def _check_model_type(found: dict[str, Any], folder: Path) -> None:
     raise UserError(
         f"model_type={found['model_type']!r:.60}{name:.100} is another model; give a folder that "
         "tools/export_checkpoint.py --format hf wrote, or one saved by its class",
-        str(folder / "config.json"),
+        str(file),
     )
 
 
@@ -112,7 +117,7 @@ def _number(value: Any) -> int:
     return int(text) if text.isdecimal() and len(text) <= 15 else 0
 
 
-def check_head(state: Mapping[str, Tensor], folder: Path) -> None:
+def check_head(state: Mapping[str, Tensor], folder: Path | RemotePath) -> None:
     """Raises UserError if a head was trained apart from the embedding; transformers saves one only then."""
     embedding = f"{HF_PREFIX}embed.weight"
     if HF_HEAD in state and not torch.equal(state[HF_HEAD], state[embedding]):

@@ -119,7 +119,8 @@ def test_a_checkpoint_that_another_process_removes_is_skipped(run, moment, monke
         return call
 
     name = {"listed": "checkpoints_of", "opened": "read_checkpoint_manifest", "hashed": "file_hash"}[moment]
-    module = mythos_dist.checkpoint.restore if moment == "listed" else mythos_dist.checkpoint.reader
+    modules = {"listed": mythos_dist.checkpoint.restore, "hashed": mythos_dist.checkpoint.sources}
+    module = modules.get(moment, mythos_dist.checkpoint.reader)
     monkeypatch.setattr(module, name, with_removal(getattr(module, name)))
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 2 and damaged == []
@@ -139,14 +140,14 @@ def test_a_file_that_cannot_be_read_is_reported_as_damage(run, monkeypatch):
     for step in (2, 4):
         run.save(step)
     bad = run.checkpoints / "step-00000004" / "rank-00000.safetensors"
-    real = mythos_dist.checkpoint.reader.file_hash
+    real = mythos_dist.checkpoint.sources.file_hash
 
     def broken(file, sha256=None):
         if file == bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(file, sha256)
 
-    monkeypatch.setattr(mythos_dist.checkpoint.reader, "file_hash", broken)
+    monkeypatch.setattr(mythos_dist.checkpoint.sources, "file_hash", broken)
     checkpoint, damaged = find_checkpoint(run.checkpoints)
     assert checkpoint and checkpoint.manifest.step == 2 and "Input/output error" in damaged[0]
 

@@ -148,7 +148,7 @@ def test_a_file_with_a_forged_xxh3_hash_is_refused(run, key_file, monkeypatch):
             sha256.update(path.read_bytes())
         return expected
 
-    monkeypatch.setattr("mythos_dist.checkpoint.reader.file_hash", collide)
+    monkeypatch.setattr("mythos_dist.checkpoint.sources.file_hash", collide)
     assert find_checkpoint(run.checkpoints)[0]
     with pytest.raises(SignatureError, match="changed after the checkpoint was signed"):
         find_checkpoint(run.checkpoints, CheckpointConfig(key_file=key_file))

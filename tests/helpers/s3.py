@@ -86,6 +86,8 @@ class Store:
             self.proxy.written.clear()
             self.proxy.fault = lambda path, number: None
             self.proxy.latency, self.proxy.bytes_per_second = 0.0, 0.0
+            self.proxy.sent.clear()
+            self.proxy.rewrite = lambda path, body: body
 
 
 # What happens to a request: an HTTP status, or one with S3's code, "reset" (no response), ("truncate", share) or
@@ -109,6 +111,8 @@ class _Proxy(http.server.ThreadingHTTPServer):
         self.fault: Callable[[str, int], Fault] = lambda path, number: None  # of the n-th request (from 1) of a path
         self.latency = 0.0  # seconds before each response
         self.bytes_per_second = 0.0  # of each connection; 0: unlimited
+        self.sent: Counter[tuple[str, str]] = Counter()  # bytes of bodies, by AWS_EXECUTION_ENV of the client and path
+        self.rewrite: Callable[[str, bytes], bytes] = lambda path, body: body  # of a response; path with its query
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is not an error."""
@@ -168,6 +172,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         response = upstream.getresponse()
         body = response.read()
         upstream.close()
+        if self.command == "GET":
+            body = proxy.rewrite(self.path, body)
         self.send_response(response.status)
         for name, value in response.getheaders():
             if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
@@ -214,6 +220,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         if kind in ("truncate", "stall"):
             body = body[:at]
+        client = self.headers.get("User-Agent", "").partition("exec-env/")[2].partition(" ")[0]
+        with self.server.lock:
+            self.server.sent[client, self.path.partition("?")[0]] += len(body)
         rate = self.server.bytes_per_second
         step = max(1, int(rate / 50)) if rate else max(1, len(body))
         for begin in range(0, len(body), step):

@@ -1,0 +1,203 @@
+"""Files and folders of a store that are read in part: lists of names, sizes, ranges of bytes.
+
+s3 with boto3, everything else with fsspec: streaming's downloaders read complete files only, so gs, oci and azure need
+fsspec's package for each. Retries and messages are those of fetch.py.
+
+Decisions: DATA-26, CHECKPOINT-14.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from mythos_dist.errors import UserError
+from mythos_dist.store.backends import (
+    CHUNK_BYTES,
+    CONNECT_SECONDS,
+    READ_SECONDS,
+    SLOW_BYTES_PER_SECOND,
+    SLOW_SECONDS,
+    TooSlow,
+    bucket_and_key,
+    s3_client,
+)
+from mythos_dist.store.fetch import SHARD_PATIENCE, START_PATIENCE, Unavailable, WrongContent, retry
+from mythos_dist.urls import RemotePath, scheme_of
+
+THREADS = 16  # connections of a process; s3_client keeps 32
+_PROTOCOLS = {"azure": "az", "azure-dl": "abfs"}  # fsspec's names of streaming's schemes
+
+
+class Listing(NamedTuple):
+    """The content of a folder."""
+
+    folders: list[str]
+    files: dict[str, int]  # bytes by name
+
+
+class ByteRange(NamedTuple):
+    """Bytes [begin, begin + len(buffer)) of a file, to be read into `buffer`."""
+
+    path: RemotePath
+    begin: int
+    buffer: memoryview
+
+
+def list_folder(path: RemotePath, patience: float = START_PATIENCE) -> Listing:
+    """Names in a folder, without those below them; empty if there is no such folder. Raises Unavailable.
+
+    The trap: a store may list files late, or those that were removed; what matters is asked for by its name.
+    """
+    try:
+        return retry(path.url, lambda: _list(path), patience, "listed")
+    except Unavailable as error:
+        if error.missing and scheme_of(path.url) != "s3":  # s3 has no folders: it is the bucket that is missing
+            return Listing([], {})
+        raise
+
+
+def size_of(path: RemotePath, patience: float = START_PATIENCE) -> int | None:
+    """Bytes of a file; None if there is no such file. Raises Unavailable."""
+    try:
+        return retry(path.url, lambda: _size(path), patience)
+    except Unavailable as error:
+        if error.missing:
+            return None
+        raise
+
+
+def version_of(path: RemotePath, patience: float = START_PATIENCE) -> str:
+    """A text that changes when the file does, such as its ETag. Raises Unavailable."""
+    return retry(path.url, lambda: _version(path), patience)
+
+
+def read_range(wanted: ByteRange, patience: float = SHARD_PATIENCE) -> None:
+    """Fill the buffer. An attempt resumes after the last byte of the one before. Raises Unavailable."""
+    path, begin, buffer = wanted
+    done = 0
+
+    def attempt() -> None:
+        nonlocal done
+        window_began, window_bytes = time.monotonic(), 0
+        with _open_range(path.url, begin + done, begin + len(buffer)) as read_into:
+            while done < len(buffer):
+                size = read_into(buffer[done : done + CHUNK_BYTES])
+                if not size:
+                    raise WrongContent(f"it ends at byte {begin + done:,}")
+                done += size
+                window_bytes += size
+                if (seconds := time.monotonic() - window_began) > SLOW_SECONDS:
+                    if window_bytes < SLOW_BYTES_PER_SECOND * seconds:
+                        raise TooSlow(f"only {window_bytes / seconds / 1000:.1f} kB/s for {seconds:.0f} s")
+                    window_began, window_bytes = time.monotonic(), 0
+
+    retry(path.url, attempt, patience)
+
+
+def read_ranges(ranges: Iterable[ByteRange], patience: float = SHARD_PATIENCE) -> Iterator[ByteRange]:
+    """Read by several threads at once; yields the ranges in their order, each when its buffer is filled.
+
+    At most THREADS + 4 of them are begun and not yet consumed, so an iterator that allocates buffers bounds memory.
+    """
+    pool = ThreadPoolExecutor(THREADS, "store")
+    begun: deque[tuple[ByteRange, Future[None]]] = deque()
+    try:
+        for one in ranges:
+            begun.append((one, pool.submit(read_range, one, patience)))
+            if len(begun) >= THREADS + 4:
+                yield _finished(*begun.popleft())
+        while begun:
+            yield _finished(*begun.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _finished(one: ByteRange, future: Future[None]) -> ByteRange:
+    future.result()
+    return one
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it."""
+    import fsspec
+
+    scheme, rest = scheme_of(url), url.partition("://")[2]
+    options: dict[str, Any] = {}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+        options = {"client_kwargs": {"timeout": timeout}}
+    return fsspec.core.url_to_fs(f"{_PROTOCOLS.get(scheme, scheme)}://{rest}", **options)
+
+
+def _list(path: RemotePath) -> Listing:
+    if scheme_of(path.url) == "s3":
+        bucket, key = bucket_and_key(path.url)
+        prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+        folders, files = [], {}
+        for page in pages:
+            folders += [one["Prefix"][len(prefix) : -1] for one in page.get("CommonPrefixes", ())]
+            files |= {one["Key"][len(prefix) :]: one["Size"] for one in page.get("Contents", ())}
+        return Listing(folders, {name: size for name, size in files.items() if name})
+    filesystem, inside = _filesystem(path.url)
+    filesystem.invalidate_cache()
+    entries = [(one["name"].rstrip("/").rpartition("/")[2], one) for one in filesystem.ls(inside, detail=True)]
+    folders = [name for name, one in entries if one["type"] == "directory" or one["name"].endswith("/")]
+    return Listing(folders, {name: one["size"] or 0 for name, one in entries if name not in folders})
+
+
+def _size(path: RemotePath) -> int:
+    if scheme_of(path.url) == "s3":
+        bucket, key = bucket_and_key(path.url)
+        return s3_client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+    filesystem, inside = _filesystem(path.url)
+    about = filesystem.info(inside)
+    if about["type"] == "directory":
+        raise FileNotFoundError(f"{inside} is a folder")
+    return about["size"]
+
+
+def _version(path: RemotePath) -> str:
+    if scheme_of(path.url) == "s3":
+        bucket, key = bucket_and_key(path.url)
+        return s3_client().head_object(Bucket=bucket, Key=key)["ETag"]
+    filesystem, inside = _filesystem(path.url)
+    return str(filesystem.ukey(inside))
+
+
+@contextmanager
+def _open_range(url: str, begin: int, end: int) -> Iterator[Callable[[memoryview], int]]:
+    """A function that fills a buffer with the next bytes of [begin, end), and returns how many; 0 at the end."""
+    scheme = scheme_of(url)
+    if scheme == "s3":
+        bucket, key = bucket_and_key(url)
+        body = s3_client().get_object(Bucket=bucket, Key=key, Range=f"bytes={begin}-{end - 1}")["Body"]
+        try:
+            yield body.readinto  # raises if the body ends before its Content-Length
+        finally:
+            body.close()
+        return
+    filesystem, inside = _filesystem(url)
+    if scheme in ("http", "https"):
+        headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        # block_size 0: one request, read as it arrives; size: any, else fsspec asks for it first.
+        file = filesystem.open(inside, "rb", block_size=0, size=1, headers=headers)
+        if begin and file.r.status == 200:
+            file.close()
+            raise UserError("its server does not support ranges of bytes; copy the folder to a disk", url)
+    else:
+        file = filesystem.open(inside, "rb", block_size=end - begin, cache_type="readahead")
+        file.seek(begin)
+    with file:
+
+        def read_into(buffer: memoryview) -> int:
+            chunk = file.read(len(buffer))
+            buffer[: len(chunk)] = chunk
+            return len(chunk)
+
+        yield read_into
