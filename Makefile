@@ -34,7 +34,7 @@ check: $(READY)  ## lint, types and the quick tests; 90 seconds
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright & types=$$!; \
-	$(BIN)/python -m pytest --quiet --numprocesses 3 -m "not launch and not long"; tests=$$?; \
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --hypothesis-profile quick -m "not launch and not long"; tests=$$?; \
 	wait $$types && exit $$tests
 
 bench: $(READY)  ## compare with open-mythos, plain loops and the disk; cost of loops and recomputation; needs an idle machine

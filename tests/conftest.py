@@ -34,6 +34,8 @@ pytest_plugins = ["helpers.schedule", "helpers.report"]
 
 # No deadline: the machine may be busy. CI uses the same examples in every run, local runs draw new ones.
 hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
+# `make check` selects this profile with --hypothesis-profile.
+hypothesis_settings.register_profile("quick", hypothesis_settings.get_profile("patient"), max_examples=25)
 hypothesis_settings.load_profile("patient")
 
 # Streaming opens a dozen files per dataset, times the number of datasets opened before in the process.

@@ -4,6 +4,7 @@ Decisions: PROJECT-2, HF-4.
 """
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -73,10 +74,15 @@ FILES = sorted(path for folder in ("mythos_dist", "experiments") for path in (RE
 SCRIPTS = sorted(path for folder in ("tools", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
 
 
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported_modules(path: Path) -> set[str]:
     """Every module that a file imports, wherever the line stands; `from a import b` counts as a.b."""
     imports = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -147,10 +153,9 @@ def test_files_of_a_room_have_no_cycle():
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
     }
     for name, path in names.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
         targets = {
             f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in names else node.module
-            for node in tree.body
+            for node in parse(path).body
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }
@@ -167,6 +172,7 @@ def test_the_rule_catches_a_wrong_import(tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text("from mythos_dist import train\ndef f():\n    import mythos_dist.data.mix\nimport torch\n")
     assert rooms(path) == {"train", "data"}
+    path = tmp_path / "another.py"
     path.write_text("from mythos_dist.ops import preflight\nfrom mythos_dist.ops.plan.estimate import Estimate\n")
     assert rooms(path) == {"ops", "ops.plan"}
 

@@ -4,10 +4,12 @@ import ast
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from helpers import schedule
+from helpers import schedule, selection
 from helpers.schedule import order, unit_of, write_seconds
+from hypothesis import settings
 
 pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
@@ -51,6 +53,39 @@ def test_seconds_are_written_to_the_last_column(monkeypatch, tmp_path):
     write_seconds({"tests/a.py": 1.26})
     assert (tmp_path / "README.md").read_text() == "| `a.py` | x | y | 1.3 |\n| `b.py` | x 1.5 | y | 9.0 |\n"
     assert schedule.seconds_by_file() == {"tests/a.py": 1.3, "tests/b.py": 9.0}
+
+
+def test_files_whose_tests_are_all_launches_are_not_imported_without_launches(tmp_path):
+    """A file with an unmarked test is imported, also if it has marked ones."""
+
+    def is_ignored(text: str, expression: str) -> bool:
+        file = tmp_path / "test_a.py"
+        file.write_text(text)
+        config = SimpleNamespace(option=SimpleNamespace(markexpr=expression))
+        return bool(schedule.pytest_ignore_collect(file, config))
+
+    for mark in ("pytest.mark.launch  # why", "[pytest.mark.timeout(9), pytest.mark.launch]"):
+        assert is_ignored(f"import pytest\npytestmark = {mark}\n", "not launch and not long")
+        assert not is_ignored(f"import pytest\npytestmark = {mark}\n", "not long")
+    for text in ("pytestmark = pytest.mark.timeout(9)\n", "@pytest.mark.launch\ndef test_a(): pass\n"):
+        assert not is_ignored(text, "not launch")
+
+
+def test_some_cases_and_a_quarter_of_the_examples_are_quick():
+    """`examples` follows the profile that --hypothesis-profile selects."""
+    first, *others = selection.first_is_quick({"a": 1, "b": 2, "c": 3})
+    assert first == "a" and [(one.values, one.marks[0].name) for one in others] == [
+        (("b",), "launch"),
+        (("c",), "launch"),
+    ]
+    counts, selected = {}, settings.get_current_profile_name()
+    try:
+        for name in ("quick", "patient"):
+            settings.load_profile(name)
+            counts[name] = [selection.examples(count) for count in (1, 100, 300)]
+    finally:
+        settings.load_profile(selected)
+    assert counts == {"quick": [1, 25, 75], "patient": [1, 100, 300]}
 
 
 @functools.cache

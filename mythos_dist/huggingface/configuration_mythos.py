@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers.configuration_utils import PretrainedConfig
 
 
 class MythosPretrainedConfig(PretrainedConfig):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.selection import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ from mythos_dist.ops.plan.clusters import load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
 
 REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", examples(120)))
 LIMIT = 2.0  # seconds of this process, which other processes do not lengthen
 CLUSTER = load_cluster(REPOSITORY / "configs" / "clusters" / "h100_80gb.yaml")
 FUZZ = settings(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from helpers.selection import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,14 +154,14 @@ def cases(draw: st.DrawFn, most: int = len(ANY)) -> Case:
     return case
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=examples(300))
 @given(cases())
 def test_a_layout_is_refused_exactly_when_a_rule_is_broken(case):
     """Against the independent rules: one line per broken rule."""
     assert len(lines(case)) == count_broken_rules(case)
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=examples(200))
 @given(cases())
 def test_every_proposed_value_satisfies_its_rule_and_breaks_no_other_unless_it_says_so(case):
     before = {kind(line) for line in lines(case)}
@@ -176,7 +177,7 @@ def test_every_proposed_value_satisfies_its_rule_and_breaks_no_other_unless_it_s
                 assert (after <= before) == enough
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=examples(200))
 @given(cases(most=3))
 def test_the_nearest_values_are_proposed(case):
     """If one rule is broken: of all numbers up to 900, the nearest below and above that satisfy all rules."""
@@ -196,7 +197,7 @@ def test_the_nearest_values_are_proposed(case):
 
 
 @pytest.mark.launch
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=examples(200))
 @given(cases(), st.sets(st.sampled_from(NUMBERS)))
 def test_numbers_below_one_are_refused_once(tmp_path_factory, case, too_small):
     """No other line is about them, nor about the defaults that replace them."""

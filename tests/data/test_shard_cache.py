@@ -37,6 +37,7 @@ from mythos_dist.store import fetch
 
 SIZES = [5, 8, 3, 6, 7, 4, 9, 2]
 FORK = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.launch  # a real S3 server
 
 
 @pytest.fixture(scope="module")

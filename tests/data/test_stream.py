@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.shard_folder import EOS, SEQ_LEN, VOCAB_SIZE, copy, rewrite_index, shard_files, write_folder
-from streaming import StreamingDataset
 
 from mythos_dist.data.mix import corpus_positions
 from mythos_dist.data.stream import ReplicaStream
@@ -77,6 +76,8 @@ def test_a_micro_batch_has_the_windows_on_disk(make_stream, tmp_path, dtype):
     """Against StreamingDataset: inputs w[:-1], labels w[1:], and document ids by counting."""
     folder = write_folder(tmp_path / "shards", [15, 25], dtype=dtype)
     stream = make_stream(path=folder)
+    from streaming import StreamingDataset  # takes seconds
+
     data = StreamingDataset(local=str(folder / "train"), batch_size=1)
     assert stream.num_samples == data.num_samples
     documents = set()

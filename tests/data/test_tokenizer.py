@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece as spm
 import tokenizers
+from helpers.selection import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -59,7 +60,7 @@ def encode_in_parts(tokenizer, text, limit) -> list[int]:
     return ids + encode_documents(tokenizer, [rest.tobytes().decode()], continues)[0]
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(text=TEXTS)
 def test_decoding_restores_the_text_exactly(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -198,7 +199,7 @@ def test_split_documents_encode_to_the_tokens_of_the_full_text(tokenizer):
         assert tokenizer.decode(ids) == text
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(text=TEXTS, limit=st.integers(4, 40))
 def test_split_text_decodes_exactly(tokenizer, text, limit):
     assert tokenizer.decode(encode_in_parts(tokenizer, text, limit)) == text

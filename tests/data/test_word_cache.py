@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import tokenizers
+from helpers.selection import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -160,7 +161,7 @@ def check(tokenizer, encode, texts):
 
 
 @pytest.mark.parametrize("kind", CACHED)
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(texts=st.lists(TEXTS, max_size=5))
 def test_cached_tokens_equal_the_librarys(load, kind, texts):
     tokenizer, encode = load(kind)
@@ -220,7 +221,7 @@ def test_a_wrong_cache_is_detected_on_load_and_turned_off(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CACHED if kind != "pieces over words"])
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     words=st.lists(st.text(max_size=3) | st.sampled_from(SPELLED), min_size=20), other=TEXTS, limit=st.integers(30, 60)
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.selection import first_is_quick
 
 from mythos_dist.evaluate.decoding import Quality, Variant, decode_windows
 from mythos_dist.model import Mythos, MythosConfig
@@ -52,7 +53,7 @@ def test_without_approximation_the_loss_is_that_of_a_forward_pass(model, windows
     check(decode_windows(model, *windows, 5, variant), *expected(model, *windows, 5), 5)
 
 
-@pytest.mark.parametrize("exit", ["latent", "kl"])
+@pytest.mark.parametrize("exit", first_is_quick(["latent", "kl"]))
 @pytest.mark.parametrize("cache", ["all", "every:2", "last"])
 def test_where_every_token_exits_after_two_loops_the_loss_is_that_of_two_loops(model, windows, exit, cache):
     """With every cache: the entries of two loops are those of a model that runs two."""
@@ -63,6 +64,7 @@ def test_where_every_token_exits_after_two_loops_the_loss_is_that_of_two_loops(m
         check(quality, *expected(model, *windows, 2), 2)
 
 
+@pytest.mark.launch  # decodes each window twice
 def test_tokens_that_exit_at_different_loops_are_each_counted_once(model, windows):
     """Rows of a batch are then at different tokens; alone, each window has the same loss."""
     variant = Variant("last", "kl", 2e-4)

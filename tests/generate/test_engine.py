@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 
 from mythos_dist.config.schema import ActConfig
 from mythos_dist.errors import UserError
@@ -50,7 +51,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("changes", MODELS, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("changes", first_is_quick(MODELS), ids=lambda changes: "-".join(map(str, changes.values())))
 def test_requests_at_different_loops_get_what_full_forwards_give(changes, build):
     """Prompts of many lengths with 1, 3 and 4 loops share 5 rows, so rows are at different loops most of the time."""
     model = build(**changes)
@@ -66,7 +67,7 @@ def test_requests_at_different_loops_get_what_full_forwards_give(changes, build)
 
 
 @pytest.mark.parametrize("cache", ["all", "last", "every:2"])
-@pytest.mark.parametrize("exit_", [None, "latent", "kl", "halting"])
+@pytest.mark.parametrize("exit_", first_is_quick(["latent", None, "kl", "halting"]))
 def test_a_request_does_not_depend_on_the_others(cache, exit_, build):
     """Sampled, with filters, penalties and exits, joining at different steps: the tokens and loops of each alone."""
     model = build(act=ActConfig(mode="safe"))

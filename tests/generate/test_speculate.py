@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 
 from mythos_dist.config.schema import ActConfig
 from mythos_dist.errors import UserError
@@ -45,14 +46,16 @@ def test_200_prompts_give_the_tokens_of_greedy_decoding(model):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"attn_type": "gqa"},
-        {"mode": "reference"},
-        {"kv_sharing": "every:2"},
-        {"act": ActConfig(mode="safe")},
-        {"act": ActConfig(mode="ponder")},
-        {"lora": "per_loop", "loop_signal": True},
-    ],
+    first_is_quick(
+        [
+            {"attn_type": "gqa"},
+            {"mode": "reference"},
+            {"kv_sharing": "every:2"},
+            {"act": ActConfig(mode="safe")},
+            {"act": ActConfig(mode="ponder")},
+            {"lora": "per_loop", "loop_signal": True},
+        ]
+    ),
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_other_models_give_the_tokens_of_greedy_decoding(changes, build):

@@ -113,6 +113,14 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: positions[unit_of(item.nodeid)])
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With `-m "not launch …"`, do not import files of which every test is marked `launch`: some take seconds."""
+    if "not launch" in config.option.markexpr and collection_path.suffix == ".py":
+        all_marked = re.search(r"^pytestmark = .*\bpytest\.mark\.launch\b", collection_path.read_text(), re.M)
+        return True if all_marked else None
+    return None
+
+
 def pytest_runtest_setup(item):
     if item.config.option.minutes is not None and time.time() > float(os.environ[_END]):
         pytest.skip(f"time limit of {item.config.option.minutes:g} minutes reached")

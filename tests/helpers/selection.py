@@ -1,12 +1,13 @@
-"""Tables of test cases that share a launch: which are selected, and which are long.
+"""Which cases of a test `make check`, `make test` and `make test-all` run, and which are selected.
 
 Decisions: PROJECT-3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 
 def selected(request: pytest.FixtureRequest, name: str) -> set[Any]:
@@ -30,3 +31,14 @@ def by_ranks(short: Mapping[int, Sequence[str]], long: Mapping[int, Sequence[str
 
 def _settings(table: Mapping[int, Sequence[str]]) -> set[str]:
     return {setting for rows in table.values() for row in rows for setting in row.split()}
+
+
+def first_is_quick(values: Iterable[Any]) -> list[Any]:
+    """Values for `parametrize`: `make check` runs the first of them only."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.launch) for value in others)]
+
+
+def examples(count: int) -> int:
+    """`max_examples` of a test that needs `count` instead of Hypothesis's 100; `make check` draws a quarter."""
+    return -(-count * settings.default.max_examples // 100)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.selection import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -121,7 +122,7 @@ def test_a_layout_that_fits_on_no_number_of_nodes_is_refused():
         check_allocation(config("parallel.tensor=2"), Allocation(2, 5), TINY)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     nodes=st.integers(1, 20),
     ranks_per_node=st.integers(1, 8),

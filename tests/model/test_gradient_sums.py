@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,7 @@ def gradients(model: Mythos, input_ids: Tensor, sums: bool, monkeypatch, **setti
 
 @pytest.mark.parametrize("recompute", [None, Recompute("loop"), Recompute("loop", 2), Recompute("selective")])
 @pytest.mark.parametrize("backprop", [None, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", first_is_quick([torch.float32, torch.bfloat16]))
 def test_gradient_sums_equal_autograd(dtype, backprop, recompute, tiny, enliven, monkeypatch):
     """Every loop, the last one, the last two; experts without tokens get zeros. Only the order of sums may differ."""
     config = tiny(n_experts=12, expert_dim=8)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig, ParallelConfig
@@ -115,7 +116,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("attn_type", first_is_quick(["mla", "gqa"]))
 @pytest.mark.parametrize(("tensor", "expert", "pipe"), LAYOUTS)
 def test_every_layout_starts_with_the_same_values(tensor, expert, pipe, attn_type, tiny):
     """The ranks' shards together equal the model of one process bit for bit, no element missing or left over.

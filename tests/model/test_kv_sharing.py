@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.selection import examples, first_is_quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -116,7 +117,7 @@ def test_loops_attend_to_the_keys_of_their_groups_first_loop(attn_type, sharing,
         assert other.abs().max() > 0.01, "sharing makes a difference"
 
 
-@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@pytest.mark.parametrize("attn_type", first_is_quick(ATTENTIONS))
 @pytest.mark.parametrize("sharing", SHARING)
 def test_gradients_equal_finite_differences(attn_type, sharing, tiny, enliven):
     """Of all weights of the looped block's attention, along a random direction; every expert is chosen, so the loss is
@@ -142,7 +143,7 @@ def test_gradients_equal_finite_differences(attn_type, sharing, tiny, enliven):
 
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
 @pytest.mark.parametrize("sharing", SHARING)
-@pytest.mark.parametrize("no_grad", [0, 2])
+@pytest.mark.parametrize("no_grad", first_is_quick([2, 0]))
 def test_a_group_follows_each_sequences_own_loops(attn_type, sharing, no_grad, tiny, enliven):
     """A batch whose sequences have 2, 5 and 4 loops, against each sequence with that many: loss and gradients."""
     model = enliven(Mythos(tiny(attn_type=attn_type, kv_sharing=sharing), act=ActConfig(mode="off")))
@@ -159,7 +160,7 @@ def test_a_group_follows_each_sequences_own_loops(attn_type, sharing, no_grad, t
     assert_equal_gradients(got, gradients(model, mean))
 
 
-@pytest.mark.parametrize("attn_type", ATTENTIONS)
+@pytest.mark.parametrize("attn_type", first_is_quick(ATTENTIONS))
 @pytest.mark.parametrize("recompute", [Recompute("loop"), Recompute("loop", 2), Recompute("selective")], ids=str)
 @pytest.mark.parametrize("loops", [Loops(5, readouts=True), Loops(5, 2), Loops(5, 2, torch.tensor([2, 5, 4]))], ids=str)
 def test_recomputation_changes_nothing(attn_type, recompute, loops, tiny, enliven):
@@ -184,7 +185,7 @@ def test_keys_of_a_group_that_began_without_gradient_have_none(attn_type, tiny, 
     assert seen == [False, True]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_cached_equals_uncached(data, tiny, enliven):
     """Logits of a text read in chunks, with any sharing, and one cache entry per group of loops. A cache whose loops

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +61,7 @@ def per_loop(model: Mythos) -> tuple[Counter[str], Counter[str], list[str]]:
     return four.computing - three.computing, four.views - three.views, four.waiting
 
 
-@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("attn_type", first_is_quick(["gqa", "mla"]))
 def test_a_loop_launches_as_many_kernels_for_512_experts_as_for_8(attn_type):
     """The same calls, at most 120 that compute (views launch nothing), and none that waits. Running expert after expert
     takes some for each, and waits for each."""

@@ -14,7 +14,14 @@ from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.parallel.packing import pack, unpack
-from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, plan_loops, plan_stages, split_evenly
+from mythos_dist.parallel.pipeline import (
+    LayerCosts,
+    StageSpec,
+    loops_with_grad,
+    plan_loops,
+    plan_stages,
+    split_evenly,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -176,6 +183,20 @@ def test_a_plan_computed_by_hand():
     ]
     assert plan_loops(tuple(specs), 9, 0, costs) == [range(2), range(2, 5), range(5, 8), range(8, 9)]
     assert plan_loops(tuple(specs), 8, 4, costs) == [range(4), range(4, 6), range(6, 8), range(8, 8)]
+
+
+def test_only_the_last_stage_has_the_heads_cost():
+    """Three loops of cost 2 on two stages without blocks, the head 1: 4 and 2 + 1; a cost on both would also allow 2
+    and 4 + 1."""
+    costs = LayerCosts(block=1, loop=2, no_grad_loop=2, head=1)
+    specs = plan_stages(MythosConfig(prelude_layers=0, coda_layers=0), 3, 2, costs)
+    assert plan_loops(tuple(specs), 3, 0, costs) == [range(2), range(2, 3)]
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 9))
+def test_loops_with_grad_are_those_after_the_first_ones_of_the_step(start, count, no_grad):
+    loops = range(start, start + count)
+    assert list(loops_with_grad(loops, no_grad)) == [t for t in loops if t >= no_grad]
 
 
 def test_the_largest_model_is_balanced_over_four_stages():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 
 from mythos_dist.config.schema import Config, OptimConfig, ParallelConfig
 from mythos_dist.config.variants import VARIANTS
@@ -79,7 +80,7 @@ def parameters_of(model: Mythos) -> list[LocalParameter]:
     ]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", first_is_quick(VARIANTS))
 def test_local_parameters_of_each_variant_and_stage_equal_the_model(name):
     """Names, order, shapes and shard axes of all parameters, for the first rank of every stage."""
     config = MythosConfig(**VARIANTS[name])
@@ -93,7 +94,7 @@ def test_local_parameters_of_each_variant_and_stage_equal_the_model(name):
 
 
 @pytest.mark.parametrize("parallel", ODD_LAYOUTS)
-@pytest.mark.parametrize("config", ODD_CONFIGS)
+@pytest.mark.parametrize("config", first_is_quick(ODD_CONFIGS))
 def test_local_parameters_of_every_rank_equal_the_model_when_sizes_do_not_divide(config, parallel):
     """All ranks of a replica and its experts, also those whose shard is padding only."""
     world = parallel.tensor * parallel.pipe * parallel.expert
@@ -146,6 +147,7 @@ def test_group_sizes_equal_the_parameter_groups_of_the_optimizer(config, paralle
         ("1t", 999_326_352_386),
     ],
 )
+@pytest.mark.launch  # builds a trillion parameters without storage
 def test_the_variants_have_as_many_parameters_as_open_mythos(name, parameters, open_mythos):
     """OpenMythos itself, on the meta device; 1b's count is the one that it publishes."""
     with torch.device("meta"):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.conversion import SPLITS, ByteTokenizer, assert_holds, contents, expect, read_windows
+from helpers.selection import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +140,7 @@ SOME_TEXTS = st.sampled_from(["", "a", "bb", "é", "x" * 30, "🙂" * 20, "a lon
 
 
 @pytest.mark.launch
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 @given(
     some=st.lists(
         st.tuples(SOME_TEXTS | st.text(max_size=6), st.none() | st.sampled_from([1.0, 2.0, 3.0, float("nan")])),

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.selection import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +140,7 @@ def line_folder(tmp_path_factory):
 LINES = st.lists(st.text("ab\r\u00e9日 ", max_size=12), max_size=12)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     texts=LINES,
     ends=st.lists(st.sampled_from(["\n", "\r\n", "\n\n"]), min_size=12, max_size=12),
@@ -165,7 +166,7 @@ def test_lines_split_anywhere_are_neither_lost_nor_repeated(
         assert texts_of(file, Columns(sample_by="line"), span_chunks=span_chunks) == expected
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     texts=st.lists(st.text(max_size=80) | st.text('"\\ a', max_size=120), max_size=8),
     grain=st.integers(1, 300),

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers.selection import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ def files(folder):
     return {file.name: file.read_bytes() for file in folder.glob("shard*")}
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     dtype=st.sampled_from(["uint16", "uint32"]),
     seq_len=st.integers(1, 40),

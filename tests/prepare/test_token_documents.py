@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers.selection import examples
 from helpers.token_files import EOS, documents_of, write_mds, write_megatron, write_nanoset, write_saved_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,9 @@ from mythos_dist.prepare.tokens.listing import list_token_sources
 
 VOCAB_SIZE = 100
 ROWS = st.lists(st.lists(st.sampled_from([EOS, EOS, 5, 6, 7, 99]), max_size=9), max_size=12)
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(
+    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture

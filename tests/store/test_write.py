@@ -55,6 +55,7 @@ def test_a_folder_is_not_one_whose_name_begins_with_it(bucket):
     assert write.list_files(f"{bucket}/a") == {"y": 1}
 
 
+@pytest.mark.launch  # a thousand requests
 def test_more_files_than_a_request_holds_are_listed_and_removed(store, bucket, monkeypatch):
     """S3's pages have 1,000 keys."""
     names = [f"{i:04}" for i in range(1003)]

@@ -15,6 +15,7 @@ from helpers.launch import run_ranks
 
 from mythos_dist.config.schema import Config
 
+pytestmark = pytest.mark.launch  # imports DeepSpeed
 REPOSITORY = Path(__file__).parents[2]
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 PIPE = "deepspeed.runtime.pipe.module.PipelineModule"

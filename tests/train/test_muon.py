@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.launch import run_ranks
 from helpers.parity import Muon, batches, change
+from helpers.selection import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,7 +142,7 @@ LAYOUTS = st.tuples(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(LAYOUTS, st.sampled_from(["mla", "gqa"]), st.sampled_from(["shared", "per_loop", "none"]))
 def test_the_exchange_gives_owners_full_matrices_and_holders_the_results(layout, attention, lora):
     """On all ranks of a layout, without processes: values are element ids; results are ids plus a matrix's number.
