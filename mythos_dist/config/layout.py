@@ -40,12 +40,22 @@ class Layout:
 
     @property
     def ranks_per_replica(self) -> int:
-        return self.parallel.pipe * self.parallel.tensor
+        return self.parallel.pipe * self.parallel.context * self.parallel.tensor
 
     @property
     def replicas(self) -> int:
         """0 if the ranks do not form complete replicas."""
         return 0 if self.ranks % self.ranks_per_replica else self.ranks // self.ranks_per_replica
+
+    @property
+    def data_context(self) -> int:
+        """Ranks of data x context."""
+        return self.replicas * self.parallel.context
+
+    @property
+    def tokens_per_piece(self) -> int:
+        """Sequences are divided over the context axis in pieces of at least this many tokens."""
+        return self.parallel.tensor if self.parallel.sequence else 1
 
     @property
     def sequences_per_pass(self) -> int:
@@ -148,6 +158,21 @@ _RULES = (
         change=("train.seq_len", "parallel.tensor", "parallel.sequence"),
     ),
     Rule(
+        settings=("parallel.context", "train.seq_len"),
+        holds=lambda at: at.parallel.context == 1
+        or at.train.seq_len >= 2 * at.parallel.context * at.tokens_per_piece,
+        message="{} is too many for {}: each rank gets at least two pieces of a sequence, of "
+        "{at.tokens_per_piece} tokens or more",
+        change=("parallel.context", "train.seq_len"),
+    ),
+    Rule(
+        settings=("model.dropout", "parallel.context"),
+        holds=lambda at: at.model.dropout == 0 or at.parallel.context == 1,
+        message="{} does not work with {}: attention computes the scores of keys piece by piece, and again in the "
+        "backward pass, where their dropout would be another",
+        change=("model.dropout", "parallel.context"),
+    ),
+    Rule(
         settings=("train.batch_ramp", "train.global_batch"),
         holds=lambda at: all(before < after for before, after in pairwise(at.train.batch_sizes)),
         message="{} (sequences, steps) has batches that do not grow from each to the next and to {}",
@@ -163,15 +188,29 @@ _RULES = (
 _RANK_RULES = (
     Rule(
         settings=("parallel.pipe", "parallel.tensor"),
-        holds=lambda at: at.ranks % at.ranks_per_replica == 0,
+        holds=lambda at: at.parallel.context > 1 or at.ranks % at.ranks_per_replica == 0,
         message="the number of ranks, {at.ranks}, is not divisible by {} x {} = {at.ranks_per_replica}, the ranks of "
         "one replica",
         change=("parallel.tensor", "parallel.pipe", "ranks"),
     ),
     Rule(
+        settings=("parallel.pipe", "parallel.context", "parallel.tensor"),
+        holds=lambda at: at.parallel.context == 1 or at.ranks % at.ranks_per_replica == 0,
+        message="the number of ranks, {at.ranks}, is not divisible by {} x {} x {} = {at.ranks_per_replica}, the ranks "
+        "of one replica",
+        change=("parallel.context", "parallel.tensor", "parallel.pipe", "ranks"),
+    ),
+    Rule(
         settings=("ranks", "parallel.pipe", "parallel.tensor", "parallel.expert"),
-        holds=lambda at: at.replicas % at.parallel.expert == 0,
+        holds=lambda at: at.parallel.context > 1 or at.replicas % at.parallel.expert == 0,
         message="the number of replicas, {at.replicas} ({} / {} / {}), is not divisible by {}, the replicas that share "
+        "one copy of the experts",
+        change=("parallel.expert", "ranks"),
+    ),
+    Rule(
+        settings=("ranks", "parallel.pipe", "parallel.tensor", "parallel.expert"),
+        holds=lambda at: at.parallel.context == 1 or at.data_context % at.parallel.expert == 0,
+        message="data x context, {at.data_context} ranks ({} / {} / {}), is not divisible by {}, the ranks that share "
         "one copy of the experts",
         change=("parallel.expert", "ranks"),
     ),
@@ -199,7 +238,12 @@ _CANDIDATES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "train.recompute": lambda at: ["loop"],
     "train.recompute_every": lambda at: [1],
     "train.seq_len": lambda at: [
-        n for n in _multiples_near(at.train.seq_len, at.parallel.tensor) if n <= at.model.max_seq_len
+        n
+        for n in [
+            *_multiples_near(at.train.seq_len, at.parallel.tensor),
+            2 * at.parallel.context * at.tokens_per_piece,
+        ]
+        if n <= at.model.max_seq_len
     ],
     "train.micro_batch": lambda at: divisors(at.train.global_batch),
     "train.global_batch": lambda at: _multiples_near(at.train.global_batch, at.sequences_per_pass),
@@ -211,6 +255,9 @@ _CANDIDATES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "parallel.expert": lambda at: divisors(at.model.n_experts),
     "parallel.tensor": lambda at: divisors(at.model.n_heads),
     "parallel.sequence": lambda at: [False],
+    # On any number of ranks, the largest for the length.
+    "parallel.context": lambda at: [1, *divisors(at.ranks), at.train.seq_len // (2 * at.tokens_per_piece)],
+    "model.dropout": lambda at: [0.0],
     # Replicas that divide the batch, and in case none of them fits the experts, replicas that do.
     "ranks": lambda at: (
         [at.ranks_per_replica * n for n in divisors(at.train.global_batch // at.train.micro_batch)]

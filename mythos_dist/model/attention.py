@@ -6,22 +6,27 @@ the cache.
 Decisions: MODEL-3, MODEL-4, PARALLEL-6, LOOPS-8, DECODE-3.
 """
 
-# B batch, S new tokens, T all tokens (cached and new), D model, H query heads, K key-value heads,
+# B batch, S new tokens (with context parallelism this rank's), T all tokens (cached and new), D model, H query heads,
+# K key-value heads,
 # R rotary channels, L latent, d channels of a query or key head, v channels of a value head.
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import DocumentSpans, Kernel, attend, find_documents
+from mythos_dist.model.context_attention import attend_over_context
 from mythos_dist.model.kv_cache import CacheKey, KVCache
 from mythos_dist.model.loops import where_active
 from mythos_dist.model.norm import EPS, Norm, rms_normalize
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.parallel.collectives import all_gather_many
+from mythos_dist.parallel.context import ContextShard
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import ParallelLinear, replicated
 
@@ -33,17 +38,25 @@ MAX_SCORES = 1 << 26
 class Context:
     """What all attention layers share in one forward pass."""
 
+    seq_len: int  # new tokens of each sequence, on all ranks that share it
     rope: Tensor  # (S, 1, R / 2) complex64: exp(i * position * frequency); (B, S, 1, R / 2) if rows' positions differ
     kernel: Kernel
     documents: DocumentSpans | None = None  # None when every row is one document
     cache: KVCache | None = None
     # bool (S, T) or (B, S, T): the keys that a query sees; None: causal, with the last query at the last key.
     mask: Tensor | None = None
+    shard: ContextShard | None = None  # the tokens of this rank of the context axis; None: all
 
     def repeated(self, times: int) -> "Context":
         """For `times` copies of the batch, concatenated."""
         documents = None if self.documents is None else self.documents.repeated(times)
-        return replace(self, documents=documents)
+        shard = None if self.shard is None else self.shard.repeated(times)
+        rope = self.rope.repeat(times, 1, 1, 1) if self.rope.dim() == 4 else self.rope
+        return replace(self, documents=documents, shard=shard, rope=rope)
+
+    def token_share(self, x: Tensor) -> float:
+        """The part of its sequences' tokens that x (B, S', D) has."""
+        return x.shape[1] / self.seq_len
 
 
 def build_context(
@@ -53,8 +66,11 @@ def build_context(
     document_ids: Tensor | None = None,
     cache: KVCache | None = None,
     kernel: Kernel = "sdpa",
+    shard: ContextShard | None = None,
 ) -> Context:
     """The context of a pass over (B, S) tokens that follow those in `cache`, in each row after its own.
+
+    With a `shard` the shape is that of all ranks, and the rotary positions those of the shard's tokens.
 
     Rotary angles are computed in fp32 for each pass: as buffers they would lose their imaginary part in `.to(bfloat16)`
     and add 768 MB to checkpoints at a context of 1,000,000.
@@ -62,14 +78,16 @@ def build_context(
     positions, mask = None, None  # positions: (B, S) if rows differ, else (S,)
     if cache is not None:
         positions, mask = _cached_positions(cache, shape, device)
+    if shard is not None:
+        positions = shard.positions
     if positions is None:
         positions = torch.arange(shape[1], device=device)
     exponents = torch.arange(0, config.rope_dim, 2, device=device, dtype=torch.float32) / config.rope_dim
     # Times the reciprocal, not divided: the angles are then OpenMythos' to the bit.
     angles = (positions.float().unsqueeze(-1) * (1.0 / config.rope_theta**exponents)).unsqueeze(-2)
     rope = torch.polar(torch.ones_like(angles), angles)
-    documents = None if document_ids is None else find_documents(document_ids)
-    return Context(rope, kernel, documents, cache, mask)
+    documents = None if document_ids is None or shard is not None else find_documents(document_ids)
+    return Context(shape[1], rope, kernel, documents, cache, mask, shard)
 
 
 def _cached_positions(cache: KVCache, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -174,11 +192,20 @@ class GQAttention(nn.Module):
         if self.config.qk_norm:  # one weight for both: only the product of two would matter
             q, k = self.qk_norm(q), rms_normalize(k)
         q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
+        if context.shard is not None:
+            entries = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)
+            return attend_over_context(q, entries, None, self._expand, self.config.head_dim, context.shard)
         if context.cache is not None:
             new = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)  # (B, S, 2 * K * d)
             k, v = context.cache.append(cache_key, new).unflatten(-1, (2, -1, self.config.head_dim)).unbind(2)
         dropout = self.config.dropout if self.training else 0.0
         return attend(q, k, v, context.kernel, context.documents, dropout, context.mask)
+
+    def _expand(self, entries: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Key and value heads (n, 2 * K * d) -> those of each query head, both (n, H, d)."""
+        k, v = entries.unflatten(-1, (2, -1, self.config.head_dim)).unbind(1)
+        queries = self.config.n_heads // self.mesh.tensor.size
+        return k.repeat_interleave(queries // k.shape[1], 1), v.repeat_interleave(queries // v.shape[1], 1)
 
     def _select_kv_heads(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's channels of keys and values -> the heads that its queries attend to, (N, H / tensor * d)."""
@@ -189,6 +216,15 @@ class GQAttention(nn.Module):
         full = (x[..., : c.n_kv_heads * c.head_dim] for x in all_gather_many([k, v], axis, -1))
         k, v = (x.unflatten(-1, (-1, c.head_dim)).index_select(1, heads).flatten(1) for x in full)
         return k, v
+
+
+class LatentExpansion(ParallelLinear):
+    """MLA's projection from latents to keys and values. `use(weight)` runs within its forward, where ZeRO-3 has
+    gathered the weight."""
+
+    def forward(self, x: Tensor, use: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """x (..., L) -> (..., H * (nope + v)); with `use`, `use(x, weight)`."""
+        return super().forward(x) if use is None else use(x, self.weight)
 
 
 class MLAttention(nn.Module):
@@ -213,7 +249,7 @@ class MLAttention(nn.Module):
         self.q_up = ParallelLinear(config.q_lora_rank, heads * config.head_dim, "outputs", mesh)
         self.kv_down = ParallelLinear(config.dim, latent + config.qk_rope_head_dim, "outputs", mesh)
         self.kv_norm = replicated(Norm(latent), mesh, in_parallel_region=True)
-        self.kv_up = ParallelLinear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
+        self.kv_up = LatentExpansion(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
         self.wo = ParallelLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
         if config.qk_norm:
             self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
@@ -254,6 +290,12 @@ class MLAttention(nn.Module):
         turned = apply_rope(torch.cat([q_rope, k_rope.view(*shape, 1, rope)], dim=2), context.rope)
         q_rope, k_rope = turned.split([q_rope.shape[2], 1], dim=2)
         latent = self.kv_norm(latent).view(*shape, -1)  # (B, S, L)
+        if (shard := context.shard) is not None:
+            q = torch.cat([q_nope, q_rope], dim=-1)
+            entries = torch.cat([latent, k_rope.squeeze(2)], dim=-1)
+            return self.kv_up(
+                entries, lambda x, weight: attend_over_context(q, x, weight, self._expand, c.v_head_dim, shard)
+            )
         if context.cache is not None:
             if is_cached and isinstance(cache_key, str):
                 entries = context.cache.read(cache_key, shape[1])
@@ -265,14 +307,26 @@ class MLAttention(nn.Module):
             latent, k_rope = entries[..., : c.kv_lora_rank + rope].split([c.kv_lora_rank, rope], dim=-1)  # (B, T, -)
             k_rope = k_rope.unsqueeze(2)
         kv = self.kv_up(latent.flatten(0, 1)).view(shape[0], -1, q.shape[2], nope + c.v_head_dim)
-        k_nope, v = kv.split([nope, c.v_head_dim], dim=-1)  # (B, T, H, -)
-        k = torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
-        if c.qk_norm:
-            k = rms_normalize(k)  # rotation keeps the length, so the norm can follow it
+        k, v = self._keys_and_values(kv, k_rope)  # (B, T, H, -)
         q = torch.cat([q_nope, q_rope], dim=-1)  # (B, S, H, d)
         return attend(
             q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0, mask=context.mask
         )
+
+    def _keys_and_values(self, kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Expanded latents (..., H, nope + v), rotary keys (..., 1, R) -> keys (..., H, d), values (..., H, v)."""
+        k_nope, v = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], dim=-1)
+        # Rotation keeps the length, so the norm can follow it.
+        return rms_normalize(k) if self.config.qk_norm else k, v
+
+    def _expand(self, entries: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normed latents and rotary keys (n, L + R) -> keys (n, H, d), values (n, H, v); weight: of `kv_up`."""
+        c = self.config
+        assert weight is not None
+        latent, k_rope = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        kv = F.linear(latent, weight).unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))
+        return self._keys_and_values(kv, k_rope.unsqueeze(1))
 
     def _cache_entry(self, latent: Tensor, k_rope: Tensor) -> Tensor:
         """What the cache holds of tokens: normed latents (B, S, L), rotary keys (B, S, R), with qk_norm also scales."""

@@ -63,5 +63,5 @@ class MoEBlock(_ResidualBlock):
         """(B, S or S / tensor, D) -> same shape, the router's statistics, and with model.kv_sharing the keys and values
         that later loops share (B, S, W)."""
         x, kv = self._attend(x, context, cache_key, shared)
-        y, stats = self.ffn(self.ffn_norm(x))
+        y, stats = self.ffn(self.ffn_norm(x), context.token_share(x))
         return x + F.dropout(y, self.dropout, self.training), stats, kv

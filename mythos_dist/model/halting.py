@@ -30,7 +30,6 @@ class Halting(nn.Module):
         self.cost, self.kl, self.prior = act.ponder_cost, act.kl, act.prior
         self.halt = replicated(nn.Linear(config.dim, 1), mesh)
         self.threshold = config.act_threshold
-        self.parts = mesh.tensor.size if mesh.sequence else 1  # ranks that share a sequence's tokens
 
     def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """h (B, S', D) after a loop, halted (B, S') fp32 before it -> weight of h (B, S') fp32, `halted` after it."""
@@ -65,8 +64,11 @@ class Halting(nn.Module):
         """The halting layer's output for h (B, S', D), a probability (B, S') in fp32."""
         return torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(halted)
 
-    def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
-        """Add loop t's part of ponder_cost * E[loops] + kl * KL(weights, prior), mean over tokens; weight (B, S')."""
+    def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops, token_share: float) -> Tensor:
+        """Add loop t's part of ponder_cost * E[loops] + kl * KL(weights, prior), mean over tokens.
+
+        weight (B, S'), which are `token_share` of the sequences' tokens: this rank's term of the sum over ranks.
+        """
         if self.cost == 0 and self.kl == 0:
             return aux_loss
         if loops.depths is None:
@@ -80,7 +82,7 @@ class Halting(nn.Module):
         else:  # PonderNet's geometric prior, truncated
             log_prior = index * math.log1p(-self.prior) + (0.0 if loops.is_last(t) else math.log(self.prior))
         divergence = weight * (weight.clamp(min=1e-9).log() - log_prior)
-        return aux_loss + (self.cost * weight * (index + 1) + self.kl * divergence).mean() / self.parts
+        return aux_loss + (self.cost * weight * (index + 1) + self.kl * divergence).mean() * token_share
 
 
 class NoHalting(Halting):
@@ -94,7 +96,7 @@ class NoHalting(Halting):
         """The last h."""
         return h.float() if loops.is_last(t) else output
 
-    def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
+    def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops, token_share: float) -> Tensor:
         """Nothing."""
         return aux_loss
 

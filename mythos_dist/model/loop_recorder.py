@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mythos_dist.parallel.collectives import all_reduce
+from mythos_dist.parallel.collectives import sum_over_sequence
 from mythos_dist.parallel.mesh import Mesh
 
 POWER_ITERATIONS = 3
@@ -32,17 +32,19 @@ class LoopRecorder:
         self.gains: list[Tensor] = []  # (), one per pass
         self.rho: Tensor | None = None  # (): the largest element of decay
 
-    def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor) -> None:
-        """Record loop t: the states before and after it (B, S', D), and the halting weight of `after` (B, S')."""
+    def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor, seq_len: int) -> None:
+        """Record loop t: the states before and after it (B, S', D), and the halting weight of `after` (B, S').
+
+        seq_len: tokens of a sequence on all ranks.
+        """
         after = after.float()
         norm = after.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         change = (after - before.float()).norm(dim=-1, keepdim=True) / norm
         tokens = torch.full_like(norm, 1.0)
         rows = torch.stack([tokens.sum(), norm.sum(), change.sum(), weight.float().sum()])
-        directions = self._over_sequence((after / norm).sum(1))  # (B, D)
-        S = after.shape[1] * (self.mesh.tensor.size if self.mesh.sequence else 1)
-        correlation = directions.square().sum() / S
-        tokens, norms, changes, weights = self._over_sequence(rows)
+        directions = sum_over_sequence((after / norm).sum(1), self.mesh)  # (B, D)
+        correlation = directions.square().sum() / seq_len
+        tokens, norms, changes, weights = sum_over_sequence(rows, self.mesh)
         row = torch.stack([tokens, norms, changes, correlation, weights])
         self.rows[t] = self.rows[t] + row if t in self.rows else row
 
@@ -50,7 +52,9 @@ class LoopRecorder:
         """Estimate the spectral radius of `update`'s Jacobian at h (B, S', D), by power iteration with finite
         differences. Collective: every rank that runs these loops calls it."""
         size = (1e-3 if h.dtype == torch.float32 else 3e-2) * self._norm(h.float())  # above rounding errors
-        generator = torch.Generator(h.device).manual_seed(self.mesh.tensor.rank if self.mesh.sequence else 0)
+        mesh = self.mesh
+        part = mesh.context.rank * mesh.tensor.size + mesh.tensor.rank if mesh.sequence else mesh.context.rank
+        generator = torch.Generator(h.device).manual_seed(part)
         v = torch.empty(h.shape, device=h.device).normal_(generator=generator)
         here, stretched = update(h).float(), size
         for _ in range(POWER_ITERATIONS):
@@ -60,7 +64,4 @@ class LoopRecorder:
         self.gains.append(stretched / size)
 
     def _norm(self, x: Tensor) -> Tensor:
-        return self._over_sequence(x.square().sum()).sqrt()
-
-    def _over_sequence(self, x: Tensor) -> Tensor:
-        return all_reduce(x, self.mesh.tensor) if self.mesh.sequence else x
+        return sum_over_sequence(x.square().sum(), self.mesh).sqrt()

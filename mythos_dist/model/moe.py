@@ -7,7 +7,8 @@ The trap: the bias changes by 1e-3, too small a step for bf16, so it stays fp32 
 Decisions: MODEL-1, MODEL-5.
 """
 
-# B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), N = B * S tokens, D model,
+# B batch, S tokens of a sequence on this rank of the context axis (S' = S / tensor of them with sequence parallelism,
+# else S), N = B * S tokens, D model,
 # E experts, k experts per token.
 
 from typing import NamedTuple
@@ -21,7 +22,12 @@ from mythos_dist.model.experts import Experts
 from mythos_dist.model.grouped import tokens_per_expert
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import GatedLinear
-from mythos_dist.parallel.collectives import all_gather, all_reduce, enter_tensor_parallel, leave_tensor_parallel
+from mythos_dist.parallel.collectives import (
+    all_gather,
+    enter_tensor_parallel,
+    leave_tensor_parallel,
+    sum_over_sequence,
+)
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.tensor import ParallelLinear, replicated, shard_parameter
 
@@ -30,7 +36,8 @@ class RouterStats(NamedTuple):
     """Output of one forward of the mixture, besides y: for load balancing and the objective."""
 
     counts: Tensor  # (E,) int64: (token, expert) pairs in this replica
-    # (): weighted auxiliary losses, or None. With sequence parallelism this rank's term of the sum over the tensor axis
+    # (): weighted auxiliary losses, or None. This rank's term of the sum over the ranks that share the sequences: those of
+    # the context axis, and with sequence parallelism of the tensor axis
     loss: Tensor | None
 
 
@@ -74,31 +81,32 @@ class Router(nn.Module):
             self.bias = exact.to(self.bias.device)
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x (B, S', D) -> weights (B * S', k) fp32, index (B * S', k), weighted auxiliary losses () or None."""
+    def forward(self, x: Tensor, token_share: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (B, S', D) -> weights (B * S', k) fp32, index (B * S', k), weighted auxiliary losses () or None.
+
+        token_share: the part of its sequences' tokens that x has.
+        """
         logits = F.linear(x.flatten(0, 1).float(), self.weight.float())  # (N, D) -> (N, E)
         with torch.no_grad():
             index = (logits + self.bias).topk(self.k, dim=-1).indices
         weights = logits.gather(-1, index).softmax(-1)  # equals the softmax over all experts, renormalised
         if not self.experts.z_loss and not self.experts.sequence_balance_loss:
             return weights, index, None
-        return weights, index, self._losses(logits.view(*x.shape[:2], -1))
+        return weights, index, self._losses(logits.view(*x.shape[:2], -1), token_share)
 
-    def _losses(self, logits: Tensor) -> Tensor:
+    def _losses(self, logits: Tensor, token_share: float) -> Tensor:
         """ST-MoE's z-loss and DeepSeek-V3's sequence-wise balance loss of logits (B, S', E), each times its weight."""
         loss = logits.new_zeros(())
-        parts = self.mesh.tensor.size if self.mesh.sequence else 1  # ranks that share a sequence's tokens
         if self.experts.z_loss:
-            loss = loss + self.experts.z_loss * logits.logsumexp(-1).square().mean() / parts
+            loss = loss + self.experts.z_loss * logits.logsumexp(-1).square().mean()
         if self.experts.sequence_balance_loss:
             scores = logits.softmax(-1)
             n_experts = scores.shape[-1]
             chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(self.k, dim=-1).indices, 1.0)
-            share = chosen.mean(1) * (n_experts / self.k)  # f_i in the paper, per sequence: (B, E)
-            if self.mesh.sequence:
-                share = all_reduce(share, self.mesh.tensor) / parts
-            loss = loss + self.experts.sequence_balance_loss * (share * scores.mean(1)).sum(-1).mean() / parts
-        return loss
+            share = chosen.mean(1) * (token_share * n_experts / self.k)  # f_i in the paper, per sequence: (B, E)
+            share = sum_over_sequence(share, self.mesh)
+            loss = loss + self.experts.sequence_balance_loss * (share * scores.mean(1)).sum(-1).mean()
+        return loss * token_share
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor) -> None:
@@ -117,9 +125,9 @@ class MoE(nn.Module):
         self.experts = Experts(config, experts.backend, mesh, selective)
         self.shared = FFN(config.dim, config.shared_dim, mesh, selective) if config.shared_dim else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        """x (B, S', D) -> y (B, S', D) and the router's statistics."""
-        weights, index, loss = self.router(x)
+    def forward(self, x: Tensor, token_share: float = 1.0) -> tuple[Tensor, RouterStats]:
+        """x (B, S', D) -> y (B, S', D) and the router's statistics. token_share: as of `Router`."""
+        weights, index, loss = self.router(x, token_share)
         if self.mesh.tensor.size > 1:
             weights, index = self._gather_routing(weights, index, x.shape)
         x = enter_tensor_parallel(x, self.mesh)  # once for the routed and the shared experts

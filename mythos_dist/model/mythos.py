@@ -7,7 +7,7 @@ With a mesh it holds this rank's shards, with a `StageSpec` this pipeline stage'
 Decisions: MODEL-14.
 """
 
-# B batch, S sequence (S' of it on this rank: S / tensor with sequence parallelism, else S), D model, V vocabulary,
+# B batch, S sequence (S' of it on this rank, with context and sequence parallelism a part), D model, V vocabulary,
 # E experts, R readouts: 1, or the loops with gradient (loops.objective=per_loop).
 
 from pathlib import Path
@@ -30,6 +30,7 @@ from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Recurrent
 from mythos_dist.parallel.collectives import all_gather, all_reduce
+from mythos_dist.parallel.context import ContextShard, context_shard, local_tokens
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.parallel.tensor import IGNORED, Embedding, replicated
@@ -38,12 +39,16 @@ from mythos_dist.parallel.tensor import IGNORED, Embedding, replicated
 class Losses(TypedDict):
     """Output of a training pass. A plain dict of tensors, because DeepSpeed's ZeRO-3 hooks traverse dicts."""
 
-    objective: Tensor  # (): the loss to differentiate, cross entropy of all readouts plus auxiliary losses
-    # (): of the last readout, in nats, detached: mean over labels that are not ignored, or divided by `label_counts`
+    # (): the loss to differentiate, cross entropy of all readouts plus auxiliary losses. With context parallelism each
+    # rank has its tokens' part times the number of ranks: their mean is the loss, as is that of replicas
+    objective: Tensor
+    # (): of the last readout, in nats, detached: mean over labels that are not ignored, or divided by `label_counts`;
+    # on the ranks of the context axis as `objective`
     cross_entropy: Tensor
-    tokens: Tensor  # (): labels that are not ignored
-    token_losses: Tensor  # (B, S) fp32, detached: cross entropies of the last readout, 0 for ignored labels
-    correct: Tensor  # (B, S) bool: whether the last readout's highest logit is the label's
+    tokens: Tensor  # (): labels that are not ignored, of this rank's tokens
+    # (B, S) fp32, detached: cross entropies of the last readout, 0 for ignored labels and other ranks' tokens
+    token_losses: Tensor
+    correct: Tensor  # (B, S) bool: whether the last readout's highest logit is the label's; on this rank's tokens
     expert_counts: Tensor  # (n_loops, E) int64: (token, expert) pairs per loop and expert
 
 
@@ -107,6 +112,8 @@ class Mythos(nn.Module):
         backprop: gradient flows through the last N loops only; None: through all.
         loops: replaces n_loops and backprop; has all options of loops.
         label_counts: see `losses`.
+        On a mesh each rank of a replica gets all of this, and computes its part. With context parallelism logits are
+        those of this rank's tokens.
         Raises UserError for tokens beyond the context; without `loops` also for ids outside the vocabulary, shapes
         that do not match, and n_loops outside 1 to 512 (model/inputs.py).
         """
@@ -121,25 +128,27 @@ class Mythos(nn.Module):
             )
 
         context = self.context(input_ids, document_ids, cache)
-        activations, counts = self.run(Activations(input_ids), range(loops.n_loops), loops, context)
+        ids = input_ids if context.shard is None else context.shard.local(input_ids)
+        activations, counts = self.run(Activations(ids), range(loops.n_loops), loops, context)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         if labels is None:
             return self.embed.gather_logits(self.embed.logits(activations.h))
-        return self.losses(activations, labels, loops, counts, label_counts)
+        return self.losses(activations, labels, loops, counts, label_counts, context.shard)
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
-        """What all layers share in a pass over input_ids (B, S); see `forward` for the arguments."""
+        """What all layers share in a pass over input_ids (B, S), of all ranks; see `forward` for the arguments."""
         dtype = next(self.parameters()).dtype
         kernel = choose_kernel(self.attention, input_ids.device, dtype, self.config)
-        return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel)
+        shard = context_shard(*input_ids.shape, self.mesh, input_ids.device, document_ids)
+        return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel, shard)
 
     def run(
         self, activations: Activations, loop_range: range, loops: Loops, context: Context
     ) -> tuple[Activations, Tensor]:
         """Run the layers that this rank holds; of all loops of the pass, those of `loop_range`.
 
-        activations: the output of the previous stage; on the first stage `Activations(input_ids)`.
+        activations: the output of the previous stage; on the first stage `Activations` of this rank's input ids.
         Returns the activations after this rank's layers and the counts (len(loop_range), E).
         """
         stage = self.stage
@@ -150,7 +159,7 @@ class Mythos(nn.Module):
             activations = Activations(block(activations.h, context, f"prelude.{i}"))
         if stage.has_loops:
             if stage.starts_loops:
-                activations = self.recurrent.start(activations.h, loops)
+                activations = self.recurrent.start(activations.h, loops, context)
             activations, counts = self.recurrent(activations, loop_range, loops, context)
             if stage.ends_loops:
                 activations = self.recurrent.finish(activations)
@@ -167,6 +176,7 @@ class Mythos(nn.Module):
 
         readouts: the number of readouts by earlier stages.
         """
+        seq_len = local_tokens(seq_len, self.mesh)
         tokens = seq_len // self.mesh.tensor.size if self.mesh.sequence else seq_len
         shape = torch.Size([batch, tokens, self.config.dim])
         kv_shape = shared_kv_shape(self.config, batch, seq_len, self.mesh.tensor.size)
@@ -179,6 +189,7 @@ class Mythos(nn.Module):
         loops: Loops,
         counts: Tensor,
         label_counts: Tensor | None = None,
+        shard: ContextShard | None = None,
     ) -> Losses:
         """activations: the output of `run` after the last norm. counts (n_loops, E).
 
@@ -187,13 +198,16 @@ class Mythos(nn.Module):
         others; the reported loss is the last readout's.
         label_counts: what the sums over labels are divided by, float (R,) by readout, for means over several passes;
         None: the number of labels of this pass.
+        shard: this rank's tokens, of those that `labels` are of; None: all.
         """
+        if shard is not None:
+            labels = shard.local(labels)
         weights = activations.readout_weights  # (R, B, S') or None
         targets = labels_by_loop(labels, loops, 1 if weights is None else weights.shape[0])
         final = targets[-1]
         tokens = (targets != IGNORED).sum((1, 2))  # (R,)
         if label_counts is None:
-            label_counts = tokens.clamp(min=1)
+            label_counts = all_reduce(tokens, self.mesh.context).clamp(min=1)
         if weights is not None:
             if self.mesh.sequence:
                 weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
@@ -204,12 +218,15 @@ class Mythos(nn.Module):
         aux_loss = activations.aux_loss.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:
             aux_loss = all_reduce(aux_loss, self.mesh.tensor)
+        token_losses, correct = head.losses[-B:], head.correct[-B:]
+        # DeepSpeed takes the mean over all ranks of data x context; this is the one place that undoes it over context.
+        ranks = self.mesh.context.size
         return Losses(
-            objective=head.total / label_counts[-1] + aux_loss,
-            cross_entropy=head.losses[-B:].sum() / label_counts[-1],
+            objective=(head.total / label_counts[-1] + aux_loss) * ranks,
+            cross_entropy=token_losses.sum() / label_counts[-1] * ranks,
             tokens=tokens[-1],
-            token_losses=head.losses[-B:],
-            correct=head.correct[-B:],
+            token_losses=token_losses if shard is None else shard.full(token_losses),
+            correct=correct if shard is None else shard.full(correct),
             expert_counts=counts,
         )
 

@@ -56,7 +56,7 @@ def plan_groups(parameters: Sequence[LocalParameter], mesh: Mesh) -> list[GroupS
         expert_sharded = held is experts and len(held) > 0  # a stage without experts: a group of padding only
         numel, padding = sum(parameter.numel for parameter in held), 0
         if mesh.pipe.size > 1:
-            multiple = GROUP_ALIGNMENT * (mesh.expert_data.size if expert_sharded else mesh.data.size)
+            multiple = GROUP_ALIGNMENT * (mesh.expert_data if expert_sharded else mesh.data_context).size
             padding = -numel % multiple if numel else multiple
         if numel + padding:
             groups.append(GroupSpec(held, decays, expert_sharded, padding))

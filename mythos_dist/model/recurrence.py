@@ -11,8 +11,8 @@ end together: gradient through the last k loops is then through the last k of ea
 Decisions: LOOPS-1, LOOPS-2, LOOPS-8, LOOPS-10.
 """
 
-# B batch, S' tokens of each sequence on this rank (S / tensor with sequence parallelism, else S), D model, E experts,
-# R loops that are read out.
+# B batch, S' tokens of each sequence on this rank (with context and sequence parallelism a part of the S), D model,
+# E experts, R loops that are read out.
 
 import math
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class Recurrent(nn.Module):
         self.act = build_halting(config, act, mesh)
         self.recorder: LoopRecorder | None = None  # set during a telemetry pass
 
-    def start(self, e: Tensor, loops: Loops) -> Activations:
+    def start(self, e: Tensor, loops: Loops, context: Context) -> Activations:
         """The activations before the first loop, from the prelude's output (B, S', D)."""
         if self.config.injection == "parcae":
             e = self.e_norm(e)
@@ -80,7 +80,7 @@ class Recurrent(nn.Module):
         elif self.config.initial_state == "zero":
             h = torch.zeros_like(e)
         else:
-            h = self._random_hidden_state(e, loops.seeds)
+            h = self._random_hidden_state(e, loops.seeds, context)
         return Activations(
             h=h,
             e=e,
@@ -97,15 +97,19 @@ class Recurrent(nn.Module):
         shape = shared_kv_shape(self.config, e.shape[0], e.shape[1] * parts, self.mesh.tensor.size)
         return UNSET if shape is None else e.new_zeros(shape)
 
-    def _random_hidden_state(self, e: Tensor, seeds: Tensor | None) -> Tensor:
+    def _random_hidden_state(self, e: Tensor, seeds: Tensor | None, context: Context) -> Tensor:
         """A hidden state like e from N(0, 2 / 5) (Huginn, Geiping et al. 2025). Each sequence is drawn from its own
-        seed: its values do not depend on the micro-batch or on the rank of the tensor axis."""
+        seed: its values do not depend on the micro-batch or on the ranks that share it."""
         B, parts, D = e.shape[0], self.mesh.tensor.size if self.mesh.sequence else 1, e.shape[2]
         generator = torch.Generator(e.device)
-        h = torch.empty(B, e.shape[1] * parts, D, device=e.device)
-        for row, seed in zip(h, range(B) if seeds is None else seeds.tolist(), strict=True):
+        h = []
+        for i, seed in enumerate(range(B) if seeds is None else seeds.tolist()):
+            row = torch.empty(context.seq_len, D, device=e.device)
             row.normal_(0.0, math.sqrt(2 / 5), generator=generator.manual_seed(seed))
-        return h.chunk(parts, 1)[self.mesh.tensor.rank if parts > 1 else 0].to(e.dtype)
+            if context.shard is not None:
+                row = row[context.shard.positions[i]]
+            h.append(row.chunk(parts)[self.mesh.tensor.rank if parts > 1 else 0].to(e.dtype))
+        return torch.stack(h)
 
     def finish(self, activations: Activations) -> Activations:
         """After the last loop: h becomes the loops' output, or the R readouts as one batch, for the coda."""
@@ -186,7 +190,8 @@ class Recurrent(nn.Module):
     def _all_halted(self, activations: Activations, context: Context) -> bool:
         """Whether the remaining loops can be skipped, because their weight is zero for all tokens. Only where no other
         rank waits for this one in a collective, and no later token needs the keys of all loops."""
-        single = self.mesh.tensor.size == self.mesh.expert.size == self.mesh.pipe.size == 1
+        mesh = self.mesh
+        single = mesh.tensor.size == mesh.expert.size == mesh.pipe.size == mesh.context.size == 1
         needed = torch.is_grad_enabled() or context.cache is not None or self.recorder is not None
         return single and not needed and self.act.all_halted(activations.halted)
 
@@ -215,13 +220,13 @@ class Recurrent(nn.Module):
         weight, new_halted = where_active(active, weight, 0.0), where_active(active, new_halted, halted)
         if router.loss is not None:
             aux_loss = aux_loss + router.loss / loops.n_loops
-        aux_loss = self.act.add_loss(aux_loss, weight, t, loops)
+        aux_loss = self.act.add_loss(aux_loss, weight, t, loops, context.token_share(h))
         readout = None
         if loops.reads_out(t):
             readout = self.act.readout(output, new_h, halted, weight), self.act.readout_weight(weight, active, loops)
         output = self.act.accumulate(output, new_h, weight, t, loops)
         if self.recorder is not None:
-            self.recorder.record(t, h, new_h, weight)
+            self.recorder.record(t, h, new_h, weight, context.seq_len)
         activations = activations._replace(h=new_h, output=output, halted=new_halted, aux_loss=aux_loss, kv=kv)
         return activations, router.counts, readout
 

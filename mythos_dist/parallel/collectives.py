@@ -150,6 +150,11 @@ def all_to_all(rows: Tensor, axis: Axis, send: list[int], receive: list[int]) ->
     return rows if axis.size == 1 else _apply(_AllToAll, rows, axis, send, receive)
 
 
+def sum_over_sequence(x: Tensor, mesh: Mesh) -> Tensor:
+    """The sum over the ranks that have other tokens of the same sequences; backward as `all_reduce`."""
+    return all_reduce(all_reduce(x, mesh.tensor) if mesh.sequence else x, mesh.context)
+
+
 def enter_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
     """Before work that is divided over the tensor axis: (B, S or S / tensor, ...) -> (B, S, ...) on every rank."""
     return all_gather(x, mesh.tensor, 1) if mesh.sequence else copy(x, mesh.tensor)

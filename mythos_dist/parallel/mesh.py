@@ -1,8 +1,10 @@
 """The mesh: a rank's replica, pipeline stage, tensor shard and experts, and the process groups of each axis.
 
-Ranks are ordered [data, pipe, tensor], data outermost, so that one replica's ranks are consecutive. The expert axis
-lies inside the data axis: `expert` consecutive replicas hold one copy of all routed experts, and an `expert_data`
-group is the ranks that hold the same experts. An axis of size 1 has no group, and collectives over it do nothing.
+Ranks are ordered [data, pipe, context, tensor], data outermost, so that one replica's ranks are consecutive. The ranks
+of a context group have the same weights and the same sequences, each some of their tokens. To ZeRO and to the experts
+they are like replicas, so both work on data x context, the axis `data_context`: gradients are averaged over it, and
+`expert` consecutive ranks of it hold one copy of all routed experts. An `expert_data` group is the ranks that hold the
+same experts. An axis of size 1 has no group, and collectives over it do nothing.
 
 Decisions: PARALLEL-1, PARALLEL-9.
 """
@@ -36,10 +38,17 @@ class Mesh:
 
     data: Axis = Axis("data")
     pipe: Axis = Axis("pipe")
+    context: Axis = Axis("context")
     tensor: Axis = Axis("tensor")
     expert: Axis = Axis("expert")
     expert_data: Axis = Axis("expert_data")
+    data_context: Axis = Axis("data")  # the data axis itself if context is 1
     sequence: bool = False
+
+    def global_rank(self, data_context: int, pipe: int, tensor: int) -> int:
+        """The global rank of these coordinates."""
+        replica, part = divmod(data_context, self.context.size)
+        return ((replica * self.pipe.size + pipe) * self.context.size + part) * self.tensor.size + tensor
 
 
 SINGLE = Mesh()  # one process
@@ -47,20 +56,22 @@ SINGLE = Mesh()  # one process
 
 def axis_groups(parallel: ParallelConfig, world_size: int) -> dict[str, list[list[int]]]:
     """The groups of global ranks of each axis; every rank is in one group per axis."""
-    pipe, tensor, expert = parallel.pipe, parallel.tensor, parallel.expert
-    data = world_size // (pipe * tensor)
+    pipe, context, tensor, expert = parallel.pipe, parallel.context, parallel.tensor, parallel.expert
+    data = world_size // (pipe * context * tensor)
 
-    def rank(d: int, p: int, t: int) -> int:
-        return (d * pipe + p) * tensor + t
+    def rank(d: int, p: int, c: int, t: int) -> int:
+        return ((d * pipe + p) * context + c) * tensor + t
 
-    columns = list(product(range(pipe), range(tensor)))
-    first_replicas = range(0, data, expert)  # of each copy of the experts
+    replicas, stages, parts, shards = range(data), range(pipe), range(context), range(tensor)
+    data_context = [[rank(d, p, c, t) for d in replicas for c in parts] for p in stages for t in shards]
     return {
-        "data": [[rank(d, p, t) for d in range(data)] for p, t in columns],
-        "pipe": [[rank(d, p, t) for p in range(pipe)] for d in range(data) for t in range(tensor)],
-        "tensor": [[rank(d, p, t) for t in range(tensor)] for d in range(data) for p in range(pipe)],
-        "expert": [[rank(r + i, p, t) for i in range(expert)] for p, t in columns for r in first_replicas],
-        "expert_data": [[rank(r + i, p, t) for r in first_replicas] for p, t in columns for i in range(expert)],
+        "data": [[rank(d, p, c, t) for d in replicas] for p, c, t in product(stages, parts, shards)],
+        "pipe": [[rank(d, p, c, t) for p in stages] for d, c, t in product(replicas, parts, shards)],
+        "context": [[rank(d, p, c, t) for c in parts] for d, p, t in product(replicas, stages, shards)],
+        "tensor": [[rank(d, p, c, t) for t in shards] for d, p, c in product(replicas, stages, parts)],
+        "expert": [group[i : i + expert] for group in data_context for i in range(0, len(group), expert)],
+        "expert_data": [group[i::expert] for group in data_context for i in range(expert)],
+        "data_context": data_context,
     }
 
 
@@ -73,6 +84,9 @@ def mesh_of(
     """The mesh of one rank. `new_group` creates its process groups; by default there are none, only coordinates."""
     axes = {}
     for name, groups in axis_groups(parallel, world_size).items():
+        if name == "data_context" and parallel.context == 1:
+            axes[name] = axes["data"]
+            continue
         ranks = next(group for group in groups if rank in group)
         axes[name] = Axis(name, len(ranks), ranks.index(rank), new_group(ranks) if len(ranks) > 1 else None)
     return Mesh(**axes, sequence=parallel.sequence and parallel.tensor > 1)
@@ -80,17 +94,23 @@ def mesh_of(
 
 def mesh_coordinates(parallel: ParallelConfig, world_size: int, rank: int) -> Mesh:
     """`mesh_of` without process groups, by arithmetic: listing all ranks of a large world takes milliseconds."""
-    data = world_size // (parallel.pipe * parallel.tensor)
-    replica, rank_in_replica = divmod(rank, parallel.pipe * parallel.tensor)
-    stage, tensor_rank = divmod(rank_in_replica, parallel.tensor)
-    expert_copy, expert_rank = divmod(replica, parallel.expert)
+    context, tensor = parallel.context, parallel.tensor
+    replicas = world_size // (parallel.pipe * context * tensor)
+    replica, rank_in_replica = divmod(rank, parallel.pipe * context * tensor)
+    stage, rank_in_stage = divmod(rank_in_replica, context * tensor)
+    part, tensor_rank = divmod(rank_in_stage, tensor)
+    data = Axis("data", replicas, replica)
+    data_context = Axis("data_context", replicas * context, replica * context + part) if context > 1 else data
+    expert_copy, expert_rank = divmod(data_context.rank, parallel.expert)
     return Mesh(
-        data=Axis("data", data, replica),
+        data=data,
         pipe=Axis("pipe", parallel.pipe, stage),
-        tensor=Axis("tensor", parallel.tensor, tensor_rank),
+        context=Axis("context", context, part),
+        tensor=Axis("tensor", tensor, tensor_rank),
         expert=Axis("expert", parallel.expert, expert_rank),
-        expert_data=Axis("expert_data", data // parallel.expert, expert_copy),
-        sequence=parallel.sequence and parallel.tensor > 1,
+        expert_data=Axis("expert_data", data_context.size // parallel.expert, expert_copy),
+        data_context=data_context,
+        sequence=parallel.sequence and tensor > 1,
     )
 
 

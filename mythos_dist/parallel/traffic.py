@@ -41,20 +41,22 @@ _NOT_COUNTED = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_", "c
 def group_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callable[[Collection[int]], str]:
     """A function that names the axis of a process group that `rank` is in, given the group's ranks.
 
-    Other names than the mesh's axes: `replica` (pipe x tensor), `tensor_data` and `tensor_expert_data` (ranks that hold
-    a pipeline stage, or the same of its experts), `world`, and `tied`, stages that share a weight, in several replicas;
-    within one replica these are `pipe`. Groups with the same ranks get the first name that fits.
+    Other names than the mesh's axes: `replica` (pipe x tensor: DeepSpeed's, for which the ranks of the context axis are
+    replicas), `tensor_data`, `tensor_data_context` and `tensor_expert_data` (ranks that hold a pipeline stage, or the
+    same of its experts), `world`, and `tied`, stages that share a weight, in several replicas; within one replica these
+    are `pipe`. Groups with the same ranks get the first name that fits.
     """
     groups = {}
     for name, groups_of_axis in axis_groups(parallel, world_size).items():
         groups[name] = next(set(group) for group in groups_of_axis if rank in group)
-    replica_size = parallel.pipe * parallel.tensor
-    first = rank // replica_size * replica_size
-    groups["replica"] = set(range(first, first + replica_size))
-    for axis in ("data", "expert_data"):
-        tensor_rank = rank % parallel.tensor
-        groups[f"tensor_{axis}"] = {one - tensor_rank + t for one in groups[axis] for t in range(parallel.tensor)}
-    same_tensor_rank = set(range(rank % parallel.tensor, world_size, parallel.tensor))
+    tensor = parallel.tensor
+    tensor_rank, stride = rank % tensor, parallel.context * tensor  # from one pipeline stage to the next
+    replica_size = parallel.pipe * stride
+    first = rank // replica_size * replica_size + rank % stride - tensor_rank
+    groups["replica"] = {first + stage * stride + t for stage in range(parallel.pipe) for t in range(tensor)}
+    for axis in ("data", "data_context", "expert_data"):
+        groups[f"tensor_{axis}"] = {one - tensor_rank + t for one in groups[axis] for t in range(tensor)}
+    same_tensor_rank = set(range(tensor_rank, world_size, tensor))
 
     def name_of(ranks: Collection[int]) -> str:
         members = set(ranks)
@@ -63,7 +65,7 @@ def group_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callabl
         for name, group in groups.items():
             if members == group:
                 return name
-        if members <= same_tensor_rank and len({member % replica_size for member in members}) > 1:
+        if members <= same_tensor_rank and len({member % replica_size // stride for member in members}) > 1:
             return "tied"
         assert members == set(range(world_size)), f"ranks {sorted(ranks)} are no group of {parallel}"
         return "world"
@@ -80,10 +82,12 @@ class Traffic(TorchDispatchMode):
     def __init__(self, mesh: Mesh):
         super().__init__()
         self.totals: Totals = {}
-        axes = [mesh.tensor, mesh.expert, mesh.expert_data, mesh.data, mesh.pipe]
+        axes = [mesh.tensor, mesh.context, mesh.expert, mesh.expert_data, mesh.data, mesh.data_context, mesh.pipe]
         self._ours = {axis.group.group_name: axis.name for axis in axes if axis.group is not None}
         self._rank = dist.get_rank()
-        parallel = ParallelConfig(tensor=mesh.tensor.size, pipe=mesh.pipe.size, expert=mesh.expert.size)
+        parallel = ParallelConfig(
+            tensor=mesh.tensor.size, context=mesh.context.size, pipe=mesh.pipe.size, expert=mesh.expert.size
+        )
         self._name = group_namer(parallel, dist.get_world_size(), self._rank)
 
     def total_over_ranks(self) -> Totals:

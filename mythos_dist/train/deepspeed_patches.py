@@ -32,8 +32,12 @@ from mythos_dist.parallel.tensor import expert_group_name
 
 
 def topology_of(mesh: Mesh) -> ProcessTopology:
-    """Our rank order as DeepSpeed's topology."""
-    return ProcessTopology(axes=["data", "pipe", "model"], dims=[mesh.data.size, mesh.pipe.size, mesh.tensor.size])
+    """Our rank order as DeepSpeed's topology, whose data axis is data x context."""
+    sizes = [mesh.data_context.size, mesh.pipe.size, mesh.tensor.size]
+    topology = ProcessTopology(axes=["data", "pipe", "model"], dims=sizes)
+    # The context axis is inside the pipe axis: ranks of neighboring stages stay as close as without it.
+    topology.mapping = {at: mesh.global_rank(at.data, at.pipe, at.model) for at in topology.mapping}
+    return topology
 
 
 def mpu_of(mesh: Mesh) -> PipelineParallelGrid:

@@ -141,7 +141,7 @@ class Engine:
             shards[name] = LocalShard(piece, shard.full_shape, partition.values, writes)
         for name, buffer in self.model.named_buffers():  # the router's bias
             shape = tuple(buffer.shape)
-            writes = self.model.stage.starts_loops and mesh.data.rank == 0 and mesh.tensor.rank == 0
+            writes = self.model.stage.starts_loops and mesh.data_context.rank == 0 and mesh.tensor.rank == 0
             shards[name] = LocalShard(Piece.full(shape), shape, {BUFFER: buffer.view(-1)}, writes)
         if self.config.average.kind != "off":
             add_averages(shards)
@@ -172,7 +172,8 @@ class Engine:
             group["lr"] = matrix_lr if "muon" in group else lr
         # DeepSpeed counts micro-batches over the run, and a step would end wherever that count is divisible.
         engine.micro_steps = 0
-        engine.set_train_batch_size(config.train.batch_size_at(step))
+        # To it the ranks of the context axis are replicas too.
+        engine.set_train_batch_size(config.train.batch_size_at(step) * self.mesh.context.size)
         engine.train()
         skipped_before = engine.skipped_steps
         # Not engine.get_global_grad_norm(), which is set after the optimizer's step.
@@ -186,7 +187,7 @@ class Engine:
             self.model.update_router_bias(counts)
         grad_norm = engine.get_global_grad_norm()
         assert grad_norm is not None, "every ZeRO optimizer of DeepSpeed measures it"
-        loss, objective = (total / (self.mesh.data.size * engine.gradient_accumulation_steps())).tolist()
+        loss, objective = (total / (self.mesh.data_context.size * engine.gradient_accumulation_steps())).tolist()
         return StepResult(
             loss=loss,
             objective=objective,
@@ -252,8 +253,7 @@ class Engine:
             passes.append(PassInputs(batch, labels, self._eval_loops(i, len(mask), n_loops)))
         total = torch.zeros(3, dtype=torch.float64, device=device())  # summed cross entropy, correct tokens, tokens
         for loss in self._eval_passes(passes):
-            tokens = loss["tokens"].double()
-            total += torch.stack([loss["cross_entropy"].double() * tokens, loss["correct"].sum(), tokens])
+            total += torch.stack([loss["token_losses"].double().sum(), loss["correct"].sum(), loss["tokens"]])
         self._sum_over_ranks(total)
         return HeldOut(float(total[0] / total[2]), float(total[1] / total[2]))
 
@@ -346,10 +346,12 @@ class Engine:
         for one in passes:
             total += (labels_by_loop(one.labels, one.loops, readouts) != IGNORED).sum((1, 2))
         self._sum_over_ranks(total)
-        return (total.clamp(min=1) / (len(passes) * self.mesh.data.size * self.mesh.pipe.size)).float()
+        copies = self.mesh.pipe.size * self.mesh.context.size  # of each label
+        return ((total / copies).clamp(min=1) / (len(passes) * self.mesh.data.size)).float()
 
     def _sum_over_ranks(self, *tensors: Tensor) -> None:
-        """Sum over replicas and stages, in place. The ranks of one tensor group have equal values, which count once."""
+        """Sum over replicas, stages and the context axis, in place. The ranks of one tensor group have equal values,
+        which count once."""
         for tensor in tensors:
             if self.mesh.tensor.rank:
                 tensor.zero_()

@@ -85,7 +85,7 @@ class GroupLayout:
 
     def __init__(self, group: GroupSpec, config: MythosConfig, mesh: Mesh):
         self.group, self.config, self.mesh = group, config, mesh
-        self.axis = mesh.expert_data if group.expert_sharded else mesh.data
+        self.axis = mesh.expert_data if group.expert_sharded else mesh.data_context
         self.partition = group.partition(self.axis.size)  # elements of a replica
         self.offsets = list(accumulate((parameter.numel for parameter in group.parameters), initial=0))
 
@@ -252,15 +252,16 @@ def _split(message: Tensor, shares: list[Share]) -> Iterator[tuple[Share, View, 
 
 
 def exchange_axis(mesh: Mesh, replicas: Axis) -> Axis:
-    """The ranks that hold a parameter group of one pipeline stage: `replicas` (data or expert_data) x tensor ranks.
+    """The ranks that hold a parameter group of one pipeline stage: `replicas` (data_context or expert_data) x tensor
+    ranks.
 
     Creates a process group if both have several ranks, so all ranks call it for the same axes in the same order.
     """
     if replicas.size == 1 or mesh.tensor.size == 1:
         return max(replicas, mesh.tensor, key=lambda axis: axis.size)
-    step = mesh.data.size // replicas.size  # between the replicas
+    step = mesh.data_context.size // replicas.size  # between the replicas
     ranks = [
-        ((mesh.data.rank % step + step * replica) * mesh.pipe.size + mesh.pipe.rank) * mesh.tensor.size + tensor_rank
+        mesh.global_rank(mesh.data_context.rank % step + step * replica, mesh.pipe.rank, tensor_rank)
         for replica in range(replicas.size)
         for tensor_rank in range(mesh.tensor.size)
     ]

@@ -84,7 +84,7 @@ def build_optimizer(model: Mythos, config: Config, mesh: Mesh) -> LimitedAdamW:
     groups = parameter_groups(model, optim, mesh)
     if optim.name == "muon":
         dtype = torch.float32 if config.train.dtype == "fp32" else torch.bfloat16
-        replicas = [mesh.data, mesh.expert_data] if mesh.expert.size > 1 else [mesh.data]
+        replicas = [mesh.data_context, mesh.expert_data] if mesh.expert.size > 1 else [mesh.data_context]
         axes = {axis.name: exchange_axis(mesh, axis) for axis in replicas}
         for group in groups:
             if "muon" in group:

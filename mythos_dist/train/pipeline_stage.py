@@ -59,17 +59,17 @@ class StageLayer(nn.Module):
         """The flat tensor for the next stage; on the last stage the objective ()."""
         inputs, model = self.inputs.popleft(), self.model
         context = model.context(inputs.input_ids, inputs.document_ids)
-        B, S = inputs.input_ids.shape
+        shard = context.shard
         if model.stage.is_first:
-            activations = Activations(inputs.input_ids)
+            activations = Activations(inputs.input_ids if shard is None else shard.local(inputs.input_ids))
         else:
-            specs = model.input_shapes(B, S, inputs.readouts)
+            specs = model.input_shapes(*inputs.input_ids.shape, inputs.readouts)
             activations = Activations.unflatten(unpack(received, list(specs.values())), specs)
         activations, counts = model.run(activations, inputs.loop_range, inputs.loops, context)
         self.counts.append(counts)
         if not model.stage.is_last:
             return pack(activations.flatten(), next(model.parameters()).dtype)
-        losses = model.losses(activations, inputs.labels, inputs.loops, counts, inputs.label_counts)
+        losses = model.losses(activations, inputs.labels, inputs.loops, counts, inputs.label_counts, shard)
         self.losses.append(Losses(**{**losses, "objective": losses["objective"].detach()}))
         return losses["objective"]
 
@@ -99,8 +99,8 @@ class Pipeline(PipelineModule):
 
     def _tie_weights(self, model: Mythos, module: str, stages: list[int], mesh: Mesh) -> None:
         """Tie the weights of a module of the model, which these stages hold. Every rank calls this."""
-        replicas = range(mesh.data.size)
-        replicas_with_same_experts = range(mesh.data.rank % mesh.expert.size, mesh.data.size, mesh.expert.size)
+        replicas = range(mesh.data_context.size)  # DeepSpeed's
+        replicas_with_same_experts = replicas[mesh.expert.rank :: mesh.expert.size]
         dense_group = self._stage_group(replicas, stages, mesh)
         expert_group = self._stage_group(replicas_with_same_experts, stages, mesh)
         if len(stages) == 1 or mesh.pipe.rank not in stages:
@@ -117,7 +117,7 @@ class Pipeline(PipelineModule):
         ranks = []
         for replica in replicas:
             for stage in stages:
-                ranks.append(self._topo.get_rank(data=replica, pipe=stage, model=mesh.tensor.rank))
+                ranks.append(mesh.global_rank(replica, stage, mesh.tensor.rank))
         return new_group(ranks if self.global_rank in ranks else [self.global_rank])
 
     def _partition_layers(self, method: str = "") -> None:
