@@ -159,8 +159,7 @@ _RULES = (
     ),
     Rule(
         settings=("parallel.context", "train.seq_len"),
-        holds=lambda at: at.parallel.context == 1
-        or at.train.seq_len >= 2 * at.parallel.context * at.tokens_per_piece,
+        holds=lambda at: at.parallel.context == 1 or at.train.seq_len >= 2 * at.parallel.context * at.tokens_per_piece,
         message="{} is too many for {}: each rank gets at least two pieces of a sequence, of "
         "{at.tokens_per_piece} tokens or more",
         change=("parallel.context", "train.seq_len"),

@@ -6,9 +6,9 @@ them for one piece of tokens at a time. Partial results merge by their log-sum-e
 
     lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) * out_1 + exp(lse_2 - lse) * out_2
 
-The backward pass gathers the entries and expands each piece again, so that a loop keeps this rank's entries only; the
-gradients of the entries go to their ranks by a reduce-scatter. A kernel's backward with the merged `out` and `lse` gives
-a block's part of the full gradient (Dao 2023).
+The backward pass gathers the entries and expands each piece again, so that a loop keeps this rank's entries only; a
+reduce-scatter brings the gradients of the entries to their ranks. A kernel's backward with the merged `out` and `lse`
+gives a block's part of the full gradient (Dao 2023).
 
 Decisions: PARALLEL-17.
 """

@@ -3,8 +3,9 @@
 All ranks of a context group read the same windows and keep some tokens of each, ranges of positions. A query attends
 to the earlier tokens of its document, so a token costs its position in its document, and a rank gets ranges with equal
 sums of that. Rule: sequences are cut into chunks, and the chunk with most (query, key) pairs goes to the rank with the
-fewest pairs that still has room. Without documents that is zigzag: of 2N chunks rank r has r and 2N - 1 - r (Megatron-LM,
-Llama 3). Ranks have equally many tokens, up to one unit, because everything but attention costs the same for each token.
+fewest pairs that still has room. Without documents that is zigzag: of 2N chunks rank r has r and 2N - 1 - r
+(Megatron-LM, Llama 3). Ranks have equally many tokens, up to one unit, because everything but attention costs the same
+for each token.
 
 All ranks compute the same division from the document ids, so nothing is sent for it.
 
@@ -205,9 +206,7 @@ def _document_starts(ids: np.ndarray | None, batch: int, seq_len: int) -> np.nda
     return np.maximum.accumulate(begins, axis=1)
 
 
-def _build(
-    axis: Axis, seq_len: int, division: Division, bounds: Sequence[int], device: torch.device
-) -> ContextShard:
+def _build(axis: Axis, seq_len: int, division: Division, bounds: Sequence[int], device: torch.device) -> ContextShard:
     batch, longest = len(division), max(sum(map(len, ranges)) for ranges in division[0])
     rows = np.empty(batch * seq_len, np.int64)
     for sequence, rank in itertools.product(range(batch), range(axis.size)):

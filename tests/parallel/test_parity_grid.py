@@ -9,6 +9,7 @@ both of Adam's moments.
 
 import functools
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,30 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(tensor=2, sequence=True), "muon"),
     (2, dict(expert=2), "muon"),
     (2, dict(pipe=2), "muon"),
+    # Documents of the shards cross the borders between ranks in every row with `context`.
+    (2, dict(context=2), "mla"),
+    (2, dict(context=2), "gqa"),
+    (2, dict(context=2, zero=2), "sequences"),
+    (2, dict(context=2, zero=3), "mla"),
+    (2, dict(context=2), "prime"),
+    (2, dict(context=2, expert=2), "mla"),
+    (2, dict(context=2), "loop"),
+    (2, dict(context=2), "selective"),
+    (2, dict(context=2), "targets"),
+    (2, dict(context=2), "muon"),
+    (4, dict(context=4), "per loop"),
+    (4, dict(context=4), "prime"),
+    (4, dict(context=2), "completions"),
+    (4, dict(context=2, tensor=2), "gqa"),
+    (4, dict(context=2, tensor=2, sequence=True), "mla"),
+    (4, dict(context=2, tensor=2, sequence=True, zero=3), "ponder"),
+    (4, dict(context=2, expert=4, zero=2), "mla"),
+    (4, dict(context=4, expert=2, zero=3), "gqa"),
+    (4, dict(context=2, pipe=2), "mla"),
+    (4, dict(context=2, pipe=2), "first keys"),
+    (4, dict(context=2, tensor=2, expert=2), "keys by sequence"),
+    (8, dict(context=2, pipe=2, tensor=2, expert=2, sequence=True), "mla"),
+    (8, dict(context=4, pipe=2, expert=4), "gqa"),
     (4, dict(), "mla"),
     (4, dict(tensor=4), "sequences"),
     (4, dict(expert=4), "per loop"),
@@ -186,7 +211,7 @@ def run_of(config: Config, kind: str, conversations: str = "") -> Config:
 def at_layout(config: Config, parallel: dict[str, Any], kind: str, ranks: int) -> Config:
     """The run at a layout, with two micro-batches per replica and step; refused if the layout cannot work."""
     recompute = {"loop": dict(recompute="loop", recompute_every=2), "selective": dict(recompute="selective")}
-    replicas = ranks // (parallel.get("tensor", 1) * parallel.get("pipe", 1))
+    replicas = ranks // math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipe", "context"))
     micro_batch = config.train.global_batch // (2 * replicas)
     config = change(config, parallel=parallel, train=dict(micro_batch=micro_batch, **recompute.get(kind, {})))
     refused = layout_problems(config, ranks) + [line for line in problems(config) if not line.startswith("data.path")]
