@@ -24,7 +24,7 @@ def enter(model: Mythos, input_ids: Tensor, context: Context, seeds: Tensor | No
     h = model.embed.lookup(input_ids)
     for i, block in model.prelude.items():
         h = block(h, context, f"prelude.{i}")
-    return model.recurrent.start(h, Loops(1, seeds=seeds))
+    return model.recurrent.start(h, Loops(1, seeds=seeds), context)
 
 
 def logits_of(model: Mythos, h: Tensor, context: Context) -> Tensor:

@@ -36,8 +36,8 @@ class RouterStats(NamedTuple):
     """Output of one forward of the mixture, besides y: for load balancing and the objective."""
 
     counts: Tensor  # (E,) int64: (token, expert) pairs in this replica
-    # (): weighted auxiliary losses, or None. This rank's term of the sum over the ranks that share the sequences: of the
-    # context axis, and with sequence parallelism of the tensor axis
+    # (): weighted auxiliary losses, or None. This rank's term of the sum over the ranks that share the sequences: the
+    # context axis, and with sequence parallelism the tensor axis
     loss: Tensor | None
 
 

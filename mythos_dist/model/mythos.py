@@ -140,7 +140,7 @@ class Mythos(nn.Module):
         """What all layers share in a pass over input_ids (B, S), of all ranks; see `forward` for the arguments."""
         dtype = next(self.parameters()).dtype
         kernel = choose_kernel(self.attention, input_ids.device, dtype, self.config)
-        shard = context_shard(*input_ids.shape, self.mesh, input_ids.device, document_ids)
+        shard = context_shard(input_ids.shape, self.mesh, input_ids.device, document_ids)
         return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel, shard)
 
     def run(

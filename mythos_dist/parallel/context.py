@@ -106,14 +106,15 @@ def local_tokens(seq_len: int, mesh: Mesh) -> int:
 
 
 def context_shard(
-    batch: int, seq_len: int, mesh: Mesh, device: torch.device, document_ids: Tensor | None = None
+    shape: torch.Size, mesh: Mesh, device: torch.device, document_ids: Tensor | None = None
 ) -> ContextShard | None:
-    """This rank's tokens of (batch, seq_len); None if the context axis has one rank.
+    """This rank's tokens of a batch of shape (B, S); None if the context axis has one rank.
 
     document_ids: (B, S), equal within a document; None: each sequence is one. Waits for the GPU.
     """
     if mesh.context.size == 1:
         return None
+    batch, seq_len = shape
     ids = None if document_ids is None else document_ids.cpu().numpy()
     starts = _document_starts(ids, batch, seq_len)
     division = divide(starts, mesh.context.size, _unit(mesh))

@@ -306,7 +306,7 @@ def test_readouts_of_earlier_stages_are_not_held_by_recomputed_groups(tiny):
     model = Mythos(tiny(), recompute=Recompute("loop"))
     ids, loops = tokens(model.config, 1, 8), Loops(2, readouts=True)
     context = model.context(ids)
-    activations = model.recurrent.start(model.embed.lookup(ids), loops)
+    activations = model.recurrent.start(model.embed.lookup(ids), loops, context)
     activations, _ = model.recurrent(activations, range(1), loops, context)
     received = activations.readouts.clone()
     alive = weakref.ref(received)

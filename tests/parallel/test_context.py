@@ -50,7 +50,7 @@ def test_every_token_is_on_one_rank_and_ranks_have_equally_many(batch):
     sizes = []
     for rank in range(context):
         mesh = mesh_of_rank(context, rank, tensor)
-        shard = context_shard(B, S, mesh, ids.device, ids)
+        shard = context_shard(ids.shape, mesh, ids.device, ids)
         assert shard is not None
         seen.scatter_add_(1, shard.positions, torch.ones_like(shard.positions))
         assert (shard.positions.diff(dim=1) > 0).all()
@@ -68,7 +68,7 @@ def test_blocks_are_the_pairs_of_queries_and_keys_that_attend(batch, times):
     """Each (query, key) pair of a document with the key not after the query is in one block, and no other pair is; also
     of copies of the batch."""
     context, tensor, ids, rank = batch
-    shard = context_shard(*ids.shape, mesh_of_rank(context, rank, tensor), ids.device, ids)
+    shard = context_shard(ids.shape, mesh_of_rank(context, rank, tensor), ids.device, ids)
     assert shard is not None
     if times > 1:
         shard, ids = shard.repeated(times), ids.repeat(times, 1)
@@ -125,7 +125,7 @@ def test_packed_windows_are_balanced(ranks, batch):
 
 
 def test_one_rank_has_no_shard():
-    assert context_shard(2, 16, mesh_of_rank(1), torch.device("cpu")) is None
+    assert context_shard(torch.Size([2, 16]), mesh_of_rank(1), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -167,13 +167,13 @@ def attend_on_ranks(dtype: torch.dtype) -> list[list[torch.Tensor]]:
     mesh, results = build_mesh(ParallelConfig(context=3)), []
     for shape in SHAPES:
         q, entries, weight, ids, grad = inputs_of(shape, dtype)
-        shard = context_shard(*q.shape[:2], mesh, q.device, ids)
+        shard = context_shard(q.shape[:2], mesh, q.device, ids)
         assert shard is not None
         index = torch.arange(len(q)).unsqueeze(1), shard.positions
-        inputs = [q[index].requires_grad_(), entries[index].requires_grad_(), weight.requires_grad_()]
-        out = attend_over_context(*inputs, expand_to(shape), shape[3], shard)
-        out.backward(grad.view(*q.shape[:2], -1)[index].flatten(0, 1))
-        results.append([shard.positions, out.detach(), *(x.grad for x in inputs)])
+        q, entries, weight = q[index].requires_grad_(), entries[index].requires_grad_(), weight.requires_grad_()
+        out = attend_over_context(q, entries, weight, expand_to(shape), shape[3], shard)
+        out.backward(grad.view(*shape[:2], -1)[index].flatten(0, 1))
+        results.append([shard.positions, out.detach(), q.grad, entries.grad, weight.grad])
     return results
 
 
