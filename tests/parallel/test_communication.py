@@ -12,9 +12,11 @@ from helpers.selection import by_ranks
 
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config, ParallelConfig
+from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model import Mythos
 from mythos_dist.ops.plan.communication import communication
-from mythos_dist.parallel.mesh import build_mesh
+from mythos_dist.parallel.context import context_shard
+from mythos_dist.parallel.mesh import build_mesh, mesh_coordinates
 from mythos_dist.parallel.traffic import Traffic, group_namer
 from mythos_dist.train.schedule import loops_at
 
@@ -54,8 +56,15 @@ LAYOUTS = {
         f"parallel.zero=3 {LOOPED}",
         "optim.name=muon parallel.zero=2",
         f"optim.name=muon parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
+        "parallel.context=2",
+        "parallel.context=2 train.seq_len=31 train.recompute=selective model.attn_type=gqa",
+        f"parallel.context=2 parallel.zero=3 train.recompute=loop {LOOPED}",
+        "parallel.context=2 parallel.expert=2 parallel.zero=2 train.micro_batch=2",
     ],
     4: [
+        "parallel.context=2 parallel.tensor=2 parallel.sequence=true model.attn_type=gqa",
+        "parallel.context=2 parallel.pipe=2 train.seq_len=33 model.kv_sharing=every:2",
+        "parallel.context=2 parallel.expert=4 train.dtype=bf16 train.recompute=loop model.n_experts_per_tok=8",
         "parallel.tensor=4 model.attn_type=gqa parallel.sequence=true",
         "parallel.tensor=2 parallel.zero=2",
         "parallel.expert=4",
@@ -120,9 +129,13 @@ LONG = {
 
 def config_of(layout: str, world: int) -> Config:
     config = load_config("configs/tiny_cpu.yaml", [*SMALL.split(), *layout.split(), "data.path=none"])
-    replicas = world // (config.parallel.pipe * config.parallel.tensor)
+    replicas = world // ranks_of_replica(config)
     batch = dict(global_batch=2 * config.train.micro_batch * replicas)
     return change(config, train=batch, data=dict(path=""))  # random tokens
+
+
+def ranks_of_replica(config: Config) -> int:
+    return config.parallel.pipe * config.parallel.context * config.parallel.tensor
 
 
 def passes_of(config: Config) -> int:
@@ -157,7 +170,7 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
 
 
 def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
-    """For each replica, micro-batch and loop of step 1 the rows that it sends and receives.
+    """For each rank of data x context, micro-batch and loop of step 1 the rows that it sends and receives.
 
     What the router of the model on one process chooses, token by token: a token goes once to every rank that holds
     one of its experts.
@@ -166,21 +179,22 @@ def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
     model = Mythos(config.model, experts=config.experts, seed=config.run.seed).to(dtype)
     chosen: list[list[list[int]]] = []  # experts of each token, a list per pass through the router
     model.recurrent.block.ffn.router.register_forward_hook(lambda *call: chosen.append(call[2][1].tolist()))
-    expert = config.parallel.expert
-    replicas = world // (config.parallel.pipe * config.parallel.tensor)
+    expert, context = config.parallel.expert, config.parallel.context
+    replicas = world // ranks_of_replica(config)
     owned = config.model.n_experts // expert
-    # destinations[replica][micro-batch][loop]: how many tokens go to each rank of the expert axis
-    destinations: list[list[list[list[int]]]] = []
+    # destinations[rank of data x context][micro-batch][loop]: how many tokens go to each rank of the expert axis
+    destinations: list[list[list[list[int]]]] = [[] for _ in range(replicas * context)]
     for replica in range(replicas):
-        destinations.append([])
         for batch in next(batches(config, replica, replicas)):
             chosen.clear()
             with torch.no_grad():
                 model(batch.input_ids, loops_at(config, 1).n_loops, document_ids=batch.document_ids)
             ranks_of_loops = [[{e // owned for e in experts} for experts in tokens] for tokens in chosen]
-            destinations[-1].append(
-                [[sum(r in token for token in loop) for r in range(expert)] for loop in ranks_of_loops]
-            )
+            for part in range(context):
+                own = own_tokens(config, world, part, batch)
+                destinations[replica * context + part].append(
+                    [[sum(r in loop[token] for token in own) for r in range(expert)] for loop in ranks_of_loops]
+                )
 
     def rows(replica: int, micro_batch: int, loop: int) -> tuple[int, int]:
         first = replica // expert * expert
@@ -193,6 +207,15 @@ def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
     ]
 
 
+def own_tokens(config: Config, world: int, part: int, batch: MicroBatch) -> list[int]:
+    """The tokens of a micro-batch, (B * S), on rank `part` of the context axis."""
+    mesh = mesh_coordinates(config.parallel, world, part * config.parallel.tensor)
+    documents = batch.document_ids if config.data.document_mask else None
+    shard = context_shard(batch.input_ids.shape, mesh, torch.device("cpu"), documents)
+    tokens = torch.arange(batch.input_ids.numel()).view(batch.input_ids.shape)
+    return (tokens if shard is None else shard.local(tokens)).flatten().tolist()
+
+
 @pytest.mark.launch
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("world", "layouts"), by_ranks(LAYOUTS, LONG))
@@ -202,7 +225,7 @@ def test_every_byte_of_a_step_is_in_the_formula(world, layouts):
         config = config_of(layout, world)
         rows = rows_of(config, world) if config.parallel.expert > 1 else None
         for rank, counted in enumerate(ranks):
-            replica = rank // (config.parallel.pipe * config.parallel.tensor)
+            replica = mesh_coordinates(config.parallel, world, rank).data_context.rank
             assert counted == communication(
                 config,
                 world,
@@ -251,7 +274,7 @@ def test_rows_are_counted_on_the_stage_that_runs_their_loop(layout):
 def test_the_number_of_micro_batches_can_be_passed(layout):
     """Three per replica against a global batch that makes three, on every rank of 8."""
     config = config_of(layout, 8)
-    replicas = 8 // (config.parallel.pipe * config.parallel.tensor)
+    replicas = 8 // ranks_of_replica(config)
     larger = change(config, train=dict(global_batch=3 * config.train.micro_batch * replicas))
     for rank in range(8):
         given = communication(config, 8, rank, 3, 1, rows=(5, 6), micro_batches=3)

@@ -1,5 +1,6 @@
 """The mesh: coordinates of ranks and the process groups of each axis."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -13,26 +14,34 @@ from hypothesis import strategies as st
 from mythos_dist.config.schema import ParallelConfig
 from mythos_dist.parallel.mesh import SINGLE, axis_groups, build_mesh, mesh_coordinates, mesh_of
 
-AXES = ["data", "pipe", "tensor", "expert", "expert_data"]
+AXES = ["data", "pipe", "context", "tensor", "expert", "expert_data", "data_context"]
 
 blocks = st.integers(1, 4)  # copies of all experts
-degrees = st.builds(ParallelConfig, tensor=st.integers(1, 5), pipe=st.integers(1, 4), expert=st.integers(1, 4))
+small = st.integers(1, 3)
+degrees = st.builds(ParallelConfig, tensor=st.integers(1, 5), pipe=st.integers(1, 4), context=small, expert=small)
+
+
+def replicas_of(parallel: ParallelConfig, copies: int) -> int:
+    return copies * math.lcm(parallel.expert, parallel.context) // parallel.context
 
 
 def world_of(parallel: ParallelConfig, copies: int) -> int:
-    return copies * parallel.expert * parallel.pipe * parallel.tensor
+    return replicas_of(parallel, copies) * parallel.pipe * parallel.context * parallel.tensor
 
 
 @given(degrees, blocks)
 def test_every_rank_is_in_one_group_of_each_axis(parallel, copies):
     """A group has as many ranks as its axis is long, in ascending order, and each rank is in exactly one."""
     world = world_of(parallel, copies)
+    replicas = replicas_of(parallel, copies)
     lengths = {
-        "data": copies * parallel.expert,
+        "data": replicas,
         "pipe": parallel.pipe,
+        "context": parallel.context,
         "tensor": parallel.tensor,
         "expert": parallel.expert,
-        "expert_data": copies,
+        "expert_data": replicas * parallel.context // parallel.expert,
+        "data_context": replicas * parallel.context,
     }
     groups = axis_groups(parallel, world)
     assert set(groups) == set(AXES)
@@ -44,19 +53,24 @@ def test_every_rank_is_in_one_group_of_each_axis(parallel, copies):
 
 @given(degrees, blocks)
 def test_coordinates_follow_from_the_rank(parallel, copies):
-    """By divmod: tensor varies fastest, then pipe, then data; expert is the replica's index among those of its copy."""
+    """By divmod: tensor varies fastest, then context, pipe, data; expert is the index in data x context among the ranks
+    of a copy."""
     world = world_of(parallel, copies)
     for rank in range(world):
         rest, tensor = divmod(rank, parallel.tensor)
+        rest, context = divmod(rest, parallel.context)
         data, pipe = divmod(rest, parallel.pipe)
-        block, expert = divmod(data, parallel.expert)
+        both = data * parallel.context + context
+        block, expert = divmod(both, parallel.expert)
         mesh = mesh_of(parallel, world, rank)
-        coordinates = {name: getattr(mesh, name).rank for name in AXES}
-        assert coordinates == {"data": data, "pipe": pipe, "tensor": tensor, "expert": expert, "expert_data": block}
-        assert [getattr(mesh, name).name for name in AXES] == AXES
-        assert mesh.data.size == world // (parallel.pipe * parallel.tensor)
-        assert (mesh.pipe.size, mesh.tensor.size, mesh.expert.size) == (parallel.pipe, parallel.tensor, parallel.expert)
-        assert mesh.expert_data.size == copies
+        coordinates = [getattr(mesh, name).rank for name in AXES]
+        assert coordinates == [data, pipe, context, tensor, expert, block, both]
+        assert [getattr(mesh, name).name for name in AXES[:-1]] == AXES[:-1]
+        assert mesh.data_context.name == ("data" if parallel.context == 1 else "data_context")
+        assert mesh.data.size == world // (parallel.pipe * parallel.context * parallel.tensor)
+        sizes = (mesh.pipe.size, mesh.context.size, mesh.tensor.size, mesh.expert.size)
+        assert sizes == (parallel.pipe, parallel.context, parallel.tensor, parallel.expert)
+        assert mesh.global_rank(both, pipe, tensor) == rank
         assert all(getattr(mesh, name).group is None for name in AXES)  # without `new_group`
 
 
@@ -71,13 +85,13 @@ def test_coordinates_by_arithmetic_equal_those_of_the_groups(parallel, copies, s
 
 @given(degrees, blocks)
 def test_the_ranks_of_a_replica_are_consecutive(parallel, copies):
-    """Ranks with the same data coordinate are pipe x tensor consecutive ranks.
+    """Ranks with the same data coordinate are pipe x context x tensor consecutive ranks.
 
     Among these, the ranks of a tensor group are consecutive, so that the group stays within a node.
     """
     world = world_of(parallel, copies)
     groups = axis_groups(parallel, world)
-    size = parallel.pipe * parallel.tensor
+    size = parallel.pipe * parallel.context * parallel.tensor
     for replica in range(world // size):
         assert sorted(group[replica] for group in groups["data"]) == list(range(replica * size, (replica + 1) * size))
     for group in groups["tensor"]:
@@ -85,18 +99,19 @@ def test_the_ranks_of_a_replica_are_consecutive(parallel, copies):
 
 
 @given(degrees, blocks)
-def test_experts_are_sharded_over_consecutive_replicas(parallel, copies):
-    """An expert group is a consecutive part of one data group and has one rank in common with an expert_data group.
+def test_experts_are_sharded_over_consecutive_ranks_of_data_and_context(parallel, copies):
+    """An expert group is a consecutive part of one data_context group and has one rank in common with an expert_data
+    group.
 
     So each expert group has one copy of all experts, and each expert_data group has one rank of every copy.
     """
     world = world_of(parallel, copies)
     groups = axis_groups(parallel, world)
-    for data in groups["data"]:
+    for data in groups["data_context"]:
         copies_of_experts = [group for group in groups["expert"] if set(group) <= set(data)]
         assert [rank for group in sorted(copies_of_experts) for rank in group] == data
         across = [group for group in groups["expert_data"] if set(group) <= set(data)]
-        assert len(copies_of_experts) == copies
+        assert len(copies_of_experts) == len(data) // parallel.expert
         assert len(across) == parallel.expert
         for copy in copies_of_experts:
             assert [len(set(copy) & set(group)) for group in across] == [1] * parallel.expert
@@ -115,8 +130,9 @@ def test_groups_are_created_for_axes_of_more_than_one_rank(parallel, copies):
     for rank in range(world):
         calls.clear()
         mesh_of(parallel, world, rank, calls.append)  # type: ignore[arg-type]
+        names = AXES if parallel.context > 1 else AXES[:-1]  # else data_context is the data axis
         assert sorted(calls) == sorted(
-            group for name in AXES for group in groups[name] if rank in group and len(group) > 1
+            group for name in names for group in groups[name] if rank in group and len(group) > 1
         )
         call_counts.add(len(calls))
     assert len(call_counts) == 1
@@ -156,9 +172,12 @@ def test_process_groups_have_the_ranks_of_the_mesh():
         ParallelConfig(expert=3),
         ParallelConfig(expert=6),
         ParallelConfig(pipe=2, expert=3),
+        ParallelConfig(context=3, expert=2),
+        ParallelConfig(context=2, pipe=3),
     ]
     for rank, results in enumerate(run_ranks(6, gather_ranks, layouts)):
         for parallel, answers in zip(layouts, results, strict=True):
             groups = axis_groups(parallel, 6)
             expected = {name: next(group for group in groups[name] if rank in group) for name in AXES}
-            assert answers == {name: group for name, group in expected.items() if len(group) > 1}
+            expected = {name: group for name, group in expected.items() if len(group) > 1}
+            assert answers == expected

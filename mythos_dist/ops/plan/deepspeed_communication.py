@@ -28,7 +28,7 @@ def tied_gradients(
         if sum(is_holder) == 1 or not is_holder[pipe.rank]:
             continue
         tied = [parameter for parameter in parameters if parameter.name.startswith(prefix)]
-        for expert_sharded, replicas in ((False, layers.mesh.data), (True, layers.mesh.expert_data)):
+        for expert_sharded, replicas in ((False, layers.mesh.data_context), (True, layers.mesh.expert_data)):
             elements = sum(parameter.numel for parameter in tied if parameter.expert_sharded == expert_sharded)
             group = Axis("tied", sum(is_holder) * replicas.size) if replicas.size > 1 else pipe
             total += message(group, "all_reduce", elements * item)
@@ -36,11 +36,12 @@ def tied_gradients(
 
 
 def pipeline_messages(mesh: Mesh, shape_messages: int) -> Messages:
-    """deepspeed/runtime/pipe/engine.py: the loss over replicas and to all stages; messages of shapes, 256 int32."""
+    """deepspeed/runtime/pipe/engine.py: the loss over data x context and to all stages; messages of shapes, 256
+    int32."""
     last = mesh.pipe.rank == mesh.pipe.size - 1
     total = message(mesh.pipe, "broadcast", 2 * FP32)
     if last:
-        total += message(mesh.data, "all_reduce", FP32)
+        total += message(mesh.data_context, "all_reduce", FP32)
     elif shape_messages:
         total += message(mesh.pipe, "send", shape_messages * 256 * INT32)
     return total
@@ -56,7 +57,7 @@ def zero_messages(parameters: Sequence[LocalParameter], layers: LayerMessages, m
     replica = _replica(mesh)
     total: Messages = Counter()
     for group in plan_groups(parameters, mesh):
-        axis = mesh.expert_data if group.expert_sharded else mesh.data
+        axis = mesh.expert_data if group.expert_sharded else mesh.data_context
         sizes = [parameter.numel for parameter in group.parameters]
         if zero == 3:
             total += _zero_3(sizes, axis, item, micro_batches)
@@ -71,7 +72,7 @@ def zero_messages(parameters: Sequence[LocalParameter], layers: LayerMessages, m
         total += message(axis, "all_reduce", (micro_batches if zero == 2 else 1) * reduced * item)
         total += message(axis, "all_gather", padded * item)
         if not bf16_optimizer:  # get_grad_norm_direct, of experts over all replicas too; _average_expert_grad_norms
-            total += message(mesh.data, "all_reduce", FP32) + message(replica, "all_reduce", FP32)
+            total += message(mesh.data_context, "all_reduce", FP32) + message(replica, "all_reduce", FP32)
             if group.expert_sharded:
                 total += message(axis, "all_reduce", FP32)
     if bf16_optimizer:  # runtime/utils.py: get_global_norm_of_tensors, once more for experts
@@ -80,7 +81,7 @@ def zero_messages(parameters: Sequence[LocalParameter], layers: LayerMessages, m
             total += message(replica if mesh.tensor.size > 1 else mesh.pipe, "all_reduce", FP32)
             total += message(mesh.expert, "all_reduce", FP32)
     elif dtype == "fp16" or (dtype == "bf16" and zero == 2):  # has_overflow: one byte
-        total += message(mesh.data, "all_reduce", 1) + message(replica, "all_reduce", 1)
+        total += message(mesh.data_context, "all_reduce", 1) + message(replica, "all_reduce", 1)
     return total
 
 

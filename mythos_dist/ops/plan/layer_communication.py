@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import NamedTuple
 
@@ -15,9 +15,10 @@ import torch
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.activations import num_bytes, stage_input_shapes
-from mythos_dist.model.attention import shared_kv_shape
+from mythos_dist.model.attention import kv_width, shared_kv_shape
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.activations import ITEM_BYTES
+from mythos_dist.parallel.context import local_tokens
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.parallel.process import DTYPES
@@ -74,7 +75,8 @@ class LayerMessages:
 
     @property
     def tokens(self) -> int:
-        return self.config.train.micro_batch * self.config.train.seq_len
+        """On this rank of the context axis."""
+        return self.config.train.micro_batch * local_tokens(self.config.train.seq_len, self.mesh)
 
     @property
     def x(self) -> int:
@@ -110,7 +112,19 @@ class LayerMessages:
         """model/attention.py, with shared keys and values: MLA gathers the latent of queries."""
         c = self.config.model
         width = self.gathered(c.q_lora_rank) if c.attn_type == "mla" else 0
-        return self.enter(self.x).then(self.gather(self.tokens * width * self.item), self.leave(self.x))
+        latent = self.gather(self.tokens * width * self.item)
+        return self.enter(self.x).then(latent, self.exchange(), self.leave(self.x))
+
+    def exchange(self) -> Pass:
+        """model/context_attention.py: what keys and values are computed from, of all ranks of the context axis; ranks
+        with fewer tokens send as many as the others. The backward pass gathers it again, and so does recomputation."""
+        train, context = self.config.train, self.mesh.context
+        longest = local_tokens(train.seq_len, replace(self.mesh, context=replace(context, rank=0)))
+        rows = context.size * train.micro_batch * longest
+        size = rows * kv_width(self.config.model, self.mesh.tensor.size) * self.item
+        gathered = message(context, "all_gather", size)
+        backward = gathered + message(context, "reduce_scatter", size)
+        return Pass(gathered, backward + gathered if train.recompute == "selective" else backward)
 
     def keys_values(self) -> Pass:
         """model/attention.py: MLA gathers their latent; GQA both, if their heads do not divide."""
@@ -132,13 +146,14 @@ class LayerMessages:
         c, tensor = self.config.model, self.mesh.tensor
         chosen = self.tokens * c.n_experts_per_tok
         weights = self.enter(chosen * FP32)
+        if self.config.experts.sequence_balance_loss:
+            share = self.config.train.micro_batch * c.n_experts * FP32
+            weights = weights.then(Pass(message(self.mesh.context, "all_reduce", share), Counter()))
+            if self.mesh.sequence:
+                weights = weights.then(Pass(message(tensor, "all_reduce", share), Counter()))
         if not self.mesh.sequence:
             return weights
-        index = Pass(message(tensor, "all_gather", chosen * INT32), Counter())
-        if not self.config.experts.sequence_balance_loss:
-            return weights.then(index)
-        share = self.config.train.micro_batch * c.n_experts * FP32
-        return weights.then(index, Pass(message(tensor, "all_reduce", share), Counter()))
+        return weights.then(Pass(message(tensor, "all_gather", chosen * INT32), Counter()))
 
     def experts(self, loops: int, sent: int, received: int) -> Pass:
         """parallel/expert.py, all `loops` together: counts; then channels, weights and experts of the rows sent, and
@@ -184,11 +199,12 @@ class LayerMessages:
     def head(self) -> Pass:
         """parallel/tensor.py: the output embedding, and three values per position for the cross entropy: the highest
         logit first, then the sum of exponentials and the label's logit; with a teacher as many more for the readouts
-        that it teaches. model/mythos.py: the auxiliary losses' sum."""
+        that it teaches. model/mythos.py: the auxiliary losses' sum, and the numbers of labels."""
         tensor, experts, act = self.mesh.tensor, self.config.experts, self.config.act
         size = self.tokens * self.readouts * FP32
         taught = self.tokens * (self.readouts - 1) * FP32 if self.config.loops.teacher else 0
         loss = message(tensor, "all_reduce", size + taught) + message(tensor, "all_reduce", 2 * (size + taught))
+        loss += message(self.mesh.context, "all_reduce", self.readouts * INT64)
         if self.mesh.sequence and experts.z_loss + experts.sequence_balance_loss + act.ponder_cost + act.kl > 0:
             loss += message(tensor, "all_reduce", FP32)
         if self.mesh.sequence and self.per_loop:  # the readouts' weights
@@ -222,8 +238,9 @@ class LayerMessages:
     def _activation_bytes(self, stage: StageSpec, earlier_loops: int) -> int:
         """The packed input of a stage, after `earlier_loops` loops with gradient."""
         train = self.config.train
-        seq_len = train.seq_len // self.mesh.tensor.size if self.mesh.sequence else train.seq_len
+        tokens = local_tokens(train.seq_len, self.mesh)
+        seq_len = tokens // self.mesh.tensor.size if self.mesh.sequence else tokens
         readouts = (self.readouts if stage.after_loops else earlier_loops) if self.per_loop else 0
         shape = torch.Size([train.micro_batch, seq_len, self.config.model.dim])
-        kv_shape = shared_kv_shape(self.config.model, train.micro_batch, train.seq_len, self.mesh.tensor.size)
+        kv_shape = shared_kv_shape(self.config.model, train.micro_batch, tokens, self.mesh.tensor.size)
         return num_bytes(stage_input_shapes(stage, shape, DTYPES[train.dtype], readouts, kv_shape))
