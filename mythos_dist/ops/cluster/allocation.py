@@ -8,6 +8,7 @@ The trap: GPUs are idle while it runs at every start, so it must take at most a 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -81,14 +82,16 @@ def check_allocation(config: Config, allocation: Allocation, source: str) -> lis
 def _suggest_nodes(config: Config, allocation: Allocation) -> str:
     """The nearest numbers of nodes with which the layout would fit, as a sentence."""
     per_node = allocation.ranks_per_node
-    ranks_per_replica = config.parallel.pipe * config.parallel.tensor
+    axes = ["pipe", "context", "tensor"] if config.parallel.context > 1 else ["pipe", "tensor"]
+    ranks_per_replica = math.prod(getattr(config.parallel, axis) for axis in axes)
     # Of the smallest step; each replica needs at least one.
     micro_batches = min(config.train.batch_sizes) // config.train.micro_batch
     ranks, verb = count(allocation.ranks, "rank"), "does" if allocation.ranks == 1 else "do"
     problem = f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {ranks} {verb} not fit"
     if allocation.ranks > ranks_per_replica * micro_batches:
         problem += (
-            f", and this layout can use at most {ranks_per_replica * micro_batches} (parallel.pipe x parallel.tensor x "
+            f", and this layout can use at most {ranks_per_replica * micro_batches} "
+            f"({' x '.join(f'parallel.{axis}' for axis in axes)} x "
             f"{'the first batch of train.batch_ramp' if config.train.batch_ramp else 'train.global_batch'} / "
             "train.micro_batch)"
         )
@@ -114,8 +117,14 @@ def layout_notes(config: Config, allocation: Allocation) -> list[str]:
             f"{count(gpus, 'GPU')} per node, but {count(per_node, 'rank')}: {count(unused, 'GPU')} of each node "
             f"{'stays' if unused == 1 else 'stay'} idle"
         )
-    tensor, pipe = config.parallel.tensor, config.parallel.pipe
-    for name, size in (("parallel.tensor", tensor), ("parallel.pipe x parallel.tensor", pipe * tensor)):
+    tensor, context, pipe = config.parallel.tensor, config.parallel.context, config.parallel.pipe
+    groups = {"parallel.tensor": tensor}
+    if context > 1:
+        groups["parallel.context x parallel.tensor"] = context * tensor
+        groups["parallel.pipe x parallel.context x parallel.tensor"] = pipe * context * tensor
+    else:
+        groups["parallel.pipe x parallel.tensor"] = pipe * tensor
+    for name, size in groups.items():
         needed, spanned = -(-size // per_node), _nodes_per_group(size, allocation)
         if allocation.nodes > 1 and spanned > needed:
             notes.append(

@@ -5,6 +5,7 @@ What training itself checks at its start is called here; its refusals (UserError
 
 import contextlib
 import fcntl
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -78,9 +79,10 @@ def check_compiler(machine: Machine, config: Config) -> None:
 
 def check_layout(machine: Machine, config: Config) -> Iterator[Finding]:
     """Whether the ranks that a launcher has started form complete replicas; without a launcher, how many would."""
-    replica, world = config.parallel.pipe * config.parallel.tensor, read_number(machine.env, "WORLD_SIZE")
+    parallel, world = config.parallel, read_number(machine.env, "WORLD_SIZE")
+    replica = parallel.pipe * parallel.context * parallel.tensor
     if world is None:
-        ranks = replica * config.parallel.expert
+        ranks = replica * math.lcm(parallel.expert, parallel.context) // parallel.context
         yield ok(f"runs on {'any number of ranks' if ranks == 1 else f'any multiple of {ranks} ranks'}")
     elif problems := layout_problems(config, world):
         raise UserError(problems)
