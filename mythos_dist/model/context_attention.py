@@ -40,13 +40,15 @@ def attend_over_context(
     """
     head_dim = q.shape[-1]
     width = max(head_dim, value_dim)
-    q = F.pad(q, (0, width - head_dim)).flatten(0, 1)
+
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x  # F.pad copies in any case
 
     def expand_padded(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         k, v = expand(rows, weight)
-        return F.pad(k, (0, width - head_dim)), F.pad(v, (0, width - value_dim))
+        return pad(k), pad(v)
 
-    out = _apply(_Attend, q, entries, weight, expand_padded, shard, head_dim**-0.5)
+    out = _apply(_Attend, pad(q).flatten(0, 1), entries, weight, expand_padded, shard, head_dim**-0.5)
     return out[..., :value_dim].flatten(1)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from mythos_dist.parallel.mesh import Axis, Mesh
 
 BALANCE = 1.05  # the largest sum of pairs of a rank over the mean, if chunks of any size can reach it
-KEY_TOKENS = 4096  # keys and values are expanded for this many tokens at a time
+KEY_TOKENS = 16384  # keys and values are expanded for this many tokens at a time, at most
 _MOST_CHUNKS = 64  # per rank and sequence
 
 Division = list[list[list[range]]]  # [sequence][rank]: positions, ascending
@@ -98,6 +98,34 @@ class ContextShard:
         total = self.bounds[-1]
         bounds = [start + i * total for i in range(times) for start in self.bounds[:-1]]
         return _build(self.axis, self.seq_len, self.division * times, [*bounds, times * total], self.positions.device)
+
+
+class AttentionWork(NamedTuple):
+    """What a rank computes in attention over sequences of one document each."""
+
+    pairs: int  # (query, key), per head
+    expanded: int  # tokens whose keys and values are expanded
+    piece: int  # tokens of the largest piece
+    gathered: int  # rows that `gather` returns
+
+
+def attention_work(batch: int, seq_len: int, mesh: Mesh) -> AttentionWork:
+    """Of this rank of the context axis, which has several."""
+    return _attention_work(batch, seq_len, mesh.context.size, _unit(mesh), mesh.context.rank)
+
+
+@functools.lru_cache(maxsize=1024)
+def _attention_work(batch: int, seq_len: int, ranks: int, unit: int, rank: int) -> AttentionWork:
+    division = divide(np.zeros((batch, seq_len), np.int64), ranks, unit)
+    bounds = range(0, (batch + 1) * seq_len, seq_len)
+    pieces = _pieces(seq_len, [sequence[rank] for sequence in division], bounds, ranks)
+    pairs = 0
+    for piece in pieces:
+        for queries, keys, causal in piece.blocks:
+            m, n = queries.stop - queries.start, keys.stop - keys.start
+            pairs += n * (n + 1) // 2 if causal else m * n
+    sizes = [piece.tokens.stop - piece.tokens.start for piece in pieces]
+    return AttentionWork(pairs, sum(sizes), max(sizes), ranks * batch * _capacities(seq_len, ranks, unit)[0])
 
 
 def local_tokens(seq_len: int, mesh: Mesh) -> int:
