@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.model.parameter_table import local_parameters
+from mythos_dist.parallel.context import AttentionWork, attention_work, local_tokens
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, loops_with_grad
 
@@ -24,7 +25,8 @@ class _Matrices(NamedTuple):
 
     attention: int  # of one block, without:
     keys_values: int  # projections that loops with shared keys and values do not apply
-    attention_up: int  # MLA's up-projections, which selective recomputation repeats
+    attention_up: int  # MLA's up-projections, which selective recomputation repeats, without:
+    expansion: int  # from latents to keys and values
     ffn: int  # of one dense block
     shared: int  # shared experts
     router: int
@@ -43,13 +45,14 @@ def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
 
     shapes = {parameter.name: parameter.shape for parameter in matrices}
     block = "recurrent.block."
-    attention_up = elements(f"{block}attn.q_up.") + elements(f"{block}attn.kv_up.")
+    attention_up, expansion = elements(f"{block}attn.q_up."), elements(f"{block}attn.kv_up.")
     keys_values = sum(elements(f"{block}attn.{name}.") for name in ("kv_down", "wk", "wv"))
     lora = [shapes[name] for name in ("recurrent.lora.down", "recurrent.lora.B") if name in shapes]
     return _Matrices(
-        attention=elements(f"{block}attn.") - attention_up - keys_values,
+        attention=elements(f"{block}attn.") - attention_up - expansion - keys_values,
         keys_values=keys_values,
         attention_up=attention_up,
+        expansion=expansion,
         ffn=elements("prelude.0.ffn." if config.prelude_layers else "coda.0.ffn."),
         shared=elements(f"{block}ffn.shared."),
         router=elements(f"{block}ffn.router."),
@@ -67,18 +70,26 @@ class LayerFlops:
     products: float = 0.0
     attention: float = 0.0  # scores, and their product with the values
     inner: float = 0.0  # products that selective recomputation repeats
+    expansion: float = 0.0  # with context parallelism: of all ranks' keys and values, again in the backward pass
 
     def __add__(self, other: "LayerFlops") -> "LayerFlops":
-        return LayerFlops(self.products + other.products, self.attention + other.attention, self.inner + other.inner)
+        return LayerFlops(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.inner + other.inner,
+            self.expansion + other.expansion,
+        )
 
     @property
     def forward(self) -> float:
-        return self.products + self.attention + self.inner
+        return self.products + self.attention + self.inner + self.expansion
 
     def step(self, recompute: str) -> float:
         """Forward, recomputation and backward: 2.5 forward passes for attention (Dao 2023), 2 for the rest."""
-        recomputed = {"none": 0.0, "selective": self.attention + self.inner, "loop": self.forward}[recompute]
-        return self.forward + recomputed + 2 * (self.products + self.inner) + 2.5 * self.attention
+        selective = self.attention + self.inner + self.expansion
+        recomputed = {"none": 0.0, "selective": selective, "loop": self.forward}[recompute]
+        backward = 2 * (self.products + self.inner) + 2.5 * self.attention + 3 * self.expansion
+        return self.forward + recomputed + backward
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ class _Layers:
     kernels_pad: bool = False
     alignment: int = 1  # elements to whose multiple grouped products pad widths
     halting: bool = False
+    context: AttentionWork | None = None  # what a rank of a context axis computes
 
     @functools.cached_property
     def matrices(self) -> _Matrices:
@@ -105,9 +117,12 @@ class _Layers:
         # Kernels pad keys and values to the same width (model/attend.py).
         value_dim = c.v_head_dim if c.attn_type == "mla" else c.head_dim
         channels = 2 * c.widest_head if self.kernels_pad else c.head_dim + value_dim
-        scores = 2.0 * self.tokens * (c.n_heads // self.tensor) * (self.seq_len + 1) / 2 * channels
-        m = self.matrices
-        return LayerFlops(2.0 * self.tokens * m.attention, scores, 2.0 * self.tokens * m.attention_up)
+        pairs = self.tokens * (self.seq_len + 1) / 2 if self.context is None else self.context.pairs
+        scores, m = 2.0 * pairs * (c.n_heads // self.tensor) * channels, self.matrices
+        products, inner = 2.0 * self.tokens * m.attention, 2.0 * self.tokens * m.attention_up
+        if self.context is not None:
+            return LayerFlops(products, scores, inner, 2.0 * self.context.expanded * m.expansion)
+        return LayerFlops(products, scores, inner + 2.0 * self.tokens * m.expansion)
 
     def keys_values(self) -> LayerFlops:
         return LayerFlops(2.0 * self.tokens * self.matrices.keys_values)
@@ -173,7 +188,7 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
     experts compute. Conventions are those of `ops.plan.meter`, which measures the same FLOPs.
     """
     train, recompute = config.train, config.train.recompute
-    tokens = train.micro_batch * train.seq_len
+    tokens = train.micro_batch * local_tokens(train.seq_len, mesh)
     layers = _Layers(
         config.model,
         train.seq_len,
@@ -184,6 +199,7 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
         kernels_pad=True,
         alignment=16 // (4 if train.dtype == "fp32" else 2),  # model/grouped.py: 16 bytes
         halting=config.act.mode_of(config.model) != "off",
+        context=attention_work(train.micro_batch, train.seq_len, mesh) if mesh.context.size > 1 else None,
     )
     readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
     blocks = len(stage.prelude) + len(stage.coda) * readouts

@@ -101,7 +101,8 @@ def dry_run(
     """
     begin = time.monotonic()
     parallel = config.parallel
-    sequences = config.train.micro_batch * (world_size // (parallel.pipe * parallel.tensor))
+    replicas = world_size // (parallel.pipe * parallel.context * parallel.tensor)
+    sequences = config.train.micro_batch * replicas
     if micro_batches is None:
         # One micro-batch per stage fills a pipeline. If gradients are not added to accumulators at once, one more
         # micro-batch meets those of an earlier one. Further micro-batches only take longer.
@@ -185,6 +186,6 @@ def _mark_static(meter: Meter, engine: Any) -> None:
     if hasattr(optimizer, "grad_partitions_flat_buffer"):  # ZeRO-3
         meter.mark([optimizer.grad_partitions_flat_buffer], "gradients")
         meter.mark([parameter.ds_tensor.data for parameter in parameters], "parameters")
-        groups = (engine.mesh.data.group, engine.mesh.expert_data.group)
+        groups = (engine.mesh.data_context.group, engine.mesh.expert_data.group)
         meter.gather_parameters = {group.group_name for group in groups if group is not None}
     meter.mark(list(engine.model.buffers()), "parameters")

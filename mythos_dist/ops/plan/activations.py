@@ -11,6 +11,7 @@ from math import ceil
 
 from mythos_dist.config.schema import Config
 from mythos_dist.ops.plan.routing import ExpertRows
+from mythos_dist.parallel.context import attention_work, local_tokens
 from mythos_dist.parallel.mesh import Mesh
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -41,7 +42,7 @@ class LayerActivations:
         c, t = config.model, mesh.tensor.size
         self.config, self.c, self.t, self.mesh, self.rows = config, c, t, mesh, rows
         self.b = ITEM_BYTES[config.train.dtype]
-        self.N = config.train.micro_batch * config.train.seq_len
+        self.N = config.train.micro_batch * local_tokens(config.train.seq_len, mesh)
         self.n = self.N // t if mesh.sequence else self.N
         self.x = self.N * c.dim * self.b  # full residual stream
         self.residual = self.n * c.dim * self.b  # this rank's part of it
@@ -66,6 +67,8 @@ class LayerActivations:
         """Bytes that its backward pass adds, if it is recomputed; with gradients of queries, keys, values, output."""
         c, H = self.c, self.heads
         again, width = self._heads(False) - self._heads(True), max(c.head_dim, c.v_head_dim)
+        if self.mesh.context.size > 1:  # `context_exchange` has the gradients
+            return again
         if c.attn_type == "gqa":
             return again + self.N * 2 * (H + self.kv_heads) * c.head_dim * self.b
         unpadded = H * c.v_head_dim if c.v_head_dim < c.head_dim else 0  # the output, which is not needed again
@@ -89,11 +92,28 @@ class LayerActivations:
             return N * (latents + H * v) * b
         normed = c.q_lora_rank + c.kv_lora_rank
         values = d if v < d else c.qk_nope_head_dim + v  # padded, or a view of the product
+        if self.mesh.context.size > 1:  # queries, output, output unpadded; entries instead of keys and values
+            heads = H * (2 * max(d, v) + (v if v < d else 0)) * b + 4 * H + (H * (d * b + 4) if c.qk_norm else 0)
+            return N * ((latents + normed + self._kv_latent) * b + heads + 8)
         per_head = 3 * max(d, v) + values + (v if v < d else 0)  # queries, keys, output, values, output unpadded
         heads = H * per_head * b + 4 * H  # and the log-sum-exp
         if c.qk_norm:
             heads += 2 * H * (d * b + 4)  # queries and keys before their norms
         return N * ((latents + normed) * b + heads + 8)
+
+    def context_exchange(self) -> tuple[float, float]:
+        """Bytes in the backward pass of attention over the context axis (model/context_attention.py): gathered entries,
+        and everything else, in which the gradients of entries are as large."""
+        if self.mesh.context.size == 1:
+            return 0.0, 0.0
+        c, b, H = self.c, self.b, self.heads
+        work = attention_work(self.config.train.micro_batch, self.config.train.seq_len, self.mesh)
+        width = max(c.head_dim, c.v_head_dim) if c.attn_type == "mla" else c.head_dim
+        entry = c.kv_lora_rank + c.qk_rope_head_dim if c.attn_type == "mla" else 2 * self.kv_heads * c.head_dim
+        gathered = float(work.gathered * entry * b)
+        # Of a piece keys and values, their gradients in fp32; of queries the output's gradient and, in fp32, theirs.
+        piece = work.piece * H * width * (2 * b + 8)
+        return gathered, gathered + piece + self.N * H * width * (4 + b)
 
     def shared_kv(self) -> float:
         """Bytes of the keys and values that loops share, once per group of loops; 0 if every loop has its own."""
@@ -138,7 +158,7 @@ class LayerActivations:
         # Indices of rows and pairs, 8 bytes each; of received rows, also each slot's order, position and weight.
         return self._received_rows() + Saved(hidden + M * (16 + self.b) + R * (24 + 21 * self.slots))
 
-    def _mixture(self) -> Saved:
+    def mixture(self) -> Saved:
         """model/moe.py: the router works in fp32; then routed and shared experts."""
         c = self.c
         router = 4 * (self.n * (c.dim + c.n_experts) + c.n_experts * c.dim)
@@ -150,7 +170,7 @@ class LayerActivations:
         `shared_kv`."""
         states = 5 * self.residual + self.mixed
         lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
-        return Saved(states + lora) + self._attention_of_loop() + self._mixture()
+        return Saved(states + lora) + self._attention_of_loop() + self.mixture()
 
     def injection(self) -> Saved:
         """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of

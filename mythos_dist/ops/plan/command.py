@@ -90,7 +90,7 @@ def _print_plan(
 
 def rank_of(estimate: Estimate) -> int:
     """The first rank of the stage that needs most memory."""
-    return estimate.largest_stage.mesh.pipe.rank * estimate.config.parallel.tensor
+    return estimate.largest_stage.mesh.pipe.rank * estimate.config.parallel.context * estimate.config.parallel.tensor
 
 
 def read_config(arguments: Any, configs: Path) -> Config:

@@ -20,6 +20,7 @@ from mythos_dist.ops.plan.memory import Memory, peak_memory
 from mythos_dist.ops.plan.muon import muon_flops
 from mythos_dist.ops.plan.routing import ExpertRows, expected_rows
 from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
+from mythos_dist.parallel.context import local_tokens
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
@@ -27,10 +28,11 @@ SecondsByPart = dict[str, float]
 
 # Passes over what a loop saves: it is written and read forward; backward reads it, and writes and reads gradients.
 _FORWARD_PASSES, _BACKWARD_PASSES = 3, 5
-_MESSAGES = {"tensor": 10, "expert": 3}  # of one loop's forward pass; the backward has as many, less one all-to-all
+# Of one loop's forward pass; the backward has as many, less one all-to-all, and twice as many over context.
+_MESSAGES = {"tensor": 10, "expert": 3, "context": 1}
 _BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
 _STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
-_PER_MICRO_BATCH = ("products", "router", "memory", "tensor", "expert", "pipe")
+_PER_MICRO_BATCH = ("products", "router", "memory", "tensor", "context", "expert", "pipe")
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class Estimate:
         config, c = self.config, self.config.model
         n_loops, no_grad = self.loops
         ranges = loop_ranges(config, n_loops, no_grad)
-        tokens = config.train.micro_batch * config.train.seq_len
-        stages = []
+        parallel, stages = config.parallel, []
         for i, (spec, loops) in enumerate(zip(stage_specs(config), ranges, strict=True)):
-            mesh = mesh_coordinates(config.parallel, self.world_size, i * config.parallel.tensor)
+            mesh = mesh_coordinates(parallel, self.world_size, i * parallel.context * parallel.tensor)
+            tokens = config.train.micro_batch * local_tokens(config.train.seq_len, mesh)
             rows = expected_rows(tokens, c.n_experts_per_tok, c.n_experts, mesh.expert.size, self.imbalance)
             memory = peak_memory(config, mesh, spec, loops, no_grad, rows)
             stages.append(Stage(mesh, spec, loops, no_grad, rows, memory))
@@ -92,7 +94,12 @@ class Estimate:
 
     @property
     def replicas(self) -> int:
-        return self.world_size // (self.config.parallel.pipe * self.config.parallel.tensor)
+        return self.world_size // self.ranks_per_replica
+
+    @property
+    def ranks_per_replica(self) -> int:
+        parallel = self.config.parallel
+        return parallel.pipe * parallel.context * parallel.tensor
 
     @property
     def micro_batches(self) -> int:
@@ -177,18 +184,27 @@ class Estimate:
         seconds: SecondsByPart = {}
         for axis, kinds in self.communication(stage).items():
             # Axes of DeepSpeed's own ("tied", "replica") are not of the mesh.
-            ranks = getattr(mesh, axis).size if hasattr(mesh, axis) else mesh.pipe.size * mesh.data.size
-            name = axis if axis in ("tensor", "expert", "pipe") else "data"
-            stride = {"tensor": 1, "pipe": mesh.tensor.size}.get(axis, mesh.tensor.size * mesh.pipe.size)
-            if axis in ("tensor_data", "tensor_expert_data"):  # of Muon: almost all of it within a replica
+            ranks = getattr(mesh, axis).size if hasattr(mesh, axis) else mesh.pipe.size * mesh.data_context.size
+            name = axis if axis in ("tensor", "context", "expert", "pipe") else "data"
+            stride = self._stride(mesh, axis)
+            if axis.startswith("tensor_"):  # of Muon: almost all of it within a replica
                 ranks, stride = mesh.tensor.size, 1
-            if axis == "expert_data":
-                stride *= mesh.expert.size
             for kind, size in kinds.items():
                 messages = counts.get(axis, 2) / len(kinds)
                 took = self.cluster.seconds(kind, size, ranks, stride, messages)
                 seconds[name] = seconds.get(name, 0.0) + took
         return seconds
+
+    def _stride(self, mesh: Mesh, axis: str) -> int:
+        """Between the global ranks of neighbors on an axis; of data x context, which is no sequence of equal steps, the
+        step from one replica to the next."""
+        if axis in ("tensor", "context"):
+            return 1 if axis == "tensor" else mesh.tensor.size
+        if axis == "pipe":
+            return mesh.context.size * mesh.tensor.size
+        if axis == "expert" and mesh.expert.size <= mesh.context.size:
+            return mesh.tensor.size
+        return self.ranks_per_replica * (mesh.expert.size if axis == "expert_data" else 1)
 
     @property
     def step_seconds(self) -> float:
@@ -230,9 +246,10 @@ def model_flops_per_token(model: MythosConfig, seq_len: int, n_loops: int, no_gr
 
 
 def with_layout(config: Config, **layout: object) -> Config:
-    """The config with other values of tensor, expert, pipe, zero, sequence, micro_batch, recompute."""
+    """The config with other values of tensor, context, expert, pipe, zero, sequence, micro_batch, recompute."""
     train = {key: layout[key] for key in ("micro_batch", "recompute", "global_batch", "seq_len") if key in layout}
-    parallel = {key: layout[key] for key in ("tensor", "expert", "pipe", "zero", "sequence") if key in layout}
+    axes = ("tensor", "context", "expert", "pipe", "zero", "sequence")
+    parallel = {key: layout[key] for key in axes if key in layout}
     return replace(
         config,
         train=replace(config.train, **train),  # pyright: ignore[reportArgumentType]

@@ -55,7 +55,7 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
     for expert_sharded in (False, True):
         held = [p for p in parameters if p.expert_sharded == expert_sharded]
         elements = sum(p.numel for p in held)
-        replicas = (mesh.expert_data if expert_sharded else mesh.data).size
+        replicas = (mesh.expert_data if expert_sharded else mesh.data_context).size
         memory["parameters"] += elements * b * (1 + 1 / replicas if zero == 3 else 1)
         memory["optimizer"] += sum(p.numel * state_bytes(config, p.name) for p in held) / replicas
         if zero > 1:
@@ -114,6 +114,7 @@ class _Moments:
         in_loops = (carries if self.recomputed else layers.loop().total * self.live) + self._held_kv(self.trained)
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
+        self.exchange = layers.context_exchange()
         in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
         self.all_saved = (in_flight + 1) * saved
         self.saved_before_loops = in_flight * saved + before_loops.total
@@ -139,10 +140,14 @@ class _Moments:
             yield self._dense_block(self.all_saved, self.readouts, residuals=1)
             if self.layers.selective:
                 yield self._recomputed_attention()
+            if self.mesh.context.size > 1:
+                yield self._context_attention(self.all_saved, self.readouts, residuals=1)
         if self.live:
             yield from self._loops()
         if len(self.stage.prelude):
             yield self._dense_block(self.saved_before_loops, 1, residuals=4)
+            if self.mesh.context.size > 1:
+                yield self._context_attention(self.saved_before_loops, 1, residuals=4)
 
     def _reduction(self) -> Memory:
         """After the last backward pass: deepspeed/runtime/engine.py, allreduce_bucket, concatenates the accumulators of
@@ -180,6 +185,20 @@ class _Moments:
             "communication": layers.x * readouts if self.mesh.sequence else 0,
         }
 
+    def _context_attention(self, saved: float, readouts: int, residuals: int) -> Memory:
+        """The backward pass of attention over the context axis in the last block of coda or prelude."""
+        layers = self.layers
+        hidden = 0 if layers.selective else 2 * layers.N * layers.ffn_hidden * layers.b
+        ffn = layers.residual + layers.layer_input().total + hidden
+        again = layers.recomputed_attention() if layers.selective else 0.0
+        gathered, other = self.exchange
+        return {
+            "activations": saved - ffn * readouts,
+            "gradients": self.head_gradient,
+            "workspace": (residuals * layers.residual + again + other) * readouts,
+            "communication": gathered * readouts,
+        }
+
     def _recomputed_attention(self) -> Memory:
         """The backward pass of attention in the last block of the coda, which has freed the FFN's inputs."""
         layers = self.layers
@@ -213,6 +232,11 @@ class _Moments:
             freed_before_experts = Saved(freed + gates) + (layers.layer_input() if exchanged else Saved())
             yield moment.memory(expert, other + rows + 3 * hidden, received, freed_before_experts)
             yield moment.memory(3 * expert, other + 2 * rows + 2 * hidden, received, freed_before_experts)
+            if self.mesh.context.size > 1:
+                again = layers.recomputed_attention() if selective else 0.0
+                entries, workspace = self.exchange
+                before_attention = Saved(freed) + layers.mixture()
+                yield moment.memory(3 * (expert + shared), again + workspace, entries, before_attention)
         if uses_bf16_optimizer(self.config):
             # The first loop comes last: the gradient of `down` is copied to fp32 and added to its accumulator.
             first = self._loop(self.live - 1)

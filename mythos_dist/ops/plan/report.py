@@ -11,22 +11,25 @@ from mythos_dist.units import count, short
 
 CACHE_MODES = ("all", "every:4", "last")
 _HEADER = (
-    "tensor expert pipe data zero seq micro recompute | params grads optim  acts  work  comm total GB | step s tokens/s"
+    "expert pipe data zero seq micro recompute | params grads optim  acts  work  comm total GB | step s tokens/s"
     "   MFU bubble"
 )
 
 
 def table(estimates: Sequence[Estimate]) -> list[str]:
-    """One row per layout."""
-    return [_HEADER, *(_row(estimate) for estimate in estimates)]
+    """One row per layout, with a column for the context axis if a layout uses it."""
+    context = any(estimate.config.parallel.context > 1 for estimate in estimates)
+    header = f"tensor {'context ' if context else ''}{_HEADER}"
+    return [header, *(_row(estimate, context) for estimate in estimates)]
 
 
-def _row(estimate: Estimate) -> str:
+def _row(estimate: Estimate, context: bool) -> str:
     p, train, stage = estimate.config.parallel, estimate.config.train, estimate.largest_stage
     parts = " ".join(f"{stage.memory.get(part, 0) / 1e9:5.1f}" for part in PARTS)
     return (
-        f"{p.tensor:6} {p.expert:6} {p.pipe:4} {estimate.replicas:4} {p.zero:4} {'yes' if p.sequence else 'no':>3} "
-        f"{train.micro_batch:5} {train.recompute:>9} |  {parts} {stage.bytes / 1e9:5.1f}    | "
+        f"{p.tensor:6} {f'{p.context:7} ' if context else ''}{p.expert:6} {p.pipe:4} {estimate.replicas:4} {p.zero:4} "
+        f"{'yes' if p.sequence else 'no':>3} {train.micro_batch:5} {train.recompute:>9} |  {parts} "
+        f"{stage.bytes / 1e9:5.1f}    | "
         f"{estimate.step_seconds:6.1f} {short(estimate.tokens_per_second):>8} {estimate.mfu:5.1%} "
         f"{estimate.seconds['bubble'] / estimate.step_seconds:6.1%}"
     )
@@ -155,7 +158,7 @@ def as_json(estimate: Estimate, tokens: float) -> dict[str, Any]:
     hours = estimate.gpu_hours(tokens)
     return {
         "layout": {
-            **{name: getattr(p, name) for name in ("tensor", "expert", "pipe", "zero", "sequence")},
+            **{name: getattr(p, name) for name in ("tensor", "context", "expert", "pipe", "zero", "sequence")},
             "data": estimate.replicas,
             "micro_batch": train.micro_batch,
             "recompute": train.recompute,

@@ -1,8 +1,9 @@
 """Which layouts of a run fit a cluster, and which of them is fastest.
 
-Tries every combination of tensor x expert x pipe x ZeRO x micro-batch x recomputation x sequence parallelism that the
-rules allow, except those that another one rules out: memory between steps does not depend on activations, and a larger
-micro-batch never needs less memory.
+Tries every combination of tensor x context x expert x pipe x ZeRO x micro-batch x recomputation x sequence parallelism
+that the rules allow, except those that another one rules out: memory between steps does not depend on activations, and
+a larger micro-batch never needs less memory. Of the context axis only degrees that leave each rank at least
+`_MIN_CONTEXT_TOKENS` of a sequence: with shorter sequences its messages never pay.
 """
 
 import heapq
@@ -23,8 +24,11 @@ from mythos_dist.ops.plan.stages import stage_specs
 from mythos_dist.parallel.mesh import mesh_coordinates
 from mythos_dist.units import count
 
-AXES = ("tensor", "expert", "pipe", "zero", "sequence", "micro_batch", "recompute")  # what `fixed` may name
+# What `fixed` may name.
+AXES = ("tensor", "context", "expert", "pipe", "zero", "sequence", "micro_batch", "recompute")
 _PIPES = (1, 2, 4, 8, 16)
+_CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
+_MIN_CONTEXT_TOKENS = 8192
 _RECOMPUTE = ("none", "selective", "loop")
 _MAX_GPUS = 1 << 17
 _MAX_MICRO_BATCH = 64  # sequences
@@ -47,25 +51,28 @@ def candidates(config: Config, gpus: int, fixed: Mapping[str, Any]) -> Iterator[
     def choices(name: str, values: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(values)
 
-    for pipe in choices("pipe", _PIPES):
-        for tensor in choices("tensor", divisors(c.n_heads)):
-            if gpus % (pipe * tensor) or batch % (gpus // (pipe * tensor)):
-                continue
-            per_replica = batch // (gpus // (pipe * tensor))  # sequences
-            sizes = choices("micro_batch", divisors(per_replica))
-            micro_batches = [size for size in sizes if per_replica % size == 0 and size <= _MAX_MICRO_BATCH]
-            if not micro_batches:
-                continue
-            for expert in choices("expert", divisors(c.n_experts)):
-                for zero, sequence, recompute in product(
-                    choices("zero", _zero_stages(c, pipe, tensor, expert)),
-                    choices("sequence", (True, False) if tensor > 1 else (False,)),
-                    choices("recompute", _RECOMPUTE),
-                ):
-                    layout = dict(pipe=pipe, tensor=tensor, expert=expert, zero=zero, sequence=sequence)
-                    first = with_layout(config, **layout, recompute=recompute, micro_batch=micro_batches[0])
-                    if works(first, gpus):
-                        yield first, micro_batches
+    contexts = [n for n in _CONTEXTS if n == 1 or config.train.seq_len // n >= _MIN_CONTEXT_TOKENS]
+    for pipe, context, tensor in product(
+        choices("pipe", _PIPES), choices("context", contexts), choices("tensor", divisors(c.n_heads))
+    ):
+        ranks = pipe * context * tensor  # of a replica
+        if gpus % ranks or batch % (gpus // ranks):
+            continue
+        per_replica = batch // (gpus // ranks)  # sequences
+        sizes = choices("micro_batch", divisors(per_replica))
+        micro_batches = [size for size in sizes if per_replica % size == 0 and size <= _MAX_MICRO_BATCH]
+        if not micro_batches:
+            continue
+        for expert in choices("expert", divisors(c.n_experts)):
+            for zero, sequence, recompute in product(
+                choices("zero", _zero_stages(c, pipe, tensor, expert)),
+                choices("sequence", (True, False) if tensor > 1 else (False,)),
+                choices("recompute", _RECOMPUTE),
+            ):
+                layout = dict(pipe=pipe, context=context, tensor=tensor, expert=expert, zero=zero, sequence=sequence)
+                first = with_layout(config, **layout, recompute=recompute, micro_batch=micro_batches[0])
+                if works(first, gpus):
+                    yield first, micro_batches
 
 
 def _zero_stages(c: MythosConfig, pipe: int, tensor: int, expert: int) -> tuple[int, ...]:
@@ -87,7 +94,7 @@ def search(
     tried = 0
     for first, micro_batches in candidates(config, gpus, fixed):
         p = first.parallel
-        key = (p.pipe, p.tensor, p.expert, p.zero, first.train.recompute == "loop")
+        key = (p.pipe, p.context, p.tensor, p.expert, p.zero, first.train.recompute == "loop")
         if key not in static:
             static[key] = _static_bytes(first, gpus)
         if static[key] > cluster.usable and result.smallest is not None and static[key] >= smallest_size:
@@ -122,7 +129,7 @@ def _static_bytes(config: Config, gpus: int) -> float:
     tensor, expert = config.parallel.tensor, config.parallel.expert
     sizes = []
     for i, stage in enumerate(stage_specs(config)):
-        mesh = mesh_coordinates(config.parallel, gpus, i * tensor)
+        mesh = mesh_coordinates(config.parallel, gpus, i * config.parallel.context * tensor)
         parameters = local_parameters(config.model, tensor, expert, stage)
         sizes.append(sum(static_memory(config, mesh, parameters).values()))
     return max(sizes)
@@ -179,5 +186,6 @@ def _possible_gpus(config: Config, fixed: Mapping[str, Any], limit: int) -> set[
     pipes = [fixed["pipe"]] if "pipe" in fixed else _PIPES
     tensors = [fixed["tensor"]] if "tensor" in fixed else divisors(config.model.n_heads)
     replicas = divisors(math.gcd(*config.train.batch_sizes))
-    numbers = {pipe * tensor * n for pipe, tensor, n in product(pipes, tensors, replicas)}
+    contexts = [fixed["context"]] if "context" in fixed else _CONTEXTS
+    numbers = {math.prod(sizes) for sizes in product(pipes, contexts, tensors, replicas)}
     return {number for number in numbers if number <= limit}

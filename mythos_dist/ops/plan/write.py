@@ -17,11 +17,11 @@ BEGIN, END = "# planned: begin", "# planned: end"  # around `planned_lines`
 
 def planned_lines(estimate: Estimate, command: str, measured: Any = None) -> list[str]:
     """The plan, and the dry run of the same rank, as comments of a config; a test generates them again."""
-    stage, p, usable = estimate.largest_stage, estimate.config.parallel, estimate.cluster.usable / 1e9
+    stage, usable = estimate.largest_stage, estimate.cluster.usable / 1e9
     lines = [
         f"# {command}",
         f"# {estimate.world_size} x {estimate.cluster.name}: {count(estimate.replicas, 'replica')} of "
-        f"{count(p.pipe * p.tensor, 'rank')}",
+        f"{count(estimate.ranks_per_replica, 'rank')}",
         f"# memory, plan: {_memory(stage.memory)} GB of {usable:.1f}",
     ]
     if measured:
@@ -44,9 +44,10 @@ def _memory(memory: Mapping[str, float]) -> str:
 def layout_settings(config: Config) -> dict[str, dict[str, Any]]:
     """The settings that define a layout, by section."""
     p, train = config.parallel, config.train
+    axes = ["tensor", *(["context"] if p.context > 1 else []), "expert", "pipe", "sequence", "zero"]
     return {
         "train": {name: getattr(train, name) for name in ("seq_len", "global_batch", "micro_batch", "recompute")},
-        "parallel": {name: getattr(p, name) for name in ("tensor", "expert", "pipe", "sequence", "zero")},
+        "parallel": {name: getattr(p, name) for name in axes},
     }
 
 
@@ -62,7 +63,7 @@ def write_config(estimate: Estimate, path: Path) -> None:
     for name, settings in layout_settings(config).items():
         sections.setdefault(name, {}).update(settings)
     p = config.parallel
-    fixed = f"tensor={p.tensor} expert={p.expert} pipe={p.pipe}"
+    fixed = f"tensor={p.tensor}{f' context={p.context}' if p.context > 1 else ''} expert={p.expert} pipe={p.pipe}"
     command = f"planned for {count(estimate.world_size, 'GPU')}; reproduce with --fixed {fixed}"
     text = "\n".join(planned_lines(estimate, command)) + "\n# Set data.path and run.dir.\n"
     try:
