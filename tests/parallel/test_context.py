@@ -216,7 +216,8 @@ def test_attention_over_ranks_equals_attention_on_one():
             grads[2] += grad_weight
         torch.testing.assert_close(out.flatten(0, 1), expected)
         for ours, x in zip(grads, inputs, strict=True):
-            torch.testing.assert_close(ours, x.grad, rtol=1e-4, atol=1e-5)
+            assert x.grad is not None
+            assert (ours - x.grad).abs().max() <= 1e-5 * x.grad.abs().max()
 
 
 def test_a_model_of_one_rank_is_not_changed_by_the_axis():
