@@ -1,9 +1,10 @@
 """A run resumes at any layout: each loads the checkpoint of every other bit for bit, and later losses are equal.
 
-Nine layouts, every ordered pair. The state at saving and the state after loading are gathered by DeepSpeed's own
+Eleven layouts, every ordered pair. The state at saving and the state after loading are gathered by DeepSpeed's own
 functions, not by the code that writes and reads checkpoints.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero 3": (2, dict(zero=3)),
     "pipe 2": (2, dict(pipe=2)),
     "expert 2, zero 2": (2, dict(expert=2, zero=2)),
+    "context 2, expert 2, zero 3": (2, dict(context=2, expert=2, zero=3)),
+    "context 2, pipe 2": (4, dict(context=2, pipe=2)),
     "tensor 4": (4, dict(tensor=4)),
     "tensor 2, expert 2, sequence": (4, dict(tensor=2, expert=2, sequence=True)),
     "expert 4, zero 3": (4, dict(expert=4, zero=3)),
@@ -46,7 +49,7 @@ BIAS = [2.0, 1.0, 0.5, 0.25, 0.0, -0.25, -0.5, -4.0]  # makes the experts' token
 def run_of(config: Config, name: str) -> Config:
     """Widths that no axis divides, another loop count in each step, and a micro-batch size per layout."""
     ranks, parallel = LAYOUTS[name]
-    replicas = ranks // (parallel.get("tensor", 1) * parallel.get("pipe", 1))
+    replicas = ranks // math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipe", "context"))
     return change(
         config,
         model=dict(vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, max_loop_iters=4),

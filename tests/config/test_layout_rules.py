@@ -71,7 +71,8 @@ def count_broken_rules(case: Case) -> int:
     """An independent implementation of the rules."""
     mean = case["model.max_loop_iters"] if case["loops.mean"] is None else case["loops.mean"]
     tensor, pipe, expert = case["parallel.tensor"], case["parallel.pipe"], case["parallel.expert"]
-    batch, micro_batch = case["train.global_batch"], case["train.micro_batch"]
+    batch, micro_batch, context = case["train.global_batch"], case["train.micro_batch"], case["parallel.context"]
+    pieces = case["train.seq_len"] // (tensor if case["parallel.sequence"] else 1)
     wrong = [
         case["loops.maximum"] is not None and case["loops.maximum"] < mean,
         case["loops.distribution"] == "fixed" and case["loops.backprop"] is not None and case["loops.backprop"] > mean,
@@ -83,15 +84,16 @@ def count_broken_rules(case: Case) -> int:
         uneven(case["model.n_heads"], tensor),
         expert > 1 and uneven(case["model.dim"], tensor),
         case["parallel.sequence"] and uneven(case["train.seq_len"], tensor),
+        context > 1 and pieces < 2 * context,
         case["train.seq_len"] > case["model.max_seq_len"],
         uneven(batch, micro_batch),
     ]
     if RANKS not in case:
         return sum(wrong)
-    if uneven(case[RANKS], pipe * tensor):
+    if uneven(case[RANKS], pipe * context * tensor):
         return sum(wrong) + 1
-    replicas = len(range(0, case[RANKS], pipe * tensor))
-    return sum(wrong) + uneven(replicas, expert) + uneven(batch, micro_batch * replicas)
+    replicas = len(range(0, case[RANKS], pipe * context * tensor))
+    return sum(wrong) + uneven(replicas * context, expert) + uneven(batch, micro_batch * replicas)
 
 
 WORKS: Case = {
@@ -107,6 +109,7 @@ WORKS: Case = {
     "loops.backprop": None,
     "parallel.tensor": 2,
     "parallel.pipe": 2,
+    "parallel.context": 1,
     "parallel.expert": 2,
     "parallel.sequence": True,
     "parallel.zero": 1,
@@ -131,6 +134,7 @@ ANY: dict[str, st.SearchStrategy] = {
     "loops.backprop": st.none() | st.integers(1, 5),
     "parallel.tensor": AXIS,
     "parallel.pipe": AXIS,
+    "parallel.context": AXIS,
     "parallel.expert": AXIS,
     "parallel.sequence": st.booleans(),
     "parallel.zero": st.sampled_from([1, 2, 3]),
@@ -262,6 +266,17 @@ DEFAULT_LOOPS = "loops.mean=null (model.max_loop_iters=16)"
             "1, or set parallel.sequence to false",
         ),
         (
+            "parallel.context=300 train.seq_len=512",
+            "parallel.context=300 is too many for train.seq_len=512: each rank gets at least two pieces of a sequence, "
+            "and a piece is at least 1 token; set parallel.context to 256, or set train.seq_len to 600",
+        ),
+        (
+            "parallel.context=2 model.dropout=0.1",
+            "model.dropout=0.1 does not work with parallel.context=2: attention computes the scores of keys piece by "
+            "piece, and again in the backward pass, where their dropout would be another; set model.dropout to 0.0, or "
+            "set parallel.context to 1",
+        ),
+        (
             "train.recompute_every=2",
             "train.recompute_every=2 has no effect with train.recompute=none: only `loop` recomputes several loops at "
             "once; set train.recompute to loop, or set train.recompute_every to 1",
@@ -308,6 +323,19 @@ def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, message,
             "the number of replicas, 4 (4 ranks / parallel.pipe=1 / parallel.tensor=1), is not divisible by "
             "parallel.expert=8, the replicas that share one copy of the experts; "
             "set parallel.expert to 4, or with further changes set the number of ranks to 8",
+        ),
+        (
+            12,
+            {"parallel.context": 8},
+            "the number of ranks, 12, is not divisible by parallel.pipe=1 x parallel.context=8 x parallel.tensor=1 = 8, "
+            "the ranks of one replica; set parallel.context to 6, or set the number of ranks to one of [8, 16]",
+        ),
+        (
+            8,
+            {"parallel.context": 4, "parallel.expert": 16},
+            "data x context, 8 ranks (8 ranks / parallel.pipe=1 / parallel.tensor=1), is not divisible by "
+            "parallel.expert=16, the ranks that share one copy of the experts; "
+            "set parallel.expert to 8, or set the number of ranks to 16",
         ),
         (
             8,
