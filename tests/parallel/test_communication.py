@@ -301,6 +301,25 @@ def test_groups_have_the_names_of_their_axes():
             name_of(no_group)
 
 
+def test_groups_of_the_context_axis_have_its_names():
+    """Rank 5 of 16 at tensor=2 context=2 pipe=2 expert=2: stage 1, first half of the tokens, second tensor rank, first of
+    two replicas, by hand. Tied stages are over all ranks of data x context."""
+    name_of = group_namer(ParallelConfig(tensor=2, context=2, pipe=2, expert=2), 16, 5)
+    groups = {
+        "data": [5, 13],
+        "pipe": [1, 5],
+        "context": [5, 7],
+        "tensor": [4, 5],
+        "data_context": [5, 7, 13, 15],
+        "replica": [0, 1, 4, 5],
+        "tensor_data": [4, 5, 12, 13],
+        "tensor_data_context": [4, 5, 6, 7, 12, 13, 14, 15],
+        "tied": [1, 3, 5, 7, 9, 11, 13, 15],
+        "world": range(16),
+    }
+    assert {name: name_of(ranks) for name, ranks in groups.items()} == {name: name for name in groups}
+
+
 def test_two_stages_of_a_replica_are_a_part_of_the_pipe_axis():
     """Rank 4 of 12 at pipe=6: its replica is its pipe group, and the other's last stage is tied to its first."""
     name_of = group_namer(ParallelConfig(pipe=6), 12, 4)
