@@ -302,7 +302,7 @@ def test_groups_have_the_names_of_their_axes():
 
 
 def test_groups_of_the_context_axis_have_its_names():
-    """Rank 5 of 16 at tensor=2 context=2 pipe=2 expert=2: stage 1, first half of the tokens, second tensor rank, first of
+    """Rank 5 of 16 at tensor=2 context=2 pipe=2 expert=2: stage 1, first context rank, second tensor rank, first of
     two replicas, by hand. Tied stages are over all ranks of data x context."""
     name_of = group_namer(ParallelConfig(tensor=2, context=2, pipe=2, expert=2), 16, 5)
     groups = {
