@@ -60,12 +60,12 @@ class _TokenRecorder(LoopRecorder):
         self.changes: list[Tensor] = []  # (S,) by loop
         self.weights: list[Tensor] = []  # (S,) by loop
 
-    def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor) -> None:
+    def record(self, t: int, before: Tensor, after: Tensor, weight: Tensor, seq_len: int) -> None:
         """Record loop t: the states before and after it (1, S, D), and the halting weight of `after` (1, S)."""
         self.changes.append(latent_change(after[0], before[0]).cpu())
         self.weights.append(weight[0].float().cpu())
 
-    def estimate_gain(self, update, h: Tensor) -> None:
+    def estimate_gain(self, update, h: Tensor, positions: Tensor) -> None:
         """Not needed here."""
 
 

@@ -48,14 +48,14 @@ class LoopRecorder:
         row = torch.stack([tokens, norms, changes, correlation, weights])
         self.rows[t] = self.rows[t] + row if t in self.rows else row
 
-    def estimate_gain(self, update: Callable[[Tensor], Tensor], h: Tensor) -> None:
+    def estimate_gain(self, update: Callable[[Tensor], Tensor], h: Tensor, positions: Tensor) -> None:
         """Estimate the spectral radius of `update`'s Jacobian at h (B, S', D), by power iteration with finite
-        differences. Collective: every rank that runs these loops calls it."""
+        differences. Collective: every rank that runs these loops calls it.
+
+        positions: (B, S') int64, of h's tokens in their sequences.
+        """
         size = (1e-3 if h.dtype == torch.float32 else 3e-2) * self._norm(h.float())  # above rounding errors
-        mesh = self.mesh
-        part = mesh.context.rank * mesh.tensor.size + mesh.tensor.rank if mesh.sequence else mesh.context.rank
-        generator = torch.Generator(h.device).manual_seed(part)
-        v = torch.empty(h.shape, device=h.device).normal_(generator=generator)
+        v = _noise(positions, h.shape[2])
         here, stretched = update(h).float(), size
         for _ in range(POWER_ITERATIONS):
             v = v * (size / self._norm(v))
@@ -65,3 +65,14 @@ class LoopRecorder:
 
     def _norm(self, x: Tensor) -> Tensor:
         return sum_over_sequence(x.square().sum(), self.mesh).sqrt()
+
+
+def _noise(positions: Tensor, dim: int) -> Tensor:
+    """Values in [-0.5, 0.5) that depend on row, position and channel only, so that ranks which share sequences have the
+    values of one process: positions (B, S') int64 -> (B, S', dim) fp32. The mixer is SplitMix64 (Steele et al. 2014)."""
+    rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+    x = (positions + (rows << 32)).unsqueeze(-1) * dim + torch.arange(dim, device=positions.device)
+    x = x * -7046029254386353131  # wraps around
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return ((x >> 40) & 0xFFFFFF).float() / (1 << 24) - 0.5

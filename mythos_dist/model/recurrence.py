@@ -111,6 +111,15 @@ class Recurrent(nn.Module):
             h.append(row.chunk(parts)[self.mesh.tensor.rank if parts > 1 else 0].to(e.dtype))
         return torch.stack(h)
 
+    def _positions(self, context: Context, batch: int) -> Tensor:
+        """The positions (B, S') of this rank's tokens in their sequences."""
+        if context.shard is not None:
+            positions = context.shard.positions
+        else:
+            positions = torch.arange(context.seq_len, device=context.rope.device).expand(batch, -1)
+        tensor = self.mesh.tensor
+        return positions.chunk(tensor.size, 1)[tensor.rank] if self.mesh.sequence else positions
+
     def finish(self, activations: Activations) -> Activations:
         """After the last loop: h becomes the loops' output, or the R readouts as one batch, for the coda."""
         if activations.readouts is None:
@@ -154,7 +163,9 @@ class Recurrent(nn.Module):
             self.recorder.rho = inputs.decay.max()
             last_loop, e, kv = loop_range.stop - 1, activations.e, activations.kv
             self.recorder.estimate_gain(
-                lambda h: self._update(last_loop, loops, h, e, kv, inputs, context)[0], activations.h
+                lambda h: self._update(last_loop, loops, h, e, kv, inputs, context)[0],
+                activations.h,
+                self._positions(context, len(e)),
             )
         activations = activations._replace(readouts=earlier[0], readout_weights=earlier[1])
         return _append_readouts(activations, readouts), counts

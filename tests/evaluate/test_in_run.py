@@ -13,6 +13,7 @@ pytestmark = pytest.mark.launch
 LAYOUTS = {
     "one rank": (1, []),
     "tensor, sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "context": (2, ["parallel.context=2"]),
     "pipe": (2, ["parallel.pipe=2"]),
     "data, expert, zero 1": (2, ["parallel.expert=2"]),
     "zero 3": (2, ["parallel.zero=3"]),

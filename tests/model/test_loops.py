@@ -296,7 +296,9 @@ def test_estimated_gain_is_the_largest_eigenvalue(dtype):
     matrix = (basis * values) @ basis.T
     recorder = LoopRecorder(SINGLE)
     recorder.estimate_gain(
-        lambda h: (h.float() @ matrix).to(dtype), torch.randn(2, 4, 16, generator=generator).to(dtype)
+        lambda h: (h.float() @ matrix).to(dtype),
+        torch.randn(2, 4, 16, generator=generator).to(dtype),
+        torch.arange(4).expand(2, -1),
     )
     assert float(recorder.gains[0]) == pytest.approx(1.7, rel=0.02)
 

@@ -46,6 +46,7 @@ LAYOUTS = {
         "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",
         "parallel.pipe=2 loops.objective=per_loop train.global_batch=3",
         "parallel.pipe=2 model.kv_sharing=first train.global_batch=3",
+        "parallel.context=2 train.recompute=loop train.seq_len=257 train.global_batch=1",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
@@ -62,6 +63,8 @@ LONG = {
         "parallel.expert=2 train.recompute=loop",
         "parallel.pipe=2 train.dtype=bf16",
         "parallel.tensor=2 model.kv_sharing=first train.recompute=loop train.global_batch=1",
+        "parallel.context=2 model.attn_type=gqa train.global_batch=1",
+        "parallel.context=2 parallel.expert=2 train.recompute=selective train.global_batch=1",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true",

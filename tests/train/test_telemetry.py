@@ -37,7 +37,7 @@ def test_a_run_records_telemetry_and_the_sweep(single):
     assert "by loops" in out
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipe=2"])
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipe=2", "parallel.context=2"])
 def test_two_ranks_record_the_values_of_one(layout, settings, single, tmp_path):
     """In fp32, up to the order of summation."""
     result = train(2, *settings, *TELEMETRY, layout, f"run.dir={tmp_path / 'run'}")
