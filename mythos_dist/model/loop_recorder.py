@@ -68,8 +68,8 @@ class LoopRecorder:
 
 
 def _noise(positions: Tensor, dim: int) -> Tensor:
-    """Values in [-0.5, 0.5) that depend on row, position and channel only, so that ranks which share sequences have the
-    values of one process: positions (B, S') int64 -> (B, S', dim) fp32. The mixer is SplitMix64 (Steele et al. 2014)."""
+    """Values in [-0.5, 0.5) that depend on row, position and channel only, so that ranks that share sequences have the
+    values of one process: positions (B, S') int64 -> (B, S', dim) fp32. Mixed as by SplitMix64 (Steele et al. 2014)."""
     rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
     x = (positions + (rows << 32)).unsqueeze(-1) * dim + torch.arange(dim, device=positions.device)
     x = x * -7046029254386353131  # wraps around
