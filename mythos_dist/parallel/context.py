@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mythos_dist.parallel.mesh import Axis, Mesh
@@ -80,10 +81,11 @@ class ContextShard:
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' tokens of x (B, S', W), as rows (N * B * longest, W) in the order `rows`. Outside autograd."""
-        padded = x.new_zeros(x.shape[0], self._longest, x.shape[2])
-        padded[:, : x.shape[1]] = x
-        rows = x.new_empty(self.axis.size * x.shape[0] * self._longest, x.shape[2])
-        dist.all_gather_into_tensor(rows, padded.flatten(0, 1), group=self.axis.group)
+        if missing := self._longest - x.shape[1]:
+            x = F.pad(x, (0, 0, 0, missing))
+        own = x.flatten(0, 1).contiguous()
+        rows = own.new_empty(self.axis.size * len(own), own.shape[1])
+        dist.all_gather_into_tensor(rows, own, group=self.axis.group)
         return rows
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
@@ -243,8 +245,8 @@ def _build(axis: Axis, seq_len: int, division: Division, bounds: Sequence[int], 
         rows[sequence * seq_len + positions] = (rank * batch + sequence) * longest + np.arange(len(positions))
     own = np.stack([_positions(sequence[axis.rank]) for sequence in division])
     pieces = _pieces(seq_len, [sequence[axis.rank] for sequence in division], bounds, axis.size)
-    to = functools.partial(torch.from_numpy)
-    return ContextShard(axis, seq_len, division, bounds, to(own).to(device), to(rows).to(device), pieces)
+    positions, rows_of_tokens = (torch.from_numpy(index).to(device) for index in (own, rows))
+    return ContextShard(axis, seq_len, division, bounds, positions, rows_of_tokens, pieces)
 
 
 def _positions(ranges: list[range]) -> np.ndarray:
