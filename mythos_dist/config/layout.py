@@ -58,11 +58,6 @@ class Layout:
         return self.parallel.tensor if self.parallel.sequence else 1
 
     @property
-    def piece(self) -> str:
-        """`tokens_per_piece` in words."""
-        return count(self.tokens_per_piece, "token")
-
-    @property
     def sequences_per_pass(self) -> int:
         """In one micro-batch of all replicas."""
         return self.train.micro_batch * self.replicas
@@ -165,8 +160,8 @@ _RULES = (
     Rule(
         settings=("parallel.context", "train.seq_len"),
         holds=lambda at: at.parallel.context == 1 or at.train.seq_len >= 2 * at.parallel.context * at.tokens_per_piece,
-        message="{} is too many for {}: each rank gets at least two pieces of a sequence, and a piece is at least "
-        "{at.piece}",
+        message="{} is too many for {}: each rank gets at least two pieces of a sequence, of {at.tokens_per_piece} or "
+        "more tokens",
         change=("parallel.context", "train.seq_len"),
     ),
     Rule(

@@ -268,7 +268,7 @@ DEFAULT_LOOPS = "loops.mean=null (model.max_loop_iters=16)"
         (
             "parallel.context=300 train.seq_len=512",
             "parallel.context=300 is too many for train.seq_len=512: each rank gets at least two pieces of a sequence, "
-            "and a piece is at least 1 token; set parallel.context to 256, or set train.seq_len to 600",
+            "of 1 or more tokens; set parallel.context to 256, or set train.seq_len to 600",
         ),
         (
             "parallel.context=2 model.dropout=0.1",
@@ -328,7 +328,7 @@ def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, message,
             12,
             {"parallel.context": 8},
             "the number of ranks, 12, is not divisible by parallel.pipe=1 x parallel.context=8 x parallel.tensor=1 = "
-            "8, the ranks of one replica; set parallel.context to 6, or set the number of ranks to one of [8, 16]",
+            "8, the ranks of one replica; set parallel.context to one of [6, 12], or set the number of ranks to one of [8, 16]",
         ),
         (
             8,
