@@ -328,7 +328,8 @@ def test_a_refusal_is_one_line_with_values_reason_and_remedy(overrides, message,
             12,
             {"parallel.context": 8},
             "the number of ranks, 12, is not divisible by parallel.pipe=1 x parallel.context=8 x parallel.tensor=1 = "
-            "8, the ranks of one replica; set parallel.context to one of [6, 12], or set the number of ranks to one of [8, 16]",
+            "8, the ranks of one replica; set parallel.context to one of [6, 12], or set the number of ranks to one of "
+            "[8, 16]",
         ),
         (
             8,
