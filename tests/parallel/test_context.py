@@ -107,7 +107,7 @@ def pairs_of(starts: np.ndarray, sequences: list[list[list[range]]], ranks: int)
     ]
 
 
-@pytest.mark.parametrize(("ranks", "batch"), itertools.product([2, 4, 8], [1, 4]))
+@pytest.mark.parametrize(("ranks", "batch"), list(itertools.product([2, 4, 8], [1, 4])))
 def test_packed_windows_are_balanced(ranks, batch):
     """No rank attends to more than 1.05 times the mean of pairs, in windows of 8,192 tokens of documents with lengths
     like FineWeb-Edu's: log-normal, with a mean of about 1,000 and a few of tens of thousands."""
