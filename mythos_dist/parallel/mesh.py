@@ -6,7 +6,7 @@ they are like replicas, so both work on data x context, the axis `data_context`:
 `expert` consecutive ranks of it hold one copy of all routed experts. An `expert_data` group is the ranks that hold the
 same experts. An axis of size 1 has no group, and collectives over it do nothing.
 
-Decisions: PARALLEL-1, PARALLEL-9.
+Decisions: PARALLEL-1, PARALLEL-9, PARALLEL-18.
 """
 
 from __future__ import annotations
