@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mythos_dist.parallel.context import ContextShard
+from mythos_dist.parallel.context import ContextShard, KeyPiece
 
 # entries (n, W) and a weight or None -> keys (n, H, d), values (n, H, v)
 Expand = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -95,18 +95,33 @@ class _Attend(torch.autograd.Function):
                 if weight is not None:
                     inputs.append(weight.detach().requires_grad_())
                 k, v = ctx.expand(inputs[0], inputs[1] if weight is not None else None)
-            grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-            for queries, keys, causal in piece.blocks:
-                parts = block_backward(
-                    grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries], causal, ctx.scale
-                )
-                for total, part in zip((grad_q[queries], grad_k[keys], grad_v[keys]), parts, strict=True):
-                    total += part
-            grads = torch.autograd.grad((k, v), inputs, (grad_k.to(k.dtype), grad_v.to(v.dtype)))
+            grad_kv = _piece_backward(grad, q, k.detach(), v.detach(), out, lse, piece, ctx.scale, grad_q)
+            grads = torch.autograd.grad((k, v), inputs, grad_kv)
             grad_rows[index] = grads[0]
             if grad_weight is not None:
                 grad_weight += grads[1]
+            del k, v, grad_kv, grads  # else they would exist beside those of the next piece
         return grad_q.to(q.dtype), shard.reduce_scatter(grad_rows), grad_weight, None, None, None
+
+
+def _piece_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    piece: KeyPiece,
+    scale: float,
+    grad_q: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a piece's keys and values (n, H, w); those of queries are added to `grad_q` (N, H, w) fp32."""
+    grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    for queries, keys, causal in piece.blocks:
+        parts = block_backward(grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries], causal, scale)
+        for total, part in zip((grad_q[queries], grad_k[keys], grad_v[keys]), parts, strict=True):
+            total += part
+    return grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def _run(function: Any, *arguments: Any) -> Any:

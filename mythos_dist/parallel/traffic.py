@@ -46,9 +46,10 @@ def group_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callabl
     same of its experts), `world`, and `tied`, stages that share a weight, in several replicas; within one replica these
     are `pipe`. Groups with the same ranks get the first name that fits.
     """
-    groups = {}
-    for name, groups_of_axis in axis_groups(parallel, world_size).items():
-        groups[name] = next(set(group) for group in groups_of_axis if rank in group)
+    groups, axes = {}, axis_groups(parallel, world_size)
+    # The context axis' own group is known to `Traffic`; one of DeepSpeed's with the same ranks is its data axis.
+    for name in ("data", "pipe", "data_context", *axes):
+        groups[name] = next(set(group) for group in axes[name] if rank in group)
     tensor = parallel.tensor
     tensor_rank, stride = rank % tensor, parallel.context * tensor  # from one pipeline stage to the next
     replica_size = parallel.pipe * stride

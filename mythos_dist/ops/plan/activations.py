@@ -111,9 +111,10 @@ class LayerActivations:
         width = max(c.head_dim, c.v_head_dim) if c.attn_type == "mla" else c.head_dim
         entry = c.kv_lora_rank + c.qk_rope_head_dim if c.attn_type == "mla" else 2 * self.kv_heads * c.head_dim
         gathered = float(work.gathered * entry * b)
-        # Of a piece keys and values, their gradients in fp32; of queries the output's gradient and, in fp32, theirs.
-        piece = work.piece * H * width * (2 * b + 8)
-        return gathered, gathered + piece + self.N * H * width * (4 + b)
+        # Of a piece: keys, keys before their norm, values; gradients in fp32, and those of a block. Of queries: the
+        # gradient of the output, gradients in fp32, and those of a block.
+        piece = work.piece * H * width * (4 * b + 8 + (b if c.qk_norm and c.attn_type == "mla" else 0))
+        return gathered, gathered + piece + self.N * H * width * (4 + 2 * b)
 
     def shared_kv(self) -> float:
         """Bytes of the keys and values that loops share, once per group of loops; 0 if every loop has its own."""
