@@ -59,11 +59,11 @@ class StageLayer(nn.Module):
         """The flat tensor for the next stage; on the last stage the objective ()."""
         inputs, model = self.inputs.popleft(), self.model
         context = model.context(inputs.input_ids, inputs.document_ids)
-        shard = context.shard
+        shard, (B, S) = context.shard, inputs.input_ids.shape
         if model.stage.is_first:
             activations = Activations(inputs.input_ids if shard is None else shard.local(inputs.input_ids))
         else:
-            specs = model.input_shapes(*inputs.input_ids.shape, inputs.readouts)
+            specs = model.input_shapes(B, S, inputs.readouts)
             activations = Activations.unflatten(unpack(received, list(specs.values())), specs)
         activations, counts = model.run(activations, inputs.loop_range, inputs.loops, context)
         self.counts.append(counts)
