@@ -1,18 +1,25 @@
-"""Read shards from a store, as training does and with StreamingDataset: time to the first batch, waits, bytes.
+"""Read shards from a store, as training does and with StreamingDataset: first batch, waits, requests, bytes.
 
+    python benchmarks/remote_shards.py                       # a store on this machine: 200 ms, 20 MB/s per connection
     python benchmarks/remote_shards.py s3://bucket/shards --step-seconds 0.5 --batch 256
 
 Each side runs in a process of its own, with an empty cache. After each batch it sleeps as long as a step would compute.
-`local` reads a copy of the shards from a disk, if there is one: the time that reading takes without a store.
+`waits` is the time between a batch's request and its arrival. Part of it is work: reading, decoding and converting
+takes CPU time (`of which CPU`) without a store, too. `local` reads a copy of the shards from a disk: its waits are
+those of a loaded machine, and what the other sides have more than that is due to the store.
 """
 
 import argparse
+import contextlib
+import hashlib
+import importlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +28,141 @@ import numpy as np
 from mythos_dist.errors import run_command
 
 SIDES = ("ours", "streaming", "local")
+SHARDS, WINDOWS, SEQ_LEN, VOCAB_SIZE = 40, 1000, 2048, 1 << 16  # of the store on this machine
 
 
 def main() -> None:
     """Parse the command line, run all sides, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("url", help="a folder of shards with manifest.json in a store")
+    add("url", nargs="?", help="a folder of shards with manifest.json in a store (default: one on this machine)")
     add("--local", help="the same folder on a disk")
+    add("--seq-len", type=int, default=SEQ_LEN, help="of the shards (default: %(default)s)")
+    add("--vocab-size", type=int, default=VOCAB_SIZE, help="of the shards, or more (default: %(default)s)")
     add("--batch", type=int, default=256, help="sequences per step (default: %(default)s)")
     add("--steps", type=int, default=100, help="(default: %(default)s)")
     add("--step-seconds", type=float, default=0.2, help="seconds that a step computes (default: %(default)s)")
     add("--block", type=int, help="sequences of a shuffle block (default: as training)")
+    add("--latency", type=float, default=0.2, help="of the store on this machine, seconds (default: %(default)s)")
+    add("--rate", type=float, default=20, help="of each of its connections, MB/s (default: %(default)s)")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)
     add("--cache", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(measure(arguments)), flush=True)
         os._exit(0)  # downloads may be in progress
-    print(f"{'':10} first batch   waits after step 3   longest    cache")
-    for side in SIDES if arguments.local else SIDES[:2]:
-        result = run_side(side)
+    if arguments.url:
+        compare([*sys.argv], arguments.local is not None, lambda: "")
+        return
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), arguments.latency, arguments.rate) as requests:
+        given = ["s3://benchmark/data", "--local", folder, "--block", str(4 * WINDOWS), "--step-seconds", "0.1"]
+        compare([sys.argv[0], *given, *sys.argv[1:]], True, requests)
+
+
+def compare(command: list[str], has_local: bool, requests: Callable[[], str]) -> None:
+    """Run each side and print a line of the table. `requests`: what a side has requested, since the last call."""
+    print(f"{'':10} first batch   waits after step 3   of which CPU   longest      cache  requests")
+    for side in SIDES if has_local else SIDES[:2]:
+        result = run_side(command, side)
         print(
             f"{side:10} {result['first']:9.2f} s   {result['waits']:7.2f} s {100 * result['share']:6.2f} %   "
-            f"{result['longest']:5.2f} s   {result['cache'] / 1e6:.1f} MB",
+            f"{100 * result['cpu']:10.2f} %   {result['longest']:5.2f} s   {result['cache'] / 1e6:5.1f} MB  "
+            f"{requests()}",
             flush=True,
         )
 
 
-def run_side(side: str) -> dict[str, float]:
+@contextlib.contextmanager
+def serving(folder: Path, latency: float, rate: float) -> Iterator[Callable[[], str]]:
+    """Write shards to `folder`, and serve them from s3://benchmark/data by a process of its own."""
+    import multiprocessing
+
+    write_shards(folder)
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    server = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(theirs, folder, latency, rate), daemon=True
+    )
+    server.start()
+    os.environ.update(ours.recv())
+
+    def requests() -> str:
+        ours.send("requests")
+        return ours.recv()
+
+    try:
+        yield requests
+    finally:
+        server.kill()
+
+
+def serve(connection: Any, folder: Path, latency: float, rate: float) -> None:
+    """The S3 server of the tests, package moto, behind their proxy."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    with importlib.import_module("helpers.s3").serving_s3() as store:
+        store.upload(folder, "benchmark")
+        store.proxy.latency, store.proxy.bytes_per_second = latency, rate * 1e6
+        connection.send(store.env)
+        while True:
+            connection.recv()
+            methods = Counter(method for method, _ in store.proxy.log)
+            store.proxy.log.clear()
+            connection.send(", ".join(f"{number} {method}" for method, number in methods.most_common()) or "none")
+
+
+def write_shards(folder: Path) -> None:
+    """SHARDS files of random tokens, 4 MB each, with the index, tokenizer and manifest of a conversion."""
+    from mythos_dist.data.manifest import (
+        EMPTY_INDEX,
+        FORMAT_VERSION,
+        DocumentCounts,
+        Filters,
+        ShardManifest,
+        SplitCounts,
+        index_fingerprint,
+    )
+    from mythos_dist.prepare.mds import ShardWriter
+
+    (folder / "heldout").mkdir(parents=True)
+    (folder / "heldout" / "index.json").write_text(EMPTY_INDEX)
+    (folder / "tokenizer.model").write_bytes(b"benchmark")
+    shards, draw = [], np.random.RandomState(0)
+    for number in range(SHARDS):
+        name = f"part-{number:05}"
+        writer = ShardWriter(folder / "train" / name, SEQ_LEN, "uint16", None, f"{name}/")
+        writer.add(draw.randint(3, VOCAB_SIZE, WINDOWS * (SEQ_LEN + 1)).astype(np.uint16))
+        writer.finish()
+        shards += writer.shards
+    (folder / "train" / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    windows = SHARDS * WINDOWS
+    tokens = windows * (SEQ_LEN + 1)
+    manifest = ShardManifest(
+        format_version=FORMAT_VERSION,
+        seq_len=SEQ_LEN,
+        dtype="uint16",
+        vocab_size=VOCAB_SIZE,
+        eos="</s>",
+        eos_id=2,
+        tokenizer="tokenizer.model",
+        tokenizer_sha256=hashlib.sha256(b"benchmark").hexdigest(),
+        heldout=0.0,
+        compression=None,
+        text_column="text",
+        sample_by="document",
+        filters=Filters(),
+        inputs=(),
+        documents=DocumentCounts(),
+        splits={"train": SplitCounts(0, tokens, windows, tokens, 0, 0), "heldout": SplitCounts(0, 0, 0, 0, 0, 0)},
+        fingerprint=index_fingerprint(folder),
+    )
+    (folder / "manifest.json").write_text(json.dumps(manifest.to_json()))
+
+
+def run_side(command: list[str], side: str) -> dict[str, float]:
     """The result of a side, in a process of its own with an empty cache."""
     import subprocess
 
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, *sys.argv, "--side", side, "--cache", cache]
+        command = [sys.executable, *command, "--side", side, "--cache", cache]
         lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         size = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())
         return json.loads(lines[-1]) | {"cache": size}
@@ -65,15 +173,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     sides = {"ours": read_ours, "local": read_ours, "streaming": read_streaming}
     batches = sides[arguments.side](arguments)
     next(batches)  # imports are done
-    waits, began = [], time.perf_counter()
+    waits, cpu, began = [], [], time.perf_counter()
     for _ in range(arguments.steps):
-        asked = time.perf_counter()
+        asked, worked = time.perf_counter(), time.thread_time()
         if next(batches, None) is None:
             break
         waits.append(time.perf_counter() - asked)
+        cpu.append(time.thread_time() - worked)
         time.sleep(arguments.step_seconds)
     total, late = time.perf_counter() - began, waits[3:]
-    return {"first": waits[0], "waits": sum(late), "share": sum(late) / total, "longest": max(late)}
+    shares = {"share": sum(late) / total, "cpu": sum(cpu[3:]) / total}
+    return {"first": waits[0], "waits": sum(late), "longest": max(late), **shares}
 
 
 def read_ours(arguments: argparse.Namespace) -> Iterator[Any]:
@@ -81,9 +191,7 @@ def read_ours(arguments: argparse.Namespace) -> Iterator[Any]:
     from mythos_dist.data import order
     from mythos_dist.data.corpora import open_corpora
     from mythos_dist.data.lookahead import Lookahead
-    from mythos_dist.data.manifest import read_shard_manifest
     from mythos_dist.data.prefetch import Prefetcher
-    from mythos_dist.data.remote import read_manifest
     from mythos_dist.data.shard_cache import ShardCache
     from mythos_dist.data.stream import ReplicaStream
 
@@ -91,8 +199,7 @@ def read_ours(arguments: argparse.Namespace) -> Iterator[Any]:
     order.SHUFFLE_BLOCK = arguments.block or order.SHUFFLE_BLOCK
     is_local = arguments.side == "local"
     name, batch = arguments.local if is_local else arguments.url, arguments.batch
-    manifest = read_shard_manifest(name) if is_local else read_manifest(name)
-    shape: dict[str, Any] = {"seq_len": manifest.seq_len, "vocab_size": manifest.vocab_size}
+    shape: dict[str, Any] = {"seq_len": arguments.seq_len, "vocab_size": arguments.vocab_size}
     corpora = open_corpora({name: 1}, **shape, splits=["train"], cache=arguments.cache)
     cache = ShardCache(Path(arguments.cache))
     rest: dict[str, Any] = dict(global_batch=batch, micro_batch=batch, replica=0, num_replicas=1, seed=0, cache=cache)

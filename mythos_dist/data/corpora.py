@@ -21,7 +21,7 @@ from mythos_dist.data.manifest import (
     read_shard_manifest,
 )
 from mythos_dist.data.mix import Mix, MixChange, integer_weights
-from mythos_dist.data.remote import cache_folder, mirror, read_remote_manifest, tokenizer_file
+from mythos_dist.data.remote import cache_folder, open_remote, tokenizer_file
 from mythos_dist.data.shard import Shard, max_bytes
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
@@ -99,8 +99,7 @@ def _open_corpus(name: str, splits: Sequence[str], cache: str | Path | None) -> 
     """A folder of shards or its URL, with weight 0, and its problems. Raises UserError and OSError."""
     url = name if is_url(name) else ""
     if url:
-        manifest = read_remote_manifest(url)
-        folder = mirror(url, manifest, cache_folder(cache))
+        manifest, folder = open_remote(url, cache_folder(cache))
     else:
         folder = Path(name)
         manifest = read_shard_manifest(folder)

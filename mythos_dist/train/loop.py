@@ -83,6 +83,8 @@ class Run:
         session.on_failure = session.stop.on_exit = lambda reason: self.record_status("failed", reason)
         session.keepalive = self.fence.heartbeat
         hooks.begin_run(self.fence.start)
+        self.spikes = Spikes.load(config.faults, self.run_dir)
+        self.feed.begin(self.next_batches, self.step + 1, self.last_step)  # downloads begin while the engine is built
         session.enter_phase("building the engine")
         from mythos_dist.train.engine import Engine  # see there why it is imported after the process group exists
 
@@ -93,8 +95,6 @@ class Run:
         """Load the checkpoint or the parent, open the files of the run, and evaluate a new run."""
         checkpoint, previous = self.resume.checkpoint, self.previous
         parent = checkpoint if self.resume.begins_stage else self.resume.parent
-        self.spikes = Spikes.load(self.config.faults, self.run_dir)
-        self.feed.begin(self.next_batches, self.step + 1, self.last_step)
         if parent:
             if self.rank == 0:
                 print(*describe_start(self.config, parent, self.lineage, self.corpora), sep="\n", flush=True)
