@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "generate": {"train", "checkpoint", "model", "parallel", "data", "config"},
     "evaluate": {"generate", "train", "checkpoint", "model", "parallel", "data", "config"},
     "serve": {"generate", "checkpoint", "model", "data", "config"},
-    "prepare": {"data", "config"},
+    "prepare": {"data", "store", "config"},
     "ops.cluster": {"parallel", "config"},
     "ops.plan": {"train", "model", "parallel", "config"},
     "ops": {

@@ -72,6 +72,10 @@ ELSEWHERE = (  # commands that other tests run
     *("python tools/make_sample_data.py", "python -m mythos_dist.train configs/recipes/"),  # train/test_recipes.py
     "python tools/make_shards.py --format chat",  # that and prepare/test_conversations.py
     "python tools/import_tokens.py SOURCE...",  # prepare/test_import_tokens.py
+    "python tools/make_shards.py --input 's3://bucket",  # prepare/test_store_output.py
+    "python tools/verify_shards.py s3://",
+    "python tools/make_shards.py --input 'hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT'",
+    "python tools/train_tokenizer.py --input 'hf://",
     "python -m mythos_dist.train configs/300m.yaml data.path=shards/chat",  # train/test_conversations.py
     "python tools/generate.py runs/tuned --chat",  # test_first_use.py
     "python tools/generate.py RUN ",  # test_first_use.py

@@ -15,7 +15,7 @@ from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import run_command
 from mythos_dist.prepare.command import add_conversion_options, run_conversion
 
-OPTIONS = "heldout compression workers quiet".split()  # passed to convert() unchanged
+OPTIONS = "heldout compression workers quiet scratch".split()  # passed to convert() unchanged
 
 
 def parse() -> argparse.Namespace:
@@ -24,7 +24,6 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("sources", nargs="+", type=path_text, metavar="SOURCE", help="prefixes, files or folders")
     add("--tokenizer", required=True, type=Path, help="that the tokens are of: a SentencePiece model or tokenizer.json")
-    add("--out", required=True, type=Path, help="output folder")
     add("--seq-len", type=int, default=4096, help="tokens per window; one more is stored, for the labels (%(default)s)")
     add("--format", default="auto", help="auto, megatron, nanoset, datasets or mds (%(default)s)")
     add("--documents", default="auto", help="what ends one: stored (rows and EOS), eos (EOS only), auto (%(default)s)")

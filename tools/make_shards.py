@@ -13,7 +13,7 @@ from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import run_command
 from mythos_dist.prepare.command import add_conversion_options, run_conversion
 
-OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet".split()  # passed to convert() unchanged
+OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet scratch".split()  # passed to convert() unchanged
 
 
 def parse() -> argparse.Namespace:
@@ -23,7 +23,6 @@ def parse() -> argparse.Namespace:
     add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
     add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
     add("--seq-len", required=True, type=int, help="tokens per window; one more is stored, for the labels")
-    add("--out", required=True, type=Path, help="output folder")
     add("--dedup", action="store_true", help="keep only the first of equal documents (reads the input twice)")
     add("--min-score", type=float, help="leave out documents with a lower `score` column")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")

@@ -1,7 +1,7 @@
-"""Verify that a folder of shards is complete and undamaged, after a copy or before a long run.
+"""Verify that a folder of shards, or its copy in a store, is complete and undamaged: after a copy or before a long run.
 
-Reads every byte once, writes nothing. Exit code 0: all good. 1: problems found. 2: no such folder, or an unfinished
-conversion.
+Reads every byte once, writes nothing. Exit code 0: all good. 1: problems found. 2: no such folder, an unfinished
+conversion, or a store that cannot be reached.
 """
 
 import argparse
@@ -9,26 +9,26 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mythos_dist.config.arguments import parse_arguments
+from mythos_dist.config.arguments import parse_arguments, path_text
 from mythos_dist.errors import UserError, exit_with, run_command
 from mythos_dist.units import count
+from mythos_dist.urls import is_url
 
 if TYPE_CHECKING:
     from mythos_dist.prepare.verify import VerifyReport
 
 MAX_LINES = 100  # of bad shards that are printed
-ADVICE = "copy these files again from their source, or delete the folder and run tools/make_shards.py again"
+ADVICE = "copy these files there again from their source, or delete the folder and run tools/make_shards.py again"
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder of shards, with manifest.json")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes (%(default)s); 0: none")
+    add("folder", type=path_text, metavar="DIR", help="folder of shards, with manifest.json, or its URL")
+    add("--workers", type=int, help="worker processes; 0: none (default: one per core, at least 8 for a URL)")
     add("--json", action="store_true", help="print the report as JSON on standard output")
     add("--quiet", action="store_true", help="print problems only")
     return parse_arguments(parser)
@@ -40,7 +40,7 @@ def main() -> None:
     from mythos_dist.prepare.verify import verify
 
     try:
-        report = verify(arguments.folder, workers=arguments.workers, quiet=arguments.quiet)
+        report = verify(arguments.folder, workers=workers_of(arguments), quiet=arguments.quiet)
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
@@ -51,6 +51,14 @@ def main() -> None:
     elif not (arguments.quiet and report.ok):
         print("\n".join(lines(report)))
     sys.exit(0 if report.ok else 1)
+
+
+def workers_of(arguments: argparse.Namespace) -> int:
+    """Worker processes; each reads one shard at a time, and those of a store mostly wait for it."""
+    if arguments.workers is not None:
+        return arguments.workers
+    cores = len(os.sched_getaffinity(0))
+    return max(8, cores) if is_url(arguments.folder) else cores
 
 
 def lines(report: "VerifyReport") -> list[str]:

@@ -10,10 +10,10 @@ partial windows at their ends are joined in `part-tails`. An interrupted convers
 out/unfinished has the records of finished parts. The manifest is written last.
 """
 
-import json
+import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import sleep
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from mythos_dist.prepare.finish import finish_conversion
 from mythos_dist.prepare.heldout import is_one_stream, switch_to_one_stream, too_few_documents
 from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source, Unreadable, content_hash
 from mythos_dist.prepare.listing import Listing, list_inputs
+from mythos_dist.prepare.output import Output
 from mythos_dist.prepare.part import (
     UNFINISHED,
     ConversionJob,
@@ -37,18 +38,19 @@ from mythos_dist.prepare.part import (
     PartRecord,
     read_record,
     split_into_parts,
-    write_atomically,
 )
 from mythos_dist.prepare.part_converter import PartConverter, convert_part, document_digests
 from mythos_dist.prepare.pool import WorkerPool
 from mythos_dist.prepare.progress import ConversionProgress
-from mythos_dist.prepare.resume import finished_manifest, lock_output
+from mythos_dist.prepare.resume import lock_output
 from mythos_dist.prepare.spans import Chunks, Columns, divide
+from mythos_dist.prepare.store_output import StoreOutput
 from mythos_dist.prepare.token_converter import TokenPartConverter
 from mythos_dist.prepare.tokens.documents import LONG_TOKENS
 from mythos_dist.prepare.tokens.files import inspect_source
 from mythos_dist.prepare.tokens.listing import list_token_sources
 from mythos_dist.prepare.tokens.preview import preview_lines
+from mythos_dist.urls import is_url
 
 ATTEMPTS, RETRY_SECONDS = 4, 2.0  # to read remote input; the pause doubles
 NO_ROWS = np.empty(0, np.int64)
@@ -69,20 +71,23 @@ def convert(
     max_unpack_ratio: float = MAX_RATIO,
     workers: int = 0,
     quiet: bool = False,
+    scratch: str | Path | None = None,
 ) -> ShardManifest:
-    """Tokenize and pack the documents of `inputs` into the folder `out`; returns its manifest.
+    """Tokenize and pack the documents of `inputs` into the folder `out`, which may be a URL; returns its manifest.
 
     `heldout`: share of documents in [0, 1) for the held-out split (of windows if there are too few documents); 0: no
     held-out split. `compression`: zstd or zstd:1 … zstd:22. `skip_bad`: skip and count what cannot be read.
     `max_unpack_ratio`: how many times its size an input may unpack to (64 MB are always allowed). `workers`:
-    processes; 0: only this one. `quiet`: no progress on standard error.
+    processes; 0: only this one. `quiet`: no progress on standard error. `scratch`: of a URL, where parts are made
+    before they are uploaded; None: below the system's temporary folder.
 
     If `out` holds this conversion, nothing is done; if it holds an unfinished one, it is resumed. Raises UserError if
     it holds anything else, or if the inputs cannot be read.
     """
     filters, columns = filters or Filters(), columns or Columns()
+    output = StoreOutput(str(out), scratch) if is_url(out) else Output(Path(out))
     job = ConversionJob(
-        out=Path(out),
+        out=output.out,
         seq_len=seq_len,
         dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         vocab_size=tokenizer.vocab_size,
@@ -99,8 +104,12 @@ def convert(
     else:
         listing = list_inputs(inputs, job.out, max_unpack_ratio)
     try:
-        with WorkerPool(workers, tokenizer) as worker_pool, ConversionProgress(worker_pool, quiet) as progress:
-            return _Conversion(job, tokenizer, worker_pool, progress).run(listing)
+        with (
+            contextlib.closing(output),
+            WorkerPool(workers, tokenizer) as worker_pool,
+            ConversionProgress(worker_pool, quiet, output) as progress,
+        ):
+            return _Conversion(job, tokenizer, worker_pool, progress, output).run(listing)
     except OSError as error:
         raise UserError(
             f"{error.strerror or error}: fix that (if the disk is full, free space) and run the same command again; "
@@ -144,15 +153,23 @@ class _InspectedInput:
 class _Conversion:
     """One conversion with its worker processes and progress display."""
 
-    def __init__(self, job: ConversionJob, tokenizer: Tokenizer, workers: WorkerPool, progress: ConversionProgress):
+    def __init__(
+        self,
+        job: ConversionJob,
+        tokenizer: Tokenizer,
+        workers: WorkerPool,
+        progress: ConversionProgress,
+        output: Output,
+    ):
         self._job, self._tokenizer, self._workers, self._progress = job, tokenizer, workers, progress
+        self._output = output
 
     def run(self, listing: Listing) -> ShardManifest:
         job = self._job
         inspected = self._inspect(listing)
         settings = _settings(inspected, job, self._tokenizer)
-        if manifest := finished_manifest(job.out, settings):
-            self._progress.log(f"{job.out}: already converted with these settings; nothing to do")
+        if manifest := self._output.finished_manifest(settings):
+            self._progress.log(f"{self._output.name}: already converted with these settings; nothing to do")
             return manifest
         for line in listing.lines():
             self._progress.log(line)
@@ -160,7 +177,7 @@ class _Conversion:
             for line in preview_lines([one.chunks for one in inspected if one.chunks], rules, self._tokenizer):
                 self._progress.log(line)
         with lock_output(job.out):
-            write_atomically(job.out / UNFINISHED / "settings.json", json.dumps(settings, default=asdict))
+            self._output.begin(settings)
             parts = list(split_into_parts([one.chunks for one in inspected if one.chunks]))
             duplicates = self._find_duplicates(parts) if job.filters.dedup else [NO_ROWS] * len(parts)
             records = self._convert_all(parts, duplicates)
@@ -169,7 +186,7 @@ class _Conversion:
             for record in records:
                 skipped += record.skipped
             settings["left_out"] = tuple(listing.left_out)
-            return finish_conversion(job, records, settings, skipped, self._tokenizer)
+            return finish_conversion(job, records, settings, skipped, self._tokenizer, self._output)
 
     def _inspect(self, listing: Listing) -> list[_InspectedInput]:
         """Hash and chunks of every input. Raises UserError with all unreadable inputs, unless they are skipped."""
@@ -209,6 +226,7 @@ class _Conversion:
             if not too_few_documents(job, records):
                 return records
             switch_to_one_stream(job)
+            self._output.begin_one_stream()
             self._workers.start()
         job = replace(job, heldout=0.0)
         records = list(self._convert_parts(job, parts, duplicates, "converting again, without held-out documents"))
@@ -225,7 +243,7 @@ class _Conversion:
         limit = job.filters.limit_tokens
         finished: dict[int, PartRecord] = {}
         for part in parts:
-            record = read_record(job, part)
+            record = read_record(job, part, self._output.size_of)
             if record and (record.limit is None or limit):
                 finished[part.index] = record
         self._progress.begin(title, sum(part.size for part in parts))
@@ -240,6 +258,7 @@ class _Conversion:
                 task = (job, part, remaining, duplicates[part.index])
                 (record,) = self._workers.map(_convert_part, [task], self._progress.update)
             self._progress.add_written(record.disk_bytes)
+            self._output.add(part, record, self._progress.update)
             yield record
             if remaining is not None:
                 remaining -= record.tokens_with_eos

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +21,9 @@ from mythos_dist.data.manifest import (
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.heldout import CUT, KEPT, add_counts, cut_windows, is_one_stream
+from mythos_dist.prepare.output import Output
 from mythos_dist.prepare.packing import WindowPacker, divide
-from mythos_dist.prepare.part import OUTCOMES, UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
+from mythos_dist.prepare.part import OUTCOMES, ConversionJob, PartRecord, stored_file, write_atomically
 from mythos_dist.units import count
 
 TAILS = "part-tails"  # the folder of windows that are joined from the partial windows of all parts
@@ -36,6 +36,7 @@ def finish_conversion(
     settings: dict[str, Any],
     skipped: list[Skipped],
     tokenizer: Tokenizer,
+    output: Output,
 ) -> ShardManifest:
     """Write the joined windows, indexes and manifest, and remove every file that is not part of the result."""
     shards: dict[str, list[dict[str, Any]]] = {}
@@ -44,11 +45,11 @@ def finish_conversion(
         shards[split], splits[split] = _join_tails(job, split, records)
     one_stream = is_one_stream(job)
     if one_stream:
-        shards["train"], shards["heldout"], splits["heldout"] = cut_windows(job, shards["train"])
+        shards["train"], shards["heldout"], splits["heldout"] = cut_windows(job, shards["train"], output)
         splits["train"] = add_counts(splits["train"], splits["heldout"], sign=-1)  # it keeps the partial window
     if not splits["train"].windows:
-        _remove_output(job)
-        raise UserError(_no_window(job, splits["train"].tokens), str(job.out))
+        output.discard()
+        raise UserError(_no_window(job, splits["train"].tokens), output.name)
     for split in SPLITS:
         _write_index(job, split, shards[split])
     outcomes = {outcome: sum(record.documents[outcome] for record in records) for outcome in OUTCOMES}
@@ -74,8 +75,7 @@ def finish_conversion(
         heldout_by="window" if one_stream else "document",
         token_counts=tokens,
     )
-    write_atomically(job.out / "manifest.json", json.dumps(manifest.to_json(), indent=2) + "\n")
-    shutil.rmtree(job.out / UNFINISHED)
+    output.publish(manifest, shards)
     return manifest
 
 
@@ -149,10 +149,3 @@ def _no_window(job: ConversionJob, tokens: int) -> str:
         f"{count(tokens, 'token')} of text {'does' if tokens == 1 else 'do'} not fill one window of "
         f"seq_len={job.seq_len}; give more text or a smaller seq_len"
     )
-
-
-def _remove_output(job: ConversionJob) -> None:
-    for name in (*SPLITS, UNFINISHED):
-        shutil.rmtree(job.out / name, ignore_errors=True)
-    with suppress(OSError):  # it holds other files
-        job.out.rmdir()

@@ -22,6 +22,7 @@ import xxhash
 
 from mythos_dist.data import loss_mask
 from mythos_dist.data.manifest import SPLITS, SplitCounts
+from mythos_dist.prepare.output import Output
 from mythos_dist.prepare.part import UNFINISHED, ConversionJob, PartRecord, stored_file, write_atomically
 
 ONE_STREAM = "one-stream"  # the marker file in out/unfinished
@@ -69,7 +70,7 @@ def too_few_documents(job: ConversionJob, records: Iterable[PartRecord]) -> bool
 
 
 def cut_windows(
-    job: ConversionJob, shards: list[dict[str, Any]]
+    job: ConversionJob, shards: list[dict[str, Any]], output: Output
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SplitCounts]:
     """Move the held-out share from the end of train/'s `shards` (entries of index.json) to heldout/.
 
@@ -86,7 +87,8 @@ def cut_windows(
     counts = SplitCounts(0, 0, 0, 0, 0, 0)
     kept_windows = windows - heldout_windows - windows_before  # of the shard `first`
     for shard in shards[first:]:
-        values = read_windows(job.out / "train", shard, job)
+        file = stored_file(shard)
+        values = read_windows(output.restore(f"train/{file['basename']}", file), shard, job)
         kept.add(values[:kept_windows].ravel())
         cut.add(values[kept_windows:].ravel())
         counts = add_counts(counts, count_windows(job, values[kept_windows:]))
@@ -97,9 +99,9 @@ def cut_windows(
     return shards[:first] + kept.shards, cut.shards, counts
 
 
-def read_windows(folder: Path, shard: dict[str, Any], job: ConversionJob) -> np.ndarray:
-    """All windows (N, job.window) of a shard that this conversion wrote to `folder`."""
-    content = (folder / stored_file(shard)["basename"]).read_bytes()
+def read_windows(file: Path, shard: dict[str, Any], job: ConversionJob) -> np.ndarray:
+    """All windows (N, job.window) of a shard that this conversion wrote to `file`."""
+    content = file.read_bytes()
     if shard["zip_data"]:
         content = pa.Codec("zstd").decompress(content, shard["raw_data"]["bytes"], asbytes=True)
     count = shard["samples"] * job.window

@@ -11,7 +11,7 @@ Decisions: DATA-7.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,10 @@ def split_into_parts(files: list[Chunks]) -> Iterator[ConversionPart]:
         yield ConversionPart(index, tuple(spans))
 
 
-def read_record(job: ConversionJob, part: ConversionPart) -> PartRecord | None:
+def read_record(job: ConversionJob, part: ConversionPart, size_of: Callable[[str], int]) -> PartRecord | None:
     """The record of a finished part, or None if there is none or one of its files is missing or has another size.
 
+    size_of: bytes of a file, by its name below the output folder; raises OSError if it is missing.
     With a held-out share of 0, a part with held-out documents does not count as finished: see heldout.py.
     """
     try:
@@ -155,7 +156,7 @@ def read_record(job: ConversionJob, part: ConversionPart) -> PartRecord | None:
         record.skipped = [Skipped(**one) for one in record.skipped]  # type: ignore[arg-type]
         for split in SPLITS:
             for file in map(stored_file, record.shards[split]):
-                if (job.out / split / file["basename"]).stat().st_size != file["bytes"]:
+                if size_of(f"{split}/{file['basename']}") != file["bytes"]:
                     return None
         if not job.heldout and record.documents_in["heldout"]:
             return None

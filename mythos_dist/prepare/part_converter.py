@@ -38,6 +38,7 @@ def convert_part(
     `converter`: of text or of conversations. `limit`: the document that reaches this many tokens (EOS included) is the
     last. `duplicates`: rows of `document_digests` that are left out. Raises UserError for input that cannot be read.
     """
+    (job.out / UNFINISHED / f"{part.name}.json").unlink(missing_ok=True)  # of another limit
     for split in SPLITS:
         for folder in (part.name, f"{part.name}.tmp"):
             shutil.rmtree(job.out / split / folder, ignore_errors=True)

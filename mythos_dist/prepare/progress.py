@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mythos_dist.prepare.output import Output
 from mythos_dist.prepare.pool import WorkerPool
 
 LINE_SECONDS = 60.0  # between two lines if standard error is not a terminal
@@ -14,8 +15,8 @@ LINE_SECONDS = 60.0  # between two lines if standard error is not a terminal
 class ConversionProgress:
     """Shows text read, tokens per second, time left and bytes written. A context manager."""
 
-    def __init__(self, workers: WorkerPool, quiet: bool):
-        self._workers, self._quiet = workers, quiet
+    def __init__(self, workers: WorkerPool, quiet: bool, output: Output | None = None):
+        self._workers, self._quiet, self._output = workers, quiet, output
         self._is_terminal = sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._written_bytes = 0
@@ -38,6 +39,7 @@ class ConversionProgress:
         self._start = time.monotonic()
         self._next_line = self._start + LINE_SECONDS
         self._done_before = self._workers.done
+        self._uploaded_before = self._output.uploaded if self._output else 0
         hidden = self._quiet or not self._is_terminal
         self._bar = tqdm(total=text_bytes, desc=title, unit="B", unit_scale=True, disable=hidden, leave=False)
 
@@ -60,7 +62,11 @@ class ConversionProgress:
         text, tokens = (now - before for now, before in zip(self._workers.done, self._done_before, strict=True))
         seconds = max(1e-9, time.monotonic() - self._start)
         done = min(self._skipped + text, self._total)
-        rates = f"{tokens / seconds / 1e6:.2f} Mtok/s, {self._written_bytes / 1e9:.2f} GB on disk" if tokens else ""
+        where = "converted" if self._output and self._output.uploaded else "on disk"
+        rates = f"{tokens / seconds / 1e6:.2f} Mtok/s, {self._written_bytes / 1e9:.2f} GB {where}" if tokens else ""
+        if rates and self._output and self._output.uploaded:
+            rate = (self._output.uploaded - self._uploaded_before) / seconds
+            rates += f", {self._output.uploaded / 1e9:.2f} GB uploaded ({rate / 1e6:.1f} MB/s)"
         if self._is_terminal:
             self._bar.n = done
             self._bar.set_postfix_str(rates, refresh=False)

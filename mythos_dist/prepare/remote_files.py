@@ -9,12 +9,17 @@ from mythos_dist.errors import UserError
 from mythos_dist.prepare.file_list import HIDDEN, FileList, ListedFile, leave_out_non_data
 from mythos_dist.prepare.names import is_hidden, kind_of, suffix_of
 from mythos_dist.prepare.patterns import START, advance, is_pattern, names_hidden
-from mythos_dist.urls import has_query, is_url, without_secrets
+from mythos_dist.urls import has_query, is_url, scheme_of, without_secrets
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
     """fsspec's file system and the path in it. Raises UserError if the protocol's package is missing."""
     import fsspec
+
+    if scheme_of(url) == "s3":
+        from mythos_dist.store.s3_files import S3Files
+
+        return S3Files(), url.removeprefix("s3://").rstrip("/")
 
     try:
         return fsspec.core.url_to_fs(url)

@@ -32,7 +32,7 @@ def finished_manifest(out: Path, settings: dict[str, Any]) -> ShardManifest | No
         raise UserError("is a file; name a folder", str(out))
     if (out / "manifest.json").is_file():
         manifest = read_shard_manifest(out)
-        _check_same(out, settings, manifest.to_json())
+        check_same(out, settings, manifest.to_json())
         try:
             changed = index_fingerprint(out) != manifest.fingerprint
         except OSError:
@@ -44,7 +44,7 @@ def finished_manifest(out: Path, settings: dict[str, Any]) -> ShardManifest | No
     unfinished = out / UNFINISHED / "settings.json"
     if unfinished.is_file():
         try:
-            _check_same(out, settings, read_json(unfinished.read_bytes()))
+            check_same(out, settings, read_json(unfinished.read_bytes()))
         except (ValueError, AttributeError, TypeError) as error:
             if not _has_finished_parts(out):
                 _start_over(out)
@@ -79,7 +79,7 @@ def _start_over(out: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def _check_same(out: Path, settings: dict[str, Any], previous: dict[str, Any]) -> None:
+def check_same(out: Path | str, settings: dict[str, Any], previous: dict[str, Any]) -> None:
     """Raises UserError that lists each setting that differs from those of the conversion in `out`."""
     current = json.loads(json.dumps(settings, default=asdict))
     differences = [

@@ -9,6 +9,7 @@ are reported, not only the first: users who copy 10 TB again need the complete l
 
 import contextlib
 import os
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,15 +25,20 @@ from mythos_dist.data.manifest import (
     SplitCounts,
     file_sha256,
     index_fingerprint,
+    read_json,
     read_shard_manifest,
 )
+from mythos_dist.data.remote import INDEXES, MAX_INDEX
 from mythos_dist.data.shard import Shard
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.part import UNFINISHED
 from mythos_dist.prepare.pool import WorkerPool
 from mythos_dist.prepare.progress import ConversionProgress
 from mythos_dist.prepare.verify_shard import MALFORMED, Counted, check_shard
+from mythos_dist.store.fetch import Unavailable, read_object
+from mythos_dist.store.write import WRITABLE, list_files
 from mythos_dist.units import count
+from mythos_dist.urls import is_url, join_url, scheme_of
 
 HELDOUT_BY = ("document", "window")
 
@@ -56,17 +62,50 @@ class VerifyReport:
 
 
 def verify(folder: str | Path, *, workers: int = 0, quiet: bool = True) -> VerifyReport:
-    """Check a folder of shards.
+    """Check a folder of shards, or the URL of one.
 
     `workers`: processes; 0: only this one. `quiet`: no progress on standard error. Raises UserError if the folder is
-    missing or its conversion was never finished; problems of a finished one are in the report.
+    missing, its conversion was never finished, or its store cannot be reached; problems of a finished one are in the
+    report.
     """
     if workers < 0:
         raise UserError(f"workers={workers} must not be negative")
-    begin, folder, report = time.monotonic(), Path(folder), VerifyReport()
+    if not is_url(folder):
+        return _verify(Path(folder), "", workers, quiet)
+    with tempfile.TemporaryDirectory(prefix="mythos-verify-") as copy:
+        copy_descriptions(str(folder), Path(copy))
+        return _verify(Path(copy), str(folder).rstrip("/"), workers, quiet)
+
+
+def copy_descriptions(url: str, folder: Path) -> None:
+    """Copy what describes the shards of a store to `folder`, unchecked; what is missing stays missing. Raises UserError
+    if there is no manifest."""
+    names = ["manifest.json", *INDEXES]
+    for name in names:  # the tokenizer is the last: the manifest names it
+        try:
+            content = read_object(join_url(url, name), MAX_INDEX)
+        except Unavailable as error:
+            if not error.missing:
+                raise
+            if name == "manifest.json":
+                raise UserError(
+                    f"no manifest.json there: not a finished conversion ({error.problems[0]})", url
+                ) from None
+            continue
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        if name == "manifest.json":
+            with contextlib.suppress(*MALFORMED):
+                tokenizer = read_json(content)["tokenizer"]
+                if tokenizer == Path(tokenizer).name:
+                    names.append(tokenizer)
+
+
+def _verify(folder: Path, url: str, workers: int, quiet: bool) -> VerifyReport:
+    begin, report = time.monotonic(), VerifyReport()
     if manifest := _read_manifest(folder, report):
         report.problems += _file_problems(folder, manifest)
-        shards = {split: _read_index(folder, split, manifest, report) for split in SPLITS}
+        shards = {split: _read_index(folder, url, split, manifest, report) for split in SPLITS}
         report.shards = sum(len(some) for some in shards.values())
         report.tokens = report.windows * manifest.tokens_per_window
         with WorkerPool(workers, manifest) as pool, ConversionProgress(pool, quiet) as progress:
@@ -178,10 +217,10 @@ def _file_problems(folder: Path, manifest: ShardManifest) -> list[str]:
     return problems
 
 
-def _read_index(folder: Path, split: str, manifest: ShardManifest, report: VerifyReport) -> list[Shard]:
+def _read_index(folder: Path, url: str, split: str, manifest: ShardManifest, report: VerifyReport) -> list[Shard]:
     """The shards of a split. Their totals and the problems of the list are added to the report."""
     try:
-        shards = read_index(folder, split, manifest.fingerprint)
+        shards = read_index(folder, split, manifest.fingerprint, url)
     except (OSError, UserError) as error:
         report.problems.append(f"{split}/index.json cannot be read ({error}); the shards in {split}/ were not checked")
         return []
@@ -192,15 +231,17 @@ def _read_index(folder: Path, split: str, manifest: ShardManifest, report: Verif
         report.problems.append(f"{split}/index.json lists {count(windows, 'window')}, manifest.json {expected:,}")
     listed = Counter(shard.stored["basename"] for shard in shards)
     report.problems += [f"{split}/index.json lists {name} twice" for name, times in listed.items() if times > 1]
-    existing = {
-        str(Path(path, name).relative_to(folder / split))
-        for path, _, names in os.walk(folder / split)
-        for name in names
-    }
-    if extra := sorted(existing - {"index.json", *listed}):
+    if extra := sorted(_existing(folder / split, join_url(url, split) if url else "") - {"index.json", *listed}):
         names = ", ".join(extra[:3]) + (" …" if len(extra) > 3 else "")
         report.remarks.append(f"{split}/ has {count(len(extra), 'file')} not listed in index.json: {names}")
     return shards
+
+
+def _existing(folder: Path, url: str) -> set[str]:
+    """The names of all files below a folder or its URL; empty for a URL of a scheme that is not listed."""
+    if url:
+        return set(list_files(url)) if scheme_of(url) in WRITABLE else set()
+    return {str(Path(path, name).relative_to(folder)) for path, _, names in os.walk(folder) for name in names}
 
 
 def _check_split(

@@ -1,9 +1,11 @@
 """Check one shard: its entry in index.json, its file's size and hashes, and its header and tokens (format: mds.py)."""
 
+import errno
 import hashlib
+import io
 import json
 import os
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +14,11 @@ import xxhash
 from mythos_dist.data.loss_mask import count_windows
 from mythos_dist.data.manifest import ShardManifest
 from mythos_dist.data.shard import Shard
+from mythos_dist.errors import UserError
 from mythos_dist.prepare import pool
+from mythos_dist.store.fetch import Unavailable, fetch
 from mythos_dist.units import count
+from mythos_dist.urls import join_url
 
 PIECE_BYTES = 1 << 20  # read at a time, in complete windows
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # raised by JSON of an unexpected structure
@@ -39,6 +44,8 @@ def check_shard(shard: Shard) -> tuple[list[str], Counted]:
             problems, counted = _check_file(shard, manifest)
         pool.add_progress(shard.stored["bytes"], 0)
         return problems, counted
+    except UserError:  # the store cannot be reached
+        raise
     except MALFORMED as error:
         return [f"its entry in index.json cannot be read ({type(error).__name__}: {error})"], Counted()
 
@@ -76,8 +83,9 @@ def _check_file(shard: Shard, manifest: ShardManifest) -> tuple[list[str], Count
     """The problems of a shard's file, and what it contains."""
     raw, stored = shard.entry["raw_data"], shard.stored
     try:
-        with open(shard.folder / stored["basename"], "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with _open(shard) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             if size != stored["bytes"]:
                 return [f"has {count(size, 'byte')}, not {stored['bytes']:,}"], Counted()
             if stored is raw:
@@ -95,6 +103,24 @@ def _check_file(shard: Shard, manifest: ShardManifest) -> tuple[list[str], Count
         return [*hashes.problems(), f"cannot be decompressed ({error})"], Counted()
     problems, counted = _check_content(pa.BufferReader(content), shard.entry, manifest)
     return hashes.problems() + [f"decompressed, it {problem}" for problem in problems], counted
+
+
+def _open(shard: Shard) -> IO[bytes]:
+    """The stored file; one of a store is read into memory. Raises OSError if it is missing or has too many bytes, and
+    Unavailable if the store cannot be reached."""
+    if not shard.url:
+        return open(shard.folder / shard.stored["basename"], "rb")
+    content = io.BytesIO()
+    try:
+        fetch(join_url(shard.url, shard.name), content, shard.stored["bytes"])
+    except Unavailable as error:
+        if error.kind == "damaged":
+            raise OSError(errno.EFBIG, f"more than {count(shard.stored['bytes'], 'byte')}") from None
+        if error.missing:
+            raise FileNotFoundError from None
+        raise
+    content.truncate()
+    return content
 
 
 def _check_content(stream: Any, entry: dict[str, Any], manifest: ShardManifest) -> tuple[list[str], Counted]:

@@ -35,7 +35,7 @@ class S3Files(AbstractFileSystem):
                 found += [_file(f"{bucket}/{one['Key']}", one["Size"], one["ETag"]) for one in files]
             return found
 
-        found = _retry(path, list_pages) or [self._file(path)]
+        found = retry(f"s3://{path}", list_pages, START_PATIENCE, "listed") or [self._file(path)]
         return found if detail else [one["name"] for one in found]
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:

@@ -415,7 +415,7 @@ def test_the_tool_lists_all_bad_shards_and_the_remedy(folder):
     assert result.returncode == 1 and result.stderr == ""
     *lines, verdict = result.stdout.splitlines()
     assert lines == [f"{BAD}: {HASHES}", f"{other}: is missing"]
-    assert "2 bad shards, 0 problems" in verdict and "copy these files again" in verdict
+    assert "2 bad shards, 0 problems" in verdict and "copy these files there again" in verdict
     as_json = subprocess.run([sys.executable, TOOL, folder, "--json"], capture_output=True, text=True, timeout=240)
     assert as_json.returncode == 1
     assert [one["shard"] for one in json.loads(as_json.stdout)["bad"]] == [BAD, other]
