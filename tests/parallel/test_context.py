@@ -100,9 +100,10 @@ def test_without_documents_the_division_is_zigzag(ranks):
 
 
 def pairs_of(starts: np.ndarray, sequences: list[list[list[range]]], ranks: int) -> list[int]:
-    """The (query, key) pairs of each rank, counted."""
+    """The (query, key) pairs of each rank: a query sees its document up to itself."""
+    keys = np.arange(1, starts.shape[1] + 1) - starts
     return [
-        sum(int(i - starts[row, i] + 1) for row, one in enumerate(sequences) for r in one[rank] for i in r)
+        sum(int(keys[row, list(r)].sum()) for row, one in enumerate(sequences) for r in one[rank])
         for rank in range(ranks)
     ]
 
