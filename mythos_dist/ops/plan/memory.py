@@ -236,7 +236,9 @@ class _Moments:
                 again = layers.recomputed_attention() if selective else 0.0
                 entries, workspace = self.exchange
                 before_attention = Saved(freed) + layers.mixture()
-                yield moment.memory(3 * (expert + shared), again + workspace, entries, before_attention)
+                # In the last loop the gradients of experts are there; later ones are added to their sums at once.
+                new_gradients = 0.0 if done else 3 * (expert + shared)
+                yield moment.memory(new_gradients, again + workspace, entries, before_attention)
         if uses_bf16_optimizer(self.config):
             # The first loop comes last: the gradient of `down` is copied to fp32 and added to its accumulator.
             first = self._loop(self.live - 1)
