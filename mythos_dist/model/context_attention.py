@@ -163,9 +163,9 @@ def block_backward(
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
         if q.dtype == torch.float32:
             padded = F.pad(lse, (0, -lse.shape[2] % 32), value=torch.inf)  # as the forward kernel returns it
-            bias = torch.Tensor()
+            seed, wanted = seed.to(torch.int64), [True, True, True, False]
             grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-                grad, q, k, v, bias, out, padded, seed[0], seed[1], 0.0, [True] * 3 + [False], causal, scale=scale
+                grad, q, k, v, None, out, padded, seed[0], seed[1], 0.0, wanted, causal, scale=scale
             )
         else:
             none, queries, keys = None, q.shape[2], k.shape[2]
