@@ -102,6 +102,11 @@ def s3_client() -> Any:
     return _s3_client(os.getpid())
 
 
+def forget_clients() -> None:
+    """The next request reads credentials again."""
+    _s3_client.cache_clear()
+
+
 @functools.lru_cache(maxsize=1)
 def _s3_client(process: int) -> Any:
     """Without credentials, requests are not signed: public buckets."""

@@ -1,6 +1,6 @@
 """A real S3 server (moto) on a free port, and a proxy before it that injects faults and counts requests.
 
-moto ignores Content-MD5, so the proxy checks it, as S3 does.
+moto ignores Content-MD5, and fails when an upload that has ended is completed: the proxy does both as S3 does.
 """
 
 import base64
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -108,6 +109,7 @@ class _Proxy(http.server.ThreadingHTTPServer):
         self.complete: list[str] = []  # paths of bodies sent without a fault
         self.log: list[tuple[str, str]] = []  # (method, path and query) of all requests
         self.written: list[tuple[str, str]] = []  # (PUT or DELETE, path) of those that the server has executed
+        self.ended: set[str] = set()  # ids of multipart uploads that were completed or aborted
         self.fault: Callable[[str, int], Fault] = lambda path, number: None  # of the n-th request (from 1) of a path
         self.latency = 0.0  # seconds before each response
         self.bytes_per_second = 0.0  # of each connection; 0: unlimited
@@ -157,6 +159,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 fault = None
         else:
             sent = b""
+        upload = dict(parse_qsl(self.path.partition("?")[2])).get("uploadId", "")
+        if upload in proxy.ended and fault is None:
+            fault = (404, "NoSuchUpload")
         status, code = fault if isinstance(fault, tuple) else (fault, "Injected")
         if isinstance(status, int):
             body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
@@ -181,6 +186,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
         self.send_header("Content-Length", length or "0")
         self.end_headers()
+        if upload and self.command in ("POST", "DELETE") and response.status < 300:
+            proxy.ended.add(upload)
         if self.command in ("PUT", "DELETE") and response.status < 300:
             with proxy.lock:
                 proxy.written.append((self.command, path))
