@@ -45,6 +45,7 @@ bench: $(READY)  ## compare with open-mythos, plain loops and the disk; cost of 
 	$(BIN)/python benchmarks/convert_shards.py --memory
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/remote_shards.py
+	$(BIN)/python benchmarks/remote_checkpoints.py
 
 clean:  ## delete everything that the targets above created
 	rm -rf .venv runs data/sample data/sample-source *.egg-info .pytest_cache .ruff_cache .hypothesis

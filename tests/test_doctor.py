@@ -363,6 +363,13 @@ def test_packages(changes, status, words, monkeypatch):
         (38, 2 * 12.8, "", "ok", []),
         (12, 99, "", "problem", ["need 13 GB more"]),
         (50, 0, "checkpoint.pin=[100]", "note", ["and 1 pinned need 51 GB", "pin fewer"]),
+        (
+            50,
+            0,
+            "checkpoint.remote=s3://b/r",
+            "note",
+            ["and up to 8 that wait for their upload need 141 GB", "remote_backlog"],
+        ),
         # Every fifth of 12 steps, and by name 5 again, 7, and one after the end.
         (
             38,

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "evaluate": {"generate", "train", "checkpoint", "model", "parallel", "data", "config"},
     "serve": {"generate", "checkpoint", "model", "data", "config"},
     "prepare": {"data", "store", "config"},
-    "ops.cluster": {"parallel", "config"},
+    "ops.cluster": {"checkpoint", "parallel", "config"},
     "ops.plan": {"train", "model", "parallel", "config"},
     "ops": {
         "ops.cluster",

@@ -78,21 +78,31 @@ def publish(
 
 
 def prune(
-    folder: Path, newest: CheckpointManifest, keep: int, is_pinned: Callable[[int], bool] = lambda step: False
+    folder: Path,
+    newest: CheckpointManifest,
+    keep: int,
+    is_pinned: Callable[[int], bool] = lambda step: False,
+    is_waiting: Callable[[int], bool] = lambda step: False,
+    backlog: int = 0,
 ) -> None:
-    """Delete this run's checkpoints except the last `keep`, counted from the just published `newest`, and pinned ones.
+    """Delete this run's checkpoints except the last `keep`, counted from the just published `newest`, pinned ones, and
+    the last `backlog` of the others that wait for their upload.
 
     Checkpoints of later steps stay: the run went back to an earlier step, and will replace them when it gets there.
     Folders that this run did not write stay, too, and do not count.
     """
     steps = {path: step for path in folder.iterdir() if (step := step_of(path.name)) is not None}
-    to_keep = keep
+    to_keep, to_wait = keep, backlog
     for path, step in sorted(steps.items(), key=lambda item: -item[1]):
         if step > newest.step or is_pinned(step):
             continue
         if to_keep and is_folder_without_link(path) and (path / MANIFEST_FILE).is_file():
             to_keep -= 1
+        elif not to_keep and to_wait and is_waiting(step):
+            to_wait -= 1
         elif not to_keep and _may_remove(path, newest):
+            if is_waiting(step):
+                log.warning("%s is deleted before its upload: checkpoint.remote_backlog=%d", path.name, backlog)
             with _failure_is_a_warning(path):
                 # Renamed first: a kill in the middle must not leave half a checkpoint under a checkpoint's name.
                 remove_checkpoint(path.rename(path.with_name(temporary_name(step, newest.start))))

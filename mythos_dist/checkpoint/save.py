@@ -35,7 +35,7 @@ from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, TensorEntry
 from mythos_dist.checkpoint.names import remove_checkpoint, temporary_name
 from mythos_dist.checkpoint.publish import prune, publish
-from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
+from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig
@@ -65,10 +65,12 @@ class Saver:
         fence: Fence,
         shards: LocalShards,
         on_progress: Callable[[], None] = lambda: None,
+        is_waiting: Callable[[int], bool] = lambda step: False,
     ):
         """`shards`: views that stay valid until the run ends; `save` reads them.
 
-        `on_progress` is called repeatedly while training waits for a save that makes progress.
+        `on_progress` is called repeatedly while training waits for a save that makes progress. `is_waiting`: on rank 0,
+        whether a step's checkpoint waits for its upload.
         """
         self._folder, self._settings, self._fence = checkpoints, settings, fence
         self._shards = {name: shard for name, shard in shards.items() if shard.writes}
@@ -77,9 +79,11 @@ class Saver:
         self._written = _Written()
         self._saving: CheckpointManifest | None = None
         self._last_is_complete = True
-        self._on_progress, self._tensors_written = on_progress, 0
+        self._on_progress, self._tensors_written, self._is_waiting = on_progress, 0, is_waiting
+        self._pruned_for: CheckpointManifest | None = None  # on rank 0: the newest checkpoint that was published
         self.newest: int | None = None  # step of the newest state that was saved or loaded, published or not
         self.published: int | None = None  # step of the newest published checkpoint
+        self.publications = 0  # by this start
         self._key = raise_on_all_ranks(lambda: signing_key(settings.key_file))
         on_rank_0(self._prepare_folder)
         if settings.background:
@@ -132,7 +136,14 @@ class Saver:
         self._last_is_complete = any_rank(bool(published))
         if self._last_is_complete:
             self.published = manifest.step
+            self.publications += 1
         return self._last_is_complete
+
+    def prune(self) -> None:
+        """On rank 0: delete the checkpoints that are not needed any more, since a newer one was published or they were
+        uploaded. Raises OSError if the folder cannot be listed."""
+        if self._pruned_for:
+            _prune(self._folder, self._pruned_for, self._settings, self._is_waiting)
 
     def _wait(self, thread: threading.Thread) -> None:
         reported = -1
@@ -202,7 +213,8 @@ class Saver:
                 manifest = replace(manifest, files=files, tensors=tensors)
                 with self._fence.guard():
                     publish(temporary, manifest, self._key, self._fence.check)
-                _prune(self._folder, manifest, self._settings)
+                self._pruned_for = manifest
+                self.prune()
         except OSError as error:
             problems = [f"rank 0: {error}"]
         if problems:
@@ -230,16 +242,23 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def prune_complete_run(newest: Checkpoint, settings: CheckpointConfig) -> None:
+def prune_complete_run(
+    folder: Path, newest: CheckpointManifest, settings: CheckpointConfig, is_waiting: Callable[[int], bool]
+) -> None:
     """For a run that is complete and so creates no `Saver`: as a `Saver` does, delete checkpoints beyond
     `settings.keep`. Raises UserError if the folder cannot be read."""
-    folder = newest.folder.parent
     with user_errors(folder):
-        _prune(folder, newest.manifest, settings)
+        _prune(folder, newest, settings, is_waiting)
 
 
-def _prune(folder: Path, newest: CheckpointManifest, settings: CheckpointConfig) -> None:
-    prune(folder, newest, settings.keep, functools.partial(is_pinned, settings=settings))
+def _prune(
+    folder: Path,
+    newest: CheckpointManifest,
+    settings: CheckpointConfig,
+    is_waiting: Callable[[int], bool] = lambda step: False,
+) -> None:
+    pinned = functools.partial(is_pinned, settings=settings)
+    prune(folder, newest, settings.keep, pinned, is_waiting, settings.remote_backlog)
 
 
 def is_pinned(step: int, settings: CheckpointConfig) -> bool:

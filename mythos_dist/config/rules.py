@@ -6,9 +6,11 @@ Decisions: LOOPS-10.
 from collections.abc import Iterator, Set
 
 from mythos_dist.config.layout import Problem, divisors, few, find_layout_problems
-from mythos_dist.config.schema import BY_MODE, Config, DataConfig, MythosConfig, OptimConfig
+from mythos_dist.config.schema import BY_MODE, CheckpointConfig, Config, DataConfig, MythosConfig, OptimConfig
 from mythos_dist.errors import redact
-from mythos_dist.urls import has_secrets, is_url
+from mythos_dist.urls import has_secrets, is_url, scheme_of
+
+_WRITABLE = ("s3", "file")  # as in store/write.py
 
 
 def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
@@ -24,6 +26,7 @@ def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
         *_kv_sharing_problems(config),
         *find_layout_problems(config),
         *_data_problems(config.data),
+        *_remote_problems(config.checkpoint),
         *_run_problems(config),
     ]
     return [problem.message for problem in found if refused.isdisjoint(problem.settings)]
@@ -283,11 +286,30 @@ def _url_problems(data: DataConfig) -> Iterator[Problem]:
     """Settings are written to config.yaml and logs, so URLs must not hold what gives access."""
     for url in [*data.mix_begin, *(data.mix_end or {}), data.tokenizer or ""]:
         if is_url(url) and has_secrets(url):
-            yield Problem(
-                ("data.path", "data.mix", "data.tokenizer"),
-                f"{redact(url)} contains a password or key; leave it out, and give credentials in the environment or "
-                "in the store's usual files",
-            )
+            yield Problem(("data.path", "data.mix", "data.tokenizer"), _secret_in(url))
+
+
+def _secret_in(url: str) -> str:
+    return (
+        f"{redact(url)} contains a password or key; leave it out, and give credentials in the environment or in the "
+        "store's usual files"
+    )
+
+
+def _remote_problems(settings: CheckpointConfig) -> Iterator[Problem]:
+    name, url = "checkpoint.remote", settings.remote
+    if url is None:
+        if settings.remote_keep is not None:
+            text = f"checkpoint.remote_keep={settings.remote_keep} needs {name}, the URL of a folder; set both, or none"
+            yield Problem((name, "checkpoint.remote_keep"), text)
+    elif not is_url(url) or scheme_of(url) not in _WRITABLE or not url.partition("://")[2].strip("/"):
+        yield Problem(
+            (name,),
+            f"{name}={redact(url)} is not the URL of a folder that is written; give one such as s3://bucket/run (also "
+            "of other stores, with AWS_ENDPOINT_URL), or file:///mount/run",
+        )
+    elif has_secrets(url):
+        yield Problem((name,), f"{name}: {_secret_in(url)}")
 
 
 def _mix_change_problems(data: DataConfig) -> Iterator[Problem]:

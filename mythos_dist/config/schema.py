@@ -416,6 +416,14 @@ class CheckpointConfig(Section, section="checkpoint"):
     # File with a key that signs checkpoints; others are then refused (docs/security.md). None: the file that the
     # environment variable MYTHOS_CHECKPOINT_KEY_FILE names, if set.
     key_file: PathText | None = None
+    # URL of a folder of this run in a store, such as s3://bucket/run: each checkpoint is copied there in the
+    # background, with the run's logs, and a run without a checkpoint in run.dir resumes from there. None: no copies.
+    remote: PathText | None = None
+    remote_keep: Annotated[int, Range(1, 10**6)] | None = None  # newest checkpoints to keep there; None: all
+    # Checkpoints that wait for their upload and stay in run.dir beyond `keep`; with more, the oldest are deleted.
+    remote_backlog: Count = 8
+    remote_wait: Seconds = 600  # for the last uploads, when the run is complete
+    remote_wait_stopped: Seconds = 30  # the same, when it was stopped: a scheduler kills it soon
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ _BY_POSITION = ("train.steps", "run.stage", "run.stage_begin", "run.start_from_s
 # Settings of the run: read before its stage is known, or applied to the checkpoints of all stages.
 _OF_RUN = (
     "run.dir",
-    *(f"checkpoint.{key}" for key in ("key_file", "pin", "pin_every")),
+    *(f"checkpoint.{key}" for key in ("key_file", "pin", "pin_every", "remote", "remote_keep")),
     *(f"faults.{key}" for key in ("join_within", "hang_after", "lost_after")),
 )
 _NAME = re.compile(r"[\w.+-]{1,40}")

@@ -8,6 +8,7 @@ Decisions: CLUSTER-1, CLUSTER-5.
 """
 
 import contextlib
+import logging
 import secrets
 import shutil
 import statistics
@@ -20,22 +21,27 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.config.schema import Config
 from mythos_dist.data.remote import MAX_INDEX
-from mythos_dist.errors import NodeError, UserError
+from mythos_dist.errors import NodeError, UserError, first_line
 from mythos_dist.files import existing_folder
 from mythos_dist.model.parameter_table import checkpoint_bytes
 from mythos_dist.ops.cluster.fabric import infiniband_ports
 from mythos_dist.ops.cluster.inject import FaultInjector
 from mythos_dist.parallel.launcher import RankInfo
 from mythos_dist.parallel.process import device
-from mythos_dist.store.fetch import read_object
+from mythos_dist.store.fetch import START_PATIENCE, read_object
+from mythos_dist.store.write import put, remove
 from mythos_dist.train.run_folder import probe_prefix
 from mythos_dist.units import count, short
 from mythos_dist.urls import is_url, join_url
 
+log = logging.getLogger(__name__)
+
 _ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # of a rank's tensor in the exchange; fp32
 _ROUNDS = 3  # of the exchange; the first one opens connections
+_UPLOAD_BYTES = 4 << 20
 _SHARED_FOLDER_SECONDS = 10.0  # within which a file of rank 0 must be visible on all nodes
 
 
@@ -49,6 +55,7 @@ class PreflightResult:
     skew: float  # largest difference between two clocks, in seconds
     seconds: float
     slowest_store: tuple[float, str] | None = None  # bytes per second, node; None: all shards are local
+    slowest_upload: tuple[float, str] | None = None  # the same to `checkpoint.remote`
 
     def __str__(self) -> str:
         ranks, nodes = len(self.nodes), len(set(self.nodes))
@@ -58,6 +65,9 @@ class PreflightResult:
         if self.slowest_store:
             rate, node = self.slowest_store
             text += f", store at least {short(rate)}B/s ({node} is the slowest)"
+        if self.slowest_upload:
+            rate, node = self.slowest_upload
+            text += f", uploads at least {short(rate)}B/s ({node} is the slowest)"
         return text + f", clock skew {self.skew * 1000:.0f} ms ({self.seconds:.1f} s)"
 
 
@@ -71,6 +81,7 @@ class NodeReport(NamedTuple):
     gpus: str
     infiniband: str
     store_rate: float = 0.0  # bytes per second; 0: not measured by this rank
+    upload_rate: float = 0.0
 
 
 class _Exchange(NamedTuple):
@@ -98,7 +109,8 @@ def preflight(config: Config, rank_info: RankInfo, faults: FaultInjector) -> Pre
     clocks = [report.clock for report in reports]
     nodes = [report.node for report in reports]
     slowest = min(((report.store_rate, report.node) for report in reports if report.store_rate), default=None)
-    return PreflightResult(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin, slowest)
+    upload = min(((report.upload_rate, report.node) for report in reports if report.upload_rate), default=None)
+    return PreflightResult(nodes, *rates, max(clocks) - min(clocks), time.perf_counter() - begin, slowest, upload)
 
 
 def _probe_name(run_dir: Path) -> str:
@@ -122,10 +134,11 @@ def inspect_node(config: Config, rank_info: RankInfo, probe: Path) -> NodeReport
             f"{folder} has {free / 1e9:,.3g} GB free, and a checkpoint takes {need / 1e9:,.3g} GB; free some space, or "
             "set another run.dir"
         )
-    store_rate = 0.0
+    store_rate, upload_rate = 0.0, 0.0
     if rank_info.local_rank == 0:
         try:
             store_rate = measure_store(config)
+            upload_rate = measure_upload(config, rank_info.node)
         except UserError as error:
             problems.append(str(error))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -138,6 +151,7 @@ def inspect_node(config: Config, rank_info: RankInfo, probe: Path) -> NodeReport
         gpus=f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU",
         infiniband=f"{active_ports} active InfiniBand ports",
         store_rate=store_rate,
+        upload_rate=upload_rate,
     )
 
 
@@ -152,6 +166,29 @@ def measure_store(config: Config) -> float:
     begin = time.perf_counter()
     size = len(read_object(join_url(url, "train", "index.json"), MAX_INDEX))
     return size / (time.perf_counter() - begin)
+
+
+def measure_upload(config: Config, node: str) -> float:
+    """Bytes per second at which one connection of this node writes a small file to `checkpoint.remote`, which is then
+    removed; 0 without it, and if the store fails while the run has local checkpoints: it trains, and uploads later.
+
+    Raises UserError if the store cannot be written.
+    """
+    folder = config.checkpoint.remote
+    if folder is None:
+        return 0.0
+    url = join_url(folder, f"preflight-{node}-{secrets.token_hex(8)}")
+    try:
+        begin = time.perf_counter()
+        put(url, bytes(_UPLOAD_BYTES), START_PATIENCE)
+        seconds = time.perf_counter() - begin
+        remove([url], START_PATIENCE)
+    except UserError as error:
+        if checkpoints_of(Path(config.run.dir) / "checkpoints"):
+            log.warning("checkpoint.remote: %s; training begins without it", first_line(error))
+            return 0.0
+        raise
+    return _UPLOAD_BYTES / seconds
 
 
 def _find_probe(probe: Path, rank_info: RankInfo) -> tuple[bool, list[str]]:

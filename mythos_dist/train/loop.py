@@ -15,7 +15,7 @@ from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import AVERAGE, MOMENTS, CheckpointManifest, Lineage, library_versions
 from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.reader import Checkpoint
-from mythos_dist.checkpoint.restore import find_checkpoint, load_state
+from mythos_dist.checkpoint.restore import load_state
 from mythos_dist.checkpoint.save import Saver, is_due
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
@@ -30,12 +30,13 @@ from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.metrics import Metrics, StepResult, peak_flops, step_line
 from mythos_dist.train.prepare import Prepared, RunInputs, prepare
 from mythos_dist.train.restarts import describe_restart, record_restart
-from mythos_dist.train.resume import schedule_changes
+from mythos_dist.train.resume import find_newest, schedule_changes
 from mythos_dist.train.run_folder import mark_completed
 from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
 from mythos_dist.train.start_from import carried_optimizer_state, describe_start
 from mythos_dist.train.stop import remove_stop_file
+from mythos_dist.train.uploads import RunUploads
 from mythos_dist.units import count, is_multiple
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Run:
         self.mesh, self.fence = prepared.mesh, prepared.fence
         self.feed, self.stream, self.heldout = prepared.feed, prepared.stream, prepared.heldout
         self.resume, self.corpora = prepared.inputs.resume, prepared.inputs.corpora
-        self.previous, self.lineage = prepared.previous, self.resume.lineage
+        self.previous, self.lineage, self.remote_run = prepared.previous, self.resume.lineage, prepared.remote_run
         self.step, self.last_step = self.resume.step, self.resume.last_step  # the step that is done; the run's last one
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.data_wait = 0.0  # seconds that the slowest rank waited for the batch of the step
@@ -109,16 +110,18 @@ class Run:
         if not checkpoint and previous.last_step:
             print(f"no checkpoint was saved yet: {previous.last_step} steps are repeated", flush=True)
         self.session.record_startup("loading")
+        self.uploads = RunUploads(self.config, self.session, self.fence, self.remote_run)
         self.saver = Saver(
             self.run_dir / "checkpoints",
             self.config.checkpoint,
             self.fence,
             self.engine.local_shards,
             self.session.heartbeat,
+            self.uploads.is_waiting,
         )
         if checkpoint:
             self.saver.newest = self.saver.published = self.step
-        self.recorded_checkpoint = self.saver.published
+        self.recorded_publications = 0
         self.metrics = on_rank_0(self.open_metrics)
         self.peak_flops = peak_flops(self.config) * dist.get_world_size()
         if self.step == 0:
@@ -152,6 +155,8 @@ class Run:
             self.session.enter_phase(f"saving after step {step}")
             self.saver.poll()
             self.record_checkpoint()
+            if self.uploads.poll():
+                self.prune()
             # Not while steps are skipped: it would replace the checkpoint that a rollback needs.
             if is_due(step, self.last_step, config.checkpoint) and (is_last or not self.spikes.skipped):
                 self.save()
@@ -207,7 +212,7 @@ class Run:
         log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
         self.session.record_first_step()
         entries, message = self.hooks.after_step(seconds, is_last=step == self.last_step)
-        entries |= self.probe_loops(batch, result)
+        entries |= self.probe_loops(batch, result) | self.uploads.take_entries()
         if self.metrics:
             decisions = [text for text in (self.spikes.rollback_before(step), decision) if text]
             if decisions:
@@ -307,7 +312,7 @@ class Run:
         """Return to the newest checkpoint, and exclude the batches of the skipped steps."""
         self.session.enter_phase("rolling back")
         self.saver.finish()
-        checkpoint, _ = find_checkpoint(self.run_dir / "checkpoints", self.config.checkpoint)
+        checkpoint = find_newest(self.config).checkpoint
         to = checkpoint.manifest.step if checkpoint else None
         rollback = self.spikes.roll_back(self.step, to, self.config.run.stage, self.run_dir / "metrics.jsonl")
         on_rank_0(lambda: self.spikes.write(self.fence))
@@ -347,10 +352,17 @@ class Run:
                 f"the last checkpoint could not be written to {self.run_dir / 'checkpoints'}; fix that (free space on "
                 "a full disk) and run the same command again; it resumes from the checkpoint before"
             )
+        self.record_checkpoint()
         stage = f"stage {self.config.run.stage} is done"
         on_rank_0(lambda: self.write_final_status(stopped if reason else "" if self.is_last_stage else stage))
         if self.metrics:
             self.metrics.close()
+        if reason or self.is_last_stage:
+            self.uploads.finish(stopped=bool(reason))
+            self.prune()
+        else:
+            self.uploads.close()  # the next stage continues
+        if self.metrics:
             result = f"{stopped}; run the same command to resume" if reason else f"done: {count(self.step, 'step')}"
             if not (reason or self.is_last_stage):
                 result = f"{stage}: {count(self.step, 'step')}"
@@ -361,7 +373,6 @@ class Run:
         assert self.metrics
         with user_errors(self.run_dir):
             self.metrics.flush()
-            self.record_checkpoint()
             self.fence.record_status("stopped" if stopped else "completed", stopped, self.step)
             if self.is_last_stage or self.step < self.last_step:  # else the next stage stops
                 remove_stop_file(self.run_dir)
@@ -375,11 +386,21 @@ class Run:
                 self.fence.record_status(status, reason, self.step)
 
     def record_checkpoint(self) -> None:
-        """On rank 0: write the newest checkpoint's step to writer.json, so that later starts notice if it is gone."""
-        if self.rank == 0 and self.saver.published != self.recorded_checkpoint:
-            self.recorded_checkpoint = self.saver.published
+        """After a publication: begin its upload, and on rank 0 write its step to writer.json, so that later starts
+        notice if it is gone."""
+        if self.saver.publications == self.recorded_publications:
+            return
+        self.recorded_publications = self.saver.publications
+        self.uploads.add(self.saver.published)
+        if self.rank == 0:
             with contextlib.suppress(OSError, UserError):
-                self.fence.record_status("running", "", self.step, self.recorded_checkpoint)
+                self.fence.record_status("running", "", self.step, self.saver.published)
+
+    def prune(self) -> None:
+        """On rank 0: delete checkpoints that were kept only until they were uploaded; a failure is not the run's."""
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                self.saver.prune()
 
 
 def recent_norms(checkpoint: Checkpoint) -> list[float]:

@@ -1,6 +1,7 @@
 """The start of a run, until its engine is built: check all inputs, then claim the run folder and write to it."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -8,17 +9,18 @@ from typing import TextIO
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence, newest_start
-from mythos_dist.checkpoint.reader import Checkpoint
+from mythos_dist.checkpoint.manifest import CheckpointManifest
 from mythos_dist.checkpoint.save import prune_complete_run
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.parallel.mesh import Mesh, build_mesh
-from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
+from mythos_dist.parallel.process import from_rank_0, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.batches import open_heldout, open_stream
 from mythos_dist.train.checks import check_inputs, check_kernels
 from mythos_dist.train.feed import Feed, open_shard_cache
 from mythos_dist.train.hooks import Hooks
+from mythos_dist.train.remote_run import join_remote
 from mythos_dist.train.restarts import PreviousStart
 from mythos_dist.train.resume import Resume, Search, take_fence
 from mythos_dist.train.run_folder import (
@@ -29,6 +31,7 @@ from mythos_dist.train.run_folder import (
     write_settings,
 )
 from mythos_dist.train.session import Session
+from mythos_dist.train.uploads import RunUploads
 from mythos_dist.units import count
 
 log = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class Prepared:
     previous: PreviousStart  # on rank 0
     fence: Fence
     folder_lock: TextIO | None  # on rank 0: keeps the folder claimed while it is open
+    remote_run: str  # the run's id in `checkpoint.remote`; "" without
 
 
 def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: bool) -> Prepared | None:
@@ -88,16 +92,22 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
     if resume.step >= resume.last_step:
         if not is_last_stage:
             return None
-        on_rank_0(lambda: _complete_earlier_start(config, resume.checkpoint))
+        assert resume.checkpoint, "it has reached train.steps"
+        if from_folder := not resume.checkpoint.is_remote:  # else nothing of the run is in this folder
+            is_waiting = _upload_rest(config, session)
+            newest = resume.checkpoint.manifest
+            on_rank_0(lambda: _complete_earlier_start(config, newest, is_waiting))
         if rank == 0:
-            steps = count(resume.last_step, "step")
-            print(f"{run_dir} is complete: {resume.step} of {steps}; raise train.steps to train further")
+            steps, where = count(resume.last_step, "step"), run_dir if from_folder else resume.checkpoint.folder.parent
+            print(f"{where} is complete: {resume.step} of {steps}; raise train.steps to train further")
         return None
     cache = raise_on_all_ranks(lambda: open_shard_cache(config, inputs.corpora))
     stream = open_stream(config, inputs.corpora, "train", mesh.data, cache)
     heldout = open_heldout(config, inputs.corpora, mesh.data, cache)
     feed = Feed(config, session, mesh, inputs.corpora, stream, cache)
     session.record_startup("opening the shards")
+    from_store = resume.checkpoint and resume.checkpoint.is_remote
+    remote_run = from_rank_0(lambda: join_remote(config, resumes_from_store=bool(from_store)))
     previous = PreviousStart.read(run_dir, resume.step) if rank == 0 else PreviousStart()
     fence = take_fence(run_dir)
     resume.refresh()  # until now, a suspended rank 0 of an earlier start may have published a checkpoint
@@ -107,13 +117,25 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
     for line in resume.damaged:
         log.warning("%s", line)
     log.info("%s", check_kernels(config))
-    return Prepared(mesh, inputs, feed, stream, heldout, previous, fence, folder_lock)
+    return Prepared(mesh, inputs, feed, stream, heldout, previous, fence, folder_lock, remote_run)
 
 
-def _complete_earlier_start(config: Config, newest: Checkpoint | None) -> None:
+def _complete_earlier_start(config: Config, newest: CheckpointManifest, is_waiting: Callable[[int], bool]) -> None:
     """Do what an earlier start did not, if it was killed between its last checkpoint and the marker COMPLETED."""
     run_dir = Path(config.run.dir)
-    assert newest, "a checkpoint has reached train.steps"
     remove_leftovers(run_dir, newest_start(run_dir).get("start", 0))
-    prune_complete_run(newest, config.checkpoint)
+    prune_complete_run(run_dir / "checkpoints", newest, config.checkpoint, is_waiting)
     mark_completed(None, config)
+
+
+def _upload_rest(config: Config, session: Session) -> Callable[[int], bool]:
+    """Upload what the start that completed the run could not. Returns whether a step still waits. Every rank calls
+    this."""
+    if not config.checkpoint.remote:
+        return lambda step: False
+    run_dir = Path(config.run.dir)
+    run, about = from_rank_0(lambda: (join_remote(config, resumes_from_store=False), newest_start(run_dir)))
+    fence = Fence(run_dir, about.get("start", 0), about.get("token", ""))
+    uploads = RunUploads(config, session, fence, run)
+    uploads.finish(stopped=False)
+    return uploads.is_waiting

@@ -16,6 +16,7 @@ from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.checkpoint.names import MANIFEST_FILE
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
+from mythos_dist.checkpoint.remote import read_writer
 from mythos_dist.checkpoint.restore import find_checkpoint
 from mythos_dist.config.fields import show
 from mythos_dist.config.load import config_from
@@ -27,6 +28,7 @@ from mythos_dist.train.checks import check_checkpoint
 from mythos_dist.train.run_folder import check_run_folder, refuse_to_start_over, take_over
 from mythos_dist.train.schedule import learning_rate, mean_at
 from mythos_dist.train.start_from import check_parent, find_parent, lineage_from, lineage_of_stage, steps_done
+from mythos_dist.urls import RemotePath
 
 _NO_JUMP = (
     "this rise undoes a decay: begin a stage with a warm-up of its own instead (another run.dir, "
@@ -107,10 +109,16 @@ class Resume:
 
 
 def find_newest(config: Config) -> Search:
-    """Every rank calls this. Raises UserError as `find_checkpoint` does."""
+    """In run.dir, or if that has none in `checkpoint.remote`. Every rank calls this. Raises UserError as
+    `find_checkpoint` does."""
     folder = Path(config.run.dir) / "checkpoints"
     listing = on_rank_0(lambda: _listing(folder))
-    return Search(listing, *find_checkpoint(folder, config.checkpoint))
+    search = Search(listing, *find_checkpoint(folder, config.checkpoint))
+    if search.checkpoint is None and (url := config.checkpoint.remote):
+        on_rank_0(lambda: read_writer(url))  # its answer names what is wrong, which that of a HEAD does not
+        in_store = find_checkpoint(RemotePath(url) / "checkpoints", config.checkpoint)
+        search = Search(listing, *in_store)
+    return search
 
 
 def _listing(checkpoints: Path) -> list[tuple[Any, ...]]:

@@ -18,6 +18,7 @@ from mythos_dist.checkpoint import fence as fences
 from mythos_dist.checkpoint.fence import Fence, newest_start
 from mythos_dist.checkpoint.publish import remove_unfinished
 from mythos_dist.checkpoint.reader import checkpoints_of
+from mythos_dist.checkpoint.remote import STATE as REMOTE_STATE
 from mythos_dist.config.compare import WIDTHS, differences
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import dump_config, load_config
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 COMPLETED, LOCK, SETTINGS = "COMPLETED", "writer.lock", ("config.yaml", "deepspeed.json")
 # Files that the run replaces under the lock, so that left-over temporary files of these names may be removed.
-_REPLACED = (*SETTINGS, *LINES, restarts.FILE, spikes.FILE, fences.FILE, "loops.png", COMPLETED)
+_REPLACED = (*SETTINGS, *LINES, restarts.FILE, spikes.FILE, fences.FILE, REMOTE_STATE, "loops.png", COMPLETED)
 _FILES = (*_REPLACED, LOCK, fences.GUARD, stop.FILE)
 _FOLDERS = ("checkpoints", "logs", "wandb")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mythos_dist.checkpoint.remote import RemoteState
 from mythos_dist.config.load import dump_config, load_config
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.status import RunStatus, SlurmJob, format_status, read_status
@@ -63,6 +64,22 @@ def test_a_running_run_has_a_speed_and_an_eta(tmp_path):
     assert first == f"{seen.run_dir}: running"
     assert progress == "  step 40/100  loss 6.600  tokens/s 1.02k  2.00 s/step  40.0% done  2 min 0 s left"
     assert process == "  start 1 on node1 (pid 77); last heartbeat 5 s ago, last step 1 s ago"
+
+
+def test_uploads_are_shown_with_what_waits_and_why(tmp_path):
+    folder = run_folder(tmp_path)
+    text = dump_config(load_config(REPOSITORY / "configs/tiny_cpu.yaml", ["checkpoint.remote=s3://bucket/run"]))
+    (folder / "config.yaml").write_text(text)
+    assert "uploads to" not in "".join(format_status(status_of(folder))), "no upload has begun"
+    state = RemoteState("id", "s3://bucket/run", 20, NOW, [30, 40], "access is denied")
+    (folder / "remote.json").write_text(state.to_text())
+    seen = status_of(folder)
+    assert "  uploads to s3://bucket/run: step 20 is the newest, 2 checkpoints waiting (step 30, 40)" in format_status(
+        seen
+    )
+    assert "    failing: access is denied" in format_status(seen) and seen.uploads and seen.uploads["uploaded"] == 20
+    (folder / "remote.json").write_text("{}")
+    assert status_of(folder).uploads is None, "damaged"
 
 
 def test_in_a_ramp_of_the_batch_the_eta_counts_sequences(tmp_path):

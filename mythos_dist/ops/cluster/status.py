@@ -16,16 +16,17 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mythos_dist.checkpoint.remote import read_state
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config, TrainConfig
 from mythos_dist.errors import UserError
 from mythos_dist.files import get_number, read_json_lines
 from mythos_dist.parallel.process_identity import is_running
-from mythos_dist.units import format_duration, short
+from mythos_dist.units import count, format_duration, short
 
 ALIVE_FOR = 60.0  # seconds without a heartbeat after which a start is dead; there is one every ten seconds
 PATIENCE = 120.0  # seconds without a step after which a run may be called hung
@@ -66,6 +67,7 @@ class RunStatus:
     seconds_since_life: float  # since the last heartbeat
     seconds_since_step: float | None
     restart: dict[str, Any] | None  # the last line of restarts.jsonl
+    uploads: dict[str, Any] | None = None  # remote.json; None without checkpoint.remote
 
     @property
     def exit_code(self) -> int:
@@ -143,6 +145,7 @@ def read_status(
         seconds_since_life=since_life,
         seconds_since_step=since_step,
         restart=restarts[-1] if restarts else None,
+        uploads=_read_uploads(folder, config),
     )
 
 
@@ -203,7 +206,8 @@ def format_status(status: RunStatus) -> list[str]:
     """The status as lines of text."""
     state_is_in_why = status.why.startswith(status.state)
     state = status.why if state_is_in_why else "; ".join(filter(None, (status.state, status.why)))
-    return [f"{status.run_dir}: {state}", _progress_line(status), _process_line(status), *_restart_lines(status)]
+    lines = [f"{status.run_dir}: {state}", _progress_line(status), _process_line(status)]
+    return [*lines, *_upload_lines(status), *_restart_lines(status)]
 
 
 def _progress_line(status: RunStatus) -> str:
@@ -229,6 +233,23 @@ def _process_line(status: RunStatus) -> str:
     if status.seconds_since_step is not None:
         line += f", last step {format_duration(status.seconds_since_step)} ago"
     return line
+
+
+def _upload_lines(status: RunStatus) -> list[str]:
+    uploads = status.uploads
+    if uploads is None:
+        return []
+    uploaded, waiting = uploads["uploaded"], uploads["waiting"]
+    line = f"  uploads to {uploads['url']}: " + ("none yet" if uploaded is None else f"step {uploaded} is the newest")
+    if waiting:
+        line += f", {count(len(waiting), 'checkpoint')} waiting (step {', '.join(map(str, waiting[:5]))})"
+    return [line, *([f"    failing: {uploads['problem']}"] if uploads["problem"] else [])]
+
+
+def _read_uploads(folder: Path, config: Config | None) -> dict[str, Any] | None:
+    """The content of remote.json if the run uploads its checkpoints, and the file is intact."""
+    state = read_state(folder) if config and config.checkpoint.remote else None
+    return asdict(state) if state else None
 
 
 def _restart_lines(status: RunStatus) -> list[str]:

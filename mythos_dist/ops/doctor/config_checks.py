@@ -129,23 +129,28 @@ def folder_bytes(folder: Path) -> int:
 
 
 def check_checkpoints(machine: Machine, config: Config) -> Iterator[Finding]:
-    """Room on disk, where `checkpoint.keep` + 1 exist while the newest is written, and in memory for a copy."""
+    """Room on disk, where `checkpoint.keep` + 1 exist while the newest is written, and `checkpoint.remote_backlog` more
+    while the store is down, and in memory for a copy."""
     from mythos_dist.model.parameter_table import checkpoint_bytes, count_parameters
 
     settings, path, size = config.checkpoint, Path(config.run.dir), checkpoint_bytes(config)
     free, present = machine.free_bytes(path), folder_bytes(path / "checkpoints")
     every = range(settings.pin_every, config.train.steps + 1, settings.pin_every) if settings.pin_every else ()
     kept, pinned = settings.keep + 1, len({*every, *(step for step in settings.pin if step <= config.train.steps)})
+    waiting = settings.remote_backlog if settings.remote else 0
     # Existing checkpoints make room, except for the one that is being written.
-    needed, needed_with_pinned = (max(number * size - present, size) for number in (kept, kept + pinned))
+    needed, needed_with_pinned = (max(number * size - present, size) for number in (kept, kept + pinned + waiting))
     text = f"{count_parameters(config.model):,} parameters: {gigabytes(size)} per checkpoint; keep + 1 = {kept}"
     text += f" and {pinned} pinned" if pinned else ""
+    text += f" and up to {waiting} that wait for their upload" if waiting else ""
     text += f" need {gigabytes(needed_with_pinned)} more, {gigabytes(free)} free in {existing_folder(path)}"
     if free < needed:
         remedy = f"set a run.dir with {gigabytes(needed)} free, or keep fewer (checkpoint.keep)"
         yield problem(text, remedy)
     elif free < needed_with_pinned:
-        yield note(text, "pin fewer (checkpoint.pin, checkpoint.pin_every), or free space in time")
+        fewer = "pin fewer (checkpoint.pin, checkpoint.pin_every)" if pinned else "let fewer wait"
+        fewer += ", lower checkpoint.remote_backlog" if waiting else ""
+        yield note(text, f"{fewer}, or free space in time")
     else:
         yield ok(text)
     available = machine.memory[1]
