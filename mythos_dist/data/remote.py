@@ -30,9 +30,9 @@ from mythos_dist.data.manifest import (
 from mythos_dist.errors import UserError
 from mythos_dist.files import lock_file, user_errors, write_atomically
 from mythos_dist.private import default_shard_cache, make_private_folder
-from mythos_dist.store.backends import read_into
+from mythos_dist.store.backends import read_into, s3_client
 from mythos_dist.store.fetch import START_PATIENCE, Unavailable, read_object
-from mythos_dist.urls import is_url, join_url
+from mythos_dist.urls import is_url, join_url, scheme_of
 
 STORES = "stores"  # below data.cache: folders of shards from stores, by fingerprint
 URLS = "urls"  # below STORES: the fingerprint that each URL had
@@ -81,6 +81,9 @@ def open_remote(url: str, cache: Path) -> tuple[ShardManifest, Path]:
             if _is_cached(note):  # by another rank of this node, in the meantime
                 manifest = read_remote_manifest(url)
                 return manifest, mirror(url, manifest, cache)
+            if scheme_of(url) == "s3":
+                with contextlib.suppress(Exception):  # the first request reports it
+                    s3_client()  # 0.1 s of CPU: once, and not in each thread
             requested = {name: _start(lambda name=name: _read_once(url, name)) for name in GUESSES}
             manifest = read_remote_manifest(url)
             requested = {name: one for name, one in requested.items() if name in (*INDEXES, manifest.tokenizer)}
