@@ -94,6 +94,23 @@ def test_an_import_of_tokens_writes_to_a_store(store, url, job, tmp_path):
     assert store.content(url) == contents(tmp_path / "local")
 
 
+def test_requests_are_those_that_the_docs_count(store, url, job):
+    """docs/data_stores.md, "Costs": 12 parts, each with a shard; train/ has one more, of joined partial windows."""
+
+    def requests() -> Counter:
+        with store.proxy.lock:
+            log = Counter("LIST" if "list-type" in path else method for method, path in store.proxy.log)
+            store.proxy.log.clear()
+        return log
+
+    manifest = job(url, heldout=0.0)
+    shards = sum("shard." in name for name in written(store))
+    assert manifest.splits["train"].windows and shards == 13
+    assert requests() == {"PUT": shards + 12 + 5, "LIST": 3, "POST": 1}, "POST: the records are removed"
+    assert verify(url).ok
+    assert requests() == {"GET": shards + 4, "LIST": 2}
+
+
 def test_a_mounted_folder_is_a_store(job, tmp_path):
     (tmp_path / "mount").mkdir()
     url = f"file://{tmp_path / 'mount'}/shards"
