@@ -36,8 +36,10 @@ MAY_IMPORT = {
     "prepare": {"data", "store", "config"},
     "ops.cluster": {"checkpoint", "parallel", "config"},
     "ops.plan": {"train", "model", "parallel", "config"},
+    "ops.report": {"ops.cluster", "checkpoint", "parallel", "data", "config"},
     "ops": {
         "ops.cluster",
+        "ops.report",
         "store",
         "ops.plan",
         "evaluate",

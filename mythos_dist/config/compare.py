@@ -40,6 +40,7 @@ MAY_CHANGE = {
     "run.max_seconds",
     "run.cluster",
     "run.check_memory",
+    "run.report",
 }
 _MAY_CHANGE_SECTIONS = {"average", "parallel", "checkpoint", "faults"}
 

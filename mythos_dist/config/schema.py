@@ -451,6 +451,7 @@ class RunConfig(Section, section="run"):
     # memory, and no step time.
     cluster: PathText | None = None
     check_memory: bool = True  # refuse a layout whose planned memory does not fit; false: start anyway
+    report: bool = True  # write report.html when the run is done
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,12 @@ class Mix:
         fits = 0  # a number of positions without a repeated sample, by bisection
         step = 1 << (sum(lengths) + 1).bit_length()
         while step:
-            if all(n <= length for n, length in zip(self._counts(fits + step), lengths, strict=True)):
+            if all(n <= length for n, length in zip(self.counts(fits + step), lengths, strict=True)):
                 fits += step
             step //= 2
         return fits
 
-    def _counts(self, length: int) -> list[int]:
+    def counts(self, length: int) -> list[int]:
         """Samples of each corpus among the first `length` positions."""
         part = int(np.searchsorted(self._begins, length, side="right")) - 1
         counts = _counts(length - int(self._begins[part]), self._weights[part])

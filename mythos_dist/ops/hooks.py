@@ -3,14 +3,17 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from mythos_dist.config.schema import Config
+from mythos_dist.errors import first_line
 from mythos_dist.ops.cluster.inject import FaultInjector
 from mythos_dist.ops.memory_check import Comparison, check_memory
 from mythos_dist.ops.preflight import preflight
+from mythos_dist.ops.report.command import FILE, write_report
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.session import Session
 
@@ -69,3 +72,14 @@ class Operations(Hooks):
     def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
         compared = self.comparison.step(seconds, is_last)
         return ({"planned": compared.line}, str(compared)) if compared else ({}, "")
+
+    def end_run(self) -> None:
+        """Write the report on rank 0. It is for people: an error does not make the run a failed one."""
+        if self.session.rank_info.rank or not self.config.run.report:
+            return
+        out = Path(self.config.run.dir) / FILE
+        try:
+            write_report([out.parent], out)
+            print(f"report: {out}", flush=True)
+        except Exception as error:
+            log.warning("%s cannot be written (%s)", out, first_line(error))

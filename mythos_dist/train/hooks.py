@@ -36,3 +36,6 @@ class Hooks:
     def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
         """Entries for the step's line in metrics.jsonl, and a line for the console; both may be empty."""
         return {}, ""
+
+    def end_run(self) -> None:
+        """The run is done, and its folder is complete; no collectives: other ranks may have left."""

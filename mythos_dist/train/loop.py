@@ -238,6 +238,8 @@ class Run:
             self.warned.add(name)
         if failures:
             entries["failures"] = list(failures)
+        if self.metrics:
+            self.metrics.write_expert_load(step, result.expert_counts)
         return {"depth": entries}
 
     def evaluate(self) -> None:
@@ -367,6 +369,8 @@ class Run:
             if not (reason or self.is_last_stage):
                 result = f"{stage}: {count(self.step, 'step')}"
             print(f"{result}; metrics, logs and checkpoints are in {self.run_dir}", flush=True)
+        if not reason and self.is_last_stage:
+            self.hooks.end_run()
 
     def write_final_status(self, stopped: str) -> None:
         """On rank 0: all metrics, then the final status, then COMPLETED unless `stopped` says why. Raises UserError."""

@@ -4,6 +4,7 @@ A run that resumes removes the lines of the steps after its checkpoint, so each 
 """
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -20,7 +21,8 @@ from torch import Tensor
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.config.schema import Config
-from mythos_dist.files import get_number
+from mythos_dist.errors import UserError
+from mythos_dist.files import get_number, write_atomically
 from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.parallel.process import DTYPES
 from mythos_dist.parallel.traffic import Totals
@@ -32,6 +34,7 @@ from mythos_dist.units import count, short
 
 log = logging.getLogger(__name__)
 
+EXPERT_LOAD = "expert_load.json"
 SHOWN_WAIT = 0.2  # seconds that a step waits for data, at least, if the console shows it
 
 # Dense bf16 peak in TFLOP/s by a substring of the device's name, from NVIDIA's data sheets.
@@ -146,6 +149,7 @@ class Metrics:
         self.total_steps = config.train.steps if last_step is None else last_step
         self.mean_loops = config.loops.mean_of(config.model)
         self.run_dir = run_dir
+        self._fence = fence
         self._files = {name: LineFile(run_dir / name, fence) for name in FILES}
         self.rewind(resumed_step)
         self.wandb = _start_wandb(config, run_dir)
@@ -204,6 +208,17 @@ class Metrics:
                 draw_curves(self.run_dir / "loops.png", {"held out": curve}, self.mean_loops)
         except OSError as error:
             log.warning("loops.png cannot be written (%s)", error.strerror)
+
+    def write_expert_load(self, step: int, counts: Tensor) -> None:
+        """Replace the file with the tokens of each expert in the last probed step, counts (n_loops, E): no more than
+        the newest, because a line for each probe would make metrics.jsonl several times as large."""
+        file, content = self.run_dir / EXPERT_LOAD, json.dumps({"step": step, "counts": counts.tolist()})
+        try:
+            (self._fence.replace if self._fence else write_atomically)(file, content)
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", file, error.strerror)
+        except UserError:
+            pass  # the run has a newer start: `Fence.check` ends all ranks before the next step
 
     def fsync(self) -> None:
         """Before a checkpoint: the lines of its steps must not be lost if it is not. Errors are logged as warnings."""

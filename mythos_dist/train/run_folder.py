@@ -41,7 +41,18 @@ log = logging.getLogger(__name__)
 
 COMPLETED, LOCK, SETTINGS = "COMPLETED", "writer.lock", ("config.yaml", "deepspeed.json")
 # Files that the run replaces under the lock, so that left-over temporary files of these names may be removed.
-_REPLACED = (*SETTINGS, *LINES, restarts.FILE, spikes.FILE, fences.FILE, REMOTE_STATE, "loops.png", COMPLETED)
+_REPLACED = (
+    *SETTINGS,
+    *LINES,
+    restarts.FILE,
+    spikes.FILE,
+    fences.FILE,
+    REMOTE_STATE,
+    "loops.png",
+    "expert_load.json",
+    "report.html",
+    COMPLETED,
+)
 _FILES = (*_REPLACED, LOCK, fences.GUARD, stop.FILE)
 _FOLDERS = ("checkpoints", "logs", "wandb")
 

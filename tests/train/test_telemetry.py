@@ -7,7 +7,7 @@ from helpers.launch import train
 
 pytestmark = pytest.mark.launch
 
-TELEMETRY = ["loops.telemetry_every=2", "loops.sweep=[1,2,3]", "train.eval_every=2", "train.steps=4"]
+TELEMETRY = ["loops.telemetry_every=2", "loops.sweep=[1,2,3]", "train.eval_every=2", "train.steps=4", "run.report=true"]
 
 
 def records(run_dir, file):
@@ -35,6 +35,11 @@ def test_a_run_records_telemetry_and_the_sweep(single):
     assert set(evaluations[-1]["by_loops"]) == {"1", "2", "3"}
     assert (run_dir / "loops.png").read_bytes().startswith(b"\x89PNG")
     assert "by loops" in out
+    (load,) = records(run_dir, "expert_load.json")
+    assert load["step"] == 4
+    tokens = 8 * 32 * 2  # of the global batch, times the experts of a token
+    assert [sum(counts) for counts in load["counts"]] == [tokens] * 2
+    assert f"report: {run_dir / 'report.html'}" in out and (run_dir / "report.html").exists()
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipe=2", "parallel.context=2"])

@@ -1,0 +1,62 @@
+"""tools/report.py, and the report that a run writes at its end."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mythos_dist.errors import UserError
+from mythos_dist.files import os_user_error, write_atomically
+from mythos_dist.ops.report.page import render
+from mythos_dist.ops.report.run import RunReport, read_run
+
+FILE = "report.html"
+
+
+def write_report(folders: Sequence[Path], out: Path, refresh: int | None = None) -> list[RunReport]:
+    """Write the page of the runs in `folders` to `out`. Raises UserError with all problems."""
+    reports, problems = [], []
+    for folder, name in zip(folders, distinct_names(folders), strict=True):
+        try:
+            reports.append(read_run(folder, name))
+        except UserError as error:
+            problems += error.problems
+        except OSError as error:
+            problems += os_user_error(error, folder, "cannot be read").problems
+    if problems:
+        raise UserError(problems)
+    try:
+        write_atomically(out, render(reports, refresh).encode())
+    except OSError as error:
+        raise os_user_error(error, out) from None
+    return reports
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    longest = max(map(len, parts))
+    for n in range(1, longest + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({i})" for i, name in enumerate(("/".join(part[-1:]) for part in parts), 1)]
+
+
+def run(folders: Sequence[Path], out: Path | None, watch: int | None) -> None:
+    """Write the report once, or every `watch` seconds until the runs end or Ctrl-C. Raises UserError."""
+    out = out or folders[0] / FILE
+    while True:
+        reports = write_report(folders, out, watch)
+        running = [report.name for report in reports if report.state == "running"]
+        if watch is None or not running:
+            print(out)
+            return
+        steps = "  ".join(f"{report.name}: {report.state}, step {last_step(report)}" for report in reports)
+        print(f"{out}  {steps}; again in {watch} s", file=sys.stderr, flush=True)
+        time.sleep(watch)
+
+
+def last_step(report: RunReport) -> int:
+    """0 before the first one."""
+    return int(report.metrics.columns["step"][-1]) if len(report.metrics) else 0

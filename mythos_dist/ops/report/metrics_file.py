@@ -1,0 +1,172 @@
+"""metrics.jsonl as columns, and columns as few points: a run of a million steps fits a page.
+
+A file that is being written may end in half a line, and a damaged one has lines that are not JSON: they are counted.
+Nothing here imports torch, so it runs on a login node.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+COLUMNS = (
+    "step",
+    "tokens_total",
+    "time",
+    "loss",
+    "objective",
+    "grad_norm",
+    "lr",
+    "n_loops",
+    "backprop",
+    "mean_loops",
+    "step_seconds",
+    "data_wait_seconds",
+    "tokens_per_second",
+    "mfu",
+    "expert_load_max",
+    "experts_idle",
+    "global_batch",
+)
+POINTS = 1500  # of a curve, at most
+MAX_EVENTS = 2000
+MAX_PROBES = 400
+_NAN = float("nan")
+
+
+class Event(NamedTuple):
+    """What happened at a step: skipped, recomputed, rolled back, restart, phase, stage."""
+
+    step: int
+    kind: str
+    text: str
+
+
+class Probe(NamedTuple):
+    """Telemetry of the loops after a step: `depth` in metrics.jsonl."""
+
+    step: int
+    values: dict[str, Any]
+
+
+@dataclass
+class MetricsFile:
+    """N lines of metrics.jsonl."""
+
+    columns: dict[str, np.ndarray]  # (N,) float64 each; NaN: not in the line, or not finite
+    events: list[Event] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)  # evenly spread, at most 2 * MAX_PROBES
+    planned: dict[str, float | None] = field(default_factory=dict)  # the last comparison with the plan
+    communication: dict[str, Any] = field(default_factory=dict)  # bytes of the last counted step, by axis and kind
+    failures: dict[str, int] = field(default_factory=dict)  # of the loops: name -> the last step that shows it
+    invalid: int = 0  # lines that are no JSON object with a step
+    events_left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+
+def read_metrics(file: Path) -> MetricsFile:
+    """Read the file line by line; a missing one has no lines. Raises OSError."""
+    reader = _Reader()
+    if file.exists():
+        with file.open("rb") as stream:
+            for line in stream:
+                reader.read(line)
+    columns = {name: np.frombuffer(values, dtype=np.float64) for name, values in reader.columns.items()}
+    reader.result.columns = columns
+    return reader.result
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.columns = {name: array("d") for name in COLUMNS}
+        self.result = MetricsFile({})
+        self._every = 1  # of the probes, this many are skipped but one
+        self._probes = 0
+        self._phase = self._stage = ""
+
+    def read(self, raw: bytes) -> None:
+        try:
+            line = orjson.loads(raw)
+            step = line["step"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            self.result.invalid += bool(raw.strip())
+            return
+        if type(step) is not int:
+            self.result.invalid += 1
+            return
+        for name, values in self.columns.items():
+            value = line.get(name)
+            values.append(value if type(value) in (int, float) else _NAN)
+        self._read_events(step, line)
+        if isinstance(depth := line.get("depth"), dict):
+            self._read_probe(step, depth)
+        for name in ("planned", "communication"):
+            if isinstance(value := line.get(name), dict):
+                setattr(self.result, name, value)
+
+    def _read_events(self, step: int, line: dict[str, Any]) -> None:
+        phase, stage = str(line.get("phase", "")), str(line.get("stage", ""))
+        if self._phase and phase != self._phase:
+            self._add(step, "phase", f"learning rate: {self._phase} → {phase}")
+        if stage != self._stage:
+            self._add(step, "stage", f"stage {stage} begins")
+        self._phase, self._stage = phase, stage
+        if "decision" in line:
+            self._add(step, "decision", str(line["decision"]))
+        elif line.get("skipped"):
+            self._add(step, "skipped", "the optimizer did not step")
+
+    def _add(self, step: int, kind: str, text: str) -> None:
+        if len(self.result.events) < MAX_EVENTS:
+            self.result.events.append(Event(step, kind, text))
+        else:
+            self.result.events_left_out += 1
+
+    def _read_probe(self, step: int, depth: dict[str, Any]) -> None:
+        for name in depth.get("failures", ()):
+            self.result.failures[str(name)] = step
+        if self._probes % self._every == 0:
+            self.result.probes.append(Probe(step, depth))
+            if len(self.result.probes) == 2 * MAX_PROBES:
+                del self.result.probes[1::2]
+                self._every *= 2
+        self._probes += 1
+
+
+class Envelope(NamedTuple):
+    """A curve of P points, each of which stands for the values of one range of steps; NaN: none of them is finite."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def ranges(length: int, points: int = POINTS) -> np.ndarray:
+    """The first indices of at most `points` ranges of nearly equal size, which cover 0 to length."""
+    return np.unique(np.linspace(0, length, min(length, points), endpoint=False).astype(np.int64))
+
+
+def envelope(values: np.ndarray, begins: np.ndarray) -> Envelope:
+    """Mean, minimum and maximum over each range, so no spike gets lost; infinite values count as missing."""
+    if not len(values):
+        return Envelope(values, values, values)
+    values = np.where(np.isfinite(values), values, np.nan)
+    number = np.add.reduceat(~np.isnan(values), begins, dtype=np.int64)
+    with np.errstate(invalid="ignore"):
+        mean = np.add.reduceat(np.nan_to_num(values), begins) / np.where(number, number, np.nan)
+    return Envelope(mean, np.fmin.reduceat(values, begins), np.fmax.reduceat(values, begins))
+
+
+def quantiles(values: np.ndarray, begins: np.ndarray, q: tuple[float, ...]) -> list[np.ndarray]:
+    """For each of `q` the quantile of each range; NaN where a range has no finite value."""
+    found = np.full((len(q), len(begins)), np.nan)
+    for i, part in enumerate(np.split(values, begins[1:])):
+        finite = part[np.isfinite(part)]
+        if len(finite):
+            found[:, i] = np.quantile(finite, q)
+    return list(found)
