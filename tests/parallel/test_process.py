@@ -1,7 +1,9 @@
 """Errors that ranks share, and what a process sets up before it trains."""
 
+import platform
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from mythos_dist.parallel.process import (
     free_port,
     from_rank_0,
     join_process_group,
+    keep_freed_memory,
     on_rank_0,
     raise_on_all_ranks,
 )
@@ -103,6 +106,45 @@ def test_a_single_process_joins_despite_leftover_variables():
     result = launch(1, join_with_leftovers, env=leftovers)
     assert result.codes == [0], result.err
     assert result.values == [(3, "0:01:17")]
+
+
+def join_by_a_store(file: str) -> tuple[int, int, str]:
+    """Join at a store of all ranks; the sum of their ranks, this one's rank, and the timeout."""
+    join_process_group(dist.FileStore(file, 2), seconds=55)
+    value = torch.tensor(dist.get_rank())
+    dist.all_reduce(value)
+    group: Any = dist.group.WORLD
+    return int(value), dist.get_rank(), str(group._get_backend(torch.device("cpu")).options._timeout)
+
+
+@pytest.mark.launch
+def test_ranks_join_at_the_store_that_is_given(tmp_path):
+    """And not at MASTER_ADDR, where a launcher may have a store of its own."""
+    result = launch(2, join_by_a_store, str(tmp_path / "store"), env={"MASTER_ADDR": "nowhere.invalid"})
+    assert result.codes == [0, 0], result.err
+    assert result.values == [(1, 0, "0:00:55"), (1, 1, "0:00:55")]
+
+
+def kept_after_free() -> list[int]:
+    """MiB by which this process is larger after a tensor of 64 MiB is freed, before and after `keep_freed_memory`."""
+
+    def kept() -> int:
+        before = process.memory_info().rss
+        torch.ones(64 << 18)
+        return (process.memory_info().rss - before) >> 20
+
+    process = psutil.Process()
+    first = kept()
+    keep_freed_memory()
+    return [first, kept()]
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_stays_in_the_process():
+    """Resident memory, as the kernel counts it."""
+    before, after = launch(1, kept_after_free).values[0]
+    assert before < 16 and after > 48
 
 
 def test_a_free_port_can_be_bound():
