@@ -82,6 +82,9 @@ ELSEWHERE = (  # commands that other tests run
     "python tools/decoding_quality.py ",  # test_first_use.py
     "python tools/serve.py ",  # serve/test_server.py
     "python tools/export_checkpoint.py runs/first --average",  # train/test_average.py
+    "python tools/export_checkpoint.py RUN --out universal",  # checkpoint/test_universal.py
+    "python -m deepspeed.checkpoint.ds_to_universal",
+    "python tools/import_deepspeed.py",
     "python tools/average_checkpoints.py",  # checkpoint/test_average_tool.py
     "python -m mythos_dist.train CONFIG.yaml",  # train/test_start_from.py, train/test_stages.py
     "python tools/generate.py runs/tiny-chat",

@@ -25,7 +25,7 @@ from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
 from mythos_dist.config.schema import BY_MODE, Config
-from mythos_dist.data.tokenizer_files import find_tokenizer, write_tokenizer
+from mythos_dist.data.tokenizer_files import ModelTokenizer, find_tokenizer, write_tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, new_folder, reason, write_and_fsync
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, to_open_mythos, unsupported_loop_settings
@@ -92,14 +92,8 @@ def export(
     shapes = {name: exported_shapes(format, name, tensor.shape, config.model) for name, tensor in tensors}
     plan = _Plan(source, config, format, dtype, shapes, progress)
     sizes = {name: plan.size(name) for name in shapes}
-    found = None
-    try:
-        found = find_tokenizer(source.folder, config.data, tokenizer)
-    except UserError as error:
-        if tokenizer is not None:
-            raise
-        report(f"the export has no tokenizer: {error}")
-    with _new_folder(out, sum(sizes.values())) as folder:
+    found = find_or_report(source, config, tokenizer, report)
+    with output_folder(out, sum(sizes.values())) as folder:
         files = _write_weights(plan, folder, group_by_size(sizes, file_bytes), workers)
         if found is not None and (note := write_tokenizer(folder, found, config.model.max_seq_len)):
             report(note)
@@ -111,6 +105,22 @@ def export(
                 fields = {name: value for name, value in fields.items() if name not in _NOT_IN_OPEN_MYTHOS}
             write_and_fsync(folder / "config.json", json.dumps(fields, indent=2) + "\n")
     return [out / file for file in files]
+
+
+def find_or_report(
+    source: Checkpoint, config: Config, tokenizer: Path | None, report: Callable[[str], object]
+) -> ModelTokenizer | None:
+    """The tokenizer in the file `tokenizer`, or that of the source; None, which is reported, if it is not available.
+
+    Raises UserError if the given file cannot be used.
+    """
+    try:
+        return find_tokenizer(source.folder, config.data, tokenizer)  # pyright: ignore[reportArgumentType]
+    except UserError as error:
+        if tokenizer is not None:
+            raise
+        report(f"the export has no tokenizer: {error}")
+        return None
 
 
 def _write_weights(plan: _Plan, folder: Path, groups: list[list[str]], workers: int) -> list[str]:
@@ -146,7 +156,7 @@ def _write_weights(plan: _Plan, folder: Path, groups: list[list[str]], workers: 
 
 
 @contextmanager
-def _new_folder(out: Path, size: int) -> Iterator[Path]:
+def output_folder(out: Path, size: int) -> Iterator[Path]:
     """`files.new_folder` with room for `size` bytes; an OSError becomes a UserError."""
     try:
         make_folders(out.parent)

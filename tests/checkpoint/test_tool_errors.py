@@ -258,3 +258,17 @@ def test_files_without_usable_weights_are_refused(tmp_path):
     (folder / "a.safetensors").write_bytes(load_file(tmp_path / "blob")["x"].tobytes())
     with pytest.raises(UserError):
         open_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "deepspeed-universal", "--dtype", "bf16"], "--dtype bf16: universal checkpoints hold fp32"),
+        (["--format", "deepspeed-universal", "--prefix", "model"], "--prefix 'model' is no prefix of parameter names"),
+        (["--prefix", "model."], "--prefix model. needs --format deepspeed-universal"),
+    ],
+)
+def test_options_of_universal_exports_are_checked(options, message, run, tool, tmp_path):
+    run.save(2)
+    assert message in tool(2, "export_checkpoint", run.checkpoints.parent, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()

@@ -122,6 +122,24 @@ INTERNALS = [
     ("deepspeed.runtime.zero.muon.original_muon.muon_update", "", "start: Muon"),
     (f"{STAGE12}.step", "self._global_grad_norm =", "limit on norms: known before the optimizer's step"),
     (f"{BF16}.step", "self._global_grad_norm =", "limit on norms"),
+    # universal checkpoints
+    (f"{ENGINE}.load_checkpoint", '"latest_universal" if', "the name of the folder"),
+    (f"{ENGINE}._get_ckpt_name", '"zero_pp_rank_{}".format(pp_rank)', "ZeRO-3: the file with counts"),
+    (
+        f"{STAGE12}.load_hp_checkpoint_state_from_checkpoint_dir",
+        "optim_sd['param_groups'])",
+        "as many groups as listed",
+    ),
+    (
+        f"{STAGE3}.load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+        """optim_sd[OPTIMIZER_STATE_DICT]["param_groups"][0].items()""",
+        "ZeRO-3: the first group's settings for all",
+    ),
+    (
+        f"{STAGE3}.load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+        "self.optimizer.state[fp32_param]['step'] = state_step",
+        "ZeRO-3: one count of steps for all groups, as docs/checkpoints.md says",
+    ),
 ]
 
 
@@ -182,3 +200,11 @@ def test_deepspeeds_internals_are_used_in_few_files():
         "process.py",
         "zero_state.py",
     ]
+
+
+def test_the_version_of_universal_checkpoints_is_deepspeeds():
+    from deepspeed.checkpoint import constants
+
+    from mythos_dist.checkpoint.universal import UNIVERSAL_VERSION
+
+    assert constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE == UNIVERSAL_VERSION
