@@ -1,9 +1,9 @@
-"""Decoding against open-mythos 0.5.0, expanded against absorbed MLA, and depth batching, on this machine.
+"""Decoding against open-mythos 0.5.0 and our class for transformers, expanded against absorbed MLA, depth batching.
 
-Equal weights and loops, fp32, a prompt of `--prompt` tokens; what is timed is tokens after the prompt. open-mythos
-decodes as its `generate` does: one forward pass with its cache per token. Rounds are interleaved; a round is `--new`
-tokens of every row. CPU seconds are those of the process, which another process on the machine changes less than
-elapsed time.
+Equal weights and loops, fp32, a prompt of `--prompt` tokens; what is timed is tokens after the prompt. open-mythos and
+the class decode as their `generate` does: one forward pass with their cache per token. Rounds are interleaved; a round
+is `--new` tokens of every row. CPU seconds are those of the process, which another process on the machine changes less
+than elapsed time.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from common import COMMON, SHAPES, build_reference, run_interleaved, serve
@@ -23,7 +25,8 @@ from mythos_dist.model import Mythos, attention
 from mythos_dist.model.open_mythos import from_open_mythos
 
 N_LOOPS = 8
-PEERS = ("open-mythos", "engine", "engine, keys expanded")
+OPEN_MYTHOS, CLASS, EXPANDED = "open-mythos", "transformers class", "engine, keys expanded"
+PEERS = (OPEN_MYTHOS, CLASS, "engine", EXPANDED)
 DEPTHS = ("slowest row", "depth batching")  # rows with 1 to 8 loops, all at 8 or each at its own
 
 
@@ -45,7 +48,7 @@ def ours(prompt: int) -> Mythos:
     return model.eval()
 
 
-def reference_decoder(rows: int, prompt: int):
+def reference_decoder(rows: int, prompt: int) -> Callable[[], int]:
     """A function that decodes one token of every row with open-mythos."""
     model, ids, cache = build_reference(settings_of(prompt)).eval(), random_ids(rows, prompt), {}
     with torch.inference_mode():
@@ -60,24 +63,48 @@ def reference_decoder(rows: int, prompt: int):
     return step
 
 
-def engine_decoder(rows: int, prompt: int, loops: list[int]):
+def class_decoder(rows: int, prompt: int) -> Callable[[], int]:
+    """A function that decodes one token of every row with the class of exports, which has ours' weights."""
+    from mythos_dist.huggingface.configuration_mythos import MythosPretrainedConfig
+    from mythos_dist.huggingface.modeling_mythos import MythosForCausalLM
+
+    model, state = ours(prompt), {"ids": random_ids(rows, prompt), "past_key_values": None}
+    config = MythosPretrainedConfig(**asdict(model.config), act_mode=model.recurrent.act.mode, num_loops=N_LOOPS)
+    peer = MythosForCausalLM(config).eval()
+    keys = peer.load_state_dict({f"model.{name}": value for name, value in model.state_dict().items()}, strict=False)
+    assert not keys.unexpected_keys and set(keys.missing_keys) <= {"lm_head.weight"}, keys
+    peer.tie_weights()
+
+    @torch.inference_mode()
+    def step() -> int:
+        outputs = peer(state["ids"], past_key_values=state["past_key_values"], use_cache=True, logits_to_keep=1)
+        state.update(ids=outputs.logits[:, -1:].argmax(-1), past_key_values=outputs.past_key_values)
+        return rows
+
+    step()  # reads the prompt
+    return step
+
+
+def engine_decoder(rows: int, prompt: int, loops: list[int]) -> Callable[[], int]:
     """A function that decodes until some rows have a token, with `loops` of row i; returns the number of tokens."""
-    engine = Engine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows)
+    engine, requests = Engine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows), []
     for ids, n_loops in zip(random_ids(rows, prompt).tolist(), loops, strict=True):
-        engine.submit(ids, Sampling(max_new_tokens=1000, temperature=0, n_loops=n_loops))
-    engine.step()
+        requests.append(engine.submit(ids, Sampling(max_new_tokens=1000, temperature=0, n_loops=n_loops)))
+    while not all(request.tokens for request in requests):  # prompts are read in pieces
+        engine.step()
     return lambda: len(engine.step())
 
 
 def worker(peer: str, rows: int, prompt: int, new: int) -> None:
     """Serve rounds of `new` tokens per row."""
     loops = [N_LOOPS] * rows
-    if peer == "engine, keys expanded":
+    if peer == EXPANDED:
         attention.MAX_SCORES = 0
     if peer == "depth batching":
         draw = random.Random(0)
         loops = [draw.randint(1, N_LOOPS) for _ in range(rows)]
-    step = reference_decoder(rows, prompt) if peer == "open-mythos" else engine_decoder(rows, prompt, loops)
+    peers = {OPEN_MYTHOS: reference_decoder, CLASS: class_decoder}
+    step = peers[peer](rows, prompt) if peer in peers else engine_decoder(rows, prompt, loops)
     step()
 
     def measure(_: int) -> dict:

@@ -1,9 +1,10 @@
 """What a smaller KV cache and early exits cost: held-out loss of a checkpoint, decoded token by token.
 
-    python tools/decoding_quality.py runs/first --cache all,every:4,last --exits latent:0.03,kl:5e-4
+    python tools/decoding_quality.py runs/first --cache all,every:4,last --exits latent:0.03,kl:5e-4 --drafts 2:4
 
-Every cache is measured without exits and with each of them, at one number of loops. Prints a table; `--out` writes
-JSON. Runs on one process.
+Every cache is measured without exits and with each of them, at one number of loops. `--drafts` continues windows with
+self-speculation: how many drafted tokens are accepted, and loops per token. Prints tables; `--out` writes JSON. Runs on
+one process.
 """
 
 import argparse
@@ -20,6 +21,7 @@ def main() -> None:
     add("checkpoint", type=Path, help="a run.dir (its newest checkpoint), a checkpoint or an export")
     add("--cache", default="all,every:2,every:4,last", help="modes of the cache, separated by commas (%(default)s)")
     add("--exits", default="latent:0.03,latent:0.1", help="CRITERION:THRESHOLD, separated by commas (%(default)s)")
+    add("--drafts", default="", help="LOOPS:TOKENS of self-speculation, separated by commas, such as 1:4,2:4")
     add("--loops", type=integer(1, 512), help="loops of the recurrent block (default: the mean of training)")
     add("--data", type=Path, help="folder of shards (default: the run's)")
     add("--samples", type=integer(1, 4096), default=32, help="held-out windows, decoded as one batch (%(default)s)")

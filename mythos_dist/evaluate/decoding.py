@@ -1,8 +1,11 @@
-"""What approximations of decoding cost: held-out loss over modes of the KV cache and over exits.
+"""What approximations of decoding cost: held-out loss over modes of the KV cache and over exits; what drafts save.
 
 Each held-out window is decoded token by token as in generation, but the next token is the window's own (teacher
 forcing). Attention is not restricted to documents, as in generation. So the loss of `cache=all` without exits is that
 of a forward pass without document ids, and the others differ by what the approximation costs.
+
+Self-speculation costs nothing: its tokens are those of greedy decoding. It is measured by continuing the first half of
+each window greedily, because the acceptance of drafts depends on the text that is generated.
 """
 
 # B windows, S tokens of each, V vocabulary.
@@ -15,8 +18,10 @@ from torch import Tensor
 
 from mythos_dist.generate.depth_batch import Depth, DepthBatch
 from mythos_dist.generate.sampling import Sampling
+from mythos_dist.generate.speculate import speculate
 from mythos_dist.model.kv_cache import KVCache, cache_bytes_per_token
 from mythos_dist.model.mythos import IGNORED, Mythos
+from mythos_dist.units import count
 
 
 class Variant(NamedTuple):
@@ -31,6 +36,32 @@ class Variant(NamedTuple):
         """Such as `cache=last, exit=kl at 0.0005`."""
         exits = "" if self.exit is None else f", exit={self.exit}"
         return f"cache={self.cache}{exits}" + ("" if self.threshold is None else f" at {self.threshold:g}")
+
+
+class Drafts(NamedTuple):
+    """A way to draft (generate/speculate.py)."""
+
+    loops: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """Such as `4 tokens with 2 loops`."""
+        return f"{count(self.tokens, 'token')} with {count(self.loops, 'loop')}"
+
+
+class Speculated(NamedTuple):
+    """The result of drafts."""
+
+    tokens: int  # generated
+    drafted: int
+    accepted: int
+    loops: float  # passes of the looped block per token after a window's first
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that greedy decoding chooses as well."""
+        return self.accepted / max(1, self.drafted)
 
 
 class Quality(NamedTuple):
@@ -72,6 +103,29 @@ def decode_windows(
         loops / inputs.numel(),
         bytes_per_token,
     )
+
+
+def speculate_windows(
+    model: Mythos,
+    inputs: Tensor,
+    n_loops: int,
+    drafts: Drafts,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Speculated:
+    """Continue the first half of each window of inputs (B, S) greedily, by as many tokens as the other half has.
+
+    Raises UserError for drafts that the loops do not allow.
+    """
+    half = inputs.shape[1] // 2
+    sampling = Sampling(max_new_tokens=inputs.shape[1] - half, temperature=0)
+    settings = {"n_loops": n_loops, "draft_loops": drafts.loops, "draft_tokens": drafts.tokens}
+    results = []
+    for window in inputs[:, :half].tolist():
+        results.append(speculate(model.eval(), None, window, sampling, **settings))
+        progress(sampling.max_new_tokens)
+    tokens = sum(len(one.request.tokens) for one in results)
+    loops = sum(one.loops for one in results) / max(1, tokens - len(results))
+    return Speculated(tokens, sum(one.drafted for one in results), sum(one.accepted for one in results), loops)
 
 
 class _Windows:

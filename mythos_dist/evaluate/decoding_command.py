@@ -1,36 +1,45 @@
-"""`tools/decoding_quality.py`: the held-out loss of a checkpoint over modes of the KV cache and exits."""
+"""`tools/decoding_quality.py`: the held-out loss of a checkpoint over modes of the KV cache and exits; its drafts."""
 
 import argparse
 import json
+import re
 
 from tqdm import tqdm
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.errors import UserError
-from mythos_dist.evaluate.decoding import Variant, decode_windows
+from mythos_dist.evaluate.decoding import Drafts, Speculated, Variant, decode_windows, speculate_windows
 from mythos_dist.files import write_atomically
 from mythos_dist.generate.sampling import Sampling, request_errors
+from mythos_dist.generate.speculate import speculation_errors
 from mythos_dist.model.kv_cache import loops_per_entry
 from mythos_dist.train.sweep import open_windows, read_windows
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure all variants and print them. Raises UserError."""
-    variants = parse_variants(arguments.cache, arguments.exits)
+    variants, drafts = parse_variants(arguments.cache, arguments.exits), parse_drafts(arguments.drafts)
     model, config, step = load_model(arguments.checkpoint)
     n_loops = arguments.loops or config.loops.mean_of(config.model)
     exits = dict.fromkeys((one.exit, one.threshold) for one in variants)
     samplings = [Sampling(max_new_tokens=1, exit=exit, exit_threshold=threshold) for exit, threshold in exits]
     mode = model.recurrent.act.mode
-    if errors := [error for one in samplings for error in request_errors(model.config, mode, None, [0], one)]:
+    errors = [error for one in samplings for error in request_errors(model.config, mode, None, [0], one)]
+    for one in drafts:
+        errors += speculation_errors(Sampling(temperature=0), n_loops, one.loops, one.tokens)
+    if errors:
         raise UserError(errors)
     stream, folder = open_windows(config, arguments.data, arguments.samples)
     (windows,) = read_windows(stream, min(arguments.samples, stream.num_samples), arguments.samples)
     inputs, labels = (field[:, : arguments.tokens] for field in (windows.input_ids, windows.final_labels))
-    results = {}
-    with tqdm(total=len(variants) * inputs.numel(), unit=" tokens", disable=None) as bar:
+    results, drafted = {}, {}
+    generated = len(inputs) * (inputs.shape[1] - inputs.shape[1] // 2)
+    total = len(variants) * inputs.numel() + len(drafts) * generated
+    with tqdm(total=total, unit=" tokens", disable=None) as bar:
         for variant in variants:
             results[variant] = decode_windows(model, inputs, labels, n_loops, variant, bar.update)
+        for one in drafts:
+            drafted[one] = speculate_windows(model, inputs, n_loops, one, bar.update)
     print(f"step {step}, {n_loops} loops, {inputs.numel():,} tokens of {folder}")
     width = max(len(variant.name) for variant in variants)
     print(f"{'':{width}s}     loss  accuracy  loops per token  cache bytes per token")
@@ -38,10 +47,37 @@ def run(arguments: argparse.Namespace) -> None:
         print(
             f"{variant.name:{width}s}  {one.loss:7.4f}  {one.accuracy:8.2%}  {one.loops:15.2f}  {one.cache_bytes:21,d}"
         )
+    if drafted:
+        _print_drafts(drafted, generated, n_loops)
     if arguments.out:
         rows = [{**variant._asdict(), **one._asdict()} for variant, one in results.items()]
         content = {"checkpoint": str(arguments.checkpoint), "step": step, "loops": n_loops, "results": rows}
+        content["drafts"] = [
+            {"draft_loops": one.loops, "draft_tokens": one.tokens, **found._asdict()} for one, found in drafted.items()
+        ]
         write_atomically(arguments.out, json.dumps(content, indent=2) + "\n")
+
+
+def _print_drafts(drafted: dict[Drafts, Speculated], tokens: int, n_loops: int) -> None:
+    print(f"\ngreedy continuations of {tokens:,} tokens with drafts; {n_loops} loops per token without")
+    width = max(len(one.name) for one in drafted)
+    print(f"{'':{width}s}  drafts accepted  loops per token")
+    for one, found in drafted.items():
+        print(f"{one.name:{width}s}  {found.acceptance:15.1%}  {found.loops:15.2f}")
+
+
+def parse_drafts(text: str) -> list[Drafts]:
+    """The drafts of `1:4,2:4`, LOOPS:TOKENS. Raises UserError with all problems."""
+    drafts, problems = [], []
+    for one in filter(None, (one.strip() for one in text.split(","))):
+        match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", one)
+        if match:
+            drafts.append(Drafts(int(match[1]), int(match[2])))
+        else:
+            problems.append(f"--drafts names {one!r}; give LOOPS:TOKENS, such as 2:4")
+    if problems:
+        raise UserError(problems)
+    return list(dict.fromkeys(drafts))
 
 
 def parse_variants(caches: str, exits: str) -> list[Variant]:

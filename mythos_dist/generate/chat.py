@@ -1,7 +1,8 @@
 """Conversations with a model, encoded as in training (data/chat.py)."""
 
+import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,37 +10,48 @@ import torch
 from mythos_dist.data.chat import ChatRenderer, Message, encode
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.sampling import Sampling
+from mythos_dist.generate.text import TextStream
 from mythos_dist.model.mythos import Mythos
 
 
 class Chat:
-    """A conversation: `answer` appends the user's message and the model's."""
+    """A conversation: `stream` and `answer` append the user's message and the model's."""
 
     def __init__(
         self,
-        model: Mythos,
+        engine: Engine,
         tokenizer: Tokenizer,
         renderer: ChatRenderer,
         *,
         system: str | None = None,
         max_new_tokens: int = 100,
+        seed: int = 0,
         **sampling: Any,
     ):
-        """`system`: the first message. `max_new_tokens`: of an answer; `sampling`: settings of `generate`."""
-        self._model, self._tokenizer, self._renderer = model, tokenizer, renderer
-        self._max_new_tokens, self._sampling = max_new_tokens, sampling
+        """`system`: the first message. `max_new_tokens`: of an answer. `seed`: of the answers' seeds. `sampling`:
+        further fields of `Sampling`."""
+        self._engine, self._tokenizer, self._renderer = engine, tokenizer, renderer
+        self._max_new_tokens, self._sampling, self._seeds = max_new_tokens, sampling, random.Random(seed)
+        self._end = tokenizer.special_tokens[renderer.end_of_turn()]
         self._system: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self._turns: list[Message] = []  # of the user and the model
         self.forgotten = 0  # turns that no longer fit into the context
 
     def answer(self, text: str) -> str:
-        """The model's answer to `text`. The oldest turns are forgotten where the context is too short for all.
+        """The model's answer to `text`, as `stream`."""
+        return "".join(self.stream(text))
+
+    def stream(self, text: str) -> Iterator[str]:
+        """The model's answer to `text`, piece by piece as it is made. The oldest turns are forgotten where the context
+        is too short for all. An answer that is not read to its end is no part of the conversation.
 
         Raises UserError if `text` alone is too long, or contains the text of a special token.
         """
         turns: list[Message] = [*self._turns, {"role": "user", "content": text}]
         prompt = prompt_tokens(self._tokenizer, self._renderer, [*self._system, *turns])
-        context, forgotten = self._model.config.max_seq_len, 0
+        context, forgotten = self._engine.context, 0
         while len(turns) > 1 and len(prompt) + self._max_new_tokens > context:
             turns, forgotten = turns[2:], forgotten + 1
             prompt = prompt_tokens(self._tokenizer, self._renderer, [*self._system, *turns])
@@ -49,12 +61,29 @@ class Chat:
                 "an answer"
             )
         new = min(self._max_new_tokens, context - len(prompt))
-        (answer,) = complete(
-            self._model, self._tokenizer, self._renderer, [prompt], max_new_tokens=new, **self._sampling
-        )
-        self._turns = [*turns, {"role": "assistant", "content": answer}]
+        # Its text is that of its tokens alone, as it is encoded in the next prompt.
+        stream, pieces = TextStream(self._tokenizer.decode), []
+        for token in self._tokens(prompt, new):
+            if token != self._end:
+                stream.add(token)
+                if piece := stream.text[sum(map(len, pieces)) :]:
+                    pieces.append(piece)
+                    yield piece
+        self._turns = [*turns, {"role": "assistant", "content": stream.text}]
         self.forgotten += forgotten
-        return answer
+
+    def _tokens(self, prompt: Sequence[int], new: int) -> Iterator[int]:
+        """The tokens of an answer, as they come."""
+        seed = self._seeds.getrandbits(62)
+        sampling = Sampling(max_new_tokens=new, stop_tokens=(self._end,), seed=seed, **self._sampling)
+        request, done = self._engine.submit(prompt, sampling), 0
+        try:
+            while request.finish_reason is None:
+                self._engine.step()
+                yield from request.tokens[done:]
+                done = len(request.tokens)
+        finally:
+            self._engine.cancel(request)  # does nothing to a finished one
 
 
 def prompt_tokens(tokenizer: Tokenizer, renderer: ChatRenderer, messages: Sequence[Message]) -> list[int]:

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from mythos_dist.errors import UserError
 from mythos_dist.generate.chat import Chat
 from mythos_dist.generate.engine import Engine, Request
@@ -32,9 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
     options["n_loops"] = options["n_loops"] or trained.n_loops
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without UTF-8
     if arguments.chat:
-        renderer, generator = trained.renderer(arguments.template), torch.Generator().manual_seed(arguments.seed)
-        options |= {"cache": arguments.cache, "generator": generator}
-        chat = Chat(trained.model, trained.tokenizer, renderer, system=arguments.system, **options)
+        renderer = trained.renderer(arguments.template)
+        engine = Engine(trained.model, None, n_loops=trained.n_loops, max_batch=1, cache=arguments.cache)
+        options |= {"system": arguments.system, "seed": arguments.seed}
+        chat = Chat(engine, trained.tokenizer, renderer, **options)
         _talk(chat, prompt, trained.step)
         return
     stop_tokens = (trained.tokenizer.eos_id,)
@@ -148,19 +147,26 @@ def _as_json(prompt: str, request: Request) -> dict[str, Any]:
 def _talk(chat: Chat, prompt: str | None, step: int) -> None:
     """Print the answer to `prompt`; without one, to each line of standard input."""
     if prompt is not None:
-        print(chat.answer(prompt))
+        _print_answer(chat, prompt)
         return
     if sys.stdin.isatty():
         print(f"after {step} steps; a line is a message, Ctrl-D ends", file=sys.stderr)
     forgotten = 0
     for message in _read_messages():
         try:
-            print(chat.answer(message), flush=True)
+            _print_answer(chat, message)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if chat.forgotten > forgotten:
             forgotten = chat.forgotten
             print(f"(the context is full: turns forgotten so far: {forgotten})", file=sys.stderr, flush=True)
+
+
+def _print_answer(chat: Chat, message: str) -> None:
+    """Print an answer as it is made."""
+    for piece in chat.stream(message):
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 def _read_messages() -> Iterator[str]:

@@ -1,10 +1,14 @@
 """Decoding of many requests at once: they join and leave the batch between tokens (continuous batching, Orca 2022).
 
-A request takes a row of the cache when one is free. Its prompt is read at once, together with other waiting prompts of
-the same length; then its tokens go through the loops beside those of other rows, which may be at other loops
+A request takes a row of the cache when one is free. Its prompt is read together with other waiting prompts of the same
+length, in pieces between the tokens of other rows, so that a long prompt does not hold them up (chunked prefill,
+Sarathi-Serve 2024); then its tokens go through the loops beside those of other rows, which may be at other loops
 (generate/depth_batch.py). What a request gets does not depend on the other rows, beyond the rounding of products.
 
-Decisions: DECODE-4.
+The trap: rows that are decoded are the first of the cache, and the last of them takes the place of one that leaves. So
+prompts are read in the last rows of the cache, and are moved next to the others when they are complete.
+
+Decisions: DECODE-4, DECODE-8.
 """
 
 import random
@@ -31,7 +35,7 @@ from mythos_dist.model.decode import prefill
 from mythos_dist.model.kv_cache import KVCache
 from mythos_dist.model.mythos import Mythos
 
-# Tokens of prompts that are read in one pass.
+# Tokens of prompts that are read together.
 PREFILL_TOKENS = 4096
 
 
@@ -75,6 +79,20 @@ class Row:
             request.text = stream.text if request.finish_reason is None else stream.full_text
 
 
+@dataclass
+class Reading:
+    """Prompts of one length that are being read, in the last rows of the cache."""
+
+    requests: list[Request]
+    ids: Tensor  # (B, S)
+    n_loops: int
+    done: int = 0  # tokens of each that are in the cache
+
+    def piece(self, tokens: int) -> Tensor:
+        """The next up to `tokens` tokens of each prompt (B, <= tokens)."""
+        return self.ids[:, self.done : self.done + tokens]
+
+
 class Engine:
     """Decodes submitted requests, `max_batch` at a time, on one process. Not thread-safe."""
 
@@ -89,14 +107,21 @@ class Engine:
         prefill_chunk: int = 512,
     ):
         """Puts the model into eval mode. n_loops: of requests that do not set it. cache: see model/kv_cache.py.
-        prefill_chunk: tokens of a prompt per pass. Raises UserError for an unknown cache."""
+        prefill_chunk: tokens of prompts that are read between two tokens of other requests, and of a prompt per pass.
+        Raises UserError for an unknown cache."""
         self._model, self._tokenizer = model.eval(), tokenizer
         self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
         self._cache = KVCache(rows=max_batch, mode=cache)
         self._batch = DepthBatch(model, self._cache, max_batch)
         self._rows: list[Row] = []  # by cache row
         self._waiting: deque[Request] = deque()
+        self._reading: Reading | None = None
         self._empty: list[Request] = []  # finished without a token
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and what is generated, together."""
+        return self._model.config.max_seq_len
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
         """Add a request; `step` works on it. Raises UserError with all problems."""
@@ -119,19 +144,21 @@ class Engine:
         request.finish_reason = "cancelled"
         if request in self._waiting:
             self._waiting.remove(request)
+        elif self._reading is not None and request in self._reading.requests:
+            if all(one.finish_reason is not None for one in self._reading.requests):
+                self._stop_reading()
         else:
             self._remove([next(i for i, row in enumerate(self._rows) if row.request is request)])
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Read prompts that wait, then run loops until a token of some request is complete.
+        """Read a piece of the prompts that wait, then run loops until a token of some request is complete.
 
         Returns the requests with new tokens, or finished without any; [] if there is nothing to do. Raises UserError if
         logits are not finite.
         """
         updated, self._empty = {id(request): request for request in self._empty}, []
-        while self._waiting and len(self._rows) < self._max_batch:
-            updated |= {id(request): request for request in self._admit()}
+        updated |= {id(request): request for request in self._read()}
         if self._rows:
             updated |= {id(request): request for request in self._decode()}
         return list(updated.values())
@@ -141,24 +168,61 @@ class Engine:
         while self.step():
             pass
 
-    def _admit(self) -> list[Request]:
-        """Read the first waiting prompt, and those after it of the same length and loops; choose their first tokens."""
+    def _read(self) -> list[Request]:
+        """Read up to `prefill_chunk` tokens of prompts; while no row is decoded, until a prompt is complete. Returns
+        the requests whose first tokens were chosen."""
+        new, tokens = [], 0
+        while self._reading is not None or (self._waiting and len(self._rows) < self._max_batch):
+            reading = self._reading = self._reading or self._begin_reading()
+            rows, chunk = len(reading.requests), self._prefill_chunk
+            piece = reading.piece(chunk)
+            if tokens and tokens + piece.numel() > chunk and self._rows:
+                break
+            tokens += piece.numel()
+            cache = self._cache.select(range(self._max_batch - rows, self._max_batch))
+            seeds = [noise_seed(request, 0) for request in reading.requests]
+            logits = prefill(self._model, piece, reading.n_loops, cache, piece.shape[1], seeds)
+            reading.done += piece.shape[1]
+            if reading.done == reading.ids.shape[1]:
+                new += self._finish_reading(reading, logits)
+        return new
+
+    def _begin_reading(self) -> Reading:
+        """The first waiting prompt, and those after it of the same length and loops: beside rows that are decoded, so
+        many that a piece of all has at most `prefill_chunk` tokens."""
         first = self._waiting[0]
-        most = min(self._max_batch - len(self._rows), max(1, PREFILL_TOKENS // len(first.prompt)))
+        length = len(first.prompt)
+        # Pieces end at multiples of prefill_chunk whatever else is decoded: with loops that share cache entries, a
+        # prompt's entries depend on where its pieces end.
+        most = self._prefill_chunk // min(length, self._prefill_chunk) if self._rows else PREFILL_TOKENS // length
+        most = min(self._max_batch - len(self._rows), max(1, most))
         n_loops, new = self._loops_of(first), []
-        while self._waiting and len(new) < most and len(self._waiting[0].prompt) == len(first.prompt):
+        while self._waiting and len(new) < most and len(self._waiting[0].prompt) == length:
             if self._loops_of(self._waiting[0]) != n_loops:
                 break
             new.append(self._waiting.popleft())
-        rows = range(len(self._rows), len(self._rows) + len(new))
-        for request in new:
-            self._rows.append(Row(request, self._tokenizer))
-            self._batch.rows.append(Depth(n_loops, request.sampling))
         ids = torch.tensor([request.prompt for request in new], device=self._model.embed.weight.device)
-        seeds = [noise_seed(request, 0) for request in new]
-        logits = prefill(self._model, ids, n_loops, self._cache.select(rows), self._prefill_chunk, seeds)
-        self._accept(rows, logits, [n_loops] * len(new))
-        return new
+        return Reading(new, ids, n_loops)
+
+    def _finish_reading(self, reading: Reading, logits: Tensor) -> list[Request]:
+        """Move complete prompts behind the rows that are decoded, and choose their first tokens from logits (B, V)."""
+        first = self._max_batch - len(reading.requests)
+        kept = [i for i, request in enumerate(reading.requests) if request.finish_reason is None]
+        rows = range(len(self._rows), len(self._rows) + len(kept))
+        for i, row in zip(kept, rows, strict=True):
+            if first + i != row:  # never a row that is still to be moved: they are in order, and row <= first + i
+                self._cache.move_row(first + i, row)
+            self._rows.append(Row(reading.requests[i], self._tokenizer))
+            self._batch.rows.append(Depth(reading.n_loops, reading.requests[i].sampling))
+        self._stop_reading()
+        self._accept(rows, logits[kept], [reading.n_loops] * len(kept))
+        return [reading.requests[i] for i in kept]
+
+    def _stop_reading(self) -> None:
+        """Free the rows of prompts that are not decoded."""
+        lengths = self._cache.lengths
+        self._cache.lengths = lengths[: len(self._rows)] + [0] * (len(lengths) - len(self._rows))
+        self._reading = None
 
     def _decode(self) -> list[Request]:
         entering = [i for i, depth in enumerate(self._batch.rows) if depth.index is None]

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from helpers.selection import first_is_quick
 
-from mythos_dist.evaluate.decoding import Quality, Variant, decode_windows
+from mythos_dist.errors import UserError
+from mythos_dist.evaluate.decoding import Drafts, Quality, Variant, decode_windows, speculate_windows
+from mythos_dist.evaluate.decoding_command import parse_drafts
 from mythos_dist.model import Mythos, MythosConfig
 from mythos_dist.parallel.tensor import IGNORED
 
@@ -18,11 +20,15 @@ CONFIG = dict(
 
 @pytest.fixture(scope="module", params=["mla", "gqa"])
 def model(request) -> Mythos:
-    model = Mythos(MythosConfig(**CONFIG, attn_type=request.param), seed=1).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 3 if parameter.dim() > 1 else 1
-    return model
+    return drawn(Mythos(MythosConfig(**CONFIG, attn_type=request.param), seed=1))
+
+
+@torch.no_grad()
+def drawn(model: Mythos) -> Mythos:
+    """With larger weights, so that loops make a difference."""
+    for parameter in model.parameters():
+        parameter *= 3 if parameter.dim() > 1 else 1
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +88,28 @@ def test_a_shared_cache_is_smaller_and_changes_the_loss(model, windows):
     layers = {cache: one.cache_bytes for cache, one in results.items()}
     assert layers["all"] / 8 == layers["every:3"] / 4 == layers["last"] / 3  # prelude, coda, and 6, 2 or 1 entries
     assert len({one.loss for one in results.values()}) == 3
+
+
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+def test_drafts_are_counted_as_greedy_decoding_would_choose_them(attention, windows):
+    """Of each window, 6 tokens after its first 6, drafted one at a time: a draft is accepted if the model with the
+    draft's loops has the same most likely token, by forward passes over the tokens so far. Without a coda, whose
+    entries of earlier tokens are those of all loops."""
+    model = drawn(Mythos(MythosConfig(**CONFIG | {"coda_layers": 0}, attn_type=attention), seed=1))
+    found = speculate_windows(model, windows[0], 6, Drafts(2, 1))
+    agreed = 0
+    for window in windows[0]:
+        greedy = model.generate(window[None, :6], 6, n_loops=6, temperature=0)
+        for end in range(7, 12):  # reading the prompt gives the first token
+            with torch.no_grad():
+                draft, full = (int(model(greedy[:, :end], n)[0, -1].argmax()) for n in (2, 6))
+            assert full == greedy[0, end]
+            agreed += draft == full
+    assert (found.tokens, found.drafted, found.accepted) == (30, 25, agreed) and 0 < agreed < 25
+    assert found.acceptance == agreed / 25 and found.loops == 6, "2 loops for a draft, 4 to verify it"
+
+
+def test_drafts_are_parsed_with_all_problems():
+    assert parse_drafts("1:4, 2:8,1:4") == [Drafts(1, 4), Drafts(2, 8)] and parse_drafts("") == []
+    with pytest.raises(UserError, match=r"names '3'[\s\S]*names 'a:b'"):
+        parse_drafts("3,a:b,1:2")

@@ -66,10 +66,12 @@ def test_requests_at_different_loops_get_what_full_forwards_give(changes, build)
         assert request.loops == [n or N_LOOPS] * new and request.finish_reason == "length"
 
 
+@pytest.mark.parametrize("chunk", [512, 3])
 @pytest.mark.parametrize("cache", ["all", "last", "every:2"])
 @pytest.mark.parametrize("exit_", first_is_quick(["latent", None, "kl", "halting"]))
-def test_a_request_does_not_depend_on_the_others(cache, exit_, build):
-    """Sampled, with filters, penalties and exits, joining at different steps: the tokens and loops of each alone."""
+def test_a_request_does_not_depend_on_the_others(cache, exit_, chunk, build):
+    """Sampled, with filters, penalties and exits, joining at different steps: the tokens and loops of each alone.
+    Rows leave and change places while prompts are read in pieces of 3 tokens."""
     model = build(act=ActConfig(mode="safe"))
     draw = random.Random(0)
     thresholds = {None: None, "latent": 0.25, "kl": 0.003, "halting": 0.8}
@@ -84,14 +86,14 @@ def test_a_request_does_not_depend_on_the_others(cache, exit_, build):
         )
         for i, prompt in enumerate(prompts(12))
     ]  # fmt: skip
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=4, cache=cache)
+    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=4, cache=cache, prefill_chunk=chunk)
     requests = []
     for i, case in enumerate(cases):
         requests.append(engine.submit(*case))
         if i % 2:
             engine.step()
     engine.run()
-    alone = [decode(model, *case, cache=cache) for case in cases]
+    alone = [decode(model, *case, cache=cache, prefill_chunk=chunk) for case in cases]
     assert [request.tokens for request in requests] == [request.tokens for request in alone]
     assert [request.loops for request in requests] == [request.loops for request in alone]
     used = {loops for request in requests for loops in request.loops[1:]}
@@ -117,6 +119,45 @@ def test_step_returns_the_requests_with_new_tokens_and_nothing_when_idle(model):
                 assert len(request.tokens) > seen[id(request)]
                 seen[id(request)] = len(request.tokens)
     assert set(seen.values()) == {8} and (empty.tokens, empty.finish_reason) == ([], "length")
+
+
+def test_a_long_prompt_does_not_hold_up_the_other_rows(model):
+    """It is read in 10 pieces of 4 tokens: in each of 9 steps the other rows get a token, in the 10th it gets its own.
+    Prompts that fit into what is left of a piece are read in the same step."""
+    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=5, prefill_chunk=4)
+    running = [engine.submit([i, 1, 2], Sampling(max_new_tokens=20, temperature=0)) for i in range(2)]
+    engine.step()
+    before = [len(request.tokens) for request in running]
+    assert before == [2, 2], "the first two prompts are read before anything is decoded"
+    long = engine.submit(prompts(1, 12)[0][:1] * 40, GREEDY)
+    for step in range(1, 11):
+        updated = engine.step()
+        assert [len(request.tokens) for request in running] == [n + step for n in before]
+        assert (long in updated) == (step == 10) and bool(long.tokens) == (step == 10)
+    short = [engine.submit([3, 4], GREEDY), engine.submit([5], GREEDY)]
+    engine.step()
+    assert all(request.tokens for request in short)
+    engine.run()
+    for request in [*running, long, *short]:
+        new = request.sampling.max_new_tokens
+        assert request.tokens == greedy_by_full_forwards(model, request.prompt, new)
+
+
+def test_a_prompt_that_is_being_read_can_be_cancelled(model):
+    """Its rows are free for the next one, and the others' tokens do not change."""
+    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=2, prefill_chunk=4)
+    running = engine.submit([1, 2], Sampling(max_new_tokens=30, temperature=0))
+    engine.step()
+    cancelled = engine.submit([5] * 9, GREEDY)
+    engine.step()
+    assert len(running.tokens) == 3 and not cancelled.tokens
+    engine.cancel(cancelled)
+    last = engine.submit([6, 7] * 5, GREEDY)
+    engine.run()
+    assert (cancelled.finish_reason, cancelled.tokens) == ("cancelled", [])
+    for request in (running, last):
+        new = request.sampling.max_new_tokens
+        assert request.tokens == greedy_by_full_forwards(model, request.prompt, new)
 
 
 def test_cancelled_requests_free_their_rows(model):

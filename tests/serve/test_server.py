@@ -19,6 +19,8 @@ from helpers.waiting import wait_until
 
 from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.load import load_config
+from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.sampling import Sampling
 from mythos_dist.generate.trained import load_trained
 
 pytestmark = pytest.mark.launch
@@ -124,6 +126,35 @@ def test_a_seed_repeats_a_sample(client):
     assert [client.completions.create(seed=3 + i, **arguments).choices[0].text for i in range(4)] == [
         choice.text for choice in first
     ]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("exit_", ["latent", "kl"])
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.1, 1e9])
+def test_exits_through_the_server_are_those_of_the_engine(exit_, threshold, streamed, client, trained):
+    """Text and loops of each token; at 0 all loops run, and the greedy text is that of forward passes; far above any
+    change each token but the first, whose loops read the prompt, exits after its second loop."""
+    loops, prompt = 6, trained.tokenizer.encode("The story").tolist()
+    extra = {"loops": loops, "exit": exit_} | ({} if threshold is None else {"exit_threshold": threshold})
+    arguments = dict(model="tiny", prompt=prompt, max_tokens=12, temperature=0, extra_body=extra)
+    if streamed:
+        parts = [part.choices[0] for part in client.completions.create(stream=True, **arguments)]
+        text, used = "".join(part.text for part in parts), [n for part in parts for n in part.loops]
+    else:
+        (choice,) = client.completions.create(**arguments).choices
+        text, used = choice.text, choice.loops
+    ends = (trained.tokenizer.eos_id,)
+    settings = dict(max_new_tokens=12, temperature=0, stop_tokens=ends, exit=exit_, exit_threshold=threshold)
+    engine = Engine(trained.model, trained.tokenizer, n_loops=loops, max_batch=1)
+    request = engine.submit(prompt, Sampling(**settings))
+    engine.run()
+    assert (text, used) == (request.text, request.loops) and used[0] == loops
+    if threshold == 0.0:
+        expected = [token for token in greedy(trained, prompt, 12, loops)[: len(used)] if token not in ends]
+        whole = trained.tokenizer.decode(expected).rstrip("\N{REPLACEMENT CHARACTER}")  # an incomplete last character
+        assert text == whole and set(used) == {loops}
+    if threshold == 1e9:
+        assert len(used) > 1 and set(used[1:]) == {2}
 
 
 def test_a_stop_string_ends_the_text(client):
