@@ -136,11 +136,13 @@ BF16: list[tuple[int, dict[str, Any], str]] = [
     (1, dict(), "bare"),
     (2, dict(zero=3), "mla"),
     (2, dict(tensor=2, sequence=True), "mla"),
+    (2, dict(context=2), "mla"),
     (1, dict(), "odd widths"),
     (4, dict(pipe=2, expert=2), "mla"),
     (4, dict(pipe=2, expert=2), "odd widths"),
     (4, dict(tensor=2, expert=2), "mla"),
     (4, dict(expert=4, zero=2), "mla"),
+    (4, dict(context=2, pipe=2), "mla"),
     (8, dict(pipe=4, expert=2), "bare"),
     (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
 ]
