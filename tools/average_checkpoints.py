@@ -9,7 +9,7 @@ begins with it by `start_from=weights`. Needs no GPU; memory does not grow with 
 import argparse
 import sys
 
-from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -20,9 +20,9 @@ def parse() -> argparse.Namespace:
     add(
         "checkpoints",
         nargs="+",
-        type=nonempty_path,
+        type=location,
         metavar="CHECKPOINT",
-        help="the folder of a checkpoint, a run.dir (its newest checkpoint), or the folder of an export",
+        help="the folder of a checkpoint, a run.dir (its newest checkpoint), the folder of an export, or a URL",
     )
     add("--out", type=nonempty_path, required=True, help="a new folder")
     add(

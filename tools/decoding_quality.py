@@ -10,7 +10,7 @@ one process.
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import integer, parse_arguments
+from mythos_dist.config.arguments import integer, location, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     """Parse the command line and measure; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint), a checkpoint or an export")
+    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
     add("--cache", default="all,every:2,every:4,last", help="modes of the cache, separated by commas (%(default)s)")
     add("--exits", default="latent:0.03,latent:0.1", help="CRITERION:THRESHOLD, separated by commas (%(default)s)")
     add("--drafts", default="", help="LOOPS:TOKENS of self-speculation, separated by commas, such as 1:4,2:4")

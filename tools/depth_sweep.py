@@ -12,7 +12,7 @@ which each token could stop, what every loop would predict next, and the agreeme
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import number, parse_arguments
+from mythos_dist.config.arguments import location, number, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     """Parse the command line and sweep; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run.dir (its newest checkpoint), a checkpoint or an export")
+    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
     add("--loops", default="1,2,4,8,16,32,64", help="numbers of loops (%(default)s)")
     add("--data", type=Path, help="folder of shards; its held-out split is used (default: the run's data)")
     add("--samples", type=int, default=256, help="maximum number of held-out sequences (%(default)s)")
@@ -30,7 +30,7 @@ def main() -> None:
     add("--exit", choices=["latent", "kl", "halting"], default="latent", help=f"{exits} (%(default)s)")
     add("--exit-threshold", type=number(0, 1e9), help="(default: latent 0.03, kl 5e-4, halting model.act_threshold)")
     add("--tokenizer", type=Path, help="tokenizer file for --text, if neither export nor training shards have one")
-    add("--out", type=Path, help="write OUT.json and OUT.png (default: CHECKPOINT/depth-sweep)")
+    add("--out", type=Path, help="write OUT.json and OUT.png (default: CHECKPOINT/depth-sweep; not for URLs)")
     add("--json", action="store_true", help="print JSON instead of a table")
     arguments = parse_arguments(parser)
 

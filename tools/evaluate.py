@@ -11,7 +11,7 @@ of the requests. Results are kept on disk: the same command again computes only 
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import integer, parse_arguments
+from mythos_dist.config.arguments import integer, location, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Parse the command line and evaluate; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("path", type=Path, nargs="?", help="a run.dir (its newest checkpoint), a checkpoint or an export")
+    add("path", type=location, nargs="?", help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
     add("--tasks", required=True, help="names and YAML files, separated by commas; list: print the names")
     add("--loops", default="", help="numbers of loops, such as 1,4,8 (default: the mean of training)")
     add("--limit", type=integer(1, 10**9), help="maximum number of documents per task")
@@ -28,7 +28,11 @@ def main() -> None:
     add("--batch-tokens", type=integer(1, 10**9), default=8192, help="maximum tokens of a batch (%(default)s)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation (%(default)s)")
     add("--tokenizer", type=Path, help="tokenizer file, if neither export nor training shards have one")
-    add("--out", type=Path, help="write OUT.json, OUT.png and a cache beside them (default: RUN/evaluate/STEP)")
+    add(
+        "--out",
+        type=Path,
+        help="write OUT.json, OUT.png and a cache beside them (default: RUN/evaluate/STEP; needed for a URL)",
+    )
     add("--json", action="store_true", help="print JSON instead of a table")
     arguments = parse_arguments(parser)
 

@@ -10,7 +10,7 @@ Needs no GPU; one tensor is in memory at a time.
 
 import argparse
 
-from mythos_dist.config.arguments import add_write_options, nonempty_path, number, parse_arguments
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, number, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -18,7 +18,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=nonempty_path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), the folder of one checkpoint, or a URL")
     add("--out", type=nonempty_path, required=True, help="a new folder")
     add(
         "--format",

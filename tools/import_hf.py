@@ -10,7 +10,7 @@ fine-tuning; merge adapters first, with `model.merge_and_unload()`. No code in i
 import argparse
 import sys
 
-from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -18,7 +18,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=nonempty_path, help="a model's folder")
+    add("folder", type=location, help="a model's folder, or its URL")
     add("--out", type=nonempty_path, required=True, help="a new folder")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
     add("--tokenizer", type=nonempty_path, help="its file (default: that of FOLDER)")

@@ -9,7 +9,7 @@ If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, an
 import argparse
 import os
 
-from mythos_dist.config.arguments import add_write_options, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -17,7 +17,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=nonempty_path, help="a run.dir (its newest checkpoint) or the folder of one checkpoint")
+    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), the folder of one checkpoint, or a URL")
     add("--out", type=nonempty_path, required=True, help="run.dir of the new run")
     add(
         "--ignore-signature",

@@ -123,7 +123,10 @@ def _write(
 def output_path(source: Checkpoint, out: Path) -> Path:
     """`out` with `~` expanded. Raises UserError if it is inside the source, or inside a run's folder of checkpoints."""
     try:
-        out, folder = out.expanduser(), source.folder.resolve()
+        out = out.expanduser()
+        if not isinstance(source.folder, Path):
+            return out
+        folder = source.folder.resolve()
         out_and_parents = [out.resolve(), *out.resolve().parents]
     except (OSError, RuntimeError) as error:  # RuntimeError: a cycle of links, an unknown home
         raise UserError(f"cannot be used ({reason(error)})", str(out)) from None

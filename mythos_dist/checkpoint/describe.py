@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from mythos_dist.checkpoint.restore import open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
 from mythos_dist.config.compare import training_changes
 from mythos_dist.units import count
+from mythos_dist.urls import AnyPath
 
 SIGNATURES = {
     "none": "none",
@@ -25,7 +25,7 @@ SIGNATURES = {
 REFUSED = ("missing", "wrong")
 
 
-def inspect(path: Path, verify: bool = True) -> tuple[Checkpoint, dict[str, Any]]:
+def inspect(path: AnyPath, verify: bool = True) -> tuple[Checkpoint, dict[str, Any]]:
     """The checkpoint at `path` and its description (see `summarize`); `verify`: read every byte.
 
     A wrong signature is reported like damage. Raises UserError if there is no checkpoint.

@@ -23,6 +23,7 @@ from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint, Wanted
 from mythos_dist.checkpoint.remote_tensors import RemoteTensors
 from mythos_dist.checkpoint.signature import VARIABLE, signing_key
+from mythos_dist.checkpoint.tensor_file import file_hash
 from mythos_dist.errors import UserError
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.pretrained import (
@@ -65,8 +66,14 @@ def open_export(folder: AnyPath, key_file: str | None = None) -> "ExportedWeight
     return ExportedWeights(folder)
 
 
-def open_model_folder(folder: Path) -> "ExportedWeights":
+def open_model_folder(folder: AnyPath) -> "ExportedWeights":
     """The export in `folder`, or what transformers has saved there. Raises UserError, with what to do, for others."""
+    if isinstance(folder, RemotePath):
+        if not holds_export(folder):
+            raise UserError(
+                "has no config.json or no .safetensors files; give what model.save_pretrained wrote", str(folder)
+            )
+        return open_export(folder)
     folder = folder.expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         problem = "holds an adapter only; merge it first: model.merge_and_unload().save_pretrained(OTHER_FOLDER)"
@@ -126,8 +133,10 @@ class ExportedWeights(Checkpoint):
         super().__init__(folder, manifest)
 
     def versions(self) -> dict[str, str]:
-        """Of an export in a store: for each file a text that changes if the file does. Raises UserError."""
-        return self._state.versions() if isinstance(self._state, RemoteTensors) else {}
+        """For each file a text that changes if the file does. Raises UserError if a store fails."""
+        if isinstance(self._state, RemoteTensors):
+            return self._state.versions()
+        return {file.name: file_hash(file) for file in self._state.files}
 
     def _copy(self, wanted: Iterable[Wanted], progress: Progress) -> None:
         in_ranges = []

@@ -14,6 +14,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer_files import ModelTokenizer
 from mythos_dist.files import read_json_lines
 from mythos_dist.units import short
+from mythos_dist.urls import AnyPath, any_path
 
 _HEADER = """\
 ---
@@ -54,10 +55,10 @@ def model_card(source: Checkpoint, config: Config, dtype: str, files: ModelToken
     return "\n".join(parts) + "\n"
 
 
-def _name_of(folder: Path) -> str:
+def _name_of(folder: AnyPath) -> str:
     """The name of a run, from the folder of one of its checkpoints."""
-    folder = folder.resolve()
-    return folder.parents[1].name if folder.parent.name == "checkpoints" else folder.name
+    folder = folder.resolve() if isinstance(folder, Path) else folder
+    return folder.parent.parent.name if folder.parent.name == "checkpoints" else folder.name
 
 
 def _facts(source: Checkpoint, config: Config, dtype: str, files: ModelTokenizer | None) -> Iterator[tuple[str, str]]:
@@ -88,8 +89,10 @@ def _facts(source: Checkpoint, config: Config, dtype: str, files: ModelTokenizer
             yield "shards", f"{documents}, {short(shards.tokens)} tokens, from {len(shards.inputs)} files"
 
 
-def _losses(checkpoint: Path, step: int) -> dict[str, str]:
+def _losses(checkpoint: AnyPath, step: int) -> dict[str, str]:
     """The last line of eval.jsonl up to `step`: held-out loss by number of loops, in nats. Empty if there is none."""
+    if not isinstance(checkpoint, Path):
+        return {}
     try:
         lines = read_json_lines(checkpoint.resolve().parents[1] / "eval.jsonl")
     except (OSError, IndexError):
@@ -113,7 +116,7 @@ def _lineage(lineage: Lineage) -> list[str]:
     if not lineage.parents:
         return []
     lines = [
-        f"- {_name_of(Path(one.path))}: step {one.step:,}, {short(one.tokens)} tokens ({one.state})"
+        f"- {_name_of(any_path(one.path))}: step {one.step:,}, {short(one.tokens)} tokens ({one.state})"
         for one in lineage.parents
     ]
     return ["## Lineage\n", "This run began with, the nearest first:\n", *lines, ""]

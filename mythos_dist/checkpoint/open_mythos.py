@@ -144,6 +144,7 @@ class SafeTensors(Mapping[str, Tensor]):
     def __init__(self, files: list[Path]):
         from safetensors import safe_open
 
+        self.files = files
         self._source: dict[str, tuple[Path, Any]] = {}
         self.metadata: dict[str, str] = {}
         for file in files:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mythos_dist.urls import AnyPath, any_path, is_url
+
 _SETTING = r"[a-z]+\.\w+|start_from(?:_state)?"
 _OVERRIDE = re.compile(rf"(?:{_SETTING})\s*=")
 _AS_OPTION = re.compile(rf"--?({_SETTING})(?:=(.*))?")
@@ -112,6 +114,12 @@ def nonempty_path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a folder")
     return Path(text)
+
+
+def location(text: str) -> AnyPath:
+    """An argparse type for a run, a checkpoint or an export: a folder, or its URL in a store. Not empty, as
+    `nonempty_path`."""
+    return any_path(text) if is_url(text) else nonempty_path(text)
 
 
 def path_text(text: str) -> str:

@@ -334,12 +334,8 @@ def _run_problems(config: Config) -> Iterator[Problem]:
         message = "run.dir is not set; give the folder that checkpoints and metrics go to"
         yield Problem(("run.dir",), message)
     start_from, state = config.run.start_from, config.run.start_from_state
-    if "://" in start_from:
-        yield Problem(
-            ("run.start_from",),
-            f"start_from={start_from} is a URL, and weights are read from local paths only; copy it to a file system "
-            "that all nodes share, and give that path",
-        )
+    if is_url(start_from) and has_secrets(start_from):
+        yield Problem(("run.start_from",), f"start_from={_secret_in(start_from)}")
     if not start_from and state != "weights" and not config.run.stage_begin:
         yield Problem(
             ("run.start_from", "run.start_from_state"),

@@ -429,8 +429,8 @@ class CheckpointConfig(Section, section="checkpoint"):
 @dataclass(frozen=True)
 class RunConfig(Section, section="run"):
     dir: PathText = "runs/mythos"
-    # A run (its newest checkpoint), a checkpoint or an export: a run without a checkpoint of its own begins with its
-    # weights. In YAML and on the command line this and `start_from_state` need no section.
+    # A run (its newest checkpoint), a checkpoint or an export, or the URL of one: a run without a checkpoint of its own
+    # begins with its weights. In YAML and on the command line this and `start_from_state` need no section.
     start_from: PathText = ""
     # weights: with the router's bias; schedule and data begin anew. weights+moments: also the optimizer's. everything:
     # step count (of schedule, loops and random numbers), loss scale and data order continue as in a resume.

@@ -10,19 +10,24 @@ Face's way it reads the texts of special tokens as those tokens, unless split_sp
 Decisions: HF-2.
 """
 
+import atexit
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mythos_dist.config.schema import DataConfig
 from mythos_dist.data.chat_template import own_template, special_token_names
 from mythos_dist.data.manifest import ChatTemplate, ShardManifest
-from mythos_dist.data.remote import read_manifest, tokenizer_path
+from mythos_dist.data.remote import MAX_TOKENIZER, read_manifest, tokenizer_path
 from mythos_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, read_configuration, token_text
 from mythos_dist.data.tokenizer_json import convert_sentencepiece
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_and_fsync
+from mythos_dist.store.fetch import read_object
+from mythos_dist.store.folder import list_folder
+from mythos_dist.urls import AnyPath, RemotePath
 
 FILES = (SentencePieceTokenizer.file_name, "tokenizer.json")  # the first that exists is training's
 
@@ -44,14 +49,15 @@ def tokenizer_in(folder: Path) -> ModelTokenizer | None:
     return None
 
 
-def find_tokenizer(folder: Path, data: DataConfig, file: Path | None = None) -> ModelTokenizer:
-    """The tokenizer in `file`; else that of the export `folder`, or of the shards that a run reads.
+def find_tokenizer(folder: AnyPath, data: DataConfig, file: Path | None = None) -> ModelTokenizer:
+    """The tokenizer in `file`; else that of the export `folder`, which may be in a store, or of the shards that a run
+    reads.
 
     Raises UserError if there is none, as where shards are on another cluster.
     """
     if file is not None:
         return ModelTokenizer(tokenizer := Tokenizer.load(file), own_template(tokenizer))
-    if found := tokenizer_in(folder):
+    if found := tokenizer_in(folder if isinstance(folder, Path) else _download(folder)):
         return found
     shard_folder = next(iter(data.folders))  # all folders of a mix share one tokenizer
     try:
@@ -63,6 +69,17 @@ def find_tokenizer(folder: Path, data: DataConfig, file: Path | None = None) -> 
         raise UserError(f"no tokenizer ({error}); name its file with --tokenizer", str(folder)) from None
     tokenizer = Tokenizer.load(path, shards.eos)
     return ModelTokenizer(tokenizer, shards.chat or own_template(tokenizer), shards)
+
+
+def _download(folder: RemotePath) -> Path:
+    """A temporary folder, until this process ends, with the tokenizer of an export in a store, if there is one."""
+    local = Path(tempfile.mkdtemp(prefix="mythos-tokenizer-"))
+    atexit.register(shutil.rmtree, local, ignore_errors=True)
+    files = list_folder(folder).files
+    for name in (*FILES, "tokenizer_config.json"):
+        if name in files:
+            (local / name).write_bytes(read_object((folder / name).url, MAX_TOKENIZER))
+    return local
 
 
 def write_tokenizer(folder: Path, files: ModelTokenizer, max_tokens: int) -> str:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mythos_dist import __version__
-from mythos_dist.checkpoint.exported import is_export
-from mythos_dist.checkpoint.names import MANIFEST_FILE
-from mythos_dist.checkpoint.tensor_file import file_hash
+from mythos_dist.checkpoint.exported import ExportedWeights
+from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.requests import TokenScores
 from mythos_dist.files import lock_file, make_folders, read_json_lines, user_errors
@@ -103,15 +102,16 @@ def _from_json(line: dict[str, Any]) -> Result | None:
     return TokenScores(logprobs, [flag == "1" for flag in correct])
 
 
-def weights_id(folder: Path, dtype: str) -> str:
-    """Identifies the weights of a checkpoint or an export, whatever its folder is called."""
+def weights_id(checkpoint: Checkpoint, dtype: str) -> str:
+    """Identifies the weights of a checkpoint or an export, whatever its folder is called. Raises UserError if a store
+    fails."""
     digest = hashlib.sha256(f"{__version__} {dtype}\n".encode())
-    if is_export(folder):
-        digest.update((folder / "config.json").read_bytes())
-        for file in sorted(folder.glob("*.safetensors")):
-            digest.update(f"{file.name} {file_hash(file)}\n".encode())
+    if isinstance(checkpoint, ExportedWeights):
+        digest.update(json.dumps(checkpoint.manifest.config, sort_keys=True).encode())
+        for name, version in checkpoint.versions().items():
+            digest.update(f"{name} {version}\n".encode())
     else:
-        digest.update((folder / MANIFEST_FILE).read_bytes())  # has the hash of every file
+        digest.update(checkpoint.manifest.to_text().encode())  # has the hash of every file
     return digest.hexdigest()[:16]
 
 

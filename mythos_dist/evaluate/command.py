@@ -23,6 +23,7 @@ from mythos_dist.evaluate.tokenizer import find_tokenizer
 from mythos_dist.parallel.launcher import export_rank_info, read_rank_info
 from mythos_dist.parallel.process import DTYPES, device, join_process_group, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.sweep import parse_loops, write_json
+from mythos_dist.urls import AnyPath
 
 TIMEOUT = 86400.0  # seconds that other ranks wait for rank 0, which may download data
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) -> None:
     checkpoint = raise_on_all_ranks(lambda: open_weights_at(arguments.path))
     folder = checkpoint.folder
-    out = arguments.out or default_out(folder)
+    out = arguments.out or raise_on_all_ranks(lambda: default_out(folder))
     claimed = on_rank_0(lambda: lock(out.parent))
     # Tasks come before the weights, which may take minutes to load.
     config = raise_on_all_ranks(lambda: config_of(checkpoint))
@@ -73,7 +74,7 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
         results = {n: evaluation.run(scorer, tokenizer, n, arguments.limit) for n in sorted(set(loops or [trained]))}
         return results, scorer.computed
 
-    cache = Cache(out.parent / "cache" / weights_id(folder, arguments.dtype)) if claimed else Cache()
+    cache = Cache(out.parent / "cache" / weights_id(checkpoint, arguments.dtype)) if claimed else Cache()
     backend = Replicas(model, tokenizer.eos_id, arguments.batch_tokens)
     with tqdm(desc="requests", unit="", disable=True if dist.get_rank() else None) as bar:
 
@@ -95,9 +96,11 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
         print(f"{table(results)}\n{out}.json, {out}.png")
 
 
-def default_out(folder: Path) -> Path:
+def default_out(folder: AnyPath) -> Path:
     """RUN/evaluate/STEP for a run's checkpoint, EXPORT/evaluate/export for an export: a run removes only folders of
-    checkpoints that hold nothing else."""
+    checkpoints that hold nothing else. Raises UserError for one in a store."""
+    if not isinstance(folder, Path):
+        raise UserError("is in a store, and results are written to a local folder; name one with --out", str(folder))
     if is_export(folder):
         return folder / "evaluate" / "export"
     run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent

@@ -25,9 +25,13 @@ def run(arguments: argparse.Namespace) -> None:
     loops, problems = parse_loops(arguments.loops)
     sizes = {"samples": arguments.samples, "batch": arguments.batch}
     problems += [f"--{name}={value} must be at least 1" for name, value in sizes.items() if value < 1]
-    if problems:
+    out: Path | None = arguments.out
+    if out is None and isinstance(arguments.checkpoint, Path):
+        out = arguments.checkpoint / "depth-sweep"
+    if out is None:
+        problems.append(f"{arguments.checkpoint} is in a store, and results are written to a local folder; name --out")
+    if problems or out is None:
         raise UserError(problems)
-    out = arguments.out or arguments.checkpoint / "depth-sweep"
     folder = open_weights_at(arguments.checkpoint).folder
     text = None if arguments.text is None else _read_text(arguments.text)
     out.parent.mkdir(parents=True, exist_ok=True)  # fail before the sweep, not after

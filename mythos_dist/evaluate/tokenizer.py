@@ -6,9 +6,10 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data import tokenizer_files
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.urls import AnyPath
 
 
-def find_tokenizer(config: Config, folder: Path, file: Path | None = None) -> Tokenizer:
+def find_tokenizer(config: Config, folder: AnyPath, file: Path | None = None) -> Tokenizer:
     """The tokenizer in `file`; else that of the export `folder`, or of the shards of the run.
 
     Raises UserError if there is none, or if it has more tokens than the model.

@@ -10,6 +10,7 @@ from mythos_dist.data.manifest import ChatTemplate
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.data.tokenizer_files import find_tokenizer
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.urls import AnyPath
 
 
 class Trained(NamedTuple):
@@ -28,7 +29,7 @@ class Trained(NamedTuple):
         return find_renderer(self.tokenizer, template)
 
 
-def load_trained(path: Path, tokenizer_file: Path | None) -> Trained:
+def load_trained(path: AnyPath, tokenizer_file: Path | None) -> Trained:
     """The model at `path` with its own tokenizer, that of its shards, or the given one. Raises UserError."""
     model, config, step = load_model(path)
     found = find_tokenizer(path.expanduser(), config.data, tokenizer_file)

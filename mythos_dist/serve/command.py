@@ -23,6 +23,7 @@ from mythos_dist.serve.engine_thread import EngineThread
 from mythos_dist.serve.metrics import Metrics
 from mythos_dist.serve.protocol import TimedProtocol
 from mythos_dist.serve.service import Limits, Service
+from mythos_dist.urls import AnyPath
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -133,9 +134,9 @@ def _renderer(trained: Trained, template: str | None) -> ChatRenderer | None:
         return None
 
 
-def _name_of(path: Path) -> str:
+def _name_of(path: AnyPath) -> str:
     """The name of a run or an export."""
-    return path.expanduser().resolve().name
+    return path.expanduser().resolve().name if isinstance(path, Path) else path.name
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from mythos_dist.checkpoint.exported import open_export
+from mythos_dist.checkpoint.exported import holds_export, open_export
 from mythos_dist.checkpoint.manifest import MOMENTS, PARAMETER, Ancestor, CheckpointManifest, Lineage
 from mythos_dist.checkpoint.open_mythos import list_tensors
-from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
-from mythos_dist.checkpoint.restore import find_checkpoint, is_checkpoint
+from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of, remote_checkpoints_of
+from mythos_dist.checkpoint.restore import find_checkpoint, is_checkpoint, run_checkpoints
 from mythos_dist.config.compare import WIDTHS, training_changes
 from mythos_dist.config.fields import show
 from mythos_dist.config.schema import BY_MODE, Config
@@ -28,6 +28,9 @@ from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.pretrained import is_export
 from mythos_dist.parallel.process import from_rank_0, raise_on_all_ranks
 from mythos_dist.units import count
+from mythos_dist.urls import AnyPath, RemotePath, any_path
+
+_PARENTS = "give a run.dir, a folder checkpoints/step-N in it, a folder that tools/export_checkpoint.py wrote, or the URL of one"
 
 
 def find_parent(config: Config) -> tuple[Checkpoint, list[str]]:
@@ -35,18 +38,22 @@ def find_parent(config: Config) -> tuple[Checkpoint, list[str]]:
 
     Every rank calls this. Raises UserError, the same on every rank, if there is none, or if a signature is wrong.
     """
-    path = Path(config.run.start_from)
+    path = any_path(config.run.start_from)
     folder = from_rank_0(lambda: _folder_of(path))
     if folder is None:
         return raise_on_all_ranks(lambda: open_export(path, config.checkpoint.key_file)), []
     checkpoint, damaged = find_checkpoint(folder, config.checkpoint)
     if checkpoint is None:
-        raise UserError(f"start_from={path}: its checkpoints were removed; give another")
+        uploading = ", or are still being uploaded" if isinstance(path, RemotePath) else ""
+        raise UserError(f"start_from={path}: its checkpoints were removed{uploading}; give another")
     return checkpoint, damaged
 
 
-def _folder_of(path: Path) -> Path | None:
-    """A checkpoint's folder or a run's folder of checkpoints; None: an export. Raises UserError for other paths."""
+def _folder_of(path: AnyPath) -> AnyPath | None:
+    """A checkpoint's folder or a run's folder of checkpoints; None: an export. Raises UserError for other paths, and if
+    a store fails."""
+    if isinstance(path, RemotePath):
+        return _remote_folder_of(path)
     try:
         if is_checkpoint(path):
             return path
@@ -60,10 +67,19 @@ def _folder_of(path: Path) -> Path | None:
         )
     except OSError as error:
         problem = f"cannot be read ({reason(error)})"
-    raise UserError(
-        f"start_from={path}: {problem}; give a run.dir, a folder checkpoints/step-N in it, or a folder that "
-        "tools/export_checkpoint.py wrote"
-    )
+    raise UserError(f"start_from={path}: {problem}; {_PARENTS}")
+
+
+def _remote_folder_of(path: RemotePath) -> RemotePath | None:
+    """As `_folder_of`."""
+    if is_checkpoint(path):
+        return path
+    if holds_export(path):
+        return None
+    folder = run_checkpoints(path)
+    if remote_checkpoints_of(folder):
+        return folder
+    raise UserError(f"start_from={path}: neither a run with a checkpoint, nor a checkpoint or an export; {_PARENTS}")
 
 
 def check_parent(config: Config, parent: Checkpoint) -> None:
@@ -118,12 +134,17 @@ def steps_done(manifest: CheckpointManifest) -> int:
 def lineage_from(config: Config, parent: Checkpoint, corpora: list[Corpus]) -> Lineage:
     """The lineage of a run that begins with `parent`."""
     manifest, state = parent.manifest, config.run.start_from_state
-    ancestor = Ancestor(str(parent.folder.resolve()), manifest.step, manifest.lineage.tokens, state, manifest.config)
+    ancestor = Ancestor(_absolute(parent.folder), manifest.step, manifest.lineage.tokens, state, manifest.config)
     parents = (ancestor, *manifest.lineage.parents)
     if state != "everything":
         return Lineage(parents)
     first_sample = manifest.lineage.next_sample if _same_order(config, manifest, corpora) else 0
     return Lineage(parents, steps_done(manifest), first_sample, next_sample=first_sample)
+
+
+def _absolute(folder: AnyPath) -> str:
+    """For the lineage: a URL has no secrets then."""
+    return str(folder.resolve() if isinstance(folder, Path) else folder)
 
 
 def lineage_of_stage(config: Config, border: Checkpoint, corpora: list[Corpus]) -> Lineage:

@@ -17,6 +17,7 @@ from mythos_dist.files import write_atomically
 from mythos_dist.model.mythos import IGNORED, Mythos
 from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
+from mythos_dist.urls import AnyPath
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def parse_loops(text: str) -> tuple[list[int], list[str]]:
 
 
 def sweep(
-    checkpoint: Path,
+    checkpoint: AnyPath,
     loops: Sequence[int],
     *,
     data: Path | None = None,

@@ -313,7 +313,11 @@ def test_what_a_parent_cannot_give_is_refused(parent, run, tmp_path):
         (str(weights), ["start_from_state=weights+moments"], ["holds weights only; set start_from_state=weights"]),
         (str(parent), ["optim.name=muon", "start_from_state=weights+moments"], ["has the moments of adamw"]),
         (str(parent), ["start_from_state=everything"], ["train.steps=8", "is at step 8", "raise train.steps above 8"]),
-        ("s3://bucket/run", [], ["start_from=s3://bucket/run is a URL", "copy it"]),
+        (
+            "https://me:hunter2@host/run",
+            [],
+            ["start_from=https://***@host/run contains a password or key; leave it out"],
+        ),
         ("", ["start_from_state=everything"], ["start_from_state=everything needs start_from"]),
     ):
         refused(train(1, *run, f"run.dir={tmp_path / 'stage'}", f"start_from={start_from}", *more), *words)
