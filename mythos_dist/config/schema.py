@@ -412,7 +412,9 @@ class CheckpointConfig(Section, section="checkpoint"):
     # Training waits only for a copy in host memory (12 bytes per parameter / replica, 4 more with `average`); false:
     # until everything is on disk.
     background: bool = True
-    verify: bool = True  # before loading compare the hash of every file; false: only sizes
+    # Before loading compare the hash of every file; false: only sizes. In a store: of files that one rank reads
+    # completely.
+    verify: bool = True
     # File with a key that signs checkpoints; others are then refused (docs/security.md). None: the file that the
     # environment variable MYTHOS_CHECKPOINT_KEY_FILE names, if set.
     key_file: PathText | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.http_server import serving
 from helpers.layouts import KINDS, Layout, part, values, write_checkpoint
 from helpers.s3 import serving_s3
 
@@ -303,3 +304,18 @@ def test_passwords_in_urls_are_not_shown():
     assert path.url == "https://me:hunter2@host/run/checkpoints?token=abc"
     assert "hunter2" not in str(path) and "abc" not in str(path) and "host/run/checkpoints" in str(path)
     assert json.dumps(str(path.parent.name)) == '"run"'
+
+
+def test_a_mounted_folder_and_a_web_server_are_stores_too(checkpoints):
+    """The latter cannot list folders, and without ranges it is refused."""
+    mounted = RemotePath(f"file://{checkpoints.parent}")
+    assert open_checkpoint(mounted).manifest.step == 4
+    read(Checkpoint(mounted / "checkpoints" / "step-00000002"), Layout(1, 3), 1)
+    with serving(checkpoints) as (url, _):
+        checkpoint = open_checkpoint(RemotePath(f"{url}/step-00000002?token=secret"))
+        assert checkpoint.find_damage() == [] and "secret" not in str(checkpoint.folder)
+        read(checkpoint, Layout(1, 3), 1)
+        assert checkpoint.manifest == Checkpoint(checkpoints / "step-00000002").manifest
+    with serving(checkpoints, ranges=False) as (url, _):
+        with pytest.raises(UserError, match="its server does not support ranges of bytes"):
+            read(open_checkpoint(RemotePath(f"{url}/step-00000002")), Layout(1, 3), 1)
