@@ -316,6 +316,8 @@ def test_a_mounted_folder_and_a_web_server_are_stores_too(checkpoints):
         assert checkpoint.find_damage() == [] and "secret" not in str(checkpoint.folder)
         read(checkpoint, Layout(1, 3), 1)
         assert checkpoint.manifest == Checkpoint(checkpoints / "step-00000002").manifest
-    with serving(checkpoints, ranges=False) as (url, _):
-        with pytest.raises(UserError, match="its server does not support ranges of bytes"):
-            read(open_checkpoint(RemotePath(f"{url}/step-00000002")), Layout(1, 3), 1)
+    with (
+        serving(checkpoints, ranges=False) as (url, _),
+        pytest.raises(UserError, match="its server does not support ranges of bytes"),
+    ):
+        read(open_checkpoint(RemotePath(f"{url}/step-00000002")), Layout(1, 3), 1)
