@@ -59,7 +59,7 @@ def exports(run, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def urls(store, run, exports) -> dict[str, str]:
     """The run and its exports in the store."""
-    found = {form: store.upload(folder, form.replace("_", "-")) for form, folder in exports.items()}
+    found = {form: store.upload(folder, f"export-{form.replace('_', '-')}") for form, folder in exports.items()}
     return {**found, "run": store.upload(run, "the-run")}
 
 
