@@ -20,6 +20,7 @@ from mythos_dist.checkpoint.strict_json import read_regular_file, shorten
 from mythos_dist.checkpoint.tensor_file import TensorHeader
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
+from mythos_dist.store.fetch import Unavailable
 from mythos_dist.store.folder import list_folder
 from mythos_dist.urls import AnyPath, RemotePath
 
@@ -150,6 +151,20 @@ class Checkpoint:
         if header.sizes != sizes:
             differing = sorted(header.sizes.items() ^ sizes.items())
             raise ValueError(f"its header and {MANIFEST_FILE} disagree about {shorten(differing[0][0])}")
+
+    def raise_if_replaced(self) -> None:
+        """Raises UserError if a checkpoint in a store has another manifest than when it was opened: a run that went
+        back saves its steps again, and what was read may be of both. Call it after reading."""
+        if not self.is_remote or not self.manifest.files:
+            return
+        try:
+            if read_checkpoint_manifest(self.folder) == self.manifest:
+                return
+        except Unavailable:
+            raise
+        except UserError:
+            pass
+        raise UserError("was replaced or removed while it was read; run the same command again", str(self.folder))
 
     def raise_if_damaged(self, hashes: bool = True) -> None:
         """Raises UserError that names each damaged file; `hashes` as in `find_damage`."""

@@ -244,6 +244,7 @@ def model_of(checkpoint: Checkpoint) -> tuple[Mythos, Config, int]:
         Wanted(kind, name, Piece.full(tuple(value.shape)), values[name].view(-1).numpy())
         for name, (kind, value) in expected.items()
     )
+    checkpoint.raise_if_replaced()
     model.load_state_dict(values, assign=True)
     return model.eval(), config, checkpoint.manifest.step
 

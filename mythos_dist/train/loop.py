@@ -309,6 +309,7 @@ class Run:
                 shown.update(size)
 
             raise_on_all_ranks(lambda: load_state(checkpoint, shards, progress, leave_out))
+        on_rank_0(checkpoint.raise_if_replaced)
 
     def roll_back(self) -> None:
         """Return to the newest checkpoint, and exclude the batches of the skipped steps."""

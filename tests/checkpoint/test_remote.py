@@ -212,6 +212,23 @@ def test_an_old_listing_does_no_harm(group, store, run_url):
     assert found and found.manifest.step == 4 and damaged == []
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(store, own_run, checkpoints):
+    """Its run went back and has saved the step again: what was read may be of both."""
+    url = own_run()
+    checkpoint = open_checkpoint(url / "checkpoints" / "step-00000004")
+    checkpoint.raise_if_replaced()
+    other = (checkpoints / "step-00000002" / "checkpoint.json").read_bytes()
+    bucket = url.url.removeprefix("s3://").partition("/")[0]
+    key = "data/checkpoints/step-00000004/checkpoint.json"
+    for content in (other, None):
+        if content is None:
+            store.client().delete_object(Bucket=bucket, Key=key)
+        else:
+            store.client().put_object(Bucket=bucket, Key=key, Body=content)
+        with pytest.raises(UserError, match="step-00000004: was replaced or removed while it was read"):
+            checkpoint.raise_if_replaced()
+
+
 FAULTS = {
     "a reset": "reset",
     "503": 503,
