@@ -40,6 +40,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.process import any_rank, from_rank_0, on_rank_0, raise_on_all_ranks
+from mythos_dist.store.backends import check_scheme
 from mythos_dist.store.fetch import Unavailable
 from mythos_dist.store.folder import list_folder
 from mythos_dist.urls import AnyPath, RemotePath
@@ -100,6 +101,8 @@ def _candidates(checkpoints: AnyPath) -> Sequence[AnyPath]:
 
 def is_checkpoint(path: AnyPath) -> bool:
     """Whether a path is the folder of one checkpoint, by its content or its name. Raises UserError if a store fails."""
+    if isinstance(path, RemotePath):
+        check_scheme(path.url)
     return step_of(path.name) is not None or exists(path / MANIFEST_FILE)
 
 
