@@ -58,7 +58,7 @@ def build_ours(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> 
     keep_freed_memory()
     experts = Experts(config, "grouped", SINGLE)
     experts.load_state_dict({"w1": gate, "w3": up, "w2": down.transpose(1, 2)})
-    return lambda x, logits: experts(x, *choose(logits, config.n_experts_per_tok)), experts
+    return lambda x, logits: experts(x, *choose(logits, config.n_experts_per_tok))[0], experts
 
 
 def build_open_mythos(config: MythosConfig, gate: Tensor, up: Tensor, down: Tensor) -> tuple[Layer, nn.Module]:

@@ -17,6 +17,8 @@ MAY_CHANGE = {
     "train.compile",
     "train.recompute",
     "train.recompute_every",
+    "train.chunk_tokens",
+    "train.offload",
     "train.micro_batch",
     "experts.backend",
     "loops.telemetry_every",

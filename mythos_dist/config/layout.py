@@ -116,6 +116,12 @@ _RULES = (
         change=("train.recompute", "train.recompute_every"),
     ),
     Rule(
+        settings=("train.offload", "train.recompute"),
+        holds=lambda at: at.train.offload == "none" or at.train.recompute == "loop",
+        message="{} has nothing to move with {}: what goes to host memory is the input of each recomputed loop",
+        change=("train.recompute", "train.offload"),
+    ),
+    Rule(
         settings=("parallel.zero", "parallel.pipe"),
         holds=lambda at: at.parallel.zero == 1 or at.parallel.pipe == 1,
         message="{} does not work with {}: DeepSpeed's PipelineEngine cannot shard gradients or parameters",

@@ -270,6 +270,12 @@ class TrainConfig(Section, section="train"):
     # q, k, v), in FFNs from the input on.
     recompute: Literal["none", "loop", "selective"] = "none"
     recompute_every: LoopCount = 1  # recompute=loop: keep the hidden state before every N-th loop only
+    # Tokens that FFNs, experts and the head work on at a time, forward and backward, counted over a sequence-parallel
+    # group: memory for hidden rows does not grow with the sequence, and they are computed twice. null or 0: all tokens;
+    # tools/plan.py chooses a number where nothing else fits.
+    chunk_tokens: Annotated[int, Range(0, 1 << 30)] | None = None
+    # saved: with recompute=loop the hidden state that each loop keeps for the backward goes to host memory.
+    offload: Literal["none", "saved"] = "none"
     eval_every: StepsOrOff = 0  # steps between evaluations; 0: only before the first and after the last step
     # Maximum of held-out sequences per evaluation; 0: no evaluation.
     eval_samples: Annotated[int, Range(0, 1 << 30)] = 64
@@ -497,6 +503,12 @@ class Config:
         """`train.steps` plus the steps of earlier stages: what a complete run is recognized by. It grows with each
         stage that is added."""
         return self.run.stage_begin + self.train.steps
+
+    @property
+    def piece_tokens(self) -> int:
+        """`train.chunk_tokens`, or 0 if a rank has no more tokens of a micro-batch than that."""
+        train, size = self.train, self.train.chunk_tokens or 0
+        return size if size < train.micro_batch * -(-train.seq_len // self.parallel.context) else 0
 
     def __post_init__(self) -> None:
         """Raises UserError for a section of another type, such as a dict."""

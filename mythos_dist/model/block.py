@@ -11,6 +11,7 @@ from mythos_dist.model.attention import Context, GQAttention, MLAttention, Share
 from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.moe import FFN, MoE, RouterStats
 from mythos_dist.model.norm import Norm
+from mythos_dist.model.pieces import Pieces, join
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import replicated
@@ -38,24 +39,42 @@ class _ResidualBlock(nn.Module):
 class DenseBlock(_ResidualBlock):
     """A block of the prelude or coda."""
 
-    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False):
+    def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False, chunk_tokens: int = 0):
         super().__init__(config, mesh, selective, shares_kv=False)
-        self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective)
+        self.pieces = Pieces(chunk_tokens, mesh)
+        self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective and not chunk_tokens)
 
     def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         """(B, S or S / tensor, D) -> same shape."""
         x, _ = self._attend(x, context, cache_key)
-        full = enter_tensor_parallel(self.ffn_norm(x), self.mesh)
-        y = leave_tensor_parallel(self.ffn(full.flatten(0, 1)).view_as(full), self.mesh)
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Normed tokens (B, S or S / tensor, D) -> same shape."""
+        return join([self._feed_piece_forward(piece) for (piece,) in self.pieces.split(x)], x)
+
+    def _feed_piece_forward(self, x: Tensor) -> Tensor:
+        y = self.pieces.recompute(self._partial_sums, x)
+        return leave_tensor_parallel(y.view(len(x), -1, x.shape[-1]), self.mesh)
+
+    def _partial_sums(self, x: Tensor) -> Tensor:
+        """(b, s, D) -> (tokens, D) of all tensor ranks' tokens."""
+        return self.ffn(enter_tensor_parallel(x, self.mesh).flatten(0, 1))
 
 
 class MoEBlock(_ResidualBlock):
     """The recurrent block."""
 
-    def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh, selective: bool = False):
+    def __init__(
+        self,
+        config: MythosConfig,
+        experts: ExpertsConfig,
+        mesh: Mesh,
+        selective: bool = False,
+        chunk_tokens: int = 0,
+    ):
         super().__init__(config, mesh, selective, shares_kv=config.kv_loops > 1)
-        self.ffn = MoE(config, experts, mesh, selective)
+        self.ffn = MoE(config, experts, mesh, selective, chunk_tokens)
 
     def forward(
         self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None

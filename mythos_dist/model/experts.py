@@ -19,8 +19,9 @@ from mythos_dist.model.gradient_sums import GradientSums
 from mythos_dist.model.grouped import grouped
 from mythos_dist.model.kernels import on_cpu
 from mythos_dist.model.megablocks import check_megablocks, megablocks
+from mythos_dist.model.pieces import Pieces
 from mythos_dist.model.recompute import checkpoint_if
-from mythos_dist.parallel.expert import combine, dispatch
+from mythos_dist.parallel.expert import Route, dispatch
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import shard_parameter
 
@@ -78,13 +79,16 @@ class Experts(nn.Module):
     hidden width over the tensor axis.
     """
 
-    def __init__(self, config: MythosConfig, backend: str, mesh: Mesh, selective: bool = False):
+    def __init__(
+        self, config: MythosConfig, backend: str, mesh: Mesh, selective: bool = False, pieces: Pieces | None = None
+    ):
         """Raises UserError if the backend cannot run in this process."""
         super().__init__()
         if backend == "megablocks":
             check_megablocks()
         self.mesh = mesh
         self.selective = selective
+        self.in_pieces = pieces is not None and pieces.tokens > 0
         self.n_experts = config.n_experts
         shape = (config.n_experts, config.expert_dim, config.dim)
         axes = {0: mesh.expert, 1: mesh.tensor}
@@ -94,16 +98,20 @@ class Experts(nn.Module):
         self.backend = BACKENDS[backend]
         self._sums: GradientSums | None = None
 
-    def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
-        """x (N, D), full on each tensor rank, weights and index (N, k) -> this rank's partial sums (N, D)."""
+    def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Route | None]:
+        """x (N, D), full on each tensor rank, weights and index (N, k) -> this rank's partial sums (N, D), and None.
+
+        With several ranks on the expert axis -> the sums (R, D) of the R rows received, and the route for `combine`.
+        """
         if self.mesh.expert.size == 1:
-            return self._run(x, weights, index, None)
-        route = dispatch(x, weights, index, self.n_experts, self.mesh)
-        return combine(self._run(route.rows, route.weights, route.experts, route.pairs), route, self.mesh)
+            return self._run(x, weights, index, None), None
+        received = dispatch(x, weights, index, self.n_experts, self.mesh)
+        y = self._run(received.rows, received.weights, received.experts, received.pairs)
+        return y, received.route
 
     def start_pass(self, calls: int) -> None:
-        """Call before a forward pass that calls this module `calls` times with gradient."""
-        accumulate = calls > 1 and self.w1.requires_grad and on_cpu(self.w1)
+        """Call before a forward pass that runs the mixture `calls` times with gradient."""
+        accumulate = calls > (0 if self.in_pieces else 1) and self.w1.requires_grad and on_cpu(self.w1)
         self._sums = GradientSums() if accumulate else None
 
     def _run(self, x: Tensor, weights: Tensor, index: Tensor, pairs: int | None) -> Tensor:

@@ -69,7 +69,8 @@ class LayerFlops:
 
     products: float = 0.0
     attention: float = 0.0  # scores, and their product with the values
-    inner: float = 0.0  # products that selective recomputation repeats
+    inner: float = 0.0  # products that selective recomputation repeats, without:
+    hidden: float = 0.0  # those of FFNs and experts, which layers that work in pieces repeat too
     expansion: float = 0.0  # with context parallelism: of all ranks' keys and values, again in the backward pass
 
     def __add__(self, other: "LayerFlops") -> "LayerFlops":
@@ -77,18 +78,21 @@ class LayerFlops:
             self.products + other.products,
             self.attention + other.attention,
             self.inner + other.inner,
+            self.hidden + other.hidden,
             self.expansion + other.expansion,
         )
 
     @property
     def forward(self) -> float:
-        return self.products + self.attention + self.inner + self.expansion
+        return self.products + self.attention + self.inner + self.hidden + self.expansion
 
-    def step(self, recompute: str) -> float:
+    def step(self, recompute: str, in_pieces: bool = False) -> float:
         """Forward, recomputation and backward: 2.5 forward passes for attention (Dao 2023), 2 for the rest."""
-        selective = self.attention + self.inner + self.expansion
+        selective = self.attention + self.inner + self.hidden + self.expansion
         recomputed = {"none": 0.0, "selective": selective, "loop": self.forward}[recompute]
-        backward = 2 * (self.products + self.inner) + 2.5 * self.attention + 3 * self.expansion
+        if in_pieces and recompute != "selective":
+            recomputed += self.hidden
+        backward = 2 * (self.products + self.inner + self.hidden) + 2.5 * self.attention + 3 * self.expansion
         return self.forward + recomputed + backward
 
 
@@ -128,13 +132,13 @@ class _Layers:
         return LayerFlops(2.0 * self.tokens * self.matrices.keys_values)
 
     def dense_block(self) -> LayerFlops:
-        return self.attention() + self.keys_values() + LayerFlops(inner=2.0 * self.tokens * self.matrices.ffn)
+        return self.attention() + self.keys_values() + LayerFlops(hidden=2.0 * self.tokens * self.matrices.ffn)
 
     def loop(self) -> LayerFlops:
         """One that uses the keys and values of another."""
         c, m = self.config, self.matrices
         hidden, dim = (ceil(width / self.alignment) * self.alignment for width in (m.expert_hidden, c.dim))
-        experts = LayerFlops(inner=2.0 * 3 * self.pairs * dim * hidden + 2.0 * self.tokens * m.shared)
+        experts = LayerFlops(hidden=2.0 * 3 * self.pairs * dim * hidden + 2.0 * self.tokens * m.shared)
         per_token = m.router + m.lora + (c.dim if self.halting else 0)
         return self.attention() + experts + LayerFlops(2.0 * self.local_tokens * per_token)
 
@@ -203,13 +207,14 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
     )
     readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
     blocks = len(stage.prelude) + len(stage.coda) * readouts
-    total = blocks * layers.dense_block().step("selective" if recompute == "selective" else "none")
+    in_pieces = config.piece_tokens > 0
+    total = blocks * layers.dense_block().step("selective" if recompute == "selective" else "none", in_pieces)
     if stage.has_loops and len(loops):
         total += layers.injection().step("none")
     with_grad, compute_kv = loops_with_grad(loops, no_grad), loops_computing_kv(config, loops)
     for t in loops:
         loop = layers.loop() + layers.keys_values() if t in compute_kv else layers.loop()
-        total += loop.step(recompute) if t in with_grad else loop.forward
+        total += loop.step(recompute, in_pieces) if t in with_grad else loop.forward
     if stage.is_last:
         # All three products run in the forward pass, and the teacher's again for each readout that it teaches
         # (parallel/tensor.py).

@@ -39,6 +39,10 @@ class Halting(nn.Module):
         """The output (B, S', D) fp32 before loop t -> after it, with its h and the weight of h."""
         return torch.addcmul(output, weight.unsqueeze(-1), h.float())
 
+    def sums_states(self, loops: Loops) -> bool:
+        """Whether `accumulate` returns another output after each loop."""
+        return True
+
     def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
         """The output (B, S', D) if the loop with this h were the last; `output` and `halted` are those before it."""
         return h
@@ -95,6 +99,10 @@ class NoHalting(Halting):
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
         """The last h."""
         return h.float() if loops.is_last(t) else output
+
+    def sums_states(self, loops: Loops) -> bool:
+        """No."""
+        return False
 
     def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops, token_share: float) -> Tensor:
         """Nothing."""
@@ -171,6 +179,10 @@ class PonderHalting(Halting):
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
         """As the base's; unchanged if loops are read out, which then replace the output."""
         return output if loops.readouts else super().accumulate(output, h, weight, t, loops)
+
+    def sums_states(self, loops: Loops) -> bool:
+        """Unless loops are read out."""
+        return not loops.readouts
 
     def readout_weight(self, weight: Tensor, active: Tensor | None, loops: Loops) -> Tensor:
         """The probability of halting after the loop."""

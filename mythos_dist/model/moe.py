@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.experts import Experts
 from mythos_dist.model.grouped import tokens_per_expert
+from mythos_dist.model.pieces import Pieces, join
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import GatedLinear
 from mythos_dist.parallel.collectives import (
@@ -28,6 +29,7 @@ from mythos_dist.parallel.collectives import (
     leave_tensor_parallel,
     sum_over_sequence,
 )
+from mythos_dist.parallel.expert import Route, combine
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.tensor import ParallelLinear, replicated, shard_parameter
 
@@ -64,8 +66,9 @@ class Router(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh):
+    def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh, pieces: Pieces):
         super().__init__()
+        self.pieces = pieces
         self.k = config.n_experts_per_tok
         self.experts = experts
         self.mesh = mesh
@@ -86,7 +89,9 @@ class Router(nn.Module):
 
         token_share: the part of its sequences' tokens that x has.
         """
-        logits = F.linear(x.flatten(0, 1).float(), self.weight.float())  # (N, D) -> (N, E)
+        weight = self.weight.float()  # once: its gradient is then the sum over pieces in fp32
+        pieces = [self.pieces.recompute(_logits, piece, weight) for (piece,) in self.pieces.split(x)]
+        logits = join(pieces, x).flatten(0, 1)  # (N, E)
         with torch.no_grad():
             index = (logits + self.bias).topk(self.k, dim=-1).indices
         weights = logits.gather(-1, index).softmax(-1)  # equals the softmax over all experts, renormalised
@@ -115,32 +120,63 @@ class Router(nn.Module):
         self.bias += self.experts.bias_update_rate * torch.sign(load.mean() - load)
 
 
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x (b, s, D) in any precision, weight (E, D) fp32 -> (b * s, E) fp32, as (b, s, E)."""
+    return F.linear(x.flatten(0, 1).float(), weight).view(*x.shape[:2], -1)
+
+
 class MoE(nn.Module):
     """Routed plus shared experts. The sum of the shared experts is one SwiGLU with the sum of their widths."""
 
-    def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh = SINGLE, selective: bool = False):
+    def __init__(
+        self,
+        config: MythosConfig,
+        experts: ExpertsConfig,
+        mesh: Mesh = SINGLE,
+        selective: bool = False,
+        chunk_tokens: int = 0,
+    ):
         super().__init__()
         self.mesh = mesh
-        self.router = Router(config, experts, mesh)
-        self.experts = Experts(config, experts.backend, mesh, selective)
+        self.pieces = Pieces(chunk_tokens, mesh)
+        self.router = Router(config, experts, mesh, self.pieces)
+        selective = selective and not chunk_tokens  # a piece is recomputed in full
+        self.experts = Experts(config, experts.backend, mesh, selective, self.pieces)
         self.shared = FFN(config.dim, config.shared_dim, mesh, selective) if config.shared_dim else None
 
     def forward(self, x: Tensor, token_share: float = 1.0) -> tuple[Tensor, RouterStats]:
         """x (B, S', D) -> y (B, S', D) and the router's statistics. token_share: as of `Router`."""
         weights, index, loss = self.router(x, token_share)
-        if self.mesh.tensor.size > 1:
-            weights, index = self._gather_routing(weights, index, x.shape)
-        x = enter_tensor_parallel(x, self.mesh)  # once for the routed and the shared experts
-        rows = x.flatten(0, 1)
-        y = self.experts(rows, weights, index)
-        if self.shared is not None:
-            y = y + self.shared(rows)
-        stats = RouterStats(tokens_per_expert(index, self.experts.n_experts), loss)
-        return leave_tensor_parallel(y.view_as(x), self.mesh), stats
+        weights, index = (part.view(*x.shape[:2], -1) for part in (weights, index))
+        seq_len = round(x.shape[1] / token_share)
+        pieces = [self._mix(*piece) for piece in self.pieces.split(x, weights, index, seq_len=seq_len)]
+        counts = sum((counts for _, counts in pieces[1:]), pieces[0][1])
+        return join([y for y, _ in pieces], x), RouterStats(counts, loss)
 
-    def _gather_routing(self, weights: Tensor, index: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """The routing of this rank's tokens (N', k) -> that of all tensor ranks' tokens (N, k)."""
-        weights, index = (part.view(*shape[:2], -1) for part in (weights, index))
+    def _mix(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """A piece of tokens (b, s, D) and their routing (b, s, k) -> same shape as x, and the counts (E,)."""
+        y, shared, route, counts = self.pieces.recompute(self._partial_sums, x, weights, index)
+        y = combine(y, route, self.mesh)
+        if shared is not None:
+            y = y + shared
+        return leave_tensor_parallel(y.view(len(x), -1, x.shape[-1]), self.mesh), counts
+
+    def _partial_sums(
+        self, x: Tensor, weights: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor | None, Route | None, Tensor]:
+        """The output of `Experts` and that of the shared experts (tokens, D), for all tensor ranks' tokens; the way
+        back of the former, if they are others' tokens; the counts (E,).
+
+        What recomputation repeats: messages that bring tokens here, not those that take results back.
+        """
+        weights, index = self._gather_routing(weights, index)
+        rows = enter_tensor_parallel(x, self.mesh).flatten(0, 1)  # once for the routed and the shared experts
+        y, route = self.experts(rows, weights, index)
+        shared = None if self.shared is None else self.shared(rows)
+        return y, shared, route, tokens_per_expert(index, self.experts.n_experts)
+
+    def _gather_routing(self, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The routing of this rank's tokens (b, s, k) -> that of all tensor ranks' tokens (tokens, k)."""
         if self.mesh.sequence:
             index = all_gather(index.to(torch.int32), self.mesh.tensor, 1).long()
         return enter_tensor_parallel(weights, self.mesh).flatten(0, 1), index.flatten(0, 1)

@@ -67,8 +67,10 @@ class Mythos(nn.Module):
         seed: int = 0,
         mesh: Mesh = SINGLE,
         stage: StageSpec | None = None,
+        chunk_tokens: int = 0,
     ):
-        """teacher: weight of the last loop's distribution as a target of earlier readouts (`loops.teacher`)."""
+        """teacher: weight of the last loop's distribution as a target of earlier readouts (`loops.teacher`).
+        chunk_tokens: tokens that FFNs, experts and head work on at a time; 0: all (model/pieces.py)."""
         super().__init__()
         act = act or ActConfig()
         experts = experts or ExpertsConfig()
@@ -82,11 +84,11 @@ class Mythos(nn.Module):
         self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0 or act.ponder_cost + act.kl > 0
         selective = recompute.kind == "selective"
         if stage.is_first or stage.is_last:
-            self.embed = Embedding(config.vocab_size, config.dim, mesh)
-        self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in stage.prelude})
+            self.embed = Embedding(config.vocab_size, config.dim, mesh, chunk_tokens)
+        self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective, chunk_tokens) for i in stage.prelude})
         if stage.has_loops:
-            self.recurrent = Recurrent(config, act, experts, recompute, mesh)
-        self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective) for i in stage.coda})
+            self.recurrent = Recurrent(config, act, experts, recompute, mesh, chunk_tokens)
+        self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective, chunk_tokens) for i in stage.coda})
         if stage.is_last:
             self.norm = replicated(Norm(config.dim), mesh)
         init_parameters(self, seed, config)

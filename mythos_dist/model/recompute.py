@@ -15,6 +15,7 @@ class Recompute:
 
     kind: Literal["none", "loop", "selective"] = "none"
     every: int = 1
+    offload: bool = False  # kind=loop: what is stored of each loop goes to host memory (model/offload.py)
 
 
 def checkpoint_if(enabled: bool, function: Callable, *arguments: Any) -> Any:

@@ -15,7 +15,8 @@ Decisions: LOOPS-1, LOOPS-2, LOOPS-8, LOOPS-10.
 # E experts, R loops that are read out.
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,14 @@ from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops, loop_signals, where_active
 from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm
+from mythos_dist.model.offload import OffloadedStates
 from mythos_dist.model.recompute import Recompute, checkpoint_if
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.tensor import replicated
 
 Readout = tuple[Tensor, Tensor]  # the output if the pass ended here (B, S', D), the weight of its loss (B, S') fp32
+GroupOutputs = tuple[Activations, list[Tensor], list[Readout]]  # after it; counts (E,) and readouts of its loops
 
 
 class LoopInputs(NamedTuple):
@@ -53,13 +56,21 @@ class LoopInputs(NamedTuple):
 class Recurrent(nn.Module):
     """The looped block, and all that depends on the loop."""
 
-    def __init__(self, config: MythosConfig, act: ActConfig, experts: ExpertsConfig, recompute: Recompute, mesh: Mesh):
+    def __init__(
+        self,
+        config: MythosConfig,
+        act: ActConfig,
+        experts: ExpertsConfig,
+        recompute: Recompute,
+        mesh: Mesh,
+        chunk_tokens: int = 0,
+    ):
         super().__init__()
         self.config = config
         self.recompute = recompute
         self.mesh = mesh
         self.norm = replicated(Norm(config.dim), mesh)
-        self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective")
+        self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective", chunk_tokens)
         if config.lora != "none":
             per_loop = config.lora == "per_loop"
             self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, per_loop, mesh)
@@ -143,6 +154,7 @@ class Recurrent(nn.Module):
         # Earlier readouts stay out of the groups: a recomputed group holds its arguments until the backward.
         earlier = activations.readouts, activations.readout_weights
         activations = activations._replace(readouts=UNSET, readout_weights=UNSET)
+        run_group = self._group_runner(loops, inputs, context)
         for group in self._groups(loop_range, loops):
             if self._all_halted(activations, context):
                 break
@@ -151,9 +163,7 @@ class Recurrent(nn.Module):
                 activations = activations._replace(kv=UNSET)  # a recomputed group holds its arguments
             with torch.set_grad_enabled(has_grad):
                 # The counts are outputs of the forward: recomputation in the backward must not count again.
-                activations, group_counts, group_readouts = checkpoint_if(
-                    self.recompute.kind == "loop", self._run_group, group, loops, activations, inputs, context
-                )
+                activations, group_counts, group_readouts = run_group(group, activations)
             first = group.start - loop_range.start
             counts[first : first + len(group)] = torch.stack(group_counts)
             readouts += group_readouts
@@ -206,9 +216,30 @@ class Recurrent(nn.Module):
         needed = torch.is_grad_enabled() or context.cache is not None or self.recorder is not None
         return single and not needed and self.act.all_halted(activations.halted)
 
+    def _group_runner(self, loops: Loops, inputs: LoopInputs, context: Context) -> Callable[..., GroupOutputs]:
+        """A function (group, activations before it) -> `_run_group`, which the backward pass recomputes if configured;
+        what it keeps for that, h and the sum of states, goes to host memory if configured."""
+        if self.recompute.kind != "loop":
+            return lambda group, activations: self._run_group(group, loops, activations, inputs, context)
+        states = OffloadedStates() if self.recompute.offload else None
+        names = ["h", "output"] if self.act.sums_states(loops) else ["h"]
+
+        def run(group: range, activations: Activations) -> GroupOutputs:
+            if states is None or not torch.is_grad_enabled():
+                return checkpoint_if(True, self._run_group, group, loops, activations, inputs, context)
+            others = activations._replace(**dict.fromkeys(names, UNSET))
+
+            def run_with(*moved: Tensor) -> GroupOutputs:
+                inside = others._replace(**dict(zip(names, moved, strict=True)))
+                return self._run_group(group, loops, inside, inputs, context)
+
+            return states.run(partial(checkpoint_if, True, run_with), *(getattr(activations, name) for name in names))
+
+        return run
+
     def _run_group(
         self, group: range, loops: Loops, activations: Activations, inputs: LoopInputs, context: Context
-    ) -> tuple[Activations, list[Tensor], list[Readout]]:
+    ) -> GroupOutputs:
         counts, readouts = [], []
         for t in group:
             activations, loop_counts, readout = self._loop(t, loops, activations, inputs, context)

@@ -9,6 +9,7 @@ Decisions: PLAN-1, PLAN-2.
 """
 
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from mythos_dist.checkpoint.manifest import AVERAGE
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
+from mythos_dist.model import offload
 from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet, replaced
 from mythos_dist.ops.plan.memory import PARTS, uses_bf16_optimizer
@@ -38,6 +40,7 @@ class DryRun:
     parameters: int  # that the rank holds
     memory: dict[str, int]  # bytes by part at the peak
     peak_phase: str
+    host_memory: int  # bytes of states that are offloaded at once (train.offload)
     static: dict[str, int]  # bytes by part between steps
     build_peak: int  # bytes, while model and optimizer are built
     flops: float
@@ -75,6 +78,26 @@ class FakeRouting:
         rows = expected_rows(owner.shape[0], self.k, self.n_experts, axis.size, self.imbalance)
         sent, received = rows.sent // axis.size, rows.received // axis.size
         return [sent] * axis.size, [received] * axis.size, rows.pairs
+
+
+class UncountedCopy:
+    """Replaces `model.offload.HostCopy`: its bytes are those of host memory, not of the rank's device."""
+
+    live, peak = 0, 0  # bytes of all copies
+
+    def __init__(self, x: Tensor):
+        self.shape, self.dtype, size = x.shape, x.dtype, offload.pinned_bytes(x.nbytes)
+        UncountedCopy.live += size
+        UncountedCopy.peak = max(UncountedCopy.peak, UncountedCopy.live)
+        weakref.finalize(self, self._freed, size).atexit = False
+
+    @classmethod
+    def _freed(cls, size: int) -> None:
+        cls.live -= size
+
+    def begin(self) -> tuple[Tensor, None]:
+        """See `HostCopy`."""
+        return torch.empty(self.shape, dtype=self.dtype), None
 
 
 class LocalTraffic(Traffic):
@@ -120,7 +143,9 @@ def dry_run(
     fake_routing = FakeRouting(c.n_experts_per_tok, c.n_experts, imbalance, routing)
     meter = Meter()
     no_router = replaced(expert, "exchange_counts", fake_routing)
-    with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router:
+    no_copies = replaced(offload, "HostCopy", UncountedCopy)
+    UncountedCopy.live = UncountedCopy.peak = 0
+    with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router, no_copies:
         return _measure_step(config, micro_batches, meter, fake_routing, begin)
 
 
@@ -151,6 +176,7 @@ def _measure_step(config: Config, micro_batches: int, meter: Meter, routing: Fak
         parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
         memory={part: meter.at_peak.get(part, 0) for part in PARTS},
         peak_phase=meter.peak_phase,
+        host_memory=UncountedCopy.peak,
         static=static,
         build_peak=build_peak,
         flops=meter.flops,

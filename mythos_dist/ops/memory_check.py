@@ -83,7 +83,13 @@ def _problem(estimate: Estimate, limit: str) -> str:
     """One line: needed memory, available memory, what to do."""
     config, memory = estimate.config, estimate.largest_stage.memory
     largest = max(memory, key=lambda part: memory[part])
-    changes = [] if config.train.recompute == "loop" else ["set train.recompute=loop"]
+    changes = []
+    if config.train.recompute != "loop":
+        changes.append("set train.recompute=loop")
+    elif config.train.offload == "none" and largest == "activations":
+        changes.append("set train.offload=saved")
+    if not config.piece_tokens and largest == "workspace":
+        changes.append("set train.chunk_tokens=2048")
     changes.append("raise parallel.tensor or parallel.expert")
     if config.train.micro_batch > 1:
         changes.append(f"lower train.micro_batch={config.train.micro_batch}")

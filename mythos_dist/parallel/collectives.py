@@ -155,6 +155,16 @@ def sum_over_sequence(x: Tensor, mesh: Mesh) -> Tensor:
     return all_reduce(all_reduce(x, mesh.tensor) if mesh.sequence else x, mesh.context)
 
 
+def gather_rows(x: Tensor, axis: Axis) -> Tensor:
+    """(n, D) -> (ranks * n, D), outside autograd."""
+    return _all_gather(x, axis, 0)
+
+
+def sum_and_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """Partial sums (ranks * n, D) -> this rank's rows (n, D) of their sum, outside autograd."""
+    return _reduce_scatter(x, axis, 0)
+
+
 def enter_tensor_parallel(x: Tensor, mesh: Mesh) -> Tensor:
     """Before work that is divided over the tensor axis: (B, S or S / tensor, ...) -> (B, S, ...) on every rank."""
     return all_gather(x, mesh.tensor, 1) if mesh.sequence else copy(x, mesh.tensor)

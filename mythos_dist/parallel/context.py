@@ -135,6 +135,11 @@ def local_tokens(seq_len: int, mesh: Mesh) -> int:
     return _capacities(seq_len, mesh.context.size, _unit(mesh))[mesh.context.rank]
 
 
+def most_local_tokens(seq_len: int, mesh: Mesh) -> int:
+    """Tokens of each sequence on the rank of context x tensor that has most of them."""
+    return -(-(seq_len // _unit(mesh)) // mesh.context.size)
+
+
 def context_shard(
     shape: torch.Size, mesh: Mesh, device: torch.device, document_ids: Tensor | None = None
 ) -> ContextShard | None:

@@ -21,16 +21,22 @@ from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.rows import RowIndex, index_slots, nonzero_no_sync, sum_rows, take_rows
 
 
+class Route(NamedTuple):
+    """What `combine` needs to send results back."""
+
+    sent: RowIndex  # this rank's tokens among the rows it sent
+    send: list[int]  # rows sent to each rank of the expert axis
+    receive: list[int]  # rows received from each
+
+
 class Dispatched(NamedTuple):
-    """The rows that this rank's experts work on, and what `combine` needs to send the results back."""
+    """The rows that this rank's experts work on, and their route."""
 
     rows: Tensor  # (R, D), all channels
     weights: Tensor  # (R, s) router weights, 0 in an unused slot
     experts: Tensor  # (R, s) local expert; the number of local experts in an unused slot
     pairs: int  # how many slots are used
-    sent: RowIndex  # this rank's tokens among the rows it sent
-    send: list[int]  # rows sent to each rank of the expert axis
-    receive: list[int]  # rows received from each
+    route: Route
 
 
 def exchange_counts(owner: Tensor, goes: Tensor, axis: Axis) -> tuple[list[int], list[int], int]:
@@ -79,18 +85,19 @@ def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Me
         weights=weights,
         experts=bits.detach().contiguous().view(integer).long(),
         pairs=pairs,
-        sent=sent,
-        send=send,
-        receive=receive,
+        route=Route(sent, send, receive),
     )
 
 
-def combine(y: Tensor, dispatched: Dispatched, mesh: Mesh) -> Tensor:
-    """y (R, D), this tensor rank's partial sums -> (N, D): each token's sum in this rank's channels, 0 elsewhere.
+def combine(y: Tensor, route: Route | None, mesh: Mesh) -> Tensor:
+    """y (R, D), this tensor rank's partial sums -> (N, D): each token's sum in this rank's channels, 0 elsewhere;
+    without a route, y.
 
     `leave_tensor_parallel` adds the tensor ranks' results up to the full channels.
     """
+    if route is None:
+        return y
     D = y.shape[1]
-    y = all_to_all(reduce_scatter(y, mesh.tensor, -1), mesh.expert, dispatched.receive, dispatched.send)
+    y = all_to_all(reduce_scatter(y, mesh.tensor, -1), mesh.expert, route.receive, route.send)
     before = mesh.tensor.rank * y.shape[1]
-    return F.pad(sum_rows(y, dispatched.sent), (before, D - before - y.shape[1]))
+    return F.pad(sum_rows(y, route.sent), (before, D - before - y.shape[1]))

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mythos_dist.parallel.collectives import all_gather, all_reduce, enter_tensor_parallel, leave_tensor_parallel
+from mythos_dist.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    enter_tensor_parallel,
+    gather_rows,
+    leave_tensor_parallel,
+    sum_and_scatter,
+)
 from mythos_dist.parallel.mesh import Axis, Mesh
 
 _MIN_CHUNK = 256  # tokens whose logits are computed at a time, at least: smaller matrix products are slow
@@ -115,9 +122,12 @@ class Embedding(nn.Module):
     frees it afterwards.
     """
 
-    def __init__(self, vocab_size: int, dim: int, mesh: Mesh):
+    def __init__(self, vocab_size: int, dim: int, mesh: Mesh, chunk_tokens: int = 0):
+        """chunk_tokens: the most tokens whose logits the loss computes at a time; 0: as many as make logits as large
+        as the hidden states."""
         super().__init__()
         self.mesh = mesh
+        self.chunk_tokens = chunk_tokens
         self.vocab_size = vocab_size
         self.start, self.stop, _ = shard_range(vocab_size, mesh.tensor)
         self.weight = shard_parameter((vocab_size, dim), {0: mesh.tensor})
@@ -162,20 +172,27 @@ class Embedding(nn.Module):
     def _loss(self, x: Tensor, labels: Tensor, weights: Tensor | None, readouts: int, teacher: float) -> "HeadLoss":
         if weights is None:
             weights = torch.ones_like(labels, dtype=torch.float32)
-        learners = labels.numel() // readouts * (readouts - 1) if teacher else 0
+        # In pieces each rank's part of a sequence is gathered chunk by chunk.
+        gathers_chunks = self.mesh.sequence and self.chunk_tokens > 0
+        if not gathers_chunks:
+            x = enter_tensor_parallel(x, self.mesh)
+        parts = self.mesh.tensor.size if gathers_chunks else 1
+        labels, weights = (each.view(len(x), parts, -1).movedim(1, 0).flatten(1) for each in (labels, weights))
         total, losses, correct = _HeadLoss.apply(
-            enter_tensor_parallel(x, self.mesh).flatten(0, 1),
+            x.flatten(0, 1),
             self.weight,
-            labels.flatten(),
-            weights.flatten(),
+            labels,
+            weights,
             self.mesh.tensor,
             self.start,
             self.stop - self.start,
-            learners,
+            labels.shape[1] // readouts * (readouts - 1) if teacher else 0,
             teacher,
+            self.chunk_tokens,
             torch.is_grad_enabled(),
         )
-        return HeadLoss(total, losses.view_as(labels), correct.view_as(labels))
+        losses, correct = (each.view(parts, len(x), -1).movedim(0, 1).flatten(1) for each in (losses, correct))
+        return HeadLoss(total, losses, correct)
 
 
 class HeadLoss(NamedTuple):
@@ -205,38 +222,58 @@ class _HeadLoss(torch.autograd.Function):
         num_local: int,
         learners: int,
         teacher: float,
+        most_tokens: int,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, D), weight (local V, D) whose first `num_local` rows are the tokens from `start` on, labels and
-        weights (N,) -> the fields of a HeadLoss: (), (N,), (N,).
+        weights (P, N) -> the fields of a HeadLoss: (), (P, N), (P, N).
 
-        The first `learners` rows are taught by the others, which repeat for each readout.
+        P is 1, or the ranks of the axis: then each has other rows of x, and labels are those of all. The first
+        `learners` rows are taught by the others, which repeat for each readout.
         """
-        N, D = x.shape
-        chunk_size = max(_MIN_CHUNK, N * D // weight.shape[0])  # a chunk's logits are about as large as x
-        losses, correct = weights.new_empty(N), torch.empty_like(labels, dtype=torch.bool)
+        (N, D), parts = x.shape, len(labels)
+        chunk_size = max(_MIN_CHUNK, labels.numel() * D // weight.shape[0])  # a chunk's logits are about as large as x
+        chunk_size = max(1, min(chunk_size, most_tokens or chunk_size) // parts)
+        losses, correct = torch.empty_like(weights), torch.empty_like(labels, dtype=torch.bool)
         grads = [torch.empty_like(x), torch.zeros_like(weight)] if needs_grad else []
         for chunk in _chunks(0, learners, chunk_size) + _chunks(learners, N, chunk_size):
             lesson = None
             if chunk.stop <= learners:
                 rows = learners + torch.arange(chunk.start, chunk.stop, device=x.device) % (N - learners)
-                lesson = Lesson(x[rows] @ weight.t(), teacher)
-            losses[chunk], correct[chunk], grad_logits = _cross_entropy(
-                x[chunk] @ weight.t(), labels[chunk], weights[chunk], axis, start, num_local, lesson
+                lesson = Lesson(_rows_of_parts(x[rows], axis, parts) @ weight.t(), teacher)
+            rows = _rows_of_parts(x[chunk], axis, parts)
+            of_chunk = _cross_entropy(
+                rows @ weight.t(),
+                labels[:, chunk].flatten(),
+                weights[:, chunk].flatten(),
+                axis,
+                start,
+                num_local,
+                lesson,
             )
+            losses[:, chunk], correct[:, chunk] = (each.view(parts, -1) for each in of_chunk[:2])
+            grad_logits = of_chunk[2]
             if needs_grad:
-                torch.mm(grad_logits, weight, out=grads[0][chunk])
-                torch.addmm(grads[1], grad_logits.t(), x[chunk], out=grads[1])
-            del grad_logits, lesson  # else they would exist beside the next chunk's logits
+                if parts == 1:
+                    torch.mm(grad_logits, weight, out=grads[0][chunk])
+                else:
+                    grads[0][chunk] = sum_and_scatter(grad_logits @ weight, axis)
+                torch.addmm(grads[1], grad_logits.t(), rows, out=grads[1])
+            del of_chunk, grad_logits, lesson  # else they would exist beside the next chunk's logits
         ctx.save_for_backward(*grads, losses)
         ctx.mark_non_differentiable(losses, correct)
-        return losses @ weights, losses, correct
+        return losses.flatten() @ weights.flatten(), losses, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_: Tensor):  # type: ignore[override]
         grad_x, grad_weight, losses = ctx.saved_tensors
-        return grad_x * grad, grad_weight * grad, None, losses * grad, *[None] * 6
+        return grad_x * grad, grad_weight * grad, None, losses * grad, *[None] * 7
+
+
+def _rows_of_parts(x: Tensor, axis: Axis, parts: int) -> Tensor:
+    """x (n, D) -> (n * parts, D): the rows of all ranks of the axis, one rank after the other."""
+    return x if parts == 1 else gather_rows(x, axis)
 
 
 def _chunks(first: int, stop: int, size: int) -> list[slice]:

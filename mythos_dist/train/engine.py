@@ -111,12 +111,13 @@ class Engine:
             config.model,
             act=config.act,
             experts=config.experts,
-            recompute=Recompute(train.recompute, train.recompute_every),
+            recompute=Recompute(train.recompute, train.recompute_every, train.offload == "saved"),
             attention=train.attention,
             teacher=config.loops.teacher,
             seed=config.run.seed,
             mesh=self.mesh,
             stage=self.stages[self.mesh.pipe.rank],
+            chunk_tokens=config.piece_tokens,
         ).to(device())
         if train.compile:
             model.compile_blocks()

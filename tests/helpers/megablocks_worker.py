@@ -170,6 +170,7 @@ def on_this_rank(case: Case, mesh: Any) -> dict:
     from mythos_dist.config.schema import MythosConfig
     from mythos_dist.model.experts import Experts
     from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
+    from mythos_dist.parallel.expert import combine
     from mythos_dist.parallel.tensor import shard_of
 
     config = MythosConfig(
@@ -187,9 +188,8 @@ def on_this_rank(case: Case, mesh: Any) -> dict:
     megablocks_cpu.STACKS_SEEN.clear()
     x.requires_grad_()
     weights.requires_grad_()
-    y = leave_tensor_parallel(
-        experts(enter_tensor_parallel(x, mesh), enter_tensor_parallel(weights, mesh), index), mesh
-    )
+    sums = experts(enter_tensor_parallel(x, mesh), enter_tensor_parallel(weights, mesh), index)
+    y = leave_tensor_parallel(combine(*sums, mesh), mesh)
     y.backward(direction)
 
     first = mesh.data.rank // mesh.expert.size * mesh.expert.size  # replicas that share these experts

@@ -96,7 +96,7 @@ def test_backends_equal_a_loop_over_experts(dim, expert_dim, backend, dtype, tol
     weights = torch.rand(20, 3, generator=generator, requires_grad=True)
     index = torch.stack([1 + torch.randperm(5, generator=generator)[:3] for _ in range(20)])
     direction = torch.randn(20, dim, generator=generator).to(dtype)
-    y = moe.experts(x, weights, index)
+    y, _ = moe.experts(x, weights, index)
     leaves = [x, weights, moe.experts.w1, moe.experts.w3, moe.experts.w2]
     gradients = torch.autograd.grad(y, leaves, direction)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.model.experts import Experts
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
-from mythos_dist.parallel.expert import dispatch
+from mythos_dist.parallel.expert import combine, dispatch
 from mythos_dist.parallel.mesh import build_mesh
 from mythos_dist.parallel.tensor import shard_of
 
@@ -108,9 +108,8 @@ def forward_and_backward(parallel: ParallelConfig, cases: list[Case]) -> list[di
         x.requires_grad_()
         weights.requires_grad_()
         with Messages() as messages:
-            y = leave_tensor_parallel(
-                experts(enter_tensor_parallel(x, mesh), enter_tensor_parallel(weights, mesh), index), mesh
-            )
+            sums = experts(enter_tensor_parallel(x, mesh), enter_tensor_parallel(weights, mesh), index)
+            y = leave_tensor_parallel(combine(*sums, mesh), mesh)
             forward = len(messages.sent)
             y.backward(direction)
         gradients = {}

@@ -42,6 +42,11 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(expert=2), "one expert"),
     (2, dict(expert=2), "loop"),
     (2, dict(tensor=2, sequence=True), "selective"),
+    (2, dict(zero=3), "pieces"),
+    (2, dict(tensor=2, sequence=True), "pieces"),
+    (2, dict(pipe=2), "offloaded"),
+    (2, dict(zero=2), "offloaded sum"),
+    (2, dict(zero=3), "offloaded"),
     (2, dict(tensor=2, sequence=True), "per loop"),
     (2, dict(tensor=2, sequence=True), "ponder"),
     (2, dict(pipe=2), "mla"),
@@ -95,6 +100,12 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (4, dict(tensor=2, expert=2, sequence=True, zero=3), "gqa"),
     (4, dict(tensor=2, expert=2, sequence=True), "no halting"),
     (4, dict(tensor=2, expert=2, sequence=True), "as shipped"),
+    (4, dict(tensor=2, expert=2, sequence=True), "pieces"),
+    (4, dict(expert=2, zero=3), "pieces"),
+    (4, dict(context=2, expert=4), "pieces"),
+    (4, dict(pipe=2, tensor=2), "pieces"),
+    (4, dict(expert=4), "taught pieces"),
+    (4, dict(tensor=2, expert=2, sequence=True), "taught pieces"),
     (4, dict(pipe=4), "per loop"),
     (4, dict(pipe=2), "completions"),
     (4, dict(pipe=4), "bare"),
@@ -146,7 +157,12 @@ BF16: list[tuple[int, dict[str, Any], str]] = [
     (8, dict(pipe=4, expert=2), "bare"),
     (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
 ]
-SAME_RESULTS = {"loop": "mla", "selective": "mla"}  # they differ in what is recomputed
+# They differ in what is recomputed, how many tokens layers work on at a time, and where saved states are.
+SAME_RESULTS = {
+    **dict.fromkeys(("loop", "selective", "pieces", "offloaded"), "mla"),
+    "offloaded sum": "as shipped",
+    "taught pieces": "per loop",
+}
 CLIP = 0.2
 BIAS = {"one expert": [1e3] + [0.0] * 7, "idle ranks": [1e3, 1e3] + [0.0] * 6}  # experts 0, or 0 and 1, get all tokens
 
@@ -212,7 +228,14 @@ def run_of(config: Config, kind: str, conversations: str = "") -> Config:
 
 def at_layout(config: Config, parallel: dict[str, Any], kind: str, ranks: int) -> Config:
     """The run at a layout, with two micro-batches per replica and step; refused if the layout cannot work."""
-    recompute = {"loop": dict(recompute="loop", recompute_every=2), "selective": dict(recompute="selective")}
+    recompute: dict[str, dict[str, Any]] = {
+        "loop": dict(recompute="loop", recompute_every=2),
+        "selective": dict(recompute="selective"),
+        "pieces": dict(recompute="loop", chunk_tokens=14),  # divides no number of tokens
+        "taught pieces": dict(recompute="selective", chunk_tokens=10),
+        "offloaded": dict(recompute="loop", offload="saved"),
+        "offloaded sum": dict(recompute="loop", offload="saved", chunk_tokens=24),
+    }
     replicas = ranks // math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipe", "context"))
     micro_batch = config.train.global_batch // (2 * replicas)
     config = change(config, parallel=parallel, train=dict(micro_batch=micro_batch, **recompute.get(kind, {})))
@@ -235,7 +258,7 @@ def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], di
     @functools.cache
     def launch(ranks: int) -> dict[str, list[dict[str, Any]]]:
         cases = [case[1:] for case in GRID + LONG if case[0] == ranks and name_of(*case) in asked]
-        all_runs = [run_of(config, kind, str(conversations)) for _, kind in cases]
+        all_runs = [run_of(config, SAME_RESULTS.get(kind, kind), str(conversations)) for _, kind in cases]
         at_layouts = [at_layout(run, *case, ranks) for run, case in zip(all_runs, cases, strict=True)]
         work = [(run, BIAS.get(kind)) for run, (_, kind) in zip(at_layouts, cases, strict=True)]
         try:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.clusters import load_cluster
 from mythos_dist.ops.plan.estimate import Estimate, with_layout
-from mythos_dist.ops.plan.search import candidates, search, smallest_cluster
+from mythos_dist.ops.plan.search import candidates, longest_length, search, smallest_cluster
 
 pytestmark = pytest.mark.launch
 
@@ -89,10 +90,57 @@ def test_a_run_that_does_not_fit_gets_the_smallest_cluster():
     assert not search(config, smallest // 2, H100, {}).best
 
 
+LAYOUT = dict(tensor=16, expert=1, pipe=1, zero=2, sequence=True, micro_batch=1, recompute="loop")
+
+
+def test_pieces_and_host_memory_are_tried_where_nothing_else_fits():
+    """100b with 131,072 tokens on 1,024 H100: not without pieces. A shorter sequence has none. Saved states that are
+    larger than the nodes' memory do not fit."""
+    config = config_of("100b", "train.seq_len=131072", "train.global_batch=1024")
+    assert not search(config, 1024, H100, {**LAYOUT, "chunk_tokens": 0, "offload": "saved"}).best
+    best = search(config, 1024, H100, LAYOUT).best[0]
+    assert best.fits and best.config.piece_tokens > 0
+    short = search(with_layout(config, seq_len=8192), 1024, H100, LAYOUT).best[0]
+    assert not short.config.train.chunk_tokens and short.config.train.offload == "none"
+
+    offloaded = Estimate(with_layout(best.config, chunk_tokens=2048, offload="saved"), 1024, H100)
+    assert offloaded.fits and offloaded.host > 0
+    per_node = 8 * offloaded.host / 1e9
+    assert not replace(offloaded, cluster=replace(H100, host_memory_gb=per_node)).fits
+    assert replace(offloaded, cluster=replace(H100, host_memory_gb=2 * per_node)).fits
+
+
+def test_the_time_of_copies_shows_where_they_take_longer_than_the_work():
+    config = config_of("100b", "train.seq_len=131072", "train.global_batch=1024")
+    config = with_layout(config, **LAYOUT, chunk_tokens=2048, offload="saved")
+    fast, slow = (Estimate(config, 1024, replace(H100, host_gb_per_s=rate)) for rate in (64.0, 0.01))
+    assert fast.seconds["offload"] == 0
+    # Forward and back, 16 micro-batches, less the work beside them.
+    copies = 2 * 16 * slow.host / (0.01e9 * H100.link_efficiency)
+    work = sum(fast.seconds[part] for part in ("products", "router", "memory", "tensor", "expert"))
+    assert slow.seconds["offload"] == pytest.approx(copies - work)
+
+
+def test_where_the_length_is_why_nothing_fits_the_longest_that_fits_is_reported():
+    """It fits in the reported layout, and a thirty-second more of the next shorter power of two does not."""
+    config = config_of("100b", "train.seq_len=524288", "train.global_batch=1024")
+    assert not search(config, 1024, H100, LAYOUT).best
+    longest = longest_length(config, 1024, H100, LAYOUT)
+    assert longest is not None and longest.fits
+    seq_len = longest.config.train.seq_len
+    power = 1 << (seq_len.bit_length() - 1)
+    saving = dict(chunk_tokens=2048, offload="saved")
+    longer = with_layout(longest.config, seq_len=seq_len + power // 32, **saving)
+    assert 131072 <= seq_len < 524288 and not Estimate(longer, 1024, H100).fits
+    fixed = [f"{name}={str(value).lower()}" for name, value in LAYOUT.items()]
+    size = ["--seq-len", "524288", "--gpus", "1024", "--global-batch", "1024"]
+    printed = run("--variant", "100b", *size, "--fixed", *fixed, code=1)
+    assert f"{seq_len:,} tokens fit on these GPUs, 524,288 tokens do not" in printed
+    assert "what helps at 524,288 tokens" in printed and "loops.backprop" in printed
+
+
 def test_a_larger_nvlink_domain_never_makes_a_step_slower():
     """Domains of 8, 32 and 64 GPUs, all else equal."""
-    from dataclasses import replace
-
     config = config_of("500b", "parallel.tensor=32", "parallel.expert=8")
     seconds = [Estimate(config, 512, replace(H100, nvlink_domain=domain)).step_seconds for domain in (8, 32, 64)]
     assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from mythos_dist.config.schema import Config
-from mythos_dist.ops.plan.routing import ExpertRows
+from mythos_dist.ops.plan.routing import ExpertRows, piece_sizes
 from mythos_dist.parallel.context import attention_work, local_tokens
 from mythos_dist.parallel.mesh import Mesh
 
@@ -38,9 +38,11 @@ class Saved:
 class LayerActivations:
     """Bytes by layer for one micro-batch on one rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, rows: ExpertRows):
+    def __init__(self, config: Config, mesh: Mesh, rows: ExpertRows, piece_rows: ExpertRows):
+        """rows: of the expert axis in a loop. piece_rows: those of the largest piece, if layers work in pieces."""
         c, t = config.model, mesh.tensor.size
-        self.config, self.c, self.t, self.mesh, self.rows = config, c, t, mesh, rows
+        self.config, self.c, self.t, self.mesh = config, c, t, mesh
+        self.rows, self.piece_rows = rows, piece_rows
         self.b = ITEM_BYTES[config.train.dtype]
         self.N = config.train.micro_batch * local_tokens(config.train.seq_len, mesh)
         self.n = self.N // t if mesh.sequence else self.N
@@ -54,6 +56,8 @@ class LayerActivations:
         self.local_experts = c.n_experts // mesh.expert.size
         self.slots = min(c.n_experts_per_tok, self.local_experts)  # experts here that a token can choose
         self.selective = config.train.recompute == "selective"
+        self.in_pieces = config.piece_tokens > 0
+        self.piece_tokens = piece_sizes(config, mesh)[0]  # of the largest piece, over the tensor group
 
     def layer_input(self) -> Saved:
         """A full, normed x (model/block.py); gathered with sequence parallelism."""
@@ -64,15 +68,19 @@ class LayerActivations:
         return self.layer_input() + Saved(self._heads(self.selective))
 
     def recomputed_attention(self) -> float:
-        """Bytes that its backward pass adds, if it is recomputed; with gradients of queries, keys, values, output."""
-        c, H = self.c, self.heads
-        again, width = self._heads(False) - self._heads(True), max(c.head_dim, c.v_head_dim)
+        """Bytes that its backward pass adds, if it is recomputed; with `attention_gradients`."""
+        again = self._heads(False) - self._heads(True)
         if self.mesh.context.size > 1:  # `context_exchange` has the gradients
             return again
+        return again + self.attention_gradients()
+
+    def attention_gradients(self) -> float:
+        """Bytes of the gradients of queries, keys, values, output in its backward pass."""
+        c, H, width = self.c, self.heads, max(self.c.head_dim, self.c.v_head_dim)
         if c.attn_type == "gqa":
-            return again + self.N * 2 * (H + self.kv_heads) * c.head_dim * self.b
+            return self.N * 2 * (H + self.kv_heads) * c.head_dim * self.b
         unpadded = H * c.v_head_dim if c.v_head_dim < c.head_dim else 0  # the output, which is not needed again
-        return again + self.N * (4 * H * width - unpadded) * self.b
+        return self.N * (4 * H * width - unpadded) * self.b
 
     def _heads(self, selective: bool) -> float:
         return self._gqa(selective) if self.c.attn_type == "gqa" else self._mla(selective)
@@ -138,8 +146,11 @@ class LayerActivations:
 
     def dense_block(self) -> Saved:
         """model/block.py: both norms' inputs, attention, an FFN's input and its gate and up."""
+        norms_and_attention = Saved(2 * self.residual) + self.attention()
+        if self.in_pieces:
+            return norms_and_attention + Saved(self.residual)
         hidden = 0 if self.selective else 2 * self.N * self.ffn_hidden * self.b
-        return Saved(2 * self.residual) + self.attention() + self.layer_input() + Saved(hidden)
+        return norms_and_attention + self.layer_input() + Saved(hidden)
 
     def shared_gate(self) -> float:
         """One hidden tensor of the shared experts."""
@@ -159,9 +170,18 @@ class LayerActivations:
         # Indices of rows and pairs, 8 bytes each; of received rows, also each slot's order, position and weight.
         return self._received_rows() + Saved(hidden + M * (16 + self.b) + R * (24 + 21 * self.slots))
 
+    def piece_experts(self) -> Saved:
+        """What the backward pass recomputes of one piece in the routed experts: as `_experts`."""
+        M, R = self.piece_rows.pairs, self.piece_rows.received
+        width = self.c.dim + (2 * self.slots if self.t == 1 else 0)
+        received = R * width * self.b if self.mesh.expert.size > 1 else 0
+        return Saved(M * (2 * self.expert_hidden * self.b + 16 + self.b) + R * (24 + 21 * self.slots), received)
+
     def mixture(self) -> Saved:
         """model/moe.py: the router works in fp32; then routed and shared experts."""
-        c = self.c
+        c, k = self.c, self.c.n_experts_per_tok
+        if self.in_pieces:  # the normed tokens, chosen experts and weights, the router's weight, tokens of sent rows
+            return Saved(self.residual + self.n * 12 * k + 4 * c.n_experts * c.dim + 8 * self.rows.sent)
         router = 4 * (self.n * (c.dim + c.n_experts) + c.n_experts * c.dim)
         shared = 0 if self.selective else 2 * self.shared_gate()
         return Saved(router) + self.layer_input() + self._experts() + Saved(shared)
@@ -193,3 +213,8 @@ class LayerActivations:
     def carry(self) -> float:
         """The input of a loop: h, the weighted sum of states in fp32, the halting mass."""
         return self.residual + self.mixed + 8 * self.n
+
+    def moved(self) -> list[float]:
+        """Of that, the tensors that train.offload=saved moves to host memory: not the halting mass."""
+        sums_states = self.config.act.mode_of(self.c) != "ponder" or self.config.loops.objective != "per_loop"
+        return [self.residual, self.mixed] if self.mixed and sums_states else [self.residual]

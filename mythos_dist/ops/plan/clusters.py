@@ -11,6 +11,8 @@ from mythos_dist.config.fields import Kind, Range, show
 from mythos_dist.config.tree import read_yaml, show_node
 from mythos_dist.errors import UserError
 
+_HOST_SHARE = 0.75  # of a node's memory, for saved states
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -31,11 +33,23 @@ class Cluster:
     slow_latency_us: float
     link_efficiency: float  # share of a wire's rate that large collectives reach
     dollars_per_gpu_hour: float
+    host_memory_gb: float = 0.0  # of one node; 0: unknown, and not checked
+    host_gb_per_s: float = 50.0  # between a GPU and host memory, per direction
 
     @property
     def usable(self) -> float:
         """Bytes of a GPU that a run may use."""
         return (self.memory_gb - self.reserved_gb) * 1e9
+
+    @property
+    def usable_on_host(self) -> float:
+        """Bytes of host memory per GPU for saved states: the rest is for the system, loaders and copies of checkpoints.
+        Infinite if unknown."""
+        return self.host_memory_gb * 1e9 * _HOST_SHARE / self.gpus_per_node or math.inf
+
+    def host_seconds(self, size: float) -> float:
+        """Time to copy `size` bytes between a GPU and host memory."""
+        return size / (self.host_gb_per_s * self.link_efficiency * 1e9)
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP/s of one GPU in `train.dtype`."""
@@ -93,7 +107,8 @@ def load_cluster(path: str | Path) -> Cluster:
         problems.append(f"{key[:80]}: unknown key; {meant}")
     for key, kind in kinds.items():
         if key not in tree:
-            problems.append(f"{key} is missing")
+            if not hasattr(Cluster, key):  # it has no default
+                problems.append(f"{key} is missing")
             continue
         try:
             values[key] = value = Kind(kind).read(tree[key])
@@ -104,7 +119,7 @@ def load_cluster(path: str | Path) -> Cluster:
             problems.append(f"{key}={show(value)}{problem}")
         elif kind is str:
             continue
-        elif value < 0 or (value == 0 and key not in ("reserved_gb", "dollars_per_gpu_hour")):
+        elif value < 0 or (value == 0 and key not in ("reserved_gb", "dollars_per_gpu_hour", "host_memory_gb")):
             problems.append(f"{key}={value} must be above 0")
         elif key.endswith("efficiency") and value > 1:
             problems.append(f"{key}={value} is a share of the peak: at most 1")

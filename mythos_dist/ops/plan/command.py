@@ -15,11 +15,11 @@ from mythos_dist.errors import UserError
 from mythos_dist.ops.plan.clusters import Cluster, load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.report import advice, as_json, compare, details, does_not_fit, table
-from mythos_dist.ops.plan.search import AXES, SearchResult, check_fixed, search, smallest_cluster
+from mythos_dist.ops.plan.search import AXES, SearchResult, check_fixed, longest_length, search, smallest_cluster
 from mythos_dist.ops.plan.write import write_config
 from mythos_dist.units import count
 
-_TRAIN_SETTINGS = ("micro_batch", "recompute")
+_TRAIN_SETTINGS = ("micro_batch", "recompute", "chunk_tokens", "offload")
 
 
 def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> int:
@@ -43,7 +43,8 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
         check_fixed(config, gpus, fixed)
         result = search(config, gpus, cluster, fixed, arguments.top, arguments.imbalance)
         if not result.best:
-            _print_no_fit(arguments, result, smallest_cluster(config, gpus, cluster, fixed))
+            longest = longest_length(config, gpus, cluster, fixed)
+            _print_no_fit(arguments, result, smallest_cluster(config, gpus, cluster, fixed), longest)
             return 1
         estimates, advice_lines = result.best, advice(result)
     best = estimates[0]
@@ -61,12 +62,13 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
     return 0 if best.fits else 1
 
 
-def _print_no_fit(arguments: Any, result: SearchResult, smallest: int | None) -> None:
+def _print_no_fit(arguments: Any, result: SearchResult, smallest: int | None, longest: Estimate | None) -> None:
     if arguments.json:
         least = as_json(result.smallest, arguments.tokens) if result.smallest else None
-        print(json.dumps({"fits": False, "least": least, "smallest_cluster": smallest}))
+        length = longest and longest.config.train.seq_len
+        print(json.dumps({"fits": False, "least": least, "smallest_cluster": smallest, "longest_seq_len": length}))
     else:
-        print("\n".join(does_not_fit(result, smallest)))
+        print("\n".join(does_not_fit(result, smallest, longest)))
 
 
 def _print_plan(

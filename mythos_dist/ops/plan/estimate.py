@@ -18,9 +18,8 @@ from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.communication import stage_communication
 from mythos_dist.ops.plan.memory import Memory, peak_memory
 from mythos_dist.ops.plan.muon import muon_flops
-from mythos_dist.ops.plan.routing import ExpertRows, expected_rows
+from mythos_dist.ops.plan.routing import ExpertRows, piece_sizes, rows_of_pieces
 from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
-from mythos_dist.parallel.context import local_tokens
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
@@ -32,7 +31,8 @@ _FORWARD_PASSES, _BACKWARD_PASSES = 3, 5
 _MESSAGES = {"tensor": 10, "expert": 3, "context": 1}
 _BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
 _STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
-_PER_MICRO_BATCH = ("products", "router", "memory", "tensor", "context", "expert", "pipe")
+_PER_MICRO_BATCH = ("products", "router", "memory", "tensor", "context", "expert", "pipe", "offload")
+_MIXTURE_MESSAGES = 6  # of those over the tensor axis: each piece has its own
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Stage:
     spec: StageSpec
     loops: range  # that it runs in a step
     no_grad: int  # first loops of the step, without gradient
-    rows: ExpertRows
+    rows: ExpertRows  # of all pieces in a loop
+    piece_rows: ExpertRows  # of the largest
     memory: Memory  # bytes by part at the peak
+    host: float  # bytes of saved states in host memory (train.offload)
 
     @property
     def bytes(self) -> float:
@@ -64,16 +66,15 @@ class Estimate:
     @cached_property
     def stages(self) -> list[Stage]:
         """A rank of each pipeline stage; all ranks of a stage have the same sizes."""
-        config, c = self.config, self.config.model
+        config = self.config
         n_loops, no_grad = self.loops
         ranges = loop_ranges(config, n_loops, no_grad)
         parallel, stages = config.parallel, []
         for i, (spec, loops) in enumerate(zip(stage_specs(config), ranges, strict=True)):
             mesh = mesh_coordinates(parallel, self.world_size, i * parallel.context * parallel.tensor)
-            tokens = config.train.micro_batch * local_tokens(config.train.seq_len, mesh)
-            rows = expected_rows(tokens, c.n_experts_per_tok, c.n_experts, mesh.expert.size, self.imbalance)
-            memory = peak_memory(config, mesh, spec, loops, no_grad, rows)
-            stages.append(Stage(mesh, spec, loops, no_grad, rows, memory))
+            rows, piece = rows_of_pieces(config, mesh, self.imbalance)
+            memory, host = peak_memory(config, mesh, spec, loops, no_grad, rows, piece)
+            stages.append(Stage(mesh, spec, loops, no_grad, rows, piece, memory, host))
         return stages
 
     @property
@@ -90,7 +91,13 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.largest_stage.bytes <= self.cluster.usable
+        """In the memory of GPUs and, with train.offload, of their nodes."""
+        return self.largest_stage.bytes <= self.cluster.usable and self.host <= self.cluster.usable_on_host
+
+    @property
+    def host(self) -> float:
+        """Bytes of saved states in host memory, per GPU (train.offload)."""
+        return max(stage.host for stage in self.stages)
 
     @property
     def replicas(self) -> int:
@@ -148,9 +155,17 @@ class Estimate:
             seconds[name] = seconds.get(name, 0.0) + value
         stepped = stage.memory["optimizer"] / 12  # elements, if Adam steps them; Muon has less to read
         seconds["optimizer"] = stepped * _STEP_BYTES / (cluster.memory_gb_per_s * 1e9)
+        seconds["offload"] = self._offload_seconds(stage, sum(seconds.get(name, 0.0) for name in _PER_MICRO_BATCH))
         muon = muon_flops(self.config, stage.mesh, stage.spec)
         seconds["optimizer"] += muon / (cluster.peak_flops(self.config.train.dtype) * cluster.product_efficiency)
         return {name: seconds.get(name, 0.0) for name in (*_PER_MICRO_BATCH, "data", "optimizer")}
+
+    def _offload_seconds(self, stage: Stage, work: float) -> float:
+        """What copies to and from host memory take longer than the work beside them: a quarter of it is forward, the
+        rest recomputation and backward. The only overlap in a plan: these copies wait for nothing but their stream."""
+        in_pipeline = min(self.config.parallel.pipe - stage.mesh.pipe.rank, self.micro_batches)
+        copied = self.cluster.host_seconds(stage.host / max(1, in_pipeline)) * self.micro_batches
+        return max(0.0, copied - work / 4) + max(0.0, copied - 3 * work / 4)
 
     def _passes(self, stage: Stage) -> tuple[int, int]:
         """Forward passes of loops per micro-batch, recomputed ones included, and backward passes."""
@@ -162,10 +177,13 @@ class Estimate:
         config, cluster, m = self.config, self.cluster, self.micro_batches
         c, train = config.model, config.train
         forwards, backwards = self._passes(stage)
-        layers = LayerActivations(config, stage.mesh, stage.rows)
+        # Pieces save less, but read and write as much, and once more what they recompute.
+        layers = LayerActivations(with_layout(config, chunk_tokens=None), stage.mesh, stage.rows, stage.rows)
         blocks = len(stage.spec.prelude) + len(stage.spec.coda)
         read = layers.loop().total * (forwards * _FORWARD_PASSES + backwards * _BACKWARD_PASSES)
         read += blocks * layers.dense_block().total * (_FORWARD_PASSES + _BACKWARD_PASSES)
+        if config.piece_tokens:
+            read += layers.mixture().total * backwards * _FORWARD_PASSES
         router = 2.0 * layers.n * c.dim * c.n_experts * (forwards + 2 * backwards)  # in fp32
         products = self._pass_flops(stage) - router
         efficiency = cluster.product_efficiency
@@ -178,7 +196,10 @@ class Estimate:
     def _message_seconds(self, stage: Stage) -> SecondsByPart:
         mesh, m = stage.mesh, self.micro_batches
         forwards, backwards = self._passes(stage)
-        counts = {axis: m * (forwards + backwards) * per_loop for axis, per_loop in _MESSAGES.items()}
+        pieces = len(piece_sizes(self.config, stage.mesh))
+        tensor = _MESSAGES["tensor"] + _MIXTURE_MESSAGES * (pieces - 1)
+        per_loop = {"tensor": tensor, "expert": _MESSAGES["expert"] * pieces}
+        counts = {axis: m * (forwards + backwards) * messages for axis, messages in per_loop.items()}
         counts["tensor"] += m * _BLOCK_MESSAGES * (len(stage.spec.prelude) + len(stage.spec.coda))
         counts["pipe"] = 2 * m
         seconds: SecondsByPart = {}
@@ -246,8 +267,9 @@ def model_flops_per_token(model: MythosConfig, seq_len: int, n_loops: int, no_gr
 
 
 def with_layout(config: Config, **layout: object) -> Config:
-    """The config with other values of tensor, context, expert, pipe, zero, sequence, micro_batch, recompute."""
-    train = {key: layout[key] for key in ("micro_batch", "recompute", "global_batch", "seq_len") if key in layout}
+    """The config with other values of tensor, context, expert, pipe, zero, sequence, and of settings of `train`."""
+    settings = ("micro_batch", "recompute", "chunk_tokens", "offload", "global_batch", "seq_len")
+    train = {key: layout[key] for key in settings if key in layout}
     axes = ("tensor", "context", "expert", "pipe", "zero", "sequence")
     parallel = {key: layout[key] for key in axes if key in layout}
     return replace(

@@ -18,6 +18,7 @@ from mythos_dist.model.activations import num_bytes, stage_input_shapes
 from mythos_dist.model.attention import kv_width, shared_kv_shape
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.activations import ITEM_BYTES
+from mythos_dist.ops.plan.routing import piece_sizes
 from mythos_dist.parallel.context import local_tokens
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
@@ -137,27 +138,37 @@ class LayerMessages:
             width = 0
         return self.gather(self.tokens * width * self.item)
 
+    def repeated(self, layer: Pass) -> Pass:
+        """Messages that a layer which works in pieces repeats in its backward pass (model/pieces.py), once more."""
+        return Pass(Counter(), layer.forward) if self.config.piece_tokens else NOTHING
+
     def dense_block(self) -> Pass:
         """model/block.py: attention and an FFN."""
-        return self.attention().then(self.keys_values(), self.enter(self.x), self.leave(self.x))
+        enter = self.enter(self.x)
+        return self.attention().then(self.keys_values(), enter, self.leave(self.x), self.repeated(enter))
 
-    def router(self) -> Pass:
-        """model/moe.py: weights and indices of the chosen experts, and the shares of the balance loss."""
+    def routing(self) -> Pass:
+        """model/moe.py: weights and indices of the chosen experts."""
         c, tensor = self.config.model, self.mesh.tensor
         chosen = self.tokens * c.n_experts_per_tok
         weights = self.enter(chosen * FP32)
-        if self.config.experts.sequence_balance_loss:
-            share = self.config.train.micro_batch * c.n_experts * FP32
-            weights = weights.then(Pass(message(self.mesh.context, "all_reduce", share), Counter()))
-            if self.mesh.sequence:
-                weights = weights.then(Pass(message(tensor, "all_reduce", share), Counter()))
         if not self.mesh.sequence:
             return weights
         return weights.then(Pass(message(tensor, "all_gather", chosen * INT32), Counter()))
 
+    def balance_loss(self) -> Pass:
+        """model/moe.py: the shares of the sequence-wise balance loss."""
+        if not self.config.experts.sequence_balance_loss:
+            return NOTHING
+        share = self.config.train.micro_batch * self.config.model.n_experts * FP32
+        messages = message(self.mesh.context, "all_reduce", share)
+        if self.mesh.sequence:
+            messages += message(self.mesh.tensor, "all_reduce", share)
+        return Pass(messages, Counter())
+
     def experts(self, loops: int, sent: int, received: int) -> Pass:
-        """parallel/expert.py, all `loops` together: counts; then channels, weights and experts of the rows sent, and
-        the channels of the rows that come back."""
+        """parallel/expert.py, all `loops` together: counts, for each piece; then channels, weights and experts of the
+        rows sent, and the channels of the rows that come back."""
         c, expert, tensor = self.config.model, self.mesh.expert, self.mesh.tensor
         if expert.size == 1:
             return NOTHING
@@ -168,14 +179,11 @@ class LayerMessages:
         def all_to_all(size: int) -> Messages:
             return message(expert, "all_to_all", size)
 
-        counts = all_to_all(loops * expert.size * 2 * INT64)
-        exchange = Pass(
-            counts + all_to_all(sent * dispatched) + all_to_all(received * combined),
-            all_to_all(received * dispatched) + all_to_all(sent * combined),
-        )
+        counts = all_to_all(loops * len(piece_sizes(self.config, self.mesh)) * expert.size * 2 * INT64)
         full_rows = self.gather(received * c.dim * self.item)  # channels of the received rows over the tensor axis
-        scattered_sums = Pass(full_rows.backward, full_rows.forward)
-        return exchange.then(full_rows, scattered_sums)
+        out = Pass(counts + all_to_all(sent * dispatched), all_to_all(received * dispatched)).then(full_rows)
+        back = Pass(all_to_all(received * combined), all_to_all(sent * combined))
+        return out.then(back, Pass(full_rows.backward, full_rows.forward), self.repeated(out))
 
     def depth_lora(self) -> Pass:
         """model/recurrence.py: weights are gathered; their gradients are partial with sequence parallelism only."""
@@ -188,7 +196,9 @@ class LayerMessages:
     def loops(self, loops: int, compute_kv: int, sent: int, received: int) -> Pass:
         """model/recurrence.py: `loops` loops, of which `compute_kv` compute keys and values, and in which `sent` and
         `received` rows are exchanged altogether."""
-        one = self.attention().then(self.router(), self.enter(self.x), self.leave(self.x), self.depth_lora())
+        enter = self.routing().then(self.enter(self.x))
+        others = self.balance_loss(), self.leave(self.x), self.depth_lora()
+        one = self.attention().then(enter, *others, self.repeated(enter))
         kv = self.keys_values()
         all_loops = Pass(
             scaled(one.forward, loops) + scaled(kv.forward, compute_kv),

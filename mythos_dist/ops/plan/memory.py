@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from mythos_dist.config.schema import Config
+from mythos_dist.model.offload import pinned_bytes
 from mythos_dist.model.parameter_groups import plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, local_parameters, state_bytes
 from mythos_dist.ops.plan.activations import ITEM_BYTES, LayerActivations, Saved
@@ -68,17 +69,26 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
     return memory
 
 
-def peak_memory(config: Config, mesh: Mesh, stage: StageSpec, loops: range, no_grad: int, rows: ExpertRows) -> Memory:
+def peak_memory(
+    config: Config,
+    mesh: Mesh,
+    stage: StageSpec,
+    loops: range,
+    no_grad: int,
+    rows: ExpertRows,
+    piece_rows: ExpertRows,
+) -> tuple[Memory, float]:
     """Bytes by part at the peak, of a rank whose stage runs the loops `loops`; the step's first `no_grad` loops have no
-    gradient."""
+    gradient. And bytes of host memory for saved states."""
     parameters = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, stage)
     static = static_memory(config, mesh, parameters)
     peak: Memory = {}
-    for moment in _Moments(config, mesh, stage, loops, no_grad, rows, parameters).all():
+    moments = _Moments(LayerActivations(config, mesh, rows, piece_rows), stage, loops, no_grad, parameters)
+    for moment in moments.all():
         total = {name: static.get(name, 0.0) + moment.get(name, 0.0) for name in {*static, *moment}}
         if sum(total.values()) > sum(peak.values()):
             peak = total
-    return peak
+    return peak, moments.host()
 
 
 class _Moments:
@@ -86,16 +96,14 @@ class _Moments:
 
     def __init__(
         self,
-        config: Config,
-        mesh: Mesh,
+        layers: LayerActivations,
         stage: StageSpec,
         loops: range,
         no_grad: int,
-        rows: ExpertRows,
         parameters: Sequence[LocalParameter],
     ):
-        self.config, self.mesh, self.stage, self.parameters = config, mesh, stage, parameters
-        self.layers = layers = LayerActivations(config, mesh, rows)
+        self.layers, self.stage, self.parameters = layers, stage, parameters
+        self.config, self.mesh = config, mesh = layers.config, layers.mesh
         self.trained = loops_with_grad(loops, no_grad)
         self.live = len(self.trained)
         self.recomputed = config.train.recompute == "loop"
@@ -110,14 +118,26 @@ class _Moments:
         after_loops = layers.dense_block() * (len(stage.coda) * self.readouts)
         if self.recomputed and self.live:  # recomputation keeps the first loop's inputs, act.mode=off's output too
             before_loops += Saved(layers.output - layers.mixed)
-        carries = layers.carry() * ceil(self.live / self.every)
+        carries = self._carries(ceil(self.live / self.every), on_device=1)
         in_loops = (carries if self.recomputed else layers.loop().total * self.live) + self._held_kv(self.trained)
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
         self.exchange = layers.context_exchange()
-        in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
-        self.all_saved = (in_flight + 1) * saved
-        self.saved_before_loops = in_flight * saved + before_loops.total
+        self.in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
+        self.all_saved = (self.in_flight + 1) * saved
+        self.saved_before_loops = self.in_flight * saved + before_loops.total
+
+    def _carries(self, groups: int, on_device: int) -> float:
+        """Bytes of the inputs of recomputed groups; of those that go to host memory, of `on_device` groups."""
+        offloaded = max(0, groups - on_device) if self.config.train.offload == "saved" else 0
+        return self.layers.carry() * groups - sum(self.layers.moved()) * offloaded
+
+    def host(self) -> float:
+        """Bytes of saved states in host memory (train.offload), of all micro-batches in the pipeline."""
+        if self.config.train.offload == "none":
+            return 0.0
+        per_group = sum(pinned_bytes(round(size)) for size in self.layers.moved())
+        return per_group * ceil(self.live / self.every) * (self.in_flight + 1)
 
     def _held_kv(self, loops: range) -> float:
         """Bytes of shared keys and values that these loops hold: once for each group of loops that shares them; with
@@ -143,7 +163,7 @@ class _Moments:
             if self.mesh.context.size > 1:
                 yield self._context_attention(self.all_saved, self.readouts, residuals=1)
         if self.live:
-            yield from self._loops()
+            yield from self._loops_in_pieces() if self.layers.in_pieces else self._loops()
         if len(self.stage.prelude):
             yield self._dense_block(self.saved_before_loops, 1, residuals=4)
             if self.mesh.context.size > 1:
@@ -168,28 +188,41 @@ class _Moments:
         vocab = ceil(c.vocab_size / layers.t)
         rows = layers.N * self.readouts
         chunk = max(256, rows * c.dim // max(1, vocab))
+        chunk = min(chunk, self.config.piece_tokens or chunk)
         # The last norm's input, its output and the gradient of that; of a chunk the logits, also in fp32, and their
         # gradient; with a teacher before that gradient its logits, also in fp32, and the difference of both in fp32.
         per_logit = 2 * layers.b + (12 if self.readouts > 1 and self.config.loops.teacher else 4)
-        head = (layers.residual + 2 * layers.x) * self.readouts + min(chunk, rows) * vocab * per_logit
-        return {"activations": self.all_saved + head, "gradients": self.head_gradient}
+        chunk = min(chunk, rows)
+        head, gathered = (layers.residual + 2 * layers.x) * self.readouts, 0.0
+        if layers.in_pieces and self.mesh.sequence:  # only the chunk's rows are gathered, and their gradient scattered
+            head, gathered = 3 * layers.residual * self.readouts, 2 * chunk * c.dim * layers.b
+        activations = self.all_saved + head + gathered + chunk * vocab * per_logit
+        return {"activations": activations, "gradients": self.head_gradient}
 
     def _dense_block(self, saved: float, readouts: int, residuals: int) -> Memory:
         """The backward pass of the FFN in the last block of coda or prelude."""
         layers = self.layers
-        hidden = layers.N * layers.ffn_hidden * layers.b
+        weight = self.config.model.dim * layers.ffn_hidden * layers.b
+        if layers.in_pieces:  # the last piece's, with gate and up again, after gradients of the others' inputs
+            hidden = 5 * layers.piece_tokens * layers.ffn_hidden * layers.b
+            weights, workspace = 4 * weight, hidden + (residuals + 1) * layers.residual * readouts
+            gathered = 2 * layers.piece_tokens * self.config.model.dim * layers.b
+        else:
+            hidden = 3 * layers.N * layers.ffn_hidden * layers.b
+            weights, workspace = weight, (hidden + residuals * layers.residual) * readouts
+            gathered = layers.x * readouts
         return {
             "activations": saved,
-            "gradients": self.head_gradient + self.config.model.dim * layers.ffn_hidden * layers.b,
-            "workspace": (3 * hidden + residuals * layers.residual) * readouts,
-            "communication": layers.x * readouts if self.mesh.sequence else 0,
+            "gradients": self.head_gradient + weights,
+            "workspace": workspace,
+            "communication": gathered if self.mesh.sequence else 0,
         }
 
     def _context_attention(self, saved: float, readouts: int, residuals: int) -> Memory:
         """The backward pass of attention over the context axis in the last block of coda or prelude."""
         layers = self.layers
-        hidden = 0 if layers.selective else 2 * layers.N * layers.ffn_hidden * layers.b
-        ffn = layers.residual + layers.layer_input().total + hidden
+        hidden = 0 if layers.selective or layers.in_pieces else 2 * layers.N * layers.ffn_hidden * layers.b
+        ffn = layers.residual + (layers.residual if layers.in_pieces else layers.layer_input().total) + hidden
         again = layers.recomputed_attention() if layers.selective else 0.0
         gathered, other = self.exchange
         return {
@@ -206,6 +239,42 @@ class _Moments:
         workspace = (layers.residual + layers.recomputed_attention()) * self.readouts
         return {"activations": self.all_saved - ffn, "gradients": self.head_gradient, "workspace": workspace}
 
+    @property
+    def _done(self) -> list[int]:
+        """How many loops are behind at moments to look at: none; the last one; all of the last group that is recomputed
+        together."""
+        first_of_last_group = (self.live - 1) // self.every * self.every
+        return sorted({0, 1, self.live - first_of_last_group} & set(range(self.live)))
+
+    def _loops_in_pieces(self) -> Iterator[Memory]:
+        """In the backward pass of a loop: of the mixture's last piece, whose hidden rows are recomputed, and of
+        attention. From the second piece on, sums of the mixture's gradients exist."""
+        layers = self.layers
+        b, D, P, rows = layers.b, layers.c.dim, layers.piece_tokens, layers.piece_rows
+        gate, x = P * layers.shared_hidden * b, P * D * b
+        shared, expert = D * layers.shared_hidden * b, layers.local_experts * D * layers.expert_hidden * b
+        hidden, experts = rows.pairs * layers.expert_hidden * b, layers.piece_experts()
+        in_sequence = x if self.mesh.sequence else 0.0
+        received = rows.received * D * b if self.mesh.expert.size > 1 else in_sequence
+        freed = Saved(2 * layers.residual + layers.mixed)
+        for done in self._done:
+            moment = self._loop(done)
+            sums = 0.0 if done else 3 * (shared + expert)
+            others = layers.residual + experts.work  # gradients of other pieces' inputs
+            gathered = 2 * in_sequence + experts.gathered
+            yield moment.memory(sums + shared, others + 5 * gate, gathered, freed)
+            yield moment.memory(sums + shared, others + x + gate, gathered, freed)
+            gathered += received - in_sequence
+            yield moment.memory(sums + expert, others + x + rows.pairs * D * b + 3 * hidden, gathered, freed)
+            yield moment.memory(sums + 3 * expert, others + x + 2 * rows.pairs * D * b + 2 * hidden, gathered, freed)
+            again = layers.recomputed_attention() if layers.selective else 0.0
+            if self.mesh.context.size > 1:
+                entries, workspace = self.exchange
+                yield moment.memory(sums, again + workspace, entries, freed + layers.mixture())
+            else:
+                attention = again or layers.attention_gradients()
+                yield moment.memory(sums, attention, in_sequence and layers.x, freed + layers.mixture())
+
     def _loops(self) -> Iterator[Memory]:
         """In the backward pass of the last loop, where no gradient sum exists yet, and of those before it."""
         layers, selective = self.layers, self.layers.selective
@@ -217,9 +286,7 @@ class _Moments:
         freed = 2 * layers.residual + layers.mixed  # the end of the loop: its output twice, and in fp32
         exchanged = self.mesh.expert.size > 1
         gathered = layers.x if self.mesh.sequence else 0.0  # the gradient of the mixture's output
-        # Loops whose backward is done: none; the last one; all of the last group that is recomputed together.
-        first_of_last_group = (self.live - 1) // self.every * self.every
-        for done in sorted({0, 1, self.live - first_of_last_group} & set(range(self.live))):
+        for done in self._done:
             moment = self._loop(done)
             # model/swiglu.py: hidden rows and their gradients; the gradient of `down` comes last.
             yield moment.memory(shared, (5 if selective else 3) * gate, gathered, Saved(freed))
@@ -250,9 +317,14 @@ class _Moments:
         gradients = self.head_gradient + (self.recurrent_gradients if done else 0.0)
         group, in_group = divmod(self.live - 1 - done, self.every)
         left, size = self.trained[: self.live - done], layers.c.kv_loops
+        fetched = 0.0
         if self.recomputed:
             computed_kv = sum(t % size == 0 for t in left[group * self.every :])
-            saved = layers.carry() * (group + 1)
+            # In host memory: all but the newest; this group's and the one before it are back on the device.
+            newest = int(group == (self.live - 1) // self.every)
+            saved = self._carries(group + 1, on_device=newest)
+            if self.config.train.offload == "saved":
+                fetched = sum(layers.moved()) * (min(2, group + 1) - newest)
             recomputed = layers.loop() * (in_group + 1) + Saved(layers.shared_kv() * computed_kv)
         else:
             saved, recomputed = layers.loop().total * (group + 1), None
@@ -263,7 +335,7 @@ class _Moments:
         states = 4 if done and layers.c.injection == "parcae" else 3
         if self.readouts > 1:  # and those of the coda's inputs, one tensor for all readouts
             states += self.readouts
-        state_gradients = states * layers.residual + kv_gradient
+        state_gradients = states * layers.residual + kv_gradient + fetched
         return _LoopMoment(layers, self.saved_before_loops + saved, recomputed, gradients, state_gradients)
 
 
@@ -275,7 +347,7 @@ class _LoopMoment:
     saved: float  # bytes, by the forward pass
     recomputed: Saved | None  # None: nothing is recomputed
     gradients: float
-    states: float  # bytes of gradients of h, e, and shared keys and values
+    states: float  # bytes of gradients of h, e, and shared keys and values; and of states back from host memory
 
     def memory(self, new_gradients: float, other: float, gathered: float, freed: Saved) -> Memory:
         """With these bytes of new weight gradients, of other tensors, and of outputs of collectives; less `freed`."""

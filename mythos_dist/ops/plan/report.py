@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mythos_dist.config.schema import Config
 from mythos_dist.model.kv_cache import cache_bytes_per_token
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.memory import PARTS
@@ -32,7 +33,14 @@ def _row(estimate: Estimate, context: bool) -> str:
         f"{stage.bytes / 1e9:5.1f}    | "
         f"{estimate.step_seconds:6.1f} {short(estimate.tokens_per_second):>8} {estimate.mfu:5.1%} "
         f"{estimate.seconds['bubble'] / estimate.step_seconds:6.1%}"
-    )
+    ) + saving(estimate.config)
+
+
+def saving(config: Config) -> str:
+    """What a layout has besides the table's columns to save memory, as settings; empty: nothing."""
+    train = config.train
+    chunk = f"  chunk_tokens={train.chunk_tokens}" if config.piece_tokens else ""
+    return chunk + (f"  offload={train.offload}" if train.offload != "none" else "")
 
 
 def details(estimate: Estimate, tokens: float) -> list[str]:
@@ -51,6 +59,7 @@ def details(estimate: Estimate, tokens: float) -> list[str]:
         f"FLOPs           {estimate.model_flops / estimate.world_size:.3e} of the model per GPU and step, "
         f"{estimate.flops(stage):.3e} executed ({count(estimate.micro_batches, 'micro-batch', 'micro-batches')})",
         *_bytes(estimate.communication(stage)),
+        *_host(estimate),
         f"{short(tokens)} tokens ".ljust(16) + cost,
         "KV cache        " + _cache(cache_by_mode(estimate)),
     ]
@@ -65,6 +74,15 @@ def cache_by_mode(estimate: Estimate) -> dict[str, int]:
 def _cache(by_mode: Mapping[str, int]) -> str:
     modes = ", ".join(f"{mode} {size / 1e3:,.1f} kB" for mode, size in by_mode.items())
     return f"{modes} per token of a sequence in bf16 (decoding; docs/generation.md)"
+
+
+def _host(estimate: Estimate) -> list[str]:
+    """Saved states in host memory, if there are any."""
+    if not estimate.host:
+        return []
+    usable = estimate.cluster.usable_on_host
+    limit = f" of {usable / 1e9:.0f}" if usable < float("inf") else ""
+    return [f"host memory     {estimate.host / 1e9:.1f}{limit} GB per GPU of saved states"]
 
 
 def _bytes(communication: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -112,8 +130,9 @@ def _expert_advice(result: SearchResult) -> list[str]:
     return [f"a higher expert degree does not pay: expert {highest} takes {ratio:.3f} times as long as {chosen}"]
 
 
-def does_not_fit(result: SearchResult, smallest_cluster: int | None) -> list[str]:
-    """Nothing fits: the layout that needs least memory, its largest part, and a cluster that is large enough."""
+def does_not_fit(result: SearchResult, smallest_cluster: int | None, longest: Estimate | None) -> list[str]:
+    """Nothing fits: the layout that needs least memory, its largest part, a cluster that is large enough, and the
+    longest sequences that fit on this one."""
     estimate = result.smallest
     if estimate is None:
         return ["no layout divides these GPUs"]
@@ -126,7 +145,40 @@ def does_not_fit(result: SearchResult, smallest_cluster: int | None) -> list[str
         f"smallest cluster with a layout that fits: {count(smallest_cluster, 'GPU')}"
         if smallest_cluster
         else "no number of these GPUs is enough",
+        *_length_advice(estimate, longest),
         *table([estimate]),
+    ]
+
+
+def _length_advice(estimate: Estimate, longest: Estimate | None) -> list[str]:
+    """What would help if the length is why nothing fits: shorter sequences fit."""
+    if longest is None:
+        return []
+    train = estimate.config.train
+    p, loops = longest.config.parallel, estimate.config.loops.mean_of(estimate.config.model)
+    helps = []
+    if estimate.host > estimate.cluster.usable_on_host:
+        helps.append("more host memory per node (host_memory_gb of the cluster file)")
+    if train.micro_batch > 1:
+        helps.append("train.micro_batch=1")
+    if train.recompute != "loop":
+        helps.append("train.recompute=loop")
+    if not estimate.config.piece_tokens:
+        helps.append("train.chunk_tokens=2048")
+    if train.offload == "none":
+        helps.append("train.offload=saved")
+    if estimate.config.parallel.tensor > 1 and not estimate.config.parallel.sequence:
+        helps.append("parallel.sequence=true")
+    if estimate.config.loops.backprop is None and loops > 1:
+        helps.append(f"loops.backprop below {loops} (gradient through fewer loops)")
+    helps.append("a higher parallel.context (each sequence over more ranks), or parallel.tensor with parallel.sequence")
+    settings = (
+        f"tensor={p.tensor} context={p.context} expert={p.expert} pipe={p.pipe} zero={p.zero}{saving(longest.config)}"
+    )
+    return [
+        f"the length is why: {count(longest.config.train.seq_len, 'token')} fit on these GPUs, "
+        f"{count(train.seq_len, 'token')} do not ({' '.join(settings.split())})",
+        f"what helps at {count(train.seq_len, 'token')}: {', '.join(helps)}",
     ]
 
 
@@ -142,6 +194,8 @@ def compare(estimate: Estimate, measured: Any) -> list[str]:
     for part in PARTS:
         line(part, stage.memory.get(part, 0.0) / 1e9, measured.memory[part] / 1e9, ".3f", "GB")
     line("peak memory", stage.bytes / 1e9, sum(measured.memory.values()) / 1e9, ".3f", "GB")
+    if estimate.host or measured.host_memory:
+        line("host memory", estimate.host / 1e9, measured.host_memory / 1e9, ".3f", "GB")
     micro_batches = count(m, "micro-batch", "micro-batches")
     line(f"FLOPs, {micro_batches}", estimate.flops(stage, m) / 1e12, measured.flops / 1e12, ".3f", "T")
     planned, dry = estimate.communication(stage, m), measured.communication
@@ -163,10 +217,13 @@ def as_json(estimate: Estimate, tokens: float) -> dict[str, Any]:
             "micro_batch": train.micro_batch,
             "recompute": train.recompute,
             "recompute_every": train.recompute_every,
+            "chunk_tokens": train.chunk_tokens,
+            "offload": train.offload,
         },
         "cache_bytes_per_token": cache_by_mode(estimate),
         "memory_bytes": {part: round(stage.memory.get(part, 0)) for part in PARTS},
         "memory_total": round(stage.bytes),
+        "host_memory_bytes": round(estimate.host),
         "fits": estimate.fits,
         "parameters": estimate.parameters,
         "model_flops": estimate.model_flops,

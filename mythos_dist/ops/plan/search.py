@@ -6,6 +6,7 @@ a larger micro-batch never needs less memory. Of the context axis only degrees t
 `_MIN_CONTEXT_TOKENS` of a sequence: with shorter sequences its messages never pay.
 """
 
+import bisect
 import heapq
 import math
 from collections.abc import Iterator, Mapping
@@ -25,11 +26,15 @@ from mythos_dist.parallel.mesh import mesh_coordinates
 from mythos_dist.units import count
 
 # What `fixed` may name.
-AXES = ("tensor", "context", "expert", "pipe", "zero", "sequence", "micro_batch", "recompute")
+AXES = (
+    *("tensor", "context", "expert", "pipe", "zero", "sequence"),
+    *("micro_batch", "recompute", "chunk_tokens", "offload"),
+)
 _PIPES = (1, 2, 4, 8, 16)
 _CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MIN_CONTEXT_TOKENS = 8192
 _RECOMPUTE = ("none", "selective", "loop")
+_CHUNK_TOKENS = (16384, 2048)  # sizes of pieces to try: smaller ones save little more and make small products
 _MAX_GPUS = 1 << 17
 _MAX_MICRO_BATCH = 64  # sequences
 
@@ -47,6 +52,7 @@ class SearchResult:
 def candidates(config: Config, gpus: int, fixed: Mapping[str, Any]) -> Iterator[tuple[Config, list[int]]]:
     """Layouts that the rules allow: a config with the smallest micro-batch, and all micro-batches that divide."""
     c, batch = config.model, math.gcd(*config.train.batch_sizes)
+    saving = dict(chunk_tokens=fixed.get("chunk_tokens"), offload=fixed.get("offload", "none"))
 
     def choices(name: str, values: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(values)
@@ -70,7 +76,8 @@ def candidates(config: Config, gpus: int, fixed: Mapping[str, Any]) -> Iterator[
                 choices("recompute", _RECOMPUTE),
             ):
                 layout = dict(pipe=pipe, context=context, tensor=tensor, expert=expert, zero=zero, sequence=sequence)
-                first = with_layout(config, **layout, recompute=recompute, micro_batch=micro_batches[0])
+                layout |= dict(recompute=recompute, micro_batch=micro_batches[0])
+                first = with_layout(config, **layout, **saving)
                 if works(first, gpus):
                     yield first, micro_batches
 
@@ -86,7 +93,44 @@ def _zero_stages(c: MythosConfig, pipe: int, tensor: int, expert: int) -> tuple[
 def search(
     config: Config, gpus: int, cluster: Cluster, fixed: Mapping[str, Any], keep: int = 8, imbalance: float = 1.0
 ) -> SearchResult:
-    """The `keep` fastest layouts of `config` on `gpus` that fit; `fixed` gives settings of AXES."""
+    """The `keep` fastest layouts of `config` on `gpus` that fit; `fixed` gives settings of AXES.
+
+    Work in pieces and saved states in host memory only take time: they are tried if nothing fits without them.
+    """
+    result = _search(config, gpus, cluster, fixed, keep, imbalance, save_memory=False)
+    if result.best or result.smallest is None:
+        return result
+    return _search(config, gpus, cluster, fixed, keep, imbalance, save_memory=True)
+
+
+def _variants(config: Config, fixed: Mapping[str, Any]) -> list[Config]:
+    """A layout without and with what saves memory and takes time, the least of it first and all of it last."""
+    chunks = [fixed["chunk_tokens"]] if "chunk_tokens" in fixed else [None, *_CHUNK_TOKENS]
+    offloads = [fixed["offload"]] if "offload" in fixed else ["none", "saved"]
+    pairs = list(product(chunks, offloads if config.train.recompute == "loop" else offloads[:1]))
+    variants = [with_layout(config, chunk_tokens=chunk, offload=offload) for chunk, offload in pairs]
+    return [one for one in variants if not one.train.chunk_tokens or one.piece_tokens or "chunk_tokens" in fixed]
+
+
+def _first_that_fits(variants: list[Config], gpus: int, cluster: Cluster, imbalance: float) -> Estimate:
+    """Of the first variant that fits; if none does, of the last, which needs least memory."""
+    last = Estimate(variants[-1], gpus, cluster, imbalance)
+    if last.fits:
+        for variant in variants[:-1]:
+            if (estimate := Estimate(variant, gpus, cluster, imbalance)).fits:
+                return estimate
+    return last
+
+
+def _search(
+    config: Config,
+    gpus: int,
+    cluster: Cluster,
+    fixed: Mapping[str, Any],
+    keep: int,
+    imbalance: float,
+    save_memory: bool,
+) -> SearchResult:
     result = SearchResult()
     smallest_size = float("inf")
     heap: list[tuple[float, int, Estimate]] = []  # (-seconds, -index, layout): the slowest of the best first
@@ -101,11 +145,12 @@ def search(
             continue
         for micro_batch in micro_batches:
             tried += 1
-            estimate = Estimate(with_layout(first, micro_batch=micro_batch), gpus, cluster, imbalance)
+            variants = _variants(with_layout(first, micro_batch=micro_batch), fixed)
+            estimate = _first_that_fits(variants if save_memory else variants[:1], gpus, cluster, imbalance)
             size = estimate.largest_stage.bytes
             if size < smallest_size:
                 result.smallest, smallest_size = estimate, size
-            if size > cluster.usable:
+            if not estimate.fits:
                 break
             _keep_fastest(result.best_by_pipe, p.pipe, estimate)
             _keep_fastest(result.best_by_expert, p.expert, estimate)
@@ -145,6 +190,37 @@ def smallest_cluster(config: Config, gpus: int, cluster: Cluster, fixed: Mapping
         if search(config, gpus, cluster, fixed, keep=1).best:
             return gpus
     return None
+
+
+_MIN_SEQ_LEN = 256  # tokens: shorter lengths are not tried
+
+
+def longest_length(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[str, Any]) -> Estimate | None:
+    """A layout with the longest sequences that fit on these GPUs, found by halving the length and then, for the layouts
+    that fit there, by bisection in steps of a thirty-second of it. None: no shorter length fits either."""
+    too_long = config.train.seq_len
+    while (seq_len := too_long // 2) >= _MIN_SEQ_LEN:
+        result = search(with_layout(config, seq_len=seq_len), gpus, cluster, fixed)
+        if result.best:
+            candidates = {estimate.config.parallel: estimate for estimate in result.best}.values()
+            longest = [_stretch(estimate, seq_len, too_long) for estimate in candidates]
+            return max(longest, key=lambda estimate: estimate.config.train.seq_len)
+        too_long = seq_len
+    return None
+
+
+def _stretch(fitting: Estimate, seq_len: int, too_long: int) -> Estimate:
+    """The longest sequences between these lengths that fit in a layout, with pieces and saved states as needed."""
+    step = max(1, seq_len // 32)
+    steps = range(seq_len // step, too_long // step)
+    at = bisect.bisect_left(steps, True, key=lambda n: not _at_length(fitting, n * step).fits)
+    return fitting if at == 0 else _at_length(fitting, steps[at - 1] * step)
+
+
+def _at_length(estimate: Estimate, seq_len: int) -> Estimate:
+    config = with_layout(estimate.config, seq_len=seq_len)
+    fixed = {"micro_batch": config.train.micro_batch}
+    return _first_that_fits(_variants(config, fixed), estimate.world_size, estimate.cluster, estimate.imbalance)
 
 
 def check_fixed(config: Config, gpus: int, fixed: Mapping[str, Any]) -> None:

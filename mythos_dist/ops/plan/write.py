@@ -24,6 +24,8 @@ def planned_lines(estimate: Estimate, command: str, measured: Any = None) -> lis
         f"{count(estimate.ranks_per_replica, 'rank')}",
         f"# memory, plan: {_memory(stage.memory)} GB of {usable:.1f}",
     ]
+    if estimate.host:
+        lines.append(f"# host memory, plan: {estimate.host / 1e9:.1f} GB per GPU of saved states")
     if measured:
         m = measured.micro_batches
         lines += [
