@@ -180,8 +180,9 @@ class LayerActivations:
     def mixture(self) -> Saved:
         """model/moe.py: the router works in fp32; then routed and shared experts."""
         c, k = self.c, self.c.n_experts_per_tok
-        if self.in_pieces:  # the normed tokens, chosen experts and weights, the router's weight, tokens of sent rows
-            return Saved(self.residual + self.n * 12 * k + 4 * c.n_experts * c.dim + 8 * self.rows.sent)
+        if self.in_pieces:  # the normed tokens; logits, choices and weights; tokens of sent rows; the router's weight
+            routing = self.n * (12 * k + 4 * c.n_experts) + 8 * self.rows.sent
+            return Saved(self.residual + routing + 4 * c.n_experts * c.dim)
         router = 4 * (self.n * (c.dim + c.n_experts) + c.n_experts * c.dim)
         shared = 0 if self.selective else 2 * self.shared_gate()
         return Saved(router) + self.layer_input() + self._experts() + Saved(shared)
