@@ -18,7 +18,7 @@ from mythos_dist.model.activations import num_bytes, stage_input_shapes
 from mythos_dist.model.attention import kv_width, shared_kv_shape
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.activations import ITEM_BYTES
-from mythos_dist.ops.plan.routing import piece_sizes
+from mythos_dist.ops.plan.pieces import piece_sizes
 from mythos_dist.parallel.context import local_tokens
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
