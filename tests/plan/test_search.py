@@ -90,7 +90,7 @@ def test_a_run_that_does_not_fit_gets_the_smallest_cluster():
     assert not search(config, smallest // 2, H100, {}).best
 
 
-LAYOUT = dict(tensor=16, expert=1, pipe=1, zero=2, sequence=True, micro_batch=1, recompute="loop")
+LAYOUT = dict(tensor=16, context=1, expert=1, pipe=1, zero=2, sequence=True, micro_batch=1, recompute="loop")
 
 
 def test_pieces_and_host_memory_are_tried_where_nothing_else_fits():
