@@ -46,8 +46,11 @@ class Pieces:
         count = -(-B * tokens // self.local_tokens) if self.tokens else 1
         if count <= 1:
             return [tensors]
-        rows = (x.flatten(0, 1).unsqueeze(0) for x in tensors)
-        return list(zip(*(x.tensor_split(count, dim=1) for x in rows), strict=True))
+        rows = [x.flatten(0, 1).unsqueeze(0) for x in tensors]
+        each, more = divmod(rows[0].shape[1], count)
+        sizes = [each + 1] * more + [each] * (count - more)
+        # Not `tensor_split`, whose pieces are slices: each would have a gradient as large as all of x.
+        return list(zip(*(x.split(sizes, dim=1) for x in rows), strict=True))
 
     def recompute(self, function: Callable, x: Tensor, *others: Any) -> Any:
         """`function(x, *others)`, recomputed in the backward pass if the layer runs in pieces. Not for dropout: a

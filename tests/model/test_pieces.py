@@ -114,8 +114,9 @@ def test_memory_for_logits_does_not_grow_with_the_sequence():
         embed = Embedding(64 * DIM, DIM, SINGLE, chunk_tokens)
         with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             x, labels = torch.zeros(1, tokens, DIM, requires_grad=True), torch.zeros(1, tokens, dtype=torch.int64)
+            weights = torch.ones(1, tokens)
             meter.reset()
-            loss = embed.loss(x, labels)
+            loss = embed.loss(x, labels, weights)
             assert loss.total.requires_grad
             return meter.peak - meter.total
 
