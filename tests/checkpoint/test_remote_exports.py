@@ -1,11 +1,13 @@
-"""Exports in a store are read as from a folder, in ranges."""
+"""Exports in a store are read as from a folder, in ranges; the tools take URLs wherever they take folders."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.launch import run_tool
 from helpers.s3 import serving_s3
 from helpers.small_checkpoint import write_run
 from helpers.small_run import REPOSITORY
@@ -119,6 +121,49 @@ def test_a_changed_export_is_refused(store, exports, tmp_path):
     (copy / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read as an export's settings"):
         open_export(RemotePath(store.upload(copy, "has-bad-settings")))
+
+
+def tool(name: str, *arguments: object, code: int = 0) -> str:
+    """The output of a tool; it must exit with `code` and without a traceback."""
+    result = run_tool(REPOSITORY / "tools" / f"{name}.py", *arguments)
+    assert result.codes == [code] and "Traceback" not in result.err, result.err
+    return result.out
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(900)
+def test_the_tools_take_urls(run, exports, urls, shards, tmp_path):
+    """The same output and the same files as from the folder."""
+    assert "every parameter is equal, bit for bit" in tool("inspect_checkpoint", run, urls["run"])
+    described = tool("inspect_checkpoint", urls["run"])
+    assert described.splitlines()[0] == f"{urls['run']}/checkpoints/step-00000003"
+    assert "every byte is as it was written" in described
+
+    for source, out in ((run, "here"), (urls["run"], "there")):
+        tool("export_checkpoint", source, "--out", tmp_path / out / "export", "--quiet")
+        tool("reshape_checkpoint", source, "--out", tmp_path / out / "run", "--quiet")
+        tool("average_checkpoints", source, source, "--out", tmp_path / out / "mean", "--quiet")
+    for file in ("export/model.safetensors", "export/tokenizer.model", "mean/model.safetensors"):
+        assert (tmp_path / "there" / file).read_bytes() == (tmp_path / "here" / file).read_bytes(), file
+    here, there = (open_checkpoint(tmp_path / out / "run") for out in ("here", "there"))
+    assert {name: file.hash for name, file in here.manifest.files.items()} == {
+        name: file.hash for name, file in there.manifest.files.items()
+    }
+
+    greedy = ("--prompt", "the", "--temperature", "0", "--max-new-tokens", "4")
+    assert tool("generate", urls["hf"], *greedy) == tool("generate", exports["hf"], *greedy)
+    for name, options in {
+        "depth_sweep": ("--loops", "1,2", "--samples", "4", "--data", shards, "--json"),
+        "evaluate": ("--tasks", "perplexity_by_position", "--samples", "4", "--data", shards, "--json"),
+    }.items():
+        results = [
+            json.loads(tool(name, source, *options, "--out", tmp_path / f"{name}-{i}" / "out").splitlines()[-1])
+            for i, source in enumerate((run, urls["run"]))
+        ]
+        assert results[1].pop("checkpoint", urls["run"]).startswith(urls["run"])
+        results[0].pop("checkpoint", None)
+        assert results[0] == results[1]
+        assert "--out" in run_tool(REPOSITORY / "tools" / f"{name}.py", urls["run"], *options).err
 
 
 def test_a_url_that_no_tool_can_use_is_one_message(urls):
