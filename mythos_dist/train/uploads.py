@@ -167,7 +167,8 @@ class RunUploads:
             log.warning("the checkpoint of step %d cannot be uploaded: %s", event["step"], event["reason"])
         self._idle = kind == "idle"
         if kind in ("uploaded", "present", "idle") and state.problem:
-            print(f"checkpoint.remote: uploads to {state.url} work again", flush=True)
+            if dist.get_rank() == 0:
+                print(f"checkpoint.remote: uploads to {state.url} work again", flush=True)
             state.problem = ""
 
     def _write_state(self) -> None:
