@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo chat-demo depth-demo loop-ablation optimizer-study test test-all check bench clean
+.PHONY: demo chat-demo depth-demo long-demo loop-ablation optimizer-study test test-all check bench clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
@@ -13,6 +13,9 @@ chat-demo: $(READY)  ## tune a small model on conversations, and ask it what non
 
 depth-demo: $(READY)  ## train small models on a task that needs depth, to see whether more loops help; 15 minutes
 	$(BIN)/python tools/depth_demo.py
+
+long-demo: $(READY)  ## train a small model on 256 tokens and stretch it to 1,024 by YaRN; 10 minutes
+	$(BIN)/python tools/long_demo.py
 
 loop-ablation: $(READY)  ## ablate each loop setting alone, at equal FLOPs; 1 to 2 hours
 	$(BIN)/python tools/loop_ablation.py

@@ -17,7 +17,7 @@ from mythos_dist.errors import run_command
 TOOLS = Path(__file__).parents[1] / "tools"
 TOOLS_WITH_HELP = (
     *("chat_demo", "depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data"),
-    *("decoding_quality", "serve"),
+    *("decoding_quality", "long_demo", "serve"),
 )
 
 
@@ -187,6 +187,8 @@ def test_serve_names_missing_packages_and_a_port_that_is_taken(tool, run_dir, mo
         ("generate", ["--chat", "--template", "nowhere"], "the chat template cannot be read"),
         ("chat_demo", ["train.stepss=3"], "did you mean train.steps?"),
         ("chat_demo", ["--out", "file"], "file: cannot be used"),
+        ("long_demo", ["model.dimm=3"], "did you mean model.dim?"),
+        ("long_demo", ["--out", "file"], "file"),
         ("generate", ["--tokenizer", "nowhere.model"], "nowhere.model: no such file"),
         ("depth_sweep", ["--loops", "0"], "--loops=0 holds ['0']"),
         ("depth_sweep", ["--loops", "0,,x"], "holds ['0', '', 'x']"),

@@ -34,7 +34,8 @@ from mythos_dist.model.pretrained import Format, exported_shapes
 FILE_BYTES = 5 << 30
 Dtype = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
-_NOT_IN_OPEN_MYTHOS = ("mode", *BY_MODE["reference"])  # fields of our MythosConfig that theirs does not have
+# Fields of our MythosConfig that theirs does not have.
+_NOT_IN_OPEN_MYTHOS = ("mode", "rope_scaling", *BY_MODE["reference"])
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def export(
     source.raise_if_damaged(verify)
     config = config_of(source)
     unsupported = unsupported_loop_settings(config.model) if format == "open_mythos" else []
+    if format == "open_mythos" and config.model.rope_scaling:
+        unsupported.append("model.rope_scaling")
     if unsupported:
         raise UserError(
             f"OpenMythos does not have {', '.join(unsupported)}; export with --format safetensors", str(source.folder)

@@ -20,6 +20,7 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.data.tokenizer_files import ModelTokenizer
 from mythos_dist.files import write_and_fsync
 from mythos_dist.model.pretrained import MODEL_TYPE
+from mythos_dist.model.rope import to_hugging_face
 
 CODE = Path(mythos_dist.__file__).parent / "huggingface"
 CODE_FILES = ("configuration_mythos.py", "layers_mythos.py", "modeling_mythos.py")
@@ -53,6 +54,7 @@ def class_settings(source: Checkpoint, config: Config, dtype: str, tokenizer: To
         "model_type": MODEL_TYPE,
         "dtype": _TORCH_NAMES[dtype],
         **asdict(config.model),
+        "rope_scaling": to_hugging_face(config.model.rope_scaling),
         "act_mode": config.act.mode_of(config.model),
         "num_loops": config.loops.mean_of(config.model),
         **_token_ids(tokenizer),

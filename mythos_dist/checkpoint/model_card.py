@@ -10,7 +10,7 @@ from typing import Any
 from mythos_dist import __version__
 from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.checkpoint.reader import Checkpoint
-from mythos_dist.config.schema import Config
+from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.data.tokenizer_files import ModelTokenizer
 from mythos_dist.files import read_json_lines
 from mythos_dist.units import short
@@ -66,7 +66,7 @@ def _facts(source: Checkpoint, config: Config, dtype: str, files: ModelTokenizer
     halting = config.act.mode_of(model)
     yield "parameters", f"{manifest.num_parameters:,} ({dtype})"
     yield "layers", f"{model.prelude_layers} prelude, 1 looped, {model.coda_layers} coda; width {model.dim}"
-    yield "attention", f"{model.attn_type.upper()}, {model.n_heads} heads; context {model.max_seq_len:,} tokens"
+    yield "attention", f"{model.attn_type.upper()}, {model.n_heads} heads; context {_context(model)}"
     shared = f" and {model.n_shared_experts} shared" if model.n_shared_experts else ""
     yield "experts", f"{model.n_experts_per_tok} of {model.n_experts} per token{shared}, in the looped block"
     yield "loops", f"{config.loops.mean_of(model)} on average in training ({config.loops.distribution})"
@@ -87,6 +87,13 @@ def _facts(source: Checkpoint, config: Config, dtype: str, files: ModelTokenizer
             shards = files.shards
             documents = f"{shards.documents.written:,} {'conversations' if shards.chat else 'documents'}"
             yield "shards", f"{documents}, {short(shards.tokens)} tokens, from {len(shards.inputs)} files"
+
+
+def _context(model: MythosConfig) -> str:
+    tokens, scaling = f"{model.max_seq_len:,} tokens", model.rope_scaling
+    if scaling is None:
+        return tokens
+    return f"{tokens}, {scaling.factor:g} times {scaling.original_max_seq_len:,} by {scaling.kind} RoPE scaling"
 
 
 def _losses(checkpoint: AnyPath, step: int) -> dict[str, str]:

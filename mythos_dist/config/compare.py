@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mythos_dist.config.fields import as_lists
+from mythos_dist.config.fields import Section, as_lists
 from mythos_dist.config.schema import Config
 
 # None of these changes the results up to the step where a run stopped, except for the order of sums.
@@ -48,7 +48,10 @@ _MAY_CHANGE_SECTIONS = {"average", "parallel", "checkpoint", "faults"}
 
 
 # What settings were, by section, before they existed: with another value a run would have other results.
-_ADDED: dict[str, dict[str, Any]] = {"train": {"batch_ramp": ()}, "model": {"kv_sharing": "all"}}
+_ADDED: dict[str, dict[str, Any]] = {
+    "train": {"batch_ramp": ()},
+    "model": {"kv_sharing": "all", "rope_scaling": None},
+}
 # Settings of the model that names and shapes of its tensors depend on: no stage may change them.
 WIDTHS = (
     "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "
@@ -62,19 +65,25 @@ _TRAINING = ("model", "experts", "act", "loops", "train", "optim", "average", "d
 def training_changes(
     before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, its value before, its value now) for each that both have and that differs; lists equal tuples."""
+    """(setting, its value before, its value now) for each that both have and that differs; lists equal tuples.
+
+    What `before` is missing of `_ADDED` had the value there."""
     for section in _TRAINING:
-        for key, old in before.get(section, {}).items():
+        settings = before.get(section, {})
+        for key, old in {**(_ADDED.get(section, {}) if settings else {}), **settings}.items():
             old, new = as_lists(old), as_lists(now.get(section, {}).get(key, old))
             if new != old:
                 yield f"{section}.{key}", old, new
 
 
-def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
+def differences(
+    now: Config, before: Mapping[str, Mapping[str, Any]], complete: bool = True
+) -> Iterator[tuple[str, Any, Any]]:
     """(setting, its value now, its value before) for each that changed and must not; settings missing in `before`
-    are not compared, except those of `_ADDED`. Lists equal tuples, since `before` may come from JSON."""
+    are not compared, except, with `complete`, those of `_ADDED`. Lists equal tuples, since `before` may come from
+    JSON."""
     for section, values in before.items():
-        for key, old in {**_ADDED.get(section, {}), **values}.items():
+        for key, old in {**(_ADDED.get(section, {}) if complete else {}), **values}.items():
             name = f"{section}.{key}"
             # In a later stage it has decided how steps are counted.
             fixed = name == "run.start_from_state" and now.run.stage_begin > 0
@@ -82,4 +91,11 @@ def differences(now: Config, before: Mapping[str, Mapping[str, Any]]) -> Iterato
                 continue
             value = getattr(getattr(now, section, None), key, None)
             if as_lists(value) != as_lists(old):
-                yield name, value, old
+                yield name, _given(value), _given(old)
+
+
+def _given(value: Any) -> Any:
+    """A value for a message: of settings inside a setting, those that are set."""
+    if isinstance(value, Section | dict):
+        return {key: one for key, one in as_lists(value).items() if one is not None}
+    return value

@@ -11,7 +11,7 @@ import os
 import re
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -106,9 +106,16 @@ class Kind:
     size: bool = False  # text that is a number of bytes
 
     @property
+    def section(self) -> "type[Section] | None":
+        """The class of a setting that has settings of its own."""
+        return self.type if issubclass(self.type, Section) else None
+
+    @property
     def expected(self) -> str:
         """Text after "expected ", such as "a whole number"."""
-        if self.choices:
+        if self.section:
+            text = f"settings, such as {self.section.example}"
+        elif self.choices:
             *others, last = map(repr, self.choices)
             text = f"{', '.join(others)} or {last}"
         elif self.type is tuple:
@@ -132,7 +139,7 @@ class Kind:
         if isinstance(node, Scalar):
             if node.plain and node.text in NULLS:
                 return self._null()
-            return _WRONG if self.type in (tuple, dict) else self._scalar(node)
+            return _WRONG if self.type in (tuple, dict) or self.section else self._scalar(node)
         if self.item is not None and isinstance(node, list) and self.type is tuple:
             values = tuple(self.item._read(one) for one in node)
             return _WRONG if _WRONG in values or len(values) != (self.length or len(values)) else values
@@ -259,13 +266,17 @@ def show(value: Any, most: int = 80) -> str:
         text = show_node(value)
     elif isinstance(value, int) and abs(value) >= _HUGE:
         return f"{'-' if value < 0 else ''}(a number with over {_MAX_DIGITS} digits)"
+    elif isinstance(value, Section | dict):
+        text = repr({key: each for key, each in as_lists(value).items() if each is not None})
     else:
         text = "null" if value is None else repr(as_lists(value))
     return text if len(text) <= most else f"{text[: most - 20]}...{text[-15:]}"
 
 
 def as_lists(value: Any) -> Any:
-    """A value with lists instead of tuples, as JSON and YAML return it."""
+    """A value with lists instead of tuples and dicts instead of sections, as JSON and YAML return it."""
+    if isinstance(value, Section):
+        return {key: as_lists(one) for key, one in asdict(value).items()}  # pyright: ignore[reportArgumentType]
     return [as_lists(one) for one in value] if isinstance(value, tuple | list) else value
 
 
@@ -309,6 +320,7 @@ class Section:
     """Base of all sections of a config: constructing one checks the type and range of every value."""
 
     section: ClassVar[str] = ""
+    example: ClassVar[str] = ""  # of a section inside a section, in YAML
 
     def __init_subclass__(cls, section: str, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -332,6 +344,11 @@ class Section:
             object.__setattr__(one, each.name, values.get(each.name, each.default))
         one.complete()
         return one
+
+    @classmethod
+    def required(cls) -> set[str]:
+        """Settings without a default."""
+        return {one.name for one in fields(cls) if one.default is MISSING}  # type: ignore[arg-type]
 
     def complete(self) -> None:
         """Expand `~/` in paths; convert lists to tuples, which JSON does not have."""

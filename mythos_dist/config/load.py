@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
-from mythos_dist.config.fields import Kind, as_lists, kinds_of, show, value_problems
+from mythos_dist.config.fields import Kind, Section, as_lists, kinds_of, show, value_problems
 from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.config.stages import read_stages, stage_entries, stage_problems
@@ -353,6 +353,8 @@ def _build(values: dict[str, dict[str, Node]], messages: list[str]) -> Config:
 
 def _read(kind: Kind, node: Node) -> tuple[Any, list[str]]:
     """The value of a setting, and what is wrong with it, each text to follow the setting's name."""
+    if kind.section and isinstance(node, dict):
+        return _read_section(kind.section, node)
     try:
         value = kind.read(node)
     except ValueError as error:
@@ -361,6 +363,22 @@ def _read(kind: Kind, node: Node) -> tuple[Any, list[str]]:
         problem = kind.problem(value)
         return value, [f"={_shown(node)}{problem}"] if problem else []
     return value, list(value_problems(kind, value))
+
+
+def _read_section(section: type[Section], node: dict[str, Node]) -> tuple[Any, list[str]]:
+    """As `_read`, of a setting that has settings of its own; rules between them are in rules.py."""
+    kinds, accepted, wrong = kinds_of(section), {}, []
+    for key, each in node.items():
+        if key not in kinds:
+            close = difflib.get_close_matches(key[:80], kinds, n=1, cutoff=0.5)
+            meant = f"did you mean {close[0]}?" if close else f"choose from {', '.join(kinds)}"
+            wrong.append(f".{key[:80]}: unknown key; {meant}")
+            continue
+        accepted[key], problems = _read(kinds[key], each)
+        wrong += [f".{key}{problem}" for problem in problems]
+    if missing := section.required() - node.keys():
+        wrong.append(f": {', '.join(sorted(missing))} must be set, as in {section.example}")
+    return (None, wrong) if wrong else (section.from_checked_values(**accepted), [])
 
 
 def _shown(node: Node) -> str:

@@ -6,6 +6,7 @@ Decisions: LOOPS-10.
 from collections.abc import Iterator, Set
 
 from mythos_dist.config.layout import Problem, divisors, few, find_layout_problems
+from mythos_dist.config.rope_rules import rope_problems
 from mythos_dist.config.schema import BY_MODE, CheckpointConfig, Config, DataConfig, MythosConfig, OptimConfig
 from mythos_dist.errors import redact
 from mythos_dist.urls import has_secrets, is_url, scheme_of
@@ -52,6 +53,8 @@ def _model_problems(model: MythosConfig) -> Iterator[Problem]:
             f"model.n_experts_per_tok={model.n_experts_per_tok} is more than model.n_experts={model.n_experts}; "
             f"set it to at most {model.n_experts}",
         )
+    if model.rope_scaling is not None:
+        yield from rope_problems(model, model.rope_scaling)
     if model.mode == "reference":
         for key, wanted in BY_MODE["reference"].items():
             if getattr(model, key) != wanted:

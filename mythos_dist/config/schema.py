@@ -10,11 +10,12 @@ Decisions: LOOPS-4, LOOPS-5, LOOPS-9, CONFIG-2.
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from mythos_dist.config.fields import PATH, SIZE, Range, Section, Words, show
+from mythos_dist.config.fields import PATH, SIZE, Range, Section, Words, kinds_of, show
 from mythos_dist.errors import UserError
 from mythos_dist.units import bytes_of
 
 MOST_DRAWN_LOOPS = 10**6  # a step's loops are clipped to at most this
+BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's defaults
 MAX_LOOPS = 512  # 8 times the largest variant's; assigning loops to stages takes quadratic time
 
 # Upper bounds are far beyond what any machine holds: they catch typing errors before hours of computation.
@@ -65,6 +66,36 @@ def _by_mode(reference: Any, train: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class RopeScaling(Section, section="model.rope_scaling"):
+    """Rotary positions beyond the length that the model was trained with, `original_max_seq_len` (model/rope.py)."""
+
+    example = "{kind: yarn, factor: 4, original_max_seq_len: 4096}"
+
+    # linear: all positions are divided by `factor` (position interpolation). yarn: those of slow channels only.
+    kind: Literal["linear", "yarn"]
+    factor: Annotated[float, Range(1, 1e6)]  # times original_max_seq_len, it is model.max_seq_len
+    original_max_seq_len: Tokens
+    # Of yarn; names and defaults are those of transformers. Channels that rotate more than beta_fast times within the
+    # original length keep their frequency, those that rotate less than beta_slow times are divided by the factor.
+    beta_fast: Above0 | None = None  # None: BETA_FAST
+    beta_slow: Above0 | None = None  # None: BETA_SLOW
+    truncate: bool | None = None  # round the channels at which the ramp between both begins and ends; None: true
+    attention_factor: Above0 | None = None  # of rotary queries and keys; None: 0.1 ln(factor) + 1, or from mscale
+    # Both set, as in DeepSeek-V3: attention_factor is the ratio of 0.1 m ln(factor) + 1 for either m. MLA's softmax
+    # scale is multiplied by the square of that of mscale_all_dim.
+    mscale: Above0 | None = None
+    mscale_all_dim: Above0 | None = None
+
+    def complete(self) -> None:
+        """Whole numbers become floats where floats are expected: one value has one text."""
+        super().complete()
+        for key, kind in kinds_of(type(self)).items():
+            value = getattr(self, key)
+            if kind.type is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, key, float(value))
+
+
+@dataclass(frozen=True)
 class MythosConfig(Section, section="model"):
     """The model. Fields up to `dropout` have OpenMythos' names, meanings and defaults."""
 
@@ -111,12 +142,18 @@ class MythosConfig(Section, section="model"):
     # depth_scaled (Huginn): N(0, 2 / (5 dim)), output projections divided by sqrt(2 * (prelude + loops + coda)).
     # reference: N(0, 0.02).
     init: Literal["reference", "depth_scaled"] = _by_mode(reference="reference", train="depth_scaled")
+    rope_scaling: RopeScaling | None = None  # a context longer than the one that the model was trained with
 
     def complete(self) -> None:
         """Set the defaults that depend on `mode`."""
         for key, default in BY_MODE.get(self.mode if isinstance(self.mode, str) else "", {}).items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, default)
+        if isinstance(self.rope_scaling, dict):  # from a checkpoint
+            try:
+                object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+            except TypeError as error:  # a missing or unknown field
+                raise UserError(f"model.rope_scaling={show(self.rope_scaling)}: {error}") from None
         super().complete()
 
     def contradictions(self) -> list[str]:

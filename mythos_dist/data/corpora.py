@@ -22,6 +22,7 @@ from mythos_dist.data.manifest import (
 )
 from mythos_dist.data.mix import Mix, MixChange, integer_weights
 from mythos_dist.data.remote import cache_folder, open_remote, tokenizer_file
+from mythos_dist.data.sequences import length_problems, num_sequences
 from mythos_dist.data.shard import Shard, max_bytes
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
@@ -35,7 +36,7 @@ class Corpus:
     folder: Path  # of shards from a store: the one in data.cache
     weight: int  # relative to the other corpora's
     manifest: ShardManifest
-    shards: dict[str, list[Shard]]  # by split
+    shards: dict[str, list[Shard]]  # by split; no held-out ones if they have less than one sequence
     # Of a mix that changes: the weight afterwards, and the positions in which it changes, the same for all corpora.
     end_weight: int = 0
     change: tuple[int, int] | None = None
@@ -84,8 +85,12 @@ def open_corpora(
                 (name, f"{error.filename} cannot be read ({error.strerror}); copy the whole folder, or convert again")
             )
             continue
-        problems += _config_problems(corpus.manifest, seq_len, vocab_size)
-        corpora.append(replace(corpus, weight=weight, end_weight=end_weight, change=change))
+        found = list(_config_problems(corpus.manifest, seq_len, vocab_size))
+        problems += found
+        shards = corpus.shards
+        if not found and not num_sequences(corpus.manifest, "heldout", seq_len):
+            shards = {split: [] if split == "heldout" else shards[split] for split in shards}
+        corpora.append(replace(corpus, weight=weight, end_weight=end_weight, change=change, shards=shards))
         problems += _differences(corpora)
         problems_by_folder += [(name, problem) for problem in problems]
     if problems_by_folder and len(names) == 1:
@@ -122,7 +127,7 @@ def _open_corpus(name: str, splits: Sequence[str], cache: str | Path | None) -> 
 
 
 def with_windows(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
-    """The corpora that have windows in a split. All have some in train/; heldout/ may be empty."""
+    """The corpora that have sequences in a split. All have some in train/; heldout/ may have none."""
     return [corpus for corpus in corpora if corpus.shards.get(split)]
 
 
@@ -300,11 +305,7 @@ def _tokenizer_problems(manifest: ShardManifest, path: str | Path, cache: str | 
 
 
 def _config_problems(manifest: ShardManifest, seq_len: int, vocab_size: int) -> Iterator[str]:
-    if seq_len != manifest.seq_len:
-        yield (
-            f"train.seq_len={seq_len}, but the shards have seq_len={manifest.seq_len}; "
-            f"set train.seq_len to {manifest.seq_len}, or convert with --seq-len {seq_len} (tools/make_shards.py)"
-        )
+    yield from length_problems(manifest, seq_len)
     if vocab_size < manifest.vocab_size:
         yield (
             f"model.vocab_size={vocab_size} is smaller than the vocabulary of the shards' tokenizer, "

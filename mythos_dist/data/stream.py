@@ -4,7 +4,7 @@ A step's samples are positions in it. Each position belongs to one of the corpor
 in that corpus's own order, epoch after epoch (order.py). Replica r takes the r-th of `num_replicas` equal parts of a
 step's positions. So each sample of a corpus occurs once per epoch of that corpus, an epoch may end within a step,
 seeking reads nothing, and a step has the same samples at any number of replicas, micro-batch size and worker count.
-B micro-batch size (windows), S seq_len (tokens).
+A sample is one sequence of `train.seq_len` tokens (sequences.py). B micro-batch size (sequences), S seq_len (tokens).
 
 The trap: an exception in a loader process becomes a traceback of two processes, and torch sends tensors through
 /dev/shm, which has 64 MB in many containers. So loader processes return errors as values, and windows as NumPy arrays
@@ -26,25 +26,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mythos_dist.data.corpora import Corpus, fingerprint, mix_of, open_corpora, with_windows
-from mythos_dist.data.document_ids import document_ids
-from mythos_dist.data.loss_mask import IGNORED, documents_of, labels_of
 from mythos_dist.data.order import SampleOrder
+from mythos_dist.data.sequences import SequenceReader
 from mythos_dist.data.shard import Shard
 from mythos_dist.data.shard_cache import ShardCache
-from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
 
 
 class MicroBatch(NamedTuple):
-    """The B windows of one forward pass; `sample_ids` are indices in the split, the same in every epoch.
+    """The B sequences of one forward pass; `sample_ids` are indices in the split, the same in every epoch.
 
     In a mix, the ids of a corpus follow those of the previous corpora.
     """
 
     input_ids: Tensor  # (B, S) int64
-    labels: Tensor  # (B, S) int64; with stored targets (B, T, S), see ShardManifest.targets; with a loss mask (B, 1, S)
-    document_ids: Tensor  # (B, S) int32, the document of each input token, from 0 in each window
+    # (B, S) int64; with stored targets (B, T, S), see ShardManifest.targets; (B, 1, S) if some are not learnt
+    labels: Tensor
+    document_ids: Tensor  # (B, S) int32, the document of each input token, from 0 in each sequence
     sample_ids: Tensor  # (B,) int64
 
     @property
@@ -101,9 +100,10 @@ class ReplicaStream:
         self.fingerprint = fingerprint(corpora)
         corpora = _corpora_to_read(corpora, split)
         self._mix = mix_of(corpora, split)
+        self._sequences = SequenceReader(corpora, split, seq_len, verify, cache)
         self._orders = [
-            SampleOrder([shard.entry["samples"] for shard in corpus.shards[split]], seed if shuffle else None, corpus=i)
-            for i, corpus in enumerate(corpora)
+            SampleOrder(sizes, seed if shuffle else None, corpus=i)
+            for i, sizes in enumerate(self._sequences.shard_sizes)
         ]
         lengths = [order.num_samples for order in self._orders]
         self._first_ids = np.cumsum([0, *lengths[:-1]])  # of each corpus
@@ -113,10 +113,8 @@ class ReplicaStream:
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._replica, self._num_replicas = replica, num_replicas
         self._workers = workers
-        shards = [shard for corpus in corpora for shard in corpus.shards[split]]
-        self._seq_len, self._manifest = seq_len, corpora[0].manifest
-        self.eos_id = self._manifest.eos_id
-        self._dataset = _WindowDataset(WindowReader(shards, corpora[0].manifest.window, verify, cache))
+        self.eos_id = corpora[0].manifest.eos_id
+        self._dataset = _SequenceDataset(self._sequences)
 
     def step(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches of batch `step` (from 0: optimizer step 1 takes batch 0), read in this process.
@@ -168,9 +166,9 @@ class ReplicaStream:
         """The shards that these replicas read of a global batch, given as positions, in the order of first use."""
         parts = batch.reshape(self._num_replicas, -1)[list(replicas)]
         # A step of all replicas at once: their first samples, their second ones, and so on.
-        found = self._dataset.windows.shards_of(self.sample_ids(parts.T.ravel()))
+        found = self._sequences.shards_of(self.sample_ids(parts.T.ravel()))
         _, first = np.unique(found, return_index=True)
-        return [self._dataset.windows.shards[i] for i in found[np.sort(first)].tolist()]
+        return [self._sequences.shards[i] for i in found[np.sort(first)].tolist()]
 
     def _positions(self, step: int) -> np.ndarray:
         return np.arange(step * self._global_batch, (step + 1) * self._global_batch)
@@ -182,27 +180,19 @@ class ReplicaStream:
         return self.sample_ids(own).reshape(-1, self._micro_batch).tolist()
 
     def _micro_batch_of(self, read: "_Read") -> MicroBatch:
-        """Convert windows to a MicroBatch. Tokens are checked, because on a GPU an index outside the embedding fails
+        """Convert sequences to a MicroBatch. Tokens are checked, because on a GPU an index outside the embedding fails
         with an assertion that does not say where."""
         if isinstance(read, UserError):
             raise read
-        ids, windows = read
-        if int(windows.max()) >= self._vocab_size:
-            row, column = np.argwhere(windows >= self._vocab_size)[0].tolist()
+        ids, values = read
+        if int(values.max()) >= self._vocab_size:
+            row, column = np.argwhere(values >= self._vocab_size)[0].tolist()
             raise UserError(
                 f"split {self._split}, sample {ids[row]}: "
-                f"token {windows[row, column]} is outside model.vocab_size={self._vocab_size}; "
+                f"token {values[row, column]} is outside model.vocab_size={self._vocab_size}; "
                 "the shards are damaged, convert them again"
             )
-        S = self._seq_len
-        tokens, rest = windows[:, : S + 1], windows[:, S + 1 :]
-        inputs, labels = tokens[:, :S], tokens[:, 1:].astype(np.int64)
-        documents = document_ids(inputs, self._manifest.eos_id)
-        if self._manifest.targets:
-            labels = rest.astype(np.int64).reshape(-1, self._manifest.targets, S)
-            labels[labels == self._manifest.eos_id] = IGNORED
-        elif self._manifest.loss_mask:
-            labels, documents = labels_of(tokens, rest)[:, None], documents_of(rest[:, :S])
+        inputs, labels, documents = self._sequences.fields(ids, values)
         return MicroBatch(
             torch.from_numpy(inputs.astype(np.int64)),
             torch.from_numpy(labels),
@@ -211,7 +201,7 @@ class ReplicaStream:
         )
 
 
-_Read = tuple[list[int], np.ndarray] | UserError  # sample ids and their windows (B, tokens per window)
+_Read = tuple[list[int], np.ndarray] | UserError  # sample ids and their values, see `SequenceReader.read`
 
 
 def _check_batch_sizes(global_batch: int, micro_batch: int, num_replicas: int) -> None:
@@ -224,7 +214,7 @@ def _check_batch_sizes(global_batch: int, micro_batch: int, num_replicas: int) -
 
 
 def _corpora_to_read(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
-    """The corpora that have windows in the split. Raises UserError if none has."""
+    """The corpora that have sequences in the split. Raises UserError if none has."""
     if found := with_windows(corpora, split):
         return found
     folders = ", ".join(corpus.name for corpus in corpora)
@@ -233,18 +223,18 @@ def _corpora_to_read(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
     )
 
 
-class _WindowDataset(Dataset):
-    """Windows by sample id; DataLoader calls `__getitems__` with the ids of a batch."""
+class _SequenceDataset(Dataset):
+    """Sequences by sample id; DataLoader calls `__getitems__` with the ids of a batch."""
 
-    def __init__(self, windows: WindowReader):
-        self.windows = windows
+    def __init__(self, sequences: SequenceReader):
+        self.sequences = sequences
 
     def __getitem__(self, sample_id: int) -> _Read:
         return self.__getitems__([sample_id])
 
     def __getitems__(self, sample_ids: list[int]) -> _Read:
         try:
-            return sample_ids, self.windows.read(sample_ids)
+            return sample_ids, self.sequences.read(sample_ids)
         except UserError as error:
             return error
 

@@ -1,8 +1,14 @@
 """The settings of a Mythos model, as `config.json` of an export has them."""
 
+import math
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """0.1 weight ln(factor) + 1 (YaRN, Peng et al. 2023)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 class MythosPretrainedConfig(PretrainedConfig):
@@ -13,6 +19,8 @@ class MythosPretrainedConfig(PretrainedConfig):
     by halting probabilities; ponder: the first at which the sum of probabilities reaches act_threshold.
     kv_sharing: all: each loop has its own keys and values; every:k: the first of k loops computes them for all k;
     first: the first loop computes them for all loops.
+    rope_scaling: None, or rope_type (linear, yarn), factor, original_max_position_embeddings and yarn's other fields,
+    as transformers' models have them; with mscale_all_dim, MLA scales the softmax as DeepSeek-V3 does.
     mythos_dist: what training needs to continue with these weights (step, tokens, settings of act and loops).
     """
 
@@ -49,6 +57,7 @@ class MythosPretrainedConfig(PretrainedConfig):
         act_threshold: float = 0.99,
         act_mode: str = "off",
         rope_theta: float = 500000.0,
+        rope_scaling: dict[str, Any] | None = None,
         lora_rank: int = 16,
         max_output_tokens: int = 4096,
         dropout: float = 0.0,
@@ -86,6 +95,28 @@ class MythosPretrainedConfig(PretrainedConfig):
     def rope_dim(self) -> int:
         """Rotary channels of a head: all in GQA, a part in MLA."""
         return self.key_dim if self.attn_type == "gqa" else self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What products of queries and keys are multiplied by; with MLA and mscale_all_dim as in DeepSeek-V3."""
+        scaling, scale = self.rope_scaling or {}, self.key_dim**-0.5
+        if self.attn_type == "mla" and scaling.get("mscale_all_dim"):
+            scale *= yarn_mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+        return scale
+
+    @property
+    def query_factor(self) -> float:
+        """What rotated channels of queries are multiplied by: YaRN's attention factor of queries and that of keys."""
+        scaling = self.rope_scaling or {}
+        if scaling.get("rope_type") != "yarn":
+            return 1.0
+        factor = scaling.get("attention_factor")
+        if factor is None:
+            factor = yarn_mscale(scaling["factor"], 1.0)
+            if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+                factor = yarn_mscale(scaling["factor"], scaling["mscale"])
+                factor /= yarn_mscale(scaling["factor"], scaling["mscale_all_dim"])
+        return factor**2
 
     @property
     def loops_per_kv(self) -> int:

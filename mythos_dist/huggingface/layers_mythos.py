@@ -7,6 +7,7 @@ A file of mythos_dist that exports carry; it needs PyTorch and transformers, and
 # d channels of a query or key head, v of a value head, R rotary channels, L latent, E experts, k experts per token,
 # M = N * k rows.
 
+import math
 from typing import Any
 
 import torch
@@ -42,8 +43,35 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: q (B, H, S, d), k (B, K, T, d), v (B, K, T, v) -> (B, S, H * v).
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Angles per position of the rotary channel pairs, (R / 2,); those of transformers for the same `rope_scaling`."""
+    R = config.rope_dim
+    scaling: dict[str, Any] = config.rope_scaling or {"rope_type": "default"}
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, R, 2, device=device).float() / R)
+    if scaling["rope_type"] == "default":
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    if scaling["rope_type"] != "yarn":
+        raise ValueError(f"rope_type={scaling['rope_type']!r} is not supported; expected linear or yarn")
+
+    def pair_of(rotations: float) -> float:
+        """The index of the pair that rotates so often within the original length."""
+        turns = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return R * math.log(turns) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_of(scaling.get("beta_fast") or 32), pair_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)
+    high += 0.001 * (low == high)
+    kept = 1 - ((torch.arange(R // 2, device=device).float() - low) / (high - low)).clamp(0, 1)
+    return frequencies * kept + slow * (1 - kept)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """softmax(scale q k^T) v: q (B, H, S, d), k (B, K, T, d), v (B, K, T, v) -> (B, S, H * v).
 
     mask: bool, broadcast to (B, H, S, T), True where a query sees a key; None: causal.
     """
@@ -51,7 +79,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     if v_dim < d:  # fused kernels need values as wide as keys
         v = F.pad(v, (0, d - v_dim))
     causal = mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] != q.shape[1])
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     return out[..., :v_dim].transpose(1, 2).flatten(2)
 
 
@@ -61,6 +90,7 @@ class MythosGQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.d, self.dropout, kv_dim = config.key_dim, config.dropout, config.n_kv_heads * config.key_dim
+        self.scale = config.softmax_scale * config.query_factor  # all channels are rotary
         self.wq = nn.Linear(config.dim, config.dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
@@ -78,7 +108,7 @@ class MythosGQA(nn.Module):
         """x (B, S, D), and keys and values of all T tokens -> (B, S, D)."""
         q = self.wq(x).unflatten(-1, (-1, self.d)).transpose(1, 2)
         q = rotate(q if self.qk_norm is None else self.qk_norm(q), rope)
-        return self.wo(attend(q, k, v, mask, self.dropout if self.training else 0.0))
+        return self.wo(attend(q, k, v, mask, self.dropout if self.training else 0.0, self.scale))
 
 
 class MythosMLA(nn.Module):
@@ -89,7 +119,7 @@ class MythosMLA(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.scale, self.query_factor = config.dropout, config.softmax_scale, config.query_factor
         self.nope, self.rope, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent, heads = config.kv_lora_rank, config.n_heads
         self.q_down = nn.Linear(config.dim, config.q_lora_rank, bias=False)
@@ -110,13 +140,16 @@ class MythosMLA(nn.Module):
         """x (B, S, D), rotary keys and latents of all T tokens -> (B, S, D)."""
         q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (-1, self.nope + self.rope)).transpose(1, 2)
         q_nope, q_rope = (q if self.qk_norm is None else self.qk_norm(q)).split([self.nope, self.rope], dim=-1)
-        q = torch.cat([q_nope, rotate(q_rope, rope)], dim=-1)  # (B, H, S, d)
+        q_rope = rotate(q_rope, rope)
+        if self.query_factor != 1.0:  # not the keys: their norm below is that of rotated keys
+            q_rope = q_rope * self.query_factor
+        q = torch.cat([q_nope, q_rope], dim=-1)  # (B, H, S, d)
         kv = self.kv_up(self.kv_norm(v.squeeze(1))).unflatten(-1, (-1, self.nope + self.v)).transpose(1, 2)
         k_nope, values = kv.split([self.nope, self.v], dim=-1)  # (B, H, T, -)
         keys = torch.cat([k_nope, k.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
         if self.qk_norm is not None:
             keys = rms_normalize(keys)
-        return self.wo(attend(q, keys, values, mask, self.dropout if self.training else 0.0))
+        return self.wo(attend(q, keys, values, mask, self.dropout if self.training else 0.0, self.scale))
 
 
 class MythosFFN(nn.Module):

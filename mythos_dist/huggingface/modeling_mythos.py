@@ -36,6 +36,7 @@ from .layers_mythos import (
     MythosNorm,
     MythosParcaeInjection,
     MythosRouter,
+    rope_frequencies,
 )
 
 MAX_LOOPS = 512
@@ -224,8 +225,8 @@ class MythosModel(MythosPreTrainedModel):
         if position_ids is None:
             position_ids = default_positions(x, attention_mask, past)
         mask = build_mask(x, attention_mask, past)
-        exponents = torch.arange(0, self.config.rope_dim, 2, device=x.device).float() / self.config.rope_dim
-        frequencies = 1.0 / self.config.rope_theta**exponents
+        config: Any = self.config
+        frequencies = rope_frequencies(config, x.device)
         rope = position_ids.to(x.device).unsqueeze(-1).float() * frequencies  # (B, S, R / 2)
 
         states = [x]

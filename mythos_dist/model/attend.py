@@ -88,22 +88,23 @@ def attend(
     documents: DocumentSpans | None = None,
     dropout: float = 0.0,
     mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention inside documents: q (B, S, H, d), k (B, T, K, d), v (B, T, K, v) -> (B * S, H * v).
 
     With T > S the queries are the last S of the T tokens, or `mask`, bool (S, T) or (B, S, T), says which keys each
-    sees.
+    sees. `scale`: of the products of queries and keys; None: d^-0.5.
     """
     d, v_dim = q.shape[-1], v.shape[-1]
-    scale = d**-0.5
+    factor: float = d**-0.5 if scale is None else scale
     if v_dim < d:
         v = F.pad(v, (0, d - v_dim))
     elif v_dim > d:
         q, k = F.pad(q, (0, v_dim - d)), F.pad(k, (0, v_dim - d))
     if kernel == "flash_attn" and (mask is None or mask.dim() == 2):
-        out = _flash_attn(q, k, v, documents, dropout, scale)  # (B, S, H, max(d, v))
+        out = _flash_attn(q, k, v, documents, dropout, factor)  # (B, S, H, max(d, v))
     else:  # flash-attn has no mask for rows of different lengths
-        out = _sdpa(q, k, v, documents, dropout, scale, mask)
+        out = _sdpa(q, k, v, documents, dropout, factor, mask)
     return out[..., :v_dim].reshape(q.shape[0] * q.shape[1], -1)
 
 

@@ -25,6 +25,7 @@ from mythos_dist.model.kv_cache import CacheKey, KVCache
 from mythos_dist.model.loops import where_active
 from mythos_dist.model.norm import EPS, Norm, rms_normalize
 from mythos_dist.model.recompute import checkpoint_if
+from mythos_dist.model.rope import query_factor, rope_frequencies, softmax_scale
 from mythos_dist.parallel.collectives import all_gather_many
 from mythos_dist.parallel.context import ContextShard
 from mythos_dist.parallel.mesh import Mesh
@@ -82,9 +83,8 @@ def build_context(
         positions = shard.positions
     if positions is None:
         positions = torch.arange(shape[1], device=device)
-    exponents = torch.arange(0, config.rope_dim, 2, device=device, dtype=torch.float32) / config.rope_dim
     # Times the reciprocal, not divided: the angles are then OpenMythos' to the bit.
-    angles = (positions.float().unsqueeze(-1) * (1.0 / config.rope_theta**exponents)).unsqueeze(-2)
+    angles = (positions.float().unsqueeze(-1) * rope_frequencies(config, device)).unsqueeze(-2)
     rope = torch.polar(torch.ones_like(angles), angles)
     documents = None if document_ids is None or shard is not None else find_documents(document_ids)
     return Context(shape[1], rope, kernel, documents, cache, mask, shard)
@@ -153,6 +153,7 @@ class GQAttention(nn.Module):
         self.mesh = mesh
         self.selective = selective
         self.shares_kv = shares_kv
+        self.scale = softmax_scale(config) * query_factor(config)  # all channels are rotary
         kv_dim = config.n_kv_heads * config.head_dim
         self.wq = ParallelLinear(config.dim, config.dim, "outputs", mesh)
         self.wk = ParallelLinear(config.dim, kv_dim, "outputs", mesh)
@@ -194,12 +195,12 @@ class GQAttention(nn.Module):
         q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if context.shard is not None:
             entries = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)
-            return attend_over_context(q, entries, None, self._expand, self.config.head_dim, context.shard)
+            return attend_over_context(q, entries, None, self._expand, self.config.head_dim, context.shard, self.scale)
         if context.cache is not None:
             new = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)  # (B, S, 2 * K * d)
             k, v = context.cache.append(cache_key, new).unflatten(-1, (2, -1, self.config.head_dim)).unbind(2)
         dropout = self.config.dropout if self.training else 0.0
-        return attend(q, k, v, context.kernel, context.documents, dropout, context.mask)
+        return attend(q, k, v, context.kernel, context.documents, dropout, context.mask, self.scale)
 
     def _expand(self, entries: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Key and value heads (n, 2 * K * d) -> those of each query head, both (n, H, d)."""
@@ -242,6 +243,7 @@ class MLAttention(nn.Module):
         self.mesh = mesh
         self.selective = selective
         self.shares_kv = shares_kv
+        self.scale, self.query_factor = softmax_scale(config), query_factor(config)
         heads, latent = config.n_heads, config.kv_lora_rank
         self.q_down = ParallelLinear(config.dim, config.q_lora_rank, "outputs", mesh)
         self.q_norm = replicated(Norm(config.q_lora_rank), mesh, in_parallel_region=True)
@@ -289,12 +291,15 @@ class MLAttention(nn.Module):
         latent, k_rope = kv.split([c.kv_lora_rank, rope], dim=-1)  # (N, L), (N, R)
         turned = apply_rope(torch.cat([q_rope, k_rope.view(*shape, 1, rope)], dim=2), context.rope)
         q_rope, k_rope = turned.split([q_rope.shape[2], 1], dim=2)
+        if self.query_factor != 1.0:
+            q_rope = q_rope * self.query_factor
         latent = self.kv_norm(latent).view(*shape, -1)  # (B, S, L)
         if (shard := context.shard) is not None:
             q = torch.cat([q_nope, q_rope], dim=-1)
             entries = torch.cat([latent, k_rope.squeeze(2)], dim=-1)
             return self.kv_up(
-                entries, lambda x, weight: attend_over_context(q, x, weight, self._expand, c.v_head_dim, shard)
+                entries,
+                lambda x, weight: attend_over_context(q, x, weight, self._expand, c.v_head_dim, shard, self.scale),
             )
         if context.cache is not None:
             if is_cached and isinstance(cache_key, str):
@@ -309,9 +314,8 @@ class MLAttention(nn.Module):
         kv = self.kv_up(latent.flatten(0, 1)).view(shape[0], -1, q.shape[2], nope + c.v_head_dim)
         k, v = self._keys_and_values(kv, k_rope)  # (B, T, H, -)
         q = torch.cat([q_nope, q_rope], dim=-1)  # (B, S, H, d)
-        return attend(
-            q, k, v, context.kernel, context.documents, c.dropout if self.training else 0.0, mask=context.mask
-        )
+        dropout = c.dropout if self.training else 0.0
+        return attend(q, k, v, context.kernel, context.documents, dropout, context.mask, self.scale)
 
     def _keys_and_values(self, kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Expanded latents (..., H, nope + v), rotary keys (..., 1, R) -> keys (..., H, d), values (..., H, v)."""
@@ -372,7 +376,7 @@ class MLAttention(nn.Module):
         key_up, value_up = self._up_by_head()
         by_head = torch.bmm(q_nope.reshape(B * S, H, -1).transpose(0, 1), key_up)  # (H, N, L)
         q = torch.cat([by_head.transpose(0, 1).reshape(B, S * H, L), q_rope.reshape(B, S * H, R)], dim=-1)
-        scores = torch.bmm(q, entries[..., : L + R].transpose(1, 2)).view(B, S, H, T).float() * c.head_dim**-0.5
+        scores = torch.bmm(q, entries[..., : L + R].transpose(1, 2)).view(B, S, H, T).float() * self.scale
         if c.qk_norm:
             scores = scores * entries[..., L + R :].transpose(1, 2).unsqueeze(1)  # (B, 1, H, T)
         if mask is not None:

@@ -31,12 +31,18 @@ Expand = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def attend_over_context(
-    q: Tensor, entries: Tensor, weight: Tensor | None, expand: Expand, value_dim: int, shard: ContextShard
+    q: Tensor,
+    entries: Tensor,
+    weight: Tensor | None,
+    expand: Expand,
+    value_dim: int,
+    shard: ContextShard,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention inside documents: q (B, S', H, d), entries (B, S', W) -> (N, H * v).
 
     Collective over the context axis, forward and backward. `expand` gets the weight as an argument, because autograd
-    must see it.
+    must see it. `scale`: of the products of queries and keys; None: d^-0.5.
     """
     head_dim = q.shape[-1]
     width = max(head_dim, value_dim)
@@ -48,7 +54,9 @@ def attend_over_context(
         k, v = expand(rows, weight)
         return pad(k), pad(v)
 
-    out = _apply(_Attend, pad(q).flatten(0, 1), entries, weight, expand_padded, shard, head_dim**-0.5)
+    out = _apply(
+        _Attend, pad(q).flatten(0, 1), entries, weight, expand_padded, shard, head_dim**-0.5 if scale is None else scale
+    )
     return out[..., :value_dim].flatten(1)
 
 

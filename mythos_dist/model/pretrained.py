@@ -19,6 +19,7 @@ from torch import Tensor
 from mythos_dist.config.schema import BY_MODE, ActConfig, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, from_open_mythos, open_mythos_shapes
+from mythos_dist.model.rope import from_hugging_face
 from mythos_dist.urls import RemotePath
 
 Format = Literal["safetensors", "open_mythos", "hf"]
@@ -87,6 +88,7 @@ def parse_settings(read: Callable[[], bytes], file: Path | RemotePath, metadata:
             _check_model_type(found, file)
             names = {one.name for one in fields(MythosConfig)}
             found = {name: value for name, value in found.items() if name in names}
+            found["rope_scaling"] = from_hugging_face(found.get("rope_scaling"))
         else:
             recorded = {**metadata, **json.loads(metadata.get("settings", "{}"))}
         # OpenMythos' class has no fields for what `model.mode` decides.

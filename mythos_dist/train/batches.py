@@ -54,11 +54,19 @@ def open_heldout(
         _print_on_rank_0("no evaluation: train.eval_samples=0; eval.jsonl is not written")
         return None
     if not evaluated:
-        _print_on_rank_0(f"no evaluation: no held-out split in {missing}; eval.jsonl is not written")
+        _print_on_rank_0(
+            f"no evaluation: no held-out split in {missing}{_too_short(corpora)}; eval.jsonl is not written"
+        )
         return None
     if missing:
-        _print_on_rank_0(f"not evaluated, without a held-out split: {missing}")
+        _print_on_rank_0(f"not evaluated, without a held-out split: {missing}{_too_short(corpora)}")
     return open_stream(config, corpora, "heldout", data, cache)
+
+
+def _too_short(corpora: list[Corpus]) -> str:
+    """A note if a held-out split has text, but less than one sequence of it."""
+    short = any(corpus.manifest.splits["heldout"].windows and not corpus.shards.get("heldout") for corpus in corpora)
+    return " of at least one sequence of train.seq_len tokens" if short else ""
 
 
 def _print_on_rank_0(text: str) -> None:

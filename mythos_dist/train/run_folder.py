@@ -70,11 +70,12 @@ def check_run_folder(config: Config) -> None:
         return
     old_settings = asdict(_settings_of(path / SETTINGS[0]))
     old_stage = old_settings["run"]["stage"]
-    if old_stage and config.run.stage and old_stage != config.run.stage:  # they differ in what a stage may change
+    of_other_stage = bool(old_stage and config.run.stage and old_stage != config.run.stage)
+    if of_other_stage:  # they differ in what a stage may change
         old_settings = {"model": {key: old_settings["model"][key] for key in WIDTHS}}
     problems = [
         f"{name}={value}, but the run in run.dir={path} has {old}"
-        for name, value, old in differences(config, old_settings)
+        for name, value, old in differences(config, old_settings, complete=not of_other_stage)
     ]
     if problems:
         raise UserError([*problems, "set these back to resume that run, or give another run.dir"])

@@ -167,8 +167,9 @@ def lineage_of_stage(config: Config, border: Checkpoint, corpora: list[Corpus]) 
 
 
 def _same_order(config: Config, manifest: CheckpointManifest, corpora: list[Corpus]) -> bool:
-    seed = manifest.config.get("run", {}).get("seed")
-    return seed == config.run.seed and not data_changes(corpora, manifest.data)
+    """Whether positions in the order of the data mean the same samples as in a checkpoint."""
+    before = manifest.config.get("run", {}).get("seed"), manifest.config.get("train", {}).get("seq_len")
+    return before == (config.run.seed, config.train.seq_len) and not data_changes(corpora, manifest.data)
 
 
 def carried_optimizer_state(parent: Checkpoint, state: str) -> dict[str, Any]:
@@ -208,5 +209,11 @@ def describe_start(config: Config, parent: Checkpoint, lineage: Lineage, corpora
     changes = training_changes(manifest.config, asdict(config))
     if changed := [f"{name} {show(before)} -> {show(now)}" for name, before, now in changes]:
         yield f"  changed: {'; '.join(changed)}"
+    if manifest.config.get("model", {}).get("rope_scaling") and not config.model.rope_scaling:
+        yield "  note: without model.rope_scaling positions are other ones than those that the parent was trained with"
     if not lineage.next_sample and _same_order(config, manifest, corpora):
         yield "  note: shards and run.seed are the parent's, so the same batches come again; set run.seed for others"
+    elif manifest.config.get("train", {}).get("seq_len") != config.train.seq_len and not data_changes(
+        corpora, manifest.data
+    ):
+        yield "  note: shards are the parent's, cut into sequences of another length: text that it has read comes again"

@@ -103,17 +103,18 @@ def open_windows(config: Config, data: Path | None, batch: int) -> tuple[Replica
     folders = {str(data): 1.0} if data else config.data.folders
     if "" in folders:
         raise UserError("an export does not name its shards; give a folder of shards with --data")
-    manifest = read_manifest(next(iter(folders)))
-    if manifest.seq_len > config.model.max_seq_len:
+    # Of a run's own shards sequences of the length that it trains on; of others their windows.
+    seq_len = read_manifest(str(data)).seq_len if data else config.train.seq_len
+    if seq_len > config.model.max_seq_len:
         raise UserError(
-            f"windows of seq_len={manifest.seq_len} are longer than the context of this model, "
+            f"windows of seq_len={seq_len} are longer than the context of this model, "
             f"model.max_seq_len={config.model.max_seq_len}; give shards of shorter windows",
             next(iter(folders)),
         )
     stream = ReplicaStream(
         folders,
         "heldout",
-        seq_len=manifest.seq_len,
+        seq_len=seq_len,
         vocab_size=config.model.vocab_size,
         global_batch=batch,
         micro_batch=batch,

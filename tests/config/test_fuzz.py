@@ -57,6 +57,11 @@ def value_of(kind: Kind) -> st.SearchStrategy[str]:
         return st.sampled_from(["true", "false"])
     if kind.type is str:
         return st.text(st.characters(exclude_characters="\n"), max_size=12)
+    if kind.section:
+        fields = {name: value_of(one) for name, one in kinds_of(kind.section).items()}
+        return st.fixed_dictionaries({}, optional=fields).map(
+            lambda values: "{" + ", ".join(f"{name}: {value}" for name, value in values.items()) + "}"
+        )
     if kind.item and kind.type is tuple:
         size = {"min_size": kind.length, "max_size": kind.length} if kind.length else {"max_size": 4}
         return st.lists(value_of(kind.item), **size).map(lambda items: f"[{', '.join(items)}]")

@@ -224,7 +224,8 @@ def test_a_wrong_type_is_refused_with_our_own_message(section, key, write):
     path, kind = write("data: {path: shards}"), kinds_of(SECTIONS[section])[key]
     text = [] if kind.type is str and not kind.choices else ["!!bool maybe"]
     texts = [] if kind.item and kind.item.type is str and kind.type is tuple else ["[a, 1]"]
-    for wrong in ("[[a]]", "{a: {b: c}}", *texts, *text):
+    mapping = [] if kind.section else ["{a: {b: c}}"]  # of settings inside a setting: test_rope_scaling.py
+    for wrong in ("[[a]]", *mapping, *texts, *text):
         for problem in refused(path, f"{section}.{key}={wrong}"):
             assert problem.startswith(f"{section}.{key}=") and ": expected " in problem
             for word in ("Input", "valid", "tuple", "dict", "str ", "NoneType", "Literal", "Annotated"):

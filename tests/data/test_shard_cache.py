@@ -348,7 +348,7 @@ def test_downloads_with_a_small_cache_are_near_the_optimum(store, tmp_path, monk
         prefetcher.advance(step)
         wait_until(partial(all_prefetched, prefetcher, lookahead, 2), seconds=300)  # a real step takes seconds
         (batch,) = stream.step(step)
-        of_step = stream._dataset.windows.shards_of(batch.sample_ids.numpy()).tolist()
+        of_step = stream._sequences.shards_of(batch.sample_ids.numpy()).tolist()
         read_shards.append(list(dict.fromkeys(map(str, of_step))))
     prefetcher.close()
     loads = sum(number for name, number in store.downloads.items() if name.endswith(".mds"))

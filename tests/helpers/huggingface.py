@@ -28,6 +28,15 @@ SWITCHES = {
     "qk_norm": [False, True],
     "kv_sharing": ["all", "all", "every:2", "first"],
 }
+_YARN = {"kind": "yarn", "factor": 8, "original_max_seq_len": 8}
+SCALINGS = [
+    None,
+    {"kind": "linear", "factor": 8, "original_max_seq_len": 8},
+    _YARN,
+    _YARN | {"mscale": 1, "mscale_all_dim": 1},
+    _YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False, "beta_fast": 4},
+    _YARN | {"attention_factor": 1.5, "beta_slow": 0.5},
+]
 WIDTHS: dict[str, Any] = {
     "vocab_size": 40,
     "dim": 32,
@@ -58,6 +67,8 @@ def model_settings(draw) -> tuple[MythosConfig, ActConfig]:
         "n_shared_experts": draw(st.integers(0, 2)),
         "expert_dim": draw(st.sampled_from([10, 16])),
         "act_threshold": draw(st.sampled_from([0.6, 0.99, 1.0])),
+        "rope_theta": draw(st.sampled_from([10.0, 500000.0])),
+        "rope_scaling": draw(st.sampled_from(SCALINGS)),
     }
     act = "reference"
     if mode == "train":

@@ -9,6 +9,7 @@ from helpers.huggingface import redraw
 
 from mythos_dist.config.schema import ActConfig, MythosConfig
 from mythos_dist.model import Mythos
+from mythos_dist.model.rope import to_hugging_face
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,8 @@ def build_pair() -> Callable[..., tuple[Mythos, Any]]:
         act = act or ActConfig()
         ours = Mythos(config, act=act)
         redraw(ours, seed)
-        theirs = MythosForCausalLM(MythosPretrainedConfig(**asdict(config), act_mode=act.mode_of(config)))
+        fields = {**asdict(config), "rope_scaling": to_hugging_face(config.rope_scaling)}
+        theirs = MythosForCausalLM(MythosPretrainedConfig(**fields, act_mode=act.mode_of(config)))
         keys = theirs.load_state_dict(
             {f"model.{name}": value for name, value in ours.state_dict().items()}, strict=False
         )

@@ -240,8 +240,8 @@ def refused(result, *parts: str) -> None:
     [
         ("model.dimm=64", ("model.dimm", "did you mean model.dim?")),
         (
-            "train.seq_len=16 model.vocab_size=300 data.tokenizer=OTHER",
-            ("train.seq_len=16", "seq_len=32", "model.vocab_size=300", "512", "another tokenizer than OTHER"),
+            "train.seq_len=20 model.vocab_size=300 data.tokenizer=OTHER",
+            ("train.seq_len=20", "seq_len=32", "model.vocab_size=300", "512", "another tokenizer than OTHER"),
         ),
         ("train.micro_batch=8", ("train.global_batch=8", "x 2 (replicas)", "train.micro_batch to one of [1, 2, 4]")),
     ],

@@ -163,6 +163,7 @@ def check_checkpoints(machine: Machine, config: Config) -> Iterator[Finding]:
 
 def check_data(machine: Machine, config: Config) -> Iterator[Finding]:
     """The shards, opened as training does, and room for those of stores and to unpack compressed ones."""
+    from mythos_dist.data.sequences import num_sequences
     from mythos_dist.train.checks import open_data
 
     descriptions, compressed, remote = [], [], []
@@ -170,7 +171,9 @@ def check_data(machine: Machine, config: Config) -> Iterator[Finding]:
         splits = corpus.manifest.splits
         heldout = "" if splits["heldout"].windows else ", no held-out split"
         windows = count(splits["train"].windows, "window")
-        descriptions.append(f"{corpus.name}: {windows} of {corpus.manifest.seq_len} tokens{heldout}")
+        length, S = corpus.manifest.seq_len, config.train.seq_len
+        cut = "" if length == S else f" ({count(num_sequences(corpus.manifest, 'train', S), 'sequence')} of {S})"
+        descriptions.append(f"{corpus.name}: {windows} of {length} tokens{cut}{heldout}")
         shards = [shard for split in corpus.shards.values() for shard in split]
         remote += [shard for shard in shards if shard.url]
         compressed += [shard for shard in shards if shard.entry["zip_data"] and not shard.url]
