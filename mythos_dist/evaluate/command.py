@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
         return results, scorer.computed
 
     cache = Cache(out.parent / "cache" / weights_id(checkpoint, arguments.dtype)) if claimed else Cache()
-    backend = Replicas(model, tokenizer.eos_id, arguments.batch_tokens)
+    backend = Replicas(model, tokenizer, arguments.batch_tokens)
     with tqdm(desc="requests", unit="", disable=True if dist.get_rank() else None) as bar:
 
         def progress(done: int, total: int) -> None:

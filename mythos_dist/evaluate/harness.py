@@ -70,15 +70,15 @@ class HarnessModel(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The greedy answer to each prompt, up to a stop text. A prompt loses its beginning where the context has no
-        room for it. Raises UserError for sampling."""
+        """The greedy answer to each prompt, up to a stop text, which ends its generation. A prompt loses its beginning
+        where the context has no room for it. Raises UserError for sampling."""
         prompts, stops = [], []
         for request in requests:
             arguments: tuple[Any, ...] = request.args
             text, settings = arguments
             new, until = _generation_settings(settings, request.task_name or "a task", self.max_length)
             tokens = self.tok_encode(text)[-(self.max_length - new) :] or [self.eot_token_id]
-            prompts.append(Prompt(tokens, new))
+            prompts.append(Prompt(tokens, new, tuple(text for text in until if text)))
             stops.append(until)
         answers = self._scorer.generate(prompts, self._n_loops)
         texts = [self._tokenizer.decode(tokens) for tokens in answers]

@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.evaluate.requests import (
     Prompt,
     ScoreRequest,
@@ -16,6 +18,9 @@ from mythos_dist.evaluate.requests import (
     plan_batches,
     split_scores,
 )
+from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.sampling import Sampling
+from mythos_dist.generate.text import TextStream
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.process import device
@@ -28,11 +33,11 @@ class Replicas:
     """The backend of `tools/evaluate.py`. Results do not depend on the number of ranks: it decides only which rank
     computes a batch."""
 
-    def __init__(self, model: Mythos, stop_token: int, batch_tokens: int = 8192):
-        """model: in eval mode, on this rank's device. stop_token: ends generated text. batch_tokens: the most tokens of
-        a batch, with padding."""
+    def __init__(self, model: Mythos, tokenizer: Tokenizer, batch_tokens: int = 8192):
+        """model: in eval mode, on this rank's device. tokenizer: its EOS ends generated text. batch_tokens: the most
+        tokens of a batch, with padding."""
         self.max_length = model.config.max_seq_len
-        self._model, self._stop_token, self._batch_tokens = model, stop_token, batch_tokens
+        self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
 
     def plan(self, requests: Sequence[ScoreRequest]) -> Iterator[list[list[int]]]:
         """As `Backend.plan`: a batch for each rank."""
@@ -71,12 +76,35 @@ class Replicas:
         return split_scores(scores, requests)
 
     def _generate(self, prompts: Sequence[Prompt], n_loops: int) -> list[list[int]]:
-        ids = torch.tensor([list(prompt.tokens) for prompt in prompts], device=device())
-        tokens = self._model.generate(
-            ids, prompts[0].max_new_tokens, n_loops=n_loops, temperature=0, stop_token=self._stop_token
-        )
-        rows = tokens[:, ids.shape[1] :].tolist()
-        return [row[: row.index(self._stop_token)] if self._stop_token in row else row for row in rows]
+        engine = Engine(self._model, None, n_loops=n_loops, max_batch=len(prompts))
+        answers = {}
+        for prompt in prompts:
+            stops = (self._tokenizer.eos_id,)
+            sampling = Sampling(max_new_tokens=prompt.max_new_tokens, temperature=0, stop_tokens=stops)
+            request = engine.submit(prompt.tokens, sampling)
+            # Not the engine's own stop strings: lm_eval cuts the text of these tokens alone, without the prompt's.
+            answers[id(request)] = _Answer(TextStream(self._tokenizer.decode, stop=prompt.stop))
+        while updated := engine.step():
+            for request in updated:
+                if answers[id(request)].add(request.tokens, self._tokenizer.eos_id):
+                    engine.cancel(request)
+        return [answer.tokens for answer in answers.values()]
+
+
+@dataclass
+class _Answer:
+    """What a prompt has got so far."""
+
+    stream: TextStream
+    tokens: list[int] = field(default_factory=list)  # up to the one that completes a stop text, without EOS
+
+    def add(self, tokens: Sequence[int], eos: int) -> bool:
+        """Append those of `tokens` that are new. Returns whether a stop text is complete."""
+        for token in tokens[len(self.tokens) :]:
+            if token != eos and not self.stream.stopped:
+                self.tokens.append(token)
+                self.stream.add(token)
+        return self.stream.stopped
 
 
 def _rounds(batches: list[list[int]]) -> Iterator[list[list[int]]]:

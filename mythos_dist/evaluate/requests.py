@@ -51,11 +51,12 @@ class Prompt(NamedTuple):
 
     tokens: Sequence[int]
     max_new_tokens: int
+    stop: tuple[str, ...] = ()  # texts that end it; the tokens go up to the one that completes such a text
 
     @property
     def key(self) -> str:
         """Identifies the request in a cache."""
-        return _hash("generate", self.tokens, (self.max_new_tokens,))
+        return _hash("generate", self.tokens, (self.max_new_tokens,), *(list(text.encode()) for text in self.stop))
 
 
 def _hash(kind: str, *parts: Sequence[int]) -> str:

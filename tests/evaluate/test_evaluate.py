@@ -5,6 +5,7 @@ import json
 import math
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +67,8 @@ def score_all(run_dir: str, pairs: list[tuple[list[int], list[int]]], n_loops: i
 
     model, _, _ = load_model(Path(run_dir))
     requests = [continuation_request(context, text, model.config.max_seq_len) for context, text in pairs]
-    scores = evaluate_on_all_ranks(
-        Replicas(model, 0, batch_tokens=100), Cache(), lambda scorer: scorer.score(requests, n_loops)
-    )
+    backend: Any = Replicas(model, None, batch_tokens=100)  # scores need no tokenizer
+    scores = evaluate_on_all_ranks(backend, Cache(), lambda scorer: scorer.score(requests, n_loops))
     return scores and [(one.total, all(one.correct)) for one in scores]
 
 
@@ -119,7 +119,7 @@ def evaluate_known(config: Config, kind: str, folder: str) -> dict | None:
 
     tokenizer = Tokenizer.load(write_byte_tokenizer(Path(folder)))
     tasks = load_tasks([str(file) for file in sorted(Path(folder).glob("*.yaml"))])
-    backend = Replicas(known_model(config, kind), tokenizer.eos_id)
+    backend = Replicas(known_model(config, kind), tokenizer)
     return evaluate_on_all_ranks(
         backend, Cache(), lambda scorer: to_json({2: evaluate(tasks, scorer, tokenizer, 2, None)})
     )

@@ -33,7 +33,7 @@ def ask_ours(run_dir: str, requests: dict[str, list[tuple]]) -> dict[str, list] 
 
     model, config, _ = load_model(Path(run_dir))
     tokenizer = find_tokenizer(config, Path(run_dir))
-    backend = Replicas(model, tokenizer.eos_id, batch_tokens=300)
+    backend = Replicas(model, tokenizer, batch_tokens=300)
     n_loops = config.loops.mean_of(config.model)
     return evaluate_on_all_ranks(
         backend, Cache(), lambda scorer: ask(HarnessModel(scorer, tokenizer, n_loops), requests)
