@@ -118,7 +118,7 @@ def find_or_report(
     Raises UserError if the given file cannot be used.
     """
     try:
-        return find_tokenizer(source.folder, config.data, tokenizer)  # pyright: ignore[reportArgumentType]
+        return find_tokenizer(source.folder, config.data, tokenizer)
     except UserError as error:
         if tokenizer is not None:
             raise
