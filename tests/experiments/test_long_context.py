@@ -53,18 +53,19 @@ def test_the_table_has_the_means_of_three_ranges():
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_a_short_stage_with_yarn_makes_four_times_the_context_readable(tmp_path):
-    """The demo as it is. Beyond the trained length the loss rises without YaRN, and not with it; within, it stays. The
-    second call trains nothing."""
+    """The demo as it is. Beyond twice the trained length the loss rises without YaRN, less after a stage without it, and
+    little with it; within, it stays. The second call trains nothing."""
     command = [sys.executable, TOOL, "--out", tmp_path / "demo"]
     first = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert first.returncode == 0, first.stderr[-2000:]
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    before, unstretched, after, _ = summary["loss_by_position"].values()
+    before, untrained, after, control = summary["loss_by_position"].values()
     trained = summary["trained_length"] // GROUP
     mean = lambda losses, *span: sum(losses[slice(*span)]) / len(losses[slice(*span)])  # noqa: E731
     assert mean(before, 2 * trained, None) > mean(before, 0, trained) + 0.1
-    assert mean(unstretched, 2 * trained, None) < mean(before, 2 * trained, None) - 0.1
-    assert mean(after, 2 * trained, None) < mean(after, 0, trained)
+    assert mean(untrained, 2 * trained, None) < mean(before, 2 * trained, None) - 0.1
+    assert mean(after, 2 * trained, None) < mean(after, 0, trained) + 0.2
+    assert mean(after, 2 * trained, None) < mean(control, 2 * trained, None) - 0.1
     assert mean(after, 0, trained) < mean(before, 0, trained) + 0.05
     metrics = (tmp_path / "demo" / "run" / "metrics.jsonl").read_bytes()
     assert subprocess.run(command, capture_output=True, cwd=REPOSITORY).returncode == 0
