@@ -53,8 +53,8 @@ def test_the_table_has_the_means_of_three_ranges():
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_a_short_stage_with_yarn_makes_four_times_the_context_readable(tmp_path):
-    """The demo as it is. Beyond twice the trained length the loss rises without YaRN, less after a stage without it, and
-    little with it; within, it stays. The second call trains nothing."""
+    """The demo as it is. Beyond twice the trained length the loss rises without YaRN, less after a stage without it,
+    and little with it; within, it stays. The second call trains nothing."""
     command = [sys.executable, TOOL, "--out", tmp_path / "demo"]
     first = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert first.returncode == 0, first.stderr[-2000:]
