@@ -8,10 +8,11 @@ import re
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
-from helpers.launch import launch, train
+from helpers.launch import launch, train, train_here
 from helpers.remote_run import local
 from helpers.run_folder import at, lines
 from helpers.s3 import serving_s3
@@ -59,9 +60,9 @@ def uninterrupted(settings_here, tmp_path_factory) -> Path:
 def run(settings_here, store, tmp_path, url):
     """Train on `world` ranks in the folder `name`."""
 
-    def run(name: str, world: int, *overrides: str, env: dict[str, str] | None = None):
+    def run(name: str, world: int, *overrides: str, env: dict[str, str] | None = None, program=train_here):
         arguments = [*settings_here, f"run.dir={tmp_path / name}", f"checkpoint.remote={url}", *overrides]
-        return tmp_path / name, train(world, *arguments, env={**store.env, **(env or {})})
+        return tmp_path / name, launch(world, program, arguments, env={**store.env, **(env or {})})
 
     return run
 
@@ -162,7 +163,8 @@ def test_training_continues_without_the_store_and_a_later_start_uploads_the_rest
         return (403, "AccessDenied") if steps and steps[0] > 4 else None
 
     store.proxy.fault = deny
-    run_dir, result = run("run", 2, "checkpoint.remote_wait=2", "checkpoint.remote_backlog=1")
+    limits = ("checkpoint.remote_wait=2", "checkpoint.remote_backlog=1")
+    run_dir, result = run("run", 2, *limits, program=train_until_uploads_fail)
     assert result.codes == [0, 0], result.tails
     assert exact(run_dir) == exact(uninterrupted)
     warnings = [line for line in result.err.splitlines() if "access is denied; check the credentials" in line]
@@ -195,7 +197,7 @@ def test_a_store_that_hangs_does_not_delay_the_run_beyond_the_stated_limit(run, 
 def test_a_stopped_run_waits_for_its_upload(run, store, url, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "STOP").touch()
-    run_dir, result = run("run", 1)
+    run_dir, result = run("run", 1, "checkpoint.remote_wait_stopped=600")
     assert result.codes == [85], result.tails
     assert local(run_dir) == in_store(store, url)
 
@@ -262,10 +264,25 @@ def test_two_nodes_share_the_upload(run, store, url, settings_here, tmp_path):
     assert store.env["AWS_SECRET_ACCESS_KEY"] not in json.dumps([file.read_text() for file in tmp_path.rglob("*.log")])
 
 
+def train_until_uploads_fail(arguments: list[str]) -> None:
+    """The end of the run waits until an upload has failed: these steps take less time than the upload's imports."""
+    from mythos_dist.train.loop import Run
+
+    finish = Run.finish
+
+    def wait_and_finish(run: Run, reason: str) -> None:
+        while not ((state := read_state(run.run_dir)) and state.problem):
+            run.session.heartbeat()
+            time.sleep(0.02)
+            run.uploads.poll()
+        finish(run, reason)
+
+    Run.finish = wait_and_finish
+    train_here(arguments)
+
+
 def train_on_nodes(arguments: list[str]) -> None:
     """Two ranks to a node."""
-    from helpers.launch import train_here
-
     rank = int(os.environ["RANK"])
     os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
     socket.gethostname = lambda: f"node-{rank // 2}"
