@@ -46,7 +46,7 @@ LAYOUTS = {
         "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",
         "parallel.pipe=2 loops.objective=per_loop train.global_batch=3",
         "parallel.pipe=2 model.kv_sharing=first train.global_batch=3",
-        "parallel.context=2 train.recompute=loop train.seq_len=257 train.global_batch=1",
+        "parallel.context=2 train.recompute=loop train.seq_len=255 train.global_batch=1",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
