@@ -81,7 +81,7 @@ def config_of(layout: str) -> Config:
 
 def micro_batches_of(config: Config, world: int) -> int:
     """Of a real step; a dry run takes fewer by default."""
-    replicas = world // (config.parallel.pipe * config.parallel.tensor)
+    replicas = world // (config.parallel.pipe * config.parallel.context * config.parallel.tensor)
     return config.train.global_batch // (config.train.micro_batch * replicas)
 
 
