@@ -125,7 +125,7 @@ class _Layers:
         scores, m = 2.0 * pairs * (c.n_heads // self.tensor) * channels, self.matrices
         products, inner = 2.0 * self.tokens * m.attention, 2.0 * self.tokens * m.attention_up
         if self.context is not None:
-            return LayerFlops(products, scores, inner, 2.0 * self.context.expanded * m.expansion)
+            return LayerFlops(products, scores, inner, expansion=2.0 * self.context.expanded * m.expansion)
         return LayerFlops(products, scores, inner + 2.0 * self.tokens * m.expansion)
 
     def keys_values(self) -> LayerFlops:
