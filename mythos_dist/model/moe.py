@@ -155,25 +155,25 @@ class MoE(nn.Module):
 
     def _mix(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """A piece of tokens (b, s, D) and their routing (b, s, k) -> same shape as x, and the counts (E,)."""
-        y, shared, route, counts = self.pieces.recompute(self._partial_sums, x, weights, index)
+        y, rows, route, counts = self.pieces.recompute(self._partial_sums, x, weights, index)
         y = combine(y, route, self.mesh)
-        if shared is not None:
-            y = y + shared
+        if self.shared is not None:
+            y = y + (rows if self.pieces.tokens else self.shared(rows))
         return leave_tensor_parallel(y.view(len(x), -1, x.shape[-1]), self.mesh), counts
 
-    def _partial_sums(
-        self, x: Tensor, weights: Tensor, index: Tensor
-    ) -> tuple[Tensor, Tensor | None, Route | None, Tensor]:
-        """The output of `Experts` and that of the shared experts (tokens, D), for all tensor ranks' tokens; the way
-        back of the former, if they are others' tokens; the counts (E,).
+    def _partial_sums(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Route | None, Tensor]:
+        """The output of `Experts`; in pieces that of the shared experts, else their input (tokens, D), for all tensor
+        ranks' tokens; the way back of the former, if they are others' tokens; the counts (E,).
 
-        What recomputation repeats: messages that bring tokens here, not those that take results back.
+        What recomputation repeats: messages that bring tokens here, not those that take results back. Not in pieces,
+        the shared experts follow the way back: their backward pass then ends before gradients of routed rows exist.
         """
         weights, index = self._gather_routing(weights, index)
         rows = enter_tensor_parallel(x, self.mesh).flatten(0, 1)  # once for the routed and the shared experts
         y, route = self.experts(rows, weights, index)
-        shared = None if self.shared is None else self.shared(rows)
-        return y, shared, route, tokens_per_expert(index, self.experts.n_experts)
+        if self.pieces.tokens and self.shared is not None:
+            rows = self.shared(rows)
+        return y, rows, route, tokens_per_expert(index, self.experts.n_experts)
 
     def _gather_routing(self, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The routing of this rank's tokens (b, s, k) -> that of all tensor ranks' tokens (tokens, k)."""
