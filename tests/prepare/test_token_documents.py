@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from helpers.selection import examples
 from helpers.token_files import EOS, documents_of, write_mds, write_megatron, write_nanoset, write_saved_dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mythos_dist.data.manifest import TokenRules
@@ -80,6 +80,7 @@ def test_flat_files_divided_anywhere_keep_each_document_once(tmp_path, tiny_bloc
 
 @EXAMPLES
 @given(ROWS, st.lists(st.integers(0, 20), max_size=4), st.integers(1, 9), st.integers(1, 9), st.booleans())
+@example(some=[[]] * 7, edges=[2], block=1, long=1, by_rows=False)  # two batches without tokens before a span
 def test_tables_divided_anywhere_keep_each_document_once(tmp_path, tiny_blocks, some, edges, block, long, by_rows):
     """Several record batches in several files, some with rows without tokens only."""
     tiny_blocks(block, long)

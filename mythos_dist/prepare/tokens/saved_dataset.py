@@ -75,7 +75,7 @@ class SavedDatasetRows:
 
     def token_before(self, unit: int) -> int | None:
         for before in range(unit - 1, -1, -1):
-            ((_, batch),) = self._read(before, unit)
+            ((_, batch),) = self._read(before, before + 1)
             if len(tokens := _values(batch, self._column)):
                 return int(tokens[-1])
         return None
