@@ -130,10 +130,8 @@ def test_the_commands_shown_run(tmp_path):
     texts = [f"A story of number {i}. " + " ".join(sorted(str(i * j) for j in range(40))) for i in range(200)]
     (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     pq.write_table(pa.table({"text": texts}), tmp_path / "parquet" / "a.parquet")
-    # Commands with stores are run against a server by other tests (train/test_remote_start.py, prepare/test_store_output).
-    commands = [
-        command for command in shown_commands() if not command.startswith(ELSEWHERE) and "s3://" not in command
-    ]
+    # Other tests run commands with stores against a server: train/test_remote_start.py, prepare/test_store_output.py.
+    commands = [command for command in shown_commands() if not command.startswith(ELSEWHERE) and "s3://" not in command]
     script = "\n".join(sorted(commands, key=_order))
     for text, fewer in FEWER.items():
         assert text in script, (text, script)
