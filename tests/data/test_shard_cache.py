@@ -205,7 +205,7 @@ def test_a_stalled_connection_is_closed_and_retried(store, url, tmp_path, monkey
 
 
 MANIFESTS = {
-    "another seq_len": ({"seq_len": 8}, "train.seq_len=16, but the shards have seq_len=8"),
+    "another seq_len": ({"seq_len": 12}, "train.seq_len=16 neither divides the shards' seq_len=12 nor is a multiple"),
     "a changed fingerprint": ({"fingerprint": "0" * 64}, "index.json differs"),
     "a fingerprint that is a path": ({"fingerprint": "../../../../x"}, "is not a sha256"),
     "another tokenizer": ({"tokenizer_sha256": "0" * 64}, "another tokenizer than s3://.*/tokenizer.model"),

@@ -67,6 +67,7 @@ def launch(
 ) -> Launch:
     """Run `program(*arguments)` on `world` ranks. A SystemExit becomes the rank's exit code, an exception code 1.
 
+    The environment of a rank is that of this process now, not that of the fork server's start, with `env` added.
     `grace`: seconds after the failure of a rank until the others are killed, as srun and torchrun do.
     `KILL_AFTER` in `env`: a glob pattern; as soon as a file matches it, all ranks are killed at once, and before that
     none of them publishes a later checkpoint. `KILL_IN`: with KILL_AFTER, the seconds from the match to the kill;
@@ -77,7 +78,8 @@ def launch(
         ranks = []
         for rank in range(world):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1} | (env or {})
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+            variables = {**os.environ, **variables, **(env or {})}
             process = _CONTEXT.Process(
                 target=_rank, args=(folder, rank, variables, os.getcwd(), seconds, program, arguments)
             )
@@ -219,7 +221,9 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
     os.setpgrp()
     multiprocessing.set_start_method("fork", force=True)  # as under a real launcher: loader workers fork
     os.chdir(cwd)
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    for name in os.environ.keys() - variables.keys() - {"PYTHONPATH"}:  # the server's PYTHONPATH has the tests
+        del os.environ[name]
+    os.environ.update({name: str(value) for name, value in variables.items() if name != "PYTHONPATH"})
     torch.set_num_threads(1)
     if "KILL_AFTER" in os.environ:
         _hold(os.environ["KILL_AFTER"])
