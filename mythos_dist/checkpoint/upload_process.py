@@ -141,7 +141,7 @@ def serve(settings: UploadSettings, commands: "queue.Queue[bytes]") -> None:
     # Imported here: by then signals are ignored.
     from mythos_dist.checkpoint.upload import CheckpointUploader, SupersededError
     from mythos_dist.errors import UserError
-    from mythos_dist.store.backends import forget_clients
+    from mythos_dist.store.s3 import forget_clients
 
     uploader, failures = CheckpointUploader(settings, _report), 0
     wait: float | None = None  # None: until a command comes

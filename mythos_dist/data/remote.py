@@ -30,7 +30,8 @@ from mythos_dist.data.manifest import (
 from mythos_dist.errors import UserError
 from mythos_dist.files import lock_file, user_errors, write_atomically
 from mythos_dist.private import default_shard_cache, make_private_folder
-from mythos_dist.store.backends import read_into, s3_client
+from mythos_dist.store import s3
+from mythos_dist.store.backends import read_into
 from mythos_dist.store.fetch import START_PATIENCE, Unavailable, read_object
 from mythos_dist.urls import is_url, join_url, scheme_of
 
@@ -83,7 +84,7 @@ def open_remote(url: str, cache: Path) -> tuple[ShardManifest, Path]:
                 return manifest, mirror(url, manifest, cache)
             if scheme_of(url) == "s3":
                 with contextlib.suppress(Exception):  # the first request reports it
-                    s3_client()  # 0.1 s of CPU: once, and not in each thread
+                    s3.client()  # 0.1 s of CPU: once, and not in each thread
             requested = {name: _start(lambda name=name: _read_once(url, name)) for name in GUESSES}
             manifest = read_remote_manifest(url)
             requested = {name: one for name, one in requested.items() if name in (*INDEXES, manifest.tokenizer)}

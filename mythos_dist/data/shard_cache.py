@@ -134,13 +134,13 @@ class ShardCache:
             source = join_url(shard.url, shard.folder.name, stored["basename"])
             if shard.entry["zip_data"] is None:
                 self._allocate(file, raw["bytes"], needed, wait)
-                _fetch_verified(source, file, stored, wait)
+                fetch_shard(source, file, stored, wait)
             else:
                 compressed = partial.with_name(f"{partial.name.removesuffix(PARTIAL)}.zip{PARTIAL}")
                 with _locked(compressed, wait) as packed:
                     try:
                         self._allocate(packed, stored["bytes"], needed, wait)
-                        _fetch_verified(source, packed, stored, wait)
+                        fetch_shard(source, packed, stored, wait)
                         self._allocate(file, raw["bytes"], needed, wait)
                         for chunk in decompressed_chunks(shard, compressed, raw["bytes"], verify=False):
                             file.write(chunk)
@@ -279,8 +279,11 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
         return False
 
 
-def _fetch_verified(url: str, file: IO[bytes], expected: dict, wait: Wait) -> None:
-    """Write `url` to the allocated `file`. The hash is checked even with data.verify=false: networks are no disks."""
+def fetch_shard(url: str, file: IO[bytes], expected: dict, wait: Wait = time.sleep) -> None:
+    """Write the shard file `url` to `file`, an empty or longer one. `expected`: `bytes` and `hashes`, as in index.json.
+
+    The hash is checked even with data.verify=false: networks are no disks. Raises Unavailable.
+    """
 
     def check() -> None:
         file.flush()

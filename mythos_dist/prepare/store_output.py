@@ -31,14 +31,14 @@ from typing import Any, NamedTuple
 
 from mythos_dist.data.manifest import SPLITS, ShardManifest, read_json
 from mythos_dist.data.remote import read_indexes, read_remote_manifest
-from mythos_dist.data.shard import DamagedFile, check_hash, chunks_of
+from mythos_dist.data.shard_cache import fetch_shard
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.heldout import ONE_STREAM
 from mythos_dist.prepare.output import Entries, Output, manifest_text
 from mythos_dist.prepare.part import UNFINISHED, ConversionPart, PartRecord, stored_file, write_atomically
 from mythos_dist.prepare.resume import check_same
 from mythos_dist.private import default_shard_cache, make_private_folder
-from mythos_dist.store.fetch import SHARD_PATIENCE, START_PATIENCE, WrongContent, fetch, read_object
+from mythos_dist.store.fetch import SHARD_PATIENCE, START_PATIENCE, read_object
 from mythos_dist.store.write import check_writable, list_files, put, remove
 from mythos_dist.units import count
 from mythos_dist.urls import join_url
@@ -151,15 +151,7 @@ class StoreOutput(Output):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w+b") as stream:
-
-                def check() -> None:
-                    stream.flush()
-                    try:
-                        check_hash(chunks_of(stream.fileno()), file["hashes"])
-                    except DamagedFile as problem:
-                        raise WrongContent(str(problem)) from None
-
-                fetch(self._at(name), stream, file["bytes"], check=check)
+                fetch_shard(self._at(name), stream, file)
         return path
 
     def publish(self, manifest: ShardManifest, shards: Entries) -> None:

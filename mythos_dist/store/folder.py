@@ -6,7 +6,6 @@ fsspec's package for each. Retries and messages are those of fetch.py.
 Decisions: DATA-26, CHECKPOINT-14.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,20 +13,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from mythos_dist.errors import UserError
-from mythos_dist.store.backends import (
-    CHUNK_BYTES,
-    CONNECT_SECONDS,
-    READ_SECONDS,
-    SLOW_BYTES_PER_SECOND,
-    SLOW_SECONDS,
-    TooSlow,
-    bucket_and_key,
-    s3_client,
-)
+from mythos_dist.store import s3
+from mythos_dist.store.connection import CHUNK_BYTES, SpeedCheck, http_options
 from mythos_dist.store.fetch import SHARD_PATIENCE, START_PATIENCE, Unavailable, WrongContent, retry
 from mythos_dist.urls import RemotePath, scheme_of
 
-THREADS = 16  # connections of a process; s3_client keeps 32
+THREADS = 16  # connections of a process; the client of s3 keeps 32
 _PROTOCOLS = {"azure": "az", "azure-dl": "abfs"}  # fsspec's names of streaming's schemes
 
 
@@ -81,18 +72,14 @@ def read_range(wanted: ByteRange, patience: float = SHARD_PATIENCE) -> None:
 
     def attempt() -> None:
         nonlocal done
-        window_began, window_bytes = time.monotonic(), 0
+        speed = SpeedCheck()
         with _open_range(path.url, begin + done, begin + len(buffer)) as read_into:
             while done < len(buffer):
                 size = read_into(buffer[done : done + CHUNK_BYTES])
                 if not size:
                     raise WrongContent(f"it ends at byte {begin + done:,}")
                 done += size
-                window_bytes += size
-                if (seconds := time.monotonic() - window_began) > SLOW_SECONDS:
-                    if window_bytes < SLOW_BYTES_PER_SECOND * seconds:
-                        raise TooSlow(f"only {window_bytes / seconds / 1000:.1f} kB/s for {seconds:.0f} s")
-                    window_began, window_bytes = time.monotonic(), 0
+                speed.add(size)
 
     retry(path.url, attempt, patience)
 
@@ -125,25 +112,14 @@ def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     scheme, rest = scheme_of(url), url.partition("://")[2]
-    options: dict[str, Any] = {}
-    if scheme in ("http", "https"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-        options = {"client_kwargs": {"timeout": timeout}}
+    options = http_options() if scheme in ("http", "https") else {}
     return fsspec.core.url_to_fs(f"{_PROTOCOLS.get(scheme, scheme)}://{rest}", **options)
 
 
 def _list(path: RemotePath) -> Listing:
     if scheme_of(path.url) == "s3":
-        bucket, key = bucket_and_key(path.url)
-        prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-        folders, files = [], {}
-        for page in pages:
-            folders += [one["Prefix"][len(prefix) : -1] for one in page.get("CommonPrefixes", ())]
-            files |= {one["Key"][len(prefix) :]: one["Size"] for one in page.get("Contents", ())}
-        return Listing(folders, {name: size for name, size in files.items() if name})
+        folders, objects = s3.list_objects(path.url, recursive=False)
+        return Listing(folders, {name: one.bytes for name, one in objects.items()})
     filesystem, inside = _filesystem(path.url)
     filesystem.invalidate_cache()
     entries = [(one["name"].rstrip("/").rpartition("/")[2], one) for one in filesystem.ls(inside, detail=True)]
@@ -153,8 +129,7 @@ def _list(path: RemotePath) -> Listing:
 
 def _size(path: RemotePath) -> int:
     if scheme_of(path.url) == "s3":
-        bucket, key = bucket_and_key(path.url)
-        return s3_client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+        return s3.head(path.url).bytes
     filesystem, inside = _filesystem(path.url)
     about = filesystem.info(inside)
     if about["type"] == "directory":
@@ -164,8 +139,7 @@ def _size(path: RemotePath) -> int:
 
 def _version(path: RemotePath) -> str:
     if scheme_of(path.url) == "s3":
-        bucket, key = bucket_and_key(path.url)
-        return s3_client().head_object(Bucket=bucket, Key=key)["ETag"]
+        return s3.head(path.url).etag
     filesystem, inside = _filesystem(path.url)
     return str(filesystem.ukey(inside))
 
@@ -175,12 +149,8 @@ def _open_range(url: str, begin: int, end: int) -> Iterator[Callable[[memoryview
     """A function that fills a buffer with the next bytes of [begin, end), and returns how many; 0 at the end."""
     scheme = scheme_of(url)
     if scheme == "s3":
-        bucket, key = bucket_and_key(url)
-        body = s3_client().get_object(Bucket=bucket, Key=key, Range=f"bytes={begin}-{end - 1}")["Body"]
-        try:
-            yield body.readinto  # raises if the body ends before its Content-Length
-        finally:
-            body.close()
+        with s3.open_object(url, begin, end) as body:
+            yield body.readinto
         return
     filesystem, inside = _filesystem(url)
     if scheme in ("http", "https"):

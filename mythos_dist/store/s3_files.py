@@ -10,7 +10,7 @@ from typing import Any
 
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from mythos_dist.store.backends import bucket_and_key, s3_client
+from mythos_dist.store import s3
 from mythos_dist.store.fetch import SHARD_PATIENCE, START_PATIENCE, Unavailable, retry
 
 
@@ -23,19 +23,12 @@ class S3Files(AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **options: Any) -> list:
         """The files and folders in a folder, or the file `path`. Raises FileNotFoundError."""
         path = str(self._strip_protocol(path))
-        bucket, key = bucket_and_key(f"s3://{path}")
-        prefix = f"{key.rstrip('/')}/" if key else ""
-
-        def list_pages() -> list[dict[str, Any]]:
-            pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-            found = []
-            for page in pages:
-                found += [_folder(f"{bucket}/{one['Prefix']}") for one in page.get("CommonPrefixes", ())]
-                files = [one for one in page.get("Contents", ()) if one["Key"] != prefix]
-                found += [_file(f"{bucket}/{one['Key']}", one["Size"], one["ETag"]) for one in files]
-            return found
-
-        found = retry(f"s3://{path}", list_pages, START_PATIENCE, "listed") or [self._file(path)]
+        url = f"s3://{path}"
+        folders, objects = retry(url, lambda: s3.list_objects(url, recursive=False), START_PATIENCE, "listed")
+        prefix = "/".join(s3.bucket_and_prefix(url))
+        found = [_folder(f"{prefix}{name}") for name in folders]
+        found += [_file(f"{prefix}{name}", one) for name, one in objects.items()]
+        found = found or [self._file(path)]
         return found if detail else [one["name"] for one in found]
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
@@ -49,11 +42,10 @@ class S3Files(AbstractFileSystem):
             raise
 
     def _file(self, path: str) -> dict[str, Any]:
-        bucket, key = bucket_and_key(f"s3://{path}")
-        if not key:
+        url = f"s3://{path}"
+        if not s3.bucket_and_key(url)[1]:
             raise FileNotFoundError(path)
-        found = _retry(path, lambda: s3_client().head_object(Bucket=bucket, Key=key))
-        return _file(path, found["ContentLength"], found["ETag"])
+        return _file(path, _retry(path, lambda: s3.head(url)))
 
     def _open(
         self,
@@ -69,20 +61,19 @@ class S3Files(AbstractFileSystem):
 
 class _S3File(AbstractBufferedFile):
     def _fetch_range(self, start: int, end: int) -> bytes:
-        bucket, key = bucket_and_key(f"s3://{self.path}")
-
         def read() -> bytes:
-            return s3_client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"].read()
+            with s3.open_object(f"s3://{self.path}", start, end) as body:
+                return body.read()
 
         return _retry(self.path, read, SHARD_PATIENCE)
 
 
 def _folder(path: str) -> dict[str, Any]:
-    return {"name": path.rstrip("/"), "size": 0, "type": "directory"}
+    return {"name": path, "size": 0, "type": "directory"}
 
 
-def _file(path: str, size: int, etag: str) -> dict[str, Any]:
-    return {"name": path, "size": size, "type": "file", "ETag": etag}
+def _file(path: str, one: s3.Object) -> dict[str, Any]:
+    return {"name": path, "size": one.bytes, "type": "file", "ETag": one.etag}
 
 
 def _retry(path: str, run: Any, patience: float = START_PATIENCE) -> Any:

@@ -26,7 +26,7 @@ import xxhash
 
 from mythos_dist.errors import UserError
 from mythos_dist.files import fsync_file, reason
-from mythos_dist.store.backends import bucket_and_key, s3_client
+from mythos_dist.store import s3
 from mythos_dist.store.fetch import SHARD_PATIENCE, Unavailable, retry
 from mythos_dist.store.write import check_writable, local_path
 from mythos_dist.urls import scheme_of
@@ -76,9 +76,9 @@ class Uploader:
         check_writable(url)
         if scheme_of(url) == "file":
             return _copy(url, source, digest, before_last)
-        bucket, key = bucket_and_key(url)
+        bucket, key = s3.bucket_and_key(url)
         target: dict[str, Any] = {"Bucket": bucket, "Key": key}
-        begin = s3_client().create_multipart_upload
+        begin = s3.client().create_multipart_upload
         target["UploadId"] = self._retry(url, lambda: begin(**target, Metadata={DIGEST: digest}))["UploadId"]
         try:
             parts, size = self._send_parts(url, target, source, digest)
@@ -86,7 +86,7 @@ class Uploader:
             self._complete(url, target, parts, digest)
         except BaseException:
             with suppress(Exception):  # the next start aborts it
-                s3_client().abort_multipart_upload(**target)
+                s3.client().abort_multipart_upload(**target)
             raise
         return size
 
@@ -129,7 +129,7 @@ class Uploader:
             md5 = base64.b64encode(hashlib.md5(block, usedforsecurity=False).digest()).decode()
 
             def send() -> Any:
-                return s3_client().upload_part(**target, PartNumber=number, Body=block, ContentMD5=md5)
+                return s3.client().upload_part(**target, PartNumber=number, Body=block, ContentMD5=md5)
 
             return self._retry(url, lambda: _unless_aborted(send))["ETag"]
         except BaseException:
@@ -146,7 +146,7 @@ class Uploader:
             nonlocal attempts
             attempts += 1
             try:
-                client = s3_client()
+                client = s3.client()
                 _unless_aborted(lambda: client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}))
             except AbortedError:
                 stored = self.find(url) if attempts > 1 else None
@@ -164,15 +164,13 @@ def find(url: str, patience: float = SHARD_PATIENCE) -> Stored | None:
         if scheme_of(url) == "file":
             file = local_path(url)
             return Stored(file.stat().st_size, _digest_of(file)) if file.is_file() else None
-        bucket, key = bucket_and_key(url)
-        client = s3_client()
         try:
-            about = client.head_object(Bucket=bucket, Key=key)
-        except client.exceptions.ClientError as error:
+            about = s3.head(url)
+        except s3.client().exceptions.ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:  # HEAD has no body, so no code
                 return None
             raise
-        return Stored(about["ContentLength"], about.get("Metadata", {}).get(DIGEST, ""))
+        return Stored(about.bytes, about.metadata.get(DIGEST, ""))
 
     return retry(url, head, patience)
 
@@ -187,8 +185,8 @@ def abort_uploads(url: str, patience: float = SHARD_PATIENCE) -> int:
             for file in files:
                 file.unlink(missing_ok=True)
             return len(files)
-        bucket, prefix = _bucket_and_prefix(url)
-        client, number = s3_client(), 0
+        bucket, prefix = s3.bucket_and_prefix(url)
+        client, number = s3.client(), 0
         for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Uploads", ()):
                 with suppress(AbortedError):
@@ -198,11 +196,6 @@ def abort_uploads(url: str, patience: float = SHARD_PATIENCE) -> int:
         return number
 
     return retry(url, abort, patience, "removed")
-
-
-def _bucket_and_prefix(url: str) -> tuple[str, str]:
-    bucket, key = bucket_and_key(url)
-    return bucket, f"{key.strip('/')}/" if key.strip("/") else ""
 
 
 def _unless_aborted(request: Callable[[], Any]) -> Any:

@@ -17,7 +17,8 @@ from typing import IO
 
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
-from mythos_dist.store.backends import bucket_and_key, check_scheme, s3_client
+from mythos_dist.store import s3
+from mythos_dist.store.backends import check_scheme
 from mythos_dist.store.fetch import SHARD_PATIENCE, retry
 from mythos_dist.urls import scheme_of
 
@@ -49,12 +50,12 @@ def put(
     if scheme_of(url) == "file":
         retry(url, lambda: _put_locally(local_path(url), content), patience, "written", wait=wait)
         return
-    bucket, key = bucket_and_key(url)
+    bucket, key = s3.bucket_and_key(url)
     digest = base64.b64encode(_md5(content)).decode()
 
     def upload() -> None:
         with _open(content) as body:
-            s3_client().put_object(Bucket=bucket, Key=key, Body=body, ContentMD5=digest)
+            s3.client().put_object(Bucket=bucket, Key=key, Body=body, ContentMD5=digest)
 
     retry(url, upload, patience, "written", wait=wait)
 
@@ -64,14 +65,8 @@ def list_files(url: str, patience: float = SHARD_PATIENCE) -> dict[str, int]:
     check_writable(url)
     if scheme_of(url) == "file":
         return retry(url, lambda: dict(_list_locally(local_path(url))), patience, "listed")
-    bucket, key = bucket_and_key(url)
-    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
-
-    def list_pages() -> dict[str, int]:
-        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return {one["Key"][len(prefix) :]: one["Size"] for page in pages for one in page.get("Contents", ())}
-
-    return retry(url, list_pages, patience, "listed")
+    _, objects = retry(url, lambda: s3.list_objects(url, recursive=True), patience, "listed")
+    return {name: one.bytes for name, one in objects.items()}
 
 
 def remove(urls: Iterable[str], patience: float = SHARD_PATIENCE) -> None:
@@ -87,11 +82,11 @@ def _remove(urls: list[str], patience: float) -> None:
         for url in urls:
             retry(url, lambda url=url: local_path(url).unlink(missing_ok=True), patience, "removed")
         return
-    bucket, _ = bucket_and_key(urls[0])
-    keys = [{"Key": bucket_and_key(url)[1]} for url in urls]
+    bucket, _ = s3.bucket_and_key(urls[0])
+    keys = [{"Key": s3.bucket_and_key(url)[1]} for url in urls]
 
     def delete() -> None:
-        answer = s3_client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        answer = s3.client().delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
         if errors := answer.get("Errors"):
             code = errors[0].get("Code", "")
             raise (PermissionError if code == "AccessDenied" else RuntimeError)(f"{code}: {errors[0].get('Message')}")

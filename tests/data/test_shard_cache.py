@@ -33,7 +33,7 @@ from mythos_dist.data.shard_cache import NoRoom, ShardCache
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
-from mythos_dist.store import fetch
+from mythos_dist.store import connection, fetch, s3
 
 SIZES = [5, 8, 3, 6, 7, 4, 9, 2]
 FORK = multiprocessing.get_context("fork")
@@ -194,14 +194,12 @@ def test_a_fault_that_lasts_is_one_message_that_names_the_object(store, url, tmp
 
 
 def test_a_stalled_connection_is_closed_and_retried(store, url, tmp_path, monkeypatch):
-    from mythos_dist.store import backends
-
-    monkeypatch.setattr(backends, "READ_SECONDS", 0.3)
-    backends._s3_client.cache_clear()
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.3)
+    s3.forget_clients()
     shards = open_remote(url, tmp_path)
     store.proxy.fault = lambda path, number: "stall" if number == 1 else None
     assert read(shards, ShardCache(tmp_path), [0, 6, 43]) == expected([0, 6, 43])
-    backends._s3_client.cache_clear()
+    s3.forget_clients()
 
 
 MANIFESTS = {

@@ -266,9 +266,10 @@ def serving_s3() -> Iterator[Store]:
     proxy = _Proxy(f"http://{host}:{port}")
     threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     store = Store(f"http://{host}:{port}", proxy)
-    from mythos_dist.store import backends
 
-    backends._s3_client.cache_clear()  # of another server
+    from mythos_dist.store.s3 import forget_clients
+
+    forget_clients()  # of another server
     before = {name: os.environ.get(name) for name in (*store.env, "S3_ENDPOINT_URL", "AWS_PROFILE")}
     os.environ.update(store.env)
     for name in ("S3_ENDPOINT_URL", "AWS_PROFILE"):
