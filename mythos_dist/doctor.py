@@ -25,19 +25,19 @@ from mythos_dist.ops.doctor.probe import start_probes
 from mythos_dist.units import count
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mythos_dist.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config(parser, "a YAML file; without one only the machine is checked", optional=True)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    return parse_arguments(parser)
+    return parser
 
 
 def main() -> None:
     """Run all checks, print the findings and exit."""
-    arguments = parse()
+    arguments = parse_arguments(build_parser())
     if arguments.overrides and not arguments.config:
         raise UserError(f"{arguments.overrides[0]} needs a config file before it, such as configs/1b.yaml")
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None

@@ -15,7 +15,7 @@ SCRIPTS = [
     "launch/submit.py",
     *sorted(f"tools/{path.name}" for path in REPOSITORY.glob("tools/*.py")),
 ]
-COMMANDS = ["mythos_dist.train", "mythos_dist.doctor", "mythos_dist.ops.cluster.allocation"]
+COMMANDS = ["mythos_dist", "mythos_dist.train", "mythos_dist.doctor", "mythos_dist.ops.cluster.allocation"]
 
 # Installed top-level packages, and why a plain run without wandb does not need them.
 UNUSED = {

@@ -12,7 +12,11 @@ from helpers.interrupted_import import interrupted_import
 
 REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = sorted(
-    [*(REPOSITORY / "tools").glob("*.py"), REPOSITORY / "launch/status.py", REPOSITORY / "launch/submit.py"]
+    [
+        *(REPOSITORY / "tools").glob("*.py"),
+        *(REPOSITORY / "mythos_dist" / "commands").glob("[!_]*.py"),
+        *(REPOSITORY / "launch/status.py", REPOSITORY / "launch/submit.py"),
+    ]
 )
 MODULES = ("train", "doctor", "ops/cluster/allocation")
 

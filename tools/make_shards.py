@@ -1,63 +1,7 @@
-"""Convert text to MDS shards with a manifest, ready for `data.path`.
+"""Another name of `mythos shards`."""
 
-Input: parquet, JSON lines or plain text (also .gz, .zst, .bz2, .xz): files, folders, patterns and URLs. With
---format chat: JSON lines of conversations (`messages`, or `prompt` and `completion`), to learn what the assistant says.
-The same command resumes an interrupted conversion. The shards are the same bytes at any number of workers.
-"""
-
-import argparse
-import os
-from pathlib import Path
-
-from mythos_dist.config.arguments import parse_arguments, path_text
+from mythos_dist.commands.make_shards import main
 from mythos_dist.errors import run_command
-from mythos_dist.prepare.command import add_conversion_options, run_conversion
-
-OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet scratch".split()  # passed to convert() unchanged
-
-
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
-    add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
-    add("--seq-len", required=True, type=int, help="tokens per window; one more is stored, for the labels")
-    add("--dedup", action="store_true", help="keep only the first of equal documents (reads the input twice)")
-    add("--min-score", type=float, help="leave out documents with a lower `score` column")
-    add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
-    add("--format", choices=("text", "chat"), default="text", help="documents, or conversations (%(default)s)")
-    add("--template", help="of conversations: a Jinja file, or plain; default: the tokenizer's own")
-    add("--sample-by", choices=("document", "line"), default="document", help="what a document of plain text is")
-    add("--skip-bad", action="store_true", help="skip unreadable input, and list it in the manifest")
-    add("--max-unpack-ratio", type=float, default=100.0, help="highest compression ratio of an input (%(default)g)")
-    add_conversion_options(parser, heldout_of="text")
-    return parse_arguments(parser)
-
-
-def main() -> None:
-    """Convert; the exit code is 0, 2 for a user error, or 130 after Ctrl-C."""
-    arguments = parse()
-    # Arrow's own allocator keeps freed memory; a worker would keep the memory of its largest document.
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # DATA-15
-    from mythos_dist.data.chat_template import renderer_of
-    from mythos_dist.data.manifest import Filters, ShardManifest
-    from mythos_dist.data.tokenizer import Tokenizer
-    from mythos_dist.prepare.convert import convert
-    from mythos_dist.prepare.spans import Columns
-
-    def run() -> ShardManifest:
-        tokenizer = Tokenizer.load(arguments.tokenizer, arguments.eos)
-        chat = renderer_of(arguments.format, tokenizer, arguments.template)
-        return convert(
-            *(arguments.input, tokenizer, arguments.seq_len, arguments.out),
-            filters=Filters(arguments.min_score, arguments.min_tokens, arguments.limit_tokens, arguments.dedup),
-            columns=Columns(arguments.text_column, sample_by=arguments.sample_by, chat=chat),
-            **{name: getattr(arguments, name) for name in OPTIONS},
-        )
-
-    run_conversion(run, arguments)
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,53 +1,7 @@
-"""Rewrite a checkpoint as full (unsharded) tensors in few large files, as the first checkpoint of a new run.
+"""Another name of `mythos reshape`."""
 
-Changing the layout does not need this: any layout loads any checkpoint. It is for archiving a checkpoint, moving it to
-another cluster, or starting thousands of ranks from few files. Needs no GPU; memory does not grow with the model.
-
-If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, and the copy is signed, too.
-"""
-
-import argparse
-import os
-
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
+from mythos_dist.commands.reshape_checkpoint import main
 from mythos_dist.errors import run_command
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), the folder of one checkpoint, or a URL")
-    add("--out", type=nonempty_path, required=True, help="run.dir of the new run")
-    add(
-        "--ignore-signature",
-        action="store_true",
-        help="accept an unsigned CHECKPOINT, or one signed with another key",
-    )
-    add_write_options(parser, workers=len(os.sched_getaffinity(0)))
-    return parse_arguments(parser)
-
-
-def main() -> None:
-    """Rewrite. Exit code 0, or 2 for a usage or input error."""
-    arguments = parse()
-    from mythos_dist.checkpoint.canonical import write_canonical
-    from mythos_dist.checkpoint.progress import bar
-    from mythos_dist.checkpoint.restore import open_checkpoint
-
-    source = open_checkpoint(arguments.checkpoint, check_signature=not arguments.ignore_signature)
-    size = source.manifest.bytes
-    with bar("writing", size, arguments.quiet) as shown:
-        folder = write_canonical(
-            source,
-            arguments.out,
-            workers=arguments.workers,
-            verify=not arguments.no_verify,
-            progress=shown.update,
-        )
-    if not arguments.quiet:
-        print(f"{source.folder} -> {folder}, {size / 1e9:.3f} GB; train with run.dir={arguments.out} to resume from it")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
 
     A setting given before the config is an override. Exits with code 2 as argparse does.
     """
+    if sys.argv[0].startswith("mythos "):  # commands/main.py runs it
+        parser.prog = sys.argv[0]
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         settings = [match for match in map(_AS_OPTION.fullmatch, unknown) if match]

@@ -43,7 +43,9 @@ def main() -> None:
 
     stop = StopRequest()
     stop.handle(signal.SIGUSR1, signal.SIGINT)
-    arguments = parse()
+    from mythos_dist.config.arguments import parse_arguments
+
+    arguments = parse_arguments(build_parser())
     from mythos_dist.parallel.launcher import RankInfo, read_rank_info
     from mythos_dist.train.console import keep_console
 
@@ -125,9 +127,9 @@ def run(stages: "list[Config]", session: "Session", only_preflight: bool) -> int
     return 0
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line: options and settings in any order."""
-    from mythos_dist.config.arguments import add_config, parse_arguments
+    from mythos_dist.config.arguments import add_config
 
     parser = argparse.ArgumentParser(
         prog="python -m mythos_dist.train",
@@ -139,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--preflight", action="store_true", help="check the nodes and the links between them, then exit"
     )
-    return parse_arguments(parser)
+    return parser
 
 
 def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "list[Config]":

@@ -1,0 +1,64 @@
+"""Average the weights of several checkpoints or exports of one model, and write the mean as an export.
+
+    python tools/average_checkpoints.py RUN/checkpoints/step-00000800 RUN/checkpoints/step-00000900 RUN --out weights
+
+The mean is computed in float64 and rounded once. Other programs read the result (tools/export_checkpoint.py), and a run
+begins with it by `start_from=weights`. Needs no GPU; memory does not grow with the model.
+"""
+
+import argparse
+import sys
+
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
+from mythos_dist.errors import run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "checkpoints",
+        nargs="+",
+        type=location,
+        metavar="CHECKPOINT",
+        help="the folder of a checkpoint, a run.dir (its newest checkpoint), the folder of an export, or a URL",
+    )
+    add("--out", type=nonempty_path, required=True, help="a new folder")
+    add(
+        "--weights",
+        nargs="+",
+        metavar="W",
+        help="a weight above 0 for each CHECKPOINT, such as 1 2 1; their sum does not matter (default: all equal)",
+    )
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    add_write_options(parser, workers=2)
+    return parser
+
+
+def main() -> None:
+    """Average. Exit code 0, or 2 for a usage or input error."""
+    arguments = parse_arguments(build_parser())
+    from mythos_dist.checkpoint.averaged import open_mean
+    from mythos_dist.checkpoint.export import export
+    from mythos_dist.checkpoint.progress import bar
+
+    mean = open_mean(arguments.checkpoints, arguments.out, arguments.weights)
+    with bar("averaging", 4 * mean.manifest.num_parameters, arguments.quiet) as shown:
+        files = export(
+            mean,
+            arguments.out,
+            "safetensors",
+            dtype=arguments.dtype,
+            workers=arguments.workers,
+            verify=not arguments.no_verify,
+            progress=shown.update,
+            report=lambda note: print(f"note: {note}", file=sys.stderr),
+        )
+    if not arguments.quiet:
+        size = sum(file.stat().st_size for file in files)
+        print("\n".join(mean.describe()) + f", {size / 1e9:.3f} GB in {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

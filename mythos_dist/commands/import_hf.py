@@ -1,0 +1,56 @@
+"""Bring a model back from Hugging Face's transformers: an export with our names, from which a run can begin.
+
+python tools/import_hf.py FOLDER --out DIR
+torchrun … -m mythos_dist.train configs/1b.yaml start_from=DIR run.dir=runs/second
+
+FOLDER is what tools/export_checkpoint.py --format hf wrote, or what `model.save_pretrained(FOLDER)` wrote after
+fine-tuning; merge adapters first, with `model.merge_and_unload()`. No code in it is run.
+"""
+
+import argparse
+import sys
+
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
+from mythos_dist.errors import run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=location, help="a model's folder, or its URL")
+    add("--out", type=nonempty_path, required=True, help="a new folder")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    add("--tokenizer", type=nonempty_path, help="its file (default: that of FOLDER)")
+    add_write_options(parser, workers=2)
+    return parser
+
+
+def main() -> None:
+    """Import. Exit code 0, or 2 for a usage or input error."""
+    arguments = parse_arguments(build_parser())
+    from mythos_dist.checkpoint.export import export
+    from mythos_dist.checkpoint.exported import open_model_folder
+    from mythos_dist.checkpoint.progress import bar
+
+    source = open_model_folder(arguments.folder)
+    with bar("importing", 4 * source.manifest.num_parameters, arguments.quiet) as shown:
+        export(
+            source,
+            arguments.out,
+            "safetensors",
+            dtype=arguments.dtype,
+            tokenizer=arguments.tokenizer,
+            workers=arguments.workers,
+            verify=not arguments.no_verify,
+            progress=shown.update,
+            report=lambda note: print(f"note: {note}", file=sys.stderr),
+        )
+    if not arguments.quiet:
+        print(
+            f"{source.manifest.num_parameters:,} parameters -> {arguments.out}; train with start_from={arguments.out}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)
