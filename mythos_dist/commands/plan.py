@@ -16,7 +16,6 @@ from mythos_dist.errors import run_command
 from mythos_dist.packaged import CONFIGS
 
 MOST_GPUS = 1 << 17
-H100 = CONFIGS / "clusters" / "h100_80gb.yaml"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config(parser, "config file; its layout is used with --as-is only", optional=True)
     add("--variant", help="instead of a file: 1b, 3b, 10b, 50b, 100b, 500b or 1t from configs/")
     add("--gpus", type=integer(1, MOST_GPUS), required=True, help="number of GPUs")
-    add("--cluster", type=Path, default=H100, help="cluster file (default: %(default)s)")
+    add("--cluster", type=Path, default=Path("h100_80gb"), help="file, or a name in configs/clusters (%(default)s)")
     add("--seq-len", type=int, help="tokens per sequence")
     add("--global-batch", type=int, help="sequences per step, over all replicas")
     add("--loops", type=int, help="mean number of loops")

@@ -25,6 +25,7 @@ from mythos_dist.config.stages import read_stages, stage_entries, stage_problems
 from mythos_dist.config.tree import NULLS, Node, Scalar, parse_yaml, read_yaml, show_node
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
+from mythos_dist.packaged import CONFIGS, packaged_file
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
 TOP_LEVEL = {"start_from": "run", "start_from_state": "run"}  # settings that need no section, and theirs
@@ -69,7 +70,7 @@ def load_stages(path: str | Path, overrides: Iterable[str] = ()) -> list[Config]
     Overrides apply to every stage.
     """
     messages: list[str] = []
-    path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+    path = find_config(path)
     sources = _read_with_bases(path, (), [0])
     command_line = _Source(_COMMAND_LINE, _parse_overrides(overrides, messages))
     node = next((source.stages for source in reversed(sources) if source.stages is not None), None)
@@ -84,6 +85,11 @@ def load_stages(path: str | Path, overrides: Iterable[str] = ()) -> list[Config]
         for note in notes:
             print(f"note: {path}: {note}", file=sys.stderr)
     return stages
+
+
+def find_config(path: str | Path) -> Path:
+    """The file `path`; if there is none, the config of that name that comes with the package: 1b, recipes/sft."""
+    return packaged_file(Path(path).expanduser() if str(path).startswith("~/") else Path(path), CONFIGS)
 
 
 def _load_each_stage(
@@ -199,10 +205,14 @@ def _with_sections(document: dict[str, Node]) -> dict[str, Node]:
 
 
 def _files_like(path: Path) -> str:
-    """The config files beside the path, or else in the repository, for a message."""
-    for folder in (path.parent, Path("configs"), Path(__file__).parents[2] / "configs"):
+    """The config files beside the path, or else those of the package, for a message."""
+    for folder in (path.parent, Path("configs"), CONFIGS):
         if names := _configs_in(folder):
-            close = difflib.get_close_matches(path.stem, [name.removesuffix(".yaml") for name in names], n=1)
+            stems = [name.removesuffix(".yaml") for name in names]
+            close = difflib.get_close_matches(path.stem, stems, n=1)
+            if folder == CONFIGS:  # found by name
+                meant = f"; did you mean {close[0]}?" if close else ";"
+                return f"{meant} the package contains {', '.join(stems)}"
             meant = f"; did you mean {folder / close[0]}.yaml?" if close else ""
             return f"{meant or ';'} {folder} contains {', '.join(names)}"
     return ""

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mythos_dist.errors import NodeError, UserError, exit_with, report_to_launcher, run_command
@@ -147,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
 def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "list[Config]":
     """Read the config of each stage and check it against the number of ranks. Raises UserError."""
     from mythos_dist.config.layout import layout_problems
-    from mythos_dist.config.load import load_stages
+    from mythos_dist.config.load import find_config, load_stages
     from mythos_dist.ops.cluster.inject import parse_faults
 
     try:
@@ -158,7 +157,7 @@ def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "list[Config
                 raise UserError(problems, source=f"{path} on {count(rank_info.world_size, 'rank')}")
         return stages
     except UserError as error:
-        error.only_this_rank = not Path(path).is_file()  # rank 0 has all other errors as well
+        error.only_this_rank = not find_config(path).is_file()  # rank 0 has all other errors as well
         raise
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from mythos_dist.config.fields import Kind, Range, show
 from mythos_dist.config.tree import read_yaml, show_node
 from mythos_dist.errors import UserError
+from mythos_dist.packaged import CONFIGS, packaged_file
 
 _HOST_SHARE = 0.75  # of a node's memory, for saved states
 
@@ -82,8 +83,12 @@ def _is_cluster(file: Path) -> bool:
 
 
 def load_cluster(path: str | Path) -> Cluster:
-    """Read a cluster's file. Raises UserError with all problems."""
+    """Read a cluster's file, or the one of that name that comes with the package: h100_80gb.
+
+    Raises UserError with all problems.
+    """
     path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
+    path = packaged_file(path, CONFIGS / "clusters")
     if not path.exists() and (moved := path.parent / "clusters" / path.name).is_file():
         path = moved  # runs of version 0.1 name configs/NAME.yaml
     try:
@@ -91,8 +96,10 @@ def load_cluster(path: str | Path) -> Cluster:
     except FileNotFoundError:
         folders = (path.parent, path.parent / "clusters")
         others = sorted(str(file) for folder in folders for file in folder.glob("*.yaml") if _is_cluster(file))
+        known = [file.stem for file in sorted((CONFIGS / "clusters").glob("*.yaml"))]
         raise UserError(
-            f"there is no cluster file {path}; cluster files nearby: {', '.join(others) or 'none'}"
+            f"there is no cluster file {path}; cluster files nearby: {', '.join(others) or 'none'}; "
+            f"the package contains {', '.join(known)}"
         ) from None
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", source=str(path)) from None
