@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo chat-demo depth-demo long-demo loop-ablation optimizer-study test test-all check bench clean
+.PHONY: demo chat-demo depth-demo long-demo loop-ablation optimizer-study test test-all check bench constraints clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
@@ -50,14 +50,22 @@ bench: $(READY)  ## compare with open-mythos, plain loops and the disk; cost of 
 	$(BIN)/python benchmarks/remote_shards.py
 	$(BIN)/python benchmarks/remote_checkpoints.py
 
+constraints: $(READY)  ## pin what pyproject.toml newly requires; with UPGRADE=1: the newest releases of everything
+	$(BIN)/python -m pip install --quiet uv
+	cp constraints.txt .venv/pins.txt
+	$(BIN)/uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.10 --no-annotate --no-header \
+		$(if $(UPGRADE),--upgrade) --output-file .venv/pins.txt
+	{ grep '^#' constraints.txt; grep -Ev '^(nvidia|cuda)-|^triton=|^(httpx2-jsfetch|pywin32)=' .venv/pins.txt; } > .venv/new.txt
+	mv .venv/new.txt constraints.txt
+
 clean:  ## delete everything that the targets above created
 	rm -rf .venv runs data/sample data/sample-source *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # open-mythos is the tests' reference. It pins an older torch, so it is installed outside the environment's packages and
 # without its requirements; `pip check` then reports no conflict.
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/reference open-mythos==0.5.0
 	$(BIN)/python -m pip check
 	touch $(READY)

@@ -81,7 +81,10 @@ COPIED = REPOSITORY / "mythos_dist" / "huggingface"  # its files import each oth
 FILES = sorted(path for folder in ("mythos_dist", "experiments") for path in (REPOSITORY / folder).rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("tools", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py"))
 COMMAND_LINES = sorted(
-    path for folder in ("tools", "mythos_dist/commands") for path in (REPOSITORY / folder).glob("[!_]*.py")
+    path
+    for folder in ("tools", "mythos_dist/commands")
+    for path in (REPOSITORY / folder).glob("[!_]*.py")
+    if path.name not in ("main.py", "completion.py")  # what all command lines share
 )
 
 

@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
 
 _HERE = __name__
-DATA, TRAINING, CHECKPOINTS, MODELS = "data", "training", "checkpoints", "trained models"
+DATA, TRAINING, CHECKPOINTS, MODELS, SHELL = "data", "training", "checkpoints", "trained models", "shell"
 
 COMMANDS = (
     Command("demo", f"{_HERE}.demo", "train, kill, resume and sample a small model on 4 CPU ranks", TRAINING),
@@ -52,5 +52,6 @@ COMMANDS = (
     Command("depth-sweep", f"{_HERE}.depth_sweep", "held-out loss over the number of loops", MODELS),
     Command("decoding-quality", f"{_HERE}.decoding_quality", "the cost of smaller caches and early exits", MODELS),
     Command("serve", f"{_HERE}.serve", "serve a model with OpenAI's API", MODELS),
+    Command("completion", f"{_HERE}.completion", "print the code that completes commands in your shell", SHELL),
 )
-GROUPS = (DATA, TRAINING, CHECKPOINTS, MODELS)
+GROUPS = (DATA, TRAINING, CHECKPOINTS, MODELS, SHELL)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from mythos_dist import __version__
 from mythos_dist.commands import COMMANDS, GROUPS, Command
+from mythos_dist.commands.completion import complete
 from mythos_dist.errors import EXIT_USER_ERROR, run_command
 
 _EPILOG = "`mythos COMMAND --help` describes a command."
@@ -18,6 +19,7 @@ _EPILOG = "`mythos COMMAND --help` describes a command."
 
 def main() -> None:
     """Run the command that sys.argv names; exits with code 2 if there is none of that name."""
+    complete(COMMANDS)
     words = sys.argv[1:]
     command = find(words)
     if command is None:

@@ -4,6 +4,7 @@ Exit codes: 0 submitted, or printed with --dry-run; 2 configuration or input err
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -14,10 +15,7 @@ from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError, run_command
 from mythos_dist.ops.cluster.allocation import check_allocation, even_allocation
-from mythos_dist.ops.cluster.hostfile import MAX_COUNT
-from mythos_dist.packaged import LAUNCH
-
-SCRIPT = LAUNCH.resolve() / "slurm.sbatch"
+from mythos_dist.ops.cluster.sbatch import check_counts, job_variables, sbatch_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,37 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_counts(arguments: argparse.Namespace) -> None:
-    """Raises UserError with all counts out of range. SLURM gives 0 and negative values other meanings."""
-    counts = {name: getattr(arguments, name) for name in ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_rank")}
-    problems = [
-        f"--{name.replace('_', '-')} {number}: give an integer from 1 to {MAX_COUNT:,}"
-        for name, number in {**counts, "chain": arguments.chain}.items()
-        if number is not None and not 1 <= number <= MAX_COUNT
-    ]
-    if problems:
-        raise UserError(problems)
-
-
-def sbatch_command(arguments: argparse.Namespace, ranks_per_node: int, name: str) -> list[str]:
-    """The sbatch command. The job has the run's name, so chains by --dependency=singleton work too."""
-    options = {
-        "job-name": name,
-        "nodes": arguments.nodes,
-        "ntasks-per-node": ranks_per_node,
-        "gpus-per-node": arguments.gpus_per_node,
-        "cpus-per-task": arguments.cpus_per_rank,
-        "time": arguments.time,
-        "partition": arguments.partition,
-        "account": arguments.account,
-        "array": f"1-{arguments.chain}%1" if arguments.chain else None,
-    }
-    command = ["sbatch", *(f"--{option}={value}" for option, value in options.items() if value is not None)]
-    if arguments.chain:
-        command.append("--no-requeue")
-    return [*command, *arguments.sbatch, str(SCRIPT), arguments.config, *arguments.overrides]
-
-
 def main() -> None:
     """Check, print, submit."""
     arguments = parse_arguments(build_parser())
@@ -85,11 +52,13 @@ def main() -> None:
     for note in check_allocation(config, allocation, arguments.config):
         print(f"note: {note}", file=sys.stderr)
     command = sbatch_command(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
-    print(shlex.join(command), flush=True)
+    variables = job_variables()
+    print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
+    sys.stdout.flush()
     if not arguments.dry_run and not shutil.which("sbatch"):
         raise UserError("sbatch is not installed here; run this script, or the command above, on a login node")
     if not arguments.dry_run:
-        sys.exit(subprocess.run(command).returncode)
+        sys.exit(subprocess.run(command, env={**os.environ, **variables}).returncode)
 
 
 if __name__ == "__main__":

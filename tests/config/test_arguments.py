@@ -83,10 +83,10 @@ def test_a_home_folder_is_expanded_after_an_equals_sign(tmp_path, monkeypatch):
 def test_training_and_submission_take_any_order(monkeypatch):
     """Through the parsers of the programs themselves."""
     from mythos_dist.ops.cluster.allocation import parse as allocation
-    from mythos_dist.train.__main__ import parse as training
+    from mythos_dist.train.__main__ import build_parser
 
     monkeypatch.setattr("sys.argv", ["train", "run.dir=x", "--preflight", "c.yaml", "train.steps=3"])
-    parsed = training()
+    parsed = parse_arguments(build_parser())
     assert (parsed.config, parsed.overrides, parsed.preflight) == ("c.yaml", ["run.dir=x", "train.steps=3"], True)
     parsed = allocation(["run.dir=x", "--ranks", "2", "c.yaml", "train.steps=3"])
     assert (parsed.config, parsed.overrides, parsed.ranks) == ("c.yaml", ["run.dir=x", "train.steps=3"], 2)
