@@ -108,13 +108,25 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     """Run a program's `main`: a user error is a message and exit code 2, Ctrl-C is one line and exit code 130.
 
     is_tool: a file that cannot be read or written, and too little memory, are user errors as well. Not for training: a
-    launcher does not restart it after exit code 2.
+    launcher does not restart it after exit code 2. Training always ends by `exit_now`.
 
     Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into their own
     error while they are imported or wait for worker processes, so after Ctrl-C any exception counts as an interrupt.
     They may also drop it, as torch does while it imports numpy, and Python does in `__del__`: it is raised again every
     half second until `main` ends.
     """
+    if is_tool:
+        _run_main(main, is_tool)
+        return
+    code = 0
+    try:
+        _run_main(main, is_tool)
+    except BaseException as error:
+        code = _exit_code(error)
+    exit_now(code)
+
+
+def _run_main(main: Callable[[], object], is_tool: bool) -> None:
     interrupted: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
@@ -152,16 +164,38 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
             signal.signal(signal.SIGINT, before)
 
 
+def _exit_code(error: BaseException) -> int:
+    """The exit code that Python gives for an exception that nothing catches; prints what Python prints."""
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def exit_now(code: int) -> NoReturn:
+    """Exit without the interpreter's shutdown, but remove temporary folders and end worker processes (`atexit`).
+
+    The shutdown waits for threads; their unfinished files have temporary names. And it ends a daemon thread as soon as
+    it returns from a C++ function of torch, which aborts the process: exit code 134 instead of `code`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    os._exit(code)
+
+
 def _leave_interrupted() -> NoReturn:
-    """Exit without the interpreter's shutdown, which waits for threads; their unfinished files have temporary names."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends the process at once
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         print("\nstopped by Ctrl-C", file=sys.stderr, flush=True)
-    with contextlib.suppress(Exception):
-        atexit._run_exitfuncs()  # temporary folders, worker processes
-    os._exit(EXIT_INTERRUPTED)
+    exit_now(EXIT_INTERRUPTED)
 
 
 def report_to_launcher(code: int, nodes: Sequence[str] = ()) -> None:

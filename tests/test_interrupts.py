@@ -107,6 +107,33 @@ run_command(main)"""
     assert interrupted(code).returncode == 130
 
 
+@pytest.mark.launch
+def test_a_thread_in_a_function_of_torch_does_not_change_the_exit_code(tmp_path):
+    """The interpreter's shutdown ends such a thread when it returns from C++, and the process aborts with code 134."""
+    code = f"""{START}
+import sys, tempfile, threading
+from datetime import timedelta
+import torch.distributed as dist
+kept = tempfile.TemporaryDirectory(dir='.')
+class Slow:
+    def __del__(self):
+        time.sleep(2)
+sys.slow = Slow()  # the shutdown takes longer than the wait of the thread
+def main():
+    store = dist.TCPStore('127.0.0.1', 0, 1, is_master=True, wait_for_workers=False)
+    threading.Thread(target=store.wait, args=(['never'], timedelta(seconds=1)), daemon=True).start()
+    ERROR
+run_command(main, is_tool=False)"""
+    jobs = {}
+    for error in ("raise UserError('set it to 3')", "raise ZeroDivisionError", "sys.exit(85)", "return"):
+        command = [sys.executable, "-c", code.replace("ERROR", error)]
+        jobs[error] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    results = [(job.communicate(timeout=240)[1], job.returncode) for job in jobs.values()]
+    assert [code for _, code in results] == [2, 1, 85, 0], results
+    assert results[0][0] == "error: set it to 3\n" and results[1][0].endswith("\nZeroDivisionError\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_errors_without_ctrl_c_are_not_changed():
     for error, code, words in (
         ("UserError('set it to 3')", 2, "^error: set it to 3\n$"),

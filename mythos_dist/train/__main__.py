@@ -74,10 +74,7 @@ def main() -> None:
     if code:
         if rank_info.rank == 0:
             report_to_launcher(code)
-        # At once: a launcher kills the other ranks when the first one exits with a code that is not 0.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        sys.exit(code)
     import torch.distributed as dist
 
     dist.destroy_process_group()
