@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mythos_dist.errors import redact
 from mythos_dist.urls import AnyPath, any_path, is_url
 
 _SETTING = r"[a-z]+\.\w+|start_from(?:_state)?"
@@ -51,6 +52,9 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     if hasattr(parsed, "config") and hasattr(parsed, "overrides"):
         _order(parser, parsed)
     for name, value in vars(parsed).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and (url := _url_as_path(path)):
+                parser.error(f"{url} is a URL, but a local path is needed here; copy it, or name a local path")
         setattr(parsed, name, [_home(one) for one in value] if isinstance(value, list) else _home(value))
     return parsed
 
@@ -104,6 +108,12 @@ def _order(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     kind = next(action.type for action in parser._actions if action.dest == "config")
     parsed.overrides = [config, *(word for word in parsed.overrides if word is not named)]
     parsed.config = Path(named) if named is not None and kind is Path else named
+
+
+def _url_as_path(path: Path) -> str:
+    """The URL that was given for `path`: Path("s3://bucket/x") is s3:/bucket/x, in a folder called `s3:`."""
+    url = str(path).replace(":/", "://", 1)
+    return redact(url) if is_url(url) and not os.path.exists(path.parts[0]) else ""
 
 
 def _home(path: Any) -> Any:

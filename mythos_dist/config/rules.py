@@ -29,6 +29,7 @@ def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
         *_data_problems(config.data),
         *_remote_problems(config.checkpoint),
         *_run_problems(config),
+        *_local_path_problems(config),
     ]
     return [problem.message for problem in found if refused.isdisjoint(problem.settings)]
 
@@ -330,6 +331,19 @@ def _mix_change_problems(data: DataConfig) -> Iterator[Problem]:
     begin, end = data.mix_samples
     if begin > end:
         yield Problem(settings, f"data.mix_samples={[begin, end]} ends before it begins; set it to {[end, begin]}")
+
+
+def _local_path_problems(config: Config) -> Iterator[Problem]:
+    """Of settings that a URL does not fit: Path("s3://bucket/run") is the local folder s3:/bucket/run."""
+    for name, path in (
+        ("run.dir", config.run.dir),
+        ("run.cluster", config.run.cluster),
+        ("data.cache", config.data.cache),
+        ("checkpoint.key_file", config.checkpoint.key_file),
+    ):
+        if path and is_url(path):
+            store = ", and the URL as checkpoint.remote for copies in a store" if name == "run.dir" else ""
+            yield Problem((name,), f"{name}={redact(path)} is a URL, but must be a local path; give one{store}")
 
 
 def _run_problems(config: Config) -> Iterator[Problem]:

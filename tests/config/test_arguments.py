@@ -63,6 +63,7 @@ def test_a_setting_before_the_config_is_an_override(tmp_path, monkeypatch):
         ("c.yaml --share inf", "expected a finite number"),
         ("c.yaml --share 0", "--share: 0 must be above 0"),
         ("c.yaml --share x", "--share: 'x': expected a number"),
+        ("c.yaml --out s3://bucket/x", "s3://bucket/x is a URL, but a local path is needed here"),
     ],
 )
 def test_wrong_arguments_are_reported(line, expected, capsys):
