@@ -242,6 +242,7 @@ _CANDIDATES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "loops.backprop": lambda at: [at.mean_loops],
     "train.recompute": lambda at: ["loop"],
     "train.recompute_every": lambda at: [1],
+    "train.offload": lambda at: ["none"],
     "train.seq_len": lambda at: [
         n
         for n in [

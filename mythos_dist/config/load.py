@@ -269,7 +269,9 @@ def _merge(sources: Iterable[_Source], messages: list[str]) -> tuple[dict[str, d
     notes: list[str] = []
     for source in sources:
         for section, entries in source.sections.items():
-            if section not in SECTIONS:
+            if section in ("base", "stages", *TOP_LEVEL):
+                messages.append(f"{section} belongs at the top of a config file, and cannot be set here")
+            elif section not in SECTIONS:
                 messages.append(
                     f"{section[:80]}: unknown section{_did_you_mean(section, [*SECTIONS, *TOP_LEVEL, 'stages'])}"
                 )

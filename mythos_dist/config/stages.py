@@ -42,9 +42,11 @@ def read_stages(
     if not isinstance(node, list) or not node:
         found.append(f"stages={show_node(node, 80)}: expected a list, such as [{{name: stable, steps: 1000}}]")
         return
-    train = command_line.get("train")
-    if isinstance(train, dict) and "steps" in train:
+    if _sets(command_line, "train.steps"):
         found.append("train.steps does not work with `stages:`, whose lengths are their `steps`; leave it out")
+    for setting in ("run.stage", "run.stage_begin"):
+        if _sets(command_line, setting):
+            found.append(f"{setting} follows from `stages:`; leave it out")
     begin, schedule_end, names = 0, 0, set()
     for i, entry in enumerate(node):
         where = f"stages[{i}]"
@@ -59,6 +61,10 @@ def read_stages(
             found.append(f"{where}.steps={show_node(entry.get('steps', Scalar('')), 40)}: expected a number of steps")
             continue
         names.add(name)
+        known = "`name`, `steps` and `start_from_state`"
+        for setting in _BY_POSITION:
+            if _sets(entry, setting):
+                found.append(f"{where} sets {setting}, which follows from {known} of the stages; leave it out")
         state = _text(entry.get("start_from_state")) or "weights+moments"
         run = {"stage": Scalar(name, plain=False), "stage_begin": Scalar(str(begin))}
         if i:
@@ -122,6 +128,12 @@ def stage_entries(stages: list[Config]) -> list[dict[str, Any]]:
                 entry[section] = changed
         entries.append(entry)
     return entries
+
+
+def _sets(sections: dict[str, Node], setting: str) -> bool:
+    section, _, key = setting.partition(".")
+    entries = sections.get(section)
+    return isinstance(entries, dict) and key in entries
 
 
 def _text(node: Node | None) -> str:

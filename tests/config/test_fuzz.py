@@ -122,6 +122,16 @@ def test_random_overrides_are_accepted_or_refused(tmp_path, lines, ranks):
         assert load_config(again) == config
 
 
+def test_every_choice_alone_is_accepted_or_refused(tmp_path):
+    """Random settings rarely hit the one value that a rule is about."""
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {path: shards}")
+    for section, cls in SECTIONS.items():
+        for key, kind in kinds_of(cls).items():
+            for choice in kind.choices or ():
+                judge(path, [f"{section}.{key}={choice}"], 1)
+
+
 SCALAR = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4) | st.dates()
 )

@@ -419,6 +419,7 @@ def test_settings_that_may_be_zero_may_not_be_negative(section, key):
         ({"model": {"rope_theta": 0.0}}, ["model.rope_theta=0.0", "above 0"]),
         ({"train": {"seq_len": 4097}}, ["train.seq_len=4097", "model.max_seq_len=4096", "at most 4096"]),
         ({"train": {"micro_batch": 3}}, ["train.global_batch=8", "train.micro_batch=3", "[1, 2, 4, 8]"]),
+        ({"train": {"offload": "saved"}}, ["train.offload=saved", "set train.recompute to loop"]),
         ({"optim": {"beta1": 1.0}}, ["optim.beta1=1.0", "below 1"]),
         ({"optim": {"beta2": -0.5}}, ["optim.beta2=-0.5", "at least 0"]),
         ({"optim": {"min_lr_ratio": 1.5}}, ["optim.min_lr_ratio=1.5", "between 0 and 1"]),
@@ -436,6 +437,8 @@ def test_settings_that_may_be_zero_may_not_be_negative(section, key):
         ({"data": {"path": "", "mix": {"a": 1.0, "b": float("inf")}}}, ["data.mix[b]=inf must be"]),
         ({"data": {"path": "", "mix": {"a": 1e-10, "b": 1.0}}}, ["data.mix[a]=1e-10", "a billionth"]),
         ({"run": {"dir": ""}}, ["run.dir is not set"]),
+        ({"run": {"dir": "s3://bucket/run"}}, ["run.dir=s3://bucket/run is a URL", "checkpoint.remote"]),
+        ({"data": {"cache": "https://a:b@host/x"}}, ["data.cache=https://***@host/x is a URL", "a local path"]),
         ({"run": {"peak_tflops": 0.0}}, ["run.peak_tflops=0.0", "null"]),
     ],
 )

@@ -299,6 +299,9 @@ def test_stages_come_back_from_their_dump(tmp_path, state):
         ("stages: [{steps: 9, start_from_state: weights}]", [], ["stages[0].start_from_state: the first stage"]),
         ("stages: [{steps: 9}, {steps: 1, start_from_state: all}]", [], ["run.start_from_state='all'"]),
         ("stages: [{steps: 9}]", ["train.steps=4"], ["train.steps does not work with `stages:`"]),
+        ("stages: [{steps: 9}]", ["run.stage_begin=4"], ["run.stage_begin follows from `stages:`; leave it out"]),
+        ("stages: [{steps: 9, train: {steps: 4}}]", [], ["stages[0] sets train.steps, which follows from"]),
+        ("stages: [{steps: 9, stages: []}]", [], ["stage 1: stages belongs at the top of a config file"]),
         (
             "start_from: a\nstart_from_state: everything\nstages: [{steps: 1}, {steps: 1}]",
             [],
