@@ -160,9 +160,9 @@ def read_json_lines(file: Path, tail: int | None = None) -> list[dict[str, Any]]
 
 
 def get_number(line: dict[str, Any], key: str) -> float | None:
-    """The number under `key`; None if there is none (true and false are not numbers)."""
+    """The finite number under `key`; None if there is none (true and false are not numbers)."""
     value = line.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
 _REMEDIES = {

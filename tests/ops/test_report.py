@@ -152,6 +152,23 @@ def test_a_damaged_or_unfinished_run_is_shown_as_far_as_it_can_be_read(tmp_path)
         assert problem in page
 
 
+def test_infinite_numbers_and_deep_nesting_in_a_runs_files_are_no_values(tmp_path):
+    deep, infinite = (
+        "[" * 5000,
+        '{"step": 1e400}\n{"step": 3, "heldout_loss": NaN, "by_loops": {"2": {"loss": 1e999}}}\n',
+    )
+    files = {
+        "config.yaml": deep,
+        "expert_load.json": deep,
+        "eval.jsonl": infinite,
+        "restarts.jsonl": '{"from_step": 1e400}\n',
+    }
+    report = read_run(write_run(tmp_path / "run", 2, lambda line: line | {"depth": {"failures": None}}, **files))
+    assert len(report.problems) == 2 and report.events == []
+    assert [line["step"] for line in report.evaluations] == [3]
+    assert '"heldout_loss": null' in render([report])
+
+
 def test_a_run_without_a_step_has_a_page(tmp_path):
     report = read_run(write_run(tmp_path / "run", 0))
     assert page_data(report)["x"]["step"] == [] and "<h1>run</h1>" in render([report])

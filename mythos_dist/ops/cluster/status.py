@@ -9,7 +9,6 @@ may be incomplete or damaged: invalid values count as missing.
 
 import itertools
 import json
-import math
 import os
 import shutil
 import statistics
@@ -291,10 +290,8 @@ def _drop_invalid(line: dict[str, Any]) -> dict[str, Any]:
     """`line` without values of a wrong type, which a full disk or an editor may leave."""
     valid = dict(line)
     for key in _NUMBERS:
-        if key in line:
-            value = get_number(line, key)
-            if value is None or not math.isfinite(value):
-                del valid[key]
+        if key in line and get_number(line, key) is None:
+            del valid[key]
     for key in _TEXTS:
         if key in line and not isinstance(line[key], str):
             del valid[key]

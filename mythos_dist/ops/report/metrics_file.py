@@ -128,8 +128,8 @@ class _Reader:
             self.result.events_left_out += 1
 
     def _read_probe(self, step: int, depth: dict[str, Any]) -> None:
-        for name in depth.get("failures", ()):
-            self.result.failures[str(name)] = step
+        if isinstance(failures := depth.get("failures"), list):
+            self.result.failures |= {str(name): step for name in failures}
         if self._probes % self._every == 0:
             self.result.probes.append(Probe(step, depth))
             if len(self.result.probes) == 2 * MAX_PROBES:

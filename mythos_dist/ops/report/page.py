@@ -7,6 +7,7 @@ Decisions: PROJECT-5.
 
 import html
 import json
+import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
@@ -45,7 +46,7 @@ def render(reports: Sequence[RunReport], refresh: int | None = None) -> str:
         _config(reports),
         _environment(reports),
     ]
-    data = json.dumps([page_data(report) for report in reports], allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(finite([page_data(report) for report in reports]), allow_nan=False).replace("<", "\\u003c")
     attributes = f' data-refresh="{refresh}"' if refresh else ""
     return "\n".join(
         [
@@ -109,6 +110,15 @@ def summary(report: RunReport) -> dict[str, str]:
     if skipped := sum(event.kind in ("skipped", "decision") for event in report.metrics.events):
         found["skipped or repeated steps"] = str(skipped)
     return found
+
+
+def finite(value: Any) -> Any:
+    """JSON data without NaN and infinity, which files may have and JSON does not: null."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _last(values: np.ndarray) -> float | None:

@@ -107,7 +107,7 @@ def _config(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
         flat = dict(_flatten(sections))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         problems.append(f"config.yaml cannot be read ({type(error).__name__})")
         return {}
     return flat
@@ -136,7 +136,7 @@ def _environment(folder: Path, writer: dict[str, Any], report: RunReport) -> dic
                 layout = {key: value for key, value in content["layout"].items() if value != 1 or key == "ranks"}
                 found["layout"] = ", ".join(f"{key} {value}" for key, value in layout.items())
                 found |= content["versions"]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             report.problems.append(f"{manifest} cannot be read ({type(error).__name__})")
     return {key: redact(str(value)) for key, value in found.items() if value is not None}
 
@@ -170,7 +170,7 @@ def _expert_load(file: Path, problems: list[str]) -> dict[str, Any]:
             raise ValueError
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         problems.append(f"{file.name} cannot be read ({type(error).__name__})")
         return {}
     load = counts / np.maximum(counts.mean(1, keepdims=True), 1e-9)
