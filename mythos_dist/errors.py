@@ -8,6 +8,7 @@ Decisions: CLUSTER-12.
 
 import atexit
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ EXIT_BAD_NODE = 3  # a node is unfit: restart without it
 EXIT_LOST_RANK = 4  # a rank hung or was lost: restart
 EXIT_DIVERGED = 5  # the loss diverged repeatedly: do not restart
 EXIT_STOPPED = 85  # stopped early (signal, run.max_seconds, STOP) after saving a checkpoint: restart
+EXIT_BROKEN_PIPE = 141  # of a tool whose output is read no further; the shell's code for SIGPIPE
 EXIT_INTERRUPTED = 130  # Ctrl-C with nothing to save, or a second Ctrl-C; the shell's code for SIGINT
 
 
@@ -100,7 +102,8 @@ def first_line(error: BaseException) -> str:
 
 def exit_with(error: UserError) -> NoReturn:
     """Print the problems on standard error and exit with the error's code."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a full disk, a closed terminal
+        print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
 
 
@@ -143,7 +146,11 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
     if before == signal.default_int_handler:  # a background job of a script ignores SIGINT
         signal.signal(signal.SIGINT, interrupt)
     try:
-        main()
+        try:
+            main()
+        finally:
+            if is_tool and sys.stdout:
+                sys.stdout.flush()
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED:
             raise  # `main` has printed its own message
@@ -153,6 +160,8 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
             exit_with(error)
         if is_tool and isinstance(error, OSError) and error.filename is not None:
             exit_with(UserError(f"cannot be used ({error.strerror}); name another, or fix that", str(error.filename)))
+        if is_tool and isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            _exit_without_output(error)
         if is_tool and isinstance(error, MemoryError):
             exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
         raise
@@ -175,6 +184,14 @@ def _exit_code(error: BaseException) -> int:
     return 1
 
 
+def _exit_without_output(error: OSError) -> NoReturn:
+    """Standard output cannot be written: its reader has ended (`tool | head`), or it is a file on a full disk."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more
+    if error.errno == errno.EPIPE:
+        sys.exit(EXIT_BROKEN_PIPE)
+    exit_with(UserError(f"cannot be written ({error.strerror})", "standard output"))
+
+
 def exit_now(code: int) -> NoReturn:
     """Exit without the interpreter's shutdown, but remove temporary folders and end worker processes (`atexit`).
 
@@ -182,7 +199,7 @@ def exit_now(code: int) -> NoReturn:
     it returns from a C++ function of torch, which aborts the process: exit code 134 instead of `code`.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None: it was closed before the start
             stream.flush()
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()

@@ -145,6 +145,28 @@ def test_errors_without_ctrl_c_are_not_changed():
         assert done.returncode == code and re.search(words, done.stderr), done
 
 
+@pytest.mark.parametrize(
+    ("shell", "expected"),
+    [
+        ("| true", (141, "")),
+        ("> /dev/full", (2, "error: standard output: cannot be written (No space left on device)\n")),
+        (">&-", (0, "")),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(shell, expected, tmp_path):
+    (tmp_path / "tool.py").write_text(f"{START}\ndef main():\n    print('x' * 100_000)\nrun_command(main)")
+    command = f"set -o pipefail; {sys.executable} tool.py {shell}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert (done.returncode, done.stderr) == expected
+
+
+@pytest.mark.parametrize("where", ["2> /dev/full", "2>&-"])
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(where):
+    command = f"{sys.executable} -m mythos_dist.train nowhere.yaml {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, timeout=240)
+    assert done.returncode == 2 and "Traceback" not in done.stdout, done
+
+
 def test_a_background_job_of_a_script_still_ignores_sigint():
     code = f"""{START}
 import os, signal
