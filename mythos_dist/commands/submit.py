@@ -51,7 +51,7 @@ def main() -> None:
     allocation = even_allocation(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
     for note in check_allocation(config, allocation, arguments.config):
         print(f"note: {note}", file=sys.stderr)
-    command = sbatch_command(arguments, ranks_per_node, Path(config.run.dir).resolve().name)
+    command = sbatch_command(arguments, ranks_per_node, Path(os.path.realpath(config.run.dir)).name)
     variables = job_variables()
     print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
     sys.stdout.flush()

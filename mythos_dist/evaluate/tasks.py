@@ -82,7 +82,7 @@ def is_file(name: str) -> bool:
 def _add_file(file: Path, manager: TaskManager) -> str:
     """Add the task or group in a YAML file to the manager, for a group also the tasks in files beside it. Returns its
     name."""
-    file = file.expanduser().resolve()
+    file = Path(os.path.realpath(file.expanduser()))  # not `resolve`, which raises RuntimeError for links in a circle
     spec = load_yaml(file)
     if not _NAMES & spec.keys():
         raise ValueError("it has neither `task: NAME` nor `group: NAME`")

@@ -176,9 +176,10 @@ def test_a_run_without_a_step_has_a_page(tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused_and_all_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(UserError) as error:
-        write_report([tmp_path / "empty", tmp_path / "missing"], tmp_path / "report.html")
-    assert len(error.value.problems) == 2 and not (tmp_path / "report.html").exists()
+        write_report([tmp_path / name for name in ("empty", "missing", "circle")], tmp_path / "report.html")
+    assert len(error.value.problems) == 3 and not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.launch

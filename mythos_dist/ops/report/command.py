@@ -1,5 +1,6 @@
 """tools/report.py, and the report that a run writes at its end."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def write_report(folders: Sequence[Path], out: Path, refresh: int | None = None)
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as it takes to tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
+    # Not `resolve`, which raises RuntimeError for a circle of links.
+    parts = [Path(os.path.realpath(folder)).parts for folder in folders]
     longest = max(map(len, parts))
     for n in range(1, longest + 1):
         names = ["/".join(part[-n:]) for part in parts]
