@@ -16,7 +16,7 @@ Decisions: PARALLEL-17.
 # B batch, S' tokens of each sequence on this rank, N = B * S' queries, M rows of all ranks, n tokens of a piece,
 # H query heads, d channels of a query or key head, v channels of a value head, w = max(d, v), W elements of an entry.
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,6 +60,11 @@ def attend_over_context(
     return out[..., :value_dim].flatten(1)
 
 
+def each_piece(shard: ContextShard) -> Iterable[KeyPiece]:
+    """The pieces of keys, in order. A dry run skips those that repeat (ops/dry_run.py)."""
+    return shard.pieces
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -75,7 +80,7 @@ class _Attend(torch.autograd.Function):
         rows = shard.gather(entries)
         out = torch.zeros_like(q, dtype=torch.float32)
         lse = out.new_full(q.shape[:2], -torch.inf)
-        for piece in shard.pieces:
+        for piece in each_piece(shard):
             k, v = expand(rows[shard.rows[piece.tokens]], weight)
             for queries, keys, causal in piece.blocks:
                 part, part_lse = block_forward(q[queries], k[keys], v[keys], causal, scale)
@@ -96,7 +101,7 @@ class _Attend(torch.autograd.Function):
         rows = shard.gather(entries)
         grad_rows, grad_q = torch.zeros_like(rows), torch.zeros_like(q, dtype=torch.float32)
         grad_weight = None if weight is None else torch.zeros_like(weight)
-        for piece in shard.pieces:
+        for piece in each_piece(shard):
             index = shard.rows[piece.tokens]
             with torch.enable_grad():
                 inputs = [rows[index].requires_grad_()]

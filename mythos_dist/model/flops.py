@@ -158,6 +158,13 @@ def forward_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> floa
     return once + n_loops * layers.loop().forward + compute_kv * layers.keys_values().forward + layers.head()
 
 
+def attention_share(c: MythosConfig, seq_len: int, n_loops: int) -> float:
+    """The part of `forward_flops_per_token` that grows with the length: scores, and their product with the values."""
+    blocks = c.prelude_layers + c.coda_layers + n_loops
+    pairs = _Layers(c, seq_len, pairs=c.n_experts_per_tok).attention().attention
+    return blocks * pairs / forward_flops_per_token(c, seq_len, n_loops)
+
+
 def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     """The model's FLOPs per token of forward and backward: three times the forward."""
     return 3.0 * forward_flops_per_token(c, seq_len, n_loops)

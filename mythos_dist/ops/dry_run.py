@@ -8,9 +8,10 @@ and one for GPUs takes the GPU path.
 Decisions: PLAN-1, PLAN-2.
 """
 
+import itertools
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +22,14 @@ from torch import Tensor
 from mythos_dist.checkpoint.manifest import AVERAGE
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
-from mythos_dist.model import offload
+from mythos_dist.model import context_attention, offload
 from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet, replaced
 from mythos_dist.ops.plan.memory import PARTS, uses_bf16_optimizer
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel import expert
+from mythos_dist.parallel.context import ContextShard, KeyPiece
 from mythos_dist.parallel.mesh import Axis, build_mesh
 from mythos_dist.parallel.traffic import Totals, Traffic
 
@@ -100,6 +102,30 @@ class UncountedCopy:
         return torch.empty(self.shape, dtype=self.dtype), None
 
 
+def first_pieces(meter: Meter) -> Callable[[ContextShard], Iterator[KeyPiece]]:
+    """Replaces `model.context_attention.each_piece`, for a sequence of a million tokens has a hundred of them.
+
+    Of consecutive pieces of the same shapes the first two are visited: the second begins with the tensors that the
+    first leaves, as all later ones do, so no later one needs more memory. Each has the FLOPs of the second.
+    """
+
+    def shapes(piece: KeyPiece) -> list[tuple[int, int, bool]]:
+        blocks = [(b.queries.stop - b.queries.start, b.keys.stop - b.keys.start, b.causal) for b in piece.blocks]
+        return [(piece.tokens.stop - piece.tokens.start, 0, False), *blocks]
+
+    def visit(shard: ContextShard) -> Iterator[KeyPiece]:
+        for _, group in itertools.groupby(shard.pieces, shapes):
+            pieces, flops, operations = list(group), 0.0, 0
+            for piece in pieces[:2]:
+                flops, operations = meter.flops, meter.operations
+                yield piece
+            skipped = len(pieces[2:])
+            meter.flops += skipped * (meter.flops - flops)
+            meter.operations += skipped * (meter.operations - operations)
+
+    return visit
+
+
 class LocalTraffic(Traffic):
     """Counts this rank's messages only, without a collective."""
 
@@ -145,7 +171,8 @@ def dry_run(
     no_router = replaced(expert, "exchange_counts", fake_routing)
     no_copies = replaced(offload, "HostCopy", UncountedCopy)
     UncountedCopy.live = UncountedCopy.peak = 0
-    with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router, no_copies:
+    pieces = replaced(context_attention, "each_piece", first_pieces(meter))
+    with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router, no_copies, pieces:
         return _measure_step(config, micro_batches, meter, fake_routing, begin)
 
 

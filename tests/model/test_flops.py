@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.model import ExpertsConfig, Mythos, MythosConfig
-from mythos_dist.model.flops import forward_flops_per_token, train_flops_per_token
+from mythos_dist.model.flops import attention_share, forward_flops_per_token, train_flops_per_token
 
 BATCH, SEQ_LEN = 2, 24
 COMMON = {
@@ -70,6 +70,7 @@ def test_forward_flops_equal_the_matrix_products_of_the_model(config, n_loops):
     run, needed = score_flops(config, n_loops)
     expected = counted(config, n_loops) - run + needed
     assert forward_flops_per_token(config, SEQ_LEN, n_loops) * BATCH * SEQ_LEN == expected
+    assert attention_share(config, SEQ_LEN, n_loops) == pytest.approx(needed / expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import time
+from collections import Counter
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,8 @@ from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.model.kernels import use_gpu_code
-from mythos_dist.ops.dry_run import LocalTraffic, RowCounts, dry_run
+from mythos_dist.ops import dry_run as dry_run_module
+from mythos_dist.ops.dry_run import LocalTraffic, RowCounts, dry_run, first_pieces
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel import expert
 
@@ -234,6 +236,31 @@ def test_a_dry_run_equals_a_real_rank(world, layouts):
         assert dry_result["peak"] == pytest.approx(measured["peak"], rel=TOLERANCE), where
         assert dry_result["flops"] / dry_result["micro_batches"] == measured["flops"] / micro_batches, where
         assert dry_result["communication"] == measured["communication"], where
+
+
+@pytest.mark.parametrize("attention", ["mla", "gqa"])
+def test_of_pieces_of_keys_that_repeat_two_show_what_all_need(attention):
+    """A dry run that visits all eight pieces of a sequence over eight ranks has the same memory, FLOPs and bytes."""
+    layout = (
+        f"parallel.context=8 train.recompute=loop train.seq_len=2048 model.max_seq_len=2048 model.attn_type={attention}"
+    )
+    config, visited = config_of(f"{layout} train.global_batch=1 loops.mean=2"), Counter()
+
+    def counting(visit: Any, name: str) -> Any:
+        def count(shard: Any) -> Any:
+            for piece in visit(shard):
+                visited[name] += 1
+                yield piece
+
+        return count
+
+    def run(name: str, pieces: Any) -> dict[str, Any]:
+        with mock.patch.object(dry_run_module, "first_pieces", lambda meter: counting(pieces(meter), name)):
+            return vars(dry_run(config, 8)) | {"seconds": 0}
+
+    two, every = run("two", first_pieces), run("all", lambda _: lambda shard: shard.pieces)
+    assert visited["two"] <= visited["all"] // 2
+    assert two == every
 
 
 def test_a_dry_run_prints_nothing_and_restores_the_process(capfd):

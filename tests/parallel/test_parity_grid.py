@@ -22,7 +22,7 @@ from helpers.selection import selected
 
 from mythos_dist.config.layout import layout_problems
 from mythos_dist.config.rules import problems
-from mythos_dist.config.schema import BY_MODE, Config
+from mythos_dist.config.schema import BY_MODE, Config, RopeScaling
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
@@ -74,6 +74,8 @@ GRID: list[tuple[int, dict[str, Any], str]] = [
     (2, dict(context=2, zero=2), "sequences"),
     (2, dict(context=2, zero=3), "mla"),
     (2, dict(context=2), "prime"),
+    (2, dict(context=2), "as shipped"),
+    (2, dict(context=2, expert=2), "no halting"),
     (2, dict(context=2), "loop"),
     (2, dict(context=2), "selective"),
     (2, dict(context=2), "targets"),
@@ -221,8 +223,11 @@ def run_of(config: Config, kind: str, conversations: str = "") -> Config:
         return change(config, loops=loops, data=dict(path="3 targets"))
     if kind == "completions":  # of conversations: labels of prompts do not count
         return change(config, data=dict(path=conversations))
-    if kind == "prime":
-        return change(config, train=dict(seq_len=31), data=dict(path=""))
+    if kind == "prime":  # a length that nothing divides, of a context that is stretched
+        original = config.model.max_seq_len // 2
+        scaling = RopeScaling(kind="yarn", factor=2, original_max_seq_len=original, mscale=1.0, mscale_all_dim=1.0)
+        model = dict(rope_scaling=scaling, max_seq_len=2 * original)
+        return change(config, model=model, train=dict(seq_len=31), data=dict(path=""))
     return config
 
 

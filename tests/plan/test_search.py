@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,9 +17,10 @@ from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.model.parameter_table import local_parameters
-from mythos_dist.ops.plan.clusters import load_cluster
+from mythos_dist.ops.plan.clusters import Cluster, load_cluster
 from mythos_dist.ops.plan.estimate import Estimate, with_layout
-from mythos_dist.ops.plan.search import candidates, longest_length, search, smallest_cluster
+from mythos_dist.ops.plan.length import longest_length, what_helps
+from mythos_dist.ops.plan.search import candidates, search, smallest_cluster
 
 pytestmark = pytest.mark.launch
 
@@ -136,7 +138,37 @@ def test_where_the_length_is_why_nothing_fits_the_longest_that_fits_is_reported(
     size = ["--seq-len", "524288", "--gpus", "1024", "--global-batch", "1024"]
     printed = run("--variant", "100b", *size, "--fixed", *fixed, code=1)
     assert f"{seq_len:,} tokens fit on these GPUs, 524,288 tokens do not" in printed
-    assert "what helps at 524,288 tokens" in printed and "loops.backprop" in printed
+    assert "what helps at 524,288 tokens, each alone: parallel.context=" in printed and "(--fixed context=1)" in printed
+
+
+def test_what_helps_where_the_length_is_why_fits_and_a_little_less_does_not():
+    """100b on 1,024 H100: another value of a fixed axis, a degree of context that is slow, fewer loops with gradient,
+    more host memory."""
+
+    def helps(tokens: int, cluster: Cluster = H100, **fixed: Any) -> tuple[Config, Estimate, list[str]]:
+        config = config_of("100b", f"train.seq_len={tokens}", "train.global_batch=1024")
+        smallest = search(config, 1024, cluster, fixed).smallest
+        assert smallest is not None and not smallest.fits
+        return config, smallest, what_helps(config, 1024, cluster, fixed, smallest)
+
+    config, _, lines = helps(524288, **LAYOUT)
+    context = int(re.fullmatch(r"parallel.context=(\d+) \(--fixed context=1\)", lines[0])[1])  # type: ignore[index]
+    assert search(config, 1024, H100, {**LAYOUT, "context": context}).best
+
+    _, smallest, lines = helps(163840, **LAYOUT)
+    backprop = next(int(found[1]) for line in lines if (found := re.match(r"loops.backprop=(\d+)", line)))
+    loops = [replace(smallest.config.loops, backprop=n) for n in (backprop, backprop + 1)]
+    assert [replace(smallest, config=replace(smallest.config, loops=one)).fits for one in loops] == [True, False]
+
+    small = replace(H100, host_memory_gb=1.0)
+    offloaded = {**LAYOUT, "chunk_tokens": 2048, "offload": "saved"}
+    _, smallest, lines = helps(131072, small, **offloaded)
+    assert f"nodes with more host memory ({smallest.host / 1e9:.0f} GB per GPU" in lines[-1]
+
+    rest = {name: value for name, value in LAYOUT.items() if name != "context"}
+    config, _, lines = helps(16384, replace(H100, memory_gb=44.0), **rest)
+    (context,) = (int(line.split("=")[1]) for line in lines if line.startswith("parallel.context="))
+    assert config.train.seq_len // context < 8192, "a degree that a search does not try"
 
 
 def test_a_larger_nvlink_domain_never_makes_a_step_slower():

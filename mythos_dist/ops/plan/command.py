@@ -14,8 +14,9 @@ from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 from mythos_dist.ops.plan.clusters import Cluster, load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
+from mythos_dist.ops.plan.length import longest_length, what_helps
 from mythos_dist.ops.plan.report import advice, as_json, compare, details, does_not_fit, table
-from mythos_dist.ops.plan.search import AXES, SearchResult, check_fixed, longest_length, search, smallest_cluster
+from mythos_dist.ops.plan.search import AXES, check_fixed, search, smallest_cluster
 from mythos_dist.ops.plan.write import write_config
 from mythos_dist.units import count
 
@@ -43,8 +44,19 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
         check_fixed(config, gpus, fixed)
         result = search(config, gpus, cluster, fixed, arguments.top, arguments.imbalance)
         if not result.best:
-            longest = longest_length(config, gpus, cluster, fixed)
-            _print_no_fit(arguments, result, smallest_cluster(config, gpus, cluster, fixed), longest)
+            larger, longest = (
+                smallest_cluster(config, gpus, cluster, fixed),
+                longest_length(config, gpus, cluster, fixed),
+            )
+            too_long = result.smallest is not None and longest is not None
+            helps = what_helps(config, gpus, cluster, fixed, result.smallest) if too_long else []
+            if arguments.json:
+                least = as_json(result.smallest, arguments.tokens) if result.smallest else None
+                length = longest and longest.config.train.seq_len
+                facts = {"smallest_cluster": larger, "longest_seq_len": length, "helps": helps}
+                print(json.dumps({"fits": False, "least": least, **facts}))
+            else:
+                print("\n".join(does_not_fit(result, larger, longest, helps)))
             return 1
         estimates, advice_lines = result.best, advice(result)
     best = estimates[0]
@@ -60,15 +72,6 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
     else:
         _print_plan(arguments, cluster, estimates, advice_lines, measured)
     return 0 if best.fits else 1
-
-
-def _print_no_fit(arguments: Any, result: SearchResult, smallest: int | None, longest: Estimate | None) -> None:
-    if arguments.json:
-        least = as_json(result.smallest, arguments.tokens) if result.smallest else None
-        length = longest and longest.config.train.seq_len
-        print(json.dumps({"fits": False, "least": least, "smallest_cluster": smallest, "longest_seq_len": length}))
-    else:
-        print("\n".join(does_not_fit(result, smallest, longest)))
 
 
 def _print_plan(

@@ -237,13 +237,16 @@ class LayerMessages:
 
     def stage_activations(self, stages: Sequence[StageSpec], loops: range, no_grad: int) -> Messages:
         """deepspeed/runtime/pipe/engine.py: activations go to the next stage, their gradient to the previous one."""
-        pipe, i = self.mesh.pipe, self.mesh.pipe.rank
-        size = 0
-        if not stages[i].is_last:
-            size += self._activation_bytes(stages[i + 1], max(0, loops.stop - no_grad))
+        return message(self.mesh.pipe, "send", sum(self.stage_boundaries(stages, loops, no_grad)))
+
+    def stage_boundaries(self, stages: Sequence[StageSpec], loops: range, no_grad: int) -> tuple[int, int]:
+        """Bytes of the packed activations that this stage receives, and of those that it sends."""
+        i, received, sent = self.mesh.pipe.rank, 0, 0
         if not stages[i].is_first:
-            size += self._activation_bytes(stages[i], max(0, loops.start - no_grad))
-        return message(pipe, "send", size)
+            received = self._activation_bytes(stages[i], max(0, loops.start - no_grad))
+        if not stages[i].is_last:
+            sent = self._activation_bytes(stages[i + 1], max(0, loops.stop - no_grad))
+        return received, sent
 
     def _activation_bytes(self, stage: StageSpec, earlier_loops: int) -> int:
         """The packed input of a stage, after `earlier_loops` loops with gradient."""

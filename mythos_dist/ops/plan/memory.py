@@ -22,8 +22,10 @@ from mythos_dist.model.offload import pinned_bytes
 from mythos_dist.model.parameter_groups import plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, local_parameters, state_bytes
 from mythos_dist.ops.plan.activations import ITEM_BYTES, LayerActivations, Saved
+from mythos_dist.ops.plan.layer_communication import LayerMessages
 from mythos_dist.ops.plan.muon import muon_workspace
 from mythos_dist.ops.plan.routing import ExpertRows
+from mythos_dist.ops.plan.stages import stage_specs
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
@@ -124,8 +126,16 @@ class _Moments:
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
         self.exchange = layers.context_exchange()
         self.in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
-        self.all_saved = (self.in_flight + 1) * saved
-        self.saved_before_loops = self.in_flight * saved + before_loops.total
+        buffers = self._pipeline_buffers(loops, no_grad)
+        self.all_saved = (self.in_flight + 1) * saved + buffers
+        self.saved_before_loops = self.in_flight * saved + before_loops.total + buffers
+
+    def _pipeline_buffers(self, loops: range, no_grad: int) -> float:
+        """deepspeed/runtime/pipe/engine.py keeps what a stage received and what it sent of every micro-batch in the
+        pipeline, and has a buffer to receive activations and one to receive gradients."""
+        layers = LayerMessages(self.config, self.mesh, self.readouts)
+        received, sent = layers.stage_boundaries(stage_specs(self.config), loops, no_grad)
+        return (self.in_flight + 2.0) * (received + sent)
 
     def _carries(self, groups: int, on_device: int) -> float:
         """Bytes of the inputs of recomputed groups; of those that go to host memory, of `on_device` groups."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mythos_dist.config.schema import Config
+from mythos_dist.model.flops import attention_share
 from mythos_dist.model.kv_cache import cache_bytes_per_token
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.memory import PARTS
@@ -45,7 +46,7 @@ def saving(config: Config) -> str:
 
 def details(estimate: Estimate, tokens: float) -> list[str]:
     """One layout: seconds by part, FLOPs, bytes by axis, and the cost of training on `tokens` tokens."""
-    total = estimate.step_seconds
+    total, config = estimate.step_seconds, estimate.config
     parts = sorted(estimate.seconds.items(), key=lambda item: -item[1])
     stage = max(estimate.stages, key=lambda stage: estimate.flops(stage))
     hours = estimate.gpu_hours(tokens)
@@ -58,6 +59,8 @@ def details(estimate: Estimate, tokens: float) -> list[str]:
         f"step            {total:.2f} s: " + ", ".join(f"{name} {s:.2f}" for name, s in parts if s >= total / 1000),
         f"FLOPs           {estimate.model_flops / estimate.world_size:.3e} of the model per GPU and step, "
         f"{estimate.flops(stage):.3e} executed ({count(estimate.micro_batches, 'micro-batch', 'micro-batches')})",
+        f"attention       {attention_share(config.model, config.train.seq_len, estimate.loops[0]):.1%} of the model's "
+        f"forward FLOPs at {count(config.train.seq_len, 'token')} without document boundaries",
         *_bytes(estimate.communication(stage)),
         *_host(estimate),
         f"{short(tokens)} tokens ".ljust(16) + cost,
@@ -130,9 +133,11 @@ def _expert_advice(result: SearchResult) -> list[str]:
     return [f"a higher expert degree does not pay: expert {highest} takes {ratio:.3f} times as long as {chosen}"]
 
 
-def does_not_fit(result: SearchResult, smallest_cluster: int | None, longest: Estimate | None) -> list[str]:
-    """Nothing fits: the layout that needs least memory, its largest part, a cluster that is large enough, and the
-    longest sequences that fit on this one."""
+def does_not_fit(
+    result: SearchResult, smallest_cluster: int | None, longest: Estimate | None, helps: Sequence[str]
+) -> list[str]:
+    """Nothing fits: the layout that needs least memory, its largest part, a cluster that is large enough, the longest
+    sequences that fit on this one, and settings with which these would fit."""
     estimate = result.smallest
     if estimate is None:
         return ["no layout divides these GPUs"]
@@ -145,40 +150,25 @@ def does_not_fit(result: SearchResult, smallest_cluster: int | None, longest: Es
         f"smallest cluster with a layout that fits: {count(smallest_cluster, 'GPU')}"
         if smallest_cluster
         else "no number of these GPUs is enough",
-        *_length_advice(estimate, longest),
+        *_length_advice(estimate, longest, helps),
         *table([estimate]),
     ]
 
 
-def _length_advice(estimate: Estimate, longest: Estimate | None) -> list[str]:
-    """What would help if the length is why nothing fits: shorter sequences fit."""
+def _length_advice(estimate: Estimate, longest: Estimate | None, helps: Sequence[str]) -> list[str]:
+    """If the length is why nothing fits: shorter sequences fit."""
     if longest is None:
         return []
-    train = estimate.config.train
-    p, loops = longest.config.parallel, estimate.config.loops.mean_of(estimate.config.model)
-    helps = []
-    if estimate.host > estimate.cluster.usable_on_host:
-        helps.append("more host memory per node (host_memory_gb of the cluster file)")
-    if train.micro_batch > 1:
-        helps.append("train.micro_batch=1")
-    if train.recompute != "loop":
-        helps.append("train.recompute=loop")
-    if not estimate.config.piece_tokens:
-        helps.append("train.chunk_tokens=2048")
-    if train.offload == "none":
-        helps.append("train.offload=saved")
-    if estimate.config.parallel.tensor > 1 and not estimate.config.parallel.sequence:
-        helps.append("parallel.sequence=true")
-    if estimate.config.loops.backprop is None and loops > 1:
-        helps.append(f"loops.backprop below {loops} (gradient through fewer loops)")
-    helps.append("a higher parallel.context (each sequence over more ranks), or parallel.tensor with parallel.sequence")
+    p, wanted = longest.config.parallel, count(estimate.config.train.seq_len, "token")
     settings = (
         f"tensor={p.tensor} context={p.context} expert={p.expert} pipe={p.pipe} zero={p.zero}{saving(longest.config)}"
     )
     return [
         f"the length is why: {count(longest.config.train.seq_len, 'token')} fit on these GPUs, "
-        f"{count(train.seq_len, 'token')} do not ({' '.join(settings.split())})",
-        f"what helps at {count(train.seq_len, 'token')}: {', '.join(helps)}",
+        f"{wanted} do not ({' '.join(settings.split())})",
+        f"what helps at {wanted}, each alone: {'; '.join(helps)}"
+        if helps
+        else f"no other setting makes {wanted} fit on these GPUs: use more of them, or shorter sequences",
     ]
 
 

@@ -6,7 +6,6 @@ a larger micro-batch never needs less memory. Of the context axis only degrees t
 `_MIN_CONTEXT_TOKENS` of a sequence: with shorter sequences its messages never pay.
 """
 
-import bisect
 import heapq
 import math
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ AXES = (
     *("micro_batch", "recompute", "chunk_tokens", "offload"),
 )
 _PIPES = (1, 2, 4, 8, 16)
-_CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MIN_CONTEXT_TOKENS = 8192
 _RECOMPUTE = ("none", "selective", "loop")
 _CHUNK_TOKENS = (16384, 2048)  # sizes of pieces to try: smaller ones save little more and make small products
@@ -57,7 +56,7 @@ def candidates(config: Config, gpus: int, fixed: Mapping[str, Any]) -> Iterator[
     def choices(name: str, values: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(values)
 
-    contexts = [n for n in _CONTEXTS if n == 1 or config.train.seq_len // n >= _MIN_CONTEXT_TOKENS]
+    contexts = [n for n in CONTEXTS if n == 1 or config.train.seq_len // n >= _MIN_CONTEXT_TOKENS]
     for pipe, context, tensor in product(
         choices("pipe", _PIPES), choices("context", contexts), choices("tensor", divisors(c.n_heads))
     ):
@@ -103,7 +102,7 @@ def search(
     return _search(config, gpus, cluster, fixed, keep, imbalance, save_memory=True)
 
 
-def _variants(config: Config, fixed: Mapping[str, Any]) -> list[Config]:
+def variants_of(config: Config, fixed: Mapping[str, Any]) -> list[Config]:
     """A layout without and with what saves memory and takes time, the least of it first and all of it last."""
     chunks = [fixed["chunk_tokens"]] if "chunk_tokens" in fixed else [None, *_CHUNK_TOKENS]
     offloads = [fixed["offload"]] if "offload" in fixed else ["none", "saved"]
@@ -112,7 +111,7 @@ def _variants(config: Config, fixed: Mapping[str, Any]) -> list[Config]:
     return [one for one in variants if not one.train.chunk_tokens or one.piece_tokens or "chunk_tokens" in fixed]
 
 
-def _first_that_fits(variants: list[Config], gpus: int, cluster: Cluster, imbalance: float) -> Estimate:
+def first_that_fits(variants: list[Config], gpus: int, cluster: Cluster, imbalance: float) -> Estimate:
     """Of the first variant that fits; if none does, of the last, which needs least memory."""
     last = Estimate(variants[-1], gpus, cluster, imbalance)
     if last.fits:
@@ -145,8 +144,8 @@ def _search(
             continue
         for micro_batch in micro_batches:
             tried += 1
-            variants = _variants(with_layout(first, micro_batch=micro_batch), fixed)
-            estimate = _first_that_fits(variants if save_memory else variants[:1], gpus, cluster, imbalance)
+            variants = variants_of(with_layout(first, micro_batch=micro_batch), fixed)
+            estimate = first_that_fits(variants if save_memory else variants[:1], gpus, cluster, imbalance)
             size = estimate.largest_stage.bytes
             if size < smallest_size:
                 result.smallest, smallest_size = estimate, size
@@ -192,37 +191,6 @@ def smallest_cluster(config: Config, gpus: int, cluster: Cluster, fixed: Mapping
     return None
 
 
-_MIN_SEQ_LEN = 256  # tokens: shorter lengths are not tried
-
-
-def longest_length(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[str, Any]) -> Estimate | None:
-    """A layout with the longest sequences that fit on these GPUs, found by halving the length and then, for the layouts
-    that fit there, by bisection in steps of a thirty-second of it. None: no shorter length fits either."""
-    too_long = config.train.seq_len
-    while (seq_len := too_long // 2) >= _MIN_SEQ_LEN:
-        result = search(with_layout(config, seq_len=seq_len), gpus, cluster, fixed)
-        if result.best:
-            candidates = {estimate.config.parallel: estimate for estimate in result.best}.values()
-            longest = [_stretch(estimate, seq_len, too_long) for estimate in candidates]
-            return max(longest, key=lambda estimate: estimate.config.train.seq_len)
-        too_long = seq_len
-    return None
-
-
-def _stretch(fitting: Estimate, seq_len: int, too_long: int) -> Estimate:
-    """The longest sequences between these lengths that fit in a layout, with pieces and saved states as needed."""
-    step = max(1, seq_len // 32)
-    steps = range(seq_len // step, too_long // step)
-    at = bisect.bisect_left(steps, True, key=lambda n: not _at_length(fitting, n * step).fits)
-    return fitting if at == 0 else _at_length(fitting, steps[at - 1] * step)
-
-
-def _at_length(estimate: Estimate, seq_len: int) -> Estimate:
-    config = with_layout(estimate.config, seq_len=seq_len)
-    fixed = {"micro_batch": config.train.micro_batch}
-    return _first_that_fits(_variants(config, fixed), estimate.world_size, estimate.cluster, estimate.imbalance)
-
-
 def check_fixed(config: Config, gpus: int, fixed: Mapping[str, Any]) -> None:
     """Raises UserError for settings that contradict each other or the cluster, with the nearest that work."""
     problems = layout_problems(with_layout(config, **fixed))
@@ -262,6 +230,6 @@ def _possible_gpus(config: Config, fixed: Mapping[str, Any], limit: int) -> set[
     pipes = [fixed["pipe"]] if "pipe" in fixed else _PIPES
     tensors = [fixed["tensor"]] if "tensor" in fixed else divisors(config.model.n_heads)
     replicas = divisors(math.gcd(*config.train.batch_sizes))
-    contexts = [fixed["context"]] if "context" in fixed else _CONTEXTS
+    contexts = [fixed["context"]] if "context" in fixed else CONTEXTS
     numbers = {math.prod(sizes) for sizes in product(pipes, contexts, tensors, replicas)}
     return {number for number in numbers if number <= limit}
