@@ -36,8 +36,8 @@ from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel.context import context_shard
 from mythos_dist.parallel.mesh import build_mesh
 
-# S tokens, n of them on this rank, H heads, d and v channels of a key and a value, w = d, W elements of a latent with the
-# rotary key.
+# S tokens, n of them on this rank, H heads, d and v channels of a key and a value, w = d, W elements of a latent with
+# the rotary key.
 
 HEADS, LATENT, ROPE, NOPE, VALUE = 8, 512, 64, 128, 128
 TOLERANCE = 1e-4  # relative to the largest element; sums in another order

@@ -238,7 +238,7 @@ def test_a_dry_run_equals_a_real_rank(world, layouts):
         assert dry_result["communication"] == measured["communication"], where
 
 
-@pytest.mark.parametrize("attention", ["mla", "gqa"])
+@pytest.mark.parametrize("attention", ["mla", pytest.param("gqa", marks=pytest.mark.long)])
 def test_of_pieces_of_keys_that_repeat_two_show_what_all_need(attention):
     """A dry run that visits all eight pieces of a sequence over eight ranks has the same memory, FLOPs and bytes."""
     layout = (

@@ -126,16 +126,20 @@ class _Moments:
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
         self.exchange = layers.context_exchange()
         self.in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
-        buffers = self._pipeline_buffers(loops, no_grad)
+        boundary_layers = LayerMessages(config, mesh, self.readouts)
+        self.boundaries = boundary_layers.stage_boundaries(stage_specs(config), loops, no_grad)  # received, sent
+        buffers = self._pipeline_buffers(micro_batches)
         self.all_saved = (self.in_flight + 1) * saved + buffers
         self.saved_before_loops = self.in_flight * saved + before_loops.total + buffers
 
-    def _pipeline_buffers(self, loops: range, no_grad: int) -> float:
-        """deepspeed/runtime/pipe/engine.py keeps what a stage received and what it sent of every micro-batch in the
-        pipeline, and has a buffer to receive activations and one to receive gradients."""
-        layers = LayerMessages(self.config, self.mesh, self.readouts)
-        received, sent = layers.stage_boundaries(stage_specs(self.config), loops, no_grad)
-        return (self.in_flight + 2.0) * (received + sent)
+    def _pipeline_buffers(self, micro_batches: int) -> float:
+        """deepspeed/runtime/pipe/engine.py: what a stage received and what it sent, of each micro-batch in the
+        pipeline; the buffer that messages arrive in, one for both directions if it is large enough. The last stage
+        keeps the losses of its last two micro-batches, and so what those have received, and its gradient."""
+        received, sent = self.boundaries
+        arriving = received + (sent if sent > received else 0)
+        done = 2 * received * min(2, micro_batches) if self.stage.is_last else 0
+        return (self.in_flight + 1.0) * (received + sent) + arriving + done
 
     def _carries(self, groups: int, on_device: int) -> float:
         """Bytes of the inputs of recomputed groups; of those that go to host memory, of `on_device` groups."""
@@ -206,7 +210,8 @@ class _Moments:
         head, gathered = (layers.residual + 2 * layers.x) * self.readouts, 0.0
         if layers.in_pieces and self.mesh.sequence:  # only the chunk's rows are gathered, and their gradient scattered
             head, gathered = 3 * layers.residual * self.readouts, 2 * chunk * c.dim * layers.b
-        activations = self.all_saved + head + gathered + chunk * vocab * per_logit
+        received = self.boundaries[0]  # and its copy, which the stage's forward pass works on
+        activations = self.all_saved + received + head + gathered + chunk * vocab * per_logit
         return {"activations": activations, "gradients": self.head_gradient}
 
     def _dense_block(self, saved: float, readouts: int, residuals: int) -> Memory:
