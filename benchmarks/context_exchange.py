@@ -139,33 +139,37 @@ class Ring(torch.autograd.Function):
         return grad_q, arriving, grad_weight
 
 
+def _forward(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    """The CPU's kernel as PyTorch's ring calls one."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return op(query, key, value, 0.0, arguments["is_causal"])
+
+
+def _backward(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    others = (arguments[name] for name in ("out", "logsumexp"))
+    return op(arguments["grad_out"], query, key, value, *others, 0.0, arguments["is_causal"])
+
+
 class TorchRing(torch.autograd.Function):
     """PyTorch's ring of key and value heads."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(1, H, n, w) -> the same."""
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         group = dist.group.WORLD
         assert group is not None
-        out, lse = theirs._templated_ring_attention(
-            group, 2, lambda q, k, v, is_causal, **_: op(q, k, v, 0.0, is_causal), q, k, v, is_causal=True
-        )
+        out, lse = theirs._templated_ring_attention(group, 2, _forward, q, k, v, is_causal=True)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-        def attend(query, key, value, out, logsumexp, is_causal, grad_out):
-            return op(grad_out, query, key, value, out, logsumexp, 0.0, is_causal)
-
         q, k, v, out, lse = ctx.saved_tensors
         group = dist.group.WORLD
         assert group is not None
         grads = theirs._templated_ring_attention_backward(
-            group, 2, attend, grad.contiguous(), "grad_out", q, k, v, out, lse, True
+            group, 2, _backward, grad.contiguous(), "grad_out", q, k, v, out, lse, True
         )
         return grads[:3]
 

@@ -230,6 +230,8 @@ def _mark_static(meter: Meter, engine: Any) -> None:
     optimizer = engine.deepspeed.optimizer
     parameters = list(engine.model.parameters())
     meter.weight_shapes = {parameter.shape for parameter in parameters if parameter.dim() > 1}
+    if engine.config.parallel.zero == 2:
+        meter.bucket = int(optimizer.reduce_bucket_size)
     for flat, state in optimizer.optimizer.state.items():
         meter.mark([flat, *(value for value in state.values() if isinstance(value, Tensor))], "optimizer")
     shards = engine.local_shards.values()

@@ -155,20 +155,28 @@ def test_what_helps_where_the_length_is_why_fits_and_a_little_less_does_not():
     context = int(re.fullmatch(r"parallel.context=(\d+) \(--fixed context=1\)", lines[0])[1])  # type: ignore[index]
     assert search(config, 1024, H100, {**LAYOUT, "context": context}).best
 
-    _, smallest, lines = helps(163840, **LAYOUT)
-    backprop = next(int(found[1]) for line in lines if (found := re.match(r"loops.backprop=(\d+)", line)))
-    loops = [replace(smallest.config.loops, backprop=n) for n in (backprop, backprop + 1)]
-    assert [replace(smallest, config=replace(smallest.config, loops=one)).fits for one in loops] == [True, False]
-
     small = replace(H100, host_memory_gb=1.0)
-    offloaded = {**LAYOUT, "chunk_tokens": 2048, "offload": "saved"}
-    _, smallest, lines = helps(131072, small, **offloaded)
+    _, smallest, lines = helps(163840, small, **LAYOUT)
     assert f"nodes with more host memory ({smallest.host / 1e9:.0f} GB per GPU" in lines[-1]
+    most = next(int(found[1]) for line in lines if (found := re.match(r"loops.backprop=(\d+)", line)))
 
-    rest = {name: value for name, value in LAYOUT.items() if name != "context"}
-    config, _, lines = helps(16384, replace(H100, memory_gb=44.0), **rest)
-    (context,) = (int(line.split("=")[1]) for line in lines if line.startswith("parallel.context="))
-    assert config.train.seq_len // context < 8192, "a degree that a search does not try"
+    def fits(backprop: int) -> bool:
+        loops = replace(smallest.config.loops, backprop=backprop)
+        tried = replace(smallest.config, loops=loops)
+        saving = itertools.product((None, 16384, 2048), ("none", "saved"))
+        return any(Estimate(with_layout(tried, chunk_tokens=c, offload=o), 1024, small).fits for c, o in saving)
+
+    assert fits(most) and not fits(most + 1)
+
+    config = config_of("100b", "train.seq_len=16384", "train.global_batch=1024")
+    tiny, needed = replace(H100, memory_gb=10.0), {}
+    for context in (2, 4):
+        result = search(config, 1024, tiny, {**LAYOUT, "context": context})
+        assert result.smallest is not None
+        needed[context] = result.smallest.largest_stage.bytes / 1e9
+    between = replace(H100, memory_gb=sum(needed.values()) / 2 + H100.reserved_gb)
+    _, _, lines = helps(16384, between, **{name: value for name, value in LAYOUT.items() if name != "context"})
+    assert "parallel.context=4" in lines, "which leaves ranks fewer tokens than a search tries"
 
 
 def test_a_larger_nvlink_domain_never_makes_a_step_slower():

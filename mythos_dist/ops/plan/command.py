@@ -44,12 +44,10 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
         check_fixed(config, gpus, fixed)
         result = search(config, gpus, cluster, fixed, arguments.top, arguments.imbalance)
         if not result.best:
-            larger, longest = (
-                smallest_cluster(config, gpus, cluster, fixed),
-                longest_length(config, gpus, cluster, fixed),
-            )
-            too_long = result.smallest is not None and longest is not None
-            helps = what_helps(config, gpus, cluster, fixed, result.smallest) if too_long else []
+            larger = smallest_cluster(config, gpus, cluster, fixed)
+            longest, helps = longest_length(config, gpus, cluster, fixed), []
+            if longest is not None and result.smallest is not None:
+                helps = what_helps(config, gpus, cluster, fixed, result.smallest)
             if arguments.json:
                 least = as_json(result.smallest, arguments.tokens) if result.smallest else None
                 length = longest and longest.config.train.seq_len

@@ -12,7 +12,7 @@ from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import Config
 from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.estimate import Estimate, with_layout
-from mythos_dist.ops.plan.search import CONTEXTS, first_that_fits, search, variants_of
+from mythos_dist.ops.plan.search import CONTEXTS, MIN_CONTEXT_TOKENS, first_that_fits, search, variants_of
 
 _MIN_SEQ_LEN = 256  # tokens: shorter lengths are not tried
 
@@ -25,22 +25,22 @@ def longest_length(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[s
         result = search(with_layout(config, seq_len=seq_len), gpus, cluster, fixed)
         if result.best:
             candidates = {estimate.config.parallel: estimate for estimate in result.best}.values()
-            longest = [_stretch(estimate, seq_len, too_long) for estimate in candidates]
+            longest = [_stretch(estimate, seq_len, too_long, fixed) for estimate in candidates]
             return max(longest, key=lambda estimate: estimate.config.train.seq_len)
         too_long = seq_len
     return None
 
 
-def _stretch(fitting: Estimate, seq_len: int, too_long: int) -> Estimate:
+def _stretch(fitting: Estimate, seq_len: int, too_long: int, fixed: Mapping[str, Any]) -> Estimate:
     """The longest sequences between these lengths that fit in a layout, with pieces and saved states as needed."""
     step = max(1, seq_len // 32)
     steps = range(seq_len // step, too_long // step)
-    at = bisect.bisect_left(steps, True, key=lambda n: not _at_length(fitting, n * step).fits)
-    return fitting if at == 0 else _at_length(fitting, steps[at - 1] * step)
+    at = bisect.bisect_left(steps, True, key=lambda n: not _at_length(fitting, n * step, fixed).fits)
+    return fitting if at == 0 else _at_length(fitting, steps[at - 1] * step, fixed)
 
 
-def _at_length(estimate: Estimate, seq_len: int) -> Estimate:
-    return _planned(estimate, with_layout(estimate.config, seq_len=seq_len))
+def _at_length(estimate: Estimate, seq_len: int, fixed: Mapping[str, Any]) -> Estimate:
+    return _planned(estimate, with_layout(estimate.config, seq_len=seq_len), fixed)
 
 
 _LEAST_CONTEXT_TOKENS = 1024  # of a sequence on a rank, for degrees that a search leaves out as they are slow
@@ -52,7 +52,7 @@ def what_helps(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[str, 
     return [
         *_other_than_fixed(config, gpus, cluster, fixed),
         *_higher_context(config, gpus, cluster, fixed),
-        *_fewer_loops_with_gradient(smallest),
+        *_fewer_loops_with_gradient(smallest, fixed),
         *_more_host_memory(smallest),
     ]
 
@@ -70,19 +70,22 @@ def _higher_context(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[
     if "context" in fixed:
         return
     for context in CONTEXTS:
-        if config.train.seq_len // context < _LEAST_CONTEXT_TOKENS:
+        tokens = config.train.seq_len // context
+        if tokens < _LEAST_CONTEXT_TOKENS:
             return
+        if context == 1 or tokens >= MIN_CONTEXT_TOKENS:
+            continue  # these have been tried
         if search(config, gpus, cluster, {**fixed, "context": context}, keep=1).best:
             yield f"parallel.context={context}"
             return
 
 
-def _fewer_loops_with_gradient(smallest: Estimate) -> Iterator[str]:
+def _fewer_loops_with_gradient(smallest: Estimate, fixed: Mapping[str, Any]) -> Iterator[str]:
     """The most that fit in the layout that needs least memory."""
     n_loops, no_grad = smallest.loops
     for backprop in range(n_loops - no_grad - 1, 0, -1):
         config = replace(smallest.config, loops=replace(smallest.config.loops, backprop=backprop))
-        if not problems(config) and _planned(smallest, config).fits:
+        if not problems(config) and _planned(smallest, config, fixed).fits:
             yield f"loops.backprop={backprop} (gradient through the last loops only)"
             return
 
@@ -93,9 +96,8 @@ def _more_host_memory(smallest: Estimate) -> Iterator[str]:
         yield f"nodes with more host memory ({needed}; host_memory_gb of the cluster file)"
 
 
-def _planned(estimate: Estimate, config: Config) -> Estimate:
-    """Another config in the layout of an estimate, with pieces and saved states as needed."""
-    fixed = {"micro_batch": config.train.micro_batch}
+def _planned(estimate: Estimate, config: Config, fixed: Mapping[str, Any]) -> Estimate:
+    """Another config in the layout of an estimate, with pieces and saved states as needed, but for `fixed`."""
     return first_that_fits(variants_of(config, fixed), estimate.world_size, estimate.cluster, estimate.imbalance)
 
 

@@ -83,6 +83,7 @@ class Meter(TorchDispatchMode):
         self.flops = 0.0
         self.operations = 0
         self.weight_shapes: set[torch.Size] = set()  # a tensor of such a shape can be a gradient
+        self.bucket = 0  # elements of the buffer in which ZeRO reduces gradients
         self.gather_parameters: set[str] = set()  # process groups whose all-gathers unshard parameters (ZeRO-3)
         self._storages: dict[int, tuple[int, list[str]]] = {}  # bytes and part
 
@@ -123,6 +124,8 @@ class Meter(TorchDispatchMode):
     def _part_of(self, tensor: Tensor, packet: Any, backward: bool) -> str:
         if self.phase != "passes":
             return "workspace"
+        if tensor.shape == (self.bucket,):
+            return "communication"
         if tensor.shape in self.weight_shapes and (
             self._is_weight_gradient(tensor, packet) if backward else packet is _HEAD_GRADIENT
         ):

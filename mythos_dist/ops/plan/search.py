@@ -3,7 +3,7 @@
 Tries every combination of tensor x context x expert x pipe x ZeRO x micro-batch x recomputation x sequence parallelism
 that the rules allow, except those that another one rules out: memory between steps does not depend on activations, and
 a larger micro-batch never needs less memory. Of the context axis only degrees that leave each rank at least
-`_MIN_CONTEXT_TOKENS` of a sequence: with shorter sequences its messages never pay.
+`MIN_CONTEXT_TOKENS` of a sequence: with shorter sequences its messages never pay.
 """
 
 import heapq
@@ -31,7 +31,7 @@ AXES = (
 )
 _PIPES = (1, 2, 4, 8, 16)
 CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
-_MIN_CONTEXT_TOKENS = 8192
+MIN_CONTEXT_TOKENS = 8192
 _RECOMPUTE = ("none", "selective", "loop")
 _CHUNK_TOKENS = (16384, 2048)  # sizes of pieces to try: smaller ones save little more and make small products
 _MAX_GPUS = 1 << 17
@@ -56,7 +56,7 @@ def candidates(config: Config, gpus: int, fixed: Mapping[str, Any]) -> Iterator[
     def choices(name: str, values: Any) -> list[Any]:
         return [fixed[name]] if name in fixed else list(values)
 
-    contexts = [n for n in CONTEXTS if n == 1 or config.train.seq_len // n >= _MIN_CONTEXT_TOKENS]
+    contexts = [n for n in CONTEXTS if n == 1 or config.train.seq_len // n >= MIN_CONTEXT_TOKENS]
     for pipe, context, tensor in product(
         choices("pipe", _PIPES), choices("context", contexts), choices("tensor", divisors(c.n_heads))
     ):
