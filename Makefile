@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo chat-demo depth-demo long-demo loop-ablation optimizer-study test test-all check bench constraints clean
+.PHONY: demo chat-demo depth-demo long-demo loop-ablation optimizer-study test test-all check docs bench constraints clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
@@ -40,6 +40,10 @@ check: $(READY)  ## lint, types and the quick tests; 90 seconds
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --hypothesis-profile quick -m "not launch and not long"; tests=$$?; \
 	wait $$types && exit $$tests
 
+docs: $(READY)  ## build the documentation site, site/index.html; warnings and links that lead nowhere are errors
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs site
+	@echo "open site/index.html"
+
 bench: $(READY)  ## compare with open-mythos, plain loops and the disk; cost of loops and recomputation; needs an idle machine
 	$(BIN)/python benchmarks/step_vs_open_mythos.py
 	$(BIN)/python benchmarks/moe_layer.py
@@ -59,7 +63,7 @@ constraints: $(READY)  ## pin what pyproject.toml newly requires; with UPGRADE=1
 	mv .venv/new.txt constraints.txt
 
 clean:  ## delete everything that the targets above created
-	rm -rf .venv runs data/sample data/sample-source *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs site docs/reference data/sample data/sample-source *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # open-mythos is the tests' reference. It pins an older torch, so it is installed outside the environment's packages and
 # without its requirements; `pip check` then reports no conflict.

@@ -27,7 +27,16 @@ EXIT_INTERRUPTED = 130  # Ctrl-C with nothing to save, or a second Ctrl-C; the s
 
 
 class UserError(ValueError):
-    """One or more problems, one per line; each names the setting, shows its value and says what to do."""
+    """One or more problems, one per line; each names the setting, shows its value and says what to do.
+
+    >>> from mythos_dist import UserError, load_config
+    >>> try:
+    ...     load_config("configs/tiny_cpu.yaml", ["model.dimm=3", "train.steps=0"])
+    ... except UserError as error:
+    ...     print(*error.problems, sep="\\n")
+    model.dimm: unknown key; did you mean model.dim?
+    train.steps=0 must be at least 1
+    """
 
     exit_code = EXIT_USER_ERROR
     only_this_rank = False  # True: perhaps not on rank 0, so one rank of each node prints it

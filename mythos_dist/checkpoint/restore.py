@@ -43,7 +43,7 @@ from mythos_dist.parallel.process import any_rank, from_rank_0, on_rank_0, raise
 from mythos_dist.store.backends import check_scheme
 from mythos_dist.store.fetch import Unavailable
 from mythos_dist.store.folder import list_folder
-from mythos_dist.urls import AnyPath, RemotePath
+from mythos_dist.urls import AnyPath, RemotePath, any_path
 
 _DEFAULTS = CheckpointConfig()
 
@@ -218,13 +218,18 @@ def load_state(
     checkpoint.read_all(wanted(), progress)
 
 
-def load_model(path: AnyPath) -> tuple[Mythos, Config, int]:
+def load_model(path: str | AnyPath) -> tuple[Mythos, Config, int]:
     """The unsharded fp32 model of a checkpoint, of a run's newest one, or of an export, in eval mode; its config, of
     which an export has `model`, `act` and `loops` only; its step.
 
     Raises UserError if there is no checkpoint, or if it is damaged.
+
+    >>> from mythos_dist import load_model
+    >>> model, config, step = load_model("runs/first")
+    >>> step, config.train.seq_len
+    (3, 32)
     """
-    checkpoint = open_weights_at(path)
+    checkpoint = open_weights_at(any_path(path) if isinstance(path, str) else path)
     checkpoint.raise_if_damaged(hashes=not checkpoint.is_remote)  # of moments, too, which a model does not have
     return model_of(checkpoint)
 

@@ -60,6 +60,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Where a source replaces `data.path` by `data.mix` or vice versa, rank 0 prints a note on standard error.
     Raises UserError with all problems: unknown keys, wrong types, broken rules.
+
+    >>> from mythos_dist import load_config
+    >>> load_config("configs/tiny_cpu.yaml", ["train.steps=40"]).train.steps
+    40
     """
     return load_stages(path, overrides)[0]
 
@@ -68,6 +72,10 @@ def load_stages(path: str | Path, overrides: Iterable[str] = ()) -> list[Config]
     """As `load_config`, for each of the file's `stages:` in order; without them a list of one.
 
     Overrides apply to every stage.
+
+    >>> from mythos_dist import load_stages
+    >>> [config.run.stage for config in load_stages("configs/recipes/long_context_tiny.yaml")]
+    ['short', 'long']
     """
     messages: list[str] = []
     path = find_config(path)

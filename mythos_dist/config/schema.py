@@ -74,17 +74,18 @@ class RopeScaling(Section, section="model.rope_scaling"):
     # linear: all positions are divided by `factor` (position interpolation). yarn: those of slow channels only.
     kind: Literal["linear", "yarn"]
     factor: Annotated[float, Range(1, 1e6)]  # times original_max_seq_len, it is model.max_seq_len
-    original_max_seq_len: Tokens
-    # Of yarn; names and defaults are those of transformers. Channels that rotate more than beta_fast times within the
-    # original length keep their frequency, those that rotate less than beta_slow times are divided by the factor.
-    beta_fast: Above0 | None = None  # None: BETA_FAST
-    beta_slow: Above0 | None = None  # None: BETA_SLOW
+    original_max_seq_len: Tokens  # context that the model was trained with before
+    # Of yarn, as all that follow; names and defaults are those of transformers. Channels that rotate more than this
+    # many times within the original length keep their frequency.
+    beta_fast: Above0 | None = None  # None: 32 (BETA_FAST)
+    # Channels that rotate less than this many times within the original length are divided by the factor.
+    beta_slow: Above0 | None = None  # None: 1 (BETA_SLOW)
     truncate: bool | None = None  # round the channels at which the ramp between both begins and ends; None: true
     attention_factor: Above0 | None = None  # of rotary queries and keys; None: 0.1 ln(factor) + 1, or from mscale
     # Both set, as in DeepSeek-V3: attention_factor is the ratio of 0.1 m ln(factor) + 1 for either m. MLA's softmax
     # scale is multiplied by the square of that of mscale_all_dim.
     mscale: Above0 | None = None
-    mscale_all_dim: Above0 | None = None
+    mscale_all_dim: Above0 | None = None  # see mscale
 
     def complete(self) -> None:
         """Whole numbers become floats where floats are expected: one value has one text."""
@@ -97,17 +98,25 @@ class RopeScaling(Section, section="model.rope_scaling"):
 
 @dataclass(frozen=True)
 class MythosConfig(Section, section="model"):
-    """The model. Fields up to `dropout` have OpenMythos' names, meanings and defaults."""
+    """The model. Fields up to `dropout` have OpenMythos' names, meanings and defaults.
 
-    vocab_size: Width = 32000
+    >>> from mythos_dist import MythosConfig
+    >>> MythosConfig(dim=1024, n_heads=16, attn_type="gqa").head_dim
+    64
+    >>> MythosConfig(dim=0)
+    Traceback (most recent call last):
+    mythos_dist.errors.UserError: model.dim=0 must be at least 1
+    """
+
+    vocab_size: Width = 32000  # rows of the embedding, which is also the head
     dim: Width = 2048  # width of the residual stream
-    n_heads: Width = 16
+    n_heads: Width = 16  # attention heads (queries)
     n_kv_heads: Width = 4  # GQA: key-value heads
     max_seq_len: Tokens = 4096  # longest context, in tokens
     max_loop_iters: LoopCount = 16  # loops of the recurrent block; rows of the depth LoRA's table
-    prelude_layers: Layers = 2
-    coda_layers: Layers = 2
-    attn_type: Literal["gqa", "mla"] = "mla"
+    prelude_layers: Layers = 2  # dense blocks before the loops
+    coda_layers: Layers = 2  # dense blocks after the loops
+    attn_type: Literal["gqa", "mla"] = "mla"  # grouped-query or multi-head latent attention
     kv_lora_rank: Width = 512  # MLA: width of the latent of keys and values; the KV cache holds it
     q_lora_rank: Width = 1536  # MLA: width of the latent of queries
     qk_rope_head_dim: Annotated[int, Range(0, 1 << 20)] = 64  # MLA: rotary channels per head
@@ -119,10 +128,10 @@ class MythosConfig(Section, section="model"):
     expert_dim: Width = 512  # hidden width of one routed expert
     # A token halts when its cumulative halting probability reaches this.
     act_threshold: Annotated[float, Range(0, 1, above=True, words="must be above 0 and at most 1")] = 0.99
-    rope_theta: Above0 = 500000.0
+    rope_theta: Above0 = 500000.0  # base of the rotary frequencies
     lora_rank: Width = 16  # of the depth LoRA
     max_output_tokens: Tokens = 4096  # default limit of generated tokens
-    dropout: Momentum = 0.0
+    dropout: Momentum = 0.0  # probability, in training, of the outputs of attention and FFNs
     # reference: exactly OpenMythos 0.5.0. train: fixes what prevents OpenMythos from training (the router's bias
     # follows the load); `act.mode` and the fields below are configurable, with defaults measured in docs/loops.md.
     mode: Literal["reference", "train"] = "train"
@@ -203,7 +212,12 @@ BY_MODE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ExpertsConfig(Section, section="experts"):
-    """How routed experts run, and how their load is balanced."""
+    """How routed experts run, and how their load is balanced.
+
+    >>> from mythos_dist import ExpertsConfig
+    >>> ExpertsConfig(z_loss=1e-3).backend
+    'grouped'
+    """
 
     # grouped: torch's grouped matrix product. megablocks: MegaBlocks' kernels, bf16 on GPUs (launch/install_gpu.sh).
     # reference: one expert after the other, for tests.
@@ -215,7 +229,12 @@ class ExpertsConfig(Section, section="experts"):
 
 @dataclass(frozen=True)
 class ActConfig(Section, section="act"):
-    """Adaptive computation time: which loops' states the coda gets."""
+    """Adaptive computation time: which loops' states the coda gets.
+
+    >>> from mythos_dist import ActConfig, MythosConfig
+    >>> ActConfig().mode_of(MythosConfig(mode="reference"))
+    'reference'
+    """
 
     # off: the last loop's; nothing halts. reference: the sum of all, weighted by halting probabilities, as in
     # OpenMythos, which drops the probability that remains after the last loop. safe: the same, but the last loop gets
@@ -249,7 +268,7 @@ class LoopsConfig(Section, section="loops"):
     # The mean (uniform_set: the largest number drawn) grows from 1 over the first `curriculum_steps` steps, linearly or
     # as 1 - sqrt(1 - x).
     curriculum: Literal["none", "linear", "1-sqrt"] = "none"
-    curriculum_steps: StepsOrOff = 0
+    curriculum_steps: StepsOrOff = 0  # steps of `curriculum`
     backprop: LoopCount | None = None  # number of last loops with gradient (truncated BPTT); None: all
     # final: the loss after the last loop. per_loop: the mean over loops of the loss if that loop were the last
     # (act.mode=ponder: weighted by halting probabilities), against the targets of that loop if the shards have them.
@@ -292,13 +311,13 @@ class ParallelConfig(Section, section="parallel"):
 @dataclass(frozen=True)
 class TrainConfig(Section, section="train"):
     steps: Steps = 1000  # optimizer updates
-    seq_len: Tokens = 1024  # tokens
+    seq_len: Tokens = 1024  # tokens per sequence
     global_batch: Sequences = 8  # sequences per step, over all replicas; with `batch_ramp` those of the steps after it
     # Smaller global batches of the first steps, ascending: [[8, 100], [16, 200]] is 8 sequences per step for 100 steps,
     # then 16 for 200 steps, then `global_batch`. The learning rate is not scaled.
     batch_ramp: tuple[RampSize, ...] = ()
     micro_batch: Sequences = 1  # sequences per replica and forward pass
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # of weights and activations; the optimizer has fp32 copies
     # auto: flash-attn if installed, on GPUs in half precision; otherwise PyTorch's scaled_dot_product_attention (sdpa).
     attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
     # torch.compile every block: takes minutes at startup and needs a C++ compiler; not with ZeRO-3.
@@ -349,9 +368,9 @@ class OptimConfig(Section, section="optim"):
     # muon: matrices of the blocks (those with weight decay) by Muon (Jordan et al. 2024), all other parameters by
     # AdamW. Updates have the RMS of AdamW's, so the same rate and weight decay suit both (Moonlight, Liu et al. 2025).
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Weight = 3e-4
+    lr: Weight = 3e-4  # peak learning rate
     muon_lr: Weight | None = None  # peak rate of the matrices; None: lr. It follows the same schedule.
-    muon_momentum: Momentum = 0.95
+    muon_momentum: Momentum = 0.95  # of the matrices' moment
     muon_nesterov: bool = True  # Nesterov momentum
     muon_ns_steps: Annotated[int, Range(1, 99)] = 5  # Newton-Schulz iterations that orthogonalize an update
     # cosine, linear: down to lr * min_lr_ratio right after the warm-up, then constant. wsd: constant until the last
@@ -360,10 +379,10 @@ class OptimConfig(Section, section="optim"):
     decay_steps: Steps | None = None  # None: all steps after the warm-up (cosine, linear), a tenth of the run (wsd)
     decay: Literal["linear", "1-sqrt"] = "linear"  # shape of wsd's decay
     min_lr_ratio: Annotated[float, Range(0, 1, words="must lie between 0 and 1")] = 0.1  # constant: not used
-    warmup_steps: StepsOrOff = 100
-    beta1: Momentum = 0.9
-    beta2: Momentum = 0.95
-    eps: Above0 = 1e-8
+    warmup_steps: StepsOrOff = 100  # linear warm-up from 0
+    beta1: Momentum = 0.9  # decay of AdamW's first moment
+    beta2: Momentum = 0.95  # decay of AdamW's second moment
+    eps: Above0 = 1e-8  # AdamW: added to the root of the second moment
     weight_decay: Weight = 0.1  # of matrices only: not of norms, injection, halting, biases, embeddings
     grad_clip: Weight = 1.0  # maximum global gradient norm; 0: no clipping
 
@@ -412,7 +431,7 @@ class DataConfig(Section, section="data"):
     # Weights that those of `mix` change to, linearly from the first to the second of `mix_samples`, in sequences:
     # [40000, 80000] is steps 5001 to 10000 with train.global_batch=8. Each mix may have folders that the other has not.
     mix_end: dict[str, MixWeight] | None = None
-    mix_samples: tuple[SamplePosition, SamplePosition] | None = None
+    mix_samples: tuple[SamplePosition, SamplePosition] | None = None  # see mix_end
     tokenizer: PathText | None = None  # None: the one in the folder of shards
     document_mask: bool = True  # attention within documents only
     workers: Annotated[int, Range(0, 1024)] = 0  # loader processes per rank
@@ -473,18 +492,17 @@ class CheckpointConfig(Section, section="checkpoint"):
 
 @dataclass(frozen=True)
 class RunConfig(Section, section="run"):
-    dir: PathText = "runs/mythos"
+    dir: PathText = "runs/mythos"  # run folder; a run whose folder has a checkpoint resumes
     # A run (its newest checkpoint), a checkpoint or an export, or the URL of one: a run without a checkpoint of its own
     # begins with its weights. In YAML and on the command line this and `start_from_state` need no section.
     start_from: PathText = ""
     # weights: with the router's bias; schedule and data begin anew. weights+moments: also the optimizer's. everything:
     # step count (of schedule, loops and random numbers), loss scale and data order continue as in a resume.
     start_from_state: Literal["weights", "weights+moments", "everything"] = "weights"
-    # Set by `stages:` (stages.py): the name of the stage, and the step of the run after which it begins.
-    stage: str = ""
-    stage_begin: StepsOrOff = 0
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-    wandb: Literal["offline", "online", "disabled"] = "offline"
+    stage: str = ""  # set by `stages:` (stages.py): the name of the stage
+    stage_begin: StepsOrOff = 0  # set by `stages:`: the step of the run after which the stage begins
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of initial weights, data order and loops
+    wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: a record in the run folder
     # Log the bytes that all ranks send, by axis and kind, with each step (`communication`). Slows CPU steps down.
     count_communication: bool = False
     # Peak TFLOP/s of one rank, for `mfu`; None: looked up by the GPU's name, measured at startup on CPUs.
@@ -520,7 +538,13 @@ class FaultsConfig(Section, section="faults"):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run."""
+    """All settings of a run, by section; each section can be given.
+
+    >>> from mythos_dist import Config, MythosConfig
+    >>> config = Config(model=MythosConfig(max_loop_iters=8))
+    >>> config.loops.mean_of(config.model), config.train.steps
+    (8, 1000)
+    """
 
     model: MythosConfig = field(default_factory=MythosConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)

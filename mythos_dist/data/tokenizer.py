@@ -44,7 +44,14 @@ PROBE = "  The  trick's  12345 (of) it,\n\n\tall:   naïve, \u00a0日本語 e\u0
 
 
 class Tokenizer:
-    """Base of both kinds; create one with `load`."""
+    """Base of both kinds, SentencePiece and tokenizer.json; create one with `load`.
+
+    >>> from mythos_dist import Tokenizer
+    >>> tokenizer = Tokenizer.load("shards/tokenizer.model")
+    >>> ids = tokenizer.encode("import torch")  # int32 of shape (tokens,), without EOS
+    >>> tokenizer.decode(ids), tokenizer.eos
+    ('import torch', '</s>')
+    """
 
     file_name: str  # in a folder of shards
     eos: str  # the text of the token that ends documents
@@ -355,6 +362,11 @@ def train_tokenizer(
 
     The same texts give the same bytes. Beyond MAX_TRAIN_LINES lines, a random sample is drawn with `seed`.
     Raises UserError if `vocab_size` is impossible for the texts.
+
+    >>> from pathlib import Path
+    >>> from mythos_dist import train_tokenizer
+    >>> train_tokenizer(["a text and a text"] * 100, Path("tokenizer.model"), vocab_size=266).vocab_size
+    266
     """
     return train_on_lines(sample_lines(texts, seed), out, vocab_size, model_type)
 

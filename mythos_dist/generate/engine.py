@@ -94,7 +94,17 @@ class Reading:
 
 
 class Engine:
-    """Decodes submitted requests, `max_batch` at a time, on one process. Not thread-safe."""
+    """Decodes submitted requests, `max_batch` at a time, on one process. Not thread-safe.
+
+    >>> from mythos_dist import Engine, Sampling, load_trained
+    >>> trained = load_trained("runs/first")
+    >>> engine = Engine(trained.model, trained.tokenizer, n_loops=2, max_batch=8)
+    >>> prompt = trained.tokenizer.encode("The").tolist()
+    >>> request = engine.submit(prompt, Sampling(max_new_tokens=5, temperature=0))
+    >>> engine.run()  # or step by step: request.text grows
+    >>> len(request.tokens), request.finish_reason
+    (5, 'length')
+    """
 
     def __init__(
         self,

@@ -27,7 +27,12 @@ EXIT_THRESHOLDS = {"latent": 0.03, "kl": 5e-4}
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one request."""
+    """Settings of one request.
+
+    >>> from mythos_dist import Sampling
+    >>> Sampling(max_new_tokens=50, temperature=0.8, top_p=0.95, seed=1).exit is None  # all loops for each token
+    True
+    """
 
     max_new_tokens: int = 100
     n_loops: int | None = None  # None: the engine's

@@ -10,7 +10,7 @@ from mythos_dist.data.manifest import ChatTemplate
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.data.tokenizer_files import find_tokenizer
 from mythos_dist.model.mythos import Mythos
-from mythos_dist.urls import AnyPath
+from mythos_dist.urls import AnyPath, any_path
 
 
 class Trained(NamedTuple):
@@ -29,8 +29,17 @@ class Trained(NamedTuple):
         return find_renderer(self.tokenizer, template)
 
 
-def load_trained(path: AnyPath, tokenizer_file: Path | None) -> Trained:
-    """The model at `path` with its own tokenizer, that of its shards, or the given one. Raises UserError."""
+def load_trained(path: str | AnyPath, tokenizer_file: Path | None = None) -> Trained:
+    """The model at `path` (a run, checkpoint or export) with its own tokenizer, that of its shards, or the given one.
+
+    Raises UserError if a part is missing or damaged.
+
+    >>> from mythos_dist import load_trained
+    >>> trained = load_trained("runs/first")
+    >>> trained.step, trained.n_loops, trained.tokenizer.eos
+    (3, 2, '</s>')
+    """
+    path = any_path(path) if isinstance(path, str) else path
     model, config, step = load_model(path)
     found = find_tokenizer(path.expanduser(), config.data, tokenizer_file)
     return Trained(model, config.loops.mean_of(config.model), step, found.tokenizer, found.template)

@@ -42,6 +42,15 @@ class KVCache:
 
     A layer appends the values of its new tokens and reads those of all tokens; a full buffer doubles in size. The model
     calls `start_pass` before its layers and `advance` after them.
+
+    >>> import torch
+    >>> from mythos_dist import KVCache, Mythos
+    >>> model, cache = Mythos.from_pretrained("exported"), KVCache()
+    >>> with torch.inference_mode():
+    ...     prompt = model(torch.tensor([[1, 2, 3]]), cache=cache)
+    ...     following = model(torch.tensor([[4]]), cache=cache)
+    >>> following.shape[1], cache.lengths
+    (1, [4])
     """
 
     def __init__(self, rows: int | None = None, mode: str = "all") -> None:

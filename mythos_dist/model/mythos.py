@@ -53,7 +53,18 @@ class Losses(TypedDict):
 
 
 class Mythos(nn.Module):
-    """The model, or one rank's shard of it. Raises UserError if the config cannot be built."""
+    """The model, or one rank's shard of it. Raises UserError if the config cannot be built.
+
+    >>> import torch
+    >>> from mythos_dist import Mythos, MythosConfig
+    >>> config = MythosConfig(vocab_size=100, dim=32, n_heads=4, attn_type="gqa", expert_dim=16, n_experts=8)
+    >>> model = Mythos(config, seed=1)
+    >>> tokens = torch.randint(100, (2, 5))
+    >>> model(tokens, n_loops=3).shape
+    torch.Size([2, 5, 100])
+    >>> losses = model(tokens, n_loops=3, labels=tokens.roll(-1, 1))
+    >>> losses["objective"].backward()
+    """
 
     def __init__(
         self,
@@ -248,7 +259,13 @@ class Mythos(nn.Module):
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "Mythos":
         """The model of an export in any format (`tools/export_checkpoint.py`), or of a folder that the class for
-        transformers has saved, in eval mode. Raises UserError if it cannot be read, or is another model's."""
+        transformers has saved, in eval mode. Raises UserError if it cannot be read, or is another model's.
+
+        >>> from mythos_dist import Mythos
+        >>> model = Mythos.from_pretrained("exported")
+        >>> model.training
+        False
+        """
         from mythos_dist.model.pretrained import load_pretrained
 
         return load_pretrained(Path(folder).expanduser(), dtype, device)
@@ -256,7 +273,8 @@ class Mythos(nn.Module):
     def load_open_mythos(self, state_dict: dict[str, Tensor]) -> None:
         """Load the weights of an `open_mythos.OpenMythos` with the same config.
 
-        Raises UserError if names or shapes do not match this config, or OpenMythos does not support its loops.
+        Raises UserError if names or shapes do not match this config, or OpenMythos does not support its loops. With
+        the package open-mythos: `model.load_open_mythos(open_mythos.OpenMythos(config).state_dict())`.
         """
         from mythos_dist.model.open_mythos import check_loop_settings, from_open_mythos
 
@@ -270,7 +288,17 @@ class Mythos(nn.Module):
             ) from None
 
     def generate(self, input_ids: Tensor, max_new_tokens: int | None = None, **settings) -> Tensor:
-        """Continue prompts (B, S); see `mythos_dist.generate.batch.generate` for the settings."""
+        """Continue prompts (B, S) by up to max_new_tokens: (B, S + new) int64.
+
+        settings: fields of `Sampling`, and those of `mythos_dist.generate.batch.generate`. Raises UserError for invalid
+        ones.
+
+        >>> import torch
+        >>> from mythos_dist import Mythos
+        >>> model = Mythos.from_pretrained("exported")
+        >>> model.generate(torch.tensor([[1, 2, 3]]), 4, temperature=0, n_loops=2).shape
+        torch.Size([1, 7])
+        """
         from mythos_dist.generate.batch import generate
 
         if problem := type_problem("input_ids", input_ids, 2):

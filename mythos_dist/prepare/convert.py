@@ -83,6 +83,12 @@ def convert(
 
     If `out` holds this conversion, nothing is done; if it holds an unfinished one, it is resumed. Raises UserError if
     it holds anything else, or if the inputs cannot be read.
+
+    >>> from mythos_dist import Tokenizer, convert
+    >>> tokenizer = Tokenizer.load("shards/tokenizer.model")
+    >>> manifest = convert("text.jsonl", tokenizer, 32, "converted", heldout=0.1, quiet=True)
+    >>> manifest.seq_len, sorted(manifest.splits)
+    (32, ['heldout', 'train'])
     """
     filters, columns = filters or Filters(), columns or Columns()
     output = StoreOutput(str(out), scratch) if is_url(out) else Output(Path(out))

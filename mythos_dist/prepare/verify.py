@@ -67,6 +67,11 @@ def verify(folder: str | Path, *, workers: int = 0, quiet: bool = True) -> Verif
     `workers`: processes; 0: only this one. `quiet`: no progress on standard error. Raises UserError if the folder is
     missing, its conversion was never finished, or its store cannot be reached; problems of a finished one are in the
     report.
+
+    >>> from mythos_dist import verify
+    >>> report = verify("shards")
+    >>> report.ok, report.problems, report.bad
+    (True, [], [])
     """
     if workers < 0:
         raise UserError(f"workers={workers} must not be negative")

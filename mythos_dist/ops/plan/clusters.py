@@ -86,6 +86,10 @@ def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster's file, or the one of that name that comes with the package: h100_80gb.
 
     Raises UserError with all problems.
+
+    >>> from mythos_dist import load_cluster
+    >>> load_cluster("configs/clusters/h100_80gb.yaml").gpus_per_node
+    8
     """
     path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
     path = packaged_file(path, CONFIGS / "clusters")

@@ -57,7 +57,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One layout on one cluster."""
+    """One layout on one cluster: memory in bytes, time in seconds, for the settings of `config`.
+
+    >>> from mythos_dist import Estimate, load_cluster, load_config
+    >>> config = load_config("configs/1b.yaml", ["parallel.tensor=2"])
+    >>> estimate = Estimate(config, world_size=16, cluster=load_cluster("configs/clusters/h100_80gb.yaml"))
+    >>> estimate.fits, estimate.replicas, estimate.largest_stage.bytes < 80e9, estimate.step_seconds > 0
+    (True, 8, True, True)
+    """
 
     config: Config
     world_size: int
