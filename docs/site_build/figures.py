@@ -27,8 +27,9 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str = BLUE) -> None:
-    style = dict(boxstyle="round,pad=0.02,rounding_size=0.08", linewidth=1.4, edgecolor=color, facecolor=color + "18")
-    axes.add_patch(matplotlib.patches.FancyBboxPatch((x, y), width, height, **style))
+    box = matplotlib.patches.FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.08")
+    box.set(linewidth=1.4, edgecolor=color, facecolor=color + "18")
+    axes.add_patch(box)
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10)
 
 
