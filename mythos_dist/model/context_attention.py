@@ -10,7 +10,7 @@ The backward pass gathers the entries and expands each piece again, so that a lo
 reduce-scatter brings the gradients of the entries to their ranks. A kernel's backward with the merged `out` and `lse`
 gives a block's part of the full gradient (Dao 2023).
 
-Decisions: PARALLEL-17.
+Decisions: PARALLEL-17, PARALLEL-19.
 """
 
 # B batch, S' tokens of each sequence on this rank, N = B * S' queries, M rows of all ranks, n tokens of a piece,

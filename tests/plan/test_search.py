@@ -110,6 +110,8 @@ def test_pieces_and_host_memory_are_tried_where_nothing_else_fits():
     per_node = 8 * offloaded.host / 1e9
     assert not replace(offloaded, cluster=replace(H100, host_memory_gb=per_node)).fits
     assert replace(offloaded, cluster=replace(H100, host_memory_gb=2 * per_node)).fits
+    on_device = search(config, 1024, replace(H100, host_memory_gb=1.0), LAYOUT).best[0]
+    assert on_device.config.train.offload == "none"
 
 
 def test_the_time_of_copies_shows_where_they_take_longer_than_the_work():

@@ -112,9 +112,9 @@ def variants_of(config: Config, fixed: Mapping[str, Any]) -> list[Config]:
 
 
 def first_that_fits(variants: list[Config], gpus: int, cluster: Cluster, imbalance: float) -> Estimate:
-    """Of the first variant that fits; if none does, of the last, which needs least memory."""
+    """Of the first variant that fits; if none does, of the last, which needs least memory of GPUs and most of hosts."""
     last = Estimate(variants[-1], gpus, cluster, imbalance)
-    if last.fits:
+    if last.largest_stage.bytes <= cluster.usable:
         for variant in variants[:-1]:
             if (estimate := Estimate(variant, gpus, cluster, imbalance)).fits:
                 return estimate
