@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mythos_dist.config.arguments import parse_arguments, path_text
+from mythos_dist.config.arguments import number, parse_arguments, path_text
 from mythos_dist.errors import run_command
 from mythos_dist.prepare.command import add_conversion_options, run_conversion
 
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
     add("--seq-len", required=True, type=int, help="tokens per window; one more is stored, for the labels")
     add("--dedup", action="store_true", help="keep only the first of equal documents (reads the input twice)")
-    add("--min-score", type=float, help="leave out documents with a lower `score` column")
+    add("--min-score", type=number(-1e300, 1e300), help="leave out documents with a lower `score` column")
     add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
     add("--format", choices=("text", "chat"), default="text", help="documents, or conversations (%(default)s)")
     add("--template", help="of conversations: a Jinja file, or plain; default: the tokenizer's own")
