@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -169,7 +170,7 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
             exit_with(error)
         if is_tool and isinstance(error, OSError) and error.filename is not None:
             exit_with(UserError(f"cannot be used ({error.strerror}); name another, or fix that", str(error.filename)))
-        if is_tool and isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+        if is_tool and isinstance(error, OSError) and _is_of_stdout(error):
             _exit_without_output(error)
         if is_tool and isinstance(error, MemoryError):
             exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
@@ -191,6 +192,21 @@ def _exit_code(error: BaseException) -> int:
         return error.code or 0
     print(error.code, file=sys.stderr)
     return 1
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Whether standard output cannot be written. An error of `write` names no file, and pipes to workers break, too."""
+    if error.errno == errno.EPIPE:
+        poll = select.poll()
+        poll.register(1, 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    if error.errno not in (errno.ENOSPC, errno.EIO):
+        return False
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        return True
+    return False
 
 
 def _exit_without_output(error: OSError) -> NoReturn:

@@ -160,6 +160,13 @@ def test_output_that_cannot_be_written_is_no_traceback(shell, expected, tmp_path
     assert (done.returncode, done.stderr) == expected
 
 
+@pytest.mark.parametrize("name", ["EPIPE", "ENOSPC"])
+def test_other_files_and_pipes_that_cannot_be_written_keep_their_traceback(name):
+    code = f"{START}\nimport errno\ndef main():\n    raise OSError(errno.{name}, 'a worker')\nrun_command(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and "a worker" in done.stderr, done
+
+
 @pytest.mark.parametrize("where", ["2> /dev/full", "2>&-"])
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code(where):
     command = f"{sys.executable} -m mythos_dist.train nowhere.yaml {where}"
