@@ -14,6 +14,7 @@ import pytest
 from helpers.small_run import REPOSITORY
 from packaging.requirements import Requirement
 
+from mythos_dist import __version__
 from mythos_dist.commands import COMMANDS, GROUPS
 from mythos_dist.commands import main as mythos
 from mythos_dist.config.load import find_config, load_config
@@ -104,6 +105,20 @@ def test_constraints_pin_every_requirement_at_a_release_that_pyproject_allows():
             (version,) = (specifier.version for specifier in pin.specifier)
             assert requirement.specifier.contains(version), f"{pin} contradicts {requirement}: run `make constraints`"
     assert not [pin for pin in PINS if pin.url or "+" in str(pin.specifier) or pin.name.startswith("nvidia")]
+
+
+def test_images_and_the_citation_are_of_this_repository():
+    """What the images copy exists, and they and CI run our own commands."""
+    files = {
+        name: (REPOSITORY / name).read_text() for name in ("Dockerfile", "apptainer.def", ".github/workflows/ci.yml")
+    }
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", files["Dockerfile"], re.M) for word in line.split()]
+    copied += re.findall(r"^    (\S+) /opt/mythos_dist/", files["apptainer.def"], re.M)
+    assert {"pyproject.toml", "constraints.txt", "configs", "launch", "mythos_dist"} <= set(copied)
+    kept = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    assert all((REPOSITORY / name).exists() and f"!{name}" in kept for name in copied)
+    assert "run: .ci/run" in files[".github/workflows/ci.yml"]
+    assert f"\nversion: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()
 
 
 @pytest.mark.launch

@@ -43,9 +43,11 @@ class AverageOf(Checkpoint):
     def _copy(self, wanted: Iterable[Wanted], progress: Progress) -> None:
         self._source.read_all([one._replace(kind=AVERAGE) for one in wanted], progress)
 
-    def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
+    def find_damage(
+        self, files: Sequence[str] | None = None, hashes: bool = True, progress: Progress = lambda size: None
+    ) -> list[str]:
         """As `Checkpoint.find_damage`."""
-        return self._source.find_damage(files, hashes)
+        return self._source.find_damage(files, hashes, progress)
 
 
 class MeanOf(Checkpoint):
@@ -94,9 +96,11 @@ class MeanOf(Checkpoint):
         parameters = f"{self.manifest.num_parameters:,} parameters"
         yield f"mean of {count(len(self._sources), 'checkpoint')} (steps {steps}): {parameters}"
 
-    def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
+    def find_damage(
+        self, files: Sequence[str] | None = None, hashes: bool = True, progress: Progress = lambda size: None
+    ) -> list[str]:
         """As `Checkpoint.find_damage`, of all files of all sources."""
-        return [problem for source in self._sources for problem in source.find_damage(hashes=hashes)]
+        return [problem for source in self._sources for problem in source.find_damage(None, hashes, progress)]
 
 
 def open_mean(paths: Sequence[AnyPath], out: Path, weights: Sequence[str] | None = None) -> MeanOf:

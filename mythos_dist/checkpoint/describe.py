@@ -8,6 +8,7 @@ import numpy as np
 
 from mythos_dist.checkpoint.canonical import tensor_blocks
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
+from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
@@ -25,16 +26,18 @@ SIGNATURES = {
 REFUSED = ("missing", "wrong")
 
 
-def inspect(path: AnyPath, verify: bool = True) -> tuple[Checkpoint, dict[str, Any]]:
-    """The checkpoint at `path` and its description (see `summarize`); `verify`: read every byte.
+def inspect(path: AnyPath, verify: bool = True, quiet: bool = True) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint at `path` and its description (see `summarize`).
 
+    `verify`: read every byte, with a bar unless `quiet`.
     A wrong signature is reported like damage. Raises UserError if there is no checkpoint.
     """
     checkpoint, key = open_checkpoint(path, check_signature=False), signing_key()
     signature = _signature(checkpoint, key)
     checkpoint.key = key if verify and signature == "valid" else None
     try:
-        damaged = checkpoint.find_damage(hashes=verify)
+        with bar("verifying", checkpoint.manifest.bytes, quiet or not verify) as shown:
+            damaged = checkpoint.find_damage(hashes=verify, progress=shown.update)
     except SignatureError as error:
         damaged, signature = [str(error)], "wrong"
     return checkpoint, summarize(checkpoint, damaged, signature, verify)

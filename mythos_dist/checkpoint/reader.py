@@ -106,17 +106,24 @@ class Checkpoint:
         self.read(kind, name, piece, out)
         return out.reshape(piece.shape)
 
-    def find_damage(self, files: Sequence[str] | None = None, hashes: bool = True) -> list[str]:
+    def find_damage(
+        self, files: Sequence[str] | None = None, hashes: bool = True, progress: Progress = lambda size: None
+    ) -> list[str]:
         """What is wrong with `files`, or with all files if None: a line per damaged file.
 
         `hashes`: read every byte; else only sizes are checked. With a key every byte is read in any case, and a file
         that has the right hash but not the signed SHA-256 raises SignatureError: that is no accident. Raises UserError
-        if a store fails.
+        if a store fails. `progress` is called with the bytes of each file.
         """
         names = sorted(self.manifest.files if files is None else files)
+        problems = []
         with ThreadPoolExecutor(2) as pool:
-            problems = pool.map(lambda name: self._file_problem(name, hashes), names)
-            return [problem for problem in problems if problem]
+            for name, problem in zip(
+                names, pool.map(lambda name: self._file_problem(name, hashes), names), strict=True
+            ):
+                progress(self.manifest.files[name].bytes)
+                problems += [problem] if problem else []
+        return problems
 
     def _file_problem(self, name: str, hashes: bool) -> str:
         """What is wrong with a file; empty: nothing."""

@@ -40,7 +40,7 @@ def main() -> None:
     from mythos_dist.units import count
 
     paths = [arguments.checkpoint, arguments.other] if arguments.other else [arguments.checkpoint]
-    inspected = [inspect(path, verify=not arguments.no_verify) for path in paths]
+    inspected = [inspect(path, verify=not arguments.no_verify, quiet=False) for path in paths]
     checkpoints = [checkpoint for checkpoint, _ in inspected]
     summaries = [summary for _, summary in inspected]
     damaged = any(summary["damaged"] for summary in summaries)
