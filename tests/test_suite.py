@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 def project(pytester):
     """An empty test folder with the suite's plugins."""
     pytester.makeini(f"[pytest]\npythonpath = {TESTS}\ntmp_path_retention_policy = failed")
-    pytester.makeconftest('pytest_plugins = ["helpers.schedule", "helpers.report"]')
+    pytester.makeconftest('pytest_plugins = ["helpers.schedule", "helpers.report", "helpers.cpu_seconds"]')
     return pytester
 
 
@@ -149,6 +149,7 @@ def test_no_test_starts_after_the_time_limit(project, monkeypatch):
 
 @pytest.mark.launch
 def test_a_failure_prints_the_rerun_command_and_the_last_lines_of_every_rank(project):
+    """With `--cpu`, the summary also has the CPU seconds of the file, those of the ranks and their imports included."""
     project.makepyfile(
         test_run="""
         import sys
@@ -169,9 +170,11 @@ def test_a_failure_prints_the_rerun_command_and_the_last_lines_of_every_rank(pro
             assert launch(2, fail).codes == [0, 0]
         """
     )
-    result = project.runpytest_subprocess()
+    result = project.runpytest_subprocess("--cpu")
     result.assert_outcomes(failed=1)
     text = result.stdout.str()
+    (seconds,) = re.findall(r"^ +([\d.]+)  test_run\.py$", text, re.M)
+    assert 1 < float(seconds) < 100, text
     assert re.search(r"SEED=7 python -m pytest test_run\.py::test_it$", text, re.M), text
     assert re.search(r"^-+ run/logs/rank-00003\.log -+\nstep 1\nstep 2$", text, re.M), text
     for rank in (0, 1):
