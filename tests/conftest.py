@@ -1,4 +1,4 @@
-"""Shared by all tests: process limits, the OpenMythos 0.5.0 reference, a small set of shards and a small config.
+"""Shared by all tests: process limits, the OpenMythos 0.5.0 reference, a small set of shards, a small config, a store.
 
 Decisions: PROJECT-1.
 """
@@ -13,11 +13,13 @@ import resource
 import signal
 import string
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.s3 import Store, serving_s3
 from helpers.small_run import REPOSITORY, SMALL, TINY
 from hypothesis import settings as hypothesis_settings
 
@@ -29,8 +31,9 @@ from mythos_dist.data.tokenizer import Tokenizer, train_tokenizer
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 from mythos_dist.prepare.spans import Columns
+from mythos_dist.store import fetch
 
-pytest_plugins = ["helpers.schedule", "helpers.report"]
+pytest_plugins = ["helpers.schedule", "helpers.report", "helpers.cpu_seconds"]
 
 # No deadline: the machine may be busy. CI uses the same examples in every run, local runs draw new ones.
 hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
@@ -123,3 +126,25 @@ def settings(shards) -> list[str]:
 def config(settings) -> Config:
     """`settings` as a Config."""
     return load_config(settings[0], settings[1:])
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Store]:
+    with serving_s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def store(s3_server) -> Iterator[Store]:
+    """An S3 server with a proxy that injects faults; the environment of the module's tests is that of its client.
+    Files use buckets of different names, since the server is the same for all."""
+    s3_server.reset()
+    with s3_server.environment():
+        yield s3_server
+
+
+@pytest.fixture
+def no_faults(store, monkeypatch) -> None:
+    """The test begins without faults and counts from zero; retries follow at once."""
+    store.reset()
+    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)

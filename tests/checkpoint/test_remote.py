@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from helpers.http_server import serving
 from helpers.layouts import KINDS, Layout, part, values, write_checkpoint
-from helpers.s3 import serving_s3
 
 from mythos_dist.checkpoint import range_plan
 from mythos_dist.checkpoint.manifest import VersionError
@@ -33,17 +32,9 @@ TENSORS = values(SHAPES)
 SAVED = Layout(2, 2)
 
 
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
-def no_faults(store, monkeypatch):
-    """Each test begins without faults and counts from zero; retries follow at once and end soon."""
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)
+def short_retries(no_faults, monkeypatch):
+    """Retries end soon."""
     for function in (folder.read_range, folder.read_ranges, folder.list_folder, folder.size_of):
         monkeypatch.setattr(function, "__defaults__", (1.0,))
     monkeypatch.setattr(fetch.read_object, "__defaults__", (1.0,))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.launch import run_tool
-from helpers.s3 import serving_s3
 from helpers.small_checkpoint import write_run
 from helpers.small_run import REPOSITORY
 
@@ -20,22 +19,11 @@ from mythos_dist.checkpoint.restore import load_model, open_checkpoint
 from mythos_dist.config.load import load_config
 from mythos_dist.data.tokenizer_files import find_tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.store import fetch
 from mythos_dist.urls import RemotePath
 
+pytestmark = pytest.mark.usefixtures("no_faults")
+
 FORMS = {"safetensors": "fp32", "hf": "bf16", "open_mythos": "fp16"}
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def no_faults(store, monkeypatch):
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from helpers.remote_run import local, save, start
-from helpers.s3 import serving_s3
 from helpers.waiting import wait_until
 
 from mythos_dist.checkpoint import upload, upload_process
@@ -17,17 +16,12 @@ from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 from mythos_dist.checkpoint.remote import read_writer
 from mythos_dist.checkpoint.upload import CheckpointUploader, SupersededError
 from mythos_dist.checkpoint.upload_process import UploadProcess
-from mythos_dist.store import fetch
 from mythos_dist.store import upload as store_upload
 from mythos_dist.store.fetch import Unavailable
 
+pytestmark = pytest.mark.usefixtures("no_faults")
+
 MANIFEST = "checkpoint.json"
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +32,6 @@ def bucket(store) -> str:
 @pytest.fixture(params=["s3"])
 def url(store, bucket) -> str:
     return f"{bucket}/{os.urandom(4).hex()}"
-
-
-@pytest.fixture(autouse=True)
-def no_faults(store, monkeypatch):
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)
 
 
 class Run:

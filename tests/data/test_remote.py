@@ -5,26 +5,14 @@ import shutil
 import threading
 
 import pytest
-from helpers.s3 import serving_s3
 from helpers.shard_folder import SEQ_LEN, VOCAB_SIZE, write_folder
 
 from mythos_dist.data.corpora import open_corpora
 from mythos_dist.errors import UserError
-from mythos_dist.store import fetch
+
+pytestmark = pytest.mark.usefixtures("no_faults")
 
 DESCRIPTIONS = {"manifest.json", "train/index.json", "heldout/index.json", "tokenizer.model"}
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def no_faults(store, monkeypatch):
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)
 
 
 @pytest.fixture(scope="module")

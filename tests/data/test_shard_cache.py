@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.s3 import serving_s3
 from helpers.shard_folder import (
     SEQ_LEN,
     VOCAB_SIZE,
@@ -37,20 +36,7 @@ from mythos_dist.store import connection, fetch, s3
 
 SIZES = [5, 8, 3, 6, 7, 4, 9, 2]
 FORK = multiprocessing.get_context("fork")
-pytestmark = pytest.mark.launch  # a real S3 server
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def no_faults(store, monkeypatch):
-    """Each test begins without faults and counts from zero; retries follow at once."""
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)
+pytestmark = [pytest.mark.launch, pytest.mark.usefixtures("no_faults")]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import hashlib
 import http.client
 import http.server
 import logging
-import os
 import socket
 import struct
 import threading
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
+
+import pytest
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -36,6 +37,20 @@ class Store:
         self.server, self.proxy = server, proxy
         self.endpoint = f"http://127.0.0.1:{proxy.server_port}"
         self.env = {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        """The environment of this process is that of a client."""
+        from mythos_dist.store.s3 import forget_clients
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.env.items():
+                patch.setenv(name, value)
+            for name in ("S3_ENDPOINT_URL", "AWS_PROFILE"):
+                patch.delenv(name, raising=False)
+            forget_clients()
+            yield
+        forget_clients()
 
     def client(self) -> Any:
         """A boto3 client that does not go through the proxy."""
@@ -256,7 +271,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving_s3() -> Iterator[Store]:
-    """A server and its proxy in threads of this process. The environment is that of a client."""
+    """A server and its proxy in threads of this process."""
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
@@ -265,23 +280,9 @@ def serving_s3() -> Iterator[Store]:
     host, port = moto.get_host_and_port()
     proxy = _Proxy(f"http://{host}:{port}")
     threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    store = Store(f"http://{host}:{port}", proxy)
-
-    from mythos_dist.store.s3 import forget_clients
-
-    forget_clients()  # of another server
-    before = {name: os.environ.get(name) for name in (*store.env, "S3_ENDPOINT_URL", "AWS_PROFILE")}
-    os.environ.update(store.env)
-    for name in ("S3_ENDPOINT_URL", "AWS_PROFILE"):
-        os.environ.pop(name, None)
     try:
-        yield store
+        yield Store(f"http://{host}:{port}", proxy)
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         proxy.shutdown()
         proxy.server_close()
         moto.stop()

@@ -12,7 +12,6 @@ from pydoc_data.topics import topics
 import psutil
 import pytest
 from helpers.conversion import contents, ended
-from helpers.s3 import serving_s3
 from helpers.token_files import write_megatron
 
 pytestmark = pytest.mark.launch
@@ -29,12 +28,6 @@ mythos_dist.prepare.tokens.flat.TEXT_CHUNK_BYTES = 1 << 14
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

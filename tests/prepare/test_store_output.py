@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 from helpers.conversion import contents
-from helpers.s3 import serving_s3
 from helpers.token_files import write_megatron
 
 from mythos_dist.data.manifest import Filters, TokenRules
@@ -16,22 +15,11 @@ from mythos_dist.prepare import store_output
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.spans import Columns
 from mythos_dist.prepare.verify import verify
-from mythos_dist.store import fetch
+
+pytestmark = pytest.mark.usefixtures("no_faults")
 
 TEXTS = [f"Text {number} has the words {'and more ' * (number % 9)}of number {number}." for number in range(120)]
 SEQ_LEN = 32
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def no_faults(store, monkeypatch):
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)
 
 
 @pytest.fixture

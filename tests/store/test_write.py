@@ -4,17 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.s3 import serving_s3
 
 from mythos_dist.errors import UserError
 from mythos_dist.store import fetch, write
 from mythos_dist.store.fetch import Unavailable
 
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("no_faults")
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +20,6 @@ def bucket(store) -> str:
 @pytest.fixture(params=["s3", "file"])
 def url(request, bucket, tmp_path) -> str:
     return f"{bucket}/{os.urandom(4).hex()}" if request.param == "s3" else f"file://{tmp_path}/a folder"
-
-
-@pytest.fixture(autouse=True)
-def no_faults(store, monkeypatch):
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)
 
 
 def test_what_is_written_is_listed_read_replaced_and_removed(url, tmp_path):

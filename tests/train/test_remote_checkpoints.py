@@ -15,7 +15,6 @@ import pytest
 from helpers.launch import launch, train, train_here
 from helpers.remote_run import local
 from helpers.run_folder import at, lines
-from helpers.s3 import serving_s3
 
 from mythos_dist.checkpoint.fence import newest_start
 from mythos_dist.checkpoint.remote import read_state
@@ -23,12 +22,6 @@ from mythos_dist.checkpoint.remote import read_state
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1200)]
 EXACT = ("step", "loss", "grad_norm", "batch_id", "lr", "tokens")
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

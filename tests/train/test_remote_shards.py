@@ -11,18 +11,11 @@ from pathlib import Path
 import pytest
 from helpers.launch import launch
 from helpers.run_folder import lines
-from helpers.s3 import serving_s3
 from helpers.shard_folder import shard_files, write_folder
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 EXACT = ("step", "loss", "grad_norm", "batch_id", "lr", "tokens")
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

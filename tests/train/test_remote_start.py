@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 from helpers.launch import launch, train, train_here
 from helpers.run_folder import at, lines
-from helpers.s3 import serving_s3
 
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 EXACT = ("step", "loss", "grad_norm", "batch_id", "lr", "n_loops", "tokens_total")
-
-
-@pytest.fixture(scope="module")
-def store():
-    with serving_s3() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
