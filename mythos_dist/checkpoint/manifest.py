@@ -10,6 +10,7 @@ bytes included.
 Decisions: CHECKPOINT-1, CHECKPOINT-9.
 """
 
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -297,4 +298,7 @@ def library_versions() -> dict[str, str]:
     """Versions of the libraries that a run's results depend on."""
     # Ours from the code: it may run from a checkout that is not installed.
     names = ("torch", "deepspeed", "mosaicml-streaming")
-    return {"mythos_dist": __version__, **{name: importlib.metadata.version(name) for name in names}}
+    return {"mythos_dist": __version__, **{name: _version(name) for name in names}}
+
+
+_version = functools.cache(importlib.metadata.version)  # it parses a file, three for each checkpoint
