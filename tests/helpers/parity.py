@@ -8,7 +8,7 @@ Decisions: PARALLEL-16.
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -279,12 +279,12 @@ def shard_bounds(engine: Any) -> dict[str, list[tuple[int, ...]]]:
 
 
 def train_under_deepspeed(
-    cases: list[tuple[Config, list[float] | None]], folder: str | None = None
+    cases: list[tuple[Config, list[float] | None]], folders: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """On each rank: the same run through our engine, once per config. `places` are the bounds of the shards.
 
-    With a `folder`, a checkpoint is saved after half of the steps, and an engine with other initial values resumes from
-    it: its results are `resumed`.
+    A case with a folder (none: "") saves a checkpoint there after half of the steps, and an engine with other initial
+    values resumes from it: its results are `resumed`.
     """
     import torch.distributed as dist
 
@@ -294,7 +294,7 @@ def train_under_deepspeed(
 
     results = []
     mythos_dist.model.init.STD = STD
-    for i, (config, bias) in enumerate(cases):
+    for i, ((config, bias), folder) in enumerate(zip(cases, folders or [""] * len(cases), strict=True)):
         print(config.parallel, config.train, bias, file=sys.stderr)  # a launch that fails says where it was
         new_process_groups(f"case {i}")
         mesh = build_mesh(config.parallel)
@@ -309,7 +309,7 @@ def train_under_deepspeed(
             steps.append(engine.train_step(mine, step))
             ids.append(sorted(gather_sample_ids(mine, mesh.data)))
             if folder and step == STEPS // 2:
-                save_checkpoint(engine, config, f"{folder}/{i}", step)
+                save_checkpoint(engine, config, folder, step)
         found = {
             "loss": [s.loss for s in steps],
             "grad_norm": [s.grad_norm for s in steps],
@@ -326,7 +326,7 @@ def train_under_deepspeed(
         del engine
         dist.barrier()
         if folder:
-            found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, f"{folder}/{i}", config.run.seed)
+            found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, folder, config.run.seed)
         results.append(found)
     return results
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import settings
 
 
-def selected(request: pytest.FixtureRequest, name: str) -> set[Any]:
-    """Values of the parameter `name` in the selected tests of the requesting file."""
+def selected(request: pytest.FixtureRequest, name: str, function: str = "") -> set[Any]:
+    """Values of the parameter `name` in the selected tests of the requesting file, or of one function of it."""
     items = (item for item in request.session.items if item.path == request.path)
+    items = (item for item in items if not function or item.originalname == function)
     return {item.callspec.params.get(name) for item in items if hasattr(item, "callspec")}
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.launch import run_ranks
 from helpers.parity import STEPS, change, train_reference, train_under_deepspeed
+from helpers.parity_rows import BF16, GRID, LONG, SAME_RESULTS
 from helpers.selection import selected
 
 from mythos_dist.config.layout import layout_problems
@@ -26,145 +27,6 @@ from mythos_dist.config.schema import BY_MODE, Config, RopeScaling
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
-# (ranks, parallel.*, kind of run)
-GRID: list[tuple[int, dict[str, Any], str]] = [
-    (2, dict(), "mla"),
-    (2, dict(zero=2), "sequences"),
-    (2, dict(zero=3), "mla"),
-    (2, dict(tensor=2), "mla"),
-    (2, dict(tensor=2), "gqa"),
-    (2, dict(tensor=2, sequence=True), "mla"),
-    (2, dict(tensor=2, sequence=True), "gqa"),
-    (2, dict(tensor=2), "prime"),
-    (2, dict(expert=2), "mla"),
-    (2, dict(expert=2, zero=2), "as shipped"),
-    (2, dict(expert=2, zero=3), "ponder"),
-    (2, dict(expert=2), "one expert"),
-    (2, dict(expert=2), "loop"),
-    (2, dict(tensor=2, sequence=True), "selective"),
-    (2, dict(zero=3), "pieces"),
-    (2, dict(tensor=2, sequence=True), "pieces"),
-    (2, dict(pipe=2), "offloaded"),
-    (2, dict(zero=2), "offloaded sum"),
-    (2, dict(zero=3), "offloaded"),
-    (2, dict(tensor=2, sequence=True), "per loop"),
-    (2, dict(tensor=2, sequence=True), "ponder"),
-    (2, dict(pipe=2), "mla"),
-    (2, dict(pipe=2), "loop"),
-    (2, dict(pipe=2), "no halting"),
-    (2, dict(pipe=2), "ponder"),
-    (2, dict(pipe=2), "sequences"),
-    (2, dict(zero=2), "targets"),
-    (2, dict(pipe=2), "targets"),
-    (2, dict(tensor=2, sequence=True), "completions"),
-    (2, dict(pipe=2), "shared keys"),
-    (2, dict(pipe=2), "first keys"),
-    (2, dict(pipe=2), "keys by sequence"),
-    (2, dict(tensor=2), "shared keys"),
-    (2, dict(tensor=2, sequence=True), "keys by sequence"),
-    (2, dict(zero=3), "shared keys"),
-    (2, dict(), "muon"),
-    (2, dict(zero=2), "muon"),
-    (2, dict(tensor=2, sequence=True), "muon"),
-    (2, dict(expert=2), "muon"),
-    (2, dict(pipe=2), "muon"),
-    # Documents of the shards cross the borders between ranks in every row with `context`.
-    (2, dict(context=2), "mla"),
-    (2, dict(context=2), "gqa"),
-    (2, dict(context=2, zero=2), "sequences"),
-    (2, dict(context=2, zero=3), "mla"),
-    (2, dict(context=2), "prime"),
-    (2, dict(context=2), "as shipped"),
-    (2, dict(context=2, expert=2), "no halting"),
-    (2, dict(context=2), "loop"),
-    (2, dict(context=2), "selective"),
-    (2, dict(context=2), "targets"),
-    (2, dict(context=2), "muon"),
-    (4, dict(context=4), "per loop"),
-    (4, dict(context=2), "completions"),
-    (4, dict(context=2, tensor=2), "gqa"),
-    (4, dict(context=2, tensor=2, sequence=True, zero=3), "ponder"),
-    (4, dict(context=2, expert=4, zero=2), "mla"),
-    (4, dict(context=4, expert=2, zero=3), "gqa"),
-    (4, dict(context=2, pipe=2), "first keys"),
-    (4, dict(context=2, tensor=2, expert=2), "keys by sequence"),
-    (8, dict(context=2, pipe=2, tensor=2, expert=2, sequence=True), "mla"),
-    (8, dict(context=4, pipe=2, expert=4), "gqa"),
-    (4, dict(), "mla"),
-    (4, dict(tensor=4), "sequences"),
-    (4, dict(expert=4), "per loop"),
-    (4, dict(expert=4), "idle ranks"),
-    (4, dict(expert=2, zero=2), "mla"),
-    (4, dict(expert=2, zero=3), "mla"),
-    (4, dict(tensor=2, zero=2), "ponder"),
-    (4, dict(tensor=2, zero=3), "per loop"),
-    (4, dict(tensor=2, expert=2, sequence=True), "mla"),
-    (4, dict(tensor=2, expert=2, sequence=True, zero=3), "gqa"),
-    (4, dict(tensor=2, expert=2, sequence=True), "no halting"),
-    (4, dict(tensor=2, expert=2, sequence=True), "as shipped"),
-    (4, dict(tensor=2, expert=2, sequence=True), "pieces"),
-    (4, dict(expert=2, zero=3), "pieces"),
-    (4, dict(context=2, expert=4), "pieces"),
-    (4, dict(pipe=2, tensor=2), "pieces"),
-    (4, dict(expert=4), "taught pieces"),
-    (4, dict(tensor=2, expert=2, sequence=True), "taught pieces"),
-    (4, dict(pipe=4), "per loop"),
-    (4, dict(pipe=2), "completions"),
-    (4, dict(pipe=4), "bare"),
-    (4, dict(pipe=4), "two loops"),
-    (4, dict(tensor=4), "first keys"),
-    (4, dict(pipe=4), "first keys"),
-    (4, dict(pipe=2, tensor=2, sequence=True), "first keys"),
-    (4, dict(expert=2, zero=2), "shared keys"),
-    (4, dict(pipe=2, tensor=2), "keys by sequence"),
-    (4, dict(pipe=2, tensor=2), "gqa"),
-    (4, dict(pipe=2, tensor=2, sequence=True), "loop"),
-    (4, dict(pipe=2, expert=2), "as shipped"),
-    (4, dict(pipe=2, expert=2), "idle ranks"),
-    (4, dict(pipe=2, expert=2), "odd widths"),
-    (4, dict(), "muon"),
-    (4, dict(tensor=2, zero=2), "muon"),
-    (4, dict(tensor=2, expert=2), "muon"),
-    (4, dict(pipe=2, expert=2), "muon"),
-    (8, dict(pipe=2), "mla"),  # four replicas: the order in which they are added up matters
-    (8, dict(pipe=2, tensor=2, expert=2), "mla"),
-    (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
-    (8, dict(pipe=2, tensor=2), "muon"),  # two tensor ranks in two replicas hold each matrix of a stage
-]
-# More of them. Each two axes, and each axis with each of these kinds, are also together in a row above (for "bare" with
-# experts on several ranks: in BF16).
-LONG: list[tuple[int, dict[str, Any], str]] = [
-    (4, dict(tensor=4, sequence=True), "gqa"),
-    (4, dict(tensor=2, expert=2), "mla"),
-    (4, dict(context=4), "prime"),
-    (4, dict(context=2, tensor=2, sequence=True), "mla"),
-    (4, dict(context=2, pipe=2), "mla"),
-    (2, dict(context=2, expert=2), "mla"),
-    (8, dict(pipe=2, expert=4), "ponder"),
-    (8, dict(pipe=4, expert=2), "bare"),
-    (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "per loop"),
-]
-BF16: list[tuple[int, dict[str, Any], str]] = [
-    (1, dict(), "mla"),
-    (1, dict(), "bare"),
-    (2, dict(zero=3), "mla"),
-    (2, dict(tensor=2, sequence=True), "mla"),
-    (2, dict(context=2), "mla"),
-    (1, dict(), "odd widths"),
-    (4, dict(pipe=2, expert=2), "mla"),
-    (4, dict(pipe=2, expert=2), "odd widths"),
-    (4, dict(tensor=2, expert=2), "mla"),
-    (4, dict(expert=4, zero=2), "mla"),
-    (4, dict(context=2, pipe=2), "mla"),
-    (8, dict(pipe=4, expert=2), "bare"),
-    (8, dict(pipe=2, tensor=2, expert=2, sequence=True), "mla"),
-]
-# They differ in what is recomputed, how many tokens layers work on at a time, and where saved states are.
-SAME_RESULTS = {
-    **dict.fromkeys(("loop", "selective", "pieces", "offloaded"), "mla"),
-    "offloaded sum": "as shipped",
-    "taught pieces": "per loop",
-}
 CLIP = 0.2
 BIAS = {"one expert": [1e3] + [0.0] * 7, "idle ranks": [1e3, 1e3] + [0.0] * 6}  # experts 0, or 0 and 1, get all tokens
 
@@ -259,6 +121,7 @@ def reference(config, conversations) -> Callable[[str], dict[str, Any]]:
 def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], dict[str, list[dict[str, Any]]]]:
     """What every rank of every selected case found, for a number of ranks: one launch each, when first asked for."""
     asked = selected(request, "case")
+    resumed = selected(request, "case", "test_a_run_resumes_bit_for_bit")
 
     @functools.cache
     def launch(ranks: int) -> dict[str, list[dict[str, Any]]]:
@@ -268,7 +131,8 @@ def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], di
         work = [(run, BIAS.get(kind)) for run, (_, kind) in zip(at_layouts, cases, strict=True)]
         try:
             folder = str(tmp_path_factory.mktemp("checkpoints"))
-            values = run_ranks(ranks, train_under_deepspeed, work, folder, seconds=2000)
+            folders = [f"{folder}/{i}" if name_of(ranks, *case) in resumed else "" for i, case in enumerate(cases)]
+            values = run_ranks(ranks, train_under_deepspeed, work, folders, seconds=2000)
         except AssertionError as error:
             failure = error  # remembered: every case of this launch fails with it
             return defaultdict(lambda: [failure])
@@ -286,6 +150,19 @@ CASES = [
     *(name_of(*case) for case in GRID),
     *(pytest.param(name_of(*case), marks=pytest.mark.long) for case in LONG),
 ]
+
+
+def resumed_cases() -> list[Any]:
+    """CASES; the mark `long` for those whose axes, ZeRO stage and optimizer another one resumes: a checkpoint does not
+    depend on what a step computes from the config and its number."""
+    states, cases = set(), []
+    for ranks, parallel, kind in GRID + LONG:
+        axes = sorted(f"{axis}={size}" if axis == "zero" else axis for axis, size in parallel.items())
+        state = (*(axis for axis in axes if axis != "sequence"), kind == "muon")
+        marks = pytest.mark.long if state in states or (ranks, parallel, kind) in LONG else ()
+        cases.append(pytest.param(name_of(ranks, parallel, kind), marks=marks))
+        states.add(state)
+    return cases
 
 
 @pytest.mark.parametrize("kind", sorted({kind for *_, kind in GRID} - set(SAME_RESULTS)))
@@ -345,7 +222,7 @@ def test_training_at_a_layout_equals_one_process(case, runs, reference):
         assert seen.all(), f"no rank holds all of {name}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", resumed_cases())
 def test_a_run_resumes_bit_for_bit(case, runs):
     """From the checkpoint after half of the steps, on ranks with other initial values: all later results are equal."""
     for got in runs(int(case[0]))[case]:
@@ -380,7 +257,8 @@ def test_half_precision_resumes_bit_for_bit(config, tmp_path, ranks, cases):
     """With fp16's loss scale: it starts so high that steps are skipped before and after the checkpoint."""
     runs = [change(run_of(config, "mla"), train=dict(dtype=dtype)) for _, dtype in cases]
     work = [(at_layout(run, at, "mla", ranks), None) for run, (at, _) in zip(runs, cases, strict=True)]
-    for rank in run_ranks(ranks, train_under_deepspeed, work, str(tmp_path), seconds=1200):
+    folders = [str(tmp_path / str(i)) for i in range(len(work))]
+    for rank in run_ranks(ranks, train_under_deepspeed, work, folders, seconds=1200):
         for (_, dtype), got in zip(cases, rank, strict=True):
             if dtype == "fp16":
                 before, after = got["skipped"][: STEPS // 2], got["skipped"][STEPS // 2 :]
