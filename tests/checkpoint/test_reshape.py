@@ -1,10 +1,12 @@
-"""A run resumes at any layout: each loads the checkpoint of every other bit for bit, and later losses are equal.
+"""A run resumes at any layout: each loads the checkpoint of others bit for bit, and later losses are equal.
 
-Eleven layouts, every ordered pair. The state at saving and the state after loading are gathered by DeepSpeed's own
-functions, not by the code that writes and reads checkpoints.
+Eleven layouts: in `make test` each loads and is loaded by three others, in `make test-all` in every ordered pair. The
+state at saving and the state after loading are gathered by DeepSpeed's own functions, not by the code that writes and
+reads checkpoints.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +103,10 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
     return results
 
 
-def read(configs: list[Config], folders: list[str], train_on: int | None = None) -> list[list[dict[str, Any]]]:
-    """On each rank, for each layout and each checkpoint: the state after loading it, and the losses of later steps.
+def read(configs: list[Config], folders: list[list[str]], train_on: int | None = None) -> list[list[dict[str, Any]]]:
+    """On each rank, for each layout and each of its checkpoints: the state after loading it, and later losses.
 
-    train_on: the number of checkpoints that each layout continues from (different ones per layout); None: all.
+    train_on: the number of checkpoints, the first ones, that each layout continues from; None: all.
     """
     import torch.distributed as dist
 
@@ -114,10 +116,10 @@ def read(configs: list[Config], folders: list[str], train_on: int | None = None)
         engine = engine_of(change(config, run=dict(seed=99)))
         engine.config = config
         states = []
-        for j, folder in enumerate(folders):
+        for j, folder in enumerate(folders[i]):
             load_checkpoint(engine, folder)
             loaded = {"places": shard_bounds(engine), "held": local_state(engine), "bias": bias_of(engine)}
-            if train_on is None or (j - i) % len(folders) < train_on:
+            if train_on is None or j < train_on:
                 loaded["later"] = train(engine, config, range(SAVED + 1, STEPS + 1))
             states.append(loaded)
         results.append(states)
@@ -167,71 +169,81 @@ def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return {"tensors": tensors, "bias": bias}
 
 
-@pytest.mark.parametrize("train_on", [1, pytest.param(None, marks=pytest.mark.long)])
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_every_layout_loads_every_other(ranks, train_on, written, config):
-    """Equal bits for every pair; equal losses of later steps for one pair per layout, or for all."""
-    names = by_ranks()[ranks]
-    folders = [source["folder"] for source in written.values()]
-    results = run_ranks(ranks, read, [run_of(config, name) for name in names], folders, train_on, seconds=1600)
-    assert sum("later" in pair for pairs in results[0] for pair in pairs) == len(names) * (train_on or len(folders))
+def sources_of(target: str, others: Sequence[str], count: int | None) -> list[str]:
+    """The layouts whose checkpoints a layout loads: `count` that follow it in different distances, or all."""
+    distances = (1, 3, 4)[:count] if count else range(len(others))
+    return [others[(others.index(target) + distance) % len(others)] for distance in distances]
+
+
+def load_and_compare(
+    ranks: int, runs: dict[str, Config], written: dict[str, dict[str, Any]], count: int | None, train_on: int | None
+) -> None:
+    """Each layout of a number of ranks loads checkpoints of `written`: equal bits, and equal losses of later steps."""
+    names = [name for name in by_ranks()[ranks] if name in written]
+    sources = [sources_of(name, list(written), count) for name in names]
+    folders = [[written[source]["folder"] for source in each] for each in sources]
+    results = run_ranks(ranks, read, [runs[name] for name in names], folders, train_on, seconds=1600)
     for i, target in enumerate(names):
-        for j, (name, source) in enumerate(written.items()):
-            got = gather([rank[i][j] for rank in results])
-            where = f"{name} -> {target}"
+        for j, name in enumerate(sources[i]):
+            got, source, where = gather([rank[i][j] for rank in results]), written[name], f"{name} -> {target}"
             assert got["bias"] == source["bias"], where
             assert got["tensors"].keys() == source["tensors"].keys(), where
             for tensor, expected in source["tensors"].items():
                 assert all(map(torch.equal, got["tensors"][tensor], expected)), f"{where}: {tensor}"
-            if later := results[0][i][j].get("later"):
+            later = results[0][i][j].get("later")
+            assert (later is not None) == (train_on is None or j < train_on)
+            if later:
                 assert later["loss"] == pytest.approx(source["later"]["loss"], rel=1e-5), where
                 assert later["grad_norm"] == pytest.approx(source["later"]["grad_norm"], rel=1e-4), where
 
 
+@pytest.mark.parametrize("every_pair", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_layout_loads_others(ranks, every_pair, written, config):
+    runs = {name: run_of(config, name) for name in LAYOUTS}
+    load_and_compare(ranks, runs, written, *((None, None) if every_pair else (3, 1)))
+
+
 def test_momentum_of_muon_is_loaded_at_every_layout(config, tmp_path):
-    """Four layouts, every ordered pair: equal bits, and equal losses of later steps."""
+    """Four layouts, every ordered pair: equal bits; equal losses of later steps for one pair per layout."""
     chosen = ("one rank", "pipe 2", "expert 2, zero 2", "tensor 2, expert 2, sequence")
     runs = {name: change(run_of(config, name), optim=dict(name="muon", muon_lr=1e-3)) for name in chosen}
     folders = {name: str(tmp_path / str(i)) for i, name in enumerate(chosen)}
-    written = {}
+    written: dict[str, dict[str, Any]] = {}
     for ranks, names in by_ranks().items():
         if names := [name for name in names if name in chosen]:
             results = run_ranks(ranks, write, [runs[n] for n in names], [folders[n] for n in names], seconds=800)
             for i, name in enumerate(names):
-                written[name] = {"later": results[0][i]["later"], **gather([rank[i] for rank in results])}
+                saved = gather([rank[i] for rank in results])
+                written[name] = {"folder": folders[name], "later": results[0][i]["later"], **saved}
+    for source in written.values():
+        for tensor, values in source["tensors"].items():
+            assert len(values) == (2 if runs["pipe 2"].optim.uses_muon(tensor) else 3)
     for ranks, names in by_ranks().items():
-        if names := [name for name in names if name in chosen]:
-            results = run_ranks(ranks, read, [runs[n] for n in names], [folders[n] for n in written], seconds=1200)
-            for i, target in enumerate(names):
-                for j, (name, source) in enumerate(written.items()):
-                    got, where = gather([rank[i][j] for rank in results]), f"{name} -> {target}"
-                    assert got["tensors"].keys() == source["tensors"].keys(), where
-                    for tensor, expected in source["tensors"].items():
-                        assert len(expected) == (2 if runs[name].optim.uses_muon(tensor) else 3)
-                        assert all(map(torch.equal, got["tensors"][tensor], expected)), f"{where}: {tensor}"
-                    later = results[0][i][j]["later"]
-                    assert later["loss"] == pytest.approx(source["later"]["loss"], rel=1e-5), where
-                    assert later["grad_norm"] == pytest.approx(source["later"]["grad_norm"], rel=1e-4), where
+        if set(names) & set(chosen):
+            load_and_compare(ranks, runs, written, None, 1)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.long), "fp16"])
 def test_half_precision_resumes_at_other_zero_stages(dtype, config, tmp_path):
     """The stages have three kinds of optimizers, not all with a loss scale. The fp32 master weights are bitwise equal
-    after loading; losses differ by half-precision rounding."""
+    after loading, for every pair; losses, of one pair per stage, differ by half-precision rounding."""
     base = change(run_of(config, "zero 3"), train=dict(dtype=dtype, micro_batch=2))
     runs = [change(base, parallel=dict(zero=1, **dict(pipe=2) if pipe else {})) for pipe in (False, True)]
     runs = [change(run, train=dict(micro_batch=2)) for run in runs]
     runs += [change(base, parallel=dict(zero=zero)) for zero in (2, 3)]
     folders = [str(tmp_path / str(i)) for i in range(len(runs))]
     sources = run_ranks(2, write, runs, folders, seconds=600)
-    targets = run_ranks(2, read, runs, folders, seconds=1000)
+    of_others = [[*folders[i + 1 :], *folders[: i + 1]] for i in range(len(runs))]  # the first is another stage's
+    targets = run_ranks(2, read, runs, of_others, 1, seconds=1000)
     for i in range(len(runs)):
-        source = gather([rank[i] for rank in sources])
         for j in range(len(runs)):
-            got = gather([rank[j][i] for rank in targets])
+            number = (i + 1 + j) % len(runs)
+            got, source = gather([rank[i][j] for rank in targets]), gather([rank[number] for rank in sources])
             assert got["bias"] == source["bias"]
             assert all(all(map(torch.equal, got["tensors"][name], source["tensors"][name])) for name in got["tensors"])
-            assert targets[0][j][i]["later"]["loss"] == pytest.approx(sources[0][i]["later"]["loss"], rel=2e-2)
+        expected = sources[0][(i + 1) % len(runs)]["later"]["loss"]
+        assert targets[0][i][0]["later"]["loss"] == pytest.approx(expected, rel=2e-2)
 
 
 def test_the_checkpoints_are_a_hard_case(written):
@@ -277,6 +289,6 @@ def test_the_canonical_form_is_bitwise_equal(file_bytes, written, tmp_path):
 def test_a_canonical_checkpoint_is_loaded_like_any_other(written, config, tmp_path):
     source = written["expert 4, zero 3"]
     write_canonical(open_checkpoint(Path(source["folder"])), tmp_path, file_bytes=20_000)
-    results = run_ranks(2, read, [run_of(config, "pipe 2")], [str(tmp_path)], seconds=400)
+    results = run_ranks(2, read, [run_of(config, "pipe 2")], [[str(tmp_path)]], seconds=400)
     got = gather([rank[0][0] for rank in results])
     assert all(all(map(torch.equal, got["tensors"][name], source["tensors"][name])) for name in source["tensors"])
