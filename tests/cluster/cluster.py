@@ -177,7 +177,7 @@ class Cluster:
             if process.stdout.readline() != "up\n":
                 raise ClusterError("a host did not start")
             idle = ["idle"] * self.nodes
-            wait_until(lambda: self.node_states() == idle, 120, "all nodes idle")
+            wait_until(lambda: self.node_states() == idle, 600, "all nodes idle")
         except BaseException as error:
             self.down()
             if isinstance(error, ClusterError):
@@ -189,7 +189,7 @@ class Cluster:
         """End all processes of the cluster and wait until they have ended. Logs are kept."""
         if pid := self.running():
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: not Path(f"/proc/{pid}").exists(), 60, f"process {pid} gone")
+            wait_until(lambda: not Path(f"/proc/{pid}").exists(), 300, f"process {pid} gone")
         if self.process:
             self.process.kill()
             self.process.communicate()

@@ -88,7 +88,7 @@ def is_answered(connection: socket.socket, channel: Channel) -> bool:
     return json.loads(texts[0]) == {"ok": 1}
 
 
-def wait_for(ready, seconds: float = 60) -> None:
+def wait_for(ready, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end

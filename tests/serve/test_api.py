@@ -46,7 +46,7 @@ def client(server):
 
 
 def post(url, path="/v1/completions", **body):
-    return httpx.post(url + path, json={"model": "parrot", **body}, timeout=60)
+    return httpx.post(url + path, json={"model": "parrot", **body}, timeout=300)
 
 
 def metrics_of(url):
@@ -240,7 +240,7 @@ def assert_refused(response, status, param, message, code=None):
 @pytest.mark.parametrize(("body", "param", "message"), BAD_BODIES, ids=lambda value: str(value)[:40])
 def test_bad_bodies_get_the_error_object(server, body, param, message):
     response = httpx.post(
-        f"{server[0]}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=60
+        f"{server[0]}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=300
     )
     code = "context_length_exceeded" if "context of" in message else None
     assert_refused(response, 400, param, message, code)
