@@ -1,6 +1,6 @@
 """Every launcher at world sizes 1, 2, 3 and 5: all ranks join the process group.
 
-More than two ranks take the same code path as two; those tests are marked long.
+One rank, and more than two, take the same code path as two; those tests are marked long.
 """
 
 import os
@@ -51,7 +51,10 @@ def all_joined(world: int) -> list[str]:
     return [f"joined {rank} of {world}" for rank in range(world)]
 
 
-@pytest.mark.parametrize("variables", [{}, STALE], ids=["nothing set", "variables of an earlier torchrun"])
+@pytest.mark.parametrize(
+    "variables",
+    [pytest.param({}, id="nothing set", marks=long), pytest.param(STALE, id="variables of an earlier torchrun")],
+)
 def test_python_alone(variables, tmp_path):
     assert joined_lines([sys.executable, "-m", *PROGRAM], tmp_path, **variables) == all_joined(1)
 
@@ -73,7 +76,7 @@ def test_torchrun_restarts_with_the_store_of_the_first_attempt(tmp_path):
     assert joined_lines(torchrun(2, "--standalone", "--max-restarts=2"), tmp_path, FAIL_FIRST="1") == all_joined(2)
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=long), pytest.param(5, marks=long)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=long) for world in (1, 3, 5))])
 def test_deepspeed(world, tmp_path):
     """With two ranks, also with variables of an earlier launch in the environment."""
     stale = STALE if world == 2 else {}
@@ -89,9 +92,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.mark.skipif(bool(missing()), reason=install_hint(missing()))
-@pytest.mark.parametrize(
-    ("world", "nodes"), [(1, 1), (2, 2), pytest.param(3, 1, marks=long), pytest.param(5, 1, marks=long)]
-)
+@pytest.mark.parametrize(("world", "nodes"), [(2, 2), *(pytest.param(world, 1, marks=long) for world in (1, 3, 5))])
 def test_srun(world, nodes, cluster):
     command = ["srun", f"--nodes={nodes}", f"--ntasks={world}", sys.executable, "-m", *PROGRAM]
     done = cluster.run(

@@ -160,7 +160,7 @@ def as_two_of_three(arguments: list[str]) -> None:
     import os
 
     os.environ["WORLD_SIZE"] = "3"
-    train_here([*arguments, "train.global_batch=3"])
+    train_here([*arguments, "train.global_batch=6"])
 
 
 @pytest.mark.launch

@@ -212,7 +212,7 @@ def test_every_layout_has_the_same_averages_and_losses(averaged):
     ("layout", "more"),
     [
         ("zero 3", ""),
-        ("pipe 2", ""),
+        pytest.param("pipe 2", "", marks=pytest.mark.long),
         pytest.param("one rank", "train.dtype=bf16", marks=pytest.mark.long),
         pytest.param("tensor 2, expert 2, zero 2", "train.dtype=fp16", marks=pytest.mark.long),
         pytest.param("zero 3", "train.dtype=bf16", marks=pytest.mark.long),
@@ -235,7 +235,7 @@ def test_averages_and_their_evaluation_do_not_change_training(averaged, run, tmp
 
 @launches
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("layout", ["zero 3", "tensor 2, expert 2, zero 2"])
+@pytest.mark.parametrize("layout", ["zero 3", pytest.param("tensor 2, expert 2, zero 2", marks=pytest.mark.long)])
 def test_a_killed_run_resumes_its_average_bit_for_bit(averaged, run, tmp_path, layout):
     """Killed between two samples of a window."""
     ranks, parallel = LAYOUTS[layout]
@@ -253,24 +253,23 @@ def test_a_killed_run_resumes_its_average_bit_for_bit(averaged, run, tmp_path, l
 
 @launches
 @pytest.mark.timeout(2400)
-def test_a_rollback_takes_the_average_back_with_the_weights(run, tmp_path):
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_rollback_takes_the_average_back_with_the_weights(run, tmp_path, killed):
     """Batches 4, 5 and 6 are bad: steps 5 to 7 are trained again, and step 6 is sampled again. The average is of the
     checkpoints that are left, of Muon's weights, also where the run is killed during the rollback."""
     faults = ",".join(f"bad_batch@{batch}:0" for batch in (4, 5, 6))
     settings = f"average.kind=ema average.decay=0.75 optim.name=muon parallel.tensor=2 faults.inject={faults}"
-    arguments = [*run, *settings.split()]
-    result = train(2, *arguments, f"run.dir={tmp_path / 'run'}", seconds=900)
-    assert result.codes == [0, 0] and "to the checkpoint of step 4" in result.err, result.tails
-    killed = launch(2, train_until_rolled_back, [*arguments, f"run.dir={tmp_path / 'killed'}"])
-    assert set(killed.codes) <= {-signal.SIGKILL, 4}, killed.tails
-    resumed = train(2, *arguments, f"run.dir={tmp_path / 'killed'}", seconds=900)
-    assert resumed.codes == [0, 0], resumed.tails
-    for folder in (tmp_path / "run", tmp_path / "killed"):
-        weights = [weights_of(tensors_of(folder, step)) for step in (2, 4, 6, 8)]
-        assert samples_in(folder, 8) == 4
-        for name, average in averages_of(tensors_of(folder, 8)).items():
-            expected = expected_average([each[name] for each in weights], "ema", 0.75)
-            assert np.array_equal(average, expected), name
+    arguments = [*run, *settings.split(), f"run.dir={tmp_path}"]
+    if killed:
+        ended = launch(2, train_until_rolled_back, arguments)
+        assert set(ended.codes) <= {-signal.SIGKILL, 4}, ended.tails
+    result = train(2, *arguments, seconds=900)
+    assert result.codes == [0, 0] and (killed or "to the checkpoint of step 4" in result.err), result.tails
+    weights = [weights_of(tensors_of(tmp_path, step)) for step in (2, 4, 6, 8)]
+    assert samples_in(tmp_path, 8) == 4
+    for name, average in averages_of(tensors_of(tmp_path, 8)).items():
+        expected = expected_average([each[name] for each in weights], "ema", 0.75)
+        assert np.array_equal(average, expected), name
 
 
 @launches

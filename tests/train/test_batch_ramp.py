@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.launch import launch, train, train_until_rolled_back
-from helpers.run_folder import at, lines
+from helpers.run_folder import at, copy_until, lines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -226,8 +226,8 @@ def test_a_ramped_run_reads_consecutive_batches_of_growing_size(ramped, shards):
 @pytest.mark.parametrize(
     "layout",
     [
-        "",
         "parallel.pipe=2",
+        pytest.param("", marks=pytest.mark.long),
         pytest.param("parallel.zero=2 train.dtype=bf16", marks=pytest.mark.long),
         pytest.param("parallel.zero=3", marks=pytest.mark.long),
     ],
@@ -250,7 +250,7 @@ def test_a_ramp_is_a_run_of_stages_of_constant_batches_bit_for_bit(run, tmp_path
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("step", [2, 3, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 5, 6))])
+@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 3, 5, 6))])
 def test_killed_inside_or_at_a_border_of_the_ramp_it_writes_the_same_lines(ramped, run, tmp_path, step):
     arguments = [*run, f"run.dir={tmp_path}", "data.workers=1"]
     killed = train(2, *arguments, env={"KILL_AFTER": str(at(tmp_path, step) / "checkpoint.json")})
@@ -261,11 +261,11 @@ def test_killed_inside_or_at_a_border_of_the_ramp_it_writes_the_same_lines(rampe
 
 
 LAYOUTS = [
-    (1, "train.micro_batch=2"),
     (4, "parallel.pipe=2 parallel.expert=2"),
+    pytest.param(1, "train.micro_batch=1", marks=pytest.mark.long),
     pytest.param(2, "parallel.tensor=2 train.micro_batch=4", marks=pytest.mark.long),
     pytest.param(2, "parallel.pipe=2", marks=pytest.mark.long),
-    pytest.param(4, "parallel.expert=4 parallel.zero=3", marks=pytest.mark.long),
+    pytest.param(4, "parallel.expert=4 parallel.zero=3 train.micro_batch=1", marks=pytest.mark.long),
 ]
 
 
@@ -280,47 +280,40 @@ def on_two_ranks(run, tmp_path_factory) -> Path:
 @pytest.mark.launch
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
 def test_a_ramp_gives_the_same_losses_at_every_layout(run, on_two_ranks, tmp_path, ranks, layout):
-    """Two ranks train until the middle of the ramp, and this layout resumes; against the two ranks alone."""
-    quiet = [*run, "model.dropout=0.0"]
-    here = [*quiet, f"run.dir={tmp_path / 'here'}"]
-    killed = train(2, *here, env={"KILL_AFTER": str(at(tmp_path / "here", 4) / "checkpoint.json")})
-    assert killed.codes == [-signal.SIGKILL] * 2
-    result = train(ranks, *here, *layout.split(), seconds=900)
-    assert result.codes == [0] * ranks, result.tails
-    result = train(ranks, *quiet, f"run.dir={tmp_path / 'new'}", *layout.split(), seconds=900)
-    assert result.codes == [0] * ranks, result.tails
-    for run_dir in (tmp_path / "here", tmp_path / "new"):
-        for got, expected in zip(lines(run_dir), lines(on_two_ranks), strict=True):
-            for key in ("batch_id", "n_loops", "mean_loops", "lr", "tokens"):
-                assert got[key] == expected[key]
-            assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5), layout
-            assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), layout
+    """Two ranks train to the first border of the ramp, and this layout resumes; against the two ranks alone."""
+    here = copy_until(on_two_ranks, 2, tmp_path / "here")
+    result = train(ranks, *run, "model.dropout=0.0", f"run.dir={here}", *layout.split(), seconds=900)
+    assert result.codes == [0] * ranks and "resuming after step 2" in result.out, result.tails
+    for got, expected in zip(lines(here), lines(on_two_ranks), strict=True):
+        for key in ("batch_id", "n_loops", "mean_loops", "lr", "tokens"):
+            assert got[key] == expected[key]
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5), layout
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), layout
 
 
 @pytest.mark.launch
-def test_a_rollback_over_a_border_of_the_ramp_excludes_the_samples_of_the_skipped_steps(run, shards, tmp_path):
-    """Batches 4, 5 and 6 are bad (of 8, 16 and 16 sequences): steps 5 to 8 keep their sizes, and read what follows.
-    Killed during the rollback, it does the same."""
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_rollback_over_a_border_of_the_ramp_excludes_the_samples_of_the_skipped_steps(run, shards, tmp_path, killed):
+    """Batches 4, 5 and 6 are bad (of 8, 16 and 16 sequences): steps 5 to 8 keep their sizes, and read what follows,
+    also when the run is killed during the rollback."""
     faults = ",".join(f"bad_batch@{batch}:0" for batch in (4, 5, 6))
-    arguments = [*run, f"faults.inject={faults}"]
-    result = train(2, *arguments, f"run.dir={tmp_path / 'run'}")
+    arguments = [*run, f"faults.inject={faults}", f"run.dir={tmp_path}"]
+    if killed:
+        ended = launch(2, train_until_rolled_back, arguments)
+        assert set(ended.codes) <= {-signal.SIGKILL, 4}, ended.tails
+    result = train(2, *arguments)
     assert result.codes == [0, 0], result.tails
-    found = lines(tmp_path / "run")
-    assert "to the checkpoint of step 4, excluding batches 4, 5, 6" in found[4]["decision"]
+    found = lines(tmp_path)
+    assert killed or "to the checkpoint of step 4, excluding batches 4, 5, 6" in found[4]["decision"]
     taken = consecutive([4, 4, 8, 8, 8, 16, 16, 8, 16, 16, 16])
     assert [line["batch_id"] for line in found] == ids_of(shards, taken[:4] + taken[7:])
     assert [line["global_batch"] for line in found] == SIZES
     assert [line["tokens"] for line in found] == [32 * sum(SIZES[: step + 1]) for step in range(8)]
-    assert read_checkpoint_manifest(at(tmp_path / "run", 8)).lineage.next_sample == taken[-1].stop
-    killed = launch(2, train_until_rolled_back, [*arguments, f"run.dir={tmp_path / 'killed'}"])
-    assert set(killed.codes) <= {-signal.SIGKILL, 4}, killed.tails
-    resumed = train(2, *arguments, f"run.dir={tmp_path / 'killed'}")
-    assert resumed.codes == [0, 0], resumed.tails
-    assert exact(tmp_path / "killed") == exact(tmp_path / "run")
+    assert read_checkpoint_manifest(at(tmp_path, 8)).lineage.next_sample == taken[-1].stop
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.long)])
 def test_a_run_that_starts_from_the_middle_of_a_ramp_continues_it(ramped, run, tmp_path, step):
     """`everything`, from inside and from a border of the ramp: the lines of the parent, bit for bit."""
     branch = [f"run.dir={tmp_path}", f"start_from={at(ramped, step)}", "start_from_state=everything"]
@@ -334,13 +327,15 @@ def test_a_run_that_starts_from_the_middle_of_a_ramp_continues_it(ramped, run, t
 
 @pytest.mark.launch
 def test_a_stage_begins_its_ramp_anew_unless_it_continues_the_schedule(run, shards, tmp_path):
-    """Three stages with one ramp: a new schedule ramps again, `everything` continues, and data are read on. Killed
-    inside a later stage's ramp it resumes, bit for bit."""
+    """Three stages with one ramp: a new schedule ramps again, `everything` continues, and data are read on. It is
+    killed inside a later stage's ramp, and resumes."""
     common = [one for one in run if not one.startswith("train.steps")]
     text = "stages: [{steps: 4}, {steps: 3}, {steps: 4, start_from_state: everything}]"
     (tmp_path / "stages.yaml").write_text(f"base: {common[0]}\n{text}\n")
-    arguments = [str(tmp_path / "stages.yaml"), *common[1:], "checkpoint.keep=99"]
-    result = train(2, *arguments, f"run.dir={tmp_path / 'run'}")
+    arguments = [str(tmp_path / "stages.yaml"), *common[1:], "checkpoint.keep=99", f"run.dir={tmp_path / 'run'}"]
+    killed = train(2, *arguments, env={"KILL_AFTER": str(at(tmp_path / "run", 6) / "checkpoint.json")})
+    assert killed.codes == [-signal.SIGKILL] * 2
+    result = train(2, *arguments)
     assert result.codes == [0, 0], result.tails
     sizes = [*SIZES[:4], *SIZES[:7]]
     found = lines(tmp_path / "run")
@@ -348,11 +343,6 @@ def test_a_stage_begins_its_ramp_anew_unless_it_continues_the_schedule(run, shar
     assert [line["global_batch"] for line in found] == sizes
     assert [line["batch_id"] for line in found] == ids_of(shards, consecutive(sizes))
     assert [line["tokens"] for line in found] == [32 * sum(sizes[: step + 1]) for step in range(11)]
-    file = at(tmp_path / "killed", 6) / "checkpoint.json"
-    killed = train(2, *arguments, f"run.dir={tmp_path / 'killed'}", env={"KILL_AFTER": str(file)})
-    assert killed.codes == [-signal.SIGKILL] * 2
-    assert train(2, *arguments, f"run.dir={tmp_path / 'killed'}").codes == [0, 0]
-    assert exact(tmp_path / "killed") == exact(tmp_path / "run")
 
 
 @pytest.mark.launch

@@ -45,7 +45,7 @@ def refused(result, *parts: str) -> None:
         assert part in result.err, result.err
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.long)])
 def test_a_flipped_byte_ends_the_run_at_once(arguments, folder, tmp_path, workers):
     """In the first step that reads the shard, before the model uses its samples. No checkpoint is written."""
     (shard,) = shard_files(folder)
@@ -79,7 +79,7 @@ def lose_shard_on_rank_1(shard: str, arguments: list[str]) -> None:
     train_here(arguments)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_shard_that_one_rank_cannot_read_ends_all_ranks_with_its_message(arguments, workers):
     """The other rank does not wait in a collective until that times out."""
     result = launch(2, lose_shard_on_rank_1, "lost.mds", [*arguments, f"data.workers={workers}"], seconds=240)

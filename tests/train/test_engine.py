@@ -29,10 +29,8 @@ def test_bf16_and_fp16_follow_fp32(config):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(
-    ("recompute", "parallel"),
-    [("none", {"tensor": 2}), pytest.param("loop", {"pipe": 2}, marks=pytest.mark.long)],
-)
+@pytest.mark.long  # the compiler takes a minute, and a run compiles only with train.compile
+@pytest.mark.parametrize(("recompute", "parallel"), [("none", {"tensor": 2}), ("loop", {"pipe": 2})])
 def test_compiled_blocks_give_the_same_losses(config, recompute, parallel):
     """With tensor parallelism, and in a pipeline that recomputes its loops: the losses of one process without
     torch.compile, to 1e-5."""

@@ -49,7 +49,7 @@ def resumed(settings: list[str], run_dir: Path, uninterrupted: Path, why: str, s
     assert f"resuming after step {step}" in result.out
 
 
-@pytest.mark.parametrize("fault", ["usr1@3:1", "term@3:0", "usr1@3:0,term@3:1"])
+@pytest.mark.parametrize("fault", ["usr1@3:1", "usr1@3:0,term@3:1", pytest.param("term@3:0", marks=pytest.mark.long)])
 def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(fault, settings, uninterrupted, tmp_path):
     """The signal is sent when step 3 begins: step 3 is the last, and is saved although no checkpoint was due."""
     run_dir = tmp_path / "run"
@@ -155,10 +155,19 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_loss_scale(settings, 
     assert manifest["optimizer"]["loss_scale"]["cur_scale"] == 2.0**15
 
 
-@pytest.mark.parametrize("layout", ["parallel.zero=1", "parallel.zero=3", "parallel.pipe=2", "train.dtype=bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.zero=3",
+        "parallel.pipe=2 train.dtype=bf16",
+        pytest.param("parallel.zero=1", marks=pytest.mark.long),
+        pytest.param("parallel.pipe=2", marks=pytest.mark.long),
+        pytest.param("train.dtype=bf16", marks=pytest.mark.long),
+    ],
+)
 def test_a_nan_that_recurs_skips_the_step(layout, settings, tmp_path):
     """Parameters do not change: the next loss equals that of a run without the skipped step."""
-    run_dir, arguments = tmp_path / "run", [*settings, layout, "train.steps=3", "optim.warmup_steps=0"]
+    run_dir, arguments = tmp_path / "run", [*settings, *layout.split(), "train.steps=3", "optim.warmup_steps=0"]
     bad = train(2, *arguments, f"run.dir={run_dir}", "faults.inject=bad_batch@1:1")
     assert bad.codes == [0, 0], bad.tails
     records = lines(run_dir)

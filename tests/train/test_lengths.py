@@ -22,7 +22,7 @@ def exact(run_dir) -> list[tuple]:
     return [tuple(line[key] for key in EXACT) for line in lines(run_dir)]
 
 
-@pytest.mark.parametrize("seq_len", [8, 128])
+@pytest.mark.parametrize("seq_len", [128, pytest.param(8, marks=pytest.mark.long)])
 def test_a_run_at_another_length_resumes_bit_for_bit_with_exact_counts(settings, shards, tmp_path, seq_len):
     """Killed after step 3, resumed on as many ranks: the lines of the uninterrupted run. Samples are those of the
     stream of one process, tokens are counted by the run's length, and held-out sequences have it."""

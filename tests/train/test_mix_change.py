@@ -49,6 +49,7 @@ def test_a_run_with_a_changing_mix_and_batch_reads_the_same_samples_at_every_lay
     mixes = [f"data.mix={{{a}: 1, {b}: 3}}", f"data.mix_end={{{b}: 0.5, {c}: 0.5}}", "data.mix_samples=[8,24]"]
     common = [one for one in settings if not one.startswith(("data.path", "train.steps"))]
     run = [*common, *mixes, "data.path=null", "train.steps=9", "train.batch_ramp=[[2,4]]", "train.global_batch=4"]
+    run += ["train.micro_batch=1"]
     run += ["checkpoint.every=1", f"run.dir={tmp_path / 'run'}"]
     file = tmp_path / "run" / "checkpoints" / "step-00000005" / "checkpoint.json"
     assert train(2, *run, env={"KILL_AFTER": str(file)}).codes == [-signal.SIGKILL] * 2

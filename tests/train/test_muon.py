@@ -304,7 +304,9 @@ def largest_output(configs: list[Config]) -> list[tuple[int, int]]:
 def test_no_rank_has_more_than_one_full_matrix(config):
     """What an owner and Newton-Schulz have is one matrix at most. A message may be as large as two: it has elements of
     this rank only, of its own matrices and of those that a border of replicas crosses."""
-    base = change(config, optim=dict(name="muon"), model=dict(n_shared_experts=2), train=dict(global_batch=4))
+    base = change(
+        config, optim=dict(name="muon"), model=dict(n_shared_experts=2), train=dict(global_batch=4, micro_batch=1)
+    )
     layouts: list[dict[str, Any]] = [dict(), dict(tensor=2), dict(tensor=2, expert=2), dict(tensor=4)]
     work = [change(base, parallel=layout) for layout in layouts]
     for rank in run_ranks(4, largest_output, work):

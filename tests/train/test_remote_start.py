@@ -16,7 +16,7 @@ EXACT = ("step", "loss", "grad_norm", "batch_id", "lr", "n_loops", "tokens_total
 
 @pytest.fixture(scope="module")
 def run(settings) -> list[str]:
-    more = "train.steps=6 train.global_batch=4 checkpoint.every=2 checkpoint.keep=9 model.dim=128 model.vocab_size=2048"
+    more = "train.steps=5 train.global_batch=4 checkpoint.every=2 checkpoint.keep=9 model.dim=128 model.vocab_size=2048"
     return [*settings, *more.split()]
 
 
@@ -24,7 +24,7 @@ def run(settings) -> list[str]:
 def parent(run, tmp_path_factory) -> Path:
     """A finished run of two ranks."""
     run_dir = tmp_path_factory.mktemp("parent") / "run"
-    result = train(2, *run, f"run.dir={run_dir}", "train.steps=4")
+    result = train(2, *run, f"run.dir={run_dir}", "train.steps=4", "checkpoint.every=4")
     assert result.codes == [0, 0], result.tails
     return run_dir
 

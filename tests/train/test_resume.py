@@ -98,7 +98,7 @@ def test_a_run_resumes_at_other_layouts(uninterrupted, run, tmp_path):
     segments = [  # ranks, layout, step after which the run is killed
         (2, "parallel.tensor=2", 3),
         (4, "parallel.pipe=2 parallel.expert=2", 6),
-        (4, "parallel.expert=4 parallel.zero=3", 9),
+        (4, "parallel.expert=4 parallel.zero=3 train.micro_batch=1", 9),
         (1, "train.micro_batch=4", STEPS),
     ]
     for ranks, layout, stop in segments:
@@ -119,7 +119,8 @@ def kill_after(run_dir: Path, step: int) -> dict[str, str]:
     )
 
 
-def test_damaged_files_are_named_and_the_previous_checkpoint_is_loaded(uninterrupted, run, tmp_path):
+@pytest.mark.parametrize("every_pair", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_damaged_files_are_named_and_the_previous_checkpoint_is_loaded(uninterrupted, run, tmp_path, every_pair):
     """A tensor file or manifest that is truncated, has a flipped bit, is missing or is empty. If no checkpoint is
     intact, the run is refused."""
 
@@ -131,8 +132,9 @@ def test_damaged_files_are_named_and_the_previous_checkpoint_is_loaded(uninterru
         content[len(content) // 2] ^= 16
         file.write_bytes(content)
 
-    for damage in (truncate, flip, Path.unlink, lambda file: file.write_bytes(b"")):
-        for name in ("rank-00001.safetensors", "checkpoint.json"):
+    names = ("rank-00001.safetensors", "checkpoint.json")
+    for i, damage in enumerate((truncate, flip, Path.unlink, lambda file: file.write_bytes(b""))):
+        for name in names if every_pair else names[i % 2 :][:1]:
             run_dir = tmp_path / "run"
             shutil.copytree(uninterrupted, run_dir)
             damage(run_dir / "checkpoints" / NEWEST / name)

@@ -33,7 +33,8 @@ stages:
 @pytest.fixture(scope="module")
 def common(settings) -> list[str]:
     """Overrides of every run here."""
-    changes = "train.global_batch=4 checkpoint.every=3 checkpoint.keep=9 loops.distribution=poisson model.dropout=0.1"
+    changes = "train.global_batch=4 train.micro_batch=1 checkpoint.every=3 checkpoint.keep=9"
+    changes += " loops.distribution=poisson model.dropout=0.1"
     return [one for one in settings[1:] if not one.startswith(("train.steps", "optim.warmup"))] + changes.split()
 
 
@@ -94,7 +95,7 @@ def test_stages_train_one_after_the_other_in_one_folder(staged, common):
     assert again.codes == [0, 0] and "is complete: 7 of 7 steps" in again.out and exact(run_dir) == written
 
 
-@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("step", [4, *(pytest.param(step, marks=pytest.mark.long) for step in (3, 6))])
 def test_killed_inside_or_at_the_border_it_writes_the_same_lines(staged, tmp_path, step):
     arguments, whole = staged
     run = [*arguments, f"run.dir={tmp_path}"]

@@ -1,7 +1,9 @@
 """Runs that begin with the weights of another: what they carry over, at any layout, and what is refused."""
 
+import functools
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -167,33 +169,52 @@ def test_adams_moments_make_the_difference_between_the_states(parent, run, tmp_p
         torch.testing.assert_close(states[state][f"parameter/{name}"], expected, rtol=1e-5, atol=1e-7)
 
 
-LAYOUTS = [
-    (1, "train.micro_batch=4"),
-    (2, "parallel.tensor=2"),
-    (4, "parallel.pipe=2 parallel.expert=2"),
-    (4, "parallel.expert=4 parallel.zero=3"),
-]
+@pytest.fixture(scope="module")
+def quiet(run) -> list[str]:
+    """Arguments of a run of three steps without dropout."""
+    return [*run, "model.dropout=0.0", "train.steps=3"]
 
 
-@pytest.mark.parametrize("state", ["weights", pytest.param("everything", marks=pytest.mark.long)])
-def test_a_stage_gives_the_same_losses_at_every_layout(parent, run, tmp_path, state):
+@pytest.fixture(scope="module")
+def same(parent, quiet, tmp_path_factory) -> Callable[[str], list[dict]]:
+    """The lines of a stage from the middle of the parent, at the parent's layout."""
+
+    @functools.cache
+    def train_stage(state: str) -> list[dict]:
+        run_dir = tmp_path_factory.mktemp("same") / "run"
+        more = [f"start_from={at(parent, 4)}", f"start_from_state={state}", f"train.steps={STEPS_OF[state]}"]
+        assert train(2, *quiet, *more, f"run.dir={run_dir}").codes == [0, 0]
+        return lines(run_dir)
+
+    return train_stage
+
+
+STEPS_OF = {"weights": 3, "everything": 7}  # `everything` continues the steps of the parent
+LAYOUTS = {
+    (4, "parallel.pipe=2 parallel.expert=2"): "weights",
+    (4, "parallel.expert=4 parallel.zero=3 train.micro_batch=1"): "everything",
+    (1, "train.micro_batch=4"): "",
+    (2, "parallel.tensor=2"): "",
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "state"),
+    [
+        pytest.param(*layout, state, marks=() if state == short else pytest.mark.long)
+        for layout, short in LAYOUTS.items()
+        for state in STEPS_OF
+    ],
+)
+def test_a_stage_gives_the_same_losses_at_every_layout(parent, quiet, same, tmp_path, ranks, layout, state):
     """Other ranks and axes than the parent's: batches equal, losses to the order of sums."""
-    base = [
-        *run,
-        "model.dropout=0.0",
-        f"start_from={at(parent, 4)}",
-        f"start_from_state={state}",
-        "train.steps=6",
-    ]
-    assert train(2, *base, f"run.dir={tmp_path / 'same'}").codes == [0, 0]
-    expected = lines(tmp_path / "same")
-    for i, (ranks, layout) in enumerate(LAYOUTS):
-        result = train(ranks, *base, f"run.dir={tmp_path / str(i)}", *layout.split(), seconds=900)
-        assert result.codes == [0] * ranks, result.tails
-        for got, other in zip(lines(tmp_path / str(i)), expected, strict=True):
-            assert (got["batch_id"], got["n_loops"], got["lr"]) == (other["batch_id"], other["n_loops"], other["lr"])
-            assert got["loss"] == pytest.approx(other["loss"], rel=1e-5), layout
-            assert got["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), layout
+    more = [f"start_from={at(parent, 4)}", f"start_from_state={state}", f"train.steps={STEPS_OF[state]}"]
+    result = train(ranks, *quiet, *more, f"run.dir={tmp_path}", *layout.split(), seconds=900)
+    assert result.codes == [0] * ranks, result.tails
+    for got, other in zip(lines(tmp_path), same(state), strict=True):
+        assert (got["batch_id"], got["n_loops"], got["lr"]) == (other["batch_id"], other["n_loops"], other["lr"])
+        assert got["loss"] == pytest.approx(other["loss"], rel=1e-5), layout
+        assert got["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4), layout
 
 
 def test_lineage_is_recorded_over_generations(parent, run, tmp_path):
@@ -252,13 +273,27 @@ def test_everything_continues_the_data_at_another_batch_size(parent, run, tmp_pa
     assert [line["batch_id"] for line in lines(tmp_path)] == [batch_id(ids[0] + ids[1]), batch_id(ids[2] + ids[3])]
 
 
-@pytest.mark.parametrize("form", ["safetensors", "open_mythos"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_an_export_starts_a_run_at_any_layout(run, tmp_path, form, dtype):
+@pytest.fixture(scope="module")
+def exportable(run, tmp_path_factory) -> tuple[list[str], Path]:
+    """Arguments of a run that has the loops of OpenMythos, and its folder."""
+    source = tmp_path_factory.mktemp("exportable") / "run"
+    loops = [*run, "model.mode=reference", "model.dropout=0.0", "train.steps=2", "act.mode=reference"]
+    assert train(1, *loops, f"run.dir={source}").codes == [0]
+    return loops, source
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("safetensors", "fp32"),
+        ("open_mythos", "bf16"),
+        pytest.param("safetensors", "bf16", marks=pytest.mark.long),
+        pytest.param("open_mythos", "fp32", marks=pytest.mark.long),
+    ],
+)
+def test_an_export_starts_a_run_at_any_layout(exportable, tmp_path, form, dtype):
     """Each rank reads its shards of the unsharded tensors; a bf16 export gives the weights rounded to bf16."""
-    loops = ["model.mode=reference", "model.dropout=0.0", "train.steps=2", "act.mode=reference"]
-    source, out = tmp_path / "source", tmp_path / "weights"
-    assert train(1, *run, *loops, f"run.dir={source}").codes == [0]
+    (loops, source), out = exportable, tmp_path / "weights"
     tool = REPOSITORY / "tools" / "export_checkpoint.py"
     assert run_tool(tool, source, "--out", out, "--format", form, "--dtype", dtype, "--quiet").codes == [0]
     exported = ExportedWeights(out)
@@ -274,14 +309,14 @@ def test_an_export_starts_a_run_at_any_layout(run, tmp_path, form, dtype):
     losses = []
     for ranks, layout in ((1, []), (4, ["parallel.pipe=2", "parallel.tensor=2"])):
         run_dir = tmp_path / str(ranks)
-        result = train(ranks, *run, *loops, f"run.dir={run_dir}", f"start_from={out}", *layout)
+        result = train(ranks, *loops, f"run.dir={run_dir}", f"start_from={out}", *layout)
         assert result.codes == [0] * ranks, result.tails
         losses.append([line["loss"] for line in lines(run_dir)])
         assert lines(run_dir)[0]["tokens_total"] == 3 * TOKENS
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     if dtype == "fp32":
         again = tmp_path / "again"
-        assert train(1, *run, *loops, f"run.dir={again}", f"start_from={source}").codes == [0]
+        assert train(1, *loops, f"run.dir={again}", f"start_from={source}").codes == [0]
         assert [line["loss"] for line in lines(again)] == losses[0]
 
 

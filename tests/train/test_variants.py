@@ -100,6 +100,7 @@ def test_the_docs_show_the_plan_and_the_dry_run(name, dry):
     assert shown[: len(lines)] == lines
 
 
+@pytest.mark.long  # the memory of a plan is that of its dry run within 1 %
 def test_what_cannot_fit_does_not_fit_in_the_dry_run_either():
     """10b on 8 H100: with tensor 2 and expert 2 the plan exceeds the memory, with tensor 4 it does not."""
     cluster = load_cluster(CONFIGS / "clusters" / "h100_80gb.yaml")
