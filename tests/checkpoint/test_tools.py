@@ -91,18 +91,27 @@ def test_an_export_in_several_files_has_an_index(run, tmp_path, monkeypatch):
     assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def open_mythos_export(run, tmp_path_factory) -> Path:
+    """An export of the run for OpenMythos."""
+    out = tmp_path_factory.mktemp("open_mythos") / "out"
+    tool("export_checkpoint", run, "--out", out, "--format", "open_mythos", "--quiet")
+    return out
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize("form", ["pt", "wrapped", "safetensors", "folder"])
-def test_a_run_starts_from_open_mythos_weights_at_any_layout(form, run, settings, open_mythos, tmp_path):
+def test_a_run_starts_from_open_mythos_weights_at_any_layout(
+    form, run, settings, open_mythos, open_mythos_export, tmp_path
+):
     """From OpenMythos' state dict, tables and tied head included; the first held-out loss is that of the weights."""
-    tool("export_checkpoint", run, "--out", tmp_path / "out", "--format", "open_mythos", "--quiet")
-    model = reference_of(open_mythos, tmp_path / "out", load_file(tmp_path / "out" / "model.safetensors"))
+    model = reference_of(open_mythos, open_mythos_export, load_file(open_mythos_export / "model.safetensors"))
     if form in ("pt", "wrapped"):
         weights = tmp_path / "weights.pt"
         state = model.state_dict()
         torch.save({"model": state, "step": 3} if form == "wrapped" else state, weights)
     else:
-        weights = tmp_path / "out" / ("model.safetensors" if form == "safetensors" else "")
+        weights = open_mythos_export / ("model.safetensors" if form == "safetensors" else "")
     begun = tmp_path / "begun"
     common = [*settings, "model.mode=reference", f"run.dir={begun}", "parallel.tensor=2", "train.steps=1"]
     tool("import_open_mythos", weights, *common)

@@ -167,11 +167,12 @@ def wait_for_requests(store, process: UploadProcess, number: int) -> None:
 
 
 @pytest.mark.launch
-def test_twenty_kills_of_the_process_leave_no_partial_checkpoint(run, store, url):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_kills_of_the_process_leave_no_partial_checkpoint(run, store, url, kills):
     """SIGKILL after random numbers of requests, at 20 ms per request; a checkpoint is added with each start."""
     store.proxy.latency = 0.02
     rng = random.Random(0)
-    for kill in range(20):
+    for kill in range(kills):
         save(run.folder, kill + 1, files=2)
         process = UploadProcess(start(run.folder, url))
         wait_for_requests(store, process, rng.randrange(1, 60))

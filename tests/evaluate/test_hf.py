@@ -49,7 +49,8 @@ def ask_theirs(export: str, requests: dict[str, list[tuple]]) -> dict[str, list]
     return ask(HFLM(export, trust_remote_code=True, **options), requests)
 
 
-def test_each_request_has_the_same_result_as_through_transformers(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("worlds", [(2,), pytest.param((1, 4), marks=pytest.mark.long)], ids=str)
+def test_each_request_has_the_same_result_as_through_transformers(settings, tmp_path, monkeypatch, worlds):
     """Log-likelihoods of continuations and of texts longer than the context to 1e-4, and greedy answers; ours on 1, 2
     and 4 ranks."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
@@ -66,7 +67,7 @@ def test_each_request_has_the_same_result_as_through_transformers(settings, tmp_
     prompts = [(one["question"], dict(until)) for one in documents]
     requests = {"loglikelihood": pairs, "loglikelihood_rolling": texts, "generate_until": prompts}
     (theirs,) = run_ranks(1, ask_theirs, str(export), requests)
-    for world in (1, 2, 4):
+    for world in worlds:
         ours = run_ranks(world, ask_ours, str(run_dir), requests)[0]
         assert ours["generate_until"] == theirs["generate_until"]
         assert ours["loglikelihood_rolling"] == pytest.approx(theirs["loglikelihood_rolling"], abs=1e-4, rel=1e-6)

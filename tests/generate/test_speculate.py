@@ -28,11 +28,12 @@ def greedy(model, prompt: list[int], n_loops: int, new: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.launch  # half a minute
-def test_200_prompts_give_the_tokens_of_greedy_decoding(model):
+@pytest.mark.launch
+@pytest.mark.parametrize("count", [45, pytest.param(200, marks=pytest.mark.long)])  # three of each pair
+def test_prompts_give_the_tokens_of_greedy_decoding(model, count):
     """Drafts of one to three loops and one to five tokens; loops are counted as they were run."""
     drafted = accepted = 0
-    for i, prompt in enumerate(prompts(200)):
+    for i, prompt in enumerate(prompts(count)):
         draft_loops, draft_tokens = 1 + i % 3, 1 + i % 5
         result = speculate(model, None, prompt, GREEDY, n_loops=4, draft_loops=draft_loops, draft_tokens=draft_tokens)
         assert result.request.tokens == greedy(model, prompt, 4, 12)

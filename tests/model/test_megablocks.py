@@ -144,6 +144,7 @@ def as_on_a_gpu(launch: dict) -> dict:
     }
 
 
+@pytest.mark.long  # they are MegaBlocks' own kernels; the cases above run them
 def test_the_kernels_compile_for_a_gpu(sources, on_one_process, tmp_path):
     """Every kind of launch that the cases above made becomes machine code for sm_90: an ELF file of some size."""
     launches = []

@@ -17,10 +17,9 @@ MODEL = (
 ).split()
 # At micro_batch=1 the weights' gradients decide where the peak is, at 8 the activations do.
 LAYOUTS = [
-    f"model.attn_type={attention} train.recompute={recompute}"
-    for attention in ("mla", "gqa")
-    for recompute in ("none", "selective", "loop")
-] + [
+    "model.attn_type=mla train.recompute=none",
+    "model.attn_type=gqa train.recompute=selective",
+    "model.attn_type=mla train.recompute=loop",
     "average.kind=ema train.recompute=loop",
     "model.kv_sharing=every:2 loops.mean=4",
     "model.kv_sharing=every:2 loops.mean=4 train.recompute=loop",
@@ -28,6 +27,9 @@ LAYOUTS = [
     "train.recompute=loop train.chunk_tokens=200 train.offload=saved",
 ]
 OTHERS = [
+    "model.attn_type=gqa train.recompute=none",
+    "model.attn_type=mla train.recompute=selective",
+    "model.attn_type=gqa train.recompute=loop",
     "train.recompute=loop train.recompute_every=2 loops.mean=6",
     "model.injection=reference train.recompute=loop",
     "loops.objective=per_loop",
@@ -48,8 +50,8 @@ OTHERS = [
 
 
 CONTEXT = [
-    (2, ""),
-    (2, "train.recompute=loop"),
+    pytest.param(2, "", marks=pytest.mark.long),
+    pytest.param(2, "train.recompute=loop", marks=pytest.mark.long),
     (4, "train.recompute=loop model.attn_type=gqa"),
     (4, "train.recompute=loop parallel.tensor=2 parallel.sequence=true"),
     (2, "train.recompute=loop parallel.expert=2 train.micro_batch=2"),

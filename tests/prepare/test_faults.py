@@ -87,7 +87,8 @@ def test_conversion_and_verification_import_neither_torch_nor_streaming():
 
 
 @pytest.mark.timeout(800)
-def test_a_conversion_killed_ten_times_at_random_writes_the_same_bytes(task, tmp_path, seed):
+@pytest.mark.parametrize("times", [4, pytest.param(10, marks=pytest.mark.long)])
+def test_a_conversion_killed_at_random_writes_the_same_bytes(task, tmp_path, seed, times):
     """kill -9 of the tool only; its workers end by themselves, so the next run has no concurrent writer."""
     arguments, uninterrupted = task
     draw = random.Random(seed)
@@ -96,7 +97,7 @@ def test_a_conversion_killed_ten_times_at_random_writes_the_same_bytes(task, tmp
     def records() -> int:
         return len(list(out.glob("unfinished/*")))
 
-    while kills < 10:
+    while kills < times:
         job = subprocess.Popen(command([*arguments, "--out", str(out), "--quiet"]), cwd=REPOSITORY)
         if kills % 2:  # half of the kills are after some parts were written
             enough = records() + draw.randrange(12)
@@ -155,7 +156,8 @@ def test_ctrl_c_prints_one_line_and_the_same_command_resumes(task, tmp_path):
     assert contents(out) == contents(uninterrupted)
 
 
-@pytest.mark.parametrize("kilobytes", [64, 160, 300])  # for the first parts, for about half, for nearly all
+# For about half of the parts; for the first ones; for nearly all.
+@pytest.mark.parametrize("kilobytes", [160, *(pytest.param(size, marks=pytest.mark.long) for size in (64, 300))])
 def test_a_full_disk_loses_nothing(task, tmp_path, kilobytes):
     arguments, uninterrupted = task
     size = sum(len(content) for content in contents(uninterrupted).values())

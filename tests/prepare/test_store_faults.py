@@ -17,7 +17,6 @@ from helpers.token_files import write_megatron
 pytestmark = pytest.mark.launch
 
 REPOSITORY = Path(__file__).parents[2]
-KILLS = 7  # of each test
 # The tools with parts of one row group, or 16 kB of tokens.
 TOOL = """
 import runpy, sys
@@ -59,15 +58,16 @@ def finish(job: subprocess.Popen) -> None:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [3, pytest.param(7, marks=pytest.mark.long)])
 @pytest.mark.parametrize("tool, to_store", [("make_shards", True), ("import_tokens", True), ("import_tokens", False)])
-def test_after_kills_the_output_is_that_of_an_uninterrupted_run(store, commands, tmp_path, seed, tool, to_store):
+def test_after_kills_the_output_is_that_of_an_uninterrupted_run(store, commands, tmp_path, seed, tool, to_store, kills):
     """kill -9 of the tool; its workers end by themselves. Of a store, every second start has an empty scratch folder,
     as on another machine, and a few requests fail."""
     command, draw = commands[tool], random.Random(seed)
     finish(start(command, str(tmp_path / "uninterrupted"), tmp_path / "unused"))
     expected = contents(tmp_path / "uninterrupted")
     out, scratch = tmp_path / "out", tmp_path / "scratch"
-    url = store.create_bucket(f"{tool.replace('_', '-')}-{seed % 10**6}") if to_store else str(out)
+    url = store.create_bucket(f"{tool.replace('_', '-')}-{seed % 10**6}-{kills}") if to_store else str(out)
 
     def recorded() -> int:
         """Parts that are finished, and uploaded to a store."""
@@ -77,7 +77,7 @@ def test_after_kills_the_output_is_that_of_an_uninterrupted_run(store, commands,
         return len(list(out.glob("unfinished/part-*.json")))
 
     store.proxy.fault = lambda path, number: "reset" if draw.random() < 0.02 else None
-    for kill in range(KILLS):
+    for kill in range(kills):
         job, before = start(command, url, scratch), recorded()
         more, deadline = draw.randrange(1, 12), time.monotonic() + 400
         while job.poll() is None and recorded() < before + more and kill % 3:

@@ -215,7 +215,7 @@ def test_a_killed_client_frees_its_row(server):
     assert server.client.completions.create(model="tiny", prompt="a", max_tokens=2).usage.completion_tokens <= 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_lets_requests_finish(run_dir, number):
     """The stream is complete, new connections are refused, and the exit code is 0."""
     server = Process(run_dir, "--model-name", "other")
