@@ -170,8 +170,8 @@ def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sources_of(target: str, others: Sequence[str], count: int | None) -> list[str]:
-    """The layouts whose checkpoints a layout loads: `count` that follow it in different distances, or all."""
-    distances = (1, 3, 4)[:count] if count else range(len(others))
+    """The layouts whose checkpoints a layout loads: `count` of those after it, or all, itself last."""
+    distances = (1, 3, 4)[:count] if count else range(1, len(others) + 1)
     return [others[(others.index(target) + distance) % len(others)] for distance in distances]
 
 
