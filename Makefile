@@ -49,6 +49,7 @@ bench: $(READY)  ## compare with open-mythos, plain loops and the disk; cost of 
 	$(BIN)/python benchmarks/moe_layer.py
 	$(BIN)/python benchmarks/loops.py
 	$(BIN)/python benchmarks/recompute.py
+	$(BIN)/python benchmarks/context_exchange.py
 	$(BIN)/python benchmarks/convert_shards.py --memory
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/remote_shards.py
