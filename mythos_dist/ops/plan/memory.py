@@ -135,10 +135,10 @@ class _Moments:
     def _pipeline_buffers(self, micro_batches: int) -> float:
         """deepspeed/runtime/pipe/engine.py: what a stage received and what it sent, of each micro-batch in the
         pipeline; the buffer that messages arrive in, one for both directions if it is large enough. The last stage
-        keeps the losses of its last two micro-batches, and so what those have received, and its gradient."""
+        keeps the losses of its last two micro-batches, and so what the one before has received, and its gradient."""
         received, sent = self.boundaries
         arriving = received + (sent if sent > received else 0)
-        done = 2 * received * min(2, micro_batches) if self.stage.is_last else 0
+        done = 2 * received * (micro_batches > 1) if self.stage.is_last else 0
         return (self.in_flight + 1.0) * (received + sent) + arriving + done
 
     def _carries(self, groups: int, on_device: int) -> float:
@@ -210,7 +210,9 @@ class _Moments:
         head, gathered = (layers.residual + 2 * layers.x) * self.readouts, 0.0
         if layers.in_pieces and self.mesh.sequence:  # only the chunk's rows are gathered, and their gradient scattered
             head, gathered = 3 * layers.residual * self.readouts, 2 * chunk * c.dim * layers.b
-        received = self.boundaries[0]  # and its copy, which the stage's forward pass works on
+        # What DeepSpeed holds until the forward pass ends: a copy of what was received, and of an earlier micro-batch,
+        # whose loss this one replaces, what that has received, and its gradient.
+        received = 3 * self.boundaries[0]
         activations = self.all_saved + received + head + gathered + chunk * vocab * per_logit
         return {"activations": activations, "gradients": self.head_gradient}
 
