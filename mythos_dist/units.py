@@ -24,6 +24,11 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def short_bytes(size: float) -> str:
+    """As `short`: 1234567 -> "1.23MB", 2e9 -> "2GB"."""
+    return short(size).replace("B", "G") + "B"
+
+
 def count(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun: "1 rank", "1,024 ranks"; `plural`: if it is not `noun` with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -1,6 +1,6 @@
 import pytest
 
-from mythos_dist.units import bytes_of, short
+from mythos_dist.units import bytes_of, short, short_bytes
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,10 @@ from mythos_dist.units import bytes_of, short
 )
 def test_short(number, text):
     assert short(number) == text
+
+
+def test_a_billion_bytes_is_a_gigabyte():
+    assert [short_bytes(size) for size in (300, 4e5, 1.5e6, 2.5e9, 3e12)] == ["300B", "400kB", "1.5MB", "2.5GB", "3TB"]
 
 
 @pytest.mark.parametrize(

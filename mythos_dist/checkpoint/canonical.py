@@ -30,7 +30,7 @@ from mythos_dist.checkpoint.signature import Key, signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, reason
-from mythos_dist.units import short
+from mythos_dist.units import short_bytes
 
 FILE_BYTES = 4 << 30  # limit of a file, unless the tensors of a single name are larger
 BLOCK_ELEMENTS = 1 << 24
@@ -141,7 +141,9 @@ def check_free_space(folder: Path, size: int) -> None:
     """Raises UserError unless `size` bytes are free; OSError if that cannot be determined."""
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < size:  # some file systems report 0 of 0
-        raise UserError(f"{short(size)}B are needed, {short(usage.free)}B are free; free some space", str(folder))
+        raise UserError(
+            f"{short_bytes(size)} are needed, {short_bytes(usage.free)} are free; free some space", str(folder)
+        )
 
 
 def group_by_size(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

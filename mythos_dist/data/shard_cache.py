@@ -29,7 +29,7 @@ from mythos_dist.data.shard import DamagedFile, Shard, check_hash, chunks_of, de
 from mythos_dist.errors import UserError
 from mythos_dist.files import os_user_error
 from mythos_dist.store.fetch import SHARD_PATIENCE, WrongContent, fetch
-from mythos_dist.units import short
+from mythos_dist.units import short_bytes
 from mythos_dist.urls import join_url
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ class ShardCache:
             os.fsync(file.fileno())
             seconds = time.monotonic() - began
             size = stored["bytes"]
-            log.info("%s: %sB in %.2f s, %sB/s", source, short(size), seconds, short(size / max(seconds, 1e-9)))
+            rate = short_bytes(size / max(seconds, 1e-9))
+            log.info("%s: %s in %.2f s, %s/s", source, short_bytes(size), seconds, rate)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -164,8 +165,8 @@ class ShardCache:
                 raise NoRoom
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"data.cache_limit={short(self.limit or 0)}B has no room for a shard of {short(size)}B: all others "
-                    "are being read or downloaded; set a larger one"
+                    f"data.cache_limit={short_bytes(self.limit or 0)} has no room for a shard of {short_bytes(size)}: "
+                    "all others are being read or downloaded; set a larger one"
                 )
             wait(POLL)  # readers hold a shard for milliseconds
         file.seek(0)

@@ -34,7 +34,7 @@ from mythos_dist.parallel.process import device
 from mythos_dist.store.fetch import START_PATIENCE, read_object
 from mythos_dist.store.write import put, remove
 from mythos_dist.train.run_folder import probe_prefix
-from mythos_dist.units import count, short
+from mythos_dist.units import count, short_bytes
 from mythos_dist.urls import is_url, join_url
 
 log = logging.getLogger(__name__)
@@ -64,10 +64,10 @@ class PreflightResult:
             text += f", all-reduce {self.all_reduce / 1e9:.2g} GB/s, all-to-all {self.all_to_all / 1e9:.2g} GB/s"
         if self.slowest_store:
             rate, node = self.slowest_store
-            text += f", store at least {short(rate)}B/s ({node} is the slowest)"
+            text += f", store at least {short_bytes(rate)}/s ({node} is the slowest)"
         if self.slowest_upload:
             rate, node = self.slowest_upload
-            text += f", uploads at least {short(rate)}B/s ({node} is the slowest)"
+            text += f", uploads at least {short_bytes(rate)}/s ({node} is the slowest)"
         return text + f", clock skew {self.skew * 1000:.0f} ms ({self.seconds:.1f} s)"
 
 

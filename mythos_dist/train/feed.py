@@ -20,7 +20,7 @@ from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.train.batches import StepBatch, open_stream, read_batches
 from mythos_dist.train.global_batch import GlobalBatch
 from mythos_dist.train.session import Session
-from mythos_dist.units import short
+from mythos_dist.units import short_bytes
 
 if TYPE_CHECKING:
     from mythos_dist.data.stream import ReplicaStream
@@ -38,7 +38,7 @@ def open_shard_cache(config: Config, corpora: list[Corpus]) -> ShardCache | None
     if limit is not None and limit < 2 * largest:
         raise UserError(
             f"data.cache_limit={config.data.cache_limit} is less than two of the largest shards, "
-            f"{short(2 * largest)}B; set it to that or more"
+            f"{short_bytes(2 * largest)}; set it to that or more"
         )
     return ShardCache(cache_folder(config.data.cache), limit)
 

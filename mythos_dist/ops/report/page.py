@@ -16,7 +16,7 @@ import numpy as np
 
 from mythos_dist.errors import redact
 from mythos_dist.ops.report.run import RunReport, page_data
-from mythos_dist.units import format_duration, short
+from mythos_dist.units import format_duration, short, short_bytes
 
 _MARKS = {"decision", "skipped", "restart"}
 MAX_ROWS = 200  # of the table of events
@@ -190,7 +190,7 @@ def _planned(reports: Sequence[RunReport]) -> str:
 
 
 def _checkpoints(reports: Sequence[RunReport]) -> str:
-    rows = [(report.name, one.step, f"{short(one.bytes)}B") for report in reports for one in report.checkpoints]
+    rows = [(report.name, one.step, f"{short_bytes(one.bytes)}") for report in reports for one in report.checkpoints]
     return _section("Checkpoints", _table(("run", "step", "size"), rows, (1, 2))) if rows else ""
 
 
