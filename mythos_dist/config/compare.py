@@ -37,12 +37,17 @@ MAY_CHANGE = {
     "run.start_from",  # not read again once the run has a checkpoint
     "run.start_from_state",
     "run.wandb",
+    "run.project",
+    "run.group",
+    "run.tags",
+    "run.tensorboard",
     "run.peak_tflops",
     "run.count_communication",
     "run.max_seconds",
     "run.cluster",
     "run.check_memory",
     "run.report",
+    "run.profile",
 }
 _MAY_CHANGE_SECTIONS = {"average", "parallel", "checkpoint", "faults"}
 

@@ -24,6 +24,7 @@ Tokens = Annotated[int, Range(1, 1 << 30)]
 Layers = Annotated[int, Range(0, 128)]
 LoopCount = Annotated[int, Range(1, MAX_LOOPS)]
 Ranks = Annotated[int, Range(1, 1 << 16)]
+RankNumber = Annotated[int, Range(0, 1 << 24)]
 Sequences = Annotated[int, Range(1, 1 << 30)]
 Steps = Annotated[int, Range(1, 10**12)]
 RampSize = tuple[Sequences, Sequences]  # sequences per step, and the number of steps, which has the same bounds
@@ -58,6 +59,7 @@ _KV_SHARING = Words(
     ),
 )
 MixWeight = Annotated[float, _SHARE]
+MAX_PROFILED_STEPS = 50
 
 
 def _by_mode(reference: Any, train: Any) -> Any:
@@ -491,6 +493,32 @@ class CheckpointConfig(Section, section="checkpoint"):
 
 
 @dataclass(frozen=True)
+class ProfileConfig(Section, section="run.profile"):
+    """A profile of some steps (docs/profiles.md)."""
+
+    example = "{steps: [10, 12], ranks: [0], memory: true}"
+
+    steps: tuple[Steps, Steps]  # the first and the last step of the trace
+    ranks: tuple[RankNumber, ...] = (0,)  # that write one
+    # Also record, in the step after these, what holds memory; that step is slow.
+    memory: bool = True
+
+    def contradictions(self) -> list[str]:
+        """Rules between the settings."""
+        first, last = self.steps
+        if last < first:
+            return [
+                f"run.profile.steps={[first, last]}: the last step is before the first; set it to [{last}, {first}]"
+            ]
+        if last - first >= MAX_PROFILED_STEPS:
+            return [
+                f"run.profile.steps={[first, last]}: more than {MAX_PROFILED_STEPS} steps, and a trace holds every "
+                f"operation in memory; set it to [{first}, {first + MAX_PROFILED_STEPS - 1}]"
+            ]
+        return [] if self.ranks else ["run.profile.ranks=[]: no rank would write a profile; set it to [0]"]
+
+
+@dataclass(frozen=True)
 class RunConfig(Section, section="run"):
     dir: PathText = "runs/mythos"  # run folder; a run whose folder has a checkpoint resumes
     # A run (its newest checkpoint), a checkpoint or an export, or the URL of one: a run without a checkpoint of its own
@@ -503,6 +531,10 @@ class RunConfig(Section, section="run"):
     stage_begin: StepsOrOff = 0  # set by `stages:`: the step of the run after which the stage begins
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of initial weights, data order and loops
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: a record in the run folder
+    project: str = "mythos_dist"  # in wandb
+    group: str = ""  # of runs that wandb shows together, such as those of one study; empty: none
+    tags: tuple[str, ...] = ()  # in wandb
+    tensorboard: bool = False  # write events to run.dir/tensorboard; needs the package tensorboard
     # Log the bytes that all ranks send, by axis and kind, with each step (`communication`). Slows CPU steps down.
     count_communication: bool = False
     # Peak TFLOP/s of one rank, for `mfu`; None: looked up by the GPU's name, measured at startup on CPUs.
@@ -515,6 +547,13 @@ class RunConfig(Section, section="run"):
     cluster: PathText | None = None
     check_memory: bool = True  # refuse a layout whose planned memory does not fit; false: start anyway
     report: bool = True  # write report.html when the run is done
+    profile: ProfileConfig | None = None  # a trace of some steps; a file PROFILE in run.dir asks for one at any time
+
+    def complete(self) -> None:
+        """A profile that comes from a checkpoint is a dict."""
+        if isinstance(self.profile, dict):
+            object.__setattr__(self, "profile", ProfileConfig(**self.profile))
+        super().complete()
 
 
 @dataclass(frozen=True)

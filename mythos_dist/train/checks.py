@@ -14,12 +14,14 @@ from mythos_dist.model.megablocks import check_megablocks
 from mythos_dist.parallel.process import DTYPES, check_dtype, device
 from mythos_dist.train.feed import open_shard_cache
 from mythos_dist.train.run_folder import check_run_folder
+from mythos_dist.train.sinks import check_sinks
 
 
 def check_inputs(config: Config) -> list[Corpus]:
     """The shards; UserError for what the user has to fix."""
     check_dtype(config.train.dtype)
     check_kernels(config)
+    check_sinks(config)
     check_run_folder(config)
     corpora = open_data(config)
     open_shard_cache(config, corpora)

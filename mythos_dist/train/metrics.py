@@ -1,4 +1,4 @@
-"""Metrics: one line per step in metrics.jsonl, on the console and in wandb, all written by rank 0.
+"""Metrics: one line per step in metrics.jsonl, on the console and in other sinks (sinks.py), all written by rank 0.
 
 A run that resumes removes the lines of the steps after its checkpoint, so each step is in the file once.
 """
@@ -8,12 +8,11 @@ import json
 import logging
 import math
 import os
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from mythos_dist.train.depth import Evaluation, draw_curves
 from mythos_dist.train.global_batch import tokens_at
 from mythos_dist.train.line_file import FILES, LineFile
 from mythos_dist.train.schedule import Phase
+from mythos_dist.train.sinks import Sinks
 from mythos_dist.units import count, short
 
 log = logging.getLogger(__name__)
@@ -136,12 +136,12 @@ def step_line(
 
 
 class Metrics:
-    """Rank 0's writer of metrics.jsonl, eval.jsonl and wandb."""
+    """Rank 0's writer of metrics.jsonl, eval.jsonl and the sinks."""
 
     def __init__(
         self, config: Config, run_dir: Path, resumed_step: int, fence: Fence | None = None, last_step: int | None = None
     ):
-        """Remove the lines after `resumed_step` and open wandb.
+        """Remove the lines after `resumed_step` and open the sinks.
 
         last_step: of the run; None: train.steps. Raises OSError, and UserError if the run has a newer start than
         that of `fence`.
@@ -151,11 +151,15 @@ class Metrics:
         self.run_dir = run_dir
         self._fence = fence
         self._files = {name: LineFile(run_dir / name, fence) for name in FILES}
-        self.rewind(resumed_step)
-        self.wandb = _start_wandb(config, run_dir)
+        self._rewind_files(resumed_step)
+        self._sinks = Sinks(config, run_dir, resumed_step)
 
     def rewind(self, step: int) -> None:
         """Remove the lines of the steps after `step`, which are repeated."""
+        self._rewind_files(step)
+        self._sinks.rewind(step)
+
+    def _rewind_files(self, step: int) -> None:
         last = step or -1  # a run that starts over repeats even the evaluation before step 1
 
         def keep(line: dict[str, Any]) -> bool | None:
@@ -227,6 +231,7 @@ class Metrics:
                 file.fsync()
             except OSError as error:
                 log.warning("%s: %s", file.file, error.strerror)
+        self._sinks.flush()
 
     def flush(self) -> None:
         """Write the lines that could not be written before. Raises OSError, and UserError as `__init__`."""
@@ -235,11 +240,10 @@ class Metrics:
         self.fsync()
 
     def close(self) -> None:
-        """Close the files and end the wandb run."""
+        """Close the files and the sinks."""
         for file in self._files.values():
             file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._sinks.close()
 
     def _write(self, name: str, line: dict[str, Any]) -> bool:
         """Returns False, and writes nothing, if the run was started again since."""
@@ -247,8 +251,7 @@ class Metrics:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         if not self._files[name].append(finite):
             return False
-        if self.wandb is not None:
-            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        self._sinks.log(line["step"], {k: v for k, v in line.items() if k != "step"})
         return True
 
 
@@ -259,42 +262,3 @@ def _task_text(metrics: dict[str, dict[str, Any]]) -> str:
         error = "" if one["stderr"] is None else f" ± {one['stderr']:.3f}"
         values.append(f"{metric} " + ("not finite" if one["value"] is None else f"{one['value']:.3f}{error}"))
     return "  ".join(values)
-
-
-def _start_wandb(config: Config, run_dir: Path):
-    """A wandb run, or None. Offline mode does not use the network; online mode falls back to offline without one."""
-    mode = os.environ.get("WANDB_MODE", config.run.wandb)
-    if mode == "disabled":
-        return None
-    import wandb
-
-    if mode == "online" and not _is_reachable("api.wandb.ai"):
-        log.warning("wandb: api.wandb.ai cannot be reached; recording offline (upload later with `wandb sync`)")
-        mode = "offline"
-    run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
-
-    def start(mode: Literal["online", "offline"]):
-        return wandb.init(
-            mode=mode,
-            project="mythos_dist",
-            name=run_dir.name,
-            id=run_id,
-            resume="allow",
-            dir=run_dir,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30),
-        )
-
-    if mode == "online":
-        try:
-            return start("online")
-        except wandb.Error as error:  # not logged in, or the server does not answer
-            log.warning("wandb: %s; recording offline (upload later with `wandb sync`)", error)
-    return start("offline")
-
-
-def _is_reachable(host: str) -> bool:
-    try:
-        socket.create_connection((host, 443), timeout=3).close()
-    except OSError:
-        return False
-    return True

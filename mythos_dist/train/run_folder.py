@@ -36,9 +36,11 @@ from mythos_dist.files import (
 from mythos_dist.parallel.launcher import RankInfo, read_job_id
 from mythos_dist.train import restarts, spikes, stop
 from mythos_dist.train.line_file import FILES as LINES
+from mythos_dist.train.sinks import TENSORBOARD, WANDB_ID
 
 log = logging.getLogger(__name__)
 
+PROFILES = "profile"  # folder
 COMPLETED, LOCK, SETTINGS = "COMPLETED", "writer.lock", ("config.yaml", "deepspeed.json")
 # Files that the run replaces under the lock, so that left-over temporary files of these names may be removed.
 _REPLACED = (
@@ -51,10 +53,11 @@ _REPLACED = (
     "loops.png",
     "expert_load.json",
     "report.html",
+    WANDB_ID,
     COMPLETED,
 )
-_FILES = (*_REPLACED, LOCK, fences.GUARD, stop.FILE)
-_FOLDERS = ("checkpoints", "logs", "wandb")
+_FILES = (*_REPLACED, LOCK, fences.GUARD, stop.FILE, stop.PROFILE)
+_FOLDERS = ("checkpoints", "logs", "wandb", TENSORBOARD, PROFILES)
 
 
 def check_run_folder(config: Config) -> None:
