@@ -41,6 +41,7 @@ def run_demo(stop_at: int) -> None:
     title = f"Held-out loss {first:.2f} -> {last:.2f} nats ({first - last:.2f} better)"
     run(f"{title}, {time.monotonic() - begin:.0f} s", *MYTHOS, "inspect", str(RUN_DIR))
     print(f"Results: {RUN_DIR}/metrics.jsonl (one line per step), eval.jsonl, logs/ and checkpoints/")
+    print(f"Open in a browser: {RUN_DIR}/report.html")
 
 
 def headline(text: str) -> None:

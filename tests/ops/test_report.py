@@ -21,6 +21,7 @@ from mythos_dist.ops.report.page import render, summary
 from mythos_dist.ops.report.run import page_data, read_run
 
 browser = pytest.mark.skipif(CHROMIUM is None, reason=HINT)
+LOAD = {"counts": [[3, 1], [2, 2]]}  # (loops, experts) tokens
 CONFIG = "train: {steps: 100000, seq_len: 32, global_batch: 4}\ndata: {mix: {a: 0.75, b: 0.25}}\noptim: {lr: 0.001}\n"
 
 
@@ -32,6 +33,7 @@ def line_of(step: int) -> dict:
         "phase": "warmup" if step < 4 else "decay", "n_loops": 4, "backprop": 4, "tokens": 128 * step,
         "tokens_total": 128 * step, "step_seconds": 1 + (step % 7) / 10, "tokens_per_second": 128.0, "mfu": 0.4,
         "objective": 8.0, "expert_load_max": 1.5, "experts_idle": 0, "skipped": False, "data_wait_seconds": 0.01,
+        "memory_gb": 1 + step / 1e6,
     }  # fmt: skip
 
 
@@ -51,18 +53,39 @@ def write_run(folder, steps: int, change=lambda line: line, **files: str):
 @pytest.mark.launch
 @pytest.mark.parametrize("steps", [1, 40, 30_000])
 def test_the_page_draws_the_values_of_metrics_jsonl(steps, tmp_path):
-    """In Chromium without a network: each point of a short run; of a long one its ends, its extremes and its means."""
+    """In Chromium without a network: each point of a short run; of a long one its ends, its extremes and its means.
+    Also memory beside the plan, the load of the experts, checkpoints with their sizes, and tokens by corpus."""
     spike = steps // 2 + 1
 
     def change(line):
-        return line | ({"grad_norm": 1000.0} if line["step"] == spike else {})
+        last = {"planned": {"memory_gb": 2.5, "measured_memory_gb": 1.5}} if line["step"] == steps else {}
+        return line | ({"grad_norm": 1000.0} if line["step"] == spike else {}) | last
 
     evaluations = [{"step": step, "heldout_loss": 9 - step / steps, "accuracy": 0.1} for step in (0, steps)]
-    folder = write_run(tmp_path / "run", steps, change, **{"eval.jsonl": "\n".join(map(json.dumps, evaluations))})
+    files = {
+        "eval.jsonl": "\n".join(map(json.dumps, evaluations)),
+        "expert_load.json": json.dumps(LOAD | {"step": steps}),
+    }
+    folder = write_run(tmp_path / "run", steps, change, **files)
+    saved = folder / "checkpoints" / f"step-{steps:08d}"
+    saved.mkdir(parents=True)
+    (saved / "checkpoint.json").write_bytes(b"header\n{}")
+    (saved / "values").write_bytes(bytes(1_500_000))
     write_report([folder], tmp_path / "report.html")
-    script = "['loss','grad_norm','lr'].map(id => document.getElementById(id).data.map(t => [t.name, t.x, t.y]))"
-    loss, norm, lr = evaluate(tmp_path / "report.html", script)
+    script = (
+        "[...['loss', 'grad_norm', 'lr', 'memory_gb'].map(id => document.getElementById(id).data.map(t => "
+        "[t.name, t.x, t.y])), document.getElementById('experts-0').data[0].z, "
+        "[...document.querySelectorAll('table tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))]"
+    )
+    loss, norm, lr, memory, load, rows = evaluate(tmp_path / "report.html", script)
     lines = [change(line_of(step)) for step in range(1, steps + 1)]
+    assert load == [[1.5, 0.5], [1, 1]]
+    assert ["run", f"{steps}", "1.5MB"] in rows, "the checkpoint"
+    assert [row[-1] for row in rows if row[:2] in (["run", "a"], ["run", "b"])] == ["75.0 %", "25.0 %"]
+    assert ["run", "peak memory of a rank", "2.5 GB", "1.5 GB", "0.60"] in rows
+    held = {name: y for name, _, y in memory if name}
+    assert held["planned"] == [2.5, 2.5]
+    assert max(held["memory"]) == pytest.approx(1 + steps / 1e6, rel=1e-5)
     drawn = {name: (x, y) for name, x, y in loss if name}
     assert drawn["held out"] == ([0, steps], [9, 8])
     assert drawn["training"][0][-1] == steps

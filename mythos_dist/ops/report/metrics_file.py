@@ -30,6 +30,7 @@ COLUMNS = (
     "expert_load_max",
     "experts_idle",
     "global_batch",
+    "memory_gb",
 )
 POINTS = 1500  # of a curve, at most
 MAX_EVENTS = 2000

@@ -160,7 +160,9 @@ function addCharts() {
     ...all("step_seconds", { plain: true, part: "median", label: "median" }),
     ...all("step_seconds", { plain: true, part: "p95", label: "p95", dash: "dot" }),
     ...all("data_wait_seconds", { plain: true, label: "waiting for data", dash: "dash", colour: several ? undefined : "#e07b00" }),
-    ...planned()], () => ({ yaxis: { rangemode: "tozero" } }));
+    ...planned("step_seconds")], () => ({ yaxis: { rangemode: "tozero" } }));
+  if (has("memory_gb")) lineChart("memory_gb", "Memory", "GB of the rank that holds most: on a GPU in PyTorch's allocator, on a CPU in the process", () => [
+    ...all("memory_gb", { title: "memory" }), ...planned("memory_gb")], () => ({ yaxis: { rangemode: "tozero" } }));
   if (has("expert_load_max")) lineChart("expert_load_max", "Busiest expert", "its tokens, times the mean", () => all("expert_load_max", { title: "busiest expert" }), () => ({ yaxis: { rangemode: "tozero" } }));
   if (runs.some((run) => run.curves.n_loops && new Set(run.curves.n_loops.mean).size > 1))
     lineChart("loops", "Loops of the steps", "", () => all("n_loops", { title: "loops" }), () => ({ yaxis: { rangemode: "tozero" } }));
@@ -170,9 +172,9 @@ function addCharts() {
   runs.forEach(addProbes);
 }
 
-function planned() {
-  return runs.flatMap((run, i) => typeof run.planned.step_seconds !== "number" ? [] : [{
-    x: [run.x[settings.x][0], run.x[settings.x].at(-1)], y: [run.planned.step_seconds, run.planned.step_seconds], mode: "lines",
+function planned(field) {
+  return runs.flatMap((run, i) => typeof run.planned[field] !== "number" ? [] : [{
+    x: [run.x[settings.x][0], run.x[settings.x].at(-1)], y: [run.planned[field], run.planned[field]], mode: "lines",
     name: (several ? run.name + " " : "") + "planned", line: { color: colours[i % colours.length], dash: "longdash", width: 1 } }]);
 }
 
