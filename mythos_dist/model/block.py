@@ -14,6 +14,7 @@ from mythos_dist.model.norm import Norm
 from mythos_dist.model.pieces import Pieces, join
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.ranges import in_range
 from mythos_dist.parallel.tensor import replicated
 
 
@@ -28,6 +29,7 @@ class _ResidualBlock(nn.Module):
         self.ffn_norm = replicated(Norm(config.dim), mesh)
         self.dropout = config.dropout
 
+    @in_range("attention")
     def _attend(
         self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,7 @@ from mythos_dist.model.pieces import Pieces
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.parallel.expert import Route, dispatch
 from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.ranges import in_range
 from mythos_dist.parallel.tensor import shard_parameter
 
 # (x, weights, index, gate, up, down, pairs) -> y. An index of E is an empty slot; `pairs` is the number of slots that
@@ -114,6 +115,7 @@ class Experts(nn.Module):
         accumulate = calls > (0 if self.in_pieces else 1) and self.w1.requires_grad and on_cpu(self.w1)
         self._sums = GradientSums() if accumulate else None
 
+    @in_range("experts")
     def _run(self, x: Tensor, weights: Tensor, index: Tensor, pairs: int | None) -> Tensor:
         is_few = pairs is None and index.numel() <= len(self.w1) and not torch.is_grad_enabled()
         if is_few and self.backend is grouped and on_cpu(x):

@@ -31,6 +31,7 @@ from mythos_dist.parallel.collectives import (
 )
 from mythos_dist.parallel.expert import Route, combine
 from mythos_dist.parallel.mesh import SINGLE, Mesh
+from mythos_dist.parallel.ranges import in_range
 from mythos_dist.parallel.tensor import ParallelLinear, replicated, shard_parameter
 
 
@@ -53,6 +54,7 @@ class FFN(nn.Module):
         self.down = GatedLinear(hidden, dim, mesh)
         self.selective = selective
 
+    @in_range("ffn")
     def forward(self, x: Tensor) -> Tensor:
         """x (N, D), full on each tensor rank -> this rank's partial sum (N, D)."""
         return checkpoint_if(self.selective, self._forward, x)
@@ -84,6 +86,7 @@ class Router(nn.Module):
             self.bias = exact.to(self.bias.device)
         return self
 
+    @in_range("router")
     def forward(self, x: Tensor, token_share: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
         """x (B, S', D) -> weights (B * S', k) fp32, index (B * S', k), weighted auxiliary losses () or None.
 

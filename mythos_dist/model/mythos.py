@@ -33,6 +33,7 @@ from mythos_dist.parallel.collectives import all_gather, all_reduce
 from mythos_dist.parallel.context import ContextShard, context_shard, local_tokens
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
+from mythos_dist.parallel.ranges import in_range
 from mythos_dist.parallel.tensor import IGNORED, Embedding, replicated
 
 
@@ -195,6 +196,7 @@ class Mythos(nn.Module):
         kv_shape = shared_kv_shape(self.config, batch, seq_len, self.mesh.tensor.size)
         return stage_input_shapes(self.stage, shape, next(self.parameters()).dtype, readouts, kv_shape)
 
+    @in_range("head")
     def losses(
         self,
         activations: Activations,

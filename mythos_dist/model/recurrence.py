@@ -38,6 +38,7 @@ from mythos_dist.model.offload import OffloadedStates
 from mythos_dist.model.recompute import Recompute, checkpoint_if
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad
+from mythos_dist.parallel.ranges import named_range
 from mythos_dist.parallel.tensor import replicated
 
 Readout = tuple[Tensor, Tensor]  # the output if the pass ended here (B, S', D), the weight of its loss (B, S') fp32
@@ -242,7 +243,8 @@ class Recurrent(nn.Module):
     ) -> GroupOutputs:
         counts, readouts = [], []
         for t in group:
-            activations, loop_counts, readout = self._loop(t, loops, activations, inputs, context)
+            with named_range(f"loop {t}"):
+                activations, loop_counts, readout = self._loop(t, loops, activations, inputs, context)
             counts.append(loop_counts)
             if readout is not None:
                 readouts.append(readout)

@@ -183,7 +183,7 @@ def _measure_step(config: Config, micro_batches: int, meter: Meter, routing: Fak
     mesh = build_mesh(parallel)
     engine = Engine(config, mesh)
     engine.traffic = LocalTraffic(mesh)
-    _mark_static(meter, engine)
+    mark_static(meter, engine)
     build_peak, static = meter.peak, dict(meter.live)
     work = _micro_batches(config, micro_batches)
     meter.phase = "passes"
@@ -225,7 +225,7 @@ def _micro_batches(config: Config, count: int) -> list[MicroBatch]:
     return [MicroBatch(tokens, tokens, tokens, torch.zeros(B, dtype=torch.int64)) for _ in range(count)]
 
 
-def _mark_static(meter: Meter, engine: Any) -> None:
+def mark_static(meter: Meter, engine: Any) -> None:
     """Assign the tensors that stay between steps to their parts."""
     optimizer = engine.deepspeed.optimizer
     parameters = list(engine.model.parameters())

@@ -2,17 +2,16 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import first_line
 from mythos_dist.ops.cluster.inject import FaultInjector
 from mythos_dist.ops.memory_check import Comparison, check_memory
 from mythos_dist.ops.preflight import preflight
+from mythos_dist.ops.profile import Profiler, check_profile
 from mythos_dist.ops.report.command import FILE, write_report
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.session import Session
@@ -32,10 +31,12 @@ class Operations(Hooks):
         self.tasks: RunTasks | None = None
 
     def check_config(self) -> None:
-        """Raise UserError if a rank cannot hold what the plan says it needs, or if tasks cannot be loaded."""
+        """Raise UserError if a rank cannot hold what the plan says it needs, if tasks cannot be loaded, or if a profile
+        is of ranks that do not exist."""
         ranks_on_node = self.session.nodes.count(self.session.rank_info.node)
-        estimate = check_memory(self.config, self.session.rank_info.world_size, ranks_on_node)
-        self.comparison = Comparison(estimate)
+        self.estimate = check_memory(self.config, self.session.rank_info.world_size, ranks_on_node)
+        self.comparison = Comparison(self.estimate)
+        check_profile(self.config, self.session.rank_info.world_size)
         if self.config.train.tasks:
             from mythos_dist.evaluate.in_run import RunTasks
 
@@ -59,19 +60,29 @@ class Operations(Hooks):
 
     def begin_run(self, start: int) -> None:
         self.faults = FaultInjector.for_rank(self.config.faults.inject, self.session.rank_info.rank, start)
+        self.profiler = Profiler(self.config, self.session, self.estimate)
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int, profile: bool) -> None:
         self.faults.before_step(step)
+        self.profiler.before_step(step, profile)
 
-    def during_step(self, step: int, batch: int, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return self.faults.during_step(step, batch, model)
+    @contextlib.contextmanager
+    def during_step(self, step: int, batch: int, engine: "Engine") -> Iterator[None]:
+        with self.faults.during_step(step, batch, engine.model), self.profiler.during_step(engine):
+            yield
 
     def evaluate_tasks(self, engine: "Engine", heartbeat: Callable[[], None]) -> dict[str, Any]:
         return self.tasks.evaluate(engine, heartbeat) if self.tasks else {}
 
     def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
-        compared = self.comparison.step(seconds, is_last)
-        return ({"planned": compared.line}, str(compared)) if compared else ({}, "")
+        entries, messages = self.profiler.after_step()
+        if compared := self.comparison.step(seconds, is_last):
+            entries["planned"] = compared.line
+            messages.append(str(compared))
+        return entries, "\n".join(messages)
+
+    def end_steps(self) -> str:
+        return "\n".join(self.profiler.finish())
 
     def end_run(self) -> None:
         """Write the report on rank 0. It is for people: an error does not make the run a failed one."""

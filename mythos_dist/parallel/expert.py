@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mythos_dist.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from mythos_dist.parallel.mesh import Axis, Mesh
+from mythos_dist.parallel.ranges import in_range
 from mythos_dist.parallel.rows import RowIndex, index_slots, nonzero_no_sync, sum_rows, take_rows
 
 
@@ -58,6 +59,7 @@ def _sort_by_destination(goes: Tensor, n_rows: int) -> tuple[RowIndex, Tensor]:
     return index_slots(flat % N, row.T, goes.T, n_rows), flat // N
 
 
+@in_range("exchange")
 def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Mesh) -> Dispatched:
     """x (N, D), equal on all tensor ranks, weights and index (N, k) -> the rows for this rank's experts."""
     axis = mesh.expert
@@ -89,6 +91,7 @@ def dispatch(x: Tensor, weights: Tensor, index: Tensor, n_experts: int, mesh: Me
     )
 
 
+@in_range("exchange")
 def combine(y: Tensor, route: Route | None, mesh: Mesh) -> Tensor:
     """y (R, D), this tensor rank's partial sums -> (N, D): each token's sum in this rank's channels, 0 elsewhere;
     without a route, y.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -67,6 +68,14 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def held_memory() -> int:
+    """Bytes that this process holds now: on a GPU torch's allocator, what it keeps for reuse included; on a CPU the
+    resident memory of the process."""
+    if device().type == "cuda":
+        return torch.cuda.memory_reserved()
+    return psutil.Process().memory_info().rss
+
+
 def keep_freed_memory() -> None:
     """On a CPU with glibc, keep freed memory in the process, so that the next step reuses its pages.
 
@@ -95,7 +104,12 @@ def check_dtype(dtype: str) -> None:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any rank. A collective call: an all-reduce of one element."""
-    return bool(_largest([float(flag)])[0])
+    return any_ranks(flag)[0]
+
+
+def any_ranks(*flags: bool) -> list[bool]:
+    """As `any_rank`, for several flags in one all-reduce."""
+    return [bool(value) for value in _largest([float(flag) for flag in flags])]
 
 
 def _largest(values: Sequence[float]) -> list[float]:
@@ -111,19 +125,21 @@ def raise_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
     `nodes`: the node name of each rank. If only some nodes have a problem, a NodeError that names them is raised.
     Without a problem this costs one all-reduce of one element, cheap enough for every step.
     """
-    return timed_on_all_ranks(check, nodes)[0]
+    return measured_on_all_ranks(check, nodes)[0]
 
 
-def timed_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> tuple[T, float]:
-    """As `raise_on_all_ranks`; returns also the seconds of the slowest rank."""
+def measured_on_all_ranks(
+    check: Callable[[], T], nodes: Sequence[str] = (), value: float = 0.0
+) -> tuple[T, float, float]:
+    """As `raise_on_all_ranks`; returns also the seconds of the slowest rank, and the largest `value` of any rank."""
     result, problem, began = None, None, time.perf_counter()
     try:
         result = check()
     except UserError as error:
         problem = str(error)
-    failed, seconds = _largest([float(problem is not None), time.perf_counter() - began])
+    failed, seconds, largest = _largest([float(problem is not None), time.perf_counter() - began, value])
     if not failed:
-        return cast(T, result), seconds
+        return cast(T, result), seconds, largest
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     by_rank = {rank: text for rank, text in enumerate(problems) if text}

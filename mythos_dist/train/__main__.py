@@ -83,6 +83,7 @@ def main() -> None:
 def _import_training() -> None:
     """Import all that a run needs."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library reports each begin, and missing GPUs
     # Imports leave little garbage and 400,000 objects: full collections among them were an eighth of a start's CPU.
     gc.disable()
     importlib.import_module("mythos_dist.ops.hooks")

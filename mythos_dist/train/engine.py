@@ -37,6 +37,7 @@ from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
 from mythos_dist.parallel.process import device
+from mythos_dist.parallel.ranges import named_range
 from mythos_dist.parallel.tensor import shard_of
 from mythos_dist.parallel.traffic import Traffic
 from mythos_dist.train.average import WeightAverage, add_averages
@@ -232,9 +233,12 @@ class Engine:
         else:
             losses = []
             for one in passes:
-                loss = self._forward(one)
-                self.deepspeed.backward(loss["objective"])
-                self.deepspeed.step()  # DeepSpeed steps the optimizer after the last micro-batch only
+                with named_range("forward"):
+                    loss = self._forward(one)
+                with named_range("backward"):
+                    self.deepspeed.backward(loss["objective"])
+                with named_range("optimizer"):
+                    self.deepspeed.step()  # DeepSpeed steps the optimizer after the last micro-batch only
                 counts += loss["expert_counts"]
                 losses.append(loss)
         total = torch.zeros(2, dtype=torch.float64, device=device())

@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 if TYPE_CHECKING:
     from mythos_dist.train.engine import Engine
 
@@ -19,10 +17,10 @@ class Hooks:
     def begin_run(self, start: int) -> None:
         """The run folder is claimed. `start` counts the starts of the run, from 1."""
 
-    def before_step(self, step: int) -> None:
-        """Before the step's batch is read."""
+    def before_step(self, step: int, profile: bool) -> None:
+        """Before the step's batch is read. profile: a profile was requested (stop.py)."""
 
-    def during_step(self, step: int, batch: int, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def during_step(self, step: int, batch: int, engine: "Engine") -> contextlib.AbstractContextManager[None]:
         """Around the forward and backward passes of a step on batch number `batch` (from 0)."""
         return contextlib.nullcontext()
 
@@ -36,6 +34,10 @@ class Hooks:
     def after_step(self, seconds: float, is_last: bool) -> tuple[dict[str, Any], str]:
         """Entries for the step's line in metrics.jsonl, and a line for the console; both may be empty."""
         return {}, ""
+
+    def end_steps(self) -> str:
+        """No step follows in this start, or in this stage. Returns a line for the console, which may be empty."""
+        return ""
 
     def end_run(self) -> None:
         """The run is done, and its folder is complete; no collectives: other ranks may have left."""

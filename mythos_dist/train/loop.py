@@ -21,7 +21,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
-from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks, timed_on_all_ranks
+from mythos_dist.parallel.process import held_memory, measured_on_all_ranks, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.average import carried_samples, describe_resume
 from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes
 from mythos_dist.train.depth import Evaluation, find_failures, probe_entries
@@ -80,6 +80,7 @@ class Run:
         self.step, self.last_step = self.resume.step, self.resume.last_step  # the step that is done; the run's last one
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.data_wait = 0.0  # seconds that the slowest rank waited for the batch of the step
+        self.memory = 0.0  # bytes that the rank with most memory held before the step
         self.warned: set[str] = set()  # failures of loops that the console has shown
         session.on_failure = session.stop.on_exit = lambda reason: self.record_status("failed", reason)
         session.keepalive = self.fence.heartbeat
@@ -135,11 +136,12 @@ class Run:
         """Train step by step until the run is done. Returns why it stops early; empty: it does not."""
         config = self.config
         while self.step < self.last_step:
-            if reason := self.session.stop.agree(self.run_dir, config.run.max_seconds):
-                return reason
+            request = self.session.stop.agree(self.run_dir, config.run.max_seconds)
+            if request.stop:
+                return request.stop
             step = self.step + 1
             self.session.enter_phase(f"step {step}")
-            self.hooks.before_step(step)
+            self.hooks.before_step(step, request.profile)
             began = time.perf_counter()
             batch = self.read_batch()
             result, decision = self.train_step(batch, step)
@@ -174,7 +176,7 @@ class Run:
                 self.fence.check()
             return self.feed.read()
 
-        batch, self.data_wait = timed_on_all_ranks(read)
+        batch, self.data_wait, self.memory = measured_on_all_ranks(read, value=held_memory())
         return batch
 
     def train_step(self, batch: StepBatch, step: int) -> tuple[StepResult, str]:
@@ -184,7 +186,7 @@ class Run:
         """
 
         def compute() -> StepResult:
-            with self.hooks.during_step(step, batch.of_all.index, self.engine.model):
+            with self.hooks.during_step(step, batch.of_all.index, self.engine):
                 schedule_step = self.lineage.first_step + step
                 return self.engine.train_step(batch.micro_batches, schedule_step, self.spikes.limit)
 
@@ -218,7 +220,8 @@ class Run:
             if decisions:
                 entries["decision"] = "; ".join(decisions)
             line = step_line(self.config, self.lineage, step, result, ids, seconds, self.peak_flops)
-            self.metrics.write_step(line | {"data_wait_seconds": self.data_wait} | entries)
+            measured = {"data_wait_seconds": self.data_wait, "memory_gb": self.memory / 1e9}
+            self.metrics.write_step(line | measured | entries)
             if message:
                 log.info("%s", message)
                 print(message, flush=True)
@@ -346,6 +349,8 @@ class Run:
     def finish(self, reason: str) -> None:
         """Wait for the last checkpoint and mark the run as completed, or with a `reason` as stopped."""
         self.feed.close()
+        if (message := self.hooks.end_steps()) and self.rank == 0:
+            print(message, flush=True)
         self.session.enter_phase("the last checkpoint")
         stopped = f"stopped after step {self.step}: {reason}"
         if reason and self.saver.newest != self.step:

@@ -22,6 +22,7 @@ from mythos_dist.model.matrices import Matrix
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.parameter_groups import parameter_groups
 from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.ranges import in_range
 from mythos_dist.train.matrix_exchange import GroupLayout, MatrixExchange, exchange_axis
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al., as in torch.optim.Muon
@@ -49,6 +50,7 @@ class LimitedAdamW(torch.optim.AdamW):
 
     skip: Callable[[], bool] = staticmethod(lambda: False)
 
+    @in_range("optimizer")
     def step(self, closure: Any = None) -> Any:
         """As AdamW's, unless `skip()`. A collective call if there are groups of Muon."""
         if self.skip():

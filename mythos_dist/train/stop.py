@@ -1,6 +1,7 @@
 """Requests to stop early: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, the end of `run.max_seconds`, a file STOP in run.dir.
+And the request for a profile: a file PROFILE in run.dir.
 
-A request that reaches one rank stops all ranks after the same step: each step begins with an all-reduce of one flag.
+A request that reaches one rank stops all ranks after the same step: each step begins with an all-reduce of two flags.
 Signal handlers only set a variable, so a signal that comes twice, or during a collective, does no harm.
 
 Ctrl-C is different in two ways. While there is nothing to save (imports, rendezvous, checks) it ends the process at
@@ -19,16 +20,24 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mythos_dist.errors import EXIT_INTERRUPTED
 
 log = logging.getLogger(__name__)
 
 FILE = "STOP"
+PROFILE = "PROFILE"
 # A terminal signals every process of a job, and launchers forward signals: one Ctrl-C may arrive twice.
 _ONE_KEYSTROKE = 1.0  # seconds
 _SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C (SIGINT)"}
+
+
+class Requests(NamedTuple):
+    """What all ranks have agreed to do before a step."""
+
+    stop: str = ""  # why they stop; empty: they do not
+    profile: bool = False  # record a profile of the next steps
 
 
 class StopRequest:
@@ -42,6 +51,7 @@ class StopRequest:
         self._first_interrupt: float | None = None
         self._pipe: tuple[socket.socket, socket.socket] | None = None
         self._parent = os.getppid()
+        self._keeps_profile_file = False  # PROFILE could not be removed, and must not count again
 
     def handle(self, *signals: signal.Signals) -> None:
         """From now on these signals are requests to stop. Before, they end the process.
@@ -61,21 +71,27 @@ class StopRequest:
         self._run_dir = run_dir
         self.handle(signal.SIGHUP)
 
-    def agree(self, run_dir: Path, max_seconds: float | None) -> str:
-        """Why all ranks stop now; empty: they continue. Every rank calls this before the same step."""
+    def agree(self, run_dir: Path, max_seconds: float | None) -> Requests:
+        """What all ranks do now. Every rank calls this before the same step."""
         import torch.distributed as dist  # not above: signals are handled before torch is imported, which takes seconds
 
-        from mythos_dist.parallel.process import any_rank
+        from mythos_dist.parallel.process import any_ranks
 
         if not self.reason and max_seconds is not None and time.monotonic() - self._began > max_seconds:
             self.reason = f"run.max_seconds={max_seconds:g} elapsed"
-        if not self.reason and dist.get_rank() == 0 and (run_dir / FILE).exists():
-            self.reason = f"found {run_dir / FILE}"
-        if not any_rank(bool(self.reason)):
-            return ""
+        wants_profile = False
+        if dist.get_rank() == 0:
+            if not self.reason and (run_dir / FILE).exists():
+                self.reason = f"found {run_dir / FILE}"
+            wants_profile = not self._keeps_profile_file and (run_dir / PROFILE).exists()
+        stops, profile = any_ranks(bool(self.reason), wants_profile)
+        if wants_profile:
+            self._keeps_profile_file = not remove_request(run_dir / PROFILE, "the next start records a profile, too")
+        if not stops:
+            return Requests(profile=profile)
         reasons: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(reasons, self.reason)
-        return next(reason for reason in reasons if reason)
+        return Requests(stop=next(reason for reason in reasons if reason))
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._run_dir is None:
@@ -135,12 +151,17 @@ class StopRequest:
 
 def remove_stop_file(run_dir: Path) -> None:
     """On rank 0, when the run has stopped."""
+    remove_request(run_dir / FILE, "the next start stops, too")
+
+
+def remove_request(file: Path, otherwise: str) -> bool:
+    """On rank 0. Returns whether the file is gone; a warning says what happens `otherwise`."""
     try:
-        (run_dir / FILE).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     except OSError as error:
-        log.warning(
-            "%s cannot be removed (%s); remove it, or the next start stops, too", run_dir / FILE, error.strerror
-        )
+        log.warning("%s cannot be removed (%s); remove it, or %s", file, error.strerror, otherwise)
+        return False
+    return True
 
 
 def _rank() -> str:
