@@ -161,8 +161,6 @@ class Profile:
                 self._profile.stop()
                 self._write_trace(self._profile)
             self._profile = None
-        if self.step < self.first:
-            return [f"the profile of step {self.first} has no step"]
         steps = f"step {self.first}" if self.step == self.first else f"steps {self.first} to {self.step}"
         hint = "  open *.trace.json.gz at https://ui.perfetto.dev; *.kernels.txt has the slowest kernels by part"
         return self._unless_failed([f"profile of {steps}: {self.folder}", hint])
@@ -203,8 +201,10 @@ class Profile:
         from mythos_dist.ops.profile_memory import write_memory
 
         if torch.cuda.is_available():
-            torch.cuda.memory._dump_snapshot(f"{self.prefix}.memory.pickle")
-            torch.cuda.memory._record_memory_history(enabled=None)
+            try:
+                torch.cuda.memory._dump_snapshot(f"{self.prefix}.memory.pickle")
+            finally:
+                torch.cuda.memory._record_memory_history(enabled=None)
         if timeline is None:
             return
         estimate = self.profiler.estimate
