@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,7 +147,7 @@ def _warn(name: str, error: Exception) -> None:
         "%s failed and gets no more metrics in this start (%s: %s); metrics.jsonl has them",
         name, kind, redact(first_line(error)),
     )  # fmt: skip
-    log.info("the failure of %s", name, exc_info=error)
+    log.info("%s", redact("".join(traceback.format_exception(error))))
 
 
 def check_sinks(config: Config) -> None:

@@ -1,8 +1,8 @@
 """Profiles of a run: named ranges, the table of kernels, memory by category; nothing while no profile is recorded."""
 
 import dataclasses
-import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,38 +72,34 @@ def test_kernels_of_backward_passes_are_in_the_part_that_they_belong_to(tmp_path
 
 @pytest.mark.launch
 def test_a_profiled_run_writes_its_files_and_has_the_metrics_of_any_other(settings, tmp_path):
-    """Two ranks that share experts: steps 2 and 3 by `run.profile`, then from step 5 on by the file PROFILE, which the
-    run removes. Both ranks write; the values of the steps are those of a run without profiles, to the bit."""
+    """Two ranks that share experts: from step 1 on by the file PROFILE, which the run removes, and steps 6 and 7 by
+    `run.profile`. Both ranks write; the values of the steps are those of a run without profiles, to the bit."""
     options = [*settings, "parallel.expert=2", "train.steps=8", "train.eval_samples=0"]
     plain, run_dir = tmp_path / "plain", tmp_path / "run"
     assert train(2, *options, f"run.dir={plain}").codes == [0, 0]
-    assert train(
-        2, *options, f"run.dir={run_dir}", "train.steps=4", "run.profile={steps: [2, 3], ranks: [0, 1]}"
-    ).codes == [0, 0]
+    run_dir.mkdir()
     (run_dir / "PROFILE").touch()
-    result = train(2, *options, f"run.dir={run_dir}")
+    result = train(2, *options, f"run.dir={run_dir}", "run.profile={steps: [6, 7], ranks: [0, 1]}")
     assert result.codes == [0, 0], result.tails
     assert not (run_dir / "PROFILE").exists()
     lines = read_json_lines(run_dir / "metrics.jsonl")
-    wanted = {2: "trace", 3: "trace", 4: "memory", 5: "trace", 6: "trace", 7: "trace", 8: "memory"}
+    wanted = {1: "trace", 2: "trace", 3: "trace", 4: "memory", 6: "trace", 7: "trace", 8: "memory"}
     assert {line["step"]: line["profile"] for line in lines if "profile" in line} == wanted
     exact = [[line[key] for key in EXACT] for line in lines]
     assert exact == [[line[key] for key in EXACT] for line in read_json_lines(plain / "metrics.jsonl")]
 
-    for first, rank, steps in ((2, 0, (2, 3)), (2, 1, (2, 3)), (5, 0, (5, 6, 7))):
+    for first, rank, steps in ((1, 0, (1, 2, 3)), (6, 0, (6, 7)), (6, 1, (6, 7))):
         prefix = run_dir / "profile" / f"step-{first:08d}" / f"rank-{rank:05d}"
-        with gzip.open(f"{prefix}.trace.json.gz") as trace:
-            names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+        names = {event.get("name") for event in read_trace(f"{prefix}.trace.json.gz")}
         assert {f"step {step}" for step in steps} | {"loop 0", "attention", "router", "experts", "exchange"} <= names
-        table = (prefix.parent / f"{prefix.name}.kernels.txt").read_text()
-        parts = [line.split()[0] for line in table.splitlines()[3:] if not line.startswith(" ")]
-        assert {"attention", "router", "experts", "exchange", "ffn", "head", "optimizer"} <= set(parts)
-        memory = json.loads((prefix.parent / f"{prefix.name}.memory.json").read_text())
+        table = Path(f"{prefix}.kernels.txt").read_text()
+        parts = {line.split()[0] for line in table.splitlines()[3:] if not line.startswith(" ")}
+        assert {"attention", "router", "experts", "exchange", "ffn", "head", "optimizer"} <= parts
+        memory = json.loads(Path(f"{prefix}.memory.json").read_text())
         assert set(memory["measured_bytes"]) == set(memory["planned_bytes"]) == set(CATEGORIES)
         assert sum(memory["measured_bytes"].values()) == memory["peak_bytes"] > 0
-        assert (prefix.parent / f"{prefix.name}.memory.png").read_bytes().startswith(b"\x89PNG")
-    assert not (run_dir / "profile" / "step-00000005" / "rank-00001.trace.json.gz").exists()
-    assert f"profile of steps 5 to 7: {run_dir / 'profile' / 'step-00000005'}" in result.out
+        assert Path(f"{prefix}.memory.png").read_bytes().startswith(b"\x89PNG")
+    assert f"profile of steps 6 to 7: {run_dir / 'profile' / 'step-00000006'}" in result.out
 
 
 def test_impossible_profiles_are_refused(config):
@@ -118,4 +114,6 @@ def test_impossible_profiles_are_refused(config):
 
 def test_the_setting_is_read_from_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("run: {profile: {steps: [10, 12], ranks: [0], memory: false}}\n")
-    assert load_config(tmp_path / "c.yaml").run.profile == ProfileConfig(steps=(10, 12), memory=False)
+    assert load_config(tmp_path / "c.yaml", ["data.path=none"]).run.profile == ProfileConfig(
+        steps=(10, 12), memory=False
+    )

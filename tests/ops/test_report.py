@@ -85,7 +85,7 @@ def test_the_page_draws_the_values_of_metrics_jsonl(steps, tmp_path):
     assert ["run", "peak memory of a rank", "2.5 GB", "1.5 GB", "0.60"] in rows
     held = {name: y for name, _, y in memory if name}
     assert held["planned"] == [2.5, 2.5]
-    assert max(held["memory"]) == pytest.approx(1 + steps / 1e6, rel=1e-5)
+    assert max(held["memory"]) == pytest.approx(1 + steps / 1e6, rel=1e-4)
     drawn = {name: (x, y) for name, x, y in loss if name}
     assert drawn["held out"] == ([0, steps], [9, 8])
     assert drawn["training"][0][-1] == steps
