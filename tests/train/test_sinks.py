@@ -67,9 +67,10 @@ def test_a_resumed_run_is_one_run_in_wandb_and_tensorboard(settings, tmp_path):
         for record in wandb_records(file):
             if record.HasField("run") and record.run.run_id:
                 ids.add((record.run.run_id, record.run.project, record.run.run_group, tuple(record.run.tags)))
-            items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
             if "loss" in items:
-                losses[record.history.step.num] = json.loads(items["loss"])
+                step = json.loads(items["_step"]) if "_step" in items else record.history.step.num
+                losses[step] = json.loads(items["loss"])
     assert ids == {((run_dir / "wandb_id").read_text().strip(), "mythos_dist", "study", ("small", "first"))}
     assert losses == {line["step"]: line["loss"] for line in lines}
 
