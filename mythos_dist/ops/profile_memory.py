@@ -13,6 +13,7 @@ from mythos_dist.files import write_atomically
 from mythos_dist.ops.plan.memory import PARTS, Memory
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.train.plots import save_plot
+from mythos_dist.units import short_bytes
 
 _SAMPLES = 1000  # at least, of a step with that many operations; at most twice as many
 _COLOURS = dict(zip(PARTS, ("#2a6fdb", "#e07b00", "#1a9c5b", "#c2418f", "#7a52cc", "#0c9bb3"), strict=True))
@@ -61,7 +62,8 @@ def write_memory(prefix: Path, timeline: MemoryTimeline, planned: Memory, title:
             widths = [values.get(part, 0) / size for part in PARTS]
             colours = [_COLOURS[part] for part in PARTS]
             bars = compared.barh([i + offset for i in y], widths, height=0.38, color=colours, alpha=alpha)
-            compared.bar_label(bars, [f"{label} {width:.3g}" for width in widths], padding=3, fontsize=8)
+            labels = [f"{label} {short_bytes(values.get(part, 0))}" for part in PARTS]
+            compared.bar_label(bars, labels, padding=3, fontsize=8)
         compared.set_yticks(list(y), PARTS)
         compared.margins(x=0.22)
         compared.set_xlabel(f"at the peak ({unit})")
