@@ -5,7 +5,7 @@ a step of its own, because a look at each operation from Python makes a step sev
 of the allocator is saved as well.
 The trap: nothing here may hold a collective, or fail a run. An error ends the profile with a warning.
 
-Decisions: PROJECT-9.
+Decisions: PROJECT-11.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 A sink that fails gets one warning and nothing more: training never depends on one. Further sinks are subclasses of
 `Sink` with a line in `_SINKS`.
 
-Decisions: PROJECT-8.
+Decisions: PROJECT-10.
 """
 
 import dataclasses
