@@ -48,6 +48,8 @@ EXAMPLES = {  # of settings that no shipped config sets, and whose type suggests
     "run.peak_tflops": "989", "run.stage": "chat",
     "run.start_from": "runs/first", "train.batch_ramp": "[[8, 100], [16, 200]]",
     "train.tasks": "[hellaswag]", "loops.sweep": "[1, 2, 4, 8]",
+    "run.project": "loops", "run.group": "first-study", "run.tags": "[demo, muon]",
+    "run.profile": schema.ProfileConfig.example, "run.profile.steps": "[10, 12]", "run.profile.ranks": "[0, 8]",
 }  # fmt: skip
 _COMMENT = re.compile(r"^\s*#\s?(.*)$")
 
@@ -74,12 +76,12 @@ def all_settings() -> dict[type[Section], list[Setting]]:
     """The settings by section, in the order of the schema."""
     old = yaml.safe_load(OF_VERSION_0_1.read_text(encoding="utf-8"))
     found = examples_in_configs()
-    sections = list(SECTIONS.values())
-    at = sections.index(schema.MythosConfig) + 1
-    return {
-        section: list(_of_section(section, old, found))
-        for section in [*sections[:at], schema.RopeScaling, *sections[at:]]
+    inner: dict[type[Section], type[Section]] = {
+        schema.MythosConfig: schema.RopeScaling,
+        schema.RunConfig: schema.ProfileConfig,
     }
+    sections = [one for section in SECTIONS.values() for one in (section, inner.get(section)) if one]
+    return {section: list(_of_section(section, old, found)) for section in sections}
 
 
 def _of_section(

@@ -498,9 +498,9 @@ class ProfileConfig(Section, section="run.profile"):
 
     example = "{steps: [10, 12], ranks: [0], memory: true}"
 
-    steps: tuple[Steps, Steps]  # the first and the last step of the trace
-    ranks: tuple[RankNumber, ...] = (0,)  # that write one
-    # Also record, in the step after these, what holds memory; that step is slow.
+    steps: tuple[Steps, Steps]  # first and last step of the trace
+    ranks: tuple[RankNumber, ...] = (0,)  # ranks that write a profile
+    # Also measure what holds memory, in the step after the trace; that step is slow.
     memory: bool = True
 
     def contradictions(self) -> list[str]:
@@ -531,9 +531,9 @@ class RunConfig(Section, section="run"):
     stage_begin: StepsOrOff = 0  # set by `stages:`: the step of the run after which the stage begins
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # of initial weights, data order and loops
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline: a record in the run folder
-    project: str = "mythos_dist"  # in wandb
-    group: str = ""  # of runs that wandb shows together, such as those of one study; empty: none
-    tags: tuple[str, ...] = ()  # in wandb
+    project: str = "mythos_dist"  # project of the run in wandb
+    group: str = ""  # group of runs in wandb, such as those of one study; empty: none
+    tags: tuple[str, ...] = ()  # of the run in wandb
     tensorboard: bool = False  # write events to run.dir/tensorboard; needs the package tensorboard
     # Log the bytes that all ranks send, by axis and kind, with each step (`communication`). Slows CPU steps down.
     count_communication: bool = False
@@ -547,7 +547,7 @@ class RunConfig(Section, section="run"):
     cluster: PathText | None = None
     check_memory: bool = True  # refuse a layout whose planned memory does not fit; false: start anyway
     report: bool = True  # write report.html when the run is done
-    profile: ProfileConfig | None = None  # a trace of some steps; a file PROFILE in run.dir asks for one at any time
+    profile: ProfileConfig | None = None  # a trace of some steps; the file PROFILE in run.dir asks for one, too
 
     def complete(self) -> None:
         """A profile that comes from a checkpoint is a dict."""
