@@ -1,4 +1,4 @@
-"""What holds a rank's memory during one real step, by the plan's categories: a picture and its values.
+"""What holds a rank's memory during one real step, by the plan's categories: a plot and its values.
 
 Measured as in a dry run (`ops/plan/meter.py`): bytes of live tensors, from each operation. Tensors that existed before
 the step count if they are weights, gradients or the optimizer's, or once an operation uses them.
