@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo chat-demo depth-demo long-demo loop-ablation optimizer-study test test-all check docs bench constraints clean
+.PHONY: demo chat-demo depth-demo long-demo loop-baseline loop-ablation loop-stability optimizer-study
+.PHONY: test test-all check docs bench constraints clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 	$(BIN)/python tools/demo.py
@@ -16,6 +17,14 @@ depth-demo: $(READY)  ## train small models on a task that needs depth, to see w
 
 long-demo: $(READY)  ## train a small model on 256 tokens and stretch it to 1,024 by YaRN; 10 minutes
 	$(BIN)/python tools/long_demo.py
+
+loop-baseline: $(READY)  ## a looped model against plain ones of equal depth, parameters or FLOPs; 20 minutes
+	$(BIN)/python tools/make_sample_data.py
+	$(BIN)/python tools/loop_baseline.py
+
+loop-stability: $(READY)  ## which loops train at which learning rate, by switch; hours
+	$(BIN)/python tools/make_sample_data.py
+	$(BIN)/python tools/loop_stability.py
 
 loop-ablation: $(READY)  ## ablate each loop setting alone, at equal FLOPs; 1 to 2 hours
 	$(BIN)/python tools/loop_ablation.py

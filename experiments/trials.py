@@ -44,15 +44,16 @@ class Trial(NamedTuple):
         """The complete config. Raises UserError."""
         return load_config(self.config, [*self.overrides, f"run.dir={self.run_dir}"])
 
-    def run(self) -> None:
-        """Train. Raises UserError with the end of the output; all of it is in `run_dir`.log."""
+    def run(self, exit_codes: Collection[int] = ()) -> None:
+        """Train. Raises UserError with the end of the output if it fails, but for `exit_codes`; all of the output is in
+        `run_dir`.log."""
         self.run_dir.parent.mkdir(parents=True, exist_ok=True)
         log = self.run_dir.with_name(self.run_dir.name + ".log")
         command = [sys.executable, "-m", "mythos_dist.train", str(self.config), f"run.dir={self.run_dir}"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with log.open("w") as file:
             process = subprocess.run([*command, *self.overrides], stdout=file, stderr=subprocess.STDOUT, env=env)
-        if process.returncode:
+        if process.returncode and process.returncode not in exit_codes:
             tail = "\n".join(log.read_text().splitlines()[-5:])
             raise UserError(f"the run ended with exit code {process.returncode}; its output is in {log}:\n{tail}")
 
@@ -84,11 +85,15 @@ def mean_and_stdev(values: Sequence[float]) -> tuple[float, float]:
 
 
 def run_all(
-    trials: Sequence[Trial], measure: Callable[[Trial], tuple[Result, str]], jobs: int | None = None
+    trials: Sequence[Trial],
+    measure: Callable[[Trial], tuple[Result, str]],
+    jobs: int | None = None,
+    exit_codes: Collection[int] = (),
 ) -> list[Result]:
     """Run trials, `jobs` at a time (None: one per core); the results of `measure`, called after each one.
 
-    `measure` returns (result, line to print). Raises UserError for the first trial that fails, after running ones end.
+    `measure` returns (result, line to print). exit_codes: of trials that ended early and are measured like others.
+    Raises UserError for the first trial that fails, after running ones end.
     """
     import torch
     from tqdm import tqdm
@@ -99,7 +104,7 @@ def run_all(
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, tqdm(total=len(trials), unit="run", disable=None) as bar:
 
         def run_one(trial: Trial) -> Result:
-            trial.run()
+            trial.run(exit_codes)
             result, line = measure(trial)
             bar.write(line)
             bar.update()

@@ -17,7 +17,7 @@ from mythos_dist.errors import run_command
 TOOLS = Path(__file__).parents[1] / "tools"
 TOOLS_WITH_HELP = (
     *("chat_demo", "depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data"),
-    *("decoding_quality", "long_demo", "serve"),
+    *("decoding_quality", "long_demo", "loop_baseline", "loop_stability", "serve"),
 )
 
 
@@ -206,6 +206,10 @@ def test_serve_names_missing_packages_and_a_port_that_is_taken(tool, run_dir, mo
         ("loop_ablation", ["--seeds", "0"], "--seeds=0 must be at least 1"),
         ("loop_ablation", ["--data", "task", "train.stepss=3"], "did you mean train.steps?"),
         ("loop_ablation", [], "make it with `python tools/make_sample_data.py`"),
+        ("loop_baseline", ["--rates", "0"], "--rates=0.0: give numbers above 0"),
+        ("loop_baseline", ["--data", "text"], "make it with `python tools/make_sample_data.py`"),
+        ("loop_stability", ["--only", "typo"], "--only names ['typo']"),
+        ("loop_stability", ["--loops", "0"], "--loops=0 holds ['0']"),
         ("make_depth_task", ["--out", "new", "--seed", "-1", "--heldout", "-1"], "2 problems"),
         ("make_depth_task", ["--out", "new", "--sequences", "1000000000000"], "not enough memory"),
         ("make_depth_task", ["--out", "file"], "exists; name a new folder"),

@@ -55,7 +55,8 @@ _MAY_CHANGE_SECTIONS = {"average", "parallel", "checkpoint", "faults"}
 # What settings were, by section, before they existed: with another value a run would have other results.
 _ADDED: dict[str, dict[str, Any]] = {
     "train": {"batch_ramp": ()},
-    "model": {"kv_sharing": "all", "rope_scaling": None},
+    "model": {"kv_sharing": "all", "rope_scaling": None, "residual_scale": "init", "state_norm": False},
+    "loops": {"fixed_point": 0.0},
 }
 # Settings of the model that names and shapes of its tensors depend on: no stage may change them.
 WIDTHS = (

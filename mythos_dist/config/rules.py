@@ -54,6 +54,12 @@ def _model_problems(model: MythosConfig) -> Iterator[Problem]:
             f"model.n_experts_per_tok={model.n_experts_per_tok} is more than model.n_experts={model.n_experts}; "
             f"set it to at most {model.n_experts}",
         )
+    if model.injection == "none" and model.initial_state != "e":
+        yield Problem(
+            ("model.injection", "model.initial_state"),
+            f"model.initial_state={model.initial_state} with model.injection=none: no loop would get the prelude's "
+            "output; set model.initial_state=e, or leave it out",
+        )
     if model.rope_scaling is not None:
         yield from rope_problems(model, model.rope_scaling)
     if model.mode == "reference":
@@ -228,6 +234,19 @@ def _loops_problems(config: Config) -> Iterator[Problem]:
             ("loops.teacher", "loops.objective"),
             f"loops.teacher={loops.teacher} teaches the losses of earlier loops, and loops.objective="
             f"{loops.objective} has none; set loops.objective=per_loop, or loops.teacher=0",
+        )
+    if config.model.injection == "none" and loops.backprop is not None:
+        yield Problem(
+            ("loops.backprop", "model.injection"),
+            f"loops.backprop={loops.backprop} with model.injection=none: only the first loop gets the prelude's "
+            "output, and without its gradient nothing would train the prelude; set loops.backprop=null, or another "
+            "injection",
+        )
+    if loops.fixed_point and loops.most_of(config.model) == 1:
+        yield Problem(
+            ("loops.fixed_point", "loops.mean"),
+            f"loops.fixed_point={loops.fixed_point} has no effect with one loop, which begins with the initial state; "
+            "set loops.mean to at least 2, or loops.fixed_point=0",
         )
     if loops.curriculum != "none" and loops.curriculum_steps < 1:
         yield Problem(

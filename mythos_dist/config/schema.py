@@ -141,9 +141,11 @@ class MythosConfig(Section, section="model"):
     loop_signal: bool = _by_mode(reference=True, train=False)
     # Depth LoRA. shared: one pair of matrices with a diagonal per loop; per_loop: a pair of matrices per loop.
     lora: Literal["shared", "per_loop", "none"] = _by_mode(reference="shared", train="shared")
-    # parcae: a step size per channel, a full matrix B initialized to the identity, a norm after the prelude.
-    injection: Literal["reference", "parcae"] = _by_mode(reference="reference", train="parcae")
-    # Hidden state before the first loop. e: the prelude's output; random: N(0, 2 / 5).
+    # parcae: a step size per channel, a full matrix B initialized to the identity, a norm after the prelude. none: each
+    # loop is h = block(h), so that max_loop_iters=1 with lora=none is a plain transformer.
+    injection: Literal["reference", "parcae", "none"] = _by_mode(reference="reference", train="parcae")
+    # Hidden state before the first loop. e: the prelude's output, also the default with injection=none; random:
+    # N(0, 2 / 5).
     initial_state: Literal["e", "zero", "random"] = _by_mode(reference="e", train="zero")
     # Normalize queries and keys: attention logits stay bounded at any depth.
     qk_norm: bool = _by_mode(reference=False, train=True)
@@ -153,10 +155,18 @@ class MythosConfig(Section, section="model"):
     # depth_scaled (Huginn): N(0, 2 / (5 dim)), output projections divided by sqrt(2 * (prelude + loops + coda)).
     # reference: N(0, 0.02).
     init: Literal["reference", "depth_scaled"] = _by_mode(reference="reference", train="depth_scaled")
+    # What multiplies attention and FFN of the looped block where they are added to its input, with N = max_loop_iters.
+    # init: nothing, only their initial values are small (init=depth_scaled). inverse_sqrt: 1 / sqrt(N). inverse: 1 / N,
+    # because the same weights add N correlated terms (Wang et al. 2026, arXiv 2606.18524).
+    residual_scale: Literal["init", "inverse_sqrt", "inverse"] = _by_mode(reference="init", train="init")
+    # Divide the hidden state by its RMS after every loop.
+    state_norm: bool = _by_mode(reference=False, train=False)
     rope_scaling: RopeScaling | None = None  # a context longer than the one that the model was trained with
 
     def complete(self) -> None:
-        """Set the defaults that depend on `mode`."""
+        """Set the defaults that depend on `mode`, and on `injection`."""
+        if self.injection == "none" and self.initial_state is None:
+            object.__setattr__(self, "initial_state", "e")
         for key, default in BY_MODE.get(self.mode if isinstance(self.mode, str) else "", {}).items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, default)
@@ -193,6 +203,12 @@ class MythosConfig(Section, section="model"):
         """Consecutive loops that share keys and values; 1: each computes its own."""
         words = {"all": 1, "first": MOST_DRAWN_LOOPS}
         return words[self.kv_sharing] if self.kv_sharing in words else int(self.kv_sharing.removeprefix(_EVERY))
+
+    @property
+    def residual_factor(self) -> float:
+        """The factor of `residual_scale`."""
+        exponents = {"init": 0.0, "inverse_sqrt": -0.5, "inverse": -1.0}
+        return float(self.max_loop_iters) ** exponents[self.residual_scale]
 
     @property
     def ffn_dim(self) -> int:
@@ -278,6 +294,8 @@ class LoopsConfig(Section, section="loops"):
     # objective=per_loop: the last loop teaches the others. Weight of KL(its output distribution || that of an earlier
     # loop) in each earlier loop's loss; 0: no teacher.
     teacher: Weight = 0.0
+    # Weight of a penalty on the relative change of the hidden state by the last loop (model/fixed_point.py).
+    fixed_point: Weight = 0.0
     telemetry_every: StepsOrOff = 100  # steps between telemetry samples inside the loops; 0: none
     sweep: tuple[LoopCount, ...] = ()  # numbers of loops to evaluate besides the mean
 

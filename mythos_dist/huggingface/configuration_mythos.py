@@ -19,6 +19,9 @@ class MythosPretrainedConfig(PretrainedConfig):
     by halting probabilities; ponder: the first at which the sum of probabilities reaches act_threshold.
     kv_sharing: all: each loop has its own keys and values; every:k: the first of k loops computes them for all k;
     first: the first loop computes them for all loops.
+    injection: how the prelude's output enters every loop: OpenMythos' (reference), Parcae's, or none, h = block(h).
+    residual_scale: attention and FFN of the looped block times 1 (init), 1 / sqrt(max_loop_iters) (inverse_sqrt) or
+    1 / max_loop_iters (inverse). state_norm: each loop's hidden state is divided by its RMS.
     rope_scaling: None, or rope_type (linear, yarn), factor, original_max_position_embeddings and yarn's other fields,
     as transformers' models have them; with mscale_all_dim, MLA scales the softmax as DeepSeek-V3 does.
     mythos_dist: what training needs to continue with these weights (step, tokens, settings of act and loops).
@@ -68,6 +71,8 @@ class MythosPretrainedConfig(PretrainedConfig):
         initial_state: str = "zero",
         qk_norm: bool = True,
         kv_sharing: str = "all",
+        residual_scale: str = "init",
+        state_norm: bool = False,
         init: str = "depth_scaled",
         mythos_dist: dict[str, Any] | None = None,
         use_cache: bool = True,
@@ -117,6 +122,11 @@ class MythosPretrainedConfig(PretrainedConfig):
                 factor = yarn_mscale(scaling["factor"], scaling["mscale"])
                 factor /= yarn_mscale(scaling["factor"], scaling["mscale_all_dim"])
         return factor**2
+
+    @property
+    def residual_factor(self) -> float:
+        """What attention and FFN of the looped block are multiplied by where they are added to its input."""
+        return self.max_loop_iters ** {"init": 0.0, "inverse_sqrt": -0.5, "inverse": -1.0}[self.residual_scale]
 
     @property
     def loops_per_kv(self) -> int:

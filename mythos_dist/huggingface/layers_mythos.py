@@ -241,10 +241,11 @@ class MythosMoE(nn.Module):
 
 
 class MythosBlock(GradientCheckpointingLayer):
-    """A pre-norm transformer block: x + attn(norm(x)), then x + ffn(norm(x))."""
+    """A pre-norm transformer block: x + factor * attn(norm(x)), then x + factor * ffn(norm(x))."""
 
-    def __init__(self, config: Config, ffn: nn.Module):
+    def __init__(self, config: Config, ffn: nn.Module, factor: float = 1.0):
         super().__init__()
+        self.factor = factor
         self.attn_norm = MythosNorm(config.dim)
         self.attn = MythosMLA(config) if config.attn_type == "mla" else MythosGQA(config)
         self.ffn_norm = MythosNorm(config.dim)
@@ -267,8 +268,8 @@ class MythosBlock(GradientCheckpointingLayer):
             k, v = self.attn.keys_and_values(normed, rope)
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, slot)
-        x = x + F.dropout(self.attn(normed, rope, mask, k, v), self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training), k, v
+        x = x + self.factor * F.dropout(self.attn(normed, rope, mask, k, v), self.dropout, self.training)
+        return x + self.factor * F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training), k, v
 
 
 class MythosDepthLoRA(nn.Module):

@@ -3,7 +3,8 @@
     e = prelude(embed(tokens))
     h = decay * h + scale * injected(e) + u,  u = block(norm(h + e)) + its depth LoRA,  num_loops times
 
-decay in (0, 1) and scale are the A and B of Parcae (Prairie et al. 2026). The block's FFN is a mixture of experts.
+decay in (0, 1) and scale are the A and B of Parcae (Prairie et al. 2026); without injection, h = block(h). The block's
+FFN is a mixture of experts.
 Any number of loops can be asked for: `model(input_ids, num_loops=8)`, `model.generate(..., num_loops=8)`. The trap:
 keys and values of a token differ from loop to loop, so the cache grows with loops and belongs to one number of them.
 
@@ -69,12 +70,14 @@ class MythosRecurrent(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.norm = MythosNorm(config.dim)
-        self.block = MythosBlock(config, MythosMoE(config))
+        self.norm = nn.Identity() if config.injection == "none" else MythosNorm(config.dim)
+        self.block = MythosBlock(config, MythosMoE(config), config.residual_factor)
         self.lora = None if config.lora == "none" else MythosDepthLoRA(config)
         parcae = config.injection == "parcae"
         self.e_norm = MythosNorm(config.dim) if parcae else None
-        self.injection = MythosParcaeInjection(config) if parcae else MythosInjection(config)
+        self.injection = None
+        if config.injection != "none":
+            self.injection = MythosParcaeInjection(config) if parcae else MythosInjection(config)
         self.act = MythosHalting(config)
 
     def forward(
@@ -90,20 +93,24 @@ class MythosRecurrent(nn.Module):
         """The prelude's output e (B, S, D) -> the coda's input, and h after each loop."""
         if self.e_norm is not None:
             e = self.e_norm(e)
-        h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e)
+        h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e) if self.injection else (1.0, 0.0)
         output, halted, states = torch.zeros_like(e, dtype=torch.float32), e.new_zeros(*e.shape[:2], 1).float(), []
         k = v = None
         for t in range(num_loops):
             group, index = divmod(t, self.config.loops_per_kv)
             if index == 0:
                 k = v = None  # this loop computes its own keys and values, which the next ones of the group use
-            x = h + e if not self.config.loop_signal else h + e + loop_signal(t, e)
+            x = h + e if self.injection else h
+            if self.config.loop_signal:
+                x = x + loop_signal(t, e)
             u, k, v = self.block(
                 self.norm(x), rope, mask, k, v, past_key_values=past_key_values, slot=first_slot + group
             )
             if self.lora is not None:
                 u = self.lora(u, t)
-            h = decay * h + injected + u
+            h = decay * h + injected + u if self.injection else u
+            if self.config.state_norm:
+                h = F.rms_norm(h, h.shape[-1:], eps=1e-6)
             weight, halted = self.act(h, halted, t == num_loops - 1)
             output = torch.addcmul(output, weight, h.float())
             states.append(h)

@@ -3,6 +3,7 @@
 Decisions: PARALLEL-10.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ class _ResidualBlock(nn.Module):
         self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, mesh, selective, shares_kv)
         self.ffn_norm = replicated(Norm(config.dim), mesh)
         self.dropout = config.dropout
+        self.factor = 1.0  # of what is added to the residual stream
 
     @in_range("attention")
     def _attend(
@@ -35,7 +37,10 @@ class _ResidualBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         partial, kv = self.attn(enter_tensor_parallel(self.attn_norm(x), self.mesh), context, cache_key, shared)
         y = leave_tensor_parallel(partial, self.mesh)
-        return x + F.dropout(y, self.dropout, self.training), kv
+        return self._add(x, y), kv
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.factor)
 
 
 class DenseBlock(_ResidualBlock):
@@ -49,7 +54,7 @@ class DenseBlock(_ResidualBlock):
     def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         """(B, S or S / tensor, D) -> same shape."""
         x, _ = self._attend(x, context, cache_key)
-        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
+        return self._add(x, self.feed_forward(self.ffn_norm(x)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Normed tokens (B, S or S / tensor, D) -> same shape."""
@@ -76,6 +81,7 @@ class MoEBlock(_ResidualBlock):
         chunk_tokens: int = 0,
     ):
         super().__init__(config, mesh, selective, shares_kv=config.kv_loops > 1)
+        self.factor = config.residual_factor
         self.ffn = MoE(config, experts, mesh, selective, chunk_tokens)
 
     def forward(
@@ -85,4 +91,4 @@ class MoEBlock(_ResidualBlock):
         that later loops share (B, S, W)."""
         x, kv = self._attend(x, context, cache_key, shared)
         y, stats = self.ffn(self.ffn_norm(x), context.token_share(x))
-        return x + F.dropout(y, self.dropout, self.training), stats, kv
+        return self._add(x, y), stats, kv

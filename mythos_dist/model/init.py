@@ -36,8 +36,12 @@ def init_std(config: MythosConfig, name: str) -> float:
     block = name.startswith(("prelude.", "coda.", "recurrent.block.")) and not name.endswith("router.weight")
     if config.init == "reference" or not block:
         return STD
+    std = math.sqrt(2 / (5 * config.dim))
+    scaled_in_forward = name.startswith("recurrent.") and config.residual_scale != "init"
+    if not name.endswith(_OUTPUTS) or scaled_in_forward:
+        return std
     layers = config.prelude_layers + config.max_loop_iters + config.coda_layers
-    return math.sqrt(2 / (5 * config.dim)) / (math.sqrt(2 * layers) if name.endswith(_OUTPUTS) else 1)
+    return std / math.sqrt(2 * layers)
 
 
 @torch.no_grad()

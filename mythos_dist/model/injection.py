@@ -1,7 +1,7 @@
 """How the prelude's output e enters every loop: h = decay * h + scale * injected(e) + u, with decay in (0, 1).
 
 Two forms: OpenMythos' (`reference`) and Parcae's (Prairie et al. 2026). The parameters have the names of their papers,
-in which decay is A and scale is B; here B is always this parameter, and e is (..., D).
+in which decay is A and scale is B; here B is always this parameter, and e is (..., D). Or `none`: h = u.
 """
 
 # D model.
@@ -30,6 +30,14 @@ class Injection(nn.Module):
         # The clamp keeps the exponential finite for any parameter value.
         decay = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
         return decay.to(self.B.dtype), self.B.clone(), e  # ZeRO-3 frees a parameter after its module's forward
+
+
+class NoInjection(nn.Module):
+    """h = u = block(h): its residual connection keeps h, so decay is 1 and scale 0."""
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """decay and scale (D,), and e (..., D)."""
+        return e.new_ones(e.shape[-1]), e.new_zeros(e.shape[-1]), e
 
 
 class ParcaeInjection(nn.Module):

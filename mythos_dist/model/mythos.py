@@ -76,12 +76,14 @@ class Mythos(nn.Module):
         recompute: Recompute | None = None,
         attention: Literal["auto", "flash_attn", "sdpa"] = "auto",
         teacher: float = 0.0,
+        fixed_point: float = 0.0,
         seed: int = 0,
         mesh: Mesh = SINGLE,
         stage: StageSpec | None = None,
         chunk_tokens: int = 0,
     ):
         """teacher: weight of the last loop's distribution as a target of earlier readouts (`loops.teacher`).
+        fixed_point: weight of a penalty on what the last loop changes (`loops.fixed_point`).
         chunk_tokens: tokens that FFNs, experts and head work on at a time; 0: all (model/pieces.py)."""
         super().__init__()
         act = act or ActConfig()
@@ -93,13 +95,14 @@ class Mythos(nn.Module):
         self.teacher = teacher
         self.mesh = mesh
         self.stage = stage = stage or StageSpec.full(config)
-        self.auxiliary_losses = experts.z_loss > 0 or experts.sequence_balance_loss > 0 or act.ponder_cost + act.kl > 0
+        weights = experts.z_loss, experts.sequence_balance_loss, act.ponder_cost, act.kl, fixed_point
+        self.auxiliary_losses = max(weights) > 0
         selective = recompute.kind == "selective"
         if stage.is_first or stage.is_last:
             self.embed = Embedding(config.vocab_size, config.dim, mesh, chunk_tokens)
         self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective, chunk_tokens) for i in stage.prelude})
         if stage.has_loops:
-            self.recurrent = Recurrent(config, act, experts, recompute, mesh, chunk_tokens)
+            self.recurrent = Recurrent(config, act, experts, recompute, mesh, chunk_tokens, fixed_point)
         self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective, chunk_tokens) for i in stage.coda})
         if stage.is_last:
             self.norm = replicated(Norm(config.dim), mesh)

@@ -1,7 +1,8 @@
 """The recurrent block: one transformer block, applied `n_loops` times to a hidden state h with the same input e.
 
 u = block(norm(h + e + signal(t))) plus its depth LoRA; h = decay * h + scale * injected(e) + u, where decay, in (0, 1)
-by construction, and scale are Parcae's A and B (Prairie et al. 2026). `e` is the prelude's output. The output of the
+by construction, and scale are Parcae's A and B (Prairie et al. 2026). `e` is the prelude's output. With
+model.injection=none, h = u = block(h), as in a plain transformer whose layers share their weights. The output of the
 loops depends on halting (model/halting.py): the last h, a weighted sum of all, or every loop's h.
 
 Every rank runs the same number of loops: a loop contains collectives, so a rank that exits early would hang the others.
@@ -27,13 +28,14 @@ from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import Context, SharedKV, shared_kv_shape
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
+from mythos_dist.model.fixed_point import add_fixed_point_loss
 from mythos_dist.model.halting import build_halting
-from mythos_dist.model.injection import Injection, ParcaeInjection
+from mythos_dist.model.injection import Injection, NoInjection, ParcaeInjection
 from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops, loop_signals, where_active
 from mythos_dist.model.moe import RouterStats
-from mythos_dist.model.norm import Norm
+from mythos_dist.model.norm import Norm, rms_normalize
 from mythos_dist.model.offload import OffloadedStates
 from mythos_dist.model.recompute import Recompute, checkpoint_if
 from mythos_dist.parallel.mesh import Mesh
@@ -65,12 +67,14 @@ class Recurrent(nn.Module):
         recompute: Recompute,
         mesh: Mesh,
         chunk_tokens: int = 0,
+        fixed_point: float = 0.0,
     ):
         super().__init__()
         self.config = config
+        self.fixed_point = fixed_point
         self.recompute = recompute
         self.mesh = mesh
-        self.norm = replicated(Norm(config.dim), mesh)
+        self.norm = nn.Identity() if config.injection == "none" else replicated(Norm(config.dim), mesh)
         self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective", chunk_tokens)
         if config.lora != "none":
             per_loop = config.lora == "per_loop"
@@ -79,7 +83,7 @@ class Recurrent(nn.Module):
             self.e_norm = replicated(Norm(config.dim), mesh)
             self.injection = ParcaeInjection(config.dim, mesh)
         else:
-            self.injection = Injection(config.dim, mesh)
+            self.injection = NoInjection() if config.injection == "none" else Injection(config.dim, mesh)
         self.act = build_halting(config, act, mesh)
         self.recorder: LoopRecorder | None = None  # set during a telemetry pass
 
@@ -264,6 +268,9 @@ class Recurrent(nn.Module):
         weight, new_halted = where_active(active, weight, 0.0), where_active(active, new_halted, halted)
         if router.loss is not None:
             aux_loss = aux_loss + router.loss / loops.n_loops
+        if self.fixed_point > 0 and loops.is_last(t):
+            share = context.token_share(h)
+            aux_loss = add_fixed_point_loss(aux_loss, h, new_h, self.fixed_point, loops, share)
         aux_loss = self.act.add_loss(aux_loss, weight, t, loops, context.token_share(h))
         readout = None
         if loops.reads_out(t):
@@ -277,11 +284,13 @@ class Recurrent(nn.Module):
     def _update(
         self, t: int, loops: Loops, h: Tensor, e: Tensor, kv: Tensor, inputs: LoopInputs, context: Context
     ) -> tuple[Tensor, RouterStats, Tensor]:
-        """h -> decay * h + scale * injected + u, with u = block(norm(h + e + signal)) plus its depth LoRA.
+        """h -> decay * h + scale * injected + u, with u = block(norm(h + e + signal)) plus its depth LoRA; with
+        model.injection=none, h -> block(h + signal) plus its depth LoRA. model.state_norm divides it by its RMS.
 
         kv: of the loops before. Returns also the router's statistics, and those that the next loops share.
         """
-        x = h + e
+        injects = self.config.injection != "none"
+        x = h + e if injects else h
         if inputs.signals:
             x = x + inputs.signals[t]
         kv_loops, shared = self.config.kv_loops, None
@@ -299,7 +308,11 @@ class Recurrent(nn.Module):
         u, stats, kv = self.block(self.norm(x), context, key, shared)
         if self.config.lora != "none":
             u = self.lora(u, loops.own_index(t))
-        return torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected), stats, kv
+        if injects:
+            u = torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected)
+        if self.config.state_norm:
+            u = rms_normalize(u)
+        return u, stats, kv
 
     def _use_all_parameters(self, activations: Activations, with_grad: range, loops: Loops) -> Tensor:
         """`aux_loss` unchanged; its backward gives gradients of zeros to parameters that this pass has not used,

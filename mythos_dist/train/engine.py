@@ -115,6 +115,7 @@ class Engine:
             recompute=Recompute(train.recompute, train.recompute_every, train.offload == "saved"),
             attention=train.attention,
             teacher=config.loops.teacher,
+            fixed_point=config.loops.fixed_point,
             seed=config.run.seed,
             mesh=self.mesh,
             stage=self.stages[self.mesh.pipe.rank],

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.baseline import DENSE, LOOPED, DepthTaskData, TextData
 from experiments.trials import Trial, run_all, steps_for, training_flops
+from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError
+from mythos_dist.model.parameter_table import count_parameters
 
 REPOSITORY = Path(__file__).parents[2]
 TASK = REPOSITORY / "configs" / "depth_task.yaml"
@@ -82,6 +85,57 @@ def test_the_depth_demo_writes_its_summary_and_repeats_no_run(tmp_path):
     assert second.returncode == 0, second.stderr[-2000:]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert {file: file.read_bytes() for file in metrics} == metrics
+
+
+@pytest.mark.parametrize("kind", [TextData, DepthTaskData])
+def test_rows_of_the_baseline_are_equal_in_what_they_say(kind):
+    """Of the looped model's: depth, parameters but for its injection and depth LoRA, and FLOPs."""
+
+    def size(row: str) -> tuple[int, int, float]:
+        settings = f"{DENSE} {kind.base} {kind.rows[row].overrides} data.path=x".split()
+        config = load_config(REPOSITORY / "configs" / kind.config, settings)
+        layers = config.model.prelude_layers + config.loops.mean_of(config.model) + config.model.coda_layers
+        steps = config.train.steps
+        flops = sum(itertools.islice(training_flops(config), steps))
+        if kind.rows[row].equal_flops:
+            flops = sum(itertools.islice(training_flops(config), steps_for(config, size(LOOPED)[2])))
+        return layers, count_parameters(config.model), flops
+
+    looped, deep, shallow, longer = map(size, kind.rows)
+    assert deep[0] == looped[0] and deep[1] > looped[1]
+    assert shallow[1] == longer[1] == pytest.approx(looped[1], rel=0.05 if kind is TextData else 0.15)
+    assert longer[2] == pytest.approx(looped[2], rel=0.01) and shallow[2] < 0.8 * looped[2]
+
+
+@pytest.mark.launch
+@pytest.mark.long
+def test_baseline_and_stability_write_their_tables_and_repeat_no_cell(shards, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sample").symlink_to(shards)
+    few = "train.steps=2 optim.warmup_steps=1 loops.curriculum_steps=1".split()
+
+    def study(name: str, *options: str) -> str:
+        command = [sys.executable, str(REPOSITORY / "tools" / name), "--jobs", "2", "--seeds", "1", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1120, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    sizes = ["model.vocab_size=512", "train.seq_len=32"]
+    shown = study("loop_baseline.py", "--rates", "1e-3", "--data", "text", *few, *sizes)
+    rows = json.loads((tmp_path / "runs" / "loop-baseline" / "summary.json").read_text())["text"]["rows"]
+    assert list(rows) == list(TextData.rows) and rows[LOOPED]["steps"] == 2
+    assert all(4 < row["seeds"][0]["loss"] < 8 for row in rows.values())
+    assert f"| {rows[LOOPED]['seeds'][0]['loss']:.3f} |" in shown
+    assert (tmp_path / "runs" / "loop-baseline" / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+    cells = ["--only", "default;normed states", "--loops", "2", "--rates", "1e-3,1e30"]
+    study("loop_stability.py", *cells, *few, *sizes)
+    found = json.loads((tmp_path / "runs" / "loop-stability" / "stability.json").read_text())["switches"]
+    for row in found.values():
+        assert row["2"]["best_rate"] == 1e-3 and row["2"]["rates"]["1e+30"]["diverged"] == 1
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs" / "loop-stability").rglob("*.log")}
+    study("loop_stability.py", *cells, *few, *sizes)
+    assert {file: file.stat().st_mtime_ns for file in before} == before and len(before) == 4
 
 
 @pytest.mark.launch

@@ -23,10 +23,12 @@ from mythos_dist.model import Mythos
 SWITCHES = {
     "loop_signal": [False, True],
     "lora": ["shared", "per_loop", "none"],
-    "injection": ["reference", "parcae"],
+    "injection": ["reference", "parcae", "none"],
     "initial_state": ["e", "zero", "random"],
     "qk_norm": [False, True],
     "kv_sharing": ["all", "all", "every:2", "first"],
+    "residual_scale": ["init", "inverse_sqrt", "inverse"],
+    "state_norm": [False, True],
 }
 _YARN = {"kind": "yarn", "factor": 8, "original_max_seq_len": 8}
 SCALINGS = [
@@ -73,6 +75,8 @@ def model_settings(draw) -> tuple[MythosConfig, ActConfig]:
     act = "reference"
     if mode == "train":
         settings |= {name: draw(st.sampled_from(values)) for name, values in SWITCHES.items()}
+        if settings["injection"] == "none":
+            settings["initial_state"] = "e"
         act = draw(st.sampled_from(["off", "safe", "ponder", "reference"]))
     return MythosConfig(**settings), ActConfig(mode=act)
 

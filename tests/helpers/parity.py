@@ -78,7 +78,12 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
     """The run on one process with torch alone: the global batch at once, AdamW, the sign rule for the router bias."""
     mythos_dist.model.init.STD = STD
     model = Mythos(
-        config.model, act=config.act, experts=config.experts, teacher=config.loops.teacher, seed=config.run.seed
+        config.model,
+        act=config.act,
+        experts=config.experts,
+        teacher=config.loops.teacher,
+        fixed_point=config.loops.fixed_point,
+        seed=config.run.seed,
     )
     mythos_dist.model.init.STD = 0.02
     router_bias = model.recurrent.block.ffn.router.bias

@@ -52,6 +52,12 @@ def run_of(config: Config, kind: str, conversations: str = "") -> Config:
     if kind == "keys by sequence":
         model = dict(kv_sharing="every:2", attn_type="gqa", initial_state="e")
         return change(config, model=model, loops=dict(per="sequence"))
+    if kind == "normed states":  # scaled residuals, and a penalty on the last loop's change
+        model = dict(residual_scale="inverse_sqrt", state_norm=True)
+        return change(config, model=model, loops=dict(fixed_point=0.2, per="sequence"))
+    if kind == "no injection":  # a plain transformer, whose middle layer is looped
+        model = dict(injection="none", lora="none", initial_state="e", attn_type="gqa")
+        return change(config, model=model, loops=dict(backprop=None))
     if kind == "gqa":
         return change(config, model=dict(attn_type="gqa"))
     if kind == "no halting":

@@ -190,16 +190,19 @@ class LayerActivations:
 
     def loop(self) -> Saved:
         """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the mean; without
-        `shared_kv`."""
-        states = 5 * self.residual + self.mixed
+        `shared_kv`. Without injection h is the block's input, and its output is h, which only a depth LoRA changes."""
+        states = 5 if self.c.injection != "none" else 3 if self.c.lora != "none" else 2
+        if self.c.state_norm:  # its input, for which recomputation stops before h, and a value per token
+            states += (self.config.train.recompute != "loop") + 4 / (self.b * self.c.dim)
+        states = states * self.residual + self.mixed
         lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
         return Saved(states + lora) + self._attention_of_loop() + self.mixture()
 
     def injection(self) -> Saved:
         """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of
         e, their product."""
-        if self.c.injection == "reference":
-            return Saved(self.residual)
+        if self.c.injection != "parcae":
+            return Saved(self.residual if self.c.injection == "reference" else 0)
         return Saved(2 * self.residual + self.N * ceil(self.c.dim / self.t) * self.b)
 
     @property

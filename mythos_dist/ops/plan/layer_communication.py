@@ -215,7 +215,8 @@ class LayerMessages:
         taught = self.tokens * (self.readouts - 1) * FP32 if self.config.loops.teacher else 0
         loss = message(tensor, "all_reduce", size + taught) + message(tensor, "all_reduce", 2 * (size + taught))
         loss += message(self.mesh.context, "all_reduce", self.readouts * INT64)
-        if self.mesh.sequence and experts.z_loss + experts.sequence_balance_loss + act.ponder_cost + act.kl > 0:
+        weights = experts.z_loss, experts.sequence_balance_loss, act.ponder_cost, act.kl, self.config.loops.fixed_point
+        if self.mesh.sequence and max(weights) > 0:
             loss += message(tensor, "all_reduce", FP32)
         if self.mesh.sequence and self.per_loop:  # the readouts' weights
             loss += message(tensor, "all_gather", size)
@@ -223,7 +224,7 @@ class LayerMessages:
 
     def injection(self) -> Pass:
         """model/injection.py: Parcae's matrix, once for all loops."""
-        if self.config.model.injection == "reference":
+        if self.config.model.injection != "parcae":
             return NOTHING
         return self.enter(self.x).then(self.leave(self.x))
 

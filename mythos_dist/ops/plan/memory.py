@@ -118,6 +118,8 @@ class _Moments:
         injection = layers.injection() if stage.has_loops else Saved()
         before_loops = layers.dense_block() * len(stage.prelude) + injection
         after_loops = layers.dense_block() * (len(stage.coda) * self.readouts)
+        if config.loops.fixed_point and not self.recomputed:  # the last loop's change, in fp32
+            after_loops += Saved(layers.output)
         if self.recomputed and self.live:  # recomputation keeps the first loop's inputs, act.mode=off's output too
             before_loops += Saved(layers.output - layers.mixed)
         carries = self._carries(ceil(self.live / self.every), on_device=1)
@@ -349,7 +351,8 @@ class _Moments:
         # The gradient of keys and values that the next loop has used, too.
         kv_gradient = layers.shared_kv() if done and left.stop % size else 0.0
         # Gradients of h, injected(e) and inside of the block; from the second loop on also of e, if that is another.
-        states = 4 if done and layers.c.injection == "parcae" else 3
+        # Without injection, of h and inside of the block.
+        states = 2 if layers.c.injection == "none" else 4 if done and layers.c.injection == "parcae" else 3
         if self.readouts > 1:  # and those of the coda's inputs, one tensor for all readouts
             states += self.readouts
         state_gradients = states * layers.residual + kv_gradient + fetched
