@@ -24,7 +24,21 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 PLANNING = (CONFIGS.parent / "docs" / "planning.md").read_text()
 RECIPES = [f"recipes/{name}" for name in ("pretrain", "decay", "long_context", "sft")]
 # Slowest first.
-NAMES = ["100b_1m", "1t", "1t_without_pipe", "500b", "100b", "50b", "10b", "3b", "1b", *RECIPES, "300m"]
+NAMES = [
+    "1t_128k",
+    "500b_128k",
+    "100b_1m",
+    "1t",
+    "1t_without_pipe",
+    "500b",
+    "100b",
+    "50b",
+    "10b",
+    "3b",
+    "1b",
+    *RECIPES,
+    "300m",
+]
 SHORT = ("1t", "3b", "300m")  # with a pipeline and without, on many nodes, one node and one GPU
 
 EACH = pytest.mark.parametrize(
