@@ -72,8 +72,9 @@ def test_restore_and_model_import_no_compiler():
 def test_help_and_usage_errors_import_no_torch():
     """All tools and commands run one after the other in one process; the first that imports torch fails the test."""
     code = """if True:
-        import contextlib, io, runpy, sys
+        import contextlib, io, os, runpy, sys
 
+        os._exit = sys.exit  # training ends by it
         for name in sys.argv[1:]:
             for arguments in ["--help"], ["--no-such-option"]:
                 sys.argv = [name, *arguments]

@@ -2,13 +2,18 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.hostfile import MAX_COUNT
 from mythos_dist.packaged import LAUNCH
 
-SCRIPT = LAUNCH.resolve() / "slurm.sbatch"
+
+def batch_script() -> Path:
+    """launch/slurm.sbatch beside launch/submit.py if that was called, because sites edit it; else the package's."""
+    beside = Path(sys.argv[0]).resolve().with_name("slurm.sbatch")
+    return beside if beside.is_file() else LAUNCH.resolve() / "slurm.sbatch"
 
 
 def check_counts(arguments: Any) -> None:
@@ -39,7 +44,7 @@ def sbatch_command(arguments: Any, ranks_per_node: int, name: str) -> list[str]:
     command = ["sbatch", *(f"--{option}={value}" for option, value in options.items() if value is not None)]
     if arguments.chain:
         command.append("--no-requeue")
-    return [*command, *arguments.sbatch, str(SCRIPT), arguments.config, *arguments.overrides]
+    return [*command, *arguments.sbatch, str(batch_script()), arguments.config, *arguments.overrides]
 
 
 def job_variables() -> dict[str, str]:
@@ -47,5 +52,5 @@ def job_variables() -> dict[str, str]:
 
     A checkout has its .venv; jobs of an installed package use the interpreter that submits them.
     """
-    is_checkout = SCRIPT.parent.parent != LAUNCH.parent
+    is_checkout = batch_script().parent.parent != LAUNCH.parent
     return {} if is_checkout or "PYTHON" in os.environ else {"PYTHON": sys.executable}
