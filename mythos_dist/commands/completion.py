@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _argcomplete(module: str = "") -> Any:
-    return importlib.import_module(f"argcomplete{module}")  # only when a shell asks
+    return importlib.import_module(f"argcomplete{module}")  # only when a shell asks (PROJECT-7)
 
 
 def complete(commands: Sequence[Command]) -> None:

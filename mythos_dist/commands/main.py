@@ -1,6 +1,8 @@
 """`mythos COMMAND ...`: finds the command, imports its module alone, and runs it.
 
 A command line is handed to the command's own parser unchanged, so that `mythos plan` and `tools/plan.py` do the same.
+
+Decisions: PROJECT-6.
 """
 
 import argparse

@@ -4,6 +4,8 @@
 
 with T the loops of the pass. The trap: a larger state lowers the ratio as a smaller change does, so the denominator has
 no gradient.
+
+Decisions: LOOPS-14.
 """
 
 # B batch, S' tokens of each sequence on this rank, D model.

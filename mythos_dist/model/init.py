@@ -4,6 +4,8 @@ A parameter is divided into blocks of rows along its flattened leading dims, and
 rank draws only the blocks that overlap its shard, and gets the values of the unsharded tensor.
 Scheme: OpenMythos', N(0, 0.02) for every matrix and table, ones for norms, 0 / 0 / 0.1 for the injection; or Huginn's
 for the matrices of blocks (`model.init`), and Parcae's for its injection.
+
+Decisions: LOOPS-13.
 """
 
 import functools

@@ -2,6 +2,8 @@
 
 Two forms: OpenMythos' (`reference`) and Parcae's (Prairie et al. 2026). The parameters have the names of their papers,
 in which decay is A and scale is B; here B is always this parameter, and e is (..., D). Or `none`: h = u.
+
+Decisions: LOOPS-12.
 """
 
 # D model.

@@ -5,7 +5,7 @@ shapes and no values, so a step of a rank of 1t takes a minute and hardly any me
 depends on values is supplied: `FakeRouting` says how many rows go to each rank's experts. Code with one path for CPUs
 and one for GPUs takes the GPU path.
 
-Decisions: PLAN-1, PLAN-2.
+Decisions: PLAN-1, PLAN-2, PLAN-6.
 """
 
 import itertools

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -131,10 +132,11 @@ def _write_index(job: ConversionJob, split: str, shards: list[dict[str, Any]]) -
     listed_folders = {name.split("/")[0] for name in listed_files}
     for part in folder.glob("part-*/"):
         if part.name in listed_folders:
-            for file in part.glob("shard.*"):
-                is_listed = f"{part.name}/{file.name}" in listed_files
-                if not is_listed and re.fullmatch(r"shard\.\d+\.mds(\.zstd)?", file.name):
-                    file.unlink()
+            with suppress(FileNotFoundError):  # of an output in a store: it was uploaded and removed meanwhile
+                for file in part.glob("shard.*"):
+                    is_listed = f"{part.name}/{file.name}" in listed_files
+                    if not is_listed and re.fullmatch(r"shard\.\d+\.mds(\.zstd)?", file.name):
+                        file.unlink()
         elif part.name in (TAILS, KEPT, CUT) or re.fullmatch(r"part-\d+(\.tmp)?", part.name):
             shutil.rmtree(part)
 

@@ -1,6 +1,8 @@
 """Sequences that are too long for a cluster: the longest that fit, and settings with which these would fit.
 
 Nothing is reported that has not been planned: a setting helps if some layout with it fits.
+
+Decisions: PLAN-7.
 """
 
 import bisect
