@@ -108,7 +108,7 @@ ELSEWHERE = (  # commands that other tests run
 
 def shown_commands() -> list[str]:
     """Each command line in a block of the README and docs/, once, without the prompt and `.venv/bin/`."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", ALL, flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```[^`\n]*\n(.*?)^```", ALL, flags=re.DOTALL | re.MULTILINE)
     starts = r"(?:\$ )?((?:\.venv/bin/)?(?:python|torchrun|make|sbatch|launch/\S+\.sh) .*)"
     lines = (re.fullmatch(starts, line) for block in blocks for line in block.splitlines())
     return list(dict.fromkeys(line[1].removeprefix(".venv/bin/") for line in lines if line))
