@@ -95,6 +95,11 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def real_path(path: Path) -> Path:
+    """The path without links. As `Path.resolve`, which raises RuntimeError for a circle of links."""
+    return Path(os.path.realpath(path))
+
+
 def existing_folder(path: Path) -> Path:
     """`path`, or its nearest parent folder that exists."""
     return next(folder for folder in [path, *path.parents] if os.path.isdir(folder))

@@ -14,8 +14,9 @@ from pathlib import Path
 from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError, run_command
+from mythos_dist.files import real_path
 from mythos_dist.ops.cluster.allocation import check_allocation, even_allocation
-from mythos_dist.ops.cluster.sbatch import check_counts, job_variables, sbatch_command
+from mythos_dist.ops.cluster.sbatch import SCRIPT, check_counts, job_variables, sbatch_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Check, print, submit."""
+def main(script: Path = SCRIPT) -> None:
+    """Check, print, submit. script: slurm.sbatch, which sites edit."""
     arguments = parse_arguments(build_parser())
     ranks_per_node = arguments.ranks_per_node or arguments.gpus_per_node or 1
     check_counts(arguments)
@@ -51,8 +52,8 @@ def main() -> None:
     allocation = even_allocation(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
     for note in check_allocation(config, allocation, arguments.config):
         print(f"note: {note}", file=sys.stderr)
-    command = sbatch_command(arguments, ranks_per_node, Path(os.path.realpath(config.run.dir)).name)
-    variables = job_variables()
+    command = sbatch_command(arguments, ranks_per_node, real_path(Path(config.run.dir)).name, script)
+    variables = job_variables(script)
     print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
     sys.stdout.flush()
     if not arguments.dry_run and not shutil.which("sbatch"):

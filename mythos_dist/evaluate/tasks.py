@@ -24,6 +24,7 @@ from mythos_dist.errors import UserError, first_line
 from mythos_dist.evaluate.harness import HarnessModel
 from mythos_dist.evaluate.report import Score
 from mythos_dist.evaluate.scorer import Scorer
+from mythos_dist.files import real_path
 
 BOOTSTRAP_ITERATIONS = 1000  # of metrics whose standard error has no formula
 FEWSHOT_SEED = 1234  # lm_eval's own default
@@ -82,7 +83,7 @@ def is_file(name: str) -> bool:
 def _add_file(file: Path, manager: TaskManager) -> str:
     """Add the task or group in a YAML file to the manager, for a group also the tasks in files beside it. Returns its
     name."""
-    file = Path(os.path.realpath(file.expanduser()))  # not `resolve`, which raises RuntimeError for links in a circle
+    file = real_path(file.expanduser())
     spec = load_yaml(file)
     if not _NAMES & spec.keys():
         raise ValueError("it has neither `task: NAME` nor `group: NAME`")

@@ -9,11 +9,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.hostfile import MAX_COUNT
 from mythos_dist.packaged import LAUNCH
 
-
-def batch_script() -> Path:
-    """launch/slurm.sbatch beside launch/submit.py if that was called, because sites edit it; else the package's."""
-    beside = Path(sys.argv[0]).resolve().with_name("slurm.sbatch")
-    return beside if beside.is_file() else LAUNCH.resolve() / "slurm.sbatch"
+SCRIPT = LAUNCH.resolve() / "slurm.sbatch"  # of the package
 
 
 def check_counts(arguments: Any) -> None:
@@ -28,7 +24,7 @@ def check_counts(arguments: Any) -> None:
         raise UserError(problems)
 
 
-def sbatch_command(arguments: Any, ranks_per_node: int, name: str) -> list[str]:
+def sbatch_command(arguments: Any, ranks_per_node: int, name: str, script: Path) -> list[str]:
     """The sbatch command. The job has the run's name, so chains by --dependency=singleton work too."""
     options = {
         "job-name": name,
@@ -44,13 +40,13 @@ def sbatch_command(arguments: Any, ranks_per_node: int, name: str) -> list[str]:
     command = ["sbatch", *(f"--{option}={value}" for option, value in options.items() if value is not None)]
     if arguments.chain:
         command.append("--no-requeue")
-    return [*command, *arguments.sbatch, str(batch_script()), arguments.config, *arguments.overrides]
+    return [*command, *arguments.sbatch, str(script), arguments.config, *arguments.overrides]
 
 
-def job_variables() -> dict[str, str]:
+def job_variables(script: Path) -> dict[str, str]:
     """Environment variables that the job needs besides those of the shell.
 
     A checkout has its .venv; jobs of an installed package use the interpreter that submits them.
     """
-    is_checkout = batch_script().parent.parent != LAUNCH.parent
+    is_checkout = script.parent.parent != LAUNCH.parent
     return {} if is_checkout or "PYTHON" in os.environ else {"PYTHON": sys.executable}

@@ -1,13 +1,12 @@
 """tools/report.py, and the report that a run writes at its end."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from mythos_dist.errors import UserError
-from mythos_dist.files import os_user_error, write_atomically
+from mythos_dist.files import os_user_error, real_path, write_atomically
 from mythos_dist.ops.report.page import render
 from mythos_dist.ops.report.run import RunReport, read_run
 
@@ -35,8 +34,7 @@ def write_report(folders: Sequence[Path], out: Path, refresh: int | None = None)
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as it takes to tell them apart."""
-    # Not `resolve`, which raises RuntimeError for a circle of links.
-    parts = [Path(os.path.realpath(folder)).parts for folder in folders]
+    parts = [real_path(folder).parts for folder in folders]
     longest = max(map(len, parts))
     for n in range(1, longest + 1):
         names = ["/".join(part[-n:]) for part in parts]
