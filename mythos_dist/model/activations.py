@@ -12,10 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mythos_dist.config.schema import ActConfig, ExpertsConfig
 from mythos_dist.parallel.pipeline import StageSpec
 
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]  # by field of Activations
 UNSET: Any = None  # a field without a tensor at this point of the model
+
+
+def has_auxiliary_losses(experts: ExpertsConfig, act: ActConfig, fixed_point: float) -> bool:
+    """Whether loops add to `Activations.aux_loss`. `fixed_point`: of LoopsConfig."""
+    return max(experts.z_loss, experts.sequence_balance_loss, act.ponder_cost, act.kl, fixed_point) > 0
 
 
 def num_bytes(specs: TensorSpecs) -> int:

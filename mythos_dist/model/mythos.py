@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
-from mythos_dist.model.activations import Activations, TensorSpecs, stage_input_shapes
+from mythos_dist.model.activations import Activations, TensorSpecs, has_auxiliary_losses, stage_input_shapes
 from mythos_dist.model.attend import choose_kernel
 from mythos_dist.model.attention import Context, build_context, shared_kv_shape
 from mythos_dist.model.block import DenseBlock
@@ -95,8 +95,7 @@ class Mythos(nn.Module):
         self.teacher = teacher
         self.mesh = mesh
         self.stage = stage = stage or StageSpec.full(config)
-        weights = experts.z_loss, experts.sequence_balance_loss, act.ponder_cost, act.kl, fixed_point
-        self.auxiliary_losses = max(weights) > 0
+        self.auxiliary_losses = has_auxiliary_losses(experts, act, fixed_point)
         selective = recompute.kind == "selective"
         if stage.is_first or stage.is_last:
             self.embed = Embedding(config.vocab_size, config.dim, mesh, chunk_tokens)

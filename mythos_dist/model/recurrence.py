@@ -268,10 +268,10 @@ class Recurrent(nn.Module):
         weight, new_halted = where_active(active, weight, 0.0), where_active(active, new_halted, halted)
         if router.loss is not None:
             aux_loss = aux_loss + router.loss / loops.n_loops
+        share = context.token_share(h)
         if self.fixed_point > 0 and loops.is_last(t):
-            share = context.token_share(h)
             aux_loss = add_fixed_point_loss(aux_loss, h, new_h, self.fixed_point, loops, share)
-        aux_loss = self.act.add_loss(aux_loss, weight, t, loops, context.token_share(h))
+        aux_loss = self.act.add_loss(aux_loss, weight, t, loops, share)
         readout = None
         if loops.reads_out(t):
             readout = self.act.readout(output, new_h, halted, weight), self.act.readout_weight(weight, active, loops)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from mythos_dist.config.schema import Config
-from mythos_dist.model.activations import num_bytes, stage_input_shapes
+from mythos_dist.model.activations import has_auxiliary_losses, num_bytes, stage_input_shapes
 from mythos_dist.model.attention import kv_width, shared_kv_shape
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.activations import ITEM_BYTES
@@ -215,8 +215,7 @@ class LayerMessages:
         taught = self.tokens * (self.readouts - 1) * FP32 if self.config.loops.teacher else 0
         loss = message(tensor, "all_reduce", size + taught) + message(tensor, "all_reduce", 2 * (size + taught))
         loss += message(self.mesh.context, "all_reduce", self.readouts * INT64)
-        weights = experts.z_loss, experts.sequence_balance_loss, act.ponder_cost, act.kl, self.config.loops.fixed_point
-        if self.mesh.sequence and max(weights) > 0:
+        if self.mesh.sequence and has_auxiliary_losses(experts, act, self.config.loops.fixed_point):
             loss += message(tensor, "all_reduce", FP32)
         if self.mesh.sequence and self.per_loop:  # the readouts' weights
             loss += message(tensor, "all_gather", size)
