@@ -97,7 +97,7 @@ def load_stages(path: str | Path, overrides: Iterable[str] = ()) -> list[Config]
 
 def find_config(path: str | Path) -> Path:
     """The file `path`; if there is none, the config of that name that comes with the package: 1b, recipes/sft."""
-    return packaged_file(Path(path).expanduser() if str(path).startswith("~/") else Path(path), CONFIGS)
+    return packaged_file(path, CONFIGS)
 
 
 def _load_each_stage(

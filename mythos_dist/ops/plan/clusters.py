@@ -91,7 +91,6 @@ def load_cluster(path: str | Path) -> Cluster:
     >>> load_cluster("configs/clusters/h100_80gb.yaml").gpus_per_node
     8
     """
-    path = Path(path).expanduser() if str(path).startswith("~/") else Path(path)
     path = packaged_file(path, CONFIGS / "clusters")
     if not path.exists() and (moved := path.parent / "clusters" / path.name).is_file():
         path = moved  # runs of version 0.1 name configs/NAME.yaml
