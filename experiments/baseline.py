@@ -20,6 +20,7 @@ from experiments.trials import (
     Trial,
     check_counts,
     check_names,
+    check_rates,
     check_sample,
     mean_and_stdev,
     run_all,
@@ -27,7 +28,6 @@ from experiments.trials import (
     training_flops,
 )
 from mythos_dist.config.schema import Config
-from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
 from mythos_dist.train.plots import save_plot
 
@@ -140,8 +140,7 @@ def run_baseline(
 
     check_names("--data", data, DATA)
     check_counts(seeds, jobs)
-    if not rates or min(rates) <= 0:
-        raise UserError(f"--rates={','.join(map(str, rates))}: give numbers above 0")
+    check_rates(rates)
     for name in data:  # find errors before the data is made
         Trial(configs / DATA[name].config, out, (f"data.path={SAMPLE}", *overrides)).load()
     comparisons = {name: _Comparison(DATA[name](out), configs, out, rates, jobs, overrides) for name in data}

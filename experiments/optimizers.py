@@ -13,13 +13,13 @@ from experiments.trials import (
     SAMPLE,
     Trial,
     check_counts,
+    check_rates,
     check_sample,
     mean_and_stdev,
     run_all,
     steps_for,
     training_flops,
 )
-from mythos_dist.errors import UserError
 from mythos_dist.files import read_json_lines, write_atomically
 
 STEPS = 400  # of AdamW; Muon gets as many FLOPs, its own included
@@ -85,8 +85,7 @@ def run_study(
     from mythos_dist.train.sweep import write_json
 
     check_counts(seeds, jobs)
-    if not rates or min(rates) <= 0:
-        raise UserError(f"--rates={','.join(map(str, rates))}: give numbers above 0")
+    check_rates(rates)
     check_sample()
     study = Study(config, out, jobs, overrides)
     tried = study.run([(optimizer, "cosine", rate, seeds[0]) for optimizer in OPTIMIZERS for rate in rates])

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.trials import SAMPLE, Trial, check_counts, check_names, check_sample, run_all
-from mythos_dist.errors import UserError
+from experiments.trials import SAMPLE, Trial, check_counts, check_names, check_rates, check_sample, run_all
 from mythos_dist.files import read_json_lines, write_atomically
 from mythos_dist.train.plots import save_plot
 from mythos_dist.units import count
@@ -70,8 +69,7 @@ def run_stability(
 
     check_names("--only", switches, SWITCHES)
     check_counts(seeds, jobs)
-    if not rates or min(rates) <= 0:
-        raise UserError(f"--rates={','.join(map(str, rates))}: give numbers above 0")
+    check_rates(rates)
     check_sample()
     # A penalty on the last loop's change has no meaning for one loop.
     cells = [

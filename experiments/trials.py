@@ -4,6 +4,7 @@ Each is `python -m mythos_dist.train` in its own process, so a finished one ends
 the same command resumes a study.
 """
 
+import argparse
 import itertools
 import os
 import statistics
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from mythos_dist.config.arguments import add_overrides
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
@@ -62,6 +64,31 @@ def check_names(option: str, names: Sequence[str], known: Collection[str]) -> No
     """Raises UserError if a value of `option` is not known."""
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"{option} names {unknown}; choose from {list(known)}")
+
+
+def add_study_options(parser: argparse.ArgumentParser, out: str, seeds_of: str, seeds: int = 3) -> None:
+    """The options of every study. seeds_of: what each seed is of."""
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(out), help="output folder (%(default)s)")
+    add("--seeds", type=int, default=seeds, help=f"seeds per {seeds_of} (%(default)s)")
+    add("--jobs", type=int, help="runs in parallel, one core each (default: number of cores)")
+    add_overrides(parser, "config overrides for every run, such as train.steps=50")
+
+
+def add_rates(parser: argparse.ArgumentParser, default: Sequence[float], what: str) -> None:
+    """The option `--rates`, a list of numbers. what: they are."""
+    shown = ",".join(f"{rate:g}" for rate in default)
+    parser.add_argument("--rates", type=_rates, default=list(default), help=f"{what} ({shown})")
+
+
+def _rates(text: str) -> list[float]:
+    return [float(rate) for rate in text.split(",")]
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raises UserError for learning rates that nothing learns with."""
+    if not rates or min(rates) <= 0:
+        raise UserError(f"--rates={','.join(map(str, rates))}: give numbers above 0")
 
 
 def check_counts(seeds: Collection[int], jobs: int | None) -> None:

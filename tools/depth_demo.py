@@ -10,11 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos_dist.config.arguments import add_overrides, parse_arguments
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import run_command
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments/ is not in the installed package
 from experiments.depth import SETTINGS, run_depth_study
+from experiments.trials import add_study_options
 
 CONFIG = Path(__file__).parents[1] / "configs" / "depth_task.yaml"
 
@@ -23,11 +24,8 @@ def main() -> None:
     """Run the study; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/depth-demo"), help="output folder (%(default)s)")
     add("--settings", default=",".join(SETTINGS), help="comma-separated (%(default)s)")
-    add("--seeds", type=int, default=3, help="seeds per setting (%(default)s)")
-    add("--jobs", type=int, help="runs in parallel, one core each (default: number of cores)")
-    add_overrides(parser, "config overrides for every run, such as train.steps=50")
+    add_study_options(parser, "runs/depth-demo", "setting")
     arguments = parse_arguments(parser)
     settings, seeds = arguments.settings.split(","), range(arguments.seeds)
     run_depth_study(CONFIG, arguments.out, settings, seeds, arguments.jobs, arguments.overrides)

@@ -10,11 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos_dist.config.arguments import add_overrides, parse_arguments
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import run_command
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments/ is not in the installed package
 from experiments.ablation import DATA, SWITCHES, run_ablation
+from experiments.trials import add_study_options
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -23,12 +24,9 @@ def main() -> None:
     """Run the ablation; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/loop-ablation"), help="output folder (%(default)s)")
     add("--data", default=",".join(DATA), help="comma-separated (%(default)s)")
     add("--only", default=",".join(SWITCHES), help="settings to compare, comma-separated (default: all)")
-    add("--seeds", type=int, default=3, help="seeds per setting (%(default)s)")
-    add("--jobs", type=int, help="runs in parallel, one core each (default: number of cores)")
-    add_overrides(parser, "config overrides for every run, such as train.steps=50")
+    add_study_options(parser, "runs/loop-ablation", "setting")
     arguments = parse_arguments(parser)
     data, switches, seeds = arguments.data.split(","), arguments.only.split(","), range(arguments.seeds)
     run_ablation(CONFIGS, arguments.out, data, switches, seeds, arguments.jobs, arguments.overrides)

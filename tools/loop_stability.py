@@ -11,33 +11,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos_dist.config.arguments import add_overrides, parse_arguments
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, run_command
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments/ is not in the installed package
 from experiments.stability import LOOPS, RATES, SWITCHES, run_stability
+from experiments.trials import add_rates, add_study_options
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
-
-
-def rates(text: str) -> list[float]:
-    """The learning rates of the option."""
-    return [float(rate) for rate in text.split(",")]
 
 
 def main() -> None:
     """Run the study; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/loop-stability"), help="output folder (%(default)s)")
     names = ";".join(SWITCHES)
     add("--only", default=names, help=f"switches, separated by semicolons (default: {names})")
     add("--loops", default=",".join(map(str, LOOPS)), help="numbers of loops, comma-separated (%(default)s)")
-    default = ",".join(f"{rate:g}" for rate in RATES)
-    add("--rates", type=rates, default=default, help=f"learning rates ({default})")
-    add("--seeds", type=int, default=1, help="seeds per cell (%(default)s)")
-    add("--jobs", type=int, help="runs in parallel, one core each (default: number of cores)")
-    add_overrides(parser, "config overrides for every run, such as train.steps=50")
+    add_rates(parser, RATES, "learning rates")
+    add_study_options(parser, "runs/loop-stability", "cell", seeds=1)
     arguments = parse_arguments(parser)
 
     from mythos_dist.train.sweep import parse_loops

@@ -10,30 +10,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos_dist.config.arguments import add_overrides, parse_arguments
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import run_command
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # experiments/ is not in the installed package
 from experiments.optimizers import RATES, run_study
+from experiments.trials import add_rates, add_study_options
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
-
-
-def rates(text: str) -> list[float]:
-    """The learning rates of the option."""
-    return [float(rate) for rate in text.split(",")]
 
 
 def main() -> None:
     """Run the study; the exit code is 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/optimizer-study"), help="output folder (%(default)s)")
-    add("--seeds", type=int, default=3, help="seeds per optimizer and schedule (%(default)s)")
-    default = ",".join(f"{rate:g}" for rate in RATES)
-    add("--rates", type=rates, default=default, help=f"learning rates to choose from ({default})")
-    add("--jobs", type=int, help="runs in parallel, one core each (default: number of cores)")
-    add_overrides(parser, "config overrides for every run, such as train.steps=50")
+    add_rates(parser, RATES, "learning rates to choose from")
+    add_study_options(parser, "runs/optimizer-study", "optimizer and schedule")
     arguments = parse_arguments(parser)
     run_study(CONFIG, arguments.out, range(arguments.seeds), arguments.rates, arguments.jobs, arguments.overrides)
 
