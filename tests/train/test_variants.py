@@ -90,7 +90,7 @@ def test_a_variants_plan_equals_its_dry_run(name, dry):
     stage, m = estimate.largest_stage, measured.micro_batches
     assert estimate.fits
     assert measured.parameters == estimate.parameters
-    assert measured.flops == pytest.approx(estimate.flops(stage, m), rel=1e-12)  # sums above 2^53
+    assert measured.flops == estimate.flops(stage, m)
     assert measured.communication == estimate.communication(stage, m)
     total = sum(measured.memory.values())
     assert stage.bytes == pytest.approx(total, rel=0.01)
