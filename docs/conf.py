@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils.nodes import SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
@@ -52,18 +53,12 @@ html_css_files = ["site.css"]
 
 def _inline_math(self: Any, node: Any) -> None:
     self.body.append(tex2mathml(node.astext()))
-    raise _skip()
+    raise SkipNode
 
 
 def _block_math(self: Any, node: Any) -> None:
     self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
-    raise _skip()
-
-
-def _skip() -> Exception:
-    from docutils.nodes import SkipNode
-
-    return SkipNode()
+    raise SkipNode
 
 
 def _relink(app: Sphinx, page: str, source: list[str]) -> None:

@@ -51,20 +51,11 @@ def _entry(name: str) -> str:
     if name in _SECTIONS:
         text += f"\nIts settings are those of [`{_SECTIONS[name]}`](settings.md#settings-of-{_SECTIONS[name]}).\n"
     if name == "Sampling":
-        fields = comments_of(value)
-        text += (
-            "\n"
-            + "\n".join(
-                f"- `{field.name}` ({_default(field.default)}): {markdown(fields.get(field.name, ''))}"
-                for field in value.__dataclass_fields__.values()
-            )
-            + "\n"
-        )
+        comments = comments_of(value)
+        for field in value.__dataclass_fields__.values():
+            text += f"\n- `{field.name}` (default `{field.default!r}`): {markdown(comments.get(field.name, ''))}"
+        text += "\n"
     return text
-
-
-def _default(value: object) -> str:
-    return f"default `{value!r}`"
 
 
 def describe_arguments(lines: list[str], names: set[str]) -> None:

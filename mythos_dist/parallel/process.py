@@ -123,7 +123,7 @@ def raise_on_all_ranks(check: Callable[[], T], nodes: Sequence[str] = ()) -> T:
     """Run `check()` on every rank; a UserError on any rank is raised on all, so that all exit with the same code.
 
     `nodes`: the node name of each rank. If only some nodes have a problem, a NodeError that names them is raised.
-    Without a problem this costs one all-reduce of one element, cheap enough for every step.
+    Without a problem this costs one all-reduce of a few elements, cheap enough for every step.
     """
     return measured_on_all_ranks(check, nodes)[0]
 

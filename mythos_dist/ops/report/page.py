@@ -122,8 +122,8 @@ def finite(value: Any) -> Any:
 
 
 def _last(values: np.ndarray) -> float | None:
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if len(finite) else None
+    numbers = values[np.isfinite(values)]
+    return float(numbers[-1]) if len(numbers) else None
 
 
 def _cards(report: RunReport) -> str:
@@ -190,7 +190,7 @@ def _planned(reports: Sequence[RunReport]) -> str:
 
 
 def _checkpoints(reports: Sequence[RunReport]) -> str:
-    rows = [(report.name, one.step, f"{short_bytes(one.bytes)}") for report in reports for one in report.checkpoints]
+    rows = [(report.name, one.step, short_bytes(one.bytes)) for report in reports for one in report.checkpoints]
     return _section("Checkpoints", _table(("run", "step", "size"), rows, (1, 2))) if rows else ""
 
 
