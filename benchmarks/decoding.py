@@ -19,7 +19,7 @@ import torch
 from common import COMMON, SHAPES, build_reference, run_interleaved, serve
 
 from mythos_dist.config.schema import MythosConfig
-from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.engine import DecodingEngine
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.model import Mythos, attention
 from mythos_dist.model.open_mythos import from_open_mythos
@@ -87,7 +87,7 @@ def class_decoder(rows: int, prompt: int) -> Callable[[], int]:
 
 def engine_decoder(rows: int, prompt: int, loops: list[int]) -> Callable[[], int]:
     """A function that decodes until some rows have a token, with `loops` of row i; returns the number of tokens."""
-    engine, requests = Engine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows), []
+    engine, requests = DecodingEngine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows), []
     for ids, n_loops in zip(random_ids(rows, prompt).tolist(), loops, strict=True):
         requests.append(engine.submit(ids, Sampling(max_new_tokens=1000, temperature=0, n_loops=n_loops)))
     while not all(request.tokens for request in requests):  # prompts are read in pieces

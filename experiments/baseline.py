@@ -43,23 +43,23 @@ LOOPED = "looped"
 Values = dict[str, float]  # what a run is measured by
 
 
-class Row(NamedTuple):
+class Candidate(NamedTuple):
     """A model of the comparison."""
 
     overrides: str
     equal_flops: bool = False  # trained for the FLOPs of the looped model, not for its steps
 
 
-class TextData:
+class TextComparison:
     """The demo's text, on which held-out loss is measured in nats."""
 
     name, config, best, unit = "text", "tiny_cpu.yaml", "loss", ".3f"
     columns: ClassVar = {"loss": "held-out loss, nats", "loss, 16 loops": "16 loops"}
     rows: ClassVar = {
-        LOOPED: Row("loops.distribution=poisson loops.mean=4 loops.maximum=8"),
-        "plain, equal depth": Row(f"{PLAIN} model.prelude_layers=3 model.coda_layers=2"),
-        "plain, equal parameters": Row(PLAIN),
-        "plain, equal parameters and FLOPs": Row(PLAIN, equal_flops=True),
+        LOOPED: Candidate("loops.distribution=poisson loops.mean=4 loops.maximum=8"),
+        "plain, equal depth": Candidate(f"{PLAIN} model.prelude_layers=3 model.coda_layers=2"),
+        "plain, equal parameters": Candidate(PLAIN),
+        "plain, equal parameters and FLOPs": Candidate(PLAIN, equal_flops=True),
     }
     loops = (1, 2, 4, 8, 16)  # of the looped model; trained with 4 on average
     base = (
@@ -82,16 +82,16 @@ class TextData:
         return {"loss": curve[4 if row == LOOPED else 1], **by_loops}
 
 
-class DepthTaskData:
+class TaskComparison:
     """Products of up to 16 permutations by models trained on 8: accuracy."""
 
     name, config, best, unit = "task", "depth_task.yaml", "trained", ".1%"
     columns: ClassVar = {"trained": "2 to 8 hops, as trained", "longer": "9 to 16 hops"}
     rows: ClassVar = {
-        LOOPED: Row(""),
-        "plain, equal depth": Row(f"{PLAIN} model.prelude_layers=8"),
-        "plain, equal parameters": Row(PLAIN),
-        "plain, equal parameters and FLOPs": Row(PLAIN, equal_flops=True),
+        LOOPED: Candidate(""),
+        "plain, equal depth": Candidate(f"{PLAIN} model.prelude_layers=8"),
+        "plain, equal parameters": Candidate(PLAIN),
+        "plain, equal parameters and FLOPs": Candidate(PLAIN, equal_flops=True),
     }
     loops = (8, 16)  # of the looped model; trained with 8
     base = ""
@@ -120,7 +120,7 @@ class DepthTaskData:
         }
 
 
-DATA = {kind.name: kind for kind in (TextData, DepthTaskData)}
+DATA = {kind.name: kind for kind in (TextComparison, TaskComparison)}
 
 
 def run_baseline(
@@ -158,7 +158,7 @@ class _Comparison:
 
     def __init__(
         self,
-        data: TextData | DepthTaskData,
+        data: TextComparison | TaskComparison,
         configs: Path,
         out: Path,
         rates: Sequence[float],
@@ -253,7 +253,7 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
     hops."""
     with save_plot(file, len(summary), (7 * len(summary), 4.2)) as panels:
         for panel, (name, result) in zip(panels, summary.items(), strict=True):
-            (_draw_text if name == TextData.name else _draw_task)(panel, result["rows"])
+            (_draw_text if name == TextComparison.name else _draw_task)(panel, result["rows"])
 
 
 def _draw_text(panel: Any, rows: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ SCHEDULES = {
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
-class Losses(NamedTuple):
+class HeldOutLosses(NamedTuple):
     """Held-out losses in nats after the last step."""
 
     weights: float
@@ -65,16 +65,16 @@ class Study:
             settings += [f"train.steps={steps}", *SCHEDULES[schedule].format(fifth=max(1, steps // 5)).split()]
         return Trial(self.config, folder, (*self.overrides, *settings))
 
-    def run(self, cases: Sequence[tuple[str, str, float, int]]) -> dict[tuple[str, str, float, int], Losses]:
+    def run(self, cases: Sequence[tuple[str, str, float, int]]) -> dict[tuple[str, str, float, int], HeldOutLosses]:
         """The losses of (optimizer, schedule, rate, seed)."""
         trials = [self.trial(*case, steps=self.steps[case[0]]) for case in cases]
         return dict(zip(cases, run_all(trials, measure, self.jobs), strict=True))
 
 
-def measure(trial: Trial) -> tuple[Losses, str]:
+def measure(trial: Trial) -> tuple[HeldOutLosses, str]:
     """The last evaluation of a run, and a line about it."""
     line = read_json_lines(trial.run_dir / "eval.jsonl")[-1]
-    losses = Losses(line["heldout_loss"], line["heldout_loss_average"])
+    losses = HeldOutLosses(line["heldout_loss"], line["heldout_loss_average"])
     return losses, f"{trial.run_dir}: held-out loss {losses.weights:.3f}, of the average {losses.average:.3f}"
 
 
@@ -130,7 +130,7 @@ def tables(summary: dict[str, Any]) -> list[str]:
     ]
     for name, seeds in summary["losses"].items():
         rate = summary["best_rates"][name.partition(",")[0]]
-        values = [_mean_and_spread([seed[key] for seed in seeds]) for key in Losses._fields]
+        values = [_mean_and_spread([seed[key] for seed in seeds]) for key in HeldOutLosses._fields]
         lines.append(f"| {name} | {rate:g} | " + " | ".join(values) + " |")
     return lines
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # as in _MODULE_OF
     from mythos_dist.config.schema import ActConfig, Config, ExpertsConfig, MythosConfig
     from mythos_dist.data.tokenizer import Tokenizer, train_tokenizer
     from mythos_dist.errors import UserError
-    from mythos_dist.generate.engine import Engine
+    from mythos_dist.generate.engine import DecodingEngine
     from mythos_dist.generate.sampling import Sampling
     from mythos_dist.generate.trained import load_trained
     from mythos_dist.model.kv_cache import KVCache
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActConfig",
     "Config",
-    "Engine",
+    "DecodingEngine",
     "Estimate",
     "ExpertsConfig",
     "KVCache",
@@ -54,7 +54,7 @@ __all__ = [
 _MODULE_OF = {
     "ActConfig": "config.schema",
     "Config": "config.schema",
-    "Engine": "generate.engine",
+    "DecodingEngine": "generate.engine",
     "Estimate": "ops.plan.estimate",
     "ExpertsConfig": "config.schema",
     "KVCache": "model.kv_cache",

@@ -9,7 +9,7 @@ from site_build.settings import comments_of, markdown
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "The model": ("Mythos", "MythosConfig", "ActConfig", "ExpertsConfig", "KVCache"),
     "Trained models": ("load_model", "load_trained", "sweep"),
-    "Generation": ("Engine", "Sampling"),
+    "Generation": ("DecodingEngine", "Sampling"),
     "Settings of a run": ("load_config", "load_stages", "Config", "UserError"),
     "Data": ("Tokenizer", "train_tokenizer", "convert", "verify"),
     "Planning": ("Estimate", "load_cluster"),
@@ -17,7 +17,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 MEMBERS = {
     "Mythos": "forward, generate, from_pretrained, load_open_mythos, update_router_bias",
     "KVCache": "lengths, tokens, select",
-    "Engine": "submit, step, run, cancel, context",
+    "DecodingEngine": "submit, step, run, cancel, context",
     "Tokenizer": "load, encode, decode",
     "Estimate": "fits, stages, largest_stage, step_seconds, tokens_per_second, mfu, gpu_hours, communication",
 }

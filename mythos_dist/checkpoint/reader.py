@@ -15,7 +15,7 @@ from mythos_dist.checkpoint.pieces import Piece, overlaps, size_without_padding
 from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.range_plan import Copy
 from mythos_dist.checkpoint.signature import Key, SignatureError
-from mythos_dist.checkpoint.sources import LocalSource, RemoteSource, Source
+from mythos_dist.checkpoint.sources import LocalSource, RemoteSource, TensorSource
 from mythos_dist.checkpoint.strict_json import read_regular_file, shorten
 from mythos_dist.checkpoint.tensor_file import TensorHeader
 from mythos_dist.errors import UserError
@@ -42,7 +42,7 @@ class Checkpoint:
         """Raises UserError if the manifest cannot be read, or with a `key` if it was not signed with that key."""
         self.folder, self.key = folder, key
         self.manifest = manifest or read_checkpoint_manifest(folder, key)
-        self._files: Source = _source_of(folder, self.manifest)
+        self._files: TensorSource = _source_of(folder, self.manifest)
         self._pieces: dict[str, list[tuple[str, Piece]]] = {}  # tensor name -> (file, the piece in it)
         for file, entry in self.manifest.files.items():
             for name, piece in entry.pieces.items():
@@ -179,7 +179,7 @@ class Checkpoint:
             raise UserError([*problems, "give another checkpoint of the run"], str(self.folder))
 
 
-def _source_of(folder: AnyPath, manifest: CheckpointManifest) -> Source:
+def _source_of(folder: AnyPath, manifest: CheckpointManifest) -> TensorSource:
     if isinstance(folder, Path):
         return LocalSource(folder)
     expected = {name: (entry.bytes, entry.hash) for name, entry in manifest.files.items()}

@@ -46,7 +46,7 @@ class Hashes(NamedTuple):
     sha256: str = ""  # only where it was asked for
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A folder of tensor files. `size`, `hashes` and `header` raise OSError or ValueError if the file is damaged,
     `copy` a UserError that names it; all raise UserError if the store fails."""
 
@@ -75,23 +75,23 @@ class LocalSource:
         self._files: dict[str, TensorFile] = {}
 
     def size(self, name: str) -> int:
-        """As `Source.size`."""
+        """As `TensorSource.size`."""
         status = (self.folder / name).stat()
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
         return status.st_size
 
     def hashes(self, name: str, sha256: bool = False) -> Hashes:
-        """As `Source.hashes`."""
+        """As `TensorSource.hashes`."""
         digest = hashlib.sha256() if sha256 else None
         return Hashes(file_hash(self.folder / name, digest), digest.hexdigest() if digest else "")
 
     def header(self, name: str) -> TensorHeader:
-        """As `Source.header`."""
+        """As `TensorSource.header`."""
         return TensorFile(self.folder / name).header
 
     def copy(self, copies: Mapping[str, Sequence[Copy]], progress: Progress = lambda size: None) -> None:
-        """As `Source.copy`."""
+        """As `TensorSource.copy`."""
         for name, of_file in copies.items():
             with named(self.folder / name):
                 if name not in self._files:
@@ -111,7 +111,7 @@ class RemoteSource:
         self._listed: dict[str, int] | None = None
 
     def size(self, name: str) -> int:
-        """As `Source.size`. A file that is not listed, or with another size than it should have, is asked for itself:
+        """As `TensorSource.size`. A file that is not listed, or with another size than it should have, is asked for itself:
         a listing may be old."""
         if self._listed is None:
             self._listed = list_folder(self.folder).files
@@ -123,7 +123,7 @@ class RemoteSource:
         return self._listed[name]
 
     def hashes(self, name: str, sha256: bool = False) -> Hashes:
-        """As `Source.hashes`. If the hash is wrong, the file is read a second time."""
+        """As `TensorSource.hashes`. If the hash is wrong, the file is read a second time."""
         first = self._hashes(name, sha256)
         return first if first.xxh3 == self._expected[name][1] else self._hashes(name, sha256)
 
@@ -141,12 +141,12 @@ class RemoteSource:
             yield ByteRange(self.folder / name, begin, buffer)
 
     def header(self, name: str) -> TensorHeader:
-        """As `Source.header`."""
+        """As `TensorSource.header`."""
         self._read_headers([name])
         return self._headers[name]
 
     def copy(self, copies: Mapping[str, Sequence[Copy]], progress: Progress = lambda size: None) -> None:
-        """As `Source.copy`."""
+        """As `TensorSource.copy`."""
         self._read_headers(copies)
         plans = [self._plan(name, of_file) for name, of_file in copies.items() if of_file]
         join(plans)

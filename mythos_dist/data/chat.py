@@ -33,7 +33,7 @@ _PROBE = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "
 Message = Mapping[str, str]  # "role" and "content"
 
 
-class Piece(NamedTuple):
+class TextSpan(NamedTuple):
     """Text of a rendered conversation; its tokens are learnt or not."""
 
     text: str
@@ -100,31 +100,31 @@ class ChatRenderer:
         except ValueError as error:
             raise UserError(f"the chat template cannot be used: {error}; pass another one with --template") from None
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message]) -> list[TextSpan]:
         """A conversation up to its last assistant message: prompts and completions, in turn.
 
         Raises ValueError with the problem: of the messages, or of the template for them.
         """
         self._check_contents(messages)
-        pieces: list[Piece] = []
+        pieces: list[TextSpan] = []
         text = ""  # of `pieces`
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(messages[:i], add_generation_prompt=True)
                 rendered = _after(prompt, self._render(messages[: i + 1]), i + 1)
                 completion = self._until_end_of_turn(rendered, message["content"])
-                pieces += [Piece(_after(text, prompt, i), False), Piece(completion, True)]
+                pieces += [TextSpan(_after(text, prompt, i), False), TextSpan(completion, True)]
                 text = prompt + completion
         return pieces
 
-    def prompt(self, messages: Sequence[Message]) -> list[Piece]:
+    def prompt(self, messages: Sequence[Message]) -> list[TextSpan]:
         """What a model continues to answer the last of `messages`, in the pieces that it was trained on. ValueError."""
         self._check_contents(messages)
         answered = max((i + 1 for i, one in enumerate(messages) if one["role"] == "assistant"), default=0)
         pieces = self.pieces(messages[:answered])
         text = "".join(piece.text for piece in pieces)
         rest = _after(text, self._render(messages, add_generation_prompt=True), answered)
-        return [*pieces, Piece(rest, False)]
+        return [*pieces, TextSpan(rest, False)]
 
     def end_of_turn(self) -> str:
         """The special token that ends an assistant's turn."""
@@ -163,7 +163,7 @@ class ChatRenderer:
             raise ValueError(f"the template refuses it ({first_line(error)})") from None
 
 
-def encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+def encode(tokenizer: Tokenizer, pieces: Sequence[TextSpan]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens, int32 (n,), and which of them are learnt, bool (n,)."""
     ids = [tokenizer.encode_rendered(piece.text, continues=i > 0) for i, piece in enumerate(pieces)]
     learnt = np.repeat([piece.learnt for piece in pieces], [len(one) for one in ids])

@@ -18,7 +18,7 @@ from mythos_dist.evaluate.requests import (
     plan_batches,
     split_scores,
 )
-from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.engine import DecodingEngine
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.generate.text import TextStream
 from mythos_dist.model.loops import Loops
@@ -76,7 +76,7 @@ class Replicas:
         return split_scores(scores, requests)
 
     def _generate(self, prompts: Sequence[Prompt], n_loops: int) -> list[list[int]]:
-        engine = Engine(self._model, None, n_loops=n_loops, max_batch=len(prompts))
+        engine = DecodingEngine(self._model, None, n_loops=n_loops, max_batch=len(prompts))
         answers = {}
         for prompt in prompts:
             stops = (self._tokenizer.eos_id,)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mythos_dist.errors import UserError
-from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.engine import DecodingEngine
 from mythos_dist.generate.sampling import Sampling, request_errors
 from mythos_dist.model.kv_cache import loops_per_entry
 from mythos_dist.model.mythos import Mythos
@@ -50,7 +50,7 @@ def generate(
     seeds = torch.randint(1 << 62, (len(prompts),), generator=generator).tolist()
     was_training = model.training
     try:
-        engine = Engine(
+        engine = DecodingEngine(
             model,
             None,
             n_loops=config.max_loop_iters,

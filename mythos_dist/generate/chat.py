@@ -10,7 +10,7 @@ import torch
 from mythos_dist.data.chat import ChatRenderer, Message, encode
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.engine import DecodingEngine
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.generate.text import TextStream
 from mythos_dist.model.mythos import Mythos
@@ -21,7 +21,7 @@ class Chat:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: DecodingEngine,
         tokenizer: Tokenizer,
         renderer: ChatRenderer,
         *,

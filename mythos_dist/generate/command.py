@@ -8,7 +8,7 @@ from typing import Any
 
 from mythos_dist.errors import UserError
 from mythos_dist.generate.chat import Chat
-from mythos_dist.generate.engine import Engine, Request
+from mythos_dist.generate.engine import DecodingEngine, Request
 from mythos_dist.generate.prompts import read_prompt, read_prompts
 from mythos_dist.generate.sampling import Sampling, sampling_errors
 from mythos_dist.generate.speculate import Speculation, speculate
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without UTF-8
     if arguments.chat:
         renderer = trained.renderer(arguments.template)
-        engine = Engine(trained.model, None, n_loops=trained.n_loops, max_batch=1, cache=arguments.cache)
+        engine = DecodingEngine(trained.model, None, n_loops=trained.n_loops, max_batch=1, cache=arguments.cache)
         options |= {"system": arguments.system, "seed": arguments.seed}
         chat = Chat(engine, trained.tokenizer, renderer, **options)
         _talk(chat, prompt, trained.step)
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
             )  # fmt: skip
             _print_speculation(text, result, arguments.json)
         return
-    engine = Engine(
+    engine = DecodingEngine(
         trained.model, trained.tokenizer, n_loops=trained.n_loops, max_batch=arguments.batch, cache=arguments.cache
     )
     requests = [engine.submit(_encode(trained, text), sampling) for text in prompts]
@@ -100,7 +100,7 @@ def _encode(trained: Trained, prompt: str) -> list[int]:
     return ids
 
 
-def _print_stream(engine: Engine, request: Request, trained: Trained) -> None:
+def _print_stream(engine: DecodingEngine, request: Request, trained: Trained) -> None:
     """Print the prompt, and its continuation as it comes."""
     print(f"[after {trained.step} steps] " + trained.tokenizer.decode(request.prompt), end="", flush=True)
     printed = 0
@@ -110,7 +110,7 @@ def _print_stream(engine: Engine, request: Request, trained: Trained) -> None:
     print()
 
 
-def _finished_in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[int]:
+def _finished_in_order(engine: DecodingEngine, requests: Sequence[Request]) -> Iterator[int]:
     """The index of each request, in order, as soon as it and those before it are finished."""
     for i, request in enumerate(requests):
         while request.finish_reason is None:

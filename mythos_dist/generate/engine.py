@@ -52,7 +52,7 @@ class Request:
     loops: list[int] = field(default_factory=list)  # that each token's logits took
 
 
-class Row:
+class RunningRequest:
     """A request that is being decoded."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None):
@@ -93,12 +93,12 @@ class Reading:
         return self.ids[:, self.done : self.done + tokens]
 
 
-class Engine:
+class DecodingEngine:
     """Decodes submitted requests, `max_batch` at a time, on one process. Not thread-safe.
 
-    >>> from mythos_dist import Engine, Sampling, load_trained
+    >>> from mythos_dist import DecodingEngine, Sampling, load_trained
     >>> trained = load_trained("runs/first")
-    >>> engine = Engine(trained.model, trained.tokenizer, n_loops=2, max_batch=8)
+    >>> engine = DecodingEngine(trained.model, trained.tokenizer, n_loops=2, max_batch=8)
     >>> prompt = trained.tokenizer.encode("The").tolist()
     >>> request = engine.submit(prompt, Sampling(max_new_tokens=5, temperature=0))
     >>> engine.run()  # or step by step: request.text grows
@@ -123,7 +123,7 @@ class Engine:
         self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
         self._cache = KVCache(rows=max_batch, mode=cache)
         self._batch = DepthBatch(model, self._cache, max_batch)
-        self._rows: list[Row] = []  # by cache row
+        self._rows: list[RunningRequest] = []  # by cache row
         self._waiting: deque[Request] = deque()
         self._reading: Reading | None = None
         self._empty: list[Request] = []  # finished without a token
@@ -222,7 +222,7 @@ class Engine:
         for i, row in zip(kept, rows, strict=True):
             if first + i != row:  # never a row that is still to be moved: they are in order, and row <= first + i
                 self._cache.move_row(first + i, row)
-            self._rows.append(Row(reading.requests[i], self._tokenizer))
+            self._rows.append(RunningRequest(reading.requests[i], self._tokenizer))
             self._batch.rows.append(Depth(reading.n_loops, reading.requests[i].sampling))
         self._stop_reading()
         self._accept(rows, logits[kept], [reading.n_loops] * len(kept))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.generate.engine import Request, Row, noise_seed
+from mythos_dist.generate.engine import Request, RunningRequest, noise_seed
 from mythos_dist.generate.sampling import Sampling, check_finite, request_errors
 from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import Context
@@ -83,7 +83,7 @@ def speculate(
     if sampling.max_new_tokens == 0:
         request.finish_reason = "length"
         return result
-    row, cache = Row(request, tokenizer), KVCache(rows=1)
+    row, cache = RunningRequest(request, tokenizer), KVCache(rows=1)
     ids = torch.tensor([request.prompt], device=model.embed.weight.device)
     logits = prefill(model, ids, n_loops, cache, prefill_chunk, [noise_seed(request, 0)])
     row.add(_likeliest(logits)[0], n_loops)

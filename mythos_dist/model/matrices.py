@@ -13,7 +13,7 @@ from mythos_dist.config.schema import MythosConfig
 Index = tuple[int, ...]
 
 
-class Block(NamedTuple):
+class MatrixBlock(NamedTuple):
     """A box of the unsharded parameter: consecutive rows of a matrix."""
 
     start: Index
@@ -25,25 +25,25 @@ class Matrix(NamedTuple):
 
     rows: int
     columns: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[MatrixBlock, ...]
 
 
 def matrices_of(name: str, shape: Index, config: MythosConfig) -> list[Matrix]:
     """The matrices of a parameter, by its canonical name and unsharded shape."""
     if len(shape) == 3:  # a stack, such as experts (E, F, D)
         _, rows, columns = shape
-        return [Matrix(rows, columns, (Block((i, 0, 0), (1, rows, columns)),)) for i in range(shape[0])]
+        return [Matrix(rows, columns, (MatrixBlock((i, 0, 0), (1, rows, columns)),)) for i in range(shape[0])]
     rows, columns = shape
     if name.endswith("attn.q_up.weight"):
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         starts = range(0, rows, nope + rope)  # of each head
         return [
-            Matrix(nope * len(starts), columns, tuple(Block((start, 0), (nope, columns)) for start in starts)),
-            Matrix(rope * len(starts), columns, tuple(Block((start + nope, 0), (rope, columns)) for start in starts)),
+            Matrix(nope * len(starts), columns, tuple(MatrixBlock((start, 0), (nope, columns)) for start in starts)),
+            Matrix(rope * len(starts), columns, tuple(MatrixBlock((start + nope, 0), (rope, columns)) for start in starts)),
         ]
     width = config.expert_dim * config.n_experts_per_tok  # of one shared expert
     if name.endswith("ffn.shared.down.weight"):
-        return [Matrix(rows, width, (Block((0, start), (rows, width)),)) for start in range(0, columns, width)]
+        return [Matrix(rows, width, (MatrixBlock((0, start), (rows, width)),)) for start in range(0, columns, width)]
     if ".ffn.shared." in name:
-        return [Matrix(width, columns, (Block((start, 0), (width, columns)),)) for start in range(0, rows, width)]
-    return [Matrix(rows, columns, (Block((0, 0), shape),))]
+        return [Matrix(width, columns, (MatrixBlock((start, 0), (width, columns)),)) for start in range(0, rows, width)]
+    return [Matrix(rows, columns, (MatrixBlock((0, 0), shape),))]

@@ -26,7 +26,7 @@ _RANGE, _OPERATION = "user_annotation", "cpu_op"
 Event = Mapping[str, Any]  # of Chrome's trace format
 
 
-class Row(NamedTuple):
+class KernelTime(NamedTuple):
     """A kernel in a part: its calls and its time in microseconds."""
 
     part: str
@@ -49,7 +49,7 @@ def read_trace(file: str | Path) -> list[Event]:
         return orjson.loads(stream.read())["traceEvents"]
 
 
-def kernels_by_part(events: Iterable[Event]) -> list[Row]:
+def kernels_by_part(events: Iterable[Event]) -> list[KernelTime]:
     """Rows of all kernels, slowest parts and kernels first."""
     timed = [event for event in events if event.get("ph") == "X"]
     begun = [event for event in timed if event.get("cat") in (_RANGE, _OPERATION)]
@@ -62,7 +62,7 @@ def kernels_by_part(events: Iterable[Event]) -> list[Row]:
             total = totals[part_of.get(event["args"].get("External id"), OTHER), event["name"]]
             total[0] += 1
             total[1] += event["dur"]
-    rows = [Row(part, name, int(calls), time) for (part, name), (calls, time) in totals.items() if time > 0]
+    rows = [KernelTime(part, name, int(calls), time) for (part, name), (calls, time) in totals.items() if time > 0]
     by_part: dict[str, float] = defaultdict(float)
     for row in rows:
         by_part[row.part] += row.time
@@ -109,12 +109,12 @@ def _range_name(event: Event) -> str:
     return name if name in PARTS else ""
 
 
-def render(rows: list[Row], title: str, steps: int) -> str:
+def render(rows: list[KernelTime], title: str, steps: int) -> str:
     """The table as text; times are of one step."""
     total = sum(row.time for row in rows)
     if not total:
         return f"{title}: no kernel was recorded\n"
-    by_part: dict[str, list[Row]] = {}
+    by_part: dict[str, list[KernelTime]] = {}
     for row in rows:
         by_part.setdefault(row.part, []).append(row)
     lines = [f"{title}; times and calls are of one step, {total / steps / 1000:.2f} ms in all", ""]

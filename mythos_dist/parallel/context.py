@@ -36,7 +36,7 @@ _MOST_CHUNKS = 64  # per rank and sequence
 Division = list[list[list[range]]]  # [sequence][rank]: positions, ascending
 
 
-class Block(NamedTuple):
+class AttentionBlock(NamedTuple):
     """Queries and keys between which a kernel computes attention."""
 
     queries: slice  # of this rank's B * S' tokens
@@ -48,7 +48,7 @@ class KeyPiece(NamedTuple):
     """Consecutive tokens of the B * S whose keys and values exist at a time."""
 
     tokens: slice
-    blocks: list[Block]
+    blocks: list[AttentionBlock]
 
 
 @dataclass(frozen=True)
@@ -262,12 +262,12 @@ def _pieces(seq_len: int, own: list[list[range]], bounds: Sequence[int], ranks: 
     """The pieces of keys that the queries of `own` (by sequence) attend to."""
     total = bounds[-1]
     size = min(KEY_TOKENS, -(-seq_len // ranks))
-    blocks: dict[int, list[Block]] = {}
+    blocks: dict[int, list[AttentionBlock]] = {}
     for query, start, stop, document in _segments(seq_len, own, bounds):
         for piece in range(document // size, (stop - 1) // size + 1):
             first, last = piece * size, min((piece + 1) * size, stop)
             blocks.setdefault(piece, []).extend(
-                Block(queries, slice(keys.start - first, keys.stop - first), causal)
+                AttentionBlock(queries, slice(keys.start - first, keys.stop - first), causal)
                 for queries, keys, causal in _blocks(query, start, stop, range(max(document, first), last))
             )
     return [

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 
-from mythos_dist.data.chat import ChatRenderer, Piece, encode, messages_of
+from mythos_dist.data.chat import ChatRenderer, TextSpan, encode, messages_of
 from mythos_dist.data.loss_mask import FIRST, LEARNT
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.prepare.lines import BLANK, NOT_JSON_LINES, LineText, load_json, parse_score_of
@@ -28,7 +28,7 @@ def parse_conversation(line: bytes | bytearray, renderer: ChatRenderer, score_ke
 
 def tokens_and_flags(text: bytes, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The document `text` as tokens, int32 (n,), and flags (data/loss_mask.py), int32 (n,)."""
-    tokens, learnt = encode(tokenizer, [Piece(*piece) for piece in json.loads(text)])
+    tokens, learnt = encode(tokenizer, [TextSpan(*piece) for piece in json.loads(text)])
     flags = np.where(learnt, LEARNT, 0).astype(np.int32)
     flags[:1] = FIRST  # not LEARNT: no token of the conversation precedes it
     return tokens, flags

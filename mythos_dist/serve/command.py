@@ -16,11 +16,11 @@ from mythos_dist.checkpoint.signature import read_secret
 from mythos_dist.data.chat import ChatRenderer
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.engine import DecodingEngine
 from mythos_dist.generate.trained import Trained, load_trained
 from mythos_dist.serve.app import build_app
 from mythos_dist.serve.engine_thread import EngineThread
-from mythos_dist.serve.metrics import Metrics
+from mythos_dist.serve.metrics import ServerMetrics
 from mythos_dist.serve.protocol import TimedProtocol
 from mythos_dist.serve.service import Limits, Service
 from mythos_dist.urls import AnyPath
@@ -101,11 +101,11 @@ class Server(uvicorn.Server):
 
 
 def _build_service(arguments: argparse.Namespace, trained: Trained, key: str | None) -> Service:
-    metrics = Metrics()
+    metrics = ServerMetrics()
     n_loops = arguments.n_loops or trained.n_loops
     # The engine has a tokenizer of its own: see Service.
     engine_tokenizer = Tokenizer.load(trained.tokenizer.path, trained.tokenizer.eos)
-    engine = Engine(
+    engine = DecodingEngine(
         trained.model, engine_tokenizer, n_loops=n_loops, max_batch=arguments.max_batch, cache=arguments.cache
     )
     return Service(

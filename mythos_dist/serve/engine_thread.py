@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from mythos_dist.errors import UserError
-from mythos_dist.generate.engine import Engine, Request
+from mythos_dist.generate.engine import DecodingEngine, Request
 from mythos_dist.generate.sampling import Sampling, TokenLogprob
 from mythos_dist.serve.errors import ApiError, server_error, too_many_requests
-from mythos_dist.serve.metrics import Metrics
+from mythos_dist.serve.metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -101,7 +101,7 @@ class Generation:
 class EngineThread:
     """Runs an engine from `start` to `stop`; all methods belong to the event loop that called `start`."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_sequences: int):
+    def __init__(self, engine: DecodingEngine, metrics: ServerMetrics, max_sequences: int):
         """max_sequences: accepted at a time, those that wait for a row of the batch included."""
         self._engine, self._metrics, self.max_sequences = engine, metrics, max_sequences
         self._accepted = 0

@@ -16,7 +16,7 @@ from mythos_dist.model.mythos import Mythos
 from mythos_dist.serve.engine_thread import EngineThread
 from mythos_dist.serve.errors import ApiError, context_exceeded, invalid, model_not_found
 from mythos_dist.serve.logprobs import TokenTexts
-from mythos_dist.serve.metrics import Metrics
+from mythos_dist.serve.metrics import ServerMetrics
 from mythos_dist.serve.requests import ChatBody, CompletionBody, GenerationBody
 
 _SEEDS = 1 << 63
@@ -45,7 +45,7 @@ class Service:
     tokenizer: Tokenizer
     renderer: ChatRenderer | None  # None: the model has no chat template
     engine: EngineThread
-    metrics: Metrics
+    metrics: ServerMetrics
     limits: Limits = Limits()
     key: str | None = None  # None: no authentication
     hosts: tuple[str, ...] = ()  # accepted Host headers, without port; (): any

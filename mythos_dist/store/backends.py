@@ -22,14 +22,14 @@ _STREAMING = ("gs", "oci", "azure", "azure-dl", "sftp")
 SCHEMES = ("s3", *_FSSPEC, *_STREAMING)
 
 
-class TooLarge(Exception):
+class LongerThanExpected(Exception):
     """The file has more bytes than its index says."""
 
 
 def read_into(url: str, file: IO[bytes], limit: int) -> None:
     """Append the bytes of `url` after the first `file.tell()` ones, which the file has from an earlier attempt.
 
-    Raises TooLarge after `limit` bytes in all, TooSlow, and whatever the backend's library raises.
+    Raises LongerThanExpected after `limit` bytes in all, TooSlow, and whatever the backend's library raises.
     """
     begin = file.tell()
     if scheme_of(url) == "s3":
@@ -41,7 +41,7 @@ def read_into(url: str, file: IO[bytes], limit: int) -> None:
     speed = SpeedCheck()
     for chunk in chunks:
         if file.tell() + len(chunk) > limit:
-            raise TooLarge(f"it has more than {limit:,} bytes")
+            raise LongerThanExpected(f"it has more than {limit:,} bytes")
         file.write(chunk)
         speed.add(len(chunk))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import IO, Any, TypeVar
 
 from mythos_dist.errors import UserError, redact
-from mythos_dist.store.backends import TooLarge, check_scheme, read_into
+from mythos_dist.store.backends import LongerThanExpected, check_scheme, read_into
 from mythos_dist.urls import scheme_of
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _is_local(error: OSError) -> bool:
 
 def kind_of(error: BaseException) -> str:
     """The kind of an error: "transient", or one that time does not cure."""
-    if isinstance(error, TooLarge | WrongContent) or type(error).__name__ == "FlexibleChecksumError":  # the latter: s3
+    if isinstance(error, LongerThanExpected | WrongContent) or type(error).__name__ == "FlexibleChecksumError":  # the latter: s3
         return "damaged"
     code, status = _code(error), _status(error)
     if status == 416:  # a range after the end

@@ -22,7 +22,7 @@ THREADS = 16  # connections of a process; the client of s3 keeps 32
 _PROTOCOLS = {"azure": "az", "azure-dl": "abfs"}  # fsspec's names of streaming's schemes
 
 
-class Listing(NamedTuple):
+class FolderContent(NamedTuple):
     """The content of a folder."""
 
     folders: list[str]
@@ -37,7 +37,7 @@ class ByteRange(NamedTuple):
     buffer: memoryview
 
 
-def list_folder(path: RemotePath, patience: float = START_PATIENCE) -> Listing:
+def list_folder(path: RemotePath, patience: float = START_PATIENCE) -> FolderContent:
     """Names in a folder, without those below them; empty if there is no such folder. Raises Unavailable.
 
     The trap: a store may list files late, or those that were removed; what matters is asked for by its name.
@@ -46,7 +46,7 @@ def list_folder(path: RemotePath, patience: float = START_PATIENCE) -> Listing:
         return retry(path.url, lambda: _list(path), patience, "listed")
     except Unavailable as error:
         if error.missing and scheme_of(path.url) != "s3":  # s3 has no folders: it is the bucket that is missing
-            return Listing([], {})
+            return FolderContent([], {})
         raise
 
 
@@ -116,15 +116,15 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(f"{_PROTOCOLS.get(scheme, scheme)}://{rest}", **options)
 
 
-def _list(path: RemotePath) -> Listing:
+def _list(path: RemotePath) -> FolderContent:
     if scheme_of(path.url) == "s3":
         folders, objects = s3.list_objects(path.url, recursive=False)
-        return Listing(folders, {name: one.bytes for name, one in objects.items()})
+        return FolderContent(folders, {name: one.bytes for name, one in objects.items()})
     filesystem, inside = _filesystem(path.url)
     filesystem.invalidate_cache()
     entries = [(one["name"].rstrip("/").rpartition("/")[2], one) for one in filesystem.ls(inside, detail=True)]
     folders = [name for name, one in entries if one["type"] == "directory" or one["name"].endswith("/")]
-    return Listing(folders, {name: one["size"] or 0 for name, one in entries if name not in folders})
+    return FolderContent(folders, {name: one["size"] or 0 for name, one in entries if name not in folders})
 
 
 def _size(path: RemotePath) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.baseline import DENSE, LOOPED, DepthTaskData, TextData
+from experiments.baseline import DENSE, LOOPED, TaskComparison, TextComparison
 from experiments.trials import Trial, run_all, steps_for, training_flops
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
@@ -87,7 +87,7 @@ def test_the_depth_demo_writes_its_summary_and_repeats_no_run(tmp_path):
     assert {file: file.read_bytes() for file in metrics} == metrics
 
 
-@pytest.mark.parametrize("kind", [TextData, DepthTaskData])
+@pytest.mark.parametrize("kind", [TextComparison, TaskComparison])
 def test_rows_of_the_baseline_are_equal_in_what_they_say(kind):
     """Of the looped model's: depth, parameters but for its injection and depth LoRA, and FLOPs."""
 
@@ -103,7 +103,7 @@ def test_rows_of_the_baseline_are_equal_in_what_they_say(kind):
 
     looped, deep, shallow, longer = map(size, kind.rows)
     assert deep[0] == looped[0] and deep[1] > looped[1]
-    assert shallow[1] == longer[1] == pytest.approx(looped[1], rel=0.05 if kind is TextData else 0.15)
+    assert shallow[1] == longer[1] == pytest.approx(looped[1], rel=0.05 if kind is TextComparison else 0.15)
     assert longer[2] == pytest.approx(looped[2], rel=0.01) and shallow[2] < 0.8 * looped[2]
 
 
@@ -123,7 +123,7 @@ def test_baseline_and_stability_write_their_tables_and_repeat_no_cell(shards, tm
     sizes = ["model.vocab_size=512", "train.seq_len=32"]
     shown = study("loop_baseline.py", "--rates", "1e-3", "--data", "text", *few, *sizes)
     rows = json.loads((tmp_path / "runs" / "loop-baseline" / "summary.json").read_text())["text"]["rows"]
-    assert list(rows) == list(TextData.rows) and rows[LOOPED]["steps"] == 2
+    assert list(rows) == list(TextComparison.rows) and rows[LOOPED]["steps"] == 2
     assert all(4 < row["seeds"][0]["loss"] < 8 for row in rows.values())
     assert f"| {rows[LOOPED]['seeds'][0]['loss']:.3f} |" in shown
     assert (tmp_path / "runs" / "loop-baseline" / "summary.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from mythos_dist.data.chat_template import find_renderer
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.generate.chat import Chat, complete, prompt_tokens
-from mythos_dist.generate.engine import Engine, Request
+from mythos_dist.generate.engine import DecodingEngine, Request
 
 CONTEXT = 64
 
@@ -109,7 +109,7 @@ def test_characters_of_several_tokens_are_streamed_whole(tokenizer, renderer):
 def test_the_answers_of_a_model_are_those_of_complete(tokenizer, renderer, build):
     """Greedy, over turns, with the engine and without it."""
     model = build(vocab_size=tokenizer.vocab_size, max_seq_len=128)
-    engine = Engine(model, None, n_loops=4, max_batch=1)
+    engine = DecodingEngine(model, None, n_loops=4, max_batch=1)
     chat, said = Chat(engine, tokenizer, renderer, max_new_tokens=12, temperature=0), []
     for word in ("ab", "cde"):
         said.append({"role": "user", "content": word})

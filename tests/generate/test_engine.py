@@ -8,7 +8,7 @@ from helpers.selection import first_is_quick
 
 from mythos_dist.config.schema import ActConfig
 from mythos_dist.errors import UserError
-from mythos_dist.generate.engine import Engine, Request
+from mythos_dist.generate.engine import DecodingEngine, Request
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.model import KVCache, Mythos
 
@@ -23,7 +23,7 @@ def prompts(count: int, longest: int = 12) -> list[list[int]]:
 
 def decode(model: Mythos, prompt: list[int], sampling: Sampling, **settings) -> Request:
     """One request in an engine of its own."""
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=1, **settings)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=1, **settings)
     request = engine.submit(prompt, sampling)
     engine.run()
     return request
@@ -55,7 +55,7 @@ MODELS = [
 def test_requests_at_different_loops_get_what_full_forwards_give(changes, build):
     """Prompts of many lengths with 1, 3 and 4 loops share 5 rows, so rows are at different loops most of the time."""
     model = build(**changes)
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=5)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=5)
     cases = [(prompt, 1 + i % 8, (1, 3, None)[i % 3]) for i, prompt in enumerate(prompts(14))]
     requests = [
         engine.submit(prompt, Sampling(max_new_tokens=new, temperature=0, n_loops=n)) for prompt, new, n in cases
@@ -86,7 +86,7 @@ def test_a_request_does_not_depend_on_the_others(cache, exit_, chunk, build):
         )
         for i, prompt in enumerate(prompts(12))
     ]  # fmt: skip
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=4, cache=cache, prefill_chunk=chunk)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=4, cache=cache, prefill_chunk=chunk)
     requests = []
     for i, case in enumerate(cases):
         requests.append(engine.submit(*case))
@@ -108,7 +108,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(model):
 
 
 def test_step_returns_the_requests_with_new_tokens_and_nothing_when_idle(model):
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=2)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=2)
     assert engine.step() == []
     requests = [engine.submit(prompt, GREEDY) for prompt in prompts(3)]
     empty = engine.submit([1], Sampling(max_new_tokens=0))
@@ -124,7 +124,7 @@ def test_step_returns_the_requests_with_new_tokens_and_nothing_when_idle(model):
 def test_a_long_prompt_does_not_hold_up_the_other_rows(model):
     """It is read in 10 pieces of 4 tokens: in each of 9 steps the other rows get a token, in the 10th it gets its own.
     Prompts that fit into what is left of a piece are read in the same step."""
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=5, prefill_chunk=4)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=5, prefill_chunk=4)
     running = [engine.submit([i, 1, 2], Sampling(max_new_tokens=20, temperature=0)) for i in range(2)]
     engine.step()
     before = [len(request.tokens) for request in running]
@@ -145,7 +145,7 @@ def test_a_long_prompt_does_not_hold_up_the_other_rows(model):
 
 def test_a_prompt_that_is_being_read_can_be_cancelled(model):
     """Its rows are free for the next one, and the others' tokens do not change."""
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=2, prefill_chunk=4)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=2, prefill_chunk=4)
     running = engine.submit([1, 2], Sampling(max_new_tokens=30, temperature=0))
     engine.step()
     cancelled = engine.submit([5] * 9, GREEDY)
@@ -162,7 +162,7 @@ def test_a_prompt_that_is_being_read_can_be_cancelled(model):
 
 def test_cancelled_requests_free_their_rows(model):
     """Cancelled while running, while waiting, and when finished; the others' tokens do not change."""
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=3)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=3)
     cases = prompts(6)
     requests = [engine.submit(prompt, GREEDY) for prompt in cases]
     engine.step()
@@ -224,7 +224,7 @@ def test_an_exited_token_has_its_last_entry_in_the_loops_it_did_not_run(model):
 
 
 def test_one_error_lists_all_problems_of_a_request(model):
-    engine = Engine(model, None, n_loops=N_LOOPS, max_batch=1)
+    engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=1)
     bad = Sampling(
         max_new_tokens=-1, temperature=-1, top_k=-1, top_p=0, min_p=2, repetition_penalty=0, n_loops=0, seed=-1,
         stop=("",), stop_tokens=(40,), exit="never", logprobs=-1,
@@ -237,5 +237,5 @@ def test_one_error_lists_all_problems_of_a_request(model):
     with pytest.raises(UserError, match="the prompt has no tokens"):
         engine.submit([], GREEDY)
     with pytest.raises(UserError, match="use all, last, or every:K"):
-        Engine(model, None, n_loops=1, max_batch=1, cache="some")
+        DecodingEngine(model, None, n_loops=1, max_batch=1, cache="some")
     assert engine.step() == []

@@ -9,7 +9,7 @@ from mythos_dist.generate.text import TextStream
 from mythos_dist.serve.app import build_app
 from mythos_dist.serve.command import LOOPBACK_NAMES, Server
 from mythos_dist.serve.engine_thread import EngineThread
-from mythos_dist.serve.metrics import Metrics
+from mythos_dist.serve.metrics import ServerMetrics
 from mythos_dist.serve.protocol import TimedProtocol
 from mythos_dist.serve.service import Service
 
@@ -69,7 +69,7 @@ class Parrot:
 
 def parrot_service(tokenizer, renderer=None, *, context=CONTEXT, max_batch=4, max_sequences=8, **changes):
     """A service whose engine is a Parrot; also the Parrot."""
-    parrot, metrics = Parrot(tokenizer, max_batch), Metrics()
+    parrot, metrics = Parrot(tokenizer, max_batch), ServerMetrics()
     model = SimpleNamespace(
         config=SimpleNamespace(max_seq_len=context, vocab_size=tokenizer.vocab_size),
         recurrent=SimpleNamespace(act=SimpleNamespace(mode="off")),

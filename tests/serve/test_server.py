@@ -19,7 +19,7 @@ from helpers.waiting import wait_until
 
 from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.load import load_config
-from mythos_dist.generate.engine import Engine
+from mythos_dist.generate.engine import DecodingEngine
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.generate.trained import load_trained
 
@@ -145,7 +145,7 @@ def test_exits_through_the_server_are_those_of_the_engine(exit_, threshold, stre
         text, used = choice.text, choice.loops
     ends = (trained.tokenizer.eos_id,)
     settings = dict(max_new_tokens=12, temperature=0, stop_tokens=ends, exit=exit_, exit_threshold=threshold)
-    engine = Engine(trained.model, trained.tokenizer, n_loops=loops, max_batch=1)
+    engine = DecodingEngine(trained.model, trained.tokenizer, n_loops=loops, max_batch=1)
     request = engine.submit(prompt, Sampling(**settings))
     engine.run()
     assert (text, used) == (request.text, request.loops) and used[0] == loops

@@ -16,7 +16,7 @@ from mythos_dist.data.manifest import TokenRules
 from mythos_dist.prepare.inputs import reading
 from mythos_dist.prepare.spans import Span
 from mythos_dist.prepare.tokens.files import check_ids, ends_at_rows, open_rows
-from mythos_dist.prepare.tokens.rows import Block, Rows
+from mythos_dist.prepare.tokens.rows import RowBlock, Rows
 
 LONG_TOKENS = 1 << 20  # a longer document is read in pieces
 
@@ -74,7 +74,7 @@ class _SpanReader:
     def in_document(self) -> bool:
         return self._is_long or len(self._rest) > 0
 
-    def add(self, block: Block, only_first: bool = False) -> Iterator[Documents]:
+    def add(self, block: RowBlock, only_first: bool = False) -> Iterator[Documents]:
         """The documents that end in a block; `only_first`: only the one that began before it."""
         tokens, ends = self._valid(block), self._ends(block)
         start, size = 0, block.tokens.nbytes
@@ -114,7 +114,7 @@ class _SpanReader:
             rest, self._rest, self._is_long = self._rest, self._rest[:0], True
             yield Documents(rest, np.empty(0, np.int64), np.empty(0, bool), size)
 
-    def _ends(self, block: Block) -> _Ends:
+    def _ends(self, block: RowBlock) -> _Ends:
         eos = np.flatnonzero(block.tokens == self._eos_id)
         rows = block.ends if self._by_rows else block.ends[:0]
         if len(rows):
@@ -126,7 +126,7 @@ class _SpanReader:
         had_eos = np.concatenate([np.zeros(len(rows), bool), np.ones(len(eos), bool)])[order]
         return _Ends(ends[order], ends[order] + had_eos, had_eos)
 
-    def _valid(self, block: Block) -> np.ndarray:
+    def _valid(self, block: RowBlock) -> np.ndarray:
         """The tokens of a block as uint32. Raises UserError for an id outside the vocabulary."""
         check_ids(block, self._vocab_size, self._rows.source)
         return block.tokens.astype(np.uint32)

@@ -14,7 +14,7 @@ from mythos_dist.prepare.spans import Chunks
 from mythos_dist.prepare.tokens.mds_folder import MdsRows
 from mythos_dist.prepare.tokens.megatron import MegatronRows
 from mythos_dist.prepare.tokens.nanoset import NanosetRows
-from mythos_dist.prepare.tokens.rows import Block, Rows
+from mythos_dist.prepare.tokens.rows import RowBlock, Rows
 from mythos_dist.prepare.tokens.saved_dataset import SavedDatasetRows
 
 SEARCHED_TOKENS = 1 << 24  # for an EOS
@@ -51,7 +51,7 @@ def inspect_source(source: Source, rules: TokenRules, eos_id: int, vocab_size: i
         return rows.chunks(), f"sha256:{digest.hexdigest()}"
 
 
-def check_ids(block: Block, vocab_size: int, source: Source) -> None:
+def check_ids(block: RowBlock, vocab_size: int, source: Source) -> None:
     """Raises UserError for a token id outside the vocabulary, with its position."""
     low, high = int(block.tokens.min(initial=0)), int(block.tokens.max(initial=0))
     if low < 0 or high >= vocab_size:

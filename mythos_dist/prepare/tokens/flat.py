@@ -8,7 +8,7 @@ import numpy as np
 
 from mythos_dist.prepare.inputs import Source
 from mythos_dist.prepare.spans import TEXT_CHUNK_BYTES, Chunks
-from mythos_dist.prepare.tokens.rows import BLOCK_TOKENS, Block
+from mythos_dist.prepare.tokens.rows import BLOCK_TOKENS, RowBlock
 
 FIRST_BLOCK_TOKENS = 1 << 14
 
@@ -29,7 +29,7 @@ class FlatRows(ABC):
         edges = np.append(np.arange(0, self.num_units, step), self.num_units)
         return Chunks(self.source, edges, np.diff(edges) * self._tokens.itemsize)
 
-    def blocks(self, first: int, last: int) -> Iterator[Block]:
+    def blocks(self, first: int, last: int) -> Iterator[RowBlock]:
         # The first blocks are small: of what follows a span, only the rest of one document is needed.
         start, size = first, FIRST_BLOCK_TOKENS
         while start < last:
@@ -37,7 +37,7 @@ class FlatRows(ABC):
             low = self._rows_until(start) if start else 0  # as in `blocks_of`
             ends = self.row_ends(low, self._rows_until(stop)) - start
             offset = start - (int(self.row_ends(low - 1, low)[0]) if low else 0)
-            yield Block(self._tokens[start:stop], ends, low, offset)
+            yield RowBlock(self._tokens[start:stop], ends, low, offset)
             start, size = stop, min(2 * size, BLOCK_TOKENS)
 
     def starts_row(self, unit: int) -> bool:

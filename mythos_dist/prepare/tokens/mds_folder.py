@@ -23,7 +23,7 @@ from mythos_dist.data.windows import import_reader
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.inputs import Source
 from mythos_dist.prepare.spans import Chunks
-from mythos_dist.prepare.tokens.rows import BLOCK_TOKENS, Block, blocks_of
+from mythos_dist.prepare.tokens.rows import BLOCK_TOKENS, RowBlock, blocks_of
 
 USUAL_COLUMNS = ("tokens", "input_ids")
 BYTES_DTYPES = ("int64", "int32", "uint32", "uint16")
@@ -69,7 +69,7 @@ class MdsRows:
         sizes = [shard.entry["raw_data"]["bytes"] for shard in self._shards]
         return Chunks(self.source, np.arange(self.num_units + 1), np.array(sizes, np.int64))
 
-    def blocks(self, first: int, last: int) -> Iterator[Block]:
+    def blocks(self, first: int, last: int) -> Iterator[RowBlock]:
         for unit in range(first, last):
             ends_stream = unit + 1 < self.num_units and self._folders[unit] != self._folders[unit + 1]
             samples, size, row = [np.empty(0, np.int64)], 0, self._first_rows[unit]

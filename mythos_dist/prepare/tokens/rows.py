@@ -18,7 +18,7 @@ BLOCK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Consecutive rows, concatenated.
 
     `tokens` (n,): of any integer dtype. `ends` int64 (k,): where rows end, ascending; what follows the last end
@@ -58,7 +58,7 @@ class Rows(Protocol):
         """Ranges of units that can be converted independently, and their sizes in bytes of tokens."""
         ...
 
-    def blocks(self, first: int, last: int) -> Iterator[Block]:
+    def blocks(self, first: int, last: int) -> Iterator[RowBlock]:
         """The rows of units `first` to `last - 1`, in blocks of about BLOCK_TOKENS."""
         ...
 
@@ -71,7 +71,7 @@ class Rows(Protocol):
         ...
 
 
-def blocks_of(tokens: np.ndarray, ends: np.ndarray, row: int, ends_stream: bool = False) -> Iterator[Block]:
+def blocks_of(tokens: np.ndarray, ends: np.ndarray, row: int, ends_stream: bool = False) -> Iterator[RowBlock]:
     """Divide complete rows, `tokens` (n,) that end at `ends` (k,), into blocks; `row`: the index of the first."""
     for start in range(0, max(1, len(tokens)), BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, len(tokens))
@@ -80,4 +80,4 @@ def blocks_of(tokens: np.ndarray, ends: np.ndarray, row: int, ends_stream: bool 
         high = int(np.searchsorted(ends, stop, "right"))
         offset = start - (int(ends[low - 1]) if low else 0)
         last = stop == len(tokens)
-        yield Block(tokens[start:stop], ends[low:high] - start, row + low, offset, ends_stream and last)
+        yield RowBlock(tokens[start:stop], ends[low:high] - start, row + low, offset, ends_stream and last)

@@ -19,7 +19,7 @@ from mythos_dist.data.manifest import read_json
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.inputs import Source
 from mythos_dist.prepare.spans import Chunks
-from mythos_dist.prepare.tokens.rows import Block, blocks_of
+from mythos_dist.prepare.tokens.rows import RowBlock, blocks_of
 
 USUAL_COLUMNS = ("input_ids", "tokens")
 MASK = "attention_mask"
@@ -65,7 +65,7 @@ class SavedDatasetRows:
     def chunks(self) -> Chunks:
         return Chunks(self.source, np.arange(self.num_units + 1), np.array(self._sizes, np.int64))
 
-    def blocks(self, first: int, last: int) -> Iterator[Block]:
+    def blocks(self, first: int, last: int) -> Iterator[RowBlock]:
         for unit, batch in self._read(first, last):
             offsets = _lists(batch, self._column).offsets.to_numpy()
             yield from blocks_of(_values(batch, self._column), offsets[1:] - offsets[0], self._first_rows[unit])
