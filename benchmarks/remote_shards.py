@@ -3,10 +3,10 @@
     python benchmarks/remote_shards.py                       # a store on this machine: 200 ms, 20 MB/s per connection
     python benchmarks/remote_shards.py s3://bucket/shards --step-seconds 0.5 --batch 256
 
-Each side runs in a process of its own, with an empty cache. After each batch it sleeps as long as a step would compute.
-`waits` is the time between a batch's request and its arrival. Part of it is work: reading, decoding and converting
-takes CPU time (`of which CPU`) without a store, too. `local` reads a copy of the shards from a disk: its waits are
-those of a loaded machine, and what the other sides have more than that is due to the store.
+Each side runs in a process of its own, with an empty cache; `--workers` loader processes read ahead, as in training
+with `data.workers`. After each batch it sleeps as long as a step would compute. `waits` is the time between a batch's
+request and its arrival; `of which CPU` is work of the process that asks. `local` reads a copy of the shards from a
+disk: what the other sides wait longer than it is due to the store.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def main() -> None:
     add("--seq-len", type=int, default=SEQ_LEN, help="of the shards (default: %(default)s)")
     add("--vocab-size", type=int, default=VOCAB_SIZE, help="of the shards, or more (default: %(default)s)")
     add("--batch", type=int, default=256, help="sequences per step (default: %(default)s)")
+    add("--workers", type=int, default=1, help="loader processes (default: %(default)s)")
     add("--steps", type=int, default=100, help="(default: %(default)s)")
     add("--step-seconds", type=float, default=0.2, help="seconds that a step computes (default: %(default)s)")
     add("--block", type=int, help="sequences of a shuffle block (default: as training)")
@@ -205,21 +207,24 @@ def read_ours(arguments: argparse.Namespace) -> Iterator[Any]:
     corpora = open_corpora({name: 1}, **shape, splits=["train"], cache=arguments.cache)
     cache = ShardCache(Path(arguments.cache))
     rest: dict[str, Any] = dict(global_batch=batch, micro_batch=batch, replica=0, num_replicas=1, seed=0, cache=cache)
+    rest |= {"workers": arguments.workers}
     stream, plan = (ReplicaStream(corpora, "train", **shape, **rest) for _ in range(2))
     positions = (np.arange(i * batch, (i + 1) * batch) for i in range(arguments.steps))
     needs = ((i, plan.shards_of(of_step, [0])) for i, of_step in enumerate(positions))
     prefetcher = (
         None if is_local else Prefetcher(cache, Lookahead(needs, cache.key, len(corpora[0].shards["train"])), 8)
     )
+    steps = stream.steps(0)
     for i in range(arguments.steps):
         if prefetcher:
             prefetcher.advance(i)
-        yield stream.step(i)
+        yield next(steps)
 
 
 def read_streaming(arguments: argparse.Namespace) -> Iterator[Any]:
     """As `read_ours`; it downloads the shards of the next 8 batches, and shuffles with the block that is given."""
     from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
 
     yield None
     data = StreamingDataset(
@@ -232,9 +237,7 @@ def read_streaming(arguments: argparse.Namespace) -> Iterator[Any]:
         num_canonical_nodes=1,
         shuffle_block_size=arguments.block or 1 << 18,
     )
-    samples = iter(data)
-    for _ in range(arguments.steps):
-        yield np.stack([next(samples)["tokens"] for _ in range(arguments.batch)])
+    yield from islice(DataLoader(data, arguments.batch, num_workers=arguments.workers), arguments.steps)
 
 
 if __name__ == "__main__":

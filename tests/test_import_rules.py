@@ -215,3 +215,14 @@ def test_the_tests_readme_has_a_line_for_each_file():
     tests = REPOSITORY / "tests"
     listed = re.findall(r"^\| `([^`]+\.py)` ", (tests / "README.md").read_text(), re.M)
     assert sorted(listed) == sorted(str(path.relative_to(tests)) for path in tests.rglob("*.py"))
+
+
+def test_no_two_public_classes_have_one_name():
+    """One name per concept. The files that exports copy are those of another package: they import nothing of ours."""
+    files_of: dict[str, list[str]] = {}
+    for path in FILES:
+        if path.parent != COPIED:
+            for node in parse(path).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    files_of.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
+    assert {name: files for name, files in files_of.items() if len(files) > 1} == {}

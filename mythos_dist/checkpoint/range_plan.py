@@ -83,7 +83,7 @@ def plan_file(name: str, copies: Sequence[Copy], tensor_begins: Sequence[int]) -
     return FilePlan(name, begins[order], ends[order], outs[order], targets[order], arrays)
 
 
-def join(files: Sequence[FilePlan]) -> None:
+def merge_ranges(files: Sequence[FilePlan]) -> None:
     """Set `blocks` of each file, by the rule at the top."""
     gaps = [np.maximum(0, one.begins[1:] - one._last[:-1]) for one in files]
     all_gaps = np.concatenate(gaps) if gaps else np.empty(0, np.int64)

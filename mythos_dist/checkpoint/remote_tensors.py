@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mythos_dist.checkpoint.pieces import Index, Piece, Region, overlaps
 from mythos_dist.checkpoint.progress import Progress
-from mythos_dist.checkpoint.range_plan import Copy, FilePlan, join, plan_file
+from mythos_dist.checkpoint.range_plan import Copy, FilePlan, merge_ranges, plan_file
 from mythos_dist.checkpoint.reader import Wanted
 from mythos_dist.checkpoint.sources import named, read_headers, run
 from mythos_dist.checkpoint.strict_json import shorten
@@ -89,7 +89,7 @@ class RemoteTensors(Mapping[str, Tensor]):
                 with named(self._folder / file):
                     begins = [header.check_region(one.tensor, one.source) for one in of_file]
                 plans.append(plan_file(file, of_file, begins))
-        join(plans)
+        merge_ranges(plans)
         run(self._folder, [(plan, None) for plan in plans], progress)
 
     def _entry(self, name: str):

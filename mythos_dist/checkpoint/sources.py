@@ -20,7 +20,7 @@ import xxhash
 
 from mythos_dist.checkpoint.names import MANIFEST_FILE
 from mythos_dist.checkpoint.progress import Progress
-from mythos_dist.checkpoint.range_plan import PART_BYTES, Copy, FilePlan, join, plan_file
+from mythos_dist.checkpoint.range_plan import PART_BYTES, Copy, FilePlan, merge_ranges, plan_file
 from mythos_dist.checkpoint.strict_json import read_regular_file
 from mythos_dist.checkpoint.tensor_file import (
     ITEM_BYTES,
@@ -111,8 +111,8 @@ class RemoteSource:
         self._listed: dict[str, int] | None = None
 
     def size(self, name: str) -> int:
-        """As `TensorSource.size`. A file that is not listed, or with another size than it should have, is asked for itself:
-        a listing may be old."""
+        """As `TensorSource.size`. A file that is not listed, or with another size than it should have, is asked for
+        itself: a listing may be old."""
         if self._listed is None:
             self._listed = list_folder(self.folder).files
         if self._listed.get(name) != self._expected[name][0]:
@@ -149,7 +149,7 @@ class RemoteSource:
         """As `TensorSource.copy`."""
         self._read_headers(copies)
         plans = [self._plan(name, of_file) for name, of_file in copies.items() if of_file]
-        join(plans)
+        merge_ranges(plans)
         damaged = run(self.folder, [(one, self._digest_of(one)) for one in plans], progress)
         for plan in damaged:
             log.warning("%s: its hash is not the one in %s; reading it again", self.folder / plan.name, MANIFEST_FILE)

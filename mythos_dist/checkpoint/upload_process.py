@@ -115,7 +115,7 @@ def main() -> None:
     threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
-        serve(UploadSettings.parse(sys.argv[1]), commands)
+        serve_uploads(UploadSettings.parse(sys.argv[1]), commands)
     except BaseException:
         log.exception("uploading ended")
         os._exit(1)
@@ -136,7 +136,7 @@ def _end_with(parent: int) -> None:
     os._exit(0)
 
 
-def serve(settings: UploadSettings, commands: "queue.Queue[bytes]") -> None:
+def serve_uploads(settings: UploadSettings, commands: "queue.Queue[bytes]") -> None:
     """Upload after each command, and again after a failure, until another start takes over."""
     # Imported here: by then signals are ignored.
     from mythos_dist.checkpoint.upload import CheckpointUploader, SupersededError

@@ -36,7 +36,7 @@ def _argcomplete(module: str = "") -> Any:
     return importlib.import_module(f"argcomplete{module}")  # only when a shell asks (PROJECT-7)
 
 
-def complete(commands: Sequence[Command]) -> None:
+def complete_words(commands: Sequence[Command]) -> None:
     """If the shell asks for completions, print them and exit; else do nothing. Imports the parser of one command."""
     if "_ARGCOMPLETE" not in os.environ:
         return

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from mythos_dist import __version__
 from mythos_dist.commands import COMMANDS, GROUPS, Command
-from mythos_dist.commands.completion import complete
+from mythos_dist.commands.completion import complete_words
 from mythos_dist.errors import EXIT_USER_ERROR, run_command
 
 _EPILOG = "`mythos COMMAND --help` describes a command."
@@ -21,9 +21,9 @@ _EPILOG = "`mythos COMMAND --help` describes a command."
 
 def main() -> None:
     """Run the command that sys.argv names; exits with code 2 if there is none of that name."""
-    complete(COMMANDS)
+    complete_words(COMMANDS)
     words = sys.argv[1:]
-    command = find(words)
+    command = find_command(words)
     if command is None:
         _explain(words)
         return
@@ -32,7 +32,7 @@ def main() -> None:
     run_command(lambda: importlib.import_module(command.module).main(), is_tool=command.is_tool)
 
 
-def find(words: Sequence[str]) -> Command | None:
+def find_command(words: Sequence[str]) -> Command | None:
     """The command that the words begin with."""
     by_name = {command.name: command for command in COMMANDS}
     return by_name.get(" ".join(words[:2])) or by_name.get(" ".join(words[:1]))

@@ -36,14 +36,14 @@ def main() -> None:
     """Train; the exit code is 0, or 2 for a user error."""
     arguments = parse_arguments(build_parser())
     begin = time.monotonic()
-    result = train(arguments)
+    result = train_tokenizer(arguments)
     if arguments.json:
         print(json.dumps(result))
     elif not arguments.quiet:
         print(f"{arguments.out}: {result['vocab_size']} pieces in {time.monotonic() - begin:.0f} s")
 
 
-def train(arguments: argparse.Namespace) -> dict[str, str | int]:
+def train_tokenizer(arguments: argparse.Namespace) -> dict[str, str | int]:
     """Read, sample and train; returns the values for --json."""
     from mythos_dist.data.tokenizer import sample_lines, train_on_lines
     from mythos_dist.prepare.corpus import sample_documents

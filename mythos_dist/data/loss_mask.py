@@ -27,7 +27,7 @@ def documents_of(flags: np.ndarray) -> np.ndarray:
     return np.cumsum((flags & FIRST) > 0, axis=-1, dtype=np.int32) - 1
 
 
-def count_windows(windows: np.ndarray) -> SplitCounts:
+def count_chat_windows(windows: np.ndarray) -> SplitCounts:
     """The counts of windows (N, 2 * (S + 1))."""
     flags = windows.reshape(len(windows), 2, -1)[:, 1]
     padding = int(np.count_nonzero(flags & PADDING))

@@ -19,7 +19,7 @@ from mythos_dist.evaluate.replicas import Replicas
 from mythos_dist.evaluate.report import Results, draw, table, to_json
 from mythos_dist.evaluate.scorer import Scorer, evaluate_on_all_ranks
 from mythos_dist.evaluate.task_set import load_task_set, task_names
-from mythos_dist.evaluate.tokenizer import find_tokenizer
+from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.parallel.launcher import export_rank_info, read_rank_info
 from mythos_dist.parallel.process import DTYPES, device, join_process_group, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.sweep import parse_loops, write_json
@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
     # Tasks come before the weights, which may take minutes to load.
     config = raise_on_all_ranks(lambda: config_of(checkpoint))
     evaluation = on_rank_0(lambda: load_task_set(names, config, arguments.samples, arguments.data))
-    tokenizer = raise_on_all_ranks(lambda: find_tokenizer(config, folder, arguments.tokenizer))
+    tokenizer = raise_on_all_ranks(lambda: evaluation_tokenizer(config, folder, arguments.tokenizer))
     model, _, step = raise_on_all_ranks(lambda: load_model(folder))
     model.to(device())
     for parameter in model.parameters():  # not buffers: the router's bias stays in fp32, as in training

@@ -13,7 +13,7 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.depth_page import depth_page
 from mythos_dist.evaluate.depth_text import TextDepths, measure_text
-from mythos_dist.evaluate.tokenizer import find_tokenizer
+from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.files import reason, write_atomically
 from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import draw_curves
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, config, step = load_model(folder)
     page = []
     if text is not None:
-        tokenizer = find_tokenizer(config, folder, arguments.tokenizer)
+        tokenizer = evaluation_tokenizer(config, folder, arguments.tokenizer)
         depths = measure_text(model.to(device()), tokenizer, text, max(loops))
         page.append(_write_page(Path(f"{out}.html"), arguments, config, step, depths, tokenizer))
     with tqdm(desc="forward passes", unit="", disable=None) as bar:

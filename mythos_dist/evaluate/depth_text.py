@@ -103,7 +103,7 @@ def measure_text(model: Mythos, tokenizer: Tokenizer, text: str, n_loops: int) -
     if not isinstance(model.recurrent.act, NoHalting):
         measures["halting"] = torch.stack(recorder.weights).cumsum(0)
     return TextDepths(
-        pieces_of(tokenizer, tokens[:context]),
+        token_texts(tokenizer, tokens[:context]),
         measures,
         torch.stack(top_tokens),
         torch.stack(top_probabilities),
@@ -112,7 +112,7 @@ def measure_text(model: Mythos, tokenizer: Tokenizer, text: str, n_loops: int) -
     )
 
 
-def pieces_of(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+def token_texts(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     """The text that each token adds; of a character of several tokens, the last one has it."""
     pieces, text = [], ""
     for i in range(len(tokens)):

@@ -22,13 +22,13 @@ from mythos_dist.evaluate.requests import (
     ScoreRequest,
     TokenScores,
     num_scored,
-    pack,
+    pack_windows,
     packed_batch,
     split_scores,
 )
 from mythos_dist.evaluate.scorer import evaluate_on_all_ranks
 from mythos_dist.evaluate.task_set import TaskSet, load_task_set
-from mythos_dist.evaluate.tokenizer import find_tokenizer
+from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.train.engine import Engine
 
@@ -45,7 +45,7 @@ class RunTasks:
         self._tokenizer: Tokenizer | None = None
         if dist.get_rank() > 0:
             return
-        self._tokenizer = find_tokenizer(config, Path(config.run.dir))
+        self._tokenizer = evaluation_tokenizer(config, Path(config.run.dir))
         self._task_set = load_task_set(config.train.tasks, config, config.train.eval_samples)
         if generating := self._task_set.generating():
             raise UserError(
@@ -77,7 +77,7 @@ class EngineBackend:
 
     def plan(self, requests: Sequence[ScoreRequest]) -> Iterator[list[list[int]]]:
         """As `Backend.plan`: one batch a round, of as many windows as PASSES hold."""
-        windows = pack([len(request.inputs) for request in requests], self.max_length)
+        windows = pack_windows([len(request.inputs) for request in requests], self.max_length)
         size = PASSES * self._rows
         for first in range(0, len(windows), size):
             yield [[i for window in windows[first : first + size] for i in window]]
@@ -94,7 +94,7 @@ class EngineBackend:
         """As `Backend.score`."""
         results = []
         for requests in batches:
-            windows = pack([len(request.inputs) for request in requests], self.max_length)
+            windows = pack_windows([len(request.inputs) for request in requests], self.max_length)
             total = self._engine.score_tokens(self._passes(windows, requests), num_scored(requests), n_loops)
             self._heartbeat()
             results.append(split_scores(total, requests))

@@ -47,7 +47,7 @@ def requests_of(windows: Windows) -> list[ScoreRequest]:
     return requests
 
 
-def evaluate(name: str, windows: Windows, scorer: Scorer, n_loops: int) -> list[Score]:
+def evaluate_perplexity(name: str, windows: Windows, scorer: Scorer, n_loops: int) -> list[Score]:
     """Perplexity of a built-in task's groups of tokens at one number of loops."""
     requests = requests_of(windows)
     # Of each window or document of a group: (sum of losses, tokens).

@@ -108,7 +108,7 @@ def padded_batch(requests: Sequence[ScoreRequest]) -> ScoreBatch:
     return _fill([[i] for i in range(len(requests))], requests, len(requests), max(len(r.inputs) for r in requests))
 
 
-def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+def pack_windows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Indices of sequences for each window of `seq_len` tokens: each goes to the first window with room, the longest
     first. The same lengths give the same windows."""
     windows: list[list[int]] = []

@@ -35,11 +35,11 @@ class TaskSet:
         scores = []
         if self.windows:
             for name in self.builtin:
-                scores += perplexity.evaluate(name, self.windows, scorer, n_loops)
+                scores += perplexity.evaluate_perplexity(name, self.windows, scorer, n_loops)
         if self.tasks:
-            from mythos_dist.evaluate.tasks import evaluate
+            from mythos_dist.evaluate.tasks import evaluate_tasks
 
-            scores += evaluate(self.tasks, scorer, tokenizer, n_loops, limit)
+            scores += evaluate_tasks(self.tasks, scorer, tokenizer, n_loops, limit)
         return scores
 
 

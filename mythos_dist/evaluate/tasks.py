@@ -126,7 +126,7 @@ def _prepared(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
     return loaded
 
 
-def evaluate(tasks: Tasks, scorer: Scorer, tokenizer: Tokenizer, n_loops: int, limit: int | None) -> list[Score]:
+def evaluate_tasks(tasks: Tasks, scorer: Scorer, tokenizer: Tokenizer, n_loops: int, limit: int | None) -> list[Score]:
     """The metrics of all tasks and groups at one number of loops. limit: the most documents of a task; None: all."""
     model = HarnessModel(scorer, tokenizer, n_loops)
     with _global_random_state(), _one_process():

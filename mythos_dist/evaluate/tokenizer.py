@@ -9,7 +9,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.urls import AnyPath
 
 
-def find_tokenizer(config: Config, folder: AnyPath, file: Path | None = None) -> Tokenizer:
+def evaluation_tokenizer(config: Config, folder: AnyPath, file: Path | None = None) -> Tokenizer:
     """The tokenizer in `file`; else that of the export `folder`, or of the shards of the run.
 
     Raises UserError if there is none, or if it has more tokens than the model.

@@ -12,7 +12,7 @@ from mythos_dist.model.attention import Context, GQAttention, MLAttention, Share
 from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.moe import FFN, MoE, RouterStats
 from mythos_dist.model.norm import Norm
-from mythos_dist.model.pieces import Pieces, join
+from mythos_dist.model.pieces import Pieces, concatenate
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.ranges import in_range
@@ -58,7 +58,7 @@ class DenseBlock(_ResidualBlock):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Normed tokens (B, S or S / tensor, D) -> same shape."""
-        return join([self._feed_piece_forward(piece) for (piece,) in self.pieces.split(x)], x)
+        return concatenate([self._feed_piece_forward(piece) for (piece,) in self.pieces.split(x)], x)
 
     def _feed_piece_forward(self, x: Tensor) -> Tensor:
         y = self.pieces.recompute(self._partial_sums, x)

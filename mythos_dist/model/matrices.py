@@ -39,7 +39,9 @@ def matrices_of(name: str, shape: Index, config: MythosConfig) -> list[Matrix]:
         starts = range(0, rows, nope + rope)  # of each head
         return [
             Matrix(nope * len(starts), columns, tuple(MatrixBlock((start, 0), (nope, columns)) for start in starts)),
-            Matrix(rope * len(starts), columns, tuple(MatrixBlock((start + nope, 0), (rope, columns)) for start in starts)),
+            Matrix(
+                rope * len(starts), columns, tuple(MatrixBlock((start + nope, 0), (rope, columns)) for start in starts)
+            ),
         ]
     width = config.expert_dim * config.n_experts_per_tok  # of one shared expert
     if name.endswith("ffn.shared.down.weight"):

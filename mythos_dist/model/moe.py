@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.experts import Experts
 from mythos_dist.model.grouped import tokens_per_expert
-from mythos_dist.model.pieces import Pieces, join
+from mythos_dist.model.pieces import Pieces, concatenate
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import GatedLinear
 from mythos_dist.parallel.collectives import (
@@ -94,7 +94,7 @@ class Router(nn.Module):
         """
         weight = self.weight.float()  # once: its gradient is then the sum over pieces in fp32
         pieces = [self.pieces.recompute(_logits, piece, weight) for (piece,) in self.pieces.split(x)]
-        logits = join(pieces, x).flatten(0, 1)  # (N, E)
+        logits = concatenate(pieces, x).flatten(0, 1)  # (N, E)
         with torch.no_grad():
             index = (logits + self.bias).topk(self.k, dim=-1).indices
         weights = logits.gather(-1, index).softmax(-1)  # equals the softmax over all experts, renormalised
@@ -154,7 +154,7 @@ class MoE(nn.Module):
         seq_len = round(x.shape[1] / token_share)
         pieces = [self._mix(*piece) for piece in self.pieces.split(x, weights, index, seq_len=seq_len)]
         counts = sum((counts for _, counts in pieces[1:]), pieces[0][1])
-        return join([y for y, _ in pieces], x), RouterStats(counts, loss)
+        return concatenate([y for y, _ in pieces], x), RouterStats(counts, loss)
 
     def _mix(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """A piece of tokens (b, s, D) and their routing (b, s, k) -> same shape as x, and the counts (E,)."""

@@ -60,6 +60,6 @@ class Pieces:
         return function(x, *others)
 
 
-def join(pieces: list[Tensor], like: Tensor) -> Tensor:
+def concatenate(pieces: list[Tensor], like: Tensor) -> Tensor:
     """The pieces (1, n, D), or the one tensor, as (B, S', D)."""
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).view(*like.shape[:2], -1)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import LostRankError, UserError, first_line
-from mythos_dist.ops.cluster.authentication import launch_secret, sign, verify
+from mythos_dist.ops.cluster.authentication import launch_secret, sign, verify_signature
 from mythos_dist.ops.cluster.fabric import listen_address, set_network_interface
 from mythos_dist.ops.cluster.recorder import CollectiveRecorder
 from mythos_dist.ops.cluster.rendezvous import open_store, rendezvous
@@ -59,7 +59,7 @@ class WatchedSession(Session):
         self.watchdog.fail(error)
 
 
-def join(stages: Sequence[Config], rank_info: RankInfo, stop: StopRequest) -> WatchedSession:
+def join_ranks(stages: Sequence[Config], rank_info: RankInfo, stop: StopRequest) -> WatchedSession:
     """Meet the other ranks and initialize the process group. stages: of one run; `faults` is the same in all.
 
     Raises LostRankError if ranks are missing, UserError or NodeError if they run other code or another config.
@@ -101,7 +101,7 @@ def _start_watchdog(session: WatchedSession, store: dist.Store) -> None:
             one_node = len(set(session.nodes)) == 1
             address = listen_address(rank_info.master_addr, rank_info.master_port, one_node)
             store.set("watchdog", sign(secret, "watchdog", session.watchdog.serve(session.nodes, address)))
-        address = verify(secret, "watchdog", store.get("watchdog"))
+        address = verify_signature(secret, "watchdog", store.get("watchdog"))
     except (dist.DistError, ValueError) as error:
         raise LostRankError(
             f"{rank_info} did not receive the address of rank 0 on {rank_info.master_addr}: {first_line(error)}"

@@ -118,7 +118,7 @@ def attention_work(batch: int, seq_len: int, mesh: Mesh) -> AttentionWork:
 
 @functools.lru_cache(maxsize=1024)
 def _attention_work(batch: int, seq_len: int, ranks: int, unit: int, rank: int) -> AttentionWork:
-    division = divide(np.zeros((batch, seq_len), np.int64), ranks, unit)
+    division = divide_sequences(np.zeros((batch, seq_len), np.int64), ranks, unit)
     bounds = range(0, (batch + 1) * seq_len, seq_len)
     pieces = _pieces(seq_len, [sequence[rank] for sequence in division], bounds, ranks)
     pairs = 0
@@ -152,12 +152,12 @@ def context_shard(
     batch, seq_len = shape
     ids = None if document_ids is None else document_ids.cpu().numpy()
     starts = _document_starts(ids, batch, seq_len)
-    division = divide(starts, mesh.context.size, _unit(mesh))
+    division = divide_sequences(starts, mesh.context.size, _unit(mesh))
     bounds = [row * seq_len + int(start) for row in range(batch) for start in np.unique(starts[row])]
     return _build(mesh.context, seq_len, division, [*bounds, batch * seq_len], device)
 
 
-def divide(starts: np.ndarray, ranks: int, unit: int = 1) -> Division:
+def divide_sequences(starts: np.ndarray, ranks: int, unit: int = 1) -> Division:
     """Divide sequences over ranks, in multiples of `unit` tokens, with balanced sums of (query, key) pairs.
 
     starts: (B, S), the position at which each token's document begins; S is divisible by `unit`.
@@ -183,7 +183,8 @@ def divide(starts: np.ndarray, ranks: int, unit: int = 1) -> Division:
 
 
 def _divide_units(before: np.ndarray, ranks: int, chunks: int) -> tuple[Division, list[int]]:
-    """`divide` with `chunks` chunks per rank and sequence, in units; before (B, units + 1): pairs before each unit.
+    """`divide_sequences` with `chunks` chunks per rank and sequence, in units. before (B, units + 1): pairs before each
+    unit.
 
     Returns also the pairs of each rank.
     """

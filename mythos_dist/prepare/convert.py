@@ -43,7 +43,7 @@ from mythos_dist.prepare.part_converter import PartConverter, convert_part, docu
 from mythos_dist.prepare.pool import WorkerPool
 from mythos_dist.prepare.progress import ConversionProgress
 from mythos_dist.prepare.resume import lock_output
-from mythos_dist.prepare.spans import Chunks, Columns, divide
+from mythos_dist.prepare.spans import Chunks, Columns, divide_file
 from mythos_dist.prepare.store_output import StoreOutput
 from mythos_dist.prepare.token_converter import TokenPartConverter
 from mythos_dist.prepare.tokens.documents import LONG_TOKENS
@@ -310,7 +310,7 @@ def _inspect_input(item: tuple[Source, ConversionJob]) -> _InspectedInput | User
         if job.columns.tokens:
             chunks, hashed = inspect_source(source, job.columns.tokens, job.eos_id, job.vocab_size)
             return _InspectedInput(source, hashed, chunks)
-        chunks = divide(source, job.columns)
+        chunks = divide_file(source, job.columns)
         return _InspectedInput(source, content_hash(source), chunks)
 
     try:

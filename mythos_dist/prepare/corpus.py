@@ -17,7 +17,7 @@ from mythos_dist.prepare.batches import LongDocument, valid_utf8
 from mythos_dist.prepare.documents import read_span, unreadable
 from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source, reading
 from mythos_dist.prepare.listing import find_sources, list_inputs
-from mythos_dist.prepare.spans import Columns, Span, divide
+from mythos_dist.prepare.spans import Columns, Span, divide_file
 
 
 def write_sample_corpus(out: Path) -> Path:
@@ -66,7 +66,7 @@ def read_documents(inputs: Inputs) -> Iterator[str]:
     """The non-empty texts of all inputs, file after file. Raises UserError naming a file that cannot be read."""
     columns = Columns()
     for source in find_sources(inputs):
-        chunks = divide(source, columns)
+        chunks = divide_file(source, columns)
         yield from _texts([chunks.span(0, len(chunks.sizes))], columns)
 
 
@@ -92,7 +92,7 @@ def sample_documents(
             print(line, file=sys.stderr, flush=True)
     spans = []
     for source in listing.sources:
-        chunks = divide(source, columns)
+        chunks = divide_file(source, columns)
         spans += [chunks.span(i, i + 1) for i in range(len(chunks.sizes))]
     random.Random(seed).shuffle(spans)
     total = min(max_bytes, sum(span.size for span in spans))

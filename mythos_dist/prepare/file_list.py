@@ -6,7 +6,7 @@ from functools import partial
 
 from mythos_dist.data.manifest import LeftOut, count_reasons
 from mythos_dist.errors import UserError
-from mythos_dist.prepare.names import SUPPORTED_NAMES, is_documentation, is_metadata, kind_of, suffix_of
+from mythos_dist.prepare.names import SUPPORTED_NAMES, file_kind, is_documentation, is_metadata, suffix_of
 from mythos_dist.prepare.patterns import is_pattern
 
 HIDDEN = "hidden (the name begins with . or _)"
@@ -43,7 +43,7 @@ def leave_out_non_data(listed: FileList, pattern: list[str]) -> FileList:
     Files whose name is a component of the pattern, without wildcards, are kept.
     """
     spelled_out = {part for part in pattern if not is_pattern(part)}
-    data = [file for file in listed.files if kind_of(file.path) and not _describes_data(file.parts[-1])]
+    data = [file for file in listed.files if file_kind(file.path) and not _describes_data(file.parts[-1])]
     # All folders with parquet or JSON lines below them.
     record_folders = {file.parts[:i] for file in data if _format(file) != "text" for i in range(len(file.parts))}
     only_markdown = all(suffix_of(file.parts[-1]).startswith(".md") for file in data)
@@ -63,7 +63,7 @@ def leave_out_non_data(listed: FileList, pattern: list[str]) -> FileList:
 
 
 def _format(file: ListedFile) -> str:
-    kind = kind_of(file.path)
+    kind = file_kind(file.path)
     return kind[0] if kind else ""
 
 

@@ -23,7 +23,7 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.heldout import CUT, KEPT, add_counts, cut_windows, is_one_stream
 from mythos_dist.prepare.output import Output
-from mythos_dist.prepare.packing import WindowPacker, divide
+from mythos_dist.prepare.packing import WindowPacker, split_conversations
 from mythos_dist.prepare.part import OUTCOMES, ConversionJob, PartRecord, stored_file, write_atomically
 from mythos_dist.units import count
 
@@ -100,7 +100,7 @@ def _join_tails(job: ConversionJob, split: str, records: list[PartRecord]) -> tu
         shards += record.shards[split]
         tail = np.frombuffer(base64.b64decode(record.tails[split]), job.dtype)
         if job.is_chat:
-            for conversation in divide(tail.reshape(2, -1)):
+            for conversation in split_conversations(tail.reshape(2, -1)):
                 packer.add(conversation)
         else:
             tails.add(tail)

@@ -112,7 +112,7 @@ def read_windows(file: Path, shard: dict[str, Any], job: ConversionJob) -> np.nd
 def count_windows(job: ConversionJob, windows: np.ndarray) -> SplitCounts:
     """The counts of windows (N, job.window). A document counts where its EOS is."""
     if job.is_chat:
-        return loss_mask.count_windows(windows)
+        return loss_mask.count_chat_windows(windows)
     num_eos = int((windows == job.eos_id).sum())
     return SplitCounts(num_eos, windows.size - num_eos, len(windows), windows.size, 0, 0)
 

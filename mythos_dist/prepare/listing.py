@@ -23,7 +23,7 @@ from mythos_dist.prepare.names import (
     KIND_NAMES,
     SUPPORTED_NAMES,
     escape_control_characters,
-    kind_of,
+    file_kind,
     valid_unicode,
 )
 from mythos_dist.prepare.remote_files import list_url
@@ -80,7 +80,7 @@ def list_inputs(inputs: Inputs, out: str | Path | None = None, max_ratio: float 
         problems = ["no input files; name some"]
     if not max_ratio >= 1:
         problems.insert(0, f"max_unpack_ratio={max_ratio} must be at least 1; inf allows everything")
-    kinds = [kind_of(file.path) for file in listed.files]
+    kinds = [file_kind(file.path) for file in listed.files]
     problems += [
         f"{file.path}: its name does not show its format; rename it to {SUPPORTED_NAMES}"
         for file, kind in zip(listed.files, kinds, strict=True)

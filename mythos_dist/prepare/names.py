@@ -43,7 +43,7 @@ _METADATA = re.compile(
 )
 
 
-def kind_of(path: str) -> tuple[FileKind, str | None] | None:
+def file_kind(path: str) -> tuple[FileKind, str | None] | None:
     """(format, compression) of a file with this name; None if it is not supported."""
     stem, suffix = posixpath.splitext(urlsplit(path).path if is_url(path) else path)
     compression = COMPRESSIONS.get(suffix.lower())

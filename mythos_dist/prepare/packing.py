@@ -43,7 +43,8 @@ class WindowPacker:
             self._write(self._open[0])
 
     def take_open(self) -> np.ndarray:
-        """The conversations of the open windows, (2, tokens), instead of `finish`; `divide` separates them again."""
+        """The conversations of the open windows, (2, tokens), instead of `finish`; `split_conversations` separates
+        them again."""
         conversations = [one for window in self._open for one in window]
         self._open = []
         return np.concatenate([np.empty((2, 0), self._writer.dtype), *conversations], axis=1)
@@ -56,7 +57,7 @@ class WindowPacker:
         self._writer.add(np.concatenate([*window, padding], axis=1).ravel())
 
 
-def divide(conversations: np.ndarray) -> list[np.ndarray]:
+def split_conversations(conversations: np.ndarray) -> list[np.ndarray]:
     """The conversations in an array (2, tokens), each (2, n)."""
     starts = np.flatnonzero(conversations[1] & FIRST)
     return np.split(conversations, starts[1:], axis=1) if len(starts) else []

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from mythos_dist.data.manifest import LeftOut
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.file_list import HIDDEN, FileList, ListedFile, leave_out_non_data
-from mythos_dist.prepare.names import is_hidden, kind_of, suffix_of
+from mythos_dist.prepare.names import file_kind, is_hidden, suffix_of
 from mythos_dist.prepare.patterns import START, advance, is_pattern, names_hidden
 from mythos_dist.urls import has_query, is_url, scheme_of, without_secrets
 
@@ -43,7 +43,7 @@ def list_url(url: str) -> FileList:
             parts = path.split("/")
             first = next(i for i, part in enumerate(parts) if is_pattern(part))
             return _list_below(filesystem, "/".join(parts[:first]), parts[first:])
-        if kind_of(url):  # do not check whether it is a folder: over HTTP that would fetch the complete file
+        if file_kind(url):  # do not check whether it is a folder: over HTTP that would fetch the complete file
             return FileList([_remote_file(filesystem, path, (urlsplit(path).path.rpartition("/")[2],))])
         return _list_below(filesystem, path, [])
     except UserError:
@@ -75,7 +75,7 @@ def _list_below(filesystem: Any, base: str, pattern: list[str]) -> FileList:
             if hidden < len(parts) - 1:
                 name += "/"
             listed.left_out.append(LeftOut(name, HIDDEN))
-        elif kind_of(path):
+        elif file_kind(path):
             listed.files.append(_remote_file(filesystem, path, parts, info))
         else:
             listed.left_out.append(LeftOut("/".join(parts), f"format not read ({suffix_of(parts[-1])})"))

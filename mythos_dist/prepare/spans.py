@@ -58,7 +58,7 @@ class Chunks(NamedTuple):
         return Span(self.source, int(self.edges[first]), int(self.edges[last]), int(self.sizes[first:last].sum()))
 
 
-def divide(source: Source, columns: Columns) -> Chunks:
+def divide_file(source: Source, columns: Columns) -> Chunks:
     """The chunks of a file. Raises UserError if it does not have the format of its name, or lacks a column."""
     if columns.chat and source.kind != "jsonl":
         raise UserError(f"is {KIND_NAMES[source.kind]}; conversations are read from JSON lines only", source.path)

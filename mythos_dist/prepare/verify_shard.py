@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from mythos_dist.data.loss_mask import count_windows
+from mythos_dist.data.loss_mask import count_chat_windows
 from mythos_dist.data.manifest import ShardManifest
 from mythos_dist.data.shard import Shard
 from mythos_dist.errors import UserError
@@ -169,7 +169,7 @@ def _count(values: np.ndarray, manifest: ShardManifest) -> Counted:
     if not manifest.loss_mask:
         return Counted(int(np.count_nonzero(values == manifest.eos_id)))
     windows = values[: len(values) // manifest.window * manifest.window].reshape(-1, manifest.window)
-    counts = count_windows(windows)
+    counts = count_chat_windows(windows)
     return Counted(counts.documents, counts.learnt, counts.padding)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from mythos_dist.serve.errors import ApiError
-from mythos_dist.serve.requests import BodyType, parse
+from mythos_dist.serve.requests import BodyType, parse_body
 from mythos_dist.serve.service import Limits
 
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ async def read_body(request: Request, limits: Limits, body: type[BodyType]) -> B
             code="request_timeout",
             headers={"connection": "close"},
         ) from None
-    return parse(content, body)
+    return parse_body(content, body)
 
 
 async def _read(request: Request, most: int) -> bytes:

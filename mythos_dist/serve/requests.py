@@ -142,7 +142,7 @@ class ChatBody(GenerationBody):
 BodyType = TypeVar("BodyType", bound=GenerationBody)
 
 
-def parse(content: bytes, body: type[BodyType]) -> BodyType:
+def parse_body(content: bytes, body: type[BodyType]) -> BodyType:
     """The request in the JSON text `content`. Raises ApiError with all its problems."""
     try:
         found = pydantic_core.from_json(content, allow_inf_nan=False)

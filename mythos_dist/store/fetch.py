@@ -43,7 +43,7 @@ _ALLOWS = {"read": "read it", "written": "write there", "listed": "list the fold
 class Unavailable(UserError):
     """A file of a store could not be read or written."""
 
-    kind = ""  # see `kind_of`
+    kind = ""  # see `error_kind`
 
     @property
     def missing(self) -> bool:
@@ -83,7 +83,7 @@ def fetch(
         check()
 
     def on_failure(error: Exception) -> None:
-        if kind_of(error) == "damaged":
+        if error_kind(error) == "damaged":
             file.seek(0)
 
     retry(url, read, patience, wait=wait, on_failure=on_failure)
@@ -114,7 +114,7 @@ def retry(
             failure: Exception = error
         except Exception as error:  # each library has its own
             failure = error
-        kind = kind_of(failure)
+        kind = error_kind(failure)
         on_failure(failure)
         of_this_kind = of_this_kind + 1 if kind != "transient" else 0
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
@@ -130,9 +130,10 @@ def _is_local(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 
 
-def kind_of(error: BaseException) -> str:
+def error_kind(error: BaseException) -> str:
     """The kind of an error: "transient", or one that time does not cure."""
-    if isinstance(error, LongerThanExpected | WrongContent) or type(error).__name__ == "FlexibleChecksumError":  # the latter: s3
+    from_s3 = type(error).__name__ == "FlexibleChecksumError"
+    if isinstance(error, LongerThanExpected | WrongContent) or from_s3:
         return "damaged"
     code, status = _code(error), _status(error)
     if status == 416:  # a range after the end

@@ -5,7 +5,7 @@ was aborted: so `abort_uploads` ends what an earlier writer, perhaps a suspended
 does that finds no source (`checkpoint/fence.py`). In a folder (`file://`) the temporary file is that source.
 
 Every part is sent with its MD5, and the file's XXH3 is compared with the one that the caller expects before the last
-request; the store keeps it with the object, so that `find` can tell whether an object is a certain file.
+request; the store keeps it with the object, so that `find_stored` can tell whether an object is a certain file.
 
 Decisions: CHECKPOINT-15, CHECKPOINT-16.
 """
@@ -92,7 +92,7 @@ class Uploader:
 
     def find(self, url: str) -> Stored | None:
         """The size and digest of a file; None if there is none. Raises Unavailable."""
-        return find(url, self._patience)
+        return find_stored(url, self._patience)
 
     def _retry(self, url: str, request: Callable[[], Any]) -> Any:
         return retry(url, request, self._patience, "written")
@@ -156,7 +156,7 @@ class Uploader:
         self._retry(url, complete)
 
 
-def find(url: str, patience: float = SHARD_PATIENCE) -> Stored | None:
+def find_stored(url: str, patience: float = SHARD_PATIENCE) -> Stored | None:
     """The size and digest of a file, of `file://` by reading it; None if there is none. Raises Unavailable."""
     check_writable(url)
 

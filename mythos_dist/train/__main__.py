@@ -55,10 +55,10 @@ def main() -> None:
         # Before torch is imported, so that an error takes a second and not ten.
         stages = read(arguments.config, arguments.overrides, rank_info)
         _import_training()
-        from mythos_dist.ops.session import join
+        from mythos_dist.ops.session import join_ranks
         from mythos_dist.parallel.process import keep_freed_memory
 
-        session = join(stages, rank_info, stop)
+        session = join_ranks(stages, rank_info, stop)
         keep_freed_memory()
         code = run(stages, session, arguments.preflight)
         session.close()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mythos_dist.checkpoint import range_plan
 from mythos_dist.checkpoint.pieces import Piece, overlaps
-from mythos_dist.checkpoint.range_plan import Copy, join, plan_file
+from mythos_dist.checkpoint.range_plan import Copy, merge_ranges, plan_file
 
 
 @st.composite
@@ -66,7 +66,7 @@ def test_every_element_arrives_in_its_place_once(case, part_bytes, many):
     range_plan.PART_BYTES, range_plan.MANY_REQUESTS = part_bytes, many
     try:
         plan = plan_file("file", flat_copies, flat_begins)
-        join([plan])
+        merge_ranges([plan])
         read = execute(plan, content)
     finally:
         range_plan.PART_BYTES, range_plan.MANY_REQUESTS = before
@@ -94,7 +94,7 @@ def test_many_small_gaps_are_joined_rather_than_requested_one_by_one(width):
     out = np.empty(target.last, np.float32)
     ((a, b),) = overlaps(source, target, shape)
     plan = plan_file("file", [Copy("t", a, out, b)], [0])
-    join([plan])
+    merge_ranges([plan])
     assert len(plan.blocks) <= 1000
     assert execute(plan, np.arange(math.prod(shape), dtype=np.float32).tobytes()) < 2 * plan.needed
     np.testing.assert_array_equal(out.reshape(half), np.arange(math.prod(shape)).reshape(shape)[:, : width // 2])

@@ -15,7 +15,15 @@ import pytest
 
 from mythos_dist.errors import LostRankError, UserError
 from mythos_dist.ops.cluster import rank_connections, watchdog_server
-from mythos_dist.ops.cluster.authentication import Channel, challenge, derive, hello, launch_secret, sign, verify
+from mythos_dist.ops.cluster.authentication import (
+    Channel,
+    challenge,
+    derive,
+    hello,
+    launch_secret,
+    sign,
+    verify_signature,
+)
 from mythos_dist.ops.cluster.rank_connections import MAX_UNAUTHENTICATED
 from mythos_dist.ops.cluster.recorder import CollectiveRecorder
 from mythos_dist.ops.cluster.watchdog import Watchdog
@@ -363,10 +371,10 @@ def test_the_launch_secret_is_derived_from_all_that_the_launcher_provides(tmp_pa
     ]  # fmt: skip
     derived = [launch_secret(environment) for environment in environments]
     assert derived[0] == b"" and len(set(derived)) == len(derived)
-    assert verify(derived[1], "card", sign(derived[1], "card", "text")) == "text"
+    assert verify_signature(derived[1], "card", sign(derived[1], "card", "text")) == "text"
     for secret, purpose in ((derived[2], "card"), (derived[1], "verdict")):
         with pytest.raises(ValueError):
-            verify(secret, purpose, sign(derived[1], "card", "text"))
+            verify_signature(secret, purpose, sign(derived[1], "card", "text"))
     file.chmod(0o640)
     with pytest.raises(UserError, match="that other users cannot read"):
         launch_secret({"MYTHOS_SECRET_FILE": str(file)})

@@ -83,7 +83,7 @@ def test_a_home_folder_is_expanded_after_an_equals_sign(tmp_path, monkeypatch):
 
 def test_training_and_submission_take_any_order(monkeypatch):
     """Through the parsers of the programs themselves."""
-    from mythos_dist.ops.cluster.allocation import parse as allocation
+    from mythos_dist.ops.cluster.allocation import allocation_arguments as allocation
     from mythos_dist.train.__main__ import build_parser
 
     monkeypatch.setattr("sys.argv", ["train", "run.dir=x", "--preflight", "c.yaml", "train.steps=3"])

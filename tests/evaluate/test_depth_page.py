@@ -14,7 +14,7 @@ from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.schema import ActConfig
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.evaluate.depth_page import depth_page
-from mythos_dist.evaluate.depth_text import TextDepths, measure_text, pieces_of
+from mythos_dist.evaluate.depth_text import TextDepths, measure_text, token_texts
 from mythos_dist.model import Mythos
 
 TEXT = 'Über <b>1 & 2</b>\n"</script><script>alert(1)</script>" 🙂 end'
@@ -74,7 +74,7 @@ def test_exits_follow_their_criterion():
 def test_pieces_of_tokens_join_to_the_text(tokenizer):
     """Also characters of several bytes, each of which is a token."""
     tokens = tokenizer.encode(TEXT).tolist()
-    pieces = pieces_of(tokenizer, tokens)
+    pieces = token_texts(tokenizer, tokens)
     assert "".join(pieces) == TEXT and len(pieces) == len(tokens) > len(TEXT)
 
 
@@ -110,7 +110,7 @@ def test_the_page_escapes_its_text_and_loads_nothing(tokenizer):
     top = torch.tensor([[[60, 47, 33]] * count] * 3)  # "<", "/", "!" and the like
     measure = torch.rand(3, count)
     depths = TextDepths(
-        pieces_of(tokenizer, tokenizer.encode(TEXT).tolist()), {"kl": measure}, top, top / 200, {"kl": 0.5}, 2
+        token_texts(tokenizer, tokenizer.encode(TEXT).tolist()), {"kl": measure}, top, top / 200, {"kl": 0.5}, 2
     )
     evil = SimpleNamespace(decode=lambda ids: "</script><img src=x onerror=alert(1)>")
     source = depth_page("<i>title</i>", depths, evil, "kl", 0.5)

@@ -115,13 +115,13 @@ def evaluate_known(config: Config, kind: str, folder: str) -> dict | None:
     from mythos_dist.evaluate.replicas import Replicas
     from mythos_dist.evaluate.report import to_json
     from mythos_dist.evaluate.scorer import evaluate_on_all_ranks
-    from mythos_dist.evaluate.tasks import evaluate, load_tasks
+    from mythos_dist.evaluate.tasks import evaluate_tasks, load_tasks
 
     tokenizer = Tokenizer.load(write_byte_tokenizer(Path(folder)))
     tasks = load_tasks([str(file) for file in sorted(Path(folder).glob("*.yaml"))])
     backend = Replicas(known_model(config, kind), tokenizer)
     return evaluate_on_all_ranks(
-        backend, Cache(), lambda scorer: to_json({2: evaluate(tasks, scorer, tokenizer, 2, None)})
+        backend, Cache(), lambda scorer: to_json({2: evaluate_tasks(tasks, scorer, tokenizer, 2, None)})
     )
 
 

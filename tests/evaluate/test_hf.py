@@ -29,10 +29,10 @@ def ask_ours(run_dir: str, requests: dict[str, list[tuple]]) -> dict[str, list] 
     from mythos_dist.evaluate.harness import HarnessModel
     from mythos_dist.evaluate.replicas import Replicas
     from mythos_dist.evaluate.scorer import evaluate_on_all_ranks
-    from mythos_dist.evaluate.tokenizer import find_tokenizer
+    from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 
     model, config, _ = load_model(Path(run_dir))
-    tokenizer = find_tokenizer(config, Path(run_dir))
+    tokenizer = evaluation_tokenizer(config, Path(run_dir))
     backend = Replicas(model, tokenizer, batch_tokens=300)
     n_loops = config.loops.mean_of(config.model)
     return evaluate_on_all_ranks(

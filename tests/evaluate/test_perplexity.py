@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mythos_dist.data.stream import MicroBatch
-from mythos_dist.evaluate.perplexity import Windows, by_document_length, by_position, evaluate
+from mythos_dist.evaluate.perplexity import Windows, by_document_length, by_position, evaluate_perplexity
 from mythos_dist.evaluate.requests import TokenScores
 
 
@@ -31,7 +31,9 @@ def windows(documents):
 def test_perplexity_by_position_is_exp_of_the_mean_loss_of_a_range():
     """Positions 4 to 7 of two windows: losses 0.5 to 0.8, and 1.5 to 1.8. The delta method for equal sizes is the
     standard error of the windows' means."""
-    scores = {one.line: one for one in evaluate("perplexity_by_position", windows([[0] * 8] * 2), Known(), 1)}
+    scores = {
+        one.line: one for one in evaluate_perplexity("perplexity_by_position", windows([[0] * 8] * 2), Known(), 1)
+    }
     assert list(scores) == ["position 0", "position 1", "position 2-3", "position 4-7"]
     last = scores["position 4-7"]
     assert last.value == pytest.approx(math.exp(1.15)) and last.samples == 8

@@ -14,7 +14,7 @@ from mythos_dist.evaluate.requests import (
     ScoreRequest,
     TokenScores,
     continuation_request,
-    pack,
+    pack_windows,
     packed_batch,
     padded_batch,
     plan_batches,
@@ -36,7 +36,7 @@ def test_batches_hold_each_sequence_once_within_the_token_budget(lengths, budget
 @given(LENGTHS)
 def test_windows_hold_each_sequence_once_and_are_at_most_twice_the_optimum(lengths):
     """First fit leaves at most one window half empty, so the windows are fewer than twice the tokens need."""
-    windows = pack(lengths, 30)
+    windows = pack_windows(lengths, 30)
     assert sorted(i for window in windows for i in window) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in window) <= 30 for window in windows)
     assert len(windows) <= 2 * sum(lengths) / 30 + 1
@@ -50,7 +50,7 @@ def test_labels_find_their_way_back_to_their_requests(data, lengths):
         scored = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
         labels = [100 * i + at if flag else IGNORED for at, flag in enumerate(scored)]
         requests.append(ScoreRequest([i] * length, labels))
-    windows = pack(lengths, 30)
+    windows = pack_windows(lengths, 30)
     for batch in (padded_batch(requests), packed_batch(windows, requests, len(windows) + 2, 30)):
         scores = torch.zeros(2, sum(label != IGNORED for one in requests for label in one.labels)).double()
         scored = batch.columns >= 0

@@ -20,9 +20,9 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from mythos_dist.ops.session import join
+    from mythos_dist.ops.session import join_ranks
 
-    session = join([config], rank_info, StopRequest())
+    session = join_ranks([config], rank_info, StopRequest())
     fail = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if fail and rank_info.rank == rank_info.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)

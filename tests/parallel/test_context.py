@@ -17,7 +17,7 @@ from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.attend import attend, find_documents
 from mythos_dist.model.context_attention import attend_over_context, block_backward, block_forward
-from mythos_dist.parallel.context import BALANCE, context_shard, divide, local_tokens
+from mythos_dist.parallel.context import BALANCE, context_shard, divide_sequences, local_tokens
 from mythos_dist.parallel.mesh import Mesh, build_mesh, mesh_coordinates
 
 
@@ -96,7 +96,7 @@ def test_blocks_are_the_pairs_of_queries_and_keys_that_attend(batch, times):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_without_documents_the_division_is_zigzag(ranks):
     """Of 2N chunks rank r has r and 2N - 1 - r, as in Megatron-LM."""
-    (sequence,) = divide(np.zeros((1, 64), np.int64), ranks)
+    (sequence,) = divide_sequences(np.zeros((1, 64), np.int64), ranks)
     size = 64 // (2 * ranks)
     for rank, ranges in enumerate(sequence):
         chunks = [rank, 2 * ranks - 1 - rank]
@@ -124,7 +124,7 @@ def test_packed_windows_are_balanced(ranks, batch):
         for row, ends_of_row in zip(starts, ends, strict=True):
             row[ends_of_row[ends_of_row < 8192]] = ends_of_row[ends_of_row < 8192]
         starts = np.maximum.accumulate(starts, axis=1)
-        pairs = pairs_of(starts, divide(starts, ranks), ranks)
+        pairs = pairs_of(starts, divide_sequences(starts, ranks), ranks)
         assert max(pairs) <= BALANCE * np.mean(pairs)
         assert sum(pairs) == (np.arange(1, 8193) - starts).sum()
 

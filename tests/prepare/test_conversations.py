@@ -21,7 +21,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.prepare import convert as convert_module
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.mds import ShardWriter
-from mythos_dist.prepare.packing import WindowPacker, divide
+from mythos_dist.prepare.packing import WindowPacker, split_conversations
 from mythos_dist.prepare.spans import Columns
 from mythos_dist.prepare.verify import verify
 
@@ -77,7 +77,7 @@ def written(folder, split, tokenizer):
         tokens, flags = np.array(window).reshape(2, -1)
         assert flags[0] & FIRST
         padding += int(((flags & PADDING) > 0).sum())
-        for conversation in divide(np.stack([tokens, flags])):
+        for conversation in split_conversations(np.stack([tokens, flags])):
             if conversation[1, 0] & PADDING:
                 assert (conversation[0] == tokenizer.eos_id).all() and not (conversation[1] & LEARNT).any()
                 continue
@@ -222,7 +222,7 @@ def test_no_window_could_take_the_conversations_of_another(lengths):
     packer.finish()
     used = sorted(int((~(row[1] & PADDING).astype(bool)).sum()) for row in rows)
     assert sum(used) == sum(lengths) and (len(used) < 2 or used[0] + used[1] > 20)
-    packed = [one for row in rows for one in divide(row) if not one[1, 0] & PADDING]
+    packed = [one for row in rows for one in split_conversations(row) if not one[1, 0] & PADDING]
     assert sorted((int(one[0, 0]), one.shape[1]) for one in packed) == list(enumerate(lengths))
 
 

@@ -20,7 +20,7 @@ from mythos_dist.prepare import batches, documents, inputs, lines, spans
 from mythos_dist.prepare.batches import LongDocument, valid_utf8
 from mythos_dist.prepare.documents import read_span
 from mythos_dist.prepare.listing import find_sources
-from mythos_dist.prepare.spans import Columns, divide
+from mythos_dist.prepare.spans import Columns, divide_file
 
 TEXTS = [
     *("first", "", "naïve 日本語 🙂", "two\\nlines\r\nand a tab\t", 'a "quoted" \\ text', "x" * 5000, " ", "</s>\0"),
@@ -52,7 +52,7 @@ def read(path, columns=None, skip=False, span_chunks=1):
         skipped.append((where, reason))
 
     for source in find_sources(path):
-        chunks = divide(source, columns)
+        chunks = divide_file(source, columns)
         for first in range(0, len(chunks.sizes), span_chunks):
             last = min(first + span_chunks, len(chunks.sizes))
             for batch in read_span(chunks.span(first, last), columns, on_bad):
@@ -119,7 +119,7 @@ def test_a_large_row_group_is_read_in_batches_and_a_large_document_in_pieces(tmp
     texts = [random.Random(number).randbytes(200).hex() for number in range(500)]
     texts[100] = texts[200] = "y" * 100_000
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1000)
-    chunks = divide(*find_sources(tmp_path), Columns())
+    chunks = divide_file(*find_sources(tmp_path), Columns())
     assert len(chunks.sizes) == 1
     read_batches = list(read_span(chunks.span(0, 1), Columns(), pytest.fail))
     long_documents = [batch for batch in read_batches if isinstance(batch, LongDocument)]
@@ -301,13 +301,13 @@ def test_scores_of_every_type_are_read_and_missing_ones_are_nan(tmp_path, write_
 def test_a_parquet_file_with_other_columns_is_refused(write_parquet, columns, message):
     (source,) = find_sources(write_parquet(**columns))
     with pytest.raises(UserError, match=f"a.parquet: {message}"):
-        divide(source, Columns(score="score" if "score" in message else None))
+        divide_file(source, Columns(score="score" if "score" in message else None))
 
 
 def test_plain_text_has_no_scores(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match=r"a.txt: plain text has no score;"):
-        divide(*find_sources(tmp_path), Columns(score="score"))
+        divide_file(*find_sources(tmp_path), Columns(score="score"))
 
 
 def test_incomplete_parquet_files_are_refused(tmp_path, corpus):
@@ -316,7 +316,7 @@ def test_incomplete_parquet_files_are_refused(tmp_path, corpus):
     for content in (b"hello", b"", complete[:100_000], complete[:-1], b"PAR1" + bytes(100) + b"PAR1", zeroed_footer):
         (tmp_path / "a.parquet").write_bytes(content)
         with pytest.raises(UserError, match=r"a.parquet: cannot be read \((ArrowInvalid|OSError)"):
-            divide(*find_sources(tmp_path), Columns())
+            divide_file(*find_sources(tmp_path), Columns())
 
 
 def damage(file, group):

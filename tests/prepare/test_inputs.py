@@ -16,7 +16,7 @@ from mythos_dist.prepare import convert as convert_module
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.inputs import Source, content_hash
 from mythos_dist.prepare.listing import find_sources
-from mythos_dist.prepare.names import kind_of
+from mythos_dist.prepare.names import file_kind
 
 TEXTS = [f"document {number} of the remote corpus, {'word ' * (number % 7)}" for number in range(60)]
 
@@ -35,8 +35,8 @@ def test_formats_follow_from_file_names():
         "a.json.xz": ("jsonl", "xz"),
         "https://host/a.jsonl.gz?token=a.parquet": ("jsonl", "gzip"),
     }.items():
-        assert kind_of(name) == kind, name
-    assert not any(map(kind_of, ["a", "a.gz", "a.parquet.gz", "a.csv", ".parquet", "a.txt.lz4", "parquet"]))
+        assert file_kind(name) == kind, name
+    assert not any(map(file_kind, ["a", "a.gz", "a.parquet.gz", "a.csv", ".parquet", "a.txt.lz4", "parquet"]))
 
 
 def test_folders_patterns_and_lists_select_their_files(tmp_path):

@@ -27,7 +27,7 @@ from mythos_dist.prepare.documents import read_span
 from mythos_dist.prepare.encoding import check_encoding
 from mythos_dist.prepare.lines import lines_before
 from mythos_dist.prepare.listing import find_sources, list_inputs
-from mythos_dist.prepare.spans import Columns, divide
+from mythos_dist.prepare.spans import Columns, divide_file
 
 
 def zstd(content):
@@ -53,7 +53,7 @@ def read(path, columns=None, skip=True, **options):
 
     for source in list_inputs(path, **options).sources:
         source = dataclasses.replace(source, only_intact=skip)
-        chunks = divide(source, columns)
+        chunks = divide_file(source, columns)
         for i in range(len(chunks.sizes)):
             for batch in read_span(chunks.span(i, i + 1), columns, on_bad):
                 if isinstance(batch, LongDocument):
@@ -405,7 +405,7 @@ def test_dictionary_encoded_texts_are_read_in_small_batches_up_to_the_limit(tmp_
         pq.write_table(table, tmp_path / file, store_schema=schema, compression="zstd")
         (source,) = find_sources(tmp_path / file)
         assert source.size < 100_000
-        chunks, sizes = divide(source, Columns()), []
+        chunks, sizes = divide_file(source, Columns()), []
 
         def on_bad(where, reason):
             raise UserError(f"{where}: {reason}")

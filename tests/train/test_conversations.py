@@ -12,7 +12,7 @@ from helpers.small_run import TINY
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.data.loss_mask import LEARNT, PADDING
-from mythos_dist.prepare.packing import divide
+from mythos_dist.prepare.packing import split_conversations
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
@@ -36,7 +36,7 @@ def test_losses_are_those_of_each_conversation_alone_at_every_layout(settings, c
     n_loops = config.loops.mean_of(config.model)
     total, correct, tokens = 0.0, 0, 0
     for window in read_windows(conversations, "heldout"):
-        for conversation in divide(np.array(window).reshape(2, -1)):
+        for conversation in split_conversations(np.array(window).reshape(2, -1)):
             if conversation[1, 0] & PADDING:
                 continue
             ids = torch.tensor(conversation[0])

@@ -170,7 +170,7 @@ def is_finished(config: Config) -> bool:
     return not step.isdecimal() or int(step) >= config.train.steps
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def allocation_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mythos_dist.ops.cluster.allocation",
@@ -191,7 +191,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """See the top of this file."""
-    arguments = parse()
+    arguments = allocation_arguments()
     errors: list[UserError] = []
     stages = _collect_error(errors, lambda: load_stages(arguments.config, arguments.overrides))
     config = stages[0] if stages else None

@@ -79,7 +79,7 @@ def sign(secret: bytes, purpose: str, text: str) -> str:
     return f"{derive(secret, purpose, text).hex()} {text}"
 
 
-def verify(secret: bytes, purpose: str, signed: bytes | str) -> str:
+def verify_signature(secret: bytes, purpose: str, signed: bytes | str) -> str:
     """The text that `sign` was given. Raises ValueError if it was changed, or signed with another secret or purpose."""
     try:
         decoded = signed if isinstance(signed, str) else signed.decode()

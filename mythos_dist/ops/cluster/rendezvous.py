@@ -23,7 +23,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from mythos_dist.errors import LostRankError, NodeError, UserError, first_line
-from mythos_dist.ops.cluster.authentication import launch_secret, sign, verify
+from mythos_dist.ops.cluster.authentication import launch_secret, sign, verify_signature
 from mythos_dist.parallel.launcher import RankInfo, nodes_of_ranks
 
 # `node` is the host of a rank and `start` a random number of its process; all other values must be equal on all ranks.
@@ -141,7 +141,7 @@ def _serve_result(
     store.set("start", sign(secret, "start", nonce))
 
     def read(rank: int, text: bytes) -> RankReport:
-        return _validated(_REPORT.validate_json(verify(secret, f"card {rank} {nonce}", text)))
+        return _validated(_REPORT.validate_json(verify_signature(secret, f"card {rank} {nonce}", text)))
 
     result = _compare_reports(start_store, rank_info, seconds, read)
     start_store.set("verdict", sign(secret, f"verdict {nonce}", result.model_dump_json()))
@@ -168,14 +168,16 @@ def _await_result(
     while time.monotonic() < deadline:
         try:
             if store.check(["start"]):
-                newest = verify(secret, "start", store.get("start"))
+                newest = verify_signature(secret, "start", store.get("start"))
                 if newest != nonce:
                     if not re.fullmatch("[0-9a-f]{32}", newest):
                         raise ValueError(f"{newest[:40]!r} is not the nonce of a start")
                     nonce, start_store = newest, dist.PrefixStore(newest, store)
                     start_store.set(f"card/{rank}", sign(secret, f"card {rank} {nonce}", json.dumps(report)))
             if nonce and start_store.check(["verdict"]):
-                result = Result.model_validate_json(verify(secret, f"verdict {nonce}", start_store.get("verdict")))
+                result = Result.model_validate_json(
+                    verify_signature(secret, f"verdict {nonce}", start_store.get("verdict"))
+                )
                 if result.starts.get(str(rank)) == report["start"]:
                     start_store.set(f"read/{rank}", "")
                     return _validated_result(result, rank_info), start_store

@@ -93,7 +93,7 @@ def resolve_names() -> dict[str, str | None]:
     return addresses
 
 
-def import_reader() -> None:
+def import_shard_reader() -> None:
     """Import streaming's shard reader, as training does."""
     from mythos_dist.data.windows import import_reader
 
@@ -102,4 +102,4 @@ def import_reader() -> None:
 
 def start_probes() -> dict[str, Probe]:
     """All probes side by side, by the fact of `machine.Machine` that is their outcome."""
-    return {"group": Probe(join_group), "addresses": Probe(resolve_names), "reader": Probe(import_reader)}
+    return {"group": Probe(join_group), "addresses": Probe(resolve_names), "reader": Probe(import_shard_reader)}
