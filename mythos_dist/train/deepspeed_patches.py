@@ -3,6 +3,7 @@
 - Its expert groups assume the rank order [pipe, data, model]; our groups are put into its tables.
 - A layer that is an `AutoEPMoELayer` is reduced and partitioned as experts, in ZeRO-3 as well.
 - Its gradient norms assume that every rank holds dense parameters and experts.
+- What it holds of an engine outlives the engine.
 
 `tests/train/test_deepspeed.py` checks every internal of DeepSpeed that is used here, in `zero_state.py` and in
 `pipeline_stage.py`, and names what moved when DeepSpeed's version changes.
@@ -12,6 +13,7 @@ Decisions: PARALLEL-8, PARALLEL-14.
 
 import contextlib
 import importlib
+import inspect
 import io
 from typing import Any
 
@@ -21,6 +23,8 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime import compiler
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from torch import nn
@@ -58,6 +62,18 @@ def import_muon() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_function
+
+
+def release(engine: Any) -> None:
+    """Let the memory of an engine be freed when nothing refers to it any more.
+
+    Its hooks are references that the garbage collector does not see. ZeRO-3 keeps the model in a list from which
+    nothing takes it, and the modules in a functools.lru_cache.
+    """
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not engine.module]
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(method).nonlocals["func"].cache_clear()  # inside of `instrument_w_nvtx`
 
 
 def register_expert_groups(mesh: Mesh) -> None:

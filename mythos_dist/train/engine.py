@@ -29,6 +29,7 @@ from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
+from mythos_dist.model.experts import Experts
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops
@@ -47,6 +48,7 @@ from mythos_dist.train.deepspeed_patches import (
     mark_experts,
     mpu_of,
     register_expert_groups,
+    release,
 )
 from mythos_dist.train.depth import HeldOut, LoopProbe
 from mythos_dist.train.metrics import StepResult
@@ -105,6 +107,13 @@ class Engine:
         fix_gradient_norm(self.deepspeed.optimizer, mesh)
         init_moments(self.deepspeed.optimizer)
         self.average = WeightAverage(config.average, self.local_shards)
+
+    def close(self) -> None:
+        """This engine is not used again: its memory is freed with it."""
+        for layer in self.model.modules():
+            if isinstance(layer, Experts):
+                layer.start_pass(0)  # the sums of the last pass refer to its graph, and that to the weights
+        release(self.deepspeed)
 
     def _build_model(self) -> Mythos:
         config, train = self.config, self.config.train

@@ -377,6 +377,7 @@ class Run:
             print(f"{result}; metrics, logs and checkpoints are in {self.run_dir}", flush=True)
         if not reason and self.is_last_stage:
             self.hooks.end_run()
+        self.engine.close()
 
     def write_final_status(self, stopped: str) -> None:
         """On rank 0: all metrics, then the final status, then COMPLETED unless `stopped` says why. Raises UserError."""

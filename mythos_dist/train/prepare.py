@@ -14,7 +14,7 @@ from mythos_dist.checkpoint.save import prune_complete_run
 from mythos_dist.config.schema import Config
 from mythos_dist.data.corpora import Corpus
 from mythos_dist.data.stream import ReplicaStream
-from mythos_dist.parallel.mesh import Mesh, build_mesh
+from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.process import from_rank_0, on_rank_0, raise_on_all_ranks
 from mythos_dist.train.batches import open_heldout, open_stream
 from mythos_dist.train.checks import check_inputs, check_kernels
@@ -86,7 +86,7 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
     Raises UserError, the same on every rank.
     """
     rank, run_dir, resume = dist.get_rank(), Path(config.run.dir), inputs.resume
-    mesh = build_mesh(config.parallel)
+    mesh = session.mesh(config.parallel)
     folder_lock = on_rank_0(lambda: claim_run_folder(config))
     resume.refresh()
     if resume.step >= resume.last_step:

@@ -7,7 +7,9 @@ import logging
 import time
 from collections.abc import Callable
 
+from mythos_dist.config.schema import ParallelConfig
 from mythos_dist.parallel.launcher import RankInfo
+from mythos_dist.parallel.mesh import Mesh, build_mesh
 from mythos_dist.train.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,14 @@ class Session:
         self.on_failure: Callable[[str], None] = _ignore  # on rank 0, before the run ends by a failure
         self.keepalive: Callable[[], None] = lambda: None  # on rank 0, called every ten seconds
         self._phase_began = time.monotonic()
+        self._meshes: dict[ParallelConfig, Mesh] = {}
+
+    def mesh(self, parallel: ParallelConfig) -> Mesh:
+        """This rank's mesh. Stages of the same layout share its process groups, which hold memory. Every rank calls
+        this."""
+        if parallel not in self._meshes:
+            self._meshes[parallel] = build_mesh(parallel)
+        return self._meshes[parallel]
 
     def enter_phase(self, phase: str) -> None:
         """A phase begins, such as "step 3"; the watchdog limits its time."""

@@ -97,7 +97,7 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
         save_checkpoint(engine, config, folder, SAVED)
         saved = {"places": shard_bounds(engine), "held": local_state(engine), "bias": bias_of(engine)}
         results.append({**saved, "later": train(engine, config, range(SAVED + 1, STEPS + 1))})
-        engine.deepspeed.destroy()
+        engine.close()
         del engine
         dist.barrier()
     return results
@@ -123,7 +123,7 @@ def read(configs: list[Config], folders: list[list[str]], train_on: int | None =
                 loaded["later"] = train(engine, config, range(SAVED + 1, STEPS + 1))
             states.append(loaded)
         results.append(states)
-        engine.deepspeed.destroy()
+        engine.close()
         del engine
         dist.barrier()
     return results

@@ -194,7 +194,7 @@ def train_and_save(cases: dict[str, tuple[Config, int]], ours: Config, folder: s
     bias = engine.model.recurrent.block.ffn.router.bias.clone()
     final = gathered(engine.model, engine.deepspeed.optimizer) | {"bias": [bias]}
     results["ours"] = {"later": later, "final": final}
-    engine.deepspeed.destroy()
+    engine.close()
     return results
 
 
@@ -225,7 +225,7 @@ def continue_both(exported: str, programs: dict[str, tuple[Config, int]], ours: 
         results[f"ours {name}"]["bias"] = bias
         if engine.mesh.tensor.size == engine.mesh.expert.size == 1:
             results[f"ours {name}"]["final"] = gathered(engine.model, engine.deepspeed.optimizer)
-        engine.deepspeed.destroy()
+        engine.close()
         del engine
     return results
 

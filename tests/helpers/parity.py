@@ -327,7 +327,7 @@ def train_under_deepspeed(
             "initial": initial,
             "final": local_state(engine),
         }
-        engine.deepspeed.destroy()
+        engine.close()
         del engine
         dist.barrier()
         if folder:
@@ -355,6 +355,6 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
         "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None,
         "final": local_state(engine),
     }
-    engine.deepspeed.destroy()
+    engine.close()
     dist.barrier()
     return found

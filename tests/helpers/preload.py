@@ -36,7 +36,7 @@ def _gloo_device() -> Any:
 
 def _create_gloo_group(options: Any, _: object) -> ProcessGroupGloo:
     """As torch does, which creates a device for each group: a thread that wakes up a hundred times a second and ends
-    with the group. DeepSpeed never frees the groups of a ZeRO-3 engine, and a launch tests dozens of layouts."""
+    with the group, and a launch tests dozens of layouts."""
     gloo = ProcessGroupGloo._Options()
     gloo._devices, gloo._timeout = [_gloo_device()], options.timeout
     gloo.global_ranks_in_group, gloo.group_name = options.global_ranks_in_group, options.group_id

@@ -140,7 +140,7 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
                 "routing": routing,
             }
         )
-        engine.deepspeed.destroy()
+        engine.close()
         del engine
         dist.barrier()
     return results

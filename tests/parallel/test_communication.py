@@ -166,7 +166,7 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
         with Traffic(mesh) as traffic:
             engine._train_passes(passes, loops)
         totals.append(traffic.totals)
-        engine.deepspeed.destroy()
+        engine.close()
         del engine
         dist.barrier()
     return totals

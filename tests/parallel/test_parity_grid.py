@@ -132,8 +132,6 @@ def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], di
     @functools.cache
     def launch(ranks: int) -> dict[str, list[dict[str, Any]]]:
         cases = [case[1:] for case in GRID + LONG if case[0] == ranks and name_of(*case) in asked]
-        # Last those whose engines DeepSpeed never frees: the threads of their groups slow down all that follows.
-        cases.sort(key=lambda case: case[0].get("zero") == 3)
         all_runs = [run_of(config, SAME_RESULTS.get(kind, kind), str(conversations)) for _, kind in cases]
         at_layouts = [at_layout(run, *case, ranks) for run, case in zip(all_runs, cases, strict=True)]
         work = [(run, BIAS.get(kind)) for run, (_, kind) in zip(at_layouts, cases, strict=True)]

@@ -100,6 +100,11 @@ INTERNALS = [
     (f"{STAGE3}.checkpoint_event_epilogue", "self.persistent_parameters[0].all_gather(", "after loading"),
     (f"{ENGINE}.__init__", "self.skipped_steps = 0", "counts that are set when loading"),
     ("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler.__init__", "self.cur_hysteresis", "fp16's loss scale"),
+    # memory of an engine that is closed
+    (f"{ENGINE}.destroy", "optimizer.destroy()", "its hooks are removed"),
+    (f"{STAGE12}.destroy", "hook.remove()", "its hooks are removed"),
+    (f"{STAGE3}.destroy", "hook.remove()", "its hooks are removed"),
+    ("deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK", "", "ZeRO-3: the model is in this list"),
     # Muon
     (
         f"{BF16}._setup_for_real_optimizer",

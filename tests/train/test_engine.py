@@ -62,7 +62,7 @@ def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:
         probe = engine.probe_loops(first[0])
         probed = [probe.loss, probe.loss_of_one, probe.rho, *itertools.chain(*probe.by_loop.values()), probe.gain]
         results.append(([*before, *after], probed))
-        engine.deepspeed.destroy()
+        engine.close()
     return results
 
 

@@ -242,7 +242,7 @@ def step_with_limit(configs: list[Config]) -> list[tuple]:
             after = [value for shard in engine.local_shards.values() for value in shard.values.values()]
             changed = any(not a.equal(b) for a, b in zip(before, after, strict=True))
             outcomes.append((result.skipped, changed, result.grad_norm > 1e-6))
-        engine.deepspeed.destroy()
+        engine.close()
     return outcomes
 
 

@@ -296,7 +296,7 @@ def largest_output(configs: list[Config]) -> list[tuple[int, int]]:
             for matrix in matrices_of(parameter.name, parameter.full_shape, config.model)
         ]
         found.append((max(sizes), max(matrices)))
-        engine.deepspeed.destroy()
+        engine.close()
     return found
 
 

@@ -3,6 +3,7 @@
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.launch import launch, train, train_here, train_until_rolled_back
@@ -327,3 +328,32 @@ def test_stages_that_contradict_the_run_are_refused(staged, common, tmp_path):
     result = train(2, *arguments, f"run.dir={whole}")
     assert result.codes == [2, 2] and "run.stage_begin=5" in result.err and "has 4" in result.err, result.err
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def _train_and_watch(arguments: list[str]) -> None:
+    """Train; each new engine notes whether the model and the fp32 masters of the last one are still in memory."""
+    import weakref
+
+    from mythos_dist.train.engine import Engine
+
+    build, watched = Engine.__init__, []
+
+    def watching(engine: Engine, *given: Any) -> None:
+        alive = [name for one in watched for name, reference in one.items() if reference() is not None]
+        print(f"before an engine: {len(watched)} earlier, in memory: {alive}", flush=True)
+        build(engine, *given)
+        masters = next(iter(engine.local_shards.values())).weights.untyped_storage()
+        watched.append({"model": weakref.ref(engine.model), "masters": weakref.ref(masters)})
+
+    Engine.__init__ = watching
+    train_here(arguments)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, ""), (2, "parallel.pipe=2")])
+def test_the_next_stage_does_not_hold_the_memory_of_the_last_one(common, tmp_path, ranks, layout):
+    """DeepSpeed's engines are in cycles that the garbage collector cannot see."""
+    arguments = [*write(tmp_path, STAGES, common), f"run.dir={tmp_path / 'run'}", *layout.split()]
+    result = launch(ranks, _train_and_watch, arguments)
+    assert result.codes == [0] * ranks, result.tails
+    found = [line for line in result.out.splitlines() if line.startswith("before an engine")]
+    assert found == [f"before an engine: {earlier} earlier, in memory: []" for earlier in (0, 1)]
