@@ -65,7 +65,8 @@ def _facts(source: Checkpoint, config: Config, dtype: str, files: ModelTokenizer
     model, manifest = config.model, source.manifest
     halting = config.act.mode_of(model)
     yield "parameters", f"{manifest.num_parameters:,} ({dtype})"
-    yield "layers", f"{model.prelude_layers} prelude, 1 looped, {model.coda_layers} coda; width {model.dim}"
+    layers = f"{model.prelude_layers} prelude, {model.loop_layers} looped, {model.coda_layers} coda"
+    yield "layers", f"{layers}; width {model.dim}"
     yield "attention", f"{model.attn_type.upper()}, {model.n_heads} heads; context {_context(model)}"
     shared = f" and {model.n_shared_experts} shared" if model.n_shared_experts else ""
     yield "experts", f"{model.n_experts_per_tok} of {model.n_experts} per token{shared}, in the looped block"

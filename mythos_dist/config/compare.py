@@ -55,14 +55,20 @@ _MAY_CHANGE_SECTIONS = {"average", "parallel", "checkpoint", "faults"}
 # What settings were, by section, before they existed: with another value a run would have other results.
 _ADDED: dict[str, dict[str, Any]] = {
     "train": {"batch_ramp": ()},
-    "model": {"kv_sharing": "all", "rope_scaling": None, "residual_scale": "init", "state_norm": False},
+    "model": {
+        "kv_sharing": "all",
+        "rope_scaling": None,
+        "residual_scale": "init",
+        "state_norm": False,
+        "loop_layers": 1,
+    },
     "loops": {"fixed_point": 0.0},
 }
 # Settings of the model that names and shapes of its tensors depend on: no stage may change them.
 WIDTHS = (
     "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "
     "qk_rope_head_dim qk_nope_head_dim v_head_dim n_experts n_shared_experts n_experts_per_tok expert_dim lora_rank "
-    "lora injection qk_norm"
+    "lora injection qk_norm loop_layers"
 ).split()
 # What a new stage may change; the others say where a run is, and how it is watched.
 _TRAINING = ("model", "experts", "act", "loops", "train", "optim", "average", "data", "parallel")

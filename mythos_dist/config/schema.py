@@ -152,15 +152,19 @@ class MythosConfig(Section, section="model"):
     # Which loops compute keys and values: all; or the first loop of every N loops (every:N), or of all (first), and the
     # others use them.
     kv_sharing: Annotated[str, _KV_SHARING] = _by_mode(reference="all", train="all")
-    # depth_scaled (Huginn): N(0, 2 / (5 dim)), output projections divided by sqrt(2 * (prelude + loops + coda)).
+    # depth_scaled (Huginn): N(0, 2 / (5 dim)), output projections divided by
+    # sqrt(2 * (prelude + loops * loop_layers + coda)).
     # reference: N(0, 0.02).
     init: Literal["reference", "depth_scaled"] = _by_mode(reference="reference", train="depth_scaled")
     # What multiplies attention and FFN of the looped block where they are added to its input, with N = max_loop_iters.
     # init: nothing, only their initial values are small (init=depth_scaled). inverse_sqrt: 1 / sqrt(N). inverse: 1 / N,
-    # because the same weights add N correlated terms (Wang et al. 2026, arXiv 2606.18524).
+    # because the same weights add N correlated terms (Wang et al. 2026, arXiv 2606.18524). With several layers in the
+    # block either is also divided by sqrt(loop_layers).
     residual_scale: Literal["init", "inverse_sqrt", "inverse"] = _by_mode(reference="init", train="init")
     # Divide the hidden state by its RMS after every loop.
     state_norm: bool = _by_mode(reference=False, train=False)
+    # Layers of the looped block, one after the other in every loop; each has attention, router and experts of its own.
+    loop_layers: Annotated[int, Range(1, 128)] = _by_mode(reference=1, train=1)
     rope_scaling: RopeScaling | None = None  # a context longer than the one that the model was trained with
 
     def complete(self) -> None:
@@ -207,8 +211,10 @@ class MythosConfig(Section, section="model"):
     @property
     def residual_factor(self) -> float:
         """The factor of `residual_scale`."""
-        exponents = {"init": 0.0, "inverse_sqrt": -0.5, "inverse": -1.0}
-        return float(self.max_loop_iters) ** exponents[self.residual_scale]
+        if self.residual_scale == "init":
+            return 1.0
+        of_loops = float(self.max_loop_iters) ** (-0.5 if self.residual_scale == "inverse_sqrt" else -1.0)
+        return of_loops * float(self.loop_layers) ** -0.5
 
     @property
     def ffn_dim(self) -> int:

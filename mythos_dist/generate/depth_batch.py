@@ -23,7 +23,7 @@ from mythos_dist.generate.sampling import Sampling
 from mythos_dist.model.activations import Activations
 from mythos_dist.model.attention import Context
 from mythos_dist.model.decode import enter, logits_of
-from mythos_dist.model.kv_cache import KVCache
+from mythos_dist.model.kv_cache import KVCache, looped_layer
 from mythos_dist.model.loops import next_loop
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.recurrence import LoopInputs
@@ -156,9 +156,10 @@ class DepthBatch:
         return exits
 
     def _repeat_last_entry(self, row: int, last_loop: int, n_loops: int, position: int) -> None:
-        groups = (t // self._model.config.kv_loops * self._model.config.kv_loops for t in range(last_loop, n_loops))
-        source, *targets = (self._cache.loop_key("recurrent", t) for t in groups)
-        self._cache.repeat_entry(source, targets, row, position)
+        groups = [t // self._model.config.kv_loops * self._model.config.kv_loops for t in range(last_loop, n_loops)]
+        for layer in map(looped_layer, range(self._model.config.loop_layers)):
+            source, *targets = (self._cache.loop_key(layer, t) for t in groups)
+            self._cache.repeat_entry(source, targets, row, position)
 
 
 def _index(rows: Sequence[int]) -> Sequence[int] | slice:

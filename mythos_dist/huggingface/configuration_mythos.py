@@ -20,8 +20,10 @@ class MythosPretrainedConfig(PretrainedConfig):
     kv_sharing: all: each loop has its own keys and values; every:k: the first of k loops computes them for all k;
     first: the first loop computes them for all loops.
     injection: how the prelude's output enters every loop: OpenMythos' (reference), Parcae's, or none, h = block(h).
+    loop_layers: layers of the looped block.
     residual_scale: attention and FFN of the looped block times 1 (init), 1 / sqrt(max_loop_iters) (inverse_sqrt) or
-    1 / max_loop_iters (inverse). state_norm: each loop's hidden state is divided by its RMS.
+    1 / max_loop_iters (inverse), either divided by sqrt(loop_layers). state_norm: each loop's hidden state is divided
+    by its RMS.
     rope_scaling: None, or rope_type (linear, yarn), factor, original_max_position_embeddings and yarn's other fields,
     as transformers' models have them; with mscale_all_dim, MLA scales the softmax as DeepSeek-V3 does.
     mythos_dist: what training needs to continue with these weights (step, tokens, settings of act and loops).
@@ -73,6 +75,7 @@ class MythosPretrainedConfig(PretrainedConfig):
         kv_sharing: str = "all",
         residual_scale: str = "init",
         state_norm: bool = False,
+        loop_layers: int = 1,
         init: str = "depth_scaled",
         mythos_dist: dict[str, Any] | None = None,
         use_cache: bool = True,
@@ -88,8 +91,8 @@ class MythosPretrainedConfig(PretrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Blocks that a token passes: the recurrent block counts once per loop."""
-        return self.prelude_layers + self.num_loops + self.coda_layers
+        """Layers that a token passes: those of the recurrent block count once per loop."""
+        return self.prelude_layers + self.num_loops * self.loop_layers + self.coda_layers
 
     @property
     def key_dim(self) -> int:
@@ -126,7 +129,10 @@ class MythosPretrainedConfig(PretrainedConfig):
     @property
     def residual_factor(self) -> float:
         """What attention and FFN of the looped block are multiplied by where they are added to its input."""
-        return self.max_loop_iters ** {"init": 0.0, "inverse_sqrt": -0.5, "inverse": -1.0}[self.residual_scale]
+        if self.residual_scale == "init":
+            return 1.0
+        of_loops = self.max_loop_iters ** {"inverse_sqrt": -0.5, "inverse": -1.0}[self.residual_scale]
+        return of_loops * self.loop_layers**-0.5
 
     @property
     def loops_per_kv(self) -> int:

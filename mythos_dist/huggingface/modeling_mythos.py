@@ -3,8 +3,8 @@
     e = prelude(embed(tokens))
     h = decay * h + scale * injected(e) + u,  u = block(norm(h + e)) + its depth LoRA,  num_loops times
 
-decay in (0, 1) and scale are the A and B of Parcae (Prairie et al. 2026); without injection, h = block(h). The block's
-FFN is a mixture of experts.
+decay in (0, 1) and scale are the A and B of Parcae (Prairie et al. 2026); without injection, h = block(h). The block
+has `loop_layers` layers, whose FFNs are mixtures of experts.
 Any number of loops can be asked for: `model(input_ids, num_loops=8)`, `model.generate(..., num_loops=8)`. The trap:
 keys and values of a token differ from loop to loop, so the cache grows with loops and belongs to one number of them.
 
@@ -46,8 +46,8 @@ MAX_LOOPS = 512
 class MythosCache(DynamicCache):
     """Keys and values (MLA: rotary keys and latents) of every layer and loop.
 
-    Slots: the prelude's layers, then the loops (or the groups of loops that share keys), then the coda's layers; each
-    tensor is (B, heads, T, -).
+    Slots: the prelude's layers, then the looped layers of each loop (or group of loops that share keys), then the
+    coda's layers; each tensor is (B, heads, T, -).
     """
 
     num_loops: int | None = None  # of the tokens in the cache
@@ -71,7 +71,9 @@ class MythosRecurrent(nn.Module):
         super().__init__()
         self.config = config
         self.norm = nn.Identity() if config.injection == "none" else MythosNorm(config.dim)
-        self.block = MythosBlock(config, MythosMoE(config), config.residual_factor)
+        layers = [MythosBlock(config, MythosMoE(config), config.residual_factor) for _ in range(config.loop_layers)]
+        self.block = layers[0]  # the others are blocks.1, blocks.2, ...
+        self.blocks = nn.ModuleDict({str(i): layers[i] for i in range(1, len(layers))})
         self.lora = None if config.lora == "none" else MythosDepthLoRA(config)
         parcae = config.injection == "parcae"
         self.e_norm = MythosNorm(config.dim) if parcae else None
@@ -95,17 +97,19 @@ class MythosRecurrent(nn.Module):
             e = self.e_norm(e)
         h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e) if self.injection else (1.0, 0.0)
         output, halted, states = torch.zeros_like(e, dtype=torch.float32), e.new_zeros(*e.shape[:2], 1).float(), []
-        k = v = None
+        layers = [self.block, *self.blocks.values()]
+        kv: list[Any] = []
         for t in range(num_loops):
             group, index = divmod(t, self.config.loops_per_kv)
-            if index == 0:
-                k = v = None  # this loop computes its own keys and values, which the next ones of the group use
+            if index == 0:  # this loop computes its own keys and values, which the next ones of the group use
+                kv = [(None, None)] * len(layers)
             x = h + e if self.injection else h
             if self.config.loop_signal:
                 x = x + loop_signal(t, e)
-            u, k, v = self.block(
-                self.norm(x), rope, mask, k, v, past_key_values=past_key_values, slot=first_slot + group
-            )
+            u, slots = self.norm(x), first_slot + group * len(layers)
+            for i, layer in enumerate(layers):
+                u, *used = layer(u, rope, mask, *kv[i], past_key_values=past_key_values, slot=slots + i)
+                kv[i] = used
             if self.lora is not None:
                 u = self.lora(u, t)
             h = decay * h + injected + u if self.injection else u
@@ -242,7 +246,7 @@ class MythosModel(MythosPreTrainedModel):
         states.append(x)
         slots = len(self.prelude)
         x, loop_states = self.recurrent(x, rope, mask, position_ids, loops, past_key_values=cache, first_slot=slots)
-        slots += -(-loops // self.config.loops_per_kv)
+        slots += -(-loops // self.config.loops_per_kv) * self.config.loop_layers
         for slot, block in enumerate(self.coda, slots):
             x = block(x, rope, mask, past_key_values=cache, slot=slot)[0]
         x = self.norm(x)

@@ -40,8 +40,8 @@ class Activations(NamedTuple):
     e: Tensor = UNSET  # (B, S', D) the prelude's output, injected in every loop
     output: Tensor = UNSET  # (B, S', D) fp32, the loops' output so far; fp32 because it may be a sum over 64 loops
     halted: Tensor = UNSET  # (B, S') fp32, cumulative halting probability
-    aux_loss: Tensor = UNSET  # (1,) fp32, sum so far; each loop adds 1 / n_loops of its router's loss
-    kv: Tensor = UNSET  # (B, S, W) keys and values that the next loops share (model.kv_sharing); `kv_width` has W
+    aux_loss: Tensor = UNSET  # (1,) fp32, sum so far; each loop adds 1 / n_loops of its routers' losses
+    kv: Tensor = UNSET  # (B, S, W) keys and values that the next loops share; `shared_kv_shape` has W
     readouts: Tensor = UNSET  # (R, B, S', D) the output if the pass ended after each of these loops
     readout_weights: Tensor = UNSET  # (R, B, S') fp32, weight of each readout's loss
 

@@ -10,7 +10,7 @@ Decisions: MODEL-3, MODEL-4, PARALLEL-6, LOOPS-8, DECODE-3.
 # K key-value heads,
 # R rotary channels, L latent, d channels of a query or key head, v channels of a value head.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -126,9 +126,19 @@ def merge_kv(new: Tensor | None, shared: SharedKV | None) -> Tensor:
     return where_active(shared.renewed, new, shared.kv)
 
 
+def kv_by_layer(kv: Tensor, layers: int) -> Sequence[Tensor]:
+    """What loops share (B, S, W) -> each layer's part."""
+    return (kv,) if layers == 1 else kv.chunk(layers, dim=-1)
+
+
+def join_kv(parts: list[Tensor]) -> Tensor:
+    """The inverse of `kv_by_layer`; None if the layers share nothing."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim=-1)
+
+
 def kv_width(config: MythosConfig, tensor: int) -> int:
-    """Channels per token that loops share, on one of `tensor` ranks. MLA: latent and rotary key, in full. GQA: the keys
-    and values that the rank's queries attend to."""
+    """Channels per token that the loops of one layer share, on one of `tensor` ranks. MLA: latent and rotary key, in
+    full. GQA: the keys and values that the rank's queries attend to."""
     if config.attn_type == "mla":
         return config.kv_lora_rank + config.qk_rope_head_dim
     heads = config.n_heads if config.n_kv_heads % tensor else config.n_kv_heads
@@ -136,8 +146,9 @@ def kv_width(config: MythosConfig, tensor: int) -> int:
 
 
 def shared_kv_shape(config: MythosConfig, batch: int, seq_len: int, tensor: int) -> torch.Size | None:
-    """(B, S, W) of what loops share, see `kv_width`; None: every loop has keys and values of its own."""
-    return torch.Size([batch, seq_len, kv_width(config, tensor)]) if config.kv_loops > 1 else None
+    """(B, S, W) of what the loops of all layers share; None: every loop has keys and values of its own."""
+    width = config.loop_layers * kv_width(config, tensor)
+    return torch.Size([batch, seq_len, width]) if config.kv_loops > 1 else None
 
 
 class GQAttention(nn.Module):

@@ -70,7 +70,7 @@ class DenseBlock(_ResidualBlock):
 
 
 class MoEBlock(_ResidualBlock):
-    """The recurrent block."""
+    """A layer of the recurrent block."""
 
     def __init__(
         self,

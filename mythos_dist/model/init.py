@@ -35,14 +35,14 @@ def normal_block(seed: int, name: str, block: int, rows: int, columns: int) -> T
 
 def init_std(config: MythosConfig, name: str) -> float:
     """Initial standard deviation of a matrix or table, by its canonical name."""
-    block = name.startswith(("prelude.", "coda.", "recurrent.block.")) and not name.endswith("router.weight")
-    if config.init == "reference" or not block:
+    of_layer = name.startswith(("prelude.", "coda.", "recurrent.block.", "recurrent.blocks."))
+    if config.init == "reference" or not of_layer or name.endswith("router.weight"):
         return STD
     std = math.sqrt(2 / (5 * config.dim))
     scaled_in_forward = name.startswith("recurrent.") and config.residual_scale != "init"
     if not name.endswith(_OUTPUTS) or scaled_in_forward:
         return std
-    layers = config.prelude_layers + config.max_loop_iters + config.coda_layers
+    layers = config.prelude_layers + config.max_loop_iters * config.loop_layers + config.coda_layers
     return std / math.sqrt(2 * layers)
 
 

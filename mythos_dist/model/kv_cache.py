@@ -25,6 +25,11 @@ from mythos_dist.errors import UserError
 CacheKey = str | Sequence[str]  # of a layer and loop; a key for each row where rows are at different loops
 
 
+def looped_layer(index: int) -> str:
+    """The name of a layer of the looped block, for `KVCache.loop_key`."""
+    return "recurrent" if index == 0 else f"recurrent.{index}"
+
+
 def loops_per_entry(mode: str) -> int:
     """How many loops in a row share a cache entry in `mode`. Raises UserError for an unknown mode."""
     if mode == "all":
@@ -190,5 +195,5 @@ def cache_bytes_per_token(config: MythosConfig, n_loops: int, mode: str = "all",
     """Bytes of the cache per token of a sequence, on one rank without tensor parallelism."""
     first_loops = {t // config.kv_loops * config.kv_loops for t in range(n_loops)}  # those that compute keys and values
     shared = {t // loops_per_entry(mode) for t in first_loops}
-    entries = config.prelude_layers + len(shared) + config.coda_layers
+    entries = config.prelude_layers + len(shared) * config.loop_layers + config.coda_layers
     return entries * entry_elements(config) * element_bytes

@@ -50,7 +50,8 @@ class Losses(TypedDict):
     # (B, S) fp32, detached: cross entropies of the last readout, 0 for ignored labels and other ranks' tokens
     token_losses: Tensor
     correct: Tensor  # (B, S) bool: whether the last readout's highest logit is the label's; on this rank's tokens
-    expert_counts: Tensor  # (n_loops, E) int64: (token, expert) pairs per loop and expert
+    # (n_loops, loop_layers * E) int64: (token, expert) pairs per loop and expert, of the first layer's experts first
+    expert_counts: Tensor
 
 
 class Mythos(nn.Module):
@@ -165,10 +166,12 @@ class Mythos(nn.Module):
         """Run the layers that this rank holds; of all loops of the pass, those of `loop_range`.
 
         activations: the output of the previous stage; on the first stage `Activations` of this rank's input ids.
-        Returns the activations after this rank's layers and the counts (len(loop_range), E).
+        Returns the activations after this rank's layers and the counts (len(loop_range), loop_layers * E).
         """
         stage = self.stage
-        counts = torch.zeros(0, self.config.n_experts, dtype=torch.int64, device=activations.h.device)
+        counts = torch.zeros(
+            0, self.config.loop_layers * self.config.n_experts, dtype=torch.int64, device=activations.h.device
+        )
         if stage.is_first:
             activations = Activations(self.embed.lookup(activations.h))
         for i, block in self.prelude.items():
@@ -208,7 +211,7 @@ class Mythos(nn.Module):
         label_counts: Tensor | None = None,
         shard: ContextShard | None = None,
     ) -> Losses:
-        """activations: the output of `run` after the last norm. counts (n_loops, E).
+        """activations: the output of `run` after the last norm. counts (n_loops, loop_layers * E).
 
         labels (B, S), or (B, T, S): row t for loop t of each sequence, the last row for all further loops. The
         objective is the sum over readouts of weight times mean loss, which includes what the last one teaches the
@@ -249,14 +252,17 @@ class Mythos(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block with `torch.compile`, in place."""
-        loops = [self.recurrent.block] if self.stage.has_loops else []
+        loops = self.recurrent.layers if self.stage.has_loops else []
         for block in [*self.prelude.values(), *loops, *self.coda.values()]:
             block.compile()
 
     def update_router_bias(self, counts: Tensor) -> None:
-        """Call once per optimizer step with the counts (n_loops, E) of the global batch. No-op in reference mode."""
-        if self.config.mode == "train" and self.stage.has_loops:
-            self.recurrent.block.ffn.router.update_bias(counts.view(-1, self.config.n_experts).sum(0))
+        """Call once per optimizer step with `Losses.expert_counts` of the global batch. No-op in reference mode."""
+        if self.config.mode != "train" or not self.stage.has_loops:
+            return
+        by_layer = counts.view(-1, self.config.loop_layers, self.config.n_experts).sum(0)
+        for layer, load in zip(self.recurrent.layers, by_layer, strict=True):
+            layer.ffn.router.update_bias(load)
 
     @classmethod
     def from_pretrained(

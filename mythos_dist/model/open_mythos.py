@@ -34,8 +34,8 @@ def check_loop_settings(config: MythosConfig) -> None:
         )
 
 
-def _yaml(value: bool | str) -> str:
-    return str(value).lower() if isinstance(value, bool) else value
+def _yaml(value: bool | int | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def from_open_mythos(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:

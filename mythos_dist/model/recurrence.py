@@ -1,4 +1,5 @@
-"""The recurrent block: one transformer block, applied `n_loops` times to a hidden state h with the same input e.
+"""The recurrent block: a stack of model.loop_layers transformer layers (one by default), applied `n_loops` times to a
+hidden state h with the same input e.
 
 u = block(norm(h + e + signal(t))) plus its depth LoRA; h = decay * h + scale * injected(e) + u, where decay, in (0, 1)
 by construction, and scale are Parcae's A and B (Prairie et al. 2026). `e` is the prelude's output. With
@@ -9,11 +10,11 @@ Every rank runs the same number of loops: a loop contains collectives, so a rank
 Tokens that have halted get weight zero instead. A sequence with fewer loops than the others starts later, so that all
 end together: gradient through the last k loops is then through the last k of each sequence.
 
-Decisions: LOOPS-1, LOOPS-2, LOOPS-8, LOOPS-10.
+Decisions: LOOPS-1, LOOPS-2, LOOPS-8, LOOPS-10, LOOPS-15.
 """
 
 # B batch, S' tokens of each sequence on this rank (with context and sequence parallelism a part of the S), D model,
-# E experts, R loops that are read out.
+# E experts, L layers of the block, R loops that are read out.
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,16 +26,15 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.model.activations import UNSET, Activations
-from mythos_dist.model.attention import Context, SharedKV, shared_kv_shape
+from mythos_dist.model.attention import Context, SharedKV, join_kv, kv_by_layer, shared_kv_shape
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
 from mythos_dist.model.fixed_point import add_fixed_point_loss
 from mythos_dist.model.halting import build_halting
 from mythos_dist.model.injection import Injection, NoInjection, ParcaeInjection
-from mythos_dist.model.kv_cache import CacheKey
+from mythos_dist.model.kv_cache import CacheKey, looped_layer
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops, loop_signals, where_active
-from mythos_dist.model.moe import RouterStats
 from mythos_dist.model.norm import Norm, rms_normalize
 from mythos_dist.model.offload import OffloadedStates
 from mythos_dist.model.recompute import Recompute, checkpoint_if
@@ -44,7 +44,7 @@ from mythos_dist.parallel.ranges import named_range
 from mythos_dist.parallel.tensor import replicated
 
 Readout = tuple[Tensor, Tensor]  # the output if the pass ended here (B, S', D), the weight of its loss (B, S') fp32
-GroupOutputs = tuple[Activations, list[Tensor], list[Readout]]  # after it; counts (E,) and readouts of its loops
+GroupOutputs = tuple[Activations, list[Tensor], list[Readout]]  # after it; counts (L * E,) and readouts of its loops
 
 
 class LoopInputs(NamedTuple):
@@ -54,6 +54,13 @@ class LoopInputs(NamedTuple):
     scale: Tensor  # (D,)
     injected: Tensor  # (B, S', D): scale * injected is added in every loop
     signals: dict[int, Tensor]  # by loop: (D,), or (B, 1, D) where sequences have loops of their own; empty: none
+
+
+class LoopStats(NamedTuple):
+    """Of the routers in one loop."""
+
+    counts: Tensor  # (L * E,) int64: (token, expert) pairs in this replica, of the first layer's experts first
+    loss: Tensor | None  # (): sum of the layers' `RouterStats.loss`, or None
 
 
 class Recurrent(nn.Module):
@@ -75,7 +82,12 @@ class Recurrent(nn.Module):
         self.recompute = recompute
         self.mesh = mesh
         self.norm = nn.Identity() if config.injection == "none" else replicated(Norm(config.dim), mesh)
-        self.block = MoEBlock(config, experts, mesh, recompute.kind == "selective", chunk_tokens)
+        layers = [
+            MoEBlock(config, experts, mesh, recompute.kind == "selective", chunk_tokens)
+            for _ in range(config.loop_layers)
+        ]
+        # The first layer has the name that it has in a block of one layer; the others are blocks.1, blocks.2, ...
+        self.block, self.blocks = layers[0], nn.ModuleDict({str(i): layers[i] for i in range(1, len(layers))})
         if config.lora != "none":
             per_loop = config.lora == "per_loop"
             self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, per_loop, mesh)
@@ -86,6 +98,11 @@ class Recurrent(nn.Module):
             self.injection = NoInjection() if config.injection == "none" else Injection(config.dim, mesh)
         self.act = build_halting(config, act, mesh)
         self.recorder: LoopRecorder | None = None  # set during a telemetry pass
+
+    @property
+    def layers(self) -> list[MoEBlock]:
+        """The layers of the block, in their order."""
+        return [self.block, *self.blocks.values()]  # pyright: ignore[reportReturnType]
 
     def start(self, e: Tensor, loops: Loops, context: Context) -> Activations:
         """The activations before the first loop, from the prelude's output (B, S', D)."""
@@ -148,13 +165,15 @@ class Recurrent(nn.Module):
     ) -> tuple[Activations, Tensor]:
         """Run the loops `loop_range` of the pass; the first `loops.no_grad_loops` of the pass have no gradient.
 
-        Returns the activations, with the readouts of these loops appended, and the counts (len(loop_range), E) of each
-        loop's (token, expert) pairs.
+        Returns the activations, with the readouts of these loops appended, and the counts (len(loop_range), L * E) of
+        each loop's (token, expert) pairs.
         """
         with_grad = loops_with_grad(loop_range, loops.no_grad_loops) if torch.is_grad_enabled() else range(0)
-        self.block.ffn.experts.start_pass(len(with_grad))
+        for layer in self.layers:
+            layer.ffn.experts.start_pass(len(with_grad))
         inputs = self.inputs(activations.e)._replace(signals=self._signals(loop_range, loops, activations.h))
-        counts = torch.zeros(len(loop_range), self.config.n_experts, dtype=torch.int64, device=activations.h.device)
+        experts = self.config.loop_layers * self.config.n_experts
+        counts = torch.zeros(len(loop_range), experts, dtype=torch.int64, device=activations.h.device)
         readouts: list[Readout] = []
         # Earlier readouts stay out of the groups: a recomputed group holds its arguments until the backward.
         earlier = activations.readouts, activations.readout_weights
@@ -257,7 +276,7 @@ class Recurrent(nn.Module):
     def _loop(
         self, t: int, loops: Loops, activations: Activations, inputs: LoopInputs, context: Context
     ) -> tuple[Activations, Tensor, Readout | None]:
-        """Loop t: the activations after it, the (token, expert) counts (E,), and what is read out."""
+        """Loop t: the activations after it, the (token, expert) counts (L * E,), and what is read out."""
         h, e, output, halted, aux_loss, kv, *_ = activations
         active = loops.active(t)
         if self.config.initial_state == "e":  # sequences that start now: no-grad loops have detached their h
@@ -283,29 +302,17 @@ class Recurrent(nn.Module):
 
     def _update(
         self, t: int, loops: Loops, h: Tensor, e: Tensor, kv: Tensor, inputs: LoopInputs, context: Context
-    ) -> tuple[Tensor, RouterStats, Tensor]:
+    ) -> tuple[Tensor, LoopStats, Tensor]:
         """h -> decay * h + scale * injected + u, with u = block(norm(h + e + signal)) plus its depth LoRA; with
         model.injection=none, h -> block(h + signal) plus its depth LoRA. model.state_norm divides it by its RMS.
 
-        kv: of the loops before. Returns also the router's statistics, and those that the next loops share.
+        kv: of the loops before. Returns also the routers' statistics, and those that the next loops share.
         """
         injects = self.config.injection != "none"
         x = h + e if injects else h
         if inputs.signals:
             x = x + inputs.signals[t]
-        kv_loops, shared = self.config.kv_loops, None
-        if (computes := loops.computes_kv(t, kv_loops)) is not True:
-            shared = SharedKV(kv, None if computes is False else computes)
-        # Without a cache one key for all loops: `torch.compile` would compile the block for each key.
-        # Loops that share keys and values share a cache entry, named after the first of them.
-        key: CacheKey = "recurrent"
-        if context.cache is not None:
-            cache, index = context.cache, loops.cache_index(t, kv_loops)
-            if isinstance(index, int):
-                key = cache.loop_key("recurrent", index)
-            else:
-                key = [cache.loop_key("recurrent", own) for own in index]
-        u, stats, kv = self.block(self.norm(x), context, key, shared)
+        u, stats, kv = self._apply_layers(self.norm(x), t, loops, kv, context)
         if self.config.lora != "none":
             u = self.lora(u, loops.own_index(t))
         if injects:
@@ -313,6 +320,34 @@ class Recurrent(nn.Module):
         if self.config.state_norm:
             u = rms_normalize(u)
         return u, stats, kv
+
+    def _apply_layers(
+        self, x: Tensor, t: int, loops: Loops, kv: Tensor, context: Context
+    ) -> tuple[Tensor, LoopStats, Tensor]:
+        """The layers one after the other, in loop t: x (B, S', D) -> the same shape. kv: as of `_update`."""
+        L, computes = self.config.loop_layers, loops.computes_kv(t, self.config.kv_loops)
+        shared: list[SharedKV | None] = [None] * L
+        if computes is not True:
+            shared = [SharedKV(own, None if computes is False else computes) for own in kv_by_layer(kv, L)]
+        counts, losses, new_kv = [], [], []
+        for layer, key, shared_kv in zip(self.layers, self._cache_keys(t, loops, context), shared, strict=True):
+            x, stats, own_kv = layer(x, context, key, shared_kv)
+            counts.append(stats.counts)
+            losses.append(stats.loss)
+            new_kv.append(own_kv)
+        loss = None if losses[0] is None else sum(losses[1:], losses[0])
+        return x, LoopStats(torch.cat(counts), loss), kv if computes is False else join_kv(new_kv)
+
+    def _cache_keys(self, t: int, loops: Loops, context: Context) -> list[CacheKey]:
+        """The layers' keys in loop t. Loops that share keys and values share a cache entry, named after the first of
+        them."""
+        names = [looped_layer(i) for i in range(self.config.loop_layers)]
+        if context.cache is None:  # one key for all loops: `torch.compile` would compile a layer for each key
+            return [*names]
+        cache, index = context.cache, loops.cache_index(t, self.config.kv_loops)
+        if isinstance(index, int):
+            return [cache.loop_key(name, index) for name in names]
+        return [[cache.loop_key(name, own) for own in index] for name in names]
 
     def _use_all_parameters(self, activations: Activations, with_grad: range, loops: Loops) -> Tensor:
         """`aux_loss` unchanged; its backward gives gradients of zeros to parameters that this pass has not used,
@@ -326,7 +361,7 @@ class Recurrent(nn.Module):
         # stage with loops applies e_norm.
         unused = [self] if not with_grad else [getattr(self, "e_norm", nn.Module())]
         if with_grad and all(loops.computes_kv(t, self.config.kv_loops) is False for t in with_grad):
-            unused += self.block.attn.kv_projections()
+            unused += [projection for layer in self.layers for projection in layer.attn.kv_projections()]
         return _ZeroGradients.apply(aux_loss, *(parameter for module in unused for parameter in module.parameters()))
 
 

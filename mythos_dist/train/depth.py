@@ -59,7 +59,7 @@ class LoopProbe(NamedTuple):
 
 def probe_entries(probe: LoopProbe, counts: "Tensor") -> dict[str, Any]:
     """For metrics.jsonl: the probe, and each loop's largest expert load over the mean, from a step's token counts
-    (n_loops, E)."""
+    (n_loops, loop_layers * E). All layers have the same number of tokens."""
     load = counts.double()
     busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
     return {
@@ -75,7 +75,7 @@ def probe_entries(probe: LoopProbe, counts: "Tensor") -> dict[str, Any]:
 
 
 def find_failures(probe: LoopProbe, counts: "Tensor") -> dict[str, str]:
-    """Known failures that a probe and a step's token counts (n_loops, E) show: name -> message."""
+    """Known failures that a probe and a step's token counts (n_loops, loop_layers * E) show: name -> message."""
     failures = {}
     if probe.n_loops > 1 and abs(probe.loss - probe.loss_of_one) < SAME_LOSS * probe.loss:
         failures["state ignored"] = (

@@ -231,9 +231,11 @@ class Engine:
         """Forward and backward passes and the optimizer's step.
 
         Returns this rank's sums over the micro-batches: (cross entropy, objective), on the last stage, and the token
-        counts (n_loops, E) of the loops that this stage has run.
+        counts (n_loops, loop_layers * E) of the loops that this stage has run.
         """
-        counts = torch.zeros(loops.n_loops, self.config.model.n_experts, dtype=torch.int64, device=device())
+        model = self.config.model
+        experts = model.loop_layers * model.n_experts
+        counts = torch.zeros(loops.n_loops, experts, dtype=torch.int64, device=device())
         if self.stage:
             loop_range = self._enqueue(passes)
             self.deepspeed.train_batch(iter(_tokens(passes)))

@@ -53,7 +53,7 @@ class StepResult:
     n_loops: int
     backprop: int  # loops with gradient
     mean_loops: float  # over the sequences, if each has its own number of loops
-    expert_counts: Tensor  # (n_loops, E) int64 on the CPU: tokens of the global batch
+    expert_counts: Tensor  # (n_loops, loop_layers * E) int64 on the CPU: tokens of the global batch
     skipped: bool  # the optimizer did not step
     communication: Totals | None  # bytes of all ranks' messages, by axis and kind; None: not counted
 
@@ -214,8 +214,8 @@ class Metrics:
             log.warning("loops.png cannot be written (%s)", error.strerror)
 
     def write_expert_load(self, step: int, counts: Tensor) -> None:
-        """Replace the file with the tokens of each expert in the last probed step, counts (n_loops, E): no more than
-        the newest, because a line for each probe would make metrics.jsonl several times as large."""
+        """Replace the file with the tokens of each expert in the last probed step, counts (n_loops, loop_layers * E):
+        no more than the newest, because a line for each probe would make metrics.jsonl several times as large."""
         file, content = self.run_dir / EXPERT_LOAD, json.dumps({"step": step, "counts": counts.tolist()})
         try:
             (self._fence.replace if self._fence else write_atomically)(file, content)

@@ -52,7 +52,7 @@ class StageLayer(nn.Module):
         placeholders = [p for group in groups for p in group["params"] if id(p) not in own]
         self.placeholders = nn.ParameterList(placeholders)
         self.inputs: deque[StageInput] = deque()
-        self.counts: list[Tensor] = []  # (loops of this stage, E)
+        self.counts: list[Tensor] = []  # (loops of this stage, loop_layers * E)
         self.losses: list[Losses] = []
 
     def forward(self, received: Tensor) -> Tensor:

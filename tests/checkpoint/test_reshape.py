@@ -20,6 +20,8 @@ from helpers.parity import (
     change,
     load_checkpoint,
     local_state,
+    router_biases,
+    routers_of,
     save_checkpoint,
     shard_bounds,
 )
@@ -54,7 +56,7 @@ def run_of(config: Config, name: str) -> Config:
     replicas = ranks // math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipe", "context"))
     return change(
         config,
-        model=dict(vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, max_loop_iters=4),
+        model=dict(vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, max_loop_iters=4, loop_layers=2),
         train=dict(global_batch=8, micro_batch=8 // replicas // (1 if replicas > 2 else 2)),
         experts=dict(bias_update_rate=0.01),
         loops=dict(distribution="poisson", mean=3, maximum=5, backprop=2),
@@ -80,7 +82,7 @@ def train(engine: Any, config: Config, steps: range) -> dict[str, list[float]]:
 
 
 def bias_of(engine: Any) -> torch.Tensor | None:
-    return engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None
+    return router_biases(engine.model)
 
 
 def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
@@ -92,7 +94,8 @@ def write(configs: list[Config], folders: list[str]) -> list[dict[str, Any]]:
         new_process_groups(folder)
         engine = engine_of(config)
         if engine.model.stage.has_loops:
-            engine.model.recurrent.block.ffn.router.bias += torch.tensor(BIAS)
+            for router in routers_of(engine.model):
+                router.bias += torch.tensor(BIAS)
         train(engine, config, range(1, SAVED + 1))
         save_checkpoint(engine, config, folder, SAVED)
         saved = {"places": shard_bounds(engine), "held": local_state(engine), "bias": bias_of(engine)}
@@ -265,7 +268,8 @@ def test_the_canonical_form_is_bitwise_equal(file_bytes, written, tmp_path):
     source = written["pipe 2, tensor 2, expert 2"]
     folder = write_canonical(open_checkpoint(Path(source["folder"])), tmp_path / "run", file_bytes=file_bytes)
     stored = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
-    assert stored.pop("buffer/recurrent.block.ffn.router.bias").tolist() == list(source["bias"])
+    biases = [stored.pop(f"buffer/recurrent.{layer}.ffn.router.bias").tolist() for layer in ("block", "blocks.1")]
+    assert biases[0] + biases[1] == list(source["bias"])
     expected = {
         f"{kind}/{name}": tensor
         for name, tensors in source["tensors"].items()
@@ -273,7 +277,7 @@ def test_the_canonical_form_is_bitwise_equal(file_bytes, written, tmp_path):
     }
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[key], tensor) for key, tensor in expected.items())
-    assert len(list(folder.glob("*.safetensors"))) == {1: len(source["tensors"]) + 1, 1 << 30: 1}.get(
+    assert len(list(folder.glob("*.safetensors"))) == {1: len(source["tensors"]) + 2, 1 << 30: 1}.get(
         file_bytes, len(list(folder.glob("*.safetensors")))
     )
     again = open_checkpoint(folder).manifest

@@ -29,6 +29,7 @@ SWITCHES = {
     "kv_sharing": ["all", "all", "every:2", "first"],
     "residual_scale": ["init", "inverse_sqrt", "inverse"],
     "state_norm": [False, True],
+    "loop_layers": [1, 1, 2, 3],
 }
 _YARN = {"kind": "yarn", "factor": 8, "original_max_seq_len": 8}
 SCALINGS = [

@@ -74,6 +74,17 @@ def batches(config: Config, replica: int, num_replicas: int) -> Iterator[list[Mi
         ]
 
 
+def routers_of(model: Mythos) -> list[Any]:
+    """Those of the looped layers, in their order."""
+    blocks: Any = model.recurrent.blocks
+    return [model.recurrent.block.ffn.router, *(layer.ffn.router for layer in blocks.values())]
+
+
+def router_biases(model: Mythos) -> torch.Tensor | None:
+    """All of them, joined; None on a stage without loops."""
+    return torch.cat([router.bias for router in routers_of(model)]) if model.stage.has_loops else None
+
+
 def train_reference(config: Config, bias: list[float] | None = None) -> dict[str, Any]:
     """The run on one process with torch alone: the global batch at once, AdamW, the sign rule for the router bias."""
     mythos_dist.model.init.STD = STD
@@ -86,9 +97,9 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         seed=config.run.seed,
     )
     mythos_dist.model.init.STD = 0.02
-    router_bias = model.recurrent.block.ffn.router.bias
-    if bias:
-        router_bias += torch.tensor(bias)
+    routers = routers_of(model)
+    for router in routers if bias else []:
+        router.bias += torch.tensor(bias)
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     o = config.optim
     decays = {  # by hand: matrices of attention, FFNs, experts, router and the depth LoRA
@@ -127,7 +138,8 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
             muon.step(learning_rate(dataclasses.replace(o, lr=o.muon_lr), step, config.train.steps))
         model.zero_grad()
         load = out["expert_counts"].sum(0).double()
-        router_bias += config.experts.bias_update_rate * torch.sign(load.mean() - load).float()
+        for router, own in zip(routers, load.chunk(len(routers)), strict=True):
+            router.bias += config.experts.bias_update_rate * torch.sign(own.mean() - own).float()
         losses.append(float(out["cross_entropy"]))
         n_loops.append(loops.n_loops)
         ids.append(sorted(tokens.sample_ids.tolist()))
@@ -147,7 +159,7 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         "n_loops": n_loops,
         "ids": ids,
         "idle": idle,
-        "bias": router_bias,
+        "bias": router_biases(model),
         "initial": initial,
         "final": {name: [p.detach(), *moments[name]] for name, p in model.named_parameters()},
     }
@@ -251,7 +263,7 @@ def local_state(engine: Any) -> dict[str, list[torch.Tensor]]:
 
     from mythos_dist.parallel.tensor import shard_of
 
-    def real(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    def real(parameter: Any, tensor: Any) -> torch.Tensor:
         """The shard without padding; the padding must be zeros."""
         place = shard_of(parameter)
         tensor = tensor.view(parameter.shape if parameter.numel() == tensor.numel() else parameter.ds_shape).clone()
@@ -305,7 +317,8 @@ def train_under_deepspeed(
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)
         if bias and engine.model.stage.has_loops:
-            engine.model.recurrent.block.ffn.router.bias += torch.tensor(bias)
+            for router in routers_of(engine.model):
+                router.bias += torch.tensor(bias)
         initial = {name: parameter for name, (parameter, *_) in local_state(engine).items()}
         if folder and config.train.dtype == "fp16":
             engine.deepspeed.optimizer.loss_scaler.cur_scale = FIRST_LOSS_SCALE
@@ -322,7 +335,7 @@ def train_under_deepspeed(
             "counts": [s.expert_counts.sum(1).tolist() for s in steps],
             "skipped": [s.skipped for s in steps],
             "ids": ids,
-            "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None,
+            "bias": router_biases(engine.model),
             "places": shard_bounds(engine),
             "initial": initial,
             "final": local_state(engine),
@@ -352,7 +365,7 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
         "grad_norm": [s.grad_norm for s in steps],
         "n_loops": [s.n_loops for s in steps],
         "skipped": [s.skipped for s in steps],
-        "bias": engine.model.recurrent.block.ffn.router.bias.clone() if engine.model.stage.has_loops else None,
+        "bias": router_biases(engine.model),
         "final": local_state(engine),
     }
     engine.close()

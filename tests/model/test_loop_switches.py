@@ -30,7 +30,8 @@ def llama_of(model: Mythos, n_loops: int, factor: float) -> Any:
 
     c = model.config
     settings = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=2 + n_loops,
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim,
+        num_hidden_layers=2 + n_loops * c.loop_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_seq_len,
         rope_theta=c.rope_theta, rms_norm_eps=1e-6, tie_word_embeddings=True,
     )  # fmt: skip
@@ -42,8 +43,9 @@ def llama_of(model: Mythos, n_loops: int, factor: float) -> Any:
         """Rotated pairs are adjacent here, and half a head apart in Llama."""
         return weight.view(-1, head_dim // 2, 2, c.dim).transpose(1, 2).reshape(weight.shape)
 
-    for i, layer in enumerate(["prelude.0", *["recurrent.block"] * n_loops, "coda.0"]):
-        experts = layer == "recurrent.block"
+    looped = ["recurrent.block", *(f"recurrent.blocks.{i}" for i in range(1, c.loop_layers))]
+    for i, layer in enumerate(["prelude.0", *looped * n_loops, "coda.0"]):
+        experts = layer in looped
         for name, own in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
             weight = ours[f"{layer}.ffn.experts.{own}"][0] if experts else ours[f"{layer}.ffn.{name}.weight"]
             if experts and name == "down":
@@ -65,11 +67,22 @@ def llama_of(model: Mythos, n_loops: int, factor: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("n_loops", "scale", "factor"), [(1, "init", 1), (3, "init", 1), (3, "inverse", 1 / 3), (4, "inverse_sqrt", 0.5)]
+    ("n_loops", "layers", "scale", "factor"),
+    [
+        (1, 1, "init", 1),
+        (3, 1, "init", 1),
+        (3, 1, "inverse", 1 / 3),
+        (4, 1, "inverse_sqrt", 0.5),
+        (1, 2, "init", 1),
+        (2, 3, "init", 1),
+        (3, 2, "inverse", 1 / 3 / 2**0.5),
+        (4, 4, "inverse_sqrt", 0.25),
+    ],
 )
-def test_without_injection_it_is_a_llama_whose_layers_share_weights(n_loops, scale, factor, enliven: Callable):
-    """With one loop a plain transformer. Residuals are scaled as if output projections were smaller."""
-    config = MythosConfig(**DENSE, **PLAIN, max_loop_iters=n_loops, residual_scale=scale)
+def test_without_injection_it_is_a_llama_whose_layers_share_weights(n_loops, layers, scale, factor, enliven: Callable):
+    """With one loop a plain transformer, for any number of looped layers. Residuals are scaled as if output projections
+    were smaller."""
+    config = MythosConfig(**DENSE, **PLAIN, max_loop_iters=n_loops, residual_scale=scale, loop_layers=layers)
     model = enliven(Mythos(config, act=ActConfig(mode="off"))).eval()
     ids = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

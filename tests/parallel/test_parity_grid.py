@@ -58,6 +58,9 @@ def run_of(config: Config, kind: str, conversations: str = "") -> Config:
     if kind == "no injection":  # a plain transformer, whose middle layer is looped
         model = dict(injection="none", lora="none", initial_state="e", attn_type="gqa")
         return change(config, model=model, loops=dict(backprop=None))
+    if kind in ("two layers", "three layers"):  # of the looped block, with routers of their own
+        model = dict(loop_layers=2, kv_sharing="every:2") if kind == "two layers" else dict(loop_layers=3)
+        return change(config, model=model)
     if kind == "gqa":
         return change(config, model=dict(attn_type="gqa"))
     if kind == "no halting":
@@ -124,13 +127,13 @@ def reference(config, conversations) -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], dict[str, list[dict[str, Any]]]]:
+def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], dict[str, list[Any]]]:
     """What every rank of every selected case found, for a number of ranks: one launch each, when first asked for."""
     asked = selected(request, "case")
     resumed = selected(request, "case", "test_a_run_resumes_bit_for_bit")
 
     @functools.cache
-    def launch(ranks: int) -> dict[str, list[dict[str, Any]]]:
+    def launch(ranks: int) -> dict[str, list[Any]]:
         cases = [case[1:] for case in GRID + LONG if case[0] == ranks and name_of(*case) in asked]
         all_runs = [run_of(config, SAME_RESULTS.get(kind, kind), str(conversations)) for _, kind in cases]
         at_layouts = [at_layout(run, *case, ranks) for run, case in zip(all_runs, cases, strict=True)]

@@ -57,7 +57,7 @@ class RunReport:
     config: dict[str, Any] = field(default_factory=dict)  # section.key -> value
     environment: dict[str, str] = field(default_factory=dict)
     corpora: dict[str, int] = field(default_factory=dict)  # tokens seen of each
-    expert_load: dict[str, Any] = field(default_factory=dict)  # step, counts (n_loops, E)
+    expert_load: dict[str, Any] = field(default_factory=dict)  # step, counts (n_loops, loop_layers * E)
     problems: list[str] = field(default_factory=list)
 
     @property
