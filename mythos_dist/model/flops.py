@@ -44,7 +44,7 @@ def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
         return sum(parameter.numel for parameter in matrices if parameter.name.startswith(prefix))
 
     shapes = {parameter.name: parameter.shape for parameter in matrices}
-    block = "recurrent.block."
+    block = "recurrent.block."  # the looped block's first layer; the others are as large
     attention_up, expansion = elements(f"{block}attn.q_up."), elements(f"{block}attn.kv_up.")
     keys_values = sum(elements(f"{block}attn.{name}.") for name in ("kv_down", "wk", "wv"))
     lora = [shapes[name] for name in ("recurrent.lora.down", "recurrent.lora.B") if name in shapes]
@@ -80,6 +80,15 @@ class LayerFlops:
             self.inner + other.inner,
             self.hidden + other.hidden,
             self.expansion + other.expansion,
+        )
+
+    def __mul__(self, times: float) -> "LayerFlops":
+        return LayerFlops(
+            self.products * times,
+            self.attention * times,
+            self.inner * times,
+            self.hidden * times,
+            self.expansion * times,
         )
 
     @property
@@ -135,12 +144,19 @@ class _Layers:
         return self.attention() + self.keys_values() + LayerFlops(hidden=2.0 * self.tokens * self.matrices.ffn)
 
     def loop(self) -> LayerFlops:
-        """One that uses the keys and values of another."""
+        """One that uses the keys and values of another: all layers of the block, depth LoRA, halting."""
+        per_token = self.matrices.lora + (self.config.dim if self.halting else 0)
+        return self._loop_layer() * self.config.loop_layers + LayerFlops(2.0 * self.local_tokens * per_token)
+
+    def loop_keys_values(self) -> LayerFlops:
+        """Of a loop that computes its own, in all layers of the block."""
+        return self.keys_values() * self.config.loop_layers
+
+    def _loop_layer(self) -> LayerFlops:
         c, m = self.config, self.matrices
         hidden, dim = (ceil(width / self.alignment) * self.alignment for width in (m.expert_hidden, c.dim))
         experts = LayerFlops(hidden=2.0 * 3 * self.pairs * dim * hidden + 2.0 * self.tokens * m.shared)
-        per_token = m.router + m.lora + (c.dim if self.halting else 0)
-        return self.attention() + experts + LayerFlops(2.0 * self.local_tokens * per_token)
+        return self.attention() + experts + LayerFlops(2.0 * self.local_tokens * m.router)
 
     def injection(self) -> LayerFlops:
         """Parcae's matrix, once for all loops."""
@@ -155,12 +171,12 @@ def forward_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> floa
     layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
     once = (c.prelude_layers + c.coda_layers) * layers.dense_block().forward + layers.injection().forward
     compute_kv = ceil(n_loops / c.kv_loops)
-    return once + n_loops * layers.loop().forward + compute_kv * layers.keys_values().forward + layers.head()
+    return once + n_loops * layers.loop().forward + compute_kv * layers.loop_keys_values().forward + layers.head()
 
 
 def attention_share(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     """The part of `forward_flops_per_token` that grows with the length: scores, and their product with the values."""
-    blocks = c.prelude_layers + c.coda_layers + n_loops
+    blocks = c.prelude_layers + c.coda_layers + n_loops * c.loop_layers
     pairs = _Layers(c, seq_len, pairs=c.n_experts_per_tok).attention().attention
     return blocks * pairs / forward_flops_per_token(c, seq_len, n_loops)
 
@@ -178,7 +194,7 @@ def stage_costs(config: Config) -> LayerCosts:
 @functools.lru_cache(maxsize=1024)  # the planner asks for the same model at thousands of layouts
 def _stage_costs(c: MythosConfig, seq_len: int, recomputed: bool) -> LayerCosts:
     layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
-    loop = layers.loop().forward + layers.keys_values().forward / c.kv_loops  # the mean of a group of loops
+    loop = layers.loop().forward + layers.loop_keys_values().forward / c.kv_loops  # the mean of a group of loops
     return LayerCosts(
         block=3 * layers.dense_block().forward,
         loop=(4 if recomputed else 3) * loop,
@@ -220,7 +236,7 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
         total += layers.injection().step("none")
     with_grad, compute_kv = loops_with_grad(loops, no_grad), loops_computing_kv(config, loops)
     for t in loops:
-        loop = layers.loop() + layers.keys_values() if t in compute_kv else layers.loop()
+        loop = layers.loop() + layers.loop_keys_values() if t in compute_kv else layers.loop()
         total += loop.step(recompute, in_pieces) if t in with_grad else loop.forward
     if stage.is_last:
         # All three products run in the forward pass, and the teacher's again for each readout that it teaches

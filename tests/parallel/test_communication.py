@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.launch import new_process_groups, run_ranks
-from helpers.parity import batches, change
+from helpers.parity import batches, change, routers_of
 from helpers.selection import by_ranks
 
 from mythos_dist.config.load import load_config
@@ -61,6 +61,7 @@ LAYOUTS = {
         "parallel.context=2 train.seq_len=31 train.recompute=selective model.attn_type=gqa",
         f"parallel.context=2 parallel.zero=3 train.recompute=loop {LOOPED}",
         "parallel.context=2 parallel.expert=2 parallel.zero=2 train.micro_batch=2",
+        "parallel.pipe=2 model.loop_layers=2 model.kv_sharing=every:2",
     ],
     4: [
         "parallel.context=2 parallel.tensor=2 parallel.sequence=true model.attn_type=gqa",
@@ -73,7 +74,7 @@ LAYOUTS = {
         f"parallel.expert=2 train.dtype=fp16 {ALL_EXPERTS}",
         "parallel.tensor=2 parallel.sequence=true train.dtype=bf16",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=3 model.attn_type=gqa",
-        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.recompute=loop",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.recompute=loop model.loop_layers=3",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=14",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=8 train.recompute=selective",
         f"parallel.pipe=4 {BARE}",
@@ -173,7 +174,8 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
 
 
 def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
-    """For each rank of data x context, micro-batch and loop of step 1 the rows that it sends and receives.
+    """For each rank of data x context, micro-batch, and layer of each loop of step 1 the rows that it sends and
+    receives.
 
     What the router of the model on one process chooses, token by token: a token goes once to every rank that holds
     one of its experts.
@@ -181,7 +183,8 @@ def rows_of(config: Config, world: int) -> list[list[list[tuple[int, int]]]]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.dtype]
     model = Mythos(config.model, experts=config.experts, seed=config.run.seed).to(dtype)
     chosen: list[list[list[int]]] = []  # experts of each token, a list per pass through the router
-    model.recurrent.block.ffn.router.register_forward_hook(lambda *call: chosen.append(call[2][1].tolist()))
+    for router in routers_of(model):
+        router.register_forward_hook(lambda *call: chosen.append(call[2][1].tolist()))
     expert, context = config.parallel.expert, config.parallel.context
     replicas = world // ranks_of_replica(config)
     owned = config.model.n_experts // expert
@@ -247,7 +250,7 @@ SPREAD = [layout for world in (4, 8) for layout in LAYOUTS[world] + LONG[world] 
 def test_one_pair_of_row_counts_stands_for_all_loops(layout, no_grad_loops):
     """One pair for all loops and micro-batches against the same pair for each, on every rank of 8, exactly."""
     config = config_of(layout, 8)
-    one_by_one = [[(70, 90)] * 5] * 8
+    one_by_one = [[(70, 90)] * 5 * config.model.loop_layers] * 8
     for rank in range(8):
         step = config, 8, rank, 5, no_grad_loops
         assert communication(*step, rows=(70, 90)) == communication(*step, rows=one_by_one)
@@ -258,7 +261,8 @@ def test_rows_are_counted_on_the_stage_that_runs_their_loop(layout):
     """Rows of one loop after the other add up to those of all: each is sent by the stage that runs the loop, and its
     gradient only after the no-grad loops. Exactly, on every rank of 8."""
     config = config_of(layout, 8)
-    rows = [[(10 + m + 3 * t, 20 + m * t) for t in range(5)] for m in range(8)]
+    calls = range(5 * config.model.loop_layers)
+    rows = [[(10 + m + 3 * t, 20 + m * t) for t in calls] for m in range(8)]
 
     def sent(rank: int, rows: list[list[tuple[int, int]]] | None) -> Counter:
         sizes = communication(config, 8, rank, 5, 2, rows=rows)
@@ -267,7 +271,7 @@ def test_rows_are_counted_on_the_stage_that_runs_their_loop(layout):
     for rank in range(8):
         nothing = sent(rank, None)
         total = Counter(nothing)
-        for t in range(5):
+        for t in calls:
             only = [[pair if i == t else (0, 0) for i, pair in enumerate(loops)] for loops in rows]
             total += sent(rank, only) - nothing
         assert sent(rank, rows) == total

@@ -25,8 +25,12 @@ LAYOUTS = [
     "model.kv_sharing=every:2 loops.mean=4 train.recompute=loop",
     "model.kv_sharing=first model.attn_type=gqa",
     "train.recompute=loop train.chunk_tokens=200 train.offload=saved",
+    "model.loop_layers=2",
 ]
 OTHERS = [
+    "model.loop_layers=3 train.recompute=loop",
+    "model.loop_layers=2 model.kv_sharing=every:2 model.attn_type=gqa train.recompute=selective",
+    "model.loop_layers=2 train.chunk_tokens=256 loops.mean=1",
     "model.attn_type=gqa train.recompute=none",
     "model.attn_type=mla train.recompute=selective",
     "model.attn_type=gqa train.recompute=loop",

@@ -36,7 +36,7 @@ ODD_CONFIGS = [
     MythosConfig(**ODD, mode="reference"),
     MythosConfig(**ODD, attn_type="gqa"),
     MythosConfig(**ODD, prelude_layers=1),
-    MythosConfig(**ODD, lora="per_loop", injection="parcae", qk_norm=True),
+    MythosConfig(**ODD, lora="per_loop", injection="parcae", qk_norm=True, loop_layers=3),
     MythosConfig(**ODD, lora="none", attn_type="gqa", qk_norm=True),
     MythosConfig(**ODD, n_shared_experts=0, coda_layers=3),
     MythosConfig(**ODD, attn_type="gqa", prelude_layers=0, coda_layers=0),

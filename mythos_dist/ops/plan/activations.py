@@ -126,7 +126,11 @@ class LayerActivations:
         return gathered, gathered + piece + self.N * H * width * (4 + 2 * b)
 
     def shared_kv(self) -> float:
-        """Bytes of the keys and values that loops share, once per group of loops; 0 if every loop has its own."""
+        """Bytes of the keys and values that loops share, of all layers of the block, once per group of loops; 0 if
+        every loop has its own."""
+        return self._shared_kv_of_layer() * self.c.loop_layers
+
+    def _shared_kv_of_layer(self) -> float:
         if self.c.kv_loops == 1:
             return 0
         c = self.c
@@ -135,7 +139,7 @@ class LayerActivations:
 
     def _attention_of_loop(self) -> Saved:
         """Without what loops share. GQA without selective recomputation: rotated keys are of each loop."""
-        c, shared = self.c, self.shared_kv()
+        c, shared = self.c, self._shared_kv_of_layer()
         if c.attn_type == "gqa" and not self.selective:
             shared *= (1 + c.qk_norm) / 2  # values, and keys before their norm
         return self.attention() + Saved(-shared)
@@ -194,9 +198,13 @@ class LayerActivations:
         states = 5 if self.c.injection != "none" else 3 if self.c.lora != "none" else 2
         if self.c.state_norm:  # its input, for which recomputation stops before h, and a value per token
             states += (self.config.train.recompute != "loop") + 4 / (self.b * self.c.dim)
-        states = states * self.residual + self.mixed
+        states = (states - 2) * self.residual + self.mixed  # the layers have two of them
         lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
-        return Saved(states + lora) + self._attention_of_loop() + self.mixture()
+        return Saved(states + lora) + self.loop_layer() * self.c.loop_layers
+
+    def loop_layer(self) -> Saved:
+        """A layer of the looped block: both norms' inputs, attention and mixture; without `shared_kv`."""
+        return Saved(2 * self.residual) + self._attention_of_loop() + self.mixture()
 
     def injection(self) -> Saved:
         """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of

@@ -22,7 +22,8 @@ from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
 RowPair = tuple[int, int]  # rows sent and received over the expert axis
-Rows = Sequence[Sequence[RowPair]] | RowPair  # [micro-batch][loop]; or one pair, the same for every loop
+# [micro-batch][t * loop_layers + i], of layer i in loop t; or one pair, the same for every layer and loop
+Rows = Sequence[Sequence[RowPair]] | RowPair
 
 
 def communication(
@@ -37,8 +38,8 @@ def communication(
 ) -> dict[str, dict[str, int]]:
     """{axis: {kind: bytes}} that `rank` sends in a step of `n_loops` loops, the first `no_grad` without gradient.
 
-    rows: with parallel.expert > 1, [micro-batch][loop] -> (rows sent, rows received), own ones included; or one such
-    pair for all loops.
+    rows: with parallel.expert > 1, [micro-batch][layer of loop] -> (rows sent, rows received), own ones included; or
+    one such pair for all.
     first_send: whether this is the first step, in which pipeline stages send each other shapes.
     micro_batches: per replica; None: as train.global_batch gives.
     Sizes are those of `parallel.traffic`. Holds for a step that is not skipped (fp16).
@@ -78,7 +79,7 @@ def stage_communication(
         layers.loops(
             micro_batches * len(some),
             micro_batches * len(loops_computing_kv(config, some)),
-            *_sum_rows(rows, micro_batches, some),
+            *_sum_rows(rows, micro_batches, some, config.model.loop_layers),
         )
         for some in (trained, loops)
     )
@@ -111,12 +112,15 @@ def _non_looped_layers(layers: LayerMessages, stage: StageSpec) -> list[Pass]:
     return passes
 
 
-def _sum_rows(rows: Rows | None, micro_batches: int, loops: range) -> RowPair:
-    """Rows sent and received in these loops of all micro-batches; every size is proportional to them."""
+def _sum_rows(rows: Rows | None, micro_batches: int, loops: range, layers: int) -> RowPair:
+    """Rows sent and received in these loops of all micro-batches; every size is proportional to them. layers: of a
+    loop."""
     match rows:
         case None:
             return 0, 0
         case (int(sent), int(received)):
-            return sent * micro_batches * len(loops), received * micro_batches * len(loops)
-    pairs = [rows[micro_batch][t] for micro_batch in range(micro_batches) for t in loops]
+            times = micro_batches * len(loops) * layers
+            return sent * times, received * times
+    calls = range(loops.start * layers, loops.stop * layers)
+    pairs = [rows[micro_batch][call] for micro_batch in range(micro_batches) for call in calls]
     return sum(sent for sent, _ in pairs), sum(received for _, received in pairs)

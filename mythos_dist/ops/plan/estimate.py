@@ -28,7 +28,7 @@ SecondsByPart = dict[str, float]
 
 # Passes over what a loop saves: it is written and read forward; backward reads it, and writes and reads gradients.
 _FORWARD_PASSES, _BACKWARD_PASSES = 3, 5
-# Of one loop's forward pass; the backward has as many, less one all-to-all, and twice as many over context.
+# Of one layer's forward pass in a loop; the backward has as many, less one all-to-all, and twice as many over context.
 _MESSAGES = {"tensor": 10, "expert": 3, "context": 1}
 _BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
 _STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
@@ -191,8 +191,8 @@ class Estimate:
         read = layers.loop().total * (forwards * _FORWARD_PASSES + backwards * _BACKWARD_PASSES)
         read += blocks * layers.dense_block().total * (_FORWARD_PASSES + _BACKWARD_PASSES)
         if config.piece_tokens:
-            read += layers.mixture().total * backwards * _FORWARD_PASSES
-        router = 2.0 * layers.n * c.dim * c.n_experts * (forwards + 2 * backwards)  # in fp32
+            read += layers.mixture().total * c.loop_layers * backwards * _FORWARD_PASSES
+        router = 2.0 * layers.n * c.dim * c.n_experts * c.loop_layers * (forwards + 2 * backwards)  # in fp32
         products = self._pass_flops(stage) - router
         efficiency = cluster.product_efficiency
         return {
@@ -206,8 +206,9 @@ class Estimate:
         forwards, backwards = self._passes(stage)
         pieces = len(piece_sizes(self.config, stage.mesh))
         tensor = _MESSAGES["tensor"] + _MIXTURE_MESSAGES * (pieces - 1)
-        per_loop = {"tensor": tensor, "expert": _MESSAGES["expert"] * pieces}
-        counts = {axis: m * (forwards + backwards) * messages for axis, messages in per_loop.items()}
+        per_layer = {"tensor": tensor, "expert": _MESSAGES["expert"] * pieces}
+        passes = m * (forwards + backwards) * self.config.model.loop_layers
+        counts = {axis: passes * messages for axis, messages in per_layer.items()}
         counts["tensor"] += m * _BLOCK_MESSAGES * (len(stage.spec.prelude) + len(stage.spec.coda))
         counts["pipe"] = 2 * m
         seconds: SecondsByPart = {}

@@ -166,9 +166,9 @@ class LayerMessages:
             messages += message(self.mesh.tensor, "all_reduce", share)
         return Pass(messages, Counter())
 
-    def experts(self, loops: int, sent: int, received: int) -> Pass:
-        """parallel/expert.py, all `loops` together: counts, for each piece; then channels, weights and experts of the
-        rows sent, and the channels of the rows that come back."""
+    def experts(self, calls: int, sent: int, received: int) -> Pass:
+        """parallel/expert.py, all `calls` of mixtures together: counts, for each piece; then channels, weights and
+        experts of the rows sent, and the channels of the rows that come back."""
         c, expert, tensor = self.config.model, self.mesh.expert, self.mesh.tensor
         if expert.size == 1:
             return NOTHING
@@ -179,7 +179,7 @@ class LayerMessages:
         def all_to_all(size: int) -> Messages:
             return message(expert, "all_to_all", size)
 
-        counts = all_to_all(loops * len(piece_sizes(self.config, self.mesh)) * expert.size * 2 * INT64)
+        counts = all_to_all(calls * len(piece_sizes(self.config, self.mesh)) * expert.size * 2 * INT64)
         full_rows = self.gather(received * c.dim * self.item)  # channels of the received rows over the tensor axis
         out = Pass(counts + all_to_all(sent * dispatched), all_to_all(received * dispatched)).then(full_rows)
         back = Pass(all_to_all(received * combined), all_to_all(sent * combined))
@@ -196,15 +196,14 @@ class LayerMessages:
     def loops(self, loops: int, compute_kv: int, sent: int, received: int) -> Pass:
         """model/recurrence.py: `loops` loops, of which `compute_kv` compute keys and values, and in which `sent` and
         `received` rows are exchanged altogether."""
+        layers = self.config.model.loop_layers
         enter = self.routing().then(self.enter(self.x))
-        others = self.balance_loss(), self.leave(self.x), self.depth_lora()
-        one = self.attention().then(enter, *others, self.repeated(enter))
-        kv = self.keys_values()
-        all_loops = Pass(
-            scaled(one.forward, loops) + scaled(kv.forward, compute_kv),
-            scaled(one.backward, loops) + scaled(kv.backward, compute_kv),
+        layer = self.attention().then(enter, self.balance_loss(), self.leave(self.x), self.repeated(enter))
+        parts = (layer, loops * layers), (self.keys_values(), compute_kv * layers), (self.depth_lora(), loops)
+        all_loops = NOTHING.then(
+            *(Pass(scaled(part.forward, times), scaled(part.backward, times)) for part, times in parts)
         )
-        return all_loops.then(self.experts(loops, sent, received))
+        return all_loops.then(self.experts(loops * layers, sent, received))
 
     def head(self) -> Pass:
         """parallel/tensor.py: the output embedding, and three values per position for the cross entropy: the highest

@@ -114,6 +114,7 @@ class _Moments:
         self.readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
         self.head_gradient = self._gradients("embed") if stage.is_last else 0.0  # held until the embedding's backward
         self.recurrent_gradients = self._gradients("recurrent")
+        self.layer_gradients = self._gradients("recurrent.block.")  # the first layer's, as large as the others'
 
         injection = layers.injection() if stage.has_loops else Saved()
         before_loops = layers.dense_block() * len(stage.prelude) + injection
@@ -157,11 +158,14 @@ class _Moments:
 
     def _held_kv(self, loops: range) -> float:
         """Bytes of shared keys and values that these loops hold: once for each group of loops that shares them; with
-        recomputation, which keeps inputs, only for those that are recomputed from the middle of such a group on."""
+        recomputation, which keeps inputs, only for those that are recomputed from the middle of such a group on.
+        Later loops use one tensor for all layers: with several, a copy of the layers' own."""
         size = self.layers.c.kv_loops
         if self.recomputed:
             return self.layers.shared_kv() * len({t // size for t in loops[:: self.every] if t % size})
-        return self.layers.shared_kv() * len({t // size for t in loops})
+        computed, used = {t // size for t in loops if t % size == 0}, {t // size for t in loops if t % size}
+        held = len(computed) + len(used) if self.layers.c.loop_layers > 1 else len(computed | used)
+        return self.layers.shared_kv() * held
 
     def _gradients(self, prefix: str) -> float:
         """Bytes of the gradients of parameters whose name starts with `prefix`."""
@@ -265,6 +269,13 @@ class _Moments:
         first_of_last_group = (self.live - 1) // self.every * self.every
         return sorted({0, 1, self.live - first_of_last_group} & set(range(self.live)))
 
+    def _moments(self) -> Iterator[tuple[bool, _LoopMoment]]:
+        """Moments in the backward pass of loops: whether others have been before, and the moment. In the first of them
+        gradients of weights grow from layer to layer while saved tensors are freed; in the others only the latter."""
+        for done in self._done:
+            for layers_done in range(1 if done else self.layers.c.loop_layers):
+                yield done > 0, self._loop(done, layers_done)
+
     def _loops_in_pieces(self) -> Iterator[Memory]:
         """In the backward pass of a loop: of the mixture's last piece, whose hidden rows are recomputed, and of
         attention. From the second piece on, sums of the mixture's gradients exist."""
@@ -276,8 +287,7 @@ class _Moments:
         in_sequence = x if self.mesh.sequence else 0.0
         received = rows.received * D * b if self.mesh.expert.size > 1 else in_sequence
         freed = Saved(2 * layers.residual + layers.mixed)
-        for done in self._done:
-            moment = self._loop(done)
+        for done, moment in self._moments():
             sums = 0.0 if done else 3 * (shared + expert)
             others = layers.residual + experts.work  # gradients of other pieces' inputs
             gathered = 2 * in_sequence + experts.gathered
@@ -305,8 +315,7 @@ class _Moments:
         freed = 2 * layers.residual + layers.mixed  # the end of the loop: its output twice, and in fp32
         exchanged = self.mesh.expert.size > 1
         gathered = layers.x if self.mesh.sequence else 0.0  # the gradient of the mixture's output
-        for done in self._done:
-            moment = self._loop(done)
+        for done, moment in self._moments():
             # model/swiglu.py: hidden rows and their gradients; the gradient of `down` comes last.
             yield moment.memory(shared, (5 if selective else 3) * gate, gathered, Saved(freed))
             if done:  # the gradient of `gate` or `up` and, once, its sum
@@ -330,10 +339,12 @@ class _Moments:
             first = self._loop(self.live - 1)
             yield first.memory(4 / b * shared, 2 * gate, gathered, Saved(freed + gates))
 
-    def _loop(self, done: int) -> _LoopMoment:
-        """The backward pass of the loop after `done` others."""
+    def _loop(self, done: int, layers_done: int = 0) -> _LoopMoment:
+        """The backward pass of the loop after `done` others, and in it after `layers_done` layers."""
         layers = self.layers
         gradients = self.head_gradient + (self.recurrent_gradients if done else 0.0)
+        if layers_done and self.live > 1:  # of a single loop they go to the accumulators at once
+            gradients += layers_done * self.layer_gradients
         group, in_group = divmod(self.live - 1 - done, self.every)
         left, size = self.trained[: self.live - done], layers.c.kv_loops
         fetched = 0.0
@@ -345,8 +356,10 @@ class _Moments:
             if self.config.train.offload == "saved":
                 fetched = sum(layers.moved()) * (min(2, group + 1) - newest)
             recomputed = layers.loop() * (in_group + 1) + Saved(layers.shared_kv() * computed_kv)
+            recomputed += layers.loop_layer() * -layers_done
         else:
-            saved, recomputed = layers.loop().total * (group + 1), None
+            saved = layers.loop().total * (group + 1) - layers.loop_layer().total * layers_done
+            recomputed = None
         saved += self._held_kv(left)
         # The gradient of keys and values that the next loop has used, too.
         kv_gradient = layers.shared_kv() if done and left.stop % size else 0.0
