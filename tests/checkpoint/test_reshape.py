@@ -154,7 +154,7 @@ def written(config, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Full tensors from the ranks' shards; where several ranks hold the same elements, their bits must be equal."""
-    sizes: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, Any] = {}
     for rank in ranks:
         for name, (_, stop) in rank["places"].items():
             sizes[name] = tuple(map(max, stop, sizes.get(name, stop)))

@@ -124,7 +124,7 @@ def test_one_layer_has_the_names_that_it_always_had():
 
 def test_layers_begin_with_different_values_of_the_right_size():
     """Output projections are divided for the depth of 1 + 4 * 2 + 1 layers."""
-    sizes = SMALL | dict(dim=128)
+    sizes: dict[str, Any] = SMALL | dict(dim=128)
     state = Mythos(MythosConfig(**sizes, loop_layers=2)).state_dict()
     first, second = (state[f"{layer}.attn.wo.weight"] for layer in LAYERS[:2])
     assert not torch.equal(first, second)

@@ -107,9 +107,10 @@ def test_without_injection_the_prelude_is_the_initial_state():
 
 def test_scaled_residuals_need_no_small_initial_values():
     """Output projections of the looped block are as large as its other matrices, those of other blocks divided."""
-    sizes = DENSE | dict(dim=128, max_loop_iters=6)
+    sizes: dict[str, Any] = DENSE | dict(dim=128, max_loop_iters=6)
     for scale, divided in (("init", True), ("inverse", False)):
-        state = Mythos(MythosConfig(**sizes, residual_scale=scale)).state_dict()
+        settings: dict[str, Any] = sizes | dict(residual_scale=scale)
+        state = Mythos(MythosConfig(**settings)).state_dict()
         full, divisor = (2 / (5 * 128)) ** 0.5, (2 * (1 + 6 + 1)) ** 0.5
         expected = {"recurrent.block": full / divisor if divided else full, "coda.0": full / divisor}
         for block, std in expected.items():
@@ -177,7 +178,8 @@ def test_switches_without_effect_and_other_models_are_refused():
     assert any("loops.fixed_point=0.1 has no effect with one loop" in line for line in found)
     found = problems(Config(model=MythosConfig(injection="none"), loops=LoopsConfig(mean=4, backprop=2)))
     assert any("loops.backprop=2 with model.injection=none" in line for line in found)
-    for change in (dict(residual_scale="inverse"), dict(state_norm=True)):
+    changes: list[dict[str, Any]] = [dict(residual_scale="inverse"), dict(state_norm=True)]
+    for change in changes:
         with pytest.raises(UserError, match=r"is not OpenMythos', which model\.mode=reference requires"):
             MythosConfig(mode="reference", **change)
         with pytest.raises(UserError, match="OpenMythos' weights do not work with"):

@@ -237,7 +237,7 @@ def test_every_byte_of_a_step_is_in_the_formula(world, layouts):
                 world,
                 rank,
                 *loops_at(config, 1)[:2],
-                rows=rows and rows[replica],
+                rows=rows[replica] if rows else None,
                 first_send=passes_of(config) == 1,
             ), f"{layout}, rank {rank}"
 

@@ -1,5 +1,7 @@
 """Parameters and optimizer groups of a rank by arithmetic, against the real model on the meta device."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.selection import first_is_quick
@@ -15,7 +17,7 @@ from mythos_dist.parallel.pipeline import StageSpec, plan_stages
 from mythos_dist.parallel.tensor import shard_of
 
 # Hardly any size divides by three or five: key-value heads, widths, the vocabulary, the rank of the depth LoRA.
-ODD = {
+ODD: dict[str, Any] = {
     "vocab_size": 515,
     "dim": 48,
     "n_heads": 12,
@@ -83,7 +85,8 @@ def parameters_of(model: Mythos) -> list[LocalParameter]:
 @pytest.mark.parametrize("name", first_is_quick(VARIANTS))
 def test_local_parameters_of_each_variant_and_stage_equal_the_model(name):
     """Names, order, shapes and shard axes of all parameters, for the first rank of every stage."""
-    config = MythosConfig(**VARIANTS[name])
+    settings: dict[str, Any] = VARIANTS[name]
+    config = MythosConfig(**settings)
     for parallel in LARGE_LAYOUTS:
         world = parallel.tensor * parallel.pipe * parallel.expert
         for i, stage in enumerate(stages_of(config, parallel.pipe)):
@@ -153,4 +156,5 @@ def test_the_variants_have_as_many_parameters_as_open_mythos(name, parameters, o
     with torch.device("meta"):
         reference = open_mythos.main.OpenMythos(getattr(open_mythos.variants, f"mythos_{name}")())
     assert sum(parameter.numel() for parameter in reference.parameters()) == parameters
-    assert count_parameters(MythosConfig(**VARIANTS[name], mode="reference")) == parameters
+    settings: dict[str, Any] = VARIANTS[name]
+    assert count_parameters(MythosConfig(**settings, mode="reference")) == parameters
