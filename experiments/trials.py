@@ -1,6 +1,6 @@
 """Run many trainings in parallel, one core each, to compare settings.
 
-Each is `python -m mythos_dist.train` in its own process, so a finished one ends at once and an interrupted one resumes:
+Each is `mythos train` in its own process, so a finished one ends at once and an interrupted one resumes:
 the same command resumes a study.
 """
 
@@ -23,6 +23,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import StageSpec
+from mythos_dist.progress import Bar, log
 from mythos_dist.train.schedule import loops_at
 
 Result = TypeVar("Result")
@@ -103,7 +104,7 @@ def check_counts(seeds: Collection[int], jobs: int | None) -> None:
 def check_sample() -> None:
     """Raises UserError if the demo's text is not there."""
     if not SAMPLE.exists():
-        raise UserError(f"{SAMPLE} does not exist; make it with `python tools/make_sample_data.py`")
+        raise UserError(f"{SAMPLE} does not exist; make it with `mythos sample-data`")
 
 
 def mean_and_stdev(values: Sequence[float]) -> tuple[float, float]:
@@ -123,18 +124,17 @@ def run_all(
     Raises UserError for the first trial that fails, after running ones end.
     """
     import torch
-    from tqdm import tqdm
 
     torch.set_num_threads(1)  # `measure` runs in several threads of this process
     for trial in trials:
         trial.load()  # find an error in the last trial before the first one runs
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, tqdm(total=len(trials), unit="run", disable=None) as bar:
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, Bar("training", len(trials), unit=" runs") as shown:
 
         def run_one(trial: Trial) -> Result:
             trial.run(exit_codes)
             result, line = measure(trial)
-            bar.write(line)
-            bar.update()
+            log(line, sys.stdout)
+            shown.update(1)
             return result
 
         futures = [pool.submit(run_one, trial) for trial in trials]

@@ -22,13 +22,14 @@ from mythos_dist.ops.doctor.findings import Check, Finding
 from mythos_dist.ops.doctor.machine import Machine
 from mythos_dist.ops.doctor.machine_checks import MACHINE_CHECKS
 from mythos_dist.ops.doctor.probe import start_probes
+from mythos_dist.progress import Bar
 from mythos_dist.units import count
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m mythos_dist.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mythos doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config(parser, "a YAML file; without one only the machine is checked", optional=True)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -41,9 +42,14 @@ def main() -> None:
     if arguments.overrides and not arguments.config:
         raise UserError(f"{arguments.overrides[0]} needs a config file before it, such as configs/1b.yaml")
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
-    # Libraries print and warn while they are imported; what matters of it is among the findings.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        findings = list(Check("doctor", diagnose).run(config))
+    # Libraries print and warn while they are imported; what matters of it is among the findings. The bar keeps the
+    # standard error that it begins with.
+    with (
+        Bar("checking", 1, unit=" checks") as shown,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        findings = list(Check("doctor", diagnose).run(config, shown))
     problems, notes = (sum(one.status == status for one in findings) for status in ("problem", "note"))
     host = socket.gethostname()
     if arguments.json:
@@ -68,14 +74,19 @@ def as_table(findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def diagnose(config: Config | None) -> list[Finding]:
-    """All findings about this machine, and with a config about what it would use."""
+def diagnose(config: Config | None, shown: Bar) -> list[Finding]:
+    """All findings about this machine, and with a config about what it would use. `shown`: counts the checks."""
+    shown.describe("importing torch")
     with contextlib.suppress(Exception):  # checks that need torch report why it fails
         import torch  # noqa: F401 - imported once here instead of in every probe
     machine = Machine(probes=start_probes())
-    findings = [finding for check in MACHINE_CHECKS for finding in check.run(machine)]
-    if config:
-        findings += [finding for check in config_checks(config) for finding in check.run(machine, config)]
+    checks = [(check, (machine,)) for check in MACHINE_CHECKS]
+    checks += [(check, (machine, config)) for check in config_checks(config)] if config else []
+    findings: list[Finding] = []
+    for done, (check, arguments) in enumerate(checks):
+        shown.show(done, len(checks))
+        shown.describe(check.topic)
+        findings += check.run(*arguments)
     return list(dict.fromkeys(findings))  # a fact that cannot be read is reported by each check that needs it
 
 

@@ -29,6 +29,7 @@ from mythos_dist.ops.doctor.findings import Check, FactError, Finding, note, ok,
 from mythos_dist.ops.doctor.machine import PROGRAMS, Driver, Machine, Torch, driver_version
 from mythos_dist.ops.doctor.machine_checks import MACHINE_CHECKS
 from mythos_dist.ops.doctor.probe import Outcome, Probe
+from mythos_dist.progress import Bar
 from mythos_dist.train.checks import open_data
 
 REPOSITORY = Path(__file__).parents[1]
@@ -492,7 +493,7 @@ def test_a_fact_that_cannot_be_read_is_one_problem(monkeypatch):
     machine = Machine(**{name: value for name, value in FACTS.items() if name not in ("torch", "ports")})
     monkeypatch.setattr(doctor, "Machine", lambda probes: machine)
     monkeypatch.setattr(doctor, "start_probes", dict)
-    findings = doctor.diagnose(None)
+    findings = doctor.diagnose(None, Bar("checking"))
     problems = {one.topic: one for one in findings if one.status == "problem"}
     assert set(problems) == {"torch", "ports"} and len([one for one in findings if one.status == "problem"]) == 2
     expect(problems["torch"], "problem", "cannot be read (ModuleNotFoundError: import of torch halted")
@@ -584,7 +585,7 @@ def test_exit_code_text_and_json(finding, code, monkeypatch, capsys):
     outputs = []
     for arguments in ([], ["--json"]):
         monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
-        monkeypatch.setattr(doctor, "diagnose", lambda config: [ok("3.11.7", topic="python"), finding])
+        monkeypatch.setattr(doctor, "diagnose", lambda config, shown: [ok("3.11.7", topic="python"), finding])
         with pytest.raises(SystemExit) as exit:
             doctor.main()
         assert exit.value.code == code

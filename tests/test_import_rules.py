@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "gpu_packages": set(),
     "packaged": set(),
     "private": set(),
+    "progress": set(),
     "units": set(),
     "urls": set(),
     "config": set(),
@@ -77,7 +78,7 @@ CONSOLE = "mythos_dist.__main__"  # `python -m mythos_dist`
 PUBLIC = REPOSITORY / "mythos_dist" / "__init__.py"
 # `Mythos.generate` imports the engine when it is called (DECODE-4).
 CALLED_LATER = {"mythos_dist.model.mythos": {"generate"}}
-SHARED = {"errors", "files", "gpu_packages", "packaged", "private", "units", "urls"}
+SHARED = {"errors", "files", "gpu_packages", "packaged", "private", "progress", "units", "urls"}
 CORE = {"config", "store", "data", "model", "parallel", "checkpoint", "train"}
 COPIED = REPOSITORY / "mythos_dist" / "huggingface"  # its files import each other as transformers requires
 FILES = sorted(path for folder in ("mythos_dist", "experiments") for path in (REPOSITORY / folder).rglob("*.py"))

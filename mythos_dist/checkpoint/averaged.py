@@ -13,12 +13,12 @@ from mythos_dist.checkpoint.canonical import output_path
 from mythos_dist.checkpoint.manifest import AVERAGE, CheckpointManifest, TensorEntry
 from mythos_dist.checkpoint.open_mythos import list_tensors
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint, Wanted
 from mythos_dist.checkpoint.restore import open_weights_at
 from mythos_dist.config.compare import WIDTHS, training_changes
 from mythos_dist.config.fields import number_of, show
 from mythos_dist.errors import UserError
+from mythos_dist.progress import Progress
 from mythos_dist.units import count
 from mythos_dist.urls import AnyPath
 
@@ -34,7 +34,7 @@ class AverageOf(Checkpoint):
         if not manifest.optimizer.get("average_samples"):
             raise UserError(
                 "has no average of the weights: its run had average.kind=off, or had not taken a sample yet; export "
-                "without --average, or average several checkpoints with tools/average_checkpoints.py",
+                "without --average, or average several checkpoints with `mythos average`",
                 str(source.folder),
             )
         super().__init__(source.folder, _weights_only(manifest))
@@ -86,15 +86,18 @@ class MeanOf(Checkpoint):
                 total += np.multiply(values, weight, dtype=np.float64)
             block[:] = total / sum(self._weights)
 
-    def describe(self) -> Iterator[str]:
-        """Lines for the console: the sources, and settings of the model in which they differ."""
+    def notes(self) -> Iterator[str]:
+        """Sources with other settings of the model than the newest one."""
         for source in self._sources:
             changes = training_changes(source.manifest.config, self.manifest.config)
             if different := [name for name, _, _ in changes if name.startswith("model.")]:
-                yield f"note: {source.folder} has other values of {', '.join(different)} than {self.folder}"
+                yield f"{source.folder} has other values of {', '.join(different)} than {self.folder}"
+
+    def describe(self) -> str:
+        """A line for the console: the sources and the size."""
         steps = ", ".join(str(source.manifest.step) for source in self._sources)
         parameters = f"{self.manifest.num_parameters:,} parameters"
-        yield f"mean of {count(len(self._sources), 'checkpoint')} (steps {steps}): {parameters}"
+        return f"mean of {count(len(self._sources), 'checkpoint')} (steps {steps}): {parameters}"
 
     def find_damage(
         self, files: Sequence[str] | None = None, hashes: bool = True, progress: Progress = lambda size: None

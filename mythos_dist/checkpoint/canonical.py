@@ -23,13 +23,13 @@ import numpy as np
 from mythos_dist.checkpoint.manifest import FORMAT_VERSION, CheckpointManifest, FileEntry
 from mythos_dist.checkpoint.names import remove_checkpoint, temporary_name
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.publish import publish
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import Key, signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, reason
+from mythos_dist.progress import Progress
 from mythos_dist.units import short_bytes
 
 FILE_BYTES = 4 << 30  # limit of a file, unless the tensors of a single name are larger

@@ -8,11 +8,11 @@ import numpy as np
 
 from mythos_dist.checkpoint.canonical import tensor_blocks
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
-from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import open_checkpoint
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
 from mythos_dist.config.compare import training_changes
+from mythos_dist.progress import Bar
 from mythos_dist.units import count
 from mythos_dist.urls import AnyPath
 
@@ -36,7 +36,7 @@ def inspect(path: AnyPath, verify: bool = True, quiet: bool = True) -> tuple[Che
     signature = _signature(checkpoint, key)
     checkpoint.key = key if verify and signature == "valid" else None
     try:
-        with bar("verifying", checkpoint.manifest.bytes, quiet or not verify) as shown:
+        with Bar("verifying", checkpoint.manifest.bytes, quiet=quiet or not verify) as shown:
             damaged = checkpoint.find_damage(hashes=verify, progress=shown.update)
     except SignatureError as error:
         damaged, signature = [str(error)], "wrong"

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mythos_dist.checkpoint.canonical import check_free_space, group_by_size, output_path, tensor_blocks
 from mythos_dist.checkpoint.hugging_face import write_hugging_face
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES, write_tensors
@@ -30,6 +29,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, new_folder, reason, write_and_fsync
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, to_open_mythos, unsupported_loop_settings
 from mythos_dist.model.pretrained import Format, exported_shapes
+from mythos_dist.progress import Progress
 
 FILE_BYTES = 5 << 30
 Dtype = Literal["fp32", "bf16", "fp16"]

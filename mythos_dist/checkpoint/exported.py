@@ -19,7 +19,6 @@ from mythos_dist.checkpoint.manifest import (
 from mythos_dist.checkpoint.names import MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.open_mythos import SafeTensors, mismatches
 from mythos_dist.checkpoint.pieces import Piece, overlaps
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint, Wanted
 from mythos_dist.checkpoint.remote_tensors import RemoteTensors
 from mythos_dist.checkpoint.signature import VARIABLE, signing_key
@@ -35,6 +34,7 @@ from mythos_dist.model.pretrained import (
     parse_settings,
     read_settings,
 )
+from mythos_dist.progress import Progress
 from mythos_dist.store.fetch import read_object
 from mythos_dist.store.folder import list_folder
 from mythos_dist.urls import AnyPath, RemotePath

@@ -253,7 +253,7 @@ def _check_signature(text: str, signature: Signature | None, key: Key, folder: A
     if signature is None:
         raise SignatureError(
             f"is not signed, but a key is set (checkpoint.key_file or {VARIABLE}); if you trust it, write a "
-            "signed copy with tools/reshape_checkpoint.py --ignore-signature",
+            "signed copy with `mythos reshape --ignore-signature`",
             str(folder),
         )
     if not key.verify(text, signature):

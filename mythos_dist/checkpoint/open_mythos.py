@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mythos_dist.checkpoint.canonical import FILE_BYTES, write_full_tensors
 from mythos_dist.checkpoint.manifest import BUFFER, PARAMETER, CheckpointManifest, TensorEntry, library_versions
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.strict_json import shorten
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, check_loop_settings, from_open_mythos, open_mythos_shapes
+from mythos_dist.progress import Progress
 from mythos_dist.units import count
 
 MAX_LISTED = 8  # tensors in a message

@@ -12,7 +12,6 @@ import numpy as np
 from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.pieces import Piece, overlaps, size_without_padding
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.range_plan import Copy
 from mythos_dist.checkpoint.signature import Key, SignatureError
 from mythos_dist.checkpoint.sources import LocalSource, RemoteSource, TensorSource
@@ -20,6 +19,7 @@ from mythos_dist.checkpoint.strict_json import read_regular_file, shorten
 from mythos_dist.checkpoint.tensor_file import TensorHeader
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
+from mythos_dist.progress import Progress
 from mythos_dist.store.fetch import Unavailable
 from mythos_dist.store.folder import list_folder
 from mythos_dist.urls import AnyPath, RemotePath
@@ -173,9 +173,9 @@ class Checkpoint:
             pass
         raise UserError("was replaced or removed while it was read; run the same command again", str(self.folder))
 
-    def raise_if_damaged(self, hashes: bool = True) -> None:
-        """Raises UserError that names each damaged file; `hashes` as in `find_damage`."""
-        if problems := self.find_damage(hashes=hashes):
+    def raise_if_damaged(self, hashes: bool = True, progress: Progress = lambda size: None) -> None:
+        """Raises UserError that names each damaged file; `hashes` and `progress` as in `find_damage`."""
+        if problems := self.find_damage(hashes=hashes, progress=progress):
             raise UserError([*problems, "give another checkpoint of the run"], str(self.folder))
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from mythos_dist.checkpoint.pieces import Index, Piece, Region, overlaps
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.range_plan import Copy, FilePlan, merge_ranges, plan_file
 from mythos_dist.checkpoint.reader import Wanted
 from mythos_dist.checkpoint.sources import named, read_headers, run
 from mythos_dist.checkpoint.strict_json import shorten
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES
 from mythos_dist.errors import UserError
+from mythos_dist.progress import Progress
 from mythos_dist.store.folder import list_folder, version_of
 from mythos_dist.urls import RemotePath
 

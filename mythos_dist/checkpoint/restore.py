@@ -30,7 +30,6 @@ from mythos_dist.checkpoint.manifest import (
 )
 from mythos_dist.checkpoint.names import LATEST, MANIFEST_FILE, step_of
 from mythos_dist.checkpoint.pieces import Piece
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint, Wanted, checkpoints_of, remote_checkpoints_of
 from mythos_dist.checkpoint.signature import VARIABLE, Key, SignatureError, signing_key
 from mythos_dist.checkpoint.sources import exists, read_text
@@ -40,6 +39,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.process import any_rank, from_rank_0, on_rank_0, raise_on_all_ranks
+from mythos_dist.progress import Bar, Progress
 from mythos_dist.store.backends import check_scheme
 from mythos_dist.store.fetch import Unavailable
 from mythos_dist.store.folder import list_folder
@@ -218,9 +218,9 @@ def load_state(
     checkpoint.read_all(wanted(), progress)
 
 
-def load_model(path: str | AnyPath) -> tuple[Mythos, Config, int]:
+def load_model(path: str | AnyPath, quiet: bool = True) -> tuple[Mythos, Config, int]:
     """The unsharded fp32 model of a checkpoint, of a run's newest one, or of an export, in eval mode; its config, of
-    which an export has `model`, `act` and `loops` only; its step.
+    which an export has `model`, `act` and `loops` only; its step. With a bar unless `quiet`.
 
     Raises UserError if there is no checkpoint, or if it is damaged.
 
@@ -230,12 +230,15 @@ def load_model(path: str | AnyPath) -> tuple[Mythos, Config, int]:
     (3, 32)
     """
     checkpoint = open_weights_at(any_path(path) if isinstance(path, str) else path)
-    checkpoint.raise_if_damaged(hashes=not checkpoint.is_remote)  # of moments, too, which a model does not have
-    return model_of(checkpoint)
+    hashes = not checkpoint.is_remote
+    with Bar("verifying", checkpoint.manifest.bytes, quiet=quiet or not hashes) as shown:
+        checkpoint.raise_if_damaged(hashes, shown.update)  # of moments, too, which a model does not have
+    with Bar("loading", 4 * checkpoint.manifest.num_parameters, quiet=quiet) as shown:
+        return model_of(checkpoint, shown.update)
 
 
-def model_of(checkpoint: Checkpoint) -> tuple[Mythos, Config, int]:
-    """As `load_model`, of a checkpoint that is open. Its files are not checked."""
+def model_of(checkpoint: Checkpoint, progress: Progress = lambda size: None) -> tuple[Mythos, Config, int]:
+    """As `load_model`, of a checkpoint that is open. Its files are not checked. progress: see `read_all`."""
     config = config_of(checkpoint)
     with torch.device("meta"):
         model = Mythos(config.model, act=config.act, experts=config.experts)
@@ -248,10 +251,11 @@ def model_of(checkpoint: Checkpoint) -> tuple[Mythos, Config, int]:
             wanted = list(value.shape)
             raise UserError(f"has {actual} for {name}; its config needs shape {wanted}", str(checkpoint.folder))
     values = {name: torch.empty(value.shape) for name, (_, value) in expected.items()}
-    checkpoint.read_all(
+    wanted = (
         Wanted(kind, name, Piece.full(tuple(value.shape)), values[name].view(-1).numpy())
         for name, (kind, value) in expected.items()
     )
+    checkpoint.read_all(wanted, progress)
     checkpoint.raise_if_replaced()
     model.load_state_dict(values, assign=True)
     return model.eval(), config, checkpoint.manifest.step

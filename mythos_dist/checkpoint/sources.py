@@ -19,7 +19,6 @@ from typing import NamedTuple, Protocol
 import xxhash
 
 from mythos_dist.checkpoint.names import MANIFEST_FILE
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.range_plan import PART_BYTES, Copy, FilePlan, merge_ranges, plan_file
 from mythos_dist.checkpoint.strict_json import read_regular_file
 from mythos_dist.checkpoint.tensor_file import (
@@ -31,6 +30,7 @@ from mythos_dist.checkpoint.tensor_file import (
 )
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
+from mythos_dist.progress import Progress
 from mythos_dist.store.fetch import Unavailable, read_object
 from mythos_dist.store.folder import ByteRange, list_folder, read_range, read_ranges, size_of
 from mythos_dist.urls import AnyPath, RemotePath

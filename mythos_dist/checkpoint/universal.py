@@ -31,13 +31,13 @@ import torch
 from mythos_dist.checkpoint.canonical import output_path
 from mythos_dist.checkpoint.export import find_or_report, output_folder
 from mythos_dist.checkpoint.manifest import AVERAGE, BUFFER, PARAMETER
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer_files import write_tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.files import fsync_file, fsync_folder, write_and_fsync
+from mythos_dist.progress import Progress
 from mythos_dist.units import count
 
 LATEST_UNIVERSAL = "latest_universal"

@@ -28,7 +28,6 @@ from mythos_dist.checkpoint.manifest import (
     library_versions,
 )
 from mythos_dist.checkpoint.open_mythos import list_tensors
-from mythos_dist.checkpoint.progress import Progress
 from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.strict_json import read_regular_file, shorten
 from mythos_dist.checkpoint.torch_file import read_torch_file
@@ -37,6 +36,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.progress import Progress
 from mythos_dist.units import count
 
 _FILES = {PARAMETER: "fp32.pt", **{kind: f"{kind}.pt" for kind in ADAM}}

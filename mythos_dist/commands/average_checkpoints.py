@@ -1,15 +1,14 @@
 """Average the weights of several checkpoints or exports of one model, and write the mean as an export.
 
-    python tools/average_checkpoints.py RUN/checkpoints/step-00000800 RUN/checkpoints/step-00000900 RUN --out weights
+    mythos average RUN/checkpoints/step-00000800 RUN/checkpoints/step-00000900 RUN --out weights
 
-The mean is computed in float64 and rounded once. Other programs read the result (tools/export_checkpoint.py), and a run
+The mean is computed in float64 and rounded once. Other programs read the result (mythos export), and a run
 begins with it by `start_from=weights`. Needs no GPU; memory does not grow with the model.
 """
 
 import argparse
-import sys
 
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments, print_result
 from mythos_dist.errors import run_command
 
 
@@ -41,10 +40,11 @@ def main() -> None:
     arguments = parse_arguments(build_parser())
     from mythos_dist.checkpoint.averaged import open_mean
     from mythos_dist.checkpoint.export import export
-    from mythos_dist.checkpoint.progress import bar
+    from mythos_dist.progress import Bar
 
     mean = open_mean(arguments.checkpoints, arguments.out, arguments.weights)
-    with bar("averaging", 4 * mean.manifest.num_parameters, arguments.quiet) as shown:
+    notes = list(mean.notes())
+    with Bar("averaging", 4 * mean.manifest.num_parameters, quiet=arguments.quiet) as shown:
         files = export(
             mean,
             arguments.out,
@@ -53,11 +53,12 @@ def main() -> None:
             workers=arguments.workers,
             verify=not arguments.no_verify,
             progress=shown.update,
-            report=lambda note: print(f"note: {note}", file=sys.stderr),
+            report=notes.append,
         )
-    if not arguments.quiet:
-        size = sum(file.stat().st_size for file in files)
-        print("\n".join(mean.describe()) + f", {size / 1e9:.3f} GB in {arguments.out}")
+    size = sum(file.stat().st_size for file in files)
+    text = f"{mean.describe()}, {size / 1e9:.3f} GB in {arguments.out}"
+    values = {"step": mean.manifest.step, "parameters": mean.manifest.num_parameters, "bytes": size}
+    print_result(arguments, text, notes, checkpoints=[*map(str, arguments.checkpoints)], out=arguments.out, **values)
 
 
 if __name__ == "__main__":

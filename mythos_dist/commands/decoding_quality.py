@@ -1,6 +1,6 @@
 """What a smaller KV cache and early exits cost: held-out loss of a checkpoint, decoded token by token.
 
-    python tools/decoding_quality.py runs/first --cache all,every:4,last --exits latent:0.03,kl:5e-4 --drafts 2:4
+    mythos decoding-quality runs/first --cache all,every:4,last --exits latent:0.03,kl:5e-4 --drafts 2:4
 
 Every cache is measured without exits and with each of them, at one number of loops. `--drafts` continues windows with
 self-speculation: how many drafted tokens are accepted, and loops per token. Prints tables; `--out` writes JSON. Runs on

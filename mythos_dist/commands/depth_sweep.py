@@ -1,8 +1,8 @@
 """Evaluate a checkpoint with 1, 2, 4, ... loops: held-out loss and accuracy, as JSON and as a plot.
 
-    python tools/depth_sweep.py runs/demo
-    python tools/depth_sweep.py runs/s3 --data data/s3-16 --loops 4,8,16,32 --out runs/s3/sweep-16
-    python tools/depth_sweep.py runs/first --text story.txt --loops 1,2,4,8 --exit kl --exit-threshold 5e-4
+    mythos depth-sweep runs/demo
+    mythos depth-sweep runs/s3 --data data/s3-16 --loops 4,8,16,32 --out runs/s3/sweep-16
+    mythos depth-sweep runs/first --text story.txt --loops 1,2,4,8 --exit kl --exit-threshold 5e-4
 
 Writes OUT.json and OUT.png. The dotted line is the mean number of loops in training; a cross marks numbers of loops
 with a higher loss than fewer loops have (overthinking). With --text also OUT.html: the text coloured by the loop after

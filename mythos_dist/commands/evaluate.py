@@ -1,8 +1,8 @@
 """Evaluate a checkpoint or an export on tasks of lm-evaluation-harness, and its perplexity, over the number of loops.
 
-    python tools/evaluate.py runs/first --tasks my_task.yaml,perplexity_by_position --loops 1,4,8,16
-    torchrun --nproc_per_node 8 tools/evaluate.py runs/first --tasks hellaswag,arc_easy
-    python tools/evaluate.py --tasks list
+    mythos evaluate runs/first --tasks my_task.yaml,perplexity_by_position --loops 1,4,8,16
+    torchrun --nproc_per_node 8 -m mythos_dist evaluate runs/first --tasks hellaswag,arc_easy
+    mythos evaluate --tasks list
 
 Prints a table with standard errors, and writes OUT.json and OUT.png. Every rank holds the model and computes a share
 of the requests. Results are kept on disk: the same command again computes only the requests that are missing.

@@ -1,9 +1,9 @@
 """Continue texts with a trained model, or talk with one that was tuned on conversations.
 
-python tools/generate.py RUN_DIR --prompt "..."
-python tools/generate.py RUN_DIR --prompts FILE --json    # a prompt in each line, decoded as a batch
-python tools/generate.py RUN_DIR --chat                   # each line of input is a message; Ctrl-D ends
-python tools/generate.py RUN_DIR --chat --prompt "..."    # one message
+mythos generate RUN_DIR --prompt "..."
+mythos generate RUN_DIR --prompts FILE --json    # a prompt in each line, decoded as a batch
+mythos generate RUN_DIR --chat                   # each line of input is a message; Ctrl-D ends
+mythos generate RUN_DIR --chat --prompt "..."    # one message
 """
 
 import argparse

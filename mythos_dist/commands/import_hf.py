@@ -1,16 +1,15 @@
 """Bring a model back from Hugging Face's transformers: an export with our names, from which a run can begin.
 
-python tools/import_hf.py FOLDER --out DIR
+mythos import hf FOLDER --out DIR
 torchrun … -m mythos_dist.train configs/1b.yaml start_from=DIR run.dir=runs/second
 
-FOLDER is what tools/export_checkpoint.py --format hf wrote, or what `model.save_pretrained(FOLDER)` wrote after
+FOLDER is what mythos export --format hf wrote, or what `model.save_pretrained(FOLDER)` wrote after
 fine-tuning; merge adapters first, with `model.merge_and_unload()`. No code in it is run.
 """
 
 import argparse
-import sys
 
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments, print_result
 from mythos_dist.errors import run_command
 
 
@@ -31,11 +30,12 @@ def main() -> None:
     arguments = parse_arguments(build_parser())
     from mythos_dist.checkpoint.export import export
     from mythos_dist.checkpoint.exported import open_model_folder
-    from mythos_dist.checkpoint.progress import bar
+    from mythos_dist.progress import Bar
 
+    notes: list[str] = []
     source = open_model_folder(arguments.folder)
-    with bar("importing", 4 * source.manifest.num_parameters, arguments.quiet) as shown:
-        export(
+    with Bar("importing", 4 * source.manifest.num_parameters, quiet=arguments.quiet) as shown:
+        files = export(
             source,
             arguments.out,
             "safetensors",
@@ -44,12 +44,12 @@ def main() -> None:
             workers=arguments.workers,
             verify=not arguments.no_verify,
             progress=shown.update,
-            report=lambda note: print(f"note: {note}", file=sys.stderr),
+            report=notes.append,
         )
-    if not arguments.quiet:
-        print(
-            f"{source.manifest.num_parameters:,} parameters -> {arguments.out}; train with start_from={arguments.out}"
-        )
+    parameters = source.manifest.num_parameters
+    text = f"{parameters:,} parameters -> {arguments.out}; train with start_from={arguments.out}"
+    values = {"parameters": parameters, "bytes": sum(file.stat().st_size for file in files)}
+    print_result(arguments, text, notes, folder=arguments.folder, out=arguments.out, **values)
 
 
 if __name__ == "__main__":

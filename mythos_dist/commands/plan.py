@@ -1,7 +1,7 @@
 """Plan a run in advance: which layouts fit, the memory each needs, the time of a step, and the cost.
 
-  python tools/plan.py --variant 1t --gpus 4096 --cluster configs/clusters/h100_80gb.yaml
-  python tools/plan.py configs/1t.yaml --gpus 4096 --cluster configs/clusters/h100_80gb.yaml --as-is --dry-run
+  mythos plan --variant 1t --gpus 4096 --cluster configs/clusters/h100_80gb.yaml
+  mythos plan configs/1t.yaml --gpus 4096 --cluster configs/clusters/h100_80gb.yaml --as-is --dry-run
 
 The first searches for the fastest layouts. The second plans the layout of the file and runs one of its ranks, the
 trainer's own code on fake tensors, to compare. Exit code 0: a layout fits; 1: none fits; 2: invalid input.

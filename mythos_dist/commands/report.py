@@ -1,8 +1,8 @@
 """Write a report of one run, or a comparison of several, as one HTML page that opens anywhere.
 
-    python tools/report.py runs/demo
-    python tools/report.py runs/a runs/b --out comparison.html
-    python tools/report.py runs/first --watch
+    mythos report runs/demo
+    mythos report runs/a runs/b --out comparison.html
+    mythos report runs/first --watch
 
 Losses, learning rate, gradient norm, speed, planned against measured values, load of the experts, telemetry of the
 loops, restarts with their reasons, checkpoints, data, settings and their differences. It needs no GPU, and works while

@@ -9,7 +9,7 @@ If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, an
 import argparse
 import os
 
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments
+from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments, print_result
 from mythos_dist.errors import run_command
 
 
@@ -32,12 +32,12 @@ def main() -> None:
     """Rewrite. Exit code 0, or 2 for a usage or input error."""
     arguments = parse_arguments(build_parser())
     from mythos_dist.checkpoint.canonical import write_canonical
-    from mythos_dist.checkpoint.progress import bar
     from mythos_dist.checkpoint.restore import open_checkpoint
+    from mythos_dist.progress import Bar
 
     source = open_checkpoint(arguments.checkpoint, check_signature=not arguments.ignore_signature)
     size = source.manifest.bytes
-    with bar("writing", size, arguments.quiet) as shown:
+    with Bar("writing", size, quiet=arguments.quiet) as shown:
         folder = write_canonical(
             source,
             arguments.out,
@@ -45,8 +45,9 @@ def main() -> None:
             verify=not arguments.no_verify,
             progress=shown.update,
         )
-    if not arguments.quiet:
-        print(f"{source.folder} -> {folder}, {size / 1e9:.3f} GB; train with run.dir={arguments.out} to resume from it")
+    text = f"{source.folder} -> {folder}, {size / 1e9:.3f} GB; train with run.dir={arguments.out} to resume from it"
+    values = {"step": source.manifest.step, "parameters": source.manifest.num_parameters, "bytes": size}
+    print_result(arguments, text, (), checkpoint=source.folder, out=folder, **values)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Serve a trained model with OpenAI's completions and chat API: for trying models and for evaluation.
 
-python tools/serve.py RUN_DIR                        # http://127.0.0.1:8000/v1
-python tools/serve.py RUN_DIR --port 0               # a free port, which is printed
+mythos serve RUN_DIR                        # http://127.0.0.1:8000/v1
+mythos serve RUN_DIR --port 0               # a free port, which is printed
 
 One process, one model. No replacement for a production server: docs/serving.md says what vLLM would need.
 """

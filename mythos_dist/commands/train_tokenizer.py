@@ -1,6 +1,6 @@
 """Train a SentencePiece model with byte fallback. The same input, options and seed give the same file.
 
-Input: everything that tools/make_shards.py reads. Of a large corpus, a random sample of --sample-mb is read.
+Input: everything that mythos shards reads. Of a large corpus, a random sample of --sample-mb is read.
 bpe encodes faster (each distinct word is encoded once); unigram is the default of SentencePiece.
 """
 

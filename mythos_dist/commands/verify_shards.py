@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mythos_dist.prepare.verify import VerifyReport
 
 MAX_LINES = 100  # of bad shards that are printed
-ADVICE = "copy these files there again from their source, or delete the folder and run tools/make_shards.py again"
+ADVICE = "copy these files there again from their source, or delete the folder and run `mythos shards` again"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Command lines: options and `section.key=value` in any order, `~/` in paths, numbers with bounds."""
 
 import argparse
+import json
 import math
 import os
 import re
@@ -33,7 +34,23 @@ def add_write_options(parser: argparse.ArgumentParser, workers: int) -> None:
     add = parser.add_argument
     add("--workers", type=integer(1, 1024), default=workers, help="files written at once (%(default)s)")
     add("--no-verify", action="store_true", help="do not check for damage first (ignored with a signing key)")
-    add("--quiet", action="store_true", help="print only errors")
+    add_print_options(parser)
+
+
+def add_print_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `print_result`."""
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
+    parser.add_argument("--json", action="store_true", help="print the result as a line of JSON on standard output")
+
+
+def print_result(arguments: argparse.Namespace, text: str, notes: Sequence[str], **values: Any) -> None:
+    """Print a tool's result: `text`, or with --json `values` and the notes. Notes are also lines of standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({**values, "notes": list(notes)}, default=str))
+    elif not arguments.quiet:
+        print(text)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:

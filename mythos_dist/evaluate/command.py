@@ -1,4 +1,4 @@
-"""`tools/evaluate.py`: scores of a checkpoint or an export on tasks, on any number of ranks."""
+"""`mythos evaluate`: scores of a checkpoint or an export on tasks, on any number of ranks."""
 
 import argparse
 import json
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from mythos_dist.checkpoint.exported import is_export
 from mythos_dist.checkpoint.names import step_of
@@ -22,6 +21,7 @@ from mythos_dist.evaluate.task_set import load_task_set, task_names
 from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.parallel.launcher import export_rank_info, read_rank_info
 from mythos_dist.parallel.process import DTYPES, device, join_process_group, on_rank_0, raise_on_all_ranks
+from mythos_dist.progress import Bar
 from mythos_dist.train.sweep import parse_loops, write_json
 from mythos_dist.urls import AnyPath
 
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
     config = raise_on_all_ranks(lambda: config_of(checkpoint))
     evaluation = on_rank_0(lambda: load_task_set(names, config, arguments.samples, arguments.data))
     tokenizer = raise_on_all_ranks(lambda: evaluation_tokenizer(config, folder, arguments.tokenizer))
-    model, _, step = raise_on_all_ranks(lambda: load_model(folder))
+    model, _, step = raise_on_all_ranks(lambda: load_model(folder, quiet=dist.get_rank() > 0))
     model.to(device())
     for parameter in model.parameters():  # not buffers: the router's bias stays in fp32, as in training
         parameter.data = parameter.data.to(DTYPES[arguments.dtype])
@@ -76,13 +76,8 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
 
     cache = Cache(out.parent / "cache" / weights_id(checkpoint, arguments.dtype)) if claimed else Cache()
     backend = Replicas(model, tokenizer, arguments.batch_tokens)
-    with tqdm(desc="requests", unit="", disable=True if dist.get_rank() else None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        evaluated = evaluate_on_all_ranks(backend, cache, evaluate, progress)
+    with Bar("evaluating", unit=" requests", quiet=dist.get_rank() > 0) as shown:
+        evaluated = evaluate_on_all_ranks(backend, cache, evaluate, shown.show)
     if evaluated is None:
         return
     results, computed = evaluated

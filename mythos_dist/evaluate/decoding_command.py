@@ -1,10 +1,8 @@
-"""`tools/decoding_quality.py`: the held-out loss of a checkpoint over modes of the KV cache and exits; its drafts."""
+"""`mythos decoding-quality`: the held-out loss of a checkpoint over modes of the KV cache and exits; its drafts."""
 
 import argparse
 import json
 import re
-
-from tqdm import tqdm
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.errors import UserError
@@ -13,13 +11,14 @@ from mythos_dist.files import write_atomically
 from mythos_dist.generate.sampling import Sampling, request_errors
 from mythos_dist.generate.speculate import speculation_errors
 from mythos_dist.model.kv_cache import loops_per_entry
+from mythos_dist.progress import Bar
 from mythos_dist.train.sweep import open_windows, read_windows
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure all variants and print them. Raises UserError."""
     variants, drafts = parse_variants(arguments.cache, arguments.exits), parse_drafts(arguments.drafts)
-    model, config, step = load_model(arguments.checkpoint)
+    model, config, step = load_model(arguments.checkpoint, quiet=False)
     n_loops = arguments.loops or config.loops.mean_of(config.model)
     exits = dict.fromkeys((one.exit, one.threshold) for one in variants)
     samplings = [Sampling(max_new_tokens=1, exit=exit, exit_threshold=threshold) for exit, threshold in exits]
@@ -35,11 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     results, drafted = {}, {}
     generated = len(inputs) * (inputs.shape[1] - inputs.shape[1] // 2)
     total = len(variants) * inputs.numel() + len(drafts) * generated
-    with tqdm(total=total, unit=" tokens", disable=None) as bar:
+    with Bar("decoding", total, unit=" tokens") as shown:
         for variant in variants:
-            results[variant] = decode_windows(model, inputs, labels, n_loops, variant, bar.update)
+            results[variant] = decode_windows(model, inputs, labels, n_loops, variant, shown.update)
         for one in drafts:
-            drafted[one] = speculate_windows(model, inputs, n_loops, one, bar.update)
+            drafted[one] = speculate_windows(model, inputs, n_loops, one, shown.update)
     print(f"step {step}, {n_loops} loops, {inputs.numel():,} tokens of {folder}")
     width = max(len(variant.name) for variant in variants)
     print(f"{'':{width}s}     loss  accuracy  loops per token  cache bytes per token")

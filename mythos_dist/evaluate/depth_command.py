@@ -1,11 +1,9 @@
-"""`tools/depth_sweep.py`: a checkpoint over the number of loops, on held-out data and token by token on a text."""
+"""`mythos depth-sweep`: a checkpoint over the number of loops, on held-out data and token by token on a text."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from mythos_dist.checkpoint.restore import load_model, open_weights_at
 from mythos_dist.config.schema import Config
@@ -16,6 +14,7 @@ from mythos_dist.evaluate.depth_text import TextDepths, measure_text
 from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.files import reason, write_atomically
 from mythos_dist.parallel.process import device
+from mythos_dist.progress import Bar
 from mythos_dist.train.depth import draw_curves
 from mythos_dist.train.sweep import parse_loops, sweep_model, write_json
 
@@ -35,19 +34,19 @@ def run(arguments: argparse.Namespace) -> None:
     folder = open_weights_at(arguments.checkpoint).folder
     text = None if arguments.text is None else _read_text(arguments.text)
     out.parent.mkdir(parents=True, exist_ok=True)  # fail before the sweep, not after
-    model, config, step = load_model(folder)
+    model, config, step = load_model(folder, quiet=False)
     page = []
     if text is not None:
         tokenizer = evaluation_tokenizer(config, folder, arguments.tokenizer)
         depths = measure_text(model.to(device()), tokenizer, text, max(loops))
         page.append(_write_page(Path(f"{out}.html"), arguments, config, step, depths, tokenizer))
-    with tqdm(desc="forward passes", unit="", disable=None) as bar:
+    with Bar("evaluating", unit=" loops") as shown:
         result = sweep_model(
             *(model, config, step, loops),
             data=arguments.data,
             samples=arguments.samples,
             batch=arguments.batch,
-            progress=bar.update,
+            progress=shown.show,
         )
     write_json(Path(f"{out}.json"), result.to_json())
     draw_curves(Path(f"{out}.png"), {f"step {result.step}": result.curve}, result.trained)

@@ -50,7 +50,7 @@ class RunTasks:
         if generating := self._task_set.generating():
             raise UserError(
                 f"train.tasks: {', '.join(generating)} generates text, which runs do not; evaluate it with "
-                "tools/evaluate.py, and keep tasks of log-likelihoods here"
+                "`mythos evaluate`, and keep tasks of log-likelihoods here"
             )
 
     def evaluate(self, engine: Engine, heartbeat: Callable[[], None]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class EngineBackend:
 
     def plan_prompts(self, prompts: Sequence[Prompt]) -> Iterator[list[list[int]]]:
         """Raises UserError."""
-        raise UserError("a run does not generate text; evaluate such tasks with tools/evaluate.py")
+        raise UserError("a run does not generate text; evaluate such tasks with `mythos evaluate`")
 
     def generate(self, batches: Sequence[Sequence[Prompt]], n_loops: int) -> list[list[list[int]]]:
         """Never called: nothing is planned."""

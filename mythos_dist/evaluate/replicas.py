@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Replicas:
-    """The backend of `tools/evaluate.py`. Results do not depend on the number of ranks: it decides only which rank
+    """The backend of `mythos evaluate`. Results do not depend on the number of ranks: it decides only which rank
     computes a batch."""
 
     def __init__(self, model: Mythos, tokenizer: Tokenizer, batch_tokens: int = 8192):

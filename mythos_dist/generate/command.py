@@ -1,4 +1,4 @@
-"""`tools/generate.py`: a trained model continues texts, or answers messages."""
+"""`mythos generate`: a trained model continues texts, or answers messages."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     prompt = None if arguments.prompt is None else read_prompt(arguments.prompt)
     prompts = [prompt or ""] if arguments.prompts is None else read_prompts(arguments.prompts)
     options = _sampling_options(arguments)
-    trained = load_trained(arguments.run_dir, arguments.tokenizer)
+    trained = load_trained(arguments.run_dir, arguments.tokenizer, quiet=False)
     options["n_loops"] = options["n_loops"] or trained.n_loops
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without UTF-8
     if arguments.chat:

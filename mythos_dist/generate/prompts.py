@@ -1,4 +1,4 @@
-"""Prompts of `tools/generate.py`: from an argument, standard input, or a file with one in each line."""
+"""Prompts of `mythos generate`: from an argument, standard input, or a file with one in each line."""
 
 import json
 import sys

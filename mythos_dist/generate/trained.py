@@ -29,8 +29,9 @@ class Trained(NamedTuple):
         return find_renderer(self.tokenizer, template)
 
 
-def load_trained(path: str | AnyPath, tokenizer_file: Path | None = None) -> Trained:
+def load_trained(path: str | AnyPath, tokenizer_file: Path | None = None, quiet: bool = True) -> Trained:
     """The model at `path` (a run, checkpoint or export) with its own tokenizer, that of its shards, or the given one.
+    With a bar unless `quiet`.
 
     Raises UserError if a part is missing or damaged.
 
@@ -40,6 +41,6 @@ def load_trained(path: str | AnyPath, tokenizer_file: Path | None = None) -> Tra
     (3, 2, '</s>')
     """
     path = any_path(path) if isinstance(path, str) else path
-    model, config, step = load_model(path)
+    model, config, step = load_model(path, quiet)
     found = find_tokenizer(path.expanduser(), config.data, tokenizer_file)
     return Trained(model, config.loops.mean_of(config.model), step, found.tokenizer, found.template)

@@ -25,7 +25,7 @@ from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model import context_attention, offload
 from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet, replaced
-from mythos_dist.ops.plan.memory import PARTS, uses_bf16_optimizer
+from mythos_dist.ops.plan.memory import PARTS, micro_batches_at_peak
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel import expert
@@ -142,21 +142,20 @@ def dry_run(
     *,
     micro_batches: int | None = None,
     routing: Sequence[RowCounts] | None = None,
+    on_flops: Callable[[float], object] = lambda flops: None,
 ) -> DryRun:
     """Build `rank` of `world_size` and take a step; the process must not be in a process group.
 
     imbalance: rows that this rank's experts receive over those that it sends. micro_batches: per replica; None: the
-    fewest that show all memory that a step needs. routing: see `FakeRouting`.
+    fewest that show all memory that a step needs. routing: see `FakeRouting`. on_flops: called with the FLOPs
+    of each operation that was run, those of a step before the measured one included.
     """
     begin = time.monotonic()
     parallel = config.parallel
     replicas = world_size // (parallel.pipe * parallel.context * parallel.tensor)
     sequences = config.train.micro_batch * replicas
     if micro_batches is None:
-        # One micro-batch per stage fills a pipeline. If gradients are not added to accumulators at once, one more
-        # micro-batch meets those of an earlier one. Further micro-batches only take longer.
-        needed = parallel.pipe if uses_bf16_optimizer(config) else parallel.pipe + 1
-        micro_batches = min(config.train.global_batch // sequences, needed)
+        micro_batches = min(config.train.global_batch // sequences, micro_batches_at_peak(config))
     config = replace(
         config,
         train=replace(config.train, global_batch=sequences * micro_batches, batch_ramp=()),
@@ -167,7 +166,7 @@ def dry_run(
     )
     c = config.model
     fake_routing = FakeRouting(c.n_experts_per_tok, c.n_experts, imbalance, routing)
-    meter = Meter()
+    meter = Meter(on_flops=on_flops)
     no_router = replaced(expert, "exchange_counts", fake_routing)
     no_copies = replaced(offload, "HostCopy", UncountedCopy)
     UncountedCopy.live = UncountedCopy.peak = 0

@@ -7,7 +7,7 @@ inputs.py          one input file; spans.py: its chunks; documents.py, batches.p
                    parquet.py, lines.py, encoding.py: formats
 conversations.py   conversations as documents; chat_converter.py: a part of them; packing.py: into windows
 tokens/            token files of other trainers; token_converter.py: a part of them
-mds.py             the shard format; pool.py, progress.py: worker processes and progress
+mds.py             the shard format; pool.py, conversion_bar.py: worker processes and progress
 verify.py          check a folder of shards; verify_shard.py: one shard
 corpus.py          texts as strings, and a small sample corpus
 """

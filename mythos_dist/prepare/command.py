@@ -1,4 +1,4 @@
-"""What `tools/make_shards.py` and `tools/import_tokens.py` have in common: options, Ctrl-C and the report."""
+"""What `mythos shards` and `mythos import tokens` have in common: options, Ctrl-C and the report."""
 
 import argparse
 import json

@@ -25,6 +25,7 @@ from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.prepare import pool
 from mythos_dist.prepare.chat_converter import ChatPartConverter
+from mythos_dist.prepare.conversion_bar import ConversionBar
 from mythos_dist.prepare.duplicates import find_duplicates, save_digests
 from mythos_dist.prepare.finish import finish_conversion
 from mythos_dist.prepare.heldout import is_one_stream, switch_to_one_stream, too_few_documents
@@ -41,7 +42,6 @@ from mythos_dist.prepare.part import (
 )
 from mythos_dist.prepare.part_converter import PartConverter, convert_part, document_digests
 from mythos_dist.prepare.pool import WorkerPool
-from mythos_dist.prepare.progress import ConversionProgress
 from mythos_dist.prepare.resume import lock_output
 from mythos_dist.prepare.spans import Chunks, Columns, divide_file
 from mythos_dist.prepare.store_output import StoreOutput
@@ -113,9 +113,9 @@ def convert(
         with (
             contextlib.closing(output),
             WorkerPool(workers, tokenizer) as worker_pool,
-            ConversionProgress(worker_pool, quiet, output) as progress,
+            ConversionBar(worker_pool, quiet, output) as bar,
         ):
-            return _Conversion(job, tokenizer, worker_pool, progress, output).run(listing)
+            return _Conversion(job, tokenizer, worker_pool, bar, output).run(listing)
     except OSError as error:
         raise UserError(
             f"{error.strerror or error}: fix that (if the disk is full, free space) and run the same command again; "
@@ -164,10 +164,10 @@ class _Conversion:
         job: ConversionJob,
         tokenizer: Tokenizer,
         workers: WorkerPool,
-        progress: ConversionProgress,
+        bar: ConversionBar,
         output: Output,
     ):
-        self._job, self._tokenizer, self._workers, self._progress = job, tokenizer, workers, progress
+        self._job, self._tokenizer, self._workers, self._bar = job, tokenizer, workers, bar
         self._output = output
 
     def run(self, listing: Listing) -> ShardManifest:
@@ -175,13 +175,13 @@ class _Conversion:
         inspected = self._inspect(listing)
         settings = _settings(inspected, job, self._tokenizer)
         if manifest := self._output.finished_manifest(settings):
-            self._progress.log(f"{self._output.name}: already converted with these settings; nothing to do")
+            self._bar.log(f"{self._output.name}: already converted with these settings; nothing to do")
             return manifest
         for line in listing.lines():
-            self._progress.log(line)
+            self._bar.log(line)
         if rules := job.columns.tokens:
             for line in preview_lines([one.chunks for one in inspected if one.chunks], rules, self._tokenizer):
-                self._progress.log(line)
+                self._bar.log(line)
         with lock_output(job.out):
             self._output.begin(settings)
             parts = list(split_into_parts([one.chunks for one in inspected if one.chunks]))
@@ -197,11 +197,11 @@ class _Conversion:
     def _inspect(self, listing: Listing) -> list[_InspectedInput]:
         """Hash and chunks of every input. Raises UserError with all unreadable inputs, unless they are skipped."""
         sources, skip_bad = listing.sources, self._job.skip_bad
-        self._progress.begin("reading inputs", sum(source.size for source in sources))
+        self._bar.begin("reading inputs", sum(source.size for source in sources))
         problems = [] if skip_bad else listing.unreadable_problems()
         inspected = []
         tasks = [(source, self._job) for source in sources]
-        results = self._workers.map(_inspect_input, tasks, self._progress.update)
+        results = self._workers.map(_inspect_input, tasks, self._bar.update)
         for source, result in zip(sources, results, strict=True):
             if isinstance(result, _InspectedInput):
                 inspected.append(result)
@@ -218,8 +218,8 @@ class _Conversion:
         """For each part, the rows of `document_digests` that are duplicates."""
         files = [_digest_file(self._job, part) for part in parts]
         missing = [part for part, file in zip(parts, files, strict=True) if not file.is_file()]
-        self._progress.begin("finding duplicates", sum(part.size for part in missing))
-        for _ in self._workers.map(_digest_part, [(self._job, part) for part in missing], self._progress.update):
+        self._bar.begin("finding duplicates", sum(part.size for part in missing))
+        for _ in self._workers.map(_digest_part, [(self._job, part) for part in missing], self._bar.update):
             pass
         return find_duplicates(files)
 
@@ -252,19 +252,19 @@ class _Conversion:
             record = read_record(job, part, self._output.size_of)
             if record and (record.limit is None or limit):
                 finished[part.index] = record
-        self._progress.begin(title, sum(part.size for part in parts))
-        self._progress.skip(sum(part.size for part in parts if part.index in finished))
+        done = sum(part.size for part in parts if part.index in finished)
+        self._bar.begin(title, sum(part.size for part in parts), done)
         tasks = ((job, part, None, duplicates[part.index]) for part in parts if part.index not in finished)
-        new_records = self._workers.map(_convert_part, tasks, self._progress.update)
+        new_records = self._workers.map(_convert_part, tasks, self._bar.update)
         remaining = limit
         for part in parts:
             record = finished.get(part.index) or next(new_records)
             is_limited = remaining is not None and (record.tokens_with_eos >= remaining or record.limit is not None)
             if is_limited and record.limit != remaining:
                 task = (job, part, remaining, duplicates[part.index])
-                (record,) = self._workers.map(_convert_part, [task], self._progress.update)
-            self._progress.add_written(record.disk_bytes)
-            self._output.add(part, record, self._progress.update)
+                (record,) = self._workers.map(_convert_part, [task], self._bar.update)
+            self._bar.add_written(record.disk_bytes)
+            self._output.add(part, record, self._bar.update)
             yield record
             if remaining is not None:
                 remaining -= record.tokens_with_eos

@@ -9,7 +9,6 @@ from pydoc_data.topics import topics
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from mythos_dist.errors import UserError
 from mythos_dist.files import replacing, write_atomically
@@ -18,6 +17,7 @@ from mythos_dist.prepare.documents import read_span, unreadable
 from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source, reading
 from mythos_dist.prepare.listing import find_sources, list_inputs
 from mythos_dist.prepare.spans import Columns, Span, divide_file
+from mythos_dist.progress import Bar
 
 
 def write_sample_corpus(out: Path) -> Path:
@@ -97,14 +97,13 @@ def sample_documents(
     random.Random(seed).shuffle(spans)
     total = min(max_bytes, sum(span.size for span in spans))
     size = 0
-    hidden = not (progress and sys.stderr.isatty())
-    with tqdm(total=total, desc="reading text", unit="B", unit_scale=True, disable=hidden) as bar:
+    with Bar("reading text", total, quiet=not progress) as shown:
         for text in _texts(spans, columns):
             if size >= max_bytes:
                 return
             yield text
             size += len(text)
-            bar.update(len(text))
+            shown.update(len(text))
 
 
 def _texts(spans: Iterable[Span], columns: Columns) -> Iterator[str]:

@@ -31,9 +31,9 @@ from mythos_dist.data.manifest import (
 from mythos_dist.data.remote import INDEXES, MAX_INDEX
 from mythos_dist.data.shard import Shard
 from mythos_dist.errors import UserError
+from mythos_dist.prepare.conversion_bar import ConversionBar
 from mythos_dist.prepare.part import UNFINISHED
 from mythos_dist.prepare.pool import WorkerPool
-from mythos_dist.prepare.progress import ConversionProgress
 from mythos_dist.prepare.verify_shard import MALFORMED, Counted, check_shard
 from mythos_dist.store.fetch import Unavailable, read_object
 from mythos_dist.store.write import WRITABLE, list_files
@@ -113,10 +113,10 @@ def _verify(folder: Path, url: str, workers: int, quiet: bool) -> VerifyReport:
         shards = {split: _read_index(folder, url, split, manifest, report) for split in SPLITS}
         report.shards = sum(len(some) for some in shards.values())
         report.tokens = report.windows * manifest.tokens_per_window
-        with WorkerPool(workers, manifest) as pool, ConversionProgress(pool, quiet) as progress:
-            progress.begin("verifying", report.bytes)
+        with WorkerPool(workers, manifest) as pool, ConversionBar(pool, quiet) as bar:
+            bar.begin("verifying", report.bytes)
             for split in SPLITS:
-                _check_split(shards[split], manifest.splits[split], report, pool, progress)
+                _check_split(shards[split], manifest.splits[split], report, pool, bar)
     report.seconds = time.monotonic() - begin
     return report
 
@@ -127,7 +127,7 @@ def _read_manifest(folder: Path, report: VerifyReport) -> ShardManifest | None:
         finished, unfinished = (folder / "manifest.json").exists(), (folder / UNFINISHED).exists()
         if unfinished and not finished:
             raise UserError(
-                "not finished; run the same command of tools/make_shards.py again (or tools/import_tokens.py): it "
+                "not finished; run the same command again (`mythos shards` or `mythos import tokens`): it "
                 "resumes where it stopped",
                 str(folder),
             )
@@ -254,11 +254,11 @@ def _check_split(
     counts: SplitCounts,
     report: VerifyReport,
     workers: WorkerPool,
-    progress: ConversionProgress,
+    bar: ConversionBar,
 ) -> None:
     """Check the shards of a split, and, if all are good, their documents."""
     found, all_good = Counted(), bool(shards)
-    results = workers.map(check_shard, shards, progress.update)
+    results = workers.map(check_shard, shards, bar.update)
     for shard, (problems, counted) in zip(shards, results, strict=True):
         found = Counted(*map(sum, zip(found, counted, strict=True)))
         if problems:

@@ -1,4 +1,4 @@
-"""`tools/serve.py`: load a model, listen, and serve until a signal."""
+"""`mythos serve`: load a model, listen, and serve until a signal."""
 
 import argparse
 import contextlib
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         except UnicodeDecodeError:
             raise UserError("--api-key-file: a key consists of ASCII characters, since a header carries it") from None
     with _listen(arguments.host, arguments.port) as listener:  # before the model is read, which takes longer
-        trained = load_trained(arguments.run_dir, arguments.tokenizer)
+        trained = load_trained(arguments.run_dir, arguments.tokenizer, quiet=False)
         service = _build_service(arguments, trained, key)
         if key is None and not _is_loopback(arguments.host):
             print(

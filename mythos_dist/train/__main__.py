@@ -1,4 +1,4 @@
-"""`python -m mythos_dist.train CONFIG.yaml [section.key=value ...]`, alone or once per rank under a launcher."""
+"""`mythos train CONFIG.yaml [section.key=value ...]`, alone or once per rank under a launcher."""
 
 import argparse
 import gc
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # slow imports are inside functions: they come after Ctrl-C i
 EPILOG = """\
 under a launcher:
   torchrun --nproc_per_node N -m mythos_dist.train CONFIG.yaml ...
-  srun python -m mythos_dist.train CONFIG.yaml ...     (launch/slurm.sbatch does more)
+  srun mythos train CONFIG.yaml ...     (launch/slurm.sbatch does more)
   launch/deepspeed.sh HOSTFILE CONFIG.yaml ...
 
 exit codes:
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     from mythos_dist.config.arguments import add_config
 
     parser = argparse.ArgumentParser(
-        prog="python -m mythos_dist.train",
+        prog="mythos train",
         description="Train a Recurrent-Depth Transformer. Running it again with the same run.dir resumes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

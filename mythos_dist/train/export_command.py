@@ -1,17 +1,17 @@
-"""`tools/export_checkpoint.py`: options, notes and the line at the end."""
+"""`mythos export`: options, notes and the line at the end."""
 
 import argparse
 import re
-import sys
 
 from mythos_dist.checkpoint.averaged import AverageOf
 from mythos_dist.checkpoint.export import export
-from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of, open_checkpoint
 from mythos_dist.checkpoint.universal import export_universal
+from mythos_dist.config.arguments import print_result
 from mythos_dist.config.load import config_from
 from mythos_dist.errors import UserError
+from mythos_dist.progress import Bar
 from mythos_dist.train.schedule import learning_rate
 from mythos_dist.train.start_from import steps_done
 from mythos_dist.units import count
@@ -36,27 +36,27 @@ def run(arguments: argparse.Namespace) -> None:
     average = f", average of {count(samples, 'sample')}" if arguments.average else ""
     about = f"step {manifest.step}{average}: {manifest.num_parameters:,} parameters"
     is_universal = arguments.format == UNIVERSAL
-    with bar("exporting", (12 if is_universal else 4) * manifest.num_parameters, arguments.quiet) as shown:
+    with Bar("exporting", (12 if is_universal else 4) * manifest.num_parameters, quiet=arguments.quiet) as shown:
         if is_universal:
             options = {"learning_rate": next_learning_rate(source), "prefix": arguments.prefix}
             folder = export_universal(source, arguments.out, progress=shown.update, **options, **common)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             done = f'{about} in {folder}; load it with "checkpoint": {{"load_universal": true}} in DeepSpeed\'s config'
         else:
             options = {"dtype": arguments.dtype, "file_bytes": int(arguments.file_size * 1e9)}
             files = export(source, arguments.out, arguments.format, progress=shown.update, **options, **common)
-            done = f"{about}, {sum(file.stat().st_size for file in files) / 1e9:.3f} GB in {arguments.out}"
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    if arguments.quiet:
-        return
+            size = sum(file.stat().st_size for file in files)
+            done = f"{about}, {size / 1e9:.3f} GB in {arguments.out}"
     trained = config_from(manifest.config)
     mode = trained.act.mode_of(trained.model)
     if arguments.format == "open_mythos" and mode != "reference":
-        print(
-            f"note: OpenMythos' class uses halting, but these weights were trained with act.mode={mode}: its "
-            "logits will differ"
+        notes.append(
+            f"OpenMythos' class uses halting, but these weights were trained with act.mode={mode}: its logits will "
+            "differ"
         )
-    print(done)
+    values = {"format": arguments.format, "dtype": arguments.dtype, "step": manifest.step}
+    values |= {"parameters": manifest.num_parameters, "bytes": size, "average_samples": samples * arguments.average}
+    print_result(arguments, done, notes, checkpoint=source.folder, out=arguments.out, **values)
 
 
 def next_learning_rate(source: Checkpoint) -> float | None:

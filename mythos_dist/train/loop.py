@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import AVERAGE, MOMENTS, CheckpointManifest, Lineage, library_versions
-from mythos_dist.checkpoint.progress import bar
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import load_state
 from mythos_dist.checkpoint.save import Saver, is_due
@@ -22,6 +21,7 @@ from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import held_memory, measured_on_all_ranks, on_rank_0, raise_on_all_ranks
+from mythos_dist.progress import Bar
 from mythos_dist.train.average import carried_samples, describe_resume
 from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes
 from mythos_dist.train.depth import Evaluation, find_failures, probe_entries
@@ -305,7 +305,7 @@ class Run:
         self.session.enter_phase("loading")
         shards = self.engine.local_shards
         size = sum(4 * value.numel() for shard in shards.values() for value in shard.values.values())
-        with bar("loading", size, quiet=self.rank > 0) as shown:
+        with Bar("loading", size, quiet=self.rank > 0) as shown:
 
             def progress(size: int) -> None:
                 self.session.heartbeat()

@@ -30,9 +30,7 @@ from mythos_dist.parallel.process import from_rank_0, raise_on_all_ranks
 from mythos_dist.units import count
 from mythos_dist.urls import AnyPath, RemotePath, any_path
 
-_PARENTS = (
-    "give a run.dir, a folder checkpoints/step-N in it, a folder that tools/export_checkpoint.py wrote, or a URL of one"
-)
+_PARENTS = "give a run.dir, a folder checkpoints/step-N in it, a folder that `mythos export` wrote, or a URL of one"
 
 
 def find_parent(config: Config) -> tuple[Checkpoint, list[str]]:

@@ -19,6 +19,10 @@ from mythos_dist.parallel.process import device
 from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
 from mythos_dist.urls import AnyPath
 
+# Called after each batch with the loops that are done, over all batches and numbers of loops, and with their total:
+# a pass takes about as long as it has loops.
+SweepProgress = Callable[[int, int], object]
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -31,7 +35,7 @@ class Sweep:
     by_position: dict[int, list[float]]  # accuracy at each position of the sequence, by the number of loops
 
     def to_json(self) -> dict[str, Any]:
-        """The values under the names of `tools/depth_sweep.py --json`."""
+        """The values under the names of `mythos depth-sweep --json`."""
         return {
             "step": self.step,
             "data": self.data,
@@ -61,11 +65,11 @@ def sweep(
     data: Path | None = None,
     samples: int = 256,
     batch: int = 16,
-    progress: Callable[[], object] = lambda: None,
+    progress: SweepProgress = lambda done, total: None,
 ) -> Sweep:
     """Evaluate a checkpoint, or a run's newest one, with each of `loops` on the first `samples` held-out sequences.
 
-    data: folder of shards; default: the folders of the run. progress: called after each batch. Raises UserError for a
+    data: folder of shards; default: the folders of the run. progress: see `SweepProgress`. Raises UserError for a
     checkpoint, shards or loops that cannot be used.
 
     >>> from mythos_dist import sweep
@@ -87,16 +91,20 @@ def sweep_model(
     data: Path | None,
     samples: int,
     batch: int,
-    progress: Callable[[], object],
+    progress: SweepProgress,
 ) -> Sweep:
     """As `sweep`, of a model that `load_model` returned."""
     model.to(device())
     stream, folder = open_windows(config, data, batch)
     samples = min(samples, stream.num_samples)
     batches = [MicroBatch(*(field.to(device()) for field in one)) for one in read_windows(stream, samples, batch)]
-    curve, by_position = {}, {}
+    curve, by_position, done = {}, {}, 0
+    total = sum(set(loops)) * len(batches)
     for n in sorted(set(loops)):
-        curve[n], by_position[n] = measure(model, config, batches, n, progress)
+        before, done = done, done + n * len(batches)
+        curve[n], by_position[n] = measure(
+            model, config, batches, n, lambda count, n=n, before=before: progress(before + n * count, total)
+        )
     return Sweep(step, folder, config.loops.mean_of(config.model), curve, by_position)
 
 
@@ -142,12 +150,15 @@ def read_windows(stream: ReplicaStream, samples: int, batch: int) -> Iterator[Mi
 
 @torch.no_grad()
 def measure(
-    model: Mythos, config: Config, batches: Sequence[MicroBatch], n_loops: int, progress: Callable[[], object]
+    model: Mythos, config: Config, batches: Sequence[MicroBatch], n_loops: int, progress: Callable[[int], object]
 ) -> tuple[HeldOut, list[float]]:
-    """Loss and accuracy with `n_loops` loops, and the accuracy at each position (0 if all labels there are ignored)."""
+    """Loss and accuracy with `n_loops` loops, and the accuracy at each position (0 if all labels there are ignored).
+
+    progress: called with the number of batches that are done.
+    """
     loss, tokens = 0.0, 0
     correct = counted = torch.zeros(batches[0].input_ids.shape[1], dtype=torch.int64, device=device())
-    for batch in batches:
+    for i, batch in enumerate(batches, 1):
         labels = batch.final_labels
         documents = batch.document_ids if config.data.document_mask else None
         losses = model(batch.input_ids, n_loops, labels=labels, document_ids=documents)
@@ -155,7 +166,7 @@ def measure(
         tokens += int(losses["tokens"])
         correct = correct + losses["correct"].sum(0)
         counted = counted + (labels != IGNORED).sum(0)
-        progress()
+        progress(i)
     return HeldOut(loss / tokens, float(correct.sum()) / tokens), (correct / counted.clamp(min=1)).tolist()
 
 

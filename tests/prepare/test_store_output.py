@@ -253,7 +253,7 @@ def test_a_store_that_denies_access_is_no_damage(store, stored, monkeypatch):
 
 
 def test_progress_counts_what_is_uploaded(store, url, job, monkeypatch, capsys):
-    from mythos_dist.prepare import progress
+    from mythos_dist import progress
 
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(store_output, "WAITING", 1)

@@ -392,7 +392,7 @@ def test_an_unfinished_conversion_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="not a finished conversion"):
         verify(folder)
     (folder / "unfinished").mkdir()
-    with pytest.raises(UserError, match=r"not finished; run the same command of tools/make_shards.py again"):
+    with pytest.raises(UserError, match=r"not finished; run the same command again \(`mythos shards`"):
         verify(folder)
 
 

@@ -1,4 +1,4 @@
-"""The command of `tools/plan.py`."""
+"""The command of `mythos plan`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,11 @@ from mythos_dist.errors import UserError
 from mythos_dist.ops.plan.clusters import Cluster, load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.length import longest_length, what_helps
+from mythos_dist.ops.plan.memory import micro_batches_at_peak
 from mythos_dist.ops.plan.report import advice, as_json, compare, details, does_not_fit, table
 from mythos_dist.ops.plan.search import AXES, check_fixed, search, smallest_cluster
 from mythos_dist.ops.plan.write import write_config
+from mythos_dist.progress import Bar
 from mythos_dist.units import count
 
 _TRAIN_SETTINGS = ("micro_batch", "recompute", "chunk_tokens", "offload")
@@ -58,7 +60,7 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
             return 1
         estimates, advice_lines = result.best, advice(result)
     best = estimates[0]
-    measured = dry_run(best.config, gpus, rank_of(best), arguments.imbalance) if dry_run else None
+    measured = _run_dry(dry_run, best, arguments.imbalance) if dry_run else None
     if arguments.write:
         write_config(best, arguments.write)
     if arguments.json:
@@ -70,6 +72,29 @@ def run(arguments: Any, configs: Path, dry_run: Callable[..., Any] | None) -> in
     else:
         _print_plan(arguments, cluster, estimates, advice_lines, measured)
     return 0 if best.fits else 1
+
+
+def _run_dry(dry_run: Callable[..., Any], best: Estimate, imbalance: float) -> Any:
+    """The dry run of a rank, with a bar of the planned FLOPs that are done, in percent."""
+    total, done = _dry_run_flops(best), 0.0
+    with Bar("building the rank", 100, unit=" %") as shown:
+
+        def count_flops(flops: float) -> None:
+            nonlocal done
+            if not done:
+                shown.describe("dry run of a step")
+            done += flops
+            shown.show(min(100, round(100 * done / total)))
+
+        return dry_run(best.config, best.world_size, rank_of(best), imbalance, on_flops=count_flops)
+
+
+def _dry_run_flops(estimate: Estimate) -> float:
+    """FLOPs of the steps of a dry run, about: before the measured one another, of a pipeline with one loop."""
+    config, stage = estimate.config, estimate.largest_stage
+    step = estimate.flops(stage, min(estimate.micro_batches, micro_batches_at_peak(config)))
+    first = step if config.parallel.zero == 3 else step / max(1, len(stage.loops)) if config.parallel.pipe > 1 else 0
+    return first + step
 
 
 def _print_plan(

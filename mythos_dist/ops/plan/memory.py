@@ -46,6 +46,15 @@ def uses_bf16_optimizer(config: Config) -> bool:
     return config.train.dtype == "bf16" and config.parallel.zero == 1
 
 
+def micro_batches_at_peak(config: Config) -> int:
+    """The fewest micro-batches of a step that show all memory that it needs: further ones only take longer.
+
+    One per stage fills a pipeline. If gradients are not added to accumulators at once, one more micro-batch meets those
+    of an earlier one.
+    """
+    return config.parallel.pipe if uses_bf16_optimizer(config) else config.parallel.pipe + 1
+
+
 def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParameter]) -> Memory:
     """Between steps: DeepSpeed's optimizers (Rajbhandari et al. 2020), runtime/bf16_optimizer.py, zero/stage*.py.
 

@@ -69,10 +69,12 @@ FLOPS: dict[Any, Callable[..., float]] = {
 
 
 class Meter(TorchDispatchMode):
-    """Counts inside `with Meter() as meter:`. round_to: CUDA's allocator rounds sizes up to a multiple of this."""
+    """Counts inside `with Meter() as meter:`. round_to: CUDA's allocator rounds sizes up to a multiple of this.
+    on_flops: called with the FLOPs of each operation that has some."""
 
-    def __init__(self, round_to: int = 512):
+    def __init__(self, round_to: int = 512, on_flops: Callable[[float], object] = lambda flops: None):
         super().__init__()
+        self._on_flops = on_flops
         self.round_to = round_to
         self.phase = "build"
         self.live: Counter[str] = Counter()  # bytes by part
@@ -112,7 +114,9 @@ class Meter(TorchDispatchMode):
         packet = func._overloadpacket
         out = func(*args, **kwargs)
         if packet in FLOPS:
-            self.flops += FLOPS[packet](*args, **kwargs)
+            flops = FLOPS[packet](*args, **kwargs)
+            self.flops += flops
+            self._on_flops(flops)
         if func.namespace == "c10d":
             self._mark_collective_output(func, args)
         backward = torch._C._current_graph_task_id() != -1

@@ -1,4 +1,4 @@
-"""What `tools/plan.py` prints: layouts as a table, the best one in detail, a dry run beside the plan."""
+"""What `mythos plan` prints: layouts as a table, the best one in detail, a dry run beside the plan."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

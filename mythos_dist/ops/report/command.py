@@ -1,4 +1,4 @@
-"""tools/report.py, and the report that a run writes at its end."""
+"""`mythos report`, and the report that a run writes at its end."""
 
 import sys
 import time
@@ -9,20 +9,27 @@ from mythos_dist.errors import UserError
 from mythos_dist.files import os_user_error, real_path, write_atomically
 from mythos_dist.ops.report.page import render
 from mythos_dist.ops.report.run import RunReport, read_run
+from mythos_dist.progress import Bar
 
 FILE = "report.html"
 
 
-def write_report(folders: Sequence[Path], out: Path, refresh: int | None = None) -> list[RunReport]:
-    """Write the page of the runs in `folders` to `out`. Raises UserError with all problems."""
+def write_report(folders: Sequence[Path], out: Path, refresh: int | None = None, quiet: bool = True) -> list[RunReport]:
+    """Write the page of the runs in `folders` to `out`, with a bar unless `quiet`.
+
+    Raises UserError with all problems.
+    """
     reports, problems = [], []
-    for folder, name in zip(folders, distinct_names(folders), strict=True):
-        try:
-            reports.append(read_run(folder, name))
-        except UserError as error:
-            problems += error.problems
-        except OSError as error:
-            problems += os_user_error(error, folder, "cannot be read").problems
+    files = [folder / "metrics.jsonl" for folder in folders]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    with Bar("reading", size, quiet=quiet) as shown:
+        for folder, name in zip(folders, distinct_names(folders), strict=True):
+            try:
+                reports.append(read_run(folder, name, shown.update))
+            except UserError as error:
+                problems += error.problems
+            except OSError as error:
+                problems += os_user_error(error, folder, "cannot be read").problems
     if problems:
         raise UserError(problems)
     try:
@@ -47,7 +54,7 @@ def run(folders: Sequence[Path], out: Path | None, watch: int | None) -> None:
     """Write the report once, or every `watch` seconds until the runs end or Ctrl-C. Raises UserError."""
     out = out or folders[0] / FILE
     while True:
-        reports = write_report(folders, out, watch)
+        reports = write_report(folders, out, watch, quiet=False)
         running = [report.name for report in reports if report.state == "running"]
         if watch is None or not running:
             print(out)

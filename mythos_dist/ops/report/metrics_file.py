@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from mythos_dist.progress import Progress
+
 COLUMNS = (
     "step",
     "tokens_total",
@@ -70,13 +72,17 @@ class MetricsFile:
         return len(self.columns["step"])
 
 
-def read_metrics(file: Path) -> MetricsFile:
-    """Read the file line by line; a missing one has no lines. Raises OSError."""
-    reader = _Reader()
+def read_metrics(file: Path, progress: Progress = lambda size: None) -> MetricsFile:
+    """Read the file line by line; a missing one has no lines. progress: called with bytes read. Raises OSError."""
+    reader, unreported = _Reader(), 0
     if file.exists():
         with file.open("rb") as stream:
             for line in stream:
                 reader.read(line)
+                unreported += len(line)
+                if unreported > 1 << 20:
+                    progress(unreported)
+                    unreported = 0
     columns = {name: np.frombuffer(values, dtype=np.float64) for name, values in reader.columns.items()}
     reader.result.columns = columns
     return reader.result

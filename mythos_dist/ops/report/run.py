@@ -29,6 +29,7 @@ from mythos_dist.ops.report.metrics_file import (
     read_metrics,
 )
 from mythos_dist.parallel.process_identity import is_running
+from mythos_dist.progress import Progress
 
 EXPERT_LOAD = "expert_load.json"
 MAX_MANIFEST = 1 << 26  # bytes of a checkpoint.json that is read for versions and layout
@@ -71,15 +72,19 @@ class RunReport:
         return sorted([*self.metrics.events, *starts])
 
 
-def read_run(folder: Path, name: str | None = None) -> RunReport:
-    """Raises UserError if `folder` is no run folder, and OSError if its metrics cannot be read."""
+def read_run(folder: Path, name: str | None = None, progress: Progress = lambda size: None) -> RunReport:
+    """progress: called with the bytes of metrics.jsonl that are read.
+
+    Raises UserError if `folder` is no run folder, and OSError if its metrics cannot be read.
+    """
     writer, heartbeat = read_writer(folder)
     completed = (folder / "COMPLETED").exists()
     since_life = time.time() - heartbeat
     state, why = determine_state(
         writer, None, completed, since_life, 0.0, 1.0, process_ended=is_running(writer) is False
     )
-    report = RunReport(folder, name or folder.resolve().name, state, why, read_metrics(folder / "metrics.jsonl"))
+    metrics = read_metrics(folder / "metrics.jsonl", progress)
+    report = RunReport(folder, name or folder.resolve().name, state, why, metrics)
     report.evaluations = [
         line for line in read_json_lines(folder / "eval.jsonl") if get_number(line, "step") is not None
     ]

@@ -107,7 +107,7 @@ class MdsRows:
         if column is None:
             raise UserError(
                 f"{name} has no column {' or '.join(names)}; its columns are {', '.join(encodings)}; name the "
-                "column of token ids with --column, or convert the text with tools/make_shards.py",
+                "column of token ids with --column, or convert the text with `mythos shards`",
                 self.source.path,
             )
         if encodings[column].split(":")[0] not in ("bytes", "ndarray"):

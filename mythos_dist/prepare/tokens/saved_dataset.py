@@ -124,7 +124,7 @@ def _column_of(schema: pa.Schema, wanted: str | None, file: str) -> str:
     if name is None:
         hint = "name the column of token ids with --column"
         if "text" in schema.names:
-            hint += ", or write the texts with Dataset.to_parquet and convert them with tools/make_shards.py"
+            hint += ", or write the texts with Dataset.to_parquet and convert them with `mythos shards`"
         raise UserError(f"no column {' or '.join(names)}; the columns are {', '.join(schema.names)}; {hint}", file)
     kind = schema.field(name).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
