@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .PHONY: demo chat-demo depth-demo long-demo loop-baseline loop-ablation loop-stability optimizer-study
-.PHONY: test test-all check docs bench constraints clean
+.PHONY: test test-all check docs notebook bench constraints clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
-	$(BIN)/python tools/demo.py
+	$(BIN)/mythos demo
 
 chat-demo: $(READY)  ## tune a small model on conversations, and ask it what none of them contains; 3 minutes
 	$(BIN)/python tools/chat_demo.py
@@ -19,18 +19,18 @@ long-demo: $(READY)  ## train a small model on 256 tokens and stretch it to 1,02
 	$(BIN)/python tools/long_demo.py
 
 loop-baseline: $(READY)  ## a looped model against plain ones of equal depth, parameters or FLOPs; 20 minutes
-	$(BIN)/python tools/make_sample_data.py
+	$(BIN)/mythos sample-data
 	$(BIN)/python tools/loop_baseline.py
 
 loop-stability: $(READY)  ## which loops train at which learning rate, by switch; hours
-	$(BIN)/python tools/make_sample_data.py
+	$(BIN)/mythos sample-data
 	$(BIN)/python tools/loop_stability.py
 
 loop-ablation: $(READY)  ## ablate each loop setting alone, at equal FLOPs; 1 to 2 hours
 	$(BIN)/python tools/loop_ablation.py
 
 optimizer-study: $(READY)  ## AdamW and Muon, schedules, averages of the weights, at equal FLOPs; 1 hour
-	$(BIN)/python tools/make_sample_data.py
+	$(BIN)/mythos sample-data
 	$(BIN)/python tools/optimizer_study.py
 
 # Ranks and daemons of the tests wait most of the time: three workers keep two cores busy.
@@ -48,6 +48,9 @@ check: $(READY)  ## lint, types and the quick tests; 90 seconds
 	$(BIN)/pyright & types=$$!; \
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --hypothesis-profile quick -m "not launch and not long"; tests=$$?; \
 	wait $$types && exit $$tests
+
+notebook: $(READY)  ## run the notebook, and store its results in it; minutes
+	$(BIN)/python docs/site_build/notebook.py
 
 docs: $(READY)  ## build the documentation site, site/index.html; warnings and links that lead nowhere are errors
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs site

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,7 +26,7 @@ REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 sys.path.append(str(DOCS))
 
-from site_build import api, commands, links, pages, settings  # noqa: E402
+from site_build import api, commands, links, notebook, pages, settings  # noqa: E402
 
 SETTINGS = [one for section in settings.all_settings().values() for one in section]
 PYTHON_BLOCKS = {  # page -> the test that does what its blocks show
@@ -137,7 +138,7 @@ def test_the_laptop_page_leads_to_a_trained_and_resumed_model(tmp_path):
     elsewhere = r"make |source |.*text/|.*configs/300m"  # test_readme.py runs those of the README
     ours = [line for line in commands_of("laptop.md") if not re.match(elsewhere, line)]
     ours = [line.replace("train.steps=300", "train.steps=24") for line in ours]
-    train = next(line for line in ours if "-m mythos_dist.train" in line)
+    train = next(line for line in ours if line.startswith("mythos train"))
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for line in ours:
         job = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=tmp_path, env=environment, text=True)
@@ -156,14 +157,40 @@ def test_the_laptop_page_leads_to_a_trained_and_resumed_model(tmp_path):
 @pytest.mark.timeout(1160)
 def test_the_notebook_runs(tmp_path):
     """From the first cell to the last; the sweep shows that loops matter."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     for name in ("configs", "mythos_dist", "tools"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     (file,) = (tmp_path / "examples").glob("*.ipynb")
-    book = nbformat.read(file, 4)
-    where = {"metadata": {"path": str(tmp_path / "examples")}}
-    nbclient.NotebookClient(book, timeout=900, kernel_name="python3", resources=where).execute()
-    printed = "".join(text.get("text", "") for cell in book.cells for text in cell.get("outputs", []))
-    losses = [float(loss) for loss in re.findall(r"loops: loss ([\d.]+)", printed)]
+    losses = losses_of(notebook.execute(file))
     assert len(losses) == 8 and losses[0] > min(losses)
+    assert losses == pytest.approx(losses_of(json.loads(notebook.NOTEBOOK.read_text())), abs=0.05)  # of another CPU
+
+
+def losses_of(book: Any) -> list[float]:
+    """The losses that the results of a notebook show, over the number of loops."""
+    outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
+    printed = "".join("".join(output.get("text", "")) for output in outputs)
+    return [float(loss) for loss in re.findall(r"loops: loss ([\d.]+)", printed)]
+
+
+def test_the_notebook_is_stored_with_its_results():
+    """Those of all its cells, in order; the plots make it no larger than a page."""
+    book = json.loads(notebook.NOTEBOOK.read_text())
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    results = [output for cell in cells for output in cell["outputs"]]
+    assert len(losses_of(book)) == 8 and sum("image/png" in output.get("data", {}) for output in results) == 2
+    assert not [output for output in results if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert notebook.NOTEBOOK.stat().st_size < 150_000
+
+
+def test_each_setting_says_since_when():
+    """Version 0.1 for those that a run of that version has in its config.yaml."""
+    old = yaml.safe_load((REPOSITORY / "tests/fixtures/run_of_version_0.1/run/config.yaml").read_text())
+    entries = dict(re.findall(r"^### (\S+)\n(.*?)(?=^#|\Z)", settings.page(), re.M | re.S))
+    assert set(entries) == {one.name for one in SETTINGS}
+    for name, entry in entries.items():
+        section, _, field = name.rpartition(".")
+        is_old = field in (old.get(section) or {})
+        assert f"- Since: {'0.1' if is_old else 'the version after 0.1'}\n" in entry, name
+        assert re.search(r"^- Type: .{4,}$", entry, re.M) and re.search(r"^- Default: .{3,}$", entry, re.M), name

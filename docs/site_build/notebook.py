@@ -1,8 +1,12 @@
-"""A notebook as a page: its text, code and results, as they are stored in the file."""
+"""A notebook as a page: its text, code and results, as they are stored in the file.
+
+`python docs/site_build/notebook.py` (`make notebook`) runs it and stores new results.
+"""
 
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "train_and_sweep.ipynb"
 
@@ -23,3 +27,21 @@ def page(folder: Path) -> str:
             elif text := "".join(output.get("text", data.get("text/plain", []))).rstrip():
                 parts.append(f"```text\n{text}\n```")
     return "\n\n".join(parts) + f"\n\nThe file is `examples/{NOTEBOOK.name}`.\n"
+
+
+def execute(file: Path) -> Any:
+    """Run all cells in the folder of `file`; returns the notebook with its results, without times and versions."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(file, 4)
+    where = {"metadata": {"path": str(file.parent)}}
+    NotebookClient(book, timeout=900, kernel_name="python3", resources=where, record_timing=False).execute()
+    book.metadata["language_info"] = {"name": "python"}
+    return book
+
+
+if __name__ == "__main__":
+    import nbformat
+
+    nbformat.write(execute(NOTEBOOK), NOTEBOOK)
