@@ -152,8 +152,8 @@ function addCharts() {
   if (runs.some((run) => run.evaluations.some((line) => line.by_loops)))
     addChart("by-loops", "Held-out loss by number of loops", "evaluations with loops.sweep", byLoops,
       () => ({ xaxis: { title: { text: "loops" }, type: "log", dtick: Math.log10(2) }, hovermode: "closest" }));
-  lineChart("lr", "Learning rate", "marks: phases, stages, restarts, skipped and repeated steps", () => all("lr", { title: "learning rate" }));
-  lineChart("grad_norm", "Gradient norm", "before clipping", () => all("grad_norm", { title: "gradient norm" }), () => ({ yaxis: { type: "log" } }));
+  lineChart("lr", "Learning rate", "marks: phases, stages, restarts, skipped and repeated steps", () => all("lr", { title: "learning rate" }), () => ({ yaxis: { exponentformat: "e", rangemode: "tozero" } }));
+  lineChart("grad_norm", "Gradient norm", "before clipping", () => all("grad_norm", { title: "gradient norm" }), () => ({ yaxis: { type: "log", nticks: 6 } }));
   lineChart("tokens_per_second", "Tokens per second", "", () => all("tokens_per_second", { title: "tokens/s", smooth: true }), () => ({ yaxis: { rangemode: "tozero" } }));
   if (has("mfu")) lineChart("mfu", "Model FLOPs utilization", "of the peak of all ranks", () => all("mfu", { title: "MFU", scale: 100, unit: " %", smooth: true }), () => ({ yaxis: { ticksuffix: " %", rangemode: "tozero" } }));
   lineChart("step_seconds", "Step time", "seconds: median, 95th percentile, waiting for data", () => [
