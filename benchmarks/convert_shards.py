@@ -35,7 +35,7 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(measure(*arguments.run)))
         return
-    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # as tools/make_shards.py does
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # as `mythos shards` does
     subprocess.run(
         [sys.executable, str(Path(__file__).with_name("debian_text.py")), "--out", str(arguments.text)], check=True
     )

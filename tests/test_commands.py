@@ -52,6 +52,18 @@ def test_the_list_has_every_command_line_of_the_package_and_of_tools():
         assert command.group in GROUPS and len(command.help) <= 70
 
 
+def test_messages_and_docs_name_commands_as_mythos():
+    """The scripts of tools/ and `python -m` are other names; the README says so once."""
+    scripts = "|".join(command.module.rpartition(".")[2] for command in COMMANDS)
+    other = re.compile(rf"\b(?:tools|launch)/(?:{scripts})\.py|python -m mythos_dist\.(?:train|doctor)\b")
+    pages = [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"), REPOSITORY / "launch" / "README.md"]
+    pages += [*REPOSITORY.glob("configs/**/*.yaml"), *REPOSITORY.glob("mythos_dist/**/*.py")]
+    pages.remove(Path(mythos.__file__))  # it explains the other names
+    found = [(page.name, match[0]) for page in pages for match in other.finditer(page.read_text())]
+    assert found == [] and len(pages) > 200
+    assert (REPOSITORY / "README.md").read_text().count("other names of its commands") == 1
+
+
 def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkeypatch, capsys):
     code, out, _ = exit_of(monkeypatch, capsys, "--help")
     assert code == 0 and [line[:-1] for line in out.splitlines() if line[:-1] in GROUPS] == list(GROUPS)

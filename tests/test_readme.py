@@ -31,20 +31,28 @@ def test_the_python_example_runs():
 @pytest.mark.launch
 def test_the_errors_shown_are_the_errors_printed():
     """The example of wrong settings prints exactly the shown errors and exits with code 2."""
-    examples = re.findall(r"\$ python (-m mythos_dist\.train .*?)\n(.*?)```", ALL, flags=re.DOTALL)
+    examples = re.findall(r"\$ mythos (train .*?)\n(.*?)```", ALL, flags=re.DOTALL)
     assert len(examples) == 2
     for command, shown in examples:
         result = subprocess.run(
-            [sys.executable, *command.split()], capture_output=True, text=True, cwd=REPOSITORY, timeout=240
+            [sys.executable, "-m", "mythos_dist", *command.split()],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            timeout=240,
         )
         assert (result.returncode, result.stdout, result.stderr) == (2, "", shown)
 
 
 @pytest.mark.launch
 def test_the_plan_shown_is_the_plan_printed():
-    (command, shown), *_ = re.findall(r"\$ python (tools/plan\.py --variant .*?)\n(.*?)```", ALL, flags=re.DOTALL)
+    (command, shown), *_ = re.findall(r"\$ mythos (plan --variant .*?)\n(.*?)```", ALL, flags=re.DOTALL)
     result = subprocess.run(
-        [sys.executable, *command.split()], capture_output=True, text=True, cwd=REPOSITORY, timeout=240
+        [sys.executable, "-m", "mythos_dist", *command.split()],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=240,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, shown, "")
 
@@ -63,55 +71,93 @@ FEWER = {  # text in a command -> its replacement
     "'hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT' --tokenizer tokenizer.model": "parquet --tokenizer t.model",
     "'parquet/*.parquet' --vocab-size 400 --out tokenizer.model": "'parquet/*.parquet' --vocab-size 400 --out t.model",
     "--out shards --dedup": "--out shards-of-parquet --dedup",
-    "tools/verify_shards.py shards": "tools/verify_shards.py shards-of-parquet",
+    "mythos verify shards": "mythos verify shards-of-parquet",
     "--nproc_per_node 8": "--nproc_per_node 2",
     "configs/1b.yaml data.path=shards run.dir=runs/first": "configs/1b.yaml data.path=shards run.dir=runs/two-ranks",
     "runs/demo --loops 1,2,4,8,16,32": "runs/first --loops 1,2",
 }
-ELSEWHERE = (  # commands that other tests run
-    *("python tools/make_sample_data.py", "python -m mythos_dist.train configs/recipes/"),  # train/test_recipes.py
-    "python tools/make_shards.py --format chat",  # that and prepare/test_conversations.py
-    "python tools/import_tokens.py SOURCE...",  # prepare/test_import_tokens.py
-    "python tools/make_shards.py --input 's3://bucket",  # prepare/test_store_output.py
-    "python tools/verify_shards.py s3://",
-    "python tools/make_shards.py --input 'hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT'",
-    "python tools/train_tokenizer.py --input 'hf://",
-    "python -m mythos_dist.train configs/300m.yaml data.path=shards/chat",  # train/test_conversations.py
-    "python tools/generate.py runs/tuned --chat",  # test_first_use.py
-    "python tools/generate.py RUN ",  # test_first_use.py
-    "python tools/decoding_quality.py ",  # test_first_use.py
-    "python tools/serve.py ",  # serve/test_server.py
-    "python tools/export_checkpoint.py runs/first --average",  # train/test_average.py
-    "python tools/export_checkpoint.py RUN --out universal",  # checkpoint/test_universal.py
-    "python -m deepspeed.checkpoint.ds_to_universal",
-    "python tools/import_deepspeed.py",
-    "python tools/average_checkpoints.py",  # checkpoint/test_average_tool.py
-    "python -m mythos_dist.train CONFIG.yaml",  # train/test_start_from.py, train/test_stages.py
-    "python tools/generate.py runs/tiny-chat",
-    "python tools/inspect_checkpoint.py runs/tiny-chat",
-    "sbatch ",  # cluster/test_drills.py, cluster/test_launch_readme.py
-    "launch/deepspeed.sh ",
-    "python tools/plan.py ",  # below, plan/test_command.py, train/test_variants.py
-    "python -m mythos_dist.doctor ",  # test_doctor.py
-    "python tools/depth_sweep.py runs/first --text",  # test_first_use.py
-    "python tools/evaluate.py ",  # evaluate/test_evaluate.py
-    "torchrun --nproc_per_node 8 tools/evaluate.py",
-    "python tools/export_checkpoint.py runs/first --out exported --format hf",  # evaluate/test_hf.py
-    "make ",  # experiments/test_trials.py; `make demo` is tools/demo.py
-    "python tools/loop_ablation.py ",  # experiments/test_trials.py
-    "torchrun --nproc_per_node 8 -m mythos_dist.train configs/tiny_cpu.yaml",  # parallel/test_parity_grid.py
-    "python -m mythos_dist.train configs/tiny_cpu.yaml",  # a study of minutes; layout errors: above
-    "python -m mythos_dist.train configs/demo.yaml model.dimm=3",  # above
-    "python -m mythos_dist.train configs/300m.yaml data.path=shards run.dir=runs/decayed",  # train/test_start_from.py
-)
+ELSEWHERE = {  # how commands begin that other tests run -> these tests
+    "mythos sample-data": "train/test_recipes.py",
+    "mythos train configs/recipes/": "train/test_recipes.py",
+    "mythos generate runs/tiny-chat": "train/test_recipes.py",
+    "mythos inspect runs/tiny-chat": "train/test_recipes.py",
+    "mythos shards --format chat": "prepare/test_conversations.py",
+    "mythos import tokens SOURCE...": "prepare/test_import_tokens.py",
+    "mythos shards --input 's3://bucket": "prepare/test_store_output.py",
+    "mythos verify s3://": "prepare/test_store_output.py",
+    "mythos train configs/300m.yaml data.path=shards/chat": "train/test_conversations.py",
+    "mythos generate runs/tuned --chat": "test_first_use.py",
+    "mythos generate RUN ": "test_first_use.py",
+    "mythos decoding-quality ": "test_first_use.py",
+    "mythos depth-sweep runs/first --text": "test_first_use.py",
+    "mythos serve ": "serve/test_server.py",
+    "lm_eval --model local-completions": "serve/test_server.py",
+    "mythos export runs/first --average": "train/test_average.py",
+    "mythos average": "checkpoint/test_average_tool.py",
+    "mythos export RUN --out universal": "checkpoint/test_universal.py",
+    "python -m deepspeed.checkpoint.ds_to_universal": "checkpoint/test_universal.py",
+    "mythos import deepspeed": "checkpoint/test_universal.py",
+    "mythos inspect s3://": "checkpoint/test_remote_exports.py",
+    "mythos train configs/300m.yaml data.path=shards run.dir=runs/tuned start_from=s3://": "train/test_remote_start.py",
+    "mythos train CONFIG.yaml": "train/test_start_from.py",
+    "mythos train configs/300m.yaml data.path=shards run.dir=runs/decayed": "train/test_start_from.py",
+    'mythos train configs/demo.yaml "run.profile=': "ops/test_profile.py",
+    "touch runs/demo/PROFILE": "ops/test_profile.py",
+    "mythos train configs/demo.yaml run.tensorboard=true": "train/test_sinks.py",
+    "tensorboard --logdir runs": "train/test_sinks.py",
+    "mythos report runs/a runs/b": "ops/test_report.py",
+    "mythos report runs/first --watch": "ops/test_report.py",
+    "sbatch ": "cluster/test_launch_readme.py",
+    "launch/deepspeed.sh ": "cluster/test_launch_readme.py",
+    "mythos plan ": "plan/test_command.py",  # also below, and train/test_variants.py
+    "mythos doctor ": "test_doctor.py",
+    "mythos evaluate ": "evaluate/test_evaluate.py",
+    "torchrun --nproc_per_node 8 -m mythos_dist evaluate": "evaluate/test_evaluate.py",
+    "mythos export runs/first --out exported --format hf": "evaluate/test_hf.py",
+    "make ": "experiments/test_trials.py",  # `make demo` is `mythos demo`
+    "python tools/loop_ablation.py ": "experiments/test_trials.py",
+    "torchrun --nproc_per_node 8 -m mythos_dist.train configs/tiny_cpu.yaml": "parallel/test_parity_grid.py",
+    "mythos train configs/tiny_cpu.yaml": "test_readme.py",  # a study of minutes; layout errors: above
+    "mythos train configs/demo.yaml model.dimm=3": "test_readme.py",  # above
+}
+SHELL = ("source .venv/bin/activate", "export ")  # what a reader's shell does
+NOT_RUN = re.compile(r"# (?:.*; )?needs (?:a cluster|a network|openssl)$")  # the mark of what no test can run
+
+
+def command_lines(page: str) -> list[str]:
+    """The commands in the blocks of a page, without prompts; a block with a prompt also shows what is printed."""
+    blocks = re.findall(r"^```(\S*)\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    lines = []
+    for block in [block for kind, block in blocks if kind in ("", "bash")]:
+        one = block.replace("\\\n", " ").splitlines()
+        lines += [line[2:] for line in one if line.startswith("$ ")] if block.startswith("$ ") else filter(None, one)
+    return lines
 
 
 def shown_commands() -> list[str]:
-    """Each command line in a block of the README and docs/, once, without the prompt and `.venv/bin/`."""
-    blocks = re.findall(r"^```[^`\n]*\n(.*?)^```", ALL, flags=re.DOTALL | re.MULTILINE)
-    starts = r"(?:\$ )?((?:\.venv/bin/)?(?:python|torchrun|make|sbatch|launch/\S+\.sh) .*)"
-    lines = (re.fullmatch(starts, line) for block in blocks for line in block.splitlines())
-    return list(dict.fromkeys(line[1].removeprefix(".venv/bin/") for line in lines if line))
+    """The commands of the README and docs/ that are run here, each once."""
+    lines = dict.fromkeys(command_lines(ALL))
+    return [line for line in lines if not line.startswith((*ELSEWHERE, *SHELL)) and not NOT_RUN.search(line)]
+
+
+@pytest.mark.parametrize("start", ELSEWHERE)
+def test_what_other_tests_run_is_shown_and_these_tests_exist(start):
+    assert any(line.startswith(start) for line in command_lines("\n".join(PAGES.values()))), "no page shows it"
+    assert (REPOSITORY / "tests" / ELSEWHERE[start]).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_marked(page):
+    """Blocks of commands are run by `test_the_commands_shown_run` or by what ELSEWHERE names, or marked as needing a
+    cluster or a network; `text` shows what is no command. test_site.py checks YAML and Python, and runs laptop.md."""
+    kinds = re.findall(r"^```(\S*)\n.*?^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    assert set(kinds) <= {"", "bash", "text", "python", "yaml", "{toctree}"}
+    assert "    mythos " not in PAGES[page], "a block without a fence is not run"
+    marked = [line for line in command_lines(PAGES[page]) if NOT_RUN.search(line)]
+    assert [line for line in marked if line.startswith(tuple(ELSEWHERE))] == [], "a test runs what is marked"
+    words = ("mythos", "torchrun", "python")  # of commands that `test_the_commands_shown_run` runs
+    ours = [line for line in command_lines(PAGES[page]) if line in shown_commands()]
+    assert [line for line in ours if line.split()[0] not in words] == []
 
 
 @pytest.mark.launch
@@ -130,19 +176,18 @@ def test_the_commands_shown_run(tmp_path):
     texts = [f"A story of number {i}. " + " ".join(sorted(str(i * j) for j in range(40))) for i in range(200)]
     (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     pq.write_table(pa.table({"text": texts}), tmp_path / "parquet" / "a.parquet")
-    # Other tests run commands with stores against a server: train/test_remote_start.py, prepare/test_store_output.py.
-    commands = [command for command in shown_commands() if not command.startswith(ELSEWHERE) and "s3://" not in command]
+    commands = shown_commands()
     script = "\n".join(sorted(commands, key=_order))
     for text, fewer in FEWER.items():
         assert text in script, (text, script)
         script = script.replace(text, fewer)
     weights = (
-        "python -m mythos_dist.train configs/1b.yaml data.path=shards model.mode=reference run.dir=runs/reference\n"
-        "python tools/export_checkpoint.py runs/reference --out theirs --format open_mythos\n"
+        "mythos train configs/1b.yaml data.path=shards model.mode=reference run.dir=runs/reference\n"
+        "mythos export runs/reference --out theirs --format open_mythos\n"
         'python -c "import torch, safetensors.torch as s; '
         "torch.save(s.load_file('theirs/model.safetensors'), 'open_mythos.pt')\"\n"
     )
-    script = script.replace("python tools/import_open_mythos.py", weights + "python tools/import_open_mythos.py")
+    script = script.replace("mythos import open-mythos", weights + "mythos import open-mythos")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-euxc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1100
@@ -156,7 +201,7 @@ def test_the_commands_shown_run(tmp_path):
 
 def _order(command: str) -> int:
     """Tokenizer, shards, training, then what reads a run."""
-    firsts = ("train_tokenizer", "make_shards", "mythos_dist.train configs/300m", "mythos_dist.train")
+    firsts = ("mythos tokenizer", "mythos shards", "train configs/300m", "mythos train", "mythos_dist.train")
     return next((i for i, first in enumerate(firsts) if first in command), len(firsts))
 
 
@@ -164,11 +209,12 @@ def _order(command: str) -> int:
 def test_every_file_that_a_page_names_exists(page):
     """Paths in code spans and commands, but for what a run makes; targets of links."""
     folder = REPOSITORY if page == "README.md" else REPOSITORY / "docs"
-    links = set(re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page]))
+    # The build of the site writes reference/, and test_site.py checks those links.
+    links = set(re.findall(r"\]\((?!https?:|#|reference/)([^)#]+)", PAGES[page]))
     assert [link for link in sorted(links) if not (folder / link).exists()] == []
     named = re.findall(r"\b(?:tools|configs|benchmarks|tests|experiments|mythos_dist)/[\w./-]*\w", PAGES[page])
     if page == "README.md":
-        assert {"tools/make_shards.py", "configs/1b.yaml"} <= set(named)
+        assert {"configs/1b.yaml", "configs/300m.yaml"} <= set(named)
     assert [name for name in sorted(set(named)) if not (REPOSITORY / name).exists()] == []
 
 

@@ -2,7 +2,7 @@
 is asked for words that were in no conversation. Takes minutes on a CPU; the same command resumes it.
 
 Writes summary.json (shares of exact answers before and after training, held-out losses).
-Afterwards: python tools/generate.py runs/chat-demo/run --chat
+Afterwards: mythos generate runs/chat-demo/run --chat
 """
 
 import argparse

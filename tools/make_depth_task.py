@@ -4,7 +4,7 @@
     python tools/make_depth_task.py --out data/s3-16 --hops 16 --sequences 64 --heldout 2000
 
 Train on the first (train.seq_len=9, model.vocab_size=8 or more), then evaluate more hops with more loops on the second:
-tools/depth_sweep.py RUN_DIR --data data/s3-16.
+mythos depth-sweep RUN_DIR --data data/s3-16.
 """
 
 import argparse

@@ -243,7 +243,7 @@ def page() -> str:
         "Every setting of a run, from `mythos_dist/config/schema.py`. In YAML a setting is a key of its section, on "
         "the command line it is `section.field=value`:\n",
         "```yaml\ntrain:\n  steps: 2000\noptim:\n  lr: 3.0e-4\n```\n",
-        "```\npython -m mythos_dist.train configs/tiny_cpu.yaml train.steps=40 optim.lr=1e-3\n```\n",
+        "```\nmythos train configs/tiny_cpu.yaml train.steps=40 optim.lr=1e-3\n```\n",
         "Unknown keys, values of another type or outside their range, and settings that contradict each other are "
         "reported together, before anything is written. A config may name a `base:`, a file whose settings it changes, "
         "and `model.variant: 1b` (to `1t`) sets a size of OpenMythos.\n",

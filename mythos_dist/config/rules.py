@@ -286,7 +286,7 @@ def _data_problems(data: DataConfig) -> Iterator[Problem]:
         if not data.path:
             yield Problem(
                 settings,
-                "data.path is not set; give the folder of shards that tools/make_shards.py wrote, "
+                "data.path is not set; give the folder of shards that `mythos shards` wrote, "
                 "or several with weights, such as data.mix={shards/web: 0.7, shards/code: 0.3}",
             )
         return

@@ -354,14 +354,14 @@ class TrainConfig(Section, section="train"):
     recompute_every: LoopCount = 1  # recompute=loop: keep the hidden state before every N-th loop only
     # Tokens that FFNs, experts and the head work on at a time, forward and backward, counted over a sequence-parallel
     # group: memory for hidden rows does not grow with the sequence, and they are computed twice. null or 0: all tokens;
-    # tools/plan.py chooses a number where nothing else fits.
+    # `mythos plan` chooses a number where nothing else fits.
     chunk_tokens: Annotated[int, Range(0, 1 << 30)] | None = None
     # saved: with recompute=loop the hidden state that each loop keeps for the backward goes to host memory.
     offload: Literal["none", "saved"] = "none"
     eval_every: StepsOrOff = 0  # steps between evaluations; 0: only before the first and after the last step
     # Maximum of held-out sequences per evaluation; 0: no evaluation.
     eval_samples: Annotated[int, Range(0, 1 << 30)] = 64
-    # Tasks of tools/evaluate.py that are scored by log-likelihood: names, and YAML files (docs/evaluation.md).
+    # Tasks of `mythos evaluate` that are scored by log-likelihood: names, and YAML files (docs/evaluation.md).
     tasks: tuple[str, ...] = ()
     tasks_every: StepsOrOff = 0  # steps between evaluations on `tasks`; 0: only after the last step
 

@@ -220,7 +220,7 @@ class ShardManifest:
             lines.append(
                 f"{count(self.unknown_tokens, 'token')} ({share:.2g} %) {'is' if self.unknown_tokens == 1 else 'are'} "
                 "<unk>: characters that the tokenizer cannot encode and that are lost; to keep them, train a tokenizer "
-                "with byte fallback (tools/train_tokenizer.py)"
+                "with byte fallback (`mythos tokenizer`)"
             )
         lines += [f"skipped: {one.name}, {one.where}: {one.reason}" for one in self.skipped]
         if self.left_out:
@@ -264,16 +264,16 @@ def read_shard_manifest(path: str | Path) -> ShardManifest:
     path = Path(path)
     if not path.is_dir():
         raise UserError(
-            "no such folder; set data.path to a folder of shards, or make them with tools/make_shards.py", str(path)
+            "no such folder; set data.path to a folder of shards, or make them with `mythos shards`", str(path)
         )
     if not any(path.iterdir()):
         raise UserError(
-            "no shards here; set data.path to a folder of shards, or make them with tools/make_shards.py",
+            "no shards here; set data.path to a folder of shards, or make them with `mythos shards`",
             str(path),
         )
     file = path / "manifest.json"
     if not file.is_file():
-        raise UserError("no manifest.json: not a finished conversion; run tools/make_shards.py (again)", str(path))
+        raise UserError("no manifest.json: not a finished conversion; run `mythos shards` (again)", str(path))
     try:
         return parse_shard_manifest(file.read_bytes(), str(file))
     except OSError as error:

@@ -55,7 +55,7 @@ def length_problems(manifest: ShardManifest, seq_len: int) -> Iterator[str]:
         near = sorted(near - {0}, key=lambda n: abs(n - seq_len))[:2]
         yield (
             f"train.seq_len={seq_len} neither divides the shards' seq_len={window} nor is a multiple of it; set "
-            f"train.seq_len to {_either(near)}, or convert with --seq-len {seq_len} (tools/make_shards.py)"
+            f"train.seq_len to {_either(near)}, or convert with --seq-len {seq_len} (`mythos shards`)"
         )
     elif windows and not num_sequences(manifest, "train", seq_len):
         longest = windows if what else (windows * manifest.window - 1) // window  # windows

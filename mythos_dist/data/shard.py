@@ -39,7 +39,7 @@ class Shard:
             return UserError(f"{self.name}: {what}; copy it to the store again, or convert again", self.url)
         corpus = self.folder.parent
         return UserError(
-            f"{self.name}: {what}; list the damaged files with `python tools/verify_shards.py {corpus}` and copy them "
+            f"{self.name}: {what}; list the damaged files with `mythos verify {corpus}` and copy them "
             "again, or convert again",
             str(corpus),
         )

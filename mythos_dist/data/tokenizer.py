@@ -75,7 +75,7 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError("no such file; train a tokenizer with tools/train_tokenizer.py", str(path))
+            raise UserError("no such file; train a tokenizer with `mythos tokenizer`", str(path))
         content = path.read_bytes()
         is_json = path.suffix == ".json" or content.lstrip()[:1] == b"{"
         tokenizer = (HuggingFaceTokenizer if is_json else SentencePieceTokenizer)(path, content, eos)
@@ -162,7 +162,7 @@ class Tokenizer:
         if lost := [character for character in RARE if not len(self.encode(character))]:
             raise UserError(
                 f"loses characters: {' '.join(lost[:5])} encode to no tokens, because it has neither an unknown token "
-                "nor byte fallback; use a byte-level tokenizer, or train one with tools/train_tokenizer.py",
+                "nor byte fallback; use a byte-level tokenizer, or train one with `mythos tokenizer`",
                 str(self.path),
             )
         first, full = self.encode("xx").tolist(), self.encode("xx yy").tolist()

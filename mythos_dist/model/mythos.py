@@ -268,7 +268,7 @@ class Mythos(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "Mythos":
-        """The model of an export in any format (`tools/export_checkpoint.py`), or of a folder that the class for
+        """The model of an export in any format (`mythos export`), or of a folder that the class for
         transformers has saved, in eval mode. Raises UserError if it cannot be read, or is another model's.
 
         >>> from mythos_dist import Mythos

@@ -109,7 +109,7 @@ def _check_model_type(found: dict[str, Any], file: Path | RemotePath) -> None:
     name = f" ({', '.join(map(str, classes))})" if isinstance(classes, list) and classes else ""
     raise UserError(
         f"model_type={found['model_type']!r:.60}{name:.100} is another model; give a folder that "
-        "tools/export_checkpoint.py --format hf wrote, or one saved by its class",
+        "`mythos export --format hf` wrote, or one saved by its class",
         str(file),
     )
 
@@ -137,7 +137,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype, device: str | torch.device
 
     if not is_export(folder):
         raise UserError(
-            "is no export: it needs config.json and .safetensors files, as tools/export_checkpoint.py writes them",
+            "is no export: it needs config.json and .safetensors files, as `mythos export` writes them",
             str(folder),
         )
     state: dict[str, Tensor] = {}

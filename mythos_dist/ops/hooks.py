@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Operations(Hooks):
-    """The hooks of `python -m mythos_dist.train`."""
+    """The hooks of `mythos train`."""
 
     def __init__(self, config: Config, session: Session):
         self.config, self.session = config, session

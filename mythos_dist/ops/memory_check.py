@@ -96,7 +96,7 @@ def _problem(estimate: Estimate, limit: str) -> str:
     return (
         f"the layout does not fit: a rank needs {_gb(estimate.largest_stage.bytes)} by plan (most of it "
         f"{largest}, {_gb(memory[largest])}), but {limit}; {', '.join(changes)}, or use more ranks: "
-        f"`python tools/plan.py CONFIG --gpus {estimate.world_size} --cluster {config.run.cluster or 'FILE'}` "
+        f"`mythos plan CONFIG --gpus {estimate.world_size} --cluster {config.run.cluster or 'FILE'}` "
         "shows layouts that fit; run.check_memory=false starts the run anyway"
     )
 

@@ -1,12 +1,14 @@
 """All commands of launch/README.md, in order, on a cluster of three nodes.
 
 The runs are smaller than in the README: configs/tiny_cpu.yaml has fewer steps and loops, and FEWER reduces numbers in
-commands. The first run waits 4 s before each step from the third on, so that it still runs when `status.py` reads its
-status and `scancel` sends its signal.
+commands. The first run waits 4 s before each step from the third on, so that it still runs when `mythos status` reads
+its status and `scancel` sends its signal.
 """
 
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,10 +42,15 @@ def project_of(folder: Path) -> Path:
     project = folder / "project"
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / "configs").mkdir()
-    for name in ("mythos_dist", "tools", "pyproject.toml"):
-        (project / name).symlink_to(REPOSITORY / name)
-    shutil.copytree(REPOSITORY / "launch", project / "launch")
+    (project / "pyproject.toml").symlink_to(REPOSITORY / "pyproject.toml")
+    for name in ("launch", "mythos_dist"):  # the package finds its launch scripts by a link
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, project / name, symlinks=True, ignore=ignored)
     paced(project / ".venv" / "bin", 3, 4)
+    mythos = project / ".venv" / "bin" / "mythos"
+    mythos.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mythos_dist "$@"\n')
+    mythos.chmod(0o755)
+    (project / ".venv" / "bin" / "activate").write_text(f'PATH="{mythos.parent}:$PATH"\n')
     base = REPOSITORY / "configs" / "tiny_cpu.yaml"
     (project / "configs" / "tiny_cpu.yaml").write_text(SMALLER.format(base=base))
     return project
@@ -60,7 +67,7 @@ def test_the_commands_of_the_launch_readme(tmp_path):
         script = script.replace(text, fewer)
     with Cluster(nodes=3, folder=tmp_path) as cluster:
         script = "set -euo pipefail; set -x\n" + script
-        done = cluster.run("ctl", script, cwd=project, env={"PYTHONPATH": str(REPOSITORY)}, check=False, timeout=1080)
+        done = cluster.run("ctl", script, cwd=project, env={"PYTHONPATH": str(project)}, check=False, timeout=1080)
         assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     runs = project / "runs"
     assert all((runs / name / "COMPLETED").exists() for name in ("first", "second", "third")), done.stdout

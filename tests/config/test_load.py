@@ -428,7 +428,7 @@ def test_settings_that_may_be_zero_may_not_be_negative(section, key):
         ({"optim": {"muon_ns_steps": 0}}, ["optim.muon_ns_steps=0", "at least 1"]),
         ({"optim": {"muon_lr": 0.1}}, ["optim.muon_lr=0.1", "optim.name=adamw", "set optim.name=muon"]),
         ({"optim": {"name": "muon"}, "parallel": {"zero": 3}}, ["optim.name=muon", "set parallel.zero to 2", "adamw"]),
-        ({"data": {"path": ""}}, ["data.path is not set", "tools/make_shards.py", "data.mix="]),
+        ({"data": {"path": ""}}, ["data.path is not set", "mythos shards", "data.mix="]),
         ({"data": {"mix": {"a": 1.0}}}, ["data.path=shards", "data.mix={'a': 1.0}", "leave one of them out"]),
         ({"data": {"path": "", "mix": {}}}, ["data.mix={} names no folder"]),
         ({"data": {"path": "", "mix": {"a": 0.0, "b": 1.0}}}, ["data.mix[a]=0.0 must be above 0", "leave"]),

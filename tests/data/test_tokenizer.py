@@ -398,7 +398,7 @@ LETTERS = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
 
 def test_a_tokenizer_that_drops_characters_is_refused_with_the_remedy(tmp_path):
     """With neither an unknown token nor byte fallback, the library drops such characters or raises."""
-    with pytest.raises(UserError, match=r"loses characters: é ß .* train one with tools/train_tokenizer.py"):
+    with pytest.raises(UserError, match=r"loses characters: é ß .* train one with `mythos tokenizer`"):
         Tokenizer.load(json_file(models.BPE(LETTERS, []), tmp_path))
     latin = {**LETTERS, **{letter: 27 + i for i, letter in enumerate("éß語")}}
     with pytest.raises(UserError, match=r"loses characters: Ж "):

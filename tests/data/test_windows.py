@@ -103,7 +103,7 @@ def test_the_error_for_a_damaged_shard_names_file_problem_and_remedy(
     with pytest.raises(UserError, match=message) as error:
         reader.read([0, 6])
     assert str(error.value).startswith(f"{folder}: train/{file.relative_to(folder / 'train')}: ")
-    assert f"`python tools/verify_shards.py {folder}`" in str(error.value) and "convert again" in str(error.value)
+    assert f"`mythos verify {folder}`" in str(error.value) and "convert again" in str(error.value)
 
 
 def test_sha1_is_checked_without_xxh64_and_a_shard_without_hashes_is_refused(make, raw, tmp_path):

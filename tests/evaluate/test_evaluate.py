@@ -1,4 +1,4 @@
-"""tools/evaluate.py: scores of a model whose answers are known, at any number of ranks, and after a kill."""
+"""mythos evaluate: scores of a model whose answers are known, at any number of ranks, and after a kill."""
 
 import dataclasses
 import json

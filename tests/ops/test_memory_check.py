@@ -56,7 +56,7 @@ def test_a_layout_that_does_not_fit_is_refused_unless_the_check_is_off(settings,
     assert memory[needed[2]] == max(memory.values()) == pytest.approx(float(needed[3]) * 1e9, rel=0.05)
     for words in (f"run.cluster={too_small} has 0.001 GB of 0.002 GB", "train.recompute=loop", "parallel.expert"):
         assert words in line
-    assert f"tools/plan.py CONFIG --gpus 2 --cluster {too_small}" in line and "run.check_memory=false" in line
+    assert f"mythos plan CONFIG --gpus 2 --cluster {too_small}" in line and "run.check_memory=false" in line
 
     started = train(2, *arguments, "run.check_memory=false")
     assert started.codes == [0, 0], started.tails

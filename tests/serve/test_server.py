@@ -1,4 +1,4 @@
-"""`tools/serve.py` with a real model, against the official client, plain torch and Mythos.generate."""
+"""`mythos serve` with a real model, against the official client, plain torch and Mythos.generate."""
 
 import asyncio
 import json

@@ -51,7 +51,7 @@ def test_a_flipped_byte_ends_the_run_at_once(arguments, folder, tmp_path, worker
     (shard,) = shard_files(folder)
     flip(shard)
     result = train(2, *arguments, f"data.workers={workers}", seconds=240)  # a rank that hangs ends with 1
-    refused(result, f"{folder}: train/{shard.relative_to(folder / 'train')}: its xxh64 is", "tools/verify_shards.py")
+    refused(result, f"{folder}: train/{shard.relative_to(folder / 'train')}: its xxh64 is", "mythos verify")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert not re.search(r"step \d+ took", (tmp_path / "run" / "logs" / "rank-00000.log").read_text())
 

@@ -67,7 +67,7 @@ def test_recipes_give_the_same_losses_on_1_2_and_4_ranks(shards, tmp_path):
 def test_the_story_from_text_to_a_chat(tmp_path):
     """As it stands in the docs: its commands run, and the held-out losses are those of its table."""
     text = (REPOSITORY / "docs" / "recipes.md").read_text()
-    commands = re.findall(r"^(python .*)$", text[: text.index("`make chat-demo`")], flags=re.MULTILINE)
+    commands = re.findall(r"^(mythos .*)$", text[: text.index("`make chat-demo`")], flags=re.MULTILINE)
     assert len(commands) == 9
     for name in ("mythos_dist", "tools", "configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)

@@ -102,7 +102,7 @@ def test_a_variants_plan_equals_its_dry_run(name, dry):
 
 @EACH
 def test_a_configs_comment_is_the_output_of_the_planner(name, dry):
-    command = f"python tools/plan.py configs/{name}.yaml --gpus {estimate_of(name).world_size} "
+    command = f"mythos plan configs/{name}.yaml --gpus {estimate_of(name).world_size} "
     command += "--cluster configs/clusters/h100_80gb.yaml --as-is --dry-run"
     assert comment_of(name) == planned_lines(estimate_of(name), command, dry[name][0])
 

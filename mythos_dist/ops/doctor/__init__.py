@@ -1,1 +1,1 @@
-"""The checks of `python -m mythos_dist.doctor`. They read the machine through `machine.Machine` only."""
+"""The checks of `mythos doctor`. They read the machine through `machine.Machine` only."""

@@ -226,7 +226,5 @@ def config_checks(config: Config) -> tuple[Check, ...]:
         Check("layout", check_layout),
         Check("run.dir", check_run_dir, "set another run.dir"),
         Check("checkpoint", check_checkpoints),
-        Check(
-            "data.path" if config.data.mix is None else "data.mix", check_data, "make shards with tools/make_shards.py"
-        ),
+        Check("data.path" if config.data.mix is None else "data.mix", check_data, "make shards with `mythos shards`"),
     )
