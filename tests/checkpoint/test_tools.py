@@ -114,8 +114,9 @@ def test_a_run_starts_from_open_mythos_weights_at_any_layout(
         weights = open_mythos_export / ("model.safetensors" if form == "safetensors" else "")
     begun = tmp_path / "begun"
     common = [*settings, "model.mode=reference", f"run.dir={begun}", "parallel.tensor=2", "train.steps=1"]
-    tool("import_open_mythos", weights, *common)
-    assert Checkpoint(begun / "checkpoints" / "step-00000000").manifest.optimizer["steps"] == 0
+    result = json.loads(tool("import_open_mythos", weights, *common, "--json"))
+    assert result == {"weights": str(weights), "out": str(begun / "checkpoints" / "step-00000000"), "notes": []}
+    assert Checkpoint(Path(result["out"])).manifest.optimizer["steps"] == 0
     if form != "pt":
         return
     result = train(2, *common)
