@@ -15,7 +15,7 @@ import importlib.metadata
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -142,6 +142,20 @@ class CheckpointManifest:
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values() if PARAMETER in tensor.kinds)
+
+    def tensor_bytes(self, kinds: Collection[str] | None = None) -> int:
+        """Bytes of the unsharded fp32 tensors of these kinds; None: of all."""
+        return sum(
+            4 * math.prod(tensor.shape)
+            for tensor in self.tensors.values()
+            for kind in tensor.kinds
+            if kinds is None or kind in kinds
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the unsharded fp32 parameters and buffers."""
+        return self.tensor_bytes((PARAMETER, BUFFER))
 
     @property
     def bytes(self) -> int:

@@ -233,7 +233,7 @@ def load_model(path: str | AnyPath, quiet: bool = True) -> tuple[Mythos, Config,
     hashes = not checkpoint.is_remote
     with Bar("verifying", checkpoint.manifest.bytes, quiet=quiet or not hashes) as shown:
         checkpoint.raise_if_damaged(hashes, shown.update)  # of moments, too, which a model does not have
-    with Bar("loading", 4 * checkpoint.manifest.num_parameters, quiet=quiet) as shown:
+    with Bar("loading", checkpoint.manifest.weight_bytes, quiet=quiet) as shown:
         return model_of(checkpoint, shown.update)
 
 

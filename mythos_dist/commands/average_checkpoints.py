@@ -44,7 +44,7 @@ def main() -> None:
 
     mean = open_mean(arguments.checkpoints, arguments.out, arguments.weights)
     notes = list(mean.notes())
-    with Bar("averaging", 4 * mean.manifest.num_parameters, quiet=arguments.quiet) as shown:
+    with Bar("averaging", mean.manifest.weight_bytes, quiet=arguments.quiet) as shown:
         files = export(
             mean,
             arguments.out,

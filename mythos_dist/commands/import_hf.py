@@ -34,7 +34,7 @@ def main() -> None:
 
     notes: list[str] = []
     source = open_model_folder(arguments.folder)
-    with Bar("importing", 4 * source.manifest.num_parameters, quiet=arguments.quiet) as shown:
+    with Bar("importing", source.manifest.weight_bytes, quiet=arguments.quiet) as shown:
         files = export(
             source,
             arguments.out,

@@ -37,7 +37,7 @@ def main() -> None:
 
     source = open_checkpoint(arguments.checkpoint, check_signature=not arguments.ignore_signature)
     size = source.manifest.bytes
-    with Bar("writing", size, quiet=arguments.quiet) as shown:
+    with Bar("writing", source.manifest.tensor_bytes(), quiet=arguments.quiet) as shown:
         folder = write_canonical(
             source,
             arguments.out,

@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     average = f", average of {count(samples, 'sample')}" if arguments.average else ""
     about = f"step {manifest.step}{average}: {manifest.num_parameters:,} parameters"
     is_universal = arguments.format == UNIVERSAL
-    with Bar("exporting", (12 if is_universal else 4) * manifest.num_parameters, quiet=arguments.quiet) as shown:
+    size = 12 * manifest.num_parameters if is_universal else manifest.weight_bytes
+    with Bar("exporting", size, quiet=arguments.quiet) as shown:
         if is_universal:
             options = {"learning_rate": next_learning_rate(source), "prefix": arguments.prefix}
             folder = export_universal(source, arguments.out, progress=shown.update, **options, **common)
