@@ -28,6 +28,7 @@ def tool(monkeypatch, capsys, tmp_path):
 
     def run(name: str, *arguments: object) -> SimpleNamespace:
         spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+        assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])

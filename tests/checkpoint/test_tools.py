@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -222,7 +223,7 @@ def rewrite(run_dir: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
+def large(tmp_path_factory) -> Iterator[Path]:
     """A checkpoint of 1.2 GB: one matrix of 400 MB and its moments, its columns sharded over four ranks."""
     run_dir = tmp_path_factory.mktemp("large")
     temporary = run_dir / "checkpoints" / "step-00000001.tmp-1"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
+SETTINGS_OF: dict[str, dict[str, Any]] = {**VARIANTS}  # values of mixed types, as keyword arguments
 
 
 @pytest.fixture
@@ -120,11 +122,11 @@ def test_a_document_that_is_not_a_mapping_of_sections_is_refused(text, expected,
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_model_keys_override_the_variant(name, write):
     """In any order of lines; a later source's variant replaces all model keys of earlier sources."""
-    expected = MythosConfig(**VARIANTS[name] | {"dim": 64})
+    expected = MythosConfig(**SETTINGS_OF[name] | {"dim": 64})
     for text in (f"model: {{variant: {name}, dim: 64}}", f"model: {{dim: 64, variant: {name}}}"):
         assert load_config(write(text), ["train.seq_len=8"]).model == expected
     path = write("model: {dim: 64, vocab_size: 9}")
-    assert load_config(path, ["train.seq_len=8", f"model.variant={name}"]).model == MythosConfig(**VARIANTS[name])
+    assert load_config(path, ["train.seq_len=8", f"model.variant={name}"]).model == MythosConfig(**SETTINGS_OF[name])
 
 
 def test_the_mode_gives_the_loops_their_defaults(write):
@@ -367,7 +369,7 @@ def said_of(**sections: dict) -> list[str]:
 def test_a_valid_config_has_no_problem():
     assert problems(change()) == []
     assert problems(change(model={"attn_type": "gqa"}, loops={"mean": 3}, run={"peak_tflops": 0.1})) == []
-    for variant in VARIANTS.values():
+    for variant in SETTINGS_OF.values():
         assert model_problems(MythosConfig(**variant)) == []
         assert model_problems(MythosConfig(**variant | {"attn_type": "gqa"})) == []
 

@@ -1,4 +1,4 @@
-"""mythos evaluate: scores of a model whose answers are known, at any number of ranks, and after a kill."""
+"""tools/evaluate.py: scores of a model whose answers are known, at any number of ranks, and after a kill."""
 
 import dataclasses
 import json

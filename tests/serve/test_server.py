@@ -1,4 +1,4 @@
-"""`mythos serve` with a real model, against the official client, plain torch and Mythos.generate."""
+"""`tools/serve.py` with a real model, against the official client, plain torch and Mythos.generate."""
 
 import asyncio
 import json

@@ -128,7 +128,7 @@ def test_a_run_on_a_mix_resumes_and_refuses_other_shards_and_weights(settings, f
 
     assert train(2, *mixed(0.75, 0.25), "train.steps=2").codes == [0, 0]
     first = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    moved = shutil.move(folder, tmp_path / "moved")
+    moved = Path(shutil.move(folder, tmp_path / "moved"))
     refused(
         train(2, *mixed(0.5, 0.5, a=moved), "train.steps=4", seconds=240),
         f"{moved} has weight 1 of 2, but the run was trained with 3 of 4",

@@ -26,6 +26,7 @@ def test_each_recipe_begins_where_the_one_before_ends(folder):
     for before, config in pairwise(configs):
         assert config.run.start_from == before.run.dir
     continued, parent = configs[1], configs[0]
+    assert continued.optim.decay_steps is not None
     assert continued.train.steps == parent.train.steps + continued.optim.decay_steps
 
 
