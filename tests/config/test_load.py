@@ -122,7 +122,7 @@ def test_a_document_that_is_not_a_mapping_of_sections_is_refused(text, expected,
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_model_keys_override_the_variant(name, write):
     """In any order of lines; a later source's variant replaces all model keys of earlier sources."""
-    expected = MythosConfig(**SETTINGS_OF[name] | {"dim": 64})
+    expected = MythosConfig(**SETTINGS_OF[name] | dict[str, Any](dim=64))
     for text in (f"model: {{variant: {name}, dim: 64}}", f"model: {{dim: 64, variant: {name}}}"):
         assert load_config(write(text), ["train.seq_len=8"]).model == expected
     path = write("model: {dim: 64, vocab_size: 9}")
@@ -371,7 +371,7 @@ def test_a_valid_config_has_no_problem():
     assert problems(change(model={"attn_type": "gqa"}, loops={"mean": 3}, run={"peak_tflops": 0.1})) == []
     for variant in SETTINGS_OF.values():
         assert model_problems(MythosConfig(**variant)) == []
-        assert model_problems(MythosConfig(**variant | {"attn_type": "gqa"})) == []
+        assert model_problems(MythosConfig(**variant | dict[str, Any](attn_type="gqa"))) == []
 
 
 AT_LEAST_ONE = {
