@@ -145,6 +145,7 @@ def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "list[Config
     """Read the config of each stage and check it against the number of ranks. Raises UserError."""
     from mythos_dist.config.layout import layout_problems
     from mythos_dist.config.load import find_config, load_stages
+    from mythos_dist.config.unread import unread_settings
     from mythos_dist.ops.cluster.inject import parse_faults
 
     try:
@@ -153,6 +154,8 @@ def read(path: str, overrides: list[str], rank_info: "RankInfo") -> "list[Config
             parse_faults(config.faults.inject)
             if problems := layout_problems(config, rank_info.world_size):
                 raise UserError(problems, source=f"{path} on {count(rank_info.world_size, 'rank')}")
+        for note in unread_settings(stages) if rank_info.rank == 0 else ():
+            print(f"note: {path}: {note}", file=sys.stderr)
         return stages
     except UserError as error:
         error.only_this_rank = not find_config(path).is_file()  # rank 0 has all other errors as well
