@@ -1,7 +1,8 @@
 """Convert the token files of other trainers to MDS shards with a manifest, ready for `data.path`.
 
 Sources: Megatron's .bin and .idx (a prefix, or a folder of them), nanotron's nanosets (.ds, or a folder of them), data
-sets that Hugging Face's `datasets` saved with save_to_disk, folders of MDS that MosaicML's MDSWriter wrote.
+sets that Hugging Face's `datasets` saved with save_to_disk, folders of MDS that MosaicML's MDSWriter wrote. Those of a
+URL (s3://, gs://, hf://, https:// …) are copied to --scratch first, and removed when the import is complete.
 
 A document ends at each EOS token and, but for MDS, at each document or row of the source (--documents). The same
 command resumes an interrupted import. The shards are the same bytes at any number of workers.
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("sources", nargs="+", type=path_text, metavar="SOURCE", help="prefixes, files or folders")
+    add("sources", nargs="+", type=path_text, metavar="SOURCE", help="prefixes, files or folders, or URLs of them")
     add("--tokenizer", required=True, type=Path, help="that the tokens are of: a SentencePiece model or tokenizer.json")
     add("--seq-len", type=int, default=4096, help="tokens per window; one more is stored, for the labels (%(default)s)")
     add("--format", default="auto", help="auto, megatron, nanoset, datasets or mds (%(default)s)")

@@ -19,7 +19,7 @@ def add_conversion_options(parser: argparse.ArgumentParser, heldout_of: str) -> 
     """Add the options of both tools. heldout_of: what a share of is held out."""
     add = parser.add_argument
     add("--out", required=True, type=path_text, help="output folder, or s3://bucket/folder")
-    add("--scratch", type=Path, help="of an s3 output: a folder for parts until they are uploaded (default: in TMPDIR)")
+    add("--scratch", type=Path, help="folder for what is on its way to or from a store (default: in TMPDIR)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes; 0: none (%(default)s)")
     add("--heldout", type=float, default=0.02, help=f"held-out share of the {heldout_of}; 0: none (%(default)s)")
     add("--min-tokens", type=int, help="leave out documents with fewer tokens")

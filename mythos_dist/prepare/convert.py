@@ -46,6 +46,7 @@ from mythos_dist.prepare.resume import lock_output
 from mythos_dist.prepare.spans import Chunks, Columns, divide_file
 from mythos_dist.prepare.store_output import StoreOutput
 from mythos_dist.prepare.token_converter import TokenPartConverter
+from mythos_dist.prepare.tokens.copies import TokenCopies
 from mythos_dist.prepare.tokens.documents import LONG_TOKENS
 from mythos_dist.prepare.tokens.files import inspect_source
 from mythos_dist.prepare.tokens.listing import list_token_sources
@@ -78,8 +79,9 @@ def convert(
     `heldout`: share of documents in [0, 1) for the held-out split (of windows if there are too few documents); 0: no
     held-out split. `compression`: zstd or zstd:1 … zstd:22. `skip_bad`: skip and count what cannot be read.
     `max_unpack_ratio`: how many times its size an input may unpack to (64 MB are always allowed). `workers`:
-    processes; 0: only this one. `quiet`: no progress on standard error. `scratch`: of a URL, where parts are made
-    before they are uploaded; None: below the system's temporary folder.
+    processes; 0: only this one. `quiet`: no progress on standard error. `scratch`: of a URL `out`, where parts are made
+    before they are uploaded, and for copies of token files that are in stores; None: below the system's temporary
+    folder.
 
     If `out` holds this conversion, nothing is done; if it holds an unfinished one, it is resumed. Raises UserError if
     it holds anything else, or if the inputs cannot be read.
@@ -105,8 +107,9 @@ def convert(
         skip_bad=skip_bad,
     )
     _check_options(job, workers)
+    copies = TokenCopies(scratch)
     if columns.tokens:
-        listing = list_token_sources(inputs, columns.tokens)
+        listing = list_token_sources(copies.local(inputs, quiet), columns.tokens)
     else:
         listing = list_inputs(inputs, job.out, max_unpack_ratio)
     try:
@@ -115,13 +118,15 @@ def convert(
             WorkerPool(workers, tokenizer) as worker_pool,
             ConversionBar(worker_pool, quiet, output) as bar,
         ):
-            return _Conversion(job, tokenizer, worker_pool, bar, output).run(listing)
+            manifest = _Conversion(job, tokenizer, worker_pool, bar, output).run(listing)
     except OSError as error:
         raise UserError(
             f"{error.strerror or error}: fix that (if the disk is full, free space) and run the same command again; "
             "it resumes where it stopped",
             error.filename or str(out),
         ) from None
+    copies.remove()
+    return manifest
 
 
 def _check_options(job: ConversionJob, workers: int) -> None:

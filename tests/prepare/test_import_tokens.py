@@ -371,7 +371,6 @@ BAD = {
         r"none of its [\d,]+ tokens is EOS \(2\), .* --eos, or, .*--documents stored",
     ),
     "own shards": (own_shards, r"is a folder of shards of mythos_dist"),
-    "a URL": (lambda path: "s3://bucket/prefix", r"is a URL; token files are read from local disks"),
     "nothing": (lambda path: path / "none", r"no such file, folder or prefix"),
     "an empty folder": (lambda path: path, r"no token files that are read here: Megatron"),
 }

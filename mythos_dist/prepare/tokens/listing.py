@@ -14,7 +14,7 @@ from mythos_dist.data.manifest import LeftOut, TokenRules, read_json
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.inputs import Inputs, Source
 from mythos_dist.prepare.listing import Listing, manifest_names
-from mythos_dist.prepare.names import KIND_NAMES, FileKind, is_url, valid_unicode
+from mythos_dist.prepare.names import KIND_NAMES, FileKind, valid_unicode
 from mythos_dist.prepare.tokens.mds_folder import BYTES_DTYPES
 
 DOCUMENTS = ("auto", "stored", "eos")
@@ -56,8 +56,6 @@ def _rule_problems(rules: TokenRules) -> list[str]:
 
 def _find(given: str, wanted: str) -> list[tuple[FileKind, str]]:
     """(format, path) of the sources that a path selects. Raises UserError if there is none."""
-    if is_url(given):
-        raise UserError("is a URL; token files are read from local disks: copy them there first")
     path = os.path.expanduser(given.rstrip("/") or given)
     found: list[tuple[FileKind, str]] = []
     for kind, find in FINDERS.items():
