@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.kill_points import labels
-from helpers.launch import Launch, train
+from helpers.launch import Launch, launch, train
 
 STEPS = 10
 # Gradients of batches 3 and 4 are not finite: in step 5 the run rolls back to the checkpoint of step 2.
@@ -46,6 +46,7 @@ class Soak:
         self.kills: list[str] = []  # the point of each kill
         self.runs = 0  # runs that were completed after kills, and compared
         self.tried: set[tuple[str, str]] = set()
+        launch(1, int)  # the imports of the server that ranks are forked from are no part of a run
         begin = time.monotonic()
         uninterrupted = folder / "uninterrupted"
         result = self._start(uninterrupted)
