@@ -9,12 +9,13 @@ Decisions: CLUSTER-12.
 import atexit
 import contextlib
 import errno
+import io
 import os
 import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 # Launch scripts decide by these whether to restart. 0: done; any other code is a bug.
@@ -43,8 +44,10 @@ class UserError(ValueError):
     only_this_rank = False  # True: perhaps not on rank 0, so one rank of each node prints it
 
     def __init__(self, problems: str | Sequence[str], source: str = ""):
-        self.problems = [redact(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
-        self.source = source = redact(source)  # what was being read: a file, a folder; may be empty
+        given = [problems] if isinstance(problems, str) else problems
+        self.problems = [redact(problem).translate(_CONTROLS) for problem in given]
+        # What was being read: a file, a folder; may be empty. In a name, a line end is escaped as well.
+        self.source = source = redact(source).translate(_CONTROLS | _LINE_ENDS)
         where = f"{source}: " if source else ""
         if len(self.problems) == 1:
             super().__init__(where + self.problems[0])
@@ -86,6 +89,11 @@ _USER = re.compile(_URL + r"(?:[^\s/?#'\"]{1,400}|[^\s/?#:'\"]{0,99}:(?!\d{1,5}/
 _QUERY = re.compile(r"(?<![a-z0-9+.-])(https?://[^\s?#'\"<>]*)[?#][^\s'\"<>)]*", re.IGNORECASE)
 _PARAMETER = re.compile(rf"(?<![\w.-])({_SECRET})(=|%3D|['\"]: ?['\"])(?!\*\*\*)[^\s&'\"<>,;)]+", re.IGNORECASE)
 _TOKEN = re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|AKIA|ASIA)[A-Za-z0-9_-]{8,}|\b(Bearer|Basic) [\w.~+/=-]{8,}")
+
+
+# Names of files may hold control characters, which a terminal would obey: they are escaped in messages.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_LINE_ENDS = {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
 
 
 def redact(text: str) -> str:
@@ -143,6 +151,9 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
     interrupted: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
+        if _delays:
+            _delays[-1] = True
+            return
         interrupted.append(number)
         signal.signal(signal.SIGALRM, interrupt_again)
         signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
@@ -155,6 +166,8 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
     before = signal.getsignal(signal.SIGINT)
     if before == signal.default_int_handler:  # a background job of a script ignores SIGINT
         signal.signal(signal.SIGINT, interrupt)
+    if is_tool and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         try:
             main()
@@ -181,6 +194,20 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) == interrupt:
             signal.signal(signal.SIGINT, before)
+
+
+_delays: list[bool] = []  # of `delaying_interrupts` that have not ended: whether Ctrl-C was pressed in them
+
+
+@contextlib.contextmanager
+def delaying_interrupts() -> Iterator[None]:
+    """Ctrl-C in the block has its effect after it, under `run_command`: for renames that belong together."""
+    _delays.append(False)
+    try:
+        yield
+    finally:
+        if _delays.pop():
+            signal.raise_signal(signal.SIGINT)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -27,7 +27,7 @@ from mythos_dist.checkpoint.publish import publish
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
 from mythos_dist.checkpoint.signature import Key, signing_key
 from mythos_dist.checkpoint.tensor_file import write_tensors
-from mythos_dist.errors import UserError
+from mythos_dist.errors import UserError, delaying_interrupts
 from mythos_dist.files import make_folders, reason
 from mythos_dist.progress import Progress
 from mythos_dist.units import short_bytes
@@ -114,7 +114,8 @@ def _write(
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             files = dict(pool.map(write_file, range(len(groups)), groups))
-        return publish(folder, replace(manifest, files=files, format_version=FORMAT_VERSION), key)
+        with delaying_interrupts():  # or a complete checkpoint would be there without `latest`
+            return publish(folder, replace(manifest, files=files, format_version=FORMAT_VERSION), key)
     finally:
         with suppress(OSError):
             remove_checkpoint(folder)  # does nothing after `publish`, which renames it

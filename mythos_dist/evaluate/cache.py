@@ -38,8 +38,11 @@ class Cache:
         return self._of(n_loops).get(key)
 
     def add(self, n_loops: int, results: Iterable[tuple[str, Result]]) -> None:
-        """Record results of a batch. Raises UserError if they cannot be written."""
-        new = dict(results)
+        """Record results of a batch. Raises UserError if they cannot be written.
+
+        They are kept as they are read from the file, so that an evaluation that was stopped has the same scores.
+        """
+        new = {key: _as_stored(result) for key, result in results}
         self._of(n_loops).update(new)
         if self._folder is None:
             return
@@ -80,6 +83,10 @@ def _open(file: Path) -> FileIO:
         if stream.read(1) != b"\n":
             stream.write(b"\n")
     return stream
+
+
+def _as_stored(result: Result) -> Result:
+    return _from_json(_to_json(result)) or result
 
 
 def _to_json(result: Result) -> dict[str, Any]:

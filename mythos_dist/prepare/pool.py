@@ -144,7 +144,13 @@ class WorkerPool:
         self._other_children = set(multiprocessing.active_children())
         context = multiprocessing.get_context("fork")  # a worker inherits all modules and the tokenizer
         self._executor = ProcessPoolExecutor(num_workers, context, _initialize_worker, (os.getpid(),))
-        for future in [self._executor.submit(os.getpid) for _ in range(num_workers)]:
+        # Ctrl-C waits until workers ignore it: until then they have this process's handler, and print a traceback.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            started = [self._executor.submit(os.getpid) for _ in range(num_workers)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for future in started:
             future.result()
 
     def _children(self) -> list[Any]:
@@ -168,6 +174,7 @@ class WorkerPool:
 def _initialize_worker(parent: int) -> None:
     """In a new worker: ignore Ctrl-C, which the parent handles, and end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

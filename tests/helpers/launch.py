@@ -71,7 +71,7 @@ def launch(
     `grace`: seconds after the failure of a rank until the others are killed, as srun and torchrun do.
     `KILL_AFTER` in `env`: a glob pattern; as soon as a file matches it, all ranks are killed at once, and before that
     none of them publishes a later checkpoint. `KILL_IN`: with KILL_AFTER, the seconds from the match to the kill;
-    alone, the seconds after which each rank is killed.
+    alone, the seconds after which each rank is killed. `KILL_SIGNAL`: see kill_points.py.
     """
     _start_server()
     with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
@@ -167,8 +167,8 @@ def train_until_rolled_back(arguments: Sequence[str]) -> None:
 
     roll_back = Run.roll_back
 
-    def roll_back_and_die(run: Run) -> None:
-        roll_back(run)
+    def roll_back_and_die(self: Run) -> None:
+        roll_back(self)
         os.kill(os.getpid(), signal.SIGKILL)
 
     Run.roll_back = roll_back_and_die
@@ -179,7 +179,8 @@ def _allow_fp16() -> None:
     """On every CPU, as torch does; DeepSpeed refuses it on CPUs without native fp16."""
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().is_fp16_supported = lambda: True
+    accelerator: Any = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
 
 
 def _in_group(program: Callable, *arguments: Any) -> Any:
@@ -228,7 +229,9 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
     if "KILL_AFTER" in os.environ:
         _hold(os.environ["KILL_AFTER"])
     elif "KILL_IN" in os.environ:
-        threading.Timer(float(os.environ["KILL_IN"]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+        timer = threading.Timer(float(os.environ["KILL_IN"]), kill_points.send_signal)
+        timer.daemon = True  # a program that ends before
+        timer.start()
     if os.environ.get("FAIL_AT", "").startswith(f"{rank}:"):
         _fail_at(int(os.environ["FAIL_AT"].partition(":")[2]))
     if "KILL_POINTS_IN" in os.environ:
@@ -295,8 +298,10 @@ def _fail_at(step: int) -> None:
     """This rank raises an unexpected error when it begins a step."""
     from mythos_dist.ops.cluster.inject import FaultInjector
 
-    def fail(self: FaultInjector, at: int) -> None:
-        if at == step:
+    failing = step
+
+    def fail(self: FaultInjector, step: int) -> None:
+        if step == failing:
             raise ZeroDivisionError("injected error")
 
     FaultInjector.before_step = fail

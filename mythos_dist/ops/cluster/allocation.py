@@ -20,6 +20,7 @@ from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import dump_stages, load_stages
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
+from mythos_dist.files import write_atomically
 from mythos_dist.ops.cluster.hostfile import MAX_COUNT, read_slots
 from mythos_dist.units import count
 
@@ -198,7 +199,7 @@ def main() -> None:
     if stages and arguments.finished:
         sys.exit(0 if is_finished(stages[-1]) else 1)
     if stages and arguments.write:
-        arguments.write.write_text(dump_stages(stages))
+        write_atomically(arguments.write, dump_stages(stages))
         return
     allocation = notes = None
     if arguments.hosts or arguments.hostfile:

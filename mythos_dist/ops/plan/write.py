@@ -1,6 +1,7 @@
 """A planned layout as a config file that trains."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from mythos_dist.config.load import dump_settings
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
+from mythos_dist.files import write_atomically
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.memory import PARTS
 from mythos_dist.units import count
@@ -68,10 +70,9 @@ def write_config(estimate: Estimate, path: Path) -> None:
     fixed = f"tensor={p.tensor}{f' context={p.context}' if p.context > 1 else ''} expert={p.expert} pipe={p.pipe}"
     command = f"planned for {count(estimate.world_size, 'GPU')}; reproduce with --fixed {fixed}"
     text = "\n".join(planned_lines(estimate, command)) + "\n# Set data.path and run.dir.\n"
+    if os.path.lexists(path):
+        raise UserError(f"--write {path}: the file exists; give another name, or delete it")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text + dump_settings(sections))
-    except FileExistsError:
-        raise UserError(f"--write {path}: the file exists; give another name, or delete it") from None
+        write_atomically(path, text + dump_settings(sections))
     except OSError as error:
         raise UserError(f"--write {path}: {error.strerror}") from None
