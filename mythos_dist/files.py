@@ -100,6 +100,11 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def is_utf8(path: str) -> bool:
+    """Whether the bytes of a file's name are UTF-8: Arrow refuses other paths, but not open files."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in path)
+
+
 def existing_folder(path: Path) -> Path:
     """`path`, or its nearest parent folder that exists."""
     return next(folder for folder in [path, *path.parents] if os.path.isdir(folder))

@@ -253,7 +253,8 @@ def _parse_overrides(overrides: Iterable[str], messages: list[str]) -> dict[str,
         kind = kinds_of(SECTIONS[section]).get(key) if section in SECTIONS else None
         is_text = (section, key) == ("model", "variant") or (kind is not None and kind.type is str)
         try:
-            source.setdefault(section, {})[key] = _override(raw.strip(" "), is_text)
+            spaced = name != name.rstrip(" ")  # `run.dir = x`; else spaces are part of a text
+            source.setdefault(section, {})[key] = _override(raw if is_text and not spaced else raw.strip(" "), is_text)
         except UserError:
             messages.append(f"{name}={show(raw)}: not a YAML value; put it in quotes")
     return {**source}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mythos_dist.files import is_utf8
 from mythos_dist.prepare.inputs import Source, open_bytes
 from mythos_dist.prepare.lines import parse_score
 
@@ -23,7 +24,7 @@ def open_parquet(source: Source, text: str | None = None, groups: Iterable[int] 
     `text`: the column of `groups` that will be read. Raises ArrowInvalid or OSError if the file is not parquet, or
     truncated.
     """
-    file: Any = open_bytes(source) if source.remote else source.path
+    file: Any = open_bytes(source) if source.remote or not is_utf8(source.path) else source.path
     options: Any = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
     parquet = pq.ParquetFile(file, memory_map=False, **options)
     footer = parquet.metadata

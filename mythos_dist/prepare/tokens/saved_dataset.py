@@ -7,16 +7,19 @@ The files are mapped, and only the column of token ids is read. `datasets` itsel
 seconds in each worker, and nothing else here needs it.
 """
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mythos_dist.data.manifest import read_json
 from mythos_dist.errors import UserError
+from mythos_dist.files import is_utf8
 from mythos_dist.prepare.inputs import Source
 from mythos_dist.prepare.spans import Chunks
 from mythos_dist.prepare.tokens.rows import RowBlock, blocks_of
@@ -112,9 +115,16 @@ def _batches(file: str) -> Iterator[pa.RecordBatch]:
             stream.seek(max(0, stream.tell() - len(END_OF_STREAM)))
             if stream.read() != END_OF_STREAM:  # Arrow does not miss it if the file was cut between two batches
                 raise UserError("is truncated: it does not end with Arrow's end of stream; copy it again", file)
-        yield from pa.ipc.open_stream(pa.memory_map(file))
+        yield from pa.ipc.open_stream(_mapped(file))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"is not an Arrow stream, or damaged ({error}); copy it again", file) from None
+
+
+def _mapped(file: str) -> Any:
+    if is_utf8(file):
+        return pa.memory_map(file)
+    with open(file, "rb") as stream:
+        return pa.BufferReader(pa.py_buffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
 
 
 def _column_of(schema: pa.Schema, wanted: str | None, file: str) -> str:
