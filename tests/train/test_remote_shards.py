@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import tempfile
@@ -11,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import remote_run
 from helpers.launch import launch
 from helpers.run_folder import lines
 from helpers.shard_folder import shard_files, write_folder
+
+from mythos_dist.checkpoint.remote import read_state
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
 EXACT = ("step", "loss", "grad_norm", "batch_id", "lr", "tokens")
@@ -133,6 +138,56 @@ def test_one_rank_killed_during_downloads_with_a_small_cache_trains_as_from_a_fo
     assert exact(remote) == exact(local(1))
     files = [file for file in (tmp_path / "nodes").rglob("*.mds*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 4 * size
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world", [1, 4])
+def test_killed_ten_times_during_downloads_and_uploads_it_writes_the_lines_of_a_local_run(
+    world, run, store, local, folder, url, tmp_path, seed
+):
+    """SIGKILL of all ranks, alternately while a shard is downloaded and at a random time, with room for a tenth of the
+    data on each node. A transfer is on its way most of the time, and after some kills the run folder is lost."""
+    draw, bucket = random.Random(seed), store.create_bucket(f"kills-of-{world}")
+    size = max(file.stat().st_size for file in shard_files(folder))
+    partial = tmp_path / "nodes" / "node-0" / "*" / "stores" / "*" / "train" / "*" / "*.partial"
+    kills = during_downloads = during_uploads = runs = 0
+
+    def start(**env: str):
+        settings = (f"data.cache_limit={4 * size}", f"checkpoint.remote={bucket}/{runs}", "checkpoint.every=2")
+        return run(f"run-{runs}", world, url, *settings, env=env)
+
+    def check(run_dir: Path) -> None:
+        assert exact(run_dir) == exact(local(world)), f"{kills} kills"
+        files = [file for file in (tmp_path / "nodes").rglob("*.mds*") if file.is_file()]
+        for node in range(-(-world // 2)):
+            assert sum(file.stat().st_size for file in files if f"node-{node}" in file.parts) <= 4 * size
+        here, there = remote_run.local(run_dir), store.content(f"{bucket}/{runs}")
+        assert here.items() <= there.items()
+
+    while kills < 10:
+        store.proxy.latency = 0.1
+        at_download = {"KILL_AFTER": str(partial), "KILL_IN": str(draw.uniform(0.0, 1.0))}
+        run_dir, result = start(**at_download if kills % 2 else {"KILL_IN": str(draw.uniform(4.0, 15.0))})
+        if result.codes == [0] * world:
+            check(run_dir)
+            runs += 1
+            continue
+        assert -signal.SIGKILL in result.codes, (result.codes, result.tails)
+        kills += 1
+        left = list((tmp_path / "nodes").rglob("*.partial"))
+        for file in left:
+            file.unlink()  # or the next start would be killed at once
+        state = read_state(run_dir)
+        during_downloads += bool(left)
+        during_uploads += bool(state and state.waiting)
+        if state and state.uploaded and draw.random() < 0.3:
+            shutil.rmtree(run_dir)
+    assert during_downloads and during_uploads
+    store.reset()
+    run_dir, result = start()
+    assert result.codes == [0] * world, result.tails
+    check(run_dir)
 
 
 def test_a_store_that_fails_ends_the_run_with_one_message(run, store, url, folder, monkeypatch):
