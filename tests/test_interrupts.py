@@ -97,6 +97,23 @@ run_command(main)"""
     assert done.stderr.startswith("Exception ignored in") and done.stderr.endswith("\nstopped by Ctrl-C\n")
 
 
+def test_ctrl_c_waits_for_renames_that_belong_together(tmp_path):
+    """A block may be inside another one."""
+    code = f"""{START}
+from mythos_dist.errors import delaying_interrupts
+def main():
+    with delaying_interrupts():
+        with delaying_interrupts():
+            print('ready', flush=True); time.sleep(2)
+            open('first', 'w').close()
+        open('second', 'w').close()
+    open('third', 'w').close()
+run_command(main)"""
+    done = interrupted(code, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "\nstopped by Ctrl-C\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
 def test_running_threads_do_not_delay_the_exit():
     """The interpreter's normal exit would wait for them."""
     code = f"""{START}

@@ -80,11 +80,13 @@ def test_the_cache_keeps_results_and_skips_a_line_that_a_kill_has_truncated(tmp_
     cache = Cache(tmp_path)
     results = [(scored.key, TokenScores([-0.1234567890123], [True])), (prompt.key, [7, 8])]
     cache.add(4, results)
+    in_memory = cache.get(4, scored.key)
     cache.close()
     file = tmp_path / "loops-4.jsonl"
     file.write_bytes(file.read_bytes() + b'{"key": "x", "logpr')
     again = Cache(tmp_path)
     assert again.get(4, prompt.key) == [7, 8] and again.get(1, prompt.key) is None and again.get(4, "x") is None
+    assert again.get(4, scored.key) == in_memory, "an evaluation that was stopped has other scores"
     logprobs, correct = again.get(4, scored.key)
     assert torch.tensor(logprobs).equal(torch.tensor([-0.1234567890123])) and correct == [True]
     again.add(4, [("x", [9])])
