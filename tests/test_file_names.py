@@ -48,7 +48,6 @@ REFUSED = {
     "control characters": "contains the control character",
     "not UTF-8": "not valid UTF-8",
 }
-QUICK = {"spaces", "a pattern"}  # the others are long: each takes 20 seconds
 Call = tuple[str, list[object]]  # a command and its arguments
 MODEL = [*SMALL, "model.vocab_size=300"]
 
@@ -91,10 +90,8 @@ def plain_run(shards, tmp_path_factory) -> Path:
     return run_dir
 
 
-@pytest.mark.launch
-@pytest.mark.parametrize(
-    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in NAMES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", NAMES)
 def test_every_command_takes_files_of_unusual_names(kind, plain_run, tmp_path, monkeypatch):
     name = NAMES[kind]
     folder, elsewhere = tmp_path / name, tmp_path / "elsewhere"
