@@ -242,7 +242,8 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
     with file.with_suffix(".out").open("w") as out, file.with_suffix(".err").open("w") as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)  # as Python opens it
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr)
         code = 0
         try:
