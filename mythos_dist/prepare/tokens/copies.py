@@ -19,13 +19,12 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
 from mythos_dist.errors import UserError, redact
 from mythos_dist.files import existing_folder
 from mythos_dist.prepare.inputs import Inputs
 from mythos_dist.prepare.remote_files import describe_error, filesystem_of
 from mythos_dist.private import default_shard_cache, make_private_folder
+from mythos_dist.progress import Bar
 from mythos_dist.store.fetch import WrongContent, fetch
 from mythos_dist.store.write import local_path
 from mythos_dist.units import count, short_bytes
@@ -127,7 +126,7 @@ def _copy(parent: str, files: dict[str, int], folder: Path, quiet: bool) -> None
             redact(parent),
         )
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="copying", disable=True if quiet else None) as bar,
+        Bar("copying", total, quiet=quiet, log_lines=True) as bar,
         ThreadPoolExecutor(THREADS, "copy") as pool,
     ):
         for size in pool.map(lambda name: _copy_file(f"{parent}/{name}", folder / name, files[name]), missing):
