@@ -120,7 +120,10 @@ def run(stages: "list[Config]", session: "Session", only_preflight: bool) -> int
         if code := train(stages[index], session, inputs, operations[index], is_last_stage=index == len(stages) - 1):
             return code
         session.begin_stage()
-        gc.collect()  # the engine of the stage has cycles, and holds its memory until they are found
+        # The engine of the stage is part of cycles, and holds its memory until they are found. Twice, because the
+        # finalizer of DeepSpeed's engine makes what the first collection finds reachable again.
+        gc.collect()
+        gc.collect()
     return 0
 
 

@@ -349,7 +349,7 @@ def _train_and_watch(arguments: list[str]) -> None:
     train_here(arguments)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, ""), (2, "parallel.pipe=2")])
+@pytest.mark.parametrize(("ranks", "layout"), [(1, ""), (2, "parallel.zero=3"), (2, "parallel.pipe=2")])
 def test_the_next_stage_does_not_hold_the_memory_of_the_last_one(common, tmp_path, ranks, layout):
     """DeepSpeed's engines are in cycles that the garbage collector cannot see."""
     arguments = [*write(tmp_path, STAGES, common), f"run.dir={tmp_path / 'run'}", *layout.split()]
