@@ -134,7 +134,8 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     Ctrl-C raises KeyboardInterrupt in `main`, whose `finally` blocks clean up. Libraries may turn that into their own
     error while they are imported or wait for worker processes, so after Ctrl-C any exception counts as an interrupt.
     They may also drop it, as torch does while it imports numpy, and Python does in `__del__`: it is raised again every
-    half second until `main` ends.
+    half second until `main` ends. While torch is imported, whose C++ functions may abort the process instead, the
+    program ends then.
     """
     if is_tool:
         _run_main(main, is_tool)
@@ -160,6 +161,8 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
         raise KeyboardInterrupt
 
     def interrupt_again(number: int, frame: Any) -> None:
+        if _torch_is_imported_now():
+            _leave_interrupted()
         if sys.exc_info()[0] is None:  # no `except` or `finally` block is running
             raise KeyboardInterrupt
 
@@ -208,6 +211,11 @@ def delaying_interrupts() -> Iterator[None]:
     finally:
         if _delays.pop():
             signal.raise_signal(signal.SIGINT)
+
+
+def _torch_is_imported_now() -> bool:
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _exit_code(error: BaseException) -> int:

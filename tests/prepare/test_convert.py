@@ -687,7 +687,7 @@ def test_a_conversion_that_completes_while_another_starts_is_not_changed(
 
 
 def test_problems_of_a_manifest_are_reported(finished, tmp_path):
-    with pytest.raises(UserError, match=r"no shards here; .* make them with tools/make_shards\.py"):
+    with pytest.raises(UserError, match=r"no shards here; .* make them with `mythos shards`"):
         read_shard_manifest(tmp_path)
     complete = json.loads((finished / "manifest.json").read_text())
     without_counts = {**complete, "splits": {"train": complete["splits"]["train"]}}

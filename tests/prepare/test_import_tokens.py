@@ -337,7 +337,7 @@ BAD = {
     ),
     "a truncated Arrow file": (bad_dataset(lambda b: b[:-8]), r"arrow: is truncated"),
     "no Arrow file": (bad_dataset(lambda b: b"x" * 20 + b[-8:]), r"arrow: is not an Arrow stream"),
-    "text": (bad_dataset(column="text"), r"no column input_ids or tokens; the columns are text; .*tools/make_shards"),
+    "text": (bad_dataset(column="text"), r"no column input_ids or tokens; the columns are text; .*`mythos shards`"),
     "strings as tokens": (
         bad_dataset(column="tokens", some=[["a"]]),
         r"column 'tokens' holds list<.*string>, not lists of",
