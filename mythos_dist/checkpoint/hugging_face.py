@@ -37,7 +37,9 @@ def write_hugging_face(
     write_and_fsync(folder / "generation_config.json", _json(_token_ids(tokenizer)))
     for name in CODE_FILES:
         shutil.copyfile(CODE / name, folder / name)
-    write_and_fsync(folder / "README.md", model_card(source, config, dtype, files))
+    card = model_card(source, config, dtype, files)
+    # Names of folders need not be UTF-8.
+    write_and_fsync(folder / "README.md", card.encode(errors="backslashreplace").decode())
 
 
 def class_settings(source: Checkpoint, config: Config, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mythos_dist.checkpoint.signature import signing_key
 from mythos_dist.checkpoint.strict_json import shorten
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, first_line
+from mythos_dist.files import is_utf8
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.open_mythos import NOT_PARAMETERS, check_loop_settings, from_open_mythos, open_mythos_shapes
 from mythos_dist.progress import Progress
@@ -148,6 +149,8 @@ class SafeTensors(Mapping[str, Tensor]):
         self._source: dict[str, tuple[Path, Any]] = {}
         self.metadata: dict[str, str] = {}
         for file in files:
+            if not is_utf8(str(file)):
+                raise UserError("the path is not UTF-8, and safetensors refuses it; rename it", str(file))
             opened: Any = safe_open(file, "pt")
             self.metadata |= opened.metadata() or {}
             for name in opened.keys():  # noqa: SIM118 — not a mapping

@@ -7,7 +7,7 @@ import re
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.decoding import Drafts, Speculated, Variant, decode_windows, speculate_windows
-from mythos_dist.files import write_atomically
+from mythos_dist.files import make_folders, write_atomically
 from mythos_dist.generate.sampling import Sampling, request_errors
 from mythos_dist.generate.speculate import speculation_errors
 from mythos_dist.model.kv_cache import loops_per_entry
@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
         errors += speculation_errors(Sampling(temperature=0), n_loops, one.loops, one.tokens)
     if errors:
         raise UserError(errors)
+    if arguments.out:
+        make_folders(arguments.out.parent)
     stream, folder = open_windows(config, arguments.data, arguments.samples)
     (windows,) = read_windows(stream, min(arguments.samples, stream.num_samples), arguments.samples)
     inputs, labels = (field[:, : arguments.tokens] for field in (windows.input_ids, windows.final_labels))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mythos_dist.errors import UserError
 from mythos_dist.ops.report import metrics_file
-from mythos_dist.ops.report.command import distinct_names, write_report
+from mythos_dist.ops.report.command import distinct_names, run, write_report
 from mythos_dist.ops.report.metrics_file import envelope, quantiles, ranges, read_metrics
 from mythos_dist.ops.report.page import render, summary
 from mythos_dist.ops.report.run import page_data, read_run
@@ -217,6 +217,11 @@ def test_the_tool_writes_the_page_and_needs_no_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(folder / "report.html") and (folder / "report.html").stat().st_size > 1e6
+
+
+def test_a_page_is_written_to_a_new_folder(tmp_path):
+    run([write_run(tmp_path / "run", 3)], tmp_path / "new" / "report.html", None)
+    assert (tmp_path / "new" / "report.html").stat().st_size > 1e6
 
 
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan) | st.just(math.inf), max_size=60), st.integers(1, 20))

@@ -220,8 +220,8 @@ def test_the_output_is_json_when_the_layout_does_not_fit():
 
 
 def test_a_written_config_gives_the_same_plan(tmp_path):
-    """It loads and gives the same plan; an existing file is not overwritten."""
-    path = tmp_path / "planned.yaml"
+    """It loads and gives the same plan; its folder is created, and an existing file is not overwritten."""
+    path = tmp_path / "new" / "planned.yaml"
     arguments = ["--variant", "3b", "--gpus", "8", "--global-batch", "64", "--top", "1", "--write", str(path)]
     layout = json.loads(run(*arguments, "--json"))["layouts"][0]
     config = load_config(path, ["data.path=shards"])

@@ -9,7 +9,7 @@ from typing import Any
 from mythos_dist.config.load import dump_settings
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
-from mythos_dist.files import write_atomically
+from mythos_dist.files import make_folders, write_atomically
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.memory import PARTS
 from mythos_dist.units import count
@@ -73,6 +73,7 @@ def write_config(estimate: Estimate, path: Path) -> None:
     if os.path.lexists(path):
         raise UserError(f"--write {path}: the file exists; give another name, or delete it")
     try:
+        make_folders(path.parent)
         write_atomically(path, text + dump_settings(sections))
     except OSError as error:
         raise UserError(f"--write {path}: {error.strerror}") from None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mythos_dist.errors import UserError
-from mythos_dist.files import os_user_error, real_path, write_atomically
+from mythos_dist.files import make_folders, os_user_error, real_path, write_atomically
 from mythos_dist.ops.report.page import render
 from mythos_dist.ops.report.run import RunReport, read_run
 from mythos_dist.progress import Bar
@@ -33,7 +33,8 @@ def write_report(folders: Sequence[Path], out: Path, refresh: int | None = None,
     if problems:
         raise UserError(problems)
     try:
-        write_atomically(out, render(reports, refresh).encode())
+        # Names of folders need not be UTF-8.
+        write_atomically(out, render(reports, refresh).encode(errors="backslashreplace"))
     except OSError as error:
         raise os_user_error(error, out) from None
     return reports
@@ -52,6 +53,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 def run(folders: Sequence[Path], out: Path | None, watch: int | None) -> None:
     """Write the report once, or every `watch` seconds until the runs end or Ctrl-C. Raises UserError."""
+    if out is not None:
+        make_folders(out.parent)
     out = out or folders[0] / FILE
     while True:
         reports = write_report(folders, out, watch, quiet=False)
