@@ -102,7 +102,12 @@ def real_path(path: Path) -> Path:
 
 def is_utf8(path: str) -> bool:
     """Whether the bytes of a file's name are UTF-8: Arrow refuses other paths, but not open files."""
-    return not any("\ud800" <= sign <= "\udfff" for sign in path)
+    return valid_unicode(path) == path
+
+
+def valid_unicode(text: str) -> str:
+    """Text with names of files as valid Unicode; bytes that are not UTF-8 become \\udcff, as in Python."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def existing_folder(path: Path) -> Path:

@@ -4,6 +4,7 @@ Code and data cached there are executed or trained on later, so a folder is used
 user can write to it. launch/env.sh does the same in bash.
 """
 
+import hashlib
 import os
 import stat
 import tempfile
@@ -61,6 +62,12 @@ def make_private_folder(folder: Path, remedy: str) -> Path:
     if problem := why_untrusted(folder):
         raise UserError(f"{problem}; check and remove it, or {remedy}")
     return folder
+
+
+def scratch_folder(url: str, scratch: str | Path | None, kind: str) -> Path:
+    """The folder for unfinished work of a `kind` on `url`, in `scratch`; None: below the system's temporary folder."""
+    base = Path(scratch) if scratch else make_private_folder(default_shard_cache(), "name a folder with --scratch")
+    return base / kind / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def check_compile_caches(compiles: bool = False, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -18,7 +18,7 @@ from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.data.tokenizer_files import ModelTokenizer
-from mythos_dist.files import write_and_fsync
+from mythos_dist.files import valid_unicode, write_and_fsync
 from mythos_dist.model.pretrained import MODEL_TYPE
 from mythos_dist.model.rope import to_hugging_face
 
@@ -37,9 +37,7 @@ def write_hugging_face(
     write_and_fsync(folder / "generation_config.json", _json(_token_ids(tokenizer)))
     for name in CODE_FILES:
         shutil.copyfile(CODE / name, folder / name)
-    card = model_card(source, config, dtype, files)
-    # Names of folders need not be UTF-8.
-    write_and_fsync(folder / "README.md", card.encode(errors="backslashreplace").decode())
+    write_and_fsync(folder / "README.md", valid_unicode(model_card(source, config, dtype, files)))
 
 
 def class_settings(source: Checkpoint, config: Config, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:

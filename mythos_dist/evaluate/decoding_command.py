@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     if errors:
         raise UserError(errors)
     if arguments.out:
-        make_folders(arguments.out.parent)
+        make_folders(arguments.out.parent)  # fail before decoding, not after
     stream, folder = open_windows(config, arguments.data, arguments.samples)
     (windows,) = read_windows(stream, min(arguments.samples, stream.num_samples), arguments.samples)
     inputs, labels = (field[:, : arguments.tokens] for field in (windows.input_ids, windows.final_labels))

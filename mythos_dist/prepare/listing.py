@@ -16,16 +16,11 @@ from urllib.parse import urlsplit
 
 from mythos_dist.data.manifest import LeftOut
 from mythos_dist.errors import UserError, redact
+from mythos_dist.files import valid_unicode
 from mythos_dist.prepare.file_list import FileList, ListedFile
 from mythos_dist.prepare.inputs import MAX_RATIO, Inputs, Source
 from mythos_dist.prepare.local_files import list_local
-from mythos_dist.prepare.names import (
-    KIND_NAMES,
-    SUPPORTED_NAMES,
-    escape_control_characters,
-    file_kind,
-    valid_unicode,
-)
+from mythos_dist.prepare.names import KIND_NAMES, SUPPORTED_NAMES, escape_control_characters, file_kind
 from mythos_dist.prepare.remote_files import list_url
 from mythos_dist.units import count as count_of
 from mythos_dist.urls import is_url

@@ -77,11 +77,6 @@ def suffix_of(name: str) -> str:
     return suffix or "no suffix"
 
 
-def valid_unicode(name: str) -> str:
-    """A file's name as valid Unicode; bytes that are not UTF-8 become \\udcff, as in Python."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def escape_control_characters(name: str) -> str:
     """A file's name for the console: line ends and terminal control sequences are escaped."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)

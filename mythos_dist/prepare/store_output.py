@@ -16,7 +16,6 @@ caller then starts no new ones.
 Decisions: DATA-30, DATA-31.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -37,7 +36,7 @@ from mythos_dist.prepare.heldout import ONE_STREAM
 from mythos_dist.prepare.output import Entries, Output, manifest_text
 from mythos_dist.prepare.part import UNFINISHED, ConversionPart, PartRecord, stored_file, write_atomically
 from mythos_dist.prepare.resume import check_same
-from mythos_dist.private import default_shard_cache, make_private_folder
+from mythos_dist.private import scratch_folder
 from mythos_dist.store.fetch import SHARD_PATIENCE, START_PATIENCE, read_object
 from mythos_dist.store.write import check_writable, list_files, put, remove
 from mythos_dist.units import count
@@ -51,12 +50,6 @@ MAX_RECORD = 1 << 28  # bytes
 SETTINGS = f"{UNFINISHED}/settings.json"
 _RECORD = re.compile(rf"{UNFINISHED}/part-\d+\.json")
 _SHARD = re.compile(r"(train|heldout)/part-(\d+|tails|kept|cut)/shard\.\d+\.mds(\.zstd)?")
-
-
-def scratch_folder(url: str, scratch: str | Path | None) -> Path:
-    """The folder for unfinished parts of `url`. `scratch`: None: below the system's temporary folder."""
-    base = Path(scratch) if scratch else make_private_folder(default_shard_cache(), "name a folder with --scratch")
-    return base / "conversions" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 class _Stopped(Exception):
@@ -76,7 +69,7 @@ class StoreOutput(Output):
     def __init__(self, url: str, scratch: str | Path | None = None):
         check_writable(url)
         self._url = url.rstrip("/")
-        super().__init__(scratch_folder(self._url, scratch))
+        super().__init__(scratch_folder(self._url, scratch, "conversions"))
         self._sizes = list_files(self._url, START_PATIENCE)  # by name; of shards, also those uploaded later
         self._on_wait: Callable[[], None] = lambda: None
         self._pending: deque[_Upload] = deque()

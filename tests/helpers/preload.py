@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroupGloo, distributed_c10d
+from torch.distributed import ProcessGroupGloo
 
 MODULES = (
     "deepspeed",
@@ -43,7 +43,7 @@ def _create_gloo_group(options: Any, _: object) -> ProcessGroupGloo:
     return ProcessGroupGloo(options.store, options.group_rank, options.group_size, gloo)
 
 
-distributed_c10d.Backend.register_backend(
+dist.Backend.register_backend(
     dist.Backend.GLOO,
     _create_gloo_group,
     extended_api=True,

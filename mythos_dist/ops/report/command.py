@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mythos_dist.errors import UserError
-from mythos_dist.files import make_folders, os_user_error, real_path, write_atomically
+from mythos_dist.files import make_folders, os_user_error, real_path, valid_unicode, write_atomically
 from mythos_dist.ops.report.page import render
 from mythos_dist.ops.report.run import RunReport, read_run
 from mythos_dist.progress import Bar
@@ -33,8 +33,7 @@ def write_report(folders: Sequence[Path], out: Path, refresh: int | None = None,
     if problems:
         raise UserError(problems)
     try:
-        # Names of folders need not be UTF-8.
-        write_atomically(out, render(reports, refresh).encode(errors="backslashreplace"))
+        write_atomically(out, valid_unicode(render(reports, refresh)))
     except OSError as error:
         raise os_user_error(error, out) from None
     return reports

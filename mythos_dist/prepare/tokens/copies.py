@@ -10,7 +10,6 @@ Over https there are no folders: one of the latter two. An interrupted copy resu
 Decisions: DATA-34.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from mythos_dist.errors import UserError, redact
 from mythos_dist.files import existing_folder
 from mythos_dist.prepare.inputs import Inputs
 from mythos_dist.prepare.remote_files import describe_error, filesystem_of
-from mythos_dist.private import default_shard_cache, make_private_folder
+from mythos_dist.private import scratch_folder
 from mythos_dist.progress import Bar
 from mythos_dist.store.fetch import WrongContent, fetch
 from mythos_dist.store.write import local_path
@@ -62,12 +61,7 @@ class TokenCopies:
             raise UserError(f"cannot be found or reached ({describe_error(error)})", redact(url)) from None
         if not files:
             raise UserError("no such file, folder or prefix in the store; check the URL", redact(url))
-        base = (
-            Path(self._scratch)
-            if self._scratch
-            else make_private_folder(default_shard_cache(), "name a folder with --scratch")
-        )
-        folder = base / "tokens" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        folder = scratch_folder(url, self._scratch, "tokens")
         self._folders.append(folder)
         _copy(parent, files, folder, quiet)
         return str(folder / _last(url))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from mythos_dist.data.manifest import LeftOut, TokenRules, read_json
 from mythos_dist.errors import UserError
+from mythos_dist.files import valid_unicode
 from mythos_dist.prepare.inputs import Inputs, Source
 from mythos_dist.prepare.listing import Listing, manifest_names
-from mythos_dist.prepare.names import KIND_NAMES, FileKind, valid_unicode
+from mythos_dist.prepare.names import KIND_NAMES, FileKind
 from mythos_dist.prepare.tokens.mds_folder import BYTES_DTYPES
 
 DOCUMENTS = ("auto", "stored", "eos")
