@@ -55,7 +55,7 @@ def measure(rounds: int, folder: Path) -> None:
     from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.parallel.process import join_process_group
     from mythos_dist.train.engine import Engine
-    from mythos_dist.train.loop import manifest_of
+    from mythos_dist.train.run_checkpoints import manifest_of
 
     join_process_group()
     settings = [*MODEL.split(), "data.path=none", "train.global_batch=2", "checkpoint.keep=1"]
@@ -82,7 +82,7 @@ def measure(rounds: int, folder: Path) -> None:
         times.setdefault(what, []).append(time.perf_counter() - begin)
 
     def save(background: bool, step: int) -> None:
-        savers[background].save(manifest_of(config, step, 2, fence, "", engine, Lineage()))
+        savers[background].save(manifest_of(config, step, fence, "", engine, Lineage()))
 
     def load() -> None:
         checkpoint, _ = find_checkpoint(checkpoints, config.checkpoint)

@@ -1,4 +1,4 @@
-"""DeepSpeed around the model: build the engine, train a step, evaluate, probe the loops, at any layout.
+"""DeepSpeed around the model: build the engine, train a step, evaluate, at any layout.
 
 One `train_step` = a forward and a backward pass per micro-batch, the optimizer step, then one update of the router's
 bias from the token counts of the global batch. Every rank calls the same collectives in the same order.
@@ -23,15 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos_dist.checkpoint.local_shards import LocalShard, LocalShards
-from mythos_dist.checkpoint.manifest import BUFFER
-from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.experts import Experts
 from mythos_dist.model.flops import stage_costs
-from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos, labels_by_loop
 from mythos_dist.model.recompute import Recompute
@@ -39,7 +36,6 @@ from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.ranges import named_range
-from mythos_dist.parallel.tensor import shard_of
 from mythos_dist.parallel.traffic import Traffic
 from mythos_dist.train.average import WeightAverage, add_averages
 from mythos_dist.train.deepspeed_patches import (
@@ -50,7 +46,7 @@ from mythos_dist.train.deepspeed_patches import (
     register_expert_groups,
     release,
 )
-from mythos_dist.train.depth import HeldOut, LoopProbe
+from mythos_dist.train.depth import HeldOut
 from mythos_dist.train.metrics import StepResult
 from mythos_dist.train.optimizer import build_optimizer
 from mythos_dist.train.pipeline_stage import Pipeline, StageInput, StageLayer, reduce_tied_weights_identically
@@ -58,8 +54,8 @@ from mythos_dist.train.schedule import StepLoops, learning_rate, loops_at, phase
 from mythos_dist.train.zero_state import (
     copy_masters_to_parameters,
     init_moments,
+    local_shards_of,
     optimizer_state,
-    partition_of,
     set_optimizer_state,
 )
 
@@ -136,25 +132,8 @@ class Engine:
 
     @functools.cached_property
     def local_shards(self) -> LocalShards:
-        """Views of what this rank holds of parameters (the fp32 master copies), moments, buffers and averages, by
-        name."""
-        shards, mesh = {}, self.mesh
-        for name, parameter in self.model.named_parameters():
-            partition = partition_of(self.deepspeed.optimizer, parameter)
-            if partition is None:
-                continue
-            shard = shard_of(parameter)
-            # One rank writes what several hold: weights that stages share, and those that tensor ranks replicate.
-            is_sharded = getattr(parameter, "tensor_model_parallel", False)
-            is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
-            writes = not is_tied_copy and (mesh.tensor.rank == 0 or is_sharded)
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            piece = Piece(shape, shard.start, partition.first, partition.stop)
-            shards[name] = LocalShard(piece, shard.full_shape, partition.values, writes)
-        for name, buffer in self.model.named_buffers():  # the router's bias
-            shape = tuple(buffer.shape)
-            writes = self.model.stage.starts_loops and mesh.data_context.rank == 0 and mesh.tensor.rank == 0
-            shards[name] = LocalShard(Piece.full(shape), shape, {BUFFER: buffer.view(-1)}, writes)
+        """What this rank holds of the run's tensors, to save and to load."""
+        shards = local_shards_of(self.model, self.deepspeed.optimizer, self.mesh)
         if self.config.average.kind != "off":
             add_averages(shards)
         return shards
@@ -193,7 +172,7 @@ class Engine:
         passes = self._train_inputs(micro_batches, loops, step)
         with self.traffic or contextlib.nullcontext():
             total, counts = self._train_passes(passes, loops)
-        self._sum_over_ranks(total, counts)
+        self.sum_over_ranks(total, counts)
         skipped = engine.skipped_steps > skipped_before or self.optimizer.skip()
         if not skipped:
             self.model.update_router_bias(counts)
@@ -271,7 +250,7 @@ class Engine:
         total = torch.zeros(3, dtype=torch.float64, device=device())  # summed cross entropy, correct tokens, tokens
         for loss in self._eval_passes(passes):
             total += torch.stack([loss["token_losses"].double().sum(), loss["correct"].sum(), loss["tokens"]])
-        self._sum_over_ranks(total)
+        self.sum_over_ranks(total)
         return HeldOut(float(total[0] / total[2]), float(total[1] / total[2]))
 
     @torch.no_grad()
@@ -295,7 +274,7 @@ class Engine:
             scored = column >= 0
             total[0, column[scored]] = -loss["token_losses"][scored].double()
             total[1, column[scored]] = loss["correct"][scored].double()
-        self._sum_over_ranks(total)
+        self.sum_over_ranks(total)
         return total
 
     def _eval_loops(self, index: int, size: int, n_loops: int | None) -> Loops:
@@ -324,32 +303,6 @@ class Engine:
         self.average.exchange()
         copy_masters_to_parameters(self.deepspeed.optimizer)
 
-    def probe_loops(self, batch: MicroBatch) -> LoopProbe:
-        """Measure each loop of a forward pass over one micro-batch per replica, with the mean number of loops."""
-        n_loops = self.config.loops.mean_of(self.config.model)
-        recurrent = getattr(self.model, "recurrent", None)  # None on a stage without loops
-        micro_batches = [(batch, torch.ones(len(batch.labels), dtype=torch.bool))]
-        with_one_loop = self.evaluate(micro_batches, 1)
-        recorder = LoopRecorder(self.mesh)
-        try:
-            if recurrent is not None:
-                recurrent.recorder = recorder
-            with_all_loops = self.evaluate(micro_batches, n_loops)
-        finally:
-            if recurrent is not None:
-                recurrent.recorder = None
-        rows = torch.zeros(n_loops + 1, len(LoopRecorder.COLUMNS), device=device())
-        for t, row in recorder.rows.items():
-            rows[t] = row
-        # The last row: (ranks that measured, gain, rho), on the stage of the last loop. One tensor is one all-reduce.
-        if n_loops - 1 in recorder.rows and recorder.rho is not None:
-            rows[-1, :3] = torch.stack([torch.ones_like(recorder.rho), recorder.gains[-1], recorder.rho])
-        self._sum_over_ranks(rows)
-        rows /= rows[:, :1].clone()  # the first column is the number of tokens
-        means, (gain, rho) = rows[:-1].T.tolist(), rows[-1, 1:3].tolist()
-        by_loop: dict[str, list[float]] = dict(zip(LoopRecorder.COLUMNS, means, strict=True))
-        return LoopProbe(n_loops, with_all_loops.loss, with_one_loop.loss, by_loop, gain, rho)
-
     def _label_counts(self, passes: list[PassInputs], readouts: int) -> Tensor | None:
         """The labels (R,) of a pass by readout, averaged over the passes of all replicas; None: all have B * S.
 
@@ -362,11 +315,11 @@ class Engine:
         total = torch.zeros(readouts, dtype=torch.float64, device=device())
         for one in passes:
             total += (labels_by_loop(one.labels, one.loops, readouts) != IGNORED).sum((1, 2))
-        self._sum_over_ranks(total)
+        self.sum_over_ranks(total)
         copies = self.mesh.pipe.size * self.mesh.context.size  # of each label
         return ((total / copies).clamp(min=1) / (len(passes) * self.mesh.data.size)).float()
 
-    def _sum_over_ranks(self, *tensors: Tensor) -> None:
+    def sum_over_ranks(self, *tensors: Tensor) -> None:
         """Sum over replicas, stages and the context axis, in place. The ranks of one tensor group have equal values,
         which count once."""
         for tensor in tensors:

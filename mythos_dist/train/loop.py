@@ -4,43 +4,37 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
-from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.manifest import AVERAGE, MOMENTS, CheckpointManifest, Lineage, library_versions
 from mythos_dist.checkpoint.reader import Checkpoint
-from mythos_dist.checkpoint.restore import load_state
-from mythos_dist.checkpoint.save import Saver, is_due
+from mythos_dist.checkpoint.save import is_due
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import held_memory, measured_on_all_ranks, on_rank_0, raise_on_all_ranks
-from mythos_dist.progress import Bar
-from mythos_dist.train.average import carried_samples, describe_resume
+from mythos_dist.train.average import describe_resume
 from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes
-from mythos_dist.train.depth import Evaluation, find_failures, probe_entries
-from mythos_dist.train.global_batch import GlobalBatch, batches_from, tokens_at
+from mythos_dist.train.depth import Evaluation
+from mythos_dist.train.global_batch import GlobalBatch, batches_from
 from mythos_dist.train.hooks import Hooks
+from mythos_dist.train.loop_probe import find_failures, probe_entries, probe_loops
 from mythos_dist.train.metrics import Metrics, StepResult, peak_flops, step_line
 from mythos_dist.train.prepare import Prepared, RunInputs, prepare
 from mythos_dist.train.restarts import describe_restart, record_restart
 from mythos_dist.train.resume import find_newest, schedule_changes
+from mythos_dist.train.run_checkpoints import RunCheckpoints, load_checkpoint, load_parent, manifest_of
 from mythos_dist.train.run_folder import mark_completed
 from mythos_dist.train.session import Session
 from mythos_dist.train.spikes import Spikes
-from mythos_dist.train.start_from import carried_optimizer_state, describe_start
+from mythos_dist.train.start_from import describe_start
 from mythos_dist.train.stop import remove_stop_file
-from mythos_dist.train.uploads import RunUploads
 from mythos_dist.units import count, is_multiple
-
-if TYPE_CHECKING:
-    from mythos_dist.train.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -100,29 +94,19 @@ class Run:
         if parent:
             if self.rank == 0:
                 print(*describe_start(self.config, parent, self.lineage, self.corpora), sep="\n", flush=True)
-            self.load_parent(parent)
+            self.load(parent, as_parent=True)
         elif checkpoint:
             if self.rank == 0:
                 print(f"resuming from {checkpoint.folder}", flush=True)
                 average_changes = describe_resume(self.config.average, checkpoint.manifest, self.last_step)
                 for line in (*schedule_changes(self.config, checkpoint), *average_changes):
                     log.warning("%s", line)
-            self.load(checkpoint)
+            self.load(checkpoint, as_parent=False)
         if not checkpoint and previous.last_step:
             print(f"no checkpoint was saved yet: {previous.last_step} steps are repeated", flush=True)
         self.session.record_startup("loading")
-        self.uploads = RunUploads(self.config, self.session, self.fence, self.remote_run)
-        self.saver = Saver(
-            self.run_dir / "checkpoints",
-            self.config.checkpoint,
-            self.fence,
-            self.engine.local_shards,
-            self.session.heartbeat,
-            self.uploads.is_waiting,
-        )
-        if checkpoint:
-            self.saver.newest = self.saver.published = self.step
-        self.recorded_publications = 0
+        loaded = self.step if checkpoint else None
+        self.checkpoints = RunCheckpoints(self.config, self.session, self.fence, self.engine, self.remote_run, loaded)
         self.metrics = on_rank_0(self.open_metrics)
         self.peak_flops = peak_flops(self.config) * dist.get_world_size()
         if self.step == 0:
@@ -155,10 +139,7 @@ class Run:
             is_last = step == self.last_step
             self.evaluate()
             self.session.enter_phase(f"saving after step {step}")
-            self.saver.poll()
-            self.record_checkpoint()
-            if self.uploads.poll():
-                self.prune()
+            self.checkpoints.poll(step)
             # Not while steps are skipped: it would replace the checkpoint that a rollback needs.
             if is_due(step, self.last_step, config.checkpoint) and (is_last or not self.spikes.skipped):
                 self.save()
@@ -214,7 +195,7 @@ class Run:
         log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
         self.session.record_first_step()
         entries, message = self.hooks.after_step(seconds, is_last=step == self.last_step)
-        entries |= self.probe_loops(batch, result) | self.uploads.take_entries()
+        entries |= self.probe_loops(batch, result) | self.checkpoints.uploads.take_entries()
         if self.metrics:
             decisions = [text for text in (self.spikes.rollback_before(step), decision) if text]
             if decisions:
@@ -233,7 +214,7 @@ class Run:
             return {}
         self.session.enter_phase(f"probing the loops after step {step}")
         began = time.perf_counter()
-        probe = self.engine.probe_loops(batch.micro_batches[0])
+        probe = probe_loops(self.engine, batch.micro_batches[0])
         entries = {"seconds": time.perf_counter() - began} | probe_entries(probe, result.expert_counts)
         failures = find_failures(probe, result.expert_counts) if result.phase != "warmup" else {}
         for name, text in failures.items():
@@ -276,48 +257,22 @@ class Run:
 
     def save(self) -> None:
         """Begin to save the state after `step`."""
-        ranks, data = dist.get_world_size(), self.stream.fingerprint
         lineage = replace(self.lineage, next_sample=int(next(self.next_batches()).samples[0]))
-        manifest = manifest_of(self.config, self.step, ranks, self.fence, data, self.engine, lineage)
+        manifest = manifest_of(self.config, self.step, self.fence, self.stream.fingerprint, self.engine, lineage)
         manifest.optimizer["recent_grad_norms"] = list(self.spikes.norms)
         if self.metrics:
             self.metrics.fsync()
-        self.saver.save(manifest)
+        self.checkpoints.saver.save(manifest)
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Fill the engine with the state of a checkpoint of this run."""
-        manifest = checkpoint.manifest
-        samples = carried_samples(self.config.average, manifest)
-        self.load_tensors(checkpoint, leave_out=() if samples else (AVERAGE,))
-        self.engine.after_load(manifest.optimizer, manifest.step, samples)
-        self.spikes.norms.extend(recent_norms(checkpoint))
-
-    def load_parent(self, parent: Checkpoint) -> None:
-        """Fill the engine with what `start_from_state` takes from the parent, or from the end of the stage before."""
-        state = self.config.run.start_from_state
-        self.load_tensors(parent, leave_out=(AVERAGE, *(MOMENTS if state == "weights" else ())))
-        self.engine.after_load(carried_optimizer_state(parent, state), self.config.run.stage_begin)
-        if state == "everything":
-            self.spikes.norms.extend(recent_norms(parent))
-
-    def load_tensors(self, checkpoint: Checkpoint, leave_out: Collection[str]) -> None:
-        """All kinds of tensors except those in `leave_out`, which become zero."""
-        self.session.enter_phase("loading")
-        shards = self.engine.local_shards
-        size = sum(4 * value.numel() for shard in shards.values() for value in shard.values.values())
-        with Bar("loading", size, quiet=self.rank > 0) as shown:
-
-            def progress(size: int) -> None:
-                self.session.heartbeat()
-                shown.update(size)
-
-            raise_on_all_ranks(lambda: load_state(checkpoint, shards, progress, leave_out))
-        on_rank_0(checkpoint.raise_if_replaced)
+    def load(self, checkpoint: Checkpoint, as_parent: bool) -> None:
+        """Fill the engine with a checkpoint; `as_parent`: with what this run, or stage, begins with."""
+        fill = load_parent if as_parent else load_checkpoint
+        self.spikes.norms.extend(fill(self.config, self.session, self.engine, checkpoint))
 
     def roll_back(self) -> None:
         """Return to the newest checkpoint, and exclude the batches of the skipped steps."""
         self.session.enter_phase("rolling back")
-        self.saver.finish()
+        self.checkpoints.saver.finish()
         checkpoint = find_newest(self.config).checkpoint
         to = checkpoint.manifest.step if checkpoint else None
         rollback = self.spikes.roll_back(self.step, to, self.config.run.stage, self.run_dir / "metrics.jsonl")
@@ -328,10 +283,7 @@ class Run:
         if self.step < begin:
             raise UserError(f"rolled back to step {self.step}, in an earlier stage: run the same command again")
         self.spikes.norms.clear()
-        if begin and self.step == begin:
-            self.load_parent(checkpoint)
-        else:
-            self.load(checkpoint)
+        self.load(checkpoint, as_parent=bool(begin) and self.step == begin)
         on_rank_0(self.rewind_metrics)
         self.feed.begin(self.next_batches, self.step + 1, self.last_step)
 
@@ -353,23 +305,17 @@ class Run:
             print(message, flush=True)
         self.session.enter_phase("the last checkpoint")
         stopped = f"stopped after step {self.step}: {reason}"
-        if reason and self.saver.newest != self.step:
+        if reason and self.checkpoints.saver.newest != self.step:
             self.save()
-        if not self.saver.finish():
-            raise UserError(
-                f"the last checkpoint could not be written to {self.run_dir / 'checkpoints'}; fix that (free space on "
-                "a full disk) and run the same command again; it resumes from the checkpoint before"
-            )
-        self.record_checkpoint()
+        self.checkpoints.finish(self.step)
         stage = f"stage {self.config.run.stage} is done"
         on_rank_0(lambda: self.write_final_status(stopped if reason else "" if self.is_last_stage else stage))
         if self.metrics:
             self.metrics.close()
         if reason or self.is_last_stage:
-            self.uploads.finish(stopped=bool(reason))
-            self.prune()
+            self.checkpoints.finish_uploads(stopped=bool(reason))
         else:
-            self.uploads.close()  # the next stage continues
+            self.checkpoints.uploads.close()  # the next stage continues
         if self.metrics:
             result = f"{stopped}; run the same command to resume" if reason else f"done: {count(self.step, 'step')}"
             if not (reason or self.is_last_stage):
@@ -395,45 +341,3 @@ class Run:
         if self.rank == 0:
             with contextlib.suppress(OSError, UserError):
                 self.fence.record_status(status, reason, self.step)
-
-    def record_checkpoint(self) -> None:
-        """After a publication: begin its upload, and on rank 0 write its step to writer.json, so that later starts
-        notice if it is gone."""
-        if self.saver.publications == self.recorded_publications:
-            return
-        self.recorded_publications = self.saver.publications
-        self.uploads.add(self.saver.published)
-        if self.rank == 0:
-            with contextlib.suppress(OSError, UserError):
-                self.fence.record_status("running", "", self.step, self.saver.published)
-
-    def prune(self) -> None:
-        """On rank 0: delete checkpoints that were kept only until they were uploaded; a failure is not the run's."""
-        if self.rank == 0:
-            with contextlib.suppress(OSError):
-                self.saver.prune()
-
-
-def recent_norms(checkpoint: Checkpoint) -> list[float]:
-    """The gradient norms before a checkpoint, which the limit on norms is computed from."""
-    return checkpoint.manifest.optimizer.get("recent_grad_norms", [])
-
-
-def manifest_of(
-    config: Config, step: int, ranks: int, fence: Fence, data: str, engine: "Engine", lineage: Lineage
-) -> CheckpointManifest:
-    """The manifest of a checkpoint after `step`; `data` is the fingerprint of the shards."""
-    tokens = tokens_at(config, lineage, step)
-    return CheckpointManifest(
-        step=step,
-        tokens=tokens,
-        start=fence.start,
-        layout={"ranks": ranks, **asdict(config.parallel)},
-        config=asdict(config),
-        data=data,
-        versions=library_versions(),
-        optimizer=engine.optimizer_state(),
-        tensors={},  # filled when they are written, as are `files`
-        files={},
-        lineage=replace(lineage, tokens=lineage.tokens_before + tokens),
-    )

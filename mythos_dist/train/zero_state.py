@@ -12,7 +12,12 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from mythos_dist.checkpoint.manifest import MOMENTS
+from mythos_dist.checkpoint.local_shards import LocalShard, LocalShards
+from mythos_dist.checkpoint.manifest import BUFFER, MOMENTS
+from mythos_dist.checkpoint.pieces import Piece
+from mythos_dist.model.mythos import Mythos
+from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.tensor import shard_of
 
 _LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of a DynamicLossScaler
 
@@ -55,6 +60,28 @@ def partition_of(optimizer: Any, parameter: nn.Parameter) -> Partition | None:
     state = optimizer.optimizer.state[flat]
     tensors = {"parameter": flat.detach(), **{kind: state[kind] for kind in MOMENTS if kind in state}}
     return Partition(first, first + size, {kind: value.narrow(0, offset, size) for kind, value in tensors.items()})
+
+
+def local_shards_of(model: Mythos, optimizer: Any, mesh: Mesh) -> LocalShards:
+    """Views of what this rank holds of parameters (the fp32 master copies), moments and buffers, by name."""
+    shards = {}
+    for name, parameter in model.named_parameters():
+        partition = partition_of(optimizer, parameter)
+        if partition is None:
+            continue
+        shard = shard_of(parameter)
+        # One rank writes what several hold: weights that stages share, and those that tensor ranks replicate.
+        is_sharded = getattr(parameter, "tensor_model_parallel", False)
+        is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
+        writes = not is_tied_copy and (mesh.tensor.rank == 0 or is_sharded)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        piece = Piece(shape, shard.start, partition.first, partition.stop)
+        shards[name] = LocalShard(piece, shard.full_shape, partition.values, writes)
+    for name, buffer in model.named_buffers():  # the router's bias
+        shape = tuple(buffer.shape)
+        writes = model.stage.starts_loops and mesh.data_context.rank == 0 and mesh.tensor.rank == 0
+        shards[name] = LocalShard(Piece.full(shape), shape, {BUFFER: buffer.view(-1)}, writes)
+    return shards
 
 
 def copy_masters_to_parameters(optimizer: Any) -> None:

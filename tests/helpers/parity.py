@@ -233,16 +233,14 @@ def clip(model: Mythos, limit: float) -> float:
 
 def save_checkpoint(engine: Any, config: Config, folder: str, step: int) -> None:
     """Save as the training loop does after a step, and wait for it. On each rank."""
-    import torch.distributed as dist
-
     from mythos_dist.checkpoint.fence import Fence
     from mythos_dist.checkpoint.manifest import Lineage
     from mythos_dist.checkpoint.save import Saver
-    from mythos_dist.train.loop import manifest_of
+    from mythos_dist.train.run_checkpoints import manifest_of
 
     fence = Fence(Path(folder), 1)
     saver = Saver(Path(folder, "checkpoints"), config.checkpoint, fence, engine.local_shards)
-    saver.save(manifest_of(config, step, dist.get_world_size(), fence, "", engine, Lineage()))
+    saver.save(manifest_of(config, step, fence, "", engine, Lineage()))
     assert saver.finish()
 
 
@@ -328,17 +326,11 @@ def train_under_deepspeed(
             ids.append(sorted(gather_sample_ids(mine, mesh.data)))
             if folder and step == STEPS // 2:
                 save_checkpoint(engine, config, folder, step)
-        found = {
-            "loss": [s.loss for s in steps],
-            "grad_norm": [s.grad_norm for s in steps],
-            "n_loops": [s.n_loops for s in steps],
+        found = results_of(engine, steps) | {
             "counts": [s.expert_counts.sum(1).tolist() for s in steps],
-            "skipped": [s.skipped for s in steps],
             "ids": ids,
-            "bias": router_biases(engine.model),
             "places": shard_bounds(engine),
             "initial": initial,
-            "final": local_state(engine),
         }
         engine.close()
         del engine
@@ -347,6 +339,12 @@ def train_under_deepspeed(
             found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, folder, config.run.seed)
         results.append(found)
     return results
+
+
+def results_of(engine: Any, steps: list[Any]) -> dict[str, Any]:
+    """The values of each step, and the state after the last one."""
+    values = {name: [getattr(step, name) for step in steps] for name in ("loss", "grad_norm", "n_loops", "skipped")}
+    return values | {"bias": router_biases(engine.model), "final": local_state(engine)}
 
 
 def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
@@ -360,14 +358,7 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
     engine.config = config = change(config, run=dict(seed=seed))  # of loops and dropout
     every = zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False)
     steps = [engine.train_step(mine, step) for step, mine in every if step > STEPS // 2]
-    found = {
-        "loss": [s.loss for s in steps],
-        "grad_norm": [s.grad_norm for s in steps],
-        "n_loops": [s.n_loops for s in steps],
-        "skipped": [s.skipped for s in steps],
-        "bias": router_biases(engine.model),
-        "final": local_state(engine),
-    }
+    found = results_of(engine, steps)
     engine.close()
     dist.barrier()
     return found

@@ -47,6 +47,7 @@ def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:
     """
     from mythos_dist.parallel.mesh import build_mesh
     from mythos_dist.train.engine import Engine
+    from mythos_dist.train.loop_probe import probe_loops
 
     results = []
     for config in configs:
@@ -59,7 +60,7 @@ def evaluate(configs: list[Config]) -> list[tuple[list[float], list[float]]]:
         before = engine.evaluate(iter(passes))
         engine.train_step(next(steps), 1)
         after = engine.evaluate(iter(passes))
-        probe = engine.probe_loops(first[0])
+        probe = probe_loops(engine, first[0])
         probed = [probe.loss, probe.loss_of_one, probe.rho, *itertools.chain(*probe.by_loop.values()), probe.gain]
         results.append(([*before, *after], probed))
         engine.close()

@@ -270,12 +270,12 @@ def train_until_uploads_fail(arguments: list[str]) -> None:
 
     finish = Run.finish
 
-    def wait_and_finish(run: Run, reason: str) -> None:
-        while not ((state := read_state(run.run_dir)) and state.problem):
-            run.session.heartbeat()
+    def wait_and_finish(self: Run, reason: str) -> None:
+        while not ((state := read_state(self.run_dir)) and state.problem):
+            self.session.heartbeat()
             time.sleep(0.02)
-            run.uploads.poll()
-        finish(run, reason)
+            self.checkpoints.uploads.poll()
+        finish(self, reason)
 
     Run.finish = wait_and_finish
     train_here(arguments)
