@@ -239,8 +239,8 @@ def measure_reading(kind: str, model: str, text: str) -> dict[str, Any]:
 
 def train(folder: Path, kind: str) -> Path:
     """A tokenizer of VOCAB_SIZE pieces, trained on every fourth document; stored with the text."""
-    from mythos_dist.data.tokenizer import train_tokenizer
     from mythos_dist.prepare.corpus import read_documents
+    from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
     model = folder / f"{kind}.model"
     if not model.exists():

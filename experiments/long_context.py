@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.trials import Trial
-from mythos_dist.config.load import dump_config, load_stages
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import load_stages
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, replacing, write_atomically
@@ -28,9 +29,9 @@ def run_long_study(config: Path, out: Path, overrides: list[str]) -> dict[str, A
 
     The same call resumes. Raises UserError.
     """
-    from mythos_dist.data.tokenizer import train_tokenizer
     from mythos_dist.prepare.convert import convert
     from mythos_dist.prepare.corpus import read_documents
+    from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
     shards, run_dir = out / "shards", out / "run"
     overrides = [f"data.path={shards}", f"run.dir={run_dir}", *overrides]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # as in _MODULE_OF
     from mythos_dist.checkpoint.restore import load_model
     from mythos_dist.config.load import load_config, load_stages
     from mythos_dist.config.schema import ActConfig, Config, ExpertsConfig, MythosConfig
-    from mythos_dist.data.tokenizer import Tokenizer, train_tokenizer
+    from mythos_dist.data.tokenizer import Tokenizer
     from mythos_dist.errors import UserError
     from mythos_dist.generate.engine import DecodingEngine
     from mythos_dist.generate.sampling import Sampling
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # as in _MODULE_OF
     from mythos_dist.ops.plan.clusters import load_cluster
     from mythos_dist.ops.plan.estimate import Estimate
     from mythos_dist.prepare.convert import convert
+    from mythos_dist.prepare.tokenizer_training import train_tokenizer
     from mythos_dist.prepare.verify import verify
     from mythos_dist.train.sweep import sweep
 
@@ -70,7 +71,7 @@ _MODULE_OF = {
     "load_stages": "config.load",
     "load_trained": "generate.trained",
     "sweep": "train.sweep",
-    "train_tokenizer": "data.tokenizer",
+    "train_tokenizer": "prepare.tokenizer_training",
     "verify": "prepare.verify",
 }
 

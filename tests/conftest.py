@@ -27,10 +27,11 @@ from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.chat_template import find_renderer
-from mythos_dist.data.tokenizer import Tokenizer, train_tokenizer
+from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
 from mythos_dist.prepare.spans import Columns
+from mythos_dist.prepare.tokenizer_training import train_tokenizer
 from mythos_dist.store import fetch
 
 pytest_plugins = ["helpers.schedule", "helpers.report", "helpers.cpu_seconds"]

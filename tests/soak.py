@@ -16,9 +16,9 @@ from helpers.small_run import SMALL, TINY
 from helpers.soak import Soak, remove_shared_memory
 from tqdm import tqdm
 
-from mythos_dist.data.tokenizer import train_tokenizer
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
+from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
 
 def main() -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from experiments.depth_task import make_depth_task
-from mythos_dist.config.load import dump_config, load_config
-from mythos_dist.data.tokenizer import train_tokenizer
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError
 from mythos_dist.ops.earlier_run import make_room, remove_earlier_run
 from mythos_dist.prepare.corpus import write_sample_corpus
+from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
 LAYOUTS = (("parallel.tensor=2",), ("parallel.pipe=2",))

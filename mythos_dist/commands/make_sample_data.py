@@ -27,9 +27,9 @@ def main() -> None:
     """Run the three steps; running it again changes nothing."""
     arguments = parse_arguments(build_parser())
 
-    from mythos_dist.data.tokenizer import train_tokenizer
     from mythos_dist.prepare.convert import convert
     from mythos_dist.prepare.corpus import read_documents, write_sample_chats, write_sample_corpus
+    from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
     work = Path(f"{os.path.abspath(arguments.out)}-source")
     corpus = write_sample_corpus(work / "corpus.parquet")

@@ -36,18 +36,18 @@ def main() -> None:
     """Train; the exit code is 0, or 2 for a user error."""
     arguments = parse_arguments(build_parser())
     begin = time.monotonic()
-    result = train_tokenizer(arguments)
+    result = train_from(arguments)
     if arguments.json:
         print(json.dumps(result))
     elif not arguments.quiet:
         print(f"{arguments.out}: {result['vocab_size']} pieces in {time.monotonic() - begin:.0f} s")
 
 
-def train_tokenizer(arguments: argparse.Namespace) -> dict[str, str | int]:
+def train_from(arguments: argparse.Namespace) -> dict[str, str | int]:
     """Read, sample and train; returns the values for --json."""
-    from mythos_dist.data.tokenizer import sample_lines, train_on_lines
     from mythos_dist.prepare.corpus import sample_documents
     from mythos_dist.prepare.spans import Columns
+    from mythos_dist.prepare.tokenizer_training import sample_lines, train_on_lines
 
     numbers = {"sample-mb": arguments.sample_mb, "vocab-size": arguments.vocab_size}
     problems = [f"--{name}={number} must be at least 1" for name, number in numbers.items() if number < 1]

@@ -9,12 +9,10 @@ models trained here encode it as its three byte pieces instead.
 
 import functools
 import hashlib
-import io
 import json
 import os
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,7 @@ from mythos_dist.data.word_cache import (
     sentencepiece_boundaries,
 )
 from mythos_dist.errors import UserError, first_line
-from mythos_dist.files import make_folders, write_atomically
 
-MAX_LINE_CHARS = 4096  # per training line, so at most 4 * 4096 bytes for SentencePiece; longer lines are split
-MAX_TRAIN_LINES = 2_000_000  # about 1 GB of text: the unigram trainer holds everything in memory
-TRAIN_THREADS = 16  # fixed: with another number of threads, sums round differently and the model changes
 WORDS_PER_CALL = 4096  # bounds memory: an Encoding of `tokenizers` takes hundreds of bytes
 COMMON_EOS = "<|endoftext|> </s> <eos> <EOS> [EOS] <|end_of_text|> <|eos|>".split()
 # From many scripts and planes: a tokenizer with a limited alphabet does not know all of them.
@@ -189,7 +183,7 @@ class SentencePieceTokenizer(Tokenizer):
                 raise RuntimeError("the file is empty")
             self._model = spm.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise UserError(f"not a SentencePiece model ({_reason(error)})", str(path)) from None
+            raise UserError(f"not a SentencePiece model ({sentencepiece_reason(error)})", str(path)) from None
         self.vocab_size = int(self._model.get_piece_size())
         self.eos_id = int(self._model.eos_id() if eos is None else self._model.piece_to_id(eos))
         if self.eos_id < 0 or not self._model.is_control(self.eos_id):  # "</s>" may be a user-defined piece
@@ -355,83 +349,6 @@ def token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def train_tokenizer(
-    texts: Iterable[str], out: Path, vocab_size: int, model_type: str = "unigram", seed: int = 0
-) -> Tokenizer:
-    """Train a SentencePiece model of `vocab_size` pieces on `texts` and write it to `out`.
-
-    The same texts give the same bytes. Beyond MAX_TRAIN_LINES lines, a random sample is drawn with `seed`.
-    Raises UserError if `vocab_size` is impossible for the texts.
-
-    >>> from pathlib import Path
-    >>> from mythos_dist import train_tokenizer
-    >>> train_tokenizer(["a text and a text"] * 100, Path("tokenizer.model"), vocab_size=266).vocab_size
-    266
-    """
-    return train_on_lines(sample_lines(texts, seed), out, vocab_size, model_type)
-
-
-def train_on_lines(lines: list[str], out: Path, vocab_size: int, model_type: str) -> Tokenizer:
-    """`train_tokenizer` on lines from `sample_lines`."""
-    if not lines:
-        raise UserError("no text to train a tokenizer on; check the input files")
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,  # indentation
-            byte_fallback=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            max_sentence_length=4 * MAX_LINE_CHARS,
-            num_threads=TRAIN_THREADS,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(_vocab_problem(vocab_size, _reason(error))) from None
-    make_folders(out.parent)
-    write_atomically(out, model.getvalue())
-    return Tokenizer.load(out)
-
-
-def sample_lines(texts: Iterable[str], seed: int) -> list[str]:
-    """A uniform sample of at most MAX_TRAIN_LINES lines, in one pass (Vitter's algorithm R)."""
-    draw = random.Random(seed)
-    lines: list[str] = []
-    for seen, line in enumerate(_lines(texts)):
-        if seen < MAX_TRAIN_LINES:
-            lines.append(line)
-        elif (slot := draw.randrange(seen + 1)) < MAX_TRAIN_LINES:
-            lines[slot] = line
-    return lines
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.encode("utf-8", "replace").decode("utf-8").split("\n"):
-            for start in range(0, len(line), MAX_LINE_CHARS):
-                yield line[start : start + MAX_LINE_CHARS]
-
-
-def _reason(error: RuntimeError) -> str:
+def sentencepiece_reason(error: RuntimeError) -> str:
     """SentencePiece's message without its source location: 'INTERNAL: x.cc(1) [a <= b] Reason' -> 'Reason'."""
     return re.sub(r"^.*\.cc\(\d+\) \[.*\] ?", "", str(error)).removeprefix("INTERNAL: ").strip() or "unreadable"
-
-
-def _vocab_problem(vocab_size: int, reason: str) -> str:
-    if match := re.search(r"too high .*<= (\d+)", reason):
-        return f"vocab_size={vocab_size} is too large for this text; set it to at most {match[1]}, or give more text"
-    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
-        return (
-            f"vocab_size={vocab_size} is too small for the characters of this text and the 256 byte pieces; "
-            f"set it to more than {match[1]}"
-        )
-    return f"SentencePiece could not train a model of vocab_size={vocab_size} on this text: {reason}"

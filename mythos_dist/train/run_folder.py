@@ -21,7 +21,8 @@ from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.checkpoint.remote import STATE as REMOTE_STATE
 from mythos_dist.config.compare import WIDTHS, differences
 from mythos_dist.config.deepspeed import deepspeed_config
-from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import (

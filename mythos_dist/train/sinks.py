@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from mythos_dist.config.load import dump_config
+from mythos_dist.config.dump import dump_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, first_line, redact
 from mythos_dist.files import write_atomically
@@ -210,8 +210,8 @@ def wandb_id(run_dir: Path) -> str:
     """The id of the run in wandb, kept in the run folder, so that each start continues the same wandb run, also if the
     folder has moved. Raises OSError."""
     file = run_dir / WANDB_ID
-    if file.exists() and (found := file.read_text(encoding="utf-8").strip()):
-        return found
+    if file.exists() and (recorded := file.read_text(encoding="utf-8").strip()):
+        return recorded
     if (run_dir / "wandb").exists():  # of a version whose ids were hashes of the path
         run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
     else:

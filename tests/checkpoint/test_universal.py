@@ -7,6 +7,7 @@ DeepSpeed's own functions.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from helpers.parity import STD, STEPS, batches, change, load_checkpoint, save_ch
 
 import mythos_dist.model.init
 from mythos_dist.checkpoint.restore import open_checkpoint
-from mythos_dist.config.load import dump_config
+from mythos_dist.config.dump import dump_config
 from mythos_dist.config.schema import Config
 from mythos_dist.model import Mythos
 from mythos_dist.model.loops import Loops
@@ -82,9 +83,9 @@ class Program:
         }
         if config.train.dtype == "fp16":
             settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer, lr_scheduler=schedule, config=settings
-        )
+        program: dict[str, Any] = {"model": self.model, "optimizer": optimizer, "lr_scheduler": schedule}
+        self.engine: Any
+        self.engine, *_ = deepspeed.initialize(**program, config=settings)
 
     def train(self, steps: range) -> dict[str, list[float]]:
         """Losses and gradient norms of some steps."""
@@ -129,11 +130,10 @@ def gathered(model: Mythos, optimizer: Any) -> dict[str, list[torch.Tensor]]:
         # DeepSpeed links the moments after the first group's first step, when other groups have none yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+    weights: Callable[..., Any] = safe_get_full_fp32_param
+    moment: Callable[..., Any] = safe_get_full_optimizer_state
     return {
-        name: [
-            safe_get_full_fp32_param(p).clone(),
-            *(safe_get_full_optimizer_state(p, kind).clone() for kind in ("exp_avg", "exp_avg_sq")),
-        ]
+        name: [weights(p).clone(), *(moment(p, kind).clone() for kind in ("exp_avg", "exp_avg_sq"))]
         for name, p in model.named_parameters()
     }
 
@@ -257,7 +257,8 @@ def continued(trained, config) -> dict[str, Any]:
         file.write_text(dump_config(settings))
         notes += tool("import_deepspeed", folder / name / "universal", file)
         imported[name] = (run_of(config, dtype, **RESUMED_AT[name]), str(run))
-    programs = {name: (run_of(config, **layout), layout["zero"]) for name, layout in LAYOUTS.items()}
+    layouts: dict[str, dict[str, Any]] = LAYOUTS
+    programs = {name: (run_of(config, **layout), layout["zero"]) for name, layout in layouts.items()}
     results = run_ranks(RANKS, continue_both, str(folder / "out"), programs, imported, seconds=900)
     return results[0] | {"notes": notes}
 

@@ -17,9 +17,10 @@ from helpers.selection import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mythos_dist.config.dump import dump_config
 from mythos_dist.config.fields import Kind, kinds_of
 from mythos_dist.config.layout import layout_problems
-from mythos_dist.config.load import SECTIONS, dump_config, load_config
+from mythos_dist.config.load import SECTIONS, load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.ops.plan.clusters import load_cluster
@@ -63,7 +64,7 @@ def value_of(kind: Kind) -> st.SearchStrategy[str]:
             lambda values: "{" + ", ".join(f"{name}: {value}" for name, value in values.items()) + "}"
         )
     if kind.item and kind.type is tuple:
-        size = {"min_size": kind.length, "max_size": kind.length} if kind.length else {"max_size": 4}
+        size: dict[str, Any] = {"min_size": kind.length, "max_size": kind.length} if kind.length else {"max_size": 4}
         return st.lists(value_of(kind.item), **size).map(lambda items: f"[{', '.join(items)}]")
     if kind.item:
         return st.lists(value_of(kind.item), max_size=3).map(

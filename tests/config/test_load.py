@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mythos_dist.config.compare import differences
-from mythos_dist.config.load import config_from, dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import config_from, load_config
 from mythos_dist.config.rules import model_problems, problems
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.config.variants import VARIANTS

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mythos_dist.config.compare import differences, training_changes
-from mythos_dist.config.load import config_from, dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import config_from, load_config
 from mythos_dist.config.schema import Config, MythosConfig, RopeScaling
 from mythos_dist.errors import UserError
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mythos_dist.config.dump import dump_config
 from mythos_dist.config.fields import kinds_of, number_of, value_problems
-from mythos_dist.config.load import SECTIONS, config_from, dump_config, load_config
+from mythos_dist.config.load import SECTIONS, config_from, load_config
 from mythos_dist.config.schema import ActConfig, Config, DataConfig, FaultsConfig, LoopsConfig, MythosConfig
 from mythos_dist.config.tree import MAX_BYTES
 from mythos_dist.errors import UserError

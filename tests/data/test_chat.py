@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_tokens_are_those_of_transformers(chat):
     )
     conversation = messages(CONVERSATION)
     tokens, _ = encode(tokenizer, renderer.pieces(conversation))
-    expected = reference.apply_chat_template(conversation)
+    expected: Any = reference.apply_chat_template(conversation)
     assert tokens.tolist() == expected[: len(tokens)]
     assert reference.decode(expected[len(tokens) :]).strip("\n") in ("", EOS)
     conversation.append({"role": "user", "content": "And now?"})
@@ -100,8 +101,8 @@ def test_what_assistants_say_is_learnt_and_nothing_else(chat):
 @pytest.mark.parametrize("name", ["unigram", "bpe"])
 def test_a_sentencepiece_model_uses_the_plain_template(name, corpus, tmp_path):
     """Its EOS ends a turn; "</s>" is no text that a message may have."""
-    from mythos_dist.data.tokenizer import train_tokenizer
     from mythos_dist.prepare.corpus import read_documents
+    from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
     tokenizer = train_tokenizer(read_documents(corpus), tmp_path / "t.model", 600, name)
     with pytest.raises(UserError, match=r"no chat template \(neither tokenizer_config.json.*--template plain"):

@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mythos_dist.data import tokenizer as tokenizer_module
-from mythos_dist.data.tokenizer import Tokenizer, sample_lines, train_tokenizer
+from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.prepare import tokenizer_training
+from mythos_dist.prepare.tokenizer_training import sample_lines, train_tokenizer
 
 TRICKY = st.lists(
     st.sampled_from(["</s>", "<s>", "<unk>", "<0x0A>", "\u2581", " ", "  ", "\n", "\r\n", "\t", "a", "日"])
@@ -95,7 +96,7 @@ def test_training_is_reproducible_and_prints_nothing(tmp_path, capfd, model_type
 
 
 def test_a_large_corpus_is_sampled_with_the_seed(monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "MAX_TRAIN_LINES", 50)
+    monkeypatch.setattr(tokenizer_training, "MAX_TRAIN_LINES", 50)
     samples = [sample_lines(SENTENCES, seed) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
     assert len(set(samples[0])) == 50

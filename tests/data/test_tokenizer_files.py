@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from experiments.chat_task import write_byte_tokenizer
 from mythos_dist.data.chat_template import PLAIN_TEMPLATE, find_renderer
 from mythos_dist.data.manifest import ChatTemplate
-from mythos_dist.data.tokenizer import PROBE, RARE, Tokenizer, train_tokenizer
+from mythos_dist.data.tokenizer import PROBE, RARE, Tokenizer
 from mythos_dist.data.tokenizer_files import ModelTokenizer, tokenizer_in, write_tokenizer
+from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
 pytestmark = pytest.mark.launch  # transformers is 4 seconds of imports
 

@@ -74,7 +74,7 @@ def test_the_prompts_last_token_keeps_the_first_space(shards_tokenizer):
 
 @pytest.fixture(scope="module")
 def shards_tokenizer(tmp_path_factory) -> Tokenizer:
-    from mythos_dist.data.tokenizer import train_tokenizer
+    from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
     texts = [f"{a} {b} {c}" for a in ("one", "two", "three") for b in ("two", "four") for c in ("three", "six")]
     return train_tokenizer(texts, tmp_path_factory.mktemp("spm") / "tokenizer.model", vocab_size=275)

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.conversion import ByteTokenizer
 
-from mythos_dist.data.tokenizer import train_tokenizer
 from mythos_dist.prepare import batches, documents, lines, part
 from mythos_dist.prepare.convert import convert
 from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
+from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
 SEQ_LEN = 64
 VOCAB_SIZE = 1000

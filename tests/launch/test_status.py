@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mythos_dist.checkpoint.remote import RemoteState
-from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import load_config
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.status import RunStatus, SlurmJob, format_status, read_status
 from mythos_dist.parallel.process_identity import identity, is_running

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from mythos_dist.checkpoint.manifest import Lineage, read_checkpoint_manifest
 from mythos_dist.config.compare import differences
+from mythos_dist.config.dump import dump_config
 from mythos_dist.config.layout import layout_problems
-from mythos_dist.config.load import config_from, dump_config, load_config
+from mythos_dist.config.load import config_from, load_config
 from mythos_dist.config.schema import Config, TrainConfig
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import UserError

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from helpers.launch import train
 
-from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import load_config
 from mythos_dist.data.corpora import open_corpora
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.data.tokenizer import Tokenizer

@@ -21,7 +21,8 @@ from helpers.launch import launch, train, train_here
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.checkpoint.reader import Checkpoint
-from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import remove_temporaries, write_atomically

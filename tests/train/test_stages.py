@@ -3,19 +3,21 @@
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.launch import launch, train, train_here, train_until_rolled_back
 from helpers.run_folder import lines
 
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
-from mythos_dist.config.load import dump_stages, load_config, load_stages
+from mythos_dist.config.dump import dump_stages
+from mythos_dist.config.load import load_config, load_stages
+from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.allocation import is_finished
 from mythos_dist.ops.session import describe_rank
+from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.prepare.convert import convert
 from mythos_dist.train.metrics import batch_id
 
@@ -114,10 +116,10 @@ def _train_with_stop_file(arguments: list[str], file: str) -> None:
 
     finish = Run.finish
 
-    def finish_later(run: Run, reason: str) -> None:
-        if not reason and run.rank == 0:
+    def finish_later(self: Run, reason: str) -> None:
+        if not reason and self.rank == 0:
             Path(file).touch()
-        finish(run, reason)
+        finish(self, reason)
 
     Run.finish = finish_later
     train_here(arguments)
@@ -133,7 +135,7 @@ def test_a_stop_file_at_the_border_stops_the_next_stage(staged, tmp_path):
     assert resumed.codes == [0, 0] and exact(tmp_path) == exact(whole)
 
 
-def test_a_rollback_to_the_beginning_of_a_stage_holds_after_a_restart(common, tmp_path):
+def test_a_rollback_to_the_beginning_of_a_stage_holds_after_a_restart(common: list[str], tmp_path):
     """Batches 4, 5 and 6 are bad, the first of stage 2. It is killed before it has a checkpoint of its own."""
     changes = {"checkpoint.every=3": "checkpoint.every=99", "checkpoint.keep=9": "checkpoint.keep=99"}
     arguments = write(tmp_path, STAGES.replace("steps: 3", "steps: 5"), [changes.get(one, one) for one in common])
@@ -338,12 +340,12 @@ def _train_and_watch(arguments: list[str]) -> None:
 
     build, watched = Engine.__init__, []
 
-    def watching(engine: Engine, *given: Any) -> None:
+    def watching(self: Engine, config: Config, mesh: Mesh) -> None:
         alive = [name for one in watched for name, reference in one.items() if reference() is not None]
         print(f"before an engine: {len(watched)} earlier, in memory: {alive}", flush=True)
-        build(engine, *given)
-        masters = next(iter(engine.local_shards.values())).weights.untyped_storage()
-        watched.append({"model": weakref.ref(engine.model), "masters": weakref.ref(masters)})
+        build(self, config, mesh)
+        masters = next(iter(self.local_shards.values())).weights.untyped_storage()
+        watched.append({"model": weakref.ref(self.model), "masters": weakref.ref(masters)})
 
     Engine.__init__ = watching
     train_here(arguments)

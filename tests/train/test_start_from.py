@@ -16,7 +16,8 @@ from mythos_dist.checkpoint.exported import ExportedWeights
 from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.restore import load_model
-from mythos_dist.config.load import config_from, dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import config_from, load_config
 from mythos_dist.errors import UserError
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from mythos_dist.config.arguments import add_config, parse_arguments
+from mythos_dist.config.dump import dump_stages
 from mythos_dist.config.layout import divisors, layout_problems, nearest
-from mythos_dist.config.load import dump_stages, load_stages
+from mythos_dist.config.load import load_stages
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
 from mythos_dist.files import write_atomically

@@ -16,8 +16,9 @@ from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.activations import LayerActivations
 from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.communication import stage_communication
-from mythos_dist.ops.plan.memory import Memory, peak_memory
+from mythos_dist.ops.plan.memory import Memory
 from mythos_dist.ops.plan.muon import muon_flops
+from mythos_dist.ops.plan.peak_memory import peak_memory
 from mythos_dist.ops.plan.pieces import piece_sizes, rows_of_pieces
 from mythos_dist.ops.plan.routing import ExpertRows
 from mythos_dist.ops.plan.stages import loop_ranges, stage_specs

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mythos_dist.config.load import dump_settings
+from mythos_dist.config.dump import dump_settings
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import make_folders, write_atomically
