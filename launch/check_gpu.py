@@ -6,7 +6,7 @@ Exit code 1 if a package is missing or wrong. `--missing` only lists what has to
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 
 from gpu_sources import pins
@@ -27,26 +27,21 @@ def missing(name: str) -> str | None:
     return import_error(name)
 
 
-def relative_error(function: Callable, reference: Callable, inputs: Sequence) -> float:
-    """The largest error, relative to the norm, of the output and of all gradients; `reference` computes in fp32."""
+def relative_error(device: str, function: Callable, reference: Callable, *shapes: tuple[int, ...]) -> float:
+    """The largest error of `function` in bf16, of its output and all gradients, relative to the norm.
+
+    `reference` gets the same inputs, random tensors of variance 1 / last dim, in fp32.
+    """
     import torch
 
-    leaves = [leaf.clone().requires_grad_() for leaf in inputs]
-    exact = [leaf.float().requires_grad_() for leaf in inputs]
-    y, expected = function(*leaves), reference(*exact)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-    ours = [y, *torch.autograd.grad(y, leaves, direction)]
-    theirs = [expected, *torch.autograd.grad(expected, exact, direction.float())]
-    with torch.no_grad():
-        return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
-
-
-def random_bf16(device: str, *shapes: tuple[int, ...]) -> list:
-    """A tensor per shape, the same values in every run, of variance 1 / last dim."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return [(torch.randn(s, generator=generator) / s[-1] ** 0.5).to(device, torch.bfloat16) for s in shapes]
+    generator, results = torch.Generator().manual_seed(0), []
+    inputs = [(torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16() for shape in shapes]
+    for compute, dtype in ((function, torch.bfloat16), (reference, torch.float32)):
+        leaves = [one.to(device, dtype).requires_grad_() for one in inputs]
+        y = compute(*leaves)
+        direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
+        results.append([one.detach().float() for one in (y, *torch.autograd.grad(y, leaves, direction))])
+    return max(float((ours - exact).norm() / exact.norm()) for ours, exact in zip(*results, strict=True))
 
 
 def grouped_gemm(device: str) -> float:
@@ -56,49 +51,40 @@ def grouped_gemm(device: str) -> float:
 
     sizes = [5, 0, 11]
     return relative_error(
+        device,
         lambda rows, stack: ops.gmm(rows, stack, torch.tensor(sizes), trans_b=True),
         lambda rows, stack: torch.cat([part @ w.T for part, w in zip(rows.split(sizes), stack, strict=True)]),
-        random_bf16(device, (16, 64), (3, 32, 64)),
+        *((16, 64), (3, 32, 64)),
     )
 
 
 def megablocks(device: str) -> float:
-    """experts.backend=megablocks, five experts of which one gets no token, against a loop over experts."""
+    """experts.backend=megablocks, five experts of which one gets no token, against one expert after the other."""
     import torch
-    import torch.nn.functional as F
 
-    from mythos_dist.model.megablocks import megablocks
+    from mythos_dist.model.experts import megablocks, reference
 
     index = torch.tensor([[0, 1], [3, 0], [4, 3], [1, 4], [0, 3], [1, 0]], device=device)
-
-    def plain(x, weights, gate, up, down):
-        chosen = F.one_hot(index, len(gate)).to(x) * weights.unsqueeze(-1)  # (N, k, E)
-        outputs = [(F.silu(x @ g.T) * (x @ u.T)) @ d for g, u, d in zip(gate, up, down, strict=True)]
-        return torch.einsum("nke,end->nd", chosen, torch.stack(outputs))
-
     stack = (5, 48, 64)
     return relative_error(
+        device,
         lambda x, weights, gate, up, down: megablocks(x, weights, index, gate, up, down),
-        plain,
-        random_bf16(device, (6, 64), (6, 2), stack, stack, stack),
+        lambda x, weights, gate, up, down: reference(x, weights, index, gate, up, down),
+        *((6, 64), (6, 2), stack, stack, stack),
     )
 
 
 def flash_attn(device: str) -> float:
-    """Causal attention of four heads over two key heads, against the softmax written out."""
-    import torch
-    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+    """Causal attention of four heads over two key heads, as train.attention=flash_attn runs it, against torch's."""
+    from mythos_dist.model.attend import attend
 
-    S, heads, groups, width = 40, 4, 2, 64
-
-    def plain(q, k, v):
-        k, v = (tensor.repeat_interleave(heads // groups, dim=2) for tensor in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / width**0.5
-        future = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
-        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, float("-inf")).softmax(-1), v)
-
-    q, k, v = random_bf16(device, (1, S, heads, width), (1, S, groups, width), (1, S, groups, width))
-    return relative_error(lambda q, k, v: flash_attn_func(q, k, v, causal=True), plain, [8 * q, k, v])
+    keys = (1, 40, 2, 64)
+    return relative_error(
+        device,
+        lambda q, k, v: attend(8 * q, k, v, "flash_attn"),
+        lambda q, k, v: attend(8 * q, k, v, "sdpa"),
+        *((1, 40, 4, 64), keys, keys),
+    )
 
 
 CHECKS: dict[str, Callable[[str], float]] = {

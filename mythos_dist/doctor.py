@@ -10,14 +10,13 @@ import io
 import json
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mythos_dist import __version__
 from mythos_dist.config.arguments import add_config, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, run_command
-from mythos_dist.ops.doctor.config_checks import config_checks
 from mythos_dist.ops.doctor.findings import Check, Finding
 from mythos_dist.ops.doctor.machine import Machine
 from mythos_dist.ops.doctor.machine_checks import MACHINE_CHECKS
@@ -49,7 +48,8 @@ def main() -> None:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        findings = list(Check("doctor", diagnose).run(config, shown))
+        # A fact that cannot be read is reported by each check that needs it.
+        findings = list(dict.fromkeys(Check("doctor", diagnose).run(config, shown)))
     problems, notes = (sum(one.status == status for one in findings) for status in ("problem", "note"))
     host = socket.gethostname()
     if arguments.json:
@@ -74,20 +74,27 @@ def as_table(findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def diagnose(config: Config | None, shown: Bar) -> list[Finding]:
+def diagnose(config: Config | None, shown: Bar) -> Iterator[Finding]:
     """All findings about this machine, and with a config about what it would use. `shown`: counts the checks."""
     shown.describe("importing torch")
     with contextlib.suppress(Exception):  # checks that need torch report why it fails
         import torch  # noqa: F401 - imported once here instead of in every probe
     machine = Machine(probes=start_probes())
-    checks = [(check, (machine,)) for check in MACHINE_CHECKS]
-    checks += [(check, (machine, config)) for check in config_checks(config)] if config else []
-    findings: list[Finding] = []
-    for done, (check, arguments) in enumerate(checks):
-        shown.show(done, len(checks))
+    yield from _run(MACHINE_CHECKS, shown, machine)
+    if config:
+        # Imports what training does: if that fails, it is a finding after those about the machine.
+        from mythos_dist.ops.doctor.config_checks import config_checks
+
+        yield from _run(config_checks(config), shown, machine, config)
+
+
+def _run(checks: Sequence[Check], shown: Bar, *arguments: object) -> Iterator[Finding]:
+    before = shown.done
+    for done, check in enumerate(checks):
+        shown.show(before + done, before + len(checks))
         shown.describe(check.topic)
-        findings += check.run(*arguments)
-    return list(dict.fromkeys(findings))  # a fact that cannot be read is reported by each check that needs it
+        yield from check.run(*arguments)
+    shown.show(before + len(checks))
 
 
 if __name__ == "__main__":

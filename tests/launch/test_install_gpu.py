@@ -14,7 +14,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.megablocks_cpu import REPOSITORY, fetch, launch_script, result_of, start
 from packaging.requirements import Requirement
 
@@ -269,21 +268,24 @@ def test_all_missing_prerequisites_are_reported_at_once(machine, monkeypatch):
         assert any(all(word in problem for word in words) for problem in problems), words
 
 
-def test_a_toolkit_of_another_major_version_is_refused(machine):
-    executable(machine / "bin" / "nvcc", "echo 'Cuda compilation tools, release 12.8, V12.8.61'")
+@pytest.mark.parametrize(
+    ("toolkit", "cuda", "error"),
+    [
+        (
+            "12.8",
+            "'13.0'",
+            "nvcc belongs to CUDA 12.8, but torch 2.14.1+cu130 is built with CUDA 13.0; set CUDA_HOME to a",
+        ),
+        ("13.0", "None", "torch 2.14.1+cu130 is built without CUDA; install a build with CUDA (see pytorch.org)"),
+    ],
+)
+def test_a_toolkit_and_a_torch_that_do_not_fit_are_refused(machine, toolkit, cuda, error):
+    executable(machine / "bin" / "nvcc", f"echo 'Cuda compilation tools, release {toolkit}, V{toolkit}.61'")
+    add_file(machine, "torch/version.py", f"cuda = {cuda}\n")
+    (machine / "include").mkdir()
+    (machine / "include" / "cusparse.h").touch()
     done = run("--dry-run")
-    assert done.returncode == 2
-    assert "nvcc belongs to CUDA 12.8, but torch 2.14.1+cu130 is built with CUDA 13.0" in done.stderr
-    assert "set CUDA_HOME to a CUDA 13 toolkit" in done.stderr
-
-
-def test_a_torch_without_cuda_is_refused(machine):
-    add_file(machine, "torch/version.py", "cuda = None\n")
-    done = run("--dry-run")
-    assert done.returncode == 2
-    assert (
-        done.stderr == "error: torch 2.14.1+cu130 is built without CUDA; install a build with CUDA (see pytorch.org)\n"
-    )
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {error}")
 
 
 def test_headers_missing_from_the_toolkit_come_from_the_packages_of_torch(machine):
@@ -341,19 +343,15 @@ def test_a_build_fetches_fixes_and_installs_without_dependencies(machine):
 
 
 def test_a_failed_build_shows_the_end_of_its_log_and_the_path(machine, monkeypatch):
-    monkeypatch.setenv("FAIL_ON", "force-reinstall")
-    done = run("--build-dir", str(machine / "build"))
-    assert done.returncode == 1
-    assert "nvcc: fatal" in done.stderr
-    assert f"see {machine}/build/install_gpu.log" in done.stderr
-    assert "grouped_gemm" not in (machine / "calls").read_text()
-
-
-def test_a_package_that_cannot_be_imported_fails_the_run(machine):
-    done = run("--only", "stanford-stk", "--build-dir", str(machine / "build"))
-    assert done.returncode == 1
-    assert "stanford-stk 0.7.1: is not installed" in done.stdout
+    """And fails the run, as does a package that cannot be imported after its build."""
+    build = machine / "build"
+    done = run("--only", "stanford-stk", "--build-dir", str(build))
+    assert done.returncode == 1 and "stanford-stk 0.7.1: is not installed" in done.stdout
     assert "a check failed" in done.stderr
+    monkeypatch.setenv("FAIL_ON", "force-reinstall")
+    done = run("--build-dir", str(build))
+    assert done.returncode == 1 and "nvcc: fatal" in done.stderr and f"see {build}/install_gpu.log" in done.stderr
+    assert "grouped_gemm" not in (machine / "calls").read_text()
 
 
 # The check
@@ -369,17 +367,20 @@ def test_the_checks_pass_for_the_real_packages():
     assert all(0 < error < check_gpu.TOLERANCE for error in errors.values()), errors
 
 
-@pytest.mark.parametrize(("causal", "good"), [(True, True), (False, False)])
-def test_the_check_of_flash_attn_detects_a_wrong_result(causal, good, monkeypatch):
-    """torch's fused attention in its place: correct if causal, wrong otherwise."""
+@pytest.mark.parametrize(("looks_ahead", "good"), [(False, True), (True, False)])
+def test_the_check_of_flash_attn_detects_a_wrong_result(looks_ahead, good, monkeypatch):
+    """The softmax written out in its place: correct if causal, wrong otherwise."""
 
-    def flash_attn_func(q, k, v, causal: bool):
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal and looks_back, enable_gqa=True).transpose(1, 2)
+    def flash_attn_func(q, k, v, softmax_scale: float, **settings):
+        k, v = (tensor.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for tensor in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
+        future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+        if not looks_ahead:
+            scores = scores.masked_fill(future, float("-inf"))
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
-    looks_back = causal
     module = ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.flash_attn_func = module.flash_attn_varlen_func = flash_attn_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     assert (check_gpu.CHECKS["flash-attn"]("cpu") < check_gpu.TOLERANCE) == good
 

@@ -86,8 +86,8 @@ def read_torch(use_gpus: bool) -> Torch:
 
 def read_versions() -> dict[str, str]:
     """{distribution: version} of installed Python packages; of two of one name the one that is imported."""
-    found = reversed(list(metadata.distributions()))
-    return {canonicalize_name(one.name): one.version for one in found if one.name}
+    distributions = reversed(list(metadata.distributions()))
+    return {canonicalize_name(one.name): one.version for one in distributions if one.name}
 
 
 def find_programs() -> tuple[str, ...]:

@@ -66,9 +66,8 @@ def check_reader(machine: Machine) -> Iterator[Finding]:
 
 
 def check_gpus(machine: Machine) -> Iterator[Finding]:
-    """The driver, the build of torch, the GPUs; if torch finds none, the most certain reason."""
-    driver, visible = machine.driver, machine.env.get("CUDA_VISIBLE_DEVICES")
-    present = f"this machine has {len(driver.gpus) or 'some'} x {driver.gpus[0] if driver.gpus else 'NVIDIA GPU'}"
+    """The driver, the build of torch, the GPUs."""
+    driver = machine.driver
     if driver.version:
         yield ok(driver.version, topic="driver")
     if driver.hangs:
@@ -77,44 +76,47 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     torch = machine.torch
     yield ok(f"{torch.version}, built for {f'CUDA {torch.cuda}' if torch.cuda else 'CPUs only'}", topic="torch")
     if torch.gpus:
-        yield from _usable_gpus(machine)
-    elif driver.hangs:
-        pass
-    elif not driver.version and not driver.gpus:
-        remedy = "enough for a trial; a machine with GPUs needs NVIDIA's driver"
-        yield note("none: training runs on the CPU, with gloo", remedy)
-    elif torch.cuda is None:
-        text = f"{present}, but torch {torch.version} is built for CPUs only"
-        yield problem(text, "install a torch built for CUDA: https://pytorch.org/get-started")
-    elif visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
-        remedy = "unset CUDA_VISIBLE_DEVICES; under SLURM request GPUs (--gpus-per-node=8 or --gres=gpu:8)"
-        yield problem(f"{present}, but CUDA_VISIBLE_DEVICES={visible!r} hides them", remedy)
-    else:  # torch's warning names a driver that is too old
-        remedy = (
-            "run nvidia-smi; start a container with --gpus all; with NVSwitch, nvidia-fabricmanager must be running"
-        )
-        yield problem(f"{present}, but torch cannot use it: {torch.warning or 'torch gives no reason'}", remedy)
+        yield _usable_gpus(machine)
+        text = f"torch {torch.version} warns: {torch.warning}"
+        if "NVML" in torch.warning:  # torch counts the GPUs in another way then
+            yield note(text, "check the driver's libnvidia-ml.so; training does not need it")
+        elif torch.warning:  # such as: this torch has no kernels for the GPU
+            yield problem(text, "install a torch built for these GPUs (https://pytorch.org/get-started)")
+    elif not driver.hangs:
+        yield _why_no_gpu(machine)
 
 
-def _usable_gpus(machine: Machine) -> Iterator[Finding]:
-    torch, present, visible = machine.torch, len(machine.driver.gpus), machine.env.get("CUDA_VISIBLE_DEVICES")
+def _usable_gpus(machine: Machine) -> Finding:
+    present, visible = len(machine.driver.gpus), machine.env.get("CUDA_VISIBLE_DEVICES")
     kinds = Counter(
         f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-        for gpu in torch.gpus
+        for gpu in machine.gpus
     )
     text = "; ".join(f"{number} x {kind}" for kind, number in kinds.items())
-    if present > len(torch.gpus):
+    if present > len(machine.gpus):
         text += f" (of {present} in this machine{f'; CUDA_VISIBLE_DEVICES={visible}' if visible else ''})"
-    if len(kinds) > 1:
-        remedy = "use GPUs of one kind: select them with CUDA_VISIBLE_DEVICES or the scheduler's constraint"
-        yield note(f"{text}: every step runs at the speed of the slowest", remedy)
-    else:
-        yield ok(text)
-    text = f"torch {torch.version} warns: {torch.warning}"
-    if "NVML" in torch.warning:  # torch counts the GPUs in another way then
-        yield note(text, "check the driver's libnvidia-ml.so; training does not need it")
-    elif torch.warning:  # such as: this torch has no kernels for the GPU
-        yield problem(text, "install a torch built for these GPUs (https://pytorch.org/get-started)")
+    if len(kinds) == 1:
+        return ok(text)
+    remedy = "use GPUs of one kind: select them with CUDA_VISIBLE_DEVICES or the scheduler's constraint"
+    return note(f"{text}: every step runs at the speed of the slowest", remedy)
+
+
+def _why_no_gpu(machine: Machine) -> Finding:
+    """The most certain reason for which torch finds none."""
+    driver, torch, visible = machine.driver, machine.torch, machine.env.get("CUDA_VISIBLE_DEVICES")
+    present = f"this machine has {len(driver.gpus) or 'some'} x {driver.gpus[0] if driver.gpus else 'NVIDIA GPU'}"
+    if not driver.version and not driver.gpus:
+        remedy = "enough for a trial; a machine with GPUs needs NVIDIA's driver"
+        return note("none: training runs on the CPU, with gloo", remedy)
+    if torch.cuda is None:
+        text = f"{present}, but torch {torch.version} is built for CPUs only"
+        return problem(text, "install a torch built for CUDA: https://pytorch.org/get-started")
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        remedy = "unset CUDA_VISIBLE_DEVICES; under SLURM request GPUs (--gpus-per-node=8 or --gres=gpu:8)"
+        return problem(f"{present}, but CUDA_VISIBLE_DEVICES={visible!r} hides them", remedy)
+    # torch's warning names a driver that is too old
+    remedy = "run nvidia-smi; start a container with --gpus all; with NVSwitch, nvidia-fabricmanager must be running"
+    return problem(f"{present}, but torch cannot use it: {torch.warning or 'torch gives no reason'}", remedy)
 
 
 def check_grouped_mm(machine: Machine) -> Iterator[Finding]:
@@ -149,9 +151,8 @@ def check_gpu_packages(machine: Machine) -> Iterator[Finding]:
 def check_group(machine: Machine) -> Iterator[Finding]:
     name, group = f"NCCL {machine.torch.nccl}" if machine.gpus else "gloo", machine.group
     if group.error:
-        remedy = (
-            f"fix what the error names; NCCL_DEBUG=INFO logs more; interfaces here: {', '.join(machine.interfaces)}"
-        )
+        interfaces = ", ".join(machine.interfaces)
+        remedy = f"fix what the error names; NCCL_DEBUG=INFO logs more; interfaces here: {interfaces}"
         yield problem(f"{name}: one process cannot join a process group on loopback ({group.error})", remedy)
     else:
         yield ok(f"{name}: one process joined a process group on loopback ({group.seconds:.1f} s)")
@@ -239,7 +240,7 @@ def check_launchers(machine: Machine) -> Iterator[Finding]:
         yield note("nothing here starts ranks on other nodes", remedy, "programs")
 
 
-def check_memory(machine: Machine) -> Iterator[Finding]:
+def check_node_memory(machine: Machine) -> Iterator[Finding]:
     total, available = machine.memory
     yield ok(f"{gigabytes(available)} of {gigabytes(total)} available")
 
@@ -282,7 +283,7 @@ MACHINE_CHECKS = (
     Check("InfiniBand", check_infiniband),
     Check("launcher", check_rank),
     Check("launcher", check_launchers),
-    Check("memory", check_memory),
+    Check("memory", check_node_memory),
     Check("/dev/shm", check_shared_memory),
     Check("limits", check_limits),
     Check("streaming", check_reader),  # last: it waits for the slowest probe

@@ -4,15 +4,14 @@ Forked because importing torch anew takes seconds. The trap: CUDA does not survi
 process initializes CUDA.
 """
 
-import json
 import multiprocessing
 import os
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 SECONDS = 20  # timeout of a probe: imports from a cold file system, the start of NCCL
@@ -29,41 +28,41 @@ class Outcome(NamedTuple):
 
 
 class Probe:
-    """`function()`, running in a forked process; it returns what JSON can hold."""
+    """`function()`, running in a forked process, which ends with this one at the latest."""
 
     def __init__(self, function: Callable[[], Any]):
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `outcome`
-        # A daemon: it ends with this process.
-        self._process = _FORK.Process(target=_write_outcome, args=(function, self._file.fileno()), daemon=True)
+        self._reader, writer = _FORK.Pipe(duplex=False)
+        self._process = _FORK.Process(target=_send_outcome, args=(function, writer), daemon=True)
         self._process.start()
+        writer.close()  # the child has the only one now, so that the pipe ends if the child is killed
 
     def outcome(self, seconds: float | None = None) -> Outcome:
         """Wait for at most `seconds` (None: SECONDS), then kill the process. Call it once."""
         seconds = SECONDS if seconds is None else seconds
-        self._process.join(seconds)
-        code = self._process.exitcode
-        if code is None:
+        if not self._reader.poll(seconds):
             self._process.kill()
             return Outcome(error=f"no answer in {seconds:g} s", timed_out=True)
-        if code < 0:
-            return Outcome(error=f"the process was killed by {signal.Signals(-code).name}")
-        with self._file:
-            self._file.seek(0)
-            return Outcome(**json.loads(self._file.read()))
+        try:
+            return self._reader.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode or 0
+            by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return Outcome(error=f"the process was killed by {by}")
 
 
-def _write_outcome(function: Callable[[], Any], file: int) -> None:
-    """In the child: write what `function` returns, or its error, to `file`; discard what libraries print."""
+def _send_outcome(function: Callable[[], Any], writer: Connection) -> None:
+    """In the child: send what `function` returns, or its error; discard what libraries print."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     begin = time.perf_counter()
     try:
-        outcome = {"value": function(), "seconds": time.perf_counter() - begin}
+        outcome = Outcome(function(), time.perf_counter() - begin)
     except Exception as error:
         message = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-        outcome = {"error": f"{type(error).__name__}: {message[-1]}"}  # NCCL gives the cause last
-    os.write(file, json.dumps(outcome).encode())
+        outcome = Outcome(error=f"{type(error).__name__}: {message[-1]}")  # NCCL gives the cause last
+    writer.send(outcome)
 
 
 def join_group() -> None:
