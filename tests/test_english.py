@@ -61,3 +61,12 @@ def test_the_pattern_finds_words_and_not_parts_of_words():
 
     assert is_refused("this has to be mended") and not is_refused("recommended, amendment")
     assert is_refused("start 2 goes on behind step 40") and not is_refused("what goes on the wire, look-behind")
+
+
+def test_no_variable_is_called_found():
+    """A noun says what it is."""
+    assigned = re.compile(
+        r"^\s*(?:if |elif |while |for )?\(?found\b(?:: [^=]+)?(?: =| \|=| \+=| :=| in )|\bfound :=", re.MULTILINE
+    )
+    files = (REPOSITORY / "mythos_dist").rglob("*.py")
+    assert [str(file.relative_to(REPOSITORY)) for file in files if assigned.search(file.read_text())] == []

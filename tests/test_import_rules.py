@@ -218,12 +218,14 @@ def test_the_tests_readme_has_a_line_for_each_file():
     assert sorted(listed) == sorted(str(path.relative_to(tests)) for path in tests.rglob("*.py"))
 
 
-def test_no_two_public_classes_have_one_name():
-    """One name per concept. The files that exports copy are those of another package: they import nothing of ours."""
+def test_no_two_public_classes_or_functions_have_one_name():
+    """One name per concept. The files that exports copy are those of another package: they import nothing of ours.
+    Experiments are programs, whose functions nothing else calls."""
+    of_every_program = {"main", "run", "build_parser"}
     files_of: dict[str, list[str]] = {}
     for path in FILES:
-        if path.parent != COPIED:
-            for node in parse(path).body:
-                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                    files_of.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
+        kinds = (ast.ClassDef,) if "experiments" in path.parts else (ast.ClassDef, ast.FunctionDef)
+        for node in parse(path).body if path.parent != COPIED else ():
+            if isinstance(node, kinds) and not node.name.startswith("_") and node.name not in of_every_program:
+                files_of.setdefault(node.name, []).append(str(path.relative_to(REPOSITORY)))
     assert {name: files for name, files in files_of.items() if len(files) > 1} == {}

@@ -9,6 +9,7 @@ Decisions: CHECKPOINT-2.
 
 import hashlib
 import math
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -135,6 +136,16 @@ def output_path(source: Checkpoint, out: Path) -> Path:
     for path in forbidden:
         if path in out_and_parents:
             raise UserError(f"is inside {path}; name another folder", str(out))
+    return out
+
+
+def new_output(source: Checkpoint, out: Path, verify: bool) -> Path:
+    """As `output_path`, of a folder that must not exist. Raises UserError also if the source is damaged; `verify`: its
+    hashes are checked."""
+    out = output_path(source, out)
+    if os.path.lexists(out):
+        raise UserError("exists; name a new folder", str(out))
+    source.raise_if_damaged(verify)
     return out
 
 

@@ -7,7 +7,6 @@ except for its rotary tables and its head, which is tied to the embedding; hf ha
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.canonical import check_free_space, group_by_size, output_path, tensor_blocks
+from mythos_dist.checkpoint.canonical import check_free_space, group_by_size, new_output, tensor_blocks
 from mythos_dist.checkpoint.hugging_face import write_hugging_face
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of
@@ -79,10 +78,7 @@ def export(
     on another cluster. `workers`: files written at once. `verify`: as in `write_canonical`. Returns the files of
     weights. Raises UserError if the source is damaged, or if `out` exists already or cannot be written.
     """
-    out = output_path(source, out)
-    if os.path.lexists(out):
-        raise UserError("exists; name a new folder", str(out))
-    source.raise_if_damaged(verify)
+    out = new_output(source, out, verify)
     config = config_of(source)
     unsupported = unsupported_loop_settings(config.model) if format == "open_mythos" else []
     if format == "open_mythos" and config.model.rope_scaling:
@@ -95,13 +91,13 @@ def export(
     shapes = {name: exported_shapes(format, name, tensor.shape, config.model) for name, tensor in tensors}
     plan = _Plan(source, config, format, dtype, shapes, progress)
     sizes = {name: plan.size(name) for name in shapes}
-    found = find_or_report(source, config, tokenizer, report)
+    model_tokenizer = find_or_report(source, config, tokenizer, report)
     with output_folder(out, sum(sizes.values())) as folder:
         files = _write_weights(plan, folder, group_by_size(sizes, file_bytes), workers)
-        if found is not None and (note := write_tokenizer(folder, found, config.model.max_seq_len)):
+        if model_tokenizer is not None and (note := write_tokenizer(folder, model_tokenizer, config.model.max_seq_len)):
             report(note)
         if format == "hf":
-            write_hugging_face(folder, source, config, dtype, found)
+            write_hugging_face(folder, source, config, dtype, model_tokenizer)
         else:
             fields = asdict(config.model)
             if format == "open_mythos":

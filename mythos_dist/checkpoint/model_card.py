@@ -109,9 +109,9 @@ def _losses(checkpoint: AnyPath, step: int) -> dict[str, str]:
     for line in lines:
         if isinstance(line.get("step"), int) and line["step"] <= step:
             last = line
-    found = {f"{n} loops": one.get("loss") for n, one in last.get("by_loops", {}).items()}
-    found |= {} if found else {"as in training": last.get("heldout_loss")}
-    return {name: f"{loss:.4f} after step {last['step']}" for name, loss in found.items() if loss is not None}
+    losses = {f"{n} loops": one.get("loss") for n, one in last.get("by_loops", {}).items()}
+    losses |= {} if losses else {"as in training": last.get("heldout_loss")}
+    return {name: f"{loss:.4f} after step {last['step']}" for name, loss in losses.items() if loss is not None}
 
 
 def _table(title: str, rows: dict[str, str]) -> list[str]:

@@ -12,8 +12,11 @@ removed only if all files in it have names that a run writes.
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
+
+from mythos_dist.units import is_multiple
 
 MANIFEST_FILE = "checkpoint.json"
 LATEST = "latest"
@@ -40,6 +43,11 @@ def step_of(name: str) -> int | None:
         return None
     step = int(name.removeprefix("step-"))
     return step if folder_name(step) == name else None
+
+
+def is_pinned(step: int, pin: Collection[int], pin_every: int) -> bool:
+    """Whether a step's checkpoint is saved, and never deleted: `checkpoint.pin` and `checkpoint.pin_every`."""
+    return step in pin or is_multiple(step, pin_every)
 
 
 class Unfinished(NamedTuple):

@@ -117,11 +117,11 @@ def remove_unfinished(folder: Path, start: int) -> None:
         if of_start is not None and of_start <= start and path.is_file():
             with _failure_is_a_warning(path):
                 path.unlink()
-    unfinished = [(path, found) for path in paths if (found := parse_unfinished(path.name)) and found.start <= start]
-    for path, found in sorted(unfinished, key=lambda item: -item[1].start):  # that of `start` before its name is used
+    unfinished = [(path, parsed) for path in paths if (parsed := parse_unfinished(path.name)) and parsed.start <= start]
+    for path, parsed in sorted(unfinished, key=lambda item: -item[1].start):  # that of `start` before its name is used
         if is_folder_without_link(path):
             with _failure_is_a_warning(path):
-                _remove_one_unfinished(path, found, start)
+                _remove_one_unfinished(path, parsed, start)
 
 
 def _remove_one_unfinished(path: Path, unfinished: Unfinished, start: int) -> None:

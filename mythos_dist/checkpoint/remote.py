@@ -53,10 +53,6 @@ class UploadSettings:
         raw = json.loads(text)
         return UploadSettings(**raw | {"pin": tuple(raw["pin"])})
 
-    def is_pinned(self, step: int) -> bool:
-        """Whether a step's checkpoint is never deleted."""
-        return step in self.pin or bool(self.pin_every and step % self.pin_every == 0)
-
 
 @dataclass
 class RemoteState:

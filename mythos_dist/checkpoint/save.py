@@ -33,7 +33,7 @@ from torch import Tensor
 from mythos_dist.checkpoint.fence import Fence
 from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, TensorEntry
-from mythos_dist.checkpoint.names import remove_checkpoint, temporary_name
+from mythos_dist.checkpoint.names import is_pinned, remove_checkpoint, temporary_name
 from mythos_dist.checkpoint.publish import prune, publish
 from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.checkpoint.signature import signing_key
@@ -257,15 +257,10 @@ def _prune(
     settings: CheckpointConfig,
     is_waiting: Callable[[int], bool] = lambda step: False,
 ) -> None:
-    pinned = functools.partial(is_pinned, settings=settings)
+    pinned = functools.partial(is_pinned, pin=settings.pin, pin_every=settings.pin_every)
     prune(folder, newest, settings.keep, pinned, is_waiting, settings.remote_backlog)
-
-
-def is_pinned(step: int, settings: CheckpointConfig) -> bool:
-    """Whether a step's checkpoint is saved, and never deleted."""
-    return step in settings.pin or bool(settings.pin_every and step % settings.pin_every == 0)
 
 
 def is_due(step: int, last_step: int, settings: CheckpointConfig) -> bool:
     """Whether a checkpoint is saved after a step."""
-    return step == last_step or step % settings.every == 0 or is_pinned(step, settings)
+    return step == last_step or step % settings.every == 0 or is_pinned(step, settings.pin, settings.pin_every)

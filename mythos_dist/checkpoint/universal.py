@@ -17,7 +17,6 @@ Decisions: CHECKPOINT-18.
 import importlib.metadata
 import json
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +27,13 @@ from typing import Any
 
 import torch
 
-from mythos_dist.checkpoint.canonical import output_path
+from mythos_dist.checkpoint.canonical import new_output
 from mythos_dist.checkpoint.export import find_or_report, output_folder
 from mythos_dist.checkpoint.manifest import AVERAGE, BUFFER, PARAMETER
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import config_of
 from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer_files import write_tokenizer
-from mythos_dist.errors import UserError
 from mythos_dist.files import fsync_file, fsync_folder, write_and_fsync
 from mythos_dist.progress import Progress
 from mythos_dist.units import count
@@ -69,12 +67,9 @@ def export_universal(
     program's module holds ours under that name. `report` is called with a line for everything that is not carried over.
     The others are as in `export`. Raises UserError as `export` does.
     """
-    out = output_path(source, out)
-    if os.path.lexists(out):
-        raise UserError("exists; name a new folder", str(out))
-    source.raise_if_damaged(verify)
+    out = new_output(source, out, verify)
     config, manifest = config_of(source), source.manifest
-    found = find_or_report(source, config, tokenizer, report)
+    model_tokenizer = find_or_report(source, config, tokenizer, report)
     parameters = [name for name, tensor in manifest.tensors.items() if PARAMETER in tensor.kinds]
     name = f"global_step{manifest.step}_universal"
     with output_folder(out, 12 * manifest.num_parameters) as folder:
@@ -83,7 +78,7 @@ def export_universal(
         zero.mkdir(parents=True)
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(partial(_write_parameter, source, zero, prefix, progress), parameters))
-        _save(optimizer_state(source, learning_rate), zero / OPTIMIZER_STATE)
+        _save(universal_optimizer_state(source, learning_rate), zero / OPTIMIZER_STATE)
         states = model_states(source, config, prefix)
         for file in MODEL_STATES:
             _save(states, step_folder / file)
@@ -91,7 +86,7 @@ def export_universal(
             fsync_folder(each)
         write_and_fsync(folder / LATEST_UNIVERSAL, name)
         write_and_fsync(folder / "config.json", json.dumps(asdict(config.model), indent=2) + "\n")
-        if found is not None and (note := write_tokenizer(folder, found, config.model.max_seq_len)):
+        if model_tokenizer is not None and (note := write_tokenizer(folder, model_tokenizer, config.model.max_seq_len)):
             report(note)
     for line in not_carried(source, config, learning_rate, prefix):
         report(line)
@@ -129,7 +124,7 @@ def _save(value: Any, file: Path) -> None:
         fsync_file(stream)
 
 
-def optimizer_state(source: Checkpoint, learning_rate: float | None) -> dict[str, Any]:
+def universal_optimizer_state(source: Checkpoint, learning_rate: float | None) -> dict[str, Any]:
     """The content of optimizer_state.pt: ZeRO-1 and 2 read `param_groups`, ZeRO-3 `optimizer_state_dict`."""
     group = {} if learning_rate is None else {"lr": learning_rate}
     groups = [dict(group) for _ in range(len(source.manifest.tensors) + _SPARE_GROUPS)]

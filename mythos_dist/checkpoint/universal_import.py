@@ -206,18 +206,18 @@ def _match_names(zero: Path, parameters: set[str], buffers: set[str]) -> tuple[s
     """The prefix that the folders of our names have in common, and the names that are missing or unknown."""
     try:
         with os.scandir(zero) as entries:
-            found = {entry.name for entry in entries if entry.is_dir()}
+            folders = {entry.name for entry in entries if entry.is_dir()}
     except OSError as error:
         raise UserError(f"cannot be read ({reason(error)})", str(zero)) from None
     last = max(parameters)  # any of them
-    prefixes = [name.removesuffix(last) for name in found if name == last or name.endswith(f".{last}")]
-    prefix = min(prefixes, key=lambda one: len({f"{one}{name}" for name in parameters} - found), default="")
+    prefixes = [name.removesuffix(last) for name in folders if name == last or name.endswith(f".{last}")]
+    prefix = min(prefixes, key=lambda one: len({f"{one}{name}" for name in parameters} - folders), default="")
     expected = {f"{prefix}{name}" for name in parameters}
     problems = []
-    if missing := expected - found:
+    if missing := expected - folders:
         problems.append(f"missing {list_tensors(missing)}")
     # Buffers are there if ds_to_universal was given a checkpoint of ZeRO-1 or 2.
-    if unknown := found - expected - {f"{prefix}{name}" for name in buffers}:
+    if unknown := folders - expected - {f"{prefix}{name}" for name in buffers}:
         problems.append(f"unknown {list_tensors([shorten(name)[1:-1] for name in unknown])}")
     if problems:
         problems.append("is `model.*` the config that these weights were trained with?")

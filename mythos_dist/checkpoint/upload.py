@@ -23,7 +23,7 @@ from typing import Any
 
 from mythos_dist.checkpoint.fence import newest_start
 from mythos_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
-from mythos_dist.checkpoint.names import DATA_FILE, MANIFEST_FILE, step_of
+from mythos_dist.checkpoint.names import DATA_FILE, MANIFEST_FILE, folder_name, is_pinned, step_of
 from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.checkpoint.remote import CHECKPOINTS, LOGS, WRITER, UploadSettings, read_writer, step_url
 from mythos_dist.errors import UserError, first_line
@@ -246,8 +246,9 @@ class CheckpointUploader:
             return
         newest = max(local)  # later ones were saved before the run went back, and will be replaced
         kept = [step for step in sorted(self._remote_steps, reverse=True) if step <= newest]
-        for step in [step for step in kept if not settings.is_pinned(step)][settings.keep :]:
-            name = f"step-{step:08d}"
+        removable = [step for step in kept if not is_pinned(step, settings.pin, settings.pin_every)]
+        for step in removable[settings.keep :]:
+            name = folder_name(step)
             self._remove(name, list_files(step_url(settings.url, name), self._patience))
             self._remote_steps.discard(step)
             self._report({"event": "removed", "step": step})

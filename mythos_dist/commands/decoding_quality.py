@@ -10,7 +10,7 @@ one process.
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import integer, location, parse_arguments
+from mythos_dist.config.arguments import WEIGHTS_HELP, integer, location, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
+    add("checkpoint", type=location, help=WEIGHTS_HELP)
     add("--cache", default="all,every:2,every:4,last", help="modes of the cache, separated by commas (%(default)s)")
     add("--exits", default="latent:0.03,latent:0.1", help="CRITERION:THRESHOLD, separated by commas (%(default)s)")
     add("--drafts", default="", help="LOOPS:TOKENS of self-speculation, separated by commas, such as 1:4,2:4")

@@ -12,7 +12,7 @@ which each token could stop, what every loop would predict next, and the agreeme
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import location, number, parse_arguments
+from mythos_dist.config.arguments import WEIGHTS_HELP, location, number, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
+    add("checkpoint", type=location, help=WEIGHTS_HELP)
     add("--loops", default="1,2,4,8,16,32,64", help="numbers of loops (%(default)s)")
     add("--data", type=Path, help="folder of shards; its held-out split is used (default: the run's data)")
     add("--samples", type=int, default=256, help="maximum number of held-out sequences (%(default)s)")

@@ -11,7 +11,7 @@ of the requests. Results are kept on disk: the same command again computes only 
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import integer, location, parse_arguments
+from mythos_dist.config.arguments import WEIGHTS_HELP, integer, location, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("path", type=location, nargs="?", help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
+    add("path", type=location, nargs="?", help=WEIGHTS_HELP)
     add("--tasks", required=True, help="names and YAML files, separated by commas; list: print the names")
     add("--loops", default="", help="numbers of loops, such as 1,4,8 (default: the mean of training)")
     add("--limit", type=integer(1, 10**9), help="maximum number of documents per task")

@@ -10,7 +10,14 @@ Needs no GPU; one tensor is in memory at a time.
 
 import argparse
 
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, number, parse_arguments
+from mythos_dist.config.arguments import (
+    CHECKPOINT_HELP,
+    add_write_options,
+    location,
+    nonempty_path,
+    number,
+    parse_arguments,
+)
 from mythos_dist.errors import run_command
 
 
@@ -18,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), the folder of one checkpoint, or a URL")
+    add("checkpoint", type=location, help=CHECKPOINT_HELP)
     add("--out", type=nonempty_path, required=True, help="a new folder")
     add(
         "--format",

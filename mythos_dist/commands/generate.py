@@ -9,7 +9,7 @@ mythos generate RUN_DIR --chat --prompt "..."    # one message
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import location, parse_arguments
+from mythos_dist.config.arguments import WEIGHTS_HELP, location, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run_dir", type=location, help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
+    add("run_dir", type=location, help=WEIGHTS_HELP)
     add("--prompt", help="text to continue, or with --chat a message; - reads it from standard input")
     add("--prompts", type=Path, help="file with a prompt in each line; .jsonl: JSON texts, or objects with a prompt")
     add("--json", action="store_true", help="a JSON line per prompt: prompt, text, tokens, finish_reason, loops")

@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from mythos_dist.config.arguments import location, parse_arguments
+from mythos_dist.config.arguments import CHECKPOINT_HELP, location, parse_arguments
 from mythos_dist.errors import EXIT_USER_ERROR, run_command
 
 MAX_LINES = 100  # tensors that differ
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), the folder of one checkpoint, or a URL")
+    add("checkpoint", type=location, help=CHECKPOINT_HELP)
     add("other", type=location, nargs="?", help="a second checkpoint to compare with")
     add("--no-verify", action="store_true", help="check file sizes only, not hashes")
     add("--json", action="store_true", help="print everything as JSON")

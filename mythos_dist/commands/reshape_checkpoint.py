@@ -9,7 +9,14 @@ If MYTHOS_CHECKPOINT_KEY_FILE names a key, CHECKPOINT must be signed with it, an
 import argparse
 import os
 
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments, print_result
+from mythos_dist.config.arguments import (
+    CHECKPOINT_HELP,
+    add_write_options,
+    location,
+    nonempty_path,
+    parse_arguments,
+    print_result,
+)
 from mythos_dist.errors import run_command
 
 
@@ -17,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=location, help="a run.dir (its newest checkpoint), the folder of one checkpoint, or a URL")
+    add("checkpoint", type=location, help=CHECKPOINT_HELP)
     add("--out", type=nonempty_path, required=True, help="run.dir of the new run")
     add(
         "--ignore-signature",

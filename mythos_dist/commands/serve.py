@@ -10,7 +10,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from mythos_dist.config.arguments import integer, location, number, parse_arguments
+from mythos_dist.config.arguments import WEIGHTS_HELP, integer, location, number, parse_arguments
 from mythos_dist.errors import UserError, run_command
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run_dir", type=location, help="a run.dir (its newest checkpoint), a checkpoint or an export; or a URL")
+    add("run_dir", type=location, help=WEIGHTS_HELP)
     add("--host", default="127.0.0.1", help="address to listen on; beyond loopback, set --api-key-file (%(default)s)")
     add("--port", type=integer(0, 65535), default=8000, help="0: a free one, which is printed (%(default)s)")
     add("--api-key-file", help="a file with the key that clients send; mode 0600; default: no authentication")

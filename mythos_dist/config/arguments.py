@@ -13,6 +13,9 @@ from typing import Any
 from mythos_dist.errors import redact
 from mythos_dist.urls import AnyPath, any_path, is_url
 
+# Help texts of arguments of type `location`.
+CHECKPOINT_HELP = "a run.dir (its newest checkpoint), the folder of one checkpoint, or a URL"
+WEIGHTS_HELP = "a run.dir (its newest checkpoint), a checkpoint or an export; or a URL"
 _SETTING = r"[a-z]+\.\w+|start_from(?:_state)?"
 _OVERRIDE = re.compile(rf"(?:{_SETTING})\s*=")
 _AS_OPTION = re.compile(rf"--?({_SETTING})(?:=(.*))?")

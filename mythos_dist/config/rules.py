@@ -16,7 +16,7 @@ _WRITABLE = ("s3", "file")  # as in store/write.py
 
 def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
     """What is wrong with a config on any number of ranks, a line each, except what concerns `refused` settings."""
-    found = [
+    broken = [
         *_model_problems(config.model),
         *_train_problems(config),
         *_schedule_problems(config),
@@ -31,7 +31,7 @@ def problems(config: Config, refused: Set[str] = frozenset()) -> list[str]:
         *_run_problems(config),
         *_local_path_problems(config),
     ]
-    return [problem.message for problem in found if refused.isdisjoint(problem.settings)]
+    return [problem.message for problem in broken if refused.isdisjoint(problem.settings)]
 
 
 def model_problems(model: MythosConfig) -> list[str]:

@@ -134,8 +134,8 @@ class ChatRenderer:
     def _check_contents(self, messages: Sequence[Message]) -> None:
         """Text that reads as a special token would end a turn, or begin another role's."""
         for number, message in enumerate(messages, 1):
-            if found := any_of(self.special_tokens).search(message["content"]):
-                raise ValueError(f"message {number} contains the text of the special token {found[0]}; remove it there")
+            if match := any_of(self.special_tokens).search(message["content"]):
+                raise ValueError(f"message {number} contains the text of the special token {match[0]}; remove it there")
 
     def _until_end_of_turn(self, rendered: str, content: str) -> str:
         """The beginning of a rendered message, up to the special token after its content."""

@@ -85,10 +85,10 @@ def open_corpora(
                 (name, f"{error.filename} cannot be read ({error.strerror}); copy the whole folder, or convert again")
             )
             continue
-        found = list(_config_problems(corpus.manifest, seq_len, vocab_size))
-        problems += found
+        conflicts = list(_config_problems(corpus.manifest, seq_len, vocab_size))
+        problems += conflicts
         shards = corpus.shards
-        if not found and not num_sequences(corpus.manifest, "heldout", seq_len):
+        if not conflicts and not num_sequences(corpus.manifest, "heldout", seq_len):
             shards = {split: [] if split == "heldout" else shards[split] for split in shards}
         corpora.append(replace(corpus, weight=weight, end_weight=end_weight, change=change, shards=shards))
         problems += _differences(corpora)

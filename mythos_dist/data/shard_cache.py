@@ -197,15 +197,15 @@ class ShardCache:
 
     def _files(self) -> dict[str, os.stat_result]:
         """All shards in the folder, complete or not, by their path below it."""
-        found = {}
+        files = {}
         for folder, _, names in os.walk(self.folder):
             below = os.path.relpath(folder, self.folder)
             if below.partition("/")[2].partition("/")[0] in ("train", "heldout"):
                 for name in names:
                     with contextlib.suppress(FileNotFoundError):
                         if name != "index.json":
-                            found[f"{below}/{name}"] = os.stat(f"{folder}/{name}")
-        return found
+                            files[f"{below}/{name}"] = os.stat(f"{folder}/{name}")
+        return files
 
     def _victims(self, files: dict[str, os.stat_result], needed: float) -> list[str]:
         """What may be removed, in order: partial files of killed processes, shards of other jobs that are not in use,

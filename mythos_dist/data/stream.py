@@ -166,9 +166,9 @@ class ReplicaStream:
         """The shards that these replicas read of a global batch, given as positions, in the order of first use."""
         parts = batch.reshape(self._num_replicas, -1)[list(replicas)]
         # A step of all replicas at once: their first samples, their second ones, and so on.
-        found = self._sequences.shards_of(self.sample_ids(parts.T.ravel()))
-        _, first = np.unique(found, return_index=True)
-        return [self._sequences.shards[i] for i in found[np.sort(first)].tolist()]
+        indices = self._sequences.shards_of(self.sample_ids(parts.T.ravel()))
+        _, first = np.unique(indices, return_index=True)
+        return [self._sequences.shards[i] for i in indices[np.sort(first)].tolist()]
 
     def _positions(self, step: int) -> np.ndarray:
         return np.arange(step * self._global_batch, (step + 1) * self._global_batch)
@@ -215,8 +215,8 @@ def _check_batch_sizes(global_batch: int, micro_batch: int, num_replicas: int) -
 
 def _corpora_to_read(corpora: Sequence[Corpus], split: str) -> list[Corpus]:
     """The corpora that have sequences in the split. Raises UserError if none has."""
-    if found := with_windows(corpora, split):
-        return found
+    if readable := with_windows(corpora, split):
+        return readable
     folders = ", ".join(corpus.name for corpus in corpora)
     raise UserError(
         "there is no held-out split; convert more text, or with a larger --heldout, or use other shards", folders

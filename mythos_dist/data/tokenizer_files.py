@@ -57,8 +57,8 @@ def find_tokenizer(folder: AnyPath, data: DataConfig, file: Path | None = None) 
     """
     if file is not None:
         return ModelTokenizer(tokenizer := Tokenizer.load(file), own_template(tokenizer))
-    if found := tokenizer_in(folder if isinstance(folder, Path) else _download(folder)):
-        return found
+    if exported := tokenizer_in(folder if isinstance(folder, Path) else _download(folder)):
+        return exported
     shard_folder = next(iter(data.folders))  # all folders of a mix share one tokenizer
     try:
         if not shard_folder:
@@ -123,9 +123,9 @@ def _special_tokens(tokenizer: Tokenizer, template: ChatTemplate | None) -> dict
 
 def _without_added_tokens(content: bytes) -> str:
     """A tokenizer.json that neither adds tokens to a text, nor pads or truncates it: training does none of these."""
-    found = json.loads(content)
+    spec = json.loads(content)
     for key in ("padding", "truncation"):
-        found[key] = None
-    if (found.get("post_processor") or {}).get("type") != "ByteLevel":  # which changes offsets only
-        found["post_processor"] = None
-    return json.dumps(found, ensure_ascii=False)
+        spec[key] = None
+    if (spec.get("post_processor") or {}).get("type") != "ByteLevel":  # which changes offsets only
+        spec["post_processor"] = None
+    return json.dumps(spec, ensure_ascii=False)

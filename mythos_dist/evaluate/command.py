@@ -15,7 +15,7 @@ from mythos_dist.checkpoint.restore import config_of, load_model, open_weights_a
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.cache import Cache, lock, weights_id
 from mythos_dist.evaluate.replicas import Replicas
-from mythos_dist.evaluate.report import Results, draw, table, to_json
+from mythos_dist.evaluate.report import Results, draw, score_table, to_json
 from mythos_dist.evaluate.scorer import Scorer, evaluate_on_all_ranks
 from mythos_dist.evaluate.task_set import load_task_set, task_names
 from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
@@ -88,7 +88,7 @@ def _run(arguments: argparse.Namespace, names: Sequence[str], loops: list[int]) 
     if arguments.json:
         print(json.dumps(content))
     else:
-        print(f"{table(results)}\n{out}.json, {out}.png")
+        print(f"{score_table(results)}\n{out}.json, {out}.png")
 
 
 def default_out(folder: AnyPath) -> Path:

@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
         rows = [{**variant._asdict(), **one._asdict()} for variant, one in results.items()]
         content = {"checkpoint": str(arguments.checkpoint), "step": step, "loops": n_loops, "results": rows}
         content["drafts"] = [
-            {"draft_loops": one.loops, "draft_tokens": one.tokens, **found._asdict()} for one, found in drafted.items()
+            {"draft_loops": one.loops, "draft_tokens": one.tokens, **result._asdict()}
+            for one, result in drafted.items()
         ]
         write_atomically(arguments.out, json.dumps(content, indent=2) + "\n")
 
@@ -63,8 +64,8 @@ def _print_drafts(drafted: dict[Drafts, Speculated], tokens: int, n_loops: int) 
     print(f"\ngreedy continuations of {tokens:,} tokens with drafts; {n_loops} loops per token without")
     width = max(len(one.name) for one in drafted)
     print(f"{'':{width}s}  drafts accepted  loops per token")
-    for one, found in drafted.items():
-        print(f"{one.name:{width}s}  {found.acceptance:15.1%}  {found.loops:15.2f}")
+    for one, result in drafted.items():
+        print(f"{one.name:{width}s}  {result.acceptance:15.1%}  {result.loops:15.2f}")
 
 
 def parse_drafts(text: str) -> list[Drafts]:

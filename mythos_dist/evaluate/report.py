@@ -39,7 +39,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def table(results: Results) -> str:
+def score_table(results: Results) -> str:
     """A row per task and metric, a column per number of loops."""
     loops = sorted(results)
     rows: dict[tuple[str, str], dict[int, Score]] = {}

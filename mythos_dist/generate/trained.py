@@ -42,5 +42,5 @@ def load_trained(path: str | AnyPath, tokenizer_file: Path | None = None, quiet:
     """
     path = any_path(path) if isinstance(path, str) else path
     model, config, step = load_model(path, quiet)
-    found = find_tokenizer(path.expanduser(), config.data, tokenizer_file)
-    return Trained(model, config.loops.mean_of(config.model), step, found.tokenizer, found.template)
+    model_tokenizer = find_tokenizer(path.expanduser(), config.data, tokenizer_file)
+    return Trained(model, config.loops.mean_of(config.model), step, model_tokenizer.tokenizer, model_tokenizer.template)

@@ -82,17 +82,17 @@ def read_settings(folder: Path, metadata: dict[str, str]) -> ExportSettings:
 def parse_settings(read: Callable[[], bytes], file: Path | RemotePath, metadata: dict[str, str]) -> ExportSettings:
     """As `read_settings`; `read` returns the content of `file`."""
     try:
-        found = json.loads(read())
-        recorded = found.pop("mythos_dist", None) or {}
-        if "model_type" in found:
-            _check_model_type(found, file)
+        content = json.loads(read())
+        recorded = content.pop("mythos_dist", None) or {}
+        if "model_type" in content:
+            _check_model_type(content, file)
             names = {one.name for one in fields(MythosConfig)}
-            found = {name: value for name, value in found.items() if name in names}
-            found["rope_scaling"] = from_hugging_face(found.get("rope_scaling"))
+            content = {name: value for name, value in content.items() if name in names}
+            content["rope_scaling"] = from_hugging_face(content.get("rope_scaling"))
         else:
             recorded = {**metadata, **json.loads(metadata.get("settings", "{}"))}
         # OpenMythos' class has no fields for what `model.mode` decides.
-        model = MythosConfig(**{"mode": "reference", **BY_MODE["reference"], **found})
+        model = MythosConfig(**{"mode": "reference", **BY_MODE["reference"], **content})
         sections = {name: asdict(cls(**recorded[name])) for name, cls in _SETTINGS.items() if name in recorded}
         step, tokens = (_number(recorded.get(key)) for key in ("step", "tokens"))
     except UserError:
@@ -102,13 +102,13 @@ def parse_settings(read: Callable[[], bytes], file: Path | RemotePath, metadata:
     return ExportSettings(model, sections, step, tokens)
 
 
-def _check_model_type(found: dict[str, Any], file: Path | RemotePath) -> None:
-    if found["model_type"] == MODEL_TYPE:
+def _check_model_type(content: dict[str, Any], file: Path | RemotePath) -> None:
+    if content["model_type"] == MODEL_TYPE:
         return
-    classes = found.get("architectures")
+    classes = content.get("architectures")
     name = f" ({', '.join(map(str, classes))})" if isinstance(classes, list) and classes else ""
     raise UserError(
-        f"model_type={found['model_type']!r:.60}{name:.100} is another model; give a folder that "
+        f"model_type={content['model_type']!r:.60}{name:.100} is another model; give a folder that "
         "`mythos export --format hf` wrote, or one saved by its class",
         str(file),
     )

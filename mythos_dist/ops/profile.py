@@ -170,7 +170,7 @@ class Profile:
         return [] if self.rank in self.settings.ranks and not self.records else lines
 
     def _write_trace(self, profile: torch.profiler.profile) -> None:
-        from mythos_dist.ops.profile_table import kernels_by_part, read_trace, render
+        from mythos_dist.ops.profile_table import kernel_table, kernels_by_part, read_trace
 
         trace = f"{self.prefix}.trace.json.gz"
         profile.export_chrome_trace(trace)
@@ -178,7 +178,7 @@ class Profile:
         rows = kernels_by_part(read_trace(trace))
         steps = self.step - self.first + 1
         title = f"rank {self.rank}, {count(steps, 'step')} from step {self.first}"
-        Path(f"{self.prefix}.kernels.txt").write_text(render(rows, title, steps), encoding="utf-8")
+        Path(f"{self.prefix}.kernels.txt").write_text(kernel_table(rows, title, steps), encoding="utf-8")
 
     def _begin_memory(self, engine: "Engine") -> "MemoryTimeline | None":
         """The measurement of a step by category, and on a GPU the allocator's history."""

@@ -85,8 +85,8 @@ def _operations(begun: list[Event]) -> tuple[Totals, dict[int, str]]:
             stack.pop()
         number, is_backward = arguments.get("Sequence number", -1), bool(arguments.get("Fwd thread id"))
         part = _range_name(event)
-        if not part and is_backward and (found := created.get(number, OTHER)) != OTHER:
-            part = found
+        if not part and is_backward and (creator := created.get(number, OTHER)) != OTHER:
+            part = creator
         if not part:
             part = stack[-1].part if stack else OTHER
         if number >= 0 and not is_backward:
@@ -109,7 +109,7 @@ def _range_name(event: Event) -> str:
     return name if name in PARTS else ""
 
 
-def render(rows: list[KernelTime], title: str, steps: int) -> str:
+def kernel_table(rows: list[KernelTime], title: str, steps: int) -> str:
     """The table as text; times are of one step."""
     total = sum(row.time for row in rows)
     if not total:

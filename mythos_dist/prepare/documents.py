@@ -20,7 +20,7 @@ from mythos_dist.prepare.batches import (
 )
 from mythos_dist.prepare.conversations import parse_conversation
 from mythos_dist.prepare.encoding import BOM
-from mythos_dist.prepare.inputs import Source, read_text, reading, too_large
+from mythos_dist.prepare.inputs import Source, read_source, reading, too_large
 from mythos_dist.prepare.lines import LONG_BYTES, MAX_LINE_BYTES, LineText, lines_before, parse_json_line, read_lines
 from mythos_dist.prepare.parquet import open_parquet, parse_scores, plain_texts
 from mythos_dist.prepare.spans import Columns, Span
@@ -120,7 +120,7 @@ def _read_again(source: Source) -> Iterator[bytes]:
 
 def _text_without_mark(source: Source) -> Iterator[bytes]:
     """The text of a file without its byte order mark."""
-    pieces = read_text(source)
+    pieces = read_source(source)
     beginning = b""
     while len(beginning) < len(BOM):
         piece = next(pieces, b"")

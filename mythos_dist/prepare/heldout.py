@@ -88,7 +88,7 @@ def cut_windows(
     kept_windows = windows - heldout_windows - windows_before  # of the shard `first`
     for shard in shards[first:]:
         file = stored_file(shard)
-        values = read_windows(output.restore(f"train/{file['basename']}", file), shard, job)
+        values = windows_of_shard(output.restore(f"train/{file['basename']}", file), shard, job)
         kept.add(values[:kept_windows].ravel())
         cut.add(values[kept_windows:].ravel())
         counts = add_counts(counts, count_windows(job, values[kept_windows:]))
@@ -99,7 +99,7 @@ def cut_windows(
     return shards[:first] + kept.shards, cut.shards, counts
 
 
-def read_windows(file: Path, shard: dict[str, Any], job: ConversionJob) -> np.ndarray:
+def windows_of_shard(file: Path, shard: dict[str, Any], job: ConversionJob) -> np.ndarray:
     """All windows (N, job.window) of a shard that this conversion wrote to `file`."""
     content = file.read_bytes()
     if shard["zip_data"]:

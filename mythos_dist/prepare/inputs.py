@@ -118,7 +118,7 @@ def too_large(source: Source, limit: int) -> str:
     return f"unpacks to more than {limit:,} bytes, {meaning}; if this is intended, raise --max-unpack-ratio"
 
 
-def read_text(source: Source, offset: int = 0) -> Iterator[bytes]:
+def read_source(source: Source, offset: int = 0) -> Iterator[bytes]:
     """`read_pieces` of a file that holds text. Raises WrongEncoding if it is not UTF-8 from `offset` on."""
     pieces = read_pieces(source, offset)
     if first := next(pieces, b""):

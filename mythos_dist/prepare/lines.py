@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mythos_dist.prepare.encoding import BOM
-from mythos_dist.prepare.inputs import READ_BYTES, Source, read_text
+from mythos_dist.prepare.inputs import READ_BYTES, Source, read_source
 
 LONG_BYTES = 1 << 20  # a longer document or line is processed in pieces
 MAX_LINE_BYTES = 2 << 30  # a line is held in memory
@@ -37,13 +37,13 @@ def read_lines(source: Source, first: int, last: int) -> Iterator[tuple[int, byt
     """(position, line without its end) of the lines that begin in bytes `first` to `last` of the unpacked file.
 
     The line is None if it has more than MAX_LINE_BYTES. A compressed file is read from its start to its end: `first`
-    is 0 and `last` has no effect. Raises what `read_text` raises.
+    is 0 and `last` has no effect. Raises what `read_source` raises.
     """
     begin = max(0, first - 1)  # the byte before the span shows whether a line ends there
     position, foreign = begin, first > 0  # foreign: this line belongs to the previous span
     line = bytearray()  # the beginning of a line that continues in the next piece
     dropped = 0  # bytes of a line that is too long
-    for piece in read_text(source, begin):
+    for piece in read_source(source, begin):
         *ends, rest = piece.split(b"\n")
         for end in ends:
             full: bytes | bytearray = end

@@ -13,7 +13,7 @@ from mythos_dist.data.chat import ChatRenderer
 from mythos_dist.data.manifest import TokenRules
 from mythos_dist.errors import UserError
 from mythos_dist.prepare.encoding import WrongEncoding
-from mythos_dist.prepare.inputs import Source, read_text, reading
+from mythos_dist.prepare.inputs import Source, read_source, reading
 from mythos_dist.prepare.names import KIND_NAMES
 from mythos_dist.prepare.parquet import open_parquet, schema_problem
 
@@ -95,7 +95,7 @@ def _check_text(source: Source) -> None:
         )
     if not source.remote:
         try:
-            next(read_text(source), b"")
+            next(read_source(source), b"")
         except WrongEncoding as error:
             raise UserError(str(error), source.path) from None
         except OSError:

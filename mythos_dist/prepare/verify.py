@@ -257,18 +257,18 @@ def _check_split(
     bar: ConversionBar,
 ) -> None:
     """Check the shards of a split, and, if all are good, their documents."""
-    found, all_good = Counted(), bool(shards)
+    total, all_good = Counted(), bool(shards)
     results = workers.map(check_shard, shards, bar.update)
     for shard, (problems, counted) in zip(shards, results, strict=True):
-        found = Counted(*map(sum, zip(found, counted, strict=True)))
+        total = Counted(*map(sum, zip(total, counted, strict=True)))
         if problems:
             all_good = False
             report.bad.append({"shard": shard.name, "problems": problems})
-    if all_good and found != (counts.documents - counts.eos_dropped, counts.learnt, counts.padding):
-        problem = f"the shards contain {count(found.documents, 'EOS token')}, not documents - eos_dropped"
-        if found.learnt or counts.learnt:
+    if all_good and total != (counts.documents - counts.eos_dropped, counts.learnt, counts.padding):
+        problem = f"the shards contain {count(total.documents, 'EOS token')}, not documents - eos_dropped"
+        if total.learnt or counts.learnt:
             problem = (
-                f"the shards contain {count(found.documents, 'document')}, {count(found.learnt, 'learnt token')} and "
-                f"{count(found.padding, 'token')} of padding, not those"
+                f"the shards contain {count(total.documents, 'document')}, {count(total.learnt, 'learnt token')} and "
+                f"{count(total.padding, 'token')} of padding, not those"
             )
         report.problems.append(f"{shards[0].folder.name}: {problem} of {counts}")

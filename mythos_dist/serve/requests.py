@@ -145,12 +145,12 @@ BodyType = TypeVar("BodyType", bound=GenerationBody)
 def parse_body(content: bytes, body: type[BodyType]) -> BodyType:
     """The request in the JSON text `content`. Raises ApiError with all its problems."""
     try:
-        found = pydantic_core.from_json(content, allow_inf_nan=False)
+        decoded = pydantic_core.from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(f"the body is not valid JSON ({first_line(error)})") from None
-    if not isinstance(found, dict):
-        raise ApiError(f"the body is {_show(found)}; expected a JSON object")
-    fields = {name: value for name, value in found.items() if value is not None and name not in IGNORED}
+    if not isinstance(decoded, dict):
+        raise ApiError(f"the body is {_show(decoded)}; expected a JSON object")
+    fields = {name: value for name, value in decoded.items() if value is not None and name not in IGNORED}
     problems = _take_unsupported(fields)
     parsed = None
     try:

@@ -26,10 +26,10 @@ class S3Files(AbstractFileSystem):
         url = f"s3://{path}"
         folders, objects = retry(url, lambda: s3.list_objects(url, recursive=False), START_PATIENCE, "listed")
         prefix = "/".join(s3.bucket_and_prefix(url))
-        found = [_folder(f"{prefix}{name}") for name in folders]
-        found += [_file(f"{prefix}{name}", one) for name, one in objects.items()]
-        found = found or [self._file(path)]
-        return found if detail else [one["name"] for one in found]
+        entries = [_folder(f"{prefix}{name}") for name in folders]
+        entries += [_file(f"{prefix}{name}", one) for name, one in objects.items()]
+        entries = entries or [self._file(path)]
+        return entries if detail else [one["name"] for one in entries]
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         """Name, size, type and ETag. Raises FileNotFoundError."""

@@ -15,10 +15,11 @@ from mythos_dist.checkpoint.manifest import (
     library_versions,
     read_checkpoint_manifest,
 )
+from mythos_dist.checkpoint.names import is_pinned
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.publish import prune, publish
 from mythos_dist.checkpoint.reader import Checkpoint, checkpoints_of
-from mythos_dist.checkpoint.save import is_due, is_pinned
+from mythos_dist.checkpoint.save import is_due
 from mythos_dist.checkpoint.tensor_file import write_tensors
 from mythos_dist.config.schema import CheckpointConfig, Config, TrainConfig
 from mythos_dist.errors import UserError
@@ -160,8 +161,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
 def test_pruning_keeps_the_newest_and_the_pinned_checkpoints(tmp_path):
     """And those of later steps: the run went back to an earlier step, and must not delete what it resumes from."""
     manifests = {step: make(tmp_path, step) for step in (5, 10, 15, 20, 25, 80, 30)}
-    settings = CheckpointConfig(pin=(5,), pin_every=20)
-    prune(tmp_path, manifests[30], 2, lambda step: is_pinned(step, settings))
+    prune(tmp_path, manifests[30], 2, lambda step: is_pinned(step, (5,), 20))
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [5, 20, 25, 30, 80]
     shutil.rmtree(tmp_path / "step-00000080")
     prune(tmp_path, manifests[30], 1)
@@ -171,8 +171,8 @@ def test_pruning_keeps_the_newest_and_the_pinned_checkpoints(tmp_path):
 def test_checkpoints_are_due_at_intervals_pins_and_the_last_step():
     config = Config(train=TrainConfig(steps=50), checkpoint=CheckpointConfig(every=20, pin=(3,), pin_every=25))
     assert [step for step in range(1, 51) if is_due(step, config.train.steps, config.checkpoint)] == [3, 20, 25, 40, 50]
-    assert [step for step in range(1, 51) if is_pinned(step, config.checkpoint)] == [3, 25, 50]
-    assert not is_pinned(10, CheckpointConfig())
+    assert [step for step in range(1, 51) if is_pinned(step, (3,), 25)] == [3, 25, 50]
+    assert not is_pinned(10, (), 0)
 
 
 def test_versions_do_not_require_the_package_to_be_installed(monkeypatch):

@@ -99,7 +99,7 @@ def read_status(
     patience: seconds without a step before a run may be called hung. Raises UserError if the folder contains no run.
     """
     folder, now = Path(run_dir), time.time() if now is None else now
-    writer, heartbeat = read_writer(folder)
+    writer, heartbeat = read_local_writer(folder)
     try:
         config = load_config(folder / "config.yaml")
     except UserError:
@@ -262,7 +262,7 @@ def _restart_lines(status: RunStatus) -> list[str]:
     ]
 
 
-def read_writer(folder: Path) -> tuple[dict[str, Any], float]:
+def read_local_writer(folder: Path) -> tuple[dict[str, Any], float]:
     """writer.json, which the newest start has written, and when it was last modified (unix seconds)."""
     file = folder / "writer.json"
     try:

@@ -16,7 +16,7 @@ from mythos_dist.ops.plan.clusters import Cluster, load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.length import longest_length, what_helps
 from mythos_dist.ops.plan.memory import micro_batches_at_peak
-from mythos_dist.ops.plan.report import advice, as_json, compare, details, does_not_fit, table
+from mythos_dist.ops.plan.report import advice, as_json, compare, details, does_not_fit, layout_table
 from mythos_dist.ops.plan.search import AXES, check_fixed, search, smallest_cluster
 from mythos_dist.ops.plan.write import write_config
 from mythos_dist.progress import Bar
@@ -107,7 +107,7 @@ def _print_plan(
         f"{count(train.seq_len, 'token')}, {count(train.global_batch, 'sequence')} per step, "
         f"{count(n_loops, 'loop')}, {n_loops - no_grad} with gradient"
     )
-    print("\n".join([*table(estimates), "", *details(best, arguments.tokens), *advice_lines]))
+    print("\n".join([*layout_table(estimates), "", *details(best, arguments.tokens), *advice_lines]))
     if measured:
         print("\n".join(["", f"rank {rank_of(best)} of {best.world_size}:", *compare(best, measured)]))
         print(f"the dry run took {measured.seconds:.0f} s")

@@ -64,8 +64,8 @@ def _other_than_fixed(config: Config, gpus: int, cluster: Cluster, fixed: Mappin
         others = {key: fixed[key] for key in fixed if key != name}
         if best := search(config, gpus, cluster, others, keep=1).best:
             section = "parallel" if hasattr(config.parallel, name) else "train"
-            found = getattr(getattr(best[0].config, section), name)
-            yield f"{section}.{name}={_shown(found)} (--fixed {name}={_shown(value)})"
+            chosen = getattr(getattr(best[0].config, section), name)
+            yield f"{section}.{name}={_shown(chosen)} (--fixed {name}={_shown(value)})"
 
 
 def _higher_context(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[str, Any]) -> Iterator[str]:

@@ -23,13 +23,13 @@ _GRAM_MATRICES = 2  # of the shorter side
 @functools.lru_cache(maxsize=4096)
 def _rounds(model: MythosConfig, mesh: Mesh, stage: StageSpec) -> list[tuple[Axis, list[Round]]]:
     """The rounds of each group with matrices, and the axis of its messages."""
-    found = []
+    exchanges = []
     for group in plan_groups(local_parameters(model, mesh.tensor.size, mesh.expert.size, stage), mesh):
         if group.decays:
             layout = GroupLayout(group, model, mesh)
             axis = Axis(axis_name(mesh, layout.axis), layout.axis.size * mesh.tensor.size)
-            found.append((axis, layout.rounds()))
-    return found
+            exchanges.append((axis, layout.rounds()))
+    return exchanges
 
 
 def _same_rounds(mesh: Mesh) -> Mesh:

@@ -18,7 +18,7 @@ _HEADER = (
 )
 
 
-def table(estimates: Sequence[Estimate]) -> list[str]:
+def layout_table(estimates: Sequence[Estimate]) -> list[str]:
     """One row per layout, with a column for the context axis if a layout uses it."""
     context = any(estimate.config.parallel.context > 1 for estimate in estimates)
     header = f"tensor {'context ' if context else ''}{_HEADER}"
@@ -151,7 +151,7 @@ def does_not_fit(
         if smallest_cluster
         else "no number of these GPUs is enough",
         *_length_advice(estimate, longest, helps),
-        *table([estimate]),
+        *layout_table([estimate]),
     ]
 
 

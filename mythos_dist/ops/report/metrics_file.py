@@ -171,9 +171,9 @@ def envelope(values: np.ndarray, begins: np.ndarray) -> Envelope:
 
 def quantiles(values: np.ndarray, begins: np.ndarray, q: tuple[float, ...]) -> list[np.ndarray]:
     """For each of `q` the quantile of each range; NaN where a range has no finite value."""
-    found = np.full((len(q), len(begins)), np.nan)
+    quantiles = np.full((len(q), len(begins)), np.nan)
     for i, part in enumerate(np.split(values, begins[1:])):
         finite = part[np.isfinite(part)]
         if len(finite):
-            found[:, i] = np.quantile(finite, q)
-    return list(found)
+            quantiles[:, i] = np.quantile(finite, q)
+    return list(quantiles)

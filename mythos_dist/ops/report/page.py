@@ -73,28 +73,28 @@ def _state(report: RunReport, several: bool) -> str:
 
 def summary(report: RunReport) -> dict[str, str]:
     """The most important values, as text."""
-    columns, found = report.metrics.columns, {}
+    columns, facts = report.metrics.columns, {}
     if not len(report.metrics):
         return {"steps": "0"}
     steps = report.config.get("train.steps")
     step = int(columns["step"][-1])
-    found["steps"] = f"{step:,}" + (f" of {steps:,}" if isinstance(steps, int) and step <= steps else "")
+    facts["steps"] = f"{step:,}" + (f" of {steps:,}" if isinstance(steps, int) and step <= steps else "")
     if tokens := _last(columns["tokens_total"]):
-        found["tokens"] = short(tokens)
+        facts["tokens"] = short(tokens)
     if (loss := _last(columns["loss"])) is not None:
-        found["training loss"] = f"{loss:.4f}"
+        facts["training loss"] = f"{loss:.4f}"
     heldout = [one for line in report.evaluations if isinstance(one := line.get("heldout_loss"), (int, float))]
     if heldout:
-        found["held-out loss"] = f"{heldout[-1]:.4f}"
-        found["best held-out loss"] = f"{min(heldout):.4f}"
+        facts["held-out loss"] = f"{heldout[-1]:.4f}"
+        facts["best held-out loss"] = f"{min(heldout):.4f}"
     seconds = columns["step_seconds"][np.isfinite(columns["step_seconds"])]
     if len(seconds):
         half, most, last = np.quantile(seconds, (0.5, 0.95, 0.99))
-        found["step time, median"] = f"{half:.3g} s"
-        found["step time, p95 / p99"] = f"{most:.3g} / {last:.3g} s"
-        found["time in steps"] = format_duration(float(seconds.sum()))
+        facts["step time, median"] = f"{half:.3g} s"
+        facts["step time, p95 / p99"] = f"{most:.3g} / {last:.3g} s"
+        facts["time in steps"] = format_duration(float(seconds.sum()))
         waits = np.nan_to_num(columns["data_wait_seconds"]).sum()
-        found["waiting for data"] = f"{100 * waits / seconds.sum():.2g} %"
+        facts["waiting for data"] = f"{100 * waits / seconds.sum():.2g} %"
     for name, label, scale, unit in (
         ("tokens_per_second", "tokens/s, median", 1, ""),
         ("mfu", "MFU, median", 100, " %"),
@@ -102,14 +102,14 @@ def summary(report: RunReport) -> dict[str, str]:
         values = columns[name][np.isfinite(columns[name])]
         if len(values):
             value = float(np.median(values)) * scale
-            found[label] = (f"{value:.1f}" if unit else short(value)) + unit
-    found["restarts"] = str(len(report.restarts))
+            facts[label] = (f"{value:.1f}" if unit else short(value)) + unit
+    facts["restarts"] = str(len(report.restarts))
     lost = [one for line in report.restarts if isinstance(one := line.get("seconds_lost"), (int, float))]
     if lost:
-        found["lost to restarts"] = format_duration(sum(lost))
+        facts["lost to restarts"] = format_duration(sum(lost))
     if skipped := sum(event.kind in ("skipped", "decision") for event in report.metrics.events):
-        found["skipped or repeated steps"] = str(skipped)
-    return found
+        facts["skipped or repeated steps"] = str(skipped)
+    return facts
 
 
 def finite(value: Any) -> Any:

@@ -19,7 +19,7 @@ from mythos_dist.checkpoint.names import MANIFEST_FILE, folder_name, step_of
 from mythos_dist.data.mix import Mix, integer_weights
 from mythos_dist.errors import redact
 from mythos_dist.files import get_number, read_json_lines
-from mythos_dist.ops.cluster.status import determine_state, read_writer
+from mythos_dist.ops.cluster.status import determine_state, read_local_writer
 from mythos_dist.ops.report.metrics_file import (
     Event,
     MetricsFile,
@@ -77,7 +77,7 @@ def read_run(folder: Path, name: str | None = None, progress: Progress = lambda 
 
     Raises UserError if `folder` is no run folder, and OSError if its metrics cannot be read.
     """
-    writer, heartbeat = read_writer(folder)
+    writer, heartbeat = read_local_writer(folder)
     completed = (folder / "COMPLETED").exists()
     since_life = time.time() - heartbeat
     state, why = determine_state(
@@ -127,7 +127,7 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _environment(folder: Path, writer: dict[str, Any], report: RunReport) -> dict[str, str]:
-    found = {
+    details = {
         "host": writer.get("host"),
         "start": writer.get("start"),
         "SLURM job": writer.get("slurm_job_id"),
@@ -139,11 +139,11 @@ def _environment(folder: Path, writer: dict[str, Any], report: RunReport) -> dic
             if manifest.stat().st_size <= MAX_MANIFEST:
                 content = json.loads(manifest.read_bytes().split(b"\n", 1)[1])
                 layout = {key: value for key, value in content["layout"].items() if value != 1 or key == "ranks"}
-                found["layout"] = ", ".join(f"{key} {value}" for key, value in layout.items())
-                found |= content["versions"]
+                details["layout"] = ", ".join(f"{key} {value}" for key, value in layout.items())
+                details |= content["versions"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             report.problems.append(f"{manifest} cannot be read ({type(error).__name__})")
-    return {key: redact(str(value)) for key, value in found.items() if value is not None}
+    return {key: redact(str(value)) for key, value in details.items() if value is not None}
 
 
 def _corpora(report: RunReport) -> dict[str, int]:

@@ -95,8 +95,8 @@ def _names_of(name: str) -> Iterable[str]:
     return f"{prefix}.bin", f"{prefix}.idx"
 
 
-def _sizes(found: dict[str, Any], above: str) -> dict[str, int]:
-    names = {path[len(above) :].strip("/"): about for path, about in found.items()}
+def _sizes(listed: dict[str, Any], above: str) -> dict[str, int]:
+    names = {path[len(above) :].strip("/"): about for path, about in listed.items()}
     for name in names:
         if ".." in PurePosixPath(name).parts:  # the store's owner may be another than this machine's
             raise UserError(f"{name!r} would be written outside of the scratch folder; rename it")

@@ -26,20 +26,20 @@ def list_token_sources(inputs: Inputs, rules: TokenRules) -> Listing:
     """The sources that `inputs` select, each once, in the order of the inputs. Raises UserError with all problems."""
     given = [str(one) for one in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     problems = _rule_problems(rules) if given else ["no sources; name some"]
-    found: dict[str, FileKind] = {}  # real path -> format
+    kinds: dict[str, FileKind] = {}  # real path -> format
     left_out: list[LeftOut] = []
     for one in given:
         try:
             for kind, path in _find(one, rules.format if rules.format in FINDERS else "auto"):
-                if (real := os.path.realpath(path)) in found:
+                if (real := os.path.realpath(path)) in kinds:
                     left_out.append(LeftOut(valid_unicode(path), "the same source as another"))
-                found.setdefault(real, kind)
+                kinds.setdefault(real, kind)
         except UserError as error:
             problems += [f"{one}: {problem}" for problem in error.problems]
     if problems:
         raise UserError(problems)
     sources = []
-    for (path, kind), name in zip(found.items(), manifest_names(list(found)), strict=True):
+    for (path, kind), name in zip(kinds.items(), manifest_names(list(kinds)), strict=True):
         sources.append(Source(path, name, kind, None, sum(os.path.getsize(file) for file in _files(kind, path))))
         if kind == "nanoset" and os.path.exists(f"{path}.loss"):
             left_out.append(LeftOut(f"{name}.loss", LOSS_MASK))
@@ -58,16 +58,16 @@ def _rule_problems(rules: TokenRules) -> list[str]:
 def _find(given: str, wanted: str) -> list[tuple[FileKind, str]]:
     """(format, path) of the sources that a path selects. Raises UserError if there is none."""
     path = os.path.expanduser(given.rstrip("/") or given)
-    found: list[tuple[FileKind, str]] = []
+    inputs: list[tuple[FileKind, str]] = []
     for kind, find in FINDERS.items():
         if wanted in ("auto", kind):
-            found.extend((kind, one) for one in find(path))
-    formats = sorted({KIND_NAMES[kind] for kind, _ in found})
+            inputs.extend((kind, one) for one in find(path))
+    formats = sorted({KIND_NAMES[kind] for kind, _ in inputs})
     if len(formats) > 1:
         raise UserError(f"holds {' and '.join(formats)}; choose one with --format")
-    if not found:
+    if not inputs:
         raise UserError(_why_nothing(path, wanted))
-    return found
+    return inputs
 
 
 def _megatron(path: str) -> Iterable[str]:
