@@ -245,6 +245,25 @@ def test_every_function_that_the_map_names_exists():
     assert missing == []
 
 
+def test_every_file_that_the_map_and_the_contributors_guide_name_exists():
+    """In backticks, by its path or by the end of one."""
+    files = [path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("[!.]*/**/*.py")]
+    for page in (PAGES["architecture.md"], (REPOSITORY / "CONTRIBUTING.md").read_text()):
+        named = set(re.findall(r"`([\w/]+\.py)(?:`|: )", page))
+        assert len(named) > 15
+        assert [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)] == []
+
+
+def test_the_reading_order_says_how_long_it_is():
+    """Within a twentieth."""
+    order = PAGES["architecture.md"].partition("## Reading order")[2].partition("Beside them")[0]
+    (count, lines) = re.findall(r"These (\d+) files are the core, about ([\d,]+) lines", order)[0]
+    files = re.findall(r"`(mythos_dist/[\w/]+\.py)`", order)
+    assert len(files) == int(count)
+    length = sum(len((REPOSITORY / file).read_text().splitlines()) for file in files)
+    assert length == pytest.approx(int(lines.replace(",", "")), rel=0.05)
+
+
 def test_decisions_and_the_code_cite_each_other():
     """Each decision has an id of its own, and the code that follows from it names the id."""
     ids = re.findall(r"^\*\*([A-Z]+-\d+)\. ", (REPOSITORY / "DECISIONS.md").read_text(), re.M)
