@@ -13,8 +13,15 @@ in the dtype of the shards.
 Decisions: DATA-1, DATA-4, DATA-5.
 """
 
+import atexit
+import functools
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
+import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -141,16 +148,19 @@ class ReplicaStream:
             batch_sampler=(ids for batch in ahead for ids in self._micro_batches(batch)),  # it runs in this process
             num_workers=self._workers,
             collate_fn=_no_collate,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # by default it draws from the global one, and a resumed run diverges
         )
         reads = iter(loader)
+        stop = functools.partial(_stop_workers, weakref.ref(reads))
+        atexit.register(stop)
         try:
             for batch in batches:
                 size = len(batch) // self._num_replicas // self._micro_batch
                 step = list(islice(reads, size))  # no comprehension over `reads`: a traceback would keep its frame
                 yield [self._micro_batch_of(read) for read in step]
         finally:
+            atexit.unregister(stop)
             del reads  # stops the workers; if a traceback kept it until garbage collection, that would take 5 s each
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
@@ -244,9 +254,30 @@ def _no_collate(read: Any) -> Any:
     return read
 
 
-def _ignore_signals(worker: int) -> None:
-    """In a worker process, leave signals to the rank. Terminals and launchers signal all processes of a job, and a rank
-    that was asked to stop finishes its step, for which it may need its workers. They exit with it (torch checks the
-    parent process)."""
+def _stop_workers(reads: weakref.ref) -> None:
+    """When the interpreter exits while a generator is alive: multiprocessing would ask the workers by a signal, which
+    they ignore, and wait for them."""
+    iterator: Any = reads()
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):  # not if this process reads
+        iterator._shutdown_workers()
+
+
+def _begin_worker(worker: int) -> None:
+    """In a worker process, leave signals to the rank, and end with it.
+
+    Terminals and launchers signal all processes of a job, and a rank that was asked to stop finishes its step, for which
+    it may need its workers. If the rank is killed, torch's loop in the worker ends, but the process would wait for ever
+    until somebody reads what it has sent.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    rank = multiprocessing.parent_process()
+    assert rank and rank.pid
+    threading.Thread(target=_exit_without, args=(rank.pid,), name="parent process", daemon=True).start()
+
+
+def _exit_without(parent: int) -> None:
+    """End this process a second after its parent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -284,10 +284,10 @@ from mythos_dist.data.stream import ReplicaStream
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method(sys.argv[3])
     stream = ReplicaStream(
-        sys.argv[1], "train", seq_len=16, vocab_size=1000, global_batch=8, micro_batch=2,
+        sys.argv[1], "train", seq_len=16, vocab_size=1000, global_batch=16384, micro_batch=4096,  # more than a pipe holds
         replica=int(sys.argv[2]), num_replicas=2, seed=7, workers=1,
     )
-    steps = stream.steps(0)  # keeps its worker alive until this rank is killed
+    steps = stream.steps(0)  # keeps its worker alive until this rank ends
     print(*[i for step in islice(steps, 3) for b in step for i in b.sample_ids.tolist()])
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     print(*pids)
@@ -299,7 +299,8 @@ if __name__ == "__main__":
             if os.path.lexists(link) and os.readlink(link).startswith("/dev/shm/"):
                 print(os.readlink(link))
     sys.stdout.flush()
-    os.kill(os.getpid(), 9)
+    if sys.argv[4] == "kill":
+        os.kill(os.getpid(), 9)
 """
 
 
@@ -313,10 +314,14 @@ def contents_of(file: Path) -> bytes:
 
 @pytest.mark.launch
 @pytest.mark.timeout(480)
-@pytest.mark.parametrize(("method", "num_ranks"), [("fork", 2), ("spawn", 1)])  # spawned workers import it all again
-def test_killed_ranks_leave_nothing_in_dev_shm(make_stream, folder, tmp_path, method, num_ranks):
+@pytest.mark.parametrize(
+    ("method", "num_ranks", "end"),
+    [("fork", 2, "kill"), ("spawn", 1, "kill"), ("fork", 1, "exit")],  # spawned workers import it all again
+)
+def test_ranks_that_end_leave_no_worker_and_nothing_in_dev_shm(make_stream, folder, tmp_path, method, num_ranks, end):
     """Ranks read at the same time without waiting for each other, with no launcher's variables (streaming needed
-    LOCAL_WORLD_SIZE). After kill -9 their workers exit, and /dev/shm has nothing that a process had open, nothing with
+    LOCAL_WORLD_SIZE). After kill -9, or at the end of the program, their workers exit, although nobody reads what they
+    have sent, and /dev/shm has nothing that a process had open, nothing with
     its pid, and nothing of streaming's for this folder."""
     folder = copy(folder, tmp_path / "own")
     program = tmp_path / "rank.py"
@@ -324,7 +329,7 @@ def test_killed_ranks_leave_nothing_in_dev_shm(make_stream, folder, tmp_path, me
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "LOCAL_RANK", "RANK", "WORLD_SIZE")
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(program), str(folder), str(rank), method],
+            [sys.executable, str(program), str(folder), str(rank), method, end],
             env={name: value for name, value in os.environ.items() if name not in names},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -337,7 +342,7 @@ def test_killed_ranks_leave_nothing_in_dev_shm(make_stream, folder, tmp_path, me
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * num_ranks, outputs
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL if end == "kill" else 0] * num_ranks, outputs
     printed = [out.splitlines() for out, _ in outputs]
     got = [[int(i) for i in lines[0].split()] for lines in printed]
     pids = [pid for lines in printed for pid in lines[1].split()]
@@ -346,5 +351,5 @@ def test_killed_ranks_leave_nothing_in_dev_shm(make_stream, folder, tmp_path, me
     left = os.listdir("/dev/shm")
     assert not [name for name in left for pid in pids if f"_{pid}_" in name]
     assert not [names for names in Path("/dev/shm").glob("*_locals") if str(folder).encode() in contents_of(names)]
-    streams = replicas(make_stream, 2)[:num_ranks]
+    streams = replicas(make_stream, 2, global_batch=16384, micro_batch=4096)[:num_ranks]
     assert got == [[i for step in range(3) for i in ids_of(stream.step(step))] for stream in streams]
