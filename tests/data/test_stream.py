@@ -271,7 +271,7 @@ def test_a_worker_that_is_killed_is_an_error(make_stream):
     steps = make_stream(workers=2).steps(0)
     next(steps)
     worker, _ = set(multiprocessing.active_children()) - before
-    os.kill(worker.pid, signal.SIGKILL)
+    worker.kill()
     with pytest.raises(RuntimeError, match=f"worker .*{worker.pid}"):
         for _ in range(1000):
             next(steps)
