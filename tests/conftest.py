@@ -34,7 +34,7 @@ from mythos_dist.prepare.spans import Columns
 from mythos_dist.prepare.tokenizer_training import train_tokenizer
 from mythos_dist.store import fetch
 
-pytest_plugins = ["helpers.schedule", "helpers.report", "helpers.cpu_seconds"]
+pytest_plugins = ["helpers.schedule", "helpers.report", "helpers.cpu_seconds", "helpers.heap"]
 
 # No deadline: the machine may be busy. CI uses the same examples in every run, local runs draw new ones.
 hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)

@@ -284,7 +284,8 @@ from mythos_dist.data.stream import ReplicaStream
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method(sys.argv[3])
     stream = ReplicaStream(
-        sys.argv[1], "train", seq_len=16, vocab_size=1000, global_batch=16384, micro_batch=4096,  # more than a pipe holds
+        sys.argv[1], "train", seq_len=16, vocab_size=1000,
+        global_batch=16384, micro_batch=4096,  # more than a pipe holds
         replica=int(sys.argv[2]), num_replicas=2, seed=7, workers=1,
     )
     steps = stream.steps(0)  # keeps its worker alive until this rank ends

@@ -50,7 +50,7 @@ def test_layouts_divide_every_batch_of_a_ramp():
     ("variant", "gpus", "overrides"),
     [
         ("1b", 8, ["train.global_batch=32"]),
-        ("10b", 16, ["train.global_batch=64", "train.seq_len=4096"]),
+        pytest.param("10b", 16, ["train.global_batch=64", "train.seq_len=4096"], marks=pytest.mark.long),
         ("50b", 16, ["train.global_batch=32", "train.seq_len=4096", "loops.backprop=8"]),
     ],
 )

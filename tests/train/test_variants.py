@@ -39,7 +39,7 @@ NAMES = [
     *RECIPES,
     "300m",
 ]
-SHORT = ("1t", "3b", "300m")  # with a pipeline and without, on many nodes, one node and one GPU
+SHORT = ("10b", "3b", "300m")  # on several nodes, one node and one GPU
 
 EACH = pytest.mark.parametrize(
     "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
@@ -107,6 +107,7 @@ def test_a_configs_comment_is_the_output_of_the_planner(name, dry):
     assert comment_of(name) == planned_lines(estimate_of(name), command, dry[name][0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["1t"])
 def test_the_docs_show_the_plan_and_the_dry_run(name, dry):
     shown = PLANNING[PLANNING.index("rank 0 of 4096:") :].splitlines()[1:]
