@@ -65,7 +65,8 @@ def serving(folder: Path) -> Iterator[None]:
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        port = probe.getsockname()[1]
+    address = f"127.0.0.1:{port}"
     os.environ |= {
         "AWS_ENDPOINT_URL": f"http://{address}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -73,7 +74,7 @@ def serving(folder: Path) -> Iterator[None]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     (folder / "store").mkdir()
-    command = [sys.executable, "-m", "moto.server", "-p", address.rpartition(":")[2]]
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
     if rclone := shutil.which("rclone"):
         command = [rclone, "serve", "s3", str(folder / "store"), "--addr", address, "--auth-key", "test,test"]
     print(f"server: {'rclone' if rclone else 'moto'}", flush=True)
@@ -82,7 +83,7 @@ def serving(folder: Path) -> Iterator[None]:
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
-                socket.create_connection(tuple(address.split(":"))).close()
+                socket.create_connection(("127.0.0.1", port)).close()
                 break
             time.sleep(0.1)
         boto3.client("s3").create_bucket(Bucket="bench")
