@@ -267,7 +267,7 @@ def _begin_worker(worker: int) -> None:
 
     Terminals and launchers signal all processes of a job, and a rank that was asked to stop finishes its step, for which
     it may need its workers. If the rank is killed, torch's loop in the worker ends, but the process would wait for ever
-    until somebody reads what it has sent.
+    until what it has sent is read.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

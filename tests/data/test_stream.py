@@ -321,8 +321,8 @@ def contents_of(file: Path) -> bytes:
 )
 def test_ranks_that_end_leave_no_worker_and_nothing_in_dev_shm(make_stream, folder, tmp_path, method, num_ranks, end):
     """Ranks read at the same time without waiting for each other, with no launcher's variables (streaming needed
-    LOCAL_WORLD_SIZE). After kill -9, or at the end of the program, their workers exit, although nobody reads what they
-    have sent, and /dev/shm has nothing that a process had open, nothing with
+    LOCAL_WORLD_SIZE). After kill -9, or at the end of the program, their workers exit, although what they have sent is
+    not read, and /dev/shm has nothing that a process had open, nothing with
     its pid, and nothing of streaming's for this folder."""
     folder = copy(folder, tmp_path / "own")
     program = tmp_path / "rank.py"
