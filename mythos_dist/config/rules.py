@@ -72,20 +72,18 @@ def _model_problems(model: MythosConfig) -> Iterator[Problem]:
                 )
 
 
+def _divisibility(setting: str, value: int, by: str, divisor: int) -> Iterator[Problem]:
+    if value % divisor:
+        yield Problem(
+            (setting, by),
+            f"{setting}={value} is not divisible by {by}={divisor}; set {by} to one of {few(divisors(value), divisor)}",
+        )
+
+
 def _gqa_problems(model: MythosConfig) -> Iterator[Problem]:
     dim, heads, kv_heads = model.dim, model.n_heads, model.n_kv_heads
-    if dim % heads:
-        yield Problem(
-            ("model.dim", "model.n_heads"),
-            f"model.dim={dim} is not divisible by model.n_heads={heads}; "
-            f"set model.n_heads to one of {few(divisors(dim), heads)}",
-        )
-    if heads % kv_heads:
-        yield Problem(
-            ("model.n_heads", "model.n_kv_heads"),
-            f"model.n_heads={heads} is not divisible by model.n_kv_heads={kv_heads}; "
-            f"set model.n_kv_heads to one of {few(divisors(heads), kv_heads)}",
-        )
+    yield from _divisibility("model.dim", dim, "model.n_heads", heads)
+    yield from _divisibility("model.n_heads", heads, "model.n_kv_heads", kv_heads)
     if dim % heads == 0 and heads % kv_heads == 0 and model.head_dim % 2:
         yield Problem(
             ("model.dim", "model.n_heads"),
@@ -102,12 +100,7 @@ def _train_problems(config: Config) -> Iterator[Problem]:
             f"train.seq_len={train.seq_len} is longer than the context model.max_seq_len={longest}; "
             f"set train.seq_len to at most {longest}, or model.max_seq_len to at least {train.seq_len}",
         )
-    if train.global_batch % train.micro_batch:
-        yield Problem(
-            ("train.global_batch", "train.micro_batch"),
-            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}; "
-            f"set train.micro_batch to one of {few(divisors(train.global_batch), train.micro_batch)}",
-        )
+    yield from _divisibility("train.global_batch", train.global_batch, "train.micro_batch", train.micro_batch)
     if train.compile and config.parallel.zero == 3:
         yield Problem(
             ("train.compile", "parallel.zero"),
