@@ -88,6 +88,8 @@ def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkey
         code, out, err = exit_of(monkeypatch, capsys, *typed.split())
         assert (code, out) == (2, "") and message in err
     assert exit_of(monkeypatch, capsys, "plan", "--gpus", "x")[0] == 2
+    for typed in ([], ["train"], ["import"]):
+        assert exit_of(monkeypatch, capsys, "help", *typed) == exit_of(monkeypatch, capsys, *typed, "--help")
 
 
 def test_configs_and_clusters_of_the_package_are_found_by_name(tmp_path, monkeypatch):

@@ -23,6 +23,8 @@ def main() -> None:
     """Run the command that sys.argv names; exits with code 2 if there is none of that name."""
     complete_words(COMMANDS)
     words = sys.argv[1:]
+    if words[:1] == ["help"]:  # `mythos help train` is `mythos train --help`
+        words = [*words[1:], "--help"]
     command = find_command(words)
     if command is None:
         _explain(words)

@@ -18,12 +18,12 @@ CHECKPOINT_HELP = "a run.dir (its newest checkpoint), the folder of one checkpoi
 WEIGHTS_HELP = "a run.dir (its newest checkpoint), a checkpoint or an export; or a URL"
 _SETTING = r"[a-z]+\.\w+|start_from(?:_state)?"
 _OVERRIDE = re.compile(rf"(?:{_SETTING})\s*=")
-_AS_OPTION = re.compile(rf"--?({_SETTING})(?:=(.*))?")
+_AS_OPTION = re.compile(rf"--?({_SETTING}|[a-z][\w-]*)(?:=(.*))?")
 
 
 def add_config(parser: argparse.ArgumentParser, what: str, optional: bool = False) -> None:
     """Add the arguments `config`, whose help text is `what`, and `overrides`."""
-    parser.add_argument("config", nargs="?" if optional else None, help=what)
+    parser.add_argument("config", nargs="?" if optional else None, metavar="CONFIG.yaml", help=what)
     add_overrides(parser, "settings that override those of the file")
 
 
@@ -65,9 +65,10 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         parser.prog = sys.argv[0]
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        settings = [match for match in map(_AS_OPTION.fullmatch, unknown) if match]
-        hints = [f"{match[1]}={'VALUE' if match[2] is None else match[2]}" for match in settings]
+        hints = _as_settings(unknown) if hasattr(parsed, "overrides") else []
         advice = f"; write {' '.join(hints)}" if hints else ""
+        if "--config" in unknown and hasattr(parsed, "config"):
+            advice += "; write the file's name alone, without --config"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     if hasattr(parsed, "config") and hasattr(parsed, "overrides"):
         _order(parser, parsed)
@@ -115,6 +116,20 @@ def _within(value: Any, least: float, most: float) -> Any:
     return value
 
 
+def _as_settings(unknown: Sequence[str]) -> list[str]:
+    """How options that are settings are written: `--steps 5` and `--train.steps=5` are train.steps=5."""
+    from mythos_dist.config.load import settings_named
+
+    hints = []
+    for word, following in zip(unknown, [*unknown[1:], "--"], strict=True):
+        if not (match := _AS_OPTION.fullmatch(word)):
+            continue
+        names = [match[1]] if re.fullmatch(_SETTING, match[1]) else settings_named(match[1].replace("-", "_"))
+        value = match[2] if match[2] is not None else "VALUE" if following.startswith("-") else following
+        hints += [" or ".join(f"{name}={value}" for name in names)] if names else []
+    return hints
+
+
 def _order(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     """The positional argument that is not a setting is the config."""
     required = any(action.dest == "config" and action.nargs is None for action in parser._actions)
@@ -123,7 +138,7 @@ def _order(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
         return
     others = [word for word in parsed.overrides if not _OVERRIDE.match(word)]
     if not others and required:
-        parser.error(f"the following arguments are required: config; {config} is a setting")
+        parser.error(f"the following arguments are required: CONFIG.yaml; {config} is a setting")
     named = others[0] if others else None
     kind = next(action.type for action in parser._actions if action.dest == "config")
     parsed.overrides = [config, *(word for word in parsed.overrides if word is not named)]

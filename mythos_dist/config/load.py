@@ -196,6 +196,11 @@ def _configs_in(folder: Path, most: int = 30) -> list[str]:
         return []
 
 
+def settings_named(key: str) -> list[str]:
+    """The settings with this name in any section: `lr` is optim.lr."""
+    return [f"{section}.{key}" for section, kind in SECTIONS.items() if key in kinds_of(kind)]
+
+
 def _parse_overrides(overrides: Iterable[str], messages: list[str]) -> dict[str, Node]:
     """Texts like `train.steps=100` as one source; adds a problem for any other text."""
     source: dict[str, dict[str, Node]] = {}
@@ -205,7 +210,9 @@ def _parse_overrides(overrides: Iterable[str], messages: list[str]) -> dict[str,
         if section in TOP_LEVEL and not dot:
             section, dot, key = TOP_LEVEL[section], ".", section
         if not equals or not dot:
-            messages.append(f"{text!r}: expected section.key=value, such as train.steps=100")
+            meant = [f"{full}={raw}" for full in settings_named(name.strip())] if equals else []
+            advice = f"did you mean {' or '.join(meant)}?" if meant else "such as train.steps=100"
+            messages.append(f"{text!r}: expected section.key=value{';' if meant else ','} {advice}")
             continue
         kind = kinds_of(SECTIONS[section]).get(key) if section in SECTIONS else None
         is_text = (section, key) == ("model", "variant") or (kind is not None and kind.type is str)

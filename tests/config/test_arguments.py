@@ -50,10 +50,14 @@ def test_a_setting_before_the_config_is_an_override(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", "the following arguments are required: config\n"),
-        ("a.b=1", "required: config; a.b=1 is a setting"),
+        ("", "the following arguments are required: CONFIG.yaml\n"),
+        ("a.b=1", "required: CONFIG.yaml; a.b=1 is a setting"),
         ("c.yaml --train.steps=5", "unrecognized arguments: --train.steps=5; write train.steps=5"),
-        ("c.yaml --train.steps 5", "write train.steps=VALUE"),
+        ("c.yaml --train.steps 5", "write train.steps=5\n"),
+        ("c.yaml --train.steps", "write train.steps=VALUE\n"),
+        ("c.yaml --steps 5 --micro-batch=2", "write train.steps=5 train.micro_batch=2\n"),
+        ("c.yaml --unknown 5", "unrecognized arguments: --unknown 5\n"),
+        ("--config c.yaml", "write the file's name alone, without --config\n"),
         ("c.yaml --top -1", "--top: -1 must be at least 1"),
         ("c.yaml --top 0", "--top: 0 must be at least 1"),
         ("c.yaml --top 10", "--top: 10 must be at most 9"),

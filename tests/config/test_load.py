@@ -181,6 +181,12 @@ def test_a_malformed_override_is_refused_with_the_correct_form(text, write):
     assert any("expected section.key=value" in problem and text in problem for problem in refused(write(""), text))
 
 
+def test_a_setting_without_its_section_gets_the_full_name(write):
+    assert refused(write(""), "lr=1e-3") == ["'lr=1e-3': expected section.key=value; did you mean optim.lr=1e-3?"]
+    (problem,) = refused(write(""), "every=5")
+    assert problem.endswith("did you mean average.every=5 or checkpoint.every=5?")
+
+
 def test_an_override_that_is_not_yaml_is_refused(write):
     (problem,) = refused(write(""), "run.dir=[a")
     assert problem.startswith("run.dir='[a'")
