@@ -64,11 +64,13 @@ function curve(run, index, field, options = {}) {
   return traces;
 }
 
+const markColour = (kind) => style(kind === "phase" || kind === "stage" ? "--faint" : "--bad");
+
 function marks() {
   return runs.flatMap((run) => Object.keys(symbols).map((kind) => {
     const events = run.events.filter((event) => event.kind === kind);
     return { x: events.map((event) => position(run, event.step)), y: events.map(() => 0.03), yaxis: "y2", mode: "markers",
-      marker: { symbol: symbols[kind], size: 9, color: kind === "phase" || kind === "stage" ? style("--faint") : style("--bad"), line: { width: 1.5 } },
+      marker: { symbol: symbols[kind], size: 9, color: markColour(kind), line: { width: 1.5, color: markColour(kind) } },
       text: events.map((event) => `${several ? run.name + ": " : ""}step ${event.step}: ${event.text}`),
       hovertemplate: "%{text}<extra></extra>", name: kind, showlegend: false };
   })).filter((trace) => trace.x.length);
@@ -91,6 +93,10 @@ function draw() {
   const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   for (const chart of charts) Plotly.react(chart.plot, chart.traces(), layout(chart.extra()), config);
 }
+
+// A heat map fills its plot: the buttons of the chart are above it, and each loop has a label where there is room.
+const heatmapLayout = (loops, xaxis) => ({ margin: { l: 64, r: 18, t: 34, b: 44 }, hovermode: "closest", showlegend: false,
+  xaxis, yaxis: { title: { text: "loop" }, dtick: loops > 12 ? undefined : 1 } });
 
 const all = (field, options) => runs.flatMap((run, i) => curve(run, i, field, options));
 const lineChart = (id, title, note, traces, extra) => addChart(id, title, note, () => [...traces(), ...marks()], extra);
@@ -129,7 +135,11 @@ function addProbes(run) {
     return [{ type: "heatmap", x: run.probes.map((probe) => position(run, probe.step)), y: rows.map((t) => t + 1),
       z: rows.map((t) => run.probes.map((probe) => (probe[shown] || [])[t] ?? null)), colorscale: "Viridis",
       hovertemplate: "%{x}, loop %{y}: %{z:.4~g}<extra></extra>" }];
-  }, () => ({ hovermode: "closest", showlegend: false, yaxis: { title: { text: "loop" }, dtick: 1 } }));
+  }, () => {
+    const deepest = Math.max(...run.probes.map((probe) => (probe[shown] || []).length));
+    const only = run.probes.length === 1 ? { tickvals: [position(run, run.probes[0].step)] } : {}; // one column, one tick
+    return heatmapLayout(deepest, only);
+  });
   const select = document.createElement("select");
   select.append(...names.map((name) => new Option(name.replaceAll("_", " "), name)));
   select.onchange = () => { shown = select.value; draw(); };
@@ -143,7 +153,7 @@ function addExpertLoad(run) {
     "tokens of an expert in a loop, times the mean; 1 is even, 0 is idle", () => [{ type: "heatmap", z: load,
       x: load[0].map((_, i) => i), y: load.map((_, t) => t + 1), zmin: 0, colorscale: "Viridis",
       hovertemplate: "expert %{x}, loop %{y}: %{z:.3~g}<extra></extra>" }],
-    () => ({ hovermode: "closest", showlegend: false, xaxis: { title: { text: "expert" } }, yaxis: { title: { text: "loop" }, dtick: load.length > 12 ? undefined : 1 } }));
+    () => heatmapLayout(load.length, { title: { text: "expert" }, dtick: load[0].length > 16 ? undefined : 1 }));
 }
 
 function addCharts() {
