@@ -6,6 +6,7 @@ jobs, so it writes a line per minute to their logs. Results go to standard outpu
 Decisions: PROJECT-12.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -67,8 +68,12 @@ class Bar:
 
     def close(self) -> None:
         """Show the last values, and remove the bar."""
+        shown = not self._bar.disable
         self._bar.refresh()
         self._bar.close()
+        if shown:  # else a buffered stream keeps the carriage return, and standard output continues the cleared line
+            with contextlib.suppress(OSError, ValueError):  # a closed terminal
+                self._bar.fp.flush()
 
     def update(self, units: float) -> None:
         """Count units that were done since the last call."""

@@ -61,6 +61,18 @@ def run_dir(config, tmp_path_factory) -> Path:
 # --- the bar
 
 
+def test_a_removed_bar_leaves_the_cursor_at_the_begin_of_its_line(monkeypatch):
+    """Also where standard error is buffered, as during training: what standard output prints next begins there."""
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(io.BufferedWriter(written), encoding="utf-8", newline="")  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
+    with Bar("loading", 10) as shown:
+        shown.update(10)
+    cleared = written.getvalue().decode()
+    assert "loading" in cleared and re.search(r"\r +\r$", cleared)
+
+
 def test_a_bar_shows_share_rate_and_time_left(terminal, monkeypatch):
     """300 of 1,200 units in 3 s: 25 %, 100 per second, 9 s left."""
     now = [50.0]
