@@ -88,6 +88,8 @@ def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkey
         code, out, err = exit_of(monkeypatch, capsys, *typed.split())
         assert (code, out) == (2, "") and message in err
     assert exit_of(monkeypatch, capsys, "plan", "--gpus", "x")[0] == 2
+    code, out, err = exit_of(monkeypatch, capsys, "generate", "runs/demo")
+    assert (code, out) == (2, "") and "name a --prompt to continue" in err
     for typed in ([], ["train"], ["import"]):
         assert exit_of(monkeypatch, capsys, "help", *typed) == exit_of(monkeypatch, capsys, *typed, "--help")
 

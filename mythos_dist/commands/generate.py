@@ -45,7 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Load the run's newest checkpoint on one process and print the generated text."""
-    arguments = parse_arguments(build_parser())
+    parser = build_parser()
+    arguments = parse_arguments(parser)
+    if not arguments.chat and (arguments.prompt is None) == (arguments.prompts is None):
+        parser.error("name a --prompt to continue or a file of --prompts, or talk with --chat")
 
     from mythos_dist.generate.command import run  # imports torch
 

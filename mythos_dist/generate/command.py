@@ -80,8 +80,6 @@ def _sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     wrong = [name for name in ("prompts", "json", "stop") if getattr(arguments, name)] if arguments.chat else []
     problems += [f"--{name} needs --chat" for name in given if not arguments.chat]
     problems += [f"--{name} does not go with --chat" for name in wrong]
-    if not arguments.chat and (arguments.prompt is None) == (arguments.prompts is None):
-        problems.append("name a --prompt to continue or a file of --prompts, or talk with --chat")
     if problems:
         raise UserError(problems)
     return options
