@@ -119,6 +119,7 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         left.axvline(MAX_TRAINED_LOOPS, color="grey", linestyle=":", label="most loops in training")
         loops_axis(left, LOOPS)
         left.set_title(f"accuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops (trained on {TRAINED_HOPS})")
+        left.axhline(summary["chance"], color="black", linewidth=0.5, label="chance")
         left.legend()
         name, result = next(iter(summary["settings"].items()))
         hops = range(1, LONG_HOPS + 1)
@@ -129,8 +130,8 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         right.set_xlabel("hops")
         right.set_title(f"{name}: accuracy by hops, mean over seeds")
         right.legend(title="loops")
+        right.axhline(summary["chance"], color="black", linewidth=0.5)
         for panel in (left, right):
             panel.set_ylim(0, 1.02)
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-            panel.axhline(summary["chance"], color="black", linewidth=0.5)
             panel.grid(alpha=0.3)
