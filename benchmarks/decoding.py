@@ -1,4 +1,5 @@
-"""Decoding against open-mythos 0.5.0 and our class for transformers, expanded against absorbed MLA, depth batching.
+"""Decoding against open-mythos 0.5.0 and our class for transformers; expanded against absorbed MLA, weights with and
+without transposed copies, depth batching.
 
 Equal weights and loops, fp32, a prompt of `--prompt` tokens; what is timed is tokens after the prompt. open-mythos and
 the class decode as their `generate` does: one forward pass with their cache per token. Rounds are interleaved; a round
@@ -26,7 +27,8 @@ from mythos_dist.model.open_mythos import from_open_mythos
 
 N_LOOPS = 8
 OPEN_MYTHOS, CLASS, EXPANDED = "open-mythos", "transformers class", "engine, keys expanded"
-PEERS = (OPEN_MYTHOS, CLASS, "engine", EXPANDED)
+NO_COPIES = "engine, no copies"  # of weights, see mythos_dist/model/transposed.py
+PEERS = (OPEN_MYTHOS, CLASS, "engine", NO_COPIES, EXPANDED)
 DEPTHS = ("slowest row", "depth batching")  # rows with 1 to 8 loops, all at 8 or each at its own
 
 
@@ -85,9 +87,10 @@ def class_decoder(rows: int, prompt: int) -> Callable[[], int]:
     return step
 
 
-def engine_decoder(rows: int, prompt: int, loops: list[int]) -> Callable[[], int]:
+def engine_decoder(rows: int, prompt: int, loops: list[int], copy_weights: bool = True) -> Callable[[], int]:
     """A function that decodes until some rows have a token, with `loops` of row i; returns the number of tokens."""
-    engine, requests = DecodingEngine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows), []
+    engine = DecodingEngine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows, copy_weights=copy_weights)
+    requests = []
     for ids, n_loops in zip(random_ids(rows, prompt).tolist(), loops, strict=True):
         requests.append(engine.submit(ids, Sampling(max_new_tokens=1000, temperature=0, n_loops=n_loops)))
     while not all(request.tokens for request in requests):  # prompts are read in pieces
@@ -104,7 +107,7 @@ def worker(peer: str, rows: int, prompt: int, new: int) -> None:
         draw = random.Random(0)
         loops = [draw.randint(1, N_LOOPS) for _ in range(rows)]
     peers = {OPEN_MYTHOS: reference_decoder, CLASS: class_decoder}
-    step = peers[peer](rows, prompt) if peer in peers else engine_decoder(rows, prompt, loops)
+    step = peers[peer](rows, prompt) if peer in peers else engine_decoder(rows, prompt, loops, peer != NO_COPIES)
     step()
 
     def measure(_: int) -> dict:

@@ -76,7 +76,7 @@ class Replicas:
         return split_scores(scores, requests)
 
     def _generate(self, prompts: Sequence[Prompt], n_loops: int) -> list[list[int]]:
-        engine = DecodingEngine(self._model, None, n_loops=n_loops, max_batch=len(prompts))
+        engine = DecodingEngine(self._model, None, n_loops=n_loops, max_batch=len(prompts), copy_weights=False)
         answers = {}
         for prompt in prompts:
             stops = (self._tokenizer.eos_id,)

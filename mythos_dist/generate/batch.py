@@ -57,6 +57,7 @@ def generate(
             max_batch=len(prompts),
             cache=cache,
             prefill_chunk=prefill_chunk,
+            copy_weights=False,
         )
         seeded = [Sampling(**settings, seed=seed) for seed in seeds]
         requests = [engine.submit(row, one) for row, one in zip(prompts, seeded, strict=True)]

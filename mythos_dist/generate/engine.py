@@ -11,6 +11,7 @@ prompts are read in the last rows of the cache, and are moved next to the others
 Decisions: DECODE-4, DECODE-8.
 """
 
+import contextlib
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from mythos_dist.generate.text import TextStream
 from mythos_dist.model.decode import prefill
 from mythos_dist.model.kv_cache import KVCache
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.model.transposed import TransposedWeights
 
 # Tokens of prompts that are read together.
 PREFILL_TOKENS = 4096
@@ -115,13 +117,16 @@ class DecodingEngine:
         max_batch: int,
         cache: str = "all",
         prefill_chunk: int = 512,
+        copy_weights: bool = True,
     ):
         """Puts the model into eval mode. n_loops: of requests that do not set it. cache: see model/kv_cache.py.
         prefill_chunk: tokens of prompts that are read between two tokens of other requests, and of a prompt per pass.
-        Raises UserError for an unknown cache."""
+        copy_weights: on a CPU in fp32, keep transposed copies of most weights (model/transposed.py), which are faster;
+        the weights must then not change while the engine is used. Raises UserError for an unknown cache."""
         self._model, self._tokenizer = model.eval(), tokenizer
         self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
         self._cache = KVCache(rows=max_batch, mode=cache)
+        self._transposed = TransposedWeights(model) if copy_weights else None
         self._batch = DepthBatch(model, self._cache, max_batch)
         self._rows: list[RunningRequest] = []  # by cache row
         self._waiting: deque[Request] = deque()
@@ -168,9 +173,10 @@ class DecodingEngine:
         logits are not finite.
         """
         updated, self._empty = {id(request): request for request in self._empty}, []
-        updated |= {id(request): request for request in self._read()}
-        if self._rows:
-            updated |= {id(request): request for request in self._decode()}
+        with contextlib.nullcontext() if self._transposed is None else self._transposed.use():
+            updated |= {id(request): request for request in self._read()}
+            if self._rows:
+                updated |= {id(request): request for request in self._decode()}
         return list(updated.values())
 
     def run(self) -> None:

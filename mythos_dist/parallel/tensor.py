@@ -31,6 +31,7 @@ from mythos_dist.parallel.collectives import (
 from mythos_dist.parallel.mesh import Axis, Mesh
 
 _MIN_CHUNK = 256  # tokens whose logits are computed at a time, at least: smaller matrix products are slow
+MOST_ROWS_TRANSPOSED = 2  # rows up to which a product with transposed weights is faster on a CPU
 IGNORED = -100  # a label without loss (PyTorch's default ignore_index)
 
 
@@ -122,6 +123,8 @@ class Embedding(nn.Module):
     frees it afterwards.
     """
 
+    transposed: Tensor | None = None  # (D, V), see model/transposed.py
+
     def __init__(self, vocab_size: int, dim: int, mesh: Mesh, chunk_tokens: int = 0):
         """chunk_tokens: the most tokens whose logits the loss computes at a time; 0: as many as make logits as large
         as the hidden states."""
@@ -167,6 +170,8 @@ class Embedding(nn.Module):
         return leave_tensor_parallel(rows, self.mesh)
 
     def _logits(self, x: Tensor) -> Tensor:
+        if self.transposed is not None and x.shape[:-1].numel() <= MOST_ROWS_TRANSPOSED:
+            return x @ self.transposed
         return F.linear(enter_tensor_parallel(x, self.mesh), self.weight)
 
     def _loss(self, x: Tensor, labels: Tensor, weights: Tensor | None, readouts: int, teacher: float) -> "HeadLoss":
