@@ -4,8 +4,8 @@ Such a product reads each weight once, at the rate of memory, and long rows of c
 Layers hold (outputs, inputs). The copies hold (inputs, outputs) of the layers with more outputs than inputs: gate
 beside up, of the experts and the FFNs, and the output head.
 
-The trap: copies do not follow the weights. So layers see them only within `use`, and the weights must not change as long
-as the copies are used.
+The trap: copies do not follow the weights. So layers see them only within `use`, and the weights must not change as
+long as the copies are used.
 
 Decisions: DECODE-9.
 """
