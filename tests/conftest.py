@@ -54,9 +54,9 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 # Tensors in tests are tiny: a second thread costs more in synchronization than it saves.
 torch.set_num_threads(1)
-# Programs that the tests start have one thread per core. On a machine that also runs other tests such a thread waits for
-# long, and waiting must not use the CPU: six steps of configs/tiny_cpu.yaml took 96 CPU seconds on two busy cores, and 14
-# with threads that sleep.
+# Programs that the tests start have one thread per core. On a machine that also runs other tests such a thread waits
+# for long, and waiting must not use the CPU: six steps of configs/tiny_cpu.yaml took 96 CPU seconds on two busy cores,
+# and 14 with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

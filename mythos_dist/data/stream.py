@@ -265,9 +265,9 @@ def _stop_workers(reads: weakref.ref) -> None:
 def _begin_worker(worker: int) -> None:
     """In a worker process, leave signals to the rank, and end with it.
 
-    Terminals and launchers signal all processes of a job, and a rank that was asked to stop finishes its step, for which
-    it may need its workers. If the rank is killed, torch's loop in the worker ends, but the process would wait for ever
-    until what it has sent is read.
+    Terminals and launchers signal all processes of a job, and a rank that was asked to stop finishes its step, for
+    which it may need its workers. If the rank is killed, torch's loop in the worker ends, but the process would wait
+    for ever until what it has sent is read.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
