@@ -197,7 +197,7 @@ def read_ours(arguments: argparse.Namespace) -> Iterator[Any]:
     from mythos_dist.data.shard_cache import ShardCache
     from mythos_dist.data.stream import ReplicaStream
 
-    for name in ("boto3.session", "pydantic"):  # imported when they are first used; streaming imports them at once
+    for name in ("botocore.session", "pydantic"):  # imported when they are first used; streaming imports them at once
         importlib.import_module(name)
     yield None
     order.SHUFFLE_BLOCK = arguments.block or order.SHUFFLE_BLOCK

@@ -1,6 +1,6 @@
 """One attempt to read a file of a store, by the scheme of its URL. What fails is retried in fetch.py.
 
-s3 is read with boto3 (s3.py), which resumes within an object; http, https, hf and file with fsspec, the others (gs,
+s3 is read with botocore (s3.py), which resumes within an object; http, https, hf and file with fsspec, the others (gs,
 oci, azure, azure-dl, sftp) with streaming's own downloaders. Each module is imported when its scheme is first used.
 
 Decisions: DATA-26.

@@ -1,4 +1,4 @@
-"""Requests to s3 with boto3, one attempt each; fetch.py retries them.
+"""Requests to s3 with botocore, one attempt each; fetch.py retries them.
 
 The trap: a client holds connections, which do not survive a fork, so each process creates its own.
 """
@@ -22,7 +22,7 @@ class Object(NamedTuple):
 
 
 def client() -> Any:
-    """boto3's client of this process; thread-safe."""
+    """botocore's client of this process; thread-safe."""
     return _client(os.getpid())
 
 
@@ -33,12 +33,15 @@ def forget_clients() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _client(process: int) -> Any:
-    """Without credentials, requests are not signed: public buckets."""
-    from boto3.session import Session
+    """Without credentials, requests are not signed: public buckets.
+
+    As boto3's, without its functions for files, and in two thirds of the time: a start waits for it.
+    """
     from botocore import UNSIGNED
     from botocore.config import Config
+    from botocore.session import get_session
 
-    session = Session()
+    session = get_session()
     settings = {} if session.get_credentials() else {"signature_version": UNSIGNED}
     config = Config(
         connect_timeout=connection.CONNECT_SECONDS,
@@ -48,9 +51,9 @@ def _client(process: int) -> Any:
         request_checksum_calculation="when_required",  # other stores refuse CRC headers; write.py sends Content-MD5
         **settings,
     )
-    # boto3 itself reads AWS_ENDPOINT_URL and AWS_ENDPOINT_URL_S3; S3_ENDPOINT_URL is streaming's own name.
+    # botocore itself reads AWS_ENDPOINT_URL and AWS_ENDPOINT_URL_S3; S3_ENDPOINT_URL is streaming's own name.
     named = any(os.environ.get(name) for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
-    return session.client("s3", config=config, endpoint_url=None if named else os.environ.get("S3_ENDPOINT_URL"))
+    return session.create_client("s3", config=config, endpoint_url=None if named else os.environ.get("S3_ENDPOINT_URL"))
 
 
 def bucket_and_key(url: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Write, list and remove files of a store, with the retries and messages of fetch.py.
 
-s3 with boto3, `file://` for folders that are mounted; the other schemes are only read. A file is there completely or
+s3 with botocore, `file://` for folders that are mounted; the other schemes are only read. A file is there completely or
 not at all: s3 shows an object when its last byte has arrived and its MD5 is right, and a local file is renamed.
 
 Decisions: DATA-30.
