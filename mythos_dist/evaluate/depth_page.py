@@ -98,9 +98,9 @@ def _chart(agreement: list[float]) -> str:
     )
     every = -(-len(points) // 8)
     labels = "".join(
-        f'<text x="{x:.1f}" y="{height - 12}" text-anchor="middle">{i + 1}</text>'
+        f'<text x="{x:.1f}" y="{height - 17}" text-anchor="middle">{i + 1}</text>'
         for i, (x, _) in enumerate(points)
-        if i % every == 0 or i == len(points) - 1
+        if (len(points) - 1 - i) % every == 0
     )
     for value in (0.0, 0.5, 1.0):
         y = 10 + (height - bottom - 10) * (1 - value)
@@ -109,7 +109,7 @@ def _chart(agreement: list[float]) -> str:
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="agreement with the deepest loop by loop">'
         f'{labels}<polyline points="{line}"/>{dots}'
-        f'<text x="{width - 10}" y="{height - 3}" text-anchor="end">loop</text></svg>'
+        f'<text x="{(left + width - 10) / 2}" y="{height - 3}" text-anchor="middle">loop</text></svg>'
     )
 
 
