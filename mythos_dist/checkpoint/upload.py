@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from mythos_dist.checkpoint.fence import newest_start
-from mythos_dist.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, read_checkpoint_manifest
 from mythos_dist.checkpoint.names import DATA_FILE, MANIFEST_FILE, folder_name, is_pinned, step_of
 from mythos_dist.checkpoint.reader import checkpoints_of
 from mythos_dist.checkpoint.remote import CHECKPOINTS, LOGS, WRITER, UploadSettings, read_writer, step_url
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.store.fetch import Unavailable
-from mythos_dist.store.upload import AbortedError, ChangedError, Stored, Uploader, abort_uploads, digest_of
+from mythos_dist.store.upload import DIGEST, AbortedError, ChangedError, Stored, Uploader, abort_uploads, digest_of
 from mythos_dist.store.write import list_files, remove
 from mythos_dist.urls import join_url
 
@@ -175,10 +175,15 @@ class CheckpointUploader:
             return sum(pool.map(upload, names))
 
     def _complete_files(self, folder: Path, manifest: CheckpointManifest) -> int:
-        """On node 0: wait until the store has all files as the manifest says; upload those that do not come."""
-        base, right, sent = step_url(self._settings.url, folder.name), set(), 0
+        """On node 0: wait until the store has all files as the manifest says; upload those that do not come.
+
+        Raises UserError if the store does not return the digest of a file that this node has uploaded.
+        """
+        base, right, sent = step_url(self._settings.url, folder.name), set[str](), 0
+        uploaded = set(manifest.files) if self._settings.nodes == 1 else set[str]()  # by this node
         changed = time.monotonic()
         while True:
+            unlike: dict[str, Stored] = {}  # files that are there, but not as the manifest says
             there = list_files(base, self._patience) if self._settings.nodes > 1 else manifest.files
             candidates = [name for name in manifest.files if name in there and name not in right]
             with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
@@ -188,12 +193,18 @@ class CheckpointUploader:
                     if stored == Stored(manifest.files[name].bytes, manifest.files[name].hash):
                         right.add(name)
                         changed = time.monotonic()
+                    elif stored is not None:
+                        unlike[name] = stored
+            if lost := sorted(uploaded & unlike.keys()):
+                self._check_fences()  # else a newer start has replaced it
+                raise UserError(_lost_digest(join_url(base, lost[0]), unlike[lost[0]], manifest.files[lost[0]]))
             missing = sorted(manifest.files.keys() - right)
             if not missing:
                 return sent
             if self._settings.nodes == 1 or time.monotonic() - changed > HELP_AFTER:
                 log.info("%s of %s were not uploaded by their nodes", ", ".join(missing[:5]), folder.name)
                 sent += self._upload_files(folder, manifest, missing, there)
+                uploaded.update(missing)
                 changed = time.monotonic()
             else:
                 time.sleep(POLL_SECONDS)
@@ -259,6 +270,19 @@ class CheckpointUploader:
         self._check_fences()
         remove([join_url(base, MANIFEST_FILE)], self._patience)
         remove([join_url(base, file) for file in ours], self._patience)
+
+
+def _lost_digest(url: str, stored: Stored, sent: FileEntry) -> str:
+    """Why a file that was uploaded is not taken for what was sent."""
+    if stored.bytes == sent.bytes and not stored.digest:
+        return (
+            f"{url} was stored without the digest that was sent as its metadata ({DIGEST}), by which uploads are "
+            "checked; set checkpoint.remote to a store that keeps the metadata of objects"
+        )
+    return (
+        f"{url} is not what was uploaded: {stored.bytes} bytes with the digest {stored.digest or 'none'} instead of "
+        f"{sent.bytes} with {sent.hash}; give each run a folder of its own"
+    )
 
 
 def _identity(folder: Path) -> Identity | None:

@@ -1,7 +1,7 @@
 """Files and folders of a store that are read in part: lists of names, sizes, ranges of bytes.
 
-s3 with botocore, everything else with fsspec: streaming's downloaders read complete files only, so gs, oci and azure need
-fsspec's package for each. Retries and messages are those of fetch.py.
+s3 with botocore, everything else with fsspec: streaming's downloaders read complete files only, so gs, oci and azure
+need fsspec's package for each. Retries and messages are those of fetch.py.
 
 Decisions: DATA-26, CHECKPOINT-14.
 """

@@ -16,6 +16,7 @@ from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
 from mythos_dist.checkpoint.remote import read_writer
 from mythos_dist.checkpoint.upload import CheckpointUploader, SupersededError
 from mythos_dist.checkpoint.upload_process import UploadProcess
+from mythos_dist.store import s3
 from mythos_dist.store import upload as store_upload
 from mythos_dist.store.fetch import Unavailable
 
@@ -290,6 +291,19 @@ def test_a_damaged_local_file_is_named_and_its_checkpoint_is_not_published(run, 
     uploader.upload_all()
     assert complete(store, url) == ["step-00000002"] and run.steps("damaged") == [4]
     assert "rank-00001.safetensors is not what its manifest says" in run.events[0]["reason"]
+
+
+def test_a_store_that_loses_metadata_is_named_and_gets_each_file_once(run, store, url, monkeypatch):
+    """As rclone's S3 server does with those of large files, by which uploads are checked."""
+    head = s3.head
+    monkeypatch.setattr(s3, "head", lambda url: head(url)._replace(metadata={}))
+    save(run.folder, 2)
+    run.start().upload_all()
+    (reason,) = [event["reason"] for event in run.events if event["event"] == "damaged"]
+    assert "rank-00000.safetensors was stored without the digest that was sent as its metadata (xxh3-128)" in reason
+    begun = [path for method, path in store.proxy.log if method == "POST" and "rank-" in path and "Id=" not in path]
+    assert len(begun) == len(set(begun)) == 3
+    assert complete(store, url) == []
 
 
 @pytest.mark.parametrize("fault", ["reset", 500, 503, ("truncate", 0.5), ("corrupt", 0.5)])
