@@ -90,8 +90,10 @@ def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkey
     assert exit_of(monkeypatch, capsys, "plan", "--gpus", "x")[0] == 2
     code, out, err = exit_of(monkeypatch, capsys, "generate", "runs/demo")
     assert (code, out) == (2, "") and "name a --prompt to continue" in err
-    for typed in ([], ["train"], ["import"]):
+    for typed in ([], ["plan"], ["import"]):
         assert exit_of(monkeypatch, capsys, "help", *typed) == exit_of(monkeypatch, capsys, *typed, "--help")
+    asked, described = run("help", "train"), run("train", "--help")  # training ends its process
+    assert (asked.returncode, asked.stdout) == (0, described.stdout) and "usage: mythos train" in asked.stdout
 
 
 def test_configs_and_clusters_of_the_package_are_found_by_name(tmp_path, monkeypatch):
