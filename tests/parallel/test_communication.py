@@ -36,6 +36,7 @@ BARE = "model.prelude_layers=0 model.coda_layers=0 model.vocab_size=4000"
 LOOPED = "loops.objective=per_loop loops.teacher=0.5 model.injection=parcae model.lora=per_loop model.qk_norm=true"
 LAYOUTS = {
     2: [
+        "parallel.tensor=2 parallel.sequence=true experts.sequence_balance_loss=0",
         "parallel.zero=2 train.micro_batch=2",
         f"parallel.zero=3 train.recompute=loop {LARGE}",
         "parallel.zero=3 train.dtype=fp16",
@@ -54,6 +55,11 @@ LAYOUTS = {
         "parallel.pipe=2 model.loop_layers=2 model.kv_sharing=every:2",
     ],
     4: [
+        "parallel.tensor=4 model.attn_type=gqa parallel.sequence=true",
+        "parallel.expert=4",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=8 train.recompute=selective",
+        "parallel.pipe=4 loops.mean=2",
+        f"parallel.pipe=4 loops.mean=6 loops.backprop=5 {LOOPED}",
         "parallel.context=2 parallel.tensor=2 parallel.sequence=true model.attn_type=gqa",
         "parallel.context=2 parallel.pipe=2 train.seq_len=33 model.kv_sharing=every:2",
         f"parallel.expert=2 parallel.zero=3 {LARGE}",
@@ -76,7 +82,6 @@ LONG = {
     2: [
         "parallel.zero=3 parallel.expert=2",
         "train.dtype=bf16 parallel.zero=2",
-        "parallel.tensor=2 parallel.sequence=true experts.sequence_balance_loss=0",
         "parallel.pipe=2 train.dtype=bf16",
         "parallel.pipe=2 model.kv_sharing=every:2",
         "parallel.tensor=2 model.kv_sharing=every:2 train.recompute=loop",
@@ -101,15 +106,10 @@ LONG = {
     ],
     4: [
         "parallel.context=2 parallel.expert=4 train.dtype=bf16 train.recompute=loop model.n_experts_per_tok=8",
-        "parallel.tensor=4 model.attn_type=gqa parallel.sequence=true",
         "parallel.tensor=2 parallel.zero=2",
-        "parallel.expert=4",
         f"parallel.expert=2 train.dtype=fp16 {ALL_EXPERTS}",
         "parallel.tensor=2 parallel.sequence=true train.dtype=bf16",
-        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=8 train.recompute=selective",
-        "parallel.pipe=4 loops.mean=2",
         "parallel.pipe=2 parallel.tensor=2 parallel.sequence=true train.recompute=loop model.attn_type=gqa",
-        f"parallel.pipe=4 loops.mean=6 loops.backprop=5 {LOOPED}",
         "parallel.tensor=4",
         "parallel.tensor=4 model.attn_type=gqa",
         "parallel.tensor=2 parallel.zero=3",
