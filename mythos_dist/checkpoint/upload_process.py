@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_dist.checkpoint.remote import UploadSettings
-from mythos_dist.errors import first_line
+from mythos_dist.errors import end_with, first_line
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def main() -> None:
     commands: queue.Queue[bytes] = queue.Queue()
     parent = os.getppid()
     threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)  # also while other processes of the rank keep the pipe open
     try:
         serve_uploads(UploadSettings.parse(sys.argv[1]), commands)
     except BaseException:
@@ -126,13 +126,6 @@ def _read_commands(commands: "queue.Queue[bytes]") -> None:
     """In a thread: a line for each published checkpoint, until the rank ends."""
     while line := os.read(0, 1 << 16):
         commands.put(line)
-    os._exit(0)
-
-
-def _end_with(parent: int) -> None:
-    """In a thread: end if the rank has ended, also while other processes of it keep the pipe open."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
     os._exit(0)
 
 

@@ -17,10 +17,7 @@ import atexit
 import functools
 import itertools
 import multiprocessing
-import os
 import signal
-import threading
-import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -37,7 +34,7 @@ from mythos_dist.data.order import SampleOrder
 from mythos_dist.data.sequences import SequenceReader
 from mythos_dist.data.shard import Shard
 from mythos_dist.data.shard_cache import ShardCache
-from mythos_dist.errors import UserError
+from mythos_dist.errors import UserError, end_with
 from mythos_dist.units import count
 
 
@@ -273,11 +270,4 @@ def _begin_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     rank = multiprocessing.parent_process()
     assert rank and rank.pid
-    threading.Thread(target=_exit_without, args=(rank.pid,), name="parent process", daemon=True).start()
-
-
-def _exit_without(parent: int) -> None:
-    """End this process a second after its parent."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    end_with(rank.pid)

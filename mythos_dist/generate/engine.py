@@ -11,7 +11,6 @@ prompts are read in the last rows of the cache, and are moved next to the others
 Decisions: DECODE-4, DECODE-8.
 """
 
-import contextlib
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -126,7 +125,7 @@ class DecodingEngine:
         self._model, self._tokenizer = model.eval(), tokenizer
         self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
         self._cache = KVCache(rows=max_batch, mode=cache)
-        self._transposed = TransposedWeights(model) if copy_weights else None
+        self._transposed = TransposedWeights(model, copy_weights)
         self._batch = DepthBatch(model, self._cache, max_batch)
         self._rows: list[RunningRequest] = []  # by cache row
         self._waiting: deque[Request] = deque()
@@ -173,7 +172,7 @@ class DecodingEngine:
         logits are not finite.
         """
         updated, self._empty = {id(request): request for request in self._empty}, []
-        with contextlib.nullcontext() if self._transposed is None else self._transposed.use():
+        with self._transposed.use():
             updated |= {id(request): request for request in self._read()}
             if self._rows:
                 updated |= {id(request): request for request in self._decode()}

@@ -26,12 +26,12 @@ from mythos_dist.parallel.tensor import Embedding
 
 
 class TransposedWeights:
-    """The copies of a model's weights: none unless they are fp32 on a CPU."""
+    """The copies of a model's weights: none unless they are wanted, and fp32 on a CPU."""
 
-    def __init__(self, model: Mythos):
+    def __init__(self, model: Mythos, wanted: bool = True):
         self._copies: list[tuple[Experts | FFN | Embedding, Tensor]] = []
         weight = model.embed.weight
-        if not on_cpu(weight) or weight.dtype != torch.float32:
+        if not wanted or not on_cpu(weight) or weight.dtype != torch.float32:
             return
         with torch.no_grad():
             for module in model.modules():
