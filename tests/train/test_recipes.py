@@ -62,14 +62,28 @@ def test_recipes_give_the_same_losses_on_1_2_and_4_ranks(shards, tmp_path):
         assert losses[ranks] == pytest.approx(losses[1], rel=1e-5)
 
 
+def story() -> tuple[list[str], list[tuple[float, float]]]:
+    """The commands of the docs from text to a chat, and the held-out losses before and after each run of its table."""
+    text = (REPOSITORY / "docs" / "recipes.md").read_text()
+    commands = re.findall(r"^(mythos .*)$", text[: text.index("`make chat-demo`")], flags=re.MULTILINE)
+    rows = re.findall(r"^\| `\w+\.yaml` \|.*\| (\S+) -> (\d\.\d+)", text, flags=re.MULTILINE)
+    return commands, [(float(before), float(after)) for before, after in rows]
+
+
+def test_the_story_trains_each_recipe_and_its_table_has_a_row_for_each():
+    commands, losses = story()
+    trained = [command.split()[2] for command in commands if command.startswith("mythos train ")]
+    assert trained == [f"configs/recipes/tiny/{name}.yaml" for name in ORDER]
+    assert "--chat" in commands[-2] and commands[-1].startswith("mythos inspect ")
+    assert len(losses) == len(ORDER)
+
+
 @pytest.mark.launch
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_the_story_from_text_to_a_chat(tmp_path):
     """As it stands in the docs: its commands run, and the held-out losses are those of its table."""
-    text = (REPOSITORY / "docs" / "recipes.md").read_text()
-    commands = re.findall(r"^(mythos .*)$", text[: text.index("`make chat-demo`")], flags=re.MULTILINE)
-    assert len(commands) == 9
+    commands, table = story()
     for name in ("mythos_dist", "tools", "configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     env = {
@@ -87,9 +101,8 @@ def test_the_story_from_text_to_a_chat(tmp_path):
     assert outputs[-2].strip(), "the chat has an answer"
     for name in ("tiny-pretrain", "tiny-decay", "tiny-long"):
         assert f"runs/{name}/checkpoints/" in outputs[-1]
-    rows = re.findall(r"^\| `\w+\.yaml` \|.*\| (\S+) -> (\d\.\d+)", text, flags=re.MULTILINE)
-    for run, row in zip(("tiny-pretrain", "tiny-decay", "tiny-long", "tiny-chat"), rows, strict=True):
+    for run, expected in zip(("tiny-pretrain", "tiny-decay", "tiny-long", "tiny-chat"), table, strict=True):
         lines = [json.loads(line) for line in (tmp_path / "runs" / run / "eval.jsonl").read_text().splitlines()]
         losses = lines[0]["heldout_loss"], lines[-1]["heldout_loss"]
         assert losses[1] < losses[0]
-        assert losses == pytest.approx([float(value) for value in row], abs=0.02), run  # of another CPU's kernels
+        assert losses == pytest.approx(expected, abs=0.02), run  # of another CPU's kernels
