@@ -181,3 +181,16 @@ def test_a_failure_prints_the_rerun_command_and_the_last_lines_of_every_rank(pro
         assert re.search(rf"^-+ rank {rank} of launch 1, exit code 5 -+\nthe last line of a rank$", text, re.M), text
     (folder,) = re.findall(r"test folder \(kept\) -+\n(\S+)$", text, re.M)
     assert (project.path / folder / "run").is_dir()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("ends", [1, 3], ids=["in the middle", "the last"])
+def test_after_a_test_that_ends_its_worker_all_others_run(project, ends):
+    """A whole run once waited seven minutes for tests that no worker had."""
+    tests = "\n".join(f"def test_{i}(): {'os._exit(0)' if i == ends else 'pass'}" for i in range(4))
+    project.makepyfile(test_a=f"import os\n{tests}", test_b="def test_b(): pass", test_c="def test_c(): pass")
+    result = project.runpytest_subprocess("-n", "2", "-p", "no:cacheprovider", timeout=300)
+    result.assert_outcomes(passed=5, failed=1)
+    result.stdout.fnmatch_lines(
+        ["*crashed while running*", "*rerun with*", f"*python -m pytest test_a.py::test_{ends}"]
+    )

@@ -21,7 +21,7 @@ def pytest_runtest_setup(item):
 def pytest_runtest_makereport(item, call):
     report = yield
     if report.failed:
-        report.sections.append(("rerun with", rerun_command(item)))
+        report.sections.append(("rerun with", rerun_command(item.nodeid, getattr(item, "funcargs", {}).get("seed"))))
         report.sections += folder_and_logs(getattr(item, "funcargs", {}).get("tmp_path"))
         report.sections += [
             (f"rank {rank} of launch {number}, exit code {code}", tail)
@@ -31,15 +31,18 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def rerun_command(item: pytest.Item) -> str:
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem, report, sched):
+    """A test that ended its worker."""
+    report.sections.append(("rerun with", rerun_command(crashitem, None)))
+
+
+def rerun_command(nodeid: str, seed: int | None) -> str:
     """The shell command that runs this test, with the variables that set its random choices."""
     variables = {name: os.environ[name] for name in ("CI", "FUZZ_EXAMPLES") if name in os.environ}
-    if "seed" in getattr(item, "funcargs", {}):
-        variables["SEED"] = item.funcargs["seed"]
-    return (
-        "".join(f"{name}={value} " for name, value in variables.items())
-        + f"python -m pytest {shlex.quote(item.nodeid)}"
-    )
+    if seed is not None:
+        variables["SEED"] = str(seed)
+    return "".join(f"{name}={value} " for name, value in variables.items()) + f"python -m pytest {shlex.quote(nodeid)}"
 
 
 def folder_and_logs(folder: Path | None) -> list[tuple[str, str]]:

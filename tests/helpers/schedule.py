@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 TESTS = Path(__file__).parents[1]
 SPLIT_FILES = ("tests/cluster/test_drills.py", "tests/cluster/test_launchers.py")
@@ -78,10 +79,32 @@ def order(nodeids: list[str]) -> dict[str, float]:
 
 
 class Scheduling(LoadScopeScheduling):
-    """Assigns units to workers in collection order."""
+    """Assigns units to workers in collection order.
+
+    A test that ends its worker has failed, and the rest of its unit runs on the worker that replaces it. xdist 3.8
+    would run that test again, until eight workers have ended, or wait forever: it assigns units of which all tests have
+    run.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         return unit_of(nodeid)
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        units = self.assigned_work[node]
+        running = next((test for unit in units.values() for test, ended in unit.items() if not ended), None)
+        for name, unit in list(units.items()):
+            if running in unit:
+                unit[running] = True
+            if all(unit.values()):
+                del units[name]
+        super().remove_node(node)
+        return running
+
+    def schedule(self) -> None:
+        super().schedule()
+        if not self.workqueue:  # a worker runs a test when it knows the next one, or that there is none
+            for node in self.nodes:
+                node.shutdown()
 
 
 @pytest.hookimpl(optionalhook=True)
