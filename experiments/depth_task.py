@@ -82,11 +82,12 @@ def make_depth_task(
             for split, size in (("train", sequences), ("heldout", heldout)):
                 random = np.random.default_rng(np.random.SeedSequence([seed, degree, hops, split == "heldout"]))
                 windows = build_windows(random.integers(len(table), size=(size, hops)), table, targets)
-                counts[split] = _write_split(folder / split, windows)
+                counts[split] = write_split(folder / split, windows)
             names = ["<bos>", "<eos>"]
             names += ["".join(map(str, element)) for element in itertools.permutations(range(1, degree + 1))]
             (folder / TOKENS_FILE).write_text(json.dumps(names) + "\n")
-            manifest = _manifest(folder, counts, vocab_size=FIRST + len(table), hops=hops, targets=targets)
+            rows = 1 if targets == "final" else hops
+            manifest = task_manifest(folder, counts, vocab_size=FIRST + len(table), seq_len=hops + 1, targets=rows)
             (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror}); name another folder, or free space", str(out)) from None
@@ -119,7 +120,7 @@ def build_windows(elements: np.ndarray, table: np.ndarray, targets: Targets) -> 
     return np.concatenate(columns, axis=1)
 
 
-def _write_split(folder: Path, windows: np.ndarray) -> SplitCounts:
+def write_split(folder: Path, windows: np.ndarray) -> SplitCounts:
     """Write windows (N, length) as shards with their index."""
     writer = ShardWriter(folder, windows.shape[1] - 1, "uint16")
     writer.add(windows.astype(np.uint16).ravel())
@@ -138,14 +139,15 @@ def _write_split(folder: Path, windows: np.ndarray) -> SplitCounts:
     )
 
 
-def _manifest(
-    folder: Path, splits: dict[str, SplitCounts], vocab_size: int, hops: int, targets: Targets
+def task_manifest(
+    folder: Path, splits: dict[str, SplitCounts], vocab_size: int, seq_len: int, targets: int
 ) -> ShardManifest:
+    """The manifest of a task's shards in `folder`, which has the names of the tokens; `targets`: rows of targets."""
     documents = sum(split.documents for split in splits.values())
     windows = sum(split.windows for split in splits.values())
     return ShardManifest(
         format_version=FORMAT_VERSION,
-        seq_len=hops + 1,
+        seq_len=seq_len,
         dtype="uint16",
         vocab_size=vocab_size,
         eos="<eos>",
@@ -161,5 +163,5 @@ def _manifest(
         documents=DocumentCounts(read=documents, written=documents),
         splits=splits,
         fingerprint=index_fingerprint(folder),
-        targets=1 if targets == "final" else hops,
+        targets=targets,
     )
