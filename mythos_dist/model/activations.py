@@ -16,6 +16,7 @@ from mythos_dist.config.schema import ActConfig, ExpertsConfig
 from mythos_dist.parallel.pipeline import StageSpec
 
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]  # by field of Activations
+Readout = tuple[Tensor, Tensor]  # the output if the pass ended here (B, S', D), the weight of its loss (B, S') fp32
 UNSET: Any = None  # a field without a tensor at this point of the model
 
 
@@ -44,6 +45,15 @@ class Activations(NamedTuple):
     kv: Tensor = UNSET  # (B, S, W) keys and values that the next loops share; `shared_kv_shape` has W
     readouts: Tensor = UNSET  # (R, B, S', D) the output if the pass ended after each of these loops
     readout_weights: Tensor = UNSET  # (R, B, S') fp32, weight of each readout's loss
+
+    def with_readouts(self, new: list[Readout]) -> "Activations":
+        """With those of further loops appended."""
+        if not new:
+            return self
+        readouts, weights = (torch.stack(tensors) for tensors in zip(*new, strict=True))
+        if self.readouts is not None:
+            readouts, weights = torch.cat([self.readouts, readouts]), torch.cat([self.readout_weights, weights])
+        return self._replace(readouts=readouts, readout_weights=weights)
 
     def flatten(self) -> tuple[Tensor, ...]:
         """The tensors that are set, in the order of the fields."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, MythosConfig
-from mythos_dist.model.activations import Activations
-from mythos_dist.model.loops import Loops
+from mythos_dist.model.activations import Activations, Readout
+from mythos_dist.model.loops import Loops, where_active
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import replicated
 
@@ -31,8 +31,17 @@ class Halting(nn.Module):
         self.halt = replicated(nn.Linear(config.dim, 1), mesh)
         self.threshold = config.act_threshold
 
-    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
-        """h (B, S', D) after a loop, halted (B, S') fp32 before it -> weight of h (B, S') fp32, `halted` after it."""
+    def forward(self, h: Tensor, halted: Tensor, t: int, loops: Loops) -> tuple[Tensor, Tensor]:
+        """h (B, S', D) after loop t, halted (B, S') fp32 before it -> weight of h (B, S') fp32, `halted` after it.
+
+        Sequences that have not started have weight 0.
+        """
+        weight, new_halted = self.weigh(h, halted, loops.is_last(t))
+        active = loops.active(t)
+        return where_active(active, weight, 0.0), where_active(active, new_halted, halted)
+
+    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+        """`forward` of sequences that have started."""
         raise NotImplementedError
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
@@ -43,7 +52,14 @@ class Halting(nn.Module):
         """Whether `accumulate` returns another output after each loop."""
         return True
 
-    def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
+    def readout(self, before: Activations, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Readout | None:
+        """What is read out after loop t, with its h and the weight of h; None: nothing."""
+        if not loops.reads_out(t):
+            return None
+        output = self.output_at(before.output, h, before.halted, weight)
+        return output, self.readout_weight(weight, loops.active(t), loops)
+
+    def output_at(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
         """The output (B, S', D) if the loop with this h were the last; `output` and `halted` are those before it."""
         return h
 
@@ -92,7 +108,7 @@ class Halting(nn.Module):
 class NoHalting(Halting):
     """The output is the last loop's h."""
 
-    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """Weight 1 for the last loop, 0 for the others."""
         return torch.full_like(halted, float(is_last)), halted
 
@@ -130,7 +146,7 @@ class WeightedHalting(Halting):
         super().__init__(config, act, mesh)
         self.safe = safe
 
-    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """The halting probability of tokens that still run; of those that halt now, the remainder of 1."""
         running = halted < self.threshold
         p = self.probability(h, halted) * running
@@ -140,7 +156,7 @@ class WeightedHalting(Halting):
         halts = torch.ones_like(running) if is_last and self.safe else new_halted >= self.threshold
         return torch.where(halts, remainder, p), new_halted
 
-    def readout(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
+    def output_at(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
         """The sum so far plus h with the weight that the last loop would give it."""
         if self.safe:
             weight = (1.0 - halted) * (halted < self.threshold)
@@ -150,7 +166,7 @@ class WeightedHalting(Halting):
         """The sum of all h; `safe` gives the last one the remainder of 1."""
         if not self.safe:
             return after.output.to(after.h.dtype)
-        return self.readout(before.output, after.h, before.halted, before.halted)
+        return self.output_at(before.output, after.h, before.halted, before.halted)
 
 
 class PonderHalting(Halting):
@@ -160,7 +176,7 @@ class PonderHalting(Halting):
     which the cumulative probability reaches the threshold.
     """
 
-    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """The probability of halting after this loop; without gradient 1 or 0."""
         p = self.probability(h, halted)
         # The last loop gets the remainder whatever p is; 0 * p is for a pipeline stage that runs no other loop.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
-from mythos_dist.model.activations import UNSET, Activations
+from mythos_dist.model.activations import UNSET, Activations, Readout
 from mythos_dist.model.attention import Context, SharedKV, join_kv, kv_by_layer, shared_kv_shape
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
@@ -43,7 +43,6 @@ from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.ranges import named_range
 from mythos_dist.parallel.tensor import replicated
 
-Readout = tuple[Tensor, Tensor]  # the output if the pass ended here (B, S', D), the weight of its loss (B, S') fp32
 GroupOutputs = tuple[Activations, list[Tensor], list[Readout]]  # after it; counts (L * E,) and readouts of its loops
 
 
@@ -55,12 +54,25 @@ class LoopInputs(NamedTuple):
     injected: Tensor  # (B, S', D): scale * injected is added in every loop
     signals: dict[int, Tensor]  # by loop: (D,), or (B, 1, D) where sequences have loops of their own; empty: none
 
+    def with_signal(self, x: Tensor, t: int) -> Tensor:
+        """x (B, S', D) plus the signal of loop t, if there is one."""
+        return x + self.signals[t] if self.signals else x
+
 
 class LoopStats(NamedTuple):
     """Of the routers in one loop."""
 
     counts: Tensor  # (L * E,) int64: (token, expert) pairs in this replica, of the first layer's experts first
     loss: Tensor | None  # (): sum of the layers' `RouterStats.loss`, or None
+
+
+class LoopOutputs(NamedTuple):
+    """What one loop returns."""
+
+    activations: Activations  # after it
+    weight: Tensor  # (B, S') fp32: of its h in the loops' output
+    counts: Tensor  # those of `LoopStats`
+    readout: Readout | None
 
 
 class Recurrent(nn.Module):
@@ -195,14 +207,14 @@ class Recurrent(nn.Module):
             activations = activations._replace(aux_loss=self._use_all_parameters(activations, with_grad, loops))
         if self.recorder is not None and len(loop_range) > 0:
             self.recorder.rho = inputs.decay.max()
-            last_loop, e, kv = loop_range.stop - 1, activations.e, activations.kv
+            last_loop, last = loop_range.stop - 1, activations
             self.recorder.estimate_gain(
-                lambda h: self._update(last_loop, loops, h, e, kv, inputs, context)[0],
-                activations.h,
-                self._positions(context, len(e)),
+                lambda h: self._loop(last_loop, loops, last._replace(h=h), inputs, context).activations.h,
+                last.h,
+                self._positions(context, len(last.h)),
             )
         activations = activations._replace(readouts=earlier[0], readout_weights=earlier[1])
-        return _append_readouts(activations, readouts), counts
+        return activations.with_readouts(readouts), counts
 
     def inputs(self, e: Tensor) -> LoopInputs:
         """What all loops of a pass share but signals, of e (B, S', D) in `Activations`."""
@@ -213,7 +225,7 @@ class Recurrent(nn.Module):
         """The loop `loops` of `next_loop`, in a pass that may end after any loop. Without gradient."""
         t = loops.no_grad_loops
         inputs = inputs._replace(signals=self._signals(range(t, t + 1), loops, activations.h))
-        return self._loop(t, loops, activations, inputs, context)[0]
+        return self._run_group(range(t, t + 1), loops, activations, inputs, context)[0]
 
     def _signals(self, loop_range: range, loops: Loops, like: Tensor) -> dict[int, Tensor]:
         if not self.config.loop_signal:
@@ -266,65 +278,63 @@ class Recurrent(nn.Module):
     ) -> GroupOutputs:
         counts, readouts = [], []
         for t in group:
+            if self.config.initial_state == "e":  # sequences that start now: no-grad loops have detached their h
+                h = where_active(loops.active(t - 1), activations.h, activations.e)
+                activations = activations._replace(h=h)
             with named_range(f"loop {t}"):
-                activations, loop_counts, readout = self._loop(t, loops, activations, inputs, context)
-            counts.append(loop_counts)
-            if readout is not None:
-                readouts.append(readout)
+                outputs = self._loop(t, loops, activations, inputs, context)
+            if self.recorder is not None:
+                before, after = activations.h, outputs.activations.h
+                self.recorder.record(t, before, after, outputs.weight, context.seq_len)
+            activations = outputs.activations
+            counts.append(outputs.counts)
+            if outputs.readout is not None:
+                readouts.append(outputs.readout)
         return activations, counts, readouts
 
-    def _loop(
-        self, t: int, loops: Loops, activations: Activations, inputs: LoopInputs, context: Context
-    ) -> tuple[Activations, Tensor, Readout | None]:
-        """Loop t: the activations after it, the (token, expert) counts (L * E,), and what is read out."""
-        h, e, output, halted, aux_loss, kv, *_ = activations
-        active = loops.active(t)
-        if self.config.initial_state == "e":  # sequences that start now: no-grad loops have detached their h
-            h = where_active(loops.active(t - 1), h, e)
-        new_h, router, kv = self._update(t, loops, h, e, kv, inputs, context)
-        new_h = where_active(active, new_h, h)
-        weight, new_halted = self.act(new_h, halted, loops.is_last(t))
-        weight, new_halted = where_active(active, weight, 0.0), where_active(active, new_halted, halted)
-        if router.loss is not None:
-            aux_loss = aux_loss + router.loss / loops.n_loops
-        share = context.token_share(h)
-        if self.fixed_point > 0 and loops.is_last(t):
-            aux_loss = add_fixed_point_loss(aux_loss, h, new_h, self.fixed_point, loops, share)
-        aux_loss = self.act.add_loss(aux_loss, weight, t, loops, share)
-        readout = None
-        if loops.reads_out(t):
-            readout = self.act.readout(output, new_h, halted, weight), self.act.readout_weight(weight, active, loops)
-        output = self.act.accumulate(output, new_h, weight, t, loops)
-        if self.recorder is not None:
-            self.recorder.record(t, h, new_h, weight, context.seq_len)
-        activations = activations._replace(h=new_h, output=output, halted=new_halted, aux_loss=aux_loss, kv=kv)
-        return activations, router.counts, readout
+    def _loop(self, t: int, loops: Loops, before: Activations, inputs: LoopInputs, context: Context) -> LoopOutputs:
+        """Loop t: h = decay * h + scale * injected + u, with u = block(norm(h + e + signal)); then the weight of h.
 
-    def _update(
-        self, t: int, loops: Loops, h: Tensor, e: Tensor, kv: Tensor, inputs: LoopInputs, context: Context
-    ) -> tuple[Tensor, LoopStats, Tensor]:
-        """h -> decay * h + scale * injected + u, with u = block(norm(h + e + signal)) plus its depth LoRA; with
-        model.injection=none, h -> block(h + signal) plus its depth LoRA. model.state_norm divides it by its RMS.
-
-        kv: of the loops before. Returns also the routers' statistics, and those that the next loops share.
+        With model.injection=none h = u = block(h + signal). A sequence that has not started keeps its h.
         """
-        injects = self.config.injection != "none"
-        x = h + e if injects else h
-        if inputs.signals:
-            x = x + inputs.signals[t]
-        u, stats, kv = self._apply_layers(self.norm(x), t, loops, kv, context)
-        if self.config.lora != "none":
-            u = self.lora(u, loops.own_index(t))
+        h, injects = before.h, self.config.injection != "none"
+        x = self.norm(inputs.with_signal(h + before.e if injects else h, t))
+        u, routers, kv = self._apply_layers(x, t, loops, before.kv, context)
         if injects:
             u = torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected)
-        if self.config.state_norm:
-            u = rms_normalize(u)
-        return u, stats, kv
+        h = where_active(loops.active(t), rms_normalize(u) if self.config.state_norm else u, h)
+        weight, halted = self.act(h, before.halted, t, loops)
+        aux_loss = self._add_losses(before, h, weight, routers, t, loops, context)
+        readout = self.act.readout(before, h, weight, t, loops)
+        output = self.act.accumulate(before.output, h, weight, t, loops)
+        after = before._replace(h=h, output=output, halted=halted, aux_loss=aux_loss, kv=kv)
+        return LoopOutputs(after, weight, routers.counts, readout)
+
+    def _add_losses(
+        self,
+        before: Activations,
+        h: Tensor,
+        weight: Tensor,
+        routers: LoopStats,
+        t: int,
+        loops: Loops,
+        context: Context,
+    ) -> Tensor:
+        """`aux_loss` after loop t: plus the routers' losses, the penalty on the last loop, and halting's."""
+        aux_loss, share = before.aux_loss, context.token_share(h)
+        if routers.loss is not None:
+            aux_loss = aux_loss + routers.loss / loops.n_loops
+        if self.fixed_point > 0 and loops.is_last(t):
+            aux_loss = add_fixed_point_loss(aux_loss, before.h, h, self.fixed_point, loops, share)
+        return self.act.add_loss(aux_loss, weight, t, loops, share)
 
     def _apply_layers(
         self, x: Tensor, t: int, loops: Loops, kv: Tensor, context: Context
     ) -> tuple[Tensor, LoopStats, Tensor]:
-        """The layers one after the other, in loop t: x (B, S', D) -> the same shape. kv: as of `_update`."""
+        """The layers one after the other in loop t, and the depth LoRA: x (B, S', D) -> the same shape.
+
+        kv: of the loops before. Returns also the routers' statistics, and the keys and values that later loops share.
+        """
         L, computes = self.config.loop_layers, loops.computes_kv(t, self.config.kv_loops)
         shared: list[SharedKV | None] = [None] * L
         if computes is not True:
@@ -335,6 +345,8 @@ class Recurrent(nn.Module):
             counts.append(stats.counts)
             losses.append(stats.loss)
             new_kv.append(own_kv)
+        if self.config.lora != "none":
+            x = self.lora(x, loops.own_index(t))
         loss = None if losses[0] is None else sum(losses[1:], losses[0])
         return x, LoopStats(torch.cat(counts), loss), kv if computes is False else join_kv(new_kv)
 
@@ -363,17 +375,6 @@ class Recurrent(nn.Module):
         if with_grad and all(loops.computes_kv(t, self.config.kv_loops) is False for t in with_grad):
             unused += [projection for layer in self.layers for projection in layer.attn.kv_projections()]
         return _ZeroGradients.apply(aux_loss, *(parameter for module in unused for parameter in module.parameters()))
-
-
-def _append_readouts(activations: Activations, new: list[Readout]) -> Activations:
-    if not new:
-        return activations
-    readouts = torch.stack([output for output, _ in new])
-    weights = torch.stack([weight for _, weight in new])
-    if activations.readouts is not None:
-        readouts = torch.cat([activations.readouts, readouts])
-        weights = torch.cat([activations.readout_weights, weights])
-    return activations._replace(readouts=readouts, readout_weights=weights)
 
 
 class _ZeroGradients(torch.autograd.Function):

@@ -267,8 +267,8 @@ def test_loop_recorder_statistics_equal_those_of_the_states(tiny, enliven):
     model = enliven(Mythos(tiny(), act=ActConfig(mode="safe"))).eval()
     ids, states = tokens(model.config, 2, 8), []
     model.recurrent.recorder = recorder = LoopRecorder(SINGLE)
-    update = model.recurrent._update
-    model.recurrent._update = lambda t, loops, h, *rest: states.append(h) or update(t, loops, h, *rest)
+    loop = model.recurrent._loop
+    model.recurrent._loop = lambda t, loops, before, *rest: states.append(before.h) or loop(t, loops, before, *rest)
     with torch.no_grad():
         model(ids, 3)
     rows = torch.stack([recorder.rows[t] for t in range(3)])

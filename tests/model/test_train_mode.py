@@ -12,6 +12,7 @@ from mythos_dist.model import ExpertsConfig, Mythos
 from mythos_dist.model.attention import build_context
 from mythos_dist.model.mythos import IGNORED
 from mythos_dist.model.recompute import Recompute
+from mythos_dist.model.recurrence import LoopOutputs
 
 SAFE = ActConfig(mode="safe")
 
@@ -298,12 +299,13 @@ def test_truncated_gradients_equal_detached_states(backprop, tiny):
     cut = Mythos(config, act=SAFE)
     run = cut.recurrent._loop
 
-    def loop(t: int, *arguments) -> tuple:
-        state, *rest = run(t, *arguments)
+    def loop(t: int, *arguments) -> LoopOutputs:
+        outputs = run(t, *arguments)
         if t < 4 - backprop:  # all but e, which every loop gets from the prelude
-            names = ("h", "output", "halted", "aux_loss")
+            state, names = outputs.activations, ("h", "output", "halted", "aux_loss")
             state = state._replace(**{name: getattr(state, name).detach() for name in names})
-        return state, *rest
+            outputs = outputs._replace(activations=state)
+        return outputs
 
     cut.recurrent._loop = loop  # type: ignore[method-assign]
     expected = gradients(cut)
