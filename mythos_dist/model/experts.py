@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.gradient_sums import GradientSums
 from mythos_dist.model.grouped import grouped
-from mythos_dist.model.kernels import on_cpu
 from mythos_dist.model.megablocks import check_megablocks, megablocks
 from mythos_dist.model.pieces import Pieces
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import swiglu_forward
 from mythos_dist.parallel.expert import Route, dispatch
 from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.process import on_cpu
 from mythos_dist.parallel.ranges import in_range
 from mythos_dist.parallel.tensor import shard_parameter
 

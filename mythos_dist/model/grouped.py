@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mythos_dist.model.gradient_sums import GradientSums
-from mythos_dist.model.kernels import on_cpu
 from mythos_dist.model.swiglu import swiglu_backward, swiglu_forward
+from mythos_dist.parallel.process import on_cpu
 from mythos_dist.parallel.rows import RowIndex, index_slots, sum_rows_no_grad
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mythos_dist.model.kernels import on_cpu
 from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.parallel.process import on_cpu
 from mythos_dist.parallel.tensor import ParallelLinear
 
 # Elements of gate per chunk on a CPU, so that a chunk fits its cache (1,024 rows of 512: 7 ms for a backward, against

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from mythos_dist.model.experts import Experts
-from mythos_dist.model.kernels import on_cpu
 from mythos_dist.model.moe import FFN
 from mythos_dist.model.mythos import Mythos
+from mythos_dist.parallel.process import on_cpu
 from mythos_dist.parallel.tensor import Embedding
 
 

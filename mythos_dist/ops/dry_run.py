@@ -23,7 +23,6 @@ from mythos_dist.checkpoint.manifest import AVERAGE
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model import context_attention, offload
-from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet, replaced
 from mythos_dist.ops.plan.memory import PARTS, micro_batches_at_peak
 from mythos_dist.ops.plan.meter import Meter
@@ -31,6 +30,7 @@ from mythos_dist.ops.plan.routing import expected_rows
 from mythos_dist.parallel import expert
 from mythos_dist.parallel.context import ContextShard, KeyPiece
 from mythos_dist.parallel.mesh import Axis, build_mesh
+from mythos_dist.parallel.process import use_gpu_code
 from mythos_dist.parallel.traffic import Totals, Traffic
 
 

@@ -5,17 +5,19 @@ The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; wit
 Decisions: PARALLEL-13.
 """
 
+import contextlib
 import ctypes
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mythos_dist.errors import NodeError, UserError
 
@@ -66,6 +68,25 @@ def join_process_group(store: dist.Store | None = None, seconds: float = 600) ->
 def device() -> torch.device:
     """This rank's device."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether to run the code that is faster on CPUs. A dry run uses GPU code with fake tensors on the CPU."""
+    return x.device.type == "cpu" and not _gpu_code_on_cpu
+
+
+@contextlib.contextmanager
+def use_gpu_code() -> Iterator[None]:
+    """Within it GPU code runs on CPU tensors, as far as the CPU has the operations."""
+    global _gpu_code_on_cpu
+    before, _gpu_code_on_cpu = _gpu_code_on_cpu, True
+    try:
+        yield
+    finally:
+        _gpu_code_on_cpu = before
+
+
+_gpu_code_on_cpu = False
 
 
 def held_memory() -> int:

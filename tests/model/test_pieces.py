@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mythos_dist.config.schema import Config, ParallelConfig, TrainConfig
 from mythos_dist.model import ExpertsConfig, Mythos
 from mythos_dist.model.block import DenseBlock
-from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.model.moe import MoE
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel.mesh import SINGLE
+from mythos_dist.parallel.process import use_gpu_code
 from mythos_dist.parallel.tensor import Embedding
 
 EXPERTS = ExpertsConfig(z_loss=0.1, sequence_balance_loss=0.1)

@@ -20,11 +20,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
-from mythos_dist.model.kernels import use_gpu_code
 from mythos_dist.ops import dry_run as dry_run_module
 from mythos_dist.ops.dry_run import LocalTraffic, RowCounts, dry_run, first_pieces
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel import expert
+from mythos_dist.parallel.process import use_gpu_code
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
