@@ -1,6 +1,7 @@
 """Check the GPU packages: import each and, on a GPU, compare one small forward and backward with plain torch.
 
-stk is only imported: MegaBlocks' sparse products, which use its kernels, are refused with Triton 3.2 and newer.
+grouped_gemm is checked by MegaBlocks. stk is only imported: MegaBlocks' sparse products, which use its kernels, are
+refused with Triton 3.2 and newer.
 Exit code 1 if a package is missing or wrong. `--missing` only lists what has to be built, and why.
 """
 
@@ -44,22 +45,9 @@ def relative_error(device: str, function: Callable, reference: Callable, *shapes
     return max(float((ours - exact).norm() / exact.norm()) for ours, exact in zip(*results, strict=True))
 
 
-def grouped_gemm(device: str) -> float:
-    """Three experts with 5, 0 and 11 rows, against one product each."""
-    import torch
-    from grouped_gemm import ops  # pyright: ignore[reportMissingImports]
-
-    sizes = [5, 0, 11]
-    return relative_error(
-        device,
-        lambda rows, stack: ops.gmm(rows, stack, torch.tensor(sizes), trans_b=True),
-        lambda rows, stack: torch.cat([part @ w.T for part, w in zip(rows.split(sizes), stack, strict=True)]),
-        *((16, 64), (3, 32, 64)),
-    )
-
-
 def megablocks(device: str) -> float:
-    """experts.backend=megablocks, five experts of which one gets no token, against one expert after the other."""
+    """experts.backend=megablocks, whose products are grouped_gemm's: five experts of which one gets no token, against
+    one expert after the other."""
     import torch
 
     from mythos_dist.model.experts import megablocks, reference
@@ -87,11 +75,7 @@ def flash_attn(device: str) -> float:
     )
 
 
-CHECKS: dict[str, Callable[[str], float]] = {
-    "grouped_gemm": grouped_gemm,
-    "megablocks": megablocks,
-    "flash-attn": flash_attn,
-}
+CHECKS: dict[str, Callable[[str], float]] = {"megablocks": megablocks, "flash-attn": flash_attn}
 
 
 def check_package(name: str, gpu: str) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ from mythos_dist.errors import UserError, run_command
 from mythos_dist.ops.doctor.findings import Check, Finding
 from mythos_dist.ops.doctor.machine import Machine
 from mythos_dist.ops.doctor.machine_checks import MACHINE_CHECKS
-from mythos_dist.ops.doctor.probe import start_probes
+from mythos_dist.ops.doctor.probe import Probe, join_group
 from mythos_dist.progress import Bar
 from mythos_dist.units import count
 
@@ -78,8 +78,8 @@ def diagnose(config: Config | None, shown: Bar) -> Iterator[Finding]:
     """All findings about this machine, and with a config about what it would use. `shown`: counts the checks."""
     shown.describe("importing torch")
     with contextlib.suppress(Exception):  # checks that need torch report why it fails
-        import torch  # noqa: F401 - imported once here instead of in every probe
-    machine = Machine(probes=start_probes())
+        import torch  # noqa: F401 - imported once here instead of in the probe, too
+    machine = Machine(Probe(join_group))
     yield from _run(MACHINE_CHECKS, shown, machine)
     if config:
         # Imports what training does: if that fails, it is a finding after those about the machine.

@@ -191,6 +191,10 @@ _REMEDIES = {
     errno.ELOOP: "the links in this path form a cycle; give another run.dir",
     errno.EISDIR: "it is a folder, but must be a file; move it away",
     errno.EEXIST: "it is a file, but must be a folder; move it away",
+    **dict.fromkeys(
+        (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK),
+        "this file system may have no locks: mount it with them (Lustre: -o flock), or give another run.dir",
+    ),
 }
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +23,10 @@ from mythos_dist.data.windows import WindowReader
 from mythos_dist.errors import UserError
 from mythos_dist.model import attend
 from mythos_dist.ops.cluster.fabric import infiniband_ports
-from mythos_dist.ops.doctor import config_checks, machine_checks, probe
+from mythos_dist.ops.doctor import config_checks, probe
 from mythos_dist.ops.doctor import machine as facts
 from mythos_dist.ops.doctor.findings import Check, FactError, Finding, note, ok, problem
-from mythos_dist.ops.doctor.machine import PROGRAMS, Driver, Machine, Torch, driver_version
+from mythos_dist.ops.doctor.machine import Driver, Machine, Torch, driver_version
 from mythos_dist.ops.doctor.machine_checks import MACHINE_CHECKS
 from mythos_dist.ops.doctor.probe import Outcome, Probe
 from mythos_dist.progress import Bar
@@ -60,21 +59,14 @@ FACTS: dict[str, Any] = {  # of a node of eight H100 with everything in order
     "driver": Driver("580.65.06", ("NVIDIA H100 80GB HBM3",) * 8),
     "torch": TORCH,
     "unavailable": {"megablocks": None, "flash_attn": None},
-    "versions": {"flash-attn": "2.8.3", "grouped-gemm": "0.3.0", "megablocks": "0.10.0"},
     "group": Outcome(seconds=0.5),
-    "reader": Outcome(seconds=0.5),
-    "interfaces": ["lo", "eth0"],
     "ports": PORTS,
-    "programs": PROGRAMS,
     "memory": (64 << 30, 100 * GB),
     "shared_memory": (32 << 30, 0, 32 << 30),
-    "open_files": 65536,
     "locked_memory": -1,
-    "host": "node1",
-    "addresses": Outcome({"node1": "10.0.0.1"}),
     "free_bytes": lambda path: 500 * GB,
 }
-NO_GPU = {"driver": Driver(), "torch": UNUSABLE, "unavailable": MISSING, "versions": {}, "ports": {}}
+NO_GPU = {"driver": Driver(), "torch": UNUSABLE, "unavailable": MISSING, "ports": {}}
 
 
 def node(*gpus: Gpu, **changes: Any) -> Machine:
@@ -117,7 +109,10 @@ RANK = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "node
 SMALL_SHM = (64 << 20, 0, 60 << 20)
 CASES = {
     "torch": [(node(), "ok", ["2.14.1, built for CUDA 13.0"])],
-    "driver": [(node(), "ok", ["580.65.06"])],
+    "driver": [
+        (node(), "ok", ["580.65.06"]),
+        (node(torch=UNUSABLE, driver=Driver(hangs=True)), "problem", ["nvidia-smi does not answer", "Xid"]),
+    ],
     "GPU": [
         (node(), "ok", ["8 x NVIDIA H100 80GB HBM3, compute capability 9.0, 79 GiB"]),
         (
@@ -138,88 +133,45 @@ CASES = {
             ["this machine has 8 x", "='' hides", "--gpus-per-node"],
         ),
         (node(torch=UNUSABLE, driver=Driver("580")), "problem", ["some x NVIDIA GPU", "no reason"]),
-        (node(torch=UNUSABLE, driver=Driver(hangs=True)), "problem", ["nvidia-smi does not answer", "Xid"]),
         (node(H100, A100), "note", ["1 x NVIDIA H100", "1 x NVIDIA A100", "slowest"]),
         (
             node(V100, torch=TORCH._replace(warning="Found GPU0 of CC 7.0")),
             "problem",
-            ["2.14.1 warns: Found GPU0", "built for"],
+            ["torch warns: Found GPU0", "built for"],
         ),
         (
             node(H100, torch=TORCH._replace(warning="Can't initialize NVML")),
             "note",
             ["warns: Can't", "libnvidia-ml.so"],
         ),
-    ],
-    "grouped_mm": [
-        (node(), "ok", ["one kernel per product"]),
-        (cpu(), "ok", ["a loop over experts inside torch"]),
-        (node(A100), "note", ["compute capability 8.0 a loop over experts", "after bash launch"]),
-        (node(V100), "note", ["compute capability 7.0", "nothing on these GPUs"]),
-        (node(RTX_5090), "note", ["compute capability 12.0", "after GROUPED_GEMM_CUTLASS=1 bash"]),
+        (node(H100, env=RANK), "problem", ["local rank 1", "sees 1 GPU", "--gpus-per-node"]),
+        (node(env=RANK), "ok", []),
     ],
     "megablocks": [
-        (node(), "ok", ["grouped_gemm 0.3.0, megablocks 0.10.0"]),
-        (cpu(), "ok", ["not installed"]),  # without a GPU they are not needed; a broken installation is reported
-        (cpu(versions=FACTS["versions"]), "note", ["cannot be imported", "megablocks 0.10.0"]),
+        (node(), "ok", ["can be imported"]),
+        (cpu(), "ok", ["stk cannot be imported; only GPUs use it"]),
         (node(unavailable=MISSING), "note", ["stk cannot be imported", "bash launch/install_gpu.sh"]),
     ],
     "network": [
         (cpu(), "ok", ["gloo: one process joined"]),
         (node(), "ok", ["NCCL 2.30.7: one process joined"]),
-        (cpu(group=Outcome(error="no answer in 20 s")), "problem", ["cannot join", "no answer", "lo, eth0"]),
-        (node(env={"NCCL_IB_DISABLE": "1"}), "note", ["NCCL_IB_DISABLE=1 disables InfiniBand", "unset"]),
-        (cpu(env={"NCCL_IB_DISABLE": "1"}), "ok", []),
-        (cpu(env={"GLOO_SOCKET_IFNAME": "ib0"}), "problem", ["GLOO_SOCKET_IFNAME=ib0", "lo, eth0"]),
-        (cpu(env={"GLOO_SOCKET_IFNAME": "eth"}), "problem", ["names no interface"]),
-        (cpu(env={"GLOO_SOCKET_IFNAME": "eth0"}), "ok", []),
-        (cpu(env={"GLOO_SOCKET_IFNAME": "eth0,ib0"}), "problem", ["names no interface"]),
-        (cpu(env={"NCCL_SOCKET_IFNAME": "ib,eth"}), "ok", []),
-        (cpu(env={"NCCL_SOCKET_IFNAME": "=eth"}), "problem", ["NCCL_SOCKET_IFNAME==eth"]),
-        (cpu(env={"NCCL_SOCKET_IFNAME": "^docker0"}), "ok", []),
-        (cpu(env={"MASTER_ADDR": "node7"}), "problem", ["MASTER_ADDR=node7"]),
-        (cpu(addresses=Outcome(error="no answer in 20 s")), "note", ["cannot be resolved"]),
-        (
-            cpu(env={"SLURM_NNODES": "2"}, addresses=Outcome({"node1": "127.0.1.1"})),
-            "note",
-            ["node1 resolves to 127.0.1.1", "set GLOO_SOCKET_IFNAME"],
-        ),
+        (cpu(group=Outcome(error="no answer in 20 s")), "problem", ["cannot join", "no answer", "NCCL_SOCKET_IFNAME"]),
+        (node(env={"NCCL_IB_DISABLE": "1"}), "note", ["slow: NCCL_IB_DISABLE=1", "unset NCCL_IB_DISABLE,"]),
     ],
     "InfiniBand": [
         (node(), "ok", ["mlx5_0:1 ACTIVE, 400 Gb/sec"]),
         (node(ports={}, env={"SLURM_NNODES": "2"}), "note", ["TCP between nodes", "/dev/infiniband"]),
         (node(ports={}), "ok", ["no active port"]),
         (cpu(ports=PORTS | DOWN), "note", ["not up: mlx5_1:1 DOWN"]),
-    ],
-    "launcher": [
-        (cpu(), "ok", ["none: this process would train alone"]),
-        (node(env=SLURM), "note", ["no --ntasks-per-node", "3 + 1"]),
-        (node(env=RANK), "ok", ["torchrun or deepspeed: rank 9 of 16, local rank 1"]),
-        (node(H100, env=RANK), "problem", ["local rank 1", "sees 1 GPU", "--gpus-per-node"]),
-        (cpu(env={"RANK": "0", "WORLD_SIZE": "2"}), "problem", ["MASTER_ADDR"]),
-        (cpu(env={"WORLD_SIZE": "1"}), "ok", ["none"]),
-        (cpu(env=RANK | {"RANK": "first"}), "problem", ["RANK=first", "not a number"]),
-    ],
-    "programs": [
-        (cpu(programs=("ssh",)), "note", ["other nodes", "pdsh"]),
-        (cpu(programs=("srun",)), "ok", ["srun; not installed: torchrun"]),
+        (node(locked_memory=8 << 20), "note", ["may lock 0.0084 GB", "ulimit -l unlimited"]),
     ],
     "memory": [(node(), "ok", ["100 GB of 69 GB available"])],
     "/dev/shm": [
         (node(), "ok", ["34 GB of 34 GB free"]),
-        (node(shared_memory=None), "problem", ["missing", "--shm-size"]),
+        (node(shared_memory=None), "problem", ["missing: 0 GB of 0 GB", "--shm-size"]),
         (node(shared_memory=SMALL_SHM), "note", ["0.063 GB of 0.067 GB free", "--shm-size=1g"]),
         (cpu(shared_memory=SMALL_SHM), "ok", []),
         (cpu(shared_memory=(32 << 30, 0, 1 << 20)), "problem", ["full", "killed jobs"]),
-    ],
-    "limits": [
-        (node(open_files=256), "note", ["may open 256 files", "ulimit -n 65536"]),
-        (node(locked_memory=8 << 20), "note", ["may lock 0.0084 GB", "ulimit -l unlimited"]),
-    ],
-    "streaming": [
-        (node(), "ok", ["(0.5 s)"]),
-        (node(reader=Outcome(error="RuntimeError: nms")), "problem", ["nms", "fix what the error"]),
-        (node(reader=Outcome(error="no answer in 20 s", timed_out=True)), "note", ["no answer", "local disk"]),
     ],
 }
 
@@ -234,7 +186,8 @@ def test_findings_about_a_machine(topic, machine, status, words):
 
 def test_what_is_not_limited_is_not_mentioned():
     """Nor is a limit on locked memory where there is no InfiniBand."""
-    assert find("limits", node()) == find("limits", cpu(locked_memory=8 << 20, open_files=-1)) == []
+    for machine in (node(), cpu(locked_memory=8 << 20)):
+        assert [one.status for one in find("InfiniBand", machine)] == ["ok"]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +207,10 @@ def test_the_driver_version_is_read_from_proc(text, version):
     ("overrides", "machine", "topic", "status", "words"),
     [
         ("", cpu(), "experts.backend", "ok", ["experts.backend=grouped -> F.grouped_mm"]),
-        ("train.dtype=fp16", node(), "experts.backend", "note", ["in fp16 a loop", "set train.dtype=bf16"]),
+        ("train.dtype=fp16", node(), "experts.backend", "note", ["9.0 a loop over experts", "set train.dtype=bf16"]),
+        ("", node(), "experts.backend", "ok", ["experts.backend=grouped -> F.grouped_mm"]),
+        ("", node(A100), "experts.backend", "note", ["in bf16 on compute capability 8.0 a loop", "after bash launch"]),
+        ("", node(RTX_5090), "experts.backend", "note", ["12.0 a loop", "after GROUPED_GEMM_CUTLASS=1 bash"]),
         ("experts.backend=reference", cpu(), "experts.backend", "note", ["for tests", "experts.backend=grouped"]),
         ("experts.backend=megablocks", node(), "experts.backend", "ok", ["-> MegaBlocks"]),
         ("", cpu(), "train.attention", "ok", ["train.attention=auto -> sdpa"]),
@@ -271,7 +227,9 @@ def test_kernels_of_a_config(overrides, machine, topic, status, words, monkeypat
     """Where training's own checks pass."""
     monkeypatch.setattr("mythos_dist.parallel.process.check_dtype", lambda dtype: None)
     monkeypatch.setattr("mythos_dist.train.checks.check_megablocks", lambda dtype: None)
-    monkeypatch.setattr("mythos_dist.train.checks.device", lambda: torch.device("cuda" if machine.gpus else "cpu"))
+    monkeypatch.setattr(
+        "mythos_dist.train.checks.device", lambda: torch.device("cuda" if machine.torch.gpus else "cpu")
+    )
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: machine.capability)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(attend, "unavailable", machine.unavailable.get)
@@ -308,10 +266,9 @@ def test_the_docs_show_the_output():
     assert len(lines) == 7 and [line for line in lines if line not in text] == []
 
 
-def test_what_is_in_order_is_described():
-    machine = cpu(env=SLURM | {"SLURM_NTASKS_PER_NODE": "8", "NCCL_DEBUG": "INFO", "HOME": "/root"})
-    texts = {finding.text for check in MACHINE_CHECKS for finding in check.run(machine)}
-    assert {"set: NCCL_DEBUG=INFO", "SLURM job 4711: 2 nodes (node[1-2]), 16 tasks"} <= texts
+def test_variables_of_nccl_and_gloo_are_shown():
+    *_, finding = find("network", cpu(env={"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth0", "HOME": "/root"}))
+    expect(finding, "ok", "set: GLOO_SOCKET_IFNAME=eth0, NCCL_DEBUG=INFO")
 
 
 def test_infiniband_ports_are_read(tmp_path):
@@ -340,31 +297,13 @@ def test_nodes_are_counted(env, nodes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "words"),
-    [
-        ({}, "ok", ["torch 2.14.1+cu130, deepspeed 0.19.8, mosaicml-streaming missing", "all requirements met"]),
-        ({"numpy": "2.3.1"}, "problem", ["requires numpy", "2.3.1 is installed", "pip install 'numpy"]),
-        ({"transformers": None}, "problem", ["requires transformers<5", "it is not installed"]),
-        ({"torch": "2.15.0.dev20260101"}, "ok", []),
-    ],
-)
-def test_packages(changes, status, words, monkeypatch):
-    """A package with some of mosaicml-streaming's requirements."""
-    installed = {"torch": "2.14.1+cu130", "deepspeed": "0.19.8", "numpy": "2.1.3", "transformers": "4.57.6"}
-    versions = {name: version for name, version in (installed | changes).items() if version}
-    required = ["numpy<2.2.0,>=1.21.5", "transformers<5", "torch>=1", 'pytest; extra == "dev"']
-    monkeypatch.setattr(machine_checks.metadata, "requires", lambda name: required)
-    expect(worst(find("packages", node(versions=versions))), status, *words)
-
-
-@pytest.mark.parametrize(
     ("free", "present", "overrides", "status", "words"),
     [
         (39, 0, "", "ok", ["3 need 38 GB more", "39 GB free in"]),
         (38, 0, "", "problem", ["keep + 1 = 3 need 38 GB more", "38 GB free in"]),
         (38, 2 * 12.8, "", "ok", []),
         (12, 99, "", "problem", ["need 13 GB more"]),
-        (50, 0, "checkpoint.pin=[100]", "note", ["and 1 pinned need 51 GB", "pin fewer"]),
+        (50, 0, "checkpoint.pin=[100]", "note", ["and 1 pinned need 51 GB", "pin_every"]),
         (
             50,
             0,
@@ -400,40 +339,20 @@ def test_memory_for_the_background_copy_of_a_checkpoint():
     assert {one.topic for one in find("checkpoint", two, configured())} == {"checkpoint"}
 
 
-@pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ("new", []),
-        ("/proc/mythos", ["/proc/mythos (to be created in /proc) is not writable: ", "set another run.dir"]),
-        ("file", ["is a file", "name a folder"]),
-    ],
-)
+@pytest.mark.parametrize(("path", "words"), [("new", []), ("file", ["is a file", "name a folder"])])
 def test_folders(path, words, tmp_path):
-    """One that can be created, one that cannot, and what training refuses. Nothing is left."""
+    """One that can be created, and what training refuses. Nothing is left."""
     (tmp_path / "file").touch()
-    findings = find("run.dir", cpu(), configured(f"run.dir={tmp_path / path}"))
-    expect(worst(findings), "problem" if words else "ok", *words or [f"(to be created in {tmp_path}) can be written"])
+    (finding,) = find("run.dir", cpu(), configured(f"run.dir={tmp_path / path}"))
+    expect(finding, "problem" if words else "ok", *words)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_run_of_another_config_is_a_problem_with_a_remedy(tmp_path):
     """Each setting that differs."""
     (tmp_path / "config.yaml").write_text(dump_config(configured(f"run.dir={tmp_path}")))
-    folder, first, *_ = find("run.dir", cpu(), configured(f"run.dir={tmp_path}", "optim.lr=1e-5"))
-    expect(folder, "ok", "can be written")
+    first, *_ = find("run.dir", cpu(), configured(f"run.dir={tmp_path}", "optim.lr=1e-5"))
     expect(first, "problem", "optim.lr=1e-05", "set another run.dir")
-
-
-def test_a_file_system_without_locks_is_a_problem(tmp_path, monkeypatch):
-    """For run.dir; the cache of shards needs none."""
-
-    def flock(file, flags):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    (finding,) = find("run.dir", cpu(), configured(f"run.dir={tmp_path}"))
-    expect(finding, "problem", "cannot be locked (Function not implemented)", "-o flock")
-    assert config_checks.check_folder(tmp_path, "data.cache").status == "ok"
 
 
 @pytest.fixture(scope="module")
@@ -446,10 +365,9 @@ def compressed(tmp_path_factory) -> Config:
 
 @pytest.mark.parametrize(("free", "status"), [(0, "problem"), (GB, "ok")])
 def test_room_to_unpack_shards(free, status, compressed):
-    shards, folder, room = find("data.path", cpu(free_bytes=lambda path: free), compressed)
+    shards, room = find("data.path", cpu(free_bytes=lambda path: free), compressed)
     expect(shards, "ok", "10 windows of 16 tokens")
-    expect(folder, "ok", "cache (to be created in")
-    expect(room, status, "unpacking all compressed shards", "GB more", *["set data.cache"] * (status == "problem"))
+    expect(room, status, "unpacked shards in", "GB more", *["set data.cache"] * (status == "problem"))
 
 
 def test_unpacked_shards_need_no_room(compressed):
@@ -459,28 +377,7 @@ def test_unpacked_shards_need_no_room(compressed):
         windows = range(corpus.manifest.splits[split].windows)
         WindowReader(shards, SEQ_LEN + 1, cache=compressed.data.cache).read(windows)
     *_, room = find("data.path", cpu(free_bytes=lambda path: 10), compressed)
-    expect(room, "ok", "needs 0 GB more")
-
-
-def test_a_cache_of_another_user_is_a_problem(compressed, tmp_path, monkeypatch):
-    """As training refuses it: others could write there."""
-    tmp_path.chmod(0o777)
-    monkeypatch.setattr(config_checks, "default_shard_cache", lambda: tmp_path)
-    _, cache, _ = find("data.path", cpu(), replace(compressed, data=replace(compressed.data, cache=None)))
-    expect(cache, "problem", "has mode 0777", "set data.cache to a folder of yours")
-
-
-@pytest.mark.parametrize(
-    ("world", "status", "words"),
-    [
-        ("", "ok", ["any multiple of 4 ranks"]),
-        ("8", "ok", ["8 ranks form 4 replicas of 2"]),
-        ("6", "problem", ["replicas, 3 (6 ranks", "parallel.expert=2", "set"]),
-    ],
-)
-def test_ranks_of_a_layout(world, status, words):
-    config = configured("parallel.tensor=2", "parallel.expert=2")
-    expect(worst(find("layout", cpu(env={"WORLD_SIZE": world}), config)), status, *words)
+    expect(room, "ok", "need 0 GB more")
 
 
 def test_a_fact_that_cannot_be_read_is_one_problem(monkeypatch):
@@ -492,14 +389,13 @@ def test_a_fact_that_cannot_be_read_is_one_problem(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises ModuleNotFoundError
     monkeypatch.setattr(facts, "infiniband_ports", unreadable)
     machine = Machine(**{name: value for name, value in FACTS.items() if name not in ("torch", "ports")})
-    monkeypatch.setattr(doctor, "Machine", lambda probes: machine)
-    monkeypatch.setattr(doctor, "start_probes", dict)
+    monkeypatch.setattr(doctor, "Machine", lambda probe: machine)
     findings = list(dict.fromkeys(doctor.diagnose(None, Bar("checking"))))
     problems = {one.topic: one for one in findings if one.status == "problem"}
     assert set(problems) == {"torch", "ports"} and len([one for one in findings if one.status == "problem"]) == 2
     expect(problems["torch"], "problem", "cannot be read (ModuleNotFoundError: import of torch halted")
     expect(problems["ports"], "problem", "cannot be read (OSError: [Errno 5] Input/output error)")
-    others = {"python", "packages", "driver", "megablocks", "programs", "memory", "streaming"}
+    others = {"python", "packages", "driver", "memory"}
     assert {one.topic for one in findings if one.status == "ok"} >= others
 
 
@@ -561,13 +457,6 @@ def test_the_probe_joins_a_group(monkeypatch, slow_machine):
     assert "nosuch0" in Probe(probe.join_group).outcome().error
 
 
-def test_the_probe_resolves_names(monkeypatch, slow_machine):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    assert Probe(probe.resolve_names).outcome().value["localhost"] in ("127.0.0.1", "::1")
-    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")  # a name that never exists (RFC 6761)
-    assert Probe(probe.resolve_names).outcome().value["no.such.host.invalid"] is None
-
-
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -620,11 +509,9 @@ def test_this_machine(settings, tmp_path):
     assert done.returncode == 1 and done.stderr == ""
     report = json.loads(done.stdout)
     findings = {line["topic"]: line for line in report["lines"]}
-    of_config = "train.dtype experts.backend train.attention layout run.dir checkpoint data.path"
-    of_machine = (
-        "python packages streaming torch GPU grouped_mm megablocks flash_attn network InfiniBand launcher programs"
-    )
-    assert set(findings) >= {*of_config.split(), *of_machine.split(), "memory", "/dev/shm"}
+    of_config = "train.dtype experts.backend train.attention run.dir checkpoint data.path"
+    of_machine = "python packages torch GPU megablocks flash_attn network InfiniBand memory /dev/shm"
+    assert set(findings) >= {*of_config.split(), *of_machine.split()}
     assert [line for line in report["lines"] if "this check failed" in line["text"]] == []
     experts = [line for line in report["lines"] if line["topic"] == "experts.backend"]
     assert {line["status"] for line in experts} == {"problem"}

@@ -72,6 +72,17 @@ def test_a_folder_that_cannot_be_created_is_refused_before_anything_is_written(c
     assert sorted(os.listdir()) == before
 
 
+def test_a_file_system_without_locks_is_refused(config, tmp_path, monkeypatch):
+    """As Lustre without the option flock."""
+
+    def flock(file, flags):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"Function not implemented.*-o flock"):
+        claim_run_folder(with_run_dir(config, tmp_path / "run"))
+
+
 def test_a_read_only_folder_is_refused(config, tmp_path):
     """A file system that is mounted read-only, which stops root too, and a folder without write permission."""
     with small_disk(tmp_path / "disk", 1000):

@@ -5,16 +5,11 @@ import os
 import re
 import resource
 import shutil
-import socket
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
-
-from packaging.utils import canonicalize_name
 
 from mythos_dist.files import existing_folder
 from mythos_dist.gpu_packages import DISTRIBUTIONS, unavailable
@@ -26,7 +21,6 @@ from mythos_dist.parallel.launcher import read_number
 
 T = TypeVar("T")
 SMI_SECONDS = 8
-PROGRAMS = ("torchrun", "deepspeed", "srun", "sbatch", "pdsh", "ssh")
 
 
 class Driver(NamedTuple):
@@ -84,18 +78,6 @@ def read_torch(use_gpus: bool) -> Torch:
     return Torch(torch.__version__, torch.version.cuda, nccl, gpus, " ".join(" ".join(messages).split()))
 
 
-def read_versions() -> dict[str, str]:
-    """{distribution: version} of installed Python packages; of two of one name the one that is imported."""
-    distributions = reversed(list(metadata.distributions()))
-    return {canonicalize_name(one.name): one.version for one in distributions if one.name}
-
-
-def find_programs() -> tuple[str, ...]:
-    """Those of PROGRAMS on PATH or beside this Python, where an environment that is not activated has them."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.fspath(Path(sys.executable).parent)])
-    return tuple(name for name in PROGRAMS if shutil.which(name, path=path))
-
-
 class Fact(Generic[T]):
     """An attribute that is read once, when a check first needs it. If that fails, each such check gets a FactError."""
 
@@ -124,34 +106,22 @@ class Machine:
     driver = Fact(lambda _: read_driver())
     torch = Fact(lambda machine: read_torch(use_gpus=not machine.driver.hangs))  # torch would hang as well
     unavailable = Fact(lambda _: {package: unavailable(package) for package in DISTRIBUTIONS})  # why
-    versions = Fact(lambda _: read_versions())
-    host = Fact(lambda _: socket.gethostname())
-    interfaces = Fact(lambda _: [name for _, name in socket.if_nameindex()])
     ports = Fact(lambda _: infiniband_ports())  # "mlx5_0:1" -> "ACTIVE, 400 Gb/sec (4X NDR), InfiniBand"
-    programs = Fact(lambda _: find_programs())
     memory = Fact(lambda _: node_memory())  # bytes, total and available; of the container where that is less
     # Bytes of /dev/shm: total, used, free; None: there is none.
     shared_memory = Fact(lambda _: shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None)
-    open_files = Fact(lambda _: resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # soft limit; -1: unlimited
     locked_memory = Fact(lambda _: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])  # bytes; -1: unlimited
-    # Of probe.join_group, resolve_names and import_reader.
-    group = Fact[Outcome](lambda machine: machine.probes["group"].outcome())
-    addresses = Fact[Outcome](lambda machine: machine.probes["addresses"].outcome())
-    reader = Fact[Outcome](lambda machine: machine.probes["reader"].outcome())
+    group = Fact[Outcome](lambda machine: machine.probe.outcome())
 
-    def __init__(self, probes: dict[str, Probe] | None = None, **facts: Any):
-        """`probes`: running ones. `facts`: are not read."""
-        self.probes, self.errors = probes or {}, dict[str, FactError]()
+    def __init__(self, probe: Probe | None = None, **facts: Any):
+        """`probe`: `join_group`, running. `facts`: are not read."""
+        self.probe, self.errors = probe, dict[str, FactError]()
         vars(self).update(facts)
-
-    @property
-    def gpus(self) -> tuple[Any, ...]:
-        return self.torch.gpus
 
     @property
     def capability(self) -> tuple[int, int]:
         """The lowest compute capability, as every rank runs the same code; (0, 0) without a GPU."""
-        return min(((gpu.major, gpu.minor) for gpu in self.gpus), default=(0, 0))
+        return min(((gpu.major, gpu.minor) for gpu in self.torch.gpus), default=(0, 0))
 
     @property
     def node_count(self) -> int:

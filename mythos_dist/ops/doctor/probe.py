@@ -1,13 +1,12 @@
-"""Probes: what may hang, crash or print runs in a forked process of its own.
+"""A probe: what may hang, crash or print runs in a forked process of its own.
 
-Forked because importing torch anew takes seconds. The trap: CUDA does not survive a fork, so probes start before this
+Forked because importing torch anew takes seconds. The trap: CUDA does not survive a fork, so it starts before this
 process initializes CUDA.
 """
 
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -79,26 +78,3 @@ def join_group() -> None:
     if ones.tolist() != [1, 1]:
         raise RuntimeError(f"an all-reduce of ones over one rank returned {ones.tolist()}")
     dist.destroy_process_group()
-
-
-def resolve_names() -> dict[str, str | None]:
-    """{name: address or None} of this host and of MASTER_ADDR. A broken DNS takes a minute to answer."""
-    addresses: dict[str, str | None] = {}
-    for name in {socket.gethostname(), os.environ.get("MASTER_ADDR", "")} - {""}:
-        try:
-            addresses[name] = str(socket.getaddrinfo(name, None)[0][4][0])
-        except OSError:
-            addresses[name] = None
-    return addresses
-
-
-def import_shard_reader() -> None:
-    """Import streaming's shard reader, as training does."""
-    from mythos_dist.data.windows import import_reader
-
-    import_reader()
-
-
-def start_probes() -> dict[str, Probe]:
-    """All probes side by side, by the fact of `machine.Machine` that is their outcome."""
-    return {"group": Probe(join_group), "addresses": Probe(resolve_names), "reader": Probe(import_shard_reader)}
