@@ -19,7 +19,7 @@ import itertools
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mythos_dist.data.corpora import Corpus, fingerprint, mix_of, open_corpora, with_windows
 from mythos_dist.data.order import SampleOrder
+from mythos_dist.data.read_ahead import one_ahead
 from mythos_dist.data.sequences import SequenceReader
 from mythos_dist.data.shard import Shard
 from mythos_dist.data.shard_cache import ShardCache
@@ -136,9 +137,12 @@ class ReplicaStream:
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[list[MicroBatch]]:
         """This replica's micro-batches of each global batch, given as positions in the endless sequence, int64 (n,).
 
-        Worker processes read ahead, so `batches` is iterated over before its micro-batches are requested. Raises as
-        `step` does, when that batch is reached; RuntimeError when a worker is killed.
+        With worker processes, `batches` is iterated over before its micro-batches are requested, in another thread.
+        Raises as `step` does, when that batch is reached; RuntimeError when a worker is killed.
         """
+        return one_ahead(self._read(batches)) if self._workers else self._read(batches)
+
+    def _read(self, batches: Iterable[np.ndarray]) -> Generator[list[MicroBatch], None, None]:
         batches, ahead = itertools.tee(batches)
         loader = DataLoader(
             self._dataset,

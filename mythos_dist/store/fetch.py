@@ -37,7 +37,13 @@ _CREDENTIALS = {
 }
 
 
-_ALLOWS = {"read": "read it", "written": "write there", "listed": "list the folder", "removed": "remove files there"}
+_ALLOWS = {  # by action: what the credentials must allow
+    "read": "read it",
+    "written": "write there",
+    "listed": "list the folder",
+    "removed": "remove files there",
+    "searched for unfinished uploads": "list and abort multipart uploads",
+}
 
 
 class Unavailable(UserError):
@@ -146,6 +152,8 @@ def error_kind(error: BaseException) -> str:
         return "missing"
     if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ == "NoCredentialsError":
         return "denied"
+    if code == "NotImplemented" or status in (405, 501):
+        return "unimplemented"
     if isinstance(error, ImportError | NotImplementedError):
         return "unsupported"
     return "transient"
@@ -184,6 +192,7 @@ def _unavailable(url: str, error: Exception, kind: str, action: str, attempts: i
         "denied": f"access is denied; check the credentials ({credentials}) and that they may {_ALLOWS[action]}",
         "clock": "the clock of this node differs from the store's; synchronize it (chrony, NTP)",
         "unsupported": "install that package",
+        "unimplemented": "the store does not implement that request; use a newer version of it, or another store",
         "full": "the store is full, or a quota of it is used up; free space there",
         "damaged": f"the copy {damaged}",
         "transient": f"check the network, the store{endpoint}, and run the same command again",

@@ -195,7 +195,7 @@ def abort_uploads(url: str, patience: float = SHARD_PATIENCE) -> int:
                 number += 1
         return number
 
-    return retry(url, abort, patience, "removed")
+    return retry(url, abort, patience, "searched for unfinished uploads")
 
 
 def _unless_aborted(request: Callable[[], Any]) -> Any:

@@ -1,9 +1,10 @@
 """What a replica reads: training batches, and the held-out samples of an evaluation."""
 
-import itertools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -84,9 +85,15 @@ class StepBatch:
 
 def read_batches(stream: ReplicaStream, batches: Iterator[GlobalBatch]) -> Iterator[StepBatch]:
     """This replica's part of each batch."""
-    batches, ahead = itertools.tee(batches)
-    for batch, micro_batches in zip(batches, stream.read(one.samples for one in ahead), strict=False):
-        yield StepBatch(batch, micro_batches)
+    requested: deque[GlobalBatch] = deque()  # the stream may iterate in another thread
+
+    def samples() -> Iterator[np.ndarray]:
+        for batch in batches:
+            requested.append(batch)
+            yield batch.samples
+
+    for micro_batches in stream.read(samples()):
+        yield StepBatch(requested.popleft(), micro_batches)
 
 
 def heldout_passes(heldout: ReplicaStream, config: Config, data: Axis) -> Iterator[tuple[MicroBatch, Tensor]]:

@@ -8,6 +8,7 @@ import pytest
 from mythos_dist.errors import UserError
 from mythos_dist.store import fetch, write
 from mythos_dist.store.fetch import Unavailable
+from mythos_dist.store.upload import abort_uploads
 
 pytestmark = pytest.mark.usefixtures("no_faults")
 
@@ -74,6 +75,8 @@ def test_what_may_pass_is_retried(store, bucket, fault, tmp_path):
         ((404, "NoSuchBucket"), "there is no such bucket"),
         ((403, "RequestTimeTooSkewed"), "the clock of this node differs"),
         ((507, "XMinioStorageFull"), "the store is full"),
+        ((501, "NotImplemented"), "the store does not implement that request"),
+        ((405, "MethodNotAllowed"), "the store does not implement that request"),
     ],
 )
 def test_what_does_not_pass_is_named_after_two_attempts(store, bucket, fault, message):
@@ -81,6 +84,14 @@ def test_what_does_not_pass_is_named_after_two_attempts(store, bucket, fault, me
     with pytest.raises(Unavailable, match=f"^s3://written/data/x: cannot be written after 2 attempts .*{message}"):
         write.put(f"{bucket}/x", b"1")
     assert sum(store.proxy.requests.values()) == 2
+
+
+def test_a_store_that_cannot_list_unfinished_uploads_is_named_at_once(store, bucket):
+    """Some servers do not implement ListMultipartUploads. The message said that the folder cannot be removed."""
+    store.proxy.fault = lambda path, number: (501, "NotImplemented")
+    message = "cannot be searched for unfinished uploads after 2 attempts .*the store does not implement that request"
+    with pytest.raises(Unavailable, match=message):
+        abort_uploads(f"{bucket}/x")
 
 
 def test_a_store_that_is_down_ends_after_the_patience(store, bucket):
