@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import DocumentSpans, Kernel, attend, find_documents
+from mythos_dist.model.attention_sizes import attention_sizes
 from mythos_dist.model.context_attention import attend_over_context
 from mythos_dist.model.kv_cache import CacheKey, KVCache
 from mythos_dist.model.loops import where_active
@@ -113,7 +114,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 class SharedKV(NamedTuple):
     """Keys and values that an earlier loop has computed (model.kv_sharing), before norms and rotation."""
 
-    kv: Tensor  # (B, S, W), see `kv_width`
+    kv: Tensor  # (B, S, W), see `AttentionSizes.kv_width`
     renewed: Tensor | None  # bool (B,): sequences that compute their own, because their loops begin a group; None: none
 
 
@@ -136,18 +137,9 @@ def join_kv(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim=-1)
 
 
-def kv_width(config: MythosConfig, tensor: int) -> int:
-    """Channels per token that the loops of one layer share, on one of `tensor` ranks. MLA: latent and rotary key, in
-    full. GQA: the keys and values that the rank's queries attend to."""
-    if config.attn_type == "mla":
-        return config.kv_lora_rank + config.qk_rope_head_dim
-    heads = config.n_heads if config.n_kv_heads % tensor else config.n_kv_heads
-    return 2 * heads // tensor * config.head_dim
-
-
 def shared_kv_shape(config: MythosConfig, batch: int, seq_len: int, tensor: int) -> torch.Size | None:
     """(B, S, W) of what the loops of all layers share; None: every loop has keys and values of its own."""
-    width = config.loop_layers * kv_width(config, tensor)
+    width = config.loop_layers * attention_sizes(config, tensor).kv_width
     return torch.Size([batch, seq_len, width]) if config.kv_loops > 1 else None
 
 

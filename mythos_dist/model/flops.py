@@ -14,6 +14,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from mythos_dist.config.schema import Config, MythosConfig
+from mythos_dist.model.attention_sizes import attention_sizes
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.parallel.context import AttentionWork, attention_work, local_tokens
 from mythos_dist.parallel.mesh import Mesh
@@ -128,8 +129,7 @@ class _Layers:
         """With shared keys and values."""
         c = self.config
         # Kernels pad keys and values to the same width (model/attend.py).
-        value_dim = c.v_head_dim if c.attn_type == "mla" else c.head_dim
-        channels = 2 * c.widest_head if self.kernels_pad else c.head_dim + value_dim
+        channels = 2 * c.widest_head if self.kernels_pad else attention_sizes(c).pair_channels
         pairs = self.tokens * (self.seq_len + 1) / 2 if self.context is None else self.context.pairs
         scores, m = 2.0 * pairs * (c.n_heads // self.tensor) * channels, self.matrices
         products, inner = 2.0 * self.tokens * m.attention, 2.0 * self.tokens * m.attention_up

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mythos_dist.config.schema import MAX_LOOPS, MythosConfig
 from mythos_dist.errors import UserError
+from mythos_dist.model.attention_sizes import attention_sizes
 
 CacheKey = str | Sequence[str]  # of a layer and loop; a key for each row where rows are at different loops
 
@@ -180,20 +181,9 @@ class KVCache:
         return buffer
 
 
-def entry_elements(config: MythosConfig) -> int:
-    """The elements that one layer, in one loop, caches per token.
-
-    GQA: keys and values. MLA: the latent, the rotary key, and with qk_norm the scale of each head's key, which depends
-    on the expanded key (DECODE-3).
-    """
-    if config.attn_type == "gqa":
-        return 2 * config.n_kv_heads * config.head_dim
-    return config.kv_lora_rank + config.qk_rope_head_dim + (config.n_heads if config.qk_norm else 0)
-
-
 def cache_bytes_per_token(config: MythosConfig, n_loops: int, mode: str = "all", element_bytes: int = 2) -> int:
     """Bytes of the cache per token of a sequence, on one rank without tensor parallelism."""
     first_loops = {t // config.kv_loops * config.kv_loops for t in range(n_loops)}  # those that compute keys and values
     shared = {t // loops_per_entry(mode) for t in first_loops}
     entries = config.prelude_layers + len(shared) * config.loop_layers + config.coda_layers
-    return entries * entry_elements(config) * element_bytes
+    return entries * attention_sizes(config).cached * element_bytes

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mythos_dist.errors import UserError
 from mythos_dist.model import KVCache, Mythos, MythosConfig, attention
-from mythos_dist.model.kv_cache import cache_bytes_per_token, entry_elements, loops_per_entry
+from mythos_dist.model.attention_sizes import attention_sizes
+from mythos_dist.model.kv_cache import cache_bytes_per_token, loops_per_entry
 
 LOOPS = 4
 SHAPES = [("gqa", False), ("gqa", True), ("mla", False), ("mla", True)]
@@ -158,7 +159,7 @@ def test_the_cache_has_the_bytes_of_the_closed_formula(mode, model):
     cache = KVCache(mode=mode)
     model(random_ids(1, 5), LOOPS, cache=cache)
     held = cache.elements_per_token()
-    assert set(held.values()) == {entry_elements(model.config)}
+    assert set(held.values()) == {attention_sizes(model.config).cached}
     assert 4 * sum(held.values()) == cache_bytes_per_token(model.config, LOOPS, mode, element_bytes=4)
 
 

@@ -1,8 +1,8 @@
 """Bytes of the tensors that layers create and autograd saves, per layer and micro-batch; `memory.py` sums them up."""
 
 # B batch, S sequence, N = B * S tokens, n of them in norms and residuals (N / tensor with sequence parallelism),
-# D model, H heads here, d and v channels of a query and a value head, F hidden width here, R rows received over the
-# expert axis, M (row, expert) pairs received, b bytes of an element.
+# D model, H heads here, F hidden width here, R rows received over the expert axis, M (row, expert) pairs received,
+# b bytes of an element.
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from mythos_dist.config.schema import Config
+from mythos_dist.model.attention_sizes import attention_sizes
 from mythos_dist.ops.plan.pieces import piece_sizes
 from mythos_dist.ops.plan.routing import ExpertRows
 from mythos_dist.parallel.context import attention_work, local_tokens
@@ -49,8 +50,8 @@ class LayerActivations:
         self.n = self.N // t if mesh.sequence else self.N
         self.x = self.N * c.dim * self.b  # full residual stream
         self.residual = self.n * c.dim * self.b  # this rank's part of it
-        self.heads = c.n_heads // t
-        self.kv_heads = self.heads if c.n_kv_heads % t else c.n_kv_heads // t
+        self.sizes = attention_sizes(c, t, self.b)
+        self.in_context = mesh.context.size > 1
         self.shared_hidden = ceil(c.shared_dim / t)
         self.ffn_hidden = ceil(c.ffn_dim / t)
         self.expert_hidden = ceil(c.expert_dim / t)
@@ -65,89 +66,35 @@ class LayerActivations:
         return Saved(gathered=self.x) if self.mesh.sequence else Saved(self.x)
 
     def attention(self) -> Saved:
-        """model/attention.py, from the normed x to the input of `wo`."""
-        return self.layer_input() + Saved(self._heads(self.selective))
+        """From the normed x to the input of `wo`."""
+        return self.layer_input() + Saved(self.N * self.sizes.saved(self.selective, self.in_context))
 
     def recomputed_attention(self) -> float:
         """Bytes that its backward pass adds, if it is recomputed; with `attention_gradients`."""
-        again = self._heads(False) - self._heads(True)
-        if self.mesh.context.size > 1:  # `context_exchange` has the gradients
-            return again
-        return again + self.attention_gradients()
+        again = self.N * (self.sizes.saved(False, self.in_context) - self.sizes.saved(True, self.in_context))
+        return again if self.in_context else again + self.attention_gradients()  # `context_exchange` has the gradients
 
     def attention_gradients(self) -> float:
         """Bytes of the gradients of queries, keys, values, output in its backward pass."""
-        c, H, width = self.c, self.heads, max(self.c.head_dim, self.c.v_head_dim)
-        if c.attn_type == "gqa":
-            return self.N * 2 * (H + self.kv_heads) * c.head_dim * self.b
-        unpadded = H * c.v_head_dim if c.v_head_dim < c.head_dim else 0  # the output, which is not needed again
-        return self.N * (4 * H * width - unpadded) * self.b
-
-    def _heads(self, selective: bool) -> float:
-        return self._gqa(selective) if self.c.attn_type == "gqa" else self._mla(selective)
-
-    def _gqa(self, selective: bool) -> float:
-        c, b, H = self.c, self.b, self.heads
-        elements = 2 * (H + self.kv_heads) * c.head_dim  # queries, keys, values, output
-        if selective:
-            return self.N * elements * b
-        normed = (H + self.kv_heads) * (c.head_dim * b + 4) if c.qk_norm else 0
-        return self.N * (elements * b + 4 * H + normed)
-
-    def _mla(self, selective: bool) -> float:
-        c, N, b, H, d, v = self.c, self.N, self.b, self.heads, self.c.head_dim, self.c.v_head_dim
-        latents = ceil(c.q_lora_rank / self.t) * self.t + self._kv_latent
-        if selective:
-            return N * (latents + H * v) * b
-        normed = c.q_lora_rank + c.kv_lora_rank
-        values = d if v < d else c.qk_nope_head_dim + v  # padded, or a view of the product
-        if self.mesh.context.size > 1:  # queries, output, output unpadded; entries instead of keys and values
-            heads = H * (2 * max(d, v) + (v if v < d else 0)) * b + 4 * H + (H * (d * b + 4) if c.qk_norm else 0)
-            return N * ((latents + normed + self._kv_latent) * b + heads + 8)
-        per_head = 3 * max(d, v) + values + (v if v < d else 0)  # queries, keys, output, values, output unpadded
-        heads = H * per_head * b + 4 * H  # and the log-sum-exp
-        if c.qk_norm:
-            heads += 2 * H * (d * b + 4)  # queries and keys before their norms
-        return N * ((latents + normed) * b + heads + 8)
+        return self.N * self.sizes.gradients()
 
     def context_exchange(self) -> tuple[float, float]:
         """Bytes in the backward pass of attention over the context axis (model/context_attention.py): gathered entries,
         and everything else, in which the gradients of entries are as large."""
-        if self.mesh.context.size == 1:
+        if not self.in_context:
             return 0.0, 0.0
-        c, b, H = self.c, self.b, self.heads
+        b, H, width = self.b, self.sizes.heads, self.c.widest_head
         work = attention_work(self.config.train.micro_batch, self.config.train.seq_len, self.mesh)
-        width = max(c.head_dim, c.v_head_dim) if c.attn_type == "mla" else c.head_dim
-        entry = c.kv_lora_rank + c.qk_rope_head_dim if c.attn_type == "mla" else 2 * self.kv_heads * c.head_dim
-        gathered = float(work.gathered * entry * b)
+        gathered = float(work.gathered * self.sizes.kv_width * b)
         # Of a piece: keys, keys before their norm, values; gradients in fp32, and those of a block. Of queries: the
         # gradient of the output, gradients in fp32, and those of a block.
-        piece = work.piece * H * width * (4 * b + 8 + (b if c.qk_norm and c.attn_type == "mla" else 0))
+        piece = work.piece * H * width * (4 * b + 8 + (b if self.sizes.norms_expanded_keys else 0))
         return gathered, gathered + piece + self.N * H * width * (4 + 2 * b)
 
     def shared_kv(self) -> float:
         """Bytes of the keys and values that loops share, of all layers of the block, once per group of loops; 0 if
         every loop has its own."""
-        return self._shared_kv_of_layer() * self.c.loop_layers
-
-    def _shared_kv_of_layer(self) -> float:
-        if self.c.kv_loops == 1:
-            return 0
-        c = self.c
-        width = 2 * self.kv_heads * c.head_dim if c.attn_type == "gqa" else self._kv_latent
-        return self.N * width * self.b
-
-    def _attention_of_loop(self) -> Saved:
-        """Without what loops share. GQA without selective recomputation: rotated keys are of each loop."""
-        c, shared = self.c, self._shared_kv_of_layer()
-        if c.attn_type == "gqa" and not self.selective:
-            shared *= (1 + c.qk_norm) / 2  # values, and keys before their norm
-        return self.attention() + Saved(-shared)
-
-    @property
-    def _kv_latent(self) -> int:
-        """MLA: channels of the latent of keys and values, padding included."""
-        return ceil((self.c.kv_lora_rank + self.c.qk_rope_head_dim) / self.t) * self.t
+        return self.N * self.sizes.shared() * self.c.loop_layers if self.c.kv_loops > 1 else 0
 
     def dense_block(self) -> Saved:
         """model/block.py: both norms' inputs, attention, an FFN's input and its gate and up."""
@@ -204,7 +151,12 @@ class LayerActivations:
 
     def loop_layer(self) -> Saved:
         """A layer of the looped block: both norms' inputs, attention and mixture; without `shared_kv`."""
-        return Saved(2 * self.residual) + self._attention_of_loop() + self.mixture()
+        if self.c.kv_loops == 1:
+            attention = self.attention()
+        else:
+            saved = self.sizes.saved_by_loop(self.selective, self.in_context)
+            attention = self.layer_input() + Saved(self.N * saved)
+        return Saved(2 * self.residual) + attention + self.mixture()
 
     def injection(self) -> Saved:
         """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of

@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import NamedTuple
 
 import torch
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.activations import has_auxiliary_losses, num_bytes, stage_input_shapes
-from mythos_dist.model.attention import kv_width, shared_kv_shape
+from mythos_dist.model.attention import shared_kv_shape
+from mythos_dist.model.attention_sizes import AttentionSizes, attention_sizes
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.ops.plan.pieces import piece_sizes
@@ -74,6 +75,10 @@ class LayerMessages:
         """Bytes of an element of a parameter or an activation."""
         return ITEM_BYTES[self.config.train.dtype]
 
+    @functools.cached_property
+    def sizes(self) -> AttentionSizes:
+        return attention_sizes(self.config.model, self.mesh.tensor.size)
+
     @property
     def tokens(self) -> int:
         """On this rank of the context axis."""
@@ -104,17 +109,10 @@ class LayerMessages:
         backward = message(tensor, "reduce_scatter", size) if partial else Counter()
         return Pass(message(tensor, "all_gather", size), backward)
 
-    def gathered(self, *widths: int) -> int:
-        """Elements of tensors of these widths after gathering; shards are padded (parallel/tensor.py: shard_range)."""
-        n = self.mesh.tensor.size
-        return sum(n * ceil(width / n) for width in widths)
-
     def attention(self) -> Pass:
-        """model/attention.py, with shared keys and values: MLA gathers the latent of queries."""
-        c = self.config.model
-        width = self.gathered(c.q_lora_rank) if c.attn_type == "mla" else 0
-        latent = self.gather(self.tokens * width * self.item)
-        return self.enter(self.x).then(latent, self.exchange(), self.leave(self.x))
+        """model/attention.py, with shared keys and values."""
+        queries = self.gather(self.tokens * self.sizes.gathered_queries * self.item)
+        return self.enter(self.x).then(queries, self.exchange(), self.leave(self.x))
 
     def exchange(self) -> Pass:
         """model/context_attention.py: what keys and values are computed from, of all ranks of the context axis; ranks
@@ -122,21 +120,14 @@ class LayerMessages:
         train, context = self.config.train, self.mesh.context
         longest = local_tokens(train.seq_len, replace(self.mesh, context=replace(context, rank=0)))
         rows = context.size * train.micro_batch * longest
-        size = rows * kv_width(self.config.model, self.mesh.tensor.size) * self.item
+        size = rows * self.sizes.kv_width * self.item
         gathered = message(context, "all_gather", size)
         backward = gathered + message(context, "reduce_scatter", size)
         return Pass(gathered, backward + gathered if train.recompute == "selective" else backward)
 
     def keys_values(self) -> Pass:
-        """model/attention.py: MLA gathers their latent; GQA both, if their heads do not divide."""
-        c = self.config.model
-        if c.attn_type == "mla":
-            width = self.gathered(c.kv_lora_rank + c.qk_rope_head_dim)
-        elif c.n_kv_heads % self.mesh.tensor.size:
-            width = 2 * self.gathered(c.n_kv_heads * c.head_dim)
-        else:
-            width = 0
-        return self.gather(self.tokens * width * self.item)
+        """model/attention.py, where they are computed."""
+        return self.gather(self.tokens * self.sizes.gathered_kv * self.item)
 
     def repeated(self, layer: Pass) -> Pass:
         """Messages that a layer which works in pieces repeats in its backward pass (model/pieces.py), once more."""
@@ -190,7 +181,7 @@ class LayerMessages:
         c = self.config.model
         if c.lora == "none":
             return NOTHING
-        elements = self.gathered(c.lora_rank) * (2 * c.dim + (c.lora == "shared"))
+        elements = self.sizes.padded(c.lora_rank) * (2 * c.dim + (c.lora == "shared"))
         return self.gather(elements * self.item, partial=self.mesh.sequence)
 
     def loops(self, loops: int, compute_kv: int, sent: int, received: int) -> Pass:
