@@ -20,7 +20,7 @@ from mythos_dist.config.arguments import add_overrides
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
-from mythos_dist.ops.plan.routing import expected_rows
+from mythos_dist.ops.plan.pieces import expected_rows
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.progress import Bar, log

@@ -11,8 +11,7 @@ from math import ceil
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.attention_sizes import attention_sizes
-from mythos_dist.ops.plan.pieces import piece_sizes
-from mythos_dist.ops.plan.routing import ExpertRows
+from mythos_dist.ops.plan.pieces import ExpertRows, piece_sizes
 from mythos_dist.parallel.context import attention_work, local_tokens
 from mythos_dist.parallel.mesh import Mesh
 

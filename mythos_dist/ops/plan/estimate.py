@@ -19,8 +19,7 @@ from mythos_dist.ops.plan.communication import stage_communication
 from mythos_dist.ops.plan.memory import Memory
 from mythos_dist.ops.plan.muon import muon_flops
 from mythos_dist.ops.plan.peak_memory import peak_memory
-from mythos_dist.ops.plan.pieces import piece_sizes, rows_of_pieces
-from mythos_dist.ops.plan.routing import ExpertRows
+from mythos_dist.ops.plan.pieces import ExpertRows, piece_sizes, rows_of_pieces
 from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad

@@ -25,7 +25,7 @@ from mythos_dist.ops.plan.activations import LayerActivations, Saved
 from mythos_dist.ops.plan.layer_communication import LayerMessages
 from mythos_dist.ops.plan.memory import BUCKET, Memory, static_memory, uses_bf16_optimizer
 from mythos_dist.ops.plan.muon import muon_workspace
-from mythos_dist.ops.plan.routing import ExpertRows
+from mythos_dist.ops.plan.pieces import ExpertRows
 from mythos_dist.ops.plan.stages import stage_specs
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
