@@ -57,10 +57,10 @@ class MdsRows:
                     self._reader(shard)
                 except UserError as error:
                     problems += error.problems
+        if len(problems) > 5:
+            problems[5:] = [f"and {len(problems) - 5:,} more"]
         if problems:
-            raise UserError(
-                [*problems[:5], *([f"and {len(problems) - 5:,} more"] * (len(problems) > 5))], self.source.path
-            )
+            raise UserError(problems, self.source.path)
 
     def files(self) -> list[str]:
         return [str(shard.folder / shard.stored["basename"]) for shard in self._shards]
