@@ -34,7 +34,41 @@ LARGE = "model.expert_dim=1000 model.vocab_size=6000"  # parameters that ZeRO-3 
 BARE = "model.prelude_layers=0 model.coda_layers=0 model.vocab_size=4000"
 # Every loop is read out, and what a looped block can have besides OpenMythos' is there.
 LOOPED = "loops.objective=per_loop loops.teacher=0.5 model.injection=parcae model.lora=per_loop model.qk_norm=true"
+# Each setting, with others that it works with; the formula has terms for each.
 LAYOUTS = {
+    2: [
+        f"parallel.tensor=2 parallel.sequence=true experts.sequence_balance_loss=0 act.kl=0.1 act.mode=safe {LOOPED} "
+        "train.recompute=loop train.recompute_every=2",
+        "parallel.tensor=2 train.seq_len=31 train.recompute=selective",
+        f"parallel.zero=3 train.recompute=loop train.dtype=fp16 {LARGE}",
+        "parallel.zero=2 optim.name=muon train.micro_batch=2",
+        f"parallel.expert=2 parallel.zero=1 optim.weight_decay=0 train.dtype=bf16 train.chunk_tokens=12 "
+        f"train.recompute=loop train.offload=saved {ALL_EXPERTS}",
+        "parallel.pipe=2 train.dtype=fp16 loops.mean=1 loops.backprop=1",
+        "parallel.pipe=2 model.loop_layers=2 model.kv_sharing=every:2",
+        "parallel.context=2 train.seq_len=31 train.recompute=selective model.attn_type=gqa",
+    ],
+    4: [
+        "parallel.tensor=4 model.attn_type=gqa parallel.sequence=true",
+        "parallel.context=2 parallel.expert=4 train.chunk_tokens=14",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=8 train.recompute=selective "
+        "model.loop_layers=3",
+        f"parallel.pipe=4 loops.mean=2 {BARE}",
+        f"parallel.pipe=4 loops.mean=6 loops.backprop=5 {LOOPED}",
+        "parallel.pipe=4 loops.mean=12 loops.backprop=6 model.prelude_layers=2",
+        "parallel.context=2 parallel.tensor=2 parallel.sequence=true model.attn_type=gqa",
+        "parallel.context=2 parallel.pipe=2 train.seq_len=33 model.kv_sharing=every:2",
+        f"parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=3 model.attn_type=gqa {LARGE}",
+        "parallel.pipe=2 parallel.tensor=2 parallel.sequence=true model.attn_type=gqa model.kv_sharing=every:2",
+        f"parallel.pipe=2 parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
+        f"optim.name=muon parallel.tensor=2 {LOOPED} model.n_shared_experts=2",
+    ],
+    8: [
+        "optim.name=muon parallel.pipe=2 parallel.tensor=2 parallel.expert=2",
+    ],
+}
+# Other combinations of the settings above: they show which one is counted wrong.
+LONG = {
     2: [
         "parallel.tensor=2 parallel.sequence=true experts.sequence_balance_loss=0",
         "parallel.zero=2 train.micro_batch=2",
@@ -51,35 +85,6 @@ LAYOUTS = {
         f"parallel.tensor=2 parallel.sequence=true act.kl=0.1 act.mode=safe {LOOPED}",
         "optim.name=muon parallel.zero=2",
         "parallel.context=2",
-        "parallel.context=2 train.seq_len=31 train.recompute=selective model.attn_type=gqa",
-        "parallel.pipe=2 model.loop_layers=2 model.kv_sharing=every:2",
-    ],
-    4: [
-        "parallel.tensor=4 model.attn_type=gqa parallel.sequence=true",
-        "parallel.expert=4",
-        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=8 train.recompute=selective",
-        "parallel.pipe=4 loops.mean=2",
-        f"parallel.pipe=4 loops.mean=6 loops.backprop=5 {LOOPED}",
-        "parallel.context=2 parallel.tensor=2 parallel.sequence=true model.attn_type=gqa",
-        "parallel.context=2 parallel.pipe=2 train.seq_len=33 model.kv_sharing=every:2",
-        f"parallel.expert=2 parallel.zero=3 {LARGE}",
-        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=3 model.attn_type=gqa",
-        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.recompute=loop model.loop_layers=3",
-        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=14",
-        f"parallel.pipe=4 {BARE}",
-        "parallel.pipe=2 parallel.tensor=2 parallel.sequence=true model.attn_type=gqa model.kv_sharing=every:2",
-        "parallel.pipe=4 loops.mean=12 loops.backprop=6 model.prelude_layers=2",
-        f"parallel.pipe=2 parallel.expert=2 train.dtype=bf16 {ALL_EXPERTS}",
-        f"optim.name=muon parallel.tensor=2 {LOOPED} model.n_shared_experts=2",
-    ],
-    8: [
-        "optim.name=muon parallel.pipe=2 parallel.tensor=2",
-        "parallel.pipe=2 parallel.tensor=2 parallel.expert=2",
-    ],
-}
-# Other combinations of the settings above, whose terms of the formula are counted there.
-LONG = {
-    2: [
         "parallel.zero=3 parallel.expert=2",
         "train.dtype=bf16 parallel.zero=2",
         "parallel.pipe=2 train.dtype=bf16",
@@ -105,6 +110,14 @@ LONG = {
         f"parallel.pipe=2 {LOOPED}",
     ],
     4: [
+        "parallel.expert=4",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=8 train.recompute=selective",
+        "parallel.pipe=4 loops.mean=2",
+        f"parallel.expert=2 parallel.zero=3 {LARGE}",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=3 model.attn_type=gqa",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.recompute=loop model.loop_layers=3",
+        "parallel.tensor=2 parallel.expert=2 parallel.sequence=true train.chunk_tokens=14",
+        f"parallel.pipe=4 {BARE}",
         "parallel.context=2 parallel.expert=4 train.dtype=bf16 train.recompute=loop model.n_experts_per_tok=8",
         "parallel.tensor=2 parallel.zero=2",
         f"parallel.expert=2 train.dtype=fp16 {ALL_EXPERTS}",
@@ -121,6 +134,8 @@ LONG = {
         "parallel.pipe=2 parallel.expert=2",
     ],
     8: [
+        "optim.name=muon parallel.pipe=2 parallel.tensor=2",
+        "parallel.pipe=2 parallel.tensor=2 parallel.expert=2",
         "optim.name=muon parallel.expert=2 parallel.tensor=2",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true parallel.zero=2",
         f"parallel.pipe=4 parallel.expert=2 train.dtype=bf16 {BARE} {ALL_EXPERTS}",
