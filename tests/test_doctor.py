@@ -120,6 +120,7 @@ CASES = {
             "ok",
             ["2 x", "of 8 in this machine; CUDA_VISIBLE_DEVICES=0,1"],
         ),
+        (node(H100, H100), "ok", ["2 x", "(of 8 in this machine)"]),
         (cpu(), "note", ["none", "with gloo", "NVIDIA's driver"]),
         (
             node(torch=UNUSABLE._replace(warning="driver is too old (found 12020)")),

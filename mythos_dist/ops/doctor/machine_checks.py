@@ -51,7 +51,8 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
     )
     text, present = "; ".join(f"{number} x {kind}" for kind, number in kinds.items()), len(machine.driver.gpus)
     if present > len(torch.gpus):
-        text += f" (of {present} in this machine; CUDA_VISIBLE_DEVICES={machine.env.get('CUDA_VISIBLE_DEVICES')})"
+        visible = machine.env.get("CUDA_VISIBLE_DEVICES")
+        text += f" (of {present} in this machine{f'; CUDA_VISIBLE_DEVICES={visible}' if visible else ''})"
     if len(kinds) > 1:
         yield note(f"{text}: every step runs at the speed of the slowest", "use GPUs of one kind")
     else:
