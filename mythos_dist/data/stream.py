@@ -35,7 +35,7 @@ from mythos_dist.data.read_ahead import one_ahead
 from mythos_dist.data.sequences import SequenceReader
 from mythos_dist.data.shard import Shard
 from mythos_dist.data.shard_cache import ShardCache
-from mythos_dist.errors import UserError, end_with
+from mythos_dist.errors import UserError, end_with, redact
 from mythos_dist.units import count
 
 
@@ -111,6 +111,11 @@ class ReplicaStream:
             for i, sizes in enumerate(self._sequences.shard_sizes)
         ]
         lengths = [order.num_samples for order in self._orders]
+        # Each corpus in the order of `corpus_counts`: its name, what identifies its shards, and its sequences.
+        self.corpora = [
+            {"name": redact(corpus.name), "fingerprint": corpus.manifest.fingerprint[:16], "sequences": length}
+            for corpus, length in zip(corpora, lengths, strict=True)
+        ]
         self._first_ids = np.cumsum([0, *lengths[:-1]])  # of each corpus
         # Of one corpus, its samples; of a mix, the samples before one repeats.
         self.num_samples = self._mix.positions_before_repeat(lengths)
@@ -172,6 +177,10 @@ class ReplicaStream:
             here = corpora == i
             ids[here] = self._first_ids[i] + order.samples(own[here])
         return ids
+
+    def corpus_counts(self, positions: np.ndarray) -> list[int]:
+        """How many of `positions` (int64 (n,)) belong to each corpus."""
+        return np.bincount(self._mix.corpus_positions(positions)[0], minlength=len(self._orders)).tolist()
 
     def shards_of(self, batch: np.ndarray, replicas: Sequence[int]) -> list[Shard]:
         """The shards that these replicas read of a global batch, given as positions, in the order of first use."""

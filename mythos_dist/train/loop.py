@@ -75,6 +75,7 @@ class Run:
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.data_wait = 0.0  # seconds that the slowest rank waited for the batch of the step
         self.memory = 0.0  # bytes that the rank with most memory held before the step
+        self.data_entry = self.describe_data()  # of the next line in metrics.jsonl
         self.warned: set[str] = set()  # failures of loops that the console has shown
         session.on_failure = session.stop.on_exit = lambda reason: self.record_status("failed", reason)
         session.keepalive = self.fence.heartbeat
@@ -202,10 +203,16 @@ class Run:
                 entries["decision"] = "; ".join(decisions)
             line = step_line(self.config, self.lineage, step, result, ids, seconds, self.peak_flops)
             measured = {"data_wait_seconds": self.data_wait, "memory_gb": self.memory / 1e9}
-            self.metrics.write_step(line | measured | entries)
+            read = {"by_corpus": self.stream.corpus_counts(batch.of_all.samples)} | self.data_entry
+            self.data_entry = {}
+            self.metrics.write_step(line | measured | read | entries)
             if message:
                 log.info("%s", message)
                 print(message, flush=True)
+
+    def describe_data(self) -> dict[str, Any]:
+        """What `by_corpus` counts: the entry `data` of a start's first line in metrics.jsonl."""
+        return {"data": {"seq_len": self.config.train.seq_len, "corpora": self.stream.corpora}}
 
     def probe_loops(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
         """Every `loops.telemetry_every` steps, measure each loop and warn of known failures; for metrics.jsonl."""
@@ -284,6 +291,7 @@ class Run:
             raise UserError(f"rolled back to step {self.step}, in an earlier stage: run the same command again")
         self.spikes.norms.clear()
         self.load(checkpoint, as_parent=bool(begin) and self.step == begin)
+        self.data_entry = self.describe_data()  # this start's first line may be among those that are removed
         on_rank_0(self.rewind_metrics)
         self.feed.begin(self.next_batches, self.step + 1, self.last_step)
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from mythos_dist.ops.report.run import page_data, read_run
 
 browser = pytest.mark.skipif(CHROMIUM is None, reason=HINT)
 LOAD = {"counts": [[3, 1], [2, 2]]}  # (loops, experts) tokens
-CONFIG = "train: {steps: 100000, seq_len: 32, global_batch: 4}\ndata: {mix: {a: 0.75, b: 0.25}}\noptim: {lr: 0.001}\n"
+CONFIG = "train: {steps: 100000, seq_len: 32, global_batch: 4}\noptim: {lr: 0.001}\n"
+A, B = ({"name": name, "fingerprint": 2 * name, "sequences": 60} for name in "ab")
+DATA = {"seq_len": 32, "corpora": [A, B]}
 
 
 def line_of(step: int) -> dict:
@@ -33,7 +36,7 @@ def line_of(step: int) -> dict:
         "phase": "warmup" if step < 4 else "decay", "n_loops": 4, "backprop": 4, "tokens": 128 * step,
         "tokens_total": 128 * step, "step_seconds": 1 + (step % 7) / 10, "tokens_per_second": 128.0, "mfu": 0.4,
         "objective": 8.0, "expert_load_max": 1.5, "experts_idle": 0, "skipped": False, "data_wait_seconds": 0.01,
-        "memory_gb": 1 + step / 1e6,
+        "memory_gb": 1 + step / 1e6, "by_corpus": [3, 1], **({"data": DATA} if step == 1 else {}),
     }  # fmt: skip
 
 
@@ -81,7 +84,7 @@ def test_the_page_draws_the_values_of_metrics_jsonl(steps, tmp_path):
     lines = [change(line_of(step)) for step in range(1, steps + 1)]
     assert load == [[1.5, 0.5], [1, 1]]
     assert ["run", f"{steps}", "1.5MB"] in rows, "the checkpoint"
-    assert [row[-1] for row in rows if row[:2] in (["run", "a"], ["run", "b"])] == ["75.0 %", "25.0 %"]
+    assert [row[3] for row in rows if row[:2] in (["run", "a"], ["run", "b"])] == ["75.0 %", "25.0 %"]
     assert ["run", "peak memory of a rank", "2.5 GB", "1.5 GB", "0.60"] in rows
     held = {name: y for name, _, y in memory if name}
     assert held["planned"] == [2.5, 2.5]
@@ -146,10 +149,24 @@ def test_events_are_marked_with_their_reasons(tmp_path):
     assert summary(report)["lost to restarts"] == "1 min 1 s"
 
 
-def test_tokens_by_corpus_are_those_of_the_mix(tmp_path):
-    """10 steps of 4 sequences of 32 tokens, three quarters of them from a."""
-    report = read_run(write_run(tmp_path / "run", 10))
-    assert report.corpora == {"a": 30 * 32, "b": 10 * 32}
+def test_data_seen_is_the_sum_over_starts_and_stages(tmp_path):
+    """10 steps of 3 sequences of a and 1 of b, at first of 32 tokens. At step 6 the run resumed with another folder for
+    the shards of a; from step 9 on a stage reads b and c in sequences of 64 tokens, 30 and 20 of them."""
+    moved = {"seq_len": 32, "corpora": [A | {"name": "moved/a"}, B]}
+    stage = {
+        "seq_len": 64,
+        "corpora": [B | {"sequences": 30}, {"name": "c", "fingerprint": "cc", "sequences": 20}],
+    }
+    entries = {6: {"data": moved}, 9: {"data": stage}, 10: {"by_corpus": ["3", None]}}
+    report = read_run(write_run(tmp_path / "run", 10, lambda line: line | entries.get(line["step"], {})))
+    seen = {name: (one.name, one.tokens, round(one.epochs, 6)) for name, one in report.metrics.corpora.items()}
+    assert seen == {
+        "aa": ("moved/a", 8 * 3 * 32, 0.4),
+        "bb": ("b", 8 * 32 + 3 * 64, round(8 / 60 + 3 / 30, 6)),
+        "cc": ("c", 64, 0.05),
+    }
+    damaged = read_run(write_run(tmp_path / "damaged", 3, lambda line: line | {"data": {"corpora": [3]}}))
+    assert not damaged.metrics.corpora and "Data seen" not in render([damaged])
 
 
 def test_a_comparison_lists_the_settings_that_differ(tmp_path):
@@ -240,6 +257,19 @@ def test_an_envelope_has_the_extremes_and_means_of_its_ranges(values, points):
         assert (curve.low[i], curve.high[i]) == (finite[0], finite[-1])
         assert curve.mean[i] == pytest.approx(math.fsum(finite) / len(finite), rel=1e-9, abs=1e-6)
         assert finite[(len(finite) - 1) // 2] <= median[i] <= finite[len(finite) // 2]
+
+
+def test_memory_grows_so_slowly_that_a_million_steps_take_less_than_500_mb(tmp_path):
+    """By the growth from 4,000 to 12,000 steps, both with more steps than points: at most 300 bytes per step, so 300 MB
+    beside Python's and NumPy's own 60; `benchmarks/report_page.py` measures a million."""
+    peaks = []
+    for steps in (4_000, 12_000):
+        folder = write_run(tmp_path / str(steps), steps)
+        tracemalloc.start()
+        page_data(read_run(folder))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 8 * len(metrics_file.COLUMNS) * 8_000 < peaks[1] - peaks[0] < 300 * 8_000, "columns, and little else"
 
 
 def test_probes_of_a_long_run_are_thinned_out_evenly(tmp_path):

@@ -13,6 +13,7 @@ from mythos_dist.data.corpora import open_corpora
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
+from mythos_dist.ops.report.run import read_run
 from mythos_dist.prepare.convert import convert
 from mythos_dist.train.metrics import batch_id
 
@@ -71,6 +72,13 @@ def test_a_run_with_a_changing_mix_and_batch_reads_the_same_samples_at_every_lay
     assert [of[:8].count(i) for i in range(3)] == [2, 6, 0]
     assert [of[24:].count(i) for i in range(3)] == [0, 12, 12]
     assert len(set(ids)) == 48  # no sample twice
+    seen = read_run(tmp_path / "run").metrics.corpora.values()  # 28 samples, of two starts
+    windows = [corpus.manifest.splits["train"].windows for corpus in corpora]
+    counts = [of[:28].count(i) for i in range(3)]
+    assert [(one.name, one.tokens) for one in seen] == [
+        (name, 32 * n) for name, n in zip((a, b, c), counts, strict=True)
+    ]
+    assert [one.epochs for one in seen] == pytest.approx([n / own for n, own in zip(counts, windows, strict=True)])
     changed = train(1, *run, "data.mix_samples=[8,25]", "train.steps=10")
     assert changed.codes == [2] and "8-25: 0, 1, 1, but the run was trained with 8-24: 0, 1, 1" in changed.err
 

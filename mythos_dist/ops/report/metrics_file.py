@@ -56,6 +56,15 @@ class DepthSample(NamedTuple):
 
 
 @dataclass
+class CorpusSeen:
+    """What a run has read of a corpus, until its last step; repeated steps and rollbacks count once."""
+
+    name: str
+    tokens: int = 0
+    epochs: float = 0.0  # sequences read over the corpus' sequences
+
+
+@dataclass
 class MetricsFile:
     """N lines of metrics.jsonl."""
 
@@ -64,6 +73,7 @@ class MetricsFile:
     probes: list[DepthSample] = field(default_factory=list)  # evenly spread, at most 2 * MAX_PROBES
     planned: dict[str, float | None] = field(default_factory=dict)  # the last comparison with the plan
     communication: dict[str, Any] = field(default_factory=dict)  # bytes of the last counted step, by axis and kind
+    corpora: dict[str, CorpusSeen] = field(default_factory=dict)  # by fingerprint of the shards
     failures: dict[str, int] = field(default_factory=dict)  # of the loops: name -> the last step that shows it
     invalid: int = 0  # lines that are no JSON object with a step
     events_left_out: int = 0
@@ -95,6 +105,7 @@ class _Reader:
         self._every = 1  # of the probes, this many are skipped but one
         self._probes = 0
         self._phase = self._stage = ""
+        self._read: list[tuple[CorpusSeen, int, int]] = []  # with the tokens of a sequence, and the sequences it has
 
     def read(self, raw: bytes) -> None:
         try:
@@ -110,6 +121,7 @@ class _Reader:
             value = line.get(name)
             values.append(value if type(value) in (int, float) else _NAN)
         self._read_events(step, line)
+        self._read_data(line)
         if isinstance(depth := line.get("depth"), dict):
             self._read_probe(step, depth)
         for name in ("planned", "communication"):
@@ -127,6 +139,26 @@ class _Reader:
             self._add(step, "decision", str(line["decision"]))
         elif line.get("skipped"):
             self._add(step, "skipped", "the optimizer did not step")
+
+    def _read_data(self, line: dict[str, Any]) -> None:
+        """`by_corpus` counts the sequences of the corpora that the latest `data` lists."""
+        if isinstance(data := line.get("data"), dict):
+            try:
+                self._read = [self._corpus(data["seq_len"], **corpus) for corpus in data["corpora"]]
+            except (LookupError, TypeError, ValueError):
+                self._read = []
+        counts = line.get("by_corpus")
+        if type(counts) is list and len(counts) == len(self._read) and all(type(n) is int for n in counts):
+            for (corpus, seq_len, sequences), n in zip(self._read, counts, strict=True):
+                corpus.tokens += n * seq_len
+                corpus.epochs += n / sequences
+
+    def _corpus(self, seq_len: int, *, name: str, fingerprint: str, sequences: int) -> tuple[CorpusSeen, int, int]:
+        if type(seq_len) is not int or type(sequences) is not int or sequences < 1 or len(self.result.corpora) > 1000:
+            raise ValueError
+        seen = self.result.corpora.setdefault(str(fingerprint), CorpusSeen(str(name)))
+        seen.name = str(name)  # folders may move
+        return seen, seq_len, sequences
 
     def _add(self, step: int, kind: str, text: str) -> None:
         if len(self.result.events) < MAX_EVENTS:

@@ -197,13 +197,14 @@ def _checkpoints(reports: Sequence[RunReport]) -> str:
 def _corpora(reports: Sequence[RunReport]) -> str:
     rows = []
     for report in reports:
-        total = sum(report.corpora.values())
+        total = sum(one.tokens for one in report.metrics.corpora.values())
         rows += [
-            (report.name, name, short(tokens), f"{100 * tokens / total:.1f} %")
-            for name, tokens in report.corpora.items()
+            (report.name, one.name, short(one.tokens), f"{100 * one.tokens / total:.1f} %", f"{one.epochs:.3g}")
+            for one in report.metrics.corpora.values()
             if total
         ]
-    return _section("Data seen", _table(("run", "corpus", "tokens", "share"), rows, (2, 3))) if rows else ""
+    table = _table(("run", "corpus", "tokens", "share", "epochs"), rows, (2, 3, 4))
+    return _section("Data seen", table) if rows else ""
 
 
 def _config(reports: Sequence[RunReport]) -> str:

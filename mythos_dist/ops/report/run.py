@@ -16,7 +16,6 @@ import numpy as np
 import yaml
 
 from mythos_dist.checkpoint.names import MANIFEST_FILE, folder_name, step_of
-from mythos_dist.data.mix import Mix, integer_weights
 from mythos_dist.errors import redact
 from mythos_dist.files import get_number, read_json_lines
 from mythos_dist.ops.cluster.status import determine_state, read_local_writer
@@ -57,7 +56,6 @@ class RunReport:
     checkpoints: list[SavedCheckpoint] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)  # section.key -> value
     environment: dict[str, str] = field(default_factory=dict)
-    corpora: dict[str, int] = field(default_factory=dict)  # tokens seen of each
     expert_load: dict[str, Any] = field(default_factory=dict)  # step, counts (n_loops, loop_layers * E)
     problems: list[str] = field(default_factory=list)
 
@@ -92,7 +90,6 @@ def read_run(folder: Path, name: str | None = None, progress: Progress = lambda 
     report.checkpoints = list(_checkpoints(folder / "checkpoints"))
     report.config = _config(folder / "config.yaml", report.problems)
     report.environment = _environment(folder, writer, report)
-    report.corpora = _corpora(report)
     report.expert_load = _expert_load(folder / EXPERT_LOAD, report.problems)
     if report.metrics.invalid:
         report.problems.append(f"metrics.jsonl has {report.metrics.invalid} lines that are not steps")
@@ -144,27 +141,6 @@ def _environment(folder: Path, writer: dict[str, Any], report: RunReport) -> dic
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             report.problems.append(f"{manifest} cannot be read ({type(error).__name__})")
     return {key: redact(str(value)) for key, value in details.items() if value is not None}
-
-
-def _corpora(report: RunReport) -> dict[str, int]:
-    """Tokens of each corpus that the present stage has read, without what rollbacks have left out."""
-    config, columns = report.config, report.metrics.columns
-    mix = config.get("data.mix") or {config.get("data.path"): 1}
-    length = config.get("train.seq_len")
-    if (
-        not len(report.metrics)
-        or not isinstance(mix, dict)
-        or not isinstance(length, int)
-        or config.get("data.mix_end")
-    ):
-        return {}
-    sizes = np.nan_to_num(columns["global_batch"], nan=config.get("train.global_batch") or 0)
-    samples = int(sizes.sum())
-    try:
-        counts = Mix(integer_weights(list(mix.values()))).counts(samples)
-    except (ValueError, TypeError, ZeroDivisionError):
-        return {}
-    return {redact(str(path)): count * length for path, count in zip(mix, counts, strict=True)}
 
 
 def _expert_load(file: Path, problems: list[str]) -> dict[str, Any]:
