@@ -1,18 +1,28 @@
-"""The only place that writes DeepSpeed's JSON."""
+"""The only place that writes DeepSpeed's JSON.
+
+Decisions: PARALLEL-20.
+"""
 
 from typing import Any
 
 from mythos_dist.config.schema import Config
 
+LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's default for reduce_bucket_size
 
-def deepspeed_config(config: Config, num_replicas: int) -> dict[str, Any]:
-    """DeepSpeed's settings for a run on `num_replicas` replicas."""
+
+def reduce_bucket_size(elements: int) -> int:
+    """Elements of the buffer in which ZeRO reduces the gradients of a rank that holds `elements` of parameters."""
+    return min(LARGEST_BUCKET, elements)
+
+
+def deepspeed_config(config: Config, num_replicas: int, elements: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a run on `num_replicas` replicas, of a rank that holds `elements` of parameters."""
     train = config.train
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.global_batch // (train.micro_batch * num_replicas),
         "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": reduce_bucket_size(elements)},
         "zero_allow_untested_optimizer": True,  # we pass torch.optim.AdamW
         # Otherwise tensor ranks would split the tensors sent between stages, and expect a tuple of tensors.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},

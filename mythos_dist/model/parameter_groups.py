@@ -7,17 +7,19 @@ tensor, which do not fill a vector register, differently from the others. So in 
 zeros that never get a gradient.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from mythos_dist.config.schema import OptimConfig
-from mythos_dist.model.parameter_table import LocalParameter, local_parameter
+from mythos_dist.config.schema import Config, OptimConfig
+from mythos_dist.model.parameter_table import LocalParameter, local_parameter, local_parameters
 from mythos_dist.parallel.mesh import SINGLE, Mesh
-from mythos_dist.parallel.pipeline import GROUP_ALIGNMENT
+from mythos_dist.parallel.pipeline import GROUP_ALIGNMENT, StageSpec
 from mythos_dist.parallel.tensor import expert_group_name
 
 _ALIGNMENT = 2  # of partitions in elements (DeepSpeed's nccl_start_alignment_factor)
@@ -61,6 +63,30 @@ def plan_groups(parameters: Sequence[LocalParameter], mesh: Mesh) -> list[GroupS
         if numel + padding:
             groups.append(GroupSpec(held, decays, expert_sharded, padding))
     return groups
+
+
+def kept_gradients(groups: Sequence[GroupSpec], mesh: Mesh) -> int:
+    """Elements of the gradients that ZeRO-2 keeps on a rank, the most of any replica: each parameter of which a part is
+    in the replica's partition, completely (zero/stage_1_and_2.py, copy_grads_in_partition)."""
+    total = 0
+    for experts in (False, True):
+        replicas = (mesh.expert_data if experts else mesh.data_context).size
+        changes: Counter[int] = Counter()  # of the elements that are kept, from a replica on
+        for group in groups:
+            if group.expert_sharded == experts:
+                size, first = group.partition(replicas), 0
+                for parameter in group.parameters:
+                    changes[first // size] += parameter.numel
+                    first += parameter.numel
+                    changes[(first - 1) // size + 1] -= parameter.numel
+        total += max(accumulate(change for _, change in sorted(changes.items())), default=0)
+    return total
+
+
+def count_elements(config: Config, mesh: Mesh, stage: StageSpec) -> int:
+    """Elements of all groups of a rank of pipeline stage `stage`."""
+    held = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, stage)
+    return sum(group.numel for group in plan_groups(held, mesh))
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) -> list[dict]:

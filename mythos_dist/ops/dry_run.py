@@ -229,8 +229,9 @@ def mark_static(meter: Meter, engine: Any) -> None:
     optimizer = engine.deepspeed.optimizer
     parameters = list(engine.model.parameters())
     meter.weight_shapes = {parameter.shape for parameter in parameters if parameter.dim() > 1}
+    meter.bucket = int(getattr(optimizer, "reduce_bucket_size", 0))  # BF16_Optimizer has none
     if engine.config.parallel.zero == 2:
-        meter.bucket = int(optimizer.reduce_bucket_size)
+        meter.partition = sum(parameter.numel() for group in optimizer.params_in_partition for parameter in group)
     for flat, state in optimizer.optimizer.state.items():
         meter.mark([flat, *(value for value in state.values() if isinstance(value, Tensor))], "optimizer")
     shards = engine.local_shards.values()
@@ -239,6 +240,7 @@ def mark_static(meter: Meter, engine: Any) -> None:
     meter.mark([parameter.data for parameter in parameters], "parameters")
     if hasattr(optimizer, "grad_partitions_flat_buffer"):  # ZeRO-3
         meter.mark([optimizer.grad_partitions_flat_buffer], "gradients")
+        meter.mark([bucket.buffer for bucket in optimizer.ipg_buckets.values()], "communication")
         meter.mark([parameter.ds_tensor.data for parameter in parameters], "parameters")
         groups = (engine.mesh.data_context.group, engine.mesh.expert_data.group)
         meter.gather_parameters = {group.group_name for group in groups if group is not None}

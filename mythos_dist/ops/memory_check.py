@@ -38,12 +38,7 @@ def check_memory(config: Config, world_size: int, ranks_here: int) -> Estimate:
         size, limit = _available_memory(ranks_here)
         cluster = _unknown_cluster(size)
     estimate = Estimate(config, world_size, cluster)
-    needed = estimate.largest_stage.bytes
-    if run.cluster is None and device().type == "cpu":
-        # DeepSpeed's bucket of 500 million elements is most of a small run's memory, but on a CPU only the pages that
-        # are written to take memory.
-        needed -= estimate.largest_stage.memory.get("communication", 0.0)
-    if run.check_memory and needed > cluster.usable:
+    if run.check_memory and estimate.largest_stage.bytes > cluster.usable:
         raise UserError(_problem(estimate, limit))
     return estimate
 

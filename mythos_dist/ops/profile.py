@@ -193,7 +193,6 @@ class Profile:
             return None
         timeline = MemoryTimeline()
         mark_static(timeline, engine)
-        timeline.bucket = int(getattr(engine.deepspeed.optimizer, "reduce_bucket_size", 0))  # ZeRO-1 has one, too
         timeline.phase = "passes"
         timeline.reset()
         return timeline

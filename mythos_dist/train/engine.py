@@ -31,6 +31,7 @@ from mythos_dist.model.experts import Experts
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos, labels_by_loop
+from mythos_dist.model.parameter_groups import count_elements
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
@@ -95,7 +96,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,
-            config=deepspeed_config(config, mesh.data.size),
+            config=deepspeed_config(config, mesh.data.size, count_elements(config, mesh, self.stages[mesh.pipe.rank])),
             mpu=None if self.stage else mpu_of(mesh),
         )
         if self.stage:

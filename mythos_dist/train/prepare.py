@@ -113,7 +113,7 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
     resume.refresh()  # until now, a suspended rank 0 of an earlier start may have published a checkpoint
     session.stop.stop_after_step(run_dir)
     raise_on_all_ranks(lambda: start_logging(run_dir, session.rank_info, fence.start))
-    on_rank_0(lambda: write_settings(config, mesh.data.size, fence))
+    on_rank_0(lambda: write_settings(config, mesh, fence))
     for line in resume.damaged:
         log.warning("%s", line)
     log.info("%s", check_kernels(config))

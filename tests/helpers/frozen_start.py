@@ -19,6 +19,7 @@ from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import Saver
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import CheckpointConfig
+from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.train.line_file import LineFile
 from mythos_dist.train.run_folder import mark_completed, take_over, write_settings
 from mythos_dist.train.spikes import Rollback, Spikes
@@ -28,7 +29,7 @@ def run_start(run_dir: Path) -> None:
     """Do everything that renames a file of the run folder. Raises UserError if the run was started again since."""
     fence = take_over(run_dir)
     config = load_config(TINY, [*SMALL, f"run.dir={run_dir}"])
-    write_settings(config, 1, fence)
+    write_settings(config, SINGLE, fence)
     metrics = LineFile(run_dir / "metrics.jsonl", fence)
     metrics.rewind(lambda line: line["step"] < 2)
     metrics.append({"step": 2, "start": fence.start})

@@ -17,7 +17,6 @@ from helpers.selection import by_ranks
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.ops import dry_run as dry_run_module
@@ -87,16 +86,6 @@ def micro_batches_of(config: Config, world: int) -> int:
     return config.train.global_batch // (config.train.micro_batch * replicas)
 
 
-def with_small_buckets(*arguments: Any) -> dict[str, Any]:
-    """DeepSpeed's settings with gradient buckets of 2 to 4 MB: the usual 2 GB would hide everything else."""
-    settings = deepspeed_config(*arguments)
-    settings["zero_optimization"]["reduce_bucket_size"] = 1_000_000
-    return settings
-
-
-SMALL_BUCKETS = mock.patch("mythos_dist.train.engine.deepspeed_config", with_small_buckets)
-
-
 def measure(layouts: list[str]) -> list[dict[str, Any]]:
     """On each rank: what a step of each layout needs, by torch's profiler and the meter."""
     from mythos_dist.parallel.mesh import build_mesh
@@ -116,7 +105,7 @@ def measure(layouts: list[str]) -> list[dict[str, Any]]:
             answers.append(exchange_counts(*arguments))
             return answers[-1]
 
-        with use_gpu_code(), SMALL_BUCKETS, mock.patch.object(expert, "exchange_counts", record):
+        with use_gpu_code(), mock.patch.object(expert, "exchange_counts", record):
             gc.collect()  # else the profiler records that the previous engine is freed
             with release_gloo_tensors(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 engine = Engine(config, mesh)
@@ -192,8 +181,7 @@ def run_dry(world: int, cases: list[tuple[str, int, list[RowCounts]]]) -> list[d
     for layout, rank, routing in cases:
         print(layout, rank, file=sys.stderr)
         config = config_of(layout)
-        with SMALL_BUCKETS:
-            dry = dry_run(config, world, rank, micro_batches=micro_batches_of(config, world), routing=routing)
+        dry = dry_run(config, world, rank, micro_batches=micro_batches_of(config, world), routing=routing)
         results.append(
             {
                 "peak": sum(dry.memory.values()),

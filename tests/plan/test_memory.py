@@ -3,6 +3,7 @@
 import pytest
 
 from mythos_dist.config.load import load_config
+from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.dry_run import dry_run
 from mythos_dist.ops.plan.clusters import load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
@@ -79,6 +80,28 @@ def test_planned_memory_of_a_context_rank_is_near_the_dry_run(ranks, layout):
         measured = dry_run(config, ranks, i * context * config.parallel.tensor)
         assert stage.bytes == pytest.approx(sum(measured.memory.values()), rel=0.02), measured.memory
         assert estimate.flops(stage, measured.micro_batches) == measured.flops
+
+
+# Optimizers other than BF16_Optimizer: with a bucket of gradients.
+BUCKETS = [
+    (2, "parallel.zero=2"),
+    (2, "parallel.zero=3 train.recompute=loop"),
+    pytest.param(4, "parallel.zero=2 train.recompute=loop", marks=pytest.mark.long),
+    pytest.param(2, "train.dtype=fp32", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), BUCKETS)
+def test_planned_memory_of_each_zero_stage_equals_the_dry_run(ranks, layout):
+    """Within 1 %, of several micro-batches, also where weights, their gradients and the bucket are most of it."""
+    settings = [*MODEL, *layout.split(), "train.micro_batch=1", f"train.global_batch={3 * ranks}"]
+    config = load_config("configs/tiny_cpu.yaml", settings)
+    planned = Estimate(config, ranks, CLUSTER).largest_stage
+    runs = [dry_run(config, ranks, rank).memory for rank in range(ranks if config.parallel.zero == 2 else 1)]
+    measured = max(runs, key=lambda memory: sum(memory.values()))
+    assert planned.bytes == pytest.approx(sum(measured.values()), rel=0.01), measured
+    elements = sum(parameter.numel for parameter in local_parameters(config.model))
+    assert measured["communication"] >= elements * (4 if config.train.dtype == "fp32" else 2)
 
 
 @pytest.mark.parametrize(

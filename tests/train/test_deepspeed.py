@@ -61,6 +61,13 @@ INTERNALS = [
     ),
     ("deepspeed.runtime.zero.partition_parameters.assert_ints_same_as_other_ranks", "", "a message left out"),
     ("deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks", "", "the same"),
+    (f"{STAGE12}.setup_buckets", "torch.empty(int(self.reduce_bucket_size)", "the bucket, in a backward pass"),
+    (f"{STAGE12}.copy_grads_in_partition", "self.params_in_partition", "ZeRO-2: the gradients that a rank keeps"),
+    (
+        f"{STAGE3}._setup_for_real_optimizer",
+        "bucket.buffer = torch.empty(self.reduce_bucket_size",
+        "the bucket, always",
+    ),
     # experts
     (f"{ENGINE}._configure_distributed_model", "isinstance(module, _AutoEPMoELayer)", "experts are recognised"),
     (f"{ENGINE}._validate_zero3_moe_compatibility", "_AutoEPMoELayer", "ZeRO-3 accepts our experts"),

@@ -7,7 +7,9 @@ Decisions: PLAN-3.
 
 from collections.abc import Sequence
 
+from mythos_dist.config.deepspeed import reduce_bucket_size
 from mythos_dist.config.schema import Config
+from mythos_dist.model.parameter_groups import kept_gradients, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, state_bytes
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.parallel.mesh import Mesh
@@ -20,7 +22,6 @@ Memory = dict[str, float]  # bytes by part
 # communication: outputs of collectives in a backward pass or in the optimizer. workspace: everything else.
 PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "communication")
 
-BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 MAX_REUSE_DISTANCE = 1_000_000_000  # elements: ZeRO-3 releases a weight whose next use is further away
 
 
@@ -42,8 +43,8 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
     """Between steps: DeepSpeed's optimizers (Rajbhandari et al. 2020), runtime/bf16_optimizer.py, zero/stage*.py.
 
     bf16 with ZeRO-1 accumulates gradients in fp32 on every rank. Otherwise they have the weights' dtype: unsharded with
-    ZeRO-1, sharded over replicas with 2 and 3. ZeRO-3 gathers weights for a pass and keeps them (if a loop has fewer
-    than `MAX_REUSE_DISTANCE` elements).
+    ZeRO-1, sharded over replicas with 3, and with 2 those of each parameter that the rank has a part of. ZeRO-3 gathers
+    weights for a pass and keeps them (if a loop has fewer than `MAX_REUSE_DISTANCE` elements).
     """
     b, zero = ITEM_BYTES[config.train.dtype], config.parallel.zero
     memory = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0}
@@ -53,11 +54,21 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
         replicas = (mesh.expert_data if expert_sharded else mesh.data_context).size
         memory["parameters"] += elements * b * (1 + 1 / replicas if zero == 3 else 1)
         memory["optimizer"] += sum(p.numel * state_bytes(config, p.name) for p in held) / replicas
-        if zero > 1:
+        if zero == 3:
             memory["gradients"] += elements * b / replicas
-        else:
+        elif zero == 1:
             memory["gradients"] += elements * (4 if config.train.dtype == "bf16" else b)
-    if not uses_bf16_optimizer(config):
-        # The other optimizers reduce gradients in a bucket of a fixed size, however small the model is.
-        memory["communication"] = float(BUCKET * b)
+    if zero == 2:
+        memory["gradients"] += kept_gradients(plan_groups(parameters, mesh), mesh) * b
+    if zero == 3:
+        memory["communication"] = bucket_bytes(config, mesh, parameters)
     return memory
+
+
+def bucket_bytes(config: Config, mesh: Mesh, parameters: Sequence[LocalParameter]) -> float:
+    """Of the bucket in which DeepSpeed reduces gradients: ZeRO-3 always has it, the others in a backward pass only, and
+    BF16_Optimizer never."""
+    if uses_bf16_optimizer(config):
+        return 0.0
+    elements = sum(group.numel for group in plan_groups(parameters, mesh))
+    return float(reduce_bucket_size(elements) * ITEM_BYTES[config.train.dtype])

@@ -86,6 +86,7 @@ class Meter(TorchDispatchMode):
         self.operations = 0
         self.weight_shapes: set[torch.Size] = set()  # a tensor of such a shape can be a gradient
         self.bucket = 0  # elements of the buffer in which ZeRO reduces gradients
+        self.partition = 0  # elements of this rank's part of them in ZeRO-2; with one replica as many
         self.gather_parameters: set[str] = set()  # process groups whose all-gathers unshard parameters (ZeRO-3)
         self._storages: dict[int, tuple[int, list[str]]] = {}  # bytes and part
 
@@ -130,6 +131,8 @@ class Meter(TorchDispatchMode):
             return "workspace"
         if tensor.shape == (self.bucket,):
             return "communication"
+        if tensor.shape == (self.partition,):
+            return "gradients"
         if tensor.shape in self.weight_shapes and (
             self._is_weight_gradient(tensor, packet) if backward else packet is _HEAD_GRADIENT
         ):

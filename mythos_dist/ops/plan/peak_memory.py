@@ -17,13 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from mythos_dist.config.deepspeed import LARGEST_BUCKET
 from mythos_dist.config.schema import Config
 from mythos_dist.model.offload import pinned_bytes
-from mythos_dist.model.parameter_groups import plan_groups
+from mythos_dist.model.parameter_groups import kept_gradients, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, local_parameters
 from mythos_dist.ops.plan.activations import LayerActivations, Saved
 from mythos_dist.ops.plan.layer_communication import LayerMessages
-from mythos_dist.ops.plan.memory import BUCKET, Memory, static_memory, uses_bf16_optimizer
+from mythos_dist.ops.plan.memory import Memory, bucket_bytes, static_memory, uses_bf16_optimizer
 from mythos_dist.ops.plan.muon import muon_workspace
 from mythos_dist.ops.plan.pieces import ExpertRows
 from mythos_dist.ops.plan.stages import stage_specs
@@ -87,7 +88,9 @@ class _Moments:
         in_loops = (carries if self.recomputed else layers.loop().total * self.live) + self._held_kv(self.trained)
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
+        self.adds_gradients = config.parallel.zero == 2 and micro_batches > 1
         self.exchange = layers.context_exchange()
+        self.bucket = 0.0 if config.parallel.zero == 3 else bucket_bytes(config, mesh, parameters)
         self.in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
         boundary_layers = LayerMessages(config, mesh, self.readouts)
         self.boundaries = boundary_layers.stage_boundaries(stage_specs(config), loops, no_grad)  # received, sent
@@ -136,6 +139,10 @@ class _Moments:
         yield {"workspace": muon_workspace(self.config, self.mesh, self.stage)}
         if self.stage.is_last:
             yield self._loss()
+        for moment in self._backward():
+            yield moment | {"communication": moment.get("communication", 0.0) + self.bucket}
+
+    def _backward(self) -> Iterator[Memory]:
         if len(self.stage.coda):
             yield self._dense_block(self.all_saved, self.readouts, residuals=1)
             if self.layers.selective:
@@ -151,12 +158,17 @@ class _Moments:
 
     def _reduction(self) -> Memory:
         """After the last backward pass: deepspeed/runtime/engine.py, allreduce_bucket, concatenates the accumulators of
-        a bucket (a single one is not copied) and casts them to the weights' dtype."""
+        a bucket (a single one is not copied) and casts them to the weights' dtype. zero/stage_1_and_2.py: in a pipeline
+        `reduce_gradients` allocates the bucket again; ZeRO-2 copies this rank's part before it adds it to that of
+        earlier micro-batches."""
         if not uses_bf16_optimizer(self.config):
-            return {}
+            part = 0.0
+            if self.adds_gradients:
+                part = self.layers.b * kept_gradients(plan_groups(self.parameters, self.mesh), self.mesh)
+            return {"communication": self.bucket * (2 if self.mesh.pipe.size > 1 else 1), "gradients": part}
         buckets: list[list[int]] = [[]]
         for group in plan_groups(self.parameters, self.mesh):
-            if group.expert_sharded or sum(buckets[-1]) > BUCKET:
+            if group.expert_sharded or sum(buckets[-1]) > LARGEST_BUCKET:
                 buckets.append([])
             buckets[-1].append(group.numel)
         copies = [sum(bucket) * (2 + (4 if len(bucket) > 1 else 0)) for bucket in buckets]
