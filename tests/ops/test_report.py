@@ -157,7 +157,7 @@ def test_data_seen_is_the_sum_over_starts_and_stages(tmp_path):
         "seq_len": 64,
         "corpora": [B | {"sequences": 30}, {"name": "c", "fingerprint": "cc", "sequences": 20}],
     }
-    entries = {6: {"data": moved}, 9: {"data": stage}, 10: {"by_corpus": ["3", None]}}
+    entries = {6: {"data": moved}, 9: {"data": stage}, 10: {"by_corpus": ["3", 1, None]}}
     report = read_run(write_run(tmp_path / "run", 10, lambda line: line | entries.get(line["step"], {})))
     seen = {name: (one.name, one.tokens, round(one.epochs, 6)) for name, one in report.metrics.corpora.items()}
     assert seen == {
@@ -260,16 +260,17 @@ def test_an_envelope_has_the_extremes_and_means_of_its_ranges(values, points):
 
 
 def test_memory_grows_so_slowly_that_a_million_steps_take_less_than_500_mb(tmp_path):
-    """By the growth from 4,000 to 12,000 steps, both with more steps than points: at most 300 bytes per step, so 300 MB
+    """By the growth from 5,000 to 10,000 steps, both with more steps than points: at most 300 bytes per step, so 300 MB
     beside Python's and NumPy's own 60; `benchmarks/report_page.py` measures a million."""
     peaks = []
-    for steps in (4_000, 12_000):
+    for steps in (5_000, 10_000):
         folder = write_run(tmp_path / str(steps), steps)
         tracemalloc.start()
         page_data(read_run(folder))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert 8 * len(metrics_file.COLUMNS) * 8_000 < peaks[1] - peaks[0] < 300 * 8_000, "columns, and little else"
+    columns = 8 * len(metrics_file.COLUMNS)  # bytes per step
+    assert 0.8 * columns < (peaks[1] - peaks[0]) / 5_000 < 300
 
 
 def test_probes_of_a_long_run_are_thinned_out_evenly(tmp_path):
