@@ -186,7 +186,8 @@ def _planned(reports: Sequence[RunReport]) -> str:
                     )
                 )
     table = _table(("run", "", "planned", "measured", "measured / planned"), rows, (2, 3, 4))
-    return _section("Planned and measured", table) if rows else ""
+    note = "memory is planned for tensors; measured is PyTorch's allocator on a GPU, and the whole process on a CPU"
+    return _section("Planned and measured", f"{table}<p class=state>{note}</p>") if rows else ""
 
 
 def _checkpoints(reports: Sequence[RunReport]) -> str:
