@@ -54,11 +54,14 @@ class DenseBlock(_ResidualBlock):
     def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
         """(B, S or S / tensor, D) -> same shape."""
         x, _ = self._attend(x, context, cache_key)
-        return self._add(x, self.feed_forward(self.ffn_norm(x)))
+        seq_len = round(x.shape[1] / context.token_share(x))
+        return self._add(x, self.feed_forward(self.ffn_norm(x), seq_len))
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Normed tokens (B, S or S / tensor, D) -> same shape."""
-        return concatenate([self._feed_piece_forward(piece) for (piece,) in self.pieces.split(x)], x)
+    def feed_forward(self, x: Tensor, seq_len: int) -> Tensor:
+        """Normed tokens (B, S or S / tensor, D) of sequences of `seq_len` tokens -> same shape. With ZeRO-3 every piece
+        gathers the weights, over the context axis too."""
+        pieces = [self._feed_piece_forward(piece) for (piece,) in self.pieces.split(x, seq_len=seq_len)]
+        return concatenate(pieces, x)
 
     def _feed_piece_forward(self, x: Tensor) -> Tensor:
         y = self.pieces.recompute(self._partial_sums, x)

@@ -1,5 +1,7 @@
 """Layers that work in pieces of the tokens give the same results, and their memory does not grow with the sequence."""
 
+import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.moe import MoE
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.ops.plan.meter import Meter
-from mythos_dist.parallel.mesh import SINGLE
+from mythos_dist.parallel.mesh import SINGLE, mesh_of
 from mythos_dist.parallel.process import use_gpu_code
 from mythos_dist.parallel.tensor import Embedding
 
@@ -29,9 +31,17 @@ def train(config, enliven, recompute: Recompute, chunk_tokens: int) -> tuple[dic
     return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", [Recompute(), Recompute("loop", 2), Recompute("selective")], ids=str)
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 25, 49])
-def test_work_in_pieces_changes_no_result(recompute, chunk_tokens, tiny, enliven):
+NONE, LOOP, SELECTIVE = Recompute(), Recompute("loop", 2), Recompute("selective")
+IN_PIECES = [(1, NONE), (7, LOOP), (7, SELECTIVE), (25, LOOP), (49, SELECTIVE)]
+ALL = itertools.product([1, 7, 25, 49], [NONE, LOOP, SELECTIVE])
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "recompute"),
+    [*IN_PIECES, *(pytest.param(*case, marks=pytest.mark.long) for case in ALL if case not in IN_PIECES)],
+    ids=str,
+)
+def test_work_in_pieces_changes_no_result(chunk_tokens, recompute, tiny, enliven):
     """Pieces that divide nothing, and cross sequences: the same experts for every token; losses to 1e-6, gradients to
     1e-5 of the parameter's largest, because weights' gradients are summed in another order."""
     expected, gradients = train(tiny(), enliven, recompute, 0)
@@ -60,6 +70,18 @@ def test_a_size_that_does_not_divide_a_micro_batch_is_the_whole():
     assert shorter == {**sizes, 100: 0, 199: 0}
 
 
+@torch.no_grad()
+def test_all_ranks_of_a_context_group_run_as_many_pieces(tiny):
+    """Of 31 tokens ranks have 8 or 7, of four sequences 32 or 28: three pieces of at most 14 tokens everywhere. With
+    ZeRO-3 each gathers weights over all of these ranks, and one more or fewer ends the run."""
+    pieces = []
+    for rank, tokens in enumerate((8, 8, 8, 7)):
+        block = DenseBlock(tiny(), mesh_of(ParallelConfig(context=4), 4, rank), chunk_tokens=14)
+        block.ffn.register_forward_hook(lambda module, rows, y, rank=rank: pieces.append(rank))
+        block.feed_forward(torch.zeros(4, tokens, tiny().dim), 31)
+    assert Counter(pieces) == dict.fromkeys(range(4), 3)
+
+
 def memory(module: nn.Module, tokens: int, dim: int) -> float:
     """Peak bytes of a forward and a backward pass over (1, tokens, dim) above: parameters, their gradients, what is
     saved for the backward, and four tensors like the input (the output, its gradient, the gradients of the pieces of
@@ -77,14 +99,14 @@ def memory(module: nn.Module, tokens: int, dim: int) -> float:
         return meter.peak - before - saved - 4 * x.nbytes
 
 
-DIM, SHORT, LONG = 16, 8192, 65536
+DIM, SHORT, LONG = 16, 2048, 16384
 
 
 @pytest.mark.parametrize("layer", ["ffn", "mixture"])
 def test_memory_for_hidden_rows_does_not_grow_with_the_sequence(layer, tiny):
-    """From 8,192 to 65,536 tokens by at most a tenth; all at once more than sevenfold. Bytes of fake tensors, counted
+    """From 2,048 to 16,384 tokens by at most a tenth; all at once more than sevenfold. Bytes of fake tensors, counted
     by the meter of the dry run, with the code that runs on a GPU."""
-    # Experts so wide that hidden rows of a piece are more than the input of 65,536 tokens.
+    # Experts so wide that hidden rows of a piece are more than the input of 16,384 tokens.
     config = tiny(dim=DIM, n_experts=8, n_experts_per_tok=4, expert_dim=128, n_shared_experts=1)
 
     def workspace(tokens: int, chunk_tokens: int) -> float:
@@ -94,7 +116,7 @@ def test_memory_for_hidden_rows_does_not_grow_with_the_sequence(layer, tiny):
             module = FeedForward(config, SINGLE, chunk_tokens=chunk_tokens)
         return memory(module.bfloat16(), tokens, DIM)
 
-    whole, in_pieces = ([workspace(tokens, size) for tokens in (SHORT, LONG)] for size in (0, 4096))
+    whole, in_pieces = ([workspace(tokens, size) for tokens in (SHORT, LONG)] for size in (0, 1024))
     assert whole[1] > 7 * whole[0]
     assert in_pieces[1] < 1.1 * in_pieces[0]
 
@@ -103,11 +125,11 @@ class FeedForward(DenseBlock):
     """Only the FFN of a dense block."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return self.feed_forward(x)
+        return self.feed_forward(x, x.shape[1])
 
 
 def test_memory_for_logits_does_not_grow_with_the_sequence():
-    """What the loss needs besides what it saves, from 8,192 to 65,536 tokens: at most a tenth more with logits of 64
+    """What the loss needs besides what it saves, from 8,192 to 65,536 tokens: at most a tenth more with logits of 256
     tokens at a time, and more than three times as much without."""
 
     def logits(tokens: int, chunk_tokens: int) -> int:
@@ -120,6 +142,6 @@ def test_memory_for_logits_does_not_grow_with_the_sequence():
             assert loss.total.requires_grad
             return meter.peak - meter.total
 
-    (short, long), in_pieces = ([logits(tokens, size) for tokens in (SHORT, LONG)] for size in (0, 64))
+    (short, long), in_pieces = ([logits(tokens, size) for tokens in (8192, 65536)] for size in (0, 256))
     assert long > 3 * short
     assert in_pieces[1] < 1.1 * in_pieces[0]
