@@ -304,6 +304,7 @@ class Recurrent(nn.Module):
             u = torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected)
         h = where_active(loops.active(t), rms_normalize(u) if self.config.state_norm else u, h)
         weight, halted = self.act(h, before.halted, t, loops)
+        # The uses of h and weight stay in this order: autograd sums their gradients in it, so the bits depend on it.
         aux_loss = self._add_losses(before, h, weight, routers, t, loops, context)
         readout = self.act.readout(before, h, weight, t, loops)
         output = self.act.accumulate(before.output, h, weight, t, loops)
