@@ -1,7 +1,7 @@
 """Profiles of a run: a trace of some steps, then of one more step what holds memory (`run.profile`, or PROFILE).
 
 Every rank counts the steps, the ranks of `run.profile.ranks` record. The trace is PyTorch's; the memory is measured in
-a step of its own, because a look at each operation from Python makes a step several times slower. On a GPU the history
+a step of its own, because observing each operation from Python makes a step several times slower. On a GPU the history
 of the allocator is saved as well.
 The trap: nothing here may hold a collective, or fail a run. An error ends the profile with a warning.
 
