@@ -36,7 +36,8 @@ UNITS_OF = {  # of settings whose type is used with several
 EXAMPLES = {  # of settings that no shipped config sets, and whose type suggests none
     "act.prior": "0.25", "loops.backprop": "4", "model.dropout": "0.1", "model.kv_sharing": "every:4",
     "model.rope_scaling.attention_factor": "1.1", "model.rope_scaling.beta_fast": "64",
-    "model.rope_scaling.beta_slow": "2",
+    "model.rope_scaling.beta_slow": "2", "model.rope_scaling.low_freq_factor": "2",
+    "model.rope_scaling.high_freq_factor": "8",
     "optim.beta1": "0.95", "optim.beta2": "0.99", "optim.muon_momentum": "0.9", "train.chunk_tokens": "16384",
     "average.last": "20", "checkpoint.key_file": "~/.mythos/key", "checkpoint.pin": "[100, 250]",
     "checkpoint.remote": "s3://bucket/run", "checkpoint.remote_keep": "3", "data.cache": "/local/shards",
@@ -44,6 +45,7 @@ EXAMPLES = {  # of settings that no shipped config sets, and whose type suggests
     "data.mix_end": "{shards/web: 0.2, shards/code: 0.8}", "data.mix_samples": "[40000, 80000]",
     "data.tokenizer": "tokenizer.model", "faults.inject": "nan@3:0", "faults.spike_factor": "10",
     "loops.maximum": "32", "loops.set": "[1, 2, 4, 8]", "model.loop_layers": "4",
+    "model.norm_eps": "1.0e-5", "model.dense_dim": "5632", "model.gqa_head_dim": "128",
     "model.rope_scaling": schema.RopeScaling.example,
     "optim.muon_lr": "0.01", "run.cluster": "configs/clusters/h100_80gb.yaml", "run.max_seconds": "84000",
     "run.peak_tflops": "989", "run.stage": "chat",

@@ -116,7 +116,7 @@ class ExportedWeights(Checkpoint):
         described = self._state.described() if isinstance(self._state, RemoteTensors) else self._state
         if problems := list(mismatches(described, expected)):
             raise UserError([*problems, "config.json is of another model; export again"], str(folder))
-        check_head(self._state, folder)
+        check_head(self._state, self._model, folder)
         manifest = CheckpointManifest(
             step=settings.step,
             tokens=settings.tokens,

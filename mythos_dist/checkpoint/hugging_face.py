@@ -55,6 +55,7 @@ def class_settings(source: Checkpoint, config: Config, dtype: str, tokenizer: To
         "dtype": _TORCH_NAMES[dtype],
         **asdict(config.model),
         "rope_scaling": to_hugging_face(config.model.rope_scaling),
+        "tie_word_embeddings": config.model.tie_embeddings,
         "act_mode": config.act.mode_of(config.model),
         "num_loops": config.loops.mean_of(config.model),
         **_token_ids(tokenizer),

@@ -78,7 +78,7 @@ def import_open_mythos(
 
 def mismatches(state_dict: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """How a state dict differs from the expected names and shapes: a message for each kind of problem."""
-    names = set(state_dict) - set(NOT_PARAMETERS)
+    names = set(state_dict) - (set(NOT_PARAMETERS) - expected.keys())
     wrong_shapes, wrong_types = [], []
     for name in names & expected.keys():
         tensor = state_dict[name]

@@ -61,6 +61,12 @@ _ADDED: dict[str, dict[str, Any]] = {
         "residual_scale": "init",
         "state_norm": False,
         "loop_layers": 1,
+        "norm_eps": 1e-6,
+        "dense_dim": 0,
+        "gqa_head_dim": 0,
+        "qkv_bias": False,
+        "key_norm_weight": False,
+        "tie_embeddings": True,
     },
     "loops": {"fixed_point": 0.0},
 }
@@ -68,7 +74,7 @@ _ADDED: dict[str, dict[str, Any]] = {
 WIDTHS = (
     "vocab_size dim n_heads n_kv_heads max_loop_iters prelude_layers coda_layers attn_type kv_lora_rank q_lora_rank "
     "qk_rope_head_dim qk_nope_head_dim v_head_dim n_experts n_shared_experts n_experts_per_tok expert_dim lora_rank "
-    "lora injection qk_norm loop_layers"
+    "lora injection qk_norm loop_layers dense_dim tie_embeddings gqa_head_dim qkv_bias key_norm_weight"
 ).split()
 # What a new stage may change; the others say where a run is, and how it is watched.
 _TRAINING = ("model", "experts", "act", "loops", "train", "optim", "average", "data", "parallel")

@@ -42,23 +42,19 @@ def model_problems(model: MythosConfig) -> list[str]:
 def _model_problems(model: MythosConfig) -> Iterator[Problem]:
     if model.attn_type == "gqa":
         yield from _gqa_problems(model)
-    elif model.qk_rope_head_dim < 2 or model.qk_rope_head_dim % 2:
-        yield Problem(
-            ("model.qk_rope_head_dim",),
-            f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even and at least 2: RoPE rotates pairs of "
-            "channels",
-        )
+    else:
+        yield from _mla_problems(model)
     if model.n_experts_per_tok > model.n_experts:
         yield Problem(
             ("model.n_experts_per_tok", "model.n_experts"),
             f"model.n_experts_per_tok={model.n_experts_per_tok} is more than model.n_experts={model.n_experts}; "
             f"set it to at most {model.n_experts}",
         )
-    if model.injection == "none" and model.initial_state != "e":
+    if model.injection in ("none", "difference") and model.initial_state != "e":
         yield Problem(
             ("model.injection", "model.initial_state"),
-            f"model.initial_state={model.initial_state} with model.injection=none: no loop would get the prelude's "
-            "output; set model.initial_state=e, or leave it out",
+            f"model.initial_state={model.initial_state} with model.injection={model.injection}: no loop would get the "
+            "prelude's output; set model.initial_state=e, or leave it out",
         )
     if model.rope_scaling is not None:
         yield from rope_problems(model, model.rope_scaling)
@@ -82,14 +78,42 @@ def _divisibility(setting: str, value: int, by: str, divisor: int) -> Iterator[P
 
 def _gqa_problems(model: MythosConfig) -> Iterator[Problem]:
     dim, heads, kv_heads = model.dim, model.n_heads, model.n_kv_heads
-    yield from _divisibility("model.dim", dim, "model.n_heads", heads)
+    if not model.gqa_head_dim:
+        yield from _divisibility("model.dim", dim, "model.n_heads", heads)
     yield from _divisibility("model.n_heads", heads, "model.n_kv_heads", kv_heads)
-    if dim % heads == 0 and heads % kv_heads == 0 and model.head_dim % 2:
+    if model.key_norm_weight and not model.qk_norm:
+        yield Problem(
+            ("model.key_norm_weight", "model.qk_norm"),
+            "model.key_norm_weight=true, but model.qk_norm=false: keys are not normalized; set model.qk_norm=true",
+        )
+    if model.gqa_head_dim:
+        if model.gqa_head_dim % 2:
+            yield Problem(
+                ("model.gqa_head_dim",),
+                f"model.gqa_head_dim={model.gqa_head_dim} is odd, and RoPE rotates pairs of channels; set an even one",
+            )
+    elif dim % heads == 0 and heads % kv_heads == 0 and model.head_dim % 2:
         yield Problem(
             ("model.dim", "model.n_heads"),
             f"model.dim / model.n_heads = {model.head_dim} is odd, and RoPE rotates pairs of channels; "
             "choose model.dim and model.n_heads with an even ratio",
         )
+
+
+def _mla_problems(model: MythosConfig) -> Iterator[Problem]:
+    if model.qk_rope_head_dim < 2 or model.qk_rope_head_dim % 2:
+        yield Problem(
+            ("model.qk_rope_head_dim",),
+            f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even and at least 2: RoPE rotates pairs of "
+            "channels",
+        )
+    for key in ("gqa_head_dim", "qkv_bias", "key_norm_weight"):
+        if value := getattr(model, key):
+            yield Problem(
+                (f"model.{key}", "model.attn_type"),
+                f"model.{key}={str(value).lower()} is a setting of GQA, but model.attn_type=mla; leave it out, or set "
+                "model.attn_type=gqa",
+            )
 
 
 def _train_problems(config: Config) -> Iterator[Problem]:

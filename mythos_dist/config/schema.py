@@ -16,6 +16,7 @@ from mythos_dist.units import bytes_of
 
 MOST_DRAWN_LOOPS = 10**6  # a step's loops are clipped to at most this
 BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's defaults
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0  # Llama 3's
 MAX_LOOPS = 512  # 8 times the largest variant's; assigning loops to stages takes quadratic time
 
 # Upper bounds are far beyond what any machine holds: they catch typing errors before hours of computation.
@@ -73,10 +74,14 @@ class RopeScaling(Section, section="model.rope_scaling"):
 
     example = "{kind: yarn, factor: 4, original_max_seq_len: 4096}"
 
-    # linear: all positions are divided by `factor` (position interpolation). yarn: those of slow channels only.
-    kind: Literal["linear", "yarn"]
-    factor: Annotated[float, Range(1, 1e6)]  # times original_max_seq_len, it is model.max_seq_len
+    # linear: all positions are divided by `factor` (position interpolation). yarn: those of slow channels only; llama3:
+    # too, with other borders and no change of the softmax.
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: Annotated[float, Range(1, 1e6)]  # times original_max_seq_len, it is model.max_seq_len, but for llama3
     original_max_seq_len: Tokens  # context that the model was trained with before
+    # Of llama3: channels that rotate less than this many times within the original length are divided by the factor.
+    low_freq_factor: Above0 | None = None  # None: 1 (LOW_FREQ_FACTOR)
+    high_freq_factor: Above0 | None = None  # those that rotate more often keep their frequency; None: 4
     # Of yarn, as all that follow; names and defaults are those of transformers. Channels that rotate more than this
     # many times within the original length keep their frequency.
     beta_fast: Above0 | None = None  # None: 32 (BETA_FAST)
@@ -110,7 +115,7 @@ class MythosConfig(Section, section="model"):
     mythos_dist.errors.UserError: model.dim=0 must be at least 1
     """
 
-    vocab_size: Width = 32000  # rows of the embedding, which is also the head
+    vocab_size: Width = 32000  # rows of the embedding and of the head
     dim: Width = 2048  # width of the residual stream
     n_heads: Width = 16  # attention heads (queries)
     n_kv_heads: Width = 4  # GQA: key-value heads
@@ -142,10 +147,11 @@ class MythosConfig(Section, section="model"):
     # Depth LoRA. shared: one pair of matrices with a diagonal per loop; per_loop: a pair of matrices per loop.
     lora: Literal["shared", "per_loop", "none"] = _by_mode(reference="shared", train="shared")
     # parcae: a step size per channel, a full matrix B initialized to the identity, a norm after the prelude. none: each
-    # loop is h = block(h), so that max_loop_iters=1 with lora=none is a plain transformer.
-    injection: Literal["reference", "parcae", "none"] = _by_mode(reference="reference", train="parcae")
-    # Hidden state before the first loop. e: the prelude's output, also the default with injection=none; random:
-    # N(0, 2 / 5).
+    # loop is h = block(h), so that max_loop_iters=1 with lora=none is a plain transformer. difference: each loop is
+    # h = block(h + b * (e - h)) with b per channel, 0 at first; the first loop is that of none for any b.
+    injection: Literal["reference", "parcae", "none", "difference"] = _by_mode(reference="reference", train="parcae")
+    # Hidden state before the first loop. e: the prelude's output, also the default with injection=none and difference;
+    # random: N(0, 2 / 5).
     initial_state: Literal["e", "zero", "random"] = _by_mode(reference="e", train="zero")
     # Normalize queries and keys: attention logits stay bounded at any depth.
     qk_norm: bool = _by_mode(reference=False, train=True)
@@ -165,11 +171,23 @@ class MythosConfig(Section, section="model"):
     state_norm: bool = _by_mode(reference=False, train=False)
     # Layers of the looped block, one after the other in every loop; each has attention, router and experts of its own.
     loop_layers: Annotated[int, Range(1, 128)] = _by_mode(reference=1, train=1)
+    # Of all RMSNorms: added to the mean square.
+    norm_eps: Annotated[float, Range(0, 1, above=True)] = _by_mode(reference=1e-6, train=1e-6)
+    # Hidden width of the FFNs in prelude and coda; 0: dim * 4 // 3, as OpenMythos.
+    dense_dim: Annotated[int, Range(0, 1 << 20)] = _by_mode(reference=0, train=0)
+    # GQA: channels of a head, also if they are not dim / n_heads together, as in Qwen3; 0: dim / n_heads.
+    gqa_head_dim: Annotated[int, Range(0, 1 << 20)] = _by_mode(reference=0, train=0)
+    # GQA: biases of the projections to queries, keys and values, as in Qwen2.
+    qkv_bias: bool = _by_mode(reference=False, train=False)
+    # GQA: with qk_norm, the norm of keys has a weight too, as in Qwen3. That of queries can replace it only if both
+    # channels of a rotated pair have the same weight.
+    key_norm_weight: bool = _by_mode(reference=False, train=False)
+    tie_embeddings: bool = _by_mode(reference=True, train=True)  # the output head is the embedding
     rope_scaling: RopeScaling | None = None  # a context longer than the one that the model was trained with
 
     def complete(self) -> None:
         """Set the defaults that depend on `mode`, and on `injection`."""
-        if self.injection == "none" and self.initial_state is None:
+        if self.injection in ("none", "difference") and self.initial_state is None:
             object.__setattr__(self, "initial_state", "e")
         for key, default in BY_MODE.get(self.mode if isinstance(self.mode, str) else "", {}).items():
             if getattr(self, key) is None:
@@ -190,7 +208,9 @@ class MythosConfig(Section, section="model"):
     @property
     def head_dim(self) -> int:
         """Channels of one query or key head."""
-        return self.dim // self.n_heads if self.attn_type == "gqa" else self.qk_nope_head_dim + self.qk_rope_head_dim
+        if self.attn_type == "gqa":
+            return self.gqa_head_dim or self.dim // self.n_heads
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def widest_head(self) -> int:
@@ -218,8 +238,8 @@ class MythosConfig(Section, section="model"):
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden width of the dense FFN in prelude and coda (OpenMythos: dim * 4 // 3)."""
-        return self.dim * 4 // 3
+        """Hidden width of the dense FFN in prelude and coda."""
+        return self.dense_dim or self.dim * 4 // 3
 
     @property
     def shared_dim(self) -> int:
@@ -425,7 +445,7 @@ class OptimConfig(Section, section="optim"):
     def decays(name: str) -> bool:
         """Whether a parameter is a matrix of a block, by canonical name: those have weight decay. The depth LoRA's
         scale is an embedding, and the injection's matrix is part of the recurrence."""
-        kept = ("norm.weight", "injection.", "act.", "bias", "embed.", "lora.scale")
+        kept = ("norm.weight", "injection.", "act.", "bias", "embed.", "unembed.", "lora.scale")
         return not any(part in name for part in kept)
 
 

@@ -91,7 +91,7 @@ def measure_text(model: Mythos, tokenizer: Tokenizer, text: str, n_loops: int) -
     top_tokens, top_probabilities, divergences = [], [], []
     before: Tensor | None = None
     for h in activations.h.chunk(n_loops):  # (T * 1, S, D): the logits of all loops at once may not fit in memory
-        now = model.embed.gather_logits(model.embed.logits(h))[0].float().log_softmax(-1)  # (S, V)
+        now = model.head.gather_logits(model.head.logits(h))[0].float().log_softmax(-1)  # (S, V)
         best = now.exp().topk(min(TOP, now.shape[-1]))
         top_tokens.append(best.indices.cpu())
         top_probabilities.append(best.values.cpu())

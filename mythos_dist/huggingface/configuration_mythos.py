@@ -19,12 +19,16 @@ class MythosPretrainedConfig(PretrainedConfig):
     by halting probabilities; ponder: the first at which the sum of probabilities reaches act_threshold.
     kv_sharing: all: each loop has its own keys and values; every:k: the first of k loops computes them for all k;
     first: the first loop computes them for all loops.
-    injection: how the prelude's output enters every loop: OpenMythos' (reference), Parcae's, or none, h = block(h).
+    injection: how the prelude's output e enters every loop: OpenMythos' (reference), Parcae's, none (h = block(h)) or
+    difference (h = block(h + B * (e - h))).
     loop_layers: layers of the looped block.
+    norm_eps: of all RMSNorms. dense_dim: hidden width of the FFNs in prelude and coda; 0: dim * 4 // 3.
+    gqa_head_dim: channels of a head in GQA; 0: dim / n_heads. qkv_bias: biases of queries, keys and values in GQA.
+    key_norm_weight: with qk_norm, the norm of keys has a weight too.
     residual_scale: attention and FFN of the looped block times 1 (init), 1 / sqrt(max_loop_iters) (inverse_sqrt) or
     1 / max_loop_iters (inverse), either divided by sqrt(loop_layers). state_norm: each loop's hidden state is divided
     by its RMS.
-    rope_scaling: None, or rope_type (linear, yarn), factor, original_max_position_embeddings and yarn's other fields,
+    rope_scaling: None, or rope_type (linear, yarn, llama3), factor, original_max_position_embeddings and other fields,
     as transformers' models have them; with mscale_all_dim, MLA scales the softmax as DeepSeek-V3 does.
     mythos_dist: what training needs to continue with these weights (step, tokens, settings of act and loops).
     """
@@ -76,6 +80,11 @@ class MythosPretrainedConfig(PretrainedConfig):
         residual_scale: str = "init",
         state_norm: bool = False,
         loop_layers: int = 1,
+        norm_eps: float = 1e-6,
+        dense_dim: int = 0,
+        gqa_head_dim: int = 0,
+        qkv_bias: bool = False,
+        key_norm_weight: bool = False,
         init: str = "depth_scaled",
         mythos_dist: dict[str, Any] | None = None,
         use_cache: bool = True,
@@ -97,7 +106,14 @@ class MythosPretrainedConfig(PretrainedConfig):
     @property
     def key_dim(self) -> int:
         """Channels of one query or key head."""
-        return self.dim // self.n_heads if self.attn_type == "gqa" else self.qk_nope_head_dim + self.qk_rope_head_dim
+        if self.attn_type == "gqa":
+            return self.gqa_head_dim or self.dim // self.n_heads
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the FFNs in prelude and coda."""
+        return self.dense_dim or self.dim * 4 // 3
 
     @property
     def rope_dim(self) -> int:

@@ -21,19 +21,20 @@ from .configuration_mythos import MythosPretrainedConfig as Config
 class MythosNorm(nn.Module):
     """RMSNorm in fp32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return (rms_normalize(x.float()) * self.weight.float()).to(x.dtype)
+        return (rms_normalize(x.float(), self.eps) * self.weight.float()).to(x.dtype)
 
 
-def rms_normalize(x: Tensor) -> Tensor:
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """RMSNorm of x (..., D) without a weight, in the dtype of x."""
     exact = x.float()
-    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -53,8 +54,13 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     slow = frequencies / scaling["factor"]
     if scaling["rope_type"] == "linear":
         return slow
+    if scaling["rope_type"] == "llama3":
+        rotations = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling.get("low_freq_factor") or 1, scaling.get("high_freq_factor") or 4
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        return frequencies * kept + slow * (1 - kept)
     if scaling["rope_type"] != "yarn":
-        raise ValueError(f"rope_type={scaling['rope_type']!r} is not supported; expected linear or yarn")
+        raise ValueError(f"rope_type={scaling['rope_type']!r} is not supported; expected linear, yarn or llama3")
 
     def pair_of(rotations: float) -> float:
         """The index of the pair that rotates so often within the original length."""
@@ -89,19 +95,23 @@ class MythosGQA(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.d, self.dropout, kv_dim = config.key_dim, config.dropout, config.n_kv_heads * config.key_dim
+        self.d, self.dropout = config.key_dim, config.dropout
+        q_dim, kv_dim = config.n_heads * self.d, config.n_kv_heads * self.d
         self.scale = config.softmax_scale * config.query_factor  # all channels are rotary
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.qk_norm = MythosNorm(self.d) if config.qk_norm else None
+        self.wq = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.wo = nn.Linear(q_dim, config.dim, bias=False)
+        self.qk_norm = MythosNorm(self.d, config.norm_eps) if config.qk_norm else None
+        self.k_norm = MythosNorm(self.d, config.norm_eps) if config.key_norm_weight else None
 
     def keys_and_values(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, S, D) -> what is cached: keys and values, (B, K, S, d) each."""
         k, v = (part.unflatten(-1, (-1, self.d)).transpose(1, 2) for part in (self.wk(x), self.wv(x)))
-        if self.qk_norm is not None:  # without a weight: only the product with that of the queries would matter
-            k = rms_normalize(k)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        elif self.qk_norm is not None:
+            k = rms_normalize(k, self.qk_norm.eps)
         return rotate(k, rope), v
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
@@ -123,13 +133,13 @@ class MythosMLA(nn.Module):
         self.nope, self.rope, self.v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent, heads = config.kv_lora_rank, config.n_heads
         self.q_down = nn.Linear(config.dim, config.q_lora_rank, bias=False)
-        self.q_norm = MythosNorm(config.q_lora_rank)
+        self.q_norm = MythosNorm(config.q_lora_rank, config.norm_eps)
         self.q_up = nn.Linear(config.q_lora_rank, heads * config.key_dim, bias=False)
         self.kv_down = nn.Linear(config.dim, self.latent + self.rope, bias=False)
-        self.kv_norm = MythosNorm(self.latent)
+        self.kv_norm = MythosNorm(self.latent, config.norm_eps)
         self.kv_up = nn.Linear(self.latent, heads * (self.nope + self.v), bias=False)
         self.wo = nn.Linear(heads * self.v, config.dim, bias=False)
-        self.qk_norm = MythosNorm(config.key_dim) if config.qk_norm else None
+        self.qk_norm = MythosNorm(config.key_dim, config.norm_eps) if config.qk_norm else None
 
     def keys_and_values(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, S, D) -> what is cached: the rotary key (B, 1, S, R) and the latent (B, 1, S, L)."""
@@ -148,7 +158,7 @@ class MythosMLA(nn.Module):
         k_nope, values = kv.split([self.nope, self.v], dim=-1)  # (B, H, T, -)
         keys = torch.cat([k_nope, k.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
         if self.qk_norm is not None:
-            keys = rms_normalize(keys)
+            keys = rms_normalize(keys, self.qk_norm.eps)
         return self.wo(attend(q, keys, values, mask, self.dropout if self.training else 0.0, self.scale))
 
 
@@ -246,9 +256,9 @@ class MythosBlock(GradientCheckpointingLayer):
     def __init__(self, config: Config, ffn: nn.Module, factor: float = 1.0):
         super().__init__()
         self.factor = factor
-        self.attn_norm = MythosNorm(config.dim)
+        self.attn_norm = MythosNorm(config.dim, config.norm_eps)
         self.attn = MythosMLA(config) if config.attn_type == "mla" else MythosGQA(config)
-        self.ffn_norm = MythosNorm(config.dim)
+        self.ffn_norm = MythosNorm(config.dim, config.norm_eps)
         self.ffn = ffn
         self.dropout = config.dropout
 
@@ -307,6 +317,18 @@ class MythosInjection(nn.Module):
         """e (B, S, D) -> decay (D,), scale * e."""
         decay = torch.exp(-torch.exp((self.log_dt.float() + self.log_A.float()).clamp(-20, 20)))
         return decay.to(e.dtype), self.B * e
+
+
+class MythosDifferenceInjection(nn.Module):
+    """The block's input is h + B * (e - h), with B per channel."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.B = nn.Parameter(torch.zeros(config.dim))
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """h and e (B, S, D) -> (B, S, D)."""
+        return torch.lerp(h, e, self.B)
 
 
 class MythosParcaeInjection(nn.Module):

@@ -3,7 +3,8 @@
     e = prelude(embed(tokens))
     h = decay * h + scale * injected(e) + u,  u = block(norm(h + e)) + its depth LoRA,  num_loops times
 
-decay in (0, 1) and scale are the A and B of Parcae (Prairie et al. 2026); without injection, h = block(h). The block
+decay in (0, 1) and scale are the A and B of Parcae (Prairie et al. 2026); without injection, h = block(h), and with
+that of differences, h = block(h + B * (e - h)). The block
 has `loop_layers` layers, whose FFNs are mixtures of experts.
 Any number of loops can be asked for: `model(input_ids, num_loops=8)`, `model.generate(..., num_loops=8)`. The trap:
 keys and values of a token differ from loop to loop, so the cache grows with loops and belongs to one number of them.
@@ -29,6 +30,7 @@ from .configuration_mythos import MythosPretrainedConfig as Config
 from .layers_mythos import (
     MythosBlock,
     MythosDepthLoRA,
+    MythosDifferenceInjection,
     MythosExperts,
     MythosFFN,
     MythosHalting,
@@ -70,16 +72,21 @@ class MythosRecurrent(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.norm = nn.Identity() if config.injection == "none" else MythosNorm(config.dim)
+        norms = config.injection in ("reference", "parcae")
+        self.norm = MythosNorm(config.dim, config.norm_eps) if norms else nn.Identity()
         layers = [MythosBlock(config, MythosMoE(config), config.residual_factor) for _ in range(config.loop_layers)]
         self.block = layers[0]  # the others are blocks.1, blocks.2, ...
         self.blocks = nn.ModuleDict({str(i): layers[i] for i in range(1, len(layers))})
         self.lora = None if config.lora == "none" else MythosDepthLoRA(config)
         parcae = config.injection == "parcae"
-        self.e_norm = MythosNorm(config.dim) if parcae else None
-        self.injection = None
-        if config.injection != "none":
-            self.injection = MythosParcaeInjection(config) if parcae else MythosInjection(config)
+        self.e_norm = MythosNorm(config.dim, config.norm_eps) if parcae else None
+        kinds = {
+            "reference": MythosInjection,
+            "parcae": MythosParcaeInjection,
+            "difference": MythosDifferenceInjection,
+        }
+        self.injection = kinds[config.injection](config) if config.injection != "none" else None
+        self.adds = norms
         self.act = MythosHalting(config)
 
     def forward(
@@ -95,7 +102,7 @@ class MythosRecurrent(nn.Module):
         """The prelude's output e (B, S, D) -> the coda's input, and h after each loop."""
         if self.e_norm is not None:
             e = self.e_norm(e)
-        h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e) if self.injection else (1.0, 0.0)
+        h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e) if self.adds else (1.0, 0.0)
         output, halted, states = torch.zeros_like(e, dtype=torch.float32), e.new_zeros(*e.shape[:2], 1).float(), []
         layers = [self.block, *self.blocks.values()]
         kv: list[Any] = []
@@ -103,7 +110,9 @@ class MythosRecurrent(nn.Module):
             group, index = divmod(t, self.config.loops_per_kv)
             if index == 0:  # this loop computes its own keys and values, which the next ones of the group use
                 kv = [(None, None)] * len(layers)
-            x = h + e if self.injection else h
+            x = h + e if self.adds else h
+            if self.config.injection == "difference":
+                x = self.injection(h, e)
             if self.config.loop_signal:
                 x = x + loop_signal(t, e)
             u, slots = self.norm(x), first_slot + group * len(layers)
@@ -112,9 +121,9 @@ class MythosRecurrent(nn.Module):
                 kv[i] = used
             if self.lora is not None:
                 u = self.lora(u, t)
-            h = decay * h + injected + u if self.injection else u
+            h = decay * h + injected + u if self.adds else u
             if self.config.state_norm:
-                h = F.rms_norm(h, h.shape[-1:], eps=1e-6)
+                h = F.rms_norm(h, h.shape[-1:], eps=self.config.norm_eps)
             weight, halted = self.act(h, halted, t == num_loops - 1)
             output = torch.addcmul(output, weight, h.float())
             states.append(h)
@@ -184,14 +193,13 @@ class MythosModel(MythosPreTrainedModel):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        ffn_dim = config.dim * 4 // 3
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        blocks = [MythosBlock(config, MythosFFN(config.dim, ffn_dim)) for _ in range(config.prelude_layers)]
+        blocks = [MythosBlock(config, MythosFFN(config.dim, config.ffn_dim)) for _ in range(config.prelude_layers)]
         self.prelude = nn.ModuleList(blocks)
         self.recurrent = MythosRecurrent(config)
-        blocks = [MythosBlock(config, MythosFFN(config.dim, ffn_dim)) for _ in range(config.coda_layers)]
+        blocks = [MythosBlock(config, MythosFFN(config.dim, config.ffn_dim)) for _ in range(config.coda_layers)]
         self.coda = nn.ModuleList(blocks)
-        self.norm = MythosNorm(config.dim)
+        self.norm = MythosNorm(config.dim, config.norm_eps)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -10,9 +10,8 @@ Decisions: MODEL-3, MODEL-4, PARALLEL-6, LOOPS-8, DECODE-3.
 # K key-value heads,
 # R rotary channels, L latent, d channels of a query or key head, v channels of a value head.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
 from mythos_dist.model.attend import DocumentSpans, Kernel, attend, find_documents
-from mythos_dist.model.attention_sizes import attention_sizes
 from mythos_dist.model.context_attention import attend_over_context
 from mythos_dist.model.kv_cache import CacheKey, KVCache
-from mythos_dist.model.loops import where_active
-from mythos_dist.model.norm import EPS, Norm, rms_normalize
+from mythos_dist.model.norm import Norm, rms_normalize
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.rope import query_factor, rope_frequencies, softmax_scale
+from mythos_dist.model.shared_kv import SharedKV, merge_kv
 from mythos_dist.parallel.collectives import all_gather_many
 from mythos_dist.parallel.context import ContextShard
 from mythos_dist.parallel.mesh import Mesh
@@ -111,38 +109,6 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(pairs) * rope).flatten(-2).to(x.dtype)
 
 
-class SharedKV(NamedTuple):
-    """Keys and values that an earlier loop has computed (model.kv_sharing), before norms and rotation."""
-
-    kv: Tensor  # (B, S, W), see `AttentionSizes.kv_width`
-    renewed: Tensor | None  # bool (B,): sequences that compute their own, because their loops begin a group; None: none
-
-
-def merge_kv(new: Tensor | None, shared: SharedKV | None) -> Tensor:
-    """What a loop attends to (B, S, W): `new` for the sequences that compute their own, else the shared."""
-    if shared is None or new is None:
-        kv = new if shared is None else shared.kv
-        assert kv is not None
-        return kv
-    return where_active(shared.renewed, new, shared.kv)
-
-
-def kv_by_layer(kv: Tensor, layers: int) -> Sequence[Tensor]:
-    """What loops share (B, S, W) -> each layer's part."""
-    return (kv,) if layers == 1 else kv.chunk(layers, dim=-1)
-
-
-def join_kv(parts: list[Tensor]) -> Tensor:
-    """The inverse of `kv_by_layer`; None if the layers share nothing."""
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim=-1)
-
-
-def shared_kv_shape(config: MythosConfig, batch: int, seq_len: int, tensor: int) -> torch.Size | None:
-    """(B, S, W) of what the loops of all layers share; None: every loop has keys and values of its own."""
-    width = config.loop_layers * attention_sizes(config, tensor).kv_width
-    return torch.Size([batch, seq_len, width]) if config.kv_loops > 1 else None
-
-
 class GQAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): n_heads queries share n_kv_heads keys and values.
 
@@ -157,13 +123,15 @@ class GQAttention(nn.Module):
         self.selective = selective
         self.shares_kv = shares_kv
         self.scale = softmax_scale(config) * query_factor(config)  # all channels are rotary
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = ParallelLinear(config.dim, config.dim, "outputs", mesh)
-        self.wk = ParallelLinear(config.dim, kv_dim, "outputs", mesh)
-        self.wv = ParallelLinear(config.dim, kv_dim, "outputs", mesh)
-        self.wo = ParallelLinear(config.dim, config.dim, "inputs", mesh)
+        q_dim, kv_dim = (heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads))
+        self.wq = ParallelLinear(config.dim, q_dim, "outputs", mesh, config.qkv_bias)
+        self.wk = ParallelLinear(config.dim, kv_dim, "outputs", mesh, config.qkv_bias)
+        self.wv = ParallelLinear(config.dim, kv_dim, "outputs", mesh, config.qkv_bias)
+        self.wo = ParallelLinear(q_dim, config.dim, "inputs", mesh)
         if config.qk_norm:
-            self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
+            self.qk_norm = replicated(Norm(config.head_dim, config.norm_eps), mesh, in_parallel_region=True)
+        if config.key_norm_weight:
+            self.k_norm = replicated(Norm(config.head_dim, config.norm_eps), mesh, in_parallel_region=True)
 
     def forward(
         self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
@@ -193,8 +161,10 @@ class GQAttention(nn.Module):
         return [self.wk, self.wv]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
-        if self.config.qk_norm:  # one weight for both: only the product of two would matter
-            q, k = self.qk_norm(q), rms_normalize(k)
+        if self.config.key_norm_weight:
+            q, k = self.qk_norm(q), self.k_norm(k)
+        elif self.config.qk_norm:  # one weight for both: without RoPE only the product of two would matter
+            q, k = self.qk_norm(q), rms_normalize(k, self.config.norm_eps)
         q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         if context.shard is not None:
             entries = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)
@@ -249,15 +219,15 @@ class MLAttention(nn.Module):
         self.scale, self.query_factor = softmax_scale(config), query_factor(config)
         heads, latent = config.n_heads, config.kv_lora_rank
         self.q_down = ParallelLinear(config.dim, config.q_lora_rank, "outputs", mesh)
-        self.q_norm = replicated(Norm(config.q_lora_rank), mesh, in_parallel_region=True)
+        self.q_norm = replicated(Norm(config.q_lora_rank, config.norm_eps), mesh, in_parallel_region=True)
         # Per head: nope, then rope.
         self.q_up = ParallelLinear(config.q_lora_rank, heads * config.head_dim, "outputs", mesh)
         self.kv_down = ParallelLinear(config.dim, latent + config.qk_rope_head_dim, "outputs", mesh)
-        self.kv_norm = replicated(Norm(latent), mesh, in_parallel_region=True)
+        self.kv_norm = replicated(Norm(latent, config.norm_eps), mesh, in_parallel_region=True)
         self.kv_up = LatentExpansion(latent, heads * (config.qk_nope_head_dim + config.v_head_dim), "outputs", mesh)
         self.wo = ParallelLinear(heads * config.v_head_dim, config.dim, "inputs", mesh)
         if config.qk_norm:
-            self.qk_norm = replicated(Norm(config.head_dim), mesh, in_parallel_region=True)
+            self.qk_norm = replicated(Norm(config.head_dim, config.norm_eps), mesh, in_parallel_region=True)
 
     def forward(
         self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
@@ -325,7 +295,7 @@ class MLAttention(nn.Module):
         k_nope, v = kv.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=-1)
         k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], dim=-1)
         # Rotation keeps the length, so the norm can follow it.
-        return rms_normalize(k) if self.config.qk_norm else k, v
+        return rms_normalize(k, self.config.norm_eps) if self.config.qk_norm else k, v
 
     def _expand(self, entries: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normed latents and rotary keys (n, L + R) -> keys (n, H, d), values (n, H, v); weight: of `kv_up`."""
@@ -353,7 +323,7 @@ class MLAttention(nn.Module):
         rows = latent.flatten(0, 1)
         squares = torch.matmul(rows, key_up.transpose(1, 2)).float().square().sum(-1)  # (H, N)
         squares = squares.t().reshape(*latent.shape[:2], -1) + k_rope.float().square().sum(-1, keepdim=True)
-        return (squares / self.config.head_dim + EPS).rsqrt().to(latent.dtype)
+        return (squares / self.config.head_dim + self.config.norm_eps).rsqrt().to(latent.dtype)
 
     def _absorbs(self, q: Tensor, T: int) -> bool:
         """Whether attention to latents takes fewer operations than expanding all T of them to keys and values.

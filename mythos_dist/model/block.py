@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
-from mythos_dist.model.attention import Context, GQAttention, MLAttention, SharedKV
+from mythos_dist.model.attention import Context, GQAttention, MLAttention
 from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.moe import FFN, MoE, RouterStats
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.pieces import Pieces, concatenate
+from mythos_dist.model.shared_kv import SharedKV
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.ranges import in_range
@@ -25,9 +26,9 @@ class _ResidualBlock(nn.Module):
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool, shares_kv: bool):
         super().__init__()
         self.mesh = mesh
-        self.attn_norm = replicated(Norm(config.dim), mesh)
+        self.attn_norm = replicated(Norm(config.dim, config.norm_eps), mesh)
         self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, mesh, selective, shares_kv)
-        self.ffn_norm = replicated(Norm(config.dim), mesh)
+        self.ffn_norm = replicated(Norm(config.dim, config.norm_eps), mesh)
         self.dropout = config.dropout
         self.factor = 1.0  # of what is added to the residual stream
 

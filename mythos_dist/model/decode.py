@@ -31,7 +31,7 @@ def logits_of(model: Mythos, h: Tensor, context: Context) -> Tensor:
     """Coda, norm and head of the loops' output (B, S, D): logits (B, S, V) in fp32."""
     for i, block in model.coda.items():
         h = block(h, context, f"coda.{i}")
-    return model.embed.logits(model.norm(h)).float()
+    return model.head.logits(model.norm(h)).float()
 
 
 def prefill(
@@ -44,4 +44,4 @@ def prefill(
         loops = Loops(n_loops, seeds=row_seeds)
         h = model.run(Activations(part), range(n_loops), loops, model.context(part, cache=cache))[0].h
         cache.advance(part.shape[1])
-    return model.embed.logits(h[:, -1]).float()
+    return model.head.logits(h[:, -1]).float()

@@ -59,7 +59,7 @@ def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
         router=elements(f"{block}ffn.router."),
         lora=tensor * sum(prod(shape[-2:]) for shape in lora),  # lora=per_loop: one loop's matrix of (T, r, D)
         injection=elements("recurrent.injection."),
-        head=elements("embed."),
+        head=elements("embed." if config.tie_embeddings else "unembed."),
         expert_hidden=shapes[f"{block}ffn.experts.w1"][1],
     )
 

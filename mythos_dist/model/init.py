@@ -54,13 +54,21 @@ def init_parameters(model: nn.Module, seed: int, config: MythosConfig) -> None:
             _fill(parameter, name, config, seed)
 
 
+@torch.no_grad()
+def initial_value(name: str, shape: tuple[int, ...], config: MythosConfig, seed: int) -> Tensor:
+    """The initial value of an unsharded parameter, fp32."""
+    value = torch.empty(shape)
+    _fill(value, name, config, seed)
+    return value
+
+
 def _fill(parameter: Tensor, name: str, config: MythosConfig, seed: int) -> None:
     parent, _, leaf = name.rpartition(".")
     if parent.endswith("norm"):
         parameter.fill_(1.0)
     elif parent.endswith("injection"):
         # softplus(delta) = -log(DECAY), and exp(log_A) = 1
-        values = {"B": 0.1, "delta": math.log(1 / DECAY - 1)}
+        values = {"B": 0.0 if config.injection == "difference" else 0.1, "delta": math.log(1 / DECAY - 1)}
         parameter.fill_(values.get(leaf, 0.0))
     elif parent.endswith("injection.B"):
         _fill_identity(parameter, shard_of(parameter))

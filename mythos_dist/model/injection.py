@@ -1,9 +1,10 @@
 """How the prelude's output e enters every loop: h = decay * h + scale * injected(e) + u, with decay in (0, 1).
 
 Two forms: OpenMythos' (`reference`) and Parcae's (Prairie et al. 2026). The parameters have the names of their papers,
-in which decay is A and scale is B; here B is always this parameter, and e is (..., D). Or `none`: h = u.
+in which decay is A and scale is B; here B is always this parameter, and e is (..., D). Or h = u: with `none` nothing is
+injected, with `difference` the block's input is h + B * (e - h).
 
-Decisions: LOOPS-12.
+Decisions: LOOPS-12, LOOPS-16.
 """
 
 # D model.
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mythos_dist.config.schema import MythosConfig
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.tensor import ParallelLinear, replicated
@@ -42,6 +44,19 @@ class NoInjection(nn.Module):
         return e.new_ones(e.shape[-1]), e.new_zeros(e.shape[-1]), e
 
 
+class DifferenceInjection(nn.Module):
+    """h = u = block(h + B * (e - h)): a part B of the block's input, per channel, is the prelude's output."""
+
+    def __init__(self, dim: int, mesh: Mesh):
+        super().__init__()
+        self.B = nn.Parameter(torch.empty(dim))
+        replicated(self, mesh)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """decay, which is not used, and B (D,), and e (..., D)."""
+        return self.B.new_zeros(e.shape[-1]), self.B.clone(), e  # a copy as in `Injection`
+
+
 class ParcaeInjection(nn.Module):
     """Parcae's: decay = exp(-dt * exp(log_A)) and scale = dt, with a step dt = softplus(delta) per channel; B @ e is
     injected, with a matrix B (D, D)."""
@@ -64,3 +79,11 @@ class ParcaeInjection(nn.Module):
         if own.shape[-1] < width:
             own = F.pad(own, (0, width - own.shape[-1]))
         return decay.to(e.dtype), dt.to(e.dtype), leave_tensor_parallel(self.B(own), self.mesh)
+
+
+def build_injection(config: MythosConfig, mesh: Mesh) -> nn.Module:
+    """The module for `model.injection`."""
+    if config.injection == "none":
+        return NoInjection()
+    kinds = {"reference": Injection, "parcae": ParcaeInjection, "difference": DifferenceInjection}
+    return kinds[config.injection](config.dim, mesh)

@@ -20,7 +20,7 @@ from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.activations import Activations, TensorSpecs, has_auxiliary_losses, stage_input_shapes
 from mythos_dist.model.attend import choose_kernel
-from mythos_dist.model.attention import Context, build_context, shared_kv_shape
+from mythos_dist.model.attention import Context, build_context
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
 from mythos_dist.model.inputs import check_arguments, check_tokens, resolve_n_loops, type_problem
@@ -29,6 +29,7 @@ from mythos_dist.model.loops import Loops
 from mythos_dist.model.norm import Norm
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.model.recurrence import Recurrent
+from mythos_dist.model.shared_kv import shared_kv_shape
 from mythos_dist.parallel.collectives import all_gather, all_reduce
 from mythos_dist.parallel.context import ContextShard, context_shard, local_tokens
 from mythos_dist.parallel.mesh import SINGLE, Mesh
@@ -98,14 +99,16 @@ class Mythos(nn.Module):
         self.stage = stage = stage or StageSpec.full(config)
         self.auxiliary_losses = has_auxiliary_losses(experts, act, fixed_point)
         selective = recompute.kind == "selective"
-        if stage.is_first or stage.is_last:
+        if stage.holds_embedding(config):
             self.embed = Embedding(config.vocab_size, config.dim, mesh, chunk_tokens)
         self.prelude = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective, chunk_tokens) for i in stage.prelude})
         if stage.has_loops:
             self.recurrent = Recurrent(config, act, experts, recompute, mesh, chunk_tokens, fixed_point)
         self.coda = nn.ModuleDict({str(i): DenseBlock(config, mesh, selective, chunk_tokens) for i in stage.coda})
         if stage.is_last:
-            self.norm = replicated(Norm(config.dim), mesh)
+            self.norm = replicated(Norm(config.dim, config.norm_eps), mesh)
+            if not config.tie_embeddings:
+                self.unembed = Embedding(config.vocab_size, config.dim, mesh, chunk_tokens)
         init_parameters(self, seed, config)
 
     def forward(
@@ -150,8 +153,13 @@ class Mythos(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1])
         if labels is None:
-            return self.embed.gather_logits(self.embed.logits(activations.h))
+            return self.head.gather_logits(self.head.logits(activations.h))
         return self.losses(activations, labels, loops, counts, label_counts, context.shard)
+
+    @property
+    def head(self) -> Embedding:
+        """The table of the output head."""
+        return self.embed if self.config.tie_embeddings else self.unembed
 
     def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
         """What all layers share in a pass over input_ids (B, S), of all ranks; see `forward` for the arguments."""
@@ -233,7 +241,7 @@ class Mythos(nn.Module):
                 weights = all_gather(weights, self.mesh.tensor, 2, partial=False)
             # Not 1 / label_counts: weights near 1 keep fp16 gradients from underflowing.
             weights = (weights * (label_counts[-1] / label_counts).view(-1, 1, 1)).flatten(0, 1)
-        head = self.embed.loss(activations.h, targets.flatten(0, 1), weights, len(targets), self.teacher)
+        head = self.head.loss(activations.h, targets.flatten(0, 1), weights, len(targets), self.teacher)
         B = final.shape[0]
         aux_loss = activations.aux_loss.squeeze()
         if self.mesh.sequence and self.auxiliary_losses:

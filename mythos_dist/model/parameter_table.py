@@ -64,7 +64,7 @@ def local_parameters(
     sizes = {"tensor": tensor, "expert": expert}
     held = []
     for spec in parameter_specs(config):
-        if stage is not None and not _is_on_stage(spec.name, stage):
+        if stage is not None and not _is_on_stage(spec.name, stage, config):
             continue
         shape = list(spec.shape)
         for dim, axis in spec.shard_axes.items():
@@ -97,13 +97,13 @@ def local_parameter(name: str, parameter: nn.Parameter) -> LocalParameter:
     )
 
 
-def _is_on_stage(name: str, stage: StageSpec) -> bool:
+def _is_on_stage(name: str, stage: StageSpec, config: MythosConfig) -> bool:
     layer, _, rest = name.partition(".")
-    if layer == "embed":  # the embedding is also the head
-        return stage.is_first or stage.is_last
+    if layer == "embed":
+        return stage.holds_embedding(config)
     if layer == "recurrent":
         return stage.has_loops
-    if layer == "norm":
+    if layer in ("norm", "unembed"):
         return stage.is_last
     blocks = {"prelude": stage.prelude, "coda": stage.coda}[layer]
     return int(rest.partition(".")[0]) in blocks
@@ -120,5 +120,5 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def count_parameters(config: MythosConfig) -> int:
-    """Parameters of the whole model; the embedding counts once, though it is the head as well."""
+    """Parameters of the whole model; an embedding that is the head as well counts once."""
     return sum(parameter.numel for parameter in local_parameters(config))

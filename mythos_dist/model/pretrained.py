@@ -24,7 +24,8 @@ from mythos_dist.urls import RemotePath
 
 Format = Literal["safetensors", "open_mythos", "hf"]
 MODEL_TYPE = "mythos"  # of config.json in exports for transformers
-HF_PREFIX, HF_HEAD = "model.", "lm_head.weight"  # the head is tied, so transformers does not save it
+HF_PREFIX = "model."
+HEAD, HF_HEAD = "unembed.weight", "lm_head.weight"  # transformers does not save a head that is tied
 _THEIRS = "recurrent.block.ffn.router_bias"  # a name that only exports for OpenMythos' class have
 _SETTINGS = {"act": ActConfig, "loops": LoopsConfig}
 
@@ -62,13 +63,18 @@ def exported_shapes(
     """The names and shapes that one of our tensors has in an export."""
     if format == "open_mythos":
         return open_mythos_shapes(name, shape, config)
-    return {HF_PREFIX + name if format == "hf" else name: shape}
+    if format == "hf":
+        return {HF_HEAD if name == HEAD else HF_PREFIX + name: shape}
+    return {name: shape}
 
 
 def our_state(state: dict[str, Tensor], config: MythosConfig) -> dict[str, Tensor]:
     """The tensors of an export of any format, or some of them, by our names. Raises UserError if one is missing."""
-    if any(name.startswith(HF_PREFIX) for name in state):
-        return {name.removeprefix(HF_PREFIX): value for name, value in state.items() if name != HF_HEAD}
+    if any(name.startswith(HF_PREFIX) or name == HF_HEAD for name in state):
+        ours = {name.removeprefix(HF_PREFIX): value for name, value in state.items() if name != HF_HEAD}
+        if HF_HEAD in state and not config.tie_embeddings:
+            ours[HEAD] = state[HF_HEAD]
+        return ours
     return from_open_mythos(state, config)  # changes only names that are OpenMythos'
 
 
@@ -119,10 +125,10 @@ def _number(value: Any) -> int:
     return int(text) if text.isdecimal() and len(text) <= 15 else 0
 
 
-def check_head(state: Mapping[str, Tensor], folder: Path | RemotePath) -> None:
-    """Raises UserError if a head was trained apart from the embedding; transformers saves one only then."""
+def check_head(state: Mapping[str, Tensor], config: MythosConfig, folder: Path | RemotePath) -> None:
+    """Raises UserError if a tied head was trained apart from the embedding; transformers saves one only then."""
     embedding = f"{HF_PREFIX}embed.weight"
-    if HF_HEAD in state and not torch.equal(state[HF_HEAD], state[embedding]):
+    if config.tie_embeddings and HF_HEAD in state and not torch.equal(state[HF_HEAD], state[embedding]):
         raise UserError(
             f"{HF_HEAD} differs from {embedding}, but in this model they are tied; train with tie_word_embeddings=True",
             str(folder),
@@ -150,10 +156,11 @@ def load_pretrained(folder: Path, dtype: torch.dtype, device: str | torch.device
     except Exception as error:  # safetensors raises its own types
         raise UserError(f"cannot be read as weights ({first_line(error)})", str(folder)) from None
     settings = read_settings(folder, metadata)
-    check_head(state, folder)
+    check_head(state, settings.model, folder)
     with torch.device("meta"):
         model = Mythos(settings.model, act=settings.act)
-    state = our_state({name: value for name, value in state.items() if name not in NOT_PARAMETERS}, settings.model)
+    unused = set(NOT_PARAMETERS) - ({HF_HEAD} if not settings.model.tie_embeddings else set())
+    state = our_state({name: value for name, value in state.items() if name not in unused}, settings.model)
     kept = {name for name, _ in model.named_buffers()}  # the router's bias stays fp32
     state = {name: value.to(torch.float32 if name in kept else dtype) for name, value in state.items()}
     try:

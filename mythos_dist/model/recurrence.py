@@ -3,14 +3,15 @@ hidden state h with the same input e.
 
 u = block(norm(h + e + signal(t))) plus its depth LoRA; h = decay * h + scale * injected(e) + u, where decay, in (0, 1)
 by construction, and scale are Parcae's A and B (Prairie et al. 2026). `e` is the prelude's output. With
-model.injection=none, h = u = block(h), as in a plain transformer whose layers share their weights. The output of the
-loops depends on halting (model/halting.py): the last h, a weighted sum of all, or every loop's h.
+model.injection=none, h = u = block(h), as in a plain transformer whose layers share their weights; with `difference`
+h = u = block(h + scale * (e - h)). The output of the loops depends on halting (model/halting.py): the last h, a
+weighted sum of all, or every loop's h.
 
 Every rank runs the same number of loops: a loop contains collectives, so a rank that exits early would hang the others.
 Tokens that have halted get weight zero instead. A sequence with fewer loops than the others starts later, so that all
 end together: gradient through the last k loops is then through the last k of each sequence.
 
-Decisions: LOOPS-1, LOOPS-2, LOOPS-8, LOOPS-10, LOOPS-15.
+Decisions: LOOPS-1, LOOPS-2, LOOPS-8, LOOPS-10, LOOPS-15, LOOPS-16.
 """
 
 # B batch, S' tokens of each sequence on this rank (with context and sequence parallelism a part of the S), D model,
@@ -26,18 +27,19 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.model.activations import UNSET, Activations, Readout
-from mythos_dist.model.attention import Context, SharedKV, join_kv, kv_by_layer, shared_kv_shape
+from mythos_dist.model.attention import Context
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
 from mythos_dist.model.fixed_point import add_fixed_point_loss
 from mythos_dist.model.halting import build_halting
-from mythos_dist.model.injection import Injection, NoInjection, ParcaeInjection
+from mythos_dist.model.injection import build_injection
 from mythos_dist.model.kv_cache import CacheKey, looped_layer
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops, loop_signals, where_active
 from mythos_dist.model.norm import Norm, rms_normalize
 from mythos_dist.model.offload import OffloadedStates
 from mythos_dist.model.recompute import Recompute, checkpoint_if
+from mythos_dist.model.shared_kv import SharedKV, join_kv, kv_by_layer, shared_kv_shape
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.ranges import named_range
@@ -93,7 +95,8 @@ class Recurrent(nn.Module):
         self.fixed_point = fixed_point
         self.recompute = recompute
         self.mesh = mesh
-        self.norm = nn.Identity() if config.injection == "none" else replicated(Norm(config.dim), mesh)
+        self.adds_e = config.injection in ("reference", "parcae")
+        self.norm = replicated(Norm(config.dim, config.norm_eps), mesh) if self.adds_e else nn.Identity()
         layers = [
             MoEBlock(config, experts, mesh, recompute.kind == "selective", chunk_tokens)
             for _ in range(config.loop_layers)
@@ -104,10 +107,8 @@ class Recurrent(nn.Module):
             per_loop = config.lora == "per_loop"
             self.lora = DepthLoRA(config.dim, config.lora_rank, config.max_loop_iters, per_loop, mesh)
         if config.injection == "parcae":
-            self.e_norm = replicated(Norm(config.dim), mesh)
-            self.injection = ParcaeInjection(config.dim, mesh)
-        else:
-            self.injection = NoInjection() if config.injection == "none" else Injection(config.dim, mesh)
+            self.e_norm = replicated(Norm(config.dim, config.norm_eps), mesh)
+        self.injection = build_injection(config, mesh)
         self.act = build_halting(config, act, mesh)
         self.recorder: LoopRecorder | None = None  # set during a telemetry pass
 
@@ -295,14 +296,18 @@ class Recurrent(nn.Module):
     def _loop(self, t: int, loops: Loops, before: Activations, inputs: LoopInputs, context: Context) -> LoopOutputs:
         """Loop t: h = decay * h + scale * injected + u, with u = block(norm(h + e + signal)); then the weight of h.
 
-        With model.injection=none h = u = block(h + signal). A sequence that has not started keeps its h.
+        With model.injection=none h = u = block(h + signal), with `difference` the same of h + scale * (e - h). A
+        sequence that has not started keeps its h.
         """
-        h, injects = before.h, self.config.injection != "none"
-        x = self.norm(inputs.with_signal(h + before.e if injects else h, t))
+        h = before.h
+        x = h + before.e if self.adds_e else h
+        if self.config.injection == "difference":
+            x = torch.lerp(h, inputs.injected, inputs.scale)  # exactly h where e equals h
+        x = self.norm(inputs.with_signal(x, t))
         u, routers, kv = self._apply_layers(x, t, loops, before.kv, context)
-        if injects:
+        if self.adds_e:
             u = torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected)
-        h = where_active(loops.active(t), rms_normalize(u) if self.config.state_norm else u, h)
+        h = where_active(loops.active(t), rms_normalize(u, self.config.norm_eps) if self.config.state_norm else u, h)
         weight, halted = self.act(h, before.halted, t, loops)
         # The uses of h and weight stay in this order: autograd sums their gradients in it, so the bits depend on it.
         aux_loss = self._add_losses(before, h, weight, routers, t, loops, context)

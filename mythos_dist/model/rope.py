@@ -2,7 +2,8 @@
 
 Channel pair i of a query or key at position p is rotated by the angle p * f[i], f[i] = theta^(-2 i / R). Stretched by
 a factor s: `linear` (position interpolation, Chen et al. 2023) divides all f by s; `yarn` (Peng et al. 2023) keeps
-those that rotate often within the original length, divides the slow ones, and sharpens the softmax.
+those that rotate often within the original length, divides the slow ones, and sharpens the softmax; `llama3`
+(Grattafiori et al. 2024) keeps and divides by other borders, and leaves the softmax as it is.
 Frequencies and factors are those of transformers' modeling_rope_utils.py for the same settings.
 
 The trap: transformers multiplies rotated queries and keys by the attention factor. Here queries get its square and
@@ -19,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_dist.config.schema import BETA_FAST, BETA_SLOW, MythosConfig, RopeScaling
+from mythos_dist.config.schema import (
+    BETA_FAST,
+    BETA_SLOW,
+    HIGH_FREQ_FACTOR,
+    LOW_FREQ_FACTOR,
+    MythosConfig,
+    RopeScaling,
+)
 
 # Fields of RopeScaling by the names that transformers has for them.
 _THEIRS = {"rope_type": "kind", "original_max_position_embeddings": "original_max_seq_len"}
@@ -34,7 +42,8 @@ def rope_frequencies(config: MythosConfig, device: torch.device | str = "cpu") -
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    kept = _share_kept(config, scaling, device)
+    share_kept = _share_kept if scaling.kind == "yarn" else _share_kept_of_llama3
+    kept = share_kept(config, scaling, device)
     return frequencies * kept + frequencies / scaling.factor * (1 - kept)
 
 
@@ -56,10 +65,18 @@ def _share_kept(config: MythosConfig, scaling: RopeScaling, device: torch.device
     return 1 - ramp.clamp(0, 1)
 
 
+def _share_kept_of_llama3(config: MythosConfig, scaling: RopeScaling, device: torch.device | str) -> Tensor:
+    """As `_share_kept`, by how often a pair rotates within the original length."""
+    exponents = torch.arange(0, config.rope_dim, 2, device=device, dtype=torch.float32) / config.rope_dim
+    rotations = scaling.original_max_seq_len / config.rope_theta**exponents / (2 * math.pi)
+    low, high = scaling.low_freq_factor or LOW_FREQ_FACTOR, scaling.high_freq_factor or HIGH_FREQ_FACTOR
+    return ((rotations - low) / (high - low)).clamp(0, 1)
+
+
 def query_factor(config: MythosConfig) -> float:
     """What rotated channels of queries are multiplied by: the square of transformers' attention factor."""
     scaling = config.rope_scaling
-    if scaling is None or scaling.kind == "linear":
+    if scaling is None or scaling.kind != "yarn":
         return 1.0
     factor = scaling.attention_factor
     if factor is None and scaling.mscale and scaling.mscale_all_dim:

@@ -35,7 +35,7 @@ class TransposedWeights:
             return
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, Experts | FFN | Embedding):
+                if isinstance(module, Experts | FFN) or (isinstance(module, Embedding) and module is model.head):
                     self._copies.append((module, _transposed(module)))
 
     @property

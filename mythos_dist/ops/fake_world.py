@@ -132,14 +132,14 @@ class _FusedNorm(torch.autograd.Function):
     dozen operations instead, and model/norm.py a function whose backward holds four copies in fp32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight), None
 
 
 def _meta_grouped_mm(a: Tensor, b: Tensor, *_: Any, offs: Tensor, **__: Any) -> Tensor:

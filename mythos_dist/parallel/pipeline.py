@@ -35,6 +35,10 @@ class StageSpec:
         """Whether all layers of this stage come after the loops."""
         return not self.has_loops and (self.is_last or len(self.coda) > 0)
 
+    def holds_embedding(self, config: MythosConfig) -> bool:
+        """Whether it has the table of the input embedding, which may be the head's too."""
+        return self.is_first or (self.is_last and config.tie_embeddings)
+
     @staticmethod
     def full(config: MythosConfig) -> "StageSpec":
         """All layers: the only stage without pipeline parallelism."""

@@ -104,16 +104,21 @@ class ParallelLinear(nn.Module):
     """x @ weight^T, the weight (outputs, inputs) sharded over the tensor axis by its outputs or its inputs.
 
     "outputs" is Megatron-LM's column-parallel linear: full x -> this rank's outputs.
-    "inputs" is its row-parallel linear: this rank's inputs -> a partial sum of all outputs.
+    "inputs" is its row-parallel linear: this rank's inputs -> a partial sum of all outputs; without a bias, which every
+    rank would add.
     """
 
-    def __init__(self, inputs: int, outputs: int, sharded: Literal["outputs", "inputs"], mesh: Mesh):
+    def __init__(
+        self, inputs: int, outputs: int, sharded: Literal["outputs", "inputs"], mesh: Mesh, bias: bool = False
+    ):
         super().__init__()
+        assert sharded == "outputs" or not bias
         self.weight = shard_parameter((outputs, inputs), {0 if sharded == "outputs" else 1: mesh.tensor})
+        self.bias = shard_parameter((outputs,), {0: mesh.tensor}) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs, local if sharded) -> (..., outputs, local if sharded)."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -92,7 +92,7 @@ class Pipeline(PipelineModule):
             super().__init__(layers, topology=topology_of(mesh), dynamic_shape=dynamic_shape)
         self.tied: list[TiedWeight] = []
         # All stages create the groups and reduce the weights in this order, or their collectives would not match.
-        with_embedding = [i for i, stage in enumerate(stages) if stage.is_first or stage.is_last]
+        with_embedding = [i for i, stage in enumerate(stages) if stage.holds_embedding(layer.model.config)]
         with_loops = [i for i, stage in enumerate(stages) if stage.has_loops]
         self._tie_weights(layer.model, "embed", with_embedding, mesh)
         self._tie_weights(layer.model, "recurrent", with_loops, mesh)

@@ -76,10 +76,21 @@ def test_a_resume_must_not_change_it_and_a_new_stage_reports_it(tmp_path):
             "{kind: yarn, factor: 4, original_max_seq_len: 1024, mscale: 1}",
             ["mscale=1 has no effect without mscale_all_dim"],
         ),
+        (
+            "{kind: yarn, factor: 4, original_max_seq_len: 1024, low_freq_factor: 1}",
+            ["low_freq_factor is of kind=llama3, and kind is yarn; leave it out"],
+        ),
+        (
+            "{kind: llama3, factor: 8, original_max_seq_len: 1024, low_freq_factor: 4}",
+            ["low_freq_factor=4 is not below high_freq_factor=4; raise the latter"],
+        ),
         ("4", ["model.rope_scaling=4: expected settings, such as {kind: yarn, factor: 4, "]),
         ("{factor: 4, original_max_seq_len: 1024}", ["model.rope_scaling: kind must be set, as in {kind: yarn"]),
         ("{kind: yarn, original_max_seq_len: 1024, factr: 4}", ["factr: unknown key; did you mean factor?"]),
-        ("{kind: ntk, factor: 4, original_max_seq_len: 1024}", ["model.rope_scaling.kind='ntk': expected 'linear' or"]),
+        (
+            "{kind: ntk, factor: 4, original_max_seq_len: 1024}",
+            ["model.rope_scaling.kind='ntk': expected 'linear', 'yarn'"],
+        ),
         ("{kind: yarn, factor: 0.5, original_max_seq_len: 1024}", ["rope_scaling.factor=0.5 must be at least 1"]),
         ("{kind: yarn, factor: .nan, original_max_seq_len: x}", ["factor=nan: expected", "original_max_seq_len='x': "]),
     ],

@@ -363,7 +363,11 @@ def test_a_missing_config_is_reported_with_the_existing_ones(write, tmp_path, mo
 
 
 PYTHON = [
-    (MythosConfig, {"injection": "zzz"}, "model.injection='zzz': expected 'reference', 'parcae' or 'none'"),
+    (
+        MythosConfig,
+        {"injection": "zzz"},
+        "model.injection='zzz': expected 'reference', 'parcae', 'none' or 'difference'",
+    ),
     (MythosConfig, {"mode": "foo"}, "model.mode='foo': expected 'reference' or 'train'"),
     (MythosConfig, {"mode": ["train"]}, "model.mode=['train']: expected 'reference' or 'train'"),
     (MythosConfig, {"attn_type": "x"}, "model.attn_type='x': expected 'gqa' or 'mla'"),

@@ -23,13 +23,16 @@ from mythos_dist.model import Mythos
 SWITCHES = {
     "loop_signal": [False, True],
     "lora": ["shared", "per_loop", "none"],
-    "injection": ["reference", "parcae", "none"],
+    "injection": ["reference", "parcae", "none", "difference"],
     "initial_state": ["e", "zero", "random"],
     "qk_norm": [False, True],
     "kv_sharing": ["all", "all", "every:2", "first"],
     "residual_scale": ["init", "inverse_sqrt", "inverse"],
     "state_norm": [False, True],
     "loop_layers": [1, 1, 2, 3],
+    "norm_eps": [1e-6, 1e-2],
+    "tie_embeddings": [True, True, False],
+    "dense_dim": [0, 24],
 }
 _YARN = {"kind": "yarn", "factor": 8, "original_max_seq_len": 8}
 SCALINGS = [
@@ -38,6 +41,7 @@ SCALINGS = [
     _YARN,
     _YARN | {"mscale": 1, "mscale_all_dim": 1},
     _YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False, "beta_fast": 4},
+    {"kind": "llama3", "factor": 4, "original_max_seq_len": 16, "low_freq_factor": 0.5, "high_freq_factor": 2.0},
     _YARN | {"attention_factor": 1.5, "beta_slow": 0.5},
 ]
 WIDTHS: dict[str, Any] = {
@@ -76,7 +80,10 @@ def model_settings(draw) -> tuple[MythosConfig, ActConfig]:
     act = "reference"
     if mode == "train":
         settings |= {name: draw(st.sampled_from(values)) for name, values in SWITCHES.items()}
-        if settings["injection"] == "none":
+        if settings["attn_type"] == "gqa":
+            settings |= {"gqa_head_dim": draw(st.sampled_from([0, 6, 12])), "qkv_bias": draw(st.booleans())}
+            settings["key_norm_weight"] = settings["qk_norm"] and draw(st.booleans())
+        if settings["injection"] in ("none", "difference"):
             settings["initial_state"] = "e"
         act = draw(st.sampled_from(["off", "safe", "ponder", "reference"]))
     return MythosConfig(**settings), ActConfig(mode=act)

@@ -24,11 +24,12 @@ def build_pair() -> Callable[..., tuple[Mythos, Any]]:
         ours = Mythos(config, act=act)
         redraw(ours, seed)
         fields = {**asdict(config), "rope_scaling": to_hugging_face(config.rope_scaling)}
+        fields["tie_word_embeddings"] = config.tie_embeddings
         theirs = MythosForCausalLM(MythosPretrainedConfig(**fields, act_mode=act.mode_of(config)))
-        keys = theirs.load_state_dict(
-            {f"model.{name}": value for name, value in ours.state_dict().items()}, strict=False
-        )
-        assert keys.missing_keys == ["lm_head.weight"] and not keys.unexpected_keys
+        names = {"unembed.weight": "lm_head.weight"}
+        state = {names.get(name, f"model.{name}"): value for name, value in ours.state_dict().items()}
+        keys = theirs.load_state_dict(state, strict=False)
+        assert keys.missing_keys == ["lm_head.weight"] * config.tie_embeddings and not keys.unexpected_keys
         theirs.tie_weights()
         return ours.eval(), theirs.eval()
 

@@ -33,7 +33,7 @@ def llama_of(model: Mythos, n_loops: int, factor: float) -> Any:
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim,
         num_hidden_layers=2 + n_loops * c.loop_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_seq_len,
-        rope_theta=c.rope_theta, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps, tie_word_embeddings=True,
     )  # fmt: skip
     ours = model.state_dict()
     theirs = {"model.embed_tokens.weight": ours["embed.weight"], "model.norm.weight": ours["norm.weight"]}
@@ -91,6 +91,36 @@ def test_without_injection_it_is_a_llama_whose_layers_share_weights(n_loops, lay
         assert torch.equal(model.generate(ids[:, :4], 6, temperature=0)[:, 4:], greedy(model, ids[:, :4], 6))
 
 
+def test_width_of_dense_ffns_and_epsilon_of_norms_are_llamas(enliven: Callable):
+    """An epsilon as large as the mean squares, so that a norm without it would be another."""
+    config = MythosConfig(**DENSE | dict(expert_dim=20), **PLAIN, max_loop_iters=1, dense_dim=20, norm_eps=0.3)
+    model = enliven(Mythos(config, act=ActConfig(mode="off"))).eval()
+    ids = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), llama_of(model, 1, 1)(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_difference_is_injected_from_the_second_loop_on(enliven: Callable):
+    """Against h = block(h + b * (e - h)); the first loop is exactly that of a model without injection, for any b."""
+    config = MythosConfig(**DENSE, **PLAIN | dict(injection="difference"), max_loop_iters=3, loop_layers=2)
+    assert not Mythos(config).recurrent.injection.B.any(), "0 at first: a loop repeats the block"
+    model = enliven(Mythos(config, act=ActConfig(mode="off"))).eval()
+    plain = Mythos(MythosConfig(**DENSE, **PLAIN, max_loop_iters=3, loop_layers=2), act=ActConfig(mode="off")).eval()
+    plain.load_state_dict({k: value for k, value in model.state_dict().items() if "injection" not in k})
+    ids = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(ids, 1), plain(ids, 1))
+        context, recurrent = model.context(ids), model.recurrent
+        e = model.prelude["0"](model.embed.lookup(ids), context, "prelude.0")
+        h = e
+        for _ in range(3):
+            h = (1 - recurrent.injection.B) * h + recurrent.injection.B * e
+            for layer in recurrent.layers:
+                h = layer(h, context, "any")[0]
+        logits = model.embed.logits(model.norm(model.coda["0"](h, context, "coda.0")))
+        torch.testing.assert_close(model(ids, 3), logits, rtol=1e-4, atol=1e-4)
+
+
 def greedy(model: Mythos, ids: Tensor, new: int) -> Tensor:
     """The most probable next tokens, each from a pass over all tokens before it."""
     start = ids.shape[1]
@@ -101,8 +131,10 @@ def greedy(model: Mythos, ids: Tensor, new: int) -> Tensor:
 
 def test_without_injection_the_prelude_is_the_initial_state():
     assert MythosConfig(**DENSE, **PLAIN).initial_state == "e"
-    with pytest.raises(UserError, match=r"model\.initial_state=zero with model\.injection=none.*initial_state=e"):
-        MythosConfig(**DENSE, **PLAIN, initial_state="zero")
+    for injection in ("none", "difference"):
+        message = rf"model\.initial_state=zero with model\.injection={injection}.*initial_state=e"
+        with pytest.raises(UserError, match=message):
+            MythosConfig(**DENSE, **PLAIN | dict(injection=injection), initial_state="zero")
 
 
 def test_scaled_residuals_need_no_small_initial_values():

@@ -42,10 +42,13 @@ def config_of(scaling, **changes) -> MythosConfig:
 def scalings(draw) -> RopeScaling:
     """Any scaling that the config accepts for a context of factor x original_max_seq_len."""
     settings: dict = {
-        "kind": draw(st.sampled_from(["linear", "yarn", "yarn", "yarn"])),
+        "kind": draw(st.sampled_from(["linear", "yarn", "yarn", "yarn", "llama3"])),
         "original_max_seq_len": draw(st.integers(1, 1 << 17)),
         "factor": draw(st.floats(1, 64)),
     }
+    if settings["kind"] == "llama3":  # transformers has no defaults for these
+        low = draw(st.floats(0.1, 8))
+        settings |= {"low_freq_factor": low, "high_freq_factor": low * draw(st.floats(1.5, 8))}
     if settings["kind"] == "yarn":
         optional = {
             "beta_fast": st.floats(8, 64),

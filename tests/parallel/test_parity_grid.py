@@ -58,6 +58,13 @@ def run_of(config: Config, kind: str, conversations: str = "") -> Config:
     if kind == "no injection":  # a plain transformer, whose middle layer is looped
         model = dict(injection="none", lora="none", initial_state="e", attn_type="gqa")
         return change(config, model=model, loops=dict(backprop=None))
+    if kind == "retrofit":  # what a pretrained model brings, and an injection that begins as none
+        model = dict(injection="difference", lora="none", initial_state="e", attn_type="gqa", loop_layers=2)
+        model |= dict(
+            norm_eps=1e-5, dense_dim=50, gqa_head_dim=6, qkv_bias=True, key_norm_weight=True, n_shared_experts=0
+        )
+        model |= dict(tie_embeddings=False, expert_dim=64)
+        return change(config, model=model)
     if kind in ("two layers", "three layers"):  # of the looped block, with routers of their own
         model = dict(loop_layers=2, kv_sharing="every:2") if kind == "two layers" else dict(loop_layers=3)
         return change(config, model=model)

@@ -37,6 +37,9 @@ ODD_CONFIGS = [
     MythosConfig(**ODD),
     MythosConfig(**ODD, mode="reference"),
     MythosConfig(**ODD, attn_type="gqa"),
+    MythosConfig(
+        **ODD, attn_type="gqa", gqa_head_dim=6, qkv_bias=True, key_norm_weight=True, dense_dim=47, tie_embeddings=False
+    ),
     MythosConfig(**ODD, prelude_layers=1),
     MythosConfig(**ODD, lora="per_loop", injection="parcae", qk_norm=True, loop_layers=3),
     MythosConfig(**ODD, lora="none", attn_type="gqa", qk_norm=True),

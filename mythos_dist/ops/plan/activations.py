@@ -140,8 +140,13 @@ class LayerActivations:
 
     def loop(self) -> Saved:
         """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the mean; without
-        `shared_kv`. Without injection h is the block's input, and its output is h, which only a depth LoRA changes."""
-        states = 5 if self.c.injection != "none" else 3 if self.c.lora != "none" else 2
+        `shared_kv`. Without injection h is the block's input, and its output is h, which only a depth LoRA changes;
+        with that of differences the input is another tensor."""
+        if self.c.injection in ("reference", "parcae"):
+            states = 5.0
+        else:
+            keeps_h = self.c.injection == "difference" and self.config.train.recompute != "loop"  # which has it anyway
+            states = 2.0 + (self.c.lora != "none") + keeps_h
         if self.c.state_norm:  # its input, for which recomputation stops before h, and a value per token
             states += (self.config.train.recompute != "loop") + 4 / (self.b * self.c.dim)
         states = (states - 2) * self.residual + self.mixed  # the layers have two of them
@@ -161,7 +166,7 @@ class LayerActivations:
         """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of
         e, their product."""
         if self.c.injection != "parcae":
-            return Saved(self.residual if self.c.injection == "reference" else 0)
+            return Saved(self.residual if self.c.injection != "none" else 0)
         return Saved(2 * self.residual + self.N * ceil(self.c.dim / self.t) * self.b)
 
     @property

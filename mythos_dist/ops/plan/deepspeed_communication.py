@@ -20,7 +20,7 @@ def tied_gradients(
     """train/pipeline_stage.py: gradients of weights that several stages hold; BF16_Optimizer has them in fp32."""
     item, pipe = FP32 if layers.config.train.dtype == "bf16" else layers.item, layers.mesh.pipe
     holders = {
-        "embed.": [stage.is_first or stage.is_last for stage in stages],
+        "embed.": [stage.holds_embedding(layers.config.model) for stage in stages],
         "recurrent.": [stage.has_loops for stage in stages],
     }
     total: Messages = Counter()

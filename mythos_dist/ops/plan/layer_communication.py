@@ -15,9 +15,9 @@ import torch
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.activations import has_auxiliary_losses, num_bytes, stage_input_shapes
-from mythos_dist.model.attention import shared_kv_shape
 from mythos_dist.model.attention_sizes import AttentionSizes, attention_sizes
 from mythos_dist.model.parameter_table import LocalParameter
+from mythos_dist.model.shared_kv import shared_kv_shape
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.ops.plan.pieces import piece_sizes
 from mythos_dist.parallel.context import local_tokens

@@ -73,7 +73,10 @@ class _Moments:
         self.every = config.train.recompute_every if self.recomputed else 1
         # The coda and the head run on all readouts at once.
         self.readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
-        self.head_gradient = self._gradients("embed") if stage.is_last else 0.0  # held until the embedding's backward
+        # Held until the embedding's backward, if that is the same table; else only until that of the head.
+        tied = config.model.tie_embeddings
+        self.new_head_gradient = self._gradients("embed" if tied else "unembed") if stage.is_last else 0.0
+        self.head_gradient = self.new_head_gradient if tied else 0.0
         self.recurrent_gradients = self._gradients("recurrent")
         self.layer_gradients = self._gradients("recurrent.block.")  # the first layer's, as large as the others'
 
@@ -192,7 +195,7 @@ class _Moments:
         # whose loss this one replaces, what that has received, and its gradient.
         received = 3 * self.boundaries[0]
         activations = self.all_saved + received + head + gathered + chunk * vocab * per_logit
-        return {"activations": activations, "gradients": self.head_gradient}
+        return {"activations": activations, "gradients": self.new_head_gradient}
 
     def _dense_block(self, saved: float, readouts: int, residuals: int) -> Memory:
         """The backward pass of the FFN in the last block of coda or prelude."""
@@ -336,8 +339,8 @@ class _Moments:
         # The gradient of keys and values that the next loop has used, too.
         kv_gradient = layers.shared_kv() if done and left.stop % size else 0.0
         # Gradients of h, injected(e) and inside of the block; from the second loop on also of e, if that is another.
-        # Without injection, of h and inside of the block.
-        states = 2 if layers.c.injection == "none" else 4 if done and layers.c.injection == "parcae" else 3
+        # Without injection, of h and inside of the block; with that of differences from the second loop on also of e.
+        states = {"none": 2, "difference": 2 + (done > 0), "parcae": 3 + (done > 0)}.get(layers.c.injection, 3)
         if self.readouts > 1:  # and those of the coda's inputs, one tensor for all readouts
             states += self.readouts
         state_gradients = states * layers.residual + kv_gradient + fetched
