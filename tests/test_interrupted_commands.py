@@ -4,6 +4,7 @@ A command that writes is interrupted at calls that change its folder, every comm
 tests/test_interrupts.py tests the handler itself, tests/train/test_stop.py training, which saves and exits with 85.
 """
 
+import json
 import os
 import random
 import re
@@ -14,11 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.kill_points import labels
 from helpers.launch import Launch, launch, train
 from helpers.small_checkpoint import write_run
 from helpers.small_run import SMALL, TINY
 from helpers.token_files import write_megatron
+from safetensors.torch import save_file
 
 from mythos_dist.commands import COMMANDS
 from mythos_dist.config.load import load_config
@@ -37,6 +40,7 @@ ARGUMENTS = {
     "inspect": "data/run",
     "export": "data/run --out out",
     "import hf": "data/hf --out out",
+    "retrofit": "data/llama --out out --prelude 1 --loop 1..2 --coda 1 --tokenizer data/t.model",
     "import deepspeed": "data/universal {config} run.dir=out",
     "import open-mythos": "data/open_mythos.pt {config} model.mode=reference run.dir=out",
     "average": "data/run/checkpoints/step-00000002 data/run --out out",
@@ -88,7 +92,21 @@ def data(shards, tmp_path_factory) -> Path:
     ):
         arguments = [str(data / source), "--format", kind, "--out", str(data / out)]
         assert (made := launch(1, command, "export", arguments)).codes == [0], made.tails
+    write_llama(data / "llama")
     return data
+
+
+def write_llama(folder: Path) -> None:
+    """A pretrained model of four layers, as transformers would save it."""
+    layer = {"input_layernorm": [8], "post_attention_layernorm": [8]}
+    layer |= {f"self_attn.{letter}_proj": [8, 8] for letter in "qkvo"}
+    layer |= {"mlp.gate_proj": [12, 8], "mlp.up_proj": [12, 8], "mlp.down_proj": [8, 12]}
+    shapes = {f"layers.{i}.{name}": shape for i in range(4) for name, shape in layer.items()}
+    shapes |= {"embed_tokens": [400, 8], "norm": [8]}
+    folder.mkdir()
+    save_file({f"model.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}, folder / "a.safetensors")
+    config = dict(model_type="llama", vocab_size=400, hidden_size=8, intermediate_size=12, num_hidden_layers=4)
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 2}))
 
 
 @pytest.fixture

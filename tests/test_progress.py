@@ -208,6 +208,7 @@ def test_a_dry_run_counts_to_a_hundred_percent(run, terminal):
 
 JSON_COMMANDS = [
     *("plan", "doctor", "status", "shards", "import tokens", "verify", "tokenizer", "inspect", "export", "import hf"),
+    "retrofit",
     *("import deepspeed", "import open-mythos", "average", "reshape", "generate", "evaluate", "depth-sweep"),
 ]
 

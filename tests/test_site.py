@@ -33,6 +33,7 @@ PYTHON_BLOCKS = {  # page -> the test that does what its blocks show
     "checkpoints.md": "checkpoint/test_universal.py",
     "generation.md": "generate/test_engine.py",
     "huggingface.md": "huggingface/test_use.py",
+    "retrofit.md": "checkpoint/test_retrofit.py",
     "serving.md": "serve/test_server.py",
 }
 

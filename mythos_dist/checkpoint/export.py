@@ -7,7 +7,7 @@ except for its rotary tables and its head, which is tied to the embedding; hf ha
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -70,9 +70,10 @@ def export(
     progress: Progress = lambda size: None,
     file_bytes: int = FILE_BYTES,
     report: Callable[[str], object] = lambda note: None,
+    texts: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write config.json, the tokenizer, and model.safetensors (or several files and an index) into the new folder
-    `out`.
+    `out`; and `texts`, by the names of their files.
 
     `tokenizer`: its file; None: that of the source. Without one the export has none, which is reported: shards may be
     on another cluster. `workers`: files written at once. `verify`: as in `write_canonical`. Returns the files of
@@ -96,6 +97,8 @@ def export(
         files = _write_weights(plan, folder, group_by_size(sizes, file_bytes), workers)
         if model_tokenizer is not None and (note := write_tokenizer(folder, model_tokenizer, config.model.max_seq_len)):
             report(note)
+        for name, text in (texts or {}).items():
+            write_and_fsync(folder / name, text)
         if format == "hf":
             write_hugging_face(folder, source, config, dtype, model_tokenizer)
         else:

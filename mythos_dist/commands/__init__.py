@@ -43,6 +43,7 @@ COMMANDS = (
     Command("inspect", f"{_HERE}.inspect_checkpoint", "describe, check and compare checkpoints", CHECKPOINTS),
     Command("export", f"{_HERE}.export_checkpoint", "export weights, also for transformers", CHECKPOINTS),
     Command("import hf", f"{_HERE}.import_hf", "import a model from Hugging Face's transformers", CHECKPOINTS),
+    Command("retrofit", f"{_HERE}.retrofit", "make a looped model of a pretrained one", CHECKPOINTS),
     Command("import deepspeed", f"{_HERE}.import_deepspeed", "continue a training of DeepSpeed's", CHECKPOINTS),
     Command("import open-mythos", f"{_HERE}.import_open_mythos", "start from OpenMythos' weights", CHECKPOINTS),
     Command("average", f"{_HERE}.average_checkpoints", "average the weights of several checkpoints", CHECKPOINTS),

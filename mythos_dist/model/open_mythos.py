@@ -27,14 +27,18 @@ def unsupported_loop_settings(config: MythosConfig) -> list[str]:
 def check_loop_settings(config: MythosConfig) -> None:
     """Raises UserError if this model computes something other than OpenMythos with the same weights."""
     if unsupported := unsupported_loop_settings(config):
-        supported = " ".join(f"model.{key}={_yaml(value)}" for key, value in _LOOPS.items())
+        train = BY_MODE["train"]
+        needed = [key for key, value in _LOOPS.items() if value != train[key] or value != getattr(config, key)]
+        supported = " ".join(f"model.{key}={_yaml(_LOOPS[key])}" for key in needed)
         raise UserError(
             f"OpenMythos' weights do not work with {', '.join(unsupported)}; set {supported} to train from them, "
             "or model.mode=reference for OpenMythos' results"
         )
 
 
-def _yaml(value: bool | int | str) -> str:
+def _yaml(value: bool | int | float | str) -> str:
+    if isinstance(value, float):
+        return f"{value:.1e}"  # YAML 1.1 takes 1e-06 for a text
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -106,7 +106,7 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         name
         for name, p in model.named_parameters()
         if p.dim() >= 2
-        and not name.startswith(("embed", "recurrent.act", "recurrent.lora.scale", "recurrent.injection"))
+        and not name.startswith(("embed", "unembed", "recurrent.act", "recurrent.lora.scale", "recurrent.injection"))
     }
     groups = [
         {"params": [p for n, p in model.named_parameters() if n not in decays], "weight_decay": 0.0},
