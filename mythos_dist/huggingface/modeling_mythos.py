@@ -85,7 +85,7 @@ class MythosRecurrent(nn.Module):
             "parcae": MythosParcaeInjection,
             "difference": MythosDifferenceInjection,
         }
-        self.injection = kinds[config.injection](config) if config.injection != "none" else None
+        self.injection: Any = kinds[config.injection](config) if config.injection != "none" else None
         self.adds = norms
         self.act = MythosHalting(config)
 

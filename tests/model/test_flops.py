@@ -30,6 +30,19 @@ CONFIGS = [
     MythosConfig(**COMMON | {"n_shared_experts": 0}, **MLA, v_head_dim=24),  # wider: keys are padded
     MythosConfig(**COMMON, **MLA, v_head_dim=16, kv_sharing="every:2"),
     MythosConfig(**COMMON, attn_type="gqa", n_heads=6, n_kv_heads=2, kv_sharing="first"),
+    MythosConfig(
+        **COMMON,
+        attn_type="gqa",
+        n_heads=6,
+        n_kv_heads=2,
+        gqa_head_dim=10,
+        qkv_bias=True,
+        qk_norm=True,
+        key_norm_weight=True,
+        dense_dim=50,
+        tie_embeddings=False,
+        injection="difference",
+    ),
 ]
 
 
@@ -56,7 +69,7 @@ def score_flops(config: MythosConfig, n_loops: int) -> tuple[float, float]:
     if config.attn_type == "mla":
         key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     else:
-        key = value = config.dim // config.n_heads
+        key = value = config.gqa_head_dim or config.dim // config.n_heads
     per_pair = 2.0 * BATCH * config.n_heads * layers
     run = per_pair * SEQ_LEN * SEQ_LEN * 2 * max(key, value)
     needed = per_pair * SEQ_LEN * (SEQ_LEN + 1) / 2 * (key + value)
