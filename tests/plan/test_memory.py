@@ -19,12 +19,9 @@ MODEL = (
 # At micro_batch=1 the weights' gradients decide where the peak is, at 8 the activations do.
 LAYOUTS = [
     "model.attn_type=mla train.recompute=none",
-    "model.attn_type=gqa train.recompute=selective",
-    "model.attn_type=mla train.recompute=loop",
     "average.kind=ema train.recompute=loop",
-    "model.kv_sharing=every:2 loops.mean=4",
     "model.kv_sharing=every:2 loops.mean=4 train.recompute=loop",
-    "model.kv_sharing=first model.attn_type=gqa",
+    "model.kv_sharing=first model.attn_type=gqa train.recompute=selective",
     "train.recompute=loop train.chunk_tokens=200 train.offload=saved",
     "model.loop_layers=2",
 ]
@@ -50,7 +47,10 @@ OTHERS = [
     "act.mode=safe",
     "act.mode=safe train.recompute=loop",
     "model.qk_norm=false model.v_head_dim=64",
-    "model.kv_sharing=first model.attn_type=gqa train.recompute=selective",
+    "model.attn_type=gqa train.recompute=selective",
+    "model.attn_type=mla train.recompute=loop",
+    "model.kv_sharing=every:2 loops.mean=4",
+    "model.kv_sharing=first model.attn_type=gqa",
     "model.kv_sharing=every:2 train.recompute=selective loops.mean=4",
     "train.chunk_tokens=256",
     "train.chunk_tokens=64 train.recompute=loop model.attn_type=gqa",
@@ -64,10 +64,11 @@ OTHERS = [
 CONTEXT = [
     pytest.param(2, "", marks=pytest.mark.long),
     pytest.param(2, "train.recompute=loop", marks=pytest.mark.long),
-    (4, "train.recompute=loop model.attn_type=gqa"),
+    pytest.param(4, "train.recompute=loop model.attn_type=gqa", marks=pytest.mark.long),
     (4, "train.recompute=loop parallel.tensor=2 parallel.sequence=true"),
     (2, "train.recompute=loop parallel.expert=2 train.micro_batch=2"),
-    (4, "train.recompute=loop parallel.pipe=2"),
+    pytest.param(4, "train.recompute=loop parallel.pipe=2", marks=pytest.mark.long),
+    (4, "train.recompute=loop parallel.pipe=2 model.attn_type=gqa"),
 ]
 
 

@@ -29,6 +29,11 @@ def checkpoints(run_dir: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))
 
 
+@pytest.fixture(scope="session")
+def settings(settings) -> list[str]:
+    return [*settings, "train.micro_batch=4"]  # one pass per step and rank: faults come between steps
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(settings, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run: 6 steps, a checkpoint every second step."""
