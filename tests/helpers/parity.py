@@ -187,18 +187,22 @@ class Muon:
         )
 
     def unfused(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """By OpenMythos' names; a depth LoRA per loop as NAME/LOOP."""
+        """By OpenMythos' names; what it does not have as NAME/NUMBER: a depth LoRA per loop, and experts of other
+        looped layers than the first."""
         found = {}
         for name, tensor in to_open_mythos(tensors, self.config.model).items():
-            found |= {f"{name}/{i}": one for i, one in enumerate(tensor)} if tensor.dim() == 3 else {name: tensor}
+            whole = tensor.chunk(self.config.model.n_shared_experts, _dim(name)) if _is_fused(name) else tensor
+            several = _is_fused(name) or tensor.dim() == 3
+            found |= {f"{name}/{i}": one for i, one in enumerate(whole)} if several else {name: tensor}
         return found
 
     def fused(self, matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inverse."""
-        loops = {name.partition("/")[0] for name in matrices if "/" in name}
-        stacks = {name: [matrices[one] for one in matrices if one.startswith(f"{name}/")] for name in loops}
+        several = {name.partition("/")[0] for name in matrices if "/" in name}
+        joined = {name: [matrices[one] for one in matrices if one.startswith(f"{name}/")] for name in several}
         others = {name: matrix for name, matrix in matrices.items() if "/" not in name}
-        return from_open_mythos({**others, **{n: torch.stack(s) for n, s in stacks.items()}}, self.config.model)
+        whole = {n: torch.cat(each, _dim(n)) if _is_fused(n) else torch.stack(each) for n, each in joined.items()}
+        return from_open_mythos({**others, **whole}, self.config.model)
 
     def step(self, lr: float) -> None:
         gradients = {name: parameter.grad for name, parameter in self.ours.items() if parameter.grad is not None}
@@ -216,6 +220,16 @@ class Muon:
     def momentum(self) -> dict[str, torch.Tensor]:
         """By our names."""
         return self.fused({name: self.optimizer.state[p]["momentum_buffer"] for name, p in self.theirs.items()})
+
+
+def _is_fused(name: str) -> bool:
+    """Whether it has all shared experts of a looped layer that OpenMythos does not have."""
+    return ".blocks." in name and ".ffn.shared." in name
+
+
+def _dim(name: str) -> int:
+    """That along which fused shared experts follow one another."""
+    return 1 if name.endswith("down.weight") else 0
 
 
 def clip(model: Mythos, limit: float) -> float:
