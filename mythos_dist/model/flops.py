@@ -18,7 +18,7 @@ from mythos_dist.model.attention_sizes import attention_sizes
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.parallel.context import AttentionWork, attention_work, local_tokens
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, loops_with_grad
+from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, loops_with_grad, plan_loops, plan_stages
 
 
 class _Matrices(NamedTuple):
@@ -201,6 +201,22 @@ def _stage_costs(c: MythosConfig, seq_len: int, recomputed: bool) -> LayerCosts:
         no_grad_loop=loop,
         head=3 * layers.head(),
     )
+
+
+def stage_specs(config: Config) -> tuple[StageSpec, ...]:
+    """The layers of each pipeline stage, balanced for the mean number of loops."""
+    return _stage_specs(config.model, config.loops.mean_of(config.model), config.parallel.pipe, stage_costs(config))
+
+
+@functools.lru_cache(maxsize=1024)
+def _stage_specs(model: MythosConfig, n_loops: int, stages: int, costs: LayerCosts) -> tuple[StageSpec, ...]:
+    # Cached: for 1t in many stages `plan_stages` takes tens of milliseconds.
+    return tuple(plan_stages(model, n_loops, stages, costs))
+
+
+def stage_loops(config: Config, n_loops: int, no_grad: int) -> list[range]:
+    """The loops that each stage runs in a step of `n_loops` loops, the first `no_grad` of them without gradient."""
+    return plan_loops(stage_specs(config), n_loops, no_grad, stage_costs(config))
 
 
 def loops_computing_kv(config: Config, loops: range) -> set[int]:

@@ -28,13 +28,13 @@ from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model.experts import Experts
-from mythos_dist.model.flops import stage_costs
+from mythos_dist.model.flops import stage_loops, stage_specs
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import IGNORED, Losses, Mythos, labels_by_loop
 from mythos_dist.model.parameter_groups import count_elements
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import loops_with_grad, plan_loops, plan_stages
+from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.process import device
 from mythos_dist.parallel.ranges import named_range
 from mythos_dist.parallel.traffic import Traffic
@@ -79,8 +79,7 @@ class Engine:
         self.config = config
         self.mesh = mesh
         self.traffic = Traffic(mesh) if config.run.count_communication else None
-        self.costs = stage_costs(config)
-        self.stages = plan_stages(config.model, config.loops.mean_of(config.model), mesh.pipe.size, self.costs)
+        self.stages = stage_specs(config)
         self.model = self._build_model()
         import_muon()
         register_expert_groups(mesh)
@@ -353,7 +352,7 @@ class Engine:
         """Enqueue the micro-batches for this pipeline stage. Returns the loops that it will run."""
         assert self.stage is not None
         loops = passes[0].loops
-        loop_ranges = plan_loops(tuple(self.stages), loops.n_loops, loops.no_grad_loops, self.costs)
+        loop_ranges = stage_loops(self.config, loops.n_loops, loops.no_grad_loops)
         loop_range = loop_ranges[self.mesh.pipe.rank]
         readouts = 0  # by earlier stages: one per loop with gradient
         if loops.readouts:

@@ -9,6 +9,7 @@ Decisions: PARALLEL-2, PARALLEL-3, PARALLEL-11.
 import contextlib
 import io
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -85,7 +86,7 @@ class TiedWeight(NamedTuple):
 class Pipeline(PipelineModule):
     """DeepSpeed's pipeline with one layer per stage, and weights that several stages hold."""
 
-    def __init__(self, layer: StageLayer, stages: list[StageSpec], mesh: Mesh, dynamic_shape: bool):
+    def __init__(self, layer: StageLayer, stages: Sequence[StageSpec], mesh: Mesh, dynamic_shape: bool):
         """dynamic_shape: the size of what stages send varies from step to step, so it is sent with it."""
         layers = [layer if i == mesh.pipe.rank else nn.Identity() for i in range(mesh.pipe.size)]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its random seeds

@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mythos_dist.config.schema import Config
-from mythos_dist.model.flops import loops_computing_kv
+from mythos_dist.model.flops import loops_computing_kv, stage_loops, stage_specs
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.deepspeed_communication import pipeline_messages, tied_gradients, zero_messages
 from mythos_dist.ops.plan.layer_communication import LayerMessages, Messages, Pass, scaled
 from mythos_dist.ops.plan.muon import muon_messages
-from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
@@ -47,7 +46,7 @@ def communication(
     mesh = mesh_coordinates(config.parallel, world_size, rank)
     if micro_batches is None:
         micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.data.size)
-    loops = loop_ranges(config, n_loops, no_grad)[mesh.pipe.rank]
+    loops = stage_loops(config, n_loops, no_grad)[mesh.pipe.rank]
     return stage_communication(config, mesh, loops, n_loops, no_grad, rows, first_send, micro_batches)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from mythos_dist.config.schema import Config, MythosConfig
-from mythos_dist.model.flops import executed_flops, train_flops_per_token
+from mythos_dist.model.flops import executed_flops, stage_loops, stage_specs, train_flops_per_token
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.activations import LayerActivations
 from mythos_dist.ops.plan.clusters import Cluster
@@ -20,7 +20,6 @@ from mythos_dist.ops.plan.memory import Memory
 from mythos_dist.ops.plan.muon import muon_flops
 from mythos_dist.ops.plan.peak_memory import peak_memory
 from mythos_dist.ops.plan.pieces import ExpertRows, piece_sizes, rows_of_pieces
-from mythos_dist.ops.plan.stages import loop_ranges, stage_specs
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
@@ -76,7 +75,7 @@ class Estimate:
         """A rank of each pipeline stage; all ranks of a stage have the same sizes."""
         config = self.config
         n_loops, no_grad = self.loops
-        ranges = loop_ranges(config, n_loops, no_grad)
+        ranges = stage_loops(config, n_loops, no_grad)
         parallel, stages = config.parallel, []
         for i, (spec, loops) in enumerate(zip(stage_specs(config), ranges, strict=True)):
             mesh = mesh_coordinates(parallel, self.world_size, i * parallel.context * parallel.tensor)

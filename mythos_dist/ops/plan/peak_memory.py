@@ -19,6 +19,7 @@ from math import ceil
 
 from mythos_dist.config.deepspeed import LARGEST_BUCKET
 from mythos_dist.config.schema import Config
+from mythos_dist.model.flops import stage_specs
 from mythos_dist.model.offload import pinned_bytes
 from mythos_dist.model.parameter_groups import kept_gradients, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, local_parameters
@@ -27,7 +28,6 @@ from mythos_dist.ops.plan.layer_communication import LayerMessages
 from mythos_dist.ops.plan.memory import Memory, bucket_bytes, static_memory, uses_bf16_optimizer
 from mythos_dist.ops.plan.muon import muon_workspace
 from mythos_dist.ops.plan.pieces import ExpertRows
-from mythos_dist.ops.plan.stages import stage_specs
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 

@@ -16,11 +16,11 @@ from typing import Any
 from mythos_dist.config.layout import divisors, layout_problems, nearest, works
 from mythos_dist.config.schema import Config, MythosConfig
 from mythos_dist.errors import UserError
+from mythos_dist.model.flops import stage_specs
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.estimate import Estimate, with_layout
 from mythos_dist.ops.plan.memory import MAX_REUSE_DISTANCE, static_memory
-from mythos_dist.ops.plan.stages import stage_specs
 from mythos_dist.parallel.mesh import mesh_coordinates
 from mythos_dist.units import count
 
