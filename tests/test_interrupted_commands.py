@@ -106,7 +106,8 @@ def write_llama(folder: Path) -> None:
     folder.mkdir()
     save_file({f"model.{name}.weight": torch.ones(shape) for name, shape in shapes.items()}, folder / "a.safetensors")
     config = dict(model_type="llama", vocab_size=400, hidden_size=8, intermediate_size=12, num_hidden_layers=4)
-    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 2}))
+    config |= dict(num_attention_heads=2, tie_word_embeddings=True)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture
