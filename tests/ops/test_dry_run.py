@@ -37,19 +37,16 @@ SMALL = (
 # times as long.
 LAYOUTS = {
     2: [
-        "train.micro_batch=2 train.global_batch=4",
-        "model.attn_type=gqa loops.backprop=2",
-        "parallel.zero=3 train.recompute=loop average.kind=ema",
+        "parallel.zero=3 train.recompute=loop average.kind=ema train.micro_batch=2 train.global_batch=4",
         "parallel.tensor=2 train.recompute=selective train.global_batch=1",
-        "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1",
-        "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",
-        "parallel.pipe=2 loops.objective=per_loop train.global_batch=3",
-        "parallel.pipe=2 model.kv_sharing=first train.global_batch=3",
+        "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1 "
+        "model.attn_type=gqa loops.backprop=2",
+        "parallel.pipe=2 loops.objective=per_loop model.kv_sharing=first train.global_batch=3",
         "parallel.context=2 train.recompute=loop train.seq_len=255 train.global_batch=1",
     ],
     4: [
         "parallel.tensor=2 parallel.expert=2 parallel.zero=3",
-        "parallel.expert=4 train.global_batch=4",
+        "parallel.expert=4 parallel.zero=2 train.global_batch=4",
         "optim.name=muon parallel.tensor=2 train.global_batch=2",
         "parallel.pipe=2 parallel.expert=2 train.dtype=bf16 train.global_batch=4",
     ],
@@ -57,6 +54,13 @@ LAYOUTS = {
 # Other combinations of the settings above.
 LONG = {
     2: [
+        "train.micro_batch=2 train.global_batch=4",
+        "parallel.zero=3 train.recompute=loop average.kind=ema",
+        "parallel.expert=2 parallel.zero=2 train.micro_batch=2 train.global_batch=4",
+        "model.attn_type=gqa loops.backprop=2",
+        "parallel.tensor=2 parallel.sequence=true train.recompute=loop train.recompute_every=2 train.global_batch=1",
+        "parallel.pipe=2 loops.objective=per_loop train.global_batch=3",
+        "parallel.pipe=2 model.kv_sharing=first train.global_batch=3",
         "parallel.zero=2 train.dtype=bf16 train.global_batch=4 average.kind=ema",
         "parallel.pipe=2 train.recompute=loop model.attn_type=gqa train.global_batch=3",
         "train.dtype=bf16 train.global_batch=4",
@@ -68,6 +72,7 @@ LONG = {
         "parallel.context=2 parallel.expert=2 train.recompute=selective train.global_batch=1",
     ],
     4: [
+        "parallel.expert=4 train.global_batch=4",
         "parallel.tensor=2 parallel.expert=2 parallel.sequence=true",
     ],
 }
