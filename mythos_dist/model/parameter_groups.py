@@ -9,7 +9,6 @@ zeros that never get a gradient.
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
 from math import ceil
 from typing import NamedTuple
 
@@ -65,22 +64,30 @@ def plan_groups(parameters: Sequence[LocalParameter], mesh: Mesh) -> list[GroupS
     return groups
 
 
-def kept_gradients(groups: Sequence[GroupSpec], mesh: Mesh) -> int:
-    """Elements of the gradients that ZeRO-2 keeps on a rank, the most of any replica: each parameter of which a part is
-    in the replica's partition, completely (zero/stage_1_and_2.py, copy_grads_in_partition)."""
-    total = 0
-    for experts in (False, True):
-        replicas = (mesh.expert_data if experts else mesh.data_context).size
-        changes: Counter[int] = Counter()  # of the elements that are kept, from a replica on
-        for group in groups:
-            if group.expert_sharded == experts:
-                size, first = group.partition(replicas), 0
-                for parameter in group.parameters:
-                    changes[first // size] += parameter.numel
-                    first += parameter.numel
-                    changes[(first - 1) // size + 1] -= parameter.numel
-        total += max(accumulate(change for _, change in sorted(changes.items())), default=0)
-    return total
+class KeptGradients(NamedTuple):
+    """What ZeRO-2 keeps on the rank that keeps most."""
+
+    elements: int
+    rank: int  # on the axis data x context
+
+
+def kept_gradients(groups: Sequence[GroupSpec], mesh: Mesh) -> KeptGradients:
+    """ZeRO-2 keeps the gradient of each parameter of which a part is in a rank's partition, completely
+    (zero/stage_1_and_2.py, copy_grads_in_partition)."""
+    changes: Counter[int] = Counter()  # of the elements that are kept, from a rank on
+    for group in groups:
+        alike = mesh.expert.size if group.expert_sharded else 1  # neighbouring ranks with the same partition
+        size, first = group.partition(mesh.data_context.size // alike), 0
+        for parameter in group.parameters:
+            changes[first // size * alike] += parameter.numel
+            first += parameter.numel
+            changes[((first - 1) // size + 1) * alike] -= parameter.numel
+    kept, most = 0, KeptGradients(0, 0)
+    for rank, change in sorted(changes.items()):
+        kept += change
+        if kept > most.elements:
+            most = KeptGradients(kept, rank)
+    return most
 
 
 def count_elements(config: Config, mesh: Mesh, stage: StageSpec) -> int:

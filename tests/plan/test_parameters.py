@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.selection import first_is_quick
@@ -10,7 +11,7 @@ from mythos_dist.config.schema import Config, OptimConfig, ParallelConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.model import Mythos, MythosConfig
 from mythos_dist.model.flops import stage_costs
-from mythos_dist.model.parameter_groups import parameter_groups, plan_groups
+from mythos_dist.model.parameter_groups import kept_gradients, parameter_groups, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, count_parameters, local_parameters
 from mythos_dist.parallel.mesh import Mesh, mesh_of
 from mythos_dist.parallel.pipeline import StageSpec, plan_stages
@@ -139,6 +140,33 @@ def test_group_sizes_equal_the_parameter_groups_of_the_optimizer(config, paralle
             per_replica = [numel / (2 if is_expert else mesh.data.size) for is_expert, _, numel in planned]
             assert len(planned) == (3 if parallel.expert > 1 else 2)
             assert all(size > 0 and size % 16 == 0 for size in per_replica), "full registers on every rank"
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(zero=2),
+        ParallelConfig(zero=2, expert=4, tensor=2),
+        ParallelConfig(zero=2, expert=2, context=4),
+        ParallelConfig(zero=2, expert=8, context=2),
+    ],
+)
+def test_what_zero_2_keeps_is_that_of_the_rank_with_most(parallel):
+    """Element by element: a parameter counts where any of its elements is in the partition of a rank."""
+    world = 16 * parallel.tensor
+    held = local_parameters(MythosConfig(**ODD), parallel.tensor, parallel.expert)
+    kept = []
+    for rank in range(16):
+        mesh, total = mesh_of(parallel, world, rank * parallel.tensor), 0
+        for group in plan_groups(held, mesh):
+            axis = mesh.expert_data if group.expert_sharded else mesh.data_context
+            size = group.partition(axis.size)
+            owners = np.repeat(np.arange(len(group.parameters)), [one.numel for one in group.parameters])
+            own = set(owners[axis.rank * size : (axis.rank + 1) * size].tolist())
+            total += sum(group.parameters[i].numel for i in own)
+        kept.append(total)
+    mesh = mesh_of(parallel, world, 0)
+    assert kept_gradients(plan_groups(held, mesh), mesh) == (max(kept), kept.index(max(kept)))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from mythos_dist.config.schema import Config, ParallelConfig, TrainConfig
 from mythos_dist.config.tree import Scalar
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
+from mythos_dist.model.parameter_groups import kept_gradients, plan_groups
+from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.clusters import Cluster, load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.length import longest_length, what_helps
@@ -117,8 +119,13 @@ def _print_plan(
 
 
 def rank_of(estimate: Estimate) -> int:
-    """The first rank of the stage that needs most memory."""
-    return estimate.largest_stage.mesh.pipe.rank * estimate.config.parallel.context * estimate.config.parallel.tensor
+    """The first rank of the stage that needs most memory; with ZeRO-2, which differs by rank, of those that do."""
+    mesh, config = estimate.largest_stage.mesh, estimate.config
+    rank = 0
+    if config.parallel.zero == 2:
+        held = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, estimate.largest_stage.spec)
+        rank = kept_gradients(plan_groups(held, mesh), mesh).rank
+    return mesh.global_rank(rank, mesh.pipe.rank, 0)
 
 
 def read_config(arguments: Any, configs: Path) -> Config:

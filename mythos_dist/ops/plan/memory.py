@@ -59,7 +59,7 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
         elif zero == 1:
             memory["gradients"] += elements * (4 if config.train.dtype == "bf16" else b)
     if zero == 2:
-        memory["gradients"] += kept_gradients(plan_groups(parameters, mesh), mesh) * b
+        memory["gradients"] += kept_gradients(plan_groups(parameters, mesh), mesh).elements * b
     if zero == 3:
         memory["communication"] = bucket_bytes(config, mesh, parameters)
     return memory

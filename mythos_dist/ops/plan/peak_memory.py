@@ -167,7 +167,7 @@ class _Moments:
         if not uses_bf16_optimizer(self.config):
             part = 0.0
             if self.adds_gradients:
-                part = self.layers.b * kept_gradients(plan_groups(self.parameters, self.mesh), self.mesh)
+                part = self.layers.b * kept_gradients(plan_groups(self.parameters, self.mesh), self.mesh).elements
             return {"communication": self.bucket * (2 if self.mesh.pipe.size > 1 else 1), "gradients": part}
         buckets: list[list[int]] = [[]]
         for group in plan_groups(self.parameters, self.mesh):
