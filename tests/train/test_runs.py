@@ -115,28 +115,35 @@ def test_the_core_trains_without_operations(finished, settings, tmp_path):
     assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(losses, rel=1e-5)
 
 
-def test_results_do_not_depend_on_ranks_or_micro_batch(finished, settings, tmp_path):
+@pytest.mark.parametrize(
+    ("world", "layout", "axes"),
+    [
+        (1, "train.micro_batch=4", None),
+        (4, "parallel.pipe=2 parallel.expert=2 run.count_communication=true", "data expert pipe tied"),
+        pytest.param(
+            8,
+            "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 run.count_communication=true",
+            "data expert pipe replica tensor tied",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_results_do_not_depend_on_ranks_or_micro_batch(world, layout, axes, finished, settings, tmp_path):
     """Other ranks, micro-batches and axes: batch_id is equal, losses and norms up to the order of summation."""
-    cube = "parallel.tensor=2 parallel.expert=2 parallel.pipe=2 run.count_communication=true"
-    for world, change in ((1, "train.micro_batch=4"), (8, cube)):
-        run_dir = tmp_path / str(world)
-        result = train(world, *settings, f"run.dir={run_dir}", *change.split(), seconds=960)
-        assert result.codes == [0] * world, result.tails
-        counted = [line.get("communication") for line in lines(run_dir)]
-        assert all(
-            set(each) == {"data", "expert", "pipe", "replica", "tensor", "tied"} for each in counted if world == 8
-        )
-        assert world == 8 or counted == [None] * 6
-        for got, expected in zip(lines(run_dir), lines(finished), strict=True):
-            assert got["batch_id"] == expected["batch_id"] and got["tokens"] == expected["tokens"]
-            assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-            assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-        for got, expected in zip(lines(run_dir, "eval.jsonl"), lines(finished, "eval.jsonl"), strict=True):
-            assert got["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-4)
+    result = train(world, *settings, f"run.dir={tmp_path}", *layout.split(), seconds=960)
+    assert result.codes == [0] * world, result.tails
+    counted = [line.get("communication") for line in lines(tmp_path)]
+    assert [each and set(each) for each in counted] == [axes and set(axes.split())] * 6
+    for got, expected in zip(lines(tmp_path), lines(finished), strict=True):
+        assert got["batch_id"] == expected["batch_id"] and got["tokens"] == expected["tokens"]
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    for got, expected in zip(lines(tmp_path, "eval.jsonl"), lines(finished, "eval.jsonl"), strict=True):
+        assert got["heldout_loss"] == pytest.approx(expected["heldout_loss"], rel=1e-4)
 
-        (model, _, _), (expected, _, _) = load_model(run_dir), load_model(finished)
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-4, msg=name)
+    (model, _, _), (expected, _, _) = load_model(tmp_path), load_model(finished)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=1e-4, msg=name)
 
 
 def test_every_rank_logs_its_own_steps(finished):

@@ -193,7 +193,8 @@ def same(parent, quiet, tmp_path_factory) -> Callable[[str], list[dict]]:
 STEPS_OF = {"weights": 3, "everything": 7}  # `everything` continues the steps of the parent
 LAYOUTS = {
     (4, "parallel.pipe=2 parallel.expert=2"): "weights",
-    (4, "parallel.expert=4 parallel.zero=3 train.micro_batch=1"): "everything",
+    (2, "parallel.expert=2 parallel.zero=3"): "everything",
+    (4, "parallel.expert=4 parallel.zero=3 train.micro_batch=1"): "",
     (1, "train.micro_batch=4"): "",
     (2, "parallel.tensor=2"): "",
 }
