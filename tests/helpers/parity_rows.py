@@ -5,8 +5,9 @@ Decisions: PROJECT-3.
 
 from typing import Any
 
-# Kinds that do not contradict each other, in as few runs as hold all of them.
-PONDER = "ponder + retrofit + keys by sequence + two layers + normed states + loop + offloaded"
+# Kinds that do not contradict each other, in as few runs as hold all of them. `offloaded` is not with `loop`:
+# stages would keep the state of one group of loops, which never leaves the device.
+PONDER = "ponder + retrofit + keys by sequence + two layers + normed states + offloaded"
 MUON = "muon + per loop + three layers + offloaded pieces"
 SHIPPED = "as shipped + one expert + completions + selective"
 PLAIN = "no injection + no halting + targets + first keys + small pieces"
