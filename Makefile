@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo chat-demo depth-demo long-demo loop-baseline loop-ablation loop-stability optimizer-study
+.PHONY: demo chat-demo depth-demo hop-demo long-demo loop-baseline loop-ablation loop-stability optimizer-study
 .PHONY: test test-all check docs notebook bench constraints clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
@@ -14,6 +14,9 @@ chat-demo: $(READY)  ## tune a small model on conversations, and ask it what non
 
 depth-demo: $(READY)  ## train small models on a task that needs depth, to see whether more loops help; 15 minutes
 	$(BIN)/python tools/depth_demo.py
+
+hop-demo: $(READY)  ## train small models on stories with questions of 4 hops, and ask them for 8 with more loops; 15 minutes
+	$(BIN)/python tools/hop_demo.py
 
 long-demo: $(READY)  ## train a small model on 256 tokens and stretch it to 1,024 by YaRN; 10 minutes
 	$(BIN)/python tools/long_demo.py

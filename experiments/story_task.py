@@ -5,7 +5,8 @@
 In a story every person does something to one other person; the sentences are shuffled, and together they are one cycle
 of all people. A question begins with a person and follows k sentences: after its i-th "someone" the model predicts the
 person that this is, so a question of k hops holds those of fewer. Names, verbs, order and questions are drawn for each
-story, so the answers are in the text of the story alone.
+story, so the answers are in the text of the story alone. At the last name of each sentence of the story the target is
+the sentence's first name, a target of reading: a lookup in the story compares with this name.
 
 Each hop needs the answer of the hop before. Targets have one row per loop, as `reached` of experiments.depth_task:
 after loop t the answers of the first t hops; the last row has all.
@@ -36,8 +37,10 @@ class Stories(NamedTuple):
     """Stories of one shape, with S tokens each."""
 
     tokens: np.ndarray  # (N, S): BOS, the sentences of the story, its questions
-    answers: np.ndarray  # (N, S): the person's token at each "someone" of a question; EOS where nothing is asked
-    hops: np.ndarray  # (S,): number of hops of the answer at each position; 0 where nothing is asked
+    # (N, S): the person's token at each "someone" of a question, and the first name at the last of each sentence of the
+    # story; elsewhere EOS.
+    answers: np.ndarray
+    hops: np.ndarray  # (S,): number of hops of the answer at each position; 0 outside of questions
 
 
 def build_stories(random: np.random.Generator, count: int, people: int, questions: int, hops: int) -> Stories:
@@ -62,10 +65,11 @@ def build_stories(random: np.random.Generator, count: int, people: int, question
     of_question[2:-1:2] = np.arange(1, hops + 1)
 
     tokens = np.concatenate([np.full((count, 1), BOS), story, asked.reshape(count, -1)], axis=1)
-    nothing = np.full((count, 1 + 4 * people), EOS)
+    read = np.full((count, 1 + 4 * people), EOS)
+    read[:, 3::4] = sentence[0]
     return Stories(
         tokens,
-        np.concatenate([nothing, answers.reshape(count, -1)], axis=1),
+        np.concatenate([read, answers.reshape(count, -1)], axis=1),
         np.concatenate([np.zeros(1 + 4 * people, np.int64), np.tile(of_question, questions)]),
     )
 
@@ -78,7 +82,7 @@ def text_of(tokens: np.ndarray) -> str:
 def build_windows(stories: Stories, rows: int) -> np.ndarray:
     """(N, S + 1 + rows * S): tokens, EOS, and `rows` rows of targets: after loop t the answers of at most t hops.
 
-    The last row has all answers.
+    The targets of reading are in all rows, and the last row has all answers.
     """
     columns = [stories.tokens, np.full((len(stories.tokens), 1), EOS)]
     for t in range(1, rows):

@@ -17,7 +17,7 @@ from mythos_dist.errors import run_command
 TOOLS = Path(__file__).parents[1] / "tools"
 TOOLS_WITH_HELP = (
     *("chat_demo", "depth_demo", "depth_sweep", "generate", "loop_ablation", "make_depth_task", "make_sample_data"),
-    *("decoding_quality", "long_demo", "loop_baseline", "loop_stability", "serve"),
+    *("decoding_quality", "hop_demo", "long_demo", "loop_baseline", "loop_stability", "serve"),
 )
 
 

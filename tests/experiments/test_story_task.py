@@ -32,7 +32,7 @@ def read_answers(text: str, people: int) -> list[list[str]]:
 
 
 def answers_of(stories: Stories, i: int) -> list[str]:
-    return [WORDS[answer] for answer in stories.answers[i] if answer != EOS]
+    return [WORDS[answer] for answer in stories.answers[i][stories.hops > 0]]
 
 
 @pytest.mark.parametrize(("people", "questions", "hops"), [(10, 6, 4), (10, 1, 8), (2, 2, 1), (12, 12, 11)])
@@ -42,6 +42,8 @@ def test_answers_are_those_of_a_reader_of_the_text(people, questions, hops):
         expected = read_answers(text_of(tokens), people)
         assert len(expected) == questions and {len(path) for path in expected} == {hops}
         assert answers_of(stories, i) == [name for path in expected for name in path]
+        read = [sentence.split()[0] for sentence in text_of(tokens).split(".")[:people]]
+        assert [WORDS[answer] for answer in stories.answers[i] if answer != EOS] == read + answers_of(stories, i)
 
 
 def test_every_question_begins_elsewhere_and_no_hop_returns():
@@ -85,7 +87,9 @@ def test_shards_hold_a_row_of_targets_per_hop(tmp_path):
     for tokens, labels in zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True):
         expected = read_answers(text_of(tokens), 6)
         for t, row in enumerate(labels, 1):
-            assert [WORDS[label] for label in row if label != IGNORED] == [n for path in expected for n in path[:t]]
+            asked = [WORDS[label] for label in row[25:] if label != IGNORED]
+            assert asked == [name for path in expected for name in path[:t]]
+            assert (row[:25] != IGNORED).sum() == 6
     assert make_story_task(tmp_path / "again", **settings).fingerprint == manifest.fingerprint
     assert make_story_task(tmp_path / "other", **settings, seed=1).fingerprint != manifest.fingerprint
 
