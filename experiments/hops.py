@@ -17,6 +17,7 @@ from mythos_dist.train.plots import loops_axis, save_plot
 PEOPLE, TRAINED_HOPS, LONG_HOPS, TRAINED_LOOPS = 10, 4, 8, 4
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the evaluation
 CHANCE = 1 / (PEOPLE - 1)  # anyone but the person that the question begins with
+CHANCE_BEYOND = 1 / (PEOPLE - 1 - TRAINED_HOPS)  # of more hops, if the people of all trained hops are known
 TRAINED, BEYOND = "accuracy_at_trained_hops", "accuracy_beyond_trained_hops"
 WORST = f"{BEYOND}_at_twice_the_loops"
 ByLoops = dict[str, dict[str, Any]]  # by number of loops: the accuracy by hops, and the means
@@ -86,6 +87,7 @@ def summarize(results: dict[str, ByLoops]) -> dict[str, Any]:
         "task": f"questions of up to {LONG_HOPS} hops over stories of {PEOPLE} people, trained on up to {TRAINED_HOPS} "
         f"hops with at most {TRAINED_LOOPS} loops",
         "chance": CHANCE,
+        "chance_beyond_known_hops": CHANCE_BEYOND,
         "trained_hops": TRAINED_HOPS,
         "trained_loops": TRAINED_LOOPS,
         f"{BEYOND}_at_the_trained_loops": max(over_seeds(TRAINED_LOOPS, BEYOND)),  # of the seed nearest to the other
@@ -106,7 +108,8 @@ def table(summary: dict[str, Any]) -> list[str]:
     for kind, name in ((BEYOND, "mean"), (TRAINED, f"mean, 1 to {TRAINED_HOPS} hops")):
         lines.append(f"| {name} | " + " | ".join(f"{summary['mean'][str(n)][kind]:.1%}" for n in LOOPS) + " |")
     worst = f"{summary[WORST]:.1%}"
-    return [*lines, "", f"Chance is {CHANCE:.0%}; worst seed at {2 * TRAINED_LOOPS} loops, {worst}."]
+    chance = f"Chance is {CHANCE:.0%}, or {CHANCE_BEYOND:.0%} if the people of the first {TRAINED_HOPS} hops are known"
+    return [*lines, "", f"{chance}; worst seed at {2 * TRAINED_LOOPS} loops, {worst}."]
 
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
@@ -144,7 +147,7 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         right.set_title("accuracy by hops (dotted: most in training)")
         right.legend(title="loops")
         for panel in (left, right):
-            panel.axhline(CHANCE, color="black", linewidth=0.5)
+            panel.axhline(CHANCE_BEYOND, color="black", linewidth=0.5)
             panel.set_ylim(0, 1.02)
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
             panel.grid(alpha=0.3)
