@@ -65,28 +65,31 @@ def plan_groups(parameters: Sequence[LocalParameter], mesh: Mesh) -> list[GroupS
 
 
 class KeptGradients(NamedTuple):
-    """What ZeRO-2 keeps on the rank that keeps most."""
+    """What ZeRO-2 keeps on the replica that keeps most."""
 
     elements: int
-    rank: int  # on the axis data x context
+    replica: int  # index on the data axis
 
 
 def kept_gradients(groups: Sequence[GroupSpec], mesh: Mesh) -> KeptGradients:
     """ZeRO-2 keeps the gradient of each parameter of which a part is in a rank's partition, completely
-    (zero/stage_1_and_2.py, copy_grads_in_partition)."""
-    changes: Counter[int] = Counter()  # of the elements that are kept, from a rank on
+    (zero/stage_1_and_2.py, copy_grads_in_partition). Of the first context rank of each replica, as all plans are;
+    another one may keep a parameter more."""
+    changes: Counter[int] = Counter()  # of the elements that are kept, from a replica on
+    context = mesh.context.size
     for group in groups:
         alike = mesh.expert.size if group.expert_sharded else 1  # neighbouring ranks with the same partition
         size, first = group.partition(mesh.data_context.size // alike), 0
         for parameter in group.parameters:
-            changes[first // size * alike] += parameter.numel
+            begin, end = first // size * alike, ((first + parameter.numel - 1) // size + 1) * alike
             first += parameter.numel
-            changes[((first - 1) // size + 1) * alike] -= parameter.numel
+            changes[-(-begin // context)] += parameter.numel
+            changes[-(-end // context)] -= parameter.numel
     kept, most = 0, KeptGradients(0, 0)
-    for rank, change in sorted(changes.items()):
+    for replica, change in sorted(changes.items()):
         kept += change
         if kept > most.elements:
-            most = KeptGradients(kept, rank)
+            most = KeptGradients(kept, replica)
     return most
 
 

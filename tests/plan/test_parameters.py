@@ -151,13 +151,13 @@ def test_group_sizes_equal_the_parameter_groups_of_the_optimizer(config, paralle
         ParallelConfig(zero=2, expert=8, context=2),
     ],
 )
-def test_what_zero_2_keeps_is_that_of_the_rank_with_most(parallel):
+def test_what_zero_2_keeps_is_that_of_the_replica_with_most(parallel):
     """Element by element: a parameter counts where any of its elements is in the partition of a rank."""
     world = 16 * parallel.tensor
     held = local_parameters(MythosConfig(**ODD), parallel.tensor, parallel.expert)
     kept = []
-    for rank in range(16):
-        mesh, total = mesh_of(parallel, world, rank * parallel.tensor), 0
+    for replica in range(16 // parallel.context):
+        mesh, total = mesh_of(parallel, world, replica * parallel.context * parallel.tensor), 0
         for group in plan_groups(held, mesh):
             axis = mesh.expert_data if group.expert_sharded else mesh.data_context
             size = group.partition(axis.size)

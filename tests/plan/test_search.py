@@ -110,7 +110,7 @@ def test_pieces_and_host_memory_are_tried_where_nothing_else_fits():
     per_node = 8 * offloaded.host / 1e9
     assert not replace(offloaded, cluster=replace(H100, host_memory_gb=per_node)).fits
     assert replace(offloaded, cluster=replace(H100, host_memory_gb=2 * per_node)).fits
-    on_device = search(config, 1024, replace(H100, host_memory_gb=1.0), LAYOUT).best[0]
+    on_device = search(config, 1024, replace(H100, host_memory_gb=1.0), {**LAYOUT, "expert": 2}).best[0]
     assert on_device.config.train.offload == "none"
 
 
@@ -158,7 +158,7 @@ def test_what_helps_where_the_length_is_why_fits_and_a_little_less_does_not():
     assert search(config, 1024, H100, {**LAYOUT, "context": context}).best
 
     small = replace(H100, host_memory_gb=1.0)
-    _, smallest, lines = helps(163840, small, **LAYOUT)
+    _, smallest, lines = helps(131072, small, **LAYOUT)
     assert f"nodes with more host memory ({smallest.host / 1e9:.0f} GB per GPU" in lines[-1]
     most = next(int(found[1]) for line in lines if (found := re.match(r"loops.backprop=(\d+)", line)))
 

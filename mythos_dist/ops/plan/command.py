@@ -119,13 +119,13 @@ def _print_plan(
 
 
 def rank_of(estimate: Estimate) -> int:
-    """The first rank of the stage that needs most memory; with ZeRO-2, which differs by rank, of those that do."""
+    """The first rank of the stage that needs most memory; with ZeRO-2, of the replica that does."""
     mesh, config = estimate.largest_stage.mesh, estimate.config
-    rank = 0
+    replica = 0
     if config.parallel.zero == 2:
         held = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, estimate.largest_stage.spec)
-        rank = kept_gradients(plan_groups(held, mesh), mesh).rank
-    return mesh.global_rank(rank, mesh.pipe.rank, 0)
+        replica = kept_gradients(plan_groups(held, mesh), mesh).replica
+    return mesh.global_rank(replica * mesh.context.size, mesh.pipe.rank, 0)
 
 
 def read_config(arguments: Any, configs: Path) -> Config:

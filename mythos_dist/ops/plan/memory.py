@@ -58,7 +58,8 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
             memory["gradients"] += elements * b / replicas
         elif zero == 1:
             memory["gradients"] += elements * (4 if config.train.dtype == "bf16" else b)
-    if zero == 2:
+    # In the first micro-batch they are copied after its backward pass.
+    if zero == 2 and config.train.global_batch > config.train.micro_batch * mesh.data.size:
         memory["gradients"] += kept_gradients(plan_groups(parameters, mesh), mesh).elements * b
     if zero == 3:
         memory["communication"] = bucket_bytes(config, mesh, parameters)

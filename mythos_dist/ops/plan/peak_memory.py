@@ -91,7 +91,6 @@ class _Moments:
         in_loops = (carries if self.recomputed else layers.loop().total * self.live) + self._held_kv(self.trained)
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
         micro_batches = max(1, config.train.global_batch // (config.train.micro_batch * mesh.data.size))
-        self.adds_gradients = config.parallel.zero == 2 and micro_batches > 1
         self.exchange = layers.context_exchange()
         self.bucket = 0.0 if config.parallel.zero == 3 else bucket_bytes(config, mesh, parameters)
         self.in_flight = min(mesh.pipe.size - mesh.pipe.rank, micro_batches) - 1  # other micro-batches in the pipeline
@@ -166,7 +165,7 @@ class _Moments:
         earlier micro-batches."""
         if not uses_bf16_optimizer(self.config):
             part = 0.0
-            if self.adds_gradients:
+            if self.config.parallel.zero == 2:
                 part = self.layers.b * kept_gradients(plan_groups(self.parameters, self.mesh), self.mesh).elements
             return {"communication": self.bucket * (2 if self.mesh.pipe.size > 1 else 1), "gradients": part}
         buckets: list[list[int]] = [[]]
