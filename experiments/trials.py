@@ -20,7 +20,6 @@ from mythos_dist.config.arguments import add_overrides
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
-from mythos_dist.ops.plan.pieces import expected_rows
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.progress import Bar, log
@@ -150,6 +149,7 @@ def training_flops(config: Config) -> Iterator[float]:
     those of Muon."""
     from mythos_dist.model.flops import executed_flops  # it imports torch, and --help does not need that
     from mythos_dist.ops.plan.muon import muon_flops
+    from mythos_dist.ops.plan.pieces import expected_rows
 
     model, train = config.model, config.train
     rows = expected_rows(train.micro_batch * train.seq_len, model.n_experts_per_tok, model.n_experts, 1)
