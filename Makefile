@@ -39,7 +39,7 @@ optimizer-study: $(READY)  ## AdamW and Muon, schedules, averages of the weights
 # Ranks and daemons of the tests wait most of the time: three workers keep two cores busy.
 WORKERS ?= 3
 
-test: $(READY)  ## all tests except the long ones; 50 minutes
+test: $(READY)  ## all tests except the long ones; 30 minutes
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not long"
 
 test-all: $(READY)  ## all tests; with MINUTES=20: long tests only, as many as fit, in an order that depends on the date
