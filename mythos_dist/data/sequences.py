@@ -3,7 +3,8 @@
 The windows of a corpus are one stream of tokens, which is cut into sequences of S + 1: sequence i has the tokens
 i (S + 1) to (i + 1) (S + 1) - 1. So each token is in one sequence whatever S is, documents are complete across joined
 windows, and for the windows' own length sequences are the windows. What is left at the end of a split, less than one
-sequence, is not read.
+sequence, is not read. An EOS ends each document and nothing is padded, so each token is trained on once per epoch. Text
+must therefore never encode to EOS (tokenizer.py).
 
 The trap: a part of the conversion ends with its last full window, and the rest of its text is in another folder. What
 follows is another document, so one begins there, and its first token is no label.
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mythos_dist.data.document_ids import document_ids
 from mythos_dist.data.loss_mask import IGNORED, documents_of, labels_of
 from mythos_dist.data.manifest import ShardManifest
 from mythos_dist.data.shard import Shard
@@ -200,3 +200,16 @@ def _starts(sizes: Sequence[int]) -> np.ndarray:
     """Where each of these begins, one after the other, int64 (n,)."""
     ends = np.cumsum(sizes, dtype=np.int64)
     return ends - np.asarray(sizes, dtype=np.int64)
+
+
+def document_ids(tokens: np.ndarray, eos: int, begins: np.ndarray | None = None) -> np.ndarray:
+    """Index of each token's document in its sequence, from 0; an EOS belongs to the document that it ends.
+
+    (..., S) -> int32 (..., S). A document that continues from the previous sequence is document 0.
+    begins: bool (..., S), tokens that begin a document without an EOS before them.
+    """
+    starts = np.zeros(tokens.shape, bool)
+    starts[..., 1:] = tokens[..., :-1] == eos
+    if begins is not None:
+        starts[..., 1:] |= begins[..., 1:]
+    return np.cumsum(starts, axis=-1, dtype=np.int32)

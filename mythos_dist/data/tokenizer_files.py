@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mythos_dist.config.schema import DataConfig
+from mythos_dist.config.schema import Config, DataConfig
 from mythos_dist.data.chat_template import own_template, special_token_names
 from mythos_dist.data.manifest import ChatTemplate, ShardManifest
 from mythos_dist.data.remote import MAX_TOKENIZER, read_manifest, tokenizer_path
@@ -69,6 +69,21 @@ def find_tokenizer(folder: AnyPath, data: DataConfig, file: Path | None = None) 
         raise UserError(f"no tokenizer ({error}); name its file with --tokenizer", str(folder)) from None
     tokenizer = Tokenizer.load(path, shards.eos)
     return ModelTokenizer(tokenizer, shards.chat or own_template(tokenizer), shards)
+
+
+def evaluation_tokenizer(config: Config, folder: AnyPath, file: Path | None = None) -> Tokenizer:
+    """The tokenizer in `file`; else that of the export `folder`, or of the shards of the run.
+
+    Raises UserError if there is none, or if it has more tokens than the model.
+    """
+    tokenizer = find_tokenizer(folder, config.data, file).tokenizer
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"has {tokenizer.vocab_size} tokens, and the model model.vocab_size={config.model.vocab_size}; give the "
+            "tokenizer that the model was trained with",
+            str(tokenizer.path),
+        )
+    return tokenizer
 
 
 def _download(folder: RemotePath) -> Path:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from mythos_dist.checkpoint.exported import is_export
 from mythos_dist.checkpoint.names import step_of
 from mythos_dist.checkpoint.restore import config_of, load_model, open_weights_at
+from mythos_dist.data.tokenizer_files import evaluation_tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.cache import Cache, lock, weights_id
 from mythos_dist.evaluate.replicas import Replicas
 from mythos_dist.evaluate.report import Results, draw, score_table, to_json
 from mythos_dist.evaluate.scorer import Scorer, evaluate_on_all_ranks
 from mythos_dist.evaluate.task_set import load_task_set, task_names
-from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.parallel.launcher import export_rank_info, read_rank_info
 from mythos_dist.parallel.process import DTYPES, device, join_process_group, on_rank_0, raise_on_all_ranks
 from mythos_dist.progress import Bar

@@ -8,10 +8,10 @@ from pathlib import Path
 from mythos_dist.checkpoint.restore import load_model, open_weights_at
 from mythos_dist.config.schema import Config
 from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.data.tokenizer_files import evaluation_tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.depth_page import depth_page
 from mythos_dist.evaluate.depth_text import TextDepths, measure_text
-from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.files import reason, write_atomically
 from mythos_dist.parallel.process import device
 from mythos_dist.progress import Bar

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.data.tokenizer import Tokenizer
+from mythos_dist.data.tokenizer_files import evaluation_tokenizer
 from mythos_dist.errors import UserError
 from mythos_dist.evaluate.cache import Cache
 from mythos_dist.evaluate.report import to_json
@@ -28,7 +29,6 @@ from mythos_dist.evaluate.requests import (
 )
 from mythos_dist.evaluate.scorer import evaluate_on_all_ranks
 from mythos_dist.evaluate.task_set import TaskSet, load_task_set
-from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.train.engine import Engine
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_dist.data.document_ids import document_ids
+from mythos_dist.data.sequences import document_ids
 
 EOS = 2
 

@@ -25,11 +25,11 @@ def ask(model: Any, requests: dict[str, list[tuple]]) -> dict[str, list]:
 
 def ask_ours(run_dir: str, requests: dict[str, list[tuple]]) -> dict[str, list] | None:
     from mythos_dist.checkpoint.restore import load_model
+    from mythos_dist.data.tokenizer_files import evaluation_tokenizer
     from mythos_dist.evaluate.cache import Cache
     from mythos_dist.evaluate.harness import HarnessModel
     from mythos_dist.evaluate.replicas import Replicas
     from mythos_dist.evaluate.scorer import evaluate_on_all_ranks
-    from mythos_dist.evaluate.tokenizer import evaluation_tokenizer
 
     model, config, _ = load_model(Path(run_dir))
     tokenizer = evaluation_tokenizer(config, Path(run_dir))
