@@ -2,12 +2,15 @@
 
 import ast
 import functools
+import os
 import re
+import signal
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import schedule, selection
+from helpers import launch, schedule, selection
 from helpers.schedule import order, unit_of, write_seconds
 from hypothesis import settings
 
@@ -181,6 +184,20 @@ def test_a_failure_prints_the_rerun_command_and_the_last_lines_of_every_rank(pro
         assert re.search(rf"^-+ rank {rank} of launch 1, exit code 5 -+\nthe last line of a rank$", text, re.M), text
     (folder,) = re.findall(r"test folder \(kept\) -+\n(\S+)$", text, re.M)
     assert (project.path / folder / "run").is_dir()
+
+
+@pytest.mark.launch
+def test_ctrl_c_after_the_program_of_a_rank_has_ended_is_not_its_failure():
+    result = launch.launch(1, InterruptsItsRank)
+    assert result.codes == [0], result.tails
+
+
+class InterruptsItsRank:
+    """A value that is an interrupt when a rank writes it."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return OrderedDict, ()  # which `torch.load` accepts
 
 
 @pytest.mark.launch

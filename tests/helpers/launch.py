@@ -228,10 +228,6 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
     torch.set_num_threads(1)
     if "KILL_AFTER" in os.environ:
         _hold(os.environ["KILL_AFTER"])
-    elif "KILL_IN" in os.environ:
-        timer = threading.Timer(float(os.environ["KILL_IN"]), kill_points.send_signal)
-        timer.daemon = True  # a program that ends before
-        timer.start()
     if os.environ.get("FAIL_AT", "").startswith(f"{rank}:"):
         _fail_at(int(os.environ["FAIL_AT"].partition(":")[2]))
     if "KILL_POINTS_IN" in os.environ:
@@ -245,19 +241,34 @@ def _rank(folder: str, rank: int, variables: dict, cwd: str, seconds: int, progr
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)  # as Python opens it
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.stderr)
-        code = 0
-        try:
-            value = program(*arguments)
-            torch.save(value, file.with_suffix(".value"))
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
+        if "KILL_IN" in os.environ and "KILL_AFTER" not in os.environ:
+            timer = threading.Timer(float(os.environ["KILL_IN"]), kill_points.send_signal)
+            timer.daemon = True  # a program that ends before
+            timer.start()
+        code = _run(program, arguments, file.with_suffix(".value"))
         with contextlib.suppress(ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)  # no interpreter shutdown: gloo's threads of a failed rank would wait for its peers
+
+
+def _run(program: Callable, arguments: tuple, file: Path) -> int:
+    """Run the program of a rank and write its value to `file`. Returns the exit code."""
+    import torch
+
+    ended, value = False, None
+    try:
+        value = program(*arguments)
+        ended = True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        if not ended:  # else it is a Ctrl-C that came too late for the program
+            traceback.print_exc()
+            return 1
+    torch.save(value, file)
+    return 0
 
 
 def _kill_all(pattern: str, seconds: float, ranks: Sequence[Any], ended: threading.Event) -> None:
