@@ -11,6 +11,7 @@ product of the last t elements after loop t, at every position.
 
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -73,21 +74,32 @@ def make_depth_task(
 
     Held-out sequences have their own random numbers. Raises UserError if `out` exists.
     """
+    table = group_table(degree)
+
+    def windows(split: str) -> np.ndarray:
+        random = np.random.default_rng(np.random.SeedSequence([seed, degree, hops, split == "heldout"]))
+        size = heldout if split == "heldout" else sequences
+        return build_windows(random.integers(len(table), size=(size, hops)), table, targets)
+
+    names = ["<bos>", "<eos>"]
+    names += ["".join(map(str, element)) for element in itertools.permutations(range(1, degree + 1))]
+    return write_task(out, names, windows, seq_len=hops + 1, targets=1 if targets == "final" else hops)
+
+
+def write_task(
+    out: Path, names: Sequence[str], windows: Callable[[str], np.ndarray], seq_len: int, targets: int
+) -> ShardManifest:
+    """Write shards to the new folder `out`, of the windows (N, length) of each split ("train" and "heldout").
+
+    names: of the tokens; targets: rows of targets. Raises UserError if `out` exists.
+    """
     if out.exists():
         raise UserError("exists; name a new folder, or delete it", str(out))
-    table = group_table(degree)
     try:
         with new_folder(out) as folder:
-            counts = {}
-            for split, size in (("train", sequences), ("heldout", heldout)):
-                random = np.random.default_rng(np.random.SeedSequence([seed, degree, hops, split == "heldout"]))
-                windows = build_windows(random.integers(len(table), size=(size, hops)), table, targets)
-                counts[split] = write_split(folder / split, windows)
-            names = ["<bos>", "<eos>"]
-            names += ["".join(map(str, element)) for element in itertools.permutations(range(1, degree + 1))]
+            counts = {split: _write_split(folder / split, windows(split)) for split in ("train", "heldout")}
             (folder / TOKENS_FILE).write_text(json.dumps(names) + "\n")
-            rows = 1 if targets == "final" else hops
-            manifest = task_manifest(folder, counts, vocab_size=FIRST + len(table), seq_len=hops + 1, targets=rows)
+            manifest = _manifest(folder, counts, vocab_size=len(names), seq_len=seq_len, targets=targets)
             (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot be written ({error.strerror}); name another folder, or free space", str(out)) from None
@@ -120,7 +132,7 @@ def build_windows(elements: np.ndarray, table: np.ndarray, targets: Targets) -> 
     return np.concatenate(columns, axis=1)
 
 
-def write_split(folder: Path, windows: np.ndarray) -> SplitCounts:
+def _write_split(folder: Path, windows: np.ndarray) -> SplitCounts:
     """Write windows (N, length) as shards with their index."""
     writer = ShardWriter(folder, windows.shape[1] - 1, "uint16")
     writer.add(windows.astype(np.uint16).ravel())
@@ -139,10 +151,9 @@ def write_split(folder: Path, windows: np.ndarray) -> SplitCounts:
     )
 
 
-def task_manifest(
+def _manifest(
     folder: Path, splits: dict[str, SplitCounts], vocab_size: int, seq_len: int, targets: int
 ) -> ShardManifest:
-    """The manifest of a task's shards in `folder`, which has the names of the tokens; `targets`: rows of targets."""
     documents = sum(split.documents for split in splits.values())
     windows = sum(split.windows for split in splits.values())
     return ShardManifest(

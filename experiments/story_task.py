@@ -12,17 +12,14 @@ Each hop needs the answer of the hop before. Targets have one row per loop, as `
 after loop t the answers of the first t hops; the last row has all.
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.depth_task import EOS, TOKENS_FILE, task_manifest, write_split
+from experiments.depth_task import EOS, write_task
 from mythos_dist.data.manifest import ShardManifest
 from mythos_dist.errors import UserError
-from mythos_dist.files import new_folder
 
 NAMES = ("Anna", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hugo", "Ida", "Jon", "Kim", "Leo")
 VERBS = (("calls", "calling"), ("helps", "helping"), ("thanks", "thanking"), ("visits", "visiting"))
@@ -105,20 +102,14 @@ def make_story_task(
     Held-out stories have their own random numbers. Raises UserError for sizes that no story can have,
     and if `out` exists.
     """
-    _check(out, people, questions, hops)
-    try:
-        with new_folder(out) as folder:
-            counts = {}
-            for split, size in (("train", stories), ("heldout", heldout)):
-                built = build_stories(_random(seed, people, hops, split), size, people, questions, hops)
-                counts[split] = write_split(folder / split, build_windows(built, hops))
-            (folder / TOKENS_FILE).write_text(json.dumps(WORDS) + "\n")
-            seq_len = built.tokens.shape[1]
-            manifest = task_manifest(folder, counts, vocab_size=len(WORDS), seq_len=seq_len, targets=hops)
-            (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot be written ({error.strerror}); name another folder, or free space", str(out)) from None
-    return manifest
+    _check(people, questions, hops)
+
+    def windows(split: str) -> np.ndarray:
+        size = heldout if split == "heldout" else stories
+        return build_windows(build_stories(_random(seed, people, hops, split), size, people, questions, hops), hops)
+
+    seq_len = 1 + 4 * people + questions * (2 * hops + 2)  # see `build_stories`
+    return write_task(out, WORDS, windows, seq_len=seq_len, targets=hops)
 
 
 def ensure_story_task(out: Path, **settings: int) -> Path:
@@ -137,7 +128,7 @@ def _random(seed: int, people: int, hops: int, split: str) -> np.random.Generato
     return np.random.default_rng(np.random.SeedSequence([seed, people, hops, split == "heldout"]))
 
 
-def _check(out: Path, people: int, questions: int, hops: int) -> None:
+def _check(people: int, questions: int, hops: int) -> None:
     problems = []
     if not 2 <= people <= MAX_PEOPLE:
         problems.append(f"people={people} must be from 2 to {MAX_PEOPLE}, the names that there are")
@@ -149,5 +140,3 @@ def _check(out: Path, people: int, questions: int, hops: int) -> None:
         problems.append(f"questions={questions} must be from 1 to people={people}: each begins with another person")
     if problems:
         raise UserError(problems)
-    if out.exists():
-        raise UserError("exists; name a new folder, or delete it", str(out))
