@@ -6,10 +6,10 @@ per million tokens, for which a GPU would wait.
 Decisions: DATA-5.
 """
 
-import queue
 import threading
 from collections.abc import Generator, Iterator
-from typing import Generic, TypeVar
+from queue import SimpleQueue
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -20,50 +20,29 @@ def one_ahead(items: Generator[T, None, None]) -> Iterator[T]:
     The first is made by the caller's thread: loader processes are forked by it, as forks of other threads may inherit
     locks that are never released. When this generator ends, the thread closes `items` after the item that it is making.
     """
-    thread = _Maker(items)
-    try:
-        while True:
+    wanted: SimpleQueue[bool] = SimpleQueue()  # True: one more item; False: the end
+    made: SimpleQueue[T | BaseException] = SimpleQueue()
+
+    def make() -> None:
+        while wanted.get():
             try:
-                item = thread.take()
-            except StopIteration:
-                return
-            yield item
-    finally:
-        thread.end()
-
-
-class _Maker(Generic[T]):
-    """A thread that makes one item whenever it is asked to."""
-
-    def __init__(self, items: Generator[T, None, None]):
-        self._items = items
-        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: one more item; False: the end
-        self._made: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-        self._started = False
-
-    def take(self) -> T:
-        """The next item, and begin the one after it. Raises StopIteration at the end."""
-        if self._started:
-            item, error = self._made.get()
-            if error:
-                raise error
-        else:
-            item = next(self._items)
-            self._started = True
-            threading.Thread(target=self._run, name="read ahead", daemon=True).start()
-        self._wanted.put(True)
-        return item  # pyright: ignore[reportReturnType]
-
-    def end(self) -> None:
-        self._wanted.put(False)
-        if not self._started:
-            self._items.close()
-
-    def _run(self) -> None:
-        while self._wanted.get():
-            try:
-                self._made.put((next(self._items), None))
+                made.put(next(items))
             except BaseException as error:
-                self._made.put((None, error))
+                made.put(error)
                 break
-        self._items.close()
+        items.close()
+
+    try:
+        item: T | BaseException = next(items)
+    except StopIteration:
+        return
+    threading.Thread(target=make, name="read ahead", daemon=True).start()
+    try:
+        while not isinstance(item, BaseException):
+            wanted.put(True)
+            yield item
+            item = made.get()
+        if not isinstance(item, StopIteration):
+            raise item
+    finally:
+        wanted.put(False)
