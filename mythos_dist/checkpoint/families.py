@@ -201,9 +201,7 @@ _STACKED = {"gate": "w1", "up": "w3", "down": "w2"}
 
 def _mixture_sources(model: PretrainedModel, theirs: str, ours: str) -> dict[str, TensorSources]:
     part = "block_sparse_moe" if model.kind == "mixtral" else "mlp"
-    names = {"gate": "w1", "up": "w3", "down": "w2"}
-    if model.kind != "mixtral":
-        names = {own: f"{own}_proj" for own in names}
+    names = _STACKED if model.kind == "mixtral" else {own: f"{own}_proj" for own in _STACKED}
     sources = {f"{ours}.ffn.router.weight": _as_it_is(f"{theirs}{part}.gate.weight")}
     experts = range(model.mixture_settings()["n_experts"])
     for own, name in names.items():

@@ -62,7 +62,7 @@ class Cut(NamedTuple):
         )
 
     def problems(self, num_layers: int) -> Iterator[str]:
-        """Why a model of so many layers cannot be cut like this."""
+        """Why a model of `num_layers` layers does not have these parts."""
         what = f"--prelude {self.prelude} --loop {self.first}..{self.last} --coda {self.coda}"
         if self.last < self.first:
             yield f"{what}: the looped block has no layer; --loop FIRST..LAST counts layers from 0, the last included"
