@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from mythos_dist.config.schema import Config, OptimConfig
+from mythos_dist.config.schema import Config, MythosConfig, OptimConfig
+from mythos_dist.model.flops import stage_specs
 from mythos_dist.model.parameter_table import LocalParameter, local_parameter, local_parameters
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.pipeline import GROUP_ALIGNMENT, StageSpec
@@ -93,10 +94,14 @@ def kept_gradients(groups: Sequence[GroupSpec], mesh: Mesh) -> KeptGradients:
     return most
 
 
-def count_elements(config: Config, mesh: Mesh, stage: StageSpec) -> int:
-    """Elements of all groups of a rank of pipeline stage `stage`."""
-    held = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, stage)
-    return sum(group.numel for group in plan_groups(held, mesh))
+def rank_groups(config: MythosConfig, mesh: Mesh, stage: StageSpec) -> list[GroupSpec]:
+    """The groups of a rank of pipeline stage `stage`."""
+    return plan_groups(local_parameters(config, mesh.tensor.size, mesh.expert.size, stage), mesh)
+
+
+def count_elements(config: Config, mesh: Mesh) -> int:
+    """Elements of all groups of the rank with this `mesh`."""
+    return sum(group.numel for group in rank_groups(config.model, mesh, stage_specs(config)[mesh.pipe.rank]))
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) -> list[dict]:

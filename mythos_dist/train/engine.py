@@ -95,7 +95,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,
-            config=deepspeed_config(config, mesh.data.size, count_elements(config, mesh, self.stages[mesh.pipe.rank])),
+            config=deepspeed_config(config, mesh.data.size, count_elements(config, mesh)),
             mpu=None if self.stage else mpu_of(mesh),
         )
         if self.stage:

@@ -34,11 +34,9 @@ from mythos_dist.files import (
     user_errors,
     write_atomically,
 )
-from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.parameter_groups import count_elements
 from mythos_dist.parallel.launcher import RankInfo, read_job_id
 from mythos_dist.parallel.mesh import Mesh
-from mythos_dist.parallel.pipeline import plan_stages
 from mythos_dist.train import restarts, spikes, stop
 from mythos_dist.train.line_file import FILES as LINES
 from mythos_dist.train.sinks import TENSORBOARD, WANDB_ID
@@ -245,8 +243,7 @@ def _remove_probes(run_dir: Path) -> None:
 def write_settings(config: Config, mesh: Mesh, fence: Fence) -> None:
     """On rank 0: write config.yaml and its DeepSpeed JSON. Raises UserError, also if there is a newer start."""
     path = fence.run_dir
-    stages = plan_stages(config.model, config.loops.mean_of(config.model), mesh.pipe.size, stage_costs(config))
-    settings = deepspeed_config(config, mesh.data.size, count_elements(config, mesh, stages[mesh.pipe.rank]))
+    settings = deepspeed_config(config, mesh.data.size, count_elements(config, mesh))
     with user_errors(path), fence.guard():
         fence.replace(path / "config.yaml", dump_config(config))
         fence.replace(path / "deepspeed.json", json.dumps(settings, indent=2) + "\n")

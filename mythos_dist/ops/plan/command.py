@@ -12,8 +12,7 @@ from mythos_dist.config.schema import Config, ParallelConfig, TrainConfig
 from mythos_dist.config.tree import Scalar
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
-from mythos_dist.model.parameter_groups import kept_gradients, plan_groups
-from mythos_dist.model.parameter_table import local_parameters
+from mythos_dist.model.parameter_groups import kept_gradients, rank_groups
 from mythos_dist.ops.plan.clusters import Cluster, load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.ops.plan.length import longest_length, what_helps
@@ -123,8 +122,7 @@ def rank_of(estimate: Estimate) -> int:
     mesh, config = estimate.largest_stage.mesh, estimate.config
     replica = 0
     if config.parallel.zero == 2:
-        held = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, estimate.largest_stage.spec)
-        replica = kept_gradients(plan_groups(held, mesh), mesh).replica
+        replica = kept_gradients(rank_groups(config.model, mesh, estimate.largest_stage.spec), mesh).replica
     return mesh.global_rank(replica * mesh.context.size, mesh.pipe.rank, 0)
 
 

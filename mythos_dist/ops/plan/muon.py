@@ -8,8 +8,7 @@ import functools
 from dataclasses import replace
 
 from mythos_dist.config.schema import Config, MythosConfig
-from mythos_dist.model.parameter_groups import plan_groups
-from mythos_dist.model.parameter_table import local_parameters
+from mythos_dist.model.parameter_groups import rank_groups
 from mythos_dist.ops.plan.activations import ITEM_BYTES
 from mythos_dist.ops.plan.layer_communication import Messages, message
 from mythos_dist.parallel.mesh import Axis, Mesh
@@ -24,7 +23,7 @@ _GRAM_MATRICES = 2  # of the shorter side
 def _rounds(model: MythosConfig, mesh: Mesh, stage: StageSpec) -> list[tuple[Axis, list[Round]]]:
     """The rounds of each group with matrices, and the axis of its messages."""
     exchanges = []
-    for group in plan_groups(local_parameters(model, mesh.tensor.size, mesh.expert.size, stage), mesh):
+    for group in rank_groups(model, mesh, stage):
         if group.decays:
             layout = GroupLayout(group, model, mesh)
             axis = Axis(axis_name(mesh, layout.axis), layout.axis.size * mesh.tensor.size)

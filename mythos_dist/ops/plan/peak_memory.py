@@ -163,13 +163,14 @@ class _Moments:
         a bucket (a single one is not copied) and casts them to the weights' dtype. zero/stage_1_and_2.py: in a pipeline
         `reduce_gradients` allocates the bucket again; ZeRO-2 copies this rank's part before it adds it to that of
         earlier micro-batches."""
+        groups = plan_groups(self.parameters, self.mesh)
         if not uses_bf16_optimizer(self.config):
             part = 0.0
             if self.config.parallel.zero == 2:
-                part = self.layers.b * kept_gradients(plan_groups(self.parameters, self.mesh), self.mesh).elements
+                part = self.layers.b * kept_gradients(groups, self.mesh).elements
             return {"communication": self.bucket * (2 if self.mesh.pipe.size > 1 else 1), "gradients": part}
         buckets: list[list[int]] = [[]]
-        for group in plan_groups(self.parameters, self.mesh):
+        for group in groups:
             if group.expert_sharded or sum(buckets[-1]) > LARGEST_BUCKET:
                 buckets.append([])
             buckets[-1].append(group.numel)
