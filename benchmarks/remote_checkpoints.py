@@ -28,12 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mythos_dist.checkpoint import range_plan
 from mythos_dist.errors import run_command
+from mythos_dist.store import upload
+from mythos_dist.store.folder import THREADS as READ_THREADS
 
 ROOT = Path(__file__).parents[1]
 MODEL = "model.dim=768 model.n_heads=12 model.vocab_size=16384 model.n_experts=32 model.expert_dim=768"
 EVERY = 20
-THREADS, PART = 8, 16 << 20  # as the trainer's
 
 
 def main() -> None:
@@ -148,7 +150,10 @@ def raw_put(checkpoint: Path, url: str) -> float:
     from boto3.s3.transfer import TransferConfig
 
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    client, config = boto3.client("s3"), TransferConfig(multipart_chunksize=PART, max_concurrency=THREADS)
+    client, config = (
+        boto3.client("s3"),
+        TransferConfig(multipart_chunksize=upload.PART_BYTES, max_concurrency=upload.THREADS),
+    )
     begin = time.perf_counter()
     for file in checkpoint.iterdir():
         client.upload_file(str(file), bucket, f"{key}/{file.name}", Config=config)
@@ -156,22 +161,23 @@ def raw_put(checkpoint: Path, url: str) -> float:
 
 
 def raw_get(checkpoint: Path, url: str) -> float:
-    """Seconds in which threads alone get all bytes of a checkpoint's files, in parts."""
+    """Seconds in which threads alone get all bytes of a checkpoint's files, in requests of the trainer's size: what
+    moto takes for a request does not depend on it."""
     import boto3
 
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    client = boto3.client("s3")
+    client, part = boto3.client("s3"), range_plan.PART_BYTES
     ranges = [
-        (file.name, begin) for file in checkpoint.iterdir() for begin in range(0, max(1, file.stat().st_size), PART)
+        (file.name, begin) for file in checkpoint.iterdir() for begin in range(0, max(1, file.stat().st_size), part)
     ]
 
     def get(one: tuple[str, int]) -> int:
         name, begin = one
-        span = f"bytes={begin}-{begin + PART - 1}"
+        span = f"bytes={begin}-{begin + part - 1}"
         return len(client.get_object(Bucket=bucket, Key=f"{key}/{name}", Range=span)["Body"].read())
 
     begin = time.perf_counter()
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
         list(pool.map(get, ranges))
     return time.perf_counter() - begin
 
