@@ -1,5 +1,5 @@
-"""Decoding against open-mythos 0.5.0 and our class for transformers; expanded against absorbed MLA, weights with and
-without transposed copies, depth batching.
+"""Decoding against open-mythos 0.5.0 and our class for transformers; expanded against absorbed MLA, products of a
+few rows as they are computed and as `F.linear` does, depth batching.
 
 Equal weights and loops, fp32, a prompt of `--prompt` tokens; what is timed is tokens after the prompt. open-mythos and
 the class decode as their `generate` does: one forward pass with their cache per token. Rounds are interleaved; a round
@@ -24,11 +24,12 @@ from mythos_dist.generate.engine import DecodingEngine
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.model import Mythos, attention
 from mythos_dist.model.open_mythos import from_open_mythos
+from mythos_dist.parallel import few_rows
 
 N_LOOPS = 8
 OPEN_MYTHOS, CLASS, EXPANDED = "open-mythos", "transformers class", "engine, keys expanded"
-NO_COPIES = "engine, no copies"  # of weights, see mythos_dist/model/transposed.py
-PEERS = (OPEN_MYTHOS, CLASS, "engine", NO_COPIES, EXPANDED)
+PLAIN = "engine, F.linear"  # see mythos_dist/parallel/few_rows.py
+PEERS = (OPEN_MYTHOS, CLASS, "engine", PLAIN, EXPANDED)
 DEPTHS = ("slowest row", "depth batching")  # rows with 1 to 8 loops, all at 8 or each at its own
 
 
@@ -87,9 +88,9 @@ def class_decoder(rows: int, prompt: int) -> Callable[[], int]:
     return step
 
 
-def engine_decoder(rows: int, prompt: int, loops: list[int], copy_weights: bool = True) -> Callable[[], int]:
+def engine_decoder(rows: int, prompt: int, loops: list[int]) -> Callable[[], int]:
     """A function that decodes until some rows have a token, with `loops` of row i; returns the number of tokens."""
-    engine = DecodingEngine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows, copy_weights=copy_weights)
+    engine = DecodingEngine(ours(prompt), None, n_loops=N_LOOPS, max_batch=rows)
     requests = []
     for ids, n_loops in zip(random_ids(rows, prompt).tolist(), loops, strict=True):
         requests.append(engine.submit(ids, Sampling(max_new_tokens=1000, temperature=0, n_loops=n_loops)))
@@ -103,11 +104,13 @@ def worker(peer: str, rows: int, prompt: int, new: int) -> None:
     loops = [N_LOOPS] * rows
     if peer == EXPANDED:
         attention.MAX_SCORES = 0
+    if peer == PLAIN:
+        few_rows.MOST_ROWS = 0
     if peer == "depth batching":
         draw = random.Random(0)
         loops = [draw.randint(1, N_LOOPS) for _ in range(rows)]
     peers = {OPEN_MYTHOS: reference_decoder, CLASS: class_decoder}
-    step = peers[peer](rows, prompt) if peer in peers else engine_decoder(rows, prompt, loops, peer != NO_COPIES)
+    step = peers[peer](rows, prompt) if peer in peers else engine_decoder(rows, prompt, loops)
     step()
 
     def measure(_: int) -> dict:

@@ -120,8 +120,9 @@ class DecodingEngine:
     ):
         """Puts the model into eval mode. n_loops: of requests that do not set it. cache: see model/kv_cache.py.
         prefill_chunk: tokens of prompts that are read between two tokens of other requests, and of a prompt per pass.
-        copy_weights: on a CPU in fp32, keep transposed copies of most weights (model/transposed.py), which are faster;
-        the weights must then not change while the engine is used. Raises UserError for an unknown cache."""
+        copy_weights: on a CPU in fp32, keep transposed copies of a third of the experts' weights (model/transposed.py),
+        which are faster; the weights must then not change while the engine is used. Raises UserError for an unknown
+        cache."""
         self._model, self._tokenizer = model.eval(), tokenizer
         self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
         self._cache = KVCache(rows=max_batch, mode=cache)

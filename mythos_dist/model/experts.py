@@ -22,11 +22,13 @@ from mythos_dist.model.pieces import Pieces
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import swiglu_forward
 from mythos_dist.parallel.expert import Route, dispatch
+from mythos_dist.parallel.few_rows import few_rows_product
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.process import on_cpu
 from mythos_dist.parallel.ranges import in_range
 from mythos_dist.parallel.tensor import shard_parameter
 
+MOST_PAIRS = 6  # per expert: of more, `F.grouped_mm` is as fast as `few_pairs`
 # (x, weights, index, gate, up, down, pairs) -> y. An index of E is an empty slot; `pairs` is the number of slots that
 # are not empty, None if all are used.
 Backend = Callable[..., Tensor]
@@ -46,45 +48,33 @@ def reference(
 
 
 def few_pairs(
-    x: Tensor, weights: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor, transposed: Tensor | None = None
+    x: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    transposed_down: Tensor | None = None,
 ) -> Tensor:
-    """`reference` for a few tokens without gradient: only experts that have tokens are visited.
+    """`reference` for a few tokens in inference mode: only experts that have tokens are visited.
 
     On a CPU `F.grouped_mm` runs a product for every expert, with tokens or without: for one token with 4 of 32 experts,
-    96 products instead of 12. transposed: gate beside up (E, D, 2 * F), which then replaces both.
+    96 products instead of 12. transposed_down: a copy of `down` (E, D, F), which replaces it.
     """
-    k, width = index.shape[1], gate.shape[1]
-    experts, scale = index.flatten(), weights.to(x.dtype).flatten()  # (M,)
-    token, rows = None, x
-    if len(x) == 1:
-        rows = x.expand(k, -1)  # (M, D)
-    else:
-        experts, pair = experts.sort(stable=True)
-        token = pair // k
-        scale, rows = scale[pair], x[token]
-    runs, hidden = _runs(experts.tolist()), x.new_empty(len(rows), 2 * width)  # (M, 2 * F)
-    for e, run in runs:
-        if transposed is not None:
-            torch.mm(rows[run], transposed[e], out=hidden[run])
-        else:
-            hidden[run, :width], hidden[run, width:] = F.linear(rows[run], gate[e]), F.linear(rows[run], up[e])
-    hidden = swiglu_forward(hidden[:, :width], hidden[:, width:], scale)
-    y = torch.zeros_like(x)
-    if token is not None:
-        return y.index_add_(0, token, torch.cat([hidden[run] @ down[e] for e, run in runs]))
-    for e, run in runs:
-        y.addmm_(hidden[run], down[e])
-    return y
+    k = index.shape[1]
+    experts, order = index.flatten().sort(stable=True)  # (M,)
+    token, scale = order // k, weights.to(x.dtype).flatten()[order]
+    runs = [(e, len(list(equal))) for e, equal in groupby(experts.tolist())]  # (expert, pairs)
+    down = down.transpose(-2, -1) if transposed_down is None else transposed_down
 
+    def products(rows: Tensor, stack: Tensor) -> Tensor:
+        """(M, inputs) -> (M, outputs), each row with its expert's weight of (E, outputs, inputs)."""
+        parts = rows.split([pairs for _, pairs in runs])
+        return torch.cat([few_rows_product(part, stack[e]) for part, (e, _) in zip(parts, runs, strict=True)])
 
-def _runs(values: list[int]) -> list[tuple[int, slice]]:
-    """Each value of a sorted list, and where it is."""
-    runs, start = [], 0
-    for value, equal in groupby(values):
-        stop = start + len(list(equal))
-        runs.append((value, slice(start, stop)))
-        start = stop
-    return runs
+    rows = x[token]
+    hidden = swiglu_forward(products(rows, gate), products(rows, up), scale)  # (M, F)
+    return torch.zeros_like(x).index_add_(0, token, products(hidden, down))
 
 
 BACKENDS: dict[str, Backend] = {"grouped": grouped, "megablocks": megablocks, "reference": reference}
@@ -102,7 +92,7 @@ class Experts(nn.Module):
     hidden width over the tensor axis.
     """
 
-    transposed: Tensor | None = None  # (E, D, 2 * F), see model/transposed.py
+    transposed_down: Tensor | None = None  # (E, D, F), see model/transposed.py
 
     def __init__(
         self, config: MythosConfig, backend: str, mesh: Mesh, selective: bool = False, pieces: Pieces | None = None
@@ -141,9 +131,9 @@ class Experts(nn.Module):
 
     @in_range("experts")
     def _run(self, x: Tensor, weights: Tensor, index: Tensor, pairs: int | None) -> Tensor:
-        is_few = pairs is None and index.numel() <= len(self.w1) and not torch.is_grad_enabled()
-        if is_few and self.backend is grouped and on_cpu(x):
-            return few_pairs(x, weights, index, self.w1, self.w3, self.w2, self.transposed)
+        is_few = pairs is None and index.numel() <= MOST_PAIRS * len(self.w1)
+        if is_few and torch.is_inference_mode_enabled() and self.backend is grouped and on_cpu(x):
+            return few_pairs(x, weights, index, self.w1, self.w3, self.w2, self.transposed_down)
         inputs = x, weights, index, self.w1, self.w3, self.w2, pairs
         if self.backend is grouped and on_cpu(x):
             return checkpoint_if(self.selective, _grouped_on_cpu, *inputs, self._sums)

@@ -32,7 +32,7 @@ from mythos_dist.parallel.collectives import (
 from mythos_dist.parallel.expert import Route, combine
 from mythos_dist.parallel.mesh import SINGLE, Mesh
 from mythos_dist.parallel.ranges import in_range
-from mythos_dist.parallel.tensor import MOST_ROWS_TRANSPOSED, ParallelLinear, replicated, shard_parameter
+from mythos_dist.parallel.tensor import ParallelLinear, replicated, shard_parameter
 
 
 class RouterStats(NamedTuple):
@@ -47,8 +47,6 @@ class RouterStats(NamedTuple):
 class FFN(nn.Module):
     """Dense SwiGLU: down(silu(gate(x)) * up(x)), its hidden width sharded over the tensor axis."""
 
-    transposed: Tensor | None = None  # (D, 2 * F), see model/transposed.py
-
     def __init__(self, dim: int, hidden: int, mesh: Mesh = SINGLE, selective: bool = False):
         super().__init__()
         self.gate = ParallelLinear(dim, hidden, "outputs", mesh)
@@ -62,8 +60,6 @@ class FFN(nn.Module):
         return checkpoint_if(self.selective, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.transposed is not None and len(x) <= MOST_ROWS_TRANSPOSED:
-            return self.down(*(x @ self.transposed).chunk(2, dim=-1))
         return self.down(self.gate(x), self.up(x))
 
 

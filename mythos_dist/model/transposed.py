@@ -1,8 +1,7 @@
-"""Transposed copies of weights, for products of a few rows on a CPU.
+"""Transposed copies of the experts' `down`, for products of a few rows on a CPU.
 
-Such a product reads each weight once, at the rate of memory, and long rows of consecutive elements are read fastest.
-Layers hold (outputs, inputs). The copies hold (inputs, outputs) of the layers with more outputs than inputs: gate
-beside up, of the experts and the FFNs, and the output head.
+Such products are fastest with weights (outputs, inputs), see `parallel/few_rows.py`. All weights are held like that but
+`down` of the routed experts, which MegaBlocks' layout has transposed.
 
 The trap: copies do not follow the weights. So layers see them only within `use`, and the weights must not change as
 long as the copies are used.
@@ -10,7 +9,7 @@ long as the copies are used.
 Decisions: DECODE-9.
 """
 
-# D model, F hidden width, E experts, V vocabulary.
+# D model, F hidden width, E experts.
 
 import contextlib
 from collections.abc import Iterator
@@ -19,24 +18,19 @@ import torch
 from torch import Tensor
 
 from mythos_dist.model.experts import Experts
-from mythos_dist.model.moe import FFN
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.process import on_cpu
-from mythos_dist.parallel.tensor import Embedding
 
 
 class TransposedWeights:
     """The copies of a model's weights: none unless they are wanted, and fp32 on a CPU."""
 
     def __init__(self, model: Mythos, wanted: bool = True):
-        self._copies: list[tuple[Experts | FFN | Embedding, Tensor]] = []
+        self._copies: list[tuple[Experts, Tensor]] = []  # (E, D, F)
         weight = model.embed.weight
-        if not wanted or not on_cpu(weight) or weight.dtype != torch.float32:
-            return
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, Experts | FFN) or (isinstance(module, Embedding) and module is model.head):
-                    self._copies.append((module, _transposed(module)))
+        if wanted and on_cpu(weight) and weight.dtype == torch.float32:
+            mixtures = [module for module in model.modules() if isinstance(module, Experts)]
+            self._copies = [(one, one.w2.detach().transpose(-2, -1).contiguous()) for one in mixtures]
 
     @property
     def num_bytes(self) -> int:
@@ -45,19 +39,11 @@ class TransposedWeights:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
-        """Within it the layers use the copies where they have few rows."""
+        """Within it the experts use the copies where they have few rows."""
         for module, copy in self._copies:
-            module.transposed = copy
+            module.transposed_down = copy
         try:
             yield
         finally:
             for module, _ in self._copies:
-                module.transposed = None
-
-
-def _transposed(module: Experts | FFN | Embedding) -> Tensor:
-    """(E, D, 2 * F), (D, 2 * F) or (D, V): gate, then up."""
-    if isinstance(module, Embedding):
-        return module.weight.t().contiguous()
-    parts = (module.w1, module.w3) if isinstance(module, Experts) else (module.gate.weight, module.up.weight)
-    return torch.cat([part.transpose(-2, -1) for part in parts], dim=-1)
+                module.transposed_down = None

@@ -28,10 +28,10 @@ from mythos_dist.parallel.collectives import (
     leave_tensor_parallel,
     sum_and_scatter,
 )
+from mythos_dist.parallel.few_rows import few_rows_linear
 from mythos_dist.parallel.mesh import Axis, Mesh
 
 _MIN_CHUNK = 256  # tokens whose logits are computed at a time, at least: smaller matrix products are slow
-MOST_ROWS_TRANSPOSED = 2  # rows up to which a product with transposed weights is faster on a CPU
 IGNORED = -100  # a label without loss (PyTorch's default ignore_index)
 
 
@@ -118,7 +118,7 @@ class ParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs, local if sharded) -> (..., outputs, local if sharded)."""
-        return F.linear(x, self.weight, self.bias)
+        return few_rows_linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -127,8 +127,6 @@ class Embedding(nn.Module):
     `lookup`, `logits` and `loss` go through `forward`, because ZeRO-3 gathers the table before a module's forward and
     frees it afterwards.
     """
-
-    transposed: Tensor | None = None  # (D, V), see model/transposed.py
 
     def __init__(self, vocab_size: int, dim: int, mesh: Mesh, chunk_tokens: int = 0):
         """chunk_tokens: the most tokens whose logits the loss computes at a time; 0: as many as make logits as large
@@ -175,9 +173,7 @@ class Embedding(nn.Module):
         return leave_tensor_parallel(rows, self.mesh)
 
     def _logits(self, x: Tensor) -> Tensor:
-        if self.transposed is not None and x.shape[:-1].numel() <= MOST_ROWS_TRANSPOSED:
-            return x @ self.transposed
-        return F.linear(enter_tensor_parallel(x, self.mesh), self.weight)
+        return few_rows_linear(enter_tensor_parallel(x, self.mesh), self.weight)
 
     def _loss(self, x: Tensor, labels: Tensor, weights: Tensor | None, readouts: int, teacher: float) -> "HeadLoss":
         if weights is None:
