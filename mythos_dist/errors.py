@@ -138,7 +138,10 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     They may also drop it, as torch does while it imports numpy, and Python does in `__del__`: it is raised again every
     half second until `main` ends. While torch is imported, whose C++ functions may abort the process instead, the
     program ends then.
+
+    Threads of OpenMP, which torch uses on a CPU, sleep while they wait, unless OMP_WAIT_POLICY is set (PROJECT-13).
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     if is_tool:
         _run_main(main, is_tool)
         return

@@ -96,6 +96,17 @@ def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkey
     assert (asked.returncode, asked.stdout) == (0, described.stdout) and "usage: mythos train" in asked.stdout
 
 
+@pytest.mark.parametrize(("policy", "spins"), [("", "0"), ("PASSIVE", "0"), ("ACTIVE", "30000000000")])
+def test_threads_sleep_while_they_wait_unless_the_user_decides(policy, spins, tmp_path):
+    """As OpenMP itself reports when training imports torch."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    command = [sys.executable, "-m", "mythos_dist.train", "tiny_cpu", "data.path=missing", f"run.dir={tmp_path}/run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
+    assert result.returncode == 2 and "missing: no such folder" in result.stderr
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)) == {spins}
+
+
 def test_configs_and_clusters_of_the_package_are_found_by_name(tmp_path, monkeypatch):
     """A file of that name has precedence; nothing outside of the package's folder is found."""
     monkeypatch.chdir(tmp_path)
