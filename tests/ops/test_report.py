@@ -119,6 +119,22 @@ def test_the_page_is_light_or_dark_as_the_reader_prefers(tmp_path):
 
 @browser
 @pytest.mark.launch
+def test_words_in_tables_are_not_broken_on_a_phone(tmp_path):
+    """At a width of 340 pixels: a word has one rectangle. Only what does not fit is scrolled, not the page."""
+    planned = {"planned": {"memory_gb": 2.5, "measured_memory_gb": 1.5}}
+    folder = write_run(tmp_path / "run", 40, lambda line: line | (planned if line["step"] == 40 else {}))
+    write_report([folder], tmp_path / "report.html")
+    script = """(document.body.style.width = "340px", [[...document.querySelectorAll("table")].map(table =>
+        [...table.querySelectorAll("tbody td")].map(cell => cell.firstChild).filter(text => text && text.length < 12 &&
+        !text.data.includes(" ")).map(text => { const range = document.createRange(); range.selectNodeContents(text);
+        return range.getClientRects().length })).flat(), document.querySelectorAll(".scroll > table").length ===
+        document.querySelectorAll("table").length])"""
+    rectangles, can_scroll = evaluate(tmp_path / "report.html", script, "--window-size=500,1800")
+    assert len(rectangles) > 4 and set(rectangles) <= {0, 1} and can_scroll  # 0: in a section that is closed
+
+
+@browser
+@pytest.mark.launch
 def test_markup_in_a_runs_files_is_text(tmp_path):
     evil = (
         "</script><script>document.body.dataset.owned = 1</script><img src=x onerror='document.body.dataset.owned=1'>"
