@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
@@ -39,6 +39,9 @@ from mythos_dist.checkpoint.strict_json import (
 from mythos_dist.errors import UserError
 from mythos_dist.files import reason
 from mythos_dist.urls import AnyPath, RemotePath
+
+if TYPE_CHECKING:  # reading a manifest needs no torch
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 has no lineage
@@ -72,6 +75,24 @@ class TensorEntry:
     def weights(self) -> str:
         """The kind of its current values: PARAMETER or BUFFER."""
         return PARAMETER if PARAMETER in self.kinds else BUFFER
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A rank's piece of a named tensor: for each kind a flat fp32 view of `piece.last - piece.first` elements."""
+
+    piece: Piece
+    full_shape: Index  # of the unsharded tensor
+    values: "dict[str, Tensor]"  # by kind: parameter and moments, or buffer; and its average
+    writes: bool  # whether this rank saves it: of the ranks that hold the same piece, one does
+
+    @property
+    def weights(self) -> "Tensor":
+        """The current values of the parameter (its fp32 master copy) or of the buffer."""
+        return self.values[PARAMETER if PARAMETER in self.values else BUFFER]
+
+
+LocalShards = dict[str, LocalShard]  # what a rank holds of a run, by canonical name: views into model and optimizer
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from mythos_dist.checkpoint.exported import holds_export, open_export
-from mythos_dist.checkpoint.local_shards import LocalShards
 from mythos_dist.checkpoint.manifest import (
     AVERAGE,
     BUFFER,
     MAX_BYTES,
     MOMENTS,
     PARAMETER,
+    LocalShards,
     VersionError,
     parse_checkpoint_manifest,
     read_checkpoint_manifest,

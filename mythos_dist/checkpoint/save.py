@@ -31,8 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.local_shards import LocalShards
-from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, TensorEntry
+from mythos_dist.checkpoint.manifest import CheckpointManifest, FileEntry, LocalShards, TensorEntry
 from mythos_dist.checkpoint.names import is_pinned, remove_checkpoint, temporary_name
 from mythos_dist.checkpoint.publish import prune, publish
 from mythos_dist.checkpoint.reader import checkpoints_of

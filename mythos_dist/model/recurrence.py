@@ -37,8 +37,7 @@ from mythos_dist.model.kv_cache import CacheKey, looped_layer
 from mythos_dist.model.loop_recorder import LoopRecorder
 from mythos_dist.model.loops import Loops, loop_signals, where_active
 from mythos_dist.model.norm import Norm, rms_normalize
-from mythos_dist.model.offload import OffloadedStates
-from mythos_dist.model.recompute import Recompute, checkpoint_if
+from mythos_dist.model.recompute import OffloadedStates, Recompute, checkpoint_if
 from mythos_dist.model.shared_kv import SharedKV, join_kv, kv_by_layer, shared_kv_shape
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import loops_with_grad

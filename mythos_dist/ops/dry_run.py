@@ -22,7 +22,7 @@ from torch import Tensor
 from mythos_dist.checkpoint.manifest import AVERAGE
 from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
-from mythos_dist.model import context_attention, offload
+from mythos_dist.model import context_attention, recompute
 from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet, replaced
 from mythos_dist.ops.plan.memory import PARTS, micro_batches_at_peak
 from mythos_dist.ops.plan.meter import Meter
@@ -83,12 +83,12 @@ class FakeRouting:
 
 
 class UncountedCopy:
-    """Replaces `model.offload.HostCopy`: its bytes are those of host memory, not of the rank's device."""
+    """Replaces `model.recompute.HostCopy`: its bytes are those of host memory, not of the rank's device."""
 
     live, peak = 0, 0  # bytes of all copies
 
     def __init__(self, x: Tensor):
-        self.shape, self.dtype, size = x.shape, x.dtype, offload.pinned_bytes(x.nbytes)
+        self.shape, self.dtype, size = x.shape, x.dtype, recompute.pinned_bytes(x.nbytes)
         UncountedCopy.live += size
         UncountedCopy.peak = max(UncountedCopy.peak, UncountedCopy.live)
         weakref.finalize(self, self._freed, size).atexit = False
@@ -168,7 +168,7 @@ def dry_run(
     fake_routing = FakeRouting(c.n_experts_per_tok, c.n_experts, imbalance, routing)
     meter = Meter(on_flops=on_flops)
     no_router = replaced(expert, "exchange_counts", fake_routing)
-    no_copies = replaced(offload, "HostCopy", UncountedCopy)
+    no_copies = replaced(recompute, "HostCopy", UncountedCopy)
     UncountedCopy.live = UncountedCopy.peak = 0
     pieces = replaced(context_attention, "each_piece", first_pieces(meter))
     with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router, no_copies, pieces:

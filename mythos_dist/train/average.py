@@ -22,8 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mythos_dist.checkpoint.local_shards import LocalShards
-from mythos_dist.checkpoint.manifest import AVERAGE, CheckpointManifest
+from mythos_dist.checkpoint.manifest import AVERAGE, CheckpointManifest, LocalShards
 from mythos_dist.config.fields import show
 from mythos_dist.config.schema import AverageConfig
 from mythos_dist.units import count

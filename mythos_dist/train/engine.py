@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mythos_dist.checkpoint.local_shards import LocalShards
+from mythos_dist.checkpoint.manifest import LocalShards
 from mythos_dist.config.deepspeed import deepspeed_config
 from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import MicroBatch

@@ -12,8 +12,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-from mythos_dist.checkpoint.local_shards import LocalShard, LocalShards
-from mythos_dist.checkpoint.manifest import BUFFER, MOMENTS
+from mythos_dist.checkpoint.manifest import BUFFER, MOMENTS, LocalShard, LocalShards
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.parallel.mesh import Mesh

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from helpers.small_checkpoint import VALUES, manifest
 
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.local_shards import LocalShard
+from mythos_dist.checkpoint.manifest import LocalShard
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.publish import remove_unfinished
 from mythos_dist.checkpoint.save import Saver

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from mythos_dist.checkpoint.describe import inspect, summary_lines
 from mythos_dist.checkpoint.fence import Fence
-from mythos_dist.checkpoint.local_shards import LocalShard
+from mythos_dist.checkpoint.manifest import LocalShard
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import Saver
 from mythos_dist.config.schema import CheckpointConfig

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from helpers.small_checkpoint import VALUES, manifest
 from helpers.small_run import SMALL, TINY
 
-from mythos_dist.checkpoint.local_shards import LocalShard
+from mythos_dist.checkpoint.manifest import LocalShard
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.save import Saver
 from mythos_dist.config.load import load_config

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mythos_dist.config.schema import ActConfig
-from mythos_dist.model import Mythos, MythosConfig, offload
+from mythos_dist.model import Mythos, MythosConfig, recompute
 from mythos_dist.model.recompute import Recompute
 
 
@@ -29,7 +29,7 @@ class RecordedCopies:
         self.states: list[weakref.ref] = []  # storages of the tensors on the device
         record = self
 
-        class Recorded(offload.HostCopy):
+        class Recorded(recompute.HostCopy):
             def __init__(self, x: Tensor):
                 super().__init__(x)
                 self.index = len(record.states)
@@ -40,7 +40,7 @@ class RecordedCopies:
                 record.events.append(("back", self.index))
                 return super().begin()
 
-        monkeypatch.setattr(offload, "HostCopy", Recorded)
+        monkeypatch.setattr(recompute, "HostCopy", Recorded)
 
     @property
     def on_device(self) -> list[bool]:

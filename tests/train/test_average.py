@@ -17,8 +17,7 @@ from helpers.small_run import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mythos_dist.checkpoint.local_shards import LocalShard
-from mythos_dist.checkpoint.manifest import read_checkpoint_manifest
+from mythos_dist.checkpoint.manifest import LocalShard, read_checkpoint_manifest
 from mythos_dist.checkpoint.pieces import Piece
 from mythos_dist.checkpoint.reader import Checkpoint
 from mythos_dist.checkpoint.restore import load_model

@@ -20,9 +20,9 @@ from math import ceil
 from mythos_dist.config.deepspeed import LARGEST_BUCKET
 from mythos_dist.config.schema import Config
 from mythos_dist.model.flops import stage_specs
-from mythos_dist.model.offload import pinned_bytes
 from mythos_dist.model.parameter_groups import kept_gradients, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, local_parameters
+from mythos_dist.model.recompute import pinned_bytes
 from mythos_dist.ops.plan.activations import LayerActivations, Saved
 from mythos_dist.ops.plan.layer_communication import LayerMessages
 from mythos_dist.ops.plan.memory import Memory, bucket_bytes, static_memory, uses_bf16_optimizer
