@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from mythos_dist import __version__
-from mythos_dist.config.arguments import add_config, parse_arguments
+from mythos_dist.config.arguments import add_config, add_json_option, parse_arguments
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError, run_command
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mythos doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_config(parser, "a YAML file; without one only the machine is checked", optional=True)
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_json_option(parser)
     return parser
 
 

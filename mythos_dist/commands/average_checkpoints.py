@@ -8,7 +8,7 @@ begins with it by `start_from=weights`. Needs no GPU; memory does not grow with 
 
 import argparse
 
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments, print_result
+from mythos_dist.config.arguments import add_export_options, add_write_options, location, parse_arguments, print_result
 from mythos_dist.errors import run_command
 
 
@@ -23,14 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="the folder of a checkpoint, a run.dir (its newest checkpoint), the folder of an export, or a URL",
     )
-    add("--out", type=nonempty_path, required=True, help="a new folder")
+    add_export_options(parser)
     add(
         "--weights",
         nargs="+",
         metavar="W",
         help="a weight above 0 for each CHECKPOINT, such as 1 2 1; their sum does not matter (default: all equal)",
     )
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
     add_write_options(parser, workers=2)
     return parser
 

@@ -12,7 +12,14 @@ which each token could stop, what every loop would predict next, and the agreeme
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import WEIGHTS_HELP, location, number, parse_arguments
+from mythos_dist.config.arguments import (
+    WEIGHTS_HELP,
+    add_json_option,
+    add_tokenizer_option,
+    location,
+    number,
+    parse_arguments,
+)
 from mythos_dist.errors import run_command
 
 
@@ -29,9 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     exits = "after which a token stops: small change of its hidden state, of its prediction, or enough halting weight"
     add("--exit", choices=["latent", "kl", "halting"], default="latent", help=f"{exits} (%(default)s)")
     add("--exit-threshold", type=number(0, 1e9), help="(default: latent 0.03, kl 5e-4, halting model.act_threshold)")
-    add("--tokenizer", type=Path, help="tokenizer file for --text, if neither export nor training shards have one")
+    add_tokenizer_option(parser, "--text")
     add("--out", type=Path, help="write OUT.json and OUT.png (default: CHECKPOINT/depth-sweep; not for URLs)")
-    add("--json", action="store_true", help="print JSON instead of a table")
+    add_json_option(parser, "print JSON instead of a table")
     return parser
 
 

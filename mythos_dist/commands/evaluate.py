@@ -11,7 +11,14 @@ of the requests. Results are kept on disk: the same command again computes only 
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import WEIGHTS_HELP, integer, location, parse_arguments
+from mythos_dist.config.arguments import (
+    WEIGHTS_HELP,
+    add_json_option,
+    add_tokenizer_option,
+    integer,
+    location,
+    parse_arguments,
+)
 from mythos_dist.errors import run_command
 
 
@@ -27,13 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=integer(1, 10**9), default=256, help="held-out windows of the built-in tasks (%(default)s)")
     add("--batch-tokens", type=integer(1, 10**9), default=8192, help="maximum tokens of a batch (%(default)s)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation (%(default)s)")
-    add("--tokenizer", type=Path, help="tokenizer file, if neither export nor training shards have one")
+    add_tokenizer_option(parser)
     add(
         "--out",
         type=Path,
         help="write OUT.json, OUT.png and a cache beside them (default: RUN/evaluate/STEP; needed for a URL)",
     )
-    add("--json", action="store_true", help="print JSON instead of a table")
+    add_json_option(parser, "print JSON instead of a table")
     return parser
 
 

@@ -12,6 +12,7 @@ import argparse
 
 from mythos_dist.config.arguments import (
     CHECKPOINT_HELP,
+    add_export_options,
     add_write_options,
     location,
     nonempty_path,
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=location, help=CHECKPOINT_HELP)
-    add("--out", type=nonempty_path, required=True, help="a new folder")
+    add_export_options(parser)
     add(
         "--format",
         choices=("safetensors", "hf", "open_mythos", "deepspeed-universal"),
@@ -34,7 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="for which class (%(default)s)",
     )
     add("--average", action="store_true", help="the average of the weights that the run keeps (average.kind)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
     add(
         "--file-size",
         type=number(1e-5, 1e4),

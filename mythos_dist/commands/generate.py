@@ -9,7 +9,7 @@ mythos generate RUN_DIR --chat --prompt "..."    # one message
 import argparse
 from pathlib import Path
 
-from mythos_dist.config.arguments import WEIGHTS_HELP, location, parse_arguments
+from mythos_dist.config.arguments import WEIGHTS_HELP, add_tokenizer_option, location, parse_arguments
 from mythos_dist.errors import run_command
 
 
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--draft-tokens", type=int, default=4, help="tokens per draft (%(default)s)")
     add("--batch", type=int, default=8, help="prompts decoded at a time (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--tokenizer", type=Path, help="tokenizer file, if the training shards are not available")
+    add_tokenizer_option(parser)
     return parser
 
 

@@ -9,7 +9,14 @@ fine-tuning; merge adapters first, with `model.merge_and_unload()`. No code in i
 
 import argparse
 
-from mythos_dist.config.arguments import add_write_options, location, nonempty_path, parse_arguments, print_result
+from mythos_dist.config.arguments import (
+    add_export_options,
+    add_write_options,
+    location,
+    nonempty_path,
+    parse_arguments,
+    print_result,
+)
 from mythos_dist.errors import run_command
 
 
@@ -18,8 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=location, help="a model's folder, or its URL")
-    add("--out", type=nonempty_path, required=True, help="a new folder")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    add_export_options(parser)
     add("--tokenizer", type=nonempty_path, help="its file (default: that of FOLDER)")
     add_write_options(parser, workers=2)
     return parser

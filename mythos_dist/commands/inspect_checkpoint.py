@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from mythos_dist.config.arguments import CHECKPOINT_HELP, location, parse_arguments
+from mythos_dist.config.arguments import CHECKPOINT_HELP, add_json_option, location, parse_arguments
 from mythos_dist.errors import EXIT_USER_ERROR, run_command
 
 MAX_LINES = 100  # tensors that differ
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("checkpoint", type=location, help=CHECKPOINT_HELP)
     add("other", type=location, nargs="?", help="a second checkpoint to compare with")
     add("--no-verify", action="store_true", help="check file sizes only, not hashes")
-    add("--json", action="store_true", help="print everything as JSON")
+    add_json_option(parser)
     return parser
 
 

@@ -9,9 +9,9 @@ import argparse
 import os
 from pathlib import Path
 
-from mythos_dist.config.arguments import number, parse_arguments, path_text
+from mythos_dist.config.arguments import number, parse_arguments
 from mythos_dist.errors import run_command
-from mythos_dist.prepare.command import add_conversion_options, run_conversion
+from mythos_dist.prepare.command import add_conversion_options, add_text_options, run_conversion
 
 OPTIONS = "heldout compression skip_bad max_unpack_ratio workers quiet scratch".split()  # passed to convert() unchanged
 
@@ -20,17 +20,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
+    add_text_options(parser)
     add("--tokenizer", required=True, type=Path, help="a SentencePiece model, or a Hugging Face tokenizer.json")
     add("--seq-len", required=True, type=int, help="tokens per window; one more is stored, for the labels")
     add("--dedup", action="store_true", help="keep only the first of equal documents (reads the input twice)")
     add("--min-score", type=number(-1e300, 1e300), help="leave out documents with a lower `score` column")
-    add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
     add("--format", choices=("text", "chat"), default="text", help="documents, or conversations (%(default)s)")
     add("--template", help="of conversations: a Jinja file, or plain; default: the tokenizer's own")
     add("--sample-by", choices=("document", "line"), default="document", help="what a document of plain text is")
     add("--skip-bad", action="store_true", help="skip unreadable input, and list it in the manifest")
-    add("--max-unpack-ratio", type=float, default=100.0, help="highest compression ratio of an input (%(default)g)")
     add_conversion_options(parser, heldout_of="text")
     return parser
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mythos_dist.config.arguments import add_config, integer, number, parse_arguments
+from mythos_dist.config.arguments import add_config, add_json_option, integer, number, parse_arguments
 from mythos_dist.errors import run_command
 from mythos_dist.packaged import CONFIGS
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top", type=integer(1, 1000), default=8, help="number of layouts to show (%(default)s)")
     add("--dry-run", action="store_true", help="run one rank of the best layout on fake tensors: a minute")
     add("--write", type=Path, help="write the best layout to a new config file")
-    add("--json", action="store_true", help="print everything as JSON")
+    add_json_option(parser)
     return parser
 
 

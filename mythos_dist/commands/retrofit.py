@@ -11,6 +11,7 @@ Qwen3-MoE. No code in it is run.
 import argparse
 
 from mythos_dist.config.arguments import (
+    add_export_options,
     add_print_options,
     integer,
     nonempty_path,
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=nonempty_path, help="a model's folder, as save_pretrained writes it")
-    add("--out", type=nonempty_path, required=True, help="a new folder")
+    add_export_options(parser)
     add("--prelude", type=_LAYERS, required=True, metavar="A", help="number of first layers before the loops")
     add("--loop", type=_span, required=True, metavar="B..C", help="looped layers, counted from 0, C included")
     add("--coda", type=_LAYERS, required=True, metavar="D", help="number of last layers after the loops")
@@ -39,7 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--experts", type=_NUMBER, default=1, metavar="E", help="copies of each looped dense FFN (%(default)s)")
     add("--experts-per-token", type=_NUMBER, default=1, metavar="K", help="of them, for each token (%(default)s)")
     add("--noise", type=number(0, 10), default=0.0, metavar="S", help="on copies, of their deviation (%(default)s)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
     add("--tokenizer", type=nonempty_path, help="its file (default: that of FOLDER)")
     add_print_options(parser)
     return parser

@@ -8,9 +8,8 @@ One process, one model. No replacement for a production server: docs/serving.md 
 
 import argparse
 import importlib.util
-from pathlib import Path
 
-from mythos_dist.config.arguments import WEIGHTS_HELP, integer, location, number, parse_arguments
+from mythos_dist.config.arguments import WEIGHTS_HELP, add_tokenizer_option, integer, location, number, parse_arguments
 from mythos_dist.errors import UserError, run_command
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -31,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-body-mib", type=integer(1, 1024), default=4, help="largest request, in MiB (%(default)s)")
     add("--cache", default="all", help="keys and values kept: all, last or every:K loops (%(default)s)")
     add("--template", help="for chat: a Jinja file, or plain; default: the template of the training shards")
-    add("--tokenizer", type=Path, help="tokenizer file, if the training shards are not available")
+    add_tokenizer_option(parser)
     add("--shutdown-seconds", type=number(0, 3600), default=30, help="wait for requests at the end (%(default)s)")
     return parser
 

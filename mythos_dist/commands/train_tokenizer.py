@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from mythos_dist.config.arguments import parse_arguments, path_text
+from mythos_dist.config.arguments import parse_arguments
 from mythos_dist.errors import UserError, run_command
+from mythos_dist.prepare.command import add_text_options
 from mythos_dist.units import count
 
 
@@ -19,14 +20,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
+    add_text_options(parser)
     add("--out", required=True, type=Path, help="model file to write")
     add("--vocab-size", type=int, default=32000, help="number of pieces (%(default)s)")
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="(%(default)s)")
     add("--seed", type=int, default=0, help="seed of the sample of a large input (%(default)s)")
     add("--sample-mb", type=int, default=1024, help="maximum MB of text to read (%(default)s)")
-    add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
-    add("--max-unpack-ratio", type=float, default=100.0, help="highest compression ratio of an input (%(default)g)")
     add("--json", action="store_true", help="print path, vocab_size, sha256, model_type and more as JSON")
     add("--quiet", action="store_true", help="print errors only")
     return parser

@@ -32,6 +32,24 @@ def add_overrides(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=what)
 
 
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a tool that writes an export: its folder, and the type of its weights."""
+    parser.add_argument("--out", type=nonempty_path, required=True, help="a new folder")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+
+
+def add_tokenizer_option(parser: argparse.ArgumentParser, use: str = "") -> None:
+    """Add the option of a tool that reads a trained model and text. use: what needs it, if not all of the tool does."""
+    of_use = f" for {use}" if use else ""
+    text = f"tokenizer file{of_use}, if neither export nor training shards have one"
+    parser.add_argument("--tokenizer", type=Path, help=text)
+
+
+def add_json_option(parser: argparse.ArgumentParser, what: str = "print everything as JSON") -> None:
+    """Add `--json` to a tool that has no `--quiet`."""
+    parser.add_argument("--json", action="store_true", help=what)
+
+
 def add_write_options(parser: argparse.ArgumentParser, workers: int) -> None:
     """Add the options of a tool that reads checkpoints and writes files. workers: the default."""
     add = parser.add_argument

@@ -1,9 +1,9 @@
 """Activation checkpointing: the backward recomputes activations instead of storing them (Chen et al. 2016).
 
 With `train.offload: saved` the inputs of recomputed loops are in host memory: they are copied to pinned memory while
-the loop runs. The backward pass copies them back one loop ahead: while loop t is recomputed and differentiated, the inputs
-of loop t - 1 arrive. Copies have streams of their own, and values are the same bits. On a CPU the same code copies from
-memory to memory.
+the loop runs. The backward pass copies them back one loop ahead: while loop t is recomputed and differentiated, the
+inputs of loop t - 1 arrive. Copies have streams of their own, and values are the same bits. On a CPU the same code
+copies from memory to memory.
 The trap: a tensor must not be freed while its copy runs on another stream; `record_stream` tells the allocator.
 
 Decisions: LOOPS-11.

@@ -15,8 +15,16 @@ if TYPE_CHECKING:  # --help imports no pyarrow
     from mythos_dist.data.manifest import ShardManifest
 
 
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of both tools that read text."""
+    add = parser.add_argument
+    add("--input", required=True, nargs="+", type=path_text, help="files, folders, patterns, URLs")
+    add("--text-column", default="text", help="column or JSON key of the text (%(default)s)")
+    add("--max-unpack-ratio", type=float, default=100.0, help="highest compression ratio of an input (%(default)g)")
+
+
 def add_conversion_options(parser: argparse.ArgumentParser, heldout_of: str) -> None:
-    """Add the options of both tools. heldout_of: what a share of is held out."""
+    """Add the options of both tools that write shards. heldout_of: what a share of is held out."""
     add = parser.add_argument
     add("--out", required=True, type=path_text, help="output folder, or s3://bucket/folder")
     add("--scratch", type=Path, help="folder for what is on its way to or from a store (default: in TMPDIR)")
