@@ -5,7 +5,9 @@ A terminal is a stream that says that it is one. What bars count is compared wit
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +143,20 @@ def test_lines_of_a_log_have_share_rate_and_time_left(monkeypatch, capsys):
 
 
 # --- the commands
+
+
+@pytest.mark.parametrize(("on_terminal", "lines"), [(True, 1), (False, 0)])
+def test_training_says_at_once_that_it_starts_but_only_on_a_terminal(on_terminal, lines, tmp_path):
+    """Before PyTorch is imported, which takes seconds. Standard error is one end of a pseudo-terminal, or a file."""
+    reader, terminal = os.openpty()
+    file = os.open(tmp_path / "err", os.O_CREAT | os.O_RDWR)
+    command = [sys.executable, "-m", "mythos_dist.train", "tiny_cpu", "data.path=missing", f"run.dir={tmp_path}/run"]
+    result = subprocess.run(command, stderr=terminal if on_terminal else file, cwd=tmp_path, timeout=240)
+    shown = os.read(reader, 10_000).decode() if on_terminal else (tmp_path / "err").read_text()
+    for descriptor in (reader, terminal, file):
+        os.close(descriptor)
+    assert result.returncode == 2 and "missing: no such folder" in shown
+    assert shown.count("starting: imports") == lines
 
 
 def commands_with_bars(run_dir: Path, shards: Path, out: Path) -> dict[str, tuple[list[object], set[str]]]:

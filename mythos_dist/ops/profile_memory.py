@@ -65,7 +65,7 @@ def write_memory(prefix: Path, timeline: MemoryTimeline, planned: Memory, title:
             labels = [f"{label} {short_bytes(values.get(part, 0))}" for part in PARTS]
             compared.bar_label(bars, labels, padding=3, fontsize=8)
         compared.set_yticks(list(y), PARTS)
-        compared.margins(x=0.22)
+        compared.margins(x=0.3)
         compared.set_xlabel(f"at the peak ({unit})")
         compared.set_title("by category of the plan", fontsize=11)
 

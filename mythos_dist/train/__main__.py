@@ -54,6 +54,8 @@ def main() -> None:
         rank_info = read_rank_info()
         # Before torch is imported, so that an error takes a second and not ten.
         stages = read(arguments.config, arguments.overrides, rank_info)
+        if rank_info.rank == 0 and sys.stderr.isatty():  # nothing else is printed for seconds
+            print("starting: imports, then checks of the machine, the shards and checkpoints", file=sys.stderr)
         _import_training()
         from mythos_dist.ops.session import join_ranks
         from mythos_dist.parallel.process import keep_freed_memory
