@@ -39,6 +39,9 @@ optimizer-study: $(READY)  ## AdamW and Muon, schedules, averages of the weights
 # Ranks and daemons of the tests wait most of the time: three workers keep two cores busy.
 WORKERS ?= 3
 
+# Else every test process would compile all of the package and of the tests, 5 CPU seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: $(READY)  ## all tests except the long ones; 30 minutes
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not long"
 
