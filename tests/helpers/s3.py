@@ -37,6 +37,7 @@ class Store:
         self.server, self.proxy = server, proxy
         self.endpoint = f"http://127.0.0.1:{proxy.server_port}"
         self.env = {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
+        self._client: Any = None
 
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
@@ -53,16 +54,18 @@ class Store:
         forget_clients()
 
     def client(self) -> Any:
-        """A boto3 client that does not go through the proxy."""
-        import boto3
+        """A boto3 client that does not go through the proxy; always the same one, as each takes 0.1 s to create."""
+        if self._client is None:
+            import boto3
 
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.server,
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-            region_name="us-east-1",
-        )
+            self._client = boto3.session.Session().client(
+                "s3",
+                endpoint_url=self.server,
+                aws_access_key_id="test",
+                aws_secret_access_key="test",
+                region_name="us-east-1",
+            )
+        return self._client
 
     def create_bucket(self, bucket: str) -> str:
         """A new bucket; returns the URL of a folder in it."""
