@@ -205,6 +205,7 @@ run_command(main)"""
 
 
 @pytest.mark.parametrize("module", ["torch.nn", "numpy.linalg"])
+@pytest.mark.launch
 def test_a_tool_is_stopped_while_it_imports_torch(module):
     """Most tools spend seconds on it. torch imports numpy from C++ and drops exceptions of that import."""
     tool = REPOSITORY / "tools" / "plan.py"

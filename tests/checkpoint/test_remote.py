@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.http_server import serving
 from helpers.layouts import KINDS, Layout, part, values, write_checkpoint
+from helpers.selection import first_is_quick
 
 from mythos_dist.checkpoint import range_plan
 from mythos_dist.checkpoint.manifest import VersionError
@@ -102,7 +103,7 @@ def sent(store) -> int:
 LAYOUTS = [Layout(2, 2), Layout(1, 1), Layout(2, 3), Layout(1, 4), Layout(4, 1), Layout(3, 2)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", first_is_quick(LAYOUTS), ids=str)
 def test_each_rank_of_any_layout_reads_its_bytes_and_few_others(store, run_url, checkpoints, layout):
     """Bit for bit what was saved, as from the folder; at most 1.1 times the bytes that the rank needs, headers
     included, also where `down` is sharded by columns more finely than it was saved."""
@@ -167,6 +168,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.launch
 def test_an_older_checkpoint_is_taken_if_the_newest_is_damaged(group, own_run, kind):
     harm, message = DAMAGE[kind]
     url = own_run(lambda run: harm(run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"))
@@ -206,6 +208,7 @@ def test_an_old_listing_does_no_harm(group, store, run_url):
     assert found and found.manifest.step == 4 and damaged == []
 
 
+@pytest.mark.launch
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(store, own_run, checkpoints):
     """Its run went back and has saved the step again: what was read may be of both."""
     url = own_run()
@@ -234,6 +237,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.launch
 def test_a_fault_that_passes_is_retried(store, run_url, kind, monkeypatch):
     """Of each file, the second request fails, which is the first one of tensors."""
     set_patience(monkeypatch, 300.0)  # a busy machine may take a second for one request

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.launch import run_tool
+from helpers.selection import first_is_quick
 from helpers.small_checkpoint import write_run
 from helpers.small_run import REPOSITORY
 
@@ -62,7 +63,7 @@ def pieces_of(checkpoint: Checkpoint, ranks: int, rank: int) -> list[Wanted]:
     return found
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", first_is_quick(FORMS))
 def test_an_export_is_read_as_from_its_folder(store, exports, urls, form):
     """Bit for bit, in any dtype; where names are ours, a rank of four reads about a quarter of the bytes."""
     local, remote = ExportedWeights(exports[form]), open_export(RemotePath(urls[form]))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.huggingface import WIDTHS
+from helpers.selection import first_is_quick
 
 from mythos_dist.checkpoint.averaged import AverageOf
 from mythos_dist.checkpoint.canonical import write_full_tensors
@@ -71,7 +72,7 @@ def imported(folder: Path, run_dir: Path, **changes: Any) -> tuple[Any, list[str
     return open_checkpoint(run_dir), notes
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "module.model."])
+@pytest.mark.parametrize("prefix", first_is_quick(["", "model.", "module.model."]))
 def test_an_export_that_is_imported_has_every_bit(prefix, tmp_path):
     """Also where the module of the program holds ours under a name."""
     folder, _ = exported(tmp_path, prefix=prefix)
@@ -90,6 +91,7 @@ def test_an_export_that_is_imported_has_every_bit(prefix, tmp_path):
     assert again.manifest.lineage.next_sample == STEP * 4 and again.manifest.tokens == STEP * 4 * 16
 
 
+@pytest.mark.launch
 def test_every_file_loads_without_running_anything(tmp_path):
     """DeepSpeed unpickles them; torch's weights_only needs no class that it does not have."""
     folder, _ = exported(tmp_path, learning_rate=0.25)
@@ -118,6 +120,7 @@ def test_every_file_loads_without_running_anything(tmp_path):
         (CONFIG, {}, "weight decay 0.1 for matrices"),
     ],
 )
+@pytest.mark.launch
 def test_what_an_export_loses_is_named(config, changes, note, tmp_path):
     optimizer = {"steps": 6, "skipped_steps": 1, "loss_scale": {}} | changes
     folder, notes = exported(tmp_path, config, changes={"optimizer": optimizer})
@@ -128,6 +131,7 @@ def test_what_an_export_loses_is_named(config, changes, note, tmp_path):
     assert steps == (0 if begins_anew else 6) and bool(moments.any()) != begins_anew
 
 
+@pytest.mark.launch
 def test_an_average_is_exported_without_moments(tmp_path):
     config = replace(CONFIG, average=AverageConfig(kind="ema"))
     optimizer = {"steps": 6, "skipped_steps": 0, "loss_scale": {}, "average_samples": 3}
@@ -140,6 +144,7 @@ def test_an_average_is_exported_without_moments(tmp_path):
     assert any("no moments" in line for line in notes) and not any("--average" in line for line in notes)
 
 
+@pytest.mark.launch
 def test_what_an_import_loses_is_named(tmp_path):
     folder, _ = exported(tmp_path, learning_rate=0.25)
     shutil.rmtree(folder / "zero" / "norm.weight")
@@ -159,6 +164,7 @@ def test_what_an_import_loses_is_named(tmp_path):
     assert not again.full_tensor("exp_avg", "norm.weight").any() and not again.full_tensor("buffer", BIAS).any()
 
 
+@pytest.mark.launch
 def test_weights_without_moments_are_imported_as_such(tmp_path):
     folder, _ = exported(tmp_path)
     for file in [*folder.rglob("exp_avg.pt"), *folder.rglob("exp_avg_sq.pt"), *folder.rglob("step.pt")]:
@@ -168,6 +174,7 @@ def test_weights_without_moments_are_imported_as_such(tmp_path):
     assert any("no moments of Adam" in line for line in notes)
 
 
+@pytest.mark.launch
 def test_a_checkpoint_that_does_not_fit_is_refused_with_all_mismatches(tmp_path):
     folder, _ = exported(tmp_path)
     zero = folder / "zero"
@@ -183,6 +190,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_all_mismatches(tmp_path)
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.launch
 def test_settings_that_do_not_go_with_it_are_refused_together(tmp_path):
     folder, _ = exported(tmp_path)
     train = replace(CONFIG.train, steps=STEP)
@@ -192,6 +200,7 @@ def test_settings_that_do_not_go_with_it_are_refused_together(tmp_path):
     assert "train.steps=7, but the checkpoint is of step 7; raise train.steps" in str(raised.value)
 
 
+@pytest.mark.launch
 def test_other_folders_are_refused_with_what_to_do(tmp_path):
     folder, _ = exported(tmp_path)
     assert find_universal(folder.parent) == find_universal(folder) == folder
@@ -215,6 +224,7 @@ def test_other_folders_are_refused_with_what_to_do(tmp_path):
         imported(folder, tmp_path / "again")
 
 
+@pytest.mark.launch
 def test_different_counts_of_steps_are_refused(tmp_path):
     folder, _ = exported(tmp_path)
     torch.save(torch.tensor(5.0), folder / "zero" / A_PARAMETER / "step.pt")
@@ -259,6 +269,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
     assert mark.exists()
 
 
+@pytest.mark.launch
 def test_a_small_file_does_not_become_large(tmp_path):
     """Compressed members, and a tensor whose elements are one element, many times."""
     folder, _ = exported(tmp_path)

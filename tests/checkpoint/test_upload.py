@@ -98,6 +98,7 @@ def test_an_upload_in_a_folder_is_the_same(run, tmp_path):
     assert not [name for name in os.listdir(target / "checkpoints") if "unfinished" in name]
 
 
+@pytest.mark.launch
 def test_requests_per_checkpoint_are_four_per_file_and_ten_more(run, store, url):
     """Per file: begin, part, fence, end, verification. `docs/stores.md` says what they cost."""
     uploader = run.start()
@@ -114,6 +115,7 @@ def test_requests_per_checkpoint_are_four_per_file_and_ten_more(run, store, url)
     assert counts == {"POST": 24, "PUT": 12, "GET": 13, "HEAD": 10}
 
 
+@pytest.mark.launch
 def test_nothing_is_sent_twice_and_a_checkpoint_saved_again_is_replaced(run, store, url):
     uploader = run.start()
     save(run.folder, 2)
@@ -138,6 +140,7 @@ def test_nothing_is_sent_twice_and_a_checkpoint_saved_again_is_replaced(run, sto
 
 
 @pytest.mark.parametrize("after", range(1, 24, 2))
+@pytest.mark.launch
 def test_an_upload_that_ends_after_any_request_is_none_and_the_next_start_completes_it(run, store, url, after):
     """All requests after the n-th fail, those of the clean-up too, as after a SIGKILL."""
     uploader, made = run.start(), []
@@ -190,6 +193,7 @@ def test_kills_of_the_process_leave_no_partial_checkpoint(run, store, url, kills
     assert not store.client().list_multipart_uploads(Bucket="checkpoints").get("Uploads")
 
 
+@pytest.mark.launch
 def test_a_start_that_is_suspended_just_before_it_publishes_changes_nothing_later(run, store, url):
     """After its last check, the old start sleeps while a new one saves the same step again and uploads it."""
     old, check = run.start(), CheckpointUploader._check_fences
@@ -214,6 +218,7 @@ def test_a_start_that_is_suspended_just_before_it_publishes_changes_nothing_late
     assert slept and checkpoints(store, url) == local(run.folder)
 
 
+@pytest.mark.launch
 def test_the_run_continued_in_another_folder_and_another_run_are_not_overwritten(run, store, url, tmp_path):
     first = run.start()
     save(run.folder, 2)
@@ -233,6 +238,7 @@ def test_the_run_continued_in_another_folder_and_another_run_are_not_overwritten
     assert {name: there[name] for name in local(moved.folder)} == local(moved.folder)
 
 
+@pytest.mark.launch
 def test_the_newest_checkpoints_and_pinned_ones_are_kept_in_the_store(run, store, url):
     uploader = run.start(keep=2, pin=(6,), pin_every=4)
     for step in range(1, 10):
@@ -245,6 +251,7 @@ def test_the_newest_checkpoints_and_pinned_ones_are_kept_in_the_store(run, store
     assert len(deletions) == 2 * 4 and run.steps("removed") == [1, 2, 3, 5]
 
 
+@pytest.mark.launch
 def test_what_is_left_of_a_checkpoint_that_is_gone_here_is_removed_and_other_files_stay(run, store, url):
     uploader = run.start()
     save(run.folder, 2)
@@ -258,6 +265,7 @@ def test_what_is_left_of_a_checkpoint_that_is_gone_here_is_removed_and_other_fil
     assert "checkpoints/step-00000001/rank-00000.safetensors" not in content
 
 
+@pytest.mark.launch
 def test_nodes_share_the_files_and_the_first_one_publishes_or_completes(run, store, url, monkeypatch):
     monkeypatch.setattr(upload, "POLL_SECONDS", 0.01)
     settings = start(run.folder, url, nodes=2)
@@ -280,6 +288,7 @@ def test_nodes_share_the_files_and_the_first_one_publishes_or_completes(run, sto
     assert checkpoints(store, url) == local(run.folder)
 
 
+@pytest.mark.launch
 def test_a_damaged_local_file_is_named_and_its_checkpoint_is_not_published(run, store, url):
     uploader = run.start()
     save(run.folder, 2)
@@ -307,6 +316,7 @@ def test_a_store_that_loses_metadata_is_named_and_gets_each_file_once(run, store
 
 
 @pytest.mark.parametrize("fault", ["reset", 500, 503, ("truncate", 0.5), ("corrupt", 0.5)])
+@pytest.mark.launch
 def test_what_may_pass_is_retried(run, store, url, fault):
     """The first request of each file fails, or its part is damaged on the way."""
     save(run.folder, 2)

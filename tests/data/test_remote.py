@@ -78,6 +78,7 @@ def test_a_request_that_fails_is_repeated(store, url, tmp_path, name):
     assert requested(store).count(name) == 2
 
 
+@pytest.mark.launch
 def test_other_shards_at_the_same_url_are_noticed(store, url, tmp_path, folder):
     before = open_all(url, tmp_path)
     other = write_folder(tmp_path / "other", [5], [2])

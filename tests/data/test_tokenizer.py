@@ -359,6 +359,7 @@ def run_tool(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.launch
 def test_the_command_is_reproducible_and_reports_what_it_does(tmp_path):
     pq.write_table(pa.table({"text": SENTENCES}), tmp_path / "text.parquet")
     command = ("--input", tmp_path / "text.parquet", "--vocab-size", 300, "--model-type", "bpe", "--out")

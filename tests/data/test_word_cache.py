@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import tokenizers
-from helpers.selection import examples
+from helpers.selection import examples, first_is_quick
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -160,7 +160,7 @@ def check(tokenizer, encode, texts):
     assert tokens.tolist() == [i for ids in expected for i in ids]
 
 
-@pytest.mark.parametrize("kind", CACHED)
+@pytest.mark.parametrize("kind", first_is_quick(CACHED))
 @settings(max_examples=examples(80))
 @given(texts=st.lists(TEXTS, max_size=5))
 def test_cached_tokens_equal_the_librarys(load, kind, texts):
@@ -169,14 +169,14 @@ def test_cached_tokens_equal_the_librarys(load, kind, texts):
     check(tokenizer, encode, texts)
 
 
-@pytest.mark.parametrize("kind", CACHED)
+@pytest.mark.parametrize("kind", first_is_quick(CACHED))
 def test_real_text_has_the_librarys_tokens_with_an_empty_and_a_filled_cache(load, kind):
     tokenizer, encode = load(kind)
     check(tokenizer, encode, TOPICS[:40])
     check(tokenizer, encode, TOPICS[20:60] + [text.replace(" ", "  ") for text in TOPICS[:3]])
 
 
-@pytest.mark.parametrize("kind", NOT_CACHED)
+@pytest.mark.parametrize("kind", first_is_quick(NOT_CACHED))
 def test_a_model_that_merges_across_words_is_not_cached(load, kind):
     tokenizer, encode = load(kind)
     assert not tokenizer.cached

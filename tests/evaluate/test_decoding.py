@@ -91,6 +91,7 @@ def test_a_shared_cache_is_smaller_and_changes_the_loss(model, windows):
 
 
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
+@pytest.mark.launch
 def test_drafts_are_counted_as_greedy_decoding_would_choose_them(attention, windows):
     """Of each window, 6 tokens after its first 6, drafted one at a time: a draft is accepted if the model with the
     draft's loops has the same most likely token, by forward passes over the tokens so far. Without a coda, whose

@@ -66,7 +66,7 @@ def test_requests_at_different_loops_get_what_full_forwards_give(changes, build)
         assert request.loops == [n or N_LOOPS] * new and request.finish_reason == "length"
 
 
-@pytest.mark.parametrize("chunk", [512, 3])
+@pytest.mark.parametrize("chunk", first_is_quick([3, 512]))
 @pytest.mark.parametrize("cache", ["all", "last", "every:2"])
 @pytest.mark.parametrize("exit_", first_is_quick(["latent", None, "kl", "halting"]))
 def test_a_request_does_not_depend_on_the_others(cache, exit_, chunk, build):

@@ -123,6 +123,7 @@ def peak_bytes(S: int, attn_type: str) -> int:
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.launch
 def test_attention_memory_is_linear_in_the_sequence_length(attn_type):
     """1,024 to 8,192 tokens: each doubling adds twice what the last one did, within a tenth (the kernel has buffers of
     fixed size, too). With the scores of the two heads each would add four times as much."""

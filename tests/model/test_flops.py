@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,7 +87,7 @@ def test_forward_flops_equal_the_matrix_products_of_the_model(config, n_loops):
     assert attention_share(config, SEQ_LEN, n_loops) == pytest.approx(needed / expected)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", first_is_quick(CONFIGS))
 def test_a_training_step_is_three_forward_passes(config):
     """Exactly: every matrix product of the forward has two in the backward. A halting layer that is off has none."""
     run, needed = score_flops(config, 3)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 from torch import Tensor
 
 from mythos_dist.errors import UserError
@@ -45,7 +46,7 @@ def test_the_reference_cannot_read_a_prompt_in_chunks(tiny, build_pair):
 
 
 @pytest.mark.parametrize("attn_type", ATTENTIONS)
-@pytest.mark.parametrize("n_loops", [None, 1, 5])
+@pytest.mark.parametrize("n_loops", first_is_quick([None, 1, 5]))
 def test_temperature_zero_is_greedy_decoding(n_loops, attn_type, tiny, build_pair):
     """Token for token, twice the same; the reference divides by zero."""
     config = tiny(attn_type=attn_type)
@@ -86,6 +87,7 @@ def test_top_k_beyond_the_vocabulary_samples_from_all_tokens(tiny, build_pair):
 
 
 @torch.no_grad()
+@pytest.mark.launch
 def test_samples_follow_the_softmax_of_the_top_k(tiny, build_pair):
     """4000 draws of one token at temperature 2 and top 3: shares within 0.04 of the probabilities (five deviations)."""
     config = tiny()
@@ -174,7 +176,7 @@ def test_errors_name_the_invalid_argument(input_ids, settings, named, tiny):
     assert named in str(raised.value)
 
 
-@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-9])
+@pytest.mark.parametrize("temperature", first_is_quick([5e-324, 1e-45, 1e-38, 1e-9]))
 def test_tiny_temperatures_are_greedy(temperature, tiny, build_pair):
     """Logits divided by them overflow fp32."""
     config = tiny()
@@ -183,6 +185,7 @@ def test_tiny_temperatures_are_greedy(temperature, tiny, build_pair):
     assert torch.equal(model.generate(prompts(config), 12, temperature=temperature), expected)
 
 
+@pytest.mark.launch
 def test_huge_temperatures_sample_uniformly(tiny, build_pair):
     config = tiny()
     model, _ = build_pair(config)

@@ -62,6 +62,7 @@ def per_loop(model: Mythos) -> tuple[Counter[str], Counter[str], list[str]]:
 
 
 @pytest.mark.parametrize("attn_type", first_is_quick(["gqa", "mla"]))
+@pytest.mark.launch
 def test_a_loop_launches_as_many_kernels_for_512_experts_as_for_8(attn_type):
     """The same calls, at most 120 that compute (views launch nothing), and none that waits. Running expert after expert
     takes some for each, and waits for each."""

@@ -103,6 +103,7 @@ DIM, SHORT, LONG = 16, 2048, 16384
 
 
 @pytest.mark.parametrize("layer", ["ffn", "mixture"])
+@pytest.mark.launch
 def test_memory_for_hidden_rows_does_not_grow_with_the_sequence(layer, tiny):
     """From 2,048 to 16,384 tokens by at most a tenth; all at once more than sevenfold. Bytes of fake tensors, counted
     by the meter of the dry run, with the code that runs on a GPU."""
@@ -128,6 +129,7 @@ class FeedForward(DenseBlock):
         return self.feed_forward(x, x.shape[1])
 
 
+@pytest.mark.launch
 def test_memory_for_logits_does_not_grow_with_the_sequence():
     """What the loss needs besides what it saves, from 8,192 to 65,536 tokens: at most a tenth more with logits of 256
     tokens at a time, and more than three times as much without."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -165,7 +166,7 @@ def test_gqa_with_scaling_is_the_attention_of_llama(name):
     close(ours(x, context, "prelude.0")[0], expected)
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", first_is_quick(SCALINGS))
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_decoding_with_a_cache_equals_one_pass(enliven, name, attn_type, qk_norm):

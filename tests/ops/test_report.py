@@ -208,6 +208,7 @@ def test_a_damaged_or_unfinished_run_is_shown_as_far_as_it_can_be_read(tmp_path)
         assert problem in page
 
 
+@pytest.mark.launch
 def test_infinite_numbers_and_deep_nesting_in_a_runs_files_are_no_values(tmp_path):
     deep, infinite = (
         "[" * 5000,
@@ -275,6 +276,7 @@ def test_an_envelope_has_the_extremes_and_means_of_its_ranges(values, points):
         assert finite[(len(finite) - 1) // 2] <= median[i] <= finite[len(finite) // 2]
 
 
+@pytest.mark.launch
 def test_memory_grows_so_slowly_that_a_million_steps_take_less_than_500_mb(tmp_path):
     """By the growth from 5,000 to 10,000 steps, both with more steps than points: at most 300 bytes per step, so 300 MB
     beside Python's and NumPy's own 60; `benchmarks/report_page.py` measures a million."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.conversion import SPLITS, ByteTokenizer, assert_holds, contents, expect, read_windows
-from helpers.selection import examples
+from helpers.selection import examples, first_is_quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +93,7 @@ def test_mixed_formats_in_many_parts_hold_the_same_documents(finished, byte_toke
     assert not (finished / "unfinished").exists()
 
 
+@pytest.mark.launch
 def test_streaming_reads_the_same_windows(finished):
     from streaming import StreamingDataset
 
@@ -101,6 +102,7 @@ def test_streaming_reads_the_same_windows(finished):
         assert [data[i]["tokens"].tolist() for i in range(data.num_samples)] == read_windows(finished, split)
 
 
+@pytest.mark.launch
 def test_shards_of_a_trained_tokenizer_decode_to_the_corpus(shards, corpus, tokenizer):
     """Read with streaming; only the end of each split's last document is dropped."""
     from streaming import StreamingDataset
@@ -292,7 +294,7 @@ def test_all_duplicates_but_the_first_are_removed(write_parquet, byte_tokenizer,
     assert (again.documents.duplicate, again.documents.written) == (0, 6)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", first_is_quick([0, 1, 2]))
 @pytest.mark.parametrize("limit", [1, 47, 2000, 2001, 10**9])
 def test_a_limit_ends_with_the_document_that_reaches_it(
     text_folder, byte_tokenizer, tmp_path, part_per_span, workers, limit

@@ -113,6 +113,7 @@ class Stop(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.launch
 def test_a_conversion_stopped_at_any_file_operation_gives_the_same_bytes(
     many_parts, byte_tokenizer, tmp_path, monkeypatch
 ):

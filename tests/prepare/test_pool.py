@@ -58,6 +58,7 @@ def test_results_come_in_the_order_of_items(number):
     assert ticks == sorted(ticks)
 
 
+@pytest.mark.launch
 def test_a_worker_that_is_killed_between_two_tasks_loses_no_result():
     """The executor then refuses new tasks."""
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from helpers.conversion import contents
+from helpers.selection import first_is_quick
 from helpers.token_files import write_megatron
 
 from mythos_dist.data.manifest import Filters, TokenRules
@@ -61,7 +62,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", first_is_quick(OPTIONS))
 def test_a_store_gets_the_bytes_of_a_local_conversion(store, url, job, tmp_path, name):
     """Nothing else is left there, nothing on the disk; the manifest comes last."""
     manifest = job(url, **OPTIONS[name])
@@ -75,6 +76,7 @@ def test_a_store_gets_the_bytes_of_a_local_conversion(store, url, job, tmp_path,
     assert written(store) == [], "it was finished"
 
 
+@pytest.mark.launch
 def test_an_import_of_tokens_writes_to_a_store(store, url, job, tmp_path):
     source = write_megatron(tmp_path / "a", [[byte + 3 for byte in text.encode()] for text in TEXTS])
     options = {"source": source, "columns": Columns(tokens=TokenRules())}
@@ -82,6 +84,7 @@ def test_an_import_of_tokens_writes_to_a_store(store, url, job, tmp_path):
     assert store.content(url) == contents(tmp_path / "local")
 
 
+@pytest.mark.launch
 def test_requests_are_those_that_the_docs_count(store, url, job):
     """docs/data_stores.md, "Costs": 12 parts, each with a shard; train/ has one more, of joined partial windows."""
 
@@ -107,6 +110,7 @@ def test_a_mounted_folder_is_a_store(job, tmp_path):
 
 
 @pytest.mark.parametrize("scratch_is_lost", [False, True])
+@pytest.mark.launch
 def test_after_a_failure_only_what_is_missing_is_converted_and_uploaded(
     store, url, job, tmp_path, monkeypatch, scratch_is_lost
 ):
@@ -136,6 +140,7 @@ def test_after_a_failure_only_what_is_missing_is_converted_and_uploaded(
     assert manifest == job(None) and store.content(url) == contents(tmp_path / "local")
 
 
+@pytest.mark.launch
 def test_shards_that_are_lost_in_between_are_converted_again(store, url, job, tmp_path):
     store.proxy.fault = lambda path, number: 403 if path.endswith("train/index.json") else None
     with pytest.raises(UserError, match="access is denied"):
@@ -151,6 +156,7 @@ def test_shards_that_are_lost_in_between_are_converted_again(store, url, job, tm
     assert found.pop("notes.txt") == b"of the user" and found == contents(tmp_path / "local")
 
 
+@pytest.mark.launch
 def test_the_disk_holds_a_few_parts_only(store, url, job, tmp_path, monkeypatch):
     """One thread uploads and one part waits, so there are never more than these two and the next."""
     monkeypatch.setattr(store_output, "THREADS", 1)
@@ -165,6 +171,7 @@ def test_the_disk_holds_a_few_parts_only(store, url, job, tmp_path, monkeypatch)
     assert max(counts) <= 3 and len(counts) > 12
 
 
+@pytest.mark.launch
 def test_other_settings_and_other_files_are_refused(store, url, job, monkeypatch, tmp_path):
     for name, value in {"PATIENCE": 0.3, "THREADS": 1}.items():
         monkeypatch.setattr(store_output, name, value)
@@ -187,12 +194,14 @@ def test_other_settings_and_other_files_are_refused(store, url, job, monkeypatch
     assert not (tmp_path / "https:").exists()
 
 
+@pytest.mark.launch
 def test_a_conversion_without_a_window_leaves_nothing(store, url, job, tmp_path):
     with pytest.raises(UserError, match="fill one window"):
         job(url, seq_len=100_000)
     assert store.content(url) == {} and scratch_files(tmp_path) == []
 
 
+@pytest.mark.launch
 def test_a_first_start_with_a_wrong_setting_does_not_bind_the_second(store, url, job, tmp_path):
     """As in a local folder: it has no finished part."""
     store.proxy.fault = lambda path, number: 403 if "/part-" in path else None
@@ -212,6 +221,7 @@ def stored(store, url, job) -> str:
     return url
 
 
+@pytest.mark.launch
 def test_each_damaged_object_is_named(store, stored):
     bucket, client, objects = stored.split("/")[2], store.client(), store.content(stored)
     names = [name for name in objects if name.startswith("train/part-0000")]
@@ -234,6 +244,7 @@ def test_each_damaged_object_is_named(store, stored):
     assert any("train/ has 1 file not listed in index.json: extra" in remark for remark in report.remarks)
 
 
+@pytest.mark.launch
 def test_other_descriptions_are_problems_of_the_folder(store, stored):
     bucket, client = stored.split("/")[2], store.client()
     client.put_object(Bucket=bucket, Key="data/bytes.model", Body=b"another")
@@ -244,6 +255,7 @@ def test_other_descriptions_are_problems_of_the_folder(store, stored):
     assert "heldout/index.json lists 0 windows" in problems and "is not the one that manifest.json" in problems
 
 
+@pytest.mark.launch
 def test_a_store_that_denies_access_is_no_damage(store, stored, monkeypatch):
     store.proxy.fault = lambda path, number: 403 if path.endswith(".zstd") else None
     with pytest.raises(UserError, match="access is denied"):
@@ -252,6 +264,7 @@ def test_a_store_that_denies_access_is_no_damage(store, stored, monkeypatch):
         verify(stored + "/absent")
 
 
+@pytest.mark.launch
 def test_progress_counts_what_is_uploaded(store, url, job, monkeypatch, capsys):
     from mythos_dist import progress
 
@@ -286,6 +299,7 @@ def test_inputs_in_s3_give_the_shards_of_local_ones(store, job, write_parquet, t
     assert [one.name for one in remote.inputs] == [one.name for one in local.inputs]
 
 
+@pytest.mark.launch
 def test_missing_inputs_in_s3_are_named(store, job, url, tmp_path):
     with pytest.raises(UserError, match=f"{url}/absent: no file there"):
         job(None, source=f"{url}/absent")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.conversion import contents
 from helpers.http_server import serving
+from helpers.selection import first_is_quick
 from helpers.token_files import EOS, write_mds, write_megatron, write_nanoset, write_saved_dataset
 
 from mythos_dist.data.manifest import TokenRules
@@ -44,7 +45,7 @@ def bucket(store, no_faults) -> str:
     return f"tokens-{os.urandom(4).hex()}"
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", first_is_quick(SOURCES))
 def test_a_url_gives_the_shards_of_the_local_files(name, import_from, store, bucket, tmp_path):
     write, end = SOURCES[name]
     (tmp_path / "source").mkdir()

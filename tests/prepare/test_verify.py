@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+from helpers.selection import first_is_quick
 
 from mythos_dist.data.manifest import index_fingerprint
 from mythos_dist.errors import UserError
@@ -217,7 +218,7 @@ def test_every_offset_is_checked(folder):
 
 
 @pytest.mark.parametrize("name", TO_THE_FILE)
-@pytest.mark.parametrize("compression", [None, "zstd:1"])
+@pytest.mark.parametrize("compression", first_is_quick([None, "zstd:1"]))
 def test_a_file_that_is_not_the_one_listed(folder, packed, compression, name):
     damage, expected = TO_THE_FILE[name]
     where, suffix = (packed, ".zstd") if compression else (folder, "")
@@ -376,7 +377,13 @@ MANIFEST_DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("change, expected", MANIFEST_DAMAGE, ids=[f"{i}" for i in range(len(MANIFEST_DAMAGE))])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param(*case, id=f"{i}", marks=[pytest.mark.launch] * bool(i % 8))
+        for i, case in enumerate(MANIFEST_DAMAGE)
+    ],
+)
 def test_contradictions_of_the_manifest_are_found(folder, change, expected):
     change_json(folder / "manifest.json", change)
     report = verify(folder)

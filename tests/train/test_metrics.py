@@ -33,6 +33,7 @@ def measured(config):
     return dataclasses.replace(config, run=dataclasses.replace(config.run, peak_tflops=None))
 
 
+@pytest.mark.launch
 def test_the_peak_of_a_cpu_does_not_depend_on_other_processes(measured):
     """While three processes per core compute, at least half of what is measured without them."""
     quiet = peak_flops(measured)
