@@ -1,14 +1,12 @@
 """The planner's command line: order of arguments, bounds, invalid values."""
 
-import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from mythos_dist.errors import UserError, run_command
+from mythos_dist.errors import UserError
 from mythos_dist.ops.plan.clusters import load_cluster
 from mythos_dist.ops.plan.command import read_fixed, split_fixed
 
@@ -16,29 +14,6 @@ REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 LAPTOP = str(CONFIGS / "clusters" / "laptop.yaml")
 TINY = str(CONFIGS / "tiny_cpu.yaml")
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("plan_tool", REPOSITORY / "tools" / "plan.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def plan(tool, monkeypatch, capsys):
-    """A function: arguments -> (exit code, standard output, standard error)."""
-
-    def run(*arguments: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            run_command(tool.main)
-        output = capsys.readouterr()
-        return ended.value.code, output.out, output.err
-
-    return run
 
 
 BASE = ["--gpus", "2", "--cluster", LAPTOP]

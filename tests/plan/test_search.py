@@ -3,8 +3,7 @@
 import itertools
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +124,7 @@ def test_the_time_of_copies_shows_where_they_take_longer_than_the_work():
     assert slow.seconds["offload"] == pytest.approx(copies - work)
 
 
-def test_where_the_length_is_why_nothing_fits_the_longest_that_fits_is_reported():
+def test_where_the_length_is_why_nothing_fits_the_longest_that_fits_is_reported(run):
     """It fits in the reported layout, and a thirty-second more of the next shorter power of two does not."""
     config = config_of("100b", "train.seq_len=524288", "train.global_batch=1024")
     assert not search(config, 1024, H100, LAYOUT).best
@@ -188,16 +187,20 @@ def test_a_larger_nvlink_domain_never_makes_a_step_slower():
     assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
 
 
-def run(*arguments: str, code: int = 0) -> str:
-    """The tool's standard output; with code 2 its standard error."""
-    command = [sys.executable, "tools/plan.py", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=480)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr if code == 2 else done.stdout
+@pytest.fixture
+def run(plan, monkeypatch) -> Callable[..., str]:
+    """A function: arguments -> the tool's standard output; with code 2 its standard error."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def run(*arguments: str, code: int = 0) -> str:
+        ended, out, err = plan(*arguments)
+        assert ended == code, out + err
+        return err if code == 2 else out
+
+    return run
 
 
-def test_table_and_json_show_the_same_layouts():
+def test_table_and_json_show_the_same_layouts(run):
     arguments = ["--variant", "10b", "--gpus", "16", "--seq-len", "4096", "--global-batch", "64", "--top", "3"]
     table, printed = run(*arguments), json.loads(run(*arguments, "--json"))
     rows = [line for line in table.splitlines() if re.match(r" +\d+ +\d+ +\d+", line)]
@@ -212,14 +215,14 @@ def test_table_and_json_show_the_same_layouts():
     assert "pipeline stages" in table
 
 
-def test_the_output_is_json_when_the_layout_does_not_fit():
+def test_the_output_is_json_when_the_layout_does_not_fit(run):
     overrides = ["parallel.tensor=1", "parallel.sequence=false"]
     arguments = ["configs/10b.yaml", *overrides, "--gpus", "8", "--as-is", "--json"]
     printed = json.loads(run(*arguments, code=1))
     assert not printed["fits"] and printed["layouts"][0]["memory_total"] > H100.usable
 
 
-def test_a_written_config_gives_the_same_plan(tmp_path):
+def test_a_written_config_gives_the_same_plan(run, tmp_path):
     """It loads and gives the same plan; its folder is created, and an existing file is not overwritten."""
     path = tmp_path / "new" / "planned.yaml"
     arguments = ["--variant", "3b", "--gpus", "8", "--global-batch", "64", "--top", "1", "--write", str(path)]
@@ -243,7 +246,7 @@ def test_a_written_config_gives_the_same_plan(tmp_path):
         (["--variant", "1b", "--gpus", "8", "--cluster", "configs/h1000.yaml"], ["no cluster file", "h100_80gb.yaml"]),
     ],
 )
-def test_an_error_is_one_line_with_the_nearest_valid_values(arguments, words):
+def test_an_error_is_one_line_with_the_nearest_valid_values(run, arguments, words):
     printed = run(*arguments, code=2)
     assert len(printed.strip().splitlines()) == 1
     for word in words:
