@@ -195,6 +195,7 @@ def test_a_command_shows_no_bar_without_a_terminal(name, run, run_dir, shards, t
     assert stream.getvalue() == ""
 
 
+@pytest.mark.launch
 def test_a_report_counts_the_bytes_of_all_runs(run, run_dir, tmp_path, terminal):
     """Two files of two and three megabytes: the bar ends at their sum."""
     line = json.dumps({"step": 1, "loss": 2.0}) + "\n"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.launch import run_tool
-from helpers.selection import first_is_quick
 from helpers.small_checkpoint import write_run
 from helpers.small_run import REPOSITORY
 
@@ -63,7 +62,8 @@ def pieces_of(checkpoint: Checkpoint, ranks: int, rank: int) -> list[Wanted]:
     return found
 
 
-@pytest.mark.parametrize("form", first_is_quick(FORMS))
+@pytest.mark.launch
+@pytest.mark.parametrize("form", FORMS)
 def test_an_export_is_read_as_from_its_folder(store, exports, urls, form):
     """Bit for bit, in any dtype; where names are ours, a rank of four reads about a quarter of the bytes."""
     local, remote = ExportedWeights(exports[form]), open_export(RemotePath(urls[form]))
@@ -94,6 +94,7 @@ def test_the_tokenizer_of_an_export_is_read_from_the_store(exports, urls):
     assert there.tokenizer.eos == here.tokenizer.eos and there.template == here.template
 
 
+@pytest.mark.launch
 def test_a_changed_export_is_refused(store, exports, tmp_path):
     """A tensor that is missing, and a file that is cut: the message names it."""
     copy = tmp_path / "export"

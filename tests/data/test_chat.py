@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.selection import first_is_quick
 
 from experiments.chat_task import END, EOS, TEMPLATE, write_byte_tokenizer
 from mythos_dist.data.chat import ChatRenderer, encode, messages_of
@@ -99,7 +98,8 @@ def test_what_assistants_say_is_learnt_and_nothing_else(chat):
     assert renderer.end_of_turn() == ENDS[name]
 
 
-@pytest.mark.parametrize("name", first_is_quick(["unigram", "bpe"]))
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["unigram", "bpe"])
 def test_a_sentencepiece_model_uses_the_plain_template(name, corpus, tmp_path):
     """Its EOS ends a turn; "</s>" is no text that a message may have."""
     from mythos_dist.prepare.corpus import read_documents

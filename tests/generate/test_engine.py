@@ -67,7 +67,7 @@ def test_requests_at_different_loops_get_what_full_forwards_give(changes, build)
 
 
 @pytest.mark.parametrize("chunk", first_is_quick([3, 512]))
-@pytest.mark.parametrize("cache", ["all", "last", "every:2"])
+@pytest.mark.parametrize("cache", first_is_quick(["all", "last", "every:2"]))
 @pytest.mark.parametrize("exit_", first_is_quick(["latent", None, "kl", "halting"]))
 def test_a_request_does_not_depend_on_the_others(cache, exit_, chunk, build):
     """Sampled, with filters, penalties and exits, joining at different steps: the tokens and loops of each alone.

@@ -131,6 +131,7 @@ def test_a_layout_that_fits_on_no_number_of_nodes_is_refused():
     expert=st.sampled_from([1, 2, 4]),
     batch=st.sampled_from([4, 8, 24, 96]),
 )
+@pytest.mark.launch
 def test_proposed_numbers_of_nodes_are_the_nearest_that_fit(nodes, ranks_per_node, tensor, pipe, expert, batch):
     """Compared with a search over all numbers of nodes."""
     layout = f"parallel.tensor={tensor} parallel.pipe={pipe} parallel.expert={expert} train.global_batch={batch}"

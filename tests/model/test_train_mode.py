@@ -145,6 +145,7 @@ def imbalance(counts: Tensor) -> float:
     return float(load.max() / load.mean())
 
 
+@pytest.mark.launch
 def test_bias_updates_balance_a_skewed_router(tiny, build_pair):
     """All tokens favour two of eight experts (load 4 x the mean, the worst that top-2 allows); 60 updates fix it.
 

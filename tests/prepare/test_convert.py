@@ -248,6 +248,7 @@ def test_workers_batch_size_and_order_do_not_change_the_result(
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.launch
 def test_compressed_shards_hold_the_same_windows(finished, text_folder, byte_tokenizer, tmp_path, part_per_span):
     from streaming import StreamingDataset
 

@@ -99,6 +99,7 @@ def test_an_error_in_a_task_is_raised_unchanged(number):
     )
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(("cause", "name"), [("SIGKILL", "SIGKILL"), ("SIGSEGV", "SIGSEGV"), (7, "exit code 7")])
 def test_a_task_that_kills_its_worker_is_named(cause, name):
     """While other tasks are running and finished."""

@@ -279,7 +279,9 @@ def test_progress_counts_what_is_uploaded(store, url, job, monkeypatch, capsys):
 # --- inputs in a store
 
 
-@pytest.mark.parametrize("selection", ["", "/sample/10BT", "/data/*/*.parquet", "/sample/10BT/000_00000.parquet"])
+@pytest.mark.parametrize(
+    "selection", first_is_quick(["", "/sample/10BT", "/data/*/*.parquet", "/sample/10BT/000_00000.parquet"])
+)
 def test_inputs_in_s3_give_the_shards_of_local_ones(store, job, write_parquet, tmp_path, selection):
     """FineWeb-Edu's layout: subsets by crawl and samples, with a README."""
     root = tmp_path / "fineweb-edu"

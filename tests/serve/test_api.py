@@ -20,6 +20,9 @@ from mythos_dist.generate.chat import prompt_tokens
 from mythos_dist.serve.protocol import TimedProtocol
 from mythos_dist.serve.service import Limits
 
+# One client, a connection for each request: creating a client reads the certificates of the system, 20 ms.
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=300)
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -46,12 +49,12 @@ def client(server):
 
 
 def post(url, path="/v1/completions", **body):
-    return httpx.post(url + path, json={"model": "parrot", **body}, timeout=300)
+    return HTTP.post(url + path, json={"model": "parrot", **body})
 
 
 def metrics_of(url):
     """Sample name and labels -> value."""
-    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    families = text_string_to_metric_families(HTTP.get(f"{url}/metrics").text)
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
@@ -239,9 +242,7 @@ def assert_refused(response, status, param, message, code=None):
 
 @pytest.mark.parametrize(("body", "param", "message"), BAD_BODIES, ids=lambda value: str(value)[:40])
 def test_bad_bodies_get_the_error_object(server, body, param, message):
-    response = httpx.post(
-        f"{server[0]}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=300
-    )
+    response = HTTP.post(f"{server[0]}/v1/completions", content=body, headers={"content-type": "application/json"})
     code = "context_length_exceeded" if "context of" in message else None
     assert_refused(response, 400, param, message, code)
     assert post(server[0], prompt="ab", max_tokens=2).json()["choices"][0]["text"] == "ab", "the server responds still"
@@ -275,9 +276,9 @@ def test_models_are_listed(client, server):
     assert client.models.retrieve("parrot") == card
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
-    wrong = httpx.get(f"{server[0]}/v1/completions")
+    wrong = HTTP.get(f"{server[0]}/v1/completions")
     assert wrong.status_code == 405 and "Method Not Allowed" in wrong.json()["error"]["message"]
-    schema = httpx.get(f"{server[0]}/openapi.json").json()
+    schema = HTTP.get(f"{server[0]}/openapi.json").json()
     assert "loops" in json.dumps(schema["paths"]["/v1/chat/completions"]["post"]["requestBody"])
 
 
@@ -291,20 +292,20 @@ def test_large_bodies_are_refused(tokenizer):
         assert_refused(post(url, prompt="a" * 1000), 413, None, "larger than 1,000 bytes")
         parts = (b"a" * 100 for _ in range(100))
         header = {"content-type": "application/json"}
-        assert_refused(httpx.post(f"{url}/v1/completions", content=parts, headers=header), 413, None, "larger than")
+        assert_refused(HTTP.post(f"{url}/v1/completions", content=parts, headers=header), 413, None, "larger than")
         assert post(url, prompt="a", max_tokens=1).status_code == 200
 
 
 def test_a_body_of_another_type_is_refused(server):
     """A page in a browser can send such bodies to any host."""
-    response = httpx.post(f"{server[0]}/v1/completions", content=b'{"model": "parrot"}')
+    response = HTTP.post(f"{server[0]}/v1/completions", content=b'{"model": "parrot"}')
     assert_refused(response, 400, None, "send application/json")
 
 
 def test_another_host_name_is_refused(server):
     """A name that resolves to 127.0.0.1, of a page that a browser has opened."""
-    assert httpx.get(f"{server[0]}/v1/models", headers={"host": "attacker.example:8000"}).status_code == 403
-    assert httpx.get(f"{server[0]}/v1/models", headers={"host": "localhost:8000"}).status_code == 200
+    assert HTTP.get(f"{server[0]}/v1/models", headers={"host": "attacker.example:8000"}).status_code == 403
+    assert HTTP.get(f"{server[0]}/v1/models", headers={"host": "localhost:8000"}).status_code == 200
 
 
 def test_requests_need_the_key_if_there_is_one(tokenizer):
@@ -315,10 +316,10 @@ def test_requests_need_the_key_if_there_is_one(tokenizer):
             right.with_options(api_key="k" * 19).models.list()
         assert error.value.code == "invalid_api_key"
         for header in ("Bearer", "Basic " + "k" * 20, "Bearer k é"):
-            response = httpx.get(f"{url}/v1/models", headers={"authorization": header.encode()})
+            response = HTTP.get(f"{url}/v1/models", headers={"authorization": header.encode()})
             assert_refused(response, 401, None, "API key is wrong", "invalid_api_key")
-        assert httpx.get(f"{url}/metrics").status_code == httpx.get(f"{url}/nowhere").status_code == 401
-        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+        assert HTTP.get(f"{url}/metrics").status_code == HTTP.get(f"{url}/nowhere").status_code == 401
+        assert HTTP.get(f"{url}/health").json() == {"status": "ok"}
 
 
 def test_too_many_sequences_get_status_429(tokenizer):
@@ -372,6 +373,7 @@ def test_a_client_that_is_gone_frees_its_rows(tokenizer, stream):
         assert metrics_of(url)["mythos_sequences_total", "cancelled"] == 2
 
 
+@pytest.mark.launch
 def test_a_client_that_is_slow_is_disconnected(tokenizer):
     """While it sends the head or the body, and when it does not read what it has asked for."""
 
@@ -411,7 +413,7 @@ def test_a_failed_step_ends_its_requests_and_not_the_server(tokenizer, caplog):
         assert failed.status_code == 500 and "log says why" in failed.json()["error"]["message"]
         assert failed.json()["error"]["type"] == "server_error" and not parrot.requests
         assert post(url, prompt="ab", max_tokens=2).json()["choices"][0]["text"] == "ab"
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert HTTP.get(f"{url}/health").status_code == 200
         parrot.failures = [RuntimeError()]
         events = post(url, prompt="a", stream=True).text
         assert '"type": "server_error"' in events and "[DONE]" not in events
@@ -424,7 +426,7 @@ def test_an_engine_that_cannot_be_emptied_is_reported_as_failed(tokenizer, monke
     with serving(service) as url, caplog.at_level(logging.CRITICAL):
         assert post(url, prompt="a").status_code == 503
         assert post(url, prompt="a").status_code == 503
-        assert httpx.get(f"{url}/health").status_code == 503
+        assert HTTP.get(f"{url}/health").status_code == 503
 
 
 # --- metrics
