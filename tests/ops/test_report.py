@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -193,6 +194,10 @@ def test_a_comparison_lists_the_settings_that_differ(tmp_path):
     page = (tmp_path / "both.html").read_text()
     differences = page[page.index("Differences of the settings") : page.index("All settings")]
     assert "optim.lr" in differences and "0.002" in differences and "train.seq_len" not in differences
+    headings = re.findall(r"<h2>([^<]+)</h2><div class=cards>", page)
+    assert headings == ["x/run", "y/run"], "which run the values are of"
+    write_report([first], tmp_path / "one.html")
+    assert "<div class=cards>" in (one := (tmp_path / "one.html").read_text()) and "</h2><div class=cards>" not in one
 
 
 def test_a_damaged_or_unfinished_run_is_shown_as_far_as_it_can_be_read(tmp_path):

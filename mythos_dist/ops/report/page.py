@@ -37,7 +37,7 @@ def render(reports: Sequence[RunReport], refresh: int | None = None) -> str:
     body = [
         f"<header><h1>{title}</h1><div class=controls>{controls}</div></header>",
         *(_state(report, len(reports) > 1) for report in reports),
-        *(_cards(report) for report in reports),
+        *(_cards(report, len(reports) > 1) for report in reports),
         "<div id=charts class=charts></div>",
         _events(reports),
         _planned(reports),
@@ -126,9 +126,10 @@ def _last(values: np.ndarray) -> float | None:
     return float(numbers[-1]) if len(numbers) else None
 
 
-def _cards(report: RunReport) -> str:
+def _cards(report: RunReport, several: bool) -> str:
     cards = "".join(f"<div class=card><span>{key}</span><b>{value}</b></div>" for key, value in summary(report).items())
-    return f"<div class=cards>{cards}</div>"
+    name = f"<h2>{html.escape(report.name)}</h2>" if several else ""
+    return f"{name}<div class=cards>{cards}</div>"
 
 
 def _table(
