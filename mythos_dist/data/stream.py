@@ -158,7 +158,8 @@ class ReplicaStream:
             generator=torch.Generator(),  # by default it draws from the global one, and a resumed run diverges
         )
         reads = iter(loader)
-        stop = functools.partial(_stop_workers, weakref.ref(reads))
+        running = weakref.ref(reads)
+        stop = functools.partial(_stop_workers, running)
         atexit.register(stop)
         try:
             for batch in batches:
@@ -166,8 +167,9 @@ class ReplicaStream:
                 step = list(islice(reads, size))  # no comprehension over `reads`: a traceback would keep its frame
                 yield [self._micro_batch_of(read) for read in step]
         finally:
-            atexit.unregister(stop)
             del reads  # stops the workers; if a traceback kept it until garbage collection, that would take 5 s each
+            if running() is None:  # the error of a killed worker keeps it, perhaps until the interpreter exits
+                atexit.unregister(stop)
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """The sample ids at `positions` of the endless sequence, both int64 (n,)."""

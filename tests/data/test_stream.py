@@ -277,6 +277,36 @@ def test_a_worker_that_is_killed_is_an_error(make_stream):
             next(steps)
 
 
+FAILED = """
+import itertools, multiprocessing, sys, threading
+from mythos_dist.data.stream import ReplicaStream
+stream = ReplicaStream(
+    sys.argv[1], "train", seq_len=16, vocab_size=1000, global_batch=8, micro_batch=2, replica=0, num_replicas=1, seed=7,
+    workers=2,
+)
+steps = stream.steps(0)
+next(steps)
+multiprocessing.active_children()[0].kill()
+try:
+    for _ in itertools.count():
+        next(steps)
+except RuntimeError as error:
+    kept = error  # as an interactive session does, in sys.last_value
+for thread in threading.enumerate():
+    if thread.name == "read ahead":  # it may notice later than the main thread, which receives a signal
+        thread.join()
+print("failed")
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.timeout(240)
+def test_a_program_ends_although_it_keeps_the_error_of_a_killed_worker(folder):
+    """The other worker ignores the signal by which multiprocessing ends it, and would be waited for without end."""
+    result = subprocess.run([sys.executable, "-c", FAILED, folder], capture_output=True, text=True, timeout=90)
+    assert result.stdout == "failed\n" and result.returncode == 0, result.stderr
+
+
 RANK = """
 import glob, multiprocessing, os, sys, torch
 from itertools import islice
