@@ -97,6 +97,7 @@ def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkey
 
 
 @pytest.mark.parametrize(("policy", "spins"), [("", "0"), ("PASSIVE", "0"), ("ACTIVE", "30000000000")])
+@pytest.mark.launch
 def test_threads_sleep_while_they_wait_unless_the_user_decides(policy, spins, tmp_path):
     """As OpenMP itself reports when training imports torch."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}

@@ -87,6 +87,7 @@ def test_an_export_is_read_as_from_its_folder(store, exports, urls, form):
         torch.testing.assert_close(theirs.state_dict()[name], value, rtol=0, atol=0)
 
 
+@pytest.mark.launch
 def test_the_tokenizer_of_an_export_is_read_from_the_store(exports, urls):
     data = load_config(REPOSITORY / "configs" / "tiny_cpu.yaml").data
     here, there = (find_tokenizer(path, data) for path in (exports["hf"], RemotePath(urls["hf"])))

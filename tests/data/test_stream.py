@@ -72,6 +72,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.launch
 def test_a_micro_batch_has_the_windows_on_disk(make_stream, tmp_path, dtype):
     """Against StreamingDataset: inputs w[:-1], labels w[1:], and document ids by counting."""
     folder = write_folder(tmp_path / "shards", [15, 25], dtype=dtype)

@@ -125,6 +125,7 @@ def test_shards_of_a_trained_tokenizer_decode_to_the_corpus(shards, corpus, toke
     assert (manifest.seq_len, manifest.vocab_size, manifest.eos_id) == (64, 1000, tokenizer.eos_id)
 
 
+@pytest.mark.launch
 def test_text_such_as_the_eos_string_is_not_encoded_as_eos(tokenizer, write_parquet, tmp_path):
     texts = ["</s>", "a</s>b <s> <unk> <0x02>", "</s>" * 50] * 10
     manifest = convert(write_parquet(text=texts), tokenizer, 16, tmp_path / "out", heldout=0, quiet=True)
