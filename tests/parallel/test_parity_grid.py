@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers.launch import run_ranks
 from helpers.parity import STEPS, change, train_reference, train_under_deepspeed
-from helpers.parity_kinds import BIAS, CLIP, at_layout, bias_of, parts, run_of, with_equal_results
+from helpers.parity_kinds import BIAS, CLIP, at_layout, bias_of, parts, run_of, sequences_of, with_equal_results
 from helpers.parity_rows import BF16, GRID, LONG
 from helpers.selection import selected
 
@@ -25,9 +25,11 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def reference(config, conversations) -> Callable[[str], dict[str, Any]]:
-    """A kind's run on one process."""
-    return functools.cache(lambda kind: train_reference(run_of(config, kind, str(conversations)), bias_of(kind)))
+def reference(config, conversations) -> Callable[[str, int], dict[str, Any]]:
+    """A kind's run on one process, with a number of sequences in each step."""
+    return functools.cache(
+        lambda kind, sequences: train_reference(run_of(config, kind, str(conversations), sequences), bias_of(kind))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,10 @@ def runs(config, conversations, tmp_path_factory, request) -> Callable[[int], di
     def launch(ranks: int) -> dict[str, list[Any]]:
         cases = [case[1:] for case in GRID + LONG if case[0] == ranks and name_of(*case) in asked]
         work = [
-            (at_layout(run_of(config, kind, str(conversations)), parallel, ranks), bias_of(kind))
+            (
+                at_layout(run_of(config, kind, str(conversations), sequences_of(parallel, ranks)), parallel, ranks),
+                bias_of(kind),
+            )
             for parallel, kind in cases
         ]
         try:
@@ -60,6 +65,7 @@ def name_of(ranks: int, parallel: dict[str, Any], kind: str) -> str:
     return f"{ranks} ranks, {axes or 'data'}, {kind}"
 
 
+SEQUENCES = {name_of(*case): sequences_of(case[1], case[0]) for case in GRID + LONG}
 CASES = [
     *(name_of(*case) for case in GRID),
     *(pytest.param(name_of(*case), marks=pytest.mark.long) for case in LONG),
@@ -80,10 +86,13 @@ def resumed_cases() -> list[Any]:
     return cases
 
 
-@pytest.mark.parametrize("kind", sorted({with_equal_results(kind) for *_, kind in GRID}))
-def test_the_reference_run_covers_what_it_should(kind, reference):
+@pytest.mark.parametrize(
+    ("kind", "sequences"),
+    sorted({(with_equal_results(kind), sequences_of(parallel, ranks)) for ranks, parallel, kind in GRID}),
+)
+def test_the_reference_run_covers_what_it_should(kind, sequences, reference):
     """Clipping is active, the number of loops varies, and the special runs do what their names say."""
-    run = reference(kind)
+    run = reference(kind, sequences)
     assert min(run["grad_norm"]) > CLIP
     assert min(run["expert_share"]) > 0.01, "routed experts must count in the norm"
     if kind == "mla":
@@ -96,7 +105,7 @@ def test_the_reference_run_covers_what_it_should(kind, reference):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_at_a_layout_equals_one_process(case, runs, reference):
-    compare(runs(int(case[0]))[case], reference(with_equal_results(case.rsplit(", ", 1)[1])))
+    compare(runs(int(case[0]))[case], reference(with_equal_results(case.rsplit(", ", 1)[1]), SEQUENCES[case]))
 
 
 def compare(ranks: list[Any], expected: dict[str, Any]) -> None:
