@@ -63,7 +63,7 @@ def run_of(config: Config, name: str) -> Config:
     return change(
         config,
         model=dict(vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, max_loop_iters=4, loop_layers=2),
-        train=dict(global_batch=8, micro_batch=8 // replicas // (1 if replicas > 2 else 2)),
+        train=dict(global_batch=4, micro_batch=4 // replicas // (1 if replicas > 2 else 2)),
         experts=dict(bias_update_rate=0.01),
         loops=dict(distribution="poisson", mean=3, maximum=5, backprop=2),
         optim=dict(grad_clip=0.2, eps=1e-6),
@@ -254,9 +254,8 @@ def test_momentum_of_muon_is_loaded_at_every_layout(chosen, config, tmp_path):
 def test_half_precision_resumes_at_other_zero_stages(dtype, config, tmp_path):
     """The stages have three kinds of optimizers, not all with a loss scale. The fp32 master weights are bitwise equal
     after loading, for every pair; losses, of one pair per stage, differ by half-precision rounding."""
-    base = change(run_of(config, "zero 3"), train=dict(dtype=dtype, micro_batch=2))
+    base = change(run_of(config, "zero 3"), train=dict(dtype=dtype, micro_batch=1))
     runs = [change(base, parallel=dict(zero=1, **dict(pipe=2) if pipe else {})) for pipe in (False, True)]
-    runs = [change(run, train=dict(micro_batch=2)) for run in runs]
     runs += [change(base, parallel=dict(zero=zero)) for zero in (2, 3)]
     folders = [str(tmp_path / str(i)) for i in range(len(runs))]
     sources = run_ranks(2, write, runs, folders, seconds=600)
