@@ -58,7 +58,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[None]:
-    """An S3 server with a bucket, at the lowest priority: a real one takes no CPU time here.
+    """An S3 server with a bucket, which runs only while a core is idle: a real one takes no CPU time here.
 
     moto reads the whole object to answer a request for a part of it, so its seconds say how many requests there were.
     Of two faster servers, rclone's does not keep the metadata of large objects, and s3rver lists no unfinished uploads.
@@ -77,7 +77,7 @@ def serving(folder: Path) -> Iterator[None]:
     }
     command = [sys.executable, "-m", "moto.server", "-p", str(port)]
     with (folder / "server.log").open("wb") as log:
-        server = subprocess.Popen(["nice", "-n", "19", *command], stdout=log, stderr=log)
+        server = subprocess.Popen(["chrt", "--idle", "0", *command], stdout=log, stderr=log)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):
