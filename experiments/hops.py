@@ -1,20 +1,24 @@
-"""Do more loops answer questions of more hops? Small models read stories with questions of up to 4 hops, and are then
-asked questions of 5 to 8 hops with more loops than in training.
+"""Do more loops answer questions of more hops? Small models learn to find a person in stories of few people, then read
+stories with questions of up to 4 hops, and are asked questions of 5 to 8 hops with more loops than in training.
 
 Writes summary.json (accuracy by seed, loops and hops), summary.md and summary.png.
 """
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.story_task import ensure_story_task, example_of
 from experiments.trials import Trial, check_counts, run_all
+from mythos_dist.config.dump import dump_stages
+from mythos_dist.config.load import load_stages
 from mythos_dist.files import write_atomically
 from mythos_dist.train.plots import loops_axis, save_plot
 
 PEOPLE, TRAINED_HOPS, LONG_HOPS, TRAINED_LOOPS = 10, 4, 8, 4
+FIRST_PEOPLE = 4  # in the stories of the first stage
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the evaluation
 CHANCE = 1 / (PEOPLE - 1)  # anyone but the person that the question begins with
 CHANCE_BEYOND = 1 / (PEOPLE - 1 - TRAINED_HOPS)  # of more hops, if the people of all trained hops are known
@@ -28,14 +32,10 @@ def run_hop_study(config: Path, out: Path, seeds: range, jobs: int | None, overr
     from mythos_dist.train.sweep import write_json
 
     check_counts(seeds, jobs)
-    data = out / "data" / f"stories-{TRAINED_HOPS}"
-    trials = [
-        Trial(config, out / f"seed-{seed}", (f"data.path={data}", f"run.seed={seed}", *overrides)) for seed in seeds
-    ]
-    for trial in trials:
-        trial.load()  # find errors before the data is made
+    lookups, data, long = (out / "data" / f"stories-{hops}" for hops in (1, TRAINED_HOPS, LONG_HOPS))
+    trials = [_trial(config, out, seed, lookups, data, overrides) for seed in seeds]  # finds errors before data is made
+    ensure_story_task(lookups, people=FIRST_PEOPLE, questions=FIRST_PEOPLE, hops=1)
     ensure_story_task(data, people=PEOPLE, hops=TRAINED_HOPS)
-    long = out / "data" / f"stories-{LONG_HOPS}"
     ensure_story_task(long, people=PEOPLE, hops=LONG_HOPS, questions=1, stories=1, heldout=1000)
     print(f"a story, and a question of {LONG_HOPS} hops:\n{example_of(PEOPLE, LONG_HOPS)}\n")
 
@@ -51,6 +51,17 @@ def run_hop_study(config: Path, out: Path, seeds: range, jobs: int | None, overr
     draw(out / "summary.png", summary)
     print("\n" + "\n".join(table(summary)))
     print(f"\n{out / 'summary.json'}, {out / 'summary.md'}, {out / 'summary.png'}")
+
+
+def _trial(config: Path, out: Path, seed: int, lookups: Path, data: Path, overrides: Sequence[str]) -> Trial:
+    """A run of both stages, each on its own shards, with its config beside it. Raises UserError."""
+    run_dir = out / f"seed-{seed}"
+    first, second = load_stages(config, [f"data.path={data}", f"run.seed={seed}", f"run.dir={run_dir}", *overrides])
+    first = replace(first, data=replace(first.data, path=str(lookups)))
+    file = out / f"seed-{seed}.yaml"
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, dump_stages([first, second]))
+    return Trial(file, run_dir, ())
 
 
 def measure_hops(run_dir: Path, shards: Path) -> ByLoops:

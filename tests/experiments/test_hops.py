@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from experiments.hops import LONG_HOPS, LOOPS, PEOPLE, TRAINED_HOPS, answer_positions, summarize, table
 from experiments.story_task import build_stories
@@ -48,8 +49,15 @@ def test_the_summary_reports_the_worst_seed_beyond_the_trained_hops():
 @pytest.mark.launch
 @pytest.mark.long  # the study of other tasks is run by the quick tests of the trainer
 def test_the_hop_demo_writes_its_summary_and_repeats_no_run(tmp_path):
-    few = "model.dim=32 model.kv_lora_rank=16 model.q_lora_rank=16 train.steps=4 optim.warmup_steps=2".split()
-    command = [sys.executable, str(REPOSITORY / "tools" / "hop_demo.py"), "--out", str(tmp_path), "--seeds", "1", *few]
+    stages = yaml.safe_load((REPOSITORY / "configs" / "story_task.yaml").read_text())["stages"]
+    for stage in stages:
+        stage["steps"] = 4
+    optim = {"decay_steps": 1, "warmup_steps": 2}
+    config = {"base": str(REPOSITORY / "configs" / "story_task.yaml"), "optim": optim, "stages": stages}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(config))
+    arguments = f"Path({str(tmp_path / 'few.yaml')!r}), Path({str(tmp_path)!r}), range(1), 1, ['model.dim=32']"
+    study = f"from pathlib import Path; from experiments.hops import run_hop_study; run_hop_study({arguments})"
+    command = [sys.executable, "-c", study]
     summaries, metrics = [], []
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=1120, cwd=REPOSITORY)
