@@ -15,7 +15,7 @@ chat-demo: $(READY)  ## tune a small model on conversations, and ask it what non
 depth-demo: $(READY)  ## train small models on a task that needs depth, to see whether more loops help; 15 minutes
 	$(BIN)/python tools/depth_demo.py
 
-hop-demo: $(READY)  ## train small models on stories with questions of 4 hops, and ask them for 8 with more loops; 10 minutes
+hop-demo: $(READY)  ## train small models on stories with questions of 4 hops, and ask them for 8 with more loops; 8 minutes
 	$(BIN)/python tools/hop_demo.py
 
 long-demo: $(READY)  ## train a small model on 256 tokens and stretch it to 1,024 by YaRN; 10 minutes

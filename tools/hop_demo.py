@@ -1,5 +1,5 @@
 """`make hop-demo`: do more loops answer questions of more hops? Small models read short stories with questions of up to
-4 hops in at most 4 loops, and are evaluated on questions of 5 to 8 hops with more loops. Takes HOP_MINUTES minutes on two
+4 hops in at most 4 loops, and are evaluated on questions of 5 to 8 hops with more loops. Takes some 8 minutes on two
 cores; the same command resumes it.
 
 Three seeds. Writes OUT/summary.json, OUT/summary.md and OUT/summary.png.

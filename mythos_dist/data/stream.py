@@ -21,6 +21,7 @@ import signal
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,8 +159,8 @@ class ReplicaStream:
             generator=torch.Generator(),  # by default it draws from the global one, and a resumed run diverges
         )
         reads = iter(loader)
-        running = weakref.ref(reads)
-        stop = functools.partial(_stop_workers, running)
+        running, processes = weakref.ref(reads), list(getattr(reads, "_workers", ()))
+        stop = functools.partial(_stop_workers, running, processes)
         atexit.register(stop)
         try:
             for batch in batches:
@@ -170,6 +171,7 @@ class ReplicaStream:
             del reads  # stops the workers; if a traceback kept it until garbage collection, that would take 5 s each
             if running() is None:  # the error of a killed worker keeps it, perhaps until the interpreter exits
                 atexit.unregister(stop)
+                _kill(processes)
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """The sample ids at `positions` of the endless sequence, both int64 (n,)."""
@@ -266,12 +268,22 @@ def _no_collate(read: Any) -> Any:
     return read
 
 
-def _stop_workers(reads: weakref.ref) -> None:
+def _stop_workers(reads: weakref.ref, processes: Sequence[BaseProcess]) -> None:
     """When the interpreter exits while a generator is alive: multiprocessing would ask the workers by a signal, which
     they ignore, and wait for them."""
     iterator: Any = reads()
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):  # not if this process reads
         iterator._shutdown_workers()
+    _kill(processes)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    """End workers that torch has given up: it waits for 5 s, and then sends a signal that they ignore. One may wait for
+    ever, for a lock of a queue that a killed one holds, and the interpreter would wait for it when it exits."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _begin_worker(worker: int) -> None:
