@@ -127,6 +127,9 @@ def exit_with(error: UserError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+SPIN_COUNT = "2000"  # rounds of a thread that waits for another one, some 30 us
+
+
 def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     """Run a program's `main`: a user error is a message and exit code 2, Ctrl-C is one line and exit code 130.
 
@@ -139,9 +142,11 @@ def run_command(main: Callable[[], object], is_tool: bool = True) -> None:
     half second until `main` ends. While torch is imported, whose C++ functions may abort the process instead, the
     program ends then.
 
-    Threads of OpenMP, which torch uses on a CPU, sleep while they wait, unless OMP_WAIT_POLICY is set (PROJECT-13).
+    Threads of OpenMP, which torch uses on a CPU, soon sleep while they wait, unless the environment says how long they
+    spin (PROJECT-13).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read once, when torch is imported
     if is_tool:
         _run_main(main, is_tool)
         return

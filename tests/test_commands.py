@@ -96,12 +96,21 @@ def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkey
     assert (asked.returncode, asked.stdout) == (0, described.stdout) and "usage: mythos train" in asked.stdout
 
 
-@pytest.mark.parametrize(("policy", "spins"), [("", "0"), ("PASSIVE", "0"), ("ACTIVE", "30000000000")])
+@pytest.mark.parametrize(
+    ("settings", "spins"),
+    [
+        ({}, "2000"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+    ],
+    ids=str,
+)
 @pytest.mark.launch
-def test_threads_sleep_while_they_wait_unless_the_user_decides(policy, spins, tmp_path):
+def test_threads_that_wait_soon_sleep_unless_the_user_decides(settings, spins, tmp_path):
     """As OpenMP itself reports when training imports torch."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | settings
     command = [sys.executable, "-m", "mythos_dist.train", "tiny_cpu", "data.path=missing", f"run.dir={tmp_path}/run"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path)
     assert result.returncode == 2 and "missing: no such folder" in result.stderr
