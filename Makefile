@@ -48,7 +48,7 @@ test: $(READY)  ## all tests except the long ones; 30 minutes
 test-all: $(READY)  ## all tests; with MINUTES=20: long tests only, as many as fit, in an order that depends on the date
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(if $(MINUTES),-m long --minutes $(MINUTES))
 
-check: $(READY)  ## lint, types and the quick tests; 90 seconds
+check: $(READY)  ## lint, types and the quick tests; 2 minutes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright & types=$$!; \
