@@ -83,13 +83,11 @@ def make_depth_task(
 
     names = ["<bos>", "<eos>"]
     names += ["".join(map(str, element)) for element in itertools.permutations(range(1, degree + 1))]
-    return write_task(out, names, windows, seq_len=hops + 1, targets=1 if targets == "final" else hops)
+    return write_task(out, names, windows, targets=1 if targets == "final" else hops)
 
 
-def write_task(
-    out: Path, names: Sequence[str], windows: Callable[[str], np.ndarray], seq_len: int, targets: int
-) -> ShardManifest:
-    """Write shards to the new folder `out`, of the windows (N, length) of each split ("train" and "heldout").
+def write_task(out: Path, names: Sequence[str], windows: Callable[[str], np.ndarray], targets: int) -> ShardManifest:
+    """Write shards to the new folder `out`, of windows (N, S + 1 + targets * S) of both splits (train, heldout).
 
     names: of the tokens; targets: rows of targets. Raises UserError if `out` exists.
     """
@@ -97,7 +95,9 @@ def write_task(
         raise UserError("exists; name a new folder, or delete it", str(out))
     try:
         with new_folder(out) as folder:
-            counts = {split: _write_split(folder / split, windows(split)) for split in ("train", "heldout")}
+            of_split = {split: windows(split) for split in ("train", "heldout")}
+            counts = {split: _write_split(folder / split, one) for split, one in of_split.items()}
+            seq_len = (of_split["train"].shape[1] - 1) // (1 + targets)
             (folder / TOKENS_FILE).write_text(json.dumps(names) + "\n")
             manifest = _manifest(folder, counts, vocab_size=len(names), seq_len=seq_len, targets=targets)
             (folder / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")

@@ -108,8 +108,7 @@ def make_story_task(
         size = heldout if split == "heldout" else stories
         return build_windows(build_stories(_random(seed, people, hops, split), size, people, questions, hops), hops)
 
-    seq_len = 1 + 4 * people + questions * (2 * hops + 2)  # see `build_stories`
-    return write_task(out, WORDS, windows, seq_len=seq_len, targets=hops)
+    return write_task(out, WORDS, windows, targets=hops)
 
 
 def ensure_story_task(out: Path, **settings: int) -> Path:

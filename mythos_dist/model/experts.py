@@ -47,25 +47,16 @@ def reference(
     return y
 
 
-def few_pairs(
-    x: Tensor,
-    weights: Tensor,
-    index: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    transposed_down: Tensor | None = None,
-) -> Tensor:
-    """`reference` for a few tokens in inference mode: only experts that have tokens are visited.
+def few_pairs(x: Tensor, weights: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`reference` for a few tokens in inference mode, with `down` (E, D, F): only experts that have tokens are visited.
 
     On a CPU `F.grouped_mm` runs a product for every expert, with tokens or without: for one token with 4 of 32 experts,
-    96 products instead of 12. transposed_down: a copy of `down` (E, D, F), which replaces it.
+    96 products instead of 12.
     """
     k = index.shape[1]
     experts, order = index.flatten().sort(stable=True)  # (M,)
     token, scale = order // k, weights.to(x.dtype).flatten()[order]
     runs = [(e, len(list(equal))) for e, equal in groupby(experts.tolist())]  # (expert, pairs)
-    down = down.transpose(-2, -1) if transposed_down is None else transposed_down
 
     def products(rows: Tensor, stack: Tensor) -> Tensor:
         """(M, inputs) -> (M, outputs), each row with its expert's weight of (E, outputs, inputs)."""
@@ -133,7 +124,8 @@ class Experts(nn.Module):
     def _run(self, x: Tensor, weights: Tensor, index: Tensor, pairs: int | None) -> Tensor:
         is_few = pairs is None and index.numel() <= MOST_PAIRS * len(self.w1)
         if is_few and torch.is_inference_mode_enabled() and self.backend is grouped and on_cpu(x):
-            return few_pairs(x, weights, index, self.w1, self.w3, self.w2, self.transposed_down)
+            down = self.w2.transpose(-2, -1) if self.transposed_down is None else self.transposed_down
+            return few_pairs(x, weights, index, self.w1, self.w3, down)
         inputs = x, weights, index, self.w1, self.w3, self.w2, pairs
         if self.backend is grouped and on_cpu(x):
             return checkpoint_if(self.selective, _grouped_on_cpu, *inputs, self._sums)

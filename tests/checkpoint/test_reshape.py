@@ -5,7 +5,6 @@ pair. The state at saving and the state after loading are gathered by DeepSpeed'
 writes and reads checkpoints.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from helpers.parity import (
     save_checkpoint,
     shard_bounds,
 )
+from helpers.parity_kinds import replicas_of
 from helpers.selection import selected
 
 import mythos_dist.model.init
@@ -59,7 +59,7 @@ BIAS = [2.0, 1.0, 0.5, 0.25, 0.0, -0.25, -0.5, -4.0]  # makes the experts' token
 def run_of(config: Config, name: str) -> Config:
     """Widths that no axis divides, another loop count in each step, and a micro-batch size per layout."""
     ranks, parallel = LAYOUTS[name]
-    replicas = ranks // math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipe", "context"))
+    replicas = replicas_of(parallel, ranks)
     return change(
         config,
         model=dict(vocab_size=515, q_lora_rank=18, lora_rank=6, expert_dim=30, max_loop_iters=4, loop_layers=2),

@@ -195,6 +195,7 @@ def run(plan, monkeypatch) -> Callable[..., str]:
     def run(*arguments: str, code: int = 0) -> str:
         ended, out, err = plan(*arguments)
         assert ended == code, out + err
+        assert "Traceback" not in err
         return err if code == 2 else out
 
     return run
