@@ -30,7 +30,6 @@ def keep_console() -> None:
         except (AttributeError, OSError, ValueError):  # not a file: a program has replaced the stream
             continue
         buffered = io.BufferedWriter(raw)
-        text = io.TextIOWrapper(
-            buffered, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering
-        )
+        by_line = stream.line_buffering or stream.write_through  # the latter with PYTHONUNBUFFERED
+        text = io.TextIOWrapper(buffered, encoding=stream.encoding, errors=stream.errors, line_buffering=by_line)
         setattr(sys, name, text)

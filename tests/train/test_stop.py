@@ -178,6 +178,17 @@ def test_a_closed_console_does_not_end_a_run():
         assert job.stderr.read() == b"still here" and job.wait(240) == 0
 
 
+def test_lines_appear_at_once_where_python_does_not_buffer():
+    """PYTHONUNBUFFERED is common in images and batch scripts."""
+    program = (
+        "import os, sys\nfrom mythos_dist.train.console import keep_console\nkeep_console()\n"
+        "print('one')\nprint('two', file=sys.stderr)\nos._exit(0)"  # nothing is flushed at its end
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, timeout=240)
+    assert (done.stdout, done.stderr) == (b"one\n", b"two\n")
+
+
 def test_standard_streams_that_are_not_files_are_not_replaced(monkeypatch):
     import io
 
