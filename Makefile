@@ -12,7 +12,7 @@ demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
 chat-demo: $(READY)  ## tune a small model on conversations, and ask it what none of them contains; 3 minutes
 	$(BIN)/python tools/chat_demo.py
 
-depth-demo: $(READY)  ## train small models on a task that needs depth, to see whether more loops help; 15 minutes
+depth-demo: $(READY)  ## train small models on a task that needs depth, to see whether more loops help; 7 to 11 minutes
 	$(BIN)/python tools/depth_demo.py
 
 hop-demo: $(READY)  ## train small models on stories with questions of 4 hops, and ask them for 8 with more loops; 8 minutes
@@ -29,7 +29,7 @@ loop-stability: $(READY)  ## which loops train at which learning rate, by switch
 	$(BIN)/mythos sample-data
 	$(BIN)/python tools/loop_stability.py
 
-loop-ablation: $(READY)  ## ablate each loop setting alone, at equal FLOPs; 1 to 2 hours
+loop-ablation: $(READY)  ## ablate each loop setting alone, at equal FLOPs; 2 h 20 min
 	$(BIN)/python tools/loop_ablation.py
 
 optimizer-study: $(READY)  ## AdamW and Muon, schedules, averages of the weights, at equal FLOPs; 1 hour

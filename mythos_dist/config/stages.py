@@ -38,7 +38,7 @@ def read_stages(
     node: Node, command_line: dict[str, Node], messages: list[str]
 ) -> Iterator[tuple[str, list[dict[str, Node]]]]:
     """The name of each stage, and its settings by section: its own, the command line's, and those that follow from its
-    position. Adds problems to `found`."""
+    position. Adds problems to `messages`."""
     if not isinstance(node, list) or not node:
         messages.append(f"stages={show_node(node, 80)}: expected a list, such as [{{name: stable, steps: 1000}}]")
         return

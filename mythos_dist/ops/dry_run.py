@@ -103,7 +103,7 @@ class UncountedCopy:
 
 
 def first_pieces(meter: Meter) -> Callable[[ContextShard], Iterator[KeyPiece]]:
-    """Replaces `model.context_attention.each_piece`, for a sequence of a million tokens has a hundred of them.
+    """Replaces `model.context_attention.each_piece`, for a sequence of a million tokens has 64 of them (PLAN-6).
 
     Of consecutive pieces of the same shapes the first two are visited: the second begins with the tensors that the
     first leaves, as all later ones do, so no later one needs more memory. Each has the FLOPs of the second.
