@@ -1,5 +1,6 @@
 """`make depth-demo`: do more loops help at inference? Small models learn to multiply 8 permutations in at most 8 loops,
-and are evaluated on 9 to 16 permutations with more loops. Takes 7 to 11 minutes on two cores; the same command resumes it.
+and are evaluated on 9 to 16 permutations with more loops. Takes 7 to 11 minutes on two cores; the same command
+resumes it.
 
 Three settings, three seeds each: a target for each loop; the final target only, with the sequence growing as the loops
 do; and the loops of OpenMythos as shipped.

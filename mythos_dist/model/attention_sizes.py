@@ -11,6 +11,7 @@ Decisions: PLAN-8.
 
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
 from mythos_dist.config.schema import MythosConfig
 
@@ -22,6 +23,11 @@ class AttentionSizes:
     c: MythosConfig
     tensor: int = 1
     b: int = 2
+
+    # Projections by name; each has its own FLOPs (model/flops.py), the others are counted together.
+    kv_projections: ClassVar[tuple[str, ...]]  # of what loops share: not applied by loops that use it
+    query_expansions: ClassVar[tuple[str, ...]] = ()  # from a latent to queries; recomputed by `recompute: selective`
+    kv_expansions: ClassVar[tuple[str, ...]] = ()  # from a latent to keys and values; recomputed as well
 
     @property
     def heads(self) -> int:
@@ -81,6 +87,8 @@ class AttentionSizes:
 class GQASizes(AttentionSizes):
     """Of `GQAttention`."""
 
+    kv_projections = ("wk", "wv")
+
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values that the rank's queries attend to."""
@@ -124,6 +132,10 @@ class GQASizes(AttentionSizes):
 
 class MLASizes(AttentionSizes):
     """Of `MLAttention`."""
+
+    kv_projections = ("kv_down",)
+    query_expansions = ("q_up",)
+    kv_expansions = ("kv_up",)
 
     @property
     def pair_channels(self) -> int:

@@ -1,9 +1,9 @@
 """FLOPs of the model: 2 per multiply-add of a matrix product, from the shapes of the weights; nothing else counts.
 
 The FLOPs of the model do not depend on the layout, so that MFU compares layouts: no padding, no recomputation, the
-causal half of attention, and three forward passes per training step. The halting layer (one column per loop) and
-readouts after each loop are left out. `executed_flops` is what one rank runs: padding, recomputation and attention's
-second pass included. The ratio of the two is what padding and recomputation cost.
+causal half of attention, and three forward passes per training step (of no-grad loops one). The halting layer (one
+column per loop) and readouts after each loop are left out. `executed_flops` is what one rank runs: padding,
+recomputation and attention's second pass included. The ratio of the two is what padding and recomputation cost.
 """
 
 # B batch, S sequence, D model, E experts, k experts per token.
@@ -46,8 +46,13 @@ def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
 
     shapes = {parameter.name: parameter.shape for parameter in matrices}
     block = "recurrent.block."  # the looped block's first layer; the others are as large
-    attention_up, expansion = elements(f"{block}attn.q_up."), elements(f"{block}attn.kv_up.")
-    keys_values = sum(elements(f"{block}attn.{name}.") for name in ("kv_down", "wk", "wv"))
+
+    def projections(names: tuple[str, ...]) -> int:
+        return sum(elements(f"{block}attn.{name}.") for name in names)
+
+    sizes = attention_sizes(config)
+    attention_up, expansion = projections(sizes.query_expansions), projections(sizes.kv_expansions)
+    keys_values = projections(sizes.kv_projections)
     lora = [shapes[name] for name in ("recurrent.lora.down", "recurrent.lora.B") if name in shapes]
     return _Matrices(
         attention=elements(f"{block}attn.") - attention_up - expansion - keys_values,
@@ -181,9 +186,11 @@ def attention_share(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     return blocks * pairs / forward_flops_per_token(c, seq_len, n_loops)
 
 
-def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
-    """The model's FLOPs per token of forward and backward: three times the forward."""
-    return 3.0 * forward_flops_per_token(c, seq_len, n_loops)
+@functools.lru_cache(maxsize=1024)  # a run asks in every step, the planner for every layout
+def train_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int, no_grad: int = 0) -> float:
+    """The model's FLOPs per token of forward and backward: three times the forward, of the `no_grad` loops once."""
+    with_grad = forward_flops_per_token(c, seq_len, n_loops - no_grad)
+    return 3.0 * with_grad + (forward_flops_per_token(c, seq_len, n_loops) - with_grad)
 
 
 def stage_costs(config: Config) -> LayerCosts:

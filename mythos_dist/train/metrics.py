@@ -100,7 +100,8 @@ def step_line(
     """A line of metrics.jsonl; `peak` is the peak FLOP/s of all ranks together."""
     size, done = config.train.batch_size_at(lineage.first_step + step), tokens_at(config, lineage, step)
     tokens = size * config.train.seq_len
-    flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops) * tokens
+    no_grad = result.n_loops - result.backprop
+    flops = train_flops_per_token(config.model, config.train.seq_len, result.n_loops, no_grad) * tokens
     load = result.expert_counts.sum(0).double()
     line = {
         "step": step,

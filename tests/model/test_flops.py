@@ -47,14 +47,14 @@ CONFIGS = [
 ]
 
 
-def counted(config: MythosConfig, n_loops: int, backward: bool = False) -> int:
+def counted(config: MythosConfig, n_loops: int, backward: bool = False, backprop: int | None = None) -> int:
     """FLOPs of one batch by FlopCounterMode. It counts matrix products only, so attention runs as two."""
     model = Mythos(config, experts=ExpertsConfig(backend="reference"))
     input_ids = torch.randint(config.vocab_size, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
     # The head computes its gradients in the forward pass, unless gradients are disabled.
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
-        losses = model(input_ids, n_loops, labels=input_ids)
+        losses = model(input_ids, n_loops, labels=input_ids, backprop=backprop)
         if backward:
             losses["objective"].backward()
     return counter.get_total_flops()
@@ -93,6 +93,16 @@ def test_a_training_step_is_three_forward_passes(config):
     run, needed = score_flops(config, 3)
     expected = counted(config, 3, backward=True) - 3 * run + 3 * needed
     assert train_flops_per_token(config, SEQ_LEN, 3) * BATCH * SEQ_LEN == expected
+
+
+@pytest.mark.parametrize("config", first_is_quick(CONFIGS[:5]))
+def test_a_loop_without_gradient_is_one_forward_pass(config):
+    """Exactly, for the first 2 of 5 loops."""
+    run, needed = (
+        once + 2 * thrice for once, thrice in zip(score_flops(config, 5), score_flops(config, 3), strict=True)
+    )
+    expected = counted(config, 5, backward=True, backprop=3) - run + needed
+    assert train_flops_per_token(config, SEQ_LEN, 5, no_grad=2) * BATCH * SEQ_LEN == expected
 
 
 @pytest.mark.parametrize(

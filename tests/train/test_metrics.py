@@ -12,8 +12,11 @@ import pytest
 import torch
 from helpers.waiting import wait_until
 
+from mythos_dist.checkpoint.manifest import Lineage
+from mythos_dist.ops.plan.clusters import load_cluster
+from mythos_dist.ops.plan.estimate import Estimate
 from mythos_dist.train.depth import Evaluation, HeldOut
-from mythos_dist.train.metrics import Metrics, batch_id, peak_flops
+from mythos_dist.train.metrics import Metrics, StepResult, batch_id, peak_flops, step_line
 
 
 def replace_wandb(config, mode):
@@ -25,6 +28,21 @@ def test_batch_id_depends_on_the_samples_and_not_on_their_order():
     assert batch_id([3, 1, 2]) == batch_id([1, 2, 3])
     others = [[1, 2], [1, 2, 4], [1, 2, 3, 3], [12, 3]]
     assert len({batch_id(ids) for ids in [[1, 2, 3], *others]}) == 5
+
+
+def test_mfu_of_a_run_is_that_of_its_plan(config):
+    """For equal seconds per step and peaks, where the first of two loops has no gradient: the planner's own formula."""
+    config = dataclasses.replace(config, loops=dataclasses.replace(config.loops, backprop=1))
+    estimate = Estimate(config, world_size=2, cluster=load_cluster("configs/clusters/h100_80gb.yaml"))
+    n_loops, no_grad = estimate.loops
+    assert no_grad == 1 and n_loops == 2
+    counts = torch.ones(n_loops, config.model.n_experts, dtype=torch.int64)
+    result = StepResult(3.0, 3.0, 1.0, 1e-3, "stable", n_loops, n_loops - no_grad, 2.0, counts, False, None)
+    peak = 2 * estimate.cluster.peak_flops(config.train.dtype)
+    line = step_line(config, Lineage(), 1, result, [0], estimate.step_seconds, peak)
+    assert line["mfu"] == pytest.approx(estimate.mfu)
+    all_with_grad = step_line(config, Lineage(), 1, dataclasses.replace(result, backprop=2), [0], 1.0, peak)
+    assert 1 < all_with_grad["mfu"] / (line["mfu"] * estimate.step_seconds) < 3
 
 
 @pytest.fixture

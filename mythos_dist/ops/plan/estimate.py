@@ -8,9 +8,9 @@ Decisions: PLAN-1, PLAN-4.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-from mythos_dist.config.schema import Config, MythosConfig
+from mythos_dist.config.schema import Config
 from mythos_dist.model.flops import executed_flops, stage_loops, stage_specs, train_flops_per_token
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.activations import LayerActivations
@@ -250,7 +250,7 @@ class Estimate:
     @property
     def model_flops(self) -> float:
         """Of a step on all ranks: three forward passes for every loop with a gradient, one for the others."""
-        return model_flops_per_token(self.config.model, self.config.train.seq_len, *self.loops) * self.tokens_per_step
+        return train_flops_per_token(self.config.model, self.config.train.seq_len, *self.loops) * self.tokens_per_step
 
     @property
     def mfu(self) -> float:
@@ -265,13 +265,6 @@ class Estimate:
 
 def _micro_batch_seconds(seconds: SecondsByPart) -> float:
     return sum(seconds[name] for name in _PER_MICRO_BATCH)
-
-
-@lru_cache(maxsize=64)
-def model_flops_per_token(model: MythosConfig, seq_len: int, n_loops: int, no_grad: int) -> float:
-    """`train_flops_per_token` in which loops without gradient count their forward pass only."""
-    all_loops, with_grad = (train_flops_per_token(model, seq_len, loops) for loops in (n_loops, n_loops - no_grad))
-    return with_grad + (all_loops - with_grad) / 3
 
 
 def with_layout(config: Config, **layout: object) -> Config:
