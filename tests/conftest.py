@@ -1,40 +1,22 @@
-"""Shared by all tests: process limits, the OpenMythos 0.5.0 reference, a small set of shards, a small config, a store.
+"""Shared by all tests: limits of the processes, Hypothesis's profiles, plugins. Fixtures: `helpers/fixtures.py`.
 
 Decisions: PROJECT-1.
 """
 
-import importlib
-import importlib.machinery
-import importlib.util
-import json
 import os
-import random
 import resource
 import signal
-import string
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
-import torch
-from helpers.s3 import Store, serving_s3
-from helpers.small_run import REPOSITORY, SMALL, TINY
 from hypothesis import settings as hypothesis_settings
 
-from experiments.chat_task import write_byte_tokenizer
-from mythos_dist.config.load import load_config
-from mythos_dist.config.schema import Config
-from mythos_dist.data.chat_template import find_renderer
-from mythos_dist.data.tokenizer import Tokenizer
-from mythos_dist.prepare.convert import convert
-from mythos_dist.prepare.corpus import read_documents, write_sample_corpus
-from mythos_dist.prepare.spans import Columns
-from mythos_dist.prepare.tokenizer_training import train_tokenizer
-from mythos_dist.store import fetch
-
 pytest_plugins = ["helpers.schedule", "helpers.report", "helpers.cpu_seconds", "helpers.heap"]
+
+
+def pytest_configure(config):
+    """Fixtures import torch, which takes two CPU seconds; the process that only gives tests to workers has none."""
+    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+        config.pluginmanager.import_plugin("helpers.fixtures")
+
 
 # No deadline: the machine may be busy. CI uses the same examples in every run, local runs draw new ones.
 hypothesis_settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
@@ -52,104 +34,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
-# Tensors in tests are tiny: a second thread costs more in synchronization than it saves.
-torch.set_num_threads(1)
 # Programs that the tests start have one thread per core. On a machine that also runs other tests such a thread waits
 # for long, and waiting must not use the CPU: six steps of configs/tiny_cpu.yaml took 96 CPU seconds on two busy cores,
 # and 14 with threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-@pytest.fixture(scope="session")
-def open_mythos() -> SimpleNamespace:
-    """The reference package's modules: `main` and `variants`.
-
-    It is in a folder outside the environment, because it requires packages that we do not need. Its `__init__` is not
-    run, because it imports transformers, which takes seconds.
-    """
-    folder = os.environ.get("OPEN_MYTHOS") or str(REPOSITORY / ".venv" / "reference")
-    spec = importlib.machinery.PathFinder.find_spec("open_mythos", [folder])
-    if spec is None:
-        pytest.fail(f"OpenMythos 0.5.0 not found in {folder}; `make test` installs it", pytrace=False)
-    sys.modules["open_mythos"] = importlib.util.module_from_spec(spec)
-    return SimpleNamespace(
-        main=importlib.import_module("open_mythos.main"), variants=importlib.import_module("open_mythos.variants")
-    )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shared_memory_of_killed_runs(tmp_path_factory):
-    """Remove /dev/shm segments of killed runs at the end: streaming's next dataset would open all of them.
-
-    Segments of other jobs stay: a dataset's `locals` segment contains the folder it reads, and only folders of this
-    session are considered.
-    """
-    yield
-    session_folder = str(tmp_path_factory.getbasetemp()).encode()
-    for names in Path("/dev/shm").glob("??????_locals"):
-        if session_folder in names.read_bytes():
-            for segment in names.parent.glob(names.name.removesuffix("locals") + "*"):
-                segment.unlink(missing_ok=True)
-
-
-@pytest.fixture
-def seed() -> int:
-    """Seed for random choices of a test: $SEED; otherwise 1 in CI, and random elsewhere. Failure reports show it."""
-    return int(os.environ.get("SEED") or ("CI" in os.environ) or random.SystemRandom().randrange(2**32))
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    """Shards with samples of 32 tokens from CPython's help, vocabulary 512."""
-    work = tmp_path_factory.mktemp("shards")
-    corpus = write_sample_corpus(work / "corpus.parquet")
-    tokenizer = train_tokenizer(read_documents(corpus), work / "tokenizer.model", 512)
-    convert(corpus, tokenizer, 32, work / "mds", heldout=0.1, quiet=True)
-    return work / "mds"
-
-
-@pytest.fixture(scope="session")
-def conversations(tmp_path_factory) -> Path:
-    """Shards of conversations with samples of 32 tokens, of which 1 to 25 are learnt; vocabulary 260."""
-    work, draw = tmp_path_factory.mktemp("conversations"), random.Random(1)
-    tokenizer = Tokenizer.load(write_byte_tokenizer(work))
-    words = ["".join(draw.choices(string.printable[:94], k=draw.choice([1, 2, 4, 9, 22]))) for _ in range(800)]
-    pairs = [{"prompt": f"{i}", "completion": word} for i, word in enumerate(words)]
-    (work / "chats.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    columns = Columns(chat=find_renderer(tokenizer, None))
-    convert(work / "chats.jsonl", tokenizer, 32, work / "mds", heldout=0.1, columns=columns, quiet=True)
-    return work / "mds"
-
-
-@pytest.fixture(scope="session")
-def settings(shards) -> list[str]:
-    """Command-line arguments of a small run, without run.dir."""
-    return [str(TINY), *SMALL, f"data.path={shards}"]
-
-
-@pytest.fixture(scope="session")
-def config(settings) -> Config:
-    """`settings` as a Config."""
-    return load_config(settings[0], settings[1:])
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[Store]:
-    with serving_s3() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def store(s3_server) -> Iterator[Store]:
-    """An S3 server with a proxy that injects faults; the environment of the module's tests is that of its client.
-    Files use buckets of different names, since the server is the same for all."""
-    s3_server.reset()
-    with s3_server.environment():
-        yield s3_server
-
-
-@pytest.fixture
-def no_faults(store, monkeypatch) -> None:
-    """The test begins without faults and counts from zero; retries follow at once."""
-    store.reset()
-    monkeypatch.setattr(fetch, "FIRST_DELAY", 0.01)

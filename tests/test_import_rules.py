@@ -96,6 +96,7 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def imported_modules(path: Path) -> set[str]:
     """Every module that a file imports, wherever the line stands; `from a import b` counts as a.b."""
     imports = set()

@@ -145,6 +145,7 @@ def test_lines_of_a_log_have_share_rate_and_time_left(monkeypatch, capsys):
 # --- the commands
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(("on_terminal", "lines"), [(True, 1), (False, 0)])
 def test_training_says_at_once_that_it_starts_but_only_on_a_terminal(on_terminal, lines, tmp_path):
     """Before PyTorch is imported, which takes seconds. Standard error is one end of a pseudo-terminal, or a file."""

@@ -12,6 +12,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import runpy
+import shlex
 import signal
 import sys
 import tempfile
@@ -137,6 +138,23 @@ def train(
 def run_tool(path: Path, *arguments: object) -> Launch:
     """`python PATH ARGUMENTS` in a forked rank, which saves the seconds of its imports."""
     return launch(1, _run_program, str(path), [str(argument) for argument in arguments])
+
+
+def run_command(line: str) -> Launch:
+    """A line `mythos COMMAND ...` of a shell in a forked rank, which saves the seconds of its imports. The command sees
+    no launcher, and one thread per process."""
+    program, *words = shlex.split(line, comments=True)
+    assert program == "mythos", line
+    return launch(1, _run_mythos, words)
+
+
+def _run_mythos(words: list[str]) -> None:
+    from mythos_dist.commands.main import main
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    sys.argv = ["mythos", *words]
+    main()
 
 
 def _run_program(path: str, arguments: list[str]) -> None:

@@ -36,7 +36,8 @@ def test_options_config_and_overrides_work_in_any_order(arguments, plan):
 
 
 def test_a_variant_takes_overrides_without_a_config(plan):
-    code, out, err = plan("--variant", "1b", "train.seq_len=64", "--gpus", "8", "--top", "1")
+    one_layout = ["--fixed", "tensor=1", "pipe=1", "context=1", "zero=1"]
+    code, out, err = plan("--variant", "1b", "train.seq_len=64", "--gpus", "8", "--top", "1", *one_layout)
     assert code == 0, err
     assert "64 tokens" in out
 
