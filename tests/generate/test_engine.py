@@ -33,7 +33,7 @@ def decode(model: Mythos, prompt: list[int], sampling: Sampling, **settings) -> 
 def check_greedy(model: Mythos, prompt: list[int], tokens: list[int], new: int, n_loops: int = N_LOOPS) -> None:
     """The tokens are those that forward passes without a cache choose one after the other.
 
-    One pass over prompt and tokens is enough: the first token that is not the choice after those before it would differ.
+    One pass over prompt and tokens is enough: the first token that is not the choice after those before it differs.
     That logits of a position do not depend on later ones is proven in model/test_attention.py and
     model/test_generate.py.
     """
