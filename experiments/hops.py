@@ -64,11 +64,11 @@ def _trial(config: Path, out: Path, seed: int, lookups: Path, data: Path, overri
     return Trial(file, run_dir, ())
 
 
-def measure_hops(run_dir: Path, shards: Path) -> ByLoops:
-    """By number of loops: the accuracy at each number of hops, and its means over trained and over more hops."""
+def measure_hops(run_dir: Path, shards: Path, loops: Sequence[int] = LOOPS) -> ByLoops:
+    """By number of `loops`: the accuracy at each number of hops, and its means over trained and over more hops."""
     from mythos_dist.train.sweep import sweep
 
-    by_position = sweep(run_dir, LOOPS, data=shards, samples=1000, batch=250).by_position
+    by_position = sweep(run_dir, loops, data=shards, samples=1000, batch=250).by_position
     by_loops = {}
     for n, accuracy in by_position.items():
         hops = [accuracy[position] for position in answer_positions()]

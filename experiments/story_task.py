@@ -96,8 +96,9 @@ def make_story_task(
     stories: int = 50_000,
     heldout: int = 1_000,
     seed: int = 0,
+    rows: int | None = None,
 ) -> ShardManifest:
-    """Write shards to the new folder `out`, with a row of targets per hop.
+    """Write shards to the new folder `out`, with `rows` rows of targets; None: one per hop.
 
     Held-out stories have their own random numbers. Raises UserError for sizes that no story can have,
     and if `out` exists.
@@ -106,9 +107,10 @@ def make_story_task(
 
     def windows(split: str) -> np.ndarray:
         size = heldout if split == "heldout" else stories
-        return build_windows(build_stories(_random(seed, people, hops, split), size, people, questions, hops), hops)
+        built = build_stories(_random(seed, people, hops, split), size, people, questions, hops)
+        return build_windows(built, rows or hops)
 
-    return write_task(out, WORDS, windows, targets=hops)
+    return write_task(out, WORDS, windows, targets=rows or hops)
 
 
 def ensure_story_task(out: Path, **settings: int) -> Path:

@@ -173,7 +173,7 @@ def model_sources(model: PretrainedModel) -> dict[str, TensorSources]:
 
 def layer_sources(model: PretrainedModel, layer: int, ours: str, looped: bool) -> dict[str, TensorSources]:
     """Of the tensors of layer number `layer`, which is named `ours` here; a looped one has experts: a dense FFN becomes
-    one expert, or as many copies as there are experts."""
+    one expert, of which upcycling makes several."""
     theirs, sources = f"model.layers.{layer}.", {}
     for norm, name in (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
         sources[f"{ours}.{norm}.weight"] = _as_it_is(f"{theirs}{name}.weight")

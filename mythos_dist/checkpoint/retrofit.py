@@ -2,8 +2,9 @@
 
 The layers of the original keep their order: the first ones are the prelude, consecutive ones in the middle the looped
 block (model.loop_layers), the last ones the coda. A dense FFN of a looped layer becomes one expert, which all tokens
-get, or several copies of it with a router (upcycling, Komatsuzaki et al. 2022): their weights sum to 1, so without
-noise the output is the same. With one loop the result computes what the original does, if no layer is left out.
+get, several copies of it with a router (upcycling, Komatsuzaki et al. 2022), or slices of its hidden channels. The
+weights of a token's experts sum to 1, so copies without noise, and slices of which each token gets all, give the same
+output: with one loop the result computes what the original does, if no layer is left out.
 
 Decisions: LOOPS-16, CHECKPOINT-19.
 """
@@ -42,6 +43,7 @@ from mythos_dist.progress import Progress
 
 CONFIG_FILE = "train.yaml"
 _TABLE = ".rotary_emb.inv_freq"  # which early versions of transformers saved
+_EXPERTS, _DOWN, _ROUTER = ("experts.w1", "experts.w2", "experts.w3"), "experts.w2", "router.weight"
 
 
 class Cut(NamedTuple):
@@ -81,6 +83,28 @@ class Upcycling(NamedTuple):
     n_experts: int = 1
     n_experts_per_tok: int = 1
     noise: float = 0.0  # standard deviation, as a part of that of the matrix
+    slices: bool = False  # each expert has a part of the hidden channels; else all, as copies
+
+    def problems(self, hidden: int) -> Iterator[str]:
+        """Why an FFN of `hidden` channels does not become these experts."""
+        if self.n_experts_per_tok > self.n_experts:
+            yield f"--experts-per-token {self.n_experts_per_tok} is more than --experts {self.n_experts}"
+        if self.slices and hidden % self.n_experts:
+            fitting = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(n - self.n_experts))
+            yield (
+                f"--experts {self.n_experts} --slices: {hidden} hidden channels of an FFN do not divide by it; the "
+                f"nearest that does is {fitting}"
+            )
+
+    def experts(self, value: Tensor, down: bool) -> Tensor:
+        """value (1, F, D): a matrix of a dense FFN; `down`: its last one. Returns (E, F, D), of slices (E, F / E, D).
+
+        The mean of all slices' outputs would be 1 / E of the FFN's, so that of slices is E times as large.
+        """
+        if not self.slices:
+            return value.repeat(self.n_experts, 1, 1)
+        _, hidden, dim = value.shape
+        return value.reshape(self.n_experts, hidden // self.n_experts, dim) * (self.n_experts if down else 1)
 
 
 class PretrainedWeights(Checkpoint):
@@ -95,7 +119,7 @@ class PretrainedWeights(Checkpoint):
         pretrained = read_pretrained(folder, cut, upcycling)
         self.model = MythosConfig(**_settings(pretrained, cut, loops, injection, upcycling))
         self.left_out = cut.left_out(pretrained.num_layers)
-        self._noise, self._seed = upcycling.noise, seed
+        self._upcycling, self._seed = upcycling, seed
         self._state = SafeTensors(sorted(folder.glob("*.safetensors")))
         self._sources = _sources(pretrained, cut)
         self._last: tuple[str, Tensor] | None = None  # blocks of one tensor are read one after the other
@@ -124,8 +148,9 @@ class PretrainedWeights(Checkpoint):
         expected: dict[str, tuple[int, ...]] = {}
         for name, source in self._sources.items():
             shape = shapes[name]
-            if name.endswith(("experts.w1", "experts.w2", "experts.w3")):
-                shape = shape[1:] if not name.endswith("w2") else (shape[2], shape[1])
+            if name.endswith(_EXPERTS):
+                hidden = shape[1] * (self._upcycling.n_experts if self._upcycling.slices else 1)
+                shape = (hidden, shape[2]) if not name.endswith(_DOWN) else (shape[2], hidden)
             expected |= dict.fromkeys(source.names, shape)
         names = [key for key in self._state if key in expected or not _is_left_out(key, self.left_out)]
         used = {key: self._state[key] for key in names if not key.endswith(_TABLE)}
@@ -152,15 +177,18 @@ class PretrainedWeights(Checkpoint):
 
     def _build(self, name: str) -> Tensor:
         shape = self.manifest.tensors[name].shape
+        upcycling = self._upcycling
         if name not in self._sources:
+            if upcycling.slices and name.endswith(_ROUTER) and upcycling.n_experts_per_tok == upcycling.n_experts:
+                return torch.zeros(shape)  # equal weights: the sum of all slices is the FFN
             return initial_value(name, shape, self.model, self._seed)
         source = self._sources[name]
         value = source.convert([self._state[part].float() for part in source.names]).contiguous()
-        if name.endswith(("experts.w1", "experts.w2", "experts.w3")) and len(value) < shape[0]:
-            value = value.repeat(shape[0], 1, 1)
-            if self._noise:
+        if name.endswith(_EXPERTS) and upcycling.n_experts > 1:
+            value = upcycling.experts(value, name.endswith(_DOWN))
+            if upcycling.noise:
                 generator = torch.Generator().manual_seed(self._seed << 32 | zlib.crc32(name.encode()))
-                value += self._noise * value[0].std() * torch.randn(value.shape, generator=generator)
+                value += upcycling.noise * value[0].std() * torch.randn(value.shape, generator=generator)
         assert value.shape == shape, name
         return value
 
@@ -195,10 +223,7 @@ def read_pretrained(folder: Path, cut: Cut, upcycling: Upcycling) -> PretrainedM
         problems.append("some of the looped layers are mixtures of experts and some are dense; loop one kind")
     if kinds == {True} and upcycling != Upcycling():
         problems.append("--experts: the looped layers are mixtures of experts already; leave it out")
-    if upcycling.n_experts_per_tok > upcycling.n_experts:
-        problems.append(
-            f"--experts-per-token {upcycling.n_experts_per_tok} is more than --experts {upcycling.n_experts}"
-        )
+    problems += upcycling.problems(model.values["intermediate_size"])
     if problems:
         raise UserError(problems, str(folder))
     return model
@@ -213,7 +238,7 @@ def _settings(
         "n_experts": upcycling.n_experts,
         "n_experts_per_tok": upcycling.n_experts_per_tok,
         "n_shared_experts": 0,
-        "expert_dim": pretrained.values["intermediate_size"],
+        "expert_dim": pretrained.values["intermediate_size"] // (upcycling.n_experts if upcycling.slices else 1),
     }
     if pretrained.is_mixture(loop[0]):
         mixture = pretrained.mixture_settings()

@@ -37,9 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--loops", type=integer(1, 512), default=4, metavar="N", help="mean loops of training, and of use (%(default)s)"
     )
     add("--injection", choices=("difference", "none"), default="difference", help="model.injection (%(default)s)")
-    add("--experts", type=_NUMBER, default=1, metavar="E", help="copies of each looped dense FFN (%(default)s)")
+    add("--experts", type=_NUMBER, default=1, metavar="E", help="made of each looped dense FFN, copies (%(default)s)")
     add("--experts-per-token", type=_NUMBER, default=1, metavar="K", help="of them, for each token (%(default)s)")
-    add("--noise", type=number(0, 10), default=0.0, metavar="S", help="on copies, of their deviation (%(default)s)")
+    add("--slices", action="store_true", help="each expert has 1/E of the FFN's hidden channels instead of a copy")
+    add("--noise", type=number(0, 10), default=0.0, metavar="S", help="on experts, of their deviation (%(default)s)")
     add("--tokenizer", type=nonempty_path, help="its file (default: that of FOLDER)")
     add_print_options(parser)
     return parser
@@ -65,7 +66,7 @@ def main() -> None:
         Cut(arguments.prelude, first, last, arguments.coda),
         loops=arguments.loops,
         injection=arguments.injection,
-        upcycling=Upcycling(arguments.experts, arguments.experts_per_token, arguments.noise),
+        upcycling=Upcycling(arguments.experts, arguments.experts_per_token, arguments.noise, arguments.slices),
     )
     with Bar("retrofitting", source.manifest.weight_bytes, quiet=arguments.quiet) as shown:
         options = dict(dtype=arguments.dtype, tokenizer=arguments.tokenizer, progress=shown.update)

@@ -30,6 +30,7 @@ from mythos_dist.evaluate.requests import (
 from mythos_dist.evaluate.scorer import evaluate_on_all_ranks
 from mythos_dist.evaluate.task_set import TaskSet, load_task_set
 from mythos_dist.parallel.mesh import Mesh
+from mythos_dist.progress import Bar
 from mythos_dist.train.engine import Engine
 
 PASSES = 16  # per round: each pipeline stage holds the inputs of all passes of a round
@@ -65,7 +66,8 @@ class RunTasks:
                 for task, metrics in to_json({n_loops: scores}).items()
             }
 
-        return evaluate_on_all_ranks(EngineBackend(engine, heartbeat), Cache(), run) or {}
+        with Bar("evaluating tasks", unit=" requests", quiet=dist.get_rank() > 0) as shown:
+            return evaluate_on_all_ranks(EngineBackend(engine, heartbeat), Cache(), run, shown.show) or {}
 
 
 class EngineBackend:

@@ -18,6 +18,7 @@ from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.errors import EXIT_STOPPED, UserError
 from mythos_dist.files import user_errors
 from mythos_dist.parallel.process import held_memory, measured_on_all_ranks, on_rank_0, raise_on_all_ranks
+from mythos_dist.progress import Bar
 from mythos_dist.train.average import describe_resume
 from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes
 from mythos_dist.train.depth import Evaluation
@@ -251,15 +252,20 @@ class Run:
     def evaluate_heldout(self, heldout: ReplicaStream) -> Evaluation:
         """Measure the held-out loss, also over `loops.sweep` and of the averaged weights if set."""
         passes = raise_on_all_ranks(lambda: list(heldout_passes(heldout, self.config, self.mesh.data)))
-        result = self.engine.evaluate(passes)
-        by_loops = {}
-        for n_loops in self.config.loops.sweep:
-            self.session.heartbeat()
-            by_loops[n_loops] = self.engine.evaluate(passes, n_loops)
-        of_average = None
-        if self.config.average.evaluate and self.engine.average.samples:
-            self.session.heartbeat()
-            of_average = self.engine.evaluate_average(passes)
+        sweep = self.config.loops.sweep
+        with_average = self.config.average.evaluate and self.engine.average.samples > 0
+        by_loops, of_average = {}, None
+        total = 1 + len(sweep) + with_average
+        with Bar("evaluating", total, unit=" evaluations", quiet=dist.get_rank() > 0) as shown:
+            result = self.engine.evaluate(passes)
+            shown.update(1)
+            for n_loops in sweep:
+                self.session.heartbeat()
+                by_loops[n_loops] = self.engine.evaluate(passes, n_loops)
+                shown.update(1)
+            if with_average:
+                self.session.heartbeat()
+                of_average = self.engine.evaluate_average(passes)
         return Evaluation(result, by_loops, of_average, self.engine.average.samples)
 
     def save(self) -> None:

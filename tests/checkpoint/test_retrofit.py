@@ -128,6 +128,23 @@ def test_copies_of_a_dense_ffn_are_one_loop_of_the_original_until_noise_is_added
     torch.testing.assert_close(differences.std(1) / deviation, torch.full((6,), 0.1), rtol=0.1, atol=0)
 
 
+def test_slices_of_a_dense_ffn_are_one_loop_of_the_original_if_a_token_gets_all(tmp_path):
+    """Each hidden channel is in one expert; with half of the experts a token gets about the original's output."""
+    expected = save_original(tmp_path / "original", "llama")(tokens()).logits
+    cut, folder = FAMILIES["llama"][2], tmp_path / "original"
+    slices = retrofitted(folder, tmp_path / "all", cut, upcycling=Upcycling(4, 4, slices=True))
+    half = retrofitted(folder, tmp_path / "half", cut, upcycling=Upcycling(4, 2, slices=True))
+    (whole,) = retrofitted(folder, tmp_path / "one", cut).recurrent.block.ffn.experts.w1
+    experts = slices.recurrent.block.ffn.experts
+    assert torch.equal(torch.cat(list(experts.w1)), whole) and experts.w2.shape == (4, 11, 32)
+    scale = expected.abs().max()
+    with torch.no_grad():
+        torch.testing.assert_close(slices(tokens(), 1) / scale, expected / scale, rtol=0, atol=1e-5)
+        assert 1e-3 < (half(tokens(), 1) - expected).abs().max() / scale < 1
+    with pytest.raises(UserError, match="44 hidden channels of an FFN do not divide by it; the nearest that does is 4"):
+        PretrainedWeights(folder, cut, loops=2, upcycling=Upcycling(5, 2, slices=True))
+
+
 REFUSED = {
     "another family": (dict(model_type="gpt2"), "model_type='gpt2' is not supported; supported: llama, "),
     "deepseek": (dict(model_type="deepseek_v3"), "model_type='deepseek_v3' is not supported"),

@@ -1,6 +1,14 @@
 """`train.tasks`: a run evaluates tasks at every layout, with the scores of the tool, and trains as without them."""
 
+import fcntl
 import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from threading import Thread
 
 import pytest
 from helpers.launch import run_tool, train
@@ -100,3 +108,30 @@ def test_tasks_that_a_run_cannot_evaluate_are_refused_before_it_begins(task_sett
         result = train(1, *task_settings, f"train.tasks=[{tasks}]", f"run.dir={tmp_path / 'run'}")
         assert result.codes == [2] and message in result.err and "Traceback" not in result.err
         assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_have_bars_on_a_terminal(task_settings, tmp_path):
+    """The held-out loss with two numbers of loops beside the trained one, and the requests of the tasks."""
+    reader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
+    shown = bytearray()
+
+    def read() -> None:
+        while chunk := os.read(reader, 4096):
+            shown.extend(chunk)
+            if b"END" in shown:
+                return
+
+    thread = Thread(target=read)
+    thread.start()
+    command = [sys.executable, "-m", "mythos_dist.train", *task_settings, "loops.sweep=[1,2]", "train.steps=1"]
+    process = subprocess.run([*command, f"run.dir={tmp_path}/run"], stdout=subprocess.PIPE, stderr=terminal)
+    os.write(terminal, b"END")
+    thread.join()
+    os.close(reader)
+    os.close(terminal)
+    text = shown.decode()
+    assert process.returncode == 0, text
+    finished = re.findall(r"\r(evaluating[a-z ]*): 100%\|[^\r]*", text)
+    assert set(finished) == {"evaluating", "evaluating tasks"}, text
+    assert "3/3" in text  # evaluations
