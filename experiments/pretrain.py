@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,12 +37,12 @@ PHASES = (Phase(600, 64, 4, 4, 1), Phase(1600, 32, 10, 6, PRETRAINED_HOPS))
 RATE, WARMUP, DECAY = 2e-3, 50, 200  # steps
 
 
-def build_model(seed: int):
+def build_model(seed: int) -> Any:
     """A Qwen3 for causal language modeling with random weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    settings = dict(vocab_size=len(WORDS), hidden_size=64, intermediate_size=176, num_hidden_layers=LAYERS, head_dim=16)
+    settings: dict[str, Any] = dict(vocab_size=len(WORDS), hidden_size=64, intermediate_size=176, num_hidden_layers=LAYERS, head_dim=16)
     settings |= dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, rope_theta=10_000.0)
     settings |= dict(tie_word_embeddings=False, initializer_range=0.1, use_cache=False)
     return Qwen3ForCausalLM(Qwen3Config(**settings))
@@ -60,7 +60,7 @@ def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
             )
 
 
-def pretrain(seed: int) -> torch.nn.Module:
+def pretrain(seed: int) -> Any:
     """A trained model; prints its loss every hundred steps."""
     model = build_model(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
