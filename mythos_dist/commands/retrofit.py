@@ -33,9 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prelude", type=_LAYERS, required=True, metavar="A", help="number of first layers before the loops")
     add("--loop", type=_span, required=True, metavar="B..C", help="looped layers, counted from 0, C included")
     add("--coda", type=_LAYERS, required=True, metavar="D", help="number of last layers after the loops")
-    add(
-        "--loops", type=integer(1, 512), default=4, metavar="N", help="mean loops of training, and of use (%(default)s)"
-    )
+    add("--loops", type=integer(1, 512), default=4, metavar="N", help="mean loops of training and use (%(default)s)")
     add("--injection", choices=("difference", "none"), default="difference", help="model.injection (%(default)s)")
     add("--experts", type=_NUMBER, default=1, metavar="E", help="made of each looped dense FFN, copies (%(default)s)")
     add("--experts-per-token", type=_NUMBER, default=1, metavar="K", help="of them, for each token (%(default)s)")
