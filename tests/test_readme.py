@@ -245,7 +245,7 @@ def test_the_first_link_of_the_readme_is_the_repository_of_the_model():
 
 
 def test_every_function_that_the_map_names_exists():
-    """`train/loop.py: Run.train_steps` and its like; a name after a comma is in the same file."""
+    """`train/loop.py: Run.run_steps` and its like; a name after a comma is in the same file."""
     named = re.findall(r"`([\w/]+\.py): ([\w.]+)`((?:, `[A-Za-z_][\w.]*`)*)", PAGES["architecture.md"])
     assert len(named) > 15
     files = {

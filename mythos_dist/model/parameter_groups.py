@@ -105,7 +105,7 @@ def count_elements(config: Config, mesh: Mesh) -> int:
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) -> list[dict]:
-    """The groups of a model as torch's optimizers take them; those of Muon have `muon`, their `GroupSpec`."""
+    """The groups of a model as torch's optimizers take them; those of Muon have `muon_spec`, a `GroupSpec`."""
     named = dict(model.named_parameters())
     groups = []
     for spec in plan_groups([local_parameter(name, value) for name, value in named.items()], mesh):
@@ -121,6 +121,6 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, mesh: Mesh = SINGLE) 
         if spec.expert_sharded:
             group |= {"moe": True, "name": expert_group_name(mesh.expert)}
         if spec.decays and optim.name == "muon":
-            group["muon"] = spec
+            group["muon_spec"] = spec
         groups.append(group)
     return groups

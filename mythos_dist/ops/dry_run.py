@@ -226,7 +226,7 @@ def _micro_batches(config: Config, count: int) -> list[MicroBatch]:
 
 def mark_static(meter: Meter, engine: Any) -> None:
     """Assign the tensors that stay between steps to their parts."""
-    optimizer = engine.deepspeed.optimizer
+    optimizer = engine.ds_engine.optimizer
     parameters = list(engine.model.parameters())
     meter.weight_shapes = {parameter.shape for parameter in parameters if parameter.dim() > 1}
     meter.bucket = int(getattr(optimizer, "reduce_bucket_size", 0))  # BF16_Optimizer has none

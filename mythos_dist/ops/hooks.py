@@ -18,6 +18,7 @@ from mythos_dist.train.session import Session
 
 if TYPE_CHECKING:  # a run without tasks does not import what they need
     from mythos_dist.evaluate.in_run import RunTasks
+    from mythos_dist.ops.plan.estimate import Estimate
     from mythos_dist.train.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,12 @@ class Operations(Hooks):
     def __init__(self, config: Config, session: Session):
         self.config, self.session = config, session
         self.tasks: RunTasks | None = None
+        # check_config() sets:
+        self.estimate: Estimate
+        self.comparison: Comparison
+        # begin_run() sets:
+        self.faults: FaultInjector
+        self.profiler: Profiler
 
     def check_config(self) -> None:
         """Raise UserError if a rank cannot hold what the plan says it needs, if tasks cannot be loaded, or if a profile

@@ -27,13 +27,13 @@ from mythos_dist.parallel.launcher import RankInfo, export_rank_info
 from mythos_dist.parallel.process import free_port, join_process_group, raise_on_all_ranks
 from mythos_dist.private import check_compile_caches
 from mythos_dist.train.session import Session
-from mythos_dist.train.stop import StopRequest
+from mythos_dist.train.stop import StopHandler
 
 
 class WatchedSession(Session):
     """A rank that the watchdog watches."""
 
-    def __init__(self, rank_info: RankInfo, stop: StopRequest, limits: WatchdogLimits):
+    def __init__(self, rank_info: RankInfo, stop: StopHandler, limits: WatchdogLimits):
         super().__init__(rank_info, stop)
         self.recorder = CollectiveRecorder()
         self.watchdog = Watchdog(rank_info, limits, self.recorder)
@@ -59,7 +59,7 @@ class WatchedSession(Session):
         self.watchdog.fail(error)
 
 
-def join_ranks(stages: Sequence[Config], rank_info: RankInfo, stop: StopRequest) -> WatchedSession:
+def join_ranks(stages: Sequence[Config], rank_info: RankInfo, stop: StopHandler) -> WatchedSession:
     """Meet the other ranks and initialize the process group. stages: of one run; `faults` is the same in all.
 
     Raises LostRankError if ranks are missing, UserError or NodeError if they run other code or another config.

@@ -76,12 +76,9 @@ def axis_groups(parallel: ParallelConfig, world_size: int) -> dict[str, list[lis
 
 
 def mesh_of(
-    parallel: ParallelConfig,
-    world_size: int,
-    rank: int,
-    new_group: Callable[[list[int]], ProcessGroup | None] = lambda ranks: None,
+    parallel: ParallelConfig, world_size: int, rank: int, new_group: Callable[[list[int]], ProcessGroup | None]
 ) -> Mesh:
-    """The mesh of one rank. `new_group` creates its process groups; by default there are none, only coordinates."""
+    """The mesh of one rank, with the process groups that `new_group` creates."""
     axes = {}
     for name, groups in axis_groups(parallel, world_size).items():
         if name == "data_context" and parallel.context == 1:

@@ -38,9 +38,9 @@ exit codes:
 
 def main() -> None:
     """Train; see EPILOG for the exit codes."""
-    from mythos_dist.train.stop import StopRequest
+    from mythos_dist.train.stop import StopHandler
 
-    stop = StopRequest()
+    stop = StopHandler()
     stop.handle(signal.SIGUSR1, signal.SIGINT)
     from mythos_dist.config.arguments import parse_arguments
 

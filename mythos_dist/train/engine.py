@@ -91,17 +91,20 @@ class Engine:
             # With a readout per loop, what stages send depends on the number of loops.
             dynamic_shape = config.loops.objective == "per_loop"
             module = Pipeline(self.stage, self.stages, mesh, dynamic_shape)
-        self.deepspeed: Any
-        self.deepspeed, *_ = deepspeed.initialize(
+        self.ds_engine: Any
+        self.ds_engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,
             config=deepspeed_config(config, mesh.data.size, count_elements(config, mesh)),
             mpu=None if self.stage else mpu_of(mesh),
         )
         if self.stage:
-            reduce_tied_weights_identically(self.deepspeed)
-        fix_gradient_norm(self.deepspeed.optimizer, mesh)
-        init_moments(self.deepspeed.optimizer)
+            reduce_tied_weights_identically(self.ds_engine)
+        fix_gradient_norm(self.ds_engine.optimizer, mesh)
+        init_moments(self.ds_engine.optimizer)
+        self.norm_limit = math.inf  # of the current step: it is skipped if the gradient norm is larger
+        # Not engine.get_global_grad_norm(), which is set after the optimizer's step.
+        self.optimizer.skip = lambda: float(self.ds_engine.optimizer._global_grad_norm) > self.norm_limit
         self.average = WeightAverage(config.average, self.local_shards)
 
     def close(self) -> None:
@@ -109,7 +112,7 @@ class Engine:
         for layer in self.model.modules():
             if isinstance(layer, Experts):
                 layer.start_pass(0)  # the sums of the last pass refer to its graph, and that to the weights
-        release(self.deepspeed)
+        release(self.ds_engine)
 
     def _build_model(self) -> Mythos:
         config, train = self.config, self.config.train
@@ -133,7 +136,7 @@ class Engine:
     @functools.cached_property
     def local_shards(self) -> LocalShards:
         """What this rank holds of the run's tensors, to save and to load."""
-        shards = local_shards_of(self.model, self.deepspeed.optimizer, self.mesh)
+        shards = local_shards_of(self.model, self.ds_engine.optimizer, self.mesh)
         if self.config.average.kind != "off":
             add_averages(shards)
         return shards
@@ -141,12 +144,12 @@ class Engine:
     def optimizer_state(self) -> dict[str, Any]:
         """State that is equal on every rank: steps taken and skipped, fp16's loss scale, samples of the average."""
         samples = {"average_samples": self.average.samples} if self.average.samples else {}
-        return optimizer_state(self.deepspeed) | samples
+        return optimizer_state(self.ds_engine) | samples
 
     def after_load(self, optimizer_state: dict[str, Any], step: int, average_samples: int = 0) -> None:
         """Resume after step `step`, when `local_shards` were filled. Every rank calls this."""
-        set_optimizer_state(self.deepspeed, optimizer_state, step)
-        copy_masters_to_parameters(self.deepspeed.optimizer)
+        set_optimizer_state(self.ds_engine, optimizer_state, step)
+        copy_masters_to_parameters(self.ds_engine.optimizer)
         self.average.samples = average_samples
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int, norm_limit: float = math.inf) -> StepResult:
@@ -154,21 +157,20 @@ class Engine:
 
         The step is skipped, and nothing changes, if gradients are not finite or their norm is above `norm_limit`.
         """
-        config, engine = self.config, self.deepspeed
+        config, engine = self.config, self.ds_engine
         loops = loops_at(config, step)
         torch.manual_seed(step_seed(config.run.seed, step, self.mesh))
         lr = learning_rate(config.optim, step, config.train.steps)
         matrix_lr = learning_rate(replace(config.optim, lr=config.optim.matrix_lr), step, config.train.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = matrix_lr if "muon" in group else lr
+            group["lr"] = matrix_lr if "matrix_exchange" in group else lr
         # DeepSpeed counts micro-batches over the run, and a step would end wherever that count is divisible.
         engine.micro_steps = 0
         # To it the ranks of the context axis are replicas too.
         engine.set_train_batch_size(config.train.batch_size_at(step) * self.mesh.context.size)
         engine.train()
         skipped_before = engine.skipped_steps
-        # Not engine.get_global_grad_norm(), which is set after the optimizer's step.
-        self.optimizer.skip = lambda: float(engine.optimizer._global_grad_norm) > norm_limit
+        self.norm_limit = norm_limit
         passes = self._train_inputs(micro_batches, loops, step)
         with self.traffic or contextlib.nullcontext():
             total, counts = self._train_passes(passes, loops)
@@ -217,7 +219,7 @@ class Engine:
         counts = torch.zeros(loops.n_loops, experts, dtype=torch.int64, device=device())
         if self.stage:
             loop_range = self._enqueue(passes)
-            self.deepspeed.train_batch(iter(_tokens(passes)))
+            self.ds_engine.train_batch(iter(_tokens(passes)))
             for stage_counts in self.stage.counts:
                 counts[loop_range.start : loop_range.stop] += stage_counts
             losses = self.stage.losses
@@ -227,9 +229,9 @@ class Engine:
                 with named_range("forward"):
                     loss = self._forward(one)
                 with named_range("backward"):
-                    self.deepspeed.backward(loss["objective"])
+                    self.ds_engine.backward(loss["objective"])
                 with named_range("optimizer"):
-                    self.deepspeed.step()  # DeepSpeed steps the optimizer after the last micro-batch only
+                    self.ds_engine.step()  # DeepSpeed steps the optimizer after the last micro-batch only
                 counts += loss["expert_counts"]
                 losses.append(loss)
         total = torch.zeros(2, dtype=torch.float64, device=device())
@@ -285,11 +287,11 @@ class Engine:
 
     def _eval_passes(self, passes: list[PassInputs]) -> list[Losses]:
         """The losses of passes without gradient; with pipeline stages, on the last one only."""
-        self.deepspeed.eval()
+        self.ds_engine.eval()
         if not self.stage:
             return [self._forward(one) for one in passes]
         self._enqueue(passes)
-        self.deepspeed.eval_batch(iter(_tokens(passes)), num_micro_batches=len(passes))
+        self.ds_engine.eval_batch(iter(_tokens(passes)), num_micro_batches=len(passes))
         return self.stage.losses
 
     def evaluate_average(self, micro_batches: Iterable[tuple[MicroBatch, Tensor]]) -> HeldOut:
@@ -301,7 +303,7 @@ class Engine:
 
     def _exchange_average(self) -> None:
         self.average.exchange()
-        copy_masters_to_parameters(self.deepspeed.optimizer)
+        copy_masters_to_parameters(self.ds_engine.optimizer)
 
     def _label_counts(self, passes: list[PassInputs], readouts: int) -> Tensor | None:
         """The labels (R,) of a pass by readout, averaged over the passes of all replicas; None: all have B * S.
@@ -338,7 +340,7 @@ class Engine:
 
     def _forward(self, one: PassInputs) -> Losses:
         ids, labels, documents = self._to_device(one)
-        return self.deepspeed(
+        return self.ds_engine(
             ids, labels=labels, document_ids=documents, loops=one.loops, label_counts=one.label_counts
         )
 

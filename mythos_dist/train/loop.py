@@ -32,7 +32,7 @@ from mythos_dist.train.resume import find_newest, schedule_changes
 from mythos_dist.train.run_checkpoints import RunCheckpoints, load_checkpoint, load_parent, manifest_of
 from mythos_dist.train.run_folder import mark_completed
 from mythos_dist.train.session import Session
-from mythos_dist.train.spikes import Spikes
+from mythos_dist.train.spikes import SpikeGuard
 from mythos_dist.train.start_from import describe_start
 from mythos_dist.train.stop import remove_stop_file
 from mythos_dist.units import count, is_multiple
@@ -52,7 +52,7 @@ def train(config: Config, session: Session, inputs: RunInputs, hooks: Hooks, is_
     run = Run(config, session, prepared, hooks, is_last_stage)
     try:
         run.begin()
-        reason = run.train_steps()
+        reason = run.run_steps()
         run.finish(reason)
     except UserError as error:
         run.record_status("failed", str(error))
@@ -78,10 +78,14 @@ class Run:
         self.memory = 0.0  # bytes that the rank with most memory held before the step
         self.data_entry = self.describe_data()  # of the next line in metrics.jsonl
         self.warned: set[str] = set()  # failures of loops that the console has shown
+        # begin() sets:
+        self.checkpoints: RunCheckpoints
+        self.metrics: Metrics | None  # on rank 0
+        self.peak_flops: float  # per second, of all ranks together
         session.on_failure = session.stop.on_exit = lambda reason: self.record_status("failed", reason)
         session.keepalive = self.fence.heartbeat
         hooks.begin_run(self.fence.start)
-        self.spikes = Spikes.load(config.faults, self.run_dir)
+        self.spikes = SpikeGuard.load(config.faults, self.run_dir)
         self.feed.begin(self.next_batches, self.step + 1, self.last_step)  # downloads begin while the engine is built
         session.enter_phase("building the engine")
         from mythos_dist.train.engine import Engine  # see there why it is imported after the process group exists
@@ -104,7 +108,7 @@ class Run:
                 for line in (*schedule_changes(self.config, checkpoint), *average_changes):
                     log.warning("%s", line)
             self.load(checkpoint, as_parent=False)
-        if not checkpoint and previous.last_step:
+        if self.rank == 0 and not checkpoint and previous.last_step:
             print(f"no checkpoint was saved yet: {previous.last_step} steps are repeated", flush=True)
         self.session.record_startup("loading")
         loaded = self.step if checkpoint else None
@@ -114,11 +118,11 @@ class Run:
         if self.step == 0:
             self.evaluate()
         self.session.record_startup("opening the run")
-        if previous.record:
+        if self.rank == 0 and previous.record:
             line = record_restart(previous, self.fence, self.step, self.session.startup_seconds)
             print(describe_restart(line), flush=True)
 
-    def train_steps(self) -> str:
+    def run_steps(self) -> str:
         """Train step by step until the run is done. Returns why it stops early; empty: it does not."""
         config = self.config
         while self.step < self.last_step:
@@ -130,7 +134,7 @@ class Run:
             self.hooks.before_step(step, request.profile)
             began = time.perf_counter()
             batch = self.read_batch()
-            result, decision = self.train_step(batch, step)
+            result, decision = self.attempt_step(batch, step)
             sample_ids = gather_sample_ids(batch.micro_batches, self.mesh.data)
             self.step = step
             self.engine.average.update(step, self.last_step)
@@ -162,7 +166,7 @@ class Run:
         batch, self.data_wait, self.memory = measured_on_all_ranks(read, value=held_memory())
         return batch
 
-    def train_step(self, batch: StepBatch, step: int) -> tuple[StepResult, str]:
+    def attempt_step(self, batch: StepBatch, step: int) -> tuple[StepResult, str]:
         """One optimizer step, computed again (`faults.retry`) if gradients are not finite, except fp16 overflows.
 
         Returns also the decision, "" if none.
@@ -197,7 +201,7 @@ class Run:
         log.info("step %d took %.3f s%s", step, seconds, f"; {decision}" if decision else "")
         self.session.record_first_step()
         entries, message = self.hooks.after_step(seconds, is_last=step == self.last_step)
-        entries |= self.probe_loops(batch, result) | self.checkpoints.uploads.take_entries()
+        entries |= self.probe(batch, result) | self.checkpoints.uploads.take_entries()
         if self.metrics:
             decisions = [text for text in (self.spikes.rollback_before(step), decision) if text]
             if decisions:
@@ -215,16 +219,16 @@ class Run:
         """What `by_corpus` counts: the entry `data` of a start's first line in metrics.jsonl."""
         return {"data": {"seq_len": self.config.train.seq_len, "corpora": self.stream.corpora}}
 
-    def probe_loops(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
+    def probe(self, batch: StepBatch, result: StepResult) -> dict[str, Any]:
         """Every `loops.telemetry_every` steps, measure each loop and warn of known failures; for metrics.jsonl."""
         step = self.step
         if not is_multiple(step, self.config.loops.telemetry_every):
             return {}
         self.session.enter_phase(f"probing the loops after step {step}")
         began = time.perf_counter()
-        probe = probe_loops(self.engine, batch.micro_batches[0])
-        entries = {"seconds": time.perf_counter() - began} | probe_entries(probe, result.expert_counts)
-        failures = find_failures(probe, result.expert_counts) if result.phase != "warmup" else {}
+        measured = probe_loops(self.engine, batch.micro_batches[0])
+        entries = {"seconds": time.perf_counter() - began} | probe_entries(measured, result.expert_counts)
+        failures = find_failures(measured, result.expert_counts) if result.phase != "warmup" else {}
         for name, text in failures.items():
             log.log(logging.INFO if name in self.warned else logging.WARNING, "step %d: %s: %s", step, name, text)
             self.warned.add(name)

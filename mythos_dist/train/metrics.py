@@ -173,13 +173,15 @@ class Metrics:
     def write_step(self, line: dict[str, Any]) -> None:
         """Append a step's line and print it."""
         self._write("metrics.jsonl", line)
-        decision = f"  {line['decision']}" if "decision" in line else ""
+        suffix = ""
         if line["data_wait_seconds"] > max(SHOWN_WAIT, line["step_seconds"] / 10):
-            decision = f"  waited {line['data_wait_seconds']:.1f} s for data{decision}"
+            suffix += f"  waited {line['data_wait_seconds']:.1f} s for data"
+        if "decision" in line:
+            suffix += f"  {line['decision']}"
         print(
             f"step {line['step']}/{self.total_steps}  loss {line['loss']:.3f}  grad_norm {line['grad_norm']:.2f}  "
             f"lr {line['lr']:.1e} ({line['phase']})  tokens/s {short(line['tokens_per_second'])}  "
-            f"mfu {100 * line['mfu']:.1f}%  expert_load_max {line['expert_load_max']:.1f}x{decision}",
+            f"mfu {100 * line['mfu']:.1f}%  expert_load_max {line['expert_load_max']:.1f}x{suffix}",
             flush=True,
         )
 

@@ -41,11 +41,12 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-class LimitedAdamW(torch.optim.AdamW):
-    """AdamW whose step does nothing if `skip()`: DeepSpeed calls it when the norm of the gradients is known.
+class SkippableOptimizer(torch.optim.AdamW):
+    """AdamW, and Muon for some groups. A step does nothing if `skip()`.
 
-    The norm is the same on every rank, so all ranks skip the step or none does.
-    Groups with a `MatrixExchange` as `muon` are stepped by Muon; their one parameter is a rank's range of the group.
+    DeepSpeed calls `step` when the norm of the gradients is known. It is the same on every rank, so all ranks skip the
+    step or none does.
+    Groups with a `matrix_exchange` are stepped by Muon instead; their one parameter is a rank's range of the group.
     """
 
     skip: Callable[[], bool] = staticmethod(lambda: False)
@@ -56,7 +57,7 @@ class LimitedAdamW(torch.optim.AdamW):
         if self.skip():
             return None
         for group in self.param_groups:
-            if "muon" in group:
+            if "matrix_exchange" in group:
                 self._step_matrices(group)
         return super().step(closure)
 
@@ -74,13 +75,13 @@ class LimitedAdamW(torch.optim.AdamW):
         def scale(matrix: Matrix) -> float:
             return -lr * _RMS_OF_ADAMW * max(matrix.rows, matrix.columns) ** 0.5
 
-        group["muon"].apply(update, lambda matrix: newton_schulz(matrix, group["ns_steps"]), scale)
+        group["matrix_exchange"].apply(update, lambda matrix: newton_schulz(matrix, group["ns_steps"]), scale)
         # Additions without a factor are rounded alike in and beside vector registers, so copies on stages stay equal.
         flat.mul_(1 - lr * group["weight_decay"]).add_(update)
         flat.grad = None  # AdamW leaves it out
 
 
-def build_optimizer(model: Mythos, config: Config, mesh: Mesh) -> LimitedAdamW:
+def build_optimizer(model: Mythos, config: Config, mesh: Mesh) -> SkippableOptimizer:
     """The optimizer of a rank's parameters, for DeepSpeed. A collective call if Muon is used."""
     optim = config.optim
     groups = parameter_groups(model, optim, mesh)
@@ -89,12 +90,12 @@ def build_optimizer(model: Mythos, config: Config, mesh: Mesh) -> LimitedAdamW:
         replicas = [mesh.data_context, mesh.expert_data] if mesh.expert.size > 1 else [mesh.data_context]
         axes = {axis.name: exchange_axis(mesh, axis) for axis in replicas}
         for group in groups:
-            if "muon" in group:
-                layout = GroupLayout(group["muon"], config.model, mesh)
+            if "muon_spec" in group:
+                layout = GroupLayout(group.pop("muon_spec"), config.model, mesh)
                 exchange = MatrixExchange(layout, axes[layout.axis.name], dtype)
-                group |= {"muon": exchange, "nesterov": optim.muon_nesterov}
+                group |= {"matrix_exchange": exchange, "nesterov": optim.muon_nesterov}
                 group |= {"momentum": optim.muon_momentum, "ns_steps": optim.muon_ns_steps}
-    return LimitedAdamW(
+    return SkippableOptimizer(
         groups,
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),

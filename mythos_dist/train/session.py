@@ -10,7 +10,7 @@ from collections.abc import Callable
 from mythos_dist.config.schema import ParallelConfig
 from mythos_dist.parallel.launcher import RankInfo
 from mythos_dist.parallel.mesh import Mesh, build_mesh
-from mythos_dist.train.stop import StopRequest
+from mythos_dist.train.stop import StopHandler
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Session:
     Calls that have nothing to do in a single process do nothing.
     """
 
-    def __init__(self, rank_info: RankInfo, stop: StopRequest):
+    def __init__(self, rank_info: RankInfo, stop: StopHandler):
         self.rank_info, self.stop = rank_info, stop
         self.nodes = [rank_info.node]  # of every rank
         self.startup_seconds: dict[str, float] = {}  # of each phase of the startup, in order

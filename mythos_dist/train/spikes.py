@@ -52,7 +52,7 @@ class Rollback:
 
 
 @dataclass
-class Spikes:
+class SpikeGuard:
     """The norms, skipped steps and rollbacks of a run; the same on every rank."""
 
     settings: FaultsConfig
@@ -61,12 +61,12 @@ class Spikes:
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     @staticmethod
-    def load(settings: FaultsConfig, run_dir: Path) -> "Spikes":
+    def load(settings: FaultsConfig, run_dir: Path) -> "SpikeGuard":
         """With the rollbacks of earlier starts, which rank 0 reads.
 
         Raises UserError, on every rank, if the file of rollbacks is damaged.
         """
-        return Spikes(settings, from_rank_0(lambda: read_rollbacks(run_dir)))
+        return SpikeGuard(settings, from_rank_0(lambda: read_rollbacks(run_dir)))
 
     @property
     def limit(self) -> float:

@@ -33,14 +33,14 @@ _ONE_KEYSTROKE = 1.0  # seconds
 _SIGNAL_NAMES = {signal.SIGINT: "Ctrl-C (SIGINT)"}
 
 
-class Requests(NamedTuple):
+class AgreedRequests(NamedTuple):
     """What all ranks have agreed to do before a step."""
 
     stop: str = ""  # why they stop; empty: they do not
     profile: bool = False  # record a profile of the next steps
 
 
-class StopRequest:
+class StopHandler:
     """Whether and why this rank was asked to stop."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class StopRequest:
         self._run_dir = run_dir
         self.handle(signal.SIGHUP)
 
-    def agree(self, run_dir: Path, max_seconds: float | None) -> Requests:
+    def agree(self, run_dir: Path, max_seconds: float | None) -> AgreedRequests:
         """What all ranks do now. Every rank calls this before the same step."""
         import torch.distributed as dist  # not above: signals are handled before torch is imported, which takes seconds
 
@@ -88,10 +88,10 @@ class StopRequest:
         if wants_profile:
             self._keeps_profile_file = not remove_request(run_dir / PROFILE, "the next start records a profile, too")
         if not stops:
-            return Requests(profile=profile)
+            return AgreedRequests(profile=profile)
         reasons: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(reasons, self.reason)
-        return Requests(stop=next(reason for reason in reasons if reason))
+        return AgreedRequests(stop=next(reason for reason in reasons if reason))
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._run_dir is None:

@@ -31,7 +31,7 @@ class Partition(NamedTuple):
 
 def init_moments(optimizer: Any) -> None:
     """Create the optimizer's state, all zeros, as its first step would, so that it can be loaded and saved before."""
-    by_muon = {id(group["params"][0]) for group in optimizer.optimizer.param_groups if "muon" in group}
+    by_muon = {id(group["params"][0]) for group in optimizer.optimizer.param_groups if "matrix_exchange" in group}
     for flat in _flat_masters(optimizer):
         state = optimizer.optimizer.state[flat]
         if id(flat) not in by_muon:

@@ -192,7 +192,7 @@ def train_and_save(cases: dict[str, tuple[Config, int]], ours: Config, folder: s
     save_checkpoint(engine, ours, f"{folder}/ours", SAVED)
     later = train_ours(engine, ours, range(SAVED + 1, STEPS + 1))
     bias = engine.model.recurrent.block.ffn.router.bias.clone()
-    final = gathered(engine.model, engine.deepspeed.optimizer) | {"bias": [bias]}
+    final = gathered(engine.model, engine.ds_engine.optimizer) | {"bias": [bias]}
     results["ours"] = {"later": later, "final": final}
     engine.close()
     return results
@@ -224,7 +224,7 @@ def continue_both(exported: str, programs: dict[str, tuple[Config, int]], ours: 
         bias = engine.model.recurrent.block.ffn.router.bias.clone()
         results[f"ours {name}"]["bias"] = bias
         if engine.mesh.tensor.size == engine.mesh.expert.size == 1:
-            results[f"ours {name}"]["final"] = gathered(engine.model, engine.deepspeed.optimizer)
+            results[f"ours {name}"]["final"] = gathered(engine.model, engine.ds_engine.optimizer)
         engine.close()
         del engine
     return results

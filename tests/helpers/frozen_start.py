@@ -22,7 +22,7 @@ from mythos_dist.config.schema import CheckpointConfig
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.train.line_file import LineFile
 from mythos_dist.train.run_folder import mark_completed, take_over, write_settings
-from mythos_dist.train.spikes import Rollback, Spikes
+from mythos_dist.train.spikes import Rollback, SpikeGuard
 
 
 def run_start(run_dir: Path) -> None:
@@ -33,7 +33,7 @@ def run_start(run_dir: Path) -> None:
     metrics = LineFile(run_dir / "metrics.jsonl", fence)
     metrics.rewind(lambda line: line["step"] < 2)
     metrics.append({"step": 2, "start": fence.start})
-    Spikes(config.faults, [Rollback(2, 1, [fence.start], "a test")]).write(fence)
+    SpikeGuard(config.faults, [Rollback(2, 1, [fence.start], "a test")]).write(fence)
     values = {kind: torch.from_numpy(VALUES * fence.start) for kind in ("parameter", "exp_avg", "exp_avg_sq")}
     state = {"w": LocalShard(Piece.full((5, 12)), (5, 12), values, writes=True)}
     saver = Saver(run_dir / "checkpoints", CheckpointConfig(background=False), fence, state)

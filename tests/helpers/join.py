@@ -12,7 +12,7 @@ import sys
 def main() -> None:
     from mythos_dist.config.load import load_config
     from mythos_dist.parallel.launcher import read_rank_info
-    from mythos_dist.train.stop import StopRequest
+    from mythos_dist.train.stop import StopHandler
 
     config = load_config(sys.argv[1], sys.argv[2:])
     rank_info = read_rank_info()
@@ -22,7 +22,7 @@ def main() -> None:
 
     from mythos_dist.ops.session import join_ranks
 
-    session = join_ranks([config], rank_info, StopRequest())
+    session = join_ranks([config], rank_info, StopHandler())
     fail = os.environ.get("FAIL_FIRST") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if fail and rank_info.rank == rank_info.world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -283,8 +283,8 @@ def local_state(engine: Any) -> dict[str, list[torch.Tensor]]:
         assert tensor.count_nonzero() == inner.count_nonzero(), f"{place}: the padding is not zero"
         return inner.clone()
 
-    if hasattr(engine.deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()  # ZeRO-1/2 do it with their first step
+    if hasattr(engine.ds_engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.ds_engine.optimizer._lazy_init_hp_params_optimizer_state()  # ZeRO-1/2 do it with their first step
     return {
         name: [
             real(p, safe_get_full_fp32_param(p)),
@@ -333,7 +333,7 @@ def train_under_deepspeed(
                 router.bias += torch.tensor(bias)
         initial = {name: parameter for name, (parameter, *_) in local_state(engine).items()}
         if folder and config.train.dtype == "fp16":
-            engine.deepspeed.optimizer.loss_scaler.cur_scale = FIRST_LOSS_SCALE
+            engine.ds_engine.optimizer.loss_scaler.cur_scale = FIRST_LOSS_SCALE
         steps, ids = [], []
         for step, mine in zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False):
             steps.append(engine.train_step(mine, step))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.init import STD, init_parameters, normal_block
-from mythos_dist.parallel.mesh import Axis, mesh_of
+from mythos_dist.parallel.mesh import Axis, mesh_coordinates
 from mythos_dist.parallel.pipeline import LayerCosts, plan_stages
 from mythos_dist.parallel.tensor import shard_of, shard_parameter
 
@@ -132,7 +132,7 @@ def test_every_layout_starts_with_the_same_values(tensor, expert, pipe, attn_typ
     world = tensor * expert * pipe
     assembled = Assembly()
     for rank in range(world):
-        mesh = mesh_of(parallel, world, rank)
+        mesh = mesh_coordinates(parallel, world, rank)
         for name, parameter in Mythos(config, seed=11, mesh=mesh, stage=parts[mesh.pipe.rank]).named_parameters():
             assembled.add(name, parameter)
     expected = dict(Mythos(config, seed=11).named_parameters())

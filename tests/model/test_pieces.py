@@ -15,7 +15,7 @@ from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.moe import MoE
 from mythos_dist.model.recompute import Recompute
 from mythos_dist.ops.plan.meter import Meter
-from mythos_dist.parallel.mesh import SINGLE, mesh_of
+from mythos_dist.parallel.mesh import SINGLE, mesh_coordinates
 from mythos_dist.parallel.process import use_gpu_code
 from mythos_dist.parallel.tensor import Embedding
 
@@ -76,7 +76,7 @@ def test_all_ranks_of_a_context_group_run_as_many_pieces(tiny):
     ZeRO-3 each gathers weights over all of these ranks, and one more or fewer ends the run."""
     pieces = []
     for rank, tokens in enumerate((8, 8, 8, 7)):
-        block = DenseBlock(tiny(), mesh_of(ParallelConfig(context=4), 4, rank), chunk_tokens=14)
+        block = DenseBlock(tiny(), mesh_coordinates(ParallelConfig(context=4), 4, rank), chunk_tokens=14)
         block.ffn.register_forward_hook(lambda module, rows, y, rank=rank: pieces.append(rank))
         block.feed_forward(torch.zeros(4, tokens, tiny().dim), 31)
     assert Counter(pieces) == dict.fromkeys(range(4), 3)

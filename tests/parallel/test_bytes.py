@@ -15,7 +15,7 @@ from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import MythosConfig, ParallelConfig
 from mythos_dist.model import Mythos
 from mythos_dist.model.recompute import Recompute
-from mythos_dist.parallel.mesh import SINGLE, Mesh, build_mesh, mesh_of
+from mythos_dist.parallel.mesh import SINGLE, Mesh, build_mesh, mesh_coordinates
 from mythos_dist.parallel.tensor import shard_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -36,7 +36,7 @@ def ranks(mode) -> list[nn.Module]:
     """10b as each of 32 ranks holds it: tensor 4, and 8 replicas that share one copy of the experts."""
     config = load_config(CONFIGS / "10b.yaml", [f"model.mode={mode}"]).model
     with torch.device("meta"):
-        return [Mythos(config, mesh=mesh_of(PARALLEL, WORLD, rank)) for rank in range(WORLD)]
+        return [Mythos(config, mesh=mesh_coordinates(PARALLEL, WORLD, rank)) for rank in range(WORLD)]
 
 
 def elements_per_rank(c: MythosConfig, tensor: int, expert: int) -> dict[str, int]:

@@ -174,7 +174,7 @@ def count(layouts: list[str]) -> list[dict[str, dict[str, int]]]:
         config = config_of(layout, dist.get_world_size())
         mesh = build_mesh(config.parallel)
         engine = Engine(config, mesh)
-        engine.deepspeed.train()
+        engine.ds_engine.train()
         loops = loops_at(config, 1)
         passes = engine._train_inputs(next(batches(config, mesh.data.rank, mesh.data.size)), loops, 1)
         for _ in range(passes_of(config) - 1):

@@ -51,6 +51,10 @@ def test_every_rank_is_in_one_group_of_each_axis(parallel, copies):
         assert all(group == sorted(group) for group in groups[name])
 
 
+def no_group(ranks: list[int]) -> None:
+    """For meshes without process groups."""
+
+
 @given(degrees, blocks)
 def test_coordinates_follow_from_the_rank(parallel, copies):
     """By divmod: tensor varies fastest, then context, pipe, data; expert is the index in data x context among the ranks
@@ -62,7 +66,7 @@ def test_coordinates_follow_from_the_rank(parallel, copies):
         data, pipe = divmod(rest, parallel.pipe)
         both = data * parallel.context + context
         block, expert = divmod(both, parallel.expert)
-        mesh = mesh_of(parallel, world, rank)
+        mesh = mesh_of(parallel, world, rank, no_group)
         coordinates = [getattr(mesh, name).rank for name in AXES]
         assert coordinates == [data, pipe, context, tensor, expert, block, both]
         assert [getattr(mesh, name).name for name in AXES[:-1]] == AXES[:-1]
@@ -71,7 +75,7 @@ def test_coordinates_follow_from_the_rank(parallel, copies):
         sizes = (mesh.pipe.size, mesh.context.size, mesh.tensor.size, mesh.expert.size)
         assert sizes == (parallel.pipe, parallel.context, parallel.tensor, parallel.expert)
         assert mesh.global_rank(both, pipe, tensor) == rank
-        assert all(getattr(mesh, name).group is None for name in AXES)  # without `new_group`
+        assert all(getattr(mesh, name).group is None for name in AXES)
 
 
 @given(degrees, blocks, st.booleans())
@@ -80,7 +84,7 @@ def test_coordinates_by_arithmetic_equal_those_of_the_groups(parallel, copies, s
     parallel = replace(parallel, sequence=sequence)
     world = world_of(parallel, copies)
     for rank in range(world):
-        assert mesh_coordinates(parallel, world, rank) == mesh_of(parallel, world, rank)
+        assert mesh_coordinates(parallel, world, rank) == mesh_of(parallel, world, rank, no_group)
 
 
 @given(degrees, blocks)
@@ -140,9 +144,9 @@ def test_groups_are_created_for_axes_of_more_than_one_rank(parallel, copies):
 
 def test_sequence_parallelism_needs_a_tensor_axis():
     """With tensor=1 sequences are not sharded, and one process has every axis of size 1."""
-    assert mesh_of(ParallelConfig(tensor=2, sequence=True), 2, 1).sequence
-    assert not mesh_of(ParallelConfig(tensor=2), 2, 1).sequence
-    assert mesh_of(ParallelConfig(sequence=True), 1, 0) == SINGLE
+    assert mesh_coordinates(ParallelConfig(tensor=2, sequence=True), 2, 1).sequence
+    assert not mesh_coordinates(ParallelConfig(tensor=2), 2, 1).sequence
+    assert mesh_coordinates(ParallelConfig(sequence=True), 1, 0) == SINGLE
 
 
 def gather_ranks(layouts: list[ParallelConfig]) -> list[dict[str, list[int]]]:

@@ -13,7 +13,7 @@ from mythos_dist.model import Mythos, MythosConfig
 from mythos_dist.model.flops import stage_costs
 from mythos_dist.model.parameter_groups import kept_gradients, parameter_groups, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, count_parameters, local_parameters
-from mythos_dist.parallel.mesh import Mesh, mesh_of
+from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, plan_stages
 from mythos_dist.parallel.tensor import shard_of
 
@@ -94,7 +94,7 @@ def test_local_parameters_of_each_variant_and_stage_equal_the_model(name):
     for parallel in LARGE_LAYOUTS:
         world = parallel.tensor * parallel.pipe * parallel.expert
         for i, stage in enumerate(stages_of(config, parallel.pipe)):
-            mesh = mesh_of(parallel, world, i * parallel.tensor)
+            mesh = mesh_coordinates(parallel, world, i * parallel.tensor)
             assert list(local_parameters(config, parallel.tensor, parallel.expert, stage)) == parameters_of(
                 build(config, mesh, stage)
             )
@@ -107,7 +107,7 @@ def test_local_parameters_of_every_rank_equal_the_model_when_sizes_do_not_divide
     world = parallel.tensor * parallel.pipe * parallel.expert
     stages = stages_of(config, parallel.pipe)
     for rank in range(world):
-        mesh = mesh_of(parallel, world, rank)
+        mesh = mesh_coordinates(parallel, world, rank)
         stage = stages[mesh.pipe.rank]
         assert list(local_parameters(config, parallel.tensor, parallel.expert, stage)) == parameters_of(
             build(config, mesh, stage)
@@ -121,7 +121,7 @@ def test_group_sizes_equal_the_parameter_groups_of_the_optimizer(config, paralle
     replicas."""
     world = 2 * parallel.tensor * parallel.pipe * parallel.expert
     for i, stage in enumerate(stages_of(config, parallel.pipe)):
-        mesh = mesh_of(parallel, world, i * parallel.tensor)
+        mesh = mesh_coordinates(parallel, world, i * parallel.tensor)
         model = build(config, mesh, stage)
         own = {id(parameter) for parameter in model.parameters()}
         expected = [
@@ -157,7 +157,7 @@ def test_what_zero_2_keeps_is_that_of_the_replica_with_most(parallel):
     held = local_parameters(MythosConfig(**ODD), parallel.tensor, parallel.expert)
     kept = []
     for replica in range(16 // parallel.context):
-        mesh, total = mesh_of(parallel, world, replica * parallel.context * parallel.tensor), 0
+        mesh, total = mesh_coordinates(parallel, world, replica * parallel.context * parallel.tensor), 0
         for group in plan_groups(held, mesh):
             axis = mesh.expert_data if group.expert_sharded else mesh.data_context
             size = group.partition(axis.size)
@@ -165,7 +165,7 @@ def test_what_zero_2_keeps_is_that_of_the_replica_with_most(parallel):
             own = set(owners[axis.rank * size : (axis.rank + 1) * size].tolist())
             total += sum(group.parameters[i].numel for i in own)
         kept.append(total)
-    mesh = mesh_of(parallel, world, 0)
+    mesh = mesh_coordinates(parallel, world, 0)
     assert kept_gradients(plan_groups(held, mesh), mesh) == (max(kept), kept.index(max(kept)))
 
 

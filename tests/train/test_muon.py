@@ -25,7 +25,7 @@ from mythos_dist.model.matrices import matrices_of
 from mythos_dist.model.open_mythos import to_open_mythos
 from mythos_dist.model.parameter_groups import GroupSpec, plan_groups
 from mythos_dist.model.parameter_table import local_parameters
-from mythos_dist.parallel.mesh import SINGLE, mesh_of
+from mythos_dist.parallel.mesh import SINGLE, mesh_coordinates
 from mythos_dist.parallel.pipeline import plan_stages
 from mythos_dist.train.matrix_exchange import GroupLayout, Round
 from mythos_dist.train.optimizer import build_optimizer, newton_schulz
@@ -87,7 +87,7 @@ def test_steps_on_one_process_equal_torchs(model, nesterov, dtype):
     names = {name for name, _ in ours.named_parameters() if optim.decays(name)}
     muon, optimizer = Muon(reference, names, config), build_optimizer(ours, config, SINGLE)
     # As ZeRO on one rank: the parameters of a group end to end.
-    group = next(group for group in optimizer.param_groups if "muon" in group)
+    group = next(group for group in optimizer.param_groups if "matrix_exchange" in group)
     parameters, flats = group["params"], torch.cat([p.detach().flatten() for p in group["params"]])
     padding = flats.new_zeros(-len(flats) % 2)
     flat = torch.nn.Parameter(torch.cat([flats, padding]))
@@ -153,7 +153,7 @@ def test_the_exchange_gives_owners_full_matrices_and_holders_the_results(layout,
     config = dataclasses.replace(ODD, attn_type=attention, lora=lora)
     parallel, world = ParallelConfig(tensor=tensor, pipe=pipe, expert=expert), tensor * pipe * expert * copies
     stages = plan_stages(config, 3, pipe, stage_costs(Config(model=config)))
-    meshes = [mesh_of(parallel, world, rank) for rank in range(world)]
+    meshes = [mesh_coordinates(parallel, world, rank) for rank in range(world)]
     by_group: dict[tuple, list[GroupLayout]] = {}
     for mesh in meshes:
         parameters = local_parameters(config, tensor, expert, stages[mesh.pipe.rank])

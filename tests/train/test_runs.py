@@ -81,11 +81,11 @@ def train_without_operations(arguments: list[str]) -> int:
     from mythos_dist.train.loop import train as train_loop
     from mythos_dist.train.prepare import check_run, check_stage
     from mythos_dist.train.session import Session
-    from mythos_dist.train.stop import StopRequest
+    from mythos_dist.train.stop import StopHandler
 
     config = load_config(arguments[0], arguments[1:])
     join_process_group()
-    session, hooks = Session(read_rank_info(), StopRequest()), Hooks()
+    session, hooks = Session(read_rank_info(), StopHandler()), Hooks()
     return train_loop(config, session, check_run(config, session, check_stage(config, session, hooks)), hooks)
 
 

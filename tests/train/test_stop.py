@@ -72,8 +72,8 @@ LOOP, SAVE = "mythos_dist.train.loop", "mythos_dist.checkpoint.save"
 @pytest.mark.parametrize(
     ("module", "name", "call", "number", "step"),
     [
-        (LOOP, "Run.train_step", 3, signal.SIGINT, 3),
-        (LOOP, "Run.train_step", 3, signal.SIGHUP, 3),
+        (LOOP, "Run.attempt_step", 3, signal.SIGINT, 3),
+        (LOOP, "Run.attempt_step", 3, signal.SIGHUP, 3),
         (LOOP, "Run.evaluate", 1, signal.SIGINT, 0),
         (SAVE, "publish", 1, signal.SIGINT, 2),
     ],
@@ -107,7 +107,7 @@ def test_ctrl_c_at_the_last_checkpoint_lets_it_finish(settings, uninterrupted, t
 def test_a_second_ctrl_c_ends_a_run_at_once_and_reports_where_it_resumes(settings, uninterrupted, tmp_path):
     """Even while the main thread is in a call during which Python runs no signal handler."""
     arguments = [*settings, f"run.dir={tmp_path}"]
-    result = launch(1, interrupt_at, arguments, LOOP, "Run.train_step", 4, [signal.SIGINT, signal.SIGINT])
+    result = launch(1, interrupt_at, arguments, LOOP, "Run.attempt_step", 4, [signal.SIGINT, signal.SIGINT])
     assert result.codes == [130] and "Traceback" not in result.err, result.err
     assert "stopped at once; run the same command to resume from step-00000002" in result.err
     again = train(1, *arguments)

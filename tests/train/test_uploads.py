@@ -13,7 +13,7 @@ from mythos_dist.config.load import load_config
 from mythos_dist.parallel.launcher import RankInfo
 from mythos_dist.train import uploads
 from mythos_dist.train.session import Session
-from mythos_dist.train.stop import StopRequest
+from mythos_dist.train.stop import StopHandler
 
 
 class Process:
@@ -43,7 +43,7 @@ def run(tmp_path, monkeypatch):
         (at(tmp_path, step) / "checkpoint.json").touch()
     overrides = [*SMALL, f"run.dir={tmp_path}", "checkpoint.remote=s3://bucket/run", "checkpoint.remote_wait=1"]
     config = load_config(TINY, overrides)
-    yield uploads.RunUploads(config, Session(RankInfo(), StopRequest()), Fence.take(tmp_path), "the-id")
+    yield uploads.RunUploads(config, Session(RankInfo(), StopHandler()), Fence.take(tmp_path), "the-id")
     dist.destroy_process_group()
 
 

@@ -128,7 +128,7 @@ class LayerActivations:
         received = R * width * self.b if self.mesh.expert.size > 1 else 0
         return Saved(M * (2 * self.expert_hidden * self.b + 16 + self.b) + R * (24 + 21 * self.slots), received)
 
-    def mixture(self) -> Saved:
+    def moe(self) -> Saved:
         """model/moe.py: the router works in fp32; then routed and shared experts."""
         c, k = self.c, self.c.n_experts_per_tok
         if self.in_pieces:  # the normed tokens; logits, choices and weights; tokens of sent rows; the router's weight
@@ -160,7 +160,7 @@ class LayerActivations:
         else:
             saved = self.sizes.saved_by_loop(self.selective, self.in_context)
             attention = self.layer_input() + Saved(self.N * saved)
-        return Saved(2 * self.residual) + attention + self.mixture()
+        return Saved(2 * self.residual) + attention + self.moe()
 
     def injection(self) -> Saved:
         """model/injection.py, once for all loops: e; or with Parcae's the input of e's norm, this rank's channels of

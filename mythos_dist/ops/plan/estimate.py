@@ -32,7 +32,7 @@ _MESSAGES = {"tensor": 10, "expert": 3, "context": 1}
 _BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
 _STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
 _PER_MICRO_BATCH = ("products", "router", "memory", "tensor", "context", "expert", "pipe", "offload")
-_MIXTURE_MESSAGES = 6  # of those over the tensor axis: each piece has its own
+_MOE_MESSAGES = 6  # of those over the tensor axis: each piece has its own
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Estimate:
         read = layers.loop().total * (forwards * _FORWARD_PASSES + backwards * _BACKWARD_PASSES)
         read += blocks * layers.dense_block().total * (_FORWARD_PASSES + _BACKWARD_PASSES)
         if config.piece_tokens:
-            read += layers.mixture().total * c.loop_layers * backwards * _FORWARD_PASSES
+            read += layers.moe().total * c.loop_layers * backwards * _FORWARD_PASSES
         router = 2.0 * layers.n * c.dim * c.n_experts * c.loop_layers * (forwards + 2 * backwards)  # in fp32
         products = self._pass_flops(stage) - router
         efficiency = cluster.product_efficiency
@@ -204,7 +204,7 @@ class Estimate:
         mesh, m = stage.mesh, self.micro_batches
         forwards, backwards = self._passes(stage)
         pieces = len(piece_sizes(self.config, stage.mesh))
-        tensor = _MESSAGES["tensor"] + _MIXTURE_MESSAGES * (pieces - 1)
+        tensor = _MESSAGES["tensor"] + _MOE_MESSAGES * (pieces - 1)
         per_layer = {"tensor": tensor, "expert": _MESSAGES["expert"] * pieces}
         passes = m * (forwards + backwards) * self.config.model.loop_layers
         counts = {axis: passes * messages for axis, messages in per_layer.items()}

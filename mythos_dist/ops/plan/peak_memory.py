@@ -274,10 +274,10 @@ class _Moments:
             again = layers.recomputed_attention() if layers.selective else 0.0
             if self.mesh.context.size > 1:
                 entries, workspace = self.exchange
-                yield moment.memory(sums, again + workspace, entries, freed + layers.mixture())
+                yield moment.memory(sums, again + workspace, entries, freed + layers.moe())
             else:
                 attention = again or layers.attention_gradients()
-                yield moment.memory(sums, attention, in_sequence and layers.x, freed + layers.mixture())
+                yield moment.memory(sums, attention, in_sequence and layers.x, freed + layers.moe())
 
     def _loops(self) -> Iterator[Memory]:
         """In the backward pass of the last loop, where no gradient sum exists yet, and of those before it."""
@@ -305,7 +305,7 @@ class _Moments:
             if self.mesh.context.size > 1:
                 again = layers.recomputed_attention() if selective else 0.0
                 entries, workspace = self.exchange
-                before_attention = Saved(freed) + layers.mixture()
+                before_attention = Saved(freed) + layers.moe()
                 # In the last loop the gradients of experts are there; later ones are added to their sums at once.
                 new_gradients = 0.0 if done else 3 * (expert + shared)
                 yield moment.memory(new_gradients, again + workspace, entries, before_attention)
