@@ -6,7 +6,7 @@ compared. Each side runs in its own process, rounds are interleaved, and each ro
 compiles kernels for new shapes, and one side must not profit from another's.
 
 Sides: open-mythos' MoEFFN (a loop over slots and experts), transformers' DeepseekV3MoE (a loop over experts),
-torchtitan's RoutedExperts (sort and grouped product; it rounds to bf16, which is switched off in fp32). torchtitan
+torchtitan's RoutedExperts (sort and grouped GEMM; it rounds to bf16, which is switched off in fp32). torchtitan
 requires packages that are not needed here, so it is installed in a separate folder:
     python -m pip install --no-deps --target FOLDER torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring_parser
 """

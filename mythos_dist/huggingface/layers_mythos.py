@@ -219,12 +219,12 @@ class MythosExperts(nn.Module):
         ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=x.device), right=True).int()
         token = order // index.shape[1]
         rows = x.index_select(0, token)  # (M, D)
-        hidden = F.silu(grouped_product(rows, self.w1.mT, ends)) * grouped_product(rows, self.w3.mT, ends)
-        y = grouped_product(hidden, self.w2, ends) * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
+        hidden = F.silu(grouped_gemm(rows, self.w1.mT, ends)) * grouped_gemm(rows, self.w3.mT, ends)
+        y = grouped_gemm(hidden, self.w2, ends) * weights.flatten()[order].unsqueeze(-1).to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, y.to(x.dtype))
 
 
-def grouped_product(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+def grouped_gemm(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """Rows (M, I) of group g, those before ends[g], times stack[g] (I, O) -> (M, O)."""
     aligned = all(width * rows.element_size() % 16 == 0 for width in stack.shape[1:])
     if aligned and hasattr(F, "grouped_mm") and rows.device.type in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""FLOPs of the model: 2 per multiply-add of a matrix product, from the shapes of the weights; nothing else counts.
+"""FLOPs of the model: 2 per multiply-add of matrix multiplications, by the shapes of the weights; nothing else counts.
 
 The FLOPs of the model do not depend on the layout, so that MFU compares layouts: no padding, no recomputation, the
 causal half of attention, and three forward passes per training step (of no-grad loops one). The halting layer (one
@@ -24,10 +24,10 @@ from mythos_dist.parallel.pipeline import LayerCosts, StageSpec, loops_with_grad
 class _Matrices(NamedTuple):
     """Elements of a rank's weight matrices, padding included, by layer."""
 
-    attention: int  # of one block, without:
+    attention: int  # of one block, excluding the next three
     keys_values: int  # projections that loops with shared keys and values do not apply
-    attention_up: int  # MLA's up-projections, which selective recomputation repeats, without:
-    expansion: int  # from latents to keys and values
+    query_expansion: int  # from MLA's latents to queries, which selective recomputation repeats
+    kv_expansion: int  # from MLA's latents to keys and values, likewise
     ffn: int  # of one dense block
     shared: int  # shared experts
     router: int
@@ -51,14 +51,14 @@ def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
         return sum(elements(f"{block}attn.{name}.") for name in names)
 
     sizes = attention_sizes(config)
-    attention_up, expansion = projections(sizes.query_expansions), projections(sizes.kv_expansions)
+    query_expansion, kv_expansion = projections(sizes.query_expansions), projections(sizes.kv_expansions)
     keys_values = projections(sizes.kv_projections)
     lora = [shapes[name] for name in ("recurrent.lora.down", "recurrent.lora.B") if name in shapes]
     return _Matrices(
-        attention=elements(f"{block}attn.") - attention_up - expansion - keys_values,
+        attention=elements(f"{block}attn.") - query_expansion - kv_expansion - keys_values,
         keys_values=keys_values,
-        attention_up=attention_up,
-        expansion=expansion,
+        query_expansion=query_expansion,
+        kv_expansion=kv_expansion,
         ffn=elements("prelude.0.ffn." if config.prelude_layers else "coda.0.ffn."),
         shared=elements(f"{block}ffn.shared."),
         router=elements(f"{block}ffn.router."),
@@ -71,43 +71,44 @@ def _matrices(config: MythosConfig, tensor: int) -> _Matrices:
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Forward FLOPs of a layer."""
+    """Forward FLOPs of a layer; each is in one field."""
 
-    products: float = 0.0
-    attention: float = 0.0  # scores, and their product with the values
-    inner: float = 0.0  # products that selective recomputation repeats, without:
-    hidden: float = 0.0  # those of FFNs and experts, which layers that work in pieces repeat too
+    matmuls: float = 0.0  # of weights, that only `recompute: loop` repeats
+    attention: float = 0.0  # scores, and their matrix multiplication with the values
+    attention_recomputed: float = 0.0  # MLA's expansions, which `recompute: selective` repeats
+    ffn_hidden: float = 0.0  # FFNs and experts, which `recompute: selective` and layers that work in pieces repeat
     expansion: float = 0.0  # with context parallelism: of all ranks' keys and values, again in the backward pass
 
     def __add__(self, other: "LayerFlops") -> "LayerFlops":
         return LayerFlops(
-            self.products + other.products,
+            self.matmuls + other.matmuls,
             self.attention + other.attention,
-            self.inner + other.inner,
-            self.hidden + other.hidden,
+            self.attention_recomputed + other.attention_recomputed,
+            self.ffn_hidden + other.ffn_hidden,
             self.expansion + other.expansion,
         )
 
     def __mul__(self, times: float) -> "LayerFlops":
         return LayerFlops(
-            self.products * times,
+            self.matmuls * times,
             self.attention * times,
-            self.inner * times,
-            self.hidden * times,
+            self.attention_recomputed * times,
+            self.ffn_hidden * times,
             self.expansion * times,
         )
 
     @property
     def forward(self) -> float:
-        return self.products + self.attention + self.inner + self.hidden + self.expansion
+        return self.matmuls + self.attention + self.attention_recomputed + self.ffn_hidden + self.expansion
 
-    def step(self, recompute: str, in_pieces: bool = False) -> float:
+    def training_flops(self, recompute: str, in_pieces: bool = False) -> float:
         """Forward, recomputation and backward: 2.5 forward passes for attention (Dao 2023), 2 for the rest."""
-        selective = self.attention + self.inner + self.hidden + self.expansion
+        selective = self.attention + self.attention_recomputed + self.ffn_hidden + self.expansion
         recomputed = {"none": 0.0, "selective": selective, "loop": self.forward}[recompute]
         if in_pieces and recompute != "selective":
-            recomputed += self.hidden
-        backward = 2 * (self.products + self.inner + self.hidden) + 2.5 * self.attention + 3 * self.expansion
+            recomputed += self.ffn_hidden
+        of_weights = self.matmuls + self.attention_recomputed + self.ffn_hidden
+        backward = 2 * of_weights + 2.5 * self.attention + 3 * self.expansion
         return self.forward + recomputed + backward
 
 
@@ -117,12 +118,12 @@ class _Layers:
 
     config: MythosConfig
     seq_len: int
-    pairs: float  # (token, expert) pairs that the routed experts compute
+    expert_pairs: float  # (token, expert) pairs that the routed experts compute
     tokens: float = 1.0
     local_tokens: float = 1.0  # in router, depth LoRA and halting: tokens / tensor with sequence parallelism
     tensor: int = 1
     kernels_pad: bool = False
-    alignment: int = 1  # elements to whose multiple grouped products pad widths
+    alignment: int = 1  # elements to whose multiple grouped GEMMs pad widths
     halting: bool = False
     context: AttentionWork | None = None  # what a rank of a context axis computes
 
@@ -131,36 +132,38 @@ class _Layers:
         return _matrices(self.config, self.tensor)
 
     def attention(self) -> LayerFlops:
-        """With shared keys and values."""
+        """Attention that is given the keys and values: excluding `keys_values`."""
         c = self.config
         # Kernels pad keys and values to the same width (model/attend.py).
         channels = 2 * c.widest_head if self.kernels_pad else attention_sizes(c).pair_channels
-        pairs = self.tokens * (self.seq_len + 1) / 2 if self.context is None else self.context.pairs
-        scores, m = 2.0 * pairs * (c.n_heads // self.tensor) * channels, self.matrices
-        products, inner = 2.0 * self.tokens * m.attention, 2.0 * self.tokens * m.attention_up
+        m, query_key_pairs = self.matrices, self.tokens * (self.seq_len + 1) / 2
         if self.context is not None:
-            return LayerFlops(products, scores, inner, expansion=2.0 * self.context.expanded * m.expansion)
-        return LayerFlops(products, scores, inner + 2.0 * self.tokens * m.expansion)
+            query_key_pairs = self.context.pairs
+        scores = 2.0 * query_key_pairs * (c.n_heads // self.tensor) * channels
+        matmuls, recomputed = 2.0 * self.tokens * m.attention, 2.0 * self.tokens * m.query_expansion
+        if self.context is not None:
+            return LayerFlops(matmuls, scores, recomputed, expansion=2.0 * self.context.expanded * m.kv_expansion)
+        return LayerFlops(matmuls, scores, recomputed + 2.0 * self.tokens * m.kv_expansion)
 
     def keys_values(self) -> LayerFlops:
         return LayerFlops(2.0 * self.tokens * self.matrices.keys_values)
 
     def dense_block(self) -> LayerFlops:
-        return self.attention() + self.keys_values() + LayerFlops(hidden=2.0 * self.tokens * self.matrices.ffn)
+        return self.attention() + self.keys_values() + LayerFlops(ffn_hidden=2.0 * self.tokens * self.matrices.ffn)
 
     def loop(self) -> LayerFlops:
-        """One that uses the keys and values of another: all layers of the block, depth LoRA, halting."""
+        """A loop that uses the keys and values of another one: all layers of the block, depth LoRA, halting."""
         per_token = self.matrices.lora + (self.config.dim if self.halting else 0)
         return self._loop_layer() * self.config.loop_layers + LayerFlops(2.0 * self.local_tokens * per_token)
 
     def loop_keys_values(self) -> LayerFlops:
-        """Of a loop that computes its own, in all layers of the block."""
+        """The keys and values of a loop that computes its own, in all layers of the block."""
         return self.keys_values() * self.config.loop_layers
 
     def _loop_layer(self) -> LayerFlops:
         c, m = self.config, self.matrices
         hidden, dim = (ceil(width / self.alignment) * self.alignment for width in (m.expert_hidden, c.dim))
-        experts = LayerFlops(hidden=2.0 * 3 * self.pairs * dim * hidden + 2.0 * self.tokens * m.shared)
+        experts = LayerFlops(ffn_hidden=2.0 * 3 * self.expert_pairs * dim * hidden + 2.0 * self.tokens * m.shared)
         return self.attention() + experts + LayerFlops(2.0 * self.local_tokens * m.router)
 
     def injection(self) -> LayerFlops:
@@ -173,17 +176,17 @@ class _Layers:
 
 def forward_flops_per_token(c: MythosConfig, seq_len: int, n_loops: int) -> float:
     """The model's forward FLOPs per token of a sequence of seq_len tokens without document boundaries."""
-    layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
+    layers = _Layers(c, seq_len, expert_pairs=c.n_experts_per_tok)
     once = (c.prelude_layers + c.coda_layers) * layers.dense_block().forward + layers.injection().forward
     compute_kv = ceil(n_loops / c.kv_loops)
     return once + n_loops * layers.loop().forward + compute_kv * layers.loop_keys_values().forward + layers.head()
 
 
 def attention_share(c: MythosConfig, seq_len: int, n_loops: int) -> float:
-    """The part of `forward_flops_per_token` that grows with the length: scores, and their product with the values."""
+    """The share of `forward_flops_per_token` that grows with the length: scores, and their product with the values."""
     blocks = c.prelude_layers + c.coda_layers + n_loops * c.loop_layers
-    pairs = _Layers(c, seq_len, pairs=c.n_experts_per_tok).attention().attention
-    return blocks * pairs / forward_flops_per_token(c, seq_len, n_loops)
+    score_flops = _Layers(c, seq_len, expert_pairs=c.n_experts_per_tok).attention().attention
+    return blocks * score_flops / forward_flops_per_token(c, seq_len, n_loops)
 
 
 @functools.lru_cache(maxsize=1024)  # a run asks in every step, the planner for every layout
@@ -200,7 +203,7 @@ def stage_costs(config: Config) -> LayerCosts:
 
 @functools.lru_cache(maxsize=1024)  # the planner asks for the same model at thousands of layouts
 def _stage_costs(c: MythosConfig, seq_len: int, recomputed: bool) -> LayerCosts:
-    layers = _Layers(c, seq_len, pairs=c.n_experts_per_tok)
+    layers = _Layers(c, seq_len, expert_pairs=c.n_experts_per_tok)
     loop = layers.loop().forward + layers.loop_keys_values().forward / c.kv_loops  # the mean of a group of loops
     return LayerCosts(
         block=3 * layers.dense_block().forward,
@@ -231,18 +234,20 @@ def loops_computing_kv(config: Config, loops: range) -> set[int]:
     return {t for t in loops if config.loops.per == "sequence" or t % config.model.kv_loops == 0}
 
 
-def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, no_grad: int, pairs: int) -> float:
+def executed_flops(
+    config: Config, mesh: Mesh, stage: StageSpec, loops: range, no_grad: int, expert_pairs: int
+) -> float:
     """FLOPs of one micro-batch, forward and backward, on a rank whose stage runs the loops `loops` of a mean step.
 
-    The first `no_grad` loops of the step have no gradient. pairs: (token, expert) pairs per loop that this rank's
-    experts compute. Conventions are those of `ops.plan.meter`, which measures the same FLOPs.
+    The first `no_grad` loops of the step have no gradient. expert_pairs: (token, expert) pairs per loop that this
+    rank's experts compute. Conventions are those of `ops.plan.meter`, which measures the same FLOPs.
     """
     train, recompute = config.train, config.train.recompute
     tokens = train.micro_batch * local_tokens(train.seq_len, mesh)
     layers = _Layers(
         config.model,
         train.seq_len,
-        pairs,
+        expert_pairs,
         tokens,
         local_tokens=tokens // mesh.tensor.size if mesh.sequence else tokens,
         tensor=mesh.tensor.size,
@@ -254,15 +259,15 @@ def executed_flops(config: Config, mesh: Mesh, stage: StageSpec, loops: range, n
     readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
     blocks = len(stage.prelude) + len(stage.coda) * readouts
     in_pieces = config.piece_tokens > 0
-    total = blocks * layers.dense_block().step("selective" if recompute == "selective" else "none", in_pieces)
+    total = blocks * layers.dense_block().training_flops("selective" if recompute == "selective" else "none", in_pieces)
     if stage.has_loops and len(loops):
-        total += layers.injection().step("none")
+        total += layers.injection().training_flops("none")
     with_grad, compute_kv = loops_with_grad(loops, no_grad), loops_computing_kv(config, loops)
     for t in loops:
         loop = layers.loop() + layers.loop_keys_values() if t in compute_kv else layers.loop()
-        total += loop.step(recompute, in_pieces) if t in with_grad else loop.forward
+        total += loop.training_flops(recompute, in_pieces) if t in with_grad else loop.forward
     if stage.is_last:
-        # All three products run in the forward pass, and the teacher's again for each readout that it teaches
-        # (parallel/tensor.py).
+        # All three matmuls run in the forward pass, and the teacher's again for each readout that is trained towards
+        # its output (parallel/tensor.py).
         total += layers.head() * (3 * readouts + (readouts - 1 if config.loops.teacher else 0))
     return total

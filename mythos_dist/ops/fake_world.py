@@ -143,7 +143,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def _meta_grouped_mm(a: Tensor, b: Tensor, *_: Any, offs: Tensor, **__: Any) -> Tensor:
-    """The output of a grouped product. Torch's own meta kernel refuses fp32 and fp16, which the real one accepts."""
+    """The output of a grouped GEMM. Torch's own meta kernel refuses fp32 and fp16, which the real one accepts."""
     if b.dim() == 3:
         return a.new_empty(a.shape[0], b.shape[2])  # rows of groups, a matrix per group
     return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])  # columns of groups and rows of groups

@@ -63,7 +63,7 @@ def _unknown_cluster(size: float) -> Cluster:
         reserved_gb=0.0,
         bf16_tflops=1.0,
         fp32_tflops=1.0,
-        product_efficiency=1.0,
+        matmul_efficiency=1.0,
         memory_gb_per_s=1.0,
         fast_gb_per_s=1.0,
         slow_gb_per_s=1.0,

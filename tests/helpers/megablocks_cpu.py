@@ -105,7 +105,7 @@ def sparse_allowed() -> AbstractContextManager:
 
 
 LAUNCHES: list[dict] = []  # each kind of kernel launch once, for another process to compile
-STACKS_SEEN: set[int] = set()  # addresses of the weights that grouped products received
+STACKS_SEEN: set[int] = set()  # addresses of the weights that grouped GEMMs received
 
 
 def _describe(fn: Any, args: tuple, kwargs: dict) -> dict:

@@ -94,7 +94,7 @@ def whole_16_bytes(case: Case, tensor: int = 1) -> bool:
 def test_megablocks_equals_every_token_through_its_experts(number, on_one_process):
     """Output and all gradients; an expert without tokens gets zeros, and no gradient is missing.
 
-    The grouped products use our parameters in place: nothing is copied, except for padded widths.
+    The grouped GEMMs use our parameters in place: nothing is copied, except for padded widths.
     """
     case, result = CASES[number], on_one_process["cases"][number]
     assert result["missing"] == []

@@ -87,7 +87,7 @@ def test_backends_equal_a_loop_over_experts(dim, expert_dim, backend, dtype, tol
     """Output and all gradients against each token's own experts, written out, in float64.
 
     Tolerances are a few roundings of the dtype (2^-24, 2^-9, 2^-12). Widths that are no multiple of 16 bytes and, in
-    half precision, rows that are no multiple of 16 are padded for the grouped product and must not show. Experts 0
+    half precision, rows that are no multiple of 16 are padded for the grouped GEMM and must not show. Experts 0
     and 6 get no token.
     """
     config = tiny(dim=dim, expert_dim=expert_dim, n_experts=7, n_experts_per_tok=3, n_shared_experts=0)
@@ -119,7 +119,7 @@ def test_backends_equal_a_loop_over_experts(dim, expert_dim, backend, dtype, tol
 @pytest.mark.parametrize("tokens", [1, 2, 18])
 @torch.inference_mode()
 def test_a_few_tokens_in_inference_mode_equal_a_loop_over_experts(tokens, tiny, enliven, monkeypatch):
-    """36 pairs for 6 experts at most: the grouped product is not called."""
+    """36 pairs for 6 experts at most: the grouped GEMM is not called."""
     x = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(0))
     grouped, reference = (one_moe(tiny(), ExpertsConfig(backend=name), enliven) for name in ("grouped", "reference"))
     expected = reference(x)[0]

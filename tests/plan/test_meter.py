@@ -74,7 +74,7 @@ def flops_of(function, *arguments) -> float:
 
 
 def test_flops_of_matrix_products(tensors):
-    """2 per multiply-add, bias not counted; each row of a grouped product once."""
+    """2 per multiply-add, bias not counted; each row of a grouped GEMM once."""
     a, b, c = torch.ones(8, 16), torch.ones(16, 24), torch.ones(24)
     assert flops_of(torch.mm, a, b) == flops_of(torch.addmm, c, a, b) == 2 * 8 * 16 * 24
     assert flops_of(torch.bmm, a.expand(3, 8, 16), b.expand(3, 16, 24)) == 3 * 2 * 8 * 16 * 24

@@ -120,7 +120,7 @@ def test_the_time_of_copies_shows_where_they_take_longer_than_the_work():
     assert fast.seconds["offload"] == 0
     # Forward and back, 16 micro-batches, less the work beside them.
     copies = 2 * 16 * slow.host / (0.01e9 * H100.link_efficiency)
-    work = sum(fast.seconds[part] for part in ("products", "router", "memory", "tensor", "expert"))
+    work = sum(fast.seconds[part] for part in ("matmuls", "router", "memory", "tensor", "expert"))
     assert slow.seconds["offload"] == pytest.approx(copies - work)
 
 
@@ -259,6 +259,18 @@ def test_cluster_files_of_the_repository_load(name):
     old = CONFIGS / f"{name}.yaml"  # where it was in version 0.1
     assert load_cluster(old) == load_cluster(CLUSTERS / f"{name}.yaml")
     assert load_cluster(old).usable > 0
+
+
+def test_the_former_key_of_a_cluster_file_is_read(tmp_path):
+    """`product_efficiency`, as files of earlier versions have it; not beside the new key."""
+    text = (CLUSTERS / "laptop.yaml").read_text()
+    former = text.replace("matmul_efficiency", "product_efficiency")
+    file = tmp_path / "cluster.yaml"
+    file.write_text(former)
+    assert former != text and load_cluster(file) == load_cluster("laptop")
+    file.write_text(former + "\nmatmul_efficiency: 0.5\n")
+    with pytest.raises(UserError, match="product_efficiency is the former name of matmul_efficiency; leave it out"):
+        load_cluster(file)
 
 
 def test_all_problems_of_a_cluster_file_are_reported_at_once(tmp_path):

@@ -33,7 +33,7 @@ def test_batch_id_depends_on_the_samples_and_not_on_their_order():
 def test_mfu_of_a_run_is_that_of_its_plan(config):
     """For equal seconds per step and peaks, where the first of two loops has no gradient: the planner's own formula."""
     config = dataclasses.replace(config, loops=dataclasses.replace(config.loops, backprop=1))
-    estimate = Estimate(config, world_size=2, cluster=load_cluster("configs/clusters/h100_80gb.yaml"))
+    estimate = Estimate(config, world_size=2, cluster=load_cluster("h100_80gb"))
     n_loops, no_grad = estimate.loops
     assert no_grad == 1 and n_loops == 2
     counts = torch.ones(n_loops, config.model.n_experts, dtype=torch.int64)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mythos_dist.config.fields import Kind, Range, show
-from mythos_dist.config.tree import read_yaml, show_node
+from mythos_dist.config.tree import Node, read_yaml, show_node
 from mythos_dist.errors import UserError
 from mythos_dist.packaged import CONFIGS, packaged_file
 
 _HOST_SHARE = 0.75  # of a node's memory, for saved states
+_RENAMED = {"product_efficiency": "matmul_efficiency"}  # keys of earlier versions
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Cluster:
     reserved_gb: float  # of that, for CUDA, NCCL and fragmentation
     bf16_tflops: float  # dense peaks
     fp32_tflops: float
-    product_efficiency: float  # share of the peak that large matrix products reach
+    matmul_efficiency: float  # share of the peak that large matrix multiplications reach
     memory_gb_per_s: float
     fast_gb_per_s: float  # inside the domain
     slow_gb_per_s: float  # between domains
@@ -107,10 +108,23 @@ def load_cluster(path: str | Path) -> Cluster:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", source=str(path)) from None
     if not isinstance(tree, dict):
-        raise UserError("is no mapping with lines such as `gpus_per_node: 8`", source=str(path))
+        raise UserError("is not a mapping; expected lines such as `gpus_per_node: 8`", source=str(path))
+    values, problems = _read_values(tree)
+    if not problems and values["reserved_gb"] >= values["memory_gb"]:
+        problems.append(f"reserved_gb={values['reserved_gb']} must be less than memory_gb={values['memory_gb']}")
+    if problems:
+        raise UserError(sorted(problems), source=str(path))
+    return Cluster(**values)
+
+
+def _read_values(tree: dict[str, Node]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a `Cluster` that a file's tree sets, and what is wrong with it."""
     values: dict[str, Any] = {}
-    kinds = get_type_hints(Cluster)
-    problems = []
+    kinds, problems = get_type_hints(Cluster), []
+    for old, key in _RENAMED.items():
+        if old in tree and key in tree:
+            problems.append(f"{old} is the former name of {key}; leave it out")
+    tree = {_RENAMED.get(key, key): value for key, value in tree.items()}
     for key in tree.keys() - kinds.keys():
         close = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.5)
         meant = f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"
@@ -121,20 +135,23 @@ def load_cluster(path: str | Path) -> Cluster:
                 problems.append(f"{key} is missing")
             continue
         try:
-            values[key] = value = Kind(kind).read(tree[key])
+            values[key] = Kind(kind).read(tree[key])
         except ValueError as error:
             problems.append(f"{key}={show_node(tree[key], 80)}: expected {error}")
             continue
-        if problem := Kind(kind, range=None if kind is str else Range(-math.inf, 1e15)).problem(value):
-            problems.append(f"{key}={show(value)}{problem}")
-        elif kind is str:
-            continue
-        elif value < 0 or (value == 0 and key not in ("reserved_gb", "dollars_per_gpu_hour", "host_memory_gb")):
-            problems.append(f"{key}={value} must be above 0")
-        elif key.endswith("efficiency") and value > 1:
-            problems.append(f"{key}={value} is a share of the peak: at most 1")
-    if not problems and values["reserved_gb"] >= values["memory_gb"]:
-        problems.append(f"reserved_gb={values['reserved_gb']} must be less than memory_gb={values['memory_gb']}")
-    if problems:
-        raise UserError(sorted(problems), source=str(path))
-    return Cluster(**values)
+        if problem := _value_problem(key, kind, values[key]):
+            problems.append(problem)
+    return values, problems
+
+
+def _value_problem(key: str, kind: type, value: Any) -> str:
+    """What is wrong with the value of a field of `Cluster`; empty: nothing."""
+    if problem := Kind(kind, range=None if kind is str else Range(-math.inf, 1e15)).problem(value):
+        return f"{key}={show(value)}{problem}"
+    if kind is str:
+        return ""
+    if value < 0 or (value == 0 and key not in ("reserved_gb", "dollars_per_gpu_hour", "host_memory_gb")):
+        return f"{key}={value} must be above 0"
+    if key.endswith("efficiency") and value > 1:
+        return f"{key}={value} is a share of the peak: at most 1"
+    return ""

@@ -1,8 +1,8 @@
 """What a run needs on a cluster and how long a step takes, before anything runs: memory, FLOPs, bytes and seconds.
 
-Memory, FLOPs and bytes are those of the real code (a dry run measures the same). Seconds are modelled: matrix products
-at the cluster's `product_efficiency`, passes over memory at its bandwidth, messages at its links' rates. Nothing
-overlaps, as nothing does in the trainer: a loop waits for each of its messages.
+Memory, FLOPs and bytes are those of the real code (a dry run measures the same). Seconds are modelled: matrix
+multiplications at the cluster's `matmul_efficiency`, passes over memory at its bandwidth, messages at its links' rates.
+Nothing overlaps, as nothing does in the trainer: a loop waits for each of its messages.
 
 Decisions: PLAN-1, PLAN-4.
 """
@@ -31,7 +31,7 @@ _FORWARD_PASSES, _BACKWARD_PASSES = 3, 5
 _MESSAGES = {"tensor": 10, "expert": 3, "context": 1}
 _BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
 _STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
-_PER_MICRO_BATCH = ("products", "router", "memory", "tensor", "context", "expert", "pipe", "offload")
+_PER_MICRO_BATCH = ("matmuls", "router", "memory", "tensor", "context", "expert", "pipe", "offload")
 _MOE_MESSAGES = 6  # of those over the tensor axis: each piece has its own
 
 
@@ -164,7 +164,7 @@ class Estimate:
         seconds["optimizer"] = stepped * _STEP_BYTES / (cluster.memory_gb_per_s * 1e9)
         seconds["offload"] = self._offload_seconds(stage, sum(seconds.get(name, 0.0) for name in _PER_MICRO_BATCH))
         muon = muon_flops(self.config, stage.mesh, stage.spec)
-        seconds["optimizer"] += muon / (cluster.peak_flops(self.config.train.dtype) * cluster.product_efficiency)
+        seconds["optimizer"] += muon / (cluster.peak_flops(self.config.train.dtype) * cluster.matmul_efficiency)
         return {name: seconds.get(name, 0.0) for name in (*_PER_MICRO_BATCH, "data", "optimizer")}
 
     def _offload_seconds(self, stage: Stage, work: float) -> float:
@@ -192,10 +192,10 @@ class Estimate:
         if config.piece_tokens:
             read += layers.moe().total * c.loop_layers * backwards * _FORWARD_PASSES
         router = 2.0 * layers.n * c.dim * c.n_experts * c.loop_layers * (forwards + 2 * backwards)  # in fp32
-        products = self._pass_flops(stage) - router
-        efficiency = cluster.product_efficiency
+        matmuls = self._pass_flops(stage) - router
+        efficiency = cluster.matmul_efficiency
         return {
-            "products": m * products / (cluster.peak_flops(train.dtype) * efficiency),
+            "matmuls": m * matmuls / (cluster.peak_flops(train.dtype) * efficiency),
             "router": m * router / (cluster.peak_flops("fp32") * efficiency),
             "memory": m * read / (cluster.memory_gb_per_s * 1e9),
         }
