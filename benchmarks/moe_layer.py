@@ -46,7 +46,7 @@ Build = Callable[..., tuple[Layer, nn.Module]]
 
 
 def choose(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Router logits (N, E) -> weights (N, k) fp32, index (N, k): softmax, the k largest, renormalised."""
+    """Router logits (N, E) -> weights (N, k) fp32, index (N, k): softmax, the k largest, renormalized."""
     scores = logits.float().softmax(-1)
     index = logits.topk(k, dim=-1).indices
     weights = scores.gather(-1, index)

@@ -110,7 +110,7 @@ def redact(text: str) -> str:
 
 
 def _without_user(match: re.Match[str]) -> str:
-    """abfs://container@account is no secret."""
+    """abfs://container@account is not a secret."""
     user = match[0].removeprefix(match[1])
     return f"{match[1]}***@" if ":" in user or match[1].lower() in ("http://", "https://", "ftp://") else match[0]
 

@@ -85,7 +85,7 @@ def without_secrets(url: str) -> str:
 
 
 def has_secrets(url: str) -> bool:
-    """Whether a URL contains a password, or a parameter that gives access. False for text that is no valid URL."""
+    """Whether a URL contains a password, or a parameter that gives access. False for text that is not a valid URL."""
     try:
         user = urlsplit(url).netloc.rpartition("@")[0]
     except ValueError:

@@ -293,7 +293,7 @@ def test_infiniband_ports_are_read(tmp_path):
     ],
 )
 def test_nodes_are_counted(env, nodes):
-    """From the launcher's ranks, else from SLURM's nodes; values that are no number are ignored."""
+    """From the launcher's ranks, else from SLURM's nodes; values that are not numbers are ignored."""
     assert cpu(env=env).node_count == nodes
 
 

@@ -26,6 +26,9 @@ REPLACEMENTS = {
     r"fates?": "outcome",
     r"pictures?": "plot",
     r"whoever": "a process that, a user who, or leave it out",
+    r"anew": "again, starts over",
+    r"(?<!\.)learnt(?!:|=| <=)": "in the loss, learned",  # keys of manifest.json stay
+    r"for ever": "forever",
     r"frozen (ranks?|loops?|process(es)?)": "suspended ranks, no-grad loops",
 }
 PATTERNS = {re.compile(rf"\b(?:{word})\b", re.IGNORECASE): text for word, text in REPLACEMENTS.items()}

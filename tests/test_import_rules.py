@@ -199,7 +199,7 @@ def test_the_rule_catches_a_wrong_import(tmp_path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_scripts_import_the_package_and_not_each_other(path):
-    """What benchmarks share is in a file that is no script."""
+    """What benchmarks share is in a file that is not a script."""
     runs = {script for script in SCRIPTS if "__main__" in script.read_text(encoding="utf-8")}
     assert {script.name for script in SCRIPTS} - {script.name for script in runs} == {"common.py"}
     ours = {script.stem for script in runs} | {"tools", "benchmarks", "tests"}

@@ -153,7 +153,7 @@ def test_what_other_tests_run_is_shown_and_these_tests_exist(start):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_marked(page):
     """Blocks of commands are run by `test_the_commands_shown_run` or by what ELSEWHERE names, or marked as needing a
-    cluster or a network; `text` shows what is no command. test_site.py checks YAML and Python, and runs laptop.md."""
+    cluster or a network; `text` shows other text. test_site.py checks YAML and Python, and runs laptop.md."""
     kinds = re.findall(r"^```(\S*)\n.*?^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     assert set(kinds) <= {"", "bash", "text", "python", "yaml", "{toctree}"}
     assert "    mythos " not in PAGES[page], "a block without a fence is not run"

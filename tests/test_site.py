@@ -103,7 +103,7 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
 
 
 def test_links_of_the_repository_lead_to_pages_of_the_site():
-    """As on GitHub; files that are no pages are named."""
+    """As on GitHub; files that are not pages are named."""
     text = "[a](../DECISIONS.md) [b](docs.md#x) ![c](d.png) [e](../configs/1b.yaml) [f](https://a.org)\n```\n[g](h.md)\n```\n"
     assert pages.relinked(text, "docs/page.md", DOCS) == (
         "[a](reference/decisions.md) [b](docs.md#x) ![c](d.png) e (`configs/1b.yaml`) [f](https://a.org)\n```\n[g](h.md)\n```\n"

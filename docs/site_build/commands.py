@@ -25,7 +25,7 @@ def help_of(command: Command) -> str:
 
 
 def studies() -> list[Path]:
-    """The files of tools/ that are no other names of commands: studies that docs/ quotes."""
+    """The files of tools/ that are not other names of commands: studies that docs/ quotes."""
     modules = {command.module.rpartition(".")[2] for command in COMMANDS}
     return [path for path in sorted((REPOSITORY / "tools").glob("*.py")) if path.stem not in modules]
 

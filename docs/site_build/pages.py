@@ -40,7 +40,7 @@ def write_pages() -> None:
 
 def relinked(text: str, file: str, folder: Path) -> str:
     """The text of a file of the repository as a page in `folder`: links lead to pages of the site where there is one,
-    and files that are no pages are named instead."""
+    and files that are not pages are named instead."""
 
     def replace(match: re.Match[str]) -> str:
         label, target, fragment = match[1], match[2], match[3] or ""

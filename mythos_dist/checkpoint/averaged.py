@@ -33,7 +33,7 @@ class AverageOf(Checkpoint):
         manifest = source.manifest
         if not manifest.optimizer.get("average_samples"):
             raise UserError(
-                "has no average of the weights: its run had average.kind=off, or had not taken a sample yet; export "
+                "has no average of the weights: its run had average.kind=off, or had not taken a snapshot yet; export "
                 "without --average, or average several checkpoints with `mythos average`",
                 str(source.folder),
             )
@@ -137,7 +137,7 @@ def _weights_only(manifest: CheckpointManifest) -> CheckpointManifest:
 
 
 def _misfits(first: Checkpoint, other: Checkpoint) -> list[str]:
-    """Why a mean of these two makes no sense: a line per setting that shapes depend on, else one with the tensors."""
+    """Why these two cannot be averaged: a line per setting that shapes depend on, else one with the tensors."""
     shapes, others = (
         {name: (tensor.weights, tensor.shape) for name, tensor in one.manifest.tensors.items()}
         for one in (first, other)

@@ -83,8 +83,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The result of `summarize` as text."""
     optimizer = summary["optimizer"]
     content = "weights and the optimizer's moments" if summary["moments"] else "weights only"
-    if samples := optimizer.get("average_samples"):
-        content += f"; average of {count(samples, 'sample')} of the weights"
+    if snapshots := optimizer.get("average_samples"):
+        content += f"; average of {count(snapshots, 'snapshot')} of the weights"
     scale = optimizer["loss_scale"].get("cur_scale", 1)
     writer = f"start {summary['start']} of the run" if summary["start"] else "a tool"
     lines = [

@@ -6,7 +6,7 @@ checks that file before it renames anything to its final name; until then its fi
 `writer.json` also holds the status of the newest start, and its modification time is that start's heartbeat.
 
 No start may begin between a writer's check and its rename, so both happen under a lock (`Fence.guard`). A process may
-be suspended there (SIGSTOP, a frozen node), and may lose its lock. A new start waits `_LOCK_TIMEOUT` seconds for it and
+be suspended there (SIGSTOP, a paused VM), and may lose its lock. A new start waits `_LOCK_TIMEOUT` seconds for it and
 then takes over. So a writer creates its temporary file or folder *before* it checks, and a new start removes those of
 all earlier starts *after* it has written its number (`run_folder.take_over`): when the old process continues, there is
 nothing left that it could rename. For appended lines see `train/line_file.py`.

@@ -59,7 +59,7 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class VersionError(UserError):
-    """The checkpoint's format is not one that this version reads. Never skipped in favour of an older checkpoint."""
+    """The checkpoint's format is not one that this version reads. Never skipped in favor of an older checkpoint."""
 
 
 @dataclass(frozen=True)

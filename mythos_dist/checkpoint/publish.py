@@ -196,7 +196,7 @@ def _warn_once(path: Path, why: str) -> None:
 
 @contextmanager
 def _failure_is_a_warning(path: Path) -> Iterator[None]:
-    """For removals: what cannot be removed takes space, but is no reason to stop the run."""
+    """For removals: what cannot be removed takes space, but is not a reason to stop the run."""
     try:
         yield
     except OSError as error:

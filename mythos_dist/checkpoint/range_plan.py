@@ -1,6 +1,6 @@
 """Which bytes of a checkpoint's files a rank requests from a store, and where they belong.
 
-A rank needs runs: bytes that are contiguous both in a file and in one of its arrays. Runs that are neighbours become
+A rank needs runs: bytes that are contiguous both in a file and in one of its arrays. Runs that are neighbors become
 one request, and so do runs with a small gap between them, as a request costs time as well. The rule: gaps are joined
 from the smallest, while all of them are at most 1/20 of the needed bytes, or while there would be more than one request
 per 256 KiB. So a rank reads at most 1.05 times what it needs, unless that would take many small requests: at a larger

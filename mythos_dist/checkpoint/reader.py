@@ -112,8 +112,8 @@ class Checkpoint:
         """What is wrong with `files`, or with all files if None: a line per damaged file.
 
         `hashes`: read every byte; else only sizes are checked. With a key every byte is read in any case, and a file
-        that has the right hash but not the signed SHA-256 raises SignatureError: that is no accident. Raises UserError
-        if a store fails. `progress` is called with the bytes of each file.
+        that has the right hash but not the signed SHA-256 raises SignatureError: that is not an accident. Raises
+        UserError if a store fails. `progress` is called with the bytes of each file.
         """
         names = sorted(self.manifest.files if files is None else files)
         problems = []

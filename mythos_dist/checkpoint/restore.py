@@ -134,7 +134,7 @@ def _verify_share(
 ) -> tuple[Checkpoint | None, _Verification]:
     """Open a checkpoint and check this rank's share of its files. `content`: of the manifest of one in a store.
 
-    Raises UserError if a store fails: that is no reason to go back to an older checkpoint.
+    Raises UserError if a store fails: that is not a reason to go back to an older checkpoint.
     """
     try:
         manifest = None if content is None else parse_checkpoint_manifest(lambda: content, folder, key)

@@ -35,7 +35,7 @@ Sha256 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
 
 class SignatureError(UserError):
-    """The checkpoint is not signed with the configured key. Never skipped in favour of an older checkpoint."""
+    """The checkpoint is not signed with the configured key. Never skipped in favor of an older checkpoint."""
 
 
 @dataclass(frozen=True)

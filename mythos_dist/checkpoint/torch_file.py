@@ -49,7 +49,7 @@ def _check_archive(file: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
     if not zipfile.is_zipfile(file):
-        raise ValueError("it is no zip archive, or truncated")
+        raise ValueError("it is not a zip archive, or truncated")
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > status.st_size:

@@ -195,9 +195,9 @@ def not_carried(source: Checkpoint, config: Config, learning_rate: float | None,
     manifest, optim = source.manifest, config.optim
     kinds = {kind for tensor in manifest.tensors.values() for kind in tensor.kinds}
     if "momentum_buffer" in kinds:
-        yield "Muon's momentum is lost: the format has Adam's moments only, so the optimizer of DeepSpeed begins anew"
+        yield "Muon's momentum is lost: the format has Adam's moments only, so the optimizer of DeepSpeed starts over"
     elif not has_adam_moments(source):
-        yield "there are no moments in these weights: the optimizer of DeepSpeed begins anew"
+        yield "there are no moments in these weights: the optimizer of DeepSpeed starts over"
     if any(tensor.weights == BUFFER for tensor in manifest.tensors.values()):
         yield (
             "DeepSpeed loads no buffers, so set the router's bias: _, state = engine.load_checkpoint(OUT); "
@@ -215,8 +215,8 @@ def not_carried(source: Checkpoint, config: Config, learning_rate: float | None,
         f"{count(_samples(source, config), 'sample')} in {count(manifest.step, 'step')}"
     )
     if AVERAGE in kinds:
-        samples = count(manifest.optimizer.get("average_samples", 0), "sample")
-        yield f"the average of {samples} of the weights is lost; --average exports it instead of them"
+        snapshots = count(manifest.optimizer.get("average_samples", 0), "snapshot")
+        yield f"the average of {snapshots} of the weights is lost; --average exports it instead of them"
     scale = manifest.optimizer["loss_scale"].get("cur_scale", 1)
     if config.train.dtype == "fp16" and scale > 0:
         yield f"the loss scale {scale:g} is lost: set fp16.initial_scale_power={round(math.log2(scale))}"

@@ -140,7 +140,7 @@ def find_universal(path: Path) -> Path:
             name = read_regular_file(path / LATEST_UNIVERSAL, 4096).strip()
             if name in ("", ".", "..") or "/" in name or not (path / name / "zero").is_dir():
                 raise UserError(
-                    f"names {shorten(name)}, which is no universal checkpoint here", str(path / LATEST_UNIVERSAL)
+                    f"names {shorten(name)}, which is not a universal checkpoint here", str(path / LATEST_UNIVERSAL)
                 )
             return path / name
         if not path.is_dir():
@@ -148,7 +148,7 @@ def find_universal(path: Path) -> Path:
         elif any(path.glob("*_optim_states.pt")) or (path / "latest").exists():
             problem = f"is a checkpoint of ZeRO for one number of ranks; convert it first: {_CONVERT}"
         else:
-            problem = f"is no universal checkpoint of DeepSpeed: it has neither zero/ nor {LATEST_UNIVERSAL}"
+            problem = f"is not a universal checkpoint of DeepSpeed: it has neither zero/ nor {LATEST_UNIVERSAL}"
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -325,7 +325,7 @@ def _contradictions(source: _Source, config: Config) -> Iterator[str]:
 def _not_carried(source: _Source, config: Config, samples: int) -> Iterator[str]:
     """A line for each kind of state that the run does not get."""
     if len(source.kinds) == 1:
-        yield "there are no moments of Adam: the optimizer begins anew"
+        yield "there are no moments of Adam: the optimizer starts over"
     elif source.without_moments:
         yield f"without moments, which begin with zeros: {list_tensors(source.without_moments)}"
     rate = "" if source.learning_rate is None else f" (DeepSpeed's was {source.learning_rate:.6g})"
@@ -336,5 +336,5 @@ def _not_carried(source: _Source, config: Config, samples: int) -> Iterator[str]
             f"own order, by train.global_batch={config.train.global_batch}"
         )
     if config.train.dtype == "fp16" and not source.loss_scale:
-        yield "there is no dynamic loss scale: it begins anew"
+        yield "there is no dynamic loss scale: it starts over"
     yield "the client state of the program and its random numbers are not read"

@@ -5,7 +5,7 @@
     mythos depth-sweep runs/first --text story.txt --loops 1,2,4,8 --exit kl --exit-threshold 5e-4
 
 Writes OUT.json and OUT.png. The dotted line is the mean number of loops in training; a cross marks numbers of loops
-with a higher loss than fewer loops have (overthinking). With --text also OUT.html: the text coloured by the loop after
+with a higher loss than fewer loops have (overthinking). With --text also OUT.html: the text colored by the loop after
 which each token could stop, what every loop would predict next, and the agreement of each loop with the deepest.
 """
 

@@ -453,13 +453,13 @@ class OptimConfig(Section, section="optim"):
 class AverageConfig(Section, section="average"):
     """A second set of weights that averages those of training: 4 bytes per parameter / replica (train/average.py)."""
 
-    # mean: of the last `last` samples of the weights. ema: exponential moving average, in which the samples from the
-    # newest back have the weights decay^0, decay^1, ... divided by their sum.
+    # mean: of the last `last` snapshots of the weights. ema: exponential moving average, in which the snapshots from
+    # the newest back have the weights decay^0, decay^1, ... divided by their sum.
     kind: Literal["off", "mean", "ema"] = "off"
-    every: Steps = 10  # steps between samples
-    # mean: samples per window. The run's last window ends with its last sample; null: all samples since the beginning.
+    every: Steps = 10  # steps between snapshots
+    # mean: snapshots per window. The run's last window ends with its last snapshot; null: all since the beginning.
     last: Steps | None = 10
-    decay: Momentum = 0.99  # ema: per sample, not per step
+    decay: Momentum = 0.99  # ema: per snapshot, not per step
     evaluate: bool = False  # evaluate the averaged weights, too, whenever the weights are evaluated
 
     @property
@@ -568,7 +568,7 @@ class RunConfig(Section, section="run"):
     # A run (its newest checkpoint), a checkpoint or an export, or the URL of one: a run without a checkpoint of its own
     # begins with its weights. In YAML and on the command line this and `start_from_state` need no section.
     start_from: PathText = ""
-    # weights: with the router's bias; schedule and data begin anew. weights+moments: also the optimizer's. everything:
+    # weights: with the router's bias; schedule and data start over. weights+moments: also the optimizer's. everything:
     # step count (of schedule, loops and random numbers), loss scale and data order continue as in a resume.
     start_from_state: Literal["weights", "weights+moments", "everything"] = "weights"
     stage: str = ""  # set by `stages:` (stages.py): the name of the stage

@@ -1,6 +1,6 @@
 """Settings that were changed, but that other settings prevent from being read, or from being reached.
 
-Rule: they are no error. A config that others build on may set them, and a command line may turn off what they belong
+Rule: they are not errors. A config that others build on may set them, and a command line may turn off what they belong
 to. But a user who sets one expects an effect, so a start says it once. What cannot be meant is refused (rules.py).
 Widths of the model are not in the table: presets set those of both kinds of attention.
 

@@ -1,7 +1,7 @@
-"""Conversations as text: which of it is learnt, and what a model continues. One code path for training and generation.
+"""Conversations as text: which of it is in the loss, and what a model continues; for training and generation alike.
 
 A conversation is rendered by a chat template, a Jinja program that Hugging Face's tokenizers carry. What an assistant
-says, up to and including the special token that ends its turn, is learnt. To find it, the conversation is rendered
+says, up to and including the special token that ends its turn, is in the loss. To find it, the conversation is rendered
 once up to each assistant message with the prompt for it ("generation prompt") and once including the message: the
 difference is the completion.
 
@@ -34,10 +34,10 @@ Message = Mapping[str, str]  # "role" and "content"
 
 
 class TextSpan(NamedTuple):
-    """Text of a rendered conversation; its tokens are learnt or not."""
+    """Text of a rendered conversation; its tokens are in the loss or not."""
 
     text: str
-    learnt: bool
+    in_loss: bool
 
 
 def messages_of(record: Any) -> list[dict[str, str]]:
@@ -128,8 +128,8 @@ class ChatRenderer:
 
     def end_of_turn(self) -> str:
         """The special token that ends an assistant's turn."""
-        learnt = self.pieces(_PROBE)[1].text
-        return max((token for token in self.special_tokens if learnt.endswith(token)), key=len)
+        answer = self.pieces(_PROBE)[1].text
+        return max((token for token in self.special_tokens if answer.endswith(token)), key=len)
 
     def _check_contents(self, messages: Sequence[Message]) -> None:
         """Text that reads as a special token would end a turn, or begin another role's."""
@@ -164,10 +164,10 @@ class ChatRenderer:
 
 
 def encode(tokenizer: Tokenizer, pieces: Sequence[TextSpan]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, int32 (n,), and which of them are learnt, bool (n,)."""
+    """Tokens, int32 (n,), and which of them are in the loss, bool (n,)."""
     ids = [tokenizer.encode_rendered(piece.text, continues=i > 0) for i, piece in enumerate(pieces)]
-    learnt = np.repeat([piece.learnt for piece in pieces], [len(one) for one in ids])
-    return np.concatenate([np.empty(0, np.int32), *ids]), learnt.astype(bool)
+    in_loss = np.repeat([piece.in_loss for piece in pieces], [len(one) for one in ids])
+    return np.concatenate([np.empty(0, np.int32), *ids]), in_loss.astype(bool)
 
 
 def _after(before: str, text: str, number: int) -> str:

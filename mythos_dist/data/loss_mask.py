@@ -1,10 +1,10 @@
 """Windows with a loss mask: S + 1 tokens, then S + 1 flags, for S = seq_len.
 
-A flag says of its token whether it is learnt (the label of the token before it counts in the loss), whether a document
-begins with it, and whether it is padding. Documents are explicit here, because a conversation may have EOS after each
-turn, and end-of-turn tokens have to be learnt even if they are EOS: neither could be computed from the tokens alone.
-A document that does not begin in its window does not occur (prepare/packing.py), and its first token is never learnt:
-it would be predicted from another document. Padding is a document of its own.
+A flag says whether its token is in the loss (as the label of the token before it), whether a document begins with it,
+and whether it is padding. Documents are explicit here, because a conversation may have EOS after each turn, and
+end-of-turn tokens have to be in the loss even if they are EOS: neither could be computed from the tokens alone. A
+document that does not begin in its window does not occur (prepare/packing.py), and its first token is never in the
+loss: it would be predicted from another document. Padding is a document of its own.
 
 Decisions: DATA-21.
 """
@@ -13,13 +13,13 @@ import numpy as np
 
 from mythos_dist.data.manifest import SplitCounts
 
-LEARNT, FIRST, PADDING = 1, 2, 4  # bits of a flag
+IN_LOSS, FIRST, PADDING = 1, 2, 4  # bits of a flag
 IGNORED = -100  # PyTorch's ignore_index
 
 
 def labels_of(tokens: np.ndarray, flags: np.ndarray) -> np.ndarray:
-    """Tokens and flags (..., S + 1) -> int64 labels (..., S): the next token where it is learnt, else IGNORED."""
-    return np.where(flags[..., 1:] & LEARNT, tokens[..., 1:].astype(np.int64), IGNORED)
+    """Tokens and flags (..., S + 1) -> int64 labels (..., S): the next token where it is in the loss, else IGNORED."""
+    return np.where(flags[..., 1:] & IN_LOSS, tokens[..., 1:].astype(np.int64), IGNORED)
 
 
 def documents_of(flags: np.ndarray) -> np.ndarray:
@@ -38,6 +38,6 @@ def count_chat_windows(windows: np.ndarray) -> SplitCounts:
         tokens_written=flags.size,
         tokens_dropped=0,
         eos_dropped=0,
-        learnt=int(np.count_nonzero(flags & LEARNT)),
+        learnt=int(np.count_nonzero(flags & IN_LOSS)),
         padding=padding,
     )

@@ -164,8 +164,8 @@ class ShardManifest:
     # "document": complete documents were held out, by a hash of their text. "window": there were too few documents, so
     # the last windows of the text were held out; a document counts in the split that has its EOS.
     heldout_by: str = "document"
-    # The seq_len + 1 tokens of a window are followed by as many flags (loss_mask.py): which tokens are learnt, where
-    # documents begin, and what is padding.
+    # The seq_len + 1 tokens of a window are followed by as many flags (loss_mask.py): which tokens are in the loss,
+    # where documents begin, and what is padding.
     loss_mask: bool = False
     chat: ChatTemplate | None = None  # documents are conversations
     token_rules: TokenRules | None = None  # the inputs are token files of other trainers
@@ -241,8 +241,8 @@ class ShardManifest:
             return f"{name}: none, because {why}; training runs without evaluation"
         if self.loss_mask:
             padding = 100 * split.padding / max(1, split.tokens_written)
-            learnt = f"of which {split.learnt:,} are learnt"
-            return f"{name}: {documents}, {tokens}, {learnt} -> {windows}; {padding:.2g} % padding"
+            in_loss = f"of which {split.learnt:,} are in the loss"
+            return f"{name}: {documents}, {tokens}, {in_loss} -> {windows}; {padding:.2g} % padding"
         if name == "heldout" and self.heldout_by == "window":
             written = f"{self.documents.written:,}"
             return (

@@ -7,7 +7,7 @@ sequence, is not read. An EOS ends each document and nothing is padded, so each 
 must therefore never encode to EOS (tokenizer.py).
 
 The trap: a part of the conversion ends with its last full window, and the rest of its text is in another folder. What
-follows is another document, so one begins there, and its first token is no label.
+follows is another document, so one begins there, and its first token is not a label.
 Windows with flags or stored labels (`ShardManifest.loss_mask`, `targets`) are complete in themselves. They are joined,
 never divided, and each keeps its own labels.
 
@@ -122,7 +122,7 @@ class SequenceReader:
         first, last, offset = self._spans(np.asarray(ids))
         windows = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(first, last, strict=True)]))
         values = self._windows.read(windows.tolist()).ravel()
-        begins = np.searchsorted(windows, first) * self._window_size + offset  # its windows are neighbours in `values`
+        begins = np.searchsorted(windows, first) * self._window_size + offset  # its windows are neighbors in `values`
         return np.stack([values[begin : begin + self._size] for begin in begins.tolist()])
 
     def fields(self, ids: Sequence[int], values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

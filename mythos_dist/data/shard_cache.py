@@ -283,7 +283,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 def fetch_shard(url: str, file: IO[bytes], expected: dict, wait: Wait = time.sleep) -> None:
     """Write the shard file `url` to `file`, an empty or longer one. `expected`: `bytes` and `hashes`, as in index.json.
 
-    The hash is checked even with data.verify=false: networks are no disks. Raises Unavailable.
+    The hash is checked even with data.verify=false: a transfer can corrupt data. Raises Unavailable.
     """
 
     def check() -> None:

@@ -47,7 +47,7 @@ class MicroBatch(NamedTuple):
     """
 
     input_ids: Tensor  # (B, S) int64
-    # (B, S) int64; with stored targets (B, T, S), see ShardManifest.targets; (B, 1, S) if some are not learnt
+    # (B, S) int64; with stored targets (B, T, S), see ShardManifest.targets; (B, 1, S) if some are not in the loss
     labels: Tensor
     document_ids: Tensor  # (B, S) int32, the document of each input token, from 0 in each sequence
     sample_ids: Tensor  # (B,) int64
@@ -291,7 +291,7 @@ def _begin_worker(worker: int) -> None:
 
     Terminals and launchers signal all processes of a job, and a rank that was asked to stop finishes its step, for
     which it may need its workers. If the rank is killed, torch's loop in the worker ends, but the process would wait
-    for ever until what it has sent is read.
+    forever until what it has sent is read.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

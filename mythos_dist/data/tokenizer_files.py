@@ -131,7 +131,7 @@ def write_tokenizer(folder: Path, files: ModelTokenizer, max_tokens: int) -> str
 
 
 def _special_tokens(tokenizer: Tokenizer, template: ChatTemplate | None) -> dict[str, str]:
-    """By their names in tokenizer_config.json. EOS pads, if no other token does: it is not learnt at padded labels."""
+    """By their names in tokenizer_config.json. EOS pads, if no other token does: padded labels are not in the loss."""
     tokens = {"pad_token": tokenizer.eos, **special_token_names(tokenizer)}
     return tokens if template is None else tokens | template.tokens
 

@@ -162,7 +162,7 @@ class _OpenShard:
 
 def _plain_dtype(entry: dict[str, Any]) -> np.dtype | None:
     """The dtype of shards whose samples are tokens and nothing else, as the converter writes them. MDSReader parses
-    the encoding anew for each sample, which takes most of the time of reading it."""
+    the encoding again for each sample, which takes most of the time of reading it."""
     match = re.fullmatch(r"\['ndarray:(uint16|uint32):\d+'\]", str(entry["column_encodings"]))
     return np.dtype(match[1]) if match and entry["column_names"] == ["tokens"] else None
 

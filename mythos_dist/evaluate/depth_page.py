@@ -1,4 +1,4 @@
-"""A text coloured by the loops that each token needs, as one HTML page without external resources.
+"""A text colored by the loops that each token needs, as one HTML page without external resources.
 
 All text is escaped, and data is read by the page's script as JSON, so nothing in a text or a vocabulary is markup.
 """
@@ -35,7 +35,7 @@ def depth_page(title: str, depths: TextDepths, tokenizer: Tokenizer, criterion: 
     return _PAGE.substitute(
         title=html.escape(title),
         summary=html.escape(f"{count(len(exits), 'token')}, {count(n_loops, 'loop')}{left_out}"),
-        colours=_colours(n_loops),
+        colors=_colors(n_loops),
         options="".join(
             f'<option value="{name}"{" selected" if name == criterion else ""}>{html.escape(RULES[name])}</option>'
             for name in depths.measures
@@ -72,7 +72,7 @@ def _script_json(data: dict) -> str:
     return json.dumps(data, ensure_ascii=True).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
-def _colours(n_loops: int) -> str:
+def _colors(n_loops: int) -> str:
     """A class per loop: pale to strong, in light and in dark."""
     rules = {"light": [], "dark": []}
     for loop in range(1, n_loops + 1):
@@ -135,10 +135,10 @@ font-size:.8rem;box-shadow:0 2px 10px #0006;max-height:80vh;overflow:auto;z-inde
 svg{width:24rem;max-width:100%;font-size:10px} svg text{fill:var(--ink)} .grid{stroke:var(--line)}
 polyline{fill:none;stroke:var(--mark);stroke-width:2} circle{fill:var(--mark)}
 input{width:7em}
-$colours
+$colors
 </style>
 <h1>$title</h1>
-<p>$summary. A token's colour is the loop after which its position would stop. Point at a token to see the most likely
+<p>$summary. A token's color is the loop after which its position would stop. Point at a token to see the most likely
 next tokens after each loop.</p>
 <p><label>Stop: <select id="criterion">$options</select></label>
 <label><input id="threshold" type="number" step="any" value="$threshold" aria-label="threshold"></label>
@@ -164,7 +164,7 @@ function exitOf(i) {
   }
   return count;
 }
-function recolour() {
+function recolor() {
   let sum = 0;
   for (const span of spans) {
     const loop = exitOf(Number(span.dataset.i));
@@ -196,8 +196,8 @@ for (const span of spans) {
   for (const name of ["mouseenter", "focus"]) span.addEventListener(name, () => show(span));
   for (const name of ["mouseleave", "blur"]) span.addEventListener(name, () => { tip.style.display = "none"; });
 }
-criterion.addEventListener("change", () => { threshold.value = data.thresholds[criterion.value]; recolour(); });
-threshold.addEventListener("input", recolour);
+criterion.addEventListener("change", () => { threshold.value = data.thresholds[criterion.value]; recolor(); });
+threshold.addEventListener("input", recolor);
 </script>
 </html>
 """)

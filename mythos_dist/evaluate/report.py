@@ -82,7 +82,7 @@ def draw(file: Path, results: Results, trained: int) -> None:
                 panel.errorbar(
                     at, [scores[n].value for n in at], errors, marker="o", markersize=4, capsize=3, label=label
                 )
-            panel.axvline(trained, color="grey", linestyle=":", label=f"trained with {trained} on average")
+            panel.axvline(trained, color="gray", linestyle=":", label=f"trained with {trained} on average")
             loops_axis(panel, loops)
             panel.set_ylabel(title)
             panel.grid(alpha=0.3)

@@ -45,7 +45,7 @@ class Chat:
 
     def stream(self, text: str) -> Iterator[str]:
         """The model's answer to `text`, piece by piece as it is made. The oldest turns are forgotten where the context
-        is too short for all. An answer that is not read to its end is no part of the conversation.
+        is too short for all. An answer that is not read to its end is not part of the conversation.
 
         Raises UserError if `text` alone is too long, or contains the text of a special token.
         """

@@ -340,7 +340,7 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As `MythosModel`, and logits (B, S, V): of the last `logits_to_keep` tokens, or of all if it is 0.
 
-        labels: (B, S), the input_ids, with -100 for tokens that are not learnt; the loss predicts each from those
+        labels: (B, S), the input_ids, with -100 for tokens that are not in the loss; the loss predicts each from those
         before it (mean over labels). It is the cross entropy of the last loop alone.
         """
         outputs: Any = self.model(

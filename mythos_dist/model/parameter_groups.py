@@ -79,7 +79,7 @@ def kept_gradients(groups: Sequence[GroupSpec], mesh: Mesh) -> KeptGradients:
     changes: Counter[int] = Counter()  # of the elements that are kept, from a replica on
     context = mesh.context.size
     for group in groups:
-        alike = mesh.expert.size if group.expert_sharded else 1  # neighbouring ranks with the same partition
+        alike = mesh.expert.size if group.expert_sharded else 1  # neighboring ranks with the same partition
         size, first = group.partition(mesh.data_context.size // alike), 0
         for parameter in group.parameters:
             begin, end = first // size * alike, ((first + parameter.numel - 1) // size + 1) * alike

@@ -143,7 +143,7 @@ def load_pretrained(folder: Path, dtype: torch.dtype, device: str | torch.device
 
     if not is_export(folder):
         raise UserError(
-            "is no export: it needs config.json and .safetensors files, as `mythos export` writes them",
+            "is not an export: it needs config.json and .safetensors files, as `mythos export` writes them",
             str(folder),
         )
     state: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from mythos_dist.train.plots import save_plot
 from mythos_dist.units import short_bytes
 
 _SAMPLES = 1000  # at least, of a step with that many operations; at most twice as many
-_COLOURS = dict(zip(PARTS, ("#2a6fdb", "#e07b00", "#1a9c5b", "#c2418f", "#7a52cc", "#0c9bb3"), strict=True))
+_COLORS = dict(zip(PARTS, ("#2a6fdb", "#e07b00", "#1a9c5b", "#c2418f", "#7a52cc", "#0c9bb3"), strict=True))
 
 
 class MemoryTimeline(Meter):
@@ -51,7 +51,7 @@ def write_memory(prefix: Path, timeline: MemoryTimeline, planned: Memory, title:
     size, unit = _unit(max(timeline.peak, sum(planned.values())))
     with save_plot(prefix.with_name(f"{prefix.name}.memory.png"), 2, (12, 4.5)) as (over_time, compared):
         curves = [[value / size for value in content["live_bytes"][part]] for part in PARTS]
-        over_time.stackplot(content["operations"], *curves, labels=PARTS, colors=[_COLOURS[part] for part in PARTS])
+        over_time.stackplot(content["operations"], *curves, labels=PARTS, colors=[_COLORS[part] for part in PARTS])
         over_time.axhline(timeline.peak / size, color="black", linewidth=0.8, linestyle="--")
         over_time.set_xlabel("operations of the step")
         over_time.set_ylabel(f"live tensors ({unit})")
@@ -60,8 +60,8 @@ def write_memory(prefix: Path, timeline: MemoryTimeline, planned: Memory, title:
         y = range(len(PARTS))
         for offset, values, label, alpha in ((0.2, planned, "planned", 0.45), (-0.2, measured, "measured", 1.0)):
             widths = [values.get(part, 0) / size for part in PARTS]
-            colours = [_COLOURS[part] for part in PARTS]
-            bars = compared.barh([i + offset for i in y], widths, height=0.38, color=colours, alpha=alpha)
+            colors = [_COLORS[part] for part in PARTS]
+            bars = compared.barh([i + offset for i in y], widths, height=0.38, color=colors, alpha=alpha)
             labels = [f"{label} {short_bytes(values.get(part, 0))}" for part in PARTS]
             compared.bar_label(bars, labels, padding=3, fontsize=8)
         compared.set_yticks(list(y), PARTS)

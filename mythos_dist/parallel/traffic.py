@@ -68,7 +68,7 @@ def group_namer(parallel: ParallelConfig, world_size: int, rank: int) -> Callabl
                 return name
         if members <= same_tensor_rank and len({member % replica_size // stride for member in members}) > 1:
             return "tied"
-        assert members == set(range(world_size)), f"ranks {sorted(ranks)} are no group of {parallel}"
+        assert members == set(range(world_size)), f"ranks {sorted(ranks)} are not a group of {parallel}"
         return "world"
 
     return name_of

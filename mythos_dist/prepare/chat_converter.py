@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from mythos_dist.data.loss_mask import LEARNT
+from mythos_dist.data.loss_mask import IN_LOSS
 from mythos_dist.data.manifest import SPLITS
 from mythos_dist.prepare.batches import Batch, LongDocument, starts_of, valid_utf8
 from mythos_dist.prepare.conversations import fit, tokens_and_flags
 from mythos_dist.prepare.heldout import is_heldout, text_digest
 from mythos_dist.prepare.packing import WindowPacker
 from mythos_dist.prepare.part import OUTCOMES
-from mythos_dist.prepare.part_converter import NOT_LEARNT, SHORT, WRITTEN, PartConverter, to_dtype
+from mythos_dist.prepare.part_converter import NOT_IN_LOSS, SHORT, WRITTEN, PartConverter, to_dtype
 
 
 class ChatPartConverter(PartConverter):
@@ -39,7 +39,7 @@ class ChatPartConverter(PartConverter):
         self._record.documents[OUTCOMES[outcome]] += 1
 
     def _write_conversation(self, text: bytes) -> int:
-        """Append a conversation to its split; its outcome: WRITTEN, SHORT or NOT_LEARNT."""
+        """Append a conversation to its split; its outcome: WRITTEN, SHORT or NOT_IN_LOSS."""
         job, record = self._job, self._record
         tokens, flags = tokens_and_flags(text, self._tokenizer)
         self._add_progress(len(text), len(tokens))
@@ -47,14 +47,14 @@ class ChatPartConverter(PartConverter):
             return SHORT
         kept = fit(flags, job.seq_len + 1)
         if not kept:
-            return NOT_LEARNT
+            return NOT_IN_LOSS
         record.truncated += kept < len(tokens)
         tokens, flags = tokens[:kept], flags[:kept]
         split = "heldout" if job.heldout and is_heldout(text_digest(text), job.heldout) else "train"
         self._packers[split].add(np.stack([to_dtype(tokens, job.vocab_size, job.dtype), flags.astype(job.dtype)]))
         record.documents_in[split] += 1
         record.tokens[split] += kept
-        record.learnt[split] += int(np.count_nonzero(flags & LEARNT))
+        record.learnt[split] += int(np.count_nonzero(flags & IN_LOSS))
         if self._unk_id is not None:
             record.unknown += int(np.count_nonzero(tokens == self._unk_id))
         return WRITTEN

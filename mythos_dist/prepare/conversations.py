@@ -9,7 +9,7 @@ import json
 import numpy as np
 
 from mythos_dist.data.chat import ChatRenderer, TextSpan, encode, messages_of
-from mythos_dist.data.loss_mask import FIRST, LEARNT
+from mythos_dist.data.loss_mask import FIRST, IN_LOSS
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.prepare.lines import BLANK, NOT_JSON_LINES, LineText, load_json, parse_score_of
 
@@ -28,14 +28,14 @@ def parse_conversation(line: bytes | bytearray, renderer: ChatRenderer, score_ke
 
 def tokens_and_flags(text: bytes, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The document `text` as tokens, int32 (n,), and flags (data/loss_mask.py), int32 (n,)."""
-    tokens, learnt = encode(tokenizer, [TextSpan(*piece) for piece in json.loads(text)])
-    flags = np.where(learnt, LEARNT, 0).astype(np.int32)
-    flags[:1] = FIRST  # not LEARNT: no token of the conversation precedes it
+    tokens, in_loss = encode(tokenizer, [TextSpan(*piece) for piece in json.loads(text)])
+    flags = np.where(in_loss, IN_LOSS, 0).astype(np.int32)
+    flags[:1] = FIRST  # not IN_LOSS: no token of the conversation precedes it
     return tokens, flags
 
 
 def fit(flags: np.ndarray, size: int) -> int:
-    """How many tokens of a conversation are kept in a window of `size` tokens: up to the last learnt one of the first
-    `size`; 0: none of those is learnt."""
-    learnt = np.flatnonzero(flags[:size] & LEARNT)
-    return int(learnt[-1]) + 1 if len(learnt) else 0
+    """How many tokens of a conversation are kept in a window of `size` tokens: of the first `size`, up to the last one
+    in the loss; 0: none of those is."""
+    in_loss = np.flatnonzero(flags[:size] & IN_LOSS)
+    return int(in_loss[-1]) + 1 if len(in_loss) else 0

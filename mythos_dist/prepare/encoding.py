@@ -19,7 +19,7 @@ _TEXT_RANGES = (
 )  # fmt: skip
 _MULTI_BYTE = ("cp932", "gbk", "big5", "euc_jp", "euc_kr")
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
-_MIN_CHARACTERS = 8  # fewer are no evidence
+_MIN_CHARACTERS = 8  # fewer are not enough evidence
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 

@@ -1,6 +1,6 @@
 """Read the lines of a file, and the text in a line of JSON, without a second copy of a very long line.
 
-A span of a file has the lines that begin in it, so neighbouring spans share no line and miss none. Python's json uses
+A span of a file has the lines that begin in it, so neighboring spans share no line and miss none. Python's json uses
 two or four bytes per character of a string; in a long line, string literals therefore stay bytes and are unescaped in
 pieces.
 """

@@ -20,7 +20,7 @@ from mythos_dist.prepare.inputs import Source, reading
 from mythos_dist.prepare.part import OUTCOMES, UNFINISHED, ConversionJob, ConversionPart, PartRecord, write_atomically
 
 FRAGMENT_BYTES = 1 << 20  # of a long document, encoded at a time
-WRITTEN, EMPTY, LOW_SCORE, DUPLICATE, SHORT, NOT_LEARNT = range(len(OUTCOMES))
+WRITTEN, EMPTY, LOW_SCORE, DUPLICATE, SHORT, NOT_IN_LOSS = range(len(OUTCOMES))
 AddProgress = Callable[[int, int], None]  # (bytes of text, tokens) since the last call
 
 

@@ -266,9 +266,9 @@ def _check_split(
             report.bad.append({"shard": shard.name, "problems": problems})
     if all_good and total != (counts.documents - counts.eos_dropped, counts.learnt, counts.padding):
         problem = f"the shards contain {count(total.documents, 'EOS token')}, not documents - eos_dropped"
-        if total.learnt or counts.learnt:
+        if total.loss_tokens or counts.learnt:
             problem = (
-                f"the shards contain {count(total.documents, 'document')}, {count(total.learnt, 'learnt token')} and "
-                f"{count(total.padding, 'token')} of padding, not those"
+                f"the shards contain {count(total.documents, 'document')}, {count(total.loss_tokens, 'loss token')} "
+                f"and {count(total.padding, 'token')} of padding, not those"
             )
         report.problems.append(f"{shards[0].folder.name}: {problem} of {counts}")

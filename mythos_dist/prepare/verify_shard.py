@@ -28,10 +28,10 @@ SHARD_SPECIFIC = (*NOT_IN_HEADER, "hashes", "size_limit")
 
 
 class Counted(NamedTuple):
-    """Of a shard's windows: EOS tokens, or documents, learnt tokens and padding by a loss mask."""
+    """Of a shard's windows: EOS tokens, or documents, loss tokens and padding by a loss mask."""
 
     documents: int = 0
-    learnt: int = 0
+    loss_tokens: int = 0
     padding: int = 0
 
 

@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol with time limits for clients that are slow to send a request's head, or to read.
 
 uvicorn itself limits only how long an idle connection stays open. A client that sends half a head, or never reads what
-it asked for, would hold its connection for ever.
+it asked for, would hold its connection forever.
 
 Decisions: SERVE-5.
 """

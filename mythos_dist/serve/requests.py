@@ -78,7 +78,7 @@ def _content(value: Any) -> Any:
 
 
 class _Body(BaseModel):
-    """Types are exact: "1" is no number, and 1.0 no whole number."""
+    """Types are exact: "1" is not a number, and 1.0 not a whole number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 

@@ -1,16 +1,16 @@
 """The average of the weights over training, in fp32 beside the master weights that a rank's ZeRO optimizer holds.
 
-The weights w after every step that is a multiple of `average.every` are a sample. With the k-th sample of an average
+The weights w after every step that is a multiple of `average.every` are a snapshot. With an average's k-th snapshot
 
     average += (w - average) * rate(k),   rate(k) = 1 / k (mean), (1 - decay) / (1 - decay^k) (ema)
 
 where difference, product and sum are rounded to fp32 one after the other, and the rate is rounded once. So a mean is
-that of its samples. An ema gives the samples the weights decay^0, decay^1, ... from the newest back, divided by their
-sum: Adam's bias correction (Kingma & Ba 2015), so it does not depend on the weights before the first sample.
+that of its snapshots. An ema gives them the weights decay^0, decay^1, ... from the newest back, divided by their sum:
+Adam's bias correction (Kingma & Ba 2015), so it does not depend on the weights before the first snapshot.
 
-A mean of the last N samples would take N copies of the weights. Here samples are grouped into windows of N that are
-counted back from the run's last sample, and a mean begins anew with each window: at the end it is that of the last N
-samples, in between that of the window so far. One copy is enough, and the only state besides it is k.
+A mean of the last N snapshots would take N copies of the weights. Here snapshots are grouped into windows of N that are
+counted back from the run's last snapshot, and a mean starts over with each window: at the end it is that of the last N
+snapshots, in between that of the window so far. One copy is enough, and the only state besides it is k.
 
 The router's bias is averaged like a weight.
 
@@ -37,27 +37,27 @@ def add_averages(shards: LocalShards) -> None:
 
 
 class WeightAverage:
-    """This rank's part of the average. Every rank has one with the same number of samples."""
+    """This rank's part of the average. Every rank has one with the same number of snapshots."""
 
     def __init__(self, settings: AverageConfig, shards: LocalShards):
         """`shards`: with averages, unless `settings.kind` is off."""
         self.settings = settings
-        self.samples = 0  # of the window, or since the beginning; 0: there is no average yet
+        self.snapshots = 0  # of the window, or since the beginning; 0: there is no average yet
         self._shards = [shard for shard in shards.values() if AVERAGE in shard.values]
 
     @torch.no_grad()
     def update(self, step: int, last_step: int) -> None:
-        """After step `step` of a run that ends after `last_step`: take a sample, if it is due."""
+        """After step `step` of a run that ends after `last_step`: take a snapshot, if it is due."""
         if self.settings.kind == "off" or step % self.settings.every:
             return
-        if self.samples >= window_samples(self.settings, step, last_step):
-            self.samples = 0
-        self.samples += 1
-        if self.samples == 1:
+        if self.snapshots >= window_snapshots(self.settings, step, last_step):
+            self.snapshots = 0
+        self.snapshots += 1
+        if self.snapshots == 1:
             for shard in self._shards:
                 shard.values[AVERAGE].copy_(shard.weights)
             return
-        rate = sample_rate(self.settings, self.samples)
+        rate = snapshot_rate(self.settings, self.snapshots)
         for weights, average in self._blocks():
             average += (weights - average).mul_(rate)
 
@@ -77,45 +77,45 @@ class WeightAverage:
             )
 
 
-def window_samples(settings: AverageConfig, step: int, last_step: int) -> float:
-    """The number of samples in the window of the sample at `step`, until that sample; infinite without windows."""
+def window_snapshots(settings: AverageConfig, step: int, last_step: int) -> float:
+    """The number of snapshots in the window of the one at `step`, until that one; infinite without windows."""
     if settings.kind != "mean" or settings.last is None:
         return float("inf")
-    samples_left = last_step // settings.every - step // settings.every
-    return settings.last - samples_left % settings.last
+    snapshots_left = last_step // settings.every - step // settings.every
+    return settings.last - snapshots_left % settings.last
 
 
-def sample_rate(settings: AverageConfig, samples: int) -> float:
-    """The weight of the newest of `samples` samples in their average."""
+def snapshot_rate(settings: AverageConfig, snapshots: int) -> float:
+    """The weight of the newest of `snapshots` snapshots in their average."""
     if settings.kind == "mean":
-        return 1 / samples
-    return (1 - settings.decay) / (1 - settings.decay**samples)
+        return 1 / snapshots
+    return (1 - settings.decay) / (1 - settings.decay**snapshots)
 
 
-def carried_samples(settings: AverageConfig, manifest: CheckpointManifest) -> int:
-    """The samples of a checkpoint's average that a run with these settings continues; 0: its average begins anew."""
+def carried_snapshots(settings: AverageConfig, manifest: CheckpointManifest) -> int:
+    """The snapshots of a checkpoint's average that a run with these settings continues; 0: its average starts over."""
     same = not list(_changes(settings, manifest))
     return manifest.optimizer.get("average_samples", 0) if same else 0
 
 
 def describe_resume(settings: AverageConfig, manifest: CheckpointManifest, last_step: int) -> Iterator[str]:
     """A line for the log if a run that resumes from a checkpoint does not continue its average."""
-    samples = manifest.optimizer.get("average_samples", 0)
+    snapshots = manifest.optimizer.get("average_samples", 0)
     in_checkpoint = f"the checkpoint of step {manifest.step}"
     if settings.kind == "off":
-        if samples:
-            average = f"average of {count(samples, 'sample')}"
+        if snapshots:
+            average = f"average of {count(snapshots, 'snapshot')}"
             yield f"average.kind=off: later checkpoints will not have the {average} that {in_checkpoint} has"
-    elif not samples:
+    elif not snapshots:
         if manifest.step >= settings.every:
             yield f"the average of the weights begins now: {in_checkpoint} has none"
     elif changes := list(_changes(settings, manifest)):
         changed = ", ".join(f"average.{name}={show(now)} (was {show(before)})" for name, now, before in changes)
-        yield f"the average of the weights begins anew: {changed}"
-    elif samples > window_samples(settings, manifest.step, last_step):
+        yield f"the average of the weights starts over: {changed}"
+    elif snapshots > window_snapshots(settings, manifest.step, last_step):
         yield (
-            f"the average of the weights begins anew at its next sample: the run ends after step {last_step} now, so "
-            f"other windows of average.last={settings.last} samples end at its last sample"
+            f"the average of the weights starts over at its next snapshot: the run ends after step {last_step} now, so "
+            f"other windows of average.last={settings.last} snapshots end at its last snapshot"
         )
 
 

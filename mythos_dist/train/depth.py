@@ -60,7 +60,7 @@ def draw_curves(file: Path, curves: Mapping[str, Curve], trained: int) -> None:
                 marked = [n for n in loops if name in first_worse and n >= first_worse[name]]
                 at = [getattr(curve[n], what) for n in marked]
                 panel.scatter(marked, at, marker="x", s=70, color=line.get_color(), zorder=3)
-            panel.axvline(trained, color="grey", linestyle=":", label=f"trained with {trained} on average")
+            panel.axvline(trained, color="gray", linestyle=":", label=f"trained with {trained} on average")
             if first_worse:
                 panel.scatter([], [], marker="x", s=70, color="black", label="overthinking")
             loops_axis(panel, {n for curve in curves.values() for n in curve})

@@ -142,15 +142,15 @@ class Engine:
         return shards
 
     def optimizer_state(self) -> dict[str, Any]:
-        """State that is equal on every rank: steps taken and skipped, fp16's loss scale, samples of the average."""
-        samples = {"average_samples": self.average.samples} if self.average.samples else {}
-        return optimizer_state(self.ds_engine) | samples
+        """State that is equal on every rank: steps taken and skipped, fp16's loss scale, snapshots in the average."""
+        average = {"average_samples": self.average.snapshots} if self.average.snapshots else {}
+        return optimizer_state(self.ds_engine) | average
 
     def after_load(self, optimizer_state: dict[str, Any], step: int, average_samples: int = 0) -> None:
         """Resume after step `step`, when `local_shards` were filled. Every rank calls this."""
         set_optimizer_state(self.ds_engine, optimizer_state, step)
         copy_masters_to_parameters(self.ds_engine.optimizer)
-        self.average.samples = average_samples
+        self.average.snapshots = average_samples
 
     def train_step(self, micro_batches: Iterable[MicroBatch], step: int, norm_limit: float = math.inf) -> StepResult:
         """Optimizer step `step` (1-based) of the schedule on this replica's micro-batches.

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Export. Raises UserError."""
     _check(arguments)
     source = open_checkpoint(arguments.checkpoint)
-    samples = source.manifest.optimizer.get("average_samples", 0)
+    snapshots = source.manifest.optimizer.get("average_samples", 0)
     if arguments.average:
         source = AverageOf(source)
     manifest, notes = source.manifest, []
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         "verify": not arguments.no_verify,
         "report": notes.append,
     }
-    average = f", average of {count(samples, 'sample')}" if arguments.average else ""
+    average = f", average of {count(snapshots, 'snapshot')}" if arguments.average else ""
     about = f"step {manifest.step}{average}: {manifest.num_parameters:,} parameters"
     is_universal = arguments.format == UNIVERSAL
     size = 12 * manifest.num_parameters if is_universal else manifest.weight_bytes
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
             "differ"
         )
     values = {"format": arguments.format, "dtype": arguments.dtype, "step": manifest.step}
-    values |= {"parameters": manifest.num_parameters, "bytes": size, "average_samples": samples * arguments.average}
+    values |= {"parameters": manifest.num_parameters, "bytes": size, "average_samples": snapshots * arguments.average}
     print_result(arguments, done, notes, checkpoint=source.folder, out=arguments.out, **values)
 
 
@@ -77,6 +77,6 @@ def _check(arguments: argparse.Namespace) -> None:
     if prefix and not is_universal:
         problems.append(f"--prefix {prefix} needs --format {UNIVERSAL}")
     elif prefix and not re.fullmatch(r"(\w+\.)+", prefix):
-        problems.append(f"--prefix {prefix!r:.60} is no prefix of parameter names; give one such as model.")
+        problems.append(f"--prefix {prefix!r:.60} is not a prefix of parameter names; give one such as model.")
     if problems:
         raise UserError(problems)

@@ -257,7 +257,7 @@ class Run:
         """Measure the held-out loss, also over `loops.sweep` and of the averaged weights if set."""
         passes = raise_on_all_ranks(lambda: list(heldout_passes(heldout, self.config, self.mesh.data)))
         sweep = self.config.loops.sweep
-        with_average = self.config.average.evaluate and self.engine.average.samples > 0
+        with_average = self.config.average.evaluate and self.engine.average.snapshots > 0
         by_loops, of_average = {}, None
         total = 1 + len(sweep) + with_average
         with Bar("evaluating", total, unit=" evaluations", quiet=dist.get_rank() > 0) as shown:
@@ -270,7 +270,7 @@ class Run:
             if with_average:
                 self.session.heartbeat()
                 of_average = self.engine.evaluate_average(passes)
-        return Evaluation(result, by_loops, of_average, self.engine.average.samples)
+        return Evaluation(result, by_loops, of_average, self.engine.average.snapshots)
 
     def save(self) -> None:
         """Begin to save the state after `step`."""

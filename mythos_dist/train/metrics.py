@@ -188,7 +188,7 @@ class Metrics:
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Append a line with what was measured to eval.jsonl and print it; nothing was: do nothing."""
         line: dict[str, Any] = {"step": step}
-        result, curve, of_average, samples, tasks = evaluation
+        result, curve, of_average, snapshots, tasks = evaluation
         texts = []
         if result:
             line |= {"heldout_loss": result.loss, "accuracy": result.accuracy}
@@ -200,8 +200,8 @@ class Metrics:
             texts.append(f"held-out loss by loops  {losses}")
         if of_average:
             line["heldout_loss_average"], line["accuracy_average"] = of_average
-            line["average_samples"] = samples
-            texts[0] += f"  of the average {of_average.loss:.3f} ({count(samples, 'sample')})"
+            line["average_samples"] = snapshots
+            texts[0] += f"  of the average {of_average.loss:.3f} ({count(snapshots, 'snapshot')})"
         if tasks:
             line["tasks"] = tasks
             texts += [f"{task}  {_task_text(metrics)}" for task, metrics in tasks.items()]

@@ -42,7 +42,7 @@ def loops_axis(panel: "Axes", loops: Collection[int]) -> None:
 
 
 def value_axis(panel: "Axes", least: float, which: Literal["x", "y"] = "y") -> None:
-    """An axis with a range of at least `least`, labelled with plain values instead of an offset such as "+7".
+    """An axis with a range of at least `least`, labeled with plain values instead of an offset such as "+7".
 
     Without a minimum, matplotlib scales tiny differences to the full height. Call it after everything is drawn. Values
     must not be negative.

@@ -20,7 +20,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.parallel.process import on_rank_0, raise_on_all_ranks
 from mythos_dist.progress import Bar
-from mythos_dist.train.average import carried_samples
+from mythos_dist.train.average import carried_snapshots
 from mythos_dist.train.global_batch import tokens_at
 from mythos_dist.train.session import Session
 from mythos_dist.train.start_from import carried_optimizer_state
@@ -34,9 +34,9 @@ def load_checkpoint(config: Config, session: Session, engine: "Engine", checkpoi
     """Fill the engine with the state of a checkpoint of this run, and return the gradient norms of the steps before it,
     from which the limit on norms is computed."""
     manifest = checkpoint.manifest
-    samples = carried_samples(config.average, manifest)
-    _load_tensors(session, engine, checkpoint, leave_out=() if samples else (AVERAGE,))
-    engine.after_load(manifest.optimizer, manifest.step, samples)
+    snapshots = carried_snapshots(config.average, manifest)
+    _load_tensors(session, engine, checkpoint, leave_out=() if snapshots else (AVERAGE,))
+    engine.after_load(manifest.optimizer, manifest.step, snapshots)
     return _recent_norms(checkpoint)
 
 

@@ -45,7 +45,7 @@ class Session:
         """A phase begins, such as "step 3"; the watchdog limits its time."""
 
     def heartbeat(self) -> None:
-        """The phase makes progress: its time limit begins anew."""
+        """The phase makes progress: its time limit starts over."""
 
     def record_startup(self, phase: str) -> None:
         """A phase of the startup has ended."""
@@ -54,7 +54,7 @@ class Session:
         self._phase_began = now
 
     def begin_stage(self) -> None:
-        """Another stage of the run begins: its startup is measured anew, and the last stage's run is released."""
+        """Another stage of the run begins: its startup is measured again, and the last stage's run is released."""
         self.startup_seconds.clear()
         self._phase_began = time.monotonic()
         self.on_failure = self.stop.on_exit = _ignore

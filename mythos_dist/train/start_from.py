@@ -179,7 +179,7 @@ def carried_optimizer_state(parent: Checkpoint, state: str) -> dict[str, Any]:
 
 
 def describe_start(config: Config, parent: Checkpoint, lineage: Lineage, corpora: list[Corpus]) -> Iterator[str]:
-    """Lines for the console: what is carried over, what begins anew, and which settings differ from the parent's."""
+    """Lines for the console: what is carried over, what starts over, and which settings differ from the parent's."""
     manifest, state = parent.manifest, config.run.start_from_state
     begin = config.run.stage_begin
     stage = f"stage {config.run.stage}: " if config.run.stage else ""
@@ -187,23 +187,23 @@ def describe_start(config: Config, parent: Checkpoint, lineage: Lineage, corpora
         f"{stage}starting from {parent.folder} (step {manifest.step}, {count(manifest.lineage.tokens, 'token')} "
         f"trained), start_from_state={state}"
     )
-    kept, anew = ["weights", "router bias"], []
-    (anew if state == "weights" else kept).append("moments of the optimizer")
+    kept, restarted = ["weights", "router bias"], []
+    (restarted if state == "weights" else kept).append("moments of the optimizer")
     steps = "step count (learning rate, loops, random numbers)"
     if state == "everything":
         first = f"{steps}: step {begin + 1} is step {lineage.first_step + begin + 1}"
         kept += [first, "loss scale", "gradient norms"]
     else:
-        anew.append(steps)
+        restarted.append(steps)
     if lineage.next_sample:
         kept.append(f"data order, from sample {lineage.next_sample:,}")
     else:
-        anew.append("data order")
+        restarted.append("data order")
     yield f"  carried over: {'; '.join(kept)}"
     if config.average.kind != "off":
-        anew.append("average of the weights")
-    if anew:
-        yield f"  begins anew: {'; '.join(anew)}"
+        restarted.append("average of the weights")
+    if restarted:
+        yield f"  starts over: {'; '.join(restarted)}"
     changes = training_changes(manifest.config, asdict(config))
     if changed := [f"{name} {show(before)} -> {show(now)}" for name, before, now in changes]:
         yield f"  changed: {'; '.join(changed)}"

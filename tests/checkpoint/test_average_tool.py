@@ -105,7 +105,7 @@ def test_export_writes_the_average_of_a_checkpoint(save, tool, tmp_path):
     """The average of parameters and buffers under their names, instead of the weights."""
     averages = {"average/prelude.0.w": np.full((5, 12), 3, np.float32), "average/router.bias": np.ones(7, np.float32)}
     folder = save(4, some_values(0) | averages, samples=2)
-    assert "step 4, average of 2 samples: 60" in tool(
+    assert "step 4, average of 2 snapshots: 60" in tool(
         "export_checkpoint", folder, "--average", "--out", tmp_path / "average"
     )
     tool("export_checkpoint", folder, "--out", tmp_path / "weights", "--quiet")
@@ -114,7 +114,7 @@ def test_export_writes_the_average_of_a_checkpoint(save, tool, tmp_path):
         assert np.array_equal(stored["average"][name], averages[f"average/{name}"])
     assert np.array_equal(stored["weights"]["prelude.0.w"], some_values(0)["parameter/prelude.0.w"])
     described = "\n".join(summary_lines(inspect(folder)[1]))
-    assert "60; weights and the optimizer's moments; average of 2 samples of the weights" in described
+    assert "60; weights and the optimizer's moments; average of 2 snapshots of the weights" in described
     without = save(5, some_values(0))
     with pytest.raises(UserError, match=r"has no average of the weights: its run had average\.kind=off"):
         tool("export_checkpoint", without, "--average", "--out", tmp_path / "none")

@@ -121,7 +121,7 @@ def test_keep_removes_checkpoints_of_earlier_stages_and_of_no_other_run(run, cap
 
 @pytest.mark.parametrize("what", ["file", "link", "dangling link", "foreign file", "another run", "empty folder"])
 def test_anything_in_the_place_of_the_next_checkpoint_is_renamed(run, tmp_path, what):
-    """It used to be overwritten, or saving failed for ever."""
+    """It used to be overwritten, or saving failed forever."""
     run.save(2)
     taken = run.checkpoints / "step-00000004"
     if what == "file":

@@ -115,7 +115,7 @@ def test_each_rank_of_any_layout_reads_its_bytes_and_few_others(store, run_url, 
         assert read(Checkpoint(checkpoints / "step-00000002"), layout, rank) == needed
 
 
-def test_neighbouring_pieces_are_one_request(store, run_url):
+def test_neighboring_pieces_are_one_request(store, run_url):
     """At the layout that saved, a rank reads one file, and of that the parts that it holds: with the header, two
     requests, beside those of what the other replica has saved for it."""
     checkpoint = Checkpoint(run_url / "checkpoints" / "step-00000002")

@@ -264,7 +264,7 @@ def test_files_without_usable_weights_are_refused(tmp_path):
     ("options", "message"),
     [
         (["--format", "deepspeed-universal", "--dtype", "bf16"], "--dtype bf16: universal checkpoints hold fp32"),
-        (["--format", "deepspeed-universal", "--prefix", "model"], "--prefix 'model' is no prefix of parameter names"),
+        (["--format", "deepspeed-universal", "--prefix", "model"], "'model' is not a prefix of parameter names"),
         (["--prefix", "model."], "--prefix model. needs --format deepspeed-universal"),
     ],
 )

@@ -65,7 +65,7 @@ def test_exported_weights_run_in_open_mythos(dtype, run, open_mythos, tmp_path):
     theirs = reference_of(open_mythos, out, load_file(out / "model.safetensors"))
     input_ids = torch.arange(24).view(2, 12)
     expected = ours(input_ids)
-    assert expected.std() > 0.05, "the model must have learnt something"
+    assert expected.std() > 0.05, "the model must have learned something"
     tolerance = {"fp32": 1e-5, "bf16": 3e-2}[dtype]
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids), expected, rtol=0, atol=tolerance * float(expected.abs().max()))

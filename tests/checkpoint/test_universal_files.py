@@ -109,7 +109,7 @@ def test_every_file_loads_without_running_anything(tmp_path):
     ("config", "changes", "note"),
     [
         (replace(CONFIG, optim=OptimConfig(name="muon")), {}, "Muon's momentum is lost"),
-        (replace(CONFIG, average=AverageConfig(kind="ema")), {"average_samples": 3}, "average of 3 samples"),
+        (replace(CONFIG, average=AverageConfig(kind="ema")), {"average_samples": 3}, "average of 3 snapshots"),
         (
             replace(CONFIG, train=replace(CONFIG.train, dtype="fp16")),
             {"loss_scale": {"cur_scale": 1024.0}},
@@ -215,7 +215,7 @@ def test_other_folders_are_refused_with_what_to_do(tmp_path):
         find_universal(tmp_path)
     for name in ("../out/global_step7_universal", "..", "missing", ""):
         (folder.parent / "latest_universal").write_text(name)
-        with pytest.raises(UserError, match="which is no universal checkpoint here"):
+        with pytest.raises(UserError, match="which is not a universal checkpoint here"):
             find_universal(folder.parent)
     with pytest.raises(UserError, match="exists; name a new folder"):
         export_universal(open_checkpoint(tmp_path / "run"), tmp_path / "out")

@@ -76,16 +76,16 @@ def test_tokens_are_those_of_transformers(chat):
     assert tokens.tolist() == expected[: len(tokens)]
     assert reference.decode(expected[len(tokens) :]).strip("\n") in ("", EOS)
     conversation.append({"role": "user", "content": "And now?"})
-    prompt, learnt = encode(tokenizer, renderer.prompt(conversation))
+    prompt, in_loss = encode(tokenizer, renderer.prompt(conversation))
     assert prompt.tolist() == reference.apply_chat_template(conversation, add_generation_prompt=True)
-    assert prompt[: len(tokens)].tolist() == tokens.tolist() and not learnt[len(tokens) :].any()
+    assert prompt[: len(tokens)].tolist() == tokens.tolist() and not in_loss[len(tokens) :].any()
 
 
-def test_what_assistants_say_is_learnt_and_nothing_else(chat):
-    """Decoded, runs of learnt tokens are the assistants' messages, each with the token that ends its turn."""
+def test_what_assistants_say_is_in_the_loss_and_nothing_else(chat):
+    """Decoded, runs of tokens in the loss are the assistants' messages, each with the token that ends its turn."""
     name, tokenizer, renderer = chat
-    tokens, learnt = encode(tokenizer, renderer.pieces(messages(CONVERSATION)))
-    edges = np.flatnonzero(np.diff(learnt, prepend=False, append=False)).reshape(-1, 2)
+    tokens, in_loss = encode(tokenizer, renderer.pieces(messages(CONVERSATION)))
+    edges = np.flatnonzero(np.diff(in_loss, prepend=False, append=False)).reshape(-1, 2)
     said = [tokens[begin:end].tolist() for begin, end in edges]
     end = tokenizer.special_tokens[ENDS[name]]
     assert [run[-1] for run in said] == [end, end]
@@ -101,7 +101,7 @@ def test_what_assistants_say_is_learnt_and_nothing_else(chat):
 @pytest.mark.launch
 @pytest.mark.parametrize("name", ["unigram", "bpe"])
 def test_a_sentencepiece_model_uses_the_plain_template(name, corpus, tmp_path):
-    """Its EOS ends a turn; "</s>" is no text that a message may have."""
+    """Its EOS ends a turn; "</s>" is not text that a message may have."""
     from mythos_dist.prepare.corpus import read_documents
     from mythos_dist.prepare.tokenizer_training import train_tokenizer
 
@@ -109,13 +109,13 @@ def test_a_sentencepiece_model_uses_the_plain_template(name, corpus, tmp_path):
     with pytest.raises(UserError, match=r"no chat template \(neither tokenizer_config.json.*--template plain"):
         find_renderer(tokenizer, None)
     renderer = find_renderer(tokenizer, PLAIN)
-    tokens, learnt = encode(tokenizer, renderer.pieces(messages(CONVERSATION)))
+    tokens, in_loss = encode(tokenizer, renderer.pieces(messages(CONVERSATION)))
     assert (
         np.flatnonzero(tokens == tokenizer.eos_id).tolist()
-        == np.flatnonzero(np.diff(learnt, append=False))[1::2].tolist()
+        == np.flatnonzero(np.diff(in_loss, append=False))[1::2].tolist()
     )
-    assert tokenizer.decode(tokens[learnt]) == CONVERSATION[2][1] + CONVERSATION[4][1]
-    assert "### user\nHello, I'm  naïve 日本 <b>\n### assistant\n" in tokenizer.decode(tokens[~learnt])
+    assert tokenizer.decode(tokens[in_loss]) == CONVERSATION[2][1] + CONVERSATION[4][1]
+    assert "### user\nHello, I'm  naïve 日本 <b>\n### assistant\n" in tokenizer.decode(tokens[~in_loss])
     with pytest.raises(ValueError, match="message 1 contains the text of the special token </s>"):
         renderer.pieces(messages([("user", "a </s> b"), ("assistant", "x")]))
 

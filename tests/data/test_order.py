@@ -80,8 +80,8 @@ def test_without_a_seed_the_order_is_the_one_on_disk():
     assert SampleOrder([2, 3], None).samples(np.arange(12)).tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 
 
-def test_neighbouring_samples_come_from_different_shards():
-    """64 shards of 1,000 in blocks of 16,000: when mixed well, one pair of neighbours in 16 shares a shard."""
+def test_neighboring_samples_come_from_different_shards():
+    """64 shards of 1,000 in blocks of 16,000: when mixed well, one pair of neighbors in 16 shares a shard."""
     order = SampleOrder([1000] * 64, 3, block=16_000)
     shards = np.array(epoch_of(order, 0)) // 1000
     same = (shards[1:] == shards[:-1]).mean()

@@ -276,7 +276,7 @@ def test_a_worker_that_is_killed_is_an_error(make_stream):
     with pytest.raises(RuntimeError, match=f"worker .*{worker.pid}"):
         for _ in range(1000):
             next(steps)
-    other.kill()  # it ignores SIGTERM: where nothing closed the loader, pytest waited for it at its end, for ever
+    other.kill()  # it ignores SIGTERM: where nothing closed the loader, pytest waited for it at its end, forever
     other.join()
 
 

@@ -46,7 +46,7 @@ class Soak:
         self.kills: list[str] = []  # the point of each kill
         self.runs = 0  # runs that were completed after kills, and compared
         self.tried: set[tuple[str, str]] = set()
-        launch(1, int)  # the imports of the server that ranks are forked from are no part of a run
+        launch(1, int)  # the imports of the server that ranks are forked from are not part of a run
         begin = time.monotonic()
         uninterrupted = folder / "uninterrupted"
         result = self._start(uninterrupted)

@@ -56,10 +56,10 @@ def test_experts_without_tokens_get_zero_gradients(k, backend, tiny, build_pair)
     """
     config = tiny(n_experts=10, n_experts_per_tok=k, expert_dim=5)
     ours, reference = build_pair(config, experts=ExpertsConfig(backend=backend))
-    favoured = torch.zeros(10)
-    favoured[-k:] = 1e4
-    ours.recurrent.block.ffn.router.bias.copy_(favoured)
-    reference.recurrent.block.ffn.router_bias.copy_(favoured)
+    favored = torch.zeros(10)
+    favored[-k:] = 1e4
+    ours.recurrent.block.ffn.router.bias.copy_(favored)
+    reference.recurrent.block.ffn.router_bias.copy_(favored)
 
     input_ids = torch.arange(12).view(2, 6)
     losses = ours(input_ids, labels=input_ids)
@@ -86,8 +86,8 @@ def test_experts_without_tokens_get_zero_gradients(k, backend, tiny, build_pair)
 def test_backends_equal_a_loop_over_experts(dim, expert_dim, backend, dtype, tolerance, tiny, enliven):
     """Output and all gradients against each token's own experts, written out, in float64.
 
-    Tolerances are a few roundings of the dtype (2^-24, 2^-9, 2^-12). Widths that are no multiple of 16 bytes and, in
-    half precision, rows that are no multiple of 16 are padded for the grouped GEMM and must not show. Experts 0
+    Tolerances are a few roundings of the dtype (2^-24, 2^-9, 2^-12). Widths that are not multiples of 16 bytes and, in
+    half precision, rows that are not multiples of 16 are padded for the grouped GEMM and must not show. Experts 0
     and 6 get no token.
     """
     config = tiny(dim=dim, expert_dim=expert_dim, n_experts=7, n_experts_per_tok=3, n_shared_experts=0)
@@ -192,7 +192,7 @@ def test_auxiliary_losses_enter_the_objective_once(tiny):
 
 
 def test_the_bias_affects_selection_but_not_weights(tiny, enliven):
-    """With a bias that forces experts 4 and 5, their weights are still softmax scores, renormalised to 1."""
+    """With a bias that forces experts 4 and 5, their weights are still softmax scores, renormalized to 1."""
     moe = one_moe(tiny(n_experts_per_tok=2), ExpertsConfig(), enliven)
     moe.router.bias[4:] = 1e4
     x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))

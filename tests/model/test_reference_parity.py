@@ -119,7 +119,7 @@ def scales(case: Case, watch: Watch, gradients: dict[str, Tensor]) -> dict[str, 
     norms["recurrent.injection.log_dt"] = float(gradients["recurrent.injection.log_A"].abs().sum())
     norms["recurrent.act.halt.bias"] = watch.halt_terms
     everything = sum(norm**2 for norm in norms.values()) ** 0.5
-    if case.config.n_experts_per_tok == 1:  # a single weight, renormalised, is always 1
+    if case.config.n_experts_per_tok == 1:  # a single weight, renormalized, is always 1
         norms["recurrent.block.ffn.router.weight"] = everything
     if case.config.coda_layers == 0 and case.n_loops == 1:  # a weight on the only state, and then the final norm
         norms["recurrent.act.halt.weight"] = norms["recurrent.act.halt.bias"] = everything

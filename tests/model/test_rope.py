@@ -141,7 +141,7 @@ def test_mla_with_scaling_is_the_attention_of_deepseek_v3(name):
 @pytest.mark.launch
 @pytest.mark.parametrize("name", ["linear", "yarn", "other mscales"])
 def test_gqa_with_scaling_is_the_attention_of_llama(name):
-    """Which rotates channel i with channel i + d / 2; ours are neighbours."""
+    """Which rotates channel i with channel i + d / 2; ours are neighbors."""
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaRotaryEmbedding
 
     config = config_of(SCALINGS[name], attn_type="gqa", **BY_MODE["reference"])

@@ -147,7 +147,7 @@ def imbalance(counts: Tensor) -> float:
 
 @pytest.mark.launch
 def test_bias_updates_balance_a_skewed_router(tiny, build_pair):
-    """All tokens favour two of eight experts (load 4 x the mean, the worst that top-2 allows); 60 updates fix it.
+    """All tokens favor two of eight experts (load 4 x the mean, the worst that top-2 allows); 60 updates fix it.
 
     The reference has the same buffer and no code that moves it: after optimizer steps it is still zero.
     """

@@ -108,7 +108,7 @@ def test_the_page_draws_the_values_of_metrics_jsonl(steps, tmp_path):
 @browser
 @pytest.mark.launch
 def test_the_page_is_light_or_dark_as_the_reader_prefers(tmp_path):
-    """The image is mostly background, and has curves in their colour."""
+    """The image is mostly background, and has curves in their color."""
     folder = write_run(tmp_path / "run", 40)
     write_report([folder], tmp_path / "report.html")
     for dark, background in ((False, (255, 255, 255)), (True, (0x14, 0x17, 0x1D))):

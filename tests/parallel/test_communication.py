@@ -29,7 +29,7 @@ SMALL = (
 )
 # In half precision the order of a sum may change what the router chooses: here it chooses all.
 ALL_EXPERTS = "model.n_experts_per_tok=8"
-LARGE = "model.expert_dim=1000 model.vocab_size=6000"  # parameters that ZeRO-3 gathers anew for each micro-batch
+LARGE = "model.expert_dim=1000 model.vocab_size=6000"  # parameters that ZeRO-3 gathers again for each micro-batch
 # Stages without any block, and without experts: stand-ins take their places in the optimizer's groups.
 BARE = "model.prelude_layers=0 model.coda_layers=0 model.vocab_size=4000"
 # Every loop is read out, and what a looped block can have besides OpenMythos' is there.
@@ -319,7 +319,7 @@ def test_groups_have_the_names_of_their_axes():
     tied = [[1, 3, 5, 7, 9, 11, 13, 15], [1, 3, 5, 7], [5, 7, 13, 15]]  # on both stages, over 4, 2 and 2 replicas
     assert [name_of(ranks[::-1]) for ranks in tied] == ["tied"] * 3
     for no_group in ([4, 7], [5, 9], [0, 1, 4, 5], [5, 6, 7, 8], range(15), range(17)):
-        with pytest.raises(AssertionError, match="are no group of"):
+        with pytest.raises(AssertionError, match="are not a group of"):
             name_of(no_group)
 
 

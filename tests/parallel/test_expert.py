@@ -17,7 +17,7 @@ from mythos_dist.parallel.tensor import shard_of
 
 pytestmark = pytest.mark.launch
 
-E, D, F = 8, 16, 10  # experts, model, hidden width: 10 is no multiple of 16 bytes
+E, D, F = 8, 16, 10  # experts, model, hidden width: 10 is not a multiple of 16 bytes
 
 
 @dataclass(frozen=True)

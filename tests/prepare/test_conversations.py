@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from experiments.chat_task import END, write_byte_tokenizer
 from mythos_dist.data.chat_template import find_renderer
-from mythos_dist.data.loss_mask import FIRST, LEARNT, PADDING
+from mythos_dist.data.loss_mask import FIRST, IN_LOSS, PADDING
 from mythos_dist.data.manifest import Filters, read_shard_manifest
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.data.tokenizer import Tokenizer
@@ -58,11 +58,11 @@ def write_lines(file, conversations):
 
 
 def characters(turns, size=SEQ_LEN + 1):
-    """The reference: (character or special token, learnt) of a conversation in a window of `size`."""
+    """The reference: (character or special token, in the loss) of a conversation in a window of `size`."""
     found = []
     for role, content in turns:
-        learnt = role == "assistant"
-        found += [(f"<|{role}|>", False), *((sign, learnt) for sign in content), (END, learnt)]
+        in_loss = role == "assistant"
+        found += [(f"<|{role}|>", False), *((sign, in_loss) for sign in content), (END, in_loss)]
     found = found[:size]
     while found and not found[-1][1]:
         found.pop()
@@ -79,10 +79,10 @@ def written(folder, split, tokenizer):
         padding += int(((flags & PADDING) > 0).sum())
         for conversation in split_conversations(np.stack([tokens, flags])):
             if conversation[1, 0] & PADDING:
-                assert (conversation[0] == tokenizer.eos_id).all() and not (conversation[1] & LEARNT).any()
+                assert (conversation[0] == tokenizer.eos_id).all() and not (conversation[1] & IN_LOSS).any()
                 continue
             text = [names.get(token) or tokenizer.decode([token]) for token in conversation[0].tolist()]
-            found.append(tuple(zip(text, (conversation[1] & LEARNT).astype(bool).tolist(), strict=True)))
+            found.append(tuple(zip(text, (conversation[1] & IN_LOSS).astype(bool).tolist(), strict=True)))
     return found, padding
 
 
@@ -122,7 +122,7 @@ def test_each_conversation_is_in_one_window_with_its_mask(
         some, padding = found[split]
         assert (counted.documents, counted.padding) == (len(some), padding)
         assert counted.tokens == sum(map(len, some)) and counted.learnt == sum(
-            learnt for one in some for _, learnt in one
+            in_loss for one in some for _, in_loss in one
         )
         assert counted.tokens + padding == counted.tokens_written == counted.windows * (SEQ_LEN + 1)
     assert bool(found["heldout"][0]) == bool(heldout)
@@ -245,7 +245,7 @@ def test_a_batch_has_labels_in_completions_and_attention_inside_conversations(to
         (batch,) = stream.step(i)
         tokens, flags = np.array(window).reshape(2, -1).tolist()
         assert batch.input_ids.tolist() == [tokens[:-1]]
-        expected = [token if flag & LEARNT else -100 for token, flag in zip(tokens[1:], flags[1:], strict=True)]
+        expected = [token if flag & IN_LOSS else -100 for token, flag in zip(tokens[1:], flags[1:], strict=True)]
         assert batch.labels.tolist() == [[expected]] and batch.final_labels.tolist() == [expected]
         document, documents = -1, []
         for flag in flags[:-1]:
@@ -297,12 +297,12 @@ def test_damaged_flags_are_found(tokenizer, tmp_path):
     out = tmp_path / "out"
     convert_chat(write_lines(tmp_path / "a.jsonl", some_conversations(20)), tokenizer, out)
     windows = np.array(read_windows(out, "train"), np.uint16)
-    windows[0, -1] ^= LEARNT
+    windows[0, -1] ^= IN_LOSS
     writer = ShardWriter(out / "train" / "part-tails", 2 * SEQ_LEN + 1, "uint16", prefix="part-tails/")
     writer.add(windows.ravel())
     writer.finish()
     (out / "train" / "index.json").write_text(json.dumps({"version": 2, "shards": writer.shards}, sort_keys=True))
-    assert any("learnt token" in problem for problem in verify(out).problems)
+    assert any("loss token" in problem for problem in verify(out).problems)
 
 
 def test_compressed_lines_and_shards(tokenizer, tmp_path):

@@ -317,7 +317,7 @@ BAD = {
     ),
     "a legacy index": (bad_megatron(lambda b: b"TNTIDX\0\0" + b[8:]), r"a.idx: is an index of Megatron-LM before 2020"),
     "another file": (bad_megatron(lambda b: b"PK" + b[2:]), r"a.idx: is not the index of a Megatron data set"),
-    "floats": (bad_megatron(lambda b: b[:17] + b"\x07" + b[18:]), r"dtype float32, which is no token's"),
+    "floats": (bad_megatron(lambda b: b[:17] + b"\x07" + b[18:]), r"dtype float32, which tokens do not have"),
     "a truncated .idx": (bad_megatron(lambda b: b[:-1]), r"a.idx: has .* bytes, but its header describes"),
     "a multimodal .idx": (bad_megatron(lambda b: b + bytes(len(TOKENS))), r"is an index of a multimodal data set"),
     "a wrong sequence": (bad_megatron(lambda b: b[:34] + b"\x01" + b[35:]), r"a.idx: sequence 1 does not follow"),
@@ -363,7 +363,7 @@ BAD = {
     ),
     "another dtype that does not divide the bytes": (
         lambda path: write_mds(path / "mds", [[5, 6, 7]], dtype="uint16"),
-        r"shard.00000.mds: sample 0 cannot be read \(6 bytes are no int64; .*--bytes-dtype",
+        r"shard.00000.mds: sample 0 cannot be read \(6 bytes are not int64; .*--bytes-dtype",
     ),
     "text in MDS": (text_mds, r"column 'tokens' holds str, not token ids"),
     "no EOS": (

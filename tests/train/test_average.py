@@ -73,7 +73,7 @@ def test_averages_follow_their_closed_formula(steps, every, last, decay, kind):
     samples = [weights[step - 1] for step in range(1, steps + 1) if step % every == 0]
     if kind == "mean" and last:
         samples = samples[-last:]
-    assert average.samples == len(samples)
+    assert average.snapshots == len(samples)
     actual = shards["w"].values["average"].numpy()
     if not samples:
         assert not actual.any()
@@ -295,7 +295,7 @@ def test_averaging_can_be_switched_on_off_and_changed(averaged, run, tmp_path):
     shutil.copytree(averaged["one rank"], folder)
     arguments = [*run, f"run.dir={folder}", "average.evaluate=false"]
     off = train(1, *arguments, "train.steps=9", "average.kind=off")
-    assert "average.kind=off: later checkpoints will not have the average of 3 samples" in off.err
+    assert "average.kind=off: later checkpoints will not have the average of 3 snapshots" in off.err
     assert not averages_of(tensors_of(folder, 9))
     on = train(1, *arguments, "train.steps=12", "average.kind=ema", "average.decay=0.75")
     assert "the average of the weights begins now: the checkpoint of step 9 has none" in on.err
@@ -304,7 +304,7 @@ def test_averaging_can_be_switched_on_off_and_changed(averaged, run, tmp_path):
         samples = [weights_of(states[step])[name] for step in (10, 12)]
         assert np.array_equal(average, expected_average(samples, "ema", 0.75)), name
     changed = train(1, *arguments, "train.steps=14", "average.kind=ema", "average.decay=0.5")
-    assert "the average of the weights begins anew: average.decay=0.5 (was 0.75)" in changed.err
+    assert "the average of the weights starts over: average.decay=0.5 (was 0.75)" in changed.err
     assert samples_in(folder, 13) == 0 and samples_in(folder, 14) == 1
     assert [result.codes for result in (off, on, changed)] == [[0]] * 3
 
@@ -313,14 +313,14 @@ def test_averaging_can_be_switched_on_off_and_changed(averaged, run, tmp_path):
 @pytest.mark.timeout(2400)
 def test_a_longer_run_never_averages_samples_from_before_its_window(averaged, run, tmp_path):
     """The last window of 10 steps has the samples 6, 8 and 10. The mean of 4, 6 and 8 cannot become that one, so the
-    run says that it begins anew. The last window of 14 steps begins at step 10, as if the run had had that length."""
+    run says that it starts over. The last window of 14 steps begins at step 10, as if the run had had that length."""
     for steps, samples, warned in ((10, {9: 3, 10: 1}, True), (14, {9: 3, 10: 1, 12: 2, 14: 3}, False)):
         folder = tmp_path / str(steps)
         shutil.copytree(averaged["one rank"], folder)
         result = train(1, *run, f"run.dir={folder}", f"train.steps={steps}")
         assert result.codes == [0], result.tails
         assert {step: samples_in(folder, step) for step in samples} == samples
-        assert ("the average of the weights begins anew at its next sample" in result.err) == warned, result.err
+        assert ("the average of the weights starts over at its next snapshot" in result.err) == warned, result.err
 
 
 @launches
@@ -330,7 +330,7 @@ def test_a_new_stage_begins_its_average_anew(averaged, run, tmp_path):
     parent = averaged["one rank"] / "checkpoints" / "step-00000006"
     stage = [f"run.dir={tmp_path}", f"start_from={parent}", "start_from_state=everything"]
     result = train(1, *run, *stage)
-    assert result.codes == [0] and "begins anew: average of the weights" in result.out, result.tails
+    assert result.codes == [0] and "starts over: average of the weights" in result.out, result.tails
     assert [samples_in(tmp_path, step) for step in (1, 2)] == [0, 1]
     state = tensors_of(tmp_path, 2)
     assert all(np.array_equal(averages_of(state)[name], value) for name, value in weights_of(state).items())
@@ -348,7 +348,7 @@ def test_an_exported_average_is_what_was_evaluated(averaged, run, shards, tmp_pa
     source, out = averaged["tensor 2, expert 2, zero 2"], tmp_path / "average"
     tools = REPOSITORY / "tools"
     exported = run_tool(tools / "export_checkpoint.py", source, "--average", "--out", out)
-    assert exported.codes == [0] and "step 8, average of 3 samples" in exported.out, exported.err
+    assert exported.codes == [0] and "step 8, average of 3 snapshots" in exported.out, exported.err
     averages = averages_of(tensors_of(source, 8))
     model, config, step = load_model(out)
     trained = load_config(run[0], run[1:])

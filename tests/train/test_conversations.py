@@ -11,7 +11,7 @@ from helpers.launch import train
 from helpers.small_run import TINY
 
 from mythos_dist.checkpoint.restore import load_model
-from mythos_dist.data.loss_mask import LEARNT, PADDING
+from mythos_dist.data.loss_mask import IN_LOSS, PADDING
 from mythos_dist.prepare.packing import split_conversations
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
@@ -40,10 +40,10 @@ def test_losses_are_those_of_each_conversation_alone_at_every_layout(settings, c
             if conversation[1, 0] & PADDING:
                 continue
             ids = torch.tensor(conversation[0])
-            learnt = torch.tensor(conversation[1, 1:] & LEARNT).bool()
+            in_loss = torch.tensor(conversation[1, 1:] & IN_LOSS).bool()
             with torch.no_grad():
-                logits = model(ids[None, :-1], n_loops)[0][learnt]
-            labels = ids[1:][learnt]
+                logits = model(ids[None, :-1], n_loops)[0][in_loss]
+            labels = ids[1:][in_loss]
             total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(-1) == labels).sum())
             tokens += len(labels)

@@ -51,7 +51,7 @@ INTERNALS = [
     (
         f"{ENGINE}.is_gradient_accumulation_boundary",
         "(self.micro_steps + 1) % self.gradient_accumulation_steps() == 0",
-        "the count that begins anew in each step",
+        "the count that starts over in each step",
     ),
     # dry runs
     (
@@ -69,7 +69,7 @@ INTERNALS = [
         "the bucket, always",
     ),
     # experts
-    (f"{ENGINE}._configure_distributed_model", "isinstance(module, _AutoEPMoELayer)", "experts are recognised"),
+    (f"{ENGINE}._configure_distributed_model", "isinstance(module, _AutoEPMoELayer)", "experts are recognized"),
     (f"{ENGINE}._validate_zero3_moe_compatibility", "_AutoEPMoELayer", "ZeRO-3 accepts our experts"),
     (f"{ENGINE}._resolve_zero3_param_placement", "ds_zero_placement_family", "ZeRO-3 shards experts over expert-data"),
     (f"{ENGINE}._resolve_zero3_param_placement", "ds_zero_partition_group_name", "and by this name"),

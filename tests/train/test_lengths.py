@@ -69,7 +69,7 @@ def test_a_stage_of_one_config_stretches_a_model(settings, tmp_path):
 
 
 def test_a_stage_stretches_a_model_on_the_same_shards(settings, tmp_path):
-    """It says what changes and that the data begin anew; its first loss is that of the parent's weights with scaled
+    """It says what changes and that the data start over; its first loss is that of the parent's weights with scaled
     positions; a resume that drops the scaling is refused; an export has it."""
     run = [*settings, "train.steps=2", "model.max_seq_len=32", f"run.dir={tmp_path / 'short'}"]
     assert train(1, *run).codes == [0]

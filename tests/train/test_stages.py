@@ -205,7 +205,7 @@ def short_shards(shards, tmp_path_factory) -> list[Path]:
 
 
 def test_sequence_length_and_mix_may_differ_between_stages(common, shards, short_shards, tmp_path):
-    """32 tokens of one folder, then 16 of a mix, then of another mix of it, whose data begin anew; killed inside a
+    """32 tokens of one folder, then 16 of a mix, then of another mix of it, whose data start over; killed inside a
     stage, and two ranks after one."""
     a, b = short_shards
     stages = f"""

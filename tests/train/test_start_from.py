@@ -120,7 +120,7 @@ def test_a_stage_begins_anew_with_the_parents_weights(parent, run, tmp_path, sta
     for line in (
         f"starting from {at(parent, 8)} (step 8, {8 * TOKENS:,} tokens trained), start_from_state={state}",
         f"carried over: weights; router bias{f'; {moments}' if state != 'weights' else ''}\n",
-        f"begins anew: {f'{moments}; ' if state == 'weights' else ''}step count",
+        f"starts over: {f'{moments}; ' if state == 'weights' else ''}step count",
         "optim.schedule 'cosine' -> 'wsd'",
         "the same batches come again; set run.seed",
     ):

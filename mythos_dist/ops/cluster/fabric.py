@@ -40,7 +40,7 @@ def set_network_interface(rank_info: RankInfo, environment: MutableMapping[str, 
 def interface_to(host: str, port: int) -> tuple[str, str]:
     """(name, local address) of the interface that leads to `host`, else of one that is up; ("", "") if there is none.
 
-    The address of the host name is no alternative: on many systems it is a loopback address.
+    The address of the host name is not an alternative: on many systems it is a loopback address.
     """
     address = local_address_to(host, port)
     names = {

@@ -1,6 +1,6 @@
 """A probe: what may hang, crash or print runs in a forked process of its own.
 
-Forked because importing torch anew takes seconds. The trap: CUDA does not survive a fork, so it starts before this
+Forked because importing torch again takes seconds. The trap: CUDA does not survive a fork, so it starts before this
 process initializes CUDA.
 """
 

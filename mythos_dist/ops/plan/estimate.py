@@ -1,6 +1,6 @@
 """What a run needs on a cluster and how long a step takes, before anything runs: memory, FLOPs, bytes and seconds.
 
-Memory, FLOPs and bytes are those of the real code (a dry run measures the same). Seconds are modelled: matrix
+Memory, FLOPs and bytes are those of the real code (a dry run measures the same). Seconds are modeled: matrix
 multiplications at the cluster's `matmul_efficiency`, passes over memory at its bandwidth, messages at its links' rates.
 Nothing overlaps, as nothing does in the trainer: a loop waits for each of its messages.
 
@@ -225,8 +225,8 @@ class Estimate:
         return seconds
 
     def _stride(self, mesh: Mesh, axis: str) -> int:
-        """Between the global ranks of neighbors on an axis; of data x context, which is no sequence of equal steps, the
-        step from one replica to the next."""
+        """The distance between the global ranks of neighbors on an axis; of data x context, where they vary, that
+        from one replica to the next."""
         if axis in ("tensor", "context"):
             return 1 if axis == "tensor" else mesh.tensor.size
         if axis == "pipe":

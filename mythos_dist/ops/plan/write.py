@@ -36,7 +36,7 @@ def planned_lines(estimate: Estimate, command: str, measured: Any = None) -> lis
             f"{measured.flops:.4e} in the dry run",
         ]
     seconds, rate = estimate.step_seconds, estimate.tokens_per_second
-    lines.append(f"# step {seconds:.1f} s, {rate:,.0f} tokens/s, MFU {estimate.mfu:.1%} (modelled)")
+    lines.append(f"# step {seconds:.1f} s, {rate:,.0f} tokens/s, MFU {estimate.mfu:.1%} (modeled)")
     return [BEGIN, *lines, END]
 
 

@@ -77,7 +77,7 @@ class MetricsFile:
     communication: dict[str, Any] = field(default_factory=dict)  # bytes of the last counted step, by axis and kind
     corpora: dict[str, CorpusSeen] = field(default_factory=dict)  # by fingerprint of the shards
     failures: dict[str, int] = field(default_factory=dict)  # of the loops: name -> the last step that shows it
-    invalid: int = 0  # lines that are no JSON object with a step
+    invalid: int = 0  # lines that are not a JSON object with a step
     events_left_out: int = 0
 
     def __len__(self) -> int:

@@ -73,7 +73,7 @@ class RunReport:
 def read_run(folder: Path, name: str | None = None, progress: Progress = lambda size: None) -> RunReport:
     """progress: called with the bytes of metrics.jsonl that are read.
 
-    Raises UserError if `folder` is no run folder, and OSError if its metrics cannot be read.
+    Raises UserError if `folder` is not a run folder, and OSError if its metrics cannot be read.
     """
     writer, heartbeat = read_local_writer(folder)
     completed = (folder / "COMPLETED").exists()

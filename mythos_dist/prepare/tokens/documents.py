@@ -1,7 +1,7 @@
 """The documents of a span of a source, without EOS.
 
 A document ends at each EOS token, and at the end of its row if rows are documents (files.py: ends_at_rows); an EOS at
-the end of a row is one end, not two. A span has the documents that begin in it, so neighbouring spans share none and
+the end of a row is one end, not two. A span has the documents that begin in it, so neighboring spans share none and
 miss none; the last of them may be read far beyond the span's end.
 
 Decisions: DATA-23.

@@ -109,7 +109,7 @@ def _parse_header(header: bytes, index: str) -> tuple[str, int, int]:
     if code not in DTYPES:
         name = OTHER_DTYPES.get(code, f"code {code}")
         raise UserError(
-            f"its tokens have dtype {name}, which is no token's; read are {', '.join(DTYPES.values())}", index
+            f"its tokens have dtype {name}, which tokens do not have; supported: {', '.join(DTYPES.values())}", index
         )
     if not document_edges:
         raise UserError("has no document index; write it again", index)

@@ -50,14 +50,14 @@ class SavedDatasetRows:
         self.num_units = self._first_units[-1]
 
     def check(self) -> None:
-        """No row may be null or padded: padding would be learnt."""
+        """No row may be null or padded: padding would be in the loss."""
         for unit, batch in self._read(0, self.num_units):
             rows = f"rows {self._first_rows[unit]:,} to {self._first_rows[unit + 1] - 1:,}"
             if batch.column(self._column).null_count + batch.column(self._column).values.null_count:
                 raise UserError(f"{rows}: a row, or a token of one, is null; remove it", self.source.path)
             if MASK in batch.schema.names and not _values(batch, MASK).all():
                 raise UserError(
-                    f"{rows}: a row is padded (its {MASK} has a 0), and padding would be learnt; remove the "
+                    f"{rows}: a row is padded (its {MASK} has a 0), and padding would be in the loss; remove the "
                     f"padding, and the column {MASK}",
                     self.source.path,
                 )
@@ -99,7 +99,7 @@ def data_files(folder: str) -> list[str]:
     try:
         names = [one["filename"] for one in read_json(state.read_bytes())["_data_files"]]
         if not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise ValueError(f"{names!r:.80} are no file names")
+            raise ValueError(f"{names!r:.80} are not file names")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"does not list the files of a saved data set ({error}); save it again", str(state)) from None
     if missing := [name for name in names if not Path(folder, name).is_file()]:
