@@ -156,8 +156,8 @@ class Embedding(nn.Module):
         """x (B, S or S / tensor, D), labels (B, S), and weights (B, S) fp32 or None for ones -> the loss.
 
         teacher: x is `readouts` batches of the same sequences, one after the other. The last one's output
-        distribution p teaches the others, whose loss is cross entropy plus `teacher` times KL(p || theirs); p has no
-        gradient.
+        distribution p is the target of the others, whose loss is cross entropy plus `teacher` times KL(p || theirs); p
+        has no gradient.
         """
         return self(self._loss, x, labels, weights, readouts, teacher)
 
@@ -205,7 +205,7 @@ class HeadLoss(NamedTuple):
     """The loss of the output head; an IGNORED label has a loss of 0 and is not correct."""
 
     total: Tensor  # (): sum of weights * losses, fp32; backward starts here
-    losses: Tensor  # (B, S) fp32 in nats: cross entropies, of readouts that are taught plus the teacher's term
+    losses: Tensor  # (B, S) fp32 in nats: cross entropies, of student readouts plus the teacher's term
     correct: Tensor  # (B, S) bool: whether the label has the highest logit
 
 
@@ -226,7 +226,7 @@ class _HeadLoss(torch.autograd.Function):
         axis: Axis,
         start: int,
         num_local: int,
-        learners: int,
+        num_student_rows: int,
         teacher: float,
         most_tokens: int,
         needs_grad: bool,
@@ -235,18 +235,20 @@ class _HeadLoss(torch.autograd.Function):
         weights (P, N) -> the fields of a HeadLoss: (), (P, N), (P, N).
 
         P is 1, or the ranks of the axis: then each has other rows of x, and labels are those of all. The first
-        `learners` rows are taught by the others, which repeat for each readout.
+        `num_student_rows` rows are distilled from the others, which repeat for each readout.
         """
         (N, D), parts = x.shape, len(labels)
         chunk_size = max(_MIN_CHUNK, labels.numel() * D // weight.shape[0])  # a chunk's logits are about as large as x
         chunk_size = max(1, min(chunk_size, most_tokens or chunk_size) // parts)
         losses, correct = torch.empty_like(weights), torch.empty_like(labels, dtype=torch.bool)
         grads = [torch.empty_like(x), torch.zeros_like(weight)] if needs_grad else []
-        for chunk in _chunks(0, learners, chunk_size) + _chunks(learners, N, chunk_size):
-            lesson = None
-            if chunk.stop <= learners:
-                rows = learners + torch.arange(chunk.start, chunk.stop, device=x.device) % (N - learners)
-                lesson = Lesson(_rows_of_parts(x[rows], axis, parts) @ weight.t(), teacher)
+        for chunk in _chunks(0, num_student_rows, chunk_size) + _chunks(num_student_rows, N, chunk_size):
+            distillation = None
+            if chunk.stop <= num_student_rows:
+                rows = num_student_rows + torch.arange(chunk.start, chunk.stop, device=x.device) % (
+                    N - num_student_rows
+                )
+                distillation = Distillation(_rows_of_parts(x[rows], axis, parts) @ weight.t(), teacher)
             rows = _rows_of_parts(x[chunk], axis, parts)
             of_chunk = _cross_entropy(
                 rows @ weight.t(),
@@ -255,7 +257,7 @@ class _HeadLoss(torch.autograd.Function):
                 axis,
                 start,
                 num_local,
-                lesson,
+                distillation,
             )
             losses[:, chunk], correct[:, chunk] = (each.view(parts, -1) for each in of_chunk[:2])
             grad_logits = of_chunk[2]
@@ -265,7 +267,7 @@ class _HeadLoss(torch.autograd.Function):
                 else:
                     grads[0][chunk] = sum_and_scatter(grad_logits @ weight, axis)
                 torch.addmm(grads[1], grad_logits.t(), rows, out=grads[1])
-            del of_chunk, grad_logits, lesson  # else they would exist beside the next chunk's logits
+            del of_chunk, grad_logits, distillation  # else they would exist beside the next chunk's logits
         ctx.save_for_backward(*grads, losses)
         ctx.mark_non_differentiable(losses, correct)
         return losses.flatten() @ weights.flatten(), losses, correct
@@ -286,11 +288,11 @@ def _chunks(first: int, stop: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, stop)) for start in range(first, stop, size)]
 
 
-class Lesson(NamedTuple):
-    """What the last readout teaches an earlier one about the same tokens."""
+class Distillation(NamedTuple):
+    """The last readout as the teacher of an earlier one, the student, for the same tokens."""
 
     logits: Tensor  # (N, local V) of the teacher
-    weight: float  # of KL(teacher || learner)
+    weight: float  # of KL(teacher || student)
 
 
 def _cross_entropy(
@@ -300,13 +302,13 @@ def _cross_entropy(
     axis: Axis,
     start: int,
     num_local: int,
-    lesson: Lesson | None = None,
+    distillation: Distillation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits (N, local V), labels and weights (N,) -> losses (N,), whether the label has the highest logit (N,), and
     the gradient of the losses' weighted sum by the logits (N, local V).
 
-    A loss is the cross entropy, with a lesson plus its weight times KL(teacher || learner).
-    Ranks exchange three values per token (maximum, sum of exponentials, the label's logit), and with a lesson three
+    A loss is the cross entropy, with distillation plus its weight times KL(teacher || student).
+    Ranks exchange three values per token (maximum, sum of exponentials, the label's logit), and with distillation three
     more (the teacher's maximum and sum, and the sum of the divergence), never the logits.
     """
     x = _shifted(logits, axis, num_local)
@@ -314,25 +316,25 @@ def _cross_entropy(
     is_local = counts & (labels >= start) & (labels < start + num_local)
     column = torch.where(is_local, labels - start, 0).unsqueeze(-1)
     target = x.gather(-1, column).squeeze(-1).where(is_local, 0.0)
-    p, lesson_sums = None if lesson is None else _shifted(lesson.logits, axis, num_local), []
+    p, kl_sums = None if distillation is None else _shifted(distillation.logits, axis, num_local), []
     if p is not None:
         difference = (p - x)[:, :num_local]
         p.exp_()
         # A product of matrices, because p * difference would be another tensor of this size.
         difference_sum = torch.bmm(p[:, :num_local].unsqueeze(1), difference.unsqueeze(2)).view(-1)
         del difference
-        lesson_sums = [p.sum(-1), difference_sum]
+        kl_sums = [p.sum(-1), difference_sum]
     x.exp_()
-    sums = torch.stack([x.sum(-1), target, *lesson_sums])  # `target` is 0 on all ranks but that of the label's shard
+    sums = torch.stack([x.sum(-1), target, *kl_sums])  # `target` is 0 on all ranks but that of the label's shard
     if axis.size > 1:
         dist.all_reduce(sums, group=axis.group)
-    exp_sum, target, *lesson_sums = sums
+    exp_sum, target, *kl_sums = sums
     losses, weights = exp_sum.log() - target, weights * counts
     x.mul_((weights / exp_sum).unsqueeze(-1))  # weight * softmax; 0 where the label is ignored
-    if lesson is not None and p is not None:
-        teacher_sum, difference_sum = lesson_sums
-        losses += lesson.weight * (difference_sum / teacher_sum - teacher_sum.log() + exp_sum.log())
-        x.mul_(1 + lesson.weight).addcmul_(p, (-lesson.weight * weights / teacher_sum).unsqueeze(-1))
+    if distillation is not None and p is not None:
+        teacher_sum, difference_sum = kl_sums
+        losses += distillation.weight * (difference_sum / teacher_sum - teacher_sum.log() + exp_sum.log())
+        x.mul_(1 + distillation.weight).addcmul_(p, (-distillation.weight * weights / teacher_sum).unsqueeze(-1))
     x.scatter_add_(-1, column, (-weights * is_local).unsqueeze(-1))
     return losses.where(counts, 0.0), (target == 0) & counts, x.to(logits.dtype)
 

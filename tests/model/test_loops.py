@@ -88,10 +88,10 @@ def test_the_last_loop_teaches_the_others(tiny, enliven):
     losses = model(ids, labels=labels, loops=Loops(3, readouts=True))
     got = gradients(model, losses["objective"])
     log_p = [model(ids, n).float().log_softmax(-1)[labels != IGNORED] for n in (1, 2, 3)]
-    taught = [F.kl_div(one, log_p[-1].detach(), log_target=True, reduction="batchmean") for one in log_p]
+    divergences = [F.kl_div(one, log_p[-1].detach(), log_target=True, reduction="batchmean") for one in log_p]
     losses_of = [F.nll_loss(one, labels[labels != IGNORED]) for one in log_p]
-    assert min(taught[:2]) > 0.001 and taught[2] == 0
-    expected = sum(one + 0.5 * other for one, other in zip(losses_of, taught, strict=True)) / 3
+    assert min(divergences[:2]) > 0.001 and divergences[2] == 0
+    expected = sum(one + 0.5 * other for one, other in zip(losses_of, divergences, strict=True)) / 3
     torch.testing.assert_close(losses["objective"], expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(losses["cross_entropy"], losses_of[-1], rtol=1e-5, atol=0)
     model.zero_grad()

@@ -198,12 +198,12 @@ class LayerMessages:
 
     def head(self) -> Pass:
         """parallel/tensor.py: the output embedding, and three values per position for the cross entropy: the highest
-        logit first, then the sum of exponentials and the label's logit; with a teacher as many more for the readouts
-        that it teaches. model/mythos.py: the auxiliary losses' sum, and the numbers of labels."""
+        logit first, then the sum of exponentials and the label's logit; with a teacher as many more for the student
+        readouts. model/mythos.py: the auxiliary losses' sum, and the numbers of labels."""
         tensor, experts, act = self.mesh.tensor, self.config.experts, self.config.act
         size = self.tokens * self.readouts * FP32
-        taught = self.tokens * (self.readouts - 1) * FP32 if self.config.loops.teacher else 0
-        loss = message(tensor, "all_reduce", size + taught) + message(tensor, "all_reduce", 2 * (size + taught))
+        students = self.tokens * (self.readouts - 1) * FP32 if self.config.loops.teacher else 0
+        loss = message(tensor, "all_reduce", size + students) + message(tensor, "all_reduce", 2 * (size + students))
         loss += message(self.mesh.context, "all_reduce", self.readouts * INT64)
         if self.mesh.sequence and has_auxiliary_losses(experts, act, self.config.loops.fixed_point):
             loss += message(tensor, "all_reduce", FP32)
