@@ -49,8 +49,8 @@ class _Plan:
     progress: Progress
 
     def dtype_of(self, name: str) -> Dtype:
-        """Of our tensor `name`. The class for transformers loads routers in fp32, so their file has them in fp32: a
-        model that is loaded and saved again has the same bytes."""
+        """The dtype in the export of our tensor `name`. The class for transformers loads routers in fp32, so their file
+        has them in fp32: a model that is loaded and saved again has the same bytes."""
         return "fp32" if self.format == "hf" and ".router." in name else self.dtype
 
     def size(self, name: str) -> int:

@@ -59,7 +59,7 @@ class FilePlan:
                 yield at, min(end, at + PART_BYTES)
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
-        """Of the bytes [begin, end) of the file: the first byte of each run in it, and where the run goes."""
+        """For each run in the bytes [begin, end) of the file: its first byte, and where it goes."""
         first, last = np.searchsorted(self._last, begin, "right"), np.searchsorted(self.begins, end, "left")
         for i in range(int(first), int(last)):
             low, high = max(begin, int(self.begins[i])), min(end, int(self.ends[i]))

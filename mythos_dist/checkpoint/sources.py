@@ -40,7 +40,7 @@ FIRST_READ = 64 << 10  # bytes of a file whose header's length is not known
 
 
 class Hashes(NamedTuple):
-    """Of all bytes of a file."""
+    """The hashes of all bytes of a file."""
 
     xxh3: str  # xxh3_128
     sha256: str = ""  # only where it was asked for

@@ -280,7 +280,7 @@ def _adam_steps(optimizer: Any, folders: list[Path], folder: Path) -> int:
 
 
 def _learning_rate(optimizer: Any) -> float | None:
-    """Of the first group."""
+    """The learning rate of the first parameter group; None: there is none."""
     value = _member(optimizer, "param_groups", 0, "lr")
     return float(value) if isinstance(value, int | float) else None
 

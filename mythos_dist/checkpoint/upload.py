@@ -286,7 +286,7 @@ def _lost_digest(url: str, stored: Stored, sent: FileEntry) -> str:
 
 
 def _identity(folder: Path) -> Identity | None:
-    """Of a local checkpoint: changes when it is saved again. None if it is not complete, or was removed."""
+    """A value that changes when a local checkpoint is saved again; None if it is not complete, or was removed."""
     try:
         status = (folder / MANIFEST_FILE).stat()
     except OSError:

@@ -63,7 +63,7 @@ class Layout:
         return self.train.micro_batch * self.replicas
 
     def value(self, setting: str) -> Any:
-        """Of a setting such as "parallel.tensor"; "ranks" is the number of ranks."""
+        """The value of a setting such as "parallel.tensor"; "ranks" is the number of ranks."""
         if setting == "ranks":
             return self.ranks
         if setting == "loops.mean":

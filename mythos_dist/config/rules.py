@@ -370,7 +370,7 @@ def _mix_change_problems(data: DataConfig) -> Iterator[Problem]:
 
 
 def _local_path_problems(config: Config) -> Iterator[Problem]:
-    """Of settings that a URL does not fit: Path("s3://bucket/run") is the local folder s3:/bucket/run."""
+    """URLs in settings of local paths: Path("s3://bucket/run") is the local folder s3:/bucket/run."""
     for name, path in (
         ("run.dir", config.run.dir),
         ("run.cluster", config.run.cluster),

@@ -141,7 +141,7 @@ def _sets(sections: dict[str, Node], setting: str) -> bool:
 
 
 def _text(node: Node | None) -> str:
-    """Of a scalar; empty: none."""
+    """The text of a scalar; empty if the node is another one, null or missing."""
     if not isinstance(node, Scalar) or (node.plain and node.text in NULLS):
         return ""
     return node.text

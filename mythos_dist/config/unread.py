@@ -112,7 +112,7 @@ def unread_settings(stages: Sequence[Config]) -> list[str]:
 
 
 def value_of(config: Config, setting: str) -> Any:
-    """Of a setting such as "train.steps"."""
+    """The value of a setting such as "train.steps"."""
     section, _, key = setting.partition(".")
     return getattr(getattr(config, section), key)
 

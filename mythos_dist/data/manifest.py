@@ -105,7 +105,7 @@ class TokenRules:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Of imported token files: read == eos + tokens of the splits + left_out."""
+    """The counts of imported token files: read == eos + tokens of the splits + left_out."""
 
     __pydantic_config__: ClassVar = _EXACT
     read: int  # with EOS
@@ -183,7 +183,7 @@ class ShardManifest:
 
     @property
     def tokens(self) -> int:
-        """Of all documents, without EOS."""
+        """The tokens of all documents, without EOS."""
         return sum(split.tokens for split in self.splits.values())
 
     def to_json(self) -> dict[str, Any]:

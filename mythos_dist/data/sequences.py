@@ -92,7 +92,7 @@ class SequenceReader:
         verify: bool = True,
         cache: ShardCache | str | Path | None = None,
     ):
-        """Of a length without `length_problems`; corpora that `open_corpora` found to fit each other. `verify` and
+        """seq_len: without `length_problems`; corpora: that `open_corpora` found to fit each other. `verify` and
         `cache` as in `WindowReader`."""
         self._manifest, self._seq_len = corpora[0].manifest, seq_len
         self._window_size, self._size = self._manifest.window, _sequence_values(self._manifest, seq_len)  # values

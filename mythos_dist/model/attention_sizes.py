@@ -18,7 +18,7 @@ from mythos_dist.config.schema import MythosConfig
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Of a layer on one of `tensor` ranks, with elements of `b` bytes."""
+    """The sizes of a layer on one of `tensor` ranks, with elements of `b` bytes."""
 
     c: MythosConfig
     tensor: int = 1
@@ -71,7 +71,7 @@ class AttentionSizes:
         return self.kv_width * self.b
 
     def saved_by_loop(self, selective: bool, context: bool) -> float:
-        """Of `saved`, what every loop saves that shares keys and values with others."""
+        """The part of `saved` that every loop saves, also one that shares keys and values with others."""
         return self.saved(selective, context) - self.shared()
 
     def gradients(self) -> float:
@@ -85,7 +85,7 @@ class AttentionSizes:
 
 
 class GQASizes(AttentionSizes):
-    """Of `GQAttention`."""
+    """The sizes of `GQAttention`."""
 
     kv_projections = ("wk", "wv")
 
@@ -131,7 +131,7 @@ class GQASizes(AttentionSizes):
 
 
 class MLASizes(AttentionSizes):
-    """Of `MLAttention`."""
+    """The sizes of `MLAttention`."""
 
     kv_projections = ("kv_down",)
     query_expansions = ("q_up",)
@@ -189,5 +189,5 @@ class MLASizes(AttentionSizes):
 
 
 def attention_sizes(config: MythosConfig, tensor: int = 1, b: int = 2) -> AttentionSizes:
-    """Of the config's kind of attention."""
+    """The sizes of the config's kind of attention."""
     return (MLASizes if config.attn_type == "mla" else GQASizes)(config, tensor, b)

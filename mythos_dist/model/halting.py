@@ -117,15 +117,15 @@ class NoHalting(Halting):
         return h.float() if loops.is_last(t) else output
 
     def sums_states(self, loops: Loops) -> bool:
-        """No."""
+        """False: readouts are not weighted sums of states."""
         return False
 
     def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops, token_share: float) -> Tensor:
-        """Nothing."""
+        """`aux_loss` unchanged."""
         return aux_loss
 
     def all_halted(self, halted: Tensor) -> bool:
-        """Never."""
+        """False: no token halts before the last loop."""
         return False
 
     def use_all_parameters(self, aux_loss: Tensor, h: Tensor) -> Tensor:

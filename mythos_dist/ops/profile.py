@@ -108,7 +108,7 @@ class Profile:
 
     @property
     def prefix(self) -> Path:
-        """Of this rank's files, to which their endings are added."""
+        """The path of this rank's files without their endings."""
         return self.folder / f"rank-{self.rank:05d}"
 
     def _begin_trace(self) -> None:
@@ -166,7 +166,7 @@ class Profile:
         return self._unless_failed([f"profile of {steps}: {self.folder}", hint])
 
     def _unless_failed(self, lines: list[str]) -> list[str]:
-        """Nothing if this rank could not write its files, which a warning says."""
+        """`lines`; none of them if this rank could not write its files, which a warning says."""
         return [] if self.rank in self.settings.ranks and not self.records else lines
 
     def _write_trace(self, profile: torch.profiler.profile) -> None:

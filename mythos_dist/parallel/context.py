@@ -112,7 +112,7 @@ class AttentionWork(NamedTuple):
 
 
 def attention_work(batch: int, seq_len: int, mesh: Mesh) -> AttentionWork:
-    """Of this rank of the context axis, which has several."""
+    """The work of this rank of a context axis of several."""
     return _attention_work(batch, seq_len, mesh.context.size, _unit(mesh), mesh.context.rank)
 
 

@@ -45,7 +45,7 @@ class ParameterShard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the shard without padding."""
+        """The shape of the shard without padding."""
         return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
 
 

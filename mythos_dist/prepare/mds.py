@@ -56,7 +56,7 @@ class ShardWriter:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens that `add` takes."""
+        """The dtype of the tokens that `add` takes."""
         return self._dtype
 
     @property

@@ -28,7 +28,7 @@ SHARD_SPECIFIC = (*NOT_IN_HEADER, "hashes", "size_limit")
 
 
 class Counted(NamedTuple):
-    """Of a shard's windows: EOS tokens, or documents, loss tokens and padding by a loss mask."""
+    """Counts of a shard's windows: EOS tokens, or documents, loss tokens and padding by a loss mask."""
 
     documents: int = 0
     loss_tokens: int = 0

@@ -111,7 +111,7 @@ class GenerationBody(_Body):
 
 
 class CompletionBody(GenerationBody):
-    """Of /v1/completions."""
+    """The body of /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)] = Field(default_factory=lambda: [""])
     max_tokens: int = Field(16, ge=0, le=1 << 30)
@@ -130,7 +130,7 @@ class MessageBody(_Body):
 
 
 class ChatBody(GenerationBody):
-    """Of /v1/chat/completions."""
+    """The body of /v1/chat/completions."""
 
     messages: list[MessageBody] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, le=1 << 30)

@@ -117,7 +117,7 @@ class Service:
         return choices
 
     def _sampling(self, body: GenerationBody, prompt: Sequence[int], choice: int) -> Sampling:
-        """Of choice number `choice` of a prompt. Each choice has a seed of its own."""
+        """The settings for choice number `choice` of a prompt. Each choice has a seed of its own."""
         seed = secrets.randbelow(_SEEDS) if body.seed is None else (body.seed + choice) % _SEEDS
         if isinstance(body, ChatBody):
             assert self.renderer is not None

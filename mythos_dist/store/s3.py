@@ -57,13 +57,13 @@ def _client(process: int) -> Any:
 
 
 def bucket_and_key(url: str) -> tuple[str, str]:
-    """Of an object's URL."""
+    """Bucket and key of an object's URL."""
     parts = urlsplit(url, allow_fragments=False)
     return parts.netloc, parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
 
 
 def bucket_and_prefix(url: str) -> tuple[str, str]:
-    """Of a folder's URL: the prefix ends with a slash, or is empty for a bucket."""
+    """Bucket and prefix of a folder's URL: the prefix ends with a slash, or is empty for a bucket."""
     bucket, key = bucket_and_key(url)
     return bucket, f"{key.rstrip('/')}/" if key.strip("/") else ""
 

@@ -98,7 +98,7 @@ class _MoEForDeepSpeed(MoE, AutoEPMoELayer):  # pyright: ignore[reportIncompatib
     """Our mixture of experts with the attributes that DeepSpeed reads from an `AutoEPMoELayer`."""
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the groups are registered."""
+        """Does nothing: the groups are registered."""
 
 
 def mark_experts(model: nn.Module, mesh: Mesh) -> None:

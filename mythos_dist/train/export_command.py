@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def next_learning_rate(source: Checkpoint) -> float | None:
-    """Of the step after a checkpoint; None if it has no settings of an optimizer."""
+    """The learning rate of the step after a checkpoint; None if it has no settings of an optimizer."""
     if "optim" not in source.manifest.config:
         return None
     config = config_of(source)

@@ -79,7 +79,7 @@ def _excluded_ranges(config: Config, lineage: Lineage, rollbacks: Iterable["Roll
 
 
 def _nth_positions(first: int, excluded: Iterable[tuple[int, int]], skip: int, size: int) -> np.ndarray:
-    """Of the positions from `first` on that are not excluded, `size` of them after `skip` others."""
+    """`size` of the positions from `first` on that are not excluded, after the first `skip` of them."""
     wanted = np.arange(first + skip, first + skip + size)
     for begin, end in excluded:
         wanted[wanted >= begin] += end - begin

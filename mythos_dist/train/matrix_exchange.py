@@ -178,7 +178,7 @@ class GroupLayout:
         return Share(holder if of_owner else owner, views, one.matrix, sends)
 
     def _start(self, parameter: int, tensor_rank: int) -> tuple[int, ...]:
-        """Of a tensor rank's shard in the full tensor."""
+        """The start of a tensor rank's shard in the full tensor."""
         spec = self.group.parameters[parameter]
         ranks = {"tensor": tensor_rank, "expert": self.mesh.expert.rank}
         return tuple(
@@ -270,7 +270,7 @@ def exchange_axis(mesh: Mesh, replicas: Axis) -> Axis:
 
 
 def axis_name(mesh: Mesh, replicas: Axis) -> str:
-    """Of `exchange_axis`, as in `parallel/traffic.py`."""
+    """The name of `exchange_axis`, as in `parallel/traffic.py`."""
     if mesh.tensor.size == 1:
         return replicas.name
     return "tensor" if replicas.size == 1 else f"tensor_{replicas.name}"

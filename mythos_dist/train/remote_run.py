@@ -95,7 +95,7 @@ def _check(
 
 
 def _check_config(config: Config, url: str) -> None:
-    """Of a run that has not uploaded a checkpoint (its settings would be compared). Raises UserError if they differ."""
+    """Refuse the URL of a run with other settings that has not uploaded a checkpoint yet. Raises UserError."""
     content = _read(url, "config.yaml")
     if content is None:
         return

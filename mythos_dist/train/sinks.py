@@ -43,7 +43,7 @@ class Sink:
         """Called before a checkpoint: what was logged should survive the end of this process."""
 
     def close(self) -> None:
-        """Nothing more will be logged in this start."""
+        """Close the sink: nothing more is logged in this start."""
 
 
 class WandbSink(Sink):

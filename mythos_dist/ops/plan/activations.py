@@ -184,6 +184,6 @@ class LayerActivations:
         return self.residual + self.mixed + 8 * self.n
 
     def moved(self) -> list[float]:
-        """Of that, the tensors that train.offload=saved moves to host memory: not the halting mass."""
+        """Bytes of each tensor of `carry` that train.offload=saved moves to host memory: all but the halting mass."""
         sums_states = self.config.act.mode_of(self.c) != "ponder" or self.config.loops.objective != "per_loop"
         return [self.residual, self.mixed] if self.mixed and sums_states else [self.residual]

@@ -144,7 +144,7 @@ class Estimate:
         return micro_batches * self._pass_flops(stage) + muon_flops(self.config, stage.mesh, stage.spec)
 
     def _pass_flops(self, stage: Stage) -> float:
-        """Of one micro-batch."""
+        """FLOPs of one micro-batch on a rank of `stage`."""
         return executed_flops(self.config, stage.mesh, stage.spec, stage.loops, stage.no_grad, stage.rows.pairs)
 
     @cached_property
@@ -249,7 +249,7 @@ class Estimate:
 
     @property
     def model_flops(self) -> float:
-        """Of a step on all ranks: three forward passes for every loop with a gradient, one for the others."""
+        """The model's FLOPs in a step of all ranks: three forward passes, of no-grad loops one."""
         return train_flops_per_token(self.config.model, self.config.train.seq_len, *self.loops) * self.tokens_per_step
 
     @property

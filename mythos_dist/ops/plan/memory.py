@@ -67,8 +67,8 @@ def static_memory(config: Config, mesh: Mesh, parameters: Sequence[LocalParamete
 
 
 def bucket_bytes(config: Config, mesh: Mesh, parameters: Sequence[LocalParameter]) -> float:
-    """Of the bucket in which DeepSpeed reduces gradients: ZeRO-3 always has it, the others in a backward pass only, and
-    BF16_Optimizer never."""
+    """Bytes of the bucket in which DeepSpeed reduces gradients: ZeRO-3 always has it, the others in backward passes,
+    and BF16_Optimizer never."""
     if uses_bf16_optimizer(config):
         return 0.0
     elements = sum(group.numel for group in plan_groups(parameters, mesh))

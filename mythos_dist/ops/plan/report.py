@@ -136,8 +136,8 @@ def _expert_advice(result: SearchResult) -> list[str]:
 def does_not_fit(
     result: SearchResult, smallest_cluster: int | None, longest: Estimate | None, helps: Sequence[str]
 ) -> list[str]:
-    """Nothing fits: the layout that needs least memory, its largest part, a cluster that is large enough, the longest
-    sequences that fit on this one, and settings with which these would fit."""
+    """Lines for the case that nothing fits: the layout that needs least memory, its largest part, a cluster that is
+    large enough, the longest sequences that fit on this one, and settings with which these would fit."""
     estimate = result.smallest
     if estimate is None:
         return ["no layout divides these GPUs"]

@@ -112,7 +112,7 @@ def variants_of(config: Config, fixed: Mapping[str, Any]) -> list[Config]:
 
 
 def first_that_fits(variants: list[Config], gpus: int, cluster: Cluster, imbalance: float) -> Estimate:
-    """Of the first variant that fits; if none does, of the last, which needs least memory of GPUs and most of hosts."""
+    """The estimate of the first variant that fits; else of the last one: least memory of GPUs, most of hosts."""
     last = Estimate(variants[-1], gpus, cluster, imbalance)
     if last.largest_stage.bytes <= cluster.usable:
         for variant in variants[:-1]:
