@@ -192,14 +192,7 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
             raise  # `main` has printed its own message
         if interrupted or isinstance(error, KeyboardInterrupt):
             _leave_interrupted()
-        if isinstance(error, UserError):
-            exit_with(error)
-        if is_tool and isinstance(error, OSError) and error.filename is not None:
-            exit_with(UserError(f"cannot be used ({error.strerror}); name another, or fix that", str(error.filename)))
-        if is_tool and isinstance(error, OSError) and _is_of_stdout(error):
-            _exit_without_output(error)
-        if is_tool and isinstance(error, MemoryError):
-            exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
+        _exit_with_message(error, is_tool)
         raise
     finally:
         if interrupted:
@@ -207,6 +200,18 @@ def _run_main(main: Callable[[], object], is_tool: bool) -> None:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) == interrupt:
             signal.signal(signal.SIGINT, before)
+
+
+def _exit_with_message(error: BaseException, is_tool: bool) -> None:
+    """Exit if the error needs no traceback: one of the user or, of a tool, of a file, its output or its memory."""
+    if isinstance(error, UserError):
+        exit_with(error)
+    if is_tool and isinstance(error, OSError) and error.filename is not None:
+        exit_with(UserError(f"cannot be used ({error.strerror}); name another, or fix that", str(error.filename)))
+    if is_tool and isinstance(error, OSError) and _is_of_stdout(error):
+        _exit_without_output(error)
+    if is_tool and isinstance(error, MemoryError):
+        exit_with(UserError(f"there is not enough memory ({first_line(error)}); ask for less"))
 
 
 _delays: list[bool] = []  # of `delaying_interrupts` that have not ended: whether Ctrl-C was pressed in them

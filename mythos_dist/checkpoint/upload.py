@@ -179,36 +179,43 @@ class CheckpointUploader:
 
         Raises UserError if the store does not return the digest of a file that this node has uploaded.
         """
-        base, right, sent = step_url(self._settings.url, folder.name), set[str](), 0
+        base, sent = step_url(self._settings.url, folder.name), 0
+        incomplete = set(manifest.files)  # not yet in the store as the manifest says
         uploaded = set(manifest.files) if self._settings.nodes == 1 else set[str]()  # by this node
         changed = time.monotonic()
         while True:
-            unlike: dict[str, Stored] = {}  # files that are there, but not as the manifest says
             there = list_files(base, self._patience) if self._settings.nodes > 1 else manifest.files
-            candidates = [name for name in manifest.files if name in there and name not in right]
-            with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-                for name, stored in zip(
-                    candidates, pool.map(lambda name: self._find(base, name), candidates), strict=True
-                ):
-                    if stored == Stored(manifest.files[name].bytes, manifest.files[name].hash):
-                        right.add(name)
-                        changed = time.monotonic()
-                    elif stored is not None:
-                        unlike[name] = stored
-            if lost := sorted(uploaded & unlike.keys()):
+            complete, differing = self._compare_with_store(base, manifest, incomplete.intersection(there))
+            if complete:
+                incomplete -= complete
+                changed = time.monotonic()
+            if lost := sorted(uploaded & differing.keys()):
                 self._check_fences()  # else a newer start has replaced it
-                raise UserError(_lost_digest(join_url(base, lost[0]), unlike[lost[0]], manifest.files[lost[0]]))
-            missing = sorted(manifest.files.keys() - right)
-            if not missing:
+                raise UserError(_lost_digest(join_url(base, lost[0]), differing[lost[0]], manifest.files[lost[0]]))
+            if not incomplete:
                 return sent
             if self._settings.nodes == 1 or time.monotonic() - changed > HELP_AFTER:
-                log.info("%s of %s were not uploaded by their nodes", ", ".join(missing[:5]), folder.name)
-                sent += self._upload_files(folder, manifest, missing, there)
-                uploaded.update(missing)
+                names = sorted(incomplete)
+                log.info("%s of %s were not uploaded by their nodes", ", ".join(names[:5]), folder.name)
+                sent += self._upload_files(folder, manifest, names, there)
+                uploaded.update(names)
                 changed = time.monotonic()
             else:
                 time.sleep(POLL_SECONDS)
             self._check_local_fence()
+
+    def _compare_with_store(
+        self, base: str, manifest: CheckpointManifest, names: Iterable[str]
+    ) -> tuple[set[str], dict[str, Stored]]:
+        """The files that the store has as the manifest says, and those that it has with another content."""
+        complete, differing, names = set[str](), dict[str, Stored](), sorted(names)
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            for name, stored in zip(names, pool.map(lambda name: self._find(base, name), names), strict=True):
+                if stored == Stored(manifest.files[name].bytes, manifest.files[name].hash):
+                    complete.add(name)
+                elif stored is not None:
+                    differing[name] = stored
+        return complete, differing
 
     def _find(self, base: str, name: str) -> Stored | None:
         return self._uploader.find(join_url(base, name))

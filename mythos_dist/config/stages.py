@@ -35,51 +35,58 @@ _NAME = re.compile(r"[\w.+-]{1,40}")
 
 
 def read_stages(
-    node: Node, command_line: dict[str, Node], messages: list[str]
+    node: Node, command_line: dict[str, Node], problems: list[str]
 ) -> Iterator[tuple[str, list[dict[str, Node]]]]:
     """The name of each stage, and its settings by section: its own, the command line's, and those that follow from its
-    position. Adds problems to `messages`."""
+    position. Adds to `problems`."""
     if not isinstance(node, list) or not node:
-        messages.append(f"stages={show_node(node, 80)}: expected a list, such as [{{name: stable, steps: 1000}}]")
+        problems.append(f"stages={show_node(node, 80)}: expected a list, such as [{{name: stable, steps: 1000}}]")
         return
-    if _sets(command_line, "train.steps"):
-        messages.append("train.steps does not work with `stages:`, whose lengths are their `steps`; leave it out")
-    for setting in ("run.stage", "run.stage_begin"):
-        if _sets(command_line, setting):
-            messages.append(f"{setting} follows from `stages:`; leave it out")
+    problems += _refused_on_command_line(command_line)
     begin, schedule_end, names = 0, 0, set()
     for i, entry in enumerate(node):
         where = f"stages[{i}]"
         if not isinstance(entry, dict):
-            messages.append(f"{where}={show_node(entry, 80)}: expected settings, such as {{name: stable, steps: 1000}}")
+            problems.append(f"{where}={show_node(entry, 80)}: expected settings, such as {{name: stable, steps: 1000}}")
             continue
         name = _text(entry.get("name")) or str(i + 1)
         steps = number_of(_text(entry.get("steps")))
         if not _NAME.fullmatch(name) or name in names:
-            messages.append(f"{where}.name={name[:60]!r}: expected a name of its own, of letters, digits and . + - _")
+            problems.append(f"{where}.name={name[:60]!r}: expected a name of its own, of letters, digits and . + - _")
         if not isinstance(steps, int) or not 1 <= steps <= 10**12:
-            messages.append(
-                f"{where}.steps={show_node(entry.get('steps', Scalar('')), 40)}: expected a number of steps"
-            )
+            shown = show_node(entry.get("steps", Scalar("")), 40)
+            problems.append(f"{where}.steps={shown}: expected a number of steps")
             continue
         names.add(name)
-        known = "`name`, `steps` and `start_from_state`"
-        for setting in _BY_POSITION:
-            if _sets(entry, setting):
-                messages.append(f"{where} sets {setting}, which follows from {known} of the stages; leave it out")
+        problems += _refused_in_stage(where, entry, is_first=i == 0)
         state = _text(entry.get("start_from_state")) or "weights+moments"
         run = {"stage": Scalar(name, plain=False), "stage_begin": Scalar(str(begin))}
         if i:
             run["start_from_state"] = Scalar(state)
-        elif "start_from_state" in entry:
-            messages.append(
-                f"{where}.start_from_state: the first stage begins with `start_from` of the run; leave it out"
-            )
         schedule_end = (schedule_end if state == "everything" else 0) + steps
         position: dict[str, Node] = {"train": {"steps": Scalar(str(schedule_end))}, "run": {**run}}
         settings = {section: value for section, value in entry.items() if section not in _OWN}
         yield name, [settings, command_line, position]
         begin += steps
+
+
+def _refused_on_command_line(command_line: dict[str, Node]) -> Iterator[str]:
+    """Settings of the command line that follow from the stages."""
+    if _sets(command_line, "train.steps"):
+        yield "train.steps does not work with `stages:`, whose lengths are their `steps`; leave it out"
+    for setting in ("run.stage", "run.stage_begin"):
+        if _sets(command_line, setting):
+            yield f"{setting} follows from `stages:`; leave it out"
+
+
+def _refused_in_stage(where: str, entry: dict[str, Node], is_first: bool) -> Iterator[str]:
+    """Settings of a stage that follow from its position."""
+    known = "`name`, `steps` and `start_from_state`"
+    for setting in _BY_POSITION:
+        if _sets(entry, setting):
+            yield f"{where} sets {setting}, which follows from {known} of the stages; leave it out"
+    if is_first and "start_from_state" in entry:
+        yield f"{where}.start_from_state: the first stage begins with `start_from` of the run; leave it out"
 
 
 def stage_problems(configs: list[Config]) -> Iterator[str]:

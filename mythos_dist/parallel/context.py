@@ -193,24 +193,25 @@ def _divide_units(before: np.ndarray, ranks: int, chunks: int) -> tuple[Division
     loads, division = [0] * ranks, []
     for row in before:
         room, parts = _capacities(units, ranks, 1), [[] for _ in range(ranks)]
-        queue = []
-
-        def enqueue(start: int, stop: int, row: np.ndarray = row, queue: list[tuple[int, int, int]] = queue) -> None:
-            heapq.heappush(queue, (int(row[start] - row[stop]), start, stop))  # the largest first
-
+        queue: list[tuple[int, int, int]] = []
         for start in range(0, units, size):
-            enqueue(start, min(start + size, units))
+            _enqueue_chunk(queue, row, start, min(start + size, units))
         while queue:
             _, start, end = heapq.heappop(queue)
             rank = min((r for r in range(ranks) if room[r]), key=loads.__getitem__)
             stop = min(end, start + room[rank])
             if stop < end:
-                enqueue(stop, end)
+                _enqueue_chunk(queue, row, stop, end)
             parts[rank].append(range(start, stop))
             room[rank] -= stop - start
             loads[rank] += int(row[stop] - row[start])
         division.append(parts)
     return division, loads
+
+
+def _enqueue_chunk(queue: list[tuple[int, int, int]], before: np.ndarray, start: int, stop: int) -> None:
+    """Put the units [start, stop) of a sequence into the heap, in which the chunk with the most pairs is first."""
+    heapq.heappush(queue, (int(before[start] - before[stop]), start, stop))
 
 
 def _capacities(seq_len: int, ranks: int, unit: int) -> list[int]:
