@@ -13,7 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
-# What each room may import of the others; SHARED may be imported by all. The core comes
+# What each package may import of the others; SHARED may be imported by all. The core comes
 # first; nothing of it imports operations, the making of shards or experiments.
 MAY_IMPORT = {
     "errors": set(),
@@ -74,7 +74,7 @@ MAY_IMPORT = {
 # Not part of the core: it puts the core and operations together.
 ENTRY_POINT = "mythos_dist.train.__main__"
 CONSOLE = "mythos_dist.__main__"  # `python -m mythos_dist`
-# The public names are imported from all rooms, each at its first use.
+# The public names are imported from all packages, each at its first use.
 PUBLIC = REPOSITORY / "mythos_dist" / "__init__.py"
 # `Mythos.generate` imports the engine when it is called (DECODE-4).
 CALLED_LATER = {"mythos_dist.model.mythos": {"generate"}}
@@ -109,8 +109,8 @@ def imported_modules(path: Path) -> set[str]:
     return imports
 
 
-def room_of(module: str) -> str:
-    """The room of a module of ours; "" of others, and of the package itself."""
+def package_of(module: str) -> str:
+    """The package of a module of ours; "" of others, and of mythos_dist itself."""
     top, *parts = module.split(".")
     if top == "experiments":
         return top
@@ -120,39 +120,39 @@ def room_of(module: str) -> str:
     return nested if nested in MAY_IMPORT else parts[0]
 
 
-def rooms(path: Path) -> set[str]:
-    """The rooms of ours that a file imports from."""
-    return {room_of(module) for module in imported_modules(path)} - {""}
+def packages(path: Path) -> set[str]:
+    """The packages of ours that a file imports from."""
+    return {package_of(module) for module in imported_modules(path)} - {""}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_imports_point_one_way(path):
     """An import inside a function counts as well."""
     module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-    room = room_of(module)
+    package = package_of(module)
     if module == ENTRY_POINT:
-        assert rooms(path) - SHARED <= CORE | {"ops", "ops.cluster"}
+        assert packages(path) - SHARED <= CORE | {"ops", "ops.cluster"}
     elif module == CONSOLE:
-        assert rooms(path) == {"commands"}
-    elif room:
-        assert rooms(path) - {room} - SHARED <= MAY_IMPORT[room] | CALLED_LATER.get(module, set())
+        assert packages(path) == {"commands"}
+    elif package:
+        assert packages(path) - {package} - SHARED <= MAY_IMPORT[package] | CALLED_LATER.get(module, set())
     else:
-        assert rooms(path) == set() or path == PUBLIC
+        assert packages(path) == set() or path == PUBLIC
 
 
 def test_the_core_imports_only_the_core():
-    for room in CORE:
-        assert MAY_IMPORT[room] <= CORE
+    for package in CORE:
+        assert MAY_IMPORT[package] <= CORE
 
 
 def test_the_allowed_directions_have_no_cycle():
-    """Each round takes away the rooms that import nothing that is left; at the end none remains."""
+    """Each round takes away the packages that import nothing that is left; at the end none remains."""
     left = dict(MAY_IMPORT)
     while left:
-        leaves = [room for room, imports in left.items() if not imports & left.keys()]
+        leaves = [package for package, imports in left.items() if not imports & left.keys()]
         assert leaves, f"a cycle among {sorted(left)}"
-        for room in leaves:
-            del left[room]
+        for package in leaves:
+            del left[package]
 
 
 @pytest.mark.parametrize("path", sorted(COPIED.glob("*_mythos.py")), ids=lambda path: path.name)
@@ -166,7 +166,7 @@ def test_what_exports_carry_needs_pytorch_and_transformers_alone(path):
     assert path.name in CODE_FILES
 
 
-def test_files_of_a_room_have_no_cycle():
+def test_files_of_a_package_have_no_cycle():
     """Among files, imports at the top level of a module only: those inside functions run later."""
     graph = {}
     names = {
@@ -191,10 +191,10 @@ def test_the_rule_catches_a_wrong_import(tmp_path):
     """The check itself: an import hidden in a function and one of a name from the package are both seen."""
     path = tmp_path / "wrong.py"
     path.write_text("from mythos_dist import train\ndef f():\n    import mythos_dist.data.mix\nimport torch\n")
-    assert rooms(path) == {"train", "data"}
+    assert packages(path) == {"train", "data"}
     path = tmp_path / "another.py"
     path.write_text("from mythos_dist.ops import preflight\nfrom mythos_dist.ops.plan.estimate import Estimate\n")
-    assert rooms(path) == {"ops", "ops.plan"}
+    assert packages(path) == {"ops", "ops.plan"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))

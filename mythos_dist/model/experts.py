@@ -116,7 +116,7 @@ class Experts(nn.Module):
         return y, received.route
 
     def start_pass(self, calls: int) -> None:
-        """Call before a forward pass that runs the mixture `calls` times with gradient."""
+        """Call before a forward pass that runs the MoE layer `calls` times with gradient."""
         accumulate = calls > (0 if self.in_pieces else 1) and self.w1.requires_grad and on_cpu(self.w1)
         self._sums = GradientSums() if accumulate else None
 

@@ -154,7 +154,7 @@ class LayerActivations:
         return Saved(states + lora) + self.loop_layer() * self.c.loop_layers
 
     def loop_layer(self) -> Saved:
-        """A layer of the looped block: both norms' inputs, attention and mixture; without `shared_kv`."""
+        """A layer of the looped block: both norms' inputs, attention and MoE; without `shared_kv`."""
         if self.c.kv_loops == 1:
             attention = self.attention()
         else:

@@ -158,7 +158,7 @@ class LayerMessages:
         return Pass(messages, Counter())
 
     def experts(self, calls: int, sent: int, received: int) -> Pass:
-        """parallel/expert.py, all `calls` of mixtures together: counts, for each piece; then channels, weights and
+        """parallel/expert.py, all `calls` of MoE layers together: counts, for each piece; then channels, weights and
         experts of the rows sent, and the channels of the rows that come back."""
         c, expert, tensor = self.config.model, self.mesh.expert, self.mesh.tensor
         if expert.size == 1:

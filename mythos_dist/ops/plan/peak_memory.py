@@ -252,8 +252,8 @@ class _Moments:
                 yield done > 0, self._loop(done, layers_done)
 
     def _loops_in_pieces(self) -> Iterator[Memory]:
-        """In the backward pass of a loop: of the mixture's last piece, whose hidden rows are recomputed, and of
-        attention. From the second piece on, sums of the mixture's gradients exist."""
+        """In the backward pass of a loop: of the MoE layer's last piece, whose hidden rows are recomputed, and of
+        attention. From the second piece on, sums of the MoE layer's gradients exist."""
         layers = self.layers
         b, D, P, rows = layers.b, layers.c.dim, layers.piece_tokens, layers.piece_rows
         gate, x = P * layers.shared_hidden * b, P * D * b
@@ -289,7 +289,7 @@ class _Moments:
         gates = 0 if selective else 2 * gate
         freed = 2 * layers.residual + layers.mixed  # the end of the loop: its output twice, and in fp32
         exchanged = self.mesh.expert.size > 1
-        gathered = layers.x if self.mesh.sequence else 0.0  # the gradient of the mixture's output
+        gathered = layers.x if self.mesh.sequence else 0.0  # the gradient of the MoE layer's output
         for done, moment in self._moments():
             # model/swiglu.py: hidden rows and their gradients; the gradient of `down` comes last.
             yield moment.memory(shared, (5 if selective else 3) * gate, gathered, Saved(freed))

@@ -33,7 +33,7 @@ def expected_rows(tokens: int, k: int, n_experts: int, ranks: int, imbalance: fl
 
 
 def piece_sizes(config: Config, mesh: Mesh) -> list[int]:
-    """Tokens that the mixture works on, one piece after the other, in a loop of one micro-batch (model/pieces.py);
+    """Tokens that an MoE layer works on, one piece after the other, in a loop of one micro-batch (model/pieces.py);
     over all ranks of a tensor group."""
     train, ranks = config.train, mesh.tensor.size if mesh.sequence else 1
     tokens = train.micro_batch * local_tokens(train.seq_len, mesh) // ranks
