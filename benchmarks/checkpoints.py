@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mythos_dist.train.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 MODEL = "model.dim=768 model.n_heads=12 model.vocab_size=16384 model.n_experts=32 model.expert_dim=768"
@@ -46,10 +49,9 @@ def measure(rounds: int, folder: Path) -> None:
     """On each rank: all rounds; rank 0 writes the seconds to times.json."""
     import torch.distributed as dist
 
-    from mythos_dist.checkpoint.canonical import write_canonical
     from mythos_dist.checkpoint.fence import Fence
     from mythos_dist.checkpoint.manifest import Lineage
-    from mythos_dist.checkpoint.restore import find_checkpoint, load_state, open_checkpoint
+    from mythos_dist.checkpoint.restore import find_checkpoint, load_state
     from mythos_dist.checkpoint.save import Saver
     from mythos_dist.config.load import load_config
     from mythos_dist.parallel.mesh import build_mesh
@@ -67,8 +69,7 @@ def measure(rounds: int, folder: Path) -> None:
         background: Saver(checkpoints, replace(config.checkpoint, background=background), fence, engine.local_shards)
         for background in (False, True)
     }
-    for value in (value for held in engine.local_shards.values() for value in held.values.values()):
-        value.normal_()  # a disk may compress zeros
+    fill_with_noise(engine)
     mine = sum(
         4 * value.numel() for held in engine.local_shards.values() if held.writes for value in held.values.values()
     )
@@ -98,23 +99,42 @@ def measure(rounds: int, folder: Path) -> None:
         timed("rest", savers[True].finish)
         drop(plain)
         timed("plain read", lambda: read_plain(plain))
-        for file in checkpoints.glob("step-*/*.safetensors"):
-            drop(file)
+        drop_shards(checkpoints)
         timed("load", load)
         dist.barrier()
-        if rank == 0:  # one process, two files at a time
-            copy = folder / "copy"
-            for file in checkpoints.glob("step-*/*.safetensors"):
-                drop(file)
-            begin = time.perf_counter()
-            write_canonical(open_checkpoint(checkpoints), copy, workers=2, file_bytes=mine)
-            times.setdefault("rewrite", []).append(time.perf_counter() - begin)
-            shutil.rmtree(copy)
+        if rank == 0:
+            times.setdefault("rewrite", []).append(rewrite_seconds(checkpoints, folder / "copy", mine))
         dist.barrier()
     if rank == 0:
         total = sum(file.stat().st_size for file in checkpoints.glob("step-*/*.safetensors"))
         (folder / "times.json").write_text(json.dumps({"bytes": total, **times}))
     dist.destroy_process_group()
+
+
+def fill_with_noise(engine: "Engine") -> None:
+    """Replace weights and moments by noise, because a disk may compress zeros."""
+    for held in engine.local_shards.values():
+        for value in held.values.values():
+            value.normal_()
+
+
+def drop_shards(checkpoints: Path) -> None:
+    """Remove the files of the checkpoints from the page cache."""
+    for file in checkpoints.glob("step-*/*.safetensors"):
+        drop(file)
+
+
+def rewrite_seconds(checkpoints: Path, copy: Path, file_bytes: int) -> float:
+    """Seconds to rewrite the checkpoint for one rank: one process, two files at a time."""
+    from mythos_dist.checkpoint.canonical import write_canonical
+    from mythos_dist.checkpoint.restore import open_checkpoint
+
+    drop_shards(checkpoints)
+    begin = time.perf_counter()
+    write_canonical(open_checkpoint(checkpoints), copy, workers=2, file_bytes=file_bytes)
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(copy)
+    return seconds
 
 
 def write_plain(file: Path, size: int) -> None:

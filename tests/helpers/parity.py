@@ -87,16 +87,7 @@ def router_biases(model: Mythos) -> torch.Tensor | None:
 
 def train_reference(config: Config, bias: list[float] | None = None) -> dict[str, Any]:
     """The run on one process with torch alone: the global batch at once, AdamW, the sign rule for the router bias."""
-    mythos_dist.model.init.STD = STD
-    model = Mythos(
-        config.model,
-        act=config.act,
-        experts=config.experts,
-        teacher=config.loops.teacher,
-        fixed_point=config.loops.fixed_point,
-        seed=config.run.seed,
-    )
-    mythos_dist.model.init.STD = 0.02
+    model = reference_model(config)
     routers = routers_of(model)
     for router in routers if bias else []:
         router.bias += torch.tensor(bias)
@@ -117,16 +108,8 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
     losses, norms, share, n_loops, ids, idle = [], [], [], [], [], []
     for step, micro_batches in zip(range(1, STEPS + 1), batches(config, 0, 1), strict=False):
         tokens = MicroBatch(*(torch.cat(field) for field in zip(*micro_batches, strict=True)))
-        loops = loops_at(config, step)
-        size, seed = len(tokens.labels), config.run.seed
-        arranged = Loops(
-            loops.n_loops,
-            loops.no_grad_loops,
-            torch.tensor(loops.depths) if loops.depths else None,
-            torch.tensor([state_seed(seed, step, position) for position in range(size)]),
-            config.loops.objective == "per_loop",
-        )
-        out = model(tokens.input_ids, labels=tokens.labels, document_ids=tokens.document_ids, loops=arranged)
+        loops = reference_loops(config, step, len(tokens.labels))
+        out = model(tokens.input_ids, labels=tokens.labels, document_ids=tokens.document_ids, loops=loops)
         out["objective"].backward()
         experts = [p.grad for name, p in model.named_parameters() if ".experts." in name and p.grad is not None]
         norms.append(clip(model, o.grad_clip))
@@ -144,14 +127,7 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         n_loops.append(loops.n_loops)
         ids.append(sorted(tokens.sample_ids.tolist()))
         idle.append(int((load == 0).sum()))
-    nothing = torch.zeros(())
-    momentum = muon.momentum() if muon else {}
-    moments = {
-        name: [momentum[name]]
-        if name in momentum
-        else [optimizer.state[p].get(key, nothing).expand_as(p) for key in ("exp_avg", "exp_avg_sq")]
-        for name, p in model.named_parameters()
-    }
+    moments = reference_moments(model, optimizer, muon.momentum() if muon else {})
     return {
         "loss": losses,
         "grad_norm": norms,
@@ -162,6 +138,44 @@ def train_reference(config: Config, bias: list[float] | None = None) -> dict[str
         "bias": router_biases(model),
         "initial": initial,
         "final": {name: [p.detach(), *moments[name]] for name, p in model.named_parameters()},
+    }
+
+
+def reference_model(config: Config) -> Mythos:
+    """The model on one process, with larger initial values."""
+    mythos_dist.model.init.STD = STD
+    model = Mythos(
+        config.model,
+        act=config.act,
+        experts=config.experts,
+        teacher=config.loops.teacher,
+        fixed_point=config.loops.fixed_point,
+        seed=config.run.seed,
+    )
+    mythos_dist.model.init.STD = 0.02
+    return model
+
+
+def reference_loops(config: Config, step: int, size: int) -> Loops:
+    """The loops of a global batch of `size` sequences in one pass."""
+    loops = loops_at(config, step)
+    return Loops(
+        loops.n_loops,
+        loops.no_grad_loops,
+        torch.tensor(loops.depths) if loops.depths else None,
+        torch.tensor([state_seed(config.run.seed, step, position) for position in range(size)]),
+        config.loops.objective == "per_loop",
+    )
+
+
+def reference_moments(model: Mythos, optimizer: torch.optim.Optimizer, momentum: dict) -> dict[str, list]:
+    """The moments of each parameter: one of Muon's, two of AdamW's, zeros if it had no gradient."""
+    nothing = torch.zeros(())
+    return {
+        name: [momentum[name]]
+        if name in momentum
+        else [optimizer.state[p].get(key, nothing).expand_as(p) for key in ("exp_avg", "exp_avg_sq")]
+        for name, p in model.named_parameters()
     }
 
 

@@ -49,33 +49,17 @@ def write_folder(
 
     train, heldout: the number of windows of each shard.
     """
-    from streaming import MDSWriter  # its import takes seconds, and tests that only copy a folder do not need it
-
     splits = {"train": train, "heldout": [3] if heldout is None else heldout}
     for split, sizes in splits.items():
         (out / split).mkdir(parents=True)
         entries = []
         for part in range(len(sizes)):
-            folder = out / split / f"part-{part:05}"
-            writer = MDSWriter(
-                out=str(folder),
-                columns={"tokens": f"ndarray:{dtype}:{seq_len + 1}"},
-                hashes=["sha1", "xxh64"],
-                compression=compression,
-                size_limit=None,
-            )
-            for sample in range(sum(sizes[:part]), sum(sizes[: part + 1])):
-                tokens = window(corpus + 1000 * (split == "heldout"), sample, seq_len)
-                writer.write({"tokens": tokens.astype(dtype)})
-            writer.finish()
-            for entry in json.loads((folder / "index.json").read_text())["shards"]:
-                for data in filter(None, (entry["raw_data"], entry["zip_data"])):
-                    data["basename"] = f"{folder.name}/{data['basename']}"
-                entries.append(entry)
-            (folder / "index.json").unlink()
+            samples = range(sum(sizes[:part]), sum(sizes[: part + 1]))
+            windows = [window(corpus + 1000 * (split == "heldout"), sample, seq_len) for sample in samples]
+            entries += write_part(out / split / f"part-{part:05}", np.array(windows, dtype), compression)
         (out / split / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
     (out / "tokenizer.model").write_bytes(tokenizer)
-    windows = {split: sum(sizes) for split, sizes in splits.items()}
+    counts = {split: sum(sizes) for split, sizes in splits.items()}
     manifest = ShardManifest(
         format_version=FORMAT_VERSION,
         seq_len=seq_len,
@@ -92,11 +76,33 @@ def write_folder(
         filters=Filters(),
         inputs=(),
         documents=DocumentCounts(),
-        splits={split: SplitCounts(0, 0, count, count * (seq_len + 1), 0, 0) for split, count in windows.items()},
+        splits={split: SplitCounts(0, 0, count, count * (seq_len + 1), 0, 0) for split, count in counts.items()},
         fingerprint=index_fingerprint(out),
     )
     write_manifest(out, **manifest.to_json())
     return out
+
+
+def write_part(folder: Path, windows: np.ndarray, compression: str | None) -> list[dict[str, Any]]:
+    """Write a shard of windows (n, seq_len + 1); returns its entries for index.json of the split."""
+    from streaming import MDSWriter  # its import takes seconds, and tests that only copy a folder do not need it
+
+    writer = MDSWriter(
+        out=str(folder),
+        columns={"tokens": f"ndarray:{windows.dtype}:{windows.shape[1]}"},
+        hashes=["sha1", "xxh64"],
+        compression=compression,
+        size_limit=None,
+    )
+    for tokens in windows:
+        writer.write({"tokens": tokens})
+    writer.finish()
+    entries = json.loads((folder / "index.json").read_text())["shards"]
+    for entry in entries:
+        for data in filter(None, (entry["raw_data"], entry["zip_data"])):
+            data["basename"] = f"{folder.name}/{data['basename']}"
+    (folder / "index.json").unlink()
+    return entries
 
 
 def write_manifest(folder: Path, **changes: Any) -> None:
