@@ -51,7 +51,6 @@ def measure(rounds: int, folder: Path) -> None:
 
     from mythos_dist.checkpoint.fence import Fence
     from mythos_dist.checkpoint.manifest import Lineage
-    from mythos_dist.checkpoint.restore import find_checkpoint, load_state
     from mythos_dist.checkpoint.save import Saver
     from mythos_dist.config.load import load_config
     from mythos_dist.parallel.mesh import build_mesh
@@ -85,11 +84,6 @@ def measure(rounds: int, folder: Path) -> None:
     def save(background: bool, step: int) -> None:
         savers[background].save(manifest_of(config, step, fence, "", engine, Lineage()))
 
-    def load() -> None:
-        checkpoint, _ = find_checkpoint(checkpoints, config.checkpoint)
-        assert checkpoint
-        load_state(checkpoint, engine.local_shards)
-
     plain = folder / f"plain-{rank}"
     savers[True].finish()  # allocates its buffers
     for i in range(rounds):
@@ -100,7 +94,7 @@ def measure(rounds: int, folder: Path) -> None:
         drop(plain)
         timed("plain read", lambda: read_plain(plain))
         drop_shards(checkpoints)
-        timed("load", load)
+        timed("load", lambda: load_newest(checkpoints, engine))
         dist.barrier()
         if rank == 0:
             times.setdefault("rewrite", []).append(rewrite_seconds(checkpoints, folder / "copy", mine))
@@ -109,6 +103,15 @@ def measure(rounds: int, folder: Path) -> None:
         total = sum(file.stat().st_size for file in checkpoints.glob("step-*/*.safetensors"))
         (folder / "times.json").write_text(json.dumps({"bytes": total, **times}))
     dist.destroy_process_group()
+
+
+def load_newest(checkpoints: Path, engine: "Engine") -> None:
+    """Load the newest checkpoint."""
+    from mythos_dist.checkpoint.restore import find_checkpoint, load_state
+
+    checkpoint, _ = find_checkpoint(checkpoints, engine.config.checkpoint)
+    assert checkpoint
+    load_state(checkpoint, engine.local_shards)
 
 
 def fill_with_noise(engine: "Engine") -> None:

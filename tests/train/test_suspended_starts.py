@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from helpers.frozen_start import run_start
+from helpers.suspended_start import run_start
 from helpers.small_run import REPOSITORY
 
 from mythos_dist.checkpoint.restore import find_checkpoint
@@ -43,7 +43,7 @@ def test_a_start_that_is_suspended_before_a_rename_renames_nothing_when_it_conti
     monkeypatch.setattr("mythos_dist.checkpoint.fence._LOCK_TIMEOUT", 0.2)
     if name == "metrics.jsonl" or "replaced-by" in name:  # there must be one to replace
         run_start(tmp_path)
-    command = [sys.executable, "-m", "helpers.frozen_start", str(tmp_path), name]
+    command = [sys.executable, "-m", "helpers.suspended_start", str(tmp_path), name]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])}
     old = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
