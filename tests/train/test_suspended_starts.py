@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from helpers.suspended_start import run_start
 from helpers.small_run import REPOSITORY
+from helpers.suspended_start import run_start
 
 from mythos_dist.checkpoint.restore import find_checkpoint
 
