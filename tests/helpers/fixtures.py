@@ -85,7 +85,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory) -> Path:
-    """Shards of conversations with samples of 32 tokens, of which 1 to 25 are learnt; vocabulary 260."""
+    """Shards of conversations with samples of 32 tokens, of which 1 to 25 are in the loss; vocabulary 260."""
     work, draw = tmp_path_factory.mktemp("conversations"), random.Random(1)
     tokenizer = Tokenizer.load(write_byte_tokenizer(work))
     words = ["".join(draw.choices(string.printable[:94], k=draw.choice([1, 2, 4, 9, 22]))) for _ in range(800)]
