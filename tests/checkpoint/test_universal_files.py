@@ -257,7 +257,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
         imported(folder, tmp_path / "refused")
     with parameter.open("wb") as stream:
         pickle.dump({"param": Harmful(mark)}, stream)
-    with pytest.raises(UserError, match="no zip archive"):
+    with pytest.raises(UserError, match="not a zip archive"):
         imported(folder, tmp_path / "refused")
     parameter.write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match="no zip archive, or truncated"):
