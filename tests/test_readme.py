@@ -46,16 +46,11 @@ def test_the_errors_shown_are_the_errors_printed():
 
 
 @pytest.mark.launch
-def test_the_plan_shown_is_the_plan_printed():
-    (command, shown), *_ = re.findall(r"\$ mythos (plan --variant .*?)\n(.*?)```", ALL, flags=re.DOTALL)
-    result = subprocess.run(
-        [sys.executable, "-m", "mythos_dist", *command.split()],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        timeout=240,
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, shown, "")
+def test_the_plan_shown_is_the_plan_printed(monkeypatch):
+    (command, shown), *_ = re.findall(r"\$ (mythos plan --variant .*?)\n(.*?)```", ALL, flags=re.DOTALL)
+    monkeypatch.chdir(REPOSITORY)
+    result = run_command(command)
+    assert (result.codes, result.out, result.err) == ([0], shown, "")
 
 
 SMALLER = """\

@@ -5,16 +5,20 @@ where or with how many workers the shards were converted. It may come from an un
 values are checked here.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mythos_dist.errors import UserError
 from mythos_dist.units import count
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "heldout")
@@ -306,12 +310,20 @@ def read_json(content: bytes | str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+@functools.cache
+def _validator() -> "TypeAdapter[ShardManifest]":
+    """Built once: that takes 10 ms."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(ShardManifest)
+
+
 def _checked(content: bytes) -> ShardManifest:
     """The manifest in a JSON document. Raises ValueError that names every value that cannot be."""
-    from pydantic import TypeAdapter, ValidationError  # a second of import, for those that read one
+    from pydantic import ValidationError  # a second of import, for those that read one
 
     try:
-        manifest = TypeAdapter(ShardManifest).validate_json(content)
+        manifest = _validator().validate_json(content)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, one['loc'])) or 'JSON'}: "

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.launch import new_process_groups, run_ranks, run_tool
-from helpers.parity import STD, STEPS, batches, change, load_checkpoint, save_checkpoint
+from helpers.parity import STD, batches, change, load_checkpoint, save_checkpoint
 
 import mythos_dist.model.init
 from mythos_dist.checkpoint.restore import open_checkpoint
@@ -28,7 +28,7 @@ from mythos_dist.train.schedule import learning_rate, loops_at
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).parents[2]
-RANKS, SAVED = 2, STEPS // 2
+RANKS, SAVED, STEPS = 2, 2, 4
 BIAS = [1.0, 0.5, 0.25, 0.0, 0.0, -0.25, -0.5, -1.0]  # an empty bias would look like one that was lost
 STAGES = (1, 2, 3)
 LAYOUTS = {"zero 1": dict(zero=1), "zero 2": dict(zero=2), "zero 3": dict(zero=3)}

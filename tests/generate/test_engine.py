@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from helpers.greedy import check_greedy
 from helpers.selection import first_is_quick
 
 from mythos_dist.config.schema import ActConfig
@@ -27,19 +28,6 @@ def decode(model: Mythos, prompt: list[int], sampling: Sampling, **settings) -> 
     request = engine.submit(prompt, sampling)
     engine.run()
     return request
-
-
-@torch.no_grad()
-def check_greedy(model: Mythos, prompt: list[int], tokens: list[int], new: int, n_loops: int = N_LOOPS) -> None:
-    """The tokens are those that forward passes without a cache choose one after the other.
-
-    One pass over prompt and tokens is enough: the first token that is not the choice after those before it differs.
-    That logits of a position do not depend on later ones is proven in model/test_attention.py and
-    model/test_generate.py.
-    """
-    assert len(tokens) == new
-    logits = model(torch.tensor([[*prompt, *tokens[:-1]]]), n_loops)[0, len(prompt) - 1 :]
-    assert tokens == logits.argmax(-1).tolist()
 
 
 MODELS = [
@@ -145,7 +133,7 @@ def test_a_long_prompt_does_not_hold_up_the_other_rows(model):
     engine.run()
     for request in [*running, long, *short]:
         new = request.sampling.max_new_tokens
-        check_greedy(model, request.prompt, request.tokens, new)
+        check_greedy(model, request.prompt, request.tokens, new, N_LOOPS)
 
 
 def test_a_prompt_that_is_being_read_can_be_cancelled(model):
@@ -162,7 +150,7 @@ def test_a_prompt_that_is_being_read_can_be_cancelled(model):
     assert (cancelled.finish_reason, cancelled.tokens) == ("cancelled", [])
     for request in (running, last):
         new = request.sampling.max_new_tokens
-        check_greedy(model, request.prompt, request.tokens, new)
+        check_greedy(model, request.prompt, request.tokens, new, N_LOOPS)
 
 
 def test_cancelled_requests_free_their_rows(model):
@@ -178,7 +166,7 @@ def test_cancelled_requests_free_their_rows(model):
     reasons = [request.finish_reason for request in requests]
     assert reasons == ["cancelled", "length", "length", "length", "length", "cancelled"]
     for request, prompt in list(zip(requests, cases, strict=True))[1:5]:
-        check_greedy(model, prompt, request.tokens, 8)
+        check_greedy(model, prompt, request.tokens, 8, N_LOOPS)
     assert not requests[5].tokens and len(requests[0].tokens) < 8
 
 

@@ -25,7 +25,7 @@ from mythos_dist.model.mythos import IGNORED
 from mythos_dist.model.open_mythos import from_open_mythos, to_open_mythos
 from mythos_dist.train.schedule import learning_rate, loops_at, state_seed
 
-STEPS = 4
+STEPS = 3
 FIRST_LOSS_SCALE = 2.0**21  # so high that most steps overflow, and halve it
 STD = 0.2  # of initial values; with 0.02 routed experts would contribute little to the gradient norm
 
@@ -322,12 +322,12 @@ def shard_bounds(engine: Any) -> dict[str, list[tuple[int, ...]]]:
 
 
 def train_under_deepspeed(
-    cases: list[tuple[Config, list[float] | None]], folders: Sequence[str] = ()
+    cases: list[tuple[Config, list[float] | None]], folders: Sequence[str] = (), num_steps: int = STEPS
 ) -> list[dict[str, Any]]:
     """On each rank: the same run through our engine, once per config. `places` are the bounds of the shards.
 
-    A case with a folder (none: "") saves a checkpoint there after half of the steps, and an engine with other initial
-    values resumes from it: its results are `resumed`.
+    A case with a folder (none: "") saves a checkpoint there after half of the steps, rounded down, and an engine with
+    other initial values resumes from it: its results are `resumed`.
     """
     import torch.distributed as dist
 
@@ -349,10 +349,10 @@ def train_under_deepspeed(
         if folder and config.train.dtype == "fp16":
             engine.ds_engine.optimizer.loss_scaler.cur_scale = FIRST_LOSS_SCALE
         steps, ids = [], []
-        for step, mine in zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False):
+        for step, mine in zip(range(1, num_steps + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False):
             steps.append(engine.train_step(mine, step))
             ids.append(sorted(gather_sample_ids(mine, mesh.data)))
-            if folder and step == STEPS // 2:
+            if folder and step == num_steps // 2:
                 save_checkpoint(engine, config, folder, step)
         found = results_of(engine, steps) | {
             "counts": [s.expert_counts.sum(1).tolist() for s in steps],
@@ -364,7 +364,7 @@ def train_under_deepspeed(
         del engine
         dist.barrier()
         if folder:
-            found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, folder, config.run.seed)
+            found["resumed"] = resume(change(config, run=dict(seed=99)), mesh, folder, config.run.seed, num_steps)
         results.append(found)
     return results
 
@@ -375,7 +375,7 @@ def results_of(engine: Any, steps: list[Any]) -> dict[str, Any]:
     return values | {"bias": router_biases(engine.model), "final": local_state(engine)}
 
 
-def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
+def resume(config: Config, mesh: Any, folder: str, seed: int, num_steps: int) -> dict[str, Any]:
     """The second half of a run from its checkpoint: losses, norms and the final state."""
     import torch.distributed as dist
 
@@ -384,8 +384,8 @@ def resume(config: Config, mesh: Any, folder: str, seed: int) -> dict[str, Any]:
     engine = Engine(config, mesh)
     load_checkpoint(engine, folder)
     engine.config = config = change(config, run=dict(seed=seed))  # of loops and dropout
-    every = zip(range(1, STEPS + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False)
-    steps = [engine.train_step(mine, step) for step, mine in every if step > STEPS // 2]
+    every = zip(range(1, num_steps + 1), batches(config, mesh.data.rank, mesh.data.size), strict=False)
+    steps = [engine.train_step(mine, step) for step, mine in every if step > num_steps // 2]
     found = results_of(engine, steps)
     engine.close()
     dist.barrier()

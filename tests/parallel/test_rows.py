@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.selection import first_is_quick
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -116,7 +117,7 @@ def forward_and_backward(x: Tensor, direction: Tensor, index: RowIndex) -> list[
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", first_is_quick([torch.float32, torch.bfloat16]))
 def test_sums_are_bitwise_reproducible(dtype, threads):
     """Twenty times, with one thread and with two. On a GPU atomic additions are in arbitrary order, so no operation may
     scatter and add or be nondeterministic by PyTorch's documentation."""

@@ -226,10 +226,10 @@ def test_the_saved_model_has_the_held_out_loss_that_was_logged(finished, config,
     model, loaded, step = load_model(finished)
     assert step == 6 and loaded.model == config.model
     stream = ReplicaStream(
-        shards, "heldout", seq_len=32, vocab_size=512, global_batch=8, micro_batch=8, replica=0, num_replicas=1, seed=0,
+        shards, "heldout", seq_len=32, vocab_size=512, global_batch=4, micro_batch=4, replica=0, num_replicas=1, seed=0,
         shuffle=False,
     )  # fmt: skip
-    (batch,) = stream.step(0)  # eval_samples of the tiny config is 8
+    (batch,) = stream.step(0)  # train.eval_samples of the small run is 4
     loss = model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids)["cross_entropy"]
     assert float(loss) == pytest.approx(lines(finished, "eval.jsonl")[-1]["heldout_loss"], rel=1e-5)
 
