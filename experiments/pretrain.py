@@ -42,9 +42,20 @@ def build_model(seed: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    settings: dict[str, Any] = dict(vocab_size=len(WORDS), hidden_size=64, intermediate_size=176, num_hidden_layers=LAYERS, head_dim=16)
-    settings |= dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, rope_theta=10_000.0)
-    settings |= dict(tie_word_embeddings=False, initializer_range=0.1, use_cache=False)
+    settings: dict[str, Any] = dict(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_theta=10_000.0,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        use_cache=False,
+    )
     return Qwen3ForCausalLM(Qwen3Config(**settings))
 
 

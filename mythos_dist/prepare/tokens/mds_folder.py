@@ -133,9 +133,7 @@ class MdsRows:
         """Token ids from the decoded value of a column. Raises ValueError."""
         if isinstance(value, bytes):
             if len(value) % self._bytes_dtype.itemsize:
-                raise ValueError(
-                    f"{len(value)} bytes are not {self._bytes_dtype.name}; set their dtype: --bytes-dtype"
-                )
+                raise ValueError(f"{len(value)} bytes are not {self._bytes_dtype.name}; set their dtype: --bytes-dtype")
             return np.frombuffer(value, self._bytes_dtype)
         tokens = np.asarray(value)
         if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
