@@ -51,7 +51,7 @@ test-all: $(READY)  ## all tests; with MINUTES=20: long tests only, as many as f
 check: $(READY)  ## lint, types and the quick tests; 2 minutes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	NODE_OPTIONS=--max-semi-space-size=64 $(BIN)/pyright & types=$$!; \
+	$(BIN)/pyright & types=$$!; \
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --hypothesis-profile quick -m "not launch and not long"; tests=$$?; \
 	wait $$types && exit $$tests
 
