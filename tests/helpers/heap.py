@@ -18,5 +18,5 @@ def pytest_runtest_setup():
     global _modules
     if len(sys.modules) > _modules + MANY:
         _modules = len(sys.modules)
-        gc.collect()  # else garbage would stay for ever
+        gc.collect()  # else garbage would stay forever
         gc.freeze()
