@@ -133,7 +133,7 @@ class _Windows:
 
     def __init__(self, model: Mythos, inputs: Tensor, n_loops: int, variant: Variant):
         self._inputs = inputs.tolist()
-        self._batch = DepthBatch(model.eval(), KVCache(len(inputs), variant.cache), len(inputs))
+        self._batch = DepthBatch(model.eval(), KVCache(len(inputs), variant.cache))
         self.windows = list(range(len(inputs)))  # by row
         self._positions = [0] * len(inputs)  # by window
         sampling = Sampling(exit=variant.exit, exit_threshold=variant.threshold)

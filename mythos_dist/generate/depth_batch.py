@@ -13,14 +13,14 @@ Decisions: DECODE-5, DECODE-6.
 # B rows, D model, V vocabulary.
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mythos_dist.generate.exits import exit_threshold, kl_divergence, latent_change
 from mythos_dist.generate.sampling import Sampling
-from mythos_dist.model.activations import Activations
+from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import Context
 from mythos_dist.model.decode import enter, logits_of
 from mythos_dist.model.kv_cache import KVCache, looped_layer
@@ -28,7 +28,7 @@ from mythos_dist.model.loops import next_loop
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.recurrence import LoopInputs
 
-_ROW_FIELDS = ("h", "e", "output", "halted", "kv")  # kv: with model.kv_sharing
+_ROW_FIELDS = ("h", "e", "output", "halted", "kv")  # of Activations; kv: with model.kv_sharing
 
 
 @dataclass
@@ -44,11 +44,13 @@ class Depth:
 class DepthBatch:
     """The tokens in the loops, by cache row. Row i of everything here is row i of the cache."""
 
-    def __init__(self, model: Mythos, cache: KVCache, max_rows: int):
-        self._model, self._cache, self._max_rows = model, cache, max_rows
+    def __init__(self, model: Mythos, cache: KVCache):
+        self._model, self._cache = model, cache
         self.rows: list[Depth] = []
-        self._state: dict[str, Tensor] = {}  # (max_rows, 1, ...) the fields of Activations, and "injected"
+        # (rows, 1, ...): the fields of Activations that are set, and "injected"; of rows that have entered before.
+        self._state: dict[str, Tensor] = {}
         self._inputs: LoopInputs | None = None
+        self._aux_loss: Tensor = UNSET
         self._context: tuple[object, Context] | None = None
 
     def enter(self, rows: Sequence[int], tokens: Sequence[int], seeds: Sequence[int]) -> None:
@@ -56,32 +58,28 @@ class DepthBatch:
         ids = torch.tensor(tokens, device=self._model.embed.weight.device).unsqueeze(1)
         row_seeds = torch.tensor(seeds, device=ids.device)
         activations = enter(self._model, ids, self._context_of(rows), row_seeds)
-        self._inputs = self._model.recurrent.inputs(activations.e)
-        values = {name: getattr(activations, name) for name in _ROW_FIELDS} | {"injected": self._inputs.injected}
-        for name, new in values.items():
-            if new is None:
-                continue
-            if name not in self._state:
-                self._state[name] = new.new_zeros(self._max_rows, *new.shape[1:])
-            self._state[name][_index(rows)] = new
+        self._inputs, self._aux_loss = self._model.recurrent.inputs(activations.e), activations.aux_loss
+        fields = {name: getattr(activations, name) for name in _ROW_FIELDS} | {"injected": self._inputs.injected}
+        state = {name: values for name, values in fields.items() if values is not None}
+        if len(rows) < len(self.rows):
+            state = {name: _with_rows(self._state[name], rows, new, len(self.rows)) for name, new in state.items()}
+        self._state = state
         for row in rows:
             self.rows[row].index, self.rows[row].logits = 0, None
 
     def advance(self) -> list[tuple[int, Tensor]]:
         """Run one loop of all rows: those that are done, with their outputs (1, D) after the loops."""
-        B = len(self.rows)
+        B, state = len(self.rows), dict(self._state)
         own = [row.index for row in self.rows if row.index is not None]
-        assert self._inputs is not None and len(own) == B
-        index = own[0] if len(set(own)) == 1 else torch.tensor(own, device=self._state["h"].device)
-        held = {name: values[:B] for name, values in self._state.items()}
-        inputs = self._inputs._replace(injected=held.pop("injected"))
-        before = Activations(**held, aux_loss=held["h"].new_zeros(1, dtype=torch.float32))
+        assert self._inputs is not None and len(own) == len(state["h"]) == B
+        index = own[0] if len(set(own)) == 1 else torch.tensor(own, device=state["h"].device)
+        inputs = self._inputs._replace(injected=state.pop("injected"))
+        before = Activations(**state, aux_loss=self._aux_loss)
         context = self._context_of(range(B))
         after = self._model.recurrent.advance(before, inputs, next_loop(index), context)
         final = self._model.recurrent.act.final(before, after)
         exits = self._exits(before, after, final)
-        for name in held:
-            self._state[name][:B] = getattr(after, name)
+        self._state.update({name: getattr(after, name) for name in state})
         done = []
         for i, row in enumerate(self.rows):
             assert row.index is not None
@@ -113,9 +111,9 @@ class DepthBatch:
         lengths = self._cache.lengths
         if row != last:
             self._cache.move_row(last, row, new_tokens=1)  # its token may be in the middle of the loops
-            for values in self._state.values():
-                values[row] = values[last]
             lengths[row] = lengths[last]
+        kept = [last if i == row else i for i in range(last)]
+        self._state = {name: values[kept] if len(values) > last else values for name, values in self._state.items()}
         lengths[last] = 0
         self._cache.lengths = lengths
         self.rows[row] = self.rows[last]
@@ -126,7 +124,8 @@ class DepthBatch:
         key = tuple((row, lengths[row]) for row in rows)
         if self._context is None or self._context[0] != key:
             ids = torch.empty(len(rows), 1, device=self._model.embed.weight.device)
-            self._context = key, self._model.context(ids, cache=self._cache.select(rows))
+            context = self._model.context(ids, cache=self._cache.select(rows))
+            self._context = key, replace(context, counts_experts=False)
         return self._context[1]
 
     def _logits(self, rows: Sequence[int], outputs: Tensor) -> Tensor:
@@ -162,7 +161,8 @@ class DepthBatch:
             self._cache.repeat_entry(source, targets, row, position)
 
 
-def _index(rows: Sequence[int]) -> Sequence[int] | slice:
-    """`rows` as an index: a slice if they follow each other."""
-    following = range(rows[0], rows[0] + len(rows))
-    return slice(following.start, following.stop) if list(rows) == list(following) else list(rows)
+def _with_rows(values: Tensor, rows: Sequence[int], new: Tensor, total: int) -> Tensor:
+    """values (n, ...) with `new` in `rows`: (total, ...), n <= total."""
+    values = torch.cat([values, values.new_zeros(total - len(values), *values.shape[1:])])
+    values[list(rows)] = new
+    return values

@@ -127,7 +127,7 @@ class DecodingEngine:
         self._n_loops, self._max_batch, self._prefill_chunk = n_loops, max_batch, prefill_chunk
         self._cache = KVCache(rows=max_batch, mode=cache)
         self._transposed = TransposedWeights(model, copy_weights)
-        self._batch = DepthBatch(model, self._cache, max_batch)
+        self._batch = DepthBatch(model, self._cache)
         self._rows: list[RunningRequest] = []  # by cache row
         self._waiting: deque[Request] = deque()
         self._reading: Reading | None = None

@@ -46,6 +46,7 @@ class Context:
     # bool (S, T) or (B, S, T): the keys that a query sees; None: causal, with the last query at the last key.
     mask: Tensor | None = None
     shard: ContextShard | None = None  # the tokens of this rank of the context axis; None: all
+    counts_experts: bool = True  # whether tokens per expert are counted, as training needs
 
     def repeated(self, times: int) -> "Context":
         """For `times` copies of the batch, concatenated."""
@@ -103,6 +104,10 @@ def _cached_positions(cache: KVCache, shape: torch.Size, device: torch.device) -
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent channel pairs of x (B, S, H, R) by `Context.rope`, in fp32; same shape and dtype as x."""
+    if torch.is_inference_mode_enabled():  # views that autograd does not know, with half the operations
+        exact = x.float().contiguous()
+        if exact.storage_offset() % 2 == 0:
+            return (exact.view(torch.complex64) * rope).view(torch.float32).to(x.dtype)
     pairs = x.float().unflatten(-1, (-1, 2))
     if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
         pairs = pairs.contiguous()  # a slice that starts at an odd channel
@@ -241,10 +246,11 @@ class MLAttention(nn.Module):
         q, *new = all_gather_many([project(rows) for project, _ in down], self.mesh.tensor, -1)
         if self.mesh.tensor.size > 1:  # without padding
             q, *new = (latent[:, :width] for latent, (_, width) in zip([q, *new], down, strict=True))
-        kv = merge_kv(new[0].view(*shape, -1) if new else None, shared)
+        kv = merge_kv(new[0].view(*shape, -1) if new else None, shared) if self.shares_kv else None
+        latents = new[0] if kv is None else kv.flatten(0, 1)
         is_cached = shared is not None and shared.renewed is None
-        out = checkpoint_if(self.selective, self._attend, q, kv.flatten(0, 1), shape, context, cache_key, is_cached)
-        return self.wo(out).view_as(x), kv if self.shares_kv else None
+        out = checkpoint_if(self.selective, self._attend, q, latents, shape, context, cache_key, is_cached)
+        return self.wo(out).view_as(x), kv
 
     def kv_projections(self) -> list[nn.Module]:
         """Layers that a loop with shared keys and values does not apply."""
@@ -349,7 +355,8 @@ class MLAttention(nn.Module):
         key_up, value_up = self._up_by_head()
         by_head = torch.bmm(q_nope.reshape(B * S, H, -1).transpose(0, 1), key_up)  # (H, N, L)
         q = torch.cat([by_head.transpose(0, 1).reshape(B, S * H, L), q_rope.reshape(B, S * H, R)], dim=-1)
-        scores = torch.bmm(q, entries[..., : L + R].transpose(1, 2)).view(B, S, H, T).float() * self.scale
+        keys = entries[..., : L + R] if c.qk_norm else entries
+        scores = torch.bmm(q, keys.transpose(1, 2)).view(B, S, H, T).float() * self.scale
         if c.qk_norm:
             scores = scores * entries[..., L + R :].transpose(1, 2).unsqueeze(1)  # (B, 1, H, T)
         if mask is not None:

@@ -41,7 +41,9 @@ class _ResidualBlock(nn.Module):
         return self._add(x, y), kv
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.factor)
+        if self.training and self.dropout > 0:
+            y = F.dropout(y, self.dropout)
+        return torch.add(x, y, alpha=self.factor)
 
 
 class DenseBlock(_ResidualBlock):
@@ -94,5 +96,5 @@ class MoEBlock(_ResidualBlock):
         """(B, S or S / tensor, D) -> same shape, the router's statistics, and with model.kv_sharing the keys and values
         that later loops share (B, S, W)."""
         x, kv = self._attend(x, context, cache_key, shared)
-        y, stats = self.ffn(self.ffn_norm(x), context.token_share(x))
+        y, stats = self.ffn(self.ffn_norm(x), context.token_share(x), context.counts_experts)
         return self._add(x, y), stats, kv

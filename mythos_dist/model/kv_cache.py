@@ -155,9 +155,9 @@ class KVCache:
 
     def _selected(self, buffer: Tensor) -> Tensor:
         """The rows of this cache in a buffer: a view, or a copy where they do not follow each other."""
-        if isinstance(self._rows, range):
+        if isinstance(self._rows, range) and len(self._rows) < len(buffer):
             return buffer[self._rows.start : self._rows.stop]
-        return buffer if self._rows is None else buffer[self._rows]
+        return buffer[self._rows] if isinstance(self._rows, list) else buffer
 
     def _append_by_row(self, keys: Sequence[str], new: Tensor, end: int) -> Tensor:
         """Rows at different loops have different buffers, so their entries are copied into one tensor."""

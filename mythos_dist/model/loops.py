@@ -5,6 +5,7 @@ Decisions: MODEL-17.
 
 # B batch, S' tokens of each sequence on this rank, D model.
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -94,3 +95,15 @@ def loop_signals(loop_index: Tensor, dim: int, like: Tensor) -> Tensor:
     signals = torch.zeros(len(loop_index), dim, device=like.device, dtype=torch.float32)
     signals[:, :width] = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
     return signals.to(like.dtype)
+
+
+def loop_signal(own_index: int | Tensor, dim: int, like: Tensor) -> Tensor:
+    """The signal of a loop (D,), or of sequences' own (B,) -> (B, 1, D), from a table that is computed once."""
+    signals = _all_signals(dim, like.dtype, like.device)
+    return signals[own_index] if isinstance(own_index, int) else signals[own_index].unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=4)
+def _all_signals(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The signals of all loops that a pass may have (MAX_LOOPS, D)."""
+    return loop_signals(torch.arange(MAX_LOOPS, device=device), dim, torch.empty(0, dtype=dtype, device=device))

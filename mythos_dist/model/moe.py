@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
+from mythos_dist.model.activations import UNSET
 from mythos_dist.model.experts import Experts
 from mythos_dist.model.grouped import tokens_per_expert
 from mythos_dist.model.pieces import Pieces, concatenate
@@ -38,7 +39,7 @@ from mythos_dist.parallel.tensor import ParallelLinear, replicated, shard_parame
 class RouterStats(NamedTuple):
     """Output of one forward of the mixture, besides y: for load balancing and the objective."""
 
-    counts: Tensor  # (E,) int64: (token, expert) pairs in this replica
+    counts: Tensor | None  # (E,) int64: (token, expert) pairs in this replica; None: not counted
     # (): weighted auxiliary losses, or None. This rank's term of the sum over the ranks that share the sequences: the
     # context axis, and with sequence parallelism the tensor axis
     loss: Tensor | None
@@ -147,24 +148,30 @@ class MoE(nn.Module):
         self.experts = Experts(config, experts.backend, mesh, selective, self.pieces)
         self.shared = FFN(config.dim, config.shared_dim, mesh, selective) if config.shared_dim else None
 
-    def forward(self, x: Tensor, token_share: float = 1.0) -> tuple[Tensor, RouterStats]:
+    def forward(self, x: Tensor, token_share: float = 1.0, counts_experts: bool = True) -> tuple[Tensor, RouterStats]:
         """x (B, S', D) -> y (B, S', D) and the router's statistics. token_share: as of `Router`."""
         weights, index, loss = self.router(x, token_share)
         weights, index = (part.view(*x.shape[:2], -1) for part in (weights, index))
         seq_len = round(x.shape[1] / token_share)
-        pieces = [self._mix(*piece) for piece in self.pieces.split(x, weights, index, seq_len=seq_len)]
+        parts = self.pieces.split(x, weights, index, seq_len=seq_len)
+        pieces = [self._mix(*part, counts_experts) for part in parts]
+        y = concatenate([y for y, _ in pieces], x)
+        if not counts_experts:
+            return y, RouterStats(None, loss)
         counts = sum((counts for _, counts in pieces[1:]), pieces[0][1])
-        return concatenate([y for y, _ in pieces], x), RouterStats(counts, loss)
+        return y, RouterStats(counts, loss)
 
-    def _mix(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool) -> tuple[Tensor, Tensor]:
         """A piece of tokens (b, s, D) and their routing (b, s, k) -> same shape as x, and the counts (E,)."""
-        y, rows, route, counts = self.pieces.recompute(self._partial_sums, x, weights, index)
+        y, rows, route, counts = self.pieces.recompute(self._partial_sums, x, weights, index, counts_experts)
         y = combine(y, route, self.mesh)
         if self.shared is not None:
             y = y + (rows if self.pieces.tokens else self.shared(rows))
         return leave_tensor_parallel(y.view(len(x), -1, x.shape[-1]), self.mesh), counts
 
-    def _partial_sums(self, x: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Route | None, Tensor]:
+    def _partial_sums(
+        self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool
+    ) -> tuple[Tensor, Tensor, Route | None, Tensor]:
         """The output of `Experts`; in pieces that of the shared experts, else their input (tokens, D), for all tensor
         ranks' tokens; the way back of the former, if they are others' tokens; the counts (E,).
 
@@ -176,7 +183,7 @@ class MoE(nn.Module):
         y, route = self.experts(rows, weights, index)
         if self.pieces.tokens and self.shared is not None:
             rows = self.shared(rows)
-        return y, rows, route, tokens_per_expert(index, self.experts.n_experts)
+        return y, rows, route, tokens_per_expert(index, self.experts.n_experts) if counts_experts else UNSET
 
     def _gather_routing(self, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """The routing of this rank's tokens (b, s, k) -> that of all tensor ranks' tokens (tokens, k)."""

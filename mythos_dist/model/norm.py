@@ -1,9 +1,9 @@
 """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019).
 
 On a GPU, PyTorch's fused kernel; on a CPU, where PyTorch has none, an autograd function that saves only its input, but
-for inference, where launching it takes a third of the time.
+for inference, where launching it takes a third of the time, and a single row is normed by two operations.
 
-Decisions: MODEL-13.
+Decisions: MODEL-13, DECODE-10.
 """
 
 # N rows, D channels.
@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mythos_dist.parallel.process import on_cpu
+
 EPS = 1e-6
+_ZERO = torch.zeros(())
 
 
 def rms_normalize(x: Tensor, eps: float = EPS) -> Tensor:
@@ -37,7 +40,16 @@ class Norm(nn.Module):
 def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if x.device.type == "cpu" and not torch.is_inference_mode_enabled():
         return _RMSNorm.apply(x, weight, eps)
+    if weight is not None and x.numel() == len(weight) and x.dtype == weight.dtype == torch.float32 and on_cpu(x):
+        return _norm_row(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _norm_row(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of a single row, x (..., D) of D elements, as decoding has them: half the time of `F.rms_norm`."""
+    row = x.reshape(-1)
+    rstd = (torch.dot(row, row).item() / len(row) + eps) ** -0.5
+    return torch.addcmul(_ZERO, x, weight, value=rstd)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -62,4 +62,4 @@ class Pieces:
 
 def concatenate(pieces: list[Tensor], like: Tensor) -> Tensor:
     """The pieces (1, n, D), or the one tensor, as (B, S', D)."""
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).view(*like.shape[:2], -1)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1).view(*like.shape[:2], -1)

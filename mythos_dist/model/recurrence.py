@@ -35,7 +35,7 @@ from mythos_dist.model.halting import build_halting
 from mythos_dist.model.injection import build_injection
 from mythos_dist.model.kv_cache import CacheKey, looped_layer
 from mythos_dist.model.loop_recorder import LoopRecorder
-from mythos_dist.model.loops import Loops, loop_signals, where_active
+from mythos_dist.model.loops import Loops, loop_signal, loop_signals, where_active
 from mythos_dist.model.norm import Norm, rms_normalize
 from mythos_dist.model.recompute import OffloadedStates, Recompute, checkpoint_if
 from mythos_dist.model.shared_kv import SharedKV, join_kv, kv_by_layer, shared_kv_shape
@@ -63,7 +63,8 @@ class LoopInputs(NamedTuple):
 class LoopStats(NamedTuple):
     """Of the routers in one loop."""
 
-    counts: Tensor  # (L * E,) int64: (token, expert) pairs in this replica, of the first layer's experts first
+    # (L * E,) int64: (token, expert) pairs in this replica, of the first layer's experts first; unset: not counted
+    counts: Tensor
     loss: Tensor | None  # (): sum of the layers' `RouterStats.loss`, or None
 
 
@@ -224,7 +225,8 @@ class Recurrent(nn.Module):
     def advance(self, activations: Activations, inputs: LoopInputs, loops: Loops, context: Context) -> Activations:
         """The loop `loops` of `next_loop`, in a pass that may end after any loop. Without gradient."""
         t = loops.no_grad_loops
-        inputs = inputs._replace(signals=self._signals(range(t, t + 1), loops, activations.h))
+        if self.config.loop_signal:
+            inputs = inputs._replace(signals={t: loop_signal(loops.own_index(t), self.config.dim, activations.h)})
         return self._run_group(range(t, t + 1), loops, activations, inputs, context)[0]
 
     def _signals(self, loop_range: range, loops: Loops, like: Tensor) -> dict[int, Tensor]:
@@ -353,7 +355,8 @@ class Recurrent(nn.Module):
         if self.config.lora != "none":
             x = self.lora(x, loops.own_index(t))
         loss = None if losses[0] is None else sum(losses[1:], losses[0])
-        return x, LoopStats(torch.cat(counts), loss), kv if computes is False else join_kv(new_kv)
+        total = torch.cat(counts) if context.counts_experts else UNSET
+        return x, LoopStats(total, loss), kv if computes is False else join_kv(new_kv)
 
     def _cache_keys(self, t: int, loops: Loops, context: Context) -> list[CacheKey]:
         """The layers' keys in loop t. Loops that share keys and values share a cache entry, named after the first of

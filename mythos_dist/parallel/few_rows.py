@@ -6,7 +6,7 @@ innermost cache (`benchmarks/README.md`). A single row is therefore computed twi
 
 Only in inference mode: training computes no token one by one, and a recomputed forward has the bits of the first.
 
-Decisions: DECODE-9.
+Decisions: DECODE-9, DECODE-10.
 """
 
 import torch
@@ -20,20 +20,38 @@ LEAST_WEIGHT = 1 << 15  # elements: below, what it costs to launch the product c
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, weight, bias)` up to rounding."""
-    rows = x.shape[:-1].numel()
-    if rows > MOST_ROWS or not torch.is_inference_mode_enabled():
+    """`F.linear(x, weight, bias)` up to rounding; perhaps not contiguous if x is (1, inputs)."""
+    if not torch.is_inference_mode_enabled() or x.numel() > MOST_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    y = few_rows_product(x.reshape(rows, x.shape[-1]), weight)
-    return (y if bias is None else y + bias).contiguous().view(*x.shape[:-1], len(weight))
+    is_row = x.dim() == 2 and len(x) == 1
+    y = few_rows_product(x if is_row else x.reshape(-1, x.shape[-1]), weight)
+    if bias is not None:
+        y = y + bias
+    return y if is_row else y.contiguous().view(*x.shape[:-1], len(weight))
 
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, inputs) @ weight (outputs, inputs)^T without gradient -> (rows, outputs), perhaps not contiguous."""
+    if not is_faster(x, weight):
+        return F.linear(x, weight)
+    if len(x) == 1:
+        return first_row(torch.mm(weight, doubled(x)))
+    return torch.mm(weight, x.contiguous().t()).t()
+
+
+def is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether weight (outputs, inputs) @ x^T is faster than x (rows, inputs) @ weight^T."""
     rows, inputs = x.shape
     fits = 0 < rows <= MOST_ROWS and max(2, rows) * inputs <= MOST_ELEMENTS and weight.numel() >= LEAST_WEIGHT
-    if not fits or weight.dtype != torch.float32 or not weight.is_contiguous() or not on_cpu(weight):
-        return F.linear(x, weight)
-    if rows == 1:
-        return torch.mm(weight, torch.cat([x, x]).t()).t()[:1]
-    return torch.mm(weight, x.contiguous().t()).t()
+    return fits and weight.dtype == torch.float32 and weight.is_contiguous() and on_cpu(weight)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """x (1, inputs) -> (inputs, 2), the second factor of products with weights."""
+    return torch.cat([x, x]).t()
+
+
+def first_row(product: Tensor) -> Tensor:
+    """weight @ `doubled(x)` (outputs, 2) -> (1, outputs), a view."""
+    outputs = len(product)
+    return product.as_strided((1, outputs), (2 * outputs, 2))
