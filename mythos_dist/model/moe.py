@@ -158,7 +158,9 @@ class MoE(nn.Module):
         y = concatenate([y for y, _ in pieces], x)
         if not counts_experts:
             return y, RouterStats(None, loss)
-        counts = sum((counts for _, counts in pieces[1:]), pieces[0][1])
+        counts = pieces[0][1]
+        for _, more in pieces[1:]:
+            counts = counts + more
         return y, RouterStats(counts, loss)
 
     def _mix(self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool) -> tuple[Tensor, Tensor]:
