@@ -60,6 +60,7 @@ FACTS: dict[str, Any] = {  # of a node of eight H100 with everything in order
     "torch": TORCH,
     "unavailable": {"megablocks": None, "flash_attn": None},
     "group": Outcome(seconds=0.5),
+    "host_name": ("node1", ""),
     "ports": PORTS,
     "memory": (64 << 30, 100 * GB),
     "shared_memory": (32 << 30, 0, 32 << 30),
@@ -157,6 +158,7 @@ CASES = {
         (cpu(), "ok", ["gloo: one process joined"]),
         (node(), "ok", ["NCCL 2.30.7: one process joined"]),
         (cpu(group=Outcome(error="no answer in 20 s")), "problem", ["cannot join", "no answer", "NCCL_SOCKET_IFNAME"]),
+        (cpu(host_name=("box", "Name or service not known")), "note", ["name box has no address", "--local-addr"]),
         (node(env={"NCCL_IB_DISABLE": "1"}), "note", ["slow: NCCL_IB_DISABLE=1", "unset NCCL_IB_DISABLE,"]),
     ],
     "InfiniBand": [

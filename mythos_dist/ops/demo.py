@@ -14,7 +14,9 @@ from mythos_dist.ops.earlier_run import make_room
 
 RUN_DIR = Path("runs/demo")
 MYTHOS = [sys.executable, "-m", "mythos_dist"]
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", "--log-dir", "runs"]
+# Without --local-addr torchrun waits 5 minutes where the machine's own name has no address, as in some containers.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "localhost"]
+LAUNCH = [*TORCHRUN, "--nproc_per_node", "4", "--log-dir", "runs"]
 TRAIN = [*LAUNCH, "-m", "mythos_dist.train", "demo"]
 LAYOUTS = ("parallel.tensor=2", "parallel.expert=2"), ("parallel.pipe=2",)  # 2 replicas on 4 ranks
 

@@ -13,6 +13,8 @@ import pytest
 from cluster.cluster import Cluster, install_hint, missing
 from helpers.ports import reserved_port
 
+from mythos_dist.ops.demo import LAUNCH, TORCHRUN
+
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PROGRAM = ["helpers.join", str(REPOSITORY / "configs" / "tiny_cpu.yaml"), "faults.join_within=100"]
@@ -69,6 +71,14 @@ def test_torchrun_standalone(world, tmp_path):
 def test_torchrun_with_a_port(world, tmp_path):
     with reserved_port() as port:
         assert joined_lines(torchrun(world, f"--master_port={port}"), tmp_path) == all_joined(world)
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"]).returncode != 0, reason="needs a namespace of its own")
+def test_the_demo_starts_where_the_name_of_the_machine_has_no_address(tmp_path):
+    """torchrun alone would wait 5 minutes for that name."""
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname no-address.invalid; exec "$@"', "sh"]
+    assert joined_lines([*renamed, *TORCHRUN, "--nproc_per_node=2", "-m", *PROGRAM], tmp_path) == all_joined(2)
+    assert LAUNCH[: len(TORCHRUN)] == TORCHRUN
 
 
 def test_torchrun_restarts_with_the_store_of_the_first_attempt(tmp_path):

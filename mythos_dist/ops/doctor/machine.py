@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -78,6 +79,16 @@ def read_torch(use_gpus: bool) -> Torch:
     return Torch(torch.__version__, torch.version.cuda, nccl, gpus, " ".join(" ".join(messages).split()))
 
 
+def read_host_name() -> tuple[str, str]:
+    """This machine's name, and why it has no address; "": it has one."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        return name, error.strerror or str(error)
+    return name, ""
+
+
 class Fact(Generic[T]):
     """An attribute that is read once, when a check first needs it. If that fails, each such check gets a FactError."""
 
@@ -111,6 +122,7 @@ class Machine:
     # Bytes of /dev/shm: total, used, free; None: there is none.
     shared_memory = Fact(lambda _: shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None)
     locked_memory = Fact(lambda _: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])  # bytes; -1: unlimited
+    host_name = Fact(lambda _: read_host_name())
     group = Fact[Outcome](lambda machine: machine.probe.outcome())
 
     def __init__(self, probe: Probe | None = None, **facts: Any):

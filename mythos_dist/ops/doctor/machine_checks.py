@@ -96,8 +96,8 @@ def check_gpu_packages(machine: Machine) -> Iterator[Finding]:
 
 
 def check_network(machine: Machine) -> Iterator[Finding]:
-    """A process group of this process alone, which fails for an interface that does not exist, too; and the variables
-    of NCCL and gloo."""
+    """A process group of this process alone, which fails for an interface that does not exist, too; the variables of
+    NCCL and gloo; the address of the machine's own name."""
     name, group = f"NCCL {machine.torch.nccl}" if machine.torch.gpus else "gloo", machine.group
     if group.error:
         text = f"{name}: one process cannot join a process group on loopback ({group.error})"
@@ -109,6 +109,10 @@ def check_network(machine: Machine) -> Iterator[Finding]:
         yield note(f"slow: {', '.join(slow)}", f"unset {slow[0].partition('=')[0]}, unless it works around a fault")
     if variables:
         yield ok("set: " + ", ".join(variables))
+    host, error = machine.host_name
+    if error:
+        text = f"this machine's name {host} has no address ({error}): torchrun waits 5 minutes for it"
+        yield note(text, "add it to /etc/hosts, or on one machine start torchrun with --local-addr localhost")
 
 
 def check_infiniband(machine: Machine) -> Iterator[Finding]:
