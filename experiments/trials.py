@@ -148,8 +148,8 @@ def training_flops(config: Config) -> Iterator[float]:
     """The FLOPs of one process in step 1, 2, …, without end, with the number of loops that is drawn for each step, and
     those of Muon."""
     from mythos_dist.model.flops import executed_flops  # it imports torch, and --help does not need that
+    from mythos_dist.ops.plan.chunks import expected_rows
     from mythos_dist.ops.plan.muon import muon_flops
-    from mythos_dist.ops.plan.pieces import expected_rows
 
     model, train = config.model, config.train
     rows = expected_rows(train.micro_batch * train.seq_len, model.n_experts_per_tok, model.n_experts, 1)

@@ -649,7 +649,7 @@ class Config:
         return self.run.stage_begin + self.train.steps
 
     @property
-    def piece_tokens(self) -> int:
+    def chunk_size(self) -> int:
         """`train.chunk_tokens`, or 0 if a rank has no more tokens of a micro-batch than that."""
         train, size = self.train, self.train.chunk_tokens or 0
         return size if size < train.micro_batch * -(-train.seq_len // self.parallel.context) else 0

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.attention import Context, GQAttention, MLAttention
+from mythos_dist.model.chunks import TokenChunks, concatenate
 from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.moe import FFN, MoE, RouterStats
 from mythos_dist.model.norm import Norm
-from mythos_dist.model.pieces import Pieces, concatenate
 from mythos_dist.model.shared_kv import SharedKV
 from mythos_dist.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from mythos_dist.parallel.mesh import Mesh
@@ -51,7 +51,7 @@ class DenseBlock(_ResidualBlock):
 
     def __init__(self, config: MythosConfig, mesh: Mesh, selective: bool = False, chunk_tokens: int = 0):
         super().__init__(config, mesh, selective, shares_kv=False)
-        self.pieces = Pieces(chunk_tokens, mesh)
+        self.chunks = TokenChunks(chunk_tokens, mesh)
         self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective and not chunk_tokens)
 
     def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
@@ -61,13 +61,13 @@ class DenseBlock(_ResidualBlock):
         return self._add(x, self.feed_forward(self.ffn_norm(x), seq_len))
 
     def feed_forward(self, x: Tensor, seq_len: int) -> Tensor:
-        """Normed tokens (B, S or S / tensor, D) of sequences of `seq_len` tokens -> same shape. With ZeRO-3 every piece
+        """Normed tokens (B, S or S / tensor, D) of sequences of `seq_len` tokens -> same shape. With ZeRO-3 every chunk
         gathers the weights, over the context axis too."""
-        pieces = [self._feed_piece_forward(piece) for (piece,) in self.pieces.split(x, seq_len=seq_len)]
-        return concatenate(pieces, x)
+        chunks = [self._feed_chunk_forward(chunk) for (chunk,) in self.chunks.split(x, seq_len=seq_len)]
+        return concatenate(chunks, x)
 
-    def _feed_piece_forward(self, x: Tensor) -> Tensor:
-        y = self.pieces.recompute(self._partial_sums, x)
+    def _feed_chunk_forward(self, x: Tensor) -> Tensor:
+        y = self.chunks.recompute(self._partial_sums, x)
         return leave_tensor_parallel(y.view(len(x), -1, x.shape[-1]), self.mesh)
 
     def _partial_sums(self, x: Tensor) -> Tensor:

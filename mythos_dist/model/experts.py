@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import MythosConfig
+from mythos_dist.model.chunks import TokenChunks
 from mythos_dist.model.gradient_sums import GradientSums
 from mythos_dist.model.grouped import grouped
 from mythos_dist.model.megablocks import check_megablocks, megablocks
-from mythos_dist.model.pieces import Pieces
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import swiglu_forward
 from mythos_dist.parallel.expert import Route, dispatch
@@ -102,7 +102,7 @@ class Experts(nn.Module):
     transposed_down: Tensor | None = None  # (E, D, F), see model/transposed.py
 
     def __init__(
-        self, config: MythosConfig, backend: str, mesh: Mesh, selective: bool = False, pieces: Pieces | None = None
+        self, config: MythosConfig, backend: str, mesh: Mesh, selective: bool = False, chunks: TokenChunks | None = None
     ):
         """Raises UserError if the backend cannot run in this process."""
         super().__init__()
@@ -110,7 +110,7 @@ class Experts(nn.Module):
             check_megablocks()
         self.mesh = mesh
         self.selective = selective
-        self.in_pieces = pieces is not None and pieces.tokens > 0
+        self.in_chunks = chunks is not None and chunks.tokens > 0
         self.n_experts = config.n_experts
         shape = (config.n_experts, config.expert_dim, config.dim)
         axes = {0: mesh.expert, 1: mesh.tensor}
@@ -133,7 +133,7 @@ class Experts(nn.Module):
 
     def start_pass(self, calls: int) -> None:
         """Call before a forward pass that runs the MoE layer `calls` times with gradient."""
-        accumulate = calls > (0 if self.in_pieces else 1) and self.w1.requires_grad and on_cpu(self.w1)
+        accumulate = calls > (0 if self.in_chunks else 1) and self.w1.requires_grad and on_cpu(self.w1)
         self._sums = GradientSums() if accumulate else None
 
     @in_range("experts")

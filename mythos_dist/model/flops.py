@@ -76,7 +76,7 @@ class LayerFlops:
     matmuls: float = 0.0  # of weights, that only `recompute: loop` repeats
     attention: float = 0.0  # scores, and their matrix multiplication with the values
     attention_recomputed: float = 0.0  # MLA's expansions, which `recompute: selective` repeats
-    ffn_hidden: float = 0.0  # FFNs and experts, which `recompute: selective` and layers that work in pieces repeat
+    ffn_hidden: float = 0.0  # FFNs and experts, which `recompute: selective` and layers that work in chunks repeat
     expansion: float = 0.0  # with context parallelism: of all ranks' keys and values, again in the backward pass
 
     def __add__(self, other: "LayerFlops") -> "LayerFlops":
@@ -101,11 +101,11 @@ class LayerFlops:
     def forward(self) -> float:
         return self.matmuls + self.attention + self.attention_recomputed + self.ffn_hidden + self.expansion
 
-    def training_flops(self, recompute: str, in_pieces: bool = False) -> float:
+    def training_flops(self, recompute: str, in_chunks: bool = False) -> float:
         """Forward, recomputation and backward: 2.5 forward passes for attention (Dao 2023), 2 for the rest."""
         selective = self.attention + self.attention_recomputed + self.ffn_hidden + self.expansion
         recomputed = {"none": 0.0, "selective": selective, "loop": self.forward}[recompute]
-        if in_pieces and recompute != "selective":
+        if in_chunks and recompute != "selective":
             recomputed += self.ffn_hidden
         of_weights = self.matmuls + self.attention_recomputed + self.ffn_hidden
         backward = 2 * of_weights + 2.5 * self.attention + 3 * self.expansion
@@ -258,14 +258,14 @@ def executed_flops(
     )
     readouts = config.loops.readouts(config.loops.mean_of(config.model), no_grad)
     blocks = len(stage.prelude) + len(stage.coda) * readouts
-    in_pieces = config.piece_tokens > 0
-    total = blocks * layers.dense_block().training_flops("selective" if recompute == "selective" else "none", in_pieces)
+    in_chunks = config.chunk_size > 0
+    total = blocks * layers.dense_block().training_flops("selective" if recompute == "selective" else "none", in_chunks)
     if stage.has_loops and len(loops):
         total += layers.injection().training_flops("none")
     with_grad, compute_kv = loops_with_grad(loops, no_grad), loops_computing_kv(config, loops)
     for t in loops:
         loop = layers.loop() + layers.loop_keys_values() if t in compute_kv else layers.loop()
-        total += loop.training_flops(recompute, in_pieces) if t in with_grad else loop.forward
+        total += loop.training_flops(recompute, in_chunks) if t in with_grad else loop.forward
     if stage.is_last:
         # All three matmuls run in the forward pass, and the teacher's again for each readout that is trained towards
         # its output (parallel/tensor.py).

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
 from mythos_dist.model.activations import UNSET
+from mythos_dist.model.chunks import TokenChunks, concatenate
 from mythos_dist.model.experts import Experts
 from mythos_dist.model.grouped import tokens_per_expert
-from mythos_dist.model.pieces import Pieces, concatenate
 from mythos_dist.model.recompute import checkpoint_if
 from mythos_dist.model.swiglu import GatedLinear
 from mythos_dist.parallel.collectives import (
@@ -69,9 +69,9 @@ class Router(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh, pieces: Pieces):
+    def __init__(self, config: MythosConfig, experts: ExpertsConfig, mesh: Mesh, chunks: TokenChunks):
         super().__init__()
-        self.pieces = pieces
+        self.chunks = chunks
         self.k = config.n_experts_per_tok
         self.experts = experts
         self.mesh = mesh
@@ -93,9 +93,9 @@ class Router(nn.Module):
 
         token_share: the part of its sequences' tokens that x has.
         """
-        weight = self.weight.float()  # once: its gradient is then the sum over pieces in fp32
-        pieces = [self.pieces.recompute(_logits, piece, weight) for (piece,) in self.pieces.split(x)]
-        logits = concatenate(pieces, x).flatten(0, 1)  # (N, E)
+        weight = self.weight.float()  # once: its gradient is then the sum over chunks in fp32
+        chunks = [self.chunks.recompute(_logits, chunk, weight) for (chunk,) in self.chunks.split(x)]
+        logits = concatenate(chunks, x).flatten(0, 1)  # (N, E)
         with torch.no_grad():
             index = (logits + self.bias).topk(self.k, dim=-1).indices
         weights = logits.gather(-1, index).softmax(-1)  # equals the softmax over all experts, renormalised
@@ -142,10 +142,10 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self.mesh = mesh
-        self.pieces = Pieces(chunk_tokens, mesh)
-        self.router = Router(config, experts, mesh, self.pieces)
-        selective = selective and not chunk_tokens  # a piece is recomputed in full
-        self.experts = Experts(config, experts.backend, mesh, selective, self.pieces)
+        self.chunks = TokenChunks(chunk_tokens, mesh)
+        self.router = Router(config, experts, mesh, self.chunks)
+        selective = selective and not chunk_tokens  # a chunk is recomputed in full
+        self.experts = Experts(config, experts.backend, mesh, selective, self.chunks)
         self.shared = FFN(config.dim, config.shared_dim, mesh, selective) if config.shared_dim else None
 
     def forward(self, x: Tensor, token_share: float = 1.0, counts_experts: bool = True) -> tuple[Tensor, RouterStats]:
@@ -153,37 +153,37 @@ class MoE(nn.Module):
         weights, index, loss = self.router(x, token_share)
         weights, index = (part.view(*x.shape[:2], -1) for part in (weights, index))
         seq_len = round(x.shape[1] / token_share)
-        parts = self.pieces.split(x, weights, index, seq_len=seq_len)
-        pieces = [self._mix(*part, counts_experts) for part in parts]
-        y = concatenate([y for y, _ in pieces], x)
+        parts = self.chunks.split(x, weights, index, seq_len=seq_len)
+        chunks = [self._mix(*part, counts_experts) for part in parts]
+        y = concatenate([y for y, _ in chunks], x)
         if not counts_experts:
             return y, RouterStats(None, loss)
-        counts = pieces[0][1]
-        for _, more in pieces[1:]:
+        counts = chunks[0][1]
+        for _, more in chunks[1:]:
             counts = counts + more
         return y, RouterStats(counts, loss)
 
     def _mix(self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool) -> tuple[Tensor, Tensor]:
-        """A piece of tokens (b, s, D) and their routing (b, s, k) -> same shape as x, and the counts (E,)."""
-        y, rows, route, counts = self.pieces.recompute(self._partial_sums, x, weights, index, counts_experts)
+        """A chunk of tokens (b, s, D) and their routing (b, s, k) -> same shape as x, and the counts (E,)."""
+        y, rows, route, counts = self.chunks.recompute(self._partial_sums, x, weights, index, counts_experts)
         y = combine(y, route, self.mesh)
         if self.shared is not None:
-            y = y + (rows if self.pieces.tokens else self.shared(rows))
+            y = y + (rows if self.chunks.tokens else self.shared(rows))
         return leave_tensor_parallel(y.view(len(x), -1, x.shape[-1]), self.mesh), counts
 
     def _partial_sums(
         self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool
     ) -> tuple[Tensor, Tensor, Route | None, Tensor]:
-        """The output of `Experts`; in pieces that of the shared experts, else their input (tokens, D), for all tensor
+        """The output of `Experts`; in chunks that of the shared experts, else their input (tokens, D), for all tensor
         ranks' tokens; the way back of the former, if they are others' tokens; the counts (E,).
 
-        What recomputation repeats: messages that bring tokens here, not those that take results back. Not in pieces,
+        What recomputation repeats: messages that bring tokens here, not those that take results back. Not in chunks,
         the shared experts follow the way back: their backward pass then ends before gradients of routed rows exist.
         """
         weights, index = self._gather_routing(weights, index)
         rows = enter_tensor_parallel(x, self.mesh).flatten(0, 1)  # once for the routed and the shared experts
         y, route = self.experts(rows, weights, index)
-        if self.pieces.tokens and self.shared is not None:
+        if self.chunks.tokens and self.shared is not None:
             rows = self.shared(rows)
         return y, rows, route, tokens_per_expert(index, self.experts.n_experts) if counts_experts else UNSET
 

@@ -86,7 +86,7 @@ class Mythos(nn.Module):
     ):
         """teacher: weight of the last loop's distribution as a target of earlier readouts (`loops.teacher`).
         fixed_point: weight of a penalty on what the last loop changes (`loops.fixed_point`).
-        chunk_tokens: tokens that FFNs, experts and head work on at a time; 0: all (model/pieces.py)."""
+        chunk_tokens: tokens that FFNs, experts and head work on at a time; 0: all (model/chunks.py)."""
         super().__init__()
         act = act or ActConfig()
         experts = experts or ExpertsConfig()

@@ -24,9 +24,9 @@ from mythos_dist.config.schema import Config, LoopsConfig
 from mythos_dist.data.stream import MicroBatch
 from mythos_dist.model import context_attention, recompute
 from mythos_dist.ops.fake_world import fake_tensors, fake_world, quiet, replaced
+from mythos_dist.ops.plan.chunks import expected_rows
 from mythos_dist.ops.plan.memory import PARTS, micro_batches_at_peak
 from mythos_dist.ops.plan.meter import Meter
-from mythos_dist.ops.plan.pieces import expected_rows
 from mythos_dist.parallel import expert
 from mythos_dist.parallel.context import ContextShard, KeyPiece
 from mythos_dist.parallel.mesh import Axis, build_mesh

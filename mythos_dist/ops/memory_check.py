@@ -83,7 +83,7 @@ def _problem(estimate: Estimate, limit: str) -> str:
         changes.append("set train.recompute=loop")
     elif config.train.offload == "none" and largest == "activations":
         changes.append("set train.offload=saved")
-    if not config.piece_tokens and largest == "workspace":
+    if not config.chunk_size and largest == "workspace":
         changes.append("set train.chunk_tokens=2048")
     changes.append("raise parallel.tensor or parallel.expert")
     if config.train.micro_batch > 1:

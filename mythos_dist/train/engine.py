@@ -127,7 +127,7 @@ class Engine:
             seed=config.run.seed,
             mesh=self.mesh,
             stage=self.stages[self.mesh.pipe.rank],
-            chunk_tokens=config.piece_tokens,
+            chunk_tokens=config.chunk_size,
         ).to(device())
         if train.compile:
             model.compile_blocks()

@@ -100,7 +100,7 @@ def test_pieces_and_host_memory_are_tried_where_nothing_else_fits():
     config = config_of("100b", "train.seq_len=131072", "train.global_batch=1024")
     assert not search(config, 1024, H100, {**LAYOUT, "chunk_tokens": 0, "offload": "saved"}).best
     best = search(config, 1024, H100, LAYOUT).best[0]
-    assert best.fits and best.config.piece_tokens > 0
+    assert best.fits and best.config.chunk_size > 0
     short = search(with_layout(config, seq_len=8192), 1024, H100, LAYOUT).best[0]
     assert not short.config.train.chunk_tokens and short.config.train.offload == "none"
 

@@ -11,7 +11,7 @@ from math import ceil
 
 from mythos_dist.config.schema import Config
 from mythos_dist.model.attention_sizes import attention_sizes
-from mythos_dist.ops.plan.pieces import ExpertRows, piece_sizes
+from mythos_dist.ops.plan.chunks import ExpertRows, chunk_sizes
 from mythos_dist.parallel.context import attention_work, local_tokens
 from mythos_dist.parallel.mesh import Mesh
 
@@ -39,11 +39,11 @@ class Saved:
 class LayerActivations:
     """Bytes by layer for one micro-batch on one rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, rows: ExpertRows, piece_rows: ExpertRows):
-        """rows: of the expert axis in a loop. piece_rows: those of the largest piece, if layers work in pieces."""
+    def __init__(self, config: Config, mesh: Mesh, rows: ExpertRows, chunk_rows: ExpertRows):
+        """rows: of the expert axis in a loop. chunk_rows: those of the largest chunk, if layers work in chunks."""
         c, t = config.model, mesh.tensor.size
         self.config, self.c, self.t, self.mesh = config, c, t, mesh
-        self.rows, self.piece_rows = rows, piece_rows
+        self.rows, self.chunk_rows = rows, chunk_rows
         self.b = ITEM_BYTES[config.train.dtype]
         self.N = config.train.micro_batch * local_tokens(config.train.seq_len, mesh)
         self.n = self.N // t if mesh.sequence else self.N
@@ -57,8 +57,8 @@ class LayerActivations:
         self.local_experts = c.n_experts // mesh.expert.size
         self.slots = min(c.n_experts_per_tok, self.local_experts)  # experts here that a token can choose
         self.selective = config.train.recompute == "selective"
-        self.in_pieces = config.piece_tokens > 0
-        self.piece_tokens = piece_sizes(config, mesh)[0]  # of the largest piece, over the tensor group
+        self.in_chunks = config.chunk_size > 0
+        self.chunk_size = chunk_sizes(config, mesh)[0]  # of the largest chunk, over the tensor group
 
     def layer_input(self) -> Saved:
         """A full, normed x (model/block.py); gathered with sequence parallelism."""
@@ -98,7 +98,7 @@ class LayerActivations:
     def dense_block(self) -> Saved:
         """model/block.py: both norms' inputs, attention, an FFN's input and its gate and up."""
         norms_and_attention = Saved(2 * self.residual) + self.attention()
-        if self.in_pieces:
+        if self.in_chunks:
             return norms_and_attention + Saved(self.residual)
         hidden = 0 if self.selective else 2 * self.N * self.ffn_hidden * self.b
         return norms_and_attention + self.layer_input() + Saved(hidden)
@@ -121,9 +121,9 @@ class LayerActivations:
         # Indices of rows and pairs, 8 bytes each; of received rows, also each slot's order, position and weight.
         return self._received_rows() + Saved(hidden + M * (16 + self.b) + R * (24 + 21 * self.slots))
 
-    def piece_experts(self) -> Saved:
-        """What the backward pass recomputes of one piece in the routed experts: as `_experts`."""
-        M, R = self.piece_rows.pairs, self.piece_rows.received
+    def chunk_experts(self) -> Saved:
+        """What the backward pass recomputes of one chunk in the routed experts: as `_experts`."""
+        M, R = self.chunk_rows.pairs, self.chunk_rows.received
         width = self.c.dim + (2 * self.slots if self.t == 1 else 0)
         received = R * width * self.b if self.mesh.expert.size > 1 else 0
         return Saved(M * (2 * self.expert_hidden * self.b + 16 + self.b) + R * (24 + 21 * self.slots), received)
@@ -131,7 +131,7 @@ class LayerActivations:
     def moe(self) -> Saved:
         """model/moe.py: the router works in fp32; then routed and shared experts."""
         c, k = self.c, self.c.n_experts_per_tok
-        if self.in_pieces:  # the normed tokens; logits, choices and weights; tokens of sent rows; the router's weight
+        if self.in_chunks:  # the normed tokens; logits, choices and weights; tokens of sent rows; the router's weight
             routing = self.n * (12 * k + 4 * c.n_experts) + 8 * self.rows.sent
             return Saved(self.residual + routing + 4 * c.n_experts * c.dim)
         router = 4 * (self.n * (c.dim + c.n_experts) + c.n_experts * c.dim)

@@ -14,12 +14,12 @@ from mythos_dist.config.schema import Config
 from mythos_dist.model.flops import executed_flops, stage_loops, stage_specs, train_flops_per_token
 from mythos_dist.model.parameter_table import local_parameters
 from mythos_dist.ops.plan.activations import LayerActivations
+from mythos_dist.ops.plan.chunks import ExpertRows, chunk_sizes, rows_of_chunks
 from mythos_dist.ops.plan.clusters import Cluster
 from mythos_dist.ops.plan.communication import stage_communication
 from mythos_dist.ops.plan.memory import Memory
 from mythos_dist.ops.plan.muon import muon_flops
 from mythos_dist.ops.plan.peak_memory import peak_memory
-from mythos_dist.ops.plan.pieces import ExpertRows, piece_sizes, rows_of_pieces
 from mythos_dist.parallel.mesh import Mesh, mesh_coordinates
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
@@ -32,7 +32,7 @@ _MESSAGES = {"tensor": 10, "expert": 3, "context": 1}
 _BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
 _STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
 _PER_MICRO_BATCH = ("matmuls", "router", "memory", "tensor", "context", "expert", "pipe", "offload")
-_MOE_MESSAGES = 6  # of those over the tensor axis: each piece has its own
+_MOE_MESSAGES = 6  # of those over the tensor axis: each chunk has its own
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Stage:
     spec: StageSpec
     loops: range  # that it runs in a step
     no_grad: int  # first loops of the step, without gradient
-    rows: ExpertRows  # of all pieces in a loop
-    piece_rows: ExpertRows  # of the largest
+    rows: ExpertRows  # of all chunks in a loop
+    chunk_rows: ExpertRows  # of the largest
     memory: Memory  # bytes by part at the peak
     host: float  # bytes of saved states in host memory (train.offload)
 
@@ -79,9 +79,9 @@ class Estimate:
         parallel, stages = config.parallel, []
         for i, (spec, loops) in enumerate(zip(stage_specs(config), ranges, strict=True)):
             mesh = mesh_coordinates(parallel, self.world_size, i * parallel.context * parallel.tensor)
-            rows, piece = rows_of_pieces(config, mesh, self.imbalance)
-            memory, host = peak_memory(config, mesh, spec, loops, no_grad, rows, piece)
-            stages.append(Stage(mesh, spec, loops, no_grad, rows, piece, memory, host))
+            rows, chunk = rows_of_chunks(config, mesh, self.imbalance)
+            memory, host = peak_memory(config, mesh, spec, loops, no_grad, rows, chunk)
+            stages.append(Stage(mesh, spec, loops, no_grad, rows, chunk, memory, host))
         return stages
 
     @property
@@ -184,12 +184,12 @@ class Estimate:
         config, cluster, m = self.config, self.cluster, self.micro_batches
         c, train = config.model, config.train
         forwards, backwards = self._passes(stage)
-        # Pieces save less, but read and write as much, and once more what they recompute.
+        # Chunks save less, but read and write as much, and once more what they recompute.
         layers = LayerActivations(with_layout(config, chunk_tokens=None), stage.mesh, stage.rows, stage.rows)
         blocks = len(stage.spec.prelude) + len(stage.spec.coda)
         read = layers.loop().total * (forwards * _FORWARD_PASSES + backwards * _BACKWARD_PASSES)
         read += blocks * layers.dense_block().total * (_FORWARD_PASSES + _BACKWARD_PASSES)
-        if config.piece_tokens:
+        if config.chunk_size:
             read += layers.moe().total * c.loop_layers * backwards * _FORWARD_PASSES
         router = 2.0 * layers.n * c.dim * c.n_experts * c.loop_layers * (forwards + 2 * backwards)  # in fp32
         matmuls = self._pass_flops(stage) - router
@@ -203,9 +203,9 @@ class Estimate:
     def _message_seconds(self, stage: Stage) -> SecondsByPart:
         mesh, m = stage.mesh, self.micro_batches
         forwards, backwards = self._passes(stage)
-        pieces = len(piece_sizes(self.config, stage.mesh))
-        tensor = _MESSAGES["tensor"] + _MOE_MESSAGES * (pieces - 1)
-        per_layer = {"tensor": tensor, "expert": _MESSAGES["expert"] * pieces}
+        chunks = len(chunk_sizes(self.config, stage.mesh))
+        tensor = _MESSAGES["tensor"] + _MOE_MESSAGES * (chunks - 1)
+        per_layer = {"tensor": tensor, "expert": _MESSAGES["expert"] * chunks}
         passes = m * (forwards + backwards) * self.config.model.loop_layers
         counts = {axis: passes * messages for axis, messages in per_layer.items()}
         counts["tensor"] += m * _BLOCK_MESSAGES * (len(stage.spec.prelude) + len(stage.spec.coda))

@@ -19,7 +19,7 @@ from mythos_dist.model.attention_sizes import AttentionSizes, attention_sizes
 from mythos_dist.model.parameter_table import LocalParameter
 from mythos_dist.model.shared_kv import shared_kv_shape
 from mythos_dist.ops.plan.activations import ITEM_BYTES
-from mythos_dist.ops.plan.pieces import piece_sizes
+from mythos_dist.ops.plan.chunks import chunk_sizes
 from mythos_dist.parallel.context import local_tokens
 from mythos_dist.parallel.mesh import Axis, Mesh
 from mythos_dist.parallel.pipeline import StageSpec
@@ -130,8 +130,8 @@ class LayerMessages:
         return self.gather(self.tokens * self.sizes.gathered_kv * self.item)
 
     def repeated(self, layer: Pass) -> Pass:
-        """Messages that a layer which works in pieces repeats in its backward pass (model/pieces.py), once more."""
-        return Pass(Counter(), layer.forward) if self.config.piece_tokens else NOTHING
+        """Messages that a layer which works in chunks repeats in its backward pass (model/chunks.py), once more."""
+        return Pass(Counter(), layer.forward) if self.config.chunk_size else NOTHING
 
     def dense_block(self) -> Pass:
         """model/block.py: attention and an FFN."""
@@ -158,7 +158,7 @@ class LayerMessages:
         return Pass(messages, Counter())
 
     def experts(self, calls: int, sent: int, received: int) -> Pass:
-        """parallel/expert.py, all `calls` of MoE layers together: counts, for each piece; then channels, weights and
+        """parallel/expert.py, all `calls` of MoE layers together: counts, for each chunk; then channels, weights and
         experts of the rows sent, and the channels of the rows that come back."""
         c, expert, tensor = self.config.model, self.mesh.expert, self.mesh.tensor
         if expert.size == 1:
@@ -170,7 +170,7 @@ class LayerMessages:
         def all_to_all(size: int) -> Messages:
             return message(expert, "all_to_all", size)
 
-        counts = all_to_all(calls * len(piece_sizes(self.config, self.mesh)) * expert.size * 2 * INT64)
+        counts = all_to_all(calls * len(chunk_sizes(self.config, self.mesh)) * expert.size * 2 * INT64)
         full_rows = self.gather(received * c.dim * self.item)  # channels of the received rows over the tensor axis
         out = Pass(counts + all_to_all(sent * dispatched), all_to_all(received * dispatched)).then(full_rows)
         back = Pass(all_to_all(received * combined), all_to_all(sent * combined))

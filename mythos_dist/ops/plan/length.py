@@ -34,7 +34,7 @@ def longest_length(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[s
 
 
 def _stretch(fitting: Estimate, seq_len: int, too_long: int, fixed: Mapping[str, Any]) -> Estimate:
-    """The longest sequences between these lengths that fit in a layout, with pieces and saved states as needed."""
+    """The longest sequences between these lengths that fit in a layout, with chunks and saved states as needed."""
     step = max(1, seq_len // 32)
     steps = range(seq_len // step, too_long // step)
     at = bisect.bisect_left(steps, True, key=lambda n: not _at_length(fitting, n * step, fixed).fits)
@@ -99,7 +99,7 @@ def _more_host_memory(smallest: Estimate) -> Iterator[str]:
 
 
 def _planned(estimate: Estimate, config: Config, fixed: Mapping[str, Any]) -> Estimate:
-    """Another config in the layout of an estimate, with pieces and saved states as needed, but for `fixed`."""
+    """Another config in the layout of an estimate, with chunks and saved states as needed, but for `fixed`."""
     return first_that_fits(variants_of(config, fixed), estimate.world_size, estimate.cluster, estimate.imbalance)
 
 

@@ -24,10 +24,10 @@ from mythos_dist.model.parameter_groups import kept_gradients, plan_groups
 from mythos_dist.model.parameter_table import LocalParameter, local_parameters
 from mythos_dist.model.recompute import pinned_bytes
 from mythos_dist.ops.plan.activations import LayerActivations, Saved
+from mythos_dist.ops.plan.chunks import ExpertRows
 from mythos_dist.ops.plan.layer_communication import LayerMessages
 from mythos_dist.ops.plan.memory import Memory, bucket_bytes, static_memory, uses_bf16_optimizer
 from mythos_dist.ops.plan.muon import muon_workspace
-from mythos_dist.ops.plan.pieces import ExpertRows
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.parallel.pipeline import StageSpec, loops_with_grad
 
@@ -39,14 +39,14 @@ def peak_memory(
     loops: range,
     no_grad: int,
     rows: ExpertRows,
-    piece_rows: ExpertRows,
+    chunk_rows: ExpertRows,
 ) -> tuple[Memory, float]:
     """Bytes by part at the peak, of a rank whose stage runs the loops `loops`; the step's first `no_grad` loops have no
     gradient. And bytes of host memory for saved states."""
     parameters = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, stage)
     static = static_memory(config, mesh, parameters)
     peak: Memory = {}
-    moments = _Moments(LayerActivations(config, mesh, rows, piece_rows), stage, loops, no_grad, parameters)
+    moments = _Moments(LayerActivations(config, mesh, rows, chunk_rows), stage, loops, no_grad, parameters)
     for moment in moments.all():
         total = {name: static.get(name, 0.0) + moment.get(name, 0.0) for name in {*static, *moment}}
         if sum(total.values()) > sum(peak.values()):
@@ -152,7 +152,7 @@ class _Moments:
             if self.mesh.context.size > 1:
                 yield self._context_attention(self.all_saved, self.readouts, residuals=1)
         if self.live:
-            yield from self._loops_in_pieces() if self.layers.in_pieces else self._loops()
+            yield from self._loops_in_chunks() if self.layers.in_chunks else self._loops()
         if len(self.stage.prelude):
             yield self._dense_block(self.saved_before_loops, 1, residuals=4)
             if self.mesh.context.size > 1:
@@ -183,13 +183,13 @@ class _Moments:
         vocab = ceil(c.vocab_size / layers.t)
         rows = layers.N * self.readouts
         chunk = max(256, rows * c.dim // max(1, vocab))
-        chunk = min(chunk, self.config.piece_tokens or chunk)
+        chunk = min(chunk, self.config.chunk_size or chunk)
         # The last norm's input, its output and the gradient of that; of a chunk the logits, also in fp32, and their
         # gradient; with a teacher before that gradient its logits, also in fp32, and the difference of both in fp32.
         per_logit = 2 * layers.b + (12 if self.readouts > 1 and self.config.loops.teacher else 4)
         chunk = min(chunk, rows)
         head, gathered = (layers.residual + 2 * layers.x) * self.readouts, 0.0
-        if layers.in_pieces and self.mesh.sequence:  # only the chunk's rows are gathered, and their gradient scattered
+        if layers.in_chunks and self.mesh.sequence:  # only the chunk's rows are gathered, and their gradient scattered
             head, gathered = 3 * layers.residual * self.readouts, 2 * chunk * c.dim * layers.b
         # What DeepSpeed holds until the forward pass ends: a copy of what was received, and of an earlier micro-batch,
         # whose loss this one replaces, what that has received, and its gradient.
@@ -201,10 +201,10 @@ class _Moments:
         """The backward pass of the FFN in the last block of coda or prelude."""
         layers = self.layers
         weight = self.config.model.dim * layers.ffn_hidden * layers.b
-        if layers.in_pieces:  # the last piece's, with gate and up again, after gradients of the others' inputs
-            hidden = 5 * layers.piece_tokens * layers.ffn_hidden * layers.b
+        if layers.in_chunks:  # the last chunk's, with gate and up again, after gradients of the others' inputs
+            hidden = 5 * layers.chunk_size * layers.ffn_hidden * layers.b
             weights, workspace = 4 * weight, hidden + (residuals + 1) * layers.residual * readouts
-            gathered = 2 * layers.piece_tokens * self.config.model.dim * layers.b
+            gathered = 2 * layers.chunk_size * self.config.model.dim * layers.b
         else:
             hidden = 3 * layers.N * layers.ffn_hidden * layers.b
             weights, workspace = weight, (hidden + residuals * layers.residual) * readouts
@@ -219,8 +219,8 @@ class _Moments:
     def _context_attention(self, saved: float, readouts: int, residuals: int) -> Memory:
         """The backward pass of attention over the context axis in the last block of coda or prelude."""
         layers = self.layers
-        hidden = 0 if layers.selective or layers.in_pieces else 2 * layers.N * layers.ffn_hidden * layers.b
-        ffn = layers.residual + (layers.residual if layers.in_pieces else layers.layer_input().total) + hidden
+        hidden = 0 if layers.selective or layers.in_chunks else 2 * layers.N * layers.ffn_hidden * layers.b
+        ffn = layers.residual + (layers.residual if layers.in_chunks else layers.layer_input().total) + hidden
         again = layers.recomputed_attention() if layers.selective else 0.0
         gathered, other = self.exchange
         return {
@@ -251,20 +251,20 @@ class _Moments:
             for layers_done in range(1 if done else self.layers.c.loop_layers):
                 yield done > 0, self._loop(done, layers_done)
 
-    def _loops_in_pieces(self) -> Iterator[Memory]:
-        """In the backward pass of a loop: of the MoE layer's last piece, whose hidden rows are recomputed, and of
-        attention. From the second piece on, sums of the MoE layer's gradients exist."""
+    def _loops_in_chunks(self) -> Iterator[Memory]:
+        """In the backward pass of a loop: of the MoE layer's last chunk, whose hidden rows are recomputed, and of
+        attention. From the second chunk on, sums of the MoE layer's gradients exist."""
         layers = self.layers
-        b, D, P, rows = layers.b, layers.c.dim, layers.piece_tokens, layers.piece_rows
+        b, D, P, rows = layers.b, layers.c.dim, layers.chunk_size, layers.chunk_rows
         gate, x = P * layers.shared_hidden * b, P * D * b
         shared, expert = D * layers.shared_hidden * b, layers.local_experts * D * layers.expert_hidden * b
-        hidden, experts = rows.pairs * layers.expert_hidden * b, layers.piece_experts()
+        hidden, experts = rows.pairs * layers.expert_hidden * b, layers.chunk_experts()
         in_sequence = x if self.mesh.sequence else 0.0
         received = rows.received * D * b if self.mesh.expert.size > 1 else in_sequence
         freed = Saved(2 * layers.residual + layers.mixed)
         for done, moment in self._moments():
             sums = 0.0 if done else 3 * (shared + expert)
-            others = layers.residual + experts.work  # gradients of other pieces' inputs
+            others = layers.residual + experts.work  # gradients of other chunks' inputs
             gathered = 2 * in_sequence + experts.gathered
             yield moment.memory(sums + shared, others + 5 * gate, gathered, freed)
             yield moment.memory(sums + shared, others + x + gate, gathered, freed)

@@ -40,7 +40,7 @@ def _row(estimate: Estimate, context: bool) -> str:
 def saving(config: Config) -> str:
     """What a layout has besides the table's columns to save memory, as settings; empty: nothing."""
     train = config.train
-    chunk = f"  chunk_tokens={train.chunk_tokens}" if config.piece_tokens else ""
+    chunk = f"  chunk_tokens={train.chunk_tokens}" if config.chunk_size else ""
     return chunk + (f"  offload={train.offload}" if train.offload != "none" else "")
 
 

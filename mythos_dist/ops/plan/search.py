@@ -33,7 +33,7 @@ _PIPES = (1, 2, 4, 8, 16)
 CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 MIN_CONTEXT_TOKENS = 8192
 _RECOMPUTE = ("none", "selective", "loop")
-_CHUNK_TOKENS = (16384, 2048)  # sizes of pieces to try: smaller ones save little more and make small products
+_CHUNK_TOKENS = (16384, 2048)  # sizes of chunks to try: smaller ones save little more and make small products
 _MAX_GPUS = 1 << 17
 _MAX_MICRO_BATCH = 64  # sequences
 
@@ -94,7 +94,7 @@ def search(
 ) -> SearchResult:
     """The `keep` fastest layouts of `config` on `gpus` that fit; `fixed` gives settings of AXES.
 
-    Work in pieces and saved states in host memory only take time: they are tried if nothing fits without them.
+    Work in chunks and saved states in host memory only take time: they are tried if nothing fits without them.
     """
     result = _search(config, gpus, cluster, fixed, keep, imbalance, save_memory=False)
     if result.best or result.smallest is None:
@@ -108,7 +108,7 @@ def variants_of(config: Config, fixed: Mapping[str, Any]) -> list[Config]:
     offloads = [fixed["offload"]] if "offload" in fixed else ["none", "saved"]
     pairs = list(product(chunks, offloads if config.train.recompute == "loop" else offloads[:1]))
     variants = [with_layout(config, chunk_tokens=chunk, offload=offload) for chunk, offload in pairs]
-    return [one for one in variants if not one.train.chunk_tokens or one.piece_tokens or "chunk_tokens" in fixed]
+    return [one for one in variants if not one.train.chunk_tokens or one.chunk_size or "chunk_tokens" in fixed]
 
 
 def first_that_fits(variants: list[Config], gpus: int, cluster: Cluster, imbalance: float) -> Estimate:

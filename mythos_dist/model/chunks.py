@@ -1,8 +1,8 @@
-"""Work in pieces: layers that treat each token alone run over `train.chunk_tokens` tokens at a time, also backward.
+"""Work in chunks: layers that treat each token alone run over `train.chunk_tokens` tokens at a time, also backward.
 
-y = cat(f(x_1), f(x_2), ...). A piece saves its inputs only, and its backward pass computes f again. So the tensors
-inside f, such as the hidden rows of FFNs and experts, are as large as a piece, however long the sequence is.
-The trap: f holds collectives. The number of pieces follows from shapes, which are equal on every rank, never from data.
+y = cat(f(x_1), f(x_2), ...). A chunk saves its inputs only, and its backward pass computes f again. So the tensors
+inside f, such as the hidden rows of FFNs and experts, are as large as a chunk, however long the sequence is.
+The trap: f holds collectives. The number of chunks follows from shapes, which are equal on every rank, never from data.
 
 Decisions: MODEL-18.
 """
@@ -22,22 +22,22 @@ from mythos_dist.parallel.mesh import SINGLE, Mesh
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """How the tokens of a rank are divided. tokens: of a piece, on all ranks of the tensor axis; 0: no division."""
+class TokenChunks:
+    """How the tokens of a rank are divided. tokens: of a chunk, on all ranks of the tensor axis; 0: no division."""
 
     tokens: int = 0
     mesh: Mesh = SINGLE
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of a piece on this rank."""
+        """Tokens of a chunk on this rank."""
         return max(1, self.tokens // self.mesh.tensor.size) if self.mesh.sequence else self.tokens
 
     def split(self, *tensors: Tensor, seq_len: int | None = None) -> list[tuple[Tensor, ...]]:
-        """Tensors (B, S', ...) -> their pieces (1, n, ...) together, of equal sizes up to one token; as they are, if
-        they are one piece.
+        """Tensors (B, S', ...) -> their chunks (1, n, ...) together, of equal sizes up to one token; as they are, if
+        they are one chunk.
 
-        seq_len: of the full sequences, of which context ranks may have a token more or fewer: all get as many pieces as
+        seq_len: of the full sequences, of which context ranks may have a token more or fewer: all get as many chunks as
         the rank with most tokens. For work with collectives over other ranks than those of the tensor axis.
         """
         B, tokens = tensors[0].shape[:2]
@@ -49,17 +49,17 @@ class Pieces:
         rows = [x.flatten(0, 1).unsqueeze(0) for x in tensors]
         each, more = divmod(rows[0].shape[1], count)
         sizes = [each + 1] * more + [each] * (count - more)
-        # Not `tensor_split`, whose pieces are slices: each would have a gradient as large as all of x.
+        # Not `tensor_split`, whose chunks are slices: each would have a gradient as large as all of x.
         return list(zip(*(x.split(sizes, dim=1) for x in rows), strict=True))
 
     def recompute(self, function: Callable, x: Tensor, *others: Any) -> Any:
-        """`function(x, *others)`, recomputed in the backward pass if the layer runs in pieces. Not for dropout: a
+        """`function(x, *others)`, recomputed in the backward pass if the layer runs in chunks. Not for dropout: a
         recomputation draws other random numbers."""
         if self.tokens and torch.is_grad_enabled():
             return checkpoint(function, x, *others, use_reentrant=False, preserve_rng_state=False)
         return function(x, *others)
 
 
-def concatenate(pieces: list[Tensor], like: Tensor) -> Tensor:
-    """The pieces (1, n, D), or the one tensor, as (B, S', D)."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1).view(*like.shape[:2], -1)
+def concatenate(chunks: list[Tensor], like: Tensor) -> Tensor:
+    """The chunks (1, n, D), or the one tensor, as (B, S', D)."""
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1).view(*like.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""Sizes of the pieces that layers work in (model/pieces.py), and the rows over the expert axis that each exchanges, as
+"""Sizes of the chunks that layers work in (model/chunks.py), and the rows over the expert axis that each exchanges, as
 expected without a router's choices."""
 
 from collections import Counter
@@ -32,22 +32,22 @@ def expected_rows(tokens: int, k: int, n_experts: int, ranks: int, imbalance: fl
     return ExpertRows(to_each * ranks, round(to_each * imbalance) * ranks, pairs * ranks)
 
 
-def piece_sizes(config: Config, mesh: Mesh) -> list[int]:
-    """Tokens that an MoE layer works on, one piece after the other, in a loop of one micro-batch (model/pieces.py);
+def chunk_sizes(config: Config, mesh: Mesh) -> list[int]:
+    """Tokens that an MoE layer works on, one chunk after the other, in a loop of one micro-batch (model/chunks.py);
     over all ranks of a tensor group."""
     train, ranks = config.train, mesh.tensor.size if mesh.sequence else 1
     tokens = train.micro_batch * local_tokens(train.seq_len, mesh) // ranks
-    if not config.piece_tokens:
+    if not config.chunk_size:
         return [tokens * ranks]
     most = train.micro_batch * most_local_tokens(train.seq_len, mesh)
-    count = -(-most // max(1, config.piece_tokens // ranks))
+    count = -(-most // max(1, config.chunk_size // ranks))
     each, more = divmod(tokens, count)
     return [(each + 1) * ranks] * more + [each * ranks] * (count - more)
 
 
-def rows_of_pieces(config: Config, mesh: Mesh, imbalance: float = 1.0) -> tuple[ExpertRows, ExpertRows]:
-    """`expected_rows` of a loop of one micro-batch: all pieces together, and the largest piece."""
-    c, sizes = config.model, piece_sizes(config, mesh)
+def rows_of_chunks(config: Config, mesh: Mesh, imbalance: float = 1.0) -> tuple[ExpertRows, ExpertRows]:
+    """`expected_rows` of a loop of one micro-batch: all chunks together, and the largest chunk."""
+    c, sizes = config.model, chunk_sizes(config, mesh)
     settings = c.n_experts_per_tok, c.n_experts, mesh.expert.size, imbalance
     total: Counter[str] = Counter()
     for size, times in Counter(sizes).items():
