@@ -164,7 +164,7 @@ def parse_model(content: dict[str, Any]) -> PretrainedModel | list[str]:
 
 
 def model_sources(model: PretrainedModel) -> dict[str, TensorSources]:
-    """Of the tensors outside of layers."""
+    """The sources of the tensors outside of layers."""
     names = {"embed.weight": EMBEDDING, "norm.weight": "model.norm.weight"}
     if not model.values["tie_word_embeddings"]:
         names["unembed.weight"] = HEAD
@@ -172,8 +172,8 @@ def model_sources(model: PretrainedModel) -> dict[str, TensorSources]:
 
 
 def layer_sources(model: PretrainedModel, layer: int, ours: str, looped: bool) -> dict[str, TensorSources]:
-    """Of the tensors of layer number `layer`, which is named `ours` here; a looped one has experts: a dense FFN becomes
-    one expert, of which upcycling makes several."""
+    """The sources of the tensors of layer number `layer`, which is named `ours` here; a looped one has experts: a dense
+    FFN becomes one expert, of which upcycling makes several."""
     theirs, sources = f"model.layers.{layer}.", {}
     for norm, name in (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
         sources[f"{ours}.{norm}.weight"] = _as_it_is(f"{theirs}{name}.weight")

@@ -55,7 +55,7 @@ class Cut(NamedTuple):
     coda: int  # the last layers
 
     def layers(self, num_layers: int) -> tuple[list[int], list[int], list[int]]:
-        """Of the original, by part."""
+        """The numbers of the original's layers, by part."""
         every = range(num_layers)
         return (
             list(every[: self.prelude]),

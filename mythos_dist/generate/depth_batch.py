@@ -21,7 +21,7 @@ from torch import Tensor
 from mythos_dist.generate.exits import exit_threshold, kl_divergence, latent_change
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.model.activations import UNSET, Activations
-from mythos_dist.model.attention import Context
+from mythos_dist.model.attention import PassContext
 from mythos_dist.model.decode import enter, logits_of
 from mythos_dist.model.kv_cache import KVCache, looped_layer
 from mythos_dist.model.loops import next_loop
@@ -51,7 +51,7 @@ class DepthBatch:
         self._state: dict[str, Tensor] = {}
         self._inputs: LoopInputs | None = None
         self._aux_loss: Tensor = UNSET
-        self._context: tuple[object, Context] | None = None
+        self._context: tuple[object, PassContext] | None = None
 
     def enter(self, rows: Sequence[int], tokens: Sequence[int], seeds: Sequence[int]) -> None:
         """Start the loops of a new token for each of `rows`."""
@@ -119,7 +119,7 @@ class DepthBatch:
         self.rows[row] = self.rows[last]
         self.rows.pop()
 
-    def _context_of(self, rows: Sequence[int]) -> Context:
+    def _context_of(self, rows: Sequence[int]) -> PassContext:
         lengths = self._cache.lengths
         key = tuple((row, lengths[row]) for row in rows)
         if self._context is None or self._context[0] != key:

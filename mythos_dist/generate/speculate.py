@@ -21,7 +21,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.generate.engine import Request, RunningRequest, noise_seed
 from mythos_dist.generate.sampling import Sampling, check_finite, request_errors
 from mythos_dist.model.activations import UNSET, Activations
-from mythos_dist.model.attention import Context
+from mythos_dist.model.attention import PassContext
 from mythos_dist.model.decode import enter, logits_of, prefill
 from mythos_dist.model.kv_cache import KVCache
 from mythos_dist.model.loops import next_loop
@@ -131,7 +131,9 @@ def _verify(model: Mythos, cache: KVCache, states: Sequence[Activations], first:
     return _likeliest(logits_of(model, output, context)[0])
 
 
-def _run_loops(model: Mythos, activations: Activations, loops: range, context: Context) -> tuple[Activations, Tensor]:
+def _run_loops(
+    model: Mythos, activations: Activations, loops: range, context: PassContext
+) -> tuple[Activations, Tensor]:
     """The activations after `loops`, and the output if the last of them is the last of all."""
     before, inputs = activations, model.recurrent.inputs(activations.e)
     for t in loops:

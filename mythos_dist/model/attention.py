@@ -35,7 +35,7 @@ MAX_SCORES = 1 << 26
 
 
 @dataclass(frozen=True)
-class Context:
+class PassContext:
     """What all attention layers share in one forward pass."""
 
     seq_len: int  # new tokens of each sequence, on all ranks that share it
@@ -48,7 +48,7 @@ class Context:
     shard: ContextShard | None = None  # the tokens of this rank of the context axis; None: all
     counts_experts: bool = True  # whether tokens per expert are counted, as training needs
 
-    def repeated(self, times: int) -> "Context":
+    def repeated(self, times: int) -> "PassContext":
         """For `times` copies of the batch, concatenated."""
         documents = None if self.documents is None else self.documents.repeated(times)
         shard = None if self.shard is None else self.shard.repeated(times)
@@ -68,7 +68,7 @@ def build_context(
     cache: KVCache | None = None,
     kernel: Kernel = "sdpa",
     shard: ContextShard | None = None,
-) -> Context:
+) -> PassContext:
     """The context of a pass over (B, S) tokens that follow those in `cache`, in each row after its own.
 
     With a `shard` the shape is that of all ranks, and the rotary positions those of the shard's tokens.
@@ -87,11 +87,11 @@ def build_context(
     angles = (positions.float().unsqueeze(-1) * rope_frequencies(config, device)).unsqueeze(-2)
     rope = torch.polar(torch.ones_like(angles), angles)
     documents = None if document_ids is None or shard is not None else find_documents(document_ids)
-    return Context(shape[1], rope, kernel, documents, cache, mask, shard)
+    return PassContext(shape[1], rope, kernel, documents, cache, mask, shard)
 
 
 def _cached_positions(cache: KVCache, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Positions of the new tokens, and the mask of the keys that they see, as in `Context`."""
+    """Positions of the new tokens, and the mask of the keys that they see, as in `PassContext`."""
     (B, S), start = shape, cache.tokens
     positions = cache.start_pass(B, S, device)
     if positions is not None:
@@ -103,7 +103,7 @@ def _cached_positions(cache: KVCache, shape: torch.Size, device: torch.device) -
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate adjacent channel pairs of x (B, S, H, R) by `Context.rope`, in fp32; same shape and dtype as x."""
+    """Rotate adjacent channel pairs of x (B, S, H, R) by `PassContext.rope`, in fp32; same shape and dtype as x."""
     if torch.is_inference_mode_enabled():  # views that autograd does not know, with half the operations
         exact = x.float().contiguous()
         if exact.storage_offset() % 2 == 0:
@@ -139,7 +139,7 @@ class GQAttention(nn.Module):
             self.k_norm = replicated(Norm(config.head_dim, config.norm_eps), mesh, in_parallel_region=True)
 
     def forward(
-        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+        self, x: Tensor, context: PassContext, cache_key: CacheKey, shared: SharedKV | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D), and with `shares_kv` the keys and
         values that were attended to (B, S, W): computed here, or `shared`."""
@@ -165,7 +165,7 @@ class GQAttention(nn.Module):
         """Layers that a loop with shared keys and values does not apply."""
         return [self.wk, self.wv]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: PassContext, cache_key: CacheKey) -> Tensor:
         if self.config.key_norm_weight:
             q, k = self.qk_norm(q), self.k_norm(k)
         elif self.config.qk_norm:  # one weight for both: without RoPE only the product of two would matter
@@ -235,7 +235,7 @@ class MLAttention(nn.Module):
             self.qk_norm = replicated(Norm(config.head_dim, config.norm_eps), mesh, in_parallel_region=True)
 
     def forward(
-        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+        self, x: Tensor, context: PassContext, cache_key: CacheKey, shared: SharedKV | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, S, D), full on each tensor rank -> this rank's partial sum (B, S, D), and with `shares_kv` the latents
         of the keys and values that were attended to (B, S, W): computed here, or `shared`."""
@@ -257,7 +257,7 @@ class MLAttention(nn.Module):
         return [self.kv_down]
 
     def _attend(
-        self, q: Tensor, kv: Tensor, shape: torch.Size, context: Context, cache_key: CacheKey, is_cached: bool
+        self, q: Tensor, kv: Tensor, shape: torch.Size, context: PassContext, cache_key: CacheKey, is_cached: bool
     ) -> Tensor:
         """Full latents of queries (N, -) and of keys and values (N, L + R) -> this rank's heads (N, H * v).
 
@@ -268,8 +268,8 @@ class MLAttention(nn.Module):
         q = self.q_up(self.q_norm(q)).view(*shape, -1, nope + rope)
         q_nope, q_rope = (self.qk_norm(q) if c.qk_norm else q).split([nope, rope], dim=-1)
         latent, k_rope = kv.split([c.kv_lora_rank, rope], dim=-1)  # (N, L), (N, R)
-        turned = apply_rope(torch.cat([q_rope, k_rope.view(*shape, 1, rope)], dim=2), context.rope)
-        q_rope, k_rope = turned.split([q_rope.shape[2], 1], dim=2)
+        rotated = apply_rope(torch.cat([q_rope, k_rope.view(*shape, 1, rope)], dim=2), context.rope)
+        q_rope, k_rope = rotated.split([q_rope.shape[2], 1], dim=2)
         if self.query_factor != 1.0:
             q_rope = q_rope * self.query_factor
         latent = self.kv_norm(latent).view(*shape, -1)  # (B, S, L)
@@ -361,7 +361,7 @@ class MLAttention(nn.Module):
             scores = scores * entries[..., L + R :].transpose(1, 2).unsqueeze(1)  # (B, 1, H, T)
         if mask is not None:
             scores = scores.masked_fill(~mask.view(-1, S, 1, T), -torch.inf)
-        shares = scores.softmax(-1).to(entries.dtype).view(B, S * H, T)
-        sums = torch.bmm(shares, entries[..., :L]).view(B * S, H, L)
+        probs = scores.softmax(-1).to(entries.dtype).view(B, S * H, T)
+        sums = torch.bmm(probs, entries[..., :L]).view(B * S, H, L)
         values = torch.bmm(sums.transpose(0, 1), value_up.transpose(1, 2))  # (H, N, v)
         return values.transpose(0, 1).reshape(B * S, -1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mythos_dist.config.schema import ExpertsConfig, MythosConfig
-from mythos_dist.model.attention import Context, GQAttention, MLAttention
+from mythos_dist.model.attention import GQAttention, MLAttention, PassContext
 from mythos_dist.model.chunks import TokenChunks, concatenate
 from mythos_dist.model.kv_cache import CacheKey
 from mythos_dist.model.moe import FFN, MoE, RouterStats
@@ -34,7 +34,7 @@ class _ResidualBlock(nn.Module):
 
     @in_range("attention")
     def _attend(
-        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+        self, x: Tensor, context: PassContext, cache_key: CacheKey, shared: SharedKV | None = None
     ) -> tuple[Tensor, Tensor | None]:
         partial, kv = self.attn(enter_tensor_parallel(self.attn_norm(x), self.mesh), context, cache_key, shared)
         y = leave_tensor_parallel(partial, self.mesh)
@@ -54,7 +54,7 @@ class DenseBlock(_ResidualBlock):
         self.chunks = TokenChunks(chunk_tokens, mesh)
         self.ffn = FFN(config.dim, config.ffn_dim, mesh, selective and not chunk_tokens)
 
-    def forward(self, x: Tensor, context: Context, cache_key: CacheKey) -> Tensor:
+    def forward(self, x: Tensor, context: PassContext, cache_key: CacheKey) -> Tensor:
         """(B, S or S / tensor, D) -> same shape."""
         x, _ = self._attend(x, context, cache_key)
         seq_len = round(x.shape[1] / context.token_share(x))
@@ -91,7 +91,7 @@ class MoEBlock(_ResidualBlock):
         self.ffn = MoE(config, experts, mesh, selective, chunk_tokens)
 
     def forward(
-        self, x: Tensor, context: Context, cache_key: CacheKey, shared: SharedKV | None = None
+        self, x: Tensor, context: PassContext, cache_key: CacheKey, shared: SharedKV | None = None
     ) -> tuple[Tensor, RouterStats, Tensor | None]:
         """(B, S or S / tensor, D) -> same shape, the router's statistics, and with model.kv_sharing the keys and values
         that later loops share (B, S, W)."""

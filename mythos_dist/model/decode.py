@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mythos_dist.model.activations import Activations
-from mythos_dist.model.attention import Context
+from mythos_dist.model.attention import PassContext
 from mythos_dist.model.kv_cache import KVCache
 from mythos_dist.model.loops import Loops
 from mythos_dist.model.mythos import Mythos
 
 
-def enter(model: Mythos, input_ids: Tensor, context: Context, seeds: Tensor | None = None) -> Activations:
+def enter(model: Mythos, input_ids: Tensor, context: PassContext, seeds: Tensor | None = None) -> Activations:
     """Embedding and prelude of input_ids (B, S): the activations before the first loop. seeds (B,): of random initial
     hidden states (`model.initial_state=random`)."""
     h = model.embed.lookup(input_ids)
@@ -27,7 +27,7 @@ def enter(model: Mythos, input_ids: Tensor, context: Context, seeds: Tensor | No
     return model.recurrent.start(h, Loops(1, seeds=seeds), context)
 
 
-def logits_of(model: Mythos, h: Tensor, context: Context) -> Tensor:
+def logits_of(model: Mythos, h: Tensor, context: PassContext) -> Tensor:
     """Coda, norm and head of the loops' output (B, S, D): logits (B, S, V) in fp32."""
     for i, block in model.coda.items():
         h = block(h, context, f"coda.{i}")

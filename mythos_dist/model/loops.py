@@ -68,7 +68,11 @@ class Loops(NamedTuple):
 
 
 def next_loop(index: int | Tensor) -> Loops:
-    """The loop `index` of a pass that may end after any loop; (B,): each sequence's own. Its t is `no_grad_loops`."""
+    """`Loops` for `Recurrent.advance`: one loop of a pass that may end after any loop.
+
+    index: of the loop, or (B,) of each sequence's own. It is stored as `no_grad_loops`, and sequences' own as depths
+    that count from a last loop that is never reached: so what depends on the loop index works as in training.
+    """
     if isinstance(index, int):
         return Loops(_OPEN, no_grad_loops=index)
     # At t = 1 the own index is 1 - n_loops + depths. Not at t = 0, the first loop of all sequences in training.

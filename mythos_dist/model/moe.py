@@ -1,6 +1,6 @@
 """The mixture of experts: a router with load balancing, routed experts, and the shared experts as one FFN.
 
-Selection: top-k of logits + bias; weights: softmax(logits) of the selected, renormalised. The bias follows the load
+Selection: top-k of logits + bias; weights: softmax(logits) of the selected, renormalized. The bias follows the load
 after each optimizer step, bias += rate * sign(mean load - load) (DeepSeek-V3, 2024), and never enters the gradient.
 The trap: the bias changes by 1e-3, too small a step for bf16, so it stays fp32 whatever the model is cast to.
 
@@ -98,7 +98,7 @@ class Router(nn.Module):
         logits = concatenate(chunks, x).flatten(0, 1)  # (N, E)
         with torch.no_grad():
             index = (logits + self.bias).topk(self.k, dim=-1).indices
-        weights = logits.gather(-1, index).softmax(-1)  # equals the softmax over all experts, renormalised
+        weights = logits.gather(-1, index).softmax(-1)  # equals the softmax over all experts, renormalized
         if not self.experts.z_loss and not self.experts.sequence_balance_loss:
             return weights, index, None
         return weights, index, self._losses(logits.view(*x.shape[:2], -1), token_share)
@@ -154,7 +154,7 @@ class MoE(nn.Module):
         weights, index = (part.view(*x.shape[:2], -1) for part in (weights, index))
         seq_len = round(x.shape[1] / token_share)
         parts = self.chunks.split(x, weights, index, seq_len=seq_len)
-        chunks = [self._mix(*part, counts_experts) for part in parts]
+        chunks = [self._forward_chunk(*part, counts_experts) for part in parts]
         y = concatenate([y for y, _ in chunks], x)
         if not counts_experts:
             return y, RouterStats(None, loss)
@@ -163,7 +163,7 @@ class MoE(nn.Module):
             counts = counts + more
         return y, RouterStats(counts, loss)
 
-    def _mix(self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool) -> tuple[Tensor, Tensor]:
+    def _forward_chunk(self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool) -> tuple[Tensor, Tensor]:
         """A chunk of tokens (b, s, D) and their routing (b, s, k) -> same shape as x, and the counts (E,)."""
         y, rows, route, counts = self.chunks.recompute(self._partial_sums, x, weights, index, counts_experts)
         y = combine(y, route, self.mesh)

@@ -20,7 +20,7 @@ from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.errors import UserError
 from mythos_dist.model.activations import Activations, TensorSpecs, has_auxiliary_losses, stage_input_shapes
 from mythos_dist.model.attend import choose_kernel
-from mythos_dist.model.attention import Context, build_context
+from mythos_dist.model.attention import PassContext, build_context
 from mythos_dist.model.block import DenseBlock
 from mythos_dist.model.init import init_parameters
 from mythos_dist.model.inputs import check_arguments, check_tokens, resolve_n_loops, type_problem
@@ -161,7 +161,9 @@ class Mythos(nn.Module):
         """The table of the output head."""
         return self.embed if self.config.tie_embeddings else self.unembed
 
-    def context(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Context:
+    def context(
+        self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> PassContext:
         """What all layers share in a pass over input_ids (B, S), of all ranks; see `forward` for the arguments."""
         dtype = next(self.parameters()).dtype
         kernel = choose_kernel(self.attention, input_ids.device, dtype, self.config)
@@ -169,7 +171,7 @@ class Mythos(nn.Module):
         return build_context(self.config, input_ids.shape, input_ids.device, document_ids, cache, kernel, shard)
 
     def run(
-        self, activations: Activations, loop_range: range, loops: Loops, context: Context
+        self, activations: Activations, loop_range: range, loops: Loops, context: PassContext
     ) -> tuple[Activations, Tensor]:
         """Run the layers that this rank holds; of all loops of the pass, those of `loop_range`.
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
 from mythos_dist.model.activations import UNSET, Activations, Readout
-from mythos_dist.model.attention import Context
+from mythos_dist.model.attention import PassContext
 from mythos_dist.model.block import MoEBlock
 from mythos_dist.model.depth_lora import DepthLoRA
 from mythos_dist.model.fixed_point import add_fixed_point_loss
@@ -61,7 +61,7 @@ class LoopInputs(NamedTuple):
 
 
 class LoopStats(NamedTuple):
-    """Of the routers in one loop."""
+    """The routers' statistics in one loop."""
 
     # (L * E,) int64: (token, expert) pairs in this replica, of the first layer's experts first; unset: not counted
     counts: Tensor
@@ -117,7 +117,7 @@ class Recurrent(nn.Module):
         """The layers of the block, in their order."""
         return [self.block, *self.blocks.values()]  # pyright: ignore[reportReturnType]
 
-    def start(self, e: Tensor, loops: Loops, context: Context) -> Activations:
+    def start(self, e: Tensor, loops: Loops, context: PassContext) -> Activations:
         """The activations before the first loop, from the prelude's output (B, S', D)."""
         if self.config.injection == "parcae":
             e = self.e_norm(e)
@@ -143,7 +143,7 @@ class Recurrent(nn.Module):
         shape = shared_kv_shape(self.config, e.shape[0], e.shape[1] * parts, self.mesh.tensor.size)
         return UNSET if shape is None else e.new_zeros(shape)
 
-    def _random_hidden_state(self, e: Tensor, seeds: Tensor | None, context: Context) -> Tensor:
+    def _random_hidden_state(self, e: Tensor, seeds: Tensor | None, context: PassContext) -> Tensor:
         """A hidden state like e from N(0, 2 / 5) (Huginn, Geiping et al. 2025). Each sequence is drawn from its own
         seed: its values do not depend on the micro-batch or on the ranks that share it."""
         B, parts, D = e.shape[0], self.mesh.tensor.size if self.mesh.sequence else 1, e.shape[2]
@@ -157,7 +157,7 @@ class Recurrent(nn.Module):
             h.append(row.chunk(parts)[self.mesh.tensor.rank if parts > 1 else 0].to(e.dtype))
         return torch.stack(h)
 
-    def _positions(self, context: Context, batch: int) -> Tensor:
+    def _positions(self, context: PassContext, batch: int) -> Tensor:
         """The positions (B, S') of this rank's tokens in their sequences."""
         if context.shard is not None:
             positions = context.shard.positions
@@ -174,7 +174,7 @@ class Recurrent(nn.Module):
         return Activations(h, aux_loss=activations.aux_loss, readout_weights=activations.readout_weights)
 
     def forward(
-        self, activations: Activations, loop_range: range, loops: Loops, context: Context
+        self, activations: Activations, loop_range: range, loops: Loops, context: PassContext
     ) -> tuple[Activations, Tensor]:
         """Run the loops `loop_range` of the pass; the first `loops.no_grad_loops` of the pass have no gradient.
 
@@ -222,8 +222,10 @@ class Recurrent(nn.Module):
         decay, scale, injected = self.injection(e)
         return LoopInputs(decay, scale, injected, {})
 
-    def advance(self, activations: Activations, inputs: LoopInputs, loops: Loops, context: Context) -> Activations:
-        """The loop `loops` of `next_loop`, in a pass that may end after any loop. Without gradient."""
+    def advance(self, activations: Activations, inputs: LoopInputs, loops: Loops, context: PassContext) -> Activations:
+        """Run one more loop of a pass that may end after any loop, as in decoding; without gradient.
+
+        loops: of `next_loop`, which holds the index of this loop."""
         t = loops.no_grad_loops
         if self.config.loop_signal:
             inputs = inputs._replace(signals={t: loop_signal(loops.own_index(t), self.config.dim, activations.h)})
@@ -246,7 +248,7 @@ class Recurrent(nn.Module):
             for first in range(0, len(part), every):
                 yield part[first : first + every]
 
-    def _all_halted(self, activations: Activations, context: Context) -> bool:
+    def _all_halted(self, activations: Activations, context: PassContext) -> bool:
         """Whether the remaining loops can be skipped, because their weight is zero for all tokens. Only where no other
         rank waits for this one in a collective, and no later token needs the keys of all loops."""
         mesh = self.mesh
@@ -254,7 +256,7 @@ class Recurrent(nn.Module):
         needed = torch.is_grad_enabled() or context.cache is not None or self.recorder is not None
         return single and not needed and self.act.all_halted(activations.halted)
 
-    def _group_runner(self, loops: Loops, inputs: LoopInputs, context: Context) -> Callable[..., GroupOutputs]:
+    def _group_runner(self, loops: Loops, inputs: LoopInputs, context: PassContext) -> Callable[..., GroupOutputs]:
         """A function (group, activations before it) -> `_run_group`, which the backward pass recomputes if configured;
         what it keeps for that, h and the sum of states, goes to host memory if configured."""
         if self.recompute.kind != "loop":
@@ -276,7 +278,7 @@ class Recurrent(nn.Module):
         return run
 
     def _run_group(
-        self, group: range, loops: Loops, activations: Activations, inputs: LoopInputs, context: Context
+        self, group: range, loops: Loops, activations: Activations, inputs: LoopInputs, context: PassContext
     ) -> GroupOutputs:
         counts, readouts = [], []
         for t in group:
@@ -294,7 +296,7 @@ class Recurrent(nn.Module):
                 readouts.append(outputs.readout)
         return activations, counts, readouts
 
-    def _loop(self, t: int, loops: Loops, before: Activations, inputs: LoopInputs, context: Context) -> LoopOutputs:
+    def _loop(self, t: int, loops: Loops, before: Activations, inputs: LoopInputs, context: PassContext) -> LoopOutputs:
         """Loop t: h = decay * h + scale * injected + u, with u = block(norm(h + e + signal)); then the weight of h.
 
         With model.injection=none h = u = block(h + signal), with `difference` the same of h + scale * (e - h). A
@@ -325,7 +327,7 @@ class Recurrent(nn.Module):
         routers: LoopStats,
         t: int,
         loops: Loops,
-        context: Context,
+        context: PassContext,
     ) -> Tensor:
         """`aux_loss` after loop t: plus the routers' losses, the penalty on the last loop, and halting's."""
         aux_loss, share = before.aux_loss, context.token_share(h)
@@ -336,7 +338,7 @@ class Recurrent(nn.Module):
         return self.act.add_loss(aux_loss, weight, t, loops, share)
 
     def _apply_layers(
-        self, x: Tensor, t: int, loops: Loops, kv: Tensor, context: Context
+        self, x: Tensor, t: int, loops: Loops, kv: Tensor, context: PassContext
     ) -> tuple[Tensor, LoopStats, Tensor]:
         """The layers one after the other in loop t, and the depth LoRA: x (B, S', D) -> the same shape.
 
@@ -358,7 +360,7 @@ class Recurrent(nn.Module):
         total = torch.cat(counts) if context.counts_experts else UNSET
         return x, LoopStats(total, loss), kv if computes is False else join_kv(new_kv)
 
-    def _cache_keys(self, t: int, loops: Loops, context: Context) -> list[CacheKey]:
+    def _cache_keys(self, t: int, loops: Loops, context: PassContext) -> list[CacheKey]:
         """The layers' keys in loop t. Loops that share keys and values share a cache entry, named after the first of
         them."""
         names = [looped_layer(i) for i in range(self.config.loop_layers)]
