@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo chat-demo depth-demo hop-demo long-demo loop-baseline loop-ablation loop-stability optimizer-study
+.PHONY: demo chat-demo depth-demo hop-demo long-demo retrofit-demo loop-baseline loop-ablation
+.PHONY: loop-stability optimizer-study
 .PHONY: test test-all check docs notebook bench constraints clean
 
 demo: $(READY)  ## train on 4 CPU ranks, kill the job, resume it, print a sample
@@ -20,6 +21,9 @@ hop-demo: $(READY)  ## train small models on stories with questions of 4 hops, a
 
 long-demo: $(READY)  ## train a small model on 256 tokens and stretch it to 1,024 by YaRN; 10 minutes
 	$(BIN)/python tools/long_demo.py
+
+retrofit-demo: $(READY)  ## a pretrained model that continues with loops or without, at equal FLOPs; 25 minutes
+	$(BIN)/python tools/retrofit_demo.py
 
 loop-baseline: $(READY)  ## a looped model against plain ones of equal depth, parameters or FLOPs; 20 minutes
 	$(BIN)/mythos sample-data
