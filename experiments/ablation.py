@@ -4,7 +4,6 @@ The defaults of model.mode=train follow from its table in docs/loops.md. Writes 
 ablation.png.
 """
 
-import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from experiments.trials import (
     mean_and_stdev,
     run_all,
     steps_for,
-    training_flops,
+    total_flops,
 )
 from mythos_dist.files import write_atomically
 from mythos_dist.train.depth import ACCURACY_RANGE, LOSS_RANGE
@@ -164,8 +163,7 @@ def _compare(
         all_overrides = (*BASE, *data.base, *overrides, *changes[switch], f"run.seed={seed}", *last)
         return Trial(config, folder, all_overrides)
 
-    base = trial("base", 0).load()
-    budget = sum(itertools.islice(training_flops(base), base.train.steps))
+    budget = total_flops(trial("base", 0).load())
     steps = {switch: steps_for(trial(switch, 0).load(), budget) for switch in switches}
     cases = [(switch, seed) for seed in seeds for switch in switches]
     trials = [trial(switch, seed, f"train.steps={steps[switch]}") for switch, seed in cases]

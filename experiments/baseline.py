@@ -7,7 +7,6 @@ see the same samples in the same order. Each row gets its best learning rate on 
 Writes summary.json, summary.md and summary.png.
 """
 
-import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +16,21 @@ from experiments.depth import LONG_HOPS, TRAINED_HOPS
 from experiments.depth_task import ensure_depth_task
 from experiments.trials import (
     SAMPLE,
+    RatedCase,
     Trial,
     check_counts,
     check_names,
     check_rates,
     check_sample,
     mean_and_stdev,
-    run_all,
+    run_at_best_rates,
+    run_cases,
     steps_for,
-    training_flops,
+    total_flops,
 )
 from mythos_dist.config.schema import Config
 from mythos_dist.files import write_atomically
-from mythos_dist.train.plots import save_plot
+from mythos_dist.train.plots import save_plot, share_axis
 
 RATES = (2e-3, 4e-3, 8e-3)
 # One expert without a router's choice is the dense FFN of the other blocks (MythosConfig.ffn_dim).
@@ -167,8 +168,7 @@ class _Comparison:
     ):
         self.data, self.config, self.out = data, configs / data.config, out
         self.rates, self.jobs, self.overrides = rates, jobs, overrides
-        looped = self._trial(LOOPED, rates[0], 0).load()
-        self.flops = sum(itertools.islice(training_flops(looped), looped.train.steps))
+        self.flops = total_flops(self._trial(LOOPED, rates[0], 0).load())
         self.steps = {row: self._steps_of(row) for row in data.rows}
 
     def _steps_of(self, row: str) -> int:
@@ -180,29 +180,26 @@ class _Comparison:
         own = f"{DENSE} {QUIET} {self.data.overrides(row)} optim.lr={rate} run.seed={seed}".split()
         return Trial(self.config, folder, (*own, *self.overrides, *last))
 
-    def _run(self, cases: Sequence[tuple[str, float, int]]) -> dict[tuple[str, float, int], Values]:
-        """The values of (row, rate, seed)."""
-        trials = [self._trial(*case, f"train.steps={self.steps[case[0]]}") for case in cases]
-        row_of = {trial.run_dir: case[0] for trial, case in zip(trials, cases, strict=True)}
-
-        def measure(trial: Trial) -> tuple[Values, str]:
-            values = self.data.measure(row_of[trial.run_dir], trial.run_dir)
+    def _run(self, cases: Sequence[RatedCase]) -> dict[RatedCase, Values]:
+        def measure(case: RatedCase, trial: Trial) -> tuple[Values, str]:
+            values = self.data.measure(case[0], trial.run_dir)
             shown = "  ".join(f"{name}: {values[name]:.3f}" for name in self.data.columns if name in values)
             return values, f"{trial.run_dir}  {shown}"
 
-        return dict(zip(cases, run_all(trials, measure, self.jobs), strict=True))
+        trials = {case: self._trial(*case, f"train.steps={self.steps[case[0]]}") for case in cases}
+        return run_cases(trials, measure, self.jobs)
 
     def run(self, seeds: range) -> dict[str, Any]:
         """The results of all rows: of the first seed at each rate, of the others at the best one."""
         rows, first = list(self.data.rows), seeds[0]
-        done = self._run([(row, rate, first) for row in rows for rate in self.rates])
-        choose = min if self.data.best == "loss" else max
-        best = {row: choose(self.rates, key=lambda rate, r=row: done[r, rate, first][self.data.best]) for row in rows}
-        done |= self._run([(row, best[row], seed) for seed in seeds[1:] for row in rows])
+        sign = -1 if self.data.best == "loss" else 1
+        best, done = run_at_best_rates(
+            rows, self.rates, seeds, self._run, lambda row, values: sign * values[self.data.best]
+        )
         return {
             "rows": {
                 row: {
-                    **self._size(self._trial(row, best[row], first).load(), self.steps[row]),
+                    **self._size(self._trial(row, best[row], first, f"train.steps={self.steps[row]}").load()),
                     "overrides": self.data.rows[row].overrides,
                     "rate": best[row],
                     "by_rate": {f"{rate:g}": done[row, rate, first][self.data.best] for rate in self.rates},
@@ -212,14 +209,14 @@ class _Comparison:
             }
         }
 
-    def _size(self, config: Config, steps: int) -> dict[str, float]:
+    def _size(self, config: Config) -> dict[str, float]:
         from mythos_dist.model.parameter_table import count_parameters
 
         return {
             "parameters": count_parameters(config.model),
             "layers": config.model.prelude_layers + config.loops.mean_of(config.model) + config.model.coda_layers,
-            "steps": steps,
-            "flops": sum(itertools.islice(training_flops(config), steps)),
+            "steps": config.train.steps,
+            "flops": total_flops(config),
         }
 
 
@@ -270,8 +267,6 @@ def _draw_text(panel: Any, rows: dict[str, Any]) -> None:
 
 
 def _draw_task(panel: Any, rows: dict[str, Any]) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     hops = range(1, LONG_HOPS + 1)
     for i, (name, row) in enumerate(rows.items()):
         means = [statistics.mean(values_of(row, f"{n} hops")) for n in hops]
@@ -280,9 +275,7 @@ def _draw_task(panel: Any, rows: dict[str, Any]) -> None:
             panel.plot(hops, [seed[f"{n} hops"] for n in hops], color=panel.lines[-1].get_color(), alpha=0.25)
     panel.axvline(TRAINED_HOPS, color="grey", linestyle=":")
     panel.axhline(1 / 6, color="black", linewidth=0.5)
-    panel.set_ylim(0, 1.02)
-    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    share_axis(panel)
     panel.set_xlabel("hops (trained up to 8); looped with 16 loops")
     panel.set_title("task: accuracy, mean and single seeds")
     panel.legend(fontsize=8)
-    panel.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from experiments.depth_task import Targets, ensure_depth_task
 from experiments.trials import AS_OPEN_MYTHOS, Trial, check_counts, check_names, run_all
-from mythos_dist.train.plots import loops_axis, save_plot
+from mythos_dist.train.plots import loops_axis, save_plot, share_axis
 from mythos_dist.units import count
 
 TRAINED_HOPS, LONG_HOPS, MAX_TRAINED_LOOPS = 8, 16, 8
@@ -109,8 +109,6 @@ def measure_accuracy(run_dir: Path, shards: Path) -> dict[int, dict[str, Any]]:
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """Accuracy over loops for each setting and seed, and over hops for the first setting."""
-    from matplotlib.ticker import PercentFormatter
-
     with save_plot(file, 2, (12, 4.6)) as (left, right):
         for i, (name, result) in enumerate(summary["settings"].items()):
             for seed in result["seeds"].values():
@@ -132,6 +130,4 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         right.legend(title="loops")
         right.axhline(summary["chance"], color="black", linewidth=0.5)
         for panel in (left, right):
-            panel.set_ylim(0, 1.02)
-            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-            panel.grid(alpha=0.3)
+            share_axis(panel)

@@ -15,7 +15,7 @@ from experiments.trials import Trial, check_counts, run_all
 from mythos_dist.config.dump import dump_stages
 from mythos_dist.config.load import load_stages
 from mythos_dist.files import write_atomically
-from mythos_dist.train.plots import loops_axis, save_plot
+from mythos_dist.train.plots import loops_axis, save_plot, share_axis
 
 PEOPLE, TRAINED_HOPS, LONG_HOPS, TRAINED_LOOPS = 10, 4, 8, 4
 FIRST_PEOPLE = 4  # in the stories of the first stage
@@ -125,8 +125,6 @@ def table(summary: dict[str, Any]) -> list[str]:
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """Accuracy over loops for each number of hops, and over hops for each number of loops; means over seeds."""
-    from matplotlib.ticker import PercentFormatter
-
     seeds = list(summary["seeds"].values())
 
     def mean_of(loops: int, hops: int) -> float:
@@ -159,6 +157,4 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         right.legend(title="loops")
         for panel in (left, right):
             panel.axhline(CHANCE_BEYOND, color="black", linewidth=0.5)
-            panel.set_ylim(0, 1.02)
-            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-            panel.grid(alpha=0.3)
+            share_axis(panel)

@@ -18,7 +18,7 @@ from experiments.trials import (
     mean_and_stdev,
     run_all,
     steps_for,
-    training_flops,
+    total_flops,
 )
 from mythos_dist.files import read_json_lines, write_atomically
 
@@ -50,8 +50,7 @@ class Study:
     def __init__(self, config: Path, out: Path, jobs: int | None, overrides: Sequence[str]):
         self.config, self.out, self.jobs = config, out, jobs
         self.overrides = (*BASE, f"train.steps={STEPS}", *overrides)
-        base = self.trial("adamw", "cosine", RATES[0], 0).load()
-        self.flops = sum(itertools.islice(training_flops(base), base.train.steps))
+        self.flops = total_flops(self.trial("adamw", "cosine", RATES[0], 0).load())
         self.steps = {
             optimizer: steps_for(self.trial(optimizer, "cosine", RATES[0], 0).load(), self.flops)
             for optimizer in OPTIMIZERS

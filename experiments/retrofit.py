@@ -6,23 +6,31 @@ Both see the same stories in the same order. Each row gets its best learning rat
 Writes summary.json, summary.md and summary.png.
 """
 
-import itertools
 import os
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.hops import BEYOND, LONG_HOPS, PEOPLE, TRAINED, TRAINED_HOPS, TRAINED_LOOPS, measure_hops
 from experiments.story_task import ensure_story_task
-from experiments.trials import Trial, check_counts, check_rates, mean_and_stdev, run_all, steps_for, training_flops
+from experiments.trials import (
+    RatedCase,
+    Trial,
+    check_counts,
+    check_rates,
+    mean_and_stdev,
+    run_at_best_rates,
+    run_cases,
+    run_logged,
+    steps_for,
+    total_flops,
+)
 from mythos_dist.checkpoint.retrofit import CONFIG_FILE, Cut, PretrainedWeights, retrofit
-from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
 from mythos_dist.progress import Bar
-from mythos_dist.train.plots import save_plot
+from mythos_dist.train.plots import save_plot, share_axis
 
 CUT = Cut(prelude=1, first=1, last=2, coda=1)
 RATES = (1e-3, 2e-3)
@@ -57,7 +65,10 @@ Values = dict[str, Any]  # of one run, by number of loops
 
 
 class _Study:
-    def __init__(self, out: Path, jobs: int | None, overrides: Sequence[str]):
+    """Both rows of all seeds, from pretrained models that are made first."""
+
+    def __init__(self, out: Path, seeds: range, jobs: int | None, overrides: Sequence[str]):
+        """Raises UserError."""
         self.out, self.jobs, self.overrides = out, jobs, overrides
         # Rows of targets within reach of the loops of a step, or the last of them only: the same stories.
         data = out / "data"
@@ -68,67 +79,61 @@ class _Study:
         self.long = ensure_story_task(
             data / "stories-long", people=PEOPLE, hops=LONG_HOPS, questions=1, stories=1, heldout=1000
         )
-
-    def pretrain(self, seeds: range) -> None:
-        """Make the original model of each seed, and cut it for each row."""
-        folders = [self.out / "pretrained" / f"seed-{seed}" for seed in seeds]
-        with (
-            ThreadPoolExecutor(self.jobs or os.cpu_count()) as pool,
-            Bar("pretraining", len(seeds), unit=" models") as bar,
-        ):
-            for _ in pool.map(_pretrain, folders, seeds):
-                bar.update(1)
-        for (name, row), seed, folder in itertools.product(ROWS.items(), seeds, folders):
-            if not (to := self._cut(name, seed)).exists():
-                retrofit(PretrainedWeights(folder, CUT, loops=row.loops), to)
+        pretrain_all({seed: out / "pretrained" / f"seed-{seed}" for seed in seeds}, jobs)
+        for seed in seeds:
+            cut_pretrained(out / "pretrained" / f"seed-{seed}", {row: self._cut(row, seed) for row in ROWS})
+        looped, original = (self.trial(row, RATES[0], seeds[0]).load() for row in (LOOPED, ORIGINAL))
+        self.flops = total_flops(looped)
+        self.steps = {LOOPED: looped.train.steps, ORIGINAL: steps_for(original, self.flops)}
 
     def _cut(self, row: str, seed: int) -> Path:
         return self.out / "cut" / row / f"seed-{seed}"
 
-    def trial(self, row: str, rate: float, seed: int) -> Trial:
-        """A run. Of the looped model's FLOPs, if its number of steps is not given."""
+    def trial(self, row: str, rate: float, seed: int, *last: str) -> Trial:
+        """A run, for the looped model's number of steps unless `last` has another."""
         cut = self._cut(row, seed)
         run_dir = self.out / row / f"{rate:g}" / f"seed-{seed}"
         own = (
             f"{BASE} {ROWS[row].overrides} data.path={self.data[row]} start_from={cut} optim.lr={rate} run.seed={seed}"
         )
-        return Trial(cut / CONFIG_FILE, run_dir, (*own.split(), *self.overrides))
+        return Trial(cut / CONFIG_FILE, run_dir, (*own.split(), *self.overrides, *last))
 
-    def run(self, cases: Sequence[tuple[str, float, int]]) -> dict[tuple[str, float, int], Values]:
-        """The values of (row, rate, seed)."""
-        looped = self.trial(LOOPED, *cases[0][1:]).load()
-        self.flops = sum(itertools.islice(training_flops(looped), looped.train.steps))
-        self.steps = {
-            LOOPED: looped.train.steps,
-            ORIGINAL: steps_for(self.trial(ORIGINAL, *cases[0][1:]).load(), self.flops),
-        }
-        trials = [self.trial(*case) for case in cases]
-        trials = [
-            trial._replace(overrides=(*trial.overrides, f"train.steps={self.steps[case[0]]}"))
-            for trial, case in zip(trials, cases, strict=True)
-        ]
-        row_of = {trial.run_dir: case[0] for trial, case in zip(trials, cases, strict=True)}
+    def run(self, cases: Sequence[RatedCase]) -> dict[RatedCase, Values]:
+        """The accuracies of runs, by number of loops."""
 
-        def measure(trial: Trial) -> tuple[Values, str]:
-            row = ROWS[row_of[trial.run_dir]]
-            by_loops = measure_hops(trial.run_dir, self.long, row.evaluated)
-            one = by_loops[str(row.shown)]
-            return by_loops, f"{trial.run_dir}: up to {TRAINED_HOPS} hops {one[TRAINED]:.1%}, beyond {one[BEYOND]:.1%}"
+        def measure(case: RatedCase, trial: Trial) -> tuple[Values, str]:
+            row = case[0]
+            by_loops = measure_hops(trial.run_dir, self.long, ROWS[row].evaluated)
+            trained, beyond = (accuracy(row, by_loops, kind) for kind in (TRAINED, BEYOND))
+            return by_loops, f"{trial.run_dir}: up to {TRAINED_HOPS} hops {trained:.1%}, beyond {beyond:.1%}"
 
-        return dict(zip(cases, run_all(trials, measure, self.jobs), strict=True))
+        trials = {case: self.trial(*case, f"train.steps={self.steps[case[0]]}") for case in cases}
+        return run_cases(trials, measure, self.jobs)
 
 
-def _pretrain(folder: Path, seed: int) -> None:
-    """Raises UserError."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_name(folder.name + ".log")
-    command = [sys.executable, "-m", "experiments.pretrain", str(folder), "--seed", str(seed)]
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1]).returncode
-    if code:
-        raise UserError(f"pretraining ended with exit code {code}; its output is in {log}")
+def pretrain_all(folders: Mapping[int, Path], jobs: int | None) -> None:
+    """Pretrain the models of seeds that have no folder yet. Raises UserError."""
+
+    def pretrain(seed: int) -> None:
+        command = [sys.executable, "-m", "experiments.pretrain", str(folders[seed]), "--seed", str(seed)]
+        run_logged(command, folders[seed], cwd=Path(__file__).parents[1])
+
+    missing = [seed for seed, folder in folders.items() if not folder.exists()]
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, Bar("pretraining", len(missing), unit=" models") as shown:
+        for _ in pool.map(pretrain, missing):
+            shown.update(1)
+
+
+def cut_pretrained(folder: Path, cuts: Mapping[str, Path]) -> None:
+    """Cut a pretrained model for each row, to the folder that `cuts` has for it; one that exists is kept."""
+    for row, to in cuts.items():
+        if not to.exists():
+            retrofit(PretrainedWeights(folder, CUT, loops=ROWS[row].loops), to)
+
+
+def accuracy(row: str, by_loops: Values, kind: str) -> float:
+    """With the trained loops for trained hops, and with twice as many, if the row has loops, for those beyond."""
+    return by_loops[str(ROWS[row].shown if kind == BEYOND else ROWS[row].loops)][kind]
 
 
 def run_retrofit_study(
@@ -139,25 +144,20 @@ def run_retrofit_study(
 
     check_counts(seeds, jobs)
     check_rates(rates)
-    study, first = _Study(out, jobs, overrides), seeds[0]
-    study.pretrain(seeds)
-    done = study.run([(row, rate, first) for row in ROWS for rate in rates])
-
-    def accuracy(row: str, rate: float) -> float:
-        return done[row, rate, first][str(ROWS[row].shown)][TRAINED]
-
-    best = {row: max(rates, key=lambda rate, row=row: accuracy(row, rate)) for row in ROWS}
-    done |= study.run([(row, best[row], seed) for seed in seeds for row in ROWS])
+    study, rows = _Study(out, seeds, jobs, overrides), list(ROWS)
+    best, done = run_at_best_rates(
+        rows, rates, seeds, study.run, lambda row, by_loops: accuracy(row, by_loops, TRAINED)
+    )
     summary = {
         "flops": study.flops,
         "rows": {
             row: {
                 "steps": study.steps[row],
                 "rate": best[row],
-                "by_rate": {f"{rate:g}": accuracy(row, rate) for rate in rates},
+                "by_rate": {f"{rate:g}": accuracy(row, done[row, rate, seeds[0]], TRAINED) for rate in rates},
                 "seeds": {str(seed): done[row, best[row], seed] for seed in seeds},
             }
-            for row in ROWS
+            for row in rows
         },
     }
     summary |= worst_differences(summary["rows"])
@@ -173,13 +173,12 @@ def worst_differences(rows: dict[str, Any]) -> dict[str, float]:
 
     def least(kind: str) -> float:
         seeds = rows[LOOPED]["seeds"]
-        return min(_value(rows, LOOPED, seed, kind) - _value(rows, ORIGINAL, seed, kind) for seed in seeds)
+        return min(
+            accuracy(LOOPED, seeds[seed], kind) - accuracy(ORIGINAL, rows[ORIGINAL]["seeds"][seed], kind)
+            for seed in seeds
+        )
 
     return {f"least_gain_of_{kind}": least(kind) for kind in (TRAINED, BEYOND)}
-
-
-def _value(rows: dict[str, Any], row: str, seed: str, kind: str) -> float:
-    return rows[row]["seeds"][seed][str(ROWS[row].shown if kind == BEYOND else ROWS[row].loops)][kind]
 
 
 def table(summary: dict[str, Any]) -> list[str]:
@@ -188,7 +187,7 @@ def table(summary: dict[str, Any]) -> list[str]:
     lines = [f"| | steps | rate | 1 to {TRAINED_HOPS} hops, as trained | {TRAINED_HOPS + 1} to {LONG_HOPS} hops |"]
     lines.append("|---|--:|--:|--:|--:|")
     for name, row in rows.items():
-        values = [[_value(rows, name, seed, kind) for seed in row["seeds"]] for kind in (TRAINED, BEYOND)]
+        values = [[accuracy(name, seed, kind) for seed in row["seeds"].values()] for kind in (TRAINED, BEYOND)]
         cells = [f"{100 * mean:.1f} ± {100 * stdev:.1f} %" for mean, stdev in map(mean_and_stdev, values)]
         loops = f"{ROWS[name].loops} loops, beyond {ROWS[name].shown}" if name == LOOPED else "no loops"
         lines.append(f"| {name}, {loops} | {row['steps']:,} | {row['rate']:g} | " + " | ".join(cells) + " |")
@@ -197,8 +196,6 @@ def table(summary: dict[str, Any]) -> list[str]:
 
 def draw(file: Path, summary: dict[str, Any]) -> None:
     """Accuracy over hops of the original, and of the retrofit by number of loops; means and single seeds."""
-    from matplotlib.ticker import PercentFormatter
-
     hops = range(1, LONG_HOPS + 1)
     curves = [(ORIGINAL, 1), *((LOOPED, n) for n in (1, 2, 4, 8))]
     with save_plot(file, 1, (7, 4.6)) as (panel,):
@@ -212,9 +209,7 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
             for seed in seeds:
                 panel.plot(hops, seed, color=color, alpha=0.25, linewidth=1)
         panel.axvline(TRAINED_HOPS, color="grey", linestyle=":")
-        panel.set_ylim(0, 1.02)
-        panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+        share_axis(panel)
         panel.set_xlabel("hops (dotted: most in training)")
         panel.set_title("accuracy after equal FLOPs")
         panel.legend(fontsize=8)
-        panel.grid(alpha=0.3)

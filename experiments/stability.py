@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.trials import SAMPLE, Trial, check_counts, check_names, check_rates, check_sample, run_all
+from experiments.trials import SAMPLE, Trial, check_counts, check_names, check_rates, check_sample, run_cases
 from mythos_dist.files import read_json_lines, write_atomically
 from mythos_dist.train.plots import save_plot
 from mythos_dist.units import count
@@ -80,17 +80,16 @@ def run_stability(
     trials = {cell: _trial(cell, config, out, overrides) for cell in cells}
     for trial in trials.values():
         trial.load()  # before those that have results are left out
-    cell_of = {trial.run_dir: cell for cell, trial in trials.items()}
 
-    def measure(trial: Trial) -> tuple[None, str]:
-        cell = cell_of[trial.run_dir]
+    def measure(cell: Cell, trial: Trial) -> tuple[None, str]:
         losses = [line["heldout_loss"] for line in read_json_lines(trial.run_dir / "eval.jsonl")]
         result = {**cell._asdict(), "loss": losses[-1] if len(losses) > 1 else None}
         write_json(_result_file(out, cell), result)
         return None, f"{cell.name}: held-out loss {result['loss'] or math.nan:.3f}"
 
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    run_all([trials[cell] for cell in cells if not _result_file(out, cell).exists()], measure, jobs, {DIVERGED})
+    missing = {cell: trial for cell, trial in trials.items() if not _result_file(out, cell).exists()}
+    run_cases(missing, measure, jobs, {DIVERGED})
     vocab_size = next(iter(trials.values())).load().model.vocab_size
     results = [json.loads(_result_file(out, cell).read_text()) for cell in cells]
     summary = summarize(results, math.log(vocab_size))

@@ -10,11 +10,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mythos_dist.config.arguments import add_overrides
 from mythos_dist.config.load import load_config
@@ -26,6 +26,8 @@ from mythos_dist.progress import Bar, log
 from mythos_dist.train.schedule import loops_at
 
 Result = TypeVar("Result")
+Case = TypeVar("Case")
+RatedCase = tuple[str, float, int]  # row, learning rate, seed
 
 # Overrides that give any config the loops of OpenMythos as shipped, except for their number.
 _REFERENCE_MODEL = [f"model.{key}={str(value).lower()}" for key, value in BY_MODE["reference"].items()]
@@ -49,15 +51,22 @@ class Trial(NamedTuple):
     def run(self, exit_codes: Collection[int] = ()) -> None:
         """Train. Raises UserError with the end of the output if it fails, but for `exit_codes`; all of the output is in
         `run_dir`.log."""
-        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        log = self.run_dir.with_name(self.run_dir.name + ".log")
         command = [sys.executable, "-m", "mythos_dist.train", str(self.config), f"run.dir={self.run_dir}"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with log.open("w") as file:
-            process = subprocess.run([*command, *self.overrides], stdout=file, stderr=subprocess.STDOUT, env=env)
-        if process.returncode and process.returncode not in exit_codes:
-            tail = "\n".join(log.read_text().splitlines()[-5:])
-            raise UserError(f"the run ended with exit code {process.returncode}; its output is in {log}:\n{tail}")
+        run_logged([*command, *self.overrides], self.run_dir, exit_codes, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run_logged(command: Sequence[str], folder: Path, exit_codes: Collection[int] = (), **options: Any) -> None:
+    """Run a command that writes to `folder`, with all of its output in `folder`.log. options: of subprocess.run.
+
+    Raises UserError with the end of the output if it fails, but for `exit_codes`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(folder.name + ".log")
+    with log.open("w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, **options).returncode
+    if code and code not in exit_codes:
+        tail = "\n".join(log.read_text().splitlines()[-5:])
+        raise UserError(f"the run ended with exit code {code}; its output is in {log}:\n{tail}")
 
 
 def check_names(option: str, names: Sequence[str], known: Collection[str]) -> None:
@@ -142,6 +151,40 @@ def run_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def run_cases(
+    trials: Mapping[Case, Trial],
+    measure: Callable[[Case, Trial], tuple[Result, str]],
+    jobs: int | None = None,
+    exit_codes: Collection[int] = (),
+) -> dict[Case, Result]:
+    """As `run_all`, by what each trial is of."""
+    case_of = {trial.run_dir: case for case, trial in trials.items()}
+    results = run_all(list(trials.values()), lambda trial: measure(case_of[trial.run_dir], trial), jobs, exit_codes)
+    return dict(zip(trials, results, strict=True))
+
+
+def run_at_best_rates(
+    rows: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    run: Callable[[Sequence[RatedCase]], dict[RatedCase, Result]],
+    score: Callable[[str, Result], float],
+) -> tuple[dict[str, float], dict[RatedCase, Result]]:
+    """Run the first seed of each row at each rate, and the other seeds at the rate with the row's highest score.
+
+    Returns that rate of each row, and all results.
+    """
+    first, *others = seeds
+    done = run([(row, rate, first) for row in rows for rate in rates])
+    best = {row: max(rates, key=lambda rate, row=row: score(row, done[row, rate, first])) for row in rows}
+    return best, done | run([(row, best[row], seed) for seed in others for row in rows])
+
+
+def total_flops(config: Config) -> float:
+    """The FLOPs of one process in all steps of a run."""
+    return sum(itertools.islice(training_flops(config), config.train.steps))
 
 
 def training_flops(config: Config) -> Iterator[float]:

@@ -35,6 +35,7 @@ from mythos_dist.checkpoint.open_mythos import SafeTensors, mismatches
 from mythos_dist.checkpoint.pieces import Piece, overlaps
 from mythos_dist.checkpoint.reader import Checkpoint, Wanted
 from mythos_dist.config.dump import dump_settings
+from mythos_dist.config.layout import divisors, few
 from mythos_dist.config.schema import ActConfig, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError, first_line
 from mythos_dist.model.init import initial_value
@@ -85,12 +86,17 @@ class Upcycling(NamedTuple):
     noise: float = 0.0  # standard deviation, as a part of that of the matrix
     slices: bool = False  # each expert has a part of the hidden channels; else all, as copies
 
+    @property
+    def divisor(self) -> int:
+        """Parts that the hidden channels of an FFN are divided into."""
+        return self.n_experts if self.slices else 1
+
     def problems(self, hidden: int) -> Iterator[str]:
         """Why an FFN of `hidden` channels does not become these experts."""
         if self.n_experts_per_tok > self.n_experts:
             yield f"--experts-per-token {self.n_experts_per_tok} is more than --experts {self.n_experts}"
-        if self.slices and hidden % self.n_experts:
-            fitting = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(n - self.n_experts))
+        if hidden % self.divisor:
+            (fitting,) = few(divisors(hidden), self.n_experts, most=1)
             yield (
                 f"--experts {self.n_experts} --slices: {hidden} hidden channels of an FFN do not divide by it; the "
                 f"nearest that does is {fitting}"
@@ -103,8 +109,7 @@ class Upcycling(NamedTuple):
         """
         if not self.slices:
             return value.repeat(self.n_experts, 1, 1)
-        _, hidden, dim = value.shape
-        return value.reshape(self.n_experts, hidden // self.n_experts, dim) * (self.n_experts if down else 1)
+        return value.reshape(self.n_experts, -1, value.shape[-1]) * (self.n_experts if down else 1)
 
 
 class PretrainedWeights(Checkpoint):
@@ -149,7 +154,7 @@ class PretrainedWeights(Checkpoint):
         for name, source in self._sources.items():
             shape = shapes[name]
             if name.endswith(_EXPERTS):
-                hidden = shape[1] * (self._upcycling.n_experts if self._upcycling.slices else 1)
+                hidden = shape[1] * self._upcycling.divisor
                 shape = (hidden, shape[2]) if not name.endswith(_DOWN) else (shape[2], hidden)
             expected |= dict.fromkeys(source.names, shape)
         names = [key for key in self._state if key in expected or not _is_left_out(key, self.left_out)]
@@ -238,7 +243,7 @@ def _settings(
         "n_experts": upcycling.n_experts,
         "n_experts_per_tok": upcycling.n_experts_per_tok,
         "n_shared_experts": 0,
-        "expert_dim": pretrained.values["intermediate_size"] // (upcycling.n_experts if upcycling.slices else 1),
+        "expert_dim": pretrained.values["intermediate_size"] // upcycling.divisor,
     }
     if pretrained.is_mixture(loop[0]):
         mixture = pretrained.mixture_settings()

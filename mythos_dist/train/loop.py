@@ -260,7 +260,7 @@ class Run:
         with_average = self.config.average.evaluate and self.engine.average.snapshots > 0
         by_loops, of_average = {}, None
         total = 1 + len(sweep) + with_average
-        with Bar("evaluating", total, unit=" evaluations", quiet=dist.get_rank() > 0) as shown:
+        with Bar("evaluating", total, unit=" evaluations", quiet=self.rank > 0) as shown:
             result = self.engine.evaluate(passes)
             shown.update(1)
             for n_loops in sweep:

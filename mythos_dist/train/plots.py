@@ -41,6 +41,15 @@ def loops_axis(panel: "Axes", loops: Collection[int]) -> None:
     panel.set_xlabel("loops")
 
 
+def share_axis(panel: "Axes") -> None:
+    """A y axis of shares from 0 to 100 %, with a grid."""
+    from matplotlib.ticker import PercentFormatter
+
+    panel.set_ylim(0, 1.02)
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    panel.grid(alpha=0.3)
+
+
 def value_axis(panel: "Axes", least: float, which: Literal["x", "y"] = "y") -> None:
     """An axis with a range of at least `least`, labeled with plain values instead of an offset such as "+7".
 

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from experiments import retrofit
 from experiments.depth_task import EOS
 from experiments.pretrain import PHASES, batches
 from experiments.retrofit import LOOPED, ORIGINAL, ROWS, table, worst_differences
 from experiments.story_task import SOMEONE, build_stories, build_windows
+from experiments.trials import run_at_best_rates
+from mythos_dist.model import Mythos
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -35,6 +39,19 @@ def test_one_row_of_targets_has_all_answers():
     assert np.array_equal(final[:, -length:], by_loop[:, -length:])
     within_reach = by_loop[:, length + 1 : 2 * length + 1]
     assert np.array_equal(within_reach, np.where(stories.hops <= 1, stories.answers, EOS))
+
+
+def test_other_seeds_run_at_the_rate_with_the_highest_score_only():
+    """Scores of row r at rate s: |s - best[r]|, negative."""
+    wanted, runs = {"a": 2.0, "b": 3.0}, []
+
+    def run(cases):
+        runs.append(list(cases))
+        return {(row, rate, seed): -abs(rate - wanted[row]) for row, rate, seed in cases}
+
+    best, done = run_at_best_rates(["a", "b"], [1.0, 2.0, 3.0], [5, 6], run, lambda row, value: value)
+    assert best == wanted and len(runs[0]) == 6
+    assert runs[1] == [("a", 2.0, 6), ("b", 3.0, 6)] and set(done) == {*runs[0], *runs[1]}
 
 
 def seeds_of(row: str, trained: dict[str, float], beyond: dict[str, float]) -> dict:
@@ -61,6 +78,23 @@ def test_the_summary_has_the_gain_of_the_seed_that_gains_least():
     assert gains["least_gain_of_accuracy_beyond_trained_hops"] == pytest.approx(0.4)
     lines = table({"rows": rows})
     assert "| 85.0 ± 7.1 % | 65.0 ± 7.1 % |" in lines[2] and "| 55.0 ± 7.1 % |" in lines[3]
+
+
+@pytest.mark.launch  # transformers is 4 seconds of imports
+def test_each_seed_continues_from_its_own_pretrained_model(tmp_path, monkeypatch):
+    """Both rows from the same one. Without loops a step has fewer FLOPs, so there are more steps."""
+    from experiments.pretrain import build_model
+
+    monkeypatch.setattr(retrofit, "ensure_story_task", lambda folder, **sizes: folder)
+    originals = {seed: build_model(seed) for seed in range(2)}
+    for seed, model in originals.items():
+        model.save_pretrained(tmp_path / "pretrained" / f"seed-{seed}")
+    study = retrofit._Study(tmp_path, range(2), 1, [])
+    for seed, model in originals.items():
+        for row in ROWS:
+            start = Mythos.from_pretrained(study.trial(row, 1e-3, seed).load().run.start_from)
+            assert torch.equal(start.embed.weight, model.get_input_embeddings().weight), (row, seed)
+    assert study.steps[LOOPED] < study.steps[ORIGINAL]
 
 
 @pytest.mark.launch

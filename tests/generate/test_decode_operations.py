@@ -30,12 +30,13 @@ def _operations(model, n_loops: int) -> int:
     return count.operations
 
 
-@pytest.mark.parametrize("attn_type, most", [("mla", 185), ("gqa", 140)])
+@pytest.mark.parametrize("attn_type, most", [("mla", 180), ("gqa", 136)])
 def test_a_loop_of_one_row_launches_few_operations(attn_type, most, build, monkeypatch):
     """Launching one takes some 2 us on a CPU and 5 on a GPU, and a token launches those of a loop in each of its loops:
-    a change that adds some should justify them. Products are counted as they are for large weights. Alone this counts
-    179 and 135; after other tests in the same process one more was seen."""
+    a change that adds some should justify them. Products are counted as they are for large weights, and with PyTorch's
+    own `F.linear`: DeepSpeed's ZeRO-3 replaces it in every process in which an engine was built."""
     monkeypatch.setattr(few_rows, "LEAST_WEIGHT", 0)
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     model = build(attn_type=attn_type)
     assert (_operations(model, 7) - _operations(model, 3)) / 4 <= most
 
