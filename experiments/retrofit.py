@@ -27,12 +27,11 @@ from experiments.trials import (
     steps_for,
     total_flops,
 )
-from mythos_dist.checkpoint.retrofit import CONFIG_FILE, Cut, PretrainedWeights, retrofit
 from mythos_dist.files import write_atomically
 from mythos_dist.progress import Bar
 from mythos_dist.train.plots import save_plot, share_axis
 
-CUT = Cut(prelude=1, first=1, last=2, coda=1)
+CUT = (1, 1, 2, 1)  # layers of the prelude, first and last of the block, of the coda
 RATES = (1e-3, 2e-3)
 BASE = (
     "train.steps=1000 train.seq_len=101 train.global_batch=32 train.micro_batch=32 train.dtype=fp32 "
@@ -91,6 +90,8 @@ class _Study:
 
     def trial(self, row: str, rate: float, seed: int, *last: str) -> Trial:
         """A run, for the looped model's number of steps unless `last` has another."""
+        from mythos_dist.checkpoint.retrofit import CONFIG_FILE
+
         cut = self._cut(row, seed)
         run_dir = self.out / row / f"{rate:g}" / f"seed-{seed}"
         own = (
@@ -126,9 +127,11 @@ def pretrain_all(folders: Mapping[int, Path], jobs: int | None) -> None:
 
 def cut_pretrained(folder: Path, cuts: Mapping[str, Path]) -> None:
     """Cut a pretrained model for each row, to the folder that `cuts` has for it; one that exists is kept."""
+    from mythos_dist.checkpoint.retrofit import Cut, PretrainedWeights, retrofit
+
     for row, to in cuts.items():
         if not to.exists():
-            retrofit(PretrainedWeights(folder, CUT, loops=ROWS[row].loops), to)
+            retrofit(PretrainedWeights(folder, Cut(*CUT), loops=ROWS[row].loops), to)
 
 
 def accuracy(row: str, by_loops: Values, kind: str) -> float:

@@ -166,25 +166,53 @@ def test_what_exports_carry_needs_pytorch_and_transformers_alone(path):
     assert path.name in CODE_FILES
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """What a file imports at its top level, as `imported_modules`: imports inside functions run later."""
+    imports = set()
+    for node in parse(path).body:
+        if isinstance(node, ast.Import):
+            imports |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imports |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return imports
+
+
 def test_files_of_a_package_have_no_cycle():
     """Among files, imports at the top level of a module only: those inside functions run later."""
+    names = {module_of(path) for path in FILES}
     graph = {}
-    names = {
-        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
-    }
-    for name, path in names.items():
+    for path in FILES:
         targets = {
             f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in names else node.module
             for node in parse(path).body
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }
-        graph[name] = {target for target in targets if target in names and target != name}
+        graph[module_of(path)] = (targets & names) - {module_of(path)}
     while graph:
         leaves = [name for name, targets in graph.items() if not targets & graph.keys()]
         assert leaves, f"a cycle among {sorted(graph)}"
         for name in leaves:
             del graph[name]
+
+
+@pytest.mark.parametrize("path", COMMAND_LINES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_help_needs_no_torch(path):
+    """No file that a command line imports at its top level imports torch: `--help` takes 0.1 s, not 2.
+    tests/test_imports.py runs the commands; this is its quick half, which also names the file."""
+    files = {module_of(file): file for file in FILES}
+    reached, new = set(), {path}
+    while new:
+        reached |= new
+        modules = {module for file in new for module in imported_at_once(file)}
+        importers = [str(file.relative_to(REPOSITORY)) for file in new if "torch" in imported_at_once(file)]
+        assert not importers, f"imports torch at its top level: {importers}"
+        parents = {".".join(module.split(".")[:n]) for module in modules for n in range(1, module.count(".") + 2)}
+        new = {files[module] for module in parents if module in files} - reached
 
 
 def test_the_rule_catches_a_wrong_import(tmp_path):
