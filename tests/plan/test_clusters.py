@@ -1,8 +1,15 @@
 """Seconds of collectives against a formula of the links' rates."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from mythos_dist.config.load import load_config
 from mythos_dist.ops.plan.clusters import Cluster
+from mythos_dist.ops.plan.estimate import Estimate
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml"
 
 CLUSTER = Cluster(
     name="round",
@@ -38,3 +45,18 @@ GB = 1_000_000_000
 )
 def test_seconds_of_a_gigabyte_follow_from_link_rates(kind, ranks, stride, seconds):
     assert CLUSTER.seconds(kind, GB, ranks, stride, messages=3) == pytest.approx(seconds)
+
+
+def test_context_attention_sends_one_message_forward_and_two_backward():
+    """With links that cost a second per message and nothing per byte. `parallel/context.py`: keys are gathered in each
+    pass, recomputed ones included, and their gradients are reduced; in every layer."""
+    cluster = replace(CLUSTER, fast_gb_per_s=1e12, fast_latency_us=1e6)
+    config = load_config(
+        TINY,
+        "parallel.context=2 train.micro_batch=2 train.global_batch=4 train.recompute=loop loops.distribution=fixed "
+        "loops.mean=3 loops.maximum=null loops.backprop=2 model.prelude_layers=1 model.coda_layers=2".split(),
+    )
+    loops = 3 + 2 + 2 * 2  # forward, recomputed, and twice in each backward
+    blocks = (1 + 2) * (1 + 2)
+    seconds = Estimate(config, 2, cluster).seconds["context"]
+    assert seconds == pytest.approx(2 * (loops + blocks), rel=1e-6), "of two micro-batches"

@@ -27,8 +27,9 @@ SecondsByPart = dict[str, float]
 
 # Passes over what a loop saves: it is written and read forward; backward reads it, and writes and reads gradients.
 _FORWARD_PASSES, _BACKWARD_PASSES = 3, 5
-# Of one layer's forward pass in a loop; the backward has as many, less one all-to-all, and twice as many over context.
-_MESSAGES = {"tensor": 10, "expert": 3, "context": 1}
+# Of one layer's forward pass in a loop; the backward has as many, less one all-to-all.
+_MESSAGES = {"tensor": 10, "expert": 3}
+_CONTEXT_MESSAGES = (1, 2)  # of any layer, forward and backward: keys are gathered in both, gradients reduced
 _BLOCK_MESSAGES = 8  # over the tensor axis, of a dense block forward and backward
 _STEP_BYTES = 30  # per element that Adam steps: fp32 weights and moments read and written, gradient, weight
 _PER_MICRO_BATCH = ("matmuls", "router", "memory", "tensor", "context", "expert", "pipe", "offload")
@@ -208,7 +209,11 @@ class Estimate:
         per_layer = {"tensor": tensor, "expert": _MESSAGES["expert"] * chunks}
         passes = m * (forwards + backwards) * self.config.model.loop_layers
         counts = {axis: passes * messages for axis, messages in per_layer.items()}
-        counts["tensor"] += m * _BLOCK_MESSAGES * (len(stage.spec.prelude) + len(stage.spec.coda))
+        blocks = len(stage.spec.prelude) + len(stage.spec.coda)
+        counts["tensor"] += m * _BLOCK_MESSAGES * blocks
+        forward, backward = _CONTEXT_MESSAGES
+        in_loops = (forwards * forward + backwards * backward) * self.config.model.loop_layers
+        counts["context"] = m * (in_loops + (forward + backward) * blocks)
         counts["pipe"] = 2 * m
         seconds: SecondsByPart = {}
         for axis, kinds in self.communication(stage).items():
