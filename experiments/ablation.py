@@ -24,7 +24,7 @@ from experiments.trials import (
     total_flops,
 )
 from mythos_dist.files import write_atomically
-from mythos_dist.train.depth import ACCURACY_RANGE, LOSS_RANGE
+from mythos_dist.train.evaluation import ACCURACY_RANGE, LOSS_RANGE
 from mythos_dist.train.plots import save_plot, value_axis
 from mythos_dist.units import count
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mythos_dist.generate.depth_batch import Depth, DepthBatch
+from mythos_dist.generate.depth_batch import DepthBatch, RowLoops
 from mythos_dist.generate.sampling import Sampling
 from mythos_dist.generate.speculate import speculate
 from mythos_dist.model.kv_cache import KVCache, cache_bytes_per_token
@@ -137,13 +137,13 @@ class _Windows:
         self.windows = list(range(len(inputs)))  # by row
         self._positions = [0] * len(inputs)  # by window
         sampling = Sampling(exit=variant.exit, exit_threshold=variant.threshold)
-        self._batch.rows = [Depth(n_loops, sampling) for _ in self.windows]
+        self._batch.rows = [RowLoops(n_loops, sampling) for _ in self.windows]
 
     def step(self) -> list[tuple[int, int, Tensor, int]]:
         """Run loops until a token is done: for each such token its window, position, logits (V,) and loops."""
-        entering = [row for row, depth in enumerate(self._batch.rows) if depth.index is None]
+        entering = [i for i, row in enumerate(self._batch.rows) if row.index is None]
         if entering:
-            self._batch.enter(entering, [self._token(row) for row in entering], [self.windows[row] for row in entering])
+            self._batch.enter(entering, [self._token(i) for i in entering], [self.windows[i] for i in entering])
         while not (done := self._batch.advance()):
             pass
         logits, loops = self._batch.leave(done)

@@ -15,7 +15,7 @@ from mythos_dist.evaluate.depth_text import TextDepths, measure_text
 from mythos_dist.files import reason, write_atomically
 from mythos_dist.parallel.process import device
 from mythos_dist.progress import Bar
-from mythos_dist.train.depth import draw_curves
+from mythos_dist.train.evaluation import draw_curves
 from mythos_dist.train.sweep import parse_loops, sweep_model, write_json
 
 

@@ -79,8 +79,8 @@ def measure_text(model: Mythos, tokenizer: Tokenizer, text: str, n_loops: int) -
     tokens = tokenizer.encode(text).tolist()
     if not tokens:
         raise UserError("the text is empty; give a file with text to --text")
-    context = model.config.max_seq_len
-    ids = torch.tensor([tokens[:context]], device=next(model.parameters()).device)
+    longest = model.config.max_seq_len
+    ids = torch.tensor([tokens[:longest]], device=next(model.parameters()).device)
     recorder = _TokenRecorder()
     model.recurrent.recorder = recorder
     try:
@@ -103,12 +103,12 @@ def measure_text(model: Mythos, tokenizer: Tokenizer, text: str, n_loops: int) -
     if not isinstance(model.recurrent.act, NoHalting):
         measures["halting"] = torch.stack(recorder.weights).cumsum(0)
     return TextDepths(
-        token_texts(tokenizer, tokens[:context]),
+        token_texts(tokenizer, tokens[:longest]),
         measures,
         torch.stack(top_tokens),
         torch.stack(top_probabilities),
         {**EXIT_THRESHOLDS, "halting": model.config.act_threshold},
-        max(0, len(tokens) - context),
+        max(0, len(tokens) - longest),
     )
 
 

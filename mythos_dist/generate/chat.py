@@ -51,16 +51,16 @@ class Chat:
         """
         turns: list[Message] = [*self._turns, {"role": "user", "content": text}]
         prompt = prompt_tokens(self._tokenizer, self._renderer, [*self._system, *turns])
-        context, forgotten = self._engine.context, 0
-        while len(turns) > 1 and len(prompt) + self._max_new_tokens > context:
+        longest, forgotten = self._engine.max_seq_len, 0
+        while len(turns) > 1 and len(prompt) + self._max_new_tokens > longest:
             turns, forgotten = turns[2:], forgotten + 1
             prompt = prompt_tokens(self._tokenizer, self._renderer, [*self._system, *turns])
-        if len(prompt) >= context:
+        if len(prompt) >= longest:
             raise UserError(
-                f"the message takes {len(prompt)} tokens, and the context has {context}; shorten it to leave room for "
+                f"the message takes {len(prompt)} tokens, and the context has {longest}; shorten it to leave room for "
                 "an answer"
             )
-        new = min(self._max_new_tokens, context - len(prompt))
+        new = min(self._max_new_tokens, longest - len(prompt))
         # Its text is that of its tokens alone, as it is encoded in the next prompt.
         stream, pieces = TextStream(self._tokenizer.decode), []
         for token in self._tokens(prompt, new):

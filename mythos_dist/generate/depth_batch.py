@@ -32,8 +32,8 @@ _ROW_FIELDS = ("h", "e", "output", "halted", "kv")  # of Activations; kv: with m
 
 
 @dataclass
-class Depth:
-    """The loops of a row's token."""
+class RowLoops:
+    """Where a row's token is in the loops."""
 
     n_loops: int  # at most
     sampling: Sampling
@@ -46,7 +46,7 @@ class DepthBatch:
 
     def __init__(self, model: Mythos, cache: KVCache):
         self._model, self._cache = model, cache
-        self.rows: list[Depth] = []
+        self.rows: list[RowLoops] = []
         # (rows, 1, ...): the fields of Activations that are set, and "injected"; of rows that have entered before.
         self._state: dict[str, Tensor] = {}
         self._inputs: LoopInputs | None = None

@@ -1,12 +1,12 @@
 """Decoding of many requests at once: they join and leave the batch between tokens (continuous batching, Orca 2022).
 
-A request takes a row of the cache when one is free. Its prompt is read together with other waiting prompts of the same
-length, in pieces between the tokens of other rows, so that a long prompt does not hold them up (chunked prefill,
+A request takes a row of the cache when one is free. Its prompt is prefilled together with other waiting prompts of the
+same length, in chunks between the tokens of other rows, so that a long prompt does not hold them up (chunked prefill,
 Sarathi-Serve 2024); then its tokens go through the loops beside those of other rows, which may be at other loops
 (generate/depth_batch.py). What a request gets does not depend on the other rows, beyond the rounding of products.
 
 The trap: rows that are decoded are the first of the cache, and the last of them takes the place of one that leaves. So
-prompts are read in the last rows of the cache, and are moved next to the others when they are complete.
+prompts are prefilled in the last rows of the cache, and are moved next to the others when they are complete.
 
 Decisions: DECODE-4, DECODE-8.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.generate.depth_batch import Depth, DepthBatch
+from mythos_dist.generate.depth_batch import DepthBatch, RowLoops
 from mythos_dist.generate.sampling import (
     Sampling,
     TokenLogprob,
@@ -36,7 +36,7 @@ from mythos_dist.model.kv_cache import KVCache
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.transposed import TransposedWeights
 
-# Tokens of prompts that are read together.
+# Tokens of prompts that are prefilled together.
 PREFILL_TOKENS = 4096
 
 
@@ -81,15 +81,15 @@ class RunningRequest:
 
 
 @dataclass
-class Reading:
-    """Prompts of one length that are being read, in the last rows of the cache."""
+class PrefillBatch:
+    """Prompts of one length that are being prefilled, in the last rows of the cache."""
 
     requests: list[Request]
     ids: Tensor  # (B, S)
     n_loops: int
     done: int = 0  # tokens of each that are in the cache
 
-    def piece(self, tokens: int) -> Tensor:
+    def next_chunk(self, tokens: int) -> Tensor:
         """The next up to `tokens` tokens of each prompt (B, <= tokens)."""
         return self.ids[:, self.done : self.done + tokens]
 
@@ -119,7 +119,7 @@ class DecodingEngine:
         copy_weights: bool = True,
     ):
         """Puts the model into eval mode. n_loops: of requests that do not set it. cache: see model/kv_cache.py.
-        prefill_chunk: tokens of prompts that are read between two tokens of other requests, and of a prompt per pass.
+        prefill_chunk: prompt tokens per pass of each prompt, and in all between two tokens of other requests.
         copy_weights: on a CPU in fp32, keep transposed copies of a third of the experts' weights (model/transposed.py),
         which are faster; the weights must then not change while the engine is used. Raises UserError for an unknown
         cache."""
@@ -130,12 +130,12 @@ class DecodingEngine:
         self._batch = DepthBatch(model, self._cache)
         self._rows: list[RunningRequest] = []  # by cache row
         self._waiting: deque[Request] = deque()
-        self._reading: Reading | None = None
+        self._prefilling: PrefillBatch | None = None
         self._empty: list[Request] = []  # finished without a token
 
     @property
-    def context(self) -> int:
-        """Tokens of a prompt and what is generated, together."""
+    def max_seq_len(self) -> int:
+        """The most tokens that a prompt and what is generated can have together."""
         return self._model.config.max_seq_len
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> Request:
@@ -159,22 +159,22 @@ class DecodingEngine:
         request.finish_reason = "cancelled"
         if request in self._waiting:
             self._waiting.remove(request)
-        elif self._reading is not None and request in self._reading.requests:
-            if all(one.finish_reason is not None for one in self._reading.requests):
-                self._stop_reading()
+        elif self._prefilling is not None and request in self._prefilling.requests:
+            if all(one.finish_reason is not None for one in self._prefilling.requests):
+                self._free_prefill_rows()
         else:
             self._remove([next(i for i, row in enumerate(self._rows) if row.request is request)])
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Read a piece of the prompts that wait, then run loops until a token of some request is complete.
+        """Prefill a chunk of waiting prompts, then run loops until a token of some request is complete.
 
         Returns the requests with new tokens, or finished without any; [] if there is nothing to do. Raises UserError if
         logits are not finite.
         """
         updated, self._empty = {id(request): request for request in self._empty}, []
         with self._transposed.use():
-            updated |= {id(request): request for request in self._read()}
+            updated |= {id(request): request for request in self._prefill()}
             if self._rows:
                 updated |= {id(request): request for request in self._decode()}
         return list(updated.values())
@@ -184,32 +184,32 @@ class DecodingEngine:
         while self.step():
             pass
 
-    def _read(self) -> list[Request]:
-        """Read up to `prefill_chunk` tokens of prompts; while no row is decoded, until a prompt is complete. Returns
+    def _prefill(self) -> list[Request]:
+        """Prefill up to `prefill_chunk` tokens of prompts; while no row is decoded, until a prompt is complete. Returns
         the requests whose first tokens were chosen."""
         new, tokens = [], 0
-        while self._reading is not None or (self._waiting and len(self._rows) < self._max_batch):
-            reading = self._reading = self._reading or self._begin_reading()
-            rows, chunk = len(reading.requests), self._prefill_chunk
-            piece = reading.piece(chunk)
-            if tokens and tokens + piece.numel() > chunk and self._rows:
+        while self._prefilling is not None or (self._waiting and len(self._rows) < self._max_batch):
+            prompts = self._prefilling = self._prefilling or self._begin_prefill()
+            rows, limit = len(prompts.requests), self._prefill_chunk
+            chunk = prompts.next_chunk(limit)
+            if tokens and tokens + chunk.numel() > limit and self._rows:
                 break
-            tokens += piece.numel()
+            tokens += chunk.numel()
             cache = self._cache.select(range(self._max_batch - rows, self._max_batch))
-            seeds = [noise_seed(request, 0) for request in reading.requests]
-            logits = prefill(self._model, piece, reading.n_loops, cache, piece.shape[1], seeds)
-            reading.done += piece.shape[1]
-            if reading.done == reading.ids.shape[1]:
-                new += self._finish_reading(reading, logits)
+            seeds = [noise_seed(request, 0) for request in prompts.requests]
+            logits = prefill(self._model, chunk, prompts.n_loops, cache, chunk.shape[1], seeds)
+            prompts.done += chunk.shape[1]
+            if prompts.done == prompts.ids.shape[1]:
+                new += self._finish_prefill(prompts, logits)
         return new
 
-    def _begin_reading(self) -> Reading:
+    def _begin_prefill(self) -> PrefillBatch:
         """The first waiting prompt, and those after it of the same length and loops: beside rows that are decoded, so
-        many that a piece of all has at most `prefill_chunk` tokens."""
+        many that a chunk of all has at most `prefill_chunk` tokens."""
         first = self._waiting[0]
         length = len(first.prompt)
-        # Pieces end at multiples of prefill_chunk whatever else is decoded: with loops that share cache entries, a
-        # prompt's entries depend on where its pieces end.
+        # Chunks end at multiples of prefill_chunk whatever else is decoded: with loops that share cache entries, a
+        # prompt's entries depend on where its chunks end.
         most = self._prefill_chunk // min(length, self._prefill_chunk) if self._rows else PREFILL_TOKENS // length
         most = min(self._max_batch - len(self._rows), max(1, most))
         n_loops, new = self._loops_of(first), []
@@ -218,30 +218,30 @@ class DecodingEngine:
                 break
             new.append(self._waiting.popleft())
         ids = torch.tensor([request.prompt for request in new], device=self._model.embed.weight.device)
-        return Reading(new, ids, n_loops)
+        return PrefillBatch(new, ids, n_loops)
 
-    def _finish_reading(self, reading: Reading, logits: Tensor) -> list[Request]:
-        """Move complete prompts behind the rows that are decoded, and choose their first tokens from logits (B, V)."""
-        first = self._max_batch - len(reading.requests)
-        kept = [i for i, request in enumerate(reading.requests) if request.finish_reason is None]
+    def _finish_prefill(self, prompts: PrefillBatch, logits: Tensor) -> list[Request]:
+        """Move complete prompts after the rows that are decoded, and choose their first tokens from logits (B, V)."""
+        first = self._max_batch - len(prompts.requests)
+        kept = [i for i, request in enumerate(prompts.requests) if request.finish_reason is None]
         rows = range(len(self._rows), len(self._rows) + len(kept))
         for i, row in zip(kept, rows, strict=True):
             if first + i != row:  # never a row that is still to be moved: they are in order, and row <= first + i
                 self._cache.move_row(first + i, row)
-            self._rows.append(RunningRequest(reading.requests[i], self._tokenizer))
-            self._batch.rows.append(Depth(reading.n_loops, reading.requests[i].sampling))
-        self._stop_reading()
-        self._accept(rows, logits[kept], [reading.n_loops] * len(kept))
-        return [reading.requests[i] for i in kept]
+            self._rows.append(RunningRequest(prompts.requests[i], self._tokenizer))
+            self._batch.rows.append(RowLoops(prompts.n_loops, prompts.requests[i].sampling))
+        self._free_prefill_rows()
+        self._accept(rows, logits[kept], [prompts.n_loops] * len(kept))
+        return [prompts.requests[i] for i in kept]
 
-    def _stop_reading(self) -> None:
+    def _free_prefill_rows(self) -> None:
         """Free the rows of prompts that are not decoded."""
         lengths = self._cache.lengths
         self._cache.lengths = lengths[: len(self._rows)] + [0] * (len(lengths) - len(self._rows))
-        self._reading = None
+        self._prefilling = None
 
     def _decode(self) -> list[Request]:
-        entering = [i for i, depth in enumerate(self._batch.rows) if depth.index is None]
+        entering = [i for i, row in enumerate(self._batch.rows) if row.index is None]
         if entering:
             requests = [self._rows[i].request for i in entering]
             seeds = [noise_seed(request, len(request.tokens)) for request in requests]

@@ -129,18 +129,18 @@ def request_errors(
     return errors + _length_errors(len(prompt), sampling.max_new_tokens, config.max_seq_len)
 
 
-def _length_errors(prompt: int, new: int, context: int) -> list[str]:
-    """Errors if `prompt` and `new` tokens do not fit into `context` tokens."""
-    if prompt > context:
+def _length_errors(prompt: int, new: int, max_seq_len: int) -> list[str]:
+    """Errors if `prompt` and `new` tokens do not fit into `max_seq_len`."""
+    if prompt > max_seq_len:
         return [
-            f"the prompt of {prompt} tokens is longer than the context model.max_seq_len={context}; "
-            f"shorten it to at most {context - 1} tokens"
+            f"the prompt of {prompt} tokens is longer than the context model.max_seq_len={max_seq_len}; "
+            f"shorten it to at most {max_seq_len - 1} tokens"
         ]
-    if isinstance(new, Integral) and prompt + max(0, new) > context:
-        room = f"ask for at most {context - prompt}" if prompt < context else "shorten the prompt"
+    if isinstance(new, Integral) and prompt + max(0, new) > max_seq_len:
+        room = f"ask for at most {max_seq_len - prompt}" if prompt < max_seq_len else "shorten the prompt"
         return [
-            f"a prompt of {prompt} tokens and max_new_tokens={new} go beyond the context model.max_seq_len={context}; "
-            f"{room}"
+            f"a prompt of {prompt} tokens and max_new_tokens={new} go beyond the context "
+            f"model.max_seq_len={max_seq_len}; {room}"
         ]
     return []
 

@@ -116,7 +116,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         "object": "model",
         "created": service.created,
         "owned_by": "mythos_dist",
-        "max_model_len": service.context,  # tokens, as vLLM names it
+        "max_model_len": service.max_seq_len,  # tokens, as vLLM names it
         "loops": service.n_loops,
     }
 

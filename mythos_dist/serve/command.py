@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         greeting = (
-            f"serving {service.name} (step {trained.step}, {service.n_loops} loops, context {service.context} tokens) "
-            f"at {url}/v1; Ctrl-C ends"
+            f"serving {service.name} (step {trained.step}, {service.n_loops} loops, context {service.max_seq_len} "
+            f"tokens) at {url}/v1; Ctrl-C ends"
         )
         serve(service, listener, arguments.shutdown_seconds, greeting)
     print("stopped", flush=True)

@@ -39,11 +39,11 @@ def model_not_found(name: str) -> ApiError:
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 
-def context_exceeded(prompt: int, new: int, context: int, param: str) -> ApiError:
-    """Status 400: a prompt of `prompt` tokens and `new` more do not fit into `context` tokens."""
+def context_exceeded(prompt: int, new: int, max_seq_len: int, param: str) -> ApiError:
+    """Status 400: a prompt of `prompt` tokens and `new` more do not fit into `max_seq_len`."""
     message = (
-        f"the context of this model is {context} tokens, but the request needs {prompt + new} ({prompt} in the prompt "
-        f"and {new} to generate); shorten the prompt or ask for fewer tokens"
+        f"the context of this model is {max_seq_len} tokens, but the request needs {prompt + new} ({prompt} in the "
+        f"prompt and {new} to generate); shorten the prompt or ask for fewer tokens"
     )
     return ApiError(message, param=param, code="context_length_exceeded")
 

@@ -57,8 +57,8 @@ class Service:
         object.__setattr__(self, "texts", TokenTexts(self.tokenizer))
 
     @property
-    def context(self) -> int:
-        """Tokens of a prompt and what is generated, together."""
+    def max_seq_len(self) -> int:
+        """The most tokens that a prompt and what is generated can have together."""
         return self.model.config.max_seq_len
 
     def check_model(self, name: str) -> None:
@@ -86,8 +86,8 @@ class Service:
         for prompt in body.prompt:
             tokens = self.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
             tokens = tokens or [self.tokenizer.eos_id]  # the begin of a document follows the end of another
-            if len(tokens) + body.max_tokens > self.context:
-                raise context_exceeded(len(tokens), body.max_tokens, self.context, "prompt")
+            if len(tokens) + body.max_tokens > self.max_seq_len:
+                raise context_exceeded(len(tokens), body.max_tokens, self.max_seq_len, "prompt")
             prompts.append(tokens)
         return prompts
 
@@ -103,8 +103,8 @@ class Service:
         except UserError as error:
             raise ApiError(str(error), param="messages") from None
         new = self._chat_limit(body) or 1
-        if len(prompt) + new > self.context:
-            raise context_exceeded(len(prompt), new, self.context, "messages")
+        if len(prompt) + new > self.max_seq_len:
+            raise context_exceeded(len(prompt), new, self.max_seq_len, "messages")
         return prompt
 
     def choices(self, body: GenerationBody, prompts: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], Sampling]]:
@@ -121,7 +121,7 @@ class Service:
         seed = secrets.randbelow(_SEEDS) if body.seed is None else (body.seed + choice) % _SEEDS
         if isinstance(body, ChatBody):
             assert self.renderer is not None
-            new = self._chat_limit(body) or self.context - len(prompt)
+            new = self._chat_limit(body) or self.max_seq_len - len(prompt)
             ends = {self.tokenizer.special_tokens[self.renderer.end_of_turn()], self.tokenizer.eos_id}
             logprobs = max(1, body.top_logprobs) if body.logprobs else 0
         else:

@@ -87,12 +87,12 @@ def read_batches(stream: ReplicaStream, batches: Iterator[GlobalBatch]) -> Itera
     """This replica's part of each batch."""
     requested: deque[GlobalBatch] = deque()  # the stream may iterate in another thread
 
-    def samples() -> Iterator[np.ndarray]:
+    def positions() -> Iterator[np.ndarray]:
         for batch in batches:
             requested.append(batch)
-            yield batch.samples
+            yield batch.positions
 
-    for micro_batches in stream.read(samples()):
+    for micro_batches in stream.read(positions()):
         yield StepBatch(requested.popleft(), micro_batches)
 
 

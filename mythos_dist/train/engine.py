@@ -47,7 +47,7 @@ from mythos_dist.train.deepspeed_patches import (
     register_expert_groups,
     release,
 )
-from mythos_dist.train.depth import HeldOut
+from mythos_dist.train.evaluation import HeldOut
 from mythos_dist.train.metrics import StepResult
 from mythos_dist.train.optimizer import build_optimizer
 from mythos_dist.train.pipeline_stage import Pipeline, StageInput, StageLayer, reduce_tied_weights_identically

@@ -92,7 +92,7 @@ class Feed:
 
         def steps() -> Iterator[tuple[int, list[Shard]]]:
             for at, batch in enumerate(batches, step):
-                yield at, [shard for shard in stream.shards_of(batch.samples, replicas) if shard.url]
+                yield at, [shard for shard in stream.shards_of(batch.positions, replicas) if shard.url]
 
         remote = {corpus.url: corpus for corpus in self._corpora if corpus.url}.values()
         num_shards = sum(len(corpus.shards["train"]) for corpus in remote)

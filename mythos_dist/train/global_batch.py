@@ -1,7 +1,7 @@
-"""The samples of each step: which positions in the order of the data it trains on, over all replicas.
+"""The batch of each step: at which positions in the order of the data it trains, over all replicas.
 
 Rule: of the positions from the beginning of the stage on, without those that a rollback has excluded, each step takes
-the next `train.batch_size_at(step)`. So the samples of a step follow from config, lineage and `rollbacks.json`, and the
+the next `train.batch_size_at(step)`. So the batch of a step follows from config, lineage and `rollbacks.json`, and the
 number of samples until a step from config and lineage alone.
 
 Decisions: CLUSTER-8, STAGES-4.
@@ -26,12 +26,12 @@ class GlobalBatch:
     """The batch of one step."""
 
     index: int  # from 0 over all stages of the run; excluded batches keep theirs
-    samples: np.ndarray  # (global batch,) int64, ascending positions in the order of the data
+    positions: np.ndarray  # (global batch,) int64, ascending, of its samples in the order of the data
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """The samples as ranges [begin, end)."""
-        runs = np.split(self.samples, np.flatnonzero(np.diff(self.samples) > 1) + 1)
+        """The positions as ranges [begin, end)."""
+        runs = np.split(self.positions, np.flatnonzero(np.diff(self.positions) > 1) + 1)
         return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 

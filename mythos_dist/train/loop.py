@@ -21,7 +21,7 @@ from mythos_dist.parallel.process import held_memory, measured_on_all_ranks, on_
 from mythos_dist.progress import Bar
 from mythos_dist.train.average import describe_resume
 from mythos_dist.train.batches import StepBatch, gather_sample_ids, heldout_passes
-from mythos_dist.train.depth import Evaluation
+from mythos_dist.train.evaluation import Evaluation
 from mythos_dist.train.global_batch import GlobalBatch, batches_from
 from mythos_dist.train.hooks import Hooks
 from mythos_dist.train.loop_probe import find_failures, probe_entries, probe_loops
@@ -208,7 +208,7 @@ class Run:
                 entries["decision"] = "; ".join(decisions)
             line = step_line(self.config, self.lineage, step, result, ids, seconds, self.peak_flops)
             measured = {"data_wait_seconds": self.data_wait, "memory_gb": self.memory / 1e9}
-            read = {"by_corpus": self.stream.corpus_counts(batch.of_all.samples)} | self.data_entry
+            read = {"by_corpus": self.stream.corpus_counts(batch.of_all.positions)} | self.data_entry
             self.data_entry = {}
             self.metrics.write_step(line | measured | read | entries)
             if message:
@@ -274,7 +274,7 @@ class Run:
 
     def save(self) -> None:
         """Begin to save the state after `step`."""
-        lineage = replace(self.lineage, next_sample=int(next(self.next_batches()).samples[0]))
+        lineage = replace(self.lineage, next_sample=int(next(self.next_batches()).positions[0]))
         manifest = manifest_of(self.config, self.step, self.fence, self.stream.fingerprint, self.engine, lineage)
         manifest.optimizer["recent_grad_norms"] = list(self.spikes.norms)
         if self.metrics:

@@ -25,7 +25,7 @@ from mythos_dist.files import get_number, write_atomically
 from mythos_dist.model.flops import train_flops_per_token
 from mythos_dist.parallel.process import DTYPES
 from mythos_dist.parallel.traffic import Totals
-from mythos_dist.train.depth import Evaluation, draw_curves
+from mythos_dist.train.evaluation import Evaluation, draw_curves
 from mythos_dist.train.global_batch import tokens_at
 from mythos_dist.train.line_file import FILES, LineFile
 from mythos_dist.train.schedule import Phase

@@ -16,7 +16,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
 from mythos_dist.model.mythos import IGNORED, Mythos
 from mythos_dist.parallel.process import device
-from mythos_dist.train.depth import Curve, HeldOut, overthinks_from
+from mythos_dist.train.evaluation import Curve, HeldOut, overthinks_from
 from mythos_dist.urls import AnyPath
 
 # Called after each batch with the loops that are done, over all batches and numbers of loops, and with their total:

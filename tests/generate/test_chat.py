@@ -33,7 +33,7 @@ class Echo:
 class EchoEngine:
     """An engine of an `Echo`, which adds a token in each step."""
 
-    context = CONTEXT
+    max_seq_len = CONTEXT
 
     def __init__(self, tokenizer):
         self.echo, self.steps, self.cancelled = Echo(tokenizer), 0, []

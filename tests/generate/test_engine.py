@@ -64,7 +64,7 @@ def test_requests_at_different_loops_get_what_full_forwards_give(changes, build)
 @pytest.mark.parametrize("exit_", first_is_quick(["latent", None, "kl", "halting"]))
 def test_a_request_does_not_depend_on_the_others(cache, exit_, chunk, build):
     """Sampled, with filters, penalties and exits, joining at different steps: the tokens and loops of each alone.
-    Rows leave and change places while prompts are read in pieces of 3 tokens."""
+    Rows leave and change places while prompts are read in chunks of 3 tokens."""
     model = build(act=ActConfig(mode="safe"))
     draw = random.Random(0)
     thresholds = {None: None, "latent": 0.25, "kl": 0.003, "halting": 0.8}
@@ -115,8 +115,8 @@ def test_step_returns_the_requests_with_new_tokens_and_nothing_when_idle(model):
 
 
 def test_a_long_prompt_does_not_hold_up_the_other_rows(model):
-    """It is read in 10 pieces of 4 tokens: in each of 9 steps the other rows get a token, in the 10th it gets its own.
-    Prompts that fit into what is left of a piece are read in the same step."""
+    """It is read in 10 chunks of 4 tokens: in each of 9 steps the other rows get a token, in the 10th it gets its own.
+    Prompts that fit into what is left of a chunk are read in the same step."""
     engine = DecodingEngine(model, None, n_loops=N_LOOPS, max_batch=5, prefill_chunk=4)
     running = [engine.submit([i, 1, 2], Sampling(max_new_tokens=20, temperature=0)) for i in range(2)]
     engine.step()

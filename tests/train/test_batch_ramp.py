@@ -95,7 +95,7 @@ def test_each_step_takes_the_next_samples_that_no_rollback_has_excluded(pairs, c
         used = {sample for earlier in range(begin + 1, step) for sample in taken[earlier]} | excluded
         taken[step] = [sample for sample in range(100, 100 + 2000) if sample not in used][:size]
         batch = next(batches_from(config, lineage, decided, step))
-        assert batch.samples.tolist() == taken[step]
+        assert batch.positions.tolist() == taken[step]
         assert [sample for one in batch.ranges for sample in range(*one)] == taken[step]
         until = 5 + config.train.seq_len * sum(len(taken[earlier]) for earlier in range(begin + 1, step + 1))
         assert tokens_at(config, lineage, step) == until
@@ -113,7 +113,7 @@ def test_each_step_takes_the_next_samples_that_no_rollback_has_excluded(pairs, c
         indices = [batch.index for batch in bad]
         ranges = [list(one) for batch in bad for one in batch.ranges]
         decided.append(Rollback(step + len(batches), to, indices, "", "b", ranges))
-        excluded |= {sample for batch in bad for sample in batch.samples.tolist()}
+        excluded |= {position for batch in bad for position in batch.positions.tolist()}
         step = to
     for _ in range(8):
         step += 1

@@ -15,7 +15,7 @@ from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.prepare.verify import verify
-from mythos_dist.train.depth import HeldOut, draw_curves, overthinks_from
+from mythos_dist.train.evaluation import HeldOut, draw_curves, overthinks_from
 from mythos_dist.train.loop_probe import LoopProbe, find_failures
 from mythos_dist.train.plots import save_plot
 from mythos_dist.train.schedule import loops_at, mean_at
@@ -144,7 +144,7 @@ def test_axes_have_a_minimum_range_and_no_offset(tmp_path, monkeypatch):
                 offset = panel.yaxis.get_major_formatter().get_offset()
                 panels.append((high - low, offset, [t.get_text() for t in panel.get_yticklabels()]))
 
-    monkeypatch.setattr("mythos_dist.train.depth.save_plot", recorded)
+    monkeypatch.setattr("mythos_dist.train.evaluation.save_plot", recorded)
     noise = {n: HeldOut(7.0 + 1e-5 * n, 0.0312 + 1e-6 * n) for n in (1, 2, 4)}
     draw_curves(tmp_path / "noise.png", {"a": noise}, 2)
     draw_curves(tmp_path / "gain.png", {"a": {1: HeldOut(3.5, 0.1), 2: HeldOut(3.0, 0.4)}}, 2)
@@ -164,7 +164,7 @@ def test_a_legend_has_overthinking_only_if_a_curve_overthinks(tmp_path, monkeypa
             (legend,) = [legend for legend in [panels[0].get_legend()] if legend]
             legends.append([text.get_text() for text in legend.get_texts()])
 
-    monkeypatch.setattr("mythos_dist.train.depth.save_plot", recorded)
+    monkeypatch.setattr("mythos_dist.train.evaluation.save_plot", recorded)
     for last in (1.9, 2.5):
         draw_curves(
             tmp_path / "curve.png", {"a": {1: HeldOut(2.0, 0.1), 2: HeldOut(1.9, 0.2), 4: HeldOut(last, 0.2)}}, 2

@@ -15,7 +15,7 @@ from helpers.waiting import wait_until
 from mythos_dist.checkpoint.manifest import Lineage
 from mythos_dist.ops.plan.clusters import load_cluster
 from mythos_dist.ops.plan.estimate import Estimate
-from mythos_dist.train.depth import Evaluation, HeldOut
+from mythos_dist.train.evaluation import Evaluation, HeldOut
 from mythos_dist.train.metrics import Metrics, StepResult, batch_id, peak_flops, step_line
 
 

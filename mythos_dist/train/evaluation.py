@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy over the number of loops: curves, their plot, and where more loops make them worse.
+"""Results of evaluations: held-out loss and accuracy, for one number of loops or as a curve over it; plots of curves.
 
 Needs no torch: experiments draw curves of results on disk.
 """
