@@ -8,8 +8,8 @@ through the last 4 only. A loop without gradient should add nothing.
 telemetry: share of the training time of the demo's model (one process, one micro-batch per step) that goes to telemetry
 samples of the loops (`loops.telemetry_every`), from its metrics.jsonl.
 overhead: share of a training step with act.mode=safe that goes to drawing the number of loops, halting (with the
-weighted sum of states), counting the experts' tokens, and updating the router's bias. Each part is marked in real
-steps: its forward is timed by the clock, its backward by the profiler through autograd's sequence numbers.
+output so far), counting the experts' tokens, and updating the router's bias. Each part is marked in real steps:
+its forward is timed by the clock, its backward by the profiler through autograd's sequence numbers.
 """
 
 import argparse
@@ -102,10 +102,10 @@ def peaks_of(arguments: argparse.Namespace, numbers: Sequence[int], *more: str) 
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peaks with recomputation, and their growth relative to the saved states."""
+    """Peaks with recomputation, and their growth relative to the saved hidden states."""
     peaks = peaks_of(arguments, MEMORY_LOOPS, "--recompute=loop")
     tokens, dim = arguments.batch * SHAPES[arguments.shape][0], SHAPES[arguments.shape][1]["dim"]
-    state = tokens * dim * DTYPES[arguments.dtype].itemsize  # nothing halts, so there is no weighted sum of states
+    state = tokens * dim * DTYPES[arguments.dtype].itemsize  # nothing halts, so there is no output so far
     first, last = MEMORY_LOOPS[0], MEMORY_LOOPS[-1]
     per_loop = (peaks[last] - peaks[first]) / (last - first)
     return {"bytes": peaks, "per_loop": per_loop, "state": state, "growth": per_loop / state}
@@ -179,7 +179,7 @@ def _next_node() -> int:
 
 
 def mark_halting(pieces: Pieces, model: Mythos) -> None:
-    """From the call of `Halting` to the end of its loop: halting, and the weighted sum of states."""
+    """From the call of `Halting` to the end of its loop: halting, and the output so far."""
     recurrent, open_piece = model.recurrent, contextlib.ExitStack()
     halt, loop = recurrent.act.forward, recurrent._loop
 

@@ -258,7 +258,7 @@ class Recurrent(nn.Module):
 
     def _group_runner(self, loops: Loops, inputs: LoopInputs, context: PassContext) -> Callable[..., GroupOutputs]:
         """A function (group, activations before it) -> `_run_group`, which the backward pass recomputes if configured;
-        what it keeps for that, h and the sum of states, goes to host memory if configured."""
+        what it keeps for that, h and the output so far, goes to host memory if configured."""
         if self.recompute.kind != "loop":
             return lambda group, activations: self._run_group(group, loops, activations, inputs, context)
         states = OffloadedStates() if self.recompute.offload else None

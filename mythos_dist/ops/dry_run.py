@@ -42,7 +42,7 @@ class DryRun:
     parameters: int  # that the rank holds
     memory: dict[str, int]  # bytes by part at the peak
     peak_phase: str
-    host_memory: int  # bytes of states that are offloaded at once (train.offload)
+    host_memory: int  # bytes of hidden states that are offloaded at once (train.offload)
     static: dict[str, int]  # bytes by part between steps
     build_peak: int  # bytes, while model and optimizer are built
     flops: float

@@ -82,7 +82,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     # A length that nothing divides, of a context that is stretched.
     "prime": dict(model=dict(rope_scaling=_STRETCHED, max_seq_len=256), train=dict(seq_len=31), data=dict(path="")),
 }
-# The results of these are those without: what is recomputed, how many tokens layers work on, where saved states are.
+# The results of these are those without: what is recomputed, how many tokens layers work on, where states are saved.
 RECOMPUTED: dict[str, dict[str, dict[str, Any]]] = {
     "loop": dict(train=dict(recompute="loop", recompute_every=2)),
     "selective": dict(train=dict(recompute="selective")),

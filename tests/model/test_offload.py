@@ -1,4 +1,4 @@
-"""States that recomputed loops keep in host memory: the same bits, copied back one loop ahead, freed on the device."""
+"""Hidden states that recomputed loops save in host memory: the same bits, back one loop ahead, freed on the device."""
 
 import weakref
 from typing import Any

@@ -119,7 +119,7 @@ def test_planned_memory_of_each_zero_stage_equals_the_dry_run(ranks, layout):
     ],
 )
 def test_planned_memory_equals_the_dry_run(layout, micro_batches):
-    """Within 1 %, and saved states in host memory exactly."""
+    """Within 1 %, and saved hidden states in host memory exactly."""
     for micro_batch in micro_batches:
         config = load_config("configs/tiny_cpu.yaml", [*MODEL, *layout.split(), f"train.micro_batch={micro_batch}"])
         planned, measured = Estimate(config, 1, CLUSTER).largest_stage, dry_run(config, 1)

@@ -139,9 +139,9 @@ class LayerActivations:
         return Saved(router) + self.layer_input() + self._experts() + Saved(shared)
 
     def loop(self) -> Saved:
-        """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the mean; without
-        `shared_kv`. Without injection h is the block's input, and its output is h, which only a depth LoRA changes;
-        with that of differences the input is another tensor."""
+        """model/recurrence.py: h + e, norms' inputs, the block's output, the new h, and h in fp32 for the output
+        so far; without `shared_kv`. Without injection h is the block's input, and its output is h, which only a depth
+        LoRA changes; with that of differences the input is another tensor."""
         if self.c.injection in ("reference", "parcae"):
             states = 5.0
         else:
@@ -149,7 +149,7 @@ class LayerActivations:
             states = 2.0 + (self.c.lora != "none") + keeps_h
         if self.c.state_norm:  # its input, for which recomputation stops before h, and a value per token
             states += (self.config.train.recompute != "loop") + 4 / (self.b * self.c.dim)
-        states = (states - 2) * self.residual + self.mixed  # the layers have two of them
+        states = (states - 2) * self.residual + self.output_so_far  # the layers have two of them
         lora = 2 * ceil(self.c.lora_rank / self.t) * self.t * (self.c.dim + self.n) * self.b
         return Saved(states + lora) + self.loop_layer() * self.c.loop_layers
 
@@ -175,15 +175,16 @@ class LayerActivations:
         return 4 * self.n * self.c.dim
 
     @property
-    def mixed(self) -> float:
+    def output_so_far(self) -> float:
         """The output so far, of each loop; act.mode=off has none."""
         return 0 if self.config.act.mode_of(self.c) == "off" else self.output
 
     def carry(self) -> float:
-        """The input of a loop: h, the weighted sum of states in fp32, the halting mass."""
-        return self.residual + self.mixed + 8 * self.n
+        """The input of a loop: h, the output so far in fp32, the cumulative halting probability."""
+        return self.residual + self.output_so_far + 8 * self.n
 
     def moved(self) -> list[float]:
-        """Bytes of each tensor of `carry` that train.offload=saved moves to host memory: all but the halting mass."""
+        """Bytes of each tensor of `carry` that train.offload=saved moves to host memory: all but the cumulative halting
+        probability."""
         sums_states = self.config.act.mode_of(self.c) != "ponder" or self.config.loops.objective != "per_loop"
-        return [self.residual, self.mixed] if self.mixed and sums_states else [self.residual]
+        return [self.residual, self.output_so_far] if self.output_so_far and sums_states else [self.residual]

@@ -12,7 +12,7 @@ from mythos_dist.config.tree import Node, read_yaml, show_node
 from mythos_dist.errors import UserError
 from mythos_dist.packaged import CONFIGS, packaged_file
 
-_HOST_SHARE = 0.75  # of a node's memory, for saved states
+_HOST_SHARE = 0.75  # of a node's memory, for saved hidden states
 _RENAMED = {"product_efficiency": "matmul_efficiency"}  # keys of earlier versions
 
 
@@ -45,8 +45,8 @@ class Cluster:
 
     @property
     def usable_on_host(self) -> float:
-        """Bytes of host memory per GPU for saved states: the rest is for the system, loaders and copies of checkpoints.
-        Infinite if unknown."""
+        """Bytes of host memory per GPU for saved hidden states: the rest is for the system, loaders and copies of
+        checkpoints. Infinite if unknown."""
         return self.host_memory_gb * 1e9 * _HOST_SHARE / self.gpus_per_node or math.inf
 
     def host_seconds(self, size: float) -> float:

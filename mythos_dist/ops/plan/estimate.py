@@ -47,7 +47,7 @@ class Stage:
     rows: ExpertRows  # of all chunks in a loop
     chunk_rows: ExpertRows  # of the largest
     memory: Memory  # bytes by part at the peak
-    host: float  # bytes of saved states in host memory (train.offload)
+    host: float  # bytes of saved hidden states in host memory (train.offload)
 
     @property
     def bytes(self) -> float:
@@ -104,7 +104,7 @@ class Estimate:
 
     @property
     def host(self) -> float:
-        """Bytes of saved states in host memory, per GPU (train.offload)."""
+        """Bytes of saved hidden states in host memory, per GPU (train.offload)."""
         return max(stage.host for stage in self.stages)
 
     @property

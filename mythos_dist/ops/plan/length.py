@@ -34,7 +34,8 @@ def longest_length(config: Config, gpus: int, cluster: Cluster, fixed: Mapping[s
 
 
 def _stretch(fitting: Estimate, seq_len: int, too_long: int, fixed: Mapping[str, Any]) -> Estimate:
-    """The longest sequences between these lengths that fit in a layout, with chunks and saved states as needed."""
+    """The longest sequences between these lengths that fit in a layout, with chunks and saved hidden states as
+    needed."""
     step = max(1, seq_len // 32)
     steps = range(seq_len // step, too_long // step)
     at = bisect.bisect_left(steps, True, key=lambda n: not _at_length(fitting, n * step, fixed).fits)
@@ -94,12 +95,12 @@ def _fewer_loops_with_gradient(smallest: Estimate, fixed: Mapping[str, Any]) -> 
 
 def _more_host_memory(smallest: Estimate) -> Iterator[str]:
     if smallest.host > smallest.cluster.usable_on_host and smallest.largest_stage.bytes <= smallest.cluster.usable:
-        needed = f"{smallest.host / 1e9:.0f} GB per GPU for saved states"
+        needed = f"{smallest.host / 1e9:.0f} GB per GPU for saved hidden states"
         yield f"nodes with more host memory ({needed}; host_memory_gb of the cluster file)"
 
 
 def _planned(estimate: Estimate, config: Config, fixed: Mapping[str, Any]) -> Estimate:
-    """Another config in the layout of an estimate, with chunks and saved states as needed, but for `fixed`."""
+    """Another config in the layout of an estimate, with chunks and saved hidden states as needed, but for `fixed`."""
     return first_that_fits(variants_of(config, fixed), estimate.world_size, estimate.cluster, estimate.imbalance)
 
 

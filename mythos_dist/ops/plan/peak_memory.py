@@ -1,6 +1,6 @@
 """Peak memory of a rank in a step, by formula and by part (`memory.py`).
 
-It is reached at one of a few moments: in the loss, or in the backward pass of a looped block, of prelude or of coda,
+It is reached at one of a few points: in the loss, or in the backward pass of a looped block, of prelude or of coda,
 where their widest tensors are. Each term names the code that creates the tensors; what is as small as a norm's scale is
 left out.
 The trap: autograd sums up the gradient of a weight that every loop uses, so from the second loop on the sum exists
@@ -42,20 +42,20 @@ def peak_memory(
     chunk_rows: ExpertRows,
 ) -> tuple[Memory, float]:
     """Bytes by part at the peak, of a rank whose stage runs the loops `loops`; the step's first `no_grad` loops have no
-    gradient. And bytes of host memory for saved states."""
+    gradient. And bytes of host memory for saved hidden states."""
     parameters = local_parameters(config.model, mesh.tensor.size, mesh.expert.size, stage)
     static = static_memory(config, mesh, parameters)
     peak: Memory = {}
-    moments = _Moments(LayerActivations(config, mesh, rows, chunk_rows), stage, loops, no_grad, parameters)
-    for moment in moments.all():
-        total = {name: static.get(name, 0.0) + moment.get(name, 0.0) for name in {*static, *moment}}
+    candidates = _PeakCandidates(LayerActivations(config, mesh, rows, chunk_rows), stage, loops, no_grad, parameters)
+    for candidate in candidates.all():
+        total = {name: static.get(name, 0.0) + candidate.get(name, 0.0) for name in {*static, *candidate}}
         if sum(total.values()) > sum(peak.values()):
             peak = total
-    return peak, moments.host()
+    return peak, candidates.host()
 
 
-class _Moments:
-    """Memory besides the static parts at the moments that can be the peak."""
+class _PeakCandidates:
+    """Memory besides the static parts at the points of a step that can be the peak."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class _Moments:
         if config.loops.fixed_point and not self.recomputed:  # the last loop's change, in fp32
             after_loops += Saved(layers.output)
         if self.recomputed and self.live:  # recomputation keeps the first loop's inputs, act.mode=off's output too
-            before_loops += Saved(layers.output - layers.mixed)
+            before_loops += Saved(layers.output - layers.output_so_far)
         carries = self._carries(ceil(self.live / self.every), on_device=1)
         in_loops = (carries if self.recomputed else layers.loop().total * self.live) + self._held_kv(self.trained)
         saved = before_loops.total + after_loops.total + in_loops  # of one micro-batch
@@ -115,7 +115,7 @@ class _Moments:
         return self.layers.carry() * groups - sum(self.layers.moved()) * offloaded
 
     def host(self) -> float:
-        """Bytes of saved states in host memory (train.offload), of all micro-batches in the pipeline."""
+        """Bytes of saved hidden states in host memory (train.offload), of all micro-batches in the pipeline."""
         if self.config.train.offload == "none":
             return 0.0
         per_group = sum(pinned_bytes(round(size)) for size in self.layers.moved())
@@ -141,8 +141,8 @@ class _Moments:
         yield {"workspace": muon_workspace(self.config, self.mesh, self.stage)}
         if self.stage.is_last:
             yield self._loss()
-        for moment in self._backward():
-            yield moment | {"communication": moment.get("communication", 0.0) + self.bucket}
+        for candidate in self._backward():
+            yield candidate | {"communication": candidate.get("communication", 0.0) + self.bucket}
 
     def _backward(self) -> Iterator[Memory]:
         if len(self.stage.coda):
@@ -239,14 +239,15 @@ class _Moments:
 
     @property
     def _done(self) -> list[int]:
-        """Loops whose backward pass is done at the moments that may be the peak: none; the last one; all of the last
+        """Loops whose backward pass is done at the points that can be the peak: none; the last one; all of the last
         group that is recomputed together."""
         first_of_last_group = (self.live - 1) // self.every * self.every
         return sorted({0, 1, self.live - first_of_last_group} & set(range(self.live)))
 
-    def _moments(self) -> Iterator[tuple[bool, _LoopMoment]]:
-        """Moments in the backward pass of loops: whether others have been before, and the moment. In the first of them
-        gradients of weights grow from layer to layer while saved tensors are freed; in the others only the latter."""
+    def _loop_candidates(self) -> Iterator[tuple[bool, _LoopCandidate]]:
+        """Points in the backward pass of loops, each with whether other loops are done. In the backward pass of the
+        first, gradients of weights grow from layer to layer while saved tensors are freed; in others only the latter.
+        """
         for done in self._done:
             for layers_done in range(1 if done else self.layers.c.loop_layers):
                 yield done > 0, self._loop(done, layers_done)
@@ -261,23 +262,23 @@ class _Moments:
         hidden, experts = rows.pairs * layers.expert_hidden * b, layers.chunk_experts()
         in_sequence = x if self.mesh.sequence else 0.0
         received = rows.received * D * b if self.mesh.expert.size > 1 else in_sequence
-        freed = Saved(2 * layers.residual + layers.mixed)
-        for done, moment in self._moments():
+        freed = Saved(2 * layers.residual + layers.output_so_far)
+        for done, candidate in self._loop_candidates():
             sums = 0.0 if done else 3 * (shared + expert)
             others = layers.residual + experts.work  # gradients of other chunks' inputs
             gathered = 2 * in_sequence + experts.gathered
-            yield moment.memory(sums + shared, others + 5 * gate, gathered, freed)
-            yield moment.memory(sums + shared, others + x + gate, gathered, freed)
+            yield candidate.memory(sums + shared, others + 5 * gate, gathered, freed)
+            yield candidate.memory(sums + shared, others + x + gate, gathered, freed)
             gathered += received - in_sequence
-            yield moment.memory(sums + expert, others + x + rows.pairs * D * b + 3 * hidden, gathered, freed)
-            yield moment.memory(sums + 3 * expert, others + x + 2 * rows.pairs * D * b + 2 * hidden, gathered, freed)
+            yield candidate.memory(sums + expert, others + x + rows.pairs * D * b + 3 * hidden, gathered, freed)
+            yield candidate.memory(sums + 3 * expert, others + x + 2 * rows.pairs * D * b + 2 * hidden, gathered, freed)
             again = layers.recomputed_attention() if layers.selective else 0.0
             if self.mesh.context.size > 1:
                 entries, workspace = self.exchange
-                yield moment.memory(sums, again + workspace, entries, freed + layers.moe())
+                yield candidate.memory(sums, again + workspace, entries, freed + layers.moe())
             else:
                 attention = again or layers.attention_gradients()
-                yield moment.memory(sums, attention, in_sequence and layers.x, freed + layers.moe())
+                yield candidate.memory(sums, attention, in_sequence and layers.x, freed + layers.moe())
 
     def _loops(self) -> Iterator[Memory]:
         """In the backward pass of the last loop, where no gradient sum exists yet, and of those before it."""
@@ -287,34 +288,34 @@ class _Moments:
         shared = D * layers.shared_hidden * b  # one weight of three
         expert = layers.local_experts * D * layers.expert_hidden * b  # one weight of three
         gates = 0 if selective else 2 * gate
-        freed = 2 * layers.residual + layers.mixed  # the end of the loop: its output twice, and in fp32
+        freed = 2 * layers.residual + layers.output_so_far  # the end of the loop: its output twice, and in fp32
         exchanged = self.mesh.expert.size > 1
         gathered = layers.x if self.mesh.sequence else 0.0  # the gradient of the MoE layer's output
-        for done, moment in self._moments():
+        for done, candidate in self._loop_candidates():
             # model/swiglu.py: hidden rows and their gradients; the gradient of `down` comes last.
-            yield moment.memory(shared, (5 if selective else 3) * gate, gathered, Saved(freed))
+            yield candidate.memory(shared, (5 if selective else 3) * gate, gathered, Saved(freed))
             if done:  # the gradient of `gate` or `up` and, once, its sum
-                yield moment.memory(2 * shared, gate + layers.x, gathered, Saved(freed + gates))
+                yield candidate.memory(2 * shared, gate + layers.x, gathered, Saved(freed + gates))
             # model/grouped.py: first the gradient of `down`, then with all three of them rows twice.
             rows, hidden = M * D * b, M * layers.expert_hidden * b
             received = layers.rows.received * D * b if exchanged else gathered
             other = layers.x + (2 * hidden if selective else 0.0)
             freed_before_experts = Saved(freed + gates) + (layers.layer_input() if exchanged else Saved())
-            yield moment.memory(expert, other + rows + 3 * hidden, received, freed_before_experts)
-            yield moment.memory(3 * expert, other + 2 * rows + 2 * hidden, received, freed_before_experts)
+            yield candidate.memory(expert, other + rows + 3 * hidden, received, freed_before_experts)
+            yield candidate.memory(3 * expert, other + 2 * rows + 2 * hidden, received, freed_before_experts)
             if self.mesh.context.size > 1:
                 again = layers.recomputed_attention() if selective else 0.0
                 entries, workspace = self.exchange
                 before_attention = Saved(freed) + layers.moe()
                 # In the last loop the gradients of experts are there; later ones are added to their sums at once.
                 new_gradients = 0.0 if done else 3 * (expert + shared)
-                yield moment.memory(new_gradients, again + workspace, entries, before_attention)
+                yield candidate.memory(new_gradients, again + workspace, entries, before_attention)
         if uses_bf16_optimizer(self.config):
             # The first loop comes last: the gradient of `down` is copied to fp32 and added to its accumulator.
             first = self._loop(self.live - 1)
             yield first.memory(4 / b * shared, 2 * gate, gathered, Saved(freed + gates))
 
-    def _loop(self, done: int, layers_done: int = 0) -> _LoopMoment:
+    def _loop(self, done: int, layers_done: int = 0) -> _LoopCandidate:
         """The backward pass of the loop after `done` others, and in it after `layers_done` layers."""
         layers = self.layers
         gradients = self.head_gradient + (self.recurrent_gradients if done else 0.0)
@@ -344,22 +345,22 @@ class _Moments:
         if self.readouts > 1:  # and those of the coda's inputs, one tensor for all readouts
             states += self.readouts
         state_gradients = states * layers.residual + kv_gradient + fetched
-        return _LoopMoment(layers, self.saved_before_loops + saved, recomputed, gradients, state_gradients)
+        return _LoopCandidate(layers, self.saved_before_loops + saved, recomputed, gradients, state_gradients)
 
 
 @dataclass(frozen=True)
-class _LoopMoment:
-    """A moment in the backward pass of a loop."""
+class _LoopCandidate:
+    """A point in the backward pass of a loop."""
 
     layers: LayerActivations
     saved: float  # bytes, by the forward pass
     recomputed: Saved | None  # None: nothing is recomputed
     gradients: float
-    states: float  # bytes of gradients of h, e, and shared keys and values; and of states back from host memory
+    states: float  # bytes of gradients of h, e, and shared keys and values; and of hidden states back from the host
 
     def memory(self, new_gradients: float, other: float, gathered: float, freed: Saved) -> Memory:
         """With these bytes of new weight gradients, of other tensors, and of outputs of collectives; less `freed`."""
-        state_gradients = self.states + self.layers.mixed
+        state_gradients = self.states + self.layers.output_so_far
         memory = {
             "activations": self.saved,
             "gradients": self.gradients + new_gradients,

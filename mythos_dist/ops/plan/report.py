@@ -80,12 +80,12 @@ def _cache(by_mode: Mapping[str, int]) -> str:
 
 
 def _host(estimate: Estimate) -> list[str]:
-    """Saved states in host memory, if there are any."""
+    """Saved hidden states in host memory, if there are any."""
     if not estimate.host:
         return []
     usable = estimate.cluster.usable_on_host
     limit = f" of {usable / 1e9:.0f}" if usable < float("inf") else ""
-    return [f"host memory     {estimate.host / 1e9:.1f}{limit} GB per GPU of saved states"]
+    return [f"host memory     {estimate.host / 1e9:.1f}{limit} GB per GPU of hidden states (train.offload)"]
 
 
 def _bytes(communication: Mapping[str, Mapping[str, int]]) -> list[str]:

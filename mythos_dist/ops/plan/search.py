@@ -94,7 +94,7 @@ def search(
 ) -> SearchResult:
     """The `keep` fastest layouts of `config` on `gpus` that fit; `fixed` gives settings of AXES.
 
-    Work in chunks and saved states in host memory only take time: they are tried if nothing fits without them.
+    Work in chunks and saved hidden states in host memory only take time: they are tried if nothing fits without them.
     """
     result = _search(config, gpus, cluster, fixed, keep, imbalance, save_memory=False)
     if result.best or result.smallest is None:

@@ -27,7 +27,7 @@ def planned_lines(estimate: Estimate, command: str, measured: Any = None) -> lis
         f"# memory, plan: {_memory(stage.memory)} GB of {usable:.1f}",
     ]
     if estimate.host:
-        lines.append(f"# host memory, plan: {estimate.host / 1e9:.1f} GB per GPU of saved states")
+        lines.append(f"# host memory, plan: {estimate.host / 1e9:.1f} GB per GPU of saved hidden states")
     if measured:
         m = measured.micro_batches
         lines += [
