@@ -99,7 +99,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"  data        {format_value(summary['data'][:60] or 'any')}",
         f"  signature   {SIGNATURES[summary['signature']]}",
     ]
-    lines += family_lines(summary)
+    lines += lineage_lines(summary)
     if summary["damaged"]:
         lines += ["  integrity   DAMAGED", *(f"    {line}" for line in summary["damaged"])]
     elif summary["verified"]:
@@ -109,7 +109,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def family_lines(summary: dict[str, Any]) -> list[str]:
+def lineage_lines(summary: dict[str, Any]) -> list[str]:
     """The checkpoints that training went through, oldest first, with what each run took from its parent and changed."""
     lineage = summary["lineage"]
     if not lineage["parents"]:
@@ -120,16 +120,16 @@ def family_lines(summary: dict[str, Any]) -> list[str]:
         "tokens": lineage["tokens"],
         "config": summary["config"],
     }
-    family = [*reversed(lineage["parents"]), this]
-    lines = ["  family tree (tokens of all stages so far)"]
-    for depth, member in enumerate(family):
-        parent = family[depth - 1] if depth else None
-        branch = f"{'   ' * (depth - 1)}`- {format_value(parent['state'])}: " if parent else ""
-        about = f"step {member['step']:,}, {count(member['tokens'], 'token')}"
-        lines.append(f"    {branch}{format_value(member['path'])}, {about}")
-        changes = training_changes(parent["config"], member["config"]) if parent else ()
+    checkpoints = [*reversed(lineage["parents"]), this]
+    lines = ["  lineage (tokens of all stages so far)"]
+    for i, checkpoint in enumerate(checkpoints):
+        parent = checkpoints[i - 1] if i else None
+        branch = f"{'   ' * (i - 1)}`- {format_value(parent['state'])}: " if parent else ""
+        about = f"step {checkpoint['step']:,}, {count(checkpoint['tokens'], 'token')}"
+        lines.append(f"    {branch}{format_value(checkpoint['path'])}, {about}")
+        changes = training_changes(parent["config"], checkpoint["config"]) if parent else ()
         for name, before, now in changes:
-            lines.append(f"    {'   ' * (depth + 1)}{format_value(name)} {format_value(before)} -> {format_value(now)}")
+            lines.append(f"    {'   ' * (i + 1)}{format_value(name)} {format_value(before)} -> {format_value(now)}")
     return lines
 
 

@@ -2,8 +2,8 @@
 
 A family is a `model_type`. What a config asks for and this model does not compute is a problem with its name: a
 retrofit must never compute something else than the original.
-The trap: transformers rotates channel i with channel i + d / 2 of a head, we rotate neighbors. The rows of the
-projections to queries and keys, their biases and norms are therefore reordered; products do not change.
+The trap: transformers rotates channel i with channel i + d / 2 of a head, we rotate neighbors. So the rows of the
+projections to queries and keys, their biases and norms are reordered; products do not change.
 """
 
 # E experts, F hidden width, D model, d channels of a head.
@@ -79,7 +79,7 @@ class PretrainedModel:
             "n_heads": v["num_attention_heads"],
             "n_kv_heads": v.get("num_key_value_heads") or v["num_attention_heads"],
             "gqa_head_dim": self.head_dim if own else 0,
-            "max_seq_len": self._context(),
+            "max_seq_len": self._max_seq_len(),
             "attn_type": "gqa",
             "dense_dim": v["intermediate_size"],
             "norm_eps": v["rms_norm_eps"],
@@ -92,7 +92,7 @@ class PretrainedModel:
         }
 
     def mixture_settings(self) -> dict[str, Any]:
-        """Those of a mixture of experts."""
+        """The `MythosConfig` fields of a mixture of experts."""
         v = self.values
         qwen = self.kind == "qwen3_moe"
         return {
@@ -117,7 +117,7 @@ class PretrainedModel:
         given = {"rope_type": self._rope_type(), **self._rope()}
         return from_hugging_face({name: value for name, value in given.items() if name not in names})
 
-    def _context(self) -> int:
+    def _max_seq_len(self) -> int:
         rope = self._rope()
         if self._rope_type() == "yarn" and rope.get("original_max_position_embeddings"):
             return round(rope["factor"] * rope["original_max_position_embeddings"])
@@ -139,8 +139,8 @@ class PretrainedModel:
         if self._rope().get("partial_rotary_factor", v.get("partial_rotary_factor", 1)) != 1:
             yield "partial_rotary_factor: all channels of a head are rotary here"
         slides = v.get("sliding_window") if v.get("use_sliding_window", "qwen" not in self.kind) else None
-        if slides and slides < self._context():
-            yield f"sliding_window={slides}, shorter than the context of {self._context()}: attention here is full"
+        if slides and slides < self._max_seq_len():
+            yield f"sliding_window={slides}, shorter than the context of {self._max_seq_len()}: attention here is full"
         if self.kind == "qwen3_moe" and not v.get("norm_topk_prob"):
             yield "norm_topk_prob=false: the weights of a token's experts sum to 1 here"
 
@@ -180,11 +180,12 @@ def layer_sources(model: PretrainedModel, layer: int, ours: str, looped: bool) -
     for letter in "qkvo":
         for leaf in ("weight", "bias") if model.kind == "qwen2" and letter != "o" else ("weight",):
             name = f"{theirs}self_attn.{letter}_proj.{leaf}"
-            source = _neighbors(name, model.head_dim) if letter in "qk" else _as_it_is(name)
+            source = _interleave_halves(name, model.head_dim) if letter in "qk" else _as_it_is(name)
             sources[f"{ours}.attn.w{letter}.{leaf}"] = source
     if model.kind in _NORMED_QUERIES:
         for norm, name in (("qk_norm", "q_norm"), ("k_norm", "k_norm")):
-            sources[f"{ours}.attn.{norm}.weight"] = _neighbors(f"{theirs}self_attn.{name}.weight", model.head_dim)
+            theirs_norm = f"{theirs}self_attn.{name}.weight"
+            sources[f"{ours}.attn.{norm}.weight"] = _interleave_halves(theirs_norm, model.head_dim)
     if model.is_mixture(layer):
         return sources | _mixture_sources(model, theirs, ours)
     for own, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
@@ -214,8 +215,8 @@ def _as_it_is(name: str) -> TensorSources:
     return TensorSources((name,), lambda parts: parts[0])
 
 
-def _neighbors(name: str, head_dim: int) -> TensorSources:
-    """Rows (heads * d, ...): those that rotate together become neighbors."""
+def _interleave_halves(name: str, head_dim: int) -> TensorSources:
+    """Rows (heads * d, ...) in transformers' half-split rotary order -> in our interleaved pairs."""
 
     def convert(parts: list[Tensor]) -> Tensor:
         (rows,) = parts

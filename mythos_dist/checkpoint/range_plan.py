@@ -58,8 +58,8 @@ class FilePlan:
             for at in range(begin, end, PART_BYTES):
                 yield at, min(end, at + PART_BYTES)
 
-    def pieces(self, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
-        """For each run in the bytes [begin, end) of the file: its first byte, and where it goes."""
+    def targets_in(self, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
+        """For each run of bytes in [begin, end) of the file: its first byte, and the memory it goes to."""
         first, last = np.searchsorted(self._last, begin, "right"), np.searchsorted(self.begins, end, "left")
         for i in range(int(first), int(last)):
             low, high = max(begin, int(self.begins[i])), min(end, int(self.ends[i]))

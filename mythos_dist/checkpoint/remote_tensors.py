@@ -9,7 +9,7 @@ from torch import Tensor
 from mythos_dist.checkpoint.pieces import Index, Piece, Region, overlaps
 from mythos_dist.checkpoint.range_plan import Copy, FilePlan, merge_ranges, plan_file
 from mythos_dist.checkpoint.reader import Wanted
-from mythos_dist.checkpoint.sources import named, read_headers, run
+from mythos_dist.checkpoint.sources import named, read_headers, read_plans
 from mythos_dist.checkpoint.strict_json import shorten
 from mythos_dist.checkpoint.tensor_file import ITEM_BYTES
 from mythos_dist.errors import UserError
@@ -90,7 +90,7 @@ class RemoteTensors(Mapping[str, Tensor]):
                     begins = [header.check_region(one.tensor, one.source) for one in of_file]
                 plans.append(plan_file(file, of_file, begins))
         merge_ranges(plans)
-        run(self._folder, [(plan, None) for plan in plans], progress)
+        read_plans(self._folder, [(plan, None) for plan in plans], progress)
 
     def _entry(self, name: str):
         return self._headers[self._file_of[name]].entries[name]

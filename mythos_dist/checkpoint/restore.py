@@ -59,16 +59,18 @@ class _Verification:
 def find_checkpoint(
     checkpoints: AnyPath, settings: CheckpointConfig = _DEFAULTS
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that `latest` names, or if it is damaged the newest intact one; None if there are none at all.
-    And a line per damaged file in the checkpoints that were skipped.
+    """Returns the checkpoint that `latest` names, or if it is damaged the newest intact one (None if there are none at
+    all), and a line per damaged file of the checkpoints that were skipped.
 
-    `checkpoints`: a run's folder of them, or the folder of a single one. In a store, it is the newest one that has a
-    manifest: those that are still being uploaded have none.
+    `checkpoints`: a run's folder of them, or the folder of a single one. In a store, which has no `latest`, the newest
+    one that has a manifest is taken: those that are still being uploaded have none.
 
-    Every rank calls this. With `settings.verify`, and with a key (see `signing_key`) in any case, each reads its share
-    of the bytes; of a store they are read only with a key, else sizes are checked, and hashes while loading. Raises
-    UserError on every rank if there are checkpoints but none is intact, if a store fails, if a checkpoint is of another
-    format version, which training would overwrite, or if one is not signed with the key.
+    Every rank calls this. Of local checkpoints, each rank hashes its share of the files with `settings.verify` or with
+    a key (see `signing_key`); else only sizes are checked. Of those in a store, files are hashed here only with a key;
+    else sizes are checked here, and hashes while loading.
+
+    Raises UserError on every rank if there are checkpoints but none is intact, if a store fails, if a checkpoint is of
+    another format version, which training would overwrite, or if one is not signed with the key.
     """
     key = raise_on_all_ranks(lambda: signing_key(settings.key_file))
     _raise_unless_same_key(key)

@@ -150,10 +150,10 @@ class RemoteSource:
         self._read_headers(copies)
         plans = [self._plan(name, of_file) for name, of_file in copies.items() if of_file]
         merge_ranges(plans)
-        damaged = run(self.folder, [(one, self._digest_of(one)) for one in plans], progress)
+        damaged = read_plans(self.folder, [(one, self._digest_of(one)) for one in plans], progress)
         for plan in damaged:
             log.warning("%s: its hash is not the one in %s; reading it again", self.folder / plan.name, MANIFEST_FILE)
-            if run(self.folder, [(plan, self._digest_of(plan))], lambda size: None):
+            if read_plans(self.folder, [(plan, self._digest_of(plan))], lambda size: None):
                 raise UserError(
                     f"is damaged: its hash is not the one in {MANIFEST_FILE}; copy it to the store again, or give "
                     "another checkpoint",
@@ -191,27 +191,29 @@ class _Digest:
         return self._xxh3.hexdigest() == self._expected
 
 
-def run(folder: RemotePath, plans: Sequence[tuple[FilePlan, _Digest | None]], progress: Progress) -> list[FilePlan]:
-    """Read what is planned into its arrays. Returns the files whose digest turned out wrong."""
+def read_plans(
+    folder: RemotePath, plans: Sequence[tuple[FilePlan, _Digest | None]], progress: Progress
+) -> list[FilePlan]:
+    """Read the planned ranges into their arrays. Returns the files whose hash is wrong."""
     requested: deque[tuple[FilePlan, int, list[tuple[int, memoryview]]]] = deque()
 
     def ranges() -> Iterator[ByteRange]:
         for plan, _ in plans:
             for begin, end in plan.parts():
-                pieces = list(plan.pieces(begin, end))
-                if len(pieces) == 1 and len(pieces[0][1]) == end - begin:  # read without a copy
+                targets = list(plan.targets_in(begin, end))
+                if len(targets) == 1 and len(targets[0][1]) == end - begin:  # read without a copy
                     requested.append((plan, end - begin, []))
-                    yield ByteRange(folder / plan.name, begin, pieces[0][1])
+                    yield ByteRange(folder / plan.name, begin, targets[0][1])
                 else:
-                    requested.append((plan, 0, pieces))
+                    requested.append((plan, 0, targets))
                     yield ByteRange(folder / plan.name, begin, memoryview(bytearray(end - begin)))
 
     digests = {plan.name: digest for plan, digest in plans if digest}
     for one in read_ranges(ranges()):
-        plan, size, pieces = requested.popleft()
+        plan, size, targets = requested.popleft()
         if plan.name in digests:
             digests[plan.name].update(one.buffer)
-        for low, target in pieces:
+        for low, target in targets:
             target[:] = one.buffer[low - one.begin : low - one.begin + len(target)]
             size += len(target)
         progress(size)

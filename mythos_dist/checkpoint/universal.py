@@ -7,9 +7,10 @@
     FOLDER/mp_rank_00_model_states.pt     counts, buffers, and what the program gets as client state
     FOLDER/zero_pp_rank_0_mp_rank_00_model_states.pt   the same for ZeRO-3, which looks for this name
 
-The traps, of DeepSpeed 0.19.8: it loads no buffers; it reads as many of the optimizer's groups as `param_groups` has,
-and sets every key that is there, ZeRO-3 those of the first group in all groups. So each of many entries has the
-learning rate only: a weight decay would end up in the wrong group.
+The traps: DeepSpeed 0.19.8 loads no buffers. It copies every key of the saved `param_groups[i]` into group i of the
+program's optimizer (ZeRO-3: those of group 0 into all groups), and the program's groups are unknown here. So more
+entries than a program has groups are saved, each with the learning rate only: a weight decay could end up in the wrong
+group.
 
 Decisions: CHECKPOINT-18.
 """

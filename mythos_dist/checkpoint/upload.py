@@ -2,8 +2,8 @@
 
 Each node uploads its share of a checkpoint's files, which all nodes see in the run folder. Node 0 then checks that
 every file is in the store, with the size and the hash that the manifest says, uploads the run's logs, and last the
-manifest: an upload that ends anywhere before is none, and the next one completes it, file by file. Before a file of a
-checkpoint that is there is replaced (the run went back, and saved that step again), its manifest is removed.
+manifest. Until the manifest is there, the upload does not count as a checkpoint; the next upload completes it, file by
+file. If the run rolled back and saves a step again, the stored manifest is removed before any of its files is replaced.
 
 A suspended or disconnected start may continue hours later. So nothing appears in the store before its uploader has
 checked, after it began the upload, that its start is the newest one; and each start aborts all unfinished uploads after
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 30.0  # seconds until a request is given up; the process tries again later
 FILES_AT_ONCE = 4
-POLL_SECONDS = 3.0  # between two looks for files of other nodes
+POLL_SECONDS = 3.0  # between two listings, while files of other nodes are missing
 HELP_AFTER = 120.0  # seconds without another file of another node, after which node 0 uploads them itself
 Identity = tuple[int, int]
 

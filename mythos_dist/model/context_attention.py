@@ -2,18 +2,18 @@
 
 Ranks exchange `entries`, what keys and values are computed from: MLA's normed latents and rotary keys, GQA's key and
 value heads. They are gathered (as keys and values in Llama 3, arXiv 2407.21783), and keys and values are expanded from
-them for one piece of tokens at a time. Partial results merge by their log-sum-exp in fp32:
+them for one tile of tokens at a time. Partial results merge by their log-sum-exp in fp32:
 
     lse = log(exp(lse_1) + exp(lse_2)),   out = exp(lse_1 - lse) * out_1 + exp(lse_2 - lse) * out_2
 
-The backward pass gathers the entries and expands each piece again, so that a loop keeps this rank's entries only; a
+The backward pass gathers the entries and expands each tile again, so that a loop keeps this rank's entries only; a
 reduce-scatter brings the gradients of the entries to their ranks. A kernel's backward with the merged `out` and `lse`
 gives a block's part of the full gradient (Dao 2023).
 
 Decisions: PARALLEL-17, PARALLEL-19.
 """
 
-# B batch, S' tokens of each sequence on this rank, N = B * S' queries, M rows of all ranks, n tokens of a piece,
+# B batch, S' tokens of each sequence on this rank, N = B * S' queries, M rows of all ranks, n tokens of a tile,
 # H query heads, d channels of a query or key head, v channels of a value head, w = max(d, v), W elements of an entry.
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mythos_dist.parallel.context import ContextShard, KeyPiece
+from mythos_dist.parallel.context import ContextShard, KeyTile
 
 # entries (n, W) and a weight or None -> keys (n, H, d), values (n, H, v)
 Expand = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -60,9 +60,9 @@ def attend_over_context(
     return out[..., :value_dim].flatten(1)
 
 
-def each_piece(shard: ContextShard) -> Iterable[KeyPiece]:
-    """The pieces of keys, in order. A dry run skips those that repeat (ops/dry_run.py)."""
-    return shard.pieces
+def each_tile(shard: ContextShard) -> Iterable[KeyTile]:
+    """The tiles of keys, in order. A dry run skips those that repeat (ops/dry_run.py)."""
+    return shard.tiles
 
 
 class _Attend(torch.autograd.Function):
@@ -80,9 +80,9 @@ class _Attend(torch.autograd.Function):
         rows = shard.gather(entries)
         out = torch.zeros_like(q, dtype=torch.float32)
         lse = out.new_full(q.shape[:2], -torch.inf)
-        for piece in each_piece(shard):
-            k, v = expand(rows[shard.rows[piece.tokens]], weight)
-            for queries, keys, causal in piece.blocks:
+        for tile in each_tile(shard):
+            k, v = expand(rows[shard.rows[tile.tokens]], weight)
+            for queries, keys, causal in tile.blocks:
                 part, part_lse = block_forward(q[queries], k[keys], v[keys], causal, scale)
                 merged = torch.logaddexp(lse[queries], part_lse)
                 out[queries] *= (lse[queries] - merged).exp().unsqueeze(-1)
@@ -101,36 +101,36 @@ class _Attend(torch.autograd.Function):
         rows = shard.gather(entries)
         grad_rows, grad_q = torch.zeros_like(rows), torch.zeros_like(q, dtype=torch.float32)
         grad_weight = None if weight is None else torch.zeros_like(weight)
-        for piece in each_piece(shard):
-            index = shard.rows[piece.tokens]
+        for tile in each_tile(shard):
+            index = shard.rows[tile.tokens]
             with torch.enable_grad():
                 inputs = [rows[index].requires_grad_()]
                 if weight is not None:
                     inputs.append(weight.detach().requires_grad_())
                 k, v = ctx.expand(inputs[0], inputs[1] if weight is not None else None)
-            grad_kv = _piece_backward(grad, q, k.detach(), v.detach(), out, lse, piece, ctx.scale, grad_q)
+            grad_kv = _tile_backward(grad, q, k.detach(), v.detach(), out, lse, tile, ctx.scale, grad_q)
             grads = torch.autograd.grad((k, v), inputs, grad_kv)
             grad_rows[index] = grads[0]
             if grad_weight is not None:
                 grad_weight += grads[1]
-            del k, v, grad_kv, grads  # else they would exist beside those of the next piece
+            del k, v, grad_kv, grads  # else they would exist beside those of the next tile
         return grad_q.to(q.dtype), shard.reduce_scatter(grad_rows), grad_weight, None, None, None
 
 
-def _piece_backward(
+def _tile_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    piece: KeyPiece,
+    tile: KeyTile,
     scale: float,
     grad_q: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a piece's keys and values (n, H, w); those of queries are added to `grad_q` (N, H, w) fp32."""
+    """The gradients of a tile's keys and values (n, H, w); those of queries are added to `grad_q` (N, H, w) fp32."""
     grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    for queries, keys, causal in piece.blocks:
+    for queries, keys, causal in tile.blocks:
         parts = block_backward(grad[queries], q[queries], k[keys], v[keys], out[queries], lse[queries], causal, scale)
         for total, part in zip((grad_q[queries], grad_k[keys], grad_v[keys]), parts, strict=True):
             total += part

@@ -28,7 +28,7 @@ from mythos_dist.ops.plan.chunks import expected_rows
 from mythos_dist.ops.plan.memory import PARTS, micro_batches_at_peak
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel import expert
-from mythos_dist.parallel.context import ContextShard, KeyPiece
+from mythos_dist.parallel.context import ContextShard, KeyTile
 from mythos_dist.parallel.mesh import Axis, build_mesh
 from mythos_dist.parallel.process import use_gpu_code
 from mythos_dist.parallel.traffic import Totals, Traffic
@@ -102,24 +102,24 @@ class UncountedCopy:
         return torch.empty(self.shape, dtype=self.dtype), None
 
 
-def first_pieces(meter: Meter) -> Callable[[ContextShard], Iterator[KeyPiece]]:
-    """Replaces `model.context_attention.each_piece`, for a sequence of a million tokens has 64 of them (PLAN-6).
+def first_tiles(meter: Meter) -> Callable[[ContextShard], Iterator[KeyTile]]:
+    """Replaces `model.context_attention.each_tile`, for a sequence of a million tokens has 64 of them (PLAN-6).
 
-    Of consecutive pieces of the same shapes the first two are visited: the second begins with the tensors that the
+    Of consecutive tiles of the same shapes the first two are visited: the second begins with the tensors that the
     first leaves, as all later ones do, so no later one needs more memory. Each has the FLOPs of the second.
     """
 
-    def shapes(piece: KeyPiece) -> list[tuple[int, int, bool]]:
-        blocks = [(b.queries.stop - b.queries.start, b.keys.stop - b.keys.start, b.causal) for b in piece.blocks]
-        return [(piece.tokens.stop - piece.tokens.start, 0, False), *blocks]
+    def shapes(tile: KeyTile) -> list[tuple[int, int, bool]]:
+        blocks = [(b.queries.stop - b.queries.start, b.keys.stop - b.keys.start, b.causal) for b in tile.blocks]
+        return [(tile.tokens.stop - tile.tokens.start, 0, False), *blocks]
 
-    def visit(shard: ContextShard) -> Iterator[KeyPiece]:
-        for _, group in itertools.groupby(shard.pieces, shapes):
-            pieces, flops, operations = list(group), 0.0, 0
-            for piece in pieces[:2]:
+    def visit(shard: ContextShard) -> Iterator[KeyTile]:
+        for _, group in itertools.groupby(shard.tiles, shapes):
+            tiles, flops, operations = list(group), 0.0, 0
+            for tile in tiles[:2]:
                 flops, operations = meter.flops, meter.operations
-                yield piece
-            skipped = len(pieces[2:])
+                yield tile
+            skipped = len(tiles[2:])
             meter.flops += skipped * (meter.flops - flops)
             meter.operations += skipped * (meter.operations - operations)
 
@@ -170,8 +170,8 @@ def dry_run(
     no_router = replaced(expert, "exchange_counts", fake_routing)
     no_copies = replaced(recompute, "HostCopy", UncountedCopy)
     UncountedCopy.live = UncountedCopy.peak = 0
-    pieces = replaced(context_attention, "each_piece", first_pieces(meter))
-    with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router, no_copies, pieces:
+    tiles = replaced(context_attention, "each_tile", first_tiles(meter))
+    with quiet(), fake_world(world_size, rank), use_gpu_code(), fake_tensors(), meter, no_router, no_copies, tiles:
         return _measure_step(config, micro_batches, meter, fake_routing, begin)
 
 

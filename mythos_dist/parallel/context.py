@@ -40,11 +40,11 @@ class AttentionBlock(NamedTuple):
     """Queries and keys between which a kernel computes attention."""
 
     queries: slice  # of this rank's B * S' tokens
-    keys: slice  # of a piece
+    keys: slice  # of a tile
     causal: bool  # as many keys as queries, at the same positions; otherwise every query sees every key
 
 
-class KeyPiece(NamedTuple):
+class KeyTile(NamedTuple):
     """Consecutive tokens of the B * S whose keys and values exist at a time."""
 
     tokens: slice
@@ -61,7 +61,7 @@ class ContextShard:
     bounds: Sequence[int]  # where each document begins in the B * S tokens, and B * S; each sequence begins one
     positions: Tensor  # (B, S') int64
     rows: Tensor  # (B * S,) int64: the row of each token in what `gather` returns
-    pieces: list[KeyPiece]
+    tiles: list[KeyTile]
 
     @property
     def _longest(self) -> int:
@@ -107,7 +107,7 @@ class AttentionWork(NamedTuple):
 
     pairs: int  # (query, key), per head
     expanded: int  # tokens whose keys and values are expanded
-    piece: int  # tokens of the largest piece
+    tile: int  # tokens of the largest tile
     gathered: int  # rows that `gather` returns
 
 
@@ -120,13 +120,13 @@ def attention_work(batch: int, seq_len: int, mesh: Mesh) -> AttentionWork:
 def _attention_work(batch: int, seq_len: int, ranks: int, unit: int, rank: int) -> AttentionWork:
     division = divide_sequences(np.zeros((batch, seq_len), np.int64), ranks, unit)
     bounds = range(0, (batch + 1) * seq_len, seq_len)
-    pieces = _pieces(seq_len, [sequence[rank] for sequence in division], bounds, ranks)
+    tiles = _tiles(seq_len, [sequence[rank] for sequence in division], bounds, ranks)
     pairs = 0
-    for piece in pieces:
-        for queries, keys, causal in piece.blocks:
+    for tile in tiles:
+        for queries, keys, causal in tile.blocks:
             m, n = queries.stop - queries.start, keys.stop - keys.start
             pairs += n * (n + 1) // 2 if causal else m * n
-    sizes = [piece.tokens.stop - piece.tokens.start for piece in pieces]
+    sizes = [tile.tokens.stop - tile.tokens.start for tile in tiles]
     return AttentionWork(pairs, sum(sizes), max(sizes), ranks * batch * _capacities(seq_len, ranks, unit)[0])
 
 
@@ -251,30 +251,30 @@ def _build(axis: Axis, seq_len: int, division: Division, bounds: Sequence[int], 
         positions = _positions(division[sequence][rank])
         rows[sequence * seq_len + positions] = (rank * batch + sequence) * longest + np.arange(len(positions))
     own = np.stack([_positions(sequence[axis.rank]) for sequence in division])
-    pieces = _pieces(seq_len, [sequence[axis.rank] for sequence in division], bounds, axis.size)
+    tiles = _tiles(seq_len, [sequence[axis.rank] for sequence in division], bounds, axis.size)
     positions, rows_of_tokens = (torch.from_numpy(index).to(device) for index in (own, rows))
-    return ContextShard(axis, seq_len, division, bounds, positions, rows_of_tokens, pieces)
+    return ContextShard(axis, seq_len, division, bounds, positions, rows_of_tokens, tiles)
 
 
 def _positions(ranges: list[range]) -> np.ndarray:
     return np.concatenate([np.arange(one.start, one.stop) for one in ranges])
 
 
-def _pieces(seq_len: int, own: list[list[range]], bounds: Sequence[int], ranks: int) -> list[KeyPiece]:
-    """The pieces of keys that the queries of `own` (by sequence) attend to."""
+def _tiles(seq_len: int, own: list[list[range]], bounds: Sequence[int], ranks: int) -> list[KeyTile]:
+    """The tiles of keys that the queries of `own` (by sequence) attend to."""
     total = bounds[-1]
     size = min(KEY_TOKENS, -(-seq_len // ranks))
     blocks: dict[int, list[AttentionBlock]] = {}
     for query, start, stop, document in _segments(seq_len, own, bounds):
-        for piece in range(document // size, (stop - 1) // size + 1):
-            first, last = piece * size, min((piece + 1) * size, stop)
-            blocks.setdefault(piece, []).extend(
+        for tile in range(document // size, (stop - 1) // size + 1):
+            first, last = tile * size, min((tile + 1) * size, stop)
+            blocks.setdefault(tile, []).extend(
                 AttentionBlock(queries, slice(keys.start - first, keys.stop - first), causal)
                 for queries, keys, causal in _blocks(query, start, stop, range(max(document, first), last))
             )
     return [
-        KeyPiece(slice(i * size, min((i + 1) * size, total)), blocks_of_piece)
-        for i, blocks_of_piece in sorted(blocks.items())
+        KeyTile(slice(i * size, min((i + 1) * size, total)), blocks_of_tile)
+        for i, blocks_of_tile in sorted(blocks.items())
     ]
 
 

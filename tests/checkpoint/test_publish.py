@@ -108,14 +108,14 @@ def test_keep_removes_checkpoints_of_earlier_stages_and_of_no_other_run(run, cap
     save(1, 2, "a")
     save(1, 3, "other widths", dim=32)
     save(1, 4, "a")
-    save(1, 5, "other family", parents=(Ancestor("p", 1, 8, "weights", {}),))
+    save(1, 5, "other lineage", parents=(Ancestor("p", 1, 8, "weights", {}),))
     save(1, 6, "too late")
     shutil.copytree(run.checkpoints, run.checkpoints.with_name("copy"))
     shutil.rmtree(run.checkpoints)  # what this process has published it may remove
     shutil.copytree(run.checkpoints.with_name("copy"), run.checkpoints)
     save(2, 8, "b", begin=4)
     assert names(run.checkpoints) == ["latest", *(f"step-{step:08d}" for step in (3, 5, 6, 8))]
-    for stage in ("other widths", "other family", "too late"):
+    for stage in ("other widths", "other lineage", "too late"):
         assert f"it is of stage {stage} of another run" in caplog.text
 
 

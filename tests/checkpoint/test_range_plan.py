@@ -34,7 +34,7 @@ def execute(plan, content: bytes) -> int:
         block = content[begin:end]
         assert len(block) == end - begin
         read += len(block)
-        for low, target in plan.pieces(begin, end):
+        for low, target in plan.targets_in(begin, end):
             target[:] = block[low - begin : low - begin + len(target)]
     return read
 

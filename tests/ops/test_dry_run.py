@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config
 from mythos_dist.ops import dry_run as dry_run_module
-from mythos_dist.ops.dry_run import LocalTraffic, RowCounts, dry_run, first_pieces
+from mythos_dist.ops.dry_run import LocalTraffic, RowCounts, dry_run, first_tiles
 from mythos_dist.ops.plan.meter import Meter
 from mythos_dist.parallel import expert
 from mythos_dist.parallel.process import use_gpu_code
@@ -234,8 +234,8 @@ def test_a_dry_run_equals_a_real_rank(world, layouts):
 
 
 @pytest.mark.parametrize("attention", ["mla", pytest.param("gqa", marks=pytest.mark.long)])
-def test_of_pieces_of_keys_that_repeat_two_show_what_all_need(attention):
-    """A dry run that visits all eight pieces of a sequence over eight ranks has the same memory, FLOPs and bytes."""
+def test_of_tiles_of_keys_that_repeat_two_show_what_all_need(attention):
+    """A dry run that visits all eight tiles of a sequence over eight ranks has the same memory, FLOPs and bytes."""
     layout = (
         f"parallel.context=8 train.recompute=loop train.seq_len=2048 model.max_seq_len=2048 model.attn_type={attention}"
     )
@@ -243,17 +243,17 @@ def test_of_pieces_of_keys_that_repeat_two_show_what_all_need(attention):
 
     def counting(visit: Any, name: str) -> Any:
         def count(shard: Any) -> Any:
-            for piece in visit(shard):
+            for tile in visit(shard):
                 visited[name] += 1
-                yield piece
+                yield tile
 
         return count
 
-    def run(name: str, pieces: Any) -> dict[str, Any]:
-        with mock.patch.object(dry_run_module, "first_pieces", lambda meter: counting(pieces(meter), name)):
+    def run(name: str, tiles: Any) -> dict[str, Any]:
+        with mock.patch.object(dry_run_module, "first_tiles", lambda meter: counting(tiles(meter), name)):
             return vars(dry_run(config, 8)) | {"seconds": 0}
 
-    two, every = run("two", first_pieces), run("all", lambda _: lambda shard: shard.pieces)
+    two, every = run("two", first_tiles), run("all", lambda _: lambda shard: shard.tiles)
     assert visited["two"] <= visited["all"] // 2
     assert two == every
 

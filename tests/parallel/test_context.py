@@ -79,12 +79,12 @@ def test_blocks_are_the_pairs_of_queries_and_keys_that_attend(batch, times):
     B, S = ids.shape
     queries = (shard.positions + torch.arange(B).unsqueeze(1) * S).flatten()
     pairs = torch.zeros(len(queries), B * S, dtype=torch.int64)
-    for piece in shard.pieces:
-        assert piece.tokens.stop - piece.tokens.start <= -(-S // context), "no piece is longer than a rank's share"
-        for rows, keys, causal in piece.blocks:
+    for tile in shard.tiles:
+        assert tile.tokens.stop - tile.tokens.start <= -(-S // context), "no tile is longer than a rank's share"
+        for rows, keys, causal in tile.blocks:
             block = torch.ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.int64)
             assert not causal or block.shape[0] == block.shape[1]
-            first = piece.tokens.start
+            first = tile.tokens.start
             pairs[rows, first + keys.start : first + keys.stop] += block.tril() if causal else block
     tokens = torch.arange(B * S)
     row, position, document = tokens // S, tokens % S, ids.flatten()

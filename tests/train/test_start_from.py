@@ -237,7 +237,7 @@ def test_lineage_is_recorded_over_generations(parent, run, tmp_path):
     assert [config.train.global_batch for config in configs] == [2, 4]
     assert lines(grandchild)[-1]["tokens_total"] == lineage.tokens
     shown = run_tool(REPOSITORY / "tools" / "inspect_checkpoint.py", grandchild).out
-    tree = [line.strip() for line in shown[shown.index("family tree") :].splitlines()[1:-1]]
+    tree = [line.strip() for line in shown[shown.index("lineage (tokens") :].splitlines()[1:-1]]
     assert tree == [
         f"{at(parent, 6).resolve()}, step 6, {6 * TOKENS} tokens",
         f"`- weights: {at(child, 2).resolve()}, step 2, {7 * TOKENS} tokens",

@@ -85,10 +85,10 @@ class LayerActivations:
         b, H, width = self.b, self.sizes.heads, self.c.widest_head
         work = attention_work(self.config.train.micro_batch, self.config.train.seq_len, self.mesh)
         gathered = float(work.gathered * self.sizes.kv_width * b)
-        # Of a piece: keys, keys before their norm, values; gradients in fp32, and those of a block. Of queries: the
+        # Of a tile: keys, keys before their norm, values; gradients in fp32, and those of a block. Of queries: the
         # gradient of the output, gradients in fp32, and those of a block.
-        piece = work.piece * H * width * (4 * b + 8 + (b if self.sizes.norms_expanded_keys else 0))
-        return gathered, gathered + piece + self.N * H * width * (4 + 2 * b)
+        tile = work.tile * H * width * (4 * b + 8 + (b if self.sizes.norms_expanded_keys else 0))
+        return gathered, gathered + tile + self.N * H * width * (4 + 2 * b)
 
     def shared_kv(self) -> float:
         """Bytes of the keys and values that loops share, of all layers of the block, once per group of loops; 0 if
