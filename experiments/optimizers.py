@@ -41,7 +41,7 @@ class HeldOutLosses(NamedTuple):
     """Held-out losses in nats after the last step."""
 
     weights: float
-    average: float  # of the mean of the last ten samples of the weights, one in four steps
+    average: float  # of the mean of the last ten snapshots of the weights, one in four steps
 
 
 class Study:

@@ -61,7 +61,7 @@ def test_messages_and_docs_name_commands_as_mythos():
     pages.remove(Path(mythos.__file__))  # it explains the other names
     found = [(page.name, match[0]) for page in pages for match in other.finditer(page.read_text())]
     assert found == [] and len(pages) > 200
-    assert (REPOSITORY / "README.md").read_text().count("other names of its commands") == 1
+    assert (REPOSITORY / "README.md").read_text().count("the same commands as scripts") == 1
 
 
 def test_help_lists_the_commands_by_group_and_a_typo_suggests_the_nearest(monkeypatch, capsys):

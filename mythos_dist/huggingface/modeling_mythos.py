@@ -1,4 +1,4 @@
-"""Mythos, a Recurrent-Depth Transformer: embedding, prelude, ONE block applied `num_loops` times, coda, tied head.
+"""Mythos, a Recurrent-Depth Transformer: embedding, prelude, ONE block applied `num_loops` times, coda, head.
 
     e = prelude(embed(tokens))
     h = decay * h + scale * injected(e) + u,  u = block(norm(h + e)) + its depth LoRA,  num_loops times
@@ -300,7 +300,7 @@ def build_mask(x: Tensor, attention_mask: Tensor | None, past: int) -> Tensor | 
 
 
 class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
-    """Tokens to logits; the head is the embedding."""
+    """Tokens to logits; the head is the embedding unless `tie_word_embeddings=False`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""The Recurrent-Depth Transformer: embedding, prelude, one looped block, coda, norm, and the embedding again as head.
+"""The Recurrent-Depth Transformer: embedding, prelude, one looped block, coda, norm, head (by default the embedding).
 
 `Mythos(config)` is a plain module on one process. `mode: reference` gives OpenMythos 0.5.0's outputs for equal weights
 (`load_open_mythos`); in `mode: train` the router bias is updated, and `act.*` and `model.*` configure the loops.

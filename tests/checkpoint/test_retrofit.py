@@ -229,6 +229,8 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
     exec(code, {})
     blocks = re.findall(r"^```(\S*)\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     for command in "".join(block for kind, block in blocks if not kind).splitlines():
+        if command.startswith("make "):  # a study of minutes: experiments/test_retrofit.py
+            continue
         program, *arguments = command.split()
         assert program == "mythos"
         result = subprocess.run(
