@@ -94,7 +94,7 @@ def engine_decoder(rows: int, prompt: int, loops: list[int]) -> Callable[[], int
     requests = []
     for ids, n_loops in zip(random_ids(rows, prompt).tolist(), loops, strict=True):
         requests.append(engine.submit(ids, Sampling(max_new_tokens=1000, temperature=0, n_loops=n_loops)))
-    while not all(request.tokens for request in requests):  # prompts are read in pieces
+    while not all(request.tokens for request in requests):  # prompts are read in chunks
         engine.step()
     return lambda: len(engine.step())
 

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         help="of parameter names (deepspeed-universal), such as model. if your module holds Mythos so",
     )
-    add("--tokenizer", type=nonempty_path, help="its file (default: that of the training shards)")
+    add("--tokenizer", type=nonempty_path, help="tokenizer file (default: that of the training shards)")
     add_write_options(parser, workers=2)
     return parser
 

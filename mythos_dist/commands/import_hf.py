@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("folder", type=location, help="a model's folder, or its URL")
     add_export_options(parser)
-    add("--tokenizer", type=nonempty_path, help="its file (default: that of FOLDER)")
+    add("--tokenizer", type=nonempty_path, help="tokenizer file (default: that of FOLDER)")
     add_write_options(parser, workers=2)
     return parser
 

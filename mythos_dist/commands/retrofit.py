@@ -35,11 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--coda", type=_LAYERS, required=True, metavar="D", help="number of last layers after the loops")
     add("--loops", type=integer(1, 512), default=4, metavar="N", help="mean loops of training and use (%(default)s)")
     add("--injection", choices=("difference", "none"), default="difference", help="model.injection (%(default)s)")
-    add("--experts", type=_NUMBER, default=1, metavar="E", help="made of each looped dense FFN, copies (%(default)s)")
-    add("--experts-per-token", type=_NUMBER, default=1, metavar="K", help="of them, for each token (%(default)s)")
+    add("--experts", type=_NUMBER, default=1, metavar="E", help="experts per looped FFN, copies of it (%(default)s)")
+    add("--experts-per-token", type=_NUMBER, default=1, metavar="K", help="experts that each token gets (%(default)s)")
     add("--slices", action="store_true", help="each expert has 1/E of the FFN's hidden channels instead of a copy")
-    add("--noise", type=number(0, 10), default=0.0, metavar="S", help="on experts, of their deviation (%(default)s)")
-    add("--tokenizer", type=nonempty_path, help="its file (default: that of FOLDER)")
+    noise = "standard deviation of noise added to the experts, as a share of each matrix's own (%(default)s)"
+    add("--noise", type=number(0, 10), default=0.0, metavar="S", help=noise)
+    add("--tokenizer", type=nonempty_path, help="tokenizer file (default: that of FOLDER)")
     add_print_options(parser)
     return parser
 

@@ -356,6 +356,8 @@ class ParallelConfig(Section, section="parallel"):
 
 @dataclass(frozen=True)
 class TrainConfig(Section, section="train"):
+    """Length, batch size, precision, recomputation and evaluation of a run."""
+
     steps: Steps = 1000  # optimizer updates
     seq_len: Tokens = 1024  # tokens per sequence
     global_batch: Sequences = 8  # sequences per step, over all replicas; with `batch_ramp` those of the steps after it
@@ -470,6 +472,8 @@ class AverageConfig(Section, section="average"):
 
 @dataclass(frozen=True)
 class DataConfig(Section, section="data"):
+    """Which shards a run reads, and how."""
+
     path: PathText = ""  # a folder of MDS shards with manifest.json, or its URL: s3://bucket/folder
     # Instead of `path`: several such folders with weights, such as {shards/web: 0.7, shards/code: 0.3}. Every range of
     # steps holds samples in this ratio; a corpus that is exhausted starts its next epoch.
@@ -513,6 +517,8 @@ class DataConfig(Section, section="data"):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section, section="checkpoint"):
+    """When checkpoints are saved, and how they are kept, verified and copied."""
+
     every: Steps = 100  # steps; the last step is always saved
     keep: Annotated[int, Range(1, 10**6)] = 2  # newest checkpoints to keep
     pin: tuple[Steps, ...] = ()  # steps whose checkpoints are saved and kept forever
@@ -564,6 +570,8 @@ class ProfileConfig(Section, section="run.profile"):
 
 @dataclass(frozen=True)
 class RunConfig(Section, section="run"):
+    """The run folder, the weights that a run begins with, its seed, and what it records."""
+
     dir: PathText = "runs/mythos"  # run folder; a run whose folder has a checkpoint resumes
     # A run (its newest checkpoint), a checkpoint or an export, or the URL of one: a run without a checkpoint of its own
     # begins with its weights. In YAML and on the command line this and `start_from_state` need no section.
@@ -621,7 +629,7 @@ class FaultsConfig(Section, section="faults"):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run, by section; each section can be given.
+    """All settings of a run, by section; every section has defaults.
 
     >>> from mythos_dist import Config, MythosConfig
     >>> config = Config(model=MythosConfig(max_loop_iters=8))

@@ -89,19 +89,7 @@ class ReplicaStream:
         with all problems of the folders and conflicts with the config, or if no corpus has windows.
         """
         assert 0 <= replica < num_replicas and split in ("train", "heldout")
-        corpora: Sequence[Corpus]
-        if isinstance(path, str | Path | Mapping):
-            mix = path if isinstance(path, Mapping) else {str(path): 1.0}
-            corpora = open_corpora(
-                mix,
-                seq_len=seq_len,
-                vocab_size=vocab_size,
-                tokenizer_path=tokenizer_path,
-                splits=[split],
-                cache=cache.root if isinstance(cache, ShardCache) else cache,
-            )
-        else:
-            corpora = path
+        corpora = _open_corpora(path, split, seq_len, vocab_size, tokenizer_path, cache)
         _check_batch_sizes(global_batch, micro_batch, num_replicas)
         self.fingerprint = fingerprint(corpora)
         corpora = _corpora_to_read(corpora, split)
@@ -137,7 +125,8 @@ class ReplicaStream:
         return [self._micro_batch_of(self._dataset.__getitems__(ids)) for ids in self._micro_batches(batch)]
 
     def steps(self, start: int) -> Iterator[list[MicroBatch]]:
-        """`step(start)`, `step(start + 1)`, … without end, as `read` reads them."""
+        """`step(start)`, `step(start + 1)`, … without end, as `read` reads them. For tests and benchmarks: training
+        passes to `read` the batches that rollbacks leave."""
         return self.read(self._positions(step) for step in itertools.count(start))
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[list[MicroBatch]]:
@@ -226,6 +215,27 @@ class ReplicaStream:
 
 
 _Read = tuple[list[int], np.ndarray] | UserError  # sample ids and their values, see `SequenceReader.read`
+
+
+def _open_corpora(
+    path: str | Path | Mapping[str, float] | Sequence[Corpus],
+    split: str,
+    seq_len: int,
+    vocab_size: int,
+    tokenizer_path: str | Path | None,
+    cache: ShardCache | str | Path | None,
+) -> Sequence[Corpus]:
+    """The corpora of `path`; the arguments are those of `ReplicaStream`."""
+    if not isinstance(path, str | Path | Mapping):
+        return path
+    return open_corpora(
+        path if isinstance(path, Mapping) else {str(path): 1.0},
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        tokenizer_path=tokenizer_path,
+        splits=[split],
+        cache=cache.root if isinstance(cache, ShardCache) else cache,
+    )
 
 
 def _check_batch_sizes(global_batch: int, micro_batch: int, num_replicas: int) -> None:

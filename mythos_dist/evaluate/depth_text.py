@@ -1,9 +1,10 @@
 """How many loops each token of a text needs: what every loop would predict, and when a criterion would stop.
 
-One pass reads out every loop as if it were the last (`Loops.readouts`). Criteria, all after loop t >= 2 but `halting`,
-which may stop after the first: `latent`, ||h_t - h_(t-1)|| / ||h_t|| below the threshold; `kl`, the divergence
-KL(p_t || p_(t-1)) of the predictions of two loops below it, in nats (Huginn, Geiping et al. 2025); `halting`, the
-cumulative weight of the loops at least the threshold, for the modes of `act.mode` that have weights.
+One pass reads out every loop as if it were the last (`Loops.readouts`). The criteria:
+
+latent: ||h_t - h_(t-1)|| / ||h_t|| is below the threshold, from the second loop on.
+kl: KL(p_t || p_(t-1)) of the predictions, in nats, is below it, from the second loop on (Huginn, Geiping et al. 2025).
+halting: the cumulative weight of the loops reaches it, from the first loop on; for the `act.mode`s that have weights.
 """
 
 # T loops, S tokens, V vocabulary, K predictions shown.

@@ -149,10 +149,6 @@ class KVCache:
             if key != source:
                 self._reserve(key, self._buffers[source][:1, :1], position + 1)[row, position] = entry
 
-    def elements_per_token(self) -> dict[str, int]:
-        """The elements that each layer and loop caches per token."""
-        return {key: buffer[0, 0].numel() for key, buffer in self._buffers.items()}
-
     def _selected(self, buffer: Tensor) -> Tensor:
         """The rows of this cache in a buffer: a view, or a copy where they do not follow each other."""
         if isinstance(self._rows, range) and len(self._rows) < len(buffer):

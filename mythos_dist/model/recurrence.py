@@ -44,7 +44,8 @@ from mythos_dist.parallel.pipeline import loops_with_grad
 from mythos_dist.parallel.ranges import named_range
 from mythos_dist.parallel.tensor import replicated
 
-GroupOutputs = tuple[Activations, list[Tensor], list[Readout]]  # after it; counts (L * E,) and readouts of its loops
+# The activations after a group; the counts (L * E,) of each of its loops; the readouts of its loops.
+GroupOutputs = tuple[Activations, list[Tensor], list[Readout]]
 
 
 class LoopInputs(NamedTuple):
@@ -225,8 +226,8 @@ class Recurrent(nn.Module):
     def advance(self, activations: Activations, inputs: LoopInputs, loops: Loops, context: PassContext) -> Activations:
         """Run one more loop of a pass that may end after any loop, as in decoding; without gradient.
 
-        loops: of `next_loop`, which holds the index of this loop."""
-        t = loops.no_grad_loops
+        loops: of `next_loop`, which stores the index of this loop as `no_grad_loops`."""
+        t = loops.no_grad_loops  # the index of this loop: see `next_loop`
         if self.config.loop_signal:
             inputs = inputs._replace(signals={t: loop_signal(loops.own_index(t), self.config.dim, activations.h)})
         return self._run_group(range(t, t + 1), loops, activations, inputs, context)[0]
@@ -344,6 +345,7 @@ class Recurrent(nn.Module):
 
         kv: of the loops before. Returns also the routers' statistics, and the keys and values that later loops share.
         """
+        # computes: True if all sequences compute keys and values in this loop, False if none does; (B,): those that do.
         L, computes = self.config.loop_layers, loops.computes_kv(t, self.config.kv_loops)
         shared: list[SharedKV | None] = [None] * L
         if computes is not True:

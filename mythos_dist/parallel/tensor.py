@@ -178,7 +178,7 @@ class Embedding(nn.Module):
     def _loss(self, x: Tensor, labels: Tensor, weights: Tensor | None, readouts: int, teacher: float) -> "HeadLoss":
         if weights is None:
             weights = torch.ones_like(labels, dtype=torch.float32)
-        # In pieces each rank's part of a sequence is gathered chunk by chunk.
+        # With chunk_tokens, _HeadLoss gathers each rank's part of a sequence one chunk at a time.
         gathers_chunks = self.mesh.sequence and self.chunk_tokens > 0
         if not gathers_chunks:
             x = enter_tensor_parallel(x, self.mesh)

@@ -71,7 +71,7 @@ class Service:
         return await self._in_encoder(self._completion_prompts, body)
 
     async def chat_prompt(self, body: ChatBody) -> list[int]:
-        """Token ids of the conversation, up to the begin of an answer. Raises ApiError."""
+        """Token ids of the conversation, up to the beginning of an answer. Raises ApiError."""
         return await self._in_encoder(self._chat_prompt, body)
 
     async def decode(self, tokens: Sequence[int]) -> str:
@@ -85,7 +85,7 @@ class Service:
         prompts = []
         for prompt in body.prompt:
             tokens = self.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
-            tokens = tokens or [self.tokenizer.eos_id]  # the begin of a document follows the end of another
+            tokens = tokens or [self.tokenizer.eos_id]  # a document begins after the end of another
             if len(tokens) + body.max_tokens > self.max_seq_len:
                 raise context_exceeded(len(tokens), body.max_tokens, self.max_seq_len, "prompt")
             prompts.append(tokens)

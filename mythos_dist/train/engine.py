@@ -306,9 +306,10 @@ class Engine:
         copy_masters_to_parameters(self.ds_engine.optimizer)
 
     def _label_counts(self, passes: list[PassInputs], readouts: int) -> Tensor | None:
-        """The labels (R,) of a pass by readout, averaged over the passes of all replicas; None: all have B * S.
+        """(R,) fp32: the mean number of labels of a pass, by readout, over the passes of all replicas. None: every pass
+        has B * S labels.
 
-        Each loss is divided by it, so that a step's loss is the mean over the labels of the global batch, however
+        Each loss is a sum divided by it, so that a step's loss is the mean over the labels of the global batch, however
         unequally they are spread over micro-batches and replicas. Only stored targets and loss masks leave labels out
         (`IGNORED`).
         """

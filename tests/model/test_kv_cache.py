@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.kv_cache import elements_per_token
 from helpers.selection import first_is_quick
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def test_latents_are_attended_to_without_expanding_the_cache(qk_norm, tiny, enli
 def entries_of_loops(model: Mythos, mode: str) -> list[str]:
     cache = KVCache(mode=mode)
     model(random_ids(1, 5), LOOPS, cache=cache)
-    return [key for key in cache.elements_per_token() if key.startswith("recurrent")]
+    return [key for key in elements_per_token(cache) if key.startswith("recurrent")]
 
 
 @torch.no_grad()
@@ -159,7 +160,7 @@ def test_an_unknown_mode_is_refused(mode):
 def test_the_cache_has_the_bytes_of_the_closed_formula(mode, model):
     cache = KVCache(mode=mode)
     model(random_ids(1, 5), LOOPS, cache=cache)
-    held = cache.elements_per_token()
+    held = elements_per_token(cache)
     assert set(held.values()) == {attention_sizes(model.config).cached}
     assert 4 * sum(held.values()) == cache_bytes_per_token(model.config, LOOPS, mode, element_bytes=4)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kv_cache import elements_per_token
 from helpers.selection import examples, first_is_quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,7 +214,7 @@ def test_cached_equals_uncached(data, tiny, enliven):
     if model.config.initial_state != "random":  # drawn for a chunk from its first token on
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     groups = -(-n_loops // {"all": 1, "first": 6, "every:2": 2, "every:3": 3}[sharing])
-    held = cache.elements_per_token()
+    held = elements_per_token(cache)
     assert len([key for key in held if key.startswith("recurrent")]) == groups
     assert cache_bytes_per_token(model.config, n_loops, cache_mode, 4) == 4 * sum(held.values())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kv_cache import elements_per_token
 from torch import Tensor
 
 from mythos_dist.config.schema import ActConfig, ExpertsConfig, MythosConfig
@@ -73,7 +74,7 @@ def test_each_layer_has_its_own_keys_and_cache_entries(sharing, attention, enliv
         cache = KVCache()
         parts = [model(part, 4, cache=cache) for part in ids.split([4, 1, 5], dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
-    elements = sum(cache.elements_per_token().values())
+    elements = sum(elements_per_token(cache).values())
     assert elements == cache_bytes_per_token(config, 4, element_bytes=1)
 
 

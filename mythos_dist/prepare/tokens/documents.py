@@ -67,7 +67,7 @@ class _SpanReader:
     def __init__(self, rows: Rows, by_rows: bool, eos_id: int, vocab_size: int, begins_document: bool):
         self._rows, self._by_rows, self._eos_id, self._vocab_size = rows, by_rows, eos_id, vocab_size
         self._skipping = not begins_document  # up to the end of a document of the span before
-        self._rest = np.empty(0, np.uint32)  # the begin of a document that continues in the next block
+        self._rest = np.empty(0, np.uint32)  # the beginning of a document that continues in the next block
         self._is_long = False  # a part of that document has been returned
 
     @property
