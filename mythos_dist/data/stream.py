@@ -126,7 +126,7 @@ class ReplicaStream:
 
     def steps(self, start: int) -> Iterator[list[MicroBatch]]:
         """`step(start)`, `step(start + 1)`, … without end, as `read` reads them. For tests and benchmarks: training
-        passes to `read` the batches that rollbacks leave."""
+        gives `read` the batches that are left after rollbacks."""
         return self.read(self._positions(step) for step in itertools.count(start))
 
     def read(self, batches: Iterable[np.ndarray]) -> Iterator[list[MicroBatch]]:
