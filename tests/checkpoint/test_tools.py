@@ -249,6 +249,7 @@ def large(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.mark.launch
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_model(large, tmp_path):
     """Rewriting 1.2 GB, exporting 400 MB, and averaging 400 MB twice take a few blocks more than the imports alone."""
     script = str(REPOSITORY / "tools" / "{}.py")

@@ -147,22 +147,38 @@ def one_case(case: Case) -> dict:
 
 
 def several_ranks(arguments: dict) -> list[dict]:
-    """Every case at every layout through `Experts`, on this rank of a gloo group."""
+    """`each_rank` on all ranks, which are forked from this process: imports and the interpreter's first use of each
+    kernel take it seconds."""
+    import mythos_dist.model.experts
+    import mythos_dist.parallel.mesh  # noqa: F401
+
+    one_case(Case())
+    torch.multiprocessing.start_processes(each_rank, (arguments,), nprocs=arguments["world"], start_method="fork")
+    return [
+        one
+        for rank in range(arguments["world"])
+        for one in json.loads(Path(f"{arguments['file']}.{rank}").read_text())
+    ]
+
+
+def each_rank(rank: int, arguments: dict) -> None:
+    """Every case at every layout through `Experts`, on this rank of a gloo group; the results go to a file."""
     from mythos_dist.config.schema import ParallelConfig
     from mythos_dist.parallel.mesh import build_mesh
 
+    os.environ["RANK"] = str(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{arguments['file']}", rank=int(os.environ["RANK"]), world_size=arguments["world"]
+        "gloo", init_method=f"file://{arguments['file']}", rank=rank, world_size=arguments["world"]
     )
     results = []
     for layout in arguments["layouts"]:
         mesh = build_mesh(ParallelConfig(**layout))
         results += [
-            {"layout": layout, "case": settings, "rank": dist.get_rank(), **on_this_rank(Case(**settings), mesh)}
+            {"layout": layout, "case": settings, "rank": rank, **on_this_rank(Case(**settings), mesh)}
             for settings in arguments["cases"]
         ]
     dist.destroy_process_group()
-    return results
+    Path(f"{arguments['file']}.{rank}").write_text(json.dumps(results))
 
 
 def on_this_rank(case: Case, mesh: Any) -> dict:

@@ -275,6 +275,7 @@ def resident(key: str) -> float:
 
 
 @pytest.mark.launch
+@pytest.mark.long  # a dry run has the same memory, and is held to real ranks
 def test_four_ranks_need_a_third_of_the_memory_of_one():
     """Above weights and optimizer, at most 0.35 of the bytes for the same 16,384 tokens; a quarter is the ideal."""
     ((alone, loss),) = run_ranks(1, peak_of_a_step, 1, 16384)

@@ -39,7 +39,7 @@ NAMES = [
     *RECIPES,
     "300m",
 ]
-SHORT = ("10b", "3b", "300m")  # on several nodes, one node and one GPU
+SHORT = ("3b", "300m")  # on one node, and one GPU
 
 EACH = pytest.mark.parametrize(
     "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
