@@ -18,6 +18,7 @@ from experiments.trials import (
     check_counts,
     check_names,
     check_sample,
+    kept_result,
     mean_and_stdev,
     run_all,
     steps_for,
@@ -169,9 +170,9 @@ def _compare(
     trials = [trial(switch, seed, f"train.steps={steps[switch]}") for switch, seed in cases]
 
     def measure(one: Trial) -> tuple[dict[str, float], str]:
-        by_loops = data.measure(one.run_dir)
+        by_loops = kept_result(one, lambda: data.measure(one.run_dir))
         values = "  ".join(f"{n}: {value:.3f}" for n, value in by_loops.items())
-        return {str(n): value for n, value in by_loops.items()}, f"{one.run_dir} ({data.unit} by loops)  {values}"
+        return by_loops, f"{one.run_dir} ({data.unit} by loops)  {values}"
 
     results = dict(zip(cases, run_all(trials, measure, jobs), strict=True))
     by_switch = {

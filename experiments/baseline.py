@@ -22,6 +22,7 @@ from experiments.trials import (
     check_names,
     check_rates,
     check_sample,
+    kept_result,
     mean_and_stdev,
     run_at_best_rates,
     run_cases,
@@ -182,7 +183,7 @@ class _Comparison:
 
     def _run(self, cases: Sequence[RatedCase]) -> dict[RatedCase, Values]:
         def measure(case: RatedCase, trial: Trial) -> tuple[Values, str]:
-            values = self.data.measure(case[0], trial.run_dir)
+            values = kept_result(trial, lambda: self.data.measure(case[0], trial.run_dir))
             shown = "  ".join(f"{name}: {values[name]:.3f}" for name in self.data.columns if name in values)
             return values, f"{trial.run_dir}  {shown}"
 

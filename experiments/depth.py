@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.depth_task import Targets, ensure_depth_task
-from experiments.trials import AS_OPEN_MYTHOS, Trial, check_counts, check_names, run_all
+from experiments.trials import AS_OPEN_MYTHOS, ByLoops, Trial, check_counts, check_names, kept_result, run_all
 from mythos_dist.train.plots import loops_axis, save_plot, share_axis
 from mythos_dist.units import count
 
@@ -58,9 +58,9 @@ def run_depth_study(
         ensure_depth_task(folder, hops=TRAINED_HOPS, sequences=100_000, targets=SETTINGS[name].targets)
     long = ensure_depth_task(out / "data" / f"s3-{LONG_HOPS}", hops=LONG_HOPS, sequences=1, heldout=1000)
 
-    def measure(trial: Trial) -> tuple[dict[int, dict[str, Any]], str]:
-        by_loops = measure_accuracy(trial.run_dir, long)
-        accuracy = "  ".join(f"{n}: {by_loops[n]['mean']:.0%}" for n in (8, 16, 32))
+    def measure(trial: Trial) -> tuple[ByLoops, str]:
+        by_loops = kept_result(trial, lambda: measure_accuracy(trial.run_dir, long))
+        accuracy = "  ".join(f"{n}: {by_loops[str(n)]['mean']:.0%}" for n in (8, 16, 32))
         return by_loops, f"{trial.run_dir}: accuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops by loops  {accuracy}"
 
     results = dict(zip(cases, run_all(trials, measure, jobs), strict=True))
@@ -75,9 +75,7 @@ def run_depth_study(
     print(f"{out / 'summary.json'}, {out / 'summary.png'}")
 
 
-def _summarize(
-    settings: Sequence[str], seeds: range, results: dict[tuple[str, int], dict[int, dict[str, Any]]]
-) -> dict[str, Any]:
+def _summarize(settings: Sequence[str], seeds: range, results: dict[tuple[str, int], ByLoops]) -> dict[str, Any]:
     """The content of summary.json."""
     summary: dict[str, Any] = {
         "task": "prefix products in S3, trained on 8 hops with at most 8 loops",
@@ -88,18 +86,18 @@ def _summarize(
         summary["settings"][name] = {
             **SETTINGS[name]._asdict(),
             "seeds": {str(seed): results[name, seed] for seed in seeds},
-            "mean": {str(n): statistics.mean(results[name, seed][n]["mean"] for seed in seeds) for n in LOOPS},
+            "mean": {str(n): statistics.mean(results[name, seed][str(n)]["mean"] for seed in seeds) for n in LOOPS},
         }
     return summary
 
 
-def measure_accuracy(run_dir: Path, shards: Path) -> dict[int, dict[str, Any]]:
+def measure_accuracy(run_dir: Path, shards: Path) -> ByLoops:
     """By number of loops: accuracy at each number of hops, and the mean over more hops than in training."""
     from mythos_dist.train.sweep import sweep
 
     by_position = sweep(run_dir, LOOPS, data=shards, samples=1000, batch=250).by_position
     return {
-        n: {
+        str(n): {
             "mean": statistics.mean(accuracy[TRAINED_HOPS + 1 : LONG_HOPS + 1]),
             "hops": {str(i): accuracy[i] for i in range(1, LONG_HOPS + 1)},
         }
@@ -112,7 +110,7 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
     with save_plot(file, 2, (12, 4.6)) as (left, right):
         for i, (name, result) in enumerate(summary["settings"].items()):
             for seed in result["seeds"].values():
-                left.plot(LOOPS, [seed[n]["mean"] for n in LOOPS], color=f"C{i}", alpha=0.3, linewidth=1)
+                left.plot(LOOPS, [seed[str(n)]["mean"] for n in LOOPS], color=f"C{i}", alpha=0.3, linewidth=1)
             left.plot(LOOPS, [result["mean"][str(n)] for n in LOOPS], color=f"C{i}", marker="o", label=name)
         left.axvline(MAX_TRAINED_LOOPS, color="grey", linestyle=":", label="most loops in training")
         loops_axis(left, LOOPS)
@@ -122,7 +120,7 @@ def draw(file: Path, summary: dict[str, Any]) -> None:
         name, result = next(iter(summary["settings"].items()))
         hops = range(1, LONG_HOPS + 1)
         for n in LOOPS:
-            seeds = [seed[n]["hops"] for seed in result["seeds"].values()]
+            seeds = [seed[str(n)]["hops"] for seed in result["seeds"].values()]
             right.plot(hops, [statistics.mean(one[str(i)] for one in seeds) for i in hops], label=str(n))
         right.axvline(TRAINED_HOPS, color="grey", linestyle=":")
         right.set_xlabel("hops")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.story_task import ensure_story_task, example_of
-from experiments.trials import Trial, check_counts, run_all
+from experiments.trials import ByLoops, Trial, check_counts, kept_result, run_all
 from mythos_dist.config.dump import dump_stages
 from mythos_dist.config.load import load_stages
 from mythos_dist.files import write_atomically
@@ -24,7 +24,6 @@ CHANCE = 1 / (PEOPLE - 1)  # anyone but the person that the question begins with
 CHANCE_BEYOND = 1 / (PEOPLE - 1 - TRAINED_HOPS)  # of more hops, if the people of all trained hops are known
 TRAINED, BEYOND = "accuracy_at_trained_hops", "accuracy_beyond_trained_hops"
 WORST = f"{BEYOND}_at_twice_the_loops"
-ByLoops = dict[str, dict[str, Any]]  # by number of loops: the accuracy by hops, and the means
 
 
 def run_hop_study(config: Path, out: Path, seeds: range, jobs: int | None, overrides: Sequence[str]) -> None:
@@ -40,7 +39,7 @@ def run_hop_study(config: Path, out: Path, seeds: range, jobs: int | None, overr
     print(f"a story, and a question of {LONG_HOPS} hops:\n{example_of(PEOPLE, LONG_HOPS)}\n")
 
     def measure(trial: Trial) -> tuple[ByLoops, str]:
-        by_loops = measure_hops(trial.run_dir, long)
+        by_loops = kept_result(trial, lambda: measure_hops(trial.run_dir, long))
         shown = "  ".join(f"{n}: {one[BEYOND]:.1%}" for n, one in by_loops.items())
         return by_loops, f"{trial.run_dir}: accuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops by loops  {shown}"
 

@@ -20,6 +20,7 @@ from experiments.trials import (
     Trial,
     check_counts,
     check_rates,
+    kept_result,
     mean_and_stdev,
     run_at_best_rates,
     run_cases,
@@ -104,7 +105,7 @@ class _Study:
 
         def measure(case: RatedCase, trial: Trial) -> tuple[Values, str]:
             row = case[0]
-            by_loops = measure_hops(trial.run_dir, self.long, ROWS[row].evaluated)
+            by_loops = kept_result(trial, lambda: measure_hops(trial.run_dir, self.long, ROWS[row].evaluated))
             trained, beyond = (accuracy(row, by_loops, kind) for kind in (TRAINED, BEYOND))
             return by_loops, f"{trial.run_dir}: up to {TRAINED_HOPS} hops {trained:.1%}, beyond {beyond:.1%}"
 

@@ -6,6 +6,7 @@ the same command resumes a study.
 
 import argparse
 import itertools
+import json
 import os
 import statistics
 import subprocess
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mythos_dist.config.arguments import add_overrides
+from mythos_dist.config.dump import dump_config
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
+from mythos_dist.files import write_atomically
 from mythos_dist.parallel.mesh import SINGLE
 from mythos_dist.parallel.pipeline import StageSpec
 from mythos_dist.progress import Bar, log
@@ -27,6 +30,7 @@ from mythos_dist.train.schedule import loops_at
 
 Result = TypeVar("Result")
 Case = TypeVar("Case")
+ByLoops = dict[str, dict[str, Any]]  # by number of loops: the accuracy by hops, and the means
 RatedCase = tuple[str, float, int]  # row, learning rate, seed
 
 # Overrides that give any config the loops of OpenMythos as shipped, except for their number.
@@ -151,6 +155,18 @@ def run_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def kept_result(trial: Trial, evaluate: Callable[[], Any]) -> Any:
+    """The result of `evaluate`, as JSON, which is kept beside the folder of the run: a study that is started again does
+    not evaluate finished runs again, unless their settings have changed."""
+    file = trial.run_dir.with_name(f"{trial.run_dir.name}.result.json")
+    settings = dump_config(trial.load())
+    if file.exists() and (kept := json.loads(file.read_text()))["settings"] == settings:
+        return kept["result"]
+    text = json.dumps({"settings": settings, "result": evaluate()})
+    write_atomically(file, text + "\n")
+    return json.loads(text)["result"]
 
 
 def run_cases(

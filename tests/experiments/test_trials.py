@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.baseline import DENSE, LOOPED, TaskComparison, TextComparison
-from experiments.trials import Trial, run_all, steps_for, training_flops
+from experiments.trials import Trial, kept_result, run_all, steps_for, training_flops
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError
@@ -54,6 +54,20 @@ def test_an_error_in_the_last_trial_is_reported_before_the_first_one_runs(tmp_pa
     with pytest.raises(UserError, match=r"loops\.mean"):
         run_all(trials, lambda trial: (None, ""))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_evaluated_once_unless_its_settings_change(tmp_path):
+    """Also by another process: the result is that of its file."""
+    evaluations = []
+
+    def result(lr: float) -> dict:
+        trial = Trial(TASK, tmp_path / "seed-0", ("data.path=x", f"optim.lr={lr}"))
+        return kept_result(trial, lambda: evaluations.append(lr) or {"loss": 2.5, "by_loops": {4: [lr]}})
+
+    assert [result(lr) for lr in (1e-3, 1e-3, 2e-3)] == [
+        {"loss": 2.5, "by_loops": {"4": [lr]}} for lr in (1e-3, 1e-3, 2e-3)
+    ]
+    assert evaluations == [1e-3, 2e-3]
 
 
 def tool(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
