@@ -155,9 +155,7 @@ def several_ranks(arguments: dict) -> list[dict]:
     one_case(Case())
     torch.multiprocessing.start_processes(each_rank, (arguments,), nprocs=arguments["world"], start_method="fork")
     return [
-        one
-        for rank in range(arguments["world"])
-        for one in json.loads(Path(f"{arguments['file']}.{rank}").read_text())
+        one for rank in range(arguments["world"]) for one in json.loads(Path(f"{arguments['file']}.{rank}").read_text())
     ]
 
 
@@ -167,9 +165,7 @@ def each_rank(rank: int, arguments: dict) -> None:
     from mythos_dist.parallel.mesh import build_mesh
 
     os.environ["RANK"] = str(rank)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{arguments['file']}", rank=rank, world_size=arguments["world"]
-    )
+    dist.init_process_group("gloo", init_method=f"file://{arguments['file']}", rank=rank, world_size=arguments["world"])
     results = []
     for layout in arguments["layouts"]:
         mesh = build_mesh(ParallelConfig(**layout))
