@@ -24,7 +24,6 @@ from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import PassContext
 from mythos_dist.model.decode import enter, logits_of
 from mythos_dist.model.kv_cache import KVCache, looped_layer
-from mythos_dist.model.loops import next_loop
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.recurrence import LoopInputs
 
@@ -76,7 +75,7 @@ class DepthBatch:
         inputs = self._inputs._replace(injected=state.pop("injected"))
         before = Activations(**state, aux_loss=self._aux_loss)
         context = self._context_of(range(B))
-        after = self._model.recurrent.advance(before, inputs, next_loop(index), context)
+        after = self._model.recurrent.advance(before, inputs, index, context)
         final = self._model.recurrent.act.final(before, after)
         exits = self._exits(before, after, final)
         self._state.update({name: getattr(after, name) for name in state})

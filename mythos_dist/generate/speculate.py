@@ -24,7 +24,6 @@ from mythos_dist.model.activations import UNSET, Activations
 from mythos_dist.model.attention import PassContext
 from mythos_dist.model.decode import enter, logits_of, prefill
 from mythos_dist.model.kv_cache import KVCache
-from mythos_dist.model.loops import next_loop
 from mythos_dist.model.mythos import Mythos
 
 
@@ -138,7 +137,7 @@ def _run_loops(
     before, inputs = activations, model.recurrent.inputs(activations.e)
     for t in loops:
         before = activations
-        activations = model.recurrent.advance(before, inputs, next_loop(t), context)
+        activations = model.recurrent.advance(before, inputs, t, context)
     return activations, model.recurrent.act.final(before, activations)
 
 

@@ -67,16 +67,16 @@ class Loops(NamedTuple):
         return where_active(active, weight, 0.0).expand_as(like)
 
 
-def next_loop(index: int | Tensor) -> Loops:
-    """`Loops` for `Recurrent.advance`: one loop of a pass that may end after any loop.
+def open_pass(index: int | Tensor) -> tuple[int, Loops]:
+    """A loop t and `Loops` for one loop of a pass that may end after any loop.
 
-    index: of the loop, or (B,) of each sequence's own. It is stored as `no_grad_loops`, and sequences' own as depths
-    that count from a last loop that is never reached: so what depends on the loop index works as in training.
+    index: of the loop, or (B,) of each sequence's own: these become depths below a last loop that is never reached, so
+    what depends on the loop index works as in training.
     """
     if isinstance(index, int):
-        return Loops(_OPEN, no_grad_loops=index)
+        return index, Loops(_OPEN)
     # At t = 1 the own index is 1 - n_loops + depths. Not at t = 0, the first loop of all sequences in training.
-    return Loops(_OPEN, no_grad_loops=1, depths=index + _OPEN - 1)
+    return 1, Loops(_OPEN, depths=index + _OPEN - 1)
 
 
 _OPEN = MAX_LOOPS + 1  # loops of a pass without a last loop

@@ -35,7 +35,7 @@ from mythos_dist.model.halting import build_halting
 from mythos_dist.model.injection import build_injection
 from mythos_dist.model.kv_cache import CacheKey, looped_layer
 from mythos_dist.model.loop_recorder import LoopRecorder
-from mythos_dist.model.loops import Loops, loop_signal, loop_signals, where_active
+from mythos_dist.model.loops import Loops, loop_signal, loop_signals, open_pass, where_active
 from mythos_dist.model.norm import Norm, rms_normalize
 from mythos_dist.model.recompute import OffloadedStates, Recompute, checkpoint_if
 from mythos_dist.model.shared_kv import SharedKV, join_kv, kv_by_layer, shared_kv_shape
@@ -223,11 +223,13 @@ class Recurrent(nn.Module):
         decay, scale, injected = self.injection(e)
         return LoopInputs(decay, scale, injected, {})
 
-    def advance(self, activations: Activations, inputs: LoopInputs, loops: Loops, context: PassContext) -> Activations:
+    def advance(
+        self, activations: Activations, inputs: LoopInputs, index: int | Tensor, context: PassContext
+    ) -> Activations:
         """Run one more loop of a pass that may end after any loop, as in decoding; without gradient.
 
-        loops: of `next_loop`, which stores the index of this loop as `no_grad_loops`."""
-        t = loops.no_grad_loops  # the index of this loop: see `next_loop`
+        index: of the loop, or (B,) of each sequence's own."""
+        t, loops = open_pass(index)
         if self.config.loop_signal:
             inputs = inputs._replace(signals={t: loop_signal(loops.own_index(t), self.config.dim, activations.h)})
         return self._run_group(range(t, t + 1), loops, activations, inputs, context)[0]
