@@ -338,7 +338,7 @@ class Section:
 
     @classmethod
     def from_checked_values(cls, **values: Any) -> Self:
-        """A section that is not checked again: `load_config` reports contradictions of all sections together."""
+        """A section that is not checked again: `load_config` reports the problems of all sections together."""
         one = object.__new__(cls)
         for each in fields(cls):  # type: ignore[arg-type]  # every section is a dataclass
             object.__setattr__(one, each.name, values.get(each.name, each.default))
@@ -360,7 +360,8 @@ class Section:
                 object.__setattr__(self, key, _as_tuples(value))
 
     def contradictions(self) -> list[str]:
-        """Broken rules between settings of this section, a line each."""
+        """Broken rules between settings of this section, a line each. In a section inside another one each line begins
+        with `section`, such as run.profile: `load_config` removes and adds that."""
         return []
 
 

@@ -351,7 +351,7 @@ def _read(kind: Kind, node: Node) -> tuple[Any, list[str]]:
 
 
 def _read_section(section: type[Section], node: dict[str, Node]) -> tuple[Any, list[str]]:
-    """As `_read`, of a setting that has settings of its own; rules between them are in rules.py."""
+    """As `_read`, of a setting that has settings of its own. Rules between those and others are in rules.py."""
     kinds, accepted, wrong = kinds_of(section), {}, []
     for key, each in node.items():
         if key not in kinds:
@@ -363,7 +363,10 @@ def _read_section(section: type[Section], node: dict[str, Node]) -> tuple[Any, l
         wrong += [f".{key}{problem}" for problem in problems]
     if missing := section.required() - node.keys():
         wrong.append(f": {', '.join(sorted(missing))} must be set, as in {section.example}")
-    return (None, wrong) if wrong else (section.from_checked_values(**accepted), [])
+    if wrong:
+        return None, wrong
+    value = section.from_checked_values(**accepted)
+    return value, [problem.removeprefix(section.section) for problem in value.contradictions()]
 
 
 def _shown(node: Node) -> str:

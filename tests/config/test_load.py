@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from mythos_dist.config.compare import differences
 from mythos_dist.config.dump import dump_config
-from mythos_dist.config.load import config_from, load_config
+from mythos_dist.config.fields import kinds_of
+from mythos_dist.config.load import SECTIONS, config_from, load_config
 from mythos_dist.config.rules import model_problems, problems
-from mythos_dist.config.schema import Config, MythosConfig
+from mythos_dist.config.schema import Config, MythosConfig, ProfileConfig
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
 
@@ -260,6 +261,31 @@ def test_every_problem_is_reported_in_one_message(write):
     ):
         assert sum(name in problem for problem in problems) == 1, name
     assert len(problems) == 7
+
+
+@pytest.mark.parametrize("profile", ["{steps: [12, 10]}", "{steps: [1, 51]}", "{steps: [1, 2], ranks: []}"])
+def test_rules_of_a_profile_are_those_of_its_constructor(profile, write):
+    """From a file and from the command line, together with the problems of other settings."""
+    with pytest.raises(UserError) as raised:
+        ProfileConfig(**yaml.safe_load(profile))
+    (problem,) = raised.value.problems
+    assert problem.startswith("run.profile.")
+    assert refused(write(f"run: {{profile: {profile}}}")) == [problem]
+    assert refused(write("run: {profile: null}"), f"run.profile={profile}") == [problem]
+    assert refused(write(f"run: {{profile: {profile}}}\ntrain: {{steps: 0}}")) == [
+        "train.steps=0 must be at least 1",
+        problem,
+    ]
+
+
+def test_rules_of_every_section_inside_a_section_are_checked(monkeypatch, write):
+    inner = {(name, key): kind for name, cls in SECTIONS.items() for key, kind in kinds_of(cls).items() if kind.section}
+    assert {("model", "rope_scaling"), ("run", "profile")} <= set(inner)
+    for (name, key), kind in inner.items():
+        problem = f"{name}.{key}.one: contradicts another"
+        assert kind.section and kind.section.section == f"{name}.{key}"
+        monkeypatch.setattr(kind.section, "contradictions", lambda self, problem=problem: [problem])
+        assert refused(write(f"{name}: {{{key}: {kind.section.example}}}")) == [problem]
 
 
 def test_the_message_names_the_file_and_counts(write):
