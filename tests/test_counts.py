@@ -35,7 +35,7 @@ def test_messages_about_one_thing_are_in_the_singular(tmp_path):
         even_allocation(1, 2)
     texts.append(str(error.value))
     with pytest.raises(UserError) as error:
-        check_allocation(replace(config, parallel=replace(parallel, tensor=2)), even_allocation(1, 1), "hostfile")
+        check_allocation([replace(config, parallel=replace(parallel, tensor=2))], even_allocation(1, 1), "hostfile")
     texts.append(str(error.value))
     for text in texts:
         assert not re.search(rf"\b1 ({PLURALS.replace(' ', '|')})\b", text), text

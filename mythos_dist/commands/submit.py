@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mythos_dist.config.arguments import add_config, parse_arguments
-from mythos_dist.config.load import load_config
+from mythos_dist.config.load import load_stages
 from mythos_dist.errors import UserError, run_command
 from mythos_dist.files import real_path
 from mythos_dist.ops.cluster.allocation import check_allocation, even_allocation
@@ -48,11 +48,11 @@ def main(script: Path = SCRIPT) -> None:
     arguments = parse_arguments(build_parser())
     ranks_per_node = arguments.ranks_per_node or arguments.gpus_per_node or 1
     check_counts(arguments)
-    config = load_config(arguments.config, arguments.overrides)
+    stages = load_stages(arguments.config, arguments.overrides)
     allocation = even_allocation(arguments.nodes * ranks_per_node, arguments.nodes, arguments.gpus_per_node)
-    for note in check_allocation(config, allocation, arguments.config):
+    for note in check_allocation(stages, allocation, arguments.config):
         print(f"note: {note}", file=sys.stderr)
-    command = sbatch_command(arguments, ranks_per_node, real_path(Path(config.run.dir)).name, script)
+    command = sbatch_command(arguments, ranks_per_node, real_path(Path(stages[0].run.dir)).name, script)
     variables = job_variables(script)
     print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
     sys.stdout.flush()

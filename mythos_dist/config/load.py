@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 from mythos_dist.config.fields import Kind, Section, kinds_of, show, value_problems
 from mythos_dist.config.rules import problems
 from mythos_dist.config.schema import BY_MODE, Config
-from mythos_dist.config.stages import read_stages, stage_problems
+from mythos_dist.config.stages import lines_by_stage, read_stages, stage_problems
 from mythos_dist.config.tree import NULLS, Node, Scalar, parse_yaml, read_yaml, show_node
 from mythos_dist.config.variants import VARIANTS
 from mythos_dist.errors import UserError
@@ -88,19 +88,16 @@ def _load_each_stage(
 ) -> tuple[list[Config], list[str]]:
     """The configs of all stages, and notes. A problem that every stage has is reported once."""
     stages, notes = [], []
-    problems: dict[str, list[str]] = {}  # the stages that have it
-    entries = list(read_stages(node, command_line.sections, messages))
-    for name, settings in entries:
+    problems: list[tuple[str, list[str]]] = []
+    for name, settings in read_stages(node, command_line.sections, messages):
         mine: list[str] = []
         origins = (f"stage {name}", _COMMAND_LINE, f"the position of stage {name}")
         own = [_Source(origin, each) for origin, each in zip(origins, settings, strict=True)]
         values, more = _merge([*sources, *own], mine)
         stages.append(_build(values, mine))
         notes += [note for note in more if note not in notes]
-        for problem in mine:
-            problems.setdefault(problem, []).append(name)
-    for problem, names in problems.items():
-        messages.append(problem if len(names) == len(entries) > 1 else f"stage {', '.join(names)}: {problem}")
+        problems.append((name, mine))
+    messages += lines_by_stage(problems)
     if not messages:
         messages += stage_problems(stages)
     return stages, notes

@@ -12,7 +12,7 @@ Decisions: STAGES-3.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from operator import attrgetter
@@ -116,6 +116,18 @@ def stage_problems(configs: list[Config]) -> Iterator[str]:
             )
     if first and len(configs) > 1 and first.run.start_from_state == "everything":
         yield "start_from_state=everything does not work with `stages:`; set it to weights or weights+moments"
+
+
+def lines_by_stage(stages: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    """stages: (name, lines). A line that all of several stages have is yielded once, others with their stages' names;
+    without `stages:` the name is empty."""
+    names_by_line: dict[str, list[str]] = {}
+    for name, lines in stages:
+        for line in lines:
+            names_by_line.setdefault(line, []).append(name)
+    for line, names in names_by_line.items():
+        is_common = len(names) == len(stages) > 1 or not any(names)
+        yield line if is_common else f"stage {', '.join(names)}: {line}"
 
 
 def stage_entries(stages: list[Config]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mythos_dist.config.layout import layout_problems
-from mythos_dist.config.load import load_config
+from mythos_dist.config.load import load_config, load_stages
 from mythos_dist.config.schema import Config
 from mythos_dist.errors import UserError
 from mythos_dist.ops.cluster.allocation import (
@@ -103,7 +103,7 @@ def test_more_ranks_than_gpus_on_a_node_are_refused():
 
 def test_a_layout_that_does_not_fit_is_refused_with_the_nearest_numbers_of_nodes():
     with pytest.raises(UserError) as refused:
-        check_allocation(config("parallel.tensor=2"), Allocation(3, 4), TINY)
+        check_allocation([config("parallel.tensor=2")], Allocation(3, 4), TINY)
     assert (
         refused.value.problems[-1]
         == "3 nodes x 4 ranks = 12 ranks do not fit; set the number of nodes to one of [2, 4]"
@@ -114,12 +114,47 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_nearest_numbers_of_nodes
 def test_more_ranks_than_a_layout_can_use_are_refused_with_the_maximum():
     """tiny_cpu: 8 sequences per step in micro-batches of 1, so 8 replicas."""
     with pytest.raises(UserError, match=r"64 ranks do not fit, and this layout can use at most 16.*nodes to 2"):
-        check_allocation(config("parallel.pipe=2"), Allocation(8, 8), TINY)
+        check_allocation([config("parallel.pipe=2")], Allocation(8, 8), TINY)
 
 
 def test_a_layout_that_fits_on_no_number_of_nodes_is_refused():
     with pytest.raises(UserError, match="no number of nodes with 5 ranks each does"):
-        check_allocation(config("parallel.tensor=2"), Allocation(2, 5), TINY)
+        check_allocation([config("parallel.tensor=2")], Allocation(2, 5), TINY)
+
+
+def staged(tmp_path, *stages: str) -> list[Config]:
+    """The configs of stages a, b, ... with these layouts."""
+    entries = [f"{{name: {name}, steps: 2, {layout}}}" for name, layout in zip("abc", stages, strict=False)]
+    (tmp_path / "stages.yaml").write_text(f"base: {TINY}\nstages: [{', '.join(entries)}]\n")
+    return load_stages(tmp_path / "stages.yaml")
+
+
+def test_every_stage_is_checked_and_the_proposed_number_of_nodes_fits_all(tmp_path):
+    """Of pipe=2 x 8 replicas and tensor=4 x 8 replicas: 1 to 16 and 1 to 32 ranks."""
+    pipe, tensor = "parallel: {pipe: 2}", "parallel: {tensor: 4}"
+    for stages in ((pipe, tensor), (tensor, pipe)):
+        with pytest.raises(UserError) as refused:
+            check_allocation(staged(tmp_path, *stages), Allocation(1, 2), TINY)
+        problem, advice = refused.value.problems
+        assert problem.startswith(f"stage {'ab'[stages.index(tensor)]}: the number of ranks, 2, is not divisible by")
+        assert advice == "1 node x 2 ranks = 2 ranks do not fit; set the number of nodes to 2"
+    with pytest.raises(UserError) as refused:
+        check_allocation(staged(tmp_path, tensor, pipe), Allocation(32, 1), TINY)
+    assert refused.value.problems[-1] == (
+        "32 nodes x 1 rank = 32 ranks do not fit, and the layout of stage b can use at most 16 (parallel.pipe x "
+        "parallel.tensor x train.global_batch / train.micro_batch); set the number of nodes to 16"
+    )
+
+
+def test_a_problem_or_note_of_all_stages_is_reported_once(tmp_path):
+    pipe, tensor = "parallel: {pipe: 2}", "parallel: {tensor: 4}"
+    with pytest.raises(UserError) as refused:
+        check_allocation(staged(tmp_path, pipe, pipe), Allocation(3, 4), TINY)
+    assert len(refused.value.problems) == 2 and "stage" not in str(refused.value)
+    stages = staged(tmp_path, pipe, tensor)
+    idle, wide = check_allocation(stages, Allocation(2, 2, gpus_per_node=3), TINY)
+    assert idle == "3 GPUs per node, but 2 ranks: 1 GPU of each node stays idle"
+    assert wide.startswith("stage b: parallel.tensor=4 is more than the 2 ranks of a node")
 
 
 @settings(max_examples=examples(30))
@@ -142,7 +177,7 @@ def test_proposed_numbers_of_nodes_are_the_nearest_that_fit(nodes, ranks_per_nod
 
     assume(not fits(nodes))
     with pytest.raises(UserError) as refused:
-        check_allocation(one, Allocation(nodes, ranks_per_node), TINY)
+        check_allocation([one], Allocation(nodes, ranks_per_node), TINY)
     last = refused.value.problems[-1]
     proposed = {int(n) for n in last.partition("set the number of nodes to ")[2].strip("one f[]").split(", ") if n}
     working = [n for n in range(1, batch * tensor * pipe + 1) if fits(n)]
@@ -224,6 +259,16 @@ def test_the_command_prints_only_the_run_folder():
     done = run_allocation(TINY, "--ranks", "8", "run.dir=runs/x y", "--nodes", "4", "parallel.tensor=4")
     assert (done.returncode, done.stdout) == (0, "runs/x y\n")
     assert done.stderr.startswith("note: parallel.tensor=4")
+
+
+def test_the_command_refuses_a_later_stage_that_does_not_fit(tmp_path):
+    """The launch scripts run it before they start ranks."""
+    staged(tmp_path, "parallel: {tensor: 1}", "parallel: {tensor: 4}")
+    done = run_allocation(str(tmp_path / "stages.yaml"), "--ranks", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stage b: the number of ranks, 2, is not divisible by" in done.stderr
+    done = run_allocation(str(tmp_path / "stages.yaml"), "--ranks", "4", "run.dir=runs/x")
+    assert (done.returncode, done.stdout) == (0, "runs/x\n")
 
 
 def test_the_command_reports_errors_of_config_and_hostfile_together(tmp_path):

@@ -627,8 +627,8 @@ def test_each_start_of_a_job_has_a_new_secret(job):
 # submit.py
 
 
-def submit(*arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
-    command = [sys.executable, LAUNCH / "submit.py", TINY, *arguments]
+def submit(*arguments: str, config: str | Path = TINY, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess:
+    command = [sys.executable, LAUNCH / "submit.py", config, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=CLEAN | {"PATH": path})
 
 
@@ -684,3 +684,18 @@ def test_invalid_counts_are_refused_together(number):
 def test_scripts_are_executable():
     for name in ("deepspeed.sh", "slurm.sbatch", "install_gpu.sh"):
         assert os.access(LAUNCH / name, os.X_OK), name
+
+
+def test_stages_of_which_a_later_one_does_not_fit_are_not_submitted(tmp_path):
+    config = tmp_path / "stages.yaml"
+    config.write_text(
+        f"base: {TINY}\nstages: [{{name: a, steps: 2}}, {{name: b, steps: 2, parallel: {{tensor: 4}}}}]\n"
+    )
+    write_program(tmp_path / "sbatch", f"touch {tmp_path}/submitted")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = submit("--nodes", "2", config=config, path=path)
+    assert done.returncode == 2
+    assert "stage b: the number of ranks, 2, is not divisible by" in done.stderr
+    assert not (tmp_path / "submitted").exists()
+    assert submit("--nodes", "4", config=config, path=path).returncode == 0
+    assert (tmp_path / "submitted").exists()

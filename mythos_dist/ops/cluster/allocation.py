@@ -1,4 +1,4 @@
-"""The nodes of a run and the number of ranks on each, and whether the layout of a config fits on them.
+"""The nodes of a run and the number of ranks on each, and whether the layout of each stage of a config fits on them.
 
     python -m mythos_dist.ops.cluster.allocation CONFIG.yaml [section.key=value ...] --ranks N [--nodes M]
     python -m mythos_dist.ops.cluster.allocation CONFIG.yaml [section.key=value ...] --hostfile FILE
@@ -20,6 +20,7 @@ from mythos_dist.config.dump import dump_stages
 from mythos_dist.config.layout import divisors, layout_problems, nearest
 from mythos_dist.config.load import load_stages
 from mythos_dist.config.schema import Config
+from mythos_dist.config.stages import lines_by_stage
 from mythos_dist.errors import EXIT_USER_ERROR, UserError, run_command
 from mythos_dist.files import write_atomically
 from mythos_dist.ops.cluster.hostfile import MAX_COUNT, read_slots
@@ -73,40 +74,55 @@ def even_allocation(ranks: int, nodes: int, gpus_per_node: int | None = None) ->
     return Allocation(nodes, ranks // nodes, gpus_per_node)
 
 
-def check_allocation(config: Config, allocation: Allocation, source: str) -> list[str]:
-    """Notes about a layout that fits. Raises UserError, with all problems of `source`, if it does not fit."""
-    problems = layout_problems(config, allocation.ranks)
+def check_allocation(stages: Sequence[Config], allocation: Allocation, source: str) -> list[str]:
+    """Notes about layouts that fit. Raises UserError, with all problems of `source`, if that of a stage does not fit.
+
+    stages: as `load_stages` returns them.
+    """
+    problems = list(lines_by_stage([(one.run.stage, layout_problems(one, allocation.ranks)) for one in stages]))
     if problems:
-        raise UserError([*problems, _suggest_nodes(config, allocation)], source=source)
-    return layout_notes(config, allocation)
+        raise UserError([*problems, _suggest_nodes(stages, allocation)], source=source)
+    return list(lines_by_stage([(one.run.stage, layout_notes(one, allocation)) for one in stages]))
 
 
-def _suggest_nodes(config: Config, allocation: Allocation) -> str:
-    """The nearest numbers of nodes with which the layout would fit, as a sentence."""
+def _suggest_nodes(stages: Sequence[Config], allocation: Allocation) -> str:
+    """The nearest numbers of nodes with which the layouts of all stages would fit, as a sentence."""
     per_node = allocation.ranks_per_node
-    axes = ["pipe", "context", "tensor"] if config.parallel.context > 1 else ["pipe", "tensor"]
-    ranks_per_replica = math.prod(getattr(config.parallel, axis) for axis in axes)
-    # Of the smallest step; each replica needs at least one.
-    micro_batches = min(config.train.batch_sizes) // config.train.micro_batch
+    config = min(stages, key=lambda one: _ranks_per_replica(one) * _max_replicas(one))
+    max_ranks = _ranks_per_replica(config) * _max_replicas(config)
     ranks, verb = count(allocation.ranks, "rank"), "does" if allocation.ranks == 1 else "do"
     problem = f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {ranks} {verb} not fit"
-    if allocation.ranks > ranks_per_replica * micro_batches:
+    if allocation.ranks > max_ranks:
         problem += (
-            f", and this layout can use at most {ranks_per_replica * micro_batches} "
-            f"({' x '.join(f'parallel.{axis}' for axis in axes)} x "
+            f", and {f'the layout of stage {config.run.stage}' if config.run.stage else 'this layout'} can use at most "
+            f"{max_ranks} ({' x '.join(f'parallel.{axis}' for axis in _replica_axes(config))} x "
             f"{'the first batch of train.batch_ramp' if config.train.batch_ramp else 'train.global_batch'} / "
             "train.micro_batch)"
         )
     fitting_nodes = []
-    for replicas in divisors(micro_batches):
-        ranks = ranks_per_replica * replicas
-        if ranks % per_node == 0 and not layout_problems(config, ranks):
+    for replicas in divisors(_max_replicas(config)):
+        ranks = _ranks_per_replica(config) * replicas
+        if ranks % per_node == 0 and not any(layout_problems(one, ranks) for one in stages):
             fitting_nodes.append(ranks // per_node)
     choices = nearest(allocation.nodes, fitting_nodes)
     if not choices:
         ranks_each = count(per_node, "rank")
         return f"{problem}; no number of nodes with {ranks_each} each does: change the ranks per node, or the layout"
     return f"{problem}; set the number of nodes to {choices[0] if len(choices) == 1 else f'one of {choices}'}"
+
+
+def _max_replicas(config: Config) -> int:
+    """Micro-batches of the smallest step: each replica needs at least one."""
+    return min(config.train.batch_sizes) // config.train.micro_batch
+
+
+def _ranks_per_replica(config: Config) -> int:
+    return math.prod(getattr(config.parallel, axis) for axis in _replica_axes(config))
+
+
+def _replica_axes(config: Config) -> list[str]:
+    """The axes of a replica's ranks."""
+    return ["pipe", "context", "tensor"] if config.parallel.context > 1 else ["pipe", "tensor"]
 
 
 def layout_notes(config: Config, allocation: Allocation) -> list[str]:
@@ -196,7 +212,6 @@ def main() -> None:
     arguments = allocation_arguments()
     errors: list[UserError] = []
     stages = _collect_error(errors, lambda: load_stages(arguments.config, arguments.overrides))
-    config = stages[0] if stages else None
     if stages and arguments.finished:
         sys.exit(0 if is_finished(stages[-1]) else 1)
     if stages and arguments.write:
@@ -208,18 +223,18 @@ def main() -> None:
     elif arguments.ranks is not None:
         gpus = arguments.gpus_per_node
         allocation = _collect_error(errors, lambda: even_allocation(arguments.ranks, arguments.nodes, gpus))
-    if config and allocation:
-        notes = _collect_error(errors, lambda: check_allocation(config, allocation, arguments.config))
+    if stages and allocation:
+        notes = _collect_error(errors, lambda: check_allocation(stages, allocation, arguments.config))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    if errors or not config:
+    if errors or not stages:
         sys.exit(EXIT_USER_ERROR)
     if allocation and arguments.hosts:
         print("\n".join(f"{host} slots={allocation.ranks_per_node}" for host in allocation.hosts))
         return
     for note in notes or []:
         print(f"note: {note}", file=sys.stderr)
-    print(config.run.dir)
+    print(stages[0].run.dir)
 
 
 def _collect_error(errors: list[UserError], function: Callable[[], T]) -> T | None:
