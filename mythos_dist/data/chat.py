@@ -107,23 +107,23 @@ class ChatRenderer:
         """
         self._check_contents(messages)
         pieces: list[TextSpan] = []
-        text = ""  # of `pieces`
-        for i, message in enumerate(messages):
+        text, answered = "", 0  # of `pieces`, and its number of messages
+        for number, message in enumerate(messages, 1):
             if message["role"] == "assistant":
-                prompt = self._render(messages[:i], add_generation_prompt=True)
-                rendered = _after(prompt, self._render(messages[: i + 1]), i + 1)
+                prompt = self._render(messages[: number - 1], add_generation_prompt=True)
+                rendered = _after(prompt, self._render(messages[:number]), number)
                 completion = self._until_end_of_turn(rendered, message["content"])
-                pieces += [TextSpan(_after(text, prompt, i), False), TextSpan(completion, True)]
-                text = prompt + completion
+                pieces += [TextSpan(_after(text, prompt, answered + 1), False), TextSpan(completion, True)]
+                text, answered = prompt + completion, number
         return pieces
 
     def prompt(self, messages: Sequence[Message]) -> list[TextSpan]:
         """What a model continues to answer the last of `messages`, in the pieces that it was trained on. ValueError."""
         self._check_contents(messages)
-        answered = max((i + 1 for i, one in enumerate(messages) if one["role"] == "assistant"), default=0)
+        answered = max((number for number, one in enumerate(messages, 1) if one["role"] == "assistant"), default=0)
         pieces = self.pieces(messages[:answered])
         text = "".join(piece.text for piece in pieces)
-        rest = _after(text, self._render(messages, add_generation_prompt=True), answered)
+        rest = _after(text, self._render(messages, add_generation_prompt=True), answered + 1)
         return [*pieces, TextSpan(rest, False)]
 
     def end_of_turn(self) -> str:
@@ -171,10 +171,11 @@ def encode(tokenizer: Tokenizer, pieces: Sequence[TextSpan]) -> tuple[np.ndarray
 
 
 def _after(before: str, text: str, number: int) -> str:
-    """The part of `text` after `before`."""
+    """The part of `text` after `before`, which ends where message `number` begins (from 1). ValueError if `text` begins
+    differently."""
     if not text.startswith(before):
         raise ValueError(
-            f"the template renders what precedes message {number + 1} differently once that follows, so a model would "
+            f"the template renders what precedes message {number} differently once that follows, so a model would "
             "not generate the conversation as it is; divide it into several, or use another template"
         )
     return text[len(before) :]

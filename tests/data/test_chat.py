@@ -194,8 +194,22 @@ def test_a_template_that_changes_earlier_messages_is_refused():
     renderer = ChatRenderer(ChatTemplate(template, {}), (END,))
     once = messages([("user", "a"), ("assistant", "<think>b</think>c")])
     assert renderer.pieces(once)[1].text == "<think>b</think>c<|end|>"
+    twice = [*once, *messages([("user", "d"), ("assistant", "e")])]
+    for refused in (lambda: renderer.pieces(twice), lambda: renderer.prompt(twice[:3])):
+        with pytest.raises(ValueError, match="renders what precedes message 3 differently once that follows"):
+            refused()
     with pytest.raises(ValueError, match="renders what precedes message 4 differently once that follows"):
-        renderer.pieces([*once, *messages([("user", "d"), ("assistant", "e")])])
+        renderer.pieces([*messages([("system", "f")]), *twice])
+
+
+def test_a_template_whose_prompt_is_no_part_of_the_answer_names_the_answer():
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    renderer = ChatRenderer(ChatTemplate(template, {}), (END,))
+    with pytest.raises(ValueError, match="renders what precedes message 2 differently once that follows"):
+        renderer.pieces(messages([("user", "a"), ("assistant", "b")]))
 
 
 @pytest.mark.parametrize("content", ["e", "end", "assistant", "", " \n", "start_header_id", "|", "a\n\nb "])
