@@ -91,6 +91,11 @@ def test_every_command_is_in_the_reference():
     assert sorted(name for group in api.GROUPS.values() for name in group) == mythos_dist.__all__
 
 
+def test_members_of_the_python_reference_exist():
+    listed = [(name, member) for name, members in api.MEMBERS.items() for member in members.split(", ")]
+    assert [one for one in listed if not hasattr(getattr(mythos_dist, one[0]), one[1])] == []
+
+
 def test_links_that_lead_nowhere_are_found(tmp_path):
     """Missing files, missing places on a page, what a page loads from a network, addresses without a host."""
     (tmp_path / "b.html").write_text('<p id="here">')
@@ -103,11 +108,14 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
 
 
 def test_links_of_the_repository_lead_to_pages_of_the_site():
-    """As on GitHub; files that are not pages are named."""
+    """As on GitHub; files that are not pages, and from which none is made, are named."""
     text = "[a](../DECISIONS.md) [b](docs.md#x) ![c](d.png) [e](../configs/1b.yaml) [f](https://a.org)\n```\n[g](h.md)\n```\n"
     assert pages.relinked(text, "docs/page.md", DOCS) == (
         "[a](reference/decisions.md) [b](docs.md#x) ![c](d.png) e (`configs/1b.yaml`) [f](https://a.org)\n```\n[g](h.md)\n```\n"
     )
+    for file, page in pages.MADE.items():
+        assert (DOCS.parent / file).is_file()
+        assert pages.relinked(f"[a](../{file})", "docs/page.md", DOCS) == f"[a](reference/{page})"
 
 
 def test_yaml_blocks_are_settings_and_python_blocks_are_python(tmp_path):

@@ -17,7 +17,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 MEMBERS = {
     "Mythos": "forward, generate, from_pretrained, load_open_mythos, update_router_bias",
     "KVCache": "lengths, tokens, select",
-    "DecodingEngine": "submit, step, run, cancel, context",
+    "DecodingEngine": "submit, step, run, cancel, max_seq_len",
     "Tokenizer": "load, encode, decode",
     "Estimate": "fits, stages, largest_stage, step_seconds, tokens_per_second, mfu, gpu_hours, communication",
 }

@@ -1,6 +1,6 @@
 """Pages of the site that are made when it is built, in docs/reference/ (ignored by git).
 
-settings.md, commands.md, python.md              made of the code
+settings.md, commands.md, python.md              made of the code; notebook.md of the notebook in examples/
 decisions.md, changelog.md, contributing.md, …   files of the repository, with links that lead to pages of the site
 """
 
@@ -21,6 +21,12 @@ COPIES = {  # file of the repository -> its page
     "benchmarks/README.md": "benchmarks.md",
     "tests/README.md": "tests.md",
     "tests/cluster/README.md": "tests_cluster.md",
+}
+MADE = {  # file of the repository -> the page that is made of it
+    "mythos_dist/config/schema.py": "settings.md",
+    "mythos_dist/commands/__init__.py": "commands.md",
+    "mythos_dist/__init__.py": "python.md",
+    "examples/train_and_sweep.ipynb": "notebook.md",
 }
 _LINK = re.compile(r"(?<!\!)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -46,8 +52,8 @@ def relinked(text: str, file: str, folder: Path) -> str:
         label, target, fragment = match[1], match[2], match[3] or ""
         linked = os.path.normpath(PurePosixPath(file).parent / target)
         page = DOCS / linked.removeprefix("docs/") if linked.startswith("docs/") else None
-        if linked in COPIES:
-            page = GENERATED / COPIES[linked]
+        if made := {**COPIES, **MADE}.get(linked):
+            page = GENERATED / made
         elif linked == "README.md":
             page = DOCS / "index.md"
         if page is None or page.suffix != ".md":

@@ -23,7 +23,7 @@ def deepspeed_config(config: Config, num_replicas: int, elements: int) -> dict[s
         "gradient_accumulation_steps": train.global_batch // (train.micro_batch * num_replicas),
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": reduce_bucket_size(elements)},
-        "zero_allow_untested_optimizer": True,  # we pass torch.optim.AdamW
+        "zero_allow_untested_optimizer": True,  # ours: train/optimizer.py: SkippableOptimizer
         # Otherwise tensor ranks would split the tensors sent between stages, and expect a tuple of tensors.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1 << 60,  # we log every step ourselves

@@ -1,4 +1,6 @@
-"""Rules between settings that are valid each by itself (schema.py). Those about loops and layouts are in layout.py.
+"""Rules between settings that are valid each by itself (schema.py).
+
+Those that depend on the number of ranks, and those whose remedies are tried before they are proposed, are in layout.py.
 
 Decisions: LOOPS-10.
 """

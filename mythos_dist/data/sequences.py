@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def num_sequences(manifest: ShardManifest, split: str, seq_len: int) -> int:
-    """Sequences in a split, for a length without `length_problems`."""
+    """Sequences of `seq_len` tokens in a split; `length_problems` accepts that length."""
     return manifest.splits[split].windows * manifest.window // _sequence_values(manifest, seq_len)
 
 
@@ -92,8 +92,8 @@ class SequenceReader:
         verify: bool = True,
         cache: ShardCache | str | Path | None = None,
     ):
-        """seq_len: without `length_problems`; corpora: that `open_corpora` found to fit each other. `verify` and
-        `cache` as in `WindowReader`."""
+        """seq_len: one that `length_problems` accepts. corpora: as `open_corpora` returns them. verify, cache: as in
+        `WindowReader`."""
         self._manifest, self._seq_len = corpora[0].manifest, seq_len
         self._window_size, self._size = self._manifest.window, _sequence_values(self._manifest, seq_len)  # values
         self.shard_sizes = [self._sequences_by_shard(corpus.shards[split]) for corpus in corpora]

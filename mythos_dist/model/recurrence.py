@@ -342,7 +342,7 @@ class Recurrent(nn.Module):
 
     def _apply_layers(
         self, x: Tensor, t: int, loops: Loops, kv: Tensor, context: PassContext
-    ) -> tuple[Tensor, LoopStats, Tensor]:
+    ) -> tuple[Tensor, LoopStats, Tensor | None]:
         """The layers one after the other in loop t, and the depth LoRA: x (B, S', D) -> the same shape.
 
         kv: of the loops before. Returns also the routers' statistics, and the keys and values that later loops share.

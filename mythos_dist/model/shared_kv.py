@@ -37,9 +37,12 @@ def kv_by_layer(kv: Tensor, layers: int) -> Sequence[Tensor]:
     return (kv,) if layers == 1 else kv.chunk(layers, dim=-1)
 
 
-def join_kv(parts: list[Tensor]) -> Tensor:
+def join_kv(parts: list[Tensor | None]) -> Tensor | None:
     """The inverse of `kv_by_layer`; None if the layers share nothing."""
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim=-1)
+    tensors = [part for part in parts if part is not None]
+    if len(tensors) < 2:
+        return tensors[0] if tensors else None
+    return torch.cat(tensors, dim=-1)
 
 
 def shared_kv_shape(config: MythosConfig, batch: int, seq_len: int, tensor: int) -> torch.Size | None:

@@ -1,1 +1,1 @@
-"""Reading files in object stores and on servers, by URL."""
+"""Files in object stores and on servers, by URL: read, and on s3:// and file:// also written."""

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """Every rank calls the same hooks in the same order, so a hook other than `check_config` may hold collectives."""
+    """Every rank calls the same hooks in the same order, so hooks may hold collectives, except `check_config` and
+    `end_run`."""
 
     def check_config(self) -> None:
         """Before anything is written. Raises UserError on any rank; no collectives."""

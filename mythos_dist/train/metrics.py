@@ -64,7 +64,8 @@ def batch_id(sample_ids: Sequence[int]) -> str:
 
 
 def peak_flops(config: Config) -> float:
-    """Peak FLOP/s of one rank: as set, from the GPU's name, or measured on a CPU, shared by the node's ranks."""
+    """Peak FLOP/s of one rank: as set; of a GPU dense bf16 by its name, nan if the name is unknown; of CPUs measured in
+    `train.dtype`, shared by the node's ranks."""
     if config.run.peak_tflops is not None:
         return config.run.peak_tflops * 1e12
     if torch.cuda.is_available():

@@ -5,6 +5,7 @@ Nothing here imports torch, or contacts ranks or SLURM.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -78,8 +79,10 @@ def read_run(folder: Path, name: str | None = None, progress: Progress = lambda 
     writer, heartbeat = read_local_writer(folder)
     completed = (folder / "COMPLETED").exists()
     since_life = time.time() - heartbeat
+    process_ended = is_running(writer) is False
+    # Never "hung": the page shows the step times itself.
     state, why = determine_state(
-        writer, None, completed, since_life, 0.0, 1.0, process_ended=is_running(writer) is False
+        writer, None, completed, since_life, idle=0.0, limit=math.inf, process_ended=process_ended
     )
     metrics = read_metrics(folder / "metrics.jsonl", progress)
     report = RunReport(folder, name or folder.resolve().name, state, why, metrics)
