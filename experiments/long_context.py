@@ -95,14 +95,14 @@ def _losses(checkpoint: Path, long: Config, scaled: bool) -> list[float]:
     """The held-out loss of a checkpoint by position, on sequences of the stage `long`."""
     from mythos_dist.checkpoint.restore import load_model
     from mythos_dist.model.mythos import Mythos
-    from mythos_dist.train.sweep import open_windows, read_windows
+    from mythos_dist.train.sweep import open_sequences, read_sequences
 
     trained, config, _ = load_model(checkpoint)
     shape = replace(long.model, rope_scaling=long.model.rope_scaling if scaled else None)
     model = Mythos(shape, act=config.act, experts=config.experts)
     model.load_state_dict(trained.state_dict())
-    stream, _ = open_windows(long, None, BATCH)
-    batches = list(read_windows(stream, min(SEQUENCES, stream.num_samples), BATCH))
+    stream, _ = open_sequences(long, None, BATCH)
+    batches = list(read_sequences(stream, min(SEQUENCES, stream.num_samples), BATCH))
     return losses_by_position(model.eval(), batches, config.loops.mean_of(shape))
 
 

@@ -45,7 +45,7 @@ check_plain() { # NAME VALUE
     [[ ! $2 =~ [^[:alnum:]_@%+=:,./-] && $2 != -* ]] || fail 2 "$1=$2: launchers pass it to shells on other hosts; \
 use only letters, digits and _@%+=:,./-"
 }
-is_done() { [[ -e $run_dir/COMPLETED ]] && run_allocation --finished; }
+is_completed() { [[ -e $run_dir/COMPLETED ]] && run_allocation --completed; }
 
 # --- Hosts
 
@@ -189,7 +189,7 @@ wait_for_launcher() { # exit_code
 # --- After a start
 
 decide_next() { # returns if the run is to be restarted
-    if is_done; then
+    if is_completed; then
         log "the run is done"
         exit 0
     fi
@@ -299,7 +299,7 @@ main() {
     overrides=("${@:3}")
     read_settings "$1" "$2"
     write_inputs
-    if is_done; then
+    if is_completed; then
         log "the run in $run_dir is already done"
         exit 0
     fi

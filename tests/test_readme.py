@@ -205,7 +205,7 @@ def test_the_commands_shown_run(tmp_path, monkeypatch):
         assert code == 0, (line, (out + err)[-6000:])
     assert (tmp_path / "runs" / "two-ranks" / "COMPLETED").exists()
     assert {"first", "second", "kept"} <= {path.name for path in (tmp_path / "runs").iterdir()}
-    for text in ("done: 2 steps", "every byte is as it was written", ": all good", "runs/first: finished"):
+    for text in ("done: 2 steps", "every byte is as it was written", ": all good", "runs/first: completed"):
         assert text in shown, shown
 
 

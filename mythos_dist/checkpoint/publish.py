@@ -184,7 +184,7 @@ def _why_of_other_run(path: Path, newest: CheckpointManifest) -> str:
         if is_earlier and all(widths.get(key) == getattr(config.model, key) for key in WIDTHS):
             return ""
         return f"it is of stage {stage} of another run"
-    names = [name for name, *_ in differences(config, manifest.config)]
+    names = [name for name, *_ in differences(manifest.config, config)]
     return f"it was saved with another {', '.join(names[:3])}" if names else ""
 
 

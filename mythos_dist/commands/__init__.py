@@ -38,7 +38,9 @@ COMMANDS = (
     Command("doctor", "mythos_dist.doctor", "check this machine: driver, kernels, network, disk, shards", TRAINING),
     Command("train", "mythos_dist.train.__main__", "train, or resume, a run", TRAINING, is_tool=False),
     Command("submit", f"{_HERE}.submit", "check a layout and submit it to SLURM", TRAINING),
-    Command("status", f"{_HERE}.status", "whether a run is running, hung, dead or done", TRAINING),
+    Command(
+        "status", f"{_HERE}.status", "whether a run is running, completed, requeued, stopped, hung or dead", TRAINING
+    ),
     Command("report", f"{_HERE}.report", "write an HTML report of runs", TRAINING),
     Command("inspect", f"{_HERE}.inspect_checkpoint", "describe, check and compare checkpoints", CHECKPOINTS),
     Command("export", f"{_HERE}.export_checkpoint", "export weights, also for transformers", CHECKPOINTS),

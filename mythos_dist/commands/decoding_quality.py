@@ -2,7 +2,7 @@
 
     mythos decoding-quality runs/first --cache all,every:4,last --exits latent:0.03,kl:5e-4 --drafts 2:4
 
-Every cache is measured without exits and with each of them, at one number of loops. `--drafts` continues windows with
+Every cache is measured without exits and with each of them, at one number of loops. `--drafts` continues sequences with
 self-speculation: how many drafted tokens are accepted, and loops per token. Prints tables; `--out` writes JSON. Runs on
 one process.
 """
@@ -24,8 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--drafts", default="", help="LOOPS:TOKENS of self-speculation, separated by commas, such as 1:4,2:4")
     add("--loops", type=integer(1, 512), help="loops of the recurrent block (default: the mean of training)")
     add("--data", type=Path, help="folder of shards (default: the run's)")
-    add("--samples", type=integer(1, 4096), default=32, help="held-out windows, decoded as one batch (%(default)s)")
-    add("--tokens", type=integer(1, 1 << 20), default=256, help="of each window, from its beginning (%(default)s)")
+    add("--samples", type=integer(1, 4096), default=32, help="held-out sequences, decoded as one batch (%(default)s)")
+    add("--tokens", type=integer(1, 1 << 20), default=256, help="of each sequence, from its beginning (%(default)s)")
     add("--out", type=Path, help="write the results as JSON")
     return parser
 

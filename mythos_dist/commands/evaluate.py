@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loops", default="", help="numbers of loops, such as 1,4,8 (default: the mean of training)")
     add("--limit", type=integer(1, 10**9), help="maximum number of documents per task")
     add("--data", type=Path, help="folder of shards for the built-in tasks (default: the run's data)")
-    add("--samples", type=integer(1, 10**9), default=256, help="held-out windows of the built-in tasks (%(default)s)")
+    add("--samples", type=integer(1, 10**9), default=256, help="held-out sequences of the built-in tasks (%(default)s)")
     add("--batch-tokens", type=integer(1, 10**9), default=8192, help="maximum tokens of a batch (%(default)s)")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and computation (%(default)s)")
     add_tokenizer_option(parser)

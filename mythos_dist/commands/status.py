@@ -1,4 +1,4 @@
-"""Show whether a run is running, finished, requeued, stopped, hung or dead, with its step, loss, speed and ETA.
+"""Show whether a run is running, completed, requeued, stopped, hung or dead, with its step, loss, speed and ETA.
 
 Reads the run folder and, for a SLURM job, squeue; it does not contact the ranks. Exit codes: 1 the run is hung or dead;
 2 there is no run in the folder; 0 otherwise.
@@ -37,7 +37,7 @@ def main() -> None:
         if arguments.watch and not arguments.json:
             lines.insert(0, time.strftime("%F %T"))
         print("\n".join(lines), flush=True)
-        ended = status.state == "finished" or (status.state in ("stopped", "dead") and not status.job_state)
+        ended = status.state == "completed" or (status.state in ("stopped", "dead") and not status.job_state)
         if not arguments.watch or ended:
             sys.exit(status.exit_code)
         time.sleep(arguments.watch)

@@ -95,9 +95,9 @@ def training_changes(
 
 
 def differences(
-    now: Config, before: Mapping[str, Mapping[str, Any]], complete: bool = True
+    before: Mapping[str, Mapping[str, Any]], now: Config, complete: bool = True
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, its value now, its value before) for each that changed and must not; settings missing in `before`
+    """(setting, its value before, its value now) for each that changed and must not; settings missing in `before`
     are not compared, except, with `complete`, those of `_ADDED`. Lists equal tuples, since `before` may come from
     JSON."""
     for section, values in before.items():
@@ -109,7 +109,7 @@ def differences(
                 continue
             value = getattr(getattr(now, section, None), key, None)
             if as_lists(value) != as_lists(old):
-                yield name, _given(value), _given(old)
+                yield name, _given(old), _given(value)
 
 
 def _given(value: Any) -> Any:

@@ -188,14 +188,14 @@ def _average_problems(config: Config) -> Iterator[Problem]:
     if average.kind == "mean" and average.last and average.every <= steps:
         yield Problem(
             ("average.last", "average.every", "train.steps"),
-            f"average.last={average.last} samples, one in average.every={average.every} steps, take {average.steps} "
+            f"average.last={average.last} snapshots, one in average.every={average.every} steps, take {average.steps} "
             f"steps, more than train.steps={steps}; set average.last to at most {steps // average.every}, or lower "
             "average.every",
         )
     else:
         yield Problem(
             ("average.every", "train.steps"),
-            f"average.every={average.every} is more than train.steps={steps}, so the weights would never be sampled; "
+            f"average.every={average.every} is more than train.steps={steps}, so no snapshot would be taken; "
             f"set it to at most {steps}",
         )
 

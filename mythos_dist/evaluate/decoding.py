@@ -1,14 +1,14 @@
 """What approximations of decoding cost: held-out loss over modes of the KV cache and over exits; what drafts save.
 
-Each held-out window is decoded token by token as in generation, but the next token is the window's own (teacher
+Each held-out sequence is decoded token by token as in generation, but the next token is the sequence's own (teacher
 forcing). Attention is not restricted to documents, as in generation. So the loss of `cache=all` without exits is that
 of a forward pass without document ids, and the others differ by what the approximation costs.
 
 Self-speculation costs nothing: its tokens are those of greedy decoding. It is measured by continuing the first half of
-each window greedily, because the acceptance of drafts depends on the text that is generated.
+each sequence greedily, because the acceptance of drafts depends on the text that is generated.
 """
 
-# B windows, S tokens of each, V vocabulary.
+# B sequences, S tokens of each, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -56,7 +56,7 @@ class Speculated(NamedTuple):
     tokens: int  # generated
     drafted: int
     accepted: int
-    loops: float  # passes of the looped block per token after a window's first
+    loops: float  # passes of the looped block per token after a sequence's first
 
     @property
     def acceptance(self) -> float:
@@ -74,7 +74,7 @@ class Quality(NamedTuple):
 
 
 @torch.inference_mode()
-def decode_windows(
+def decode_sequences(
     model: Mythos,
     inputs: Tensor,
     labels: Tensor,
@@ -82,17 +82,17 @@ def decode_windows(
     variant: Variant,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Quality:
-    """Decode windows, inputs (B, S) with labels (B, S), as one batch. `progress` is called with the tokens done."""
-    decoder = _Windows(model, inputs, n_loops, variant)
+    """Decode sequences, inputs (B, S) with labels (B, S), as one batch. `progress` is called with the tokens done."""
+    decoder = _Sequences(model, inputs, n_loops, variant)
     losses = torch.zeros(inputs.shape)
     correct = torch.zeros(inputs.shape, dtype=torch.bool)
     loops = 0
-    while decoder.windows:
-        for window, position, logits, used in decoder.step():
-            label = labels[window, position]
+    while decoder.sequences:
+        for sequence, position, logits, used in decoder.step():
+            label = labels[sequence, position]
             if label != IGNORED:
-                losses[window, position] = torch.nn.functional.cross_entropy(logits, label)
-                correct[window, position] = logits.argmax() == label
+                losses[sequence, position] = torch.nn.functional.cross_entropy(logits, label)
+                correct[sequence, position] = logits.argmax() == label
             loops += used
             progress(1)
     counted = int((labels != IGNORED).sum())
@@ -105,14 +105,14 @@ def decode_windows(
     )
 
 
-def speculate_windows(
+def speculate_sequences(
     model: Mythos,
     inputs: Tensor,
     n_loops: int,
     drafts: Drafts,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Speculated:
-    """Continue the first half of each window of inputs (B, S) greedily, by as many tokens as the other half has.
+    """Continue the first half of each sequence of inputs (B, S) greedily, by as many tokens as the other half has.
 
     Raises UserError for drafts that the loops do not allow.
     """
@@ -120,45 +120,45 @@ def speculate_windows(
     sampling = Sampling(max_new_tokens=inputs.shape[1] - half, temperature=0)
     settings = {"n_loops": n_loops, "draft_loops": drafts.loops, "draft_tokens": drafts.tokens}
     results = []
-    for window in inputs[:, :half].tolist():
-        results.append(speculate(model.eval(), None, window, sampling, **settings))
+    for sequence in inputs[:, :half].tolist():
+        results.append(speculate(model.eval(), None, sequence, sampling, **settings))
         progress(sampling.max_new_tokens)
     tokens = sum(len(one.request.tokens) for one in results)
     loops = sum(one.loops for one in results) / max(1, tokens - len(results))
     return Speculated(tokens, sum(one.drafted for one in results), sum(one.accepted for one in results), loops)
 
 
-class _Windows:
-    """Windows in the loops: a row each, until its last token is done."""
+class _Sequences:
+    """Sequences in the loops: a row each, until its last token is done."""
 
     def __init__(self, model: Mythos, inputs: Tensor, n_loops: int, variant: Variant):
         self._inputs = inputs.tolist()
         self._batch = DepthBatch(model.eval(), KVCache(len(inputs), variant.cache))
-        self.windows = list(range(len(inputs)))  # by row
-        self._positions = [0] * len(inputs)  # by window
+        self.sequences = list(range(len(inputs)))  # by row
+        self._positions = [0] * len(inputs)  # by sequence
         sampling = Sampling(exit=variant.exit, exit_threshold=variant.threshold)
-        self._batch.rows = [RowLoops(n_loops, sampling) for _ in self.windows]
+        self._batch.rows = [RowLoops(n_loops, sampling) for _ in self.sequences]
 
     def step(self) -> list[tuple[int, int, Tensor, int]]:
-        """Run loops until a token is done: for each such token its window, position, logits (V,) and loops."""
+        """Run loops until a token is done: for each such token its sequence, position, logits (V,) and loops."""
         entering = [i for i, row in enumerate(self._batch.rows) if row.index is None]
         if entering:
-            self._batch.enter(entering, [self._token(i) for i in entering], [self.windows[i] for i in entering])
+            self._batch.enter(entering, [self._token(i) for i in entering], [self.sequences[i] for i in entering])
         while not (done := self._batch.advance()):
             pass
         logits, loops = self._batch.leave(done)
         results = []
         for (row, _), values, used in zip(done, logits, loops, strict=True):
-            window = self.windows[row]
-            results.append((window, self._positions[window], values, used))
-            self._positions[window] += 1
+            sequence = self.sequences[row]
+            results.append((sequence, self._positions[sequence], values, used))
+            self._positions[sequence] += 1
         for row, _ in sorted(done, key=lambda one: one[0], reverse=True):
-            if self._positions[self.windows[row]] == len(self._inputs[0]):
+            if self._positions[self.sequences[row]] == len(self._inputs[0]):
                 self._batch.remove(row)
-                self.windows[row] = self.windows[-1]  # the last row takes its place
-                self.windows.pop()
+                self.sequences[row] = self.sequences[-1]  # the last row takes its place
+                self.sequences.pop()
         return results
 
     def _token(self, row: int) -> int:
-        window: Sequence[int] = self._inputs[self.windows[row]]
-        return window[self._positions[self.windows[row]]]
+        sequence: Sequence[int] = self._inputs[self.sequences[row]]
+        return sequence[self._positions[self.sequences[row]]]

@@ -6,13 +6,13 @@ import re
 
 from mythos_dist.checkpoint.restore import load_model
 from mythos_dist.errors import UserError
-from mythos_dist.evaluate.decoding import Drafts, Speculated, Variant, decode_windows, speculate_windows
+from mythos_dist.evaluate.decoding import Drafts, Speculated, Variant, decode_sequences, speculate_sequences
 from mythos_dist.files import make_folders, write_atomically
 from mythos_dist.generate.sampling import Sampling, request_errors
 from mythos_dist.generate.speculate import speculation_errors
 from mythos_dist.model.kv_cache import loops_per_entry
 from mythos_dist.progress import Bar
-from mythos_dist.train.sweep import open_windows, read_windows
+from mythos_dist.train.sweep import open_sequences, read_sequences
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,17 +30,17 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(errors)
     if arguments.out:
         make_folders(arguments.out.parent)  # fail before decoding, not after
-    stream, folder = open_windows(config, arguments.data, arguments.samples)
-    (windows,) = read_windows(stream, min(arguments.samples, stream.num_samples), arguments.samples)
-    inputs, labels = (field[:, : arguments.tokens] for field in (windows.input_ids, windows.final_labels))
+    stream, folder = open_sequences(config, arguments.data, arguments.samples)
+    (held_out,) = read_sequences(stream, min(arguments.samples, stream.num_samples), arguments.samples)
+    inputs, labels = (field[:, : arguments.tokens] for field in (held_out.input_ids, held_out.final_labels))
     results, drafted = {}, {}
     generated = len(inputs) * (inputs.shape[1] - inputs.shape[1] // 2)
     total = len(variants) * inputs.numel() + len(drafts) * generated
     with Bar("decoding", total, unit=" tokens") as shown:
         for variant in variants:
-            results[variant] = decode_windows(model, inputs, labels, n_loops, variant, shown.update)
+            results[variant] = decode_sequences(model, inputs, labels, n_loops, variant, shown.update)
         for one in drafts:
-            drafted[one] = speculate_windows(model, inputs, n_loops, one, shown.update)
+            drafted[one] = speculate_sequences(model, inputs, n_loops, one, shown.update)
     print(f"step {step}, {n_loops} loops, {inputs.numel():,} tokens of {folder}")
     width = max(len(variant.name) for variant in variants)
     print(f"{'':{width}s}     loss  accuracy  loops per token  cache bytes per token")

@@ -1,7 +1,7 @@
-"""Built-in tasks: perplexity on held-out windows by the position of a token, and by the length of its document.
+"""Built-in tasks: perplexity on held-out sequences by the position of a token, and by the length of its document.
 
-perplexity = exp(sum of losses / tokens). Its standard error is that of a ratio of sums over windows (or documents), by
-the delta method: the tokens of a window are not independent.
+perplexity = exp(sum of losses / tokens). Its standard error is that of a ratio of sums over sequences (or documents),
+by the delta method: the tokens of a sequence are not independent.
 """
 
 import math
@@ -17,8 +17,8 @@ from mythos_dist.evaluate.scorer import Scorer
 from mythos_dist.parallel.tensor import IGNORED
 
 
-class Windows(NamedTuple):
-    """Held-out windows."""
+class HeldOutSequences(NamedTuple):
+    """Held-out sequences, and how they are read."""
 
     batches: Sequence[MicroBatch]
     eos_id: int
@@ -26,7 +26,7 @@ class Windows(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tokens of a window."""
+    """Tokens of a sequence."""
 
     first: float  # position or length: groups are in this order
     label: str
@@ -37,27 +37,27 @@ def _range(first: int) -> str:
     return f"{first}-{2 * first - 1}" if first > 1 else str(first)
 
 
-def requests_of(windows: Windows) -> list[ScoreRequest]:
-    """A request per window."""
+def requests_of(sequences: HeldOutSequences) -> list[ScoreRequest]:
+    """A request per sequence."""
     requests = []
-    for batch in windows.batches:
+    for batch in sequences.batches:
         fields = batch.input_ids.tolist(), batch.final_labels.tolist(), batch.document_ids.tolist()
         for ids, labels, documents in zip(*fields, strict=True):
-            requests.append(ScoreRequest(ids, labels, documents if windows.document_mask else None))
+            requests.append(ScoreRequest(ids, labels, documents if sequences.document_mask else None))
     return requests
 
 
-def evaluate_perplexity(name: str, windows: Windows, scorer: Scorer, n_loops: int) -> list[Score]:
+def evaluate_perplexity(name: str, sequences: HeldOutSequences, scorer: Scorer, n_loops: int) -> list[Score]:
     """Perplexity of a built-in task's groups of tokens at one number of loops."""
-    requests = requests_of(windows)
-    # Of each window or document of a group: (sum of losses, tokens).
+    requests = requests_of(sequences)
+    # Of each sequence or document of a group: (sum of losses, tokens).
     groups: dict[tuple[float, str], list[tuple[float, int]]] = {}
-    documents = np.concatenate([batch.document_ids.numpy() for batch in windows.batches])
+    documents = np.concatenate([batch.document_ids.numpy() for batch in sequences.batches])
     for request, result, ids in zip(requests, scorer.score(requests, n_loops), documents, strict=True):
         scored = np.asarray(request.labels) != IGNORED
         losses = np.zeros(len(scored))
         losses[scored] = np.negative(result.logprobs)
-        for first, label, members in TASKS[name](np.asarray(request.inputs), ids, windows.eos_id):
+        for first, label, members in TASKS[name](np.asarray(request.inputs), ids, sequences.eos_id):
             counted = members & scored
             if counted.any():
                 groups.setdefault((first, label), []).append((float(losses[counted].sum()), int(counted.sum())))
@@ -65,7 +65,7 @@ def evaluate_perplexity(name: str, windows: Windows, scorer: Scorer, n_loops: in
 
 
 def by_position(inputs: np.ndarray, documents: np.ndarray, eos_id: int) -> Iterator[Group]:
-    """Tokens by their position in the window, from 0, in ranges that double."""
+    """Tokens by their position in the sequence, from 0, in ranges that double."""
     positions = np.arange(len(inputs))
     yield Group(0, "position 0", positions == 0)
     first = 1
@@ -76,7 +76,7 @@ def by_position(inputs: np.ndarray, documents: np.ndarray, eos_id: int) -> Itera
 
 def by_document_length(inputs: np.ndarray, documents: np.ndarray, eos_id: int) -> Iterator[Group]:
     """Documents by their number of tokens with EOS, in ranges that double; those that do not begin and end in the
-    window have a group of their own. The label of EOS, the first token of the next document, is not counted."""
+    sequence have a group of their own. The label of EOS, the first token of the next document, is not counted."""
     for document in np.unique(documents):
         members = documents == document
         counted = members & (inputs != eos_id)

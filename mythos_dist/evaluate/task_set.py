@@ -12,7 +12,7 @@ from mythos_dist.errors import UserError
 from mythos_dist.evaluate import perplexity
 from mythos_dist.evaluate.report import Score
 from mythos_dist.evaluate.scorer import Scorer
-from mythos_dist.train.sweep import open_windows, read_windows
+from mythos_dist.train.sweep import open_sequences, read_sequences
 
 if TYPE_CHECKING:  # lm_eval takes seconds to import, and the built-in tasks do not need it
     from mythos_dist.evaluate.tasks import Tasks
@@ -23,7 +23,7 @@ class TaskSet:
     """Tasks with their data."""
 
     builtin: list[str]
-    windows: perplexity.Windows | None  # of the built-in tasks
+    sequences: perplexity.HeldOutSequences | None  # of the built-in tasks
     tasks: "Tasks | None"  # of lm_eval
 
     def generating(self) -> list[str]:
@@ -33,9 +33,9 @@ class TaskSet:
     def run(self, scorer: Scorer, tokenizer: Tokenizer, n_loops: int, limit: int | None = None) -> list[Score]:
         """All scores at one number of loops. limit: the most documents of a task of lm_eval; None: all."""
         scores = []
-        if self.windows:
+        if self.sequences:
             for name in self.builtin:
-                scores += perplexity.evaluate_perplexity(name, self.windows, scorer, n_loops)
+                scores += perplexity.evaluate_perplexity(name, self.sequences, scorer, n_loops)
         if self.tasks:
             from mythos_dist.evaluate.tasks import evaluate_tasks
 
@@ -44,23 +44,23 @@ class TaskSet:
 
 
 def load_task_set(names: Sequence[str], config: Config, samples: int, data: Path | None = None) -> TaskSet:
-    """Load tasks by name or file. samples: held-out windows of the built-in tasks, from the run's shards or `data`.
+    """Load tasks by name or file. samples: held-out sequences of the built-in tasks, from the run's shards or `data`.
 
     Raises UserError for tasks and data that cannot be loaded.
     """
     builtin = [name for name in names if name in perplexity.TASKS]
     others = [name for name in names if name not in perplexity.TASKS]
-    windows = tasks = None
+    sequences = tasks = None
     if builtin:
-        stream, _ = open_windows(config, data, 1)
-        batches = list(read_windows(stream, min(samples, stream.num_samples), 1))
-        windows = perplexity.Windows(batches, stream.eos_id, config.data.document_mask)
+        stream, _ = open_sequences(config, data, 1)
+        batches = list(read_sequences(stream, min(samples, stream.num_samples), 1))
+        sequences = perplexity.HeldOutSequences(batches, stream.eos_id, config.data.document_mask)
     if others:
         require_harness()
         from mythos_dist.evaluate.tasks import load_tasks
 
         tasks = load_tasks(others)
-    return TaskSet(builtin, windows, tasks)
+    return TaskSet(builtin, sequences, tasks)
 
 
 def task_names() -> list[str]:

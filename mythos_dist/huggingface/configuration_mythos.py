@@ -151,7 +151,7 @@ class MythosPretrainedConfig(PretrainedConfig):
         return of_loops * self.loop_layers**-0.5
 
     @property
-    def loops_per_kv(self) -> int:
+    def kv_loops(self) -> int:
         """Consecutive loops that share keys and values."""
         if self.kv_sharing == "first":
             return 1 << 30

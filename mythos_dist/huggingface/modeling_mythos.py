@@ -72,8 +72,8 @@ class MythosRecurrent(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        norms = config.injection in ("reference", "parcae")
-        self.norm = MythosNorm(config.dim, config.norm_eps) if norms else nn.Identity()
+        self.adds_e = config.injection in ("reference", "parcae")
+        self.norm = MythosNorm(config.dim, config.norm_eps) if self.adds_e else nn.Identity()
         layers = [MythosBlock(config, MythosMoE(config), config.residual_factor) for _ in range(config.loop_layers)]
         self.block = layers[0]  # the others are blocks.1, blocks.2, ...
         self.blocks = nn.ModuleDict({str(i): layers[i] for i in range(1, len(layers))})
@@ -86,7 +86,6 @@ class MythosRecurrent(nn.Module):
             "difference": MythosDifferenceInjection,
         }
         self.injection: Any = kinds[config.injection](config) if config.injection != "none" else None
-        self.adds = norms
         self.act = MythosHalting(config)
 
     def forward(
@@ -102,15 +101,15 @@ class MythosRecurrent(nn.Module):
         """The prelude's output e (B, S, D) -> the coda's input, and h after each loop."""
         if self.e_norm is not None:
             e = self.e_norm(e)
-        h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e) if self.adds else (1.0, 0.0)
+        h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e) if self.adds_e else (1.0, 0.0)
         output, halted, states = torch.zeros_like(e, dtype=torch.float32), e.new_zeros(*e.shape[:2], 1).float(), []
         layers = [self.block, *self.blocks.values()]
         kv: list[Any] = []
         for t in range(num_loops):
-            group, index = divmod(t, self.config.loops_per_kv)
+            group, index = divmod(t, self.config.kv_loops)
             if index == 0:  # this loop computes its own keys and values, which the next ones of the group use
                 kv = [(None, None)] * len(layers)
-            x = h + e if self.adds else h
+            x = h + e if self.adds_e else h
             if self.config.injection == "difference":
                 x = self.injection(h, e)
             if self.config.loop_signal:
@@ -121,7 +120,7 @@ class MythosRecurrent(nn.Module):
                 kv[i] = used
             if self.lora is not None:
                 u = self.lora(u, t)
-            h = decay * h + injected + u if self.adds else u
+            h = decay * h + injected + u if self.adds_e else u
             if self.config.state_norm:
                 h = F.rms_norm(h, h.shape[-1:], eps=self.config.norm_eps)
             weight, halted = self.act(h, halted, t == num_loops - 1)
@@ -254,7 +253,7 @@ class MythosModel(MythosPreTrainedModel):
         states.append(x)
         slots = len(self.prelude)
         x, loop_states = self.recurrent(x, rope, mask, position_ids, loops, past_key_values=cache, first_slot=slots)
-        slots += -(-loops // self.config.loops_per_kv) * self.config.loop_layers
+        slots += -(-loops // self.config.kv_loops) * self.config.loop_layers
         for slot, block in enumerate(self.coda, slots):
             x = block(x, rope, mask, past_key_values=cache, slot=slot)[0]
         x = self.norm(x)

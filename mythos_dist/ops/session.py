@@ -1,4 +1,4 @@
-"""Join the ranks of a launch: roll call, watchdog, process group.
+"""Join the ranks of a launch: rendezvous, watchdog, process group.
 
 Each phase of the startup is timed, because a run that is requeued often pays for each of them.
 """
@@ -76,7 +76,7 @@ def join_ranks(stages: Sequence[Config], rank_info: RankInfo, stop: StopHandler)
     reports, store = rendezvous(store, rank_info, describe_rank(stages), faults.join_within)
     session.nodes = [report["node"] for report in reports]
     _start_watchdog(session, store)
-    session.record_startup("roll call")
+    session.record_startup("rendezvous")
     try:
         # The watchdog's limit comes first, because its message says more.
         join_process_group(dist.PrefixStore("group", store), seconds=faults.hang_after + 120)

@@ -62,7 +62,7 @@ class WeightAverage:
             average += (weights - average).mul_(rate)
 
     @torch.no_grad()
-    def exchange(self) -> None:
+    def swap(self) -> None:
         """Swap the average and the weights (fp32 master copies and buffers); twice changes no bit."""
         for weights, average in self._blocks():
             before = weights.clone()

@@ -79,7 +79,7 @@ def check_checkpoint(config: Config, checkpoint: Checkpoint, corpora: list[Corpu
     manifest = checkpoint.manifest
     problems = [
         f"{name}={value}, but {checkpoint.folder} was saved with {old}"
-        for name, value, old in differences(config, manifest.config)
+        for name, old, value in differences(manifest.config, config)
     ]
     settings = ["these"] if problems else []
     if manifest.data and (changed := data_changes(corpora, manifest.data)):

@@ -296,13 +296,13 @@ class Engine:
 
     def evaluate_average(self, micro_batches: Iterable[tuple[MicroBatch, Tensor]]) -> HeldOut:
         """As `evaluate`, of the averaged weights. Nothing has changed afterwards, to the bit."""
-        self._exchange_average()
+        self._swap_average()
         result = self.evaluate(micro_batches)
-        self._exchange_average()
+        self._swap_average()
         return result
 
-    def _exchange_average(self) -> None:
-        self.average.exchange()
+    def _swap_average(self) -> None:
+        self.average.swap()
         copy_masters_to_parameters(self.ds_engine.optimizer)
 
     def _label_counts(self, passes: list[PassInputs], readouts: int) -> Tensor | None:

@@ -102,10 +102,10 @@ def _check_config(config: Config, url: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         file.write_bytes(content)
-        old = asdict(load_config(file))
+        old_settings = asdict(load_config(file))
     problems = [
-        f"{name}={value}, but the run in checkpoint.remote={url} has {before}"
-        for name, value, before in differences(config, old)
+        f"{name}={value}, but the run in checkpoint.remote={url} has {old}"
+        for name, old, value in differences(old_settings, config)
     ]
     if problems:
         raise UserError([*problems, "set these back to resume that run, or give another URL"])

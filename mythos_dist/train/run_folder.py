@@ -81,7 +81,7 @@ def check_run_folder(config: Config) -> None:
         old_settings = {"model": {key: old_settings["model"][key] for key in WIDTHS}}
     problems = [
         f"{name}={value}, but the run in run.dir={path} has {old}"
-        for name, value, old in differences(config, old_settings, complete=not of_other_stage)
+        for name, old, value in differences(old_settings, config, complete=not of_other_stage)
     ]
     if problems:
         raise UserError([*problems, "set these back to resume that run, or give another run.dir"])

@@ -95,9 +95,9 @@ def sweep_model(
 ) -> Sweep:
     """As `sweep`, of a model that `load_model` returned."""
     model.to(device())
-    stream, folder = open_windows(config, data, batch)
+    stream, folder = open_sequences(config, data, batch)
     samples = min(samples, stream.num_samples)
-    batches = [MicroBatch(*(field.to(device()) for field in one)) for one in read_windows(stream, samples, batch)]
+    batches = [MicroBatch(*(field.to(device()) for field in one)) for one in read_sequences(stream, samples, batch)]
     curve, by_position, done = {}, {}, 0
     total = sum(set(loops)) * len(batches)
     for n in sorted(set(loops)):
@@ -108,8 +108,8 @@ def sweep_model(
     return Sweep(step, folder, config.loops.mean_of(config.model), curve, by_position)
 
 
-def open_windows(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream, str]:
-    """The held-out windows of a run, or of the folder of shards `data`, in batches; and the folders' names.
+def open_sequences(config: Config, data: Path | None, batch: int) -> tuple[ReplicaStream, str]:
+    """The held-out sequences of a run, or the windows of the folder of shards `data`, in batches; the folders' names.
 
     Raises UserError for shards that cannot be used.
     """
@@ -140,8 +140,8 @@ def open_windows(config: Config, data: Path | None, batch: int) -> tuple[Replica
     return stream, ", ".join(folders)
 
 
-def read_windows(stream: ReplicaStream, samples: int, batch: int) -> Iterator[MicroBatch]:
-    """The first `samples` windows of a stream that `open_windows` opened for this size of batches."""
+def read_sequences(stream: ReplicaStream, samples: int, batch: int) -> Iterator[MicroBatch]:
+    """The first `samples` sequences of a stream that `open_sequences` opened for this size of batches."""
     for i in range(-(-samples // batch)):
         (micro_batch,) = stream.step(i)
         remaining = samples - i * batch

@@ -72,5 +72,5 @@ def test_the_commands_of_the_launch_readme(tmp_path):
     runs = project / "runs"
     assert all((runs / name / "COMPLETED").exists() for name in ("first", "second", "third")), done.stdout
     assert "SIGUSR1" in (runs / "first" / "restarts.jsonl").read_text()
-    for text in ("preflight: 4 ranks on 2 nodes", "runs/first: running", "runs/first: finished", "sbatch --"):
+    for text in ("preflight: 4 ranks on 2 nodes", "runs/first: running", "runs/first: completed", "sbatch --"):
         assert text in done.stdout, done.stdout

@@ -40,8 +40,8 @@ def test_ranges():
     assert format_ranges([3, 0, 1, 2, 7, 9, 8]) == "0-3, 7-9" and format_ranges([]) == ""
 
 
-def state(group: str, members: list[int], begun: dict[str, int]) -> CollectiveState:
-    return CollectiveState(group=group, members=members, begun=begun, last="all_reduce", at="")
+def state(group: str, members: list[int], calls: dict[str, int]) -> CollectiveState:
+    return CollectiveState(group=group, members=members, calls=calls, last="all_reduce", at="")
 
 
 def test_the_rank_that_did_not_call_a_collective_blocks_the_others():
@@ -124,7 +124,7 @@ def test_invalid_reports_are_ignored(signed, monkeypatch):
     monkeypatch.setattr("mythos_dist.ops.cluster.rendezvous.secrets.token_hex", lambda size: nonce[: 2 * size])
     for text in BAD_REPORTS[:: 1 if signed else 6]:
         store = dist.HashStore()
-        store.set(f"{nonce}/card/1", sign(b"", f"card 1 {nonce}", text) if signed else text)
+        store.set(f"{nonce}/report/1", sign(b"", f"report 1 {nonce}", text) if signed else text)
         outcomes = run_rendezvous(store, 2, [0], seconds=0.4)
         assert outcomes[0].exit_code == 4, text
         assert "rank 1 (reports came from n0) of 2 did not report" in str(outcomes[0])

@@ -221,10 +221,10 @@ MALFORMED = [
     "5", "[]", "null", '"x"', "{", "[" * 1000, '{"phase": 5, "age": 0}', '{"phase": "x", "age": NaN}',
     '{"phase": "x", "age": -1}', '{"phase": "x", "age": 1e999}', '{"phase": "x", "age": "7"}', '{"bye": "yes"}',
     '{"failed": {}, "cause": true}', '{"failed": "x", "cause": 1}', '{"report": {}}', '{"report": null, "z": 1}',
-    '{"report": {"begun": {"g": "1"}, "last": "", "group": "g", "members": [], "at": ""}}',
-    '{"report": {"begun": {}, "last": "", "group": "g", "members": [0, 1], "at": ""}}',
-    '{"report": {"begun": {"g": 1}, "last": "", "group": "g", "members": [0, 2], "at": ""}}',
-    '{"report": {"begun": {"g": 1}, "last": "", "group": "g", "members": [-1], "at": ""}}',
+    '{"report": {"calls": {"g": "1"}, "last": "", "group": "g", "members": [], "at": ""}}',
+    '{"report": {"calls": {}, "last": "", "group": "g", "members": [0, 1], "at": ""}}',
+    '{"report": {"calls": {"g": 1}, "last": "", "group": "g", "members": [0, 2], "at": ""}}',
+    '{"report": {"calls": {"g": 1}, "last": "", "group": "g", "members": [-1], "at": ""}}',
     json.dumps({"phase": "x" * 100_000, "age": 0}), '{"phase": "x", "age": ' + "9" * 5000 + "}",
 ]  # fmt: skip
 
@@ -371,10 +371,10 @@ def test_the_launch_secret_is_derived_from_all_that_the_launcher_provides(tmp_pa
     ]  # fmt: skip
     derived = [launch_secret(environment) for environment in environments]
     assert derived[0] == b"" and len(set(derived)) == len(derived)
-    assert verify_signature(derived[1], "card", sign(derived[1], "card", "text")) == "text"
-    for secret, purpose in ((derived[2], "card"), (derived[1], "verdict")):
+    assert verify_signature(derived[1], "report", sign(derived[1], "report", "text")) == "text"
+    for secret, purpose in ((derived[2], "report"), (derived[1], "result")):
         with pytest.raises(ValueError):
-            verify_signature(secret, purpose, sign(derived[1], "card", "text"))
+            verify_signature(secret, purpose, sign(derived[1], "report", "text"))
     file.chmod(0o640)
     with pytest.raises(UserError, match="that other users cannot read"):
         launch_secret({"MYTHOS_SECRET_FILE": str(file)})

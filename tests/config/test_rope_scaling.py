@@ -43,7 +43,7 @@ def test_it_comes_back_from_its_dump_and_from_a_checkpoint(tmp_path):
     assert load_config(again) == config and dump_config(load_config(again)) == dump_config(config)
     saved = json.loads(json.dumps(asdict(config)))
     assert config_from(saved) == config
-    assert not list(differences(config, saved))
+    assert not list(differences(saved, config))
     hash(config.model)  # tables of FLOPs and parameters are kept by model
 
 
@@ -51,7 +51,7 @@ def test_a_resume_must_not_change_it_and_a_new_stage_reports_it(tmp_path):
     """Checkpoints of versions without the setting had none."""
     config, before = load(tmp_path, YARN), asdict(load(tmp_path, "null", "model.rope_theta=10000"))
     del before["model"]["rope_scaling"]
-    changed = {name for name, _, _ in differences(config, before)}
+    changed = {name for name, _, _ in differences(before, config)}
     assert changed == {"model.rope_scaling", "model.rope_theta"}
     changes = {name: (old, new) for name, old, new in training_changes(before, asdict(config))}
     assert changes["model.rope_theta"] == (10000, 500000)

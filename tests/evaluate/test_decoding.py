@@ -1,4 +1,4 @@
-"""Windows decoded token by token, against forward passes over whole windows."""
+"""Sequences decoded token by token, against forward passes over full sequences."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.selection import first_is_quick
 
 from mythos_dist.errors import UserError
-from mythos_dist.evaluate.decoding import Drafts, Quality, Variant, decode_windows, speculate_windows
+from mythos_dist.evaluate.decoding import Drafts, Quality, Variant, decode_sequences, speculate_sequences
 from mythos_dist.evaluate.decoding_command import parse_drafts
 from mythos_dist.model import Mythos, MythosConfig
 from mythos_dist.parallel.tensor import IGNORED
@@ -32,7 +32,7 @@ def drawn(model: Mythos) -> Mythos:
 
 
 @pytest.fixture(scope="module")
-def windows() -> tuple[torch.Tensor, torch.Tensor]:
+def sequences() -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(50, (5, 13), generator=torch.Generator().manual_seed(0))
     labels = ids[:, 1:].clone()
     labels[1, 3:5] = labels[4, 0] = IGNORED
@@ -55,37 +55,37 @@ def check(quality: Quality, loss: float, accuracy: float, loops: float) -> None:
 
 
 @pytest.mark.parametrize("variant", [Variant("all"), Variant("all", "latent", 0.0), Variant("every:1")])
-def test_without_approximation_the_loss_is_that_of_a_forward_pass(model, windows, variant):
-    check(decode_windows(model, *windows, 5, variant), *expected(model, *windows, 5), 5)
+def test_without_approximation_the_loss_is_that_of_a_forward_pass(model, sequences, variant):
+    check(decode_sequences(model, *sequences, 5, variant), *expected(model, *sequences, 5), 5)
 
 
 @pytest.mark.parametrize("exit", first_is_quick(["latent", "kl"]))
 @pytest.mark.parametrize("cache", first_is_quick(["all", "every:2", "last"]))
-def test_where_every_token_exits_after_two_loops_the_loss_is_that_of_two_loops(model, windows, exit, cache):
+def test_where_every_token_exits_after_two_loops_the_loss_is_that_of_two_loops(model, sequences, exit, cache):
     """With every cache: the entries of two loops are those of a model that runs two."""
-    quality = decode_windows(model, *windows, 6, Variant(cache, exit, 1e9))
-    two = decode_windows(model, *windows, 2, Variant(cache))
+    quality = decode_sequences(model, *sequences, 6, Variant(cache, exit, 1e9))
+    two = decode_sequences(model, *sequences, 2, Variant(cache))
     check(quality, two.loss, two.accuracy, 2)
     if cache == "all":
-        check(quality, *expected(model, *windows, 2), 2)
+        check(quality, *expected(model, *sequences, 2), 2)
 
 
-@pytest.mark.launch  # decodes each window twice
-def test_tokens_that_exit_at_different_loops_are_each_counted_once(model, windows):
-    """Rows of a batch are then at different tokens; alone, each window has the same loss."""
+@pytest.mark.launch  # decodes each sequence twice
+def test_tokens_that_exit_at_different_loops_are_each_counted_once(model, sequences):
+    """Rows of a batch are then at different tokens; alone, each sequence has the same loss."""
     variant = Variant("last", "kl", 2e-4)
-    together = decode_windows(model, *windows, 6, variant)
+    together = decode_sequences(model, *sequences, 6, variant)
     assert 2 < together.loops < 6
-    counts = (windows[1] != IGNORED).sum(1).tolist()
-    alone = [decode_windows(model, windows[0][i : i + 1], windows[1][i : i + 1], 6, variant) for i in range(5)]
+    counts = (sequences[1] != IGNORED).sum(1).tolist()
+    alone = [decode_sequences(model, sequences[0][i : i + 1], sequences[1][i : i + 1], 6, variant) for i in range(5)]
     loss = sum(one.loss * n for one, n in zip(alone, counts, strict=True)) / sum(counts)
     assert together.loss == pytest.approx(loss, rel=1e-5)
     assert together.loops == pytest.approx(sum(one.loops for one in alone) / 5)
 
 
 @pytest.mark.launch
-def test_a_shared_cache_is_smaller_and_changes_the_loss(model, windows):
-    results = {cache: decode_windows(model, *windows, 6, Variant(cache)) for cache in ("all", "every:3", "last")}
+def test_a_shared_cache_is_smaller_and_changes_the_loss(model, sequences):
+    results = {cache: decode_sequences(model, *sequences, 6, Variant(cache)) for cache in ("all", "every:3", "last")}
     layers = {cache: one.cache_bytes for cache, one in results.items()}
     assert layers["all"] / 8 == layers["every:3"] / 4 == layers["last"] / 3  # prelude, coda, and 6, 2 or 1 entries
     assert len({one.loss for one in results.values()}) == 3
@@ -93,15 +93,15 @@ def test_a_shared_cache_is_smaller_and_changes_the_loss(model, windows):
 
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
 @pytest.mark.launch
-def test_drafts_are_counted_as_greedy_decoding_would_choose_them(attention, windows):
-    """Of each window, 6 tokens after its first 6, drafted one at a time: a draft is accepted if the model with the
+def test_drafts_are_counted_as_greedy_decoding_would_choose_them(attention, sequences):
+    """Of each sequence, 6 tokens after its first 6, drafted one at a time: a draft is accepted if the model with the
     draft's loops has the same most likely token, by forward passes over the tokens so far. Without a coda, whose
     entries of earlier tokens are those of all loops."""
     model = drawn(Mythos(MythosConfig(**CONFIG | {"coda_layers": 0}, attn_type=attention), seed=1))
-    found = speculate_windows(model, windows[0], 6, Drafts(2, 1))
+    found = speculate_sequences(model, sequences[0], 6, Drafts(2, 1))
     agreed = 0
-    for window in windows[0]:
-        greedy = model.generate(window[None, :6], 6, n_loops=6, temperature=0)
+    for sequence in sequences[0]:
+        greedy = model.generate(sequence[None, :6], 6, n_loops=6, temperature=0)
         for end in range(7, 12):  # reading the prompt gives the first token
             with torch.no_grad():
                 draft, full = (int(model(greedy[:, :end], n)[0, -1].argmax()) for n in (2, 6))

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mythos_dist.data.stream import MicroBatch
-from mythos_dist.evaluate.perplexity import Windows, by_document_length, by_position, evaluate_perplexity
+from mythos_dist.evaluate.perplexity import HeldOutSequences, by_document_length, by_position, evaluate_perplexity
 from mythos_dist.evaluate.requests import TokenScores
 
 
 class Known:
-    """A scorer with the log-probability -(position + 1) / 10 for each label, plus 1 for the second window."""
+    """A scorer with the log-probability -(position + 1) / 10 for each label, plus 1 for the second sequence."""
 
     max_length = 8
 
@@ -22,17 +22,17 @@ class Known:
         return [TokenScores(row, [True] * len(row)) for row in rows]
 
 
-def windows(documents):
+def sequences(documents):
     ids = torch.arange(16).view(2, 8)
     rows = torch.tensor(documents, dtype=torch.int32)
-    return Windows([MicroBatch(ids, ids + 1, rows, torch.arange(2))], eos_id=99, document_mask=True)
+    return HeldOutSequences([MicroBatch(ids, ids + 1, rows, torch.arange(2))], eos_id=99, document_mask=True)
 
 
 def test_perplexity_by_position_is_exp_of_the_mean_loss_of_a_range():
-    """Positions 4 to 7 of two windows: losses 0.5 to 0.8, and 1.5 to 1.8. The delta method for equal sizes is the
-    standard error of the windows' means."""
+    """Positions 4 to 7 of two sequences: losses 0.5 to 0.8, and 1.5 to 1.8. The delta method for equal sizes is the
+    standard error of the sequences' means."""
     scores = {
-        one.line: one for one in evaluate_perplexity("perplexity_by_position", windows([[0] * 8] * 2), Known(), 1)
+        one.line: one for one in evaluate_perplexity("perplexity_by_position", sequences([[0] * 8] * 2), Known(), 1)
     }
     assert list(scores) == ["position 0", "position 1", "position 2-3", "position 4-7"]
     last = scores["position 4-7"]

@@ -33,7 +33,7 @@ def main() -> None:
     sys.argv[:] = sys.argv[4:]  # the module name and its arguments
     sys.path[0] = os.getcwd()  # as `python -m` sets it
     folders = [text.removeprefix("run.dir=") for text in sys.argv if text.startswith("run.dir=")]
-    # All ranks check this before the roll call, so before rank 0 writes writer.json.
+    # All ranks check this before the rendezvous, so before rank 0 writes writer.json.
     if folders and not Path(folders[-1], "writer.json").exists():
         from mythos_dist.ops.cluster.inject import FaultInjector
 

@@ -19,7 +19,7 @@ from mythos_dist.ops.cluster.allocation import (
     Allocation,
     check_allocation,
     even_allocation,
-    is_finished,
+    is_completed,
     layout_notes,
     read_hostfile,
 )
@@ -216,10 +216,10 @@ def test_an_efficient_layout_has_no_notes(overrides, allocation):
     assert layout_notes(config(*overrides.split()), allocation) == []
 
 
-# Is the run done?
+# Is the run completed?
 
 
-def finished_run(tmp_path, step: int) -> Config:
+def completed_run(tmp_path, step: int) -> Config:
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
@@ -227,23 +227,23 @@ def finished_run(tmp_path, step: int) -> Config:
     return config(f"run.dir={run_dir}", "train.steps=20")
 
 
-def test_a_run_with_a_completed_file_is_done(tmp_path):
-    assert is_finished(finished_run(tmp_path, step=20))
+def test_a_run_with_a_completed_file_is_completed(tmp_path):
+    assert is_completed(completed_run(tmp_path, step=20))
     (tmp_path / "run" / "COMPLETED").unlink()
-    assert not is_finished(finished := config(f"run.dir={tmp_path}/run")), finished
+    assert not is_completed(completed := config(f"run.dir={tmp_path}/run")), completed
 
 
-def test_a_run_with_a_completed_file_is_not_done_after_train_steps_was_raised(tmp_path):
+def test_a_run_with_a_completed_file_is_not_completed_after_train_steps_was_raised(tmp_path):
     """Before the new start has removed the file."""
-    one = finished_run(tmp_path, step=20)
+    one = completed_run(tmp_path, step=20)
     more = dataclasses.replace(one, train=dataclasses.replace(one.train, steps=40))
-    assert not is_finished(more)
+    assert not is_completed(more)
 
 
-def test_a_completed_run_without_checkpoints_is_done(tmp_path):
-    one = finished_run(tmp_path, step=20)
+def test_a_run_without_checkpoints_is_completed(tmp_path):
+    one = completed_run(tmp_path, step=20)
     (tmp_path / "run" / "checkpoints" / "latest").unlink()
-    assert is_finished(one)
+    assert is_completed(one)
 
 
 # The command that launch scripts run
@@ -288,10 +288,10 @@ def test_the_command_writes_the_config_with_overrides(tmp_path):
     assert load_config(file) == load_config(TINY, ["train.steps=7", "data.mix={a: 1, b: 2}", 'data.path=""'])
 
 
-def test_the_exit_code_of_finished(tmp_path):
-    finished_run(tmp_path, step=20)
-    assert run_allocation(TINY, f"run.dir={tmp_path}/run", "--finished").returncode == 0
-    assert run_allocation(TINY, f"run.dir={tmp_path}/run", "train.steps=21", "--finished").returncode == 1
+def test_the_exit_code_of_completed(tmp_path):
+    completed_run(tmp_path, step=20)
+    assert run_allocation(TINY, f"run.dir={tmp_path}/run", "--completed").returncode == 0
+    assert run_allocation(TINY, f"run.dir={tmp_path}/run", "train.steps=21", "--completed").returncode == 1
 
 
 def test_the_command_does_not_import_torch():

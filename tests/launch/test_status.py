@@ -106,12 +106,12 @@ def test_speed_excludes_pauses_between_starts(tmp_path):
     assert status_of(folder).seconds_per_step == pytest.approx(2)
 
 
-def test_a_run_with_a_completed_file_is_finished(tmp_path):
+def test_a_run_with_a_completed_file_is_completed(tmp_path):
     """Whatever the last start has recorded, and however old its heartbeat is."""
     folder = run_folder(tmp_path, life=9999, quiet=9999)
     assert status_of(folder).state == "dead"
     (folder / "COMPLETED").touch()
-    assert (status_of(folder).state, status_of(folder).exit_code) == ("finished", 0)
+    assert (status_of(folder).state, status_of(folder).exit_code) == ("completed", 0)
 
 
 def test_a_finished_run_whose_steps_were_raised_is_running_again(tmp_path):
@@ -343,5 +343,5 @@ def test_watch_ends_with_the_run(tmp_path):
         assert any(line.endswith(": running\n") for line in lines)
         (folder / "writer.json").write_text(json.dumps({"start": 1, "state": "completed", "time": time.time()}))
         (folder / "COMPLETED").touch()
-        assert any(line.endswith(": finished\n") for line in lines)
+        assert any(line.endswith(": completed\n") for line in lines)
         assert watching.wait(240) == 0

@@ -91,9 +91,9 @@ def test_an_exchange_and_back_changes_no_bit():
     add_averages(shards)
     shards["w"].values["average"].copy_(torch.arange(6.0))
     average = WeightAverage(AverageConfig(kind="mean"), shards)
-    average.exchange()
+    average.swap()
     assert shards["w"].weights.tolist() == list(range(6))
-    average.exchange()
+    average.swap()
     assert shards["w"].weights.numpy().tobytes() == weights.tobytes()
     assert shards["w"].values["average"].tolist() == list(range(6))
 
@@ -101,7 +101,7 @@ def test_an_exchange_and_back_changes_no_bit():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("average.kind=mean average.last=5", r"average.last=5 samples, one in average.every=2 steps, take 10 steps"),
+        ("average.kind=mean average.last=5", r"average.last=5 snapshots, one in average.every=2 steps, take 10 steps"),
         ("average.kind=mean average.last=5", r"set average.last to at most 4"),
         ("average.kind=ema average.every=9", r"average.every=9 is more than train.steps=8"),
         ("average.kind=mean average.every=9", r"average.every=9 is more than train.steps=8"),

@@ -193,10 +193,10 @@ def test_a_ramp_cannot_be_added_to_a_run_of_a_version_without_it():
     """Its checkpoints have no such setting: they were trained on batches of one size."""
     config = replace(Config(), train=TrainConfig(batch_ramp=((4, 10),)))
     before = asdict(config)
-    assert list(differences(config, json.loads(json.dumps(before)))) == []
+    assert list(differences(json.loads(json.dumps(before)), config)) == []
     del before["train"]["batch_ramp"]
-    assert list(differences(config, before)) == [("train.batch_ramp", ((4, 10),), ())]
-    assert list(differences(Config(), before)) == []
+    assert list(differences(before, config)) == [("train.batch_ramp", (), ((4, 10),))]
+    assert list(differences(before, Config())) == []
 
 
 # Runs.

@@ -50,7 +50,7 @@ def resumed(settings: list[str], run_dir: Path, uninterrupted: Path, why: str, s
     assert (run_dir / "COMPLETED").exists()
     (line,) = lines(run_dir, "restarts.jsonl")
     assert line["start"] == 2 and line["from_step"] == step and why in line["why"], line
-    assert line["seconds_lost"] > 0 and set(line["startup_seconds"]) >= {"import", "roll call", "engine"}
+    assert line["seconds_lost"] > 0 and set(line["startup_seconds"]) >= {"import", "rendezvous", "engine"}
     assert f"resuming after step {step}" in result.out
 
 

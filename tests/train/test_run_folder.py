@@ -398,7 +398,7 @@ def test_time_in_which_nothing_ran_counts_as_idle_and_not_as_lost(tmp_path, monk
     os.utime(tmp_path / "writer.json", (mtime, mtime))
     previous = PreviousStart.read(tmp_path, 2)
     monkeypatch.setattr("time.time", lambda: 173_042.0)
-    line = record_restart(previous, Fence.take(tmp_path), 2, {"import": 10.0, "roll call": 20.0})
+    line = record_restart(previous, Fence.take(tmp_path), 2, {"import": 10.0, "rendezvous": 20.0})
     assert (line["seconds_lost"], line["seconds_idle"]) == (lost, idle)
     assert json.loads((tmp_path / "restarts.jsonl").read_text()) == line
     assert previous.last_step == 4

@@ -15,7 +15,7 @@ from mythos_dist.config.schema import Config
 from mythos_dist.data.stream import ReplicaStream
 from mythos_dist.data.tokenizer import Tokenizer
 from mythos_dist.errors import UserError
-from mythos_dist.ops.cluster.allocation import is_finished
+from mythos_dist.ops.cluster.allocation import is_completed
 from mythos_dist.ops.session import describe_rank
 from mythos_dist.parallel.mesh import Mesh
 from mythos_dist.prepare.convert import convert
@@ -154,8 +154,8 @@ def test_a_stage_that_is_added_to_a_complete_run_is_trained(staged, common, tmp_
     arguments, whole = staged
     run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
     longer = write(tmp_path, STAGES + "  - {name: more, steps: 2, optim: {warmup_steps: 0}}\n", common)
-    assert is_finished(load_stages(arguments[0], [*arguments[1:], f"run.dir={run_dir}"])[-1])
-    assert not is_finished(load_stages(longer[0], [*longer[1:], f"run.dir={run_dir}"])[-1])
+    assert is_completed(load_stages(arguments[0], [*arguments[1:], f"run.dir={run_dir}"])[-1])
+    assert not is_completed(load_stages(longer[0], [*longer[1:], f"run.dir={run_dir}"])[-1])
     result = train(2, *longer, f"run.dir={run_dir}")
     assert result.codes == [0, 0], result.tails
     assert exact(run_dir)[:7] == exact(whole) and [line["stage"] for line in lines(run_dir)[7:]] == ["more"] * 2

@@ -166,7 +166,7 @@ def _nodes_per_group(size: int, allocation: Allocation) -> int:
     return max((first + size - 1) // per_node - first // per_node + 1 for first in groups)
 
 
-def is_finished(config: Config) -> bool:
+def is_completed(config: Config) -> bool:
     """Whether the run in run.dir has trained until `config.end`.
 
     COMPLETED alone does not say so: after train.steps was raised, the file remains until the new start removes it.
@@ -199,7 +199,9 @@ def allocation_arguments(arguments: Sequence[str] | None = None) -> argparse.Nam
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--ranks", type=int, help="number of ranks on all nodes together")
     mode.add_argument("--hostfile", help="instead of --ranks and --nodes: a file of lines `HOST slots=N`")
-    mode.add_argument("--finished", action="store_true", help="only exit with code 0 if the run is done, else with 1")
+    mode.add_argument(
+        "--completed", action="store_true", help="only exit with code 0 if the run is completed, else with 1"
+    )
     mode.add_argument("--write", type=Path, metavar="FILE", help="only write the config with its overrides to FILE")
     mode.add_argument("--hosts", metavar="HOSTFILE", help="only check HOSTFILE and print it as lines `HOST slots=N`")
     add("--nodes", type=int, default=1, help="number of nodes with the same number of ranks each (%(default)s)")
@@ -212,8 +214,8 @@ def main() -> None:
     arguments = allocation_arguments()
     errors: list[UserError] = []
     stages = _collect_error(errors, lambda: load_stages(arguments.config, arguments.overrides))
-    if stages and arguments.finished:
-        sys.exit(0 if is_finished(stages[-1]) else 1)
+    if stages and arguments.completed:
+        sys.exit(0 if is_completed(stages[-1]) else 1)
     if stages and arguments.write:
         write_atomically(arguments.write, dump_stages(stages))
         return

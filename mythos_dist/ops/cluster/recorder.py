@@ -44,7 +44,7 @@ class CollectiveRecorder:
     def state(self) -> CollectiveState:
         """For the watchdog server."""
         return CollectiveState(
-            begun=dict(self.calls),
+            calls=dict(self.calls),
             last=self.describe(),
             group=self.group,
             members=self.members,
@@ -111,7 +111,7 @@ def find_blocking_ranks(states: dict[int, CollectiveState]) -> tuple[list[int], 
             if other == rank:
                 continue
             theirs = states.get(other)
-            if theirs is None or theirs.begun.get(state.group, 0) < state.begun[state.group]:
+            if theirs is None or theirs.calls.get(state.group, 0) < state.calls[state.group]:
                 waits_for.setdefault(rank, set()).add(other)
     awaited = set().union(*waits_for.values())
     blocking = sorted(rank for rank in awaited if rank not in waits_for)  # a rank without a state waits for none

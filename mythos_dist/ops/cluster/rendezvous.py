@@ -38,12 +38,12 @@ ReadReport = Callable[[int, bytes], RankReport]
 
 
 class Result(BaseModel):
-    """What rank 0 sends to all ranks. In the store a report is called `card`, and the result `verdict`."""
+    """What rank 0 sends to all ranks."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     starts: dict[str, str] = {}  # `start` of the reports that were received, by rank
-    cards: list[RankReport] = []  # of all ranks, if none is missing
+    reports: list[RankReport] = []  # of all ranks, if none is missing
     problems: list[str] = []
     nodes: list[str] = []  # unfit ones
     lost: bool = False  # ranks are missing
@@ -128,7 +128,7 @@ def rendezvous(
         raise NodeError(result.problems, result.nodes)
     if result.problems:
         raise UserError(result.problems)
-    return result.cards, start_store
+    return result.reports, start_store
 
 
 def _serve_result(
@@ -137,14 +137,14 @@ def _serve_result(
     """On rank 0: publish the nonce, compare all reports and publish the result."""
     nonce = secrets.token_hex(16)
     start_store = dist.PrefixStore(nonce, store)
-    start_store.set("card/0", sign(secret, f"card 0 {nonce}", json.dumps(report)))
+    start_store.set("report/0", sign(secret, f"report 0 {nonce}", json.dumps(report)))
     store.set("start", sign(secret, "start", nonce))
 
     def read(rank: int, text: bytes) -> RankReport:
-        return _validated(_REPORT.validate_json(verify_signature(secret, f"card {rank} {nonce}", text)))
+        return _validated(_REPORT.validate_json(verify_signature(secret, f"report {rank} {nonce}", text)))
 
     result = _compare_reports(start_store, rank_info, seconds, read)
-    start_store.set("verdict", sign(secret, f"verdict {nonce}", result.model_dump_json()))
+    start_store.set("result", sign(secret, f"result {nonce}", result.model_dump_json()))
     if result.problems:
         _await_readers(start_store, result)
     return result, start_store
@@ -173,10 +173,10 @@ def _await_result(
                     if not re.fullmatch("[0-9a-f]{32}", newest):
                         raise ValueError(f"{newest[:40]!r} is not the nonce of a start")
                     nonce, start_store = newest, dist.PrefixStore(newest, store)
-                    start_store.set(f"card/{rank}", sign(secret, f"card {rank} {nonce}", json.dumps(report)))
-            if nonce and start_store.check(["verdict"]):
+                    start_store.set(f"report/{rank}", sign(secret, f"report {rank} {nonce}", json.dumps(report)))
+            if nonce and start_store.check(["result"]):
                 result = Result.model_validate_json(
-                    verify_signature(secret, f"verdict {nonce}", start_store.get("verdict"))
+                    verify_signature(secret, f"result {nonce}", start_store.get("result"))
                 )
                 if result.starts.get(str(rank)) == report["start"]:
                     start_store.set(f"read/{rank}", "")
@@ -193,9 +193,9 @@ def _await_result(
 
 def _validated_result(result: Result, rank_info: RankInfo) -> Result:
     """Raises ValueError if the result does not have a report of every rank."""
-    if not result.problems and len(result.cards) != rank_info.world_size:
-        raise ValueError(f"a result with {len(result.cards)} reports")
-    for report in result.cards:
+    if not result.problems and len(result.reports) != rank_info.world_size:
+        raise ValueError(f"a result with {len(result.reports)} reports")
+    for report in result.reports:
         _validated(report)
     return result
 
@@ -220,7 +220,7 @@ def _compare_reports(store: dist.Store, rank_info: RankInfo, seconds: float, rea
         return Result(starts=starts, problems=problems, nodes=nodes, lost=True)
     in_order = [reports[rank] for rank in range(rank_info.world_size)]
     problems, nodes = find_mismatches(in_order)
-    return Result(starts=starts, cards=in_order, problems=problems, nodes=nodes)
+    return Result(starts=starts, reports=in_order, problems=problems, nodes=nodes)
 
 
 def _collect_reports(
@@ -232,8 +232,8 @@ def _collect_reports(
     while missing and time.monotonic() - begin < seconds:
         for rank in sorted(missing):
             try:
-                if store.check([f"card/{rank}"]):
-                    reports[rank] = read(rank, store.get(f"card/{rank}"))
+                if store.check([f"report/{rank}"]):
+                    reports[rank] = read(rank, store.get(f"report/{rank}"))
             except ValueError as error:  # anyone can write to the store; the rank may still overwrite it
                 invalid[rank] = first_line(error)
         missing -= reports.keys()

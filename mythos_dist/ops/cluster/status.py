@@ -1,7 +1,7 @@
 """The status of a run, from the files in its folder and from SLURM's record of its job.
 
-Rule: a run is done if the file COMPLETED exists, or its newest start recorded that. `writer.json` is the record of the
-newest start, and its modification time is the heartbeat. A start that was killed records nothing: it is dead if its
+Rule: a run is completed if the file COMPLETED exists, or its newest start recorded that. `writer.json` is the record of
+the newest start, and its modification time is the heartbeat. A start that was killed records nothing: it is dead if its
 process has ended (which can be checked only on the same host and in the same container) or the heartbeat is old, unless
 its job is pending again. Nothing here imports torch or contacts ranks, so it can run on a login node at any time. Files
 may be incomplete or damaged: invalid values count as missing.
@@ -32,7 +32,7 @@ PATIENCE = 120.0  # seconds without a step after which a run may be called hung
 _TAIL = 1 << 18  # bytes that are read from the end of a .jsonl file
 _RECENT = 100  # steps over which speeds are measured
 
-State = Literal["running", "finished", "requeued", "stopped", "hung", "dead"]
+State = Literal["running", "completed", "requeued", "stopped", "hung", "dead"]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def determine_state(
     if alive:
         return "running", ""
     if completed or recorded == "completed":
-        return "finished", ""
+        return "completed", ""
     if recorded == "running" and process_ended:
         why = f"rank 0 (pid {writer.get('pid')}) has exited on this host without recording a reason: it was killed"
     elif recorded == "running":

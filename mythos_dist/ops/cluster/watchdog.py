@@ -190,8 +190,8 @@ class Watchdog:
                 if message is None:
                     continue
                 last_received = time.monotonic()
-                if message.report:
-                    self._dump_stacks(message.report)
+                if message.send_state:
+                    self._dump_stacks(message.send_state)
                     self._send(RankMessage(report=self.recorder.state()))
                 if message.end:
                     return message.end, False

@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 class CollectiveState(_Strict):
     """The collectives that a rank has called, from its `CollectiveRecorder`."""
 
-    begun: dict[str, int]  # number of calls by group
+    calls: dict[str, int]  # number of calls by group
     last: Text  # description of the last call
     group: Text  # of the last call
     members: list[int]  # ranks of that group
@@ -36,7 +36,7 @@ class CollectiveState(_Strict):
         """Raises ValueError if `find_blocking_ranks` could not use it."""
         if not all(0 <= rank < world_size for rank in self.members):
             raise ValueError(f"members {self.members[:8]} with world size {world_size}")
-        if self.members and self.group not in self.begun:
+        if self.members and self.group not in self.calls:
             raise ValueError(f"no call is counted for the last group, {self.group[:80]!r}")
 
 
@@ -55,5 +55,5 @@ class ServerMessage(_Strict):
     """From rank 0 to a rank."""
 
     ok: int = 0  # reply to `phase`
-    report: Text = ""  # reason why the rank must send its CollectiveState
+    send_state: Text = ""  # reason why the rank must send its CollectiveState
     end: Text = ""  # reason why the rank must exit

@@ -138,7 +138,7 @@ class WatchdogServer:
         reference = max(hanging, key=lambda c: (now - c.last_received < 3, c.age))
         self.hang = f"{reference.phase} exceeded faults.hang_after={self.limits.hang_after:g} s"
         for connection in monitored:
-            self.connections.send(connection, ServerMessage(report=self.hang))
+            self.connections.send(connection, ServerMessage(send_state=self.hang))
         self.decide_at = now + min(5.0, self.limits.lost_after)
 
     # ---- the end of the run
@@ -150,7 +150,7 @@ class WatchdogServer:
             self.decide_at = time.monotonic() + SETTLE_SECONDS
             for connection in list(self.connections.ranks.values()):
                 if not connection.done:
-                    self.connections.send(connection, ServerMessage(report=text))
+                    self.connections.send(connection, ServerMessage(send_state=text))
 
     def _end_run(self) -> None:
         """Send all ranks the reason to exit."""

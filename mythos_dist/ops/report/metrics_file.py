@@ -50,7 +50,7 @@ class Event(NamedTuple):
     text: str
 
 
-class DepthSample(NamedTuple):
+class LoopTelemetry(NamedTuple):
     """Telemetry of the loops after a step: `depth` in metrics.jsonl."""
 
     step: int
@@ -72,7 +72,7 @@ class MetricsFile:
 
     columns: dict[str, np.ndarray]  # (N,) float64 each; NaN: not in the line, or not finite
     events: list[Event] = field(default_factory=list)
-    probes: list[DepthSample] = field(default_factory=list)  # evenly spread, at most 2 * MAX_PROBES
+    probes: list[LoopTelemetry] = field(default_factory=list)  # evenly spread, at most 2 * MAX_PROBES
     planned: dict[str, float | None] = field(default_factory=dict)  # the last comparison with the plan
     communication: dict[str, Any] = field(default_factory=dict)  # bytes of the last counted step, by axis and kind
     corpora: dict[str, CorpusSeen] = field(default_factory=dict)  # by fingerprint of the shards
@@ -188,7 +188,7 @@ class _Reader:
         if isinstance(failures := depth.get("failures"), list):
             self.result.failures |= {str(name): step for name in failures}
         if self._probes % self._every == 0:
-            self.result.probes.append(DepthSample(step, depth))
+            self.result.probes.append(LoopTelemetry(step, depth))
             if len(self.result.probes) == 2 * MAX_PROBES:
                 del self.result.probes[1::2]
                 self._every *= 2
