@@ -155,8 +155,8 @@ class MythosConfig(Section, section="model"):
     initial_state: Literal["e", "zero", "random"] = _by_mode(reference="e", train="zero")
     # Normalize queries and keys: attention logits stay bounded at any depth.
     qk_norm: bool = _by_mode(reference=False, train=True)
-    # Which loops compute keys and values: all; or the first loop of every N loops (every:N), or of all (first), and the
-    # others use them.
+    # all: every loop computes keys and values. every:N: the first of every N loops computes them, the next N - 1 use
+    # them. first: the first loop computes them for all.
     kv_sharing: Annotated[str, _KV_SHARING] = _by_mode(reference="all", train="all")
     # depth_scaled (Huginn): N(0, 2 / (5 dim)), output projections divided by
     # sqrt(2 * (prelude + loops * loop_layers + coda)).

@@ -63,17 +63,18 @@ class Lookahead:
             uses = self._uses.get(key)
             return uses[0].time if uses else math.inf
 
-    def upcoming(self, after_step: int) -> list[Need]:
-        """What the step in progress needs, and the next `after_step` shards that are not among them, in order."""
+    def upcoming(self, ahead: int) -> list[Need]:
+        """What the step in progress needs, then the next `ahead` shards that are not among them, in the order of their
+        use."""
         with self._lock:
             for _ in range(STEPS_PER_CALL):
-                if self._is_complete() or (self._reaches(after_step) and not self._far) or not self._extend():
+                if self._is_complete() or (self._reaches(ahead) and not self._far) or not self._extend():
                     break
             first = sorted(uses[0] for uses in self._uses.values())
-            return first[: len(self._current()) + after_step]
+            return first[: len(self._current()) + ahead]
 
-    def _reaches(self, after_step: int) -> bool:
-        return bool(self._steps) and len(self._uses) >= len(self._current()) + after_step
+    def _reaches(self, ahead: int) -> bool:
+        return bool(self._steps) and len(self._uses) >= len(self._current()) + ahead
 
     def _is_complete(self) -> bool:
         return self._ended or len(self._uses) == self._num_shards or len(self._steps) >= MAX_STEPS

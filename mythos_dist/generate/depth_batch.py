@@ -27,7 +27,7 @@ from mythos_dist.model.kv_cache import KVCache, looped_layer
 from mythos_dist.model.mythos import Mythos
 from mythos_dist.model.recurrence import LoopInputs
 
-_ROW_FIELDS = ("h", "e", "output", "halted", "kv")  # of Activations; kv: with model.kv_sharing
+_ROW_FIELDS = ("h", "e", "output", "cum_halting", "kv")  # of Activations; kv: with model.kv_sharing
 
 
 @dataclass
@@ -135,7 +135,7 @@ class DepthBatch:
         kinds = {row.sampling.exit for row in self.rows}
         exits = [False] * len(self.rows)
         change = latent_change(after.h[:, -1], before.h[:, -1]).tolist() if "latent" in kinds else []
-        halted = after.halted[:, -1].tolist() if "halting" in kinds else []
+        cum_halting = after.cum_halting[:, -1].tolist() if "halting" in kinds else []
         compared = [i for i, row in enumerate(self.rows) if row.sampling.exit == "kl"]
         logits = self._logits(compared, final[compared]) if compared else None
         for i, row in enumerate(self.rows):
@@ -143,7 +143,7 @@ class DepthBatch:
                 continue
             threshold = exit_threshold(row.sampling, self._model.config)
             if row.sampling.exit == "halting":
-                exits[i] = halted[i] >= threshold
+                exits[i] = cum_halting[i] >= threshold
             elif row.sampling.exit == "latent":
                 exits[i] = row.index != 0 and change[i] < threshold
             else:

@@ -355,18 +355,18 @@ class MythosHalting(nn.Module):
         self.mode, self.threshold = config.act_mode, config.act_threshold
         self.halt = nn.Linear(config.dim, 1)
 
-    def forward(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, cum_halting: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """h (B, S, D), probability (B, S, 1) fp32 of having halted before -> weight of h, probability after it."""
         if self.mode == "off":
-            return torch.full_like(halted, float(is_last)), halted
-        p, running = torch.sigmoid(self.halt(h).float()), halted < self.threshold
+            return torch.full_like(cum_halting, float(is_last)), cum_halting
+        p, running = torch.sigmoid(self.halt(h).float()), cum_halting < self.threshold
         if self.mode == "ponder":
-            weight = (1 - halted) * (1 if is_last else p)
-            after = halted + weight
+            weight = (1 - cum_halting) * (1 if is_last else p)
+            after = cum_halting + weight
             if self.training and torch.is_grad_enabled():
                 return weight, after
             return (running & ((after >= self.threshold) | is_last)).float(), after
         # A token that reaches the threshold gets the remainder of 1; `safe` gives it to all others in the last loop.
-        after = halted + p * running
+        after = cum_halting + p * running
         halts = (after >= self.threshold) | (is_last and self.mode == "safe")
-        return torch.where(halts, (1 - halted) * running, p * running), after
+        return torch.where(halts, (1 - cum_halting) * running, p * running), after

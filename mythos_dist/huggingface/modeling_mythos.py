@@ -102,7 +102,7 @@ class MythosRecurrent(nn.Module):
         if self.e_norm is not None:
             e = self.e_norm(e)
         h, (decay, injected) = self.initial_state(e, position_ids), self.injection(e) if self.adds_e else (1.0, 0.0)
-        output, halted, states = torch.zeros_like(e, dtype=torch.float32), e.new_zeros(*e.shape[:2], 1).float(), []
+        output, cum_halting, states = torch.zeros_like(e, dtype=torch.float32), e.new_zeros(*e.shape[:2], 1).float(), []
         layers = [self.block, *self.blocks.values()]
         kv: list[Any] = []
         for t in range(num_loops):
@@ -123,7 +123,7 @@ class MythosRecurrent(nn.Module):
             h = decay * h + injected + u if self.adds_e else u
             if self.config.state_norm:
                 h = F.rms_norm(h, h.shape[-1:], eps=self.config.norm_eps)
-            weight, halted = self.act(h, halted, t == num_loops - 1)
+            weight, cum_halting = self.act(h, cum_halting, t == num_loops - 1)
             output = torch.addcmul(output, weight, h.float())
             states.append(h)
         return output.to(e.dtype), states

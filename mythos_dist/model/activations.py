@@ -40,7 +40,7 @@ class Activations(NamedTuple):
     h: Tensor  # (B, S', D) hidden state. Model input: token ids (B, S). After loops with readouts: (R * B, S', D)
     e: Tensor = UNSET  # (B, S', D) the prelude's output, injected in every loop
     output: Tensor = UNSET  # (B, S', D) fp32, the loops' output so far; fp32 because it may be a sum over 64 loops
-    halted: Tensor = UNSET  # (B, S') fp32, cumulative halting probability
+    cum_halting: Tensor = UNSET  # (B, S') fp32, cumulative halting probability
     aux_loss: Tensor = UNSET  # (1,) fp32, sum so far; each loop adds 1 / n_loops of its routers' losses
     kv: Tensor = UNSET  # (B, S, W) keys and values that the next loops share; `shared_kv_shape` has W
     readouts: Tensor = UNSET  # (R, B, S', D) the output if the pass ended after each of these loops
@@ -82,7 +82,7 @@ def stage_input_shapes(
             "h": (hidden_shape, dtype),
             "e": (hidden_shape, dtype),
             "output": (hidden_shape, torch.float32),
-            "halted": (hidden_shape[:2], torch.float32),
+            "cum_halting": (hidden_shape[:2], torch.float32),
             "aux_loss": (scalar, torch.float32),
         }
         if kv_shape is not None:

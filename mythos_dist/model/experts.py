@@ -5,7 +5,8 @@ The layout is MegaBlocks': (E, F, D) each, `down` transposed, so that `(E * F, D
 get a gradient, zeros for an expert without tokens: a gradient that is missing on one rank would break its reduction.
 """
 
-# N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, at least N * k.
+# N tokens, D model, E experts, k experts per token, F hidden width of an expert, M rows, at least N * k,
+# R rows received from the expert axis.
 
 from collections.abc import Callable
 from itertools import groupby

@@ -31,16 +31,16 @@ class Halting(nn.Module):
         self.halt = replicated(nn.Linear(config.dim, 1), mesh)
         self.threshold = config.act_threshold
 
-    def forward(self, h: Tensor, halted: Tensor, t: int, loops: Loops) -> tuple[Tensor, Tensor]:
-        """h (B, S', D) after loop t, halted (B, S') fp32 before it -> weight of h (B, S') fp32, `halted` after it.
+    def forward(self, h: Tensor, cum_halting: Tensor, t: int, loops: Loops) -> tuple[Tensor, Tensor]:
+        """h (B, S', D) after loop t, cum_halting (B, S') fp32 before it -> weight of h (B, S') fp32, cum_halting after.
 
         Sequences that have not started have weight 0.
         """
-        weight, new_halted = self.weigh(h, halted, loops.is_last(t))
+        weight, new_cum_halting = self.weigh(h, cum_halting, loops.is_last(t))
         active = loops.active(t)
-        return where_active(active, weight, 0.0), where_active(active, new_halted, halted)
+        return where_active(active, weight, 0.0), where_active(active, new_cum_halting, cum_halting)
 
-    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, cum_halting: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """`forward` of sequences that have started."""
         raise NotImplementedError
 
@@ -56,11 +56,11 @@ class Halting(nn.Module):
         """What is read out after loop t, with its h and the weight of h; None: nothing."""
         if not loops.reads_out(t):
             return None
-        output = self.output_at(before.output, h, before.halted, weight)
+        output = self.output_at(before.output, h, before.cum_halting, weight)
         return output, self.readout_weight(weight, loops.active(t), loops)
 
-    def output_at(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
-        """The output (B, S', D) if the loop with this h were the last; `output` and `halted` are those before it."""
+    def output_at(self, output: Tensor, h: Tensor, cum_halting: Tensor, weight: Tensor) -> Tensor:
+        """The output (B, S', D) if the loop with this h were the last. output, cum_halting: before that loop."""
         return h
 
     def final(self, before: Activations, after: Activations) -> Tensor:
@@ -71,18 +71,18 @@ class Halting(nn.Module):
         """The weight (B, S') fp32 of the loss of a loop's readout: 1 / (loops with gradient) for `active` sequences."""
         return loops.even_weight(active, like=weight)
 
-    def all_halted(self, halted: Tensor) -> bool:
+    def all_halted(self, cum_halting: Tensor) -> bool:
         """Whether all further loops have weight zero. Waits for the GPU."""
-        return bool((halted >= self.threshold).all())
+        return bool((cum_halting >= self.threshold).all())
 
     def use_all_parameters(self, aux_loss: Tensor, h: Tensor) -> Tensor:
         """`aux_loss`, made to depend on the halting layer where the loops have not applied it: ZeRO needs a gradient of
         every parameter. h (B, S', D)."""
         return aux_loss
 
-    def probability(self, h: Tensor, halted: Tensor) -> Tensor:
+    def probability(self, h: Tensor, cum_halting: Tensor) -> Tensor:
         """The halting layer's output for h (B, S', D), a probability (B, S') in fp32."""
-        return torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(halted)
+        return torch.sigmoid(self.halt(h.flatten(0, 1)).float()).view_as(cum_halting)
 
     def add_loss(self, aux_loss: Tensor, weight: Tensor, t: int, loops: Loops, token_share: float) -> Tensor:
         """Add loop t's part of ponder_cost * E[loops] + kl * KL(weights, prior), mean over tokens.
@@ -108,9 +108,9 @@ class Halting(nn.Module):
 class NoHalting(Halting):
     """The output is the last loop's h."""
 
-    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, cum_halting: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """Weight 1 for the last loop, 0 for the others."""
-        return torch.full_like(halted, float(is_last)), halted
+        return torch.full_like(cum_halting, float(is_last)), cum_halting
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:
         """The last h."""
@@ -124,7 +124,7 @@ class NoHalting(Halting):
         """`aux_loss` unchanged."""
         return aux_loss
 
-    def all_halted(self, halted: Tensor) -> bool:
+    def all_halted(self, cum_halting: Tensor) -> bool:
         """False: no token halts before the last loop."""
         return False
 
@@ -146,27 +146,27 @@ class WeightedHalting(Halting):
         super().__init__(config, act, mesh)
         self.safe = safe
 
-    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, cum_halting: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """The halting probability of tokens that still run; of those that halt now, the remainder of 1."""
-        running = halted < self.threshold
-        p = self.probability(h, halted) * running
-        remainder = (1.0 - halted) * running  # positive for running tokens: they are below the threshold
-        new_halted = halted + p
+        running = cum_halting < self.threshold
+        p = self.probability(h, cum_halting) * running
+        remainder = (1.0 - cum_halting) * running  # positive for running tokens: they are below the threshold
+        new_cum_halting = cum_halting + p
         # The halting layer is applied in the last loop too: a pipeline stage that runs no other needs its gradient.
-        halts = torch.ones_like(running) if is_last and self.safe else new_halted >= self.threshold
-        return torch.where(halts, remainder, p), new_halted
+        halts = torch.ones_like(running) if is_last and self.safe else new_cum_halting >= self.threshold
+        return torch.where(halts, remainder, p), new_cum_halting
 
-    def output_at(self, output: Tensor, h: Tensor, halted: Tensor, weight: Tensor) -> Tensor:
+    def output_at(self, output: Tensor, h: Tensor, cum_halting: Tensor, weight: Tensor) -> Tensor:
         """The sum so far plus h with the weight that the last loop would give it."""
         if self.safe:
-            weight = (1.0 - halted) * (halted < self.threshold)
+            weight = (1.0 - cum_halting) * (cum_halting < self.threshold)
         return torch.addcmul(output, weight.unsqueeze(-1), h.float()).to(h.dtype)
 
     def final(self, before: Activations, after: Activations) -> Tensor:
         """The sum of all h; `safe` gives the last one the remainder of 1."""
         if not self.safe:
             return after.output.to(after.h.dtype)
-        return self.output_at(before.output, after.h, before.halted, before.halted)
+        return self.output_at(before.output, after.h, before.cum_halting, before.cum_halting)
 
 
 class PonderHalting(Halting):
@@ -176,20 +176,20 @@ class PonderHalting(Halting):
     which the cumulative probability reaches the threshold.
     """
 
-    def weigh(self, h: Tensor, halted: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
+    def weigh(self, h: Tensor, cum_halting: Tensor, is_last: bool) -> tuple[Tensor, Tensor]:
         """The probability of halting after this loop; without gradient 1 or 0."""
-        p = self.probability(h, halted)
+        p = self.probability(h, cum_halting)
         # The last loop gets the remainder whatever p is; 0 * p is for a pipeline stage that runs no other loop.
-        weight = (1.0 - halted) * (1.0 + 0.0 * p if is_last else p)
-        new_halted = halted + weight
+        weight = (1.0 - cum_halting) * (1.0 + 0.0 * p if is_last else p)
+        new_cum_halting = cum_halting + weight
         if torch.is_grad_enabled() and self.training:
-            return weight, new_halted
-        exits = (halted < self.threshold) & ((new_halted >= self.threshold) | is_last)
-        return exits.float(), new_halted
+            return weight, new_cum_halting
+        exits = (cum_halting < self.threshold) & ((new_cum_halting >= self.threshold) | is_last)
+        return exits.float(), new_cum_halting
 
     def final(self, before: Activations, after: Activations) -> Tensor:
         """The h at which the token halted, or the last."""
-        halted = (before.halted >= self.threshold).unsqueeze(-1)
+        halted = (before.cum_halting >= self.threshold).unsqueeze(-1)
         return torch.where(halted, before.output.to(after.h.dtype), after.h)
 
     def accumulate(self, output: Tensor, h: Tensor, weight: Tensor, t: int, loops: Loops) -> Tensor:

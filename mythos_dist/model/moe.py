@@ -174,11 +174,13 @@ class MoE(nn.Module):
     def _partial_sums(
         self, x: Tensor, weights: Tensor, index: Tensor, counts_experts: bool
     ) -> tuple[Tensor, Tensor, Route | None, Tensor]:
-        """The output of `Experts`; in chunks that of the shared experts, else their input (tokens, D), for all tensor
-        ranks' tokens; the way back of the former, if they are others' tokens; the counts (E,).
+        """The part that recomputation repeats. The messages that bring routing and tokens to this rank are in it, those
+        that return results are not.
 
-        What recomputation repeats: messages that bring tokens here, not those that take results back. Not in chunks,
-        the shared experts follow the way back: their backward pass then ends before gradients of routed rows exist.
+        Returns (y, rows, route, counts). y: the routed experts' partial sums, as `Experts` returns them. rows (tokens,
+        D) of all tensor ranks: in chunks the shared experts' partial sums, else their input. route: for `combine`; None
+        without an expert axis. counts (E,), or UNSET. Without chunks the shared experts run after `combine`: their
+        backward pass then ends before gradients of routed rows exist.
         """
         weights, index = self._gather_routing(weights, index)
         rows = enter_tensor_parallel(x, self.mesh).flatten(0, 1)  # once for the routed and the shared experts

@@ -8,7 +8,8 @@ Decisions: MODEL-14.
 """
 
 # B batch, S sequence (S' of it on this rank, with context and sequence parallelism a part), D model, V vocabulary,
-# E experts, R readouts: 1, or the loops with gradient (loops.objective=per_loop).
+# E experts, R readouts: 1, or the loops with gradient (loops.objective=per_loop), T rows of labels: one for each loop
+# (ShardManifest.targets).
 
 from pathlib import Path
 from typing import Literal, TypedDict

@@ -74,8 +74,8 @@ class KeptGradients(NamedTuple):
 
 def kept_gradients(groups: Sequence[GroupSpec], mesh: Mesh) -> KeptGradients:
     """ZeRO-2 keeps the gradient of each parameter of which a part is in a rank's partition, completely
-    (zero/stage_1_and_2.py, copy_grads_in_partition). Of the first context rank of each replica, as all plans are;
-    another one may keep a parameter more."""
+    (zero/stage_1_and_2.py, copy_grads_in_partition). This is for the first context rank of each replica, as all plans
+    are; another context rank may keep one parameter more."""
     changes: Counter[int] = Counter()  # of the elements that are kept, from a replica on
     context = mesh.context.size
     for group in groups:

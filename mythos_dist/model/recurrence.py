@@ -132,7 +132,7 @@ class Recurrent(nn.Module):
             h=h,
             e=e,
             output=torch.zeros_like(e, dtype=torch.float32),
-            halted=torch.zeros_like(e[..., 0], dtype=torch.float32),
+            cum_halting=torch.zeros_like(e[..., 0], dtype=torch.float32),
             aux_loss=e.new_zeros(1, dtype=torch.float32),
             kv=self._no_kv(e),
         )
@@ -257,7 +257,7 @@ class Recurrent(nn.Module):
         mesh = self.mesh
         single = mesh.tensor.size == mesh.expert.size == mesh.pipe.size == mesh.context.size == 1
         needed = torch.is_grad_enabled() or context.cache is not None or self.recorder is not None
-        return single and not needed and self.act.all_halted(activations.halted)
+        return single and not needed and self.act.all_halted(activations.cum_halting)
 
     def _group_runner(self, loops: Loops, inputs: LoopInputs, context: PassContext) -> Callable[..., GroupOutputs]:
         """A function (group, activations before it) -> `_run_group`, which the backward pass recomputes if configured;
@@ -314,12 +314,12 @@ class Recurrent(nn.Module):
         if self.adds_e:
             u = torch.addcmul(torch.addcmul(u, inputs.decay, h), inputs.scale, inputs.injected)
         h = where_active(loops.active(t), rms_normalize(u, self.config.norm_eps) if self.config.state_norm else u, h)
-        weight, halted = self.act(h, before.halted, t, loops)
+        weight, cum_halting = self.act(h, before.cum_halting, t, loops)
         # The uses of h and weight stay in this order: autograd sums their gradients in it, so the bits depend on it.
         aux_loss = self._add_losses(before, h, weight, routers, t, loops, context)
         readout = self.act.readout(before, h, weight, t, loops)
         output = self.act.accumulate(before.output, h, weight, t, loops)
-        after = before._replace(h=h, output=output, halted=halted, aux_loss=aux_loss, kv=kv)
+        after = before._replace(h=h, output=output, cum_halting=cum_halting, aux_loss=aux_loss, kv=kv)
         return LoopOutputs(after, weight, routers.counts, readout)
 
     def _add_losses(

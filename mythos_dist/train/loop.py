@@ -71,7 +71,7 @@ class Run:
         self.mesh, self.fence = prepared.mesh, prepared.fence
         self.feed, self.stream, self.heldout = prepared.feed, prepared.stream, prepared.heldout
         self.resume, self.corpora = prepared.inputs.resume, prepared.inputs.corpora
-        self.previous, self.lineage, self.remote_run = prepared.previous, self.resume.lineage, prepared.remote_run
+        self.previous, self.lineage, self.remote_run_id = prepared.previous, self.resume.lineage, prepared.remote_run_id
         self.step, self.last_step = self.resume.step, self.resume.last_step  # the step that is done; the run's last one
         self.rank, self.run_dir = dist.get_rank(), Path(config.run.dir)
         self.data_wait = 0.0  # seconds that the slowest rank waited for the batch of the step
@@ -112,7 +112,9 @@ class Run:
             print(f"no checkpoint was saved yet: {previous.last_step} steps are repeated", flush=True)
         self.session.record_startup("loading")
         loaded = self.step if checkpoint else None
-        self.checkpoints = RunCheckpoints(self.config, self.session, self.fence, self.engine, self.remote_run, loaded)
+        self.checkpoints = RunCheckpoints(
+            self.config, self.session, self.fence, self.engine, self.remote_run_id, loaded
+        )
         self.metrics = on_rank_0(self.open_metrics)
         self.peak_flops = peak_flops(self.config) * dist.get_world_size()
         if self.step == 0:

@@ -77,7 +77,7 @@ class Prepared:
     previous: PreviousStart  # on rank 0
     fence: Fence
     folder_lock: TextIO | None  # on rank 0: keeps the folder claimed while it is open
-    remote_run: str  # the run's id in `checkpoint.remote`; "" without
+    remote_run_id: str  # the run's id in `checkpoint.remote`; "" without
 
 
 def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: bool) -> Prepared | None:
@@ -107,7 +107,7 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
     feed = Feed(config, session, mesh, inputs.corpora, stream, cache)
     session.record_startup("opening the shards")
     from_store = resume.checkpoint and resume.checkpoint.is_remote
-    remote_run = from_rank_0(lambda: join_remote(config, resumes_from_store=bool(from_store)))
+    remote_run_id = from_rank_0(lambda: join_remote(config, resumes_from_store=bool(from_store)))
     previous = PreviousStart.read(run_dir, resume.step) if rank == 0 else PreviousStart()
     fence = take_fence(run_dir)
     resume.refresh()  # until now, a suspended rank 0 of an earlier start may have published a checkpoint
@@ -117,7 +117,7 @@ def prepare(config: Config, session: Session, inputs: RunInputs, is_last_stage: 
     for line in resume.damaged:
         log.warning("%s", line)
     log.info("%s", check_kernels(config))
-    return Prepared(mesh, inputs, feed, stream, heldout, previous, fence, folder_lock, remote_run)
+    return Prepared(mesh, inputs, feed, stream, heldout, previous, fence, folder_lock, remote_run_id)
 
 
 def _complete_earlier_start(config: Config, newest: CheckpointManifest, is_waiting: Callable[[int], bool]) -> None:
@@ -134,8 +134,8 @@ def _upload_rest(config: Config, session: Session) -> Callable[[int], bool]:
     if not config.checkpoint.remote:
         return lambda step: False
     run_dir = Path(config.run.dir)
-    run, about = from_rank_0(lambda: (join_remote(config, resumes_from_store=False), newest_start(run_dir)))
+    run_id, about = from_rank_0(lambda: (join_remote(config, resumes_from_store=False), newest_start(run_dir)))
     fence = Fence(run_dir, about.get("start", 0), about.get("token", ""))
-    uploads = RunUploads(config, session, fence, run)
+    uploads = RunUploads(config, session, fence, run_id)
     uploads.finish(stopped=False)
     return uploads.is_waiting

@@ -71,11 +71,11 @@ class RunCheckpoints:
     """The checkpoints that this start saves. Every rank has one and calls the same methods in the same order."""
 
     def __init__(
-        self, config: Config, session: Session, fence: Fence, engine: "Engine", remote_run: str, loaded: int | None
+        self, config: Config, session: Session, fence: Fence, engine: "Engine", remote_run_id: str, loaded: int | None
     ):
-        """remote_run: the run's id in `checkpoint.remote`. loaded: the step of the checkpoint that it resumes from."""
+        """remote_run_id: in `checkpoint.remote`; "" without. loaded: step of the checkpoint that it resumes from."""
         self._fence, self._folder = fence, Path(config.run.dir) / "checkpoints"
-        self.uploads = RunUploads(config, session, fence, remote_run)
+        self.uploads = RunUploads(config, session, fence, remote_run_id)
         self.saver = Saver(
             self._folder, config.checkpoint, fence, engine.local_shards, session.heartbeat, self.uploads.is_waiting
         )

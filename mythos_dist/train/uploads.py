@@ -36,8 +36,8 @@ _POLL_SECONDS = 0.2  # while the run waits for its last uploads
 class RunUploads:
     """Every rank has one and calls the same methods in the same order; without `checkpoint.remote` they do nothing."""
 
-    def __init__(self, config: Config, session: Session, fence: Fence, run: str):
-        """`run`: the run's id."""
+    def __init__(self, config: Config, session: Session, fence: Fence, run_id: str):
+        """run_id: of the run in `checkpoint.remote`."""
         settings, nodes, rank = config.checkpoint, session.nodes, dist.get_rank()
         self._session, self._fence, self._run_dir = session, fence, Path(config.run.dir)
         self._limits = settings.remote_wait, settings.remote_wait_stopped
@@ -46,7 +46,7 @@ class RunUploads:
         self._superseded = False  # another start or run writes to the store
         self._idle = False  # the process has nothing more to do
         self._entries: dict[str, Any] = {}  # for the next line of metrics.jsonl
-        self._state = RemoteState(run, settings.remote or "") if settings.remote else None
+        self._state = RemoteState(run_id, settings.remote or "") if settings.remote else None
         if settings.remote is None:
             return
         token = from_rank_0(lambda: fence.token)
@@ -56,7 +56,7 @@ class RunUploads:
                 UploadSettings(
                     run_dir=str(self._run_dir.resolve()),
                     url=settings.remote,
-                    run=run,
+                    run=run_id,
                     start=fence.start,
                     token=token,
                     node=names.index(nodes[rank]),

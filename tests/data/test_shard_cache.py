@@ -286,8 +286,8 @@ def test_a_shard_whose_step_is_over_is_not_downloaded_in_advance(store, url, tmp
     """The step ends while a thread decides what to download next."""
 
     class EndingStep(Lookahead):
-        def upcoming(self, after_step):
-            needs = super().upcoming(after_step)
+        def upcoming(self, ahead):
+            needs = super().upcoming(ahead)
             self.advance(1)
             return needs
 

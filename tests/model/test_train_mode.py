@@ -303,7 +303,7 @@ def test_truncated_gradients_equal_detached_states(backprop, tiny):
     def loop(t: int, *arguments) -> LoopOutputs:
         outputs = run(t, *arguments)
         if t < 4 - backprop:  # all but e, which every loop gets from the prelude
-            state, names = outputs.activations, ("h", "output", "halted", "aux_loss")
+            state, names = outputs.activations, ("h", "output", "cum_halting", "aux_loss")
             state = state._replace(**{name: getattr(state, name).detach() for name in names})
             outputs = outputs._replace(activations=state)
         return outputs
