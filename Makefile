@@ -25,7 +25,7 @@ long-demo: $(READY)  ## train a small model on 256 tokens and stretch it to 1,02
 retrofit-demo: $(READY)  ## a pretrained model that continues with loops or without, at equal FLOPs; 25 minutes
 	$(BIN)/python tools/retrofit_demo.py
 
-loop-baseline: $(READY)  ## a looped model against plain ones of equal depth, parameters or FLOPs; 20 minutes
+loop-baseline: $(READY)  ## a looped model against plain ones of equal depth, parameters or FLOPs; 25 minutes
 	$(BIN)/mythos sample-data
 	$(BIN)/python tools/loop_baseline.py
 

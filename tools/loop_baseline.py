@@ -1,6 +1,6 @@
 """`make loop-baseline`: do loops pay? A looped model against plain transformers of the same block at equal depth, equal
 parameters and equal FLOPs, with three seeds on the demo's text and on the task of `make depth-demo`. Takes some
-20 minutes on two cores; the same command resumes it.
+25 minutes on two cores; the same command resumes it.
 
     python tools/loop_baseline.py [--data text,task] [--jobs 2] [train.steps=800 ...]
 
