@@ -40,8 +40,8 @@ optimizer-study: $(READY)  ## AdamW and Muon, schedules, averages of the weights
 	$(BIN)/mythos sample-data
 	$(BIN)/python tools/optimizer_study.py
 
-# Ranks and daemons of the tests wait most of the time: four workers keep two cores busy.
-WORKERS ?= 4
+# Ranks and daemons of the tests wait most of the time: three workers keep two cores busy.
+WORKERS ?= 3
 
 # Else every test process would compile all of the package and of the tests, 5 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
