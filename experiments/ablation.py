@@ -18,7 +18,6 @@ from experiments.trials import (
     check_counts,
     check_names,
     check_sample,
-    kept_result,
     mean_and_stdev,
     run_all,
     steps_for,
@@ -167,14 +166,14 @@ def _compare(
     budget = total_flops(trial("base", 0).load())
     steps = {switch: steps_for(trial(switch, 0).load(), budget) for switch in switches}
     cases = [(switch, seed) for seed in seeds for switch in switches]
-    trials = [trial(switch, seed, f"train.steps={steps[switch]}") for switch, seed in cases]
+    trials = {(switch, seed): trial(switch, seed, f"train.steps={steps[switch]}") for switch, seed in cases}
 
-    def measure(one: Trial) -> tuple[dict[str, float], str]:
-        by_loops = kept_result(one, lambda: data.measure(one.run_dir))
+    def measure(case: tuple[str, int], one: Trial) -> tuple[dict[int, float], str]:
+        by_loops = data.measure(one.run_dir)
         values = "  ".join(f"{n}: {value:.3f}" for n, value in by_loops.items())
         return by_loops, f"{one.run_dir} ({data.unit} by loops)  {values}"
 
-    results = dict(zip(cases, run_all(trials, measure, jobs), strict=True))
+    results = run_all(trials, measure, jobs)
     by_switch = {
         switch: {
             "overrides": " ".join(changes[switch]),

@@ -22,10 +22,9 @@ from experiments.trials import (
     check_names,
     check_rates,
     check_sample,
-    kept_result,
     mean_and_stdev,
+    run_all,
     run_at_best_rates,
-    run_cases,
     steps_for,
     total_flops,
 )
@@ -183,12 +182,12 @@ class _Comparison:
 
     def _run(self, cases: Sequence[RatedCase]) -> dict[RatedCase, Values]:
         def measure(case: RatedCase, trial: Trial) -> tuple[Values, str]:
-            values = kept_result(trial, lambda: self.data.measure(case[0], trial.run_dir))
+            values = self.data.measure(case[0], trial.run_dir)
             shown = "  ".join(f"{name}: {values[name]:.3f}" for name in self.data.columns if name in values)
             return values, f"{trial.run_dir}  {shown}"
 
         trials = {case: self._trial(*case, f"train.steps={self.steps[case[0]]}") for case in cases}
-        return run_cases(trials, measure, self.jobs)
+        return run_all(trials, measure, self.jobs)
 
     def run(self, seeds: range) -> dict[str, Any]:
         """The results of all rows: of the first seed at each rate, of the others at the best one."""

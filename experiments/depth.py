@@ -5,13 +5,14 @@ Three settings: a target for each loop; the final target only, with the sequence
 and the loops of OpenMythos as shipped. Writes summary.json (accuracy by setting, seed, hops and loops) and summary.png.
 """
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.depth_task import Targets, ensure_depth_task
-from experiments.trials import AS_OPEN_MYTHOS, ByLoops, Trial, check_counts, check_names, kept_result, run_all
+from experiments.trials import AS_OPEN_MYTHOS, ByLoops, Trial, check_counts, check_names, run_all
 from mythos_dist.train.plots import loops_axis, save_plot, share_axis
 from mythos_dist.units import count
 
@@ -46,25 +47,23 @@ def run_depth_study(
     check_names("--settings", settings, SETTINGS)
     check_counts(seeds, jobs)
     data = {name: out / "data" / f"s3-{TRAINED_HOPS}-{SETTINGS[name].targets}" for name in settings}
-    cases = [(name, seed) for seed in seeds for name in settings]
-    trials = []
-    for name, seed in cases:
+    trials = {}
+    for seed, name in itertools.product(seeds, settings):
         run_dir = out / name.replace(" ", "-") / f"seed-{seed}"
         own = [*SETTINGS[name].overrides.split(), f"data.path={data[name]}", f"run.seed={seed}"]
-        trials.append(Trial(config, run_dir, (*own, *overrides)))
-    for trial in trials:
+        trials[name, seed] = Trial(config, run_dir, (*own, *overrides))
+    for trial in trials.values():
         trial.load()  # find errors before the data is made
     for name, folder in data.items():
         ensure_depth_task(folder, hops=TRAINED_HOPS, sequences=100_000, targets=SETTINGS[name].targets)
     long = ensure_depth_task(out / "data" / f"s3-{LONG_HOPS}", hops=LONG_HOPS, sequences=1, heldout=1000)
 
-    def measure(trial: Trial) -> tuple[ByLoops, str]:
-        by_loops = kept_result(trial, lambda: measure_accuracy(trial.run_dir, long))
+    def measure(case: tuple[str, int], trial: Trial) -> tuple[ByLoops, str]:
+        by_loops = measure_accuracy(trial.run_dir, long)
         accuracy = "  ".join(f"{n}: {by_loops[str(n)]['mean']:.0%}" for n in (8, 16, 32))
         return by_loops, f"{trial.run_dir}: accuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops by loops  {accuracy}"
 
-    results = dict(zip(cases, run_all(trials, measure, jobs), strict=True))
-    summary = _summarize(settings, seeds, results)
+    summary = _summarize(settings, seeds, run_all(trials, measure, jobs))
     write_json(out / "summary.json", summary)
     draw(out / "summary.png", summary)
     seeds_text = count(len(seeds), "seed")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.story_task import ensure_story_task, example_of
-from experiments.trials import ByLoops, Trial, check_counts, kept_result, run_all
+from experiments.trials import ByLoops, Trial, check_counts, run_all
 from mythos_dist.config.dump import dump_stages
 from mythos_dist.config.load import load_stages
 from mythos_dist.files import write_atomically
@@ -32,19 +32,19 @@ def run_hop_study(config: Path, out: Path, seeds: range, jobs: int | None, overr
 
     check_counts(seeds, jobs)
     lookups, data, long = (out / "data" / f"stories-{hops}" for hops in (1, TRAINED_HOPS, LONG_HOPS))
-    trials = [_trial(config, out, seed, lookups, data, overrides) for seed in seeds]  # finds errors before data is made
+    # Finds errors before the data is made.
+    trials = {str(seed): _trial(config, out, seed, lookups, data, overrides) for seed in seeds}
     ensure_story_task(lookups, people=FIRST_PEOPLE, questions=FIRST_PEOPLE, hops=1)
     ensure_story_task(data, people=PEOPLE, hops=TRAINED_HOPS)
     ensure_story_task(long, people=PEOPLE, hops=LONG_HOPS, questions=1, stories=1, heldout=1000)
     print(f"a story, and a question of {LONG_HOPS} hops:\n{example_of(PEOPLE, LONG_HOPS)}\n")
 
-    def measure(trial: Trial) -> tuple[ByLoops, str]:
-        by_loops = kept_result(trial, lambda: measure_hops(trial.run_dir, long))
+    def measure(seed: str, trial: Trial) -> tuple[ByLoops, str]:
+        by_loops = measure_hops(trial.run_dir, long)
         shown = "  ".join(f"{n}: {one[BEYOND]:.1%}" for n, one in by_loops.items())
         return by_loops, f"{trial.run_dir}: accuracy at {TRAINED_HOPS + 1} to {LONG_HOPS} hops by loops  {shown}"
 
-    results = dict(zip(map(str, seeds), run_all(trials, measure, jobs), strict=True))
-    summary = summarize(results)
+    summary = summarize(run_all(trials, measure, jobs))
     write_json(out / "summary.json", summary)
     write_atomically(out / "summary.md", "\n".join(table(summary)) + "\n")
     draw(out / "summary.png", summary)

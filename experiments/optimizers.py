@@ -66,11 +66,11 @@ class Study:
 
     def run(self, cases: Sequence[tuple[str, str, float, int]]) -> dict[tuple[str, str, float, int], HeldOutLosses]:
         """The losses of (optimizer, schedule, rate, seed)."""
-        trials = [self.trial(*case, steps=self.steps[case[0]]) for case in cases]
-        return dict(zip(cases, run_all(trials, measure, self.jobs), strict=True))
+        trials = {case: self.trial(*case, steps=self.steps[case[0]]) for case in cases}
+        return {case: HeldOutLosses(*losses) for case, losses in run_all(trials, measure, self.jobs).items()}
 
 
-def measure(trial: Trial) -> tuple[HeldOutLosses, str]:
+def measure(case: Any, trial: Trial) -> tuple[HeldOutLosses, str]:
     """The last evaluation of a run, and a line about it."""
     line = read_json_lines(trial.run_dir / "eval.jsonl")[-1]
     losses = HeldOutLosses(line["heldout_loss"], line["heldout_loss_average"])

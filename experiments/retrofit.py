@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 from experiments.hops import BEYOND, LONG_HOPS, PEOPLE, TRAINED, TRAINED_HOPS, TRAINED_LOOPS, measure_hops
 from experiments.story_task import ensure_story_task
 from experiments.trials import (
+    ByLoops,
     RatedCase,
     Trial,
     check_counts,
     check_rates,
-    kept_result,
     mean_and_stdev,
+    run_all,
     run_at_best_rates,
-    run_cases,
     run_logged,
     steps_for,
     total_flops,
@@ -61,7 +61,6 @@ ROWS = {
     ),
     ORIGINAL: Row(1, "loops.distribution=fixed loops.mean=null", (1,), 1),
 }
-Values = dict[str, Any]  # of one run, by number of loops
 
 
 class _Study:
@@ -100,17 +99,17 @@ class _Study:
         )
         return Trial(cut / CONFIG_FILE, run_dir, (*own.split(), *self.overrides, *last))
 
-    def run(self, cases: Sequence[RatedCase]) -> dict[RatedCase, Values]:
+    def run(self, cases: Sequence[RatedCase]) -> dict[RatedCase, ByLoops]:
         """The accuracies of runs, by number of loops."""
 
-        def measure(case: RatedCase, trial: Trial) -> tuple[Values, str]:
+        def measure(case: RatedCase, trial: Trial) -> tuple[ByLoops, str]:
             row = case[0]
-            by_loops = kept_result(trial, lambda: measure_hops(trial.run_dir, self.long, ROWS[row].evaluated))
+            by_loops = measure_hops(trial.run_dir, self.long, ROWS[row].evaluated)
             trained, beyond = (accuracy(row, by_loops, kind) for kind in (TRAINED, BEYOND))
             return by_loops, f"{trial.run_dir}: up to {TRAINED_HOPS} hops {trained:.1%}, beyond {beyond:.1%}"
 
         trials = {case: self.trial(*case, f"train.steps={self.steps[case[0]]}") for case in cases}
-        return run_cases(trials, measure, self.jobs)
+        return run_all(trials, measure, self.jobs)
 
 
 def pretrain_all(folders: Mapping[int, Path], jobs: int | None) -> None:
@@ -135,7 +134,7 @@ def cut_pretrained(folder: Path, cuts: Mapping[str, Path]) -> None:
             retrofit(PretrainedWeights(folder, Cut(*CUT), loops=ROWS[row].loops), to)
 
 
-def accuracy(row: str, by_loops: Values, kind: str) -> float:
+def accuracy(row: str, by_loops: ByLoops, kind: str) -> float:
     """With the trained loops for trained hops, and with twice as many, if the row has loops, for those beyond."""
     return by_loops[str(ROWS[row].shown if kind == BEYOND else ROWS[row].loops)][kind]
 

@@ -6,14 +6,13 @@ that has its file is not trained again.
 """
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.trials import SAMPLE, Trial, check_counts, check_names, check_rates, check_sample, run_cases
+from experiments.trials import SAMPLE, Trial, check_counts, check_names, check_rates, check_sample, run_all
 from mythos_dist.files import read_json_lines, write_atomically
 from mythos_dist.train.plots import save_plot
 from mythos_dist.units import count
@@ -78,20 +77,15 @@ def run_stability(
         if not (cell[0] == "fixed point" and cell[1] == 1)
     ]
     trials = {cell: _trial(cell, config, out, overrides) for cell in cells}
-    for trial in trials.values():
-        trial.load()  # before those that have results are left out
 
-    def measure(cell: Cell, trial: Trial) -> tuple[None, str]:
+    def measure(cell: Cell, trial: Trial) -> tuple[float | None, str]:
         losses = [line["heldout_loss"] for line in read_json_lines(trial.run_dir / "eval.jsonl")]
-        result = {**cell._asdict(), "loss": losses[-1] if len(losses) > 1 else None}
-        write_json(_result_file(out, cell), result)
-        return None, f"{cell.name}: held-out loss {result['loss'] or math.nan:.3f}"
+        loss = losses[-1] if len(losses) > 1 else None
+        return loss, f"{cell.name}: held-out loss {loss or math.nan:.3f}"
 
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    missing = {cell: trial for cell, trial in trials.items() if not _result_file(out, cell).exists()}
-    run_cases(missing, measure, jobs, {DIVERGED})
-    vocab_size = next(iter(trials.values())).load().model.vocab_size
-    results = [json.loads(_result_file(out, cell).read_text()) for cell in cells]
+    losses = run_all(trials, measure, jobs, {DIVERGED})
+    vocab_size = trials[cells[0]].load().model.vocab_size
+    results = [{**cell._asdict(), "loss": losses[cell]} for cell in cells]
     summary = summarize(results, math.log(vocab_size))
     write_json(out / "stability.json", {"cells": results, "switches": summary})
     text = "\n".join(table(summary))
@@ -106,10 +100,6 @@ def _trial(cell: Cell, config: Path, out: Path, overrides: Sequence[str]) -> Tri
         f"{BASE} {SWITCHES[cell.switch]} model.max_loop_iters={cell.n_loops} optim.lr={cell.rate} run.seed={cell.seed}"
     )
     return Trial(config, out / "runs" / cell.name, (*own.split(), *overrides))
-
-
-def _result_file(out: Path, cell: Cell) -> Path:
-    return out / "cells" / f"{cell.name}.json"
 
 
 def summarize(results: Sequence[dict[str, Any]], guessing: float) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mythos_dist.config.arguments import add_overrides
-from mythos_dist.config.dump import dump_config
-from mythos_dist.config.load import load_config
+from mythos_dist.config.dump import dump_stages
+from mythos_dist.config.load import load_config, load_stages
 from mythos_dist.config.schema import BY_MODE, Config
 from mythos_dist.errors import UserError
 from mythos_dist.files import write_atomically
@@ -51,6 +51,10 @@ class Trial(NamedTuple):
     def load(self) -> Config:
         """The complete config. Raises UserError."""
         return load_config(self.config, [*self.overrides, f"run.dir={self.run_dir}"])
+
+    def settings(self) -> str:
+        """All settings, of every stage, as YAML. Raises UserError."""
+        return dump_stages(load_stages(self.config, [*self.overrides, f"run.dir={self.run_dir}"]))
 
     def run(self, exit_codes: Collection[int] = ()) -> None:
         """Train. Raises UserError with the end of the output if it fails, but for `exit_codes`; all of the output is in
@@ -125,60 +129,43 @@ def mean_and_stdev(values: Sequence[float]) -> tuple[float, float]:
 
 
 def run_all(
-    trials: Sequence[Trial],
-    measure: Callable[[Trial], tuple[Result, str]],
+    trials: Mapping[Case, Trial],
+    measure: Callable[[Case, Trial], tuple[Any, str]],
     jobs: int | None = None,
     exit_codes: Collection[int] = (),
-) -> list[Result]:
-    """Run trials, `jobs` at a time (None: one per core); the results of `measure`, called after each one.
+) -> dict[Case, Any]:
+    """Run trials, `jobs` at a time (None: one per core). Returns the results of `measure`, as JSON has them.
 
-    `measure` returns (result, line to print). exit_codes: of trials that ended early and are measured like others.
+    measure: called after each run, returns (result, line to print). Both are kept beside the folder of the run: a study
+    that is started again neither trains nor measures again, unless the settings of the run have changed.
+    exit_codes: of trials that ended early and are measured like others.
     Raises UserError for the first trial that fails, after running ones end.
     """
     import torch
 
     torch.set_num_threads(1)  # `measure` runs in several threads of this process
-    for trial in trials:
-        trial.load()  # find an error in the last trial before the first one runs
+    settings = {case: trial.settings() for case, trial in trials.items()}  # find an error in the last before the first
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool, Bar("training", len(trials), unit=" runs") as shown:
 
-        def run_one(trial: Trial) -> Result:
-            trial.run(exit_codes)
-            result, line = measure(trial)
-            log(line, sys.stdout)
+        def run_one(case: Case, trial: Trial) -> Any:
+            file = trial.run_dir.with_name(f"{trial.run_dir.name}.result.json")
+            kept = json.loads(file.read_text()) if file.exists() else {}
+            if kept.get("settings") != settings[case]:
+                trial.run(exit_codes)
+                result, line = measure(case, trial)
+                text = json.dumps({"settings": settings[case], "result": result, "line": line})
+                write_atomically(file, text + "\n")
+                kept = json.loads(text)
+            log(kept["line"], sys.stdout)
             shown.update(1)
-            return result
+            return kept["result"]
 
-        futures = [pool.submit(run_one, trial) for trial in trials]
+        futures = {case: pool.submit(run_one, case, trial) for case, trial in trials.items()}
         try:
-            return [future.result() for future in futures]
+            return {case: future.result() for case, future in futures.items()}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def kept_result(trial: Trial, evaluate: Callable[[], Any]) -> Any:
-    """The result of `evaluate`, as JSON, which is kept beside the folder of the run: a study that is started again does
-    not evaluate finished runs again, unless their settings have changed."""
-    file = trial.run_dir.with_name(f"{trial.run_dir.name}.result.json")
-    settings = dump_config(trial.load())
-    if file.exists() and (kept := json.loads(file.read_text()))["settings"] == settings:
-        return kept["result"]
-    text = json.dumps({"settings": settings, "result": evaluate()})
-    write_atomically(file, text + "\n")
-    return json.loads(text)["result"]
-
-
-def run_cases(
-    trials: Mapping[Case, Trial],
-    measure: Callable[[Case, Trial], tuple[Result, str]],
-    jobs: int | None = None,
-    exit_codes: Collection[int] = (),
-) -> dict[Case, Result]:
-    """As `run_all`, by what each trial is of."""
-    case_of = {trial.run_dir: case for case, trial in trials.items()}
-    results = run_all(list(trials.values()), lambda trial: measure(case_of[trial.run_dir], trial), jobs, exit_codes)
-    return dict(zip(trials, results, strict=True))
 
 
 def run_at_best_rates(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.baseline import DENSE, LOOPED, TaskComparison, TextComparison
-from experiments.trials import Trial, kept_result, run_all, steps_for, training_flops
+from experiments.trials import Trial, run_all, steps_for, training_flops
 from mythos_dist.config.load import load_config
 from mythos_dist.config.schema import Config, LoopsConfig, MythosConfig
 from mythos_dist.errors import UserError
@@ -48,26 +48,38 @@ def test_equal_flops_are_fewer_steps_of_more_loops():
 
 
 def test_an_error_in_the_last_trial_is_reported_before_the_first_one_runs(tmp_path):
-    trials = [
-        Trial(TASK, tmp_path / name, ("data.path=x", f"loops.mean={mean}")) for name, mean in (("a", 8), ("b", 0))
-    ]
+    trials = {
+        name: Trial(TASK, tmp_path / name, ("data.path=x", f"loops.mean={mean}")) for name, mean in (("a", 8), ("b", 0))
+    }
     with pytest.raises(UserError, match=r"loops\.mean"):
-        run_all(trials, lambda trial: (None, ""))
+        run_all(trials, lambda case, trial: (None, ""))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_is_evaluated_once_unless_its_settings_change(tmp_path):
+def test_a_finished_run_is_trained_and_measured_once_unless_its_settings_change(tmp_path, monkeypatch):
     """Also by another process: the result is that of its file."""
-    evaluations = []
+    trained, measured = [], []
+    monkeypatch.setattr(Trial, "run", lambda self, exit_codes: trained.append(self.overrides[-1]))
+
+    def measure(case: str, trial: Trial) -> tuple[dict, str]:
+        measured.append(trial.overrides[-1])
+        return {"loss": 2.5, "by_loops": {4: [len(measured)]}}, case
 
     def result(lr: float) -> dict:
         trial = Trial(TASK, tmp_path / "seed-0", ("data.path=x", f"optim.lr={lr}"))
-        return kept_result(trial, lambda: evaluations.append(lr) or {"loss": 2.5, "by_loops": {4: [lr]}})
+        return run_all({"case": trial}, measure, jobs=1)["case"]["by_loops"]["4"]
 
-    assert [result(lr) for lr in (1e-3, 1e-3, 2e-3)] == [
-        {"loss": 2.5, "by_loops": {"4": [lr]}} for lr in (1e-3, 1e-3, 2e-3)
-    ]
-    assert evaluations == [1e-3, 2e-3]
+    assert [result(lr) for lr in (1e-3, 1e-3, 2e-3)] == [[1], [1], [2]]
+    assert trained == measured == ["optim.lr=0.001", "optim.lr=0.002"]
+
+
+def test_the_settings_of_a_trial_are_those_of_all_its_stages(tmp_path):
+    stories = (REPOSITORY / "configs" / "story_task.yaml").read_text()
+    settings = []
+    for rate in ("2.0e-3", "1.0e-3"):  # of the second stage
+        (tmp_path / "stages.yaml").write_text(stories.replace("lr: 2.0e-3", f"lr: {rate}"))
+        settings.append(Trial(tmp_path / "stages.yaml", tmp_path / "run", ("data.path=x",)).settings())
+    assert settings[0] != settings[1]
 
 
 def tool(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
