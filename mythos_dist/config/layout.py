@@ -39,13 +39,9 @@ class Layout:
         return self.loops.mean_of(self.model)
 
     @property
-    def ranks_per_replica(self) -> int:
-        return self.parallel.pipe * self.parallel.context * self.parallel.tensor
-
-    @property
     def replicas(self) -> int:
         """0 if the ranks do not form complete replicas."""
-        return 0 if self.ranks % self.ranks_per_replica else self.ranks // self.ranks_per_replica
+        return 0 if self.ranks % self.parallel.ranks_per_replica else self.ranks // self.parallel.ranks_per_replica
 
     @property
     def data_context(self) -> int:
@@ -193,16 +189,16 @@ _RULES = (
 _RANK_RULES = (
     Rule(
         settings=("parallel.pipe", "parallel.tensor"),
-        holds=lambda at: at.parallel.context > 1 or at.ranks % at.ranks_per_replica == 0,
-        message="the number of ranks, {at.ranks}, is not divisible by {} x {} = {at.ranks_per_replica}, the ranks of "
-        "one replica",
+        holds=lambda at: at.parallel.context > 1 or at.ranks % at.parallel.ranks_per_replica == 0,
+        message="the number of ranks, {at.ranks}, is not divisible by {} x {} = {at.parallel.ranks_per_replica}, the "
+        "ranks of one replica",
         change=("parallel.tensor", "parallel.pipe", "ranks"),
     ),
     Rule(
         settings=("parallel.pipe", "parallel.context", "parallel.tensor"),
-        holds=lambda at: at.parallel.context == 1 or at.ranks % at.ranks_per_replica == 0,
-        message="the number of ranks, {at.ranks}, is not divisible by {} x {} x {} = {at.ranks_per_replica}, the ranks "
-        "of one replica",
+        holds=lambda at: at.parallel.context == 1 or at.ranks % at.parallel.ranks_per_replica == 0,
+        message="the number of ranks, {at.ranks}, is not divisible by {} x {} x {} = {at.parallel.ranks_per_replica}, "
+        "the ranks of one replica",
         change=("parallel.context", "parallel.tensor", "parallel.pipe", "ranks"),
     ),
     Rule(
@@ -266,8 +262,8 @@ _CANDIDATES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "model.dropout": lambda at: [0.0],
     # Replicas that divide the batch, and in case none of them fits the experts, replicas that do.
     "ranks": lambda at: (
-        [at.ranks_per_replica * n for n in divisors(at.train.global_batch // at.train.micro_batch)]
-        + _multiples_near(at.ranks, at.ranks_per_replica * at.parallel.expert)
+        [at.parallel.ranks_per_replica * n for n in divisors(at.train.global_batch // at.train.micro_batch)]
+        + _multiples_near(at.ranks, at.parallel.ranks_per_replica * at.parallel.expert)
     ),
 }
 

@@ -344,7 +344,7 @@ class LoopsConfig(Section, section="loops"):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section, section="parallel"):
-    """The mesh. The data axis takes the remaining ranks: ranks / (pipe * context * tensor) replicas."""
+    """The mesh. The data axis takes the remaining ranks: ranks / ranks_per_replica replicas."""
 
     tensor: Ranks = 1  # ranks over which each matrix is sharded
     pipe: Annotated[int, Range(1, 128)] = 1  # pipeline stages
@@ -352,6 +352,11 @@ class ParallelConfig(Section, section="parallel"):
     expert: Ranks = 1  # neighboring ranks of data x context over which the routed experts are sharded
     sequence: bool = False  # sequence parallelism: norms and residuals on 1 / tensor of each sequence
     zero: Literal[1, 2, 3] = 1  # ZeRO stage: shard 1 optimizer state, 2 also gradients, 3 also parameters
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """pipe * context * tensor."""
+        return self.pipe * self.context * self.tensor
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,7 @@ def dry_run(
     of each operation that was run, those of a step before the measured one included.
     """
     begin = time.monotonic()
-    parallel = config.parallel
-    replicas = world_size // (parallel.pipe * parallel.context * parallel.tensor)
+    replicas = world_size // config.parallel.ranks_per_replica
     sequences = config.train.micro_batch * replicas
     if micro_batches is None:
         micro_batches = min(config.train.global_batch // sequences, micro_batches_at_peak(config))

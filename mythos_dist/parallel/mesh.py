@@ -92,8 +92,8 @@ def mesh_of(
 def mesh_coordinates(parallel: ParallelConfig, world_size: int, rank: int) -> Mesh:
     """`mesh_of` without process groups, by arithmetic: listing all ranks of a large world takes milliseconds."""
     context, tensor = parallel.context, parallel.tensor
-    replicas = world_size // (parallel.pipe * context * tensor)
-    replica, rank_in_replica = divmod(rank, parallel.pipe * context * tensor)
+    replicas = world_size // parallel.ranks_per_replica
+    replica, rank_in_replica = divmod(rank, parallel.ranks_per_replica)
     stage, rank_in_stage = divmod(rank_in_replica, context * tensor)
     part, tensor_rank = divmod(rank_in_stage, tensor)
     data = Axis("data", replicas, replica)

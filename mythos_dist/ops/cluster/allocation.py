@@ -8,7 +8,6 @@ The trap: GPUs are idle while it runs at every start, so it must take at most a 
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -88,20 +87,21 @@ def check_allocation(stages: Sequence[Config], allocation: Allocation, source: s
 def _suggest_nodes(stages: Sequence[Config], allocation: Allocation) -> str:
     """The nearest numbers of nodes with which the layouts of all stages would fit, as a sentence."""
     per_node = allocation.ranks_per_node
-    config = min(stages, key=lambda one: _ranks_per_replica(one) * _max_replicas(one))
-    max_ranks = _ranks_per_replica(config) * _max_replicas(config)
+    config = min(stages, key=lambda one: one.parallel.ranks_per_replica * _max_replicas(one))
+    max_ranks = config.parallel.ranks_per_replica * _max_replicas(config)
     ranks, verb = count(allocation.ranks, "rank"), "does" if allocation.ranks == 1 else "do"
     problem = f"{count(allocation.nodes, 'node')} x {count(per_node, 'rank')} = {ranks} {verb} not fit"
     if allocation.ranks > max_ranks:
+        axes = ["pipe", "context", "tensor"] if config.parallel.context > 1 else ["pipe", "tensor"]
         problem += (
             f", and {f'the layout of stage {config.run.stage}' if config.run.stage else 'this layout'} can use at most "
-            f"{max_ranks} ({' x '.join(f'parallel.{axis}' for axis in _replica_axes(config))} x "
+            f"{max_ranks} ({' x '.join(f'parallel.{axis}' for axis in axes)} x "
             f"{'the first batch of train.batch_ramp' if config.train.batch_ramp else 'train.global_batch'} / "
             "train.micro_batch)"
         )
     fitting_nodes = []
     for replicas in divisors(_max_replicas(config)):
-        ranks = _ranks_per_replica(config) * replicas
+        ranks = config.parallel.ranks_per_replica * replicas
         if ranks % per_node == 0 and not any(layout_problems(one, ranks) for one in stages):
             fitting_nodes.append(ranks // per_node)
     choices = nearest(allocation.nodes, fitting_nodes)
@@ -114,15 +114,6 @@ def _suggest_nodes(stages: Sequence[Config], allocation: Allocation) -> str:
 def _max_replicas(config: Config) -> int:
     """Micro-batches of the smallest step: each replica needs at least one."""
     return min(config.train.batch_sizes) // config.train.micro_batch
-
-
-def _ranks_per_replica(config: Config) -> int:
-    return math.prod(getattr(config.parallel, axis) for axis in _replica_axes(config))
-
-
-def _replica_axes(config: Config) -> list[str]:
-    """The axes of a replica's ranks."""
-    return ["pipe", "context", "tensor"] if config.parallel.context > 1 else ["pipe", "tensor"]
 
 
 def layout_notes(config: Config, allocation: Allocation) -> list[str]:

@@ -109,12 +109,7 @@ class Estimate:
 
     @property
     def replicas(self) -> int:
-        return self.world_size // self.ranks_per_replica
-
-    @property
-    def ranks_per_replica(self) -> int:
-        parallel = self.config.parallel
-        return parallel.pipe * parallel.context * parallel.tensor
+        return self.world_size // self.config.parallel.ranks_per_replica
 
     @property
     def micro_batches(self) -> int:
@@ -238,7 +233,7 @@ class Estimate:
             return mesh.context.size * mesh.tensor.size
         if axis == "expert" and mesh.expert.size <= mesh.context.size:
             return mesh.tensor.size
-        return self.ranks_per_replica * (mesh.expert.size if axis == "expert_data" else 1)
+        return self.config.parallel.ranks_per_replica * (mesh.expert.size if axis == "expert_data" else 1)
 
     @property
     def step_seconds(self) -> float:

@@ -23,7 +23,7 @@ def planned_lines(estimate: Estimate, command: str, measured: Any = None) -> lis
     lines = [
         f"# {command}",
         f"# {estimate.world_size} x {estimate.cluster.name}: {count(estimate.replicas, 'replica')} of "
-        f"{count(estimate.ranks_per_replica, 'rank')}",
+        f"{count(estimate.config.parallel.ranks_per_replica, 'rank')}",
         f"# memory, plan: {_memory(stage.memory)} GB of {usable:.1f}",
     ]
     if estimate.host:
